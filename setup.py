@@ -1,0 +1,54 @@
+"""Metadata of the distribution. Build-system and tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "disha/version.py").read_text()).group(1)
+
+FINETUNE = [
+    "gguf>=0.17",
+    "matplotlib>=3.8",
+    "numpy>=1.26",
+    "tokenizers>=0.20",
+    "tqdm>=4.66",
+    "tyro>=0.9",
+]
+DEV = [
+    *FINETUNE,
+    "hypothesis>=6.100",
+    "mypy>=1.15",
+    "peft>=0.21",
+    "pytest>=8",
+    "ruff>=0.12",
+    "transformers>=5",
+]
+
+setup(
+    name="disha-torch",
+    version=VERSION,
+    description="Dimension-sharded adapters (DiSHA: Bone, BAT) for any PyTorch model",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["disha", "disha.*"]),
+    package_data={"disha": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "safetensors>=0.4.3", "einops>=0.7"],
+    extras_require={"finetune": FINETUNE, "demo": FINETUNE, "dev": DEV},
+    entry_points={"console_scripts": ["disha = disha.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
