@@ -1,0 +1,275 @@
+"""AdapterConfig: what an adapter is, validated once, frozen, to and from JSON."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from disha.errors import ArgumentError, ArgumentTypeError
+
+__all__ = [
+    "ALL_LINEAR",
+    "INITS",
+    "METHODS",
+    "AdapterConfig",
+    "as_patterns",
+    "check_adapter_name",
+    "check_scale",
+]
+
+METHODS = ("bone", "bat")
+INITS = ("zeros", "kaiming")
+ALL_LINEAR = "all-linear"
+"""The target that means every linear layer except an output head tied to an embedding."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Everything that describes an adapter, apart from its numbers and its name.
+
+    Args:
+        r: shard size; a block has r rows. At least 1.
+        target: the regex searched in module names, or `"all-linear"`; None where the targets
+            were chosen by a predicate.
+        method: `"bone"` or `"bat"`.
+        r_out: size of the output shard; turns Bone into a tile. None for none.
+        exclude: regexes of module names to leave out.
+        rank_pattern: regex of module names -> r, the first that is found wins.
+        dropout: probability with which the adapter's input is zeroed in training.
+        scale: factor on the adapter's update when it is injected.
+        dtype: dtype of the blocks; None for the weight's own.
+        init: `"zeros"` (injection changes nothing) or `"kaiming"` (uniform, as `nn.Linear`'s).
+        also_train: regexes of parameter names that are trained and saved with the adapter.
+
+    Raises:
+        ArgumentError: a value is out of range, or a regex does not compile.
+        ArgumentTypeError: a value is of the wrong type.
+
+    Example:
+        >>> from disha import AdapterConfig
+        >>> config = AdapterConfig(r=8, target="attn", rank_pattern={"v_proj": 4})
+        >>> config.rank_of("layers.0.attn.v_proj"), config.rank_of("layers.0.attn.q_proj")
+        (4, 8)
+        >>> AdapterConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    r: int
+    target: str | None = ALL_LINEAR
+    method: str = "bone"
+    r_out: int | None = None
+    exclude: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    dropout: float = 0.0
+    scale: float = 1.0
+    dtype: torch.dtype | None = None
+    init: str = "zeros"
+    also_train: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_positive_int("r", self.r)
+        if self.method not in METHODS:
+            hint = " (MiSS is the later name of 'bone')" if self.method == "miss" else ""
+            raise ArgumentError(
+                f"unknown method {self.method!r}; allowed are {_listing(METHODS)}{hint}"
+            )
+        if self.r_out is not None:
+            _check_positive_int("r_out", self.r_out)
+            if self.method != "bone":
+                raise ArgumentError(
+                    f"r_out={self.r_out} was given with method {self.method!r}; an output shard "
+                    "exists for 'bone' only: leave r_out out, or use method='bone'"
+                )
+        if self.init not in INITS:
+            raise ArgumentError(f"unknown init {self.init!r}; allowed are {_listing(INITS)}")
+        _check_dropout(self.dropout)
+        check_scale(self.scale)
+        _check_dtype(self.dtype)
+        _check_rank_pattern(self.rank_pattern)
+        if self.target is not None:
+            compile_regex("target_regex", self.target)
+        for name in ("exclude", "also_train"):
+            object.__setattr__(self, name, as_patterns(name, getattr(self, name)))
+        object.__setattr__(self, "rank_pattern", MappingProxyType(dict(self.rank_pattern)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (AdapterConfig.from_json, (self.to_json(),))
+
+    def rank_of(self, name: str) -> int:
+        """Return the r of the module called `name`, by `rank_pattern` or else `r`."""
+        for pattern, r in self.rank_pattern.items():
+            if re.search(pattern, name):
+                return r
+        return self.r
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the configuration as a dict of plain JSON values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["exclude"], values["also_train"] = list(self.exclude), list(self.also_train)
+        values["rank_pattern"] = dict(self.rank_pattern)
+        values["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> AdapterConfig:
+        """Return the configuration that `to_json` gave.
+
+        Args:
+            values: the dict; absent fields take their defaults.
+
+        Raises:
+            ArgumentError: a field is unknown or has a value that is not allowed.
+            ArgumentTypeError: a field is of the wrong type, or `values` is no dict.
+        """
+        if not isinstance(values, Mapping):
+            raise ArgumentTypeError(
+                f"an adapter configuration must be a JSON object, got {type(values).__name__}"
+            )
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(map(str, set(values) - known))
+        if unknown:
+            raise ArgumentError(
+                f"unknown fields in the adapter configuration: {_listing(unknown)}; "
+                f"known are {_listing(sorted(known))}"
+            )
+        if "r" not in values:
+            raise ArgumentError("the adapter configuration lacks the field 'r'")
+        arguments = dict(values)
+        if arguments.get("dtype") is not None:
+            arguments["dtype"] = _dtype_named(arguments["dtype"])
+        return cls(**arguments)
+
+
+def _listing(values: Sequence[str]) -> str:
+    return ", ".join(map(repr, values))
+
+
+def _check_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(
+            f"{name} must be an int of at least 1, got {value!r} of type {type(value).__name__}"
+        )
+    if value < 1:
+        raise ArgumentError(f"{name} must be at least 1, got {value}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_scale(scale: object) -> None:
+    """Raise unless `scale` is a finite number."""
+    if not _is_number(scale):
+        raise ArgumentTypeError(
+            f"scale must be a number, got {scale!r} of type {type(scale).__name__}"
+        )
+    if not math.isfinite(scale):  # type: ignore[arg-type]
+        raise ArgumentError(f"scale must be finite, got {scale}")
+
+
+def _check_dropout(dropout: object) -> None:
+    if not _is_number(dropout):
+        raise ArgumentTypeError(
+            f"dropout must be a number, got {dropout!r} of type {type(dropout).__name__}"
+        )
+    if not 0.0 <= dropout < 1.0:  # type: ignore[operator]
+        raise ArgumentError(f"dropout must be at least 0 and below 1, got {dropout}")
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise ArgumentTypeError(
+            f"dtype must be a torch.dtype such as torch.float32, got {dtype!r} "
+            f"of type {type(dtype).__name__}"
+        )
+    if dtype not in _BLOCK_DTYPES.values():
+        raise ArgumentError(
+            f"a block can't be trained in {dtype}; allowed are {_listing(list(_BLOCK_DTYPES))}"
+        )
+
+
+_BLOCK_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def _dtype_named(name: object) -> torch.dtype:
+    if not isinstance(name, str) or name not in _BLOCK_DTYPES:
+        raise ArgumentError(f"unknown dtype {name!r}; allowed are {_listing(list(_BLOCK_DTYPES))}")
+    return _BLOCK_DTYPES[name]
+
+
+def _check_rank_pattern(rank_pattern: object) -> None:
+    if not isinstance(rank_pattern, Mapping):
+        raise ArgumentTypeError(
+            "rank_pattern must be a dict of regex -> r, "
+            f"got {rank_pattern!r} of type {type(rank_pattern).__name__}"
+        )
+    for pattern, r in rank_pattern.items():
+        compile_regex("rank_pattern", pattern)
+        _check_positive_int(f"rank_pattern[{pattern!r}]", r)
+
+
+def compile_regex(argument: str, pattern: object) -> re.Pattern[str]:
+    """Compile `pattern`, or raise an error that names the argument it came from."""
+    if not isinstance(pattern, str):
+        raise ArgumentTypeError(
+            f"{argument} must be a regex (str), got {pattern!r} of type {type(pattern).__name__}"
+        )
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ArgumentError(f"{argument} {pattern!r} is not a valid regex: {error}") from error
+
+
+def as_patterns(argument: str, patterns: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return one regex, several or None as a tuple of regexes that compile."""
+    if patterns is None:
+        return ()
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    if not isinstance(patterns, Sequence):
+        raise ArgumentTypeError(
+            f"{argument} must be a regex or a list of them, "
+            f"got {patterns!r} of type {type(patterns).__name__}"
+        )
+    return tuple(compile_regex(argument, pattern).pattern for pattern in patterns)
+
+
+def check_adapter_name(adapter: object) -> str:
+    """Return `adapter` if it can name an adapter, else raise.
+
+    An adapter's name becomes a part of state-dict keys and a sub-module's name, so it must be a
+    non-empty str without a dot, and none that `nn.Module` uses itself, such as "train".
+    """
+    if not isinstance(adapter, str):
+        raise ArgumentTypeError(
+            f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
+        )
+    if not adapter:
+        raise ArgumentError("an adapter's name must not be empty")
+    if "." in adapter:
+        raise ArgumentError(
+            f"adapter name {adapter!r} has a dot, which separates names in state-dict keys; "
+            f"use {adapter.replace('.', '_')!r}, say"
+        )
+    if adapter in _RESERVED_NAMES:
+        raise ArgumentError(
+            f"adapter name {adapter!r} is an attribute of nn.Module; use {adapter + '_'!r}, say"
+        )
+    return adapter
+
+
+_RESERVED_NAMES = frozenset(dir(nn.Module())) | {"active", "live", "enabled", "merged", "calls"}

@@ -1,0 +1,61 @@
+"""The errors that disha raises on purpose.
+
+Every one is a `DishaError`, so one `except` catches them all; each is also the built-in
+that Python users expect for its cause. Messages say what was asked, what was found, what is
+allowed and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterFileError",
+    "AdapterIOError",
+    "AdapterStateError",
+    "ArgumentError",
+    "ArgumentTypeError",
+    "DishaError",
+    "MergeError",
+    "TargetError",
+]
+
+
+class DishaError(Exception):
+    """Base of everything that the library raises on purpose.
+
+    Example:
+        >>> import disha
+        >>> from torch import nn
+        >>> try:
+        ...     disha.inject_adapters(nn.Linear(4, 4), "all-linear", r=0)
+        ... except disha.DishaError as error:
+        ...     print(error)
+        r must be at least 1, got 0
+    """
+
+
+class ArgumentError(DishaError, ValueError):
+    """An argument has a value that is not allowed."""
+
+
+class ArgumentTypeError(DishaError, TypeError):
+    """An argument is of a type that is not allowed."""
+
+
+class TargetError(ArgumentError):
+    """The modules asked for can't be adapted, or none of them is there."""
+
+
+class AdapterStateError(DishaError, ValueError):
+    """A state dict does not fit the adapter it is loaded into."""
+
+
+class AdapterFileError(DishaError, ValueError):
+    """A file is not a valid adapter file, or not one for this model."""
+
+
+class AdapterIOError(DishaError, OSError):
+    """A file could not be read or written."""
+
+
+class MergeError(DishaError, RuntimeError):
+    """The operation does not go with merged weights, or merging is not possible."""

@@ -1,0 +1,376 @@
+"""The mathematics of dimension-sharded adapters, as pure functions of tensors.
+
+Notation, for a linear layer with weight W (out, in), input x (..., in), rank r and
+n = ceil(in / r) input shards:
+
+- shard sum: S(x)[j] = sum over b of x[b r + j], a tensor (..., r);
+- Bone, block D (r, out): dW[o, i] = D[i mod r, o], so that dW x = S(x) D;
+- tile, block D (r, r_out) where r_out divides out: dW[o, i] = D[i mod r, o mod r_out];
+- BAT, block D (ceil(out / r), r, r): with W cut into r x r tiles W_ab (output block a, input
+  block b), dW_ab = W_ab D_a + D_a.
+
+Sizes that r does not divide are zero-padded to the next multiple and cropped afterwards.
+A runtime scale s multiplies dW. Everything here is differentiable by autograd and knows no module.
+
+Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
+and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from disha.errors import ArgumentError
+
+__all__ = [
+    "bat_delta_weight",
+    "bat_forward",
+    "bat_unmerge",
+    "bone_delta",
+    "bone_delta_weight",
+    "bone_forward",
+    "bone_lora_factors",
+    "bone_unmerge",
+    "merged_weight",
+    "shard_count",
+    "shard_sum",
+]
+
+Scale = float | Tensor
+
+
+def shard_count(features: int, r: int) -> int:
+    """Return ceil(features / r): how many shards of r cover a dimension.
+
+    Args:
+        features: size of the dimension.
+        r: size of one shard.
+
+    Example:
+        >>> from disha.functional import shard_count
+        >>> shard_count(10, 4)
+        3
+    """
+    return -(-features // r)
+
+
+def _pad_to_multiple(x: Tensor, r: int, dim: int) -> Tensor:
+    """Zero-pad `dim` (negative) of x at its end to a multiple of r."""
+    missing = -x.shape[dim] % r
+    if not missing:
+        return x
+    return F.pad(x, (0, 0) * (-dim - 1) + (0, missing))
+
+
+def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum the shards of the last dimension: S(x)[j] = sum over b of x[b r + j].
+
+    Args:
+        x: tensor (..., in).
+        r: shard size, from 1 to in.
+        dtype: dtype to accumulate in and return; x's own by default.
+
+    Returns:
+        Tensor (..., r).
+
+    Source: arXiv 2409.15371, section 3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import shard_sum
+        >>> shard_sum(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), r=2)
+        tensor([9., 6.])
+    """
+    # reduce(x, "... (b r) -> ... r", "sum"), natively: this is the hot path
+    padded = _pad_to_multiple(x, r, dim=-1)
+    shards = padded.reshape(*x.shape[:-1], padded.shape[-1] // r, r)
+    return torch.sum(shards, dim=-2, dtype=dtype)
+
+
+def _repeat_tile(x: Tensor, out_features: int) -> Tensor:
+    """Repeat the last dimension (r_out) until it is out_features long."""
+    r_out = x.shape[-1]
+    if r_out == out_features:
+        return x
+    return repeat(x, "... r_out -> ... (a r_out)", a=out_features // r_out)
+
+
+def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) -> Tensor:
+    """Return what a Bone (or tile) block adds to the layer's output: s * S(x) D, tiled.
+
+    Args:
+        x: input (..., in).
+        block: D, (r, out_features) for Bone or (r, r_out) for a tile.
+        out_features: size of the layer's output; a multiple of the block's second size.
+        scale: runtime scale s, a number or a 0-dim tensor.
+
+    Returns:
+        Tensor (..., out_features), in the block's dtype (autocast aside).
+
+    Source: arXiv 2409.15371, section 3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import bone_delta
+        >>> bone_delta(torch.ones(1, 6), torch.ones(2, 3), out_features=3)
+        tensor([[6., 6., 6.]])
+    """
+    sums = shard_sum(x, block.shape[0], dtype=block.dtype)
+    if isinstance(scale, Tensor) or scale != 1.0:
+        sums = sums * scale  # (..., r): cheaper than scaling D or the output
+    return _repeat_tile(sums @ block, out_features)
+
+
+def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Tensor:
+    """Return dW of a Bone (or tile) block: dW[o, i] = D[i mod r, o mod r_out].
+
+    Args:
+        block: D, (r, out_features) or (r, r_out).
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+
+    Returns:
+        Tensor (out_features, in_features).
+
+    Source: arXiv 2409.15371, section 3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import bone_delta_weight
+        >>> bone_delta_weight(torch.tensor([[1.0], [2.0]]), in_features=5, out_features=1)
+        tensor([[1., 2., 1., 2., 1.]])
+    """
+    r, r_out = block.shape
+    shards, tiles = shard_count(in_features, r), out_features // r_out
+    delta = repeat(block, "r r_out -> (tiles r_out) (shards r)", tiles=tiles, shards=shards)
+    return delta[:, :in_features]
+
+
+def bone_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale = 1.0
+) -> Tensor:
+    """Return y = W x + b + s * S(x) D: a linear layer with one Bone (or tile) block.
+
+    Args:
+        x: input (..., in).
+        weight: W (out, in).
+        bias: b (out,), or None.
+        block: D (r, out) or (r, r_out).
+        scale: runtime scale s.
+
+    Returns:
+        Tensor (..., out), in the dtype that the plain linear layer returns.
+
+    Source: arXiv 2409.15371, section 3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import bone_forward
+        >>> bone_forward(torch.ones(4), torch.zeros(3, 4), None, torch.ones(2, 3), scale=0.5)
+        tensor([2., 2., 2.])
+    """
+    y = F.linear(x, weight, bias)
+    return y + bone_delta(x, block, weight.shape[0], scale).to(y.dtype)
+
+
+def bone_unmerge(merged: Tensor, block: Tensor, scale: float = 1.0) -> Tensor:
+    """Return W = W' - s * dW, undoing a Bone (or tile) merge up to rounding.
+
+    `disha.unmerge_adapters` does not use this: it keeps the original and is exact. This is for
+    weights that come merged from elsewhere.
+
+    Args:
+        merged: W' (out, in).
+        block: D (r, out) or (r, r_out).
+        scale: the scale that was merged.
+
+    Returns:
+        Tensor (out, in), of merged's dtype.
+
+    Source: arXiv 2409.15371, section 3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import bone_unmerge
+        >>> bone_unmerge(torch.ones(3, 4), torch.ones(2, 3))
+        tensor([[0., 0., 0., 0.],
+                [0., 0., 0., 0.],
+                [0., 0., 0., 0.]])
+    """
+    out_features, in_features = merged.shape
+    delta = bone_delta_weight(block, in_features, out_features)
+    return merged_weight(merged, [(delta, -scale)])
+
+
+def bone_lora_factors(block: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """Return the LoRA factors A, B of a Bone (or tile) block: dW = B A, without loss.
+
+    A = [I_r I_r ... I_r] cropped to (r, in), B = D^T (for a tile D^T repeated along the output):
+    Bone is exactly a LoRA of rank r with alpha = r.
+
+    Args:
+        block: D (r, out) or (r, r_out).
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+
+    Returns:
+        A (r, in_features) and B (out_features, r), contiguous, of the block's dtype.
+
+    Source: arXiv 2409.15371, section 3; Hu et al., "LoRA", arXiv 2106.09685.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import bone_lora_factors
+        >>> A, B = bone_lora_factors(torch.tensor([[3.0], [4.0]]), in_features=5, out_features=1)
+        >>> B @ A
+        tensor([[3., 4., 3., 4., 3.]])
+    """
+    r = block.shape[0]
+    identity = torch.eye(r, dtype=block.dtype, device=block.device)
+    shards = shard_count(in_features, r)
+    lora_a = repeat(identity, "r j -> r (shards j)", shards=shards)[:, :in_features]
+    lora_b = _repeat_tile(block, out_features).T
+    return lora_a.contiguous(), lora_b.contiguous()
+
+
+def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
+    """Return dW of a BAT block: dW_ab = W_ab D_a + D_a for every r x r tile of W.
+
+    Args:
+        weight: W (out, in), the original.
+        block: D (ceil(out / r), r, r).
+
+    Returns:
+        Tensor (out, in), in float32 or, if W or D is wider, in float64: rounding dW to 16 bits
+        and then W + dW again would round twice.
+
+    Source: arXiv 2409.15371, section 3.3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import bat_delta_weight
+        >>> bat_delta_weight(torch.eye(2), 3.0 * torch.eye(2)[None])
+        tensor([[6., 0.],
+                [0., 6.]])
+    """
+    out_features, in_features = weight.shape
+    r = block.shape[-1]
+    dtype = _merge_dtype(torch.promote_types(weight.dtype, block.dtype))
+    weight, block = weight.to(dtype), block.to(dtype)
+    padded = _pad_to_multiple(_pad_to_multiple(weight, r, dim=-1), r, dim=-2)
+    # row-major (a i) (b k) is already "a (i b) k": one batched product, no permutation
+    tiles = padded.reshape(block.shape[0], -1, r)
+    product = rearrange(torch.bmm(tiles, block), "a (i b) j -> a i b j", i=r)
+    delta = product + rearrange(block, "a i j -> a i 1 j")
+    return rearrange(delta, "a i b j -> (a i) (b j)")[:out_features, :in_features]
+
+
+def bat_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale = 1.0
+) -> Tensor:
+    """Return y = (W + s * dW) x + b: a linear layer with one BAT block.
+
+    Args:
+        x: input (..., in).
+        weight: W (out, in).
+        bias: b (out,), or None.
+        block: D (ceil(out / r), r, r).
+        scale: runtime scale s.
+
+    Returns:
+        Tensor (..., out), in the dtype that the plain linear layer returns.
+
+    Source: arXiv 2409.15371, section 3.3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import bat_forward
+        >>> bat_forward(torch.ones(2), torch.eye(2), None, torch.eye(2)[None])
+        tensor([3., 3.])
+    """
+    return F.linear(x, merged_weight(weight, [(bat_delta_weight(weight, block), scale)]), bias)
+
+
+def bat_unmerge(merged: Tensor, block: Tensor, scale: float = 1.0) -> Tensor:
+    """Return W from W' = W + s (W D + D), tile by tile: W = (W' - s D)(I + s D)^-1.
+
+    Lossy where I + s D is near singular. `disha.unmerge_adapters` does not use this: it keeps
+    the original and is exact. This is for weights that come merged from elsewhere.
+
+    Args:
+        merged: W' (out, in).
+        block: D (ceil(out / r), r, r).
+        scale: the scale that was merged.
+
+    Returns:
+        Tensor (out, in), of merged's dtype; computed in float32 (float64 for float64).
+
+    Raises:
+        ArgumentError: I + s D is singular for some block, so that W is lost.
+
+    Source: arXiv 2409.15371, section 3.3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import bat_unmerge
+        >>> bat_unmerge(torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.eye(2)[None])
+        tensor([[1.0000, 0.5000],
+                [0.5000, 1.0000]])
+    """
+    out_features, in_features = merged.shape
+    r = block.shape[-1]
+    dtype = _merge_dtype(merged.dtype)
+    # A ragged last row block is zero-padded in W, not in W': the padding's rows of W' are s D's,
+    # and so are cropped away again. A ragged last column shard is cropped in W' and lost to the
+    # inverse, so it is solved for on its own below.
+    update = block.to(dtype) * scale
+    affine = torch.eye(r, dtype=dtype, device=merged.device) + update
+    padded = _pad_to_multiple(merged.to(dtype), r, dim=-2)
+    whole = in_features - in_features % r
+    parts = []
+    for columns, width in ((padded[:, :whole], r), (padded[:, whole:], in_features % r)):
+        if not width or not columns.shape[1]:
+            continue
+        tiles = rearrange(columns, "(a i) (b k) -> a i b k", i=r, k=width)
+        shifted = tiles - rearrange(update[:, :, :width], "a i k -> a i 1 k")
+        right = rearrange(shifted, "a i b k -> a (i b) k")
+        solved, info = torch.linalg.solve_ex(affine[:, :width, :width], right, left=False)
+        if info.any():
+            raise ArgumentError(
+                "bat_unmerge: I + scale * D is singular for at least one output block, so the "
+                "original weight can't be recovered from the merged one; load the original instead"
+            )
+        parts.append(rearrange(solved, "a (i b) k -> (a i) (b k)", i=r))
+    return torch.cat(parts, dim=1)[:out_features].to(merged.dtype)
+
+
+def _merge_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Tensor:
+    """Return W + sum of s * dW, computed in float32 (float64 for float64) and rounded once.
+
+    Args:
+        weight: W.
+        deltas: pairs of dW (W's shape) and its scale s.
+
+    Returns:
+        Tensor of W's shape and dtype; W itself where there are no deltas.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import merged_weight
+        >>> merged_weight(torch.ones(2), [(torch.ones(2), 0.5), (torch.ones(2), 2.0)])
+        tensor([3.5000, 3.5000])
+    """
+    dtype = _merge_dtype(weight.dtype)
+    total = weight.to(dtype)
+    for delta, scale in deltas:
+        total = total + delta.to(dtype) * scale
+    return total.to(weight.dtype)
