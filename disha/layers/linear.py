@@ -1,0 +1,376 @@
+"""Adapted linear layers: what `inject_adapters` makes of an `nn.Linear`, and two from birth.
+
+y = (W + sum of s dW over the BAT blocks) x + b + sum of s S(x) D over the Bone blocks.
+
+Each dW comes from the original W, so several adapters add up in any order.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from disha import functional
+from disha.config import AdapterConfig, check_adapter_name
+from disha.errors import ArgumentError, ArgumentTypeError
+from disha.freezing import set_requires_grad
+from disha.layers.adapted import AdaptedLayer, Geometry, attach
+from disha.layers.blocks import Bat, Block
+
+__all__ = ["AdaptedLinear", "BatLinear", "BoneLinear"]
+
+
+class AdaptedLinear(AdaptedLayer, nn.Linear):
+    """An `nn.Linear` with adapters; `inject_adapters` turns linear layers into it."""
+
+    base_class = nn.Linear
+    original_class = nn.Linear
+
+    @classmethod
+    def geometry(cls, module: nn.Module) -> Geometry:
+        """Return in_features and out_features."""
+        assert isinstance(module, nn.Linear)
+        return Geometry(module.in_features, module.out_features)
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        """Return why `module` can't be adapted, or None if it can."""
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, UninitializedParameter):
+            return "its weight is not initialised yet; run the model once before injecting"
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return "its weight is not a floating-point tensor"
+        geometry = cls.geometry(module)
+        expected = (geometry.out_features, geometry.in_features)
+        if weight.shape != expected:
+            return f"its weight has shape {tuple(weight.shape)}, not (out, in) = {expected}"
+        return None
+
+    @classmethod
+    def block_shape(
+        cls, geometry: Geometry, method: str, r: int, r_out: int | None
+    ) -> tuple[int, ...]:
+        """Return (r, out) for Bone, (r, r_out) for a tile, (ceil(out / r), r, r) for BAT."""
+        if method == Bat.method:
+            return (functional.shard_count(geometry.out_features, r), r, r)
+        return (r, geometry.out_features if r_out is None else r_out)
+
+    def delta_weight(self, block: Block) -> Tensor:
+        """Return dW (out, in) of a block of this layer, without its scale."""
+        if isinstance(block, Bat):
+            return functional.bat_delta_weight(self.base_weight, block.block)
+        return functional.bone_delta_weight(block.block, self.in_features, self.out_features)
+
+    def delta_output(self, block: Block, input: Tensor) -> Tensor:
+        """Return what a block adds to the output for `input`, scaled and with its dropout."""
+        x, scale = block.dropped(input), block.current_scale()
+        if isinstance(block, Bat):
+            delta = self.delta_weight(block)
+            return F.linear(x.to(delta.dtype), delta) * scale
+        return functional.bone_delta(x, block.block, self.out_features, scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output (..., out) for an input (..., in), adapters applied."""
+        acting = self.disha.acting()
+        # A BAT block changes the weight that is multiplied; one that drops a part of its input
+        # can't, as its input is no longer the layer's.
+        folded = [block for block in acting if isinstance(block, Bat) and not block.drops]
+        if folded:
+            deltas = [(self.delta_weight(block), block.current_scale()) for block in folded]
+            output = F.linear(input, functional.merged_weight(self.weight, deltas), self.bias)
+        else:
+            output = super().forward(input)
+        for block in acting:
+            if block not in folded:
+                output = output + self.delta_output(block, input).to(output.dtype)
+        return output
+
+    def reset_parameters(self) -> None:
+        """Draw the base weight and bias anew, and set every block to its initial values."""
+        super().reset_parameters()
+        adapters = self._modules.get("disha")  # not there yet while nn.Linear constructs itself
+        if adapters is not None:
+            for adapter in self.disha:
+                self.disha[adapter].reset_parameters()
+
+
+AdaptedLinear.layer_kind = AdaptedLinear
+
+
+def _give_birth(
+    layer: AdaptedLinear, adapter: str, config: AdapterConfig, block_dtype: torch.dtype | None
+) -> None:
+    """Attach the first adapter to a layer that is constructed with it."""
+    check_adapter_name(adapter)
+    misfit = type(layer).misfit(type(layer).geometry(layer), config.r, config.r_out)
+    if misfit is not None:
+        raise ArgumentError(f"{type(layer).__name__}: {misfit}")
+    attach(layer)
+    layer.disha.add(adapter, type(layer).make_block(layer, config, config.r, block_dtype))
+    layer.disha.activate((adapter,))
+
+
+def _freeze_base(linear: nn.Linear) -> None:
+    for name in ("weight", "bias"):
+        set_requires_grad(linear, name, False)
+
+
+def _require_linear(cls: type[AdaptedLinear], linear: object) -> nn.Linear:
+    if isinstance(linear, AdaptedLayer):
+        raise ArgumentError(
+            f"{cls.__name__}.from_linear got a layer that is adapted already; "
+            "use inject_adapters to add another adapter"
+        )
+    if type(linear) is not nn.Linear:
+        raise ArgumentTypeError(
+            f"{cls.__name__}.from_linear takes a plain nn.Linear, got {type(linear).__name__}; "
+            "inject_adapters adapts subclasses with a forward of their own"
+        )
+    if linear._parameters.get("weight") is None:
+        raise ArgumentTypeError(
+            f"{cls.__name__}.from_linear shares the weight, but this layer computes its own from "
+            "other parameters (torch.nn.utils.weight_norm, say); remove that first"
+        )
+    return linear
+
+
+L = TypeVar("L", bound=AdaptedLinear)
+
+
+def _share_parameters(cls: type[L], linear: nn.Linear) -> L:
+    """Return an instance of `cls` around the very parameters of `linear`, no adapter yet."""
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = linear.in_features, linear.out_features
+    layer.weight = linear.weight
+    layer.register_parameter("bias", linear._parameters["bias"])  # may be None
+    return layer.train(linear.training)
+
+
+class BoneLinear(AdaptedLinear):
+    """A linear layer with a Bone (or tile) adapter from birth: y = W x + b + s * S(x) D.
+
+    A drop-in `nn.Linear`. The base weight and bias are frozen, unless `freeze=False`; the block
+    starts at zero, so that the layer starts as the plain one.
+
+    Args:
+        in_features: size of the input's last dimension.
+        out_features: size of the output's last dimension.
+        bias: whether to add b.
+        device: where to create the parameters.
+        dtype: what to create them in.
+        r: shard size, from 1 to in_features.
+        r_out: size of the output shard, which divides out_features; makes the block a tile.
+        adapter: the adapter's name.
+        dropout: probability of zeroing each of the adapter's inputs in training.
+        scale: runtime scale s.
+        block_dtype: dtype of the block; the weight's by default.
+        init: `"zeros"` or `"kaiming"`.
+        freeze: whether W and b stop requiring gradients.
+
+    Shape:
+        Input (..., in_features), output (..., out_features).
+
+    Raises:
+        ArgumentError: a value is out of range, or r or r_out does not fit.
+        ArgumentTypeError: a value is of the wrong type.
+
+    Source: arXiv 2409.15371, section 3.
+
+    Example:
+        >>> import torch
+        >>> from disha import BoneLinear
+        >>> layer = BoneLinear(16, 32, r=4)
+        >>> layer(torch.randn(8, 16)).shape
+        torch.Size([8, 32])
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['disha.default.bone_block']
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int,
+        r_out: int | None = None,
+        adapter: str = "default",
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        block_dtype: torch.dtype | None = None,
+        init: str = "zeros",
+        freeze: bool = True,
+    ) -> None:
+        config = AdapterConfig(
+            r, None, "bone", r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
+        )
+        super().__init__(in_features, out_features, bias, device, dtype)
+        _give_birth(self, adapter, config, block_dtype)
+        if freeze:
+            _freeze_base(self)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int,
+        r_out: int | None = None,
+        adapter: str = "default",
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        block_dtype: torch.dtype | None = None,
+        init: str = "zeros",
+        freeze: bool = True,
+    ) -> BoneLinear:
+        """Return a BoneLinear that shares the weight and bias of `linear`.
+
+        Args:
+            linear: a plain `nn.Linear`; its parameters are frozen too, being the same objects,
+                unless `freeze=False`.
+            r: shard size.
+            r_out: size of the output shard.
+            adapter: the adapter's name.
+            dropout: probability of zeroing each of the adapter's inputs in training.
+            scale: runtime scale s.
+            block_dtype: dtype of the block; the weight's by default.
+            init: `"zeros"` or `"kaiming"`.
+            freeze: whether W and b stop requiring gradients.
+
+        Raises:
+            ArgumentTypeError: `linear` is no plain `nn.Linear`.
+            ArgumentError: a value is out of range, or r or r_out does not fit.
+
+        Example:
+            >>> from torch import nn
+            >>> from disha import BoneLinear
+            >>> linear = nn.Linear(16, 32)
+            >>> BoneLinear.from_linear(linear, r=4).weight is linear.weight
+            True
+        """
+        config = AdapterConfig(
+            r, None, "bone", r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
+        )
+        layer = _share_parameters(cls, _require_linear(cls, linear))
+        _give_birth(layer, adapter, config, block_dtype)
+        if freeze:
+            _freeze_base(layer)
+        return layer
+
+
+class BatLinear(AdaptedLinear):
+    """A linear layer with a BAT adapter from birth: y = (W + s dW) x + b, dW_ab = W_ab D_a + D_a.
+
+    A drop-in `nn.Linear`. The base weight and bias are frozen, unless `freeze=False`; the block
+    starts at zero, so that the layer starts as the plain one.
+
+    Args:
+        in_features: size of the input's last dimension.
+        out_features: size of the output's last dimension.
+        bias: whether to add b.
+        device: where to create the parameters.
+        dtype: what to create them in.
+        r: shard size, from 1 to in_features.
+        adapter: the adapter's name.
+        dropout: probability of zeroing each of the adapter's inputs in training. It costs a
+            second product of full size, as the adapter's input is then not the layer's.
+        scale: runtime scale s.
+        block_dtype: dtype of the block; the weight's by default.
+        init: `"zeros"` or `"kaiming"`.
+        freeze: whether W and b stop requiring gradients.
+
+    Shape:
+        Input (..., in_features), output (..., out_features).
+
+    Raises:
+        ArgumentError: a value is out of range, or r does not fit.
+        ArgumentTypeError: a value is of the wrong type.
+
+    Source: arXiv 2409.15371, section 3.3.
+
+    Example:
+        >>> import torch
+        >>> from disha import BatLinear
+        >>> layer = BatLinear(16, 32, r=4)
+        >>> layer(torch.randn(8, 16)).shape
+        torch.Size([8, 32])
+        >>> layer.disha["default"].bat_block.shape
+        torch.Size([8, 4, 4])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int,
+        adapter: str = "default",
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        block_dtype: torch.dtype | None = None,
+        init: str = "zeros",
+        freeze: bool = True,
+    ) -> None:
+        config = AdapterConfig(
+            r, None, "bat", dropout=dropout, scale=scale, dtype=block_dtype, init=init
+        )
+        super().__init__(in_features, out_features, bias, device, dtype)
+        _give_birth(self, adapter, config, block_dtype)
+        if freeze:
+            _freeze_base(self)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int,
+        adapter: str = "default",
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        block_dtype: torch.dtype | None = None,
+        init: str = "zeros",
+        freeze: bool = True,
+    ) -> BatLinear:
+        """Return a BatLinear that shares the weight and bias of `linear`.
+
+        Args:
+            linear: a plain `nn.Linear`; its parameters are frozen too, being the same objects,
+                unless `freeze=False`.
+            r: shard size.
+            adapter: the adapter's name.
+            dropout: probability of zeroing each of the adapter's inputs in training.
+            scale: runtime scale s.
+            block_dtype: dtype of the block; the weight's by default.
+            init: `"zeros"` or `"kaiming"`.
+            freeze: whether W and b stop requiring gradients.
+
+        Raises:
+            ArgumentTypeError: `linear` is no plain `nn.Linear`.
+            ArgumentError: a value is out of range, or r does not fit.
+
+        Example:
+            >>> from torch import nn
+            >>> from disha import BatLinear
+            >>> linear = nn.Linear(16, 32)
+            >>> BatLinear.from_linear(linear, r=4).weight is linear.weight
+            True
+        """
+        config = AdapterConfig(
+            r, None, "bat", dropout=dropout, scale=scale, dtype=block_dtype, init=init
+        )
+        layer = _share_parameters(cls, _require_linear(cls, linear))
+        _give_birth(layer, adapter, config, block_dtype)
+        if freeze:
+            _freeze_base(layer)
+        return layer

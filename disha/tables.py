@@ -1,0 +1,39 @@
+"""Plain-text tables for what the library prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["table"]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table with aligned columns: the first to the left, others to the right if numbers.
+
+    Args:
+        header: titles of the columns.
+        rows: cells, one per column.
+
+    Example:
+        >>> from disha.tables import table
+        >>> print(table(("name", "n"), [("a", 1), ("bc", 23)]))
+        name   n
+        a      1
+        bc    23
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    columns = list(zip(header, *cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [i > 0 and all(map(_is_number, column[1:])) for i, column in enumerate(columns)]
+    lines = []
+    for row in [list(header), *cells]:
+        aligned = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "").replace("-", "").isdigit() or cell in ("", "-")

@@ -1,0 +1,143 @@
+"""The walk through a model: every module once, under its clean name.
+
+A clean name is what a module is called in the model as its author wrote it: what `torch.compile`,
+DDP, FSDP and checkpoint wrappers put around modules is left out, so that targets match and files
+come out the same, wrapped or not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from disha.errors import ArgumentError, ArgumentTypeError
+from disha.layers.adapted import CHILD_NAME, AdaptedLayer, Adapters
+
+__all__ = [
+    "ModuleNames",
+    "adapted_layers",
+    "adapter_names",
+    "join",
+    "module_names",
+    "require_adapter",
+    "require_model",
+    "wrapped_for_distribution",
+]
+
+ModuleNames = dict[nn.Module, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class _Wrapper:
+    """A class that holds the wrapped module as its child `child`."""
+
+    module: str
+    name: str
+    child: str
+    distributes: bool
+
+    def holds(self, module: nn.Module) -> bool:
+        # Looked up among what is imported: whoever wrapped the model imported the wrapper, and
+        # importing it here could take seconds.
+        imported = sys.modules.get(self.module)
+        cls = getattr(imported, self.name, None)
+        return cls is not None and isinstance(module, cls)
+
+
+_WRAPPERS = (
+    _Wrapper("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod", False),
+    _Wrapper(
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        "_checkpoint_wrapped_module",
+        False,
+    ),
+    _Wrapper("torch.nn.parallel.distributed", "DistributedDataParallel", "module", True),
+    _Wrapper("torch.nn.parallel.data_parallel", "DataParallel", "module", True),
+    _Wrapper(
+        "torch.distributed.fsdp.fully_sharded_data_parallel",
+        "FullyShardedDataParallel",
+        "_fsdp_wrapped_module",
+        True,
+    ),
+    _Wrapper("torch.distributed.fsdp", "FSDPModule", "", True),
+)
+
+
+def join(prefix: str, name: str) -> str:
+    """Return `prefix.name`, or the one that is not empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def module_names(model: nn.Module) -> ModuleNames:
+    """Return every module of the model with its clean names, first the one it goes by.
+
+    A module that is reached by several ways has a name for each. Adapters are left out.
+    """
+    names: ModuleNames = {}
+    _collect(model, "", names, on_path=set())
+    return names
+
+
+def _collect(module: nn.Module, name: str, names: ModuleNames, on_path: set[nn.Module]) -> None:
+    if isinstance(module, Adapters) or module in on_path:
+        return
+    names[module] = (*names.get(module, ()), name)
+    on_path.add(module)
+    transparent = _wrapped_child(module)
+    for child_name, child in module._modules.items():
+        if child is not None:
+            below = name if child_name == transparent else join(name, child_name)
+            _collect(child, below, names, on_path)
+    on_path.remove(module)
+
+
+def _wrapped_child(module: nn.Module) -> str | None:
+    for wrapper in _WRAPPERS:
+        if wrapper.child and wrapper.holds(module):
+            return wrapper.child
+    return None
+
+
+def wrapped_for_distribution(names: ModuleNames) -> nn.Module | None:
+    """Return a module of the model that DDP or FSDP wraps, or None."""
+    for module in names:
+        if any(wrapper.distributes and wrapper.holds(module) for wrapper in _WRAPPERS):
+            return module
+    return None
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Iterate over the adapted layers of the model, each once, with its clean name."""
+    for module, (name, *_) in module_names(require_model(model)).items():
+        if isinstance(module, AdaptedLayer) and CHILD_NAME in module._modules:
+            yield name, module
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return the names of the adapters in the model, in the order they are met."""
+    return list(dict.fromkeys(name for _, layer in adapted_layers(model) for name in layer.disha))
+
+
+def require_adapter(model: nn.Module, adapter: str) -> list[tuple[str, AdaptedLayer]]:
+    """Return the layers that have the adapter, with their clean names.
+
+    Raises:
+        ArgumentError: no layer has it.
+    """
+    layers = [(name, layer) for name, layer in adapted_layers(model) if adapter in layer.disha]
+    if not layers:
+        known = adapter_names(model)
+        found = f"it has {', '.join(map(repr, known))}" if known else "it has none"
+        raise ArgumentError(f"the model has no adapter {adapter!r}; {found}")
+    return layers
+
+
+def require_model(model: object) -> nn.Module:
+    """Return `model` if it is a module, else raise."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    return model
