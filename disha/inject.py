@@ -1,0 +1,800 @@
+"""Plan, inject, remove: the only code that changes a model's structure."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from disha import freezing
+from disha.config import ALL_LINEAR, AdapterConfig, as_patterns, check_adapter_name
+from disha.errors import ArgumentError, ArgumentTypeError, TargetError
+from disha.layers import BYPASSED_CHILDREN, AdaptedLayer, layer_kind_of
+from disha.layers.adapted import adapt, refuse_merged, restore
+from disha.tables import table
+from disha.tree import (
+    ModuleNames,
+    adapted_layers,
+    adapter_names,
+    join,
+    module_names,
+    require_adapter,
+    require_model,
+    wrapped_for_distribution,
+)
+
+__all__ = [
+    "LayerRequest",
+    "Plan",
+    "PlannedLayer",
+    "SkippedModule",
+    "adapter_parameters",
+    "apply_plan",
+    "inject_adapters",
+    "mark_only_adapters_trainable",
+    "parameter_owners",
+    "plan_adapters",
+    "plan_layers",
+    "remove_adapters",
+]
+
+Target = str | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer that will be adapted, and the block it will get."""
+
+    name: str
+    type_name: str
+    method: str
+    r: int
+    r_out: int | None
+    in_features: int
+    out_features: int
+    parameters: int
+    module: nn.Module = field(repr=False, compare=False)
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class LayerRequest:
+    """A layer to adapt by name, with the sizes it must have."""
+
+    name: str
+    r: int
+    in_features: int
+    out_features: int
+    block_shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class SkippedModule:
+    """A module that was asked for and will not be adapted, and why."""
+
+    name: str
+    type_name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an injection would do; `print(plan)` shows it as a table.
+
+    Attributes:
+        adapter: the adapter's name.
+        config: its configuration.
+        freeze: whether all other parameters are frozen.
+        layers: the layers that would be adapted.
+        skipped: the modules that were asked for and would not be, with reasons.
+        also_train: clean names of the parameters to be trained and saved with the adapter.
+        added: parameters in the new blocks.
+        trainable: parameters that would require gradients afterwards, in the whole model.
+        total: parameters of the model afterwards, blocks included.
+    """
+
+    adapter: str
+    config: AdapterConfig
+    freeze: bool
+    layers: tuple[PlannedLayer, ...]
+    skipped: tuple[SkippedModule, ...]
+    also_train: tuple[str, ...]
+    added: int
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters as a percentage of all."""
+        return 100.0 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        rows = [
+            (p.name or "(the model)", p.method, p.r, f"{p.in_features} -> {p.out_features}",
+             f"{p.parameters:,}")
+            for p in self.layers
+        ]  # fmt: skip
+        lines = [table(("layer", "method", "r", "in -> out", "parameters"), rows)]
+        for skipped in self.skipped:
+            lines.append(f"skipped {skipped.name} ({skipped.type_name}): {skipped.reason}")
+        if self.also_train:
+            lines.append(f"also trained: {', '.join(self.also_train)}")
+        lines.append(
+            f"adapter {self.adapter!r}: {len(self.layers)} layers, {self.added:,} parameters; "
+            f"trainable {self.trainable:,} of {self.total:,} ({self.percent:.3f}%)"
+        )
+        return "\n".join(lines)
+
+
+def plan_adapters(
+    model: nn.Module,
+    target_regex: Target,
+    r: int,
+    *,
+    method: str = "bone",
+    r_out: int | None = None,
+    adapter: str = "default",
+    exclude: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    dropout: float = 0.0,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    init: str = "zeros",
+    freeze: bool = True,
+    also_train: str | Sequence[str] | None = None,
+) -> Plan:
+    """Return what `inject_adapters` would do with the same arguments; change nothing.
+
+    Args:
+        model: any model.
+        target_regex: as for `inject_adapters`, and so are all that follow.
+        r: shard size.
+        method: `"bone"` or `"bat"`.
+        r_out: size of the output shard.
+        adapter: the adapter's name.
+        exclude: regexes of names to leave out.
+        rank_pattern: regex -> r.
+        dropout: the blocks' dropout.
+        scale: runtime scale.
+        dtype: dtype of the blocks.
+        init: how blocks start.
+        freeze: whether everything else would be frozen.
+        also_train: regexes of parameters to train too.
+
+    Raises:
+        DishaError: everything that `inject_adapters` would raise.
+
+    Example:
+        >>> from torch import nn
+        >>> import disha
+        >>> plan = disha.plan_adapters(nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)), ".", r=2)
+        >>> print(plan)
+        layer  method  r  in -> out  parameters
+        0      bone    2  8 -> 4              8
+        skipped 1 (LayerNorm): no layer kind adapts LayerNorm
+        adapter 'default': 1 layers, 8 parameters; trainable 8 of 52 (15.385%)
+    """
+    config = AdapterConfig(
+        r=r,
+        target=target_regex if isinstance(target_regex, str) else None,
+        method=method,
+        r_out=r_out,
+        exclude=as_patterns("exclude", exclude),
+        rank_pattern=rank_pattern or {},
+        dropout=dropout,
+        scale=scale,
+        dtype=dtype,
+        init=init,
+        also_train=as_patterns("also_train", also_train),
+    )
+    names = _changeable(require_model(model), adapter)
+    selected = _select(names, _as_predicate(target_regex, names))
+    candidates, skipped = _divide(selected, names, config, target_regex)
+    layers = tuple(_planned(name, module, config) for name, module in candidates)
+    _check_rank_pattern(config, layers)
+    _check_sizes(config, layers)
+    parameters = _match_parameters(config.also_train, names)
+    return _counted_plan(
+        names, adapter, config, freeze, layers, skipped, tuple(name for name, _, _ in parameters)
+    )
+
+
+def inject_adapters(
+    model: nn.Module,
+    target_regex: Target,
+    r: int,
+    *,
+    method: str = "bone",
+    r_out: int | None = None,
+    adapter: str = "default",
+    exclude: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    dropout: float = 0.0,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    init: str = "zeros",
+    freeze: bool = True,
+    also_train: str | Sequence[str] | None = None,
+) -> nn.Module:
+    """Adapt every layer whose name matches; return the same model.
+
+    The modules stay the same objects, and the model computes what it did until a block has
+    trained. A second call with another `adapter` adds that one and makes it the active one.
+
+    Args:
+        model: any model, compiled or not, but not yet wrapped by DDP or FSDP.
+        target_regex: regex that is searched (`re.search`) in the dotted names of modules; or a
+            predicate `(name, module) -> bool`; or `"all-linear"`, every linear layer except an
+            output head tied to an embedding.
+        r: shard size, at most the in_features of every target.
+        method: `"bone"`, or `"bat"`, which is stronger and costs more.
+        r_out: size of the output shard, dividing the out_features of every target; makes Bone a
+            tile with r x r_out parameters.
+        adapter: the new adapter's name: not empty, without a dot.
+        exclude: regex, or several, of names to leave out.
+        rank_pattern: regex of names -> r for those layers; the first that is found wins.
+        dropout: probability of zeroing each of an adapter's inputs in training.
+        scale: runtime scale s; `set_adapter_scale` changes it later.
+        dtype: dtype of the blocks; each weight's own by default.
+        init: `"zeros"`, or `"kaiming"` for blocks that act at once.
+        freeze: freeze all parameters that belong to no adapter and are not named by `also_train`.
+            Flags come back with `remove_adapters`.
+        also_train: regex, or several, of parameter names (`"norm.*weight"`, say) that are trained
+            and saved with the adapter.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TargetError: nothing adaptable matches, a layer can't be adapted without its owner
+            bypassing the adapter, or the model is wrapped by DDP or FSDP.
+        ArgumentError: a value is not allowed, r or r_out does not fit a layer, the adapter's name
+            is taken, or an entry of `exclude`, `rank_pattern` or `also_train` matches nothing.
+        ArgumentTypeError: an argument is of the wrong type.
+        MergeError: adapters are merged.
+
+        The model is unchanged whenever this raises.
+
+    Source: arXiv 2409.15371.
+
+    Example:
+        >>> from torch import nn
+        >>> import disha
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> model is disha.inject_adapters(model, "all-linear", r=4)
+        True
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['0.disha.default.bone_block', '2.disha.default.bone_block']
+    """
+    plan = plan_adapters(
+        model,
+        target_regex,
+        r,
+        method=method,
+        r_out=r_out,
+        adapter=adapter,
+        exclude=exclude,
+        rank_pattern=rank_pattern,
+        dropout=dropout,
+        scale=scale,
+        dtype=dtype,
+        init=init,
+        freeze=freeze,
+        also_train=also_train,
+    )
+    apply_plan(model, plan)
+    return model
+
+
+def plan_layers(
+    model: nn.Module,
+    adapter: str,
+    config: AdapterConfig,
+    requests: Iterable[LayerRequest],
+    also_train: Mapping[str, tuple[int, ...]],
+    freeze: bool,
+) -> Plan:
+    """Plan an adapter for layers that are known by name and size, as a file describes them.
+
+    Args:
+        model: any model.
+        adapter: the adapter's name.
+        config: its configuration; what it says of targets is not looked at.
+        requests: the layers.
+        also_train: clean names of parameters to train too -> their shapes.
+        freeze: whether everything else is frozen.
+
+    Raises:
+        ArgumentError: the name is taken, or layers or parameters are not there or of other sizes;
+            one message lists all of them.
+    """
+    names = _changeable(require_model(model), adapter)
+    by_name = {name: module for module, all_names in names.items() for name in all_names}
+    owners = parameter_owners(names)
+    problems, layers = [], []
+    for request in requests:
+        problem = _unmet(request, config, by_name, names)
+        if problem is None:
+            module = by_name[request.name]
+            layers.append(_planned(names[module][0], module, config, request.r, request.dtype))
+        else:
+            problems.append(f"{request.name or '(the model)'}: {problem}")
+    for full, shape in also_train.items():
+        found = _parameter_shape(owners, full)
+        if found != shape:
+            problems.append(f"parameter {full}: expected shape {shape}, the model has {found}")
+    if problems:
+        shown = "\n".join(problems[:20])
+        more = f"\nand {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ArgumentError(f"the adapter does not fit the model; nothing changed:\n{shown}{more}")
+    return _counted_plan(names, adapter, config, freeze, tuple(layers), (), tuple(also_train))
+
+
+def _unmet(
+    request: LayerRequest,
+    config: AdapterConfig,
+    by_name: Mapping[str, nn.Module],
+    names: ModuleNames,
+) -> str | None:
+    """Return why a requested layer can't be adapted as described, or None."""
+    module = by_name.get(request.name)
+    if module is None:
+        nearest = _nearest(request.name, list(by_name))
+        return f"the model has no such layer; the nearest are {nearest}"
+    obstacle = _obstacle(module)
+    if obstacle is not None:
+        return f"can't be adapted: {obstacle}"
+    owner = _bypassed(names).get(module)
+    if owner is not None:
+        return f"can't be adapted: {owner} reads its weight without calling it"
+    kind = _kind(module)
+    geometry = kind.geometry(module)
+    if (geometry.in_features, geometry.out_features) != (request.in_features, request.out_features):
+        return (
+            f"expected {request.in_features} -> {request.out_features}, "
+            f"the model has {geometry.in_features} -> {geometry.out_features}"
+        )
+    misfit = kind.misfit(geometry, request.r, config.r_out)
+    if misfit is not None:
+        return misfit
+    shape = kind.block_shape(geometry, config.method, request.r, config.r_out)
+    if shape != request.block_shape:
+        return f"expected a block of shape {shape}, found {request.block_shape}"
+    return None
+
+
+def _parameter_shape(
+    owners: Mapping[str, tuple[nn.Module, str]], full: str
+) -> tuple[int, ...] | None:
+    if full not in owners:
+        return None
+    module, name = owners[full]
+    parameter = module._parameters[name]
+    return None if parameter is None or is_lazy(parameter) else tuple(parameter.shape)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Carry out a plan that was just made for this model, wholly or not at all."""
+    kinds = [_kind(layer.module) for layer in plan.layers]
+    blocks = [
+        kind.make_block(layer.module, plan.config, layer.r, layer.dtype)
+        for kind, layer in zip(kinds, plan.layers, strict=True)
+    ]
+    with ExitStack() as undo:
+        for layer, kind, block in zip(plan.layers, kinds, blocks, strict=True):
+            if isinstance(layer.module, AdaptedLayer):
+                adapted = layer.module
+            else:
+                adapted = adapt(layer.module, kind)
+                undo.callback(restore, adapted)
+            adapted.disha.add(plan.adapter, block)
+            undo.callback(adapted.disha.discard, plan.adapter)
+        for _, adapted in adapted_layers(model):
+            undo.callback(adapted.disha.activate, adapted.disha.active)
+            adapted.disha.activate((plan.adapter,))
+        _set_flags(model, plan)
+        undo.pop_all()
+
+
+def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
+    """Remove one adapter, or all; return the same model.
+
+    A layer without any adapter left is again what it was before the first: class, state-dict
+    keys, and, once the model has no adapter at all, every `requires_grad` flag. Removing an
+    active adapter makes no other one active.
+
+    Args:
+        model: a model with adapters.
+        adapter: the one to remove; all by default.
+
+    Raises:
+        ArgumentError: there is no such adapter.
+        MergeError: adapters are merged.
+
+    Example:
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4)
+        >>> type(disha.remove_adapters(model)).__name__, model.weight.requires_grad
+        ('Linear', True)
+    """
+    layers = [layer for _, layer in adapted_layers(model)]
+    refuse_merged(layers, "remove adapters")
+    if adapter is not None:
+        require_adapter(model, adapter)
+    doomed = adapter_names(model) if adapter is None else [adapter]
+    for layer in layers:
+        for name in doomed:
+            layer.disha.discard(name)
+        if not len(layer.disha):
+            restore(layer)
+    for module in module_names(model):
+        for name in doomed:
+            freezing.release(module, name)
+    if not adapter_names(model):
+        for module in module_names(model):
+            freezing.restore_flags(module)
+    return model
+
+
+def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
+    """Iterate over the blocks of all adapters, or of one, each once.
+
+    Args:
+        model: a model with adapters.
+        adapter: the adapter; all by default.
+
+    Raises:
+        ArgumentError: there is no such adapter.
+
+    Example:
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4)
+        >>> [tuple(block.shape) for block in disha.adapter_parameters(model)]
+        [(4, 16)]
+    """
+    if adapter is not None:
+        require_adapter(model, adapter)
+    return (
+        layer.disha[name].block
+        for _, layer in adapted_layers(model)
+        for name in layer.disha
+        if adapter is None or name == adapter
+    )
+
+
+def mark_only_adapters_trainable(model: nn.Module) -> None:
+    """Let all blocks and all `also_train` parameters require gradients, and nothing else.
+
+    Args:
+        model: a model with adapters.
+
+    Raises:
+        ArgumentError: the model has no adapter, so that nothing would train.
+
+    Example:
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4, freeze=False)
+        >>> disha.mark_only_adapters_trainable(model)
+        >>> model.weight.requires_grad
+        False
+    """
+    if not adapter_names(model):
+        raise ArgumentError("the model has no adapter, so nothing would be left to train")
+    names = module_names(model)
+    claimed = {
+        id(module._parameters[name]) for module in names for name in freezing.claimed(module)
+    }
+    for module, name, parameter in _own_parameters(names):
+        if _can_train(parameter):
+            freezing.set_requires_grad(module, name, id(parameter) in claimed)
+    for block in adapter_parameters(model):
+        block.requires_grad_(True)
+
+
+def parameter_owners(names: ModuleNames) -> dict[str, tuple[nn.Module, str]]:
+    """Return clean parameter name -> (module, its name there), each parameter once."""
+    owners: dict[str, tuple[nn.Module, str]] = {}
+    seen: set[int] = set()
+    for module, name, parameter in _own_parameters(names):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            owners[join(names[module][0], name)] = (module, name)
+    return owners
+
+
+# --- what is asked for ---------------------------------------------------------------------------
+
+
+def _changeable(model: nn.Module, adapter: str) -> ModuleNames:
+    """Return the model's names, if an adapter of that name can be added to it."""
+    check_adapter_name(adapter)
+    refuse_merged((layer for _, layer in adapted_layers(model)), "inject adapters")
+    names = module_names(model)
+    wrapped = wrapped_for_distribution(names)
+    if wrapped is not None:
+        raise TargetError(
+            f"the model is wrapped by {type(wrapped).__name__} already, which would not see new "
+            "parameters; inject first, then wrap"
+        )
+    if adapter in adapter_names(model):
+        raise ArgumentError(
+            f"the model has an adapter {adapter!r} already; choose another name, or remove it "
+            f"with remove_adapters(model, {adapter!r})"
+        )
+    return names
+
+
+def _as_predicate(target: object, names: ModuleNames) -> Callable[[nn.Module], bool]:
+    if target == ALL_LINEAR:
+        embeddings = {id(m.weight) for m in names if isinstance(m, nn.Embedding)}
+        return lambda module: (
+            isinstance(module, nn.Linear) and id(getattr(module, "weight", None)) not in embeddings
+        )
+    if isinstance(target, str):
+        search = re.compile(target).search
+        return lambda module: any(search(name) for name in names[module])
+    if callable(target):
+        return lambda module: bool(target(names[module][0], module))
+    raise ArgumentTypeError(
+        f"target_regex must be a regex, {ALL_LINEAR!r} or a predicate (name, module) -> bool, "
+        f"got {target!r} of type {type(target).__name__}"
+    )
+
+
+def _select(
+    names: ModuleNames, predicate: Callable[[nn.Module], bool]
+) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for module, (name, *_) in names.items() if predicate(module)]
+
+
+def _divide(
+    selected: list[tuple[str, nn.Module]],
+    names: ModuleNames,
+    config: AdapterConfig,
+    target: Target,
+) -> tuple[list[tuple[str, nn.Module]], tuple[SkippedModule, ...]]:
+    """Divide the selected modules into those to adapt and those to skip, with reasons."""
+    bypassed = _bypassed(names)
+    used: set[str] = set()
+    candidates, skipped, without_effect = [], [], []
+    for name, module in selected:
+        excluding = [p for p in config.exclude if any(re.search(p, n) for n in names[module])]
+        used.update(excluding)
+        reason = "excluded" if excluding else _obstacle(module)
+        if reason is None and module in bypassed:
+            without_effect.append((name, bypassed[module]))
+        elif reason is None:
+            candidates.append((name, module))
+        elif any(p is not None for p in module._parameters.values()):
+            skipped.append(SkippedModule(name, type(module).__name__, reason))
+    _check_all_used("exclude", config.exclude, used, "no module that the target selects")
+    if without_effect:
+        listing = ", ".join(f"{name} (in {owner})" for name, owner in without_effect)
+        raise TargetError(
+            f"adapters would have no effect in {listing}: the owner reads the layer's weight "
+            "without calling it. Leave these out with exclude="
+        )
+    if not candidates:
+        raise TargetError(_nothing_matched(target, names, skipped))
+    return candidates, tuple(skipped)
+
+
+def _kind(module: nn.Module) -> type[AdaptedLayer]:
+    kind = layer_kind_of(module)
+    assert kind is not None
+    return kind
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    kind = layer_kind_of(module)
+    if kind is None:
+        return f"no layer kind adapts {type(module).__name__}"
+    return kind.obstacle(module)
+
+
+def _bypassed(names: ModuleNames) -> dict[nn.Module, str]:
+    """Return the children that their owners never call -> the owner's type."""
+    found: dict[nn.Module, str] = {}
+    for owner in names:
+        for cls, children in BYPASSED_CHILDREN.items():
+            if isinstance(owner, cls):
+                for child in children:
+                    module = owner._modules.get(child)
+                    if module is not None:
+                        found[module] = type(owner).__name__
+    return found
+
+
+def _nothing_matched(target: Target, names: ModuleNames, skipped: list[SkippedModule]) -> str:
+    asked = repr(target) if isinstance(target, str) else "the predicate"
+    if skipped:
+        shown = "; ".join(f"{s.name} ({s.type_name}): {s.reason}" for s in skipped[:5])
+        more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        return f"{asked} selects only modules that can't be adapted: {shown}{more}"
+    adaptable = [name for module, (name, *_) in names.items() if _obstacle(module) is None]
+    if not adaptable:
+        return f"{asked} selects nothing: the model has no layer that can be adapted"
+    nearest = _nearest(target if isinstance(target, str) else "", adaptable)
+    return f"{asked} selects no layer that can be adapted; the nearest names are {nearest}"
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    plain = re.sub(r"[^\w.]", "", pattern.replace("\\.", "."))
+    last = plain.rsplit(".", 1)[-1]
+
+    def likeness(name: str) -> float:
+        parts = ((plain, name), (last, name.rsplit(".", 1)[-1]))
+        return max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in parts)
+
+    best = sorted(names, key=likeness, reverse=True)[:5]
+    return ", ".join(repr(name) for name in best)
+
+
+# --- what it comes to ----------------------------------------------------------------------------
+
+
+def _planned(
+    name: str,
+    module: nn.Module,
+    config: AdapterConfig,
+    r: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> PlannedLayer:
+    kind = _kind(module)
+    geometry = kind.geometry(module)
+    r = config.rank_of(name) if r is None else r
+    shape = kind.block_shape(geometry, config.method, r, config.r_out)
+    return PlannedLayer(
+        name=name,
+        type_name=type(module).__name__,
+        method=config.method,
+        r=r,
+        r_out=config.r_out,
+        in_features=geometry.in_features,
+        out_features=geometry.out_features,
+        parameters=torch.Size(shape).numel(),
+        module=module,
+        dtype=dtype,
+    )
+
+
+def _check_all_used(
+    argument: str, patterns: Iterable[str], used: Iterable[str], nothing: str
+) -> None:
+    idle = [pattern for pattern in patterns if pattern not in set(used)]
+    if idle:
+        raise ArgumentError(
+            f"{argument} {', '.join(map(repr, idle))} matches {nothing}; correct or remove it"
+        )
+
+
+def _check_rank_pattern(config: AdapterConfig, layers: tuple[PlannedLayer, ...]) -> None:
+    used = [
+        pattern
+        for pattern in config.rank_pattern
+        if any(re.search(pattern, layer.name) for layer in layers)
+    ]
+    _check_all_used("rank_pattern", config.rank_pattern, used, "none of the targets")
+
+
+def _check_sizes(config: AdapterConfig, layers: tuple[PlannedLayer, ...]) -> None:
+    """Raise one error that lists every layer that r or r_out does not fit."""
+    misfits = []
+    for layer in layers:
+        kind = _kind(layer.module)
+        misfit = kind.misfit(kind.geometry(layer.module), layer.r, layer.r_out)
+        if misfit is not None:
+            misfits.append(f"{layer.name or '(the model)'}: {misfit}")
+    if misfits:
+        shown = "; ".join(misfits[:10])
+        more = f"; and {len(misfits) - 10} more" if len(misfits) > 10 else ""
+        raise ArgumentError(
+            f"{shown}{more}. Choose a smaller r, give these layers their own with rank_pattern=, "
+            "or leave them out with exclude="
+        )
+
+
+def _own_parameters(names: ModuleNames) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module in names:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield module, name, parameter
+
+
+def _can_train(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _match_parameters(
+    patterns: tuple[str, ...], names: ModuleNames
+) -> list[tuple[str, nn.Module, str]]:
+    """Return (clean name, module, name there) of the parameters that any pattern matches."""
+    matched, used = [], set()
+    for full, (module, name) in parameter_owners(names).items():
+        hits = [pattern for pattern in patterns if re.search(pattern, full)]
+        used.update(hits)
+        if not hits:
+            continue
+        parameter = module._parameters[name]
+        assert parameter is not None
+        if not _can_train(parameter):
+            raise ArgumentError(
+                f"also_train matches {full}, which has dtype {parameter.dtype} and can't be trained"
+            )
+        matched.append((full, module, name))
+    _check_all_used("also_train", patterns, used, "no parameter")
+    return matched
+
+
+def _counted_plan(
+    names: ModuleNames,
+    adapter: str,
+    config: AdapterConfig,
+    freeze: bool,
+    layers: tuple[PlannedLayer, ...],
+    skipped: tuple[SkippedModule, ...],
+    also_train: tuple[str, ...],
+) -> Plan:
+    owners = parameter_owners(names)
+    base = [(full, module._parameters[name]) for full, (module, name) in owners.items()]
+    counted = [(full, p, p.numel()) for full, p in base if p is not None and not is_lazy(p)]
+    kept = _claimed_names(names, owners)
+    blocks = [
+        layer.disha[other].block
+        for layer in names
+        if isinstance(layer, AdaptedLayer)
+        for other in layer.disha
+    ]
+    added = sum(layer.parameters for layer in layers)
+    trainable = sum(
+        numel
+        for full, p, numel in counted
+        if full in also_train or (p.requires_grad and (not freeze or full in kept))
+    )
+    return Plan(
+        adapter=adapter,
+        config=config,
+        freeze=freeze,
+        layers=layers,
+        skipped=skipped,
+        also_train=also_train,
+        added=added,
+        trainable=added + trainable + sum(b.numel() for b in blocks if b.requires_grad),
+        total=added + sum(n for _, _, n in counted) + sum(b.numel() for b in blocks),
+    )
+
+
+def _claimed_names(names: ModuleNames, owners: dict[str, tuple[nn.Module, str]]) -> set[str]:
+    """Return the clean names of parameters that adapters train already."""
+    return {full for full, (module, name) in owners.items() if name in freezing.claimed(module)}
+
+
+def _set_flags(model: nn.Module, plan: Plan) -> None:
+    """Set requires_grad as planned, and note what trains beside the adapter."""
+    names = module_names(model)
+    owners = parameter_owners(names)
+    claims: dict[nn.Module, tuple[str, ...]] = {}
+    for full in plan.also_train:
+        module, name = owners[full]
+        claims[module] = (*claims.get(module, ()), name)
+    kept = _claimed_names(names, owners)
+    for full, (module, name) in owners.items():
+        parameter = module._parameters[name]
+        if parameter is None or not _can_train(parameter):
+            continue
+        if full in plan.also_train:
+            freezing.set_requires_grad(module, name, True)
+        elif plan.freeze and full not in kept:
+            freezing.set_requires_grad(module, name, False)
+    for module, claimed in claims.items():
+        freezing.claim(module, plan.adapter, claimed)

@@ -1,0 +1,235 @@
+"""Merge adapters into the weights, and take them out again bit for bit.
+
+Merging is explicit: never on eval(), never inside forward. The original weight is kept beside the
+merged one, so that unmerging is exact whatever was merged, and how often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from disha.errors import ArgumentError, MergeError
+from disha.layers.adapted import AdaptedLayer, MergedWeight, refuse_merged
+from disha.tree import adapted_layers, join, module_names, require_adapter
+
+__all__ = ["merge_adapters", "unmerge_adapters"]
+
+
+def merge_adapters(
+    model: nn.Module, adapter: str | Sequence[str] | None = None, *, untie: bool = False
+) -> None:
+    """Add adapters to the weights: W becomes W + sum of s * dW, each dW from the original W.
+
+    Computed in float32 (float64 for float64 weights) and rounded once. While merged, the layers
+    run at the speed of plain ones, `state_dict()` holds the merged weights, and whatever would mix
+    merged and unmerged adapters raises.
+
+    Args:
+        model: a model with adapters.
+        adapter: the adapter, or several, to merge; the active ones by default.
+        untie: where a weight is shared with another module (an output head tied to the embedding,
+            say), give the adapted layer a merged weight of its own instead of raising.
+            `unmerge_adapters` ties it again.
+
+    Raises:
+        ArgumentError: there is no such adapter, or none is active.
+        MergeError: adapters are merged already; a merged weight would not be finite; a weight is
+            shared or computed; or a layer with a forward of its own would not compute the same.
+
+        The model is unchanged whenever this raises.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4, init="kaiming")
+        >>> x = torch.randn(2, 8)
+        >>> before, weight = model(x), model.weight.clone()
+        >>> disha.merge_adapters(model)
+        >>> torch.allclose(model(x), before, atol=1e-5)
+        True
+        >>> disha.unmerge_adapters(model)
+        >>> torch.equal(model.weight, weight)
+        True
+    """
+    layers = list(adapted_layers(model))
+    refuse_merged((layer for _, layer in layers), "merge adapters")
+    if not all(layer.disha.enabled for _, layer in layers):
+        raise MergeError("can't merge adapters inside adapters_disabled(model); leave it first")
+    chosen = _chosen(model, layers, adapter)
+    users = _parameter_users(model)
+    sharers = [_sharers(layer, users) for _, layer, _ in chosen]
+    for (name, layer, _), shared_with in zip(chosen, sharers, strict=True):
+        _check_mergeable(name, layer, shared_with, untie)
+    with torch.no_grad(), _without_autocast(), ExitStack() as undo:
+        for (name, layer, adapters), shared_with in zip(chosen, sharers, strict=True):
+            _merge_layer(name, layer, adapters, bool(shared_with), undo)
+        undo.pop_all()
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Put the original weights back, bit for bit; the adapters act again. No-op if none is merged.
+
+    Args:
+        model: a model with adapters.
+
+    Example:
+        See `merge_adapters`.
+    """
+    for _, layer in adapted_layers(model):
+        _unmerge_layer(layer)
+
+
+Chosen = tuple[str, AdaptedLayer, tuple[str, ...]]
+
+
+def _chosen(
+    model: nn.Module, layers: list[tuple[str, AdaptedLayer]], adapter: str | Sequence[str] | None
+) -> list[Chosen]:
+    """Return the layers to merge, each with its adapters."""
+    if adapter is None:
+        chosen = [
+            (name, layer, tuple(a for a in layer.disha.active if a in layer.disha))
+            for name, layer in layers
+        ]
+    else:
+        wanted = (adapter,) if isinstance(adapter, str) else tuple(adapter)
+        for one in wanted:
+            require_adapter(model, one)
+        if len(set(wanted)) != len(wanted):
+            raise ArgumentError(f"an adapter can be merged only once, got {list(wanted)}")
+        chosen = [
+            (name, layer, tuple(a for a in wanted if a in layer.disha)) for name, layer in layers
+        ]
+    chosen = [(name, layer, adapters) for name, layer, adapters in chosen if adapters]
+    if not chosen:
+        raise ArgumentError(
+            "there is nothing to merge: no adapter is active; inject or load one, or name one"
+        )
+    return chosen
+
+
+Users = dict[int, list[tuple[nn.Module, str]]]
+
+
+def _parameter_users(model: nn.Module) -> Users:
+    """Return id of a parameter -> the modules that hold it, with its clean name there."""
+    users: Users = {}
+    for module, (name, *_) in module_names(model).items():
+        for own_name, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append((module, join(name, own_name)))
+    return users
+
+
+def _sharers(layer: AdaptedLayer, users: Users) -> list[str]:
+    """Return the names under which other modules hold this layer's weight."""
+    weight = layer._parameters.get(layer.weight_name)
+    return [name for module, name in users.get(id(weight), ()) if module is not layer]
+
+
+def _check_mergeable(name: str, layer: AdaptedLayer, shared_with: list[str], untie: bool) -> None:
+    if layer._parameters.get(layer.weight_name) is None:
+        raise MergeError(
+            f"{name}.{layer.weight_name} is computed from other parameters (a parametrization), so "
+            "nothing can be merged into it; remove the parametrization first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    if shared_with and not untie:
+        raise MergeError(
+            f"{name}.{layer.weight_name} is shared with {', '.join(shared_with)}, which merging "
+            "would change too; pass untie=True to give this layer a weight of its own while merged"
+        )
+
+
+def _merge_layer(
+    name: str, layer: AdaptedLayer, adapters: tuple[str, ...], shared: bool, undo: ExitStack
+) -> None:
+    merged = layer.merged_weight(adapters)
+    if not torch.isfinite(merged).all():
+        raise MergeError(
+            f"merging {', '.join(map(repr, adapters))} into {name}.{layer.weight_name} gives "
+            "values that are not finite; check the adapter's blocks and its scale"
+        )
+    probe = _Probe(layer, adapters) if type(layer).own_forward else None
+    parameter = layer._parameters[layer.weight_name]
+    assert parameter is not None
+    original = parameter.data
+    layer.disha.merged = MergedWeight(adapters, original, parameter if shared else None)
+    undo.callback(_unmerge_layer, layer)
+    if shared:
+        own = nn.Parameter(merged, requires_grad=parameter.requires_grad)
+        layer._parameters[layer.weight_name] = own
+    else:
+        # Swapping the data keeps the parameter object and costs one copy of the weight, not two.
+        parameter.data = merged
+    if probe is not None and not probe.agrees():
+        raise MergeError(
+            f"{name} is a {type(layer).original_class.__name__} with a forward of its own, which "
+            "does not compute the same from the merged weight as with the adapter; leave it "
+            "unmerged by merging other adapters only, or exclude it"
+        )
+
+
+def _unmerge_layer(layer: AdaptedLayer) -> None:
+    merged = layer.disha.merged
+    if merged is None:
+        return
+    if merged.parameter is not None:
+        layer._parameters[layer.weight_name] = merged.parameter
+    else:
+        parameter = layer._parameters[layer.weight_name]
+        assert parameter is not None
+        # The weight may have moved since; the original follows it.
+        parameter.data = merged.data.to(device=parameter.device, dtype=parameter.dtype)
+    layer.disha.merged = None
+
+
+class _Probe:
+    """Compares a layer's output before and after its merge, on a random input."""
+
+    def __init__(self, layer: AdaptedLayer, adapters: tuple[str, ...]) -> None:
+        self.layer = layer
+        generator = torch.Generator().manual_seed(0)
+        weight: Tensor = getattr(layer, layer.weight_name)
+        features = type(layer).geometry(layer).in_features
+        self.input = torch.randn(2, features, generator=generator).to(weight)
+        active = layer.disha.active
+        layer.disha.activate(adapters)
+        try:
+            self.before = self._output()
+        finally:
+            layer.disha.activate(active)
+
+    def agrees(self) -> bool:
+        epsilon = torch.finfo(self.before.dtype).eps
+        return torch.allclose(
+            self.before, self._output(), rtol=64 * epsilon, atol=64 * epsilon * self._magnitude()
+        )
+
+    def _magnitude(self) -> float:
+        return max(1.0, float(self.before.abs().max()))
+
+    def _output(self) -> Tensor:
+        # Straight to forward: the user's hooks are not ours to run. In eval mode: dropout would
+        # make two runs differ.
+        modes = [(module, module.training) for module in self.layer.modules()]
+        try:
+            self.layer.eval()
+            output: Tensor = self.layer.forward(self.input)
+        finally:
+            for module, training in modes:
+                module.training = training
+        return output
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield

@@ -1,0 +1,227 @@
+"""The state-dict filter and the strict load: adapters as tensors by name, without any I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from disha import freezing
+from disha.errors import AdapterStateError, ArgumentTypeError
+from disha.layers.adapted import refuse_merged
+from disha.tree import adapted_layers, join, module_names, require_adapter
+
+__all__ = [
+    "LoadReport",
+    "adapter_state_dict",
+    "adapter_tensors",
+    "check_fit",
+    "copy_values",
+    "load_adapter_state_dict",
+]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load found, each key in one place.
+
+    Attributes:
+        matched: keys that fit, and were loaded if the load went through.
+        missing: keys that the adapter has and the state lacks.
+        unexpected: keys that the state has and the adapter lacks.
+        wrong_shape: (key, shape found, shape expected).
+        wrong_value: (key, what is wrong): no tensor, not floating-point, or not finite.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    wrong_shape: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    wrong_value: tuple[tuple[str, str], ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything fitted."""
+        return not (self.missing or self.unexpected or self.wrong_shape or self.wrong_value)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.matched)} keys fit"]
+        lines += [f"missing: {key}" for key in _shortened(self.missing)]
+        lines += [f"unexpected: {key}" for key in _shortened(self.unexpected)]
+        lines += [
+            f"wrong shape: {key} is {found}, must be {expected}"
+            for key, found, expected in self.wrong_shape[:_SHOWN]
+        ]
+        lines += [f"wrong value: {key} {what}" for key, what in self.wrong_value[:_SHOWN]]
+        hidden = max(0, len(self.wrong_shape) - _SHOWN) + max(0, len(self.wrong_value) - _SHOWN)
+        if hidden:
+            lines.append(f"and {hidden} more of wrong shape or value")
+        return "\n".join(lines)
+
+
+_SHOWN = 20
+
+
+def _shortened(keys: tuple[str, ...]) -> list[str]:
+    more = [f"and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else []
+    return [*keys[:_SHOWN], *more]
+
+
+def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """Return the part of `model.state_dict()` that belongs to an adapter.
+
+    Same keys and same tensors (sharing memory), `also_train` parameters included, so that
+    `torch.save` and `model.load_state_dict(state, strict=False)` work with it as well.
+
+    Args:
+        model: a model with adapters.
+        adapter: the adapter's name.
+
+    Raises:
+        ArgumentError: there is no such adapter.
+
+    Example:
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
+        >>> {key: tuple(value.shape) for key, value in disha.adapter_state_dict(model).items()}
+        {'0.disha.default.bone_block': (4, 16)}
+    """
+    owned = {id(parameter) for parameter in adapter_tensors(model, adapter).values()}
+    state = model.state_dict(keep_vars=True)
+    return {key: value.detach() for key, value in state.items() if id(value) in owned}
+
+
+def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of an adapter under the keys that files use.
+
+    `<layer>.bone_block` or `<layer>.bat_block` for blocks, their own clean names for `also_train`
+    parameters; each once, however many names a shared module has.
+
+    Raises:
+        ArgumentError: there is no such adapter.
+    """
+    tensors = {}
+    for name, layer in require_adapter(model, adapter):
+        block = layer.disha[adapter]
+        tensors[join(name, block.parameter_name)] = block.block
+    for module, (name, *_) in module_names(model).items():
+        for own_name in freezing.claimed(module, adapter):
+            parameter = module._parameters[own_name]
+            if parameter is not None:
+                tensors[join(name, own_name)] = parameter
+    return tensors
+
+
+def load_adapter_state_dict(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    adapter: str = "default",
+    strict: bool = True,
+) -> LoadReport:
+    """Copy an adapter's tensors into the model, after checking all of them.
+
+    Args:
+        model: a model that has the adapter already (`inject_adapters`).
+        state: as `adapter_state_dict` gives it, wrappers' prefixes (`module.`, `_orig_mod.`) or
+            not.
+        adapter: the adapter's name.
+        strict: raise also on missing and unexpected keys.
+
+    Returns:
+        A `LoadReport`.
+
+    Raises:
+        AdapterStateError: something does not fit; the message lists everything that does not.
+            With `strict=False`, only wrong shapes and values. The model is then unchanged.
+        ArgumentError: there is no such adapter.
+        ArgumentTypeError: `state` is no mapping.
+        MergeError: adapters are merged.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4)
+        >>> report = disha.load_adapter_state_dict(
+        ...     model, {"disha.default.bone_block": torch.ones(4, 16)}
+        ... )
+        >>> report.matched
+        ('disha.default.bone_block',)
+    """
+    if not isinstance(state, Mapping):
+        raise ArgumentTypeError(
+            f"state must be a dict of key -> tensor, got {type(state).__name__}"
+        )
+    refuse_merged((layer for _, layer in adapted_layers(model)), "load an adapter")
+    owned = {id(parameter): parameter for parameter in adapter_tensors(model, adapter).values()}
+    expected = {
+        key: owned[id(value)]
+        for key, value in model.state_dict(keep_vars=True).items()
+        if id(value) in owned
+    }
+    found = _under_model_keys(state, expected)
+    report = check_fit(expected, found)
+    failed = not report.complete if strict else report.wrong_shape or report.wrong_value
+    if failed:
+        raise AdapterStateError(
+            f"the state does not fit the model's adapter {adapter!r}; nothing was loaded:\n{report}"
+        )
+    copy_values({key: expected[key] for key in report.matched}, found)
+    return report
+
+
+_TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def _plain(key: str) -> str:
+    """Return a key without the parts that wrappers add."""
+    parts = [part for part in key.split(".") if part not in _TRANSPARENT]
+    return ".".join(parts)
+
+
+def _under_model_keys(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the state with each key replaced by the model's key for the same parameter."""
+    by_plain_key = {_plain(key).removeprefix("module."): key for key in expected}
+    found = {}
+    for key, value in state.items():
+        plain = _plain(str(key)).removeprefix("module.")
+        found[str(key) if key in expected else by_plain_key.get(plain, str(key))] = value
+    return found
+
+
+def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> LoadReport:
+    """Compare found tensors with the parameters they are for; change nothing."""
+    matched, wrong_shape, wrong_value = [], [], []
+    for key, parameter in expected.items():
+        if key not in found:
+            continue
+        value = found[key]
+        if not isinstance(value, Tensor):
+            wrong_value.append((key, f"is no tensor but of type {type(value).__name__}"))
+        elif value.shape != parameter.shape:
+            wrong_shape.append((key, tuple(value.shape), tuple(parameter.shape)))
+        elif not value.is_floating_point():
+            wrong_value.append((key, f"has dtype {value.dtype}, must be floating-point"))
+        elif not value.is_meta and not torch.isfinite(value).all():
+            wrong_value.append((key, "holds values that are not finite (NaN or infinity)"))
+        else:
+            matched.append(key)
+    return LoadReport(
+        matched=tuple(matched),
+        missing=tuple(key for key in expected if key not in found),
+        unexpected=tuple(key for key in found if key not in expected),
+        wrong_shape=tuple(wrong_shape),
+        wrong_value=tuple(wrong_value),
+    )
+
+
+def copy_values(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters in place; keys, shapes and dtypes have been checked."""
+    with torch.no_grad():
+        for key, parameter in targets.items():
+            parameter.copy_(values[key])

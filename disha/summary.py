@@ -1,0 +1,96 @@
+"""summary(model): what is adapted, and how much of the model trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from disha.tables import table
+from disha.tree import adapted_layers, require_model
+
+__all__ = ["LayerSummary", "Summary", "summary"]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One block of one layer."""
+
+    name: str
+    adapter: str
+    method: str
+    r: int
+    r_out: int | None
+    parameters: int
+    scale: float
+    active: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The numbers behind `print(summary(model))`.
+
+    Attributes:
+        trainable: parameters that require gradients.
+        total: all parameters, each counted once.
+        layers: one row per block.
+    """
+
+    trainable: int
+    total: int
+    layers: tuple[LayerSummary, ...]
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters as a percentage of all."""
+        return 100.0 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        head = f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.3f}%)"
+        rows = [
+            (row.name or "(the model)", row.adapter, row.method, row.r, f"{row.parameters:,}",
+             f"{row.scale:g}", "yes" if row.active else "no")
+            for row in self.layers
+        ]  # fmt: skip
+        if not rows:
+            return f"{head}\nno adapters"
+        header = ("layer", "adapter", "method", "r", "parameters", "scale", "active")
+        return f"{table(header, rows)}\n{head}"
+
+
+def summary(model: nn.Module) -> Summary:
+    """Return what is adapted in the model and how much of it trains; printable.
+
+    Args:
+        model: any model.
+
+    Example:
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
+        >>> print(disha.summary(model))
+        layer  adapter  method  r  parameters  scale  active
+        0      default  bone    4          64      1  yes
+        trainable 64 of 208 parameters (30.769%)
+    """
+    parameters = list(require_model(model).parameters())
+    layers = tuple(
+        LayerSummary(
+            name=name,
+            adapter=adapter,
+            method=block.method,
+            r=block.r,
+            r_out=block.r_out,
+            parameters=block.block.numel(),
+            scale=block.strength,
+            active=block in layer.disha.live,
+        )
+        for name, layer in adapted_layers(model)
+        for adapter in layer.disha
+        for block in (layer.disha[adapter],)
+    )
+    return Summary(
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+        layers=layers,
+    )
