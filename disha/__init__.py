@@ -1,0 +1,70 @@
+"""disha: dimension-sharded adapters (Bone, tile, BAT) for any PyTorch model."""
+
+from disha.config import AdapterConfig
+from disha.control import adapters_disabled, set_active_adapters, set_adapter_scale
+from disha.errors import (
+    AdapterFileError,
+    AdapterIOError,
+    AdapterStateError,
+    ArgumentError,
+    ArgumentTypeError,
+    DishaError,
+    MergeError,
+    TargetError,
+)
+from disha.files import (
+    AdapterFile,
+    AdapterFileWarning,
+    inspect_adapter,
+    load_adapter,
+    save_adapter,
+)
+from disha.inject import (
+    Plan,
+    adapter_parameters,
+    inject_adapters,
+    mark_only_adapters_trainable,
+    plan_adapters,
+    remove_adapters,
+)
+from disha.layers import BatLinear, BoneLinear
+from disha.merge import merge_adapters, unmerge_adapters
+from disha.state import LoadReport, adapter_state_dict, load_adapter_state_dict
+from disha.summary import Summary, summary
+from disha.version import __version__
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterFile",
+    "AdapterFileError",
+    "AdapterFileWarning",
+    "AdapterIOError",
+    "AdapterStateError",
+    "ArgumentError",
+    "ArgumentTypeError",
+    "BatLinear",
+    "BoneLinear",
+    "DishaError",
+    "LoadReport",
+    "MergeError",
+    "Plan",
+    "Summary",
+    "TargetError",
+    "__version__",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "adapters_disabled",
+    "inject_adapters",
+    "inspect_adapter",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "mark_only_adapters_trainable",
+    "merge_adapters",
+    "plan_adapters",
+    "remove_adapters",
+    "save_adapter",
+    "set_active_adapters",
+    "set_adapter_scale",
+    "summary",
+    "unmerge_adapters",
+]
