@@ -1,0 +1,110 @@
+"""Tiny models that each carry one pathology, and how tests compare a model with what it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from disha.layers import AdaptedLayer
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        return self.norm(self.q_proj(x) * self.v_proj(x))
+
+
+class Layered(nn.Module):
+    """Two attention layers, an embedding, a head: names such as `layers.1.attn.q_proj`."""
+
+    def __init__(self, width: int = 8, vocabulary: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(nn.ModuleDict({"attn": Attention(width)}) for _ in range(2))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + layer["attn"](x)
+        return self.head(x)
+
+
+class Tied(Layered):
+    """The head shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.embed.weight
+
+
+class Shared(nn.Module):
+    """One linear layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = self.first
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.second(torch.relu(self.first(x))))
+
+
+def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
+    """Give every block random values, so that adapters do something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, AdaptedLayer):
+                for adapter in module.disha:
+                    block = module.disha[adapter].block
+                    block.copy_(torch.randn(block.shape, generator=generator) * size)
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Return everything that a refused operation must leave as it was."""
+    return {
+        "classes": {name: type(module) for name, module in model.named_modules()},
+        "objects": {name: id(module) for name, module in model.named_modules()},
+        "parameters": {name: id(p) for name, p in model.named_parameters()},
+        "values": {name: p.detach().clone() for name, p in model.state_dict().items()},
+        "flags": {name: p.requires_grad for name, p in model.named_parameters()},
+        "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
+        "active": {
+            name: (module.disha.active, module.disha.enabled, module.disha.merged)
+            for name, module in model.named_modules()
+            if isinstance(module, AdaptedLayer)
+        },
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
+    after = snapshot(model)
+    values_before, values_after = before.pop("values"), after.pop("values")
+    assert after == before
+    assert values_after.keys() == values_before.keys()
+    for name, value in values_before.items():
+        assert torch.equal(values_after[name], value), name
+    before["values"] = values_before
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model() -> Layered:
+    return Layered()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.arange(10).view(2, 5)

@@ -1,0 +1,123 @@
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+
+from disha import AdapterConfig, ArgumentError, ArgumentTypeError, DishaError
+from disha.config import check_adapter_name
+
+FULL = AdapterConfig(
+    r=4,
+    target="attn",
+    r_out=2,
+    exclude=["head", "norm"],
+    rank_pattern={"v_proj": 2, "q": 3},
+    dropout=0.1,
+    scale=0.5,
+    dtype=torch.bfloat16,
+    init="kaiming",
+    also_train="norm",
+)
+
+
+@pytest.mark.parametrize("config", [AdapterConfig(1), FULL, AdapterConfig(2, None, "bat")])
+def test_survives_json_pickle_and_copy(config):
+    assert AdapterConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert copy.deepcopy(config) == config
+    assert hash(copy.deepcopy(config)) == hash(config)
+
+
+def test_is_frozen_all_the_way():
+    with pytest.raises(AttributeError):
+        FULL.r = 5
+    with pytest.raises(TypeError):
+        FULL.rank_pattern["q"] = 5
+    patterns = {"q": 1}
+    config = AdapterConfig(2, rank_pattern=patterns)
+    patterns["q"] = 2
+    assert config.rank_pattern == {"q": 1}
+
+
+def test_rank_pattern_first_found_wins():
+    config = AdapterConfig(9, rank_pattern={"attn": 3, "v_proj": 2})
+    assert config.rank_of("attn.v_proj") == 3
+    assert config.rank_of("mlp.v_proj") == 2
+    assert config.rank_of("mlp.up") == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "says"),
+    [
+        ({"r": 0}, ArgumentError, "r must be at least 1, got 0"),
+        ({"r": -3}, ArgumentError, "at least 1"),
+        ({"r": 4.0}, ArgumentTypeError, "r must be an int"),
+        ({"r": True}, ArgumentTypeError, "r must be an int"),
+        ({"r": "8"}, ArgumentTypeError, "'8' of type str"),
+        ({"method": "lora"}, ArgumentError, "'bone', 'bat'"),
+        ({"method": "miss"}, ArgumentError, "later name of 'bone'"),
+        ({"method": ["bone"]}, ArgumentError, "allowed are"),
+        ({"r_out": 0}, ArgumentError, "r_out must be at least 1"),
+        ({"r_out": 2, "method": "bat"}, ArgumentError, "exists for 'bone' only"),
+        ({"init": "ones"}, ArgumentError, "'zeros', 'kaiming'"),
+        ({"dropout": 1.0}, ArgumentError, "below 1"),
+        ({"dropout": -0.1}, ArgumentError, "at least 0"),
+        ({"dropout": float("nan")}, ArgumentError, "got nan"),
+        ({"dropout": "0"}, ArgumentTypeError, "must be a number"),
+        ({"scale": float("inf")}, ArgumentError, "finite"),
+        ({"scale": None}, ArgumentTypeError, "NoneType"),
+        ({"dtype": torch.int8}, ArgumentError, "can't be trained in torch.int8"),
+        ({"dtype": "float32"}, ArgumentTypeError, "torch.float32"),
+        ({"target": "("}, ArgumentError, "target_regex '\\(' is not a valid regex"),
+        ({"target": 3}, ArgumentTypeError, "target_regex"),
+        ({"exclude": ["a", "["]}, ArgumentError, "exclude '\\['"),
+        ({"exclude": 3}, ArgumentTypeError, "exclude"),
+        ({"also_train": [3]}, ArgumentTypeError, "also_train"),
+        ({"rank_pattern": {"*": 3}}, ArgumentError, "rank_pattern '\\*'"),
+        ({"rank_pattern": {"a": 0}}, ArgumentError, "rank_pattern\\['a'\\]"),
+        ({"rank_pattern": [("a", 2)]}, ArgumentTypeError, "dict of regex"),
+    ],
+)
+def test_refuses_values_that_are_not_allowed(arguments, kind, says):
+    with pytest.raises(kind, match=says) as caught:
+        AdapterConfig(**{"r": 2, **arguments})
+    assert isinstance(caught.value, DishaError)
+    assert isinstance(caught.value, TypeError if kind is ArgumentTypeError else ValueError)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([], "JSON object, got list"),
+        ({}, "lacks the field 'r'"),
+        ({"r": 2, "rank": 3}, "unknown fields.*'rank'"),
+        ({"r": 2, "dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"r": "2"}, "r must be an int"),
+    ],
+)
+def test_from_json_refuses_what_it_does_not_know(values, says):
+    with pytest.raises(DishaError, match=says):
+        AdapterConfig.from_json(values)
+
+
+@pytest.mark.parametrize("name", ["default", "keys", "items", "a b", "ä", "0", "update"])
+def test_adapter_names_that_are_allowed(name):
+    assert check_adapter_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "says"),
+    [
+        ("", ArgumentError, "not be empty"),
+        ("a.b", ArgumentError, "has a dot"),
+        ("train", ArgumentError, "attribute of nn.Module"),
+        ("training", ArgumentError, "attribute of nn.Module"),
+        (3, ArgumentTypeError, "must be a str"),
+        (None, ArgumentTypeError, "must be a str"),
+    ],
+)
+def test_adapter_names_that_are_not(name, kind, says):
+    with pytest.raises(kind, match=says):
+        check_adapter_name(name)

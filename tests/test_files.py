@@ -1,0 +1,496 @@
+import json
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+import disha
+from disha import (
+    AdapterFileError,
+    AdapterFileWarning,
+    AdapterIOError,
+    AdapterStateError,
+    ArgumentError,
+    ArgumentTypeError,
+    DishaError,
+    MergeError,
+)
+from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
+
+
+def base(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Layered().to(dtype)
+
+
+def trained(dtype=torch.float32, **arguments):
+    options = {"target_regex": "proj|head", "r": 3, "also_train": r"norm\.weight", **arguments}
+    model = disha.inject_adapters(base(dtype), **options)
+    perturb(model)
+    return model
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "adapter.safetensors"
+
+
+@pytest.fixture
+def saved(path):
+    """A model and the file of its adapter."""
+    model = trained()
+    with torch.no_grad():
+        model.layers[0]["attn"].norm.weight.add_(0.5)
+    disha.save_adapter(model, path)
+    return model, path
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_equal_outputs_and_the_same_file_again(self, path, tokens, method, dtype):
+        model = trained(dtype, method=method, rank_pattern={"head": 2}, scale=0.5)
+        disha.save_adapter(model, path, metadata={"note": "ä"})
+        other = base(dtype)
+        report = disha.load_adapter(other, path)
+        assert report.complete
+        assert torch.equal(other(tokens), model(tokens))
+        again = path.with_name("again")
+        disha.save_adapter(other, again, metadata={"note": "ä"})
+        assert again.read_bytes() == path.read_bytes()
+
+    def test_saving_twice_gives_the_same_bytes(self, saved):
+        model, path = saved
+        first = path.read_bytes()
+        disha.save_adapter(model, path)
+        assert path.read_bytes() == first
+
+    def test_tile(self, path, tokens):
+        model = trained(r_out=4)
+        disha.save_adapter(model, path)
+        other = base()
+        disha.load_adapter(other, path)
+        assert torch.equal(other(tokens), model(tokens))
+
+    def test_a_model_that_is_itself_one_linear(self, path):
+        model = disha.inject_adapters(nn.Linear(4, 3), "all-linear", 2, init="kaiming")
+        disha.save_adapter(model, path)
+        other = nn.Linear(4, 3)
+        other.load_state_dict({"weight": model.weight, "bias": model.bias})
+        assert disha.load_adapter(other, path).matched == ("bone_block",)
+        x = torch.randn(2, 4)
+        assert torch.equal(other(x), model(x))
+
+    def test_shared_modules_are_saved_once_and_found_by_either_name(self, path):
+        model = disha.inject_adapters(Shared(), "second", 2, init="kaiming")
+        disha.save_adapter(model, path)
+        assert list(disha.inspect_adapter(path).tensors) == ["first.bone_block"]
+        other = Shared()
+        other.load_state_dict(model.state_dict(), strict=False)
+        disha.load_adapter(other, path)
+        x = torch.randn(2, 6)
+        assert torch.equal(other(x), model(x))
+
+    def test_runtime_scale_is_saved(self, path, tokens):
+        model = trained()
+        disha.set_adapter_scale(model, 0.25)
+        disha.save_adapter(model, path)
+        other = base()
+        disha.load_adapter(other, path)
+        assert torch.equal(other(tokens), model(tokens))
+
+    def test_bfloat16_blocks_on_a_float32_base_stay_bfloat16(self, path):
+        disha.save_adapter(trained(dtype=torch.bfloat16), path)
+        model = base()
+        disha.load_adapter(model, path)
+        assert {p.dtype for p in disha.adapter_parameters(model)} == {torch.bfloat16}
+        disha.remove_adapters(model)
+        disha.load_adapter(model, path, dtype=torch.float64)
+        assert {p.dtype for p in disha.adapter_parameters(model)} == {torch.float64}
+
+    def test_under_another_name_beside_others(self, saved, tokens):
+        model, path = saved
+        other = base()
+        disha.inject_adapters(other, "q_proj", 1, adapter="first", init="kaiming")
+        disha.load_adapter(other, path, adapter="second")
+        assert torch.equal(other(tokens), model(tokens))
+        assert other.head.disha.active == ("second",)
+
+    def test_without_the_parameters_beside(self, saved):
+        model, path = saved
+        other = base()
+        disha.load_adapter(other, path, also_train=False)
+        norm = other.layers[0]["attn"].norm.weight
+        assert torch.equal(norm, torch.ones_like(norm))
+        assert not norm.requires_grad
+        blocks = disha.adapter_parameters(model), disha.adapter_parameters(other)
+        assert all(map(torch.equal, *blocks))
+
+    def test_wrapped_model_gives_the_same_file(self, saved):
+        model, path = saved
+        plain = path.read_bytes()
+        disha.save_adapter(torch.compile(model, backend="eager"), path)
+        assert path.read_bytes() == plain
+
+    def test_a_merged_adapter_can_be_saved(self, saved):
+        model, path = saved
+        plain = path.read_bytes()
+        disha.merge_adapters(model)
+        disha.save_adapter(model, path)
+        assert path.read_bytes() == plain
+
+    def test_trained_in_another_process(self, saved, tokens):
+        model, path = saved
+        script = f"""
+            import torch, disha
+            from tests.test_files import base
+            model = base()
+            disha.load_adapter(model, {str(path)!r})
+            torch.save(model(torch.arange(10).view(2, 5)).detach(), {str(path) + ".out"!r})
+        """
+        subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+        assert torch.equal(torch.load(f"{path}.out"), model(tokens))
+
+
+class TestReplace:
+    def test_copies_in_place(self, saved, tokens):
+        model, path = saved
+        other = disha.inject_adapters(base(), "proj|head", 3, also_train=r"norm\.weight")
+        blocks = list(disha.adapter_parameters(other))
+        disha.load_adapter(other, path, replace=True)
+        assert all(a is b for a, b in zip(blocks, disha.adapter_parameters(other), strict=True))
+        assert torch.equal(other(tokens), model(tokens))
+
+    def test_takes_over_the_scale(self, path, tokens):
+        model = trained(scale=0.5)
+        disha.save_adapter(model, path)
+        other = trained()
+        disha.load_adapter(other, path, replace=True)
+        assert torch.equal(other(tokens), model(tokens))
+
+    def test_is_needed_for_a_taken_name(self, saved):
+        _, path = saved
+        other = trained()
+        before = snapshot(other)
+        with pytest.raises(ArgumentError, match=r"'default' already.*replace=True"):
+            disha.load_adapter(other, path)
+        assert_unchanged(other, before)
+
+    def test_refuses_another_shape(self, saved):
+        _, path = saved
+        other = trained(r=2)
+        before = snapshot(other)
+        with pytest.raises(AdapterFileError, match=r"wrong shape: head.bone_block is \(3, 12\)"):
+            disha.load_adapter(other, path, replace=True)
+        assert_unchanged(other, before)
+
+    def test_refuses_other_layers(self, saved):
+        _, path = saved
+        other = trained(target_regex="proj")
+        before = snapshot(other)
+        with pytest.raises(AdapterFileError, match=r"unexpected: head.bone_block"):
+            disha.load_adapter(other, path, replace=True)
+        assert_unchanged(other, before)
+
+
+class TestInspect:
+    def test_says_what_is_in_the_file(self, path):
+        model = trained(rank_pattern={"head": 2})
+        disha.save_adapter(model, path, metadata={"task": "docs"})
+        described = disha.inspect_adapter(path)
+        head = next(layer for layer in described.layers if layer.name == "head")
+        assert (head.method, head.r, head.r_out, head.in_features, head.out_features) == (
+            "bone", 2, None, 8, 12)  # fmt: skip
+        assert described.format == 1
+        assert described.config == model.head.disha["default"].config
+        assert described.also_train == ("layers.0.attn.norm.weight", "layers.1.attn.norm.weight")
+        assert described.tensors["head.bone_block"].shape == (2, 12)
+        assert described.tensors["head.bone_block"].nbytes == 96
+        assert described.metadata == {"task": "docs"}
+        assert described.nbytes == path.stat().st_size
+        assert described.parameters == sum(
+            p.numel() for p in disha.adapter_state_dict(model).values()
+        )
+        text = str(described)
+        assert "head" in text
+        assert "2x12" in text
+        assert "task: docs" in text
+
+    def test_reads_no_tensor(self, saved):
+        _, path = saved
+        size = path.stat().st_size
+        header = int.from_bytes(path.read_bytes()[:8], "little") + 8
+        with open(path, "r+b") as file:  # a hole in place of the data
+            file.truncate(header)
+            file.truncate(size)
+        assert disha.inspect_adapter(path).tensors["head.bone_block"].shape == (3, 12)
+
+    def test_overhead_is_small(self, path):
+        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(300)))
+        disha.inject_adapters(model, "all-linear", 2)
+        disha.save_adapter(model, path)
+        tensors = sum(p.numel() * 4 for p in disha.adapter_parameters(model))
+        assert path.stat().st_size - tensors <= 4096 + 200 * 300
+
+
+class TestFingerprint:
+    def test_another_base_warns(self, saved):
+        _, path = saved
+        torch.manual_seed(1)
+        with pytest.warns(AdapterFileWarning, match=r"5 of 5 layers \(layers.0"):
+            disha.load_adapter(Layered(), path)
+
+    def test_the_same_base_does_not(self, saved):
+        _, path = saved
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            disha.load_adapter(base(), path)
+
+    def test_a_base_with_the_adapter_merged_in_already_warns(self, saved):
+        model, path = saved
+        disha.merge_adapters(model)
+        merged = base()
+        merged.load_state_dict(
+            {key: value for key, value in model.state_dict().items() if "disha" not in key}
+        )
+        with pytest.warns(AdapterFileWarning, match="merged into this one already"):
+            disha.load_adapter(merged, path)
+
+    def test_the_base_in_bfloat16_counts_as_the_same(self, saved):
+        _, path = saved
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            disha.load_adapter(base(torch.bfloat16), path)
+
+    def test_tied_head_keeps_the_embedding_out_of_the_file(self, path):
+        model = disha.inject_adapters(Tied(), "head", 2)
+        disha.save_adapter(model, path)
+        assert list(disha.inspect_adapter(path).tensors) == ["head.bone_block"]
+
+
+def rewritten(path, change_header=None, change_tensors=None):
+    """Write the file again with its header or its tensors changed."""
+    with safetensors.safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["disha"])
+    tensors = safetensors.torch.load_file(path)
+    if change_header:
+        header = change_header(header) or header
+    if change_tensors:
+        change_tensors(tensors)
+    text = header if isinstance(header, str) else json.dumps(header)
+    safetensors.torch.save_file(tensors, path, metadata={"disha": text})
+
+
+def first_layer(header):
+    return header["layers"][0]
+
+
+BAD_HEADERS = {
+    "future version": (lambda h: h.update(format=2), "format 2.*upgrade"),
+    "no version": (lambda h: h.pop("format") and None, "format must be a number"),
+    "version as text": (lambda h: h.update(format="1"), "format must be a number"),
+    "not JSON": (lambda h: "{", "not valid JSON"),
+    "deep JSON": (lambda h: "[" * 100_000, "not valid JSON"),
+    "a list": (lambda h: "[]", "must be a JSON object"),
+    "no config": (lambda h: h.pop("config") and None, "'config' must be a JSON dict"),
+    "bad config": (lambda h: h["config"].update(r=0), "r must be at least 1"),
+    "unknown config": (lambda h: h["config"].update(rank=1), "unknown fields"),
+    "no layers": (lambda h: h.update(layers=[]), "lists no layer"),
+    "layers as text": (lambda h: h.update(layers="head"), "'layers' must be a JSON list"),
+    "group as text": (lambda h: h.update(layers=["head"]), "is no object"),
+    "unknown kind": (lambda h: first_layer(h).update(kind="lora"), "unknown kind 'lora'"),
+    "other kind": (lambda h: first_layer(h).update(kind="bat"), "disagree"),
+    "r as float": (lambda h: first_layer(h).update(r=3.0), "'r' must be a JSON int"),
+    "huge r": (lambda h: first_layer(h).update(r=2**80), "must be a size"),
+    "r beyond the layer": (lambda h: first_layer(h).update(r=30), "larger than in_features"),
+    "other r": (lambda h: first_layer(h).update(r=2), r"expected a block of shape \(2, 8\)"),
+    "r_out": (lambda h: first_layer(h).update(r_out=4), "r_out 4"),
+    "in": (lambda h: first_layer(h).update({"in": 9}), "expected 9 -> 8, the model has 8 -> 8"),
+    "layer twice": (lambda h: h["layers"].append(first_layer(h)), "a layer twice"),
+    "no name": (lambda h: first_layer(h).update(base={}), "disagree"),
+    "fingerprint": (
+        lambda h: first_layer(h)["base"].update({"layers.0.attn.q_proj": 3}), "is no text"),
+    "beside as text": (lambda h: h.update(also_train="a"), "JSON list"),
+    "beside without tensor": (lambda h: h["also_train"].append("x"), "missing 'x'"),
+    "metadata": (lambda h: h.update(metadata={"a": 1}), "must be text"),
+}  # fmt: skip
+
+BAD_TENSORS = {
+    "missing": (lambda t: t.pop("head.bone_block"), "1 missing.*'head.bone_block'"),
+    "extra": (lambda t: t.update(x=torch.zeros(1)), "not described 'x'"),
+    "a parameter of the model": (
+        lambda t: t.update({"embed.weight": torch.zeros(12, 8)}), "not described 'embed.weight'"),
+    "shape": (
+        lambda t: t.update({"head.bone_block": torch.zeros(3, 11)}),
+        r"head: expected a block of shape \(3, 12\), found \(3, 11\)"),
+    "shape beside": (
+        lambda t: t.update({"layers.0.attn.norm.weight": torch.zeros(9)}),
+        r"layers.0.attn.norm.weight: expected shape \(9,\), the model has \(8,\)"),
+    "nan": (
+        lambda t: t["head.bone_block"].fill_(float("nan")), "not finite.*head.bone_block"),
+    "infinity beside": (
+        lambda t: t["layers.0.attn.norm.weight"].fill_(float("inf")), "not finite.*norm"),
+    "integers": (
+        lambda t: t.update({"head.bone_block": torch.zeros(3, 12, dtype=torch.int32)}),
+        "dtype I32; allowed are F16, BF16, F32, F64"),
+}  # fmt: skip
+
+
+class TestBadFiles:
+    def refused(self, path, says, model=None, kind=AdapterFileError):
+        model = base() if model is None else model
+        before = snapshot(model)
+        with pytest.raises(kind, match=says) as caught:
+            disha.load_adapter(model, path)
+        assert isinstance(caught.value, DishaError)
+        assert path.name in str(caught.value)
+        assert_unchanged(model, before)
+
+    @pytest.mark.parametrize("name", BAD_HEADERS)
+    def test_header(self, saved, name):
+        _, path = saved
+        change, says = BAD_HEADERS[name]
+        rewritten(path, change_header=change)
+        self.refused(path, f"(?s){says}")
+
+    @pytest.mark.parametrize("name", BAD_TENSORS)
+    def test_tensors(self, saved, name):
+        _, path = saved
+        change, says = BAD_TENSORS[name]
+        rewritten(path, change_tensors=change)
+        self.refused(path, f"(?s){says}")
+
+    def test_missing(self, path):
+        self.refused(path, "can't read .*No such file", kind=AdapterIOError)
+        with pytest.raises(OSError, match="No such file"):
+            disha.inspect_adapter(path)
+
+    def test_a_folder(self, tmp_path):
+        self.refused(tmp_path, "is a folder", kind=AdapterIOError)
+
+    @pytest.mark.parametrize("data", [b"", b"\0", b"not safetensors at all", b"\xff" * 64])
+    def test_other_bytes(self, path, data):
+        path.write_bytes(data)
+        self.refused(path, "not a whole safetensors file")
+
+    @pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
+    def test_truncated(self, saved, part):
+        _, path = saved
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * part)])
+        self.refused(path, "not a whole safetensors file")
+
+    def test_without_our_header(self, path):
+        safetensors.torch.save_file({"head.bone_block": torch.zeros(3, 12)}, path)
+        self.refused(path, "not written by disha.save_adapter")
+
+    def test_for_another_model(self, saved):
+        _, path = saved
+        self.refused(path, "(?s)q_proj: the model has no such layer.*nearest", nn.Linear(8, 8))
+
+    def test_for_layers_of_another_kind(self, saved):
+        _, path = saved
+        model = base()
+        model.head = nn.LayerNorm(12)
+        self.refused(path, "head: can't be adapted: no layer kind adapts LayerNorm", model)
+
+    def test_while_merged(self, saved):
+        model, path = saved
+        disha.merge_adapters(model)
+        before = snapshot(model)
+        with pytest.raises(MergeError):
+            disha.load_adapter(model, path, adapter="b")
+        assert_unchanged(model, before)
+
+    def test_into_a_bad_name(self, saved):
+        _, path = saved
+        model = base()
+        before = snapshot(model)
+        with pytest.raises(ArgumentError, match="has a dot"):
+            disha.load_adapter(model, path, adapter="a.b")
+        assert_unchanged(model, before)
+
+
+class TestSaving:
+    def test_no_folder(self, tmp_path):
+        with pytest.raises(AdapterIOError, match="does not exist; create it first") as caught:
+            disha.save_adapter(trained(), tmp_path / "no" / "adapter.safetensors")
+        assert isinstance(caught.value, OSError)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_onto_a_folder(self, tmp_path):
+        with pytest.raises(AdapterIOError, match="is a folder"):
+            disha.save_adapter(trained(), tmp_path)
+
+    def test_no_space_leaves_the_old_file_and_no_litter(self, saved):
+        """A limit on the size of files stands for a full disk; it needs a process of its own."""
+        _, path = saved
+        old = path.read_bytes()
+        script = f"""
+            import resource
+            import disha
+            from tests.test_files import trained
+            model = trained(r=8, target_regex="all-linear")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+            try:
+                disha.save_adapter(model, {str(path)!r})
+            except disha.AdapterIOError as error:
+                print("refused:", error)
+        """
+        run = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert run.stdout.startswith("refused: can't save to")
+        assert "what was there is unchanged" in run.stdout
+        assert path.read_bytes() == old
+        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+    def test_values_that_are_not_finite_are_not_written(self, saved):
+        model, path = saved
+        old = path.read_bytes()
+        with torch.no_grad():
+            model.head.disha["default"].block[0, 0] = float("nan")
+        with pytest.raises(AdapterStateError, match=r"not finite.*head.bone_block"):
+            disha.save_adapter(model, path)
+        assert path.read_bytes() == old
+
+    def test_unknown_adapter(self, path):
+        with pytest.raises(ArgumentError, match="no adapter 'x'"):
+            disha.save_adapter(trained(), path, "x")
+        assert not path.exists()
+
+    @pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, ["a"]])
+    def test_metadata_that_is_not_text(self, path, metadata):
+        with pytest.raises(ArgumentTypeError, match="str -> str"):
+            disha.save_adapter(trained(), path, metadata=metadata)
+        assert not path.exists()
+
+    def test_permissions_are_a_new_files_or_the_old_files(self, path):
+        mask = os.umask(0o027)
+        try:
+            disha.save_adapter(trained(), path)
+            assert stat.S_IMODE(path.stat().st_mode) == 0o640
+            path.chmod(0o600)
+            disha.save_adapter(trained(), path)
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        finally:
+            os.umask(mask)
+
+    def test_a_symbolic_link_stays_one(self, saved):
+        model, path = saved
+        link = path.with_name("link")
+        link.symlink_to(path.name)
+        perturb(model, seed=5)
+        disha.save_adapter(model, link)
+        assert link.is_symlink()
+        assert path.read_bytes() == link.read_bytes()
+        disha.load_adapter(base(), path)

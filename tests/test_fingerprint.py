@@ -1,0 +1,37 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disha.fingerprint import SAMPLES, fingerprint
+
+
+@settings(deadline=None, max_examples=50)
+@given(shape=st.lists(st.integers(1, 40), min_size=2, max_size=3), seed=st.integers(0, 99))
+def test_same_values_same_fingerprint_whatever_the_dtype_and_strides(shape, seed):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    mark = fingerprint(values)
+    assert len(mark) == 16
+    assert fingerprint(values.to(torch.bfloat16)) == mark
+    assert fingerprint(values.double()) == mark
+    assert fingerprint(values.mT.contiguous().mT) == mark
+    assert fingerprint(values + 0.5) != mark
+    assert fingerprint(values[None]) != mark
+
+
+def test_every_value_of_a_small_weight_counts():
+    values = torch.zeros(8, 8)
+    assert values.numel() == SAMPLES
+    marks = set()
+    for i in range(SAMPLES):
+        changed = values.clone()
+        changed.view(-1)[i] = 1.0
+        marks.add(fingerprint(changed))
+    assert len(marks) == SAMPLES
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.ones(2, 2, device="meta"), torch.ones(2, 2, dtype=torch.int8), torch.ones(0)]
+)
+def test_values_that_cannot_be_read_have_none(weight):
+    assert fingerprint(weight) is None

@@ -1,0 +1,510 @@
+import copy
+import pickle
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import disha
+from disha import ArgumentError, ArgumentTypeError, DishaError, MergeError, TargetError
+from disha.layers import AdaptedLinear
+from tests.conftest import Attention, Layered, Shared, Tied, assert_unchanged, perturb, snapshot
+
+
+def adapted_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+
+
+class TestTargets:
+    def test_regex_is_searched_in_dotted_names(self, model):
+        disha.inject_adapters(model, r"layers\.1.*(q|v)_proj", 2)
+        assert adapted_names(model) == ["layers.1.attn.q_proj", "layers.1.attn.v_proj"]
+
+    def test_predicate_gets_name_and_module(self, model):
+        disha.inject_adapters(model, lambda name, m: "layers" in name and m.bias is not None
+                              if isinstance(m, nn.Linear) else False, 2)  # fmt: skip
+        assert adapted_names(model) == ["layers.0.attn.v_proj", "layers.1.attn.v_proj"]
+
+    def test_all_linear_takes_every_linear_layer(self, model):
+        disha.inject_adapters(model, "all-linear", 2)
+        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        assert adapted_names(model) == linears
+        assert "head" in linears
+
+    def test_all_linear_leaves_a_tied_head_out(self):
+        model = disha.inject_adapters(Tied(), "all-linear", 2)
+        assert "head" not in adapted_names(model)
+        assert len(adapted_names(model)) == 4
+
+    def test_regex_reaches_a_tied_head_when_asked(self):
+        assert adapted_names(disha.inject_adapters(Tied(), "^head$", 2)) == ["head"]
+
+    def test_containers_and_weightless_modules_are_no_misses(self, model):
+        plan = disha.plan_adapters(model, "layers.0", 2)
+        assert [skipped.name for skipped in plan.skipped] == ["layers.0.attn.norm"]
+
+    def test_exclude_leaves_out_with_a_reason(self, model):
+        plan = disha.plan_adapters(model, "all-linear", 2, exclude=["head", "layers.0"])
+        assert [layer.name for layer in plan.layers] == [
+            "layers.1.attn.q_proj",
+            "layers.1.attn.v_proj",
+        ]
+        assert {(s.name, s.reason) for s in plan.skipped} == {
+            ("head", "excluded"),
+            ("layers.0.attn.q_proj", "excluded"),
+            ("layers.0.attn.v_proj", "excluded"),
+        }
+
+    def test_rank_pattern_gives_layers_their_own_r(self, model):
+        disha.inject_adapters(model, "proj", 4, rank_pattern={r"0\.attn\.q": 1, "q_proj": 3})
+        ranks = {row.name: row.r for row in disha.summary(model).layers}
+        assert ranks == {
+            "layers.0.attn.q_proj": 1,
+            "layers.0.attn.v_proj": 4,
+            "layers.1.attn.q_proj": 3,
+            "layers.1.attn.v_proj": 4,
+        }
+
+    def test_a_model_that_is_itself_one_linear(self):
+        model = nn.Linear(4, 3)
+        assert disha.inject_adapters(model, "all-linear", 2) is model
+        assert isinstance(model, AdaptedLinear)
+
+    def test_shared_module_is_adapted_once_and_matched_by_any_name(self):
+        model = disha.inject_adapters(Shared(), "second", 2)
+        assert model.first is model.second
+        assert len(list(disha.adapter_parameters(model))) == 1
+        assert [row.name for row in disha.summary(model).layers] == ["first"]
+
+    def test_parametrised_weight_is_adapted(self):
+        model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)))
+        x = torch.randn(3, 6)
+        before = model(x)
+        disha.inject_adapters(model, "all-linear", 2)
+        assert torch.equal(model(x), before)
+        perturb(model)
+        delta = model[0].delta_weight(model[0].disha["default"])
+        assert torch.allclose(model(x), before + x @ delta.T, atol=1e-6)
+
+
+class TestIdentity:
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_injection_changes_no_output_bit(self, model, tokens, method, dtype):
+        model.to(dtype)
+        before = model(tokens)
+        disha.inject_adapters(model, "all-linear", 3, method=method)
+        assert torch.equal(model(tokens), before)
+
+    def test_objects_hooks_references_and_base_keys_stay(self, model, tokens):
+        q_proj = model.layers[0]["attn"].q_proj
+        weight, calls = q_proj.weight, []
+        q_proj.register_forward_hook(lambda *_: calls.append("forward"))
+        q_proj.register_forward_pre_hook(lambda *_: calls.append("pre"))
+        model.elsewhere = [q_proj]
+        keys = list(model.state_dict())
+        disha.inject_adapters(model, "all-linear", 2)
+        assert model.layers[0]["attn"].q_proj is q_proj is model.elsewhere[0]
+        assert q_proj.weight is weight
+        assert isinstance(q_proj, nn.Linear)
+        assert [key for key in model.state_dict() if "disha" not in key] == keys
+        model(tokens)
+        assert calls == ["pre", "forward"]
+
+    def test_base_checkpoint_loads_strictly_into_the_adapted_model(self, model):
+        state = Layered().state_dict()
+        disha.inject_adapters(model, "all-linear", 2)
+        perturb(model)
+        blocks = [p.clone() for p in disha.adapter_parameters(model)]
+        result = model.load_state_dict(state, strict=True)
+        assert not result.missing_keys
+        assert all(torch.equal(model.state_dict()[key], state[key]) for key in state)
+        assert all(map(torch.equal, disha.adapter_parameters(model), blocks))
+
+    def test_base_checkpoint_with_a_gap_still_fails_strictly(self, model):
+        state = Layered().state_dict()
+        del state["head.weight"]
+        disha.inject_adapters(model, "all-linear", 2)
+        with pytest.raises(RuntimeError, match=r"Missing key.*head\.weight"):
+            model.load_state_dict(state, strict=True)
+
+    def test_full_state_dict_round_trip(self, model, tokens):
+        disha.inject_adapters(model, "all-linear", 2)
+        perturb(model)
+        other = disha.inject_adapters(Layered(), "all-linear", 2)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(tokens), model(tokens))
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_keep_adapters_flags_and_the_way_back(self, model, tokens, clone):
+        keys = list(model.state_dict())
+        disha.inject_adapters(model, "attn", 2, also_train="norm")
+        perturb(model)
+        twin = clone(model)
+        assert torch.equal(twin(tokens), model(tokens))
+        perturb(twin, seed=1)
+        assert not torch.equal(twin(tokens), model(tokens))
+        assert adapted_names(twin) == adapted_names(model)
+        disha.remove_adapters(twin)
+        assert list(twin.state_dict()) == keys
+        assert all(p.requires_grad for p in twin.parameters())
+        assert adapted_names(model)
+
+
+class TestRemove:
+    def test_everything_is_as_before(self, model):
+        model.embed.weight.requires_grad_(False)
+        before = snapshot(model)
+        disha.inject_adapters(model, "all-linear", 2, also_train=["norm", "embed"])
+        assert model.embed.weight.requires_grad
+        disha.inject_adapters(model, "head", 3, adapter="b", method="bat")
+        disha.remove_adapters(model)
+        assert_unchanged(model, before)
+
+    def test_one_of_two_leaves_the_other(self, model, tokens):
+        disha.inject_adapters(model, "q_proj", 2, adapter="a")
+        perturb(model)
+        alone = model(tokens)
+        disha.inject_adapters(model, "proj", 2, adapter="b")
+        disha.remove_adapters(model, "b")
+        assert adapted_names(model) == ["layers.0.attn.q_proj", "layers.1.attn.q_proj"]
+        disha.set_active_adapters(model, "a")
+        assert torch.equal(model(tokens), alone)
+        assert not model.head.weight.requires_grad
+
+    def test_unknown_adapter(self, model):
+        disha.inject_adapters(model, "head", 2)
+        before = snapshot(model)
+        with pytest.raises(ArgumentError, match="no adapter 'x'; it has 'default'"):
+            disha.remove_adapters(model, "x")
+        assert_unchanged(model, before)
+
+    def test_layer_with_an_adapter_from_birth(self):
+        layer = disha.BoneLinear(4, 3, r=2)
+        disha.remove_adapters(layer)
+        assert type(layer) is nn.Linear
+        assert layer.weight.requires_grad
+        assert list(layer.state_dict()) == ["weight", "bias"]
+
+
+class TestTraining:
+    def test_only_blocks_and_also_train_require_gradients(self, model, tokens):
+        disha.inject_adapters(model, "q_proj", 2, also_train=r"layers\.1.*norm\.weight")
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained == [
+            "layers.0.attn.q_proj.disha.default.bone_block",
+            "layers.1.attn.q_proj.disha.default.bone_block",
+            "layers.1.attn.norm.weight",
+        ]
+        model(tokens).square().sum().backward()
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trained)
+
+    def test_freeze_false_leaves_flags_alone(self, model):
+        model.head.weight.requires_grad_(False)
+        disha.inject_adapters(model, "q_proj", 2, freeze=False)
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        assert frozen == ["head.weight"]
+
+    def test_second_adapter_leaves_what_the_first_trains(self, model):
+        disha.inject_adapters(model, "q_proj", 2, adapter="a", also_train="norm.weight")
+        disha.inject_adapters(model, "q_proj", 3, adapter="b", method="bat")
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert {name for name in trained if "norm" in name} == {
+            "layers.0.attn.norm.weight",
+            "layers.1.attn.norm.weight",
+        }
+        assert all(p.requires_grad for p in disha.adapter_parameters(model))
+        assert model.layers[0]["attn"].q_proj.disha.active == ("b",)
+
+    def test_second_adapter_becomes_active_everywhere(self, model, tokens):
+        base = model(tokens)
+        disha.inject_adapters(model, "q_proj", 2, adapter="a")
+        perturb(model)
+        assert not torch.equal(model(tokens), base)
+        disha.inject_adapters(model, "head", 2, adapter="b")
+        assert torch.equal(model(tokens), base)
+
+    def test_mark_only_adapters_trainable(self, model):
+        disha.inject_adapters(model, "q_proj", 2, freeze=False, also_train="norm.bias")
+        for block in disha.adapter_parameters(model):
+            block.requires_grad_(False)
+        disha.mark_only_adapters_trainable(model)
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained == [
+            "layers.0.attn.q_proj.disha.default.bone_block",
+            "layers.0.attn.norm.bias",
+            "layers.1.attn.q_proj.disha.default.bone_block",
+            "layers.1.attn.norm.bias",
+        ]
+
+    def test_mark_refuses_a_plain_model(self, model):
+        before = snapshot(model)
+        with pytest.raises(ArgumentError, match="no adapter"):
+            disha.mark_only_adapters_trainable(model)
+        assert_unchanged(model, before)
+
+    def test_adapter_parameters_of_one_and_of_all(self, model):
+        disha.inject_adapters(model, "q_proj", 2, adapter="a")
+        disha.inject_adapters(model, "head", 2, adapter="b")
+        assert [tuple(p.shape) for p in disha.adapter_parameters(model, "b")] == [(2, 12)]
+        assert len(list(disha.adapter_parameters(model))) == 3
+        with pytest.raises(ArgumentError, match="it has 'a', 'b'"):
+            disha.adapter_parameters(model, "c")
+
+
+class TestPlan:
+    def test_counts_are_what_injection_gives(self, model):
+        arguments = {"r": 2, "also_train": "norm", "method": "bat", "exclude": "head"}
+        plan = disha.plan_adapters(model, "all-linear", **arguments)
+        disha.inject_adapters(model, "all-linear", **arguments)
+        summary = disha.summary(model)
+        assert (plan.trainable, plan.total) == (summary.trainable, summary.total)
+        assert plan.percent == summary.percent
+        assert [layer.name for layer in plan.layers] == [row.name for row in summary.layers]
+        assert plan.added == sum(p.numel() for p in disha.adapter_parameters(model))
+
+    def test_counts_beside_another_adapter(self, model):
+        disha.inject_adapters(model, "q_proj", 2, adapter="a", also_train="norm")
+        plan = disha.plan_adapters(model, "head", 3)
+        disha.inject_adapters(model, "head", 3)
+        summary = disha.summary(model)
+        assert (plan.trainable, plan.total) == (summary.trainable, summary.total)
+
+    def test_changes_nothing(self, model):
+        before = snapshot(model)
+        text = str(disha.plan_adapters(model, ".", 2, also_train="embed"))
+        assert_unchanged(model, before)
+        assert "skipped embed (Embedding): no layer kind adapts Embedding" in text
+        assert "also trained: embed.weight" in text
+
+    def test_works_on_meta(self):
+        with torch.device("meta"):
+            model = Layered()
+        assert disha.plan_adapters(model, "all-linear", 2).added == 2 * (8 * 4 + 12)
+        disha.inject_adapters(model, "all-linear", 2)
+        assert all(p.is_meta for p in disha.adapter_parameters(model))
+
+
+class ReadOnly(nn.Module):
+    """Refuses new attributes once it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.__dict__["sealed"] = True
+
+    def __setattr__(self, name, value):
+        if self.__dict__.get("sealed"):
+            raise AttributeError(f"{name} is read-only")
+        super().__setattr__(name, value)
+
+
+def test_read_only_modules_are_adapted_and_restored():
+    model = ReadOnly()
+    before = snapshot(model)
+    disha.inject_adapters(model, "linear", 2, also_train="bias")
+    disha.remove_adapters(model)
+    assert_unchanged(model, before)
+
+
+class WrappedByParallel(nn.DataParallel):
+    """DataParallel without devices: only its place in the tree matters."""
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module = module
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "kind", "says"),
+        [
+            (("k_proj", 2), TargetError, r"'k_proj'.*nearest names are .*q_proj"),
+            (("layer.0.attn.q_prj", 2), TargetError, "'layers.0.attn.q_proj'"),
+            (("norm", 2), TargetError, "only modules that can't be adapted.*LayerNorm"),
+            (("embed", 2), TargetError, r"embed \(Embedding\)"),
+            (("(", 2), ArgumentError, "not a valid regex"),
+            ((3, 2), ArgumentTypeError, "target_regex must be a regex"),
+            (("head", 0), ArgumentError, "r must be at least 1"),
+            (("head", -1), ArgumentError, "r must be at least 1"),
+            (("head", 2.0), ArgumentTypeError, "r must be an int"),
+            (("head", 9), ArgumentError, "head: r=9 is larger than in_features=8.*rank_pattern"),
+        ],
+    )
+    def test_bad_target_or_r(self, model, arguments, kind, says):
+        before = snapshot(model)
+        with pytest.raises(kind, match=says) as caught:
+            disha.inject_adapters(model, *arguments)
+        assert isinstance(caught.value, (ValueError, TypeError))
+        assert_unchanged(model, before)
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            ({"method": "dora"}, "unknown method 'dora'"),
+            ({"adapter": ""}, "not be empty"),
+            ({"adapter": "a.b"}, "has a dot"),
+            ({"adapter": "taken"}, "has an adapter 'taken' already"),
+            ({"r_out": 5}, "head: r_out=5 does not divide out_features=12"),
+            ({"exclude": "layers.7"}, "exclude 'layers.7' matches no module"),
+            ({"exclude": ["q_proj", "nope"]}, "exclude 'nope' matches"),
+            ({"rank_pattern": {"mlp": 2}}, "rank_pattern 'mlp' matches none of the targets"),
+            ({"rank_pattern": {"q_proj": 9}}, "q_proj: r=9 is larger"),
+            ({"also_train": "scale"}, "also_train 'scale' matches no parameter"),
+            ({"dropout": 2}, "dropout must be"),
+            ({"scale": float("nan")}, "scale must be finite"),
+            ({"init": "orthogonal"}, "unknown init"),
+            ({"dtype": torch.int64}, "can't be trained"),
+        ],
+    )
+    def test_bad_options(self, model, arguments, says):
+        disha.inject_adapters(model, "v_proj", 2, adapter="taken")
+        before = snapshot(model)
+        with pytest.raises(DishaError, match=says):
+            disha.inject_adapters(model, "all-linear", 2, **arguments)
+        assert_unchanged(model, before)
+
+    def test_a_model_without_any_adaptable_layer(self):
+        with pytest.raises(TargetError, match="no layer that can be adapted"):
+            disha.inject_adapters(nn.Sequential(nn.ReLU()), "all-linear", 2)
+
+    def test_what_is_no_model(self):
+        with pytest.raises(ArgumentTypeError, match=r"nn\.Module, got dict"):
+            disha.inject_adapters({}, "all-linear", 2)
+
+    def test_lazy_layer_says_what_to_do(self):
+        with pytest.raises(TargetError, match="run the model once"):
+            disha.inject_adapters(nn.Sequential(nn.LazyLinear(4)), "0", 2)
+
+    @pytest.mark.parametrize(
+        ("owner", "target"),
+        [
+            (nn.MultiheadAttention(8, 2), "out_proj"),
+            (nn.TransformerEncoderLayer(8, 2, 16), "linear1"),
+        ],
+    )
+    def test_layers_that_their_owner_bypasses(self, owner, target):
+        model = nn.Sequential(owner, nn.Linear(8, 8))
+        before = snapshot(model)
+        with pytest.raises(TargetError, match=f"no effect in .*{target}.*{type(owner).__name__}"):
+            disha.inject_adapters(model, "all-linear", 2)
+        assert_unchanged(model, before)
+        disha.inject_adapters(model, "all-linear", 2, exclude=r"^0\.")
+        assert adapted_names(model) == ["1"]
+
+    def test_a_model_wrapped_for_distribution(self, model):
+        wrapped = WrappedByParallel(model)
+        before = snapshot(wrapped)
+        with pytest.raises(TargetError, match="inject first, then wrap"):
+            disha.inject_adapters(wrapped, "all-linear", 2)
+        assert_unchanged(wrapped, before)
+
+    def test_injecting_and_removing_while_merged(self, model):
+        disha.inject_adapters(model, "head", 2)
+        disha.merge_adapters(model)
+        before = snapshot(model)
+        with pytest.raises(MergeError, match="unmerge_adapters"):
+            disha.inject_adapters(model, "q_proj", 2, adapter="b")
+        with pytest.raises(MergeError, match="unmerge_adapters"):
+            disha.remove_adapters(model)
+        assert_unchanged(model, before)
+
+    def test_failure_half_way_undoes_the_first_half(self, model, monkeypatch):
+        original = disha.inject.adapt
+
+        def fail_at_head(module, kind):
+            if module is model.head:
+                raise RuntimeError("no memory")
+            return original(module, kind)
+
+        disha.inject_adapters(model, "v_proj", 2, adapter="a")
+        before = snapshot(model)
+        monkeypatch.setattr(disha.inject, "adapt", fail_at_head)
+        with pytest.raises(RuntimeError, match="no memory"):
+            disha.inject_adapters(model, "all-linear", 2, adapter="b", also_train="norm")
+        assert_unchanged(model, before)
+
+
+class Slow(nn.Linear):
+    """Its forward reaches nn.Linear's, and lets other threads in on the way."""
+
+    def forward(self, input):
+        time.sleep(0.001)
+        output = super().forward(input)
+        time.sleep(0.001)
+        return output
+
+
+def test_threads_that_share_a_layer_each_get_the_update_once():
+    layer = disha.inject_adapters(Slow(6, 4), "all-linear", 2, init="kaiming")
+    inputs = [torch.randn(2, 6) for _ in range(32)]
+    expected = [layer(x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        assert all(map(torch.equal, pool.map(layer, inputs), expected))
+
+
+class TestCompiled:
+    def test_names_are_clean_and_the_adapter_acts(self, model, tokens):
+        compiled = torch.compile(model, backend="eager")
+        before = compiled(tokens)
+        disha.inject_adapters(compiled, r"^layers\.0\.attn\.q_proj$", 2)
+        perturb(model)
+        assert [row.name for row in disha.summary(compiled).layers] == ["layers.0.attn.q_proj"]
+        assert torch.equal(compiled(tokens), model(tokens))
+        assert not torch.equal(compiled(tokens), before)
+
+
+module_trees = st.recursive(
+    st.sampled_from(["linear", "norm", "relu", "shared"]),
+    lambda children: st.lists(children, min_size=1, max_size=3),
+    max_leaves=8,
+)
+
+
+def build(tree, shared):
+    if isinstance(tree, list):
+        return nn.Sequential(*(build(child, shared) for child in tree))
+    leaves = {"linear": lambda: nn.Linear(5, 5), "norm": lambda: nn.LayerNorm(5),
+              "relu": nn.ReLU, "shared": lambda: shared}  # fmt: skip
+    return leaves[tree]()
+
+
+@settings(deadline=None, max_examples=40)
+@given(tree=module_trees, method=st.sampled_from(["bone", "bat"]), r=st.integers(1, 5))
+def test_any_tree_inject_train_merge_unmerge_remove(tree, method, r):
+    torch.manual_seed(0)
+    model = nn.Sequential(build(tree, nn.Linear(5, 5)), nn.Linear(5, 5))
+    x = torch.randn(4, 5)
+    before, base = snapshot(model), model(x)
+    disha.inject_adapters(model, "all-linear", r, method=method)
+    assert torch.equal(model(x), base)
+    (model(x) - 1).square().mean().backward()
+    for parameter in model.parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad
+        parameter.grad = None
+    perturb(model, size=0.1)
+    adapted = model(x)
+    disha.merge_adapters(model)
+    assert torch.allclose(model(x), adapted, atol=1e-4)
+    disha.unmerge_adapters(model)
+    assert torch.equal(model(x), adapted)
+    with disha.adapters_disabled(model):
+        assert torch.equal(model(x), base)
+    disha.remove_adapters(model)
+    assert_unchanged(model, before)
+
+
+def test_error_messages_name_no_internal(model):
+    with pytest.raises(TargetError) as caught:
+        disha.inject_adapters(model, "nothing_like_it", 2)
+    assert not re.search(r"Layered|object at", str(caught.value))
+
+
+def test_attention_is_a_module_like_any_other():
+    model = disha.inject_adapters(Attention(), "q_proj", 8)
+    assert model.q_proj.disha["default"].bone_block.shape == (8, 8)

@@ -1,0 +1,233 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import disha
+from disha import ArgumentError, MergeError
+from tests import reference
+from tests.conftest import Tied, assert_unchanged, perturb, snapshot
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("method", "r_out"), [("bone", None), ("bone", 2), ("bat", None)])
+def test_merged_weight_is_the_oracle_rounded_once(dtype, method, r_out):
+    model = nn.Linear(7, 6).to(dtype)
+    weight = model.weight.detach().clone()
+    disha.inject_adapters(model, "all-linear", 3, method=method, r_out=r_out, scale=0.7)
+    perturb(model)
+    block = next(disha.adapter_parameters(model)).detach()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    delta = (
+        reference.bat_delta_weight(weight.to(wide), block.to(wide))
+        if method == "bat"
+        else reference.bone_delta_weight(block.to(wide), 7, 6)
+    )
+    expected = (weight.to(wide) + delta * 0.7).to(dtype)
+    disha.merge_adapters(model)
+    # one unit in the last place: the order of a float32 sum may differ
+    assert torch.allclose(model.weight, expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_a_hundred_cycles_end_bit_for_bit_where_they_began(dtype, method):
+    model = nn.Sequential(nn.Linear(7, 6), nn.Linear(6, 5)).to(dtype)
+    originals = [p.detach().clone() for p in model.parameters()]
+    parameters = list(model.parameters())
+    disha.inject_adapters(model, "all-linear", 3, method=method)
+    perturb(model)
+    for _ in range(100):
+        disha.merge_adapters(model)
+        disha.unmerge_adapters(model)
+    base = [p for name, p in model.named_parameters() if "disha" not in name]
+    assert all(now is then for now, then in zip(base, parameters, strict=True))
+    assert all(map(torch.equal, base, originals))
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_merged_computes_what_unmerged_does(model, tokens, method):
+    model.double()
+    disha.inject_adapters(model, "all-linear", 3, method=method, dropout=0.5)
+    perturb(model)
+    model.eval()
+    expected = model(tokens)
+    disha.merge_adapters(model)
+    assert torch.allclose(model(tokens), expected, rtol=0, atol=1e-12)
+    model.train()  # dropout belongs to the adapter, which does not act now
+    assert torch.allclose(model(tokens), expected, rtol=0, atol=1e-12)
+
+
+def test_several_adapters_each_from_the_original_weight(model, tokens):
+    model.double()
+    disha.inject_adapters(model, "all-linear", 2, adapter="a", method="bat")
+    disha.inject_adapters(model, "proj", 3, adapter="b", method="bat")
+    disha.inject_adapters(model, "head", 4, adapter="c")
+    perturb(model)
+    disha.set_active_adapters(model, ["a", "b", "c"])
+    expected = model(tokens)
+    disha.merge_adapters(model)
+    assert torch.allclose(model(tokens), expected, rtol=0, atol=1e-12)
+
+
+def test_named_adapters_instead_of_the_active(model, tokens):
+    model.double()
+    disha.inject_adapters(model, "all-linear", 2, adapter="a")
+    perturb(model)
+    expected = model(tokens)
+    disha.inject_adapters(model, "head", 2, adapter="b", init="kaiming")
+    disha.merge_adapters(model, "a")
+    assert torch.allclose(model(tokens), expected, rtol=0, atol=1e-12)
+
+
+def test_autocast_does_not_coarsen_a_merge():
+    model = nn.Linear(8, 8)
+    disha.inject_adapters(model, "all-linear", 4, method="bat")
+    perturb(model)
+    twin = copy.deepcopy(model)
+    disha.merge_adapters(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        disha.merge_adapters(twin)
+    assert torch.equal(model.weight, twin.weight)
+
+
+def test_unmerging_nothing_is_no_error(model):
+    before = snapshot(model)
+    disha.unmerge_adapters(model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_merged_model_can_be_copied_and_unmerged(clone):
+    model = disha.inject_adapters(nn.Linear(6, 4), "all-linear", 2, init="kaiming")
+    original = model.weight.detach().clone()
+    disha.merge_adapters(model)
+    twin = clone(model)
+    disha.unmerge_adapters(twin)
+    assert torch.equal(twin.weight, original)
+    assert not torch.equal(model.weight, original)
+
+
+def test_a_merged_model_that_changed_dtype_still_unmerges():
+    model = disha.inject_adapters(nn.Linear(6, 4), "all-linear", 2, init="kaiming")
+    original = model.weight.detach().clone()
+    disha.merge_adapters(model)
+    model.to(torch.bfloat16)
+    disha.unmerge_adapters(model)
+    assert torch.equal(model.weight, original.to(torch.bfloat16))
+
+
+class TestTied:
+    def test_merging_into_a_shared_weight_raises(self):
+        model = disha.inject_adapters(Tied(), "head|q_proj", 2, init="kaiming")
+        before = snapshot(model)
+        with pytest.raises(MergeError, match=r"head.weight is shared with embed.weight.*untie"):
+            disha.merge_adapters(model)
+        assert_unchanged(model, before)
+
+    def test_untie_leaves_the_embedding_and_ties_again(self, tokens):
+        model = disha.inject_adapters(Tied().double(), "head", 2, init="kaiming")
+        expected, embedding = model(tokens), model.embed.weight.detach().clone()
+        disha.merge_adapters(model, untie=True)
+        assert torch.allclose(model(tokens), expected, rtol=0, atol=1e-12)
+        assert torch.equal(model.embed.weight, embedding)
+        disha.unmerge_adapters(model)
+        assert model.head.weight is model.embed.weight
+        assert torch.equal(model(tokens), expected)
+
+
+class Doubling(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Squaring(nn.Linear):
+    def forward(self, input):
+        return torch.nn.functional.linear(input, self.weight, self.bias) ** 2
+
+
+class OwnProduct(nn.Linear):
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
+
+
+class TestOwnForward:
+    @pytest.mark.parametrize("cls", [Doubling, OwnProduct])
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    def test_merges_to_the_same_output(self, cls, method):
+        model = nn.Sequential(cls(6, 4))
+        disha.inject_adapters(model, "0", 2, method=method, init="kaiming")
+        x = torch.randn(3, 6)
+        expected = model(x)
+        disha.merge_adapters(model)
+        assert torch.allclose(model(x), expected, atol=1e-5)
+
+    def test_refuses_where_the_output_would_differ(self):
+        model = nn.Sequential(nn.Linear(6, 6), Squaring(6, 4))
+        disha.inject_adapters(model, "all-linear", 2, init="kaiming")
+        before = snapshot(model)
+        with pytest.raises(MergeError, match="1 is a Squaring with a forward of its own"):
+            disha.merge_adapters(model)
+        assert_unchanged(model, before)
+
+
+class TestRefusals:
+    def test_twice(self, model):
+        disha.inject_adapters(model, "head", 2)
+        disha.merge_adapters(model)
+        before = snapshot(model)
+        with pytest.raises(MergeError, match="can't merge adapters while adapters are merged"):
+            disha.merge_adapters(model)
+        assert_unchanged(model, before)
+
+    def test_inside_adapters_disabled(self, model):
+        disha.inject_adapters(model, "head", 2)
+        with disha.adapters_disabled(model):
+            before = snapshot(model)
+            with pytest.raises(MergeError, match="inside adapters_disabled"):
+                disha.merge_adapters(model)
+            assert_unchanged(model, before)
+
+    def test_nothing_active(self, model):
+        with pytest.raises(ArgumentError, match="nothing to merge"):
+            disha.merge_adapters(model)
+        disha.inject_adapters(model, "head", 2)
+        disha.set_active_adapters(model, [])
+        with pytest.raises(ArgumentError, match="nothing to merge"):
+            disha.merge_adapters(model)
+
+    @pytest.mark.parametrize("adapter", ["x", ["default", "x"], ["default", "default"]])
+    def test_unknown_or_repeated(self, model, adapter):
+        disha.inject_adapters(model, "head", 2)
+        before = snapshot(model)
+        with pytest.raises(ArgumentError):
+            disha.merge_adapters(model, adapter)
+        assert_unchanged(model, before)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+    def test_values_that_are_not_finite(self, model, value):
+        disha.inject_adapters(model, "all-linear", 2)
+        perturb(model)
+        with torch.no_grad():
+            model.head.disha["default"].block.fill_(value)
+        disha.set_adapter_scale(model, 10.0)
+        before = snapshot(model)
+        before["values"] = {k: v for k, v in before["values"].items() if "head.disha" not in k}
+        with pytest.raises(MergeError, match=r"head.weight gives values that are not finite"):
+            disha.merge_adapters(model)
+        after = snapshot(model)
+        for name, tensor in before["values"].items():
+            assert torch.equal(after["values"][name], tensor), name
+        assert after["active"] == before["active"]
+
+    def test_parametrised_weight(self):
+        model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)))
+        disha.inject_adapters(model, "all-linear", 2, init="kaiming")
+        before = snapshot(model)
+        with pytest.raises(MergeError, match="remove the parametrization"):
+            disha.merge_adapters(model)
+        assert_unchanged(model, before)

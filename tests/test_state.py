@@ -1,0 +1,137 @@
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import disha
+from disha import AdapterStateError, ArgumentError, ArgumentTypeError, MergeError
+from tests.conftest import Layered, Shared, assert_unchanged, perturb, snapshot
+
+
+@pytest.fixture
+def adapted(model):
+    disha.inject_adapters(model, "proj", 2, also_train=r"norm\.weight")
+    perturb(model)
+    return model
+
+
+def fresh():
+    torch.manual_seed(0)
+    return disha.inject_adapters(Layered(), "proj", 2, also_train=r"norm\.weight")
+
+
+class TestFilter:
+    def test_same_keys_and_same_memory_as_the_models(self, adapted):
+        state, whole = disha.adapter_state_dict(adapted), adapted.state_dict()
+        assert list(state) == [key for key in whole if "disha" in key or "norm.weight" in key]
+        assert all(state[key].data_ptr() == whole[key].data_ptr() for key in state)
+        assert not any(value.requires_grad for value in state.values())
+
+    def test_torch_save_and_load_state_dict_work_with_it(self, adapted, tokens):
+        file = io.BytesIO()
+        torch.save(disha.adapter_state_dict(adapted), file)
+        other = fresh()
+        state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        assert not other.load_state_dict(state, strict=False).unexpected_keys
+        assert torch.equal(other(tokens), adapted(tokens))
+
+    def test_one_adapter_of_several(self, adapted):
+        disha.inject_adapters(adapted, "head", 3, adapter="b", method="bat")
+        assert list(disha.adapter_state_dict(adapted, "b")) == ["head.disha.b.bat_block"]
+        assert not any(".b." in key for key in disha.adapter_state_dict(adapted))
+
+    def test_shared_module_has_both_its_keys(self):
+        model = disha.inject_adapters(Shared(), "first", 2)
+        keys = ["first.disha.default.bone_block", "second.disha.default.bone_block"]
+        assert list(disha.adapter_state_dict(model)) == keys
+        disha.load_adapter_state_dict(model, disha.adapter_state_dict(model))
+
+    def test_unknown_adapter(self, model):
+        with pytest.raises(ArgumentError, match="no adapter 'default'; it has none"):
+            disha.adapter_state_dict(model)
+
+
+class TestLoad:
+    def test_round_trip(self, adapted, tokens):
+        other = fresh()
+        report = disha.load_adapter_state_dict(other, disha.adapter_state_dict(adapted))
+        assert report.complete
+        assert list(report.matched) == list(disha.adapter_state_dict(adapted))
+        assert torch.equal(other(tokens), adapted(tokens))
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+    def test_keys_of_a_wrapped_model(self, adapted, tokens, prefix):
+        state = {prefix + key: value for key, value in disha.adapter_state_dict(adapted).items()}
+        other = fresh()
+        assert disha.load_adapter_state_dict(other, state).complete
+        assert torch.equal(other(tokens), adapted(tokens))
+
+    def test_into_a_compiled_model(self, adapted, tokens):
+        other = fresh()
+        compiled = torch.compile(other, backend="eager")
+        disha.load_adapter_state_dict(compiled, disha.adapter_state_dict(adapted))
+        assert torch.equal(compiled(tokens), adapted(tokens))
+
+    def test_everything_that_is_wrong_is_reported_together(self, adapted):
+        state = disha.adapter_state_dict(adapted)
+        first, second, third, fourth, *_ = state
+        del state[first]
+        state[second] = state[second][:1]
+        state[third] = torch.full_like(state[third], float("nan"))
+        state[fourth] = state[fourth].to(torch.int32)
+        state["other.bone_block"] = torch.zeros(1)
+        other = fresh()
+        before = snapshot(other)
+        with pytest.raises(AdapterStateError) as caught:
+            disha.load_adapter_state_dict(other, state)
+        text = str(caught.value)
+        assert f"missing: {first}" in text
+        assert "unexpected: other.bone_block" in text
+        assert f"wrong shape: {second} is (1, 8), must be (2, 8)" in text
+        assert f"wrong value: {third} holds values that are not finite" in text
+        assert f"wrong value: {fourth} has dtype torch.int32" in text
+        assert isinstance(caught.value, ValueError)
+        assert_unchanged(other, before)
+
+    def test_not_strict_loads_what_fits(self, adapted):
+        state = disha.adapter_state_dict(adapted)
+        first, *rest = state
+        value = state.pop(first)
+        state["extra"] = value
+        other = fresh()
+        report = disha.load_adapter_state_dict(other, state, strict=False)
+        assert report.missing == (first,)
+        assert report.unexpected == ("extra",)
+        assert report.matched == tuple(rest)
+        loaded = other.state_dict()
+        assert all(torch.equal(loaded[key], state[key]) for key in rest)
+        assert not loaded[first].any()
+
+    def test_not_strict_still_refuses_wrong_shapes(self, adapted):
+        state = {key: value[:1] for key, value in disha.adapter_state_dict(adapted).items()}
+        other = fresh()
+        before = snapshot(other)
+        with pytest.raises(AdapterStateError, match="wrong shape"):
+            disha.load_adapter_state_dict(other, state, strict=False)
+        assert_unchanged(other, before)
+
+    def test_a_long_report_is_cut(self):
+        model = disha.inject_adapters(nn.Sequential(*(nn.Linear(2, 2) for _ in range(30))), ".", 1)
+        with pytest.raises(AdapterStateError, match="and 10 more"):
+            disha.load_adapter_state_dict(model, {})
+
+    def test_what_is_no_state(self, adapted):
+        with pytest.raises(ArgumentTypeError, match="got list"):
+            disha.load_adapter_state_dict(adapted, [])
+        key = next(iter(disha.adapter_state_dict(adapted)))
+        with pytest.raises(AdapterStateError, match="is no tensor but of type str"):
+            disha.load_adapter_state_dict(adapted, {key: "x"})
+
+    def test_while_merged(self, adapted):
+        state = {k: v.clone() for k, v in disha.adapter_state_dict(adapted).items()}
+        disha.merge_adapters(adapted)
+        before = snapshot(adapted)
+        with pytest.raises(MergeError):
+            disha.load_adapter_state_dict(adapted, state)
+        assert_unchanged(adapted, before)
