@@ -19,6 +19,7 @@ and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile i
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +40,17 @@ __all__ = [
     "merged_weight",
     "shard_count",
     "shard_sum",
+    "without_autocast",
 ]
 
 Scale = float | Tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which products are computed in their operands' own dtype."""
+    if device.type == "meta":  # which has no autocast to switch off
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def shard_count(features: int, r: int) -> int:
@@ -59,6 +68,16 @@ def shard_count(features: int, r: int) -> int:
     return -(-features // r)
 
 
+def _tiles(block: Tensor, out_features: int) -> int:
+    """How often an output shard of the block's size fits into out_features."""
+    if out_features % block.shape[-1]:
+        raise ArgumentError(
+            f"a block of shape {tuple(block.shape)} does not fit an output of {out_features}: "
+            f"{block.shape[-1]} must divide it"
+        )
+    return out_features // block.shape[-1]
+
+
 def _pad_to_multiple(x: Tensor, r: int, dim: int) -> Tensor:
     """Zero-pad `dim` (negative) of x at its end to a multiple of r."""
     missing = -x.shape[dim] % r
@@ -72,7 +91,7 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
 
     Args:
         x: tensor (..., in).
-        r: shard size, from 1 to in.
+        r: shard size, at least 1.
         dtype: dtype to accumulate in and return; x's own by default.
 
     Returns:
@@ -92,12 +111,9 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.sum(shards, dim=-2, dtype=dtype)
 
 
-def _repeat_tile(x: Tensor, out_features: int) -> Tensor:
-    """Repeat the last dimension (r_out) until it is out_features long."""
-    r_out = x.shape[-1]
-    if r_out == out_features:
-        return x
-    return repeat(x, "... r_out -> ... (a r_out)", a=out_features // r_out)
+def _repeat_tile(x: Tensor, tiles: int) -> Tensor:
+    """Repeat the last dimension (r_out) until it is as long as the output."""
+    return x if tiles == 1 else repeat(x, "... r_out -> ... (tiles r_out)", tiles=tiles)
 
 
 def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) -> Tensor:
@@ -112,6 +128,9 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
     Returns:
         Tensor (..., out_features), in the block's dtype (autocast aside).
 
+    Raises:
+        ArgumentError: the block's second size does not divide out_features.
+
     Source: arXiv 2409.15371, section 3.
 
     Example:
@@ -120,10 +139,11 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
         >>> bone_delta(torch.ones(1, 6), torch.ones(2, 3), out_features=3)
         tensor([[6., 6., 6.]])
     """
+    tiles = _tiles(block, out_features)
     sums = shard_sum(x, block.shape[0], dtype=block.dtype)
     if isinstance(scale, Tensor) or scale != 1.0:
         sums = sums * scale  # (..., r): cheaper than scaling D or the output
-    return _repeat_tile(sums @ block, out_features)
+    return _repeat_tile(sums @ block, tiles)
 
 
 def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Tensor:
@@ -137,6 +157,9 @@ def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Ten
     Returns:
         Tensor (out_features, in_features).
 
+    Raises:
+        ArgumentError: the block's second size does not divide out_features.
+
     Source: arXiv 2409.15371, section 3.
 
     Example:
@@ -145,8 +168,7 @@ def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Ten
         >>> bone_delta_weight(torch.tensor([[1.0], [2.0]]), in_features=5, out_features=1)
         tensor([[1., 2., 1., 2., 1.]])
     """
-    r, r_out = block.shape
-    shards, tiles = shard_count(in_features, r), out_features // r_out
+    shards, tiles = shard_count(in_features, block.shape[0]), _tiles(block, out_features)
     delta = repeat(block, "r r_out -> (tiles r_out) (shards r)", tiles=tiles, shards=shards)
     return delta[:, :in_features]
 
@@ -234,7 +256,7 @@ def bone_lora_factors(block: Tensor, in_features: int, out_features: int) -> tup
     identity = torch.eye(r, dtype=block.dtype, device=block.device)
     shards = shard_count(in_features, r)
     lora_a = repeat(identity, "r j -> r (shards j)", shards=shards)[:, :in_features]
-    lora_b = _repeat_tile(block, out_features).T
+    lora_b = _repeat_tile(block, _tiles(block, out_features)).T
     return lora_a.contiguous(), lora_b.contiguous()
 
 
@@ -247,7 +269,10 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
 
     Returns:
         Tensor (out, in), in float32 or, if W or D is wider, in float64: rounding dW to 16 bits
-        and then W + dW again would round twice.
+        and then W + dW again would round twice. Autocast is off here for the same reason.
+
+    Raises:
+        ArgumentError: the block is not one for that many rows.
 
     Source: arXiv 2409.15371, section 3.3.
 
@@ -260,12 +285,18 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
     """
     out_features, in_features = weight.shape
     r = block.shape[-1]
+    if tuple(block.shape) != (shard_count(out_features, r), r, r):
+        raise ArgumentError(
+            f"a BAT block for {out_features} rows and r={r} has shape "
+            f"({shard_count(out_features, r)}, {r}, {r}), got {tuple(block.shape)}"
+        )
     dtype = _merge_dtype(torch.promote_types(weight.dtype, block.dtype))
     weight, block = weight.to(dtype), block.to(dtype)
     padded = _pad_to_multiple(_pad_to_multiple(weight, r, dim=-1), r, dim=-2)
     # row-major (a i) (b k) is already "a (i b) k": one batched product, no permutation
     tiles = padded.reshape(block.shape[0], -1, r)
-    product = rearrange(torch.bmm(tiles, block), "a (i b) j -> a i b j", i=r)
+    with without_autocast(weight.device):
+        product = rearrange(torch.bmm(tiles, block), "a (i b) j -> a i b j", i=r)
     delta = product + rearrange(block, "a i j -> a i 1 j")
     return rearrange(delta, "a i b j -> (a i) (b j)")[:out_features, :in_features]
 

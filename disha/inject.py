@@ -16,7 +16,13 @@ from disha import freezing
 from disha.config import ALL_LINEAR, AdapterConfig, as_patterns, check_adapter_name
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.layers import BYPASSED_CHILDREN, AdaptedLayer, layer_kind_of
-from disha.layers.adapted import adapt, refuse_merged, restore
+from disha.layers.adapted import (
+    CHILD_NAME,
+    adapt,
+    refuse_changed_class,
+    refuse_merged,
+    restore,
+)
 from disha.tables import table
 from disha.tree import (
     ModuleNames,
@@ -415,8 +421,11 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
         adapter: the one to remove; all by default.
 
     Raises:
-        ArgumentError: there is no such adapter.
+        ArgumentError: there is no such adapter, or a layer's class was changed after it was
+            adapted (by a parametrization, say).
         MergeError: adapters are merged.
+
+        The model is unchanged whenever this raises.
 
     Example:
         >>> from torch import nn
@@ -430,6 +439,9 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     if adapter is not None:
         require_adapter(model, adapter)
     doomed = adapter_names(model) if adapter is None else [adapter]
+    for name, layer in adapted_layers(model):
+        if set(layer.disha) <= set(doomed):
+            refuse_changed_class(layer, name)
     for layer in layers:
         for name in doomed:
             layer.disha.discard(name)
@@ -599,6 +611,8 @@ def _obstacle(module: nn.Module) -> str | None:
     kind = layer_kind_of(module)
     if kind is None:
         return f"no layer kind adapts {type(module).__name__}"
+    if hasattr(module, CHILD_NAME) and not isinstance(module, AdaptedLayer):
+        return f"it has an attribute {CHILD_NAME!r} of its own, where the adapters would be"
     return kind.obstacle(module)
 
 

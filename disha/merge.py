@@ -6,13 +6,14 @@ merged one, so that unmerging is exact whatever was merged, and how often.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError, MergeError
+from disha.functional import without_autocast
 from disha.layers.adapted import AdaptedLayer, MergedWeight, refuse_merged
 from disha.tree import adapted_layers, join, module_names, require_adapter
 
@@ -65,7 +66,7 @@ def merge_adapters(
     sharers = [_sharers(layer, users) for _, layer, _ in chosen]
     for (name, layer, _), shared_with in zip(chosen, sharers, strict=True):
         _check_mergeable(name, layer, shared_with, untie)
-    with torch.no_grad(), _without_autocast(), ExitStack() as undo:
+    with torch.no_grad(), ExitStack() as undo:
         for (name, layer, adapters), shared_with in zip(chosen, sharers, strict=True):
             _merge_layer(name, layer, adapters, bool(shared_with), undo)
         undo.pop_all()
@@ -149,7 +150,8 @@ def _check_mergeable(name: str, layer: AdaptedLayer, shared_with: list[str], unt
 def _merge_layer(
     name: str, layer: AdaptedLayer, adapters: tuple[str, ...], shared: bool, undo: ExitStack
 ) -> None:
-    merged = layer.merged_weight(adapters)
+    with without_autocast(layer.base_weight.device):
+        merged = layer.merged_weight(adapters)
     if not torch.isfinite(merged).all():
         raise MergeError(
             f"merging {', '.join(map(repr, adapters))} into {name}.{layer.weight_name} gives "
@@ -220,16 +222,9 @@ class _Probe:
         modes = [(module, module.training) for module in self.layer.modules()]
         try:
             self.layer.eval()
-            output: Tensor = self.layer.forward(self.input)
+            with without_autocast(self.input.device):
+                output: Tensor = self.layer.forward(self.input)
         finally:
             for module, training in modes:
                 module.training = training
         return output
-
-
-@contextmanager
-def _without_autocast() -> Iterator[None]:
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from disha import functional
 from disha.config import AdapterConfig
-from disha.errors import ArgumentError, MergeError
+from disha.errors import ArgumentError, ArgumentTypeError, MergeError
 from disha.layers.blocks import BLOCKS, Block
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "MergedWeight",
     "adapt",
     "attach",
+    "refuse_changed_class",
     "refuse_merged",
     "restore",
 ]
@@ -120,7 +121,9 @@ class Adapters(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Not callable: the layer that holds the adapters applies them."""
-        raise TypeError("Adapters holds blocks and is not called; call the layer it belongs to")
+        raise ArgumentTypeError(
+            "Adapters holds blocks and is not called; call the layer that it belongs to"
+        )
 
 
 class AdaptedLayer(nn.Module):
@@ -259,9 +262,12 @@ def _make_class(original: type[nn.Module], kind: type[AdaptedLayer]) -> type[Ada
 
 
 def _first_parameter(forward: Callable[..., Any]) -> str:
-    """Return the name under which a forward takes its first input."""
-    _, *parameters = inspect.signature(forward).parameters.values()
-    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    """Return the name under which a forward takes its first input, or "" where it shows none."""
+    try:
+        _, *parameters = inspect.signature(forward).parameters.values()
+    except ValueError:  # written in C, without a signature
+        return ""
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return named[0] if named else ""
 
 
@@ -282,10 +288,17 @@ class _OwnForward(AdaptedLayer):
         finally:
             del calls[caller]
             if outer is not None:
-                calls[caller] = outer
+                calls[caller] = True  # a call within its own forward has applied the update
         if not missed:
             return output
-        input = args[0] if args else kwargs[self.input_name]
+        input = args[0] if args else kwargs.get(self.input_name)
+        if not isinstance(output, Tensor) or not isinstance(input, Tensor):
+            raise ArgumentTypeError(
+                f"the adapter of {self.original_class.__name__} can't act: its forward does not "
+                f"use {self.base_class.__name__}.forward, and adding to its output needs one "
+                f"tensor in and one out, but it takes {type(input).__name__} and returns "
+                f"{type(output).__name__}; leave it out with exclude="
+            )
         for block in missed:
             output = output + self.delta_output(block, input).to(output.dtype)
         return output
@@ -320,6 +333,20 @@ def attach(layer: AdaptedLayer) -> None:
     adapters.train(layer.training)
     # Straight into _modules: the user's class may guard its attributes.
     layer._modules[CHILD_NAME] = adapters
+
+
+def refuse_changed_class(layer: AdaptedLayer, name: str) -> None:
+    """Raise if something derived another class from the layer's adapted class.
+
+    Raises:
+        ArgumentError: giving back the original class would undo that change too.
+    """
+    if "original_class" not in type(layer).__dict__:
+        raise ArgumentError(
+            f"{name or 'the model'} has become a {type(layer).__name__} since it was adapted (by a "
+            "parametrization or a wrapper, say), so its original class can't be given back; undo "
+            "that change first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
 
 
 def restore(layer: AdaptedLayer) -> None:

@@ -18,7 +18,7 @@ from disha import functional
 from disha.config import AdapterConfig, check_adapter_name
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.freezing import set_requires_grad
-from disha.layers.adapted import AdaptedLayer, Geometry, attach
+from disha.layers.adapted import AdaptedLayer, Geometry, attach, refuse_merged
 from disha.layers.blocks import Bat, Block
 
 __all__ = ["AdaptedLinear", "BatLinear", "BoneLinear"]
@@ -90,7 +90,13 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
         return output
 
     def reset_parameters(self) -> None:
-        """Draw the base weight and bias anew, and set every block to its initial values."""
+        """Draw the base weight and bias anew, and set every block to its initial values.
+
+        Raises:
+            MergeError: adapters are merged, so that unmerging would undo this.
+        """
+        if "disha" in self._modules:
+            refuse_merged([self], "reset parameters")
         super().reset_parameters()
         adapters = self._modules.get("disha")  # not there yet while nn.Linear constructs itself
         if adapters is not None:
@@ -190,6 +196,8 @@ class BoneLinear(AdaptedLinear):
         >>> [name for name, p in layer.named_parameters() if p.requires_grad]
         ['disha.default.bone_block']
     """
+
+    original_class = nn.Linear
 
     def __init__(
         self,
@@ -304,6 +312,8 @@ class BatLinear(AdaptedLinear):
         >>> layer.disha["default"].bat_block.shape
         torch.Size([8, 4, 4])
     """
+
+    original_class = nn.Linear
 
     def __init__(
         self,

@@ -1,0 +1,87 @@
+"""Oracles: the formulas of DiSHA written out as loops, slow and obvious. Nothing here uses disha.
+
+With W (out, in), x (..., in), rank r, indices o of outputs, i of inputs, j in a shard, a of output
+blocks and b of input shards (both counted over the zero-padded size):
+
+- `shard_sum`          S(x)[j] = sum over b of x[b r + j], x zero beyond its end;
+- `bone_delta_weight`  dW[o, i] = D[i mod r, o mod r_out], one element after the other. Bone is the
+  case r_out = out, in which o mod r_out is o;
+- `bat_delta_weight`   dW_ab = W_ab D_a + D_a, one tile after the other, W padded with zero rows and
+  zero columns to multiples of r and dW cropped to W's size;
+- `merged_weight`      W' = W + sum of s dW;
+- `linear`             y = W' x + b, the product with the dense merged weight;
+- `bat_unmerge`        the tile equation W'_ab = W_ab (I + s D_a) + s D_a solved for W_ab. In a last
+  shard that is cropped to w columns, the columns of W_ab beyond w are zero, which leaves the first
+  w rows and columns of I + s D_a.
+
+They are differentiable, so that autograd of these loops is the oracle for gradients.
+"""
+
+import torch
+
+
+def shard_sum(x, r):
+    total = torch.zeros(*x.shape[:-1], r, dtype=x.dtype)
+    for i in range(x.shape[-1]):
+        total[..., i % r] = total[..., i % r] + x[..., i]
+    return total
+
+
+def bone_delta_weight(block, in_features, out_features):
+    r, r_out = block.shape
+    delta = torch.zeros(out_features, in_features, dtype=block.dtype)
+    for o in range(out_features):
+        for i in range(in_features):
+            delta[o, i] = block[i % r, o % r_out]
+    return delta
+
+
+def bat_delta_weight(weight, block):
+    out_features, in_features = weight.shape
+    blocks, r, _ = block.shape
+    shards = 0
+    while shards * r < in_features:
+        shards += 1
+    padded = torch.zeros(blocks * r, shards * r, dtype=weight.dtype)
+    padded[:out_features, :in_features] = weight
+    delta = torch.zeros(blocks * r, shards * r, dtype=weight.dtype)
+    for a in range(blocks):
+        for b in range(shards):
+            rows, columns = slice(a * r, (a + 1) * r), slice(b * r, (b + 1) * r)
+            delta[rows, columns] = padded[rows, columns] @ block[a] + block[a]
+    return delta[:out_features, :in_features]
+
+
+def delta_weight(weight, block):
+    """dW of a block of either kind: BAT's has three dimensions."""
+    if block.dim() == 3:
+        return bat_delta_weight(weight, block)
+    return bone_delta_weight(block, weight.shape[1], weight.shape[0])
+
+
+def merged_weight(weight, blocks_and_scales):
+    merged = weight
+    for block, scale in blocks_and_scales:
+        merged = merged + scale * delta_weight(weight, block)
+    return merged
+
+
+def linear(x, weight, bias, blocks_and_scales):
+    y = x @ merged_weight(weight, blocks_and_scales).T
+    return y if bias is None else y + bias
+
+
+def bat_unmerge(merged, block, scale):
+    out_features, in_features = merged.shape
+    r = block.shape[-1]
+    weight = torch.zeros_like(merged)
+    for o in range(out_features):
+        update = scale * block[o // r]
+        for start in range(0, in_features, r):
+            width = min(r, in_features - start)
+            inverse = torch.linalg.inv(
+                torch.eye(width, dtype=merged.dtype) + update[:width, :width]
+            )
+            row = merged[o, start : start + width] - update[o % r, :width]
+            weight[o, start : start + width] = row @ inverse
+    return weight

@@ -1,0 +1,913 @@
+"""BoneLinear, BatLinear and adapted linear layers as drop-in nn.Linear."""
+
+import copy
+import functools
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import disha
+from disha import BatLinear, BoneLinear, DishaError
+from disha.layers import AdaptedLinear
+from tests import reference
+
+KINDS = ("bone", "tile", "bat")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def born(kind, in_features=10, out_features=9, *args, r=4, **kwargs):
+    if kind == "bat":
+        return BatLinear(in_features, out_features, *args, r=r, **kwargs)
+    r_out = 3 if kind == "tile" else None
+    return BoneLinear(in_features, out_features, *args, r=r, r_out=r_out, **kwargs)
+
+
+def inject(model, kind, r=4, **kwargs):
+    method, r_out = ("bat", None) if kind == "bat" else ("bone", 3 if kind == "tile" else None)
+    return disha.inject_adapters(model, "all-linear", r, method=method, r_out=r_out, **kwargs)
+
+
+def fill(model):
+    """Give every block random values, so that adapters act."""
+    with torch.no_grad():
+        for block in disha.adapter_parameters(model):
+            block.normal_(0, 0.5)
+    return model
+
+
+def oracle(layer, x, adapters=("default",)):
+    """The float64 output of the layer with these adapters, in this order."""
+    blocks = [(layer.disha[a].block.detach().double(), layer.disha[a].strength) for a in adapters]
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    return reference.linear(x.double(), layer.weight.detach().double(), bias, blocks)
+
+
+def close(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=tolerance, atol=tolerance)
+
+
+# --- a drop-in nn.Linear -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positional_arguments_are_those_of_linear(kind):
+    layer = born(kind, 10, 9, False, "meta", torch.float64)
+    assert isinstance(layer, nn.Linear)
+    assert layer.bias is None
+    assert "bias" in layer._parameters
+    assert layer.weight.shape == (9, 10)
+    for tensor in layer.state_dict().values():
+        assert tensor.device.type == "meta"
+        assert tensor.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_from_birth_draws_what_linear_draws(kind):
+    torch.manual_seed(3)
+    plain = nn.Linear(10, 9)
+    torch.manual_seed(3)
+    layer = born(kind)
+    assert torch.equal(layer.weight, plain.weight)
+    assert torch.equal(layer.bias, plain.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_from_birth_computes_the_formula(kind, bias):
+    layer = fill(born(kind, 10, 9, bias, dtype=torch.float64, scale=0.7))
+    x = torch.randn(2, 3, 10, dtype=torch.float64)
+    close(layer(x), oracle(layer, x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cls", [BoneLinear, BatLinear])
+def test_from_linear_shares_the_parameter_objects_and_mode(cls, bias):
+    linear = nn.Linear(10, 9, bias).eval()
+    layer = cls.from_linear(linear, r=4, adapter="mine", scale=0.5, dropout=0.1)
+    assert type(layer) is cls
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert "bias" in layer._parameters
+    assert not layer.training
+    assert not layer.disha["mine"].training
+    assert layer.disha["mine"].strength == 0.5
+    assert layer.disha["mine"].dropout.p == 0.1
+    fill(layer)
+    x = torch.randn(3, 10)
+    close(layer(x), oracle(layer, x, ("mine",)), 1e-5)
+
+
+@pytest.mark.parametrize("cls", [BoneLinear, BatLinear])
+def test_base_is_frozen_unless_asked_not_to(cls):
+    frozen, free = cls(10, 9, r=4), cls(10, 9, r=4, freeze=False)
+    assert [n for n, p in frozen.named_parameters() if p.requires_grad] == [
+        f"disha.default.{frozen.disha['default'].parameter_name}"
+    ]
+    assert all(p.requires_grad for p in free.parameters())
+    linear = nn.Linear(10, 9)
+    cls.from_linear(linear, r=4, freeze=False)
+    assert linear.weight.requires_grad
+    cls.from_linear(linear, r=4)
+    assert not linear.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_block_shapes_and_names(kind):
+    block = born(kind, adapter="mine").disha["mine"]
+    expected = {"bone": (4, 9), "tile": (4, 3), "bat": (3, 4, 4)}[kind]
+    assert block.block.shape == expected
+    name = "bat_block" if kind == "bat" else "bone_block"
+    assert set(born(kind, adapter="mine").state_dict()) == {
+        "weight",
+        "bias",
+        f"disha.mine.{name}",
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_printout_shows_sizes_adapter_and_scale(kind):
+    text = repr(born(kind, scale=0.5, adapter="mine"))
+    for part in ("in_features=10, out_features=9", "active=['mine']", "r=4", "scale=0.5"):
+        assert part in text
+    assert ("r_out=3" in text) == (kind == "tile")
+    with disha.adapters_disabled(layer := born(kind)):
+        assert "disabled" in repr(layer)
+    assert "disabled" not in repr(layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_parameters_draws_the_base_and_zeroes_the_block(kind):
+    layer = fill(born(kind))
+    before = layer.weight.clone()
+    layer.reset_parameters()
+    assert not torch.equal(layer.weight, before)
+    assert not layer.disha["default"].block.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kaiming_init_acts_at_once_and_again_after_reset(kind):
+    layer = born(kind, init="kaiming")
+    assert layer.disha["default"].block.any()
+    layer.disha["default"].block.data.zero_()
+    layer.reset_parameters()
+    assert layer.disha["default"].block.any()
+    assert not torch.equal(layer(x := torch.randn(2, 10)), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_materialised_from_meta_is_the_plain_layer(kind):
+    layer = born(kind, 10, 9, True, "meta", scale=0.25).to_empty(device="cpu")
+    layer.reset_parameters()
+    x = torch.randn(3, 10)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert layer.disha["default"].scale.item() == 0.25
+    fill(layer)
+    close(layer(x), oracle(layer, x), 1e-5)
+
+
+# --- identity, dtypes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("block_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_injection_changes_no_bit_of_output_and_input_gradient(kind, dtype, block_dtype, bias):
+    model = nn.Sequential(nn.Linear(10, 9, bias), nn.GELU(), nn.Linear(9, 6, bias)).to(dtype)
+    x = torch.randn(5, 10, dtype=dtype, requires_grad=True)
+    before = model(x)
+    (gradient,) = torch.autograd.grad(before.square().sum(), x)
+    inject(model, kind, dtype=block_dtype)
+    after = model(x)
+    assert after.dtype == dtype
+    assert torch.equal(after, before)
+    assert torch.equal(torch.autograd.grad(after.square().sum(), x)[0], gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_block_takes_the_dtype_of_the_weight_or_its_own(kind, dtype):
+    assert born(kind, dtype=dtype).disha["default"].block.dtype == dtype
+    layer = born(kind, dtype=dtype, block_dtype=torch.float32)
+    assert layer.disha["default"].block.dtype == torch.float32
+    assert layer.weight.dtype == dtype
+    assert fill(layer)(torch.randn(2, 10, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("own_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_output_dtype_under_autocast_is_that_of_the_plain_layer(kind, own_dtype, x_dtype, dropout):
+    plain = nn.Linear(10, 9, dtype=own_dtype)
+    layer = fill(inject(copy.deepcopy(plain), kind, dropout=dropout))
+    x = torch.randn(3, 10, dtype=x_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == plain(x).dtype == torch.bfloat16
+        layer(x).sum().backward()
+    assert layer.disha["default"].block.grad.dtype == own_dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_under_autocast_gives_the_gradient_to_bfloat16_accuracy(kind):
+    layer = fill(inject(nn.Linear(10, 9), kind))
+    block = layer.disha["default"].block
+    x = torch.randn(6, 10)
+    (exact,) = torch.autograd.grad(layer(x).sum(), block)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    (rounded,) = torch.autograd.grad(y.sum(), block)
+    # a few roundings of 2**-8 each, against the largest entry
+    assert (rounded - exact).abs().max() <= 2**-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_changing_dtype_never_rounds_the_scale(kind):
+    model = nn.Sequential(born(kind, scale=0.1))
+    block = model[0].disha["default"]
+    model.to(torch.bfloat16)
+    assert block.block.dtype == torch.bfloat16
+    assert block.scale.dtype == torch.float32
+    assert block.scale.item() == torch.tensor(0.1, dtype=torch.float32).item()
+    model.half().double()
+    assert block.scale.dtype == torch.float64
+    assert block.scale.item() == block.strength == 0.1
+    fill(model)
+    x = torch.randn(2, 10, dtype=torch.float64)
+    close(model(x), oracle(model[0], x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_of_low_precision_layer_and_block_rounds_once(kind, dtype):
+    layer = fill(born(kind, 40, 36, dtype=dtype, r=8, scale=0.5))
+    weight, block = layer.weight.double(), layer.disha["default"].block.detach().double()
+    exact = reference.merged_weight(weight, [(block, 0.5)])
+    disha.merge_adapters(layer)
+    _, exponent = torch.frexp(exact)
+    half_ulp = torch.ldexp(torch.ones_like(exact), exponent - 1) * torch.finfo(dtype).eps / 2
+    # float32 arithmetic may move what lies at the middle of two neighbours by a little
+    assert ((layer.weight.double() - exact).abs() <= half_ulp + 1e-6).all()
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_all_blocks_and_not_the_frozen_base(kind):
+    model = inject(nn.Sequential(nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 6)), kind)
+    model(torch.randn(4, 10)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("disha" in name), name
+        if parameter.grad is not None:
+            assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_an_unfrozen_base_are_those_of_the_formula(kind):
+    layer = fill(born(kind, dtype=torch.float64, freeze=False, scale=0.5))
+    x = torch.randn(4, 10, dtype=torch.float64)
+    block = layer.disha["default"].block
+    leaves = (layer.weight, layer.bias, block)
+    y = reference.linear(x, layer.weight, layer.bias, [(block, 0.5)])
+    expected = torch.autograd.grad(y.square().sum(), leaves)
+    for actual, wanted in zip(
+        torch.autograd.grad(layer(x).square().sum(), leaves), expected, strict=True
+    ):
+        close(actual, wanted)
+
+
+@pytest.mark.parametrize("sizes", [(64, 48), (62, 45)], ids=str)
+@pytest.mark.parametrize("kind", ["bone", "tile"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bone_keeps_only_its_shard_sums_for_backward(kind, sizes, dtype):
+    tokens, r = 10, 4
+    layer = born(kind, *sizes, r=r, dtype=dtype, scale=0.5)
+    x = torch.randn(tokens, sizes[0], dtype=dtype, requires_grad=True)
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    assert y.requires_grad
+    assert sum(kept.values()) == tokens * r * dtype.itemsize
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_in_training_is_unbiased_and_drops_the_adapter_only(kind):
+    samples = 4000
+    layer = fill(born(kind, dtype=torch.float64, dropout=0.4, scale=0.5))
+    x = torch.randn(1, 10, dtype=torch.float64)
+    y = layer.train()(x.expand(samples, -1)).detach()
+    spread = y.std(dim=0)
+    assert (spread > 0.01).all()
+    # five standard errors of the mean
+    assert ((y.mean(dim=0) - oracle(layer, x)[0]).abs() < 5 * spread / samples**0.5).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_has_no_effect_in_eval(kind):
+    layer = fill(born(kind, dtype=torch.float64, dropout=0.4)).eval()
+    x = torch.randn(5, 10, dtype=torch.float64)
+    close(layer(x), oracle(layer, x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_leaves_the_base_path_alone(kind):
+    layer = born(kind, dropout=0.9).train()
+    x = torch.randn(5, 10)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_dropout_follows_train_and_eval_of_the_model_for_adapters_added_later():
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    inject(model, "bone", dropout=0.5)
+    fill(model)
+    x = torch.randn(50, 8)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_inside_adapters_disabled_does_not_disturb_backward(kind):
+    layer = fill(born(kind, dtype=torch.float64, scale=0.5))
+    block = layer.disha["default"].block
+    x = torch.randn(4, 10, dtype=torch.float64)
+    policy = layer(x)
+    with disha.adapters_disabled(layer):
+        base = layer(x)
+    assert torch.equal(base, F.linear(x, layer.weight, layer.bias))
+    (gradient,) = torch.autograd.grad((policy - base).square().sum(), block)
+    y = reference.linear(x, layer.weight, layer.bias, [(block, 0.5)])
+    close(gradient, torch.autograd.grad((y - base).square().sum(), block)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_injected_in_inference_mode_trains_later(kind):
+    model = nn.Sequential(nn.Linear(10, 9))
+    with torch.inference_mode():
+        inject(model, kind)
+        disha.set_adapter_scale(model, 0.5)
+        model(torch.randn(2, 10))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    x = torch.randn(4, 10)
+    losses = []
+    for _ in range(2):
+        losses.append(model(x).square().sum())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_mode_sees_the_adapter(kind):
+    layer = fill(born(kind, dtype=torch.float64))
+    x = torch.randn(4, 10, dtype=torch.float64)
+    expected = oracle(layer, x)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        for training in (True, False):
+            with mode():
+                close(layer.train(training)(x), expected)
+
+
+# --- scale, several adapters ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.0, 1, -2.5, 0.1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_runtime_scale_multiplies_the_update(kind, scale):
+    layer = fill(born(kind, dtype=torch.float64))
+    disha.set_adapter_scale(layer, scale)
+    x = torch.randn(4, 10, dtype=torch.float64)
+    close(layer(x), oracle(layer, x))
+    update = layer(x) - F.linear(x, layer.weight, layer.bias)
+    disha.set_adapter_scale(layer, 1.0)
+    close(update, scale * (layer(x) - F.linear(x, layer.weight, layer.bias)))
+
+
+def three_adapters(linear):
+    inject(linear, "bone", r=3, adapter="bone")
+    inject(linear, "bat", r=4, adapter="bat")
+    inject(linear, "tile", r=2, adapter="tile")
+    inject(linear, "bat", r=5, adapter="bat2")
+    fill(linear)
+    for scale, adapter in enumerate(("bone", "bat", "tile", "bat2"), start=1):
+        disha.set_adapter_scale(linear, scale / 3, adapter)
+    return linear
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapters_add_up_from_the_original_weight_in_any_order(training):
+    layer = three_adapters(nn.Linear(10, 9, dtype=torch.float64)).train(training)
+    x = torch.randn(4, 10, dtype=torch.float64)
+    for count in range(5):
+        for names in itertools.permutations(("bone", "bat", "tile", "bat2"), count):
+            disha.set_active_adapters(layer, list(names))
+            close(layer(x), oracle(layer, x, sorted(names)))
+
+
+def test_gradients_of_adapters_that_add_up_equal_the_formula():
+    layer = three_adapters(nn.Linear(10, 9, dtype=torch.float64))
+    names = ["bat2", "bone", "bat", "tile"]
+    disha.set_active_adapters(layer, names)
+    blocks = [layer.disha[name].block for name in names]
+    x = torch.randn(4, 10, dtype=torch.float64)
+    pairs = [(layer.disha[name].block, layer.disha[name].strength) for name in names]
+    y = reference.linear(x, layer.weight, layer.bias, pairs)
+    expected = torch.autograd.grad(y.square().sum(), blocks)
+    for actual, wanted in zip(
+        torch.autograd.grad(layer(x).square().sum(), blocks), expected, strict=True
+    ):
+        close(actual, wanted)
+
+
+def test_a_bat_block_that_drops_starts_from_the_original_weight_beside_another():
+    layer = nn.Linear(10, 9, dtype=torch.float64)
+    inject(layer, "bat", r=4, adapter="a")
+    inject(layer, "bat", r=3, adapter="b", dropout=1e-12)  # acts, and never hits an element
+    fill(layer).train()
+    disha.set_active_adapters(layer, ["a", "b"])
+    x = torch.randn(4, 10, dtype=torch.float64)
+    close(layer(x), oracle(layer, x, ("a", "b")))
+
+
+# --- copies and files ----------------------------------------------------------------------------
+
+
+class Doubling(nn.Linear):
+    """Its forward reaches that of nn.Linear."""
+
+    def forward(self, x):
+        return 2 * super().forward(x + 1)
+
+
+class OldStyle(nn.Linear):
+    """It reaches that of nn.Linear, by the long way of writing super()."""
+
+    def forward(self, x):
+        return 2 * super(OldStyle, self).forward(x + 1)  # noqa: UP008
+
+
+class ByItself(nn.Linear):
+    """Its forward does without that of nn.Linear."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class ThroughAMethod(nn.Linear):
+    """Its forward reaches that of nn.Linear elsewhere."""
+
+    def forward(self, x):
+        return 2 * self.project(x + 1)
+
+    def project(self, x):
+        return super().forward(x)
+
+
+class DoublingAfterByItself(ByItself):
+    """Its forward reaches one that does without that of nn.Linear."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def wrapping(forward):
+    @functools.wraps(forward)
+    def wrapper(self, x):
+        return forward(self, x)
+
+    return wrapper
+
+
+def veiling(forward):
+    def wrapper(*args):
+        return forward(*args)
+
+    return wrapper
+
+
+class Decorated(nn.Linear):
+    @wrapping
+    def forward(self, x):
+        return 2 * super().forward(x + 1)
+
+
+class Veiled(nn.Linear):
+    """The decorator shows nothing of the forward inside."""
+
+    @veiling
+    def forward(self, x):
+        return 2 * super().forward(x + 1)
+
+
+class Sometimes(nn.Linear):
+    """It reaches the forward of nn.Linear for some inputs only."""
+
+    def forward(self, x):
+        if x.dim() > 2:
+            return F.linear(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+class InParts(nn.Linear):
+    """It calls itself for the parts of a long input."""
+
+    def forward(self, x):
+        if len(x) > 1:
+            return torch.cat([self(part) for part in x.split(1)])
+        return 2 * super().forward(x + 1)
+
+
+SUBCLASSES = (
+    InParts,
+    Doubling,
+    OldStyle,
+    ByItself,
+    ThroughAMethod,
+    DoublingAfterByItself,
+    Decorated,
+    Veiled,
+    Sometimes,
+)
+
+
+def subclass_layer(cls, kind):
+    return fill(inject(cls(10, 9, dtype=torch.float64), kind, scale=0.5))
+
+
+def over_merged_weight(layer, cls, x):
+    """The output of the user's own class on the oracle's merged weight."""
+    plain = cls(10, 9, dtype=torch.float64)
+    block = layer.disha["default"]
+    with torch.no_grad():
+        merged = reference.merged_weight(layer.weight, [(block.block, block.strength)])
+        plain.weight.copy_(merged)
+        plain.bias.copy_(layer.bias)
+    return plain(x)
+
+
+@pytest.mark.parametrize("shape", [(3, 10), (2, 3, 10)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", SUBCLASSES)
+def test_subclass_computes_its_own_forward_over_the_merged_weight(cls, kind, shape):
+    layer = subclass_layer(cls, kind)
+    assert isinstance(layer, cls)
+    x = torch.randn(shape, dtype=torch.float64)
+    close(layer(x), over_merged_weight(layer, cls, x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", SUBCLASSES)
+def test_subclass_merges_to_the_same_output(cls, kind):
+    layer = subclass_layer(cls, kind)
+    x = torch.randn(3, 10, dtype=torch.float64)
+    before = layer(x)
+    disha.merge_adapters(layer)
+    close(layer(x), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", [cls for cls in SUBCLASSES if cls is not Veiled])
+def test_subclass_takes_its_input_by_keyword_as_before(cls, kind):
+    layer = subclass_layer(cls, kind)
+    x = torch.randn(3, 10, dtype=torch.float64)
+    assert torch.equal(layer(x=x), layer(x))
+
+
+def test_plain_layer_takes_its_input_by_keyword_as_before():
+    layer = inject(nn.Linear(10, 9), "bone")
+    x = torch.randn(3, 10)
+    assert torch.equal(layer(input=x), layer(x))
+
+
+def through_pickle(protocol):
+    return lambda model: pickle.loads(pickle.dumps(model, protocol))
+
+
+def through_torch_save(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle 2": through_pickle(2),
+    "pickle 5": through_pickle(5),
+    "torch.save": through_torch_save,
+}
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(functools.partial(born, kind, dtype=torch.float64, scale=0.3) for kind in KINDS),
+        *(functools.partial(subclass_layer, cls, "bat") for cls in SUBCLASSES),
+        lambda: three_adapters(nn.Linear(10, 9, dtype=torch.float64)),
+    ],
+    ids=[*KINDS, *(cls.__name__ for cls in SUBCLASSES), "several adapters"],
+)
+def test_copy_acts_alike_and_shares_nothing(make, duplicate):
+    layer = fill(make()).eval()
+    twin = duplicate(layer)
+    x = torch.randn(3, 10, dtype=torch.float64)
+    assert type(twin) is type(layer)
+    assert torch.equal(twin(x), layer(x))
+    assert not twin.training
+    assert {n: p.requires_grad for n, p in twin.named_parameters()} == {
+        n: p.requires_grad for n, p in layer.named_parameters()
+    }
+    # what acts in the copy is what is trained and scaled there, and nowhere else
+    before = layer(x)
+    adapter = twin.disha.active[0]
+    assert twin.disha.live[0] is twin.disha[adapter]
+    disha.set_adapter_scale(twin, 7.0, adapter)
+    with torch.no_grad():
+        twin.disha[adapter].block.add_(1.0)
+    assert torch.equal(layer(x), before)
+    assert not torch.allclose(twin(x), before)
+    disha.remove_adapters(twin)
+    assert not isinstance(twin, AdaptedLinear) or type(twin) in (BoneLinear, BatLinear)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_round_trip_into_a_fresh_layer(kind):
+    layer, fresh = fill(born(kind)), born(kind)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    report = fresh.load_state_dict(torch.load(buffer))
+    assert not report.missing_keys
+    assert not report.unexpected_keys
+    x = torch.randn(3, 10)
+    assert torch.equal(fresh(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_of_the_base_loads_strictly_and_leaves_the_block(kind):
+    base, layer = nn.Linear(10, 9), fill(born(kind))
+    block = layer.disha["default"].block.clone()
+    layer.load_state_dict(base.state_dict(), strict=True)
+    assert torch.equal(layer.weight, base.weight)
+    assert torch.equal(layer.disha["default"].block, block)
+    with pytest.raises(RuntimeError, match="weight"):
+        layer.load_state_dict({"bias": base.bias}, strict=True)
+
+
+# --- torch's transformations ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler():
+    torch._dynamo.reset()
+    yield functools.partial(torch.compile, fullgraph=True, backend="eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_forward_and_gradients_equal_eager(kind, dropout, compiler):
+    model = nn.Sequential(nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 6))
+    fill(inject(model, kind, scale=0.3, dropout=dropout))
+    blocks = list(disha.adapter_parameters(model))
+    x = torch.randn(4, 10)
+    results = []
+    for call in (model, compiler(model)):
+        torch.manual_seed(5)
+        y = call(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), blocks)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("cls", [Doubling, ByItself, Decorated])
+def test_compiled_subclass_equals_eager(cls, compiler):
+    layer = subclass_layer(cls, "bat")
+    x = torch.randn(4, 10, dtype=torch.float64)
+    close(compiler(layer)(x), over_merged_weight(layer, cls, x))
+
+
+def test_compiled_layer_follows_scale_disabling_and_switching(compiler):
+    layer = three_adapters(nn.Linear(10, 9, dtype=torch.float64))
+    compiled = compiler(layer)
+    x = torch.randn(4, 10, dtype=torch.float64)
+    disha.set_active_adapters(layer, ["bone", "bat"])
+    close(compiled(x), oracle(layer, x, ("bone", "bat")))
+    disha.set_adapter_scale(layer, -0.5, "bat")
+    close(compiled(x), oracle(layer, x, ("bone", "bat")))
+    with disha.adapters_disabled(layer):
+        close(compiled(x), oracle(layer, x, ()))
+    disha.set_active_adapters(layer, ["bat2", "tile"])
+    close(compiled(x), oracle(layer, x, ("tile", "bat2")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_program_equals_eager(kind):
+    layer = fill(born(kind, dtype=torch.float64, scale=0.3)).eval()
+    x = torch.randn(4, 10, dtype=torch.float64)
+    program = torch.export.export(layer, (x,))
+    close(program.module()(x), oracle(layer, x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_functional_call_uses_the_block_it_is_given(kind):
+    layer = fill(born(kind, dtype=torch.float64))
+    x = torch.randn(4, 10, dtype=torch.float64)
+    (name,) = (n for n, p in layer.named_parameters() if p.requires_grad)
+    block = torch.randn_like(layer.disha["default"].block)
+    y = torch.func.functional_call(layer, {name: block}, (x,))
+    expected = reference.linear(x, layer.weight, layer.bias, [(block, 1.0)])
+    close(y, expected)
+
+    def loss(block):
+        return torch.func.functional_call(layer, {name: block}, (x,)).square().sum()
+
+    leaf = block.clone().requires_grad_()
+    y = reference.linear(x, layer.weight, layer.bias, [(leaf, 1.0)])
+    close(torch.func.grad(loss)(block), torch.autograd.grad(y.square().sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    layer = fill(born(kind, dropout=0.3))
+    block = layer.disha["default"].block
+    x = torch.randn(4, 10, requires_grad=True)
+    results = []
+    for call in (layer, functools.partial(torch.utils.checkpoint.checkpoint, layer)):
+        torch.manual_seed(5)
+        kwargs = {} if call is layer else {"use_reentrant": False}
+        y = call(x, **kwargs)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, block))))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+# --- wrong arguments -----------------------------------------------------------------------------
+
+WRONG = (
+    ({"r": 0}, ValueError, "at least 1"),
+    ({"r": -1}, ValueError, "at least 1"),
+    ({"r": 11}, ValueError, "in_features=10"),
+    ({"r": 2.0}, TypeError, "int"),
+    ({"r": True}, TypeError, "int"),
+    ({"r": "4"}, TypeError, "int"),
+    ({"dropout": 1.0}, ValueError, "dropout"),
+    ({"dropout": -0.1}, ValueError, "dropout"),
+    ({"dropout": float("nan")}, ValueError, "dropout"),
+    ({"dropout": "0.1"}, TypeError, "dropout"),
+    ({"scale": float("inf")}, ValueError, "finite"),
+    ({"scale": float("nan")}, ValueError, "finite"),
+    ({"scale": None}, TypeError, "scale"),
+    ({"adapter": ""}, ValueError, "empty"),
+    ({"adapter": "a.b"}, ValueError, "dot"),
+    ({"adapter": "train"}, ValueError, "nn.Module"),
+    ({"adapter": 1}, TypeError, "str"),
+    ({"block_dtype": torch.int8}, ValueError, "int8"),
+    ({"block_dtype": "float32"}, TypeError, "torch.dtype"),
+    ({"init": "gauss"}, ValueError, "gauss"),
+)
+
+
+@pytest.mark.parametrize(("arguments", "kind", "text"), WRONG, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("cls", [BoneLinear, BatLinear])
+def test_wrong_argument_raises_a_disha_error_of_its_kind(cls, arguments, kind, text):
+    arguments = {"r": 4} | arguments
+    linear = nn.Linear(10, 9)
+    for make in (functools.partial(cls, 10, 9), functools.partial(cls.from_linear, linear)):
+        with pytest.raises(DishaError, match=text) as caught:
+            make(**arguments)
+        assert isinstance(caught.value, kind)
+    assert linear.weight.requires_grad  # a refused call froze nothing
+
+
+@pytest.mark.parametrize(
+    ("r_out", "kind"), [(2, ValueError), (0, ValueError), (10, ValueError), (3.0, TypeError)]
+)
+def test_wrong_output_shard_raises(r_out, kind):
+    with pytest.raises(DishaError, match="r_out") as caught:
+        BoneLinear(10, 9, r=4, r_out=r_out)
+    assert isinstance(caught.value, kind)
+
+
+@pytest.mark.parametrize("cls", [BoneLinear, BatLinear])
+@pytest.mark.parametrize("other", [nn.Conv1d(4, 4, 1), None, "linear", Doubling(10, 9)], ids=repr)
+def test_from_linear_takes_plain_linear_layers_only(cls, other):
+    with pytest.raises(DishaError, match="from_linear") as caught:
+        cls.from_linear(other, r=4)
+    assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("cls", [BoneLinear, BatLinear])
+def test_from_linear_refuses_a_weight_that_is_computed(cls):
+    linear = torch.nn.utils.weight_norm(nn.Linear(10, 9))
+    with pytest.raises(DishaError, match="computes its own") as caught:
+        cls.from_linear(linear, r=4)
+    assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_parametrized_after_injection_is_removed_after_the_parametrization(kind):
+    layer = fill(inject(nn.Linear(10, 9), kind))
+    x = torch.randn(3, 10)
+    base = F.linear(x, layer.weight, layer.bias)
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    close(layer(x), oracle(layer, x), 1e-5)
+    with pytest.raises(DishaError, match="ParametrizedAdaptedLinear since it was adapted"):
+        disha.remove_adapters(layer)
+    close(layer(x), oracle(layer, x), 1e-5)
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    disha.remove_adapters(layer)
+    assert type(layer) is nn.Linear
+    close(layer(x), base, 1e-5)
+
+
+class NamedLinear(BoneLinear):
+    """A user's class over one of ours."""
+
+
+def test_a_users_subclass_of_a_layer_from_birth_keeps_its_class():
+    layer = NamedLinear(10, 9, r=4)
+    with pytest.raises(DishaError, match="has become a NamedLinear"):
+        disha.remove_adapters(layer)
+    assert type(layer) is NamedLinear
+    assert "default" in layer.disha
+
+
+class Pair(nn.Linear):
+    """It returns a tuple, and does without the forward of nn.Linear."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias), x
+
+
+class KeywordOnly(nn.Linear):
+    def forward(self, *, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+def test_subclass_with_an_output_that_nothing_can_be_added_to_says_so():
+    layer = fill(inject(Pair(10, 9), "bone"))
+    with pytest.raises(DishaError, match=r"can't act.*returns tuple.*exclude="):
+        layer(torch.randn(3, 10))
+
+
+def test_subclass_takes_a_keyword_only_input():
+    layer = fill(inject(KeywordOnly(10, 9), "bone"))
+    x = torch.randn(3, 10)
+    close(layer(x=x), oracle(layer, x), 1e-5)
+
+
+def test_module_with_an_attribute_of_our_name_is_refused():
+    layer = nn.Linear(10, 9)
+    layer.disha = "mine"
+    with pytest.raises(DishaError, match="attribute 'disha' of its own"):
+        disha.inject_adapters(layer, "all-linear", 2)
+    assert layer.disha == "mine"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_parameters_while_merged_is_refused(kind):
+    layer = fill(born(kind))
+    disha.merge_adapters(layer)
+    with pytest.raises(disha.MergeError, match="can't reset parameters"):
+        layer.reset_parameters()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_and_unmerged_agree_under_autocast(kind):
+    layer = fill(inject(nn.Linear(40, 36), kind))
+    x = torch.randn(5, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        unmerged = layer(x)
+        disha.merge_adapters(layer)
+        merged = layer(x)
+    # BAT multiplies the same merged weight; Bone rounds its own product to bfloat16 and adds it
+    tolerance = 0 if kind == "bat" else 2**-7 * unmerged.abs().max().item()
+    close(merged, unmerged, tolerance)
+
+
+@pytest.mark.parametrize("cls", [BoneLinear, BatLinear])
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_linear_refuses_an_adapted_layer(cls, kind):
+    with pytest.raises(DishaError, match="adapted already") as caught:
+        cls.from_linear(born(kind), r=4)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_holder_of_adapters_is_not_callable():
+    with pytest.raises(TypeError, match="not called"):
+        born("bone").disha(torch.randn(2, 10))

@@ -1,0 +1,157 @@
+"""The package as a whole: what it imports, which way its arrows run, what it promises to have."""
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import disha
+
+PACKAGE = Path(disha.__file__).parent
+
+LAYERS = [
+    {"errors", "version"},
+    {"functional", "config", "freezing", "tables", "fingerprint"},
+    {"layers"},
+    {"tree"},
+    {"inject", "control", "merge", "state", "summary"},
+    {"files"},
+    {"interop"},
+    {"finetune"},
+    {"cli"},
+    {"__main__"},
+]
+"""A room may import from the rooms above it in this list, and from itself."""
+
+
+def imports_of(path):
+    """Return the names of modules of the package that a file imports, and of others."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names = (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module == "disha"
+                else {node.module}
+            )
+        elif isinstance(node, ast.Import):
+            names = {alias.name for alias in node.names}
+        else:
+            continue
+        for name in names:
+            (own if name.split(".")[0] == "disha" else others).add(name)
+    return own, others
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def sources():
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"
+            or path.parent != PACKAGE]  # fmt: skip
+
+
+def test_every_file_has_a_room():
+    known = set().union(*LAYERS)
+    assert {room_of(path) for path in sources()} <= known
+
+
+def test_arrows_run_one_way():
+    level = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
+    wrong = []
+    for path in sources():
+        room = room_of(path)
+        for name in imports_of(path)[0]:
+            if name == "disha" or name.removeprefix("disha.") in disha.__all__:
+                continue  # through the package root: another test says who may
+            other = name.split(".")[1]
+            if other != room and not level[other] < level[room]:
+                wrong.append(f"{room} imports {name}")
+    assert not wrong
+
+
+def test_nothing_inside_imports_the_package_root():
+    for path in sources():
+        if room_of(path) != "finetune":
+            roots = {n for n in imports_of(path)[0] if n.removeprefix("disha.") in disha.__all__}
+            assert not roots | ({"disha"} & imports_of(path)[0]), path
+
+
+def test_finetune_uses_the_library_as_a_user_would():
+    for path in (PACKAGE / "finetune").glob("*.py"):
+        for name in imports_of(path)[0]:
+            public = name == "disha" or name.removeprefix("disha.") in disha.__all__
+            assert public or name.startswith("disha.finetune"), (path, name)
+
+
+def test_only_files_imports_safetensors():
+    importers = {
+        room_of(path)
+        for path in sources()
+        if any(name.split(".")[0] == "safetensors" for name in imports_of(path)[1])
+    }
+    assert importers == {"files"}
+
+
+def run_python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_import_brings_in_nothing_beyond_the_three_dependencies():
+    code = """
+import sys, json
+import torch
+before = set(sys.modules)
+import disha
+print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
+"""
+    new = {
+        name for name in run_python(code)
+        if not name.startswith("_") and name not in sys.stdlib_module_names
+    }  # fmt: skip
+    assert new <= {"disha", "safetensors", "einops", "packaging"}
+
+
+def test_import_takes_less_than_a_tenth_of_a_second_beyond_torch():
+    code = """
+import json, time
+import torch
+start = time.process_time()
+import disha
+print(json.dumps(time.process_time() - start))
+"""
+    # The least of three: what the code costs, not what else the machine is doing.
+    assert min(run_python(code) for _ in range(3)) < 0.1
+
+
+def test_import_warns_of_nothing():
+    subprocess.run([sys.executable, "-W", "error", "-c", "import torch, disha"], check=True)
+
+
+def test_version_is_the_distributions():
+    assert disha.__version__ == importlib.metadata.version("disha-torch")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", disha.__version__)
+
+
+def test_requirements_are_ranges():
+    requirements = importlib.metadata.requires("disha-torch")
+    core = [r for r in requirements if "extra ==" not in r]
+    assert {re.split(r"[<>=!~ ]", r)[0] for r in core} == {"torch", "safetensors", "einops"}
+    for requirement in requirements:
+        assert "==" not in requirement.split(";")[0], requirement
+
+
+def test_public_names_are_all_documented():
+    for name in disha.__all__:
+        if name != "__version__":
+            assert getattr(disha, name).__doc__, name
+
+
+def test_types_are_shipped():
+    assert (PACKAGE / "py.typed").exists()
