@@ -14,7 +14,7 @@ FINETUNE = [
     "numpy>=1.26",
     "tokenizers>=0.20",
     "tqdm>=4.66",
-    "tyro>=0.9",
+    "tyro>=1.0",
 ]
 DEV = [
     *FINETUNE,

@@ -1,0 +1,317 @@
+"""``disha finetune``: read, adapt, train, save, and prove that the file is what was trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+import disha
+from disha.finetune.data import Encoded, Pair, encode_prompt
+from disha.finetune.errors import TrainingError
+from disha.finetune.evaluation import mean_loss
+from disha.finetune.inputs import Inputs, load_inputs
+from disha.finetune.model import Llama, generate_greedily
+from disha.finetune.progress import showing_progress
+from disha.finetune.report import (
+    Sample,
+    environment,
+    loss_plot,
+    metrics_line,
+    open_metrics,
+    peak_memory,
+    samples_page,
+    write_file,
+)
+from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
+from disha.finetune.training import Step, TrainingPlan, training_steps
+from disha.finetune.verification import Verification, verify_in_fresh_process
+
+__all__ = ["finetune", "parse", "run"]
+
+SAMPLES = 3
+SAMPLE_TOKENS = 48
+LONGEST_SAMPLE_QUERY = 600
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Fine-tune as the command-line `arguments` say.
+
+    Raises:
+        DishaError: the input can't be used, or the work failed.
+        SystemExit: the arguments are not understood, or ask for help.
+    """
+    finetune(parse(arguments))
+
+
+def parse(arguments: Sequence[str]) -> FinetuneSettings:
+    """The settings that command-line `arguments` give.
+
+    Raises:
+        SystemExit: the arguments are not understood, or ask for help.
+    """
+    import tyro
+
+    # The flag itself must still be there to be given, so its default stays False.
+    default = replace(DEMO_SETTINGS, demo=False) if "--demo" in arguments else FinetuneSettings()
+    return tyro.cli(
+        FinetuneSettings,
+        prog="disha finetune",
+        description="Fine-tune a language model with Bone or BAT adapters.",
+        args=arguments,
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff,),
+        use_underscores=True,
+    )
+
+
+def finetune(settings: FinetuneSettings) -> dict[str, Any]:
+    """Fine-tune a model and write adapter, metrics, plot, samples and report.
+
+    Args:
+        settings: every choice of the run.
+
+    Returns:
+        The report, as in ``report.json``.
+
+    Raises:
+        DishaError: the input can't be used, or the work failed.
+    """
+    settings.check()
+    clock = _Clock()
+    with clock.phase("reading model and data"):
+        inputs = load_inputs(settings)
+    _adapt(inputs.model, settings)
+    _say_data(inputs)
+    course = _train(inputs, settings, clock)
+    adapter = settings.output / "adapter.safetensors"
+    disha.save_adapter(inputs.model, adapter)
+    with clock.phase("drawing and sampling"):
+        _write_plot(course, inputs, settings)
+        _write_samples(inputs, settings)
+    with clock.phase("verifying the file in a fresh process"):
+        verification = verify_in_fresh_process(settings, adapter, inputs.checked, course.after)
+    report = _report(settings, inputs, course, verification, clock)
+    write_file(settings.output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    verification.require_agreement(adapter)
+    _say_result(settings, inputs, course, verification)
+    return report
+
+
+@dataclass(frozen=True)
+class _Course:
+    """How training went.
+
+    Args:
+        steps: every optimiser step.
+        evaluations: the loss on the checked rows, by the number of steps done before.
+    """
+
+    steps: tuple[Step, ...]
+    evaluations: Mapping[int, float]
+
+    @property
+    def before(self) -> float:
+        return self.evaluations[0]
+
+    @property
+    def after(self) -> float:
+        return self.evaluations[self.steps[-1].step]
+
+    @property
+    def seconds(self) -> float:
+        return self.steps[-1].seconds
+
+    @property
+    def tokens(self) -> int:
+        return sum(step.tokens for step in self.steps)
+
+
+class _Clock:
+    """Says what is being done, and how long it took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        print(f"{name} ...", flush=True)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        print(f"  {self.seconds[name]:.1f} s", flush=True)
+
+
+def _adapt(model: Llama, settings: FinetuneSettings) -> None:
+    torch.manual_seed(settings.seed)
+    disha.inject_adapters(
+        model, settings.target, settings.bone_r, method=settings.method, dtype=torch.float32
+    )
+    parameters = disha.summary(model)
+    print(
+        f"training {parameters.trainable:,} of {parameters.total:,} parameters "
+        f"({parameters.percent:.2f}%)"
+    )
+
+
+def _say_data(inputs: Inputs) -> None:
+    for role, encoded in (("to train on", inputs.training), ("held out", inputs.held_out)):
+        line = f"{len(encoded.examples)} rows {role}"
+        if encoded.cut:
+            line += f", {encoded.cut} with the end of the query cut off"
+        if encoded.dropped:
+            line += f"; {encoded.dropped} left out as too long"
+        print(line, flush=True)
+
+
+def _train(inputs: Inputs, settings: FinetuneSettings, clock: _Clock) -> _Course:
+    model, plan = inputs.model, _plan(settings)
+    planned = plan.steps(len(inputs.training.examples))
+    steps: list[Step] = []
+    evaluations: dict[int, float] = {}
+
+    def evaluate() -> float:
+        return _finite(mean_loss(model, inputs.checked), inputs.checked_name)
+
+    with open_metrics(settings.output / "metrics.jsonl") as metrics:
+        with clock.phase(f"measuring the {inputs.checked_name} loss before training"):
+            evaluations[0] = evaluate()
+        metrics.write(json.dumps({"step": 0, "eval_loss": evaluations[0]}) + "\n")
+        with (
+            clock.phase("training, with evaluations"),
+            showing_progress(planned, settings.logging_steps) as show,
+        ):
+            for step in training_steps(model, inputs.training.examples, plan, evaluate):
+                metrics.write(metrics_line(step))
+                show(step)
+                steps.append(step)
+                if step.eval_loss is not None:
+                    evaluations[step.step] = step.eval_loss
+    return _Course(tuple(steps), evaluations)
+
+
+def _finite(loss: float, name: str) -> float:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the {name} loss is {loss}, which must be finite; "
+            "use --bits fp32 or a lower --learning_rate, or check the model file"
+        )
+    return loss
+
+
+def _plan(settings: FinetuneSettings) -> TrainingPlan:
+    return TrainingPlan(
+        batch_size=settings.per_device_train_batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_ratio=settings.warmup_ratio,
+        max_gradient_norm=settings.max_grad_norm,
+        eval_steps=settings.eval_steps,
+        seed=settings.seed,
+    )
+
+
+def _write_plot(course: _Course, inputs: Inputs, settings: FinetuneSettings) -> None:
+    kind = settings.method.capitalize() if settings.method == "bone" else "BAT"
+    title = f"{kind} adapters, r = {settings.bone_r}, on {inputs.model_path.stem}"
+    plot = loss_plot(course.steps, course.evaluations, title, inputs.checked_name)
+    write_file(settings.output / "loss.png", plot)
+
+
+def _write_samples(inputs: Inputs, settings: FinetuneSettings) -> None:
+    rows = inputs.dataset.held_out or inputs.dataset.training
+    short = [pair for pair in rows if len(pair.query) <= LONGEST_SAMPLE_QUERY]
+    samples = [_sample(inputs, pair, settings) for pair in (short or list(rows))[:SAMPLES]]
+    page = samples_page(samples, inputs.checked_name)
+    write_file(settings.output / "samples.md", page.encode())
+
+
+def _sample(inputs: Inputs, pair: Pair, settings: FinetuneSettings) -> Sample:
+    prompt = encode_prompt(pair.query, inputs.tokenizer)
+
+    def answer() -> str:
+        tokens = generate_greedily(
+            inputs.model, prompt, max_new_tokens=SAMPLE_TOKENS, stop=inputs.tokenizer.end
+        )
+        return inputs.tokenizer.decode(list(tokens))
+
+    inputs.model.eval()
+    with disha.adapters_disabled(inputs.model):
+        before = answer()
+    return Sample(pair.query, before, answer(), pair.response)
+
+
+def _report(
+    settings: FinetuneSettings,
+    inputs: Inputs,
+    course: _Course,
+    verification: Verification,
+    clock: _Clock,
+) -> dict[str, Any]:
+    parameters = disha.summary(inputs.model)
+    return {
+        "settings": settings.to_json(),
+        "model": str(inputs.model_path),
+        **environment(),
+        "parameters": {
+            "trainable": parameters.trainable,
+            "total": parameters.total,
+            "percent": parameters.percent,
+        },
+        "data": {
+            "training": _data_report(inputs.training),
+            "held_out": _data_report(inputs.held_out),
+        },
+        "loss": {
+            "measured_on": inputs.checked_name,
+            "before": course.before,
+            "after": course.after,
+            "by_step": course.evaluations,
+        },
+        "training": {
+            "steps": len(course.steps),
+            "seconds": course.seconds,
+            "tokens": course.tokens,
+            "tokens_per_second": course.tokens / course.seconds,
+        },
+        "verification": {
+            **asdict(verification),
+            "loaded_difference": verification.loaded_difference,
+            "merged_difference": verification.merged_difference,
+            "agrees": verification.agrees,
+        },
+        "phase_seconds": clock.seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _data_report(encoded: Encoded) -> dict[str, int]:
+    return {
+        "rows": len(encoded.examples),
+        "queries_cut": encoded.cut,
+        "rows_left_out": encoded.dropped,
+        "supervised_tokens": sum(example.supervised for example in encoded.examples),
+    }
+
+
+def _say_result(
+    settings: FinetuneSettings, inputs: Inputs, course: _Course, verification: Verification
+) -> None:
+    print(
+        f"\n{inputs.checked_name} loss {course.before:.3f} -> {course.after:.3f} nats per token, "
+        f"in {len(course.steps)} steps and {course.seconds:.0f} s of training\n"
+        f"fresh process: loaded adapter differs by {verification.loaded_difference:.1e}, "
+        f"merged by {verification.merged_difference:.1e} (allowed: "
+        f"{verification.tolerance.loaded:g} and {verification.tolerance.merged:g})\n"
+        f"in {settings.output}: adapter.safetensors, metrics.jsonl, loss.png, samples.md, "
+        "report.json"
+    )

@@ -1,0 +1,118 @@
+"""The demo's data: functions of the Python standard library and what their docstrings say.
+
+Made at run time from the library on the machine, so nothing is downloaded or shipped. A pair is a
+function's source without its docstring, and the first paragraph of that docstring.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from disha.finetune.data import Dataset, Pair
+from disha.finetune.errors import DataError
+
+__all__ = ["docstring_pairs"]
+
+MOST_PAIRS = 6000
+HELD_OUT = 256
+SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+)
+# In characters. A docstring of a word or two says nothing, and one of a page is no summary.
+SHORTEST_DOCSTRING, LONGEST_DOCSTRING = 24, 300
+LONGEST_SOURCE = 4000
+
+Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def docstring_pairs(
+    library: Path | None = None, *, most: int = MOST_PAIRS, held_out: int = HELD_OUT
+) -> Dataset:
+    """Pairs from the Python files under `library`, in an order that depends on their text only.
+
+    No source and no docstring of a held-out pair is in a training pair.
+
+    Args:
+        library: a folder of Python files; this machine's standard library if not given.
+        most: most pairs, held-out ones included.
+        held_out: how many of them to hold out.
+
+    Raises:
+        DataError: there are too few functions with docstrings.
+    """
+    folder = library or Path(sysconfig.get_paths()["stdlib"])
+    pairs = list(_distinct(sorted(_pairs_under(folder), key=_order)))[:most]
+    if len(pairs) <= held_out:
+        raise DataError(
+            f"found {len(pairs)} functions with docstrings under {folder}, which must be more "
+            f"than the {held_out} to hold out; the demo needs Python's standard library as source"
+        )
+    return Dataset(training=tuple(pairs[held_out:]), held_out=tuple(pairs[:held_out]))
+
+
+def _pairs_under(folder: Path) -> Iterator[Pair]:
+    for path in sorted(folder.rglob("*.py")):
+        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(folder).parts):
+            yield from _pairs_in(path)
+
+
+def _pairs_in(path: Path) -> Iterator[Pair]:
+    # The library holds a few files that are deliberately not valid Python or not UTF-8.
+    try:
+        source = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    lines = source.split("\n")  # as the parser counts them: a form feed ends no line
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and len(node.body) > 1:
+            pair = Pair(_source_without_docstring(node, lines), _first_paragraph(node))
+            if _is_useful(pair):
+                yield pair
+
+
+def _source_without_docstring(node: Function, lines: list[str]) -> str:
+    docstring, following = node.body[0], node.body[1]
+    head = lines[node.lineno - 1 : docstring.lineno - 1]
+    body = lines[following.lineno - 1 : node.end_lineno]
+    # Comments between docstring and body belong to the body.
+    between = lines[docstring.end_lineno or docstring.lineno : following.lineno - 1]
+    return textwrap.dedent("\n".join([*head, *between, *body])).strip()
+
+
+def _first_paragraph(node: Function) -> str:
+    docstring = ast.get_docstring(node, clean=True) or ""
+    paragraph = docstring.strip().split("\n\n", 1)[0]
+    return " ".join(paragraph.split())
+
+
+def _is_useful(pair: Pair) -> bool:
+    has_body = "\n" in pair.query and len(pair.query) <= LONGEST_SOURCE
+    return has_body and SHORTEST_DOCSTRING <= len(pair.response) <= LONGEST_DOCSTRING
+
+
+def _distinct(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """Leave out pairs whose source or docstring came before: the library repeats itself."""
+    sources: set[str] = set()
+    docstrings: set[str] = set()
+    for pair in pairs:
+        docstring = pair.response.casefold()
+        if pair.query not in sources and docstring not in docstrings:
+            sources.add(pair.query)
+            docstrings.add(docstring)
+            yield pair
+
+
+def _order(pair: Pair) -> bytes:
+    # A digest mixes modules evenly and, unlike a random generator, gives every Python version
+    # the same place for the same function.
+    return hashlib.sha256(f"{pair.query}\0{pair.response}".encode()).digest()

@@ -1,0 +1,166 @@
+"""Proof that the saved adapter is the trained one: a fresh process recomputes the loss.
+
+It starts from the settings and the adapter file alone, measures the loss with the adapter loaded
+and again with it merged into the weights, and both must agree with the trained model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import disha
+from disha.finetune.data import Example
+from disha.finetune.errors import VerificationError
+from disha.finetune.evaluation import mean_loss
+from disha.finetune.inputs import load_inputs
+from disha.finetune.report import peak_memory
+from disha.finetune.settings import FinetuneSettings
+
+__all__ = ["Verification", "verify_in_fresh_process"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a loss may be from the trained model's, in nats per token.
+
+    Loading changes nothing but maybe the order of sums; merging rounds the weights once.
+    """
+
+    loaded: float
+    merged: float
+
+
+TOLERANCES = {
+    "fp32": Tolerance(loaded=1e-4, merged=1e-3),
+    "bf16": Tolerance(loaded=1e-3, merged=5e-2),
+}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Losses of the same rows, in nats per token.
+
+    Args:
+        trained: in the process that trained.
+        loaded: in a fresh process, with the adapter loaded from its file.
+        merged: there, with the adapter merged into the weights.
+        tolerance: how far the two may be from the first.
+        peak_memory_bytes: the most memory the fresh process had resident; None where unknown.
+    """
+
+    trained: float
+    loaded: float
+    merged: float
+    tolerance: Tolerance
+    peak_memory_bytes: int | None
+
+    @property
+    def loaded_difference(self) -> float:
+        """How far the loaded adapter's loss is off."""
+        return abs(self.loaded - self.trained)
+
+    @property
+    def merged_difference(self) -> float:
+        """How far the merged adapter's loss is off."""
+        return abs(self.merged - self.trained)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both are within their tolerance."""
+        is_loaded_close = self.loaded_difference <= self.tolerance.loaded
+        return is_loaded_close and self.merged_difference <= self.tolerance.merged
+
+    def require_agreement(self, adapter: Path) -> None:
+        """Check that both are within their tolerance.
+
+        Raises:
+            VerificationError: one is not.
+        """
+        if not self.agrees:
+            raise VerificationError(
+                f"{adapter}, loaded in a fresh process, does not give the trained model's loss "
+                f"{self.trained:.6f}: loaded {self.loaded:.6f} (tolerance "
+                f"{self.tolerance.loaded:g}), merged {self.merged:.6f} (tolerance "
+                f"{self.tolerance.merged:g}); do not use this file, and report this as a bug"
+            )
+
+
+def verify_in_fresh_process(
+    settings: FinetuneSettings, adapter: Path, checked: Sequence[Example], trained_loss: float
+) -> Verification:
+    """Recompute the loss of the run's checked rows in a new Python process.
+
+    Args:
+        settings: those of the run.
+        adapter: the adapter file that the run saved.
+        checked: the examples that losses are compared on.
+        trained_loss: the trained model's loss on them.
+
+    Raises:
+        VerificationError: the process failed, or came to other examples.
+    """
+    request = {
+        "settings": settings.to_json(),
+        "adapter": str(adapter),
+        "threads": torch.get_num_threads(),
+    }
+    finished = subprocess.run(
+        [sys.executable, "-m", "disha.finetune.verification"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+    )
+    if finished.returncode != 0:
+        last_words = finished.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise VerificationError(
+            f"the fresh process to verify {adapter} failed with code {finished.returncode}: "
+            f"{last_words[0]}"
+        )
+    answer = json.loads(finished.stdout.splitlines()[-1])
+    if answer["examples"] != _digest(checked):
+        raise VerificationError(
+            f"{adapter} can't be verified: the data are not what they were when training began; "
+            "keep the files as they are during a run"
+        )
+    return Verification(
+        trained=trained_loss,
+        loaded=answer["loaded"],
+        merged=answer["merged"],
+        tolerance=TOLERANCES[settings.bits],
+        peak_memory_bytes=answer["peak_memory_bytes"],
+    )
+
+
+def _answer(request: str) -> str:
+    asked = json.loads(request)
+    torch.set_num_threads(asked["threads"])
+    inputs = load_inputs(FinetuneSettings.from_json(asked["settings"]))
+    disha.load_adapter(inputs.model, asked["adapter"])
+    loaded = mean_loss(inputs.model, inputs.checked)
+    disha.merge_adapters(inputs.model)
+    merged = mean_loss(inputs.model, inputs.checked)
+    return json.dumps(
+        {
+            "examples": _digest(inputs.checked),
+            "loaded": loaded,
+            "merged": merged,
+            "peak_memory_bytes": peak_memory(),
+        }
+    )
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    text = json.dumps([(example.tokens, example.prompt_length) for example in examples])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    print(_answer(sys.stdin.read()))
