@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from disha import DishaError
+from disha.finetune.checkpoint import GGUFCheckpoint
+from disha.finetune.errors import CheckpointError
+from tests.finetune import tiny_gguf
+
+
+def load(path, dtype=torch.float32):
+    return GGUFCheckpoint.open(path).load_model(dtype)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1])
+def test_weights_come_back_as_they_were_stored(tmp_path, kind, tied):
+    state = tiny_gguf.random_state(tied=tied)
+    model = load(tiny_gguf.write_gguf(tmp_path / "tiny.gguf", state, kind=kind))
+    loaded = model.state_dict()
+    for name, values in state.items():
+        stored = kind if values.ndim == 2 else Kind.F32
+        # Rounding is by rows, so the order of rows makes no difference to it.
+        torch.testing.assert_close(
+            loaded[name], tiny_gguf.as_read(values, stored), rtol=0.0, atol=0.0, msg=name
+        )
+    assert model.config.tied_head is tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+
+
+def test_configuration_is_the_files(tiny_checkpoint):
+    config = tiny_checkpoint.config()
+    assert (config.hidden, config.feed_forward, config.layers) == (64, 96, 2)
+    assert (config.heads, config.kv_heads, config.head_dim) == (4, 2, 16)
+    assert (config.context, config.vocabulary) == (128, len(tiny_gguf.TOKENS))
+    assert config.rope_base == 5000.0
+    assert config.norm_epsilon == pytest.approx(1e-5)
+
+
+def test_weights_are_in_the_dtype_asked_for(tiny_checkpoint):
+    model = tiny_checkpoint.load_model(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_nothing_refers_to_the_file_after_loading(tmp_path):
+    state = tiny_gguf.random_state(tied=True)
+    path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", state)
+    model = load(path)
+    path.write_bytes(b"\0" * path.stat().st_size)
+    torch.testing.assert_close(model.model.norm.weight.data, state["model.norm.weight"])
+
+
+def test_defaults_of_keys_that_may_be_absent(tmp_path):
+    absent = {"llama.rope.freq_base": None, "llama.rope.dimension_count": None}
+    path = tiny_gguf.write_gguf(
+        tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True), metadata=absent
+    )
+    config = GGUFCheckpoint.open(path).config()
+    assert (config.rope_base, config.head_dim) == (10000.0, 16)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no file .*absent\.gguf"):
+        GGUFCheckpoint.open(tmp_path / "absent.gguf")
+
+
+def test_a_folder_is_told_from_a_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is a folder; the base model must be one GGUF"):
+        GGUFCheckpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "is empty"),
+        (b"PK\x03\x04 and more", r"is not a GGUF file: it begins with b'PK"),
+        (b"GGUF", "damaged or cut short"),
+        (b"GGUF" + b"\xff" * 60, "damaged or cut short"),
+    ],
+)
+def test_what_is_not_gguf_is_refused(tmp_path, content, complaint):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=complaint) as caught:
+        GGUFCheckpoint.open(path)
+    assert str(path) in str(caught.value)
+    assert isinstance(caught.value, DishaError)
+
+
+@pytest.mark.parametrize("kept", [0.001, 0.01, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(tmp_path, tiny_path, kept):
+    content = tiny_path.read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(CheckpointError, match=r"cut\.gguf is damaged or cut short"):
+        load(path)
+
+
+@pytest.mark.parametrize("place", [8, 12, 16, 20, 24, 31, 40])
+def test_a_damaged_header_is_refused(tmp_path, tiny_path, place):
+    content = bytearray(tiny_path.read_bytes())
+    content[place : place + 4] = b"\xff\xff\xff\x7f"
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=r"damaged\.gguf"):
+        load(path)
+
+
+def test_another_architecture_is_named(tmp_path):
+    path = tiny_gguf.write_gguf(
+        tmp_path / "other.gguf", tiny_gguf.random_state(tied=True), architecture="qwen2"
+    )
+    with pytest.raises(CheckpointError, match=r"architecture 'qwen2'; supported is 'llama'"):
+        GGUFCheckpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type = 'yarn', which is not supported"),
+        ({"llama.rope.scaling.factor": 8.0}, "rope.scaling.factor = 8.0, which is not supported"),
+        ({"llama.expert_count": 8}, "expert_count = 8, which is not supported"),
+        ({"llama.attention.sliding_window": 64}, "sliding_window = 64, which is not supported"),
+        ({"split.count": 3}, "one of 3 parts"),
+    ],
+)
+def test_what_would_change_the_model_is_not_ignored(tmp_path, metadata, complaint):
+    path = tiny_gguf.write_gguf(
+        tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True), metadata=metadata
+    )
+    with pytest.raises(CheckpointError, match=complaint):
+        GGUFCheckpoint.open(path)
+
+
+def test_neutral_values_of_such_keys_are_fine(tmp_path):
+    neutral = {"llama.rope.scaling.type": "none", "llama.expert_count": 0}
+    path = tiny_gguf.write_gguf(
+        tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True), metadata=neutral
+    )
+    assert GGUFCheckpoint.open(path).config().layers == 2
+
+
+def test_scaled_rotary_frequencies_are_refused(tmp_path):
+    path = tiny_gguf.write_gguf(
+        tmp_path / "tiny.gguf",
+        tiny_gguf.random_state(tied=True),
+        extra={"rope_freqs.weight": torch.ones(8)},
+    )
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight.*not supported"):
+        GGUFCheckpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        ({"llama.attention.head_count": None}, r"lacks the metadata key llama\.attention\.head_co"),
+        ({"llama.block_count": "two"}, "block_count must be one integer for all layers, found 'tw"),
+        ({"llama.attention.head_count_kv": [2, 1]}, r"head_count_kv must be one integer.*\[2, 1\]"),
+        ({"llama.rope.freq_base": "big"}, "freq_base must be a number, found 'big'"),
+        ({"llama.rope.dimension_count": 8}, "dimension_count = 8 but heads of width 16"),
+        (
+            {"llama.attention.head_count": 0, "llama.attention.key_length": 16},
+            "heads must be greater than 0, got 0",
+        ),
+    ],
+)
+def test_bad_metadata_is_named(tmp_path, metadata, complaint):
+    path = tiny_gguf.write_gguf(
+        tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True), metadata=metadata
+    )
+    with pytest.raises(CheckpointError, match=complaint):
+        GGUFCheckpoint.open(path).config()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            {"without": ["blk.1.ffn_up.weight"]},
+            r"missing blk\.1\.ffn_up\.weight; not expected none",
+        ),
+        ({"extra": {"blk.0.attn_q.bias": torch.ones(64)}}, r"not expected blk\.0\.attn_q\.bias"),
+        ({"without": ["token_embd.weight"]}, r"no tensor token_embd\.weight"),
+        ({"metadata": {"llama.block_count": 3}}, r"missing blk\.2\..* and 5 more"),
+        (
+            {"metadata": {"llama.feed_forward_length": 128}},
+            r"tensor blk\.0\.ffn_gate\.weight has shape \(96, 64\), .* call for \(128, 64\)",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, change, complaint):
+    path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True), **change)
+    with pytest.raises(CheckpointError, match=complaint):
+        load(path)

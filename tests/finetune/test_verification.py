@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import disha
+from disha.finetune.data import Example
+from disha.finetune.errors import VerificationError
+from disha.finetune.settings import FinetuneSettings
+from disha.finetune.verification import Tolerance, Verification, verify_in_fresh_process
+
+GOOD = Verification(
+    trained=2.0,
+    loaded=2.00005,
+    merged=1.9995,
+    tolerance=Tolerance(loaded=1e-4, merged=1e-3),
+    peak_memory_bytes=None,
+)
+
+
+def test_differences_are_distances_from_the_trained_model():
+    assert GOOD.loaded_difference == pytest.approx(5e-5)
+    assert GOOD.merged_difference == pytest.approx(5e-4)
+    assert GOOD.agrees
+    GOOD.require_agreement(Path("a.safetensors"))
+
+
+@pytest.mark.parametrize("changes", [{"loaded": 2.001}, {"merged": 1.9}, {"loaded": float("nan")}])
+def test_a_disagreement_names_file_losses_and_tolerance(changes):
+    with pytest.raises(VerificationError, match=r"a\.safetensors, loaded in a fresh") as caught:
+        replace(GOOD, **changes).require_agreement(Path("a.safetensors"))
+    assert "2.000000" in str(caught.value)
+    assert "tolerance 0.0001" in str(caught.value)
+
+
+def test_a_fresh_process_that_fails_is_quoted(tmp_path, tiny_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"query": "a", "response": "b"}\n')
+    settings = FinetuneSettings(
+        base_model_name_or_path=tiny_path, output_dir=tmp_path, data_path=data, max_seq_length=64
+    )
+    with pytest.raises(VerificationError, match=r"failed with code 1: .*absent\.safetensors"):
+        verify_in_fresh_process(settings, tmp_path / "absent.safetensors", [], 1.0)
+
+
+def test_data_that_changed_meanwhile_are_named(tmp_path, tiny_path, tiny_model):
+    adapter = tmp_path / "a.safetensors"
+    disha.save_adapter(disha.inject_adapters(tiny_model, "_proj$", 4), adapter)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"query": "a", "response": "b"}\n')
+    settings = FinetuneSettings(
+        base_model_name_or_path=tiny_path, output_dir=tmp_path, data_path=data, max_seq_length=64
+    )
+    before = [Example((3, 4, 5), prompt_length=1)]
+    with pytest.raises(VerificationError, match="not what they were when training began"):
+        verify_in_fresh_process(settings, adapter, before, 1.0)
