@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -275,17 +274,27 @@ def test_debug_shows_where_an_error_came_from(tmp_path, data):
 def test_ctrl_c_is_exit_code_130_and_leaves_nothing_half_written(tmp_path, tiny_path, data):
     output = tmp_path / "out"
     given = arguments(tiny_path, data, output, max_steps=100_000, eval_steps=None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "disha", *given], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    # A process started in the background may have been told to ignore Ctrl-C; this one must not.
+    code = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from disha.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
-    metrics = output / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "training did not start"
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *given], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    try:
+        metrics = output / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, "training did not start"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert said.decode().count("\n") == 1
     assert said.decode().startswith("disha: interrupted")
