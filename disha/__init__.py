@@ -1,7 +1,13 @@
 """disha: dimension-sharded adapters (Bone, tile, BAT) for any PyTorch model."""
 
 from disha.config import AdapterConfig
-from disha.control import adapters_disabled, set_active_adapters, set_adapter_scale
+from disha.control import (
+    adapters_disabled,
+    combine_adapters,
+    route_adapters,
+    set_active_adapters,
+    set_adapter_scale,
+)
 from disha.errors import (
     AdapterFileError,
     AdapterIOError,
@@ -27,13 +33,14 @@ from disha.inject import (
     plan_adapters,
     remove_adapters,
 )
-from disha.layers import BatLinear, BoneLinear
+from disha.layers import AdaptedLayer, BatLinear, BoneLinear, Geometry, register_layer_kind
 from disha.merge import merge_adapters, unmerge_adapters
 from disha.state import LoadReport, adapter_state_dict, load_adapter_state_dict
 from disha.summary import Summary, summary
 from disha.version import __version__
 
 __all__ = [
+    "AdaptedLayer",
     "AdapterConfig",
     "AdapterFile",
     "AdapterFileError",
@@ -45,6 +52,7 @@ __all__ = [
     "BatLinear",
     "BoneLinear",
     "DishaError",
+    "Geometry",
     "LoadReport",
     "MergeError",
     "Plan",
@@ -54,6 +62,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_state_dict",
     "adapters_disabled",
+    "combine_adapters",
     "inject_adapters",
     "inspect_adapter",
     "load_adapter",
@@ -61,7 +70,9 @@ __all__ = [
     "mark_only_adapters_trainable",
     "merge_adapters",
     "plan_adapters",
+    "register_layer_kind",
     "remove_adapters",
+    "route_adapters",
     "save_adapter",
     "set_active_adapters",
     "set_adapter_scale",

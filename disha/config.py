@@ -272,4 +272,11 @@ def check_adapter_name(adapter: object) -> str:
     return adapter
 
 
-_RESERVED_NAMES = frozenset(dir(nn.Module())) | {"active", "live", "enabled", "merged", "calls"}
+_RESERVED_NAMES = frozenset(dir(nn.Module())) | {
+    "active",
+    "live",
+    "enabled",
+    "merged",
+    "route",
+    "calls",
+}

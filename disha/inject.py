@@ -354,7 +354,7 @@ def _unmet(
     if module is None:
         nearest = _nearest(request.name, list(by_name))
         return f"the model has no such layer; the nearest are {nearest}"
-    obstacle = _obstacle(module)
+    obstacle = _obstacle(module, config.method)
     if obstacle is not None:
         return f"can't be adapted: {obstacle}"
     owner = _bypassed(names).get(module)
@@ -370,7 +370,7 @@ def _unmet(
     misfit = kind.misfit(geometry, request.r, config.r_out)
     if misfit is not None:
         return misfit
-    shape = kind.block_shape(geometry, config.method, request.r, config.r_out)
+    shape = kind.block_shape(module, config.method, request.r, config.r_out)
     if shape != request.block_shape:
         return f"expected a block of shape {shape}, found {request.block_shape}"
     return None
@@ -549,9 +549,7 @@ def _changeable(model: nn.Module, adapter: str) -> ModuleNames:
 def _as_predicate(target: object, names: ModuleNames) -> Callable[[nn.Module], bool]:
     if target == ALL_LINEAR:
         embeddings = {id(m.weight) for m in names if isinstance(m, nn.Embedding)}
-        return lambda module: (
-            isinstance(module, nn.Linear) and id(getattr(module, "weight", None)) not in embeddings
-        )
+        return lambda module: _is_linear(module) and id(_weight(module)) not in embeddings
     if isinstance(target, str):
         search = re.compile(target).search
         return lambda module: any(search(name) for name in names[module])
@@ -582,7 +580,7 @@ def _divide(
     for name, module in selected:
         excluding = [p for p in config.exclude if any(re.search(p, n) for n in names[module])]
         used.update(excluding)
-        reason = "excluded" if excluding else _obstacle(module)
+        reason = "excluded" if excluding else _obstacle(module, config.method)
         if reason is None and module in bypassed:
             without_effect.append((name, bypassed[module]))
         elif reason is None:
@@ -597,7 +595,7 @@ def _divide(
             "without calling it. Leave these out with exclude="
         )
     if not candidates:
-        raise TargetError(_nothing_matched(target, names, skipped))
+        raise TargetError(_nothing_matched(target, names, skipped, config.method))
     return candidates, tuple(skipped)
 
 
@@ -607,13 +605,22 @@ def _kind(module: nn.Module) -> type[AdaptedLayer]:
     return kind
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _is_linear(module: nn.Module) -> bool:
+    kind = layer_kind_of(module)
+    return kind is not None and kind.linear
+
+
+def _weight(module: nn.Module) -> object:
+    return getattr(module, _kind(module).weight_name, None)
+
+
+def _obstacle(module: nn.Module, method: str) -> str | None:
     kind = layer_kind_of(module)
     if kind is None:
         return f"no layer kind adapts {type(module).__name__}"
     if hasattr(module, CHILD_NAME) and not isinstance(module, AdaptedLayer):
         return f"it has an attribute {CHILD_NAME!r} of its own, where the adapters would be"
-    return kind.obstacle(module)
+    return kind.obstacle(module, method)
 
 
 def _bypassed(names: ModuleNames) -> dict[nn.Module, str]:
@@ -629,13 +636,15 @@ def _bypassed(names: ModuleNames) -> dict[nn.Module, str]:
     return found
 
 
-def _nothing_matched(target: Target, names: ModuleNames, skipped: list[SkippedModule]) -> str:
+def _nothing_matched(
+    target: Target, names: ModuleNames, skipped: list[SkippedModule], method: str
+) -> str:
     asked = repr(target) if isinstance(target, str) else "the predicate"
     if skipped:
         shown = "; ".join(f"{s.name} ({s.type_name}): {s.reason}" for s in skipped[:5])
         more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         return f"{asked} selects only modules that can't be adapted: {shown}{more}"
-    adaptable = [name for module, (name, *_) in names.items() if _obstacle(module) is None]
+    adaptable = [name for module, (name, *_) in names.items() if not _obstacle(module, method)]
     if not adaptable:
         return f"{asked} selects nothing: the model has no layer that can be adapted"
     nearest = _nearest(target if isinstance(target, str) else "", adaptable)
@@ -667,7 +676,7 @@ def _planned(
     kind = _kind(module)
     geometry = kind.geometry(module)
     r = config.rank_of(name) if r is None else r
-    shape = kind.block_shape(geometry, config.method, r, config.r_out)
+    shape = kind.block_shape(module, config.method, r, config.r_out)
     return PlannedLayer(
         name=name,
         type_name=type(module).__name__,

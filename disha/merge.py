@@ -61,6 +61,8 @@ def merge_adapters(
     refuse_merged((layer for _, layer in layers), "merge adapters")
     if not all(layer.disha.enabled for _, layer in layers):
         raise MergeError("can't merge adapters inside adapters_disabled(model); leave it first")
+    if any(layer.disha.route is not None for _, layer in layers):
+        raise MergeError("can't merge adapters inside route_adapters(model, ...); leave it first")
     chosen = _chosen(model, layers, adapter)
     users = _parameter_users(model)
     sharers = [_sharers(layer, users) for _, layer, _ in chosen]
@@ -198,8 +200,8 @@ class _Probe:
         self.layer = layer
         generator = torch.Generator().manual_seed(0)
         weight: Tensor = getattr(layer, layer.weight_name)
-        features = type(layer).geometry(layer).in_features
-        self.input = torch.randn(2, features, generator=generator).to(weight)
+        example = layer.example_input(layer, generator).to(weight.device)
+        self.input = example.to(weight.dtype) if example.is_floating_point() else example
         active = layer.disha.active
         layer.disha.activate(adapters)
         try:

@@ -279,7 +279,7 @@ class TestPlan:
         before = snapshot(model)
         text = str(disha.plan_adapters(model, ".", 2, also_train="embed"))
         assert_unchanged(model, before)
-        assert "skipped embed (Embedding): no layer kind adapts Embedding" in text
+        assert "skipped layers.0.attn.norm (LayerNorm): no layer kind adapts LayerNorm" in text
         assert "also trained: embed.weight" in text
 
     def test_works_on_meta(self):
@@ -327,7 +327,6 @@ class TestRefusals:
             (("k_proj", 2), TargetError, r"'k_proj'.*nearest names are .*q_proj"),
             (("layer.0.attn.q_prj", 2), TargetError, "'layers.0.attn.q_proj'"),
             (("norm", 2), TargetError, "only modules that can't be adapted.*LayerNorm"),
-            (("embed", 2), TargetError, r"embed \(Embedding\)"),
             (("(", 2), ArgumentError, "not a valid regex"),
             ((3, 2), ArgumentTypeError, "target_regex must be a regex"),
             (("head", 0), ArgumentError, "r must be at least 1"),

@@ -2,15 +2,28 @@
 
 from disha.layers.adapted import AdaptedLayer, Adapters, Geometry
 from disha.layers.blocks import BLOCKS, Bat, Block, Bone
-from disha.layers.linear import AdaptedLinear, BatLinear, BoneLinear
-from disha.layers.registry import BYPASSED_CHILDREN, LAYER_KINDS, layer_kind_of
+from disha.layers.embedding import AdaptedEmbedding
+from disha.layers.linear import (
+    AdaptedLinear,
+    AdaptedTransposedLinear,
+    BatLinear,
+    BoneLinear,
+)
+from disha.layers.registry import (
+    BYPASSED_CHILDREN,
+    LAYER_KINDS,
+    layer_kind_of,
+    register_layer_kind,
+)
 
 __all__ = [
     "BLOCKS",
     "BYPASSED_CHILDREN",
     "LAYER_KINDS",
+    "AdaptedEmbedding",
     "AdaptedLayer",
     "AdaptedLinear",
+    "AdaptedTransposedLinear",
     "Adapters",
     "Bat",
     "BatLinear",
@@ -19,4 +32,5 @@ __all__ = [
     "BoneLinear",
     "Geometry",
     "layer_kind_of",
+    "register_layer_kind",
 ]

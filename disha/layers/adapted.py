@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from disha import functional
 from disha.config import AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError
 from disha.layers.blocks import BLOCKS, Block
+from disha.layers.routing import Route
 
 __all__ = [
     "AdaptedLayer",
@@ -70,6 +73,7 @@ class Adapters(nn.Module):
         self.live: tuple[Block, ...] = ()
         self.enabled = True
         self.merged: MergedWeight | None = None
+        self.route: Route | None = None
         self.calls: dict[int, bool] = {}  # forward calls under way: have they called acting()?
 
     def __iter__(self) -> Iterator[str]:
@@ -109,10 +113,10 @@ class Adapters(nn.Module):
             self[adapter].set_enabled(enabled)
 
     def acting(self) -> tuple[Block, ...]:
-        """The blocks that forward has to apply; who calls this applies them."""
+        """The blocks that forward has to apply to all samples; who calls this applies them."""
         if self.calls:
             self.calls[_caller()] = True
-        if self.merged is not None:
+        if self.merged is not None or self.route is not None:
             return ()
         # In a graph, `enabled` acts through the blocks' scale: reading it here would recompile.
         if not torch.compiler.is_compiling() and not self.enabled:
@@ -127,36 +131,53 @@ class Adapters(nn.Module):
 
 
 class AdaptedLayer(nn.Module):
-    """Base of all adapted layers; a layer kind derives from it and from the class it adapts.
+    """Base of all adapted layers; a layer kind derives from it and declares what is its own.
 
-    A layer kind declares what is its own: `base_class`, `geometry`, `obstacle`, `block_shape`,
-    `delta_weight` and a `forward` that applies `self.disha.acting()`, plus `delta_output` for
-    subclasses whose forward never reaches the base's.
+    What a kind must have: `geometry`, `block_shape`, `delta_weight` and `delta_output`. What it may
+    have: `methods`, `linear`, `weight_name`, `obstacle` and `misfit`.
+
+    A kind that also derives from the class it adapts, its `base_class`, has a `forward` that
+    returns `self.updated(output, self.disha.acting(), input)`; subclasses of that class then keep a
+    forward of their own. Any other kind goes in front of the class, and the update is added to what
+    its forward returns.
+
+    Example:
+        See `register_layer_kind`.
     """
 
-    base_class: ClassVar[type[nn.Module]]
+    base_class: ClassVar[type[nn.Module] | None] = None
     original_class: ClassVar[type[nn.Module]]
     layer_kind: ClassVar[type[AdaptedLayer]]
     own_forward: ClassVar[bool] = False
+    input_name: ClassVar[str] = ""
     weight_name: ClassVar[str] = "weight"
+    methods: ClassVar[tuple[str, ...]] = ("bone",)
+    linear: ClassVar[bool] = False
 
     disha: Adapters
 
     @classmethod
     def geometry(cls, module: nn.Module) -> Geometry:
-        """Return the sizes of `module`, an instance of `base_class`."""
+        """Return the sizes of `module`, which this kind adapts or has adapted."""
         raise NotImplementedError
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
-        """Return why `module` can't be adapted, or None if it can."""
-        raise NotImplementedError
+    def obstacle(cls, module: nn.Module, method: str) -> str | None:
+        """Return why `method` can't adapt `module`, or None if it can."""
+        weight = getattr(module, cls.weight_name, None)
+        if isinstance(weight, UninitializedParameter):
+            return "its weight is not initialised yet; run the model once before injecting"
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return "its weight is not a floating-point tensor"
+        if method not in cls.methods:
+            return f"{method!r} does not adapt {type(module).__name__}, {cls.methods[0]!r} does"
+        return None
 
     @classmethod
     def block_shape(
-        cls, geometry: Geometry, method: str, r: int, r_out: int | None
+        cls, module: nn.Module, method: str, r: int, r_out: int | None
     ) -> tuple[int, ...]:
-        """Return the shape of a block."""
+        """Return the shape of a block for `module`."""
         raise NotImplementedError
 
     @classmethod
@@ -172,9 +193,52 @@ class AdaptedLayer(nn.Module):
         """Return dW of a block of this layer, without its scale."""
         raise NotImplementedError
 
-    def delta_output(self, block: Block, input: Tensor) -> Tensor:
-        """Return what a block adds to the layer's output, scaled."""
+    def delta_output(self, block: Block, input: Tensor, *more: Any) -> Tensor:
+        """Return what a block adds to the layer's output, scaled and with its dropout."""
         raise NotImplementedError
+
+    @classmethod
+    def example_input(cls, module: nn.Module, generator: torch.Generator) -> Tensor:
+        """Return a small random input that `module` takes, in float32 on the CPU if not integer."""
+        return torch.randn(2, cls.geometry(module).in_features, generator=generator)
+
+    def widened(self, block: Block, r: int) -> Tensor:
+        """Return the values of a Bone block for a larger shard size, a multiple of its own.
+
+        D'[j] = D[j mod r], which gives the same dW.
+        """
+        return repeat(block.block, "r ... -> (n r) ...", n=r // block.r)
+
+    @classmethod
+    def has_samples(cls, module: nn.Module, input: Tensor) -> bool:
+        """Return whether the leading dimension of an input of `module` counts samples."""
+        return input.dim() >= 2
+
+    def updated(self, output: Tensor, acting: Iterable[Block], input: Tensor, *more: Any) -> Tensor:
+        """Return the output plus the update of every acting block, or of the routed ones.
+
+        Args:
+            output: what the layer returns without them.
+            acting: the blocks that act on all samples.
+            input: the layer's input.
+            more: further arguments of `delta_output`.
+        """
+        for block in acting:
+            output = output + self.delta_output(block, input, *more).to(output.dtype)
+        route = self.disha.route
+        if route is None or not self.disha.enabled:
+            return output
+        if not self.has_samples(self, input):
+            raise ArgumentError(
+                f"route_adapters needs one sample per entry of the leading dimension, and "
+                f"{self.original_class.__name__} got an input of shape {tuple(input.shape)}"
+            )
+        for adapter in route.adapters:
+            rows = route.rows(adapter, input)
+            if adapter in self.disha:
+                delta = self.delta_output(self.disha[adapter], input.index_select(0, rows), *more)
+                output = output.index_add(0, rows, delta.to(output.dtype))
+        return output
 
     @classmethod
     def make_block(
@@ -188,7 +252,7 @@ class AdaptedLayer(nn.Module):
             r: shard size at this module.
             dtype: dtype of the block; by default the configuration's, or else the weight's.
         """
-        shape = cls.block_shape(cls.geometry(module), config.method, r, config.r_out)
+        shape = cls.block_shape(module, config.method, r, config.r_out)
         weight: Tensor = getattr(module, cls.weight_name)
         dtype = dtype or config.dtype or weight.dtype
         return BLOCKS[config.method](shape, config=config, r=r, device=weight.device, dtype=dtype)
@@ -206,6 +270,12 @@ class AdaptedLayer(nn.Module):
         """Return W + sum of s * dW of the named adapters, whether merged now or not."""
         blocks = [self.disha[adapter] for adapter in adapters if adapter in self.disha]
         deltas = [(self.delta_weight(block), block.strength) for block in blocks]
+        for delta, _ in deltas:
+            if delta.shape != self.base_weight.shape:
+                raise MergeError(
+                    f"{type(self).layer_kind.__name__}.delta_weight gives an update of shape "
+                    f"{tuple(delta.shape)}, not that of the weight, {tuple(self.base_weight.shape)}"
+                )
         return functional.merged_weight(self.base_weight, deltas)
 
     def extra_repr(self) -> str:
@@ -247,8 +317,12 @@ def adapted_class(original: type[nn.Module], kind: type[AdaptedLayer]) -> type[A
 
 
 def _make_class(original: type[nn.Module], kind: type[AdaptedLayer]) -> type[AdaptedLayer]:
-    own_forward = original.forward is not kind.base_class.forward
-    bases = (_OwnForward, original, kind) if own_forward else (original, kind)
+    base = kind.base_class
+    own_forward = base is not None and original.forward is not base.forward
+    if base is None:
+        bases: tuple[type, ...] = (_Around, kind, original)
+    else:
+        bases = (_Around, original, kind) if own_forward else (original, kind)
     namespace = {
         "__module__": kind.__module__,
         "__doc__": f"{original.__qualname__}, adapted by disha.",
@@ -271,37 +345,33 @@ def _first_parameter(forward: Callable[..., Any]) -> str:
     return named[0] if named else ""
 
 
-class _OwnForward(AdaptedLayer):
-    """In front of a class with a forward of its own: sees to it that the update is applied once."""
-
-    input_name: ClassVar[str]
+class _Around(AdaptedLayer):
+    """In front of a forward that is not ours: sees to it that the update is applied once."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the user's forward; add the update if it did not get to the layer kind's forward."""
+        """Run the forward behind; add the update if it did not get to the layer kind's forward."""
         calls = self.disha.calls
         caller = _caller()
         outer = calls.get(caller)
         calls[caller] = False
         try:
             output: Tensor = super().forward(*args, **kwargs)
-            missed = () if calls[caller] else self.disha.acting()
+            reached = calls[caller]
+            missed = () if reached else self.disha.acting()
         finally:
             del calls[caller]
             if outer is not None:
                 calls[caller] = True  # a call within its own forward has applied the update
-        if not missed:
+        if reached or not (missed or self.disha.route):
             return output
         input = args[0] if args else kwargs.get(self.input_name)
         if not isinstance(output, Tensor) or not isinstance(input, Tensor):
             raise ArgumentTypeError(
-                f"the adapter of {self.original_class.__name__} can't act: its forward does not "
-                f"use {self.base_class.__name__}.forward, and adding to its output needs one "
-                f"tensor in and one out, but it takes {type(input).__name__} and returns "
-                f"{type(output).__name__}; leave it out with exclude="
+                f"the adapter of {self.original_class.__name__} can't act: adding to the output of "
+                f"its forward needs one tensor in and one out, but it takes {type(input).__name__} "
+                f"and returns {type(output).__name__}; leave it out with exclude="
             )
-        for block in missed:
-            output = output + self.delta_output(block, input).to(output.dtype)
-        return output
+        return self.updated(output, missed, input)
 
 
 def _caller() -> int:

@@ -7,12 +7,11 @@ Each dW comes from the original W, so several adapters add up in any order.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from disha import functional
 from disha.config import AdapterConfig, check_adapter_name
@@ -21,7 +20,13 @@ from disha.freezing import set_requires_grad
 from disha.layers.adapted import AdaptedLayer, Geometry, attach, refuse_merged
 from disha.layers.blocks import Bat, Block
 
-__all__ = ["AdaptedLinear", "BatLinear", "BoneLinear"]
+__all__ = ["AdaptedLinear", "AdaptedTransposedLinear", "BatLinear", "BoneLinear"]
+
+
+def _block_shape(geometry: Geometry, method: str, r: int, r_out: int | None) -> tuple[int, ...]:
+    if method == Bat.method:
+        return (functional.shard_count(geometry.out_features, r), r, r)
+    return (r, geometry.out_features if r_out is None else r_out)
 
 
 class AdaptedLinear(AdaptedLayer, nn.Linear):
@@ -29,6 +34,8 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
 
     base_class = nn.Linear
     original_class = nn.Linear
+    methods = ("bone", "bat")
+    linear = True
 
     @classmethod
     def geometry(cls, module: nn.Module) -> Geometry:
@@ -37,27 +44,22 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
         return Geometry(module.in_features, module.out_features)
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
-        """Return why `module` can't be adapted, or None if it can."""
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, UninitializedParameter):
-            return "its weight is not initialised yet; run the model once before injecting"
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            return "its weight is not a floating-point tensor"
+    def obstacle(cls, module: nn.Module, method: str) -> str | None:
+        """Return why `method` can't adapt `module`, or None if it can."""
+        obstacle = super().obstacle(module, method)
+        if obstacle is not None:
+            return obstacle
         geometry = cls.geometry(module)
         expected = (geometry.out_features, geometry.in_features)
-        if weight.shape != expected:
-            return f"its weight has shape {tuple(weight.shape)}, not (out, in) = {expected}"
-        return None
+        shape = tuple(getattr(module, cls.weight_name).shape)
+        return None if shape == expected else f"its weight is {shape}, not (out, in) = {expected}"
 
     @classmethod
     def block_shape(
-        cls, geometry: Geometry, method: str, r: int, r_out: int | None
+        cls, module: nn.Module, method: str, r: int, r_out: int | None
     ) -> tuple[int, ...]:
         """Return (r, out) for Bone, (r, r_out) for a tile, (ceil(out / r), r, r) for BAT."""
-        if method == Bat.method:
-            return (functional.shard_count(geometry.out_features, r), r, r)
-        return (r, geometry.out_features if r_out is None else r_out)
+        return _block_shape(cls.geometry(module), method, r, r_out)
 
     def delta_weight(self, block: Block) -> Tensor:
         """Return dW (out, in) of a block of this layer, without its scale."""
@@ -65,7 +67,7 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
             return functional.bat_delta_weight(self.base_weight, block.block)
         return functional.bone_delta_weight(block.block, self.in_features, self.out_features)
 
-    def delta_output(self, block: Block, input: Tensor) -> Tensor:
+    def delta_output(self, block: Block, input: Tensor, *more: Any) -> Tensor:
         """Return what a block adds to the output for `input`, scaled and with its dropout."""
         x, scale = block.dropped(input), block.current_scale()
         if isinstance(block, Bat):
@@ -84,10 +86,7 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
             output = F.linear(input, functional.merged_weight(self.weight, deltas), self.bias)
         else:
             output = super().forward(input)
-        for block in acting:
-            if block not in folded:
-                output = output + self.delta_output(block, input).to(output.dtype)
-        return output
+        return self.updated(output, [block for block in acting if block not in folded], input)
 
     def reset_parameters(self) -> None:
         """Draw the base weight and bias anew, and set every block to its initial values.
@@ -105,6 +104,44 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
 
 
 AdaptedLinear.layer_kind = AdaptedLinear
+
+
+class AdaptedTransposedLinear(AdaptedLayer):
+    """For linear layers that keep their weight as (in, out), such as the Conv1D of GPT-2.
+
+    It goes in front of any such class: `register_layer_kind(MyConv1D, AdaptedTransposedLinear)`.
+    """
+
+    methods = ("bone", "bat")
+    linear = True
+
+    @classmethod
+    def geometry(cls, module: nn.Module) -> Geometry:
+        """Return the sizes by the weight, (in, out)."""
+        in_features, out_features = getattr(module, cls.weight_name).shape
+        return Geometry(in_features, out_features)
+
+    @classmethod
+    def block_shape(
+        cls, module: nn.Module, method: str, r: int, r_out: int | None
+    ) -> tuple[int, ...]:
+        """Return the shape of a block, as for `nn.Linear`."""
+        return _block_shape(cls.geometry(module), method, r, r_out)
+
+    def delta_weight(self, block: Block) -> Tensor:
+        """Return dW (in, out) of a block, without its scale."""
+        in_features, out_features = self.base_weight.shape
+        if isinstance(block, Bat):
+            return functional.bat_delta_weight(self.base_weight.T, block.block).T
+        return functional.bone_delta_weight(block.block, in_features, out_features).T
+
+    def delta_output(self, block: Block, input: Tensor, *more: Any) -> Tensor:
+        """Return what a block adds to the output for `input` (..., in), scaled."""
+        x, scale = block.dropped(input), block.current_scale()
+        if isinstance(block, Bat):
+            delta = self.delta_weight(block)
+            return x.to(delta.dtype) @ delta * scale
+        return functional.bone_delta(x, block.block, self.base_weight.shape[1], scale)
 
 
 def _give_birth(

@@ -1,25 +1,12 @@
-"""The mathematics of dimension-sharded adapters, as pure functions of tensors.
+"""Bone, tile and BAT for linear layers: y = W x + b with W (out, in).
 
-Notation, for a linear layer with weight W (out, in), input x (..., in), rank r and
-n = ceil(in / r) input shards:
-
-- shard sum: S(x)[j] = sum over b of x[b r + j], a tensor (..., r);
 - Bone, block D (r, out): dW[o, i] = D[i mod r, o], so that dW x = S(x) D;
 - tile, block D (r, r_out) where r_out divides out: dW[o, i] = D[i mod r, o mod r_out];
 - BAT, block D (ceil(out / r), r, r): with W cut into r x r tiles W_ab (output block a, input
   block b), dW_ab = W_ab D_a + D_a.
-
-Sizes that r does not divide are zero-padded to the next multiple and cropped afterwards.
-A runtime scale s multiplies dW. Everything here is differentiable by autograd and knows no module.
-
-Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
-and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +14,17 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from disha.errors import ArgumentError
+from disha.functional.shards import (
+    Scale,
+    merge_dtype,
+    merged_weight,
+    pad_to_multiple,
+    repeat_tile,
+    shard_count,
+    shard_sum,
+    tile_count,
+    without_autocast,
+)
 
 __all__ = [
     "bat_delta_weight",
@@ -37,83 +35,7 @@ __all__ = [
     "bone_forward",
     "bone_lora_factors",
     "bone_unmerge",
-    "merged_weight",
-    "shard_count",
-    "shard_sum",
-    "without_autocast",
 ]
-
-Scale = float | Tensor
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which products are computed in their operands' own dtype."""
-    if device.type == "meta":  # which has no autocast to switch off
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def shard_count(features: int, r: int) -> int:
-    """Return ceil(features / r): how many shards of r cover a dimension.
-
-    Args:
-        features: size of the dimension.
-        r: size of one shard.
-
-    Example:
-        >>> from disha.functional import shard_count
-        >>> shard_count(10, 4)
-        3
-    """
-    return -(-features // r)
-
-
-def _tiles(block: Tensor, out_features: int) -> int:
-    """How often an output shard of the block's size fits into out_features."""
-    if out_features % block.shape[-1]:
-        raise ArgumentError(
-            f"a block of shape {tuple(block.shape)} does not fit an output of {out_features}: "
-            f"{block.shape[-1]} must divide it"
-        )
-    return out_features // block.shape[-1]
-
-
-def _pad_to_multiple(x: Tensor, r: int, dim: int) -> Tensor:
-    """Zero-pad `dim` (negative) of x at its end to a multiple of r."""
-    missing = -x.shape[dim] % r
-    if not missing:
-        return x
-    return F.pad(x, (0, 0) * (-dim - 1) + (0, missing))
-
-
-def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Sum the shards of the last dimension: S(x)[j] = sum over b of x[b r + j].
-
-    Args:
-        x: tensor (..., in).
-        r: shard size, at least 1.
-        dtype: dtype to accumulate in and return; x's own by default.
-
-    Returns:
-        Tensor (..., r).
-
-    Source: arXiv 2409.15371, section 3.
-
-    Example:
-        >>> import torch
-        >>> from disha.functional import shard_sum
-        >>> shard_sum(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), r=2)
-        tensor([9., 6.])
-    """
-    # reduce(x, "... (b r) -> ... r", "sum"), natively: this is the hot path
-    padded = _pad_to_multiple(x, r, dim=-1)
-    shards = padded.reshape(*x.shape[:-1], padded.shape[-1] // r, r)
-    return torch.sum(shards, dim=-2, dtype=dtype)
-
-
-def _repeat_tile(x: Tensor, tiles: int) -> Tensor:
-    """Repeat the last dimension (r_out) until it is as long as the output."""
-    return x if tiles == 1 else repeat(x, "... r_out -> ... (tiles r_out)", tiles=tiles)
 
 
 def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) -> Tensor:
@@ -139,11 +61,11 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
         >>> bone_delta(torch.ones(1, 6), torch.ones(2, 3), out_features=3)
         tensor([[6., 6., 6.]])
     """
-    tiles = _tiles(block, out_features)
+    tiles = tile_count(block, out_features)
     sums = shard_sum(x, block.shape[0], dtype=block.dtype)
     if isinstance(scale, Tensor) or scale != 1.0:
         sums = sums * scale  # (..., r): cheaper than scaling D or the output
-    return _repeat_tile(sums @ block, tiles)
+    return repeat_tile(sums @ block, tiles)
 
 
 def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Tensor:
@@ -168,7 +90,7 @@ def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Ten
         >>> bone_delta_weight(torch.tensor([[1.0], [2.0]]), in_features=5, out_features=1)
         tensor([[1., 2., 1., 2., 1.]])
     """
-    shards, tiles = shard_count(in_features, block.shape[0]), _tiles(block, out_features)
+    shards, tiles = shard_count(in_features, block.shape[0]), tile_count(block, out_features)
     delta = repeat(block, "r r_out -> (tiles r_out) (shards r)", tiles=tiles, shards=shards)
     return delta[:, :in_features]
 
@@ -256,7 +178,7 @@ def bone_lora_factors(block: Tensor, in_features: int, out_features: int) -> tup
     identity = torch.eye(r, dtype=block.dtype, device=block.device)
     shards = shard_count(in_features, r)
     lora_a = repeat(identity, "r j -> r (shards j)", shards=shards)[:, :in_features]
-    lora_b = _repeat_tile(block, _tiles(block, out_features)).T
+    lora_b = repeat_tile(block, tile_count(block, out_features)).T
     return lora_a.contiguous(), lora_b.contiguous()
 
 
@@ -290,9 +212,9 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
             f"a BAT block for {out_features} rows and r={r} has shape "
             f"({shard_count(out_features, r)}, {r}, {r}), got {tuple(block.shape)}"
         )
-    dtype = _merge_dtype(torch.promote_types(weight.dtype, block.dtype))
+    dtype = merge_dtype(torch.promote_types(weight.dtype, block.dtype))
     weight, block = weight.to(dtype), block.to(dtype)
-    padded = _pad_to_multiple(_pad_to_multiple(weight, r, dim=-1), r, dim=-2)
+    padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
     # row-major (a i) (b k) is already "a (i b) k": one batched product, no permutation
     tiles = padded.reshape(block.shape[0], -1, r)
     with without_autocast(weight.device):
@@ -355,13 +277,13 @@ def bat_unmerge(merged: Tensor, block: Tensor, scale: float = 1.0) -> Tensor:
     """
     out_features, in_features = merged.shape
     r = block.shape[-1]
-    dtype = _merge_dtype(merged.dtype)
+    dtype = merge_dtype(merged.dtype)
     # A ragged last row block is zero-padded in W, not in W': the padding's rows of W' are s D's,
     # and so are cropped away again. A ragged last column shard is cropped in W' and lost to the
     # inverse, so it is solved for on its own below.
     update = block.to(dtype) * scale
     affine = torch.eye(r, dtype=dtype, device=merged.device) + update
-    padded = _pad_to_multiple(merged.to(dtype), r, dim=-2)
+    padded = pad_to_multiple(merged.to(dtype), r, dim=-2)
     whole = in_features - in_features % r
     parts = []
     for columns, width in ((padded[:, :whole], r), (padded[:, whole:], in_features % r)):
@@ -378,30 +300,3 @@ def bat_unmerge(merged: Tensor, block: Tensor, scale: float = 1.0) -> Tensor:
             )
         parts.append(rearrange(solved, "a (i b) k -> (a i) (b k)", i=r))
     return torch.cat(parts, dim=1)[:out_features].to(merged.dtype)
-
-
-def _merge_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Tensor:
-    """Return W + sum of s * dW, computed in float32 (float64 for float64) and rounded once.
-
-    Args:
-        weight: W.
-        deltas: pairs of dW (W's shape) and its scale s.
-
-    Returns:
-        Tensor of W's shape and dtype; W itself where there are no deltas.
-
-    Example:
-        >>> import torch
-        >>> from disha.functional import merged_weight
-        >>> merged_weight(torch.ones(2), [(torch.ones(2), 0.5), (torch.ones(2), 2.0)])
-        tensor([3.5000, 3.5000])
-    """
-    dtype = _merge_dtype(weight.dtype)
-    total = weight.to(dtype)
-    for delta, scale in deltas:
-        total = total + delta.to(dtype) * scale
-    return total.to(weight.dtype)

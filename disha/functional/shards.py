@@ -1,0 +1,125 @@
+"""What every layer kind shares: cutting dimensions into shards, and adding updates to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor
+
+from disha.errors import ArgumentError
+
+__all__ = [
+    "Scale",
+    "merge_dtype",
+    "merged_weight",
+    "pad_to_multiple",
+    "repeat_tile",
+    "shard_count",
+    "shard_sum",
+    "tile_count",
+    "without_autocast",
+]
+
+Scale = float | Tensor
+
+
+def shard_count(features: int, r: int) -> int:
+    """Return ceil(features / r): how many shards of r cover a dimension.
+
+    Args:
+        features: size of the dimension.
+        r: size of one shard.
+
+    Example:
+        >>> from disha.functional import shard_count
+        >>> shard_count(10, 4)
+        3
+    """
+    return -(-features // r)
+
+
+def pad_to_multiple(x: Tensor, r: int, dim: int) -> Tensor:
+    """Zero-pad `dim` (negative) of x at its end to a multiple of r."""
+    missing = -x.shape[dim] % r
+    if not missing:
+        return x
+    return F.pad(x, (0, 0) * (-dim - 1) + (0, missing))
+
+
+def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum the shards of the last dimension: S(x)[j] = sum over b of x[b r + j].
+
+    Args:
+        x: tensor (..., in).
+        r: shard size, at least 1.
+        dtype: dtype to accumulate in and return; x's own by default.
+
+    Returns:
+        Tensor (..., r).
+
+    Source: arXiv 2409.15371, section 3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import shard_sum
+        >>> shard_sum(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), r=2)
+        tensor([9., 6.])
+    """
+    # reduce(x, "... (b r) -> ... r", "sum"), natively: this is the hot path
+    padded = pad_to_multiple(x, r, dim=-1)
+    shards = padded.reshape(*x.shape[:-1], padded.shape[-1] // r, r)
+    return torch.sum(shards, dim=-2, dtype=dtype)
+
+
+def tile_count(block: Tensor, out_features: int) -> int:
+    """How often an output shard of the block's size fits into out_features."""
+    if out_features % block.shape[-1]:
+        raise ArgumentError(
+            f"a block of shape {tuple(block.shape)} does not fit an output of {out_features}: "
+            f"{block.shape[-1]} must divide it"
+        )
+    return out_features // block.shape[-1]
+
+
+def repeat_tile(x: Tensor, tiles: int) -> Tensor:
+    """Repeat the last dimension (r_out) until it is as long as the output."""
+    return x if tiles == 1 else repeat(x, "... r_out -> ... (tiles r_out)", tiles=tiles)
+
+
+def merge_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which updates are added to a weight of that dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Tensor:
+    """Return W + sum of s * dW, computed in float32 (float64 for float64) and rounded once.
+
+    Args:
+        weight: W.
+        deltas: pairs of dW (W's shape) and its scale s.
+
+    Returns:
+        Tensor of W's shape and dtype; W itself where there are no deltas.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import merged_weight
+        >>> merged_weight(torch.ones(2), [(torch.ones(2), 0.5), (torch.ones(2), 2.0)])
+        tensor([3.5000, 3.5000])
+    """
+    dtype = merge_dtype(weight.dtype)
+    total = weight.to(dtype)
+    for delta, scale in deltas:
+        total = total + delta.to(dtype) * scale
+    return total.to(weight.dtype)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which products are computed in their operands' own dtype."""
+    if device.type == "meta":  # which has no autocast to switch off
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
