@@ -1,18 +1,28 @@
-"""Activate, disable, scale: how adapters act at run time. Nothing here touches requires_grad."""
+"""Activate, disable, scale, route, combine. Nothing here touches requires_grad."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
+import torch
 from torch import nn
 
-from disha.config import check_scale
+from disha.config import check_adapter_name, check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
+from disha.layers import AdaptedLayer, Block, Bone
 from disha.layers.adapted import refuse_merged
-from disha.tree import adapted_layers, require_adapter
+from disha.layers.routing import Route
+from disha.tree import adapted_layers, adapter_names, require_adapter
 
-__all__ = ["adapters_disabled", "set_active_adapters", "set_adapter_scale"]
+__all__ = [
+    "adapters_disabled",
+    "combine_adapters",
+    "route_adapters",
+    "set_active_adapters",
+    "set_adapter_scale",
+]
 
 
 def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -115,3 +125,156 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
     refuse_merged(layers, "change an adapter's scale")
     for layer in layers:
         layer.disha[adapter].set_strength(scale)
+
+
+@contextmanager
+def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> Iterator[None]:
+    """Run the body with an adapter of its own for each sample of a batch.
+
+    The result equals running the samples one by one. The active adapters do not matter meanwhile.
+
+    Every adapted layer must see the samples along the leading dimension of its input, each as an
+    equal part of it: (batch, ...) or (batch * n, ...), not sequence-first layouts.
+
+    Args:
+        model: a model with adapters.
+        names_per_sample: one adapter's name per sample, or None for the base model.
+
+    Raises:
+        ArgumentError: a name is unknown, there are none, or, in the body, a layer gets an input
+            whose leading size is no multiple of the number of names.
+        ArgumentTypeError: the names are no list of str and None.
+        MergeError: adapters are merged.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4, adapter="a")
+        >>> model = disha.inject_adapters(model, "all-linear", r=2, adapter="b", init="kaiming")
+        >>> x = torch.randn(3, 8)
+        >>> with disha.route_adapters(model, ["a", "b", None]):
+        ...     routed = model(x)
+        >>> torch.allclose(routed[1], model(x)[1])  # "b" is the active one
+        True
+    """
+    names = tuple(names_per_sample) if isinstance(names_per_sample, Sequence) else None
+    if names is None or isinstance(names_per_sample, str):
+        raise ArgumentTypeError(
+            f"names_per_sample must be a list with a name or None per sample, got "
+            f"{names_per_sample!r}"
+        )
+    if not names:
+        raise ArgumentError("names_per_sample is empty; give a name or None per sample")
+    route = Route(names)
+    for name in route.adapters:
+        require_adapter(model, name)
+    layers = [layer for _, layer in adapted_layers(model)]
+    refuse_merged(layers, "route adapters")
+    before = [layer.disha.route for layer in layers]
+    try:
+        for layer in layers:
+            layer.disha.route = route
+        yield
+    finally:
+        for layer, earlier in zip(layers, before, strict=True):
+            layer.disha.route = earlier
+
+
+def combine_adapters(
+    model: nn.Module, weights: Mapping[str, float], into: str, *, r: int | None = None
+) -> None:
+    """Add a new adapter that is the weighted sum of others, exactly.
+
+    dW = sum of w * s * dW of each, with the scale s that it has now: all kinds of blocks are linear
+    in D, so the blocks add up. A layer that an adapter lacks counts as zero there. The new adapter
+    has scale 1 and is not active yet.
+
+    Args:
+        model: a model with adapters.
+        weights: adapter -> w.
+        into: the new adapter's name.
+        r: shard size of the new blocks: a multiple of every adapter's r, for adapters whose r
+            differ. Bone and tile only.
+
+    Raises:
+        ArgumentError: an adapter is unknown, the name is taken, a weight is not finite, or blocks
+            of different kinds or sizes can't be added.
+        ArgumentTypeError: the weights are no dict of numbers.
+        MergeError: adapters are merged.
+
+        The model is unchanged whenever this raises.
+
+    Example:
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4, adapter="a")
+        >>> model = disha.inject_adapters(model, "all-linear", r=2, adapter="b")
+        >>> disha.combine_adapters(model, {"a": 0.3, "b": 0.7}, into="c", r=4)
+        >>> list(model.disha)
+        ['a', 'b', 'c']
+    """
+    _check_weights(weights)
+    check_adapter_name(into)
+    if into in adapter_names(model):
+        raise ArgumentError(f"the model has an adapter {into!r} already; choose another name")
+    for name in weights:
+        require_adapter(model, name)
+    layers = list(adapted_layers(model))
+    refuse_merged((layer for _, layer in layers), "combine adapters")
+    added = []
+    for name, layer in layers:
+        parts = [(layer.disha[a], w) for a, w in weights.items() if a in layer.disha]
+        if parts:
+            added.append((layer, _sum_of_blocks(name, layer, parts, r)))
+    for layer, block in added:
+        layer.disha.add(into, block)
+
+
+def _check_weights(weights: object) -> None:
+    if not isinstance(weights, Mapping) or not weights:
+        raise ArgumentTypeError(f"weights must be a dict of adapter -> number, got {weights!r}")
+    for weight in weights.values():
+        check_scale(weight)
+
+
+def _sum_of_blocks(
+    name: str, layer: AdaptedLayer, parts: list[tuple[Block, float]], r: int | None
+) -> Block:
+    """Return a new block that is the weighted sum of a layer's blocks."""
+    first = parts[0][0]
+    sizes = {(block.method, block.r, block.r_out) for block, _ in parts}
+    if r is None and len(sizes) > 1:
+        raise ArgumentError(
+            f"{name or 'the model'}: blocks of different kinds or sizes can't be added as they "
+            f"are: {_listing(sizes)}; for Bone blocks, pass r=, a multiple of every r"
+        )
+    r = r or first.r
+    fits = all(
+        block.method == first.method
+        and block.r_out == first.r_out
+        and (block.r == r or (block.method == Bone.method and r % block.r == 0))
+        for block, _ in parts
+    )
+    geometry = layer.geometry(layer)
+    if not fits or r > geometry.in_features:
+        raise ArgumentError(
+            f"{name or 'the model'}: these blocks can't be added with r={r}: {_listing(sizes)}; "
+            f"Bone blocks of one kind can, if every r divides it and it is at most "
+            f"{geometry.in_features}"
+        )
+    config = replace(first.config, r=r, scale=1.0, rank_pattern={}, also_train=())
+    total = layer.make_block(layer, config, r, first.block.dtype)
+    with torch.no_grad():
+        total.block.zero_()
+        for block, weight in parts:
+            total.block.add_(layer.widened(block, r), alpha=weight * block.strength)
+    total.block.requires_grad_(any(block.block.requires_grad for block, _ in parts))
+    return total
+
+
+def _listing(sizes: set[tuple[str, int, int | None]]) -> str:
+    return ", ".join(
+        f"{method} r={r}" + ("" if r_out is None else f" r_out={r_out}")
+        for method, r, r_out in sorted(sizes, key=str)
+    )

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -137,3 +139,222 @@ def test_everything_raises_while_merged(two):
     with pytest.raises(MergeError, match="can't change an adapter's scale"):
         disha.set_adapter_scale(two, 0.5, "a")
     assert_unchanged(two, before)
+
+
+class Several(nn.Module):
+    """Every layer kind, and a linear layer that sees samples flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 6)
+        self.conv = nn.Conv1d(6, 6, 3, padding=1)
+        self.flat = nn.Linear(6, 6)
+        self.own = Doubled(6, 4)
+
+    def forward(self, tokens):
+        x = self.conv(self.embed(tokens).transpose(-1, -2)).transpose(-1, -2)
+        x = self.flat(x.reshape(-1, 6)).view(*tokens.shape, 6)
+        return self.own(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def several():
+    model = Several().double()
+    disha.inject_adapters(model, ".", 2, adapter="a")
+    disha.inject_adapters(model, "flat|own", 3, adapter="b", method="bat")
+    disha.inject_adapters(model, "embed|conv", 4, adapter="c")
+    perturb(model)
+    return model
+
+
+class TestRoute:
+    names = ("a", None, "b", "c", "a")
+    tokens = torch.arange(25).view(5, 5) % 9
+
+    def one_by_one(self, model):
+        outputs = []
+        for name, sample in zip(self.names, self.tokens, strict=True):
+            disha.set_active_adapters(model, [] if name is None else name)
+            outputs.append(model(sample[None]))
+        return torch.cat(outputs)
+
+    def test_equals_running_the_samples_one_by_one(self):
+        model = several()
+        expected = self.one_by_one(model)
+        for active in ("a", "c", []):
+            disha.set_active_adapters(model, active)
+            with disha.route_adapters(model, self.names):
+                assert torch.allclose(model(self.tokens), expected, rtol=0, atol=1e-12)
+        assert len({tuple(row.flatten().tolist()) for row in expected}) == 5
+
+    def test_gradients_reach_the_blocks_of_the_routed_adapters_only(self):
+        model = several()
+        with disha.route_adapters(model, ["a", None, "b", None, "a"]):
+            model(self.tokens).sum().backward()
+        for name, wanted in (("a", True), ("b", True), ("c", False)):
+            found = [p.grad is not None for p in disha.adapter_parameters(model, name)]
+            assert found == [wanted] * len(found)
+
+    def test_nests_and_survives_exceptions(self):
+        model = several()
+        before = model(self.tokens)
+        with disha.route_adapters(model, ["a"] * 5):
+            outer = model(self.tokens)
+            with pytest.raises(KeyError), disha.route_adapters(model, ["b"] * 5):
+                raise KeyError
+            assert torch.equal(model(self.tokens), outer)
+            with disha.adapters_disabled(model):
+                base = model(self.tokens)
+        assert torch.equal(model(self.tokens), before)
+        disha.set_active_adapters(model, [])
+        assert torch.equal(model(self.tokens), base)
+
+    def test_scale_and_flags(self):
+        model = several()
+        before = flags(model)
+        with disha.route_adapters(model, ["a"] * 5):
+            disha.set_adapter_scale(model, 0.5, "a")
+            routed = model(self.tokens)
+        disha.set_active_adapters(model, "a")
+        assert torch.allclose(routed, model(self.tokens), rtol=0, atol=1e-12)
+        assert flags(model) == before
+
+    def test_copies_made_inside_keep_the_route(self):
+        model = several()
+        with disha.route_adapters(model, self.names):
+            twin = copy.deepcopy(model)
+            assert torch.equal(twin(self.tokens), model(self.tokens))
+
+    @pytest.mark.parametrize(
+        ("names", "kind", "says"),
+        [
+            (["a", "x"], ArgumentError, "no adapter 'x'"),
+            ([], ArgumentError, "is empty"),
+            ("a", ArgumentTypeError, "must be a list"),
+            (None, ArgumentTypeError, "must be a list"),
+            ([1], ArgumentError, "no adapter 1"),
+        ],
+    )
+    def test_refusals(self, names, kind, says):
+        model = several()
+        before = snapshot(model)
+        with pytest.raises(kind, match=says), disha.route_adapters(model, names):
+            pass
+        assert_unchanged(model, before)
+
+    def test_a_wrong_number_of_names(self):
+        model = several()
+        with (
+            pytest.raises(ArgumentError, match="3 names, and a layer an input of leading size 5"),
+            disha.route_adapters(model, ["a", "b", "c"]),
+        ):
+            model(self.tokens)
+
+    @pytest.mark.parametrize(
+        ("layer", "x"),
+        [(nn.Linear(4, 3), torch.randn(4)), (nn.Conv1d(4, 3, 1), torch.randn(4, 5))],
+    )
+    def test_an_input_without_samples(self, layer, x):
+        disha.inject_adapters(layer, "^$", 2)
+        with (
+            pytest.raises(ArgumentError, match="one sample per entry of the leading dimension"),
+            disha.route_adapters(layer, ["default", None]),
+        ):
+            layer(x)
+
+    def test_while_merged_and_merging_while_routed(self):
+        model = several()
+        with disha.route_adapters(model, self.names):
+            before = snapshot(model)
+            with pytest.raises(MergeError, match="inside route_adapters"):
+                disha.merge_adapters(model)
+            assert_unchanged(model, before)
+        disha.merge_adapters(model)
+        with (
+            pytest.raises(MergeError, match="can't route adapters"),
+            disha.route_adapters(model, self.names),
+        ):
+            pass
+
+
+class TestCombine:
+    tokens = TestRoute.tokens
+
+    def outputs(self, model, name):
+        disha.set_active_adapters(model, name)
+        return model(self.tokens)
+
+    @pytest.mark.parametrize(("method", "r_out"), [("bone", None), ("bone", 2), ("bat", None)])
+    def test_is_the_weighted_sum_of_the_updates(self, method, r_out):
+        model = Several().double()
+        for name, target in (("a", "flat|own"), ("b", "own")):
+            disha.inject_adapters(model, target, 3, adapter=name, method=method, r_out=r_out)
+        perturb(model)
+        disha.set_adapter_scale(model, 0.5, "b")
+        before = flags(model)
+        disha.combine_adapters(model, {"a": 0.3, "b": -2.0}, into="c")
+        assert {k: v for k, v in flags(model).items() if ".c." not in k} == before
+        for layer in (model.flat, model.own):
+            expected = sum(
+                weight * layer.disha[name].strength * layer.delta_weight(layer.disha[name])
+                for name, weight in (("a", 0.3), ("b", -2.0))
+                if name in layer.disha
+            )
+            assert torch.allclose(layer.delta_weight(layer.disha["c"]), expected, atol=1e-12)
+        assert model.flat.disha.active == ("b",)
+
+    def test_different_r_with_a_common_multiple_every_kind(self):
+        model = Several().double()
+        disha.inject_adapters(model, ".", 2, adapter="a")
+        disha.inject_adapters(model, ".", 3, adapter="b")
+        perturb(model)
+        base = self.outputs(model, [])
+        updates = self.outputs(model, ["a", "b"]) - base
+        with pytest.raises(ArgumentError, match=r"different kinds or sizes.*bone r=2, bone r=3"):
+            disha.combine_adapters(model, {"a": 1.0, "b": 1.0}, into="c")
+        disha.combine_adapters(model, {"a": 1.0, "b": 1.0}, into="c", r=6)
+        assert torch.allclose(self.outputs(model, "c") - base, updates, rtol=0, atol=1e-12)
+
+    def test_the_result_can_be_saved_and_loaded(self, tmp_path):
+        model = several()
+        plain = Several().double()
+        plain.load_state_dict({k: v for k, v in model.state_dict().items() if "disha" not in k})
+        disha.combine_adapters(model, {"a": 2.0}, into="d")
+        disha.save_adapter(model, tmp_path / "d", "d")
+        disha.load_adapter(plain, tmp_path / "d")
+        assert torch.equal(plain(self.tokens), self.outputs(model, "d"))
+
+    @pytest.mark.parametrize(
+        ("weights", "options", "kind", "says"),
+        [
+            ({"a": 1.0, "b": 1.0}, {}, ArgumentError, "bat r=3, bone r=2"),
+            ({"a": 1.0, "b": 1.0}, {"r": 6}, ArgumentError, "can't be added with r=6"),
+            ({"a": 1.0}, {"r": 3}, ArgumentError, "can't be added with r=3"),
+            ({"a": 1.0}, {"r": 100}, ArgumentError, "can't be added with r=100"),
+            ({"x": 1.0}, {}, ArgumentError, "no adapter 'x'"),
+            ({"a": float("nan")}, {}, ArgumentError, "finite"),
+            ({"a": "1"}, {}, ArgumentTypeError, "number"),
+            ({}, {}, ArgumentTypeError, "dict"),
+            (["a"], {}, ArgumentTypeError, "dict"),
+            ({"a": 1.0}, {"into": "b"}, ArgumentError, "has an adapter 'b' already"),
+            ({"a": 1.0}, {"into": "d.e"}, ArgumentError, "has a dot"),
+        ],
+    )
+    def test_refusals(self, weights, options, kind, says):
+        model = several()
+        before = snapshot(model)
+        with pytest.raises(kind, match=says):
+            disha.combine_adapters(model, weights, **{"into": "d", **options})
+        assert_unchanged(model, before)
+
+    def test_while_merged(self):
+        model = several()
+        disha.merge_adapters(model)
+        before = snapshot(model)
+        with pytest.raises(MergeError, match="can't combine adapters"):
+            disha.combine_adapters(model, {"a": 1.0}, into="d")
+        assert_unchanged(model, before)
