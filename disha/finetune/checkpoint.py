@@ -150,9 +150,10 @@ class GGUFCheckpoint:
                 f"{self.path} holds a model of architecture {found!r}; supported is "
                 f"{SUPPORTED_ARCHITECTURE!r} (Llama, SmolLM2 and others of that family)"
             )
-        if self.fields.get("split.count", 1) > 1:
+        parts = self.fields.get("split.count", 1)
+        if parts not in (0, 1):
             raise CheckpointError(
-                f"{self.path} is one of {self.fields['split.count']} parts of a model; "
+                f"{self.path} is one of {parts} parts of a model; "
                 "merge them into one file first (llama-gguf-split --merge)"
             )
         for key in UNSUPPORTED_KEYS:

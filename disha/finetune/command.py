@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 import disha
-from disha.finetune.data import Encoded, Pair, encode_prompt
+from disha.finetune.data import Encoded, Pair, encode_pairs
 from disha.finetune.errors import TrainingError
 from disha.finetune.evaluation import mean_loss
 from disha.finetune.inputs import Inputs, load_inputs
@@ -37,7 +38,6 @@ __all__ = ["finetune", "parse", "run"]
 
 SAMPLES = 3
 SAMPLE_TOKENS = 48
-LONGEST_SAMPLE_QUERY = 600
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -229,18 +229,27 @@ def _write_plot(course: _Course, inputs: Inputs, settings: FinetuneSettings) -> 
 
 def _write_samples(inputs: Inputs, settings: FinetuneSettings) -> None:
     rows = inputs.dataset.held_out or inputs.dataset.training
-    short = [pair for pair in rows if len(pair.query) <= LONGEST_SAMPLE_QUERY]
-    samples = [_sample(inputs, pair, settings) for pair in (short or list(rows))[:SAMPLES]]
+    encoded = (
+        (pair, encode_pairs([pair], inputs.tokenizer, settings.max_seq_length)) for pair in rows
+    )
+    # A query that was cut would be shown whole beside what the model made of a part.
+    whole = (
+        (pair, one.examples[0].prompt) for pair, one in encoded if one.examples and not one.cut
+    )
+    samples = [_sample(inputs, pair, prompt) for pair, prompt in itertools.islice(whole, SAMPLES)]
     page = samples_page(samples, inputs.checked_name)
     write_file(settings.output / "samples.md", page.encode())
 
 
-def _sample(inputs: Inputs, pair: Pair, settings: FinetuneSettings) -> Sample:
-    prompt = encode_prompt(pair.query, inputs.tokenizer)
+def _sample(inputs: Inputs, pair: Pair, prompt: tuple[int, ...]) -> Sample:
+    room = inputs.model.config.context - len(prompt)
 
     def answer() -> str:
         tokens = generate_greedily(
-            inputs.model, prompt, max_new_tokens=SAMPLE_TOKENS, stop=inputs.tokenizer.end
+            inputs.model,
+            prompt,
+            max_new_tokens=min(SAMPLE_TOKENS, room),
+            stop=inputs.tokenizer.end,
         )
         return inputs.tokenizer.decode(list(tokens))
 

@@ -134,7 +134,7 @@ def read_pairs(path: Path, fields: tuple[str, str]) -> list[Pair]:
             the message names file and line.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # with or without a byte-order mark
             pairs = [
                 _pair(line, fields, f"{path}, line {number}")
                 for number, line in enumerate(file, start=1)
@@ -185,6 +185,13 @@ def _text(row: dict[str, object], field: str, place: str) -> str:
         raise DataError(
             f"{place}: field {field!r} must be text, found {type(value).__name__} {value!r:.60}"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: field {field!r} holds half of a surrogate pair at character {error.start}, "
+            "which is no text (an emoji that was cut in two, maybe)"
+        ) from error
     return value
 
 

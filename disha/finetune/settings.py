@@ -15,6 +15,7 @@ from disha.finetune.errors import SettingsError
 
 __all__ = ["DEMO_SETTINGS", "FinetuneSettings"]
 
+OUTPUT_FILES = ("adapter.safetensors", "metrics.jsonl", "loss.png", "samples.md", "report.json")
 ALL_PROJECTIONS = r"\.(q|k|v|o|gate|up|down)_proj$"
 
 
@@ -185,6 +186,10 @@ class FinetuneSettings:
             )
 
     def _check_inputs(self) -> None:
+        if len(set(self.dataset_field)) < 2:
+            raise SettingsError(
+                f"--dataset_field needs two different fields, got {self.dataset_field[0]!r} twice"
+            )
         if not self.demo or self.base_model_name_or_path is not None:
             check_is_gguf(self.base_model)
         if not self.demo:
@@ -210,6 +215,12 @@ class FinetuneSettings:
             )
         if not os.access(existing, os.W_OK | os.X_OK):
             raise SettingsError(f"--output_dir {folder} can't be written: no right to {existing}")
+        for name in OUTPUT_FILES:
+            if (folder / name).is_dir():
+                raise SettingsError(
+                    f"--output_dir {folder} has a folder {name}, where a file is to be written; "
+                    "remove it, or name another output folder"
+                )
 
 
 DEMO_SETTINGS = FinetuneSettings(

@@ -70,7 +70,7 @@ class Tokenizer:
             TokenizerError: another kind of tokenizer, or a damaged description.
         """
         _check_kind(fields, path)
-        tokens: Sequence[str] = _field(fields, "tokens", path)
+        tokens: Sequence[str] = _list(fields, "tokens", str, path)
         end = _token_id(fields, "eos_token_id", len(tokens), path)
         begin = None
         if fields.get("tokenizer.ggml.add_bos_token", False):
@@ -116,8 +116,8 @@ def _backend(fields: Mapping[str, Any], tokens: Sequence[str], path: Path) -> Ba
     from tokenizers import Tokenizer as BackendTokenizer
     from tokenizers import decoders, models
 
-    merges = [_merge(pair, path) for pair in _field(fields, "merges", path)]
-    types: Sequence[int] = _field(fields, "token_type", path)
+    merges = [_merge(pair, path) for pair in _list(fields, "merges", str, path)]
+    types: Sequence[int] = _list(fields, "token_type", int, path)
     if len(types) != len(tokens):
         raise TokenizerError(
             f"{path} has {len(tokens)} tokens but {len(types)} token types; the file is damaged"
@@ -158,9 +158,19 @@ def _field(fields: Mapping[str, Any], key: str, path: Path) -> Any:
     return value
 
 
+def _list(fields: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
+    values = _field(fields, key, path)
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise TokenizerError(
+            f"{path} has a tokenizer.ggml.{key} that is no list of {kind.__name__}; "
+            "the file is damaged"
+        )
+    return values
+
+
 def _token_id(fields: Mapping[str, Any], key: str, size: int, path: Path) -> int:
     value = _field(fields, key, path)
-    if not isinstance(value, int) or not 0 <= value < size:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < size:
         raise TokenizerError(
             f"{path} has tokenizer.ggml.{key} = {value!r}, which is not among its {size} tokens"
         )

@@ -145,7 +145,7 @@ def _answer(request: str) -> str:
     inputs = load_inputs(FinetuneSettings.from_json(asked["settings"]))
     disha.load_adapter(inputs.model, asked["adapter"])
     loaded = mean_loss(inputs.model, inputs.checked)
-    disha.merge_adapters(inputs.model)
+    disha.merge_adapters(inputs.model, untie=True)
     merged = mean_loss(inputs.model, inputs.checked)
     return json.dumps(
         {

@@ -271,6 +271,24 @@ def test_debug_shows_where_an_error_came_from(tmp_path, data):
         main([*arguments(tmp_path / "absent.gguf", data, tmp_path / "out"), "--debug"])
 
 
+def test_a_tied_head_can_be_the_target(tmp_path, capsys):
+    model = tiny_gguf.write_gguf(tmp_path / "tied.gguf", tiny_gguf.random_state(tied=True))
+    data, output = write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    code, said = run(capsys, *arguments(model, data, output, target="lm_head", max_steps=2))
+    assert code == 0, said
+    assert report_of(output)["verification"]["agrees"] is True
+
+
+def test_samples_are_of_prompts_that_fit(tmp_path, tiny_path, capsys):
+    rows = [*ROWS[:20], *({**row, "ask": "hello world " * 400} for row in ROWS[20:])]
+    data, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    code, said = run(capsys, *arguments(tiny_path, data, output, max_steps=1, eval_steps=None))
+    assert code == 0, said
+    page = (output / "samples.md").read_text()
+    assert page.count("## Sample") == 3
+    assert "hello world hello world" not in page
+
+
 def test_ctrl_c_is_exit_code_130_and_leaves_nothing_half_written(tmp_path, tiny_path, data):
     output = tmp_path / "out"
     given = arguments(tiny_path, data, output, max_steps=100_000, eval_steps=None)

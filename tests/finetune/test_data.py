@@ -77,6 +77,20 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, lines, complaint):
         read_pairs(lines_file(tmp_path, *lines), FIELDS)
 
 
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    path = lines_file(
+        tmp_path, row(query="a", response="b"), '{"query": "\\ud83d", "response": "b"}'
+    )
+    with pytest.raises(DataError, match="line 2: field 'query' holds half of a surrogate pair"):
+        read_pairs(path, FIELDS)
+
+
+def test_a_byte_order_mark_and_other_line_ends_are_no_matter(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"query": "a", "response": "b"}\r\n\r\n')
+    assert read_pairs(path, FIELDS) == [Pair("a", "b")]
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"there is no data file .*absent\.jsonl"):
         read_pairs(tmp_path / "absent.jsonl", FIELDS)

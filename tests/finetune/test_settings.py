@@ -26,6 +26,12 @@ def test_good_settings_pass_and_touch_nothing(good):
     assert not good.output.exists()
 
 
+def test_a_folder_where_a_file_is_to_be_written_is_found_before_training(good):
+    (good.output / "adapter.safetensors").mkdir(parents=True)
+    with pytest.raises(SettingsError, match=r"has a folder adapter.safetensors"):
+        good.check()
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -53,6 +59,7 @@ def test_good_settings_pass_and_touch_nothing(good):
         ({"data_path": Path(".")}, "--data_path . is a folder"),
         ({"eval_path": Path("absent.jsonl")}, "--eval_path absent.jsonl does not exist"),
         ({"demo": True}, "--data_path does not go with --demo"),
+        ({"dataset_field": ("query", "query")}, "--dataset_field needs two different fields"),
     ],
 )
 def test_bad_settings_are_named(good, changes, complaint):
