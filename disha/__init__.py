@@ -16,6 +16,7 @@ from disha.errors import (
     ArgumentTypeError,
     DishaError,
     MergeError,
+    ModeError,
     TargetError,
 )
 from disha.files import (
@@ -55,6 +56,7 @@ __all__ = [
     "Geometry",
     "LoadReport",
     "MergeError",
+    "ModeError",
     "Plan",
     "Summary",
     "TargetError",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,16 +15,25 @@ from disha.errors import ArgumentError, ArgumentTypeError
 
 __all__ = [
     "ALL_LINEAR",
+    "BLOCK_DTYPES",
     "INITS",
     "METHODS",
     "AdapterConfig",
     "as_patterns",
     "check_adapter_name",
+    "check_dtype",
     "check_scale",
 ]
 
 METHODS = ("bone", "bat")
 INITS = ("zeros", "kaiming")
+LARGEST_SCALE = torch.finfo(torch.float32).max
+BLOCK_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 ALL_LINEAR = "all-linear"
 """The target that means every linear layer except an output head tied to an embedding."""
 
@@ -91,7 +99,7 @@ class AdapterConfig:
             raise ArgumentError(f"unknown init {self.init!r}; allowed are {_listing(INITS)}")
         _check_dropout(self.dropout)
         check_scale(self.scale)
-        _check_dtype(self.dtype)
+        check_dtype(self.dtype)
         _check_rank_pattern(self.rank_pattern)
         if self.target is not None:
             compile_regex("target_regex", self.target)
@@ -102,10 +110,10 @@ class AdapterConfig:
     def __reduce__(self) -> tuple[Any, ...]:
         return (AdapterConfig.from_json, (self.to_json(),))
 
-    def rank_of(self, name: str) -> int:
-        """Return the r of the module called `name`, by `rank_pattern` or else `r`."""
+    def rank_of(self, *names: str) -> int:
+        """Return the r of the module with these names, by `rank_pattern` or else `r`."""
         for pattern, r in self.rank_pattern.items():
-            if re.search(pattern, name):
+            if any(re.search(pattern, name) for name in names):
                 return r
         return self.r
 
@@ -165,13 +173,15 @@ def _is_number(value: object) -> bool:
 
 
 def check_scale(scale: object) -> None:
-    """Raise unless `scale` is a finite number."""
+    """Raise unless `scale` is a number that is finite as float32, which graphs read it in."""
     if not _is_number(scale):
         raise ArgumentTypeError(
             f"scale must be a number, got {scale!r} of type {type(scale).__name__}"
         )
-    if not math.isfinite(scale):  # type: ignore[arg-type]
-        raise ArgumentError(f"scale must be finite, got {scale}")
+    if not abs(scale) <= LARGEST_SCALE:  # type: ignore[arg-type]
+        raise ArgumentError(
+            f"scale must be finite and at most {LARGEST_SCALE:.3g}, got {str(scale)[:40]}"
+        )
 
 
 def _check_dropout(dropout: object) -> None:
@@ -183,7 +193,8 @@ def _check_dropout(dropout: object) -> None:
         raise ArgumentError(f"dropout must be at least 0 and below 1, got {dropout}")
 
 
-def _check_dtype(dtype: object) -> None:
+def check_dtype(dtype: object) -> None:
+    """Raise unless `dtype` is None or one that a block can have."""
     if dtype is None:
         return
     if not isinstance(dtype, torch.dtype):
@@ -191,24 +202,16 @@ def _check_dtype(dtype: object) -> None:
             f"dtype must be a torch.dtype such as torch.float32, got {dtype!r} "
             f"of type {type(dtype).__name__}"
         )
-    if dtype not in _BLOCK_DTYPES.values():
+    if dtype not in BLOCK_DTYPES.values():
         raise ArgumentError(
-            f"a block can't be trained in {dtype}; allowed are {_listing(list(_BLOCK_DTYPES))}"
+            f"a block can't be trained in {dtype}; allowed are {_listing(list(BLOCK_DTYPES))}"
         )
 
 
-_BLOCK_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-
-
 def _dtype_named(name: object) -> torch.dtype:
-    if not isinstance(name, str) or name not in _BLOCK_DTYPES:
-        raise ArgumentError(f"unknown dtype {name!r}; allowed are {_listing(list(_BLOCK_DTYPES))}")
-    return _BLOCK_DTYPES[name]
+    if not isinstance(name, str) or name not in BLOCK_DTYPES:
+        raise ArgumentError(f"unknown dtype {name!r}; allowed are {_listing(list(BLOCK_DTYPES))}")
+    return BLOCK_DTYPES[name]
 
 
 def _check_rank_pattern(rank_pattern: object) -> None:
@@ -273,10 +276,21 @@ def check_adapter_name(adapter: object) -> str:
 
 
 _RESERVED_NAMES = frozenset(dir(nn.Module())) | {
+    # what the holder of a layer's adapters has besides
+    "acting",
+    "activate",
     "active",
-    "live",
+    "add",
+    "calls",
+    "discard",
     "enabled",
+    "live",
     "merged",
     "route",
-    "calls",
+    "set_enabled",
+    "_note_call",
+    "__contains__",
+    "__getitem__",
+    "__iter__",
+    "__len__",
 }

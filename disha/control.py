@@ -12,7 +12,7 @@ from torch import nn
 from disha.config import check_adapter_name, check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.layers import AdaptedLayer, Block, Bone
-from disha.layers.adapted import refuse_merged
+from disha.layers.adapted import refuse_inside, refuse_merged
 from disha.layers.routing import Route
 from disha.tree import adapted_layers, adapter_names, require_adapter
 
@@ -65,9 +65,10 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the body with all adapters off: the model computes what its base does.
+    """Run the body with all adapters off: the adapted layers compute what their base does.
 
-    Can be nested; the state before comes back also when the body raises.
+    Can be nested; the state before comes back also when the body raises. Parameters that were
+    trained beside an adapter (`also_train`) are the model's own and keep their values.
 
     Args:
         model: a model with adapters.
@@ -100,7 +101,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") -> None:
-    """Set the runtime scale s of an adapter: 0 switches it off, 1 is as trained, beyond is more.
+    """Set the runtime scale s of an adapter: 0 is no update, 1 as trained, beyond it more.
 
     Args:
         model: a model with adapters.
@@ -122,7 +123,7 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
     """
     check_scale(scale)
     layers = [layer for _, layer in require_adapter(model, adapter)]
-    refuse_merged(layers, "change an adapter's scale")
+    refuse_merged((layer for _, layer in adapted_layers(model)), "change an adapter's scale")
     for layer in layers:
         layer.disha[adapter].set_strength(scale)
 
@@ -221,7 +222,7 @@ def combine_adapters(
     for name in weights:
         require_adapter(model, name)
     layers = list(adapted_layers(model))
-    refuse_merged((layer for _, layer in layers), "combine adapters")
+    refuse_inside((layer for _, layer in layers), "combine adapters")
     added = []
     for name, layer in layers:
         parts = [(layer.disha[a], w) for a, w in weights.items() if a in layer.disha]

@@ -15,6 +15,7 @@ __all__ = [
     "ArgumentTypeError",
     "DishaError",
     "MergeError",
+    "ModeError",
     "TargetError",
 ]
 
@@ -57,5 +58,9 @@ class AdapterIOError(DishaError, OSError):
     """A file could not be read or written."""
 
 
-class MergeError(DishaError, RuntimeError):
+class ModeError(DishaError, RuntimeError):
+    """The operation does not go with what the model is doing: disabled, routed or merged."""
+
+
+class MergeError(ModeError):
     """The operation does not go with merged weights, or merging is not possible."""

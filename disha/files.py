@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from disha.config import AdapterConfig, check_adapter_name
+from disha.config import AdapterConfig, check_adapter_name, check_dtype, check_scale
 from disha.errors import (
     AdapterFileError,
     AdapterIOError,
@@ -31,13 +31,20 @@ from disha.errors import (
     ArgumentTypeError,
     DishaError,
 )
-from disha.fingerprint import fingerprint
-from disha.inject import LayerRequest, apply_plan, plan_layers
-from disha.layers import BLOCKS
-from disha.layers.adapted import refuse_merged
-from disha.state import LoadReport, adapter_tensors, check_fit, copy_values
+from disha.fingerprint import fingerprint, same_base
+from disha.inject import LayerRequest, apply_plan, parameter_aliases, parameter_owners, plan_layers
+from disha.layers import BLOCKS, AdaptedLayer, Block
+from disha.layers.adapted import refuse_inside
+from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as
 from disha.tables import table
-from disha.tree import adapted_layers, adapter_names, join, require_adapter, require_model
+from disha.tree import (
+    adapted_layers,
+    adapter_names,
+    join,
+    module_names,
+    require_adapter,
+    require_model,
+)
 
 __all__ = [
     "FORMAT",
@@ -94,7 +101,13 @@ class LayerRecord:
     r_out: int | None
     in_features: int
     out_features: int
+    scale: float
     base: str | None
+
+    @property
+    def sizes(self) -> tuple[str, int, int | None, int, int]:
+        """Kind, r, r_out, in and out."""
+        return (self.method, self.r, self.r_out, self.in_features, self.out_features)
 
     @property
     def key(self) -> str:
@@ -174,7 +187,8 @@ def save_adapter(
 
     Raises:
         AdapterIOError: the file can't be written; what was there is still there.
-        AdapterStateError: the adapter holds values that are not finite.
+        AdapterStateError: the adapter holds values that are not finite, or none (on the meta
+            device), or its layers have blocks of different kinds.
         ArgumentError: there is no such adapter.
         ArgumentTypeError: the metadata is not str -> str.
 
@@ -189,9 +203,12 @@ def save_adapter(
         ...     disha.inspect_adapter(path).layers[0].key
         '0.bone_block'
     """
+    target = _checked_path(path)
+    parameters = adapter_tensors(model, adapter)
+    _check_has_values(adapter, parameters)
     tensors = {
         key: parameter.detach().to("cpu", copy=True).contiguous()
-        for key, parameter in adapter_tensors(model, adapter).items()
+        for key, parameter in parameters.items()
     }
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -201,8 +218,13 @@ def save_adapter(
             "again; nothing was written. Go back to an earlier state of the training"
         )
     header = json.dumps(_header(model, adapter, tensors, metadata), separators=(",", ":"))
-    data = safetensors.torch.save(tensors, metadata={HEADER_KEY: header})
-    _write_whole(Path(path), data)
+    try:
+        data = safetensors.torch.save(tensors, metadata={HEADER_KEY: header})
+    except safetensors.SafetensorError as error:
+        raise ArgumentError(
+            f"the adapter does not fit into a safetensors file ({error}); give less metadata"
+        ) from error
+    _write_whole(target, data)
 
 
 def inspect_adapter(path: PathLike) -> AdapterFile:
@@ -218,8 +240,9 @@ def inspect_adapter(path: PathLike) -> AdapterFile:
     Example:
         See `save_adapter`.
     """
-    with _opened(Path(path)) as file:
-        return _describe(Path(path), file)
+    path = _checked_path(path)
+    with _opened(path) as file:
+        return _describe(path, file)
 
 
 def load_adapter(
@@ -243,7 +266,7 @@ def load_adapter(
         adapter: the name that the adapter gets in this model.
         also_train: also set the parameters that the file holds beside the blocks.
         replace: where the model has an adapter of that name, copy the file's values into it, in
-            place (hot swap); layers and shapes must agree.
+            place (hot swap); layers and shapes must agree, and no flag changes.
         dtype: dtype of the blocks; the file's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
 
@@ -255,7 +278,7 @@ def load_adapter(
         AdapterFileError: it is no valid adapter file, or does not fit the model; the message
             lists everything that does not.
         ArgumentError: the name is taken and `replace` is not set.
-        MergeError: adapters are merged.
+        ModeError: adapters are merged (`MergeError`), disabled or routed.
 
         The model is unchanged whenever this raises.
 
@@ -277,8 +300,9 @@ def load_adapter(
         ('0.bone_block',)
     """
     check_adapter_name(adapter)
-    refuse_merged((layer for _, layer in adapted_layers(model)), "load an adapter")
-    path = Path(path)
+    check_dtype(dtype)
+    refuse_inside((layer for _, layer in adapted_layers(model)), "load an adapter")
+    path = _checked_path(path)
     with _opened(path) as file:
         described = _describe(path, file)
         wanted = [key for key in described.tensors if also_train or key not in described.also_train]
@@ -289,6 +313,11 @@ def load_adapter(
         raise ArgumentError(
             f"the model has an adapter {adapter!r} already; load under another name (adapter=), or "
             "pass replace=True to copy the file's values into it"
+        )
+    if taken and dtype is not None:
+        raise ArgumentError(
+            f"dtype={dtype} was given with replace=True, which keeps the blocks that are there; "
+            "leave dtype out, or remove the adapter first"
         )
     if taken:
         report = _replace(model, described, adapter, tensors)
@@ -308,20 +337,25 @@ def _header(
     metadata: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     layers = require_adapter(model, adapter)
-    block = layers[0][1].disha[adapter]
     records = [_record(name, layer.disha[adapter], layer) for name, layer in layers]
+    kinds = {(record.method, record.r_out) for record in records}
+    if len(kinds) > 1:
+        raise AdapterStateError(
+            f"adapter {adapter!r} has blocks of different kinds, {sorted(kinds, key=str)} as "
+            "(method, r_out), and a file holds one kind; give each an adapter name of its own"
+        )
     keys = {record.key for record in records}
     return {
         "format": FORMAT,
-        "config": replace(block.config, scale=block.strength).to_json(),
+        "config": replace(layers[0][1].disha[adapter].config, scale=records[0].scale).to_json(),
         "layers": _grouped(records),
         "also_train": sorted(key for key in tensors if key not in keys),
         "metadata": _checked_metadata(metadata),
     }
 
 
-def _record(name: str, block: Any, layer: Any) -> LayerRecord:
-    geometry = type(layer).geometry(layer)
+def _record(name: str, block: Block, layer: AdaptedLayer) -> LayerRecord:
+    geometry = layer.geometry(layer)
     return LayerRecord(
         name=name,
         method=block.method,
@@ -329,6 +363,7 @@ def _record(name: str, block: Any, layer: Any) -> LayerRecord:
         r_out=block.r_out,
         in_features=geometry.in_features,
         out_features=geometry.out_features,
+        scale=block.strength,
         base=fingerprint(layer.base_weight),
     )
 
@@ -336,13 +371,21 @@ def _record(name: str, block: Any, layer: Any) -> LayerRecord:
 def _grouped(records: list[LayerRecord]) -> list[dict[str, Any]]:
     """Return the layers grouped by their sizes: most of a model's layers share a few."""
     groups: dict[tuple[Any, ...], dict[str, str | None]] = {}
-    for record in records:
-        sizes = (record.method, record.r, record.r_out, record.in_features, record.out_features)
-        groups.setdefault(sizes, {})[record.name] = record.base
+    for one in records:
+        shared = (one.method, one.r, one.r_out, one.in_features, one.out_features, one.scale)
+        groups.setdefault(shared, {})[one.name] = one.base
+    names = ("kind", "r", "r_out", "in", "out", "scale")
     return [
-        {"kind": kind, "r": r, "r_out": r_out, "in": in_features, "out": out_features, "base": base}
-        for (kind, r, r_out, in_features, out_features), base in groups.items()
+        {**dict(zip(names, shared, strict=True)), "base": base} for shared, base in groups.items()
     ]
+
+
+def _check_has_values(adapter: str, parameters: Mapping[str, nn.Parameter]) -> None:
+    meta = [key for key, parameter in parameters.items() if parameter.is_meta]
+    if meta:
+        raise AdapterStateError(
+            f"adapter {adapter!r} is on the meta device ({meta[0]}), where it has no values to save"
+        )
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -355,11 +398,28 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return dict(sorted(metadata.items()))
 
 
+def _checked_path(path: object) -> Path:
+    """Return a path that the file system can be asked about."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise ArgumentTypeError(
+            f"path must be a str or a pathlib.Path, got {path!r} of type {type(path).__name__}"
+        )
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass  # a file to be written, or one to be missed with its own message
+    except (OSError, ValueError) as error:
+        raise AdapterIOError(f"{str(path)[:80]!r} can't be a file here: {error}") from error
+    return Path(path)
+
+
 def _write_whole(path: Path, data: bytes) -> None:
     """Write a file so that its path never leads to a part of it."""
     target = Path(os.path.realpath(path))  # through a symbolic link: the link stays
     if target.is_dir():
         raise AdapterIOError(f"can't save to {path}: it is a folder; name a file in it")
+    if target.exists() and not target.is_file():
+        raise AdapterIOError(f"can't save to {path}: it is no regular file; name another")
     if not target.parent.is_dir():
         raise AdapterIOError(
             f"can't save to {path}: the folder {target.parent} does not exist; create it first"
@@ -516,6 +576,7 @@ class _Header:
                 f"{self.path}: unknown kind {kind!r}; known are {', '.join(BLOCKS)}"
             )
         r_out = None if group.get("r_out") is None else self._size(group, "r_out")
+        scale = self._scale(group)
         for name, base in self._field(group, "base", dict).items():
             if base is not None and not isinstance(base, str):
                 raise AdapterFileError(f"{self.path}: the fingerprint of {name!r} is no text")
@@ -526,6 +587,7 @@ class _Header:
                 r_out=r_out,
                 in_features=self._size(group, "in"),
                 out_features=self._size(group, "out"),
+                scale=scale,
                 base=base,
             )
 
@@ -551,6 +613,13 @@ class _Header:
                 f"is {type(value).__name__}"
             )
         return value
+
+    def _scale(self, fields: dict[str, Any]) -> float:
+        try:
+            check_scale(fields.get("scale"))
+        except DishaError as error:
+            raise AdapterFileError(f"{self.path}: {error}") from error
+        return float(fields["scale"])
 
     def _size(self, fields: dict[str, Any], name: str) -> int:
         value = self._field(fields, name, int)
@@ -601,49 +670,123 @@ def _inject(
     with _named(described.path):
         _check_uniform(described)
         plan = plan_layers(model, adapter, described.config, requests, beside, freeze)
-    _check_finite(described.path, tensors)
+    dtypes = {
+        layer.key: request.dtype for layer, request in zip(described.layers, requests, strict=True)
+    }
+    _check_finite(model, described, tensors, dtypes)
     apply_plan(model, plan)
-    targets = adapter_tensors(model, adapter)
-    report = check_fit(targets, tensors)
-    copy_values({key: targets[key] for key in report.matched}, tensors)
-    return report
-
-
-def _check_uniform(described: AdapterFile) -> None:
-    """Refuse layers whose method or tile is not the configuration's."""
-    config = described.config
-    for layer in described.layers:
-        if (layer.method, layer.r_out) != (config.method, config.r_out):
-            raise AdapterFileError(
-                f"layer {layer.name!r} has kind {layer.method!r} and r_out {layer.r_out}, but the "
-                f"configuration says {config.method!r} and {config.r_out}"
-            )
+    targets, values = adapter_tensors(model, adapter), _under_model_keys(model, described, tensors)
+    copy_values(targets, values)
+    _set_strengths(model, described, adapter)
+    return check_fit(targets, values)
 
 
 def _replace(
     model: nn.Module, described: AdapterFile, adapter: str, tensors: Mapping[str, Tensor]
 ) -> LoadReport:
-    targets = adapter_tensors(model, adapter)
-    beside = set(described.also_train)
-    wanted = {key: value for key, value in targets.items() if key in tensors or key not in beside}
-    report = check_fit(wanted, tensors)
-    if not report.complete:
+    values = _under_model_keys(model, described, tensors)
+    beside = {_model_keys(model, described)[key] for key in described.also_train}
+    targets = {
+        key: parameter
+        for key, parameter in adapter_tensors(model, adapter).items()
+        if key in values or key not in beside
+    }
+    report = check_fit(targets, values)
+    problems = [] if report.complete else [str(report)]
+    problems += _other_sizes(model, described, adapter)
+    if problems:
+        listing = "\n".join(problems[:20])
         raise AdapterFileError(
             f"{described.path} does not fit the adapter {adapter!r} that it was to replace; "
-            f"nothing was loaded:\n{report}"
+            f"nothing was loaded:\n{listing}"
         )
-    copy_values(wanted, tensors)
+    copy_values(targets, values)
     for _, layer in require_adapter(model, adapter):
         layer.disha[adapter].reconfigure(described.config)
+    _set_strengths(model, described, adapter)
     return report
 
 
-def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+def _model_keys(model: nn.Module, described: AdapterFile) -> dict[str, str]:
+    """Return each key of the file -> the key of the same parameter in the model.
+
+    They differ where a module or a parameter has several names and the file knows another one.
+    """
+    names = module_names(model)
+    first = {name: aliases[0] for aliases in names.values() for name in aliases}
+    parameters = parameter_aliases(names)
+    keys = {key: parameters.get(key, key) for key in described.also_train}
+    for layer in described.layers:
+        keys[layer.key] = replace(layer, name=first.get(layer.name, layer.name)).key
+    return keys
+
+
+def _under_model_keys(
+    model: nn.Module, described: AdapterFile, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    keys = _model_keys(model, described)
+    return {keys[key]: tensor for key, tensor in tensors.items()}
+
+
+def _set_strengths(model: nn.Module, described: AdapterFile, adapter: str) -> None:
+    keys = _model_keys(model, described)
+    scales = {keys[layer.key]: layer.scale for layer in described.layers}
+    for name, layer in require_adapter(model, adapter):
+        block = layer.disha[adapter]
+        block.set_strength(scales[join(name, block.parameter_name)])
+
+
+def _other_sizes(model: nn.Module, described: AdapterFile, adapter: str) -> list[str]:
+    """Return what the file says of layers and the model's adapter contradicts."""
+    keys = _model_keys(model, described)
+    asked = {keys[layer.key]: layer for layer in described.layers}
+    problems = []
+    for name, layer in require_adapter(model, adapter):
+        found = _record(name, layer.disha[adapter], layer)
+        wanted = asked.get(found.key)
+        if wanted is not None and found.sizes != wanted.sizes:
+            problems.append(f"{name}: the file has {wanted.sizes}, the model {found.sizes}")
+    return problems + _not_uniform(described)
+
+
+def _check_uniform(described: AdapterFile) -> None:
+    problems = _not_uniform(described)
+    if problems:
+        raise AdapterFileError("; ".join(problems[:10]))
+
+
+def _not_uniform(described: AdapterFile) -> list[str]:
+    """Return the layers whose method or tile is not the configuration's."""
+    config = described.config
+    return [
+        f"layer {layer.name!r} has kind {layer.method!r} and r_out {layer.r_out}, but the "
+        f"configuration says {config.method!r} and {config.r_out}"
+        for layer in described.layers
+        if (layer.method, layer.r_out) != (config.method, config.r_out)
+    ]
+
+
+def _check_finite(
+    model: nn.Module,
+    described: AdapterFile,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype | None],
+) -> None:
+    """Raise if a value is not finite, or would not be in the dtype that it is loaded into."""
+    keys, owners = _model_keys(model, described), parameter_owners(module_names(model))
+    broken = []
+    for key, tensor in tensors.items():
+        dtype = dtypes.get(key)
+        if dtype is None:
+            module, name = owners[keys[key]]
+            dtype = getattr(module, name).dtype
+        if not finite_as(tensor, dtype):
+            broken.append(f"{key} (as {dtype})")
     if broken:
         raise AdapterFileError(
-            f"{path} holds values that are not finite (NaN or infinity) in "
-            f"{', '.join(broken[:10])}; nothing was loaded. Get another version of the file"
+            f"{described.path} holds values that are not finite (NaN or infinity) in "
+            f"{', '.join(broken[:10])}; nothing was loaded. Get another version of the file, or "
+            "load it in a wider dtype"
         )
 
 
@@ -657,19 +800,23 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _warn_of_other_base(model: nn.Module, described: AdapterFile, adapter: str) -> None:
-    layers = dict(require_adapter(model, adapter))
-    recorded = {layer.name: layer.base for layer in described.layers if layer.base is not None}
-    other = []
-    for name, base in recorded.items():
-        now = fingerprint(layers[name].base_weight) if name in layers else None
-        if now is not None and now != base:
+    keys = _model_keys(model, described)
+    recorded = {keys[layer.key]: layer.base for layer in described.layers}
+    other, known = [], 0
+    for name, layer in require_adapter(model, adapter):
+        now = fingerprint(layer.base_weight)
+        base = recorded[join(name, layer.disha[adapter].parameter_name)]
+        if now is None or base is None:
+            continue
+        known += 1
+        if not same_base(now, base):
             other.append(name)
     if other:
         shown = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
         warnings.warn(
             f"{described.path} was saved from other base weights than the model's in {len(other)} "
-            f"of {len(recorded)} layers ({shown}): load the base that it was trained on, or check "
-            "that the adapter is not merged into this one already",
+            f"of {known} layers ({shown}): load the base that it was trained on, or check that the "
+            "adapter is not merged into this one already",
             AdapterFileWarning,
             stacklevel=3,
         )

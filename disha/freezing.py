@@ -18,8 +18,9 @@ _ATTRIBUTE = "_disha_training"
 class _Memory:
     flags: dict[str, bool] = field(default_factory=dict)
     """Parameter name -> its requires_grad before disha first changed it."""
-    claims: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Adapter -> names of the module's parameters that are trained and saved with it."""
+    claims: dict[str, dict[str, bool]] = field(default_factory=dict)
+    """Adapter -> names of the module's parameters that are trained and saved with it -> the
+    requires_grad that they have without it."""
 
 
 def _memory(module: nn.Module) -> _Memory:
@@ -45,16 +46,25 @@ def restore_flags(module: nn.Module) -> None:
             parameter.requires_grad_(flag)
 
 
-def claim(module: nn.Module, adapter: str, names: tuple[str, ...]) -> None:
-    """Note that parameters of the module are trained and saved with an adapter."""
-    _memory(module).claims[adapter] = names
+def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:
+    """Train a parameter of the module with an adapter.
+
+    Args:
+        module: owner of the parameter.
+        adapter: the adapter.
+        name: the parameter's name there.
+        flag_without: the requires_grad that it falls back to when the adapter is removed.
+    """
+    set_requires_grad(module, name, True)
+    _memory(module).claims.setdefault(adapter, {})[name] = flag_without
 
 
 def release(module: nn.Module, adapter: str) -> None:
-    """Forget what an adapter claims of the module."""
+    """Forget what an adapter claims of the module, and stop training it."""
     memory: _Memory | None = module.__dict__.get(_ATTRIBUTE)
-    if memory is not None:
-        memory.claims.pop(adapter, None)
+    claims = memory.claims.pop(adapter, {}) if memory is not None else {}
+    for name, flag in claims.items():
+        set_requires_grad(module, name, flag)
 
 
 def claimed(module: nn.Module, adapter: str | None = None) -> tuple[str, ...]:
@@ -62,6 +72,5 @@ def claimed(module: nn.Module, adapter: str | None = None) -> tuple[str, ...]:
     memory: _Memory | None = module.__dict__.get(_ATTRIBUTE)
     if memory is None:
         return ()
-    claims = memory.claims
-    wanted = claims.values() if adapter is None else (claims.get(adapter, ()),)
+    wanted = memory.claims.values() if adapter is None else (memory.claims.get(adapter, {}),)
     return tuple(dict.fromkeys(name for names in wanted for name in names))

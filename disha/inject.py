@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,14 +14,20 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from disha import freezing
-from disha.config import ALL_LINEAR, AdapterConfig, as_patterns, check_adapter_name
+from disha.config import (
+    ALL_LINEAR,
+    BLOCK_DTYPES,
+    AdapterConfig,
+    as_patterns,
+    check_adapter_name,
+)
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.layers import BYPASSED_CHILDREN, AdaptedLayer, layer_kind_of
 from disha.layers.adapted import (
     CHILD_NAME,
     adapt,
     refuse_changed_class,
-    refuse_merged,
+    refuse_inside,
     restore,
 )
 from disha.tables import table
@@ -44,6 +51,7 @@ __all__ = [
     "apply_plan",
     "inject_adapters",
     "mark_only_adapters_trainable",
+    "parameter_aliases",
     "parameter_owners",
     "plan_adapters",
     "plan_layers",
@@ -203,13 +211,12 @@ def plan_adapters(
     names = _changeable(require_model(model), adapter)
     selected = _select(names, _as_predicate(target_regex, names))
     candidates, skipped = _divide(selected, names, config, target_regex)
-    layers = tuple(_planned(name, module, config) for name, module in candidates)
-    _check_rank_pattern(config, layers)
-    _check_sizes(config, layers)
-    parameters = _match_parameters(config.also_train, names)
-    return _counted_plan(
-        names, adapter, config, freeze, layers, skipped, tuple(name for name, _, _ in parameters)
-    )
+    _check_rank_pattern(config, [names[module] for _, module in candidates])
+    sizes = [(name, module, config.rank_of(*names[module])) for name, module in candidates]
+    _check_sizes(config, sizes)
+    layers = tuple(_planned(name, module, config, r) for name, module, r in sizes)
+    also_trained = _match_parameters(config.also_train, names)
+    return _counted_plan(names, adapter, config, freeze, layers, skipped, also_trained)
 
 
 def inject_adapters(
@@ -253,7 +260,8 @@ def inject_adapters(
         freeze: freeze all parameters that belong to no adapter and are not named by `also_train`.
             Flags come back with `remove_adapters`.
         also_train: regex, or several, of parameter names (`"norm.*weight"`, say) that are trained
-            and saved with the adapter.
+            and saved with the adapter. They stay the model's own: unlike blocks, they act whichever
+            adapter is active, so that a parameter can go with one adapter only.
 
     Returns:
         `model` itself.
@@ -264,7 +272,7 @@ def inject_adapters(
         ArgumentError: a value is not allowed, r or r_out does not fit a layer, the adapter's name
             is taken, or an entry of `exclude`, `rank_pattern` or `also_train` matches nothing.
         ArgumentTypeError: an argument is of the wrong type.
-        MergeError: adapters are merged.
+        ModeError: adapters are merged (`MergeError`), disabled or routed.
 
         The model is unchanged whenever this raises.
 
@@ -303,7 +311,7 @@ def plan_layers(
     model: nn.Module,
     adapter: str,
     config: AdapterConfig,
-    requests: Iterable[LayerRequest],
+    requests: Sequence[LayerRequest],
     also_train: Mapping[str, tuple[int, ...]],
     freeze: bool,
 ) -> Plan:
@@ -324,43 +332,51 @@ def plan_layers(
     names = _changeable(require_model(model), adapter)
     by_name = {name: module for module, all_names in names.items() for name in all_names}
     owners = parameter_owners(names)
-    problems, layers = [], []
+    aliases, bypassed = parameter_aliases(names), _bypassed(names)
+    problems, layers, requested = [], [], set[nn.Module]()
     for request in requests:
-        problem = _unmet(request, config, by_name, names)
+        problem = _unmet(request, config, by_name, bypassed)
+        if problem is None and by_name[request.name] in requested:
+            problem = "is one module with another layer of the adapter"
         if problem is None:
             module = by_name[request.name]
+            requested.add(module)
             layers.append(_planned(names[module][0], module, config, request.r, request.dtype))
         else:
             problems.append(f"{request.name or '(the model)'}: {problem}")
     for full, shape in also_train.items():
-        found = _parameter_shape(owners, full)
-        if found != shape:
-            problems.append(f"parameter {full}: expected shape {shape}, the model has {found}")
+        problem = _unmet_parameter(owners, aliases.get(full), shape)
+        if problem is not None:
+            problems.append(f"parameter {full}: {problem}")
     if problems:
         shown = "\n".join(problems[:20])
         more = f"\nand {len(problems) - 20} more" if len(problems) > 20 else ""
+        absent = next((r.name for r in requests if r.name not in by_name), None)
+        if absent is not None:
+            more += f"\nthe names nearest to {absent!r} are {_nearest(absent, list(by_name))}"
         raise ArgumentError(f"the adapter does not fit the model; nothing changed:\n{shown}{more}")
-    return _counted_plan(names, adapter, config, freeze, tuple(layers), (), tuple(also_train))
+    trained = tuple(aliases[full] for full in also_train)
+    return _counted_plan(names, adapter, config, freeze, tuple(layers), (), trained)
 
 
 def _unmet(
     request: LayerRequest,
     config: AdapterConfig,
     by_name: Mapping[str, nn.Module],
-    names: ModuleNames,
+    bypassed: Mapping[nn.Module, str],
 ) -> str | None:
     """Return why a requested layer can't be adapted as described, or None."""
     module = by_name.get(request.name)
     if module is None:
-        nearest = _nearest(request.name, list(by_name))
-        return f"the model has no such layer; the nearest are {nearest}"
+        return "the model has no such layer"
     obstacle = _obstacle(module, config.method)
     if obstacle is not None:
         return f"can't be adapted: {obstacle}"
-    owner = _bypassed(names).get(module)
-    if owner is not None:
-        return f"can't be adapted: {owner} reads its weight without calling it"
+    if module in bypassed:
+        return f"can't be adapted: {bypassed[module]}"
     kind = _kind(module)
+    if getattr(module, kind.weight_name).is_meta:
+        return "its weight is on the meta device; give the model its weights first"
     geometry = kind.geometry(module)
     if (geometry.in_features, geometry.out_features) != (request.in_features, request.out_features):
         return (
@@ -376,14 +392,20 @@ def _unmet(
     return None
 
 
-def _parameter_shape(
-    owners: Mapping[str, tuple[nn.Module, str]], full: str
-) -> tuple[int, ...] | None:
-    if full not in owners:
-        return None
+def _unmet_parameter(
+    owners: Mapping[str, tuple[nn.Module, str]], full: str | None, shape: tuple[int, ...]
+) -> str | None:
+    """Return why a parameter can't be trained with the adapter as described, or None."""
+    if full is None:
+        return "the model has no such parameter"
     module, name = owners[full]
     parameter = module._parameters[name]
-    return None if parameter is None or is_lazy(parameter) else tuple(parameter.shape)
+    found = None if parameter is None or is_lazy(parameter) else tuple(parameter.shape)
+    if found != shape:
+        return f"expected shape {shape}, the model has {found}"
+    if parameter is not None and parameter.is_meta:
+        return "it is on the meta device; give the model its weights first"
+    return _untrainable(module, name)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
@@ -413,8 +435,9 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     """Remove one adapter, or all; return the same model.
 
     A layer without any adapter left is again what it was before the first: class, state-dict
-    keys, and, once the model has no adapter at all, every `requires_grad` flag. Removing an
-    active adapter makes no other one active.
+    keys, and, once the model has no adapter at all, every `requires_grad` flag. Parameters that
+    were trained beside the adapter (`also_train`) keep their values. Removing an active adapter
+    makes no other one active.
 
     Args:
         model: a model with adapters.
@@ -423,7 +446,7 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     Raises:
         ArgumentError: there is no such adapter, or a layer's class was changed after it was
             adapted (by a parametrization, say).
-        MergeError: adapters are merged.
+        ModeError: adapters are merged (`MergeError`), disabled or routed.
 
         The model is unchanged whenever this raises.
 
@@ -435,7 +458,7 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
         ('Linear', True)
     """
     layers = [layer for _, layer in adapted_layers(model)]
-    refuse_merged(layers, "remove adapters")
+    refuse_inside(layers, "remove adapters")
     if adapter is not None:
         require_adapter(model, adapter)
     doomed = adapter_names(model) if adapter is None else [adapter]
@@ -515,13 +538,21 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
 
 def parameter_owners(names: ModuleNames) -> dict[str, tuple[nn.Module, str]]:
     """Return clean parameter name -> (module, its name there), each parameter once."""
-    owners: dict[str, tuple[nn.Module, str]] = {}
-    seen: set[int] = set()
+    return {aliases[0]: owner for aliases, owner in _named_parameters(names)}
+
+
+def parameter_aliases(names: ModuleNames) -> dict[str, str]:
+    """Return every clean name of every parameter -> the one that it goes by."""
+    return {alias: aliases[0] for aliases, _ in _named_parameters(names) for alias in aliases}
+
+
+def _named_parameters(names: ModuleNames) -> list[tuple[list[str], tuple[nn.Module, str]]]:
+    """Return the clean names of each parameter with its first owner; tied ones have several."""
+    found: dict[int, tuple[list[str], tuple[nn.Module, str]]] = {}
     for module, name, parameter in _own_parameters(names):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            owners[join(names[module][0], name)] = (module, name)
-    return owners
+        aliases, _ = found.setdefault(id(parameter), ([], (module, name)))
+        aliases.extend(join(module_name, name) for module_name in names[module])
+    return list(found.values())
 
 
 # --- what is asked for ---------------------------------------------------------------------------
@@ -530,7 +561,7 @@ def parameter_owners(names: ModuleNames) -> dict[str, tuple[nn.Module, str]]:
 def _changeable(model: nn.Module, adapter: str) -> ModuleNames:
     """Return the model's names, if an adapter of that name can be added to it."""
     check_adapter_name(adapter)
-    refuse_merged((layer for _, layer in adapted_layers(model)), "inject adapters")
+    refuse_inside((layer for _, layer in adapted_layers(model)), "add an adapter")
     names = module_names(model)
     wrapped = wrapped_for_distribution(names)
     if wrapped is not None:
@@ -589,10 +620,9 @@ def _divide(
             skipped.append(SkippedModule(name, type(module).__name__, reason))
     _check_all_used("exclude", config.exclude, used, "no module that the target selects")
     if without_effect:
-        listing = ", ".join(f"{name} (in {owner})" for name, owner in without_effect)
+        listing = "; ".join(f"{name}: {why}" for name, why in without_effect)
         raise TargetError(
-            f"adapters would have no effect in {listing}: the owner reads the layer's weight "
-            "without calling it. Leave these out with exclude="
+            f"adapters would have no effect here; leave these layers out with exclude=. {listing}"
         )
     if not candidates:
         raise TargetError(_nothing_matched(target, names, skipped, config.method))
@@ -624,15 +654,22 @@ def _obstacle(module: nn.Module, method: str) -> str | None:
 
 
 def _bypassed(names: ModuleNames) -> dict[nn.Module, str]:
-    """Return the children that their owners never call -> the owner's type."""
+    """Return the modules whose class's forward never runs -> why."""
     found: dict[nn.Module, str] = {}
     for owner in names:
+        if "forward" in owner.__dict__:
+            found[owner] = (
+                "a forward of its own is set on the instance, as device hooks do; remove the hook "
+                "(accelerate.hooks.remove_hook_from_module), inject, then set it again"
+            )
         for cls, children in BYPASSED_CHILDREN.items():
             if isinstance(owner, cls):
                 for child in children:
                     module = owner._modules.get(child)
                     if module is not None:
-                        found[module] = type(owner).__name__
+                        found[module] = (
+                            f"{type(owner).__name__} reads its weight without calling it"
+                        )
     return found
 
 
@@ -670,12 +707,11 @@ def _planned(
     name: str,
     module: nn.Module,
     config: AdapterConfig,
-    r: int | None = None,
+    r: int,
     dtype: torch.dtype | None = None,
 ) -> PlannedLayer:
     kind = _kind(module)
     geometry = kind.geometry(module)
-    r = config.rank_of(name) if r is None else r
     shape = kind.block_shape(module, config.method, r, config.r_out)
     return PlannedLayer(
         name=name,
@@ -685,7 +721,7 @@ def _planned(
         r_out=config.r_out,
         in_features=geometry.in_features,
         out_features=geometry.out_features,
-        parameters=torch.Size(shape).numel(),
+        parameters=math.prod(shape),
         module=module,
         dtype=dtype,
     )
@@ -701,23 +737,24 @@ def _check_all_used(
         )
 
 
-def _check_rank_pattern(config: AdapterConfig, layers: tuple[PlannedLayer, ...]) -> None:
+def _check_rank_pattern(config: AdapterConfig, targets: list[tuple[str, ...]]) -> None:
+    """Raise if an entry matches no name of any target."""
     used = [
         pattern
         for pattern in config.rank_pattern
-        if any(re.search(pattern, layer.name) for layer in layers)
+        if any(re.search(pattern, name) for names in targets for name in names)
     ]
     _check_all_used("rank_pattern", config.rank_pattern, used, "none of the targets")
 
 
-def _check_sizes(config: AdapterConfig, layers: tuple[PlannedLayer, ...]) -> None:
+def _check_sizes(config: AdapterConfig, sizes: list[tuple[str, nn.Module, int]]) -> None:
     """Raise one error that lists every layer that r or r_out does not fit."""
     misfits = []
-    for layer in layers:
-        kind = _kind(layer.module)
-        misfit = kind.misfit(kind.geometry(layer.module), layer.r, layer.r_out)
+    for name, module, r in sizes:
+        kind = _kind(module)
+        misfit = kind.misfit(kind.geometry(module), r, config.r_out)
         if misfit is not None:
-            misfits.append(f"{layer.name or '(the model)'}: {misfit}")
+            misfits.append(f"{name or '(the model)'}: {misfit}")
     if misfits:
         shown = "; ".join(misfits[:10])
         more = f"; and {len(misfits) - 10} more" if len(misfits) > 10 else ""
@@ -735,28 +772,34 @@ def _own_parameters(names: ModuleNames) -> Iterator[tuple[nn.Module, str, nn.Par
 
 
 def _can_train(parameter: nn.Parameter) -> bool:
-    return parameter.is_floating_point() or parameter.is_complex()
+    return parameter.dtype in BLOCK_DTYPES.values()
 
 
-def _match_parameters(
-    patterns: tuple[str, ...], names: ModuleNames
-) -> list[tuple[str, nn.Module, str]]:
-    """Return (clean name, module, name there) of the parameters that any pattern matches."""
+def _match_parameters(patterns: tuple[str, ...], names: ModuleNames) -> tuple[str, ...]:
+    """Return the clean names of the parameters that any pattern matches by any of their names."""
     matched, used = [], set()
-    for full, (module, name) in parameter_owners(names).items():
-        hits = [pattern for pattern in patterns if re.search(pattern, full)]
+    for aliases, (module, name) in _named_parameters(names):
+        hits = [p for p in patterns if any(re.search(p, alias) for alias in aliases)]
         used.update(hits)
         if not hits:
             continue
-        parameter = module._parameters[name]
-        assert parameter is not None
-        if not _can_train(parameter):
-            raise ArgumentError(
-                f"also_train matches {full}, which has dtype {parameter.dtype} and can't be trained"
-            )
-        matched.append((full, module, name))
+        problem = _untrainable(module, name)
+        if problem is not None:
+            raise ArgumentError(f"also_train matches {aliases[0]}, which {problem}")
+        matched.append(aliases[0])
     _check_all_used("also_train", patterns, used, "no parameter")
-    return matched
+    return tuple(matched)
+
+
+def _untrainable(module: nn.Module, name: str) -> str | None:
+    """Return why a parameter can't be trained with a new adapter, or None."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    if not _can_train(parameter):
+        return f"has dtype {parameter.dtype} and can't be trained with an adapter"
+    if name in freezing.claimed(module):
+        return "is trained with another adapter already, and can't have values for two"
+    return None
 
 
 def _counted_plan(
@@ -806,18 +849,13 @@ def _set_flags(model: nn.Module, plan: Plan) -> None:
     """Set requires_grad as planned, and note what trains beside the adapter."""
     names = module_names(model)
     owners = parameter_owners(names)
-    claims: dict[nn.Module, tuple[str, ...]] = {}
-    for full in plan.also_train:
-        module, name = owners[full]
-        claims[module] = (*claims.get(module, ()), name)
     kept = _claimed_names(names, owners)
     for full, (module, name) in owners.items():
         parameter = module._parameters[name]
         if parameter is None or not _can_train(parameter):
             continue
         if full in plan.also_train:
-            freezing.set_requires_grad(module, name, True)
+            without = parameter.requires_grad and not plan.freeze
+            freezing.claim(module, plan.adapter, name, without)
         elif plan.freeze and full not in kept:
             freezing.set_requires_grad(module, name, False)
-    for module, claimed in claims.items():
-        freezing.claim(module, plan.adapter, claimed)

@@ -12,9 +12,9 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from disha.errors import ArgumentError, MergeError
+from disha.errors import ArgumentError, ArgumentTypeError, MergeError
 from disha.functional import without_autocast
-from disha.layers.adapted import AdaptedLayer, MergedWeight, refuse_merged
+from disha.layers.adapted import AdaptedLayer, MergedWeight, refuse_inside
 from disha.tree import adapted_layers, join, module_names, require_adapter
 
 __all__ = ["merge_adapters", "unmerge_adapters"]
@@ -26,11 +26,11 @@ def merge_adapters(
     """Add adapters to the weights: W becomes W + sum of s * dW, each dW from the original W.
 
     Computed in float32 (float64 for float64 weights) and rounded once. While merged, the layers
-    run at the speed of plain ones, `state_dict()` holds the merged weights, and whatever would mix
-    merged and unmerged adapters raises.
+    run at the speed of plain ones, no other adapter acts, `state_dict()` holds the merged weights,
+    and whatever would mix merged and unmerged adapters raises.
 
     Args:
-        model: a model with adapters.
+        model: the whole model: a weight that a module outside of it shares is not seen.
         adapter: the adapter, or several, to merge; the active ones by default.
         untie: where a weight is shared with another module (an output head tied to the embedding,
             say), give the adapted layer a merged weight of its own instead of raising.
@@ -58,19 +58,19 @@ def merge_adapters(
         True
     """
     layers = list(adapted_layers(model))
-    refuse_merged((layer for _, layer in layers), "merge adapters")
-    if not all(layer.disha.enabled for _, layer in layers):
-        raise MergeError("can't merge adapters inside adapters_disabled(model); leave it first")
-    if any(layer.disha.route is not None for _, layer in layers):
-        raise MergeError("can't merge adapters inside route_adapters(model, ...); leave it first")
+    refuse_inside((layer for _, layer in layers), "merge adapters")
     chosen = _chosen(model, layers, adapter)
     users = _parameter_users(model)
     sharers = [_sharers(layer, users) for _, layer, _ in chosen]
     for (name, layer, _), shared_with in zip(chosen, sharers, strict=True):
         _check_mergeable(name, layer, shared_with, untie)
-    with torch.no_grad(), ExitStack() as undo:
+    # Not in inference mode: the merged weight has to be fit for training after it.
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for (name, layer, adapters), shared_with in zip(chosen, sharers, strict=True):
             _merge_layer(name, layer, adapters, bool(shared_with), undo)
+        for _, layer in layers:
+            if layer.disha.merged is None:
+                layer.disha.merged = MergedWeight()
         undo.pop_all()
 
 
@@ -100,6 +100,11 @@ def _chosen(
             for name, layer in layers
         ]
     else:
+        if not isinstance(adapter, Sequence):
+            raise ArgumentTypeError(
+                f"adapter must be a name or a list of names, got {adapter!r} of type "
+                f"{type(adapter).__name__}"
+            )
         wanted = (adapter,) if isinstance(adapter, str) else tuple(adapter)
         for one in wanted:
             require_adapter(model, one)
@@ -139,8 +144,8 @@ def _check_mergeable(name: str, layer: AdaptedLayer, shared_with: list[str], unt
     if layer._parameters.get(layer.weight_name) is None:
         raise MergeError(
             f"{name}.{layer.weight_name} is computed from other parameters (a parametrization), so "
-            "nothing can be merged into it; remove the parametrization first "
-            "(torch.nn.utils.parametrize.remove_parametrizations)"
+            "nothing can be merged into it. Save the adapter, remove it and the parametrization "
+            "(torch.nn.utils.parametrize.remove_parametrizations), and load it again"
         )
     if shared_with and not untie:
         raise MergeError(
@@ -185,7 +190,7 @@ def _unmerge_layer(layer: AdaptedLayer) -> None:
         return
     if merged.parameter is not None:
         layer._parameters[layer.weight_name] = merged.parameter
-    else:
+    elif merged.data is not None:
         parameter = layer._parameters[layer.weight_name]
         assert parameter is not None
         # The weight may have moved since; the original follows it.
@@ -226,6 +231,13 @@ class _Probe:
             self.layer.eval()
             with without_autocast(self.input.device):
                 output: Tensor = self.layer.forward(self.input)
+        except Exception as error:
+            raise MergeError(
+                f"{type(self.layer).original_class.__name__} has a forward of its own, and whether "
+                "it computes the same from a merged weight can't be told: called with an input of "
+                f"shape {tuple(self.input.shape)}, it raised {type(error).__name__}: {error}. "
+                "Merge other adapters only, or exclude the layer"
+            ) from error
         finally:
             for module, training in modes:
                 module.training = training

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from disha import freezing
 from disha.errors import AdapterStateError, ArgumentTypeError
-from disha.layers.adapted import refuse_merged
+from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.tree import adapted_layers, join, module_names, require_adapter
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "adapter_tensors",
     "check_fit",
     "copy_values",
+    "finite_as",
     "load_adapter_state_dict",
 ]
 
@@ -102,6 +103,7 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
     Raises:
         ArgumentError: there is no such adapter.
+        MergeError: a parameter of `also_train` is a weight that holds a merge now.
     """
     tensors = {}
     for name, layer in require_adapter(model, adapter):
@@ -110,6 +112,8 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     for module, (name, *_) in module_names(model).items():
         for own_name in freezing.claimed(module, adapter):
             parameter = module._parameters[own_name]
+            if isinstance(module, AdaptedLayer) and own_name == module.weight_name:
+                refuse_merged([module], f"take {join(name, own_name)} as the adapter's own")
             if parameter is not None:
                 tensors[join(name, own_name)] = parameter
     return tensors
@@ -207,8 +211,12 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> Lo
             wrong_shape.append((key, tuple(value.shape), tuple(parameter.shape)))
         elif not value.is_floating_point():
             wrong_value.append((key, f"has dtype {value.dtype}, must be floating-point"))
-        elif not value.is_meta and not torch.isfinite(value).all():
-            wrong_value.append((key, "holds values that are not finite (NaN or infinity)"))
+        elif value.is_meta:
+            wrong_value.append((key, "is on the meta device and has no values"))
+        elif not finite_as(value, parameter.dtype):
+            wrong_value.append(
+                (key, f"holds values that are not finite (NaN or infinity) as {parameter.dtype}")
+            )
         else:
             matched.append(key)
     return LoadReport(
@@ -218,6 +226,11 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> Lo
         wrong_shape=tuple(wrong_shape),
         wrong_value=tuple(wrong_value),
     )
+
+
+def finite_as(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all values are finite numbers, and still are after a cast to dtype."""
+    return bool(torch.isfinite(value.to(dtype)).all())
 
 
 def copy_values(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -127,7 +127,12 @@ def require_adapter(model: nn.Module, adapter: str) -> list[tuple[str, AdaptedLa
 
     Raises:
         ArgumentError: no layer has it.
+        ArgumentTypeError: `adapter` is no str.
     """
+    if not isinstance(adapter, str):
+        raise ArgumentTypeError(
+            f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
+        )
     layers = [(name, layer) for name, layer in adapted_layers(model) if adapter in layer.disha]
     if not layers:
         known = adapter_names(model)

@@ -7,6 +7,7 @@ import torch
 
 from disha import AdapterConfig, ArgumentError, ArgumentTypeError, DishaError
 from disha.config import check_adapter_name
+from disha.layers import Adapters
 
 FULL = AdapterConfig(
     r=4,
@@ -114,6 +115,7 @@ def test_adapter_names_that_are_allowed(name):
         ("a.b", ArgumentError, "has a dot"),
         ("train", ArgumentError, "attribute of nn.Module"),
         ("training", ArgumentError, "attribute of nn.Module"),
+        ("activate", ArgumentError, "attribute of nn.Module"),
         (3, ArgumentTypeError, "must be a str"),
         (None, ArgumentTypeError, "must be a str"),
     ],
@@ -121,3 +123,9 @@ def test_adapter_names_that_are_allowed(name):
 def test_adapter_names_that_are_not(name, kind, says):
     with pytest.raises(kind, match=says):
         check_adapter_name(name)
+
+
+def test_no_adapter_name_hides_an_attribute_of_its_holder():
+    for name in {*dir(Adapters()), *vars(Adapters())}:
+        with pytest.raises(ArgumentError):
+            check_adapter_name(name)

@@ -1,11 +1,12 @@
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 import disha
-from disha import ArgumentError, ArgumentTypeError, MergeError
+from disha import ArgumentError, ArgumentTypeError, MergeError, ModeError
 from tests.conftest import assert_unchanged, perturb, snapshot
 
 
@@ -80,12 +81,35 @@ class TestDisabled:
         assert torch.equal(two(tokens), adapted)
         assert not torch.equal(base, adapted)
 
-    def test_an_adapter_that_is_added_inside_stays_off_until_the_end(self, two, tokens):
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda model, path: disha.inject_adapters(model, "q_proj", 2, adapter="c"),
+            lambda model, path: disha.remove_adapters(model),
+            lambda model, path: disha.remove_adapters(model, "a"),
+            lambda model, path: disha.load_adapter(model, path, "c"),
+            lambda model, path: disha.combine_adapters(model, {"a": 1.0}, into="c"),
+            lambda model, path: disha.merge_adapters(model),
+        ],
+    )
+    def test_the_adapters_stay_the_same_inside(self, two, tokens, tmp_path, change):
+        disha.save_adapter(two, tmp_path / "a", "a")
+        adapted = two(tokens)
         with disha.adapters_disabled(two):
-            base = two(tokens)
-            disha.inject_adapters(two, "q_proj", 2, adapter="c", init="kaiming")
-            assert torch.equal(two(tokens), base)
-        assert not torch.equal(two(tokens), base)
+            before = snapshot(two)
+            with pytest.raises(ModeError, match="inside adapters_disabled; leave it first"):
+                change(two, tmp_path / "a")
+            assert_unchanged(two, before)
+        assert torch.equal(two(tokens), adapted)
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_a_copy_made_inside_is_outside(self, two, tokens, clone):
+        adapted = two(tokens)
+        with disha.adapters_disabled(two):
+            twin = clone(two)
+        assert torch.equal(twin(tokens), adapted)
+        compiled = torch.compile(twin, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(tokens), adapted, atol=1e-6)
 
     def test_backward_of_a_forward_before(self, two, tokens):
         adapted = two(tokens)
@@ -118,6 +142,8 @@ class TestScale:
         [
             (float("nan"), "a", ArgumentError),
             (float("inf"), "a", ArgumentError),
+            (1e300, "a", ArgumentError),
+            (10**400, "a", ArgumentError),
             ("1", "a", ArgumentTypeError),
             (1.0, "c", ArgumentError),
         ],
@@ -223,11 +249,12 @@ class TestRoute:
         assert torch.allclose(routed, model(self.tokens), rtol=0, atol=1e-12)
         assert flags(model) == before
 
-    def test_copies_made_inside_keep_the_route(self):
+    def test_a_copy_made_inside_is_outside(self):
         model = several()
-        with disha.route_adapters(model, self.names):
+        expected = model(self.tokens)
+        with disha.route_adapters(model, ["a"] * 5):
             twin = copy.deepcopy(model)
-            assert torch.equal(twin(self.tokens), model(self.tokens))
+        assert torch.equal(twin(self.tokens), expected)
 
     @pytest.mark.parametrize(
         ("names", "kind", "says"),
@@ -236,7 +263,7 @@ class TestRoute:
             ([], ArgumentError, "is empty"),
             ("a", ArgumentTypeError, "must be a list"),
             (None, ArgumentTypeError, "must be a list"),
-            ([1], ArgumentError, "no adapter 1"),
+            ([1], ArgumentTypeError, "name must be a str"),
         ],
     )
     def test_refusals(self, names, kind, says):
@@ -270,7 +297,7 @@ class TestRoute:
         model = several()
         with disha.route_adapters(model, self.names):
             before = snapshot(model)
-            with pytest.raises(MergeError, match="inside route_adapters"):
+            with pytest.raises(ModeError, match="inside route_adapters"):
                 disha.merge_adapters(model)
             assert_unchanged(model, before)
         disha.merge_adapters(model)

@@ -160,6 +160,66 @@ class TestRoundTrip:
         assert torch.equal(torch.load(f"{path}.out"), model(tokens))
 
 
+class TwoNames(nn.Module):
+    """One linear layer under two names, in the order asked for."""
+
+    def __init__(self, names="ab") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 4)
+        for name in names:
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.a(x)
+
+
+class TestOtherNames:
+    @pytest.mark.parametrize("replacing", [False, True])
+    def test_a_shared_layer_is_found_whatever_name_it_was_saved_under(self, path, replacing):
+        model = disha.inject_adapters(TwoNames("ba"), "a", 2, also_train=r"a\.bias")
+        perturb(model)
+        with torch.no_grad():
+            model.a.bias.add_(1.0)
+        disha.save_adapter(model, path)
+        assert list(disha.inspect_adapter(path).tensors) == ["b.bias", "b.bone_block"]
+        other = TwoNames("ab")
+        if replacing:
+            disha.inject_adapters(other, "a", 2, also_train="bias", init="kaiming")
+        report = disha.load_adapter(other, path, replace=replacing)
+        assert report.complete
+        assert report.matched == ("a.bone_block", "a.bias")
+        x = torch.randn(3, 6)
+        assert torch.equal(other(x), model(x))
+
+    def test_two_layers_of_the_file_that_are_one_in_the_model(self, path):
+        model = nn.Module()
+        model.a, model.b = nn.Linear(6, 4), nn.Linear(6, 4)
+        disha.save_adapter(disha.inject_adapters(model, "a|b", 2), path)
+        other = TwoNames()
+        before = snapshot(other)
+        with pytest.raises(AdapterFileError, match="b: is one module with another layer"):
+            disha.load_adapter(other, path)
+        assert_unchanged(other, before)
+
+
+class TestLayersThatDiffer:
+    def test_each_layer_keeps_its_scale(self, path, tokens):
+        model = trained()
+        model.head.disha["default"].set_strength(0.1)
+        disha.save_adapter(model, path)
+        for replacing in (False, True):
+            other = trained() if replacing else base()
+            disha.load_adapter(other, path, replace=replacing)
+            assert torch.equal(other(tokens), model(tokens))
+
+    def test_different_kinds_under_one_name_are_refused(self, path):
+        model = nn.Sequential(disha.BoneLinear(4, 4, r=2), disha.BatLinear(4, 4, r=2))
+        with pytest.raises(AdapterStateError, match=r"blocks of different kinds.*bat.*bone"):
+            disha.save_adapter(model, path)
+        assert not path.exists()
+
+
 class TestReplace:
     def test_copies_in_place(self, saved, tokens):
         model, path = saved
@@ -191,6 +251,38 @@ class TestReplace:
         with pytest.raises(AdapterFileError, match=r"wrong shape: head.bone_block is \(3, 12\)"):
             disha.load_adapter(other, path, replace=True)
         assert_unchanged(other, before)
+
+    def test_refuses_a_layer_of_another_width(self, path):
+        wide = disha.inject_adapters(nn.Sequential(nn.Linear(32, 16)), "0", 4)
+        disha.save_adapter(wide, path)
+        other = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", 4)
+        before = snapshot(other)
+        with pytest.raises(AdapterFileError, match=r"0: the file has .*32, 16.*the model .*8, 16"):
+            disha.load_adapter(other, path, replace=True)
+        assert_unchanged(other, before)
+
+    @pytest.mark.parametrize("change", [{"method": "bat"}, {"r_out": 3}])
+    def test_refuses_a_configuration_that_contradicts_the_layers(self, saved, change):
+        _, path = saved
+        rewritten(path, change_header=lambda header: header["config"].update(change))
+        other = trained()
+        before = snapshot(other)
+        with pytest.raises(AdapterFileError, match="the configuration says"):
+            disha.load_adapter(other, path, replace=True)
+        assert_unchanged(other, before)
+
+    def test_refuses_to_change_the_dtype(self, saved):
+        _, path = saved
+        with pytest.raises(ArgumentError, match="leave dtype out"):
+            disha.load_adapter(trained(), path, replace=True, dtype=torch.float64)
+
+    def test_without_the_parameters_beside(self, saved):
+        model, path = saved
+        other = trained()
+        norm = other.layers[0]["attn"].norm.weight.detach().clone()
+        disha.load_adapter(other, path, replace=True, also_train=False)
+        assert torch.equal(other.layers[0]["attn"].norm.weight, norm)
+        assert torch.equal(other.head.disha["default"].block, model.head.disha["default"].block)
 
     def test_refuses_other_layers(self, saved):
         _, path = saved
@@ -264,11 +356,12 @@ class TestFingerprint:
         with pytest.warns(AdapterFileWarning, match="merged into this one already"):
             disha.load_adapter(merged, path)
 
-    def test_the_base_in_bfloat16_counts_as_the_same(self, saved):
+    def test_the_base_in_another_dtype_counts_as_the_same(self, saved):
         _, path = saved
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            disha.load_adapter(base(torch.bfloat16), path)
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                disha.load_adapter(base(dtype), path)
 
     def test_tied_head_keeps_the_embedding_out_of_the_file(self, path):
         model = disha.inject_adapters(Tied(), "head", 2)
@@ -313,6 +406,9 @@ BAD_HEADERS = {
     "r beyond the layer": (lambda h: first_layer(h).update(r=30), "larger than in_features"),
     "other r": (lambda h: first_layer(h).update(r=2), r"expected a block of shape \(2, 8\)"),
     "r_out": (lambda h: first_layer(h).update(r_out=4), "r_out 4"),
+    "no scale": (lambda h: first_layer(h).pop("scale") and None, "scale must be a number"),
+    "huge scale": (lambda h: first_layer(h).update(scale=10**400), "scale must be finite"),
+    "huge scale in config": (lambda h: h["config"].update(scale=1e300), "scale must be finite"),
     "in": (lambda h: first_layer(h).update({"in": 9}), "expected 9 -> 8, the model has 8 -> 8"),
     "layer twice": (lambda h: h["layers"].append(first_layer(h)), "a layer twice"),
     "no name": (lambda h: first_layer(h).update(base={}), "disagree"),
@@ -410,6 +506,56 @@ class TestBadFiles:
             disha.load_adapter(model, path, adapter="b")
         assert_unchanged(model, before)
 
+    def test_values_that_a_narrower_dtype_can_not_hold(self, saved):
+        _, path = saved
+        rewritten(path, change_tensors=lambda t: t["head.bone_block"].fill_(1e6))
+        model = base()
+        before = snapshot(model)
+        with pytest.raises(AdapterFileError, match=r"head.bone_block \(as torch.float16\)"):
+            disha.load_adapter(model, path, dtype=torch.float16)
+        assert_unchanged(model, before)
+
+    def test_a_parameter_that_can_not_train(self, saved):
+        _, path = saved
+        model = base()
+        norm = model.layers[0]["attn"].norm
+        norm.weight = nn.Parameter(torch.ones(8, dtype=torch.int64), requires_grad=False)
+        self.refused(path, "norm.weight: has dtype torch.int64", model)
+
+    def test_a_model_without_weights(self, saved):
+        _, path = saved
+        with torch.device("meta"):
+            model = Layered()
+        with pytest.raises(AdapterFileError, match="on the meta device; give the model"):
+            disha.load_adapter(model, path)
+        assert "head.bone_block" not in dict(model.named_parameters())
+
+    @pytest.mark.parametrize("dtype", [torch.int32, "float32"])
+    def test_a_dtype_that_no_block_can_have(self, saved, dtype):
+        _, path = saved
+        with pytest.raises(DishaError, match=r"dtype|trained in"):
+            disha.load_adapter(base(), path, dtype=dtype)
+
+    @pytest.mark.parametrize("odd", [None, 5, b"bytes"])
+    def test_what_is_no_path(self, odd):
+        for call in (
+            lambda: disha.inspect_adapter(odd),
+            lambda: disha.load_adapter(base(), odd),
+            lambda: disha.save_adapter(trained(), odd),
+        ):
+            with pytest.raises(ArgumentTypeError, match="path must be"):
+                call()
+
+    @pytest.mark.parametrize("name", ["a\0b", "x" * 300])
+    def test_names_that_no_file_can_have(self, tmp_path, name):
+        for call in (
+            lambda: disha.inspect_adapter(tmp_path / name),
+            lambda: disha.load_adapter(base(), tmp_path / name),
+            lambda: disha.save_adapter(trained(), tmp_path / name),
+        ):
+            with pytest.raises(AdapterIOError, match="can't be a file here"):
+                call()
+
     def test_into_a_bad_name(self, saved):
         _, path = saved
         model = base()
@@ -462,6 +608,30 @@ class TestSaving:
         with pytest.raises(AdapterStateError, match=r"not finite.*head.bone_block"):
             disha.save_adapter(model, path)
         assert path.read_bytes() == old
+
+    def test_a_weight_that_holds_a_merge_is_not_taken_for_the_adapters(self, path):
+        model = disha.inject_adapters(base(), "head", 2, also_train=r"head\.weight")
+        disha.merge_adapters(model)
+        with pytest.raises(MergeError, match=r"take head.weight as the adapter's own"):
+            disha.save_adapter(model, path)
+        assert not path.exists()
+
+    def test_blocks_without_values(self, path):
+        with torch.device("meta"):
+            model = disha.inject_adapters(Layered(), "head", 2)
+        with pytest.raises(AdapterStateError, match="meta device"):
+            disha.save_adapter(model, path)
+
+    def test_onto_what_is_no_file(self, path):
+        os.mkfifo(path)
+        with pytest.raises(AdapterIOError, match="no regular file"):
+            disha.save_adapter(trained(), path)
+        assert stat.S_ISFIFO(path.stat().st_mode)
+
+    def test_too_much_metadata(self, path):
+        with pytest.raises(ArgumentError, match="give less metadata"):
+            disha.save_adapter(trained(), path, metadata={"a": "x" * 101_000_000})
+        assert not path.exists()
 
     def test_unknown_adapter(self, path):
         with pytest.raises(ArgumentError, match="no adapter 'x'"):

@@ -229,6 +229,23 @@ class TestTraining:
         disha.inject_adapters(model, "head", 2, adapter="b")
         assert torch.equal(model(tokens), base)
 
+    def test_a_removed_adapter_trains_nothing_any_more(self, model):
+        disha.inject_adapters(model, "head", 2, adapter="a", also_train="norm.weight")
+        disha.inject_adapters(model, "head", 2, adapter="b")
+        disha.remove_adapters(model, "a")
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained == ["head.disha.b.bone_block"]
+        disha.inject_adapters(model, "head", 2, adapter="c", also_train="norm.weight")
+        disha.remove_adapters(model)
+        assert all(p.requires_grad for p in model.parameters())
+
+    def test_patterns_match_any_name_of_what_is_shared_or_tied(self):
+        model = Tied()
+        disha.inject_adapters(model, "q_proj", 2, also_train=r"^head\.weight$")
+        assert model.embed.weight.requires_grad
+        shared = disha.inject_adapters(Shared(), "first", 4, rank_pattern={"second": 2})
+        assert shared.first.disha["default"].r == 2
+
     def test_mark_only_adapters_trainable(self, model):
         disha.inject_adapters(model, "q_proj", 2, freeze=False, also_train="norm.bias")
         for block in disha.adapter_parameters(model):
@@ -390,11 +407,39 @@ class TestRefusals:
     def test_layers_that_their_owner_bypasses(self, owner, target):
         model = nn.Sequential(owner, nn.Linear(8, 8))
         before = snapshot(model)
-        with pytest.raises(TargetError, match=f"no effect in .*{target}.*{type(owner).__name__}"):
+        with pytest.raises(TargetError, match=f"no effect here.*{target}: {type(owner).__name__}"):
             disha.inject_adapters(model, "all-linear", 2)
         assert_unchanged(model, before)
         disha.inject_adapters(model, "all-linear", 2, exclude=r"^0\.")
         assert adapted_names(model) == ["1"]
+
+    def test_layers_with_a_forward_of_their_instance(self, model):
+        head, forward = model.head, model.head.forward
+        head.forward = lambda x: forward(x)  # as device hooks do
+        before = snapshot(model)
+        with pytest.raises(TargetError, match="head: a forward of its own is set on the instance"):
+            disha.inject_adapters(model, "all-linear", 2)
+        assert_unchanged(model, before)
+
+    @pytest.mark.parametrize("options", [{"r": 2**63}, {"r": 2, "r_out": 2**63}])
+    def test_huge_sizes(self, model, options):
+        before = snapshot(model)
+        with pytest.raises(ArgumentError, match=r"is larger than|does not divide"):
+            disha.inject_adapters(model, "head", **options)
+        assert_unchanged(model, before)
+
+    def test_a_parameter_that_another_adapter_trains(self, model):
+        disha.inject_adapters(model, "head", 2, adapter="a", also_train="norm.weight")
+        before = snapshot(model)
+        with pytest.raises(ArgumentError, match=r"norm.weight, which is trained with another"):
+            disha.inject_adapters(model, "head", 2, adapter="b", also_train="norm")
+        assert_unchanged(model, before)
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+    def test_a_parameter_that_can_not_train(self, model, dtype):
+        model.odd = nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
+        with pytest.raises(ArgumentError, match=f"odd, which has dtype {dtype}"):
+            disha.inject_adapters(model, "head", 2, also_train="odd")
 
     def test_a_model_wrapped_for_distribution(self, model):
         wrapped = WrappedByParallel(model)

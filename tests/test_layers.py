@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -852,6 +853,46 @@ class Pair(nn.Linear):
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias), x
+
+
+class InAThread(nn.Linear):
+    """It reaches the forward of nn.Linear, in another thread."""
+
+    def forward(self, x):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(super().forward, x).result()
+
+
+class OutsideTheGraph(nn.Linear):
+    """It reaches the forward of nn.Linear where compiling is switched off."""
+
+    @torch.compiler.disable
+    def inner(self, x):
+        return super().forward(x)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_subclass_that_calls_in_a_thread_gets_the_update_once():
+    layer = fill(inject(InAThread(10, 9), "bone"))
+    x = torch.randn(3, 10)
+    close(layer(x), oracle(layer, x), 1e-5)
+    assert not layer.disha.calls
+
+
+def test_subclass_with_a_gap_in_its_graph_gets_the_update_once():
+    layer = fill(inject(OutsideTheGraph(10, 9), "bone"))
+    x = torch.randn(3, 10)
+    close(torch.compile(layer, backend="eager")(x), oracle(layer, x), 1e-5)
+    close(layer(x), oracle(layer, x), 1e-5)
+
+
+def test_block_over_a_weight_of_an_untrainable_dtype_is_float32():
+    layer = nn.Linear(8, 4)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    inject(layer, "bone")
+    assert layer.disha["default"].block.dtype == torch.float32
 
 
 class KeywordOnly(nn.Linear):

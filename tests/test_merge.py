@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import disha
-from disha import ArgumentError, MergeError
+from disha import ArgumentError, ArgumentTypeError, MergeError, ModeError
 from tests import reference
 from tests.conftest import Tied, assert_unchanged, perturb, snapshot
 
@@ -82,6 +82,39 @@ def test_named_adapters_instead_of_the_active(model, tokens):
     disha.inject_adapters(model, "head", 2, adapter="b", init="kaiming")
     disha.merge_adapters(model, "a")
     assert torch.allclose(model(tokens), expected, rtol=0, atol=1e-12)
+
+
+def test_layers_without_the_merged_adapter_fall_silent(model, tokens):
+    model.double()
+    disha.inject_adapters(model, "q_proj", 2, adapter="a", init="kaiming")
+    expected = model(tokens)
+    disha.inject_adapters(model, "all-linear", 3, adapter="b", init="kaiming")
+    both = model(tokens)
+    disha.merge_adapters(model, "a")
+    assert torch.allclose(model(tokens), expected, rtol=0, atol=1e-12)
+    with pytest.raises(MergeError, match="an adapter's scale while"):
+        disha.set_adapter_scale(model, 0.5, "b")
+    disha.unmerge_adapters(model)
+    assert torch.equal(model(tokens), both)
+
+
+def test_a_base_checkpoint_is_not_lost_in_a_merged_model(model):
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    disha.inject_adapters(model, "head", 2)
+    disha.merge_adapters(model)
+    before = snapshot(model)
+    with pytest.raises(MergeError, match=r"can't load head.weight"):
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
+
+
+def test_a_merge_in_inference_mode_can_be_trained_on():
+    model = disha.inject_adapters(nn.Linear(6, 4), "all-linear", 2, init="kaiming")
+    with torch.inference_mode():
+        disha.merge_adapters(model)
+    x = torch.randn(2, 6, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
 
 
 def test_autocast_does_not_coarsen_a_merge():
@@ -175,7 +208,26 @@ class TestOwnForward:
         assert_unchanged(model, before)
 
 
+class NeedsThree(nn.Linear):
+    def forward(self, input):
+        _, _, _ = input.shape
+        return super().forward(input)
+
+
 class TestRefusals:
+    @pytest.mark.parametrize("adapter", [5, {"default": 1}])
+    def test_what_is_no_name(self, model, adapter):
+        disha.inject_adapters(model, "head", 2)
+        with pytest.raises(ArgumentTypeError, match="a name or a list of names"):
+            disha.merge_adapters(model, adapter)
+
+    def test_a_forward_that_can_not_be_tried(self):
+        model = disha.inject_adapters(nn.Sequential(NeedsThree(6, 4)), "0", 2)
+        before = snapshot(model)
+        with pytest.raises(MergeError, match="it raised ValueError"):
+            disha.merge_adapters(model)
+        assert_unchanged(model, before)
+
     def test_twice(self, model):
         disha.inject_adapters(model, "head", 2)
         disha.merge_adapters(model)
@@ -188,7 +240,7 @@ class TestRefusals:
         disha.inject_adapters(model, "head", 2)
         with disha.adapters_disabled(model):
             before = snapshot(model)
-            with pytest.raises(MergeError, match="inside adapters_disabled"):
+            with pytest.raises(ModeError, match="inside adapters_disabled"):
                 disha.merge_adapters(model)
             assert_unchanged(model, before)
 
@@ -228,6 +280,6 @@ class TestRefusals:
         model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)))
         disha.inject_adapters(model, "all-linear", 2, init="kaiming")
         before = snapshot(model)
-        with pytest.raises(MergeError, match="remove the parametrization"):
+        with pytest.raises(MergeError, match="remove it and the parametrization"):
             disha.merge_adapters(model)
         assert_unchanged(model, before)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from disha import functional
-from disha.config import AdapterConfig
-from disha.errors import ArgumentError, ArgumentTypeError, MergeError
+from disha.config import BLOCK_DTYPES, AdapterConfig
+from disha.errors import ArgumentError, ArgumentTypeError, MergeError, ModeError
 from disha.layers.blocks import BLOCKS, Block
 from disha.layers.routing import Route
 
@@ -35,6 +35,7 @@ __all__ = [
     "adapt",
     "attach",
     "refuse_changed_class",
+    "refuse_inside",
     "refuse_merged",
     "restore",
 ]
@@ -56,11 +57,12 @@ class MergedWeight:
     """What unmerging needs: the adapters that were merged, and the original weight.
 
     `parameter` is None where the merge changed the values of the layer's own parameter, whose
-    former data is `data`; it is the former parameter where the layer was untied from it.
+    former data is `data`; it is the former parameter where the layer was untied from it. A layer
+    that has none of the merged adapters falls silent with the others: no adapters, no data.
     """
 
-    adapters: tuple[str, ...]
-    data: Tensor
+    adapters: tuple[str, ...] = ()
+    data: Tensor | None = None
     parameter: nn.Parameter | None = None
 
 
@@ -114,14 +116,27 @@ class Adapters(nn.Module):
 
     def acting(self) -> tuple[Block, ...]:
         """The blocks that forward has to apply to all samples; who calls this applies them."""
-        if self.calls:
-            self.calls[_caller()] = True
+        self._note_call()
         if self.merged is not None or self.route is not None:
             return ()
         # In a graph, `enabled` acts through the blocks' scale: reading it here would recompile.
         if not torch.compiler.is_compiling() and not self.enabled:
             return ()
         return self.live
+
+    def _note_call(self) -> None:
+        """Tell the call under way that the update has been asked for where it belongs."""
+        if not self.calls:
+            return
+        caller = _caller()
+        if caller not in self.calls:
+            # Inside of a graph's gap, or in a thread that the user's forward has started.
+            caller = _GRAPH if _GRAPH in self.calls else next(iter(self.calls))
+        self.calls[caller] = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside adapters_disabled or route_adapters is outside of them.
+        return {**self.__dict__, "enabled": True, "route": None, "calls": {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Not callable: the layer that holds the adapters applies them."""
@@ -254,14 +269,15 @@ class AdaptedLayer(nn.Module):
         """
         shape = cls.block_shape(module, config.method, r, config.r_out)
         weight: Tensor = getattr(module, cls.weight_name)
-        dtype = dtype or config.dtype or weight.dtype
+        own = weight.dtype if weight.dtype in BLOCK_DTYPES.values() else torch.float32
+        dtype = dtype or config.dtype or own
         return BLOCKS[config.method](shape, config=config, r=r, device=weight.device, dtype=dtype)
 
     @property
     def base_weight(self) -> Tensor:
         """The original weight, also while merged."""
         merged = self.disha.merged
-        if merged is not None:
+        if merged is not None and merged.data is not None:
             return merged.data
         weight: Tensor = getattr(self, self.weight_name)
         return weight
@@ -277,6 +293,13 @@ class AdaptedLayer(nn.Module):
                     f"{tuple(delta.shape)}, not that of the weight, {tuple(self.base_weight.shape)}"
                 )
         return functional.merged_weight(self.base_weight, deltas)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.disha.merged is not None and prefix + self.weight_name in state_dict:
+            refuse_merged([self], f"load {prefix}{self.weight_name}, which unmerging would undo,")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Describe the layer in a model's printout."""
@@ -374,9 +397,12 @@ class _Around(AdaptedLayer):
         return self.updated(output, missed, input)
 
 
+_GRAPH = 0
+
+
 def _caller() -> int:
     """Tell threads that share a module apart; a graph is traced by one of them."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    return _GRAPH if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def adapt(module: nn.Module, kind: type[AdaptedLayer]) -> AdaptedLayer:
@@ -432,10 +458,27 @@ def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:
     Raises:
         MergeError: adapters are merged, so that `action` would mix merged and unmerged ones.
     """
-    for layer in layers:
-        if layer.disha.merged is not None:
-            names = ", ".join(map(repr, layer.disha.merged.adapters))
-            raise MergeError(
-                f"can't {action} while adapters are merged (now: {names}); "
-                "call unmerge_adapters(model) first"
-            )
+    merged = [layer.disha.merged for layer in layers if layer.disha.merged is not None]
+    if merged:
+        names = dict.fromkeys(repr(name) for one in merged for name in one.adapters)
+        raise MergeError(
+            f"can't {action} while adapters are merged (now: {', '.join(names)}); "
+            "call unmerge_adapters(model) first"
+        )
+
+
+def refuse_inside(layers: Iterable[AdaptedLayer], action: str) -> None:
+    """Raise if the model is inside adapters_disabled or route_adapters, or merged.
+
+    Raises:
+        MergeError: adapters are merged.
+        ModeError: leaving the context would not find the layers that it entered with.
+    """
+    layers = list(layers)
+    refuse_merged(layers, action)
+    for context, inside in (
+        ("adapters_disabled", any(not layer.disha.enabled for layer in layers)),
+        ("route_adapters", any(layer.disha.route is not None for layer in layers)),
+    ):
+        if inside:
+            raise ModeError(f"can't {action} inside {context}; leave it first")

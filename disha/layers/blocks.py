@@ -127,6 +127,10 @@ class Block(nn.Module):
         self._write_scale()  # follows the device, keeps its own dtype, survives to_empty()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.set_enabled(True)  # a copy made inside adapters_disabled is outside of it
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
