@@ -27,15 +27,14 @@ from disha.files import (
     save_adapter,
 )
 from disha.inject import (
-    Plan,
     adapter_parameters,
     inject_adapters,
     mark_only_adapters_trainable,
-    plan_adapters,
     remove_adapters,
 )
 from disha.layers import AdaptedLayer, BatLinear, BoneLinear, Geometry, register_layer_kind
 from disha.merge import merge_adapters, unmerge_adapters
+from disha.plan import Plan, plan_adapters
 from disha.state import LoadReport, adapter_state_dict, load_adapter_state_dict
 from disha.summary import Summary, summary
 from disha.version import __version__

@@ -268,7 +268,8 @@ def check_adapter_name(adapter: object) -> str:
             f"adapter name {adapter!r} has a dot, which separates names in state-dict keys; "
             f"use {adapter.replace('.', '_')!r}, say"
         )
-    if adapter in _RESERVED_NAMES:
+    # asked anew each time: other libraries add attributes to nn.Module
+    if adapter in _RESERVED_NAMES or hasattr(nn.Module, adapter):
         raise ArgumentError(
             f"adapter name {adapter!r} is an attribute of nn.Module; use {adapter + '_'!r}, say"
         )

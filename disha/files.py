@@ -32,9 +32,10 @@ from disha.errors import (
     DishaError,
 )
 from disha.fingerprint import fingerprint, same_base
-from disha.inject import LayerRequest, apply_plan, parameter_aliases, parameter_owners, plan_layers
+from disha.inject import apply_plan
 from disha.layers import BLOCKS, AdaptedLayer, Block
 from disha.layers.adapted import refuse_inside
+from disha.plan import LayerRequest, plan_layers
 from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as
 from disha.tables import table
 from disha.tree import (
@@ -42,6 +43,8 @@ from disha.tree import (
     adapter_names,
     join,
     module_names,
+    parameter_aliases,
+    parameter_owners,
     require_adapter,
     require_model,
 )

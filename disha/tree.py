@@ -22,6 +22,10 @@ __all__ = [
     "adapter_names",
     "join",
     "module_names",
+    "named_parameters",
+    "own_parameters",
+    "parameter_aliases",
+    "parameter_owners",
     "require_adapter",
     "require_model",
     "wrapped_for_distribution",
@@ -146,3 +150,30 @@ def require_model(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
     return model
+
+
+def parameter_owners(names: ModuleNames) -> dict[str, tuple[nn.Module, str]]:
+    """Return clean parameter name -> (module, its name there), each parameter once."""
+    return {aliases[0]: owner for aliases, owner in named_parameters(names)}
+
+
+def parameter_aliases(names: ModuleNames) -> dict[str, str]:
+    """Return every clean name of every parameter -> the one that it goes by."""
+    return {alias: aliases[0] for aliases, _ in named_parameters(names) for alias in aliases}
+
+
+def named_parameters(names: ModuleNames) -> list[tuple[list[str], tuple[nn.Module, str]]]:
+    """Return the clean names of each parameter with its first owner; tied ones have several."""
+    found: dict[int, tuple[list[str], tuple[nn.Module, str]]] = {}
+    for module, name, parameter in own_parameters(names):
+        aliases, _ = found.setdefault(id(parameter), ([], (module, name)))
+        aliases.extend(join(module_name, name) for module_name in names[module])
+    return list(found.values())
+
+
+def own_parameters(names: ModuleNames) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Iterate over (module, name there, parameter) of every module; tied ones come repeatedly."""
+    for module in names:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield module, name, parameter
