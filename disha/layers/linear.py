@@ -144,25 +144,20 @@ class AdaptedTransposedLinear(AdaptedLayer):
         return functional.bone_delta(x, block.block, self.base_weight.shape[1], scale)
 
 
-def _give_birth(
-    layer: AdaptedLinear, adapter: str, config: AdapterConfig, block_dtype: torch.dtype | None
-) -> None:
+def _give_birth(layer: AdaptedLinear, adapter: str, config: AdapterConfig, freeze: bool) -> None:
     """Attach the first adapter to a layer that is constructed with it."""
     check_adapter_name(adapter)
     misfit = type(layer).misfit(type(layer).geometry(layer), config.r, config.r_out)
     if misfit is not None:
         raise ArgumentError(f"{type(layer).__name__}: {misfit}")
     attach(layer)
-    layer.disha.add(adapter, type(layer).make_block(layer, config, config.r, block_dtype))
+    layer.disha.add(adapter, type(layer).make_block(layer, config, config.r))
     layer.disha.activate((adapter,))
+    for name in ("weight", "bias") if freeze else ():
+        set_requires_grad(layer, name, False)
 
 
-def _freeze_base(linear: nn.Linear) -> None:
-    for name in ("weight", "bias"):
-        set_requires_grad(linear, name, False)
-
-
-def _require_linear(cls: type[AdaptedLinear], linear: object) -> nn.Linear:
+def _require_linear(cls: type[AdaptedLinear], linear: object) -> None:
     if isinstance(linear, AdaptedLayer):
         raise ArgumentError(
             f"{cls.__name__}.from_linear got a layer that is adapted already; "
@@ -178,7 +173,6 @@ def _require_linear(cls: type[AdaptedLinear], linear: object) -> nn.Linear:
             f"{cls.__name__}.from_linear shares the weight, but this layer computes its own from "
             "other parameters (torch.nn.utils.weight_norm, say); remove that first"
         )
-    return linear
 
 
 L = TypeVar("L", bound=AdaptedLinear)
@@ -186,6 +180,7 @@ L = TypeVar("L", bound=AdaptedLinear)
 
 def _share_parameters(cls: type[L], linear: nn.Linear) -> L:
     """Return an instance of `cls` around the very parameters of `linear`, no adapter yet."""
+    _require_linear(cls, linear)
     layer = cls.__new__(cls)
     nn.Module.__init__(layer)
     layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -257,9 +252,7 @@ class BoneLinear(AdaptedLinear):
             r, None, "bone", r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
         )
         super().__init__(in_features, out_features, bias, device, dtype)
-        _give_birth(self, adapter, config, block_dtype)
-        if freeze:
-            _freeze_base(self)
+        _give_birth(self, adapter, config, freeze)
 
     @classmethod
     def from_linear(
@@ -303,10 +296,8 @@ class BoneLinear(AdaptedLinear):
         config = AdapterConfig(
             r, None, "bone", r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
         )
-        layer = _share_parameters(cls, _require_linear(cls, linear))
-        _give_birth(layer, adapter, config, block_dtype)
-        if freeze:
-            _freeze_base(layer)
+        layer = _share_parameters(cls, linear)
+        _give_birth(layer, adapter, config, freeze)
         return layer
 
 
@@ -372,9 +363,7 @@ class BatLinear(AdaptedLinear):
             r, None, "bat", dropout=dropout, scale=scale, dtype=block_dtype, init=init
         )
         super().__init__(in_features, out_features, bias, device, dtype)
-        _give_birth(self, adapter, config, block_dtype)
-        if freeze:
-            _freeze_base(self)
+        _give_birth(self, adapter, config, freeze)
 
     @classmethod
     def from_linear(
@@ -416,8 +405,6 @@ class BatLinear(AdaptedLinear):
         config = AdapterConfig(
             r, None, "bat", dropout=dropout, scale=scale, dtype=block_dtype, init=init
         )
-        layer = _share_parameters(cls, _require_linear(cls, linear))
-        _give_birth(layer, adapter, config, block_dtype)
-        if freeze:
-            _freeze_base(layer)
+        layer = _share_parameters(cls, linear)
+        _give_birth(layer, adapter, config, freeze)
         return layer
