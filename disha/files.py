@@ -12,7 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -408,9 +408,8 @@ def _checked_path(path: object) -> Path:
             f"path must be a str or a pathlib.Path, got {path!r} of type {type(path).__name__}"
         )
     try:
-        os.stat(path)
-    except FileNotFoundError:
-        pass  # a file to be written, or one to be missed with its own message
+        with suppress(FileNotFoundError):  # one to be written, or missed with its own message
+            os.stat(path)
     except (OSError, ValueError) as error:
         raise AdapterIOError(f"{str(path)[:80]!r} can't be a file here: {error}") from error
     return Path(path)

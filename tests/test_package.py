@@ -127,8 +127,8 @@ start = time.process_time()
 import disha
 print(json.dumps(time.process_time() - start))
 """
-    # The least of three: what the code costs, not what else the machine is doing.
-    assert min(run_python(code) for _ in range(3)) < 0.1
+    # The least of five: what the code costs, not what else the machine is doing.
+    assert min(run_python(code) for _ in range(5)) < 0.1
 
 
 def test_import_warns_of_nothing():
