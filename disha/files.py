@@ -46,7 +46,6 @@ from disha.tree import (
     parameter_aliases,
     parameter_owners,
     require_adapter,
-    require_model,
 )
 
 __all__ = [
@@ -311,7 +310,8 @@ def load_adapter(
         wanted = [key for key in described.tensors if also_train or key not in described.also_train]
         with _explained(path):
             tensors = {key: file.get_tensor(key) for key in wanted}
-    taken = adapter in adapter_names(require_model(model))
+    keys = _model_keys(model, described)
+    taken = adapter in adapter_names(model)
     if taken and not replace:
         raise ArgumentError(
             f"the model has an adapter {adapter!r} already; load under another name (adapter=), or "
@@ -323,10 +323,10 @@ def load_adapter(
             "leave dtype out, or remove the adapter first"
         )
     if taken:
-        report = _replace(model, described, adapter, tensors)
+        report = _replace(model, described, keys, adapter, tensors)
     else:
-        report = _inject(model, described, adapter, tensors, also_train, dtype, freeze)
-    _warn_of_other_base(model, described, adapter)
+        report = _inject(model, described, keys, adapter, tensors, also_train, dtype, freeze)
+    _warn_of_other_base(model, described, keys, adapter)
     return report
 
 
@@ -651,6 +651,7 @@ def _check_keys(path: Path, described: list[str], tensors: Mapping[str, object])
 def _inject(
     model: nn.Module,
     described: AdapterFile,
+    keys: Mapping[str, str],
     adapter: str,
     tensors: Mapping[str, Tensor],
     also_train: bool,
@@ -675,19 +676,24 @@ def _inject(
     dtypes = {
         layer.key: request.dtype for layer, request in zip(described.layers, requests, strict=True)
     }
-    _check_finite(model, described, tensors, dtypes)
+    _check_finite(model, described, keys, tensors, dtypes)
     apply_plan(model, plan)
-    targets, values = adapter_tensors(model, adapter), _under_model_keys(model, described, tensors)
+    targets = adapter_tensors(model, adapter)
+    values = {keys[key]: tensor for key, tensor in tensors.items()}
     copy_values(targets, values)
-    _set_strengths(model, described, adapter)
+    _set_strengths(model, described, keys, adapter)
     return check_fit(targets, values)
 
 
 def _replace(
-    model: nn.Module, described: AdapterFile, adapter: str, tensors: Mapping[str, Tensor]
+    model: nn.Module,
+    described: AdapterFile,
+    keys: Mapping[str, str],
+    adapter: str,
+    tensors: Mapping[str, Tensor],
 ) -> LoadReport:
-    values = _under_model_keys(model, described, tensors)
-    beside = {_model_keys(model, described)[key] for key in described.also_train}
+    values = {keys[key]: tensor for key, tensor in tensors.items()}
+    beside = {keys[key] for key in described.also_train}
     targets = {
         key: parameter
         for key, parameter in adapter_tensors(model, adapter).items()
@@ -695,7 +701,7 @@ def _replace(
     }
     report = check_fit(targets, values)
     problems = [] if report.complete else [str(report)]
-    problems += _other_sizes(model, described, adapter)
+    problems += _other_sizes(model, described, keys, adapter)
     if problems:
         listing = "\n".join(problems[:20])
         raise AdapterFileError(
@@ -705,7 +711,7 @@ def _replace(
     copy_values(targets, values)
     for _, layer in require_adapter(model, adapter):
         layer.disha[adapter].reconfigure(described.config)
-    _set_strengths(model, described, adapter)
+    _set_strengths(model, described, keys, adapter)
     return report
 
 
@@ -723,24 +729,19 @@ def _model_keys(model: nn.Module, described: AdapterFile) -> dict[str, str]:
     return keys
 
 
-def _under_model_keys(
-    model: nn.Module, described: AdapterFile, tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    keys = _model_keys(model, described)
-    return {keys[key]: tensor for key, tensor in tensors.items()}
-
-
-def _set_strengths(model: nn.Module, described: AdapterFile, adapter: str) -> None:
-    keys = _model_keys(model, described)
+def _set_strengths(
+    model: nn.Module, described: AdapterFile, keys: Mapping[str, str], adapter: str
+) -> None:
     scales = {keys[layer.key]: layer.scale for layer in described.layers}
     for name, layer in require_adapter(model, adapter):
         block = layer.disha[adapter]
         block.set_strength(scales[join(name, block.parameter_name)])
 
 
-def _other_sizes(model: nn.Module, described: AdapterFile, adapter: str) -> list[str]:
+def _other_sizes(
+    model: nn.Module, described: AdapterFile, keys: Mapping[str, str], adapter: str
+) -> list[str]:
     """Return what the file says of layers and the model's adapter contradicts."""
-    keys = _model_keys(model, described)
     asked = {keys[layer.key]: layer for layer in described.layers}
     problems = []
     for name, layer in require_adapter(model, adapter):
@@ -771,11 +772,12 @@ def _not_uniform(described: AdapterFile) -> list[str]:
 def _check_finite(
     model: nn.Module,
     described: AdapterFile,
+    keys: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     dtypes: Mapping[str, torch.dtype | None],
 ) -> None:
     """Raise if a value is not finite, or would not be in the dtype that it is loaded into."""
-    keys, owners = _model_keys(model, described), parameter_owners(module_names(model))
+    owners = parameter_owners(module_names(model))
     broken = []
     for key, tensor in tensors.items():
         dtype = dtypes.get(key)
@@ -801,8 +803,9 @@ def _named(path: Path) -> Iterator[None]:
         raise AdapterFileError(f"{path}: {error}") from error
 
 
-def _warn_of_other_base(model: nn.Module, described: AdapterFile, adapter: str) -> None:
-    keys = _model_keys(model, described)
+def _warn_of_other_base(
+    model: nn.Module, described: AdapterFile, keys: Mapping[str, str], adapter: str
+) -> None:
     recorded = {keys[layer.key]: layer.base for layer in described.layers}
     other, known = [], 0
     for name, layer in require_adapter(model, adapter):
