@@ -14,7 +14,7 @@ from disha.errors import ArgumentError, ArgumentTypeError
 from disha.layers import AdaptedLayer, Block, Bone
 from disha.layers.adapted import refuse_inside, refuse_merged
 from disha.layers.routing import Route
-from disha.tree import adapted_layers, adapter_names, require_adapter
+from disha.tree import adapted_layers, adapter_names, module_names, require_adapter
 
 __all__ = [
     "adapters_disabled",
@@ -135,17 +135,21 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
     The result equals running the samples one by one. The active adapters do not matter meanwhile.
 
     Every adapted layer must see the samples along the leading dimension of its input, each as an
-    equal part of it: (batch, ...) or (batch * n, ...), not sequence-first layouts.
+    equal part of it: (batch, ...) or (batch * n, ...). Of sequence-first layers,
+    `nn.MultiheadAttention` is handled; a model that has one with `batch_first=False` is refused if
+    other layers are adapted, as these then get sequences first too.
 
     Args:
         model: a model with adapters.
         names_per_sample: one adapter's name per sample, or None for the base model.
 
     Raises:
-        ArgumentError: a name is unknown, there are none, or, in the body, a layer gets an input
-            whose leading size is no multiple of the number of names.
+        ArgumentError: a name is unknown, there are none, the model runs sequences first, or, in
+            the body, a layer gets an input whose leading size is no multiple of the number of
+            names.
         ArgumentTypeError: the names are no list of str and None.
         MergeError: adapters are merged.
+        ModeError: in the body, a module reads a layer's weight instead of calling the layer.
 
     Example:
         >>> import torch
@@ -172,6 +176,7 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
         require_adapter(model, name)
     layers = [layer for _, layer in adapted_layers(model)]
     refuse_merged(layers, "route adapters")
+    _refuse_sequences_first(model)
     before = [layer.disha.route for layer in layers]
     try:
         for layer in layers:
@@ -180,6 +185,25 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
     finally:
         for layer, earlier in zip(layers, before, strict=True):
             layer.disha.route = earlier
+
+
+def _refuse_sequences_first(model: nn.Module) -> None:
+    """Raise if layers beside a sequence-first attention module are adapted."""
+    attention = [
+        (name, module)
+        for module, (name, *_) in module_names(model).items()
+        if isinstance(module, nn.MultiheadAttention)
+    ]
+    inside = {child for _, module in attention for child in module.children()}
+    beside = [name for name, layer in adapted_layers(model) if layer not in inside]
+    first = [name for name, module in attention if not module.batch_first]
+    if first and beside:
+        raise ArgumentError(
+            f"route_adapters needs samples along the leading dimension, and {first[0]} is an "
+            f"nn.MultiheadAttention with batch_first=False, so that layers such as {beside[0]} "
+            "may get sequences first; build the model with batch_first=True, or adapt attention "
+            "projections only"
+        )
 
 
 def combine_adapters(

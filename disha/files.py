@@ -37,6 +37,7 @@ from disha.layers import BLOCKS, AdaptedLayer, Block
 from disha.layers.adapted import refuse_inside
 from disha.plan import LayerRequest, plan_layers
 from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as
+from disha.survey import Survey
 from disha.tables import table
 from disha.tree import (
     adapted_layers,
@@ -720,7 +721,7 @@ def _model_keys(model: nn.Module, described: AdapterFile) -> dict[str, str]:
 
     They differ where a module or a parameter has several names and the file knows another one.
     """
-    names = module_names(model)
+    names = Survey(model).names
     first = {name: aliases[0] for aliases in names.values() for name in aliases}
     parameters = parameter_aliases(names)
     keys = {key: parameters.get(key, key) for key in described.also_train}

@@ -11,7 +11,18 @@ from torch import nn
 from disha import freezing
 from disha.errors import ArgumentError
 from disha.layers import AdaptedLayer
-from disha.layers.adapted import adapt, refuse_changed_class, refuse_inside, restore
+from disha.layers.adapted import CHILD_NAME, adapt, refuse_inside, restore
+from disha.layers.attention import (
+    Owner,
+    Projection,
+    connect,
+    connected,
+    disconnect,
+    owner_kind_of,
+    take_back,
+    take_over,
+)
+from disha.layers.classes import refuse_changed_class
 from disha.plan import Plan, Target, can_train, claimed_names, plan_adapters
 from disha.tree import (
     adapted_layers,
@@ -126,17 +137,22 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         for layer in plan.layers
     ]
     with ExitStack() as undo:
+        undo.callback(_settle_owners, model)
         for layer, block in zip(plan.layers, blocks, strict=True):
             if isinstance(layer.module, AdaptedLayer):
                 adapted = layer.module
             else:
-                adapted = adapt(layer.module, layer.kind)
+                adapted = adapt(layer.module, layer.kind, read=layer.read)
                 undo.callback(restore, adapted)
+                if isinstance(adapted, Projection) and not connected(adapted):
+                    connect(adapted)
+                    undo.callback(disconnect, adapted)
             adapted.disha.add(plan.adapter, block)
             undo.callback(adapted.disha.discard, plan.adapter)
         for _, adapted in adapted_layers(model):
             undo.callback(adapted.disha.activate, adapted.disha.active)
             adapted.disha.activate((plan.adapter,))
+        _settle_owners(model)
         _set_flags(model, plan)
         undo.pop_all()
 
@@ -175,11 +191,15 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     for name, layer in adapted_layers(model):
         if set(layer.disha) <= set(doomed):
             refuse_changed_class(layer, name)
+    for module, (name, *_) in module_names(model).items():
+        if isinstance(module, Owner) and _adapters_below(module) <= set(doomed):
+            refuse_changed_class(module, name)
     for layer in layers:
         for name in doomed:
             layer.disha.discard(name)
         if not len(layer.disha):
             restore(layer)
+    _settle_owners(model)
     for module in module_names(model):
         for name in doomed:
             freezing.release(module, name)
@@ -244,6 +264,26 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
             freezing.set_requires_grad(module, name, id(parameter) in claimed)
     for block in adapter_parameters(model):
         block.requires_grad_(True)
+
+
+def _settle_owners(model: nn.Module) -> None:
+    """Let owners that bypass the layers below them call these where one is adapted, only there."""
+    for module in list(module_names(model)):
+        kind = owner_kind_of(module)
+        needed = kind is not None and bool(_adapters_below(module))
+        if isinstance(module, Owner) and not needed:
+            take_back(module)
+        elif kind is not None and needed and not isinstance(module, Owner):
+            take_over(module, kind)
+
+
+def _adapters_below(module: nn.Module) -> set[str]:
+    return {
+        adapter
+        for layer in module.modules()
+        if isinstance(layer, AdaptedLayer) and CHILD_NAME in layer._modules
+        for adapter in layer.disha
+    }
 
 
 def _set_flags(model: nn.Module, plan: Plan) -> None:

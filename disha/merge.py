@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError
 from disha.functional import without_autocast
-from disha.layers.adapted import AdaptedLayer, MergedWeight, refuse_inside
+from disha.layers.adapted import AdaptedLayer, MergedWeight, WeightSlot, refuse_inside
 from disha.tree import adapted_layers, join, module_names, require_adapter
 
 __all__ = ["merge_adapters", "unmerge_adapters"]
@@ -64,10 +65,11 @@ def merge_adapters(
     sharers = [_sharers(layer, users) for _, layer, _ in chosen]
     for (name, layer, _), shared_with in zip(chosen, sharers, strict=True):
         _check_mergeable(name, layer, shared_with, untie)
+    originals: Originals = {}
     # Not in inference mode: the merged weight has to be fit for training after it.
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for (name, layer, adapters), shared_with in zip(chosen, sharers, strict=True):
-            _merge_layer(name, layer, adapters, bool(shared_with), undo)
+            _merge_layer(name, layer, adapters, bool(shared_with), originals, undo)
         for _, layer in layers:
             if layer.disha.merged is None:
                 layer.disha.merged = MergedWeight()
@@ -136,12 +138,12 @@ def _parameter_users(model: nn.Module) -> Users:
 
 def _sharers(layer: AdaptedLayer, users: Users) -> list[str]:
     """Return the names under which other modules hold this layer's weight."""
-    weight = layer._parameters.get(layer.weight_name)
-    return [name for module, name in users.get(id(weight), ()) if module is not layer]
+    slot = layer.weight_slot
+    return [name for module, name in users.get(id(slot.parameter), ()) if module is not slot.module]
 
 
 def _check_mergeable(name: str, layer: AdaptedLayer, shared_with: list[str], untie: bool) -> None:
-    if layer._parameters.get(layer.weight_name) is None:
+    if layer.weight_slot.parameter is None:
         raise MergeError(
             f"{name}.{layer.weight_name} is computed from other parameters (a parametrization), so "
             "nothing can be merged into it. Save the adapter, remove it and the parametrization "
@@ -154,8 +156,17 @@ def _check_mergeable(name: str, layer: AdaptedLayer, shared_with: list[str], unt
         )
 
 
+Originals = dict[tuple[nn.Module, str], MergedWeight]
+"""Module and name of each parameter that holds a merge now -> what it was."""
+
+
 def _merge_layer(
-    name: str, layer: AdaptedLayer, adapters: tuple[str, ...], shared: bool, undo: ExitStack
+    name: str,
+    layer: AdaptedLayer,
+    adapters: tuple[str, ...],
+    shared: bool,
+    originals: Originals,
+    undo: ExitStack,
 ) -> None:
     with without_autocast(layer.base_weight.device):
         merged = layer.merged_weight(adapters)
@@ -165,17 +176,14 @@ def _merge_layer(
             "values that are not finite; check the adapter's blocks and its scale"
         )
     probe = _Probe(layer, adapters) if type(layer).own_forward else None
-    parameter = layer._parameters[layer.weight_name]
-    assert parameter is not None
-    original = parameter.data
-    layer.disha.merged = MergedWeight(adapters, original, parameter if shared else None)
+    slot = layer.weight_slot
+    original = originals.get((slot.module, slot.name)) or _original(slot, shared)
+    layer.disha.merged = replace(original, adapters=adapters)
     undo.callback(_unmerge_layer, layer)
-    if shared:
-        own = nn.Parameter(merged, requires_grad=parameter.requires_grad)
-        layer._parameters[layer.weight_name] = own
-    else:
-        # Swapping the data keeps the parameter object and costs one copy of the weight, not two.
-        parameter.data = merged
+    if (slot.module, slot.name) not in originals:
+        originals[slot.module, slot.name] = original
+        _open_for_merge(slot, original)
+    _write(slot, merged)
     if probe is not None and not probe.agrees():
         raise MergeError(
             f"{name} is a {type(layer).original_class.__name__} with a forward of its own, which "
@@ -184,14 +192,42 @@ def _merge_layer(
         )
 
 
+def _original(slot: WeightSlot, shared: bool) -> MergedWeight:
+    """Return what unmerging will need of a parameter that holds no merge yet."""
+    parameter = slot.parameter
+    assert parameter is not None
+    return MergedWeight(data=parameter.data, parameter=parameter if shared else None)
+
+
+def _open_for_merge(slot: WeightSlot, original: MergedWeight) -> None:
+    """Untie the layer from a shared parameter, and give the rows of several layers new data."""
+    parameter = slot.parameter
+    assert parameter is not None
+    if original.parameter is not None:
+        parameter = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+        slot.module._parameters[slot.name] = parameter
+    if slot.rows is not None:
+        parameter.data = parameter.data.clone()
+
+
+def _write(slot: WeightSlot, merged: Tensor) -> None:
+    parameter = slot.parameter
+    assert parameter is not None
+    if slot.rows is None:
+        # Swapping the data keeps the parameter object and costs one copy of the weight, not two.
+        parameter.data = merged
+    else:
+        parameter.data[slot.rows] = merged
+
+
 def _unmerge_layer(layer: AdaptedLayer) -> None:
-    merged = layer.disha.merged
+    merged, slot = layer.disha.merged, layer.weight_slot
     if merged is None:
         return
     if merged.parameter is not None:
-        layer._parameters[layer.weight_name] = merged.parameter
+        slot.module._parameters[slot.name] = merged.parameter
     elif merged.data is not None:
-        parameter = layer._parameters[layer.weight_name]
+        parameter = slot.parameter
         assert parameter is not None
         # The weight may have moved since; the original follows it.
         parameter.data = merged.data.to(device=parameter.device, dtype=parameter.dtype)

@@ -21,14 +21,15 @@ from disha.config import (
     check_adapter_name,
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
-from disha.layers import BYPASSED_CHILDREN, AdaptedLayer, layer_kind_of
-from disha.layers.adapted import CHILD_NAME, refuse_inside
+from disha.layers import AdaptedLayer
+from disha.layers.adapted import refuse_inside
+from disha.layers.attention import Projection
+from disha.survey import Survey
 from disha.tables import table
 from disha.tree import (
     ModuleNames,
     adapted_layers,
     adapter_names,
-    module_names,
     named_parameters,
     parameter_aliases,
     parameter_owners,
@@ -66,6 +67,7 @@ class PlannedLayer:
     module: nn.Module = field(repr=False, compare=False)
     kind: type[AdaptedLayer] = field(repr=False, compare=False)
     dtype: torch.dtype | None = None
+    read: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,13 +201,14 @@ def plan_adapters(
         init=init,
         also_train=as_patterns("also_train", also_train),
     )
-    names = _changeable(require_model(model), adapter)
-    selected = _select(names, _as_predicate(target_regex, names))
-    candidates, skipped = _divide(selected, names, config, target_regex)
+    survey = _changeable(require_model(model), adapter)
+    names = survey.names
+    selected = _select(survey, _as_predicate(target_regex, survey))
+    candidates, skipped = _divide(selected, survey, config, target_regex)
     _check_rank_pattern(config, [names[module] for _, module in candidates])
     sizes = [(name, module, config.rank_of(*names[module])) for name, module in candidates]
-    _check_sizes(config, sizes)
-    layers = tuple(_planned(name, module, config, r) for name, module, r in sizes)
+    _check_sizes(config, survey, sizes)
+    layers = tuple(_planned(name, module, config, r, survey) for name, module, r in sizes)
     also_trained = _match_parameters(config.also_train, names)
     return _counted_plan(names, adapter, config, freeze, layers, skipped, also_trained)
 
@@ -232,19 +235,21 @@ def plan_layers(
         ArgumentError: the name is taken, or layers or parameters are not there or of other sizes;
             one message lists all of them.
     """
-    names = _changeable(require_model(model), adapter)
+    survey = _changeable(require_model(model), adapter)
+    names = survey.names
     by_name = {name: module for module, all_names in names.items() for name in all_names}
     owners = parameter_owners(names)
-    aliases, bypassed = parameter_aliases(names), _bypassed(names)
+    aliases, without_effect = parameter_aliases(names), survey.without_effect(config.dropout)
     problems, layers, requested = [], [], set[nn.Module]()
     for request in requests:
-        problem = _unmet(request, config, by_name, bypassed)
+        problem = _unmet(request, config, survey, by_name, without_effect)
         if problem is None and by_name[request.name] in requested:
             problem = "is one module with another layer of the adapter"
         if problem is None:
             module = by_name[request.name]
             requested.add(module)
-            layers.append(_planned(names[module][0], module, config, request.r, request.dtype))
+            name = names[module][0]
+            layers.append(_planned(name, module, config, request.r, survey, request.dtype))
         else:
             problems.append(f"{request.name or '(the model)'}: {problem}")
     for full, shape in also_train.items():
@@ -265,19 +270,18 @@ def plan_layers(
 def _unmet(
     request: LayerRequest,
     config: AdapterConfig,
+    survey: Survey,
     by_name: Mapping[str, nn.Module],
-    bypassed: Mapping[nn.Module, str],
+    without_effect: Mapping[nn.Module, str],
 ) -> str | None:
     """Return why a requested layer can't be adapted as described, or None."""
     module = by_name.get(request.name)
     if module is None:
         return "the model has no such layer"
-    obstacle = _obstacle(module, config.method)
+    obstacle = survey.obstacle(module, config.method) or without_effect.get(module)
     if obstacle is not None:
         return f"can't be adapted: {obstacle}"
-    if module in bypassed:
-        return f"can't be adapted: {bypassed[module]}"
-    kind = _kind(module)
+    kind = survey.kind(module)
     if getattr(module, kind.weight_name).is_meta:
         return "its weight is on the meta device; give the model its weights first"
     geometry = kind.geometry(module)
@@ -314,12 +318,12 @@ def _unmet_parameter(
 # --- what is asked for ---------------------------------------------------------------------------
 
 
-def _changeable(model: nn.Module, adapter: str) -> ModuleNames:
-    """Return the model's names, if an adapter of that name can be added to it."""
+def _changeable(model: nn.Module, adapter: str) -> Survey:
+    """Return what the model consists of, if an adapter of that name can be added to it."""
     check_adapter_name(adapter)
     refuse_inside((layer for _, layer in adapted_layers(model)), "add an adapter")
-    names = module_names(model)
-    wrapped = wrapped_for_distribution(names)
+    survey = Survey(model)
+    wrapped = wrapped_for_distribution(survey.names)
     if wrapped is not None:
         raise TargetError(
             f"the model is wrapped by {type(wrapped).__name__} already, which would not see new "
@@ -330,13 +334,16 @@ def _changeable(model: nn.Module, adapter: str) -> ModuleNames:
             f"the model has an adapter {adapter!r} already; choose another name, or remove it "
             f"with remove_adapters(model, {adapter!r})"
         )
-    return names
+    return survey
 
 
-def _as_predicate(target: object, names: ModuleNames) -> Callable[[nn.Module], bool]:
+def _as_predicate(target: object, survey: Survey) -> Callable[[nn.Module], bool]:
+    names = survey.names
     if target == ALL_LINEAR:
         embeddings = {id(m.weight) for m in names if isinstance(m, nn.Embedding)}
-        return lambda module: _is_linear(module) and id(_weight(module)) not in embeddings
+        return lambda module: (
+            survey.is_linear(module) and id(survey.weight(module)) not in embeddings
+        )
     if isinstance(target, str):
         search = re.compile(target).search
         return lambda module: any(search(name) for name in names[module])
@@ -348,31 +355,32 @@ def _as_predicate(target: object, names: ModuleNames) -> Callable[[nn.Module], b
     )
 
 
-def _select(
-    names: ModuleNames, predicate: Callable[[nn.Module], bool]
-) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for module, (name, *_) in names.items() if predicate(module)]
+def _select(survey: Survey, predicate: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:
+    """Return the modules that are asked for; an attention module asks for its four layers."""
+    asked = [module for module in survey.names if predicate(module)]
+    wanted = {part for module in asked for part in survey.parts.get(module, (module,))}
+    return [(name, module) for module, (name, *_) in survey.names.items() if module in wanted]
 
 
 def _divide(
     selected: list[tuple[str, nn.Module]],
-    names: ModuleNames,
+    survey: Survey,
     config: AdapterConfig,
     target: Target,
 ) -> tuple[list[tuple[str, nn.Module]], tuple[SkippedModule, ...]]:
     """Divide the selected modules into those to adapt and those to skip, with reasons."""
-    bypassed = _bypassed(names)
-    used: set[str] = set()
+    excluded, used = _excluded(survey, config.exclude), set[str]()
+    no_effect = survey.without_effect(config.dropout)
     candidates, skipped, without_effect = [], [], []
     for name, module in selected:
-        excluding = [p for p in config.exclude if any(re.search(p, n) for n in names[module])]
-        used.update(excluding)
-        reason = "excluded" if excluding else _obstacle(module, config.method)
-        if reason is None and module in bypassed:
-            without_effect.append((name, bypassed[module]))
+        used_here = excluded.get(module, set())
+        used |= used_here
+        reason = "excluded" if used_here else survey.obstacle(module, config.method)
+        if reason is None and module in no_effect:
+            without_effect.append((name, no_effect[module]))
         elif reason is None:
             candidates.append((name, module))
-        elif any(p is not None for p in module._parameters.values()):
+        elif _has_parameters(module):
             skipped.append(SkippedModule(name, type(module).__name__, reason))
     _check_all_used("exclude", config.exclude, used, "no module that the target selects")
     if without_effect:
@@ -381,63 +389,39 @@ def _divide(
             f"adapters would have no effect here; leave these layers out with exclude=. {listing}"
         )
     if not candidates:
-        raise TargetError(_nothing_matched(target, names, skipped, config.method))
+        raise TargetError(_nothing_matched(target, survey, skipped, config.method))
     return candidates, tuple(skipped)
 
 
-def _kind(module: nn.Module) -> type[AdaptedLayer]:
-    kind = layer_kind_of(module)
-    assert kind is not None
-    return kind
+def _has_parameters(module: nn.Module) -> bool:
+    own = any(parameter is not None for parameter in module._parameters.values())
+    return own or isinstance(module, Projection)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    kind = layer_kind_of(module)
-    return kind is not None and kind.linear
+def _excluded(survey: Survey, patterns: tuple[str, ...]) -> dict[nn.Module, set[str]]:
+    """Return each excluded module -> the patterns that exclude it.
 
-
-def _weight(module: nn.Module) -> object:
-    return getattr(module, _kind(module).weight_name, None)
-
-
-def _obstacle(module: nn.Module, method: str) -> str | None:
-    kind = layer_kind_of(module)
-    if kind is None:
-        return f"no layer kind adapts {type(module).__name__}"
-    if hasattr(module, CHILD_NAME) and not isinstance(module, AdaptedLayer):
-        return f"it has an attribute {CHILD_NAME!r} of its own, where the adapters would be"
-    return kind.obstacle(module, method)
-
-
-def _bypassed(names: ModuleNames) -> dict[nn.Module, str]:
-    """Return the modules whose class's forward never runs -> why."""
-    found: dict[nn.Module, str] = {}
-    for owner in names:
-        if "forward" in owner.__dict__:
-            found[owner] = (
-                "a forward of its own is set on the instance, as device hooks do; remove the hook "
-                "(accelerate.hooks.remove_hook_from_module), inject, then set it again"
-            )
-        for cls, children in BYPASSED_CHILDREN.items():
-            if isinstance(owner, cls):
-                for child in children:
-                    module = owner._modules.get(child)
-                    if module is not None:
-                        found[module] = (
-                            f"{type(owner).__name__} reads its weight without calling it"
-                        )
-    return found
+    A pattern that matches an attention module excludes its four layers.
+    """
+    excluded: dict[nn.Module, set[str]] = {}
+    for module, names in survey.names.items():
+        hits = {p for p in patterns if any(re.search(p, name) for name in names)}
+        for part in (module, *survey.parts.get(module, ())) if hits else ():
+            excluded.setdefault(part, set()).update(hits)
+    return excluded
 
 
 def _nothing_matched(
-    target: Target, names: ModuleNames, skipped: list[SkippedModule], method: str
+    target: Target, survey: Survey, skipped: list[SkippedModule], method: str
 ) -> str:
     asked = repr(target) if isinstance(target, str) else "the predicate"
     if skipped:
         shown = "; ".join(f"{s.name} ({s.type_name}): {s.reason}" for s in skipped[:5])
         more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         return f"{asked} selects only modules that can't be adapted: {shown}{more}"
-    adaptable = [name for module, (name, *_) in names.items() if not _obstacle(module, method)]
+    adaptable = [
+        name for module, (name, *_) in survey.names.items() if not survey.obstacle(module, method)
+    ]
     if not adaptable:
         return f"{asked} selects nothing: the model has no layer that can be adapted"
     nearest = _nearest(target if isinstance(target, str) else "", adaptable)
@@ -464,9 +448,10 @@ def _planned(
     module: nn.Module,
     config: AdapterConfig,
     r: int,
+    survey: Survey,
     dtype: torch.dtype | None = None,
 ) -> PlannedLayer:
-    kind = _kind(module)
+    kind = survey.kind(module)
     geometry = kind.geometry(module)
     shape = kind.block_shape(module, config.method, r, config.r_out)
     return PlannedLayer(
@@ -481,6 +466,7 @@ def _planned(
         module=module,
         kind=kind,
         dtype=dtype,
+        read=module in survey.read,
     )
 
 
@@ -504,11 +490,13 @@ def _check_rank_pattern(config: AdapterConfig, targets: list[tuple[str, ...]]) -
     _check_all_used("rank_pattern", config.rank_pattern, used, "none of the targets")
 
 
-def _check_sizes(config: AdapterConfig, sizes: list[tuple[str, nn.Module, int]]) -> None:
+def _check_sizes(
+    config: AdapterConfig, survey: Survey, sizes: list[tuple[str, nn.Module, int]]
+) -> None:
     """Raise one error that lists every layer that r or r_out does not fit."""
     misfits = []
     for name, module, r in sizes:
-        kind = _kind(module)
+        kind = survey.kind(module)
         misfit = kind.misfit(kind.geometry(module), r, config.r_out)
         if misfit is not None:
             misfits.append(f"{name or '(the model)'}: {misfit}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from disha import freezing
 from disha.errors import AdapterStateError, ArgumentTypeError
-from disha.layers.adapted import AdaptedLayer, refuse_merged
+from disha.layers.adapted import refuse_merged
 from disha.tree import adapted_layers, join, module_names, require_adapter
 
 __all__ = [
@@ -109,11 +109,17 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     for name, layer in require_adapter(model, adapter):
         block = layer.disha[adapter]
         tensors[join(name, block.parameter_name)] = block.block
+    users = {
+        (layer.weight_slot.module, layer.weight_slot.name): layer
+        for _, layer in adapted_layers(model)
+        if layer.disha.merged is not None
+    }
     for module, (name, *_) in module_names(model).items():
         for own_name in freezing.claimed(module, adapter):
             parameter = module._parameters[own_name]
-            if isinstance(module, AdaptedLayer) and own_name == module.weight_name:
-                refuse_merged([module], f"take {join(name, own_name)} as the adapter's own")
+            if (module, own_name) in users:
+                layer = users[module, own_name]
+                refuse_merged([layer], f"take {join(name, own_name)} as the adapter's own")
             if parameter is not None:
                 tensors[join(name, own_name)] = parameter
     return tensors

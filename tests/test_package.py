@@ -17,6 +17,7 @@ LAYERS = [
     {"functional", "config", "freezing", "tables", "fingerprint"},
     {"layers"},
     {"tree"},
+    {"survey"},
     {"plan", "control", "merge", "state", "summary"},
     {"inject"},
     {"files"},

@@ -7,12 +7,13 @@ next multiple and cropped afterwards. A runtime scale s multiplies the update dW
 differentiable by autograd and knows no module.
 
 One file per layer kind, `linear` (Bone, tile and BAT), `conv` and `embedding`; `shards` holds what
-they share.
+they share. `attention` is what stands between the projections of `nn.MultiheadAttention`.
 
 Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
 and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").
 """
 
+from disha.functional.attention import additive_mask, attention
 from disha.functional.conv import (
     channel_shard_sum,
     conv_delta_weight,
@@ -33,6 +34,8 @@ from disha.functional.linear import (
 from disha.functional.shards import merged_weight, shard_count, shard_sum, without_autocast
 
 __all__ = [
+    "additive_mask",
+    "attention",
     "bat_delta_weight",
     "bat_forward",
     "bat_unmerge",

@@ -10,7 +10,6 @@ from disha.layers.linear import (
     BoneLinear,
 )
 from disha.layers.registry import (
-    BYPASSED_CHILDREN,
     LAYER_KINDS,
     layer_kind_of,
     register_layer_kind,
@@ -18,7 +17,6 @@ from disha.layers.registry import (
 
 __all__ = [
     "BLOCKS",
-    "BYPASSED_CHILDREN",
     "LAYER_KINDS",
     "AdaptedEmbedding",
     "AdaptedLayer",

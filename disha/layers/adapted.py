@@ -1,11 +1,10 @@
-"""AdaptedLayer: what every adapted module has in common, and the change of class that makes one.
+"""AdaptedLayer: what every adapted layer has in common.
 
-Adapting keeps the module. The very same object moves to a subclass of its own class, so that
-hooks, other references, `isinstance` checks, parameter objects and state-dict keys stay as they
-were. For a base class that disha knows (`nn.Linear`) the subclass is one of ours. For a class
-derived from it, a subclass is made on the fly, with ours behind the user's: the user's forward
-runs and, by `super().forward`, reaches ours. Where it does not get there (bitsandbytes calls its
-own kernels), the update is added to what it returns.
+An adapted layer is a module moved to a subclass of its own class (`disha.layers.classes`). In a
+class that derives from a known one, the user's forward runs and, by `super().forward`, reaches
+ours. Where it does not get there (bitsandbytes calls its own kernels), the update is added to what
+it returns. Where the layer's owner never calls it but reads its weight, what it reads is the weight
+with the updates in it.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from disha import functional
 from disha.config import BLOCK_DTYPES, AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError, ModeError
 from disha.layers.blocks import BLOCKS, Block
+from disha.layers.classes import Moved, move, move_back
 from disha.layers.routing import Route
 
 __all__ = [
@@ -32,9 +32,10 @@ __all__ = [
     "Adapters",
     "Geometry",
     "MergedWeight",
+    "ReadLayer",
+    "WeightSlot",
     "adapt",
     "attach",
-    "refuse_changed_class",
     "refuse_inside",
     "refuse_merged",
     "restore",
@@ -56,14 +57,32 @@ class Geometry:
 class MergedWeight:
     """What unmerging needs: the adapters that were merged, and the original weight.
 
-    `parameter` is None where the merge changed the values of the layer's own parameter, whose
-    former data is `data`; it is the former parameter where the layer was untied from it. A layer
-    that has none of the merged adapters falls silent with the others: no adapters, no data.
+    `data` is the former data of the parameter that holds the weight, `parameter` the former
+    parameter itself where the layer was untied from it, else None. A layer that has none of the
+    merged adapters falls silent with the others: no adapters, no data.
     """
 
     adapters: tuple[str, ...] = ()
     data: Tensor | None = None
     parameter: nn.Parameter | None = None
+
+
+@dataclass(frozen=True)
+class WeightSlot:
+    """Where a layer's weight is kept: a parameter of a module, or some rows of one."""
+
+    module: nn.Module
+    name: str
+    rows: slice | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter, or None where the weight is computed from others (a parametrization)."""
+        return self.module._parameters.get(self.name)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return the layer's part of the parameter, or of a tensor in place of it."""
+        return whole if self.rows is None else whole[self.rows]
 
 
 class Adapters(nn.Module):
@@ -145,7 +164,7 @@ class Adapters(nn.Module):
         )
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(Moved):
     """Base of all adapted layers; a layer kind derives from it and declares what is its own.
 
     What a kind must have: `geometry`, `block_shape`, `delta_weight` and `delta_output`. What it may
@@ -160,8 +179,6 @@ class AdaptedLayer(nn.Module):
         See `register_layer_kind`.
     """
 
-    base_class: ClassVar[type[nn.Module] | None] = None
-    original_class: ClassVar[type[nn.Module]]
     layer_kind: ClassVar[type[AdaptedLayer]]
     own_forward: ClassVar[bool] = False
     input_name: ClassVar[str] = ""
@@ -273,13 +290,33 @@ class AdaptedLayer(nn.Module):
         dtype = dtype or config.dtype or own
         return BLOCKS[config.method](shape, config=config, r=r, device=weight.device, dtype=dtype)
 
+    @classmethod
+    def facts(cls, original: type[nn.Module], front: type[Moved] | None) -> dict[str, Any]:
+        """Return class attributes for a class that is made of `original` and this kind."""
+        base = cls.base_class
+        facts = {
+            "own_forward": base is not None and original.forward is not base.forward,
+            "input_name": _first_parameter(original.forward),
+        }
+        if front is ReadLayer:
+            facts[cls.weight_name] = property(ReadLayer.effective_weight)
+        return facts
+
+    @property
+    def weight_slot(self) -> WeightSlot:
+        """Where the weight is kept."""
+        return WeightSlot(self, self.weight_name)
+
     @property
     def base_weight(self) -> Tensor:
         """The original weight, also while merged."""
-        merged = self.disha.merged
+        slot, merged = self.weight_slot, self.disha.merged
         if merged is not None and merged.data is not None:
-            return merged.data
-        weight: Tensor = getattr(self, self.weight_name)
+            return slot.of(merged.data)
+        parameter = slot.parameter
+        weight: Tensor = (
+            getattr(self, self.weight_name) if parameter is None else slot.of(parameter)
+        )
         return weight
 
     def merged_weight(self, adapters: Iterable[str]) -> Tensor:
@@ -309,53 +346,6 @@ class AdaptedLayer(nn.Module):
         elif not self.disha.enabled:
             state += ", disabled"
         return ", ".join(filter(None, (super().extra_repr(), state)))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        cls = type(self)
-        if not _made_on_the_fly(cls):
-            return reduced
-        return (_new_instance, (cls.original_class, cls.layer_kind), *reduced[2:])
-
-
-def _made_on_the_fly(cls: type[AdaptedLayer]) -> bool:
-    return cls.__dict__.get("made_on_the_fly", False) is True
-
-
-def _new_instance(original: type[nn.Module], kind: type[AdaptedLayer]) -> nn.Module:
-    cls = adapted_class(original, kind)
-    return cls.__new__(cls)
-
-
-_CLASSES: dict[tuple[type[nn.Module], type[AdaptedLayer]], type[AdaptedLayer]] = {}
-
-
-def adapted_class(original: type[nn.Module], kind: type[AdaptedLayer]) -> type[AdaptedLayer]:
-    """Return the class that an `original` moves to when `kind` adapts it; one per pair."""
-    if original is kind.base_class:
-        return kind
-    if (original, kind) not in _CLASSES:
-        _CLASSES[original, kind] = _make_class(original, kind)
-    return _CLASSES[original, kind]
-
-
-def _make_class(original: type[nn.Module], kind: type[AdaptedLayer]) -> type[AdaptedLayer]:
-    base = kind.base_class
-    own_forward = base is not None and original.forward is not base.forward
-    if base is None:
-        bases: tuple[type, ...] = (_Around, kind, original)
-    else:
-        bases = (_Around, original, kind) if own_forward else (original, kind)
-    namespace = {
-        "__module__": kind.__module__,
-        "__doc__": f"{original.__qualname__}, adapted by disha.",
-        "made_on_the_fly": True,
-        "original_class": original,
-        "layer_kind": kind,
-        "own_forward": own_forward,
-        "input_name": _first_parameter(original.forward),
-    }
-    return type(f"Adapted{original.__name__}", bases, namespace)
 
 
 def _first_parameter(forward: Callable[..., Any]) -> str:
@@ -397,6 +387,44 @@ class _Around(AdaptedLayer):
         return self.updated(output, missed, input)
 
 
+class ReadLayer(AdaptedLayer):
+    """In front of a layer whose owner reads its weight, now or at times, instead of calling it.
+
+    Reading gives W + sum of s dW, and so calling runs the class's own forward with that.
+    """
+
+    kind_goes_first = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the original class: it reads the weight with the updates in it."""
+        return self.original_class.forward(self, *args, **kwargs)
+
+    def effective_weight(self) -> Tensor:
+        """Return W + sum of s dW of the acting adapters, with its graph.
+
+        Raises:
+            ModeError: samples are routed, and there is one weight for all of them.
+        """
+        weight = self._parameters[self.weight_name]
+        assert weight is not None
+        adapters = self.disha
+        if adapters.route is not None and adapters.enabled:
+            raise ModeError(
+                f"a {self.original_class.__name__} can't run each sample with an adapter of its "
+                "own: the module around it reads its weight, one for the whole batch, instead of "
+                "calling it; use one adapter at a time, or exclude the layer"
+            )
+        acting = adapters.acting()
+        if not acting:
+            return weight
+        try:
+            deltas = [(self.delta_weight(block), block.current_scale()) for block in acting]
+            return functional.merged_weight(weight, deltas)
+        except AttributeError as error:
+            # nn.Module would answer with the plain parameter: an adapter without effect.
+            raise RuntimeError(f"the update of the weight failed: {error}") from error
+
+
 _GRAPH = 0
 
 
@@ -405,22 +433,28 @@ def _caller() -> int:
     return _GRAPH if torch.compiler.is_compiling() else threading.get_ident()
 
 
-def adapt(module: nn.Module, kind: type[AdaptedLayer]) -> AdaptedLayer:
+def adapt(module: nn.Module, kind: type[AdaptedLayer], *, read: bool = False) -> AdaptedLayer:
     """Move `module` to its adapted class, without any adapter yet. Undone by `restore`.
+
+    Args:
+        module: the module.
+        kind: the kind of layer that it is.
+        read: whether its owner reads its weight instead of calling it.
 
     Raises:
         ArgumentError: the module's class does not allow it.
     """
-    try:
-        module.__class__ = adapted_class(type(module), kind)
-    except TypeError as error:
-        raise ArgumentError(
-            f"{type(module).__name__} can't be adapted: Python does not let its class change "
-            f"({error}); leave it out with exclude="
-        ) from error
-    assert isinstance(module, AdaptedLayer)
-    attach(module)
-    return module
+    layer = move(module, kind, _front(type(module), kind, read))
+    attach(layer)
+    return layer
+
+
+def _front(original: type[nn.Module], kind: type[AdaptedLayer], read: bool) -> type[Moved] | None:
+    """Return what must stand before a kind and a module's class for updates to take effect."""
+    if read:
+        return ReadLayer
+    known = kind.base_class is not None and original.forward is kind.base_class.forward
+    return None if known else _Around
 
 
 def attach(layer: AdaptedLayer) -> None:
@@ -431,25 +465,10 @@ def attach(layer: AdaptedLayer) -> None:
     layer._modules[CHILD_NAME] = adapters
 
 
-def refuse_changed_class(layer: AdaptedLayer, name: str) -> None:
-    """Raise if something derived another class from the layer's adapted class.
-
-    Raises:
-        ArgumentError: giving back the original class would undo that change too.
-    """
-    if "original_class" not in type(layer).__dict__:
-        raise ArgumentError(
-            f"{name or 'the model'} has become a {type(layer).__name__} since it was adapted (by a "
-            "parametrization or a wrapper, say), so its original class can't be given back; undo "
-            "that change first (torch.nn.utils.parametrize.remove_parametrizations)"
-        )
-
-
 def restore(layer: AdaptedLayer) -> None:
     """Give the module its original class back; its adapters are gone."""
-    original = type(layer).original_class
     del layer._modules[CHILD_NAME]
-    layer.__class__ = original  # type: ignore[assignment]
+    move_back(layer)
 
 
 def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:

@@ -1,4 +1,4 @@
-"""Which layer kind adapts which class, and which modules never get called."""
+"""Which layer kind adapts which class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from disha.layers.conv import CONV_KINDS
 from disha.layers.embedding import AdaptedEmbedding
 from disha.layers.linear import AdaptedLinear, AdaptedTransposedLinear
 
-__all__ = ["BYPASSED_CHILDREN", "LAYER_KINDS", "layer_kind_of", "register_layer_kind"]
+__all__ = ["LAYER_KINDS", "layer_kind_of", "register_layer_kind"]
 
 _KINDS: tuple[type[AdaptedLayer], ...] = (AdaptedLinear, AdaptedEmbedding, *CONV_KINDS)
 
@@ -22,13 +22,6 @@ FOREIGN_KINDS: dict[tuple[str, str], type[AdaptedLayer]] = {
     ("transformers.pytorch_utils", "Conv1D"): AdaptedTransposedLinear,
 }
 """Classes from elsewhere, by module and name, so that they need not be imported here."""
-
-BYPASSED_CHILDREN: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.MultiheadAttention: ("out_proj",),
-    nn.TransformerEncoderLayer: ("linear1", "linear2"),
-}
-"""Children whose weight the owner reads, always or on its fused path, without calling them: an
-adapter there would have no effect."""
 
 REQUIRED = ("geometry", "block_shape", "delta_weight", "delta_output")
 

@@ -1,0 +1,131 @@
+"""Which children a module's forward reads the weight of, found in its source.
+
+A forward may hand `self.qkv.weight` to a function instead of calling `self.qkv` (Swin in
+torchvision, BEiT in timm, some state-space models). An adapter that acts when its layer is called
+would do nothing there, without a word. What is found: every `self.<path>.weight` in `forward` and
+in the methods it reaches through `self`, except where only the weight's dtype, device or shape is
+asked for. What can't be found: a layer that is put into another variable first.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+__all__ = ["Reads", "weight_reads"]
+
+Reads = frozenset[tuple[str, str]]
+"""Pairs of a child's path and the name of the attribute of it that is read."""
+
+_FACTS_ONLY = frozenset(
+    {"device", "dim", "dtype", "element_size", "is_cuda", "is_meta", "ndim", "numel"}
+    | {"requires_grad", "requires_grad_", "shape", "size", "grad"}
+)
+_ASKS_ONLY = frozenset({"getattr", "hasattr", "id", "isinstance", "len", "type"})
+
+_CACHE: WeakKeyDictionary[type[nn.Module], Reads] = WeakKeyDictionary()
+
+
+def weight_reads(cls: type[nn.Module]) -> Reads:
+    """Return the (path of a child, attribute) that a class's forward reads the values of.
+
+    Args:
+        cls: a class of modules; nothing is found where its source can't be had.
+
+    Example:
+        >>> from torch import nn
+        >>> from disha.layers.readers import weight_reads
+        >>> weight_reads(nn.Linear)  # reads its own weight, and has no children
+        frozenset()
+    """
+    if cls not in _CACHE:
+        _CACHE[cls] = frozenset(_reads(_methods(cls)))
+    return _CACHE[cls]
+
+
+_Method = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _methods(cls: type[nn.Module]) -> dict[str, _Method]:
+    """Return the methods that instances have, by name, without those of torch.nn."""
+    methods: dict[str, _Method] = {}
+    for owner in reversed(cls.__mro__):
+        if owner.__module__.partition(".")[0] in ("builtins", "disha") or _is_torchs(owner):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        except (OSError, TypeError, SyntaxError):  # typed in, compiled, or made on the fly
+            continue
+        body = tree.body[0]
+        if isinstance(body, ast.ClassDef):
+            methods |= {one.name: one for one in body.body if isinstance(one, _Method)}
+    return methods
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls.__module__.startswith("torch.nn.")
+
+
+def _reads(methods: dict[str, _Method]) -> Iterator[tuple[str, str]]:
+    reached, waiting = set[str](), ["forward"]
+    while waiting:
+        name = waiting.pop()
+        if name in reached or name not in methods:
+            continue
+        reached.add(name)
+        for path, parent in _paths_from_self(methods[name]):
+            waiting.append(path[0])
+            if len(path) > 1 and not _asks_for_facts(parent):
+                yield ".".join(path[:-1]), path[-1]
+
+
+def _paths_from_self(method: _Method) -> Iterator[tuple[tuple[str, ...], ast.AST]]:
+    """Return every longest `self.a.b.c` that is read in a method, with what it is a part of.
+
+    An attribute that says something of a tensor, as in `self.a.weight.dtype`, ends the path: it is
+    what the path is a part of.
+    """
+    if not method.args.args:
+        return
+    me = method.args.args[0].arg
+    parents = {
+        child: parent for parent in ast.walk(method) for child in ast.iter_child_nodes(parent)
+    }
+    for node in ast.walk(method):
+        if not (isinstance(node, ast.Name) and node.id == me):
+            continue
+        path: list[str] = []
+        here: ast.AST = node
+        while True:
+            parent = parents[here]
+            if not isinstance(parent, ast.Attribute) or not isinstance(parent.ctx, ast.Load):
+                break
+            if len(path) > 1 and parent.attr in _FACTS_ONLY:
+                break
+            path.append(parent.attr)
+            here = parent
+        if path:
+            yield from _readings(tuple(path), parents[here])
+
+
+def _readings(path: tuple[str, ...], parent: ast.AST) -> Iterator[tuple[tuple[str, ...], ast.AST]]:
+    """Return a path and, where it goes on into a tensor (`weight.T`), its shorter beginnings."""
+    yield path, parent
+    for end in range(2, len(path)):
+        yield path[:end], ast.Pass()
+
+
+def _asks_for_facts(parent: ast.AST) -> bool:
+    """Whether what is around a path reads no values of the tensor at its end."""
+    if isinstance(parent, ast.Attribute):
+        return parent.attr in _FACTS_ONLY
+    if isinstance(parent, ast.Compare):
+        return all(isinstance(op, ast.Is | ast.IsNot) for op in parent.ops)
+    if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
+        return parent.func.id in _ASKS_ONLY
+    return False

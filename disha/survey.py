@@ -1,0 +1,130 @@
+"""What of a model can be adapted, under which names, and how. Changes nothing."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from disha.layers import AdaptedLayer, layer_kind_of
+from disha.layers.adapted import CHILD_NAME, ReadLayer
+from disha.layers.attention import (
+    AdaptedMultiheadAttention,
+    Projection,
+    parts_of_attention,
+)
+from disha.layers.readers import weight_reads
+from disha.tree import ModuleNames, join, module_names
+
+__all__ = ["Survey"]
+
+
+class Survey:
+    """The modules of a model, with the projections that its attention modules would get.
+
+    Attributes:
+        names: every module with its clean names, projections included.
+        parts: every `nn.MultiheadAttention` that can be adapted -> its four layers.
+        read: the modules whose weight another module reads, now or at times, instead of calling
+            them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: ModuleNames = {}
+        self.parts: dict[nn.Module, tuple[nn.Module, ...]] = {}
+        self._stubborn: dict[nn.Module, str] = {}
+        for module, names in module_names(model).items():
+            self.names[module] = names
+            if isinstance(module, nn.MultiheadAttention):
+                self._add_attention(module, names)
+        self.read = {child for module in self.names for child in _read_children(module)}
+
+    def _add_attention(self, module: nn.MultiheadAttention, names: tuple[str, ...]) -> None:
+        forwards = (nn.MultiheadAttention.forward, AdaptedMultiheadAttention.forward)
+        if type(module).forward not in forwards:
+            self._stubborn[module] = (
+                f"{type(module).__name__} has a forward of its own, so that its projections can't "
+                "be made layers"
+            )
+            return
+        parts = parts_of_attention(module)
+        self.parts[module] = tuple(parts.values())
+        for name, part in parts.items():
+            if isinstance(part, Projection):
+                self.names[part] = tuple(join(above, name) for above in names)
+
+    def kind(self, module: nn.Module) -> type[AdaptedLayer]:
+        """Return the layer kind that adapts a module which has no obstacle."""
+        kind = layer_kind_of(module)
+        assert kind is not None
+        return kind
+
+    def is_linear(self, module: nn.Module) -> bool:
+        """Whether the module is a linear layer of any kind."""
+        kind = layer_kind_of(module)
+        return kind is not None and kind.linear
+
+    def weight(self, module: nn.Module) -> object:
+        """Return the weight of a module which some kind adapts, or None."""
+        return getattr(module, self.kind(module).weight_name, None)
+
+    def obstacle(self, module: nn.Module, method: str) -> str | None:
+        """Return why `method` can't adapt a module, or None if it can."""
+        if module in self._stubborn:
+            return self._stubborn[module]
+        kind = layer_kind_of(module)
+        if kind is None:
+            return f"no layer kind adapts {type(module).__name__}"
+        if hasattr(module, CHILD_NAME) and not isinstance(module, AdaptedLayer):
+            return f"it has an attribute {CHILD_NAME!r} of its own, where the adapters would be"
+        return kind.obstacle(module, method)
+
+    def without_effect(self, dropout: float) -> dict[nn.Module, str]:
+        """Return the modules where an adapter would not act, or not as asked -> why.
+
+        Args:
+            dropout: the adapter's.
+        """
+        found: dict[nn.Module, str] = {}
+        for owner in self.names:
+            if "forward" in owner.__dict__:
+                found[owner] = (
+                    "a forward of its own is set on the instance, as device hooks do; remove the "
+                    "hook (accelerate.hooks.remove_hook_from_module), inject, then set it again"
+                )
+            if owner in self._stubborn:
+                out = owner._modules.get("out_proj")
+                if out is not None:
+                    found[out] = f"{self._stubborn[owner]}, nor is out_proj called by torch's"
+        for module in self.read:
+            found.update(self._unread(module, dropout))
+        return found
+
+    def _unread(self, module: nn.Module, dropout: float) -> dict[nn.Module, str]:
+        adapted_before = isinstance(module, AdaptedLayer) and not isinstance(module, ReadLayer)
+        why = None
+        if module._parameters.get(self._weight_name(module)) is None:
+            why = "its weight, which is computed from other parameters"
+        elif adapted_before:
+            why = "its weight, and it was adapted on its own before; remove that adapter first"
+        elif dropout:
+            why = "its weight, so that dropout of the adapter's input can't act; use dropout=0"
+        if why is None:
+            return {}
+        return {module: f"the module around it does not call it but reads {why}"}
+
+    @staticmethod
+    def _weight_name(module: nn.Module) -> str:
+        kind = layer_kind_of(module)
+        return kind.weight_name if kind is not None else "weight"
+
+
+def _read_children(owner: nn.Module) -> list[nn.Module]:
+    """Return the adaptable modules below `owner` whose weight its forward reads."""
+    found = []
+    for path, attribute in weight_reads(type(owner)):
+        child: nn.Module | None = owner
+        for name in path.split("."):
+            child = None if child is None else child._modules.get(name)
+        kind = None if child is None else layer_kind_of(child)
+        if child is not None and kind is not None and kind.weight_name == attribute:
+            found.append(child)
+    return found

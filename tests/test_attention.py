@@ -1,0 +1,760 @@
+"""nn.MultiheadAttention and the modules with fused paths around it, held against plain torch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import disha
+from disha import ArgumentError, MergeError, TargetError
+from disha.layers import AdaptedLayer
+from disha.layers.attention import Projection
+from tests import reference
+from tests.conftest import assert_unchanged, perturb, snapshot
+
+WIDTH, HEADS = 6, 2
+
+FORMS = {
+    "packed": {},
+    "packed, batch first": {"batch_first": True},
+    "no bias": {"bias": False, "batch_first": True},
+    "kdim, vdim": {"kdim": 5, "vdim": 4},
+    "kdim, vdim, batch first": {"kdim": 5, "vdim": 4, "batch_first": True},
+    "bias_kv": {"add_bias_kv": True},
+    "zero_attn": {"add_zero_attn": True, "batch_first": True},
+    "bias_kv, zero_attn": {"add_bias_kv": True, "add_zero_attn": True},
+}
+METHODS = ("bone", "tile", "bat")
+
+
+def attention(form="packed", dtype=torch.float64):
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(WIDTH, HEADS, **FORMS[form])
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "bias" in name:  # torch starts most of them at zero
+                parameter.normal_()
+    return module.to(dtype)
+
+
+def inject(model, target, method="bone", r=2, **options):
+    kind, r_out = ("bone", 3) if method == "tile" else (method, None)
+    return disha.inject_adapters(model, target, r, method=kind, r_out=r_out, **options)
+
+
+def inputs(module, samples=3, length=4, source=5, dtype=torch.float64):
+    """Return query, key and value as the module wants them laid out."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = (
+        (length, samples, module.embed_dim),
+        (source, samples, module.kdim),
+        (source, samples, module.vdim),
+    )
+    sequences = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return [x.transpose(0, 1).to(dtype) if module.batch_first else x.to(dtype) for x in sequences]
+
+
+def parameter_of(module, name):
+    """Return the weight of a projection as a view into the parameter that plain torch reads."""
+    if name == "out_proj":
+        return module.out_proj.weight
+    if module.in_proj_weight is None:
+        return getattr(module, f"{name}_weight")
+    return module.in_proj_weight.chunk(3)["qkv".index(name[0])]
+
+
+def dense(adapted, plain, scale=1.0):
+    """Add to a plain module, by the oracle, what the blocks of the adapted one say."""
+    with torch.no_grad():
+        for name, block in blocks_of(adapted).items():
+            weight = parameter_of(plain, name)
+            if block.dim() == 2 and block.shape[1] != weight.shape[0]:
+                delta = reference.bone_delta_weight(block, weight.shape[1], weight.shape[0])
+            else:
+                delta = reference.delta_weight(weight.detach(), block)
+            weight.add_(delta * scale)
+    return plain
+
+
+def blocks_of(module):
+    return {
+        name: child.disha["default"].block.detach()
+        for name, child in module.named_children()
+        if isinstance(child, AdaptedLayer)
+    }
+
+
+def close(actual, expected, tolerance=1e-10):
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    limit = tolerance * max(1.0, float(expected.detach().abs().max()))
+    assert (actual - expected).detach().abs().max() <= limit
+
+
+MASKS = {
+    "none": lambda n, length, source: {},
+    "bool": lambda n, length, source: {"attn_mask": causal(length, source)},
+    "float": lambda n, length, source: {"attn_mask": floating(causal(length, source))},
+    "per head": lambda n, length, source: {
+        "attn_mask": floating(causal(length, source)).repeat(n * HEADS, 1, 1)
+    },
+    "padding": lambda n, length, source: {"key_padding_mask": padding(n, source)},
+    "both": lambda n, length, source: {
+        "attn_mask": causal(length, source),
+        "key_padding_mask": padding(n, source),
+    },
+}
+
+
+def causal(length, source):
+    return torch.ones(length, source, dtype=torch.bool).triu(1)
+
+
+def floating(mask):
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, -torch.inf)
+
+
+def padding(samples, source):
+    lengths = torch.arange(samples).remainder(3) + source - 2
+    return torch.arange(source) >= lengths.unsqueeze(1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", FORMS)
+class TestForward:
+    def test_injection_is_the_identity_bit_for_bit_where_torch_takes_the_same_path(
+        self, form, method
+    ):
+        plain, module = attention(form), inject(attention(form), "^$", method)
+        q, k, v = inputs(plain)
+        arguments = [(q, k, v)] if plain.kdim != WIDTH else [(q, k, v), (q, q, q), (q, k, k)]
+        for tensors in arguments:
+            expected, weights = plain(*tensors)
+            output, found = module(*tensors)
+            if method == "bat" or tensors[0] is not tensors[1]:
+                close(output, expected)
+                close(found, weights)
+            else:
+                assert torch.equal(output, expected)
+                assert torch.equal(found, weights)
+
+    @pytest.mark.parametrize("masks", MASKS)
+    def test_output_is_that_of_the_dense_merged_weights(self, form, method, masks):
+        module = inject(attention(form), "^$", method, scale=0.5)
+        perturb(module)
+        assert set(blocks_of(module)) == {"q_proj", "k_proj", "v_proj", "out_proj"}
+        plain = dense(module, attention(form), scale=0.5)
+        for need_weights in (True, False):
+            for training in (True, False):
+                q, k, v = inputs(plain)
+                options = MASKS[masks](3, 4, 5) | {"need_weights": need_weights}
+                expected, weights = plain.train(training)(q, k, v, **options)
+                output, found = module.train(training)(q, k, v, **options)
+                close(output, expected)
+                assert (found is None) == (weights is None) == (not need_weights)
+                if need_weights:
+                    close(found, weights)
+
+    def test_gradients_are_those_of_the_dense_merged_weights(self, form, method):
+        module = inject(attention(form), "^$", method)
+        perturb(module)
+        plain = attention(form)
+        q, k, v = (x.requires_grad_() for x in inputs(plain))
+        blocks = {n: b.clone().requires_grad_() for n, b in blocks_of(module).items()}
+        state = dict(plain.named_parameters())
+        deltas = {}
+        for name, block in blocks.items():
+            weight = parameter_of(plain, name).detach()
+            is_bat = block.dim() == 3
+            deltas[name] = (
+                reference.bat_delta_weight(weight, block)
+                if is_bat
+                else reference.bone_delta_weight(block, weight.shape[1], weight.shape[0])
+            )
+        if plain.in_proj_weight is None:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                state[f"{name}_weight"] = state[f"{name}_weight"] + deltas[name]
+        else:
+            packed = torch.cat([deltas[name] for name in ("q_proj", "k_proj", "v_proj")])
+            state["in_proj_weight"] = state["in_proj_weight"] + packed
+        state["out_proj.weight"] = state["out_proj.weight"] + deltas["out_proj"]
+        weights = torch.randn_like(module(q, k, v)[0])
+        expected = torch.autograd.grad(
+            (torch.func.functional_call(plain, state, (q, k, v))[0] * weights).sum(),
+            [*blocks.values(), q, k, v],
+        )
+        own = [module.get_submodule(name).disha["default"].block for name in blocks]
+        found = torch.autograd.grad((module(q, k, v)[0] * weights).sum(), [*own, q, k, v])
+        for one, other in zip(found, expected, strict=True):
+            close(one, other)
+
+    def test_merged_is_unmerged_and_comes_back_bit_for_bit(self, form, method):
+        module = inject(attention(form), "^$", method)
+        perturb(module)
+        tensors = inputs(module)
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        pointers = {name: p.data_ptr() for name, p in module.named_parameters()}
+        expected = module(*tensors)[0]
+        for _ in range(100):
+            disha.merge_adapters(module)
+            merged = module(*tensors)[0]
+            disha.unmerge_adapters(module)
+        close(merged, expected)
+        plain = attention(form)
+        assert not torch.allclose(merged, plain(*tensors)[0])
+        assert before.keys() == module.state_dict().keys()
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, before[key]), key
+        assert pointers == {name: p.data_ptr() for name, p in module.named_parameters()}
+
+    def test_state_dict_while_merged_is_the_plain_module_with_the_update(self, form, method):
+        module = inject(attention(form), "^$", method)
+        perturb(module)
+        disha.merge_adapters(module)
+        plain = dense(module, attention(form))
+        for key, value in plain.state_dict().items():
+            close(module.state_dict()[key], value)
+
+    def test_file_round_trip_gives_equal_outputs(self, form, method, tmp_path):
+        module = inject(attention(form), "^$", method)
+        perturb(module)
+        disha.save_adapter(module, tmp_path / "a")
+        names = {layer.name for layer in disha.inspect_adapter(tmp_path / "a").layers}
+        assert names == {"q_proj", "k_proj", "v_proj", "out_proj"}
+        fresh = attention(form)
+        disha.load_adapter(fresh, tmp_path / "a")
+        tensors = inputs(module)
+        assert torch.equal(fresh(*tensors)[0], module(*tensors)[0])
+
+    def test_removal_restores(self, form, method):
+        module = attention(form)
+        before = snapshot(module)
+        inject(module, "^$", method)
+        disha.remove_adapters(module)
+        assert_unchanged(module, before)
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_compute_the_same_and_are_apart(self, form, method, clone):
+        module = inject(attention(form), "^$", method)
+        perturb(module)
+        tensors = inputs(module)
+        expected = module(*tensors)[0]
+        copied = clone(module)
+        assert torch.equal(copied(*tensors)[0], expected)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+        assert torch.equal(module(*tensors)[0], expected)
+        assert not torch.equal(copied(*tensors)[0], expected)
+        assert copied.q_proj.owner is copied
+
+    def test_routed_samples_are_those_run_one_by_one(self, form, method):
+        module = inject(attention(form), "^$", method, adapter="a")
+        disha.inject_adapters(module, "q_proj|out_proj", 1, adapter="b")
+        perturb(module)
+        tensors = inputs(module)
+        batch = 0 if module.batch_first else 1
+        names = ["a", None, "b"]
+        with disha.route_adapters(module, names):
+            routed, weights = module(*tensors)
+        for sample, name in enumerate(names):
+            disha.set_active_adapters(module, [] if name is None else name)
+            alone, own = module(*(x.narrow(batch, sample, 1) for x in tensors))
+            close(routed.narrow(batch, sample, 1), alone)
+            close(weights[sample : sample + 1], own)
+
+    def test_compiled_is_eager(self, form, method):
+        module = inject(attention(form), "^$", method)
+        perturb(module)
+        tensors = inputs(module)
+        torch._dynamo.reset()
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        close(compiled(*tensors)[0], module(*tensors)[0])
+
+
+class TestAttention:
+    @pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "out_proj"])
+    def test_each_projection_alone(self, part):
+        module = inject(attention(), part)
+        perturb(module)
+        assert set(blocks_of(module)) == {part}
+        plain = dense(module, attention())
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            for training in (True, False):
+                tensors = inputs(plain)
+                with mode():
+                    close(module.train(training)(*tensors)[0], plain.train(training)(*tensors)[0])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_other_dtypes(self, dtype):
+        module = inject(attention("packed, batch first", dtype), "^$")
+        perturb(module)
+        tensors = inputs(module, dtype=dtype)
+        output = module(*tensors)[0]
+        assert output.dtype == dtype
+        wide = copy.deepcopy(module).double()
+        expected = wide(*(x.double() for x in tensors))[0].to(dtype)
+        close(output, expected, 1e-5 if dtype == torch.float32 else 0.03)
+
+    def test_autocast(self):
+        module = inject(attention("packed, batch first", torch.float32), "^$")
+        plain = attention("packed, batch first", torch.float32)
+        x = inputs(module, dtype=torch.float32)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            output, expected = module(x, x, x)[0], plain(x, x, x)[0]
+        close(output, expected, 0.03)
+        perturb(module)
+        with torch.autocast("cpu", torch.bfloat16):
+            close(module(x, x, x)[0], dense(module, plain)(x, x, x)[0], 0.03)
+
+    def test_an_input_without_batch(self):
+        module = inject(attention(), "^$")
+        perturb(module)
+        plain = dense(module, attention())
+        q, k, v = (x[:, 0] for x in inputs(plain))
+        options = {"key_padding_mask": padding(3, 5)[0], "average_attn_weights": False}
+        for one, other in zip(module(q, k, v, **options), plain(q, k, v, **options), strict=True):
+            close(one, other)
+
+    @pytest.mark.parametrize("need_weights", [True, False])
+    def test_the_causal_hint(self, need_weights):
+        module = inject(attention("packed, batch first"), "^$")
+        perturb(module)
+        plain = dense(module, attention("packed, batch first"))
+        x = inputs(plain)[0]
+        options = {"attn_mask": causal(4, 4), "is_causal": True, "need_weights": need_weights}
+        close(module(x, x, x, **options)[0], plain(x, x, x, **options)[0])
+        with pytest.raises(ArgumentError, match="needs that too"):
+            module(x, x, x, is_causal=True)
+
+    def test_dropout_of_the_weights_acts_in_training_only(self):
+        module = inject(nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5).double(), "^$")
+        tensors = inputs(module)
+        assert torch.equal(module.eval()(*tensors)[0], module(*tensors)[0])
+        for need_weights in (True, False):
+            first, second = (
+                module.train()(*tensors, need_weights=need_weights)[0] for _ in range(2)
+            )
+            assert not torch.equal(first, second)
+
+    def test_masks_of_wrong_shape_or_dtype_are_refused(self):
+        module = inject(attention(), "^$")
+        tensors = inputs(module)
+        with pytest.raises(ArgumentError, match=r"attn_mask must be \(L, S\) = \(4, 5\)"):
+            module(*tensors, attn_mask=torch.zeros(4, 4, dtype=torch.bool))
+        with pytest.raises(ArgumentError, match=r"key_padding_mask must be \(N, S\) = \(3, 5\)"):
+            module(*tensors, key_padding_mask=torch.zeros(3, 6, dtype=torch.bool))
+        with pytest.raises(disha.ArgumentTypeError, match=r"must be bool or floating-point"):
+            module(*tensors, attn_mask=torch.zeros(4, 5, dtype=torch.long))
+
+    def test_nested_sequences(self):
+        module = inject(attention("packed, batch first"), "^$")
+        perturb(module)
+        sequences = [torch.randn(length, WIDTH, dtype=torch.float64) for length in (3, 1, 5)]
+        nested = torch.nested.nested_tensor(sequences)
+        output = module(nested, nested, nested, need_weights=False)[0]
+        for found, alone in zip(output.unbind(), sequences, strict=True):
+            x = alone.unsqueeze(0)
+            close(found, module(x, x, x)[0].squeeze(0))
+        with pytest.raises(ArgumentError, match="for self-attention with batch_first"):
+            module(nested, nested, nested, attn_mask=causal(5, 5))
+
+    def test_a_base_checkpoint_loads_strictly_but_not_while_merged(self):
+        module = inject(attention(), "^$")
+        perturb(module)
+        other = attention()
+        with torch.no_grad():
+            other.in_proj_weight.zero_()
+        module.load_state_dict(other.state_dict())
+        assert not module.in_proj_weight.any()
+        disha.merge_adapters(module)
+        with pytest.raises(MergeError, match=r"load in_proj_weight, which unmerging would undo"):
+            module.load_state_dict(other.state_dict())
+
+    def test_keys_of_the_state_dict(self):
+        module = attention()
+        keys = set(module.state_dict())
+        inject(module, "q_proj")
+        assert set(module.state_dict()) == keys | {"q_proj.disha.default.bone_block"}
+
+    def test_merging_some_projections_leaves_the_others(self):
+        module = attention()
+        inject(module, "q_proj|v_proj", adapter="a")
+        inject(module, "k_proj", adapter="b")
+        perturb(module)
+        original = module.in_proj_weight.detach().clone()
+        disha.merge_adapters(module, "a")
+        q, k, v = (one != other for one, other in zip(
+            module.in_proj_weight.chunk(3), original.chunk(3), strict=True
+        ))  # fmt: skip
+        assert q.any()
+        assert v.any()
+        assert not k.any()
+        assert torch.equal(module.q_proj.base_weight, original[:WIDTH])
+        disha.unmerge_adapters(module)
+        assert torch.equal(module.in_proj_weight, original)
+
+    def test_a_merge_that_fails_halfway_changes_nothing(self):
+        module = inject(attention(), "^$")
+        perturb(module)
+        before = snapshot(module)
+        with torch.no_grad():
+            block = module.v_proj.disha["default"].block
+            kept = block.clone()
+            block.fill_(torch.finfo(torch.float64).max)
+            block.mul_(2)
+        with pytest.raises(MergeError, match=r"v_proj.weight gives values that are not finite"):
+            disha.merge_adapters(module)
+        with torch.no_grad():
+            block.copy_(kept)
+        assert_unchanged(module, before)
+
+    def test_a_packed_weight_shared_with_another_module(self):
+        class Pair(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = attention(), attention()
+                self.second.in_proj_weight = self.first.in_proj_weight
+
+        model = inject(Pair(), "first.[qk]_proj")
+        perturb(model)
+        tensors = inputs(model.first)
+        expected, other = model.first(*tensors)[0], model.second(*tensors)[0]
+        shared = model.first.in_proj_weight
+        with pytest.raises(MergeError, match=r"shared with second.in_proj_weight"):
+            disha.merge_adapters(model)
+        disha.merge_adapters(model, untie=True)
+        close(model.first(*tensors)[0], expected)
+        assert torch.equal(model.second(*tensors)[0], other)
+        disha.unmerge_adapters(model)
+        assert model.first.in_proj_weight is model.second.in_proj_weight is shared
+
+    def test_an_own_forward_is_refused_or_skipped(self):
+        class Own(nn.MultiheadAttention):
+            def forward(self, x):
+                return super().forward(x, x, x)[0]
+
+        model = nn.Sequential(Own(WIDTH, HEADS), nn.Linear(WIDTH, WIDTH))
+        before = snapshot(model)
+        with pytest.raises(TargetError, match=r"no effect here.*out_proj: Own has a forward of"):
+            disha.inject_adapters(model, "all-linear", 2)
+        assert_unchanged(model, before)
+        plan = disha.plan_adapters(model, "0$|1", 2)
+        assert [layer.name for layer in plan.layers] == ["1"]
+        assert plan.skipped[0].reason.startswith("Own has a forward of its own")
+
+
+class TestNames:
+    def model(self):
+        return nn.ModuleDict({"attn": attention(), "ff": nn.Linear(WIDTH, WIDTH)})
+
+    @pytest.mark.parametrize(
+        ("target", "names"),
+        [
+            ("all-linear", ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "ff"]),
+            (r"attn$", ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"]),
+            (r"\.[qv]_proj", ["attn.q_proj", "attn.v_proj"]),
+            (
+                lambda name, module: isinstance(module, nn.MultiheadAttention),
+                ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"],
+            ),
+            (lambda name, module: isinstance(module, Projection), ["q_proj", "k_proj", "v_proj"]),
+        ],
+    )
+    def test_targets(self, target, names):
+        plan = disha.plan_adapters(self.model(), target, 2)
+        assert sorted(one.name.removeprefix("attn.") for one in plan.layers) == sorted(
+            name.removeprefix("attn.") for name in names
+        )
+        assert plan.total == sum(p.numel() for p in self.model().parameters()) + plan.added
+
+    def test_excluding_the_attention_excludes_its_four_layers(self):
+        plan = disha.plan_adapters(self.model(), ".", 2, exclude="attn$")
+        assert [layer.name for layer in plan.layers] == ["ff"]
+        assert {s.name for s in plan.skipped} == {
+            "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"
+        }  # fmt: skip
+
+    def test_ranks_of_their_own(self):
+        model = disha.inject_adapters(self.model(), "attn$", 2, rank_pattern={"q_proj": 3})
+        assert model["attn"].q_proj.disha["default"].r == 3
+        assert model["attn"].k_proj.disha["default"].r == 2
+
+    def test_a_module_shared_under_two_names(self, tmp_path):
+        def build():
+            one = attention()
+            return nn.ModuleDict({"a": one, "b": one})
+
+        model = disha.inject_adapters(build(), "b.q_proj", 2)
+        perturb(model)
+        disha.save_adapter(model, tmp_path / "file")
+        fresh = build()
+        disha.load_adapter(fresh, tmp_path / "file")
+        tensors = inputs(model["a"])
+        assert torch.equal(fresh["b"](*tensors)[0], model["a"](*tensors)[0])
+
+    def test_a_second_adapter_and_its_refusal_leave_the_first(self):
+        model = self.model()
+        disha.inject_adapters(model, "q_proj", 2, adapter="a")
+        before = snapshot(model)
+        with pytest.raises(ArgumentError, match="r=99 is larger"):
+            disha.inject_adapters(model, "attn$", 99, adapter="b")
+        assert_unchanged(model, before)
+        disha.inject_adapters(model, "attn$", 2, adapter="b")
+        disha.remove_adapters(model, "b")
+        assert_unchanged(model, {**before, "active": snapshot(model)["active"]})
+        disha.remove_adapters(model)
+        assert "q_proj" not in dict(model["attn"].named_children())
+
+
+def encoder_layer(**options):
+    torch.manual_seed(0)
+    defaults = {"dropout": 0.0, "batch_first": True}
+    return nn.TransformerEncoderLayer(8, 2, 12, **{**defaults, **options}).double()
+
+
+def merged_state(model):
+    """Return the base state dict of an adapted model with the updates in its weights."""
+    copied = copy.deepcopy(model)
+    disha.merge_adapters(copied)
+    return {key: value for key, value in copied.state_dict().items() if ".disha." not in key}
+
+
+MODES = {
+    "train": (True, torch.enable_grad),
+    "eval": (False, torch.enable_grad),
+    "no_grad": (False, torch.no_grad),
+    "inference": (False, torch.inference_mode),
+}
+TARGETS = [
+    r"linear1",
+    r"linear2",
+    r"self_attn.[qkv]_proj",
+    r"out_proj",
+    r"self_attn$",
+    "all-linear",
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("target", TARGETS)
+class TestEncoder:
+    """In evaluation without gradients torch takes fused paths that bypass the layers."""
+
+    def check(self, build, run, target, mode):
+        training, context = MODES[mode]
+        model = disha.inject_adapters(build(), target, 2).train(training)
+        plain = build().train(training)
+        with context():
+            before, identical = run(plain), run(model)
+        perturb(model)
+        plain.load_state_dict(merged_state(model))
+        with context():
+            expected, output = run(plain), run(model)
+        assert (expected - before).abs().max() > 1e-3
+        close(identical, before, 1e-8)
+        close(output, expected, 1e-8)
+
+    @pytest.mark.parametrize("norm_first", [True, False])
+    def test_a_layer(self, target, mode, norm_first):
+        x = torch.randn(3, 5, 8, dtype=torch.float64)
+        self.check(
+            lambda: encoder_layer(norm_first=norm_first, activation="gelu"),
+            lambda model: model(x),
+            target,
+            mode,
+        )
+
+    def test_a_layer_with_a_causal_mask(self, target, mode):
+        x, mask = torch.randn(3, 5, 8, dtype=torch.float64), causal(5, 5)
+        self.check(encoder_layer, lambda m: m(x, src_mask=mask, is_causal=True), target, mode)
+
+    @pytest.mark.parametrize("left_aligned", [True, False])
+    @pytest.mark.parametrize("enable_nested_tensor", [True, False])
+    def test_an_encoder_with_padding(self, target, mode, enable_nested_tensor, left_aligned):
+        x, mask = torch.randn(3, 5, 8, dtype=torch.float64), padding(3, 5)
+        mask = mask if left_aligned else mask.flip(1)
+        self.check(
+            lambda: nn.TransformerEncoder(
+                encoder_layer(),
+                2,
+                norm=nn.LayerNorm(8).double(),
+                enable_nested_tensor=enable_nested_tensor,
+            ),
+            lambda model: model(x, src_key_padding_mask=mask),
+            target,
+            mode,
+        )
+
+    def test_an_encoder_without_masks(self, target, mode):
+        x = torch.randn(3, 5, 8, dtype=torch.float64)
+        self.check(
+            lambda: nn.TransformerEncoder(encoder_layer(), 2), lambda model: model(x), target, mode
+        )
+
+    def test_an_encoder_with_both_masks(self, target, mode):
+        x, mask, pad = torch.randn(3, 5, 8, dtype=torch.float64), causal(5, 5), padding(3, 5)
+        self.check(
+            lambda: nn.TransformerEncoder(encoder_layer(), 2),
+            lambda model: model(x, mask=mask, src_key_padding_mask=pad),
+            target,
+            mode,
+        )
+
+    def test_sequence_first(self, target, mode):
+        x = torch.randn(5, 3, 8, dtype=torch.float64)
+        self.check(
+            lambda: nn.TransformerEncoder(
+                encoder_layer(batch_first=False), 2, enable_nested_tensor=False
+            ),
+            lambda model: model(x),
+            target,
+            mode,
+        )
+
+    def test_a_transformer(self, target, mode):
+        x, y = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+
+        def build():
+            torch.manual_seed(0)
+            return nn.Transformer(8, 2, 2, 2, 12, dropout=0.0, batch_first=True).double()
+
+        self.check(
+            build,
+            lambda model: model(x, y, tgt_mask=causal(5, 5), src_key_padding_mask=padding(3, 5)),
+            target,
+            mode,
+        )
+
+
+class TestOwners:
+    def model(self):
+        return nn.TransformerEncoder(encoder_layer(), 2)
+
+    def test_removal_restores_every_class_and_attribute(self):
+        model = self.model()
+        before = snapshot(model)
+        disha.inject_adapters(model, "layers.1.linear2", 2)
+        assert model.use_nested_tensor is False
+        assert model.layers[1].activation_relu_or_gelu == 0
+        assert type(model.layers[0]) is nn.TransformerEncoderLayer
+        disha.remove_adapters(model)
+        assert_unchanged(model, before)
+        assert model.use_nested_tensor is True
+        assert model.layers[1].activation_relu_or_gelu == 1
+
+    def test_removing_one_of_two_adapters_takes_back_what_is_free(self):
+        model = self.model()
+        disha.inject_adapters(model, "layers.0", 2, adapter="a")
+        disha.inject_adapters(model, "layers.1", 2, adapter="b")
+        disha.remove_adapters(model, "b")
+        assert type(model.layers[1]) is nn.TransformerEncoderLayer
+        assert type(model.layers[1].self_attn) is nn.MultiheadAttention
+        assert type(model.layers[0]) is not nn.TransformerEncoderLayer
+        assert model.use_nested_tensor is False
+
+    def test_a_refused_injection_takes_nothing_over(self, monkeypatch):
+        model = self.model()
+        before = snapshot(model)
+        monkeypatch.setattr(
+            "disha.inject._set_flags", lambda *_: (_ for _ in ()).throw(RuntimeError("refused"))
+        )
+        with pytest.raises(RuntimeError, match="refused"):
+            disha.inject_adapters(model, ".", 2)
+        assert_unchanged(model, before)
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_are_guarded_and_restore_too(self, clone):
+        model = disha.inject_adapters(self.model(), "all-linear", 2).eval()
+        perturb(model)
+        copied = clone(model)
+        x, mask = torch.randn(3, 5, 8, dtype=torch.float64), padding(3, 5)
+        with torch.no_grad():
+            assert torch.equal(
+                copied(x, src_key_padding_mask=mask), model(x, src_key_padding_mask=mask)
+            )
+        disha.remove_adapters(copied)
+        assert type(copied) is nn.TransformerEncoder
+        assert copied.use_nested_tensor is True
+        assert copied.layers[0].activation_relu_or_gelu == 1
+
+    def test_an_encoder_made_of_an_adapted_layer(self):
+        layer = disha.inject_adapters(encoder_layer(), "linear1", 2)
+        perturb(layer)
+        with pytest.warns(UserWarning, match="enable_nested_tensor"):
+            encoder = nn.TransformerEncoder(layer, 2).eval()
+        x, mask = torch.randn(3, 5, 8, dtype=torch.float64), padding(3, 5)
+        with torch.no_grad():
+            output = encoder(x, src_key_padding_mask=mask)
+        expected = encoder(x.requires_grad_(), src_key_padding_mask=mask)
+        close(output[~mask], expected[~mask].detach(), 1e-8)
+
+    def test_a_layer_of_ones_own(self):
+        class Own(nn.TransformerEncoderLayer):
+            def forward(self, src, *args, **kwargs):
+                return 2 * super().forward(src, *args, **kwargs)
+
+        def build():
+            torch.manual_seed(0)
+            return Own(8, 2, 12, dropout=0.0, batch_first=True).double().eval()
+
+        model = disha.inject_adapters(build(), "all-linear", 2)
+        perturb(model)
+        plain = build()
+        plain.load_state_dict(merged_state(model))
+        x = torch.randn(3, 5, 8, dtype=torch.float64)
+        with torch.no_grad():
+            close(model(x), plain(x), 1e-8)
+        disha.remove_adapters(model)
+        assert type(model) is Own
+
+    def test_nested_sequences(self):
+        model = disha.inject_adapters(self.model(), "all-linear", 2).eval()
+        perturb(model)
+        sequences = [torch.randn(length, 8, dtype=torch.float64) for length in (3, 1, 5)]
+        with torch.no_grad():
+            output = model(torch.nested.nested_tensor(sequences))
+            for found, alone in zip(output.unbind(), sequences, strict=True):
+                close(found, model(alone.unsqueeze(0)).squeeze(0), 1e-8)
+
+    def test_routing_samples_through_an_encoder(self):
+        model = disha.inject_adapters(self.model(), "all-linear", 2, adapter="a").eval()
+        disha.inject_adapters(model, "linear1|v_proj", 1, adapter="b")
+        perturb(model)
+        x, mask = torch.randn(3, 5, 8, dtype=torch.float64), padding(3, 5)
+        names = ["b", None, "a"]
+        with torch.no_grad(), disha.route_adapters(model, names):
+            routed = model(x, src_key_padding_mask=mask)
+        for sample, name in enumerate(names):
+            disha.set_active_adapters(model, [] if name is None else name)
+            rows = slice(sample, sample + 1)
+            alone = model(x[rows], src_key_padding_mask=mask[rows])
+            close(routed[rows][~mask[rows]], alone[~mask[rows]].detach(), 1e-8)
+
+    def test_routing_is_refused_where_layers_see_sequences_first(self):
+        model = disha.inject_adapters(encoder_layer(batch_first=False), "linear1", 2)
+        with (
+            pytest.raises(
+                ArgumentError, match=r"self_attn is an nn.MultiheadAttention with batch_first=False"
+            ),
+            disha.route_adapters(model, ["default", None]),
+        ):
+            pass
+        only_attention = disha.inject_adapters(encoder_layer(batch_first=False), r"self_attn\.", 2)
+        with disha.route_adapters(only_attention, ["default", None]):
+            assert only_attention(torch.randn(5, 2, 8, dtype=torch.float64)).shape == (5, 2, 8)
+
+    def test_compiled_with_padding_in_evaluation(self):
+        model = disha.inject_adapters(self.model(), "all-linear", 2).eval()
+        perturb(model)
+        x, mask = torch.randn(3, 5, 8, dtype=torch.float64), padding(3, 5)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            output = compiled(x, src_key_padding_mask=mask)
+            # Compiled, torch itself leaves padding as it comes and does not fill it with zeros.
+            close(output[~mask], model(x, src_key_padding_mask=mask)[~mask], 1e-8)
