@@ -1,5 +1,6 @@
 """disha: dimension-sharded adapters (Bone, tile, BAT) for any PyTorch model."""
 
+from disha.checkpointing import InputGradients, enable_input_gradients
 from disha.config import AdapterConfig
 from disha.control import (
     adapters_disabled,
@@ -53,6 +54,7 @@ __all__ = [
     "BoneLinear",
     "DishaError",
     "Geometry",
+    "InputGradients",
     "LoadReport",
     "MergeError",
     "ModeError",
@@ -64,6 +66,7 @@ __all__ = [
     "adapter_state_dict",
     "adapters_disabled",
     "combine_adapters",
+    "enable_input_gradients",
     "inject_adapters",
     "inspect_adapter",
     "load_adapter",

@@ -14,7 +14,13 @@ from disha.errors import ArgumentError, ArgumentTypeError
 from disha.layers import AdaptedLayer, Block, Bone
 from disha.layers.adapted import refuse_inside, refuse_merged
 from disha.layers.routing import Route
-from disha.tree import adapted_layers, adapter_names, module_names, require_adapter
+from disha.tree import (
+    adapted_layers,
+    adapter_names,
+    module_names,
+    refuse_wrapped,
+    require_adapter,
+)
 
 __all__ = [
     "adapters_disabled",
@@ -227,6 +233,7 @@ def combine_adapters(
             of different kinds or sizes can't be added.
         ArgumentTypeError: the weights are no dict of numbers.
         MergeError: adapters are merged.
+        TargetError: DDP or FSDP wraps the model.
 
         The model is unchanged whenever this raises.
 
@@ -247,6 +254,7 @@ def combine_adapters(
         require_adapter(model, name)
     layers = list(adapted_layers(model))
     refuse_inside((layer for _, layer in layers), "combine adapters")
+    refuse_wrapped(model, "combine adapters", "combine first, then wrap")
     added = []
     for name, layer in layers:
         parts = [(layer.disha[a], w) for a, w in weights.items() if a in layer.disha]

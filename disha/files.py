@@ -36,6 +36,7 @@ from disha.inject import apply_plan
 from disha.layers import BLOCKS, AdaptedLayer, Block
 from disha.layers.adapted import refuse_inside
 from disha.plan import LayerRequest, plan_layers
+from disha.sharding import Ranks, whole
 from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as
 from disha.survey import Survey
 from disha.tables import table
@@ -47,6 +48,7 @@ from disha.tree import (
     parameter_aliases,
     parameter_owners,
     require_adapter,
+    require_model,
 )
 
 __all__ = [
@@ -179,8 +181,14 @@ def save_adapter(
     """Write an adapter, and nothing else of the model, to one safetensors file.
 
     The file is written whole or not at all, and a file that was there stays until the new one is
-    complete. Saving the same adapter twice gives the same bytes. A merged adapter can be saved
-    too: its blocks are intact.
+    complete. Saving the same adapter twice gives the same bytes, from a wrapped or sharded model
+    too. A merged adapter can be saved too: its blocks are intact.
+
+    In a process group: from a model that `fully_shard` has sharded, call it on all ranks, which
+    gather the whole adapter. The first rank writes the file; the others wait for it, and raise too
+    if it fails. From any other model, under `DistributedDataParallel` too, every rank has all of
+    the adapter and no rank waits for another: call it on rank 0, or on all, each of which then
+    writes the same bytes and so leaves a whole file, whoever comes last.
 
     Args:
         model: a model with adapters.
@@ -206,28 +214,24 @@ def save_adapter(
         ...     disha.inspect_adapter(path).layers[0].key
         '0.bone_block'
     """
-    target = _checked_path(path)
-    parameters = adapter_tensors(model, adapter)
-    _check_has_values(adapter, parameters)
+    ranks, action = Ranks(require_model(model)), f"save adapter {adapter!r}"
+    with ranks.agreeing(action):
+        parameters = adapter_tensors(model, adapter)
+        _check_has_values(adapter, parameters)
     tensors = {
-        key: parameter.detach().to("cpu", copy=True).contiguous()
+        key: whole(parameter.detach()).to("cpu", copy=True).contiguous()
         for key, parameter in parameters.items()
     }
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise AdapterStateError(
-            f"adapter {adapter!r} holds values that are not finite (NaN or infinity) in "
-            f"{', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}, and could not be loaded "
-            "again; nothing was written. Go back to an earlier state of the training"
-        )
-    header = json.dumps(_header(model, adapter, tensors, metadata), separators=(",", ":"))
-    try:
-        data = safetensors.torch.save(tensors, metadata={HEADER_KEY: header})
-    except safetensors.SafetensorError as error:
-        raise ArgumentError(
-            f"the adapter does not fit into a safetensors file ({error}); give less metadata"
-        ) from error
-    _write_whole(target, data)
+    records = [
+        _record(name, layer.disha[adapter], layer, fingerprint(layer.base_weight))
+        for name, layer in require_adapter(model, adapter)
+    ]
+    with ranks.agreeing(action):
+        target, notes = _checked_path(path), _checked_metadata(metadata)
+        data = _encoded(model, adapter, tensors, records, notes)
+    with ranks.agreeing(action):
+        if ranks.writes:
+            _write_whole(target, data)
 
 
 def inspect_adapter(path: PathLike) -> AdapterFile:
@@ -262,6 +266,11 @@ def load_adapter(
 
     The file says which layers are adapted and how, so the model can be a plain one. If it has
     adapters already, the loaded one is added and becomes the active one.
+
+    A model that DDP or FSDP wraps can't take new layers: load first, then wrap; or, with
+    `replace=True`, load into an adapter that was there before wrapping. Call it on all ranks, each
+    of which reads the file. Sharded parameters get their part of it on each rank; what is wrong on
+    one rank then raises on all, and none of them has changed.
 
     Args:
         model: the base model, or one that has other adapters.
@@ -302,17 +311,35 @@ def load_adapter(
         ...     disha.load_adapter(base, path).matched
         ('0.bone_block',)
     """
-    check_adapter_name(adapter)
-    check_dtype(dtype)
-    refuse_inside((layer for _, layer in adapted_layers(model)), "load an adapter")
-    path = _checked_path(path)
+    with Ranks(require_model(model)).agreeing(f"load a file as adapter {adapter!r}"):
+        check_adapter_name(adapter)
+        check_dtype(dtype)
+        refuse_inside((layer for _, layer in adapted_layers(model)), "load an adapter")
+        described, tensors = _read(_checked_path(path), also_train)
+        keys = _model_keys(model, described)
+        taken = adapter in adapter_names(model)
+        _check_taken(adapter, taken, replace, dtype)
+        if taken:
+            values = {keys[key]: tensor for key, tensor in tensors.items()}
+            targets, report = _fitting(model, described, keys, adapter, values)
+        else:
+            report = _inject(model, described, keys, adapter, tensors, also_train, dtype, freeze)
+    if taken:
+        _replace(model, described, keys, adapter, targets, values)
+    _warn_of_other_base(model, described, keys, adapter)
+    return report
+
+
+def _read(path: Path, also_train: bool) -> tuple[AdapterFile, dict[str, Tensor]]:
+    """Return what a file says of itself, and its tensors."""
     with _opened(path) as file:
         described = _describe(path, file)
         wanted = [key for key in described.tensors if also_train or key not in described.also_train]
         with _explained(path):
-            tensors = {key: file.get_tensor(key) for key in wanted}
-    keys = _model_keys(model, described)
-    taken = adapter in adapter_names(model)
+            return described, {key: file.get_tensor(key) for key in wanted}
+
+
+def _check_taken(adapter: str, taken: bool, replace: bool, dtype: torch.dtype | None) -> None:
     if taken and not replace:
         raise ArgumentError(
             f"the model has an adapter {adapter!r} already; load under another name (adapter=), or "
@@ -323,25 +350,44 @@ def load_adapter(
             f"dtype={dtype} was given with replace=True, which keeps the blocks that are there; "
             "leave dtype out, or remove the adapter first"
         )
-    if taken:
-        report = _replace(model, described, keys, adapter, tensors)
-    else:
-        report = _inject(model, described, keys, adapter, tensors, also_train, dtype, freeze)
-    _warn_of_other_base(model, described, keys, adapter)
-    return report
 
 
 # --- writing -------------------------------------------------------------------------------------
+
+
+def _encoded(
+    model: nn.Module,
+    adapter: str,
+    tensors: Mapping[str, Tensor],
+    records: list[LayerRecord],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """Return the bytes of the file."""
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise AdapterStateError(
+            f"adapter {adapter!r} holds values that are not finite (NaN or infinity) in "
+            f"{', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}, and could not be loaded "
+            "again; nothing was written. Go back to an earlier state of the training"
+        )
+    header = json.dumps(_header(model, adapter, tensors, records, metadata), separators=(",", ":"))
+    try:
+        data: bytes = safetensors.torch.save(dict(tensors), metadata={HEADER_KEY: header})
+    except safetensors.SafetensorError as error:
+        raise ArgumentError(
+            f"the adapter does not fit into a safetensors file ({error}); give less metadata"
+        ) from error
+    return data
 
 
 def _header(
     model: nn.Module,
     adapter: str,
     tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None,
+    records: list[LayerRecord],
+    metadata: Mapping[str, str],
 ) -> dict[str, Any]:
-    layers = require_adapter(model, adapter)
-    records = [_record(name, layer.disha[adapter], layer) for name, layer in layers]
+    _, layer = require_adapter(model, adapter)[0]
     kinds = {(record.method, record.r_out) for record in records}
     if len(kinds) > 1:
         raise AdapterStateError(
@@ -351,14 +397,14 @@ def _header(
     keys = {record.key for record in records}
     return {
         "format": FORMAT,
-        "config": replace(layers[0][1].disha[adapter].config, scale=records[0].scale).to_json(),
+        "config": replace(layer.disha[adapter].config, scale=records[0].scale).to_json(),
         "layers": _grouped(records),
         "also_train": sorted(key for key in tensors if key not in keys),
-        "metadata": _checked_metadata(metadata),
+        "metadata": dict(metadata),
     }
 
 
-def _record(name: str, block: Block, layer: AdaptedLayer) -> LayerRecord:
+def _record(name: str, block: Block, layer: AdaptedLayer, base: str | None) -> LayerRecord:
     geometry = layer.geometry(layer)
     return LayerRecord(
         name=name,
@@ -368,7 +414,7 @@ def _record(name: str, block: Block, layer: AdaptedLayer) -> LayerRecord:
         in_features=geometry.in_features,
         out_features=geometry.out_features,
         scale=block.strength,
-        base=fingerprint(layer.base_weight),
+        base=base,
     )
 
 
@@ -686,14 +732,14 @@ def _inject(
     return check_fit(targets, values)
 
 
-def _replace(
+def _fitting(
     model: nn.Module,
     described: AdapterFile,
     keys: Mapping[str, str],
     adapter: str,
-    tensors: Mapping[str, Tensor],
-) -> LoadReport:
-    values = {keys[key]: tensor for key, tensor in tensors.items()}
+    values: Mapping[str, Tensor],
+) -> tuple[dict[str, nn.Parameter], LoadReport]:
+    """Return the parameters that a file's values are to replace; raise if they don't fit."""
     beside = {keys[key] for key in described.also_train}
     targets = {
         key: parameter
@@ -709,11 +755,21 @@ def _replace(
             f"{described.path} does not fit the adapter {adapter!r} that it was to replace; "
             f"nothing was loaded:\n{listing}"
         )
+    return targets, report
+
+
+def _replace(
+    model: nn.Module,
+    described: AdapterFile,
+    keys: Mapping[str, str],
+    adapter: str,
+    targets: Mapping[str, nn.Parameter],
+    values: Mapping[str, Tensor],
+) -> None:
     copy_values(targets, values)
     for _, layer in require_adapter(model, adapter):
         layer.disha[adapter].reconfigure(described.config)
     _set_strengths(model, described, keys, adapter)
-    return report
 
 
 def _model_keys(model: nn.Module, described: AdapterFile) -> dict[str, str]:
@@ -746,7 +802,7 @@ def _other_sizes(
     asked = {keys[layer.key]: layer for layer in described.layers}
     problems = []
     for name, layer in require_adapter(model, adapter):
-        found = _record(name, layer.disha[adapter], layer)
+        found = _record(name, layer.disha[adapter], layer, base=None)
         wanted = asked.get(found.key)
         if wanted is not None and found.sizes != wanted.sizes:
             problems.append(f"{name}: the file has {wanted.sizes}, the model {found.sizes}")

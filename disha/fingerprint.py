@@ -13,6 +13,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from disha.sharding import values_at
+
 __all__ = ["fingerprint", "same_base"]
 
 SAMPLES = 64
@@ -21,6 +23,8 @@ HALF = 8
 
 def fingerprint(weight: Tensor) -> str | None:
     """Return 16 hexadecimal digits for a weight, or None where its values can't be read.
+
+    Collective if the weight is sharded: all ranks take part, and get the whole weight's.
 
     Args:
         weight: any floating-point tensor; one on the meta device has no values.
@@ -40,7 +44,7 @@ def fingerprint(weight: Tensor) -> str | None:
     steps = torch.arange(count, device=weight.device)
     positions = steps * (weight.numel() - 1) // max(count - 1, 1)
     with torch.no_grad():
-        values = torch.take(weight.detach(), positions).cpu()
+        values = values_at(weight.detach(), positions).cpu()
         rounded = (values.to(torch.bfloat16), values.to(torch.float16).to(torch.bfloat16))
     return "".join(_digest(tuple(weight.shape), one) for one in rounded)
 

@@ -24,13 +24,16 @@ from disha.layers.attention import (
 )
 from disha.layers.classes import refuse_changed_class
 from disha.plan import Plan, Target, can_train, claimed_names, plan_adapters
+from disha.sharding import register_shards
 from disha.tree import (
     adapted_layers,
     adapter_names,
     module_names,
     own_parameters,
     parameter_owners,
+    refuse_wrapped,
     require_adapter,
+    require_model,
 )
 
 __all__ = [
@@ -172,6 +175,7 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     Raises:
         ArgumentError: there is no such adapter, or a layer's class was changed after it was
             adapted (by a parametrization, say).
+        TargetError: DDP or FSDP wraps the model.
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
         The model is unchanged whenever this raises.
@@ -185,6 +189,12 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     """
     layers = [layer for _, layer in adapted_layers(model)]
     refuse_inside(layers, "remove adapters")
+    refuse_wrapped(
+        model,
+        "remove adapters",
+        "remove them before wrapping (of DDP, from the module inside), or switch them off with "
+        "set_active_adapters(model, [])",
+    )
     if adapter is not None:
         require_adapter(model, adapter)
     doomed = adapter_names(model) if adapter is None else [adapter]
@@ -226,6 +236,7 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator
         >>> [tuple(block.shape) for block in disha.adapter_parameters(model)]
         [(4, 16)]
     """
+    register_shards(require_model(model))
     if adapter is not None:
         require_adapter(model, adapter)
     return (
@@ -255,6 +266,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     """
     if not adapter_names(model):
         raise ArgumentError("the model has no adapter, so nothing would be left to train")
+    register_shards(model)
     names = module_names(model)
     claimed = {
         id(module._parameters[name]) for module in names for name in freezing.claimed(module)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError
 from disha.functional import without_autocast
 from disha.layers.adapted import AdaptedLayer, MergedWeight, WeightSlot, refuse_inside
+from disha.sharding import sharded_module
 from disha.tree import adapted_layers, join, module_names, require_adapter
 
 __all__ = ["merge_adapters", "unmerge_adapters"]
@@ -40,7 +41,8 @@ def merge_adapters(
     Raises:
         ArgumentError: there is no such adapter, or none is active.
         MergeError: adapters are merged already; a merged weight would not be finite; a weight is
-            shared or computed; or a layer with a forward of its own would not compute the same.
+            shared or computed; a layer with a forward of its own would not compute the same; or
+            the model is sharded (`fully_shard`).
 
         The model is unchanged whenever this raises.
 
@@ -60,6 +62,7 @@ def merge_adapters(
     """
     layers = list(adapted_layers(model))
     refuse_inside((layer for _, layer in layers), "merge adapters")
+    _refuse_sharded(model, "merge adapters")
     chosen = _chosen(model, layers, adapter)
     users = _parameter_users(model)
     sharers = [_sharers(layer, users) for _, layer, _ in chosen]
@@ -82,11 +85,27 @@ def unmerge_adapters(model: nn.Module) -> None:
     Args:
         model: a model with adapters.
 
+    Raises:
+        MergeError: the model was sharded after adapters were merged.
+
     Example:
         See `merge_adapters`.
     """
-    for _, layer in adapted_layers(model):
+    layers = [layer for _, layer in adapted_layers(model)]
+    if any(layer.disha.merged is not None for layer in layers):
+        _refuse_sharded(model, "unmerge adapters")
+    for layer in layers:
         _unmerge_layer(layer)
+
+
+def _refuse_sharded(model: nn.Module, action: str) -> None:
+    module = sharded_module(model)
+    if module is not None:
+        raise MergeError(
+            f"can't {action} in a model with sharded parameters ({type(module).__name__}): each "
+            "rank has a part of every weight only. Save the adapter (save_adapter, on all ranks), "
+            "load it into the plain model, and merge there"
+        )
 
 
 Chosen = tuple[str, AdaptedLayer, tuple[str, ...]]

@@ -327,7 +327,8 @@ def _changeable(model: nn.Module, adapter: str) -> Survey:
     if wrapped is not None:
         raise TargetError(
             f"the model is wrapped by {type(wrapped).__name__} already, which would not see new "
-            "parameters; inject first, then wrap"
+            "parameters; inject first, then wrap. Into an adapter that is there, load_adapter can "
+            "load with replace=True"
         )
     if adapter in adapter_names(model):
         raise ArgumentError(

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from disha import freezing
 from disha.errors import AdapterStateError, ArgumentTypeError
-from disha.layers.adapted import refuse_merged
-from disha.tree import adapted_layers, join, module_names, require_adapter
+from disha.layers import Block
+from disha.layers.adapted import AdaptedLayer, refuse_merged
+from disha.sharding import Ranks, local_part, obstacle_to_write, register_shards, write
+from disha.tree import adapted_layers, join, module_names, require_adapter, require_model
 
 __all__ = [
     "LoadReport",
@@ -76,6 +78,10 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     Same keys and same tensors (sharing memory), `also_train` parameters included, so that
     `torch.save` and `model.load_state_dict(state, strict=False)` work with it as well.
 
+    As in `model.state_dict()`, the keys of a wrapped model have its wrappers' parts, and the
+    tensors of a sharded one are DTensors, of which each rank has its shard. `save_adapter` writes
+    clean names and whole tensors.
+
     Args:
         model: a model with adapters.
         adapter: the adapter's name.
@@ -105,9 +111,11 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
         ArgumentError: there is no such adapter.
         MergeError: a parameter of `also_train` is a weight that holds a merge now.
     """
+    register_shards(model)
     tensors = {}
     for name, layer in require_adapter(model, adapter):
         block = layer.disha[adapter]
+        _refuse_flattened(name, layer, block)
         tensors[join(name, block.parameter_name)] = block.block
     users = {
         (layer.weight_slot.module, layer.weight_slot.name): layer
@@ -125,6 +133,18 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     return tensors
 
 
+def _refuse_flattened(name: str, layer: AdaptedLayer, block: Block) -> None:
+    shape = tuple(layer.block_shape(layer, block.method, block.r, block.r_out))
+    parameter = block._parameters.get(block.parameter_name)
+    if parameter is None or tuple(parameter.shape) != shape:
+        found = "gone" if parameter is None else f"of shape {tuple(parameter.shape)}"
+        raise AdapterStateError(
+            f"the block of {name or 'the model'} is {found}, must be of shape {shape}. If "
+            "FullyShardedDataParallel has flattened it: use fully_shard in its place, or come "
+            "again inside FullyShardedDataParallel.summon_full_params"
+        )
+
+
 def load_adapter_state_dict(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -132,6 +152,10 @@ def load_adapter_state_dict(
     strict: bool = True,
 ) -> LoadReport:
     """Copy an adapter's tensors into the model, after checking all of them.
+
+    Into a model that `fully_shard` has sharded, call it on all ranks, with whole tensors, the same
+    on each, or with DTensors that are sharded as the model's. What is wrong on one rank raises on
+    all, and then none of them has changed.
 
     Args:
         model: a model that has the adapter already (`inject_adapters`).
@@ -161,24 +185,26 @@ def load_adapter_state_dict(
         >>> report.matched
         ('disha.default.bone_block',)
     """
-    if not isinstance(state, Mapping):
-        raise ArgumentTypeError(
-            f"state must be a dict of key -> tensor, got {type(state).__name__}"
-        )
-    refuse_merged((layer for _, layer in adapted_layers(model)), "load an adapter")
-    owned = {id(parameter): parameter for parameter in adapter_tensors(model, adapter).values()}
-    expected = {
-        key: owned[id(value)]
-        for key, value in model.state_dict(keep_vars=True).items()
-        if id(value) in owned
-    }
-    found = _under_model_keys(state, expected)
-    report = check_fit(expected, found)
-    failed = not report.complete if strict else report.wrong_shape or report.wrong_value
-    if failed:
-        raise AdapterStateError(
-            f"the state does not fit the model's adapter {adapter!r}; nothing was loaded:\n{report}"
-        )
+    with Ranks(require_model(model)).agreeing(f"load a state dict as adapter {adapter!r}"):
+        if not isinstance(state, Mapping):
+            raise ArgumentTypeError(
+                f"state must be a dict of key -> tensor, got {type(state).__name__}"
+            )
+        refuse_merged((layer for _, layer in adapted_layers(model)), "load an adapter")
+        owned = {id(parameter): parameter for parameter in adapter_tensors(model, adapter).values()}
+        expected = {
+            key: owned[id(value)]
+            for key, value in model.state_dict(keep_vars=True).items()
+            if id(value) in owned
+        }
+        found = _under_model_keys(state, expected)
+        report = check_fit(expected, found)
+        failed = not report.complete if strict else report.wrong_shape or report.wrong_value
+        if failed:
+            raise AdapterStateError(
+                f"the state does not fit the model's adapter {adapter!r}; nothing was loaded:\n"
+                f"{report}"
+            )
     copy_values({key: expected[key] for key in report.matched}, found)
     return report
 
@@ -219,6 +245,10 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> Lo
             wrong_value.append((key, f"has dtype {value.dtype}, must be floating-point"))
         elif value.is_meta:
             wrong_value.append((key, "is on the meta device and has no values"))
+        elif parameter.is_meta:
+            wrong_value.append((key, "can't go into a parameter on the meta device"))
+        elif (obstacle := obstacle_to_write(parameter, value)) is not None:
+            wrong_value.append((key, obstacle))
         elif not finite_as(value, parameter.dtype):
             wrong_value.append(
                 (key, f"holds values that are not finite (NaN or infinity) as {parameter.dtype}")
@@ -235,12 +265,12 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> Lo
 
 
 def finite_as(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all values are finite numbers, and still are after a cast to dtype."""
-    return bool(torch.isfinite(value.to(dtype)).all())
+    """Whether all values, here on this rank, are finite and still are after a cast to dtype."""
+    return bool(torch.isfinite(local_part(value).to(dtype)).all())
 
 
 def copy_values(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy values into parameters in place; keys, shapes and dtypes have been checked."""
     with torch.no_grad():
         for key, parameter in targets.items():
-            parameter.copy_(values[key])
+            write(parameter, values[key])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from disha.errors import ArgumentError, ArgumentTypeError
+from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.layers.adapted import CHILD_NAME, AdaptedLayer, Adapters
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "own_parameters",
     "parameter_aliases",
     "parameter_owners",
+    "refuse_wrapped",
     "require_adapter",
     "require_model",
     "wrapped_for_distribution",
@@ -114,6 +115,20 @@ def wrapped_for_distribution(names: ModuleNames) -> nn.Module | None:
     return None
 
 
+def refuse_wrapped(model: nn.Module, action: str, remedy: str) -> None:
+    """Raise if DDP or FSDP wraps the model or a part of it.
+
+    Raises:
+        TargetError: they would not see that parameters come or go.
+    """
+    wrapped = wrapped_for_distribution(module_names(model))
+    if wrapped is not None:
+        raise TargetError(
+            f"can't {action}: the model is wrapped by {type(wrapped).__name__}, which would not "
+            f"see that parameters come or go; {remedy}"
+        )
+
+
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """Iterate over the adapted layers of the model, each once, with its clean name."""
     for module, (name, *_) in module_names(require_model(model)).items():
@@ -145,10 +160,10 @@ def require_adapter(model: nn.Module, adapter: str) -> list[tuple[str, AdaptedLa
     return layers
 
 
-def require_model(model: object) -> nn.Module:
+def require_model(model: object, argument: str = "model") -> nn.Module:
     """Return `model` if it is a module, else raise."""
     if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        raise ArgumentTypeError(f"{argument} must be an nn.Module, got {type(model).__name__}")
     return model
 
 

@@ -14,11 +14,12 @@ PACKAGE = Path(disha.__file__).parent
 
 LAYERS = [
     {"errors", "version"},
+    {"sharding"},
     {"functional", "config", "freezing", "tables", "fingerprint"},
     {"layers"},
     {"tree"},
     {"survey"},
-    {"plan", "control", "merge", "state", "summary"},
+    {"plan", "control", "merge", "state", "summary", "checkpointing"},
     {"inject"},
     {"files"},
     {"interop"},

@@ -128,6 +128,11 @@ class TestLoad:
         with pytest.raises(AdapterStateError, match="is no tensor but of type str"):
             disha.load_adapter_state_dict(adapted, {key: "x"})
 
+    def test_into_a_model_without_values(self, adapted):
+        other = fresh().to("meta")
+        with pytest.raises(AdapterStateError, match="can't go into a parameter on the meta device"):
+            disha.load_adapter_state_dict(other, disha.adapter_state_dict(adapted))
+
     def test_while_merged(self, adapted):
         state = {k: v.clone() for k, v in disha.adapter_state_dict(adapted).items()}
         disha.merge_adapters(adapted)

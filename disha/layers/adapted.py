@@ -338,6 +338,12 @@ class AdaptedLayer(Moved):
             refuse_merged([self], f"load {prefix}{self.weight_name}, which unmerging would undo,")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ModeError(
+            "nn.DataParallel can't run adapted layers on several devices: its replicas have no "
+            "parameters of their own; use torch.nn.parallel.DistributedDataParallel"
+        )
+
     def extra_repr(self) -> str:
         """Describe the layer in a model's printout."""
         state = f"active={list(self.disha.active)}"

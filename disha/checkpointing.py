@@ -1,0 +1,146 @@
+"""Gradients for blocks behind frozen inputs, which reentrant gradient checkpointing would lose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disha.errors import ArgumentError
+from disha.tree import require_model
+
+__all__ = ["InputGradients", "enable_input_gradients"]
+
+
+def enable_input_gradients(
+    model: nn.Module, after: nn.Module | Sequence[nn.Module] | None = None
+) -> InputGradients:
+    """Let what goes into the layers of a model require gradients, for reentrant checkpointing.
+
+    `torch.utils.checkpoint.checkpoint(..., use_reentrant=True)` gives its parameters gradients only
+    if one of its inputs requires them. In a model whose first layers are frozen none does: torch
+    warns, and the blocks in the checkpointed part stay without gradients. After this call,
+
+    - the output of every `nn.Embedding` and `nn.EmbeddingBag` of the model, and
+    - every floating-point tensor that the model itself is called with
+
+    require gradients, whenever gradients are enabled. Neither values nor any `requires_grad` flag
+    change, and nothing is stored in `.grad`. With `after=`, the outputs of those modules do so
+    instead: for a model that starts with something else than an embedding, or with frozen layers
+    that backward had better not go through (a convolution that cuts an image into patches, say).
+
+    Non-reentrant checkpointing needs none of this. Of a model that is compiled, call it before the
+    first forward.
+
+    Args:
+        model: any model.
+        after: the module, or several, in front of the checkpointed part.
+
+    Returns:
+        A handle: `handle.remove()` undoes it, and so does leaving `with handle:`.
+
+    Raises:
+        ArgumentTypeError: the model or one of the modules is no `nn.Module`.
+        ArgumentError: a module is not in the model.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> import disha
+        >>> embedding, linear = nn.Embedding(10, 8), nn.Linear(8, 8)
+        >>> model = disha.inject_adapters(nn.Sequential(embedding, linear), "1", r=4)
+        >>> with disha.enable_input_gradients(model):
+        ...     hidden = embedding(torch.tensor([1, 2]))
+        ...     checkpoint(linear, hidden, use_reentrant=True).sum().backward()
+        >>> [block.grad is not None for block in disha.adapter_parameters(model)]
+        [True]
+        >>> embedding.weight.grad is None
+        True
+    """
+    modules = list(require_model(model).modules())
+    if after is None:
+        return InputGradients([m for m in modules if isinstance(m, _EMBEDDINGS)], model)
+    chosen: list[Any] = list(after) if isinstance(after, (list, tuple)) else [after]
+    for module in chosen:
+        if require_model(module, "after") not in modules:
+            raise ArgumentError(
+                f"after={type(module).__name__} is no module of the model; give one that is, such "
+                "as model.embed_tokens"
+            )
+    return InputGradients(chosen, None)
+
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+class InputGradients:
+    """What `enable_input_gradients` returns: call `remove`, or use it as a context manager."""
+
+    def __init__(self, modules: Sequence[nn.Module], model: nn.Module | None) -> None:
+        self._hooks = [module.register_forward_hook(_mark_output) for module in modules]
+        if model is not None:
+            self._hooks.append(model.register_forward_pre_hook(_mark_inputs, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Undo `enable_input_gradients`; no-op if that was done already."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> InputGradients:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def _mark_output(module: nn.Module, inputs: Any, output: Any) -> Any:
+    return _marked(output)
+
+
+def _mark_inputs(
+    module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(map(_marked, inputs)), {name: _marked(value) for name, value in named.items()}
+
+
+def _marked(value: Any) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(map(_marked, value))
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+        return value
+    if not torch.is_grad_enabled() or value.is_inference():
+        return value
+    anchor = torch.empty((), device=value.device, requires_grad=True)
+    marked: Tensor = _Marked.apply(value, anchor)  # type: ignore[no-untyped-call]
+    return marked
+
+
+class _Marked(torch.autograd.Function):
+    """The identity, as a result that requires gradients.
+
+    Not `value.requires_grad_()`: that would change the caller's tensor, collect a gradient there,
+    and forbid the module in-place operations on it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, anchor: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept for backward."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return None, None

@@ -1,0 +1,413 @@
+"""FSDP2 on two ranks: training, files, state dicts, control, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import disha
+from disha import (
+    AdapterFileError,
+    AdapterIOError,
+    AdapterStateError,
+    ArgumentError,
+    MergeError,
+    TargetError,
+)
+from disha.fingerprint import fingerprint
+from tests.distributed.harness import (
+    ADAPTERS,
+    RANKS,
+    Block,
+    adapted,
+    assert_same,
+    assert_trains_alike,
+    batch,
+    blocks,
+    close,
+    loss_of,
+    main,
+    own_part,
+    train,
+    whole,
+)
+
+
+def sharded(model, **options):
+    """Shard block by block, then the rest with the root, as one does."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def rank():
+    return dist.get_rank()
+
+
+def from_rank(culprit, message):
+    """What an error says that one rank causes: there, and on the other."""
+    return f"^{message}" if rank() == culprit else f"^on rank {culprit}: {message}"
+
+
+def saved(model, path, adapter="default"):
+    """Save from all ranks at once; return the bytes."""
+    disha.save_adapter(model, path, adapter)
+    return path.read_bytes()
+
+
+def check_training(folder):
+    for case in ADAPTERS:
+        model = sharded(adapted(case))
+        assert_trains_alike(adapted(case), model)
+
+
+def check_training_with_an_adapter_that_is_not_active(folder):
+    plain, model = adapted("two at once"), sharded(adapted("two at once"))
+    for of in (plain, model):
+        disha.set_active_adapters(of, "second")
+    _, expected = train(plain, batch())
+    _, gradients = train(model, own_part(batch()))
+    for step, other in zip(expected, gradients, strict=True):
+        assert set(step) == set(other)
+        assert not any("default" in name for name in step)
+        for name, gradient in step.items():
+            close(other[name], gradient)
+
+
+def check_sharded_layers_and_resharding(folder):
+    """Every adapted layer a group of its own, and parameters left whole after the forward."""
+    model = adapted("bat")
+    for _, module in list(model.named_modules()):
+        if isinstance(module, disha.AdaptedLayer):
+            fully_shard(module)
+    assert_trains_alike(adapted("bat"), fully_shard(model))
+    assert_trains_alike(adapted(), sharded(adapted(), reshard_after_forward=False))
+
+
+def check_mixed_precision(folder):
+    """Half a precision for products, the adapter kept and its gradients summed in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(adapted(dtype=torch.float32), mp_policy=policy)
+    loss_of(model, own_part(batch())).backward()
+    plain = adapted(dtype=torch.float32)
+    loss_of(plain, batch()).backward()
+    for block, expected in zip(
+        disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
+    ):
+        assert block.dtype == block.grad.dtype == torch.float32
+        # bfloat16 has 8 bits, through four layers
+        error = (whole(block.grad) - expected.grad).norm() / expected.grad.norm()
+        assert error < 0.05
+    assert saved(model, folder / "a") == saved(plain, folder / f"plain{rank()}")
+
+
+def check_saved_file_is_that_of_the_plain_model(folder):
+    for index, case in enumerate(ADAPTERS):
+        plain = adapted(case)
+        for adapter in dict.fromkeys(one.get("adapter", "default") for one in ADAPTERS[case]):
+            path = folder / f"{index}{adapter}"
+            expected = saved(plain, folder / f"{index}{adapter}-plain{rank()}", adapter)
+            for options in ({}, {"reshard_after_forward": False}):
+                model = sharded(adapted(case), **options)
+                assert saved(model, path, adapter) == expected
+                with torch.no_grad():  # which leaves the root's parameters whole
+                    model(batch())
+                assert saved(model, path, adapter) == expected
+    assert len(list(folder.iterdir())) == len(ADAPTERS) * 3 + 3  # no left-overs
+
+
+def check_saving_between_forward_and_backward(folder):
+    model, plain = sharded(adapted(), reshard_after_forward=False), adapted()
+    loss = loss_of(model, own_part(batch()))
+    disha.save_adapter(model, folder / "a")
+    loss.backward()
+    loss_of(plain, batch()).backward()
+    for block, expected in zip(
+        disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
+    ):
+        close(whole(block.grad), expected.grad)
+
+
+def check_failed_save_raises_on_all_ranks(folder):
+    model = sharded(adapted())
+    with pytest.raises(AdapterIOError, match="does not exist"):
+        disha.save_adapter(model, folder / "absent" / "a")
+    with pytest.raises(disha.ArgumentTypeError, match="metadata must be"):
+        disha.save_adapter(model, folder / "a", metadata=3)
+    # only one rank errs, and the other does not wait for it
+    with pytest.raises(disha.ArgumentTypeError, match=from_rank(1, "path must be")):
+        disha.save_adapter(model, 3 if rank() == 1 else folder / "a")
+    with pytest.raises(
+        ArgumentError, match="no adapter 'b'" if rank() == 1 else "rank 1 was asked to"
+    ):
+        disha.save_adapter(model, folder / "a", "b" if rank() == 1 else "default")
+    with torch.no_grad():
+        next(disha.adapter_parameters(model)).to_local()[:] = float("nan")
+    with pytest.raises(AdapterStateError, match="not finite"):
+        disha.save_adapter(model, folder / "a")
+    assert not list(folder.iterdir())
+
+
+def check_loading_into_a_plain_model_and_then_sharding(folder):
+    source = adapted(seed=5)
+    if rank() == 0:
+        disha.save_adapter(source, folder / "a")  # rank 0 alone: nobody waits for anybody
+    dist.barrier()
+    plain, other = (disha.remove_adapters(adapted()) for _ in range(2))
+    for model in (plain, other):
+        disha.load_adapter(model, folder / "a")
+    assert_trains_alike(plain, sharded(other))
+
+
+def check_hot_swap(folder):
+    for case in ("bone", "bat", "conv and embedding, r=1"):
+        source, model = adapted(case, seed=5), sharded(adapted(case), reshard_after_forward=False)
+        path = folder / case
+        if rank() == 0:
+            disha.set_adapter_scale(source, 0.5)
+            disha.save_adapter(source, path, metadata={"of": case})
+        dist.barrier()
+        disha.set_adapter_scale(source, 0.5)
+        with torch.no_grad():
+            model(batch())  # leaves whole parameters behind, and writing to them would be lost
+        parameters = list(disha.adapter_parameters(model))
+        report = disha.load_adapter(model, path, replace=True)
+        assert report.complete
+        assert all(map(DTensor.is_same_size, parameters, disha.adapter_parameters(model)))
+        close(model(batch()), source(batch()))
+        assert_same(blocks(model), blocks(source))  # which registers the shards again
+        assert_trains_alike(source, model)
+
+
+def check_hot_swap_onto_another_base_warns(folder):
+    source, model = adapted(), sharded(adapted())
+    with torch.no_grad():
+        source.blocks[0].up.weight += 1.0
+    if rank() == 0:
+        disha.save_adapter(source, folder / "a")
+    dist.barrier()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        disha.load_adapter(model, folder / "a", replace=True)
+    (warning,) = (one for one in caught if one.category is disha.AdapterFileWarning)
+    assert "in 1 of 5 layers (blocks.0.up)" in str(warning.message)
+
+
+def check_refused_load_changes_no_rank(folder):
+    model = sharded(adapted())
+    before = blocks(model)
+    if rank() == 0:
+        disha.save_adapter(adapted(seed=5), folder / "fits")
+        disha.save_adapter(adapted("tile"), folder / "other")
+    dist.barrier()
+    with pytest.raises(AdapterFileError, match="does not fit the adapter"):
+        disha.load_adapter(model, folder / "other", replace=True)
+    with pytest.raises(ArgumentError, match="replace=True"):
+        disha.load_adapter(model, folder / "fits")
+    with pytest.raises(AdapterFileError, match="inject first, then wrap"):
+        disha.load_adapter(model, folder / "fits", adapter="new")
+    # one rank alone can't read it
+    with pytest.raises(AdapterIOError, match=from_rank(1, "can't read")):
+        disha.load_adapter(model, folder / ("fits", "absent")[rank()], replace=True)
+    assert_same(blocks(model), before)
+
+
+def check_state_dicts(folder):
+    model, source = sharded(adapted()), adapted(seed=5)
+    with torch.no_grad():
+        model(batch())
+    state, values = disha.adapter_state_dict(model), disha.adapter_state_dict(source)
+    whole_state = model.state_dict()
+    assert list(state) == list(values)
+    for key, value in state.items():
+        assert isinstance(value, DTensor)
+        assert value.to_local().data_ptr() == whole_state[key].to_local().data_ptr()
+    disha.load_adapter_state_dict(model, values)
+    assert_same(blocks(model), blocks(source))
+    doubled = {key: value * 2 for key, value in disha.adapter_state_dict(model).items()}
+    assert all(isinstance(value, DTensor) for value in doubled.values())
+    disha.load_adapter_state_dict(model, doubled)
+    assert_same(blocks(model), [2 * block for block in blocks(source)])
+
+    before = blocks(model)
+    key = next(iter(values))
+    broken = {**values, key: torch.full_like(values[key], float("nan"))}
+    with pytest.raises(AdapterStateError, match=from_rank(1, "the state does not fit")):
+        disha.load_adapter_state_dict(model, broken if rank() == 1 else values)
+    with pytest.raises(disha.ArgumentTypeError, match=from_rank(0, "state must be")):
+        disha.load_adapter_state_dict(model, [] if rank() == 0 else values)
+    assert_same(blocks(model), before)
+    with pytest.raises(AdapterStateError, match="is sharded, and the parameter is not"):
+        disha.load_adapter_state_dict(source, doubled)
+
+
+def check_checkpoints_of_torch(folder):
+    """The keys of torch.distributed.checkpoint are those of the plain model."""
+    model, source = sharded(adapted()), adapted(seed=5)
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
+    state = get_model_state_dict(model, options=options)
+    if rank() == 0:  # where torch puts the whole state
+        assert set(state) == set(disha.adapter_state_dict(source))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(
+        model, disha.adapter_state_dict(source) if rank() == 0 else {}, options=options
+    )
+    assert_same(blocks(model), blocks(source))
+    part = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    assert set(part) == set(disha.adapter_state_dict(source))
+    set_model_state_dict(
+        model,
+        {key: value * 2 for key, value in part.items()},
+        options=StateDictOptions(strict=False),
+    )
+    assert_same(blocks(model), [2 * block for block in blocks(source)])
+
+
+def check_fingerprints(folder):
+    """Of a sharded weight as of the whole one: uneven and empty parts, both dimensions, -0.0."""
+    values = torch.randn(9, 10)
+    values[0] = -0.0
+    for size in ((9, 10), (3, 30), (1, 90), (90, 1)):
+        for dtype in (torch.float64, torch.bfloat16):
+            layer = nn.Linear(1, 1)
+            layer.weight = nn.Parameter(values.view(size).to(dtype))
+            expected = fingerprint(layer.weight)
+            assert fingerprint(fully_shard(layer).weight) == expected
+
+    layer = nn.Linear(10, 8)
+    expected = fingerprint(layer.weight)
+    fully_shard(layer, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    assert layer.weight.placements == (Shard(1),)
+    assert fingerprint(layer.weight) == expected
+
+
+def check_two_dimensional_meshes(folder):
+    """Replicas of shards, and shards of tensor parallelism's shards, which are no plain chunks."""
+    for shape in ((2, 1), (1, 2)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("outer", "inner"))
+        model, source = fully_shard(adapted(), mesh=mesh), adapted(seed=5)
+        path = folder / f"{shape}"
+        assert saved(model, path) == saved(adapted(), folder / f"plain{rank()}")
+        with pytest.raises(disha.ArgumentTypeError, match=from_rank(1, "path must be")):
+            disha.save_adapter(model, 3 if rank() else path)
+        disha.load_adapter_state_dict(model, disha.adapter_state_dict(source))
+        assert_same(blocks(model), blocks(source))
+
+        layer = nn.Linear(10, 8)
+        expected = fingerprint(layer.weight)
+        parallelize_module(layer, mesh["inner"], ColwiseParallel())
+        fully_shard(layer, mesh=mesh["outer"])
+        assert fingerprint(layer.weight) == expected
+
+
+def check_control(folder):
+    plain, model = adapted("two at once"), sharded(adapted("two at once"))
+    tokens = batch()
+    assert disha.summary(model) == disha.summary(plain)
+    names = ["default", "second", None, "default"]
+
+    def outputs(of):
+        yield of(tokens)
+        disha.set_active_adapters(of, "second")
+        disha.set_adapter_scale(of, 0.5, "second")
+        yield of(tokens)
+        with disha.adapters_disabled(of):
+            yield of(tokens)
+        with disha.route_adapters(of, names):
+            yield of(tokens)
+        disha.set_active_adapters(of, [])
+        yield of(tokens)
+
+    with torch.no_grad():
+        for ours, theirs in zip(outputs(model), outputs(plain), strict=True):
+            close(ours, theirs)
+    first = next(disha.adapter_parameters(model))
+    assert isinstance(first, DTensor)  # not what the forward has left there
+    plain.requires_grad_(True)
+    model.requires_grad_(True)
+    disha.mark_only_adapters_trainable(plain)
+    disha.mark_only_adapters_trainable(model)
+    for of in (plain, model):
+        disha.set_active_adapters(of, ["default", "second"])
+    assert_trains_alike(plain, model)
+
+
+def check_training_while_routed(folder):
+    """Each rank's part of the batch uses the same adapters."""
+    plain, model = adapted("two at once"), sharded(adapted("two at once"))
+    names = ["second", "default"]
+    with disha.route_adapters(plain, names * RANKS), disha.route_adapters(model, names):
+        assert_trains_alike(plain, model)
+
+
+def check_refusals(folder):
+    model = sharded(adapted("two at once"))
+    classes = [type(module) for module in model.modules()]
+    before = blocks(model)
+    with pytest.raises(TargetError, match="inject first, then wrap"):
+        disha.inject_adapters(model, "all-linear", 2, adapter="new")
+    with pytest.raises(TargetError, match=r"can't remove adapters: .* set_active_adapters"):
+        disha.remove_adapters(model)
+    with pytest.raises(TargetError, match="combine first, then wrap"):
+        disha.combine_adapters(model, {"default": 1.0}, into="new")
+    with pytest.raises(MergeError, match="load it into the plain model, and merge there"):
+        disha.merge_adapters(model)
+    merged = adapted()
+    disha.merge_adapters(merged)
+    expected = merged(batch()).detach()
+    sharded(merged)
+    with pytest.raises(
+        MergeError, match="can't unmerge adapters in a model with sharded parameters"
+    ):
+        disha.unmerge_adapters(merged)
+    close(merged(batch()), expected)
+    assert [type(module) for module in model.modules()] == classes
+    assert_same(blocks(model), before)
+
+
+def check_activation_checkpointing(folder):
+    plain = saved(adapted(), folder / f"plain{rank()}")
+    for implementation in CheckpointImpl:
+        model = adapted()
+        wrap = functools.partial(checkpoint_wrapper, checkpoint_impl=implementation)
+        apply_activation_checkpointing(
+            model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: isinstance(module, Block)
+        )
+        disha.enable_input_gradients(model)
+        assert saved(sharded(model), folder / "a") == plain
+        assert_trains_alike(adapted(), model)
+
+
+def check_compiled(folder):
+    plain = saved(adapted(), folder / f"plain{rank()}")
+    before = adapted()
+    for block in before.blocks:
+        block.compile(backend="eager")
+    after = torch.compile(sharded(adapted()), backend="eager")
+    for model in (sharded(adapted(compiled=True)), sharded(before), after):
+        assert saved(model, folder / "a") == plain
+        assert_trains_alike(adapted(), model)
+
+
+if __name__ == "__main__":
+    main(globals())

@@ -1,0 +1,109 @@
+"""What of sharded tensors needs no ranks; `tests/distributed` has the rest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+from disha.sharding import (
+    Ranks,
+    _local_ranges,
+    is_sharded,
+    local_part,
+    obstacle_to_write,
+    register_shards,
+    sharded_module,
+    values_at,
+    whole,
+    write,
+)
+
+
+@dataclass
+class Mesh:
+    shape: tuple[int, ...]
+    coordinate: tuple[int, ...]
+
+    def get_coordinate(self):
+        return list(self.coordinate)
+
+    def size(self, dim):
+        return self.shape[dim]
+
+
+@dataclass
+class Sharded:
+    shape: tuple[int, ...]
+    device_mesh: Mesh
+    placements: tuple[Placement, ...]
+
+
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    mesh=st.lists(st.integers(1, 5), min_size=1, max_size=2),
+    data=st.data(),
+)
+def test_parts_are_the_chunks_of_torch(shape, mesh, data):
+    choices = st.sampled_from([Replicate(), *(Shard(dim) for dim in range(len(shape)))])
+    placements = tuple(data.draw(choices) for _ in mesh)
+    coordinate = tuple(data.draw(st.integers(0, size - 1)) for size in mesh)
+    values = torch.arange(torch.Size(shape).numel()).view(shape)
+    expected = values
+    for size, index, placement in zip(mesh, coordinate, placements, strict=True):
+        if isinstance(placement, Shard):
+            chunks = expected.chunk(size, placement.dim)
+            nothing = expected.narrow(placement.dim, 0, 0)  # torch gives no empty chunks
+            expected = chunks[index] if index < len(chunks) else nothing
+    ranges = _local_ranges(Sharded(tuple(shape), Mesh(tuple(mesh), coordinate), placements))
+    part = values[tuple(slice(start, stop) for start, stop in ranges)]
+    assert torch.equal(part, expected)
+
+
+def test_plain_tensors_are_whole():
+    tensor = torch.randn(3, 4)
+    assert not is_sharded(tensor)
+    assert whole(tensor) is tensor
+    assert local_part(tensor) is tensor
+    assert obstacle_to_write(tensor, tensor) is None
+    positions = torch.tensor([0, 11, 5])
+    assert torch.equal(values_at(tensor, positions), torch.take(tensor, positions))
+    target = torch.zeros(3, 4)
+    write(target, tensor)
+    assert torch.equal(target, tensor)
+
+
+def test_a_plain_model_is_alone():
+    model = nn.Linear(2, 2)
+    register_shards(model)
+    assert sharded_module(model) is None
+    ranks = Ranks(model)
+    assert ranks.writes
+    with pytest.raises(KeyError, match="as it is"), ranks.agreeing("fail"):
+        raise KeyError("as it is")
+
+
+def test_plain_models_do_not_bring_in_the_machinery_of_torch():
+    """It takes seconds to import."""
+    code = """
+import sys, tempfile
+import torch
+before = set(sys.modules)
+import disha
+model = disha.inject_adapters(torch.nn.Linear(4, 4), "all-linear", 2)
+with tempfile.TemporaryDirectory() as folder:
+    disha.save_adapter(model, folder + "/a")
+    disha.load_adapter(model, folder + "/a", replace=True)
+disha.merge_adapters(model)
+heavy = {"torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"}
+sys.exit(str(heavy & (set(sys.modules) - before)) if heavy & (set(sys.modules) - before) else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
