@@ -39,6 +39,7 @@ from tests.distributed.harness import (
     RANKS,
     Block,
     adapted,
+    adapted_attention,
     assert_same,
     assert_trains_alike,
     batch,
@@ -79,6 +80,20 @@ def check_training(folder):
     for case in ADAPTERS:
         model = sharded(adapted(case))
         assert_trains_alike(adapted(case), model)
+
+
+def check_attention(folder):
+    for method in ("bone", "bat"):
+        plain, model = adapted_attention(method), adapted_attention(method)
+        for layer in model.encoder.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        alone, path = folder / f"{method}-{rank()}", folder / method
+        disha.save_adapter(plain, alone)
+        assert saved(model, path) == alone.read_bytes()
+        assert_trains_alike(plain, model)
+        disha.load_adapter(model, path, replace=True)
+        assert_same(blocks(model), blocks(adapted_attention(method)))
 
 
 def check_training_with_an_adapter_that_is_not_active(folder):

@@ -78,6 +78,29 @@ class Model(nn.Module):
         return self.head(x)
 
 
+class AttentionModel(nn.Module):
+    """Packed projections: of the 18 rows of q, k and v, each of two ranks has one and a half."""
+
+    def __init__(self, width: int = 6, vocabulary: int = 11) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        layer = nn.TransformerEncoderLayer(width, 2, 7, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens):
+        return self.head(self.encoder(self.embed(tokens)))
+
+
+def adapted_attention(method: str = "bone") -> AttentionModel:
+    """Return the same model on every rank; no block is zero."""
+    torch.manual_seed(0)
+    model = AttentionModel().double()
+    disha.inject_adapters(model, "all-linear", 2, method=method)
+    perturb(model)
+    return model
+
+
 ADAPTERS = {
     "bone": [{"target_regex": "all-linear", "r": 3, "also_train": r"norm\.weight"}],
     "tile": [{"target_regex": "up|down", "r": 2, "r_out": 1}],
