@@ -44,12 +44,11 @@ class _Wrapper:
     child: str
     distributes: bool
 
-    def holds(self, module: nn.Module) -> bool:
+    def imported(self) -> type | None:
         # Looked up among what is imported: whoever wrapped the model imported the wrapper, and
         # importing it here could take seconds.
-        imported = sys.modules.get(self.module)
-        cls = getattr(imported, self.name, None)
-        return cls is not None and isinstance(module, cls)
+        cls: type | None = getattr(sys.modules.get(self.module), self.name, None)
+        return cls
 
 
 _WRAPPERS = (
@@ -83,36 +82,42 @@ def module_names(model: nn.Module) -> ModuleNames:
     A module that is reached by several ways has a name for each. Adapters are left out.
     """
     names: ModuleNames = {}
-    _collect(model, "", names, on_path=set())
+    _collect(model, "", names, _transparent_classes(), on_path=set())
     return names
 
 
-def _collect(module: nn.Module, name: str, names: ModuleNames, on_path: set[nn.Module]) -> None:
+def _transparent_classes() -> dict[type, str]:
+    """Return the wrapper classes that are imported -> the child under which they hold a module."""
+    classes = {wrapper.imported(): wrapper.child for wrapper in _WRAPPERS if wrapper.child}
+    return {cls: child for cls, child in classes.items() if cls is not None}
+
+
+def _collect(
+    module: nn.Module,
+    name: str,
+    names: ModuleNames,
+    transparent: dict[type, str],
+    on_path: set[nn.Module],
+) -> None:
     if isinstance(module, Adapters) or module in on_path:
         return
     names[module] = (*names.get(module, ()), name)
+    if not module._modules:
+        return
     on_path.add(module)
-    transparent = _wrapped_child(module)
+    held = next((child for cls, child in transparent.items() if isinstance(module, cls)), None)
     for child_name, child in module._modules.items():
         if child is not None:
-            below = name if child_name == transparent else join(name, child_name)
-            _collect(child, below, names, on_path)
+            below = name if child_name == held else join(name, child_name)
+            _collect(child, below, names, transparent, on_path)
     on_path.remove(module)
-
-
-def _wrapped_child(module: nn.Module) -> str | None:
-    for wrapper in _WRAPPERS:
-        if wrapper.child and wrapper.holds(module):
-            return wrapper.child
-    return None
 
 
 def wrapped_for_distribution(names: ModuleNames) -> nn.Module | None:
     """Return a module of the model that DDP or FSDP wraps, or None."""
-    for module in names:
-        if any(wrapper.distributes and wrapper.holds(module) for wrapper in _WRAPPERS):
-            return module
-    return None
+    imported = [wrapper.imported() for wrapper in _WRAPPERS if wrapper.distributes]
+    classes = tuple(cls for cls in imported if cls is not None)
+    return next((module for module in names if isinstance(module, classes)), None)
 
 
 def refuse_wrapped(model: nn.Module, action: str, remedy: str) -> None:

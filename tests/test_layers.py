@@ -97,7 +97,7 @@ def test_from_linear_shares_the_parameter_objects_and_mode(cls, bias):
     assert not layer.training
     assert not layer.disha["mine"].training
     assert layer.disha["mine"].strength == 0.5
-    assert layer.disha["mine"].dropout.p == 0.1
+    assert layer.disha["mine"].dropout == 0.1
     fill(layer)
     x = torch.randn(3, 10)
     close(layer(x), oracle(layer, x, ("mine",)), 1e-5)

@@ -88,14 +88,17 @@ class WeightSlot:
 class Adapters(nn.Module):
     """The adapters of one layer, by name, and which of them act."""
 
+    active: tuple[str, ...]
+    live: tuple[Block, ...]
+    enabled: bool
+    merged: MergedWeight | None
+    route: Route | None
+    calls: dict[int, bool]
+    """Forward calls under way -> whether they have called acting()."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.active: tuple[str, ...] = ()
-        self.live: tuple[Block, ...] = ()
-        self.enabled = True
-        self.merged: MergedWeight | None = None
-        self.route: Route | None = None
-        self.calls: dict[int, bool] = {}  # forward calls under way: have they called acting()?
+        vars(self).update(active=(), live=(), enabled=True, merged=None, route=None, calls={})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
@@ -113,7 +116,7 @@ class Adapters(nn.Module):
     def add(self, adapter: str, block: Block) -> None:
         """Add a block under a name that check_adapter_name has passed. It is not active yet."""
         self._modules[adapter] = block
-        block.train(self.training)
+        block.training = self.training
         block.set_enabled(self.enabled)
         self.activate(self.active)
 
@@ -466,7 +469,7 @@ def _front(original: type[nn.Module], kind: type[AdaptedLayer], read: bool) -> t
 def attach(layer: AdaptedLayer) -> None:
     """Give a layer of an adapted class its holder of adapters, empty."""
     adapters = Adapters()
-    adapters.train(layer.training)
+    adapters.training = layer.training
     # Straight into _modules: the user's class may guard its attributes.
     layer._modules[CHILD_NAME] = adapters
 

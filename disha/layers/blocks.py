@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disha.config import AdapterConfig
@@ -29,6 +30,7 @@ class Block(nn.Module):
         dtype: what to create it in.
 
     Attributes:
+        dropout: probability of zeroing each of the block's inputs in training.
         strength: the runtime scale s as a number. Change it with `set_strength`.
         scale: the same as a 0-dim tensor, 0 while disabled: what a compiled graph reads, so that
             neither scaling nor disabling recompiles. Not part of the state dict.
@@ -36,6 +38,11 @@ class Block(nn.Module):
 
     method: ClassVar[str]
     parameter_name: ClassVar[str]
+    config: AdapterConfig
+    r: int
+    strength: float
+    enabled: bool
+    dropout: float
     scale: Tensor
 
     def __init__(
@@ -48,17 +55,19 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.r = r
-        self.strength = float(config.scale)
-        self.enabled = True
-        self.dropout = nn.Dropout(config.dropout)
+        # Straight into __dict__: each assignment through nn.Module costs as much as all of these.
+        vars(self).update(
+            config=config,
+            r=r,
+            strength=float(config.scale),
+            enabled=True,
+            dropout=config.dropout,
+        )
         # An inference tensor could never be trained, even after inference mode ends.
         with torch.inference_mode(False):
             values = torch.empty(tuple(shape), device=device, dtype=dtype)
-            self.register_parameter(self.parameter_name, nn.Parameter(values))
-            self.register_buffer("scale", None, persistent=False)
-            self._write_scale()
+            self._parameters[self.parameter_name] = nn.Parameter(values)
+            self.register_buffer("scale", self._scale_tensor(), persistent=False)
             self.reset_parameters()
 
     @property
@@ -87,13 +96,14 @@ class Block(nn.Module):
     def reconfigure(self, config: AdapterConfig) -> None:
         """Take over the scale and the dropout of another configuration of the same shape."""
         self.config = config
-        self.dropout.p = config.dropout
+        self.dropout = config.dropout
         self.set_strength(config.scale)
 
     def set_enabled(self, enabled: bool) -> None:
         """Let compiled graphs see the block (True) or a scale of 0 (False)."""
-        self.enabled = enabled
-        self._write_scale()
+        if enabled != self.enabled:
+            self.enabled = enabled
+            self._write_scale()
 
     def current_scale(self) -> float | Tensor:
         """The scale as forward must read it: a tensor in graphs, else the number."""
@@ -101,12 +111,12 @@ class Block(nn.Module):
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return the block's input: x, with dropout in training."""
-        return self.dropout(x) if self.drops else x
+        return F.dropout(x, self.dropout) if self.drops else x
 
     @property
     def drops(self) -> bool:
         """Whether dropout acts now."""
-        return self.training and self.dropout.p > 0.0
+        return self.training and self.dropout > 0.0
 
     def extra_repr(self) -> str:
         """Describe the block in a model's printout."""
@@ -115,12 +125,15 @@ class Block(nn.Module):
 
     def _write_scale(self) -> None:
         # A new tensor rather than an in-place write: autograd may have saved the old one.
+        with torch.inference_mode(False):
+            self._buffers["scale"] = self._scale_tensor()
+
+    def _scale_tensor(self) -> Tensor:
         # 0-dim, so it never changes a result's dtype; at least float32, so it is not rounded.
         value = self.strength if self.enabled else 0.0
-        wide = self.block.dtype == torch.float64
-        dtype = torch.float64 if wide else torch.float32
-        with torch.inference_mode(False):
-            self.scale = torch.full((), value, dtype=dtype, device=self.block.device)
+        block = self.block
+        dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
+        return torch.full((), value, dtype=dtype, device=block.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -129,7 +142,8 @@ class Block(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.set_enabled(True)  # a copy made inside adapters_disabled is outside of it
+        # A copy made inside adapters_disabled is outside of it.
+        self.set_enabled(True)
 
     def _load_from_state_dict(
         self,
