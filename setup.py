@@ -16,8 +16,13 @@ FINETUNE = [
     "tqdm>=4.66",
     "tyro>=1.0",
 ]
+QUANT = [
+    "bitsandbytes>=0.49",
+    "torchao>=0.18",
+]
 DEV = [
     *FINETUNE,
+    *QUANT,
     "hypothesis>=6.100",
     "mypy>=1.15",
     "peft>=0.21",
@@ -37,7 +42,7 @@ setup(
     package_data={"disha": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "safetensors>=0.4.3", "einops>=0.7"],
-    extras_require={"finetune": FINETUNE, "demo": FINETUNE, "dev": DEV},
+    extras_require={"finetune": FINETUNE, "demo": FINETUNE, "quant": QUANT, "dev": DEV},
     entry_points={"console_scripts": ["disha = disha.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

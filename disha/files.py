@@ -223,7 +223,7 @@ def save_adapter(
         for key, parameter in parameters.items()
     }
     records = [
-        _record(name, layer.disha[adapter], layer, fingerprint(layer.base_weight))
+        _record(name, layer.disha[adapter], layer, _base_fingerprint(layer))
         for name, layer in require_adapter(model, adapter)
     ]
     with ranks.agreeing(action):
@@ -416,6 +416,15 @@ def _record(name: str, block: Block, layer: AdaptedLayer, base: str | None) -> L
         scale=block.strength,
         base=base,
     )
+
+
+def _base_fingerprint(layer: AdaptedLayer) -> str | None:
+    """Return the fingerprint of a layer's original weight; a quantised one has none.
+
+    Quantising changes the values, and so do a second way of quantising and some kernels, while an
+    adapter that was trained on one fits the others.
+    """
+    return fingerprint(layer.base_weight) if layer.quantisation(layer) is None else None
 
 
 def _grouped(records: list[LayerRecord]) -> list[dict[str, Any]]:
@@ -866,7 +875,7 @@ def _warn_of_other_base(
     recorded = {keys[layer.key]: layer.base for layer in described.layers}
     other, known = [], 0
     for name, layer in require_adapter(model, adapter):
-        now = fingerprint(layer.base_weight)
+        now = _base_fingerprint(layer)
         base = recorded[join(name, layer.disha[adapter].parameter_name)]
         if now is None or base is None:
             continue

@@ -81,7 +81,7 @@ def inject_adapters(
         rank_pattern: regex of names -> r for those layers; the first that is found wins.
         dropout: probability of zeroing each of an adapter's inputs in training.
         scale: runtime scale s; `set_adapter_scale` changes it later.
-        dtype: dtype of the blocks; each weight's own by default.
+        dtype: dtype of the blocks; each weight's own by default, float32 over a quantised one.
         init: `"zeros"`, or `"kaiming"` for blocks that act at once.
         freeze: freeze all parameters that belong to no adapter and are not named by `also_train`.
             Flags come back with `remove_adapters`.

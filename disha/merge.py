@@ -23,7 +23,11 @@ __all__ = ["merge_adapters", "unmerge_adapters"]
 
 
 def merge_adapters(
-    model: nn.Module, adapter: str | Sequence[str] | None = None, *, untie: bool = False
+    model: nn.Module,
+    adapter: str | Sequence[str] | None = None,
+    *,
+    untie: bool = False,
+    dense: bool = False,
 ) -> None:
     """Add adapters to the weights: W becomes W + sum of s * dW, each dW from the original W.
 
@@ -37,12 +41,18 @@ def merge_adapters(
         untie: where a weight is shared with another module (an output head tied to the embedding,
             say), give the adapted layer a merged weight of its own instead of raising.
             `unmerge_adapters` ties it again.
+        dense: where a weight is quantised, let the layer compute with a dense merged weight,
+            W dequantised + sum of s * dW, instead of raising: a plain linear layer, in memory and
+            in `state_dict()` too. Its dtype is the one that the layer computes in: the compute
+            dtype of bitsandbytes' 4-bit layers (before the first forward, if none was given, the
+            dtype before quantising), float32 for its 8-bit layers, the tensor's for torchao.
+            `unmerge_adapters` gives back the quantised weight, the very same parameter.
 
     Raises:
         ArgumentError: there is no such adapter, or none is active.
         MergeError: adapters are merged already; a merged weight would not be finite; a weight is
-            shared or computed; a layer with a forward of its own would not compute the same; or
-            the model is sharded (`fully_shard`).
+            shared, computed or quantised; a layer with a forward of its own would not compute the
+            same; or the model is sharded (`fully_shard`).
 
         The model is unchanged whenever this raises.
 
@@ -68,6 +78,7 @@ def merge_adapters(
     sharers = [_sharers(layer, users) for _, layer, _ in chosen]
     for (name, layer, _), shared_with in zip(chosen, sharers, strict=True):
         _check_mergeable(name, layer, shared_with, untie)
+        _check_quantised(name, layer, dense)
     originals: Originals = {}
     # Not in inference mode: the merged weight has to be fit for training after it.
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
@@ -175,6 +186,30 @@ def _check_mergeable(name: str, layer: AdaptedLayer, shared_with: list[str], unt
         )
 
 
+def _check_quantised(name: str, layer: AdaptedLayer, dense: bool) -> None:
+    quantisation = layer.quantisation(layer)
+    if quantisation is None:
+        return
+    weight = join(name, layer.weight_name)
+    if quantisation.read is None:
+        raise MergeError(
+            f"{weight} is quantised ({quantisation.name}) and can't be read as numbers, so nothing "
+            "can be merged into it; its adapters act as well unmerged"
+        )
+    if not dense:
+        raise MergeError(
+            f"{weight} is quantised ({quantisation.name}), and its few values can't hold an "
+            "update; pass dense=True to let the layer compute with a dense merged weight until "
+            "unmerge_adapters, or leave the adapters unmerged, which act as well"
+        )
+    if quantisation.in_kernels and not type(layer).library_forward:
+        raise MergeError(
+            f"{name or 'the model'} is a {type(layer).original_class.__name__} with a forward of "
+            f"its own over a quantised weight ({quantisation.name}), which could not compute with "
+            "a dense one; leave its adapters unmerged, which act as well"
+        )
+
+
 Originals = dict[tuple[nn.Module, str], MergedWeight]
 """Module and name of each parameter that holds a merge now -> what it was."""
 
@@ -187,16 +222,21 @@ def _merge_layer(
     originals: Originals,
     undo: ExitStack,
 ) -> None:
-    with without_autocast(layer.base_weight.device):
+    parameter = layer.weight_slot.parameter
+    assert parameter is not None
+    with without_autocast(parameter.device):
         merged = layer.merged_weight(adapters)
     if not torch.isfinite(merged).all():
         raise MergeError(
             f"merging {', '.join(map(repr, adapters))} into {name}.{layer.weight_name} gives "
             "values that are not finite; check the adapter's blocks and its scale"
         )
-    probe = _Probe(layer, adapters) if type(layer).own_forward else None
+    quantised = layer.quantisation(layer) is not None
+    # The kernels of quantised layers round more than a probe could allow for.
+    exempt = quantised and type(layer).library_forward
+    probe = _Probe(layer, adapters) if type(layer).own_forward and not exempt else None
     slot = layer.weight_slot
-    original = originals.get((slot.module, slot.name)) or _original(slot, shared)
+    original = originals.get((slot.module, slot.name)) or _original(slot, shared, quantised)
     layer.disha.merged = replace(original, adapters=adapters)
     undo.callback(_unmerge_layer, layer)
     if (slot.module, slot.name) not in originals:
@@ -211,10 +251,12 @@ def _merge_layer(
         )
 
 
-def _original(slot: WeightSlot, shared: bool) -> MergedWeight:
+def _original(slot: WeightSlot, shared: bool, quantised: bool) -> MergedWeight:
     """Return what unmerging will need of a parameter that holds no merge yet."""
     parameter = slot.parameter
     assert parameter is not None
+    if quantised:
+        return MergedWeight(parameter=parameter, dense=True)
     return MergedWeight(data=parameter.data, parameter=parameter if shared else None)
 
 
@@ -223,7 +265,8 @@ def _open_for_merge(slot: WeightSlot, original: MergedWeight) -> None:
     parameter = slot.parameter
     assert parameter is not None
     if original.parameter is not None:
-        parameter = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+        stand_in = torch.empty(0) if original.dense else parameter.data
+        parameter = nn.Parameter(stand_in, requires_grad=parameter.requires_grad)
         slot.module._parameters[slot.name] = parameter
     if slot.rows is not None:
         parameter.data = parameter.data.clone()
@@ -243,7 +286,11 @@ def _unmerge_layer(layer: AdaptedLayer) -> None:
     merged, slot = layer.disha.merged, layer.weight_slot
     if merged is None:
         return
-    if merged.parameter is not None:
+    if merged.parameter is not None and merged.dense:
+        stand_in = slot.parameter
+        assert stand_in is not None
+        slot.module._parameters[slot.name] = _moved(merged.parameter, stand_in.device)
+    elif merged.parameter is not None:
         slot.module._parameters[slot.name] = merged.parameter
     elif merged.data is not None:
         parameter = slot.parameter
@@ -251,6 +298,14 @@ def _unmerge_layer(layer: AdaptedLayer) -> None:
         # The weight may have moved since; the original follows it.
         parameter.data = merged.data.to(device=parameter.device, dtype=parameter.dtype)
     layer.disha.merged = None
+
+
+def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """Return a quantised parameter on a device: itself, if it is there."""
+    if parameter.device == device:
+        return parameter
+    moved = parameter.to(device)  # as a parameter, where its class has a way of its own
+    return moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)
 
 
 class _Probe:

@@ -24,6 +24,7 @@ from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.layers import AdaptedLayer
 from disha.layers.adapted import refuse_inside
 from disha.layers.attention import Projection
+from disha.layers.quantised import is_quantised, parameter_count
 from disha.survey import Survey
 from disha.tables import table
 from disha.tree import (
@@ -104,7 +105,8 @@ class Plan:
         also_train: clean names of the parameters to be trained and saved with the adapter.
         added: parameters in the new blocks.
         trainable: parameters that would require gradients afterwards, in the whole model.
-        total: parameters of the model afterwards, blocks included.
+        total: parameters of the model afterwards, blocks included; a quantised weight counts as
+            many as the dense one has.
     """
 
     adapter: str
@@ -535,6 +537,8 @@ def _untrainable(module: nn.Module, name: str) -> str | None:
     """Return why a parameter can't be trained with a new adapter, or None."""
     parameter = module._parameters[name]
     assert parameter is not None
+    if is_quantised(parameter):
+        return "is quantised and can't be trained with an adapter"
     if not can_train(parameter):
         return f"has dtype {parameter.dtype} and can't be trained with an adapter"
     if name in freezing.claimed(module):
@@ -553,7 +557,9 @@ def _counted_plan(
 ) -> Plan:
     owners = parameter_owners(names)
     base = [(full, module._parameters[name]) for full, (module, name) in owners.items()]
-    counted = [(full, p, p.numel()) for full, p in base if p is not None and not is_lazy(p)]
+    counted = [
+        (full, p, parameter_count(p)) for full, p in base if p is not None and not is_lazy(p)
+    ]
     kept = claimed_names(names, owners)
     blocks = [
         layer.disha[other].block

@@ -12,6 +12,7 @@ from disha import freezing
 from disha.errors import AdapterStateError, ArgumentTypeError
 from disha.layers import Block
 from disha.layers.adapted import AdaptedLayer, refuse_merged
+from disha.layers.quantised import kept_packed
 from disha.sharding import Ranks, local_part, obstacle_to_write, register_shards, write
 from disha.tree import adapted_layers, join, module_names, require_adapter, require_model
 
@@ -97,7 +98,8 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
         {'0.disha.default.bone_block': (4, 16)}
     """
     owned = {id(parameter) for parameter in adapter_tensors(model, adapter).values()}
-    state = model.state_dict(keep_vars=True)
+    with kept_packed(model):
+        state = model.state_dict(keep_vars=True)
     return {key: value.detach() for key, value in state.items() if id(value) in owned}
 
 
@@ -192,11 +194,9 @@ def load_adapter_state_dict(
             )
         refuse_merged((layer for _, layer in adapted_layers(model)), "load an adapter")
         owned = {id(parameter): parameter for parameter in adapter_tensors(model, adapter).values()}
-        expected = {
-            key: owned[id(value)]
-            for key, value in model.state_dict(keep_vars=True).items()
-            if id(value) in owned
-        }
+        with kept_packed(model):
+            full = model.state_dict(keep_vars=True)
+        expected = {key: owned[id(value)] for key, value in full.items() if id(value) in owned}
         found = _under_model_keys(state, expected)
         report = check_fit(expected, found)
         failed = not report.complete if strict else report.wrong_shape or report.wrong_value

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from disha.layers.quantised import parameter_count
 from disha.tables import table
 from disha.tree import adapted_layers, require_model
 
@@ -32,7 +33,7 @@ class Summary:
 
     Attributes:
         trainable: parameters that require gradients.
-        total: all parameters, each counted once.
+        total: all parameters, each counted once; a quantised weight as the dense one.
         layers: one row per block.
     """
 
@@ -90,7 +91,7 @@ def summary(model: nn.Module) -> Summary:
         for block in (layer.disha[adapter],)
     )
     return Summary(
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        trainable=sum(parameter_count(p) for p in parameters if p.requires_grad),
+        total=sum(parameter_count(p) for p in parameters),
         layers=layers,
     )

@@ -100,9 +100,11 @@ class Survey:
 
     def _unread(self, module: nn.Module, dropout: float) -> dict[nn.Module, str]:
         adapted_before = isinstance(module, AdaptedLayer) and not isinstance(module, ReadLayer)
-        why = None
-        if module._parameters.get(self._weight_name(module)) is None:
+        kind, why = self.kind(module), None
+        if module._parameters.get(kind.weight_name) is None:
             why = "its weight, which is computed from other parameters"
+        elif kind.quantisation(module) is not None:
+            why = "its weight, which is quantised, so that an update can't be added to it"
         elif adapted_before:
             why = "its weight, and it was adapted on its own before; remove that adapter first"
         elif dropout:
@@ -110,11 +112,6 @@ class Survey:
         if why is None:
             return {}
         return {module: f"the module around it does not call it but reads {why}"}
-
-    @staticmethod
-    def _weight_name(module: nn.Module) -> str:
-        kind = layer_kind_of(module)
-        return kind.weight_name if kind is not None else "weight"
 
 
 def _read_children(owner: nn.Module) -> list[nn.Module]:

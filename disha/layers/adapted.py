@@ -23,8 +23,10 @@ from torch.nn.parameter import UninitializedParameter
 from disha import functional
 from disha.config import BLOCK_DTYPES, AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError, ModeError
-from disha.layers.blocks import BLOCKS, Block
+from disha.layers import quantised
+from disha.layers.blocks import BLOCKS, Bat, Block
 from disha.layers.classes import Moved, move, move_back
+from disha.layers.quantised import Quantisation
 from disha.layers.routing import Route
 
 __all__ = [
@@ -58,13 +60,15 @@ class MergedWeight:
     """What unmerging needs: the adapters that were merged, and the original weight.
 
     `data` is the former data of the parameter that holds the weight, `parameter` the former
-    parameter itself where the layer was untied from it, else None. A layer that has none of the
-    merged adapters falls silent with the others: no adapters, no data.
+    parameter itself where the layer was untied from it, else None. Where `dense`, a dense weight
+    stands in for the quantised `parameter`. A layer that has none of the merged adapters falls
+    silent with the others: no adapters, no data.
     """
 
     adapters: tuple[str, ...] = ()
     data: Tensor | None = None
     parameter: nn.Parameter | None = None
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,7 @@ class AdaptedLayer(Moved):
 
     layer_kind: ClassVar[type[AdaptedLayer]]
     own_forward: ClassVar[bool] = False
+    library_forward: ClassVar[bool] = False
     input_name: ClassVar[str] = ""
     weight_name: ClassVar[str] = "weight"
     methods: ClassVar[tuple[str, ...]] = ("bone",)
@@ -202,11 +207,31 @@ class AdaptedLayer(Moved):
         weight = getattr(module, cls.weight_name, None)
         if isinstance(weight, UninitializedParameter):
             return "its weight is not initialised yet; run the model once before injecting"
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        quantisation = cls.quantisation(module)
+        dense = isinstance(weight, Tensor) and weight.is_floating_point()
+        if quantisation is None and not dense:
             return "its weight is not a floating-point tensor"
         if method not in cls.methods:
             return f"{method!r} does not adapt {type(module).__name__}, {cls.methods[0]!r} does"
+        if quantisation is not None and quantisation.read is None and method == Bat.method:
+            return (
+                f"its weight is quantised ({quantisation.name}) and can't be read as numbers; "
+                f"{method!r} needs to, 'bone' does not"
+            )
         return None
+
+    @classmethod
+    def quantisation(cls, module: nn.Module) -> Quantisation | None:
+        """Return how the weight of `module`, adapted or not, is quantised; None where it is not."""
+        weight = _stored_weight(module, cls.weight_name)
+        found = quantised.quantisation_of(module, weight)
+        if found is not None or cls.base_class is None or not isinstance(weight, Tensor):
+            return found
+        original = getattr(type(module), "original_class", type(module))
+        dense = weight.dtype in BLOCK_DTYPES.values() or weight.is_complex()
+        if dense or original.forward is cls.base_class.forward:
+            return None
+        return quantised.UNKNOWN
 
     @classmethod
     def block_shape(
@@ -285,11 +310,13 @@ class AdaptedLayer(Moved):
             module: the module, adapted already or not yet.
             config: the adapter's configuration.
             r: shard size at this module.
-            dtype: dtype of the block; by default the configuration's, or else the weight's.
+            dtype: dtype of the block; by default the configuration's, or else the weight's, and
+                float32 over a quantised weight.
         """
         shape = cls.block_shape(module, config.method, r, config.r_out)
         weight: Tensor = getattr(module, cls.weight_name)
-        own = weight.dtype if weight.dtype in BLOCK_DTYPES.values() else torch.float32
+        dense = weight.dtype in BLOCK_DTYPES.values() and cls.quantisation(module) is None
+        own = weight.dtype if dense else torch.float32
         dtype = dtype or config.dtype or own
         return BLOCKS[config.method](shape, config=config, r=r, device=weight.device, dtype=dtype)
 
@@ -299,6 +326,7 @@ class AdaptedLayer(Moved):
         base = cls.base_class
         facts = {
             "own_forward": base is not None and original.forward is not base.forward,
+            "library_forward": quantised.is_library_forward(original),
             "input_name": _first_parameter(original.forward),
         }
         if front is ReadLayer:
@@ -312,27 +340,28 @@ class AdaptedLayer(Moved):
 
     @property
     def base_weight(self) -> Tensor:
-        """The original weight, also while merged."""
+        """The original weight, also while merged; a quantised one comes dequantised."""
         slot, merged = self.weight_slot, self.disha.merged
         if merged is not None and merged.data is not None:
             return slot.of(merged.data)
-        parameter = slot.parameter
-        weight: Tensor = (
-            getattr(self, self.weight_name) if parameter is None else slot.of(parameter)
-        )
-        return weight
+        stored = slot.parameter
+        if merged is not None and merged.parameter is not None:
+            stored = merged.parameter
+        weight: Tensor = getattr(self, self.weight_name) if stored is None else slot.of(stored)
+        return quantised.dequantised(self, weight)
 
     def merged_weight(self, adapters: Iterable[str]) -> Tensor:
         """Return W + sum of s * dW of the named adapters, whether merged now or not."""
         blocks = [self.disha[adapter] for adapter in adapters if adapter in self.disha]
         deltas = [(self.delta_weight(block), block.strength) for block in blocks]
+        weight = self.base_weight
         for delta, _ in deltas:
-            if delta.shape != self.base_weight.shape:
+            if delta.shape != weight.shape:
                 raise MergeError(
                     f"{type(self).layer_kind.__name__}.delta_weight gives an update of shape "
-                    f"{tuple(delta.shape)}, not that of the weight, {tuple(self.base_weight.shape)}"
+                    f"{tuple(delta.shape)}, not that of the weight, {tuple(weight.shape)}"
                 )
-        return functional.merged_weight(self.base_weight, deltas)
+        return functional.merged_weight(weight, deltas)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -357,6 +386,18 @@ class AdaptedLayer(Moved):
         return ", ".join(filter(None, (super().extra_repr(), state)))
 
 
+def _stored_weight(module: nn.Module, name: str) -> Tensor | None:
+    """Return the weight that a module holds, or the quantised one that a dense one stands in for.
+
+    None where it is computed from others (a parametrization), which asking for it would run.
+    """
+    adapters = module._modules.get(CHILD_NAME)
+    merged = adapters.merged if isinstance(adapters, Adapters) else None
+    if merged is not None and merged.dense:
+        return merged.parameter
+    return module._parameters.get(name, module._buffers.get(name))
+
+
 def _first_parameter(forward: Callable[..., Any]) -> str:
     """Return the name under which a forward takes its first input, or "" where it shows none."""
     try:
@@ -372,12 +413,15 @@ class _Around(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the forward behind; add the update if it did not get to the layer kind's forward."""
+        if self.library_forward and self.disha.merged is not None and self.disha.merged.dense:
+            dense_output: Tensor = self.layer_kind.forward(self, self._input(*args, **kwargs))
+            return dense_output
         calls = self.disha.calls
         caller = _caller()
         outer = calls.get(caller)
         calls[caller] = False
         try:
-            output: Tensor = super().forward(*args, **kwargs)
+            output = self._run_behind(super().forward, *args, **kwargs)
             reached = calls[caller]
             missed = () if reached else self.disha.acting()
         finally:
@@ -386,7 +430,7 @@ class _Around(AdaptedLayer):
                 calls[caller] = True  # a call within its own forward has applied the update
         if reached or not (missed or self.disha.route):
             return output
-        input = args[0] if args else kwargs.get(self.input_name)
+        input = self._input(*args, **kwargs)
         if not isinstance(output, Tensor) or not isinstance(input, Tensor):
             raise ArgumentTypeError(
                 f"the adapter of {self.original_class.__name__} can't act: adding to the output of "
@@ -394,6 +438,25 @@ class _Around(AdaptedLayer):
                 f"and returns {type(output).__name__}; leave it out with exclude="
             )
         return self.updated(output, missed, input)
+
+    def _input(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else kwargs.get(self.input_name)
+
+    def _run_behind(self, forward: Callable[..., Tensor], /, *args: Any, **kwargs: Any) -> Tensor:
+        if self.library_forward:
+            weight: Tensor = getattr(self, self.weight_name)
+            bias, input = self._parameters["bias"], self._input(*args, **kwargs)
+            if quantised.loses_gradients(weight, bias, input):
+                return quantised.with_gradients(self, weight, forward, input)
+        return forward(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        merged = self.disha.merged
+        if self.library_forward and merged is not None and merged.dense:
+            # A dense weight is saved as a plain layer's, without the quantised one's scales.
+            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        else:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class ReadLayer(AdaptedLayer):

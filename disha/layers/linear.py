@@ -19,6 +19,7 @@ from disha.errors import ArgumentError, ArgumentTypeError
 from disha.freezing import set_requires_grad
 from disha.layers.adapted import AdaptedLayer, Geometry, attach, refuse_merged
 from disha.layers.blocks import Bat, Block
+from disha.layers.quantised import dense_linear
 
 __all__ = ["AdaptedLinear", "AdaptedTransposedLinear", "BatLinear", "BoneLinear"]
 
@@ -47,8 +48,8 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
     def obstacle(cls, module: nn.Module, method: str) -> str | None:
         """Return why `method` can't adapt `module`, or None if it can."""
         obstacle = super().obstacle(module, method)
-        if obstacle is not None:
-            return obstacle
+        if obstacle is not None or cls.quantisation(module) is not None:
+            return obstacle  # a quantised weight may be packed into any shape
         geometry = cls.geometry(module)
         expected = (geometry.out_features, geometry.in_features)
         shape = tuple(getattr(module, cls.weight_name).shape)
@@ -78,13 +79,17 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output (..., out) for an input (..., in), adapters applied."""
         acting = self.disha.acting()
+        if self.disha.merged is not None and self.disha.merged.dense:
+            return dense_linear(input, self.weight, self.bias)
         # A BAT block changes the weight that is multiplied; one that drops a part of its input
-        # can't, as its input is no longer the layer's.
+        # can't, as its input is no longer the layer's. Nor can it where the weight is quantised:
+        # the layer's own product is left to the library's kernels.
         folded = [block for block in acting if isinstance(block, Bat) and not block.drops]
-        if folded:
+        if folded and self.quantisation(self) is None:
             deltas = [(self.delta_weight(block), block.current_scale()) for block in folded]
             output = F.linear(input, functional.merged_weight(self.weight, deltas), self.bias)
         else:
+            folded = []
             output = super().forward(input)
         return self.updated(output, [block for block in acting if block not in folded], input)
 

@@ -1,0 +1,721 @@
+"""Quantised bases, held against a plain linear layer on the dequantised weight."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+from bitsandbytes.nn import (
+    Embedding4bit,
+    Embedding8bit,
+    Linear4bit,
+    Linear8bitLt,
+    LinearFP4,
+    LinearNF4,
+)
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, PerGroup, quantize_, to_nf4
+
+import disha
+from disha import ArgumentError, MergeError, TargetError
+from disha.layers import AdaptedLayer
+from tests import reference
+from tests.conftest import assert_unchanged, perturb, snapshot
+
+WAYS = ("8-bit", "nf4", "fp4", "torchao")
+METHODS = ("bone", "tile", "bat")
+
+
+def quantised(dense: nn.Linear, way: str, **options) -> nn.Linear:
+    """Return a quantised layer with the weight and the bias of a dense one."""
+    if way == "torchao":
+        quantize_(dense, Int8WeightOnlyConfig(**options))
+        return dense
+    sizes = (dense.in_features, dense.out_features, dense.bias is not None)
+    if way == "8-bit":
+        layer = Linear8bitLt(*sizes, has_fp16_weights=False, **options)
+    else:
+        layer = Linear4bit(*sizes, quant_type=way, **options)
+    layer.to(dense.weight.dtype).load_state_dict(dense.state_dict())
+    return layer.to("cpu")  # quantises
+
+
+def linear(way, in_features=10, out_features=12, bias=True, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    dense = nn.Linear(in_features, out_features, bias, dtype=dtype)
+    return quantised(dense, way, **options)
+
+
+def dense_weight(layer: nn.Linear) -> torch.Tensor:
+    """Return W as the library means it, in float32."""
+    weight = layer.weight
+    if isinstance(layer, Linear8bitLt):
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB
+        return weight.data.float() * scales[:, None] / 127
+    if isinstance(layer, Linear4bit):
+        return dequantize_4bit(weight.data, weight.quant_state).float()
+    return weight.qdata.float() * weight.scale.float().view(layer.out_features, -1)
+
+
+def inject(model, method, r=4, target="all-linear", **options):
+    kind, r_out = ("bone", 4) if method == "tile" else (method, None)
+    return disha.inject_adapters(model, target, r, method=kind, r_out=r_out, **options)
+
+
+def adapted(way, method, r=4, **options):
+    layer = inject(linear(way, **options), method, r)
+    perturb(layer)
+    return layer
+
+
+def close(actual, expected, limit=1e-5):
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach(), expected.detach()
+    assert (actual - expected).abs().max() <= limit * max(1.0, float(expected.abs().max()))
+
+
+def everything(model):
+    """Return a snapshot of tensors that can be compared, for weights of torchao too."""
+    plain = {}
+    for name, value in model.state_dict().items():
+        parts = {"": value} if type(value) is torch.Tensor else vars(value)
+        plain |= {f"{name} {k}": v for k, v in parts.items() if isinstance(v, torch.Tensor)}
+    return {name: value.clone() for name, value in plain.items()}
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+class Small(nn.Module):
+    """Quantised and plain layers, one of them without a bias, and a norm."""
+
+    def __init__(self, way: str, width: int = 64) -> None:
+        super().__init__()
+        self.first = linear(way, width, 2 * width)
+        self.norm = nn.LayerNorm(2 * width)
+        self.second = linear(way, 2 * width, width, bias=False)
+        torch.manual_seed(2)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = self.norm(torch.tanh(self.first(x)))
+        return self.head(torch.relu(self.second(x)))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 2, 10, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
+class TestEveryWay:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_injection_changes_no_bit(self, way, method, training):
+        layer = linear(way, 64, 64).train(training).requires_grad_(False)
+        x = torch.randn(5, 64)
+        before = layer(x)
+        inject(layer, method)
+        assert torch.equal(layer(x), before)
+
+    def test_forward_is_that_of_the_dense_merged_weight(self, way, method, x):
+        layer = adapted(way, method)
+        disha.set_adapter_scale(layer, 0.5)
+        block = next(disha.adapter_parameters(layer))
+        expected = reference.linear(x, dense_weight(layer), layer.bias, [(block, 0.5)])
+        close(layer(x), expected)
+
+    def test_gradients_of_block_and_input(self, way, method, x):
+        layer = adapted(way, method)
+        x.requires_grad_()
+        block = next(disha.adapter_parameters(layer))
+        twin_x, twin = x.detach().clone().requires_grad_(), block.detach().clone().requires_grad_()
+        torch.tanh(layer(x)).sum().backward()
+        oracle = reference.linear(twin_x, dense_weight(layer), layer.bias, [(twin, 1.0)])
+        torch.tanh(oracle).sum().backward()
+        close(block.grad, twin.grad)
+        close(x.grad, twin_x.grad)
+        assert layer.weight.grad is None
+
+    def test_block_is_float32_unless_asked_otherwise(self, way, method):
+        layer = linear(way, dtype=torch.bfloat16)
+        inject(layer, method)
+        inject(layer, method, adapter="bf16", dtype=torch.bfloat16)
+        blocks = list(disha.adapter_parameters(layer))
+        assert [block.dtype for block in blocks] == [torch.float32, torch.bfloat16]
+        assert {block.device for block in blocks} == {layer.weight.device}
+
+    def test_output_dtype_is_the_bases(self, way, method, x):
+        layer = linear(way, dtype=torch.bfloat16)
+        plain = layer(x.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            plain_in_autocast = layer(x.bfloat16())
+        inject(layer, method)
+        perturb(layer)
+        block = next(disha.adapter_parameters(layer))
+        expected = reference.linear(x, dense_weight(layer), layer.bias.float(), [(block, 1.0)])
+        output = layer(x.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            in_autocast = layer(x.bfloat16())
+        assert output.dtype == plain.dtype
+        assert in_autocast.dtype == plain_in_autocast.dtype
+        close(output.float(), expected, 0.05)
+        close(in_autocast.float(), expected, 0.05)
+        assert (plain.float() - expected).abs().max() > 0.5
+
+    def test_training_lowers_the_loss(self, way, method):
+        model = inject(Small(way, 32), method, r=8)
+        inputs = torch.randn(64, 32)
+        classes = (inputs[:, 0] > 0).long() + 2 * (inputs[:, 1] > 0).long()
+        optimizer = torch.optim.Adam(disha.adapter_parameters(model), lr=1e-2)
+        frozen = {n: p.clone() for n, p in everything(model).items() if "disha" not in n}
+        losses = []
+        for _ in range(60):
+            loss = F.cross_entropy(model(inputs), classes)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert losses[-1] < 0.4 * losses[0]
+        assert all(block.abs().max() > 1e-3 for block in disha.adapter_parameters(model))
+        same(frozen, {n: p for n, p in everything(model).items() if "disha" not in n})
+
+    def test_file_round_trip_onto_a_freshly_quantised_base(self, way, method, tmp_path):
+        model = inject(Small(way), method)
+        perturb(model)
+        disha.save_adapter(model, tmp_path / "a")
+        fresh = Small(way)
+        disha.load_adapter(fresh, tmp_path / "a")
+        x = torch.randn(2, 64)
+        for training in (True, False):
+            assert torch.equal(fresh.train(training)(x), model.train(training)(x))
+
+    def test_state_dict_of_the_adapter(self, way, method):
+        model = inject(Small(way), method)
+        perturb(model)
+        fresh = inject(Small(way), method)
+        disha.load_adapter_state_dict(fresh, disha.adapter_state_dict(model))
+        x = torch.randn(2, 64)
+        assert torch.equal(fresh(x), model(x))
+
+    def test_several_adapters_add_up_and_can_be_disabled(self, way, method, x):
+        layer = linear(way)
+        base = layer(x)
+        inject(layer, method, adapter="a")
+        inject(layer, "bone", r=3, adapter="b")
+        perturb(layer)
+        disha.set_active_adapters(layer, ["a", "b"])
+        blocks = [(layer.disha["a"].block, 1.0), (layer.disha["b"].block, 1.0)]
+        close(layer(x), reference.linear(x, dense_weight(layer), layer.bias, blocks))
+        with disha.adapters_disabled(layer):
+            assert torch.equal(layer(x), base)
+
+    def test_routing_is_running_samples_one_by_one(self, way, method, x):
+        layer = linear(way)
+        inject(layer, method, adapter="a")
+        inject(layer, "bone", r=3, adapter="b")
+        perturb(layer)
+        names = ["a", None, "b"]
+        with disha.route_adapters(layer, names):
+            routed = layer(x)
+        for sample, name in enumerate(names):
+            disha.set_active_adapters(layer, [] if name is None else name)
+            close(routed[sample : sample + 1], layer(x[sample : sample + 1]))
+
+    def test_combining_is_exact(self, way, method, x):
+        layer = linear(way)
+        inject(layer, method, adapter="a")
+        inject(layer, method, adapter="b")
+        perturb(layer)
+        disha.combine_adapters(layer, {"a": 0.5, "b": -2.0}, into="c")
+        disha.set_active_adapters(layer, "c")
+        blocks = [(layer.disha["a"].block, 0.5), (layer.disha["b"].block, -2.0)]
+        close(layer(x), reference.linear(x, dense_weight(layer), layer.bias, blocks))
+        assert layer.disha["c"].block.dtype == torch.float32
+
+    def test_merge_is_refused(self, way, method):
+        model = inject(Small(way), method)
+        perturb(model)
+        before, values = snapshot_of(model), everything(model)
+        with pytest.raises(MergeError, match=r"first.weight is quantised \(.*pass dense=True"):
+            disha.merge_adapters(model)
+        assert snapshot_of(model) == before
+        same(everything(model), values)
+
+    def test_dense_merge_computes_the_same_and_comes_back_bit_for_bit(self, way, method, x):
+        layer = adapted(way, method)
+        disha.set_adapter_scale(layer, 0.5)
+        expected, weight, values = layer(x), layer.weight, everything(layer)
+        for _ in range(3):
+            disha.merge_adapters(layer, dense=True)
+            merged, stand_in = layer(x), layer.weight
+            assert torch.equal(layer(**{layer.input_name or "input": x}), merged)
+            disha.unmerge_adapters(layer)
+        close(merged, expected)
+        assert type(stand_in) is nn.Parameter
+        assert (stand_in.dtype, stand_in.shape) == (torch.float32, (12, 10))
+        assert not stand_in.requires_grad
+        assert layer.weight is weight
+        same(everything(layer), values)
+        assert torch.equal(layer(x), expected)
+
+    def test_state_dict_of_a_dense_merge_is_that_of_plain_layers(self, way, method):
+        model = inject(Small(way), method)
+        perturb(model)
+        x = torch.randn(2, 64)
+        expected = model(x)
+        disha.merge_adapters(model, dense=True)
+        state = {k: v for k, v in model.state_dict().items() if ".disha." not in k}
+        disha.unmerge_adapters(model)
+        plain = Small("torchao")
+        plain.first, plain.second = nn.Linear(64, 128), nn.Linear(128, 64, bias=False)
+        plain.load_state_dict(state)
+        close(plain(x), expected)
+
+    @pytest.mark.parametrize("merged", [False, True])
+    def test_copies(self, way, method, merged, x):
+        layer = adapted(way, method)
+        expected = layer(x)
+        if merged:
+            disha.merge_adapters(layer, dense=True)
+        twin = copy.deepcopy(layer)
+        perturb(layer, seed=5)
+        disha.unmerge_adapters(twin)
+        assert torch.equal(twin(x), expected)
+        assert type(twin) is type(layer)
+        assert disha.remove_adapters(twin)(x).shape == expected.shape
+
+    def test_removal_restores(self, way, method, x):
+        layer = linear(way)
+        before, values, output = snapshot_of(layer), everything(layer), layer(x)
+        inject(layer, method)
+        perturb(layer)
+        layer(x)
+        disha.remove_adapters(layer)
+        assert snapshot_of(layer) == before
+        same(everything(layer), values)
+        assert torch.equal(layer(x), output)
+
+
+def snapshot_of(model):
+    """Return what a refused operation must leave, apart from values."""
+    return {
+        "types": {name: type(module) for name, module in model.named_modules()},
+        "parameters": {name: id(p) for name, p in model.named_parameters()},
+        "flags": {name: p.requires_grad for name, p in model.named_parameters()},
+        "keys": list(model.state_dict()),
+        "merged": [m.disha.merged for m in model.modules() if isinstance(m, AdaptedLayer)],
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+class TestMixedModel:
+    def test_all_linear_takes_quantised_and_plain_layers(self, way):
+        model, x = Small(way), torch.randn(2, 64)
+        before = model(x)
+        plan = disha.plan_adapters(model, "all-linear", 8)
+        inject(model, "bone", r=8)
+        assert [layer.name for layer in plan.layers] == ["first", "second", "head"]
+        assert torch.equal(model(x), before)
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained == [f"{n}.disha.default.bone_block" for n in ("first", "second", "head")]
+
+    def test_counts_are_those_of_the_dense_model(self, way):
+        model, dense = Small(way), Small("torchao")
+        dense.first, dense.second = nn.Linear(64, 128), nn.Linear(128, 64, bias=False)
+        expected = disha.plan_adapters(dense, "all-linear", 8)
+        plan = disha.plan_adapters(model, "all-linear", 8)
+        assert (plan.total, plan.trainable) == (expected.total, expected.trainable)
+        inject(model, "bone", r=8)
+        summary = disha.summary(model)
+        assert (summary.total, summary.trainable) == (expected.total, expected.trainable)
+
+    def test_what_is_not_quantised_merges_as_ever(self, way):
+        model = inject(Small(way), "bone", target="head")
+        perturb(model)
+        weight, kept = model.head.weight.detach().clone(), model.first.weight
+        disha.merge_adapters(model)
+        assert not torch.equal(model.head.weight, weight)
+        assert model.first.weight is kept
+        disha.unmerge_adapters(model)
+        assert torch.equal(model.head.weight, weight)
+
+    def test_a_dense_merge_merges_both(self, way):
+        model, x = inject(Small(way), "bat"), torch.randn(2, 64)
+        perturb(model)
+        expected, first = model(x), model.first.weight
+        disha.merge_adapters(model, dense=True)
+        close(model(x), expected)
+        with pytest.raises(MergeError, match="while adapters are merged"):
+            inject(model, "bone", adapter="other")
+        with pytest.raises(MergeError, match="while adapters are merged"):
+            model.load_state_dict({"first.weight": torch.zeros(128, 64)}, strict=False)
+        disha.unmerge_adapters(model)
+        assert model.first.weight is first
+        assert torch.equal(model(x), expected)
+
+    def test_values_that_are_not_finite_are_refused(self, way):
+        model = inject(Small(way), "bone", target="first|second")
+        with torch.no_grad():
+            model.second.disha["default"].block.fill_(float("inf"))
+        before = snapshot_of(model)
+        with pytest.raises(MergeError, match=r"second.weight gives values that are not finite"):
+            disha.merge_adapters(model, dense=True)
+        assert snapshot_of(model) == before
+
+    def test_a_shared_layer_or_weight(self, way):
+        model = nn.Sequential(linear(way, 64, 64), linear(way, 64, 64))
+        model[1].weight = model[0].weight
+        inject(model, "bone", target="^0$")
+        before = snapshot_of(model)
+        with pytest.raises(MergeError, match=r"0.weight is shared with 1.weight"):
+            disha.merge_adapters(model, dense=True)
+        assert snapshot_of(model) == before
+        disha.merge_adapters(model, dense=True, untie=True)
+        assert model[0].weight is not model[1].weight
+        disha.unmerge_adapters(model)
+        assert model[0].weight is model[1].weight
+
+    def test_quantised_weights_can_not_be_trained_beside_an_adapter(self, way):
+        model = Small(way)
+        before = snapshot_of(model)
+        with pytest.raises(ArgumentError, match=r"first.weight, which is quantised"):
+            disha.inject_adapters(model, "head", 4, also_train=r"first\.weight")
+        assert snapshot_of(model) == before
+
+    def test_file_from_and_onto_a_dense_base(self, way, tmp_path, recwarn):
+        dense, model = nn.Sequential(nn.Linear(64, 64)), nn.Sequential(linear(way, 64, 64))
+        inject(dense, "bone")
+        perturb(dense)
+        disha.save_adapter(dense, tmp_path / "dense")
+        disha.load_adapter(model, tmp_path / "dense")
+        assert torch.equal(model[0].disha["default"].block, dense[0].disha["default"].block)
+        disha.save_adapter(model, tmp_path / "quantised")
+        disha.load_adapter(dense, tmp_path / "quantised", adapter="back")
+        assert disha.inspect_adapter(tmp_path / "quantised").layers[0].base is None
+        assert not [w for w in recwarn if w.category is disha.AdapterFileWarning]
+
+
+class TestBitsandbytes:
+    @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("nested", [True, False])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_storages_and_statistics(self, storage, nested, method, x):
+        layer = adapted("nf4", method, compress_statistics=nested, quant_storage=storage)
+        block = next(disha.adapter_parameters(layer))
+        assert block.dtype == torch.float32
+        expected = reference.linear(x, dense_weight(layer), layer.bias, [(block, 1.0)])
+        close(layer(x), expected)
+        disha.merge_adapters(layer, dense=True)
+        close(layer(x), expected)
+
+    @pytest.mark.parametrize("cls", [LinearNF4, LinearFP4])
+    def test_classes_by_name(self, cls, x):
+        layer = cls(10, 12).to("cpu")
+        inject(layer, "bat")
+        perturb(layer)
+        block = next(disha.adapter_parameters(layer))
+        close(layer(x), reference.linear(x, dense_weight(layer), layer.bias, [(block, 1.0)]))
+        disha.merge_adapters(layer, dense=True)
+        disha.remove_adapters(unmerged(layer))
+        assert type(layer) is cls
+
+    @pytest.mark.parametrize("way", ["8-bit", "nf4", "fp4"])
+    @pytest.mark.parametrize("used", [True, False])
+    def test_pickles(self, way, used, x):
+        layer = adapted(way, "bat")
+        if used:
+            layer(x)
+        twin = pickle.loads(pickle.dumps(layer))
+        saved = io.BytesIO()
+        torch.save(layer, saved)
+        saved.seek(0)
+        loaded = torch.load(saved, weights_only=False)
+        expected = layer(x)
+        for one in (twin, loaded):
+            assert torch.equal(one(x), expected)
+            disha.merge_adapters(one, dense=True)
+            close(one(x), expected)
+            disha.unmerge_adapters(one)
+            assert torch.equal(one(x), expected)
+
+    def test_8bit_in_eval_mode_adds_the_update_to_the_rounded_product(self, x):
+        layer = linear("8-bit", 64, 64).eval()
+        x = torch.randn(5, 64)
+        base = layer(x)
+        inject(layer, "bat")
+        perturb(layer)
+        block = next(disha.adapter_parameters(layer))
+        delta = reference.bat_delta_weight(dense_weight(layer), block)
+        close(layer(x), base + x @ delta.T)
+
+    @pytest.mark.parametrize(
+        ("compute", "expected"), [(torch.bfloat16, torch.bfloat16), (None, torch.float16)]
+    )
+    def test_a_dense_merge_is_in_the_compute_dtype(self, compute, expected):
+        layer = linear("nf4", dtype=torch.float16, compute_dtype=compute)
+        inject(layer, "bone")
+        disha.merge_adapters(layer, dense=True)
+        assert layer.weight.dtype == expected
+        assert layer(torch.randn(2, 10)).dtype == torch.float32
+
+    @pytest.mark.parametrize("way", ["8-bit", "nf4"])
+    def test_quantising_may_follow_injection(self, way, x):
+        options = {"has_fp16_weights": False} if way == "8-bit" else {"quant_type": way}
+        layer = {"8-bit": Linear8bitLt, "nf4": Linear4bit}[way](10, 12, **options)
+        inject(layer, "bat")
+        perturb(layer)
+        layer.to("cpu")
+        block = next(disha.adapter_parameters(layer))
+        close(layer(x), reference.linear(x, dense_weight(layer), layer.bias, [(block, 1.0)]))
+
+    def test_8bit_over_dense_weights_refuses_to_merge(self):
+        layer = Linear8bitLt(10, 12)  # quantises in its forward, and keeps what it got
+        inject(layer, "bone")
+        perturb(layer)
+        before = snapshot(layer)
+        with pytest.raises(MergeError, match="does not compute the same"):
+            disha.merge_adapters(layer, dense=True)
+        assert_unchanged(layer, before)
+
+    def test_a_subclass_keeps_its_forward_and_refuses_to_merge(self, x):
+        class Doubled(Linear4bit):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        torch.manual_seed(0)
+        layer = Doubled(10, 12).to("cpu")
+        inject(layer, "bone")
+        perturb(layer)
+        delta = reference.bone_delta_weight(layer.disha["default"].block, 10, 12)
+        close(layer(x), 2 * F.linear(x, dense_weight(layer), layer.bias) + x @ delta.T)
+        before = snapshot_of(layer)
+        with pytest.raises(MergeError, match="is a Doubled with a forward of its own"):
+            disha.merge_adapters(layer, dense=True)
+        assert snapshot_of(layer) == before
+
+    @pytest.mark.parametrize("make", [Embedding4bit, Embedding8bit])
+    def test_embeddings_with_bone(self, make):
+        embedding = make(20, 64).to("cpu")
+        indices = torch.arange(20).view(4, 5)
+        before = embedding(indices)
+        inject(embedding, "bone", target="^$")
+        assert torch.equal(embedding(indices), before)
+        perturb(embedding)
+        block = next(disha.adapter_parameters(embedding))
+        delta = reference.embedding_delta_weight(block, 20, 64)
+        close(embedding(indices), before + delta[indices])
+        with pytest.raises(MergeError, match="quantised"):
+            disha.merge_adapters(embedding)
+
+
+def unmerged(model):
+    disha.unmerge_adapters(model)
+    return model
+
+
+@pytest.mark.skipif(
+    not has_avx512bf16(), reason="only on CPUs with AVX512-BF16 does bitsandbytes pack weights"
+)
+@pytest.mark.parametrize("nested", [True, False])
+class TestPackedForTheCpu:
+    """The first forward in eval mode packs a 4-bit weight for a kernel without gradients."""
+
+    def packed(self, nested, bias=True):
+        torch.manual_seed(0)
+        dense = nn.Linear(128, 64, bias)
+        with torch.no_grad():  # scales that differ much from row to row
+            dense.weight.mul_(torch.logspace(-1, 1, 64)[:, None])
+        layer = quantised(dense, "nf4", compress_statistics=nested)
+        weight = dense_weight(layer)
+        layer.requires_grad_(False).eval()(torch.randn(1, 128))
+        assert layer.weight.quant_state.packing_format_for_cpu
+        return layer.train(), weight
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_trains_after_an_evaluation(self, nested, bias, method):
+        layer, weight = self.packed(nested, bias)
+        inject(layer, method, r=16)
+        x, block = torch.randn(3, 2, 128, requires_grad=True), layer.disha["default"].block
+        layer(x).square().sum().backward()
+        twin = x.detach().clone().requires_grad_()
+        dense = F.linear(twin, weight, layer.bias)
+        dense.square().sum().backward()
+        close(x.grad, twin.grad, 0.02)
+        assert block.grad.abs().max() > 0
+        with torch.no_grad():
+            close(layer(x), layer(x.detach()))
+
+    def test_a_bias_can_be_trained_beside_the_adapter(self, nested):
+        layer, weight = self.packed(nested)
+        model = nn.Sequential(layer)
+        disha.inject_adapters(model, "0", 16, also_train="bias")
+        x = torch.randn(3, 2, 128)
+        output = model(x)
+        output.sum().backward()
+        assert torch.equal(layer.bias.grad, torch.full((64,), 6.0))
+        close(output, F.linear(x, weight, layer.bias), 0.02)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_merges_and_comes_back(self, nested, method):
+        layer, weight = self.packed(nested)
+        inject(layer, method, r=16)
+        perturb(layer)
+        x = torch.randn(3, 128)
+        block = next(disha.adapter_parameters(layer))
+        expected, parameter, data = layer(x), layer.weight, layer.weight.data.clone()
+        oracle = reference.linear(x, weight, layer.bias, [(block, 1.0)])
+        close(expected, oracle, 0.02)
+        disha.merge_adapters(layer, dense=True)
+        close(layer(x), oracle, 0.02)
+        disha.unmerge_adapters(layer)
+        assert layer.weight is parameter
+        assert torch.equal(layer.weight.data, data)
+        assert torch.equal(layer(x), expected)
+
+    def test_taking_the_adapters_state_leaves_the_weight(self, nested):
+        layer, _ = self.packed(nested)
+        inject(layer, "bone", r=16)
+        x, data = torch.randn(3, 128), layer.weight.data.clone()
+        before = layer(x)
+        state = disha.adapter_state_dict(layer)
+        disha.load_adapter_state_dict(layer, state)
+        assert torch.equal(layer.weight.data, data)
+        assert torch.equal(layer(x), before)
+
+
+class TestTensorSubclasses:
+    def test_groups(self, x):
+        layer = linear("torchao", 64, 12, granularity=PerGroup(32))
+        inject(layer, "bat")
+        perturb(layer)
+        x = torch.randn(3, 64)
+        block = next(disha.adapter_parameters(layer))
+        weight = layer.weight.dequantize()
+        close(layer(x), reference.linear(x, weight, layer.bias, [(block, 1.0)]))
+
+    def test_nf4(self):
+        layer = nn.Linear(64, 64)
+        layer.weight = nn.Parameter(to_nf4(layer.weight.data, 64, 64), False)
+        weight = layer.weight.get_original_weight()
+        inject(layer, "bat", r=16)
+        perturb(layer)
+        x = torch.randn(3, 64)
+        block = next(disha.adapter_parameters(layer))
+        close(layer(x), reference.linear(x, weight, layer.bias, [(block, 1.0)]))
+
+    def test_a_subclass_of_linear_keeps_its_forward(self, x):
+        class Doubled(nn.Linear):
+            def forward(self, input):
+                return 2 * super().forward(input)
+
+        torch.manual_seed(0)
+        layer = quantised(Doubled(10, 12), "torchao")
+        inject(layer, "bat")
+        perturb(layer)
+        block = next(disha.adapter_parameters(layer))
+        expected = 2 * reference.linear(x, dense_weight(layer), layer.bias, [(block, 1.0)])
+        close(layer(x), expected)
+        disha.merge_adapters(layer, dense=True)
+        close(layer(x), expected)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_compiles_to_one_graph(self, method):
+        model = inject(nn.Sequential(linear("torchao"), linear("torchao", 12, 8)), method)
+        perturb(model)
+        x = torch.randn(3, 10)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        close(compiled(x), model(x))
+
+    def test_unmerging_follows_the_layer_to_another_device(self):
+        layer = inject(linear("torchao"), "bone")
+        disha.merge_adapters(layer, dense=True)
+        layer.to("meta")
+        disha.unmerge_adapters(layer)
+        assert layer.weight.device.type == "meta"
+        assert layer.quantisation(layer) is not None
+        assert isinstance(layer.weight, nn.Parameter)
+
+
+class Unreadable(nn.Linear):
+    """Holds its weight in a way of its own and computes with it."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        codes = self.weight.detach().mul(100).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, input):
+        return F.linear(input, self.weight.float() / 100, self.bias)
+
+
+class TestUnknownFormat:
+    def test_bone_adds_to_the_forward(self, x):
+        layer = Unreadable(10, 12)
+        before = layer(x)
+        inject(layer, "bone")
+        assert torch.equal(layer(x), before)
+        perturb(layer)
+        delta = reference.bone_delta_weight(layer.disha["default"].block, 10, 12)
+        close(layer(x), before + x @ delta.T)
+
+    def test_bat_is_refused(self):
+        model = nn.Sequential(Unreadable(10, 12), nn.Linear(12, 4))
+        before = snapshot(model)
+        with pytest.raises(
+            TargetError, match=r"0 \(Unreadable\): its weight is quantised .*'bone'"
+        ):
+            disha.inject_adapters(model, "0", 4, method="bat")
+        assert_unchanged(model, before)
+        assert disha.plan_adapters(model, "all-linear", 4, method="bat").skipped[0].name == "0"
+
+    @pytest.mark.parametrize("dense", [False, True])
+    def test_merge_is_refused(self, dense):
+        model = inject(nn.Sequential(Unreadable(10, 12)), "bone")
+        before = snapshot(model)
+        with pytest.raises(MergeError, match="can't be read as numbers"):
+            disha.merge_adapters(model, dense=dense)
+        assert_unchanged(model, before)
+
+
+def test_a_quantised_weight_that_its_owner_reads_is_refused():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = linear("torchao")
+
+        def forward(self, x):
+            return F.linear(x, self.qkv.weight)
+
+    with pytest.raises(TargetError, match="reads its weight, which is quantised"):
+        disha.inject_adapters(Reader(), "qkv", 2)
+
+
+def test_no_quantisation_library_is_imported():
+    code = """
+import json, sys
+import torch
+from torch import nn
+import disha
+model = nn.Sequential(nn.Linear(8, 8))
+disha.inject_adapters(model, "all-linear", 2, method="bat")
+model(torch.ones(1, 8)).sum().backward()
+disha.merge_adapters(model, dense=True)
+print(json.dumps(sorted({"bitsandbytes", "torchao"} & set(sys.modules))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
