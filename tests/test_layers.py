@@ -936,9 +936,8 @@ def test_merged_and_unmerged_agree_under_autocast(kind):
         unmerged = layer(x)
         disha.merge_adapters(layer)
         merged = layer(x)
-    # BAT multiplies the same merged weight; Bone rounds its own product to bfloat16 and adds it
-    tolerance = 0 if kind == "bat" else 2**-7 * unmerged.abs().max().item()
-    close(merged, unmerged, tolerance)
+    # both round products of their own to bfloat16 and add them
+    close(merged, unmerged, 2**-7 * unmerged.abs().max().item())
 
 
 @pytest.mark.parametrize("cls", [BoneLinear, BatLinear])

@@ -7,7 +7,8 @@ next multiple and cropped afterwards. A runtime scale s multiplies the update dW
 differentiable by autograd and knows no module.
 
 One file per layer kind, `linear` (Bone, tile and BAT), `conv` and `embedding`; `shards` holds what
-they share. `attention` is what stands between the projections of `nn.MultiheadAttention`.
+they share; `fused` computes linear layers with less memory and time than plain autograd does.
+`attention` is what stands between the projections of `nn.MultiheadAttention`.
 
 Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
 and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").
@@ -22,6 +23,7 @@ from disha.functional.conv import (
 )
 from disha.functional.embedding import embedding_delta, embedding_delta_weight
 from disha.functional.linear import (
+    adapted_linear,
     bat_delta_weight,
     bat_forward,
     bat_unmerge,
@@ -34,6 +36,7 @@ from disha.functional.linear import (
 from disha.functional.shards import merged_weight, shard_count, shard_sum, without_autocast
 
 __all__ = [
+    "adapted_linear",
     "additive_mask",
     "attention",
     "bat_delta_weight",

@@ -8,12 +8,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
 from disha.errors import ArgumentError
+from disha.functional.fused import bat_linear, bone_linear, fusible
 from disha.functional.shards import (
     Scale,
     merge_dtype,
@@ -27,6 +30,7 @@ from disha.functional.shards import (
 )
 
 __all__ = [
+    "adapted_linear",
     "bat_delta_weight",
     "bat_forward",
     "bat_unmerge",
@@ -247,6 +251,90 @@ def bat_forward(
         tensor([3., 3.])
     """
     return F.linear(x, merged_weight(weight, [(bat_delta_weight(weight, block), scale)]), bias)
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bones: Sequence[tuple[Tensor, Scale]] = (),
+    bats: Sequence[tuple[Tensor, Scale]] = (),
+) -> Tensor:
+    """Return (W + sum of s dW over BAT blocks) x + b + sum of s S(x) D over Bone blocks.
+
+    Each dW comes from the original W. Chooses the cheapest of the ways in which this library
+    computes that: see `disha.functional.fused` for what is not plain autograd.
+
+    Args:
+        x: input (..., in).
+        weight: W (out, in), dense if there are BAT blocks.
+        bias: b (out,), or None.
+        bones: Bone and tile blocks with their scales.
+        bats: BAT blocks with their scales.
+
+    Returns:
+        Tensor (..., out), in the dtype that the plain linear layer returns.
+
+    Source: arXiv 2409.15371, section 3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import adapted_linear
+        >>> bone, bat = torch.ones(1, 2), torch.eye(2)[None]
+        >>> adapted_linear(torch.ones(2), torch.eye(2), None, [(bone, 1.0)], [(bat, 0.5)])
+        tensor([4., 4.])
+    """
+    if bats:
+        # S(x) of Bone blocks comes after: their plain products are added to what BAT gives.
+        output = _with_bats(x, weight, bias, bats)
+    elif bones and (operands := _fused(x, weight, bias, *bones[0])) is not None:
+        tile_count(bones[0][0], weight.shape[0])
+        output, bones = bone_linear(*operands), bones[1:]
+    else:
+        # S(x) before W x: backward then adds dS into a gradient of x that is there already.
+        deltas = [bone_delta(x, block, weight.shape[0], scale) for block, scale in bones]
+        return _added(F.linear(x, weight, bias), deltas)
+    return _added(output, [bone_delta(x, block, weight.shape[0], s) for block, s in bones])
+
+
+def _added(output: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    for delta in deltas:
+        output = output + delta.to(output.dtype)
+    return output
+
+
+def _scaled(block: Tensor, scale: Scale) -> Tensor:
+    return block if isinstance(scale, float) and scale == 1.0 else block * scale
+
+
+def _with_bats(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bats: Sequence[tuple[Tensor, Scale]]
+) -> Tensor:
+    if len({block.shape for block, _ in bats}) == 1:
+        # dW is linear in D: the blocks add up before they meet W.
+        first, *others = (_scaled(block, scale) for block, scale in bats)
+        total = sum(others, first)
+        # In 16 bits W_eff is rounded anyway: a wider D is of no use in the product.
+        narrow = total.to(weight.dtype) if total.dtype == torch.float32 else total
+        operands = _fused(x, weight, bias, narrow, 1.0)
+        if operands is not None:
+            return bat_linear(*operands[:4])
+    deltas = [(bat_delta_weight(weight, block), scale) for block, scale in bats]
+    return F.linear(x, merged_weight(weight, deltas), bias)
+
+
+def _fused(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, float] | None:
+    """Return the operands in the one dtype of a fused product, or None where it does not apply."""
+    if isinstance(scale, Tensor) or not fusible(x, weight, block):
+        return None
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, block = x.to(dtype), weight.to(dtype), block.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    same = x.dtype == weight.dtype == block.dtype and (bias is None or bias.dtype == x.dtype)
+    return (x, weight, bias, block, scale) if same else None
 
 
 def bat_unmerge(merged: Tensor, block: Tensor, scale: float = 1.0) -> Tensor:

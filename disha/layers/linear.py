@@ -79,19 +79,23 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output (..., out) for an input (..., in), adapters applied."""
         acting = self.disha.acting()
-        if self.disha.merged is not None and self.disha.merged.dense:
+        merged = self.disha.merged
+        if merged is not None and merged.dense:
             return dense_linear(input, self.weight, self.bias)
         # A BAT block changes the weight that is multiplied; one that drops a part of its input
         # can't, as its input is no longer the layer's. Nor can it where the weight is quantised:
         # the layer's own product is left to the library's kernels.
-        folded = [block for block in acting if isinstance(block, Bat) and not block.drops]
-        if folded and self.quantisation(self) is None:
-            deltas = [(self.delta_weight(block), block.current_scale()) for block in folded]
-            output = F.linear(input, functional.merged_weight(self.weight, deltas), self.bias)
+        if acting and self.quantisation(self) is None:
+            folded = [block for block in acting if not block.drops]
+            bones, bats = (
+                [(one.block, one.current_scale()) for one in folded if isinstance(one, Bat) is bat]
+                for bat in (False, True)
+            )
+            output = functional.adapted_linear(input, self.weight, self.bias, bones, bats)
+            acting = tuple(block for block in acting if block.drops)
         else:
-            folded = []
             output = super().forward(input)
-        return self.updated(output, [block for block in acting if block not in folded], input)
+        return self.updated(output, acting, input)
 
     def reset_parameters(self) -> None:
         """Draw the base weight and bias anew, and set every block to its initial values.

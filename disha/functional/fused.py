@@ -1,0 +1,274 @@
+"""A linear layer and a block as one differentiable product, which keeps as little as it can.
+
+Plain autograd computes the same (`bone_forward`, `bat_forward`) and is what transforms of
+`torch.func`, forward-mode derivatives and compiled graphs get. Here:
+
+- Bone, y = W x + b + S(x) D: the second product is added into the first. Backward needs W, D and
+  S(x), tokens x r, never x; dS = dY D^T is added into every shard of dX = dY W.
+- BAT, y = W_eff x + b: backward needs x, W and D, and forms W_eff again; dD is formed one slab of
+  output blocks at a time, so that the gradient of the whole weight is never there at once. For few
+  tokens the forward never forms W_eff at all: y_a = sum over b of W_ab (I + D_a) x_b + D_a S(x)
+  reads W once, in order, against (out / r) small copies of x.
+
+W is frozen: its own gradient is left to plain autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from disha.functional.shards import pad_to_multiple, shard_sum, without_autocast
+
+__all__ = ["SLAB_BYTES", "bat_linear", "bone_linear", "fusible", "streams"]
+
+SLAB_BYTES = 2**24
+"""How much of the weight's gradient BAT's backward holds at once, if a block is not larger."""
+
+STREAM_COST = 1.0
+"""What streaming's extra products cost against forming W_eff, which has a pass over W to write."""
+
+
+def fusible(x: Tensor, weight: Tensor, *blocks: Tensor) -> bool:
+    """Whether the products here apply; where not, plain autograd does.
+
+    Args:
+        x: input.
+        weight: W.
+        blocks: the blocks' values.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0 or weight.requires_grad or weight.dim() != 2:
+        return False
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight, *blocks))
+    return plain and weight.is_contiguous() and not x.is_meta
+
+
+def bone_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Return W x + b + s S(x) D, as `bone_forward` does, for operands that are `fusible`.
+
+    Args:
+        x: input (..., in).
+        weight: W (out, in), frozen.
+        bias: b (out,), or None.
+        block: D, (r, out) or (r, r_out).
+        scale: runtime scale s.
+
+    Returns:
+        Tensor (..., out).
+
+    Example:
+        >>> import torch
+        >>> from disha.functional.fused import bone_linear
+        >>> bone_linear(torch.ones(1, 4), torch.eye(4), None, torch.ones(2, 4))
+        tensor([[5., 5., 5., 5.]])
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    with without_autocast(x.device):
+        if torch.is_grad_enabled():
+            output: Tensor = _BoneLinear.apply(  # type: ignore[no-untyped-call]
+                rows, weight, bias, block, scale
+            )[0]
+        else:
+            output = _bone_product(rows, weight, bias, block, scale)[0]
+    return output.view(*x.shape[:-1], weight.shape[0])
+
+
+class _BoneLinear(torch.autograd.Function):
+    """(x (n, in), W, b, D, s) -> y (n, out) and s S (n, r), which double backward goes through."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return _bone_product(x, weight, bias, block, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, weight, _, block, ctx.scale = inputs
+        ctx.save_for_backward(weight, block, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        weight, block, sums = ctx.saved_tensors
+        grad, grad_sums = grads
+        needs_x, _, needs_bias, needs_block, _ = ctx.needs_input_grad
+        grad_x = grad_bias = grad_block = None
+        with without_autocast(weight.device):
+            if grad is not None:
+                grad_bias = grad.sum(0) if needs_bias else None
+                # Of a tile, what reaches D is summed over the output's shards.
+                grad_tile = shard_sum(grad, block.shape[1])
+                grad_block = sums.T @ grad_tile if needs_block else None
+                to_sums = grad_tile @ block.T
+                grad_sums = to_sums if grad_sums is None else grad_sums + to_sums
+            if needs_x and grad_sums is not None:
+                total = None if grad is None else grad @ weight
+                grad_x = _into_shards(total, _times(grad_sums, ctx.scale), weight)
+        return grad_x, None, grad_bias, grad_block, None
+
+
+def _bone_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    sums = _times(shard_sum(x, block.shape[0]), scale)
+    output = F.linear(x, weight, bias)
+    if block.shape[1] == weight.shape[0]:
+        return output.addmm_(sums, block), sums
+    tiles = output.view(-1, weight.shape[0] // block.shape[1], block.shape[1])
+    tiles.add_((sums @ block).unsqueeze(1))
+    return output, sums
+
+
+def _times(sums: Tensor, scale: float) -> Tensor:
+    return sums if scale == 1.0 else sums * scale
+
+
+def _into_shards(total: Tensor | None, sums: Tensor, weight: Tensor) -> Tensor:
+    """Add (n, r) into every shard of a total (n, in), in place; zeros where that is None."""
+    in_features, r = weight.shape[1], sums.shape[1]
+    if total is None:
+        total = sums.new_zeros(sums.shape[0], in_features)
+    whole = in_features - in_features % r
+    shards = total[:, :whole].view(total.shape[0], whole // r, r)
+    shards.add_(sums.unsqueeze(1))
+    if whole < in_features:
+        total[:, whole:].add_(sums[:, : in_features - whole])
+    return total
+
+
+def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
+    """Return (W + dW) x + b with dW_ab = W_ab D_a + D_a, as `bat_forward`, for `fusible` operands.
+
+    Products are computed in the dtype of the operands: for 16 bits W_eff is rounded once, and D
+    added to the output.
+
+    Args:
+        x: input (..., in).
+        weight: W (out, in), frozen.
+        bias: b (out,), or None.
+        block: D (ceil(out / r), r, r), of W's dtype.
+
+    Returns:
+        Tensor (..., out).
+
+    Example:
+        >>> import torch
+        >>> from disha.functional.fused import bat_linear
+        >>> bat_linear(torch.ones(1, 2), torch.eye(2), None, torch.eye(2)[None])
+        tensor([[3., 3.]])
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    with without_autocast(x.device):
+        if torch.is_grad_enabled():
+            output: Tensor = _BatLinear.apply(rows, weight, bias, block)  # type: ignore[no-untyped-call]
+        elif streams(rows.shape[0], block.shape[-1]):
+            output = _streamed(rows, weight, bias, block)
+        else:
+            output = _bat_product(rows, weight, bias, block)
+    return output.view(*x.shape[:-1], weight.shape[0])
+
+
+class _BatLinear(torch.autograd.Function):
+    """(x (n, in), W, b, D) -> y (n, out)."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
+        return _bat_product(x, weight, bias, block)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, block = inputs
+        ctx.save_for_backward(x, weight, block)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, block = ctx.saved_tensors
+        with without_autocast(weight.device):
+            return _bat_gradients(grads[0], x, weight, block, ctx.needs_input_grad)
+
+
+def _bat_product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
+    output = F.linear(x, _scaled_tiles(weight, block), bias)
+    return output.addmm_(shard_sum(x, block.shape[-1]), _flat(block, weight.shape[0]).T)
+
+
+def _scaled_tiles(weight: Tensor, block: Tensor) -> Tensor:
+    """Return W_ab + W_ab D_a (out, in): W_eff but for D itself, which S(x) meets more cheaply."""
+    out_features, in_features = weight.shape
+    tiles = _tiles(weight, block.shape[-1])
+    product = torch.baddbmm(tiles, tiles, block)
+    return product.view(tiles.shape[0] * block.shape[-1], -1)[:out_features, :in_features]
+
+
+def _bat_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, block: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return dx, None for W, db and dD."""
+    grad_x = None
+    if needed[0]:
+        total = grad @ _scaled_tiles(weight, block)
+        grad_x = _into_shards(total, grad @ _flat(block, weight.shape[0]), weight)
+    grad_bias = grad.sum(0) if needed[2] else None
+    grad_block = _bat_block_gradient(x, weight, grad, block.shape[-1]) if needed[3] else None
+    return grad_x, None, grad_bias, grad_block
+
+
+def streams(tokens: int, r: int) -> bool:
+    """Whether so few tokens go through a BAT layer that its forward does not form W_eff.
+
+    Streaming costs 2 tokens x in x out multiply-adds, forming W_eff (tokens + r) x in x out.
+    """
+    return tokens < r * STREAM_COST
+
+
+def _tiles(weight: Tensor, r: int) -> Tensor:
+    """Return W as (out / r, r * in / r, r), zero-padded where r divides a size not.
+
+    Row-major, W (a i) (b k) is already "a (i b) k": no permutation.
+    """
+    padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
+    return padded.view(padded.shape[0] // r, -1, r)
+
+
+def _flat(block: Tensor, out_features: int) -> Tensor:
+    """Return D (out / r, r, r) as (out, r): row a r + i is row i of D_a."""
+    return block.reshape(-1, block.shape[-1])[:out_features]
+
+
+def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
+    """Return the same product with W read once and W_eff not formed."""
+    tokens, out_features, (blocks, r) = x.shape[0], weight.shape[0], block.shape[:2]
+    x, tiles = pad_to_multiple(x, r, dim=-1), _tiles(weight, r)
+    in_features = x.shape[1]
+    # u_ab = x_b + D_a x_b for all a at once: (out / r, tokens * in / r, r)
+    shards = x.reshape(-1, r).expand(blocks, -1, -1)
+    moved = torch.baddbmm(shards, shards, block.mT).view(blocks, tokens, in_features)
+    product = torch.bmm(moved, tiles.view(blocks, r, in_features).mT)  # (out / r, tokens, r)
+    output = product.transpose(0, 1).reshape(tokens, blocks * r)[:, :out_features]
+    output = torch.addmm(output, shard_sum(x, r), _flat(block, out_features).T)
+    return output if bias is None else output + bias
+
+
+def _bat_block_gradient(x: Tensor, weight: Tensor, grad: Tensor, r: int) -> Tensor:
+    """Return dD_a = sum over b of (W_ab + I)^T G_ab with G = dY^T X, slab by slab."""
+    x, grad = pad_to_multiple(x, r, dim=-1), pad_to_multiple(grad, r, dim=-1)
+    tiles = _tiles(weight, r)
+    blocks, in_features = tiles.shape[0], x.shape[1]
+    per_slab = max(1, SLAB_BYTES // (r * in_features * x.element_size()))
+    slabs = []
+    for first in range(0, blocks, per_slab):
+        some = slice(first, min(first + per_slab, blocks))
+        rows = grad[:, some.start * r : some.stop * r]
+        gradient = (rows.T @ x).view(some.stop - some.start, -1, r)
+        slabs.append(torch.bmm(tiles[some].mT, gradient))
+    direct = (grad.T @ shard_sum(x, r)).view(blocks, r, r)
+    return torch.cat(slabs) + direct

@@ -1,0 +1,253 @@
+"""disha.functional.fused against the loops of reference.py: values, gradients, and what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disha import functional
+from disha.functional import fused
+from tests import reference
+from tests.test_functional import SIZES, make_block, random_sizes, strided_copy
+
+METHODS = ("bone", "tile", "bat")
+
+
+def case_of(method, sizes, dtype=torch.float64, lead=(3,), seed=0, bias=True):
+    """Return x, a frozen W, b and a block."""
+    torch.manual_seed(seed)
+    in_features, out_features, *_ = sizes
+    x = torch.randn(*lead, in_features, dtype=dtype).requires_grad_()
+    weight = torch.randn(out_features, in_features, dtype=dtype)
+    b = torch.randn(out_features, dtype=dtype).requires_grad_() if bias else None
+    return x, weight, b, make_block(method, sizes, dtype).requires_grad_()
+
+
+def product(method, x, weight, bias, block, scale=1.0):
+    if method == "bat":
+        return fused.bat_linear(x, weight, bias, block * scale)
+    return fused.bone_linear(x, weight, bias, block, scale)
+
+
+def check(method, case, scale, tolerance=1e-10):
+    """Compare with the loops: what gradients record, what is computed without, all gradients."""
+    x, weight, bias, block = case
+    inputs = [tensor for tensor in (x, bias, block) if tensor is not None]
+    expected = reference.linear(x, weight, bias, [(block, scale)])
+    output = product(method, *case, scale)
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        alone = product(method, *case, scale)
+    torch.testing.assert_close(alone, expected, rtol=tolerance, atol=tolerance)
+    cotangent = torch.randn_like(expected)
+    found = torch.autograd.grad(output, inputs, cotangent)
+    for one, other in zip(found, torch.autograd.grad(expected, inputs, cotangent), strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scale", [1.0, -0.7])
+@pytest.mark.parametrize("tokens", [1, 3, 9])  # few enough for streaming, and too many
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_values_and_gradients_are_those_of_the_loops(method, sizes, tokens, scale, bias):
+    check(method, case_of(method, sizes, lead=(tokens,), bias=bias), scale)
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(
+    method=st.sampled_from(METHODS),
+    sizes=random_sizes(),
+    lead=st.lists(st.integers(0, 3), max_size=3).map(tuple),
+    strided=st.booleans(),
+    scale=st.floats(-2, 2),
+    slab=st.integers(1, 200),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_layout_scale_and_slab(method, sizes, lead, strided, scale, slab, seed):
+    x, weight, bias, block = case_of(method, sizes, lead=lead, seed=seed)
+    x = strided_copy(x) if strided else x
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "SLAB_BYTES", slab)
+        check(method, (x, weight, bias, block), scale)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_first_and_second_derivatives_by_finite_differences(method, sizes):
+    x, weight, bias, block = case_of(method, sizes, lead=(2,))
+
+    def run(x, bias, block):
+        return product(method, x, weight, bias, block, 0.5)
+
+    assert torch.autograd.gradcheck(run, (x, bias, block))
+    assert torch.autograd.gradgradcheck(run, (x, bias, block))
+
+
+@pytest.mark.parametrize("wanted", range(3))
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_gradients_that_are_needed(method, wanted):
+    x, weight, bias, block = case_of(method, (8, 12, 4, 3))
+    tensors = [x, bias, block]
+    for index, tensor in enumerate(tensors):
+        tensor.requires_grad_(index == wanted)
+    product(method, x, weight, bias, block).sum().backward()
+    assert [tensor.grad is not None for tensor in tensors] == [i == wanted for i in range(3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_sixteen_bits_round_little(method, dtype):
+    sizes = (64, 48, 8, 12)
+    case = case_of(method, sizes, dtype, lead=(20,))
+    case = tuple(t if t is None else (t.detach() / 8).requires_grad_(t.requires_grad) for t in case)
+    wide = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in case)
+    output, expected = product(method, *case), reference.linear(*wide[:3], [(wide[3], 1.0)])
+    assert output.dtype == dtype
+    limit = 4 * torch.finfo(dtype).eps
+    assert (output.double() - expected).norm() <= limit * expected.norm()
+    inputs, exact = (case[0], case[2], case[3]), (wide[0], wide[2], wide[3])
+    found = torch.autograd.grad(output.sum(), inputs)
+    for one, other in zip(found, torch.autograd.grad(expected.sum(), exact), strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() <= limit * other.norm()
+
+
+def kept_by(run):
+    """Return the bytes that autograd keeps for backward, by the address of their storage."""
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = run()
+    assert output.requires_grad
+    return kept
+
+
+@pytest.mark.parametrize("sizes", [(64, 48, 8, 12), (62, 45, 8, 9)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_kept_for_backward(method, sizes):
+    case = case_of(method, sizes, lead=(2, 10))
+    x, weight, bias, block = case
+    scale = 0.5 if method != "bat" else 1.0
+    kept = kept_by(lambda: functional.adapted_linear(
+        x, weight, bias, **{"bats" if method == "bat" else "bones": [(block, scale)]}
+    ))  # fmt: skip
+    own = {tensor.untyped_storage().data_ptr() for tensor in (weight, bias, block)}
+    extra = {address: size for address, size in kept.items() if address not in own}
+    if method == "bat":
+        assert extra == {x.untyped_storage().data_ptr(): x.numel() * 8}
+    else:
+        assert sum(extra.values()) == 20 * sizes[2] * 8
+
+
+class TestChoice:
+    """adapted_linear takes the fused products where they apply, and plain autograd elsewhere."""
+
+    def used(self, monkeypatch, *arguments, **options):
+        calls = []
+        for name in ("bone_linear", "bat_linear"):
+            original = getattr(fused, name)
+            monkeypatch.setattr(
+                f"disha.functional.linear.{name}",
+                lambda *a, _run=original, _name=name: calls.append(_name) or _run(*a),
+            )
+        output = functional.adapted_linear(*arguments, **options)
+        return calls, output
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_fused(self, monkeypatch, method):
+        x, weight, bias, block = case_of(method, (8, 12, 4, 3))
+        kind = "bats" if method == "bat" else "bones"
+        calls, output = self.used(monkeypatch, x, weight, bias, **{kind: [(block, 0.5)]})
+        assert calls == ["bat_linear" if method == "bat" else "bone_linear"]
+        expected = reference.linear(x, weight, bias, [(block, 0.5)])
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("why", ["weight trains", "tensor scale", "other dtype", "transform"])
+    def test_plain(self, monkeypatch, why):
+        x, weight, bias, block = case_of("bone", (8, 12, 4, 3))
+        scale = 0.5
+        if why == "weight trains":
+            weight.requires_grad_()
+        elif why == "tensor scale":
+            scale = torch.tensor(0.5, dtype=torch.float64)
+        elif why == "other dtype":
+            block = block.detach().float().requires_grad_()
+        if why == "transform":
+            calls, output = [], torch.func.vmap(
+                lambda one: functional.adapted_linear(one, weight, bias, [(block, scale)])
+            )(x)  # fmt: skip
+        else:
+            calls, output = self.used(monkeypatch, x, weight, bias, [(block, scale)])
+        assert calls == []
+        tolerance = 1e-5 if why == "other dtype" else 1e-10
+        expected = reference.linear(x, weight, bias, [(block.double(), 0.5)])
+        torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+
+    def test_several_of_both_kinds(self):
+        x, weight, bias, block = case_of("bone", (8, 12, 4, 3))
+        others = [make_block("tile", (8, 12, 2, 3)).requires_grad_()]
+        bats = [make_block("bat", (8, 12, r, 3)).requires_grad_() for r in (4, 4, 2)]
+        for some in (bats[:2], bats, []):
+            bones = [(block, 0.5), (others[0], -1.0)]
+            pairs = [(bat, 0.3) for bat in some]
+            output = functional.adapted_linear(x, weight, bias, bones, pairs)
+            merged = weight
+            for bone, scale in bones:
+                merged = merged + scale * reference.bone_delta_weight(bone, 8, 12)
+            for bat, scale in pairs:
+                merged = merged + scale * reference.bat_delta_weight(weight, bat)
+            expected = x @ merged.T + bias
+            torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+            wanted = [x, block, *others, *some]
+            found = torch.autograd.grad(output.square().sum(), wanted)
+            exact = torch.autograd.grad(expected.square().sum(), wanted)
+            for one, other in zip(found, exact, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    def test_autocast_of_a_float32_layer(self, method):
+        x, weight, bias, block = case_of(method, (64, 48, 8, 12), torch.float32, lead=(5, 9))
+        kind = "bats" if method == "bat" else "bones"
+        with torch.autocast("cpu", torch.bfloat16):
+            output = functional.adapted_linear(x, weight, bias, **{kind: [(block, 1.0)]})
+            assert output.dtype == F.linear(x, weight, bias).dtype
+        output.float().square().sum().backward()
+        assert x.grad.dtype == block.grad.dtype == torch.float32
+        exact = [t.detach().double().requires_grad_() for t in (x, block)]
+        expected = reference.linear(exact[0], weight.double(), bias.double(), [(exact[1], 1.0)])
+        assert (output.double() - expected).norm() < 0.02 * expected.norm()
+        gradients = torch.autograd.grad(expected.square().sum(), exact)
+        for one, other in zip((x.grad, block.grad), gradients, strict=True):
+            assert (one.double() - other).norm() < 0.03 * other.norm()
+
+    def test_a_backward_inside_autocast_is_not_rounded(self):
+        x, weight, bias, block = case_of("bat", (8, 12, 4, 3), torch.float32)
+        output = functional.adapted_linear(x, weight, bias, bats=[(block, 1.0)])
+        outside = torch.autograd.grad(output.sum(), [x, block], retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = torch.autograd.grad(output.sum(), [x, block])
+        assert all(map(torch.equal, outside, inside))
+
+
+def test_streaming_is_chosen_for_few_tokens_without_gradients_only(monkeypatch):
+    calls = []
+    original = fused._streamed
+    monkeypatch.setattr(fused, "_streamed", lambda *a: calls.append(1) or original(*a))
+    x, weight, bias, block = case_of("bat", (8, 12, 4, 3), lead=(1,))
+    fused.bat_linear(x, weight, bias, block)
+    assert not calls
+    with torch.no_grad():
+        fused.bat_linear(x, weight, bias, block)
+        assert calls
+        calls.clear()
+        fused.bat_linear(x.expand(1000, -1), weight, bias, block)
+    assert not calls
