@@ -119,7 +119,9 @@ def test_wrapped_after_injection(implementation, tmp_path):
     )
     with disha.enable_input_gradients(model):
         assert all_equal(gradients(model), expected)
-        assert all_equal(gradients(torch.compile(model, backend="eager")), expected)
+        # A graph gets plain autograd in place of fused products: equal to rounding.
+        compiled = gradients(torch.compile(model, backend="eager"))
+        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
     disha.save_adapter(model, tmp_path / "wrapped")
     assert (tmp_path / "wrapped").read_bytes() == (tmp_path / "plain").read_bytes()
 

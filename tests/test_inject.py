@@ -483,8 +483,8 @@ class TestCompiled:
         disha.inject_adapters(compiled, r"^layers\.0\.attn\.q_proj$", 2)
         perturb(model)
         assert [row.name for row in disha.summary(compiled).layers] == ["layers.0.attn.q_proj"]
-        assert torch.equal(compiled(tokens), model(tokens))
-        assert not torch.equal(compiled(tokens), before)
+        assert torch.allclose(compiled(tokens), model(tokens), atol=1e-6)
+        assert not torch.allclose(compiled(tokens), before, atol=1e-3)
 
 
 module_trees = st.recursive(

@@ -71,7 +71,7 @@ class TestLoad:
         other = fresh()
         compiled = torch.compile(other, backend="eager")
         disha.load_adapter_state_dict(compiled, disha.adapter_state_dict(adapted))
-        assert torch.equal(compiled(tokens), adapted(tokens))
+        assert torch.allclose(compiled(tokens), adapted(tokens), atol=1e-6)
 
     def test_everything_that_is_wrong_is_reported_together(self, adapted):
         state = disha.adapter_state_dict(adapted)

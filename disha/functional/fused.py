@@ -206,7 +206,9 @@ def _scaled_tiles(weight: Tensor, block: Tensor) -> Tensor:
     out_features, in_features = weight.shape
     tiles = _tiles(weight, block.shape[-1])
     product = torch.baddbmm(tiles, tiles, block)
-    return product.view(tiles.shape[0] * block.shape[-1], -1)[:out_features, :in_features]
+    whole = product.view(tiles.shape[0] * block.shape[-1], -1)
+    # Contiguous, so that a block of zeros changes no bit of what the plain layer computes.
+    return whole[:out_features, :in_features].contiguous()
 
 
 def _bat_gradients(
