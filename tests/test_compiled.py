@@ -1,0 +1,106 @@
+"""Compiled models: nothing that changes at run time compiles again, and outputs are the eager ones.
+
+Graphs are counted by a backend that runs them as they are.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import disha
+from tests.conftest import perturb
+from tests.test_readers import Reader
+
+
+class Mixed(nn.Module):
+    """A layer of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up = nn.Linear(8, 6)
+        self.reader = Reader()
+        self.head = nn.Linear(4, 11)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = x + self.conv(x.mT).mT
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return self.head(self.reader(self.up(x)))
+
+
+CASES = {
+    "bone": {"target_regex": ".", "r": 2},
+    "tile": {"target_regex": "all-linear", "r": 2, "r_out": 1},
+    "bat": {"target_regex": "all-linear", "r": 2, "method": "bat"},
+}
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(11, (3, 5))
+
+
+def compiled(case, *, train=False):
+    torch.manual_seed(0)
+    model = Mixed().double().train(train)
+    for adapter in ("a", "b"):
+        disha.inject_adapters(model, adapter=adapter, **CASES[case])
+    perturb(model)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    return model, torch.compile(model, backend=counter, fullgraph=True), counter
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def steps(model, folder):
+    """Change what acts, in every way that keeps shapes; after each, the model has to be run."""
+    disha.set_adapter_scale(model, 0.3, "b")
+    yield "scaled"
+    disha.set_active_adapters(model, "a")
+    yield "switched"
+    with disha.adapters_disabled(model):
+        yield "disabled"
+    yield "enabled again"
+    disha.save_adapter(model, folder / "b", "b")
+    disha.load_adapter(model, folder / "b", "a", replace=True)
+    yield "swapped"
+    disha.set_adapter_scale(model, 0.0, "a")
+    yield "scaled to nothing"
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_no_change_compiles_again(case, grad, tokens, tmp_path):
+    model, graph, counter = compiled(case)
+    outputs = []
+    with torch.set_grad_enabled(grad):
+        close(graph(tokens), model(tokens))
+        assert counter.frame_count == 1
+        for step in steps(model, tmp_path):
+            output = graph(tokens)
+            assert counter.frame_count == 1, step
+            close(output, model(tokens))
+            outputs.append(output.detach())
+    assert not torch.allclose(outputs[0], outputs[1])
+    assert torch.equal(outputs[1], outputs[3])
+    close(outputs[2], outputs[5])
+    assert not torch.allclose(outputs[2], outputs[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_the_eager_ones(case, tokens):
+    model, graph, counter = compiled(case, train=True)
+    blocks = list(disha.adapter_parameters(model, "b"))
+    cotangent = torch.randn_like(model(tokens))
+    expected = torch.autograd.grad((model(tokens) * cotangent).sum(), blocks)
+    close(torch.autograd.grad((graph(tokens) * cotangent).sum(), blocks), expected)
+    assert counter.frame_count == 1
