@@ -293,6 +293,50 @@ class TestRoute:
         ):
             layer(x)
 
+    @pytest.mark.parametrize("positions", [(), (3,), (2, 4)])
+    @pytest.mark.parametrize("method", ["bone", "tile", "bat"])
+    def test_many_adapters_of_one_size_are_those_run_one_by_one(self, method, positions):
+        kind, r_out = ("bone", 3) if method == "tile" else (method, None)
+        layer = nn.Linear(7, 6).double()
+        for adapter in "abc":
+            disha.inject_adapters(layer, "^$", 2, method=kind, r_out=r_out, adapter=adapter)
+        perturb(layer)
+        disha.set_adapter_scale(layer, 0.5, "b")
+        names = ["c", None, "a", "b", "c"]
+        x = torch.randn(2 * len(names), *positions, 7, dtype=torch.float64, requires_grad=True)
+        with disha.route_adapters(layer, names):
+            routed = layer(x)
+        cotangent = torch.randn_like(routed)
+        blocks = list(disha.adapter_parameters(layer))
+        found = torch.autograd.grad((routed * cotangent).sum(), [x, *blocks])
+        alone = []
+        for name, sample in zip(names, x.split(2), strict=True):
+            disha.set_active_adapters(layer, [] if name is None else name)
+            alone.append(layer(sample))
+        expected = torch.cat(alone)
+        assert torch.allclose(routed, expected, rtol=0, atol=1e-12)
+        exact = torch.autograd.grad((expected * cotangent).sum(), [x, *blocks])
+        for one, other in zip(found, exact, strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+    def test_an_empty_batch(self):
+        layer = nn.Linear(7, 6)
+        for adapter in "ab":
+            disha.inject_adapters(layer, "^$", 2, adapter=adapter)
+        with disha.route_adapters(layer, ["a", "b"]):
+            assert layer(torch.zeros(0, 7)).shape == (0, 6)
+
+    def test_compiled(self):
+        layer = nn.Linear(7, 6)
+        for adapter in "ab":
+            disha.inject_adapters(layer, "^$", 2, adapter=adapter)
+        perturb(layer)
+        x = torch.randn(4, 7)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        with disha.route_adapters(layer, ["b", None, "a", "b"]):
+            assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+
     def test_while_merged_and_merging_while_routed(self):
         model = several()
         with disha.route_adapters(model, self.names):

@@ -32,6 +32,7 @@ from disha.functional.linear import (
     bone_forward,
     bone_lora_factors,
     bone_unmerge,
+    routed_bone_delta,
 )
 from disha.functional.shards import merged_weight, shard_count, shard_sum, without_autocast
 
@@ -53,6 +54,7 @@ __all__ = [
     "embedding_delta",
     "embedding_delta_weight",
     "merged_weight",
+    "routed_bone_delta",
     "shard_count",
     "shard_sum",
     "whole_block",

@@ -39,6 +39,7 @@ __all__ = [
     "bone_forward",
     "bone_lora_factors",
     "bone_unmerge",
+    "routed_bone_delta",
 ]
 
 
@@ -295,6 +296,39 @@ def adapted_linear(
         deltas = [bone_delta(x, block, weight.shape[0], scale) for block, scale in bones]
         return _added(F.linear(x, weight, bias), deltas)
     return _added(output, [bone_delta(x, block, weight.shape[0], s) for block, s in bones])
+
+
+def routed_bone_delta(
+    x: Tensor, blocks: Sequence[Tensor], scales: Sequence[Scale], choices: Tensor
+) -> Tensor:
+    """Return what Bone blocks add where each sample has a block of its own, in one product.
+
+    Args:
+        x: input (samples * n, ..., in): each sample covers n entries of the leading dimension.
+        blocks: D of each adapter, all (r, out), of one dtype.
+        scales: runtime scale of each.
+        choices: (samples,), the index of each sample's block, or len(blocks) for none.
+
+    Returns:
+        Tensor (samples * n, ..., out), in the blocks' dtype.
+
+    Source: arXiv 2409.15371, section 3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import routed_bone_delta
+        >>> blocks = [torch.ones(1, 2), torch.full((1, 2), 2.0)]
+        >>> routed_bone_delta(torch.ones(3, 2), blocks, [1.0, 1.0], torch.tensor([1, 2, 0]))
+        tensor([[4., 4.],
+                [0., 0.],
+                [2., 2.]])
+    """
+    samples, (r, out_features) = choices.shape[0], blocks[0].shape
+    scaled = [_scaled(block, scale) for block, scale in zip(blocks, scales, strict=True)]
+    table = torch.stack([*scaled, torch.zeros_like(blocks[0])])
+    each = x.shape[:-1].numel() // samples
+    sums = shard_sum(x, r, dtype=table.dtype).reshape(samples, each, r)
+    return (sums @ table[choices]).reshape(*x.shape[:-1], out_features)
 
 
 def _added(output: Tensor, deltas: Sequence[Tensor]) -> Tensor:

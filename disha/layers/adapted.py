@@ -293,6 +293,17 @@ class AdaptedLayer(Moved):
                 f"route_adapters needs one sample per entry of the leading dimension, and "
                 f"{self.original_class.__name__} got an input of shape {tuple(input.shape)}"
             )
+        return self.routed(output, route, input, *more)
+
+    def routed(self, output: Tensor, route: Route, input: Tensor, *more: Any) -> Tensor:
+        """Return the output plus, for each sample, the update of its own adapter.
+
+        Args:
+            output: what the layer returns without adapters.
+            route: the adapter of each sample.
+            input: the layer's input, samples first.
+            more: further arguments of `delta_output`.
+        """
         for adapter in route.adapters:
             rows = route.rows(adapter, input)
             if adapter in self.disha:

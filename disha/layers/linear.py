@@ -18,8 +18,9 @@ from disha.config import AdapterConfig, check_adapter_name
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.freezing import set_requires_grad
 from disha.layers.adapted import AdaptedLayer, Geometry, attach, refuse_merged
-from disha.layers.blocks import Bat, Block
+from disha.layers.blocks import Bat, Block, Bone
 from disha.layers.quantised import dense_linear
+from disha.layers.routing import Route
 
 __all__ = ["AdaptedLinear", "AdaptedTransposedLinear", "BatLinear", "BoneLinear"]
 
@@ -75,6 +76,24 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
             delta = self.delta_weight(block)
             return F.linear(x.to(delta.dtype), delta) * scale
         return functional.bone_delta(x, block.block, self.out_features, scale)
+
+    def routed(self, output: Tensor, route: Route, input: Tensor, *more: Any) -> Tensor:
+        """Return the output plus, for each sample, the update of its own adapter."""
+        adapters = [adapter for adapter in route.adapters if adapter in self.disha]
+        blocks = [self.disha[adapter] for adapter in adapters]
+        alike = {(type(block), block.block.shape, block.block.dtype) for block in blocks}
+        if len(blocks) < 2 or len(alike) > 1 or not isinstance(blocks[0], Bone):
+            return super().routed(output, route, input, *more)
+        if any(block.drops for block in blocks) or blocks[0].r_out is not None:
+            return super().routed(output, route, input, *more)
+        route.parts(input)
+        delta = functional.routed_bone_delta(
+            input,
+            [block.block for block in blocks],
+            [block.current_scale() for block in blocks],
+            route.choices(adapters, input.device),
+        )
+        return output + delta.to(output.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output (..., out) for an input (..., in), adapters applied."""

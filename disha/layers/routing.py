@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,14 +22,17 @@ class Route:
     """
 
     names: tuple[str | None, ...]
+    _kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """The adapters in use, each once."""
         return tuple(dict.fromkeys(name for name in self.names if name is not None))
 
-    def rows(self, adapter: str, input: Tensor) -> Tensor:
-        """Return the indices along the input's leading dimension that go through an adapter.
+    def parts(self, input: Tensor) -> int:
+        """Return how many entries of the input's leading dimension each name covers.
 
         Raises:
             ArgumentError: the leading size is no multiple of the number of names.
@@ -39,5 +43,26 @@ class Route:
                 f"route_adapters got {samples} names, and a layer an input of leading size {size}, "
                 "which is no multiple of it; give one name per sample of the batch"
             )
-        chosen = torch.tensor([name == adapter for name in self.names], device=input.device)
-        return chosen.repeat_interleave(size // samples).nonzero().squeeze(1)
+        return size // samples
+
+    def rows(self, adapter: str, input: Tensor) -> Tensor:
+        """Return the indices along the input's leading dimension that go through an adapter."""
+        parts = self.parts(input)
+        starts = (sample * parts for sample, name in enumerate(self.names) if name == adapter)
+        return self._on_device(tuple(r for s in starts for r in range(s, s + parts)), input.device)
+
+    def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
+        """Return, for each sample, the index of its adapter, or their number where it has none."""
+        order = {adapter: index for index, adapter in enumerate(adapters)}
+        chosen = (
+            len(order) if name is None else order.get(name, len(order)) for name in self.names
+        )
+        return self._on_device(tuple(chosen), device)
+
+    def _on_device(self, indices: tuple[int, ...], device: torch.device) -> Tensor:
+        # Kept: every layer of a model asks for the same, and a captured graph can't copy them.
+        key = (indices, device)
+        if key not in self._kept:
+            with torch.inference_mode(False):
+                self._kept[key] = torch.tensor(indices, dtype=torch.int64, device=device)
+        return self._kept[key]
