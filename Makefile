@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format features clean
 .DEFAULT_GOAL := test
 
 # Fine-tunes a real language model with a Bone adapter and checks what it saved.
@@ -18,6 +18,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Runs the tests that docs/features.md is made of, and writes it.
+features: $(VENV)/.dev
+	$(BIN)/python -m tests.feature_table
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -28,6 +28,8 @@ DEV = [
     "peft>=0.21",
     "pytest>=8",
     "ruff>=0.12",
+    "timm>=1.0.13",
+    "torchvision>=0.21",
     "transformers>=5",
 ]
 

@@ -5,11 +5,14 @@ The memory of a module lives in its `__dict__`, so that copies and pickles of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
-__all__ = ["claim", "claimed", "release", "restore_flags", "set_requires_grad"]
+__all__ = ["as_now", "claim", "claimed", "release", "restore_flags", "set_requires_grad"]
 
 _ATTRIBUTE = "_disha_training"
 
@@ -23,9 +26,30 @@ class _Memory:
     requires_grad that they have without it."""
 
 
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the module's `__dict__`; the real one, where the user's class shows another."""
+    attributes: dict[str, Any] = nn.Module.__dict__["__dict__"].__get__(module)
+    return attributes
+
+
 def _memory(module: nn.Module) -> _Memory:
-    memory: _Memory = module.__dict__.setdefault(_ATTRIBUTE, _Memory())
+    memory: _Memory = _attributes(module).setdefault(_ATTRIBUTE, _Memory())
     return memory
+
+
+def as_now(module: nn.Module) -> Callable[[], None]:
+    """Return a function that puts the module's flags, and what is known of them, back to now."""
+    memory = deepcopy(_attributes(module).get(_ATTRIBUTE))
+    flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
+
+    def undo() -> None:
+        _attributes(module).pop(_ATTRIBUTE, None)
+        if memory is not None:
+            _attributes(module)[_ATTRIBUTE] = memory
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+
+    return undo
 
 
 def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
@@ -34,16 +58,16 @@ def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
     if parameter is None or parameter.requires_grad == flag:
         return
     _memory(module).flags.setdefault(name, parameter.requires_grad)
-    parameter.requires_grad_(flag)
+    parameter.requires_grad = flag  # a lazy one does not have the method for it
 
 
 def restore_flags(module: nn.Module) -> None:
     """Set the flags back to what they were at first, and forget everything."""
-    memory: _Memory | None = module.__dict__.pop(_ATTRIBUTE, None)
+    memory: _Memory | None = _attributes(module).pop(_ATTRIBUTE, None)
     for name, flag in memory.flags.items() if memory else ():
         parameter = module._parameters.get(name)
         if parameter is not None:
-            parameter.requires_grad_(flag)
+            parameter.requires_grad = flag
 
 
 def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:
@@ -61,7 +85,7 @@ def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> Non
 
 def release(module: nn.Module, adapter: str) -> None:
     """Forget what an adapter claims of the module, and stop training it."""
-    memory: _Memory | None = module.__dict__.get(_ATTRIBUTE)
+    memory: _Memory | None = _attributes(module).get(_ATTRIBUTE)
     claims = memory.claims.pop(adapter, {}) if memory is not None else {}
     for name, flag in claims.items():
         set_requires_grad(module, name, flag)
@@ -69,7 +93,7 @@ def release(module: nn.Module, adapter: str) -> None:
 
 def claimed(module: nn.Module, adapter: str | None = None) -> tuple[str, ...]:
     """Return the names of the module's parameters that an adapter, or any, claims."""
-    memory: _Memory | None = module.__dict__.get(_ATTRIBUTE)
+    memory: _Memory | None = _attributes(module).get(_ATTRIBUTE)
     if memory is None:
         return ()
     wanted = memory.claims.values() if adapter is None else (memory.claims.get(adapter, {}),)

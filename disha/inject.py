@@ -156,7 +156,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
             undo.callback(adapted.disha.activate, adapted.disha.active)
             adapted.disha.activate((plan.adapter,))
         _settle_owners(model)
-        _set_flags(model, plan)
+        _set_flags(model, plan, undo)
         undo.pop_all()
 
 
@@ -298,11 +298,13 @@ def _adapters_below(module: nn.Module) -> set[str]:
     }
 
 
-def _set_flags(model: nn.Module, plan: Plan) -> None:
+def _set_flags(model: nn.Module, plan: Plan, undo: ExitStack) -> None:
     """Set requires_grad as planned, and note what trains beside the adapter."""
     names = module_names(model)
     owners = parameter_owners(names)
     kept = claimed_names(names, owners)
+    for module in {module for module, _ in owners.values()}:
+        undo.callback(freezing.as_now(module))
     for full, (module, name) in owners.items():
         parameter = module._parameters[name]
         if parameter is None or not can_train(parameter):

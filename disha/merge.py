@@ -173,11 +173,18 @@ def _sharers(layer: AdaptedLayer, users: Users) -> list[str]:
 
 
 def _check_mergeable(name: str, layer: AdaptedLayer, shared_with: list[str], untie: bool) -> None:
-    if layer.weight_slot.parameter is None:
+    parameter = layer.weight_slot.parameter
+    if parameter is None:
         raise MergeError(
             f"{name}.{layer.weight_name} is computed from other parameters (a parametrization), so "
             "nothing can be merged into it. Save the adapter, remove it and the parametrization "
             "(torch.nn.utils.parametrize.remove_parametrizations), and load it again"
+        )
+    blocks = [layer.disha[adapter].block for adapter in layer.disha]
+    if any(tensor.is_meta for tensor in (parameter, *blocks)):
+        raise MergeError(
+            f"{name}.{layer.weight_name} or its adapter is on the meta device; give the model its "
+            "weights first"
         )
     if shared_with and not untie:
         raise MergeError(

@@ -22,7 +22,7 @@ from disha.config import (
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.layers import AdaptedLayer
-from disha.layers.adapted import refuse_inside
+from disha.layers.adapted import read_weight, refuse_inside
 from disha.layers.attention import Projection
 from disha.layers.quantised import is_quantised, parameter_count
 from disha.survey import Survey
@@ -284,7 +284,7 @@ def _unmet(
     if obstacle is not None:
         return f"can't be adapted: {obstacle}"
     kind = survey.kind(module)
-    if getattr(module, kind.weight_name).is_meta:
+    if read_weight(module, kind.weight_name).is_meta:
         return "its weight is on the meta device; give the model its weights first"
     geometry = kind.geometry(module)
     if (geometry.in_features, geometry.out_features) != (request.in_features, request.out_features):
@@ -343,10 +343,9 @@ def _changeable(model: nn.Module, adapter: str) -> Survey:
 def _as_predicate(target: object, survey: Survey) -> Callable[[nn.Module], bool]:
     names = survey.names
     if target == ALL_LINEAR:
-        embeddings = {id(m.weight) for m in names if isinstance(m, nn.Embedding)}
-        return lambda module: (
-            survey.is_linear(module) and id(survey.weight(module)) not in embeddings
-        )
+        embeddings = {m._parameters.get("weight") for m in names if isinstance(m, nn.Embedding)}
+        tied = embeddings - {None}
+        return lambda module: survey.is_linear(module) and survey.weight(module) not in tied
     if isinstance(target, str):
         search = re.compile(target).search
         return lambda module: any(search(name) for name in names[module])

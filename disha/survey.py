@@ -11,7 +11,8 @@ from disha.layers.attention import (
     Projection,
     parts_of_attention,
 )
-from disha.layers.readers import weight_reads
+from disha.layers.embedding import AdaptedEmbedding
+from disha.layers.readers import reads_own, weight_reads
 from disha.tree import ModuleNames, join, module_names
 
 __all__ = ["Survey"]
@@ -23,8 +24,8 @@ class Survey:
     Attributes:
         names: every module with its clean names, projections included.
         parts: every `nn.MultiheadAttention` that can be adapted -> its four layers.
-        read: the modules whose weight another module reads, now or at times, instead of calling
-            them.
+        read: the modules whose weight is read, now or at times, instead of their being called:
+            by another module, or by an embedding's own forward, which need not look up its input.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,6 +37,7 @@ class Survey:
             if isinstance(module, nn.MultiheadAttention):
                 self._add_attention(module, names)
         self.read = {child for module in self.names for child in _read_children(module)}
+        self.read |= {module for module in self.names if _looks_up_by_itself(module)}
 
     def _add_attention(self, module: nn.MultiheadAttention, names: tuple[str, ...]) -> None:
         forwards = (nn.MultiheadAttention.forward, AdaptedMultiheadAttention.forward)
@@ -62,9 +64,9 @@ class Survey:
         kind = layer_kind_of(module)
         return kind is not None and kind.linear
 
-    def weight(self, module: nn.Module) -> object:
-        """Return the weight of a module which some kind adapts, or None."""
-        return getattr(module, self.kind(module).weight_name, None)
+    def weight(self, module: nn.Module) -> nn.Parameter | None:
+        """Return the weight of a module which some kind adapts; None if it is no parameter."""
+        return module._parameters.get(self.kind(module).weight_name)
 
     def obstacle(self, module: nn.Module, method: str) -> str | None:
         """Return why `method` can't adapt a module, or None if it can."""
@@ -111,7 +113,20 @@ class Survey:
             why = "its weight, so that dropout of the adapter's input can't act; use dropout=0"
         if why is None:
             return {}
-        return {module: f"the module around it does not call it but reads {why}"}
+        itself = _looks_up_by_itself(module)
+        reader = "its own forward" if itself else "the module around it does not call it but"
+        return {module: f"{reader} reads {why}"}
+
+
+def _looks_up_by_itself(module: nn.Module) -> bool:
+    """Whether it is an embedding with a forward of its own that reads the weight.
+
+    A quantised one is not: its library reads the weight where it looks the input up.
+    """
+    kind = layer_kind_of(module)
+    if kind is None or not issubclass(kind, AdaptedEmbedding) or kind.quantisation(module):
+        return False
+    return reads_own(type(module), "weight")
 
 
 def _read_children(owner: nn.Module) -> list[nn.Module]:

@@ -22,7 +22,10 @@ from tests.conftest import assert_unchanged, perturb, snapshot
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, an input for it, and its update by the oracle."""
+    """A layer, an input for it, and its update by the oracle.
+
+    `samples` says whether the leading dimension of the input counts samples.
+    """
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
@@ -31,6 +34,7 @@ class Case:
     r_out: int = 2
     indices: int = 0
     methods: tuple[str, ...] = ("bone", "tile")
+    samples: bool = True
     call: dict[str, Any] = field(default_factory=dict)
 
     def layer(self, dtype=torch.float64):
@@ -82,12 +86,13 @@ def embedding_delta(layer, block):
     )
 
 
-def conv(cls, *arguments, shape, call=None, **options):
+def conv(cls, *arguments, shape, call=None, samples=True, **options):
     transposed = cls.__name__.startswith("ConvTranspose")
     return Case(
         lambda: cls(*arguments, **options),
         shape,
         conv_transpose_delta if transposed else conv_delta,
+        samples=samples,
         call=call or {},
     )
 
@@ -98,11 +103,13 @@ EVERY = ("bone", "tile", "bat")
 
 CASES = {
     "linear": Case(lambda: nn.Linear(5, 6), (3, 4, 5), linear_delta, methods=EVERY),
-    "linear, no bias": Case(lambda: nn.Linear(4, 4, bias=False), (4,), linear_delta, methods=EVERY),
+    "linear, no bias": Case(
+        lambda: nn.Linear(4, 4, bias=False), (4,), linear_delta, methods=EVERY, samples=False
+    ),
     "transposed linear": Case(lambda: Conv1D(6, 5), (3, 4, 5), transposed_delta, methods=EVERY),
     "conv1d": conv(C1, 5, 4, 3, shape=(2, 5, 9)),
     "conv1d, stride, dilation": conv(C1, 4, 6, 2, stride=2, dilation=3, shape=(2, 4, 12)),
-    "conv1d, no batch": conv(C1, 5, 4, 3, shape=(5, 9)),
+    "conv1d, no batch": conv(C1, 5, 4, 3, shape=(5, 9), samples=False),
     "conv2d": conv(C2, 3, 4, (3, 2), padding=(1, 0), shape=(2, 3, 6, 5)),
     "conv2d, same": conv(C2, 3, 4, 3, padding="same", bias=False, shape=(2, 3, 6, 5)),
     "conv2d, groups": conv(C2, 6, 4, 3, groups=2, shape=(2, 6, 5, 5)),
@@ -240,6 +247,25 @@ class TestEveryKindInFloat64:
         close(updates["['a', 'b']"], updates["a"] + updates["b"])
         with disha.adapters_disabled(layer):
             assert torch.equal(case.output(layer, x), base)
+
+    def test_routing_equals_running_the_samples_one_by_one(self, name, method):
+        case = CASES[name]
+        layer, x = case.adapted(method, adapter="a"), case.input()
+        disha.inject_adapters(layer, "^$", 1, adapter="b")
+        perturb(layer)
+        names = (["b", "a", None] * len(x))[: len(x)]
+        if not case.samples:
+            with (
+                pytest.raises(ArgumentError, match="one sample per entry of the leading dimension"),
+                disha.route_adapters(layer, names),
+            ):
+                case.output(layer, x)
+            return
+        with disha.route_adapters(layer, names):
+            routed = case.output(layer, x)
+        for adapter, sample, output in zip(names, x, routed, strict=True):
+            disha.set_active_adapters(layer, [] if adapter is None else adapter)
+            close(output, case.output(layer, sample[None])[0])
 
     def test_compiled_is_eager(self, name, method):
         case = CASES[name]

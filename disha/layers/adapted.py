@@ -38,6 +38,7 @@ __all__ = [
     "WeightSlot",
     "adapt",
     "attach",
+    "read_weight",
     "refuse_inside",
     "refuse_merged",
     "restore",
@@ -87,6 +88,24 @@ class WeightSlot:
     def of(self, whole: Tensor) -> Tensor:
         """Return the layer's part of the parameter, or of a tensor in place of it."""
         return whole if self.rows is None else whole[self.rows]
+
+
+def read_weight(module: nn.Module, name: str) -> Any:
+    """Return the weight of a module, or None; where it is computed, without a step of training.
+
+    In training, the spectral_norm of torch improves its estimate whenever the weight is read: that
+    is for the module's own forward to do. What is returned is the weight that this read last.
+    """
+    parametrizations = module._modules.get("parametrizations")
+    computed = None if parametrizations is None else parametrizations._modules.get(name)
+    trained = [] if computed is None else [part for part in computed.modules() if part.training]
+    for part in trained:
+        part.training = False
+    try:
+        return getattr(module, name, None)
+    finally:
+        for part in trained:
+            part.training = True
 
 
 class Adapters(nn.Module):
@@ -204,7 +223,7 @@ class AdaptedLayer(Moved):
     @classmethod
     def obstacle(cls, module: nn.Module, method: str) -> str | None:
         """Return why `method` can't adapt `module`, or None if it can."""
-        weight = getattr(module, cls.weight_name, None)
+        weight = read_weight(module, cls.weight_name)
         if isinstance(weight, UninitializedParameter):
             return "its weight is not initialised yet; run the model once before injecting"
         quantisation = cls.quantisation(module)
@@ -325,7 +344,7 @@ class AdaptedLayer(Moved):
                 float32 over a quantised weight.
         """
         shape = cls.block_shape(module, config.method, r, config.r_out)
-        weight: Tensor = getattr(module, cls.weight_name)
+        weight = read_weight(module, cls.weight_name)
         dense = weight.dtype in BLOCK_DTYPES.values() and cls.quantisation(module) is None
         own = weight.dtype if dense else torch.float32
         dtype = dtype or config.dtype or own
@@ -358,7 +377,7 @@ class AdaptedLayer(Moved):
         stored = slot.parameter
         if merged is not None and merged.parameter is not None:
             stored = merged.parameter
-        weight: Tensor = getattr(self, self.weight_name) if stored is None else slot.of(stored)
+        weight: Tensor = read_weight(self, self.weight_name) if stored is None else slot.of(stored)
         return quantised.dequantised(self, weight)
 
     def merged_weight(self, adapters: Iterable[str]) -> Tensor:
@@ -471,7 +490,7 @@ class _Around(AdaptedLayer):
 
 
 class ReadLayer(AdaptedLayer):
-    """In front of a layer whose owner reads its weight, now or at times, instead of calling it.
+    """In front of a layer whose weight is read, now or at times, instead of its being called.
 
     Reading gives W + sum of s dW, and so calling runs the class's own forward with that.
     """
@@ -494,8 +513,8 @@ class ReadLayer(AdaptedLayer):
         if adapters.route is not None and adapters.enabled:
             raise ModeError(
                 f"a {self.original_class.__name__} can't run each sample with an adapter of its "
-                "own: the module around it reads its weight, one for the whole batch, instead of "
-                "calling it; use one adapter at a time, or exclude the layer"
+                "own: what runs it reads its weight, one for the whole batch, instead of calling "
+                "it; use one adapter at a time, or exclude the layer"
             )
         acting = adapters.acting()
         if not acting:

@@ -161,6 +161,8 @@ class Block(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
+        if self.scale.device != self.block.device:
+            self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
         missing_keys.extend(key for key in missing if key != prefix + self.parameter_name)
 
 

@@ -97,7 +97,7 @@ def move(module: nn.Module, kind: type[M], front: type[Moved] | None = None) -> 
         ArgumentError: the module's class does not allow it.
     """
     try:
-        module.__class__ = moved_class(type(module), kind, front)
+        _set_class(module, moved_class(type(module), kind, front))
     except TypeError as error:
         raise ArgumentError(
             f"{type(module).__name__} can't be adapted: Python does not let its class change "
@@ -109,7 +109,12 @@ def move(module: nn.Module, kind: type[M], front: type[Moved] | None = None) -> 
 
 def move_back(module: Moved) -> None:
     """Give the module its original class back."""
-    module.__class__ = type(module).original_class  # type: ignore[assignment]
+    _set_class(module, type(module).original_class)
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    # Not by assignment: the user's class may guard its attributes.
+    object.__setattr__(module, "__class__", cls)
 
 
 def refuse_changed_class(module: Moved, name: str) -> None:

@@ -59,8 +59,9 @@ class AdaptedEmbedding(AdaptedLayer, nn.Embedding):
 
     @classmethod
     def example_input(cls, module: nn.Module, generator: torch.Generator) -> Tensor:
-        """Return a few random indices."""
-        return torch.randint(cls.geometry(module).in_features, (2, 8), generator=generator)
+        """Return a few random indices of the first half: the module may add an offset to them."""
+        rows = max(cls.geometry(module).in_features // 2, 1)
+        return torch.randint(rows, (2, 8), generator=generator)
 
     def delta_output(self, block: Block, input: Tensor, *more: Any) -> Tensor:
         """Return what a block adds to the embeddings of `input` (...), scaled."""

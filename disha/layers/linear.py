@@ -17,7 +17,7 @@ from disha import functional
 from disha.config import AdapterConfig, check_adapter_name
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.freezing import set_requires_grad
-from disha.layers.adapted import AdaptedLayer, Geometry, attach, refuse_merged
+from disha.layers.adapted import AdaptedLayer, Geometry, attach, read_weight, refuse_merged
 from disha.layers.blocks import Bat, Block, Bone
 from disha.layers.quantised import dense_linear
 from disha.layers.routing import Route
@@ -53,7 +53,7 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
             return obstacle  # a quantised weight may be packed into any shape
         geometry = cls.geometry(module)
         expected = (geometry.out_features, geometry.in_features)
-        shape = tuple(getattr(module, cls.weight_name).shape)
+        shape = tuple(read_weight(module, cls.weight_name).shape)
         return None if shape == expected else f"its weight is {shape}, not (out, in) = {expected}"
 
     @classmethod
@@ -146,7 +146,7 @@ class AdaptedTransposedLinear(AdaptedLayer):
     @classmethod
     def geometry(cls, module: nn.Module) -> Geometry:
         """Return the sizes by the weight, (in, out)."""
-        in_features, out_features = getattr(module, cls.weight_name).shape
+        in_features, out_features = read_weight(module, cls.weight_name).shape
         return Geometry(in_features, out_features)
 
     @classmethod

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-__all__ = ["Reads", "weight_reads"]
+__all__ = ["Reads", "reads_own", "weight_reads"]
 
 Reads = frozenset[tuple[str, str]]
 """Pairs of a child's path and the name of the attribute of it that is read."""
@@ -29,6 +29,7 @@ _FACTS_ONLY = frozenset(
 _ASKS_ONLY = frozenset({"getattr", "hasattr", "id", "isinstance", "len", "type"})
 
 _CACHE: WeakKeyDictionary[type[nn.Module], Reads] = WeakKeyDictionary()
+_OWN: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDictionary()
 
 
 def weight_reads(cls: type[nn.Module]) -> Reads:
@@ -44,8 +45,28 @@ def weight_reads(cls: type[nn.Module]) -> Reads:
         frozenset()
     """
     if cls not in _CACHE:
-        _CACHE[cls] = frozenset(_reads(_methods(cls)))
+        _CACHE[cls] = frozenset(
+            (".".join(path[:-1]), path[-1])
+            for path, parent in _reached_paths(_methods(cls))
+            if len(path) > 1 and not _asks_for_facts(parent)
+        )
     return _CACHE[cls]
+
+
+def reads_own(cls: type[nn.Module], name: str) -> bool:
+    """Return whether a class's forward reads the values of the tensor `self.<name>`.
+
+    Args:
+        cls: a class of modules; nothing is found where its source can't be had.
+        name: the attribute.
+    """
+    if cls not in _OWN:
+        _OWN[cls] = frozenset(
+            path[0]
+            for path, parent in _reached_paths(_methods(cls))
+            if not (_asks_for_facts(parent) if len(path) == 1 else _is_fact(path[1]))
+        )
+    return name in _OWN[cls]
 
 
 _Method = ast.FunctionDef | ast.AsyncFunctionDef
@@ -71,7 +92,8 @@ def _is_torchs(cls: type) -> bool:
     return cls.__module__.startswith("torch.nn.")
 
 
-def _reads(methods: dict[str, _Method]) -> Iterator[tuple[str, str]]:
+def _reached_paths(methods: dict[str, _Method]) -> Iterator[tuple[tuple[str, ...], ast.AST]]:
+    """Return the paths in forward, and in the methods that it reaches through `self`."""
     reached, waiting = set[str](), ["forward"]
     while waiting:
         name = waiting.pop()
@@ -80,8 +102,7 @@ def _reads(methods: dict[str, _Method]) -> Iterator[tuple[str, str]]:
         reached.add(name)
         for path, parent in _paths_from_self(methods[name]):
             waiting.append(path[0])
-            if len(path) > 1 and not _asks_for_facts(parent):
-                yield ".".join(path[:-1]), path[-1]
+            yield path, parent
 
 
 def _paths_from_self(method: _Method) -> Iterator[tuple[tuple[str, ...], ast.AST]]:
@@ -105,7 +126,7 @@ def _paths_from_self(method: _Method) -> Iterator[tuple[tuple[str, ...], ast.AST
             parent = parents[here]
             if not isinstance(parent, ast.Attribute) or not isinstance(parent.ctx, ast.Load):
                 break
-            if len(path) > 1 and parent.attr in _FACTS_ONLY:
+            if len(path) > 1 and _is_fact(parent.attr):
                 break
             path.append(parent.attr)
             here = parent
@@ -120,10 +141,14 @@ def _readings(path: tuple[str, ...], parent: ast.AST) -> Iterator[tuple[tuple[st
         yield path[:end], ast.Pass()
 
 
+def _is_fact(attribute: str) -> bool:
+    return attribute in _FACTS_ONLY
+
+
 def _asks_for_facts(parent: ast.AST) -> bool:
     """Whether what is around a path reads no values of the tensor at its end."""
     if isinstance(parent, ast.Attribute):
-        return parent.attr in _FACTS_ONLY
+        return _is_fact(parent.attr)
     if isinstance(parent, ast.Compare):
         return all(isinstance(op, ast.Is | ast.IsNot) for op in parent.ops)
     if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):

@@ -1,0 +1,229 @@
+"""Writes docs/features.md from the tests: a feature is ticked where its tests ran and passed.
+
+    python -m tests.feature_table
+
+The rows are the cases of the tests, the columns the tests themselves, so that neither can be
+listed here and not exist there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests import test_kinds, test_whole_models
+
+PAGE = Path(__file__).parents[1] / "docs" / "features.md"
+
+Feature = tuple[str, dict[str, Any]]
+"""A test function's name, and the parameters that its tests must have to count."""
+
+METHODS = {"bone": "Bone", "tile": "tile", "bat": "BAT"}
+
+INTRODUCTION = """\
+# What works where
+
+Written by `make features` from the tests: ✓ means that every test of the feature ran and passed
+for that row, in every variant and dtype; an empty cell means that one did not. Not to be edited.
+"""
+
+LAYERS = """\
+## Layer kinds
+
+BAT is for linear layers; Bone and tile are for all. A subclass of one of these classes counts as
+its class, with a forward of its own respected. `disha.register_layer_kind` teaches further kinds.
+"""
+
+MODELS = """\
+## Whole models
+
+Tiny, randomly initialised, every layer adapted that can be. *Trains* means that the block of each
+single layer has moved after three steps.
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one test: its module, function and parameters, and whether it passed."""
+
+    module: ModuleType
+    function: str
+    parameters: dict[str, Any]
+    passed: bool
+
+
+class Recorder:
+    """A plugin of pytest that keeps the result of every test with parameters."""
+
+    def __init__(self) -> None:
+        self._items: dict[str, pytest.Function] = {}
+        self._passed: dict[str, list[bool]] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._items = {item.nodeid: item for item in session.items if hasattr(item, "callspec")}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._passed.setdefault(report.nodeid, []).append(report.passed)
+
+    @property
+    def results(self) -> list[Result]:
+        """The results; a test that was skipped, or never ran its three phases, did not pass."""
+        return [
+            Result(
+                item.module,
+                item.originalname,
+                dict(item.callspec.params),
+                passed=self._passed.get(nodeid) == [True, True, True],
+            )
+            for nodeid, item in self._items.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page.
+
+    Args:
+        module: the test module, with PAIRS of (case, method).
+        text: what stands above the table.
+        heading: the name of the first column.
+        label: returns the row of a case, by the case's name.
+        features: column -> the test that shows it, with the parameters that matter.
+        extra: column -> what makes its text of a row's results.
+    """
+
+    module: ModuleType
+    text: str
+    heading: str
+    label: Callable[[str], str]
+    features: dict[str, Feature]
+    extra: dict[str, Callable[[list[Result]], str]] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        """The heads of the columns."""
+        return [self.heading, "method", *self.features, *self.extra]
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """The label and method of each row, in the order of the cases."""
+        return list(dict.fromkeys((self.label(name), method) for name, method in self.module.PAIRS))
+
+    def render(self, results: Iterable[Result]) -> str:
+        """Return the text and the table as markdown."""
+        by_row: dict[tuple[str, str], list[Result]] = {row: [] for row in self.rows}
+        for result in results:
+            pair = result.parameters.get("name"), result.parameters.get("method")
+            if result.module is self.module and pair in self.module.PAIRS:
+                by_row[self.label(pair[0]), pair[1]].append(result)
+        lines = [line(self.columns), line(["---", "---", *[":-:"] * (len(self.columns) - 2)])]
+        for (label, method), found in by_row.items():
+            ticks = ["✓" if passed(found, feature) else "" for feature in self.features.values()]
+            texts = [text(found) for text in self.extra.values()]
+            lines.append(line([label, METHODS[method], *ticks, *texts]))
+        return "\n".join([self.text, *lines]) + "\n"
+
+
+def line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def passed(results: list[Result], feature: Feature) -> bool:
+    """Return whether the tests of a feature ran and all passed."""
+    function, parameters = feature
+    found = [
+        result.passed
+        for result in results
+        if result.function == function and parameters.items() <= result.parameters.items()
+    ]
+    return bool(found) and all(found)
+
+
+def class_name(module: str, name: str) -> str:
+    """Return how a table calls a class: its name, with its package."""
+    package = module.partition(".")[0]
+    return f"`{'nn' if package == 'torch' else package}.{name}`"
+
+
+def layer_name(case: str) -> str:
+    """Return the class that a case of tests/test_kinds.py is of."""
+    cls = type(test_kinds.CASES[case].layer())
+    return class_name(cls.__module__, cls.__name__)
+
+
+def dtypes(results: list[Result]) -> str:
+    """Return the dtypes in which everything passed."""
+    by_dtype: dict[str, list[bool]] = {}
+    for result in results:
+        if "dtype" in result.parameters:
+            name = str(result.parameters["dtype"]).removeprefix("torch.")
+            by_dtype.setdefault(name, []).append(result.passed)
+    return ", ".join(sorted(name for name, every in by_dtype.items() if all(every)))
+
+
+def feature(function: str, **parameters: Any) -> Feature:
+    return function, parameters
+
+
+TABLES = (
+    Table(
+        test_kinds,
+        LAYERS,
+        "layer",
+        layer_name,
+        {
+            "identity at injection": feature("test_injection_changes_no_bit"),
+            "forward": feature("test_forward_is_that_of_the_dense_merged_weight"),
+            "gradients": feature("test_gradients_are_those_of_the_dense_merged_weight"),
+            "merge, exact unmerge": feature("test_merged_is_unmerged_and_comes_back_bit_for_bit"),
+            "save, load": feature("test_file_round_trip_gives_equal_outputs"),
+            "removal": feature("test_removal_restores"),
+            "several adapters": feature("test_several_adapters_add_up_and_switch_off"),
+            "routing": feature("test_routing_equals_running_the_samples_one_by_one"),
+            "dropout": feature("test_dropout_acts_in_training_only_and_is_unbiased"),
+            "compile": feature("test_compiled_is_eager"),
+            "copy, pickle": feature("test_copies_compute_the_same"),
+        },
+        {"dtypes": dtypes},
+    ),
+    Table(
+        test_whole_models,
+        MODELS,
+        "model",
+        str,
+        {
+            "identity at injection": feature("test_injection_changes_nothing"),
+            "trains": feature("test_every_block_moves", mode="train"),
+            "trains in eval mode": feature("test_every_block_moves", mode="eval"),
+            "all modes agree": feature("test_every_mode_sees_the_adapter"),
+            "save, load": feature("test_file_into_a_fresh_base_gives_equal_outputs"),
+            "merge, exact unmerge": feature("test_merged_is_unmerged_and_comes_back_bit_for_bit"),
+            "removal": feature("test_removal_restores"),
+        },
+    ),
+)
+
+
+def render(results: list[Result]) -> str:
+    """Return the whole page."""
+    return "\n".join([INTRODUCTION, *(table.render(results) for table in TABLES)])
+
+
+def main() -> int:
+    """Run the tests and write the page; return the exit status of pytest."""
+    recorder = Recorder()
+    files = [str(table.module.__file__) for table in TABLES]
+    status = int(pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[recorder]))
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(render(recorder.results), encoding="utf-8")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,480 @@
+"""Modules that make adapting hard: guarded, slotted, lazy, on meta, compiled, parametrised."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import disha
+from disha import ArgumentError, TargetError
+from tests.conftest import Layered, assert_unchanged, perturb, snapshot
+
+
+class Sealed(nn.Linear):
+    """Refuses to have any attribute set once it is built, its class included."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.__dict__["sealed"] = True
+
+    def __setattr__(self, name, value):
+        if self.__dict__.get("sealed") and name != "training":
+            raise AttributeError(f"{name} is read-only")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        raise AttributeError(f"{name} is read-only")
+
+
+class ReadOnlySizes(nn.Linear):
+    """Its sizes are properties without a setter."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.bias = nn.Parameter(torch.randn(out_features))
+
+    @property
+    def in_features(self):
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self):
+        return self.weight.shape[0]
+
+
+class Slotted(nn.Linear):
+    """Has a slot beside its __dict__."""
+
+    __slots__ = ("gain",)
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.gain = 2.0
+
+    def forward(self, input):
+        return super().forward(input) * self.gain
+
+
+class GuardedDict(nn.Linear):
+    """Shows its attributes, and does not let them be changed through __dict__."""
+
+    @property
+    def __dict__(self):
+        return MappingProxyType(nn.Module.__dict__["__dict__"].__get__(self))
+
+
+HARD = [Sealed, ReadOnlySizes, Slotted, GuardedDict]
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("cls", HARD)
+class TestGuardedLayers:
+    def model(self, cls):
+        torch.manual_seed(0)
+        return nn.Sequential(cls(6, 4), nn.Tanh(), cls(4, 3)).double()
+
+    def test_lives_a_whole_life(self, cls, method, tmp_path):
+        model, x = self.model(cls), torch.randn(5, 6, dtype=torch.float64)
+        base, before = model(x), snapshot(model)
+        disha.inject_adapters(model, "all-linear", 2, method=method, also_train="bias")
+        assert torch.equal(model(x), base)
+        model(x).sum().backward()
+        assert all(p.grad is not None for p in disha.adapter_parameters(model))
+        perturb(model)
+        expected = model(x)
+        assert not torch.allclose(expected, base)
+        disha.save_adapter(model, tmp_path / "a")
+        twin = self.model(cls)
+        disha.load_adapter(twin, tmp_path / "a")
+        assert torch.equal(twin(x), expected)
+        disha.merge_adapters(model)
+        assert torch.allclose(model(x), expected)
+        disha.unmerge_adapters(model)
+        assert torch.equal(model(x), expected)
+        disha.remove_adapters(model)
+        assert_unchanged(model, before)
+        assert torch.equal(model(x), base)
+
+
+def test_a_slot_survives_adapting_and_removal():
+    layer = Slotted(4, 3)
+    layer.gain = 3.0
+    disha.inject_adapters(layer, "^$", 2)
+    assert layer.gain == 3.0
+    disha.remove_adapters(layer)
+    assert (layer.gain, type(layer)) == (3.0, Slotted)
+
+
+class FixedClass(nn.Linear):
+    """Its instances can't change their class."""
+
+    @property
+    def __class__(self):
+        return FixedClass
+
+    @__class__.setter
+    def __class__(self, value):
+        raise TypeError("the class is fixed")
+
+
+def test_a_class_that_can_not_change_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), FixedClass(4, 3))
+    before = snapshot(model)
+    with pytest.raises(ArgumentError, match=r"FixedClass can't be adapted.*the class is fixed"):
+        disha.inject_adapters(model, "all-linear", 2)
+    assert_unchanged(model, before)
+
+
+class TestLazy:
+    def model(self):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 3))
+
+    def test_all_linear_says_what_to_do_and_changes_nothing(self):
+        model = self.model()
+        with pytest.raises(TargetError, match=r"no effect|run the model once"):
+            disha.inject_adapters(model, "^0$", 2)
+        assert type(model[0]) is nn.LazyLinear
+
+    def test_once_it_has_run_it_is_a_layer_like_any_other(self, tmp_path):
+        model, x = self.model(), torch.randn(2, 4)
+        base = model(x)
+        disha.inject_adapters(model, "all-linear", 2)
+        assert torch.equal(model(x), base)
+        assert [row.name for row in disha.summary(model).layers] == ["0", "2"]
+        disha.remove_adapters(model)
+        assert type(model[0]) is nn.Linear
+
+    def test_beside_an_adapted_layer_it_can_still_come_to_life(self):
+        model, x = self.model(), torch.randn(2, 4)
+        plan = disha.plan_adapters(model, "all-linear", 2)
+        assert [s.name for s in plan.skipped] == ["0"]
+        disha.inject_adapters(model, "all-linear", 2)
+        perturb(model)
+        output = model(x)
+        assert not model[0].weight.requires_grad
+        assert type(model[0]) is nn.Linear
+        with disha.adapters_disabled(model):
+            assert not torch.equal(model(x), output)
+        disha.remove_adapters(model)
+        assert all(p.requires_grad for p in model.parameters())
+
+
+class TestMeta:
+    """Injected before the weights are there, as large models are built."""
+
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    def test_weights_and_adapter_come_later(self, method, tokens, tmp_path):
+        trained = Layered()
+        disha.inject_adapters(trained, "all-linear", 2, method=method, scale=0.5)
+        perturb(trained)
+        disha.save_adapter(trained, tmp_path / "a")
+        with torch.device("meta"):
+            model = Layered()
+        disha.inject_adapters(model, "all-linear", 2, method=method, scale=0.5)
+        assert all(p.is_meta for p in model.parameters())
+        model.to_empty(device="cpu")
+        base = {k: v for k, v in trained.state_dict().items() if ".disha." not in k}
+        model.load_state_dict(base)
+        disha.load_adapter(model, tmp_path / "a", replace=True)
+        assert torch.equal(model(tokens), trained(tokens))
+        compiled = torch.compile(model, backend="eager")
+        assert torch.allclose(compiled(tokens), trained(tokens), atol=1e-6)
+
+    def test_weights_assigned_later(self, tokens):
+        trained = Layered()
+        disha.inject_adapters(trained, "all-linear", 2, init="kaiming")
+        with torch.device("meta"):
+            model = Layered()
+        disha.inject_adapters(model, "all-linear", 2)
+        model.load_state_dict(trained.state_dict(), assign=True)
+        assert torch.equal(model(tokens), trained(tokens))
+        compiled = torch.compile(model, backend="eager")
+        assert torch.allclose(compiled(tokens), trained(tokens), atol=1e-6)
+
+    def test_merging_without_weights_is_refused(self):
+        with torch.device("meta"):
+            model = Layered()
+        disha.inject_adapters(model, "all-linear", 2)
+        before = snapshot(model)
+        with pytest.raises(disha.DishaError):
+            disha.merge_adapters(model)
+        assert snapshot(model)["objects"] == before["objects"]
+        assert not any(merged for _, _, merged in snapshot(model)["active"].values())
+
+
+def compiled_whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_inside(model):
+    model.layers[0]["attn"] = torch.compile(model.layers[0]["attn"], backend="eager")
+    return model
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def twice(model):
+    return compiled_whole(compiled_inside(model))
+
+
+@pytest.mark.parametrize("wrap", [compiled_whole, compiled_inside, compiled_in_place, twice])
+class TestCompiled:
+    names = (
+        "layers.0.attn.q_proj",
+        "layers.0.attn.v_proj",
+        "layers.1.attn.q_proj",
+        "layers.1.attn.v_proj",
+    )
+
+    @pytest.fixture(autouse=True)
+    def _fresh_graphs(self):
+        torch._dynamo.reset()
+
+    def plain(self):
+        torch.manual_seed(0)
+        return Layered()
+
+    def adapted(self):
+        model = disha.inject_adapters(self.plain(), "attn", 2, also_train="norm.weight")
+        perturb(model)
+        return model
+
+    def test_before_injection(self, wrap, tokens, tmp_path):
+        model = wrap(self.plain())
+        before = model(tokens)
+        disha.inject_adapters(model, r"^layers\.\d\.attn", 2, also_train=r"attn\.norm\.weight$")
+        assert torch.equal(model(tokens), before)
+        perturb(model)
+        assert torch.allclose(model(tokens), self.adapted()(tokens), atol=1e-6)
+        disha.save_adapter(model, tmp_path / "compiled")
+        self.assert_clean(tmp_path / "compiled")
+
+    def test_after_injection(self, wrap, tokens, tmp_path):
+        model = wrap(self.adapted())
+        assert torch.allclose(model(tokens), self.adapted()(tokens), atol=1e-6)
+        model(tokens).square().mean().backward()
+        assert all(p.grad.abs().sum() > 0 for p in disha.adapter_parameters(model))
+        disha.save_adapter(model, tmp_path / "compiled")
+        self.assert_clean(tmp_path / "compiled")
+        disha.save_adapter(self.adapted(), tmp_path / "plain")
+        assert (tmp_path / "compiled").read_bytes() == (tmp_path / "plain").read_bytes()
+
+    def test_a_file_goes_in_and_the_adapter_comes_out(self, wrap, tokens, tmp_path):
+        disha.save_adapter(self.adapted(), tmp_path / "a")
+        model = wrap(self.plain())
+        base = model(tokens)
+        disha.load_adapter(model, tmp_path / "a")
+        expected = self.adapted()(tokens)
+        assert torch.allclose(model(tokens), expected, atol=1e-6)
+        disha.merge_adapters(model)
+        assert torch.allclose(model(tokens), expected, atol=1e-6)
+        disha.unmerge_adapters(model)
+        disha.remove_adapters(model)
+        assert torch.equal(model(tokens), base)
+
+    def assert_clean(self, path):
+        file = disha.inspect_adapter(path)
+        assert tuple(layer.name for layer in file.layers) == self.names
+        assert set(file.also_train) == {f"layers.{i}.attn.norm.weight" for i in (0, 1)}
+
+
+PARAMETRIZATIONS = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+}
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 4), (3, 6), ("bone", "bat")),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 5, 5), ("bone",)),
+    "embedding": (lambda: nn.Embedding(7, 4), None, ("bone",)),
+}
+PAIRS = [(layer, method) for layer, (*_, methods) in LAYERS.items() for method in methods]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("how", PARAMETRIZATIONS)
+@pytest.mark.parametrize(("layer", "method"), PAIRS)
+class TestParametrised:
+    """The weight is computed anew each time it is read, and spectral_norm then takes a step of its
+    own in training: reading it more often than the plain layer does would change the model."""
+
+    def make(self, layer, how, training):
+        torch.manual_seed(0)
+        build, _, _ = LAYERS[layer]
+        model = nn.Sequential(PARAMETRIZATIONS[how](build())).double()
+        return model.train(training)
+
+    def input(self, layer):
+        shape = LAYERS[layer][1]
+        if shape is None:
+            return torch.tensor([[1, 2, 6], [0, 3, 3]])
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def test_planning_and_injecting_change_nothing(self, layer, method, how, training):
+        model, plain = self.make(layer, how, training), self.make(layer, how, training)
+        before = snapshot(model)
+        disha.plan_adapters(model, ".", 2, method=method)
+        assert_unchanged(model, before)
+        disha.inject_adapters(model, "^0$", 2, method=method)
+        x = self.input(layer)
+        for _ in range(3):
+            assert torch.equal(model(x), plain(x))
+        base = {k: v for k, v in model.state_dict().items() if ".disha." not in k}
+        assert all(torch.equal(base[key], value) for key, value in plain.state_dict().items())
+
+    def test_the_update_is_that_of_the_computed_weight(self, layer, method, how, training):
+        model, plain = self.make(layer, how, training), self.make(layer, how, training)
+        disha.inject_adapters(model, "^0$", 2, method=method)
+        perturb(model)
+        x = self.input(layer)
+        output = model(x)
+        weight = plain[0].weight.detach()
+        # by a layer of the same class with that very weight
+        dense = LAYERS[layer][0]().double()
+        with torch.no_grad():
+            dense.weight.copy_(weight)
+            if getattr(dense, "bias", None) is not None:
+                dense.bias.copy_(plain[0].bias)
+        disha.inject_adapters(dense, "^$", 2, method=method)
+        perturb(dense)
+        assert torch.allclose(output, dense(x), rtol=0, atol=1e-10)
+
+    def test_compiled_is_eager(self, layer, method, how, training):
+        models = [self.make(layer, how, training) for _ in range(2)]
+        for model in models:
+            disha.inject_adapters(model, "^0$", 2, method=method)
+            perturb(model)
+        torch._dynamo.reset()
+        compiled, x = torch.compile(models[0], backend="eager", fullgraph=True), self.input(layer)
+        for _ in range(2):
+            assert torch.allclose(compiled(x), models[1](x), rtol=0, atol=1e-10)
+
+    def test_trains_saves_loads_and_goes(self, layer, method, how, training, tmp_path):
+        model, x = self.make(layer, how, training), self.input(layer)
+        before = snapshot(model.eval())
+        base = model(x)
+        disha.inject_adapters(model.train(training), "^0$", 2, method=method)
+        model(x).square().sum().backward()
+        (block,) = disha.adapter_parameters(model)
+        assert block.grad.abs().sum() > 0
+        perturb(model)
+        values = {k: v.clone() for k, v in model.state_dict().items()}
+        disha.save_adapter(model, tmp_path / "a")
+        with pytest.raises(disha.MergeError, match="computed from other parameters"):
+            disha.merge_adapters(model)
+        state = model.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in values.items())
+        fresh = self.make(layer, how, training)
+        fresh.load_state_dict({k: v for k, v in values.items() if ".disha." not in k})
+        disha.load_adapter(fresh, tmp_path / "a")
+        assert torch.equal(fresh.eval()(x), model.eval()(x))
+        disha.remove_adapters(model)
+        if how != "spectral_norm":  # which has taken steps in training
+            assert_unchanged(model, before)
+            assert torch.equal(model(x), base)
+        assert type(model[0]).__name__.startswith("Parametrized")
+
+
+def test_looking_for_tied_heads_takes_no_step_of_training():
+    table = parametrizations.spectral_norm(nn.Embedding(6, 4))
+    model = nn.Sequential(table, nn.Linear(4, 6, bias=False))
+    before = snapshot(model)
+    plan = disha.plan_adapters(model, "all-linear", 2)
+    assert_unchanged(model, before)
+    assert [layer.name for layer in plan.layers] == ["1"]
+
+
+@pytest.mark.parametrize("how", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_weight_computed_by_a_hook(how, method):
+    """The old weight_norm and spectral_norm set a plain tensor as the weight before each call."""
+    model, x = nn.Sequential(how(nn.Linear(6, 4))).double().eval(), torch.randn(3, 6).double()
+    base, before = model(x), snapshot(model)
+    disha.inject_adapters(model, "^0$", 2, method=method)
+    assert torch.equal(model(x), base)
+    perturb(model)
+    dense = model[0].weight + model[0].delta_weight(model[0].disha["default"])
+    assert torch.allclose(model(x), F.linear(x, dense, model[0].bias))
+    with pytest.raises(disha.MergeError, match="computed from other parameters"):
+        disha.merge_adapters(model)
+    disha.remove_adapters(model)
+    assert_unchanged(model, before)
+
+
+class Positions(nn.Embedding):
+    """Looks positions up, whatever the tokens are that it is called with."""
+
+    def forward(self, tokens, start=0):
+        return self.weight[start : start + tokens.shape[1]]
+
+
+class Shifted(nn.Embedding):
+    """Looks up what it is called with, by way of torch's forward."""
+
+    def forward(self, input):
+        return super().forward(input + 2) * self.weight.shape[0]
+
+
+class TestEmbeddingsWithAForwardOfTheirOwn:
+    def dense(self, model, cls):
+        plain = nn.Sequential(cls(9, 4)).double()
+        layer = model[0]
+        with torch.no_grad():
+            plain[0].weight.copy_(layer.base_weight + layer.delta_weight(layer.disha["default"]))
+        return plain
+
+    @pytest.mark.parametrize("cls", [Positions, Shifted])
+    def test_the_update_is_looked_up_as_the_weight_is(self, cls, tmp_path):
+        model, tokens = nn.Sequential(cls(9, 4)).double(), torch.tensor([[6, 0, 3], [2, 2, 5]])
+        base, before = model(tokens), snapshot(model)
+        disha.inject_adapters(model, ".", 2)
+        assert torch.equal(model(tokens), base)
+        model(tokens).sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in disha.adapter_parameters(model))
+        perturb(model)
+        expected = self.dense(model, cls)(tokens)
+        assert torch.allclose(model(tokens), expected)
+        disha.save_adapter(model, tmp_path / "a")
+        disha.merge_adapters(model)
+        assert torch.allclose(model(tokens), expected)
+        disha.unmerge_adapters(model)
+        disha.remove_adapters(model)
+        assert_unchanged(model, before)
+        disha.load_adapter(model, tmp_path / "a")
+        assert torch.allclose(model(tokens), expected)
+
+    def test_dropout_that_could_not_act_is_refused(self):
+        with pytest.raises(TargetError, match=r"0: its own forward reads its weight.*dropout=0"):
+            disha.inject_adapters(nn.Sequential(Positions(9, 4)), ".", 2, dropout=0.1)
+
+
+def test_flags_that_can_not_be_set_undo_the_injection(monkeypatch):
+    model = Layered()
+    disha.inject_adapters(model, "v_proj", 2, adapter="a", also_train="norm.bias")
+    model.head.weight.requires_grad_(True)
+    before = snapshot(model)
+    set_flag = disha.freezing.set_requires_grad
+
+    def fail_at_the_head(module, name, flag):
+        if module is model.head:
+            raise RuntimeError("refused")
+        set_flag(module, name, flag)
+
+    monkeypatch.setattr(disha.freezing, "set_requires_grad", fail_at_the_head)
+    with pytest.raises(RuntimeError, match="refused"):
+        disha.inject_adapters(model, "q_proj", 2, adapter="b", also_train=r"norm\.weight")
+    monkeypatch.undo()
+    assert_unchanged(model, before)
+    disha.remove_adapters(model)
+    assert all(p.requires_grad for p in model.parameters())
