@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests import test_kinds, test_whole_models
+from tests import test_attention, test_kinds, test_quantised, test_whole_models
 
 PAGE = Path(__file__).parents[1] / "docs" / "features.md"
 
@@ -25,6 +25,13 @@ Feature = tuple[str, dict[str, Any]]
 """A test function's name, and the parameters that its tests must have to count."""
 
 METHODS = {"bone": "Bone", "tile": "tile", "bat": "BAT"}
+
+QUANTISATIONS = {
+    "8-bit": "bitsandbytes 8-bit",
+    "nf4": "bitsandbytes nf4",
+    "fp4": "bitsandbytes fp4",
+    "torchao": "torchao int8",
+}
 
 INTRODUCTION = """\
 # What works where
@@ -38,6 +45,18 @@ LAYERS = """\
 
 BAT is for linear layers; Bone and tile are for all. A subclass of one of these classes counts as
 its class, with a forward of its own respected. `disha.register_layer_kind` teaches further kinds.
+"""
+
+ATTENTION = """\
+## Attention
+
+`nn.MultiheadAttention`, adapted in all four of its layers.
+"""
+
+QUANTISED = """\
+## Quantised linear layers
+
+Merging is dense: the layer computes with a merged weight in full precision until it is unmerged.
 """
 
 MODELS = """\
@@ -90,20 +109,24 @@ class Table:
     """A table of the page.
 
     Args:
-        module: the test module, with PAIRS of (case, method).
+        module: the test module.
         text: what stands above the table.
         heading: the name of the first column.
         label: returns the row of a case, by the case's name.
+        pairs: (case, method), in the order of the rows.
         features: column -> the test that shows it, with the parameters that matter.
         extra: column -> what makes its text of a row's results.
+        case: the parameter of the tests that names the case.
     """
 
     module: ModuleType
     text: str
     heading: str
     label: Callable[[str], str]
+    pairs: list[tuple[str, str]]
     features: dict[str, Feature]
     extra: dict[str, Callable[[list[Result]], str]] = field(default_factory=dict)
+    case: str = "name"
 
     @property
     def columns(self) -> list[str]:
@@ -113,14 +136,14 @@ class Table:
     @property
     def rows(self) -> list[tuple[str, str]]:
         """The label and method of each row, in the order of the cases."""
-        return list(dict.fromkeys((self.label(name), method) for name, method in self.module.PAIRS))
+        return list(dict.fromkeys((self.label(name), method) for name, method in self.pairs))
 
     def render(self, results: Iterable[Result]) -> str:
         """Return the text and the table as markdown."""
         by_row: dict[tuple[str, str], list[Result]] = {row: [] for row in self.rows}
         for result in results:
-            pair = result.parameters.get("name"), result.parameters.get("method")
-            if result.module is self.module and pair in self.module.PAIRS:
+            pair = result.parameters.get(self.case), result.parameters.get("method")
+            if result.module is self.module and pair in self.pairs:
                 by_row[self.label(pair[0]), pair[1]].append(result)
         lines = [line(self.columns), line(["---", "---", *[":-:"] * (len(self.columns) - 2)])]
         for (label, method), found in by_row.items():
@@ -177,6 +200,7 @@ TABLES = (
         LAYERS,
         "layer",
         layer_name,
+        test_kinds.PAIRS,
         {
             "identity at injection": feature("test_injection_changes_no_bit"),
             "forward": feature("test_forward_is_that_of_the_dense_merged_weight"),
@@ -193,10 +217,55 @@ TABLES = (
         {"dtypes": dtypes},
     ),
     Table(
+        test_attention,
+        ATTENTION,
+        "form",
+        str,
+        test_attention.PAIRS,
+        {
+            "identity at injection": feature("test_injection_changes_no_bit"),
+            "forward": feature("test_forward_is_that_of_the_dense_merged_weight"),
+            "masks, weights, modes": feature("test_masks_and_modes"),
+            "gradients": feature("test_gradients_are_those_of_the_dense_merged_weight"),
+            "merge, exact unmerge": feature("test_merged_is_unmerged_and_comes_back_bit_for_bit"),
+            "save, load": feature("test_file_round_trip_gives_equal_outputs"),
+            "removal": feature("test_removal_restores"),
+            "several adapters": feature("test_several_adapters_add_up_and_switch_off"),
+            "routing": feature("test_routing_equals_running_the_samples_one_by_one"),
+            "dropout": feature("test_dropout_acts_in_training_only"),
+            "compile": feature("test_compiled_is_eager"),
+            "copy, pickle": feature("test_copies_compute_the_same"),
+        },
+        {"dtypes": dtypes},
+    ),
+    Table(
+        test_quantised,
+        QUANTISED,
+        "weight",
+        QUANTISATIONS.__getitem__,
+        [(way, method) for way in test_quantised.WAYS for method in test_quantised.METHODS],
+        {
+            "identity at injection": feature("test_injection_changes_no_bit"),
+            "forward": feature("test_forward_is_that_of_the_dense_merged_weight"),
+            "gradients": feature("test_gradients_of_block_and_input"),
+            "training lowers the loss": feature("test_training_lowers_the_loss"),
+            "dense merge, exact unmerge": feature(
+                "test_dense_merge_computes_the_same_and_comes_back_bit_for_bit"
+            ),
+            "save, load": feature("test_file_round_trip_onto_a_freshly_quantised_base"),
+            "removal": feature("test_removal_restores"),
+            "several adapters": feature("test_several_adapters_add_up_and_can_be_disabled"),
+            "routing": feature("test_routing_is_running_samples_one_by_one"),
+            "copy": feature("test_copies"),
+        },
+        case="way",
+    ),
+    Table(
         test_whole_models,
         MODELS,
         "model",
         str,
+        test_whole_models.PAIRS,
         {
             "identity at injection": feature("test_injection_changes_nothing"),
             "trains": feature("test_every_block_moves", mode="train"),

@@ -8,7 +8,7 @@ from disha.layers.registry import FOREIGN_KINDS, LAYER_KINDS
 from tests import feature_table, test_kinds
 from tests.feature_table import PAGE, TABLES, Result, class_name, render
 
-LAYERS, _ = TABLES
+LAYERS = TABLES[0]
 
 
 def tables_of(page):
