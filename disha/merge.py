@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError
 from disha.functional import without_autocast
-from disha.layers.adapted import AdaptedLayer, MergedWeight, WeightSlot, refuse_inside
+from disha.layers.adapted import (
+    AdaptedLayer,
+    MergedWeight,
+    WeightSlot,
+    refuse_inside,
+    refuse_merged,
+)
 from disha.sharding import sharded_module
 from disha.tree import adapted_layers, join, module_names, require_adapter
 
@@ -77,6 +83,7 @@ def merge_adapters(
     users = _parameter_users(model)
     sharers = [_sharers(layer, users) for _, layer, _ in chosen]
     for (name, layer, _), shared_with in zip(chosen, sharers, strict=True):
+        refuse_merged(_packed_with(layer), "merge adapters")
         _check_mergeable(name, layer, shared_with, untie)
         _check_quantised(name, layer, dense)
     originals: Originals = {}
@@ -106,7 +113,20 @@ def unmerge_adapters(model: nn.Module) -> None:
     if any(layer.disha.merged is not None for layer in layers):
         _refuse_sharded(model, "unmerge adapters")
     for layer in layers:
-        _unmerge_layer(layer)
+        for one in _packed_with(layer):
+            _unmerge_layer(one)
+
+
+def _packed_with(layer: AdaptedLayer) -> list[AdaptedLayer]:
+    """Return the layers that keep their weight in the same parameter of one owner: one original.
+
+    `model` may be a part that has only some of them.
+    """
+    slot = layer.weight_slot
+    if slot.rows is None:
+        return [layer]
+    children = [child for child in slot.module.children() if isinstance(child, AdaptedLayer)]
+    return [one for one in children if one.weight_slot.rows is not None]
 
 
 def _refuse_sharded(model: nn.Module, action: str) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from disha.layers import AdaptedLayer, layer_kind_of
 from disha.layers.adapted import CHILD_NAME, ReadLayer
-from disha.layers.attention import (
-    AdaptedMultiheadAttention,
-    Projection,
-    parts_of_attention,
-)
+from disha.layers.attention import Projection, obstacle_to_taking_over, parts_of_attention
 from disha.layers.embedding import AdaptedEmbedding
-from disha.layers.readers import reads_own, weight_reads
+from disha.layers.readers import ANY_CHILD, reads_own, weight_reads
 from disha.tree import ModuleNames, join, module_names
 
 __all__ = ["Survey"]
@@ -40,12 +38,9 @@ class Survey:
         self.read |= {module for module in self.names if _looks_up_by_itself(module)}
 
     def _add_attention(self, module: nn.MultiheadAttention, names: tuple[str, ...]) -> None:
-        forwards = (nn.MultiheadAttention.forward, AdaptedMultiheadAttention.forward)
-        if type(module).forward not in forwards:
-            self._stubborn[module] = (
-                f"{type(module).__name__} has a forward of its own, so that its projections can't "
-                "be made layers"
-            )
+        obstacle = obstacle_to_taking_over(module)
+        if obstacle is not None:
+            self._stubborn[module] = obstacle
             return
         parts = parts_of_attention(module)
         self.parts[module] = tuple(parts.values())
@@ -88,17 +83,27 @@ class Survey:
         found: dict[nn.Module, str] = {}
         for owner in self.names:
             if "forward" in owner.__dict__:
-                found[owner] = (
+                why = (
                     "a forward of its own is set on the instance, as device hooks do; remove the "
                     "hook (accelerate.hooks.remove_hook_from_module), inject, then set it again"
                 )
+                found.update(dict.fromkeys((owner, *self.parts.get(owner, ())), why))
             if owner in self._stubborn:
                 out = owner._modules.get("out_proj")
                 if out is not None:
                     found[out] = f"{self._stubborn[owner]}, nor is out_proj called by torch's"
+            for part, name in self._read_projections(owner):
+                found[part] = f"the module around the attention does not call that but reads {name}"
         for module in self.read:
             found.update(self._unread(module, dropout))
         return found
+
+    def _read_projections(self, owner: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """Iterate over (projection, parameter of its attention that `owner` reads)."""
+        for child, attribute in _reads_below(owner):
+            for part in self.parts.get(child, ()):
+                if isinstance(part, Projection) and part.weight_slot.name == attribute:
+                    yield part, attribute
 
     def _unread(self, module: nn.Module, dropout: float) -> dict[nn.Module, str]:
         adapted_before = isinstance(module, AdaptedLayer) and not isinstance(module, ReadLayer)
@@ -132,11 +137,23 @@ def _looks_up_by_itself(module: nn.Module) -> bool:
 def _read_children(owner: nn.Module) -> list[nn.Module]:
     """Return the adaptable modules below `owner` whose weight its forward reads."""
     found = []
-    for path, attribute in weight_reads(type(owner)):
-        child: nn.Module | None = owner
-        for name in path.split("."):
-            child = None if child is None else child._modules.get(name)
-        kind = None if child is None else layer_kind_of(child)
-        if child is not None and kind is not None and kind.weight_name == attribute:
+    for child, attribute in _reads_below(owner):
+        kind = layer_kind_of(child)
+        if kind is not None and kind.weight_name == attribute:
             found.append(child)
     return found
+
+
+def _reads_below(owner: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Iterate over (module, attribute) that the forward of `owner` reads below it."""
+    for path, attribute in weight_reads(type(owner)):
+        modules: list[nn.Module] = [owner]
+        for name in path.split("."):
+            modules = [child for module in modules for child in _children(module, name)]
+        yield from ((module, attribute) for module in modules)
+
+
+def _children(module: nn.Module, name: str) -> list[nn.Module]:
+    """Return the children that a step of a path may lead to."""
+    found = module._modules.values() if name == ANY_CHILD else [module._modules.get(name)]
+    return [child for child in found if child is not None]

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import disha
@@ -316,6 +317,18 @@ class TestEveryFormInFloat64:
         close(compiled(*tensors)[0], module(*tensors)[0])
 
 
+class ReadsPacked(nn.Module):
+    """Hands the packed weight of its attention to a function, as WavLM in torchaudio does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = attention()
+
+    def forward(self, x):
+        q, k, v = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias).chunk(3, -1)
+        return self.attn.out_proj(F.scaled_dot_product_attention(q, k, v))
+
+
 class TestAttention:
     @pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj", "out_proj"])
     def test_each_projection_alone(self, part):
@@ -462,6 +475,82 @@ class TestAttention:
         disha.unmerge_adapters(model)
         assert model.first.in_proj_weight is model.second.in_proj_weight is shared
 
+    def test_without_queries(self):
+        module, plain = inject(attention(), "^$"), attention()
+        q, k, v = inputs(module)
+        for options in ({}, {"attn_mask": causal(0, 5)}, {"key_padding_mask": padding(3, 5)}):
+            for need_weights in (True, False):
+                output, found = module(q[:0], k, v, need_weights=need_weights, **options)
+                assert output.shape == (0, 3, WIDTH)
+                assert found is None or found.shape == plain(q[:0], k, v)[1].shape
+
+    def test_merging_and_unmerging_a_projection_by_itself(self):
+        module = inject(attention(), "^$")
+        perturb(module)
+        tensors = inputs(module)
+        original, expected = module.in_proj_weight.detach().clone(), module(*tensors)[0]
+        disha.merge_adapters(module.q_proj)
+        close(module(*tensors)[0], expected)
+        with pytest.raises(MergeError, match="merged"):
+            disha.merge_adapters(module.k_proj)
+        disha.unmerge_adapters(module)
+        assert torch.equal(module.in_proj_weight, original)
+        disha.merge_adapters(module)
+        disha.unmerge_adapters(module.v_proj)
+        close(module(*tensors)[0], expected)
+        disha.unmerge_adapters(module)
+        assert torch.equal(module.in_proj_weight, original)
+
+    def test_hooks_on_projections_are_called(self):
+        module = inject(attention(), "^$")
+        x = inputs(module)[0]
+        expected, called = module(x, x, x)[0], []
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            layer = module.get_submodule(name)
+            layer.register_forward_hook(lambda *_, name=name: called.append(name))
+        close(module(x, x, x)[0], expected)
+        assert called == ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+    def test_a_forward_set_on_the_instance_is_refused(self):
+        model = nn.ModuleDict({"attn": attention(), "ff": nn.Linear(WIDTH, WIDTH)})
+        model["attn"].forward = model["attn"].forward
+        before = snapshot(model)
+        with pytest.raises(TargetError, match=r"attn.q_proj: a forward of its own is set on the"):
+            disha.inject_adapters(model, "all-linear", 2)
+        assert_unchanged(model, before)
+
+    def test_a_packed_weight_that_the_owner_reads_is_refused(self):
+        model = ReadsPacked()
+        before = snapshot(model)
+        with pytest.raises(TargetError, match=r"attn.k_proj: .* reads in_proj_weight"):
+            disha.inject_adapters(model, "all-linear", 2)
+        assert_unchanged(model, before)
+        plan = disha.plan_adapters(model, "all-linear", 2, exclude="[qkv]_proj")
+        assert [layer.name for layer in plan.layers] == ["attn.out_proj"]
+
+    def test_a_child_of_the_name_of_a_projection_stays(self):
+        class Own(nn.MultiheadAttention):
+            def __init__(self):
+                super().__init__(WIDTH, HEADS)
+                self.q_proj = nn.Linear(WIDTH, WIDTH)
+
+        class Calls(Own):
+            def forward(self, x):
+                x = self.q_proj(x)
+                return super().forward(x, x, x)[0]
+
+        model, x = nn.Sequential(Calls()), torch.randn(4, 3, WIDTH)
+        before, base = snapshot(model), model(x)
+        disha.inject_adapters(model, "q_proj", 2)
+        assert torch.equal(model(x), base)
+        perturb(model)
+        assert not torch.allclose(model(x), base)
+        disha.remove_adapters(model)
+        assert_unchanged(model, before)
+        model = nn.Sequential(Own())
+        with pytest.raises(TargetError, match=r"Own has a child 'q_proj' of its own"):
+            disha.inject_adapters(model, "out_proj", 2)
+
     def test_an_own_forward_is_refused_or_skipped(self):
         class Own(nn.MultiheadAttention):
             def forward(self, x):
@@ -546,6 +635,18 @@ def encoder_layer(**options):
     return nn.TransformerEncoderLayer(8, 2, 12, **{**defaults, **options}).double()
 
 
+class NormOfChannels(nn.Module):
+    """A norm that takes (samples, positions, channels) only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, affine=True)
+        nn.init.ones_(self.norm.bias)
+
+    def forward(self, x):
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
 def merged_state(model):
     """Return the base state dict of an adapted model with the updates in its weights."""
     copied = copy.deepcopy(model)
@@ -614,6 +715,15 @@ class TestEncoder:
                 norm=nn.LayerNorm(8).double(),
                 enable_nested_tensor=enable_nested_tensor,
             ),
+            lambda model: model(x, src_key_padding_mask=mask),
+            target,
+            mode,
+        )
+
+    def test_an_encoder_with_a_norm_of_its_own(self, target, mode):
+        x, mask = torch.randn(3, 5, 8, dtype=torch.float64), padding(3, 5)
+        self.check(
+            lambda: nn.TransformerEncoder(encoder_layer(), 2, norm=NormOfChannels().double()),
             lambda model: model(x, src_key_padding_mask=mask),
             target,
             mode,

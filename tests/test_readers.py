@@ -86,6 +86,38 @@ class Asks(nn.Module):
         nn.init.ones_(self.layer.weight)
 
 
+class AsksMore(nn.Module):
+    """Asks for facts in the ways that need more than a look at what follows `weight`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x.to(self.layer.weight).type_as(self.layer.weight)
+        return self.layer(x) + self.layer.weight.new_zeros(4)
+
+
+class Above(Reader):
+    """Leaves reading to the class that it derives from."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Listed(nn.Module):
+    """Reads the weights of a list, by a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x, /):
+        for i in range(len(self.layers)):
+            x = F.linear(x, self.layers[i].weight)
+        return x
+
+
 class Typed(nn.Module):
     pass
 
@@ -100,6 +132,9 @@ class TestFinding:
             (Both, {("conv", "weight")}),
             (TiedByFunction, {("embed", "weight")}),
             (Asks, set()),
+            (AsksMore, set()),
+            (Above, {("qkv", "weight"), ("qkv", "bias")}),
+            (Listed, {("layers.[]", "weight")}),
             (Typed, set()),
             (nn.Linear, set()),
             (nn.TransformerEncoderLayer, set()),
@@ -115,6 +150,15 @@ class TestFinding:
                 return self.qkv(x)
 
         assert weight_reads(Calls) == frozenset()
+
+    def test_any_of_a_list(self):
+        model, x = Listed().double(), torch.randn(3, 6, dtype=torch.float64)
+        disha.inject_adapters(model, "all-linear", 2)
+        perturb(model)
+        output = model(x)
+        assert not torch.allclose(output, Listed().double()(x))
+        disha.merge_adapters(model)
+        assert torch.allclose(model(x), output, rtol=0, atol=1e-10)
 
     def test_a_class_without_source_is_left_alone(self):
         scope: dict[str, object] = {"nn": nn}
@@ -317,6 +361,62 @@ def test_bat_through_a_weight_that_is_read():
     perturb(model)
     plain = with_update(build("linear")[0], model, target)
     assert torch.allclose(model(x), plain(x), rtol=0, atol=1e-10)
+
+
+def test_all_linear_leaves_a_head_out_that_is_tied_to_a_table_which_is_read():
+    model = nn.ModuleDict({"body": TiedByFunction(), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["body"].embed.weight
+    model["last"] = nn.Linear(7, 7)
+    disha.inject_adapters(model, "embed", 2, adapter="a", init="kaiming")
+    plan = disha.plan_adapters(model, "all-linear", 2, adapter="b")
+    assert [layer.name for layer in plan.layers] == ["last"]
+
+
+def test_resetting_a_layer_that_is_read_resets_its_own_weight():
+    model, target, _ = build("linear")
+    disha.inject_adapters(model, target, 2)
+    perturb(model)
+    before = model.qkv.base_weight.clone()
+    model.qkv.reset_parameters()
+    assert not torch.equal(model.qkv.base_weight, before)
+    assert torch.equal(model.qkv.weight, model.qkv.base_weight)  # the block starts again, at zero
+    assert model.qkv.disha.active == ("default",)
+
+
+def test_a_parametrization_of_a_layer_that_is_read_is_refused():
+    model, target, x = build("linear")
+    disha.inject_adapters(model, target, 2)
+    perturb(model)
+    before, expected = snapshot(model), model(x)
+    with pytest.raises(ArgumentError, match="remove the adapters first"):
+        torch.nn.utils.parametrizations.weight_norm(model.qkv)
+    assert_unchanged(model, before)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_fsdp_keeps_the_original_of_a_weight_that_is_read():
+    from torch.distributed.fsdp import fully_shard
+
+    model, target, x = build("linear")
+    disha.inject_adapters(model, target, 2)
+    perturb(model)
+    original, expected = model.qkv.base_weight.clone(), model(x)
+    fully_shard(model)
+    for _ in range(2):
+        output = model(x)
+        assert torch.equal(output, expected)
+        output.sum().backward()
+    assert torch.equal(model.qkv.base_weight.full_tensor(), original)
 
 
 def test_an_error_within_the_update_is_not_taken_for_a_missing_weight():

@@ -97,7 +97,7 @@ def attention(
         if dropout > 0.0:
             weights = F.dropout(weights, dropout)
         output = (weights @ v).transpose(0, 1).reshape(length, samples, width)
-        return output, weights.view(samples, heads, length, -1)
+        return output, weights.view(samples, heads, *weights.shape[1:])
     if scores is not None:
         scores = scores.unsqueeze(0) if len(scores) == 1 else _by_head(scores, heads)
     q, k, v = (_by_head(x, heads) for x in (q, k, v))
@@ -108,7 +108,7 @@ def attention(
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
     # pattern: "(n h) l d -> n h l d"
-    return x.view(-1, heads, *x.shape[1:])
+    return x.view(x.shape[0] // heads, heads, *x.shape[1:])
 
 
 def _scores(

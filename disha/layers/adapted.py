@@ -10,6 +10,7 @@ with the updates in it.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -361,6 +362,8 @@ class AdaptedLayer(Moved):
         }
         if front is ReadLayer:
             facts[cls.weight_name] = property(ReadLayer.effective_weight)
+            if hasattr(original, "reset_parameters"):
+                facts["reset_parameters"] = ReadLayer.reset_own_parameters
         return facts
 
     @property
@@ -501,6 +504,24 @@ class ReadLayer(AdaptedLayer):
         """Run the forward of the original class: it reads the weight with the updates in it."""
         return self.original_class.forward(self, *args, **kwargs)
 
+    def __delattr__(self, name: str) -> None:
+        if name == self.weight_name and name in self._parameters:
+            raise ArgumentError(
+                f"the {name} of a {self.original_class.__name__} that the module around it reads "
+                "can't be replaced by one that is computed (a parametrization, say) while the "
+                "layer is adapted; remove the adapters first"
+            )
+        super().__delattr__(name)
+
+    def reset_own_parameters(self) -> None:
+        """Reset the parameters as the classes behind do, which write into what they read."""
+        active = self.disha.active
+        self.disha.activate(())
+        try:
+            super().reset_parameters()  # type: ignore[misc]
+        finally:
+            self.disha.activate(active)
+
     def effective_weight(self) -> Tensor:
         """Return W + sum of s dW of the acting adapters, with its graph.
 
@@ -508,7 +529,7 @@ class ReadLayer(AdaptedLayer):
             ModeError: samples are routed, and there is one weight for all of them.
         """
         weight = self._parameters[self.weight_name]
-        assert weight is not None
+        assert weight is not None  # see __delattr__
         adapters = self.disha
         if adapters.route is not None and adapters.enabled:
             raise ModeError(
@@ -517,7 +538,8 @@ class ReadLayer(AdaptedLayer):
                 "it; use one adapter at a time, or exclude the layer"
             )
         acting = adapters.acting()
-        if not acting:
+        # FSDP looks its shards up by name, to keep them: an update in them would stay for good.
+        if not acting or _are_sharded(weight, *(block.block for block in acting)):
             return weight
         try:
             deltas = [(self.delta_weight(block), block.current_scale()) for block in acting]
@@ -525,6 +547,15 @@ class ReadLayer(AdaptedLayer):
         except AttributeError as error:
             # nn.Module would answer with the plain parameter: an adapter without effect.
             raise RuntimeError(f"the update of the weight failed: {error}") from error
+
+
+def _are_sharded(*tensors: Tensor) -> bool:
+    """Whether all tensors are parts of what they stand for, as between the passes of FSDP."""
+    if torch.compiler.is_compiling():
+        return False
+    # Looked up among what is imported: whoever sharded them imported the class.
+    cls = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return cls is not None and all(isinstance(tensor, cls) for tensor in tensors)
 
 
 _GRAPH = 0

@@ -31,6 +31,7 @@ __all__ = [
     "connect",
     "connected",
     "disconnect",
+    "obstacle_to_taking_over",
     "owner_kind_of",
     "parts_of_attention",
     "take_back",
@@ -148,7 +149,10 @@ class AdaptedMultiheadAttention(Owner, nn.MultiheadAttention):
         projections = [cast(Projection, self._modules[name]) for name in PROJECTIONS]
         acting = [_acting(projection) for projection in projections]
         packed = query is key and key is value and self._qkv_same_embed_dim
-        if packed and not any(isinstance(block, Bat) for blocks in acting for block in blocks):
+        if packed and not (
+            any(isinstance(block, Bat) for blocks in acting for block in blocks)
+            or any(_is_hooked(projection) for projection in projections)
+        ):
             # One product for all three, as in torch, and the same bits.
             base = F.linear(query, cast(Tensor, self.in_proj_weight), self.in_proj_bias)
             outputs = base.chunk(3, dim=-1)
@@ -291,7 +295,7 @@ class AdaptedTransformerEncoder(Owner, nn.TransformerEncoder):
         if not self._torch_would_nest(padding):
             return output
         # Nested sequences have no padding; torch then fills it with zeros, before the last norm.
-        filler = output.new_zeros(output.shape[-1])
+        filler = output.new_zeros(1, 1, output.shape[-1])  # 3-d, as a norm may expect
         filler = filler if self.norm is None else self.norm(filler)
         return torch.where(padding.unsqueeze(-1), filler, output)
 
@@ -319,8 +323,22 @@ for _kind in OWNER_KINDS:
     _kind.layer_kind = _kind
 
 
+def obstacle_to_taking_over(module: nn.MultiheadAttention) -> str | None:
+    """Return why the projections of an attention module can't be made layers, or None."""
+    name = type(module).__name__
+    forwards = (nn.MultiheadAttention.forward, AdaptedMultiheadAttention.forward)
+    if type(module).forward not in forwards:
+        return f"{name} has a forward of its own, so that its projections can't be made layers"
+    for projection in PROJECTIONS:
+        if not isinstance(module._modules.get(projection), Projection | None):
+            return f"{name} has a child {projection!r} of its own, where a projection would be"
+    return None
+
+
 def owner_kind_of(module: nn.Module) -> type[Owner] | None:
     """Return the class that takes `module` over when a layer below it is adapted, or None."""
+    if isinstance(module, nn.MultiheadAttention) and obstacle_to_taking_over(module) is not None:
+        return None  # what can be adapted below is what its own forward calls
     return next((kind for kind in OWNER_KINDS if isinstance(module, kind.base_class)), None)
 
 
@@ -358,6 +376,16 @@ def disconnect(projection: Projection) -> None:
 
 def _acting(projection: nn.Module) -> tuple[nn.Module, ...]:
     return projection.disha.acting() if isinstance(projection, AdaptedLayer) else ()
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody waits for the module to be called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _with_samples_first(

@@ -3,8 +3,9 @@
 A forward may hand `self.qkv.weight` to a function instead of calling `self.qkv` (Swin in
 torchvision, BEiT in timm, some state-space models). An adapter that acts when its layer is called
 would do nothing there, without a word. What is found: every `self.<path>.weight` in `forward` and
-in the methods it reaches through `self`, except where only the weight's dtype, device or shape is
-asked for. What can't be found: a layer that is put into another variable first.
+in the methods it reaches through `self` or `super()`, except where only the weight's dtype, device
+or shape is asked for. What can't be found: a layer that is put into another variable first, as a
+loop does.
 """
 
 from __future__ import annotations
@@ -17,16 +18,22 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-__all__ = ["Reads", "reads_own", "weight_reads"]
+__all__ = ["ANY_CHILD", "Reads", "reads_own", "weight_reads"]
+
+ANY_CHILD = "[]"
+"""What a path has in place of a name that is computed, as in `self.layers[i].weight`."""
 
 Reads = frozenset[tuple[str, str]]
 """Pairs of a child's path and the name of the attribute of it that is read."""
 
 _FACTS_ONLY = frozenset(
     {"device", "dim", "dtype", "element_size", "is_cuda", "is_meta", "ndim", "numel"}
-    | {"requires_grad", "requires_grad_", "shape", "size", "grad"}
+    | {"requires_grad", "requires_grad_", "shape", "size", "grad", "is_floating_point", "layout"}
+    | {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
 )
 _ASKS_ONLY = frozenset({"getattr", "hasattr", "id", "isinstance", "len", "type"})
+_LIKE_ANOTHER = frozenset({"expand_as", "reshape_as", "to", "type_as", "view_as"})
+"""Methods of a tensor that take of another one its dtype, device or shape only."""
 
 _CACHE: WeakKeyDictionary[type[nn.Module], Reads] = WeakKeyDictionary()
 _OWN: WeakKeyDictionary[type[nn.Module], frozenset[str]] = WeakKeyDictionary()
@@ -72,10 +79,10 @@ def reads_own(cls: type[nn.Module], name: str) -> bool:
 _Method = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _methods(cls: type[nn.Module]) -> dict[str, _Method]:
-    """Return the methods that instances have, by name, without those of torch.nn."""
-    methods: dict[str, _Method] = {}
-    for owner in reversed(cls.__mro__):
+def _methods(cls: type[nn.Module]) -> list[dict[str, _Method]]:
+    """Return the methods of each class that instances have them from, without those of torch.nn."""
+    methods: list[dict[str, _Method]] = []
+    for owner in cls.__mro__:
         if owner.__module__.partition(".")[0] in ("builtins", "disha") or _is_torchs(owner):
             continue
         try:
@@ -84,7 +91,7 @@ def _methods(cls: type[nn.Module]) -> dict[str, _Method]:
             continue
         body = tree.body[0]
         if isinstance(body, ast.ClassDef):
-            methods |= {one.name: one for one in body.body if isinstance(one, _Method)}
+            methods.append({one.name: one for one in body.body if isinstance(one, _Method)})
     return methods
 
 
@@ -92,28 +99,43 @@ def _is_torchs(cls: type) -> bool:
     return cls.__module__.startswith("torch.nn.")
 
 
-def _reached_paths(methods: dict[str, _Method]) -> Iterator[tuple[tuple[str, ...], ast.AST]]:
-    """Return the paths in forward, and in the methods that it reaches through `self`."""
-    reached, waiting = set[str](), ["forward"]
+def _reached_paths(
+    methods: list[dict[str, _Method]],
+) -> Iterator[tuple[tuple[str, ...], ast.AST]]:
+    """Return the paths in forward, and in the methods that it reaches through `self` or `super`."""
+    reached, waiting = set[tuple[str, int]](), [("forward", 0)]  # name, the class to look from
     while waiting:
-        name = waiting.pop()
-        if name in reached or name not in methods:
+        name, start = waiting.pop()
+        own = next((i for i in range(start, len(methods)) if name in methods[i]), None)
+        if own is None or (name, own) in reached:
             continue
-        reached.add(name)
-        for path, parent in _paths_from_self(methods[name]):
-            waiting.append(path[0])
+        reached.add((name, own))
+        method = methods[own][name]
+        waiting.extend((above, own + 1) for above in _names_from_super(method))
+        for path, parent in _paths_from_self(method):
+            waiting.append((path[0], 0))
             yield path, parent
 
 
+def _names_from_super(method: _Method) -> Iterator[str]:
+    """Return every `name` of a `super().name` in a method."""
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Call):
+            function = node.value.func
+            if isinstance(function, ast.Name) and function.id == "super":
+                yield node.attr
+
+
 def _paths_from_self(method: _Method) -> Iterator[tuple[tuple[str, ...], ast.AST]]:
-    """Return every longest `self.a.b.c` that is read in a method, with what it is a part of.
+    """Return every longest `self.a.b[i].c` that is read in a method, with what it is a part of.
 
     An attribute that says something of a tensor, as in `self.a.weight.dtype`, ends the path: it is
     what the path is a part of.
     """
-    if not method.args.args:
+    arguments = [*method.args.posonlyargs, *method.args.args]
+    if not arguments:
         return
-    me = method.args.args[0].arg
+    me = arguments[0].arg
     parents = {
         child: parent for parent in ast.walk(method) for child in ast.iter_child_nodes(parent)
     }
@@ -124,11 +146,15 @@ def _paths_from_self(method: _Method) -> Iterator[tuple[tuple[str, ...], ast.AST
         here: ast.AST = node
         while True:
             parent = parents[here]
-            if not isinstance(parent, ast.Attribute) or not isinstance(parent.ctx, ast.Load):
+            if isinstance(parent, ast.Subscript) and parent.value is here and path:
+                step = ANY_CHILD
+            elif isinstance(parent, ast.Attribute) and isinstance(parent.ctx, ast.Load):
+                step = parent.attr
+            else:
                 break
-            if len(path) > 1 and _is_fact(parent.attr):
+            if len(path) > 1 and _is_fact(step):
                 break
-            path.append(parent.attr)
+            path.append(step)
             here = parent
         if path:
             yield from _readings(tuple(path), parents[here])
@@ -153,4 +179,6 @@ def _asks_for_facts(parent: ast.AST) -> bool:
         return all(isinstance(op, ast.Is | ast.IsNot) for op in parent.ops)
     if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
         return parent.func.id in _ASKS_ONLY
+    if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Attribute):
+        return parent.func.attr in _LIKE_ANOTHER
     return False
