@@ -34,10 +34,17 @@ from disha.functional.linear import (
     bone_unmerge,
     routed_bone_delta,
 )
-from disha.functional.shards import merged_weight, shard_count, shard_sum, without_autocast
+from disha.functional.shards import (
+    added,
+    merged_weight,
+    shard_count,
+    shard_sum,
+    without_autocast,
+)
 
 __all__ = [
     "adapted_linear",
+    "added",
     "additive_mask",
     "attention",
     "bat_delta_weight",

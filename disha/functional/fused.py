@@ -5,16 +5,19 @@ Plain autograd computes the same (`bone_forward`, `bat_forward`) and is what tra
 
 - Bone, y = W x + b + S(x) D: the second product is added into the first. Backward needs W, D and
   S(x), tokens x r, never x; dS = dY D^T is added into every shard of dX = dY W.
-- BAT, y = W_eff x + b: backward needs x, W and D, and forms W_eff again; dD is formed one slab of
-  output blocks at a time, so that the gradient of the whole weight is never there at once. For few
-  tokens the forward never forms W_eff at all: y_a = sum over b of W_ab (I + D_a) x_b + D_a S(x)
-  reads W once, in order, against (out / r) small copies of x.
+- BAT, y = W_eff x + b: backward needs x, W and D, and forms W_eff again. It and the gradient of the
+  weight, from which dD comes, are formed one slab of output blocks at a time, never whole if they
+  are large. For few tokens, and without gradients, the forward does not form W_eff at all:
+  y_a = sum over b of W_ab (I + D_a) x_b + D_a S(x) reads W once, in order, against (out / r) small
+  copies of x.
 
 W is frozen: its own gradient is left to plain autograd.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +29,8 @@ from disha.functional.shards import pad_to_multiple, shard_sum, without_autocast
 
 __all__ = ["SLAB_BYTES", "bat_linear", "bone_linear", "fusible", "streams"]
 
-SLAB_BYTES = 2**24
-"""How much of the weight's gradient BAT's backward holds at once, if a block is not larger."""
+SLAB_BYTES = 2**23
+"""How much of W_eff, and of the weight's gradient, BAT holds at once: a block at least."""
 
 STREAM_COST = 1.0
 """What streaming's extra products cost against forming W_eff, which has a pass over W to write."""
@@ -106,8 +109,10 @@ class _BoneLinear(torch.autograd.Function):
             if grad is not None:
                 grad_bias = grad.sum(0) if needs_bias else None
                 # Of a tile, what reaches D is summed over the output's shards.
-                grad_tile = shard_sum(grad, block.shape[1])
-                grad_block = sums.T @ grad_tile if needs_block else None
+                whole = block.shape[1] == grad.shape[1]
+                grad_tile = grad if whole else shard_sum(grad, block.shape[1])
+                # sums.T @ grad_tile, which takes some of the libraries longer
+                grad_block = F.linear(sums.T, grad_tile.T) if needs_block else None
                 to_sums = grad_tile @ block.T
                 grad_sums = to_sums if grad_sums is None else grad_sums + to_sums
             if needs_x and grad_sums is not None:
@@ -197,18 +202,22 @@ class _BatLinear(torch.autograd.Function):
 
 
 def _bat_product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
-    output = F.linear(x, _scaled_tiles(weight, block), bias)
+    slabs = list(_slabs(weight, block))
+    # In 16 bits W + D would lose a small D: what D itself adds comes by S(x), as for Bone.
+    whole = _is_wide(weight)
+    if len(slabs) == 1:
+        output = F.linear(x, _effective(slabs[0], weight, block, whole), bias)
+    else:
+        output = x.new_empty(x.shape[0], weight.shape[0])
+        for slab in slabs:
+            part = _effective(slab, weight, block, whole).T
+            if bias is None:
+                torch.mm(x, part, out=output[:, slab.rows])
+            else:
+                torch.addmm(bias[slab.rows], x, part, out=output[:, slab.rows])
+    if whole:
+        return output
     return output.addmm_(shard_sum(x, block.shape[-1]), _flat(block, weight.shape[0]).T)
-
-
-def _scaled_tiles(weight: Tensor, block: Tensor) -> Tensor:
-    """Return W_ab + W_ab D_a (out, in): W_eff but for D itself, which S(x) meets more cheaply."""
-    out_features, in_features = weight.shape
-    tiles = _tiles(weight, block.shape[-1])
-    product = torch.baddbmm(tiles, tiles, block)
-    whole = product.view(tiles.shape[0] * block.shape[-1], -1)
-    # Contiguous, so that a block of zeros changes no bit of what the plain layer computes.
-    return whole[:out_features, :in_features].contiguous()
 
 
 def _bat_gradients(
@@ -216,12 +225,62 @@ def _bat_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return dx, None for W, db and dD."""
     grad_x = None
-    if needed[0]:
-        total = grad @ _scaled_tiles(weight, block)
-        grad_x = _into_shards(total, grad @ _flat(block, weight.shape[0]), weight)
+    parts = []
+    for slab in _slabs(weight, block):
+        rows = grad[:, slab.rows]
+        if needed[0]:
+            effective = _effective(slab, weight, block, whole=True)
+            grad_x = rows @ effective if grad_x is None else grad_x.addmm_(rows, effective)
+        if needed[3]:
+            parts.append(_bat_block_gradient(rows.T @ x, weight[slab.rows], block.shape[-1]))
     grad_bias = grad.sum(0) if needed[2] else None
-    grad_block = _bat_block_gradient(x, weight, grad, block.shape[-1]) if needed[3] else None
-    return grad_x, None, grad_bias, grad_block
+    return grad_x, None, grad_bias, torch.cat(parts) if parts else None
+
+
+def _bat_block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
+    """Return dD_a = sum over b of (W_ab + I)^T G_ab from some rows of G = dY^T X and of W."""
+    gradient, tiles = _tiles(gradient, r), _tiles(weight, r)
+    direct = gradient.view(tiles.shape[0], r, -1, r).sum(2)
+    return torch.bmm(tiles.mT, gradient) + direct
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """Some output blocks of a BAT layer, and the rows of W that they are."""
+
+    blocks: slice
+    rows: slice
+
+
+def _slabs(weight: Tensor, block: Tensor) -> Iterator[_Slab]:
+    """Cut a layer so that what is formed of each part's size stays within SLAB_BYTES.
+
+    Not for the peak alone: memory beyond the allocator's threshold is mapped anew, page by page,
+    each time that it is asked for.
+    """
+    blocks, r = block.shape[:2]
+    out_features, in_features = weight.shape
+    each = max(1, SLAB_BYTES // (r * in_features * weight.element_size()))
+    for first in range(0, blocks, each):
+        last = min(first + each, blocks)
+        yield _Slab(slice(first, last), slice(first * r, min(last * r, out_features)))
+
+
+def _effective(slab: _Slab, weight: Tensor, block: Tensor, whole: bool) -> Tensor:
+    """Return rows of W_eff, or of W_ab + W_ab D_a only, where D itself is added elsewhere."""
+    rows, own, r = weight[slab.rows], block[slab.blocks], block.shape[-1]
+    tiles = _tiles(rows, r)
+    if whole:
+        start = tiles.view(own.shape[0], r, -1, r) + own.unsqueeze(2)
+        product = start.view(tiles.shape).baddbmm_(tiles, own)
+    else:
+        product = torch.baddbmm(tiles, tiles, own)
+    # Contiguous, so that a block of zeros changes no bit of what the plain layer computes.
+    return product.view(own.shape[0] * r, -1)[: rows.shape[0], : rows.shape[1]].contiguous()
+
+
+def _is_wide(weight: Tensor) -> bool:
+    return weight.dtype in (torch.float32, torch.float64)
 
 
 def streams(tokens: int, r: int) -> bool:
@@ -258,19 +317,3 @@ def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> 
     output = product.transpose(0, 1).reshape(tokens, blocks * r)[:, :out_features]
     output = torch.addmm(output, shard_sum(x, r), _flat(block, out_features).T)
     return output if bias is None else output + bias
-
-
-def _bat_block_gradient(x: Tensor, weight: Tensor, grad: Tensor, r: int) -> Tensor:
-    """Return dD_a = sum over b of (W_ab + I)^T G_ab with G = dY^T X, slab by slab."""
-    x, grad = pad_to_multiple(x, r, dim=-1), pad_to_multiple(grad, r, dim=-1)
-    tiles = _tiles(weight, r)
-    blocks, in_features = tiles.shape[0], x.shape[1]
-    per_slab = max(1, SLAB_BYTES // (r * in_features * x.element_size()))
-    slabs = []
-    for first in range(0, blocks, per_slab):
-        some = slice(first, min(first + per_slab, blocks))
-        rows = grad[:, some.start * r : some.stop * r]
-        gradient = (rows.T @ x).view(some.stop - some.start, -1, r)
-        slabs.append(torch.bmm(tiles[some].mT, gradient))
-    direct = (grad.T @ shard_sum(x, r)).view(blocks, r, r)
-    return torch.cat(slabs) + direct

@@ -14,6 +14,7 @@ from disha.errors import ArgumentError
 
 __all__ = [
     "Scale",
+    "added",
     "merge_dtype",
     "merged_weight",
     "pad_to_multiple",
@@ -116,6 +117,24 @@ def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Ten
     for delta, scale in deltas:
         total = total + delta.to(dtype) * scale
     return total.to(weight.dtype)
+
+
+def added(fresh: Tensor, delta: Tensor) -> Tensor:
+    """Return fresh + delta in the dtype of the first, written into it where that can't be seen.
+
+    Args:
+        fresh: a result that nobody else has, of an operation that does not keep it for backward.
+        delta: what to add, of its shape.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import added
+        >>> added(torch.ones(2), torch.tensor([1.0, 2.0]))
+        tensor([2., 3.])
+    """
+    delta = delta.to(fresh.dtype)
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return fresh + delta if transformed or fresh._is_view() else fresh.add_(delta)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

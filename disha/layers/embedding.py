@@ -83,7 +83,9 @@ class AdaptedEmbedding(AdaptedLayer, nn.Embedding):
         output = F.embedding(
             input, self.weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
         )
-        output = self.updated(output, acting, input)
+        for block in acting:
+            output = functional.added(output, self.delta_output(block, input))
+        output = self.updated(output, (), input)
         return output if self.max_norm is None else self._renormed(output, self.max_norm)
 
     def _renormed(self, output: Tensor, max_norm: float) -> Tensor:
