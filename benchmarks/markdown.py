@@ -1,0 +1,50 @@
+"""Tables in Markdown, and how numbers are written in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.protocol import Spread
+
+__all__ = ["bytes_text", "count_text", "ratio_text", "seconds_text", "spread_text", "table"]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table whose first column is aligned to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def count_text(count: int, noun: str) -> str:
+    """Return a number of things: 1 token, 1,024 tokens."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def ratio_text(value: float) -> str:
+    """Return a ratio with the digits that mean something: 1.047, 12.3, 105."""
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def spread_text(spread: Spread) -> str:
+    """Return a median with its quartiles: 1.047 (1.041 to 1.055)."""
+    if spread.low == spread.high:
+        return ratio_text(spread.median)
+    low, high = ratio_text(spread.low), ratio_text(spread.high)
+    return f"{ratio_text(spread.median)} ({low} to {high})"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a time in the unit that suits it: 12.3 ms."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def bytes_text(count: float) -> str:
+    """Return a number of bytes in the unit that suits it: 8.5 MiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            value = count / size
+            return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.4g} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,199 @@
+"""The table of memory: bytes kept for backward, the peak of a training step, the resident size.
+
+Kept bytes are those of the tensors that autograd saves, each storage once, parameters left out.
+The peak is of all that the allocator has given out at once in a step beyond what was there before:
+kept tensors, gradients and temporaries. Both are counted, not timed, and come out the same on
+every run. The resident size is the operating system's, of a fresh process for each candidate.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.candidates import CANDIDATES, adapted_model, missing_package, trainable
+from benchmarks.settings import Profile, R
+
+__all__ = ["allocated_peak", "kept_bytes", "memory", "resident_growth", "stack"]
+
+STEPS = 3
+
+
+def stack(layers: int, width: int, device: torch.device) -> tuple[nn.Sequential, list[str]]:
+    """Return square float32 linear layers, an activation after each, and their names."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for _ in range(layers):
+        model.append(nn.Linear(width, width, bias=False)).append(nn.GELU())
+    return model.to(device), [str(2 * layer) for layer in range(layers)]
+
+
+def kept_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Return the bytes that autograd keeps at the end of a forward, without parameters.
+
+    Args:
+        model: whose parameters don't count.
+        run: the forward; what it returns must still have its graph.
+    """
+    storages: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = run()  # alive until all is counted: no address comes twice
+    assert output.grad_fn is not None
+    return sum(storages.values())
+
+
+def allocated_peak(run: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes allocated at once while `run` goes on, beyond those before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [
+        event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def memory(settings: Profile, device: torch.device) -> list[dict[str, Any]]:
+    """Count what a stack of layers keeps and allocates, and measure processes that train one."""
+    model, names = stack(settings.memory_layers, settings.memory_width, device)
+    x = torch.randn(settings.memory_tokens, settings.memory_width, device=device)
+    r = min(R, settings.memory_width // 8)
+    kept, peak, left_out = {}, {}, {}
+    for name, candidate in CANDIDATES.items():
+        why = missing_package(candidate)
+        if why is not None:
+            left_out[name] = why
+            continue
+        adapted = adapted_model(candidate, model, names, r)
+        leaf = x.clone().requires_grad_()
+        kept[name] = kept_bytes(adapted, _Forward(adapted, leaf))
+        step = _Step(adapted, leaf)
+        step()
+        step.clear()
+        peak[name] = allocated_peak(step, device)
+    counted = {
+        "what": "counted",
+        "layers": settings.memory_layers,
+        "width": settings.memory_width,
+        "tokens": settings.memory_tokens,
+        "dtype": "float32",
+        "r": r,
+        "kept_bytes": kept,
+        "peak_bytes": peak,
+        "left_out": left_out,
+    }
+    return [counted, _resident(settings, device)]
+
+
+class _Forward:
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.model, self.x = model, x
+
+    def __call__(self) -> Tensor:
+        output: Tensor = self.model(self.x)
+        return output
+
+
+class _Step(_Forward):
+    def clear(self) -> None:
+        self.x.grad = None
+        for parameter in trainable(self.model):
+            parameter.grad = None
+
+    def __call__(self) -> Tensor:
+        self.clear()
+        loss: Tensor = self.model(self.x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+
+def _resident(settings: Profile, device: torch.device) -> dict[str, Any]:
+    resident, left_out = {}, {}
+    for name in settings.resident_candidates:
+        why = missing_package(CANDIDATES[name])
+        if why is None and device.type != "cpu":
+            why = "the peak of the device is counted above"
+        if why is None and not Path("/proc/self/clear_refs").exists():
+            why = "the resident peak of a stretch of time is read from Linux's /proc"
+        if why is not None:
+            left_out[name] = why
+            continue
+        arguments = (name, settings.memory_layers, settings.resident_width)
+        call = [*map(str, arguments), str(settings.resident_tokens), str(torch.get_num_threads())]
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.memory", *call],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        resident[name] = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "what": "resident",
+        "layers": settings.memory_layers,
+        "width": settings.resident_width,
+        "tokens": settings.resident_tokens,
+        "dtype": "float32",
+        "r": R,
+        "resident_bytes": resident,
+        "left_out": left_out,
+    }
+
+
+def resident_growth(name: str, layers: int, width: int, tokens: int) -> int:
+    """Return by how much this process grew at its peak in a few training steps on the CPU.
+
+    Args:
+        name: the candidate.
+        layers: how many.
+        width: of each.
+        tokens: rows of the input.
+    """
+    model, names = stack(layers, width, torch.device("cpu"))
+    adapted = adapted_model(CANDIDATES[name], model, names, R)
+    step = _Step(adapted, torch.randn(tokens, width).requires_grad_())
+    _Step(adapted, torch.randn(8, width).requires_grad_())()  # what is set up once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    for _ in range(STEPS):
+        step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    candidate_name, *sizes, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    print(json.dumps(resident_growth(candidate_name, *map(int, sizes))))

@@ -1,0 +1,119 @@
+"""The file of results: what was measured, on which machine, with which versions."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import disha
+
+__all__ = ["FORMAT", "ResultsError", "describe", "read_results", "rounded", "write_results"]
+
+FORMAT = 1
+PACKAGES = ("torch", "peft", "loralib", "lycoris-lora", "transformers", "numpy", "safetensors")
+DIGITS = 4
+
+
+class ResultsError(Exception):
+    """A file is no file of results that can be read here."""
+
+
+def describe(profile: str, device: torch.device) -> dict[str, Any]:
+    """Return the head of a file of results, with no tables yet.
+
+    Args:
+        profile: the name of what the run was set to.
+        device: where it computes.
+    """
+    on_gpu = device.type == "cuda"
+    return {
+        "format": FORMAT,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "profile": profile,
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "machine": {
+            "system": platform.system(),
+            "processor": _processor(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "disha": disha.__version__,
+            **{name: version for name in PACKAGES if (version := _version(name)) is not None},
+        },
+        "tables": {},
+        "table_seconds": {},
+    }
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write results, each list of numbers on one line, after a check that they are JSON.
+
+    Args:
+        path: the file; folders above it are made.
+        results: as `describe` gives them, tables filled in.
+    """
+    text = json.dumps(rounded(results), indent=1, allow_nan=False)
+    text = re.sub(
+        r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a file of results.
+
+    Raises:
+        ResultsError: it is missing, no JSON, or of another format.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path} can't be read as results: {error}") from error
+    found = results.get("format") if isinstance(results, dict) else None
+    if found != FORMAT:
+        raise ResultsError(
+            f"{path} has format {found!r}, expected {FORMAT}; measure again: python -m benchmarks"
+        )
+    return results  # type: ignore[no-any-return]
+
+
+def rounded(value: Any) -> Any:
+    """Return a structure with every float rounded to four significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(one) for one in value]
+    return value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = (
+        re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else 0
+    )
+    return found[1] if found else platform.processor() or platform.machine()

@@ -1,0 +1,162 @@
+"""The table of routed batches: each sample of a batch through an adapter of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import disha
+from benchmarks.candidates import (
+    BASE,
+    CANDIDATES,
+    CandidateError,
+    lora_rank,
+    missing_package,
+    trainable,
+)
+from benchmarks.protocol import Run, compare, synchroniser
+from benchmarks.settings import Profile, R
+
+__all__ = ["routed"]
+
+SAMPLES = 16
+ADAPTERS = (1, 4, 16)
+LAYERS = 4
+
+
+def routed(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
+    """Measure a batch routed to 1, 4 and 16 adapters against running adapter by adapter.
+
+    One adapter by one means as many forwards, each of the samples that are its own. Setting the
+    route or switching the adapter is a part of what is timed, and so is PEFT's `adapter_names`.
+    """
+    return [
+        _measure(profile, adapters, tokens, device)
+        for tokens in profile.routed_tokens
+        for adapters in ADAPTERS
+    ]
+
+
+def _measure(profile: Profile, adapters: int, tokens: int, device: torch.device) -> dict[str, Any]:
+    width = profile.routed_width
+    r = min(R, width // 8)
+    names = [f"a{sample % adapters}" for sample in range(SAMPLES)]
+    torch.manual_seed(0)
+    x = torch.randn(SAMPLES, tokens, width, device=device)
+
+    runs: dict[str, Run] = {BASE: _plain(_base(width, device), x)}
+    left_out = {}
+    for method in ("bone", "bat"):
+        runs |= _disha(_base(width, device), method, r, names, x)
+    why = missing_package(CANDIDATES["peft_lora"])
+    if why is None:
+        runs |= _peft(_base(width, device), r, names, x)
+    else:
+        left_out["peft_lora"] = why
+    for name in runs:
+        if name != BASE and name.endswith("_routed"):
+            one_by_one = runs[name.replace("_routed", "_one_by_one")]
+            _check(name, runs[name](), one_by_one(), names)
+    return {
+        "adapters": adapters,
+        "samples": SAMPLES,
+        "tokens": tokens * SAMPLES,
+        "layers": LAYERS,
+        "width": width,
+        "dtype": "float32",
+        "r": r,
+        "seconds": compare(runs, profile.routed_budget, synchronise=synchroniser(device)),
+        "left_out": left_out,
+    }
+
+
+def _base(width: int, device: torch.device) -> nn.Sequential:
+    torch.manual_seed(1)
+    layers = (nn.Linear(width, width, bias=False, device=device) for _ in range(LAYERS))
+    return nn.Sequential(*layers).requires_grad_(False).eval()
+
+
+def _plain(model: nn.Module, x: Tensor) -> Run:
+    def run() -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    return run
+
+
+def _fill(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def _disha(
+    model: nn.Module, method: str, r: int, names: Sequence[str], x: Tensor
+) -> dict[str, Run]:
+    for adapter in dict.fromkeys(names):
+        disha.inject_adapters(model, "all-linear", r, method=method, adapter=adapter)
+    _fill(model)
+
+    def all_at_once() -> Tensor:
+        with torch.no_grad(), disha.route_adapters(model, names):
+            return model(x)
+
+    switch = _one_by_one(lambda name: disha.set_active_adapters(model, name), model, names, x)
+    return {f"{method}_routed": all_at_once, f"{method}_one_by_one": switch}
+
+
+def _peft(model: nn.Module, r: int, names: Sequence[str], x: Tensor) -> dict[str, Run]:
+    from peft import LoraConfig, get_peft_model
+
+    width = x.shape[-1]
+    rank = lora_rank([(width, width)], r)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[str(i) for i in range(LAYERS)])
+    adapters = list(dict.fromkeys(names))
+    peft = get_peft_model(model, config, adapters[0], autocast_adapter_dtype=False)
+    for adapter in adapters[1:]:
+        peft.add_adapter(adapter, config)
+    for name, parameter in peft.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    _fill(peft)
+    peft.eval()
+
+    def all_at_once() -> Tensor:
+        with torch.no_grad():
+            return peft(x, adapter_names=list(names))
+
+    return {
+        "peft_lora_routed": all_at_once,
+        "peft_lora_one_by_one": _one_by_one(peft.set_adapter, peft, names, x),
+    }
+
+
+def _one_by_one(
+    switch: Callable[[str], object], model: nn.Module, names: Sequence[str], x: Tensor
+) -> Run:
+    rows = {
+        adapter: torch.tensor([i for i, name in enumerate(names) if name == adapter]).to(x.device)
+        for adapter in dict.fromkeys(names)
+    }
+
+    def run() -> list[Tensor]:
+        outputs = []
+        with torch.no_grad():
+            for adapter, mine in rows.items():
+                switch(adapter)
+                outputs.append(model(x.index_select(0, mine)))
+        return outputs
+
+    return run
+
+
+def _check(name: str, together: object, parts: object, names: Sequence[str]) -> None:
+    assert isinstance(together, Tensor)
+    assert isinstance(parts, list)
+    for adapter, part in zip(dict.fromkeys(names), parts, strict=True):
+        mine = [i for i, one in enumerate(names) if one == adapter]
+        if not torch.allclose(together[mine], part, rtol=1e-3, atol=1e-4):
+            raise CandidateError(f"{name}: the batch is not what its adapters give one by one")

@@ -1,0 +1,241 @@
+"""What the library has to reach: figures of the results, each with its limit.
+
+A target is data: which case of which table, which figure of it, and the most that it may be. Where
+results have no such case (a quick run, a package that is missing), a target is not measured, which
+is not met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks import cost_model
+from benchmarks.candidates import BASE
+from benchmarks.markdown import count_text
+from benchmarks.protocol import Spread, paired_ratios
+
+__all__ = ["TARGETS", "Outcome", "Target", "candidate_floor", "judge", "over_base"]
+
+Case = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One figure and its limit.
+
+    Args:
+        title: what the figure is.
+        table: where its case is.
+        where: keys of the case and the values that they must have.
+        figure: reads it off the case; raises KeyError where the case lacks it.
+        limit: the most it may be.
+        strict: whether the limit itself is too much already.
+    """
+
+    title: str
+    table: str
+    where: Mapping[str, Any]
+    figure: Callable[[Case], Spread]
+    limit: float
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A target with what was measured, None where nothing was."""
+
+    target: Target
+    figure: Spread | None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median keeps the limit; None where nothing was measured."""
+        if self.figure is None:
+            return None
+        value, limit = self.figure.median, self.target.limit
+        return value < limit if self.target.strict else value <= limit
+
+
+def judge(tables: Mapping[str, Sequence[Case]]) -> list[Outcome]:
+    """Hold every target against the tables of a file of results."""
+    return [_judge(target, tables.get(target.table, ())) for target in TARGETS]
+
+
+def _judge(target: Target, cases: Iterable[Case]) -> Outcome:
+    for case in cases:
+        if all(case.get(key) == value for key, value in target.where.items()):
+            try:
+                return Outcome(target, target.figure(case))
+            except KeyError:
+                return Outcome(target, None)
+    return Outcome(target, None)
+
+
+def over_base(case: Case, name: str) -> Spread:
+    """Return a candidate's time over the frozen base's."""
+    return Spread.of(paired_ratios(case["seconds"], name, BASE))
+
+
+def candidate_floor(table: str, case: Case, method: str) -> float | None:
+    """Return the multiply-adds of a method over the frozen base's, None where none are known.
+
+    Args:
+        table: the case's.
+        case: which gives the sizes.
+        method: one of the cost model's.
+    """
+    if method not in cost_model.METHODS:
+        return None
+    if table == "model_step":
+        return cost_model.decoder_step_floor(
+            _decoder(case), case["batch"], case["length"], method, case["r"]
+        )
+    layer = cost_model.Linear(case["width"], case["width"])
+    floor = cost_model.step_floor if table == "layer_step" else cost_model.forward_floor
+    return floor(layer, case["tokens"], method, case["r"])
+
+
+def _decoder(case: Case) -> cost_model.Decoder:
+    # A quick run keeps some of the layers only.
+    whole = cost_model.SMOLLM2_135M
+    return cost_model.Decoder(**{**vars(whole), "layers": case["layers"]})
+
+
+def _over(name: str, to: str) -> Callable[[Case], Spread]:
+    return lambda case: Spread.of(paired_ratios(case["seconds"], name, to))
+
+
+def _over_floor(table: str, name: str, method: str) -> Callable[[Case], Spread]:
+    def figure(case: Case) -> Spread:
+        floor = candidate_floor(table, case, method)
+        assert floor is not None
+        ratios = paired_ratios(case["seconds"], name, BASE)
+        return Spread.of([ratio / floor for ratio in ratios])
+
+    return figure
+
+
+def _seconds(name: str) -> Callable[[Case], Spread]:
+    return lambda case: Spread.of(case["seconds"][name])
+
+
+def _bytes(name: str, to: Callable[[Case], float]) -> Callable[[Case], Spread]:
+    return lambda case: Spread.of([case["kept_bytes"][name] / to(case)])
+
+
+def _inputs_and_activations(case: Case) -> float:
+    inputs = case["layers"] * case["tokens"] * case["width"] * 4
+    return float(case["kept_bytes"][BASE] + inputs)
+
+
+def _layer(width: int, tokens: int, dtype: str) -> dict[str, Any]:
+    return {"width": width, "tokens": tokens, "dtype": dtype, "r": 64}
+
+
+def _named(where: Mapping[str, Any]) -> str:
+    return f"{where['width']} wide, {count_text(where['tokens'], 'token')}, {where['dtype']}"
+
+
+STEPS = (
+    _layer(2048, 1024, "float32"),
+    _layer(1024, 2048, "float32"),
+    _layer(4096, 512, "bfloat16"),
+    _layer(1024, 1024, "bfloat16"),
+)
+FEW = tuple(
+    _layer(2048, tokens, dtype) for dtype in ("float32", "bfloat16") for tokens in (1, 4, 8, 16)
+)
+WHOLE = tuple(
+    {"model": "SmolLM2-135M", "layers": 30, "tokens": tokens, "dtype": dtype}
+    for tokens, dtype in ((512, "float32"), (1024, "bfloat16"))
+)
+MEMORY = {"what": "counted", "layers": 4, "width": 1024, "tokens": 512}
+
+
+def _layer_targets() -> Iterable[Target]:
+    for where in (STEPS[0], STEPS[2]):
+        figure = _over_floor("layer_step", "bone", "bone")
+        yield Target(f"Bone step / its floor, {_named(where)}", "layer_step", where, figure, 1.05)
+    for where in STEPS:
+        for peer, title in (
+            ("peft_lora", "PEFT LoRA"),
+            ("loralib", "loralib"),
+            ("peft_miss", "PEFT MiSS"),
+        ):
+            text = f"Bone step / {title}, {_named(where)}"
+            yield Target(text, "layer_step", where, _over("bone", peer), 1.0, strict=True)
+    for where in STEPS:
+        if where["tokens"] >= 1024:
+            figure = _over_floor("layer_step", "bat", "bat")
+            yield Target(f"BAT step / its floor, {_named(where)}", "layer_step", where, figure, 1.1)
+        if where["dtype"] == "bfloat16":
+            text = f"BAT step / PEFT BAT, {_named(where)}"
+            yield Target(text, "layer_step", where, _over("bat", "peft_bat"), 0.80)
+    for name, title, limit in (("bone", "Bone", 1.15), ("bat", "BAT", 1.75)):
+        text = f"{title} step / frozen, {_named(STEPS[3])}"
+        yield Target(text, "layer_step", STEPS[3], _over(name, BASE), limit)
+
+
+def _few_token_targets() -> Iterable[Target]:
+    for where in FEW:
+        if where["tokens"] == 16:
+            limit = 3.2
+        elif where["dtype"] == "float32":
+            limit = 2.5
+        else:
+            limit = 4.0 if where["tokens"] == 1 else 3.2
+        text = f"BAT forward / frozen, {_named(where)}"
+        yield Target(text, "few_tokens", where, _over("bat", BASE), limit)
+    for where in FEW:
+        text = f"BAT forward / PEFT BAT, {_named(where)}"
+        yield Target(text, "few_tokens", where, _over("bat", "peft_bat"), 1 / 6)
+    for where in FEW:
+        text = f"Bone forward / loralib, {_named(where)}"
+        yield Target(text, "few_tokens", where, _over("bone", "loralib"), 1.0)
+
+
+def _model_targets() -> Iterable[Target]:
+    for where, bat_limit in zip(WHOLE, (0.88, 0.80), strict=True):
+        named = f"SmolLM2-135M, {count_text(where['tokens'], 'token')}, {where['dtype']}"
+        for text, figure, limit, strict in (
+            ("Bone step / its floor", _over_floor("model_step", "bone", "bone"), 1.05, False),
+            ("Bone step / PEFT LoRA", _over("bone", "peft_lora"), 1.0, True),
+            ("Bone step / PEFT MiSS", _over("bone", "peft_miss"), 1.0, False),
+            ("BAT step / PEFT BAT", _over("bat", "peft_bat"), bat_limit, False),
+        ):
+            yield Target(f"{text}, {named}", "model_step", where, figure, limit, strict)
+
+
+def _memory_targets() -> Iterable[Target]:
+    for text, figure, limit in (
+        (
+            "BAT keeps / inputs and activations",
+            _bytes("bat", _inputs_and_activations),
+            1.02,
+        ),
+        ("BAT keeps / PEFT BAT", _bytes("bat", lambda case: case["kept_bytes"]["peft_bat"]), 1 / 3),
+    ):
+        yield Target(f"{text}, 4 layers", "memory", MEMORY, figure, limit)
+
+
+def _start_up_targets() -> Iterable[Target]:
+    for what, layers, limit in (
+        ("inject 1,000 layers, meta", 1000, 0.1),
+        ("inject 1,000 layers of 64 x 64, CPU", 1000, 0.3),
+        ("plan and inject a 7B Llama, meta", 224, 0.2),
+    ):
+        where = {"what": what, "layers": layers}
+        for name, title in (("bone", "Bone"), ("bat", "BAT")):
+            text = f"{title}: {what} (seconds)"
+            yield Target(text, "start_up", where, _seconds(name), limit, strict=True)
+
+
+TARGETS: tuple[Target, ...] = (
+    *_layer_targets(),
+    *_few_token_targets(),
+    *_model_targets(),
+    *_memory_targets(),
+    *_start_up_targets(),
+)

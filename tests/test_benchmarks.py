@@ -1,0 +1,385 @@
+"""The benchmarks: how they time, what they predict, what they refuse to time, what they report."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import __main__ as command
+from benchmarks import candidates, report, results, whole_model
+from benchmarks.candidates import BASE, CANDIDATES, CandidateError, lora_rank
+from benchmarks.cost_model import (
+    METHODS,
+    MODELS,
+    SMOLLM2_135M,
+    Linear,
+    adapter_parameters,
+    decoder_step_floor,
+    forward_floor,
+    forward_operations,
+    kept_bytes,
+    macs,
+    moved_bytes,
+    predict,
+    roofline_seconds,
+    step_floor,
+    step_operations,
+)
+from benchmarks.layers import build_layers
+from benchmarks.memory import allocated_peak, resident_growth, stack
+from benchmarks.memory import kept_bytes as measured_kept_bytes
+from benchmarks.protocol import Budget, Spread, compare, paired_ratios
+from benchmarks.settings import FULL, QUICK, LayerSize, ModelRun
+from benchmarks.targets import TARGETS, judge
+from disha.finetune.model import Llama, LlamaConfig
+
+MIB = 2**20
+
+
+class Clock:
+    """A clock that only the runs move on, and a note of their order."""
+
+    def __init__(self):
+        self.now, self.order = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def run(self, name, *durations):
+        remaining = iter(durations)
+
+        def run():
+            self.order.append(name)
+            self.now += next(remaining, durations[-1])
+
+        return run
+
+
+def test_each_round_runs_everything_once_in_an_order_of_its_own():
+    clock = Clock()
+    runs = {name: clock.run(name, 1.0) for name in "abcd"}
+    seconds = compare(runs, Budget(1e9, most_rounds=20, warm_up=3), clock=clock)
+    rounds = [clock.order[i : i + 4] for i in range(0, len(clock.order), 4)]
+    assert len(rounds) == 23
+    assert all(sorted(one) == list("abcd") for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 5
+    assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abcd", 20)
+
+
+def test_warm_up_is_left_out():
+    clock = Clock()
+    seconds = compare(
+        {"a": clock.run("a", 9.0, 8.0, 1.0, 2.0)}, Budget(1e9, 2, 2, warm_up=2), clock=clock
+    )
+    assert seconds == {"a": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(("allowed", "rounds"), [(0.0, 3), (6.5, 6), (100.0, 8)])
+def test_no_round_starts_after_the_budget_but_for_the_least(allowed, rounds):
+    clock = Clock()
+    budget = Budget(allowed, least_rounds=3, most_rounds=8, warm_up=1)
+    assert len(compare({"a": clock.run("a", 1.0)}, budget, clock=clock)["a"]) == rounds
+
+
+def test_the_device_is_waited_for_on_both_sides_of_a_run():
+    clock = Clock()
+
+    def wait():  # what was given to the device before takes its time now
+        clock.order.append("wait")
+        clock.now += 0.5
+
+    budget = Budget(0.0, 1, 1, warm_up=0)
+    seconds = compare({"a": clock.run("a", 1.0)}, budget, synchronise=wait, clock=clock)
+    assert clock.order == ["wait", "a", "wait"]
+    assert seconds == {"a": [1.5]}
+
+
+def test_ratios_are_taken_within_a_round():
+    # The machine is ten times slower in the second round; the ratio is not.
+    seconds = {"base": [1.0, 10.0, 1.0], "a": [2.0, 20.0, 3.0]}
+    assert paired_ratios(seconds, "a", "base") == [2.0, 2.0, 3.0]
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens", "bone", "bat"),
+    [(2048, 1024, 1.047, 1.59), (1024, 2048, 1.094, 1.55), (4096, 512, 1.023, 1.69),
+     (1024, 1024, 1.094, 1.59)],
+)  # fmt: skip
+def test_floors_of_a_step_are_those_counted_by_hand(width, tokens, bone, bat):
+    layer = Linear(width, width)
+    assert step_floor(layer, tokens, "bone", 64) == pytest.approx(bone, abs=6e-4)
+    assert step_floor(layer, tokens, "bat", 64) == pytest.approx(bat, abs=6e-3)
+    assert step_floor(layer, tokens, "lora", 64) == pytest.approx(bone, abs=6e-4)
+    assert step_floor(layer, tokens, "frozen", 64) == 1
+
+
+def test_floors_of_layers_that_are_not_square():
+    layer, r, tokens = Linear(576, 1536), 64, 512
+    assert step_floor(layer, tokens, "bone", r) == pytest.approx(1 + 3 * r / (2 * 576))
+    assert step_floor(layer, tokens, "bat", r) == pytest.approx(1.5 * (1 + r / tokens))
+    assert forward_floor(layer, tokens, "bone", r) == pytest.approx(1 + r / 576)
+    assert forward_floor(layer, tokens, "bat", r) == pytest.approx(1 + r / tokens)
+    assert forward_floor(layer, 1, "bat", r) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_computes_and_moves_more_than_a_forward(method):
+    layer = Linear(96, 64)
+    forward, step = (make(layer, 32, method, 8) for make in (forward_operations, step_operations))
+    assert macs(step) > macs(forward)
+    assert moved_bytes(step, 4) == 2 * moved_bytes(step, 2) > 2 * moved_bytes(forward, 2)
+
+
+def test_the_roofline_is_arithmetic_or_bytes_whichever_is_longer():
+    operations = step_operations(Linear(96, 64), 32, "bone", 8)
+    arithmetic = roofline_seconds(operations, 4, macs_per_second=1e3, bandwidth=1e30)
+    moving = roofline_seconds(operations, 4, macs_per_second=1e30, bandwidth=1e3)
+    both = roofline_seconds(operations, 4, macs_per_second=1e3, bandwidth=1e3)
+    assert arithmetic == pytest.approx(macs(operations) / 1e3)
+    assert moving == pytest.approx(moved_bytes(operations, 4) / 1e3)
+    assert max(arithmetic, moving) < both < arithmetic + moving
+
+
+def test_bytes_kept_are_those_counted_by_hand():
+    # 4 layers of 1024, 512 tokens, float32, the activations' 8 MiB included
+    kept = {
+        method: 8 + 4 * kept_bytes(Linear(1024, 1024), 512, method, 64, 4) / MIB
+        for method in METHODS
+    }
+    assert kept == {"frozen": 8, "bone": 8.5, "bat": 16, "lora": 16.25}
+
+
+@pytest.mark.parametrize("name", ["frozen", "bone", "bat", "peft_miss", "peft_lora", "loralib"])
+def test_bytes_kept_on_paper_are_those_that_autograd_keeps(name):
+    model, names = stack(3, 64, torch.device("cpu"))
+    adapted = candidates.adapted_model(CANDIDATES[name], model, names, 16)
+    x = torch.randn(32, 64, requires_grad=True)
+    own = kept_bytes(Linear(64, 64), 32, CANDIDATES[name].method, 16, 4)
+    assert measured_kept_bytes(adapted, lambda: adapted(x)) == 3 * (own + 32 * 64 * 4)
+
+
+def test_sizes_of_the_language_models():
+    norms = (2 * 30 + 1) * 576
+    assert SMOLLM2_135M.weights + norms == 134_515_008
+    assert [round(model.weights / 1e9, 1) for model in MODELS] == [6.7, 69.0]
+
+
+def test_floor_of_a_whole_model_counts_head_and_attention():
+    hidden, tokens = 576, 512
+    linear, out = 30 * 3_538_944, 30 * 5184
+    other = 2 * tokens * hidden * 49152 + 30 * 3 * tokens * tokens * hidden
+    frozen = 2 * tokens * linear + other
+    floor = decoder_step_floor(SMOLLM2_135M, 1, tokens, "bone", 64)
+    assert floor == pytest.approx((frozen + 3 * tokens * 64 * out) / frozen)
+    bat = decoder_step_floor(SMOLLM2_135M, 1, tokens, "bat", 64)
+    assert bat == pytest.approx((frozen + (tokens + 3 * 64) * linear) / frozen)
+
+
+def test_predictions_for_several_devices():
+    one = predict(MODELS[0], "bone", r=64, batch=1, length=1024)
+    four = predict(MODELS[0], "bone", r=64, batch=1, length=1024, devices=4)
+    assert one.gather_bytes == one.reduce_bytes == one.link_seconds == 0
+    assert four.weight_bytes == one.weight_bytes / 4
+    assert four.reduce_bytes == pytest.approx(2 * four.trainable * 2 * 3 / 4)
+    assert four.step_seconds == one.step_seconds  # each has a batch of its own
+    frozen = predict(MODELS[0], "frozen", r=64, batch=1, length=1024)
+    assert frozen.trainable == frozen.kept_bytes == 0
+    assert frozen.step_ratio == frozen.decode_ratio == 1
+
+
+def test_lora_has_as_many_parameters_as_bone():
+    assert lora_rank([(2048, 2048)], 64) == 32
+    sizes = [(layer.in_features, layer.out_features) for layer in SMOLLM2_135M.linears]
+    rank = lora_rank(sizes, 64)
+    assert rank == 32  # of 32.6: the next smaller that kernels like
+    assert lora_rank([(8, 8)], 1) == 1
+    assert adapter_parameters(Linear(10, 9), "bat", 4) == 3 * 16
+    assert adapter_parameters(Linear(10, 9), "lora", 4) == pytest.approx(36)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_candidate_builds_acts_and_has_equally_many_parameters(dtype):
+    plain = nn.Linear(32, 32, bias=False, dtype=dtype).requires_grad_(False)
+    x = torch.randn(8, 32, dtype=dtype)
+    layers, left_out = build_layers(plain, x, 4, list(CANDIDATES.values()))
+    assert left_out == {}
+    assert list(layers) == list(CANDIDATES)
+    for name, layer in layers.items():
+        parameters = candidates.trainable(layer)
+        count = sum(parameter.numel() for parameter in parameters)
+        assert {parameter.dtype for parameter in parameters} <= {dtype}
+        # LoKr has a square of four values beside its factors.
+        assert count == {BASE: 0, "lycoris_lokr": 132}.get(name, 128)
+
+
+def test_a_package_that_is_missing_leaves_its_candidates_out_with_the_reason(monkeypatch):
+    monkeypatch.setattr(candidates.importlib.util, "find_spec", lambda name: None)
+    plain = nn.Linear(32, 32, bias=False).requires_grad_(False)
+    layers, left_out = build_layers(plain, torch.randn(8, 32), 4, list(CANDIDATES.values()))
+    assert list(layers) == [BASE, "bone", "tile", "bat"]
+    assert left_out["lycoris_lokr"] == "lycoris-lora is not installed"
+
+
+def test_a_candidate_that_does_nothing_is_not_timed():
+    plain = nn.Linear(32, 32, bias=False)
+    nothing = dataclasses.replace(CANDIDATES["bone"], adapt=CANDIDATES[BASE].adapt)
+    with pytest.raises(CandidateError, match="not that of base and adapter"):
+        build_layers(plain, torch.randn(8, 32), 4, [nothing])
+    training = dataclasses.replace(CANDIDATES["bone"], adapt=lambda *_: None)
+    with pytest.raises(CandidateError, match="trains a parameter of the base"):
+        build_layers(plain, torch.randn(8, 32), 4, [training])
+
+
+def test_candidates_of_one_method_must_return_the_same():
+    outputs = {"bone": torch.ones(3), "peft_miss": torch.ones(3), "bat": torch.zeros(3)}
+    candidates.check_same_results(outputs)
+    with pytest.raises(CandidateError, match="peft_miss and bone"):
+        candidates.check_same_results({**outputs, "peft_miss": torch.full((3,), 1.1)})
+
+
+def test_peak_counts_what_is_freed_again():
+    def run():
+        first = torch.ones(MIB)  # 4 MiB each
+        second = first + 1
+        del first
+        return second * 2
+
+    # and a few bytes for the scalars that are added and multiplied by
+    assert 0 <= allocated_peak(run, torch.device("cpu")) - 8 * MIB < 1024
+
+
+def test_resident_growth_sees_the_activations():
+    assert resident_growth("bone", layers=1, width=64, tokens=2**17) >= 32 * MIB
+
+
+TINY = dataclasses.replace(
+    QUICK,
+    product_width=16,
+    layer_steps=(LayerSize(32, 8, torch.float32),),
+    layer_step_budget=Budget(0.0, 2, 2, 0),
+    few_tokens=(LayerSize(32, 1, torch.bfloat16),),
+    few_tokens_budget=Budget(0.0, 2, 2, 0),
+    model_steps=(ModelRun(torch.float32, batch=1, length=8, layers=1),),
+    model_step_budget=Budget(0.0, 1, 1, 0),
+    memory_width=64,
+    memory_tokens=8,
+    resident_candidates=(),
+    many_layers=3,
+    adapter_layers=(1, 2),
+    start_up_budget=Budget(0.0, 1, 1, 0),
+    routed_width=32,
+    routed_budget=Budget(0.0, 1, 1, 0),
+)
+
+
+def tiny_model(dtype, device):
+    sizes = {"vocabulary": 64, "hidden": 64, "feed_forward": 128, "layers": 2, "heads": 1}
+    more = {"kv_heads": 1, "head_dim": 64, "context": 32, "rope_base": 1e4, "norm_epsilon": 1e-5}
+    return Llama(LlamaConfig(**sizes, **more, tied_head=True)).to(device, dtype)
+
+
+def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "QUICK", TINY)
+    monkeypatch.setattr(whole_model, "read_model", tiny_model)
+    path, docs = tmp_path / "out" / "results.json", tmp_path / "docs"
+    assert command.main(["--quick", "--device", "cpu", "--out", str(path)]) == 0
+    found = results.read_results(path)
+    assert list(found["tables"]) == list(command.TABLES)
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert found["versions"]["torch"] == torch.__version__
+
+    assert report.main([str(path), "--docs", str(docs)]) == 0
+    text = (docs / "performance.md").read_text()
+    assert sorted(file.name for file in (docs / "assets").iterdir()) == [
+        "few_tokens.png", "layer_step.png", "memory.png", "model_step.png",
+    ]  # fmt: skip
+    for line in ("| disha BAT |", "| PEFT MiSS |", "## Routed batches", "| 7B, 8 devices, Bone |"):
+        assert line in text
+    assert "tokens per second" not in text  # on a CPU ratios only
+    assert "measured in the same run" in text
+    assert "targets met" in capsys.readouterr().out
+
+
+def step_case(**seconds):
+    size = {"width": 2048, "tokens": 1024, "dtype": "float32", "r": 64}
+    return {**size, "seconds": seconds, "operators": {"bone": {"aten::mm": 0.9}}, "left_out": {}}
+
+
+def test_targets_are_met_missed_or_not_measured():
+    case = step_case(
+        frozen=[1.0, 2.0], bone=[1.08, 2.16], bat=[1.8, 3.6], peft_miss=[1.09, 2.18], loralib=[1, 2]
+    )
+    outcomes = {outcome.target.title: outcome for outcome in judge({"layer_step": [case]})}
+    where = "2048 wide, 1,024 tokens, float32"
+    floor = outcomes[f"Bone step / its floor, {where}"]
+    assert floor.met is True
+    assert floor.figure.median == pytest.approx(1.08 / 1.046875)
+    assert outcomes[f"Bone step / PEFT MiSS, {where}"].met is True
+    assert outcomes[f"Bone step / loralib, {where}"].met is False
+    assert outcomes[f"BAT step / its floor, {where}"].met is False
+    assert outcomes[f"Bone step / PEFT LoRA, {where}"].met is None
+    assert sum(outcome.met is None for outcome in outcomes.values()) == len(TARGETS) - 4
+
+
+def test_faster_means_less_than_one():
+    case = step_case(frozen=[1.0], bone=[1.1], peft_miss=[1.1])
+    outcomes = {outcome.target.title: outcome for outcome in judge({"layer_step": [case]})}
+    assert outcomes["Bone step / PEFT MiSS, 2048 wide, 1,024 tokens, float32"].met is False
+
+
+def test_every_target_has_a_case_in_the_full_run():
+    sizes = {("layer_step", size.width, size.tokens, size.dtype) for size in FULL.layer_steps} | {
+        ("few_tokens", size.width, size.tokens, size.dtype) for size in FULL.few_tokens
+    }
+    runs = {(run.batch * run.length, run.dtype, run.layers) for run in FULL.model_steps}
+    for target in TARGETS:
+        where = target.where
+        if target.table in ("layer_step", "few_tokens"):
+            dtype = getattr(torch, where["dtype"])
+            assert (target.table, where["width"], where["tokens"], dtype) in sizes
+        elif target.table == "model_step":
+            assert (where["tokens"], getattr(torch, where["dtype"]), where["layers"]) in runs
+        elif target.table == "memory":
+            assert where["width"] == FULL.memory_width
+        else:
+            assert target.table == "start_up"
+            assert where["layers"] in (FULL.many_layers, 224)
+    assert len({target.title for target in TARGETS}) == len(TARGETS)
+
+
+def test_a_page_on_a_gpu_has_tokens_per_second():
+    found = results.describe("full", torch.device("cpu")) | {"device": "a GPU"}
+    case = step_case(frozen=[0.5], bone=[1.0])
+    text = report.page(found | {"tables": {"layer_step": [case]}})
+    assert "| frozen base | 2,048 |" in text
+    assert "| disha Bone | 1,024 |" in text
+    assert "| disha Bone | 2.000 |" in text
+    assert "aten::mm 90%" in text
+
+
+def test_results_are_rounded_and_read_back(tmp_path):
+    path = tmp_path / "results.json"
+    found = results.describe("full", torch.device("cpu"))
+    found["tables"] = {"layer_step": [step_case(frozen=[0.123456, 2.0])]}
+    results.write_results(path, found)
+    assert results.read_results(path)["tables"]["layer_step"][0]["seconds"] == {
+        "frozen": [0.1235, 2.0]
+    }
+    assert "[0.1235, 2.0]" in path.read_text()  # a list of numbers is one line
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"format": 99}), None])
+def test_a_file_of_anything_else_is_refused(content, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(results.ResultsError, match=r"results\.json"):
+        results.read_results(path)
+    assert report.main([str(path), "--docs", str(tmp_path / "docs")]) == 2
+    assert not (tmp_path / "docs").exists()
+    assert "error:" in capsys.readouterr().err
