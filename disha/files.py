@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -228,10 +228,10 @@ def save_adapter(
     ]
     with ranks.agreeing(action):
         target, notes = _checked_path(path), _checked_metadata(metadata)
-        data = _encoded(model, adapter, tensors, records, notes)
+        header = _encoded_header(model, adapter, tensors, records, notes)
     with ranks.agreeing(action):
         if ranks.writes:
-            _write_whole(target, data)
+            _write_whole(target, lambda path: _write_tensors(path, tensors, header))
 
 
 def inspect_adapter(path: PathLike) -> AdapterFile:
@@ -355,15 +355,15 @@ def _check_taken(adapter: str, taken: bool, replace: bool, dtype: torch.dtype | 
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _encoded(
+def _encoded_header(
     model: nn.Module,
     adapter: str,
     tensors: Mapping[str, Tensor],
     records: list[LayerRecord],
     metadata: Mapping[str, str],
-) -> bytes:
-    """Return the bytes of the file."""
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+) -> str:
+    """Return the JSON of the file's header."""
+    broken = [key for key, tensor in tensors.items() if not finite_as(tensor, tensor.dtype)]
     if broken:
         raise AdapterStateError(
             f"adapter {adapter!r} holds values that are not finite (NaN or infinity) in "
@@ -372,12 +372,19 @@ def _encoded(
         )
     header = json.dumps(_header(model, adapter, tensors, records, metadata), separators=(",", ":"))
     try:
-        data: bytes = safetensors.torch.save(dict(tensors), metadata={HEADER_KEY: header})
+        safetensors.torch.save({}, metadata={HEADER_KEY: header})
     except safetensors.SafetensorError as error:
         raise ArgumentError(
             f"the adapter does not fit into a safetensors file ({error}); give less metadata"
         ) from error
-    return data
+    return header
+
+
+def _write_tensors(path: str, tensors: Mapping[str, Tensor], header: str) -> None:
+    try:
+        safetensors.torch.save_file(dict(tensors), path, metadata={HEADER_KEY: header})
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _header(
@@ -471,8 +478,8 @@ def _checked_path(path: object) -> Path:
     return Path(path)
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that its path never leads to a part of it."""
+def _write_whole(path: Path, write: Callable[[str], None]) -> None:
+    """Let `write` fill a file so that its path never leads to a part of it."""
     target = Path(os.path.realpath(path))  # through a symbolic link: the link stays
     if target.is_dir():
         raise AdapterIOError(f"can't save to {path}: it is a folder; name a file in it")
@@ -485,14 +492,13 @@ def _write_whole(path: Path, data: bytes) -> None:
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(".tmp", f".{target.name}.", target.parent)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), _permissions(target))
-            os.fsync(file.fileno())
+        os.close(descriptor)
+        write(temporary)
+        os.chmod(temporary, _permissions(target))
+        _sync(Path(temporary))
         os.replace(temporary, target)
         temporary = None
-        _sync_folder(target.parent)
+        _sync(target.parent)
     except OSError as error:
         raise AdapterIOError(
             f"can't save to {path}: {error.strerror or error}; what was there is unchanged"
@@ -511,8 +517,9 @@ def _permissions(target: Path) -> int:
     return 0o666 & ~mask
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Let a file, or a folder with its names, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

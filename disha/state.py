@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -266,7 +267,11 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> Lo
 
 def finite_as(value: Tensor, dtype: torch.dtype) -> bool:
     """Whether all values, here on this rank, are finite and still are after a cast to dtype."""
-    return bool(torch.isfinite(local_part(value).to(dtype)).all())
+    value = local_part(value).detach().to(dtype)
+    if not value.numel():
+        return True
+    # One pass, and no tensor of its size: not a number is the least and the greatest of any.
+    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(value))
 
 
 def copy_values(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
