@@ -295,7 +295,9 @@ class TestRoute:
 
     @pytest.mark.parametrize("positions", [(), (3,), (2, 4)])
     @pytest.mark.parametrize("method", ["bone", "tile", "bat"])
-    def test_many_adapters_of_one_size_are_those_run_one_by_one(self, method, positions):
+    def test_many_adapters_of_one_size_are_those_run_one_by_one(
+        self, method, positions, monkeypatch
+    ):
         kind, r_out = ("bone", 3) if method == "tile" else (method, None)
         layer = nn.Linear(7, 6).double()
         for adapter in "abc":
@@ -306,6 +308,10 @@ class TestRoute:
         x = torch.randn(2 * len(names), *positions, 7, dtype=torch.float64, requires_grad=True)
         with disha.route_adapters(layer, names):
             routed = layer(x)
+        for share in (0.0, 1e6):  # BAT in a product per adapter, and in one that reads W once
+            monkeypatch.setattr("disha.functional.fused.STREAMED_SHARE", share)
+            with torch.no_grad(), disha.route_adapters(layer, names):
+                assert torch.allclose(layer(x), routed, rtol=0, atol=1e-12)
         cotangent = torch.randn_like(routed)
         blocks = list(disha.adapter_parameters(layer))
         found = torch.autograd.grad((routed * cotangent).sum(), [x, *blocks])

@@ -251,3 +251,20 @@ def test_streaming_is_chosen_for_few_tokens_without_gradients_only(monkeypatch):
         calls.clear()
         fused.bat_linear(x.expand(1000, -1), weight, bias, block)
     assert not calls
+
+
+@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_routed_blocks_are_those_of_the_loops(sizes, each):
+    in_features, out_features, *_ = sizes
+    weight = torch.randn(out_features, in_features, dtype=torch.float64)
+    blocks = torch.stack([make_block("bat", sizes) for _ in range(4)])
+    x = torch.randn(4 * each, 2, in_features, dtype=torch.float64)
+    expected = torch.cat(
+        [
+            sample @ reference.bat_delta_weight(weight, block).T
+            for sample, block in zip(x.split(each), blocks, strict=True)
+        ]
+    )
+    found = fused.routed_bat_delta(x, weight, blocks)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

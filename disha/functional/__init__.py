@@ -32,9 +32,11 @@ from disha.functional.linear import (
     bone_forward,
     bone_lora_factors,
     bone_unmerge,
+    routed_bat_delta,
     routed_bone_delta,
 )
 from disha.functional.shards import (
+    Scale,
     added,
     merged_weight,
     shard_count,
@@ -43,6 +45,7 @@ from disha.functional.shards import (
 )
 
 __all__ = [
+    "Scale",
     "adapted_linear",
     "added",
     "additive_mask",
@@ -61,6 +64,7 @@ __all__ = [
     "embedding_delta",
     "embedding_delta_weight",
     "merged_weight",
+    "routed_bat_delta",
     "routed_bone_delta",
     "shard_count",
     "shard_sum",

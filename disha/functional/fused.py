@@ -27,7 +27,14 @@ from torch.autograd import forward_ad
 
 from disha.functional.shards import pad_to_multiple, shard_sum, without_autocast
 
-__all__ = ["SLAB_BYTES", "bat_linear", "bone_linear", "fusible", "streams"]
+__all__ = [
+    "SLAB_BYTES",
+    "bat_linear",
+    "bone_linear",
+    "fusible",
+    "routed_bat_delta",
+    "streams",
+]
 
 SLAB_BYTES = 2**23
 """How much of W_eff, and of the weight's gradient, BAT holds at once: a block at least."""
@@ -307,13 +314,58 @@ def _flat(block: Tensor, out_features: int) -> Tensor:
 
 def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
     """Return the same product with W read once and W_eff not formed."""
-    tokens, out_features, (blocks, r) = x.shape[0], weight.shape[0], block.shape[:2]
-    x, tiles = pad_to_multiple(x, r, dim=-1), _tiles(weight, r)
-    in_features = x.shape[1]
-    # u_ab = x_b + D_a x_b for all a at once: (out / r, tokens * in / r, r)
-    shards = x.reshape(-1, r).expand(blocks, -1, -1)
-    moved = torch.baddbmm(shards, shards, block.mT).view(blocks, tokens, in_features)
-    product = torch.bmm(moved, tiles.view(blocks, r, in_features).mT)  # (out / r, tokens, r)
-    output = product.transpose(0, 1).reshape(tokens, blocks * r)[:, :out_features]
-    output = torch.addmm(output, shard_sum(x, r), _flat(block, out_features).T)
+    output = _through_blocks(x, weight, block.unsqueeze(0), with_input=True)
     return output if bias is None else output + bias
+
+
+def routed_bat_delta(x: Tensor, weight: Tensor, blocks: Tensor) -> Tensor:
+    """Return what BAT blocks add where each sample has a block of its own, W being read once.
+
+    For few tokens (`streams`), no gradients, and operands that are `fusible` and of one dtype.
+
+    Args:
+        x: input (samples * n, ..., in): each sample covers n entries of the leading dimension.
+        weight: W (out, in).
+        blocks: s * D of each sample, (samples, ceil(out / r), r, r).
+
+    Returns:
+        Tensor (samples * n, ..., out).
+
+    Example:
+        >>> import torch
+        >>> from disha.functional.fused import routed_bat_delta
+        >>> blocks = torch.stack([torch.eye(2)[None], torch.zeros(1, 2, 2)])
+        >>> routed_bat_delta(torch.ones(2, 2), torch.eye(2), blocks)
+        tensor([[2., 2.],
+                [0., 0.]])
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    output = _through_blocks(rows, weight, blocks, with_input=False)
+    return output.view(*x.shape[:-1], weight.shape[0])
+
+
+def _through_blocks(x: Tensor, weight: Tensor, blocks: Tensor, with_input: bool) -> Tensor:
+    """Return sum over b of W_ab D_a x_b + D_a S(x) for each a, and W x with it if asked.
+
+    Args:
+        x: (samples * n, in).
+        weight: W.
+        blocks: D of each sample, (samples, out / r, r, r).
+        with_input: whether to add W x.
+    """
+    samples, count, r, _ = blocks.shape
+    tokens, out_features = x.shape[0], weight.shape[0]
+    x = pad_to_multiple(x, r, dim=-1)
+    in_features = x.shape[1]
+    # u_ab = D_a x_b for all a at once, a sample after the other: (samples, out / r, n * in / r, r)
+    shards = x.reshape(samples, 1, tokens // samples * (in_features // r), r)
+    shards = shards.expand(-1, count, -1, -1).flatten(0, 1)  # a view for one sample
+    each = blocks.flatten(0, 1).mT
+    moved = torch.baddbmm(shards, shards, each) if with_input else torch.bmm(shards, each)
+    moved = moved.view(samples, count, -1).transpose(0, 1).reshape(count, tokens, in_features)
+    rows = _tiles(weight, r).view(count, r, in_features)
+    product = torch.bmm(moved, rows.mT)  # (out / r, tokens, r)
+    sums = shard_sum(x, r).view(samples, tokens // samples, r)
+    direct = sums @ blocks.reshape(samples, count * r, r).mT
+    output = product.transpose(0, 1).reshape(tokens, count * r) + direct.view(tokens, count * r)
+    return output[:, :out_features]

@@ -16,7 +16,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from disha.errors import ArgumentError
-from disha.functional.fused import bat_linear, bone_linear, fusible
+from disha.functional import fused
+from disha.functional.fused import bat_linear, bone_linear, fusible, streams
 from disha.functional.shards import (
     Scale,
     merge_dtype,
@@ -39,6 +40,7 @@ __all__ = [
     "bone_forward",
     "bone_lora_factors",
     "bone_unmerge",
+    "routed_bat_delta",
     "routed_bone_delta",
 ]
 
@@ -329,6 +331,49 @@ def routed_bone_delta(
     each = x.shape[:-1].numel() // samples
     sums = shard_sum(x, r, dtype=table.dtype).reshape(samples, each, r)
     return (sums @ table[choices]).reshape(*x.shape[:-1], out_features)
+
+
+def routed_bat_delta(
+    x: Tensor,
+    weight: Tensor,
+    blocks: Sequence[Tensor],
+    scales: Sequence[Scale],
+    choices: Tensor,
+) -> Tensor | None:
+    """Return what BAT blocks add where each sample has a block of its own, W being read once.
+
+    Args:
+        x: input (samples * n, ..., in): each sample covers n entries of the leading dimension.
+        weight: W (out, in), dense.
+        blocks: D of each adapter, all (ceil(out / r), r, r), of one dtype.
+        scales: runtime scale of each.
+        choices: (samples,), the index of each sample's block, or len(blocks) for none.
+
+    Returns:
+        Tensor (samples * n, ..., out), or None where a product per adapter is as good: for many
+        tokens, and where gradients are recorded.
+
+    Source: arXiv 2409.15371, section 3.3.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import routed_bat_delta
+        >>> blocks, choices = [torch.eye(4)[None]], torch.tensor([0, 1])
+        >>> with torch.no_grad():
+        ...     routed_bat_delta(torch.ones(2, 4), torch.eye(4), blocks, [1.0], choices)
+        tensor([[2., 2., 2., 2.],
+                [0., 0., 0., 0.]])
+    """
+    tokens, r = x.shape[:-1].numel(), blocks[0].shape[-1]
+    if torch.is_grad_enabled() or not streams(tokens, r):
+        return None
+    table = torch.stack([*(_scaled(b, s) for b, s in zip(blocks, scales, strict=True)),
+                         torch.zeros_like(blocks[0])])  # fmt: skip
+    operands = _fused(x, weight, None, table, 1.0)
+    if operands is None:
+        return None
+    x, weight, _, table, _ = operands
+    return fused.routed_bat_delta(x, weight, table[choices])
 
 
 def _added(output: Tensor, deltas: Sequence[Tensor]) -> Tensor:

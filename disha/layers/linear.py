@@ -80,20 +80,28 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
     def routed(self, output: Tensor, route: Route, input: Tensor, *more: Any) -> Tensor:
         """Return the output plus, for each sample, the update of its own adapter."""
         adapters = [adapter for adapter in route.adapters if adapter in self.disha]
+        delta = self._routed_in_one(adapters, route, input)
+        if delta is None:
+            return super().routed(output, route, input, *more)
+        return output + delta.to(output.dtype)
+
+    def _routed_in_one(self, adapters: list[str], route: Route, input: Tensor) -> Tensor | None:
+        """Return the updates of all samples from one product, or None if blocks are not alike."""
         blocks = [self.disha[adapter] for adapter in adapters]
         alike = {(type(block), block.block.shape, block.block.dtype) for block in blocks}
-        if len(blocks) < 2 or len(alike) > 1 or not isinstance(blocks[0], Bone):
-            return super().routed(output, route, input, *more)
-        if any(block.drops for block in blocks) or blocks[0].r_out is not None:
-            return super().routed(output, route, input, *more)
+        if len(blocks) < 2 or len(alike) > 1 or any(block.drops for block in blocks):
+            return None
+        values = [block.block for block in blocks]
+        scales = [block.current_scale() for block in blocks]
         route.parts(input)
-        delta = functional.routed_bone_delta(
-            input,
-            [block.block for block in blocks],
-            [block.current_scale() for block in blocks],
-            route.choices(adapters, input.device),
-        )
-        return output + delta.to(output.dtype)
+        choices = route.choices(adapters, input.device)
+        if isinstance(blocks[0], Bone):
+            if blocks[0].r_out is not None:
+                return None
+            return functional.routed_bone_delta(input, values, scales, choices)
+        if self.quantisation(self) is not None:
+            return None
+        return functional.routed_bat_delta(input, self.weight, values, scales, choices)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output (..., out) for an input (..., in), adapters applied."""
@@ -105,13 +113,17 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
         # can't, as its input is no longer the layer's. Nor can it where the weight is quantised:
         # the layer's own product is left to the library's kernels.
         if acting and self.quantisation(self) is None:
-            folded = [block for block in acting if not block.drops]
-            bones, bats = (
-                [(one.block, one.current_scale()) for one in folded if isinstance(one, Bat) is bat]
-                for bat in (False, True)
-            )
+            bones: list[tuple[Tensor, functional.Scale]] = []
+            bats: list[tuple[Tensor, functional.Scale]] = []
+            dropping: list[Block] = []
+            for block in acting:
+                if block.drops:
+                    dropping.append(block)
+                else:
+                    folded = bats if isinstance(block, Bat) else bones
+                    folded.append((block.block, block.current_scale()))
             output = functional.adapted_linear(input, self.weight, self.bias, bones, bats)
-            acting = tuple(block for block in acting if block.drops)
+            acting = tuple(dropping)
         else:
             output = super().forward(input)
         return self.updated(output, acting, input)
