@@ -144,16 +144,9 @@ def _resident(settings: Profile, device: torch.device) -> dict[str, Any]:
         if why is not None:
             left_out[name] = why
             continue
-        arguments = (name, settings.memory_layers, settings.resident_width)
-        call = [*map(str, arguments), str(settings.resident_tokens), str(torch.get_num_threads())]
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.memory", *call],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parent.parent,
+        resident[name] = fresh_growth(
+            name, settings.memory_layers, settings.resident_width, settings.resident_tokens
         )
-        resident[name] = json.loads(done.stdout.splitlines()[-1])
     return {
         "what": "resident",
         "layers": settings.memory_layers,
@@ -164,6 +157,20 @@ def _resident(settings: Profile, device: torch.device) -> dict[str, Any]:
         "resident_bytes": resident,
         "left_out": left_out,
     }
+
+
+def fresh_growth(name: str, layers: int, width: int, tokens: int) -> int:
+    """Return `resident_growth` of a fresh process, which has no freed memory to use again."""
+    sizes = map(str, (layers, width, tokens, torch.get_num_threads()))
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", name, *sizes],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    growth: int = json.loads(done.stdout.splitlines()[-1])
+    return growth
 
 
 def resident_growth(name: str, layers: int, width: int, tokens: int) -> int:
