@@ -12,7 +12,7 @@ from torch import nn
 from disha import freezing
 from disha.errors import ArgumentError
 from disha.layers import AdaptedLayer
-from disha.layers.adapted import CHILD_NAME, adapt, refuse_inside, restore
+from disha.layers.adapted import CHILD_NAME, refuse_inside, restore
 from disha.layers.attention import (
     Owner,
     Projection,
@@ -24,6 +24,7 @@ from disha.layers.attention import (
     take_over,
 )
 from disha.layers.classes import refuse_changed_class
+from disha.layers.fronts import adapt
 from disha.plan import Plan, Target, can_train, claimed_names, plan_adapters
 from disha.sharding import register_shards
 from disha.tree import (

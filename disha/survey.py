@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from disha.layers import AdaptedLayer, layer_kind_of
-from disha.layers.adapted import CHILD_NAME, ReadLayer
+from disha.layers.adapted import CHILD_NAME
 from disha.layers.attention import Projection, obstacle_to_taking_over, parts_of_attention
 from disha.layers.embedding import AdaptedEmbedding
+from disha.layers.fronts import ReadLayer
 from disha.layers.readers import ANY_CHILD, reads_own, weight_reads
 from disha.tree import ModuleNames, join, module_names
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import disha
 from disha import ArgumentError, MergeError, ModeError, TargetError
-from disha.layers.adapted import ReadLayer
+from disha.layers.fronts import ReadLayer
 from disha.layers.readers import weight_reads
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot

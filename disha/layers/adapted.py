@@ -1,16 +1,13 @@
 """AdaptedLayer: what every adapted layer has in common.
 
-An adapted layer is a module moved to a subclass of its own class (`disha.layers.classes`). In a
-class that derives from a known one, the user's forward runs and, by `super().forward`, reaches
-ours. Where it does not get there (bitsandbytes calls its own kernels), the update is added to what
-it returns. Where the layer's owner never calls it but reads its weight, what it reads is the weight
-with the updates in it.
+An adapted layer is a module moved to a subclass of its own class (`disha.layers.classes`). It holds
+its adapters in one child, `disha`, and its layer kind says what a block is and does there. A class
+with a forward of its own gets one of ours in front (`disha.layers.fronts`).
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +23,7 @@ from disha.config import BLOCK_DTYPES, AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError, ModeError
 from disha.layers import quantised
 from disha.layers.blocks import BLOCKS, Bat, Block
-from disha.layers.classes import Moved, move, move_back
+from disha.layers.classes import Moved, move_back
 from disha.layers.quantised import Quantisation
 from disha.layers.routing import Route
 
@@ -35,10 +32,9 @@ __all__ = [
     "Adapters",
     "Geometry",
     "MergedWeight",
-    "ReadLayer",
     "WeightSlot",
-    "adapt",
     "attach",
+    "current_caller",
     "read_weight",
     "refuse_inside",
     "refuse_merged",
@@ -174,10 +170,10 @@ class Adapters(nn.Module):
         """Tell the call under way that the update has been asked for where it belongs."""
         if not self.calls:
             return
-        caller = _caller()
+        caller = current_caller()
         if caller not in self.calls:
             # Inside of a graph's gap, or in a thread that the user's forward has started.
-            caller = _GRAPH if _GRAPH in self.calls else next(iter(self.calls))
+            caller = GRAPH if GRAPH in self.calls else next(iter(self.calls))
         self.calls[caller] = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -352,19 +348,14 @@ class AdaptedLayer(Moved):
         return BLOCKS[config.method](shape, config=config, r=r, device=weight.device, dtype=dtype)
 
     @classmethod
-    def facts(cls, original: type[nn.Module], front: type[Moved] | None) -> dict[str, Any]:
+    def facts(cls, original: type[nn.Module]) -> dict[str, Any]:
         """Return class attributes for a class that is made of `original` and this kind."""
         base = cls.base_class
-        facts = {
+        return {
             "own_forward": base is not None and original.forward is not base.forward,
             "library_forward": quantised.is_library_forward(original),
             "input_name": _first_parameter(original.forward),
         }
-        if front is ReadLayer:
-            facts[cls.weight_name] = property(ReadLayer.effective_weight)
-            if hasattr(original, "reset_parameters"):
-                facts["reset_parameters"] = ReadLayer.reset_own_parameters
-        return facts
 
     @property
     def weight_slot(self) -> WeightSlot:
@@ -441,153 +432,12 @@ def _first_parameter(forward: Callable[..., Any]) -> str:
     return named[0] if named else ""
 
 
-class _Around(AdaptedLayer):
-    """In front of a forward that is not ours: sees to it that the update is applied once."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the forward behind; add the update if it did not get to the layer kind's forward."""
-        if self.library_forward and self.disha.merged is not None and self.disha.merged.dense:
-            dense_output: Tensor = self.layer_kind.forward(self, self._input(*args, **kwargs))
-            return dense_output
-        calls = self.disha.calls
-        caller = _caller()
-        outer = calls.get(caller)
-        calls[caller] = False
-        try:
-            output = self._run_behind(super().forward, *args, **kwargs)
-            reached = calls[caller]
-            missed = () if reached else self.disha.acting()
-        finally:
-            del calls[caller]
-            if outer is not None:
-                calls[caller] = True  # a call within its own forward has applied the update
-        if reached or not (missed or self.disha.route):
-            return output
-        input = self._input(*args, **kwargs)
-        if not isinstance(output, Tensor) or not isinstance(input, Tensor):
-            raise ArgumentTypeError(
-                f"the adapter of {self.original_class.__name__} can't act: adding to the output of "
-                f"its forward needs one tensor in and one out, but it takes {type(input).__name__} "
-                f"and returns {type(output).__name__}; leave it out with exclude="
-            )
-        return self.updated(output, missed, input)
-
-    def _input(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else kwargs.get(self.input_name)
-
-    def _run_behind(self, forward: Callable[..., Tensor], /, *args: Any, **kwargs: Any) -> Tensor:
-        if self.library_forward:
-            weight: Tensor = getattr(self, self.weight_name)
-            bias, input = self._parameters["bias"], self._input(*args, **kwargs)
-            if quantised.loses_gradients(weight, bias, input):
-                return quantised.with_gradients(self, weight, forward, input)
-        return forward(*args, **kwargs)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        merged = self.disha.merged
-        if self.library_forward and merged is not None and merged.dense:
-            # A dense weight is saved as a plain layer's, without the quantised one's scales.
-            nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
-        else:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
+GRAPH = 0
 
 
-class ReadLayer(AdaptedLayer):
-    """In front of a layer whose weight is read, now or at times, instead of its being called.
-
-    Reading gives W + sum of s dW, and so calling runs the class's own forward with that.
-    """
-
-    kind_goes_first = True
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward of the original class: it reads the weight with the updates in it."""
-        return self.original_class.forward(self, *args, **kwargs)
-
-    def __delattr__(self, name: str) -> None:
-        if name == self.weight_name and name in self._parameters:
-            raise ArgumentError(
-                f"the {name} of a {self.original_class.__name__} that the module around it reads "
-                "can't be replaced by one that is computed (a parametrization, say) while the "
-                "layer is adapted; remove the adapters first"
-            )
-        super().__delattr__(name)
-
-    def reset_own_parameters(self) -> None:
-        """Reset the parameters as the classes behind do, which write into what they read."""
-        active = self.disha.active
-        self.disha.activate(())
-        try:
-            super().reset_parameters()  # type: ignore[misc]
-        finally:
-            self.disha.activate(active)
-
-    def effective_weight(self) -> Tensor:
-        """Return W + sum of s dW of the acting adapters, with its graph.
-
-        Raises:
-            ModeError: samples are routed, and there is one weight for all of them.
-        """
-        weight = self._parameters[self.weight_name]
-        assert weight is not None  # see __delattr__
-        adapters = self.disha
-        if adapters.route is not None and adapters.enabled:
-            raise ModeError(
-                f"a {self.original_class.__name__} can't run each sample with an adapter of its "
-                "own: what runs it reads its weight, one for the whole batch, instead of calling "
-                "it; use one adapter at a time, or exclude the layer"
-            )
-        acting = adapters.acting()
-        # FSDP looks its shards up by name, to keep them: an update in them would stay for good.
-        if not acting or _are_sharded(weight, *(block.block for block in acting)):
-            return weight
-        try:
-            deltas = [(self.delta_weight(block), block.current_scale()) for block in acting]
-            return functional.merged_weight(weight, deltas)
-        except AttributeError as error:
-            # nn.Module would answer with the plain parameter: an adapter without effect.
-            raise RuntimeError(f"the update of the weight failed: {error}") from error
-
-
-def _are_sharded(*tensors: Tensor) -> bool:
-    """Whether all tensors are parts of what they stand for, as between the passes of FSDP."""
-    if torch.compiler.is_compiling():
-        return False
-    # Looked up among what is imported: whoever sharded them imported the class.
-    cls = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return cls is not None and all(isinstance(tensor, cls) for tensor in tensors)
-
-
-_GRAPH = 0
-
-
-def _caller() -> int:
+def current_caller() -> int:
     """Tell threads that share a module apart; a graph is traced by one of them."""
-    return _GRAPH if torch.compiler.is_compiling() else threading.get_ident()
-
-
-def adapt(module: nn.Module, kind: type[AdaptedLayer], *, read: bool = False) -> AdaptedLayer:
-    """Move `module` to its adapted class, without any adapter yet. Undone by `restore`.
-
-    Args:
-        module: the module.
-        kind: the kind of layer that it is.
-        read: whether its owner reads its weight instead of calling it.
-
-    Raises:
-        ArgumentError: the module's class does not allow it.
-    """
-    layer = move(module, kind, _front(type(module), kind, read))
-    attach(layer)
-    return layer
-
-
-def _front(original: type[nn.Module], kind: type[AdaptedLayer], read: bool) -> type[Moved] | None:
-    """Return what must stand before a kind and a module's class for updates to take effect."""
-    if read:
-        return ReadLayer
-    known = kind.base_class is not None and original.forward is kind.base_class.forward
-    return None if known else _Around
+    return GRAPH if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def attach(layer: AdaptedLayer) -> None:

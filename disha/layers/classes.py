@@ -36,8 +36,13 @@ class Moved(nn.Module):
     kind_goes_first: ClassVar[bool] = False
 
     @classmethod
-    def facts(cls, original: type[nn.Module], front: type[Moved] | None) -> dict[str, Any]:
+    def facts(cls, original: type[nn.Module]) -> dict[str, Any]:
         """Return class attributes for a class that is made of `original` and this kind."""
+        return {}
+
+    @classmethod
+    def facts_before(cls, kind: type[Moved], original: type[nn.Module]) -> dict[str, Any]:
+        """Return class attributes for a class that has this one in front of those two."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -77,7 +82,8 @@ def _make_class(
         "original_class": original,
         "layer_kind": kind,
         "front": front,
-        **kind.facts(original, front),
+        **kind.facts(original),
+        **({} if front is None else front.facts_before(kind, original)),
     }
     bases: tuple[type, ...] = pair if front is None else (front, *pair)
     return type(f"Adapted{original.__name__}", bases, namespace)
