@@ -113,7 +113,7 @@ def build_layers(
             continue
         layers[candidate.name] = adapted_layer(candidate, plain, r)
         outputs[candidate.name] = check_layer(candidate, layers[candidate.name], plain, x)
-    check_same_results(outputs)
+    check_same_results(outputs, x.dtype)
     return layers, left_out
 
 

@@ -69,7 +69,7 @@ def _measure(run: ModelRun, profile: Profile, device: torch.device) -> dict[str,
         models[name] = adapted_model(CANDIDATES[name], base, projections(base), R)
         steps[name] = _step(models[name], tokens, labels)
         losses[name] = _checked_loss(name, models[name], steps[name])
-    check_same_results(losses)
+    check_same_results(losses, run.dtype)
     seconds = compare(steps, profile.model_step_budget, synchronise=synchroniser(device))
     return {
         "model": "SmolLM2-135M",

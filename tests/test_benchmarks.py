@@ -236,9 +236,12 @@ def test_a_candidate_that_does_nothing_is_not_timed():
 
 def test_candidates_of_one_method_must_return_the_same():
     outputs = {"bone": torch.ones(3), "peft_miss": torch.ones(3), "bat": torch.zeros(3)}
-    candidates.check_same_results(outputs)
-    with pytest.raises(CandidateError, match="peft_miss and bone"):
-        candidates.check_same_results({**outputs, "peft_miss": torch.full((3,), 1.1)})
+    candidates.check_same_results(outputs, torch.float32)
+    for dtype, wrong in ((torch.float32, 1.001), (torch.bfloat16, 1.1)):
+        with pytest.raises(CandidateError, match="peft_miss and bone"):
+            candidates.check_same_results({**outputs, "peft_miss": torch.full((3,), wrong)}, dtype)
+    rounded = {**outputs, "peft_miss": torch.full((3,), 1.001)}
+    candidates.check_same_results(rounded, torch.bfloat16)
 
 
 def test_peak_counts_what_is_freed_again():
