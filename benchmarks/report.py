@@ -198,40 +198,38 @@ def _operators(cases: Sequence[Case]) -> str:
     return "\n" + "\n".join([*lines, *(f"| {one} | {other} |" for one, other in rows)]) + "\n"
 
 
+def _timed(results: Mapping[str, Any], table: str) -> str:
+    """Return what the tables of times have in common: ratios, speed, and where the time goes."""
+    cases = results["tables"][table]
+    return (
+        _ratios(table, cases, _size_title) + _tokens_per_second(results, cases) + _operators(cases)
+    )
+
+
 def _layer_step(results: Mapping[str, Any]) -> str:
-    cases = results["tables"]["layer_step"]
     return (
         "## Training step of one linear layer\n\n"
         "Forward and backward, the gradient of the input included.\n\n"
-        + _ratios("layer_step", cases, _size_title)
-        + _tokens_per_second(results, cases)
-        + _operators(cases)
+        + _timed(results, "layer_step")
     )
 
 
 def _few_tokens(results: Mapping[str, Any]) -> str:
-    cases = results["tables"]["few_tokens"]
     return (
         "## Forward of few tokens\n\n"
         "Without gradients, as in decoding. Each candidate has a copy of the weights of its own, "
         "so that none finds them in the cache because another has just read them.\n\n"
-        + _ratios("few_tokens", cases, _size_title)
-        + _tokens_per_second(results, cases)
-        + _operators(cases)
+        + _timed(results, "few_tokens")
     )
 
 
 def _model_step(results: Mapping[str, Any]) -> str:
-    cases = results["tables"]["model_step"]
     return (
         "## Training step of a whole language model\n\n"
         "SmolLM2-135M as `disha finetune` reads it, all seven projections of every layer adapted, "
         "sequences of equal length without padding, loss on every token. The embedding's output "
         "requires a gradient in all candidates. The floor counts the products of the projections, "
-        "of the head and of causal attention.\n\n"
-        + _ratios("model_step", cases, _size_title)
-        + _tokens_per_second(results, cases)
-        + _operators(cases)
+        "of the head and of causal attention.\n\n" + _timed(results, "model_step")
     )
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from disha.functional.shards import pad_to_multiple, shard_sum, without_autocast
+from disha.functional.shards import pad_to_multiple, shard_sum, square_tiles, without_autocast
 
 __all__ = [
     "SLAB_BYTES",
@@ -246,7 +246,7 @@ def _bat_gradients(
 
 def _bat_block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
     """Return dD_a = sum over b of (W_ab + I)^T G_ab from some rows of G = dY^T X and of W."""
-    gradient, tiles = _tiles(gradient, r), _tiles(weight, r)
+    gradient, tiles = square_tiles(gradient, r), square_tiles(weight, r)
     direct = gradient.view(tiles.shape[0], r, -1, r).sum(2)
     return torch.bmm(tiles.mT, gradient) + direct
 
@@ -276,7 +276,7 @@ def _slabs(weight: Tensor, block: Tensor) -> Iterator[_Slab]:
 def _effective(slab: _Slab, weight: Tensor, block: Tensor, whole: bool) -> Tensor:
     """Return rows of W_eff, or of W_ab + W_ab D_a only, where D itself is added elsewhere."""
     rows, own, r = weight[slab.rows], block[slab.blocks], block.shape[-1]
-    tiles = _tiles(rows, r)
+    tiles = square_tiles(rows, r)
     if whole:
         start = tiles.view(own.shape[0], r, -1, r) + own.unsqueeze(2)
         product = start.view(tiles.shape).baddbmm_(tiles, own)
@@ -296,15 +296,6 @@ def streams(tokens: int, r: int) -> bool:
     Streaming costs 2 tokens x in x out multiply-adds, forming W_eff (tokens + r) x in x out.
     """
     return tokens < r * STREAMED_SHARE
-
-
-def _tiles(weight: Tensor, r: int) -> Tensor:
-    """Return W as (out / r, r * in / r, r), zero-padded where r divides a size not.
-
-    Row-major, W (a i) (b k) is already "a (i b) k": no permutation.
-    """
-    padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
-    return padded.view(padded.shape[0] // r, -1, r)
 
 
 def _flat(block: Tensor, out_features: int) -> Tensor:
@@ -363,7 +354,7 @@ def _through_blocks(x: Tensor, weight: Tensor, blocks: Tensor, with_input: bool)
     each = blocks.flatten(0, 1).mT
     moved = torch.baddbmm(shards, shards, each) if with_input else torch.bmm(shards, each)
     moved = moved.view(samples, count, -1).transpose(0, 1).reshape(count, tokens, in_features)
-    rows = _tiles(weight, r).view(count, r, in_features)
+    rows = square_tiles(weight, r).view(count, r, in_features)
     product = torch.bmm(moved, rows.mT)  # (out / r, tokens, r)
     sums = shard_sum(x, r).view(samples, tokens // samples, r)
     direct = sums @ blocks.reshape(samples, count * r, r).mT

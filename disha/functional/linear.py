@@ -26,6 +26,7 @@ from disha.functional.shards import (
     repeat_tile,
     shard_count,
     shard_sum,
+    square_tiles,
     tile_count,
     without_autocast,
 )
@@ -221,11 +222,8 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
         )
     dtype = merge_dtype(torch.promote_types(weight.dtype, block.dtype))
     weight, block = weight.to(dtype), block.to(dtype)
-    padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
-    # row-major (a i) (b k) is already "a (i b) k": one batched product, no permutation
-    tiles = padded.reshape(block.shape[0], -1, r)
     with without_autocast(weight.device):
-        product = rearrange(torch.bmm(tiles, block), "a (i b) j -> a i b j", i=r)
+        product = rearrange(torch.bmm(square_tiles(weight, r), block), "a (i b) j -> a i b j", i=r)
     delta = product + rearrange(block, "a i j -> a i 1 j")
     return rearrange(delta, "a i b j -> (a i) (b j)")[:out_features, :in_features]
 
@@ -326,8 +324,7 @@ def routed_bone_delta(
                 [2., 2.]])
     """
     samples, (r, out_features) = choices.shape[0], blocks[0].shape
-    scaled = [_scaled(block, scale) for block, scale in zip(blocks, scales, strict=True)]
-    table = torch.stack([*scaled, torch.zeros_like(blocks[0])])
+    table = _table(blocks, scales)
     each = x.shape[:-1].numel() // samples
     sums = shard_sum(x, r, dtype=table.dtype).reshape(samples, each, r)
     return (sums @ table[choices]).reshape(*x.shape[:-1], out_features)
@@ -367,13 +364,17 @@ def routed_bat_delta(
     tokens, r = x.shape[:-1].numel(), blocks[0].shape[-1]
     if torch.is_grad_enabled() or not streams(tokens, r):
         return None
-    table = torch.stack([*(_scaled(b, s) for b, s in zip(blocks, scales, strict=True)),
-                         torch.zeros_like(blocks[0])])  # fmt: skip
-    operands = _fused(x, weight, None, table, 1.0)
+    operands = _fused(x, weight, None, _table(blocks, scales), 1.0)
     if operands is None:
         return None
     x, weight, _, table, _ = operands
     return fused.routed_bat_delta(x, weight, table[choices])
+
+
+def _table(blocks: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
+    """Return s * D of every adapter, and zeros for samples without one."""
+    scaled = [_scaled(block, scale) for block, scale in zip(blocks, scales, strict=True)]
+    return torch.stack([*scaled, torch.zeros_like(blocks[0])])
 
 
 def _added(output: Tensor, deltas: Sequence[Tensor]) -> Tensor:

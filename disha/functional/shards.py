@@ -21,6 +21,7 @@ __all__ = [
     "repeat_tile",
     "shard_count",
     "shard_sum",
+    "square_tiles",
     "tile_count",
     "without_autocast",
 ]
@@ -74,6 +75,16 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
     padded = pad_to_multiple(x, r, dim=-1)
     shards = padded.reshape(*x.shape[:-1], padded.shape[-1] // r, r)
     return torch.sum(shards, dim=-2, dtype=dtype)
+
+
+def square_tiles(weight: Tensor, r: int) -> Tensor:
+    """Return W (out, in) as its r x r tiles, those of an output block below each other.
+
+    (out / r, r * in / r, r), zero-padded where r does not divide a size. Row-major (a i) (b k) is
+    already "a (i b) k": no permutation.
+    """
+    padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
+    return padded.reshape(padded.shape[0] // r, -1, r)
 
 
 def tile_count(block: Tensor, out_features: int) -> int:

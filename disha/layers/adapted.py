@@ -311,6 +311,21 @@ class AdaptedLayer(Moved):
             )
         return self.routed(output, route, input, *more)
 
+    def updated_in_place(
+        self, fresh: Tensor, acting: Iterable[Block], input: Tensor, *more: Any
+    ) -> Tensor:
+        """Return what `updated` does, written into a result that nobody else has where it may be.
+
+        Args:
+            fresh: what the layer returns without them, of an operation that does not keep it.
+            acting: the blocks that act on all samples.
+            input: the layer's input.
+            more: further arguments of `delta_output`.
+        """
+        for block in acting:
+            fresh = functional.added(fresh, self.delta_output(block, input, *more))
+        return self.updated(fresh, (), input, *more)
+
     def routed(self, output: Tensor, route: Route, input: Tensor, *more: Any) -> Tensor:
         """Return the output plus, for each sample, the update of its own adapter.
 

@@ -25,7 +25,6 @@ from disha.layers.blocks import Bat
 from disha.layers.classes import Moved, move, move_back
 
 __all__ = [
-    "ATTENTION_PARTS",
     "Owner",
     "Projection",
     "connect",
@@ -133,7 +132,7 @@ class AdaptedMultiheadAttention(Owner, nn.MultiheadAttention):
             causal,
             need_weights,
         )
-        output = self._out(output)
+        output = _called(self.out_proj, output)
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
@@ -197,9 +196,6 @@ class AdaptedMultiheadAttention(Owner, nn.MultiheadAttention):
             is_causal=is_causal,
             need_weights=need_weights,
         )
-
-    def _out(self, output: Tensor) -> Tensor:
-        return _called(self.out_proj, output)
 
     def _nested(
         self,

@@ -107,10 +107,7 @@ class _AdaptedConv(_Conv):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of `input` (..., in, *positions), adapters applied."""
-        output: Tensor = super().forward(input)
-        for block in self.disha.acting():
-            output = functional.added(output, self.delta_output(block, input))
-        return self.updated(output, (), input)
+        return self.updated_in_place(super().forward(input), self.disha.acting(), input)
 
 
 class _AdaptedConvTranspose(_Conv):
@@ -175,9 +172,7 @@ class _AdaptedConvTranspose(_Conv):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution of `input`, adapters applied."""
         output: Tensor = super().forward(input, output_size)
-        for block in self.disha.acting():
-            output = functional.added(output, self.delta_output(block, input, output_size))
-        return self.updated(output, (), input, output_size)
+        return self.updated_in_place(output, self.disha.acting(), input, output_size)
 
 
 class AdaptedConv1d(_AdaptedConv, nn.Conv1d):

@@ -83,9 +83,7 @@ class AdaptedEmbedding(AdaptedLayer, nn.Embedding):
         output = F.embedding(
             input, self.weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
         )
-        for block in acting:
-            output = functional.added(output, self.delta_output(block, input))
-        output = self.updated(output, (), input)
+        output = self.updated_in_place(output, acting, input)
         return output if self.max_norm is None else self._renormed(output, self.max_norm)
 
     def _renormed(self, output: Tensor, max_norm: float) -> Tensor:
