@@ -23,6 +23,7 @@ from disha import (
     DishaError,
     MergeError,
 )
+from disha.layers.linear import AdaptedLinear
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
 
 
@@ -293,6 +294,82 @@ class TestReplace:
         assert_unchanged(other, before)
 
 
+class TestSomeLayers:
+    def test_only_they_are_loaded(self, saved):
+        model, path = saved
+        names = [layer.name for layer in disha.inspect_adapter(path).layers]
+        plain = base()
+        report = disha.load_adapter(plain, path, layers=f"^{names[0]}$", also_train=False)
+        key = f"{names[0]}.disha.default.bone_block"
+        found = disha.adapter_state_dict(plain)
+        assert report.matched == (f"{names[0]}.bone_block",)
+        assert list(found) == [key]
+        assert torch.equal(found[key], disha.adapter_state_dict(model)[key])
+
+    def test_replacing_leaves_the_others_alone(self, saved):
+        model, path = saved
+        names = [layer.name for layer in disha.inspect_adapter(path).layers]
+        wanted = {k: v.clone() for k, v in disha.adapter_state_dict(model).items()}
+        with torch.no_grad():
+            for block in disha.adapter_parameters(model):
+                block.fill_(7.0)
+        disha.set_adapter_scale(model, 0.5)
+        disha.load_adapter(model, path, layers=f"^{names[0]}$", replace=True, also_train=False)
+        for key, value in disha.adapter_state_dict(model).items():
+            if not key.endswith("bone_block"):
+                continue
+            chosen = key.startswith(f"{names[0]}.")
+            assert torch.equal(value, wanted[key] if chosen else torch.full_like(value, 7.0)), key
+        scales = {row.name: row.scale for row in disha.summary(model).layers}
+        assert scales == {name: 1.0 if name == names[0] else 0.5 for name in names}
+
+    def test_replacing_what_the_model_lacks_raises(self, saved):
+        _, path = saved
+        names = [layer.name for layer in disha.inspect_adapter(path).layers]
+        model = base()
+        disha.load_adapter(model, path, layers=f"^{names[0]}$")
+        with pytest.raises(AdapterFileError, match="unexpected"):
+            disha.load_adapter(model, path, layers=f"^{names[1]}$", replace=True)
+
+    @pytest.mark.parametrize(("layers", "match"), [("nothing", "no layer"), ("(", "valid regex")])
+    def test_a_regex_without_a_layer(self, saved, layers, match):
+        _, path = saved
+        model = base()
+        before = [type(module) for module in model.modules()]
+        with pytest.raises(ArgumentError, match=match):
+            disha.load_adapter(model, path, layers=layers)
+        assert [type(module) for module in model.modules()] == before
+
+
+class TestLayout:
+    @pytest.mark.parametrize(
+        ("layer", "layout"),
+        [
+            (nn.Linear(8, 8), "linear"),
+            (nn.Conv2d(8, 8, 3), "conv"),
+            (nn.ConvTranspose1d(8, 8, 3), "conv_transposed"),
+            (nn.Embedding(8, 8), "embedding"),
+            (nn.Embedding(8, 8, padding_idx=1), None),
+        ],
+    )
+    def test_is_recorded(self, path, layer, layout):
+        disha.save_adapter(disha.inject_adapters(nn.Sequential(layer), "0", r=4), path)
+        assert disha.inspect_adapter(path).layers[0].layout == layout
+
+    def test_of_a_kind_with_an_update_of_its_own_is_none(self):
+        class Halved(AdaptedLinear):
+            def delta_weight(self, block):
+                return super().delta_weight(block) / 2
+
+        class Known(Halved):
+            weight_layout = "linear"
+
+        for kind in (Halved, Known):
+            kind.layer_kind = kind
+        assert Halved.layout(nn.Linear(2, 2)) is None
+        assert Known.layout(nn.Linear(2, 2)) == "linear"
+
+
 class TestInspect:
     def test_says_what_is_in_the_file(self, path):
         model = trained(rank_pattern={"head": 2})
@@ -412,6 +489,8 @@ BAD_HEADERS = {
     "in": (lambda h: first_layer(h).update({"in": 9}), "expected 9 -> 8, the model has 8 -> 8"),
     "layer twice": (lambda h: h["layers"].append(first_layer(h)), "a layer twice"),
     "no name": (lambda h: first_layer(h).update(base={}), "disagree"),
+    "layout": (lambda h: first_layer(h).update(layout="square"), "unknown layout 'square'"),
+    "layout as list": (lambda h: first_layer(h).update(layout=[]), "unknown layout"),
     "fingerprint": (
         lambda h: first_layer(h)["base"].update({"layers.0.attn.q_proj": 3}), "is no text"),
     "beside as text": (lambda h: h.update(also_train="a"), "JSON list"),

@@ -191,7 +191,7 @@ class AdaptedLayer(Moved):
     """Base of all adapted layers; a layer kind derives from it and declares what is its own.
 
     What a kind must have: `geometry`, `block_shape`, `delta_weight` and `delta_output`. What it may
-    have: `methods`, `linear`, `weight_name`, `obstacle` and `misfit`.
+    have: `methods`, `linear`, `weight_name`, `weight_layout`, `obstacle` and `misfit`.
 
     A kind that also derives from the class it adapts, its `base_class`, has a `forward` that
     returns `self.updated(output, self.disha.acting(), input)`; subclasses of that class then keep a
@@ -209,6 +209,7 @@ class AdaptedLayer(Moved):
     weight_name: ClassVar[str] = "weight"
     methods: ClassVar[tuple[str, ...]] = ("bone",)
     linear: ClassVar[bool] = False
+    weight_layout: ClassVar[str | None] = None
 
     disha: Adapters
 
@@ -216,6 +217,21 @@ class AdaptedLayer(Moved):
     def geometry(cls, module: nn.Module) -> Geometry:
         """Return the sizes of `module`, which this kind adapts or has adapted."""
         raise NotImplementedError
+
+    @classmethod
+    def layout(cls, module: nn.Module) -> str | None:
+        """Return the kind's `weight_layout`, by which dW follows from a block without the module.
+
+        None where it does not: a kind that declares a `delta_weight` of its own has no layout
+        unless it declares that too.
+        """
+        for owner in cls.layer_kind.__mro__:
+            if "weight_layout" in vars(owner):
+                declared: str | None = vars(owner)["weight_layout"]
+                return declared
+            if "delta_weight" in vars(owner):
+                return None
+        return None
 
     @classmethod
     def obstacle(cls, module: nn.Module, method: str) -> str | None:

@@ -74,6 +74,8 @@ class _Conv(AdaptedLayer):
 class _AdaptedConv(_Conv):
     """Conv1d, Conv2d and Conv3d: W (out, in_g, *kernel), D (out, r, *kernel)."""
 
+    weight_layout = "conv"
+
     @classmethod
     def geometry(cls, module: nn.Module) -> Geometry:
         """Return the input channels of one group, and all output channels."""
@@ -112,6 +114,8 @@ class _AdaptedConv(_Conv):
 
 class _AdaptedConvTranspose(_Conv):
     """The transposed ones: W (in, out_g, *kernel), D (groups * r, out_g, *kernel)."""
+
+    weight_layout = "conv_transposed"
 
     @classmethod
     def geometry(cls, module: nn.Module) -> Geometry:

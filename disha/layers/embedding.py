@@ -23,6 +23,13 @@ class AdaptedEmbedding(AdaptedLayer, nn.Embedding):
 
     base_class = nn.Embedding
     original_class = nn.Embedding
+    weight_layout = "embedding"
+
+    @classmethod
+    def layout(cls, module: nn.Module) -> str | None:
+        """Return "embedding", or None where a row is left out, which a block does not tell."""
+        assert isinstance(module, nn.Embedding)
+        return super().layout(module) if module.padding_idx is None else None
 
     @classmethod
     def geometry(cls, module: nn.Module) -> Geometry:

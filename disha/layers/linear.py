@@ -38,6 +38,7 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
     original_class = nn.Linear
     methods = ("bone", "bat")
     linear = True
+    weight_layout = "linear"
 
     @classmethod
     def geometry(cls, module: nn.Module) -> Geometry:
@@ -154,6 +155,7 @@ class AdaptedTransposedLinear(AdaptedLayer):
 
     methods = ("bone", "bat")
     linear = True
+    weight_layout = "linear_in_out"
 
     @classmethod
     def geometry(cls, module: nn.Module) -> Geometry:

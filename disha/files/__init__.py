@@ -1,0 +1,27 @@
+"""Adapter files, format 1: one self-describing safetensors file per adapter.
+
+Nothing in a file is trusted: keys, shapes, dtypes, values and header are all checked before the
+model changes. From bottom to top:
+
+- `atomic`: writing a file whole or not at all
+- `tensors`: safetensors files, whatever they hold
+- `header`: what an adapter file says of itself
+- `contents`: an adapter away from its model: out of a model, out of a file, into either
+- `adapter`: `save_adapter`, `inspect_adapter`, `load_adapter`
+"""
+
+from disha.files.adapter import inspect_adapter, load_adapter, save_adapter
+from disha.files.contents import AdapterFileWarning
+from disha.files.header import FORMAT, AdapterFile, AdapterHeader, LayerRecord, TensorRecord
+
+__all__ = [
+    "FORMAT",
+    "AdapterFile",
+    "AdapterFileWarning",
+    "AdapterHeader",
+    "LayerRecord",
+    "TensorRecord",
+    "inspect_adapter",
+    "load_adapter",
+    "save_adapter",
+]

@@ -1,0 +1,167 @@
+"""Saving an adapter to a file, looking at a file, and loading one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from disha.config import check_adapter_name
+from disha.files.atomic import PathLike, checked_path
+from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
+from disha.files.header import AdapterFile, described_by
+from disha.files.tensors import opened
+from disha.sharding import Ranks
+from disha.state import LoadReport
+from disha.tree import require_adapter, require_model
+
+__all__ = ["inspect_adapter", "load_adapter", "save_adapter"]
+
+
+def save_adapter(
+    model: nn.Module,
+    path: PathLike,
+    adapter: str = "default",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter, and nothing else of the model, to one safetensors file.
+
+    The file is written whole or not at all, and a file that was there stays until the new one is
+    complete. Saving the same adapter twice gives the same bytes, from a wrapped or sharded model
+    too. A merged adapter can be saved too: its blocks are intact.
+
+    In a process group: from a model that `fully_shard` has sharded, call it on all ranks, which
+    gather the whole adapter. The first rank writes the file; the others wait for it, and raise too
+    if it fails. From any other model, under `DistributedDataParallel` too, every rank has all of
+    the adapter and no rank waits for another: call it on rank 0, or on all, each of which then
+    writes the same bytes and so leaves a whole file, whoever comes last.
+
+    Args:
+        model: a model with adapters.
+        path: the file to write.
+        adapter: the adapter's name; it is not written into the file.
+        metadata: notes of the user's, str -> str.
+
+    Raises:
+        AdapterIOError: the file can't be written; what was there is still there.
+        AdapterStateError: the adapter holds values that are not finite, or none (on the meta
+            device), or its layers have blocks of different kinds.
+        ArgumentError: there is no such adapter.
+        ArgumentTypeError: the metadata is not str -> str.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "adapter.safetensors")
+        ...     disha.save_adapter(model, path)
+        ...     disha.inspect_adapter(path).layers[0].key
+        '0.bone_block'
+    """
+    ranks, action = Ranks(require_model(model)), f"save adapter {adapter!r}"
+    with ranks.agreeing(action):
+        require_adapter(model, adapter)
+        target = checked_path(path)
+    header, tensors = adapter_contents(model, adapter, metadata)
+    with ranks.agreeing(action):
+        if ranks.writes:
+            write_contents(target, header, tensors)
+
+
+def inspect_adapter(path: PathLike) -> AdapterFile:
+    """Return what an adapter file says of itself, without reading any tensor.
+
+    Args:
+        path: the file.
+
+    Raises:
+        AdapterIOError: the file can't be read.
+        AdapterFileError: it is no valid adapter file.
+
+    Example:
+        See `save_adapter`.
+    """
+    with opened(checked_path(path)) as file:
+        return described_by(file)
+
+
+def load_adapter(
+    model: nn.Module,
+    path: PathLike,
+    adapter: str = "default",
+    *,
+    layers: str | None = None,
+    also_train: bool = True,
+    replace: bool = False,
+    dtype: torch.dtype | None = None,
+    freeze: bool = True,
+) -> LoadReport:
+    """Load an adapter file into a model, injecting the layers that it describes.
+
+    The file says which layers are adapted and how, so the model can be a plain one. If it has
+    adapters already, the loaded one is added and becomes the active one.
+
+    A model that DDP or FSDP wraps can't take new layers: load first, then wrap; or, with
+    `replace=True`, load into an adapter that was there before wrapping. Call it on all ranks, each
+    of which reads the file. Sharded parameters get their part of it on each rank; what is wrong on
+    one rank then raises on all, and none of them has changed.
+
+    Args:
+        model: the base model, or one that has other adapters.
+        path: the file.
+        adapter: the name that the adapter gets in this model.
+        layers: a regex; only the layers of the file in whose names it is found are loaded. All by
+            default. With `replace=True`, the others stay as they are.
+        also_train: also set the parameters that the file holds beside the blocks.
+        replace: where the model has an adapter of that name, copy the file's values into it, in
+            place (hot swap); layers and shapes must agree, and no flag changes.
+        dtype: dtype of the blocks; the file's by default.
+        freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
+
+    Returns:
+        A `LoadReport` of the keys that were loaded.
+
+    Raises:
+        AdapterIOError: the file can't be read.
+        AdapterFileError: it is no valid adapter file, or does not fit the model; the message
+            lists everything that does not.
+        ArgumentError: the name is taken and `replace` is not set, or `layers` is found in the
+            name of none.
+        ModeError: adapters are merged (`MergeError`), disabled or routed.
+
+        The model is unchanged whenever this raises.
+
+    Warns:
+        AdapterFileWarning: the base weights are not those that the adapter was saved from.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
+        >>> base = nn.Sequential(nn.Linear(8, 16))
+        >>> base.load_state_dict(model.state_dict(), strict=False).missing_keys
+        []
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "adapter.safetensors")
+        ...     disha.save_adapter(model, path)
+        ...     disha.load_adapter(base, path).matched
+        ('0.bone_block',)
+    """
+    with Ranks(require_model(model)).agreeing(f"load a file as adapter {adapter!r}"):
+        check_adapter_name(adapter)
+        described, tensors = read_contents(checked_path(path), also_train=also_train, layers=layers)
+    return load_contents(
+        model,
+        described.path,
+        described,
+        tensors,
+        adapter,
+        replace=replace,
+        partial=layers is not None,
+        dtype=dtype,
+        freeze=freeze,
+    )

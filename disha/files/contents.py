@@ -1,0 +1,490 @@
+"""An adapter away from its model: a header and the tensors that it names.
+
+It comes out of a model or a file, and goes into either; `interop` makes it of other libraries'
+files, and those of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disha.config import check_adapter_name, check_dtype, compile_regex
+from disha.errors import (
+    AdapterFileError,
+    AdapterStateError,
+    ArgumentError,
+    ArgumentTypeError,
+)
+from disha.files.atomic import write_whole
+from disha.files.header import (
+    HEADER_KEY,
+    AdapterFile,
+    AdapterHeader,
+    LayerRecord,
+    described_by,
+    encoded,
+)
+from disha.files.tensors import TensorRecord, opened, tensor_writer
+from disha.fingerprint import fingerprint, same_base
+from disha.inject import apply_plan
+from disha.layers import AdaptedLayer, Block
+from disha.layers.adapted import refuse_inside
+from disha.plan import LayerRequest, plan_layers
+from disha.sharding import Ranks, whole
+from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as
+from disha.survey import Survey
+from disha.tree import (
+    adapted_layers,
+    adapter_names,
+    join,
+    module_names,
+    parameter_aliases,
+    parameter_owners,
+    require_adapter,
+    require_model,
+)
+
+__all__ = [
+    "AdapterFileWarning",
+    "adapter_contents",
+    "load_contents",
+    "read_contents",
+    "write_contents",
+]
+
+
+Source = Path | str
+"""Where an adapter came from, as errors name it."""
+
+
+class AdapterFileWarning(UserWarning):
+    """An adapter was loaded, but onto another base than it was saved from."""
+
+
+# --- out of a model ------------------------------------------------------------------------------
+
+
+def adapter_contents(
+    model: nn.Module, adapter: str = "default", metadata: Mapping[str, str] | None = None
+) -> tuple[AdapterHeader, dict[str, Tensor]]:
+    """Return what describes an adapter of a model, and copies of its tensors on the CPU.
+
+    Collective if the model is sharded: all ranks take part, and get the whole adapter.
+
+    Args:
+        model: a model with adapters.
+        adapter: the adapter's name.
+        metadata: notes of the user's, str -> str.
+
+    Raises:
+        AdapterStateError: the adapter holds values that are not finite, or none (on the meta
+            device), or its layers have blocks of different kinds.
+        ArgumentError: there is no such adapter.
+        ArgumentTypeError: the metadata is not str -> str.
+    """
+    ranks, action = Ranks(require_model(model)), f"take adapter {adapter!r} out of the model"
+    with ranks.agreeing(action):
+        notes = _checked_metadata(metadata)
+        parameters = adapter_tensors(model, adapter)
+        _check_has_values(adapter, parameters)
+    tensors = {
+        key: whole(parameter.detach()).to("cpu", copy=True).contiguous()
+        for key, parameter in parameters.items()
+    }
+    records = tuple(
+        _record(name, layer.disha[adapter], layer, _base_fingerprint(layer))
+        for name, layer in require_adapter(model, adapter)
+    )
+    with ranks.agreeing(action):
+        _check_one_kind(adapter, records)
+        _check_still_finite(adapter, tensors)
+    _, layer = require_adapter(model, adapter)[0]
+    keys = {record.key for record in records}
+    header = AdapterHeader(
+        config=replace(layer.disha[adapter].config, scale=records[0].scale),
+        layers=records,
+        also_train=tuple(sorted(key for key in tensors if key not in keys)),
+        tensors={key: TensorRecord(tuple(t.shape), t.dtype) for key, t in tensors.items()},
+        metadata=notes,
+    )
+    return header, tensors
+
+
+def _record(name: str, block: Block, layer: AdaptedLayer, base: str | None) -> LayerRecord:
+    geometry = layer.geometry(layer)
+    return LayerRecord(
+        name=name,
+        method=block.method,
+        r=block.r,
+        r_out=block.r_out,
+        in_features=geometry.in_features,
+        out_features=geometry.out_features,
+        scale=block.strength,
+        base=base,
+        layout=layer.layout(layer),
+    )
+
+
+def _base_fingerprint(layer: AdaptedLayer) -> str | None:
+    """Return the fingerprint of a layer's original weight; a quantised one has none.
+
+    Quantising changes the values, and so do a second way of quantising and some kernels, while an
+    adapter that was trained on one fits the others.
+    """
+    return fingerprint(layer.base_weight) if layer.quantisation(layer) is None else None
+
+
+def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, str) for key, value in metadata.items()
+    ):
+        raise ArgumentTypeError(f"metadata must be a dict of str -> str, got {metadata!r}")
+    return dict(metadata)
+
+
+def _check_has_values(adapter: str, parameters: Mapping[str, nn.Parameter]) -> None:
+    meta = [key for key, parameter in parameters.items() if parameter.is_meta]
+    if meta:
+        raise AdapterStateError(
+            f"adapter {adapter!r} is on the meta device ({meta[0]}), where it has no values to save"
+        )
+
+
+def _check_one_kind(adapter: str, records: Iterable[LayerRecord]) -> None:
+    kinds = {(record.method, record.r_out) for record in records}
+    if len(kinds) > 1:
+        raise AdapterStateError(
+            f"adapter {adapter!r} has blocks of different kinds, {sorted(kinds, key=str)} as "
+            "(method, r_out), and a file holds one kind; give each an adapter name of its own"
+        )
+
+
+def _check_still_finite(adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    broken = [key for key, tensor in tensors.items() if not finite_as(tensor, tensor.dtype)]
+    if broken:
+        raise AdapterStateError(
+            f"adapter {adapter!r} holds values that are not finite (NaN or infinity) in "
+            f"{', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}, and could not be loaded "
+            "again; nothing was written. Go back to an earlier state of the training"
+        )
+
+
+# --- into a file and out of it -------------------------------------------------------------------
+
+
+def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter to a file, whole or not at all.
+
+    Raises:
+        AdapterIOError: it can't be written; what was there is still there.
+        ArgumentError: the header is larger than a safetensors file can hold.
+    """
+    write_whole(path, tensor_writer(tensors, {HEADER_KEY: encoded(header)}))
+
+
+def read_contents(
+    path: Path, *, also_train: bool = True, layers: str | None = None
+) -> tuple[AdapterFile, dict[str, Tensor]]:
+    """Return what a file says of itself, and its tensors.
+
+    Args:
+        path: the file.
+        also_train: also read the parameters that the file holds beside the blocks.
+        layers: a regex; only the layers in whose names it is found are returned and read.
+
+    Raises:
+        AdapterIOError: the file can't be read.
+        AdapterFileError: it is no valid adapter file.
+        ArgumentError: `layers` is no valid regex, or is found in no layer's name.
+    """
+    with opened(path) as file:
+        described = described_by(file)
+        if layers is not None:
+            described = _narrowed(described, layers)
+        if not also_train:
+            described = _without(described, described.also_train, also_train=())
+        return described, {key: file.read(key) for key in described.tensors}
+
+
+def _narrowed(described: AdapterFile, layers: str) -> AdapterFile:
+    pattern = compile_regex("layers", layers)
+    kept = tuple(layer for layer in described.layers if pattern.search(layer.name))
+    if not kept:
+        names = ", ".join(layer.name for layer in described.layers[:10])
+        raise ArgumentError(
+            f"layers={layers!r} is found in the name of no layer in {described.path}; "
+            f"it has {names}{', ...' if len(described.layers) > 10 else ''}"
+        )
+    left_out = {layer.key for layer in described.layers} - {layer.key for layer in kept}
+    return _without(described, left_out, layers=kept)
+
+
+def _without(described: AdapterFile, keys: Iterable[str], **changes: Any) -> AdapterFile:
+    gone = frozenset(keys)
+    tensors = {key: record for key, record in described.tensors.items() if key not in gone}
+    return replace(described, tensors=tensors, **changes)
+
+
+# --- into a model --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Incoming:
+    """An adapter on its way into a model.
+
+    `keys` maps each key of it to the key of the same parameter in the model: they differ where a
+    module or a parameter has several names and the adapter knows another one.
+    """
+
+    source: Source
+    header: AdapterHeader
+    tensors: Mapping[str, Tensor]
+    keys: Mapping[str, str]
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The tensors under the model's keys."""
+        return {self.keys[key]: tensor for key, tensor in self.tensors.items()}
+
+    @property
+    def records(self) -> dict[str, LayerRecord]:
+        """The layers under the model's keys of their blocks."""
+        return {self.keys[layer.key]: layer for layer in self.header.layers}
+
+
+def load_contents(
+    model: nn.Module,
+    source: Source,
+    header: AdapterHeader,
+    tensors: Mapping[str, Tensor],
+    adapter: str = "default",
+    *,
+    replace: bool = False,
+    partial: bool = False,
+    dtype: torch.dtype | None = None,
+    freeze: bool = True,
+) -> LoadReport:
+    """Put an adapter into a model; `load_adapter` says what the arguments mean and what it raises.
+
+    Args:
+        model: the model.
+        source: what errors name.
+        header: the adapter's header.
+        tensors: all tensors that the header names.
+        adapter: the name that it gets in this model.
+        replace: copy into the adapter of that name, where there is one.
+        partial: when replacing, leave layers alone that the header does not name.
+        dtype: dtype of the blocks; the tensors' by default.
+        freeze: freeze all parameters that belong to no adapter.
+    """
+    with Ranks(require_model(model)).agreeing(f"load a file as adapter {adapter!r}"):
+        check_adapter_name(adapter)
+        check_dtype(dtype)
+        refuse_inside((layer for _, layer in adapted_layers(model)), "load an adapter")
+        incoming = _Incoming(source, header, tensors, _model_keys(model, header))
+        taken = adapter in adapter_names(model)
+        _check_taken(adapter, taken, replace, dtype)
+        if taken:
+            targets, report = _fitting(model, incoming, adapter, partial)
+        else:
+            report = _inject(model, incoming, adapter, dtype, freeze)
+    if taken:
+        _replace(model, incoming, adapter, targets)
+    _warn_of_other_base(model, incoming, adapter)
+    return report
+
+
+def _check_taken(adapter: str, taken: bool, replace: bool, dtype: torch.dtype | None) -> None:
+    if taken and not replace:
+        raise ArgumentError(
+            f"the model has an adapter {adapter!r} already; load under another name (adapter=), or "
+            "pass replace=True to copy the file's values into it"
+        )
+    if taken and dtype is not None:
+        raise ArgumentError(
+            f"dtype={dtype} was given with replace=True, which keeps the blocks that are there; "
+            "leave dtype out, or remove the adapter first"
+        )
+
+
+def _model_keys(model: nn.Module, header: AdapterHeader) -> dict[str, str]:
+    names = Survey(model).names
+    first = {name: aliases[0] for aliases in names.values() for name in aliases}
+    parameters = parameter_aliases(names)
+    keys = {key: parameters.get(key, key) for key in header.also_train}
+    for layer in header.layers:
+        keys[layer.key] = replace(layer, name=first.get(layer.name, layer.name)).key
+    return keys
+
+
+def _inject(
+    model: nn.Module,
+    incoming: _Incoming,
+    adapter: str,
+    dtype: torch.dtype | None,
+    freeze: bool,
+) -> LoadReport:
+    header = incoming.header
+    requests = [
+        LayerRequest(
+            name=layer.name,
+            r=layer.r,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            block_shape=header.tensors[layer.key].shape,
+            dtype=dtype or header.tensors[layer.key].dtype,
+        )
+        for layer in header.layers
+    ]
+    beside = {key: header.tensors[key].shape for key in header.also_train}
+    with _named(incoming.source):
+        _check_uniform(header)
+        plan = plan_layers(model, adapter, header.config, requests, beside, freeze)
+    dtypes = {
+        layer.key: request.dtype for layer, request in zip(header.layers, requests, strict=True)
+    }
+    _check_finite(model, incoming, dtypes)
+    apply_plan(model, plan)
+    targets, values = adapter_tensors(model, adapter), incoming.values
+    copy_values(targets, values)
+    _set_strengths(model, incoming, adapter)
+    return check_fit(targets, values)
+
+
+def _fitting(
+    model: nn.Module, incoming: _Incoming, adapter: str, partial: bool
+) -> tuple[dict[str, nn.Parameter], LoadReport]:
+    """Return the parameters that the values are to replace; raise if they don't fit."""
+    values = incoming.values
+    blocks = {
+        join(name, layer.disha[adapter].parameter_name)
+        for name, layer in require_adapter(model, adapter)
+    }
+    required = set() if partial else blocks | set(incoming.header.also_train)
+    targets = {
+        key: parameter
+        for key, parameter in adapter_tensors(model, adapter).items()
+        if key in values or key in required
+    }
+    report = check_fit(targets, values)
+    problems = [] if report.complete else [str(report)]
+    problems += _other_sizes(model, incoming, adapter)
+    if problems:
+        listing = "\n".join(problems[:20])
+        raise AdapterFileError(
+            f"{incoming.source} does not fit the adapter {adapter!r} that it was to replace; "
+            f"nothing was loaded:\n{listing}"
+        )
+    return targets, report
+
+
+def _replace(
+    model: nn.Module, incoming: _Incoming, adapter: str, targets: Mapping[str, nn.Parameter]
+) -> None:
+    copy_values(targets, incoming.values)
+    records = incoming.records
+    for name, layer in require_adapter(model, adapter):
+        block = layer.disha[adapter]
+        if join(name, block.parameter_name) in records:
+            block.reconfigure(incoming.header.config)
+    _set_strengths(model, incoming, adapter)
+
+
+def _set_strengths(model: nn.Module, incoming: _Incoming, adapter: str) -> None:
+    records = incoming.records
+    for name, layer in require_adapter(model, adapter):
+        block = layer.disha[adapter]
+        record = records.get(join(name, block.parameter_name))
+        if record is not None:
+            block.set_strength(record.scale)
+
+
+def _other_sizes(model: nn.Module, incoming: _Incoming, adapter: str) -> list[str]:
+    """Return what the adapter says of layers and the model's adapter contradicts."""
+    asked = incoming.records
+    problems = []
+    for name, layer in require_adapter(model, adapter):
+        found = _record(name, layer.disha[adapter], layer, base=None)
+        wanted = asked.get(found.key)
+        if wanted is not None and found.sizes != wanted.sizes:
+            problems.append(f"{name}: the file has {wanted.sizes}, the model {found.sizes}")
+    return problems + _not_uniform(incoming.header)
+
+
+def _check_uniform(header: AdapterHeader) -> None:
+    problems = _not_uniform(header)
+    if problems:
+        raise AdapterFileError("; ".join(problems[:10]))
+
+
+def _not_uniform(header: AdapterHeader) -> list[str]:
+    """Return the layers whose method or tile is not the configuration's."""
+    config = header.config
+    return [
+        f"layer {layer.name!r} has kind {layer.method!r} and r_out {layer.r_out}, but the "
+        f"configuration says {config.method!r} and {config.r_out}"
+        for layer in header.layers
+        if (layer.method, layer.r_out) != (config.method, config.r_out)
+    ]
+
+
+def _check_finite(
+    model: nn.Module, incoming: _Incoming, dtypes: Mapping[str, torch.dtype | None]
+) -> None:
+    """Raise if a value is not finite, or would not be in the dtype that it is loaded into."""
+    owners = parameter_owners(module_names(model))
+    broken = []
+    for key, tensor in incoming.tensors.items():
+        dtype = dtypes.get(key)
+        if dtype is None:
+            module, name = owners[incoming.keys[key]]
+            dtype = getattr(module, name).dtype
+        if not finite_as(tensor, dtype):
+            broken.append(f"{key} (as {dtype})")
+    if broken:
+        raise AdapterFileError(
+            f"{incoming.source} holds values that are not finite (NaN or infinity) in "
+            f"{', '.join(broken[:10])}; nothing was loaded. Get another version of the file, or "
+            "load it in a wider dtype"
+        )
+
+
+@contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Let errors about the contents name where they came from."""
+    try:
+        yield
+    except (ArgumentError, AdapterFileError) as error:
+        raise AdapterFileError(f"{source}: {error}") from error
+
+
+def _warn_of_other_base(model: nn.Module, incoming: _Incoming, adapter: str) -> None:
+    records = incoming.records
+    other, known = [], 0
+    for name, layer in require_adapter(model, adapter):
+        record = records.get(join(name, layer.disha[adapter].parameter_name))
+        now = None if record is None else _base_fingerprint(layer)
+        if record is None or now is None or record.base is None:
+            continue
+        known += 1
+        if not same_base(now, record.base):
+            other.append(name)
+    if other:
+        shown = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
+        warnings.warn(
+            f"{incoming.source} was saved from other base weights than the model's in "
+            f"{len(other)} of {known} layers ({shown}): load the base that it was trained on, or "
+            "check that the adapter is not merged into this one already",
+            AdapterFileWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,337 @@
+"""The header of an adapter file, format 1: what the file says of itself.
+
+It is JSON under one key of the safetensors metadata; docs/format.md describes its fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from disha.config import AdapterConfig, check_scale
+from disha.errors import AdapterFileError, DishaError
+from disha.files.tensors import TensorFile, TensorRecord
+from disha.layers import BLOCKS
+from disha.tables import table
+from disha.tree import join
+
+__all__ = [
+    "FORMAT",
+    "HEADER_KEY",
+    "AdapterFile",
+    "AdapterHeader",
+    "LayerRecord",
+    "TensorRecord",
+    "described_by",
+    "encoded",
+]
+
+FORMAT = 1
+"""The newest file format that this library writes and reads."""
+
+HEADER_KEY = "disha"
+"""The one metadata key: several would come out in changing order, and the bytes with them."""
+
+LAYOUTS = ("linear", "linear_in_out", "conv", "conv_transposed", "embedding")
+"""How weights are laid out; a file from elsewhere may name none but these."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """A layer in a file: what block it has, on what it fits, and its base's fingerprint.
+
+    Attributes:
+        name: the layer's name in its model.
+        method: `"bone"` or `"bat"`.
+        r: shard size.
+        r_out: size of the output shard of a tile, or None.
+        in_features: size of the layer's input.
+        out_features: size of its output.
+        scale: factor on the update.
+        base: fingerprint of the base weight, or None where it has none.
+        layout: how the base weight is laid out, or None where its kind does not tell.
+    """
+
+    name: str
+    method: str
+    r: int
+    r_out: int | None
+    in_features: int
+    out_features: int
+    scale: float
+    base: str | None
+    layout: str | None = None
+
+    @property
+    def sizes(self) -> tuple[str, int, int | None, int, int]:
+        """Kind, r, r_out, in and out."""
+        return (self.method, self.r, self.r_out, self.in_features, self.out_features)
+
+    @property
+    def key(self) -> str:
+        """The block's key in the file."""
+        return join(self.name, BLOCKS[self.method].parameter_name)
+
+
+@dataclass(frozen=True)
+class AdapterHeader:
+    """What describes an adapter away from its model.
+
+    Attributes:
+        config: the adapter's configuration.
+        layers: the adapted layers.
+        also_train: names of the parameters saved beside the blocks.
+        tensors: key -> shape and dtype, of all tensors.
+        metadata: what the user gave to `save_adapter`.
+    """
+
+    config: AdapterConfig
+    layers: tuple[LayerRecord, ...]
+    also_train: tuple[str, ...]
+    tensors: Mapping[str, TensorRecord]
+    metadata: Mapping[str, str]
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors."""
+        return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class AdapterFile(AdapterHeader):
+    """What an adapter file says of itself; printable.
+
+    Attributes:
+        config: the adapter's configuration.
+        layers: the adapted layers.
+        also_train: names of the parameters saved beside the blocks.
+        tensors: key -> shape and dtype, of all tensors.
+        metadata: what the user gave to `save_adapter`.
+        path: the file.
+        format: its format version.
+        nbytes: size of the file.
+    """
+
+    path: Path
+    format: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                layer.name or "(the model)",
+                layer.method,
+                layer.r,
+                f"{layer.in_features} -> {layer.out_features}",
+                "x".join(map(str, self.tensors[layer.key].shape)),
+                str(self.tensors[layer.key].dtype).removeprefix("torch."),
+            )
+            for layer in self.layers
+        ]
+        lines = [table(("layer", "method", "r", "in -> out", "block", "dtype"), rows)]
+        if self.also_train:
+            lines.append(f"also trained: {', '.join(self.also_train)}")
+        lines += [f"{key}: {value}" for key, value in self.metadata.items()]
+        lines.append(
+            f"{self.path}: format {self.format}, {len(self.layers)} layers, "
+            f"{self.parameters:,} parameters, {self.nbytes:,} bytes"
+        )
+        return "\n".join(lines)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def encoded(header: AdapterHeader) -> str:
+    """Return a header as JSON, the same text for the same header."""
+    fields = {
+        "format": FORMAT,
+        "config": header.config.to_json(),
+        "layers": _grouped(header.layers),
+        "also_train": list(header.also_train),
+        "metadata": dict(sorted(header.metadata.items())),
+    }
+    return json.dumps(fields, separators=(",", ":"))
+
+
+def _grouped(records: tuple[LayerRecord, ...]) -> list[dict[str, Any]]:
+    """Return the layers grouped by their sizes: most of a model's layers share a few."""
+    groups: dict[tuple[Any, ...], dict[str, str | None]] = {}
+    for one in records:
+        groups.setdefault((*one.sizes, one.layout, one.scale), {})[one.name] = one.base
+    names = ("kind", "r", "r_out", "in", "out", "layout", "scale")
+    return [
+        {**dict(zip(names, shared, strict=True)), "base": base} for shared, base in groups.items()
+    ]
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def described_by(file: TensorFile) -> AdapterFile:
+    """Return what an open file says of itself.
+
+    Raises:
+        AdapterFileError: it is no valid adapter file.
+    """
+    path = file.path
+    header = _Header(path, _parsed(path, file.metadata))
+    tensors = {key: file.record(key) for key in file.keys}
+    layers, also_train = header.layers(), header.also_train()
+    _check_keys(path, [layer.key for layer in layers] + list(also_train), tensors)
+    return AdapterFile(
+        config=header.config(),
+        layers=layers,
+        also_train=also_train,
+        tensors=tensors,
+        metadata=header.metadata(),
+        path=path,
+        format=FORMAT,
+        nbytes=path.stat().st_size,
+    )
+
+
+def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata.get(HEADER_KEY)
+    if text is None:
+        raise AdapterFileError(
+            f"{path} is a safetensors file without a {HEADER_KEY!r} entry in its metadata: it "
+            "was not written by disha.save_adapter"
+        )
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path}: the header is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise AdapterFileError(
+            f"{path}: the header must be a JSON object, is {type(header).__name__}"
+        )
+    version = header.get("format")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise AdapterFileError(f"{path}: the header's format must be a number, is {version!r}")
+    if version > FORMAT:
+        raise AdapterFileError(
+            f"{path} has format {version}, and this version of disha reads up to {FORMAT}; "
+            "upgrade disha-torch"
+        )
+    return header
+
+
+class _Header:
+    """The fields of a header, each checked as it is read."""
+
+    def __init__(self, path: Path, fields: dict[str, Any]) -> None:
+        self.path = path
+        self.fields = fields
+
+    def config(self) -> AdapterConfig:
+        try:
+            return AdapterConfig.from_json(self._field(self.fields, "config", dict))
+        except DishaError as error:
+            raise AdapterFileError(f"{self.path}: {error}") from error
+
+    def layers(self) -> tuple[LayerRecord, ...]:
+        records = [
+            record
+            for group in self._field(self.fields, "layers", list)
+            for record in self._group(group)
+        ]
+        if not records:
+            raise AdapterFileError(f"{self.path}: the header lists no layer")
+        names = [record.name for record in records]
+        if len(set(names)) != len(names):
+            raise AdapterFileError(f"{self.path}: the header lists a layer twice")
+        return tuple(records)
+
+    def _group(self, group: object) -> Iterator[LayerRecord]:
+        if not isinstance(group, dict):
+            raise AdapterFileError(f"{self.path}: an entry of the header's layers is no object")
+        kind = self._field(group, "kind", str)
+        if kind not in BLOCKS:
+            raise AdapterFileError(
+                f"{self.path}: unknown kind {kind!r}; known are {', '.join(BLOCKS)}"
+            )
+        r_out = None if group.get("r_out") is None else self._size(group, "r_out")
+        layout, scale = self._layout(group), self._scale(group)
+        for name, base in self._field(group, "base", dict).items():
+            if base is not None and not isinstance(base, str):
+                raise AdapterFileError(f"{self.path}: the fingerprint of {name!r} is no text")
+            yield LayerRecord(
+                name=name,
+                method=kind,
+                r=self._size(group, "r"),
+                r_out=r_out,
+                in_features=self._size(group, "in"),
+                out_features=self._size(group, "out"),
+                scale=scale,
+                base=base,
+                layout=layout,
+            )
+
+    def also_train(self) -> tuple[str, ...]:
+        names = self._field(self.fields, "also_train", list)
+        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+            raise AdapterFileError(
+                f"{self.path}: the header's also_train must list names, each once"
+            )
+        return tuple(names)
+
+    def metadata(self) -> dict[str, str]:
+        metadata = self._field(self.fields, "metadata", dict)
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise AdapterFileError(f"{self.path}: the header's metadata must be text")
+        return metadata
+
+    def _field(self, fields: dict[str, Any], name: str, kind: type[T]) -> T:
+        value = fields.get(name)
+        if not isinstance(value, kind):
+            raise AdapterFileError(
+                f"{self.path}: the header's field {name!r} must be a JSON {kind.__name__}, "
+                f"is {type(value).__name__}"
+            )
+        return value
+
+    def _layout(self, fields: dict[str, Any]) -> str | None:
+        layout = fields.get("layout")
+        if layout is None:
+            return None
+        if layout not in LAYOUTS:
+            raise AdapterFileError(
+                f"{self.path}: unknown layout {layout!r}; known are {', '.join(LAYOUTS)}"
+            )
+        return str(layout)
+
+    def _scale(self, fields: dict[str, Any]) -> float:
+        try:
+            check_scale(fields.get("scale"))
+        except DishaError as error:
+            raise AdapterFileError(f"{self.path}: {error}") from error
+        return float(fields["scale"])
+
+    def _size(self, fields: dict[str, Any], name: str) -> int:
+        value = self._field(fields, name, int)
+        if isinstance(value, bool) or not 1 <= value < 2**31:
+            raise AdapterFileError(
+                f"{self.path}: the header's field {name!r} must be a size, is {value!r}"
+            )
+        return value
+
+
+def _check_keys(path: Path, described: list[str], tensors: Mapping[str, object]) -> None:
+    missing = [key for key in described if key not in tensors]
+    extra = sorted(set(tensors) - set(described))
+    if missing or extra:
+        parts = [f"missing {key!r}" for key in missing[:10]] + [
+            f"not described {key!r}" for key in extra[:10]
+        ]
+        raise AdapterFileError(
+            f"{path}: tensors and header disagree ({len(missing)} missing, {len(extra)} not "
+            f"described): {', '.join(parts)}"
+        )

@@ -1,0 +1,139 @@
+"""Safetensors files, whatever they hold; the only importer of safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, DishaError
+from disha.files.atomic import Write
+
+__all__ = ["DTYPES", "TensorFile", "TensorRecord", "opened", "tensor_writer"]
+
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""The dtypes that adapters and base weights have, by their names in a file."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor in a file: its shape, its dtype and its size in bytes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorFile:
+    """An open safetensors file; tensors are read one by one, when they are asked for.
+
+    Args:
+        path: what errors name.
+        file: the open file.
+    """
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self.path = path
+        self._file = file
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's `__metadata__`."""
+        metadata: dict[str, str] | None = self._file.metadata()
+        return metadata or {}
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of the tensors."""
+        return list(self._file.keys())
+
+    def record(self, key: str) -> TensorRecord:
+        """Return a tensor's shape and dtype without reading it; its dtype is one of `DTYPES`."""
+        described = self._file.get_slice(key)
+        dtype = described.get_dtype()
+        if dtype not in DTYPES:
+            raise AdapterFileError(
+                f"{self.path}: tensor {key!r} has dtype {dtype}; allowed are {', '.join(DTYPES)}"
+            )
+        return TensorRecord(tuple(described.get_shape()), DTYPES[dtype])
+
+    def read(self, key: str) -> Tensor:
+        """Return a tensor, on the CPU."""
+        with explained(self.path):
+            tensor: Tensor = self._file.get_tensor(key)
+            return tensor
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[TensorFile]:
+    """Open a safetensors file for reading.
+
+    Raises:
+        AdapterIOError: it can't be read.
+        AdapterFileError: it is no whole safetensors file.
+    """
+    if path.is_dir():
+        raise AdapterIOError(f"can't read {path}: it is a folder; name the .safetensors file")
+    with explained(path), safetensors.safe_open(path, framework="pt") as file:
+        yield TensorFile(path, file)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what reading raises into our own errors, which name the file."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise AdapterFileError(
+            f"{path} is not a whole safetensors file ({error}); it is damaged, was cut off, or is "
+            "another kind of file. Get it again"
+        ) from error
+    except OSError as error:
+        if isinstance(error, DishaError):
+            raise
+        raise AdapterIOError(
+            f"can't read {path}: {error.strerror or error}; check the path"
+        ) from error
+
+
+def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
+    """Return what writes a safetensors file, for `write_whole`.
+
+    Args:
+        tensors: key -> contiguous tensor on the CPU.
+        metadata: the file's `__metadata__`. More than one key comes out in changing order, and
+            the bytes with them.
+
+    Raises:
+        ArgumentError: the metadata is larger than a safetensors file can hold.
+    """
+    try:
+        safetensors.torch.save({}, metadata=dict(metadata))
+    except safetensors.SafetensorError as error:
+        raise ArgumentError(
+            f"the header does not fit into a safetensors file ({error}); give less metadata"
+        ) from error
+
+    def write(path: str) -> None:
+        try:
+            safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata))
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    return write
