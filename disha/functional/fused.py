@@ -55,8 +55,13 @@ def fusible(x: Tensor, weight: Tensor, *blocks: Tensor) -> bool:
         return False
     if forward_ad._current_level >= 0 or weight.requires_grad or weight.dim() != 2:
         return False
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, weight, *blocks))
-    return plain and weight.is_contiguous() and not x.is_meta
+    for operand in (x, weight, *blocks):
+        if type(operand) not in _PLAIN:
+            return False
+    return weight.is_contiguous() and not x.is_meta
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def bone_linear(
@@ -80,7 +85,7 @@ def bone_linear(
         >>> bone_linear(torch.ones(1, 4), torch.eye(4), None, torch.ones(2, 4))
         tensor([[5., 5., 5., 5.]])
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     with without_autocast(x.device):
         if torch.is_grad_enabled():
             output: Tensor = _BoneLinear.apply(  # type: ignore[no-untyped-call]
@@ -88,23 +93,28 @@ def bone_linear(
             )[0]
         else:
             output = _bone_product(rows, weight, bias, block, scale)[0]
-    return output.view(*x.shape[:-1], weight.shape[0])
+    return output if rows is x else output.view(*x.shape[:-1], weight.shape[0])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x (..., in) as (n, in)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 class _BoneLinear(torch.autograd.Function):
     """(x (n, in), W, b, D, s) -> y (n, out) and s S (n, r), which double backward goes through."""
 
+    # A setup_context of its own is for transforms, which are not `fusible`; binding the arguments
+    # for it takes as long as a small product.
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        return _bone_product(x, weight, bias, block, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, weight, _, block, ctx.scale = inputs
-        ctx.save_for_backward(weight, block, output[1])
+        output, sums = _bone_product(x, weight, bias, block, scale)
+        ctx.scale = scale
+        ctx.save_for_backward(weight, block, sums)
         ctx.set_materialize_grads(False)
+        return output, sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -178,7 +188,7 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) ->
         >>> bat_linear(torch.ones(1, 2), torch.eye(2), None, torch.eye(2)[None])
         tensor([[3., 3.]])
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     with without_autocast(x.device):
         if torch.is_grad_enabled():
             output: Tensor = _BatLinear.apply(rows, weight, bias, block)  # type: ignore[no-untyped-call]
@@ -186,20 +196,16 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) ->
             output = _streamed(rows, weight, bias, block)
         else:
             output = _bat_product(rows, weight, bias, block)
-    return output.view(*x.shape[:-1], weight.shape[0])
+    return output if rows is x else output.view(*x.shape[:-1], weight.shape[0])
 
 
 class _BatLinear(torch.autograd.Function):
     """(x (n, in), W, b, D) -> y (n, out)."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
-        return _bat_product(x, weight, bias, block)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, block = inputs
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, block)
+        return _bat_product(x, weight, bias, block)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -330,8 +336,7 @@ def routed_bat_delta(x: Tensor, weight: Tensor, blocks: Tensor) -> Tensor:
         tensor([[2., 2.],
                 [0., 0.]])
     """
-    rows = x.reshape(-1, x.shape[-1])
-    output = _through_blocks(rows, weight, blocks, with_input=False)
+    output = _through_blocks(_rows(x), weight, blocks, with_input=False)
     return output.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -290,7 +290,10 @@ def adapted_linear(
         output = _with_bats(x, weight, bias, bats)
     elif bones and (operands := _fused(x, weight, bias, *bones[0])) is not None:
         tile_count(bones[0][0], weight.shape[0])
-        output, bones = bone_linear(*operands), bones[1:]
+        output = bone_linear(*operands)
+        if len(bones) == 1:
+            return output
+        bones = bones[1:]
     else:
         # S(x) before W x: backward then adds dS into a gradient of x that is there already.
         deltas = [bone_delta(x, block, weight.shape[0], scale) for block, scale in bones]

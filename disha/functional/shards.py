@@ -73,8 +73,8 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
     """
     # reduce(x, "... (b r) -> ... r", "sum"), natively: this is the hot path
     padded = pad_to_multiple(x, r, dim=-1)
-    shards = padded.reshape(*x.shape[:-1], padded.shape[-1] // r, r)
-    return torch.sum(shards, dim=-2, dtype=dtype)
+    shards: Tensor = padded.unflatten(-1, (-1, r))  # type: ignore[no-untyped-call]
+    return shards.sum(-2, dtype=dtype)
 
 
 def square_tiles(weight: Tensor, r: int) -> Tensor:

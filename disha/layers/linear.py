@@ -106,9 +106,9 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output (..., out) for an input (..., in), adapters applied."""
-        acting = self.disha.acting()
-        merged = self.disha.merged
-        if merged is not None and merged.dense:
+        adapters = self.disha
+        acting = adapters.acting()
+        if adapters.merged is not None and adapters.merged.dense:
             return dense_linear(input, self.weight, self.bias)
         # A BAT block changes the weight that is multiplied; one that drops a part of its input
         # can't, as its input is no longer the layer's. Nor can it where the weight is quantised:
@@ -127,7 +127,9 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
             acting = tuple(dropping)
         else:
             output = super().forward(input)
-        return self.updated(output, acting, input)
+        if acting or adapters.route is not None:
+            output = self.updated(output, acting, input)
+        return output
 
     def reset_parameters(self) -> None:
         """Draw the base weight and bias anew, and set every block to its initial values.
