@@ -4,7 +4,9 @@ Nothing in a file is trusted: keys, shapes, dtypes, values and header are all ch
 model changes. From bottom to top:
 
 - `atomic`: writing a file whole or not at all
+- `staging`: the same for a folder
 - `tensors`: safetensors files, whatever they hold
+- `pieces`: the same as bytes, copied and written one tensor at a time
 - `header`: what an adapter file says of itself
 - `contents`: an adapter away from its model: out of a model, out of a file, into either
 - `adapter`: `save_adapter`, `inspect_adapter`, `load_adapter`

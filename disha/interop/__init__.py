@@ -1,0 +1,1 @@
+"""Adapters in the formats of others, and base checkpoints on disk."""

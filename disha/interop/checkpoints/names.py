@@ -1,0 +1,152 @@
+"""Where in a checkpoint the weights of an adapter's layers are.
+
+A layer `<name>` has its weight under `<name>.weight`. The projections of an `nn.MultiheadAttention`
+have rows of `<attention>.in_proj_weight`, or `<attention>.q_proj_weight` and its like. All names
+of a checkpoint may stand under one more prefix than those of the adapter's model (`model.` where
+the adapter was trained on the inner model), or lack one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from disha.errors import AdapterFileError
+from disha.files.header import LayerRecord
+from disha.files.pieces import StoredTensor
+from disha.layers.attention import PROJECTIONS
+from disha.tree import join
+
+__all__ = ["Place", "Renaming", "nearest", "place_of", "renaming"]
+
+PACKED = "in_proj_weight"
+
+DEEPEST_PREFIX = 8
+"""Of how many parts a prefix may be that one of two models has."""
+
+SEARCHED, SHOWN = 2000, 3
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight is: a tensor of the checkpoint, or a part of its rows.
+
+    `part` is 0, 1 or 2 for q, k and v in a packed tensor, else None.
+    """
+
+    key: str
+    part: int | None = None
+
+    def rows(self, out_features: int) -> slice:
+        """Return the rows that the weight has in the tensor."""
+        if self.part is None:
+            return slice(None)
+        return slice(self.part * out_features, (self.part + 1) * out_features)
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """How names of the adapter's model become names of the checkpoint: one prefix for another."""
+
+    old: str = ""
+    new: str = ""
+
+    def __call__(self, name: str) -> str | None:
+        """Return the checkpoint's name, or None for a name that lacks the prefix."""
+        if not self.old:
+            return join(self.new, name)
+        rest = name.removeprefix(f"{self.old}.")
+        return None if rest == name else join(self.new, rest)
+
+    def __str__(self) -> str:
+        if self.new:
+            return f"names stand under {self.new!r} there"
+        return f"names lack {self.old!r} there" if self.old else "names are the same there"
+
+
+def places(record: LayerRecord) -> tuple[Place, ...]:
+    """Return where the weight of a layer may be, by the names of the adapter's model."""
+    owner, _, last = record.name.rpartition(".")
+    own = Place(join(record.name, "weight"))
+    if last not in PROJECTIONS:
+        return (own,)
+    packed = Place(join(owner, PACKED), PROJECTIONS.index(last))
+    return (own, packed, Place(join(owner, f"{last}_weight")))
+
+
+def place_of(
+    record: LayerRecord, tensors: Mapping[str, StoredTensor], renaming: Renaming
+) -> Place | None:
+    """Return where the weight of a layer is in the checkpoint, or None."""
+    for place in places(record):
+        key = renaming(place.key)
+        if key is not None and key in tensors:
+            return Place(key, place.part)
+    return None
+
+
+def renaming(
+    source: object,
+    records: tuple[LayerRecord, ...],
+    also_train: tuple[str, ...],
+    tensors: Mapping[str, StoredTensor],
+) -> Renaming:
+    """Return how the adapter's names become the checkpoint's: all of them, or else most.
+
+    The names as they are come first: another prefix has to lead to more.
+
+    Args:
+        source: the checkpoint, for errors.
+        records: the adapter's layers.
+        also_train: names of its further parameters.
+        tensors: those of the checkpoint.
+
+    Raises:
+        AdapterFileError: several prefixes lead to all of them, and the names as they are do not.
+    """
+    wanted = [[place.key for place in places(record)] for record in records]
+    wanted += [[key] for key in also_train]
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for number, keys in enumerate(wanted):
+        for key in keys:
+            numbers[key].add(number)
+    found: dict[Renaming, set[int]] = defaultdict(set)
+    for key in tensors:
+        for new, rest in _splits(key):
+            if rest in numbers:
+                found[Renaming(new=new)] |= numbers[rest]
+    for key in numbers:
+        for old, rest in _splits(key):
+            if old and rest in tensors:
+                found[Renaming(old=old)] |= numbers[key]
+    complete = [one for one in found if len(found[one]) == len(wanted)]
+    if Renaming() in complete or not complete:
+        return max([Renaming(), *found], key=lambda one: len(found.get(one, ())))
+    if len(complete) > 1:
+        raise AdapterFileError(
+            f"it is unclear which tensors of {source} are the adapter's: "
+            f"{'; or '.join(str(one) for one in complete[:3])}. Load the adapter into the model, "
+            "and merge there (merge_adapters)"
+        )
+    return complete[0]
+
+
+def _splits(key: str) -> Iterator[tuple[str, str]]:
+    """Iterate over the ways of splitting a name at one of its first dots; first, not at all."""
+    yield "", key
+    parts = key.split(".", DEEPEST_PREFIX)
+    for count in range(1, len(parts)):
+        yield ".".join(parts[:count]), ".".join(parts[count:])
+
+
+def nearest(key: str, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Return a few names of the checkpoint that may be meant: those beside it, or like it."""
+    owner = key.rpartition(".")[0]
+    beside = (name for name in tensors if owner and name.startswith(f"{owner}."))
+    among = itertools.islice(tensors, SEARCHED)
+    return list(itertools.islice(beside, SHOWN)) or difflib.get_close_matches(
+        key, among, SHOWN, cutoff=0.0
+    )

@@ -1,0 +1,207 @@
+"""A base checkpoint on disk: one safetensors file, or a folder as Hugging Face libraries write it.
+
+Opening it reads headers only; a tensor is memory-mapped when it is asked for. Nothing in it is
+trusted: an index can lead to no file outside of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from disha.errors import AdapterFileError, AdapterIOError
+from disha.files.atomic import PathLike, checked_path
+from disha.files.pieces import StoredTensor, stored_tensors
+from disha.files.tensors import explained, opened
+
+__all__ = ["INDEX", "SINGLE", "Checkpoint", "open_checkpoint"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+LARGEST_JSON = 100_000_000
+"""As many bytes as a safetensors header may have."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SHARD = re.compile(r"[^/\\\0]+\.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base checkpoint, opened but not read.
+
+    Attributes:
+        path: the file or the folder.
+        files: the safetensors files that it consists of.
+        tensors: name -> where it is, what shape and dtype it has.
+        metadata: `__metadata__` of each file.
+        index: what the index says beside the names, or None where there is no index.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[Path, Mapping[str, str]]
+    index: Mapping[str, Any] | None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder, or None where the checkpoint is one file."""
+        return None if self.files == (self.path,) else self.path
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor, memory-mapped: what is not looked at is not read.
+
+        Raises:
+            AdapterIOError: its file can't be read any more.
+        """
+        with opened(self.tensors[name].path) as file:
+            return file.read(name)
+
+    def config(self) -> dict[str, Any]:
+        """Return the contents of config.json, empty where there is none."""
+        path = None if self.folder is None else self.folder / CONFIG
+        return {} if path is None or not path.is_file() else read_json(path)
+
+
+def open_checkpoint(path: PathLike) -> Checkpoint:
+    """Open a base checkpoint without reading its tensors.
+
+    Args:
+        path: one safetensors file; or a folder that holds `model.safetensors`, or shards with a
+            `model.safetensors.index.json`.
+
+    Raises:
+        AdapterIOError: it, or a shard that its index names, can't be read or is not there.
+        AdapterFileError: it is damaged; its index and its shards disagree, or name a file outside
+            of the folder, or a tensor twice; or its weights are pickles.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> from disha.interop.checkpoints import open_checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "model.safetensors")
+        ...     save_file({"0.weight": torch.zeros(2, 3)}, path)
+        ...     checkpoint = open_checkpoint(folder)
+        >>> checkpoint.tensors["0.weight"].shape
+        (2, 3)
+    """
+    path = checked_path(path)
+    if not path.is_dir():
+        return _single(path, path)
+    if (path / SINGLE).is_file():  # first, as transformers looks for it
+        return _single(path, path / SINGLE)
+    if (path / INDEX).is_file():
+        return _sharded(path)
+    with explained(path):
+        pickled = sorted(one.name for one in path.iterdir() if one.suffix in PICKLES)
+    if pickled:
+        raise AdapterFileError(
+            f"{path} holds its weights as {pickled[0]}, a pickle, which can run any code when it "
+            "is read; get the safetensors version, or write one with save_pretrained of "
+            "transformers where you trust the file"
+        )
+    raise AdapterIOError(
+        f"{path} holds neither {SINGLE} nor {INDEX}; name the folder that does, or a .safetensors "
+        "file itself"
+    )
+
+
+def _single(path: Path, file: Path) -> Checkpoint:
+    _require_file(file)
+    if file.suffix in PICKLES:
+        raise AdapterFileError(
+            f"{file} is a pickle by its name, which can run any code when it is read; get the "
+            "safetensors version of the checkpoint"
+        )
+    tensors, metadata = stored_tensors(file)
+    return Checkpoint(path, (file,), tensors, {file: metadata}, index=None)
+
+
+def _sharded(folder: Path) -> Checkpoint:
+    path = folder / INDEX
+    index = read_json(path)
+    weight_map = index.pop("weight_map", None)
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise AdapterFileError(f"{path}: weight_map must map names to files, and has none")
+    names = set()
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_file_name(shard):
+            raise AdapterFileError(
+                f"{path}: {name!r} is said to be in {str(shard)[:80]!r}; allowed are names of "
+                ".safetensors files in the same folder"
+            )
+        names.add(shard)
+    files = tuple(folder / name for name in sorted(names))
+    tensors: dict[str, StoredTensor] = {}
+    metadata = {}
+    for file in files:
+        _require_file(file)
+        held, metadata[file] = stored_tensors(file)
+        for name in held:
+            if weight_map.get(name) != file.name:
+                said = f"is in {weight_map[name]}" if name in weight_map else "is nowhere"
+                raise AdapterFileError(
+                    f"{file} holds {name!r}, which {said} as {INDEX} says; get the folder again"
+                )
+        tensors.update(held)
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise AdapterFileError(
+            f"{path}: {missing[0]!r} is not in {weight_map[missing[0]]} ({len(missing)} such "
+            "tensors); get the folder again"
+        )
+    return Checkpoint(folder, files, tensors, metadata, index)
+
+
+def _is_file_name(name: str) -> bool:
+    return SHARD.fullmatch(name) is not None and not re.search("[\ud800-\udfff]", name)
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        problem = "is no regular file" if path.exists() else "does not exist"
+        raise AdapterIOError(f"can't read {path}: it {problem}; check the path")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        AdapterIOError: it can't be read.
+        AdapterFileError: it is too large, is no JSON object, or names something twice.
+    """
+    with explained(path), open(path, "rb") as file:
+        text = file.read(LARGEST_JSON + 1)
+    if len(text) > LARGEST_JSON:
+        raise AdapterFileError(f"{path} is larger than {LARGEST_JSON:,} bytes")
+    try:
+        content = json.loads(text, object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{path} must be a JSON object, is {type(content).__name__}")
+    return content
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} comes twice")
+    return found
