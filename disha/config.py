@@ -149,6 +149,12 @@ class AdapterConfig:
             )
         if "r" not in values:
             raise ArgumentError("the adapter configuration lacks the field 'r'")
+        for name in ("exclude", "also_train"):
+            if not isinstance(values.get(name, []), list):
+                raise ArgumentTypeError(
+                    f"the field {name!r} of an adapter configuration must be a JSON array, "
+                    f"got {type(values[name]).__name__}"
+                )
         arguments = dict(values)
         if arguments.get("dtype") is not None:
             arguments["dtype"] = _dtype_named(arguments["dtype"])

@@ -229,7 +229,7 @@ def plan_layers(
         model: any model.
         adapter: the adapter's name.
         config: its configuration; what it says of targets is not looked at.
-        requests: the layers.
+        requests: the layers, each once.
         also_train: clean names of parameters to train too -> their shapes.
         freeze: whether everything else is frozen.
 
@@ -242,14 +242,11 @@ def plan_layers(
     by_name = {name: module for module, all_names in names.items() for name in all_names}
     owners = parameter_owners(names)
     aliases, without_effect = parameter_aliases(names), survey.without_effect(config.dropout)
-    problems, layers, requested = [], [], set[nn.Module]()
+    problems, layers = [], []
     for request in requests:
         problem = _unmet(request, config, survey, by_name, without_effect)
-        if problem is None and by_name[request.name] in requested:
-            problem = "is one module with another layer of the adapter"
         if problem is None:
             module = by_name[request.name]
-            requested.add(module)
             name = names[module][0]
             layers.append(_planned(name, module, config, request.r, survey, request.dtype))
         else:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from dataclasses import replace
 
 import pytest
 import safetensors
@@ -23,6 +24,7 @@ from disha import (
     DishaError,
     MergeError,
 )
+from disha.files.contents import adapter_contents, load_contents
 from disha.layers.linear import AdaptedLinear
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
 
@@ -56,10 +58,11 @@ def saved(path):
 
 class TestRoundTrip:
     @pytest.mark.parametrize("method", ["bone", "bat"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
     def test_equal_outputs_and_the_same_file_again(self, path, tokens, method, dtype):
         model = trained(dtype, method=method, rank_pattern={"head": 2}, scale=0.5)
         disha.save_adapter(model, path, metadata={"note": "ä"})
+        assert {record.dtype for record in disha.inspect_adapter(path).tensors.values()} == {dtype}
         other = base(dtype)
         report = disha.load_adapter(other, path)
         assert report.complete
@@ -193,15 +196,38 @@ class TestOtherNames:
         x = torch.randn(3, 6)
         assert torch.equal(other(x), model(x))
 
-    def test_two_layers_of_the_file_that_are_one_in_the_model(self, path):
-        model = nn.Module()
-        model.a, model.b = nn.Linear(6, 4), nn.Linear(6, 4)
-        disha.save_adapter(disha.inject_adapters(model, "a|b", 2), path)
+    @pytest.mark.parametrize("replacing", [False, True])
+    @pytest.mark.parametrize(
+        ("target", "beside", "keys"),
+        [
+            ("a|b", None, "a.bone_block and b.bone_block"),
+            ("c", r"[ab]\.bias", "a.bias and b.bias"),
+        ],
+    )
+    def test_two_of_the_file_that_are_one_in_the_model(self, path, target, beside, keys, replacing):
+        model = TwoNames()
+        model.b, model.c = nn.Linear(6, 4), nn.Linear(3, 2)
+        disha.save_adapter(disha.inject_adapters(model, target, 2, also_train=beside), path)
         other = TwoNames()
+        other.c = nn.Linear(3, 2)
+        if replacing:
+            disha.inject_adapters(other, target, 2, also_train=beside)
         before = snapshot(other)
-        with pytest.raises(AdapterFileError, match="b: is one module with another layer"):
-            disha.load_adapter(other, path)
+        with pytest.raises(AdapterFileError, match=f"{keys} are one parameter in the model"):
+            disha.load_adapter(other, path, replace=replacing)
         assert_unchanged(other, before)
+
+
+class TestContents:
+    @pytest.mark.parametrize("replacing", [False, True])
+    def test_that_contradict_themselves_are_refused_from_anywhere(self, replacing):
+        header, tensors = adapter_contents(trained())
+        header = replace(header, config=replace(header.config, r_out=4))
+        model = trained() if replacing else base()
+        before = snapshot(model)
+        with pytest.raises(AdapterFileError, match=r"(?s)^elsewhere: .*head: .*configuration says"):
+            load_contents(model, "elsewhere", header, tensors, replace=replacing)
+        assert_unchanged(model, before)
 
 
 class TestLayersThatDiffer:
@@ -487,7 +513,7 @@ BAD_HEADERS = {
     "huge scale": (lambda h: first_layer(h).update(scale=10**400), "scale must be finite"),
     "huge scale in config": (lambda h: h["config"].update(scale=1e300), "scale must be finite"),
     "in": (lambda h: first_layer(h).update({"in": 9}), "expected 9 -> 8, the model has 8 -> 8"),
-    "layer twice": (lambda h: h["layers"].append(first_layer(h)), "a layer twice"),
+    "layer twice": (lambda h: h["layers"].append(first_layer(h)), "q_proj' twice"),
     "no name": (lambda h: first_layer(h).update(base={}), "disagree"),
     "layout": (lambda h: first_layer(h).update(layout="square"), "unknown layout 'square'"),
     "layout as list": (lambda h: first_layer(h).update(layout=[]), "unknown layout"),
@@ -722,6 +748,19 @@ class TestSaving:
         with pytest.raises(ArgumentTypeError, match="str -> str"):
             disha.save_adapter(trained(), path, metadata=metadata)
         assert not path.exists()
+
+    def test_what_is_no_unicode_text(self, saved):
+        """Other readers of JSON take no half of a surrogate pair, and keys can't have one."""
+        model, path = saved
+        old = path.read_bytes()
+        with pytest.raises(ArgumentError, match=r"must be Unicode text, and '\\ud800'"):
+            disha.save_adapter(model, path, metadata={"a": "\ud800"})
+        odd = nn.Module()
+        odd.add_module("\udfff", nn.Linear(4, 4))
+        disha.inject_adapters(odd, "all-linear", 2)
+        with pytest.raises(ArgumentError, match=r"must be Unicode text, and '\\udfff'"):
+            disha.save_adapter(odd, path)
+        assert path.read_bytes() == old
 
     def test_permissions_are_a_new_files_or_the_old_files(self, path):
         mask = os.umask(0o027)

@@ -47,7 +47,7 @@ def save_adapter(
         AdapterIOError: the file can't be written; what was there is still there.
         AdapterStateError: the adapter holds values that are not finite, or none (on the meta
             device), or its layers have blocks of different kinds.
-        ArgumentError: there is no such adapter.
+        ArgumentError: there is no such adapter, or the metadata is too large or no Unicode text.
         ArgumentTypeError: the metadata is not str -> str.
 
     Example:

@@ -25,6 +25,7 @@ def checked_path(path: object) -> Path:
             f"path must be a str or a pathlib.Path, got {path!r} of type {type(path).__name__}"
         )
     try:
+        os.fspath(path).encode()  # safetensors reads no other names
         with suppress(FileNotFoundError):  # one to be written, or missed with its own message
             os.stat(path)
     except (OSError, ValueError) as error:

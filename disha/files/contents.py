@@ -29,6 +29,7 @@ from disha.files.header import (
     AdapterFile,
     AdapterHeader,
     LayerRecord,
+    contradictions,
     described_by,
     encoded,
 )
@@ -187,7 +188,8 @@ def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tens
 
     Raises:
         AdapterIOError: it can't be written; what was there is still there.
-        ArgumentError: the header is larger than a safetensors file can hold.
+        ArgumentError: a name or a note is no Unicode text, or the header is larger than a
+            safetensors file can hold.
     """
     write_whole(path, tensor_writer(tensors, {HEADER_KEY: encoded(header)}))
 
@@ -292,6 +294,7 @@ def load_contents(
         check_dtype(dtype)
         refuse_inside((layer for _, layer in adapted_layers(model)), "load an adapter")
         incoming = _Incoming(source, header, tensors, _model_keys(model, header))
+        _check_consistent(incoming)
         taken = adapter in adapter_names(model)
         _check_taken(adapter, taken, replace, dtype)
         if taken:
@@ -302,6 +305,18 @@ def load_contents(
         _replace(model, incoming, adapter, targets)
     _warn_of_other_base(model, incoming, adapter)
     return report
+
+
+def _check_consistent(incoming: _Incoming) -> None:
+    """Raise if the header contradicts itself, or has two tensors for what the model has once."""
+    problems = contradictions(incoming.header)
+    first: dict[str, str] = {}
+    for key, own in incoming.keys.items():
+        if first.setdefault(own, key) != key:
+            problems.append(f"{first[own]} and {key} are one parameter in the model")
+    if problems:
+        listing = "\n".join(problems[:20])
+        raise AdapterFileError(f"{incoming.source}: nothing was loaded:\n{listing}")
 
 
 def _check_taken(adapter: str, taken: bool, replace: bool, dtype: torch.dtype | None) -> None:
@@ -348,7 +363,6 @@ def _inject(
     ]
     beside = {key: header.tensors[key].shape for key in header.also_train}
     with _named(incoming.source):
-        _check_uniform(header)
         plan = plan_layers(model, adapter, header.config, requests, beside, freeze)
     dtypes = {
         layer.key: request.dtype for layer, request in zip(header.layers, requests, strict=True)
@@ -418,24 +432,7 @@ def _other_sizes(model: nn.Module, incoming: _Incoming, adapter: str) -> list[st
         wanted = asked.get(found.key)
         if wanted is not None and found.sizes != wanted.sizes:
             problems.append(f"{name}: the file has {wanted.sizes}, the model {found.sizes}")
-    return problems + _not_uniform(incoming.header)
-
-
-def _check_uniform(header: AdapterHeader) -> None:
-    problems = _not_uniform(header)
-    if problems:
-        raise AdapterFileError("; ".join(problems[:10]))
-
-
-def _not_uniform(header: AdapterHeader) -> list[str]:
-    """Return the layers whose method or tile is not the configuration's."""
-    config = header.config
-    return [
-        f"layer {layer.name!r} has kind {layer.method!r} and r_out {layer.r_out}, but the "
-        f"configuration says {config.method!r} and {config.r_out}"
-        for layer in header.layers
-        if (layer.method, layer.r_out) != (config.method, config.r_out)
-    ]
+    return problems
 
 
 def _check_finite(

@@ -6,7 +6,7 @@ It is JSON under one key of the safetensors metadata; docs/format.md describes i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from disha.config import AdapterConfig, check_scale
-from disha.errors import AdapterFileError, DishaError
+from disha.errors import AdapterFileError, ArgumentError, DishaError
 from disha.files.tensors import TensorFile, TensorRecord
-from disha.layers import BLOCKS
+from disha.layers import BLOCKS, Bat
 from disha.tables import table
 from disha.tree import join
 
@@ -27,6 +27,7 @@ __all__ = [
     "AdapterHeader",
     "LayerRecord",
     "TensorRecord",
+    "contradictions",
     "described_by",
     "encoded",
 ]
@@ -150,7 +151,11 @@ class AdapterFile(AdapterHeader):
 
 
 def encoded(header: AdapterHeader) -> str:
-    """Return a header as JSON, the same text for the same header."""
+    """Return a header as JSON, the same text for the same header.
+
+    Raises:
+        ArgumentError: a name or a note is no Unicode text (it has half of a surrogate pair).
+    """
     fields = {
         "format": FORMAT,
         "config": header.config.to_json(),
@@ -158,18 +163,83 @@ def encoded(header: AdapterHeader) -> str:
         "also_train": list(header.also_train),
         "metadata": dict(sorted(header.metadata.items())),
     }
-    return json.dumps(fields, separators=(",", ":"))
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+    broken = _not_unicode(text)
+    if broken:
+        raise ArgumentError(
+            f"names and metadata must be Unicode text, and {broken} can't be written; replace it"
+        )
+    return text
+
+
+def _not_unicode(text: str) -> str | None:
+    """Return what of a text UTF-8 can't express, or None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return ascii(text[error.start : error.end])
+    return None
 
 
 def _grouped(records: tuple[LayerRecord, ...]) -> list[dict[str, Any]]:
-    """Return the layers grouped by their sizes: most of a model's layers share a few."""
+    """Return the layers grouped by their sizes: most of a model's layers share a few.
+
+    What a group does not have, a tile or a known layout, it does not mention: models with many
+    different sizes have many groups.
+    """
     groups: dict[tuple[Any, ...], dict[str, str | None]] = {}
     for one in records:
         groups.setdefault((*one.sizes, one.layout, one.scale), {})[one.name] = one.base
     names = ("kind", "r", "r_out", "in", "out", "layout", "scale")
     return [
-        {**dict(zip(names, shared, strict=True)), "base": base} for shared, base in groups.items()
+        {name: value for name, value in zip(names, shared, strict=True) if value is not None}
+        | {"base": base}
+        for shared, base in groups.items()
     ]
+
+
+# --- checking ------------------------------------------------------------------------------------
+
+
+def contradictions(header: AdapterHeader) -> list[str]:
+    """Return, for each layer that contradicts the configuration or its block, how it does."""
+    found = [
+        (layer.name or "(the model)", _contradiction(layer, header)) for layer in header.layers
+    ]
+    return [f"{name}: {problem}" for name, problem in found if problem is not None]
+
+
+def _contradiction(layer: LayerRecord, header: AdapterHeader) -> str | None:
+    config = header.config
+    if (layer.method, layer.r_out) != (config.method, config.r_out):
+        return (
+            f"has kind {layer.method!r} and r_out {layer.r_out}, but the configuration says "
+            f"{config.method!r} and {config.r_out}"
+        )
+    if layer.layout is None:
+        return None  # its kind alone knows what fits
+    if layer.method == Bat.method and layer.layout not in ("linear", "linear_in_out"):
+        return f"has kind {layer.method!r}, which is for linear layers, and layout {layer.layout!r}"
+    if layer.r > layer.in_features:
+        return f"r={layer.r} is larger than in_features={layer.in_features}"
+    if layer.r_out is not None and layer.out_features % layer.r_out:
+        return f"r_out={layer.r_out} does not divide out_features={layer.out_features}"
+    shape = header.tensors[layer.key].shape
+    expected = _block_shape(layer, shape)
+    return None if shape == expected else f"expected a block of shape {expected}, found {shape}"
+
+
+def _block_shape(layer: LayerRecord, found: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a layer's block; a kernel and groups are known from the block alone."""
+    r, out = layer.r, layer.r_out or layer.out_features
+    if layer.method == Bat.method:
+        return (-(-layer.out_features // r), r, r)
+    if layer.layout == "conv":
+        return (out, r, *(found[2:5] or (1,)))
+    if layer.layout == "conv_transposed":
+        groups = max(found[0] // r, 1) if found else 1
+        return (groups * r, out, *(found[2:5] or (1,)))
+    return (r, out)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -186,7 +256,7 @@ def described_by(file: TensorFile) -> AdapterFile:
     tensors = {key: file.record(key) for key in file.keys}
     layers, also_train = header.layers(), header.also_train()
     _check_keys(path, [layer.key for layer in layers] + list(also_train), tensors)
-    return AdapterFile(
+    described = AdapterFile(
         config=header.config(),
         layers=layers,
         also_train=also_train,
@@ -196,6 +266,10 @@ def described_by(file: TensorFile) -> AdapterFile:
         format=FORMAT,
         nbytes=path.stat().st_size,
     )
+    problems = contradictions(described)
+    if problems:
+        raise AdapterFileError(f"{path} contradicts itself:\n" + "\n".join(problems[:20]))
+    return described
 
 
 def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -206,7 +280,9 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "was not written by disha.save_adapter"
         )
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+        if "\\u" in text:  # half of a surrogate pair can be written as an escape only
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path}: the header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
@@ -222,6 +298,17 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "upgrade disha-torch"
         )
     return header
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = _repeated(name for name, _ in pairs)
+    if twice is not None:
+        raise ValueError(f"an object has the field {twice!r} twice")
+    return dict(pairs)
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
 
 
 class _Header:
@@ -245,9 +332,9 @@ class _Header:
         ]
         if not records:
             raise AdapterFileError(f"{self.path}: the header lists no layer")
-        names = [record.name for record in records]
-        if len(set(names)) != len(names):
-            raise AdapterFileError(f"{self.path}: the header lists a layer twice")
+        twice = _repeated(record.name for record in records)
+        if twice is not None:
+            raise AdapterFileError(f"{self.path}: the header lists layer {twice!r} twice")
         return tuple(records)
 
     def _group(self, group: object) -> Iterator[LayerRecord]:
@@ -277,10 +364,8 @@ class _Header:
 
     def also_train(self) -> tuple[str, ...]:
         names = self._field(self.fields, "also_train", list)
-        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-            raise AdapterFileError(
-                f"{self.path}: the header's also_train must list names, each once"
-            )
+        if not all(isinstance(name, str) for name in names):
+            raise AdapterFileError(f"{self.path}: the header's also_train must list names")
         return tuple(names)
 
     def metadata(self) -> dict[str, str]:
@@ -324,7 +409,20 @@ class _Header:
         return value
 
 
+def _repeated(names: Iterable[str]) -> str | None:
+    """Return a name that comes again, or None."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
 def _check_keys(path: Path, described: list[str], tensors: Mapping[str, object]) -> None:
+    twice = _repeated(described)
+    if twice is not None:
+        raise AdapterFileError(f"{path}: the header lists {twice!r} twice")
     missing = [key for key in described if key not in tensors]
     extra = sorted(set(tensors) - set(described))
     if missing or extra:

@@ -1,0 +1,335 @@
+"""A reader of adapter files, written from docs/format.md alone: slow, obvious, and all by hand.
+
+It uses neither disha nor safetensors nor torch, so that what it finds in a file, and what it makes
+of it, is there by the format and not by the library. `read` checks what the page says that a reader
+has to refuse, up to the model; `merged` gives the weights of a model with the adapter in them.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+
+import numpy
+
+SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+LAYOUTS = ("linear", "linear_in_out", "conv", "conv_transposed", "embedding")
+LARGEST = 3.4028234663852886e38
+REQUIRED = object()
+
+
+class Refused(Exception):
+    """The file is none of format 1."""
+
+
+def need(condition, problem):
+    if not condition:
+        raise Refused(problem)
+
+
+@dataclass
+class Layer:
+    name: str
+    kind: str
+    r: int
+    r_out: int | None
+    inputs: int
+    outputs: int
+    layout: str | None
+    scale: float
+    base: str | None
+
+    @property
+    def key(self):
+        return f"{self.name}.{self.kind}_block" if self.name else f"{self.kind}_block"
+
+
+@dataclass
+class Adapter:
+    text: str
+    layers: list
+    also_train: list
+    metadata: dict
+    dtypes: dict
+    tensors: dict
+
+
+# --- container -----------------------------------------------------------------------------------
+
+
+def without_repeats(pairs):
+    need(len({name for name, _ in pairs}) == len(pairs), "a field twice")
+    return dict(pairs)
+
+
+def no_number(text):
+    raise Refused(f"{text} is no JSON")
+
+
+def parsed(text):
+    try:
+        value = json.loads(text, object_pairs_hook=without_repeats, parse_constant=no_number)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Refused("no JSON") from error
+    need(isinstance(value, dict), "no object")
+    return value
+
+
+def container(data):
+    """Return the text of the header, dtypes by key, and values by key as bytes with a shape."""
+    need(len(data) >= 8, "no length")
+    (length,) = struct.unpack("<Q", data[:8])
+    need(8 + length <= len(data), "the length is larger than the file")
+    try:
+        entries = parsed(data[8 : 8 + length].decode())
+    except UnicodeDecodeError as error:
+        raise Refused("no UTF-8") from error
+    values = data[8 + length :]
+    metadata = entries.pop("__metadata__", {})
+    need("disha" in metadata, "no header")
+    position, raw = 0, {}
+    for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        need(entry["dtype"] in SIZES, "another dtype")
+        count = 1
+        for size in entry["shape"]:
+            count *= size
+        need(begin == position, "a gap or an overlap")
+        need(end - begin == count * SIZES[entry["dtype"]], "shape and offsets disagree")
+        raw[key] = (values[begin:end], tuple(entry["shape"]))
+        position = end
+    need(position == len(values), "bytes left over, or too few")
+    return metadata["disha"], {key: entries[key]["dtype"] for key in raw}, raw
+
+
+def numbers(raw, dtype, shape):
+    if dtype == "BF16":
+        bits = numpy.frombuffer(raw, "<u2").astype("<u4") << 16
+        return bits.view("<f4").astype("f8").reshape(shape)
+    code = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]
+    return numpy.frombuffer(raw, code).astype("f8").reshape(shape)
+
+
+# --- header --------------------------------------------------------------------------------------
+
+
+def is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value):
+    return is_integer(value) or isinstance(value, float)
+
+
+def is_size(value):
+    return is_integer(value) and 1 <= value < 2**31
+
+
+def is_positive(value):
+    return is_integer(value) and value >= 1
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_scale(value):
+    return is_number(value) and -LARGEST <= value <= LARGEST
+
+
+def is_list_of_text(value):
+    return isinstance(value, list) and all(map(is_text, value))
+
+
+def one_of(*allowed):
+    return lambda value: any(value is one or (is_text(value) and value == one) for one in allowed)
+
+
+def optional(check):
+    return lambda value: value is None or check(value)
+
+
+CONFIG = {
+    "r": (REQUIRED, is_positive),
+    "target": ("all-linear", optional(is_text)),
+    "method": ("bone", one_of("bone", "bat")),
+    "r_out": (None, optional(is_positive)),
+    "exclude": ([], is_list_of_text),
+    "rank_pattern": ({}, lambda v: isinstance(v, dict) and all(map(is_positive, v.values()))),
+    "dropout": (0, lambda value: is_number(value) and 0 <= value < 1),
+    "scale": (1, is_scale),
+    "dtype": (None, one_of("float16", "bfloat16", "float32", "float64", None)),
+    "init": ("zeros", one_of("zeros", "kaiming")),
+    "also_train": ([], is_list_of_text),
+}
+
+GROUP = {
+    "kind": (REQUIRED, one_of("bone", "bat")),
+    "r": (REQUIRED, is_size),
+    "r_out": (None, optional(is_size)),
+    "in": (REQUIRED, is_size),
+    "out": (REQUIRED, is_size),
+    "layout": (None, one_of(*LAYOUTS, None)),
+    "scale": (REQUIRED, is_scale),
+    "base": (
+        REQUIRED,
+        lambda value: isinstance(value, dict) and all(map(optional(is_text), value.values())),
+    ),
+}
+
+HEADER = {
+    "format": (REQUIRED, lambda value: is_integer(value) and value == 1),
+    "config": (REQUIRED, lambda value: isinstance(value, dict)),
+    "layers": (REQUIRED, lambda value: isinstance(value, list)),
+    "also_train": (REQUIRED, is_list_of_text),
+    "metadata": (REQUIRED, lambda v: isinstance(v, dict) and all(map(is_text, v.values()))),
+}
+
+
+def fields_of(found, table):
+    need(isinstance(found, dict), "no object")
+    fields = {}
+    for name, (default, check) in table.items():
+        need(name in found or default is not REQUIRED, f"{name} is missing")
+        fields[name] = found.get(name, default)
+        need(check(fields[name]), f"{name} is {fields[name]!r}")
+    return fields
+
+
+def read(data):
+    """Return the adapter in a file, given as bytes."""
+    text, dtypes, raw = container(data)
+    header = fields_of(parsed(text), HEADER)
+    need(set(header["config"]) <= set(CONFIG), "the configuration has an unknown field")
+    config = fields_of(header["config"], CONFIG)
+    need(config["method"] == "bone" or config["r_out"] is None, "a BAT tile")
+    layers = []
+    for found in header["layers"]:
+        group = fields_of(found, GROUP)
+        need(group["kind"] == config["method"], "kind and configuration disagree")
+        need(group["r_out"] == config["r_out"], "r_out and configuration disagree")
+        shared = [group[name] for name in ("kind", "r", "r_out", "in", "out", "layout", "scale")]
+        layers += [Layer(name, *shared, base) for name, base in group["base"].items()]
+    need(layers, "no layer")
+    need(len({layer.name for layer in layers}) == len(layers), "a layer twice")
+    keys = [layer.key for layer in layers] + header["also_train"]
+    need(len(set(keys)) == len(keys), "a key twice")
+    need(set(keys) == set(raw), "keys and tensors disagree")
+    tensors = {key: numbers(part, dtypes[key], shape) for key, (part, shape) in raw.items()}
+    for layer in layers:
+        check_shape(layer, tensors[layer.key].shape)
+    need(all(numpy.isfinite(tensor).all() for tensor in tensors.values()), "not finite")
+    return Adapter(text, layers, header["also_train"], header["metadata"], dtypes, tensors)
+
+
+def check_shape(layer, shape):
+    if layer.layout is None:
+        return
+    r, outputs = layer.r, layer.r_out or layer.outputs
+    need(r <= layer.inputs, "r is larger than in")
+    need(layer.outputs % outputs == 0, "r_out does not divide out")
+    if layer.kind == "bat":
+        need(layer.layout in ("linear", "linear_in_out"), "BAT for another layout")
+        need(shape == (-(-layer.outputs // r), r, r), "shape")
+    elif layer.layout == "conv":
+        need(shape[:2] == (outputs, r) and 3 <= len(shape) <= 5, "shape")
+    elif layer.layout == "conv_transposed":
+        need(3 <= len(shape) <= 5 and shape[1] == outputs, "shape")
+        need(shape[0] >= r and shape[0] % r == 0, "shape")
+    else:
+        need(shape == (r, outputs), "shape")
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def update(layer, weight, block):
+    """Return dW, one element after the other."""
+    if layer.layout == "linear_in_out":
+        return linear_update(layer, weight.T, block).T
+    if layer.layout == "linear":
+        return linear_update(layer, weight, block)
+    r, result = layer.r, numpy.zeros(weight.shape)
+    for first in range(weight.shape[0]):
+        for second in range(weight.shape[1]):
+            if layer.layout == "conv":
+                part = block[first % block.shape[0], second % r]
+            elif layer.layout == "conv_transposed":
+                group, i = divmod(first, layer.inputs)
+                part = block[group * r + i % r, second % block.shape[1]]
+            else:
+                part = block[first % r, second % block.shape[1]]
+            result[first, second] = part
+    return result
+
+
+def linear_update(layer, weight, block):
+    r, result = layer.r, numpy.zeros(weight.shape)
+    for o in range(layer.outputs):
+        for i in range(layer.inputs):
+            if layer.kind == "bone":
+                result[o, i] = block[i % r, o % block.shape[1]]
+                continue
+            result[o, i] = block[o // r, o % r, i % r]
+            for k in range(r):
+                column = k + r * (i // r)
+                if column < layer.inputs:
+                    result[o, i] += weight[o, column] * block[o // r, k, i % r]
+    return result
+
+
+def place(layer, parameters):
+    """Return the name of the parameter that holds a layer's weight, and its rows there."""
+    own = f"{layer.name}.weight" if layer.name else "weight"
+    if own in parameters:
+        return own, slice(None)
+    owner, _, part = layer.name.rpartition(".")
+    prefix = f"{owner}." if owner else ""
+    apart, packed = f"{prefix}{part}_weight", f"{prefix}in_proj_weight"
+    if apart in parameters:
+        return apart, slice(None)
+    first = ("q_proj", "k_proj", "v_proj").index(part) * layer.outputs
+    return packed, slice(first, first + layer.outputs)
+
+
+def merged(adapter, parameters):
+    """Return parameters (name -> array) with the adapter in them, in double precision."""
+    result = {name: numpy.array(value, "f8") for name, value in parameters.items()}
+    for name in adapter.also_train:
+        result[name] = adapter.tensors[name].copy()
+    base = {name: value.copy() for name, value in result.items()}
+    for layer in adapter.layers:
+        name, rows = place(layer, parameters)
+        delta = update(layer, base[name][rows], adapter.tensors[layer.key])
+        result[name][rows] += layer.scale * delta
+    return result
+
+
+# --- fingerprint ---------------------------------------------------------------------------------
+
+
+def to_bfloat16(values):
+    """Return the bits of singles as bfloat16: to the nearest, ties to even."""
+    bits = values.astype("<f4").view("<u4").astype("u8")
+    odd = (bits >> 16) & 1
+    return ((bits + 0x7FFF + odd) >> 16).astype("<u2")
+
+
+def fingerprint(weight):
+    """Return the fingerprint of an array."""
+    values, count = weight.reshape(-1), min(64, weight.size)
+    places = [k * (weight.size - 1) // max(count - 1, 1) for k in range(count)]
+    with numpy.errstate(over="ignore"):
+        single = numpy.array([values[place] for place in places]).astype("<f4")
+        half = single.astype("<f2").astype("<f4")
+    sizes = "(" + ", ".join(map(str, weight.shape)) + ("," if weight.ndim == 1 else "") + ")"
+    digests = [
+        hashlib.sha256(sizes.encode() + to_bfloat16(form).tobytes()).hexdigest()[:8]
+        for form in (single, half)
+    ]
+    return "".join(digests)
+
+
+def same_base(first, second):
+    return bool({first[:8], first[8:]} & {second[:8], second[8:]})
