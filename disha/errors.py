@@ -13,8 +13,10 @@ __all__ = [
     "AdapterStateError",
     "ArgumentError",
     "ArgumentTypeError",
+    "ConversionError",
     "DishaError",
     "MergeError",
+    "MissingPackageError",
     "ModeError",
     "TargetError",
 ]
@@ -56,6 +58,14 @@ class AdapterFileError(DishaError, ValueError):
 
 class AdapterIOError(DishaError, OSError):
     """A file could not be read or written."""
+
+
+class ConversionError(DishaError, ValueError):
+    """An adapter can't be expressed in another library's format, or not that closely."""
+
+
+class MissingPackageError(DishaError, ImportError):
+    """What was asked for needs a package that is not installed."""
 
 
 class ModeError(DishaError, RuntimeError):

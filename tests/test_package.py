@@ -133,6 +133,16 @@ print(json.dumps(time.process_time() - start))
     assert min(run_python(code) for _ in range(5)) < 0.1
 
 
+def test_interop_is_there_without_an_import_of_its_own():
+    code = """
+import sys, json
+import disha
+before = "disha.interop" in sys.modules
+print(json.dumps([before, disha.interop.lora.__name__, hasattr(disha, "interops")]))
+"""
+    assert run_python(code) == [False, "disha.interop.lora", False]
+
+
 def test_import_warns_of_nothing():
     subprocess.run([sys.executable, "-W", "error", "-c", "import torch, disha"], check=True)
 

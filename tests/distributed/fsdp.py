@@ -183,6 +183,22 @@ def check_failed_save_raises_on_all_ranks(folder):
     assert not list(folder.iterdir())
 
 
+def check_export_as_lora(folder):
+    for case in ADAPTERS:
+        alone, path = folder / f"{case} {rank()}", folder / case
+        model = sharded(adapted(case), reshard_after_forward=False)
+        with torch.no_grad():
+            model(batch())  # leaves whole parameters behind
+        expected = disha.interop.lora.export(adapted(case), alone, rank=2)
+        report = disha.interop.lora.export(model, path, rank=2)
+        assert report.layers == expected.layers
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (path / name).read_bytes() == (alone / name).read_bytes()
+    with pytest.raises(disha.ArgumentTypeError, match=from_rank(1, "rank must be an int")):
+        disha.interop.lora.export(model, folder / "a", rank="2" if rank() == 1 else 2)
+    assert not (folder / "a").exists()
+
+
 def check_loading_into_a_plain_model_and_then_sharding(folder):
     source = adapted(seed=5)
     if rank() == 0:

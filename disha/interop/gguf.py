@@ -1,0 +1,405 @@
+"""LoRA as llama.cpp reads it: a GGUF file, for models of the Llama family.
+
+Tensors are `blk.<n>.<part>.weight.lora_a` (rank, in) and `.lora_b` (out, rank), float32, and
+llama.cpp adds alpha / rank B A x, alpha being one number for the file. GGUF keeps the rows of a
+Llama's q and k in the order of interleaved rotary embedding, so those of B go there too: within a
+head of d rows, row 2i + half is the usual row half * d / 2 + i.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from disha.errors import (
+    AdapterStateError,
+    ArgumentError,
+    ArgumentTypeError,
+    ConversionError,
+    MissingPackageError,
+)
+from disha.files import AdapterHeader, LayerRecord
+from disha.files.atomic import PathLike, checked_path, write_whole
+from disha.files.contents import adapter_contents
+from disha.interop.base_model import base_weights, padding_rows, with_layouts
+from disha.interop.low_rank import (
+    BaseWeight,
+    LoraReport,
+    LowRankUpdate,
+    Progress,
+    check_limits,
+    commonest,
+    few,
+    low_rank_updates,
+)
+from disha.sharding import Ranks
+from disha.tree import module_names, require_model
+
+__all__ = ["ARCHITECTURES", "export_gguf", "write_gguf"]
+
+ARCHITECTURES: Mapping[str, bool] = {"llama": True, "qwen2": False}
+"""Architectures by their names in GGUF -> whether GGUF has the rows of q and k in another order."""
+
+MODEL_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+"""The model types of `transformers` -> architecture."""
+
+LAYER_PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_IN_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
+_EMBEDDING = re.compile(r"(?:model\.)?embed_tokens")
+_HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What llama.cpp's file of the base model is like.
+
+    Attributes:
+        architecture: its name in GGUF.
+        heads: query heads, or None if unknown.
+        kv_heads: key and value heads, or None if unknown.
+        tied_head: whether it has no output head beside the embedding; None if unknown.
+    """
+
+    architecture: str
+    heads: int | None
+    kv_heads: int | None
+    tied_head: bool | None
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ArgumentError(
+                f"architecture={self.architecture!r} is not one whose LoRA can be written as GGUF; "
+                f"known are {', '.join(ARCHITECTURES)}"
+            )
+        for name in ("heads", "kv_heads"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ArgumentTypeError(
+                    f"{name} must be an int of at least 1, got {value!r} of type "
+                    f"{type(value).__name__}"
+                )
+            if value is not None and value < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {value}")
+
+    def interleaves(self, name: str) -> bool:
+        """Whether the rows of a weight, by its GGUF name, are in another order than usual."""
+        return ARCHITECTURES[self.architecture] and name.endswith((".attn_q", ".attn_k"))
+
+    def heads_of(self, name: str) -> int | None:
+        """Return the number of heads that the rows of q or k belong to."""
+        return self.heads if name.endswith(".attn_q") else self.kv_heads
+
+    def check_rows(self, name: str, layer: LayerRecord) -> None:
+        """Raise if the rows of a weight can't be put in order.
+
+        Raises:
+            ArgumentError: its heads are not known, or don't divide the rows.
+        """
+        if not self.interleaves(name):
+            return
+        heads = self.heads_of(name)
+        if heads is None:
+            raise ArgumentError(
+                f"GGUF keeps the rows of q and k of {self.architecture} models by heads; pass "
+                "heads= and kv_heads= of the base model"
+            )
+        if layer.out_features % (2 * heads):
+            raise ArgumentError(
+                f"{layer.name} has {layer.out_features} rows, which {heads} heads of an even size "
+                "do not divide; pass heads= and kv_heads= of the base model"
+            )
+
+
+def export_gguf(
+    model: nn.Module,
+    path: PathLike,
+    adapter: str = "default",
+    rank: int | None = None,
+    max_error: float | None = None,
+    *,
+    architecture: str | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+) -> LoraReport:
+    """Write an adapter of a Llama-family model as the GGUF file of a LoRA that llama.cpp reads.
+
+    llama.cpp takes it beside the GGUF of the base model (`--lora`). Names are the usual ones,
+    `model.layers.0.self_attn.q_proj` and so on, with or without `model.`. Bone and tile are exact;
+    BAT is cut to `rank`. Factors are float32, whatever the blocks are. Needs the package `gguf`.
+
+    Call it on all ranks if the model is sharded: the first one writes.
+
+    Args:
+        model: a model with adapters.
+        path: the file to write.
+        adapter: the adapter's name.
+        rank: largest rank of a layer: needed for BAT; smaller than r, it cuts Bone too.
+        max_error: largest ||dW - B A|| / ||dW|| that a layer may have.
+        architecture: `general.architecture` of the base model's GGUF file; by default what
+            `model.config.model_type` says, or else `"llama"`.
+        heads: query heads; by default those of `model.config`.
+        kv_heads: key and value heads; by default those of `model.config`.
+
+    Returns:
+        A `LoraReport`, with the rank and the error of every layer.
+
+    Raises:
+        ConversionError: a layer is none that the GGUF file of the base model has, parameters were
+            trained beside the blocks, or a layer would lose more than `max_error`.
+        ArgumentError: an argument is out of range, unknown, or missing.
+        ArgumentTypeError: an argument is of the wrong type.
+        MissingPackageError: `gguf` is not installed.
+        AdapterStateError: the adapter holds values that are not finite, here or in float32.
+        AdapterIOError: the file can't be written; what was there is still there.
+
+        Nothing is written whenever this raises.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import lora
+        >>> model = nn.ModuleDict({"lm_head": nn.Linear(8, 16)})
+        >>> model = disha.inject_adapters(model, "lm_head", r=4, init="kaiming")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(lora.export_gguf(model, pathlib.Path(folder, "lora.gguf")).layers)
+        (LoraLayer(name='lm_head', method='bone', r=4, rank=4, error=0.0),)
+    """
+    ranks, action = Ranks(require_model(model)), f"export adapter {adapter!r} as GGUF"
+    with ranks.agreeing(action):
+        _package()
+        check_limits(rank, max_error)
+        target = checked_path(path)
+        base = _base_of(model, architecture, heads, kv_heads)
+    header, tensors = adapter_contents(model, adapter)
+    padding = padding_rows(model)
+    header = with_layouts(header, padding)
+    with ranks.agreeing(action):
+        names = _gguf_names(header, base)
+    updates = low_rank_updates(
+        header,
+        tensors,
+        rank=rank,
+        max_error=max_error,
+        base=base_weights(model, adapter),
+        padding=padding,
+    )
+    with ranks.agreeing(action):
+        content = _content(updates, names, base)
+        if ranks.writes:
+            write_whole(target, lambda where: _write(where, base.architecture, content))
+    return LoraReport.of(target, updates)
+
+
+def write_gguf(
+    path: PathLike,
+    header: AdapterHeader,
+    tensors: Mapping[str, Tensor],
+    *,
+    architecture: str = "llama",
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    rank: int | None = None,
+    max_error: float | None = None,
+    base: BaseWeight | None = None,
+    progress: Progress = iter,
+) -> LoraReport:
+    """Write an adapter away from its model as the GGUF file of a LoRA, as `export_gguf` does.
+
+    Args:
+        path: the file to write.
+        header: what describes the adapter.
+        tensors: its tensors.
+        architecture: `general.architecture` of the base model's GGUF file.
+        heads: query heads of the base model; needed where q is adapted.
+        kv_heads: key and value heads; needed where k is adapted.
+        rank: largest rank of a layer.
+        max_error: largest relative error that a layer may have.
+        base: gives the base weights; needed for BAT only.
+        progress: passes the layers on while they are converted.
+
+    Raises:
+        As `export_gguf`.
+    """
+    _package()
+    target = checked_path(path)
+    model = _Base(architecture, heads, kv_heads, tied_head=None)
+    names = _gguf_names(header, model)
+    updates = low_rank_updates(
+        header, tensors, rank=rank, max_error=max_error, base=base, progress=progress
+    )
+    content = _content(updates, names, model)
+    write_whole(target, lambda where: _write(where, architecture, content))
+    return LoraReport.of(target, updates)
+
+
+# --- what the base model is like -----------------------------------------------------------------
+
+
+def _base_of(
+    model: nn.Module, architecture: str | None, heads: int | None, kv_heads: int | None
+) -> _Base:
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if architecture is None and kind is not None and kind not in MODEL_TYPES:
+        raise ArgumentError(
+            f"the model is a {kind!r}, and LoRA as GGUF is known for {', '.join(MODEL_TYPES)}; if "
+            "its GGUF file is of one of these architectures, pass it: architecture="
+        )
+    heads = _first(config, "num_attention_heads", "heads") if heads is None else heads
+    if kv_heads is None:
+        kv_heads = _first(config, "num_key_value_heads", "kv_heads") or heads
+    known = MODEL_TYPES.get(kind or "llama", "llama")
+    return _Base(architecture or known, heads, kv_heads, _is_head_tied(model, config))
+
+
+def _first(config: Any, *names: str) -> int | None:
+    """Return the first of these that the configuration has."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def _is_head_tied(model: nn.Module, config: Any) -> bool | None:
+    """Whether the output head shares the embedding's weight; None where nothing tells."""
+    found = {name: module for module, names in module_names(model).items() for name in names}
+    head = found.get(_HEAD)
+    embedding = next((found[name] for name in found if _EMBEDDING.fullmatch(name)), None)
+    if head is None or embedding is None:
+        told = getattr(config, "tie_word_embeddings", getattr(config, "tied_head", None))
+        return told if isinstance(told, bool) else None
+    return head._parameters.get("weight") is embedding._parameters.get("weight")
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
+    """Return layer -> the name of its weight in GGUF, without `.weight`.
+
+    Raises:
+        ConversionError: the adapter has parts that have none.
+        ArgumentError: the heads of the base model are not known, and matter.
+    """
+    if header.also_train:
+        raise ConversionError(
+            f"{few(header.also_train)} was trained beside the blocks, and a LoRA for llama.cpp "
+            "holds none but the layers' updates; convert the merged model (merge_adapters)"
+        )
+    names = {layer.name: _gguf_name(layer) for layer in header.layers}
+    unknown = [name for name, found in names.items() if found is None]
+    if unknown:
+        raise ConversionError(
+            f"{len(unknown)} of {len(names)} layers ({few(unknown)}) have no place in the GGUF "
+            f"file of a {base.architecture} model: known are layers.<n>. with "
+            f"{', '.join(LAYER_PARTS)}, then lm_head and embed_tokens, each also after 'model.'"
+        )
+    known = {name: found for name, found in names.items() if found is not None}
+    if base.tied_head and "output" in known.values():
+        raise ConversionError(
+            "lm_head is adapted and shares its weight with the embedding, and GGUF then has no "
+            "output head to adapt; leave it out (exclude=)"
+        )
+    if base.tied_head is not False and "token_embd" in known.values():
+        raise ConversionError(
+            "the embedding is adapted, and llama.cpp would take its LoRA for the output head's too "
+            "where they share a weight"
+            + (
+                "; leave it out (exclude=)"
+                if base.tied_head
+                else ", which nothing here tells; export it from the whole model"
+            )
+        )
+    for layer in header.layers:
+        base.check_rows(known[layer.name], layer)
+    return known
+
+
+def _gguf_name(layer: LayerRecord) -> str | None:
+    if layer.layout == "embedding":
+        return "token_embd" if _EMBEDDING.fullmatch(layer.name) else None
+    if layer.layout != "linear":
+        return None
+    if layer.name == _HEAD:
+        return "output"
+    found = _IN_LAYER.fullmatch(layer.name)
+    part = found and LAYER_PARTS.get(found[2])
+    return f"blk.{int(found[1])}.{part}" if found and part else None
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What goes into the file: alpha, and the tensors by their names."""
+
+    alpha: float
+    tensors: Mapping[str, Tensor]
+
+
+def _content(updates: Sequence[LowRankUpdate], names: Mapping[str, str], base: _Base) -> _Content:
+    """Return the file's contents.
+
+    llama.cpp multiplies by alpha / rank, of each layer's own rank, and takes an alpha of 0 for
+    that of the rank: so alpha is the rank that most layers have, and the rest is in B.
+    """
+    alpha = commonest(update.rank for update in updates)
+    tensors = {}
+    for update in updates:
+        name, layer = names[update.record.name], update.record
+        a = update.a.float()
+        b = (update.b.double() * (layer.scale * update.rank / alpha)).float()
+        if base.interleaves(name):
+            b = rearrange(b, "(h half i) r -> (h i half) r", h=base.heads_of(name), half=2)
+        # Embeddings look rows of A up, which therefore is kept the other way round.
+        tensors[f"{name}.weight.lora_a"] = a.T.contiguous() if name == "token_embd" else a
+        tensors[f"{name}.weight.lora_b"] = b.contiguous()
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise AdapterStateError(
+            f"{few(broken)} would not be finite in float32; nothing was written. Lower the "
+            "adapter's scale"
+        )
+    return _Content(float(alpha), tensors)
+
+
+def _write(path: str, architecture: str, content: _Content) -> None:
+    gguf = _package()
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, content.alpha)
+        for name, tensor in content.tensors.items():
+            writer.add_tensor(name, tensor.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _package() -> Any:
+    """Return the package `gguf`, which is not needed for anything else."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingPackageError(
+            'writing GGUF needs the package gguf; run: pip install "disha-torch[gguf]"'
+        ) from error
+    return gguf

@@ -1,0 +1,397 @@
+"""LoRA folders in PEFT's layout, from an adapter away from its model and to one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disha.config import AdapterConfig, check_scale
+from disha.errors import (
+    AdapterFileError,
+    ArgumentError,
+    ArgumentTypeError,
+    ConversionError,
+)
+from disha.files import AdapterHeader, LayerRecord, TensorRecord
+from disha.files.atomic import PathLike, checked_path
+from disha.interop.folder import anchored, read_folder, target_modules, write_folder
+from disha.interop.low_rank import (
+    BaseWeight,
+    LoraReport,
+    LowRankUpdate,
+    Progress,
+    block_of_factors,
+    commonest,
+    few,
+    low_rank_updates,
+)
+from disha.interop.patterns import Pattern, PatternError
+
+__all__ = ["Lora", "ModelFacts", "converted", "read_lora", "write_lora"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model tells of itself, and an adapter's file does not.
+
+    Attributes:
+        base: gives the base weights.
+        name: where the model came from, or None.
+        modules: the names of its modules.
+        padding: embedding -> the row that updates leave out.
+        kept: the tensors of the modules that PEFT saves whole, by their names.
+    """
+
+    base: BaseWeight | None = None
+    name: str | None = None
+    modules: tuple[str, ...] | None = None
+    padding: Mapping[str, int] = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_lora(
+    folder: PathLike,
+    header: AdapterHeader,
+    tensors: Mapping[str, Tensor],
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    base: BaseWeight | None = None,
+    progress: Progress = iter,
+) -> LoraReport:
+    """Write an adapter away from its model as LoRA, as `export` does.
+
+    What only a model can tell stays unchecked: whether PEFT's layers act there (`export` says where
+    they would not), and whether `also_train` names all of each module, as PEFT wants on loading.
+    Convolutions are refused, for their groups and padding are not known.
+
+    Args:
+        folder: the folder to write.
+        header: what describes the adapter.
+        tensors: its tensors.
+        rank: largest rank of a layer.
+        max_error: largest relative error that a layer may have.
+        base: gives the base weights; needed for BAT only.
+        progress: passes the layers on while they are converted.
+
+    Raises:
+        As `export`.
+    """
+    target = checked_path(folder)
+    convolutions = [layer.name for layer in header.layers if layer.layout == "conv"]
+    if convolutions:
+        raise ConversionError(
+            f"{convolutions[0]} is a convolution, and its adapter does not tell the groups and "
+            "padding that LoRA depends on; load it into the model and export it from there "
+            "(disha.interop.lora.export)"
+        )
+    lora = converted(
+        header,
+        tensors,
+        rank=rank,
+        max_error=max_error,
+        facts=ModelFacts(base=base),
+        progress=progress,
+    )
+    write_folder(target, lora.config, lora.tensors)
+    return lora.report(target)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter in PEFT's terms."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    updates: tuple[LowRankUpdate, ...]
+    kept: tuple[str, ...]
+
+    def report(self, path: Path) -> LoraReport:
+        """Return what was written to a folder."""
+        return LoraReport.of(path, self.updates, self.kept)
+
+
+def converted(
+    header: AdapterHeader,
+    tensors: Mapping[str, Tensor],
+    *,
+    rank: int | None,
+    max_error: float | None,
+    facts: ModelFacts,
+    progress: Progress = iter,
+) -> Lora:
+    """Return an adapter in PEFT's terms.
+
+    Args:
+        header: what describes the adapter.
+        tensors: its tensors.
+        rank: largest rank of a layer.
+        max_error: largest relative error that a layer may have.
+        facts: what is known of the model.
+        progress: passes the layers on while they are converted.
+
+    Raises:
+        As `write_lora`.
+    """
+    if any(not layer.name for layer in header.layers):
+        raise ConversionError(
+            "the adapted layer is the whole model, and PEFT replaces modules within one; adapt it "
+            "as a part of a model"
+        )
+    updates = low_rank_updates(
+        header,
+        tensors,
+        rank=rank,
+        max_error=max_error,
+        base=facts.base,
+        padding=facts.padding,
+        progress=progress,
+    )
+    kept = facts.kept or {name: tensors[name] for name in header.also_train}
+    config = _config(header, updates, kept, facts)
+    factors = {key: factor for update in updates for key, factor in _factors(update)}
+    return Lora(config, {**factors, **kept}, updates, tuple(kept))
+
+
+def _factors(update: LowRankUpdate) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the keys and factors of a layer, as PEFT's layer of that kind has them."""
+    name, a, b = update.record.name, update.a, update.b
+    if not update.record.scale:
+        b = torch.zeros_like(b)
+    if update.record.layout == "embedding":
+        yield f"{name}.lora_embedding_A", a
+        yield f"{name}.lora_embedding_B", b
+    else:
+        yield f"{name}.lora_A.weight", a
+        yield f"{name}.lora_B.weight", b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
+
+
+def _config(
+    header: AdapterHeader,
+    updates: Sequence[LowRankUpdate],
+    kept: Mapping[str, Tensor],
+    facts: ModelFacts,
+) -> dict[str, Any]:
+    """Return what PEFT calls LoraConfig."""
+    ranks = {update.record.name: update.rank for update in updates}
+    alphas = {update.record.name: _alpha(update) for update in updates}
+    # Most layers share both: the rest are exceptions.
+    r, alpha = commonest((ranks[name], alphas[name]) for name in ranks)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": facts.name,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {anchored(name): own for name, own in ranks.items() if own != r},
+        "alpha_pattern": {anchored(name): own for name, own in alphas.items() if own != alpha},
+        "target_modules": target_modules(ranks, facts.modules),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in kept}) or None,
+        "lora_dropout": header.config.dropout,
+        "fan_in_fan_out": any(update.record.layout == "linear_in_out" for update in updates),
+        "bias": "none",
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _alpha(update: LowRankUpdate) -> float:
+    """Return lora_alpha = s r, for which PEFT multiplies by s.
+
+    0 means 1 to some runtimes, so where s is 0, B is instead.
+    """
+    alpha = (update.record.scale or 1.0) * update.rank
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_lora(
+    folder: PathLike, padding: Mapping[str, int] | None = None
+) -> tuple[AdapterHeader, dict[str, Tensor]]:
+    """Return a LoRA that is a Bone adapter, as an adapter away from its model.
+
+    Args:
+        folder: the folder.
+        padding: embedding -> the row that updates leave out.
+
+    Raises:
+        As `disha.interop.lora.load`, of what is wrong with the folder.
+    """
+    path, config, tensors = read_folder(folder)
+    settings = _Settings(path, config)
+    pairs, beside = _paired(path, tensors, settings.saved_modules())
+    blocks = {
+        name: block_of_factors(a, b, (padding or {}).get(name)) for name, (a, b) in pairs.items()
+    }
+    without = [name for name, block in blocks.items() if block is None]
+    if without:
+        raise ConversionError(
+            f"{path} is no Bone adapter: in {len(without)} of {len(pairs)} layers "
+            f"({few(without)}) lora_A is not [I I ... I], and another A has no block; use this "
+            "LoRA with PEFT, or merge it there"
+        )
+    layers = tuple(settings.record(name, a, b) for name, (a, b) in pairs.items())
+    contents = {layer.key: block for layer in layers if (block := blocks[layer.name]) is not None}
+    contents |= beside
+    header = AdapterHeader(
+        config=settings.config(commonest(layer.r for layer in layers), beside),
+        layers=layers,
+        also_train=tuple(beside),
+        tensors={key: TensorRecord(tuple(t.shape), t.dtype) for key, t in contents.items()},
+        metadata={},
+    )
+    return header, contents
+
+
+PEFT_ALPHA = 8
+"""What lora_alpha is where a configuration does not say."""
+
+_CHANGE_THE_SUM = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "monteclora_config",
+    "kasa_config",
+    "use_bdlora",
+    "use_qalora",
+)
+"""Settings of PEFT's with which a layer computes more than W x + s B A x."""
+
+
+class _Settings:
+    """What an `adapter_config.json` says, each part checked as it is read."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path, self.fields = path, config
+        kind = config.get("peft_type")
+        if kind != "LORA":
+            raise AdapterFileError(
+                f"{path} holds an adapter of peft_type {kind!r}, not 'LORA'; "
+                "disha.interop.peft.load reads PEFT's MiSS and Bone"
+            )
+        beyond = [name for name in _CHANGE_THE_SUM if config.get(name)]
+        if config.get("bias", "none") != "none":
+            beyond.append("bias")
+        if beyond:
+            raise ConversionError(
+                f"{path} uses {', '.join(beyond)}, and a Bone adapter has nothing like that; use "
+                "this LoRA with PEFT"
+            )
+        self.patterns = self._alpha_pattern()
+
+    def record(self, name: str, a: Tensor, b: Tensor) -> LayerRecord:
+        """Return the layer that a pair of factors belongs to."""
+        kernel = tuple(a.shape[2:])
+        known = "conv" if kernel else None if self.fields.get("fan_in_fan_out") else "linear"
+        return LayerRecord(
+            name=name,
+            method="bone",
+            r=a.shape[0] // math.prod(kernel),
+            r_out=None,
+            in_features=a.shape[1],
+            out_features=b.shape[0],
+            scale=self._scale(name, a.shape[0]),
+            base=None,
+            layout=known,
+        )
+
+    def config(self, r: int, beside: Iterable[str]) -> AdapterConfig:
+        """Return the adapter's configuration."""
+        dropout = self._number("lora_dropout", self.fields.get("lora_dropout", 0.0))
+        patterns = tuple(f"^{re.escape(name)}$" for name in beside)
+        try:
+            return AdapterConfig(r=r, target=None, dropout=dropout, also_train=patterns)
+        except ArgumentError as error:
+            raise AdapterFileError(f"{self.path}: {error}") from error
+
+    def _scale(self, name: str, rank: int) -> float:
+        """Return s of a layer, as PEFT finds it."""
+        default = self.fields.get("lora_alpha", PEFT_ALPHA)
+        alpha = next((own for pattern, own in self.patterns if self._fits(pattern, name)), default)
+        root = math.sqrt(rank) if self.fields.get("use_rslora") else rank
+        return self._number("lora_alpha", alpha) / root
+
+    def saved_modules(self) -> tuple[str, ...]:
+        """Return the names, or the ends of names, of modules that are saved whole."""
+        names = self.fields.get("modules_to_save") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise AdapterFileError(f"{self.path}: modules_to_save must be a list of names")
+        return tuple(names)
+
+    def _alpha_pattern(self) -> list[tuple[Pattern, Any]]:
+        patterns = self.fields.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise AdapterFileError(f"{self.path}: alpha_pattern must be an object of name -> alpha")
+        try:
+            return [(Pattern(rf"(.*\.)?({key})"), alpha) for key, alpha in patterns.items()]
+        except PatternError as error:
+            raise AdapterFileError(f"{self.path}: alpha_pattern has {error}") from error
+
+    def _fits(self, pattern: Pattern, name: str) -> bool:
+        try:
+            return pattern.fullmatch(name)
+        except PatternError as error:
+            raise AdapterFileError(f"{self.path}: alpha_pattern has {error}") from error
+
+    def _number(self, field: str, value: Any) -> float:
+        try:
+            check_scale(value)
+        except (ArgumentError, ArgumentTypeError) as error:
+            raise AdapterFileError(f"{self.path}: {field}: {error}") from error
+        return float(value)
+
+
+_FACTORS = {
+    ".lora_A.weight": 0,
+    ".lora_B.weight": 1,
+    ".lora_embedding_A": 0,
+    ".lora_embedding_B": 1,
+}
+"""The ends of keys -> which factor it is."""
+
+_BASE_WEIGHT = ".base_layer.weight"
+"""The end of the key of an embedding's frozen weight, which PEFT may save beside its factors."""
+
+
+def _paired(
+    path: Path, tensors: Mapping[str, Tensor], saved: Sequence[str]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Return the factors of each layer, and the tensors beside them."""
+    factors: dict[str, list[Tensor | None]] = {}
+    beside: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        suffix = next((suffix for suffix in _FACTORS if key.endswith(suffix)), None)
+        if suffix is not None:
+            factors.setdefault(key.removesuffix(suffix), [None, None])[_FACTORS[suffix]] = tensor
+        elif key.rpartition(".")[0].endswith(tuple(saved)):
+            beside[key] = tensor
+        elif not key.endswith(_BASE_WEIGHT):
+            raise AdapterFileError(
+                f"{path}: tensor {key!r} is neither lora_A nor lora_B, nor in a module that "
+                "modules_to_save names; a LoRA with more to it is no Bone adapter"
+            )
+    if not factors:
+        raise AdapterFileError(f"{path} holds no lora_A and lora_B")
+    pairs = {name: (a, b) for name, (a, b) in factors.items() if a is not None and b is not None}
+    halves = [name for name in factors if name not in pairs]
+    if halves:
+        raise AdapterFileError(f"{path}: {few(halves)} lacks lora_A or lora_B")
+    return pairs, beside

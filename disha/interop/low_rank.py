@@ -1,0 +1,453 @@
+"""The updates of an adapter as products of two low-rank factors: dW = s B A.
+
+Bone and tile are exactly that, with A = [I_r I_r ... I_r] cropped to the input and B = D^T. So are
+their embeddings, by rows of the table, and their convolutions, whose A holds one input channel
+shard and one position of the kernel in each row. BAT is not: its dW is cut to the rank asked for,
+by its singular values, and so is Bone where a smaller rank is asked for.
+
+Source: Hu et al., "LoRA", arXiv 2106.09685; Eckart and Young, 1936, for the cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from disha import functional
+from disha.errors import (
+    AdapterFileError,
+    AdapterStateError,
+    ArgumentError,
+    ArgumentTypeError,
+    ConversionError,
+)
+from disha.files import AdapterHeader, LayerRecord
+from disha.layers import Bat
+from disha.state import finite_as
+from disha.tables import table
+
+__all__ = [
+    "BaseWeight",
+    "LoraLayer",
+    "LoraReport",
+    "LowRankUpdate",
+    "Progress",
+    "block_of_factors",
+    "check_limits",
+    "commonest",
+    "few",
+    "low_rank_updates",
+]
+
+T = TypeVar("T", int, tuple[int, float])
+
+BaseWeight = Callable[[str], Tensor]
+"""Layer name -> its base weight, laid out as the model has it."""
+
+Progress = Callable[[Sequence[LayerRecord]], Iterable[LayerRecord]]
+"""Passes layers on, one by one, as tqdm does."""
+
+LAYOUTS = ("linear", "linear_in_out", "conv", "embedding")
+LARGEST_FACTORS, FACTORS_PER_VALUE = 2**27, 64
+"""Values of all A together: this many, and more for each value that the blocks have."""
+
+LARGEST_EXACT = 2048
+"""Up to this size, all singular values are computed; beyond it the leading ones only."""
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """One layer's update as LoRA has it: dW = s B A.
+
+    Attributes:
+        record: the layer.
+        a: A (rank, in); of a convolution (rank, in, *kernel), of an embedding (rank, rows).
+        b: B (out, rank).
+        norm: Frobenius norm of s dW.
+        lost: Frobenius norm of s (dW - B A).
+    """
+
+    record: LayerRecord
+    a: Tensor
+    b: Tensor
+    norm: float
+    lost: float
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """A layer that was written as LoRA: the block's method and r, the rank, and the error.
+
+    `error` is ||dW - B A|| / ||dW||, both Frobenius norms.
+    """
+
+    name: str
+    method: str
+    r: int
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What was written as LoRA; printable.
+
+    Attributes:
+        path: the folder or file.
+        layers: every layer, with its relative error.
+        error: the relative error of all updates together.
+        also_train: names of the tensors written beside the factors.
+    """
+
+    path: Path
+    layers: tuple[LoraLayer, ...]
+    error: float
+    also_train: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, path: Path, updates: Sequence[LowRankUpdate], also_train: Iterable[str] = ()
+    ) -> LoraReport:
+        """Return the report on updates that are written to `path`."""
+        layers = tuple(
+            LoraLayer(
+                update.record.name,
+                update.record.method,
+                update.record.r,
+                update.rank,
+                _ratio(update.lost, update.norm),
+            )
+            for update in updates
+        )
+        return cls(path, layers, _total_error(updates), tuple(also_train))
+
+    def __str__(self) -> str:
+        rows = [
+            (layer.name, layer.method, layer.r, layer.rank, _shown(layer.error))
+            for layer in self.layers
+        ]
+        lines = [table(("layer", "method", "r", "rank", "error"), rows)]
+        if self.also_train:
+            lines.append(f"also trained: {', '.join(self.also_train)}")
+        lines.append(f"{self.path}: {len(self.layers)} layers, total error {_shown(self.error)}")
+        return "\n".join(lines)
+
+
+def _shown(error: float) -> str:
+    return "exact" if error == 0 else f"{error:.3g}"
+
+
+def _ratio(lost: float, norm: float) -> float:
+    return lost / norm if norm else 0.0
+
+
+def _total_error(updates: Sequence[LowRankUpdate]) -> float:
+    lost = math.hypot(*(update.lost for update in updates))
+    return _ratio(lost, math.hypot(*(update.norm for update in updates)))
+
+
+# --- from blocks to factors ----------------------------------------------------------------------
+
+
+def check_limits(rank: object, max_error: object) -> None:
+    """Raise unless both are None or usable."""
+    if rank is not None:
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise ArgumentTypeError(
+                f"rank must be an int of at least 1, got {rank!r} of type {type(rank).__name__}"
+            )
+        if rank < 1:
+            raise ArgumentError(f"rank must be at least 1, got {rank}")
+    if max_error is not None:
+        if isinstance(max_error, bool) or not isinstance(max_error, (int, float)):
+            raise ArgumentTypeError(
+                f"max_error must be a number, got {max_error!r} of type {type(max_error).__name__}"
+            )
+        if not max_error >= 0:
+            raise ArgumentError(f"max_error must be at least 0, got {max_error}")
+
+
+def low_rank_updates(
+    header: AdapterHeader,
+    tensors: Mapping[str, Tensor],
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    base: BaseWeight | None = None,
+    padding: Mapping[str, int] | None = None,
+    progress: Progress = iter,
+) -> tuple[LowRankUpdate, ...]:
+    """Return the factors of every layer's update, in the dtype of its block.
+
+    Args:
+        header: what describes the adapter.
+        tensors: its tensors.
+        rank: largest rank of a layer; None for the exact factors, which BAT does not have.
+        max_error: largest relative error that a layer may have.
+        base: gives the base weights; needed for BAT only.
+        padding: embedding -> the row that its update leaves out.
+        progress: passes the layers on while they are converted.
+
+    Raises:
+        ConversionError: a layer has no low-rank factors, or would lose more than `max_error`.
+        ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or `base`.
+        ArgumentTypeError: one of them is no number.
+        AdapterFileError: a block's shape is not its layer's, or layers are described as so large
+            that the factors would fill the memory.
+        AdapterStateError: factors are not finite in the block's dtype.
+    """
+    check_limits(rank, max_error)
+    _check_convertible(header, rank, base)
+    for layer in header.layers:
+        _check_shapes(layer, tensors[layer.key], None)
+    _check_memory(header, tensors)
+    updates = []
+    for layer in progress(header.layers):
+        block = tensors[layer.key]
+        if layer.method == Bat.method:
+            assert base is not None
+            assert rank is not None
+            updates.append(_bat_update(layer, block, base(layer.name), rank))
+        else:
+            updates.append(_bone_update(layer, block, rank, (padding or {}).get(layer.name)))
+    _check_finite(updates)
+    _check_error(updates, max_error)
+    return tuple(updates)
+
+
+def _check_convertible(header: AdapterHeader, rank: int | None, base: BaseWeight | None) -> None:
+    without = [layer.name for layer in header.layers if layer.layout not in LAYOUTS]
+    if without:
+        raise ConversionError(
+            f"LoRA has no form for {len(without)} of {len(header.layers)} layers "
+            f"({few(without)}): it knows linear layers, convolutions that are not transposed, and "
+            "embeddings without a padding row that the adapter's file does not tell; leave these "
+            "out of the adapter (exclude=)"
+        )
+    if all(layer.method != Bat.method for layer in header.layers):
+        return
+    if rank is None:
+        raise ArgumentError(
+            "a BAT update is not low-rank, so writing it as LoRA cuts it to a rank: pass rank=, "
+            "and max_error= to refuse losing more than that"
+        )
+    if base is None:
+        raise ArgumentError(
+            "a BAT update depends on the base weights, which the adapter does not hold: pass what "
+            "gives them (base=), or export from the model"
+        )
+
+
+def commonest(values: Iterable[T]) -> T:
+    """Return the value that occurs most often; the largest of several, whatever their order."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
+
+
+def few(names: Sequence[str]) -> str:
+    """Return the first of some names, for a message."""
+    return ", ".join(name or "(the model)" for name in names[:5]) + (", ..." * (len(names) > 5))
+
+
+def _check_shapes(layer: LayerRecord, block: Tensor, weight: Tensor | None) -> None:
+    """Raise if a block, or a base weight, is not one for a layer of these sizes."""
+    out = layer.out_features if layer.r_out is None else layer.r_out
+    expected: tuple[int, ...]
+    if layer.method == Bat.method:
+        expected = (functional.shard_count(layer.out_features, layer.r), layer.r, layer.r)
+    elif layer.layout == "conv":
+        expected = (out, layer.r, *block.shape[2:])
+    else:
+        expected = (layer.r, out)
+    fits = tuple(block.shape) == expected and layer.out_features % out == 0
+    fits = fits and layer.r <= layer.in_features
+    if not fits or (layer.layout == "conv" and block.dim() < 3):
+        raise AdapterFileError(
+            f"{layer.name}: the block has shape {tuple(block.shape)}, and a {layer.method} layer "
+            f"{layer.in_features} -> {layer.out_features} with r={layer.r} and "
+            f"r_out={layer.r_out} has {expected}"
+        )
+    if weight is not None and tuple(weight.shape) != (layer.out_features, layer.in_features):
+        raise AdapterFileError(
+            f"{layer.name}: the base weight is {tuple(weight.shape)} as (out, in), and the adapter "
+            f"is for {(layer.out_features, layer.in_features)}; give the base it was trained on"
+        )
+
+
+def _check_memory(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Raise if small blocks would become huge factors: a file may say any size of an input."""
+    sizes = {
+        layer.name: layer.r * layer.in_features * tensors[layer.key].shape[2:].numel() ** 2
+        for layer in header.layers
+        if layer.method != Bat.method
+    }
+    values = sum(tensors[layer.key].numel() for layer in header.layers)
+    if sum(sizes.values()) > LARGEST_FACTORS + FACTORS_PER_VALUE * values:
+        worst = max(sizes, key=sizes.__getitem__)
+        raise AdapterFileError(
+            f"the factors A would have {sum(sizes.values()):,} values, {sizes[worst]:,} of them in "
+            f"{worst}, for blocks of {values:,}: the sizes of the layers can't be right"
+        )
+
+
+def _bone_update(
+    layer: LayerRecord, block: Tensor, rank: int | None, padding: int | None
+) -> LowRankUpdate:
+    if layer.layout == "conv":
+        a, b = _conv_factors(layer, block)
+    else:
+        a, b = functional.bone_lora_factors(block, layer.in_features, layer.out_features)
+    if padding is not None:
+        a[:, padding] = 0
+    norm = abs(layer.scale) * _product_norm(b, a.flatten(1))
+    if rank is None or rank >= a.shape[0]:
+        return LowRankUpdate(layer, a, b, norm, 0.0)
+    cut_a, cut_b = (x.to(block.dtype) for x in _cut_product(b, a.flatten(1), rank))
+    both_b, both_a = torch.cat([b, -cut_b], dim=1), torch.cat([a.flatten(1), cut_a])
+    lost = abs(layer.scale) * _difference_norm(both_b, both_a)
+    return LowRankUpdate(layer, cut_a.reshape(-1, *a.shape[1:]), cut_b, norm, lost)
+
+
+def _conv_factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A (r * positions, in, *kernel) and B (out, r * positions) of a convolution.
+
+    Row (j, k) of A is one for the input channels i with i mod r = j, at position k of the kernel.
+    """
+    whole = functional.whole_block(block, layer.out_features, dim=0)
+    b = whole.flatten(1).contiguous()
+    one_hot = torch.eye(b.shape[1], dtype=block.dtype).reshape(-1, *block.shape[1:])
+    shards = functional.shard_count(layer.in_features, layer.r)
+    a = repeat(one_hot, "q r ... -> q (shards r) ...", shards=shards)[:, : layer.in_features]
+    return a.contiguous(), b
+
+
+def _bat_update(layer: LayerRecord, block: Tensor, weight: Tensor, rank: int) -> LowRankUpdate:
+    weight = weight.detach().cpu()
+    weight = weight.T if layer.layout == "linear_in_out" else weight
+    _check_shapes(layer, block, weight)
+    delta = functional.bat_delta_weight(weight, block)
+    a, b = (x.to(block.dtype).contiguous() for x in _cut(delta, rank))
+    rest = delta - b.to(delta.dtype) @ a.to(delta.dtype)
+    scale = abs(layer.scale)
+    return LowRankUpdate(layer, a, b, scale * _norm(delta), scale * _norm(rest))
+
+
+def _check_finite(updates: Sequence[LowRankUpdate]) -> None:
+    broken = [
+        update.record.name
+        for update in updates
+        if not all(finite_as(factor, factor.dtype) for factor in (update.a, update.b))
+    ]
+    if broken:
+        raise AdapterStateError(
+            f"the factors of {few(broken)} are not finite in the dtype of their blocks; nothing "
+            "was written. Convert an adapter with wider blocks (load_adapter(..., dtype=))"
+        )
+
+
+def _check_error(updates: Sequence[LowRankUpdate], max_error: float | None) -> None:
+    if max_error is None:
+        return
+    errors = {update.record.name: _ratio(update.lost, update.norm) for update in updates}
+    beyond = sorted((name for name in errors if errors[name] > max_error), key=errors.__getitem__)
+    if beyond:
+        worst = ", ".join(f"{name}: {errors[name]:.3g}" for name in reversed(beyond[-5:]))
+        raise ConversionError(
+            f"{len(beyond)} of {len(updates)} layers would lose more than max_error={max_error:g} "
+            f"of their update ({worst}{', ...' if len(beyond) > 5 else ''}; all layers together "
+            f"{_total_error(updates):.3g}); nothing was written. Pass a larger rank or max_error"
+        )
+
+
+# --- linear algebra ------------------------------------------------------------------------------
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+
+
+def _product_norm(b: Tensor, a: Tensor) -> float:
+    """Return ||B A|| without forming the product: its square is the sum of (B^T B) * (A A^T)."""
+    b, a = b.double(), a.double()
+    return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
+
+
+def _difference_norm(b: Tensor, a: Tensor) -> float:
+    """Return ||B A|| where terms cancel: by triangles, as squares would lose half the digits."""
+    return _norm(_triangle(b) @ _triangle(a.T).T)
+
+
+def _triangle(x: Tensor) -> Tensor:
+    r: Tensor = torch.linalg.qr(x.double(), mode="r")[1]
+    return r
+
+
+def _cut_product(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best A' (rank, in) and B' (out, rank) for B A, of which only cores are formed."""
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    cut_a, cut_b = _cut(r_b @ r_a.T, rank)
+    return (cut_a @ q_a.T).contiguous(), (q_b @ cut_b).contiguous()
+
+
+def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A (rank, in) and B (out, rank) of the leading singular values, shared evenly."""
+    smaller = min(matrix.shape)
+    rank = min(rank, smaller)
+    if smaller <= LARGEST_EXACT or 4 * rank >= smaller:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same file every time
+            u, s, v = torch.svd_lowrank(matrix, q=2 * rank, niter=4)
+            vh = v.mT
+    root = s[:rank].sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+# --- from factors to blocks ----------------------------------------------------------------------
+
+
+def block_of_factors(a: Tensor, b: Tensor, padding: int | None = None) -> Tensor | None:
+    """Return the Bone block D whose factors these are, or None where A is not that of a block.
+
+    Args:
+        a: A (r, in); of a convolution (r * positions, in, *kernel).
+        b: B (out, r); of a convolution (out, r * positions, 1, ...).
+        padding: a column of A that is to be zero.
+
+    Returns:
+        Tensor (r, out); of a convolution (out, r, *kernel).
+    """
+    fits = a.dim() == b.dim() >= 2 and a.shape[0] == b.shape[1] and b.shape[2:].numel() == 1
+    if not fits or not a.numel():
+        return None
+    kernel = tuple(a.shape[2:])
+    r, rest = divmod(a.shape[0], math.prod(kernel))
+    if rest or not 1 <= r <= a.shape[1]:
+        return None
+    expected = repeat(
+        torch.eye(a.shape[0], dtype=a.dtype).reshape(a.shape[0], r, *kernel),
+        "q r ... -> q (shards r) ...",
+        shards=functional.shard_count(a.shape[1], r),
+    )[:, : a.shape[1]]
+    if padding is not None:
+        expected[:, padding] = 0
+    if not torch.equal(a, expected):
+        return None
+    if kernel:
+        return b.reshape(b.shape[0], r, *kernel).contiguous()
+    return rearrange(b, "out r -> r out").contiguous()

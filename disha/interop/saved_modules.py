@@ -1,0 +1,64 @@
+"""Parameters that were trained beside an adapter, as PEFT keeps them: in modules saved whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from disha.files import AdapterHeader
+from disha.interop.obstacles import refuse
+from disha.sharding import whole
+from disha.tree import ModuleNames, join, module_names, named_parameters
+
+__all__ = ["modules_to_save", "whole_tensors"]
+
+
+def modules_to_save(model: nn.Module, header: AdapterHeader) -> dict[str, nn.Module]:
+    """Return the modules whose parameters the adapter trained too, by name.
+
+    Raises:
+        ConversionError: PEFT can't save one of them whole, or would take others for it.
+    """
+    names = module_names(model)
+    owners = {aliases[0]: (module, aliases) for aliases, (module, _) in named_parameters(names)}
+    found: list[str] = []
+    modules: dict[str, nn.Module] = {}
+    for key in header.also_train:
+        module, aliases = owners[key]
+        name = key.rpartition(".")[0]
+        modules[name] = module
+        found += [f"{key}: {why}" for why in _unsaveable(name, module, aliases, header, names)]
+    refuse(found, "PEFT's modules_to_save can't hold what this adapter trained beside its blocks")
+    return modules
+
+
+def _unsaveable(
+    name: str,
+    module: nn.Module,
+    aliases: Sequence[str],
+    header: AdapterHeader,
+    names: ModuleNames,
+) -> Iterator[str]:
+    inside = [layer.name for layer in header.layers if f"{layer.name}.".startswith(f"{name}.")]
+    if not name:
+        yield "it belongs to the model itself, not to a module in it"
+    elif inside:
+        yield f"PEFT would save all of {name}, where {inside[0]} is adapted"
+    if len(aliases) > 1:
+        yield f"it is one parameter under the names {', '.join(aliases)}; PEFT would part them"
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        yield f"PEFT can't save a {type(module).__name__}"
+    others = [one for known in names.values() for one in known if one != name]
+    taken = [one for one in others if name and one.endswith(name)]
+    if taken:
+        yield f"PEFT would save {taken[0]} too, whose name ends likewise"
+
+
+def whole_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return copies of all tensors of the modules, by their names; collective if sharded."""
+    return {
+        join(name, key): whole(tensor.detach()).to("cpu", copy=True).contiguous()
+        for name, module in modules.items()
+        for key, tensor in module.state_dict().items()
+    }

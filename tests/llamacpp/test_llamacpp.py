@@ -1,0 +1,220 @@
+"""llama.cpp itself computes with the adapters that are written for it: `make test-llamacpp`.
+
+On tiny float32 models it must come to our decoder's numbers. On the quantised SmolLM2 its kernels
+round activations too, so there its change of the logits is compared with ours, and its text with
+what our decoder finds likely.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+
+import disha
+from disha.finetune.checkpoint import GGUFCheckpoint
+from disha.finetune.inputs import demo_model
+from disha.finetune.tokenizer import Tokenizer
+from disha.interop import lora
+from tests.conftest import perturb
+from tests.finetune import tiny_gguf
+from tests.finetune.tiny_gguf import HEAD_DIM, METADATA
+
+PROMPTS = (
+    "def fibonacci(n):\n    ",
+    "The capital of France is",
+    "Water boils at a temperature of one hundred",
+)
+TOKENS = [5, 17, 100, 42, 7, 7, 201, 33]
+
+
+def served(path: Path, adapter: Path | None = None, scale: float = 1.0) -> llama_cpp.Llama:
+    return llama_cpp.Llama(
+        str(path),
+        lora_path=None if adapter is None else str(adapter),
+        lora_scale=scale,
+        n_ctx=128,
+        n_threads=2,
+        logits_all=True,
+        type_k=llama_cpp.GGML_TYPE_F32,  # or else keys and values are rounded to 16 bits
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+    )
+
+
+def their_logits(model: llama_cpp.Llama, tokens: list[int]) -> torch.Tensor:
+    """Logits (time, vocabulary) by llama.cpp."""
+    model.reset()
+    model.eval(tokens)
+    return torch.from_numpy(np.array(model.scores[: len(tokens)]))
+
+
+def our_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([tokens]))[0].float()
+
+
+def adapted(base, target, r, **options):
+    model = disha.inject_adapters(copy.deepcopy(base), target, r, **options)
+    perturb(model)
+    return model
+
+
+# --- tiny models, in float32 ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    return tiny_gguf.write_gguf(path, tiny_gguf.random_state(tied=False))
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tiny):
+    return GGUFCheckpoint.open(tiny).load_model(torch.float32).eval()
+
+
+def check_equal(path, adapter, ours, base, scale=1.0):
+    expected, plain = our_logits(ours, TOKENS), our_logits(base, TOKENS)
+    found = their_logits(served(path, adapter, scale), TOKENS)
+    assert (expected - plain).norm() > 0.05 * plain.norm()
+    assert (found - expected).norm() < 1e-4 * (expected - plain).norm()
+
+
+def test_without_an_adapter_the_numbers_are_ours(tiny, tiny_base):
+    expected = our_logits(tiny_base, TOKENS)
+    assert (their_logits(served(tiny), TOKENS) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("all-linear", {}),
+        ("self_attn", {"rank_pattern": {"q_proj": 3, "o_proj": 5}}),
+        ("layers", {"r_out": 8}),
+        ("mlp|k_proj", {"scale": -0.5, "rank_pattern": {"down": 12}}),
+        ("lm_head|embed_tokens", {}),
+        ("embed_tokens", {"r": 5, "scale": 3.0}),
+    ],
+    ids=["bone", "ranks", "tile", "scale", "head-and-embedding", "embedding"],
+)
+def test_adapters_act_as_ours(tmp_path, tiny, tiny_base, target, options):
+    ours = adapted(tiny_base, target, **{"r": 8, **options})
+    lora.export_gguf(ours, tmp_path / "lora.gguf")
+    check_equal(tiny, tmp_path / "lora.gguf", ours, tiny_base)
+
+
+def test_bat_of_full_rank_acts_as_ours(tmp_path, tiny, tiny_base):
+    ours = adapted(tiny_base, "all-linear", 8, method="bat")
+    for block in disha.adapter_parameters(ours):
+        block.data.mul_(0.2)
+    lora.export_gguf(ours, tmp_path / "lora.gguf", rank=64)
+    check_equal(tiny, tmp_path / "lora.gguf", ours, tiny_base)
+
+
+def test_llamas_own_scale_multiplies_ours(tmp_path, tiny, tiny_base):
+    ours = adapted(tiny_base, "all-linear", 8, scale=0.5)
+    lora.export_gguf(ours, tmp_path / "lora.gguf")
+    disha.set_adapter_scale(ours, 0.25)
+    check_equal(tiny, tmp_path / "lora.gguf", ours, tiny_base, scale=0.5)
+
+
+def test_an_adapter_of_scale_zero_is_silent(tmp_path, tiny, tiny_base):
+    lora.export_gguf(adapted(tiny_base, "all-linear", 8, scale=0.0), tmp_path / "lora.gguf")
+    found = their_logits(served(tiny, tmp_path / "lora.gguf"), TOKENS)
+    torch.testing.assert_close(found, our_logits(tiny_base, TOKENS), atol=1e-2, rtol=1e-3)
+
+
+def test_qwen2_keeps_the_usual_rows(tmp_path, tiny_base):
+    """Without biases, Qwen2 is a Llama whose q and k stay as they are."""
+    state = tiny_gguf.random_state(tied=False)
+    for name, rows in state.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            order = tiny_gguf._gguf_rows(name, torch.arange(len(rows)))
+            state[name] = rows[order.argsort()]  # what writing undoes
+    renamed = {key.replace("llama.", "qwen2."): value for key, value in METADATA.items()}
+    metadata = {**dict.fromkeys(METADATA), **renamed}
+    path = tmp_path / "qwen2.gguf"
+    tiny_gguf.write_gguf(path, state, architecture="qwen2", metadata=metadata)
+    ours = adapted(tiny_base, "all-linear", HEAD_DIM // 2)
+    lora.export_gguf(ours, tmp_path / "lora.gguf", architecture="qwen2")
+    check_equal(path, tmp_path / "lora.gguf", ours, tiny_base)
+
+
+# --- SmolLM2, quantised --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    return demo_model()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(smollm):
+    return GGUFCheckpoint.open(smollm)
+
+
+@pytest.fixture(scope="module")
+def base(checkpoint):
+    return checkpoint.load_model(torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(checkpoint):
+    tokenizer = Tokenizer.from_gguf(checkpoint.fields, checkpoint.path)
+    return [tokenizer.encode(text) for text in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def ours(base):
+    """A Bone adapter on every projection that changes the logits by about half their norm."""
+    model = disha.inject_adapters(copy.deepcopy(base), "layers", 16)
+    perturb(model, size=0.02)
+    return model
+
+
+@pytest.fixture(scope="module")
+def adapter(ours, tmp_path_factory):
+    path = tmp_path_factory.mktemp("smollm") / "lora.gguf"
+    lora.export_gguf(ours, path)
+    return path
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
+def test_the_next_token_moves_as_ours_does(smollm, adapter, base, ours, prompts):
+    plain, with_adapter = served(smollm), served(smollm, adapter)
+    for tokens in prompts:
+        before, after = our_logits(base, tokens)[-1], our_logits(ours, tokens)[-1]
+        expected = after - before
+        found = their_logits(with_adapter, tokens)[-1] - their_logits(plain, tokens)[-1]
+        size = (expected.norm() / before.norm()).item()
+        print(f"change {size:.2f} of the logits, cosine {cosine(found, expected):.4f}")
+        assert size > 0.1
+        assert cosine(found, expected) > 0.98
+        assert found.norm() == pytest.approx(expected.norm().item(), rel=0.1)
+
+
+def test_greedy_text_agrees_up_to_quantisation(smollm, adapter, base, ours, prompts):
+    """llama.cpp's next token is ours, or one that ours holds as likely up to its own noise."""
+    plain, with_adapter = served(smollm), served(smollm, adapter)
+    same, total = 0, 0
+    for tokens in prompts:
+        noise = (their_logits(plain, tokens)[-1] - our_logits(base, tokens)[-1]).abs().max().item()
+        text = list(tokens)
+        for _ in range(12):
+            text.append(int(their_logits(with_adapter, text)[-1].argmax()))
+        likely = our_logits(ours, text)
+        for position in range(len(tokens), len(text)):
+            logits = likely[position - 1]
+            assert logits.max() - logits[text[position]] < 2 * noise
+            same += int(logits.argmax()) == text[position]
+            total += 1
+    print(f"{same} of {total} tokens are ours")
+    assert same > 0.6 * total

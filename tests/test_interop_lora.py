@@ -1,0 +1,924 @@
+"""Adapters as LoRA: the real `peft` loads what is written and computes what the adapter does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from contextlib import contextmanager
+from dataclasses import FrozenInstanceError, replace
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import nn
+
+import disha
+from disha.files.contents import adapter_contents, read_contents
+from disha.functional import bat_delta_weight, bone_delta_weight
+from disha.interop import lora, low_rank
+from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def tiny_llama(**options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 20}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+    config = transformers.LlamaConfig(**{**sizes, **heads, **options})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tiny_gpt2():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=12)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+class Vision(nn.Module):
+    """One convolution of each dimension, with strides, paddings and a kernel that is not square."""
+
+    def __init__(self):
+        super().__init__()
+        self.plane = nn.Conv2d(5, 6, (3, 2), stride=2, padding=(1, 0))
+        self.line = nn.Conv1d(6, 4, 3, padding="same", bias=False)
+        self.space = nn.Conv3d(1, 3, 2)
+        self.point = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.line(self.plane(x).flatten(2))
+        x = self.point(x[:, :, None]).transpose(1, 2).unsqueeze(-1)
+        return self.space(x.expand(-1, -1, -1, -1, 3))
+
+
+@contextmanager
+def nothing_written(tmp_path, *models):
+    """The body raises, and then neither the folder nor a model has changed."""
+    before = [snapshot(model) for model in models]
+    yield
+    assert list(tmp_path.iterdir()) == []
+    for model, was in zip(models, before, strict=True):
+        assert_unchanged(model, was)
+
+
+@contextmanager
+def refused(tmp_path, message, *models, kind=disha.ConversionError):
+    """The body raises with this message, and has done nothing."""
+    with nothing_written(tmp_path, *models), pytest.raises(kind, match=message):
+        yield
+
+
+def served(base, folder):
+    """Load a folder with peft; every parameter of its layers must come from the file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*missing adapter keys.*")
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out.*")
+        warnings.filterwarnings("ignore", ".*tied.*")
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
+    kept = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert kept.keys() == safetensors.torch.load_file(folder / "adapter_model.safetensors").keys()
+    return model
+
+
+def output(model, inputs):
+    found = model(inputs)
+    return found.logits if hasattr(found, "logits") else found
+
+
+def check_served(base, folder, ours, inputs, tolerance):
+    """Compare outputs with peft's, and weights after merging on both sides."""
+    theirs = served(base, folder)
+    with torch.no_grad():
+        expected, found = output(ours, inputs), output(theirs, inputs)
+        assert not torch.allclose(expected, output(base, inputs), atol=1e-3)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    disha.merge_adapters(ours, "default")
+    merged = theirs.merge_and_unload().state_dict()
+    for name, weight in ours.state_dict().items():
+        if ".disha." not in name:
+            torch.testing.assert_close(
+                merged[name], weight, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: n + m
+            )
+    disha.unmerge_adapters(ours)
+
+
+def adapted(base, target="all-linear", r=4, **options):
+    model = disha.inject_adapters(copy.deepcopy(base), target, r, **options)
+    perturb(model)
+    return model
+
+
+# --- peft computes the same ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"r": 3},
+        {"r": 16},
+        {"r_out": 4},
+        {"rank_pattern": {"q_proj": 2, r"1\.mlp": 8}},
+        {"scale": -0.75},
+        {"scale": 3e4 / 7, "rank_pattern": {"down": 5}},
+    ],
+    ids=["r4", "ragged", "wide", "tile", "ranks", "scale", "scale-and-ranks"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_llama_under_peft_computes_the_same(tmp_path, dtype, options):
+    base = tiny_llama().to(dtype)
+    ours = adapted(base, **options)
+    if options.get("scale", 1) > 1e3:
+        for block in disha.adapter_parameters(ours):
+            block.data.div_(1e3)
+    report = lora.export(ours, tmp_path)
+    assert report.error == 0
+    check_served(base, tmp_path, ours, TOKENS, 1e-4 if dtype == torch.float32 else 1e-10)
+
+
+def test_sixteen_bits_stay_sixteen_bits(tmp_path):
+    base = tiny_llama().to(torch.bfloat16)
+    ours = adapted(base)
+    lora.export(ours, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    theirs = served(base, tmp_path)
+    change = output(ours, TOKENS) - output(base, TOKENS)
+    assert (output(theirs, TOKENS) - output(ours, TOKENS)).norm() < 0.05 * change.norm()
+    for name, layer in ours.named_modules():
+        if isinstance(layer, disha.AdaptedLayer):
+            found = theirs.base_model.model.get_submodule(name).get_delta_weight("default")
+            block = layer.disha["default"].block
+            expected = bone_delta_weight(block, layer.in_features, layer.out_features)
+            assert torch.equal(found.to(torch.bfloat16), expected)
+
+
+def test_blocks_of_another_dtype_than_the_weights_keep_it(tmp_path):
+    ours = adapted(tiny_llama().to(torch.bfloat16), dtype=torch.float32)
+    lora.export(ours, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_gpt2s_transposed_layers(tmp_path):
+    base = tiny_gpt2()
+    ours = adapted(base, "attn|mlp", 5)
+    lora.export(ours, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    check_served(base, tmp_path, ours, TOKENS, 1e-4)
+
+
+def test_transposed_and_plain_layers_in_one_adapter(tmp_path):
+    base = tiny_gpt2()
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    base.config.tie_word_embeddings = False
+    ours = adapted(base, "c_attn|lm_head", 4, method="bat")
+    lora.export(ours, tmp_path, rank=20)
+    check_served(base, tmp_path, ours, TOKENS, 1e-4)
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_embeddings(tmp_path, padding):
+    base = Layered().eval()
+    base.embed = nn.Embedding(12, 8, padding_idx=padding)
+    ours = adapted(base, "embed|head|q_proj", 5)
+    lora.export(ours, tmp_path)
+    check_served(base, tmp_path, ours, TOKENS % 12, 1e-5)
+
+
+def test_an_embedding_tied_to_the_head(tmp_path):
+    base = tiny_llama(tie_word_embeddings=True)
+    ours = adapted(base, "embed_tokens|q_proj", 4)
+    lora.export(ours, tmp_path)
+    theirs = served(base, tmp_path)
+    torch.testing.assert_close(output(theirs, TOKENS), output(ours, TOKENS), atol=1e-5, rtol=1e-5)
+
+
+def test_convolutions(tmp_path):
+    base = Vision().eval()
+    ours = adapted(base, "plane|line|space|point", 3, rank_pattern={"space": 1, "point": 2})
+    report = lora.export(ours, tmp_path)
+    ranks = {layer.name: layer.rank for layer in report.layers}
+    assert ranks == {"plane": 18, "line": 9, "space": 8, "point": 2}
+    check_served(base, tmp_path, ours, torch.randn(2, 5, 9, 7), 1e-4)
+
+
+def test_convolution_of_a_tile_cut_to_a_rank(tmp_path):
+    base = nn.Sequential(nn.Conv2d(6, 8, 3))
+    ours = adapted(base, "0", 3, r_out=4)
+    report = lora.export(ours, tmp_path, rank=36)
+    check_served(base, tmp_path, ours, torch.randn(2, 6, 5, 5), 1e-4)
+    report = lora.export(ours, tmp_path, rank=2)
+    delta = ours[0].delta_weight(ours[0].disha["default"]).detach()
+    found = served(base, tmp_path).base_model.model[0].get_delta_weight("default")
+    expected = torch.linalg.norm(found - delta) / torch.linalg.norm(delta)
+    singular = torch.linalg.svdvals(delta.flatten(1).double())
+    assert report.error == pytest.approx(expected.item(), rel=1e-4)
+    assert report.error == pytest.approx((singular[2:].norm() / singular.norm()).item(), rel=1e-4)
+
+
+def test_only_the_adapted_layers_are_targeted(tmp_path):
+    """PEFT matches the ends of names: here `q_proj` is the end of another one."""
+    inner = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+    base = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "inner": inner})
+    ours = adapted(base, "^q_proj$")
+    lora.export(ours, tmp_path)
+    theirs = served(base, tmp_path).base_model.model
+    assert isinstance(theirs["q_proj"], peft.tuners.lora.Linear)
+    assert type(theirs["inner"]["q_proj"]) is nn.Linear
+
+
+def test_targets_are_as_short_as_they_can_be(tmp_path):
+    base = tiny_llama()
+
+    def targets(pattern):
+        lora.export(adapted(base, pattern), tmp_path)
+        served(base, tmp_path)
+        return json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+
+    assert targets("q_proj|lm_head") == ["lm_head", "q_proj"]
+    assert targets("0.*up") == ["model.layers.0.mlp.up_proj"]
+
+
+def test_names_that_end_alike_keep_their_own_ranks_and_scales(tmp_path):
+    base = nn.ModuleDict({"b": nn.Linear(8, 8), "a": nn.ModuleDict({"b": nn.Linear(8, 8)})})
+    ours = adapted(base, "b", 4, rank_pattern={"^b": 2})
+    ours["b"].disha["default"].set_strength(0.5)
+    lora.export(ours, tmp_path)
+    theirs = served(base, tmp_path).base_model.model
+    assert (theirs["b"].r["default"], theirs["b"].scaling["default"]) == (2, 0.5)
+    assert (theirs["a"]["b"].r["default"], theirs["a"]["b"].scaling["default"]) == (4, 1.0)
+
+
+def test_an_adapter_of_scale_zero_stays_without_effect(tmp_path):
+    base = nn.Sequential(nn.Linear(8, 8))
+    ours = adapted(base, "0", 4, scale=0.0)
+    lora.export(ours, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 4
+    x = torch.randn(3, 8)
+    assert torch.equal(served(base, tmp_path)(x), base(x))
+
+
+def test_dropout_is_passed_on(tmp_path):
+    lora.export(adapted(Layered(), "q_proj", 4, dropout=0.25), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Layered(), str(tmp_path), is_trainable=True)
+    layer = theirs.base_model.model.layers[0]["attn"].q_proj
+    assert layer.lora_dropout["default"].p == 0.25
+
+
+def test_training_goes_on_in_peft_from_where_it_was(tmp_path):
+    base = Layered()
+    ours = adapted(base, "q_proj", 4)
+    lora.export(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path), is_trainable=True)
+    tokens = TOKENS % 12
+    output(theirs, tokens).square().mean().backward()
+    output(ours, tokens).square().mean().backward()
+    name = "layers.0.attn.q_proj"
+    found = theirs.base_model.model.get_submodule(name).lora_B["default"].weight.grad
+    expected = ours.get_submodule(name).disha["default"].block.grad.T
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_merged_adapter_is_exported_from_the_original_weights(tmp_path):
+    ours = adapted(tiny_llama(), method="bat", r=4)
+    lora.export(ours, tmp_path / "before", rank=6)
+    disha.merge_adapters(ours)
+    lora.export(ours, tmp_path / "after", rank=6)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+
+
+def test_a_quantised_base(tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = nn.Sequential(bitsandbytes.nn.Linear8bitLt(16, 8, has_fp16_weights=False)).to("cpu")
+    ours = disha.inject_adapters(base, "0", 4)
+    perturb(ours)
+    report = lora.export(ours, tmp_path)
+    assert report.error == 0
+
+
+# --- what was trained beside ---------------------------------------------------------------------
+
+
+def test_modules_trained_beside_the_blocks(tmp_path):
+    base = Layered().eval()
+    ours = adapted(base, "q_proj", 4, also_train=r"norm\.weight|head")
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "norm.weight" in name or "head" in name:
+                parameter.add_(torch.randn_like(parameter))
+    report = lora.export(ours, tmp_path)
+    # PEFT saves modules whole: the biases of the norms come along.
+    assert "layers.0.attn.norm.bias" in report.also_train
+    check_served(base, tmp_path, ours, TOKENS % 12, 1e-5)
+
+
+def test_a_batch_norm_trained_beside(tmp_path):
+    base = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
+    base[1].running_mean.normal_()
+    ours = adapted(base, "0", 4, also_train="1")
+    with torch.no_grad():
+        ours[1].weight.mul_(2)
+    lora.export(ours, tmp_path)
+    check_served(base, tmp_path, ours, torch.randn(4, 8), 1e-5)
+
+
+class WithToken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(8))
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x + self.token)
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.tokens = nn.ParameterList([torch.zeros(8)])
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "also_train", "message"),
+    [
+        (WithToken(), "linear", "token", "token: it belongs to the model itself"),
+        (nn.Sequential(WithToken()), "linear", "token", "save all of 0, where 0.linear is adapted"),
+        (Layered(), "v_proj", "v_proj.bias", "save all of layers.0.attn.v_proj, where"),
+        (Tied(), "q_proj", "embed", "under the names embed.weight, head.weight"),
+        (Listed(), "linear", "tokens", "can't save a ParameterList"),
+        (
+            nn.ModuleDict(
+                {"norm": nn.LayerNorm(8), "prenorm": nn.LayerNorm(8), "b": nn.Linear(8, 8)}
+            ),
+            "b",
+            r"^norm\.",
+            "would save prenorm too, whose name ends likewise",
+        ),
+    ],
+)
+def test_what_modules_to_save_can_not_hold(tmp_path, base, target, also_train, message):
+    ours = adapted(base, target, 4, also_train=also_train)
+    with refused(tmp_path, re.escape(message), ours):
+        lora.export(ours, tmp_path / "lora")
+
+
+# --- where peft would do something else ----------------------------------------------------------
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+def encoder():
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+
+SILENT = [
+    (Shared, "first", torch.randn(3, 6), "one module under the names first, second"),
+    (
+        lambda: nn.Sequential(Doubled(8, 8)),
+        "0",
+        torch.randn(3, 8),
+        "Doubled has a forward of its own",
+    ),
+    (lambda: nn.Sequential(Reader()), "qkv", torch.randn(3, 8), "reads its weight"),
+    (
+        lambda: nn.Sequential(encoder()),
+        "linear1",
+        torch.randn(2, 3, 8),
+        "TransformerEncoderLayer reads",
+    ),
+    (SelfAttention, "out_proj", torch.randn(2, 3, 8), "MultiheadAttention reads"),
+]
+"""Models on which PEFT loads the adapter and then computes something else, without a word."""
+
+
+@pytest.mark.parametrize(("build", "target", "inputs", "message"), SILENT)
+def test_layers_that_peft_would_not_apply_are_refused(tmp_path, build, target, inputs, message):
+    base = build().eval()
+    ours = adapted(base, target, 3)
+    with refused(tmp_path, message, ours):
+        lora.export(ours, tmp_path / "lora")
+    # An adapter away from its model shows nothing of this: so it is not idle caution.
+    lora.write_lora(tmp_path, *adapter_contents(ours))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    with torch.no_grad():
+        assert not torch.allclose(theirs(inputs), ours(inputs), atol=1e-3)
+
+
+class Widened(nn.TransformerEncoderLayer):
+    """An encoder layer with something after it, which is called."""
+
+    def __init__(self):
+        super().__init__(8, 2, 16, dropout=0.0, batch_first=True)
+        self.after = nn.Linear(8, 8)
+
+    def forward(self, src, *args, **kwargs):
+        return self.after(super().forward(src, *args, **kwargs))
+
+
+def test_layers_beside_those_that_are_read_are_not_refused(tmp_path):
+    base = nn.TransformerEncoder(Widened(), 1, enable_nested_tensor=False).eval()
+    ours = adapted(base, "after", 4)
+    lora.export(ours, tmp_path)
+    check_served(base, tmp_path, ours, torch.randn(2, 3, 8), 1e-5)
+
+
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class AdaptedGain(disha.AdaptedLayer):
+    @classmethod
+    def geometry(cls, module):
+        return disha.Geometry(6, 6)
+
+    @classmethod
+    def block_shape(cls, module, method, r, r_out):
+        return (r,)
+
+    def delta_weight(self, block):
+        return block.block.repeat(-(-6 // block.r))[:6]
+
+    def delta_output(self, block, input):
+        return block.dropped(input) * self.delta_weight(block) * block.current_scale()
+
+
+@pytest.fixture
+def _gain():
+    from disha.layers import LAYER_KINDS
+
+    disha.register_layer_kind(Gain, AdaptedGain)
+    yield
+    del LAYER_KINDS[Gain]
+
+
+@pytest.mark.usefixtures("_gain")
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Conv2d(8, 8, 3, groups=2), "groups=2"),
+        (nn.Conv2d(8, 8, 3, dilation=2), "is dilated"),
+        (nn.Conv1d(8, 8, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
+        (nn.ConvTranspose1d(8, 8, 3), "does not know a ConvTranspose1d"),
+        (nn.Embedding(8, 8, max_norm=0.5), "has max_norm"),
+        (Gain(), "does not know a Gain"),
+    ],
+)
+def test_layers_that_peft_has_no_lora_for(tmp_path, layer, message):
+    ours = adapted(nn.Sequential(layer), "0", 2)
+    with refused(tmp_path, message, ours):
+        lora.export(ours, tmp_path / "lora")
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_packed_projections_are_refused(tmp_path, method):
+    ours = adapted(SelfAttention(), "q_proj", 4, method=method)
+    with refused(tmp_path, "packed weight", ours):
+        lora.export(ours, tmp_path / "lora", rank=4)
+
+
+def test_the_model_itself_is_refused(tmp_path):
+    ours = adapted(nn.Linear(8, 8))
+    with refused(tmp_path, "the whole of it", ours):
+        lora.export(ours, tmp_path / "lora")
+    with refused(tmp_path, "is the whole model"):
+        lora.write_lora(tmp_path / "lora", *adapter_contents(ours))
+
+
+# --- cut to a rank -------------------------------------------------------------------------------
+
+
+def dense(layer):
+    """dW (out, in) of a linear layer, in float64."""
+    block = layer.disha["default"]
+    if block.method == "bat":
+        return bat_delta_weight(layer.base_weight.detach().double(), block.block.detach().double())
+    return bone_delta_weight(block.block.detach(), layer.in_features, layer.out_features).double()
+
+
+@pytest.mark.parametrize(("method", "rank"), [("bat", 1), ("bat", 5), ("bone", 1), ("bone", 3)])
+def test_the_cut_is_the_best_one_and_its_error_is_reported(tmp_path, method, rank):
+    base = Layered().double()
+    ours = adapted(base, "_proj", 4, method=method, scale=2.0)
+    report = lora.export(ours, tmp_path, rank=rank)
+    theirs = served(base, tmp_path).base_model.model
+    lost, norm = 0.0, 0.0
+    for layer in report.layers:
+        delta = 2 * dense(ours.get_submodule(layer.name))
+        rest = delta - theirs.get_submodule(layer.name).get_delta_weight("default").detach()
+        singular = torch.linalg.svdvals(delta)
+        assert layer.rank == rank
+        assert layer.error == pytest.approx((rest.norm() / delta.norm()).item(), rel=1e-6)
+        assert layer.error == pytest.approx(
+            (singular[rank:].norm() / singular.norm()).item(), rel=1e-6
+        )
+        lost, norm = lost + rest.square().sum().item(), norm + delta.square().sum().item()
+    assert 0.01 < report.error == pytest.approx((lost / norm) ** 0.5, rel=1e-6)
+    assert f"total error {report.error:.3g}" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bat_at_full_rank_is_exact_to_rounding(tmp_path, dtype):
+    base = tiny_llama().to(dtype)
+    ours = adapted(base, method="bat", r=5)
+    report = lora.export(ours, tmp_path, rank=64)
+    assert report.error < (1e-5 if dtype == torch.float32 else 1e-12)
+    check_served(base, tmp_path, ours, TOKENS, 1e-3 if dtype == torch.float32 else 1e-10)
+
+
+def test_errors_count_the_rounding_to_sixteen_bits(tmp_path):
+    ours = adapted(tiny_llama().to(torch.bfloat16), method="bat")
+    assert 1e-4 < lora.export(ours, tmp_path, rank=64).error < 1e-2
+
+
+def test_a_rank_that_bone_does_not_need_changes_nothing(tmp_path):
+    ours = adapted(Layered(), "q_proj", 4)
+    lora.export(ours, tmp_path / "a")
+    report = lora.export(ours, tmp_path / "b", rank=4)
+    assert [layer.rank for layer in report.layers] == [4, 4]
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_leading_singular_values_of_large_layers(tmp_path, monkeypatch):
+    """Beyond some size only these are computed; little is lost by it, and every time the same."""
+    ours = adapted(nn.Sequential(nn.Linear(300, 200)), "0", 8, method="bat")
+    exact = lora.export(ours, tmp_path / "exact", rank=16).error
+    monkeypatch.setattr(low_rank, "LARGEST_EXACT", 100)
+    state = torch.random.get_rng_state()
+    near = lora.export(ours, tmp_path / "near", rank=16)
+    again = lora.export(ours, tmp_path / "again", rank=16)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert exact < near.error < 1.01 * exact
+    assert near.layers == again.layers
+
+
+def test_max_error_refuses_before_anything_is_written(tmp_path):
+    ours = adapted(Layered(), "_proj", 4, method="bat")
+    report = lora.export(ours, tmp_path / "free", rank=4)
+    worst = max(layer.error for layer in report.layers)
+    lora.export(ours, tmp_path / "free", rank=4, max_error=worst)
+    (tmp_path / "empty").mkdir()
+    with (
+        nothing_written(tmp_path / "empty", ours),
+        pytest.raises(disha.ConversionError, match=r"1 of 4 layers would lose more than max_error"),
+    ):
+        lora.export(ours, tmp_path / "empty" / "lora", rank=4, max_error=worst * 0.9999)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({}, disha.ArgumentError, "pass rank="),
+        ({"rank": 0}, disha.ArgumentError, "rank must be at least 1, got 0"),
+        ({"rank": 2.0}, disha.ArgumentTypeError, "rank must be an int"),
+        ({"rank": True}, disha.ArgumentTypeError, "rank must be an int"),
+        ({"rank": 2, "max_error": -1}, disha.ArgumentError, "max_error must be at least 0"),
+        ({"rank": 2, "max_error": float("nan")}, disha.ArgumentError, "max_error must be at"),
+        ({"rank": 2, "max_error": "1"}, disha.ArgumentTypeError, "max_error must be a number"),
+        ({"rank": 2, "adapter": "other"}, disha.ArgumentError, "no adapter 'other'"),
+    ],
+)
+def test_arguments(tmp_path, options, kind, message):
+    ours = adapted(Layered(), "_proj", 4, method="bat")
+    with refused(tmp_path, message, ours, kind=kind):
+        lora.export(ours, tmp_path / "lora", **options)
+
+
+def test_the_report_is_frozen(tmp_path):
+    report = lora.export(adapted(Layered(), "q_proj", 4), tmp_path)
+    with pytest.raises(FrozenInstanceError):
+        report.error = 1.0
+    assert str(report).splitlines() == [
+        "layer                 method  r  rank  error",
+        "layers.0.attn.q_proj  bone    4     4  exact",
+        "layers.1.attn.q_proj  bone    4     4  exact",
+        f"{tmp_path}: 2 layers, total error exact",
+    ]
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    ours = adapted(Layered(), "q_proj", 4)
+    with torch.no_grad():
+        next(disha.adapter_parameters(ours))[0, 0] = float("nan")
+    with refused(tmp_path, "not finite", kind=disha.AdapterStateError):
+        lora.export(ours, tmp_path / "lora")
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
+    ours = adapted(Layered(), "q_proj", 4)
+    lora.export(ours, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    perturb(ours, seed=1)
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(disha.AdapterIOError, match="No space left"):
+        lora.export(ours, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# --- away from the model -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_a_file_becomes_the_same_folder(tmp_path, method):
+    base = tiny_llama()
+    ours = adapted(base, method=method, also_train="norm")
+    lora.export(ours, tmp_path / "model", rank=4)
+    disha.save_adapter(ours, tmp_path / "adapter.safetensors")
+    header, tensors = read_contents(tmp_path / "adapter.safetensors")
+    state, seen = base.state_dict(), []
+
+    def progress(layers):
+        for layer in layers:
+            seen.append(layer.name)
+            yield layer
+
+    report = lora.write_lora(
+        tmp_path / "file",
+        header,
+        tensors,
+        rank=4,
+        base=lambda name: state[f"{name}.weight"],
+        progress=progress,
+    )
+    assert seen == [layer.name for layer in report.layers]
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    found, expected = (
+        json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        for folder in ("file", "model")
+    )
+    # Which shorter names would do, only the model tells.
+    assert found.pop("target_modules") == sorted(seen)
+    assert len(expected.pop("target_modules")) == 8
+    assert found == expected
+
+
+def test_away_from_the_model_bat_needs_the_base(tmp_path):
+    ours = adapted(Layered(), "q_proj", 4, method="bat")
+    header, tensors = adapter_contents(ours)
+    with refused(tmp_path, "pass what gives", kind=disha.ArgumentError):
+        lora.write_lora(tmp_path / "lora", header, tensors, rank=4)
+    with refused(tmp_path, "the base weight is", kind=disha.AdapterFileError):
+        lora.write_lora(tmp_path / "lora", header, tensors, rank=4, base=lambda _: torch.ones(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Conv1d(8, 8, 3), "is a convolution"),
+        (nn.ConvTranspose1d(8, 8, 3), "LoRA has no form for 1 of 1 layers"),
+        (nn.Embedding(8, 8, padding_idx=1), "LoRA has no form for 1 of 1 layers"),
+    ],
+)
+def test_away_from_the_model_some_layers_are_refused(tmp_path, layer, message):
+    contents = adapter_contents(adapted(nn.Sequential(layer), "0", 2))
+    with refused(tmp_path, message):
+        lora.write_lora(tmp_path / "lora", *contents)
+
+
+def test_blocks_of_other_shapes_than_the_header_says(tmp_path):
+    header, tensors = adapter_contents(adapted(Layered(), "q_proj", 4))
+    first, *rest = header.layers
+    for change in ({"in_features": 3}, {"out_features": 7}, {"r_out": 3}, {"method": "bat"}):
+        changed = replace(header, layers=(replace(first, **change), *rest))
+        contents = {**tensors, changed.layers[0].key: tensors[first.key]}
+        with refused(tmp_path, "the block has shape", kind=disha.AdapterFileError):
+            lora.write_lora(tmp_path / "lora", changed, contents, rank=4, base=lambda _: None)
+    key = first.key
+    with refused(tmp_path, "the block has shape", kind=disha.AdapterFileError):
+        lora.write_lora(tmp_path / "lora", header, {**tensors, key: tensors[key][:, :-1]})
+
+
+def test_sizes_that_only_a_hostile_file_has(tmp_path):
+    header, tensors = adapter_contents(adapted(Layered(), "q_proj", 4))
+    layers = tuple(replace(layer, in_features=2**31 - 1) for layer in header.layers)
+    with refused(tmp_path, "the sizes of the layers can't be", kind=disha.AdapterFileError):
+        lora.write_lora(tmp_path / "lora", replace(header, layers=layers), tensors)
+
+
+# --- and back ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_and_back_is_the_same_adapter(tmp_path, dtype):
+    base = tiny_llama().to(dtype)
+    options = {"rank_pattern": {"q_proj": 3}, "scale": 0.3, "dropout": 0.1, "also_train": "norm"}
+    ours = adapted(base, **options)
+    lora.export(ours, tmp_path)
+    again = copy.deepcopy(base)
+    report = lora.load(again, tmp_path, "back")
+    assert report.complete
+    expected, found = adapter_contents(ours), adapter_contents(again, "back")
+    assert found[1].keys() == expected[1].keys()
+    assert all(torch.equal(found[1][key], tensor) for key, tensor in expected[1].items())
+    for layer, was in zip(found[0].layers, expected[0].layers, strict=True):
+        assert (layer.sizes, layer.scale) == (was.sizes, pytest.approx(was.scale, rel=1e-15))
+    assert found[0].config.dropout == 0.1
+    torch.testing.assert_close(output(again, TOKENS), output(ours, TOKENS))
+
+
+def test_embeddings_convolutions_and_tiles_come_back(tmp_path):
+    base = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(9, 6, padding_idx=4),
+            "conv": nn.Conv2d(5, 4, 3),
+            "linear": nn.Linear(7, 6),
+        }
+    )
+    ours = adapted(base, "embed|conv|linear", 2, r_out=2)
+    lora.export(ours, tmp_path)
+    again = copy.deepcopy(base)
+    lora.load(again, tmp_path)
+    for name in base:
+        found, expected = again[name].disha["default"], ours[name].disha["default"]
+        assert torch.equal(again[name].delta_weight(found), ours[name].delta_weight(expected))
+        assert (found.r, found.r_out) == (2, None)
+
+
+def test_transposed_layers_come_back(tmp_path):
+    base = tiny_gpt2()
+    ours = adapted(base, "attn|mlp", 5)
+    lora.export(ours, tmp_path)
+    again = copy.deepcopy(base)
+    lora.load(again, tmp_path)
+    assert torch.equal(output(again, TOKENS), output(ours, TOKENS))
+
+
+def test_what_peft_saves_again_comes_back(tmp_path):
+    base = Layered().eval()
+    ours = adapted(base, "q_proj|embed", 4, scale=0.5, also_train="norm")
+    lora.export(ours, tmp_path / "ours")
+    theirs = served(base, tmp_path / "ours")
+    with torch.no_grad():
+        theirs.base_model.model.layers[0]["attn"].q_proj.lora_B["default"].weight.mul_(2)
+    theirs.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=True)
+    again = copy.deepcopy(base)
+    lora.load(again, tmp_path / "theirs")
+    tokens = TOKENS % 12
+    torch.testing.assert_close(output(again, tokens), output(theirs, tokens))
+
+
+def test_peft_scales_by_patterns_and_roots(tmp_path):
+    base = Layered().eval()
+    lora.export(adapted(base, "_proj", 4), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config |= {"lora_alpha": 3, "use_rslora": True, "alpha_pattern": {r"0.*q_proj": 5, "v_proj": 7}}
+    path.write_text(json.dumps(config))
+    again = copy.deepcopy(base)
+    lora.load(again, tmp_path)
+    theirs = served(base, tmp_path)
+    for name, layer in again.named_modules():
+        if isinstance(layer, disha.AdaptedLayer):
+            found = theirs.base_model.model.get_submodule(name)
+            assert layer.disha["default"].strength == found.scaling["default"]
+    torch.testing.assert_close(output(again, TOKENS % 12), output(theirs, TOKENS % 12))
+
+
+def test_hot_swap_from_a_folder(tmp_path):
+    base = Layered()
+    ours = adapted(base, "q_proj", 4)
+    lora.export(ours, tmp_path)
+    other = adapted(base, "q_proj", 4)
+    perturb(other, seed=1)
+    blocks = list(disha.adapter_parameters(other))
+    with pytest.raises(disha.ArgumentError, match="has an adapter 'default' already"):
+        lora.load(other, tmp_path)
+    lora.load(other, tmp_path, replace=True)
+    assert [id(block) for block in disha.adapter_parameters(other)] == [id(b) for b in blocks]
+    assert torch.equal(output(other, TOKENS % 12), output(ours, TOKENS % 12))
+
+
+def test_a_trained_lora_is_no_bone_adapter(tmp_path):
+    theirs = peft.get_peft_model(Layered(), peft.LoraConfig(target_modules=["q_proj"], r=4))
+    theirs.save_pretrained(str(tmp_path))
+    model = Layered()
+    before = snapshot(model)
+    with pytest.raises(disha.ConversionError, match=r"is no Bone adapter: in 2 of 2 layers"):
+        lora.load(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def rewritten(folder, *, config=None, tensors=None):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **(config or {})}))
+    path = folder / "adapter_model.safetensors"
+    changed = {**safetensors.torch.load_file(path), **(tensors or {})}
+    safetensors.torch.save_file({k: t for k, t in changed.items() if t is not None}, path)
+
+
+FIRST = "base_model.model.layers.0.attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"config": {"peft_type": "MISS"}}, disha.AdapterFileError, "not 'LORA'"),
+        ({"config": {"use_dora": True}}, disha.ConversionError, "uses use_dora"),
+        ({"config": {"bias": "all"}}, disha.ConversionError, "uses bias"),
+        (
+            {"config": {"lora_alpha": "8"}},
+            disha.AdapterFileError,
+            "lora_alpha: .* must be a number",
+        ),
+        ({"config": {"lora_alpha": 1e300}}, disha.AdapterFileError, "lora_alpha: .* finite"),
+        ({"config": {"alpha_pattern": {"(": 1}}}, disha.AdapterFileError, "no valid regex"),
+        ({"config": {"alpha_pattern": 3}}, disha.AdapterFileError, "must be an object"),
+        ({"config": {"lora_dropout": 2}}, disha.AdapterFileError, "dropout"),
+        ({"config": {"modules_to_save": "a"}}, disha.AdapterFileError, "a list of names"),
+        ({"tensors": {f"{FIRST}.lora_B.weight": None}}, disha.AdapterFileError, "lacks lora_A or"),
+        ({"tensors": {"other": torch.ones(1)}}, disha.AdapterFileError, "does not begin with"),
+        (
+            {"tensors": {f"{FIRST}.lora_magnitude_vector": torch.ones(8)}},
+            disha.AdapterFileError,
+            "is neither lora_A nor lora_B",
+        ),
+        (
+            {"tensors": {f"{FIRST}.lora_A.weight": torch.ones(4, 8, dtype=torch.int32)}},
+            disha.AdapterFileError,
+            "dtype I32",
+        ),
+        (
+            {"tensors": {f"{FIRST}.lora_B.weight": torch.ones(8)}},
+            disha.ConversionError,
+            "is no Bone adapter",
+        ),
+        (
+            {"tensors": {f"{FIRST}.lora_A.weight": torch.eye(0, 8)}},
+            disha.ConversionError,
+            "is no Bone adapter",
+        ),
+        (
+            {"tensors": {f"{FIRST}.lora_B.weight": torch.full((8, 4), float("inf"))}},
+            disha.AdapterFileError,
+            "not finite",
+        ),
+        (
+            {"tensors": {f"{FIRST}.lora_B.weight": torch.ones(7, 4)}},
+            disha.AdapterFileError,
+            "expected 8 -> 7, the model has 8 -> 8",
+        ),
+    ],
+)
+def test_folders_that_are_refused(tmp_path, changes, kind, message):
+    lora.export(adapted(Layered(), "q_proj", 4), tmp_path)
+    rewritten(tmp_path, **changes)
+    model = Layered()
+    before = snapshot(model)
+    with pytest.raises(kind, match=message):
+        lora.load(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(disha.AdapterIOError, match=r"can't read .*adapter_config.json"):
+        lora.load(Layered(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(disha.AdapterFileError, match="not valid JSON"):
+        lora.load(Layered(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(disha.AdapterFileError, match="must hold a JSON object"):
+        lora.load(Layered(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(disha.AdapterIOError, match=r"can't read .*adapter_model.safetensors"):
+        lora.load(Layered(), tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_text("no")
+    with pytest.raises(disha.AdapterFileError, match="not a whole safetensors file"):
+        lora.load(Layered(), tmp_path)
