@@ -138,9 +138,10 @@ def test_interop_is_there_without_an_import_of_its_own():
 import sys, json
 import disha
 before = "disha.interop" in sys.modules
-print(json.dumps([before, disha.interop.lora.__name__, hasattr(disha, "interops")]))
+names = [disha.interop.lora.__name__, disha.interop.peft.__name__]
+print(json.dumps([before, *names, hasattr(disha, "interops")]))
 """
-    assert run_python(code) == [False, "disha.interop.lora", False]
+    assert run_python(code) == [False, "disha.interop.lora", "disha.interop.peft", False]
 
 
 def test_import_warns_of_nothing():

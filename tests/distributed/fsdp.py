@@ -30,14 +30,17 @@ from disha import (
     AdapterIOError,
     AdapterStateError,
     ArgumentError,
+    ConversionError,
     MergeError,
     TargetError,
 )
 from disha.fingerprint import fingerprint
+from tests.conftest import perturb
 from tests.distributed.harness import (
     ADAPTERS,
     RANKS,
     Block,
+    Model,
     adapted,
     adapted_attention,
     assert_same,
@@ -261,6 +264,32 @@ def check_refused_load_changes_no_rank(folder):
     with pytest.raises(AdapterIOError, match=from_rank(1, "can't read")):
         disha.load_adapter(model, folder / ("fits", "absent")[rank()], replace=True)
     assert_same(blocks(model), before)
+
+
+def check_peft_folders(folder):
+    def trained(seed):
+        torch.manual_seed(0)
+        model = Model().double()
+        disha.inject_adapters(model, "up|down", 3, also_train=r"norm\.|head")
+        perturb(model, seed)
+        return model
+
+    plain, model = trained(0), sharded(trained(0))
+    alone, together = folder / f"{rank()}", folder / "a"
+    disha.interop.peft.export(plain, alone)
+    disha.interop.peft.export(model, together)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (together / name).read_bytes() == (alone / name).read_bytes()
+    other = sharded(trained(5))
+    disha.interop.peft.load(other, together, replace=True)
+    assert_same(blocks(other), blocks(plain))
+    with pytest.raises(AdapterIOError, match=from_rank(1, "can't read")):
+        disha.interop.peft.load(other, (together, folder / "absent")[rank()], replace=True)
+    if rank() == 1:
+        disha.set_adapter_scale(model, 2.0)
+    with pytest.raises(ConversionError, match=from_rank(1, "adapter 'default' can't be written")):
+        disha.interop.peft.export(model, folder / "none")
+    assert not (folder / "none").exists()
 
 
 def check_state_dicts(folder):

@@ -1,0 +1,261 @@
+"""A model as PEFT sees it: what it adapts there with the effect that we have, and what it saves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from disha.interop.peft.folder import Saved
+from disha.interop.targets import Targets, is_plain, saved_by
+from disha.layers import layer_kind_of
+from disha.layers.attention import Projection
+from disha.layers.linear import AdaptedLinear
+from disha.sharding import whole
+from disha.survey import Survey
+from disha.tree import join, module_names, parameter_aliases, parameter_owners
+
+__all__ = ["PeftView"]
+
+
+class PeftView:
+    """A model, by the names that its modules have in PEFT.
+
+    Args:
+        model: the model, adapted or not, wrapped or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._survey = Survey(model)
+        self._names = {
+            module: names
+            for module, names in self._survey.names.items()
+            if not isinstance(module, Projection)
+        }
+        self._by_name = {
+            name: module for module, names in self._survey.names.items() for name in names
+        }
+        self._first = {name: names[0] for names in self._names.values() for name in names}
+        self._aliases = parameter_aliases(self._names)
+        self._owners = parameter_owners(self._names)
+        self._attention = {part for parts in self._survey.parts.values() for part in parts}
+        self._places = Counter(c for module in self._names for c in module._modules.values())
+
+    @property
+    def modules(self) -> list[str]:
+        """The names under which PEFT looks at modules: each once, by the first way to it."""
+        return [names[0] for names in self._names.values() if names[0]]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a parameter, or None if the model has none of that name.
+
+        That of a linear layer's weight is (out, in), however it is stored.
+        """
+        module = self._by_name.get(name.removesuffix(".weight"))
+        if name.endswith(".weight") and isinstance(module, nn.Linear):
+            return (module.out_features, module.in_features)
+        if name not in self._aliases:
+            return None
+        owner, own_name = self._owners[self._aliases[name]]
+        parameter = owner._parameters[own_name]
+        return None if parameter is None else tuple(parameter.shape)
+
+    # --- layers ----------------------------------------------------------------------------------
+
+    def obstacles_to_load(self, layers: Iterable[str]) -> list[str]:
+        """Return which of these layers PEFT adapts otherwise than we do, and why."""
+        return _with_names(layers, self._obstacle)
+
+    def obstacles_to_export(self, layers: Iterable[str]) -> list[str]:
+        """Return in which of these layers an adapter would not act alike in PEFT, and why."""
+        fused = {
+            child
+            for module in self._names
+            if _runs_fused(module)
+            for child in (module._modules["linear1"], module._modules["linear2"])
+        }
+
+        def obstacle(name: str) -> str | None:
+            if self._by_name.get(name) in fused:
+                return (
+                    "nn.TransformerEncoderLayer reads its weight in evaluation, without PEFT's "
+                    "update"
+                )
+            return self._obstacle(name)
+
+        return _with_names(layers, obstacle)
+
+    def _obstacle(self, name: str) -> str | None:
+        module = self._by_name.get(name)
+        if module is None:
+            return "the model has no such layer"
+        if not name:
+            return "PEFT adapts the layers of a model, not the model itself"
+        if module in self._attention:
+            return "nn.MultiheadAttention does not call its projections, so PEFT can't adapt them"
+        kind = layer_kind_of(module)
+        if kind is not AdaptedLinear:
+            return f"PEFT's MiSS adapts nn.Linear only, and it is a {_class_of(module).__name__}"
+        if module in self._survey.read:
+            return "the module around it reads its weight, without PEFT's update"
+        if self._places[module] > 1:
+            return "it is one layer in several places, of which PEFT adapts the first only"
+        facts = kind.facts(_class_of(module))
+        if facts["own_forward"] and not facts["library_forward"]:
+            return (
+                f"{_class_of(module).__name__} has a forward of its own; PEFT adds to what that "
+                "returns, or replaces it (BAT), and disha adds in its nn.Linear part"
+            )
+        return None
+
+    def not_selected(self, targets: Targets, layers: Iterable[str]) -> list[str]:
+        """Return the modules that a configuration selects besides these layers."""
+        known = set(layers)
+        return [name for name in self.modules if name not in known and targets.selects(name)]
+
+    # --- what is beside them ---------------------------------------------------------------------
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return every name of every buffer that a state dict has -> its values."""
+        return {
+            join(above, name): buffer
+            for module, names in self._names.items()
+            for name, buffer in _buffers(module)
+            for above in names
+        }
+
+    def not_saved(self, modules: Sequence[str], keys: Iterable[str]) -> list[str]:
+        """Return what PEFT saves of `modules_to_save` and is not among the keys of a folder."""
+        known = set(keys)
+        expected = (
+            join(name, own_name)
+            for module, (name, *_) in self._names.items()
+            if name and saved_by(modules, name)
+            for own_name in _state(module)
+        )
+        return [key for key in dict.fromkeys(expected) if key not in known]
+
+    def all_names(self, parameter: str) -> list[str]:
+        """Return all names of the parameter of that name, first the one that it goes by."""
+        first = self._aliases[parameter]
+        return [alias for alias, own in self._aliases.items() if own == first]
+
+    def saved(
+        self, also_train: Sequence[str], layers: Sequence[str], values: Mapping[str, Tensor]
+    ) -> Saved:
+        """Return how PEFT saves parameters that are trained beside an adapter.
+
+        Args:
+            also_train: names of the parameters.
+            layers: names of the adapted layers.
+            values: the parameters' values by these names.
+        """
+        trained = {alias for name in also_train for alias in self.all_names(name)}
+        whole_modules = self._trained_whole(trained, {self._by_name[name] for name in layers})
+        names = [name for module in whole_modules for name in self._names[module]]
+        state = {
+            join(name, inner): tensor
+            for module in whole_modules
+            for name in self._names[module]
+            for inner, tensor in _state(module).items()
+        }
+        rest = sorted(trained - set(state))
+        bias, problems = _bias(rest, layers)
+        problems += self._unclear(names, layers)
+        tensors = {
+            name: whole(state[name].detach()).cpu() if name not in self._aliases
+            else values[self._aliases[name]]
+            for name in [*state, *rest]
+        }  # fmt: skip
+        # Copies: what shares memory can't be in one file.
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        return Saved(bias, tuple(sorted(names)), copies, tuple(problems))
+
+    def _trained_whole(self, trained: set[str], adapted: set[nn.Module]) -> list[nn.Module]:
+        """Return the modules all of whose parameters are trained, the outermost that own some."""
+        found: list[nn.Module] = []
+        inside = set[nn.Module]()
+        for module, (name, *_) in self._names.items():
+            if not name or module in inside:
+                continue
+            below = set(module_names(module))
+            own = any(join(name, one) in trained for one in module._parameters)
+            parameters = (
+                join(name, one) for one, value in _state(module).items() if _trains(value)
+            )
+            if own and not below & adapted and trained.issuperset(parameters):
+                found.append(module)
+                inside |= below
+        return found
+
+    def _unclear(self, saved: Sequence[str], layers: Sequence[str]) -> list[str]:
+        """Return why PEFT would save other modules than these, or not adapt all layers."""
+        odd = [name for name in saved if not is_plain(name)]
+        if odd:
+            return [f"{name}: PEFT reads names of modules_to_save as regexes" for name in odd]
+        more = [name for name in self._first if name not in saved and saved_by(saved, name)]
+        targets = Targets(None, saved=saved)
+        return [
+            f"{name}: PEFT would save and train it too, as its name ends in that of a module in "
+            "modules_to_save"
+            for name in more
+        ] + [
+            f"{name}: PEFT would not adapt it, as its name is read as being inside of a module in "
+            "modules_to_save"
+            for name in layers
+            if targets.leaves_out(name)
+        ]
+
+
+def _with_names(layers: Iterable[str], obstacle: Callable[[str], str | None]) -> list[str]:
+    found = ((name, obstacle(name)) for name in layers)
+    return [f"{name or '(the model)'}: {why}" for name, why in found if why is not None]
+
+
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module has without adapters."""
+    cls: type[nn.Module] = getattr(type(module), "original_class", type(module))
+    return cls
+
+
+def _runs_fused(module: nn.Module) -> bool:
+    """Whether it is an encoder layer whose forward is torch's, with its fused path."""
+    layer = nn.TransformerEncoderLayer
+    return isinstance(module, layer) and _class_of(module).forward is layer.forward
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the module's own buffers that a state dict has."""
+    temporary = module._non_persistent_buffers_set
+    return [
+        (name, buffer)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in temporary
+    ]
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers that a module's state dict has, under clean names."""
+    return {
+        join(above, name): tensor
+        for inner, (above, *_) in module_names(module).items()
+        for name, tensor in [*inner._parameters.items(), *_buffers(inner)]
+        if tensor is not None
+    }
+
+
+def _trains(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _bias(names: Sequence[str], layers: Sequence[str]) -> tuple[str, list[str]]:
+    """Return PEFT's `bias` for parameters outside of whole modules, and what it can't express."""
+    problems = [
+        f"parameter {name}: PEFT trains whole modules and biases besides blocks, and this is "
+        "neither"
+        for name in names
+        if name.rpartition(".")[2] != "bias"
+    ]
+    adapted = {join(layer, "bias") for layer in layers}
+    return "none" if not names else "only" if adapted.issuperset(names) else "all", problems

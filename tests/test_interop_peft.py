@@ -1,0 +1,946 @@
+"""`disha.interop.peft` against the real PEFT: what either writes, the other computes alike.
+
+The folders in `golden/` were written by PEFT 0.14.0 and 0.18.1, the last that had Bone, from
+weights that `waves` gives, with the outputs that it computed.
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from peft import MissConfig, PeftModel, get_peft_model
+from torch import nn
+
+import disha
+from disha import (
+    AdapterFileError,
+    AdapterIOError,
+    ArgumentError,
+    ArgumentTypeError,
+    ConversionError,
+    DishaError,
+)
+from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
+from disha.interop.peft import contents_of, export, load, read_folder, write_folder
+from tests import reference
+from tests.conftest import Layered, Shared, assert_unchanged, perturb, snapshot
+
+GOLDEN = Path(__file__).parent / "golden"
+KINDS = {
+    "bone": {"method": "bone", "r": 4},
+    "tile": {"method": "bone", "r": 4, "r_out": 2},
+    "bat": {"method": "bat", "r": 2},
+}
+MISS = {
+    "bone": {"init_weights": True, "r": 4},
+    "tile": {"init_weights": "mini", "r": 4, "mini_r": 2},
+    "bat": {"init_weights": "bat", "r": 2},
+}
+
+
+class Net(nn.Module):
+    """Names that end alike, sizes that 4 does not divide, a buffer, biases here and there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(10, 6)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(6, 6, bias=False), "v": nn.Linear(6, 6)})
+            for _ in range(3)
+        )
+        self.scale = nn.Parameter(torch.ones(6))
+        self.norm = nn.BatchNorm1d(6)
+        self.q = nn.Linear(6, 4)
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x):
+        x = self.inner(x)
+        for layer in self.layers:
+            x = x + torch.tanh(layer["q"](x)) * layer["v"](x)
+        return self.head(self.q(self.norm(x * self.scale)))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net().double().eval()
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=24, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).double().eval()
+
+
+INPUTS = {
+    net: torch.sin(torch.arange(30, dtype=torch.float64)).view(3, 10),
+    llama: torch.arange(14).view(2, 7),
+}
+
+
+def output(model, make):
+    with torch.no_grad():
+        found = model(INPUTS[make])
+    return found.logits if make is llama else found
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def config_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def tensors_of(folder):
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+def rewrite(folder, tensors=None, **fields):
+    """Change fields of a folder's configuration, or its tensors; `...` takes a field away."""
+    config = {**config_of(folder), **fields}
+    config = {field: value for field, value in config.items() if value is not ...}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if tensors is not None:
+        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def perturb_all(model, also_train=()):
+    """Give blocks and what else was trained other values."""
+    perturb(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in also_train:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+def from_peft(folder, make, **arguments):
+    """Return a fresh base with the folder loaded by PEFT, which must not warn of missing keys."""
+    model = PeftModel.from_pretrained(make(), folder, **arguments)
+    return model.eval()
+
+
+def trained_by_peft(make, folder, **config):
+    """Let PEFT inject, write random values into all that trains, and save; return the output."""
+    model = get_peft_model(make(), MissConfig(**config)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(noise * 0.3)
+    model.save_pretrained(folder)
+    return output(model, make)
+
+
+# --- to PEFT -------------------------------------------------------------------------------------
+
+
+TARGETS = {
+    net: {
+        "inner": "ends",
+        r"^inner|\.[qv]$|^q$": "ends",
+        r"layers\.1\.q": "regex",
+        r"^q$": "regex",
+    },
+    llama: {"[qv]_proj": "ends", "mlp|o_proj": "ends", r"layers\.1\..*_proj": "regex"},
+}
+CASES = [
+    (make, kind, target, form)
+    for make, targets in TARGETS.items()
+    for target, form in targets.items()
+    for kind in KINDS
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "target", "form"), CASES)
+def test_peft_computes_what_we_export(make, kind, target, form, tmp_path):
+    model = make()
+    disha.inject_adapters(model, target, **KINDS[kind])
+    perturb(model)
+    expected = output(model, make)
+    assert not torch.allclose(expected, output(make(), make))
+
+    export(model, tmp_path / "folder")
+    close(output(model, make), expected)
+    theirs = from_peft(tmp_path / "folder", make)
+    close(output(theirs, make), expected)
+    merged = theirs.merge_and_unload()
+    close(output(merged, make), expected)
+
+    adapted = {
+        name for name, module in model.named_modules() if isinstance(module, disha.AdaptedLayer)
+    }
+    assert set(from_peft(tmp_path / "folder", make).base_model.targeted_module_names) == adapted
+    written = config_of(tmp_path / "folder")["target_modules"]
+    assert isinstance(written, list if form == "ends" else str)
+
+
+ALSO_TRAIN = {
+    "one module": (r"^norm\.", "none", ["norm"]),
+    "two in one": (r"^head\.", "none", ["head.0", "head.2"]),
+    "all biases": ("bias$", "all", None),
+    "biases of layers": (r"layers\..*bias$", "MiSS_only", None),
+    "a module and biases": (r"^norm\.|^inner\.bias", "all", ["norm"]),
+}
+
+
+@pytest.mark.parametrize("case", ALSO_TRAIN)
+def test_peft_gets_what_was_trained_beside(case, tmp_path):
+    also_train, bias, modules = ALSO_TRAIN[case]
+    model = net()
+    disha.inject_adapters(model, r"layers\.", 2, also_train=also_train)
+    names = adapter_contents(model)[0].also_train
+    perturb_all(model, names)
+    model.norm.running_mean.add_(0.5)
+    expected = output(model, net)
+
+    export(model, tmp_path)
+    assert (config_of(tmp_path)["bias"], config_of(tmp_path)["modules_to_save"]) == (bias, modules)
+    base = net()
+    if modules is None or "norm" not in modules:
+        base.norm.running_mean.add_(0.5)  # of the base; else it is in the folder
+    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
+    close(output(theirs, net), expected)
+
+    again = net()
+    again.norm.running_mean.add_(0.5)
+    load(again, tmp_path)
+    close(output(again, net), expected)
+    assert adapter_contents(again)[0].also_train == names
+
+
+def test_weights_that_two_modules_share_are_saved_with_both(tmp_path):
+    model = Layered().double()
+    model.head.weight = model.embed.weight
+    disha.inject_adapters(model, "q_proj", 2, also_train="embed")
+    perturb_all(model, ["embed.weight"])
+    tokens = torch.arange(10).view(2, 5)
+    expected = model(tokens)
+    export(model, tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == ["embed", "head"]
+
+    base = Layered().double()
+    base.load_state_dict(model.state_dict(), strict=False)
+    base.head.weight = base.embed.weight
+    with torch.no_grad():
+        base.embed.weight.zero_()
+    theirs = PeftModel.from_pretrained(_copy(base), tmp_path)
+    close(theirs(tokens), expected)
+    ours = _copy(base)
+    load(ours, tmp_path)
+    close(ours(tokens), expected)
+
+    tensors = tensors_of(tmp_path)
+    tensors["base_model.model.head.weight"] += 1
+    rewrite(tmp_path, tensors)
+    _refused(_copy(base), tmp_path, "shares it with embed.weight, which has other values")
+    del tensors["base_model.model.head.weight"]
+    rewrite(tmp_path, tensors, modules_to_save=["embed"])
+    _refused(_copy(base), tmp_path, "shares it with head.weight, which PEFT leaves as it is")
+
+
+def _copy(model):
+    twin = Layered().double()
+    twin.load_state_dict(model.state_dict())
+    twin.head.weight = twin.embed.weight
+    return twin
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_dtypes_stay(dtype, tmp_path):
+    model = llama().to(dtype)
+    disha.inject_adapters(model, "q_proj", 4, also_train="model.norm")
+    perturb(model)
+    export(model, tmp_path)
+    assert {tensor.dtype for tensor in tensors_of(tmp_path).values()} == {dtype}
+
+    theirs = PeftModel.from_pretrained(llama().to(dtype), tmp_path, autocast_adapter_dtype=False)
+    blocks = {n: p for n, p in theirs.named_parameters() if "miss_block" in n}
+    assert {block.dtype for block in blocks.values()} == {dtype}
+    torch.testing.assert_close(output(theirs, llama), output(model, llama), rtol=0.05, atol=0.02)
+
+    base = llama().to(dtype)
+    load(base, tmp_path)
+    assert all(p.dtype == dtype for p in disha.adapter_parameters(base))
+    assert torch.equal(output(base, llama), output(model, llama))
+    wider = llama().to(dtype)
+    load(wider, tmp_path, dtype=torch.float64)
+    assert all(p.dtype == torch.float64 for p in disha.adapter_parameters(wider))
+
+
+def test_dropout_is_kept(tmp_path):
+    model = net()
+    disha.inject_adapters(model, "inner", 4, dropout=0.25)
+    export(model, tmp_path / "a")
+    assert config_of(tmp_path / "a")["miss_dropout"] == 0.25
+    base = net()
+    load(base, tmp_path / "a")
+    assert base.inner.disha["default"].dropout == 0.25
+    export(model, tmp_path / "b", dropout=0.5)
+    assert config_of(tmp_path / "b")["miss_dropout"] == 0.5
+    with pytest.raises(ArgumentError, match="dropout must be at least 0"):
+        export(model, tmp_path / "c", dropout=1.5)
+    assert not (tmp_path / "c").exists()
+
+
+def test_notes_are_written(tmp_path):
+    model = disha.inject_adapters(net(), "inner", 4)
+    export(model, tmp_path, base_model_name_or_path="org/base", task_type="CAUSAL_LM")
+    found = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (found.base_model_name_or_path, found.task_type) == ("org/base", "CAUSAL_LM")
+    header, _ = contents_of(read_folder(tmp_path), {"inner.weight": (6, 10)})
+    assert header.metadata == {"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}
+    with pytest.raises(ArgumentTypeError, match="task_type"):
+        export(model, tmp_path, task_type=3)
+
+
+def wrapped_by_compile(model):
+    return torch.compile(model)
+
+
+def wrapped_by_checkpointing(model):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model.inner = checkpoint_wrapper(model.inner)
+    return model
+
+
+def wrapped_by_ddp(model):
+    return nn.parallel.DistributedDataParallel(model)
+
+
+@pytest.mark.parametrize("wrap", [wrapped_by_compile, wrapped_by_checkpointing, wrapped_by_ddp])
+def test_names_are_those_of_the_plain_model(wrap, tmp_path):
+    if wrap is wrapped_by_ddp:
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = net()
+        disha.inject_adapters(model, r"inner|\.q", 2, also_train="^norm")
+        perturb(model)
+        export(model, tmp_path / "plain")
+        model = wrap(model)
+        export(model, tmp_path / "wrapped")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            plain = (tmp_path / "plain" / name).read_bytes()
+            assert (tmp_path / "wrapped" / name).read_bytes() == plain
+        expected = disha.adapter_state_dict(model)
+        perturb(model, seed=2)
+        load(model, tmp_path / "plain", replace=True)
+        found = disha.adapter_state_dict(model)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("bone", 1e-5), ("bat", 1e-2)])
+def test_a_quantised_base(method, tolerance, tmp_path):
+    """BAT's tolerance is that of the kernels: PEFT multiplies with the dequantised weight."""
+    from bitsandbytes.nn import Linear4bit
+
+    def quantised():
+        torch.manual_seed(0)
+        base = nn.Sequential(Linear4bit(64, 64, quant_type="nf4"), nn.Linear(64, 8))
+        return base.to("cpu").eval()  # training takes other kernels
+
+    model = disha.inject_adapters(quantised(), ".", 8, method=method)
+    perturb(model)
+    x = torch.randn(4, 64)
+    expected = model(x)
+    assert not torch.allclose(quantised()(x), expected, atol=0.1)
+    export(model, tmp_path)
+    theirs = PeftModel.from_pretrained(quantised(), tmp_path)
+    torch.testing.assert_close(theirs(x), expected, rtol=tolerance, atol=tolerance)
+    ours = quantised()
+    load(ours, tmp_path)
+    assert torch.equal(ours(x), expected)
+
+
+# --- what PEFT can't express ---------------------------------------------------------------------
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qkv.weight)
+
+
+def linear_q():
+    return nn.ModuleDict({"q": nn.Linear(8, 8)})
+
+
+def conv1d():
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Sequential(Conv1D(8, 8))
+
+
+NOT_EXPRESSIBLE = {
+    "ragged bat": (
+        lambda: nn.Sequential(nn.Linear(9, 8)),
+        {"r": 4, "method": "bat"},
+        "needs an r that divides both sizes",
+    ),
+    "bat's dropout": (
+        lambda: nn.Sequential(nn.Linear(8, 8)),
+        {"r": 4, "method": "bat", "dropout": 0.1},
+        "no dropout",
+    ),
+    "scale": (lambda: nn.Sequential(nn.Linear(8, 8)), {"r": 4, "scale": 2.0}, "no scale"),
+    "several r": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
+        {"r": 4, "rank_pattern": {"1": 2}},
+        "one r for all layers, this adapter has 2, 4",
+    ),
+    "conv": (lambda: nn.Sequential(nn.Conv1d(8, 8, 3)), {"r": 4}, "its layout is conv"),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(8, 8)), {"r": 4}, "its layout is embedding"),
+    "weights as (in, out)": (conv1d, {"r": 4}, "its layout is linear_in_out"),
+    "the model": (lambda: nn.Linear(8, 8), {"r": 4}, "not the model itself"),
+    "attention": (lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), {"r": 4}, "nn.MultiheadAtt"),
+    "fused encoder": (
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8)),
+        {"r": 4, "exclude": "attn"},
+        "reads its weight in evaluation",
+    ),
+    "read": (lambda: nn.Sequential(ReadsWeight()), {"r": 4}, "the module around it reads"),
+    "shared": (lambda: Shared(), {"r": 2, "exclude": "last"}, "in several places"),
+    "own forward": (lambda: nn.Sequential(OwnForward(8, 8)), {"r": 4}, "a forward of its own"),
+    "a part": (net, {"r": 2, "exclude": "head", "also_train": "^head.0.weight"}, "whole modules"),
+    "the model's own": (net, {"r": 2, "also_train": "^scale"}, "parameter scale: PEFT trains"),
+    "an ambiguous name": (
+        lambda: nn.ModuleDict(
+            {"norm": nn.LayerNorm(8), "prenorm": nn.LayerNorm(8), "q": nn.Linear(8, 8)}
+        ),
+        {"r": 2, "also_train": "^norm"},
+        "prenorm: PEFT would save and train it too",
+    ),
+    "a name that hides a layer": (
+        lambda: nn.ModuleDict({"a": nn.LayerNorm(8), "b": nn.ModuleDict({"a": linear_q()})}),
+        {"r": 2, "also_train": r"^a\."},
+        "b.a.q: PEFT would not adapt it",
+    ),
+    "an odd name": (
+        lambda: nn.ModuleDict({"a+b": nn.LayerNorm(8), "q": nn.Linear(8, 8)}),
+        {"r": 2, "also_train": "^a"},
+        "reads names of modules_to_save as regexes",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_EXPRESSIBLE)
+def test_what_peft_lacks_is_refused_before_anything_is_written(case, tmp_path):
+    make, arguments, reason = NOT_EXPRESSIBLE[case]
+    model = disha.inject_adapters(make(), "", **arguments)
+    before = snapshot(model)
+    with pytest.raises(ConversionError, match="nothing was written") as caught:
+        export(model, tmp_path / "folder")
+    assert reason in str(caught.value)
+    assert not (tmp_path / "folder").exists()
+    assert_unchanged(model, before)
+
+
+def test_peft_runs_fused_encoder_layers_without_its_adapter():
+    """What the refusal is for: PEFT's output is the base's where torch takes its fused path."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)).eval()
+    x = torch.randn(1, 3, 8)
+    with torch.no_grad():
+        expected = base(x)
+        model = get_peft_model(base, MissConfig(r=4, target_modules=["linear1"])).eval()
+        for name, parameter in model.named_parameters():
+            if "miss_block" in name:
+                parameter.normal_()
+        model.requires_grad_(False)
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_remedies_work(tmp_path):
+    model = net()
+    disha.inject_adapters(model, r"layers\..*[qv]", 2, scale=0.5, rank_pattern={"q": 3})
+    perturb(model)
+    expected = output(model, net)
+    disha.combine_adapters(model, {"default": 1.0}, into="plain", r=6)
+    export(model, tmp_path, "plain")
+    close(output(from_peft(tmp_path, net), net), expected)
+
+    model = disha.inject_adapters(net(), "inner", 2, method="bat", dropout=0.1)
+    export(model, tmp_path, dropout=0.0)
+    assert config_of(tmp_path)["miss_dropout"] == 0.0
+
+
+def test_export_while_merged(tmp_path):
+    model = disha.inject_adapters(net(), "inner", 4)
+    perturb(model)
+    expected = output(model, net)
+    disha.merge_adapters(model)
+    export(model, tmp_path)
+    close(output(from_peft(tmp_path, net), net), expected)
+
+
+def test_a_folder_is_not_destroyed(tmp_path, monkeypatch):
+    model = disha.inject_adapters(net(), "inner", 4)
+    export(model, tmp_path / "folder")
+    (tmp_path / "folder" / "README.md").write_text("mine")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
+    perturb(model)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", _full)
+        with pytest.raises(AdapterIOError, match="unchanged"):
+            export(model, tmp_path / "folder")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()} == before
+
+    export(model, tmp_path / "folder")
+    after = {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
+    assert after.keys() == before.keys()
+    assert after["README.md"] == b"mine"
+    assert after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdapterIOError, match="is a file"):
+        export(model, tmp_path / "file")
+    with pytest.raises(ArgumentError, match="no adapter 'other'"):
+        export(model, tmp_path / "other", "other")
+    assert not (tmp_path / "other").exists()
+
+
+def _full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+# --- from PEFT -----------------------------------------------------------------------------------
+
+
+CONFIGS = {
+    net: {
+        "ends": {"target_modules": ["inner", "q"]},
+        "a name": {"target_modules": ["layers.1.q"]},
+        "regex": {"target_modules": r"layers\.\d+\.(q|v)|^inner$"},
+        "lookahead": {"target_modules": r"(?!layers\.1).*q"},
+        "excluded": {"target_modules": ["q", "v"], "exclude_modules": ["layers.2.q", "v"]},
+        "excluded by regex": {"target_modules": ["q"], "exclude_modules": "q"},
+        "biases": {"target_modules": ["v"], "bias": "all"},
+        "own biases": {"target_modules": ["v"], "bias": "MiSS_only"},
+        "saved": {"target_modules": ["q"], "modules_to_save": ["norm", "head"]},
+        "saved, with biases": {"target_modules": ["v"], "modules_to_save": ["head"], "bias": "all"},
+        "saved around a target": {"target_modules": ["q", "head.0"], "modules_to_save": ["head"]},
+    },
+    llama: {
+        "ends": {"target_modules": ["q_proj", "down_proj"]},
+        "regex": {"target_modules": r".*\.(self_attn|mlp)\.[qd].*_proj"},
+        "one layer": {"target_modules": ["q_proj"], "layers_to_transform": 1},
+        "layers": {
+            "target_modules": ["v_proj"],
+            "layers_to_transform": [0],
+            "layers_pattern": "layers",
+        },
+        "all-linear": {"target_modules": "all-linear"},
+        "the default": {},
+        "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("make", "case"), [(make, case) for make, cases in CONFIGS.items() for case in cases]
+)
+def test_we_compute_what_peft_saved(make, case, kind, tmp_path):
+    expected = trained_by_peft(make, tmp_path, **{**MISS[kind], **CONFIGS[make][case]})
+    model = make()
+    report = load(model, tmp_path)
+    assert report.complete
+    close(output(model, make), expected)
+    disha.merge_adapters(model)
+    close(output(model, make), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trips_by_way_of_peft_change_nothing(kind, tmp_path):
+    model = net()
+    disha.inject_adapters(model, r"inner|\.q", **KINDS[kind], also_train="^norm", adapter="mine")
+    perturb_all(model, ["norm.weight", "norm.bias"])
+    header, tensors = adapter_contents(model, "mine")
+    export(model, tmp_path / "ours", "mine")
+    from_peft(tmp_path / "ours", net).save_pretrained(tmp_path / "theirs")
+
+    for name in ("ours", "theirs"):
+        base = net()
+        load(base, tmp_path / name, "other")
+        again, found = adapter_contents(base, "other")
+        assert again.layers == header.layers  # fingerprints of the base too
+        assert again.also_train == header.also_train
+        assert again.tensors == header.tensors
+        chosen = {"target": None, "also_train": ()}
+        assert {**again.config.to_json(), **chosen} == {
+            **header.config.to_json(),
+            "target": None,
+            "also_train": (),
+        }
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[key], value) for key, value in tensors.items())
+
+
+def test_arguments_of_load(tmp_path):
+    model = disha.inject_adapters(net(), "inner", 4, also_train="^norm")
+    perturb_all(model, ["norm.weight"])
+    export(model, tmp_path)
+    base = net()
+    load(base, tmp_path, also_train=False, freeze=False)
+    assert torch.equal(base.norm.weight, net().norm.weight)
+    assert adapter_contents(base)[0].also_train == ()
+    assert base.q.weight.requires_grad
+    with pytest.raises(ArgumentError, match="replace=True"):
+        load(base, tmp_path)
+    with pytest.raises(ArgumentError, match="has a dot"):
+        load(base, tmp_path, "a.b")
+
+
+# --- Bone as PEFT had it before ------------------------------------------------------------------
+
+
+def waves(tensor, step):
+    with torch.no_grad():
+        values = torch.sin(step * torch.arange(1, tensor.numel() + 1, dtype=torch.float64))
+        tensor.copy_(values.view_as(tensor))
+
+
+@pytest.mark.parametrize("folder", ["peft_bone", "peft_bone_bat"])
+def test_folders_of_bone_load_as_peft_computed_them(folder):
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 6)).double()
+    for step, parameter in enumerate(model.parameters(), 1):
+        waves(parameter, step * 0.7)
+    load(model, GOLDEN / folder)
+    x = torch.empty(3, 12, dtype=torch.float64)
+    waves(x, 0.11)
+    expected = json.loads((GOLDEN / folder / "expected.json").read_text())["output"]
+    close(model(x), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("init_weights", [True, False, "bat"])
+def test_bone_is_the_formula(init_weights, tmp_path):
+    shape = (3, 2, 2) if init_weights == "bat" else (2, 6)
+    block = torch.randn(shape, dtype=torch.float64)
+    config = {"peft_type": "BONE", "r": 2, "init_weights": init_weights, "target_modules": ["v"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {f"base_model.model.layers.{i}.v.bone_block": block * i for i in range(3)}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model = net()
+    weight = model.layers[2]["v"].weight.detach().clone()
+    load(model, tmp_path)
+    disha.merge_adapters(model)
+    close(model.layers[2]["v"].weight.detach(), weight + reference.delta_weight(weight, 2 * block))
+
+
+def test_bone_has_no_mini_and_lost_its_biases(tmp_path):
+    shutil.copytree(GOLDEN / "peft_bone", tmp_path, dirs_exist_ok=True)
+    base = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 6))
+    rewrite(tmp_path, init_weights="mini")
+    _refused(base, tmp_path, "init_weights must be")
+    rewrite(tmp_path, init_weights=True, bias="bone_only")
+    _refused(base, tmp_path, "PEFT up to version 0.18 lost them")
+    rewrite(tmp_path, bias="none", rank_pattern={"0": 2})
+    _refused(base, tmp_path, "fields that are not known here")
+
+
+# --- without a model -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_convert_both_ways_without_a_model(kind, tmp_path):
+    model = net()
+    disha.inject_adapters(model, r"^inner|^q", **KINDS[kind], also_train=r"^inner\.bias")
+    perturb_all(model, ["inner.bias"])
+    disha.save_adapter(model, tmp_path / "a.safetensors", metadata={"task_type": "CAUSAL_LM"})
+    file, tensors = read_contents(tmp_path / "a.safetensors")
+    write_folder(tmp_path / "folder", file, tensors)
+    assert config_of(tmp_path / "folder")["target_modules"] == "(inner|q)"
+    assert config_of(tmp_path / "folder")["task_type"] == "CAUSAL_LM"
+    rewrite(tmp_path / "folder", task_type=None)  # its model class needs a transformers model
+    close(output(from_peft(tmp_path / "folder", net), net), output(model, net))
+
+    shapes = {name: tuple(p.shape) for name, p in net().named_parameters()}
+    for known in (shapes, shapes.get):
+        header, found = contents_of(read_folder(tmp_path / "folder"), known)
+        write_contents(tmp_path / "b.safetensors", header, found)
+        again, found = read_contents(tmp_path / "b.safetensors")
+        plain = [{**vars(layer), "base": None} for layer in file.layers]
+        assert [vars(layer) for layer in again.layers] == plain
+        assert (again.also_train, again.tensors) == (file.also_train, file.tensors)
+        assert all(torch.equal(found[key], value) for key, value in tensors.items())
+        base = net()
+        disha.load_adapter(base, tmp_path / "b.safetensors")
+        close(output(base, net), output(model, net))
+    header, found = contents_of(read_folder(tmp_path / "folder"), shapes, also_train=False)
+    assert header.also_train == ()
+    assert set(found) == set(header.tensors) == {layer.key for layer in header.layers}
+
+
+def test_the_regex_of_a_file_selects_nothing_else(tmp_path):
+    """`q` as an item of a list would also mean every `layers.<n>.q`."""
+    model = disha.inject_adapters(net(), "^q$", 2)
+    header, tensors = adapter_contents(model)
+    write_folder(tmp_path, header, tensors)
+    theirs = from_peft(tmp_path, net)
+    assert theirs.base_model.targeted_module_names == ["q"]
+
+
+def test_a_file_tells_too_little_for_whole_modules(tmp_path):
+    model = disha.inject_adapters(net(), "^q$", 2, also_train="^norm")
+    header, tensors = adapter_contents(model)
+    with pytest.raises(ConversionError, match="load the file into the model and export from there"):
+        write_folder(tmp_path / "folder", header, tensors)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_contents_need_the_base(tmp_path):
+    export(disha.inject_adapters(net(), "inner", 4, also_train="^norm"), tmp_path)
+    with pytest.raises(AdapterFileError, match=r"no matrix 'inner.weight'[^$]*norm.weight"):
+        contents_of(read_folder(tmp_path), {})
+
+
+# --- folders from strangers ----------------------------------------------------------------------
+
+
+def _refused(model, folder, reason):
+    before = snapshot(model)
+    with pytest.raises(DishaError) as caught:
+        load(model, folder)
+    assert reason in str(caught.value), str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert_unchanged(model, before)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A good folder: Bone on two layers, a module saved whole."""
+    model = disha.inject_adapters(net(), r"inner|layers\.0\.v", 4, also_train="^norm")
+    perturb_all(model, ["norm.weight"])
+    export(model, tmp_path)
+    return tmp_path
+
+
+def with_tensor(key, change):
+    def apply(folder):
+        tensors = tensors_of(folder)
+        full = f"base_model.model.{key}"
+        tensors[full] = change(tensors.get(full))
+        rewrite(folder, {key: tensor for key, tensor in tensors.items() if tensor is not None})
+
+    return apply
+
+
+def with_fields(**fields):
+    return lambda folder: rewrite(folder, **fields)
+
+
+def with_text(text):
+    data = text if isinstance(text, bytes) else text.encode()
+    return lambda folder: (folder / "adapter_config.json").write_bytes(data)
+
+
+def without_file(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def as_pickle(folder):
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def cut_off(folder):
+    data = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(data[:-5])
+
+
+def unprefixed(folder):
+    tensors = tensors_of(folder)
+    rewrite(folder, {key.removeprefix("base_model."): value for key, value in tensors.items()})
+
+
+BLOCK = "inner.miss_block"
+HOSTILE = {
+    "no configuration": (without_file("adapter_config.json"), "can't read"),
+    "no tensors": (without_file("adapter_model.safetensors"), "can't read"),
+    "a pickle": (as_pickle, "a pickle, which can run any code"),
+    "cut off": (cut_off, "not a whole safetensors file"),
+    "no prefix": (unprefixed, "is not under 'base_model.model.'"),
+    "no JSON": (with_text("{"), "not valid JSON"),
+    "not UTF-8": (with_text(b"\xff\xfe{"), "not valid JSON"),
+    "deep JSON": (with_text('{"a":' * 100_000 + "1" + "}" * 100_000), "not valid JSON"),
+    "long number": (with_text('{"r":' + "9" * 10_000 + "}"), "not valid JSON"),
+    "a list": (with_text("[]"), "must hold a JSON object, holds a list"),
+    "no type": (with_fields(peft_type=...), "peft_type must be"),
+    "a LoRA": (with_fields(peft_type="LORA"), "peft_type must be"),
+    "unhashable type": (with_fields(peft_type=[]), "peft_type must be"),
+    "r of another": (with_fields(r=3), "expected a block of shape (3, 6)"),
+    "r of zero": (with_fields(r=0), "r must be an integer of at least 1"),
+    "r is true": (with_fields(r=True), "r must be an integer of at least 1"),
+    "r too large": (with_fields(r=11), "r=11 is larger than in_features=10"),
+    "r is huge": (with_fields(r=10**30), "r must be an integer"),
+    "another kind": (with_fields(init_weights="bat"), "r=4 does not divide 10 -> 6"),
+    "unknown kind": (with_fields(init_weights="nice"), "init_weights must be"),
+    "mini of zero": (with_fields(init_weights="mini", mini_r=0), "mini_r must be"),
+    "mini that does not divide": (with_fields(init_weights="mini", mini_r=4), "does not divide"),
+    "dropout of one": (with_fields(miss_dropout=1), "miss_dropout must be"),
+    "dropout is text": (with_fields(miss_dropout="0"), "miss_dropout must be"),
+    "targets are numbers": (with_fields(target_modules=[1]), "target_modules must be"),
+    "a target is empty": (with_fields(target_modules=[""]), "target_modules must be"),
+    "no targets": (with_fields(target_modules=[]), "does not select it"),
+    "fewer targets": (with_fields(target_modules=["inner"]), "layers.0.v: adapter_config.json"),
+    "more targets": (with_fields(target_modules=["inner", "v"]), "layers.2.v: adapter_config"),
+    "excluded": (with_fields(exclude_modules="inner"), "does not select it"),
+    "layers left out": (with_fields(target_modules=["inner", "v"], layers_to_transform=[0]), "v:"),
+    "layers with a regex": (
+        with_fields(target_modules=".*", layers_to_transform=[0]),
+        "layers_to_transform must be absent",
+    ),
+    "layers are text": (with_fields(layers_to_transform=["0"]), "layers_to_transform must be"),
+    "pattern is a regex": (with_fields(layers_pattern=["l.*"]), "layers_pattern must be plain"),
+    "no regex": (with_fields(target_modules="("), "no valid regex"),
+    "a lookbehind": (with_fields(target_modules="(?<=a)b"), "can't be matched in bounded time"),
+    "saved are regexes": (with_fields(modules_to_save=["norm|head"]), "modules_to_save must be"),
+    "saved is text": (with_fields(modules_to_save="norm"), "modules_to_save must be"),
+    "saved is absent": (with_fields(modules_to_save=["norm", "head"]), "head.0.weight: modules_to"),
+    "saved is not there": (with_fields(modules_to_save=["norm", "x"]), "has 'x', of which there"),
+    "nothing saved": (with_fields(modules_to_save=None), "neither modules_to_save nor bias"),
+    "bias of old": (with_fields(bias="lora_only"), "bias must be"),
+    "biases that are not there": (
+        lambda folder: (
+            rewrite(folder, modules_to_save=None, bias="all"),
+            rewrite(folder, {k: v for k, v in tensors_of(folder).items() if "miss" in k}),
+        ),
+        "says that biases were trained",
+    ),
+    "a bias that PEFT would not find": (
+        lambda folder: (
+            rewrite(folder, bias="all"),
+            with_tensor("inner.bias", lambda t: torch.zeros(6, dtype=torch.float64))(folder),
+        ),
+        "inner.bias: PEFT has an adapted layer's bias as base_layer.bias",
+    ),
+    "a bias of no adapted layer": (
+        lambda folder: (
+            rewrite(folder, bias="all"),
+            with_tensor("q.base_layer.bias", lambda t: torch.zeros(4).double())(folder),
+        ),
+        "parameter q.base_layer.bias: (4,), the base has no such parameter",
+    ),
+    "unknown field": (with_fields(layer_replication=[[0, 4]]), "layer_replication=[[0, 4]]"),
+    "unknown flag": (with_fields(fan_in_fan_out=True), "fan_in_fan_out=True"),
+    "task is a list": (with_fields(task_type=[]), "task_type must be"),
+    "wrong shape": (with_tensor(BLOCK, lambda t: t[:, :-1].clone()), "expected a block of shape"),
+    "a scalar": (with_tensor(BLOCK, lambda t: t.sum()), "expected a block of shape"),
+    "no block": (with_tensor(BLOCK, lambda t: None), "there is no block for it"),
+    "a block more": (with_tensor("x.miss_block", lambda t: torch.zeros(4, 6)), "no such layer"),
+    "no layer's block": (with_tensor("miss_block", lambda t: torch.zeros(4, 6)), "parameter miss"),
+    "a block of a norm": (
+        with_tensor("norm.miss_block", lambda t: torch.zeros(4, 6)),
+        "adapts nn.Linear only, and it is a BatchNorm1d",
+    ),
+    "a block of Bone": (with_tensor("inner.bone_block", lambda t: torch.zeros(4, 6)), "no such p"),
+    "a parameter more": (
+        with_tensor("scale", lambda t: torch.zeros(6, dtype=torch.float64)),
+        "parameter scale: neither",
+    ),
+    "infinite": (with_tensor(BLOCK, lambda t: t / 0), "not finite"),
+    "not a number": (with_tensor("norm.weight", lambda t: t * float("nan")), "not finite"),
+    "integers": (with_tensor(BLOCK, lambda t: t.long()), "has dtype torch.int64"),
+    "eight bits": (with_tensor(BLOCK, lambda t: t.to(torch.float8_e4m3fn)), "float8"),
+    "another buffer": (with_tensor("norm.running_var", lambda t: t + 1), "a buffer, and adapters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_bad_folders_are_refused_and_change_nothing(case, folder):
+    change, reason = HOSTILE[case]
+    change(folder)
+    _refused(net(), folder, reason)
+
+
+def test_the_good_folder_is_good(folder):
+    load(net(), folder)
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*x", "(a|b|.)*" * 9 + "!", ".*" * 20 + "!", "(.?){400}!"])
+def test_patterns_that_would_run_for_ever_are_refused_or_matched(pattern, folder):
+    rewrite(folder, target_modules=pattern)
+    with pytest.raises(DishaError, match=r"takes too long to match|does not select it"):
+        load(net(), folder)
+
+
+def test_paths_that_are_no_folders(tmp_path):
+    with pytest.raises(AdapterIOError, match="it is no folder"):
+        load(net(), tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdapterIOError, match="it is no folder"):
+        load(net(), tmp_path / "file")
+    with pytest.raises(ArgumentTypeError):
+        load(net(), 3)
+    with pytest.raises(ArgumentTypeError):
+        load("model", tmp_path)
+
+
+def test_layers_that_peft_runs_otherwise_are_not_loaded(tmp_path):
+    """Shared layers, of which PEFT adapts the first use only."""
+    torch.manual_seed(0)
+    config = MissConfig(r=2, target_modules=["first"])
+    model = get_peft_model(Shared(), config)
+    with torch.no_grad():
+        model.base_model.model.first.miss_block["default"].normal_()
+    model.save_pretrained(tmp_path)
+    _refused(Shared(), tmp_path, "of which PEFT adapts the first only")
+    rewrite(tmp_path, exclude_modules=None)
+    _refused(nn.ModuleDict({"first": OwnForward(6, 6)}), tmp_path, "a forward of its own")
+
+
+def test_contents_go_into_models_as_folders_do(folder):
+    shapes = {name: tuple(p.shape) for name, p in net().named_parameters()}
+    found = read_folder(folder).without(net().state_dict().keys() - shapes.keys())
+    header, tensors = contents_of(found, shapes)
+    one, other = net(), net()
+    load_contents(one, folder, header, tensors)
+    load(other, folder)
+    close(output(one, net), output(other, net))
+
+
+def test_changed_bytes_load_or_are_refused(folder):
+    choose = random.Random(0)
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    whole = {name: (folder / name).read_bytes() for name in names}
+    model, loaded = net(), 0
+    before = snapshot(model)
+    for _ in range(300):
+        name = choose.choice(names)
+        data = bytearray(whole[name])
+        for _ in range(choose.choice((1, 2, 4))):
+            data[choose.randrange(len(data))] = choose.randrange(256)
+        (folder / name).write_bytes(data[: choose.choice((len(data), choose.randrange(len(data))))])
+        try:
+            load(model, folder)
+        except DishaError:
+            assert_unchanged(model, before)
+        else:
+            model, loaded = net(), loaded + 1
+            before = snapshot(model)
+        (folder / name).write_bytes(whole[name])
+    assert 0 < loaded < 150
