@@ -12,12 +12,15 @@ GGUF = [
     "gguf>=0.17",
     "numpy>=1.26",
 ]
+CLI = [
+    "tqdm>=4.66",
+    "tyro>=1.0",
+]
 FINETUNE = [
+    *CLI,
     *GGUF,
     "matplotlib>=3.8",
     "tokenizers>=0.20",
-    "tqdm>=4.66",
-    "tyro>=1.0",
 ]
 QUANT = [
     "bitsandbytes>=0.49",
@@ -53,6 +56,7 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "safetensors>=0.4.3", "einops>=0.7"],
     extras_require={
+        "cli": CLI,
         "finetune": FINETUNE,
         "gguf": GGUF,
         "demo": FINETUNE,

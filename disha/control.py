@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from disha import functional
 from disha.config import check_adapter_name, check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.layers import AdaptedLayer, Block, Bone
@@ -297,11 +298,12 @@ def _sum_of_blocks(
             f"{geometry.in_features}"
         )
     config = replace(first.config, r=r, scale=1.0, rank_pattern={}, also_train=())
-    total = layer.make_block(layer, config, r, first.block.dtype)
     with torch.no_grad():
-        total.block.zero_()
-        for block, weight in parts:
-            total.block.add_(layer.widened(block, r), alpha=weight * block.strength)
+        values = functional.weighted_sum(
+            [(layer.widened(block, r), weight * block.strength) for block, weight in parts]
+        )
+        total = layer.make_block(layer, config, r, values.dtype)
+        total.block.copy_(values)
     total.block.requires_grad_(any(block.block.requires_grad for block, _ in parts))
     return total
 

@@ -447,3 +447,28 @@ def test_blocks_that_do_not_fit_are_refused():
         functional.bone_delta_weight(torch.zeros(2, 3), in_features=8, out_features=7)
     with pytest.raises(DishaError, match=r"7 rows and r=2 has shape \(4, 2, 2\), got \(1, 2, 2\)"):
         functional.bat_delta_weight(weight, torch.zeros(1, 2, 2))
+
+
+def test_a_wider_block_gives_the_same_update():
+    block = torch.randn(3, 5, dtype=torch.float64)
+    wider = functional.widened_block(block, 3, 6)
+    for inputs in (6, 7, 20):
+        narrow = functional.bone_delta_weight(block, inputs, 5)
+        assert torch.equal(functional.bone_delta_weight(wider, inputs, 5), narrow)
+    assert functional.widened_block(block, 3, 3) is block
+
+
+def test_groups_of_a_block_are_widened_apart():
+    block = torch.arange(8.0).view(2, 4)  # two groups of r = 2 along dim 1
+    expected = torch.tensor([[0, 1, 0, 1, 2, 3, 2, 3], [4, 5, 4, 5, 6, 7, 6, 7]]).float()
+    assert torch.equal(functional.widened_block(block, 2, 4, dim=1), expected)
+
+
+def test_a_weighted_sum_is_rounded_once_and_leaves_its_terms():
+    blocks = [torch.randn(4, dtype=torch.bfloat16) for _ in range(3)]
+    before = [block.clone() for block in blocks]
+    factors = (0.3, -1.7, 2.1)
+    exact = sum(f * block.double() for f, block in zip(factors, blocks, strict=True))
+    total = functional.weighted_sum(list(zip(blocks, factors, strict=True)))
+    assert torch.equal(total, exact.bfloat16())
+    assert all(map(torch.equal, blocks, before))

@@ -55,6 +55,8 @@ from disha.tree import (
 
 __all__ = [
     "AdapterFileWarning",
+    "Contents",
+    "Source",
     "adapter_contents",
     "load_contents",
     "read_contents",
@@ -64,6 +66,9 @@ __all__ = [
 
 Source = Path | str
 """Where an adapter came from, as errors name it."""
+
+Contents = tuple[AdapterHeader, dict[str, Tensor]]
+"""An adapter away from its model: what describes it, and its tensors by key."""
 
 
 class AdapterFileWarning(UserWarning):

@@ -41,6 +41,8 @@ from disha.functional.shards import (
     merged_weight,
     shard_count,
     shard_sum,
+    weighted_sum,
+    widened_block,
     without_autocast,
 )
 
@@ -68,6 +70,8 @@ __all__ = [
     "routed_bone_delta",
     "shard_count",
     "shard_sum",
+    "weighted_sum",
     "whole_block",
+    "widened_block",
     "without_autocast",
 ]

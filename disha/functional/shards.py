@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ __all__ = [
     "shard_sum",
     "square_tiles",
     "tile_count",
+    "weighted_sum",
+    "widened_block",
     "without_autocast",
 ]
 
@@ -128,6 +131,51 @@ def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Ten
     for delta, scale in deltas:
         total = total + delta.to(dtype) * scale
     return total.to(weight.dtype)
+
+
+def widened_block(block: Tensor, r: int, wider: int, dim: int = 0) -> Tensor:
+    """Return a block for larger shards that gives the same dW: D'[j] = D[j mod r].
+
+    Args:
+        block: D of Bone or a tile; several groups of r each may follow each other along `dim`.
+        r: shard size of the block.
+        wider: the larger shard size, a multiple of r.
+        dim: the dimension along which the inputs' shards run.
+
+    Returns:
+        Tensor of D's shape with `wider` in the place of each r.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import widened_block
+        >>> widened_block(torch.tensor([[1.0], [2.0]]), 2, 4).T
+        tensor([[1., 2., 1., 2.]])
+    """
+    if wider == r:
+        return block
+    groups = torch.unflatten(block, dim, (-1, r))
+    return torch.cat([groups] * (wider // r), dim + 1).flatten(dim, dim + 1)
+
+
+def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Return the sum of f * D, computed in float32 (float64 for float64) and rounded once.
+
+    All kinds of updates are linear in D, so this is the block of the sum of f * dW.
+
+    Args:
+        parts: pairs of a block and its factor f; all of one shape.
+
+    Returns:
+        Tensor of that shape, in the dtype that all of theirs promote to.
+
+    Example:
+        >>> import torch
+        >>> from disha.functional import weighted_sum
+        >>> weighted_sum([(torch.ones(2), 0.5), (torch.ones(2), 2.0)])
+        tensor([2.5000, 2.5000])
+    """
+    dtype = reduce(torch.promote_types, (block.dtype for block, _ in parts))
+    return merged_weight(parts[0][0].new_zeros(parts[0][0].shape, dtype=dtype), parts)
 
 
 def added(fresh: Tensor, delta: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from einops import repeat
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -191,7 +190,8 @@ class AdaptedLayer(Moved):
     """Base of all adapted layers; a layer kind derives from it and declares what is its own.
 
     What a kind must have: `geometry`, `block_shape`, `delta_weight` and `delta_output`. What it may
-    have: `methods`, `linear`, `weight_name`, `weight_layout`, `obstacle` and `misfit`.
+    have: `methods`, `linear`, `weight_name`, `weight_layout`, `shard_dim` (the dimension of a Bone
+    block along which the inputs' shards run), `obstacle` and `misfit`.
 
     A kind that also derives from the class it adapts, its `base_class`, has a `forward` that
     returns `self.updated(output, self.disha.acting(), input)`; subclasses of that class then keep a
@@ -210,6 +210,7 @@ class AdaptedLayer(Moved):
     methods: ClassVar[tuple[str, ...]] = ("bone",)
     linear: ClassVar[bool] = False
     weight_layout: ClassVar[str | None] = None
+    shard_dim: ClassVar[int] = 0
 
     disha: Adapters
 
@@ -225,7 +226,7 @@ class AdaptedLayer(Moved):
         None where it does not: a kind that declares a `delta_weight` of its own has no layout
         unless it declares that too.
         """
-        for owner in cls.layer_kind.__mro__:
+        for owner in getattr(cls, "layer_kind", cls).__mro__:
             if "weight_layout" in vars(owner):
                 declared: str | None = vars(owner)["weight_layout"]
                 return declared
@@ -299,7 +300,7 @@ class AdaptedLayer(Moved):
 
         D'[j] = D[j mod r], which gives the same dW.
         """
-        return repeat(block.block, "r ... -> (n r) ...", n=r // block.r)
+        return functional.widened_block(block.block, block.r, r, self.shard_dim)
 
     @classmethod
     def has_samples(cls, module: nn.Module, input: Tensor) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor, nn
 
 from disha import functional
@@ -75,6 +74,7 @@ class _AdaptedConv(_Conv):
     """Conv1d, Conv2d and Conv3d: W (out, in_g, *kernel), D (out, r, *kernel)."""
 
     weight_layout = "conv"
+    shard_dim = 1
 
     @classmethod
     def geometry(cls, module: nn.Module) -> Geometry:
@@ -89,10 +89,6 @@ class _AdaptedConv(_Conv):
         """Return (out, r, *kernel), or (r_out, r, *kernel) for a tile."""
         conv = cast(PlainConv, module)
         return (conv.out_channels if r_out is None else r_out, r, *conv.kernel_size)
-
-    def widened(self, block: Block, r: int) -> Tensor:
-        """Return the values of a block for a larger shard size, a multiple of its own."""
-        return repeat(block.block, "out r ... -> out (n r) ...", n=r // block.r)
 
     def delta_weight(self, block: Block) -> Tensor:
         """Return dW (out, in_g, *kernel) of a block, without its scale."""
@@ -131,11 +127,6 @@ class _AdaptedConvTranspose(_Conv):
         conv = cast(TransposedConv, module)
         out_features = conv.out_channels // conv.groups
         return (conv.groups * r, out_features if r_out is None else r_out, *conv.kernel_size)
-
-    def widened(self, block: Block, r: int) -> Tensor:
-        """Return the values of a block for a larger shard size, a multiple of its own."""
-        pattern = "(g r) out ... -> (g n r) out ..."
-        return repeat(block.block, pattern, g=self.groups, n=r // block.r)
 
     def delta_weight(self, block: Block) -> Tensor:
         """Return dW (in, out_g, *kernel) of a block, without its scale."""

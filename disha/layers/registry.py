@@ -10,7 +10,7 @@ from disha.layers.conv import CONV_KINDS
 from disha.layers.embedding import AdaptedEmbedding
 from disha.layers.linear import AdaptedLinear, AdaptedTransposedLinear
 
-__all__ = ["LAYER_KINDS", "layer_kind_of", "register_layer_kind"]
+__all__ = ["LAYER_KINDS", "SHARD_DIMS", "layer_kind_of", "register_layer_kind"]
 
 _KINDS: tuple[type[AdaptedLayer], ...] = (AdaptedLinear, AdaptedEmbedding, *CONV_KINDS)
 
@@ -22,6 +22,13 @@ FOREIGN_KINDS: dict[tuple[str, str], type[AdaptedLayer]] = {
     ("transformers.pytorch_utils", "Conv1D"): AdaptedTransposedLinear,
 }
 """Classes from elsewhere, by module and name, so that they need not be imported here."""
+
+SHARD_DIMS: dict[str, int] = {
+    kind.weight_layout: kind.shard_dim
+    for kind in (*_KINDS, *FOREIGN_KINDS.values())
+    if kind.weight_layout is not None
+}
+"""Layout of a weight -> the dimension of a Bone block along which the inputs' shards run."""
 
 REQUIRED = ("geometry", "block_shape", "delta_weight", "delta_output")
 

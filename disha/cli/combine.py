@@ -1,0 +1,84 @@
+"""``disha combine``: the weighted sum of adapter files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from disha.cli.flags import Flags, parsed
+from disha.cli.output import require_free, show, shown
+from disha.errors import ArgumentError
+from disha.files import inspect_adapter
+from disha.files.combining import Summand, combine_contents
+from disha.files.contents import read_contents, write_contents
+
+__all__ = ["run"]
+
+DESCRIPTION = """Write the weighted sum of adapters: dW = sum of w * s * dW of each, exactly.
+
+All adapters must be of one kind and for one model. A layer that one of them lacks counts as zero
+there. Bone blocks of different r get the least common multiple of theirs. No model is needed.
+
+examples:
+  disha combine --adapter chat.safetensors=0.3 --adapter code.safetensors=0.7 both.safetensors
+  disha combine --adapter a.safetensors=1 --adapter b.safetensors=-1 difference.safetensors
+  disha combine --adapter a.safetensors=0.5 weaker.safetensors --json"""
+
+
+@dataclass(frozen=True)
+class CombineFlags(Flags):
+    """The arguments of `disha combine`."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """The adapter file to write."""
+
+    adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE=WEIGHT")] = ()
+    """An adapter file and its weight, such as a.safetensors=0.3; once for each."""
+
+    also_train: bool = True
+    """Leave out the parameters saved beside the blocks; without this, they are refused."""
+
+    overwrite: bool = False
+    """Replace a file that is there."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Write the sum of adapters, as command-line `arguments` say."""
+    flags = parsed(CombineFlags, "combine", arguments, DESCRIPTION)
+    if not flags.adapter:
+        raise ArgumentError("no --adapter FILE=WEIGHT was given; give one for each adapter")
+    weights = [_weighted(word) for word in flags.adapter]
+    require_free(flags.out, flags.overwrite)
+    summands = [
+        Summand(path, read_contents(path, also_train=flags.also_train), weight)
+        for path, weight in shown(weights, len(weights), "reading")
+    ]
+    write_contents(flags.out, *combine_contents(summands))
+    written = inspect_adapter(flags.out)
+    show(
+        flags.json,
+        str(written),
+        {
+            "path": str(flags.out),
+            "adapters": [{"path": str(path), "weight": weight} for path, weight in weights],
+            "layers": len(written.layers),
+            "parameters": written.parameters,
+            "bytes": written.nbytes,
+        },
+    )
+
+
+def _weighted(word: str) -> tuple[Path, float]:
+    """Return the path and the number in `FILE=WEIGHT`."""
+    path, _, weight = word.rpartition("=")
+    try:
+        number = float(weight)
+    except ValueError:
+        path = ""
+    if not path:
+        raise ArgumentError(f"--adapter {word}: must be FILE=WEIGHT, such as a.safetensors=0.3")
+    return Path(path), number

@@ -1,0 +1,68 @@
+"""What the commands' arguments have in common, and how they are parsed."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from disha.cli.exit_codes import TROUBLE
+
+__all__ = ["FileArgument", "Flags", "parsed"]
+
+FileArgument = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The arguments of a command; each of its own adds to these."""
+
+    json: bool = field(default=False, kw_only=True)
+    """Print one JSON object, for scripts."""
+
+    debug: bool = field(default=False, kw_only=True)
+    """Show where an error came from."""
+
+
+T = TypeVar("T", bound=Flags)
+
+
+def parsed(flags: type[T], name: str, arguments: Sequence[str], description: str) -> T:
+    """Return the arguments of a command.
+
+    Args:
+        flags: what they are.
+        name: the command's name.
+        arguments: the words after it.
+        description: what the help starts with.
+
+    Raises:
+        SystemExit: the arguments are not understood, or ask for help.
+    """
+    # The parser draws a box around what is wrong; where nobody looks at it, one line has to do.
+    said = io.StringIO()
+    try:
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(said):
+            return tyro.cli(
+                flags,
+                prog=f"disha {name}",
+                description=description,
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
+            )
+    except SystemExit as request:
+        if request.code == TROUBLE and said.getvalue():
+            print(f"disha {name}: {_one_line(said.getvalue())}", file=sys.stderr)
+        raise
+
+
+def _one_line(box: str) -> str:
+    """Return the words in a box: of its title, of its lines, and none of its frame."""
+    return " ".join(re.sub("[\u2500-\u257f]|--{3,}", " ", box).split())

@@ -1,0 +1,126 @@
+"""Statistics of the tensors in adapter files, each read when its turn comes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from disha import functional
+from disha.files.header import AdapterFile, LayerRecord
+from disha.files.tensors import opened
+from disha.layers import Bat
+from disha.layers.registry import SHARD_DIMS
+
+__all__ = ["TensorStatistics", "chunks", "delta_norm", "statistics_of", "tensor_statistics"]
+
+CHUNK = 1 << 20
+"""Values that are looked at together: bounds the memory that this takes."""
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """The values of one tensor in a few numbers.
+
+    Attributes:
+        norm: Frobenius norm, or None where values are not finite.
+        rms: root of the mean square, or None likewise.
+        largest: largest absolute value, or None likewise.
+        zeros: how many values are zero.
+        infinite: how many values are not finite.
+        delta_norm: of a block, the Frobenius norm of s * dW; None where the block alone does not
+            tell (BAT, and layers of an unknown layout), or values are not finite.
+    """
+
+    norm: float | None
+    rms: float | None
+    largest: float | None
+    zeros: int
+    infinite: int
+    delta_norm: float | None = None
+
+
+def statistics_of(described: AdapterFile) -> Iterator[tuple[str, TensorStatistics]]:
+    """Iterate over the tensors of a file, blocks first: their keys and their statistics.
+
+    Args:
+        described: what the file says of itself.
+
+    Raises:
+        AdapterIOError: the file can't be read any more.
+    """
+    records = {layer.key: layer for layer in described.layers}
+    with opened(described.path) as file:
+        for key in (*records, *described.also_train):
+            yield key, tensor_statistics(file.read(key), records.get(key))
+
+
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Iterate over the values of a tensor, as many together as memory is to hold copies of."""
+    flat = tensor.detach().flatten()
+    for start in range(0, len(flat), CHUNK):
+        yield flat[start : start + CHUNK]
+
+
+def tensor_statistics(tensor: Tensor, record: LayerRecord | None = None) -> TensorStatistics:
+    """Return the statistics of a tensor.
+
+    Args:
+        tensor: any floating-point tensor.
+        record: where it is a block, its layer.
+
+    Example:
+        >>> import torch
+        >>> from disha.files.statistics import tensor_statistics
+        >>> tensor_statistics(torch.tensor([3.0, -4.0, 0.0, 0.0])).norm
+        5.0
+    """
+    squares, largest, zeros, infinite = 0.0, 0.0, 0, 0
+    for chunk in chunks(tensor):
+        infinite += int((~chunk.isfinite()).sum())
+        zeros += int((chunk == 0).sum())
+        wide = chunk.double()
+        squares += float(wide.square().sum())
+        largest = max(largest, float(wide.abs().max()))
+    if infinite:
+        return TensorStatistics(None, None, None, zeros, infinite)
+    return TensorStatistics(
+        norm=math.sqrt(squares),
+        rms=math.sqrt(squares / max(tensor.numel(), 1)),
+        largest=largest,
+        zeros=zeros,
+        infinite=0,
+        delta_norm=None if record is None else delta_norm(record, tensor),
+    )
+
+
+def delta_norm(record: LayerRecord, block: Tensor) -> float | None:
+    """Return the Frobenius norm of s * dW, or None where the block alone does not tell it.
+
+    ||dW||^2 = t * sum over j of c_j ||D_j||^2, with c_j the number of inputs i with i mod r = j
+    and t = out / r_out (1 without a tile): dW itself is never formed.
+
+    Args:
+        record: the layer.
+        block: its block.
+
+    Example:
+        >>> import torch
+        >>> from disha.files.header import LayerRecord
+        >>> from disha.files.statistics import delta_norm
+        >>> record = LayerRecord("0", "bone", 2, None, 4, 1, scale=1.0, base=None, layout="linear")
+        >>> delta_norm(record, torch.tensor([[3.0], [4.0]]))  # dW = [3, 4, 3, 4]
+        7.0710678118654755
+    """
+    if record.layout is None or record.method == Bat.method:
+        return None
+    rows = block.detach().double().movedim(SHARD_DIMS[record.layout], 0).flatten(1)
+    by_shard_row = rows.square().sum(1).view(-1, record.r).sum(0)  # groups apart from each other
+    counts = functional.shard_sum(
+        torch.ones(record.in_features, dtype=torch.float64, device=block.device), record.r
+    )
+    tiles = record.out_features // (record.r_out or record.out_features)
+    return abs(record.scale) * math.sqrt(tiles * float(by_shard_row @ counts))

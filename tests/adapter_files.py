@@ -1,0 +1,41 @@
+"""Adapter files of a model with every layer kind, for tests of what is done with files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import disha
+from tests.conftest import perturb
+
+
+class EveryKind(nn.Module):
+    """Layers of every kind; it is never run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(14, 6)
+        self.conv = nn.Conv2d(14, 6, (2, 3))
+        self.grouped = nn.Conv1d(28, 6, 2, groups=2)
+        self.up = nn.ConvTranspose1d(28, 12, 3, groups=2)
+        self.embed = nn.Embedding(14, 6)
+        self.padded = nn.Embedding(15, 6, padding_idx=3)
+        self.attention = nn.MultiheadAttention(14, 2)
+
+
+def every_kind(seed: int = 0, dtype: torch.dtype = torch.float64) -> EveryKind:
+    """Return the model, with the same values for the same seed."""
+    torch.manual_seed(seed)
+    return EveryKind().to(dtype)
+
+
+def save(path: Path, *, seed: int = 1, scale: float = 1.0, base: int = 0, **injected) -> Path:
+    """Save an adapter with random values, for the model of seed `base`."""
+    arguments = {"target_regex": ".", "r": 4, **injected}
+    model = disha.inject_adapters(every_kind(base), **arguments)
+    perturb(model, seed)
+    disha.set_adapter_scale(model, scale)
+    disha.save_adapter(model, path)
+    return path

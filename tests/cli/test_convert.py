@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+import disha
+from disha.files.contents import read_contents
+from disha.interop import lora, peft
+from tests.cli.conftest import DOWN, Q, model
+
+HEADS = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def deltas(path, load=disha.load_adapter):
+    """Layer -> dW of an adapter."""
+    adapted = model()
+    load(adapted, path)
+    layers = {Q: adapted.layers[0].self_attn.q_proj, DOWN: adapted.layers[0].mlp.down_proj}
+    return {
+        name: layer.delta_weight(layer.disha["default"]).detach() for name, layer in layers.items()
+    }
+
+
+def equal(found, expected):
+    assert found.keys() == expected.keys()
+    return all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def contents(path):
+    return (
+        {file.name: file.read_bytes() for file in path.iterdir()}
+        if path.is_dir()
+        else path.read_bytes()
+    )
+
+
+@pytest.mark.parametrize("injected", [{}, {"r_out": 2}, {"method": "bat"}])
+def test_to_peft_and_back(run, files, injected):
+    a, folder, back = files.adapter(**injected), files.path / "peft", files.path / "back"
+    done = run("convert", a, folder, "--to", "peft")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"{a} (disha) -> {folder} (peft): 2 layers, exact\n"
+    assert equal(deltas(folder, peft.load), deltas(a))
+    done = run("convert", folder, back, "--to", "disha", "--base", files.base(), "--json")
+    assert done.code == 0
+    assert (done.json["from"], done.json["to"], done.json["error"]) == ("peft", "disha", 0.0)
+    assert equal(deltas(back), deltas(a))
+
+
+def test_to_lora_and_back(run, files):
+    a, folder, back = files.adapter(), files.path / "lora", files.path / "back"
+    done = run("convert", a, folder, "--to", "lora", "--json")
+    assert done.json == {
+        "source": str(a),
+        "from": "disha",
+        "path": str(folder),
+        "to": "lora",
+        "layers": [
+            {"name": name, "method": "bone", "r": 4, "rank": 4, "error": 0.0} for name in (Q, DOWN)
+        ],
+        "error": 0.0,
+    }
+    assert "exact" in run("convert", a, files.path / "again", "--to", "lora").out
+    assert contents(files.path / "again") == contents(folder)
+    done = run("convert", folder, back, "--to", "disha")
+    assert done.out == f"{folder} (lora) -> {back} (disha): 2 layers, exact\n"
+    assert equal(deltas(back), deltas(a))
+
+
+def test_from_peft_to_lora(run, files):
+    a, folder, out = files.adapter(), files.path / "peft", files.path / "lora"
+    run("convert", a, folder, "--to", "peft")
+    assert run("convert", folder, out, "--to", "lora", "--base", files.base()).code == 0
+    assert equal(deltas(out, lora.load), deltas(a))
+
+
+def test_bat_is_cut_and_the_error_told(run, files):
+    a, base, out = files.adapter(method="bat"), files.base(), files.path / "lora"
+    given = ("convert", a, out, "--to", "lora", "--base", base, "--rank", 3)
+    found = run(*given, "--json").json
+    tensors = peft_tensors(out)
+    for name, delta in deltas(a).items():
+        product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+        lost = float((delta - product).norm() / delta.norm())
+        one = next(layer for layer in found["layers"] if layer["name"] == name)
+        assert one["error"] == pytest.approx(lost, rel=1e-4)
+        assert (one["method"], one["r"], one["rank"]) == ("bat", 4, 3)
+    assert 0.01 < found["error"] < 1
+    limited = run(*given, "--max-error", 0.01, "--overwrite")
+    assert limited.code == 2
+    assert "max_error=0.01" in limited.complaint
+
+
+def peft_tensors(folder):
+    from safetensors.torch import load_file
+
+    return {
+        key.removeprefix("base_model.model."): value
+        for key, value in load_file(folder / "adapter_model.safetensors").items()
+    }
+
+
+def test_bat_from_another_base_is_refused(run, files):
+    a, base = files.adapter(method="bat", base=5), files.base()
+    done = run("convert", a, files.path / "out", "--to", "lora", "--base", base, "--rank", 3)
+    assert done.code == 2
+    assert "other values than the weight that the adapter was saved from" in done.complaint
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_to_gguf_as_the_library_writes_it(run, files, method):
+    a, out = files.adapter(method=method, target_regex="q_proj"), files.path / "a.gguf"
+    base = files.base(config=HEADS)
+    rank = {"bone": (), "bat": ("--rank", 4)}[method]
+    done = run("convert", a, out, "--to", "gguf", "--base", base, *rank)
+    assert (done.code, done.err) == (0, "")
+    expected = files.path / "expected"
+    weight = model().layers[0].self_attn.q_proj.weight
+    lora.write_gguf(
+        expected,
+        *read_contents(a),
+        heads=2,
+        kv_heads=1,
+        rank=4 if method == "bat" else None,
+        base=lambda name: weight,
+    )
+    assert out.read_bytes() == expected.read_bytes()
+    again = files.path / "again"
+    if method == "bone":
+        assert run("convert", a, again, "--to", "gguf", "--heads", 2, "--kv-heads", 1).code == 0
+        assert again.read_bytes() == out.read_bytes()
+
+
+def test_the_architecture_is_the_bases_unless_given(run, files):
+    a, out = files.adapter(target_regex="q_proj"), files.path / "a.gguf"
+    base = files.base(config={**HEADS, "model_type": "gpt2"})
+    given = ("convert", a, out, "--to", "gguf", "--base", base)
+    assert "is a 'gpt2'" in run(*given).complaint
+    assert "--architecture" in run(*given).complaint
+    assert run(*given, "--arch", "llama").code == 0
+    listed = files.base("other", config={**HEADS, "model_type": ["llama"]})
+    assert run("convert", a, out, "--to", "gguf", "--base", listed, "--overwrite").code == 2
+
+
+def test_gguf_without_heads_asks_for_them(run, files):
+    done = run("convert", files.adapter(), files.path / "a.gguf", "--to", "gguf")
+    assert done.code == 2
+    assert "--heads" in done.complaint
+
+
+def test_without_the_package_gguf_its_install_line_is_given(run, files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    a, out = files.adapter(), files.path / "out"
+    done = run("convert", a, out, "--to", "gguf", "--heads", 2, "--kv-heads", 1)
+    assert done.code == 2
+    assert 'pip install "disha-torch[gguf]"' in done.complaint
+    assert run("convert", a, out, "--to", "lora").code == 0
+
+
+def test_an_adapter_of_the_inner_model_finds_its_base(run, files):
+    """The checkpoint has the model under one more prefix."""
+    from safetensors.torch import load_file, save_file
+
+    base, folder = files.base(), files.path / "peft"
+    weights = load_file(base / "model.safetensors")
+    save_file({f"model.{k}": v for k, v in weights.items()}, base / "model.safetensors")
+    a = files.adapter(method="bat")
+    run("convert", a, folder, "--to", "peft")
+    back, cut = files.path / "back", files.path / "lora"
+    assert run("convert", folder, back, "--to", "disha", "--base", base).code == 0
+    assert equal(deltas(back), deltas(a))
+    assert run("convert", a, cut, "--to", "lora", "--base", base, "--rank", 8).code == 0
+
+
+def test_further_parameters_are_left_out_if_asked(run, files):
+    a, out = files.adapter(also_train="norm.weight"), files.path / "out"
+    before = files.names()
+    done = run("convert", a, out, "--to", "peft")
+    assert done.code == 2
+    assert "norm.weight" in done.complaint
+    assert files.names() == before
+    assert run("convert", a, out, "--to", "peft", "--no-also-train").code == 0
+    plain = files.path / "plain"
+    assert run("convert", a, plain, "--to", "disha", "--no-also-train").code == 0
+    header = disha.inspect_adapter(plain)
+    assert (header.also_train, header.config.also_train) == ((), ())
+
+
+def test_what_is_there_stays_unless_told(run, files):
+    a, out = files.adapter(), files.path / "out"
+    out.write_text("mine")
+    done = run("convert", a, out, "--to", "disha")
+    assert done.code == 2
+    assert "--overwrite" in done.complaint
+    assert out.read_text() == "mine"
+    assert run("convert", a, out, "--to", "peft", "--overwrite").code == 2  # a file, no folder
+    assert out.read_text() == "mine"
+    assert run("convert", a, out, "--to", "disha", "--overwrite").code == 0
+    assert equal(deltas(out), deltas(a))
+
+
+def folder_of(files, content):
+    folder = files.path / "folder"
+    folder.mkdir()
+    if content is not None:
+        (folder / "adapter_config.json").write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "without adapter_config.json"),
+        ("[", "JSON"),
+        (json.dumps({"peft_type": "LOHA"}), "peft_type 'LOHA'; read are MISS, BONE, LORA"),
+        (json.dumps({"peft_type": ["MISS"]}), "peft_type"),
+        (json.dumps({"peft_type": "LORA"}), "adapter_model.safetensors"),
+    ],
+)
+def test_a_folder_that_is_no_adapter(run, files, content, says):
+    folder = folder_of(files, content)
+    before = files.names()
+    done = run("convert", folder, files.path / "out", "--to", "disha")
+    assert done.code == 2
+    assert says in done.complaint
+    assert files.names() == before
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "says"),
+    [
+        ("absent", ("--to", "peft"), "absent"),
+        ("base/model.safetensors", ("--to", "peft"), "not written by disha"),
+        ("peft", ("--to", "disha"), "pass --base"),
+        ("peft", ("--to", "disha", "--base", "absent"), "absent"),
+        ("peft", ("--to", "disha", "--base", "a"), "no matrix"),
+        ("gguf", ("--to", "disha"), "is GGUF, which is written and not read"),
+        ("bat", ("--to", "lora"), "--rank"),
+        ("bat", ("--to", "lora", "--rank", "2"), "--base"),
+        ("a", ("--to", "lora", "--rank", "0"), "rank must be at least 1"),
+        ("a", ("--to", "peft", "--rank", "2"), "--rank says nothing for --to peft"),
+        ("a", ("--to", "lora", "--kv-heads", "2"), "--kv-heads says nothing for --to lora"),
+        ("a", ("--to", "onnx"), "onnx"),
+        ("a", (), "--to"),
+    ],
+)
+def test_bad_input(run, files, monkeypatch, source, flags, says):
+    monkeypatch.chdir(files.path)
+    files.base()
+    files.adapter("a")
+    files.adapter("bat", method="bat")
+    run("convert", "a", "peft", "--to", "peft")
+    (files.path / "gguf").write_bytes(b"GGUF\3\0\0\0")
+    before = files.names()
+    done = run("convert", source, "out", *flags)
+    assert done.code == 2
+    assert says in done.complaint
+    assert files.names() == before

@@ -1,0 +1,72 @@
+"""Statistics of adapter files, against norms of whole updates and of whole tensors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import disha
+from disha.files import statistics
+from disha.files.statistics import statistics_of, tensor_statistics
+from disha.tree import adapted_layers
+from tests.adapter_files import every_kind, save
+
+
+def found_in(path):
+    return dict(statistics_of(disha.inspect_adapter(path)))
+
+
+@pytest.mark.parametrize("injected", [{}, {"r_out": 2}, {"r": 14}], ids=["bone", "tile", "r=in"])
+def test_the_norm_of_the_update_is_that_of_the_whole_matrix(tmp_path, injected):
+    path = save(tmp_path / "a", scale=-0.7, **injected)
+    model = every_kind()
+    disha.load_adapter(model, path)
+    found, compared = found_in(path), 0
+    for name, layer in adapted_layers(model):
+        norm = found[f"{name}.bone_block"].delta_norm
+        if name == "padded":
+            assert norm is None  # a row is left out, and the file does not say which
+            continue
+        expected = 0.7 * float(layer.delta_weight(layer.disha["default"]).detach().norm())
+        assert norm == pytest.approx(expected, rel=1e-12)
+        compared += 1
+    assert compared == 9
+
+
+def test_what_a_block_of_bat_does_is_not_known_without_its_weight(tmp_path):
+    path = save(tmp_path / "a", target_regex="linear", method="bat")
+    one = found_in(path)["linear.bat_block"]
+    assert one.delta_norm is None
+    assert one.norm > 0
+
+
+def test_further_parameters_come_last_and_are_no_updates(tmp_path):
+    path = save(tmp_path / "a", target_regex="linear", also_train=["^conv.bias", "^embed"])
+    found = found_in(path)
+    assert list(found) == ["linear.bone_block", "conv.bias", "embed.weight"]
+    assert found["conv.bias"].norm == pytest.approx(float(every_kind().conv.bias.detach().norm()))
+    assert found["conv.bias"].delta_norm is None
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_numbers_of_a_tensor(monkeypatch, chunk):
+    monkeypatch.setattr(statistics, "CHUNK", chunk)
+    values = torch.tensor([[3.0, 0.0, -4.0], [0.0, 0.0, 12.0]], dtype=torch.float16)
+    one = tensor_statistics(values)
+    assert (one.norm, one.largest, one.zeros, one.infinite) == (13.0, 12.0, 3, 0)
+    assert one.rms == pytest.approx(13 / math.sqrt(6))
+    values[0, 0], values[0, 1] = float("nan"), float("-inf")
+    one = tensor_statistics(values)
+    assert (one.norm, one.rms, one.largest, one.zeros, one.infinite) == (None, None, None, 2, 2)
+
+
+def test_an_empty_tensor_has_no_norm_but_zero():
+    one = tensor_statistics(torch.empty(0, 3))
+    assert (one.norm, one.rms, one.largest, one.zeros, one.infinite) == (0.0, 0.0, 0.0, 0, 0)
+
+
+def test_squares_do_not_overflow_in_the_tensors_own_dtype():
+    one = tensor_statistics(torch.full((4,), 6e4, dtype=torch.float16))
+    assert one.norm == 2 * float(torch.tensor(6e4).half())
