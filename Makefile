@@ -5,7 +5,7 @@ LLAMACPP_VENV ?= .venv-llamacpp
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
-.PHONY: demo test test-llamacpp lint format features bench bench-quick clean
+.PHONY: demo test test-llamacpp lint format features fuzz bench bench-quick clean
 .DEFAULT_GOAL := test
 
 # Fine-tunes a real language model with a Bone adapter and checks what it saved.
@@ -29,6 +29,10 @@ lint: $(VENV)/.dev
 features: $(VENV)/.dev
 	$(BIN)/python -m tests.feature_table
 
+# 20,000 hostile files, 200 killed saves, saves that meet: some ten minutes on two cores.
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzzing
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -44,7 +48,7 @@ bench-quick: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.report bench-output/quick.json --docs bench-output
 
 clean:
-	rm -rf $(VENV) $(LLAMACPP_VENV) build dist *.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LLAMACPP_VENV) build dist *.egg-info demo-output bench-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

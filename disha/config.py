@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from disha.errors import ArgumentError, ArgumentTypeError
+from disha.text import brief
 
 __all__ = [
     "ALL_LINEAR",
@@ -82,11 +83,15 @@ class AdapterConfig:
     also_train: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._settle(compile_regex)
+
+    def _settle(self, check_regex: Callable[[str, object], object]) -> None:
+        """Check every field, and let none of them change any more."""
         _check_positive_int("r", self.r)
         if self.method not in METHODS:
             hint = " (MiSS is the later name of 'bone')" if self.method == "miss" else ""
             raise ArgumentError(
-                f"unknown method {self.method!r}; allowed are {_listing(METHODS)}{hint}"
+                f"unknown method {brief(self.method)}; allowed are {_listing(METHODS)}{hint}"
             )
         if self.r_out is not None:
             _check_positive_int("r_out", self.r_out)
@@ -96,15 +101,15 @@ class AdapterConfig:
                     "exists for 'bone' only: leave r_out out, or use method='bone'"
                 )
         if self.init not in INITS:
-            raise ArgumentError(f"unknown init {self.init!r}; allowed are {_listing(INITS)}")
+            raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {_listing(INITS)}")
         _check_dropout(self.dropout)
         check_scale(self.scale)
         check_dtype(self.dtype)
-        _check_rank_pattern(self.rank_pattern)
+        _check_rank_pattern(self.rank_pattern, check_regex)
         if self.target is not None:
-            compile_regex("target_regex", self.target)
+            check_regex("target_regex", self.target)
         for name in ("exclude", "also_train"):
-            object.__setattr__(self, name, as_patterns(name, getattr(self, name)))
+            object.__setattr__(self, name, as_patterns(name, getattr(self, name), check_regex))
         object.__setattr__(self, "rank_pattern", MappingProxyType(dict(self.rank_pattern)))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -128,6 +133,9 @@ class AdapterConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> AdapterConfig:
         """Return the configuration that `to_json` gave.
+
+        Its regexes say what once was asked for. They are not compiled: in a file from a stranger,
+        one can be such that compiling it takes hours.
 
         Args:
             values: the dict; absent fields take their defaults.
@@ -158,7 +166,23 @@ class AdapterConfig:
         arguments = dict(values)
         if arguments.get("dtype") is not None:
             arguments["dtype"] = _dtype_named(arguments["dtype"])
-        return cls(**arguments)
+        config = object.__new__(cls)
+        for name, value in {**vars(cls(r=1)), **arguments}.items():
+            object.__setattr__(config, name, value)
+        config._settle(_check_regex_type)
+        return config
+
+    def changed(self, **values: Any) -> AdapterConfig:
+        """Return the configuration with some fields changed.
+
+        Args:
+            values: field -> value, as `to_json` has it.
+
+        Raises:
+            ArgumentError: a field is unknown or has a value that is not allowed.
+            ArgumentTypeError: a field is of the wrong type.
+        """
+        return AdapterConfig.from_json({**self.to_json(), **values})
 
 
 def _listing(values: Sequence[str]) -> str:
@@ -168,7 +192,8 @@ def _listing(values: Sequence[str]) -> str:
 def _check_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(
-            f"{name} must be an int of at least 1, got {value!r} of type {type(value).__name__}"
+            f"{name} must be an int of at least 1, got {brief(value)} of type "
+            f"{type(value).__name__}"
         )
     if value < 1:
         raise ArgumentError(f"{name} must be at least 1, got {value}")
@@ -182,7 +207,7 @@ def check_scale(scale: object) -> None:
     """Raise unless `scale` is a number that is finite as float32, which graphs read it in."""
     if not _is_number(scale):
         raise ArgumentTypeError(
-            f"scale must be a number, got {scale!r} of type {type(scale).__name__}"
+            f"scale must be a number, got {brief(scale)} of type {type(scale).__name__}"
         )
     if not abs(scale) <= LARGEST_SCALE:  # type: ignore[arg-type]
         raise ArgumentError(
@@ -193,7 +218,7 @@ def check_scale(scale: object) -> None:
 def _check_dropout(dropout: object) -> None:
     if not _is_number(dropout):
         raise ArgumentTypeError(
-            f"dropout must be a number, got {dropout!r} of type {type(dropout).__name__}"
+            f"dropout must be a number, got {brief(dropout)} of type {type(dropout).__name__}"
         )
     if not 0.0 <= dropout < 1.0:  # type: ignore[operator]
         raise ArgumentError(f"dropout must be at least 0 and below 1, got {dropout}")
@@ -216,35 +241,47 @@ def check_dtype(dtype: object) -> None:
 
 def _dtype_named(name: object) -> torch.dtype:
     if not isinstance(name, str) or name not in BLOCK_DTYPES:
-        raise ArgumentError(f"unknown dtype {name!r}; allowed are {_listing(list(BLOCK_DTYPES))}")
+        raise ArgumentError(
+            f"unknown dtype {brief(name)}; allowed are {_listing(list(BLOCK_DTYPES))}"
+        )
     return BLOCK_DTYPES[name]
 
 
-def _check_rank_pattern(rank_pattern: object) -> None:
+def _check_rank_pattern(rank_pattern: object, check_regex: Callable[[str, object], object]) -> None:
     if not isinstance(rank_pattern, Mapping):
         raise ArgumentTypeError(
             "rank_pattern must be a dict of regex -> r, "
-            f"got {rank_pattern!r} of type {type(rank_pattern).__name__}"
+            f"got {brief(rank_pattern)} of type {type(rank_pattern).__name__}"
         )
     for pattern, r in rank_pattern.items():
-        compile_regex("rank_pattern", pattern)
-        _check_positive_int(f"rank_pattern[{pattern!r}]", r)
+        check_regex("rank_pattern", pattern)
+        _check_positive_int(f"rank_pattern[{brief(pattern)}]", r)
 
 
 def compile_regex(argument: str, pattern: object) -> re.Pattern[str]:
     """Compile `pattern`, or raise an error that names the argument it came from."""
+    text = _check_regex_type(argument, pattern)
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ArgumentError(f"{argument} {brief(text)} is not a valid regex: {error}") from error
+
+
+def _check_regex_type(argument: str, pattern: object) -> str:
     if not isinstance(pattern, str):
         raise ArgumentTypeError(
-            f"{argument} must be a regex (str), got {pattern!r} of type {type(pattern).__name__}"
+            f"{argument} must be a regex (str), got {brief(pattern)} of type "
+            f"{type(pattern).__name__}"
         )
-    try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ArgumentError(f"{argument} {pattern!r} is not a valid regex: {error}") from error
+    return pattern
 
 
-def as_patterns(argument: str, patterns: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return one regex, several or None as a tuple of regexes that compile."""
+def as_patterns(
+    argument: str,
+    patterns: str | Sequence[str] | None,
+    check_regex: Callable[[str, object], object] = compile_regex,
+) -> tuple[str, ...]:
+    """Return one regex, several or None as a tuple of regexes, each of them checked."""
     if patterns is None:
         return ()
     if isinstance(patterns, str):
@@ -252,9 +289,11 @@ def as_patterns(argument: str, patterns: str | Sequence[str] | None) -> tuple[st
     if not isinstance(patterns, Sequence):
         raise ArgumentTypeError(
             f"{argument} must be a regex or a list of them, "
-            f"got {patterns!r} of type {type(patterns).__name__}"
+            f"got {brief(patterns)} of type {type(patterns).__name__}"
         )
-    return tuple(compile_regex(argument, pattern).pattern for pattern in patterns)
+    for pattern in patterns:
+        check_regex(argument, pattern)
+    return tuple(patterns)
 
 
 def check_adapter_name(adapter: object) -> str:

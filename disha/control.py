@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -297,7 +296,7 @@ def _sum_of_blocks(
             f"Bone blocks of one kind can, if every r divides it and it is at most "
             f"{geometry.in_features}"
         )
-    config = replace(first.config, r=r, scale=1.0, rank_pattern={}, also_train=())
+    config = first.config.changed(r=r, scale=1.0, rank_pattern={}, also_train=[])
     with torch.no_grad():
         values = functional.weighted_sum(
             [(layer.widened(block, r), weight * block.strength) for block, weight in parts]

@@ -7,6 +7,8 @@ allowed and what to do.
 
 from __future__ import annotations
 
+from disha.text import printable
+
 __all__ = [
     "AdapterFileError",
     "AdapterIOError",
@@ -34,6 +36,10 @@ class DishaError(Exception):
         ...     print(error)
         r must be at least 1, got 0
     """
+
+    def __init__(self, *args: object) -> None:
+        # A message may hold names from a file that is anybody's.
+        super().__init__(*(printable(a, lines=True) if isinstance(a, str) else a for a in args))
 
 
 class ArgumentError(DishaError, ValueError):

@@ -26,7 +26,8 @@ from disha.layers.adapted import read_weight, refuse_inside
 from disha.layers.attention import Projection
 from disha.layers.quantised import is_quantised, parameter_count
 from disha.survey import Survey
-from disha.tables import table
+from disha.tables import WIDEST, table
+from disha.text import brief, printable
 from disha.tree import (
     ModuleNames,
     adapted_layers,
@@ -250,17 +251,17 @@ def plan_layers(
             name = names[module][0]
             layers.append(_planned(name, module, config, request.r, survey, request.dtype))
         else:
-            problems.append(f"{request.name or '(the model)'}: {problem}")
+            problems.append(f"{printable(request.name, WIDEST) or '(the model)'}: {problem}")
     for full, shape in also_train.items():
         problem = _unmet_parameter(owners, aliases.get(full), shape)
         if problem is not None:
-            problems.append(f"parameter {full}: {problem}")
+            problems.append(f"parameter {printable(full, WIDEST)}: {problem}")
     if problems:
         shown = "\n".join(problems[:20])
         more = f"\nand {len(problems) - 20} more" if len(problems) > 20 else ""
         absent = next((r.name for r in requests if r.name not in by_name), None)
         if absent is not None:
-            more += f"\nthe names nearest to {absent!r} are {_nearest(absent, list(by_name))}"
+            more += f"\nthe names nearest to {brief(absent)} are {_nearest(absent, list(by_name))}"
         raise ArgumentError(f"the adapter does not fit the model; nothing changed:\n{shown}{more}")
     trained = tuple(aliases[full] for full in also_train)
     return _counted_plan(names, adapter, config, freeze, tuple(layers), (), trained)
@@ -428,7 +429,8 @@ def _nothing_matched(
 
 
 def _nearest(pattern: str, names: list[str]) -> str:
-    plain = re.sub(r"[^\w.]", "", pattern.replace("\\.", "."))
+    # Its end: comparing takes the product of both lengths.
+    plain = re.sub(r"[^\w.]", "", pattern[-200:].replace("\\.", "."))
     last = plain.rsplit(".", 1)[-1]
 
     def likeness(name: str) -> float:

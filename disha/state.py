@@ -240,6 +240,8 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> Lo
         value = found[key]
         if not isinstance(value, Tensor):
             wrong_value.append((key, f"is no tensor but of type {type(value).__name__}"))
+        elif value.is_nested or value.layout is not torch.strided:
+            wrong_value.append((key, f"has the layout of a {_layout(value)} tensor, must be dense"))
         elif value.shape != parameter.shape:
             wrong_shape.append((key, tuple(value.shape), tuple(parameter.shape)))
         elif not value.is_floating_point():
@@ -263,6 +265,10 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> Lo
         wrong_shape=tuple(wrong_shape),
         wrong_value=tuple(wrong_value),
     )
+
+
+def _layout(value: Tensor) -> str:
+    return "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
 
 
 def finite_as(value: Tensor, dtype: torch.dtype) -> bool:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["printable", "table"]
+from disha.text import printable
+
+__all__ = ["WIDEST", "table"]
+
+
+WIDEST = 200
+"""Characters of a cell; every cell of a column is padded to its widest."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -21,7 +27,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         a      1
         bc    23
     """
-    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    cells = [[printable(str(cell), WIDEST) for cell in row] for row in rows]
     columns = list(zip(header, *cells, strict=True))
     widths = [max(map(len, column)) for column in columns]
     numeric = [i > 0 and all(map(_is_number, column[1:])) for i, column in enumerate(columns)]
@@ -33,26 +39,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         ]
         lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
-
-
-def printable(text: str, keep: str = "") -> str:
-    r"""Return a text in which no character moves the cursor, hides others, or is no character.
-
-    Names and notes in a file can be anybody's, and a terminal obeys what is printed to it.
-
-    Args:
-        text: what is to be printed.
-        keep: characters that stay as they are.
-
-    Example:
-        >>> from disha.tables import printable
-        >>> print(printable("a\x1b[2Jb"))
-        a\x1b[2Jb
-    """
-    if text.isprintable():
-        return text
-    escaped = (c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
-    return "".join(escaped)
 
 
 def _is_number(cell: str) -> bool:

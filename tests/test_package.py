@@ -13,7 +13,8 @@ import disha
 PACKAGE = Path(disha.__file__).parent
 
 LAYERS = [
-    {"errors", "version"},
+    {"text", "version"},
+    {"errors"},
     {"sharding"},
     {"functional", "config", "freezing", "tables", "fingerprint"},
     {"layers"},

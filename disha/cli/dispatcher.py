@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from disha.cli.exit_codes import DONE, FAILED, INTERRUPTED, TROUBLE
 from disha.errors import DishaError
 from disha.files import AdapterFileWarning
-from disha.tables import printable
+from disha.text import printable
 from disha.version import __version__
 
 __all__ = ["COMMANDS", "Command", "main"]

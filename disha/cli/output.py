@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from disha.errors import ArgumentError
-from disha.tables import printable
+from disha.text import printable
 
 __all__ = ["advancing", "require_free", "show", "shown"]
 
@@ -38,7 +38,9 @@ def show(as_json: bool, text: str, fields: Mapping[str, Any]) -> None:
 def _fit_for(stream: TextIO, text: str) -> str:
     """Return a text as a stream can take it, and a terminal behind it."""
     encoding = stream.encoding or "utf-8"
-    return printable(text, keep="\n").encode(encoding, "backslashreplace").decode(encoding)
+    return (
+        printable(text, len(text), lines=True).encode(encoding, "backslashreplace").decode(encoding)
+    )
 
 
 def _finite(value: Any) -> Any:

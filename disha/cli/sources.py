@@ -118,7 +118,7 @@ def _blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Conten
     keys = [layer.key for layer in header.layers]
     without = replace(
         header,
-        config=replace(header.config, also_train=()),
+        config=header.config.changed(also_train=[]),
         also_train=(),
         tensors={key: header.tensors[key] for key in keys},
     )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from disha.config import check_adapter_name
 from disha.files.atomic import PathLike, checked_path
-from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
+from disha.files.contents import (
+    adapter_contents,
+    load_contents,
+    opened_contents,
+    write_contents,
+)
 from disha.files.header import AdapterFile, described_by
 from disha.files.tensors import opened
 from disha.sharding import Ranks
@@ -151,17 +157,19 @@ def load_adapter(
         ...     disha.load_adapter(base, path).matched
         ('0.bone_block',)
     """
-    with Ranks(require_model(model)).agreeing(f"load a file as adapter {adapter!r}"):
-        check_adapter_name(adapter)
-        described, tensors = read_contents(checked_path(path), also_train=also_train, layers=layers)
-    return load_contents(
-        model,
-        described.path,
-        described,
-        tensors,
-        adapter,
-        replace=replace,
-        partial=layers is not None,
-        dtype=dtype,
-        freeze=freeze,
-    )
+    with ExitStack() as stack:
+        with Ranks(require_model(model)).agreeing(f"load a file as adapter {adapter!r}"):
+            check_adapter_name(adapter)
+            contents = opened_contents(checked_path(path), also_train=also_train, layers=layers)
+            described, tensors = stack.enter_context(contents)
+        return load_contents(
+            model,
+            described.path,
+            described,
+            tensors,
+            adapter,
+            replace=replace,
+            partial=layers is not None,
+            dtype=dtype,
+            freeze=freeze,
+        )

@@ -228,13 +228,12 @@ def _warn_of_other_bases(layers: Iterable[LayerRecord], summands: Sequence[Summa
 def _common_config(configs: Sequence[AdapterConfig], r: int) -> AdapterConfig:
     first = configs[0]
     alike = all((one.target, one.exclude) == (first.target, first.exclude) for one in configs)
-    return replace(
-        first,
+    return first.changed(
         r=r,
         target=first.target if alike else None,
-        exclude=first.exclude if alike else (),
+        exclude=list(first.exclude) if alike else [],
         rank_pattern={},
         scale=1.0,
         dtype=None,
-        also_train=(),
+        also_train=[],
     )

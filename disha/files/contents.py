@@ -7,7 +7,7 @@ files, and those of it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from disha.files.header import (
     described_by,
     encoded,
 )
-from disha.files.tensors import TensorRecord, opened, tensor_writer
+from disha.files.tensors import TensorFile, TensorRecord, opened, tensor_writer
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
 from disha.layers import AdaptedLayer, Block
@@ -59,6 +59,7 @@ __all__ = [
     "Source",
     "adapter_contents",
     "load_contents",
+    "opened_contents",
     "read_contents",
     "write_contents",
 ]
@@ -115,7 +116,7 @@ def adapter_contents(
     _, layer = require_adapter(model, adapter)[0]
     keys = {record.key for record in records}
     header = AdapterHeader(
-        config=replace(layer.disha[adapter].config, scale=records[0].scale),
+        config=layer.disha[adapter].config.changed(scale=records[0].scale),
         layers=records,
         also_train=tuple(sorted(key for key in tensors if key not in keys)),
         tensors={key: TensorRecord(tuple(t.shape), t.dtype) for key, t in tensors.items()},
@@ -214,13 +215,46 @@ def read_contents(
         AdapterFileError: it is no valid adapter file.
         ArgumentError: `layers` is no valid regex, or is found in no layer's name.
     """
+    with opened_contents(path, also_train=also_train, layers=layers) as (described, tensors):
+        return described, dict(tensors)
+
+
+@contextmanager
+def opened_contents(
+    path: Path, *, also_train: bool = True, layers: str | None = None
+) -> Iterator[tuple[AdapterFile, Mapping[str, Tensor]]]:
+    """Do as `read_contents`, but read each tensor only when it is asked for, as long as it is open.
+
+    Args:
+        path: the file.
+        also_train: also offer the parameters that the file holds beside the blocks.
+        layers: a regex; only the layers in whose names it is found are offered.
+    """
     with opened(path) as file:
         described = described_by(file)
         if layers is not None:
             described = _narrowed(described, layers)
         if not also_train:
             described = _without(described, described.also_train, also_train=())
-        return described, {key: file.read(key) for key in described.tensors}
+        yield described, _Unread(file, described.tensors)
+
+
+class _Unread(Mapping[str, Tensor]):
+    """Tensors of an open file."""
+
+    def __init__(self, file: TensorFile, keys: Collection[str]) -> None:
+        self._file, self._keys = file, keys
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._file.read(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def _narrowed(described: AdapterFile, layers: str) -> AdapterFile:
@@ -257,11 +291,6 @@ class _Incoming:
     header: AdapterHeader
     tensors: Mapping[str, Tensor]
     keys: Mapping[str, str]
-
-    @property
-    def values(self) -> dict[str, Tensor]:
-        """The tensors under the model's keys."""
-        return {self.keys[key]: tensor for key, tensor in self.tensors.items()}
 
     @property
     def records(self) -> dict[str, LayerRecord]:
@@ -303,11 +332,12 @@ def load_contents(
         taken = adapter in adapter_names(model)
         _check_taken(adapter, taken, replace, dtype)
         if taken:
-            targets, report = _fitting(model, incoming, adapter, partial)
+            targets, values, report = _fitting(model, incoming, adapter, partial)
         else:
             report = _inject(model, incoming, adapter, dtype, freeze)
     if taken:
-        _replace(model, incoming, adapter, targets)
+        copy_values(targets, values)
+        _reconfigure(model, incoming, adapter)
     _warn_of_other_base(model, incoming, adapter)
     return report
 
@@ -343,7 +373,8 @@ def _model_keys(model: nn.Module, header: AdapterHeader) -> dict[str, str]:
     parameters = parameter_aliases(names)
     keys = {key: parameters.get(key, key) for key in header.also_train}
     for layer in header.layers:
-        keys[layer.key] = replace(layer, name=first.get(layer.name, layer.name)).key
+        own = layer.key
+        keys[own] = first.get(layer.name, layer.name) + own[len(layer.name) :]
     return keys
 
 
@@ -372,9 +403,11 @@ def _inject(
     dtypes = {
         layer.key: request.dtype for layer, request in zip(header.layers, requests, strict=True)
     }
-    _check_finite(model, incoming, dtypes)
+    # Only now, since of what does not fit a model there may be any amount.
+    values = {incoming.keys[key]: tensor for key, tensor in incoming.tensors.items()}
+    _check_finite(model, incoming, values, dtypes)
     apply_plan(model, plan)
-    targets, values = adapter_tensors(model, adapter), incoming.values
+    targets = adapter_tensors(model, adapter)
     copy_values(targets, values)
     _set_strengths(model, incoming, adapter)
     return check_fit(targets, values)
@@ -382,20 +415,19 @@ def _inject(
 
 def _fitting(
     model: nn.Module, incoming: _Incoming, adapter: str, partial: bool
-) -> tuple[dict[str, nn.Parameter], LoadReport]:
-    """Return the parameters that the values are to replace; raise if they don't fit."""
-    values = incoming.values
+) -> tuple[dict[str, nn.Parameter], dict[str, Tensor], LoadReport]:
+    """Return parameters and the values that are to replace theirs; raise if these don't fit."""
+    mine = adapter_tensors(model, adapter)
+    found = {incoming.keys[key]: key for key in incoming.tensors}
     blocks = {
         join(name, layer.disha[adapter].parameter_name)
         for name, layer in require_adapter(model, adapter)
     }
     required = set() if partial else blocks | set(incoming.header.also_train)
-    targets = {
-        key: parameter
-        for key, parameter in adapter_tensors(model, adapter).items()
-        if key in values or key in required
-    }
-    report = check_fit(targets, values)
+    targets = {key: parameter for key, parameter in mine.items() if key in found or key in required}
+    values = {key: incoming.tensors[own] for key, own in found.items() if key in targets}
+    # What nothing is there for needs no reading: there may be any amount of it.
+    report = check_fit(targets, {**dict.fromkeys(found), **values})
     problems = [] if report.complete else [str(report)]
     problems += _other_sizes(model, incoming, adapter)
     if problems:
@@ -404,13 +436,10 @@ def _fitting(
             f"{incoming.source} does not fit the adapter {adapter!r} that it was to replace; "
             f"nothing was loaded:\n{listing}"
         )
-    return targets, report
+    return targets, values, report
 
 
-def _replace(
-    model: nn.Module, incoming: _Incoming, adapter: str, targets: Mapping[str, nn.Parameter]
-) -> None:
-    copy_values(targets, incoming.values)
+def _reconfigure(model: nn.Module, incoming: _Incoming, adapter: str) -> None:
     records = incoming.records
     for name, layer in require_adapter(model, adapter):
         block = layer.disha[adapter]
@@ -441,13 +470,16 @@ def _other_sizes(model: nn.Module, incoming: _Incoming, adapter: str) -> list[st
 
 
 def _check_finite(
-    model: nn.Module, incoming: _Incoming, dtypes: Mapping[str, torch.dtype | None]
+    model: nn.Module,
+    incoming: _Incoming,
+    values: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype | None],
 ) -> None:
     """Raise if a value is not finite, or would not be in the dtype that it is loaded into."""
     owners = parameter_owners(module_names(model))
     broken = []
-    for key, tensor in incoming.tensors.items():
-        dtype = dtypes.get(key)
+    for key in incoming.tensors:
+        tensor, dtype = values[incoming.keys[key]], dtypes.get(key)
         if dtype is None:
             module, name = owners[incoming.keys[key]]
             dtype = getattr(module, name).dtype

@@ -15,9 +15,10 @@ import torch
 
 from disha.config import AdapterConfig, check_scale
 from disha.errors import AdapterFileError, ArgumentError, DishaError
-from disha.files.tensors import TensorFile, TensorRecord
+from disha.files.tensors import TensorFile, TensorRecord, refuse_floods
 from disha.layers import BLOCKS, Bat
 from disha.tables import table
+from disha.text import brief, printable
 from disha.tree import join
 
 __all__ = [
@@ -138,8 +139,8 @@ class AdapterFile(AdapterHeader):
         ]
         lines = [table(("layer", "method", "r", "in -> out", "block", "dtype"), rows)]
         if self.also_train:
-            lines.append(f"also trained: {', '.join(self.also_train)}")
-        lines += [f"{key}: {value}" for key, value in self.metadata.items()]
+            lines.append(f"also trained: {printable(', '.join(self.also_train))}")
+        lines += [printable(f"{key}: {value}") for key, value in self.metadata.items()]
         lines.append(
             f"{self.path}: format {self.format}, {len(self.layers)} layers, "
             f"{self.parameters:,} parameters, {self.nbytes:,} bytes"
@@ -279,6 +280,7 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             f"{path} is a safetensors file without a {HEADER_KEY!r} entry in its metadata: it "
             "was not written by disha.save_adapter"
         )
+    refuse_floods(path, text)
     try:
         header = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
         if "\\u" in text:  # half of a surrogate pair can be written as an escape only
@@ -291,10 +293,10 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         )
     version = header.get("format")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise AdapterFileError(f"{path}: the header's format must be a number, is {version!r}")
+        raise AdapterFileError(f"{path}: the header's format must be a number, is {brief(version)}")
     if version > FORMAT:
         raise AdapterFileError(
-            f"{path} has format {version}, and this version of disha reads up to {FORMAT}; "
+            f"{path} has format {brief(version)}, and this version of disha reads up to {FORMAT}; "
             "upgrade disha-torch"
         )
     return header
@@ -334,7 +336,7 @@ class _Header:
             raise AdapterFileError(f"{self.path}: the header lists no layer")
         twice = _repeated(record.name for record in records)
         if twice is not None:
-            raise AdapterFileError(f"{self.path}: the header lists layer {twice!r} twice")
+            raise AdapterFileError(f"{self.path}: the header lists layer {brief(twice)} twice")
         return tuple(records)
 
     def _group(self, group: object) -> Iterator[LayerRecord]:
@@ -343,20 +345,21 @@ class _Header:
         kind = self._field(group, "kind", str)
         if kind not in BLOCKS:
             raise AdapterFileError(
-                f"{self.path}: unknown kind {kind!r}; known are {', '.join(BLOCKS)}"
+                f"{self.path}: unknown kind {brief(kind)}; known are {', '.join(BLOCKS)}"
             )
         r_out = None if group.get("r_out") is None else self._size(group, "r_out")
+        r, inputs, outputs = (self._size(group, field) for field in ("r", "in", "out"))
         layout, scale = self._layout(group), self._scale(group)
         for name, base in self._field(group, "base", dict).items():
             if base is not None and not isinstance(base, str):
-                raise AdapterFileError(f"{self.path}: the fingerprint of {name!r} is no text")
+                raise AdapterFileError(f"{self.path}: the fingerprint of {brief(name)} is no text")
             yield LayerRecord(
                 name=name,
                 method=kind,
-                r=self._size(group, "r"),
+                r=r,
                 r_out=r_out,
-                in_features=self._size(group, "in"),
-                out_features=self._size(group, "out"),
+                in_features=inputs,
+                out_features=outputs,
                 scale=scale,
                 base=base,
                 layout=layout,
@@ -389,7 +392,7 @@ class _Header:
             return None
         if layout not in LAYOUTS:
             raise AdapterFileError(
-                f"{self.path}: unknown layout {layout!r}; known are {', '.join(LAYOUTS)}"
+                f"{self.path}: unknown layout {brief(layout)}; known are {', '.join(LAYOUTS)}"
             )
         return str(layout)
 
@@ -404,7 +407,7 @@ class _Header:
         value = self._field(fields, name, int)
         if isinstance(value, bool) or not 1 <= value < 2**31:
             raise AdapterFileError(
-                f"{self.path}: the header's field {name!r} must be a size, is {value!r}"
+                f"{self.path}: the header's field {name!r} must be a size, is {brief(value)}"
             )
         return value
 
@@ -422,12 +425,12 @@ def _repeated(names: Iterable[str]) -> str | None:
 def _check_keys(path: Path, described: list[str], tensors: Mapping[str, object]) -> None:
     twice = _repeated(described)
     if twice is not None:
-        raise AdapterFileError(f"{path}: the header lists {twice!r} twice")
+        raise AdapterFileError(f"{path}: the header lists {brief(twice)} twice")
     missing = [key for key in described if key not in tensors]
     extra = sorted(set(tensors) - set(described))
     if missing or extra:
-        parts = [f"missing {key!r}" for key in missing[:10]] + [
-            f"not described {key!r}" for key in extra[:10]
+        parts = [f"missing {brief(key)}" for key in missing[:10]] + [
+            f"not described {brief(key)}" for key in extra[:10]
         ]
         raise AdapterFileError(
             f"{path}: tensors and header disagree ({len(missing)} missing, {len(extra)} not "

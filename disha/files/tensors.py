@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, DishaError
 from disha.files.atomic import Write
+from disha.text import brief
 
-__all__ = ["DTYPES", "TensorFile", "TensorRecord", "opened", "tensor_writer"]
+__all__ = ["DTYPES", "TensorFile", "TensorRecord", "opened", "refuse_floods", "tensor_writer"]
 
 DTYPES = {
     "F16": torch.float16,
@@ -25,6 +27,16 @@ DTYPES = {
     "F64": torch.float64,
 }
 """The dtypes that adapters and base weights have, by their names in a file."""
+
+
+LARGEST_INDEX = 100_000_000
+"""Bytes that safetensors takes at most for what describes the tensors."""
+
+CHARACTERS_FOR_BRACKET = 16
+FREE_BRACKETS = 64
+
+MOST_DIMENSIONS = 64
+"""As many as operations of torch can work on."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +81,17 @@ class TensorFile:
         dtype = described.get_dtype()
         if dtype not in DTYPES:
             raise AdapterFileError(
-                f"{self.path}: tensor {key!r} has dtype {dtype}; allowed are {', '.join(DTYPES)}"
+                f"{self.path}: tensor {brief(key)} has dtype {dtype}; allowed are "
+                f"{', '.join(DTYPES)}"
             )
-        return TensorRecord(tuple(described.get_shape()), DTYPES[dtype])
+        shape = tuple(described.get_shape())
+        # A tensor that is empty in one dimension needs no data, however large the others are.
+        if len(shape) > MOST_DIMENSIONS or math.prod(size or 1 for size in shape) >= 2**63:
+            raise AdapterFileError(
+                f"{self.path}: tensor {brief(key)} has shape {brief(shape)}; allowed are up to "
+                f"{MOST_DIMENSIONS} dimensions and less than 2**63 in all"
+            )
+        return TensorRecord(shape, DTYPES[dtype])
 
     def read(self, key: str) -> Tensor:
         """Return a tensor, on the CPU."""
@@ -90,8 +110,37 @@ def opened(path: Path) -> Iterator[TensorFile]:
     """
     if path.is_dir():
         raise AdapterIOError(f"can't read {path}: it is a folder; name the .safetensors file")
-    with explained(path), safetensors.safe_open(path, framework="pt") as file:
-        yield TensorFile(path, file)
+    if path.exists() and not path.is_file():  # opening a pipe waits for somebody to write into it
+        raise AdapterIOError(f"can't read {path}: it is no regular file; copy it into one")
+    with explained(path):
+        refuse_floods(path, _index(path))
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield TensorFile(path, file)
+
+
+def _index(path: Path) -> str:
+    """Return the JSON at the start of a file, character by byte."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return file.read(min(length, LARGEST_INDEX)).decode("latin-1")
+
+
+def refuse_floods(path: Path, text: str) -> None:
+    """Raise if JSON is little else than brackets.
+
+    As objects, empty lists take 30 times the room that they take as text; names and numbers less
+    than half of that. What describes tensors has more of these than of brackets.
+
+    Args:
+        path: what errors name.
+        text: the JSON, valid or not.
+    """
+    brackets = _brackets(text)
+    if brackets > FREE_BRACKETS + len(text) // CHARACTERS_FOR_BRACKET:
+        raise AdapterFileError(
+            f"{path} has a header that is not valid JSON for tensors: {brackets:,} brackets in "
+            f"{len(text):,} characters. It is damaged, or made to do harm; get it again"
+        )
 
 
 @contextmanager
@@ -110,6 +159,21 @@ def explained(path: Path) -> Iterator[None]:
         raise AdapterIOError(
             f"can't read {path}: {error.strerror or error}; check the path"
         ) from error
+
+
+PART = 1 << 16
+
+
+def _brackets(text: str) -> int:
+    """Return how many opening brackets JSON has outside of strings."""
+    plain = text.replace("\\\\", "").replace('\\"', "")
+    count, inside = 0, False
+    for start in range(0, len(plain), PART):  # split as a whole, it would take a lot of room
+        pieces = plain[start : start + PART].split('"')
+        outside = "".join(pieces[1::2] if inside else pieces[::2])
+        count += outside.count("[") + outside.count("{")
+        inside ^= len(pieces) % 2 == 0
+    return count
 
 
 def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:

@@ -470,7 +470,7 @@ def described(
             raise ArgumentTypeError(f"{note} must be a str, got {value!r}")
     config = header.config
     if dropout is not None:
-        config = dataclasses.replace(config, dropout=dropout)
+        config = config.changed(dropout=dropout)
     return PeftConfig(
         legacy=False,
         method=config.method,

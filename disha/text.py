@@ -1,0 +1,59 @@
+"""Text that comes from elsewhere, a file say, made fit to be printed."""
+
+from __future__ import annotations
+
+import reprlib
+
+__all__ = ["brief", "printable"]
+
+LONGEST = 10_000
+"""Characters that anybody will read of one message."""
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 200
+
+
+def printable(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
+    r"""Return a text with what can't be printed escaped, and its middle left out if it is long.
+
+    So no name in a file moves the cursor of whoever reads it, hides what follows, or fills the
+    screen.
+
+    Args:
+        text: any text.
+        limit: characters that are shown at most, but for those that say how many are not.
+        lines: whether it may have several lines.
+
+    Example:
+        >>> from disha.text import printable
+        >>> printable("layers.0\x1b[2J")
+        'layers.0\\x1b[2J'
+        >>> printable("a" * 5000, limit=8)
+        'aaaa[... 4,992 characters ...]aaaa'
+    """
+    if len(text) > limit:
+        head, tail = text[: limit - limit // 2], text[len(text) - limit // 2 :]
+        text = f"{head}[... {len(text) - limit:,} characters ...]{tail}"
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() or (lines and one == "\n") else _escaped(one) for one in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def brief(value: object) -> str:
+    """Return `repr` of a value, however long or deep it is, in some 200 characters.
+
+    Args:
+        value: what has been found in place of something else.
+
+    Example:
+        >>> from disha.text import brief
+        >>> brief(list(range(1000)))
+        '[0, 1, 2, 3, 4, 5, ...]'
+    """
+    return _brief.repr(value)

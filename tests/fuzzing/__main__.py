@@ -1,0 +1,110 @@
+"""`make fuzz`: many hostile files, killed saves, and saves that meet; what came of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from disha.tables import table
+from tests.fuzzing.crafting import RECIPES, craft
+from tests.fuzzing.saving import kill_saves, meet
+from tests.fuzzing.workers import Outcome, try_files
+
+
+def main() -> int:
+    """Run everything; return 1 if anything that must hold does not."""
+    arguments = _parser().parse_args()
+    numbers = range(arguments.first, arguments.first + arguments.files)
+    failures = _try(arguments, numbers)
+    if arguments.kills:
+        failures += _kill(arguments)
+    print("everything holds" if not failures else f"{failures} FAILURES, kept in {arguments.out}")
+    return int(failures > 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzzing", description=__doc__)
+    parser.add_argument("--files", type=int, default=20_000, help="how many hostile files")
+    parser.add_argument("--kills", type=int, default=200, help="how many killed saves")
+    parser.add_argument("--meetings", type=int, default=200, help="saves of each of two processes")
+    parser.add_argument("--seed", type=int, default=0, help="another makes other files")
+    parser.add_argument("--first", type=int, default=0, help="number of the first file")
+    parser.add_argument("--workers", type=int, default=2, help="processes that try files")
+    parser.add_argument("--out", type=Path, default=Path("fuzz-output"), help="for what fails")
+    return parser
+
+
+def _try(arguments: argparse.Namespace, numbers: range) -> int:
+    outcomes = []
+    failed = 0
+    bar = tqdm(total=len(numbers), desc="hostile files", unit=" files", mininterval=1)
+    for outcome in try_files(numbers, seed=arguments.seed, workers=arguments.workers):
+        outcomes.append(outcome)
+        if outcome.failure:
+            failed += 1
+            _keep(arguments, outcome)
+        bar.update()
+        bar.set_postfix(loaded=sum(o.accepted for o in outcomes), failures=failed, refresh=False)
+    bar.close()
+    print(_summary(outcomes))
+    return failed
+
+
+def _keep(arguments: argparse.Namespace, outcome: Outcome) -> None:
+    """Keep a file that something came of, and say what."""
+    arguments.out.mkdir(exist_ok=True)
+    path = arguments.out / f"{arguments.seed}-{outcome.number}.safetensors"
+    path.write_bytes(craft(outcome.number, arguments.seed).data)
+    path.with_suffix(".txt").write_text(f"{outcome.recipe}\n{outcome.failure}\n")
+    tqdm.write(f"number {outcome.number} ({outcome.recipe}), kept as {path}:\n{outcome.failure}")
+
+
+def _summary(outcomes: list[Outcome]) -> str:
+    by_recipe: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        by_recipe[outcome.recipe].append(outcome)
+    rows = []
+    for recipe in filter(by_recipe.__contains__, RECIPES):
+        mine = by_recipe[recipe]
+        rows.append(
+            (
+                recipe,
+                len(mine),
+                sum(one.accepted for one in mine),
+                f"{max(one.size for one in mine) / 1e6:.2f}",
+                f"{max(one.usage.seconds for one in mine):.2f}",
+                f"{max(one.usage.memory for one in mine) / 1e6:.0f}",
+            )
+        )
+    header = ("recipe", "files", "loaded", "largest MB", "slowest s", "most memory MB")
+    loaded = sum(one.accepted for one in outcomes)
+    failed = sum(bool(one.failure) for one in outcomes)
+    total = f"{len(outcomes):,} files: {loaded:,} loaded, {failed:,} failures, the rest refused"
+    return f"{table(header, rows)}\n{total}"
+
+
+def _kill(arguments: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "adapter.safetensors")
+        kills = kill_saves(path, arguments.kills, arguments.seed)
+        left: Counter[int | None] = Counter()
+        try:
+            left.update(tqdm(kills, total=arguments.kills, desc="killed saves", unit=""))
+            loads, seen = meet(path, arguments.meetings)
+        except AssertionError as error:
+            print(f"killed or meeting saves: {error}")
+            return 1
+    print(
+        f"{left.total()} saves killed: {left.pop(None, 0)} times nothing was there, else one of "
+        f"{len(left)} versions; {loads} loads while two processes saved: {len(seen)} versions"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
