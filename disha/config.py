@@ -203,15 +203,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_scale(scale: object) -> None:
+def check_scale(scale: object, name: str = "scale") -> None:
     """Raise unless `scale` is a number that is finite as float32, which graphs read it in."""
     if not _is_number(scale):
         raise ArgumentTypeError(
-            f"scale must be a number, got {brief(scale)} of type {type(scale).__name__}"
+            f"{name} must be a number, got {brief(scale)} of type {type(scale).__name__}"
         )
     if not abs(scale) <= LARGEST_SCALE:  # type: ignore[arg-type]
         raise ArgumentError(
-            f"scale must be finite and at most {LARGEST_SCALE:.3g}, got {str(scale)[:40]}"
+            f"{name} must be finite and at most {LARGEST_SCALE:.3g}, got {str(scale)[:40]}"
         )
 
 

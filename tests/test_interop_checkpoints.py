@@ -505,6 +505,13 @@ class TestRefused:
         setting.merge(force=tied)
         assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
 
+    def test_the_configuration_beside_a_single_file_counts(self, tmp_path):
+        setting = Setting(tmp_path, Layered(), "embed", shards=1)
+        (setting.base / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+        (file,) = setting.base.glob("*.safetensors")
+        with pytest.raises(MergeError, match="may be tied"):
+            merge_into_checkpoint(file, setting.adapter, tmp_path / "out.safetensors")
+
     def test_bad_arguments(self, setting):
         self.refuse(setting, ArgumentError, "scale", scale=float("nan"))
         self.refuse(setting, ArgumentTypeError, "scale", scale="1")

@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 
 import disha
+from disha import ConversionError
 from disha.files.contents import adapter_contents, read_contents
 from disha.finetune.model import Llama, LlamaConfig
 from disha.functional import bat_delta_weight
@@ -274,6 +275,16 @@ def test_a_tied_head_is_refused(tmp_path, target, what):
     model = adapted(decoder(tied=True), target)
     with refused(tmp_path, f"{what} is adapted", model):
         lora.export_gguf(model, tmp_path / "lora.gguf")
+
+
+def test_an_adapter_alone_has_to_be_told_whether_the_head_is_tied(tmp_path):
+    path = tmp_path / "lora.gguf"
+    contents = adapter_contents(adapted(decoder(), "embed_tokens"))
+    for told in (None, True):
+        with pytest.raises(ConversionError, match="embedding is adapted"):
+            lora.write_gguf(path, *contents, tied_head=told)
+    lora.write_gguf(path, *contents, tied_head=False)
+    assert path.exists()
 
 
 def test_without_a_head_the_configuration_tells_whether_it_is_tied(tmp_path):

@@ -64,6 +64,9 @@ class ConvertFlags(Flags):
     rank: Annotated[int | None, tyro.conf.arg(metavar="R")] = None
     """Largest rank of a layer as LoRA; needed for BAT."""
 
+    dropout: Annotated[float | None, tyro.conf.arg(metavar="P")] = None
+    """Dropout to write for peft, in place of the adapter's; 0.0 for BAT, which has none there."""
+
     max_error: Annotated[float | None, tyro.conf.arg(metavar="PART")] = None
     """Refuse to lose more than this part of a layer's update, such as 0.1."""
 
@@ -103,6 +106,7 @@ def _refuse_useless(flags: ConvertFlags) -> None:
     """Raise if a flag is given that the target has no use for."""
     useless = [] if flags.to in ("lora", "gguf") else [*FOR_LORA]
     useless += [] if flags.to == "gguf" else [*FOR_GGUF]
+    useless += [] if flags.to == "peft" else ["dropout"]
     given = [name for name in useless if getattr(flags, name) is not None]
     if given:
         name = given[0].replace("_", "-")
@@ -144,7 +148,7 @@ def _to_disha(flags: ConvertFlags, source: Source, base: Checkpoint | None) -> N
 
 
 def _to_peft(flags: ConvertFlags, source: Source, base: Checkpoint | None) -> None:
-    peft.write_folder(flags.out, *source.contents)
+    peft.write_folder(flags.out, *source.contents, dropout=flags.dropout)
 
 
 def _to_lora(flags: ConvertFlags, source: Source, base: Checkpoint | None) -> LoraReport:
@@ -155,12 +159,14 @@ def _to_gguf(flags: ConvertFlags, source: Source, base: Checkpoint | None) -> Lo
     config = {} if base is None else base.config()
     heads = config.get("num_attention_heads") if flags.heads is None else flags.heads
     kv_heads = config.get("num_key_value_heads", heads if config else None)
+    tied = config.get("tie_word_embeddings")
     return lora.write_gguf(
         flags.out,
         *source.contents,
         architecture=flags.architecture or _architecture(config),
         heads=heads,
         kv_heads=kv_heads if flags.kv_heads is None else flags.kv_heads,
+        tied_head=tied if isinstance(tied, bool) else None,
         **_lora_arguments(flags, source, base),
     )
 

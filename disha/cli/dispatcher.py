@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ COMMANDS = {
 }
 
 NAMED = re.compile(
-    r"\b(architecture|base|force|heads|kv_heads|max_error|overwrite|rank)"
+    r"\b(architecture|base|dropout|force|heads|kv_heads|max_error|overwrite|rank)"
     r"=(?:True\b|(?=[\s,;:.)]|$))"
 )
 """Arguments as the library's errors ask for them: `rank=`, `force=True`."""
@@ -118,9 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return TROUBLE if command.answers else FAILED
     except (DishaError, OSError) as error:
         if "--debug" in arguments:
-            raise
+            traceback.print_exc()
         _complain(str(error))
         return TROUBLE if command.answers else _exit_code(error)
+    except Exception:
+        # The interpreter would leave with 1, which some commands mean something by.
+        traceback.print_exc()
+        return TROUBLE if command.answers else FAILED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ class MergeFlags(Flags):
     """Merge though the weights are others than the adapter's, or embeddings may be tied."""
 
     overwrite: bool = False
-    """Replace the checkpoint that is there."""
+    """Replace the checkpoint that is there, its folder with all that is in it."""
 
 
 def run(arguments: Sequence[str]) -> None:

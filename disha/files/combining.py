@@ -83,7 +83,7 @@ def combine_contents(summands: Sequence[Summand]) -> Contents:
     if not summands:
         raise ArgumentError("there is no adapter to combine; give at least one")
     for summand in summands:
-        check_scale(summand.weight)
+        check_scale(summand.weight, "the weight of an adapter")
         _refuse_other_parameters(summand)
     _check_one_kind(summands)
     layers: list[LayerRecord] = []

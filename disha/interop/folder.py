@@ -100,7 +100,7 @@ def target_modules(names: Iterable[str], modules: Iterable[str] | None) -> list[
     """Return what makes PEFT target these modules and no others.
 
     A list matches the ends of names too: the last parts of the names where these select no more,
-    or else whole names, or else a regex.
+    or else whole names, or else a regex, which is also what an unknown model gets.
 
     Args:
         names: the modules to target.
@@ -108,7 +108,7 @@ def target_modules(names: Iterable[str], modules: Iterable[str] | None) -> list[
     """
     wanted = set(names)
     if modules is None:
-        return sorted(wanted)
+        return exact_regex(wanted)
     known = set(modules)
     for ends in (sorted({name.rpartition(".")[2] for name in wanted}), sorted(wanted)):
         longer = tuple(f".{end}" for end in ends)

@@ -215,6 +215,7 @@ def write_gguf(
     architecture: str = "llama",
     heads: int | None = None,
     kv_heads: int | None = None,
+    tied_head: bool | None = None,
     rank: int | None = None,
     max_error: float | None = None,
     base: BaseWeight | None = None,
@@ -229,6 +230,7 @@ def write_gguf(
         architecture: `general.architecture` of the base model's GGUF file.
         heads: query heads of the base model; needed where q is adapted.
         kv_heads: key and value heads; needed where k is adapted.
+        tied_head: whether the base model has no output head beside the embedding; None if unknown.
         rank: largest rank of a layer.
         max_error: largest relative error that a layer may have.
         base: gives the base weights; needed for BAT only.
@@ -239,7 +241,7 @@ def write_gguf(
     """
     _package()
     target = checked_path(path)
-    model = _Base(architecture, heads, kv_heads, tied_head=None)
+    model = _Base(architecture, heads, kv_heads, tied_head)
     names = _gguf_names(header, model)
     updates = low_rank_updates(
         header, tensors, rank=rank, max_error=max_error, base=base, progress=progress

@@ -50,6 +50,15 @@ def test_to_peft_and_back(run, files, injected):
     assert equal(deltas(back), deltas(a))
 
 
+def test_bat_leaves_its_dropout_behind_for_peft_when_asked(run, files):
+    a, folder = files.adapter(method="bat", dropout=0.1), files.path / "peft"
+    refused = run("convert", a, folder, "--to", "peft")
+    assert (refused.code, folder.exists()) == (2, False)
+    assert "give 0.0 as --dropout" in refused.complaint
+    assert run("convert", a, folder, "--to", "peft", "--dropout", 0.0).code == 0
+    assert equal(deltas(folder, peft.load), deltas(a))
+
+
 def test_to_lora_and_back(run, files):
     a, folder, back = files.adapter(), files.path / "lora", files.path / "back"
     done = run("convert", a, folder, "--to", "lora", "--json")
@@ -243,6 +252,7 @@ def test_a_folder_that_is_no_adapter(run, files, content, says):
         ("a", ("--to", "lora", "--rank", "0"), "rank must be at least 1"),
         ("a", ("--to", "peft", "--rank", "2"), "--rank says nothing for --to peft"),
         ("a", ("--to", "lora", "--kv-heads", "2"), "--kv-heads says nothing for --to lora"),
+        ("a", ("--to", "lora", "--dropout", "0"), "--dropout says nothing for --to lora"),
         ("a", ("--to", "onnx"), "onnx"),
         ("a", (), "--to"),
     ],

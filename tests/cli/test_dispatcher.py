@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import disha
-from disha.cli import COMMANDS, dispatcher, main
+from disha.cli import COMMANDS, dispatcher
 from disha.cli.dispatcher import Command
 from disha.files import AdapterFileWarning
 
@@ -167,10 +167,20 @@ def test_errors_name_flags_as_they_are_here(run, command, said, shown):
     assert run("it").complaint == f"disha: {shown}\n"
 
 
-def test_debug_shows_where_an_error_came_from(command):
+def test_debug_shows_where_an_error_came_from(run, command):
     command(raising(disha.ArgumentError("x")))
-    with pytest.raises(disha.ArgumentError):
-        main(["it", "--debug"])
+    found = run("it", "--debug")
+    assert found.code == 2
+    assert "Traceback" in found.err
+    assert found.err.endswith("disha: x\n")
+
+
+@pytest.mark.parametrize(("answers", "code"), [(True, 2), (False, 1)])
+def test_an_error_that_nobody_expected_is_no_answer(run, command, answers, code):
+    command(raising(RuntimeError("x")), answers=answers)
+    found = run("it")
+    assert found.code == code
+    assert "RuntimeError: x" in found.err
 
 
 def test_warnings_of_the_library_are_one_line_and_others_as_ever(run, command):

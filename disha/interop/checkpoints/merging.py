@@ -105,7 +105,8 @@ def merge_into_checkpoint(
             default each keeps its own.
         force: merge though the weights are not those that the adapter was saved from, or though an
             embedding may be tied to an output head, which then changes as well.
-        overwrite: replace the file, or the checkpoint in the folder, that is there.
+        overwrite: replace the file that is there, or the folder that has a checkpoint, with all
+            that is in it.
         progress: called with the bytes of tensors written, and those to write, after each.
 
     Returns:

@@ -72,9 +72,9 @@ class Checkpoint:
             return file.read(name)
 
     def config(self) -> dict[str, Any]:
-        """Return the contents of config.json, empty where there is none."""
-        path = None if self.folder is None else self.folder / CONFIG
-        return {} if path is None or not path.is_file() else read_json(path)
+        """Return the contents of config.json in the folder, or beside the one file; or nothing."""
+        path = (self.folder or self.path.parent) / CONFIG
+        return read_json(path) if path.is_file() else {}
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:

@@ -437,8 +437,8 @@ def not_expressible(header: AdapterHeader, dropout: float | None) -> list[str]:
     drops = header.config.dropout if dropout is None else dropout
     if header.config.method == "bat" and drops:
         problems.append(
-            f"PEFT's BAT has no dropout, this adapter has {drops:g}; pass dropout=0.0 to leave it "
-            "out, which matters in training only"
+            f"PEFT's BAT has no dropout, this adapter has {drops:g}; leave it out, "
+            "which matters in training only: give 0.0 as dropout="
         )
     return problems
 
