@@ -117,6 +117,7 @@ class Adapters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # Here and below, straight into __dict__: nn.Module looks at what it is given for long.
         vars(self).update(active=(), live=(), enabled=True, merged=None, route=None, calls={})
 
     def __iter__(self) -> Iterator[str]:
@@ -135,7 +136,7 @@ class Adapters(nn.Module):
     def add(self, adapter: str, block: Block) -> None:
         """Add a block under a name that check_adapter_name has passed. It is not active yet."""
         self._modules[adapter] = block
-        block.training = self.training
+        vars(block)["training"] = self.training
         block.set_enabled(self.enabled)
         self.activate(self.active)
 
@@ -146,8 +147,8 @@ class Adapters(nn.Module):
 
     def activate(self, adapters: tuple[str, ...]) -> None:
         """Let exactly these adapters act; a name that this layer lacks is no error."""
-        self.active = adapters
-        self.live = tuple(self[name] for name in adapters if name in self)
+        live = tuple(self[name] for name in adapters if name in self)
+        vars(self).update(active=adapters, live=live)
 
     def set_enabled(self, enabled: bool) -> None:
         """Switch all adapters of the layer off or on again."""
@@ -475,7 +476,7 @@ def current_caller() -> int:
 def attach(layer: AdaptedLayer) -> None:
     """Give a layer of an adapted class its holder of adapters, empty."""
     adapters = Adapters()
-    adapters.training = layer.training
+    vars(adapters)["training"] = layer.training
     # Straight into _modules: the user's class may guard its attributes.
     layer._modules[CHILD_NAME] = adapters
 
