@@ -1,9 +1,11 @@
 """Adapters and base checkpoints on disk: merging without the model, and comparing."""
 
+import errno
 import json
 import os
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from disha import (
     DishaError,
     MergeError,
 )
+from disha.files import atomic
 from disha.interop.checkpoints import merge_into_checkpoint, open_checkpoint, verify_against
 from disha.interop.checkpoints import reading as reading_module
 from tests.conftest import Layered, perturb
@@ -677,6 +680,36 @@ class TestFailure:
         first = tensors_in(setting.out)
         self.run(setting, "os.kill(os.getpid(), signal.SIGKILL)")
         assert_same_bits(tensors_in(setting.out), first)
+
+    def test_killed_between_two_renames_the_next_puts_the_former_folder_back(self, setting):
+        setting.merge()
+        first = tensors_in(setting.out)
+        done = self.run(
+            setting,
+            "os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) "
+            "if str(b) == os.path.realpath(sys.argv[3]) else os.rename(a, b)",
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not setting.out.exists()
+        with pytest.raises(AdapterIOError, match="is not empty"):
+            setting.merge()
+        assert_same_bits(tensors_in(setting.out), first)
+        assert setting.listing() == ["adapter.safetensors", "base", "merged"]
+
+    def test_without_locks_and_where_folders_are_not_synced(self, setting, monkeypatch):
+        right = os.fsync
+
+        def fsync(descriptor):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "not a file")
+            right(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(atomic, "fcntl", None)
+        setting.merge()
+        setting.merge(overwrite=True)
+        assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
+        assert setting.listing() == ["adapter.safetensors", "base", "merged"]
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_two_that_write_to_one_place(self, setting, overwrite):

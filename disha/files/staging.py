@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from disha.errors import AdapterIOError, DishaError
+from disha.files.atomic import Temporary, clear_leftovers, sync_names
 
 __all__ = ["staged_folder"]
-
-UNFINISHED = ".unfinished"
-FORMER = ".former"
 
 
 @contextmanager
 def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a new empty folder beside `target`, which takes its place when the block ends well.
+    """Give a new empty folder, which takes the place of `target` when the block ends well.
 
     When the block raises, the new folder goes and what was there stays. What a killed process left
-    is cleared by the next one that writes to the same place; killed between the two renames that
-    replace a folder, it leaves the former one beside its place, as `.<name>.*.former`.
+    is cleared by the next one that writes to the same place. Killed between the two renames that
+    replace a folder, it leaves none there, and the former one whole as `former` in its temporary
+    folder; the next one puts that back first.
 
     Args:
         target: where the folder is to be; its parent exists.
@@ -35,77 +30,69 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         AdapterIOError: it can't be written, or is there and not empty.
     """
     target = Path(os.path.realpath(target))
+    clear_leftovers(target, is_folder=True)
     try:
-        _clear_unfinished(target)
-        staged = Path(tempfile.mkdtemp(UNFINISHED, f".{target.name}.", target.parent))
-        lock = _locked(staged)
-    except OSError as error:
-        raise AdapterIOError(f"can't write to {target.parent}: {error.strerror}") from error
-    try:
-        yield staged
-        os.chmod(staged, _permissions(target))
-        os.fsync(lock)
-        _move(staged, target, overwrite)
+        _check_room(target, overwrite)
+        temporary = Temporary.beside(target)
     except OSError as error:
         if isinstance(error, DishaError):
+            raise
+        raise AdapterIOError(f"can't write to {target.parent}: {error.strerror}") from error
+    try:
+        temporary.new.mkdir()
+        yield temporary.new
+        _finish(temporary)
+        _place(temporary, overwrite)
+    except BaseException as error:
+        temporary.put_back_and_discard()
+        if isinstance(error, DishaError) or not isinstance(error, OSError):
             raise
         raise AdapterIOError(
             f"can't write {target}: {error.strerror or error}; what was there is unchanged"
         ) from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        os.close(lock)
+    _confirm(temporary)
 
 
-def _move(staged: Path, target: Path, overwrite: bool) -> None:
-    """Put a folder in the place of another, or where there is none, or an empty one."""
-    former = None
-    if overwrite and target.exists():
-        former = Path(tempfile.mkdtemp(FORMER, f".{target.name}.", target.parent))
-        os.rename(target, former)
+def _check_room(target: Path, overwrite: bool) -> None:
+    """Refuse what can't be replaced before any work is done; a former folder may be back."""
+    if target.exists() and not os.access(target, os.W_OK):
+        raise AdapterIOError(
+            f"can't write {target}: it is read-only; allow writing, or name another"
+        )
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise AdapterIOError(
+            f"can't write {target}: it is not empty; name another folder, or let it be replaced"
+        )
+
+
+def _finish(temporary: Temporary) -> None:
+    """Let the new folder be what it will be: its permissions set, all its names on the disk."""
+    if temporary.target.exists():
+        os.chmod(temporary.new, temporary.target.stat().st_mode & 0o777)
+    for folder, _, _ in os.walk(temporary.new):
+        sync_names(Path(folder))
+
+
+def _place(temporary: Temporary, overwrite: bool) -> None:
+    """Put the new folder in the place of another, or where there is none, or an empty one."""
+    if overwrite and temporary.target.exists():
+        temporary.take()
+    temporary.become()
+
+
+def _confirm(temporary: Temporary) -> None:
+    """Delete the former folder as soon as the disk has the name of the new one."""
     try:
-        os.rename(staged, target)
-    except OSError:
-        if former is not None:
-            os.rename(former, target)
-        raise
-    if former is not None:
-        shutil.rmtree(former, ignore_errors=True)
-    _sync(target.parent)
-
-
-def _clear_unfinished(target: Path) -> None:
-    """Delete what processes that are no more have left of this folder."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*{UNFINISHED}"):
-        with suppress(OSError):  # still being written, or not ours to delete
-            lock = _locked(left)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
-
-
-def _locked(folder: Path) -> int:
-    """Return a descriptor that holds the lock of a folder as long as this process lives."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _permissions(target: Path) -> int:
-    """The mode of the folder that is replaced, or else what a new one would get."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o777 & ~mask
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_names(temporary.target.parent)
+    except OSError as error:
+        kept = ""
+        if temporary.former.exists():
+            kept = f"; what was there is in {temporary.former}"
+            temporary.unlock()
+        else:
+            temporary.discard()
+        raise AdapterIOError(
+            f"written to {temporary.target}, but the disk has not confirmed its name: "
+            f"{error.strerror or error}; write it again before you rely on it{kept}"
+        ) from error
+    temporary.discard()
