@@ -316,9 +316,10 @@ class _Settings:
     def config(self, r: int, beside: Iterable[str]) -> AdapterConfig:
         """Return the adapter's configuration."""
         dropout = self._number("lora_dropout", self.fields.get("lora_dropout", 0.0))
-        patterns = tuple(f"^{re.escape(name)}$" for name in beside)
+        patterns = [f"^{re.escape(name)}$" for name in beside]
+        fields = {"r": r, "target": None, "dropout": dropout, "also_train": patterns}
         try:
-            return AdapterConfig(r=r, target=None, dropout=dropout, also_train=patterns)
+            return AdapterConfig.from_json(fields)
         except ArgumentError as error:
             raise AdapterFileError(f"{self.path}: {error}") from error
 

@@ -136,7 +136,16 @@ def _retyped(rng: random.Random, value: Any) -> Any:
         return rng.choice((0, 1, "true", "null", [], "None"))
     if isinstance(value, (int, float)):
         return rng.choice(
-            (value + 1, value - 1, -value, value * 2, float(value), str(value), [value], value == 1)
+            (
+                value + 1,
+                value - 1,
+                -value,
+                value * 2,
+                str(value),
+                [value],
+                value == 1,
+                Raw(f"{value}.0" if isinstance(value, int) else "1"),
+            )
         )
     if isinstance(value, str):
         return rng.choice(

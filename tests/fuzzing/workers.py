@@ -131,13 +131,13 @@ def _work(results: Connection, numbers: list[int], seed: int, large: int, folder
         bench.try_all(craft(0, seed, large))  # what is made on first use is no file's doing
         limit_process(stacks)
         for number in numbers:
-            case = craft(number, seed, large)
-            came: dict[str, Any] = {}
+            recipe, size, came = "crafting", 0, dict[str, Any]()
             try:
+                case = craft(number, seed, large)
+                recipe, size = case.recipe, len(case.data)
                 came["results"] = bench.try_all(case)
             except BaseException:
                 came["failure"] = traceback.format_exc(limit=-8)
-            came["usage"] = bench.usage
-            results.send(Outcome(number, case.recipe, len(case.data), **came))
+            results.send(Outcome(number, recipe, size, usage=bench.usage, **came))
             if "failure" in came:
                 bench = Bench(folder)  # with models that nothing has happened to
