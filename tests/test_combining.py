@@ -11,8 +11,11 @@ from torch import nn
 
 import disha
 from disha import AdapterFileError, AdapterFileWarning, ArgumentError, ArgumentTypeError
+from disha.config import AdapterConfig
+from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.combining import Summand, combine_contents
 from disha.files.contents import read_contents, write_contents
+from disha.fingerprint import fingerprint
 from disha.tree import adapted_layers
 from tests.adapter_files import every_kind, save
 from tests.conftest import perturb
@@ -137,6 +140,25 @@ def test_other_bases_warn_and_leave_no_fingerprint(tmp_path):
     with pytest.warns(AdapterFileWarning, match=r"different base weights in 1 layers \(linear\)"):
         header, _ = combine((a, 1.0), (b, 1.0))
     assert [layer.base is None for layer in header.layers] == [True, False]
+
+
+def test_names_in_warnings_are_fit_to_be_printed():
+    def summand(base):
+        record = LayerRecord("a\x1b[2J", "bone", 2, None, 4, 4, 1.0, base, "linear")
+        block = torch.ones(2, 4)
+        header = AdapterHeader(
+            config=AdapterConfig(r=2, target=None),
+            layers=(record,),
+            also_train=(),
+            tensors={record.key: TensorRecord((2, 4), block.dtype)},
+            metadata={},
+        )
+        return Summand("given", (header, {record.key: block}), 1.0)
+
+    weights = (torch.zeros(4, 4), torch.ones(4, 4))
+    with pytest.warns(AdapterFileWarning) as caught:
+        combine_contents([summand(fingerprint(weight)) for weight in weights])
+    assert r"(a\x1b[2J)" in str(caught[0].message)
 
 
 def test_one_unknown_base_is_no_contradiction(tmp_path):

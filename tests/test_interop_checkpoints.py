@@ -27,7 +27,13 @@ from disha import (
     MergeError,
 )
 from disha.files import atomic
-from disha.interop.checkpoints import merge_into_checkpoint, open_checkpoint, verify_against
+from disha.files.json_files import LARGEST_CONFIG, read_json
+from disha.interop.checkpoints import (
+    MergedCheckpoint,
+    merge_into_checkpoint,
+    open_checkpoint,
+    verify_against,
+)
 from disha.interop.checkpoints import reading as reading_module
 from tests.conftest import Layered, perturb
 
@@ -182,6 +188,20 @@ class TestMergingIsWhatMergingInMemoryIs:
         assert "head.weight" in report.replaced
         assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
 
+    def test_parameters_beside_the_blocks_stay_the_bases_if_asked(self, tmp_path):
+        model = Layered()
+        setting = Setting(tmp_path, model, "proj", also_train=r"norm|head\.weight")
+        with torch.no_grad():
+            model.head.weight.mul_(2)
+        disha.save_adapter(model, setting.adapter)
+        before = tensors_in(setting.base)
+        report = setting.merge(also_train=False)
+        merged, expected = tensors_in(setting.out), setting.merged_in_memory()
+        assert report.replaced == ()
+        assert not torch.equal(expected["head.weight"], before["head.weight"])
+        beside = {name for name in merged if "norm" in name or name == "head.weight"}
+        assert_same_bits(merged, expected | {name: before[name] for name in beside})
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_another_dtype_rounds_once(self, tmp_path, dtype):
         setting = Setting(tmp_path, Zoo(), "proj|packed", method="bat")
@@ -333,6 +353,11 @@ class TestWhatIsWritten:
         assert len(steps) == len(tensors_in(setting.base))
         assert steps[-1] == (report.nbytes, report.nbytes)
         assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+
+    def test_the_report_is_fit_to_be_printed(self, tmp_path):
+        report = MergedCheckpoint(tmp_path / "\x1b", ("a",), (), ("b",), ("c\x1b[2J",), 4)
+        assert "\x1b" not in str(report)
+        assert "not copied: c" in str(report)
 
 
 class TestNames:
@@ -835,7 +860,7 @@ class TestHostileCheckpoints:
             (b"\xff\xfe\xfa", "not valid JSON"),
             ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' comes twice"),
             ('{"weight_map": {}, "weight_map": {"a": "x.safetensors"}}', "comes twice"),
-            ("[]", "must be a JSON object"),
+            ("[]", "must hold a JSON object, holds a list"),
             ("{}", "weight_map"),
             ('{"weight_map": []}', "weight_map"),
             ('{"weight_map": {}}', "weight_map"),
@@ -848,8 +873,28 @@ class TestHostileCheckpoints:
         self.refuse(setting, AdapterFileError, match)
 
     def test_an_index_that_is_too_large(self, setting, monkeypatch):
-        monkeypatch.setattr(reading_module, "LARGEST_JSON", 100)
+        monkeypatch.setattr(reading_module, "LARGEST_LIST", 100)
         self.refuse(setting, AdapterFileError, "larger than 100 bytes")
+
+    def test_a_header_that_only_the_library_reads(self, tmp_path):
+        text = b'{"a":["F32",[1],[0,4]]}'
+        path = tmp_path / "base.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+        assert load_file(path)["a"].tolist() == [0.0]
+        with pytest.raises(AdapterFileError, match="not as safetensors describes it"):
+            open_checkpoint(path)
+
+    def test_a_configuration_that_is_too_large(self, tmp_path):
+        setting = Setting(tmp_path, Layered(), "embed")
+        (setting.base / "config.json").write_bytes(b" " * (LARGEST_CONFIG + 1))
+        with pytest.raises(AdapterFileError, match="larger than 16,777,216 bytes"):
+            setting.merge()
+        assert setting.listing() == ["adapter.safetensors", "base"]
+
+    def test_a_configuration_that_is_no_file(self, tmp_path):
+        os.mkfifo(tmp_path / "config.json")
+        with pytest.raises(AdapterIOError, match="no regular file"):
+            read_json(tmp_path / "config.json")
 
     def test_a_bad_configuration(self, tmp_path):
         setting = Setting(tmp_path, Layered(), "embed")
@@ -912,6 +957,16 @@ class TestVerifying:
             "12 of 12 layers fit, 12 of them by the fingerprint of their weight too; "
             "2 of 2 further parameters fit"
         )
+
+    def test_parameters_beside_the_blocks_are_left_out_if_asked(self, tmp_path):
+        setting = Setting(tmp_path, Layered(), "proj", also_train="norm")
+        state = tensors_in(setting.base)
+        del state["layers.0.attn.norm.weight"]
+        save_sharded(state, setting.base, 2)
+        assert not verify_against(setting.base, setting.adapter).ok
+        report = verify_against(setting.base, setting.adapter, also_train=False)
+        assert report.ok
+        assert report.also_train == ()
 
     def test_a_base_in_another_dtype_is_the_same_base(self, setting):
         state = {name: value.bfloat16() for name, value in tensors_in(setting.base).items()}

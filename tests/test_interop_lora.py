@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import warnings
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ import transformers
 from torch import nn
 
 import disha
-from disha.files.contents import adapter_contents, read_contents
+from disha.files.contents import adapter_contents, read_contents, write_contents
+from disha.files.json_files import LARGEST_CONFIG
 from disha.functional import bat_delta_weight, bone_delta_weight
 from disha.interop import lora, low_rank
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
@@ -637,6 +639,46 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
         lora.export(ours, tmp_path / "lora")
 
 
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_values_that_are_not_finite_are_refused_before_they_are_cut(tmp_path, method):
+    ours = adapted(Layered(), "q_proj", 4, method=method)
+    header, tensors = adapter_contents(ours)
+    tensors[header.layers[0].key].flatten()[0] = float("nan")
+    with refused(tmp_path, "not finite", kind=disha.AdapterStateError):
+        lora.write_lora(
+            tmp_path / "lora",
+            header,
+            tensors,
+            rank=2,
+            base=lambda name: ours.get_submodule(name).base_weight,
+        )
+
+
+def test_a_base_that_is_not_finite_is_refused(tmp_path):
+    ours = adapted(Layered(), "q_proj", 4, method="bat")
+    with torch.no_grad():
+        ours.layers[1]["attn"].q_proj.weight[0, 0] = float("inf")
+    with refused(tmp_path, "or the base weight", kind=disha.AdapterStateError):
+        lora.export(ours, tmp_path / "lora", rank=2)
+
+
+def test_an_error_that_is_no_number_is_beyond_any_limit(tmp_path):
+    header, tensors = adapter_contents(adapted(Layered().double(), "q_proj", 4))
+    tensors = {key: tensor * 1e200 for key, tensor in tensors.items()}
+    assert math.isnan(lora.write_lora(tmp_path / "free", header, tensors, rank=2).error)
+    assert lora.write_lora(tmp_path / "exact", header, tensors, max_error=0).error == 0
+    (tmp_path / "empty").mkdir()
+    with refused(tmp_path / "empty", "would lose more than max_error=10"):
+        lora.write_lora(tmp_path / "empty" / "lora", header, tensors, rank=2, max_error=10)
+
+
+def test_names_in_reports_are_fit_to_be_printed(tmp_path):
+    layer = low_rank.LoraLayer("a\x1b[2J", "bone", 4, 4, 0.0)
+    report = low_rank.LoraReport(tmp_path / "\x1b", (layer,), 0.0, ("b\x1b[2J",))
+    assert "\x1b" not in str(report)
+    assert "also trained: b" in str(report)
+
+
 def test_a_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
     ours = adapted(Layered(), "q_proj", 4)
     lora.export(ours, tmp_path)
@@ -684,8 +726,10 @@ def test_a_file_becomes_the_same_folder(tmp_path, method):
         json.loads((tmp_path / folder / "adapter_config.json").read_text())
         for folder in ("file", "model")
     )
-    # Which shorter names would do, only the model tells.
-    assert found.pop("target_modules") == sorted(seen)
+    # Which shorter names would do, only the model tells: a regex selects the layers alone.
+    pattern = found.pop("target_modules")
+    selected = {name for name, _ in base.named_modules() if re.fullmatch(pattern, name)}
+    assert selected == set(seen)
     assert len(expected.pop("target_modules")) == 8
     assert found == expected
 
@@ -770,6 +814,92 @@ def test_embeddings_convolutions_and_tiles_come_back(tmp_path):
         found, expected = again[name].disha["default"], ours[name].disha["default"]
         assert torch.equal(again[name].delta_weight(found), ours[name].delta_weight(expected))
         assert (found.r, found.r_out) == (2, None)
+
+
+def with_embedding(padding=None):
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {"embed": nn.Embedding(9, 6, padding_idx=padding), "linear": nn.Linear(7, 6)}
+    )
+
+
+def test_embeddings_go_from_lora_to_a_file_and_back(tmp_path):
+    base = with_embedding()
+    ours = adapted(base, "embed|linear", 2, scale=0.5)
+    lora.export(ours, tmp_path / "lora")
+    header, tensors = lora.read_lora(tmp_path / "lora")
+    assert {layer.name: layer.layout for layer in header.layers} == {
+        "embed": "embedding",
+        "linear": "linear",
+    }
+    assert header.config.scale == 0.5
+    write_contents(tmp_path / "file", header, tensors)
+    again = disha.load_adapter(copy.deepcopy(base), tmp_path / "file")
+    assert again.complete
+    lora.write_lora(tmp_path / "straight", header, tensors)
+    lora.write_lora(tmp_path / "through", *read_contents(tmp_path / "file"))
+    expected = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert "base_model.model.embed.lora_embedding_A" in expected
+    for folder in ("straight", "through"):
+        found = safetensors.torch.load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_the_layout_of_an_embedding_with_a_padding_row_is_not_told(tmp_path):
+    ours = adapted(with_embedding(padding=4), "embed|linear", 2)
+    lora.export(ours, tmp_path)
+    header, _ = lora.read_lora(tmp_path, {"embed": 4})
+    layouts = {layer.name: layer.layout for layer in header.layers}
+    assert layouts == {layer.name: layer.layout for layer in adapter_contents(ours)[0].layers}
+    assert layouts["embed"] is None
+
+
+def normed():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
+    base[1].running_mean.normal_()
+    base[1].num_batches_tracked.fill_(3)
+    return base
+
+
+def with_trained_norm(folder):
+    ours = adapted(normed(), "0", 4, also_train="1")
+    with torch.no_grad():
+        ours[1].weight.mul_(2)
+    lora.export(ours, folder)
+    return ours
+
+
+def test_a_batch_norm_trained_beside_comes_back(tmp_path):
+    ours, again = with_trained_norm(tmp_path), normed()
+    report = lora.load(again, tmp_path)
+    assert set(report.matched) == {"0.bone_block", "1.weight", "1.bias"}
+    x = torch.randn(4, 8)
+    assert torch.equal(again(x), ours(x))
+
+
+def test_buffers_that_are_not_the_models_are_refused(tmp_path):
+    with_trained_norm(tmp_path)
+    model = normed()
+    model[1].num_batches_tracked.fill_(4)
+    before = snapshot(model)
+    with pytest.raises(disha.AdapterFileError, match=r"1\.num_batches_tracked: a buffer, and"):
+        lora.load(model, tmp_path)
+    assert_unchanged(model, before)
+
+
+def test_what_is_beside_the_factors_stays_behind_if_asked(tmp_path):
+    ours, again = with_trained_norm(tmp_path), normed()
+    assert lora.load(again, tmp_path, also_train=False).matched == ("0.bone_block",)
+    assert torch.equal(again[0].disha["default"].block, ours[0].disha["default"].block)
+    assert torch.equal(again[1].weight, normed()[1].weight)
+    assert not again[1].weight.requires_grad
+    header, tensors = lora.read_lora(tmp_path, also_train=False)
+    assert (header.also_train, header.config.also_train) == ((), ())
+    assert list(tensors) == ["0.bone_block"]
+    with pytest.raises(disha.AdapterFileError, match=r"num_batches_tracked.*also_train=False"):
+        lora.read_lora(tmp_path)
 
 
 def test_transposed_layers_come_back(tmp_path):
@@ -863,6 +993,27 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
         ({"config": {"alpha_pattern": 3}}, disha.AdapterFileError, "must be an object"),
         ({"config": {"lora_dropout": 2}}, disha.AdapterFileError, "dropout"),
         ({"config": {"modules_to_save": "a"}}, disha.AdapterFileError, "a list of names"),
+        ({"config": {"modules_to_save": [""]}}, disha.AdapterFileError, "none of them empty"),
+        (
+            {
+                "tensors": {
+                    f"{FIRST}.lora_embedding_A": torch.eye(4),
+                    f"{FIRST}.lora_embedding_B": torch.ones(8, 4),
+                }
+            },
+            disha.AdapterFileError,
+            r"layers\.0\.attn\.q_proj has factors of an embedding .* and of another kind",
+        ),
+        (
+            {
+                "tensors": {
+                    "base_model.model.embed.lora_embedding_A": torch.ones(1, 8, 1),
+                    "base_model.model.embed.lora_embedding_B": torch.ones(8, 1, 1),
+                }
+            },
+            disha.ConversionError,
+            "is no Bone adapter",
+        ),
         ({"tensors": {f"{FIRST}.lora_B.weight": None}}, disha.AdapterFileError, "lacks lora_A or"),
         ({"tensors": {"other": torch.ones(1)}}, disha.AdapterFileError, "does not begin with"),
         (
@@ -873,7 +1024,7 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
         (
             {"tensors": {f"{FIRST}.lora_A.weight": torch.ones(4, 8, dtype=torch.int32)}},
             disha.AdapterFileError,
-            "dtype I32",
+            "dtype torch.int32",
         ),
         (
             {"tensors": {f"{FIRST}.lora_B.weight": torch.ones(8)}},
@@ -915,6 +1066,12 @@ def test_folders_that_are_none(tmp_path):
         lora.load(Layered(), tmp_path)
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(disha.AdapterFileError, match="must hold a JSON object"):
+        lora.load(Layered(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "peft_type": "LORA"}')
+    with pytest.raises(disha.AdapterFileError, match="'peft_type' comes twice"):
+        lora.load(Layered(), tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(b" " * (LARGEST_CONFIG + 1))
+    with pytest.raises(disha.AdapterFileError, match="larger than 16,777,216 bytes"):
         lora.load(Layered(), tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(disha.AdapterIOError, match=r"can't read .*adapter_model.safetensors"):

@@ -26,6 +26,7 @@ from disha import (
     DishaError,
 )
 from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
+from disha.files.json_files import LARGEST_CONFIG
 from disha.interop.peft import contents_of, export, load, read_folder, write_folder
 from tests import reference
 from tests.conftest import Layered, Shared, assert_unchanged, perturb, snapshot
@@ -788,6 +789,8 @@ HOSTILE = {
     "not UTF-8": (with_text(b"\xff\xfe{"), "not valid JSON"),
     "deep JSON": (with_text('{"a":' * 100_000 + "1" + "}" * 100_000), "not valid JSON"),
     "long number": (with_text('{"r":' + "9" * 10_000 + "}"), "not valid JSON"),
+    "a field twice": (with_text('{"r": 4, "r": 5}'), "'r' comes twice"),
+    "endless JSON": (with_text(" " * (LARGEST_CONFIG + 1)), "larger than 16,777,216 bytes"),
     "a list": (with_text("[]"), "must hold a JSON object, holds a list"),
     "no type": (with_fields(peft_type=...), "peft_type must be"),
     "a LoRA": (with_fields(peft_type="LORA"), "peft_type must be"),

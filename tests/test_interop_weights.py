@@ -59,6 +59,10 @@ def integers(model):
     return {k: v.to(torch.int8) for k, v in model.state_dict().items()}
 
 
+def single(model):
+    return {**model.state_dict(), "linear.weight": torch.tensor(1.0)}
+
+
 def changed(model):
     return {k: v + 1 for k, v in model.state_dict().items()}
 
@@ -69,6 +73,7 @@ def changed(model):
         (without, "no weight for layer 'linear'; the nearest names are linear.bias"),
         (integers, "stores linear.weight as I8"),
         (changed, "other values"),
+        (single, "stores linear.weight as a single number"),
     ],
 )
 def test_refused(tmp_path, state, says):

@@ -139,10 +139,12 @@ def test_interop_is_there_without_an_import_of_its_own():
 import sys, json
 import disha
 before = "disha.interop" in sys.modules
-names = [disha.interop.lora.__name__, disha.interop.peft.__name__]
-print(json.dumps([before, *names, hasattr(disha, "interops")]))
+parts = (disha.interop.checkpoints, disha.interop.lora, disha.interop.peft)
+names = [part.__name__ for part in parts]
+print(json.dumps([before, names, hasattr(disha, "interops")]))
 """
-    assert run_python(code) == [False, "disha.interop.lora", "disha.interop.peft", False]
+    names = [f"disha.interop.{name}" for name in ("checkpoints", "lora", "peft")]
+    assert run_python(code) == [False, names, False]
 
 
 def test_import_warns_of_nothing():

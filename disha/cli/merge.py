@@ -40,6 +40,9 @@ class MergeFlags(Flags):
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The folder to write; or one file, if it ends with .safetensors."""
 
+    also_train: bool = True
+    """Leave what is saved beside the blocks as the base has it."""
+
     scale: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
     """Runtime scale s of all layers, in place of the adapter's own."""
 
@@ -61,6 +64,7 @@ def run(arguments: Sequence[str]) -> None:
             flags.base,
             flags.adapter,
             flags.out,
+            also_train=flags.also_train,
             scale=flags.scale,
             dtype=BLOCK_DTYPES.get(flags.dtype),
             force=flags.force,

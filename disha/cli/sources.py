@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError
 from disha.files.atomic import checked_path
-from disha.files.contents import Contents, read_contents
+from disha.files.contents import Contents, blocks_only, read_contents
 from disha.files.header import AdapterHeader
+from disha.files.json_files import read_json
 from disha.files.tensors import explained
 from disha.interop import lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes
-from disha.interop.checkpoints.reading import read_json
 from disha.tree import join
 
 __all__ = ["Form", "Source", "read_source"]
@@ -96,10 +93,10 @@ def read_source(path: Path, base: Checkpoint | None, *, also_train: bool) -> Sou
     if form == "disha":
         contents: Contents = read_contents(path, also_train=also_train)
     elif form == "lora":
-        contents = lora.read_lora(path)
+        contents = lora.read_lora(path, also_train=also_train)
     else:
         contents = _from_peft(path, base)
-    return Source(path, form, contents if also_train else _blocks_only(*contents))
+    return Source(path, form, contents if also_train else blocks_only(*contents))
 
 
 def _from_peft(path: Path, base: Checkpoint | None) -> Contents:
@@ -111,15 +108,3 @@ def _from_peft(path: Path, base: Checkpoint | None) -> Contents:
         )
     names = [*(join(name, "weight") for name in folder.blocks), *folder.beside]
     return peft.contents_of(folder, base_shapes(base, names))
-
-
-def _blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Contents:
-    """Return an adapter without the parameters beside its blocks."""
-    keys = [layer.key for layer in header.layers]
-    without = replace(
-        header,
-        config=header.config.changed(also_train=[]),
-        also_train=(),
-        tensors={key: header.tensors[key] for key in keys},
-    )
-    return without, {key: tensors[key] for key in keys}

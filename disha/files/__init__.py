@@ -7,6 +7,7 @@ model changes. From bottom to top:
 - `staging`: the same for a folder
 - `tensors`: safetensors files, whatever they hold
 - `pieces`: the same as bytes, copied and written one tensor at a time
+- `json_files`: configurations and indexes beside them, as others write them
 - `header`: what an adapter file says of itself
 - `contents`: an adapter away from its model: out of a model, out of a file, into either
 - `adapter`: `save_adapter`, `inspect_adapter`, `load_adapter`

@@ -18,6 +18,7 @@ from disha.fingerprint import same_base
 from disha.layers import Bone
 from disha.layers.registry import SHARD_DIMS
 from disha.state import finite_as
+from disha.text import printable
 
 __all__ = ["Summand", "combine_contents"]
 
@@ -216,10 +217,11 @@ def _warn_of_other_bases(layers: Iterable[LayerRecord], summands: Sequence[Summa
     }
     other = [layer.name for layer in layers if layer.base is None and layer.name in named]
     if other:
+        shown = printable(", ".join(other[:3])) + (", ..." if len(other) > 3 else "")
         warnings.warn(
             f"the adapters were saved from different base weights in {len(other)} layers "
-            f"({', '.join(other[:3])}{', ...' if len(other) > 3 else ''}), so that their sum is "
-            "for none of these; combine adapters that were trained on one base",
+            f"({shown}), so that their sum is for none of these; combine adapters that "
+            "were trained on one base",
             AdapterFileWarning,
             stacklevel=3,
         )

@@ -42,6 +42,7 @@ from disha.plan import LayerRequest, plan_layers
 from disha.sharding import Ranks, whole
 from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as
 from disha.survey import Survey
+from disha.text import printable
 from disha.tree import (
     adapted_layers,
     adapter_names,
@@ -58,6 +59,7 @@ __all__ = [
     "Contents",
     "Source",
     "adapter_contents",
+    "blocks_only",
     "load_contents",
     "opened_contents",
     "read_contents",
@@ -274,6 +276,23 @@ def _without(described: AdapterFile, keys: Iterable[str], **changes: Any) -> Ada
     gone = frozenset(keys)
     tensors = {key: record for key, record in described.tensors.items() if key not in gone}
     return replace(described, tensors=tensors, **changes)
+
+
+def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Contents:
+    """Return an adapter without the parameters beside its blocks.
+
+    Args:
+        header: what describes the adapter.
+        tensors: its tensors.
+    """
+    keys = [layer.key for layer in header.layers]
+    without = replace(
+        header,
+        config=header.config.changed(also_train=[]),
+        also_train=(),
+        tensors={key: header.tensors[key] for key in keys},
+    )
+    return without, {key: tensors[key] for key in keys}
 
 
 # --- into a model --------------------------------------------------------------------------------
@@ -514,9 +533,10 @@ def _warn_of_other_base(model: nn.Module, incoming: _Incoming, adapter: str) -> 
         if not same_base(now, record.base):
             other.append(name)
     if other:
-        shown = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
+        shown = printable(", ".join(other[:3])) + (", ..." if len(other) > 3 else "")
+        source = printable(str(incoming.source))
         warnings.warn(
-            f"{incoming.source} was saved from other base weights than the model's in "
+            f"{source} was saved from other base weights than the model's in "
             f"{len(other)} of {known} layers ({shown}): load the base that it was trained on, or "
             "check that the adapter is not merged into this one already",
             AdapterFileWarning,

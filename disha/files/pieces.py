@@ -15,11 +15,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from disha.errors import AdapterIOError
+from disha.errors import AdapterFileError, AdapterIOError
 from disha.files.tensors import explained, opened
 
 __all__ = ["Piece", "StoredTensor", "copy_tensor", "stored_tensors", "write_pieces", "write_tensor"]
@@ -81,15 +81,22 @@ def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]
         metadata = file.metadata
     with explained(path), open(path, "rb") as raw:
         length = int.from_bytes(raw.read(LENGTH_BYTES), "little")
-        header = json.loads(raw.read(length))
-    header.pop("__metadata__", None)
-    first = LENGTH_BYTES + length
-    tensors = {}
-    for name, fields in header.items():
-        start, stop = fields["data_offsets"]
-        shape = tuple(fields["shape"])
-        tensors[name] = StoredTensor(path, fields["dtype"], shape, first + start, stop - start)
-    return tensors, metadata
+        text = raw.read(length)
+    try:  # what the library reads is more than what the format's description allows
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        first = LENGTH_BYTES + length
+        return {name: _stored(path, fields, first) for name, fields in header.items()}, metadata
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise AdapterFileError(
+            f"{path} has a header that is not as safetensors describes it ({error}); get it again, "
+            "or write it anew with the safetensors library"
+        ) from error
+
+
+def _stored(path: Path, fields: Mapping[str, Any], first: int) -> StoredTensor:
+    start, stop = fields["data_offsets"]
+    return StoredTensor(path, fields["dtype"], tuple(fields["shape"]), first + start, stop - start)
 
 
 def write_pieces(path: str, pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> None:

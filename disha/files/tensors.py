@@ -77,21 +77,24 @@ class TensorFile:
 
     def record(self, key: str) -> TensorRecord:
         """Return a tensor's shape and dtype without reading it; its dtype is one of `DTYPES`."""
-        described = self._file.get_slice(key)
-        dtype = described.get_dtype()
+        dtype = self._file.get_slice(key).get_dtype()
         if dtype not in DTYPES:
             raise AdapterFileError(
                 f"{self.path}: tensor {brief(key)} has dtype {dtype}; allowed are "
                 f"{', '.join(DTYPES)}"
             )
-        shape = tuple(described.get_shape())
+        return TensorRecord(self.shape(key), DTYPES[dtype])
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it; it is one that torch can work on."""
+        shape = tuple(self._file.get_slice(key).get_shape())
         # A tensor that is empty in one dimension needs no data, however large the others are.
         if len(shape) > MOST_DIMENSIONS or math.prod(size or 1 for size in shape) >= 2**63:
             raise AdapterFileError(
                 f"{self.path}: tensor {brief(key)} has shape {brief(shape)}; allowed are up to "
                 f"{MOST_DIMENSIONS} dimensions and less than 2**63 in all"
             )
-        return TensorRecord(shape, DTYPES[dtype])
+        return shape
 
     def read(self, key: str) -> Tensor:
         """Return a tensor, on the CPU."""

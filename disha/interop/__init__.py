@@ -7,6 +7,6 @@
 None of these libraries is imported: their files are read and written here.
 """
 
-from disha.interop import lora, peft
+from disha.interop import checkpoints, lora, peft
 
-__all__ = ["lora", "peft"]
+__all__ = ["checkpoints", "lora", "peft"]

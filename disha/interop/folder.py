@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from disha.errors import AdapterFileError, AdapterIOError
+from disha.errors import AdapterFileError
 from disha.files.atomic import PathLike, checked_path, write_whole_folder
+from disha.files.json_files import read_json
 from disha.files.tensors import opened, tensor_writer
 from disha.interop.targets import exact_regex
 
@@ -56,12 +57,14 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 def read_folder(folder: PathLike) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     """Return the path of an adapter's folder, its configuration, and its tensors without `PREFIX`.
 
+    The tensors may have any dtype: modules that are saved whole have buffers.
+
     Raises:
         AdapterIOError: it can't be read.
         AdapterFileError: it holds no adapter in PEFT's layout.
     """
     path = checked_path(folder)
-    config = _read_config(path / CONFIG_NAME)
+    config = read_json(path / CONFIG_NAME)
     weights = path / WEIGHTS_NAME
     with opened(weights) as file:
         foreign = [key for key in file.keys if not key.startswith(PREFIX)]
@@ -70,22 +73,8 @@ def read_folder(folder: PathLike) -> tuple[Path, dict[str, Any], dict[str, Tenso
                 f"{weights}: tensor {foreign[0]!r} does not begin with {PREFIX!r}, as PEFT's do"
             )
         for key in file.keys:
-            file.record(key)  # of a dtype that a parameter has
+            file.shape(key)  # one that torch can work on
         return path, config, {key.removeprefix(PREFIX): file.read(key) for key in file.keys}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterIOError(
-            f"can't read {path}: {error.strerror or error}; name a folder that PEFT saved"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterFileError(f"{path} must hold a JSON object, holds {type(config).__name__}")
-    return config
 
 
 def anchored(name: str) -> str:

@@ -20,7 +20,7 @@ from disha.interop.gguf import export_gguf, write_gguf
 from disha.interop.lora_folder import ModelFacts, converted, read_lora, write_lora
 from disha.interop.low_rank import LoraReport, check_limits
 from disha.interop.obstacles import check_peft_acts, refuse
-from disha.interop.saved_modules import modules_to_save, whole_tensors
+from disha.interop.saved_modules import modules_to_save, saved_buffers, whole_tensors
 from disha.layers import AdaptedLayer
 from disha.sharding import Ranks
 from disha.state import LoadReport
@@ -151,6 +151,7 @@ def load(
     folder: PathLike,
     adapter: str = "default",
     *,
+    also_train: bool = True,
     replace: bool = False,
     dtype: torch.dtype | None = None,
     freeze: bool = True,
@@ -158,12 +159,14 @@ def load(
     """Load a LoRA that is a Bone adapter, as `export` writes them, into a model.
 
     Where every A is [I_r I_r ... I_r], the LoRA is Bone with D = B^T, without loss. Other LoRAs
-    have no block, and raise.
+    have no block, and raise. Parameters in `modules_to_save` become parameters trained beside the
+    adapter; buffers there have to be the model's.
 
     Args:
         model: the base model, or one that has other adapters.
         folder: the folder.
         adapter: the name that the adapter gets in this model.
+        also_train: also set the parameters that the folder holds beside the blocks.
         replace: copy into the adapter of that name, where there is one.
         dtype: dtype of the blocks; B's by default.
         freeze: freeze all parameters that belong to no adapter.
@@ -192,7 +195,10 @@ def load(
         ('0.bone_block',)
     """
     with Ranks(require_model(model)).agreeing(f"load a LoRA as adapter {adapter!r}"):
-        header, tensors = read_lora(folder, padding_rows(model))
+        buffers = saved_buffers(module_names(model))
+        header, tensors = read_lora(
+            folder, padding_rows(model), also_train=also_train, buffers=buffers
+        )
     return load_contents(
         model,
         checked_path(folder),

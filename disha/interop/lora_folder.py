@@ -21,6 +21,7 @@ from disha.errors import (
 )
 from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.atomic import PathLike, checked_path
+from disha.files.tensors import DTYPES
 from disha.interop.folder import anchored, read_folder, target_modules, write_folder
 from disha.interop.low_rank import (
     BaseWeight,
@@ -33,6 +34,7 @@ from disha.interop.low_rank import (
     low_rank_updates,
 )
 from disha.interop.patterns import Pattern, PatternError
+from disha.interop.saved_modules import other_buffers
 
 __all__ = ["Lora", "ModelFacts", "converted", "read_lora", "write_lora"]
 
@@ -220,13 +222,19 @@ def _alpha(update: LowRankUpdate) -> float:
 
 
 def read_lora(
-    folder: PathLike, padding: Mapping[str, int] | None = None
+    folder: PathLike,
+    padding: Mapping[str, int] | None = None,
+    *,
+    also_train: bool = True,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
     """Return a LoRA that is a Bone adapter, as an adapter away from its model.
 
     Args:
         folder: the folder.
         padding: embedding -> the row that updates leave out.
+        also_train: also return the parameters that the folder holds beside the factors.
+        buffers: the model's buffers; the folder's must have their values, and are left out.
 
     Raises:
         As `disha.interop.lora.load`, of what is wrong with the folder.
@@ -234,9 +242,8 @@ def read_lora(
     path, config, tensors = read_folder(folder)
     settings = _Settings(path, config)
     pairs, beside = _paired(path, tensors, settings.saved_modules())
-    blocks = {
-        name: block_of_factors(a, b, (padding or {}).get(name)) for name, (a, b) in pairs.items()
-    }
+    padding = padding or {}
+    blocks = {name: pair.block(padding.get(name)) for name, pair in pairs.items()}
     without = [name for name, block in blocks.items() if block is None]
     if without:
         raise ConversionError(
@@ -244,13 +251,16 @@ def read_lora(
             f"({few(without)}) lora_A is not [I I ... I], and another A has no block; use this "
             "LoRA with PEFT, or merge it there"
         )
-    layers = tuple(settings.record(name, a, b) for name, (a, b) in pairs.items())
+    layers = tuple(
+        settings.record(name, pair, padded=name in padding) for name, pair in pairs.items()
+    )
     contents = {layer.key: block for layer in layers if (block := blocks[layer.name]) is not None}
-    contents |= beside
+    kept = _parameters(path, beside, buffers or {}) if also_train else {}
+    contents |= kept
     header = AdapterHeader(
-        config=settings.config(commonest(layer.r for layer in layers), beside),
+        config=settings.config(layers, kept),
         layers=layers,
-        also_train=tuple(beside),
+        also_train=tuple(kept),
         tensors={key: TensorRecord(tuple(t.shape), t.dtype) for key, t in contents.items()},
         metadata={},
     )
@@ -297,10 +307,22 @@ class _Settings:
             )
         self.patterns = self._alpha_pattern()
 
-    def record(self, name: str, a: Tensor, b: Tensor) -> LayerRecord:
-        """Return the layer that a pair of factors belongs to."""
+    def record(self, name: str, pair: _Pair, *, padded: bool) -> LayerRecord:
+        """Return the layer that a pair of factors belongs to.
+
+        Args:
+            name: its name.
+            pair: the factors, of a block.
+            padded: whether it is an embedding whose update leaves out a row.
+        """
+        a, b = pair.a, pair.b
         kernel = tuple(a.shape[2:])
-        known = "conv" if kernel else None if self.fields.get("fan_in_fan_out") else "linear"
+        if pair.embedding:
+            layout = None if padded else "embedding"
+        elif kernel:
+            layout = "conv"
+        else:
+            layout = None if self.fields.get("fan_in_fan_out") else "linear"
         return LayerRecord(
             name=name,
             method="bone",
@@ -310,14 +332,20 @@ class _Settings:
             out_features=b.shape[0],
             scale=self._scale(name, a.shape[0]),
             base=None,
-            layout=known,
+            layout=layout,
         )
 
-    def config(self, r: int, beside: Iterable[str]) -> AdapterConfig:
+    def config(self, layers: Sequence[LayerRecord], beside: Iterable[str]) -> AdapterConfig:
         """Return the adapter's configuration."""
         dropout = self._number("lora_dropout", self.fields.get("lora_dropout", 0.0))
         patterns = [f"^{re.escape(name)}$" for name in beside]
-        fields = {"r": r, "target": None, "dropout": dropout, "also_train": patterns}
+        fields = {
+            "r": commonest(layer.r for layer in layers),
+            "target": None,
+            "scale": layers[0].scale,
+            "dropout": dropout,
+            "also_train": patterns,
+        }
         try:
             return AdapterConfig.from_json(fields)
         except ArgumentError as error:
@@ -333,8 +361,10 @@ class _Settings:
     def saved_modules(self) -> tuple[str, ...]:
         """Return the names, or the ends of names, of modules that are saved whole."""
         names = self.fields.get("modules_to_save") or []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise AdapterFileError(f"{self.path}: modules_to_save must be a list of names")
+        if not isinstance(names, list) or not all(isinstance(one, str) and one for one in names):
+            raise AdapterFileError(
+                f"{self.path}: modules_to_save must be a list of names, none of them empty, or null"
+            )
         return tuple(names)
 
     def _alpha_pattern(self) -> list[tuple[Pattern, Any]]:
@@ -360,13 +390,28 @@ class _Settings:
         return float(value)
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """The factors of one layer, and whether their keys are those of an embedding."""
+
+    a: Tensor
+    b: Tensor
+    embedding: bool
+
+    def block(self, padding: int | None) -> Tensor | None:
+        """Return the block whose factors these are, or None if there is none."""
+        if self.embedding and self.a.dim() != 2:
+            return None
+        return block_of_factors(self.a, self.b, padding)
+
+
 _FACTORS = {
-    ".lora_A.weight": 0,
-    ".lora_B.weight": 1,
-    ".lora_embedding_A": 0,
-    ".lora_embedding_B": 1,
+    ".lora_A.weight": ("a", False),
+    ".lora_B.weight": ("b", False),
+    ".lora_embedding_A": ("a", True),
+    ".lora_embedding_B": ("b", True),
 }
-"""The ends of keys -> which factor it is."""
+"""The ends of keys -> which factor it is, and whether it is an embedding's."""
 
 _BASE_WEIGHT = ".base_layer.weight"
 """The end of the key of an embedding's frozen weight, which PEFT may save beside its factors."""
@@ -374,14 +419,16 @@ _BASE_WEIGHT = ".base_layer.weight"
 
 def _paired(
     path: Path, tensors: Mapping[str, Tensor], saved: Sequence[str]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+) -> tuple[dict[str, _Pair], dict[str, Tensor]]:
     """Return the factors of each layer, and the tensors beside them."""
-    factors: dict[str, list[Tensor | None]] = {}
+    factors: dict[tuple[str, bool], dict[str, Tensor]] = {}
     beside: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         suffix = next((suffix for suffix in _FACTORS if key.endswith(suffix)), None)
         if suffix is not None:
-            factors.setdefault(key.removesuffix(suffix), [None, None])[_FACTORS[suffix]] = tensor
+            factor, embedding = _FACTORS[suffix]
+            _check_dtype(path, key, tensor, "save the LoRA again in one of these")
+            factors.setdefault((key.removesuffix(suffix), embedding), {})[factor] = tensor
         elif key.rpartition(".")[0].endswith(tuple(saved)):
             beside[key] = tensor
         elif not key.endswith(_BASE_WEIGHT):
@@ -391,8 +438,43 @@ def _paired(
             )
     if not factors:
         raise AdapterFileError(f"{path} holds no lora_A and lora_B")
-    pairs = {name: (a, b) for name, (a, b) in factors.items() if a is not None and b is not None}
-    halves = [name for name in factors if name not in pairs]
+    twice = [name for name, embedding in factors if embedding and (name, False) in factors]
+    if twice:
+        raise AdapterFileError(
+            f"{path}: {few(twice)} has factors of an embedding (lora_embedding_A and _B) and of "
+            "another kind of layer (lora_A and _B) too; save the LoRA again"
+        )
+    halves = [name for (name, _), found in factors.items() if len(found) < 2]
     if halves:
         raise AdapterFileError(f"{path}: {few(halves)} lacks lora_A or lora_B")
+    pairs = {
+        name: _Pair(found["a"], found["b"], embedding)
+        for (name, embedding), found in factors.items()
+    }
     return pairs, beside
+
+
+def _parameters(
+    path: Path, beside: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return what is beside the factors without buffers, which must be the model's."""
+    problems = other_buffers(buffers, beside)
+    if problems:
+        raise AdapterFileError(f"{path} does not fit the model:\n" + "\n".join(problems[:20]))
+    kept = {key: tensor for key, tensor in beside.items() if key not in buffers}
+    for key, tensor in kept.items():
+        remedy = (
+            "if it is a buffer of a module that was saved whole, load the folder into the model "
+            "(disha.interop.lora.load), or leave out what is beside the blocks (also_train=False)"
+        )
+        _check_dtype(path, key, tensor, remedy)
+    return kept
+
+
+def _check_dtype(path: Path, key: str, tensor: Tensor, remedy: str) -> None:
+    """Raise unless a tensor has a dtype that a parameter has."""
+    if tensor.dtype not in DTYPES.values():
+        allowed = ", ".join(map(str, DTYPES.values()))
+        raise AdapterFileError(
+            f"{path}: tensor {key!r} has dtype {tensor.dtype}; allowed are {allowed}: {remedy}"
+        )

@@ -33,6 +33,7 @@ from disha.files import AdapterHeader, LayerRecord
 from disha.layers import Bat
 from disha.state import finite_as
 from disha.tables import table
+from disha.text import printable
 
 __all__ = [
     "BaseWeight",
@@ -141,8 +142,9 @@ class LoraReport:
         ]
         lines = [table(("layer", "method", "r", "rank", "error"), rows)]
         if self.also_train:
-            lines.append(f"also trained: {', '.join(self.also_train)}")
-        lines.append(f"{self.path}: {len(self.layers)} layers, total error {_shown(self.error)}")
+            lines.append(f"also trained: {printable(', '.join(self.also_train))}")
+        path = printable(str(self.path))
+        lines.append(f"{path}: {len(self.layers)} layers, total error {_shown(self.error)}")
         return "\n".join(lines)
 
 
@@ -151,7 +153,7 @@ def _shown(error: float) -> str:
 
 
 def _ratio(lost: float, norm: float) -> float:
-    return lost / norm if norm else 0.0
+    return lost / norm if lost and norm else 0.0
 
 
 def _total_error(updates: Sequence[LowRankUpdate]) -> float:
@@ -207,7 +209,7 @@ def low_rank_updates(
         ArgumentTypeError: one of them is no number.
         AdapterFileError: a block's shape is not its layer's, or layers are described as so large
             that the factors would fill the memory.
-        AdapterStateError: factors are not finite in the block's dtype.
+        AdapterStateError: an update is not finite, or its factors in the block's dtype.
     """
     check_limits(rank, max_error)
     _check_convertible(header, rank, base)
@@ -315,7 +317,7 @@ def _bone_update(
     norm = abs(layer.scale) * _product_norm(b, a.flatten(1))
     if rank is None or rank >= a.shape[0]:
         return LowRankUpdate(layer, a, b, norm, 0.0)
-    cut_a, cut_b = (x.to(block.dtype) for x in _cut_product(b, a.flatten(1), rank))
+    cut_a, cut_b = (x.to(block.dtype) for x in _cut_product(layer, b, a.flatten(1), rank))
     both_b, both_a = torch.cat([b, -cut_b], dim=1), torch.cat([a.flatten(1), cut_a])
     lost = abs(layer.scale) * _difference_norm(both_b, both_a)
     return LowRankUpdate(layer, cut_a.reshape(-1, *a.shape[1:]), cut_b, norm, lost)
@@ -339,7 +341,7 @@ def _bat_update(layer: LayerRecord, block: Tensor, weight: Tensor, rank: int) ->
     weight = weight.T if layer.layout == "linear_in_out" else weight
     _check_shapes(layer, block, weight)
     delta = functional.bat_delta_weight(weight, block)
-    a, b = (x.to(block.dtype).contiguous() for x in _cut(delta, rank))
+    a, b = (x.to(block.dtype).contiguous() for x in _cut(layer, delta, rank))
     rest = delta - b.to(delta.dtype) @ a.to(delta.dtype)
     scale = abs(layer.scale)
     return LowRankUpdate(layer, a, b, scale * _norm(delta), scale * _norm(rest))
@@ -362,7 +364,9 @@ def _check_error(updates: Sequence[LowRankUpdate], max_error: float | None) -> N
     if max_error is None:
         return
     errors = {update.record.name: _ratio(update.lost, update.norm) for update in updates}
-    beyond = sorted((name for name in errors if errors[name] > max_error), key=errors.__getitem__)
+    # An error that is not a number is none that is small enough.
+    beyond = [name for name in errors if not errors[name] <= max_error]
+    beyond.sort(key=lambda name: (math.isnan(errors[name]), errors[name]))
     if beyond:
         worst = ", ".join(f"{name}: {errors[name]:.3g}" for name in reversed(beyond[-5:]))
         raise ConversionError(
@@ -395,16 +399,22 @@ def _triangle(x: Tensor) -> Tensor:
     return r
 
 
-def _cut_product(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _cut_product(layer: LayerRecord, b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the best A' (rank, in) and B' (out, rank) for B A, of which only cores are formed."""
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
-    cut_a, cut_b = _cut(r_b @ r_a.T, rank)
+    cut_a, cut_b = _cut(layer, r_b @ r_a.T, rank)
     return (cut_a @ q_a.T).contiguous(), (q_b @ cut_b).contiguous()
 
 
-def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _cut(layer: LayerRecord, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (rank, in) and B (out, rank) of the leading singular values, shared evenly."""
+    if not finite_as(matrix, matrix.dtype):
+        raise AdapterStateError(
+            f"the update of {layer.name} is not finite: its block, or the base weight, holds NaN, "
+            "infinity or values that are too large; nothing was written. Go back to an earlier "
+            "state of the training, or take another copy of the base"
+        )
     smaller = min(matrix.shape)
     rank = min(rank, smaller)
     if smaller <= LARGEST_EXACT or 4 * rank >= smaller:

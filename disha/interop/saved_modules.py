@@ -1,17 +1,30 @@
-"""Parameters that were trained beside an adapter, as PEFT keeps them: in modules saved whole."""
+"""Parameters that were trained beside an adapter, as PEFT keeps them: in modules saved whole.
+
+Such a module's buffers are saved too, and adapters set parameters only: a folder's buffers have to
+be those that the model has.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from disha.files import AdapterHeader
+from disha.files.tensors import DTYPES
+from disha.interop.folder import PREFIX, WEIGHTS_NAME
 from disha.interop.obstacles import refuse
 from disha.sharding import whole
 from disha.tree import ModuleNames, join, module_names, named_parameters
 
-__all__ = ["modules_to_save", "whole_tensors"]
+__all__ = [
+    "modules_to_save",
+    "other_buffers",
+    "own_buffers",
+    "saved_buffers",
+    "whole_tensors",
+]
 
 
 def modules_to_save(model: nn.Module, header: AdapterHeader) -> dict[str, nn.Module]:
@@ -62,3 +75,55 @@ def whole_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         for name, module in modules.items()
         for key, tensor in module.state_dict().items()
     }
+
+
+# --- their buffers -------------------------------------------------------------------------------
+
+
+def own_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the module's own buffers that a state dict has."""
+    temporary = module._non_persistent_buffers_set
+    return [
+        (name, buffer)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in temporary
+    ]
+
+
+def saved_buffers(names: ModuleNames) -> dict[str, Tensor]:
+    """Return every name of every buffer that a state dict has -> its values.
+
+    Args:
+        names: the modules, each with all of its names.
+    """
+    return {
+        join(above, name): buffer
+        for module, aliases in names.items()
+        for name, buffer in own_buffers(module)
+        for above in aliases
+    }
+
+
+def other_buffers(buffers: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return what is wrong with a folder's buffers: those that are not the model's.
+
+    Args:
+        buffers: the model's.
+        tensors: the folder's tensors, under their names in the model.
+    """
+    other = [
+        key
+        for key in tensors.keys() & buffers.keys()
+        if not _same(whole(buffers[key]).cpu(), tensors[key])
+    ]
+    return [
+        f"{name}: a buffer, and adapters set parameters only; copy it into the model first, "
+        f"from {PREFIX + name!r} in {WEIGHTS_NAME}"
+        for name in sorted(other)
+    ]
+
+
+def _same(buffer: Tensor, value: Tensor) -> bool:
+    """Whether a buffer has these values, in its own precision."""
+    castable = value.dtype == buffer.dtype or value.dtype in DTYPES.values()
+    return castable and torch.equal(value.to(buffer.dtype), buffer)

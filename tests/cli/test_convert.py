@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 import disha
 from disha.files.contents import read_contents
@@ -77,6 +78,41 @@ def test_to_lora_and_back(run, files):
     done = run("convert", folder, back, "--to", "disha")
     assert done.out == f"{folder} (lora) -> {back} (disha): 2 layers, exact\n"
     assert equal(deltas(back), deltas(a))
+
+
+def beside_a_norm():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.BatchNorm1d(8))
+
+
+def test_an_embedding_goes_from_lora_to_lora_and_back(run, files):
+    adapted = disha.inject_adapters(beside_a_norm(), target_regex="0|1", r=4, init="kaiming")
+    a, first, second, back = (files.path / name for name in ("a", "first", "second", "back"))
+    disha.save_adapter(adapted, a)
+    assert run("convert", a, first, "--to", "lora").code == 0
+    assert run("convert", first, second, "--to", "lora").code == 0
+    assert contents(second) == contents(first)
+    assert run("convert", second, back, "--to", "disha").code == 0
+    again = beside_a_norm()
+    disha.load_adapter(again, back)
+    for layer, expected in zip(again[:2], adapted[:2], strict=True):
+        assert torch.equal(
+            layer.delta_weight(layer.disha["default"]),
+            expected.delta_weight(expected.disha["default"]),
+        )
+
+
+def test_buffers_in_a_lora_stay_behind_if_asked(run, files):
+    folder, out = files.path / "lora", files.path / "out"
+    adapted = disha.inject_adapters(beside_a_norm(), target_regex="1", r=4, also_train="2")
+    lora.export(adapted, folder)
+    done = run("convert", folder, out, "--to", "disha")
+    assert done.code == 2
+    assert "num_batches_tracked" in done.complaint
+    assert "--no-also-train" in done.complaint
+    assert not out.exists()
+    assert run("convert", folder, out, "--to", "disha", "--no-also-train").code == 0
+    assert list(read_contents(out)[1]) == ["1.bone_block"]
 
 
 def test_from_peft_to_lora(run, files):

@@ -59,6 +59,21 @@ def test_json_keys_stay(run, files):
     }
 
 
+def test_further_parameters_are_left_alone_if_asked(run, files):
+    base, adapter, out = files.base(), files.path / "a.safetensors", files.path / "out"
+    trained = disha.inject_adapters(model(), target_regex="q_proj", r=4, also_train="norm.weight")
+    with torch.no_grad():
+        trained.norm.weight.mul_(3)
+    disha.save_adapter(trained, adapter)
+    norms = []
+    for flags in ((), ("--no-also-train",)):
+        done = run("merge", base, adapter, out, "--overwrite", "--json", *flags)
+        norms.append((done.json["replaced"], load_file(out / "model.safetensors")["norm.weight"]))
+    assert [replaced for replaced, _ in norms] == [["norm.weight"], []]
+    assert torch.equal(norms[0][1], 3 * model().norm.weight)
+    assert torch.equal(norms[1][1], model().norm.weight)
+
+
 def test_another_base_is_refused_unless_forced(run, files):
     base, adapter, out = files.base(), files.adapter(base=4), files.path / "out"
     before = files.names()

@@ -33,6 +33,7 @@ from disha.interop.checkpoints.writing import (
     merged_metadata,
     write_folder,
 )
+from disha.text import printable
 
 __all__ = ["MergedCheckpoint", "merge_into_checkpoint"]
 
@@ -63,11 +64,12 @@ class MergedCheckpoint:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.path}: {len(self.layers)} layers merged, {len(self.replaced)} tensors "
-            f"replaced, {self.nbytes:,} bytes of tensors in {len(self.files)} files"
+            f"{printable(str(self.path))}: {len(self.layers)} layers merged, "
+            f"{len(self.replaced)} tensors replaced, {self.nbytes:,} bytes of tensors in "
+            f"{len(self.files)} files"
         ]
         if self.left_out:
-            lines.append(f"not copied: {', '.join(self.left_out)}")
+            lines.append(f"not copied: {printable(', '.join(self.left_out))}")
         return "\n".join(lines)
 
 
@@ -76,6 +78,7 @@ def merge_into_checkpoint(
     adapter_path: PathLike,
     out: PathLike,
     *,
+    also_train: bool = True,
     scale: float | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
@@ -100,6 +103,7 @@ def merge_into_checkpoint(
         out: the folder to write; or, if it ends with `.safetensors`, the one file, which then
             holds all tensors. Its parent exists. A base that is one file becomes a
             `model.safetensors` in a folder.
+        also_train: also put the parameters saved beside the blocks in their places.
         scale: runtime scale s of all layers, in place of the adapter's own.
         dtype: dtype of all floating-point tensors of 16 bits and more, in `config.json` too; by
             default each keeps its own.
@@ -144,7 +148,7 @@ def merge_into_checkpoint(
     adapter_path, out = checked_path(adapter_path), checked_path(out)
     checkpoint = open_checkpoint(base)
     _check_target(out, checkpoint, adapter_path, overwrite)
-    adapter, tensors = read_contents(adapter_path)
+    adapter, tensors = read_contents(adapter_path, also_train=also_train)
     found = matched(checkpoint, adapter, tensors)
     _check_fit(found.report, force)
     _check_mergeable(checkpoint, adapter, force)

@@ -6,9 +6,7 @@ trusted: an index can lead to no file outside of the folder.
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from disha.errors import AdapterFileError, AdapterIOError
 from disha.files.atomic import PathLike, checked_path
+from disha.files.json_files import read_json
 from disha.files.pieces import StoredTensor, stored_tensors
 from disha.files.tensors import explained, opened
 
@@ -27,8 +26,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
-LARGEST_JSON = 100_000_000
-"""As many bytes as a safetensors header may have."""
+LARGEST_LIST = 100_000_000
+"""Bytes of an index: as many as a safetensors header may have."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
@@ -135,7 +134,7 @@ def _single(path: Path, file: Path) -> Checkpoint:
 
 def _sharded(folder: Path) -> Checkpoint:
     path = folder / INDEX
-    index = read_json(path)
+    index = read_json(path, LARGEST_LIST)
     weight_map = index.pop("weight_map", None)
     if not isinstance(weight_map, dict) or not weight_map:
         raise AdapterFileError(f"{path}: weight_map must map names to files, and has none")
@@ -177,31 +176,3 @@ def _require_file(path: Path) -> None:
     if not path.is_file():
         problem = "is no regular file" if path.exists() else "does not exist"
         raise AdapterIOError(f"can't read {path}: it {problem}; check the path")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        AdapterIOError: it can't be read.
-        AdapterFileError: it is too large, is no JSON object, or names something twice.
-    """
-    with explained(path), open(path, "rb") as file:
-        text = file.read(LARGEST_JSON + 1)
-    if len(text) > LARGEST_JSON:
-        raise AdapterFileError(f"{path} is larger than {LARGEST_JSON:,} bytes")
-    try:
-        content = json.loads(text, object_pairs_hook=_each_once)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterFileError(f"{path} must be a JSON object, is {type(content).__name__}")
-    return content
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{twice!r} comes twice")
-    return found

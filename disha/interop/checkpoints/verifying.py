@@ -19,6 +19,7 @@ from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
 from disha.interop.checkpoints.updates import misfit
 from disha.state import finite_as
 from disha.tables import table
+from disha.text import printable
 from disha.tree import join
 
 __all__ = ["BaseReport", "Finding", "Matching", "matched", "verify_against"]
@@ -99,8 +100,9 @@ class BaseReport:
         lines = [table(("name", "found", "remark"), rows)] if rows else []
         known = sum(one.state == SAME_BASE for one in self.layers)
         fine = sum(one.state in FINE for one in self.layers)
+        compared = printable(f"{self.adapter} against {self.base}")
         lines.append(
-            f"{self.adapter} against {self.base}: {fine} of {len(self.layers)} layers fit, "
+            f"{compared}: {fine} of {len(self.layers)} layers fit, "
             f"{known} of them by the fingerprint of their weight too"
         )
         if self.also_train:
@@ -109,7 +111,9 @@ class BaseReport:
         return "\n".join(lines)
 
 
-def verify_against(base: PathLike, adapter_path: PathLike) -> BaseReport:
+def verify_against(
+    base: PathLike, adapter_path: PathLike, *, also_train: bool = True
+) -> BaseReport:
     """Return whether an adapter file fits a base checkpoint and was saved from its weights.
 
     The fingerprint of a weight is made of 64 of its values: nearly nothing of the base is read.
@@ -117,6 +121,7 @@ def verify_against(base: PathLike, adapter_path: PathLike) -> BaseReport:
     Args:
         base: one safetensors file, or a folder as Hugging Face libraries write it.
         adapter_path: the adapter file.
+        also_train: also look at the parameters saved beside the blocks.
 
     Raises:
         AdapterIOError: a file can't be read.
@@ -138,7 +143,8 @@ def verify_against(base: PathLike, adapter_path: PathLike) -> BaseReport:
         >>> report.ok, report.layers[0]
         (True, Finding(name='0', key='0.weight', state='same base', remark=''))
     """
-    return matched(open_checkpoint(base), *read_contents(checked_path(adapter_path))).report
+    path = checked_path(adapter_path)
+    return matched(open_checkpoint(base), *read_contents(path, also_train=also_train)).report
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,11 @@ def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str
                 f"{checkpoint.path} stores {place.key} as {stored.dtype}: quantised or packed; "
                 "give the checkpoint that it was made from"
             )
+        if not stored.shape:
+            raise AdapterFileError(
+                f"{checkpoint.path} stores {place.key} as a single number, which is no weight of "
+                f"layer {name!r}; give the base that the adapter was trained on"
+            )
         value = checkpoint.tensor(place.key)[place.rows(record.out_features)]
         now = fingerprint(value)
         if now is not None and record.base is not None and not same_base(now, record.base):

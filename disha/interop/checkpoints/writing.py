@@ -21,11 +21,12 @@ from torch import Tensor
 from disha.errors import MergeError
 from disha.files.atomic import write_whole
 from disha.files.header import AdapterFile, LayerRecord
+from disha.files.json_files import read_json
 from disha.files.pieces import Piece, StoredTensor, copy_tensor, write_pieces, write_tensor
 from disha.files.tensors import DTYPES
 from disha.functional.shards import merge_dtype
 from disha.interop.checkpoints.names import Place
-from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, read_json
+from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint
 from disha.interop.checkpoints.updates import updated
 from disha.interop.checkpoints.verifying import Matching
 from disha.state import finite_as

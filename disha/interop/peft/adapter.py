@@ -13,8 +13,7 @@ from disha.config import check_adapter_name
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import adapter_contents, load_contents
 from disha.files.header import AdapterHeader
-from disha.files.tensors import DTYPES
-from disha.interop.folder import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from disha.interop.folder import CONFIG_NAME
 from disha.interop.peft.folder import (
     PeftFolder,
     contents_of,
@@ -27,8 +26,9 @@ from disha.interop.peft.folder import (
     write_stored,
 )
 from disha.interop.peft.view import PeftView
+from disha.interop.saved_modules import other_buffers
 from disha.interop.targets import exact_targets
-from disha.sharding import Ranks, whole
+from disha.sharding import Ranks
 from disha.state import LoadReport
 from disha.tree import require_adapter, require_model
 
@@ -164,27 +164,11 @@ def _unlike(view: PeftView, found: PeftFolder) -> list[str]:
     with matching(found.path):
         more = view.not_selected(targets, found.blocks)
     lacking = view.not_saved(found.config.modules_to_save, beside)
-    buffers = view.buffers()
-    other = [
-        key
-        for key in beside.keys() & buffers.keys()
-        if not _same(whole(buffers[key]).cpu(), beside[key])
-    ]
     return [
         *(f"{name}: {CONFIG_NAME} selects it, and there is no block for it" for name in more),
         *(f"{name}: modules_to_save asks for it, and it is not there" for name in lacking),
-        *(
-            f"{name}: a buffer, and adapters set parameters only; copy it into the model first, "
-            f"from {PREFIX + name!r} in {WEIGHTS_NAME}"
-            for name in sorted(other)
-        ),
+        *other_buffers(view.buffers(), beside),
     ]
-
-
-def _same(buffer: Tensor, value: Tensor) -> bool:
-    """Whether a buffer has these values, in its own precision."""
-    castable = value.dtype == buffer.dtype or value.dtype in DTYPES.values()
-    return castable and torch.equal(value.to(buffer.dtype), buffer)
 
 
 def _under_first_names(

@@ -6,13 +6,13 @@ know is refused unless it is empty: whatever it means, loading would be another 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from disha.errors import AdapterFileError, AdapterIOError
+from disha.errors import AdapterFileError
+from disha.files.json_files import read_json
 from disha.interop.patterns import PatternError
 from disha.interop.targets import Targets, is_plain
 
@@ -31,9 +31,6 @@ _EMPTY: tuple[object, ...] = (None, False, "", [], {})
 
 MOST = {"modules_to_save": 10_000, "layers_pattern": 100}
 """Entries that these lists may have: each is looked for in many names."""
-
-LARGEST = 16 * 2**20
-"""Bytes of a configuration that is read at all."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def read_config(path: Path) -> PeftConfig:
         AdapterFileError: it is no configuration of MiSS or Bone, or has something that is not
             supported.
     """
-    fields = _Fields(path, _parsed(path))
+    fields = _Fields(path, read_json(path))
     peft_type = fields.get("peft_type")
     if peft_type not in (MISS, BONE):
         raise fields.wrong(
@@ -157,25 +154,6 @@ def read_config(path: Path) -> PeftConfig:
                 raise fields.wrong(name, "absent where target_modules is a regex, as PEFT has it")
     fields.refuse_others()
     return config
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > LARGEST:
-            raise AdapterFileError(f"{path} is larger than {LARGEST:,} bytes: no configuration")
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise AdapterIOError(
-            f"can't read {path}: {error.strerror or error}; name a folder that PEFT's "
-            f"save_pretrained has written"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, AdapterFileError):
-            raise
-        raise AdapterFileError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise AdapterFileError(f"{path} must hold a JSON object, holds a {type(values).__name__}")
-    return values
 
 
 def _kind(fields: _Fields, legacy: bool) -> tuple[str, int | None]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from disha.interop.peft.folder import Saved
+from disha.interop.saved_modules import own_buffers, saved_buffers
 from disha.interop.targets import Targets, is_plain, saved_by
 from disha.layers import layer_kind_of
 from disha.layers.attention import Projection
@@ -118,12 +119,7 @@ class PeftView:
 
     def buffers(self) -> dict[str, Tensor]:
         """Return every name of every buffer that a state dict has -> its values."""
-        return {
-            join(above, name): buffer
-            for module, names in self._names.items()
-            for name, buffer in _buffers(module)
-            for above in names
-        }
+        return saved_buffers(self._names)
 
     def not_saved(self, modules: Sequence[str], keys: Iterable[str]) -> list[str]:
         """Return what PEFT saves of `modules_to_save` and is not among the keys of a folder."""
@@ -225,22 +221,12 @@ def _runs_fused(module: nn.Module) -> bool:
     return isinstance(module, layer) and _class_of(module).forward is layer.forward
 
 
-def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the module's own buffers that a state dict has."""
-    temporary = module._non_persistent_buffers_set
-    return [
-        (name, buffer)
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in temporary
-    ]
-
-
 def _state(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers that a module's state dict has, under clean names."""
     return {
         join(above, name): tensor
         for inner, (above, *_) in module_names(module).items()
-        for name, tensor in [*inner._parameters.items(), *_buffers(inner)]
+        for name, tensor in [*inner._parameters.items(), *own_buffers(inner)]
         if tensor is not None
     }
 
