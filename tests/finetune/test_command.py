@@ -266,9 +266,12 @@ def test_a_disagreement_is_exit_code_1_and_reported(tmp_path, tiny_path, data, c
     assert report_of(output)["verification"]["agrees"] is False
 
 
-def test_debug_shows_where_an_error_came_from(tmp_path, data):
-    with pytest.raises(disha.DishaError, match="there is no file"):
-        main([*arguments(tmp_path / "absent.gguf", data, tmp_path / "out"), "--debug"])
+def test_debug_shows_where_an_error_came_from(tmp_path, data, capsys):
+    given = arguments(tmp_path / "absent.gguf", data, tmp_path / "out")
+    code, said = run(capsys, *given, "--debug")
+    assert code == 2
+    assert "Traceback" in said
+    assert "there is no file" in said.splitlines()[-1]
 
 
 def test_a_tied_head_can_be_the_target(tmp_path, capsys):
