@@ -10,7 +10,7 @@ import pytest
 from peft import MissConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from disha.interop.patterns import LONGEST, Pattern, PatternError
+from disha.interop.patterns import LONGEST, MOST_SETS, Pattern, PatternError
 from disha.interop.targets import Targets, exact_regex, exact_targets
 
 ATOMS = ["a", "b", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "^", "$", r"\b", r"\Z", "-", "{", "}"]
@@ -66,7 +66,16 @@ def test_what_is_not_matched_is_refused(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["(", "[a", "a**", "a{99999999999999999999}", "(" * 5000 + ")" * 5000, "a" * LONGEST * 2],
+    [
+        "(",
+        "[a",
+        "a**",
+        "a{99999999999999999999}",
+        "(" * 5000 + ")" * 5000,
+        "a" * LONGEST * 2,
+        r"[\x00-\uffff]" * (MOST_SETS + 1),
+        "(?i)" + "a" * 1000,
+    ],
 )
 def test_what_is_no_regex_is_refused(text):
     with pytest.raises(PatternError):
