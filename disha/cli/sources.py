@@ -14,13 +14,13 @@ from disha.files.json_files import read_json
 from disha.files.tensors import explained
 from disha.interop import lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes
+from disha.interop.folder import CONFIG_NAME
 from disha.tree import join
 
 __all__ = ["Form", "Source", "read_source"]
 
 Form = Literal["disha", "peft", "lora", "gguf"]
 
-CONFIG_NAME = "adapter_config.json"
 GGUF_MAGIC = b"GGUF"
 FOLDERS: dict[str, Form] = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}
 """PEFT's name of a method -> the form of a folder that holds an adapter of it."""

@@ -15,6 +15,7 @@ import torch
 
 from disha.config import AdapterConfig, check_scale
 from disha.errors import AdapterFileError, ArgumentError, DishaError
+from disha.files.json_files import each_once
 from disha.files.tensors import TensorFile, TensorRecord, refuse_floods
 from disha.layers import BLOCKS, Bat
 from disha.tables import table
@@ -282,7 +283,7 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         )
     refuse_floods(path, text)
     try:
-        header = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+        header = json.loads(text, object_pairs_hook=each_once, parse_constant=_no_number)
         if "\\u" in text:  # half of a surrogate pair can be written as an escape only
             json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -300,13 +301,6 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "upgrade disha-torch"
         )
     return header
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = _repeated(name for name, _ in pairs)
-    if twice is not None:
-        raise ValueError(f"an object has the field {twice!r} twice")
-    return dict(pairs)
 
 
 def _no_number(text: str) -> float:

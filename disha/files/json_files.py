@@ -10,7 +10,7 @@ from typing import Any
 from disha.errors import AdapterFileError, AdapterIOError
 from disha.files.tensors import explained
 
-__all__ = ["LARGEST_CONFIG", "read_json"]
+__all__ = ["LARGEST_CONFIG", "each_once", "read_json"]
 
 LARGEST_CONFIG = 16 * 2**20
 """Bytes of a configuration that is read at all."""
@@ -37,7 +37,7 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
             "again"
         )
     try:
-        content = json.loads(text, object_pairs_hook=_each_once)
+        content = json.loads(text, object_pairs_hook=each_once)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not valid JSON: {error}; get it again") from error
     if not isinstance(content, dict):
@@ -47,7 +47,8 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
     return content
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object from its fields, for `json.loads`; raise ValueError if one repeats."""
     found = dict(pairs)
     if len(found) != len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)

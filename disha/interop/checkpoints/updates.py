@@ -13,17 +13,15 @@ from disha.layers.blocks import Bat
 
 __all__ = ["misfit", "updated"]
 
-LINEAR = ("linear", "linear_in_out")
-
 Shape = tuple[int, ...]
 
 
 def misfit(record: LayerRecord, block: Shape, weight: Shape, packed: bool) -> str | None:
-    """Return why a block can't be one for a weight, or None if it can.
+    """Return why a layer's weight can't be the one in a checkpoint, or None if it can.
 
     Args:
         record: what the adapter file says of the layer; without a layout anything may fit.
-        block: the block's shape.
+        block: the block's shape, which is as the record says: reading the file has checked it.
         weight: the shape of the tensor that holds the weight.
         packed: whether it holds those of q, k and v below each other.
     """
@@ -31,42 +29,26 @@ def misfit(record: LayerRecord, block: Shape, weight: Shape, packed: bool) -> st
         return "the tensor there is a single number"
     if record.layout is None:
         return None
-    if record.method == Bat.method and record.layout not in LINEAR:
-        return f"{record.method!r} adapts linear layers, and the file says {record.layout!r}"
-    if record.method == Bat.method and record.r_out is not None:
-        return f"{record.method!r} has no r_out, and the file says {record.r_out}"
-    if record.r > record.in_features or record.out_features % (record.r_out or 1):
-        return f"r={record.r} and r_out={record.r_out} don't fit {_sizes(record)}"
-    expected, of_weight = _shapes(record, block)
-    if block != expected:
-        return f"its block is {block}, and has to be {expected} for r={record.r}, {_sizes(record)}"
+    expected = _weight_shape(record, block)
     if packed:
-        of_weight = (3 * of_weight[0], *of_weight[1:])
-    if weight != of_weight:
-        return f"the weight there is {weight}, and the adapter is for {of_weight}"
+        expected = (3 * expected[0], *expected[1:])
+    if weight != expected:
+        return f"the weight there is {weight}, and the adapter is for {expected}"
     return None
 
 
-def _sizes(record: LayerRecord) -> str:
-    return f"{record.in_features} -> {record.out_features}"
-
-
-def _shapes(record: LayerRecord, block: Shape) -> tuple[Shape, Shape]:
-    """Return the shapes of the block and of the weight; a kernel, and groups, are the block's."""
-    r, inputs, outputs = record.r, record.in_features, record.out_features
-    width, kernel = record.r_out or outputs, block[2:]
+def _weight_shape(record: LayerRecord, block: Shape) -> Shape:
+    """Return the shape of a layer's weight; a kernel, and groups, are the block's."""
+    inputs, outputs, kernel = record.in_features, record.out_features, block[2:]
     if record.layout == "conv":
-        return (width, r, *kernel), (outputs, inputs, *kernel)
+        return (outputs, inputs, *kernel)
     if record.layout == "conv_transposed":
-        groups = _groups(record, block)
-        return (groups * r, width, *kernel), (groups * inputs, outputs, *kernel)
-    bat = (functional.shard_count(outputs, r), r, r)
-    of_weight = (outputs, inputs) if record.layout == "linear" else (inputs, outputs)
-    return bat if record.method == Bat.method else (r, width), of_weight
+        return (_groups(record, block) * inputs, outputs, *kernel)
+    return (outputs, inputs) if record.layout == "linear" else (inputs, outputs)
 
 
 def _groups(record: LayerRecord, block: Sequence[int]) -> int:
-    return max(block[0] // record.r, 1) if block else 1
+    return block[0] // record.r
 
 
 def updated(record: LayerRecord, block: Tensor, weight: Tensor, scale: float) -> Tensor:
