@@ -15,7 +15,7 @@ import disha
 from benchmarks.candidates import CANDIDATES, missing_package
 from benchmarks.protocol import Budget, Run, compare
 from benchmarks.settings import Profile
-from disha.finetune.model import Llama, LlamaConfig
+from disha.finetune.models.decoder import Decoder, DecoderConfig
 
 __all__ = ["llama_7b", "start_up"]
 
@@ -47,9 +47,9 @@ def start_up(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
     return cases
 
 
-def llama_7b() -> Llama:
+def llama_7b() -> Decoder:
     """Return a model of the sizes of a 7B Llama on the meta device, without any values."""
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocabulary=32000,
         hidden=4096,
         feed_forward=11008,
@@ -63,7 +63,7 @@ def llama_7b() -> Llama:
         tied_head=False,
     )
     with torch.device("meta"):
-        return Llama(config)
+        return Decoder(config)
 
 
 def _many(layers: int, width: int, device: str) -> nn.Sequential:

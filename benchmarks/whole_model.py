@@ -21,16 +21,16 @@ from benchmarks.hot_spots import time_by_operators
 from benchmarks.layers import parameter_counts
 from benchmarks.protocol import compare, synchroniser
 from benchmarks.settings import ModelRun, Profile, R
-from disha.finetune.checkpoint import GGUFCheckpoint
 from disha.finetune.inputs import demo_model
-from disha.finetune.model import Llama
+from disha.finetune.models.decoder import Decoder
+from disha.finetune.models.gguf import GGUFCheckpoint
 
 __all__ = ["COMPARED", "model_step", "projections", "read_model"]
 
 COMPARED = (BASE, "bone", "bat", "peft_miss", "peft_bat", "peft_lora")
 
 
-def projections(model: Llama) -> list[str]:
+def projections(model: Decoder) -> list[str]:
     """Return the names of all linear layers but the head, which is tied to the embedding."""
     return [
         name
@@ -48,7 +48,7 @@ def model_step(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
     return [_measure(run, profile, device) for run in profile.model_steps]
 
 
-def read_model(dtype: torch.dtype, device: torch.device) -> Llama:
+def read_model(dtype: torch.dtype, device: torch.device) -> Decoder:
     """Return the language model, without adapters."""
     return GGUFCheckpoint.open(demo_model()).load_model(dtype, device)
 

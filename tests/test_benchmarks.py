@@ -33,7 +33,7 @@ from benchmarks.memory import kept_bytes as measured_kept_bytes
 from benchmarks.protocol import Budget, Spread, compare, paired_ratios
 from benchmarks.settings import FULL, QUICK, LayerSize, ModelRun
 from benchmarks.targets import TARGETS, judge
-from disha.finetune.model import Llama, LlamaConfig
+from disha.finetune.models.decoder import Decoder, DecoderConfig
 
 MIB = 2**20
 
@@ -282,7 +282,7 @@ TINY = dataclasses.replace(
 def tiny_model(dtype, device):
     sizes = {"vocabulary": 64, "hidden": 64, "feed_forward": 128, "layers": 2, "heads": 1}
     more = {"kv_heads": 1, "head_dim": 64, "context": 32, "rope_base": 1e4, "norm_epsilon": 1e-5}
-    return Llama(LlamaConfig(**sizes, **more, tied_head=True)).to(device, dtype)
+    return Decoder(DecoderConfig(**sizes, **more, tied_head=True)).to(device, dtype)
 
 
 def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from torch import nn
 import disha
 from disha import ConversionError
 from disha.files.contents import adapter_contents, read_contents
-from disha.finetune.model import Llama, LlamaConfig
+from disha.finetune.models.decoder import Decoder, DecoderConfig
 from disha.functional import bat_delta_weight
 from disha.interop import lora
 from disha.interop.gguf import ARCHITECTURES, LAYER_PARTS
@@ -34,8 +34,8 @@ def decoder(*, tied=False):
     torch.manual_seed(0)
     sizes = {"vocabulary": 32, "hidden": HIDDEN, "feed_forward": 96, "layers": LAYERS}
     heads = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "context": 32}
-    config = LlamaConfig(**sizes, **heads, rope_base=1e4, norm_epsilon=1e-5, tied_head=tied)
-    return Llama(config)
+    config = DecoderConfig(**sizes, **heads, rope_base=1e4, norm_epsilon=1e-5, tied_head=tied)
+    return Decoder(config)
 
 
 def adapted(base, target="layers", r=8, **options):

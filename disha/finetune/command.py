@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 import disha
-from disha.finetune.data import Encoded, Pair, encode_pairs
+from disha.finetune.data.examples import Encoded, Pair, encode_pairs
 from disha.finetune.errors import TrainingError
-from disha.finetune.evaluation import mean_loss
 from disha.finetune.inputs import Inputs, load_inputs
-from disha.finetune.model import Llama, generate_greedily
+from disha.finetune.models.decoder import Decoder, generate_greedily
 from disha.finetune.progress import showing_progress
 from disha.finetune.report import (
     Sample,
@@ -30,8 +29,9 @@ from disha.finetune.report import (
     samples_page,
     write_file,
 )
-from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
-from disha.finetune.training import Step, TrainingPlan, training_steps
+from disha.finetune.settings.run import DEMO_SETTINGS, FinetuneSettings
+from disha.finetune.training.evaluation import mean_loss
+from disha.finetune.training.loop import Step, TrainingPlan, training_steps
 from disha.finetune.verification import Verification, verify_in_fresh_process
 
 __all__ = ["finetune", "parse", "run"]
@@ -148,7 +148,7 @@ class _Clock:
         print(f"  {self.seconds[name]:.1f} s", flush=True)
 
 
-def _adapt(model: Llama, settings: FinetuneSettings) -> None:
+def _adapt(model: Decoder, settings: FinetuneSettings) -> None:
     torch.manual_seed(settings.seed)
     disha.inject_adapters(
         model, settings.target, settings.bone_r, method=settings.method, dtype=torch.float32

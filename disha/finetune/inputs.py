@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from disha.finetune.checkpoint import GGUFCheckpoint
-from disha.finetune.data import (
+from disha.finetune.data.docstrings import docstring_pairs
+from disha.finetune.data.examples import (
     Dataset,
     Encoded,
     Example,
@@ -20,11 +20,11 @@ from disha.finetune.data import (
     read_pairs,
     split_held_out,
 )
-from disha.finetune.docstrings import docstring_pairs
 from disha.finetune.errors import DataError, MissingDependencyError, SettingsError
-from disha.finetune.model import Llama
-from disha.finetune.settings import FinetuneSettings
-from disha.finetune.tokenizer import Tokenizer
+from disha.finetune.models.decoder import Decoder
+from disha.finetune.models.gguf import GGUFCheckpoint
+from disha.finetune.settings.run import FinetuneSettings
+from disha.finetune.text.tokenizer import Tokenizer
 
 __all__ = ["Inputs", "demo_model", "load_inputs"]
 
@@ -45,7 +45,7 @@ class Inputs:
         model_path: the file the model was read from.
     """
 
-    model: Llama
+    model: Decoder
     tokenizer: Tokenizer
     dataset: Dataset
     training: Encoded

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from disha.finetune.training import Step
+from disha.finetune.training.loop import Step
 
 __all__ = ["ShowStep", "showing_progress"]
 

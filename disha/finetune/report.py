@@ -20,7 +20,7 @@ import torch
 
 import disha
 from disha.finetune.errors import OutputError
-from disha.finetune.training import Step
+from disha.finetune.training.loop import Step
 
 __all__ = [
     "Sample",

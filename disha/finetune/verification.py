@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 import disha
-from disha.finetune.data import Example
+from disha.finetune.data.examples import Example
 from disha.finetune.errors import VerificationError
-from disha.finetune.evaluation import mean_loss
 from disha.finetune.inputs import load_inputs
 from disha.finetune.report import peak_memory
-from disha.finetune.settings import FinetuneSettings
+from disha.finetune.settings.run import FinetuneSettings
+from disha.finetune.training.evaluation import mean_loss
 
 __all__ = ["Verification", "verify_in_fresh_process"]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from disha.finetune.checkpoint import GGUFCheckpoint
 from disha.finetune.inputs import demo_model
-from disha.finetune.model import Llama
-from disha.finetune.tokenizer import Tokenizer
+from disha.finetune.models.decoder import Decoder
+from disha.finetune.models.gguf import GGUFCheckpoint
+from disha.finetune.text.tokenizer import Tokenizer
 from tests.finetune import tiny_gguf
 
 
@@ -50,7 +50,7 @@ def smollm_tokenizer(smollm_checkpoint: GGUFCheckpoint) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def smollm(smollm_checkpoint: GGUFCheckpoint) -> Llama:
+def smollm(smollm_checkpoint: GGUFCheckpoint) -> Decoder:
     return smollm_checkpoint.load_model(torch.float32).eval()
 
 
@@ -72,7 +72,7 @@ def tiny_tokenizer(tiny_checkpoint: GGUFCheckpoint) -> Tokenizer:
 
 
 @pytest.fixture
-def tiny_model(tiny_checkpoint: GGUFCheckpoint) -> Llama:
+def tiny_model(tiny_checkpoint: GGUFCheckpoint) -> Decoder:
     return tiny_checkpoint.load_model(torch.float32)
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 import disha
 from disha.cli import main
-from disha.finetune.checkpoint import GGUFCheckpoint
-from disha.finetune.data import encode_pairs, read_pairs, split_held_out
+from disha.finetune.data.examples import encode_pairs, read_pairs, split_held_out
 from disha.finetune.errors import MissingDependencyError
-from disha.finetune.evaluation import mean_loss
 from disha.finetune.inputs import demo_model
-from disha.finetune.tokenizer import Tokenizer
+from disha.finetune.models.gguf import GGUFCheckpoint
+from disha.finetune.text.tokenizer import Tokenizer
+from disha.finetune.training.evaluation import mean_loss
 from tests.finetune import tiny_gguf
 
 ROWS = [

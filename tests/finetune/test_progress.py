@@ -5,7 +5,7 @@ import io
 import pytest
 
 from disha.finetune.progress import showing_progress
-from disha.finetune.training import Step
+from disha.finetune.training.loop import Step
 
 
 class Terminal(io.StringIO):

@@ -17,7 +17,7 @@ from disha.finetune.report import (
     samples_page,
     write_file,
 )
-from disha.finetune.training import Step
+from disha.finetune.training.loop import Step
 
 
 def step(number, eval_loss=None):

@@ -9,7 +9,7 @@ import pytest
 import disha
 from disha.finetune.command import parse
 from disha.finetune.errors import CheckpointError, SettingsError
-from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
+from disha.finetune.settings.run import DEMO_SETTINGS, FinetuneSettings
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import disha
-from disha.finetune.data import Example
+from disha.finetune.data.examples import Example
 from disha.finetune.errors import VerificationError
-from disha.finetune.settings import FinetuneSettings
+from disha.finetune.settings.run import FinetuneSettings
 from disha.finetune.verification import Tolerance, Verification, verify_in_fresh_process
 
 GOOD = Verification(

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import disha
-from disha.finetune.checkpoint import GGUFCheckpoint
 from disha.finetune.inputs import demo_model
-from disha.finetune.tokenizer import Tokenizer
+from disha.finetune.models.gguf import GGUFCheckpoint
+from disha.finetune.text.tokenizer import Tokenizer
 from disha.interop import lora
 from tests.conftest import perturb
 from tests.finetune import tiny_gguf

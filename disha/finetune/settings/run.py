@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from disha.finetune.checkpoint import check_is_gguf
 from disha.finetune.errors import SettingsError
+from disha.finetune.models.gguf import check_is_gguf
 
 __all__ = ["DEMO_SETTINGS", "FinetuneSettings"]
 

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 import disha
-from disha.finetune.data import Example, collate
+from disha.finetune.data.examples import Example, collate
 from disha.finetune.errors import TrainingError
-from disha.finetune.evaluation import mean_loss
-from disha.finetune.training import Schedule, TrainingPlan, accumulate_gradients, training_steps
+from disha.finetune.training.evaluation import mean_loss
+from disha.finetune.training.loop import (
+    Schedule,
+    TrainingPlan,
+    accumulate_gradients,
+    training_steps,
+)
 
 PLAN = TrainingPlan(
     batch_size=2,

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import disha
-from disha.finetune.checkpoint import GGUFCheckpoint
 from disha.finetune.errors import CheckpointError
-from disha.finetune.model import IGNORED, KeyValueCache, generate_greedily
+from disha.finetune.models.decoder import IGNORED, KeyValueCache, generate_greedily
+from disha.finetune.models.gguf import GGUFCheckpoint
 from tests.finetune import tiny_gguf
 
 TEXT = "def greet(name):\n    # says hello, 12 times\n    return 'hello ' + name\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from disha.finetune.data import Pair
-from disha.finetune.docstrings import docstring_pairs
+from disha.finetune.data.docstrings import docstring_pairs
+from disha.finetune.data.examples import Pair
 from disha.finetune.errors import DataError
 
 SOURCE = '''

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from disha.finetune.data import Example, batch_by_length
-from disha.finetune.model import Llama
+from disha.finetune.data.examples import Example, batch_by_length
+from disha.finetune.models.decoder import Decoder
 
 __all__ = ["mean_loss"]
 
 BATCH = 16
 
 
-def mean_loss(model: Llama, examples: Sequence[Example]) -> float:
+def mean_loss(model: Decoder, examples: Sequence[Example]) -> float:
     """Cross-entropy per supervised token over all `examples`, in nats.
 
     The model is in evaluation mode meanwhile, and in its former mode afterwards.
@@ -32,7 +32,7 @@ def mean_loss(model: Llama, examples: Sequence[Example]) -> float:
 
 
 @torch.inference_mode()
-def _mean_loss(model: Llama, examples: Sequence[Example]) -> float:
+def _mean_loss(model: Decoder, examples: Sequence[Example]) -> float:
     device = model.lm_head.weight.device
     total, tokens = 0.0, 0
     for batch in batch_by_length(examples, BATCH):

@@ -15,9 +15,9 @@ from itertools import count, islice
 import torch
 from torch import Tensor, nn
 
-from disha.finetune.data import Batch, Example, shuffled_batches
+from disha.finetune.data.examples import Batch, Example, shuffled_batches
 from disha.finetune.errors import TrainingError
-from disha.finetune.model import Llama
+from disha.finetune.models.decoder import Decoder
 
 __all__ = ["Schedule", "Step", "TrainingPlan", "accumulate_gradients", "training_steps"]
 
@@ -113,7 +113,7 @@ class Step:
 
 
 def training_steps(
-    model: Llama,
+    model: Decoder,
     examples: Sequence[Example],
     plan: TrainingPlan,
     evaluate: Callable[[], float] | None = None,
@@ -163,7 +163,7 @@ def _divides(divisor: int, number: int) -> bool:
     return divisor > 0 and number % divisor == 0
 
 
-def accumulate_gradients(model: Llama, batches: Sequence[Batch]) -> float:
+def accumulate_gradients(model: Decoder, batches: Sequence[Batch]) -> float:
     """Add to the gradients those of the mean loss over all supervised tokens of `batches`.
 
     Returns:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from disha.finetune.errors import DataError
-from disha.finetune.model import IGNORED
-from disha.finetune.tokenizer import Tokenizer
+from disha.finetune.models.decoder import IGNORED
+from disha.finetune.text.tokenizer import Tokenizer
 
 __all__ = [
     "Batch",

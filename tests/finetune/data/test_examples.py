@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from disha.finetune.data import (
+from disha.finetune.data.examples import (
     CHAT,
     PLAIN,
     Example,
@@ -20,8 +20,8 @@ from disha.finetune.data import (
     template_for,
 )
 from disha.finetune.errors import DataError
-from disha.finetune.model import IGNORED
-from disha.finetune.tokenizer import Tokenizer
+from disha.finetune.models.decoder import IGNORED
+from disha.finetune.text.tokenizer import Tokenizer
 
 FIELDS = ("query", "response")
 

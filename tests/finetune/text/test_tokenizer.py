@@ -6,9 +6,9 @@ import pytest
 from tokenizers.pre_tokenizers import Digits, Sequence
 from transformers import AutoTokenizer
 
-from disha.finetune.checkpoint import GGUFCheckpoint
 from disha.finetune.errors import TokenizerError
-from disha.finetune.tokenizer import Tokenizer
+from disha.finetune.models.gguf import GGUFCheckpoint
+from disha.finetune.text.tokenizer import Tokenizer
 from tests.finetune import tiny_gguf
 
 LINES = 1000

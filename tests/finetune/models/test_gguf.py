@@ -5,8 +5,8 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from disha import DishaError
-from disha.finetune.checkpoint import GGUFCheckpoint
 from disha.finetune.errors import CheckpointError
+from disha.finetune.models.gguf import GGUFCheckpoint
 from tests.finetune import tiny_gguf
 
 

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from disha.finetune.errors import CheckpointError
-from disha.finetune.model import Llama, LlamaConfig
+from disha.finetune.models.decoder import Decoder, DecoderConfig
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -93,7 +93,7 @@ class GGUFCheckpoint:
         checkpoint._check_supported()
         return checkpoint
 
-    def config(self) -> LlamaConfig:
+    def config(self) -> DecoderConfig:
         """The model's sizes and constants.
 
         Raises:
@@ -104,7 +104,7 @@ class GGUFCheckpoint:
         head_dim = self._integer("attention.key_length", default=hidden // max(heads, 1))
         self._require_equal("attention.value_length", head_dim)
         self._require_equal("rope.dimension_count", head_dim)
-        return LlamaConfig(
+        return DecoderConfig(
             vocabulary=self._vocabulary(),
             hidden=hidden,
             feed_forward=self._integer("feed_forward_length"),
@@ -118,7 +118,7 @@ class GGUFCheckpoint:
             tied_head="output.weight" not in self.tensors,
         )
 
-    def load_model(self, dtype: torch.dtype, device: torch.device | None = None) -> Llama:
+    def load_model(self, dtype: torch.dtype, device: torch.device | None = None) -> Decoder:
         """The model, its weights dequantised one tensor at a time into `dtype`.
 
         Args:
@@ -131,7 +131,7 @@ class GGUFCheckpoint:
         """
         config = self.config()
         with torch.device("meta"):
-            model = Llama(config)
+            model = Decoder(config)
         names = dict(_tensor_names(config))
         self._check_tensors(names, model)
         for source, target in names.items():
@@ -169,7 +169,7 @@ class GGUFCheckpoint:
                 "and later, which is not supported; use a model without, such as Llama 2 or SmolLM2"
             )
 
-    def _check_tensors(self, names: Mapping[str, str], model: Llama) -> None:
+    def _check_tensors(self, names: Mapping[str, str], model: Decoder) -> None:
         missing = sorted(names.keys() - self.tensors.keys())
         unexpected = sorted(self.tensors.keys() - names.keys())
         if missing or unexpected:
@@ -288,7 +288,7 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _tensor_names(config: LlamaConfig) -> Iterator[tuple[str, str]]:
+def _tensor_names(config: DecoderConfig) -> Iterator[tuple[str, str]]:
     """Each GGUF tensor name of such a model with the name of our parameter."""
     for source, target in OUTER_TENSORS.items():
         if source != "output" or not config.tied_head:

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from disha.finetune.errors import CheckpointError
 
-__all__ = ["IGNORED", "KeyValueCache", "Llama", "LlamaConfig", "generate_greedily"]
+__all__ = ["IGNORED", "Decoder", "DecoderConfig", "KeyValueCache", "generate_greedily"]
 
 IGNORED = -100
 """The label of a position that is not part of the loss."""
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class DecoderConfig:
     """The sizes and constants of a Llama-family decoder.
 
     Args:
@@ -94,7 +94,7 @@ class KeyValueCache:
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         *,
         batch: int,
         capacity: int,
@@ -132,7 +132,7 @@ class _Rotation:
 
     @classmethod
     def at(
-        cls, start: int, time: int, config: LlamaConfig, dtype: torch.dtype, device: torch.device
+        cls, start: int, time: int, config: DecoderConfig, dtype: torch.dtype, device: torch.device
     ) -> _Rotation:
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
         frequencies = 1.0 / config.rope_base ** (exponents / config.head_dim)
@@ -146,7 +146,7 @@ class _Rotation:
         return x * self.cos + torch.cat((-second, first), dim=-1) * self.sin
 
 
-class LlamaRMSNorm(nn.Module):
+class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, the division in float32."""
 
     def __init__(self, size: int, epsilon: float) -> None:
@@ -162,10 +162,10 @@ class LlamaRMSNorm(nn.Module):
         return self.weight * normalised.to(x.dtype)
 
 
-class LlamaAttention(nn.Module):
+class Attention(nn.Module):
     """Causal attention with grouped key and value heads."""
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.heads, self.kv_heads = config.heads, config.kv_heads
@@ -191,10 +191,10 @@ class LlamaAttention(nn.Module):
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))  # type: ignore[no-any-return]
 
 
-class LlamaMLP(nn.Module):
+class FeedForward(nn.Module):
     """Gated feed-forward layer: down(silu(gate x) * up x)."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden, config.feed_forward, bias=False)
         self.up_proj = nn.Linear(config.hidden, config.feed_forward, bias=False)
@@ -205,15 +205,15 @@ class LlamaMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
 
-class LlamaDecoderLayer(nn.Module):
+class DecoderLayer(nn.Module):
     """One layer: attention, then feed-forward, each after a norm and with a residual."""
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden, config.norm_epsilon)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden, config.norm_epsilon)
+        self.self_attn = Attention(config, layer)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden, config.norm_epsilon)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_epsilon)
 
     def forward(self, x: Tensor, rotation: _Rotation, cache: KeyValueCache | None) -> Tensor:
         """Transform x (batch, time, hidden)."""
@@ -221,17 +221,15 @@ class LlamaDecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
-class LlamaModel(nn.Module):
+class DecoderBody(nn.Module):
     """The decoder without its head."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
-        self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config, layer) for layer in range(config.layers)
-        )
-        self.norm = LlamaRMSNorm(config.hidden, config.norm_epsilon)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_epsilon)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states (batch, time, hidden) of tokens (batch, time)."""
@@ -245,17 +243,17 @@ class LlamaModel(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
 
-class Llama(nn.Module):
+class Decoder(nn.Module):
     """A Llama-family language model.
 
     Args:
         config: sizes and constants. With `config.tied_head` the head's weight *is* the embedding.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config)
+        self.model = DecoderBody(config)
         self.lm_head = nn.Linear(config.hidden, config.vocabulary, bias=False)
         self.tie_head()
 
@@ -287,7 +285,7 @@ class Llama(nn.Module):
 
 @torch.inference_mode()
 def generate_greedily(
-    model: Llama, prompt: Iterable[int], *, max_new_tokens: int, stop: int | None = None
+    model: Decoder, prompt: Iterable[int], *, max_new_tokens: int, stop: int | None = None
 ) -> Iterator[int]:
     """Yield the most likely continuation, token by token.
 
