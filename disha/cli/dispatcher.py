@@ -73,7 +73,7 @@ COMMANDS = {
     ),
     "finetune": Command(
         summary="fine-tune a language model with Bone or BAT adapters",
-        module="disha.finetune.command",
+        module="disha.cli.finetune",
         extra="finetune",
         packages=("gguf", "matplotlib", "numpy", "tokenizers", "tqdm", "tyro"),
     ),

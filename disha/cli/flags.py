@@ -31,10 +31,19 @@ class Flags:
     """Show where an error came from."""
 
 
-T = TypeVar("T", bound=Flags)
+T = TypeVar("T")
+
+_SPELLING = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
+_SPELLING_OF_GROUPS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
 
-def parsed(flags: type[T], name: str, arguments: Sequence[str], description: str) -> T:
+def parsed(
+    flags: type[T],
+    name: str,
+    arguments: Sequence[str],
+    description: str,
+    default: T | None = None,
+) -> T:
     """Return the arguments of a command.
 
     Args:
@@ -42,6 +51,7 @@ def parsed(flags: type[T], name: str, arguments: Sequence[str], description: str
         name: the command's name.
         arguments: the words after it.
         description: what the help starts with.
+        default: what is not given is as here.
 
     Raises:
         SystemExit: the arguments are not understood, or ask for help.
@@ -50,12 +60,14 @@ def parsed(flags: type[T], name: str, arguments: Sequence[str], description: str
     said = io.StringIO()
     try:
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(said):
-            return tyro.cli(
+            return tyro.cli(  # type: ignore[return-value]
                 flags,
                 prog=f"disha {name}",
                 description=description,
                 args=arguments,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
+                default=default,
+                config=_SPELLING if default is None else _SPELLING_OF_GROUPS,
+                use_underscores=default is not None,
             )
     except SystemExit as request:
         if request.code == TROUBLE and said.getvalue():

@@ -6,15 +6,17 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 import disha
-from disha.finetune.data.examples import Encoded, Pair, encode_pairs
+from disha.finetune.data.encoding import Encoded, encode_pairs
+from disha.finetune.data.rows import Pair
+from disha.finetune.data.sources import ShuffledExamples
 from disha.finetune.errors import TrainingError
 from disha.finetune.inputs import Inputs, load_inputs
 from disha.finetune.models.decoder import Decoder, generate_greedily
@@ -29,46 +31,17 @@ from disha.finetune.report import (
     samples_page,
     write_file,
 )
-from disha.finetune.settings.run import DEMO_SETTINGS, FinetuneSettings
+from disha.finetune.settings import FinetuneSettings
+from disha.finetune.settings.adapter import ALL_PROJECTIONS
 from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.loop import Step, TrainingPlan, training_steps
+from disha.finetune.training.objectives import DecoderObjective
 from disha.finetune.verification import Verification, verify_in_fresh_process
 
-__all__ = ["finetune", "parse", "run"]
+__all__ = ["finetune"]
 
 SAMPLES = 3
 SAMPLE_TOKENS = 48
-
-
-def run(arguments: Sequence[str]) -> None:
-    """Fine-tune as the command-line `arguments` say.
-
-    Raises:
-        DishaError: the input can't be used, or the work failed.
-        SystemExit: the arguments are not understood, or ask for help.
-    """
-    finetune(parse(arguments))
-
-
-def parse(arguments: Sequence[str]) -> FinetuneSettings:
-    """The settings that command-line `arguments` give.
-
-    Raises:
-        SystemExit: the arguments are not understood, or ask for help.
-    """
-    import tyro
-
-    # The flag itself must still be there to be given, so its default stays False.
-    default = replace(DEMO_SETTINGS, demo=False) if "--demo" in arguments else FinetuneSettings()
-    return tyro.cli(
-        FinetuneSettings,
-        prog="disha finetune",
-        description="Fine-tune a language model with Bone or BAT adapters.",
-        args=arguments,
-        default=default,
-        config=(tyro.conf.FlagCreatePairsOff,),
-        use_underscores=True,
-    )
 
 
 def finetune(settings: FinetuneSettings) -> dict[str, Any]:
@@ -90,7 +63,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     _adapt(inputs.model, settings)
     _say_data(inputs)
     course = _train(inputs, settings, clock)
-    adapter = settings.output / "adapter.safetensors"
+    adapter = settings.output.output / "adapter.safetensors"
     disha.save_adapter(inputs.model, adapter)
     with clock.phase("drawing and sampling"):
         _write_plot(course, inputs, settings)
@@ -98,7 +71,9 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     with clock.phase("verifying the file in a fresh process"):
         verification = verify_in_fresh_process(settings, adapter, inputs.checked, course.after)
     report = _report(settings, inputs, course, verification, clock)
-    write_file(settings.output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_file(
+        settings.output.output / "report.json", (json.dumps(report, indent=2) + "\n").encode()
+    )
     verification.require_agreement(adapter)
     _say_result(settings, inputs, course, verification)
     return report
@@ -149,9 +124,13 @@ class _Clock:
 
 
 def _adapt(model: Decoder, settings: FinetuneSettings) -> None:
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.training.seed)
     disha.inject_adapters(
-        model, settings.target, settings.bone_r, method=settings.method, dtype=torch.float32
+        model,
+        settings.adapter.target or ALL_PROJECTIONS,
+        settings.adapter.bone_r,
+        method=settings.adapter.kind,
+        dtype=torch.float32,
     )
     parameters = disha.summary(model)
     print(
@@ -171,23 +150,28 @@ def _say_data(inputs: Inputs) -> None:
 
 
 def _train(inputs: Inputs, settings: FinetuneSettings, clock: _Clock) -> _Course:
-    model, plan = inputs.model, _plan(settings)
-    planned = plan.steps(len(inputs.training.examples))
+    objective, plan = DecoderObjective(inputs.model), _plan(settings)
+    source = ShuffledExamples(
+        inputs.training.examples,
+        settings.training.per_device_train_batch_size,
+        settings.training.seed,
+    )
+    planned = plan.steps(source.batches_per_epoch())
     steps: list[Step] = []
     evaluations: dict[int, float] = {}
 
     def evaluate() -> float:
-        return _finite(mean_loss(model, inputs.checked), inputs.checked_name)
+        return _finite(mean_loss(objective, inputs.checked), inputs.checked_name)
 
-    with open_metrics(settings.output / "metrics.jsonl") as metrics:
+    with open_metrics(settings.output.output / "metrics.jsonl") as metrics:
         with clock.phase(f"measuring the {inputs.checked_name} loss before training"):
             evaluations[0] = evaluate()
         metrics.write(json.dumps({"step": 0, "eval_loss": evaluations[0]}) + "\n")
         with (
             clock.phase("training, with evaluations"),
-            showing_progress(planned, settings.logging_steps) as show,
+            showing_progress(planned, settings.output.logging_steps) as show,
         ):
-            for step in training_steps(model, inputs.training.examples, plan, evaluate):
+            for step in training_steps(objective, source, plan, evaluate):
                 metrics.write(metrics_line(step))
                 show(step)
                 steps.append(step)
@@ -207,30 +191,29 @@ def _finite(loss: float, name: str) -> float:
 
 def _plan(settings: FinetuneSettings) -> TrainingPlan:
     return TrainingPlan(
-        batch_size=settings.per_device_train_batch_size,
-        accumulation=settings.gradient_accumulation_steps,
-        epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_ratio=settings.warmup_ratio,
-        max_gradient_norm=settings.max_grad_norm,
-        eval_steps=settings.eval_steps,
-        seed=settings.seed,
+        accumulation=settings.training.gradient_accumulation_steps,
+        epochs=settings.training.num_train_epochs,
+        max_steps=settings.training.max_steps,
+        learning_rate=settings.training.learning_rate,
+        weight_decay=settings.training.weight_decay,
+        warmup_ratio=settings.training.warmup_ratio,
+        max_gradient_norm=settings.training.max_grad_norm,
+        eval_steps=settings.output.eval_steps,
     )
 
 
 def _write_plot(course: _Course, inputs: Inputs, settings: FinetuneSettings) -> None:
-    kind = settings.method.capitalize() if settings.method == "bone" else "BAT"
-    title = f"{kind} adapters, r = {settings.bone_r}, on {inputs.model_path.stem}"
+    adapter = settings.adapter
+    title = f"{adapter.title} adapters, r = {adapter.bone_r}, on {inputs.model_path.stem}"
     plot = loss_plot(course.steps, course.evaluations, title, inputs.checked_name)
-    write_file(settings.output / "loss.png", plot)
+    write_file(settings.output.output / "loss.png", plot)
 
 
 def _write_samples(inputs: Inputs, settings: FinetuneSettings) -> None:
     rows = inputs.dataset.held_out or inputs.dataset.training
     encoded = (
-        (pair, encode_pairs([pair], inputs.tokenizer, settings.max_seq_length)) for pair in rows
+        (pair, encode_pairs([pair], inputs.tokenizer, settings.data.max_seq_length))
+        for pair in rows
     )
     # A query that was cut would be shown whole beside what the model made of a part.
     whole = (
@@ -238,7 +221,7 @@ def _write_samples(inputs: Inputs, settings: FinetuneSettings) -> None:
     )
     samples = [_sample(inputs, pair, prompt) for pair, prompt in itertools.islice(whole, SAMPLES)]
     page = samples_page(samples, inputs.checked_name)
-    write_file(settings.output / "samples.md", page.encode())
+    write_file(settings.output.output / "samples.md", page.encode())
 
 
 def _sample(inputs: Inputs, pair: Pair, prompt: tuple[int, ...]) -> Sample:
@@ -321,6 +304,6 @@ def _say_result(
         f"fresh process: loaded adapter differs by {verification.loaded_difference:.1e}, "
         f"merged by {verification.merged_difference:.1e} (allowed: "
         f"{verification.tolerance.loaded:g} and {verification.tolerance.merged:g})\n"
-        f"in {settings.output}: adapter.safetensors, metrics.jsonl, loss.png, samples.md, "
+        f"in {settings.output.output}: adapter.safetensors, metrics.jsonl, loss.png, samples.md, "
         "report.json"
     )

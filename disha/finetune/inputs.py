@@ -12,18 +12,13 @@ from pathlib import Path
 import torch
 
 from disha.finetune.data.docstrings import docstring_pairs
-from disha.finetune.data.examples import (
-    Dataset,
-    Encoded,
-    Example,
-    encode_pairs,
-    read_pairs,
-    split_held_out,
-)
+from disha.finetune.data.encoding import Encoded, encode_pairs
+from disha.finetune.data.examples import Example
+from disha.finetune.data.rows import Dataset, read_pairs, split_held_out
 from disha.finetune.errors import DataError, MissingDependencyError, SettingsError
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.models.gguf import GGUFCheckpoint
-from disha.finetune.settings.run import FinetuneSettings
+from disha.finetune.settings import FinetuneSettings
 from disha.finetune.text.tokenizer import Tokenizer
 
 __all__ = ["Inputs", "demo_model", "load_inputs"]
@@ -74,22 +69,26 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
         MissingDependencyError: the demo's model is not installed.
     """
     dataset = _dataset(settings)
-    path = demo_model() if settings.base_model_name_or_path is None else settings.base_model
+    path = (
+        demo_model()
+        if settings.model.base_model_name_or_path is None
+        else settings.model.base_model
+    )
     checkpoint = GGUFCheckpoint.open(path)
     context = checkpoint.config().context
-    if settings.max_seq_length > context:
+    if settings.data.max_seq_length > context:
         raise SettingsError(
             f"--max_seq_length must be at most {context}, the longest sequence that {path} takes, "
-            f"got {settings.max_seq_length}"
+            f"got {settings.data.max_seq_length}"
         )
     tokenizer = Tokenizer.from_gguf(checkpoint.fields, path)
-    training = encode_pairs(dataset.training, tokenizer, settings.max_seq_length)
-    held_out = encode_pairs(dataset.held_out, tokenizer, settings.max_seq_length)
+    training = encode_pairs(dataset.training, tokenizer, settings.data.max_seq_length)
+    held_out = encode_pairs(dataset.held_out, tokenizer, settings.data.max_seq_length)
     _require_fitting("to train on", training, settings)
     if dataset.held_out:
         _require_fitting("held out", held_out, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = checkpoint.load_model(DTYPES[settings.bits], device)
+    model = checkpoint.load_model(DTYPES[settings.model.bits], device)
     return Inputs(model, tokenizer, dataset, training, held_out, path)
 
 
@@ -113,10 +112,10 @@ def demo_model() -> Path:
 def _dataset(settings: FinetuneSettings) -> Dataset:
     if settings.demo:
         return docstring_pairs()
-    pairs = read_pairs(settings.data, settings.dataset_field)
-    if settings.eval_path is None:
-        return split_held_out(pairs, settings.eval_fraction, settings.seed)
-    held_out = read_pairs(settings.eval_path, settings.dataset_field)
+    pairs = read_pairs(settings.data.data, _two_fields(settings))
+    if settings.data.eval_path is None:
+        return split_held_out(pairs, settings.data.eval_fraction, settings.training.seed)
+    held_out = read_pairs(settings.data.eval_path, _two_fields(settings))
     return Dataset(training=tuple(pairs), held_out=tuple(held_out))
 
 
@@ -124,5 +123,10 @@ def _require_fitting(role: str, encoded: Encoded, settings: FinetuneSettings) ->
     if not encoded.examples:
         raise DataError(
             f"none of the {encoded.dropped} rows {role} fits into --max_seq_length "
-            f"{settings.max_seq_length} with its whole response; raise it"
+            f"{settings.data.max_seq_length} with its whole response; raise it"
         )
+
+
+def _two_fields(settings: FinetuneSettings) -> tuple[str, str]:
+    query, response = settings.data.dataset_field
+    return query, response

@@ -21,8 +21,9 @@ from disha.finetune.data.examples import Example
 from disha.finetune.errors import VerificationError
 from disha.finetune.inputs import load_inputs
 from disha.finetune.report import peak_memory
-from disha.finetune.settings.run import FinetuneSettings
+from disha.finetune.settings import FinetuneSettings
 from disha.finetune.training.evaluation import mean_loss
+from disha.finetune.training.objectives import DecoderObjective
 
 __all__ = ["Verification", "verify_in_fresh_process"]
 
@@ -134,7 +135,7 @@ def verify_in_fresh_process(
         trained=trained_loss,
         loaded=answer["loaded"],
         merged=answer["merged"],
-        tolerance=TOLERANCES[settings.bits],
+        tolerance=TOLERANCES[settings.model.bits],
         peak_memory_bytes=answer["peak_memory_bytes"],
     )
 
@@ -144,9 +145,10 @@ def _answer(request: str) -> str:
     torch.set_num_threads(asked["threads"])
     inputs = load_inputs(FinetuneSettings.from_json(asked["settings"]))
     disha.load_adapter(inputs.model, asked["adapter"])
-    loaded = mean_loss(inputs.model, inputs.checked)
+    objective = DecoderObjective(inputs.model)
+    loaded = mean_loss(objective, inputs.checked)
     disha.merge_adapters(inputs.model, untie=True)
-    merged = mean_loss(inputs.model, inputs.checked)
+    merged = mean_loss(objective, inputs.checked)
     return json.dumps(
         {
             "examples": _digest(inputs.checked),
@@ -158,7 +160,7 @@ def _answer(request: str) -> str:
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    text = json.dumps([(example.tokens, example.prompt_length) for example in examples])
+    text = json.dumps([(example.tokens, example.learned) for example in examples])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

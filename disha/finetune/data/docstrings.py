@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-from disha.finetune.data.examples import Dataset, Pair
+from disha.finetune.data.rows import Dataset, Pair
 from disha.finetune.errors import DataError
 
 __all__ = ["docstring_pairs"]

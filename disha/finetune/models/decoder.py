@@ -23,12 +23,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from disha.finetune.data.examples import IGNORED
 from disha.finetune.errors import CheckpointError
 
 __all__ = ["IGNORED", "Decoder", "DecoderConfig", "KeyValueCache", "generate_greedily"]
-
-IGNORED = -100
-"""The label of a position that is not part of the loss."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +123,19 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class _Rotation:
-    """Cosines and sines of the rotary angles, (time, head_dim)."""
+    """Cosines and sines of the rotary angles, (time, head_dim) or (batch, 1, time, head_dim)."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
-    def at(
-        cls, start: int, time: int, config: DecoderConfig, dtype: torch.dtype, device: torch.device
-    ) -> _Rotation:
+    def at(cls, positions: Tensor, config: DecoderConfig, dtype: torch.dtype) -> _Rotation:
+        """The rotation at positions (..., time)."""
+        device = positions.device
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
         frequencies = 1.0 / config.rope_base ** (exponents / config.head_dim)
-        positions = torch.arange(start, start + time, dtype=torch.float32, device=device)
-        angles = torch.outer(positions, frequencies).repeat(1, 2)
+        angles = positions.float().unsqueeze(-1) * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
     def apply(self, x: Tensor) -> Tensor:
@@ -175,19 +173,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden, bias=False)
 
-    def forward(self, x: Tensor, rotation: _Rotation, cache: KeyValueCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: _Rotation, seen: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
         """Attend within x (batch, time, hidden) and to what the cache holds."""
         q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         q, k = rotation.apply(q), rotation.apply(k)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            past = cache.length
+        if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-            seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).tril(past)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True
+        )
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))  # type: ignore[no-any-return]
 
 
@@ -215,9 +213,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden, config.norm_epsilon)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_epsilon)
 
-    def forward(self, x: Tensor, rotation: _Rotation, cache: KeyValueCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: _Rotation, seen: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
         """Transform x (batch, time, hidden)."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotation, seen, cache)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -231,16 +231,42 @@ class DecoderBody(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_epsilon)
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Hidden states (batch, time, hidden) of tokens (batch, time)."""
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KeyValueCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (batch, time, hidden) of tokens (batch, time).
+
+        Args:
+            tokens: token ids.
+            cache: what came before; `tokens` are added to it.
+            positions: (batch, time) the place of each token in its own text, where several texts
+                stand in one row: every 0 begins a text, and no text attends to another.
+        """
         x = self.embed_tokens(tokens)
         start, time = (0 if cache is None else cache.length), tokens.shape[1]
-        rotation = _Rotation.at(start, time, self.config, x.dtype, x.device)
+        seen = None
+        if positions is not None:
+            seen = _same_text(positions)
+            rotation = _Rotation.at(positions.unsqueeze(1), self.config, x.dtype)
+        else:
+            places = torch.arange(start, start + time, device=x.device)
+            rotation = _Rotation.at(places, self.config, x.dtype)
+            if cache is not None:
+                seen = torch.ones(time, start + time, dtype=torch.bool, device=x.device).tril(start)
         for layer in self.layers:
-            x = layer(x, rotation, cache)
+            x = layer(x, rotation, seen, cache)
         if cache is not None:
             cache.advance(time)
         return self.norm(x)  # type: ignore[no-any-return]
+
+
+def _same_text(positions: Tensor) -> Tensor:
+    """Which token (batch, 1, time, time) may attend to which: those before it in its own text."""
+    text = (positions == 0).cumsum(dim=-1)
+    return (text.unsqueeze(-1) == text.unsqueeze(-2)).tril().unsqueeze(1)
 
 
 class Decoder(nn.Module):
@@ -269,7 +295,9 @@ class Decoder(nn.Module):
         """
         return self.lm_head(self.model(tokens, cache))  # type: ignore[no-any-return]
 
-    def summed_loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def summed_loss(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
         """Cross-entropy summed over the positions that have a label, in nats and float32.
 
         The vocabulary dwarfs every other size, so logits are made at those positions only.
@@ -277,9 +305,10 @@ class Decoder(nn.Module):
         Args:
             tokens: (batch, time) token ids.
             labels: (batch, time) the token that should follow each, or `IGNORED`.
+            positions: (batch, time) as `DecoderBody.forward` takes them, for packed rows.
         """
         supervised = labels != IGNORED
-        logits = self.lm_head(self.model(tokens)[supervised])
+        logits = self.lm_head(self.model(tokens, positions=positions)[supervised])
         return F.cross_entropy(logits.float(), labels[supervised], reduction="sum")
 
 

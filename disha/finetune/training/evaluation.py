@@ -6,37 +6,37 @@ from collections.abc import Sequence
 
 import torch
 
-from disha.finetune.data.examples import Example, batch_by_length
-from disha.finetune.models.decoder import Decoder
+from disha.finetune.data.batches import batch_by_length
+from disha.finetune.data.examples import Example
+from disha.finetune.training.objectives import Objective
 
 __all__ = ["mean_loss"]
 
 BATCH = 16
 
 
-def mean_loss(model: Decoder, examples: Sequence[Example]) -> float:
+def mean_loss(objective: Objective, examples: Sequence[Example]) -> float:
     """Cross-entropy per supervised token over all `examples`, in nats.
 
     The model is in evaluation mode meanwhile, and in its former mode afterwards.
 
     Args:
-        model: the language model, with or without adapters.
+        objective: of the language model, with or without adapters.
         examples: at least one.
     """
-    was_training = model.training
-    model.eval()
+    was_training = objective.training
+    objective.eval()
     try:
-        return _mean_loss(model, examples)
+        return _mean_loss(objective, examples)
     finally:
-        model.train(was_training)
+        objective.train(was_training)
 
 
 @torch.inference_mode()
-def _mean_loss(model: Decoder, examples: Sequence[Example]) -> float:
-    device = model.lm_head.weight.device
+def _mean_loss(objective: Objective, examples: Sequence[Example]) -> float:
+    device = next(objective.parameters()).device
     total, tokens = 0.0, 0
     for batch in batch_by_length(examples, BATCH):
-        loss = model.summed_loss(batch.tokens.to(device), batch.labels.to(device))
-        total += float(loss)
-        tokens += batch.supervised
+        total += float(objective(batch.to(device)))
+        tokens += batch.weight
     return total / tokens

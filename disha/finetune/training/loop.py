@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from disha.finetune.data.examples import Batch, Example, shuffled_batches
+from disha.finetune.data.batches import Batch, BatchSource
 from disha.finetune.errors import TrainingError
-from disha.finetune.models.decoder import Decoder
+from disha.finetune.training.objectives import Objective
 
 __all__ = ["Schedule", "Step", "TrainingPlan", "accumulate_gradients", "training_steps"]
 
@@ -49,7 +50,6 @@ class TrainingPlan:
     """What a training run does.
 
     Args:
-        batch_size: examples per batch.
         accumulation: batches per step.
         epochs: passes over the examples, unless `max_steps` is given.
         max_steps: optimiser steps, or 0 or less to go by `epochs`.
@@ -58,10 +58,8 @@ class TrainingPlan:
         warmup_ratio: part of the steps that warm up.
         max_gradient_norm: gradients are scaled down to this norm; 0 leaves them as they are.
         eval_steps: evaluate every so many steps, besides after the last; 0: not between.
-        seed: decides the order of the examples.
     """
 
-    batch_size: int
     accumulation: int
     epochs: float
     max_steps: int
@@ -70,18 +68,16 @@ class TrainingPlan:
     warmup_ratio: float
     max_gradient_norm: float
     eval_steps: int
-    seed: int
 
-    def steps(self, examples: int) -> int:
-        """How many optimiser steps there are for so many examples."""
+    def steps(self, batches: int) -> int:
+        """How many optimiser steps there are for so many batches an epoch."""
         if self.max_steps > 0:
             return self.max_steps
-        batches = math.ceil(examples / self.batch_size)
         return max(1, math.ceil(self.epochs * math.ceil(batches / self.accumulation)))
 
-    def schedule(self, examples: int) -> Schedule:
-        """The learning rates for so many examples."""
-        steps = self.steps(examples)
+    def schedule(self, batches: int) -> Schedule:
+        """The learning rates for so many batches an epoch."""
+        steps = self.steps(batches)
         return Schedule(self.learning_rate, steps, math.ceil(steps * self.warmup_ratio))
 
 
@@ -113,16 +109,16 @@ class Step:
 
 
 def training_steps(
-    model: Decoder,
-    examples: Sequence[Example],
+    objective: Objective,
+    source: BatchSource[Any],
     plan: TrainingPlan,
     evaluate: Callable[[], float] | None = None,
 ) -> Iterator[Step]:
-    """Train `model`, yielding after every optimiser step.
+    """Train, yielding after every optimiser step.
 
     Args:
-        model: the language model; the parameters that require gradients are trained.
-        examples: to learn from.
+        objective: what to minimise; the parameters that require gradients are trained.
+        source: what to learn from.
         plan: how.
         evaluate: measures the held-out loss; called every `plan.eval_steps` steps and after the
             last.
@@ -130,21 +126,21 @@ def training_steps(
     Raises:
         TrainingError: a loss or gradient is not finite; the weights stay as before that step.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    schedule = plan.schedule(len(examples))
+    trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    schedule = plan.schedule(source.batches_per_epoch() or 0)
     optimizer = torch.optim.AdamW(trainable, lr=plan.learning_rate, weight_decay=plan.weight_decay)
     seconds = 0.0
-    model.train()
-    for number, (epoch, batches) in enumerate(islice(_groups(examples, plan), schedule.steps), 1):
+    objective.train()
+    for number, (epoch, batches) in enumerate(islice(_groups(source, plan), schedule.steps), 1):
         started = time.perf_counter()
         learning_rate = schedule.learning_rate(number - 1)
-        loss = accumulate_gradients(model, batches)
+        loss = accumulate_gradients(objective, batches)
         norm = _clipped_norm(trainable, plan.max_gradient_norm)
         _require_finite(number, loss, norm)
         _update(optimizer, learning_rate)
         took = time.perf_counter() - started
         seconds += took
-        tokens = sum(batch.real_tokens for batch in batches)
+        tokens = sum(batch.size for batch in batches)
         is_due = number == schedule.steps or _divides(plan.eval_steps, number)
         yield Step(
             step=number,
@@ -163,26 +159,26 @@ def _divides(divisor: int, number: int) -> bool:
     return divisor > 0 and number % divisor == 0
 
 
-def accumulate_gradients(model: Decoder, batches: Sequence[Batch]) -> float:
+def accumulate_gradients(objective: Objective, batches: Sequence[Batch]) -> float:
     """Add to the gradients those of the mean loss over all supervised tokens of `batches`.
 
     Returns:
         That mean loss, in nats per token.
     """
-    device = model.lm_head.weight.device
-    supervised = sum(batch.supervised for batch in batches)
+    device = next(objective.parameters()).device
+    supervised = sum(batch.weight for batch in batches)
     total = 0.0
     for batch in batches:
-        loss = model.summed_loss(batch.tokens.to(device), batch.labels.to(device)) / supervised
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = objective(batch.to(device)) / supervised
+        loss.backward()
         total += float(loss.detach())
     return total
 
 
-def _groups(examples: Sequence[Example], plan: TrainingPlan) -> Iterator[tuple[int, list[Batch]]]:
+def _groups(source: BatchSource[Any], plan: TrainingPlan) -> Iterator[tuple[int, list[Batch]]]:
     """The batches of each step with its epoch, without end."""
     for epoch in count(1):
-        batches = shuffled_batches(examples, plan.batch_size, seed=plan.seed, epoch=epoch)
+        batches = map(source.collate, source.batches(epoch))
         while group := list(islice(batches, plan.accumulation)):
             yield epoch, group
 
