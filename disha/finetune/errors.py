@@ -10,10 +10,12 @@ from disha import DishaError
 
 __all__ = [
     "BadInputError",
+    "BadRowError",
     "CheckpointError",
     "DataError",
     "MissingDependencyError",
     "OutputError",
+    "PeerError",
     "SettingsError",
     "TokenizerError",
     "TrainingError",
@@ -41,6 +43,10 @@ class DataError(BadInputError):
     """A data file is missing, or a row of it can't be used."""
 
 
+class BadRowError(DataError):
+    """A row can't be used; the others maybe can."""
+
+
 class MissingDependencyError(DishaError, ImportError):
     """A package that only this part of disha needs is not installed."""
 
@@ -51,6 +57,10 @@ class OutputError(DishaError, OSError):
 
 class TrainingError(DishaError, RuntimeError):
     """Training can't go on, such as when the loss is no longer a finite number."""
+
+
+class PeerError(TrainingError):
+    """Another process of the same training failed. It says why, so this one need not."""
 
 
 class VerificationError(DishaError, RuntimeError):

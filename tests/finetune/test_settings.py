@@ -1,33 +1,32 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import disha
-from disha.finetune.command import parse
-from disha.finetune.errors import CheckpointError, SettingsError
-from disha.finetune.settings.run import DEMO_SETTINGS, FinetuneSettings
+from disha.cli.finetune import settings_from
+from disha.finetune.errors import SettingsError
+from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
 
 
 @pytest.fixture
 def good(tmp_path, tiny_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"query": "a", "response": "b"}\n')
-    return FinetuneSettings(
+    return FinetuneSettings().changed(
         base_model_name_or_path=tiny_path, output_dir=tmp_path / "out", data_path=data
     )
 
 
 def test_good_settings_pass_and_touch_nothing(good):
     good.check()
-    assert not good.output.exists()
+    assert not good.output.output.exists()
 
 
 def test_a_folder_where_a_file_is_to_be_written_is_found_before_training(good):
-    (good.output / "adapter.safetensors").mkdir(parents=True)
+    (good.output.output / "adapter.safetensors").mkdir(parents=True)
     with pytest.raises(SettingsError, match=r"has a folder adapter.safetensors"):
         good.check()
 
@@ -52,38 +51,77 @@ def test_a_folder_where_a_file_is_to_be_written_is_found_before_training(good):
         ({"max_steps": -2}, "--max_steps must be at least 1, or -1"),
         ({"max_seq_length": 1}, "--max_seq_length must be at least 2"),
         ({"seed": -1}, "--seed must be from 0"),
-        ({"base_model_name_or_path": None}, "--base_model_name_or_path model.gguf is missing"),
+        ({"base_model_name_or_path": None}, "--base_model_name_or_path path/to/model is missing"),
         ({"output_dir": None}, "--output_dir FOLDER is missing"),
         ({"data_path": None}, "--data_path rows.jsonl is missing"),
         ({"data_path": Path("absent.jsonl")}, "--data_path absent.jsonl does not exist"),
-        ({"data_path": Path(".")}, "--data_path . is a folder"),
         ({"eval_path": Path("absent.jsonl")}, "--eval_path absent.jsonl does not exist"),
         ({"demo": True}, "--data_path does not go with --demo"),
         ({"dataset_field": ("query", "query")}, "--dataset_field needs two different fields"),
+        ({"dataset_field": ("a", "b", "c")}, "--dataset_field must be one or two names, got a b c"),
+        ({"dataset_field": ()}, "--dataset_field must be one or two names"),
+        ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0, got -1"),
+        ({"dataloader_num_workers": 1}, "--dataloader_num_workers prepares rows that --streaming"),
+        ({"save_steps": 0}, "--save_steps must be at least 1, got 0"),
+        ({"save_total_limit": 0}, "--save_total_limit must be at least 1, got 0"),
+        ({"resume": True, "overwrite_output_dir": True}, "--resume goes on from checkpoints that"),
+        ({"adapter_dropout": 1.0}, "--adapter_dropout must be at least 0 and less than 1, got 1.0"),
+        ({"bone_r_out": 0}, "--bone_r_out must be at least 1, got 0"),
+        ({"bone_r_out": 8, "init_weights": "bat"}, "--bone_r_out does not go with BAT"),
+        ({"init_weights": "bat", "method": "bone"}, "--init_weights bat and --method bone"),
+        ({"target": "("}, "--target must be a regular expression, got '('"),
+        ({"also_train": "["}, "--also_train must be a regular expression, got '['"),
+        ({"model": "m:f"}, "--model and --base_model_name_or_path both say where"),
+        ({"base_model_name_or_path": None, "model": "m"}, "--model must be module:function"),
+        ({"base_model_name_or_path": None, "model": ":f"}, "--model must be module:function"),
+        ({"base_model_name_or_path": Path("absent")}, "--base_model_name_or_path absent does not"),
+        (
+            {"base_model_name_or_path": None, "model": "m:f", "bits": "8"},
+            "--bits 8 quantises models",
+        ),
+        ({"bits": "4", "strategy": "fsdp"}, "--bits 4 does not go with --strategy fsdp"),
     ],
 )
 def test_bad_settings_are_named(good, changes, complaint):
     with pytest.raises(SettingsError) as caught:
-        replace(good, **changes).check()
+        good.changed(**changes).check()
     assert str(caught.value).startswith(complaint)
     assert isinstance(caught.value, disha.DishaError)
     assert isinstance(caught.value, ValueError)
 
 
-def test_two_ways_to_hold_out_contradict(good):
-    settings = replace(good, eval_path=good.data, eval_fraction=0.1)
-    with pytest.raises(SettingsError, match="give one of them"):
-        settings.check()
+@pytest.mark.parametrize("other", [{"eval_path": Path()}, {"eval_split": "test"}])
+def test_two_ways_to_hold_out_contradict(good, other):
+    [name] = other
+    with pytest.raises(SettingsError, match=f"--{name} and --eval_fraction .* give one of them"):
+        good.changed(eval_fraction=0.1, **other).check()
 
 
-def test_fields_do_not_go_with_the_demo():
-    with pytest.raises(SettingsError, match="--dataset_field does not go with --demo"):
-        replace(DEMO_SETTINGS, dataset_field=("a", "b")).check()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataset_field": ("a", "b")},
+        {"dataset_split": "train[:5]"},
+        {"eval_fraction": 0.5},
+        {"eval_split": "test"},
+        {"streaming": True},
+    ],
+)
+def test_what_says_where_rows_are_does_not_go_with_the_demo(changes):
+    [name] = changes
+    with pytest.raises(SettingsError, match=f"--{name} does not go with --demo"):
+        DEMO_SETTINGS.changed(**changes).check()
 
 
-def test_a_folder_as_model_is_named(good, tmp_path):
-    with pytest.raises(CheckpointError, match="is a folder; the base model must be one GGUF file"):
-        replace(good, base_model_name_or_path=tmp_path).check()
+def test_the_demo_may_have_another_model(tmp_path, tiny_path):
+    output = tmp_path / "out"
+    DEMO_SETTINGS.changed(base_model_name_or_path=tiny_path, output_dir=output).check()
+    with pytest.raises(SettingsError, match="absent does not exist"):
+        DEMO_SETTINGS.changed(base_model_name_or_path=Path("absent"), output_dir=output).check()
+
+
+def test_a_folder_of_rows_is_as_good_as_a_file(good, tmp_path):
+    good.changed(data_path=tmp_path, eval_path=tmp_path).check()
 
 
 def test_a_file_where_the_output_folder_should_be(good, tmp_path):
@@ -91,7 +129,7 @@ def test_a_file_where_the_output_folder_should_be(good, tmp_path):
     taken.write_text("mine")
     for folder in (taken, taken / "deeper" / "still"):
         with pytest.raises(SettingsError, match=r"can't be a folder, as .*taken is a file"):
-            replace(good, output_dir=folder).check()
+            good.changed(output_dir=folder).check()
     assert taken.read_text() == "mine"
 
 
@@ -101,71 +139,190 @@ def test_an_output_folder_without_the_right_to_write(good, monkeypatch):
         good.check()
 
 
-@pytest.mark.parametrize("settings", [FinetuneSettings(), DEMO_SETTINGS])
+EVERYTHING = {
+    "base_model_name_or_path": Path("m.gguf"),
+    "tokenizer": Path("tokenizer.json"),
+    "bits": "bf16",
+    "bone_r": 32,
+    "init_weights": "bat",
+    "method": "bat",
+    "bone_r_out": 16,
+    "target": "q_proj",
+    "also_train": "norm",
+    "adapter_dropout": 0.1,
+    "data_path": Path("d.jsonl"),
+    "dataset_split": "train[:100000]",
+    "dataset_field": ("instruction", "output"),
+    "template": "Q: {query}\\nA: ",
+    "eval_path": Path("e.jsonl"),
+    "eval_split": "test[:10%]",
+    "eval_fraction": 0.1,
+    "max_seq_length": 99,
+    "packing": True,
+    "streaming": True,
+    "dataloader_num_workers": 2,
+    "skip_bad_rows": True,
+    "num_train_epochs": 2.0,
+    "max_steps": 3,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.05,
+    "weight_decay": 0.25,
+    "max_grad_norm": 2.0,
+    "seed": 5,
+    "bf16": True,
+    "tf32": True,
+    "gradient_checkpointing": True,
+    "compile": True,
+    "strategy": "fsdp",
+    "output_dir": Path("out"),
+    "logging_steps": 2,
+    "eval_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 7,
+    "save_total_limit": 1,
+    "report_to": "tensorboard",
+    "resume": True,
+    "overwrite_output_dir": True,
+    "merge": True,
+    "verify": True,
+    "dry_run": True,
+    "debug": True,
+}
+"""Another value than the default for every flag, but for those that say where others are from."""
+
+
+def words(**values):
+    given = []
+    for name, value in values.items():
+        several = value if isinstance(value, tuple) else (value,)
+        given += [f"--{name}", *map(str, several)]
+    return given
+
+
+def test_every_flag_is_here():
+    elsewhere = {"model", "config", "demo"}
+    assert EVERYTHING.keys() | elsewhere == FinetuneSettings().to_json().keys()
+    plain = FinetuneSettings().to_json()
+    assert all(str(value) != str(plain[name]) for name, value in EVERYTHING.items())
+
+
+@pytest.mark.parametrize(
+    "settings", [FinetuneSettings(), DEMO_SETTINGS, FinetuneSettings().changed(**EVERYTHING)]
+)
 def test_settings_come_back_from_json(settings):
     text = json.dumps(settings.to_json())
     assert FinetuneSettings.from_json(json.loads(text)) == settings
 
 
-def test_upstreams_spelling_with_underscores_or_dashes():
-    values = {
-        "base_model_name_or_path": "m.gguf",
-        "output_dir": "out",
-        "bone_r": "32",
-        "init_weights": "bat",
-        "bits": "bf16",
-        "data_path": "d.jsonl",
-        "num_train_epochs": "2",
-        "per_device_train_batch_size": "2",
-        "gradient_accumulation_steps": "8",
-        "logging_steps": "1",
-        "learning_rate": "2e-5",
-        "weight_decay": "0.",
-        "warmup_ratio": "0.05",
-        "max_steps": "3",
-        "max_seq_length": "99",
-        "max_grad_norm": "2",
-        "eval_fraction": ".1",
-        "eval_steps": "4",
-        "seed": "5",
-        "target": "q_proj",
-    }
-    underscored = [part for name, value in values.items() for part in (f"--{name}", value)]
+def test_every_flag_is_spelled_with_underscores_or_dashes():
+    underscored = words(**EVERYTHING)
     dashed = [part.replace("_", "-") if part[:2] == "--" else part for part in underscored]
-    fields = ["--dataset_field", "instruction", "output"]
-    expected = FinetuneSettings(
-        base_model_name_or_path=Path("m.gguf"),
-        output_dir=Path("out"),
-        bone_r=32,
-        init_weights="bat",
-        bits="bf16",
-        data_path=Path("d.jsonl"),
-        dataset_field=("instruction", "output"),
-        num_train_epochs=2.0,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=8,
-        logging_steps=1,
-        learning_rate=2e-5,
-        weight_decay=0.0,
-        warmup_ratio=0.05,
-        max_steps=3,
-        max_seq_length=99,
-        max_grad_norm=2.0,
-        eval_fraction=0.1,
-        eval_steps=4,
-        seed=5,
-        target="q_proj",
-    )
-    assert parse([*underscored, *fields]) == expected
-    assert parse([*dashed, *fields]) == expected
+    expected = FinetuneSettings().changed(**EVERYTHING)
+    assert settings_from(underscored) == expected
+    assert settings_from(dashed) == expected
 
 
-def test_init_weights_names_the_method():
-    assert parse(["--init_weights", "True"]).method == "bone"
-    assert parse(["--init_weights", "bat"]).method == "bat"
+@pytest.mark.parametrize(
+    ("given", "is_on"),
+    [
+        (["--packing"], True),
+        (["--packing", "True"], True),
+        (["--packing", "true", "--seed", "1"], True),
+        (["--packing", "--seed", "1"], True),
+        (["--packing", "False"], False),
+        (["--packing=false"], False),
+        (["--seed", "1"], False),
+    ],
+)
+def test_a_switch_may_have_a_word(given, is_on):
+    assert settings_from(given).data.packing is is_on
+
+
+def test_a_switch_has_no_other_word(capsys):
+    with pytest.raises(SystemExit) as left:
+        settings_from(["--packing", "maybe"])
+    assert left.value.code == 2
+    assert "True or False is expected, not 'maybe'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "title"),
+    [
+        (["--init_weights", "True"], "bone", "Bone"),
+        (["--init_weights", "bat"], "bat", "BAT"),
+        (["--method", "bat"], "bat", "BAT"),
+        (["--init_weights", "True", "--method", "bone"], "bone", "Bone"),
+        (["--bone_r_out", "8"], "bone", "Bone (tile)"),
+    ],
+)
+def test_init_weights_or_method_names_the_kind(given, kind, title):
+    adapter = settings_from(given).adapter
+    assert (adapter.kind, adapter.title) == (kind, title)
 
 
 def test_the_demo_has_defaults_of_its_own_that_flags_replace():
-    assert parse(["--demo"]) == DEMO_SETTINGS
-    changed = parse(["--max_steps", "3", "--demo", "--output_dir", "x"])
-    assert changed == replace(DEMO_SETTINGS, max_steps=3, output_dir=Path("x"))
+    assert settings_from(["--demo"]) == DEMO_SETTINGS
+    changed = settings_from(["--max_steps", "3", "--demo", "--output_dir", "x"])
+    assert changed == DEMO_SETTINGS.changed(max_steps=3, output_dir=Path("x"))
+
+
+YAML = {
+    "run.yaml": """
+base_model_name_or_path: m.gguf
+dataset_field: [instruction, output]
+learning_rate: 2e-5
+weight-decay: 0.
+packing: true
+bits: bf16
+init_weights: True
+eval_path:
+"""
+}
+TOML = {
+    "run.toml": """
+base_model_name_or_path = "m.gguf"
+dataset_field = ["instruction", "output"]
+learning_rate = 2e-5
+weight-decay = 0.0
+packing = true
+bits = "bf16"
+init_weights = true
+"""
+}
+
+
+@pytest.mark.parametrize("file", [YAML, TOML], ids=["yaml", "toml"])
+def test_a_file_of_flags_is_as_good_as_the_flags(tmp_path, file):
+    [(name, text)] = file.items()
+    (tmp_path / name).write_text(text)
+    config = ["--config", str(tmp_path / name)]
+    expected = FinetuneSettings().changed(
+        base_model_name_or_path=Path("m.gguf"),
+        dataset_field=("instruction", "output"),
+        learning_rate=2e-5,
+        packing=True,
+        bits="bf16",
+        config=tmp_path / name,
+    )
+    assert settings_from(config) == expected
+    flags = ["--learning_rate", "1", "--packing", "False", "--dataset_field", "text"]
+    changed = expected.changed(learning_rate=1.0, packing=False, dataset_field=("text",))
+    assert settings_from([*config, *flags]) == changed
+    assert settings_from([*flags, *config]) == changed
+
+
+def test_a_file_of_flags_may_ask_for_the_demo(tmp_path):
+    path = tmp_path / "demo.yaml"
+    path.write_text("demo: true\nmax_steps: 3\n")
+    expected = DEMO_SETTINGS.changed(max_steps=3, config=path)
+    assert settings_from(["--config", str(path)]) == expected
+
+
+def test_an_unknown_name_in_a_file_of_flags_names_the_nearest(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rat: 1\n")
+    with pytest.raises(disha.ArgumentError, match=r"run.yaml holds .*did you mean learning_rate\?"):
+        settings_from(["--config", str(path)])

@@ -9,11 +9,14 @@ reading a model or data:
 - `training`: how they are learned
 - `output`: what is written, and when
 - `run`: all of them, the demo's defaults, and what contradicts what
+- `generate`, `evaluate`: those of the commands that use what was trained
 - `flags`: how a setting is spelled on a command line
 """
 
 from disha.finetune.settings.adapter import AdapterSettings
 from disha.finetune.settings.data import DataSettings
+from disha.finetune.settings.evaluate import EvaluateSettings
+from disha.finetune.settings.generate import GenerateSettings, SamplingSettings
 from disha.finetune.settings.model import ModelSettings
 from disha.finetune.settings.output import OutputSettings
 from disha.finetune.settings.run import DEMO_SETTINGS, FinetuneSettings
@@ -23,8 +26,11 @@ __all__ = [
     "DEMO_SETTINGS",
     "AdapterSettings",
     "DataSettings",
+    "EvaluateSettings",
     "FinetuneSettings",
+    "GenerateSettings",
     "ModelSettings",
     "OutputSettings",
+    "SamplingSettings",
     "TrainingSettings",
 ]

@@ -11,6 +11,7 @@ from disha.finetune.errors import SettingsError
 __all__ = [
     "given",
     "require",
+    "require_adapter",
     "require_at_least",
     "require_file_or_folder",
     "require_part",
@@ -33,6 +34,17 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise `SettingsError` unless `condition` holds."""
     if not condition:
         raise SettingsError(f"--{name} must be {allowed}, got {value}")
+
+
+def require_adapter(adapter: Path | None, *, compare: bool, merge: bool) -> None:
+    """Require an adapter where something is to be done with it.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if adapter is None and (compare or merge):
+        flag = "--compare" if compare else "--merge"
+        raise SettingsError(f"{flag} needs an adapter; give --adapter adapter.safetensors too")
 
 
 def require_at_least(least: float, settings: object, names: Sequence[str]) -> None:

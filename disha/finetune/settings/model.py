@@ -31,12 +31,18 @@ class ModelSettings:
 
     bits: Bits = "fp32"
     """How the base model is kept: bf16, fp32, or quantised to 8 or 4 bits (nf4, double
-    quantisation). Adapters are trained in float32 either way."""
+    quantisation). Adapters are trained in float32 either way. A model given by --model is kept as
+    it was made, or rounded to bf16."""
 
     @property
     def base_model(self) -> Path:
         """The file or folder. Raises `SettingsError` if not given."""
         return given(self.base_model_name_or_path, "--base_model_name_or_path path/to/model")
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it says which model, which the demo need not."""
+        return self.base_model_name_or_path is not None or self.model is not None
 
     @property
     def quantised(self) -> bool:
@@ -67,4 +73,9 @@ class ModelSettings:
         if not (module and colon and function):
             raise SettingsError(
                 f"--model must be module:function, such as my_models:make_gpt2, got {self.model!r}"
+            )
+        if self.quantised:
+            raise SettingsError(
+                f"--bits {self.bits} quantises models given by --base_model_name_or_path only; "
+                "leave it out, and let the function return a quantised model"
             )

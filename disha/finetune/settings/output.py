@@ -31,7 +31,7 @@ class OutputSettings:
     """The folder for the results; made if missing. Files of an earlier run are replaced."""
 
     logging_steps: int = 1
-    """Show and record the loss every so many steps."""
+    """Show the loss every so many steps; all are recorded."""
 
     eval_steps: int = 0
     """Measure the held-out loss every so many steps, besides before and after; 0: not between."""
@@ -51,6 +51,9 @@ class OutputSettings:
 
     resume: Switch = False
     """Go on from the newest good checkpoint in output_dir, to the same end as without a break."""
+
+    overwrite_output_dir: Switch = False
+    """Begin anew though output_dir holds checkpoints of an earlier run, which are removed."""
 
     merge: Switch = False
     """Also write the base model with the adapter merged into it, to the folder merged."""
@@ -73,6 +76,11 @@ class OutputSettings:
         require_at_least(0, self, ["eval_steps"])
         if self.save_total_limit is not None:
             require_at_least(1, self, ["save_total_limit"])
+        if self.resume and self.overwrite_output_dir:
+            raise SettingsError(
+                "--resume goes on from checkpoints that --overwrite_output_dir removes; "
+                "give one of them"
+            )
         self._check_folder()
 
     def _check_folder(self) -> None:

@@ -56,7 +56,7 @@ class FinetuneSettings:
         Raises:
             SettingsError: a setting is missing, out of range, or contradicts another.
         """
-        if not self.demo or self.model.base_model_name_or_path is not None:
+        if not self.demo or self.model.is_named:
             self.model.check()
         self.adapter.check()
         self.training.check()
