@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sysconfig
+from collections.abc import Callable
 from html.entities import html5
 from pathlib import Path
 
 import pytest
 import torch
 
-from disha.finetune.inputs import demo_model
+from disha.finetune.base_model import demo_model
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.models.gguf import GGUFCheckpoint
 from disha.finetune.text.tokenizer import Tokenizer
 from tests.finetune import tiny_gguf
+from tests.finetune.command_line import Runner
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,6 +80,18 @@ def tiny_model(tiny_checkpoint: GGUFCheckpoint) -> Decoder:
 
 
 @pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders with tiny models, by family; not to be changed."""
+    from tests.finetune import tiny_checkpoints  # transformers takes seconds to import
+
+    @functools.cache
+    def folder(family: str) -> Path:
+        return tiny_checkpoints.write_folder(tmp_path_factory.mktemp("tiny") / family, family)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def library_lines() -> list[str]:
     """Lines of the standard library's source, and of its tables of characters, mixed."""
     folder = Path(sysconfig.get_paths()["stdlib"])
@@ -97,3 +112,9 @@ def library_lines() -> list[str]:
 
 def _digest(line: str) -> bytes:
     return hashlib.sha256(line.encode()).digest()
+
+
+@pytest.fixture
+def finetune(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_path: Path) -> Runner:
+    """Runs the command on a tiny model and some rows."""
+    return Runner(capsys, tmp_path, tiny_path)

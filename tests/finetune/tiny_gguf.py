@@ -1,11 +1,12 @@
-"""A Llama small enough to train in a second, and GGUF files of it written from scratch.
+"""A Llama small enough to train in a second, and GGUF files of it and its kin, from scratch.
 
 The file is made the way converters make them, from a state dict under the usual names: q and k
-rows are put into GGUF's order here, independently of the code under test.
+rows of a Llama are put into GGUF's order here, independently of the code under test.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -52,6 +53,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -102,16 +105,20 @@ def write_gguf(
         path: the file.
         state: weights under the usual names.
         kind: how matrices are stored; vectors stay F32.
-        architecture: the one named in the file.
+        architecture: the one named in the file; keys of `METADATA` are put under its name.
         metadata: keys to add or replace; None as a value leaves the key out.
         without: GGUF names of tensors to leave out.
         extra: tensors to add under their GGUF names.
     """
     writer = gguf.GGUFWriter(path, architecture)
-    for key, value in {**METADATA, **(metadata or {})}.items():
+    usual = {_under(architecture, key): value for key, value in METADATA.items()}
+    for key, value in {**usual, **(metadata or {})}.items():
         if value is not None:
             _add(writer, key, value)
-    tensors = {_gguf_name(name): _gguf_rows(name, values) for name, values in state.items()}
+    tensors = {
+        _gguf_name(name): _gguf_rows(name, values) if architecture == "llama" else values
+        for name, values in state.items()
+    }
     for name, values in {**tensors, **(extra or {})}.items():
         if name not in set(without):
             stored = kind if values.ndim == 2 else Kind.F32
@@ -126,6 +133,28 @@ def write_gguf(
 def as_read(values: Tensor, kind: Kind) -> Tensor:
     """What `values` are after being stored as `kind`."""
     return torch.from_numpy(gguf.quants.dequantize(_stored(values, kind), kind).copy()).float()
+
+
+def llama3_factors(head_dim: int, rope: Mapping[str, float]) -> Tensor:
+    """What converters write as rope_freqs.weight: by what each frequency is divided."""
+    factors = []
+    for pair in range(head_dim // 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (2 * pair / head_dim)
+        turns = rope["original_max_position_embeddings"] / wavelength
+        if turns > rope["high_freq_factor"]:
+            factors.append(1.0)
+        elif turns < rope["low_freq_factor"]:
+            factors.append(rope["factor"])
+        else:
+            smooth = turns - rope["low_freq_factor"]
+            smooth /= rope["high_freq_factor"] - rope["low_freq_factor"]
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return torch.tensor(factors)
+
+
+def _under(architecture: str, key: str) -> str:
+    prefix = "llama."
+    return f"{architecture}.{key.removeprefix(prefix)}" if key.startswith(prefix) else key
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
@@ -148,16 +177,16 @@ def _stored(values: Tensor, kind: Kind) -> np.ndarray:
 
 def _gguf_name(name: str) -> str:
     outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    stem = name.removesuffix(".weight")
+    stem, _, kind = name.rpartition(".")
     if stem in outer:
-        return f"{outer[stem]}.weight"
+        return f"{outer[stem]}.{kind}"
     layer, _, part = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{GGUF_NAMES[part]}.weight"
+    return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}"
 
 
 def _gguf_rows(name: str, values: Tensor) -> Tensor:
     """GGUF's row 2i + half of a head is the usual row half * head_dim / 2 + i."""
-    if not name.endswith(("q_proj.weight", "k_proj.weight")):
+    if not name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
         return values
     rows = torch.empty_like(values)
     for head in range(values.shape[0] // HEAD_DIM):

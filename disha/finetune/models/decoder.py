@@ -1,21 +1,26 @@
-"""A small Llama-family decoder in plain PyTorch.
+"""The decoder of Llama, Mistral, Qwen2 and Qwen3 in plain PyTorch.
 
-Modules and parameters have the names of the usual Llama checkpoints
+Modules and parameters have the names of the usual checkpoints
 (``model.layers.0.self_attn.q_proj.weight`` ...), so that state dicts and adapter files carry over.
 
     h   = h + O softmax(rot(Q x) rot(K x)^T / sqrt(d)) V x      with x = rmsnorm(h)
     h   = h + down(silu(gate x) * up x)                         with x = rmsnorm(h)
     out = head(rmsnorm(h))
 
+What families add, where the configuration says so: biases, an RMSNorm of every query and key
+head before rotation (Qwen3), and a sliding window, so that a token attends to the last `window`
+tokens only, itself among them (Mistral).
+
 Batches are padded on the right: attention is causal, so no real token ever sees the padding and
 no mask is needed.
 
-Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023.
+Sources: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023; Jiang et
+al., "Mistral 7B", 2023; the technical reports of Qwen2, 2024, and Qwen3, 2025.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +30,17 @@ from torch import Tensor, nn
 
 from disha.finetune.data.examples import IGNORED
 from disha.finetune.errors import CheckpointError
+from disha.finetune.models.rope import RopeScaling, Rotation, rotary_frequencies
 
-__all__ = ["IGNORED", "Decoder", "DecoderConfig", "KeyValueCache", "generate_greedily"]
+__all__ = ["IGNORED", "Decoder", "DecoderConfig", "KeyValueCache"]
+
+LARGEST_SIZE = 1 << 20
+"""Beyond all models there are, and small enough for the size of every weight to be a number."""
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes and constants of a Llama-family decoder.
+    """The sizes and constants of a decoder.
 
     Args:
         vocabulary: number of token ids.
@@ -45,9 +54,16 @@ class DecoderConfig:
         rope_base: base of the rotary frequencies.
         norm_epsilon: added to the mean square in RMSNorm.
         tied_head: whether the output head is the token embedding.
+        rope_scaling: how the rotary frequencies are scaled, if they are.
+        qkv_bias: whether the projections of queries, keys and values have a bias.
+        output_bias: whether the projection of what attention returns has one.
+        feed_forward_bias: whether the feed-forward layers have them.
+        head_norm: whether every query and key head is normalised before rotation.
+        window: to how many tokens a token attends in the layers with a sliding window.
+        windowed_layers: the numbers of these layers.
 
     Raises:
-        CheckpointError: a size is not positive, or sizes don't go together.
+        CheckpointError: a size is not positive or beyond reason, or sizes don't go together.
     """
 
     vocabulary: int
@@ -61,13 +77,25 @@ class DecoderConfig:
     rope_base: float
     norm_epsilon: float
     tied_head: bool
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    feed_forward_bias: bool = False
+    head_norm: bool = False
+    window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = ("vocabulary", "hidden", "feed_forward", "layers", "heads", "kv_heads", "head_dim")
         for name in (*sizes, "context", "rope_base", "norm_epsilon"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise CheckpointError(
                     f"the model's {name} must be greater than 0, got {getattr(self, name)}"
+                )
+        for name in sizes:
+            if getattr(self, name) > LARGEST_SIZE:
+                raise CheckpointError(
+                    f"the model's {name} must be at most {LARGEST_SIZE}, got {getattr(self, name)}"
                 )
         if self.heads % self.kv_heads:
             raise CheckpointError(
@@ -76,6 +104,10 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise CheckpointError(
                 f"the rotary embedding needs heads of even width, got {self.head_dim}"
+            )
+        if self.windowed_layers and not (self.window is not None and self.window > 0):
+            raise CheckpointError(
+                f"the model's sliding window must be greater than 0 tokens, got {self.window}"
             )
 
 
@@ -121,29 +153,6 @@ class KeyValueCache:
         self._length += tokens
 
 
-@dataclass(frozen=True)
-class _Rotation:
-    """Cosines and sines of the rotary angles, (time, head_dim) or (batch, 1, time, head_dim)."""
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def at(cls, positions: Tensor, config: DecoderConfig, dtype: torch.dtype) -> _Rotation:
-        """The rotation at positions (..., time)."""
-        device = positions.device
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-        frequencies = 1.0 / config.rope_base ** (exponents / config.head_dim)
-        angles = positions.float().unsqueeze(-1) * frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Rotate pairs (i, i + head_dim / 2) of the last axis of x (..., time, head_dim)."""
-        first, second = x.chunk(2, dim=-1)
-        return x * self.cos + torch.cat((-second, first), dim=-1) * self.sin
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, the division in float32."""
 
@@ -168,18 +177,33 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads = config.heads, config.kv_heads
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden, bias=False)
+        self.q_proj = nn.Linear(config.hidden, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden, bias=config.output_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.head_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon)
 
     def forward(
-        self, x: Tensor, rotation: _Rotation, seen: Tensor | None, cache: KeyValueCache | None
+        self, x: Tensor, rotation: Rotation, seen: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:
-        """Attend within x (batch, time, hidden) and to what the cache holds."""
+        """Attend within x (batch, time, hidden) and to what the cache holds.
+
+        Args:
+            x: the normalised residual stream.
+            rotation: at the tokens' positions.
+            seen: which token may attend to which, (time, keys) or (batch, 1, time, keys); None
+                means to all before it, and that the cache held nothing.
+            cache: where keys and values are added.
+        """
         q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotation.apply(q), rotation.apply(k)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -194,9 +218,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden, config.feed_forward, bias=False)
-        self.up_proj = nn.Linear(config.hidden, config.feed_forward, bias=False)
-        self.down_proj = nn.Linear(config.feed_forward, config.hidden, bias=False)
+        hidden, wide, bias = config.hidden, config.feed_forward, config.feed_forward_bias
+        self.gate_proj = nn.Linear(hidden, wide, bias=bias)
+        self.up_proj = nn.Linear(hidden, wide, bias=bias)
+        self.down_proj = nn.Linear(wide, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x (..., hidden)."""
@@ -214,9 +239,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_epsilon)
 
     def forward(
-        self, x: Tensor, rotation: _Rotation, seen: Tensor | None, cache: KeyValueCache | None
+        self, x: Tensor, rotation: Rotation, seen: Tensor | None, cache: KeyValueCache | None
     ) -> Tensor:
-        """Transform x (batch, time, hidden)."""
+        """Transform x (batch, time, hidden); the other arguments are those of `Attention`."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, seen, cache)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
@@ -244,23 +269,53 @@ class DecoderBody(nn.Module):
             cache: what came before; `tokens` are added to it.
             positions: (batch, time) the place of each token in its own text, where several texts
                 stand in one row: every 0 begins a text, and no text attends to another.
+
+        Raises:
+            ValueError: positions are given, and the cache already holds tokens.
         """
         x = self.embed_tokens(tokens)
         start, time = (0 if cache is None else cache.length), tokens.shape[1]
-        seen = None
-        if positions is not None:
-            seen = _same_text(positions)
-            rotation = _Rotation.at(positions.unsqueeze(1), self.config, x.dtype)
-        else:
-            places = torch.arange(start, start + time, device=x.device)
-            rotation = _Rotation.at(places, self.config, x.dtype)
-            if cache is not None:
-                seen = torch.ones(time, start + time, dtype=torch.bool, device=x.device).tril(start)
-        for layer in self.layers:
+        if positions is not None and start:
+            raise ValueError("rows of several texts can't go on from a cache; pass them whole")
+        rotation = self._rotation(start, time, positions, x)
+        full, windowed = self._seen(start, time, positions, x.device)
+        for number, layer in enumerate(self.layers):
+            seen = windowed if number in self.config.windowed_layers else full
             x = layer(x, rotation, seen, cache)
         if cache is not None:
             cache.advance(time)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _rotation(self, start: int, time: int, positions: Tensor | None, x: Tensor) -> Rotation:
+        config = self.config
+        frequencies = rotary_frequencies(
+            config.head_dim, config.rope_base, config.rope_scaling, x.device
+        )
+        if positions is None:
+            places = torch.arange(start, start + time, device=x.device)
+        else:
+            places = positions.unsqueeze(1)
+        return Rotation.at(places, frequencies, x.dtype)
+
+    def _seen(
+        self, start: int, time: int, positions: Tensor | None, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What tokens may attend to in layers without and with a sliding window.
+
+        None where it is all that came before, which needs no mask and is fastest so.
+        """
+        if positions is not None:
+            full = _same_text(positions)
+        elif start:
+            full = torch.ones(time, start + time, dtype=torch.bool, device=device).tril(start)
+        else:
+            full = None
+        window = self.config.window
+        if not self.config.windowed_layers or window is None or start + time <= window:
+            return full, full
+        near = torch.ones(time, start + time, dtype=torch.bool, device=device)
+        near = near.tril(start).triu(start - window + 1)
+        return full, near if full is None else full & near
 
 
 def _same_text(positions: Tensor) -> Tensor:
@@ -270,7 +325,7 @@ def _same_text(positions: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """A Llama-family language model.
+    """A language model of one of the families above.
 
     Args:
         config: sizes and constants. With `config.tied_head` the head's weight *is* the embedding.
@@ -288,12 +343,18 @@ class Decoder(nn.Module):
         if self.config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KeyValueCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Logits (batch, time, vocabulary) of tokens (batch, time).
 
-        With a cache, `tokens` go on from what it holds, and are added to it.
+        With a cache, `tokens` go on from what it holds, and are added to it. `positions` are
+        those of `DecoderBody.forward`, for rows of several texts.
         """
-        return self.lm_head(self.model(tokens, cache))  # type: ignore[no-any-return]
+        return self.lm_head(self.model(tokens, cache, positions))  # type: ignore[no-any-return]
 
     def summed_loss(
         self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None
@@ -310,30 +371,3 @@ class Decoder(nn.Module):
         supervised = labels != IGNORED
         logits = self.lm_head(self.model(tokens, positions=positions)[supervised])
         return F.cross_entropy(logits.float(), labels[supervised], reduction="sum")
-
-
-@torch.inference_mode()
-def generate_greedily(
-    model: Decoder, prompt: Iterable[int], *, max_new_tokens: int, stop: int | None = None
-) -> Iterator[int]:
-    """Yield the most likely continuation, token by token.
-
-    Args:
-        model: the language model.
-        prompt: token ids, at least one.
-        max_new_tokens: most tokens to yield.
-        stop: the token id that ends the text; it is not yielded.
-    """
-    weight = model.model.embed_tokens.weight
-    tokens = torch.tensor([list(prompt)], device=weight.device)
-    capacity = tokens.shape[1] + max_new_tokens
-    cache = KeyValueCache(
-        model.config, batch=1, capacity=capacity, dtype=weight.dtype, device=weight.device
-    )
-    for _ in range(max_new_tokens):
-        hidden = model.model(tokens, cache)
-        tokens = model.lm_head(hidden[:, -1:]).argmax(dim=-1)
-        token = int(tokens)
-        if token == stop:
-            return
-        yield token

@@ -4,29 +4,24 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import disha
 from disha.finetune.errors import CheckpointError
-from disha.finetune.models.decoder import IGNORED, KeyValueCache, generate_greedily
+from disha.finetune.models.decoder import IGNORED, KeyValueCache
+from disha.finetune.models.folder import FolderCheckpoint
 from disha.finetune.models.gguf import GGUFCheckpoint
-from tests.finetune import tiny_gguf
+from tests.finetune import tiny_checkpoints, tiny_gguf
+from tests.finetune.models.conftest import transformers_model
 
 TEXT = "def greet(name):\n    # says hello, 12 times\n    return 'hello ' + name\n"
 
 
-def reference(path):
-    """The model that transformers reads from the same file."""
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32
-    )
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def smollm_reference(smollm_path):
-    return reference(smollm_path)
+def random_tokens(batch, time, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, len(tiny_gguf.TOKENS), (batch, time), generator=generator)
 
 
 def cache_for(model, capacity):
@@ -47,24 +42,126 @@ def test_names_equal_transformers_on_the_demos_model(smollm, smollm_reference):
     assert {name: tuple(v.shape) for name, v in smollm.state_dict().items()} == expected
 
 
-@torch.inference_mode()
-def test_generation_equals_transformers_on_the_demos_model(
-    smollm, smollm_reference, smollm_tokenizer
-):
-    prompt = smollm_tokenizer.encode(TEXT)
-    expected = smollm_reference.generate(
-        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )[0, len(prompt) :]
-    assert list(generate_greedily(smollm, prompt, max_new_tokens=12)) == expected.tolist()
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @torch.inference_mode()
 def test_logits_equal_transformers_on_a_tiny_model(tmp_path, tied):
     path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=tied))
     tokens = torch.arange(60).reshape(2, 30)
     ours = GGUFCheckpoint.open(path).load_model(torch.float32)
-    torch.testing.assert_close(ours(tokens), reference(path)(tokens).logits, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(
+        ours(tokens), transformers_model(path)(tokens).logits, rtol=0.0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", tiny_checkpoints.FAMILIES)
+@torch.inference_mode()
+def test_logits_and_names_of_every_family_equal_transformers(tiny_folder, family):
+    reference = tiny_checkpoints.random_model(family)
+    model = FolderCheckpoint.open(tiny_folder(family)).load_model(torch.float32)
+    assert list(model.state_dict()) == list(reference.state_dict())
+    tokens = random_tokens(2, 100)
+    torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama2", {"attention_bias": True, "mlp_bias": True}),
+        ("llama2", {"head_dim": 24}),
+        ("llama2", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 1}),
+        ("qwen2", {"tie_word_embeddings": False}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+        ("qwen3", {"attention_bias": True}),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+        ),
+    ],
+)
+@torch.inference_mode()
+def test_what_configurations_may_ask_for_equals_transformers(tmp_path, family, changes):
+    reference = tiny_checkpoints.random_model(family, **changes)
+    path = tiny_checkpoints.write_folder(tmp_path / "model", family, **changes)
+    model = FolderCheckpoint.open(path).load_model(torch.float32)
+    tokens = random_tokens(2, 60)
+    torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny_checkpoints.FAMILIES)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), cached=st.booleans())
+@settings(max_examples=8, deadline=None)
+def test_packed_rows_compute_what_separate_rows_do(tiny_folder, family, lengths, cached):
+    model = FolderCheckpoint.open(tiny_folder(family)).load_model(torch.float32)
+    texts = [random_tokens(1, length, seed) for seed, length in enumerate(lengths)]
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    cache = cache_for(model, sum(lengths)) if cached else None
+    with torch.inference_mode():
+        packed = model(torch.cat(texts, dim=1), cache, positions)
+        separate = torch.cat([model(text) for text in texts], dim=1)
+    torch.testing.assert_close(packed, separate, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_packed_rows_of_different_cuts_lie_in_one_batch(tiny_folder):
+    model = FolderCheckpoint.open(tiny_folder("mistral")).load_model(torch.float32)
+    tokens = random_tokens(2, 40)
+    positions = torch.stack([torch.arange(40), torch.cat([torch.arange(15), torch.arange(25)])])
+    packed = model(tokens, None, positions)
+    torch.testing.assert_close(packed[:1], model(tokens[:1]), rtol=1e-4, atol=1e-4)
+    separate = torch.cat([model(tokens[1:, :15]), model(tokens[1:, 15:])], dim=1)
+    torch.testing.assert_close(packed[1:], separate, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_packed_rows_do_not_go_on_from_a_cache(tiny_model):
+    cache = cache_for(tiny_model, 8)
+    tiny_model(torch.arange(4).unsqueeze(0), cache)
+    with pytest.raises(ValueError, match="can't go on from a cache"):
+        tiny_model(torch.arange(4).unsqueeze(0), cache, torch.arange(4).unsqueeze(0))
+
+
+@pytest.mark.parametrize(
+    ("family", "length"), [("llama3", 60), ("qwen2", 60), ("mistral", tiny_checkpoints.WINDOW)]
+)
+@torch.inference_mode()
+def test_plain_rows_need_no_mask(tiny_folder, monkeypatch, family, length):
+    model = FolderCheckpoint.open(tiny_folder(family)).load_model(torch.float32)
+    masks, attend = [], nn.functional.scaled_dot_product_attention
+
+    def watched(*inputs, attn_mask, is_causal, **options):
+        masks.append((attn_mask, is_causal))
+        return attend(*inputs, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+    model(random_tokens(1, length))
+    model(random_tokens(1, length), cache_for(model, length))
+    assert masks == [(None, True)] * 4
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama3", "qwen3"])
+def test_the_compiler_sees_one_graph(tiny_folder, family):
+    model = FolderCheckpoint.open(tiny_folder(family)).load_model(torch.float32)
+    tokens, positions = random_tokens(2, 30), torch.arange(30).expand(2, 30)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens), model(tokens))
+    packed = compiled(tokens, None, positions)
+    torch.testing.assert_close(packed, model(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama3", "qwen3"])
+@torch.inference_mode()
+def test_cached_steps_of_other_families(tiny_folder, family):
+    model = FolderCheckpoint.open(tiny_folder(family)).load_model(torch.float32)
+    tokens = random_tokens(1, 50)
+    cache = cache_for(model, 50)
+    pieces = [model(piece, cache) for piece in tokens.split([7, 1, 1, 20, 1, 14, 6], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -74,21 +171,6 @@ def test_cached_steps_give_the_logits_of_one_pass(tiny_model):
     pieces = [tiny_model(piece, cache) for piece in tokens.split([7, 1, 1, 5, 6], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), tiny_model(tokens))
     assert cache.length == 20
-
-
-@torch.inference_mode()
-def test_generation_equals_recomputing_every_prefix(tiny_model):
-    prompt = [5, 6, 7, 8]
-    expected = list(prompt)
-    for _ in range(10):
-        expected.append(int(tiny_model(torch.tensor([expected]))[0, -1].argmax()))
-    assert list(generate_greedily(tiny_model, prompt, max_new_tokens=10)) == expected[4:]
-
-
-def test_generation_ends_before_the_stop_token(tiny_model):
-    free = list(generate_greedily(tiny_model, [5, 6, 7], max_new_tokens=8))
-    stopped = list(generate_greedily(tiny_model, [5, 6, 7], max_new_tokens=8, stop=free[3]))
-    assert stopped == free[: free.index(free[3])]
 
 
 @torch.inference_mode()
@@ -131,6 +213,8 @@ def test_bfloat16_stays_close_to_float32(tiny_checkpoint):
         ({"kv_heads": 3}, "3 key/value heads must divide its 4 heads"),
         ({"head_dim": 15}, "even width, got 15"),
         ({"layers": 0}, "layers must be greater than 0, got 0"),
+        ({"windowed_layers": (0,)}, "sliding window must be greater than 0 tokens, got None"),
+        ({"windowed_layers": (0,), "window": 0}, "sliding window must be greater than 0 tokens"),
         ({"rope_base": float("nan")}, "rope_base must be greater than 0, got nan"),
     ],
 )

@@ -7,7 +7,8 @@ from gguf import GGMLQuantizationType as Kind
 from disha import DishaError
 from disha.finetune.errors import CheckpointError
 from disha.finetune.models.gguf import GGUFCheckpoint
-from tests.finetune import tiny_gguf
+from disha.finetune.models.rope import LinearScaling
+from tests.finetune import tiny_checkpoints, tiny_gguf
 
 
 def load(path, dtype=torch.float32):
@@ -110,9 +111,9 @@ def test_a_damaged_header_is_refused(tmp_path, tiny_path, place):
 
 def test_another_architecture_is_named(tmp_path):
     path = tiny_gguf.write_gguf(
-        tmp_path / "other.gguf", tiny_gguf.random_state(tied=True), architecture="qwen2"
+        tmp_path / "other.gguf", tiny_gguf.random_state(tied=True), architecture="gemma2"
     )
-    with pytest.raises(CheckpointError, match=r"architecture 'qwen2'; supported is 'llama'"):
+    with pytest.raises(CheckpointError, match=r"architecture 'gemma2'.*--model module:function"):
         GGUFCheckpoint.open(path)
 
 
@@ -120,9 +121,13 @@ def test_another_architecture_is_named(tmp_path):
     ("metadata", "complaint"),
     [
         ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type = 'yarn', which is not supported"),
-        ({"llama.rope.scaling.factor": 8.0}, "rope.scaling.factor = 8.0, which is not supported"),
+        ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor = 1.2.*, which is not supported"),
         ({"llama.expert_count": 8}, "expert_count = 8, which is not supported"),
         ({"llama.attention.sliding_window": 64}, "sliding_window = 64, which is not supported"),
+        ({"llama.attention.scale": 1.0}, "attention.scale = 1.0, which is not supported"),
+        ({"llama.attention.sliding_window": 1}, "sliding_window = 1, which is not supported"),
+        ({"llama.attention.causal": False}, "attention.causal = False, which is not supported"),
+        ({"llama.final_logit_softcapping": 30.0}, "softcapping = 30.0, which is not supported"),
         ({"split.count": 3}, "one of 3 parts"),
     ],
 )
@@ -131,25 +136,81 @@ def test_what_would_change_the_model_is_not_ignored(tmp_path, metadata, complain
         tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True), metadata=metadata
     )
     with pytest.raises(CheckpointError, match=complaint):
-        GGUFCheckpoint.open(path)
+        GGUFCheckpoint.open(path).config()
 
 
 def test_neutral_values_of_such_keys_are_fine(tmp_path):
-    neutral = {"llama.rope.scaling.type": "none", "llama.expert_count": 0}
+    neutral = {
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.attn_factor": 1.0,
+        "llama.expert_count": 0,
+        "llama.attention.causal": True,
+        "llama.attention.scale": 0.0,
+        "llama.residual_scale": 1.0,
+    }
     path = tiny_gguf.write_gguf(
         tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True), metadata=neutral
     )
     assert GGUFCheckpoint.open(path).config().layers == 2
 
 
-def test_scaled_rotary_frequencies_are_refused(tmp_path):
+@pytest.mark.parametrize("family", tiny_checkpoints.FAMILIES)
+@torch.inference_mode()
+def test_a_converted_model_of_every_family_computes_the_same(tmp_path, family):
+    plain = {"sliding_window": None} if family == "mistral" else {}
+    path = tiny_checkpoints.write_gguf(tmp_path / "tiny.gguf", family, **plain)
+    reference = tiny_checkpoints.random_model(family, **plain)
+    tokens = torch.arange(120).reshape(2, 60)
+    model = GGUFCheckpoint.open(path).load_model(torch.float32)
+    torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=0.0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_biases_of_a_converted_llama_are_rotated_too(tmp_path):
+    biased = {"attention_bias": True, "mlp_bias": True}
+    path = tiny_checkpoints.write_gguf(tmp_path / "tiny.gguf", "smollm2", **biased)
+    reference = tiny_checkpoints.random_model("smollm2", **biased)
+    tokens = torch.arange(40).unsqueeze(0)
+    model = GGUFCheckpoint.open(path).load_model(torch.float32)
+    torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "divisor"),
+    [
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scale_linear": 2.0}, 2.0),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        ({"llama.rope.scaling.type": "linear"}, None),
+    ],
+)
+def test_linear_scaling_of_rotary_frequencies(tmp_path, metadata, divisor):
     path = tiny_gguf.write_gguf(
-        tmp_path / "tiny.gguf",
-        tiny_gguf.random_state(tied=True),
-        extra={"rope_freqs.weight": torch.ones(8)},
+        tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True), metadata=metadata
     )
-    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight.*not supported"):
-        GGUFCheckpoint.open(path)
+    expected = None if divisor is None else LinearScaling(divisor)
+    assert GGUFCheckpoint.open(path).config().rope_scaling == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"extra": {"rope_freqs.weight": torch.ones(5)}}, r"rope_freqs\.weight has shape \(5,\)"),
+        ({"extra": {"rope_freqs.weight": torch.zeros(8)}}, "must be greater than 0"),
+        (
+            {
+                "extra": {"rope_freqs.weight": torch.ones(8)},
+                "metadata": {"llama.rope.scaling.factor": 2.0},
+            },
+            r"factor beside rope_freqs\.weight = 2\.0, which is not supported",
+        ),
+    ],
+)
+def test_listed_frequency_factors_that_make_no_sense(tmp_path, change, complaint):
+    path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True), **change)
+    with pytest.raises(CheckpointError, match=complaint):
+        GGUFCheckpoint.open(path).config()
 
 
 @pytest.mark.parametrize(
@@ -179,14 +240,27 @@ def test_bad_metadata_is_named(tmp_path, metadata, complaint):
     [
         (
             {"without": ["blk.1.ffn_up.weight"]},
-            r"missing blk\.1\.ffn_up\.weight; not expected none",
+            r"calls for; missing: blk\.1\.ffn_up\.weight\. It is damaged",
         ),
-        ({"extra": {"blk.0.attn_q.bias": torch.ones(64)}}, r"not expected blk\.0\.attn_q\.bias"),
+        ({"extra": {"blk.0.attn_k.bias": torch.ones(64)}}, r"not expected: blk\.0\.attn_k\.bias"),
         ({"without": ["token_embd.weight"]}, r"no tensor token_embd\.weight"),
-        ({"metadata": {"llama.block_count": 3}}, r"missing blk\.2\..* and 5 more"),
+        (
+            {"without": ["token_embd.weight"], "extra": {"token_embd.weight": torch.ones(64)}},
+            r"no tensor token_embd\.weight with a row for each token",
+        ),
+        ({"metadata": {"llama.block_count": 10**6}}, "1000000 layers, but holds 20 tensors only"),
+        ({"metadata": {"llama.block_count": 3}}, r"missing: blk\.2\..* and 5 more"),
+        (
+            {
+                "without": ["blk.1.ffn_norm.weight"],
+                "extra": {"blk.7.ffn_norm.weight": torch.ones(64)},
+                "metadata": {"llama.feed_forward_length": 128},
+            },
+            r"missing: blk\.1\.ffn_norm.*; not expected: blk\.7\.ffn_norm.*; of another shape: ",
+        ),
         (
             {"metadata": {"llama.feed_forward_length": 128}},
-            r"tensor blk\.0\.ffn_gate\.weight has shape \(96, 64\), .* call for \(128, 64\)",
+            r"of another shape: .*blk\.0\.ffn_gate\.weight \(96, 64\) instead of \(128, 64\)",
         ),
     ],
 )

