@@ -1,47 +1,24 @@
-"""The tokenizer described inside a GGUF file: byte-level BPE.
-
-How text is cut before merging depends on the model and is only named in the file
-(``tokenizer.ggml.pre``). ``smollm`` cuts off every single digit, then cuts as GPT-2 does.
-"""
+"""Text to token ids and back, whatever file the tokenizer came from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from disha.finetune.errors import TokenizerError
-
 if TYPE_CHECKING:
-    from tokenizers import AddedToken
     from tokenizers import Tokenizer as BackendTokenizer
-    from tokenizers.pre_tokenizers import PreTokenizer
 
-__all__ = ["Tokenizer"]
+__all__ = ["Tokenizer", "is_text"]
 
-SUPPORTED_MODEL = "gpt2"
+SPACE = "▁"
+"""How SentencePiece writes a space inside tokens."""
 
-CONTROL, USER_DEFINED = 3, 4
-"""The types of tokens, in ``tokenizer.ggml.token_type``, that are never made by merging."""
-
-
-def _gpt2_pieces() -> PreTokenizer:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
-
-
-def _digits_then_gpt2_pieces() -> PreTokenizer:
-    from tokenizers.pre_tokenizers import Digits, Sequence
-
-    return Sequence([Digits(individual_digits=True), _gpt2_pieces()])
-
-
-PRE_TOKENIZERS: Mapping[str, Callable[[], PreTokenizer]] = {
-    "gpt-2": _gpt2_pieces,
-    "smollm": _digits_then_gpt2_pieces,
-}
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""How it names tokens of one byte."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +27,26 @@ class Tokenizer:
 
     Args:
         backend: the tokenizer proper.
-        end: the token id that ends a text.
+        end: the token id put after a text in training.
         begin: the token id to put before every text, if the model wants one.
+        ends: the token ids any of which ends a generated text; `end` is always one.
+        chat_template: the model's own template of conversations, in Jinja, if it has one.
+        named: special tokens under the names that chat templates know them by, such as
+            ``bos_token``.
     """
 
     backend: BackendTokenizer
     end: int
     begin: int | None
+    ends: frozenset[int] = frozenset()
+    chat_template: str | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ends", self.ends | {self.end})
+        # What a tokenizer.json says of the length of texts is no business of encode's.
+        self.backend.no_truncation()
+        self.backend.no_padding()
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any], path: Path) -> Tokenizer:
@@ -69,24 +59,35 @@ class Tokenizer:
         Raises:
             TokenizerError: another kind of tokenizer, or a damaged description.
         """
-        _check_kind(fields, path)
-        tokens: Sequence[str] = _list(fields, "tokens", str, path)
-        end = _token_id(fields, "eos_token_id", len(tokens), path)
-        begin = None
-        if fields.get("tokenizer.ggml.add_bos_token", False):
-            begin = _token_id(fields, "bos_token_id", len(tokens), path)
-        return cls(_backend(fields, tokens, path), end, begin)
+        from disha.finetune.text.from_gguf import tokenizer_from_gguf
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return tokenizer_from_gguf(fields, path)
+
+    def encode(self, text: str, *, special: bool = True, continues: bool = False) -> list[int]:
         """Token ids of `text`, without begin or end tokens added.
 
         Args:
             text: any text.
             special: whether names of special tokens, such as ``<|im_end|>``, mean those tokens;
                 False takes them as ordinary text, as befits text from strangers.
+            continues: whether `text` goes on from other text. SentencePiece puts a space before
+                a text, which does not belong into the middle of one.
         """
-        self.backend.encode_special_tokens = not special
-        return self.backend.encode(text, add_special_tokens=False).ids
+        if continues and self._puts_space_first:
+            # Nothing merges with a line break, so what follows one is encoded as it stands.
+            start, whole = self._ids("\n", special), self._ids(f"\n{text}", special)
+            if whole[: len(start)] == start:
+                return whole[len(start) :]
+        return self._ids(text, special)
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text`, and where in it each token's characters are, as (first, end).
+
+        Names of special tokens mean those tokens.
+        """
+        self.backend.encode_special_tokens = False
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
@@ -96,82 +97,35 @@ class Tokenizer:
         """Whether `token`, as a whole, is in the vocabulary."""
         return self.backend.token_to_id(token) is not None
 
+    def settles(self, index: int) -> bool:
+        """Whether the text of what came before a token can't change once the token has come.
 
-def _check_kind(fields: Mapping[str, Any], path: Path) -> None:
-    model = _field(fields, "model", path)
-    if model != SUPPORTED_MODEL:
-        raise TokenizerError(
-            f"{path} has a tokenizer of kind {model!r}; supported is {SUPPORTED_MODEL!r} "
-            "(byte-level BPE)"
-        )
-    pieces = _field(fields, "pre", path)
-    if pieces not in PRE_TOKENIZERS:
-        raise TokenizerError(
-            f"{path} cuts text the way named {pieces!r} (tokenizer.ggml.pre); supported are "
-            f"{', '.join(sorted(PRE_TOKENIZERS))}. Any other would give wrong token ids"
-        )
+        SentencePiece has tokens of one byte, and how a run of them reads depends on all of them;
+        tokens that are left out of text don't end the run.
+        """
+        token = self.backend.id_to_token(index)
+        return token is not None and index not in self.special and not BYTE.fullmatch(token)
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """The ids of special tokens: those that text from strangers must not make."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return frozenset(index for index, token in added if token.special)
+
+    @cached_property
+    def _puts_space_first(self) -> bool:
+        tokens = self.backend.encode("a", add_special_tokens=False).tokens
+        return bool(tokens) and tokens[0].startswith(SPACE)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        self.backend.encode_special_tokens = not special
+        return self.backend.encode(text, add_special_tokens=False).ids
 
 
-def _backend(fields: Mapping[str, Any], tokens: Sequence[str], path: Path) -> BackendTokenizer:
-    from tokenizers import Tokenizer as BackendTokenizer
-    from tokenizers import decoders, models
-
-    merges = [_merge(pair, path) for pair in _list(fields, "merges", str, path)]
-    types: Sequence[int] = _list(fields, "token_type", int, path)
-    if len(types) != len(tokens):
-        raise TokenizerError(
-            f"{path} has {len(tokens)} tokens but {len(types)} token types; the file is damaged"
-        )
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+def is_text(text: str) -> bool:
+    """Whether `text` can be cut into tokens: bytes of a command line need not be characters."""
     try:
-        backend = BackendTokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:  # the package raises bare Exception for a merge it can't use
-        raise TokenizerError(f"{path} has a damaged list of merges: {error}") from error
-    backend.pre_tokenizer = PRE_TOKENIZERS[_field(fields, "pre", path)]()
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(_whole(tokens, types, CONTROL))
-    backend.add_tokens(_whole(tokens, types, USER_DEFINED))
-    return backend
-
-
-def _whole(tokens: Sequence[str], types: Sequence[int], wanted: int) -> list[AddedToken]:
-    from tokenizers import AddedToken
-
-    pairs = zip(tokens, types, strict=True)
-    return [AddedToken(token, normalized=False) for token, kind in pairs if kind == wanted]
-
-
-def _merge(pair: str, path: Path) -> tuple[str, str]:
-    left, gap, right = pair.partition(" ")
-    if not (left and gap and right):
-        raise TokenizerError(f"{path} has a damaged merge, {pair!r}: two tokens are expected")
-    return left, right
-
-
-def _field(fields: Mapping[str, Any], key: str, path: Path) -> Any:
-    value = fields.get(f"tokenizer.ggml.{key}")
-    if value is None:
-        raise TokenizerError(
-            f"{path} lacks the metadata key tokenizer.ggml.{key}; convert the model to GGUF again "
-            "with its tokenizer"
-        )
-    return value
-
-
-def _list(fields: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
-    values = _field(fields, key, path)
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
-        raise TokenizerError(
-            f"{path} has a tokenizer.ggml.{key} that is no list of {kind.__name__}; "
-            "the file is damaged"
-        )
-    return values
-
-
-def _token_id(fields: Mapping[str, Any], key: str, size: int, path: Path) -> int:
-    value = _field(fields, key, path)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < size:
-        raise TokenizerError(
-            f"{path} has tokenizer.ggml.{key} = {value!r}, which is not among its {size} tokens"
-        )
-    return value
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

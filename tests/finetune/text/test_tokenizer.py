@@ -1,148 +1,88 @@
 from __future__ import annotations
 
-import copy
+import pickle
 
 import pytest
-from tokenizers.pre_tokenizers import Digits, Sequence
-from transformers import AutoTokenizer
+from hypothesis import given
 
-from disha.finetune.errors import TokenizerError
-from disha.finetune.models.gguf import GGUFCheckpoint
 from disha.finetune.text.tokenizer import Tokenizer
-from tests.finetune import tiny_gguf
+from tests.finetune.text import tiny_tokenizers
+from tests.finetune.text.texts import texts
 
-LINES = 1000
-
-
-@pytest.fixture(scope="module")
-def as_transformers_reads_it(smollm_path):
-    """What transformers makes of the file.
-
-    It knows the vocabulary and merges, but not ``tokenizer.ggml.pre``: it cuts text as GPT-2 does
-    and leaves out the step that makes a piece of every digit.
-    """
-    return AutoTokenizer.from_pretrained(str(smollm_path.parent), gguf_file=smollm_path.name)
+BYTE_LEVEL = Tokenizer(tiny_tokenizers.llama3().backend, end=4, begin=0)
+SENTENCEPIECE = Tokenizer(tiny_tokenizers.mistral().backend, end=2, begin=1)
+EITHER = pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE])
 
 
-@pytest.fixture(scope="module")
-def reference(as_transformers_reads_it):
-    """The same, with the step that the file asks for by ``tokenizer.ggml.pre`` = smollm.
-
-    Both the model's own tokenizer.json (Digits, then ByteLevel) and llama.cpp (split at every
-    \\p{N}, then as GPT-2) define it so.
-    """
-    reference = copy.deepcopy(as_transformers_reads_it)
-    backend = reference.backend_tokenizer
-    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
-    return reference
+@given(text=texts())
+def test_byte_level_text_comes_back(text):
+    assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text, special=False)) == text
 
 
-def sample(lines):
-    chosen = lines[: 2 * LINES]
-    assert len(chosen) == 2 * LINES
-    assert sum(not line.isascii() for line in chosen) >= 100
-    assert sum(any(c.isdigit() for c in line) for line in chosen) >= 200
-    return chosen
+@EITHER
+@given(text=texts())
+def test_text_from_strangers_makes_no_special_tokens(tokenizer, text):
+    assert not {0, 1, 2} & set(tokenizer.encode(text, special=False))
 
 
-def test_ids_equal_the_reference_on_real_lines(smollm_tokenizer, reference, library_lines):
-    lines = sample(library_lines)
-    differing = [
-        line for line in lines if smollm_tokenizer.encode(line) != reference(line)["input_ids"]
-    ]
-    assert differing == []
+@EITHER
+def test_nothing_is_added(tokenizer):
+    assert tokenizer.begin not in tokenizer.encode("the answer")
+    assert tokenizer.end not in tokenizer.encode("the answer")
 
 
-def test_ids_equal_transformers_alone_where_no_digit_follows_a_space(
-    smollm_tokenizer, as_transformers_reads_it, library_lines
-):
-    lines = [line for line in library_lines if not any(c.isnumeric() for c in line)][:LINES]
-    assert len(lines) == LINES
-    differing = [
-        line
-        for line in lines
-        if smollm_tokenizer.encode(line) != as_transformers_reads_it(line)["input_ids"]
-    ]
-    assert differing == []
+@given(text=texts())
+def test_what_continues_a_text_joins_it(text):
+    """A line break merges with nothing after it, so pieces around one are the whole's pieces."""
+    joined = SENTENCEPIECE.encode("the answer:\n", special=False)
+    joined += SENTENCEPIECE.encode(text, special=False, continues=True)
+    assert joined == SENTENCEPIECE.encode(f"the answer:\n{text}", special=False)
 
 
-def test_ids_equal_the_reference_on_whole_texts(smollm_tokenizer, reference, library_lines):
-    text = "\n".join(sample(library_lines)[:300])
-    assert smollm_tokenizer.encode(text) == reference(text)["input_ids"]
+@given(text=texts())
+def test_byte_level_text_is_the_same_wherever_it_stands(text):
+    assert BYTE_LEVEL.encode(text, continues=True) == BYTE_LEVEL.encode(text)
 
 
-def test_every_digit_is_a_token(smollm_tokenizer):
-    pieces = [smollm_tokenizer.decode([i]) for i in smollm_tokenizer.encode("x =   1234")]
-    assert pieces == ["x", " =", "   ", "1", "2", "3", "4"]
-    spaces = smollm_tokenizer.encode("x   ")[1:]
-    assert smollm_tokenizer.encode("x   1") == [
-        *smollm_tokenizer.encode("x"),
-        *spaces,
-        *smollm_tokenizer.encode("1"),
-    ]
+@EITHER
+def test_places_are_those_of_the_characters(tokenizer):
+    text = "the 東京 answer"
+    ids, places = tokenizer.encode_with_places(text)
+    assert ids == tokenizer.encode(text)
+    assert places[0][0] == 0
+    assert places[-1][1] == len(text)
+    assert all(first <= end for first, end in places)
+    assert text[places[-1][0] : places[-1][1]].strip() == "answer"
 
 
-def test_text_comes_back(smollm_tokenizer, library_lines):
-    for line in [line for line in library_lines if line.isascii()][:300]:
-        assert smollm_tokenizer.decode(smollm_tokenizer.encode(line, special=False)) == line
+def test_tokens_that_settle_what_came_before():
+    known = SENTENCEPIECE.backend.token_to_id("▁the")
+    assert SENTENCEPIECE.settles(known)
+    assert not SENTENCEPIECE.settles(SENTENCEPIECE.backend.token_to_id("<0x41>"))
+    assert not SENTENCEPIECE.settles(2)
+    assert not SENTENCEPIECE.settles(999_999)
+    assert not BYTE_LEVEL.settles(4)
+    assert BYTE_LEVEL.settles(30)
 
 
-def test_special_tokens_only_where_asked_for(smollm_tokenizer):
-    assert smollm_tokenizer.encode("<|im_end|>") == [smollm_tokenizer.end]
-    as_text = smollm_tokenizer.encode("<|im_end|>", special=False)
-    assert len(as_text) > 1
-    assert smollm_tokenizer.end not in as_text
-    assert smollm_tokenizer.decode(as_text) == "<|im_end|>"
-    assert smollm_tokenizer.encode("<|im_end|>") == [smollm_tokenizer.end]
+def test_the_end_token_is_one_of_those_that_end_a_text():
+    assert Tokenizer(BYTE_LEVEL.backend, end=4, begin=None).ends == {4}
+    assert Tokenizer(BYTE_LEVEL.backend, end=4, begin=None, ends=frozenset({1})).ends == {1, 4}
 
 
-def test_merges_are_used(tiny_tokenizer):
-    assert tiny_tokenizer.encode("hello") == [tiny_gguf.TOKENS.index("hello")]
-    assert [tiny_gguf.TOKENS[i] for i in tiny_tokenizer.encode("hell wo")] == ["hell", "Ġwo"]
+def test_the_length_of_texts_is_not_limited():
+    backend = tiny_tokenizers.smollm2().backend
+    backend.enable_truncation(2)
+    backend.enable_padding(length=50)
+    text = "the answer is that there is not one"
+    tokenizer = Tokenizer(backend, end=2, begin=None)
+    assert tokenizer.encode(text) == tiny_tokenizers.smollm2().backend.encode(text).ids
 
 
-def test_begin_token_only_if_the_file_says_so(tmp_path, tiny_tokenizer):
-    assert tiny_tokenizer.begin is None
-    assert read(tmp_path, {"tokenizer.ggml.add_bos_token": True}).begin == 1
-
-
-def test_user_defined_tokens_are_whole(tmp_path):
-    types = [3, 3, 3, *[1] * (len(tiny_gguf.TOKENS) - 4), 4]
-    tokens = [*tiny_gguf.TOKENS[:-1], "<tool>"]
-    merges = list(tiny_gguf.MERGES[:-1])
-    tokenizer = read(
-        tmp_path,
-        {
-            "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.token_type": types,
-            "tokenizer.ggml.merges": merges,
-        },
+@EITHER
+def test_it_goes_into_other_processes(tokenizer):
+    copied = pickle.loads(pickle.dumps(tokenizer))
+    assert copied.encode("the answer", continues=True) == tokenizer.encode(
+        "the answer", continues=True
     )
-    assert tokenizer.encode("a<tool>b")[1] == len(tokens) - 1
-    assert tokenizer.decode(tokenizer.encode("a<tool>b")) == "a<tool>b"
-
-
-@pytest.mark.parametrize(
-    ("metadata", "complaint"),
-    [
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer of kind 'llama'; supported is 'gpt2'"),
-        ({"tokenizer.ggml.pre": "deepseek-llm"}, "named 'deepseek-llm'.*supported are gpt-2, smol"),
-        ({"tokenizer.ggml.pre": None}, r"lacks the metadata key tokenizer\.ggml\.pre"),
-        ({"tokenizer.ggml.merges": None}, r"lacks the metadata key tokenizer\.ggml\.merges"),
-        ({"tokenizer.ggml.merges": ["he"]}, "damaged merge, 'he'"),
-        ({"tokenizer.ggml.merges": ["zz yy"]}, "damaged list of merges"),
-        ({"tokenizer.ggml.token_type": [1, 1]}, "but 2 token types"),
-        ({"tokenizer.ggml.eos_token_id": 99999}, "eos_token_id = 99999, which is not among"),
-        ({"tokenizer.ggml.eos_token_id": None}, r"lacks the metadata key .*eos_token_id"),
-    ],
-)
-def test_what_is_not_supported_is_named(tmp_path, metadata, complaint):
-    with pytest.raises(TokenizerError, match=complaint):
-        read(tmp_path, metadata)
-
-
-def read(folder, metadata):
-    path = tiny_gguf.write_gguf(
-        folder / "tiny.gguf", tiny_gguf.random_state(tied=True), metadata=metadata
-    )
-    return Tokenizer.from_gguf(GGUFCheckpoint.open(path).fields, path)
+    assert copied.ends == tokenizer.ends

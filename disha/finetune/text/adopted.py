@@ -1,0 +1,88 @@
+"""Tokenizers that a user's own code made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from disha.finetune.errors import TokenizerError
+from disha.finetune.text.from_folder import begin_of
+from disha.finetune.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as BackendTokenizer
+
+__all__ = ["adopt"]
+
+USUAL_ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>")
+"""What the token that ends a text is usually called; a bare tokenizer does not say."""
+
+
+def adopt(tokenizer: object) -> Tokenizer:
+    """Take a tokenizer as it was made elsewhere.
+
+    Args:
+        tokenizer: a `Tokenizer` of ours; a ``tokenizers.Tokenizer``, whose end token is the one
+            it puts after texts, or that goes by a usual name; or a fast tokenizer of
+            transformers.
+
+    Raises:
+        TokenizerError: it is none of these, or does not say which token ends a text.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    from tokenizers import Tokenizer as BackendTokenizer
+
+    if isinstance(tokenizer, BackendTokenizer):
+        return _bare(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, BackendTokenizer):
+        return _of_transformers(tokenizer, backend)
+    raise TokenizerError(
+        f"a tokenizer of class {type(tokenizer).__name__} can't be used; give a "
+        "disha.finetune.text.tokenizer.Tokenizer, a tokenizers.Tokenizer, or a fast tokenizer of "
+        "transformers"
+    )
+
+
+def _bare(backend: BackendTokenizer) -> Tokenizer:
+    source = "the tokenizer"
+    end = _appended(backend)
+    if end is None:
+        usual = [backend.token_to_id(token) for token in USUAL_ENDS]
+        found = [index for index in usual if index is not None]
+        if len(found) != 1:
+            raise TokenizerError(
+                f"the tokenizer does not say which token ends a text, and {len(found)} of the "
+                f"usual ones ({', '.join(USUAL_ENDS)}) are in its vocabulary; wrap it as "
+                "disha.finetune.text.tokenizer.Tokenizer(backend, end, begin)"
+            )
+        end = found[0]
+    return Tokenizer(backend, end, begin_of(backend, source))
+
+
+def _appended(backend: BackendTokenizer) -> int | None:
+    """The token that the tokenizer itself puts after a text."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    processed = backend.encode("a").ids
+    ends_bare = not bare or processed[-1:] == bare[-1:]
+    return None if ends_bare else processed[-1]
+
+
+def _of_transformers(tokenizer: Any, backend: BackendTokenizer) -> Tokenizer:
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise TokenizerError(
+            "the tokenizer does not say which token ends a text; set its eos_token"
+        )
+    template = tokenizer.chat_template
+    return Tokenizer(
+        backend,
+        end,
+        begin_of(backend, "the tokenizer"),
+        chat_template=template if isinstance(template, str) else None,
+        named={
+            name: str(token)
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str)
+        },
+    )

@@ -1,0 +1,185 @@
+"""The tokenizer in a model folder: ``tokenizer.json``, and what the files beside it say.
+
+``tokenizer.json`` is used as it stands: it is the tokenizer the model was trained with. Whether a
+begin token goes before every text is what its own post-processor does; the ``add_bos_token`` of
+``tokenizer_config.json`` says it for the slow tokenizers of old, and transformers ignores it too.
+One thing only the configuration can say: with ``"legacy": false``, a Llama tokenizer puts a space
+before the first text alone, not before each text that follows a special token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from disha.finetune.errors import TokenizerError
+from disha.finetune.text.tokenizer import SPACE, Tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as BackendTokenizer
+
+__all__ = ["begin_of", "open_tokenizer"]
+
+TOKENIZER_FILE = "tokenizer.json"
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Read the tokenizer of a model.
+
+    Args:
+        path: a folder with a ``tokenizer.json`` in it, or that file; ``tokenizer_config.json``,
+            ``special_tokens_map.json``, ``generation_config.json``, ``config.json`` and
+            ``chat_template.jinja`` are read where they lie beside it.
+
+    Raises:
+        TokenizerError: a file is missing or damaged, or none says which token ends a text.
+    """
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    backend = _backend(file)
+    folder = file.parent
+    config = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    model = _json(folder / "config.json")
+    generation = _json(folder / "generation_config.json")
+    if _puts_space_first_only(config, model):
+        _put_space_first_only(backend)
+    named = dict(_named(config))
+    ends = list(_ends(backend, named, generation, model))
+    if not ends:
+        raise TokenizerError(
+            f"no file beside {file} says which token ends a text; name it as eos_token in "
+            "tokenizer_config.json"
+        )
+    return Tokenizer(
+        backend,
+        ends[0],
+        begin_of(backend, file),
+        ends=frozenset(ends),
+        chat_template=_chat_template(folder, config),
+        named=named,
+    )
+
+
+def begin_of(backend: BackendTokenizer, source: object) -> int | None:
+    """The token id that a tokenizer's post-processor puts before every text.
+
+    Args:
+        backend: the tokenizer.
+        source: where it came from; for messages.
+
+    Raises:
+        TokenizerError: it puts several tokens before a text.
+    """
+    backend.encode_special_tokens = False
+    bare = backend.encode("a", add_special_tokens=False).ids
+    processed = backend.encode("a").ids
+    before = processed[: _place_of(bare, processed)]
+    if len(before) > 1:
+        raise TokenizerError(
+            f"{source} puts {len(before)} tokens before every text; supported is one, or none"
+        )
+    return before[0] if before else None
+
+
+def _place_of(part: list[int], whole: list[int]) -> int:
+    places = range(len(whole) - len(part) + 1)
+    return next((place for place in places if whole[place : place + len(part)] == part), 0)
+
+
+def _backend(file: Path) -> BackendTokenizer:
+    from tokenizers import Tokenizer as BackendTokenizer
+
+    if not file.is_file():
+        raise TokenizerError(
+            f"there is no tokenizer at {file}; a {TOKENIZER_FILE} is needed, as "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes it"
+        )
+    try:
+        return BackendTokenizer.from_file(str(file))
+    except Exception as error:  # the package raises bare Exception for what it can't read
+        raise TokenizerError(f"{file} is no tokenizer that can be read: {error}") from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # JSON can spell halves of characters
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"{file} is no JSON that can be read: {error}") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Special tokens by name; each is given as text or as an object with its `content`."""
+    for name, token in config.items():
+        content = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(content, str):
+            yield name, content
+
+
+def _ends(
+    backend: BackendTokenizer,
+    named: Mapping[str, str],
+    generation: Mapping[str, Any],
+    model: Mapping[str, Any],
+) -> Iterator[int]:
+    """The ids that end a text, first the tokenizer's own, which training appends."""
+    own = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
+    if own is not None:
+        yield own
+    for told in (generation.get("eos_token_id"), model.get("eos_token_id")):
+        ids = told if isinstance(told, list) else [told]
+        yield from (index for index in ids if type(index) is int and index >= 0)
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{file} can't be read: {error}") from error
+    template = config.get("chat_template")
+    if template is None or isinstance(template, str):
+        return template
+    try:
+        templates = {entry["name"]: entry["template"] for entry in template}
+    except (TypeError, KeyError) as error:
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'} has a damaged chat_template: a text is expected, "
+            "or a list of objects with name and template"
+        ) from error
+    if not isinstance(templates.get("default"), str):
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'} has no chat template named default, only "
+            f"{', '.join(sorted(map(str, templates)))}; name one of them default"
+        )
+    return str(templates["default"])
+
+
+def _puts_space_first_only(config: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+    """Whether it is a Llama tokenizer of the newer kind.
+
+    Mistral's files name Llama's class too, but are read as they stand.
+    """
+    return (
+        config.get("tokenizer_class") in LLAMA_CLASSES
+        and config.get("legacy") is False
+        and not str(model.get("model_type", "")).startswith("mistral")
+    )
+
+
+def _put_space_first_only(backend: BackendTokenizer) -> None:
+    from tokenizers import normalizers, pre_tokenizers
+
+    if isinstance(backend.normalizer, normalizers.Sequence) and backend.pre_tokenizer is None:
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement=SPACE, prepend_scheme="first", split=False
+        )

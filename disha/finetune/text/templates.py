@@ -1,0 +1,158 @@
+"""What surrounds a query to make a prompt of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from disha.finetune.errors import SettingsError, TokenizerError
+from disha.finetune.text.chat import render
+from disha.finetune.text.tokenizer import Tokenizer, is_text
+
+__all__ = ["CHATML", "PLAIN", "Template", "template_from"]
+
+QUERY = "{query}"
+STAND_IN = "stands-in-for-the-query"
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+
+
+@dataclass(frozen=True)
+class Template:
+    """What surrounds a query: `before` + query + `after`, then the response.
+
+    Names of special tokens in `before` and `after` mean those tokens; in a query they are text.
+
+    Args:
+        before: what stands before the query.
+        after: what stands between it and the response.
+        begins: whether the tokenizer's begin token is put before; a chat template that wants one
+            writes it itself.
+        trims: whether space around a query is left out.
+    """
+
+    before: str
+    after: str
+    begins: bool = True
+    trims: bool = False
+
+    @property
+    def setting(self) -> str:
+        r"""What `template_from` makes this template of, with the same tokenizer."""
+        if not self.begins:
+            return "chat"
+        before, after = (_escaped(text) for text in (self.before, self.after))
+        return f"{before}{QUERY}{after}"
+
+    def parts(self, query: str, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of what stands before a query, of the query, and of what stands after it.
+
+        A query is cut into tokens together with what stands before it, as the space between them
+        belongs to its first word; what stands after it is cut alone, so that a query can lose its
+        end to fit.
+
+        Args:
+            query: any text.
+            tokenizer: the model's.
+        """
+        begin = [tokenizer.begin] if self.begins and tokenizer.begin is not None else []
+        before, asked = self._asked(query.strip() if self.trims else query, tokenizer)
+        return begin + before, asked, tokenizer.encode(self.after, continues=True)
+
+    def _asked(self, query: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        ids, places = tokenizer.encode_with_places(self.before + query)
+        first = sum(end <= len(self.before) for _, end in places)
+        if tokenizer.special.isdisjoint(ids[first:]):
+            return ids[:first], ids[first:]
+        # The query spells a special token, which must stay text.
+        asked = tokenizer.encode(query, special=False, continues=bool(self.before))
+        return tokenizer.encode(self.before), asked
+
+    def prompt(self, query: str, tokenizer: Tokenizer) -> list[int]:
+        """Token ids of a query in the template, ready for a response."""
+        before, asked, after = self.parts(query, tokenizer)
+        return [*before, *asked, *after]
+
+
+CHATML = Template("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+PLAIN = Template("### Instruction:\n", "\n\n### Response:\n")
+
+
+def template_from(setting: str, tokenizer: Tokenizer) -> Template:
+    r"""The template that the setting ``--template`` means.
+
+    Args:
+        setting: ``auto``, for ChatML if the tokenizer knows its tokens, else a plain one;
+            ``chat``, for the tokenizer's own chat template; a text with ``{query}`` in it once,
+            where ``\n``, ``\t`` and ``\\`` mean a line break, a tab and a backslash; or the name
+            of a file that holds such a text, taken as it stands.
+        tokenizer: the model's.
+
+    Raises:
+        SettingsError: the setting is none of these, or the tokenizer has no chat template.
+        TokenizerError: the tokenizer's chat template can't be used.
+    """
+    if setting == "auto":
+        return CHATML if _knows_chatml(tokenizer) else PLAIN
+    if setting == "chat":
+        return _own(tokenizer)
+    if QUERY not in setting and _is_file(setting):
+        return _around_query(_content(Path(setting)), f"the file {setting}")
+    return _around_query(_unescaped(setting), "it")
+
+
+def _knows_chatml(tokenizer: Tokenizer) -> bool:
+    return tokenizer.knows("<|im_start|>") and tokenizer.knows("<|im_end|>")
+
+
+def _own(tokenizer: Tokenizer) -> Template:
+    """The chat template's text around one user's message, up to where the response begins."""
+    if tokenizer.chat_template is None:
+        raise SettingsError(
+            "--template chat needs a tokenizer with a chat template, and this model's has none; "
+            "give auto, or a text with {query} in it"
+        )
+    content = f"\t{STAND_IN}\t"
+    text = render([{"role": "user", "content": content}], tokenizer, prompts=True)
+    if text.count(STAND_IN) != 1:
+        raise TokenizerError(
+            f"the model's chat template writes a user's message {text.count(STAND_IN)} times, not "
+            "once; give --template auto, or a text with {query} in it"
+        )
+    trims = content not in text
+    before, after = text.split(STAND_IN if trims else content)
+    return Template(before, after, begins=False, trims=trims)
+
+
+def _around_query(text: str, source: str) -> Template:
+    if text.count(QUERY) != 1:
+        raise SettingsError(
+            f"--template must be auto, chat, a text with {QUERY} in it exactly once, or a file "
+            f"that holds such a text; {source} has it {text.count(QUERY)} times"
+        )
+    if not is_text(text):
+        raise SettingsError(f"--template must be UTF-8 text; {source} is {text!a}")
+    before, after = text.split(QUERY)
+    return Template(before, after)
+
+
+def _is_file(setting: str) -> bool:
+    try:
+        return Path(setting).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a character no name has
+        return False
+
+
+def _content(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--template names {file}, which can't be read: {error}") from error
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found.group()], text)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace("\n", r"\n").replace("\t", r"\t")
