@@ -2,10 +2,17 @@
 
 From bottom to top:
 
-- `rows`: files and folders as sequences of rows, and which of them a split names
+- `rows`: rows, and sequences of rows, in memory or on disk
+- `storage`, `records`, `parquet`, `files`: data files of every format as rows
+- `splits`, `folders`: the notation for splits, and which files belong to which
+- `held_out`: rows set aside to measure on
+- `dataset`: from the settings to rows
 - `docstrings`: the rows of the demo, made from the machine's own standard library
 - `examples`: a row as token ids, and which of them are learned
 - `encoding`: rows to examples
+- `packing`: several short examples in a row
 - `batches`: examples side by side
-- `sources`: the batches of every epoch, in an order that the seed decides
+- `order`: the order of rows, which the seed decides
+- `sources`, `streaming`: the batches of every epoch, from memory and from disk
+- `tensors`: rows of numbers and their batches, for models that take no text
 """

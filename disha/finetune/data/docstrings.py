@@ -1,7 +1,8 @@
 """The demo's data: functions of the Python standard library and what their docstrings say.
 
-Made at run time from the library on the machine, so nothing is downloaded or shipped. A pair is a
-function's source without its docstring, and the first paragraph of that docstring.
+Made at run time from the library on the machine, so nothing is downloaded or shipped. A row's
+`query` is a function's source without its docstring, and its `response` the first paragraph of that
+docstring.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from disha.finetune.data.rows import Dataset, Pair
+from disha.finetune.data.rows import Dataset, ListedRows, Row
 from disha.finetune.errors import DataError
 
 __all__ = ["docstring_pairs"]
@@ -28,6 +29,14 @@ SKIPPED_FOLDERS = frozenset(
 # In characters. A docstring of a word or two says nothing, and one of a page is no summary.
 SHORTEST_DOCSTRING, LONGEST_DOCSTRING = 24, 300
 LONGEST_SOURCE = 4000
+
+
+class Pair(NamedTuple):
+    """A function's source and what its docstring says."""
+
+    query: str
+    response: str
+
 
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -54,7 +63,8 @@ def docstring_pairs(
             f"found {len(pairs)} functions with docstrings under {folder}, which must be more "
             f"than the {held_out} to hold out; the demo needs Python's standard library as source"
         )
-    return Dataset(training=tuple(pairs[held_out:]), held_out=tuple(pairs[:held_out]))
+    rows = [Row(pair._asdict(), f"docstring {i}") for i, pair in enumerate(pairs, 1)]
+    return Dataset(ListedRows(rows[held_out:]), ListedRows(rows[:held_out]))
 
 
 def _pairs_under(folder: Path) -> Iterator[Pair]:

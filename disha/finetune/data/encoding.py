@@ -1,30 +1,135 @@
-"""Rows to examples: a template around the query, then the response and an end token.
+"""Rows to examples.
 
-Only the response and that end token are learned.
+What is learned depends on the fields: of two, the response and an end token after it, following a
+template with the query in it; of one that holds a text, all of it; of one that holds chat messages,
+what the assistant says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from disha.finetune.data.examples import Example
-from disha.finetune.data.rows import Pair
+from disha.finetune.data.examples import Example, StoredExamples
+from disha.finetune.data.rows import Row, checked_text
+from disha.finetune.errors import BadRowError, DataError
+from disha.finetune.text.templates import Template
 from disha.finetune.text.tokenizer import Tokenizer
 
-__all__ = ["Encoded", "Template", "encode_pairs", "encode_prompt", "template_for"]
+__all__ = [
+    "ChatEncoder",
+    "Encoded",
+    "Encoder",
+    "Outcome",
+    "Tally",
+    "encode_rows",
+]
+
+MOST_COMPLAINTS = 5
+
+
+class ChatEncoder(Protocol):
+    """Lays chat messages out as the tokenizer's chat template says."""
+
+    def __call__(
+        self, messages: Sequence[Any], tokenizer: Tokenizer
+    ) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+        """Return token ids, and the spans of them that are learned.
+
+        Raises:
+            DataError: the messages are malformed; without their place.
+        """
 
 
 @dataclass(frozen=True)
-class Template:
-    """What surrounds a query: `before` + query + `after`, then the response."""
+class Outcome:
+    """What became of a row.
 
-    before: str
-    after: str
+    Args:
+        example: the row as token ids; None if it can't be used.
+        is_cut: whether a part of it was cut off to fit.
+        complaint: what is wrong with it; None also where it is merely too long.
+    """
+
+    example: Example | None = None
+    is_cut: bool = False
+    complaint: str | None = None
 
 
-CHAT = Template("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
-PLAIN = Template("### Instruction:\n", "\n\n### Response:\n")
+@dataclass
+class Tally:
+    """How many rows came to what.
+
+    Args:
+        used: those that became examples, those cut included.
+        cut: those of which a part was cut off to fit.
+        dropped: those left out because they don't fit.
+        bad: those left out because something is wrong with them.
+        complaints: what is wrong with the first few of these.
+    """
+
+    used: int = 0
+    cut: int = 0
+    dropped: int = 0
+    bad: int = 0
+    complaints: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """How many there were."""
+        return self.used + self.dropped + self.bad
+
+    @property
+    def remarks(self) -> str:
+        """What a reader should know of those that were not used as they are; often nothing."""
+        remarks = [
+            f"; {count:,} {what}"
+            for count, what in (
+                (self.cut, "of them cut to fit"),
+                (self.dropped, "left out as too long"),
+                (self.bad, "left out as unusable"),
+            )
+            if count
+        ]
+        if self.complaints:
+            remarks.append(f", such as: {self.complaints[0]}")
+        return "".join(remarks)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count a row."""
+        if outcome.complaint is not None:
+            self.bad += 1
+            if len(self.complaints) < MOST_COMPLAINTS:
+                self.complaints.append(outcome.complaint)
+        elif outcome.example is None:
+            self.dropped += 1
+        else:
+            self.used += 1
+            self.cut += outcome.is_cut
+
+    def clear(self) -> None:
+        """Start from nothing."""
+        self.used = self.cut = self.dropped = self.bad = 0
+        self.complaints.clear()
+
+    def require_used(self, max_length: int) -> None:
+        """Check that there were no rows, or that some could be used.
+
+        Raises:
+            DataError: none of them could.
+        """
+        if self.used or not self.rows:
+            return
+        reasons = []
+        if self.dropped:
+            reasons.append(
+                f"{self.dropped} don't fit into --max_seq_length {max_length} with all that is to "
+                "be learned (raise it)"
+            )
+        if self.bad:
+            reasons.append(f"something is wrong with {self.bad}, such as: {self.complaints[0]}")
+        raise DataError(f"none of the {self.rows} rows can be used: {'; '.join(reasons)}")
 
 
 @dataclass(frozen=True)
@@ -33,54 +138,178 @@ class Encoded:
 
     Args:
         examples: the rows that can be used, in their order.
-        cut: how many of them had the end of their query cut off to fit.
-        dropped: how many rows were left out, as even without a query they don't fit.
+        tally: how many could not, and why.
     """
 
-    examples: tuple[Example, ...]
-    cut: int
-    dropped: int
+    examples: Sequence[Example]
+    tally: Tally
+
+    @property
+    def cut(self) -> int:
+        """How many examples lack a part that was cut off to fit."""
+        return self.tally.cut
+
+    @property
+    def dropped(self) -> int:
+        """How many rows were left out because they don't fit."""
+        return self.tally.dropped
+
+    @property
+    def bad(self) -> int:
+        """How many rows were left out because something is wrong with them."""
+        return self.tally.bad
 
 
-def template_for(tokenizer: Tokenizer) -> Template:
-    """The chat template if the model knows its special tokens, else a plain one."""
-    knows_chat = tokenizer.knows("<|im_start|>") and tokenizer.knows("<|im_end|>")
-    return CHAT if knows_chat else PLAIN
-
-
-def encode_pairs(pairs: Iterable[Pair], tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Turn rows into token ids of at most `max_length` each.
+@dataclass(frozen=True)
+class Encoder:
+    """Turns a row into token ids. It keeps no count, so that copies may work side by side.
 
     A response is never cut: a row too long loses the end of its query, and a row whose response
-    leaves no room for a query is left out and counted.
+    leaves no room for a query is left out. A text too long loses its end. A chat too long is left
+    out.
+
+    Args:
+        tokenizer: of the model.
+        fields: the query's and the response's; or one, of a text or of chat messages.
+        max_length: most tokens per row.
+        template: what surrounds a query; needed for two fields.
+        encode_chat: lays chat messages out; needed for those.
+        skip_bad_rows: whether a bad row is only complained about and not raised.
     """
-    examples: list[Example] = []
-    cut = dropped = 0
-    for pair in pairs:
-        response = [*tokenizer.encode(pair.response, special=False), tokenizer.end]
-        before, query, after = _prompt_parts(pair.query, tokenizer)
-        room = max_length - len(before) - len(after) - len(response)
-        if room < min(1, len(query)):
-            dropped += 1
-            continue
-        cut += len(query) > room
-        prompt = [*before, *query[:room], *after]
-        tokens = (*prompt, *response)
-        examples.append(Example(tokens, ((len(prompt), len(tokens)),)))
-    return Encoded(tuple(examples), cut, dropped)
+
+    tokenizer: Tokenizer
+    fields: tuple[str, ...]
+    max_length: int
+    template: Template | None = None
+    encode_chat: ChatEncoder | None = None
+    skip_bad_rows: bool = False
+
+    def encode(self, row: Row) -> Example | None:
+        """Return a row as token ids, or None if it does not fit or is bad and may be skipped.
+
+        Raises:
+            BadRowError: something is wrong with the row, and `skip_bad_rows` is False.
+        """
+        outcome = self.outcome(row)
+        self.require_allowed(outcome)
+        return outcome.example
+
+    def outcome(self, row: Row) -> Outcome:
+        """Return what becomes of a row; whatever is wrong with it is a complaint and not raised."""
+        try:
+            return self._outcome(row)
+        except BadRowError as error:
+            return Outcome(complaint=str(error))
+
+    def require_allowed(self, outcome: Outcome) -> None:
+        """Check that the row is good, or bad ones may be skipped.
+
+        Raises:
+            BadRowError: neither.
+        """
+        if outcome.complaint is not None and not self.skip_bad_rows:
+            raise BadRowError(outcome.complaint)
+
+    def _outcome(self, row: Row) -> Outcome:
+        if len(self.fields) == 2:
+            return self._pair(row)
+        if isinstance(row[self.fields[0]], str):
+            return self._text(row)
+        return self._chat(row)
+
+    def _pair(self, row: Row) -> Outcome:
+        if self.template is None:
+            raise DataError("two fields need a template to put the query in")
+        query, response = (row.text(name) for name in self.fields)
+        _require_content(response, row, self.fields[1])
+        answer = self.tokenizer.encode(response, special=False, continues=True)
+        answer.append(self.tokenizer.end)
+        before, asked, after = self.template.parts(query, self.tokenizer)
+        room = self.max_length - len(before) - len(after) - len(answer)
+        if room < min(1, len(asked)):
+            return Outcome()
+        prompt = [*before, *asked[:room], *after]
+        tokens = (*prompt, *answer)
+        learned = (max(1, len(prompt)), len(tokens))
+        return Outcome(Example(tokens, (learned,)), is_cut=len(asked) > room)
+
+    def _text(self, row: Row) -> Outcome:
+        text = row.text(self.fields[0])
+        _require_content(text, row, self.fields[0])
+        whole = (
+            *_begin(self.tokenizer),
+            *self.tokenizer.encode(text, special=False),
+            self.tokenizer.end,
+        )
+        if len(whole) < 2:
+            raise BadRowError(
+                f"{row.place}: field {self.fields[0]!r} comes to no tokens, so there is nothing to "
+                "learn"
+            )
+        tokens = whole[: self.max_length]
+        return Outcome(Example(tokens, ((1, len(tokens)),)), is_cut=len(tokens) < len(whole))
+
+    def _chat(self, row: Row) -> Outcome:
+        messages = _messages(row, self.fields[0])
+        if self.encode_chat is None:
+            raise DataError(
+                f"{row.place}: field {self.fields[0]!r} holds chat messages, for which there is no "
+                "chat template; name two fields of text, or use a tokenizer with a chat template"
+            )
+        try:
+            ids, spans = self.encode_chat(messages, self.tokenizer)
+        except DataError as error:
+            raise BadRowError(f"{row.place}: {error}") from error
+        # Nothing comes before the first token that it could be learned from.
+        learned = tuple((max(1, first), end) for first, end in spans if end > max(1, first))
+        if not learned:
+            raise BadRowError(
+                f"{row.place}: field {self.fields[0]!r} holds no message of an assistant, so there "
+                "is nothing to learn"
+            )
+        return Outcome(Example(tuple(ids), learned)) if len(ids) <= self.max_length else Outcome()
 
 
-def encode_prompt(query: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a query in the template, ready for a response."""
-    before, tokens, after = _prompt_parts(query, tokenizer)
-    return [*before, *tokens, *after]
+def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Encoded:
+    """Turn rows into token ids.
+
+    Args:
+        rows: any number of them, also none.
+        encoder: says how.
+
+    Raises:
+        BadRowError: something is wrong with a row, and `encoder.skip_bad_rows` is False.
+        DataError: there are rows, but none can be used.
+    """
+    examples, tally = StoredExamples(), Tally()
+    for row in rows:
+        outcome = encoder.outcome(row)
+        encoder.require_allowed(outcome)
+        tally.add(outcome)
+        if outcome.example is not None:
+            examples.append(outcome.example)
+    tally.require_used(encoder.max_length)
+    return Encoded(examples, tally)
 
 
-def _prompt_parts(query: str, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
-    template = template_for(tokenizer)
-    begin = [] if tokenizer.begin is None else [tokenizer.begin]
-    return (
-        begin + tokenizer.encode(template.before),
-        tokenizer.encode(query, special=False),
-        tokenizer.encode(template.after),
-    )
+def _begin(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.begin is None else [tokenizer.begin]
+
+
+def _require_content(text: str, row: Row, name: str) -> None:
+    if not text.strip():
+        raise BadRowError(f"{row.place}: field {name!r} is empty, so there is nothing to learn")
+
+
+def _messages(row: Row, name: str) -> Sequence[Any]:
+    value, what = row[name], f"{row.place}: field {name!r}"
+    if not isinstance(value, list):
+        raise BadRowError(
+            f"{what} must be text or a list of chat messages, found {type(value).__name__} "
+            f"{value!r:.60}"
+        )
+    for number, message in enumerate(value, 1):
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str):
+            checked_text(content, f"{what}: message {number}")
+    return value

@@ -1,129 +1,215 @@
-"""Files of rows, as sequences of rows of text."""
+"""Rows, and sequences of rows.
+
+A sequence of rows may be in memory or on disk. A row that can't be read is in it nevertheless, and
+complains when its fields are asked for: whoever asks decides whether to stop or to count it.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple, overload
 
-from disha.finetune.data.sources import permutation
-from disha.finetune.errors import DataError
+from disha.finetune.errors import BadRowError
 
-__all__ = ["Dataset", "Pair", "read_pairs", "split_held_out"]
+__all__ = [
+    "Block",
+    "Dataset",
+    "JoinedRows",
+    "ListedRows",
+    "Row",
+    "Rows",
+    "SelectedRows",
+    "checked_text",
+]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A text to answer and the answer to learn."""
+class Row:
+    """One row of data.
 
-    query: str
-    response: str
+    Args:
+        fields: its values by the fields' names.
+        place: where it is from, as in "rows.jsonl, line 7"; for messages.
+        complaint: why it can't be read, if it can't.
+    """
+
+    fields: Mapping[str, Any]
+    place: str
+    complaint: str | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the value of a field.
+
+        Raises:
+            BadRowError: there is no such field, or the row can't be read.
+        """
+        if self.complaint is not None:
+            raise BadRowError(self.complaint)
+        if name not in self.fields:
+            found = ", ".join(map(repr, self.fields)) or "none"
+            raise BadRowError(
+                f"{self.place} has no field {name!r}; its fields are: {found} "
+                "(--dataset_field names those to use)"
+            )
+        return self.fields[name]
+
+    def text(self, name: str) -> str:
+        """Return the value of a field, which must be text.
+
+        Raises:
+            BadRowError: it is not, or there is no such field.
+        """
+        return checked_text(self[name], f"{self.place}: field {name!r}")
+
+
+def checked_text(value: object, what: str) -> str:
+    """Return `value`, which must be text that can be written as UTF-8.
+
+    Args:
+        value: anything.
+        what: what it is called in messages.
+
+    Raises:
+        BadRowError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise BadRowError(f"{what} must be text, found {type(value).__name__} {value!r:.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(
+            f"{what} holds half of a surrogate pair at character {error.start}, "
+            "which is no text (an emoji that was cut in two, maybe)"
+        ) from error
+    return value
+
+
+class Block(NamedTuple):
+    """Rows that can only be read together, so that they are best used soon after each other.
+
+    Args:
+        file: the file they are in.
+        number: which of its blocks they are.
+        size: in bytes, about.
+    """
+
+    file: str
+    number: int
+    size: int
+
+
+class Rows(Sequence[Row]):
+    """Rows by their number. Slices are views: nothing is copied."""
+
+    @abstractmethod
+    def row(self, index: int) -> Row:
+        """Return a row by its number, from 0 up to the number of rows."""
+
+    @property
+    def is_in_blocks(self) -> bool:
+        """Whether some rows can only be read together with others."""
+        return False
+
+    def block(self, index: int) -> Block | None:
+        """Return what is read together with a row; None where it is read alone."""
+        return None
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Rows:
+        if isinstance(index, slice):
+            return SelectedRows(self, range(len(self))[index])
+        return self.row(range(len(self))[index])
+
+
+@dataclass(frozen=True)
+class ListedRows(Rows):
+    """Rows that are in memory."""
+
+    rows: Sequence[Row]
+
+    def row(self, index: int) -> Row:
+        """Return a row by its number."""
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class SelectedRows(Rows):
+    """Some rows of others, in an order of their own.
+
+    Args:
+        rows: those to select from.
+        indices: the numbers of those selected.
+    """
+
+    rows: Sequence[Row]
+    indices: Sequence[int]
+
+    def row(self, index: int) -> Row:
+        """Return a row by its number."""
+        return self.rows[self.indices[index]]
+
+    @property
+    def is_in_blocks(self) -> bool:
+        """Whether some rows can only be read together with others."""
+        return isinstance(self.rows, Rows) and self.rows.is_in_blocks
+
+    def block(self, index: int) -> Block | None:
+        """Return what is read together with a row."""
+        return self.rows.block(self.indices[index]) if isinstance(self.rows, Rows) else None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True)
+class JoinedRows(Rows):
+    """Sequences of rows, one after another."""
+
+    parts: Sequence[Rows]
+    ends: Sequence[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ends", tuple(accumulate(len(part) for part in self.parts)))
+
+    def row(self, index: int) -> Row:
+        """Return a row by its number."""
+        rows, inner = self._part(index)
+        return rows.row(inner)
+
+    @property
+    def is_in_blocks(self) -> bool:
+        """Whether some rows can only be read together with others."""
+        return any(part.is_in_blocks for part in self.parts)
+
+    def block(self, index: int) -> Block | None:
+        """Return what is read together with a row."""
+        rows, inner = self._part(index)
+        return rows.block(inner)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def _part(self, index: int) -> tuple[Rows, int]:
+        part = bisect_right(self.ends, index)
+        rows = self.parts[part]
+        return rows, index - self.ends[part] + len(rows)
 
 
 @dataclass(frozen=True)
 class Dataset:
     """The rows to train on, and those held out to measure on (maybe none)."""
 
-    training: tuple[Pair, ...]
-    held_out: tuple[Pair, ...]
-
-
-def read_pairs(path: Path, fields: tuple[str, str]) -> list[Pair]:
-    """Read a JSON-lines file: one object per line, blank lines ignored.
-
-    Args:
-        path: the file, UTF-8.
-        fields: names of the query's and the response's field.
-
-    Raises:
-        DataError: the file is missing, unreadable or holds no row, or a row is not as it must be;
-            the message names file and line.
-    """
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # with or without a byte-order mark
-            pairs = [
-                _pair(line, fields, f"{path}, line {number}")
-                for number, line in enumerate(file, start=1)
-                if line.strip()
-            ]
-    except FileNotFoundError as error:
-        raise DataError(f"there is no data file {path}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason}); JSON lines must be") from error
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}") from error
-    if not pairs:
-        raise DataError(f"{path} holds no rows; it must hold one JSON object per line")
-    return pairs
-
-
-def _pair(line: str, fields: tuple[str, str], place: str) -> Pair:
-    row = _row(line, place)
-    query, response = (_text(row, field, place) for field in fields)
-    if not response.strip():
-        raise DataError(f"{place}: field {fields[1]!r} is empty, so there is nothing to learn")
-    return Pair(query, response)
-
-
-def _row(line: str, place: str) -> dict[str, object]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place} is not JSON ({error}); every line must hold one JSON object"
-        ) from error
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{place} holds a JSON {type(row).__name__}; every line must hold one JSON object"
-        )
-    return row
-
-
-def _text(row: dict[str, object], field: str, place: str) -> str:
-    if field not in row:
-        found = ", ".join(repr(name) for name in row) or "none"
-        raise DataError(
-            f"{place} has no field {field!r}; its fields are: {found} "
-            "(--dataset_field names the two to use)"
-        )
-    value = row[field]
-    if not isinstance(value, str):
-        raise DataError(
-            f"{place}: field {field!r} must be text, found {type(value).__name__} {value!r:.60}"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: field {field!r} holds half of a surrogate pair at character {error.start}, "
-            "which is no text (an emoji that was cut in two, maybe)"
-        ) from error
-    return value
-
-
-def split_held_out(pairs: Sequence[Pair], fraction: float, seed: int) -> Dataset:
-    """Set a random part of the rows aside, both parts in their original order.
-
-    Args:
-        pairs: all rows.
-        fraction: how much to hold out, from 0 up to but not including 1; rounded to whole rows,
-            at least one unless 0.
-        seed: decides which.
-
-    Raises:
-        DataError: nothing would be left to train on.
-    """
-    if fraction == 0:
-        return Dataset(training=tuple(pairs), held_out=())
-    count = max(1, round(len(pairs) * fraction))
-    if count >= len(pairs):
-        raise DataError(
-            f"holding out {fraction:g} of {len(pairs)} rows leaves none to train on; "
-            "give more rows or a smaller --eval_fraction"
-        )
-    chosen = set(permutation(len(pairs), seed)[:count])
-    return Dataset(
-        training=tuple(pair for index, pair in enumerate(pairs) if index not in chosen),
-        held_out=tuple(pair for index, pair in enumerate(pairs) if index in chosen),
-    )
+    training: Sequence[Row]
+    held_out: Sequence[Row]

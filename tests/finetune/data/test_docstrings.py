@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from disha.finetune.data.docstrings import docstring_pairs
-from disha.finetune.data.examples import Pair
 from disha.finetune.errors import DataError
 
 SOURCE = '''
@@ -60,8 +59,8 @@ def test_about_six_thousand_pairs_of_which_256_are_held_out(pairs):
 
 def test_the_split_shares_neither_source_nor_docstring(pairs):
     for field in ("query", "response"):
-        held_out = {getattr(pair, field) for pair in pairs.held_out}
-        assert held_out.isdisjoint(getattr(pair, field) for pair in pairs.training)
+        held_out = {pair[field] for pair in pairs.held_out}
+        assert held_out.isdisjoint(pair[field] for pair in pairs.training)
         assert len(held_out) == 256
 
 
@@ -78,23 +77,24 @@ def test_the_same_pairs_in_the_same_order_wherever_they_are_found(tmp_path):
 
 def test_sources_are_functions_that_parse_and_do_not_hold_their_docstring(pairs):
     for pair in pairs.held_out:
-        (function,) = ast.parse(pair.query).body
+        (function,) = ast.parse(pair["query"]).body
         assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
         docstring = " ".join((ast.get_docstring(function) or "").split())
-        assert not docstring.startswith(pair.response)
+        assert not docstring.startswith(pair["response"])
 
 
 def test_source_and_first_paragraph(tmp_path):
     made = docstring_pairs(library(tmp_path, box=SOURCE), held_out=1)
-    size = Pair(
+    size = (
         "def size(self):\n    # measured once\n    return self._size",
         "Return how large the box is, in cubic metres.",
     )
-    fill = Pair(
+    fill = (
         "async def fill(self, amount: int) -> None:\n    await self.pour(amount)",
         "Fill the box, as far as there is room.",
     )
-    assert {*made.training, *made.held_out} == {size, fill}
+    rows = [*made.training, *made.held_out]
+    assert {(row["query"], row["response"]) for row in rows} == {size, fill}
 
 
 def test_repeated_sources_and_docstrings_are_left_out(tmp_path):

@@ -1,0 +1,250 @@
+"""Rows of numbers, for models that take tensors and not text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disha.finetune.data.encoding import Outcome, Tally
+from disha.finetune.data.order import permutation
+from disha.finetune.data.rows import Row
+from disha.finetune.errors import BadRowError, DataError
+
+__all__ = ["Samples", "TensorBatch", "TensorRows", "read_samples"]
+
+
+@dataclass(frozen=True)
+class TensorBatch:
+    """Samples side by side.
+
+    Args:
+        inputs: (batch, ...) numbers, float32.
+        targets: (batch,) the numbers of classes, int64; or (batch, ...) numbers to predict,
+            float32.
+        size: how many samples there are.
+        weight: how many terms the summed loss has: a class each, or a number each.
+        classes: how many classes a model must know at least, where targets are classes.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    size: int
+    weight: int
+    classes: int = 0
+
+    def to(self, device: torch.device) -> TensorBatch:
+        """Return the batch on a device."""
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of numbers in memory.
+
+    Args:
+        inputs: (rows, ...) float32.
+        targets: (rows,) classes, int64; or (rows, ...) numbers, float32.
+        tally: how many rows could not be used, and why.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    tally: Tally
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def are_classes(self) -> bool:
+        """Whether the targets are classes, rather than numbers to predict."""
+        return self.targets.dtype == torch.int64
+
+    def batch(self, indices: Sequence[int]) -> TensorBatch:
+        """Return the samples of these numbers side by side."""
+        chosen = torch.tensor(list(indices))
+        targets = self.targets[chosen]
+        # Told here, where looking at it makes no GPU wait.
+        classes = int(targets.max()) + 1 if self.are_classes else 0
+        return TensorBatch(self.inputs[chosen], targets, len(chosen), targets.numel(), classes)
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """Samples in memory, shuffled anew in every epoch.
+
+    Args:
+        samples: all of them.
+        size: samples per batch; the last may be smaller.
+        seed: decides the order.
+    """
+
+    samples: Samples
+    size: int
+    seed: int
+
+    def batches(self, epoch: int) -> Iterator[Sequence[int]]:
+        """Yield the batches of an epoch, counted from 1, as numbers of samples."""
+        order = permutation(len(self.samples), self.seed + epoch)
+        return (order[i : i + self.size] for i in range(0, len(order), self.size))
+
+    def batches_per_epoch(self) -> int:
+        """How many batches an epoch has."""
+        return math.ceil(len(self.samples) / self.size)
+
+    def weight(self, batch: Sequence[int]) -> int:
+        """How many terms the summed loss of a batch has."""
+        return len(batch) * self.samples.targets[:1].numel()
+
+    def collate(self, batch: Sequence[int]) -> TensorBatch:
+        """Return a batch as a model takes it."""
+        return self.samples.batch(batch)
+
+
+def read_samples(
+    rows: Sequence[Row],
+    fields: tuple[str, str],
+    *,
+    skip_bad_rows: bool = False,
+    like: Samples | None = None,
+) -> Samples:
+    """Turn rows into tensors.
+
+    A field holds a number or a list of numbers, nested to any depth, as JSON, also where it is
+    written as text. Targets that are whole numbers in every row, written without a decimal point,
+    are classes.
+
+    Args:
+        rows: at least one.
+        fields: the input's and the target's.
+        skip_bad_rows: count rows that can't be used, and leave them out.
+        like: others that these must be like, in shapes and in what targets are.
+
+    Raises:
+        BadRowError: something is wrong with a row, and `skip_bad_rows` is False.
+        DataError: no row can be used, or a whole number is no class.
+    """
+    tally, expected = Tally(), None if like is None else _Expected.of(like)
+    found: list[_Sample] = []
+    for row in rows:
+        try:
+            sample = _sample(row, fields)
+            expected = expected or _Expected(
+                sample.inputs.shape, sample.target.shape, row.place, classes=None
+            )
+            expected.require(sample, fields)
+        except BadRowError as error:
+            if not skip_bad_rows:
+                raise
+            tally.add(Outcome(complaint=str(error)))
+        else:
+            tally.used += 1
+            found.append(sample)
+    if not found:
+        first = f", such as: {tally.complaints[0]}" if tally.complaints else ""
+        raise DataError(f"none of the {len(rows)} rows can be used{first}")
+    return _stacked(found, like, fields[1], tally)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    inputs: Tensor
+    target: Tensor
+    is_class: bool
+    place: str
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What all rows must be like.
+
+    Args:
+        inputs: their shape.
+        target: its shape.
+        place: where this is from.
+        classes: whether targets are classes; None: whatever they turn out to be.
+    """
+
+    inputs: torch.Size
+    target: torch.Size
+    place: str
+    classes: bool | None
+
+    @classmethod
+    def of(cls, samples: Samples) -> _Expected:
+        return cls(
+            samples.inputs.shape[1:], samples.targets.shape[1:], "training", samples.are_classes
+        )
+
+    def require(self, sample: _Sample, fields: tuple[str, str]) -> None:
+        shapes = (self.inputs, self.target)
+        found = (sample.inputs.shape, sample.target.shape)
+        for name, shape, other in zip(fields, shapes, found, strict=True):
+            if shape != other:
+                raise BadRowError(
+                    f"{sample.place}: field {name!r} has the shape {tuple(other)}, which must be "
+                    f"{tuple(shape)} as in {self.place}"
+                )
+        if self.classes and not sample.is_class:
+            raise BadRowError(
+                f"{sample.place}: field {fields[1]!r} must be a class, a whole number from 0, as "
+                f"in {self.place}"
+            )
+
+
+def _sample(row: Row, fields: tuple[str, str]) -> _Sample:
+    inputs, target = (_value(row, name) for name in fields)
+    is_class = isinstance(target, int) and not isinstance(target, bool)
+    return _Sample(
+        _numbers(inputs, row, fields[0]), _numbers(target, row, fields[1]), is_class, row.place
+    )
+
+
+def _value(row: Row, name: str) -> Any:
+    value = row[name]
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)  # CSV knows text only
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(
+            f"{row.place}: field {name!r} must be a number or a list of numbers, "
+            f"found {value!r:.60}"
+        ) from error
+
+
+def _numbers(value: Any, row: Row, name: str) -> Tensor:
+    try:
+        # In float64 first, where whole numbers keep their value.
+        numbers = torch.tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise BadRowError(
+            f"{row.place}: field {name!r} must be a number or a list of numbers, nested lists all "
+            f"of one length, found {value!r:.60}"
+        ) from error
+    if not numbers.numel() or not bool(torch.isfinite(numbers.float()).all()):
+        raise BadRowError(
+            f"{row.place}: field {name!r} must hold finite numbers, at least one, found "
+            f"{value!r:.60}"
+        )
+    return numbers
+
+
+def _stacked(found: Sequence[_Sample], like: Samples | None, target: str, tally: Tally) -> Samples:
+    inputs = torch.stack([sample.inputs.float() for sample in found])
+    targets = torch.stack([sample.target for sample in found])
+    wanted = all(sample.is_class for sample in found) if like is None else like.are_classes
+    if not wanted:
+        return Samples(inputs, targets.float(), tally)
+    for sample in found:
+        if sample.target < 0:
+            raise DataError(
+                f"{sample.place}: field {target!r} is {int(sample.target)}, but whole numbers are "
+                "classes, from 0; write numbers to predict with a decimal point"
+            )
+    return Samples(inputs, targets.long(), tally)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import pickle
+import sys
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet as pq
+
+from disha.finetune.data import parquet
+from disha.finetune.data.parquet import ParquetRows
+from disha.finetune.errors import BadRowError, DataError, MissingDependencyError
+
+TEXT = st.text(st.characters(codec="utf-8"))
+ROWS = st.lists(st.fixed_dictionaries({"query": TEXT, "numbers": st.lists(st.floats(width=32))}))
+
+
+def written(path, rows, group=3):
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
+    return path
+
+
+@given(ROWS.filter(bool), st.integers(1, 5))
+def test_any_rows_are_read_back(tmp_path_factory, rows, group):
+    path = written(tmp_path_factory.getbasetemp() / "rows.parquet", rows, group)
+    read = ParquetRows(path)
+    assert repr([row.fields for row in read]) == repr(pq.read_table(path).to_pylist())
+    assert [row.place for row in read] == [f"{path}, row {i + 1}" for i in range(len(rows))]
+
+
+def test_chat_messages_come_as_lists_of_objects(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = written(tmp_path / "rows.parquet", [{"messages": messages}])
+    assert ParquetRows(path)[0]["messages"] == messages
+
+
+def test_rows_can_be_had_in_any_order_and_after_pickling(tmp_path):
+    rows = ParquetRows(written(tmp_path / "rows.parquet", [{"n": i} for i in range(10)]))
+    assert [rows[i]["n"] for i in (9, 0, 5, 3, -1)] == [9, 0, 5, 3, 9]
+    assert [row["n"] for row in pickle.loads(pickle.dumps(rows))] == list(range(10))
+
+
+def test_few_groups_are_kept(tmp_path, monkeypatch):
+    path = written(tmp_path / "rows.parquet", [{"text": "x" * 1000} for _ in range(100)], 10)
+    other = written(tmp_path / "other.parquet", [{"text": "y" * 1000} for _ in range(100)], 10)
+    monkeypatch.setattr(parquet, "MOST_BYTES_KEPT", 25_000)
+    for rows in (ParquetRows(path), ParquetRows(other)):
+        for _ in rows:
+            assert parquet.KEPT.size <= 25_000
+    assert parquet.KEPT.size > 20_000
+    monkeypatch.setattr(parquet, "MOST_BYTES_KEPT", 1)
+    assert rows[0]["text"] == "y" * 1000
+    assert parquet.KEPT.size < 15_000
+
+
+def test_the_groups_used_last_are_those_kept(tmp_path, monkeypatch):
+    path = written(tmp_path / "rows.parquet", [{"text": "x" * 1000} for _ in range(30)], 10)
+    monkeypatch.setattr(parquet, "MOST_BYTES_KEPT", 25_000)
+    rows, read = ParquetRows(path), []
+    plain_read = ParquetRows._read
+
+    def noted_read(self, number):
+        read.append(number)
+        return plain_read(self, number)
+
+    monkeypatch.setattr(ParquetRows, "_read", noted_read)
+    for index in (0, 10, 1, 20, 2, 11):
+        assert rows[index]["text"] == "x" * 1000
+    assert read == [0, 1, 2, 1]
+
+
+def test_an_empty_table_has_no_rows(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"a": pa.array([], pa.string())}), path)
+    assert len(ParquetRows(path)) == 0
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DataError, match=r"rows\.parquet can't be read as Parquet"):
+        ParquetRows(path)
+
+
+def test_a_damaged_group_is_named(tmp_path):
+    path = written(tmp_path / "rows.parquet", [{"text": "x" * 1000} for _ in range(100)], 10)
+    content = bytearray(path.read_bytes())
+    content[4:600] = bytes(596)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"rows\.parquet can't be read"):
+        list(ParquetRows(path))
+
+
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path):
+    path = written(tmp_path / "rows.parquet", [{"n": 1}])
+    rows = ParquetRows(path)
+    written(path, [{"n": 1}, {"n": 2}])
+    with pytest.raises(DataError, match=r"rows\.parquet was changed while it was being read"):
+        rows[0]
+
+
+def test_without_pyarrow_the_remedy_is_said(tmp_path, monkeypatch):
+    path = written(tmp_path / "rows.parquet", [{"n": 1}])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingDependencyError, match="pip install pyarrow"):
+        ParquetRows(path)
+
+
+@pytest.mark.parametrize("kind", ["ns", "us"])
+def test_a_moment_that_python_does_not_know_is_no_bad_row(tmp_path, kind):
+    moments = pa.array([2**62 + 1], pa.timestamp(kind))
+    pq.write_table(pa.table({"query": ["a"], "when": moments}), tmp_path / "rows.parquet")
+    row = ParquetRows(tmp_path / "rows.parquet")[0]
+    assert row.text("query") == "a"
+    assert row["when"].value == 2**62 + 1
+    with pytest.raises(BadRowError, match="'when' must be text, found TimestampScalar"):
+        row.text("when")
+
+
+def test_texts_of_every_type_are_texts(tmp_path):
+    table = pa.table(
+        {
+            "plain": ["a", "b", None],
+            "large": pa.array(["a", "b", None], pa.large_string()),
+            "dictionary": pa.array(["a", "b", None]).dictionary_encode(),
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    rows = ParquetRows(tmp_path / "rows.parquet")
+    for name in table.column_names:
+        assert [rows[0].text(name), rows[1].text(name)] == ["a", "b"]
+        with pytest.raises(BadRowError, match=r"row 3: field .* must be text, found NoneType"):
+            rows[2].text(name)
