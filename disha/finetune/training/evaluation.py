@@ -1,42 +1,95 @@
-"""The loss on examples that are not trained on."""
+"""The loss on rows that are not trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from disha.finetune.data.batches import batch_by_length
-from disha.finetune.data.examples import Example
+from disha.finetune.data.batches import Batch
+from disha.finetune.errors import DataError
 from disha.finetune.training.objectives import Objective
+from disha.finetune.training.parallel import Processes, undistributed
+from disha.finetune.training.precision import computing_in_bf16, computing_in_tf32
 
-__all__ = ["mean_loss"]
+__all__ = ["Evaluation", "mean_loss"]
 
-BATCH = 16
+T = TypeVar("T")
 
 
-def mean_loss(objective: Objective, examples: Sequence[Example]) -> float:
-    """Cross-entropy per supervised token over all `examples`, in nats.
+@dataclass(frozen=True)
+class Evaluation:
+    """A mean loss.
+
+    Args:
+        loss: the mean, of cross-entropies in nats.
+        terms: how many terms it is the mean of, such as tokens.
+    """
+
+    loss: float
+    terms: int
+
+
+def mean_loss(
+    objective: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    processes: Processes | None = None,
+    bf16: bool = False,
+    tf32: bool = False,
+) -> Evaluation:
+    """The mean loss over all terms of all batches.
 
     The model is in evaluation mode meanwhile, and in its former mode afterwards.
 
     Args:
-        objective: of the language model, with or without adapters.
-        examples: at least one.
+        objective: of the model, with or without adapters, distributed or not.
+        batches: at least one. With several processes the same on each, which then share the work.
+        processes: those that take part.
+        bf16: compute in bfloat16 where that is safe.
+        tf32: let CUDA compute float32 products in TF32.
+
+    Raises:
+        DataError: there is no batch, or nothing in them that counts.
     """
-    was_training = objective.training
-    objective.eval()
+    inner = undistributed(objective)
+    was_training = inner.training
+    inner.eval()
     try:
-        return _mean_loss(objective, examples)
+        # Not inference mode: what a model then makes and keeps, as a table of positions, would be
+        # of no use to training afterwards, and parts of sharded parameters can't be put together.
+        with torch.no_grad(), computing_in_tf32(tf32):
+            return _mean_loss(inner, batches, processes, bf16)
     finally:
-        objective.train(was_training)
+        inner.train(was_training)
 
 
-@torch.inference_mode()
-def _mean_loss(objective: Objective, examples: Sequence[Example]) -> float:
+def _mean_loss(
+    objective: Objective, batches: Iterable[Batch], processes: Processes | None, bf16: bool
+) -> Evaluation:
     device = next(objective.parameters()).device
-    total, tokens = 0.0, 0
-    for batch in batch_by_length(examples, BATCH):
-        total += float(objective(batch.to(device)))
-        tokens += batch.weight
-    return total / tokens
+    processes = processes or Processes.alone(device)
+    total, terms = torch.zeros((), dtype=torch.float64, device=device), 0
+    for group in _groups(batches, processes.world_size):
+        is_own = processes.rank < len(group)
+        # Those without a batch of their own take part too: sharded models compute together.
+        batch = group[processes.rank] if is_own else group[0]
+        with computing_in_bf16(device, bf16):
+            loss = objective(batch.to(device))
+        if is_own:
+            total += loss
+        terms += sum(batch.weight for batch in group)
+    if terms == 0:
+        raise DataError("there is nothing to measure the loss on; give rows with a response")
+    [summed] = processes.sum([float(total)])
+    return Evaluation(summed / terms, terms)
+
+
+def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    remaining = iter(items)
+    while group := list(islice(remaining, size)):
+        yield group

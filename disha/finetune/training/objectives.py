@@ -2,19 +2,27 @@
 
 A loss is summed, not averaged, so that the steps of training can divide by the terms of all
 batches, on all processes, at once. An objective is a module around its model, so that what wraps
-modules (DDP, FSDP, autocast, torch.compile) wraps one call per batch.
+modules (DDP, FSDP) wraps one call per batch.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from disha.finetune.data.batches import TokenBatch
+from disha.finetune.data.examples import IGNORED
+from disha.finetune.errors import SettingsError
 from disha.finetune.models.decoder import Decoder
 
-__all__ = ["DecoderObjective", "Objective"]
+__all__ = ["DecoderObjective", "LogitsObjective", "Objective", "TensorObjective", "objective_for"]
+
+T = TypeVar("T", bound="Objective")
 
 
 class Objective(nn.Module):
@@ -27,6 +35,19 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    def train(self: T, mode: bool = True) -> T:
+        """Set training mode, or evaluation mode; but running statistics stay what they were.
+
+        An adapter file holds no statistics of normalisation layers, so the base model's are those
+        to train with. With statistics of its own batch, a small batch would also learn otherwise
+        than as a part of a large one.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _NormBase) and module.track_running_stats:
+                module.training = False
+        return self
 
     def forward(self, batch: Any) -> Tensor:
         """The loss summed over the terms of `batch`, which are `batch.weight`; a float32 scalar."""
@@ -41,3 +62,113 @@ class DecoderObjective(Objective):
     def forward(self, batch: TokenBatch) -> Tensor:
         """The loss summed over the positions that have a label, in nats."""
         return self.model.summed_loss(batch.tokens, batch.labels, batch.positions)
+
+
+class LogitsObjective(Objective):
+    """Cross-entropy of the tokens to learn, for any causal language model.
+
+    The model is called with token ids (batch, time) and returns logits (batch, time, vocabulary),
+    or an object that has them as `logits`. Padding is on the right, where no real token of a causal
+    model sees it, so the model is given no mask.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        # Models of transformers would keep keys and values for generation.
+        takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self._options = {"use_cache": False} if takes_use_cache else {}
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """The loss summed over the positions that have a label, in nats.
+
+        Raises:
+            SettingsError: the batch is packed, or the model returns something else.
+        """
+        if batch.positions is not None:
+            raise SettingsError(
+                "--packing needs a model that keeps the texts of a row apart, as those given by "
+                "--base_model_name_or_path do; leave it out"
+            )
+        logits = _output(self.model(batch.tokens, **self._options))
+        if logits.shape[:-1] != batch.labels.shape:
+            raise SettingsError(
+                f"the model given by --model returns shape {tuple(logits.shape)} for tokens of "
+                f"shape {tuple(batch.labels.shape)}; logits (batch, time, vocabulary) are expected"
+            )
+        supervised = batch.labels != IGNORED
+        return F.cross_entropy(
+            logits[supervised].float(), batch.labels[supervised], reduction="sum"
+        )
+
+
+class TensorObjective(Objective):
+    """The loss of a model that maps tensors to tensors.
+
+    A model that has a method `summed_loss(inputs, targets)` is asked for it. Otherwise the model is
+    called with the inputs, and returns a tensor, or an object that has one as `logits`:
+
+    - integer targets: cross-entropy, of outputs (batch, classes, ...) for targets (batch, ...)
+    - floating-point targets: squared error, of outputs of the targets' shape
+
+    Inputs that are not whole numbers are given to the model in its own type.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        # A layer's own parameters come before its adapter's, which may be of another type.
+        types = (p.dtype for p in model.parameters() if p.is_floating_point())
+        self._dtype = next(types, torch.float32)
+
+    def forward(self, batch: Any) -> Tensor:
+        """The summed loss of `batch.inputs` and `batch.targets`.
+
+        Raises:
+            SettingsError: the model's outputs don't go with the targets.
+            DataError: a target is no class of the model's.
+        """
+        inputs, targets = batch.inputs, batch.targets
+        if inputs.is_floating_point():
+            inputs = inputs.to(self._dtype)
+        own = getattr(self.model, "summed_loss", None)
+        if callable(own):
+            loss: Tensor = own(inputs, targets)
+            return loss.float()
+        outputs = _output(self.model(inputs))
+        if targets.is_floating_point():
+            _require_shape(outputs, targets, tuple(targets.shape))
+            return F.mse_loss(outputs.float(), targets.float(), reduction="sum")
+        classes = tuple(outputs.shape[1:2]) or ("classes",)
+        _require_shape(outputs, targets, (*targets.shape[:1], *classes, *targets.shape[1:]))
+        if batch.classes > outputs.shape[1]:
+            raise SettingsError(
+                f"the model given by --model has outputs for {outputs.shape[1]} classes, but there "
+                f"is a target {batch.classes - 1}; classes are numbered from 0"
+            )
+        return F.cross_entropy(outputs.float(), targets, reduction="sum")
+
+
+def objective_for(model: nn.Module, has_tokenizer: bool) -> Objective:
+    """Return the objective of a model: what it learns from is text if there is a tokenizer."""
+    if isinstance(model, Decoder):
+        return DecoderObjective(model)
+    return LogitsObjective(model) if has_tokenizer else TensorObjective(model)
+
+
+def _output(output: Any) -> Tensor:
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise SettingsError(
+            f"the model given by --model returns a {type(output).__name__}; it must return a "
+            "tensor, or an object that has one as logits"
+        )
+    return found
+
+
+def _require_shape(outputs: Tensor, targets: Tensor, expected: tuple[Any, ...]) -> None:
+    if tuple(outputs.shape) != expected:
+        shape = ", ".join(map(str, expected))
+        raise SettingsError(
+            f"the model given by --model returns shape {tuple(outputs.shape)} where targets of "
+            f"shape {tuple(targets.shape)} and type {targets.dtype} need ({shape}); give it a "
+            "method summed_loss(inputs, targets) to use a loss of its own"
+        )

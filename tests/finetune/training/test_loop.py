@@ -1,192 +1,340 @@
 from __future__ import annotations
 
-import copy
+import itertools
 import math
 from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 import disha
-from disha.finetune.data.examples import Example, collate
-from disha.finetune.errors import TrainingError
+from disha.finetune.data.batches import collate
+from disha.finetune.errors import DataError, SettingsError, TrainingError
 from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.loop import (
-    Schedule,
-    TrainingPlan,
+    Progress,
     accumulate_gradients,
+    make_optimizer,
     training_steps,
 )
-
-PLAN = TrainingPlan(
-    batch_size=2,
-    accumulation=2,
-    epochs=1.0,
-    max_steps=-1,
-    learning_rate=1e-2,
-    weight_decay=0.0,
-    warmup_ratio=0.0,
-    max_gradient_norm=1.0,
-    eval_steps=0,
-    seed=0,
+from disha.finetune.training.parallel import Processes
+from tests.finetune.training.tiny import (
+    PackedPairs,
+    blocks,
+    examples,
+    objective,
+    plan,
+    same,
+    source,
 )
 
-
-def plan(**changes):
-    return TrainingPlan(**{**PLAN.__dict__, **changes})
+ALONE = Processes.alone(torch.device("cpu"))
 
 
-def examples(count=12):
-    """Prompts and responses of all lengths."""
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for index in range(count):
-        tokens = torch.randint(3, 200, (6 + 3 * (index % 5),), generator=generator).tolist()
-        made.append(Example(tuple(tokens), prompt_length=2 + index % 3))
-    return made
+def gradients(trained, batches):
+    """Loss and gradients of uncollated batches."""
+    trained.zero_grad()
+    share = accumulate_gradients(trained, source(), batches, ALONE)
+    return float(share.loss), [block.grad.clone() for block in disha.adapter_parameters(trained)]
 
 
-@pytest.fixture
-def adapted(tiny_model):
-    torch.manual_seed(0)
-    return disha.inject_adapters(tiny_model, "_proj$", 8)
-
-
-def blocks(model):
-    return [block.detach().clone() for block in disha.adapter_parameters(model)]
-
-
-def gradients(model, batches):
-    model.zero_grad()
-    loss = accumulate_gradients(model, batches)
-    return loss, [block.grad.clone() for block in disha.adapter_parameters(model)]
-
-
-def test_accumulated_small_batches_equal_one_large_batch(adapted):
-    rows = examples(9)
-    large_loss, large = gradients(adapted, [collate(rows)])
-    # Parts of unequal size and length: a mean of means would differ.
-    small_loss, small = gradients(
-        adapted, [collate(rows[:1]), collate(rows[1:4]), collate(rows[4:])]
-    )
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_accumulated_small_batches_equal_one_large_batch(sizes):
+    """Parts of unequal size and length: a mean of means would differ."""
+    trained, rows = objective(), examples(sum(sizes))
+    ends = list(itertools.accumulate(sizes, initial=0))
+    large_loss, large = gradients(trained, [rows])
+    small_loss, small = gradients(trained, [rows[a:b] for a, b in pairwise(ends)])
     assert small_loss == pytest.approx(large_loss, rel=1e-6)
     for one, other in zip(small, large, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_loss_is_the_mean_over_supervised_tokens(adapted):
-    rows = examples(5)
-    loss, _ = gradients(adapted, [collate(rows[:2]), collate(rows[2:])])
-    assert loss == pytest.approx(mean_loss(adapted, rows), rel=1e-5)
-
-
-def test_mean_loss_is_the_same_in_any_order_and_keeps_the_mode(adapted):
-    rows = examples(40)
-    assert mean_loss(adapted, rows) == pytest.approx(mean_loss(adapted, rows[::-1]), rel=1e-6)
-    adapted.train()
-    mean_loss(adapted, rows)
-    assert adapted.training
-    adapted.eval()
-    mean_loss(adapted, rows)
-    assert not adapted.training
-
-
-def test_schedule_warms_up_then_follows_a_cosine():
-    schedule = Schedule(peak=2.0, steps=12, warmup=3)
-    rates = [schedule.learning_rate(step) for step in range(12)]
-    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert rates[3:] == pytest.approx([1 + math.cos(math.pi * i / 9) for i in range(9)])
-    assert min(rates) > 0
-
-
-def test_schedule_without_warmup_starts_at_the_peak():
-    assert Schedule(peak=0.3, steps=1, warmup=0).learning_rate(0) == pytest.approx(0.3)
+def test_the_loss_is_the_mean_over_learned_tokens():
+    trained, rows = objective(), examples(5)
+    loss, _ = gradients(trained, [rows[:2], rows[2:]])
+    logits = [trained.model(torch.tensor([row.tokens]))[0, :-1] for row in rows]
+    losses = [
+        nn.functional.cross_entropy(scores, torch.tensor(row.tokens[1:]), reduction="none")
+        for scores, row in zip(logits, rows, strict=True)
+    ]
+    learned = [
+        one[first - 1 : end - 1]
+        for one, row in zip(losses, rows, strict=True)
+        for first, end in row.learned
+    ]
+    assert loss == pytest.approx(float(torch.cat(learned).mean().detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("changes", "rows", "steps"),
+    ("changes", "batches", "processes", "steps"),
     [
-        ({}, 12, 3),
-        ({}, 13, 4),
-        ({"epochs": 2.5}, 12, 8),
-        ({"epochs": 0.01}, 12, 1),
-        ({"max_steps": 7, "epochs": 2.0}, 12, 7),
-        ({"batch_size": 100, "accumulation": 100}, 12, 1),
+        ({}, 6, 1, 3),
+        ({}, 7, 1, 4),
+        ({"epochs": 2.5}, 6, 1, 8),
+        ({"epochs": 0.01}, 6, 1, 1),
+        ({"max_steps": 7, "epochs": 2.0}, 6, 1, 7),
+        ({"max_steps": 7}, None, 1, 7),
+        ({"accumulation": 100}, 6, 1, 1),
+        ({}, 8, 2, 2),
+        ({}, 9, 2, 3),
+        ({"epochs": 2.0}, 9, 4, 4),
     ],
 )
-def test_number_of_steps(changes, rows, steps):
-    assert plan(**changes).steps(rows) == steps
+def test_number_of_steps(changes, batches, processes, steps):
+    assert plan(**changes).steps(batches, processes) == steps
 
 
-def test_warmup_is_rounded_up():
-    assert plan(max_steps=10, warmup_ratio=0.11).schedule(12).warmup == 2
+def test_the_number_of_steps_has_to_come_from_somewhere():
+    with pytest.raises(SettingsError, match="--max_steps is needed"):
+        plan().steps(None)
 
 
-def test_steps_are_recorded(adapted):
-    rows = examples()
-    steps = list(training_steps(adapted, rows, plan(epochs=2.0)))
-    assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
-    assert [step.epoch for step in steps] == [1, 1, 1, 2, 2, 2]
-    per_epoch = sum(len(row.tokens) - 1 for row in rows)
-    assert sum(step.tokens for step in steps[:3]) == per_epoch
-    schedule = plan(epochs=2.0).schedule(len(rows))
-    assert [step.learning_rate for step in steps] == [schedule.learning_rate(i) for i in range(6)]
+def test_warm_up_is_rounded_up():
+    assert plan(max_steps=10, warmup_ratio=0.11).learning_rates(12).warmup == 2
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_steps_are_recorded(name):
+    rows, choices = source(13), plan(epochs=2.0, schedule=name)
+    steps = list(training_steps(objective(), rows, choices))
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [step.epoch for step in steps] == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert [step.batches for step in steps] == [2, 4, 6, 7, 2, 4, 6, 7]
+    per_epoch = sum(len(row.tokens) - 1 for row in rows.examples)
+    assert sum(step.tokens for step in steps[:4]) == per_epoch
+    schedule = choices.learning_rates(7)
+    assert schedule.name == name
+    assert [step.learning_rate for step in steps] == [schedule.learning_rate(i) for i in range(8)]
     assert all(b.seconds > a.seconds for a, b in pairwise(steps))
     assert all(step.tokens_per_second > 0 for step in steps)
+    assert steps[4].progress == Progress(5, 2, 2, steps[4].seconds)
 
 
-def test_training_lowers_the_loss_and_changes_blocks_only(adapted):
-    rows = examples()
-    base = {k: v.clone() for k, v in adapted.state_dict().items() if "bone_block" not in k}
-    before = mean_loss(adapted, rows)
-    for _ in training_steps(adapted, rows, plan(max_steps=25)):
+def test_training_lowers_the_loss_and_changes_blocks_only():
+    trained, rows = objective(), source()
+    base = {k: v.clone() for k, v in trained.state_dict().items() if "bone_block" not in k}
+    held_out = [collate(examples())]
+    before = mean_loss(trained, held_out).loss
+    for _ in training_steps(trained, rows, plan(max_steps=30)):
         pass
-    assert mean_loss(adapted, rows) < before - 0.5
-    after = adapted.state_dict()
+    assert mean_loss(trained, held_out).loss < before - 0.5
+    after = trained.state_dict()
     assert all(torch.equal(after[name], values) for name, values in base.items())
 
 
-def test_the_same_seed_trains_the_same_blocks(adapted):
+def test_the_same_seed_trains_the_same_blocks():
     def train(seed):
-        model = copy.deepcopy(adapted)
-        list(training_steps(model, examples(), plan(seed=seed)))
-        return blocks(model)
+        trained = objective()
+        list(training_steps(trained, source(seed=seed), plan()))
+        return blocks(trained)
 
-    assert all(map(torch.equal, train(5), train(5)))
-    assert not all(map(torch.equal, train(5), train(6)))
+    assert same(train(5), train(5))
+    assert not same(train(5), train(6))
 
 
-def test_evaluations_at_their_steps_and_after_the_last(adapted):
+def test_the_steps_are_those_of_adamw_by_hand():
+    trained, plain = objective(), objective()
+    choices = plan(max_gradient_norm=0.0, epochs=2.0)
+    steps = list(training_steps(trained, source(), choices))
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=choices.weight_decay)
+    rows, losses = source(), []
+    for epoch in (1, 2):
+        batches = list(rows.batches(epoch))
+        for first, second in zip(batches[::2], batches[1::2], strict=True):
+            optimizer.param_groups[0]["lr"] = steps[len(losses)].learning_rate
+            both = collate([*first, *second])
+            loss = plain(both) / both.weight
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert [step.loss for step in steps] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("split", [1, 3, 4, 6])
+def test_training_goes_on_where_it_is_told_to(split):
+    """Without dropout, model and optimiser are all there is besides the place in the data."""
+    straight, parted = objective(), objective()
+    choices, rows = plan(epochs=2.0), source(13)
+    expected = [step.loss for step in training_steps(straight, rows, choices)]
+    optimizer = make_optimizer(parted, choices)
+    first = list(
+        itertools.islice(training_steps(parted, rows, choices, optimizer=optimizer), split)
+    )
+    rest = list(
+        training_steps(parted, rows, choices, optimizer=optimizer, start=first[-1].progress)
+    )
+    assert [step.loss for step in (*first, *rest)] == expected
+    assert rest[0].seconds > first[-1].seconds
+    assert same(blocks(straight), blocks(parted))
+
+
+def test_packed_rows_are_learned_like_rows_of_their_own():
+    choices = plan(accumulation=1)
+    packed, apart = objective(), objective()
+    [step] = training_steps(packed, PackedPairs(examples(4), 2, 0), choices)
+    [other] = training_steps(apart, source(4, size=4), choices)
+    assert step.tokens == other.tokens
+    assert step.loss == pytest.approx(other.loss, rel=1e-5)
+    assert step.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-4)
+
+
+def test_evaluations_at_their_steps_and_after_the_last():
     losses = iter([3.0, 2.0, 1.0])
     steps = list(
-        training_steps(adapted, examples(), plan(max_steps=5, eval_steps=2), lambda: next(losses))
+        training_steps(
+            objective(), source(), plan(max_steps=5, eval_steps=2), evaluate=lambda: next(losses)
+        )
     )
     assert [step.eval_loss for step in steps] == [None, 3.0, None, 2.0, 1.0]
 
 
-def test_gradients_are_clipped_to_the_norm(adapted):
-    first = next(training_steps(adapted, examples(), plan()))
-    assert first.gradient_norm > 1.0
+def test_who_wants_to_stop_gets_the_step_that_is_under_way():
+    wishes = iter([False, True])
+    steps = training_steps(objective(), source(), plan(), should_stop=lambda: next(wishes))
+    assert [step.step for step in steps] == [1, 2]
+
+
+def recorded_norms(monkeypatch, choices):
     norms = []
 
     class Recorded(torch.optim.SGD):
+        def __init__(self, parameters, lr, **options):
+            super().__init__(parameters, lr)
+
         def step(self, closure=None):
             grads = [p.grad for group in self.param_groups for p in group["params"]]
-            norms.append(float(torch.nn.utils.get_total_norm(grads)))
+            norms.append(float(nn.utils.get_total_norm(grads)))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", Recorded)
-        list(training_steps(adapted, examples(), plan(max_steps=2)))
-        list(training_steps(adapted, examples(), plan(max_steps=1, max_gradient_norm=0.0)))
-    assert norms[:2] == pytest.approx([1.0, 1.0], rel=1e-4)
-    assert norms[2] > 1.0
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    steps = list(training_steps(objective(), source(), choices))
+    return [step.gradient_norm for step in steps], norms
+
+
+def test_gradients_are_clipped_to_the_norm(monkeypatch):
+    before, after = recorded_norms(monkeypatch, plan())
+    assert min(before) > 1.0
+    assert after == pytest.approx([1.0] * len(after), rel=1e-4)
+
+
+def test_gradients_are_not_clipped_to_a_norm_of_zero(monkeypatch):
+    before, after = recorded_norms(monkeypatch, plan(max_gradient_norm=0.0))
+    assert after == pytest.approx(before)
+
+
+def test_bf16_computes_in_bfloat16_and_trains_in_float32():
+    exact, rounded = objective(), objective()
+    expected = [step.loss for step in training_steps(exact, source(), plan())]
+    found = [step.loss for step in training_steps(rounded, source(), plan(bf16=True))]
+    assert found != expected
+    assert found == pytest.approx(expected, rel=0.02)
+    assert {block.dtype for block in blocks(rounded)} == {torch.float32}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_before_the_update(adapted, bad):
+def test_a_loss_that_is_not_finite_stops_before_the_update(bad):
+    trained = objective()
+    steps = training_steps(trained, source(), plan())
+    next(steps)
     with torch.no_grad():
-        adapted.model.norm.weight[0] = bad
-    before = blocks(adapted)
-    with pytest.raises(TrainingError, match="training stopped at step 1: loss nan"):
-        list(training_steps(adapted, examples(), plan()))
-    assert all(map(torch.equal, before, blocks(adapted)))
+        trained.model.model.norm.weight[0] = bad
+    before = blocks(trained)
+    with pytest.raises(TrainingError, match="training stopped at step 2: loss nan"):
+        next(steps)
+    assert same(before, blocks(trained))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update():
+    trained = objective()
+    parameter = next(disha.adapter_parameters(trained))
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    before = blocks(trained)
+    with pytest.raises(TrainingError, match=r"stopped at step 1: loss \d.*gradient norm (inf|nan)"):
+        list(training_steps(trained, source(), plan()))
+    assert same(before, blocks(trained))
+
+
+def error_of_the_cpu_allocator():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "make_error",
+    [
+        lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError,
+        error_of_the_cpu_allocator,
+    ],
+)
+def test_lack_of_memory_says_what_to_lower(make_error):
+    trained, error = objective(), make_error()
+
+    def fail(batch):
+        raise error
+
+    trained.forward = fail
+    with pytest.raises(TrainingError, match="lower --per_device_train_batch_size") as found:
+        list(training_steps(trained, source(), plan()))
+    assert found.value.__cause__ is error
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory():
+    trained = objective()
+
+    def fail(batch):
+        raise RuntimeError("shapes do not match")
+
+    trained.forward = fail
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(training_steps(trained, source(), plan()))
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(DataError, match="no row to train on"):
+        list(training_steps(objective(), source(0), plan(max_steps=1)))
+
+
+def test_nothing_to_train_is_refused():
+    frozen = objective()
+    frozen.requires_grad_(False)
+    with pytest.raises(SettingsError, match="nothing to train"):
+        list(training_steps(frozen, source(), plan()))
+
+
+def test_a_batch_without_a_learned_token_counts_for_nothing():
+    class Unlearned(type(source())):
+        def weight(self, batch):
+            return 0
+
+        def collate(self, batch):
+            made = collate(batch)
+            made.labels.fill_(-100)
+            return made
+
+    [step] = training_steps(objective(), Unlearned(examples(2), 2, 0), plan())
+    assert (step.loss, step.gradient_norm) == (0.0, 0.0)
+    assert not math.isnan(step.tokens_per_second)
+
+
+def test_the_mode_is_set_when_it_has_to_be_and_not_in_every_step():
+    trained, modes, calls = objective(dropout=0.5), [], []
+    trained.model.eval()
+    trained.model.model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    set_mode = trained.train
+    trained.train = lambda mode=True: calls.append(mode) or set_mode(mode)
+
+    def evaluate():
+        trained.eval()
+        return 1.0
+
+    list(training_steps(trained, source(), plan(max_steps=5, eval_steps=2), evaluate=evaluate))
+    assert modes == [True] * 10
+    assert calls == [True, False, True, False, True, False]

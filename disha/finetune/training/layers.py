@@ -1,0 +1,89 @@
+"""The repeated layers of a model: what is checkpointed, compiled and sharded one at a time.
+
+Nothing here puts a module around another, so names and state-dict keys stay what they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from disha.finetune.errors import SettingsError
+from disha.finetune.models.decoder import Decoder
+
+__all__ = ["compile_model", "enable_gradient_checkpointing", "repeated_layers"]
+
+
+OWN_WAYS = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+"""What models of transformers have, the newer name first; takes the options of checkpointing."""
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of which the model is a stack: a decoder's layers, a network's blocks.
+
+    Those are the members of every list of modules of one class that have parameters. What is inside
+    a layer (the experts of one, say) is part of it.
+    """
+    if isinstance(model, Decoder):
+        return list(model.model.layers)
+    if _is_stack(model):
+        return list(model.children())
+    return [layer for child in model.children() for layer in repeated_layers(child)]
+
+
+def _is_stack(module: nn.Module) -> bool:
+    members = list(module.children())
+    return (
+        isinstance(module, (nn.ModuleList, nn.Sequential))
+        and len(members) > 1
+        and len({type(member) for member in members}) == 1
+        and all(any(True for _ in member.parameters()) for member in members)
+    )
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Keep only the inputs of layers for backward, which computes the rest again.
+
+    A model that has a way of its own, as those of transformers have, is asked. Of any other, the
+    forward of every repeated layer is replaced, while it is in training mode. Dropout is the same
+    both times.
+
+    Raises:
+        SettingsError: the model has no repeated layers, or says that it can't.
+    """
+    own_way = next((getattr(model, name) for name in OWN_WAYS if hasattr(model, name)), None)
+    if own_way is not None:
+        try:
+            own_way({"use_reentrant": False})
+        except ValueError as error:
+            raise SettingsError(f"--gradient_checkpointing: {error}; leave it out") from error
+        return
+    layers = repeated_layers(model)
+    if not layers:
+        raise SettingsError(
+            f"--gradient_checkpointing needs a model with a list of layers of one class, and "
+            f"{type(model).__name__} has none; leave it out"
+        )
+    for layer in layers:
+        layer.forward = functools.partial(_checkpointed, layer)
+
+
+def _checkpointed(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
+    # By way of the class, not of a bound method, so that copies of the layer call their own.
+    forward = functools.partial(type(layer).forward, layer)
+    if not layer.training:
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, **named)
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile the repeated layers of a model in place, or the whole model if it has none.
+
+    The layers share their code, so that it is compiled once for all of them. Call it last, after
+    `enable_gradient_checkpointing` and before the model is distributed.
+    """
+    for module in repeated_layers(model) or [model]:
+        module.compile(dynamic=True if isinstance(model, Decoder) else None)

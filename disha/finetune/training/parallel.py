@@ -1,0 +1,326 @@
+"""Several processes that train one model: under torchrun, on gloo (CPU) and nccl (CUDA).
+
+Without torchrun there is one process, and nothing of `torch.distributed` is used.
+
+What fails on one process stops all of them. The first one that fails leaves a note in the store
+that torchrun's processes share; the others, whose collectives fail once it is gone, or which
+torchrun ends before, find it there and keep silent. So there is one message, from the process that
+knows what happened.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from disha.finetune.errors import PeerError, SettingsError, TrainingError
+from disha.finetune.models.decoder import Decoder
+from disha.finetune.settings.training import Strategy
+from disha.finetune.training.layers import repeated_layers
+from disha.finetune.training.objectives import Objective
+
+__all__ = [
+    "Processes",
+    "deferred_reduction",
+    "distribute",
+    "is_sharded",
+    "joined_processes",
+    "shared_like",
+    "undistributed",
+    "whole",
+]
+
+T = TypeVar("T")
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each process, as environment variables."""
+
+FAILURE = "disha/failure"
+"""Where the store has the note of the first process that failed."""
+
+FAREWELL = 0.2
+"""Seconds between the last word of the processes to each other and the end of each."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together, as one of them sees them.
+
+    Args:
+        rank: the number of this one, from 0.
+        world_size: how many there are.
+        device: the one that this process computes on.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def alone(cls, device: torch.device | None = None) -> Processes:
+        """A process by itself, on a device: by default the first GPU, or the CPU without one."""
+        return cls(0, 1, _device(0) if device is None else device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over all processes, in float64."""
+        if self.world_size == 1:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(summed)
+        return summed.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Return what every process gave, by rank; anything that can be pickled."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Return what the main process gave; anything that can be pickled."""
+        if self.world_size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]  # type: ignore[no-any-return]
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.gather(None)
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Join the processes that torchrun has started; without it, be the only one.
+
+    Everything that the processes do belongs inside, so that what fails on one stops all.
+
+    Raises:
+        SettingsError: torchrun's environment variables are incomplete, or there are more processes
+            than GPUs.
+        PeerError: another process failed, and says why.
+    """
+    if _world_size() == 1:
+        yield Processes.alone()
+        return
+    processes, store = _join()
+    try:
+        yield processes
+    except Exception as error:
+        # Without a farewell to the others, which may be waiting for something else: it would hang.
+        _tell(store, processes, error)
+        raise
+    except KeyboardInterrupt as interruption:  # of all processes, after the same step
+        traceback.clear_frames(interruption.__traceback__)
+        _part()
+        if not processes.is_main:
+            raise PeerError("stopped, as rank 0 says") from interruption
+        raise
+    _part()
+
+
+def _part() -> None:
+    # What wraps a model keeps the group, also in circles. A group that is still there when Python
+    # ends has threads that may want Python once more, which then aborts.
+    gc.collect()
+    dist.destroy_process_group()
+    # Threads of gloo's live on where a model has known its group, and give back the tensors of the
+    # last collective when they get Python's lock. If Python ends before, that ends the process with
+    # SIGABRT, so they get it now.
+    time.sleep(FAREWELL)
+
+
+def _world_size() -> int:
+    found = os.environ.get("WORLD_SIZE", "1")
+    if not found.isdecimal() or int(found) == 0:
+        raise SettingsError(
+            f"the environment variable WORLD_SIZE must be the number of processes, got {found!r}; "
+            "unset it, or start with torchrun --nproc-per-node N -m disha finetune ..."
+        )
+    return int(found)
+
+
+def _join() -> tuple[Processes, Any]:
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing:
+        raise SettingsError(
+            f"WORLD_SIZE is set, but not {', '.join(missing)}; start several processes with "
+            "torchrun --nproc-per-node N -m disha finetune ..., or unset WORLD_SIZE"
+        )
+    device = _device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # gloo besides nccl: what is on the CPU is agreed on without waiting for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, rank, world_size = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return Processes(rank, world_size, device), store
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise SettingsError(
+            f"there is no GPU for process {local_rank + 1} of this machine, which has "
+            f"{torch.cuda.device_count()}; lower --nproc-per-node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _tell(store: Any, processes: Processes, error: Exception) -> None:
+    """Leave a note of the first failure, or raise because another process has left one."""
+    note = f"rank {processes.rank}: {error}"
+    try:
+        first = store.compare_set(FAILURE, "", note).decode()
+    except (RuntimeError, dist.DistError):  # the store is gone, with the process that kept it
+        first = "another process, which is gone"
+    if first != note:
+        raise PeerError(f"stopped, as training failed on {first}") from error
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def distribute(objective: Objective, strategy: Strategy, processes: Processes) -> nn.Module:
+    """Return what to train in place of `objective`: it shares the work with the other processes.
+
+    Adapters are injected before, and gradient checkpointing and compilation set up. The parameters
+    to train become those of rank 0 on all processes.
+
+    - ddp: every process has the whole model, and gradients are averaged.
+    - fsdp: every process has a part of each parameter, layer by layer (FSDP2); the objective stays
+      the same object. Frozen parameters may be of another type than those that are trained.
+
+    Args:
+        objective: with its model on `processes.device`.
+        strategy: how.
+        processes: one alone has nothing to share, and gets `objective` back.
+
+    Raises:
+        SettingsError: the model can't be cut.
+        TrainingError: the model differs between the processes.
+    """
+    if processes.world_size == 1:
+        return objective
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    _require_same_everywhere(trained, processes)
+    for parameter in trained.values():
+        dist.broadcast(parameter.data, src=0)
+    if strategy == "fsdp":
+        _require_one_type(trained)
+        return _sharded(objective, processes)
+    # Values are not sent by DDP: at first that would be the whole frozen model, and all buffers
+    # before every forward.
+    return nn.parallel.DistributedDataParallel(
+        objective,
+        init_sync=False,
+        **_WITHOUT_BUFFERS,
+        find_unused_parameters=not isinstance(objective.model, Decoder),
+    )
+
+
+_BUFFERS = ("forward_sync_buffers", "broadcast_buffers")  # the newer name first
+_KNOWN = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+_WITHOUT_BUFFERS: dict[str, Any] = {next(name for name in _BUFFERS if name in _KNOWN): False}
+
+
+def _sharded(objective: Objective, processes: Processes) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+    for layer in repeated_layers(objective.model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+    return objective
+
+
+def _require_same_everywhere(trained: dict[str, nn.Parameter], processes: Processes) -> None:
+    shapes = processes.gather({name: (tuple(p.shape), p.dtype) for name, p in trained.items()})
+    if any(others != shapes[0] for others in shapes):
+        raise TrainingError(
+            "the processes have different parameters to train; make the model the same on all of "
+            "them, whatever their rank"
+        )
+
+
+def _require_one_type(trained: dict[str, nn.Parameter]) -> None:
+    types = sorted({str(p.dtype).removeprefix("torch.") for p in trained.values()})
+    if len(types) > 1:
+        raise SettingsError(
+            f"--strategy fsdp trains parameters of one type, but those to train are "
+            f"{' and '.join(types)}: adapters are float32, and --also_train parameters are as "
+            "--bits says; use --bits fp32 or --strategy ddp"
+        )
+
+
+def undistributed(objective: nn.Module) -> Objective:
+    """Return the objective inside what `distribute` has returned."""
+    inner = (
+        objective.module
+        if isinstance(objective, nn.parallel.DistributedDataParallel)
+        else objective
+    )
+    if not isinstance(inner, Objective):
+        raise TypeError(f"an Objective is expected, not {type(inner).__name__}")
+    return inner
+
+
+def is_sharded(objective: nn.Module) -> bool:
+    """Whether each process has a part of the parameters only."""
+    return any(hasattr(parameter, "full_tensor") for parameter in objective.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor itself, or gather a sharded one; on all processes at once."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shared_like(parameter: Tensor, value: Any) -> Any:
+    """Return this process's part of a whole tensor that goes with a sharded parameter.
+
+    What goes with a parameter that is not sharded, or has another shape, is returned as it is.
+    """
+    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def deferred_reduction(objective: nn.Module) -> AbstractContextManager[None]:
+    """Keep gradients to each process meanwhile; the next backward pass outside reduces them all."""
+    if isinstance(objective, nn.parallel.DistributedDataParallel):
+        return objective.no_sync()
+    set_sync = getattr(objective, "set_requires_gradient_sync", None)
+    return nullcontext() if set_sync is None else _without_sync(set_sync)
+
+
+@contextmanager
+def _without_sync(set_sync: Any) -> Iterator[None]:
+    set_sync(False)
+    try:
+        yield
+    finally:
+        set_sync(True)
