@@ -43,6 +43,11 @@ class Command:
     answers: bool = False
 
 
+FINETUNE_PACKAGES = (
+    *("gguf", "jinja2", "matplotlib", "numpy", "pyarrow", "rich", "tensorboard", "tokenizers"),
+    *("tqdm", "tyro", "yaml"),
+)
+
 COMMANDS = {
     "inspect": Command(
         summary="show what an adapter file holds",
@@ -75,7 +80,19 @@ COMMANDS = {
         summary="fine-tune a language model with Bone or BAT adapters",
         module="disha.cli.finetune",
         extra="finetune",
-        packages=("gguf", "matplotlib", "numpy", "tokenizers", "tqdm", "tyro"),
+        packages=FINETUNE_PACKAGES,
+    ),
+    "generate": Command(
+        summary="let a model answer, with an adapter or without",
+        module="disha.cli.generate",
+        extra="finetune",
+        packages=FINETUNE_PACKAGES,
+    ),
+    "evaluate": Command(
+        summary="measure a model on rows: loss, perplexity, exact answers",
+        module="disha.cli.evaluate",
+        extra="finetune",
+        packages=FINETUNE_PACKAGES,
     ),
 }
 
@@ -110,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(command, arguments[1:])
     except SystemExit as request:
         return _requested(request)
-    except KeyboardInterrupt:
-        _complain("interrupted; every file that was written is complete")
+    except KeyboardInterrupt as interruption:
+        _complain(str(interruption) or "interrupted; every file that was written is complete")
         return INTERRUPTED
     except BrokenPipeError:
         # Nobody reads on, as with `| head`. What is still in the buffer must not go there at exit.
@@ -166,7 +183,9 @@ def _exit_code(error: Exception) -> int:
         return TROUBLE
     if not isinstance(error, OSError):
         return FAILED
-    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    cause: BaseException = error
+    while isinstance(cause.__cause__, OSError):
+        cause = cause.__cause__
     return TROUBLE if isinstance(cause, (DishaError, *OF_A_PATH)) else FAILED
 
 

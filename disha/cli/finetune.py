@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from disha.cli.config_file import arguments_in
+from disha.cli.exit_codes import FAILED
 from disha.cli.flags import parsed
 from disha.finetune.command import finetune
+from disha.finetune.errors import PeerError
 from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
 
 __all__ = ["run", "settings_from"]
@@ -20,7 +23,12 @@ examples:
 
 def run(arguments: Sequence[str]) -> None:
     """Fine-tune, as command-line `arguments` say."""
-    finetune(settings_from(arguments))
+    settings = settings_from(arguments)
+    try:
+        finetune(settings)
+    except PeerError as error:
+        # Of several processes, the one that failed has said why.
+        raise SystemExit(FAILED) from error
 
 
 def settings_from(arguments: Sequence[str]) -> FinetuneSettings:
@@ -29,7 +37,14 @@ def settings_from(arguments: Sequence[str]) -> FinetuneSettings:
     Raises:
         SystemExit: the arguments are not understood, or ask for help.
     """
-    # The flag itself must still be there to be given, so its default stays False.
-    is_demo = "--demo" in arguments
-    default = DEMO_SETTINGS.changed(demo=False) if is_demo else FinetuneSettings()
-    return parsed(FinetuneSettings, "finetune", arguments, DESCRIPTION, default)
+    words = list(arguments)
+    given = _parsed(words, FinetuneSettings())
+    if given.config is not None:
+        # What is given twice counts as it was given last.
+        words = [*arguments_in(given.config, given.to_json()), *words]
+        given = _parsed(words, FinetuneSettings())
+    return _parsed(words, DEMO_SETTINGS) if given.demo else given
+
+
+def _parsed(words: Sequence[str], default: FinetuneSettings) -> FinetuneSettings:
+    return parsed(FinetuneSettings, "finetune", words, DESCRIPTION, default)

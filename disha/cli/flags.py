@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from disha.cli.exit_codes import TROUBLE
+from disha.cli.helping import registry
 
 __all__ = ["FileArgument", "Flags", "parsed"]
 
@@ -34,7 +36,11 @@ class Flags:
 T = TypeVar("T")
 
 _SPELLING = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
-_SPELLING_OF_GROUPS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+_SPELLING_OF_GROUPS = (
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.DisallowNone,
+)
 
 
 def parsed(
@@ -58,8 +64,10 @@ def parsed(
     """
     # The parser draws a box around what is wrong; where nobody looks at it, one line has to do.
     said = io.StringIO()
+    # Of several processes (torchrun), which all have the same arguments, the first one speaks.
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(said):
+        with nullcontext() if speaks and sys.stderr.isatty() else redirect_stderr(said):
             return tyro.cli(  # type: ignore[return-value]
                 flags,
                 prog=f"disha {name}",
@@ -68,13 +76,16 @@ def parsed(
                 default=default,
                 config=_SPELLING if default is None else _SPELLING_OF_GROUPS,
                 use_underscores=default is not None,
+                registry=registry,
             )
     except SystemExit as request:
-        if request.code == TROUBLE and said.getvalue():
+        if speaks and request.code == TROUBLE and said.getvalue():
             print(f"disha {name}: {_one_line(said.getvalue())}", file=sys.stderr)
         raise
 
 
 def _one_line(box: str) -> str:
-    """Return the words in a box: of its title, of its lines, and none of its frame."""
-    return " ".join(re.sub("[\u2500-\u257f]|--{3,}", " ", box).split())
+    """Return what a box says is wrong: not its title, its frame, nor the help of the flag."""
+    sections = re.split("[\u2500-]{3,}", re.sub("[\u2502\u256d-\u2570]", " ", box))
+    said = [section for section in sections[1:] if "Argument helptext:" not in section]
+    return " ".join(" ".join(said).split())

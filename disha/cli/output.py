@@ -13,7 +13,7 @@ from typing import Any, TextIO, TypeVar
 from disha.errors import ArgumentError
 from disha.text import printable
 
-__all__ = ["advancing", "require_free", "show", "shown"]
+__all__ = ["advancing", "fit_for", "require_free", "show", "shown"]
 
 T = TypeVar("T")
 
@@ -32,10 +32,10 @@ def show(as_json: bool, text: str, fields: Mapping[str, Any]) -> None:
         text: for people.
         fields: for scripts; numbers that are not finite become null.
     """
-    print(json.dumps(_finite(fields), indent=2) if as_json else _fit_for(sys.stdout, text))
+    print(json.dumps(_finite(fields), indent=2) if as_json else fit_for(sys.stdout, text))
 
 
-def _fit_for(stream: TextIO, text: str) -> str:
+def fit_for(stream: TextIO, text: str) -> str:
     """Return a text as a stream can take it, and a terminal behind it."""
     encoding = stream.encoding or "utf-8"
     return (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import nn
 
 import disha
 from disha.cli import main
+from tests.cli.model_files import ADAPTER_FLAGS, write_files
 from tests.conftest import perturb
 
 
@@ -108,3 +111,18 @@ class Folder:
 @pytest.fixture
 def files(tmp_path) -> Folder:
     return Folder(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder with `model`, `train.jsonl`, `held_out.jsonl`, and the adapter trained on them.
+
+    Not to be changed.
+    """
+    folder = tmp_path_factory.mktemp("models")
+    write_files(folder)
+    model, data = folder / "model", folder / "train.jsonl"
+    flags = ("--base_model_name_or_path", model, "--data_path", data, "--output_dir", folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main([*("finetune", *map(str, flags)), *ADAPTER_FLAGS]) == 0
+    return folder

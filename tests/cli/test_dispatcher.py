@@ -17,6 +17,11 @@ import disha
 from disha.cli import COMMANDS, dispatcher
 from disha.cli.dispatcher import Command
 from disha.files import AdapterFileWarning
+from disha.finetune.settings import FinetuneSettings
+
+MODEL_COMMANDS = ("finetune", "generate", "evaluate")
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+"""Of modules, where the name is another."""
 
 
 def python(code, *arguments):
@@ -43,15 +48,17 @@ def test_help_of_every_command(run, name):
     assert (told.code, told.err) == (0, "")
     assert f"usage: disha {name}" in told.out
     assert "--debug" in told.out
-    if name != "finetune":
-        assert f"examples:\n  disha {name} " in told.out
-        assert "--json" in told.out
+    assert f"examples:\n  disha {name} " in told.out
+    assert ("--json" in told.out) == (name != "finetune")
+    assert "None" not in told.out
 
 
 def test_help_of_finetune_names_its_flags(run):
     told = run("finetune", "--help").out
-    for flag in ("--base_model_name_or_path", "--bone_r", "--init_weights", "--demo", "--bits"):
-        assert flag in told
+    for flag in FinetuneSettings().to_json():
+        assert f"--{flag} " in told
+    for group in ("model", "adapter", "data", "training", "output"):
+        assert f"{group} options" in told
 
 
 @pytest.mark.parametrize("given", [[], ["finetun"], ["--nonsense"]])
@@ -69,6 +76,23 @@ def test_wrong_usage_of_a_command_is_one_line_that_names_the_nearest(run, files)
     assert "Perhaps you meant: --stats" in done.complaint
     assert not set("╭│─╰") & set(done.err)
     assert "---" not in done.err
+
+
+@pytest.mark.parametrize("name", MODEL_COMMANDS)
+def test_a_wrong_value_is_complained_of_without_the_help_of_the_flag(run, name):
+    said = run(name, "--bits", "7").complaint
+    assert "invalid choice '7' for argument '--bits'" in said
+    said = run(name, "--max_seq_length" if name != "generate" else "--top_k", "many").complaint
+    assert "'many'" in said
+    assert "Most tokens" not in said
+    assert "Choose among" not in said
+
+
+@pytest.mark.parametrize("name", MODEL_COMMANDS)
+def test_what_a_model_command_needs_is_named_when_missing(run, name):
+    done = run(name)
+    assert done.code == 2
+    assert "--base_model_name_or_path path/to/model is missing" in done.complaint
 
 
 def test_on_a_terminal_wrong_usage_is_shown_in_a_box(run, monkeypatch):
@@ -215,21 +239,23 @@ def test_without_the_extra_the_install_line_is_given(files):
     # None in sys.modules is how Python marks a module that must not be imported.
     code = (
         "import sys\n"
-        "for name in ('gguf', 'matplotlib', 'tokenizers', 'tqdm', 'tyro'):\n"
+        "for name in ('gguf', 'matplotlib', 'tokenizers', 'tqdm', 'tyro', 'yaml'):\n"
         "    sys.modules[name] = None\n"
         "from disha.cli import main\n"
-        "print([main([name]) for name in ('finetune', 'inspect', 'diff', 'verify', 'convert',\n"
-        "                                'combine', 'merge')], main(['--help']))\n"
+        "from disha.cli import COMMANDS\n"
+        "print([main([name]) for name in COMMANDS])\n"
+        "main(['--help'])\n"
     )
     done = python(code)
-    lines = done.stderr.splitlines()
-    assert "[2, 2, 2, 2, 2, 2, 2] 0" in done.stdout
-    assert len(lines) == 7
-    assert 'pip install "disha-torch[finetune]"' in lines[0]
-    assert "gguf, matplotlib, tokenizers, tqdm, tyro" in lines[0]
-    for line in lines[1:]:
-        assert "needs tqdm, tyro, not installed here" in line
-        assert 'pip install "disha-torch[cli]"' in line
+    lines = dict(zip(COMMANDS, done.stderr.splitlines(), strict=True))
+    assert done.stdout.startswith(f"{[2] * len(COMMANDS)}")
+    for name, line in lines.items():
+        if name in MODEL_COMMANDS:
+            assert "needs gguf, matplotlib, tokenizers, tqdm, tyro, yaml, not" in line
+            assert 'pip install "disha-torch[finetune]"' in line
+        else:
+            assert "needs tqdm, tyro, not installed here" in line
+            assert 'pip install "disha-torch[cli]"' in line
 
 
 def test_the_extras_have_what_the_commands_ask_for():
@@ -242,7 +268,8 @@ def test_the_extras_have_what_the_commands_ask_for():
             extra = condition.split("==")[1].strip().strip("\"'")
             by_extra.setdefault(extra, set()).add(name.split(">")[0].strip())
     for command in COMMANDS.values():
-        assert set(command.packages) <= by_extra[command.extra], command
+        packages = {DISTRIBUTIONS.get(name, name) for name in command.packages}
+        assert packages <= by_extra[command.extra], command
     assert by_extra["cli"] <= by_extra["finetune"] <= by_extra["dev"]
 
 
@@ -262,6 +289,7 @@ def test_what_only_one_command_needs_is_imported_when_it_runs(files):
     assert all(name.startswith("disha.cli") for name in dispatching - set(sys.stdlib_module_names))
     assert {name for name in running if name.startswith("disha")} == {
         "disha.cli.flags",
+        "disha.cli.helping",
         "disha.cli.inspect",
         "disha.cli.output",
         "disha.files.statistics",

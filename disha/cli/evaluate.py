@@ -1,0 +1,67 @@
+"""``disha evaluate``: what a model is worth on rows, with an adapter and without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from disha.cli.flags import parsed
+from disha.cli.output import show, shown
+from disha.finetune.evaluating import Measured, Measurement, evaluate
+from disha.finetune.settings import EvaluateSettings
+from disha.tables import table
+
+__all__ = ["run"]
+
+DESCRIPTION = """Measure a model on rows: loss, perplexity, answers that are exactly right.
+
+examples:
+  disha evaluate --base_model_name_or_path path/to/model --adapter out/adapter.safetensors \\
+      --data_path held_out.jsonl --compare
+  disha evaluate --base_model_name_or_path model.gguf --data_path test.jsonl --exact_match"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Measure, as command-line `arguments` say."""
+    settings = parsed(EvaluateSettings, "evaluate", arguments, DESCRIPTION, EvaluateSettings())
+    found = evaluate(settings, shown)
+    show(settings.json, _text(found), _fields(found))
+
+
+def _text(found: Measurement) -> str:
+    measured = [("model", found.model)]
+    if found.base is not None:
+        measured = [("base model", found.base), ("with the adapter", found.model)]
+    rows = [
+        (
+            name,
+            f"{one.loss:.4f}",
+            f"{one.perplexity:.4g}",
+            "-" if one.exact is None else f"{one.exact} of {found.tally.used}",
+        )
+        for name, one in measured
+    ]
+    lines = [table(("", "loss", "perplexity", "exact"), rows)]
+    line = f"{found.tally.used:,} rows, {found.model.tokens:,} tokens to predict"
+    return "\n".join([*lines, f"{line}{found.tally.remarks}"])
+
+
+def _fields(found: Measurement) -> dict[str, Any]:
+    tally = found.tally
+    return {
+        "model": _measured(found.model),
+        "base": None if found.base is None else _measured(found.base),
+        "rows": tally.used,
+        "cut": tally.cut,
+        "dropped": tally.dropped,
+        "bad": tally.bad,
+    }
+
+
+def _measured(found: Measured) -> dict[str, Any]:
+    return {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "tokens": found.tokens,
+        "exact": found.exact,
+    }

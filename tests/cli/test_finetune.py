@@ -1,0 +1,164 @@
+"""``disha finetune``: from words to settings. What a run does is tested beside its code."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from disha.cli.finetune import run as run_finetune
+from disha.cli.finetune import settings_from
+from disha.finetune.errors import PeerError
+from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
+
+UPSTREAM = """
+    --base_model_name_or_path meta-llama/Llama-2-7b-hf
+    --output_dir output/bone-llama2-7b
+    --bone_r 64
+    --init_weights True
+    --bits bf16
+    --data_path meta-math/MetaMathQA
+    --dataset_split 'train[:100000]'
+    --dataset_field query response
+    --bf16 True
+    --num_train_epochs 1
+    --per_device_train_batch_size 2
+    --gradient_accumulation_steps 8
+    --save_strategy steps
+    --save_steps 1000
+    --save_total_limit 1
+    --logging_steps 1
+    --learning_rate 2e-5
+    --weight_decay 0.
+    --warmup_ratio 0.03
+    --tf32 True
+    --report_to none
+"""
+MEANT = FinetuneSettings().changed(
+    base_model_name_or_path=Path("meta-llama/Llama-2-7b-hf"),
+    output_dir=Path("output/bone-llama2-7b"),
+    bone_r=64,
+    init_weights="True",
+    bits="bf16",
+    data_path=Path("meta-math/MetaMathQA"),
+    dataset_split="train[:100000]",
+    dataset_field=("query", "response"),
+    bf16=True,
+    num_train_epochs=1.0,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=8,
+    save_strategy="steps",
+    save_steps=1000,
+    save_total_limit=1,
+    logging_steps=1,
+    learning_rate=2e-5,
+    weight_decay=0.0,
+    warmup_ratio=0.03,
+    tf32=True,
+    report_to="none",
+)
+SWITCHES = sorted(name for name, value in FinetuneSettings().to_json().items() if value is False)
+
+
+def test_upstreams_command_means_what_it_says():
+    assert settings_from(shlex.split(UPSTREAM)) == MEANT
+
+
+def test_dashes_do_as_well():
+    words = shlex.split(UPSTREAM)
+    dashed = [word.replace("_", "-") if word.startswith("--") else word for word in words]
+    assert dashed != words
+    assert settings_from(dashed) == MEANT
+
+
+def test_bat():
+    assert settings_from(["--init_weights", "bat"]).adapter.kind == "bat"
+    assert settings_from(["--init_weights", "True"]).adapter.kind == "bone"
+    assert settings_from(["--method", "bat"]).adapter.kind == "bat"
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_stands_alone_or_has_a_word(name):
+    plain = DEMO_SETTINGS if name == "demo" else FinetuneSettings()
+    for words in (["True"], [], ["true"], ["yes"], ["1"]):
+        assert settings_from([f"--{name}", *words]) == plain.changed(**{name: True})
+    for word in ("False", "false", "no", "0"):
+        assert settings_from([f"--{name}", word]) == FinetuneSettings()
+
+
+def test_a_switch_alone_leaves_what_follows(tmp_path):
+    given = settings_from(["--packing", "--bone_r", "8", "--bf16"])
+    assert (given.data.packing, given.adapter.bone_r, given.training.bf16) == (True, 8, True)
+
+
+@pytest.mark.parametrize("words", ["--bf16 maybe", "--bone_r 1.5", "--init_weights miss", "--x"])
+def test_what_is_not_understood_is_exit_code_2(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        settings_from(words.split())
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("disha finetune: ")
+
+
+def test_the_demo_has_defaults_of_its_own_and_flags_take_their_place():
+    assert settings_from(["--demo"]) == DEMO_SETTINGS
+    changed = DEMO_SETTINGS.changed(max_steps=3, output_dir=Path("elsewhere"))
+    assert settings_from(["--max_steps", "3", "--demo", "--output_dir", "elsewhere"]) == changed
+
+
+# --- flags from a file ---------------------------------------------------------------------------
+
+
+def test_a_file_gives_flags_and_those_given_besides_take_precedence(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("bone_r: 32\nlearning_rate: 1e-3\ndataset_field: [a, b]\nbf16: true\nbits: 4\n")
+    given = settings_from(["--config", str(path), "--learning_rate", "2e-5", "--bf16", "False"])
+    assert given == FinetuneSettings().changed(
+        config=path, bone_r=32, learning_rate=2e-5, dataset_field=("a", "b"), bits="4"
+    )
+
+
+def test_a_file_can_ask_for_the_demo(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("demo = true\nmax_steps = 2\n")
+    assert settings_from(["--config", str(path)]) == DEMO_SETTINGS.changed(config=path, max_steps=2)
+
+
+def test_the_settings_of_a_report_are_a_file_of_flags(tmp_path):
+    import yaml
+
+    path = tmp_path / "run.yaml"
+    settings = {name: value for name, value in MEANT.to_json().items() if name != "config"}
+    path.write_text(yaml.safe_dump(settings | {"dataset_field": ["query", "response"]}))
+    assert settings_from(["--config", str(path)]) == MEANT.changed(config=path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("bone_rr: 4\n", "did you mean bone_r?"),
+        ("bone_r: many\n", "'many'"),
+        ("bits: 7\n", "'7'"),
+        ("bone_r: [1, 2]\n", "2"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_exit_code_2(run, tmp_path, text, complaint):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    done = run("finetune", "--config", path)
+    assert done.code == 2
+    assert complaint in done.complaint
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def test_the_failure_of_another_process_is_told_there(run, monkeypatch):
+    def fail(settings):
+        raise PeerError("rank 1 failed")
+
+    monkeypatch.setattr("disha.cli.finetune.finetune", fail)
+    done = run("finetune")
+    assert (done.code, done.out, done.err) == (1, "", "")
+    with pytest.raises(SystemExit):
+        run_finetune([])

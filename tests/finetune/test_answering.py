@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import disha
+from disha.finetune.answering import Answerer, open_answerer, prompts_of, template_of, with_adapter
+from disha.finetune.errors import DataError, SettingsError
+from disha.finetune.settings import GenerateSettings, ModelSettings, SamplingSettings
+from disha.finetune.text.templates import CHATML, PLAIN
+from tests.finetune import tiny_gguf
+
+PROMPT = "hello world"
+
+
+def answerer(model, tokenizer, **sampling):
+    sampling = SamplingSettings(**{"max_new_tokens": 8, **sampling})
+    return Answerer(model.eval(), tokenizer, PLAIN, sampling)
+
+
+def settings(path, **changes):
+    return GenerateSettings(model=ModelSettings(base_model_name_or_path=path), **changes)
+
+
+def adapter_of(tmp_path, model, method):
+    """A file of an adapter that changes what the model says."""
+    disha.inject_adapters(model, r"_proj$", 8, method=method)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in disha.adapter_parameters(model):
+            block.normal_(std=0.1, generator=generator)
+    disha.save_adapter(model, tmp_path / "adapter.safetensors")
+    return tmp_path / "adapter.safetensors"
+
+
+def test_an_answer_goes_on_as_long_as_the_model_takes_it(tiny_model, tiny_tokenizer):
+    endless = dataclasses.replace(tiny_tokenizer, ends=frozenset(), end=0)
+    asked = answerer(tiny_model, endless, max_new_tokens=10**12)
+    prompt = PLAIN.prompt(PROMPT, endless)
+    made = list(asked.answer(PROMPT))
+    assert 0 < len(made) <= tiny_gguf.CONTEXT - len(prompt)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(tiny_model, tiny_tokenizer):
+    with pytest.raises(DataError, match="leaves no room for an answer in the 128"):
+        list(answerer(tiny_model, tiny_tokenizer).answer("z" * 128))
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_base_and_adapter_answer_apart_and_merging_changes_nothing(
+    tmp_path, tiny_path, tiny_model, tiny_tokenizer, method
+):
+    base = "".join(answerer(tiny_model, tiny_tokenizer).answer(PROMPT))
+    file = adapter_of(tmp_path, tiny_model, method)
+    sampling = SamplingSettings(max_new_tokens=8)
+    asked = settings(tiny_path, adapter=file, template=PLAIN.setting, sampling=sampling)
+    adapted = open_answerer(asked)
+    merged = open_answerer(dataclasses.replace(asked, merge=True))
+    answer = "".join(adapted.answer(PROMPT))
+    assert "".join(adapted.base_answer(PROMPT)) == base != answer
+    assert "".join(adapted.answer(PROMPT)) == answer
+    assert "".join(merged.answer(PROMPT)) == answer
+
+
+@pytest.mark.parametrize(
+    ("sampling", "complaint"),
+    [
+        ({"top_k": 5}, "--top_k says what to draw from, but with --temperature 0 nothing is"),
+        ({"top_p": 0.9}, "--top_p says what to draw from"),
+    ],
+)
+def test_what_only_drawing_follows_needs_a_temperature(tiny_path, sampling, complaint):
+    with pytest.raises(SettingsError, match=complaint):
+        settings(tiny_path, prompt=("a",), sampling=SamplingSettings(**sampling)).check()
+    drawing = SamplingSettings(**sampling, temperature=0.7)
+    settings(tiny_path, prompt=("a",), sampling=drawing).check()
+
+
+def test_prompts_that_are_no_text_are_refused(tiny_path):
+    with pytest.raises(DataError, match=r"--prompt must be UTF-8 text, got 'a\\udcff'"):
+        prompts_of(settings(tiny_path, prompt=("a\udcff",)))
+    assert prompts_of(settings(tiny_path, prompt=("a", "é"))) == ["a", "é"]
+
+
+@pytest.fixture
+def adapter(tmp_path, tiny_model):
+    """An adapter that notes a template."""
+    disha.inject_adapters(tiny_model, "_proj$", 4)
+    path = tmp_path / "adapter.safetensors"
+    disha.save_adapter(tiny_model, path, metadata={"template": r"Q: {query}\nA: "})
+    return path
+
+
+@pytest.fixture
+def usual(tiny_path):
+    return GenerateSettings(
+        ModelSettings(base_model_name_or_path=tiny_path),
+        SamplingSettings(max_new_tokens=12),
+        prompt=("say hello",),
+    )
+
+
+def changed(usual, **changes):
+    return GenerateSettings(**{**vars(usual), **changes})
+
+
+def answered(answerer, prompt="say hello"):
+    return "".join(answerer.answer(prompt))
+
+
+def test_an_answer_is_what_greedy_decoding_gives(usual, tiny_model, tiny_tokenizer):
+    ids, new = CHATML.prompt("say hello", tiny_tokenizer), []
+    while len(new) < 12:
+        with torch.no_grad():
+            token = int(tiny_model(torch.tensor([[*ids, *new]]))[0, -1].argmax())
+        if token in tiny_tokenizer.ends:
+            break
+        new.append(token)
+    assert answered(open_answerer(usual)) == tiny_tokenizer.decode(new)
+
+
+def test_the_template_is_the_one_given_or_the_adapters_or_the_usual(adapter, tiny_tokenizer):
+    assert template_of("none", adapter, tiny_tokenizer) is None
+    assert template_of("auto", adapter, tiny_tokenizer) == CHATML
+    assert template_of(PLAIN.setting, adapter, tiny_tokenizer) == PLAIN
+    assert template_of(None, adapter, tiny_tokenizer).before == "Q: "
+    assert template_of(None, None, tiny_tokenizer) == CHATML
+
+
+def test_an_adapter_of_another_model_is_refused(adapter):
+    with pytest.raises(disha.DishaError):
+        with_adapter(torch.nn.Sequential(torch.nn.Linear(3, 3)), adapter)
+
+
+def test_a_model_without_a_tokenizer_cannot_be_asked(usual):
+    model = ModelSettings(model="tests.finetune.factories:classifier")
+    with pytest.raises(SettingsError, match="came without a tokenizer, so it can't be asked"):
+        open_answerer(changed(usual, model=model))
+
+
+def test_prompts_come_from_the_command_line_or_a_file(usual, tmp_path):
+    assert prompts_of(usual) == ["say hello"]
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffone\r\n\n two \n".encode())
+    assert prompts_of(changed(usual, prompt_file=path)) == ["one", " two "]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "there is no file of prompts"), (b"\n \n", "holds no prompt"), (b"\xff", "not UTF-8")],
+)
+def test_a_file_of_prompts_that_cannot_be_used_is_named(usual, tmp_path, content, complaint):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=complaint):
+        prompts_of(changed(usual, prompt_file=path))
