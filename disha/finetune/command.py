@@ -4,255 +4,256 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-import time
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import disha
-from disha.finetune.data.encoding import Encoded, encode_pairs
-from disha.finetune.data.rows import Pair
-from disha.finetune.data.sources import ShuffledExamples
-from disha.finetune.errors import TrainingError
-from disha.finetune.inputs import Inputs, load_inputs
-from disha.finetune.models.decoder import Decoder, generate_greedily
-from disha.finetune.progress import showing_progress
-from disha.finetune.report import (
-    Sample,
-    environment,
-    loss_plot,
-    metrics_line,
-    open_metrics,
-    peak_memory,
-    samples_page,
-    write_file,
-)
-from disha.finetune.settings import FinetuneSettings
-from disha.finetune.settings.adapter import ALL_PROJECTIONS
-from disha.finetune.training.evaluation import mean_loss
-from disha.finetune.training.loop import Step, TrainingPlan, training_steps
-from disha.finetune.training.objectives import DecoderObjective
+from disha.finetune.adapting import base_values, inject, trained_besides
+from disha.finetune.answering import TEMPLATE_KEY, Answerer
+from disha.finetune.clock import Clock
+from disha.finetune.course import Course, require_free_of_checkpoints, train
+from disha.finetune.data.encoding import Tally
+from disha.finetune.errors import OutputError, SettingsError
+from disha.finetune.inputs import Inputs, first_rows, load_inputs
+from disha.finetune.models.factory import explaining_failures
+from disha.finetune.plots import learning_rate_plot, loss_plot
+from disha.finetune.preview import preview
+from disha.finetune.report import Sample, environment, peak_memory, samples_page, write_file
+from disha.finetune.settings import FinetuneSettings, SamplingSettings
+from disha.finetune.training.layers import compile_model, enable_gradient_checkpointing
+from disha.finetune.training.memory import explaining_lack_of_memory
+from disha.finetune.training.objectives import objective_for
+from disha.finetune.training.parallel import Processes, distribute, is_sharded, joined_processes
 from disha.finetune.verification import Verification, verify_in_fresh_process
 
 __all__ = ["finetune"]
 
+ADAPTER = "adapter.safetensors"
+MERGED = "merged"
 SAMPLES = 3
 SAMPLE_TOKENS = 48
 
 
-def finetune(settings: FinetuneSettings) -> dict[str, Any]:
-    """Fine-tune a model and write adapter, metrics, plot, samples and report.
+def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
+    """Fine-tune a model and write adapter, metrics, plots, samples and report.
+
+    Under torchrun, several processes do so together.
 
     Args:
         settings: every choice of the run.
 
     Returns:
-        The report, as in ``report.json``.
+        The report, as in ``report.json``; None of a dry run.
 
     Raises:
         DishaError: the input can't be used, or the work failed.
+        KeyboardInterrupt: somebody asked to stop; the message says how to go on.
     """
-    settings.check()
-    clock = _Clock()
-    with clock.phase("reading model and data"):
-        inputs = load_inputs(settings)
-    _adapt(inputs.model, settings)
-    _say_data(inputs)
-    course = _train(inputs, settings, clock)
-    adapter = settings.output.output / "adapter.safetensors"
-    disha.save_adapter(inputs.model, adapter)
-    with clock.phase("drawing and sampling"):
-        _write_plot(course, inputs, settings)
-        _write_samples(inputs, settings)
-    with clock.phase("verifying the file in a fresh process"):
-        verification = verify_in_fresh_process(settings, adapter, inputs.checked, course.after)
-    report = _report(settings, inputs, course, verification, clock)
-    write_file(
-        settings.output.output / "report.json", (json.dumps(report, indent=2) + "\n").encode()
-    )
-    verification.require_agreement(adapter)
-    _say_result(settings, inputs, course, verification)
+    with joined_processes() as processes, explaining_lack_of_memory():
+        settings.check()
+        require_free_of_checkpoints(settings)
+        clock = Clock(speaks=processes.is_main)
+        with clock.phase("reading data, opening the model"):
+            inputs = load_inputs(settings)
+        _require_mergeable(settings, inputs)
+        if settings.dry_run:
+            clock.say(preview(inputs, settings, processes.world_size))
+            return None
+        return _run(settings, inputs, processes, clock)
+
+
+def _run(
+    settings: FinetuneSettings, inputs: Inputs, processes: Processes, clock: Clock
+) -> dict[str, Any]:
+    with clock.phase("reading the model"):
+        model = inputs.base.load(processes.device)
+    _adapt(model, settings, clock)
+    base = base_values(model, trained_besides(model))
+    _say_data(inputs, clock)
+    objective = _objective(model, inputs, settings, processes)
+    with explaining_failures(settings.model.model), explaining_lack_of_memory():
+        course = train(objective, inputs, settings, processes, clock)
+    adapter = settings.output.output / ADAPTER
+    if processes.is_main or is_sharded(objective):
+        _save(model, adapter, _notes(inputs), processes)
+    samples = _samples(model, base, inputs, clock, is_sharded(objective))
+    verification = None
+    with _saying_what_is_saved(adapter):
+        if processes.is_main:
+            _write_pictures(course, inputs, settings, samples)
+            verification = _merge_and_verify(adapter, course, inputs, settings, clock)
+        report = _report(settings, model, inputs, course, verification, samples, clock)
+        if processes.is_main:
+            content = json.dumps(report, indent=2, allow_nan=False) + "\n"
+            write_file(settings.output.output / "report.json", content.encode())
+    if verification is not None:
+        verification.require_agreement(adapter)
+    _say_result(settings, inputs, course, verification, clock)
+    processes.barrier()
     return report
 
 
-@dataclass(frozen=True)
-class _Course:
-    """How training went.
-
-    Args:
-        steps: every optimiser step.
-        evaluations: the loss on the checked rows, by the number of steps done before.
-    """
-
-    steps: tuple[Step, ...]
-    evaluations: Mapping[int, float]
-
-    @property
-    def before(self) -> float:
-        return self.evaluations[0]
-
-    @property
-    def after(self) -> float:
-        return self.evaluations[self.steps[-1].step]
-
-    @property
-    def seconds(self) -> float:
-        return self.steps[-1].seconds
-
-    @property
-    def tokens(self) -> int:
-        return sum(step.tokens for step in self.steps)
+def _require_mergeable(settings: FinetuneSettings, inputs: Inputs) -> None:
+    if settings.output.merge and inputs.base.folder is None:
+        raise SettingsError(
+            f"--merge writes a checkpoint as a folder like that of the base model, but "
+            f"{inputs.base.title} is none; leave it out, and export the adapter with disha convert"
+        )
 
 
-class _Clock:
-    """Says what is being done, and how long it took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        print(f"{name} ...", flush=True)
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-        print(f"  {self.seconds[name]:.1f} s", flush=True)
-
-
-def _adapt(model: Decoder, settings: FinetuneSettings) -> None:
+def _adapt(model: nn.Module, settings: FinetuneSettings, clock: Clock) -> None:
     torch.manual_seed(settings.training.seed)
-    disha.inject_adapters(
-        model,
-        settings.adapter.target or ALL_PROJECTIONS,
-        settings.adapter.bone_r,
-        method=settings.adapter.kind,
-        dtype=torch.float32,
-    )
+    inject(model, settings.adapter)
     parameters = disha.summary(model)
-    print(
+    clock.say(
         f"training {parameters.trainable:,} of {parameters.total:,} parameters "
         f"({parameters.percent:.2f}%)"
     )
 
 
-def _say_data(inputs: Inputs) -> None:
-    for role, encoded in (("to train on", inputs.training), ("held out", inputs.held_out)):
-        line = f"{len(encoded.examples)} rows {role}"
-        if encoded.cut:
-            line += f", {encoded.cut} with the end of the query cut off"
-        if encoded.dropped:
-            line += f"; {encoded.dropped} left out as too long"
-        print(line, flush=True)
+def _say_data(inputs: Inputs, clock: Clock) -> None:
+    checked = inputs.checked
+    for role, rows, tally in (
+        ("to train on", inputs.dataset.training, inputs.tally),
+        ("held out", inputs.dataset.held_out, checked.tally if checked.held_out else Tally()),
+    ):
+        clock.say(f"{len(rows):,} rows {role}{tally.remarks}")
 
 
-def _train(inputs: Inputs, settings: FinetuneSettings, clock: _Clock) -> _Course:
-    objective, plan = DecoderObjective(inputs.model), _plan(settings)
-    source = ShuffledExamples(
-        inputs.training.examples,
-        settings.training.per_device_train_batch_size,
-        settings.training.seed,
-    )
-    planned = plan.steps(source.batches_per_epoch())
-    steps: list[Step] = []
-    evaluations: dict[int, float] = {}
-
-    def evaluate() -> float:
-        return _finite(mean_loss(objective, inputs.checked), inputs.checked_name)
-
-    with open_metrics(settings.output.output / "metrics.jsonl") as metrics:
-        with clock.phase(f"measuring the {inputs.checked_name} loss before training"):
-            evaluations[0] = evaluate()
-        metrics.write(json.dumps({"step": 0, "eval_loss": evaluations[0]}) + "\n")
-        with (
-            clock.phase("training, with evaluations"),
-            showing_progress(planned, settings.output.logging_steps) as show,
-        ):
-            for step in training_steps(objective, source, plan, evaluate):
-                metrics.write(metrics_line(step))
-                show(step)
-                steps.append(step)
-                if step.eval_loss is not None:
-                    evaluations[step.step] = step.eval_loss
-    return _Course(tuple(steps), evaluations)
+def _objective(
+    model: nn.Module, inputs: Inputs, settings: FinetuneSettings, processes: Processes
+) -> nn.Module:
+    objective = objective_for(model, has_tokenizer=inputs.base.tokenizer is not None)
+    if settings.training.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if settings.training.compile:
+        compile_model(model)
+    return distribute(objective, settings.training.strategy, processes)
 
 
-def _finite(loss: float, name: str) -> float:
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the {name} loss is {loss}, which must be finite; "
-            "use --bits fp32 or a lower --learning_rate, or check the model file"
+def _save(model: nn.Module, adapter: Path, notes: dict[str, str], processes: Processes) -> None:
+    """Save the adapter, or what was learned would be lost: elsewhere where its place takes none."""
+    try:
+        adapter.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
+        disha.save_adapter(model, adapter, metadata=notes)
+    except OSError as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix="disha-"), adapter.name)
+        if is_sharded(model):
+            elsewhere = processes.broadcast(elsewhere)
+        disha.save_adapter(model, elsewhere, metadata=notes)
+        raise OutputError(f"{error}; the adapter was saved as {elsewhere} instead") from error
+
+
+@contextmanager
+def _saying_what_is_saved(adapter: Path) -> Iterator[None]:
+    """Add to a failure to write what comes after the adapter that this is there."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(f"{error}; the adapter is complete in {adapter}") from error
+
+
+def _notes(inputs: Inputs) -> dict[str, str]:
+    """What the adapter file says besides: the base model, and the template to ask with."""
+    notes = {"base_model": inputs.base.title}
+    if inputs.encoder is not None and inputs.encoder.template is not None:
+        notes[TEMPLATE_KEY] = inputs.encoder.template.setting
+    return notes
+
+
+def _samples(
+    model: nn.Module, base: Mapping[str, Tensor], inputs: Inputs, clock: Clock, sharded: bool
+) -> list[Sample]:
+    """Some answers before and after training; none where no process has the whole model."""
+    encoder = inputs.encoder
+    if encoder is None or encoder.template is None or sharded:
+        return []
+    with clock.phase("sampling"):
+        answerer = Answerer(
+            model.eval(),
+            encoder.tokenizer,
+            encoder.template,
+            SamplingSettings(max_new_tokens=SAMPLE_TOKENS),
+            base,
         )
-    return loss
+        query, response = encoder.fields
+        # A query that was cut would be shown whole beside what the model made of a part.
+        rows = itertools.islice(_whole_rows(inputs), SAMPLES)
+        return [
+            Sample(
+                row.text(query),
+                "".join(answerer.base_answer(row.text(query))),
+                "".join(answerer.answer(row.text(query))),
+                row.text(response),
+            )
+            for row in rows
+        ]
 
 
-def _plan(settings: FinetuneSettings) -> TrainingPlan:
-    return TrainingPlan(
-        accumulation=settings.training.gradient_accumulation_steps,
-        epochs=settings.training.num_train_epochs,
-        max_steps=settings.training.max_steps,
-        learning_rate=settings.training.learning_rate,
-        weight_decay=settings.training.weight_decay,
-        warmup_ratio=settings.training.warmup_ratio,
-        max_gradient_norm=settings.training.max_grad_norm,
-        eval_steps=settings.output.eval_steps,
-    )
+def _whole_rows(inputs: Inputs) -> Iterator[Any]:
+    assert inputs.encoder is not None
+    for row in first_rows(inputs.dataset):
+        outcome = inputs.encoder.outcome(row)
+        if outcome.example is not None and not outcome.is_cut:
+            yield row
 
 
-def _write_plot(course: _Course, inputs: Inputs, settings: FinetuneSettings) -> None:
-    adapter = settings.adapter
-    title = f"{adapter.title} adapters, r = {adapter.bone_r}, on {inputs.model_path.stem}"
-    plot = loss_plot(course.steps, course.evaluations, title, inputs.checked_name)
-    write_file(settings.output.output / "loss.png", plot)
+def _write_pictures(
+    course: Course, inputs: Inputs, settings: FinetuneSettings, samples: list[Sample]
+) -> None:
+    folder, adapter = settings.output.output, settings.adapter
+    title = f"{adapter.title} adapters, r = {adapter.bone_r}, on {inputs.base.title}"
+    plot = loss_plot(course.steps, course.evaluations, title, inputs.checked.name)
+    write_file(folder / "loss.png", plot)
+    write_file(folder / "learning_rate.png", learning_rate_plot(course.steps, title))
+    if samples:
+        page = samples_page(samples, inputs.checked.name)
+        write_file(folder / "samples.md", page.encode())
 
 
-def _write_samples(inputs: Inputs, settings: FinetuneSettings) -> None:
-    rows = inputs.dataset.held_out or inputs.dataset.training
-    encoded = (
-        (pair, encode_pairs([pair], inputs.tokenizer, settings.data.max_seq_length))
-        for pair in rows
-    )
-    # A query that was cut would be shown whole beside what the model made of a part.
-    whole = (
-        (pair, one.examples[0].prompt) for pair, one in encoded if one.examples and not one.cut
-    )
-    samples = [_sample(inputs, pair, prompt) for pair, prompt in itertools.islice(whole, SAMPLES)]
-    page = samples_page(samples, inputs.checked_name)
-    write_file(settings.output.output / "samples.md", page.encode())
-
-
-def _sample(inputs: Inputs, pair: Pair, prompt: tuple[int, ...]) -> Sample:
-    room = inputs.model.config.context - len(prompt)
-
-    def answer() -> str:
-        tokens = generate_greedily(
-            inputs.model,
-            prompt,
-            max_new_tokens=min(SAMPLE_TOKENS, room),
-            stop=inputs.tokenizer.end,
-        )
-        return inputs.tokenizer.decode(list(tokens))
-
-    inputs.model.eval()
-    with disha.adapters_disabled(inputs.model):
-        before = answer()
-    return Sample(pair.query, before, answer(), pair.response)
+def _merge_and_verify(
+    adapter: Path, course: Course, inputs: Inputs, settings: FinetuneSettings, clock: Clock
+) -> Verification | None:
+    output = settings.output
+    if output.merge:
+        assert inputs.base.folder is not None
+        with clock.phase("merging into a copy of the base model"):
+            disha.interop.checkpoints.merge_into_checkpoint(
+                inputs.base.folder,
+                adapter,
+                output.output / MERGED,
+                # Trained on a rounded copy of these weights, where bits are fewer.
+                force=settings.model.bits != "fp32",
+                overwrite=True,
+            )
+    if not output.verify:
+        return None
+    with clock.phase("verifying the file in a fresh process"):
+        return verify_in_fresh_process(settings, adapter, inputs.checked, course.after)
 
 
 def _report(
     settings: FinetuneSettings,
+    model: nn.Module,
     inputs: Inputs,
-    course: _Course,
-    verification: Verification,
-    clock: _Clock,
+    course: Course,
+    verification: Verification | None,
+    samples: list[Sample],
+    clock: Clock,
 ) -> dict[str, Any]:
-    parameters = disha.summary(inputs.model)
+    parameters = disha.summary(model)
+    checked = inputs.checked
     return {
-        "settings": settings.to_json(),
-        "model": str(inputs.model_path),
+        # All in one, so that they can be a file of flags.
+        "settings": {k: v for k, v in settings.to_json().items() if k != "config"},
+        "model": inputs.base.title,
         **environment(),
         "parameters": {
             "trainable": parameters.trainable,
@@ -260,50 +261,45 @@ def _report(
             "percent": parameters.percent,
         },
         "data": {
-            "training": _data_report(inputs.training),
-            "held_out": _data_report(inputs.held_out),
+            "training": {"rows": len(inputs.dataset.training), **asdict(inputs.tally)},
+            "held_out": {"rows": len(inputs.dataset.held_out), **asdict(checked.tally)},
         },
         "loss": {
-            "measured_on": inputs.checked_name,
+            "measured_on": checked.name,
             "before": course.before,
             "after": course.after,
             "by_step": course.evaluations,
         },
         "training": {
-            "steps": len(course.steps),
-            "seconds": course.seconds,
+            "steps": course.progress.step,
+            "seconds": course.progress.seconds,
             "tokens": course.tokens,
-            "tokens_per_second": course.tokens / course.seconds,
+            "tokens_per_second": course.tokens_per_second,
+            "resumed_from": course.resumed_from and str(course.resumed_from),
         },
-        "verification": {
-            **asdict(verification),
-            "loaded_difference": verification.loaded_difference,
-            "merged_difference": verification.merged_difference,
-            "agrees": verification.agrees,
-        },
+        "samples": [asdict(sample) for sample in samples],
+        "verification": None if verification is None else verification.to_json(),
         "phase_seconds": clock.seconds,
         "peak_memory_bytes": peak_memory(),
     }
 
 
-def _data_report(encoded: Encoded) -> dict[str, int]:
-    return {
-        "rows": len(encoded.examples),
-        "queries_cut": encoded.cut,
-        "rows_left_out": encoded.dropped,
-        "supervised_tokens": sum(example.supervised for example in encoded.examples),
-    }
-
-
 def _say_result(
-    settings: FinetuneSettings, inputs: Inputs, course: _Course, verification: Verification
+    settings: FinetuneSettings,
+    inputs: Inputs,
+    course: Course,
+    verification: Verification | None,
+    clock: Clock,
 ) -> None:
-    print(
-        f"\n{inputs.checked_name} loss {course.before:.3f} -> {course.after:.3f} nats per token, "
-        f"in {len(course.steps)} steps and {course.seconds:.0f} s of training\n"
-        f"fresh process: loaded adapter differs by {verification.loaded_difference:.1e}, "
-        f"merged by {verification.merged_difference:.1e} (allowed: "
-        f"{verification.tolerance.loaded:g} and {verification.tolerance.merged:g})\n"
-        f"in {settings.output.output}: adapter.safetensors, metrics.jsonl, loss.png, samples.md, "
-        "report.json"
+    clock.say(
+        f"\n{inputs.checked.name} loss {course.before:.3f} -> {course.after:.3f}, in "
+        f"{course.progress.step} steps and {course.progress.seconds:.0f} s of training"
     )
+    if verification is not None:
+        clock.say(
+            f"fresh process: loaded adapter differs by {verification.loaded_difference:.1e}, "
+            f"merged by {verification.merged_difference:.1e} (allowed: "
+            f"{verification.tolerance.loaded:g} and {verification.tolerance.merged:g})"
+        )
+    written = [path.name for path in sorted(settings.output.output.iterdir())]
+    clock.say(f"in {settings.output.output}: {', '.join(written)}")

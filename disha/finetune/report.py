@@ -1,40 +1,32 @@
-"""The files that tell what a run did: metrics, plot, samples and report."""
+"""What a run tells of itself when it has ended: samples, environment, and files written whole."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
-import io
-import json
 import os
 import platform
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 import disha
 from disha.finetune.errors import OutputError
-from disha.finetune.training.loop import Step
 
 __all__ = [
     "Sample",
     "environment",
-    "loss_plot",
-    "metrics_line",
-    "open_metrics",
     "peak_memory",
     "samples_page",
     "write_file",
 ]
 
 REPORTED_PACKAGES = ("torch", "safetensors", "einops", "gguf", "tokenizers", "numpy")
-SMOOTHED_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -65,71 +57,6 @@ def write_file(path: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise OutputError(f"{path} can't be written: {error.strerror}") from error
-
-
-def open_metrics(path: Path) -> TextIO:
-    """Open the file of metrics, emptied; each line reaches the disk when it is complete.
-
-    Raises:
-        OutputError: it can't be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w", encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise OutputError(f"{path} can't be written: {error.strerror}") from error
-
-
-def metrics_line(step: Step) -> str:
-    """One line of the metrics: the step as JSON, without what was not measured."""
-    values = {k: v for k, v in dataclasses.asdict(step).items() if v is not None}
-    return json.dumps(values) + "\n"
-
-
-def loss_plot(
-    steps: Sequence[Step], evaluations: Mapping[int, float], title: str, checked: str
-) -> bytes:
-    """A PNG of the training loss per step and the loss measured on fixed rows.
-
-    Args:
-        steps: the optimiser steps.
-        evaluations: losses by the number of steps done before.
-        title: what was trained.
-        checked: what rows the evaluations were on, such as "held-out".
-    """
-    from matplotlib.figure import Figure
-
-    numbers, losses = [step.step for step in steps], [step.loss for step in steps]
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(numbers, losses, color="tab:blue", alpha=0.3, label="training loss, each step")
-    axes.plot(
-        numbers,
-        _running_means(losses),
-        color="tab:blue",
-        label=f"training loss, mean of last {SMOOTHED_STEPS} steps",
-    )
-    axes.plot(
-        list(evaluations),
-        list(evaluations.values()),
-        color="tab:orange",
-        marker="o",
-        linewidth=2,
-        label=f"{checked} loss",
-    )
-    for number, loss in evaluations.items():
-        axes.annotate(
-            f"{loss:.2f}", (number, loss), xytext=(0, 8), textcoords="offset points", ha="center"
-        )
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
-    axes.margins(x=0.04, y=0.1)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def samples_page(samples: Sequence[Sample], origin: str) -> str:
@@ -173,11 +100,6 @@ def peak_memory() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _running_means(values: Sequence[float]) -> list[float]:
-    windows = [values[max(0, end - SMOOTHED_STEPS) : end] for end in range(1, len(values) + 1)]
-    return [sum(window) / len(window) for window in windows]
 
 
 def _titled(title: str, text: str) -> str:

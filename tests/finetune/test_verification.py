@@ -6,10 +6,17 @@ from pathlib import Path
 import pytest
 
 import disha
+from disha.finetune.data.encoding import Tally
 from disha.finetune.data.examples import Example
 from disha.finetune.errors import VerificationError
-from disha.finetune.settings.run import FinetuneSettings
-from disha.finetune.verification import Tolerance, Verification, verify_in_fresh_process
+from disha.finetune.inputs import Checked, load_inputs
+from disha.finetune.settings import FinetuneSettings
+from disha.finetune.verification import (
+    TOLERANCES,
+    Tolerance,
+    Verification,
+    verify_in_fresh_process,
+)
 
 GOOD = Verification(
     trained=2.0,
@@ -35,24 +42,45 @@ def test_a_disagreement_names_file_losses_and_tolerance(changes):
     assert "tolerance 0.0001" in str(caught.value)
 
 
-def test_a_fresh_process_that_fails_is_quoted(tmp_path, tiny_path):
+def test_what_the_report_holds():
+    found = GOOD.to_json()
+    assert found["agrees"] is True
+    assert found["loaded_difference"] == GOOD.loaded_difference
+    assert found["tolerance"] == {"loaded": 1e-4, "merged": 1e-3}
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"query": "a", "response": "b"}\n')
-    settings = FinetuneSettings(
+    return FinetuneSettings().changed(
         base_model_name_or_path=tiny_path, output_dir=tmp_path, data_path=data, max_seq_length=64
     )
+
+
+def checked(*examples):
+    return Checked("held-out", examples, True, Tally())
+
+
+def test_a_fresh_process_that_fails_is_quoted(tmp_path, settings):
     with pytest.raises(VerificationError, match=r"failed with code 1: .*absent\.safetensors"):
-        verify_in_fresh_process(settings, tmp_path / "absent.safetensors", [], 1.0)
+        verify_in_fresh_process(settings, tmp_path / "absent.safetensors", checked(), 1.0)
 
 
-def test_data_that_changed_meanwhile_are_named(tmp_path, tiny_path, tiny_model):
+def test_data_that_changed_meanwhile_are_named(tmp_path, settings, tiny_model):
     adapter = tmp_path / "a.safetensors"
     disha.save_adapter(disha.inject_adapters(tiny_model, "_proj$", 4), adapter)
-    data = tmp_path / "rows.jsonl"
-    data.write_text('{"query": "a", "response": "b"}\n')
-    settings = FinetuneSettings(
-        base_model_name_or_path=tiny_path, output_dir=tmp_path, data_path=data, max_seq_length=64
-    )
-    before = [Example((3, 4, 5), prompt_length=1)]
+    before = checked(Example((3, 4, 5), learned=((1, 3),)))
     with pytest.raises(VerificationError, match="not what they were when training began"):
         verify_in_fresh_process(settings, adapter, before, 1.0)
+
+
+def test_products_in_bfloat16_may_differ_as_bfloat16_does(tmp_path, settings, tiny_model):
+    """Whatever the weights are kept in: merged ones are rounded to it."""
+    adapter = tmp_path / "a.safetensors"
+    disha.save_adapter(disha.inject_adapters(tiny_model, "_proj$", 4), adapter)
+    settings = settings.changed(bf16=True)
+    rows = load_inputs(settings).checked
+    found = verify_in_fresh_process(settings, adapter, rows, 5.0)
+    assert found.tolerance == TOLERANCES["bf16"]
+    assert found.loaded == pytest.approx(found.merged, abs=0.05)

@@ -1,0 +1,327 @@
+"""Training that stops, goes on, and comes to the same end."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+
+import pytest
+
+from disha.cli import main
+from tests.finetune.command_line import (
+    FILES,
+    ROWS,
+    adapter_of,
+    arguments,
+    interrupted_after,
+    killed_after,
+    metrics_of,
+    report_of,
+    result_of,
+    started,
+    timeless,
+    write_rows,
+)
+
+STEPS = 12
+SAVING = {
+    "max_steps": STEPS,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "save_total_limit": 2,
+    "adapter_dropout": 0.2,
+    "eval_fraction": 0.2,
+    "eval_steps": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, tiny_path):
+    """Flags, rows, and the result of a run that nothing stops."""
+    folder = tmp_path_factory.mktemp("straight")
+    data = write_rows(folder / "rows.jsonl")
+    assert main(arguments(tiny_path, data, folder / "out", **SAVING)) == 0
+    return folder / "out"
+
+
+def checkpoints_in(output):
+    return sorted(path.name for path in output.glob("*checkpoint-*"))
+
+
+# --- one break, in this process -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 11])
+def test_killed_and_resumed_a_run_comes_to_the_same_end(finetune, straight, step):
+    killed_after(step, lambda: finetune(**SAVING))
+    report = finetune.good("--resume", **SAVING)
+    assert result_of(finetune.output) == result_of(straight)
+    # Killed before the checkpoint of its step was saved.
+    last = (step - 1) // 3 * 3
+    expected = str(finetune.output / f"checkpoint-{last}") if last else None
+    assert report["training"]["resumed_from"] == expected
+    assert report["training"]["steps"] == STEPS
+    assert checkpoints_in(finetune.output) == ["checkpoint-12", "checkpoint-9"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": True},
+        {"streaming": True, "dataloader_num_workers": 1},
+        {"init_weights": "bat", "also_train": "norm", "bits": "bf16"},
+        {"gradient_accumulation_steps": 3, "save_strategy": "epoch", "lr_scheduler_type": "linear"},
+        {"gradient_checkpointing": True, "bf16": True},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_so_it_does_whatever_the_way_of_training(finetune, tmp_path, changes):
+    changes = {**SAVING, "max_steps": 7, "save_steps": 2, **changes}
+    finetune.good(output_dir=tmp_path / "straight", **changes)
+    killed_after(5, lambda: finetune(**changes))
+    report = finetune.good("--resume", **changes)
+    assert report["training"]["resumed_from"] is not None
+    assert result_of(finetune.output) == result_of(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_a_run_leaves_a_checkpoint_to_go_on_from(finetune, straight, number):
+    done = interrupted_after(4, lambda: finetune(**SAVING), number)
+    assert done.code == 130
+    checkpoint = finetune.output / "checkpoint-5"
+    assert done.err.splitlines()[1:] == [
+        "stopping after this step; once more stops at once",
+        f"disha: interrupted after step 5; {checkpoint} is complete: the same command with "
+        "--resume goes on from there",
+    ]
+    assert [line["step"] for line in metrics_of(finetune.output)] == [0, 1, 2, 3, 4, 5]
+    report = finetune.good("--resume", **SAVING)
+    assert report["training"]["resumed_from"] == str(checkpoint)
+    assert result_of(finetune.output) == result_of(straight)
+
+
+def test_a_run_without_checkpoints_saves_one_when_it_is_interrupted(finetune, straight):
+    changes = {**SAVING, "save_strategy": "no"}
+    done = interrupted_after(4, lambda: finetune(**changes))
+    assert done.code == 130
+    assert checkpoints_in(finetune.output) == ["checkpoint-5"]
+    finetune.good("--resume", **changes)
+    assert adapter_of(finetune.output) == adapter_of(straight)
+
+
+def test_asked_to_stop_in_the_last_step_a_run_ends_as_usual(finetune, straight):
+    done = interrupted_after(STEPS, lambda: finetune(**SAVING))
+    assert done.code == 0
+    assert result_of(finetune.output) == result_of(straight)
+
+
+def test_a_damaged_checkpoint_is_passed_over(finetune, straight):
+    killed_after(11, lambda: finetune(**SAVING))
+    damaged = finetune.output / "checkpoint-9" / "training.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    done = finetune("--resume", **SAVING)
+    assert done.code == 0, done.err
+    assert f"{damaged.parent} is passed over: training.pt has" in done.out
+    assert f"resuming from {finetune.output / 'checkpoint-6'}, after step 6" in done.out
+    assert result_of(finetune.output) == result_of(straight)
+
+
+def test_where_every_checkpoint_is_damaged_a_run_does_not_begin(finetune):
+    killed_after(4, lambda: finetune(**SAVING))
+    (finetune.output / "checkpoint-3" / "manifest.json").write_text("{")
+    done = finetune("--resume", **SAVING)
+    assert done.code == 2
+    assert "none of the 1 checkpoints" in done.complaint
+
+
+def test_without_checkpoints_a_run_begins_at_the_beginning(finetune, straight):
+    done = finetune("--resume", **SAVING)
+    assert done.code == 0, done.err
+    assert "no checkpoint to resume from; starting at the beginning" in done.out
+    assert result_of(finetune.output) == result_of(straight)
+
+
+def test_where_checkpoints_lie_a_run_does_not_begin_unasked(finetune, straight):
+    killed_after(4, lambda: finetune(**SAVING))
+    before = {path: path.read_bytes() for path in finetune.output.rglob("*") if path.is_file()}
+    done = finetune(**SAVING)
+    assert done.code == 2
+    assert "holds checkpoint-3 of an earlier run; go on from it with --resume" in done.complaint
+    after = {path: path.read_bytes() for path in finetune.output.rglob("*") if path.is_file()}
+    assert after == before
+    finetune.good("--overwrite_output_dir", **{**SAVING, "save_strategy": "no"})
+    assert checkpoints_in(finetune.output) == []
+    assert adapter_of(finetune.output) == adapter_of(straight)
+
+
+# --- what must be as it was -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory, tiny_path):
+    """The rows and the output folder of a run that was killed; not to be changed."""
+    folder = tmp_path_factory.mktemp("broken")
+    data = write_rows(folder / "rows.jsonl")
+    words = arguments(tiny_path, data, folder / "out", **SAVING)
+    killed_after(4, lambda: main(words))
+    return data, folder / "out"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 1e-3},
+        {"seed": 1},
+        {"bone_r": 4},
+        {"init_weights": "bat"},
+        {"max_steps": 13},
+        {"per_device_train_batch_size": 2},
+        {"gradient_accumulation_steps": 2},
+        {"max_seq_length": 64},
+        {"dataset_split": "train[:30]"},
+        {"dataset_field": ["original_question", "response"]},
+        {"packing": True},
+        {"bits": "bf16"},
+        {"bf16": True},
+        {"adapter_dropout": 0.0},
+        {"eval_steps": 4},
+        {"lr_scheduler_type": "constant"},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_what_decides_the_result_must_be_as_it_was(finetune, broken, changes):
+    data, output = broken
+    done = finetune("--resume", data_path=data, output_dir=output, **{**SAVING, **changes})
+    assert done.code == 2
+    [name] = changes
+    assert f"was saved with {name} " in done.complaint
+    assert "give the same again to resume" in done.complaint
+
+
+def test_rows_must_be_as_they_were(finetune):
+    killed_after(4, lambda: finetune(**SAVING))
+    write_rows(finetune.data, [*ROWS[:-1], {"query": "other", "response": "hello"}])
+    done = finetune("--resume", **SAVING)
+    assert done.code == 2
+    assert "was saved with rows " in done.complaint
+    write_rows(finetune.data, ROWS[:-1])
+    assert finetune("--resume", **SAVING).code == 2
+    write_rows(finetune.data)
+    finetune.good("--resume", **SAVING)
+
+
+def test_what_decides_nothing_may_be_other_than_it_was(finetune, straight, tmp_path):
+    killed_after(4, lambda: finetune(**SAVING))
+    moved = tmp_path / "moved"
+    finetune.output.rename(moved)
+    others = {
+        "logging_steps": 5,
+        "save_steps": 4,
+        "save_total_limit": 1,
+        "report_to": "tensorboard",
+    }
+    finetune.good("--resume", output_dir=moved, **{**SAVING, **others})
+    assert result_of(moved) == result_of(straight)
+    assert checkpoints_in(moved) == ["checkpoint-12"]
+
+
+def test_resuming_what_has_ended_writes_the_same_again(finetune, straight):
+    finetune.good(**SAVING)
+    for name in FILES - {"metrics.jsonl"}:
+        (finetune.output / name).unlink()
+    report = finetune.good("--resume", **SAVING)
+    assert report["training"]["steps"] == STEPS
+    assert result_of(finetune.output) == result_of(straight)
+    assert {path.name for path in finetune.output.iterdir()} >= FILES
+
+
+@pytest.mark.parametrize("content", [None, "", "{}\n3\n", '{"step": 1, "loss": 2.0}\n'])
+def test_metrics_that_are_lost_are_no_reason_not_to_go_on(finetune, straight, content):
+    """Nothing of the training depends on them."""
+    finetune.good(**SAVING)
+    metrics = finetune.output / "metrics.jsonl"
+    metrics.unlink()
+    if content is not None:
+        metrics.write_text(content)
+    report = finetune.good("--resume", **SAVING)
+    assert report["training"]["steps"] == STEPS
+    assert report["training"]["seconds"] > 0
+    assert adapter_of(finetune.output) == adapter_of(straight)
+    assert report["loss"] == report_of(straight)["loss"]
+
+
+def test_metrics_have_every_step_once(finetune, straight):
+    killed_after(5, lambda: finetune(**SAVING))
+    with (finetune.output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    killed_after(8, lambda: finetune("--resume", **SAVING))
+    finetune.good("--resume", **SAVING)
+    lines = metrics_of(finetune.output)
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert timeless(lines) == timeless(metrics_of(straight))
+
+
+# --- processes of their own -----------------------------------------------------------------------
+
+KILLS = 5
+
+
+def lines_of(output):
+    metrics = output / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def wait_for(process, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "training did not start"
+        time.sleep(0.005)
+
+
+def test_a_process_killed_at_random_moments_comes_to_the_same_end(tmp_path, tiny_path):
+    data = write_rows(tmp_path / "rows.jsonl")
+    changes = {**SAVING, "max_steps": 150, "save_steps": 1, "eval_steps": 50}
+    straight, output = tmp_path / "straight", tmp_path / "out"
+    assert main(arguments(tiny_path, data, straight, **changes)) == 0
+    words = [*arguments(tiny_path, data, output, **changes), "--resume"]
+    moments = random.Random(0)
+    for kill in range(KILLS):
+        process = started(words)
+        try:
+            wait_for(process, lambda least=4 * kill: lines_of(output) > least + 3)
+            time.sleep(moments.uniform(0, 0.1))
+        finally:
+            process.kill()
+            process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (output / "adapter.safetensors").exists()
+    assert main(words) == 0
+    assert report_of(output)["training"]["resumed_from"] is not None
+    assert result_of(output) == result_of(straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_is_exit_code_130_and_leaves_nothing_half_written(tmp_path, tiny_path, number):
+    data, output = write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    process = started(arguments(tiny_path, data, output, max_steps=100_000))
+    try:
+        wait_for(process, lambda: lines_of(output) > 3)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    [told] = [line for line in said.splitlines() if line.startswith("disha")]
+    assert told.startswith("disha: interrupted after step ")
+    assert "Traceback" not in said
+    [checkpoint] = checkpoints_in(output)
+    assert checkpoint in told
+    assert {path.name for path in output.iterdir()} == {"metrics.jsonl", checkpoint}
+    last = int(checkpoint.removeprefix("checkpoint-"))
+    assert [line["step"] for line in metrics_of(output)] == list(range(last + 1))
+    manifest = json.loads((output / checkpoint / "manifest.json").read_text())
+    for name, described in manifest["files"].items():
+        assert (output / checkpoint / name).stat().st_size == described["size"]

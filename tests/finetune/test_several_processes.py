@@ -1,0 +1,141 @@
+"""The command under torchrun: two processes do what one does with twice the batches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from disha.cli import main
+from tests.finetune.command_line import (
+    FILES,
+    arguments,
+    environment,
+    losses_of,
+    metrics_of,
+    report_of,
+    write_rows,
+)
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+USUAL = {"bone_r": 4, "eval_fraction": 0.2, "eval_steps": 2, "per_device_train_batch_size": 2}
+
+
+def torchrun(words, **options):
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", "-m", "disha", *words),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+        **options,
+    )
+
+
+def finished(process):
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, out, err
+
+
+def complaints_in(err):
+    return [line for line in err.splitlines() if line.startswith(("disha:", "disha finetune:"))]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_path):
+    folder = tmp_path_factory.mktemp("alone")
+    data = write_rows(folder / "rows.jsonl")
+    accumulated = {"gradient_accumulation_steps": 4}
+    assert main(arguments(tiny_path, data, folder / "out", **USUAL, **accumulated)) == 0
+    return data, folder / "out"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(tmp_path, tiny_path, alone, strategy):
+    data, expected = alone
+    output = tmp_path / "out"
+    words = arguments(
+        tiny_path, data, output, strategy=strategy, gradient_accumulation_steps=2, **USUAL, **SAVING
+    )
+    code, out, err = finished(torchrun(words))
+    assert code == 0, err
+    assert losses_of(output) == pytest.approx(losses_of(expected), rel=1e-5)
+    assert [line["step"] for line in metrics_of(output)] == list(range(7))
+    report, other = report_of(output), report_of(expected)
+    for name in ("before", "after", "by_step"):
+        assert report["loss"][name] == pytest.approx(other["loss"][name], rel=1e-5)
+    assert report["training"]["tokens"] == other["training"]["tokens"]
+    found, wanted = (load_file(f / "adapter.safetensors") for f in (output, expected))
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-6)
+    missing = {"samples.md"} if strategy == "fsdp" else set()
+    assert {path.name for path in output.iterdir()} == FILES - missing | {"checkpoint-6"}
+    assert out.count("step 6/6") == 1
+    assert out.count("adapter.safetensors") == 1
+
+
+def test_two_processes_that_are_stopped_go_on_to_the_same_end(tmp_path, tiny_path, alone):
+    """Ctrl-C reaches every process of a terminal, and torchrun sends it on to them once more."""
+    data, _ = alone
+    straight, output = tmp_path / "straight", tmp_path / "out"
+    changes = {**USUAL, "max_steps": 200, "eval_steps": 100}
+    process = torchrun(arguments(tiny_path, data, output, **changes))
+    try:
+        metrics = output / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        code, _, err = finished(process)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert code != 0
+    told = complaints_in(err)
+    assert len(told) == 1, err
+    assert told[0].startswith("disha: interrupted after step ")
+    assert err.count("stopping after this step") == 1
+    assert "terminate called" not in err
+    assert len(list(output.glob("checkpoint-*"))) == 1
+    assert finished(torchrun([*arguments(tiny_path, data, output, **changes), "--resume"]))[0] == 0
+    assert main(arguments(tiny_path, data, straight, **changes, gradient_accumulation_steps=2)) == 0
+    assert [line["step"] for line in metrics_of(output)] == list(range(201))
+    assert losses_of(output) == pytest.approx(losses_of(straight), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"bits": "7"}, "bits"),
+        ({"data_path": "bad"}, "line 41 is not JSON"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_complained_of_once(tmp_path, tiny_path, changes, complaint):
+    data = write_rows(tmp_path / "rows.jsonl")
+    if "data_path" in changes:
+        data.write_text(data.read_text() + "{\n")
+        changes = {}
+    code, _, err = finished(torchrun(arguments(tiny_path, data, tmp_path / "out", **changes)))
+    assert code in (1, 2)
+    told = complaints_in(err)
+    assert len(told) == 1, err
+    assert complaint in told[0]
+    assert not (tmp_path / "out").exists()
