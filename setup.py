@@ -19,8 +19,14 @@ CLI = [
 FINETUNE = [
     *CLI,
     *GGUF,
+    "jinja2>=3.1.6",
     "matplotlib>=3.8",
+    "pyarrow>=15",
+    "pyyaml>=6.0",
+    "rich>=13",
+    "tensorboard>=2.16",
     "tokenizers>=0.20",
+    "tomli>=2.0; python_version < '3.11'",
 ]
 QUANT = [
     "bitsandbytes>=0.49",
@@ -42,6 +48,7 @@ DEV = [
     "ruff>=0.12",
     "timm>=1.0.13",
     "torchvision>=0.21",
+    "types-PyYAML>=6.0",
 ]
 
 setup(
@@ -61,7 +68,7 @@ setup(
         "gguf": GGUF,
         "demo": FINETUNE,
         "quant": QUANT,
-        "bench": [*FINETUNE, *PEERS],
+        "bench": [*FINETUNE, *PEERS, *QUANT],
         "dev": DEV,
         "llamacpp": [*FINETUNE, "llama-cpp-python>=0.3.30", "pytest>=8"],
     },
