@@ -41,16 +41,13 @@ ENCODED_TOGETHER = 64
 
 
 @dataclass(frozen=True)
-class StreamedExamples(OfExamples):
+class StreamedRows:
     """Rows shuffled anew in every epoch, and encoded when their turn comes.
-
-    The batches are those of `ShuffledExamples`, as long as every row can be used and can be read
-    alone (see `reading_order`).
 
     Args:
         rows: all of them.
         encoder: turns a row into an example.
-        size: examples per batch; the last may be smaller.
+        size: examples, or packed rows, per batch; the last may be smaller.
         seed: decides the order.
         workers: how many processes encode rows ahead; 0: this one encodes them.
         tally: what rows came to, in the epoch that was begun last.
@@ -62,6 +59,29 @@ class StreamedExamples(OfExamples):
     seed: int
     workers: int = 0
     tally: Tally = field(default_factory=Tally)
+
+    def examples(self, epoch: int) -> Iterator[Example]:
+        """Yield the examples of an epoch, counted from 1, in its order.
+
+        Raises:
+            DataError: a row can't be read or used, or none can.
+        """
+        self.tally.clear()
+        for outcome in _outcomes(self.rows, self.encoder, self.seed + epoch, self.workers):
+            self.encoder.require_allowed(outcome)
+            self.tally.add(outcome)
+            if outcome.example is not None:
+                yield outcome.example
+        self.tally.require_used(self.encoder.max_length)
+
+
+@dataclass(frozen=True)
+class StreamedExamples(StreamedRows, OfExamples):
+    """Batches of streamed rows.
+
+    They are those of `ShuffledExamples`, as long as every row can be used and can be read alone
+    (see `reading_order`).
+    """
 
     def batches(self, epoch: int) -> Iterator[Sequence[Example]]:
         """Yield the batches of an epoch, counted from 1.
@@ -69,9 +89,7 @@ class StreamedExamples(OfExamples):
         Raises:
             DataError: a row can't be read or used, or none can.
         """
-        seed = self.seed + epoch
-        examples = _encoded(self.rows, self.encoder, seed, self.workers, self.tally)
-        return batches_by_length(examples, self.size, seed)
+        return batches_by_length(self.examples(epoch), self.size, self.seed + epoch)
 
     def batches_per_epoch(self) -> int:
         """How many batches an epoch has if every row can be used; fewer otherwise."""
@@ -79,27 +97,12 @@ class StreamedExamples(OfExamples):
 
 
 @dataclass(frozen=True)
-class StreamedPackedExamples(OfPackedRows):
-    """Rows shuffled anew in every epoch, encoded when their turn comes, and packed.
+class StreamedPackedExamples(StreamedRows, OfPackedRows):
+    """Batches of streamed rows, packed.
 
-    The batches are those of `PackedExamples`, as long as every row can be used and can be read
-    alone (see `reading_order`).
-
-    Args:
-        rows: all of them.
-        encoder: turns a row into an example.
-        size: packed rows per batch; the last may be smaller.
-        seed: decides the order.
-        workers: how many processes encode rows ahead; 0: this one encodes them.
-        tally: what rows came to, in the epoch that was begun last.
+    They are those of `PackedExamples`, as long as every row can be used and can be read alone
+    (see `reading_order`).
     """
-
-    rows: Sequence[Row]
-    encoder: Encoder
-    size: int
-    seed: int
-    workers: int = 0
-    tally: Tally = field(default_factory=Tally)
 
     def batches(self, epoch: int) -> Iterator[Sequence[PackedRow]]:
         """Yield the batches of an epoch, counted from 1.
@@ -107,24 +110,11 @@ class StreamedPackedExamples(OfPackedRows):
         Raises:
             DataError: a row can't be read or used, or none can.
         """
-        seed = self.seed + epoch
-        examples = _encoded(self.rows, self.encoder, seed, self.workers, self.tally)
-        return packed_batches(examples, self.encoder.max_length, self.size, seed)
+        length = self.encoder.max_length
+        return packed_batches(self.examples(epoch), length, self.size, self.seed + epoch)
 
     def batches_per_epoch(self) -> None:
         """Not known: only encoding every row would tell."""
-
-
-def _encoded(
-    rows: Sequence[Row], encoder: Encoder, seed: int, workers: int, tally: Tally
-) -> Iterator[Example]:
-    tally.clear()
-    for outcome in _outcomes(rows, encoder, seed, workers):
-        encoder.require_allowed(outcome)
-        tally.add(outcome)
-        if outcome.example is not None:
-            yield outcome.example
-    tally.require_used(encoder.max_length)
 
 
 def _outcomes(rows: Sequence[Row], encoder: Encoder, seed: int, workers: int) -> Iterator[Outcome]:
