@@ -25,8 +25,6 @@ RUN = {
     "after": 2.9142,
     "trainable": 9_953_280,
     "peak_memory_bytes": 2**31,
-    "loaded_difference": 0.0,
-    "merged_difference": 1.9e-7,
 }
 
 
@@ -78,7 +76,7 @@ def test_the_page_says_whether_the_loop_keeps_its_limit(case, slower, verdict):
 def test_the_page_shows_every_run(case):
     other = {**RUN, "title": "BAT", "after": 2.85}
     text = finetuning_report.page(results(case, (RUN, other)))
-    assert "| Bone | 60 | 3.837 | 2.914 | 9,953,280 | 2 GiB | 0.0e+00 | 1.9e-07 |" in text
+    assert "| Bone | 60 | 3.837 | 2.914 | 9,953,280 | 2 GiB |" in text
     assert "| BAT | 60 | 3.837 | 2.850 |" in text
 
 
@@ -92,3 +90,19 @@ def test_the_command_writes_the_page(case, tmp_path, capsys):
     )
     assert finetuning_report.main([str(tmp_path / "absent.json")]) == 2
     assert "can't be read" in capsys.readouterr().err
+
+
+def test_what_the_file_has_already_is_kept(case, tmp_path, monkeypatch):
+    path, measured = tmp_path / "results.json", []
+    write_results(path, results(case, [RUN]))
+
+    def end_to_end(run, profile):
+        measured.append(run.title)
+        return {**RUN, "title": run.title}
+
+    monkeypatch.setattr(finetuning, "end_to_end", end_to_end)
+    monkeypatch.setattr(finetuning, "loop", lambda profile, device: pytest.fail("measured again"))
+    assert finetuning.main(["--go_on", "--out", str(path)]) == 0
+    titles = [run["title"] for run in json.loads(path.read_text())["tables"]["runs"]]
+    assert measured == ["BAT", "QBone, 8 bits", "QBone, 4 bits (nf4)"]
+    assert titles == ["Bone", *measured]
