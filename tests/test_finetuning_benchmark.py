@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,3 +107,12 @@ def test_what_the_file_has_already_is_kept(case, tmp_path, monkeypatch):
     titles = [run["title"] for run in json.loads(path.read_text())["tables"]["runs"]]
     assert measured == ["BAT", "QBone, 8 bits", "QBone, 4 bits (nf4)"]
     assert titles == ["Bone", *measured]
+
+
+def test_the_page_in_the_docs_is_made_of_the_newest_results():
+    newest = max(Path("benchmarks/results").glob("*-finetuning.json"))
+    page = finetuning_report.page(json.loads(newest.read_text()))
+    assert Path("docs/finetuning-results.md").read_text() == page
+    runs = json.loads(newest.read_text())["tables"]["runs"]
+    assert [run["title"] for run in runs] == [run.title for run in finetuning.RUNS]
+    assert all(run["after"] < run["before"] for run in runs)
