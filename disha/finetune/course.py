@@ -28,7 +28,6 @@ from disha.finetune.training.loop import (
     make_optimizer,
     training_steps,
 )
-from disha.finetune.training.memory import explaining_lack_of_memory
 from disha.finetune.training.parallel import Processes
 
 __all__ = ["Course", "plan_of", "require_free_of_checkpoints", "train"]
@@ -211,8 +210,7 @@ class _Training:
 
     def _evaluate_before(self, metrics: Metrics) -> None:
         name = self.inputs.checked.name
-        measuring = self.clock.phase(f"measuring the {name} loss before training")
-        with measuring, explaining_lack_of_memory():
+        with self.clock.phase(f"measuring the {name} loss before training"):
             self.evaluations[0] = self._evaluate()
         metrics.record_evaluation(0, self.evaluations[0])
 
