@@ -1,7 +1,7 @@
 """Writing files whole or not at all: no path ever leads to a part of one.
 
 A file is filled in a temporary folder beside its place, brought to the disk, and renamed into its
-place. A folder, because what fills the file may use temporary files of its own (safetensors does).
+place. A folder, because what fills the file may use temporary files of its own.
 It is locked as long as its process lives. So the next save of the same file can tell what a killed
 one has left behind, and clears it away: however many saves are killed, no more is left than what
 one of them leaves. Where there are no locks, nothing is cleared.

@@ -33,7 +33,8 @@ from disha.files.header import (
     described_by,
     encoded,
 )
-from disha.files.tensors import TensorFile, TensorRecord, opened, tensor_writer
+from disha.files.pieces import tensor_writer
+from disha.files.tensors import TensorFile, TensorRecord, opened
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
 from disha.layers import AdaptedLayer, Block
@@ -75,7 +76,21 @@ Contents = tuple[AdapterHeader, dict[str, Tensor]]
 
 
 class AdapterFileWarning(UserWarning):
-    """An adapter was loaded, but onto another base than it was saved from."""
+    """An adapter was loaded, but onto another base than it was saved from.
+
+    Examples:
+        >>> import pathlib, tempfile, warnings
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4)
+        >>> with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as w:
+        ...     warnings.simplefilter("always")
+        ...     disha.save_adapter(model, pathlib.Path(folder, "adapter.safetensors"))
+        ...     base = nn.Sequential(nn.Linear(8, 4))  # other random weights
+        ...     _ = disha.load_adapter(base, pathlib.Path(folder, "adapter.safetensors"))
+        >>> [warning.category.__name__ for warning in w]
+        ['AdapterFileWarning']
+    """
 
 
 # --- out of a model ------------------------------------------------------------------------------

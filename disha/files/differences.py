@@ -91,7 +91,7 @@ def tensor_differences(first: AdapterFile, second: AdapterFile) -> Iterator[Tens
     Raises:
         AdapterIOError: a file can't be read any more.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> from torch import nn
         >>> import disha

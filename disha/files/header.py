@@ -120,6 +120,19 @@ class AdapterFile(AdapterHeader):
         path: the file.
         format: its format version.
         nbytes: size of the file.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import disha
+        >>> layer = disha.BoneLinear(8, 16, r=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "adapter.safetensors")
+        ...     disha.save_adapter(layer, path, metadata={"task": "dialogue"})
+        ...     found = disha.inspect_adapter(path)
+        >>> found.layers[0].in_features, found.layers[0].out_features, found.parameters
+        (8, 16, 64)
+        >>> found.config.method, found.metadata["task"]
+        ('bone', 'dialogue')
     """
 
     path: Path

@@ -2,7 +2,8 @@
 
 A file starts with the length of its header, 8 bytes, little end first; the header, JSON, says of
 each tensor what it is and where its bytes are; the bytes follow without a gap. So tensors of any
-dtype can be copied unread, and a file can be written that is larger than memory.
+dtype can be copied unread, and a file can be written that is larger than memory. The `safetensors`
+library can write too, from what is all in memory, and only where NumPy is.
 
 Source: the format's description in the documentation of `safetensors`.
 """
@@ -14,19 +15,59 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
-from disha.errors import AdapterFileError, AdapterIOError
-from disha.files.tensors import explained, opened
+from disha.errors import AdapterFileError, AdapterIOError, ArgumentError
+from disha.files.atomic import Write
+from disha.files.tensors import LARGEST_INDEX, explained, opened
 
-__all__ = ["Piece", "StoredTensor", "copy_tensor", "stored_tensors", "write_pieces", "write_tensor"]
+__all__ = [
+    "Piece",
+    "StoredTensor",
+    "copy_tensor",
+    "stored_tensors",
+    "tensor_writer",
+    "write_pieces",
+    "write_tensor",
+]
 
 LENGTH_BYTES = 8
 ALIGNMENT = 8
 CHUNK = 1 << 20
+
+WRITTEN = {
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+    "F32": "float32",
+    "U32": "uint32",
+    "I32": "int32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "U16": "uint16",
+    "I16": "int16",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""Dtypes as files name them -> as torch does, in the order in which the library writes tensors.
+
+All that the library reads with torch.
+"""
+
+NAMES = {getattr(torch, name): key for key, name in WRITTEN.items() if hasattr(torch, name)}
+BITS = {key: 8 * dtype.itemsize for dtype, key in NAMES.items()}
+RANKS = {key: rank for rank, key in enumerate(WRITTEN)}
 
 
 @dataclass(frozen=True)
@@ -67,7 +108,8 @@ class Piece:
     @property
     def bits(self) -> int:
         """Size of one value."""
-        return 8 * self.nbytes // max(math.prod(self.shape), 1)
+        known = BITS.get(self.dtype)  # an empty tensor does not show it
+        return 8 * self.nbytes // max(math.prod(self.shape), 1) if known is None else known
 
 
 def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -110,28 +152,78 @@ def write_pieces(path: str, pieces: Mapping[str, Piece], metadata: Mapping[str, 
     Raises:
         OSError: it can't be written.
     """
-    # Wide values first, as the library orders them: each then starts at a multiple of its size.
-    order = sorted(pieces, key=lambda name: (-pieces[name].bits, name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name in order:
+    _write(path, _ordered(pieces), _index(_ordered(pieces), metadata))
+
+
+def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
+    """Return what writes a safetensors file, for `write_whole`.
+
+    Args:
+        tensors: key -> tensor on the CPU.
+        metadata: the file's `__metadata__`.
+
+    Raises:
+        ArgumentError: the names and the metadata are more than a safetensors file can hold, or a
+            tensor has a dtype that it can't.
+    """
+    pieces = _ordered({key: _piece(key, tensor) for key, tensor in tensors.items()})
+    index = _index(pieces, metadata)
+    if len(index) > LARGEST_INDEX:
+        raise ArgumentError(
+            f"the header does not fit into a safetensors file: it has {len(index):,} bytes, "
+            f"allowed are {LARGEST_INDEX:,}; give less metadata"
+        )
+    return partial(_write, pieces=pieces, index=index)
+
+
+def _piece(key: str, tensor: Tensor) -> Piece:
+    if tensor.dtype not in NAMES:
+        raise ArgumentError(
+            f"tensor {key!r} has dtype {tensor.dtype}, which safetensors files can't hold; allowed "
+            f"are {', '.join(WRITTEN.values())}"
+        )
+    shape = tuple(tensor.shape)
+    return Piece(NAMES[tensor.dtype], shape, tensor.nbytes, partial(write_tensor, tensor))
+
+
+def _ordered(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+    """Return the pieces as the library orders them, so that each begins at a multiple of its size.
+
+    Wide values come first.
+    """
+
+    def rank(name: str) -> tuple[int, int, str]:
         piece = pieces[name]
+        return -piece.bits, RANKS.get(piece.dtype, len(RANKS)), name
+
+    return {name: pieces[name] for name in sorted(pieces, key=rank)}
+
+
+def _index(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> bytes:
+    """Return the JSON that describes the pieces, padded with spaces."""
+    index: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name, piece in pieces.items():
         offsets = [offset, offset + piece.nbytes]
-        header[name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": offsets}
+        index[name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": offsets}
         offset += piece.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    text = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % ALIGNMENT)
+
+
+def _write(path: str, pieces: Mapping[str, Piece], index: bytes) -> None:
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-        for name in order:
+        file.write(len(index).to_bytes(LENGTH_BYTES, "little") + index)
+        for name, piece in pieces.items():
             before = file.tell()
-            pieces[name].write(file)
-            assert file.tell() - before == pieces[name].nbytes, name
+            piece.write(file)
+            assert file.tell() - before == piece.nbytes, name
 
 
 def write_tensor(tensor: Tensor, file: BinaryIO) -> None:
     """Write the bytes of a tensor on the CPU, without copying a contiguous one."""
-    tensor = tensor.detach().contiguous()
+    # A conjugate that is not worked out yet shares the bytes of what it is the conjugate of.
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if tensor.nbytes:
         file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 

@@ -72,7 +72,7 @@ def tensor_statistics(tensor: Tensor, record: LayerRecord | None = None) -> Tens
         tensor: any floating-point tensor.
         record: where it is a block, its layer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.files.statistics import tensor_statistics
         >>> tensor_statistics(torch.tensor([3.0, -4.0, 0.0, 0.0])).norm
@@ -107,7 +107,7 @@ def delta_norm(record: LayerRecord, block: Tensor) -> float | None:
         record: the layer.
         block: its block.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.files.header import LayerRecord
         >>> from disha.files.statistics import delta_norm

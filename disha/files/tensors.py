@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from disha.errors import AdapterFileError, AdapterIOError, ArgumentError, DishaError
-from disha.files.atomic import Write
+from disha.errors import AdapterFileError, AdapterIOError, DishaError
 from disha.text import brief
 
-__all__ = ["DTYPES", "TensorFile", "TensorRecord", "opened", "refuse_floods", "tensor_writer"]
+__all__ = [
+    "DTYPES",
+    "LARGEST_INDEX",
+    "TensorFile",
+    "TensorRecord",
+    "explained",
+    "opened",
+    "refuse_floods",
+]
 
 DTYPES = {
     "F16": torch.float16,
@@ -177,30 +183,3 @@ def _brackets(text: str) -> int:
         count += outside.count("[") + outside.count("{")
         inside ^= len(pieces) % 2 == 0
     return count
-
-
-def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
-    """Return what writes a safetensors file, for `write_whole`.
-
-    Args:
-        tensors: key -> contiguous tensor on the CPU.
-        metadata: the file's `__metadata__`. More than one key comes out in changing order, and
-            the bytes with them.
-
-    Raises:
-        ArgumentError: the metadata is larger than a safetensors file can hold.
-    """
-    try:
-        safetensors.torch.save({}, metadata=dict(metadata))
-    except safetensors.SafetensorError as error:
-        raise ArgumentError(
-            f"the header does not fit into a safetensors file ({error}); give less metadata"
-        ) from error
-
-    def write(path: str) -> None:
-        try:
-            safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata))
-        except safetensors.SafetensorError as error:
-            raise OSError(str(error)) from error
-
-    return write

@@ -91,7 +91,7 @@ def checked_text(value: object, what: str) -> str:
 class Block(NamedTuple):
     """Rows that can only be read together, so that they are best used soon after each other.
 
-    Args:
+    Attributes:
         file: the file they are in.
         number: which of its blocks they are.
         size: in bytes, about.
