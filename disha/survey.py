@@ -86,7 +86,8 @@ class Survey:
             if "forward" in owner.__dict__:
                 why = (
                     "a forward of its own is set on the instance, as device hooks do; remove the "
-                    "hook (accelerate.hooks.remove_hook_from_module), inject, then set it again"
+                    "hook (accelerate.hooks.remove_hook_from_module), delete the attribute that "
+                    "it leaves (del module.forward), inject, then set the hook again"
                 )
                 found.update(dict.fromkeys((owner, *self.parts.get(owner, ())), why))
             if owner in self._stubborn:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from disha.layers import AdaptedLayer
+
+collect_ignore = ["typed_api.py"]  # for type checkers, and never run
 
 
 class Attention(nn.Module):
@@ -93,6 +100,40 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
     for name, value in values_before.items():
         assert torch.equal(values_after[name], value), name
     before["values"] = values_before
+
+
+needs_fully_shard = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="fully_shard of this torch asks streams for what those of the CPU do not have",
+)
+
+
+def once(folder: Path, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a path that one of the processes of a test run has filled, and all of them share.
+
+    What `make` returns is JSON in a file beside it, `<name>.done`.
+
+    Args:
+        folder: the `shared_folder`.
+        name: of what is made.
+        make: makes it, at the path that it is given.
+    """
+    place, done = folder / name, folder / f"{name}.done"
+    with open(folder / f"{name}.lock", "w") as lock:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            done.write_text(json.dumps(make(place)), encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder that all processes of a test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(autouse=True)

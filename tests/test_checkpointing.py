@@ -145,7 +145,8 @@ class TestInputGradients:
         checkpointed(patches.model, True)
         for after in (patches.embed, [patches.embed]):
             with disha.enable_input_gradients(patches, after):
-                assert patches.embed(x).grad_fn.next_functions[0][0] is None  # nothing before it
+                embedded = patches.embed(x)
+                assert embedded.grad_fn.next_functions[0][0] is None  # nothing before it
                 assert all_equal(gradients(patches, x), expected)
 
     def test_after_a_module_with_several_outputs(self):

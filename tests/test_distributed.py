@@ -5,14 +5,12 @@ A launch takes seconds to import torch on both ranks, so that all checks of a sc
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from torch import nn
 
 import disha
 from disha import ModeError
+from tests.conftest import needs_fully_shard, once
 from tests.distributed import ddp, fsdp
 from tests.distributed.harness import RANKS, checks_of
 
@@ -27,20 +26,29 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 240
 """Ten times what a launch takes on two slow cores."""
 
-CHECKS = [(script.__name__, check) for script in (ddp, fsdp) for check in checks_of(vars(script))]
+NEEDS = {
+    ddp.__name__: (),
+    fsdp.__name__: needs_fully_shard,
+}
+SCRIPTS = [pytest.param(script, marks=marks) for script, marks in NEEDS.items()]
+CHECKS = [
+    pytest.param(script.__name__, check, marks=NEEDS[script.__name__])
+    for script in (ddp, fsdp)
+    for check in checks_of(vars(script))
+]
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What became of a script."""
+@pytest.fixture
+def launched(script, shared_folder):
+    """Return the checks that a script has passed, and its output; each script runs once."""
+    place = once(shared_folder, script, lambda folder: launch(script, folder))
+    found = json.loads(place.with_name(f"{script}.done").read_text(encoding="utf-8"))
+    return set(found["passed"]), found["output"]
 
-    passed: frozenset[str]
-    output: str
 
-
-@cache
-def launch(script: str) -> Launch:
-    """Run a script on two ranks, once."""
+def launch(script: str, folder: Path) -> dict[str, object]:
+    """Run a script on two ranks, in a folder that is made."""
+    folder.mkdir()
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc_per_node", str(RANKS), "-m", script),
@@ -51,36 +59,34 @@ def launch(script: str) -> Launch:
         "PYTHONPATH": str(ROOT),
         "CUDA_VISIBLE_DEVICES": "",  # where there is a device, fully_shard takes it, and gloo can't
     }
-    with TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [*command, folder],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the ranks too
-            output, _ = process.communicate()
-            output += f"\n{script} took more than {SECONDS} s"
-        passed = frozenset(path.parent.name for path in Path(folder).glob("*/passed"))
-    return Launch(passed, output)
+    process = subprocess.Popen(
+        [*command, str(folder)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+        output, _ = process.communicate()
+        output += f"\n{script} took more than {SECONDS} s"
+    return {"passed": [path.parent.name for path in folder.glob("*/passed")], "output": output}
 
 
 @pytest.mark.parametrize(("script", "check"), CHECKS)
-def test_on_two_ranks(script, check):
-    result = launch(script)
-    assert check in result.passed, result.output
+def test_on_two_ranks(script, check, launched):
+    passed, output = launched
+    assert check in passed, output
 
 
-@pytest.mark.parametrize("script", [ddp.__name__, fsdp.__name__])
-def test_every_check_has_run(script):
-    expected = {check for of, check in CHECKS if of == script}
-    assert launch(script).passed == expected, launch(script).output
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_check_has_run(script, launched):
+    passed, output = launched
+    assert passed == {param.values[1] for param in CHECKS if param.values[0] == script}, output
 
 
 class TestDataParallel:

@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 
 import disha
+from disha.files import pieces
 from disha.files.contents import adapter_contents, read_contents, write_contents
 from disha.files.json_files import LARGEST_CONFIG
 from disha.functional import bat_delta_weight, bone_delta_weight
@@ -688,7 +689,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    monkeypatch.setattr(pieces, "write_tensor", fail)
     with pytest.raises(disha.AdapterIOError, match="No space left"):
         lora.export(ours, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

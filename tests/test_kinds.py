@@ -512,6 +512,16 @@ class TestRegistry:
         assert type(model[0]) is Gain
         assert torch.equal(model(x), before)
 
+    @pytest.mark.parametrize("size", [1, 6])
+    def test_a_block_of_one_dimension_can_act_from_the_start(self, size):
+        disha.register_layer_kind(Gain, AdaptedGain)
+        model = disha.inject_adapters(nn.Sequential(Gain(6)).double(), "0", size, init="kaiming")
+        block = model[0].disha["default"].block
+        assert block.shape == (size,)
+        assert block.all()
+        assert block.abs().max() <= size**-0.5  # as one row of a linear layer's weight
+        close(model(torch.ones(6, dtype=torch.float64)), 1 + block.repeat(6 // size).detach())
+
     def test_a_transposed_layer_of_the_users(self):
         disha.register_layer_kind(MyConv1D, AdaptedTransposedLinear)
         model = nn.Sequential(MyConv1D(5, 6))

@@ -15,7 +15,7 @@ from disha import ArgumentError, MergeError, ModeError, TargetError
 from disha.layers.fronts import ReadLayer
 from disha.layers.readers import weight_reads
 from tests import reference
-from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.conftest import assert_unchanged, needs_fully_shard, perturb, snapshot
 
 
 class Reader(nn.Module):
@@ -403,6 +403,7 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
+@needs_fully_shard
 @pytest.mark.usefixtures("process_group")
 def test_fsdp_keeps_the_original_of_a_weight_that_is_read():
     from torch.distributed.fsdp import fully_shard

@@ -43,10 +43,25 @@ __all__ = [
 CHILD_NAME = "disha"
 """Name of the one sub-module that adapting adds to a module."""
 
+DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())
+"""A set, since torch 2.6 can't compile a look into the values of a dict."""
+
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a layer that its blocks depend on."""
+    """The sizes of a layer that its blocks depend on.
+
+    Attributes:
+        in_features: what r cuts into shards: a linear layer's inputs, the input channels of one
+            group of a convolution, the rows of an embedding.
+        out_features: what r_out cuts: its outputs, output channels, or the size of a row.
+
+    Examples:
+        >>> import disha
+        >>> layer = disha.BoneLinear(8, 16, r=4)
+        >>> layer.geometry(layer)
+        Geometry(in_features=8, out_features=16)
+    """
 
     in_features: int
     out_features: int
@@ -191,16 +206,36 @@ class AdaptedLayer(Moved):
     """Base of all adapted layers; a layer kind derives from it and declares what is its own.
 
     What a kind must have: `geometry`, `block_shape`, `delta_weight` and `delta_output`. What it may
-    have: `methods`, `linear`, `weight_name`, `weight_layout`, `shard_dim` (the dimension of a Bone
-    block along which the inputs' shards run), `obstacle` and `misfit`.
+    have: any of the attributes below, `obstacle`, `misfit`, `has_samples` and `example_input`.
 
     A kind that also derives from the class it adapts, its `base_class`, has a `forward` that
     returns `self.updated(output, self.disha.acting(), input)`; subclasses of that class then keep a
     forward of their own. Any other kind goes in front of the class, and the update is added to what
-    its forward returns.
+    its forward returns. `register_layer_kind` shows a whole kind.
 
-    Example:
-        See `register_layer_kind`.
+    Attributes:
+        layer_kind: the kind itself, on the classes that are made of it.
+        own_forward: whether the class that was adapted has another forward than `base_class`.
+        library_forward: whether that forward is bitsandbytes' own, for quantised weights.
+        input_name: the name of that forward's first parameter.
+        weight_name: the name of the parameter that holds W.
+        methods: the methods that the kind knows, `"bone"` or both.
+        linear: whether `"all-linear"` means layers of this kind.
+        weight_layout: how W is laid out where files can do without the module, or None.
+        shard_dim: the dimension of a Bone block along which the inputs' shards run.
+        disha: the layer's blocks by adapter; `active` names those that act.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> layer = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4, init="kaiming")
+        >>> isinstance(layer, disha.AdaptedLayer), isinstance(layer, nn.Linear)
+        (True, True)
+        >>> layer.delta_weight(layer.disha["default"]).shape
+        torch.Size([4, 8])
+        >>> torch.equal(layer.merged_weight(["default"]), layer.weight)
+        False
     """
 
     layer_kind: ClassVar[type[AdaptedLayer]]
@@ -217,7 +252,11 @@ class AdaptedLayer(Moved):
 
     @classmethod
     def geometry(cls, module: nn.Module) -> Geometry:
-        """Return the sizes of `module`, which this kind adapts or has adapted."""
+        """Return the sizes of `module`, which this kind adapts or has adapted.
+
+        Args:
+            module: the layer, adapted already or not yet.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -226,6 +265,9 @@ class AdaptedLayer(Moved):
 
         None where it does not: a kind that declares a `delta_weight` of its own has no layout
         unless it declares that too.
+
+        Args:
+            module: the layer, adapted already or not yet.
         """
         for owner in getattr(cls, "layer_kind", cls).__mro__:
             if "weight_layout" in vars(owner):
@@ -237,7 +279,12 @@ class AdaptedLayer(Moved):
 
     @classmethod
     def obstacle(cls, module: nn.Module, method: str) -> str | None:
-        """Return why `method` can't adapt `module`, or None if it can."""
+        """Return why `method` can't adapt `module`, or None if it can.
+
+        Args:
+            module: the layer, adapted already or not yet.
+            method: `"bone"` or `"bat"`.
+        """
         weight = read_weight(module, cls.weight_name)
         if isinstance(weight, UninitializedParameter):
             return "its weight is not initialised yet; run the model once before injecting"
@@ -256,13 +303,17 @@ class AdaptedLayer(Moved):
 
     @classmethod
     def quantisation(cls, module: nn.Module) -> Quantisation | None:
-        """Return how the weight of `module`, adapted or not, is quantised; None where it is not."""
+        """Return how the weight of `module`, adapted or not, is quantised; None where it is not.
+
+        Args:
+            module: the layer, adapted already or not yet.
+        """
         weight = _stored_weight(module, cls.weight_name)
         found = quantised.quantisation_of(module, weight)
         if found is not None or cls.base_class is None or not isinstance(weight, Tensor):
             return found
         original = getattr(type(module), "original_class", type(module))
-        dense = weight.dtype in BLOCK_DTYPES.values() or weight.is_complex()
+        dense = weight.dtype in DENSE_DTYPES or weight.is_complex()
         if dense or original.forward is cls.base_class.forward:
             return None
         return quantised.UNKNOWN
@@ -271,12 +322,25 @@ class AdaptedLayer(Moved):
     def block_shape(
         cls, module: nn.Module, method: str, r: int, r_out: int | None
     ) -> tuple[int, ...]:
-        """Return the shape of a block for `module`."""
+        """Return the shape of a block for `module`.
+
+        Args:
+            module: the layer, adapted already or not yet.
+            method: `"bone"` or `"bat"`.
+            r: shard size.
+            r_out: size of the output shard of a tile, or None.
+        """
         raise NotImplementedError
 
     @classmethod
     def misfit(cls, geometry: Geometry, r: int, r_out: int | None) -> str | None:
-        """Return why blocks of these sizes don't fit a layer of that geometry, or None."""
+        """Return why blocks of these sizes don't fit a layer of that geometry, or None.
+
+        Args:
+            geometry: the layer's sizes.
+            r: shard size.
+            r_out: size of the output shard of a tile, or None.
+        """
         if r > geometry.in_features:
             return f"r={r} is larger than in_features={geometry.in_features}"
         if r_out is not None and geometry.out_features % r_out:
@@ -284,28 +348,53 @@ class AdaptedLayer(Moved):
         return None
 
     def delta_weight(self, block: Block) -> Tensor:
-        """Return dW of a block of this layer, without its scale."""
+        """Return dW of a block of this layer, without its scale: a tensor of the weight's shape.
+
+        Args:
+            block: one of the layer's; `block.block` is D, `block.r` its shard size.
+        """
         raise NotImplementedError
 
     def delta_output(self, block: Block, input: Tensor, *more: Any) -> Tensor:
-        """Return what a block adds to the layer's output, scaled and with its dropout."""
+        """Return what a block adds to the layer's output, scaled and with its dropout.
+
+        Args:
+            block: one of the layer's; `block.dropped(input)` is its input, and
+                `block.current_scale()` its scale s.
+            input: the layer's input.
+            more: what else the kind's forward passes to `updated`.
+        """
         raise NotImplementedError
 
     @classmethod
     def example_input(cls, module: nn.Module, generator: torch.Generator) -> Tensor:
-        """Return a small random input that `module` takes, in float32 on the CPU if not integer."""
+        """Return a small random input that `module` takes, in float32 on the CPU if not integer.
+
+        Args:
+            module: the layer, adapted already or not yet.
+            generator: where the numbers come from.
+        """
         return torch.randn(2, cls.geometry(module).in_features, generator=generator)
 
     def widened(self, block: Block, r: int) -> Tensor:
         """Return the values of a Bone block for a larger shard size, a multiple of its own.
 
         D'[j] = D[j mod r], which gives the same dW.
+
+        Args:
+            block: a Bone block of this layer, or a tile.
+            r: the larger shard size.
         """
         return functional.widened_block(block.block, block.r, r, self.shard_dim)
 
     @classmethod
     def has_samples(cls, module: nn.Module, input: Tensor) -> bool:
-        """Return whether the leading dimension of an input of `module` counts samples."""
+        """Return whether the leading dimension of an input of `module` counts samples.
+
+        Args:
+            module: the layer, adapted already or not yet.
+            input: what it is called with.
+        """
         return input.dim() >= 2
 
     def updated(self, output: Tensor, acting: Iterable[Block], input: Tensor, *more: Any) -> Tensor:
@@ -316,6 +405,9 @@ class AdaptedLayer(Moved):
             acting: the blocks that act on all samples.
             input: the layer's input.
             more: further arguments of `delta_output`.
+
+        Raises:
+            ArgumentError: samples are routed, and the input has none.
         """
         for block in acting:
             output = output + self.delta_output(block, input, *more).to(output.dtype)
@@ -382,7 +474,11 @@ class AdaptedLayer(Moved):
 
     @classmethod
     def facts(cls, original: type[nn.Module]) -> dict[str, Any]:
-        """Return class attributes for a class that is made of `original` and this kind."""
+        """Return class attributes for a class that is made of `original` and this kind.
+
+        Args:
+            original: the class of the layers before they are adapted.
+        """
         base = cls.base_class
         return {
             "own_forward": base is not None and original.forward is not base.forward,
@@ -408,7 +504,14 @@ class AdaptedLayer(Moved):
         return quantised.dequantised(self, weight)
 
     def merged_weight(self, adapters: Iterable[str]) -> Tensor:
-        """Return W + sum of s * dW of the named adapters, whether merged now or not."""
+        """Return W + sum of s * dW of the named adapters, whether merged now or not.
+
+        Args:
+            adapters: their names; one that the layer lacks adds nothing.
+
+        Raises:
+            MergeError: the kind's `delta_weight` gives a tensor of another shape than W's.
+        """
         blocks = [self.disha[adapter] for adapter in adapters if adapter in self.disha]
         deltas = [(self.delta_weight(block), block.strength) for block in blocks]
         weight = self.base_weight
@@ -434,7 +537,7 @@ class AdaptedLayer(Moved):
         )
 
     def extra_repr(self) -> str:
-        """Describe the layer in a model's printout."""
+        """Return how the layer is described in a model's printout."""
         state = f"active={list(self.disha.active)}"
         if self.disha.merged is not None:
             state += f", merged={list(self.disha.merged.adapters)}"

@@ -11,7 +11,6 @@ all weights below them. They are moved to classes that never take these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, ClassVar, cast
 
 import torch
@@ -403,16 +402,19 @@ def _called(layer: nn.Module, input: Tensor) -> Tensor:
 
 def _sequence_first(
     query: Tensor, key: Tensor, value: Tensor, batch_first: bool, batched: bool
-) -> Iterator[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the three as (positions, samples, width); what was one tensor stays one."""
-    seen: dict[int, Tensor] = {}
-    for tensor in (query, key, value):
-        if id(tensor) not in seen:
-            if not batched:
-                seen[id(tensor)] = tensor.unsqueeze(1)
-            else:
-                seen[id(tensor)] = tensor.transpose(0, 1) if batch_first else tensor
-        yield seen[id(tensor)]
+
+    def turned(tensor: Tensor) -> Tensor:
+        if not batched:
+            return tensor.unsqueeze(1)
+        return tensor.transpose(0, 1) if batch_first else tensor
+
+    first = turned(query)
+    second = first if key is query else turned(key)
+    if value is query:
+        return first, second, first
+    return first, second, second if value is key else turned(value)
 
 
 def _padded(nested: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,10 @@ class Block(nn.Module):
         if self.config.init == "zeros":
             nn.init.zeros_(self.block)
         else:
-            nn.init.kaiming_uniform_(self.block, a=math.sqrt(5))
+            values = self.block.detach()
+            # A block of fewer than two dimensions has no fan-in of its own: it is one row.
+            rows = values if values.dim() >= 2 else values.view(1, -1)
+            nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
 
     def set_strength(self, strength: float) -> None:
         """Set the runtime scale."""

@@ -263,7 +263,7 @@ class BoneLinear(AdaptedLinear):
 
     Source: arXiv 2409.15371, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha import BoneLinear
         >>> layer = BoneLinear(16, 32, r=4)
@@ -330,7 +330,7 @@ class BoneLinear(AdaptedLinear):
             ArgumentTypeError: `linear` is no plain `nn.Linear`.
             ArgumentError: a value is out of range, or r or r_out does not fit.
 
-        Example:
+        Examples:
             >>> from torch import nn
             >>> from disha import BoneLinear
             >>> linear = nn.Linear(16, 32)
@@ -375,7 +375,7 @@ class BatLinear(AdaptedLinear):
 
     Source: arXiv 2409.15371, section 3.3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha import BatLinear
         >>> layer = BatLinear(16, 32, r=4)
@@ -439,7 +439,7 @@ class BatLinear(AdaptedLinear):
             ArgumentTypeError: `linear` is no plain `nn.Linear`.
             ArgumentError: a value is out of range, or r does not fit.
 
-        Example:
+        Examples:
             >>> from torch import nn
             >>> from disha import BatLinear
             >>> linear = nn.Linear(16, 32)

@@ -45,7 +45,7 @@ def weight_reads(cls: type[nn.Module]) -> Reads:
     Args:
         cls: a class of modules; nothing is found where its source can't be had.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from disha.layers.readers import weight_reads
         >>> weight_reads(nn.Linear)  # reads its own weight, and has no children

@@ -44,7 +44,7 @@ def register_layer_kind(cls: type[nn.Module], kind: type[AdaptedLayer]) -> None:
     Raises:
         ArgumentTypeError: `cls` is no class of modules, or `kind` no complete layer kind.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> import disha

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -158,7 +159,10 @@ def check_compiled(folder):
     for model in (before, after):
         assert saved(model, folder / "a") == expected
         assert_trains_alike(adapted(), model)
-    # two forwards before one backward: DDP writes to buffers in between
+    # Two forwards before one backward: DDP writes to buffers in between. In its first supported
+    # releases autograd sees that, and any compiled model with buffers has to do without.
+    if "preserve_version" not in inspect.getsource(DistributedDataParallel._sync_buffers):
+        before.broadcast_buffers = after.broadcast_buffers = False
     for of in (before, after):
         (loss_of(of, batch()) + loss_of(of, batch())).backward()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from disha.finetune.training.parallel import (
     joined_processes,
     undistributed,
 )
+from tests.conftest import once
 from tests.distributed.harness import checks_of
 from tests.finetune.training import failing, two_processes
 from tests.finetune.training.tiny import objective
@@ -27,9 +29,11 @@ ALONE = Processes.alone(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("check", checks_of(vars(two_processes)))
-def test_on_two_processes(check):
-    result = launch(two_processes.__name__)
-    assert check in result.passed, result.output
+def test_on_two_processes(check, shared_folder):
+    script = two_processes.__name__
+    place = once(shared_folder, script, lambda folder: launch(script, folder))
+    found = json.loads(place.with_name(f"{script}.done").read_text(encoding="utf-8"))
+    assert check in found["passed"], found["output"]
 
 
 @pytest.mark.parametrize(
