@@ -94,10 +94,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import `disha.interop` when it is asked for: most programs never do."""
-    if name == "interop":
-        import importlib
+if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of these
 
-        return importlib.import_module("disha.interop")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Import `disha.interop` when it is asked for: most programs never do."""
+        if name == "interop":
+            import importlib
+
+            return importlib.import_module("disha.interop")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

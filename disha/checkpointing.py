@@ -46,7 +46,7 @@ def enable_input_gradients(
         ArgumentTypeError: the model or one of the modules is no `nn.Module`.
         ArgumentError: a module is not in the model.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from torch.utils.checkpoint import checkpoint
@@ -78,7 +78,24 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class InputGradients:
-    """What `enable_input_gradients` returns: call `remove`, or use it as a context manager."""
+    """What `enable_input_gradients` returns: call `remove`, or use it as a context manager.
+
+    Args:
+        modules: those whose outputs are to require gradients.
+        model: the model whose own inputs are to require them too, or None.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> model, tokens = nn.Embedding(10, 8).requires_grad_(False), torch.tensor([1, 2])
+        >>> handle = disha.enable_input_gradients(model)
+        >>> model(tokens).requires_grad
+        True
+        >>> handle.remove()
+        >>> model(tokens).requires_grad
+        False
+    """
 
     def __init__(self, modules: Sequence[nn.Module], model: nn.Module | None) -> None:
         self._hooks = [module.register_forward_hook(_mark_output) for module in modules]

@@ -61,7 +61,7 @@ class AdapterConfig:
         ArgumentError: a value is out of range, or a regex does not compile.
         ArgumentTypeError: a value is of the wrong type.
 
-    Example:
+    Examples:
         >>> from disha import AdapterConfig
         >>> config = AdapterConfig(r=8, target="attn", rank_pattern={"v_proj": 4})
         >>> config.rank_of("layers.0.attn.v_proj"), config.rank_of("layers.0.attn.q_proj")
@@ -116,7 +116,11 @@ class AdapterConfig:
         return (AdapterConfig.from_json, (self.to_json(),))
 
     def rank_of(self, *names: str) -> int:
-        """Return the r of the module with these names, by `rank_pattern` or else `r`."""
+        """Return the r of the module with these names, by `rank_pattern` or else `r`.
+
+        Args:
+            names: the dotted name of the module; several where it is shared.
+        """
         for pattern, r in self.rank_pattern.items():
             if any(re.search(pattern, name) for name in names):
                 return r

@@ -43,7 +43,7 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         ArgumentTypeError: `names` is neither a str nor a sequence of them.
         MergeError: adapters are merged.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import disha
         >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4, adapter="a")
@@ -82,7 +82,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         MergeError: adapters are merged, so that switching them off would not give the base.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> import disha
@@ -119,7 +119,7 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
         ArgumentTypeError: the scale is no number.
         MergeError: adapters are merged.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import disha
         >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4)
@@ -157,7 +157,7 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
         MergeError: adapters are merged.
         ModeError: in the body, a module reads a layer's weight instead of calling the layer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> import disha
@@ -235,9 +235,9 @@ def combine_adapters(
         MergeError: adapters are merged.
         TargetError: DDP or FSDP wraps the model.
 
-        The model is unchanged whenever this raises.
+    The model is unchanged whenever this raises.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import disha
         >>> model = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4, adapter="a")

@@ -27,7 +27,7 @@ __all__ = [
 class DishaError(Exception):
     """Base of everything that the library raises on purpose.
 
-    Example:
+    Examples:
         >>> import disha
         >>> from torch import nn
         >>> try:
@@ -43,40 +43,152 @@ class DishaError(Exception):
 
 
 class ArgumentError(DishaError, ValueError):
-    """An argument has a value that is not allowed."""
+    """An argument has a value that is not allowed. Also a `ValueError`.
+
+    Examples:
+        >>> import disha
+        >>> disha.BoneLinear(8, 4, r=9)
+        Traceback (most recent call last):
+        ...
+        disha.errors.ArgumentError: BoneLinear: r=9 is larger than in_features=8
+    """
 
 
 class ArgumentTypeError(DishaError, TypeError):
-    """An argument is of a type that is not allowed."""
+    """An argument is of a type that is not allowed. Also a `TypeError`.
+
+    Examples:
+        >>> import disha
+        >>> disha.BoneLinear(8, 4, r="9")
+        Traceback (most recent call last):
+        ...
+        disha.errors.ArgumentTypeError: r must be an int of at least 1, got '9' of type str
+    """
 
 
 class TargetError(ArgumentError):
-    """The modules asked for can't be adapted, or none of them is there."""
+    """The modules asked for can't be adapted, or none of them is there. An `ArgumentError`.
+
+    Examples:
+        >>> from torch import nn
+        >>> import disha
+        >>> disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "q_proj", r=4)
+        Traceback (most recent call last):
+        ...
+        disha.errors.TargetError: 'q_proj' selects no layer that can be adapted; the nearest names
+        are '0'
+    """
 
 
 class AdapterStateError(DishaError, ValueError):
-    """A state dict does not fit the adapter it is loaded into."""
+    """A state dict does not fit the adapter it is loaded into. Also a `ValueError`.
+
+    Examples:
+        >>> import torch
+        >>> import disha
+        >>> layer = disha.BoneLinear(8, 4, r=4)
+        >>> disha.load_adapter_state_dict(layer, {"disha.default.bone_block": torch.zeros(4, 8)})
+        Traceback (most recent call last):
+        ...
+        disha.errors.AdapterStateError: the state does not fit the model's adapter 'default';
+        nothing was loaded: 0 keys fit
+        wrong shape: disha.default.bone_block is (4, 8), must be (4, 4)
+    """
 
 
 class AdapterFileError(DishaError, ValueError):
-    """A file is not a valid adapter file, or not one for this model."""
+    """A file is not a valid adapter file, or not one for this model. Also a `ValueError`.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> import disha
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "adapter.safetensors")
+        ...     _ = path.write_bytes(b"something else")
+        ...     try:
+        ...         disha.inspect_adapter(path)
+        ...     except disha.AdapterFileError as error:
+        ...         print("is not a whole safetensors file" in str(error))
+        True
+    """
 
 
 class AdapterIOError(DishaError, OSError):
-    """A file could not be read or written."""
+    """A file could not be read or written. Also an `OSError`.
+
+    Examples:
+        >>> import disha
+        >>> disha.inspect_adapter("nowhere.safetensors")
+        Traceback (most recent call last):
+        ...
+        disha.errors.AdapterIOError: can't read nowhere.safetensors: No such file or directory;
+        check the path
+    """
 
 
 class ConversionError(DishaError, ValueError):
-    """An adapter can't be expressed in another library's format, or not that closely."""
+    """An adapter can't be expressed in another library's format, or not that closely.
+
+    Also a `ValueError`.
+
+    Examples:
+        >>> from torch import nn
+        >>> import disha
+        >>> model = nn.Sequential(nn.Conv1d(8, 4, 3, groups=2))
+        >>> disha.interop.lora.export(disha.inject_adapters(model, "0", r=2), "as-lora")
+        Traceback (most recent call last):
+        ...
+        disha.errors.ConversionError: PEFT's LoRA would not compute what this adapter does, so
+        nothing was written; leave these layers out (exclude=), or serve the merged model
+        (merge_adapters):
+        0: its convolution has groups=2, and PEFT's LoRA can't merge these
+    """
 
 
 class MissingPackageError(DishaError, ImportError):
-    """What was asked for needs a package that is not installed."""
+    """What was asked for needs a package that is not installed. Also an `ImportError`.
+
+    Examples:
+        >>> import sys
+        >>> from unittest.mock import patch
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4)
+        >>> with patch.dict(sys.modules, gguf=None):  # as if it were not installed
+        ...     disha.interop.lora.export_gguf(model, "adapter.gguf")
+        Traceback (most recent call last):
+        ...
+        disha.errors.MissingPackageError: writing GGUF needs the package gguf; run: pip install
+        "disha-torch[gguf]"
+    """
 
 
 class ModeError(DishaError, RuntimeError):
-    """The operation does not go with what the model is doing: disabled, routed or merged."""
+    """The operation does not go with what the model is doing: disabled, routed or merged.
+
+    Also a `RuntimeError`.
+
+    Examples:
+        >>> import disha
+        >>> layer = disha.BoneLinear(8, 4, r=4)
+        >>> with disha.adapters_disabled(layer):
+        ...     disha.inject_adapters(layer, "all-linear", r=2, adapter="second")
+        Traceback (most recent call last):
+        ...
+        disha.errors.ModeError: can't add an adapter inside adapters_disabled; leave it first
+    """
 
 
 class MergeError(ModeError):
-    """The operation does not go with merged weights, or merging is not possible."""
+    """The operation does not go with merged weights, or merging is not possible. A `ModeError`.
+
+    Examples:
+        >>> import disha
+        >>> layer = disha.BoneLinear(8, 4, r=4)
+        >>> disha.merge_adapters(layer)
+        >>> disha.remove_adapters(layer)
+        Traceback (most recent call last):
+        ...
+        disha.errors.MergeError: can't remove adapters while adapters are merged (now: 'default');
+        call unmerge_adapters(model) first
+    """

@@ -29,7 +29,7 @@ def fingerprint(weight: Tensor) -> str | None:
     Args:
         weight: any floating-point tensor; one on the meta device has no values.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.fingerprint import fingerprint, same_base
         >>> weight = torch.linspace(0, 1, 6).view(2, 3)

@@ -75,7 +75,7 @@ def inject_adapters(
             predicate `(name, module) -> bool`; or `"all-linear"`, every linear layer except an
             output head tied to an embedding.
         r: shard size, at most the in_features of every target.
-        method: `"bone"`, or `"bat"`, which is stronger and costs more.
+        method: `"bone"`, or `"bat"`, whose update is not low-rank and costs more.
         r_out: size of the output shard, dividing the out_features of every target; makes Bone a
             tile with r x r_out parameters.
         adapter: the new adapter's name: not empty, without a dot.
@@ -102,11 +102,11 @@ def inject_adapters(
         ArgumentTypeError: an argument is of the wrong type.
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
-        The model is unchanged whenever this raises.
+    The model is unchanged whenever this raises.
 
     Source: arXiv 2409.15371.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import disha
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -189,15 +189,18 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
         model: a model with adapters.
         adapter: the one to remove; all by default.
 
+    Returns:
+        `model` itself.
+
     Raises:
         ArgumentError: there is no such adapter, or a layer's class was changed after it was
             adapted (by a parametrization, say).
         TargetError: DDP or FSDP wraps the model.
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
-        The model is unchanged whenever this raises.
+    The model is unchanged whenever this raises.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import disha
         >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4)
@@ -246,7 +249,7 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator
     Raises:
         ArgumentError: there is no such adapter.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import disha
         >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4)
@@ -273,7 +276,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     Raises:
         ArgumentError: the model has no adapter, so that nothing would train.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import disha
         >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4, freeze=False)

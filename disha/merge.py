@@ -60,9 +60,9 @@ def merge_adapters(
             shared, computed or quantised; a layer with a forward of its own would not compute the
             same; or the model is sharded (`fully_shard`).
 
-        The model is unchanged whenever this raises.
+    The model is unchanged whenever this raises.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> import disha
@@ -106,8 +106,17 @@ def unmerge_adapters(model: nn.Module) -> None:
     Raises:
         MergeError: the model was sharded after adapters were merged.
 
-    Example:
-        See `merge_adapters`.
+    Examples:
+        >>> import torch
+        >>> import disha
+        >>> layer = disha.BatLinear(8, 4, r=4, init="kaiming")
+        >>> weight = layer.weight.clone()
+        >>> disha.merge_adapters(layer)
+        >>> torch.equal(layer.weight, weight)
+        False
+        >>> disha.unmerge_adapters(layer)
+        >>> torch.equal(layer.weight, weight)
+        True
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if any(layer.disha.merged is not None for layer in layers):

@@ -56,7 +56,22 @@ Target = str | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer that will be adapted, and the block it will get."""
+    """A layer that will be adapted, and the block it will get.
+
+    Attributes:
+        name: its name in the model; empty for the model itself.
+        type_name: the name of its class.
+        method: `"bone"` or `"bat"`.
+        r: shard size.
+        r_out: size of the output shard of a tile, or None.
+        in_features: size of its input.
+        out_features: size of its output.
+        parameters: values in the block.
+        module: the layer.
+        kind: the layer kind that adapts it.
+        dtype: dtype of the block, or None for the configuration's.
+        read: whether its owner reads its weight instead of calling it.
+    """
 
     name: str
     type_name: str
@@ -86,7 +101,13 @@ class LayerRequest:
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """A module that was asked for and will not be adapted, and why."""
+    """A module that was asked for and will not be adapted, and why.
+
+    Attributes:
+        name: its name in the model.
+        type_name: the name of its class.
+        reason: why it is not.
+    """
 
     name: str
     type_name: str
@@ -108,6 +129,18 @@ class Plan:
         trainable: parameters that would require gradients afterwards, in the whole model.
         total: parameters of the model afterwards, blocks included; a quantised weight counts as
             many as the dense one has.
+
+    Examples:
+        >>> from torch import nn
+        >>> import disha
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4), nn.LayerNorm(4))
+        >>> plan = disha.plan_adapters(model, "0|2", r=4)
+        >>> [(layer.name, layer.in_features, layer.parameters) for layer in plan.layers]
+        [('0', 8, 64)]
+        >>> [(module.name, module.reason) for module in plan.skipped]
+        [('2', 'no layer kind adapts LayerNorm')]
+        >>> plan.added, plan.trainable, plan.total
+        (64, 64, 284)
     """
 
     adapter: str
@@ -164,7 +197,7 @@ def plan_adapters(
 
     Args:
         model: any model.
-        target_regex: as for `inject_adapters`, and so are all that follow.
+        target_regex: which layers, as for `inject_adapters`; so are all that follow.
         r: shard size.
         method: `"bone"` or `"bat"`.
         r_out: size of the output shard.
@@ -181,7 +214,7 @@ def plan_adapters(
     Raises:
         DishaError: everything that `inject_adapters` would raise.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import disha
         >>> plan = disha.plan_adapters(nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4)), ".", r=2)

@@ -38,6 +38,18 @@ class LoadReport:
         unexpected: keys that the state has and the adapter lacks.
         wrong_shape: (key, shape found, shape expected).
         wrong_value: (key, what is wrong): no tensor, not floating-point, or not finite.
+
+    Examples:
+        >>> import torch
+        >>> import disha
+        >>> layer, values = disha.BoneLinear(8, 16, r=4), torch.ones(4, 16)
+        >>> state = {"disha.default.bone_block": values, "head.weight": values}
+        >>> report = disha.load_adapter_state_dict(layer, state, strict=False)
+        >>> report.complete
+        False
+        >>> print(report)
+        1 keys fit
+        unexpected: head.weight
     """
 
     matched: tuple[str, ...]
@@ -91,7 +103,7 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     Raises:
         ArgumentError: there is no such adapter.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> import disha
         >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
@@ -177,7 +189,7 @@ def load_adapter_state_dict(
         ArgumentTypeError: `state` is no mapping.
         MergeError: adapters are merged.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> import disha

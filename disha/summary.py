@@ -15,7 +15,18 @@ __all__ = ["LayerSummary", "Summary", "summary"]
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One block of one layer."""
+    """One block of one layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        adapter: the adapter that the block belongs to.
+        method: `"bone"` or `"bat"`.
+        r: shard size.
+        r_out: size of the output shard of a tile, or None.
+        parameters: values in the block.
+        scale: runtime scale s.
+        active: whether the block acts.
+    """
 
     name: str
     adapter: str
@@ -34,7 +45,15 @@ class Summary:
     Attributes:
         trainable: parameters that require gradients.
         total: all parameters, each counted once; a quantised weight as the dense one.
-        layers: one row per block.
+        layers: one `LayerSummary` per block.
+
+    Examples:
+        >>> import disha
+        >>> found = disha.summary(disha.BoneLinear(8, 16, r=4))
+        >>> found.trainable, found.total, round(found.percent, 1)
+        (64, 208, 30.8)
+        >>> found.layers[0].adapter, found.layers[0].parameters
+        ('default', 64)
     """
 
     trainable: int
@@ -65,7 +84,10 @@ def summary(model: nn.Module) -> Summary:
     Args:
         model: any model.
 
-    Example:
+    Raises:
+        ArgumentTypeError: the model is no `nn.Module`.
+
+    Examples:
         >>> from torch import nn
         >>> import disha
         >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)

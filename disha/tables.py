@@ -20,7 +20,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         header: titles of the columns.
         rows: cells, one per column.
 
-    Example:
+    Examples:
         >>> from disha.tables import table
         >>> print(table(("name", "n"), [("a", 1), ("bc", 23)]))
         name   n

@@ -24,7 +24,7 @@ def printable(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
         limit: characters that are shown at most, but for those that say how many are not.
         lines: whether it may have several lines.
 
-    Example:
+    Examples:
         >>> from disha.text import printable
         >>> printable("layers.0\x1b[2J")
         'layers.0\\x1b[2J'
@@ -51,7 +51,7 @@ def brief(value: object) -> str:
     Args:
         value: what has been found in place of something else.
 
-    Example:
+    Examples:
         >>> from disha.text import brief
         >>> brief(list(range(1000)))
         '[0, 1, 2, 3, 4, 5, ...]'

@@ -405,6 +405,21 @@ class TestRefusals:
             disha.inject_adapters(model, "all-linear", 2)
         assert_unchanged(model, before)
 
+    def test_the_remedy_for_hooks_of_accelerate(self):
+        hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+        layer, x = nn.Linear(6, 4), torch.randn(2, 6)
+        model = nn.Sequential(layer)
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"))
+        with pytest.raises(TargetError, match=r"remove_hook_from_module.*del module\.forward"):
+            disha.inject_adapters(model, "0", 2)
+        hooks.remove_hook_from_module(layer)
+        del layer.forward
+        disha.inject_adapters(model, "0", 2, init="kaiming")
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"))
+        with disha.adapters_disabled(model):
+            plain = model(x)
+        assert not torch.allclose(model(x), plain)
+
     @pytest.mark.parametrize("options", [{"r": 2**63}, {"r": 2, "r_out": 2**63}])
     def test_huge_sizes(self, model, options):
         before = snapshot(model)

@@ -27,7 +27,7 @@ def additive_mask(mask: Tensor | None, dtype: torch.dtype, name: str) -> Tensor 
     Raises:
         ArgumentTypeError: the mask is neither bool nor floating-point.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import additive_mask
         >>> additive_mask(torch.tensor([False, True]), torch.float32, "mask")
@@ -75,7 +75,7 @@ def attention(
 
     Source: Vaswani et al., "Attention Is All You Need", arXiv 1706.03762.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import attention
         >>> q, k, v = torch.zeros(1, 1, 4), torch.zeros(2, 1, 4), torch.ones(2, 1, 4)

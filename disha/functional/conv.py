@@ -43,7 +43,7 @@ def channel_shard_sum(
     Returns:
         Tensor (..., groups * r, *positions).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import channel_shard_sum
         >>> x = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]])
@@ -74,7 +74,9 @@ def whole_block(block: Tensor, out_features: int, dim: int) -> Tensor:
     Raises:
         ArgumentError: the block's size does not divide out_features.
 
-    Example:
+    Source: arXiv 2409.15371; a tile is upstream's "mini".
+
+    Examples:
         >>> import torch
         >>> from disha.functional import whole_block
         >>> whole_block(torch.zeros(2, 3, 5), out_features=6, dim=0).shape
@@ -105,7 +107,12 @@ def conv_delta_weight(block: Tensor, in_features: int, out_features: int) -> Ten
     Returns:
         Tensor (out_features, in_features, *kernel).
 
-    Example:
+    Raises:
+        ArgumentError: the block's first size does not divide out_features.
+
+    Source: arXiv 2409.15371, section 3, at every position of the kernel.
+
+    Examples:
         >>> import torch
         >>> from disha.functional import conv_delta_weight
         >>> conv_delta_weight(torch.zeros(4, 2, 3), in_features=5, out_features=8).shape
@@ -132,7 +139,12 @@ def conv_transpose_delta_weight(
     Returns:
         Tensor (groups * in_features, out_features, *kernel).
 
-    Example:
+    Raises:
+        ArgumentError: the block's second size does not divide out_features.
+
+    Source: arXiv 2409.15371, section 3, at every position of the kernel.
+
+    Examples:
         >>> import torch
         >>> from disha.functional import conv_transpose_delta_weight
         >>> block = torch.zeros(4, 3, 5)

@@ -38,7 +38,7 @@ def embedding_delta(
 
     Source: arXiv 2409.15371 for a one-hot input.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import embedding_delta
         >>> embedding_delta(torch.tensor([0, 3, 2]), torch.tensor([[1.0], [2.0]]), dim=1).flatten()
@@ -70,7 +70,7 @@ def embedding_delta_weight(
 
     Source: arXiv 2409.15371 for a one-hot input.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import embedding_delta_weight
         >>> block = torch.tensor([[1.0], [2.0]])

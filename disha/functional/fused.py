@@ -79,7 +79,7 @@ def bone_linear(
     Returns:
         Tensor (..., out).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional.fused import bone_linear
         >>> bone_linear(torch.ones(1, 4), torch.eye(4), None, torch.ones(2, 4))
@@ -182,7 +182,7 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) ->
     Returns:
         Tensor (..., out).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional.fused import bat_linear
         >>> bat_linear(torch.ones(1, 2), torch.eye(2), None, torch.eye(2)[None])
@@ -328,7 +328,7 @@ def routed_bat_delta(x: Tensor, weight: Tensor, blocks: Tensor) -> Tensor:
     Returns:
         Tensor (samples * n, ..., out).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional.fused import routed_bat_delta
         >>> blocks = torch.stack([torch.eye(2)[None], torch.zeros(1, 2, 2)])

@@ -63,7 +63,7 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
 
     Source: arXiv 2409.15371, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import bone_delta
         >>> bone_delta(torch.ones(1, 6), torch.ones(2, 3), out_features=3)
@@ -92,7 +92,7 @@ def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Ten
 
     Source: arXiv 2409.15371, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import bone_delta_weight
         >>> bone_delta_weight(torch.tensor([[1.0], [2.0]]), in_features=5, out_features=1)
@@ -120,7 +120,7 @@ def bone_forward(
 
     Source: arXiv 2409.15371, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import bone_forward
         >>> bone_forward(torch.ones(4), torch.zeros(3, 4), None, torch.ones(2, 3), scale=0.5)
@@ -146,7 +146,7 @@ def bone_unmerge(merged: Tensor, block: Tensor, scale: float = 1.0) -> Tensor:
 
     Source: arXiv 2409.15371, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import bone_unmerge
         >>> bone_unmerge(torch.ones(3, 4), torch.ones(2, 3))
@@ -175,7 +175,7 @@ def bone_lora_factors(block: Tensor, in_features: int, out_features: int) -> tup
 
     Source: arXiv 2409.15371, section 3; Hu et al., "LoRA", arXiv 2106.09685.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import bone_lora_factors
         >>> A, B = bone_lora_factors(torch.tensor([[3.0], [4.0]]), in_features=5, out_features=1)
@@ -206,7 +206,7 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
 
     Source: arXiv 2409.15371, section 3.3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import bat_delta_weight
         >>> bat_delta_weight(torch.eye(2), 3.0 * torch.eye(2)[None])
@@ -245,7 +245,7 @@ def bat_forward(
 
     Source: arXiv 2409.15371, section 3.3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import bat_forward
         >>> bat_forward(torch.ones(2), torch.eye(2), None, torch.eye(2)[None])
@@ -278,7 +278,7 @@ def adapted_linear(
 
     Source: arXiv 2409.15371, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import adapted_linear
         >>> bone, bat = torch.ones(1, 2), torch.eye(2)[None]
@@ -317,7 +317,7 @@ def routed_bone_delta(
 
     Source: arXiv 2409.15371, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import routed_bone_delta
         >>> blocks = [torch.ones(1, 2), torch.full((1, 2), 2.0)]
@@ -355,7 +355,7 @@ def routed_bat_delta(
 
     Source: arXiv 2409.15371, section 3.3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import routed_bat_delta
         >>> blocks, choices = [torch.eye(4)[None]], torch.tensor([0, 1])
@@ -439,7 +439,7 @@ def bat_unmerge(merged: Tensor, block: Tensor, scale: float = 1.0) -> Tensor:
 
     Source: arXiv 2409.15371, section 3.3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import bat_unmerge
         >>> bat_unmerge(torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.eye(2)[None])

@@ -39,7 +39,7 @@ def shard_count(features: int, r: int) -> int:
         features: size of the dimension.
         r: size of one shard.
 
-    Example:
+    Examples:
         >>> from disha.functional import shard_count
         >>> shard_count(10, 4)
         3
@@ -68,7 +68,7 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
 
     Source: arXiv 2409.15371, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import shard_sum
         >>> shard_sum(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), r=2)
@@ -120,7 +120,7 @@ def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Ten
     Returns:
         Tensor of W's shape and dtype; W itself where there are no deltas.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import merged_weight
         >>> merged_weight(torch.ones(2), [(torch.ones(2), 0.5), (torch.ones(2), 2.0)])
@@ -145,7 +145,9 @@ def widened_block(block: Tensor, r: int, wider: int, dim: int = 0) -> Tensor:
     Returns:
         Tensor of D's shape with `wider` in the place of each r.
 
-    Example:
+    Source: arXiv 2409.15371, section 3, by the definition of dW.
+
+    Examples:
         >>> import torch
         >>> from disha.functional import widened_block
         >>> widened_block(torch.tensor([[1.0], [2.0]]), 2, 4).T
@@ -163,12 +165,12 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     All kinds of updates are linear in D, so this is the block of the sum of f * dW.
 
     Args:
-        parts: pairs of a block and its factor f; all of one shape.
+        parts: pairs of a block and its factor f, at least one; all blocks of one shape.
 
     Returns:
         Tensor of that shape, in the dtype that all of theirs promote to.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import weighted_sum
         >>> weighted_sum([(torch.ones(2), 0.5), (torch.ones(2), 2.0)])
@@ -185,7 +187,7 @@ def added(fresh: Tensor, delta: Tensor) -> Tensor:
         fresh: a result that nobody else has, of an operation that does not keep it for backward.
         delta: what to add, of its shape.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from disha.functional import added
         >>> added(torch.ones(2), torch.tensor([1.0, 2.0]))
@@ -197,7 +199,21 @@ def added(fresh: Tensor, delta: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which products are computed in their operands' own dtype."""
+    """Return a context in which products are computed in their operands' own dtype.
+
+    Args:
+        device: where the operands are.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import without_autocast
+        >>> x = torch.ones(2, 2)
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     with without_autocast(x.device):
+        ...         exact = x @ x
+        ...     print((x @ x).dtype, exact.dtype)
+        torch.bfloat16 torch.float32
+    """
     # Entering autocast to switch it off takes as long as a small product; meta has none.
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()

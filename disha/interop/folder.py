@@ -13,7 +13,8 @@ from torch import Tensor
 from disha.errors import AdapterFileError
 from disha.files.atomic import PathLike, checked_path, write_whole_folder
 from disha.files.json_files import read_json
-from disha.files.tensors import opened, tensor_writer
+from disha.files.pieces import tensor_writer
+from disha.files.tensors import opened
 from disha.interop.targets import exact_regex
 
 __all__ = [

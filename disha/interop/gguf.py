@@ -168,9 +168,9 @@ def export_gguf(
         AdapterStateError: the adapter holds values that are not finite, here or in float32.
         AdapterIOError: the file can't be written; what was there is still there.
 
-        Nothing is written whenever this raises.
+    Nothing is written whenever this raises.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> from torch import nn
         >>> import disha
@@ -236,8 +236,30 @@ def write_gguf(
         base: gives the base weights; needed for BAT only.
         progress: passes the layers on while they are converted.
 
+    Returns:
+        A `LoraReport`, with the rank and the error of every layer.
+
     Raises:
-        As `export_gguf`.
+        ConversionError: a layer is none that the GGUF file of the base model has, parameters were
+            trained beside the blocks, or a layer would lose more than `max_error`.
+        ArgumentError: an argument is out of range, unknown, or missing.
+        ArgumentTypeError: an argument is of the wrong type.
+        MissingPackageError: `gguf` is not installed.
+        AdapterStateError: the adapter holds values that are not finite, here or in float32.
+        AdapterIOError: the file can't be written; what was there is still there.
+
+    Examples:
+        >>> import tempfile, pathlib
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.files.contents import adapter_contents
+        >>> from disha.interop import lora
+        >>> model = nn.ModuleDict({"lm_head": nn.Linear(8, 16)})
+        >>> model = disha.inject_adapters(model, "lm_head", r=4, init="kaiming")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "lora.gguf")
+        ...     lora.write_gguf(path, *adapter_contents(model), tied_head=False).error
+        0.0
     """
     _package()
     target = checked_path(path)

@@ -66,11 +66,11 @@ def export(
         AdapterStateError: the adapter holds values that are not finite.
         AdapterIOError: the folder can't be written.
 
-        Nothing is written whenever this raises.
+    Nothing is written whenever this raises.
 
     Source: Kang, arXiv 2409.15371; Hu et al., "LoRA", arXiv 2106.09685.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> from torch import nn
         >>> import disha
@@ -181,9 +181,9 @@ def load(
         ArgumentError: the name is taken and `replace` is not set.
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
-        The model is unchanged whenever this raises.
+    The model is unchanged whenever this raises.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from torch import nn
         >>> import disha

@@ -86,8 +86,28 @@ def write_lora(
         base: gives the base weights; needed for BAT only.
         progress: passes the layers on while they are converted.
 
+    Returns:
+        A `LoraReport`, with the rank and the error of every layer.
+
     Raises:
-        As `export`.
+        ConversionError: LoRA can't express the adapter, or not with an error below `max_error`; or
+            a layer is a convolution.
+        ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or `base`.
+        ArgumentTypeError: one of them is no number.
+        AdapterStateError: the adapter holds values that are not finite.
+        AdapterIOError: the folder can't be written; what was there is still there.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.files.contents import adapter_contents
+        >>> from disha.interop import lora
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4, init="kaiming")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = lora.write_lora(folder, *adapter_contents(model))
+        >>> report.layers
+        (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
     target = checked_path(folder)
     convolutions = [layer.name for layer in header.layers if layer.layout == "conv"]
@@ -143,7 +163,10 @@ def converted(
         progress: passes the layers on while they are converted.
 
     Raises:
-        As `write_lora`.
+        ConversionError: LoRA can't express the adapter, or not with an error below `max_error`.
+        ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or a base.
+        ArgumentTypeError: one of them is no number.
+        AdapterStateError: the adapter holds values that are not finite.
     """
     if any(not layer.name for layer in header.layers):
         raise ConversionError(
@@ -236,8 +259,27 @@ def read_lora(
         also_train: also return the parameters that the folder holds beside the factors.
         buffers: the model's buffers; the folder's must have their values, and are left out.
 
+    Returns:
+        What describes the adapter, and its tensors by key.
+
     Raises:
-        As `disha.interop.lora.load`, of what is wrong with the folder.
+        AdapterIOError: the folder can't be read.
+        AdapterFileError: it holds no LoRA in PEFT's layout, or has other buffers than the model.
+        ConversionError: the LoRA is not a Bone adapter.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import lora
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4, init="kaiming")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = lora.export(model, folder)
+        ...     header, tensors = lora.read_lora(folder)
+        >>> block = model[0].disha["default"].block
+        >>> header.layers[0].method, torch.equal(tensors["0.bone_block"], block)
+        ('bone', True)
     """
     path, config, tensors = read_folder(folder)
     settings = _Settings(path, config)

@@ -90,9 +90,14 @@ class LowRankUpdate:
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """A layer that was written as LoRA: the block's method and r, the rank, and the error.
+    """A layer that was written as LoRA.
 
-    `error` is ||dW - B A|| / ||dW||, both Frobenius norms.
+    Attributes:
+        name: its name in the model.
+        method: `"bone"` or `"bat"`.
+        r: shard size of its block.
+        rank: rank of its factors.
+        error: ||dW - B A|| / ||dW||, both Frobenius norms.
     """
 
     name: str

@@ -38,7 +38,7 @@ class Pattern:
         PatternError: it is not valid, or has a backreference, a look behind, an inline flag, a
             possessive quantifier or an atomic group.
 
-    Example:
+    Examples:
         >>> from disha.interop.patterns import Pattern
         >>> pattern = Pattern(r".*\.(q|v)_proj")
         >>> pattern.fullmatch("layers.0.q_proj"), pattern.fullmatch("layers.0.k_proj")

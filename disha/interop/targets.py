@@ -135,7 +135,7 @@ def exact_targets(adapted: Iterable[str], modules: Iterable[str]) -> list[str] |
         adapted: names of the layers to select.
         modules: names of all modules of the model.
 
-    Example:
+    Examples:
         >>> from disha.interop.targets import exact_targets
         >>> exact_targets(["0.q", "1.q"], ["0", "0.q", "0.k", "1", "1.q", "1.k"])
         ['q']
@@ -153,7 +153,7 @@ def exact_targets(adapted: Iterable[str], modules: Iterable[str]) -> list[str] |
 def exact_regex(names: Iterable[str]) -> str:
     r"""Return a regex that matches these names in full, and no others.
 
-    Example:
+    Examples:
         >>> from disha.interop.targets import exact_regex
         >>> exact_regex(["layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v"])
         'layers\\.(0|1)\\.(q|v)'

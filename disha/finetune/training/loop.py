@@ -244,7 +244,7 @@ def training_steps(
 class Share(NamedTuple):
     """What one process has done of a step.
 
-    Args:
+    Attributes:
         loss: its part of the mean loss, a float64 scalar.
         tokens: tokens that went through the model, padding left out.
     """

@@ -53,6 +53,23 @@ class MergedCheckpoint:
         left_out: names of the base's files that are not in it: other weights, and links and hidden
             files.
         nbytes: size of all tensors.
+
+    Examples:
+        >>> import tempfile, pathlib
+        >>> from safetensors.torch import save_file
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop.checkpoints import merge_into_checkpoint
+        >>> model = nn.Sequential(nn.Linear(8, 16))
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     folder = pathlib.Path(name)
+        ...     save_file(model.state_dict(), folder / "base.safetensors")
+        ...     disha.save_adapter(disha.inject_adapters(model, "0", r=4), folder / "adapter")
+        ...     made = merge_into_checkpoint(
+        ...         folder / "base.safetensors", folder / "adapter", folder / "merged"
+        ...     )
+        >>> made.layers, made.files, made.nbytes
+        (('0',), ('model.safetensors',), 576)
     """
 
     path: Path
@@ -125,7 +142,7 @@ def merge_into_checkpoint(
         MergeError: a merged weight would not be finite; or what the adapter does to a layer can't
             be told without its module; or a tied embedding.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> from safetensors.torch import load_file, save_file
         >>> from torch import nn

@@ -43,6 +43,19 @@ class Checkpoint:
         tensors: name -> where it is, what shape and dtype it has.
         metadata: `__metadata__` of each file.
         index: what the index says beside the names, or None where there is no index.
+
+    Examples:
+        >>> import tempfile, pathlib
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> from disha.interop.checkpoints import open_checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"0.weight": torch.ones(2, 3)}, pathlib.Path(folder, "model.safetensors"))
+        ...     checkpoint = open_checkpoint(folder)
+        ...     float(checkpoint.tensor("0.weight").sum())
+        6.0
+        >>> checkpoint.nbytes, checkpoint.index
+        (24, None)
     """
 
     path: Path
@@ -64,6 +77,9 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor, memory-mapped: what is not looked at is not read.
 
+        Args:
+            name: its name, one of `tensors`.
+
         Raises:
             AdapterIOError: its file can't be read any more.
         """
@@ -83,12 +99,15 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         path: one safetensors file; or a folder that holds `model.safetensors`, or shards with a
             `model.safetensors.index.json`.
 
+    Returns:
+        A `Checkpoint`: names, shapes and dtypes, and each tensor when it is asked for.
+
     Raises:
         AdapterIOError: it, or a shard that its index names, can't be read or is not there.
         AdapterFileError: it is damaged; its index and its shards disagree, or name a file outside
             of the folder, or a tensor twice; or its weights are pickles.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> import torch
         >>> from safetensors.torch import save_file

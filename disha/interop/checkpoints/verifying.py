@@ -47,6 +47,11 @@ class Finding:
         state: `"same base"`, `"fits"` (there is no fingerprint to compare), `"other base"`,
             `"missing"`, `"does not fit"` or `"not finite"`.
         remark: more about it; empty where all is well.
+
+    Examples:
+        >>> from disha.interop.checkpoints import Finding
+        >>> Finding("0", key="0.weight", state="same base")
+        Finding(name='0', key='0.weight', state='same base', remark='')
     """
 
     name: str
@@ -64,6 +69,21 @@ class BaseReport:
         base: the checkpoint.
         layers: what was found of each layer.
         also_train: what was found of each parameter that is saved beside the blocks.
+
+    Examples:
+        >>> import tempfile, pathlib
+        >>> from safetensors.torch import save_file
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop.checkpoints import verify_against
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     base, path = pathlib.Path(folder, "base.safetensors"), pathlib.Path(folder, "a")
+        ...     save_file(nn.Sequential(nn.Linear(8, 16)).state_dict(), base)
+        ...     other = nn.Sequential(nn.Linear(8, 16))  # other random weights
+        ...     disha.save_adapter(disha.inject_adapters(other, "0", r=4), path)
+        ...     report = verify_against(base, path)
+        >>> report.ok, [layer.name for layer in report.other_base]
+        (False, ['0'])
     """
 
     adapter: Path
@@ -128,7 +148,7 @@ def verify_against(
         AdapterFileError: the adapter file or the checkpoint is damaged, or it is unclear which
             tensors of the checkpoint are the adapter's.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> from safetensors.torch import save_file
         >>> from torch import nn

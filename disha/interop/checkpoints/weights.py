@@ -30,6 +30,18 @@ def base_shapes(
 
     Raises:
         AdapterFileError: it is unclear which tensors of the checkpoint are meant.
+
+    Examples:
+        >>> import tempfile, pathlib
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> from disha.interop.checkpoints import base_shapes, open_checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "model.safetensors")
+        ...     save_file({"model.0.weight": torch.zeros(2, 3)}, path)
+        ...     shape = base_shapes(open_checkpoint(path), ["0.weight"])
+        >>> shape("0.weight"), shape("1.weight")
+        ((2, 3), None)
     """
     rename = renaming(checkpoint.path, (), tuple(names), checkpoint.tensors)
 
@@ -53,7 +65,7 @@ def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str
     Raises:
         AdapterFileError: it is unclear which tensors of the checkpoint are the adapter's.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> from safetensors.torch import save_file
         >>> from torch import nn

@@ -71,9 +71,9 @@ def export(
         ArgumentError: there is no such adapter, or `dropout` is out of range.
         AdapterStateError: as for `save_adapter`.
 
-        Nothing is written whenever this raises.
+    Nothing is written whenever this raises.
 
-    Example:
+    Examples:
         >>> import json, pathlib, tempfile
         >>> from torch import nn
         >>> import disha
@@ -126,9 +126,9 @@ def load(
         folder: the folder that PEFT's `save_pretrained` or `export` has written.
         adapter: the name that the adapter gets in this model.
         also_train: also set the parameters that the folder holds beside the blocks.
-        replace: as for `load_adapter`, and so are all that follow.
+        replace: where the model has an adapter of that name, copy the folder's values into it.
         dtype: dtype of the blocks; the folder's by default.
-        freeze: whether everything else is frozen.
+        freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
 
     Returns:
         A `LoadReport` of the keys that were loaded.
@@ -140,10 +140,24 @@ def load(
         ArgumentError: the name is taken and `replace` is not set.
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
-        The model is unchanged whenever this raises.
+    The model is unchanged whenever this raises.
 
-    Example:
-        See `export`.
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> base, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU()), torch.ones(1, 8)
+        >>> weights = base.state_dict()
+        >>> model = disha.inject_adapters(base, "0", r=4, init="kaiming")
+        >>> fresh = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     disha.interop.peft.export(model, folder)
+        ...     _ = fresh.load_state_dict(weights)
+        ...     print(disha.interop.peft.load(fresh, folder))
+        1 keys fit
+        >>> torch.equal(fresh(x), model(x))
+        True
     """
     with Ranks(require_model(model)).agreeing(f"load a PEFT folder as adapter {adapter!r}"):
         check_adapter_name(adapter)

@@ -61,6 +61,18 @@ class PeftFolder:
         path: the folder.
         config: its configuration.
         tensors: its tensors, under their names in the model that PEFT wraps.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import peft
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.export(model, folder)
+        ...     found = peft.read_folder(folder)
+        >>> list(found.tensors), list(found.blocks), found.config.r
+        (['0.miss_block'], ['0'], 4)
     """
 
     path: Path
@@ -91,7 +103,11 @@ class PeftFolder:
         return found
 
     def without(self, keys: Container[str]) -> PeftFolder:
-        """Return the folder without some tensors."""
+        """Return the folder without some tensors.
+
+        Args:
+            keys: their keys in `tensors`; one that is not there is no error.
+        """
         kept = {key: tensor for key, tensor in self.tensors.items() if key not in keys}
         return dataclasses.replace(self, tensors=kept)
 
@@ -144,6 +160,19 @@ def read_folder(folder: PathLike) -> PeftFolder:
     Raises:
         AdapterIOError: it can't be read.
         AdapterFileError: it is no valid folder of MiSS or Bone.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import peft
+        >>> model = nn.Sequential(nn.Linear(8, 16))
+        >>> model = disha.inject_adapters(model, "0", r=4, method="bat")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.export(model, folder)
+        ...     found = peft.read_folder(folder)
+        >>> found.config.method, tuple(found.blocks["0"].shape)
+        ('bat', (4, 4, 4))
     """
     path = checked_path(folder)
     if not path.is_dir():
@@ -183,7 +212,7 @@ def contents_of(
     Raises:
         AdapterFileError: the folder does not fit the base, or itself; the message lists all.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from torch import nn
         >>> import disha
@@ -254,6 +283,18 @@ def write_folder(
         AdapterIOError: it can't be written; what was there is still there.
         ConversionError: PEFT's MiSS can't express it, or more is trained beside it than biases of
             the adapted layers; the message lists all. Nothing was written.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.files.contents import adapter_contents
+        >>> from disha.interop import peft
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.write_folder(folder, *adapter_contents(model), task_type="CAUSAL_LM")
+        ...     peft.read_folder(folder).config.target_modules
+        '0'
     """
     target = checked_path(folder)
     names = [layer.name for layer in header.layers]
