@@ -1,0 +1,66 @@
+"""The reference has every public name exactly once; the code of the first pages runs."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+DOCS = Path(__file__).parent.parent / "docs"
+MODULES = (
+    "disha",
+    "disha.functional",
+    "disha.interop.checkpoints",
+    "disha.interop.lora",
+    "disha.interop.peft",
+)
+PUBLIC = [f"{name}.{one}" for name in MODULES for one in importlib.import_module(name).__all__]
+REFERENCE = sorted(DOCS.glob("reference/*.md"))
+EXAMPLE = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
+
+
+def text_of(page):
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def without_module(name):
+    """Return the public name of a function that hides the module of its name: `disha.summary`."""
+    return re.sub(r"\.(\w+)\.\1$", r".\1", name)
+
+
+def test_every_public_name_stands_on_one_page_once():
+    pages = [page.read_text(encoding="utf-8") for page in REFERENCE]
+    shown = Counter(name for page in pages for name in re.findall(r"^::: (.+)$", page, re.M))
+    assert Counter(without_module(name) for name in shown.elements()) == Counter(PUBLIC)
+
+
+def test_the_first_page_of_the_reference_lists_the_others():
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", text_of("reference/index.md")))
+    assert linked == {page.name for page in REFERENCE} - {"index.md"}
+
+
+def test_the_glossary_is_sorted_and_has_the_words_that_differ_elsewhere():
+    terms = re.findall(r"^(\S.*)\n:   ", text_of("glossary.md"), re.M)
+    assert terms == sorted(terms, key=str.casefold)
+    assert {"BAT", "Block", "Bone", "Mini", "MiSS", "Shard", "Tile", "r"} <= set(terms)
+
+
+def test_the_glossary_says_which_names_mean_the_same():
+    text = " ".join(text_of("glossary.md").split())
+    assert re.search(r"MiSS : .{0,60}later name of Bone", text)
+    assert re.search(r"Mini : .{0,30}name of the tile", text)
+
+
+@pytest.mark.parametrize("page", ["index.md", "mathematics.md"])
+def test_the_code_of_a_page_prints_what_it_says(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    examples, namespace = EXAMPLE.findall(text_of(page)), {"__name__": "__main__"}
+    assert len(examples) == text_of(page).count("```python")
+    for code, output in examples:
+        exec(compile(code, page, "exec"), namespace)
+        assert capsys.readouterr().out == output
