@@ -1,20 +1,22 @@
-"""The README's Python runs as written and prints what the README says."""
+"""The README's Python runs as written and prints what the README says; it fits two screens."""
 
-import re
-from pathlib import Path
+from __future__ import annotations
 
 import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(
-    r"```python\n(?P<code>.*?)```\n\n```text\n(?P<output>.*?)```", README.read_text(), re.DOTALL
-)
+from tests.pages import README, blocks_of, links_of
+
+TEXT = README.read_text(encoding="utf-8")
+PYTHON = [block for block in blocks_of(TEXT) if block.language == "python"]
+EXAMPLES = [(block.code, block.output) for block in PYTHON]
+"""Each with what it prints; every one stands alone."""
 
 
 def test_every_python_block_is_followed_by_its_output():
-    assert len(EXAMPLES) == README.read_text().count("```python")
-    assert len(EXAMPLES) >= 3
+    assert len(EXAMPLES) == TEXT.count("```python")
+    assert len(EXAMPLES) >= 1
+    assert all(output for _, output in EXAMPLES)
 
 
 @pytest.mark.parametrize("example", range(len(EXAMPLES)))
@@ -24,3 +26,15 @@ def test_example(example, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     exec(compile(code, f"README example {example + 1}", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out == output
+
+
+def test_it_fits_two_screens_and_has_two_pictures():
+    assert len(TEXT.splitlines()) <= 110
+    pictures = [link for link in links_of(TEXT) if link.endswith((".svg", ".png"))]
+    assert pictures == ["docs/assets/shards.svg", "docs/assets/memory.png"]
+
+
+def test_every_link_leads_somewhere():
+    links = {link.partition("#")[0] for link in links_of(TEXT) if "://" not in link} - {""}
+    assert len(links) > 20
+    assert [link for link in sorted(links) if not (README.parent / link).exists()] == []

@@ -1,0 +1,49 @@
+"""Every block of code in the guides, the migration pages and `choosing.md` runs as it stands.
+
+Every promise in `guarantees.md` names a test.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from disha.layers import registry
+from tests.pages import DOCS, ROOT, Page
+
+PAGES = sorted([*DOCS.glob("guides/*.md"), *DOCS.glob("migrating/*.md"), DOCS / "choosing.md"])
+NAMES = [str(page.relative_to(DOCS)) for page in PAGES]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_code_runs_and_prints_what_the_page_says(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "LAYER_KINDS", dict(registry.LAYER_KINDS))
+    for block, printed in Page(path).run():
+        if block.output is not None:
+            assert printed == block.output, f"line {block.line}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_every_text_block_is_the_output_of_code(path):
+    page = Page(path)
+    assert page.text.count("```text") == sum(block.output is not None for block in page.blocks)
+    assert any(block.output for block in page.blocks)
+
+
+class TestGuarantees:
+    TEXT = (DOCS / "guarantees.md").read_text(encoding="utf-8")
+    PROMISES = re.split(r"^- ", TEXT.split("## Not promised")[0], flags=re.MULTILINE)[1:]
+    TEST = re.compile(r"`(tests/\w+\.py)::(?:(\w+)::)?(\w+)`")
+
+    def test_every_promise_names_a_test_that_exists(self):
+        assert len(self.PROMISES) >= 30
+        for promise in self.PROMISES:
+            named = self.TEST.findall(promise)
+            assert named, promise
+            for file, group, name in named:
+                code = (ROOT / file).read_text(encoding="utf-8")
+                inside = rf"^class {group}\b(?:(?!^class ).)*?^    " if group else "^"
+                found = re.search(rf"{inside}def {name}\(", code, re.DOTALL | re.MULTILINE)
+                assert found, (file, group, name)
