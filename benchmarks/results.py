@@ -93,14 +93,14 @@ def read_results(path: Path) -> dict[str, Any]:
     return results  # type: ignore[no-any-return]
 
 
-def rounded(value: Any) -> Any:
-    """Return a structure with every float rounded to four significant digits."""
+def rounded(value: Any, digits: int = DIGITS) -> Any:
+    """Return a structure with every float rounded to so many significant digits."""
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
-        return {key: rounded(one) for key, one in value.items()}
+        return {key: rounded(one, digits) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(one) for one in value]
+        return [rounded(one, digits) for one in value]
     return value
 
 

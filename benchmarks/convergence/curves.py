@@ -1,0 +1,131 @@
+"""The pictures of the report, as SVG: the same bytes for the same findings."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.convergence.findings import TaskFindings
+from benchmarks.convergence.methods import METHODS
+from benchmarks.convergence.tasks import TASKS
+
+__all__ = ["curves", "gradients", "rates"]
+
+STYLES: Mapping[str, tuple[str, str]] = {
+    "bone": ("tab:blue", "-"),
+    "tile": ("tab:cyan", "-"),
+    "bat": ("tab:purple", "-"),
+    "lora": ("black", "--"),
+    "rslora": ("tab:gray", "--"),
+    "pissa": ("tab:orange", "--"),
+    "olora": ("tab:olive", "--"),
+    "dora": ("tab:red", "--"),
+    "loha": ("tab:pink", "--"),
+    "full": ("tab:green", ":"),
+}
+FINE = {"bone", "bat", "lora"}
+"""The methods whose seeds are shown as a band; more would hide each other."""
+
+
+def curves(task: str, found: TaskFindings) -> bytes:
+    """Return validation loss against steps and, where costs were measured, against seconds."""
+    figure = _figure(10.0 if found.costs else 5.5, 4.2)
+    panels = 2 if found.costs else 1
+    for panel in range(panels):
+        axes = figure.add_subplot(1, panels, panel + 1)
+        for name, one in found.findings.items():
+            if panel and name not in found.costs:
+                continue
+            unit = found.costs[name].seconds if panel else 1.0
+            x = [step * unit for step in one.steps]
+            colour, line = STYLES[name]
+            axes.plot(x, one.curve, color=colour, linestyle=line, linewidth=1.5,
+                      label=METHODS[name].title)  # fmt: skip
+            if name in FINE:
+                axes.fill_between(x, *one.band, color=colour, alpha=0.15, linewidth=0)
+        axes.set_xlabel("seconds of training" if panel else "steps")
+        axes.set_ylabel("validation loss")
+        _log_losses(axes)
+        axes.grid(alpha=0.3, which="both")
+        if panel == 0:
+            axes.legend(fontsize=7, ncols=2)
+    figure.suptitle(TASKS[task].title, fontsize=10)
+    return _svg(figure)
+
+
+def rates(found: Mapping[str, TaskFindings]) -> bytes:
+    """Return the final validation loss against the learning rate, a panel for each task."""
+    figure = _figure(4.6 * len(found), 3.8)
+    for place, (task, one) in enumerate(found.items()):
+        axes = figure.add_subplot(1, len(found), place + 1)
+        for name, method in one.findings.items():
+            colour, line = STYLES[name]
+            known = [(r, loss) for r, loss in sorted(method.searched.items()) if loss < math.inf]
+            axes.plot(*_columns(known), color=colour, linestyle=line, marker="o", markersize=3,
+                      label=METHODS[name].title)  # fmt: skip
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        _log_losses(axes)
+        axes.set_xlabel("peak learning rate")
+        axes.set_ylabel("final validation loss, first seed")
+        axes.set_title(TASKS[task].title, fontsize=9)
+        axes.grid(alpha=0.3, which="both")
+        if place == 0:
+            axes.legend(fontsize=6, ncols=2)
+    return _svg(figure)
+
+
+def gradients(found: Mapping[str, TaskFindings]) -> bytes:
+    """Return the norm of the gradient in the first steps, a panel for each task."""
+    figure = _figure(4.6 * len(found), 3.8)
+    for place, (task, one) in enumerate(found.items()):
+        axes = figure.add_subplot(1, len(found), place + 1)
+        for name, method in one.findings.items():
+            colour, line = STYLES[name]
+            steps = range(1, len(method.gradients) + 1)
+            axes.plot(steps, method.gradients, color=colour, linestyle=line,
+                      label=METHODS[name].title)  # fmt: skip
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("step")
+        axes.set_ylabel("norm of the gradient")
+        axes.set_title(TASKS[task].title, fontsize=9)
+        axes.grid(alpha=0.3, which="both")
+        if place == 0:
+            axes.legend(fontsize=6, ncols=2)
+    return _svg(figure)
+
+
+def _log_losses(axes: Any) -> None:
+    """Put losses on a logarithmic axis, which is often too short for powers of ten alone."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(lambda loss, place: _if_round(loss))
+
+
+def _if_round(number: float) -> str:
+    """Return a number as text if it is 2, 3 or 5 times a power of ten."""
+    return f"{number:g}" if f"{number:.0e}"[0] in "235" else ""
+
+
+def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [one for one, _ in pairs], [other for _, other in pairs]
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Any) -> bytes:
+    import matplotlib as mpl
+
+    buffer = io.BytesIO()
+    # A fixed salt and no date: the names of clip paths would differ on each run.
+    with mpl.rc_context({"svg.hashsalt": "disha", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
+    lines = buffer.getvalue().decode("utf-8").splitlines()
+    return ("\n".join(line.rstrip() for line in lines) + "\n").encode("utf-8")

@@ -1,0 +1,231 @@
+"""The methods, each adapting a model at as many trainable parameters as Bone has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import disha
+from benchmarks.convergence.runs import Cell
+
+__all__ = ["FULL", "LARGEST_DIFFERENCE", "METHODS", "Method", "adapt", "adapter_parameters",
+           "budget", "ranks", "tile_r", "updates"]  # fmt: skip
+
+LARGEST_DIFFERENCE = 0.03
+"""By how much a method's parameters may differ from Bone's, as a share."""
+
+Layers = Mapping[str, nn.Module]
+Adapt = Callable[[nn.Module, Layers, Cell], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt linear layers.
+
+    Args:
+        name: as in files.
+        title: as in the report.
+        about: what is set, beside its rank.
+        adapt: given a model, the layers to adapt by name, and the cell: adapts in place.
+    """
+
+    name: str
+    title: str
+    about: str
+    adapt: Adapt
+
+
+def adapt(model: nn.Module, targets: str, head: str | None, cell: Cell) -> list[str]:
+    """Adapt a model in place; only the adapter and the head train then.
+
+    Args:
+        model: a base model, frozen.
+        targets: a regex over names of layers.
+        head: the name of a layer that trains besides, or None.
+        cell: method and sizes.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        ValueError: the method has not about as many parameters as Bone.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.search(targets, name)
+    }
+    METHODS[cell.method].adapt(model, layers, cell)
+    if head is not None:
+        model.get_submodule(head).requires_grad_(True)
+    for parameter in adapter_parameters(model, head):
+        parameter.data = parameter.data.to(getattr(torch, cell.dtype))
+    if cell.method != FULL:
+        _check_count(model, head, layers, cell)
+    return list(layers)
+
+
+def adapter_parameters(model: nn.Module, head: str | None) -> list[nn.Parameter]:
+    """Return what trains, but for the head."""
+    of_head = set() if head is None else set(model.get_submodule(head).parameters())
+    return [p for p in model.parameters() if p.requires_grad and p not in of_head]
+
+
+def budget(layers: Layers, r: int) -> int:
+    """Return how many parameters Bone has on these layers: the sum of r x out."""
+    return sum(r * _sizes(layer)[1] for layer in layers.values())
+
+
+def updates(model: nn.Module, base: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return layer's name -> its dW (out, in): what it computes with, less the base's weight.
+
+    Args:
+        model: adapted, trained.
+        base: the model before.
+        names: of layers.
+    """
+    return {
+        name: _effective_weight(model.get_submodule(name)) - base.get_submodule(name).weight
+        for name in names
+    }
+
+
+def _effective_weight(layer: nn.Module) -> Tensor:
+    """Return the matrix of a linear layer, from what it gives for every unit vector.
+
+    It asks nothing of how the layer works, so it is the same question to every library.
+    """
+    width, dtype = _sizes(layer)[0], next(layer.parameters()).dtype
+    device = next(layer.parameters()).device
+    with torch.inference_mode():
+        units = torch.eye(width, device=device, dtype=dtype)
+        nothing = torch.zeros(1, width, device=device, dtype=dtype)
+        return (layer(units) - layer(nothing)).T.float()
+
+
+def _check_count(model: nn.Module, head: str | None, layers: Layers, cell: Cell) -> None:
+    count = sum(p.numel() for p in adapter_parameters(model, head))
+    wanted = budget(layers, cell.r)
+    if abs(count / wanted - 1) > LARGEST_DIFFERENCE:
+        raise ValueError(f"{cell.title} has {count:,} parameters where Bone has {wanted:,}")
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    inner: Any = getattr(layer, "base_layer", layer)  # as peft wraps it
+    return inner.in_features, inner.out_features
+
+
+# --- ours ----------------------------------------------------------------------------------------
+
+
+def _bone(model: nn.Module, layers: Layers, cell: Cell) -> None:
+    disha.inject_adapters(model, lambda name, _: name in layers, cell.r)
+
+
+def _bat(model: nn.Module, layers: Layers, cell: Cell) -> None:
+    disha.inject_adapters(model, lambda name, _: name in layers, cell.r, method="bat")
+
+
+def _tile(model: nn.Module, layers: Layers, cell: Cell) -> None:
+    assert cell.r_out is not None
+    r = tile_r(layers, cell.r, cell.r_out)
+    disha.inject_adapters(model, lambda name, _: name in layers, r, r_out=cell.r_out)
+
+
+def tile_r(layers: Layers, r: int, r_out: int) -> int:
+    """Return the r of a tile (r, r_out) that has as many parameters as Bone."""
+    return round(budget(layers, r) / (r_out * len(layers)))
+
+
+def _full(model: nn.Module, layers: Layers, cell: Cell) -> None:
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+
+
+# --- peft's --------------------------------------------------------------------------------------
+
+
+def ranks(layers: Layers, wanted: int, factors: int = 1, beside: bool = False) -> dict[str, int]:
+    """Return layer -> rank, as even as the number of parameters allows.
+
+    Args:
+        layers: by name.
+        wanted: how many parameters to have in all.
+        factors: how often a rank costs in + out parameters.
+        beside: whether every layer has out more, whatever its rank.
+    """
+    costs = {name: factors * sum(_sizes(layer)) for name, layer in layers.items()}
+    if beside:
+        wanted -= sum(_sizes(layer)[1] for layer in layers.values())
+    lowest = max(1, wanted // sum(costs.values()))
+    chosen = dict.fromkeys(layers, lowest)
+    left = wanted - lowest * sum(costs.values())
+    for name, cost in costs.items():
+        if cost <= left:
+            chosen[name] += 1
+            left -= cost
+    return chosen
+
+
+def _lora(**settings: Any) -> Adapt:
+    def adapt(model: nn.Module, layers: Layers, cell: Cell) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        chosen = ranks(layers, budget(layers, cell.r), beside=settings.get("use_dora", False))
+        common = min(chosen.values())
+        others = {name: rank for name, rank in chosen.items() if rank != common}
+        config = LoraConfig(
+            r=common,
+            lora_alpha=common,
+            rank_pattern=_exactly(others),
+            alpha_pattern=_exactly(others),
+            target_modules=list(layers),
+            **settings,
+        )
+        inject_adapter_in_model(config, model)
+
+    return adapt
+
+
+def _loha(model: nn.Module, layers: Layers, cell: Cell) -> None:
+    from peft import LoHaConfig, inject_adapter_in_model
+
+    chosen = ranks(layers, budget(layers, cell.r), factors=2)
+    common = min(chosen.values())
+    others = {name: rank for name, rank in chosen.items() if rank != common}
+    config = LoHaConfig(
+        r=common,
+        alpha=common,
+        rank_pattern=_exactly(others),
+        alpha_pattern=_exactly(others),
+        target_modules=list(layers),
+    )
+    inject_adapter_in_model(config, model)
+
+
+def _exactly(by_name: Mapping[str, int]) -> dict[str, int]:
+    return {f"^{re.escape(name)}$": value for name, value in by_name.items()}
+
+
+FULL = "full"
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("bone", "Bone", "disha, zeros", _bone),
+        Method("tile", "tile", "disha, zeros", _tile),
+        Method("bat", "BAT", "disha, zeros", _bat),
+        Method("lora", "LoRA", "peft, alpha = rank", _lora()),
+        Method("rslora", "rsLoRA", "peft, alpha = rank, over its root", _lora(use_rslora=True)),
+        Method("pissa", "PiSSA", "peft, alpha = rank", _lora(init_lora_weights="pissa")),
+        Method("olora", "OLoRA", "peft, alpha = rank", _lora(init_lora_weights="olora")),
+        Method("dora", "DoRA", "peft, alpha = rank", _lora(use_dora=True)),
+        Method("loha", "LoHa", "peft, alpha = rank", _loha),
+        Method(FULL, "full fine-tuning", "the same layers' weights", _full),
+    )
+}

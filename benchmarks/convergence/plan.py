@@ -1,0 +1,147 @@
+"""Which runs the study wants next, given what is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.convergence.methods import FULL, METHODS
+from benchmarks.convergence.runs import Cell, Run
+from benchmarks.convergence.tasks import TASKS
+
+__all__ = ["SEEDS", "STUDY", "Results", "Study", "best_rate", "final_loss", "main_cell", "wanted"]
+
+Results = Mapping[Run, Mapping[str, Any]]
+
+RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 2) for digit in (1, 3))
+"""Half decades: all learning rates are of these."""
+MOST_EXTENSIONS = 4
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and from which learning rates each search sets out.
+
+    Args:
+        cells: in the order in which they are done.
+        rates: (task, method) -> at least four learning rates next to each other.
+        seeds: the first of them searches the learning rate.
+    """
+
+    cells: tuple[Cell, ...]
+    rates: Mapping[tuple[str, str], tuple[float, ...]]
+    seeds: tuple[int, ...] = SEEDS
+
+
+def final_loss(record: Mapping[str, Any]) -> float:
+    """Return the last validation loss, by which learning rates are chosen; inf if it diverged."""
+    last = record["validation"][-1]
+    return math.inf if last is None else float(last)
+
+
+def tried(cell: Cell, seed: int, results: Results) -> dict[float, float]:
+    """Return learning rate -> final validation loss, of one seed's runs that are there."""
+    return {
+        run.rate: final_loss(record)
+        for run, record in results.items()
+        if run.cell == cell and run.seed == seed
+    }
+
+
+def best_rate(cell: Cell, study: Study, results: Results) -> float | None:
+    """Return the learning rate that a finished search has found, or None while it goes on."""
+    return None if _search(cell, study, results) else _best(cell, study, results)
+
+
+def wanted(study: Study, results: Results) -> list[Run]:
+    """Return the runs that are not there and whose need is known by now, in order.
+
+    A cell's learning rates come first; where the best is at an edge, the next one beyond; then
+    the other seeds at the best.
+    """
+    runs = []
+    for cell in study.cells:
+        searched = _search(cell, study, results)
+        runs += searched or [
+            run
+            for seed in study.seeds[1:]
+            if (run := Run(cell, _best(cell, study, results), seed)) not in results
+        ]
+    return runs
+
+
+def _best(cell: Cell, study: Study, results: Results) -> float:
+    found = tried(cell, study.seeds[0], results)
+    return min(found, key=lambda rate: (found[rate], rate))
+
+
+def _search(cell: Cell, study: Study, results: Results) -> list[Run]:
+    """Return the runs that the search for a cell's learning rate wants next; none if it is over."""
+    seed, start = study.seeds[0], study.rates[cell.task, cell.method]
+    found = tried(cell, seed, results)
+    missing = [Run(cell, rate, seed) for rate in start if rate not in found]
+    if missing or len(start) == 1:
+        return missing
+    best, extended = _best(cell, study, results), len(found) - len(start)
+    step = {min(found): -1, max(found): 1}.get(best, 0)
+    if step == 0 or extended >= MOST_EXTENSIONS:
+        return []
+    return [Run(cell, RATES[RATES.index(best) + step], seed)]
+
+
+# --- the study -----------------------------------------------------------------------------------
+
+
+def main_cell(task: str, method: str) -> Cell:
+    """Return the cell of the main comparison."""
+    chosen = TASKS[task]
+    r_out = chosen.r_out if method == "tile" else None
+    return Cell(task, method, chosen.r, r_out)
+
+
+def _grid(lowest: float, count: int = 4) -> tuple[float, ...]:
+    first = RATES.index(lowest)
+    return RATES[first : first + count]
+
+
+LOWEST: Mapping[str, Mapping[str, float]] = {
+    # where the search of each method sets out: its lowest rate, by task
+    "digits": {"bone": 1e-3, "tile": 1e-3, "bat": 1e-3, FULL: 3e-4, "": 3e-3},
+    "packages": {"bone": 3e-4, "tile": 3e-4, "bat": 3e-4, FULL: 3e-5, "": 1e-3},
+    "arithmetic": {"bone": 1e-4, "tile": 1e-4, "bat": 1e-4, FULL: 1e-5, "": 3e-4},
+    "docstrings": {"bone": 1e-4, "tile": 1e-4, "bat": 1e-4, FULL: 1e-5, "": 3e-4},
+}
+
+
+def _rates(tasks: Iterable[str]) -> dict[tuple[str, str], tuple[float, ...]]:
+    return {
+        (task, method): _grid(LOWEST[task].get(method, LOWEST[task][""]))
+        for task in tasks
+        for method in METHODS
+    }
+
+
+def _ablations(task: str) -> Sequence[Cell]:
+    r = TASKS[task].r
+    compared = ("bone", "bat", "lora")
+    sizes = [Cell(task, name, size) for size in (r // 2, 2 * r, 4 * r) for name in compared]
+    parts = [Cell(task, name, r, layers=part)
+             for part in TASKS[task].layers if part != "all" for name in compared]  # fmt: skip
+    tiles = [Cell(task, "tile", r, r_out) for r_out in TILES[task]]
+    half = [Cell(task, name, r, dtype="bfloat16") for name in ("bone", "bat")]
+    return [*sizes, *parts, *tiles, *half]
+
+
+TILES = {"digits": (16, 64), "packages": (48, 96, 384)}
+
+STUDY = Study(
+    cells=(
+        *(main_cell(task, method) for task in TASKS for method in METHODS),
+        *_ablations("digits"),
+        *_ablations("packages"),
+    ),
+    rates=_rates(TASKS),
+)

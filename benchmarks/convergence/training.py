@@ -1,0 +1,138 @@
+"""One run: adapt, train, and measure what came of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.convergence.methods import adapt, adapter_parameters, updates
+from benchmarks.convergence.runs import Run
+from benchmarks.convergence.tasks import TASKS
+from benchmarks.convergence.tasks.task import Task, batch_order
+
+__all__ = ["HEAD_RATE", "WARM_UP", "cosine", "optimizer_for", "train"]
+
+HEAD_RATE = 1e-3
+"""The learning rate of new heads, whatever the method's."""
+WARM_UP = 0.06
+FIRST_STEPS = 10
+
+
+def train(run: Run, device: torch.device, task: Task | None = None) -> dict[str, Any]:
+    """Return what a run found.
+
+    Args:
+        run: what to do.
+        device: where.
+        task: in place of the one that the run names, for trials.
+
+    Returns:
+        `steps` and `validation`: the curve; `gradient_norms` of the first steps; `loss`, `exact`:
+        of the test rows; `forgetting`: before and after; `effective_rank`, `relative_norm` of dW;
+        `parameters`; `seconds` of the whole run. A number that is not finite is None.
+    """
+    task = task or TASKS[run.cell.task]
+    started = time.perf_counter()
+    # Adapted on the CPU, wherever an earlier run has left the base: the same initial values.
+    model = copy.deepcopy(task.base()).cpu()
+    torch.manual_seed(run.seed)
+    names = adapt(model, task.layers[run.cell.layers], task.head, run.cell)
+    model.to(device)
+    curve, norms = _train(task, model, run, device)
+    model.eval()
+    base = task.base().to(device)
+    found = {
+        "parameters": sum(p.numel() for p in adapter_parameters(model, task.head)),
+        "steps": [step for step, _ in curve],
+        "validation": [_finite(loss) for _, loss in curve],
+        "gradient_norms": [_finite(norm) for norm in norms[:FIRST_STEPS]],
+    }
+    if all(loss is not None for loss in found["validation"]):
+        found |= _results(task, model, base, names)
+    return {**found, "seconds": time.perf_counter() - started}
+
+
+def _train(
+    task: Task, model: nn.Module, run: Run, device: torch.device
+) -> tuple[list[tuple[int, float]], list[float]]:
+    """Train, and return (step, validation loss) pairs and the norm of every gradient."""
+    rows = task.training_rows()
+    optimizer, schedule = optimizer_for(task, model, run.rate)
+    adapter = adapter_parameters(model, task.head)
+    curve, norms = [(0, task.validation_loss(model))], []
+    for step, indices in enumerate(batch_order(len(rows), task.batch, task.steps, run.seed), 1):
+        loss = task.loss(model, task.batch_of([rows[i] for i in indices], device))
+        loss.backward()
+        norms.append(_norm(p.grad for p in adapter if p.grad is not None))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % task.evaluate_every == 0 or step == task.steps:
+            curve.append((step, task.validation_loss(model)))
+            if not math.isfinite(curve[-1][1]):
+                break
+    return curve, norms
+
+
+def optimizer_for(
+    task: Task, model: nn.Module, rate: float
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return AdamW without decay, and the schedule, which is the same for all methods."""
+    groups = [{"params": adapter_parameters(model, task.head), "lr": rate}]
+    if task.head is not None:
+        groups.append({"params": list(model.get_submodule(task.head).parameters()),
+                       "lr": HEAD_RATE})  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, task.steps))
+    return optimizer, schedule
+
+
+def cosine(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step: a short rise, then a cosine to zero."""
+    rise = max(1, round(WARM_UP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def _results(task: Task, model: nn.Module, base: nn.Module, names: list[str]) -> dict[str, Any]:
+    score = task.test(model)
+    before, after = task.forgotten(model, base)
+    examined = [name for name in names if re.search(task.examined, name)]
+    changes = updates(model, base, examined)
+    ranks = [effective_rank(change) for change in changes.values()]
+    norms = [float(dw.norm() / base.get_submodule(n).weight.norm()) for n, dw in changes.items()]
+    return {
+        "loss": _finite(score.loss),
+        "exact": score.exact,
+        "forgetting": [_finite(before), _finite(after)],
+        "effective_rank": sum(ranks) / len(ranks),
+        "relative_norm": sum(norms) / len(norms),
+    }
+
+
+def effective_rank(matrix: Tensor) -> float:
+    """Return exp of the entropy of the singular values' shares: n for n equal ones, 0 for none.
+
+    Source: Roy and Vetterli, "The effective rank", 2007.
+    """
+    values = torch.linalg.svdvals(matrix.double())
+    if not values.sum() > 0:
+        return 0.0
+    shares = values / values.sum()
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def _norm(gradients: Iterable[Tensor]) -> float:
+    return float(torch.stack([gradient.float().norm() for gradient in gradients]).norm())
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

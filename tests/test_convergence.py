@@ -1,0 +1,476 @@
+"""The study of convergence: equal terms, a sweep that goes on, a page made of its files."""
+
+import ast
+import copy
+import json
+import random
+import re
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.convergence import __main__ as command
+from benchmarks.convergence import costs, report
+from benchmarks.convergence.findings import Mean, differ, finding, task_findings
+from benchmarks.convergence.methods import (
+    FULL,
+    LARGEST_DIFFERENCE,
+    METHODS,
+    adapt,
+    adapter_parameters,
+    ranks,
+    updates,
+)
+from benchmarks.convergence.plan import (
+    MOST_EXTENSIONS,
+    RATES,
+    STUDY,
+    Study,
+    best_rate,
+    main_cell,
+    wanted,
+)
+from benchmarks.convergence.runs import RESULTS, Cell, Run, read_runs, write_json, write_run
+from benchmarks.convergence.sweep import sweep, time_left
+from benchmarks.convergence.tasks import TASKS, arithmetic, docstrings, packages
+from benchmarks.convergence.tasks.digits import Digits, ViT
+from benchmarks.convergence.tasks.language import LanguageTask
+from benchmarks.convergence.tasks.prose import passages
+from benchmarks.convergence.tasks.task import batch_order
+from benchmarks.convergence.training import cosine, effective_rank, train
+from benchmarks.protocol import Budget
+from disha.finetune.models.decoder import Decoder, DecoderConfig
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+class TinyDigits(Digits):
+    """The digits, in a few steps from an untrained model."""
+
+    steps, batch, evaluate_every = 6, 16, 3
+
+    def pretrained(self) -> nn.Module:
+        torch.manual_seed(0)
+        return ViT()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    task = TinyDigits()
+    monkeypatch.setitem(TASKS, "digits", task)
+    return task
+
+
+def sizes_of(task):
+    """A model of the task's layer names and sizes, without its weights."""
+    if task == "digits":
+        return ViT()
+    if task == "packages":
+        from transformers import BertConfig, BertModel
+
+        config = json.loads((packages._model_folder() / "config.json").read_text())
+        return packages.Encoder(BertModel(BertConfig(**config), add_pooling_layer=False), 8)
+    return Decoder(
+        DecoderConfig(
+            vocabulary=64, hidden=576, feed_forward=1536, layers=2, heads=9, kv_heads=3,
+            head_dim=64, context=64, rope_base=1e4, norm_epsilon=1e-5, tied_head=True,
+        )
+    )  # fmt: skip
+
+
+class TestMethods:
+    @pytest.mark.parametrize("task", TASKS)
+    def test_all_have_as_many_parameters_as_bone(self, task):
+        model, counts = sizes_of(task).requires_grad_(False), {}
+        for method in METHODS:
+            twin = copy.deepcopy(model)
+            names = adapt(
+                twin, TASKS[task].layers["all"], TASKS[task].head, main_cell(task, method)
+            )
+            counts[method] = sum(p.numel() for p in adapter_parameters(twin, TASKS[task].head))
+            assert len(names) > 10
+        full = counts.pop(FULL)
+        assert all(abs(n / counts["bone"] - 1) <= LARGEST_DIFFERENCE for n in counts.values())
+        assert full > 5 * counts["bone"]
+
+    @pytest.mark.parametrize("cell", [c for c in STUDY.cells if c.task == "digits"], ids=str)
+    def test_every_cell_of_the_digits_can_be_built(self, cell):
+        model = ViT().requires_grad_(False)
+        adapt(model, TASKS["digits"].layers[cell.layers], None, cell)
+        dtype = getattr(torch, cell.dtype)
+        assert {p.dtype for p in adapter_parameters(model, None)} == {dtype}
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_adapting_changes_no_output(self, method):
+        model, images = ViT().requires_grad_(False), torch.rand(3, 8, 8)
+        before = model(images)
+        adapt(model, TASKS["digits"].layers["all"], None, main_cell("digits", method))
+        torch.testing.assert_close(model(images), before, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_the_update_is_what_is_added_to_the_weight(self, method):
+        torch.manual_seed(0)
+        base = ViT().requires_grad_(False)
+        model, name = copy.deepcopy(base), "blocks.1.up"
+        adapt(model, TASKS["digits"].layers["all"], None, main_cell("digits", method))
+        nothing = updates(model, base, [name])[name]
+        assert nothing.shape == base.blocks[1].up.weight.shape
+        torch.testing.assert_close(nothing, torch.zeros_like(nothing), atol=1e-5, rtol=0)
+        with torch.no_grad():
+            for parameter in adapter_parameters(model, None):
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        found, x = updates(model, base, [name])[name], torch.randn(5, 64)
+        expected = nn.functional.linear(x, base.blocks[1].up.weight + found, base.blocks[1].up.bias)
+        torch.testing.assert_close(model.blocks[1].up(x), expected, atol=1e-4, rtol=1e-4)
+        assert found.norm() > 0.1
+
+    def test_a_count_that_is_off_is_refused(self, monkeypatch):
+        bone = METHODS["bone"]
+
+        def larger(model, layers, cell):
+            bone.adapt(model, layers, replace(cell, r=cell.r + 1))
+
+        monkeypatch.setitem(METHODS, "bone", replace(bone, adapt=larger))
+        with pytest.raises(ValueError, match="parameters where Bone has"):
+            adapt(ViT().requires_grad_(False), r"\.up$", None, Cell("digits", "bone", 8))
+
+    def test_ranks_are_as_even_as_the_number_allows(self):
+        layers = {str(i): nn.Linear(10, 10) for i in range(5)}
+        assert ranks(layers, 20 * 12) == {"0": 3, "1": 3, "2": 2, "3": 2, "4": 2}
+        assert ranks(layers, 40 * 10, factors=2) == dict.fromkeys(layers, 2)
+        assert ranks(layers, 20 * 10 + 50, beside=True) == dict.fromkeys(layers, 2)
+
+
+class TestTasks:
+    def test_an_order_has_every_row_once_before_any_comes_again(self):
+        order = batch_order(rows=10, batch=5, steps=4, seed=1)
+        assert sorted(order[0] + order[1]) == sorted(order[2] + order[3]) == list(range(10))
+        assert order == batch_order(10, 5, 4, seed=1) != batch_order(10, 5, 4, seed=2)
+
+    def test_word_problems_have_the_right_answer(self):
+        generator, kinds = random.Random(1), set()
+        for _ in range(300):
+            problem, answer = arithmetic.word_problem(generator)
+            a, b = map(int, re.findall(r"\d+", problem))
+            verb = problem.split()[3 if " bags " in problem else 5]
+            kinds.add(verb)
+            expected = {"bags": a * b, "gets": a + b, "loses": a - b}[verb]
+            assert (int(answer), int(answer) >= 0) == (expected, True)
+        assert kinds == {"bags", "gets", "loses"}
+
+    @pytest.mark.parametrize("module", [arithmetic, docstrings], ids=["arithmetic", "docstrings"])
+    def test_rows_are_held_out(self, module):
+        parts = [{tuple(ids) for ids, _ in part} for part in module._rows()]
+        assert all(len(part) >= 24 for part in parts)
+        assert len(set.union(*parts)) == sum(map(len, parts))
+        assert all(0 < prompt < len(ids) for part in module._rows() for ids, prompt in part)
+
+    def test_packages_are_held_out_and_even(self):
+        rows = packages._rows()
+        assert len({tuple(ids) for ids, _ in rows}) > 0.98 * len(rows)
+        assert {label for _, label in rows} == set(range(packages.CLASSES))
+        held_out = packages.VALIDATION_ROWS + packages.TEST_ROWS
+        assert len(TASKS["packages"].training_rows()) == len(rows) - held_out > 300
+        for part in (rows[:held_out], rows[held_out:]):
+            counts = Counter(label for _, label in part)
+            assert min(counts[label] for label in range(packages.CLASSES)) > 0.5 * max(
+                counts.values()
+            )
+
+    def test_prose_is_of_many_topics(self):
+        found = passages(24, 240)
+        assert len(set(found)) == 24
+        assert all(120 < len(text) <= 240 for text in found)
+        with pytest.raises(ValueError, match="passages, not"):
+            passages(10_000, 240)
+
+    def test_exact_answers_are_those_of_greedy_decoding(self):
+        torch.manual_seed(0)
+        model = sizes_of("arithmetic")
+        right, _ = rows = [([3, 5, 9], 3), ([7, 1, 4, 4], 4)]
+        for ids, prompt in rows:
+            while len(ids) < prompt + 3:
+                ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        task = TASKS["arithmetic"]
+        assert isinstance(task, LanguageTask)
+        assert task._score(model, rows).exact == 1
+        right[0][-2] = (right[0][-2] + 1) % 64
+        assert task._score(model, rows).exact == 0.5
+
+    def test_the_loss_of_a_batch_is_that_of_its_answers(self):
+        torch.manual_seed(0)
+        model, task = sizes_of("arithmetic"), TASKS["arithmetic"]
+        rows = [([3, 5, 9, 2, 6], 3), ([7, 1, 4], 1)]
+        logs = [model(torch.tensor([ids])).log_softmax(-1)[0] for ids, _ in rows]
+        answered = [-logs[0][2, 2], -logs[0][3, 6], -logs[1][0, 1], -logs[1][1, 4]]
+        expected = torch.stack(answered).mean()
+        torch.testing.assert_close(task.loss(model, task.batch_of(rows, CPU)), expected)
+        assert task._score(model, rows).loss == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+class TestTraining:
+    def test_the_schedule_rises_and_falls_to_nothing(self):
+        shares = [cosine(step, 100) for step in range(100)]
+        assert shares[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+        assert shares[6] == 1
+        assert shares[6:] == sorted(shares[6:], reverse=True)
+        assert cosine(100, 100) == pytest.approx(0)
+
+    def test_effective_rank(self):
+        assert effective_rank(torch.zeros(4, 3)) == 0
+        assert effective_rank(torch.outer(torch.rand(6), torch.rand(5))) == pytest.approx(1)
+        assert effective_rank(3 * torch.eye(5)) == pytest.approx(5)
+        assert 1 < effective_rank(torch.diag(torch.tensor([1.0, 0.1]))) < 2
+
+    def test_a_run_is_the_same_again_and_another_with_another_seed(self, tiny):
+        run = Run(Cell("digits", "lora", 8), 1e-2, 0)
+        found, again = train(run, CPU, tiny), train(run, CPU, tiny)
+        other = train(replace(run, seed=1), CPU, tiny)
+        assert found.pop("seconds") > 0
+        assert found == {key: value for key, value in again.items() if key != "seconds"}
+        assert other["validation"][1:] != found["validation"][1:]
+        assert found["steps"] == [0, 3, 6]
+        assert found["validation"][-1] < found["validation"][0]
+        assert len(found["gradient_norms"]) == 6
+        assert found["forgetting"][0] == other["forgetting"][0] != found["forgetting"][1]
+
+    def test_methods_of_one_seed_see_the_same_rows_and_begin_alike(self, tiny):
+        seen = {}
+        for method in ("bone", "lora"):
+            rows = []
+            task = TinyDigits()
+            batch_of = task.batch_of
+            task.batch_of = lambda some, device, kept=rows, make=batch_of: kept.append(
+                make(some, device)) or make(some, device)  # fmt: skip
+            found = train(Run(main_cell("digits", method), 1e-3, 2), CPU, task)
+            seen[method] = (torch.cat([labels for _, labels in rows]), found["validation"][0])
+        assert torch.equal(seen["bone"][0], seen["lora"][0])
+        assert seen["bone"][1] == seen["lora"][1]
+
+    def test_divergence_is_told(self, tiny):
+        found = train(Run(Cell("digits", FULL, 8), 1e30, 0), CPU, tiny)
+        assert found["validation"][-1] is None
+        assert "loss" not in found
+
+
+CELL = Cell("digits", "bone", 8)
+SMALL = Study((CELL,), {("digits", "bone"): (1e-3, 3e-3, 1e-2, 3e-2)})
+
+
+def results_of(cell, losses, seed=0):
+    """Results as runs leave them, of final validation losses by rate."""
+    return {Run(cell, rate, seed): {"validation": [9.0, loss], "steps": [0, 10],
+                                    "gradient_norms": [1.0], "forgetting": [0.5, 0.6],
+                                    "parameters": 18, "loss": loss, "exact": 0.5,
+                                    "effective_rank": 3.0, "relative_norm": 0.1, "seconds": 2.0}
+            for rate, loss in losses.items()}  # fmt: skip
+
+
+class TestPlan:
+    def test_all_rates_first_then_the_other_seeds_at_the_best(self):
+        assert [run.rate for run in wanted(SMALL, {})] == [1e-3, 3e-3, 1e-2, 3e-2]
+        results = results_of(CELL, {1e-3: 2.0, 3e-3: 1.0, 1e-2: 1.5})
+        assert wanted(SMALL, results) == [Run(CELL, 3e-2, 0)]
+        results |= results_of(CELL, {3e-2: None})
+        assert wanted(SMALL, results) == [Run(CELL, 3e-3, 1), Run(CELL, 3e-3, 2)]
+        assert best_rate(CELL, SMALL, results) == 3e-3
+        results |= results_of(CELL, {3e-3: 1.1}, 1) | results_of(CELL, {3e-3: 1.2}, 2)
+        assert wanted(SMALL, results) == []
+
+    @pytest.mark.parametrize(("losses", "beyond"), [((1, 2, 3, 4), 3e-4), ((4, 3, 2, 1), 1e-1)])
+    def test_a_best_at_the_edge_is_looked_beyond(self, losses, beyond):
+        rates = dict(zip((1e-3, 3e-3, 1e-2, 3e-2), map(float, losses), strict=True))
+        results = results_of(CELL, rates)
+        assert wanted(SMALL, results) == [Run(CELL, beyond, 0)]
+        assert best_rate(CELL, SMALL, results) is None
+        results |= results_of(CELL, {beyond: 5.0})
+        assert {run.seed for run in wanted(SMALL, results)} == {1, 2}
+
+    def test_the_search_ends(self):
+        results = results_of(CELL, dict.fromkeys((1e-3, 3e-3, 1e-2, 3e-2), 2.0))
+        losses = iter([1.9, 1.8, 1.7, 1.6, 1.5, 1.4])
+        extensions = 0
+        while (run := wanted(SMALL, results)[0]).seed == 0:
+            results |= results_of(CELL, {run.rate: next(losses)})
+            extensions += 1
+        assert extensions == MOST_EXTENSIONS
+
+    def test_the_study_is_what_it_says(self):
+        assert len(set(STUDY.cells)) == len(STUDY.cells)
+        for task in TASKS:
+            assert {c.method for c in STUDY.cells if c == main_cell(task, c.method)} == set(METHODS)
+        assert all(len(rates) >= 4 and set(rates) <= set(RATES) for rates in STUDY.rates.values())
+        assert len(STUDY.seeds) == 3
+        assert len({Run(cell, 1e-3, 0).file for cell in STUDY.cells}) == len(STUDY.cells)
+
+
+class TestRuns:
+    def test_what_is_written_is_read(self, tmp_path):
+        run = Run(Cell("digits", "tile", 8, 32, "attention", "bfloat16"), 3e-5, 2)
+        write_run(tmp_path, run, {"validation": [1.23456789, None]})
+        assert run.file == "digits/tile-r8x32-attention-bfloat16/rate3e-05-seed2.json"
+        (found,) = read_runs(tmp_path).items()
+        assert found[0] == run
+        assert found[1]["validation"] == [1.23457, None]
+
+    def test_a_file_in_the_wrong_place_is_told(self, tmp_path):
+        run = Run(CELL, 1e-3, 0)
+        write_run(tmp_path, run, {"validation": [1.0]})
+        (tmp_path / run.file).rename(tmp_path / run.file.replace("seed0", "seed1"))
+        with pytest.raises(ValueError, match=r"holds the results of .*seed0"):
+            read_runs(tmp_path)
+
+    def test_what_is_no_number_is_not_written(self, tmp_path):
+        with pytest.raises(ValueError, match="Out of range"):
+            write_json(tmp_path / "a.json", {"loss": float("nan")})
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestSweep:
+    def test_it_goes_on_where_it_was_stopped(self, tmp_path):
+        done = []
+
+        def do(run, folder):
+            if len(done) == 3:
+                raise KeyboardInterrupt
+            done.append(run)
+            write_run(folder, run, results_of(CELL, {run.rate: 1 + abs(run.rate - 3e-3)})[
+                Run(CELL, run.rate, 0)])  # fmt: skip
+
+        with pytest.raises(KeyboardInterrupt):
+            sweep(SMALL, tmp_path, 0, do=do, say=lambda line: None)
+        assert len(read_runs(tmp_path)) == 3
+        first, lines = list(done), []
+        done.clear()
+        assert sweep(SMALL, tmp_path, 0, do=do, say=lines.append) == 3
+        assert not set(first) & set(done)
+        assert len(read_runs(tmp_path)) == 6
+        assert "6 runs done" in lines[-1]
+        assert "about 0 min left" in lines[-1]
+        assert sweep(SMALL, tmp_path, 0, do=do) == 0
+
+    def test_time_left_counts_cells_that_have_not_begun(self):
+        other = Cell("packages", "bone", 8)
+        study = Study((CELL, other), {**SMALL.rates, ("packages", "bone"): (1e-3,) * 4})
+        seconds = {Run(CELL, rate, 0): 10.0 for rate in (1e-3, 3e-3)}
+        assert time_left(study, seconds, workers=2) == (4 * 10 + 6 * 10) / 2
+
+    def test_a_tiny_study_from_runs_to_page(self, tiny, tmp_path):
+        cells = tuple(main_cell("digits", method) for method in ("bone", "lora"))
+        study = Study(cells, {("digits", c.method): (1e-2,) for c in cells}, seeds=(0, 1))
+        assert sweep(study, tmp_path / "results", 0, say=lambda line: None) == 4
+        assert sweep(study, tmp_path / "results", 0) == 0
+        measured = costs.costs(tiny, ["bone", "lora"], Budget(0.0, 2, 2, 1), CPU)
+        head = {"machine": {"processor": "p", "threads": 1}, "device": "cpu", "versions": {}}
+        write_json(tmp_path / "results" / costs.FILE, {**head, "tables": {"costs": [measured]}})
+        pages = []
+        for docs in (tmp_path / "a", tmp_path / "b"):
+            written = report.write(study, tmp_path / "results", docs)
+            pages.append({path.name: path.read_bytes() for path in written})
+        assert pages[0] == pages[1]
+        assert len(pages[0]) == 4
+        text = pages[0]["evidence.md"].decode()
+        loss = finding(cells[0], study, read_runs(tmp_path / "results")).mean("loss")
+        assert f"{loss.value:.3f} ± {loss.deviation:.3f}" in text
+        assert "4 runs" in text
+
+    def test_the_command_does_one_task_and_says_so(self, monkeypatch, tmp_path, capsys):
+        asked = []
+        monkeypatch.setattr(command, "sweep", lambda *given: asked.append(given) or 7)
+        assert command.main(["--tasks", "packages", "--folder", str(tmp_path)]) == 0
+        assert {cell.task for cell in asked[0][0].cells} == {"packages"}
+        assert "7 runs done now" in capsys.readouterr().out
+
+
+class TestFindings:
+    def test_noise_is_told_apart_as_a_paired_t_test_does(self):
+        from scipy.stats import ttest_rel
+
+        generator = random.Random(0)
+        verdicts = set()
+        for _ in range(200):
+            one = [generator.gauss(0, 1) for _ in range(3)]
+            other = [value + generator.gauss(0.5, 0.2) for value in one]
+            expected = bool(ttest_rel(one, other).pvalue < 0.05)
+            assert differ(one, other) is expected
+            verdicts.add(expected)
+        assert verdicts == {True, False}
+        assert not differ([1.0], [2.0])
+
+    def test_mean_and_deviation(self):
+        assert Mean.of([1.0, 2.0, 3.0]) == Mean(2.0, 1.0)
+        assert Mean.of([5.0]) == Mean(5.0, 0.0)
+
+    def test_steps_and_seconds_to_loras_loss(self):
+        cells = [Cell("digits", name, 8) for name in ("bone", "lora", "bat")]
+        study = Study(tuple(cells), {("digits", c.method): (1e-3,) for c in cells}, seeds=(0,))
+        curves = {"bone": [9, 4, 2, 1], "lora": [9, 6, 4, 2.5], "bat": [9, 8, 7, 6]}
+        results = {}
+        for cell in cells:
+            (record,) = results_of(cell, {1e-3: curves[cell.method][-1]}).values()
+            record |= {"validation": curves[cell.method], "steps": [0, 5, 10, 15]}
+            results[Run(cell, 1e-3, 0)] = record
+        measured = {"seconds": {"bone": [2, 2], "lora": [1, 4]},
+                    "peak_bytes": {"bone": 1, "lora": 2}}  # fmt: skip
+        found = task_findings(cells, study, results, measured)
+        assert found.goal == 2.5
+        assert found.near_goal == pytest.approx(2.825)
+        assert [found.findings[n].steps_to(found.goal) for n in curves] == [10, 15, None]
+        assert found.seconds_to("bone", found.goal) == 20
+        assert found.seconds_to("bat", found.goal) is None
+        assert found.costs["bone"].ratio == pytest.approx((2 + 0.5) / 2)
+        assert found.ranked == ["bone", "lora", "bat"]
+
+    def test_an_unfinished_cell_is_no_finding(self):
+        results = results_of(CELL, {1e-3: 2.0, 3e-3: 1.0, 1e-2: 1.5, 3e-2: 2.5})
+        assert finding(CELL, SMALL, results) is None
+        results |= results_of(CELL, {3e-3: 1.1}, 1) | results_of(CELL, {3e-3: 1.2}, 2)
+        assert finding(CELL, SMALL, results).mean("loss").value == pytest.approx(1.1)
+
+
+class TestReport:
+    """The page that is committed follows from the results that are committed."""
+
+    def test_it_is_what_the_results_give_byte_for_byte(self, tmp_path):
+        import matplotlib as mpl
+
+        for path in report.write(STUDY, RESULTS, tmp_path):
+            committed = ROOT / "docs" / path.relative_to(tmp_path)
+            if path.suffix == ".svg":
+                drawn = f"Matplotlib v{mpl.__version__}".encode()
+                if drawn not in committed.read_bytes():
+                    continue  # by another release of matplotlib, which draws text its own way
+            assert path.read_bytes() == committed.read_bytes(), f"make evidence-report: {path.name}"
+
+    def test_every_file_of_results_is_of_the_study(self):
+        strangers = [run.file for run in read_runs(RESULTS)
+                     if run.cell not in STUDY.cells or run.rate not in RATES]  # fmt: skip
+        assert strangers == []
+
+    def test_numbers_come_from_files(self, tmp_path):
+        folder, page = tmp_path / "results", tmp_path / "docs" / "evidence.md"
+        shutil.copytree(RESULTS, folder)
+        report.write(STUDY, folder, tmp_path / "docs")
+        assert page.read_text() == (ROOT / "docs" / "evidence.md").read_text()
+        results = read_runs(folder)
+        cell = main_cell("digits", "bone")
+        before = finding(cell, STUDY, results).mean("loss").value
+        changed = next(run for run in results if run.cell == cell and run.seed == 1)
+        write_run(folder, changed, {**results[changed], "loss": 123.0})
+        after = finding(cell, STUDY, read_runs(folder)).mean("loss").value
+        assert f"{after:.3f} ±" not in page.read_text()
+        report.write(STUDY, folder, tmp_path / "docs")
+        assert f"{before:.3f} ±" not in page.read_text()
+        assert f"{after:.3f} ±" in page.read_text()
+
+    def test_no_measured_number_is_typed_into_the_text(self):
+        tree = ast.parse(Path(report.__file__).read_text())
+        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
+                 and isinstance(node.value, str)]  # fmt: skip
+        assert [text for text in texts if re.search(r"\d\.\d", text)] == []
