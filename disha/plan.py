@@ -537,8 +537,11 @@ def _check_sizes(
     if misfits:
         shown = "; ".join(misfits[:10])
         more = f"; and {len(misfits) - 10} more" if len(misfits) > 10 else ""
+        sizes_that_fit = "Choose a smaller r"
+        if config.r_out is not None:
+            sizes_that_fit += ", or an r_out that divides the outputs of all"
         raise ArgumentError(
-            f"{shown}{more}. Choose a smaller r, give these layers their own with rank_pattern=, "
+            f"{shown}{more}. {sizes_that_fit}, give these layers their own r with rank_pattern=, "
             "or leave them out with exclude="
         )
 

@@ -366,7 +366,10 @@ class TestRefusals:
             ({"adapter": ""}, "not be empty"),
             ({"adapter": "a.b"}, "has a dot"),
             ({"adapter": "taken"}, "has an adapter 'taken' already"),
-            ({"r_out": 5}, "head: r_out=5 does not divide out_features=12"),
+            (
+                {"r_out": 5},
+                "head: r_out=5 does not divide out_features=12.*or an r_out that divides",
+            ),
             ({"exclude": "layers.7"}, "exclude 'layers.7' matches no module"),
             ({"exclude": ["q_proj", "nope"]}, "exclude 'nope' matches"),
             ({"rank_pattern": {"mlp": 2}}, "rank_pattern 'mlp' matches none of the targets"),
