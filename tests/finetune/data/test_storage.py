@@ -65,7 +65,9 @@ def test_packed_files_are_unpacked(tmp_path):
     assert InMemory.of(path).content == CONTENT
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(CONTENT)[:-9]])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(CONTENT)[:-9]], ids=["not packed", "cut short"]
+)
 def test_a_damaged_packed_file_is_named(tmp_path, content):
     path = tmp_path / "rows.txt.gz"
     path.write_bytes(content)
