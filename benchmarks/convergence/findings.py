@@ -90,9 +90,9 @@ class Finding:
         return [min(one) for one in losses], [max(one) for one in losses]
 
     @property
-    def first_gradient(self) -> Mean:
-        """The norm of the first gradient."""
-        return Mean.of([record["gradient_norms"][0] for record in self.records])
+    def early_gradient(self) -> Mean:
+        """The mean norm of the first gradients: behind a new head of zeros the very first is 0."""
+        return Mean.of([statistics.fmean(record["gradient_norms"]) for record in self.records])
 
     @property
     def gradients(self) -> list[float]:

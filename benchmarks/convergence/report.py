@@ -271,7 +271,7 @@ def _task(name: str, found: TaskFindings) -> str:
     if found.costs:
         header += ["seconds to LoRA's final loss", "seconds a step, / LoRA", "peak of a step"]
         rows = [_row(method, found) + _cost(method, found) for method in found.findings]
-    more = ["method", "first gradient", "effective rank of dW", "norm of dW / W",
+    more = ["method", "gradient, first steps", "effective rank of dW", "norm of dW / W",
             task.forgetting_name]  # fmt: skip
     lora = found.findings["lora"]
     return "\n".join([
@@ -314,7 +314,7 @@ def _more(method: str, found: TaskFindings) -> list[str]:
     before, after = one.forgetting
     return [
         METHODS[method].title,
-        f"{one.first_gradient.value:.3g}",
+        f"{one.early_gradient.value:.3g}",
         f"{one.mean('effective_rank').value:.1f}",
         f"{one.mean('relative_norm').value:.2g}",
         f"{before:.3f} to {_mean_text(after)}",
