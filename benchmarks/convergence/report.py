@@ -187,11 +187,11 @@ def _start_with(shown: Mapping[str, TaskFindings]) -> str:
         rows.append([
             METHODS[name].title,
             f"{min(rates):g} to {max(rates):g}" if len(set(rates)) > 1 else f"{rates[0]:g}",
-            f"{statistics.median(rates):g}",
+            f"{statistics.geometric_mean(rates):.1g}",
             ", ".join(map(str, ranks)) or NOTHING,
             str(close) if ranks else NOTHING,
         ])  # fmt: skip
-    header = ["method", "best learning rates", "median", "rank by test loss, by task",
+    header = ["method", "best learning rates", "geometric mean", "rank by test loss, by task",
               "tasks where best, or not told apart"]  # fmt: skip
     return "\n".join([
         "## Which method and learning rate to start with\n",
@@ -214,7 +214,7 @@ def _advice(shown: Mapping[str, TaskFindings]) -> str:
         f"Most often best, or not told apart from the best: {', '.join(first)} "
         f"({most} of {len(shown)} tasks). A method whose seeds differ much is harder to tell "
         "apart, which is no merit of it. Start with the cheapest of these that your runtime can "
-        "serve, at the median rate of the table, and try half a decade on either side."
+        "serve, at the mean rate of the table, and try half a decade on either side."
     )
     ratios = [
         one.findings["bone"].rate / one.findings["lora"].rate
@@ -222,10 +222,10 @@ def _advice(shown: Mapping[str, TaskFindings]) -> str:
         if "bone" in one.findings
     ]
     if ratios:
-        low, high = min(ratios), max(ratios)
-        span = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+        low, high = f"{min(ratios):.1g}", f"{max(ratios):.1g}"
+        span = low if low == high else f"{low} to {high}"
         text += f" Bone's best rate was {span} times LoRA's"
-        text += "." if low == high == 1 else ": a rate of LoRA's does not carry over."
+        text += "." if low == high == "1" else ": a rate of LoRA's does not carry over."
     return text + "\n"
 
 
