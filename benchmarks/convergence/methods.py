@@ -177,16 +177,8 @@ def _lora(**settings: Any) -> Adapt:
         from peft import LoraConfig, inject_adapter_in_model
 
         chosen = ranks(layers, budget(layers, cell.r), beside=settings.get("use_dora", False))
-        common = min(chosen.values())
-        others = {name: rank for name, rank in chosen.items() if rank != common}
-        config = LoraConfig(
-            r=common,
-            lora_alpha=common,
-            rank_pattern=_exactly(others),
-            alpha_pattern=_exactly(others),
-            target_modules=list(layers),
-            **settings,
-        )
+        common = _in_config(chosen)
+        config = LoraConfig(lora_alpha=common["r"], **common, **settings)
         inject_adapter_in_model(config, model)
 
     return adapt
@@ -195,21 +187,20 @@ def _lora(**settings: Any) -> Adapt:
 def _loha(model: nn.Module, layers: Layers, cell: Cell) -> None:
     from peft import LoHaConfig, inject_adapter_in_model
 
-    chosen = ranks(layers, budget(layers, cell.r), factors=2)
-    common = min(chosen.values())
-    others = {name: rank for name, rank in chosen.items() if rank != common}
-    config = LoHaConfig(
-        r=common,
-        alpha=common,
-        rank_pattern=_exactly(others),
-        alpha_pattern=_exactly(others),
-        target_modules=list(layers),
-    )
-    inject_adapter_in_model(config, model)
+    common = _in_config(ranks(layers, budget(layers, cell.r), factors=2))
+    inject_adapter_in_model(LoHaConfig(alpha=common["r"], **common), model)
 
 
-def _exactly(by_name: Mapping[str, int]) -> dict[str, int]:
-    return {f"^{re.escape(name)}$": value for name, value in by_name.items()}
+def _in_config(chosen: Mapping[str, int]) -> dict[str, Any]:
+    """Return layer -> rank as peft takes it, with an alpha that is the rank everywhere."""
+    lowest = min(chosen.values())
+    others = {f"^{re.escape(name)}$": r for name, r in chosen.items() if r != lowest}
+    return {
+        "r": lowest,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(chosen),
+    }
 
 
 FULL = "full"
