@@ -121,6 +121,35 @@ class TestLoad:
         with pytest.raises(AdapterStateError, match="and 10 more"):
             disha.load_adapter_state_dict(model, {})
 
+    def test_a_report_of_as_much_as_is_shown_is_not_cut(self):
+        keys = tuple(f"{number}" for number in range(20))
+        wrong = {
+            "wrong_shape": tuple((key, (1,), (2,)) for key in keys),
+            "wrong_value": tuple((key, "is odd") for key in keys),
+        }
+        whole = disha.LoadReport(matched=(), missing=keys, unexpected=keys, **wrong)
+        lines = str(whole).splitlines()
+        assert lines[0] == "0 keys fit"
+        assert len(lines) == 1 + 4 * 20
+        assert lines[1] == "missing: 0"
+        assert lines[-1] == "wrong value: 19 is odd"
+
+    def test_a_longer_report_counts_what_it_hides(self):
+        keys = tuple(f"{number}" for number in range(23))
+        report = disha.LoadReport(
+            matched=("a", "b"),
+            missing=keys,
+            unexpected=keys[:21],
+            wrong_shape=tuple((key, (1,), (2,)) for key in keys),
+            wrong_value=tuple((key, "is odd") for key in keys[:22]),
+        )
+        lines = str(report).splitlines()
+        assert len(lines) == 1 + 21 + 21 + 20 + 20 + 1
+        assert lines[21] == "missing: and 3 more"
+        assert lines[42] == "unexpected: and 1 more"
+        assert lines[62] == "wrong shape: 19 is (1,), must be (2,)"
+        assert lines[-2:] == ["wrong value: 19 is odd", "and 5 more of wrong shape or value"]
+
     def test_what_is_no_state(self, adapted):
         with pytest.raises(ArgumentTypeError, match="got list"):
             disha.load_adapter_state_dict(adapted, [])
