@@ -472,3 +472,43 @@ def test_a_weighted_sum_is_rounded_once_and_leaves_its_terms():
     total = functional.weighted_sum(list(zip(blocks, factors, strict=True)))
     assert torch.equal(total, exact.bfloat16())
     assert all(map(torch.equal, blocks, before))
+
+
+META = torch.device("meta")
+ON_META = {
+    "bone_delta_weight": lambda block: functional.bone_delta_weight(block, 7, 6),
+    "bone_lora_factors": lambda block: torch.cat(
+        [factor.flatten() for factor in functional.bone_lora_factors(block, 7, 6)]
+    ),
+    "bat_delta_weight": lambda block: functional.bat_delta_weight(
+        torch.empty(6, 7, device=META), block.view(3, 2, 2)
+    ),
+    "conv_delta_weight": lambda block: functional.conv_delta_weight(block.view(6, 2, 1), 7, 6),
+    "embedding_delta_weight": lambda block: functional.embedding_delta_weight(
+        block, 7, 6, padding_idx=3
+    ),
+    "weighted_sum": lambda block: functional.weighted_sum([(block, 0.5)]),
+    "widened_block": lambda block: functional.widened_block(block, 2, 4),
+}
+
+
+@pytest.mark.parametrize("name", ON_META)
+def test_what_is_made_of_a_block_is_on_its_device(name):
+    assert ON_META[name](torch.empty(2, 6, device=META)).is_meta
+
+
+def test_the_default_scale_is_one():
+    x, weight, bias, block = (t.detach() for t in make_case("bone", (10, 9, 4, 3)))
+    bat = make_block("bat", (10, 9, 4, 3))
+    assert torch.equal(
+        functional.bone_delta(x, block, 9), functional.bone_delta(x, block, 9, scale=1.0)
+    )
+    for function, own in ((functional.bone_forward, block), (functional.bat_forward, bat)):
+        assert torch.equal(function(x, weight, bias, own), function(x, weight, bias, own, 1.0))
+    for function, own in ((functional.bone_unmerge, block), (functional.bat_unmerge, 0.1 * bat)):
+        assert torch.equal(function(weight, own), function(weight, own, 1.0))
+    indices = torch.arange(4)
+    assert torch.equal(
+        functional.embedding_delta(indices, block, 9),
+        functional.embedding_delta(indices, block, 9, scale=1.0),
+    )
