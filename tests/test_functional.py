@@ -280,6 +280,14 @@ def test_bat_block_that_is_singular_in_the_cropped_shard_only_raises():
         functional.bat_unmerge(torch.ones(2, 5), block)
 
 
+def test_bat_block_that_is_singular_beyond_the_only_shard_is_none_to_raise_for():
+    block = torch.tensor([[[1.0, 1.0], [1.0, -0.5]]])  # I + D has rank 1, its upper left entry is 2
+    column = torch.tensor([[3.0], [5.0]])
+    assert torch.equal(functional.bat_unmerge(column, block), torch.tensor([[1.0], [2.0]]))
+    with pytest.raises(DishaError, match="singular"):
+        functional.bat_unmerge(torch.ones(2, 2), block)
+
+
 def half_ulp(exact, dtype):
     """Half the distance between neighbours in dtype around each exact value."""
     _, exponent = torch.frexp(exact)
@@ -512,3 +520,40 @@ def test_the_default_scale_is_one():
         functional.embedding_delta(indices, block, 9),
         functional.embedding_delta(indices, block, 9, scale=1.0),
     )
+
+
+class TestRoutedBatDelta:
+    """Whether there is a product for all samples at once."""
+
+    def case(self, tokens=2):
+        torch.manual_seed(0)
+        x, weight = (torch.randn(size, 8, dtype=torch.float64) for size in (tokens, 12))
+        blocks = [make_block("bat", (8, 12, 4, 3)) for _ in range(2)]
+        return x, weight, blocks
+
+    def test_the_scales_and_the_blocks_of_the_loops(self):
+        x, weight, blocks = self.case()
+        with torch.no_grad():
+            found = functional.routed_bat_delta(
+                x, weight, blocks, [0.5, -2.0], torch.tensor([1, 0])
+            )
+        deltas = [reference.bat_delta_weight(weight, block) for block in blocks]
+        expected = torch.stack([-2.0 * deltas[1] @ x[0], 0.5 * deltas[0] @ x[1]])
+        close(found, expected, 1e-10)
+
+    def test_none_where_gradients_are_recorded(self):
+        x, weight, blocks = self.case()
+        choices = torch.tensor([1, 0])
+        assert functional.routed_bat_delta(x, weight, blocks, [1.0, 1.0], choices) is None
+
+    @torch.no_grad()
+    def test_none_for_many_tokens(self):
+        x, weight, blocks = self.case(tokens=400)
+        choices = torch.tensor([1, 0])
+        assert functional.routed_bat_delta(x, weight, blocks, [1.0, 1.0], choices) is None
+
+    @torch.no_grad()
+    def test_none_for_operands_of_different_dtypes(self):
+        x, weight, blocks = self.case()
+        choices = torch.tensor([1, 0])
+        assert functional.routed_bat_delta(x.float(), weight, blocks, [1.0, 1.0], choices) is None
