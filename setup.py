@@ -52,6 +52,7 @@ DEV = [
     "build>=1.2",
     "griffelib>=2",
     "hypothesis>=6.100",
+    "mutmut>=3.8; sys_platform != 'win32'",
     "mypy>=1.15",
     "packaging>=24",
     "pre-commit>=4",

@@ -263,7 +263,7 @@ class TestTraining:
 
     def test_mark_refuses_a_plain_model(self, model):
         before = snapshot(model)
-        with pytest.raises(ArgumentError, match="no adapter"):
+        with pytest.raises(ArgumentError, match=r"^the model has no adapter, so nothing"):
             disha.mark_only_adapters_trainable(model)
         assert_unchanged(model, before)
 
@@ -458,7 +458,7 @@ class TestRefusals:
         before = snapshot(model)
         with pytest.raises(MergeError, match="unmerge_adapters"):
             disha.inject_adapters(model, "q_proj", 2, adapter="b")
-        with pytest.raises(MergeError, match="unmerge_adapters"):
+        with pytest.raises(MergeError, match=r"can't remove adapters while.*unmerge_adapters"):
             disha.remove_adapters(model)
         assert_unchanged(model, before)
 

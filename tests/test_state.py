@@ -166,6 +166,6 @@ class TestLoad:
         state = {k: v.clone() for k, v in disha.adapter_state_dict(adapted).items()}
         disha.merge_adapters(adapted)
         before = snapshot(adapted)
-        with pytest.raises(MergeError):
+        with pytest.raises(MergeError, match="can't load an adapter while adapters are merged"):
             disha.load_adapter_state_dict(adapted, state)
         assert_unchanged(adapted, before)
