@@ -75,6 +75,41 @@ def test_any_shape_layout_scale_and_slab(method, sizes, lead, strided, scale, sl
         check(method, (x, weight, bias, block), scale)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("blocks_each", [1, 2])
+@pytest.mark.parametrize("sizes", [(10, 9, 4, 1), (8, 10, 2, 1), (5, 6, 1, 1)], ids=str)
+def test_a_bat_layer_of_several_slabs(monkeypatch, sizes, blocks_each, bias):
+    in_features, out_features, r, _ = sizes
+    monkeypatch.setattr(fused, "SLAB_BYTES", blocks_each * r * in_features * 8)
+    case = case_of("bat", sizes, lead=(9,), bias=bias)
+    slabs = list(fused._slabs(case[1], case[3]))
+    assert len(slabs) == -(-case[3].shape[0] // blocks_each) > 1
+    assert [row for slab in slabs for row in range(out_features)[slab.rows]] == [
+        *range(out_features)
+    ]
+    check("bat", case, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bat_layer_of_several_slabs_in_sixteen_bits(monkeypatch, dtype):
+    x, weight, bias, block = case_of("bat", (10, 9, 4, 1), dtype, lead=(9,))
+    whole = fused.bat_linear(x, weight, bias, block)
+    monkeypatch.setattr(fused, "SLAB_BYTES", 1)
+    several = fused.bat_linear(x, weight, bias, block)
+    limit = 4 * torch.finfo(dtype).eps
+    assert (several.double() - whole.double()).norm() <= limit * whole.double().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_block_acts_beside_a_large_weight_of_sixteen_bits(dtype):
+    weight, block = torch.zeros(4, 4, dtype=dtype), torch.zeros(1, 4, 4, dtype=dtype)
+    weight[1, 0] = weight[1, 2] = 16.0
+    block[0, 1, 0] = 2.0**-8  # 16 and this is 16 in either
+    x = torch.tensor([[1.0, 0.0, -1.0, 0.0]] * 5, dtype=dtype)
+    output = fused.bat_linear(x, weight, None, block)
+    assert torch.equal(output, torch.tensor([[0.0, 2.0**-8, 0.0, 0.0]] * 5, dtype=dtype))
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_first_and_second_derivatives_by_finite_differences(method, sizes):
@@ -85,6 +120,21 @@ def test_first_and_second_derivatives_by_finite_differences(method, sizes):
 
     assert torch.autograd.gradcheck(run, (x, bias, block))
     assert torch.autograd.gradgradcheck(run, (x, bias, block))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_of_outputs_and_of_their_gradients(method):
+    x, weight, bias, block = case_of(method, (10, 9, 4, 3))
+
+    def gradients(output):
+        inner = torch.autograd.grad(output.square().sum(), [x, block], create_graph=True)
+        loss = output.pow(3).sum() + sum(one.square().sum() for one in inner)
+        return torch.autograd.grad(loss, [x, bias, block])
+
+    found = gradients(product(method, x, weight, bias, block, 0.5))
+    expected = gradients(reference.linear(x, weight, bias, [(block, 0.5)]))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("wanted", range(3))
@@ -170,6 +220,24 @@ class TestChoice:
         assert calls == ["bat_linear" if method == "bat" else "bone_linear"]
         expected = reference.linear(x, weight, bias, [(block, 0.5)])
         torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_fused_under_autocast(self, monkeypatch, method):
+        x, weight, bias, block = case_of(method, (8, 12, 4, 3), torch.float32)
+        kind = "bats" if method == "bat" else "bones"
+        with torch.autocast("cpu", torch.bfloat16):
+            calls, output = self.used(monkeypatch, x, weight, bias, **{kind: [(block, 0.5)]})
+        assert calls == ["bat_linear" if method == "bat" else "bone_linear"]
+        assert output.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_wider_bat_blocks_are_fused_in_the_dtype_of_their_layer(self, monkeypatch, count):
+        sizes = (8, 12, 4, 3)
+        x, weight, bias, _ = case_of("bat", sizes, torch.bfloat16)
+        bats = [(make_block("bat", sizes, torch.float32), 0.5) for _ in range(count)]
+        calls, output = self.used(monkeypatch, x, weight, bias, bats=bats)
+        assert calls == ["bat_linear"]
+        assert output.dtype == torch.bfloat16
 
     @pytest.mark.parametrize("why", ["weight trains", "tensor scale", "other dtype", "transform"])
     def test_plain(self, monkeypatch, why):
