@@ -158,6 +158,15 @@ def test_shard_sum_accumulates_in_the_dtype_asked_for():
     assert wide.item() == 259.0
 
 
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_channel_shard_sum_accumulates_in_the_dtype_asked_for(spatial):
+    values = torch.tensor([256.0, 1.0, 1.0, 1.0], dtype=torch.bfloat16)
+    x = values.view(-1, *[1] * spatial)
+    wide = functional.channel_shard_sum(x, 1, 1, spatial, dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert wide.item() == 259.0
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_delta_weight_is_the_formula_to_the_bit_or_to_rounding(method, sizes):
@@ -453,8 +462,16 @@ def test_blocks_that_do_not_fit_are_refused():
         functional.bone_delta(x, torch.zeros(2, 3), out_features=7)
     with pytest.raises(DishaError, match="3 must divide it"):
         functional.bone_delta_weight(torch.zeros(2, 3), in_features=8, out_features=7)
+    with pytest.raises(DishaError, match=r"\(3, 2, 1\) does not fit an output of 7: 3 must divide"):
+        functional.conv_delta_weight(torch.zeros(3, 2, 1), in_features=8, out_features=7)
     with pytest.raises(DishaError, match=r"7 rows and r=2 has shape \(4, 2, 2\), got \(1, 2, 2\)"):
         functional.bat_delta_weight(weight, torch.zeros(1, 2, 2))
+
+
+def test_adding_under_a_transform_writes_into_nothing():
+    deltas = torch.randn(3, 2)
+    mapped = torch.func.vmap(lambda delta: functional.added(torch.ones(2), delta))(deltas)
+    assert torch.equal(mapped, 1 + deltas)
 
 
 def test_a_wider_block_gives_the_same_update():
