@@ -120,6 +120,13 @@ class TestRoundTrip:
         disha.load_adapter(model, path, dtype=torch.float64)
         assert {p.dtype for p in disha.adapter_parameters(model)} == {torch.float64}
 
+    @pytest.mark.parametrize("freeze", [True, False])
+    def test_the_base_is_frozen_or_not(self, saved, freeze):
+        _, path = saved
+        other = base()
+        disha.load_adapter(other, path, freeze=freeze)
+        assert other.embed.weight.requires_grad is not freeze
+
     def test_under_another_name_beside_others(self, saved, tokens):
         model, path = saved
         other = base()
@@ -262,6 +269,13 @@ class TestReplace:
         other = trained()
         disha.load_adapter(other, path, replace=True)
         assert torch.equal(other(tokens), model(tokens))
+
+    def test_takes_over_the_dropout(self, path):
+        disha.save_adapter(trained(dropout=0.25), path)
+        other = trained()
+        disha.load_adapter(other, path, replace=True)
+        assert other.head.disha["default"].config.dropout == 0.25
+        assert other.head.disha["default"].dropout == 0.25
 
     def test_is_needed_for_a_taken_name(self, saved):
         _, path = saved
@@ -419,6 +433,24 @@ class TestInspect:
         assert "2x12" in text
         assert "task: docs" in text
 
+    def test_the_whole_text(self, path):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 12)).half()
+        disha.inject_adapters(model, ".", 2, also_train="bias", rank_pattern={"1": 3})
+        disha.save_adapter(model, path, metadata={"task": "docs"})
+        assert str(disha.inspect_adapter(path)).splitlines() == [
+            "layer  method  r  in -> out  block  dtype",
+            "0      bone    2  4 -> 6     2x6    float16",
+            "1      bone    3  6 -> 12    3x12   float16",
+            "also trained: 0.bias, 1.bias",
+            "task: docs",
+            f"{path}: format 1, 2 layers, 66 parameters, {path.stat().st_size} bytes",
+        ]
+
+    def test_a_model_that_is_one_layer_is_called_so(self, path):
+        disha.save_adapter(disha.inject_adapters(nn.Linear(4, 6), "^$", 2), path)
+        assert str(disha.inspect_adapter(path)).splitlines()[1].startswith("(the model)  bone")
+
     def test_reads_no_tensor(self, saved):
         _, path = saved
         size = path.stat().st_size
@@ -437,6 +469,24 @@ class TestInspect:
 
 
 class TestFingerprint:
+    @pytest.mark.parametrize("count", [3, 4])
+    def test_three_layers_of_another_base_are_named(self, path, count):
+        def model():
+            return nn.Sequential(*(nn.Linear(4, 6) for _ in range(count)))
+
+        disha.save_adapter(disha.inject_adapters(model(), ".", 2), path)
+        names = "0, 1, 2" if count == 3 else r"0, 1, 2, \.\.\."
+        with pytest.warns(AdapterFileWarning, match=rf"in {count} of {count} layers \({names}\)"):
+            disha.load_adapter(model(), path)
+
+    def test_a_layer_without_a_fingerprint_hides_no_other(self):
+        header, tensors = adapter_contents(trained())
+        first, *others = header.layers
+        header = replace(header, layers=(replace(first, base=None), *others))
+        torch.manual_seed(1)
+        with pytest.warns(AdapterFileWarning, match="4 of 4 layers"):
+            load_contents(Layered(), "elsewhere", header, tensors)
+
     def test_another_base_warns(self, saved):
         _, path = saved
         torch.manual_seed(1)
