@@ -126,6 +126,22 @@ def test_configuration_keeps_what_is_common(tmp_path):
     assert (config.scale, config.dropout, config.also_train) == (1.0, 0.1, ())
 
 
+def test_configuration_keeps_what_both_leave_out_and_no_dtype(tmp_path):
+    options = {"target_regex": "linear|^up", "exclude": "up", "dtype": torch.float32}
+    a, b = save(tmp_path / "a", **options), save(tmp_path / "b", seed=2, **options)
+    config = combine((a, 1.0), (b, 1.0))[0].config
+    assert (config.target, config.exclude, config.dtype) == ("linear|^up", ("up",), None)
+
+
+def test_three_parameters_beside_the_blocks_are_named(tmp_path):
+    a = save(tmp_path / "a", target_regex="linear", also_train=["^conv", "^embed"])
+    with pytest.raises(ArgumentError, match=r"\(conv.bias, conv.weight, embed.weight\), which"):
+        combine((a, 1.0))
+    b = save(tmp_path / "b", target_regex="linear", also_train=["^conv", "^embed", "^padded"])
+    with pytest.raises(ArgumentError, match=r"\(conv.bias, conv.weight, embed.weight, \.\.\.\)"):
+        combine((b, 1.0))
+
+
 def test_parameters_beside_the_blocks_are_refused_or_left_out(tmp_path):
     a = save(tmp_path / "a", target_regex="linear", also_train="^conv.bias")
     with pytest.raises(ArgumentError, match=r"conv\.bias.*also_train=False"):

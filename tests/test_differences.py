@@ -112,3 +112,11 @@ def test_values_that_are_not_finite_differ_from_all(tmp_path):
     b = changed(tmp_path / "b", a, **{"linear.bone_block": block})
     for one in (differences(a, b)["linear"], differences(b, b)["linear"]):
         assert (one.same, one.largest, one.relative) == (False, None, None)
+
+
+def test_zeros_do_not_differ_from_zeros(tmp_path):
+    a = save(tmp_path / "a", target_regex="linear")
+    zeros = torch.zeros_like(read_contents(a)[1]["linear.bone_block"])
+    b = changed(tmp_path / "b", a, **{"linear.bone_block": zeros})
+    one = differences(b, changed(tmp_path / "c", b))["linear"]
+    assert (one.same, one.largest, one.relative) == (True, 0.0, 0.0)
