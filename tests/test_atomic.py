@@ -210,7 +210,7 @@ class TestFailing:
             right(source, target)
 
         monkeypatch.setattr(os, "replace", replace)
-        with pytest.raises(AdapterIOError, match=r"unchanged, but for .*a, new already"):
+        with pytest.raises(AdapterIOError, match=r"unchanged, but for .*a, new already$"):
             write_whole_folder(tmp_path, {"a": writing("new"), "b": writing("new")})
         assert os.listdir(tmp_path) == ["a"]
 
@@ -333,6 +333,22 @@ class TestFolders:
 
     def text(self, target):
         return text_of(target / "sub" / "file")
+
+    def test_one_that_may_replace_another_needs_none(self, target):
+        self.fill(target, "new", overwrite=True)
+        assert os.listdir(target.parent) == [target.name]
+
+    def test_one_that_came_meanwhile_is_not_replaced(self, target):
+        def fill_late():
+            with staged_folder(target, overwrite=False) as staged:
+                (staged / "mine").touch()
+                target.mkdir()
+                (target / "theirs").touch()
+
+        with pytest.raises(AdapterIOError, match="what was there is unchanged"):
+            fill_late()
+        assert os.listdir(target) == ["theirs"]
+        assert os.listdir(target.parent) == [target.name]
 
     def test_killed_at_any_rename_it_is_whole_after_the_next(self, tmp_path):
         found = []
