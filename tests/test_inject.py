@@ -462,6 +462,23 @@ class TestRefusals:
             disha.remove_adapters(model)
         assert_unchanged(model, before)
 
+    @pytest.mark.parametrize("adapter", [None, "default"])
+    def test_removing_from_a_layer_whose_class_was_changed(self, model, adapter):
+        disha.inject_adapters(model, "proj", 2)
+        layer = model.layers[1]["attn"].v_proj
+        layer.__class__ = type("Changed", (type(layer),), {})
+        before = snapshot(model)
+        with pytest.raises(ArgumentError, match=r"^layers\.1\.attn\.v_proj has become a Changed"):
+            disha.remove_adapters(model, adapter)
+        assert_unchanged(model, before)
+
+    def test_removing_from_a_wrapped_model_says_what_to_do(self, model):
+        wrapped = WrappedByParallel(disha.inject_adapters(model, "proj", 2))
+        with pytest.raises(
+            TargetError, match=r"before wrapping .* with set_active_adapters\(model, \[\]\)"
+        ):
+            disha.remove_adapters(wrapped)
+
     def test_failure_half_way_undoes_the_first_half(self, model, monkeypatch):
         original = disha.inject.adapt
 
