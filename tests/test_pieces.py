@@ -8,7 +8,15 @@ import safetensors.torch
 import torch
 
 import disha
-from disha.files.pieces import NAMES, Piece, tensor_writer, write_pieces
+from disha.files import pieces
+from disha.files.pieces import (
+    NAMES,
+    Piece,
+    copy_tensor,
+    stored_tensors,
+    tensor_writer,
+    write_pieces,
+)
 
 
 def every_dtype():
@@ -99,6 +107,38 @@ def test_pieces_of_unknown_dtypes_come_after_known_ones_of_their_width(tmp_path)
     write_pieces(str(tmp_path / "file"), {"a": piece("X16"), "b": piece("F16")}, {})
     content = (tmp_path / "file").read_bytes()
     assert content.index(b'"b"') < content.index(b'"a"')
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_stored_tensors_are_found_and_copied_byte_by_byte(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(pieces, "CHUNK", chunk)
+    tensors = {"wide": torch.arange(6.0).view(2, 3), "narrow": torch.ones(5, dtype=torch.int8)}
+    whole = written(tensors, {"k": "v"}, tmp_path / "file")
+    stored, metadata = stored_tensors(tmp_path / "file")
+    assert metadata == {"k": "v"}
+    assert {name: (one.dtype, one.shape) for name, one in stored.items()} == {
+        "wide": ("F32", (2, 3)),
+        "narrow": ("I8", (5,)),
+    }
+    for name, one in stored.items():
+        expected = bytes(tensors[name].flatten().view(torch.uint8).tolist())
+        assert whole[one.start : one.start + one.nbytes] == expected
+        with open(tmp_path / "copy", "wb") as file:
+            copy_tensor(one, file)
+        assert (tmp_path / "copy").read_bytes() == expected
+
+
+def test_a_file_that_is_cut_off_meanwhile_is_told(tmp_path):
+    written({"a": torch.ones(4)}, {}, tmp_path / "file")
+    stored, metadata = stored_tensors(tmp_path / "file")
+    assert metadata == {}
+    with open(tmp_path / "file", "r+b") as file:
+        file.truncate(stored["a"].start + 3)
+    with (
+        open(tmp_path / "copy", "wb") as copy,
+        pytest.raises(disha.AdapterIOError, match=r"file was cut off while it was being read"),
+    ):
+        copy_tensor(stored["a"], copy)
 
 
 def test_numpy_is_not_asked_for(tmp_path, monkeypatch):
