@@ -24,7 +24,10 @@ from disha import (
     DishaError,
     MergeError,
 )
-from disha.files.contents import adapter_contents, load_contents
+from disha.config import AdapterConfig
+from disha.files import AdapterHeader, LayerRecord, TensorRecord
+from disha.files.contents import adapter_contents, blocks_only, load_contents, read_contents
+from disha.files.header import contradictions
 from disha.layers.linear import AdaptedLinear
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
 
@@ -235,6 +238,65 @@ class TestContents:
         with pytest.raises(AdapterFileError, match=r"(?s)^elsewhere: .*head: .*configuration says"):
             load_contents(model, "elsewhere", header, tensors, replace=replacing)
         assert_unchanged(model, before)
+
+    def test_blocks_only(self):
+        header, tensors = adapter_contents(trained())
+        without, blocks = blocks_only(header, tensors)
+        assert header.also_train
+        assert header.config.also_train
+        assert (without.also_train, without.config.also_train) == ((), ())
+        assert without.config == replace(header.config, also_train=())
+        assert without.layers == header.layers
+        keys = [layer.key for layer in header.layers]
+        assert list(blocks) == list(without.tensors) == keys
+        assert all(blocks[key] is tensors[key] for key in keys)
+
+    def test_some_layers_are_read(self, saved):
+        _, path = saved
+        described, tensors = read_contents(path, layers="head", also_train=False)
+        assert [layer.name for layer in described.layers] == ["head"]
+        assert list(tensors) == list(described.tensors) == ["head.bone_block"]
+
+    @pytest.mark.parametrize(("count", "rest"), [(10, ""), (11, ", ...")])
+    def test_ten_layers_are_named_where_none_is_found(self, path, count, rest):
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
+        disha.save_adapter(disha.inject_adapters(model, ".", 1), path)
+        with pytest.raises(ArgumentError) as caught:
+            read_contents(path, layers="none")
+        names = ", ".join(map(str, range(10)))
+        assert str(caught.value).endswith(f"; it has {names}{rest}")
+
+    def test_layers_that_the_contents_lack_are_left_alone_only_if_asked(self):
+        header, tensors = adapter_contents(trained(also_train=None))
+        some = replace(header, layers=header.layers[1:])
+        model = trained(also_train=None)
+        found = {layer.key: tensors[layer.key] for layer in some.layers}
+        load_contents(model, "elsewhere", some, found, replace=True, partial=True)
+        with pytest.raises(AdapterFileError, match=f"missing: {header.layers[0].key}"):
+            load_contents(model, "elsewhere", some, found, replace=True)
+
+    @pytest.mark.parametrize(
+        ("layout", "shape", "expected"),
+        [
+            ("conv", (6, 2, 3, 3, 3, 3), "(6, 2, 3, 3, 3)"),
+            ("conv", (), "(6, 2, 1)"),
+            ("conv_transposed", (5, 6, 3), "(4, 6, 3)"),
+            ("conv_transposed", (1, 6, 3), "(2, 6, 3)"),
+            ("conv_transposed", (), "(2, 6, 1)"),
+            ("conv_transposed", (4, 6, 3, 3, 3, 3), "(4, 6, 3, 3, 3)"),
+        ],
+    )
+    def test_which_shape_a_block_must_have(self, layout, shape, expected):
+        record = LayerRecord("", "bone", 2, None, 8, 6, 1.0, None, layout)
+        header = AdapterHeader(
+            config=AdapterConfig(r=2, target=None),
+            layers=(record,),
+            also_train=(),
+            tensors={record.key: TensorRecord(shape, torch.float32)},
+            metadata={},
+        )
+        says = f"(the model): expected a block of shape {expected}, found {shape}"
+        assert contradictions(header) == [says]
 
 
 class TestLayersThatDiffer:
@@ -540,6 +602,10 @@ def first_layer(header):
 
 
 BAD_HEADERS = {
+    "a size that is none": (
+        lambda h: first_layer(h).update({"in": 2**31}),
+        "'in' must be a size, is 2147483648",
+    ),
     "future version": (lambda h: h.update(format=2), "format 2.*upgrade"),
     "no version": (lambda h: h.pop("format") and None, "format must be a number"),
     "version as text": (lambda h: h.update(format="1"), "format must be a number"),
