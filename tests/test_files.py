@@ -531,6 +531,12 @@ class TestInspect:
 
 
 class TestFingerprint:
+    def test_the_warning_points_at_the_line_that_loads(self, path):
+        disha.save_adapter(disha.inject_adapters(nn.Sequential(nn.Linear(4, 6)), "0", 2), path)
+        with pytest.warns(AdapterFileWarning) as caught:
+            disha.load_adapter(nn.Sequential(nn.Linear(4, 6)), path)
+        assert caught[0].filename == __file__
+
     @pytest.mark.parametrize("count", [3, 4])
     def test_three_layers_of_another_base_are_named(self, path, count):
         def model():
