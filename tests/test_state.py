@@ -51,6 +51,19 @@ class TestFilter:
         with pytest.raises(ArgumentError, match="no adapter 'default'; it has none"):
             disha.adapter_state_dict(model)
 
+    @pytest.mark.parametrize("flattened", [True, False])
+    def test_a_block_that_was_flattened_or_taken_out(self, flattened):
+        model = disha.inject_adapters(nn.Linear(4, 6), "^$", 2)
+        block = model.disha["default"]
+        flat = nn.Parameter(block.block.detach().flatten())
+        block._parameters[block.parameter_name] = flat if flattened else None
+        found = r"of shape \(12,\)" if flattened else "gone"
+        says = (
+            rf"^the block of the model is {found}, must be of shape \(2, 6\)\. If .*use fully_shard"
+        )
+        with pytest.raises(AdapterStateError, match=says):
+            disha.adapter_state_dict(model)
+
 
 class TestLoad:
     def test_round_trip(self, adapted, tokens):
