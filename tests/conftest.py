@@ -7,12 +7,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
 
 from disha.layers import AdaptedLayer
 
+hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("busy")
 collect_ignore = ["typed_api.py"]  # for type checkers, and never run
 
 
