@@ -518,6 +518,31 @@ def test_garbage_collection_waits_and_is_then_as_it_was(model, monkeypatch, enab
         (gc.enable if before else gc.disable)()
 
 
+def test_everything_behind_a_parameter_that_can_not_train_is_frozen(model):
+    wrapped = nn.Module()
+    wrapped.table = nn.Parameter(torch.arange(3), requires_grad=False)
+    wrapped.inner = model
+    disha.inject_adapters(wrapped, "head", 2, also_train="norm")
+    trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    norms = {f"inner.layers.{n}.attn.norm.{p}" for n in range(2) for p in ("weight", "bias")}
+    assert trained == {"inner.head.disha.default.bone_block", *norms}
+
+
+def test_failure_at_the_very_end_undoes_all(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("interrupted")
+
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
+    disha.inject_adapters(model, "linear", 2, adapter="a")
+    disha.inject_adapters(model, "linear", 2, adapter="b")
+    disha.set_active_adapters(model, ["a", "b"])
+    before = snapshot(model)
+    monkeypatch.setattr(disha.inject, "_set_flags", fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        disha.inject_adapters(model, "all-linear", 2, adapter="c")
+    assert_unchanged(model, before)
+
+
 class Slow(nn.Linear):
     """Its forward reaches nn.Linear's, and lets other threads in on the way."""
 
