@@ -539,6 +539,20 @@ def test_the_default_scale_is_one():
     )
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0, -0.5, torch.tensor(2.0)], ids=str)
+def test_embeddings_are_rows_of_the_scaled_update(scale):
+    block, indices = make_block("tile", (10, 6, 4, 3)), torch.tensor([[0, 5], [9, 3]])
+    found = functional.embedding_delta(indices, block, 6, scale, padding_idx=9)
+    expected = float(scale) * reference.embedding_delta_weight(block, 10, 6, padding_idx=9)
+    close(found, expected[indices], 1e-12)
+
+
+def test_attention_returns_its_softmax_only_if_asked():
+    q, k, v = (torch.randn(3, 2, 4) for _ in range(3))
+    assert functional.attention(q, k, v, 2)[1] is None
+    assert functional.attention(q, k, v, 2, need_weights=True)[1].shape == (2, 2, 3, 3)
+
+
 class TestRoutedBatDelta:
     """Whether there is a product for all samples at once."""
 

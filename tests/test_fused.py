@@ -49,7 +49,7 @@ def check(method, case, scale, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("scale", [1.0, -0.7])
+@pytest.mark.parametrize("scale", [1.0, -0.7, 2.0])
 @pytest.mark.parametrize("tokens", [1, 3, 9])  # few enough for streaming, and too many
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
