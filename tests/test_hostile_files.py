@@ -402,3 +402,12 @@ def test_no_file_that_we_write_is_taken_for_a_flood(tmp_path):
     path = tmp_path / "dense.safetensors"
     disha.save_adapter(model, path, metadata={"json": json.dumps([[[]] * 100] * 100)})
     assert len(disha.inspect_adapter(path).layers) == 300
+
+
+def test_no_more_of_an_index_is_read_than_one_may_have(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes((2**40).to_bytes(8, "little") + b"x" * 100)
+    monkeypatch.setattr(tensors_module, "LARGEST_INDEX", 10)
+    assert tensors_module._index(path) == "x" * 10
+    path.write_bytes((3).to_bytes(8, "little") + b"x" * 100)
+    assert tensors_module._index(path) == "xxx"
