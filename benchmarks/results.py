@@ -16,7 +16,15 @@ import torch
 
 import disha
 
-__all__ = ["FORMAT", "ResultsError", "describe", "read_results", "rounded", "write_results"]
+__all__ = [
+    "FORMAT",
+    "ResultsError",
+    "describe",
+    "read_results",
+    "rounded",
+    "write_results",
+    "write_whole",
+]
 
 FORMAT = 1
 PACKAGES = ("torch", "peft", "loralib", "lycoris-lora", "transformers", "numpy", "safetensors")
@@ -69,9 +77,14 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     text = re.sub(
         r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text
     )
+    write_whole(path, text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all; folders above it are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import rounded
+from benchmarks.results import rounded, write_whole
 
 __all__ = ["RESULTS", "Cell", "Run", "read_runs", "write_json", "write_run"]
 
@@ -102,7 +101,4 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         f"{json.dumps(key)}: {json.dumps(rounded(one, DIGITS), allow_nan=False)}"
         for key, one in value.items()
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("{\n " + ",\n ".join(lines) + "\n}\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "{\n " + ",\n ".join(lines) + "\n}\n")
