@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.convergence.findings import TaskFindings
+from benchmarks.convergence.findings import Finding, TaskFindings
 from benchmarks.convergence.methods import METHODS
 from benchmarks.convergence.tasks import TASKS
 
@@ -57,40 +57,40 @@ def curves(task: str, found: TaskFindings) -> bytes:
 
 def rates(found: Mapping[str, TaskFindings]) -> bytes:
     """Return the final validation loss against the learning rate, a panel for each task."""
-    figure = _figure(4.6 * len(found), 3.8)
-    for place, (task, one) in enumerate(found.items()):
-        axes = figure.add_subplot(1, len(found), place + 1)
-        for name, method in one.findings.items():
-            colour, line = STYLES[name]
-            known = [(r, loss) for r, loss in sorted(method.searched.items()) if loss < math.inf]
-            axes.plot(*_columns(known), color=colour, linestyle=line, marker="o", markersize=3,
-                      label=METHODS[name].title)  # fmt: skip
+
+    def tried(axes: Any, method: Finding, **style: Any) -> None:
+        known = [(r, loss) for r, loss in sorted(method.searched.items()) if loss < math.inf]
+        axes.plot(*_columns(known), marker="o", markersize=3, **style)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         _log_losses(axes)
-        axes.set_xlabel("peak learning rate")
-        axes.set_ylabel("final validation loss, first seed")
-        axes.set_title(TASKS[task].title, fontsize=9)
-        axes.grid(alpha=0.3, which="both")
-        if place == 0:
-            axes.legend(fontsize=6, ncols=2)
-    return _svg(figure)
+
+    return _panels(found, tried, "peak learning rate", "final validation loss, first seed")
 
 
 def gradients(found: Mapping[str, TaskFindings]) -> bytes:
     """Return the norm of the gradient in the first steps, a panel for each task."""
+
+    def norms(axes: Any, method: Finding, **style: Any) -> None:
+        axes.plot(range(1, len(method.gradients) + 1), method.gradients, **style)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+
+    return _panels(found, norms, "step", "norm of the gradient")
+
+
+def _panels(
+    found: Mapping[str, TaskFindings], draw: Callable[..., None], across: str, up: str
+) -> bytes:
+    """Return a picture with a panel for each task, in which `draw` draws each method."""
     figure = _figure(4.6 * len(found), 3.8)
     for place, (task, one) in enumerate(found.items()):
         axes = figure.add_subplot(1, len(found), place + 1)
         for name, method in one.findings.items():
             colour, line = STYLES[name]
-            steps = range(1, len(method.gradients) + 1)
-            axes.plot(steps, method.gradients, color=colour, linestyle=line,
-                      label=METHODS[name].title)  # fmt: skip
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("step")
-        axes.set_ylabel("norm of the gradient")
+            draw(axes, method, color=colour, linestyle=line, label=METHODS[name].title)
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
         axes.set_title(TASKS[task].title, fontsize=9)
         axes.grid(alpha=0.3, which="both")
         if place == 0:

@@ -23,7 +23,7 @@ from benchmarks.convergence.findings import (
     task_findings,
 )
 from benchmarks.convergence.methods import FULL, LARGEST_DIFFERENCE, METHODS
-from benchmarks.convergence.plan import STUDY, Results, Study
+from benchmarks.convergence.plan import STUDY, Results, Study, main_cell
 from benchmarks.convergence.runs import RESULTS, Cell, read_runs
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.training import HEAD_RATE
@@ -95,9 +95,7 @@ def _found(study: Study, results: Results, costs: Mapping[str, Any]) -> dict[str
 
 
 def _is_main(cell: Cell) -> bool:
-    task = TASKS[cell.task]
-    tile = cell.r_out in (None, task.r_out)
-    return cell == Cell(cell.task, cell.method, task.r, cell.r_out) and tile
+    return cell == main_cell(cell.task, cell.method)
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -376,16 +374,18 @@ def _gradients() -> str:
 def _ablations(study: Study, results: Results) -> str:
     parts = []
     for task in dict.fromkeys(cell.task for cell in study.cells):
-        cells = [cell for cell in study.cells if cell.task == task]
-        rows = [
-            [METHODS[cell.method].title, *_sizes(cell), f"{one.parameters:,}", f"{one.rate:g}",
-             _mean_text(one.mean("loss")), f"{one.mean('exact').value:.1%}"]
-            for cell in cells
-            if (len(cells) > len(METHODS)) and cell.method in ("bone", "tile", "bat", "lora")
+        found = [
+            one
+            for cell in study.cells
+            if cell.task == task and cell.method in ("bone", "tile", "bat", "lora")
             and (one := finding(cell, study, results)) is not None
         ]  # fmt: skip
-        done = sum(finding(cell, study, results) is not None for cell in cells)
-        if rows and done > len(METHODS):
+        if not all(_is_main(one.cell) for one in found):
+            rows = [
+                [METHODS[one.cell.method].title, *_sizes(one.cell), f"{one.parameters:,}",
+                 f"{one.rate:g}", _mean_text(one.mean("loss")), f"{one.mean('exact').value:.1%}"]
+                for one in found
+            ]  # fmt: skip
             header = ["method", "r", "r_out", "layers", "blocks", "parameters", "rate", "test loss",
                       TASKS[task].exact_name]  # fmt: skip
             parts.append(f"{TASKS[task].title}:\n\n{table(header, rows)}")
