@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.convergence.plan import Study, wanted
+from benchmarks.convergence.plan import Results, Study, wanted
 from benchmarks.convergence.runs import Run, read_runs, write_run
 from benchmarks.convergence.training import train
 
@@ -50,8 +50,8 @@ def sweep(
     pool = _pool(workers) if workers else None
     running: dict[Future[None], Run] = {}
     try:
+        results = read_runs(folder)
         while True:
-            results = read_runs(folder)
             going = set(running.values())
             missing = [run for run in wanted(study, results) if run not in going]
             if pool is None:
@@ -66,8 +66,9 @@ def sweep(
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
                     future.result()
-            done += 1
-            say(_progress(study, folder, max(1, workers), time.perf_counter() - started))
+            results, before = read_runs(folder), len(results)
+            done += len(results) - before
+            say(_progress(study, folder, results, max(1, workers), time.perf_counter() - started))
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -92,8 +93,7 @@ def _begin() -> None:
     torch.set_num_threads(1)
 
 
-def _progress(study: Study, folder: Path, workers: int, elapsed: float) -> str:
-    results = read_runs(folder)
+def _progress(study: Study, folder: Path, results: Results, workers: int, elapsed: float) -> str:
     latest = max(results, key=lambda run: (folder / run.file).stat().st_mtime)
     loss = results[latest]["validation"][-1]
     left = time_left(study, {run: found["seconds"] for run, found in results.items()}, workers)

