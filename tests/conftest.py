@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -111,10 +112,10 @@ needs_fully_shard = pytest.mark.skipif(
 )
 
 
-def once(folder: Path, name: str, make: Callable[[Path], object]) -> Path:
-    """Return a path that one of the processes of a test run has filled, and all of them share.
+def once(folder: Path, name: str, make: Callable[[Path], object]) -> tuple[Path, Any]:
+    """Return a path that one of the processes of a test run has filled, and what that returned.
 
-    What `make` returns is JSON in a file beside it, `<name>.done`.
+    All of them share both; what `make` returns goes through JSON.
 
     Args:
         folder: the `shared_folder`.
@@ -129,7 +130,7 @@ def once(folder: Path, name: str, make: Callable[[Path], object]) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             done.write_text(json.dumps(make(place)), encoding="utf-8")
-    return place
+    return place, json.loads(done.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

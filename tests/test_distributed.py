@@ -5,7 +5,6 @@ A launch takes seconds to import torch on both ranks, so that all checks of a sc
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -41,8 +40,7 @@ CHECKS = [
 @pytest.fixture
 def launched(script, shared_folder):
     """Return the checks that a script has passed, and its output; each script runs once."""
-    place = once(shared_folder, script, lambda folder: launch(script, folder))
-    found = json.loads(place.with_name(f"{script}.done").read_text(encoding="utf-8"))
+    _, found = once(shared_folder, script, lambda folder: launch(script, folder))
     return set(found["passed"]), found["output"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -40,7 +39,7 @@ def build(place: Path) -> None:
 @pytest.fixture(scope="session")
 def dist(shared_folder) -> Path:
     """The folder with the sdist and the wheel."""
-    return once(shared_folder, "built", build) / "dist"
+    return once(shared_folder, "built", build)[0] / "dist"
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +57,7 @@ def sdist(dist) -> Path:
 @pytest.fixture(scope="session")
 def installed(shared_folder, wheel) -> newcomer.Installed:
     """The environment; it takes most of a minute to make."""
-    place = once(
+    place, seconds = once(
         shared_folder, "environment", lambda folder: newcomer.install(wheel, folder).seconds
     )
-    seconds = json.loads((shared_folder / "environment.done").read_text(encoding="utf-8"))
     return newcomer.Installed(place / "bin" / "python", seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -31,8 +30,7 @@ ALONE = Processes.alone(torch.device("cpu"))
 @pytest.mark.parametrize("check", checks_of(vars(two_processes)))
 def test_on_two_processes(check, shared_folder):
     script = two_processes.__name__
-    place = once(shared_folder, script, lambda folder: launch(script, folder))
-    found = json.loads(place.with_name(f"{script}.done").read_text(encoding="utf-8"))
+    _, found = once(shared_folder, script, lambda folder: launch(script, folder))
     assert check in found["passed"], found["output"]
 
 
