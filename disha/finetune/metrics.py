@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -102,10 +103,11 @@ def recording(
         if after is None:
             _remove_events(folder / EVENTS)
         metrics = Metrics(lines, _events(folder / EVENTS, after) if tensorboard else None)
-        try:
-            yield metrics
-        finally:
-            metrics.close()
+        with _event_thread_quiet():
+            try:
+                yield metrics
+            finally:
+                metrics.close()
 
 
 def recorded_steps(folder: Path, last: int) -> list[Step]:
@@ -170,6 +172,26 @@ def _remove_events(folder: Path) -> None:
             path.unlink()
         except OSError as error:
             raise OutputError(f"{path} can't be removed: {error.strerror}") from error
+
+
+@contextmanager
+def _event_thread_quiet() -> Iterator[None]:
+    """Keep the traceback of TensorBoard's thread from being printed.
+
+    The error that ends the thread is raised again where the next event is recorded, and said there.
+    """
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        of_events = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (of_events and issubclass(arguments.exc_type, OSError)):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _events(folder: Path, after: int | None) -> Any:

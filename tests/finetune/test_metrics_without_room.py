@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -39,14 +40,28 @@ def test_without_room_training_goes_on_and_says_so_once(tmp_path, tensorboard):
         text=True,
         check=True,
     )
-    warned = [line for line in done.stderr.splitlines() if line.startswith("disha: warning: ")]
-    assert len([line for line in warned if "metrics.jsonl can't be written" in line]) == 1
-    assert len(warned) <= 2
-    assert all(
-        line.endswith("training goes on, but is no longer recorded there") for line in warned
-    )
+    rest = "training goes on, but is no longer recorded there"
+    assert sorted(done.stderr.splitlines()) == [
+        f"disha: warning: metrics.jsonl can't be written: No space left on device; {rest}",
+        *([f"disha: warning: tensorboard can't be written: File too large; {rest}"] * tensorboard),
+    ]
     # What was cut in the middle is left out when the run goes on.
     assert [step.step for step in recorded_steps(tmp_path, 3)] == [1]
+
+
+def test_the_error_of_any_other_thread_is_passed_on(tmp_path, monkeypatch):
+    def fail():
+        raise OSError("of another thread")
+
+    passed_on = []
+    monkeypatch.setattr(threading, "excepthook", passed_on.append)
+    before = threading.excepthook
+    with recording(tmp_path, tensorboard=True):
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    assert [str(arguments.exc_value) for arguments in passed_on] == ["of another thread"]
+    assert threading.excepthook is before
 
 
 def test_a_full_device_is_a_full_device(tmp_path, capsys):
