@@ -115,23 +115,24 @@ def inject_adapters(
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.disha.default.bone_block', '2.disha.default.bone_block']
     """
-    plan = plan_adapters(
-        model,
-        target_regex,
-        r,
-        method=method,
-        r_out=r_out,
-        adapter=adapter,
-        exclude=exclude,
-        rank_pattern=rank_pattern,
-        dropout=dropout,
-        scale=scale,
-        dtype=dtype,
-        init=init,
-        freeze=freeze,
-        also_train=also_train,
-    )
-    apply_plan(model, plan)
+    with _no_collections():
+        plan = plan_adapters(
+            model,
+            target_regex,
+            r,
+            method=method,
+            r_out=r_out,
+            adapter=adapter,
+            exclude=exclude,
+            rank_pattern=rank_pattern,
+            dropout=dropout,
+            scale=scale,
+            dtype=dtype,
+            init=init,
+            freeze=freeze,
+            also_train=also_train,
+        )
+        apply_plan(model, plan)
     return model
 
 
@@ -160,18 +161,20 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         undo.callback(_settle_owners, model)
         for layer, block in zip(plan.layers, blocks, strict=True):
             if isinstance(layer.module, AdaptedLayer):
-                adapted = layer.module
+                adapters = layer.module.disha
+                undo.callback(adapters.discard, plan.adapter)
             else:
                 adapted = adapt(layer.module, layer.kind, read=layer.read)
                 undo.callback(restore, adapted)
                 if isinstance(adapted, Projection) and not connected(adapted):
                     connect(adapted)
                     undo.callback(disconnect, adapted)
-            adapted.disha.add(plan.adapter, block)
-            undo.callback(adapted.disha.discard, plan.adapter)
+                adapters = adapted.disha
+            adapters.add(plan.adapter, block)
         for _, adapted in adapted_layers(model):
-            undo.callback(adapted.disha.activate, adapted.disha.active)
-            adapted.disha.activate((plan.adapter,))
+            adapters = adapted.disha
+            undo.callback(adapters.activate, adapters.active)
+            adapters.activate((plan.adapter,))
         _settle_owners(model)
         _set_flags(model, plan, undo)
         undo.pop_all()

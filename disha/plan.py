@@ -554,7 +554,7 @@ def can_train(parameter: nn.Parameter) -> bool:
 def _match_parameters(patterns: tuple[str, ...], names: ModuleNames) -> tuple[str, ...]:
     """Return the clean names of the parameters that any pattern matches by any of their names."""
     matched, used = [], set()
-    for aliases, (module, name) in named_parameters(names):
+    for aliases, (module, name) in named_parameters(names) if patterns else ():
         hits = [p for p in patterns if any(re.search(p, alias) for alias in aliases)]
         used.update(hits)
         if not hits:

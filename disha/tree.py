@@ -187,7 +187,7 @@ def named_parameters(names: ModuleNames) -> list[tuple[list[str], tuple[nn.Modul
     found: dict[int, tuple[list[str], tuple[nn.Module, str]]] = {}
     for module, name, parameter in own_parameters(names):
         aliases, _ = found.setdefault(id(parameter), ([], (module, name)))
-        aliases.extend(join(module_name, name) for module_name in names[module])
+        aliases += [join(module_name, name) for module_name in names[module]]
     return list(found.values())
 
 

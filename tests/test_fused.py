@@ -297,6 +297,18 @@ class TestChoice:
         for one, other in zip((x.grad, block.grad), gradients, strict=True):
             assert (one.double() - other).norm() < 0.03 * other.norm()
 
+    @pytest.mark.parametrize("kind", ["cpu", "cuda", "mps", "meta"])
+    def test_whether_a_device_casts_is_asked_of_that_device(self, kind):
+        assert not fused.autocasts(torch.device(kind))
+        if kind != "meta":  # which has none
+            before = torch.is_autocast_enabled(kind)
+            torch.set_autocast_enabled(kind, True)
+            try:
+                assert fused.autocasts(torch.device(kind))
+                assert not fused.autocasts(torch.device("cpu" if kind != "cpu" else "cuda"))
+            finally:
+                torch.set_autocast_enabled(kind, before)
+
     def test_a_backward_inside_autocast_is_not_rounded(self):
         x, weight, bias, block = case_of("bat", (8, 12, 4, 3), torch.float32)
         output = functional.adapted_linear(x, weight, bias, bats=[(block, 1.0)])

@@ -848,6 +848,41 @@ def test_a_users_subclass_of_a_layer_from_birth_keeps_its_class():
     assert "default" in layer.disha
 
 
+class Gained(nn.Linear):
+    """It makes its weight of the one that is kept, without a parametrization."""
+
+    weight = property(lambda self: self.gain * self._parameters["weight"])
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)  # which must not find the weight there yet
+        self.gain = 3.0
+
+
+class Elsewhere(nn.Linear):
+    """It answers for what it keeps in a way of its own."""
+
+    def __getattr__(self, name):
+        found = super().__getattr__(name)
+        return 3.0 * found if name in ("weight", "bias") else found
+
+
+@pytest.mark.parametrize("cls", [Gained, Elsewhere])
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_a_weight_that_the_class_computes_is_the_one_that_is_multiplied(cls, method):
+    layer, x = cls(8, 8), torch.randn(2, 8)
+    expected = layer(x)
+    disha.inject_adapters(layer, "all-linear", 4, method=method)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_class_that_comes_to_compute_its_weight_later_does():
+    layer, x = disha.BoneLinear(8, 8, r=4), torch.randn(2, 8)
+    expected = F.linear(x, 3.0 * layer.weight, layer.bias)
+    gained = {"weight": property(lambda self: 3.0 * self._parameters["weight"])}
+    layer.__class__ = type("GainedLater", (type(layer),), gained)
+    torch.testing.assert_close(layer(x), expected)
+
+
 class Pair(nn.Linear):
     """It returns a tuple, and does without the forward of nn.Linear."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from disha.errors import ArgumentError
 from disha.functional import fused
-from disha.functional.fused import bat_linear, bone_linear, fusible, streams
+from disha.functional.fused import autocasts, bat_linear, bone_linear, fusible, streams
 from disha.functional.shards import (
     Scale,
     merge_dtype,
@@ -412,11 +412,12 @@ def _fused(
     """Return the operands in the one dtype of a fused product, or None where it does not apply."""
     if isinstance(scale, Tensor) or not fusible(x, weight, block):
         return None
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype, device = x.dtype, x.device
+    if autocasts(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
         x, weight, block = x.to(dtype), weight.to(dtype), block.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    same = x.dtype == weight.dtype == block.dtype and (bias is None or bias.dtype == x.dtype)
+    same = weight.dtype == block.dtype == dtype and (bias is None or bias.dtype == dtype)
     return (x, weight, bias, block, scale) if same else None
 
 

@@ -75,9 +75,9 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
         tensor([9., 6.])
     """
     # reduce(x, "... (b r) -> ... r", "sum"), natively: this is the hot path
-    padded = pad_to_multiple(x, r, dim=-1)
-    shards: Tensor = padded.unflatten(-1, (-1, r))  # type: ignore[no-untyped-call]
-    return shards.sum(-2, dtype=dtype)
+    if x.shape[-1] % r:
+        x = pad_to_multiple(x, r, dim=-1)
+    return x.view(*x.shape[:-1], x.shape[-1] // r, r).sum(-2, dtype=dtype)
 
 
 def square_tiles(weight: Tensor, r: int) -> Tensor:

@@ -27,6 +27,7 @@ from disha.layers.quantised import Quantisation
 from disha.layers.routing import Route
 
 __all__ = [
+    "CHILD_NAME",
     "AdaptedLayer",
     "Adapters",
     "Geometry",
@@ -173,7 +174,8 @@ class Adapters(nn.Module):
 
     def acting(self) -> tuple[Block, ...]:
         """The blocks that forward has to apply to all samples; who calls this applies them."""
-        self._note_call()
+        if self.calls:
+            self._note_call()
         if self.merged is not None or self.route is not None:
             return ()
         # In a graph, `enabled` acts through the blocks' scale: reading it here would recompile.
@@ -183,8 +185,6 @@ class Adapters(nn.Module):
 
     def _note_call(self) -> None:
         """Tell the call under way that the update has been asked for where it belongs."""
-        if not self.calls:
-            return
         caller = current_caller()
         if caller not in self.calls:
             # Inside of a graph's gap, or in a thread that the user's forward has started.
@@ -309,6 +309,8 @@ class AdaptedLayer(Moved):
             module: the layer, adapted already or not yet.
         """
         weight = _stored_weight(module, cls.weight_name)
+        if quantised.is_dense(weight):
+            return None
         found = quantised.quantisation_of(module, weight)
         if found is not None or cls.base_class is None or not isinstance(weight, Tensor):
             return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,14 @@ from torch import Tensor, nn
 from disha.config import AdapterConfig
 
 __all__ = ["BLOCKS", "Bat", "Block", "Bone"]
+
+
+def _lasting() -> AbstractContextManager[object]:
+    """Return a context in which tensors that can be trained are made.
+
+    An inference tensor never could be, even after inference mode ends.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class Block(nn.Module):
@@ -63,8 +72,7 @@ class Block(nn.Module):
             enabled=True,
             dropout=config.dropout,
         )
-        # An inference tensor could never be trained, even after inference mode ends.
-        with torch.inference_mode(False):
+        with _lasting():
             values = torch.empty(tuple(shape), device=device, dtype=dtype)
             self._parameters[self.parameter_name] = nn.Parameter(values)
             self.register_buffer("scale", self._scale_tensor(), persistent=False)
@@ -83,10 +91,10 @@ class Block(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the block to its initial values: zeros, or as `init` in the configuration says."""
+        values = self.block.detach()
         if self.config.init == "zeros":
-            nn.init.zeros_(self.block)
+            values.zero_()
         else:
-            values = self.block.detach()
             # A block of fewer than two dimensions has no fan-in of its own: it is one row.
             rows = values if values.dim() >= 2 else values.view(1, -1)
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
@@ -128,7 +136,7 @@ class Block(nn.Module):
 
     def _write_scale(self) -> None:
         # A new tensor rather than an in-place write: autograd may have saved the old one.
-        with torch.inference_mode(False):
+        with _lasting():
             self._buffers["scale"] = self._scale_tensor()
 
     def _scale_tensor(self) -> Tensor:
@@ -136,6 +144,8 @@ class Block(nn.Module):
         value = self.strength if self.enabled else 0.0
         block = self.block
         dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
+        if block.is_meta:  # no tensor there has a value, and asking for one takes longer
+            return torch.empty((), dtype=dtype, device=block.device)
         return torch.full((), value, dtype=dtype, device=block.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:

@@ -7,7 +7,7 @@ Each dW comes from the original W, so several adapters add up in any order.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,17 @@ from disha import functional
 from disha.config import AdapterConfig, check_adapter_name
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.freezing import set_requires_grad
-from disha.layers.adapted import AdaptedLayer, Geometry, attach, read_weight, refuse_merged
+from disha.layers.adapted import (
+    CHILD_NAME,
+    AdaptedLayer,
+    Adapters,
+    Geometry,
+    attach,
+    read_weight,
+    refuse_merged,
+)
 from disha.layers.blocks import Bat, Block, Bone
-from disha.layers.quantised import dense_linear
+from disha.layers.quantised import dense_linear, is_dense
 from disha.layers.routing import Route
 
 __all__ = ["AdaptedLinear", "AdaptedTransposedLinear", "BatLinear", "BoneLinear"]
@@ -39,6 +47,16 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
     methods = ("bone", "bat")
     linear = True
     weight_layout = "linear"
+
+    _plain: ClassVar[bool] = True
+    """Whether weight and bias are what nn.Module keeps, not what the class makes of that."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        computes = hasattr(cls, "weight") or hasattr(cls, "bias")
+        looks_elsewhere = cls.__getattr__ is not nn.Module.__getattr__
+        asks = cls.quantisation.__func__ is not AdaptedLayer.quantisation.__func__  # type: ignore[attr-defined]
+        cls._plain = not (computes or looks_elsewhere or asks)
 
     @classmethod
     def geometry(cls, module: nn.Module) -> Geometry:
@@ -106,14 +124,16 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output (..., out) for an input (..., in), adapters applied."""
-        adapters = self.disha
+        # Here and in _kept, from where nn.Module keeps it: as an attribute it takes as long to find
+        # as a small product takes.
+        adapters: Adapters = self._modules[CHILD_NAME]  # type: ignore[assignment]
         acting = adapters.acting()
         if adapters.merged is not None and adapters.merged.dense:
             return dense_linear(input, self.weight, self.bias)
         # A BAT block changes the weight that is multiplied; one that drops a part of its input
         # can't, as its input is no longer the layer's. Nor can it where the weight is quantised:
         # the layer's own product is left to the library's kernels.
-        if acting and self.quantisation(self) is None:
+        if acting and self._is_dense():
             bones: list[tuple[Tensor, functional.Scale]] = []
             bats: list[tuple[Tensor, functional.Scale]] = []
             dropping: list[Block] = []
@@ -123,13 +143,24 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
                 else:
                     folded = bats if isinstance(block, Bat) else bones
                     folded.append((block.block, block.current_scale()))
-            output = functional.adapted_linear(input, self.weight, self.bias, bones, bats)
+            weight, bias = self._kept("weight"), self._kept("bias")
+            output = functional.adapted_linear(input, weight, bias, bones, bats)
             acting = tuple(dropping)
         else:
             output = super().forward(input)
         if acting or adapters.route is not None:
             output = self.updated(output, acting, input)
         return output
+
+    def _is_dense(self) -> bool:
+        if self._plain and is_dense(self._parameters.get("weight")):
+            return True
+        return self.quantisation(self) is None
+
+    def _kept(self, name: str) -> Any:
+        """Return the weight or the bias; where it is computed (a parametrization), it is so now."""
+        parameters = self._parameters
+        return parameters[name] if self._plain and name in parameters else getattr(self, name)
 
     def reset_parameters(self) -> None:
         """Draw the base weight and bias anew, and set every block to its initial values.

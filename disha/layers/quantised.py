@@ -32,6 +32,7 @@ __all__ = [
     "Quantisation",
     "dense_linear",
     "dequantised",
+    "is_dense",
     "is_library_forward",
     "is_quantised",
     "kept_packed",
@@ -65,7 +66,7 @@ def quantisation_of(module: nn.Module | None, weight: object) -> Quantisation | 
         module: the module that has it, if known: it may hold a part of the scales.
         weight: the weight.
     """
-    if type(weight) in _PLAIN and weight.dtype in _DENSE_DTYPES:  # type: ignore[attr-defined]
+    if is_dense(weight):
         return None
     if not isinstance(weight, Tensor) or isinstance(weight, _UNINITIALISED):
         return None
@@ -78,6 +79,11 @@ def quantisation_of(module: nn.Module | None, weight: object) -> Quantisation | 
     if _is_from_torchao(weight):
         return UNREADABLE_SUBCLASS
     return None
+
+
+def is_dense(weight: object) -> bool:
+    """Whether a weight is a plain tensor of floating-point numbers."""
+    return type(weight) in _PLAIN and weight.dtype in _DENSE_DTYPES  # type: ignore[attr-defined]
 
 
 def is_quantised(parameter: Tensor) -> bool:
