@@ -5,10 +5,6 @@ A launch takes seconds to import torch on both ranks, so that all checks of a sc
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +15,9 @@ import disha
 from disha import ModeError
 from tests.conftest import needs_fully_shard, once
 from tests.distributed import ddp, fsdp
-from tests.distributed.harness import RANKS, checks_of
+from tests.distributed.harness import checks_of
+from tests.processes import ROOT, TORCHRUN, ended, started
 
-ROOT = Path(__file__).parent.parent
 SECONDS = 240
 """Ten times what a launch takes on two slow cores."""
 
@@ -47,31 +43,8 @@ def launched(script, shared_folder):
 def launch(script: str, folder: Path) -> dict[str, object]:
     """Run a script on two ranks, in a folder that is made."""
     folder.mkdir()
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc_per_node", str(RANKS), "-m", script),
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",  # where there is a device, fully_shard takes it, and gloo can't
-    }
-    process = subprocess.Popen(
-        [*command, str(folder)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
-        output, _ = process.communicate()
-        output += f"\n{script} took more than {SECONDS} s"
+    done = ended(started((*TORCHRUN, "-m", script, str(folder)), ROOT), SECONDS)
+    output = done.stdout + done.stderr
     return {"passed": [path.parent.name for path in folder.glob("*/passed")], "output": output}
 
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.finetune import tiny_gguf
+from tests.processes import ROOT, TORCHRUN, ended, started
 
-ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "examples"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
 SECONDS = 300
 """Many times what a script takes: most of it is spent on importing torch."""
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 LONGEST = 85
 """Lines of a script that is read in one go."""
@@ -101,25 +95,6 @@ def test_it_trains_saves_and_loads_elsewhere(name, tmp_path):
 
 def _output_of(arguments: tuple[str, ...], folder: Path) -> str:
     """Run Python in an empty folder; return what it prints, and fail where it does."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",  # where there is a device, fully_shard takes it, and gloo can't
-    }
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
-        output, errors = process.communicate()
-    assert process.returncode == 0, f"{output}\n{errors}"
-    return output
+    done = ended(started(arguments, folder), SECONDS)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout

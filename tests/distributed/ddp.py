@@ -16,7 +16,6 @@ import disha
 from disha import AdapterStateError, MergeError, TargetError
 from tests.distributed.harness import (
     ADAPTERS,
-    RANKS,
     adapted,
     assert_same,
     assert_trains_alike,
@@ -28,6 +27,7 @@ from tests.distributed.harness import (
     own_part,
     train,
 )
+from tests.processes import RANKS
 
 
 def rank():

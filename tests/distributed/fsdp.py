@@ -38,7 +38,6 @@ from disha.fingerprint import fingerprint
 from tests.conftest import perturb
 from tests.distributed.harness import (
     ADAPTERS,
-    RANKS,
     Block,
     Model,
     adapted,
@@ -54,6 +53,7 @@ from tests.distributed.harness import (
     train,
     whole,
 )
+from tests.processes import RANKS
 
 
 def sharded(model, **options):

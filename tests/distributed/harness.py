@@ -20,8 +20,8 @@ from torch import nn
 
 import disha
 from tests.conftest import perturb
+from tests.processes import RANKS
 
-RANKS = 2
 Check = Callable[[Path], None]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,8 +16,7 @@ import pytest
 
 from disha.cli import main
 from disha.finetune import course
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.processes import environment
 
 ROWS: Sequence[Mapping[str, Any]] = [
     {
@@ -207,13 +205,3 @@ def started(words: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         env=environment(),
         **options,
     )
-
-
-def environment() -> dict[str, str]:
-    """For processes of their own."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-    }

@@ -32,13 +32,13 @@ from tests.finetune.command_line import (
     adapter_of,
     after_step,
     arguments,
-    environment,
     losses_of,
     metrics_of,
     report_of,
     write_rows,
 )
 from tests.finetune.tiny_checkpoints import FAMILIES
+from tests.processes import environment
 
 # --- one whole run, through a process of its own as a user starts it ------------------------------
 

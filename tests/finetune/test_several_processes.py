@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,39 +14,24 @@ from disha.cli import main
 from tests.finetune.command_line import (
     FILES,
     arguments,
-    environment,
     losses_of,
     metrics_of,
     report_of,
     write_rows,
 )
+from tests.processes import TORCHRUN, ended, started
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
 USUAL = {"bone_r": 4, "eval_fraction": 0.2, "eval_steps": 2, "per_device_train_batch_size": 2}
 
 
-def torchrun(words, **options):
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", "-m", "disha", *words),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-        **options,
-    )
+def torchrun(words):
+    return started((*TORCHRUN, "-m", "disha", *words))
 
 
 def finished(process):
-    try:
-        out, err = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, out, err
+    done = ended(process, 240)
+    return done.returncode, done.stdout, done.stderr
 
 
 def complaints_in(err):
