@@ -433,6 +433,15 @@ class TestFindings:
         results |= results_of(CELL, {3e-3: 1.1}, 1) | results_of(CELL, {3e-3: 1.2}, 2)
         assert finding(CELL, SMALL, results).mean("loss").value == pytest.approx(1.1)
 
+    def test_what_diverged_is_not_called_unfinished(self):
+        results = results_of(CELL, {1e-3: 2.0, 3e-3: 1.0, 1e-2: 1.5, 3e-2: 2.5})
+        found = task_findings([CELL], SMALL, results, None)
+        assert (found.unfinished, found.diverged) == ((CELL.method,), ())
+        results |= results_of(CELL, {3e-3: 1.1}, 1) | results_of(CELL, {3e-3: 1.2}, 2)
+        results[Run(CELL, 3e-3, 2)] = {"validation": [9.0, None]}
+        found = task_findings([CELL], SMALL, results, None)
+        assert (found.findings, found.unfinished, found.diverged) == ({}, (), (CELL.method,))
+
 
 class TestReport:
     """The page that is committed follows from the results that are committed."""

@@ -118,11 +118,13 @@ class TaskFindings:
     Args:
         findings: method -> finding, of the finished cells.
         unfinished: the methods that are not.
+        diverged: those that did at their best learning rate, with one of the seeds at least.
         costs: method -> costs, where measured.
     """
 
     findings: Mapping[str, Finding]
     unfinished: tuple[str, ...]
+    diverged: tuple[str, ...]
     costs: Mapping[str, Costs]
 
     @property
@@ -171,14 +173,25 @@ def differ(one: Sequence[float], other: Sequence[float]) -> bool:
 
 def finding(cell: Cell, study: Study, results: Results) -> Finding | None:
     """Return what is known of a cell, or None if it is not finished or diverged at its best."""
+    rate, records = _at_best(cell, study, results)
+    if len(records) < len(study.seeds) or any(map(_diverged, records)):
+        return None
+    return Finding(cell, rate, tried(cell, study.seeds[0], results), records)
+
+
+def _at_best(
+    cell: Cell, study: Study, results: Results
+) -> tuple[float, tuple[Mapping[str, Any], ...]]:
+    """Return the best learning rate, nan while it is searched, and what is there of its runs."""
     rate = best_rate(cell, study, results)
     if rate is None:
-        return None
-    records = [results.get(Run(cell, rate, seed)) for seed in study.seeds]
-    whole = tuple(record for record in records if record is not None and "loss" in record)
-    if len(whole) < len(study.seeds) or any(record["loss"] is None for record in whole):
-        return None
-    return Finding(cell, rate, tried(cell, study.seeds[0], results), whole)
+        return math.nan, ()
+    runs = (Run(cell, rate, seed) for seed in study.seeds)
+    return rate, tuple(results[run] for run in runs if run in results)
+
+
+def _diverged(record: Mapping[str, Any]) -> bool:
+    return record.get("loss") is None
 
 
 def task_findings(
@@ -193,9 +206,14 @@ def task_findings(
         measured: the task's entry in the file of costs, if it has one.
     """
     found = {cell.method: finding(cell, study, results) for cell in cells}
+    diverged = tuple(
+        cell.method for cell in cells if any(map(_diverged, _at_best(cell, study, results)[1]))
+    )
+    missing = tuple(name for name, one in found.items() if one is None and name not in diverged)
     return TaskFindings(
         findings={name: one for name, one in found.items() if one is not None},
-        unfinished=tuple(name for name, one in found.items() if one is None),
+        unfinished=missing,
+        diverged=diverged,
         costs={} if measured is None else _costs(measured),
     )
 

@@ -134,9 +134,12 @@ def _headlines(found: Mapping[str, TaskFindings], shown: Mapping[str, TaskFindin
     for task, one in found.items():
         if task not in shown:
             lines.append(f"- **{TASKS[task].title}.** Not finished yet: `make evidence` goes on.")
-        elif one.unfinished:
-            names = ", ".join(METHODS[name].title for name in one.unfinished)
-            lines.append(f"- Not finished yet in {TASKS[task].title}: {names}.")
+        for what, methods in (
+            ("Not finished yet", one.unfinished if task in shown else ()),
+            ("Diverged at its best learning rate, with one seed at least,", one.diverged),
+        ):
+            names = ", ".join(METHODS[name].title for name in methods)
+            lines += [f"- {what} in {TASKS[task].title}: {names}."] if names else []
     return "\n".join(lines) + "\n"
 
 
