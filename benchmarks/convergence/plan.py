@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,15 +124,25 @@ def _rates(tasks: Iterable[str]) -> dict[tuple[str, str], tuple[float, ...]]:
     }
 
 
-def _ablations(task: str) -> Sequence[Cell]:
-    r = TASKS[task].r
-    compared = ("bone", "bat", "lora")
-    sizes = [Cell(task, name, size) for size in (r // 2, 2 * r, 4 * r) for name in compared]
-    parts = [Cell(task, name, r, layers=part)
-             for part in TASKS[task].layers if part != "all" for name in compared]  # fmt: skip
-    tiles = [Cell(task, "tile", r, r_out) for r_out in TILES[task]]
-    half = [Cell(task, name, r, dtype="bfloat16") for name in ("bone", "bat")]
-    return [*sizes, *parts, *tiles, *half]
+COMPARED = ("bone", "bat", "lora")
+
+
+def _sizes(task: str, shares: Iterable[float]) -> list[Cell]:
+    sizes = [round(share * TASKS[task].r) for share in shares]
+    return [Cell(task, method, r) for r in sizes for method in COMPARED]
+
+
+def _parts(task: str) -> list[Cell]:
+    parts = [part for part in TASKS[task].layers if part != "all"]
+    return [Cell(task, name, TASKS[task].r, layers=part) for part in parts for name in COMPARED]
+
+
+def _tiles(task: str) -> list[Cell]:
+    return [Cell(task, "tile", TASKS[task].r, r_out) for r_out in TILES[task]]
+
+
+def _half(task: str) -> list[Cell]:
+    return [Cell(task, name, TASKS[task].r, dtype="bfloat16") for name in ("bone", "bat")]
 
 
 TILES = {"digits": (16, 64), "packages": (48, 96, 384)}
@@ -140,8 +150,13 @@ TILES = {"digits": (16, 64), "packages": (48, 96, 384)}
 STUDY = Study(
     cells=(
         *(main_cell(task, method) for task in TASKS for method in METHODS),
-        *_ablations("digits"),
-        *_ablations("packages"),
+        # Ablations where a run takes seconds, all; where it takes half a minute, r and tiles.
+        *_sizes("digits", (0.5, 2, 4)),
+        *_parts("digits"),
+        *_tiles("digits"),
+        *_half("digits"),
+        *_sizes("packages", (0.5, 2)),
+        *_tiles("packages"),
     ),
     rates=_rates(TASKS),
 )
