@@ -278,8 +278,9 @@ def _task(name: str, found: TaskFindings) -> str:
     return "\n".join([
         f"## {task.title}\n",
         f"{task.about} {task.steps} steps of {task.batch} rows, r = {task.r} "
-        f"(tile: r_out = {task.r_out}, and the r that makes parameters equal). Validation loss "
-        f"before: {lora.curve[0]:.3f}; LoRA's last: {lora.curve[-1]:.3f}.\n",
+        f"(tile: r_out = {task.r_out}, and the r that makes parameters equal). The validation loss "
+        f"is taken every {task.evaluate_every} steps, so that steps to a loss are no finer; it was "
+        f"{lora.curve[0]:.3f} before, and at last {lora.curve[-1]:.3f} with LoRA.\n",
         f"![Validation loss of {task.title}]({PICTURES.format(name)})\n",
         table(header, rows),
         "**Lowest** and *second-lowest* test loss of the adapters; = marks what is not told apart "
