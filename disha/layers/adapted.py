@@ -445,7 +445,8 @@ class AdaptedLayer(Moved):
             output: what the layer returns without adapters.
             route: the adapter of each sample.
             input: the layer's input, samples first.
-            more: further arguments of `delta_output`.
+            more: further arguments of `delta_output`, which each adapter is given whole: a kind
+                whose further inputs have samples too picks theirs in a `routed` of its own.
         """
         for adapter in route.adapters:
             rows = route.rows(adapter, input)
