@@ -145,18 +145,17 @@ def _half(task: str) -> list[Cell]:
     return [Cell(task, name, TASKS[task].r, dtype="bfloat16") for name in ("bone", "bat")]
 
 
-TILES = {"digits": (16, 64), "packages": (48, 96, 384)}
+TILES = {"digits": (16, 64)}
 
 STUDY = Study(
     cells=(
         *(main_cell(task, method) for task in TASKS for method in METHODS),
-        # Ablations where a run takes seconds, all; where it takes half a minute, r and tiles.
+        # Ablations where a run takes seconds, all; where it takes a minute, one: half of r.
         *_sizes("digits", (0.5, 2, 4)),
         *_parts("digits"),
         *_tiles("digits"),
         *_half("digits"),
-        *_sizes("packages", (0.5, 2)),
-        *_tiles("packages"),
+        *_sizes("packages", (0.5,)),
     ),
     rates=_rates(TASKS),
 )
