@@ -129,7 +129,12 @@ def _page(
 def _headlines(found: Mapping[str, TaskFindings], shown: Mapping[str, TaskFindings]) -> str:
     lines = ["## In short\n"]
     for task, one in shown.items():
-        sentences = [_faster(one), _lower(one, "bone", "lora"), _lower(one, "bat", "bone")]
+        sentences = [
+            _faster(one),
+            _lower(one, "bone", "lora"),
+            _lower(one, "bat", "bone"),
+            _step_costs(one),
+        ]
         lines.append(f"- **{TASKS[task].title}.** {' '.join(filter(None, sentences))}")
     for task, one in found.items():
         if task not in shown:
@@ -174,6 +179,14 @@ def _lower(found: TaskFindings, one: str, other: str) -> str:
     return f"Test loss: {figures}, lower with {better} beyond noise."
 
 
+def _step_costs(found: TaskFindings) -> str:
+    """Say how long a step takes, beside LoRA's."""
+    if not {"bone", "bat"} <= set(found.costs):
+        return ""
+    bone, bat = (f"{found.costs[name].ratio:.2f}" for name in ("bone", "bat"))
+    return f"A step of Bone took {bone} times as long as one of LoRA, one of BAT {bat} times."
+
+
 def _start_with(shown: Mapping[str, TaskFindings]) -> str:
     if not shown:
         return ""
@@ -192,8 +205,13 @@ def _start_with(shown: Mapping[str, TaskFindings]) -> str:
             ", ".join(map(str, ranks)) or NOTHING,
             str(close) if ranks else NOTHING,
         ])  # fmt: skip
+        if any(one.costs for one in shown.values()):
+            ratios = [one.costs[name].ratio for one in shown.values() if name in one.costs]
+            rows[-1].append(", ".join(f"{ratio:.2f}" for ratio in ratios) or NOTHING)
     header = ["method", "best learning rates", "geometric mean", "rank by test loss, by task",
               "tasks where best, or not told apart"]  # fmt: skip
+    if any(one.costs for one in shown.values()):
+        header.append("time of a step / LoRA, by task")
     return "\n".join([
         "## Which method and learning rate to start with\n",
         table(header, rows),
