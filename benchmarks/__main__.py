@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.layers import few_tokens, layer_step
 from benchmarks.memory import memory
-from benchmarks.rates import rates
+from benchmarks.rates import rates, without_instructions
 from benchmarks.results import describe, write_results
 from benchmarks.routed import routed
 from benchmarks.settings import FULL, QUICK, Profile
@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(asked.threads)
     device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     profile = QUICK if asked.quick else FULL
+    slower = without_instructions(profile.dtypes, device)
+    profile = profile.without(slower)
     results = describe(profile.name, device)
+    results["without_instructions"] = {str(dtype): ratio for dtype, ratio in slower.items()}
     for name in asked.only or TABLES:
         started = time.perf_counter()
         results["tables"][name] = TABLES[name](profile, device)

@@ -1,7 +1,12 @@
-"""What the machine can do: how fast a large product is, and a copy. The cost model rests on it."""
+"""What the machine can do: how fast a large product is, and a copy. The cost model rests on it.
+
+Not every processor computes in every dtype. Where it has no instructions for one, its products take
+many times as long, the frozen base's too, and tell nothing about an adapter.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,10 +14,38 @@ import torch
 from benchmarks.protocol import Budget, Spread, compare, synchroniser
 from benchmarks.settings import Profile
 
-__all__ = ["rates"]
+__all__ = ["rates", "without_instructions"]
 
 COPIED_BYTES = 2**27
 """More than caches hold."""
+TRIED_WIDTH = 512
+FAR_SLOWER = 10.0
+"""Than float32: converting to that and back costs a few times as much, no more."""
+
+
+def without_instructions(
+    dtypes: Collection[torch.dtype], device: torch.device
+) -> dict[torch.dtype, float]:
+    """Return the dtypes that the device has no instructions for.
+
+    Args:
+        dtypes: which to try, each with one small product.
+        device: where.
+
+    Returns:
+        dtype -> how many times as long as in float32 a product takes.
+    """
+    slower = {}
+    for dtype in dtypes:
+        a, b = torch.randn(2, TRIED_WIDTH, TRIED_WIDTH, device=device).unbind()
+        c, d = a.to(dtype), b.to(dtype)
+        runs = {"float32": lambda a=a, b=b: a @ b, "other": lambda c=c, d=d: c @ d}
+        budget = Budget(0.0, least_rounds=3, warm_up=1)
+        seconds = compare(runs, budget, synchronise=synchroniser(device))
+        ratio = min(seconds["other"]) / min(seconds["float32"])
+        if ratio > FAR_SLOWER:
+            slower[dtype] = ratio
+    return slower
 
 
 def rates(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
@@ -21,7 +54,7 @@ def rates(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
     The bytes count as read and as written.
     """
     cases = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in profile.dtypes:
         width = profile.product_width
         a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
         source = torch.zeros(COPIED_BYTES // dtype.itemsize, device=device, dtype=dtype)

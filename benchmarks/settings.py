@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,6 +67,21 @@ class Profile:
     routed_width: int
     routed_tokens: tuple[int, ...]
     routed_budget: Budget
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of its cases."""
+        cases = (*self.layer_steps, *self.few_tokens, *self.model_steps)
+        return tuple(dict.fromkeys(case.dtype for case in cases))
+
+    def without(self, dtypes: Collection[torch.dtype]) -> Profile:
+        """Return this profile without the cases of some dtypes."""
+        return replace(
+            self,
+            layer_steps=tuple(one for one in self.layer_steps if one.dtype not in dtypes),
+            few_tokens=tuple(one for one in self.few_tokens if one.dtype not in dtypes),
+            model_steps=tuple(one for one in self.model_steps if one.dtype not in dtypes),
+        )
 
 
 FULL = Profile(

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import candidates, report, results, whole_model
+from benchmarks import candidates, rates, report, results, whole_model
 from benchmarks.candidates import BASE, CANDIDATES, CandidateError, lora_rank
 from benchmarks.cost_model import (
     METHODS,
@@ -287,6 +288,7 @@ def tiny_model(dtype, device):
 
 def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "QUICK", TINY)
+    monkeypatch.setattr(command, "without_instructions", lambda dtypes, device: {})
     monkeypatch.setattr(whole_model, "read_model", tiny_model)
     path, docs = tmp_path / "out" / "results.json", tmp_path / "docs"
     assert command.main(["--quick", "--device", "cpu", "--out", str(path)]) == 0
@@ -305,6 +307,37 @@ def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, c
     assert "tokens per second" not in text  # on a CPU ratios only
     assert "measured in the same run" in text
     assert "targets met" in capsys.readouterr().out
+
+
+def test_dtypes_that_the_device_cannot_compute_in_are_left_out_and_said_to_be(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(command, "QUICK", TINY)
+    monkeypatch.setattr(command, "without_instructions", lambda dtypes, device: {dtypes[1]: 437.0})
+    path = tmp_path / "results.json"
+    tables = ["rates", "layer_step", "few_tokens"]
+    assert command.main(["--quick", "--device", "cpu", "--out", str(path), "--only", *tables]) == 0
+    found = results.read_results(path)
+    assert {case["dtype"] for name in tables for case in found["tables"][name]} == {"float32"}
+    text = report.page(found)
+    assert (
+        "- Left out: bfloat16, which this device has no instructions for: a product took 437"
+        in text
+    )
+
+
+def test_only_a_dtype_that_is_far_slower_has_no_instructions(monkeypatch):
+    taken = {torch.float32: 1.0, torch.bfloat16: 400.0, torch.float16: 3.0}
+    clock = Clock()
+    product = torch.Tensor.__matmul__
+
+    def timed(a, b):
+        clock.now += taken[a.dtype]
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
+    monkeypatch.setattr(rates, "compare", partial(compare, clock=clock))
+    assert rates.without_instructions(tuple(taken), torch.device("cpu")) == {torch.bfloat16: 400.0}
 
 
 def step_case(**seconds):
