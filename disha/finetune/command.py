@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import disha
 from disha.finetune.adapting import base_values, inject, trained_besides
 from disha.finetune.answering import TEMPLATE_KEY, Answerer
+from disha.finetune.base_model import model_dtype
 from disha.finetune.clock import Clock
 from disha.finetune.course import Course, require_free_of_checkpoints, train
 from disha.finetune.data.encoding import Tally
@@ -31,6 +32,7 @@ from disha.finetune.training.layers import compile_model, enable_gradient_checkp
 from disha.finetune.training.memory import explaining_lack_of_memory
 from disha.finetune.training.objectives import objective_for
 from disha.finetune.training.parallel import Processes, distribute, is_sharded, joined_processes
+from disha.finetune.training.precision import emulates_bf16
 from disha.finetune.verification import Verification, verify_in_fresh_process
 
 __all__ = ["finetune"]
@@ -63,6 +65,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
         with clock.phase("reading data, opening the model"):
             inputs = load_inputs(settings)
         _require_mergeable(settings, inputs)
+        _say_slow_products(settings, processes.device, clock)
         if settings.dry_run:
             clock.say(preview(inputs, settings, processes.world_size))
             return None
@@ -105,6 +108,15 @@ def _require_mergeable(settings: FinetuneSettings, inputs: Inputs) -> None:
         raise SettingsError(
             f"--merge writes a checkpoint as a folder like that of the base model, but "
             f"{inputs.base.title} is none; leave it out, and export the adapter with disha convert"
+        )
+
+
+def _say_slow_products(settings: FinetuneSettings, device: torch.device, clock: Clock) -> None:
+    in_bf16 = settings.training.bf16 or model_dtype(settings.model, device) == torch.bfloat16
+    if in_bf16 and emulates_bf16(device):
+        clock.say(
+            "this processor has no instructions for bfloat16: products in it take many times as "
+            "long as in float32; here, --bits fp32 without --bf16 is the fast choice"
         )
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 import disha
 from disha.cli import main
+from disha.finetune import command
 from disha.finetune.answering import TEMPLATE_KEY
 from disha.finetune.data.held_out import split_held_out
 from disha.finetune.data.rows import ListedRows, Row
@@ -143,6 +144,24 @@ def test_what_is_printed_sums_up(finished):
     assert "step 6/6: loss" in printed
     assert "tokens/s" in printed
     assert str(output) in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "emulates", "said"),
+    [
+        (["--bits", "bf16"], True, True),
+        (["--bits", "fp32", "--bf16"], True, True),
+        (["--bits", "fp32"], True, False),
+        (["--bits", "bf16", "--bf16"], False, False),
+    ],
+)
+def test_a_processor_without_bfloat16_is_spoken_of(
+    tmp_path, tiny_path, monkeypatch, capsys, words, emulates, said
+):
+    monkeypatch.setattr(command, "emulates_bf16", lambda device: emulates)
+    data = write_rows(tmp_path / "rows.jsonl")
+    assert main([*arguments(tiny_path, data, tmp_path / "out", dry_run=True), *words]) == 0
+    assert ("no instructions for bfloat16" in capsys.readouterr().out) is said
 
 
 # --- upstream's command ---------------------------------------------------------------------------

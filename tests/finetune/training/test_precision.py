@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 
-from disha.finetune.training.precision import computing_in_bf16, computing_in_tf32
+from disha.finetune.training.precision import (
+    computing_in_bf16,
+    computing_in_tf32,
+    emulates_bf16,
+)
 
 CPU = torch.device("cpu")
 
@@ -32,3 +38,21 @@ def test_tf32_is_as_before_after_an_error():
 def test_bf16(enabled, dtype):
     with computing_in_bf16(CPU, enabled):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("device", "machine", "capability", "emulates"),
+    [
+        ("cpu", "x86_64", "AVX2", True),
+        ("cpu", "AMD64", "DEFAULT", True),
+        ("cpu", "x86_64", "AVX512", False),
+        ("cpu", "aarch64", "DEFAULT", False),
+        ("cuda", "x86_64", "AVX2", False),
+    ],
+)
+def test_bf16_is_emulated_on_processors_without_it(
+    monkeypatch, device, machine, capability, emulates
+):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert emulates_bf16(torch.device(device)) is emulates
