@@ -35,17 +35,14 @@ def without_instructions(
     Returns:
         dtype -> how many times as long as in float32 a product takes.
     """
-    slower = {}
-    for dtype in dtypes:
-        a, b = torch.randn(2, TRIED_WIDTH, TRIED_WIDTH, device=device).unbind()
-        c, d = a.to(dtype), b.to(dtype)
-        runs = {"float32": lambda a=a, b=b: a @ b, "other": lambda c=c, d=d: c @ d}
-        budget = Budget(0.0, least_rounds=3, warm_up=1)
-        seconds = compare(runs, budget, synchronise=synchroniser(device))
-        ratio = min(seconds["other"]) / min(seconds["float32"])
-        if ratio > FAR_SLOWER:
-            slower[dtype] = ratio
-    return slower
+    square = torch.randn(TRIED_WIDTH, TRIED_WIDTH, device=device)
+    operands = {dtype: square.to(dtype) for dtype in (torch.float32, *dtypes)}
+    products = {str(dtype): lambda one=one: one @ one for dtype, one in operands.items()}
+    budget = Budget(0.0, least_rounds=3, warm_up=1)
+    seconds = compare(products, budget, synchronise=synchroniser(device))
+    fastest = {dtype: min(seconds[str(dtype)]) for dtype in operands}
+    ratios = {dtype: taken / fastest[torch.float32] for dtype, taken in fastest.items()}
+    return {dtype: ratio for dtype, ratio in ratios.items() if ratio > FAR_SLOWER}
 
 
 def rates(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
