@@ -191,6 +191,7 @@ def _start_with(shown: Mapping[str, TaskFindings]) -> str:
     if not shown:
         return ""
     methods = [name for name in METHODS if any(name in one.findings for one in shown.values())]
+    costed = any(one.costs for one in shown.values())
     rows = []
     for name in methods:
         rates = [one.findings[name].rate for one in shown.values() if name in one.findings]
@@ -205,12 +206,12 @@ def _start_with(shown: Mapping[str, TaskFindings]) -> str:
             ", ".join(map(str, ranks)) or NOTHING,
             str(close) if ranks else NOTHING,
         ])  # fmt: skip
-        if any(one.costs for one in shown.values()):
+        if costed:
             ratios = [one.costs[name].ratio for one in shown.values() if name in one.costs]
             rows[-1].append(", ".join(f"{ratio:.2f}" for ratio in ratios) or NOTHING)
     header = ["method", "best learning rates", "geometric mean", "rank by test loss, by task",
               "tasks where best, or not told apart"]  # fmt: skip
-    if any(one.costs for one in shown.values()):
+    if costed:
         header.append("time of a step / LoRA, by task")
     return "\n".join([
         "## Which method and learning rate to start with\n",
