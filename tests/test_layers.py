@@ -861,6 +861,11 @@ class Gained(nn.Linear):
 class Elsewhere(nn.Linear):
     """It answers for what it keeps in a way of its own."""
 
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        for kept in self.parameters():  # nn.Linear has filled what this class answers with
+            nn.init.normal_(kept)
+
     def __getattr__(self, name):
         found = super().__getattr__(name)
         return 3.0 * found if name in ("weight", "bias") else found
