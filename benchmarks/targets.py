@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import cost_model
-from benchmarks.candidates import BASE
+from benchmarks.candidates import BASE, CANDIDATES
 from benchmarks.markdown import count_text
 from benchmarks.protocol import Spread, paired_ratios
 
@@ -32,6 +32,10 @@ class Target:
         figure: reads it off the case; raises KeyError where the case lacks it.
         limit: the most it may be.
         strict: whether the limit itself is too much already.
+        at_floor: the same figure if our side of it took what its floor says: in a step the
+            multiply-adds of its products, at the base's rate; for few tokens, where the base is
+            far from the rate of large products, no more than the base. None where times are not
+            compared.
     """
 
     title: str
@@ -40,22 +44,30 @@ class Target:
     figure: Callable[[Case], Spread]
     limit: float
     strict: bool = False
+    at_floor: Callable[[Case], float] | None = None
+
+    def allows(self, value: float) -> bool:
+        """Whether a figure keeps the limit."""
+        return value < self.limit if self.strict else value <= self.limit
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target with what was measured, None where nothing was."""
+    """A target with what was measured and what the floor would give, None where nothing was."""
 
     target: Target
-    figure: Spread | None
+    figure: Spread | None = None
+    at_floor: float | None = None
 
     @property
     def met(self) -> bool | None:
         """Whether the median keeps the limit; None where nothing was measured."""
-        if self.figure is None:
-            return None
-        value, limit = self.figure.median, self.target.limit
-        return value < limit if self.target.strict else value <= limit
+        return None if self.figure is None else self.target.allows(self.figure.median)
+
+    @property
+    def beyond_floor(self) -> bool:
+        """Whether the limit asks for less than the floor."""
+        return self.at_floor is not None and not self.target.allows(self.at_floor)
 
 
 def judge(tables: Mapping[str, Sequence[Case]]) -> list[Outcome]:
@@ -67,10 +79,11 @@ def _judge(target: Target, cases: Iterable[Case]) -> Outcome:
     for case in cases:
         if all(case.get(key) == value for key, value in target.where.items()):
             try:
-                return Outcome(target, target.figure(case))
+                floor = None if target.at_floor is None else target.at_floor(case)
+                return Outcome(target, target.figure(case), floor)
             except KeyError:
-                return Outcome(target, None)
-    return Outcome(target, None)
+                return Outcome(target)
+    return Outcome(target)
 
 
 def over_base(case: Case, name: str) -> Spread:
@@ -107,14 +120,40 @@ def _over(name: str, to: str) -> Callable[[Case], Spread]:
     return lambda case: Spread.of(paired_ratios(case["seconds"], name, to))
 
 
-def _over_floor(table: str, name: str, method: str) -> Callable[[Case], Spread]:
+def _floor_over(table: str, name: str, to: str) -> Callable[[Case], float]:
+    def at_floor(case: Case) -> float:
+        few = table == "few_tokens"
+        floor = 1.0 if few else candidate_floor(table, case, CANDIDATES[name].method)
+        assert floor is not None
+        return floor / over_base(case, to).median
+
+    return at_floor
+
+
+def _compared(
+    title: str,
+    table: str,
+    where: Mapping[str, Any],
+    names: tuple[str, str],
+    limit: float,
+    strict: bool = False,
+) -> Target:
+    """Return the target of a candidate's time over another's."""
+    at_floor = _floor_over(table, *names)
+    return Target(title, table, where, _over(*names), limit, strict, at_floor)
+
+
+def _floored(table: str, name: str, where: Mapping[str, Any], limit: float, named: str) -> Target:
+    """Return the target of a candidate's step over its own floor."""
+
     def figure(case: Case) -> Spread:
-        floor = candidate_floor(table, case, method)
+        floor = candidate_floor(table, case, CANDIDATES[name].method)
         assert floor is not None
         ratios = paired_ratios(case["seconds"], name, BASE)
         return Spread.of([ratio / floor for ratio in ratios])
 
-    return figure
+    title = f"{METHODS[name]} step / its floor, {named}"
+    return Target(title, table, where, figure, limit, at_floor=lambda case: 1.0)
 
 
 def _seconds(name: str) -> Callable[[Case], Spread]:
@@ -151,31 +190,32 @@ WHOLE = tuple(
     {"model": "SmolLM2-135M", "layers": 30, "tokens": tokens, "dtype": dtype}
     for tokens, dtype in ((512, "float32"), (1024, "bfloat16"))
 )
+METHODS = {"bone": "Bone", "bat": "BAT"}
+PEERS = {
+    "peft_lora": "PEFT LoRA",
+    "loralib": "loralib",
+    "peft_miss": "PEFT MiSS",
+    "peft_bat": "PEFT BAT",
+}
 MEMORY = {"what": "counted", "layers": 4, "width": 1024, "tokens": 512}
 
 
 def _layer_targets() -> Iterable[Target]:
     for where in (STEPS[0], STEPS[2]):
-        figure = _over_floor("layer_step", "bone", "bone")
-        yield Target(f"Bone step / its floor, {_named(where)}", "layer_step", where, figure, 1.05)
+        yield _floored("layer_step", "bone", where, 1.05, _named(where))
     for where in STEPS:
-        for peer, title in (
-            ("peft_lora", "PEFT LoRA"),
-            ("loralib", "loralib"),
-            ("peft_miss", "PEFT MiSS"),
-        ):
-            text = f"Bone step / {title}, {_named(where)}"
-            yield Target(text, "layer_step", where, _over("bone", peer), 1.0, strict=True)
+        for peer in ("peft_lora", "loralib", "peft_miss"):
+            text = f"Bone step / {PEERS[peer]}, {_named(where)}"
+            yield _compared(text, "layer_step", where, ("bone", peer), 1.0, strict=True)
     for where in STEPS:
         if where["tokens"] >= 1024:
-            figure = _over_floor("layer_step", "bat", "bat")
-            yield Target(f"BAT step / its floor, {_named(where)}", "layer_step", where, figure, 1.1)
+            yield _floored("layer_step", "bat", where, 1.1, _named(where))
         if where["dtype"] == "bfloat16":
             text = f"BAT step / PEFT BAT, {_named(where)}"
-            yield Target(text, "layer_step", where, _over("bat", "peft_bat"), 0.80)
+            yield _compared(text, "layer_step", where, ("bat", "peft_bat"), 0.80)
     for name, title, limit in (("bone", "Bone", 1.15), ("bat", "BAT", 1.75)):
         text = f"{title} step / frozen, {_named(STEPS[3])}"
-        yield Target(text, "layer_step", STEPS[3], _over(name, BASE), limit)
+        yield _compared(text, "layer_step", STEPS[3], (name, BASE), limit)
 
 
 def _few_token_targets() -> Iterable[Target]:
@@ -187,25 +227,26 @@ def _few_token_targets() -> Iterable[Target]:
         else:
             limit = 4.0 if where["tokens"] == 1 else 3.2
         text = f"BAT forward / frozen, {_named(where)}"
-        yield Target(text, "few_tokens", where, _over("bat", BASE), limit)
+        yield _compared(text, "few_tokens", where, ("bat", BASE), limit)
     for where in FEW:
         text = f"BAT forward / PEFT BAT, {_named(where)}"
-        yield Target(text, "few_tokens", where, _over("bat", "peft_bat"), 1 / 6)
+        yield _compared(text, "few_tokens", where, ("bat", "peft_bat"), 1 / 6)
     for where in FEW:
         text = f"Bone forward / loralib, {_named(where)}"
-        yield Target(text, "few_tokens", where, _over("bone", "loralib"), 1.0)
+        yield _compared(text, "few_tokens", where, ("bone", "loralib"), 1.0)
 
 
 def _model_targets() -> Iterable[Target]:
     for where, bat_limit in zip(WHOLE, (0.88, 0.80), strict=True):
         named = f"SmolLM2-135M, {count_text(where['tokens'], 'token')}, {where['dtype']}"
-        for text, figure, limit, strict in (
-            ("Bone step / its floor", _over_floor("model_step", "bone", "bone"), 1.05, False),
-            ("Bone step / PEFT LoRA", _over("bone", "peft_lora"), 1.0, True),
-            ("Bone step / PEFT MiSS", _over("bone", "peft_miss"), 1.0, False),
-            ("BAT step / PEFT BAT", _over("bat", "peft_bat"), bat_limit, False),
+        yield _floored("model_step", "bone", where, 1.05, named)
+        for names, limit, strict in (
+            (("bone", "peft_lora"), 1.0, True),
+            (("bone", "peft_miss"), 1.0, False),
+            (("bat", "peft_bat"), bat_limit, False),
         ):
-            yield Target(f"{text}, {named}", "model_step", where, figure, limit, strict)
+            text = f"{METHODS[names[0]]} step / {PEERS[names[1]]}, {named}"
+            yield _compared(text, "model_step", where, names, limit, strict)
 
 
 def _memory_targets() -> Iterable[Target]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from benchmarks.targets import TARGETS, judge
 from disha.finetune.models.decoder import Decoder, DecoderConfig
 
 MIB = 2**20
+ROOT = Path(__file__).parent.parent
 
 
 class Clock:
@@ -365,6 +367,49 @@ def test_faster_means_less_than_one():
     case = step_case(frozen=[1.0], bone=[1.1], peft_miss=[1.1])
     outcomes = {outcome.target.title: outcome for outcome in judge({"layer_step": [case]})}
     assert outcomes["Bone step / PEFT MiSS, 2048 wide, 1,024 tokens, float32"].met is False
+
+
+def test_targets_know_the_floor():
+    step = step_case(frozen=[1.0], bone=[1.08], bat=[1.8], peft_miss=[1.04], peft_lora=[1.1])
+    few = step | {"tokens": 16, "seconds": {"frozen": [1.0], "bat": [2.0], "peft_bat": [5.0]}}
+    outcomes = judge({"layer_step": [step], "few_tokens": [few]})
+    found = {one.target.title: one for one in outcomes if one.figure is not None}
+    where = "2048 wide, 1,024 tokens, float32"
+    bone_floor = 1 + 1.5 * 64 / 2048
+    for title, at_floor, beyond in (
+        (f"Bone step / its floor, {where}", 1.0, False),
+        (f"Bone step / PEFT LoRA, {where}", bone_floor / 1.1, False),
+        (f"Bone step / PEFT MiSS, {where}", bone_floor / 1.04, True),
+        ("BAT forward / PEFT BAT, 2048 wide, 16 tokens, float32", 1 / 5, True),
+        ("BAT forward / frozen, 2048 wide, 16 tokens, float32", 1.0, False),
+    ):
+        assert found[title].at_floor == pytest.approx(at_floor), title
+        assert found[title].beyond_floor is beyond, title
+    text = report.page(results.describe("full", torch.device("cpu"))
+                       | {"tables": {"layer_step": [step]}})  # fmt: skip
+    assert f"| Bone step / PEFT MiSS, {where} | < 1.000 | 1.007 | 1.038 | **missed**, at" in text
+
+
+def test_the_page_has_the_targets_of_other_machines(tmp_path):
+    here, there = tmp_path / "here.json", tmp_path / "there.json"
+    for path, seconds in ((here, 1.08), (there, 1.04)):
+        found = results.describe("full", torch.device("cpu"))
+        found["machine"]["processor"] = path.stem
+        found["tables"] = {"layer_step": [step_case(frozen=[1.0], bone=[seconds])]}
+        results.write_results(path, found)
+    assert report.main([str(here), str(there), "--docs", str(tmp_path)]) == 0
+    first, second = (tmp_path / "performance.md").read_text().split("### On another machine")
+    assert "cpu: here" in first
+    assert "cpu: there" in second
+    assert "| <= 1.050 | 1.000 | 1.032 | met |" in first
+    assert "| <= 1.050 | 1.000 | 0.993 | met |" in second
+
+
+def test_the_page_is_what_the_kept_results_give(tmp_path):
+    kept = sorted((ROOT / "benchmarks" / "results").glob("*-cpu*.json"))
+    assert report.main([*map(str, kept), "--docs", str(tmp_path)]) == 0
+    page = (tmp_path / "performance.md").read_text()
+    assert page == (ROOT / "docs" / "performance.md").read_text()
 
 
 def test_every_target_has_a_case_in_the_full_run():
