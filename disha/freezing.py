@@ -6,7 +6,6 @@ The memory of a module lives in its `__dict__`, so that copies and pickles of th
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,10 @@ class _Memory:
     """Adapter -> names of the module's parameters that are trained and saved with it -> the
     requires_grad that they have without it."""
 
+    def copied(self) -> _Memory:
+        """Return one that later changes leave alone."""
+        return _Memory(dict(self.flags), {key: dict(names) for key, names in self.claims.items()})
+
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Return the module's `__dict__`; the real one, where the user's class shows another."""
@@ -39,13 +42,14 @@ def _memory(module: nn.Module) -> _Memory:
 
 def as_now(module: nn.Module) -> Callable[[], None]:
     """Return a function that puts the module's flags, and what is known of them, back to now."""
-    memory = deepcopy(_attributes(module).get(_ATTRIBUTE))
+    memory: _Memory | None = _attributes(module).get(_ATTRIBUTE)
+    before = None if memory is None else memory.copied()
     flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
 
     def undo() -> None:
         _attributes(module).pop(_ATTRIBUTE, None)
-        if memory is not None:
-            _attributes(module)[_ATTRIBUTE] = memory
+        if before is not None:
+            _attributes(module)[_ATTRIBUTE] = before
         for parameter, flag in flags:
             parameter.requires_grad = flag
 

@@ -104,12 +104,18 @@ def _collect(
     names[module] = (*names.get(module, ()), name)
     if not module._modules:
         return
+    children = [
+        (child_name, child)
+        for child_name, child in module._modules.items()
+        if child is not None and not isinstance(child, Adapters)
+    ]
+    if not children:
+        return
     on_path.add(module)
     held = next((child for cls, child in transparent.items() if isinstance(module, cls)), None)
-    for child_name, child in module._modules.items():
-        if child is not None:
-            below = name if child_name == held else join(name, child_name)
-            _collect(child, below, names, transparent, on_path)
+    for child_name, child in children:
+        below = name if child_name == held else join(name, child_name)
+        _collect(child, below, names, transparent, on_path)
     on_path.remove(module)
 
 

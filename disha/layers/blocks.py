@@ -91,6 +91,8 @@ class Block(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the block to its initial values: zeros, or as `init` in the configuration says."""
+        if self.block.is_meta:
+            return  # there are no values
         values = self.block.detach()
         if self.config.init == "zeros":
             values.zero_()
