@@ -258,8 +258,9 @@ def _few_tokens(results: Mapping[str, Any]) -> str:
     return (
         "## Forward of few tokens\n\n"
         "Without gradients, as in decoding. Each candidate has a copy of the weights of its own, "
-        "so that none finds them in the cache because another has just read them.\n\n"
-        + _timed(results, "few_tokens")
+        "so that none finds them in the cache because another has just read them. In float32 on a "
+        "CPU, disha computes the base's own product in blocks of rows, which returns the same bits "
+        "in less time than the frozen base takes.\n\n" + _timed(results, "few_tokens")
     )
 
 

@@ -7,7 +7,8 @@ next multiple and cropped afterwards. A runtime scale s multiplies the update dW
 differentiable by autograd and knows no module.
 
 One file per layer kind, `linear` (Bone, tile and BAT), `conv` and `embedding`; `shards` holds what
-they share; `fused` computes linear layers with less memory and time than plain autograd does.
+they share; `fused` computes linear layers with less memory and time than plain autograd does, and
+`products` their own weight's product.
 `attention` is what stands between the projections of `nn.MultiheadAttention`.
 
 Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
@@ -32,6 +33,7 @@ from disha.functional.linear import (
     bone_forward,
     bone_lora_factors,
     bone_unmerge,
+    plain_linear,
     routed_bat_delta,
     routed_bone_delta,
 )
@@ -66,6 +68,7 @@ __all__ = [
     "embedding_delta",
     "embedding_delta_weight",
     "merged_weight",
+    "plain_linear",
     "routed_bat_delta",
     "routed_bone_delta",
     "shard_count",

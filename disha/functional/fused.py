@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from disha.functional.products import base_product
 from disha.functional.shards import pad_to_multiple, shard_sum, square_tiles, without_autocast
 
 __all__ = [
@@ -178,7 +179,7 @@ def _bone_product(
     divides = in_features % r == 0
     sums = x.view(tokens, in_features // r, r).sum(1) if divides else shard_sum(x, r)
     sums = _times(sums, scale)
-    output = F.linear(x, weight, bias)
+    output = base_product(x, weight, bias)
     if r_out == output.shape[1]:
         return output.addmm_(sums, block), sums
     tiles = output.view(-1, output.shape[1] // r_out, r_out)

@@ -18,6 +18,7 @@ from torch import Tensor
 from disha.errors import ArgumentError
 from disha.functional import fused
 from disha.functional.fused import autocasts, bat_linear, bone_linear, fusible, streams
+from disha.functional.products import LARGE_WEIGHT, base_product
 from disha.functional.shards import (
     Scale,
     merge_dtype,
@@ -41,6 +42,7 @@ __all__ = [
     "bone_forward",
     "bone_lora_factors",
     "bone_unmerge",
+    "plain_linear",
     "routed_bat_delta",
     "routed_bone_delta",
 ]
@@ -299,6 +301,34 @@ def adapted_linear(
         deltas = [bone_delta(x, block, weight.shape[0], scale) for block, scale in bones]
         return _added(F.linear(x, weight, bias), deltas)
     return _added(output, [bone_delta(x, block, weight.shape[0], s) for block, s in bones])
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return W x + b for where no block acts, no slower than where one does.
+
+    Args:
+        x: input (..., in).
+        weight: W (out, in), dense.
+        bias: b (out,), or None.
+
+    Returns:
+        Tensor (..., out), what `F.linear` returns.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import plain_linear
+        >>> plain_linear(torch.ones(2), torch.eye(2), torch.ones(2))
+        tensor([2., 2.])
+    """
+    if weight.numel() < LARGE_WEIGHT or torch.is_grad_enabled() or not x.dim():
+        return F.linear(x, weight, bias)
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    if not fusible(*operands) or autocasts(x.device):
+        return F.linear(x, weight, bias)
+    if any(operand.dtype != x.dtype for operand in operands):
+        return F.linear(x, weight, bias)
+    output = base_product(x.reshape(-1, x.shape[-1]), weight, bias)
+    return output.view(*x.shape[:-1], weight.shape[0])
 
 
 def routed_bone_delta(

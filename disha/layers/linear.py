@@ -146,8 +146,10 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
             weight, bias = self._kept("weight"), self._kept("bias")
             output = functional.adapted_linear(input, weight, bias, bones, bats)
             acting = tuple(dropping)
-        else:
+        elif torch.is_grad_enabled() or not self._is_dense():
             output = super().forward(input)
+        else:
+            output = functional.plain_linear(input, self._kept("weight"), self._kept("bias"))
         if acting or adapters.route is not None:
             output = self.updated(output, acting, input)
         return output
