@@ -390,7 +390,7 @@ def test_targets_know_the_floor():
     assert f"| Bone step / PEFT MiSS, {where} | < 1.000 | 1.007 | 1.038 | **missed**, at" in text
 
 
-def test_the_page_has_the_targets_of_other_machines(tmp_path):
+def test_other_machines_get_pages_of_their_own(tmp_path):
     here, there = tmp_path / "here.json", tmp_path / "there.json"
     for path, seconds in ((here, 1.08), (there, 1.04)):
         found = results.describe("full", torch.device("cpu"))
@@ -398,18 +398,34 @@ def test_the_page_has_the_targets_of_other_machines(tmp_path):
         found["tables"] = {"layer_step": [step_case(frozen=[1.0], bone=[seconds])]}
         results.write_results(path, found)
     assert report.main([str(here), str(there), "--docs", str(tmp_path)]) == 0
-    first, second = (tmp_path / "performance.md").read_text().split("### On another machine")
+    first, second = (
+        (tmp_path / name).read_text() for name in ("performance.md", "performance-there.md")
+    )
     assert "cpu: here" in first
-    assert "cpu: there" in second
+    assert "(performance-there.md): 1 target met, 0 missed" in first
     assert "| <= 1.050 | 1.000 | 1.032 | met |" in first
+    assert "## On paper" in first
+    assert "cpu: there" in second
     assert "| <= 1.050 | 1.000 | 0.993 | met |" in second
+    assert "## On paper" not in second
 
 
-def test_the_page_is_what_the_kept_results_give(tmp_path):
-    kept = sorted((ROOT / "benchmarks" / "results").glob("*-cpu*.json"))
+def test_bone_below_the_frozen_base_is_explained():
+    case = step_case(frozen=[1.0], bone=[1.1]) | {"tokens": 4}
+    found = results.describe("full", torch.device("cpu"))
+    for seconds, explained in ((1.1, False), (0.7, True)):
+        case["seconds"]["bone"] = [seconds]
+        text = report.page(found | {"tables": {"few_tokens": [case]}})
+        assert (report.LESS_THAN_FROZEN in text) is explained
+
+
+def test_the_pages_are_what_the_kept_results_give(tmp_path):
+    kept = sorted((ROOT / "benchmarks" / "results").glob("*-cpu*.json"), reverse=True)
     assert report.main([*map(str, kept), "--docs", str(tmp_path)]) == 0
-    page = (tmp_path / "performance.md").read_text()
-    assert page == (ROOT / "docs" / "performance.md").read_text()
+    written = sorted(tmp_path.glob("*.md"))
+    assert len(written) == len(kept)
+    for page in written:
+        assert page.read_text() == (ROOT / "docs" / page.name).read_text(), page.name
 
 
 def test_every_target_has_a_case_in_the_full_run():
