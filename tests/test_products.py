@@ -137,6 +137,18 @@ def test_the_users_random_numbers_are_left_alone(cut):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_other_defaults_for_new_tensors_do_not_matter(cut):
+    x, weight, bias = operands(*WIDE, 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            output = base_product(x, weight, bias)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert was_cut(cut, x)
+    assert torch.equal(output, F.linear(x, weight, bias))
+
+
 @pytest.mark.parametrize("x", [torch.ones(2, 3), torch.tensor(1.0)])
 def test_an_input_that_does_not_fit_gets_the_words_of_torch(x):
     _, weight, bias = operands(*WIDE, 1)
@@ -181,6 +193,16 @@ class TestPlainLinear:
         x, weight, bias = x.to(dtypes[0]), weight.to(dtypes[1]), bias.double()
         with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
             functional.plain_linear(x, weight, bias)
+
+    def test_a_trace_is_for_any_number_of_tokens(self, cut):
+        x, weight, bias = operands(*WIDE, 4)
+        with torch.no_grad():
+            example = (x, weight, bias)
+            traced = torch.jit.trace(functional.plain_linear, example, check_trace=False)
+            assert not cut
+            assert not products._same_bits
+            more = torch.randn(70, WIDE[1])
+            torch.testing.assert_close(traced(more, weight, bias), F.linear(more, weight, bias))
 
     def test_transforms_go_through(self):
         x, weight, bias = operands(*WIDE, 4)

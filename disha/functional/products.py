@@ -54,6 +54,8 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _block_rows(x: Tensor, weight: Tensor) -> int:
     """Return into blocks of how many rows to cut the weight, or 0 where that is no faster."""
+    if torch._C._is_tracing():
+        return 0  # a trace is for any number of tokens
     (tokens, in_features), out_features = x.shape, weight.shape[0]
     if not 0 < tokens <= FEW_TOKENS or weight.numel() < LARGE_WEIGHT or not _WITH_MKL:
         return 0
@@ -85,7 +87,8 @@ def _returns_same_bits(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int
     key = (torch.get_num_threads(), *x.shape, weight.shape[0], bias is not None)
     if key not in _same_bits:
         # Not x itself: of zeros, say, every order gives the same sum.
-        trial = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        numbers = torch.Generator(device=x.device).manual_seed(0)
+        trial = torch.randn(x.shape, generator=numbers, dtype=x.dtype, device=x.device)
         both = (_in_blocks(trial, weight, bias, rows), F.linear(trial, weight, bias))
         _same_bits[key] = torch.equal(*both)
     return _same_bits[key]
