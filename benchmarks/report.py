@@ -80,7 +80,7 @@ def page(
         on_paper: whether to say what the cost model predicts.
     """
     tables = results["tables"]
-    parts = [_head(results), *_elsewhere(others or {}), _targets(judge(tables))]
+    parts = [_head(results), *_other_machines(others or {}), _targets(judge(tables))]
     sections: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
         ("layer_step", _layer_step),
         ("few_tokens", _few_tokens),
@@ -135,7 +135,7 @@ def _machine(results: Mapping[str, Any]) -> str:
     )
 
 
-def _elsewhere(others: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _other_machines(others: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not others:
         return []
     rows = [
@@ -279,8 +279,9 @@ def _few_tokens(results: Mapping[str, Any]) -> str:
     )
 
 
-LESS_THAN_FROZEN = """Bone can take less time than the frozen base: in float32 on a CPU with MKL,
-disha computes the base's own product in blocks of rows, where that returns the same bits."""
+LESS_THAN_FROZEN = """Bone can take less time than the frozen base: in float32 on a CPU with MKL and
+several threads, disha computes the base's own product in blocks of rows, where that returns the
+same bits."""
 
 
 def _model_step(results: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks import cost_model
 from benchmarks.candidates import BASE, CANDIDATES
@@ -18,6 +18,7 @@ from benchmarks.protocol import Spread, paired_ratios
 
 __all__ = ["TARGETS", "Outcome", "Target", "candidate_floor", "judge", "over_base"]
 
+T = TypeVar("T")
 Case = Mapping[str, Any]
 
 
@@ -78,12 +79,17 @@ def judge(tables: Mapping[str, Sequence[Case]]) -> list[Outcome]:
 def _judge(target: Target, cases: Iterable[Case]) -> Outcome:
     for case in cases:
         if all(case.get(key) == value for key, value in target.where.items()):
-            try:
-                floor = None if target.at_floor is None else target.at_floor(case)
-                return Outcome(target, target.figure(case), floor)
-            except KeyError:
-                return Outcome(target)
+            figure = _where_measured(target.figure, case)
+            floor = None if target.at_floor is None else _where_measured(target.at_floor, case)
+            return Outcome(target, figure, floor)
     return Outcome(target)
+
+
+def _where_measured(read: Callable[[Case], T], case: Case) -> T | None:
+    try:
+        return read(case)
+    except KeyError:
+        return None
 
 
 def over_base(case: Case, name: str) -> Spread:

@@ -177,6 +177,7 @@ def computing(x: Tensor, weight: Tensor, block: Tensor, scale: Scale) -> None:
         functional.bat_forward(x, weight, None, block, scale),
         functional.bat_unmerge(weight, block),
         functional.adapted_linear(x, weight, None, [(block, scale)], [(block, 1.0)]),
+        functional.plain_linear(x, weight, None),
         functional.conv_delta_weight(block, 8, 16),
         functional.conv_transpose_delta_weight(block, 8, 16, groups=2),
         functional.whole_block(block, 16, dim=0),

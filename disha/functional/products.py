@@ -1,10 +1,15 @@
 """W x + b of a linear layer's own weight: the bits of `F.linear`, for few tokens in less time.
 
-MKL's product of few rows and a large matrix leaves threads idle and copies a matrix that it uses
-once. Cut into blocks of the matrix's rows, as a batch of products, it was measured to take a third
-to four fifths of the time. Each output is then one sum over the inputs as before, and mostly comes
-out the same bit for bit; for sizes where it does not, on this machine and with as many threads,
-the batch is not used, so that a layer with a block of zeros returns what the plain one does.
+For a product of a few rows and a large matrix, MKL packs (copies) the matrix for that one use, and
+leaves threads waiting. A batch of products with blocks of the matrix's rows was measured to take
+half to four fifths of the time, on two threads. One token is left alone: that product, of a matrix
+and a vector, runs on one thread, which a busy machine slows down less than threads that wait for
+each other.
+
+In blocks too, each output is one sum over the inputs. Whether it is added up in the same order
+depends on the sizes, the number of threads and the processor; so each size is tried once, with
+random inputs, and where any bit differs blocks are not used. A layer with a block of zeros thus
+returns exactly what the plain one does.
 """
 
 from __future__ import annotations
@@ -17,11 +22,13 @@ from torch import Tensor
 
 __all__ = ["LARGE_WEIGHT", "base_product"]
 
-FEW_TOKENS = 64
 LARGE_WEIGHT = 2**19
-"""Up to so many tokens and from so many weights on, in float32, batches were measured faster."""
+"""From so many numbers in the weight on, blocks were measured to be faster."""
 
-MOST_ROWS, LEAST_ROWS = 256, 64
+LEAST_TOKENS, MOST_TOKENS = 2, 64
+"""For how many tokens they were."""
+
+LEAST_ROWS, MOST_ROWS = 64, 256
 """How many of the weight's rows make a block."""
 
 _WITH_MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
@@ -30,15 +37,15 @@ _same_bits: dict[tuple[int, ...], bool] = {}
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return W x + b, as `F.linear` does, for operands that are `fusible` and of one dtype.
+    """Return W x + b, as `F.linear` does, bit for bit; without recording gradients.
 
     Args:
-        x: input (tokens, in).
-        weight: W (out, in), contiguous.
+        x: input (..., in).
+        weight: W (out, in).
         bias: b (out,), or None.
 
     Returns:
-        Tensor (tokens, out), contiguous.
+        Tensor (..., out).
 
     Examples:
         >>> import torch
@@ -46,49 +53,67 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         >>> base_product(torch.ones(1, 3), torch.eye(3), torch.ones(3))
         tensor([[2., 2., 2.]])
     """
-    rows = _block_rows(x, weight)
-    if rows and _returns_same_bits(x, weight, bias, rows):
-        return _in_blocks(x, weight, bias, rows)
+    if _fits_blocks(x, weight, bias):
+        tokens = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+        if _returns_same_bits(tokens, weight, bias):
+            output = _in_blocks(tokens, weight, bias)
+            return output if x.dim() == 2 else output.view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
 
 
-def _block_rows(x: Tensor, weight: Tensor) -> int:
-    """Return into blocks of how many rows to cut the weight, or 0 where that is no faster."""
-    if torch._C._is_tracing():
-        return 0  # a trace is for any number of tokens
-    (tokens, in_features), out_features = x.shape, weight.shape[0]
-    if not 0 < tokens <= FEW_TOKENS or weight.numel() < LARGE_WEIGHT or not _WITH_MKL:
-        return 0
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        return 0
-    # Where x is laid out in another way, or does not fit, F.linear has ways and words of its own.
-    if in_features != weight.shape[1] or x.stride(1) != 1 or x.stride(0) < in_features:
-        return 0
-    return _dividing_rows(out_features)
+def _fits_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether blocks compute this product, and are the faster way to."""
+    if not _WITH_MKL or torch._C._is_tracing() or weight.numel() < LARGE_WEIGHT:
+        return False  # a trace is for any number of tokens
+    # Where a mode watches or replaces operations, it sees the one that it would without adapters.
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    if any(one.dtype != torch.float32 or one.device.type != "cpu" for one in operands):
+        return False
+    out_features, in_features = weight.shape
+    if x.dim() < 2 or x.shape[-1] != in_features or not _block_rows(out_features):
+        return False
+    if not LEAST_TOKENS <= x.numel() // in_features <= MOST_TOKENS:
+        return False
+    # Of x in another layout, F.linear makes another product.
+    rows_apart = x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= in_features
+    laid_out = (rows_apart or x.is_contiguous()) and weight.is_contiguous()
+    fitting_bias = bias is None or (bias.shape == (out_features,) and bias.is_contiguous())
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return laid_out and fitting_bias and exact and torch.get_num_threads() > 1
 
 
 @cache
-def _dividing_rows(out_features: int) -> int:
-    sizes = range(MOST_ROWS, LEAST_ROWS - 1, -1)
+def _block_rows(out_features: int) -> int:
+    """Return how many rows of the weight a block has, or 0 where no size divides it."""
+    sizes = range(min(MOST_ROWS, out_features // 2), LEAST_ROWS - 1, -1)
     return next((rows for rows in sizes if out_features % rows == 0), 0)
 
 
-def _in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+def _in_blocks(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = _block_rows(weight.shape[0])
     blocks = weight.view(-1, rows, weight.shape[1]).mT
-    each = x.expand(blocks.shape[0], *x.shape)
+    repeated = tokens.expand(blocks.shape[0], *tokens.shape)
     if bias is None:
-        product = torch.bmm(each, blocks)
+        product = torch.bmm(repeated, blocks)
     else:
-        product = torch.baddbmm(bias.view(-1, 1, rows), each, blocks)
-    return product.transpose(0, 1).reshape(x.shape[0], -1)
+        product = torch.baddbmm(bias.view(-1, 1, rows), repeated, blocks)
+    # (blocks, tokens, rows), of which there are several each: this copies, and is no view.
+    return product.transpose(0, 1).reshape(tokens.shape[0], -1)
 
 
-def _returns_same_bits(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> bool:
-    key = (torch.get_num_threads(), *x.shape, weight.shape[0], bias is not None)
+def _returns_same_bits(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether blocks return what `F.linear` does for these sizes; tried where it isn't known."""
+    key = (torch.get_num_threads(), *tokens.shape, weight.shape[0], bias is not None)
     if key not in _same_bits:
-        # Not x itself: of zeros, say, every order gives the same sum.
-        numbers = torch.Generator(device=x.device).manual_seed(0)
-        trial = torch.randn(x.shape, generator=numbers, dtype=x.dtype, device=x.device)
-        both = (_in_blocks(trial, weight, bias, rows), F.linear(trial, weight, bias))
-        _same_bits[key] = torch.equal(*both)
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        trial = torch.randn(tokens.shape, generator=generator, dtype=torch.float32, device="cpu")
+        blocks, plain = _in_blocks(trial, weight, bias), F.linear(trial, weight, bias)
+        _same_bits[key] = torch.equal(blocks, plain) and _order_matters(weight)
     return _same_bits[key]
+
+
+def _order_matters(weight: Tensor) -> bool:
+    """Whether sums over a weight's rows show their order: of zeros, any gives the same."""
+    return bool((weight.count_nonzero(1) > weight.shape[1] // 2).all())

@@ -147,7 +147,7 @@ class AdaptedLinear(AdaptedLayer, nn.Linear):
             output = functional.adapted_linear(input, weight, bias, bones, bats)
             acting = tuple(dropping)
         elif torch.is_grad_enabled() or not self._is_dense():
-            output = super().forward(input)
+            output = super().forward(input)  # as autograd, or the library of the weight, knows it
         else:
             output = functional.plain_linear(input, self._kept("weight"), self._kept("bias"))
         if acting or adapters.route is not None:
