@@ -238,6 +238,8 @@ class TestPlainLinear:
             mapped = torch.func.vmap(functional.plain_linear, (0, None, None))(x, weight, bias)
         torch.testing.assert_close(mapped, F.linear(x, weight, bias))
 
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
     def test_a_trace_is_for_any_shape(self, cut):
         x, weight, bias = operands(WIDE, 4)
         with torch.no_grad():
@@ -313,6 +315,8 @@ class TestLayers:
             output = model(x)
         output.mul_(torch.ones(1, requires_grad=True)).sum().backward()
 
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
     def test_a_traced_layer_asks_nothing(self, model, cut):
         disha.inject_adapters(model, "0", 16)
         with torch.no_grad():
