@@ -21,6 +21,7 @@ import disha
 __all__ = [
     "BASE",
     "CANDIDATES",
+    "METHOD_TITLES",
     "Candidate",
     "CandidateError",
     "adapted_layer",
@@ -34,6 +35,9 @@ __all__ = [
 
 BASE = "frozen"
 """The candidate that all others are compared with: the model, no adapter, nothing trained."""
+
+METHOD_TITLES = {"bone": "Bone", "bat": "BAT", "lora": "LoRA"}
+"""What reports call the methods that have floors."""
 
 MODEL_SCALE, LAYER_SCALE = 0.02, 0.1
 """How large the values of blocks are. A single layer bears more, and shows it in 16 bits."""

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cost_model
-from benchmarks.candidates import BASE, CANDIDATES
+from benchmarks.candidates import BASE, CANDIDATES, METHOD_TITLES
 from benchmarks.markdown import bytes_text, count_text, ratio_text, seconds_text, spread_text, table
 from benchmarks.plots import plots
 from benchmarks.protocol import Spread
 from benchmarks.results import ResultsError, read_results
-from benchmarks.targets import Outcome, candidate_floor, judge, over_base
+from benchmarks.targets import Outcome, candidate_floor, judge, over_base, size_title
 
 __all__ = ["main", "page"]
 
 Case = Mapping[str, Any]
 
 PAGE, ASSETS = "performance.md", "assets"
-METHOD_TITLES = {"bone": "Bone", "bat": "BAT", "lora": "LoRA"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -228,20 +227,15 @@ def _tokens_per_second(results: Mapping[str, Any], cases: Sequence[Case]) -> str
         ]
         for candidate in candidates
     ]
-    header = ["tokens per second", *map(_size_title, cases)]
+    header = ["tokens per second", *map(size_title, cases)]
     return f"\n{table(header, rows)}"
-
-
-def _size_title(case: Case) -> str:
-    where = case["model"] if "model" in case else f"{case['width']} wide"
-    return f"{where}, {count_text(case['tokens'], 'token')}, {case['dtype']}"
 
 
 def _operators(cases: Sequence[Case]) -> str:
     """Return where the time goes, for the candidates that were taken apart."""
     rows = [
         [
-            f"{CANDIDATES[name].title}, {_size_title(case)}",
+            f"{CANDIDATES[name].title}, {size_title(case)}",
             ", ".join(f"{operator} {share:.0%}" for operator, share in shares.items()),
         ]
         for case in cases
@@ -255,7 +249,7 @@ def _timed(results: Mapping[str, Any], table: str) -> str:
     """Return what the tables of times have in common: ratios, speed, and where the time goes."""
     cases = results["tables"][table]
     return (
-        _ratios(table, cases, _size_title) + _tokens_per_second(results, cases) + _operators(cases)
+        _ratios(table, cases, size_title) + _tokens_per_second(results, cases) + _operators(cases)
     )
 
 
@@ -457,7 +451,7 @@ def _predicted_rows(tables: Mapping[str, Sequence[Case]]) -> list[list[str]]:
     rates = {case["dtype"]: case for case in tables.get("rates", ())}
     return [
         [
-            f"{CANDIDATES[name].title}, {_size_title(case)}, {what}",
+            f"{CANDIDATES[name].title}, {size_title(case)}, {what}",
             *map(ratio_text, _predicted(case, name, operations, rates[case["dtype"]])),
         ]
         for key, what, operations in (

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from benchmarks import cost_model
-from benchmarks.candidates import BASE, CANDIDATES
+from benchmarks.candidates import BASE, CANDIDATES, METHOD_TITLES
 from benchmarks.markdown import count_text
 from benchmarks.protocol import Spread, paired_ratios
 
-__all__ = ["TARGETS", "Outcome", "Target", "candidate_floor", "judge", "over_base"]
+__all__ = ["TARGETS", "Outcome", "Target", "candidate_floor", "judge", "over_base", "size_title"]
 
 T = TypeVar("T")
 Case = Mapping[str, Any]
@@ -126,39 +126,37 @@ def _over(name: str, to: str) -> Callable[[Case], Spread]:
     return lambda case: Spread.of(paired_ratios(case["seconds"], name, to))
 
 
-def _floor_over(table: str, name: str, to: str) -> Callable[[Case], float]:
-    def at_floor(case: Case) -> float:
-        few = table == "few_tokens"
-        floor = 1.0 if few else candidate_floor(table, case, CANDIDATES[name].method)
-        assert floor is not None
-        return floor / over_base(case, to).median
-
-    return at_floor
+def _own_floor(table: str, case: Case, name: str) -> float:
+    floor = candidate_floor(table, case, CANDIDATES[name].method)
+    assert floor is not None
+    return floor
 
 
 def _compared(
-    title: str,
-    table: str,
-    where: Mapping[str, Any],
-    names: tuple[str, str],
-    limit: float,
-    strict: bool = False,
+    table: str, where: Mapping[str, Any], names: tuple[str, str], limit: float, strict: bool = False
 ) -> Target:
     """Return the target of a candidate's time over another's."""
-    at_floor = _floor_over(table, *names)
-    return Target(title, table, where, _over(*names), limit, strict, at_floor)
+    name, to = names
+    few = table == "few_tokens"
+
+    def at_floor(case: Case) -> float:
+        return (1.0 if few else _own_floor(table, case, name)) / over_base(case, to).median
+
+    other = SHORT_TITLES.get(to, CANDIDATES[to].title)
+    what = "forward" if few else "step"
+    title = f"{METHOD_TITLES[name]} {what} / {other}, {size_title(where)}"
+    return Target(title, table, where, _over(name, to), limit, strict, at_floor)
 
 
-def _floored(table: str, name: str, where: Mapping[str, Any], limit: float, named: str) -> Target:
+def _floored(table: str, where: Mapping[str, Any], name: str, limit: float) -> Target:
     """Return the target of a candidate's step over its own floor."""
 
     def figure(case: Case) -> Spread:
-        floor = candidate_floor(table, case, CANDIDATES[name].method)
-        assert floor is not None
+        floor = _own_floor(table, case, name)
         ratios = paired_ratios(case["seconds"], name, BASE)
         return Spread.of([ratio / floor for ratio in ratios])
 
-    title = f"{METHODS[name]} step / its floor, {named}"
+    title = f"{METHOD_TITLES[name]} step / its floor, {size_title(where)}"
     return Target(title, table, where, figure, limit, at_floor=lambda case: 1.0)
 
 
@@ -179,8 +177,10 @@ def _layer(width: int, tokens: int, dtype: str) -> dict[str, Any]:
     return {"width": width, "tokens": tokens, "dtype": dtype, "r": 64}
 
 
-def _named(where: Mapping[str, Any]) -> str:
-    return f"{where['width']} wide, {count_text(where['tokens'], 'token')}, {where['dtype']}"
+def size_title(case: Case) -> str:
+    """Return what a case, or where a target finds one, is called: 2048 wide, 4 tokens, float32."""
+    where = case["model"] if "model" in case else f"{case['width']} wide"
+    return f"{where}, {count_text(case['tokens'], 'token')}, {case['dtype']}"
 
 
 STEPS = (
@@ -196,32 +196,23 @@ WHOLE = tuple(
     {"model": "SmolLM2-135M", "layers": 30, "tokens": tokens, "dtype": dtype}
     for tokens, dtype in ((512, "float32"), (1024, "bfloat16"))
 )
-METHODS = {"bone": "Bone", "bat": "BAT"}
-PEERS = {
-    "peft_lora": "PEFT LoRA",
-    "loralib": "loralib",
-    "peft_miss": "PEFT MiSS",
-    "peft_bat": "PEFT BAT",
-}
+SHORT_TITLES = {BASE: "frozen", "loralib": "loralib"}
 MEMORY = {"what": "counted", "layers": 4, "width": 1024, "tokens": 512}
 
 
 def _layer_targets() -> Iterable[Target]:
     for where in (STEPS[0], STEPS[2]):
-        yield _floored("layer_step", "bone", where, 1.05, _named(where))
+        yield _floored("layer_step", where, "bone", 1.05)
     for where in STEPS:
         for peer in ("peft_lora", "loralib", "peft_miss"):
-            text = f"Bone step / {PEERS[peer]}, {_named(where)}"
-            yield _compared(text, "layer_step", where, ("bone", peer), 1.0, strict=True)
+            yield _compared("layer_step", where, ("bone", peer), 1.0, strict=True)
     for where in STEPS:
         if where["tokens"] >= 1024:
-            yield _floored("layer_step", "bat", where, 1.1, _named(where))
+            yield _floored("layer_step", where, "bat", 1.1)
         if where["dtype"] == "bfloat16":
-            text = f"BAT step / PEFT BAT, {_named(where)}"
-            yield _compared(text, "layer_step", where, ("bat", "peft_bat"), 0.80)
-    for name, title, limit in (("bone", "Bone", 1.15), ("bat", "BAT", 1.75)):
-        text = f"{title} step / frozen, {_named(STEPS[3])}"
-        yield _compared(text, "layer_step", STEPS[3], (name, BASE), limit)
+            yield _compared("layer_step", where, ("bat", "peft_bat"), 0.80)
+    for name, limit in (("bone", 1.15), ("bat", 1.75)):
+        yield _compared("layer_step", STEPS[3], (name, BASE), limit)
 
 
 def _few_token_targets() -> Iterable[Target]:
@@ -232,27 +223,19 @@ def _few_token_targets() -> Iterable[Target]:
             limit = 2.5
         else:
             limit = 4.0 if where["tokens"] == 1 else 3.2
-        text = f"BAT forward / frozen, {_named(where)}"
-        yield _compared(text, "few_tokens", where, ("bat", BASE), limit)
+        yield _compared("few_tokens", where, ("bat", BASE), limit)
     for where in FEW:
-        text = f"BAT forward / PEFT BAT, {_named(where)}"
-        yield _compared(text, "few_tokens", where, ("bat", "peft_bat"), 1 / 6)
+        yield _compared("few_tokens", where, ("bat", "peft_bat"), 1 / 6)
     for where in FEW:
-        text = f"Bone forward / loralib, {_named(where)}"
-        yield _compared(text, "few_tokens", where, ("bone", "loralib"), 1.0)
+        yield _compared("few_tokens", where, ("bone", "loralib"), 1.0)
 
 
 def _model_targets() -> Iterable[Target]:
     for where, bat_limit in zip(WHOLE, (0.88, 0.80), strict=True):
-        named = f"SmolLM2-135M, {count_text(where['tokens'], 'token')}, {where['dtype']}"
-        yield _floored("model_step", "bone", where, 1.05, named)
-        for names, limit, strict in (
-            (("bone", "peft_lora"), 1.0, True),
-            (("bone", "peft_miss"), 1.0, False),
-            (("bat", "peft_bat"), bat_limit, False),
-        ):
-            text = f"{METHODS[names[0]]} step / {PEERS[names[1]]}, {named}"
-            yield _compared(text, "model_step", where, names, limit, strict)
+        yield _floored("model_step", where, "bone", 1.05)
+        yield _compared("model_step", where, ("bone", "peft_lora"), 1.0, strict=True)
+        yield _compared("model_step", where, ("bone", "peft_miss"), 1.0)
+        yield _compared("model_step", where, ("bat", "peft_bat"), bat_limit)
 
 
 def _memory_targets() -> Iterable[Target]:
@@ -274,8 +257,8 @@ def _start_up_targets() -> Iterable[Target]:
         ("plan and inject a 7B Llama, meta", 224, 0.2),
     ):
         where = {"what": what, "layers": layers}
-        for name, title in (("bone", "Bone"), ("bat", "BAT")):
-            text = f"{title}: {what} (seconds)"
+        for name in ("bone", "bat"):
+            text = f"{METHOD_TITLES[name]}: {what} (seconds)"
             yield Target(text, "start_up", where, _seconds(name), limit, strict=True)
 
 
