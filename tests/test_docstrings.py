@@ -11,12 +11,15 @@ import doctest
 import inspect
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
 import griffe
 import pytest
+from mkdocs.config import load_config
+from mkdocstrings_handlers.python import PythonInputOptions
 
 import disha
 from disha import errors, functional
@@ -220,3 +223,10 @@ def _raised_by(function: Any) -> set[type[BaseException]]:
             name = node.exc.func.id if isinstance(node.exc.func, ast.Name) else ""
             raised.add(_exception(name))
     return {kind for kind in raised if kind is not None}
+
+
+def test_the_site_shows_them_with_options_that_exist():
+    # With pydantic installed, as it is here, an unknown one is dropped; without, no page is built.
+    config = load_config(str(Path(__file__).parent.parent / "mkdocs.yml"))
+    options = config.plugins["mkdocstrings"].config.handlers["python"]["options"]
+    assert set(options) <= {field.name for field in fields(PythonInputOptions)}
