@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ STYLES: Mapping[str, tuple[str, str]] = {
 }
 FINE = {"bone", "bat", "lora"}
 """The methods whose seeds are shown as a band; more would hide each other."""
+HASHED = re.compile(r'(?<=["#])[mp][0-9a-f]{10}(?=["\)])')
+"""The names that matplotlib gives to markers and clip paths."""
 
 
 def curves(task: str, found: TaskFindings) -> bytes:
@@ -124,8 +127,21 @@ def _svg(figure: Any) -> bytes:
     import matplotlib as mpl
 
     buffer = io.BytesIO()
-    # A fixed salt and no date: the names of clip paths would differ on each run.
-    with mpl.rc_context({"svg.hashsalt": "disha", "svg.fonttype": "path"}):
+    with mpl.rc_context({"svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
-    lines = buffer.getvalue().decode("utf-8").splitlines()
+    lines = _numbered(buffer.getvalue().decode("utf-8")).splitlines()
     return ("\n".join(line.rstrip() for line in lines) + "\n").encode("utf-8")
+
+
+def _numbered(svg: str) -> str:
+    """Return a picture with its markers and clip paths numbered in the order of appearance.
+
+    Matplotlib's own names are hashes with a random salt. A fixed salt is not enough: exact
+    coordinates are hashed too, and their last bits differ from processor to processor.
+    """
+    names: dict[str, str] = {}
+
+    def numbered(found: re.Match[str]) -> str:
+        return names.setdefault(found[0], f"{found[0][0]}{len(names) + 1}")
+
+    return HASHED.sub(numbered, svg)

@@ -85,4 +85,4 @@ def test_packed_texts_lose_what_they_lose_alone(tiny_model):
     for example in made:
         one = collate([example])
         alone += model.summed_loss(one.tokens, one.labels, one.positions)
-    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together, alone)  # both are float32, whatever the model's dtype
