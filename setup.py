@@ -63,8 +63,16 @@ DEV = [
     "selenium>=4.20",
     "setuptools>=77",
     "timm>=1.0.13",
+    "torch-geometric>=2.6",
     "torchvision>=0.21",
     "types-PyYAML>=6.0",
+]
+
+ZOO = [
+    "diffusers>=0.35",
+    "timm>=1.0.13",
+    "torchvision>=0.21",
+    "transformers>=5",
 ]
 
 setup(
@@ -92,6 +100,7 @@ setup(
         "bench": [*FINETUNE, *PEERS, *QUANT, "scikit-learn>=1.5"],
         "dev": DEV,
         "docs": DOCS,
+        "zoo": ZOO,
         "llamacpp": [*FINETUNE, "llama-cpp-python>=0.3.30", "pytest>=8"],
     },
     entry_points={"console_scripts": ["disha = disha.cli:main"]},

@@ -273,9 +273,8 @@ def _few_tokens(results: Mapping[str, Any]) -> str:
     )
 
 
-LESS_THAN_FROZEN = """Bone can take less time than the frozen base: in float32 on a CPU with MKL and
-several threads, disha computes the base's own product in blocks of rows, where that returns the
-same bits."""
+LESS_THAN_FROZEN = """Bone takes less time than the frozen base here: these runs are of a version
+of disha that computed the base's own product of few tokens in blocks of rows."""
 
 
 def _model_step(results: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from disha.check import CheckReport, check_adapters
 from disha.checkpointing import InputGradients, enable_input_gradients
 from disha.config import AdapterConfig
 from disha.control import (
@@ -31,13 +32,14 @@ from disha.files import (
     load_adapter,
     save_adapter,
 )
+from disha.functional import Geometry
 from disha.inject import (
     adapter_parameters,
     inject_adapters,
     mark_only_adapters_trainable,
     remove_adapters,
 )
-from disha.layers import AdaptedLayer, BatLinear, BoneLinear, Geometry, register_layer_kind
+from disha.layers import AdaptedLayer, BatLinear, BoneLinear, register_layer_kind
 from disha.merge import merge_adapters, unmerge_adapters
 from disha.plan import Plan, plan_adapters
 from disha.state import LoadReport, adapter_state_dict, load_adapter_state_dict
@@ -59,6 +61,7 @@ __all__ = [
     "ArgumentTypeError",
     "BatLinear",
     "BoneLinear",
+    "CheckReport",
     "ConversionError",
     "DishaError",
     "Geometry",
@@ -74,6 +77,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_state_dict",
     "adapters_disabled",
+    "check_adapters",
     "combine_adapters",
     "enable_input_gradients",
     "inject_adapters",

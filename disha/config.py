@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,21 +13,21 @@ import torch
 from torch import nn
 
 from disha.errors import ArgumentError, ArgumentTypeError
+from disha.functional import Rows, layout_of, method_of
 from disha.text import brief
 
 __all__ = [
     "ALL_LINEAR",
     "BLOCK_DTYPES",
     "INITS",
-    "METHODS",
     "AdapterConfig",
     "as_patterns",
     "check_adapter_name",
     "check_dtype",
     "check_scale",
+    "checked_rows",
 ]
 
-METHODS = ("bone", "bat")
 INITS = ("zeros", "kaiming")
 LARGEST_SCALE = torch.finfo(torch.float32).max
 BLOCK_DTYPES = {
@@ -47,10 +48,12 @@ class AdapterConfig:
         r: shard size; a block has r rows. At least 1.
         target: the regex searched in module names, or `"all-linear"`; None where the targets
             were chosen by a predicate.
-        method: `"bone"` or `"bat"`.
+        method: `"bone"` (which `"miss"` means too) or `"bat"`.
         r_out: size of the output shard; turns Bone into a tile. None for none.
         exclude: regexes of module names to leave out.
         rank_pattern: regex of module names -> r, the first that is found wins.
+        layouts: regex of names of parameters, or of modules for their `weight` -> layout.
+        rows: regex of names -> ranges (first, stop) of the outputs to adapt, the others stay.
         dropout: probability with which the adapter's input is zeroed in training.
         scale: factor on the adapter's update when it is injected.
         dtype: dtype of the blocks; None for the weight's own.
@@ -76,6 +79,8 @@ class AdapterConfig:
     r_out: int | None = None
     exclude: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    layouts: Mapping[str, str] = field(default_factory=dict, hash=False)
+    rows: Mapping[str, Rows] = field(default_factory=dict, hash=False)
     dropout: float = 0.0
     scale: float = 1.0
     dtype: torch.dtype | None = None
@@ -88,14 +93,12 @@ class AdapterConfig:
     def _settle(self, check_regex: Callable[[str, object], object]) -> None:
         """Check every field, and let none of them change any more."""
         _check_positive_int("r", self.r)
-        if self.method not in METHODS:
-            hint = " (MiSS is the later name of 'bone')" if self.method == "miss" else ""
-            raise ArgumentError(
-                f"unknown method {brief(self.method)}; allowed are {_listing(METHODS)}{hint}"
-            )
+        if self.method == "miss":
+            object.__setattr__(self, "method", "bone")
+        method = method_of(self.method)
         if self.r_out is not None:
             _check_positive_int("r_out", self.r_out)
-            if self.method != "bone":
+            if not method.tiles:
                 raise ArgumentError(
                     f"r_out={self.r_out} was given with method {self.method!r}; an output shard "
                     "exists for 'bone' only: leave r_out out, or use method='bone'"
@@ -111,6 +114,9 @@ class AdapterConfig:
         for name in ("exclude", "also_train"):
             object.__setattr__(self, name, as_patterns(name, getattr(self, name), check_regex))
         object.__setattr__(self, "rank_pattern", MappingProxyType(dict(self.rank_pattern)))
+        layouts = _checked_layouts(self.layouts, check_regex)
+        object.__setattr__(self, "layouts", MappingProxyType(layouts))
+        object.__setattr__(self, "rows", MappingProxyType(_checked_rows(self.rows, check_regex)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (AdapterConfig.from_json, (self.to_json(),))
@@ -131,6 +137,8 @@ class AdapterConfig:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["exclude"], values["also_train"] = list(self.exclude), list(self.also_train)
         values["rank_pattern"] = dict(self.rank_pattern)
+        values["layouts"] = dict(self.layouts)
+        values["rows"] = {key: [list(one) for one in rows] for key, rows in self.rows.items()}
         values["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         return values
 
@@ -262,6 +270,62 @@ def _check_rank_pattern(rank_pattern: object, check_regex: Callable[[str, object
         _check_positive_int(f"rank_pattern[{brief(pattern)}]", r)
 
 
+def _checked_layouts(
+    layouts: object, check_regex: Callable[[str, object], object]
+) -> dict[str, str]:
+    if not isinstance(layouts, Mapping):
+        raise ArgumentTypeError(
+            "layouts must be a dict of regex -> layout, "
+            f"got {brief(layouts)} of type {type(layouts).__name__}"
+        )
+    for pattern in layouts:
+        check_regex("layouts", pattern)
+    return {pattern: layout_of(layout).pattern for pattern, layout in layouts.items()}
+
+
+def _checked_rows(rows: object, check_regex: Callable[[str, object], object]) -> dict[str, Rows]:
+    if not isinstance(rows, Mapping):
+        raise ArgumentTypeError(
+            "rows must be a dict of regex -> list of (first, stop), "
+            f"got {brief(rows)} of type {type(rows).__name__}"
+        )
+    for pattern in rows:
+        check_regex("rows", pattern)
+    return {pattern: checked_rows(pattern, ranges) for pattern, ranges in rows.items()}
+
+
+def checked_rows(name: str, ranges: object) -> Rows:
+    """Return ranges of rows in their order, each of them checked.
+
+    Raises:
+        ArgumentError: a range is empty or negative, or two overlap.
+        ArgumentTypeError: they are no list of pairs of ints.
+    """
+    pairs = isinstance(ranges, (list, tuple)) and all(
+        isinstance(one, (list, tuple))
+        and len(one) == 2
+        and all(isinstance(end, int) and not isinstance(end, bool) for end in one)
+        for one in ranges
+    )
+    if not pairs or not ranges:
+        raise ArgumentTypeError(
+            f"rows of {brief(name)} must be a list of pairs (first, stop) of ints, such as "
+            f"[(0, 768)], got {brief(ranges)}"
+        )
+    ordered: Rows = tuple(sorted((first, stop) for first, stop in ranges))  # type: ignore[attr-defined]
+    for first, stop in ordered:
+        if not 0 <= first < stop:
+            raise ArgumentError(
+                f"rows of {brief(name)} must have 0 <= first < stop, got {(first, stop)}"
+            )
+    for before, after in itertools.pairwise(ordered):
+        if after[0] < before[1]:
+            raise ArgumentError(
+                f"rows of {brief(name)} must not overlap, and {before} and {after} do"
+            )
+    return ordered
+
+
 def compile_regex(argument: str, pattern: object) -> re.Pattern[str]:
     """Compile `pattern`, or raise an error that names the argument it came from."""
     text = _check_regex_type(argument, pattern)
@@ -331,14 +395,14 @@ _RESERVED_NAMES = frozenset(dir(nn.Module())) | {
     "activate",
     "active",
     "add",
-    "calls",
+    "blocks",
     "discard",
     "enabled",
     "live",
     "merged",
     "route",
+    "routed",
     "set_enabled",
-    "_note_call",
     "__contains__",
     "__getitem__",
     "__iter__",

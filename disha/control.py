@@ -11,11 +11,12 @@ from torch import nn
 from disha import functional
 from disha.config import check_adapter_name, check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.layers import AdaptedLayer, Block, Bone
-from disha.layers.adapted import refuse_inside, refuse_merged
-from disha.layers.routing import Route
+from disha.layers import AdaptedLayer, AdaptedWeight, Block
+from disha.layers.adapted import make_block, refuse_inside, refuse_merged
+from disha.routing import Route
 from disha.tree import (
     adapted_layers,
+    adapted_weights,
     adapter_names,
     module_names,
     refuse_wrapped,
@@ -128,10 +129,10 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
         0.5
     """
     check_scale(scale)
-    layers = [layer for _, layer in require_adapter(model, adapter)]
+    weights = [weight for _, weight in require_adapter(model, adapter)]
     refuse_merged((layer for _, layer in adapted_layers(model)), "change an adapter's scale")
-    for layer in layers:
-        layer.disha[adapter].set_strength(scale)
+    for weight in weights:
+        weight.blocks[adapter].set_strength(scale)
 
 
 @contextmanager
@@ -150,12 +151,12 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
         names_per_sample: one adapter's name per sample, or None for the base model.
 
     Raises:
-        ArgumentError: a name is unknown, there are none, the model runs sequences first, or, in
-            the body, a layer gets an input whose leading size is no multiple of the number of
-            names.
+        ArgumentError: a name is unknown, there are none, experts are adapted, the model runs
+            sequences first, or, in the body, a layer gets an input whose leading size is no
+            multiple of the number of names.
         ArgumentTypeError: the names are no list of str and None.
         MergeError: adapters are merged.
-        ModeError: in the body, a module reads a layer's weight instead of calling the layer.
+        ModeError: in the body, an operation needs one effective weight for the whole batch.
 
     Examples:
         >>> import torch
@@ -182,6 +183,7 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
         require_adapter(model, name)
     layers = [layer for _, layer in adapted_layers(model)]
     refuse_merged(layers, "route adapters")
+    _refuse_stacks(model)
     _refuse_sequences_first(model)
     before = [layer.disha.route for layer in layers]
     try:
@@ -193,6 +195,17 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
             layer.disha.route = earlier
 
 
+def _refuse_stacks(model: nn.Module) -> None:
+    """Raise if experts are adapted: their inputs are tokens of all samples, in any order."""
+    for name, weight in adapted_weights(model):
+        if weight.slot.layout.is_stack:
+            raise ArgumentError(
+                f"route_adapters can't route samples through {name}, whose layout is "
+                f"{weight.slot.layout.pattern!r}: experts get the tokens of all samples, in any "
+                "order; leave them out with exclude=, or use one adapter at a time"
+            )
+
+
 def _refuse_sequences_first(model: nn.Module) -> None:
     """Raise if layers beside a sequence-first attention module are adapted."""
     attention = [
@@ -200,7 +213,7 @@ def _refuse_sequences_first(model: nn.Module) -> None:
         for module, (name, *_) in module_names(model).items()
         if isinstance(module, nn.MultiheadAttention)
     ]
-    inside = {child for _, module in attention for child in module.children()}
+    inside = {child for _, module in attention for child in (module, *module.children())}
     beside = [name for name, layer in adapted_layers(model) if layer not in inside]
     first = [name for name, module in attention if not module.batch_first]
     if first and beside:
@@ -252,16 +265,16 @@ def combine_adapters(
         raise ArgumentError(f"the model has an adapter {into!r} already; choose another name")
     for name in weights:
         require_adapter(model, name)
-    layers = list(adapted_layers(model))
-    refuse_inside((layer for _, layer in layers), "combine adapters")
+    refuse_inside((layer for _, layer in adapted_layers(model)), "combine adapters")
     refuse_wrapped(model, "combine adapters", "combine first, then wrap")
-    added = []
-    for name, layer in layers:
-        parts = [(layer.disha[a], w) for a, w in weights.items() if a in layer.disha]
+    added: dict[AdaptedLayer, list[Block]] = {}
+    for name, weight in adapted_weights(model):
+        blocks = weight.blocks
+        parts = [(blocks[a], w) for a, w in weights.items() if a in blocks]
         if parts:
-            added.append((layer, _sum_of_blocks(name, layer, parts, r)))
-    for layer, block in added:
-        layer.disha.add(into, block)
+            added.setdefault(weight.layer, []).append(_sum_of_blocks(name, weight, parts, r))
+    for layer, sums in added.items():
+        layer.disha.add(into, sums)
 
 
 def _check_weights(weights: object) -> None:
@@ -272,39 +285,47 @@ def _check_weights(weights: object) -> None:
 
 
 def _sum_of_blocks(
-    name: str, layer: AdaptedLayer, parts: list[tuple[Block, float]], r: int | None
+    name: str, weight: AdaptedWeight, parts: list[tuple[Block, float]], r: int | None
 ) -> Block:
-    """Return a new block that is the weighted sum of a layer's blocks."""
+    """Return a new block that is the weighted sum of a weight's blocks."""
     first = parts[0][0]
     sizes = {(block.method, block.r, block.r_out) for block, _ in parts}
-    if r is None and len(sizes) > 1:
+    method, slot = functional.method_of(first.method), first.slot
+    if (r is None and len(sizes) > 1) or not method.linear:
         raise ArgumentError(
             f"{name or 'the model'}: blocks of different kinds or sizes can't be added as they "
             f"are: {_listing(sizes)}; for Bone blocks, pass r=, a multiple of every r"
         )
     r = r or first.r
-    fits = all(
-        block.method == first.method
-        and block.r_out == first.r_out
-        and (block.r == r or (block.method == Bone.method and r % block.r == 0))
+    alike = all(
+        (block.method, block.r_out, block.slot.rows) == (first.method, first.r_out, slot.rows)
         for block, _ in parts
     )
-    geometry = layer.geometry(layer)
-    if not fits or r > geometry.in_features:
+    wide = [_widened(block, r) for block, _ in parts] if alike else [None]
+    in_features = weight.geometry.in_features
+    if any(values is None for values in wide) or r > in_features:
         raise ArgumentError(
             f"{name or 'the model'}: these blocks can't be added with r={r}: {_listing(sizes)}; "
             f"Bone blocks of one kind can, if every r divides it and it is at most "
-            f"{geometry.in_features}"
+            f"{in_features}"
         )
     config = first.config.changed(r=r, scale=1.0, rank_pattern={}, also_train=[])
     with torch.no_grad():
         values = functional.weighted_sum(
-            [(layer.widened(block, r), weight * block.strength) for block, weight in parts]
+            [
+                (values, factor * block.strength)
+                for values, (block, factor) in zip(wide, parts, strict=True)
+                if values is not None
+            ]
         )
-        total = layer.make_block(layer, config, r, values.dtype)
+        total = make_block(weight.layer, slot, config, r, values.dtype)
         total.block.copy_(values)
     total.block.requires_grad_(any(block.block.requires_grad for block, _ in parts))
     return total
+
+
+def _widened(block: Block, r: int) -> torch.Tensor | None:
+    return functional.widened(block.method, block.slot.layout, block.block, block.r, r)
 
 
 def _listing(sizes: set[tuple[str, int, int | None]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -10,22 +11,20 @@ import torch
 from torch import nn
 
 from disha import freezing
+from disha.config import AdapterConfig, as_patterns
 from disha.errors import ArgumentError
 from disha.layers import AdaptedLayer
-from disha.layers.adapted import CHILD_NAME, refuse_inside, restore
-from disha.layers.attention import (
-    Owner,
-    Projection,
-    connect,
-    connected,
-    disconnect,
-    owner_kind_of,
-    take_back,
-    take_over,
+from disha.layers.adapted import (
+    CHILD_NAME,
+    Adapters,
+    adapt,
+    make_block,
+    refuse_changed_class,
+    refuse_inside,
+    restore,
 )
-from disha.layers.classes import refuse_changed_class
-from disha.layers.fronts import adapt
-from disha.plan import Plan, Target, can_train, claimed_names, plan_adapters
+from disha.layers.encoder import guard_encoder, is_guarded, release_encoder
+from disha.plan import Plan, PlannedLayer, Target, can_train, claimed_names, plan_injection
 from disha.sharding import register_shards
 from disha.tree import (
     adapted_layers,
@@ -53,6 +52,8 @@ def inject_adapters(
     r: int,
     *,
     method: str = "bone",
+    layouts: Mapping[str, str] | None = None,
+    rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     r_out: int | None = None,
     adapter: str = "default",
     exclude: str | Sequence[str] | None = None,
@@ -64,18 +65,27 @@ def inject_adapters(
     freeze: bool = True,
     also_train: str | Sequence[str] | None = None,
 ) -> nn.Module:
-    """Adapt every layer whose name matches; return the same model.
+    """Adapt every weight whose name matches; return the same model.
 
-    The modules stay the same objects, and the model computes what it did until a block has
-    trained. A second call with another `adapter` adds that one and makes it the active one.
+    A weight goes by the name of its module, or by its own where its module has several
+    (`experts.gate_up_proj`). The modules stay the same objects, and the model computes what it did
+    until a block has trained. A second call with another `adapter` adds that one and makes it the
+    active one.
 
     Args:
         model: any model, compiled or not, but not yet wrapped by DDP or FSDP.
-        target_regex: regex that is searched (`re.search`) in the dotted names of modules; or a
-            predicate `(name, module) -> bool`; or `"all-linear"`, every linear layer except an
-            output head tied to an embedding.
+        target_regex: regex that is searched (`re.search`) in the dotted names of modules and of
+            their weights; or a predicate `(name, module) -> bool`; or `"all-linear"`, every linear
+            weight, those of attention, recurrent layers and experts included, except an output head
+            tied to an embedding.
         r: shard size, at most the in_features of every target.
-        method: `"bone"`, or `"bat"`, whose update is not low-rank and costs more.
+        method: `"bone"` (which `"miss"` means too), or `"bat"`, whose update is not low-rank and
+            costs more.
+        layouts: regex of names -> layout, for parameters whose layout nothing declares, such as
+            `{"mixer.weight_in": "expert out in"}`. The regex is searched in the names of
+            parameters, and in that of a module for its `weight`.
+        rows: regex of names -> ranges (first, stop) of outputs: only these rows are adapted. With
+            `{"c_attn": [(0, 768), (1536, 2304)]}`, q and v of a fused qkv.
         r_out: size of the output shard, dividing the out_features of every target; makes Bone a
             tile with r x r_out parameters.
         adapter: the new adapter's name: not empty, without a dot.
@@ -95,12 +105,14 @@ def inject_adapters(
         `model` itself.
 
     Raises:
-        TargetError: nothing adaptable matches, a layer can't be adapted without its owner
-            bypassing the adapter, or the model is wrapped by DDP or FSDP.
-        ArgumentError: a value is not allowed, r or r_out does not fit a layer, the adapter's name
-            is taken, or an entry of `exclude`, `rank_pattern` or `also_train` matches nothing.
+        TargetError: nothing adaptable matches, or the model is wrapped by DDP or FSDP.
+        ArgumentError: a value is not allowed, r, r_out, a layout or rows do not fit a weight, the
+            adapter's name is taken, or a regex of another argument matches nothing.
         ArgumentTypeError: an argument is of the wrong type.
         ModeError: adapters are merged (`MergeError`), disabled or routed.
+
+    Warns:
+        UserWarning: the target selects some weights that can't be adapted; their names are given.
 
     The model is unchanged whenever this raises.
 
@@ -115,25 +127,40 @@ def inject_adapters(
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.disha.default.bone_block', '2.disha.default.bone_block']
     """
+    config = AdapterConfig(
+        r=r,
+        target=target_regex if isinstance(target_regex, str) else None,
+        method=method,
+        layouts=layouts or {},
+        rows=rows or {},  # type: ignore[arg-type]
+        r_out=r_out,
+        exclude=as_patterns("exclude", exclude),
+        rank_pattern=rank_pattern or {},
+        dropout=dropout,
+        scale=scale,
+        dtype=dtype,
+        init=init,
+        also_train=as_patterns("also_train", also_train),
+    )
     with _no_collections():
-        plan = plan_adapters(
-            model,
-            target_regex,
-            r,
-            method=method,
-            r_out=r_out,
-            adapter=adapter,
-            exclude=exclude,
-            rank_pattern=rank_pattern,
-            dropout=dropout,
-            scale=scale,
-            dtype=dtype,
-            init=init,
-            freeze=freeze,
-            also_train=also_train,
-        )
+        plan = plan_injection(model, target_regex, config, adapter, freeze, strict=True)
         apply_plan(model, plan)
+    _warn_of_skipped(plan)
     return model
+
+
+def _warn_of_skipped(plan: Plan) -> None:
+    """Warn once of weights that were asked for and can't be adapted: that is seldom meant."""
+    matrices = [one for one in plan.skipped if one.is_weight]
+    if matrices:
+        shown = "; ".join(f"{one.name}: {one.reason}" for one in matrices[:5])
+        more = f"; and {len(matrices) - 5} more" if len(matrices) > 5 else ""
+        warnings.warn(
+            f"the target selects {len(matrices)} weights that are not adapted: {shown}{more}. "
+            "Leave them out with exclude= if that is meant",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 @contextmanager
@@ -153,29 +180,26 @@ def _no_collections() -> Iterator[None]:
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
     """Carry out a plan that was just made for this model, wholly or not at all."""
+    by_module: dict[nn.Module, list[PlannedLayer]] = {}
+    for layer in plan.layers:
+        by_module.setdefault(layer.module, []).append(layer)
     with _no_collections(), ExitStack() as undo:
-        blocks = [
-            layer.kind.make_block(layer.module, plan.config, layer.r, layer.dtype)
-            for layer in plan.layers
-        ]
-        undo.callback(_settle_owners, model)
-        for layer, block in zip(plan.layers, blocks, strict=True):
-            if isinstance(layer.module, AdaptedLayer):
-                adapters = layer.module.disha
-                undo.callback(adapters.discard, plan.adapter)
-            else:
-                adapted = adapt(layer.module, layer.kind, read=layer.read)
-                undo.callback(restore, adapted)
-                if isinstance(adapted, Projection) and not connected(adapted):
-                    connect(adapted)
-                    undo.callback(disconnect, adapted)
-                adapters = adapted.disha
-            adapters.add(plan.adapter, block)
+        undo.callback(_settle_encoders, model)  # the last to be undone: by then no layer is adapted
+        blocks = {
+            module: [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
+            for module, layers in by_module.items()
+        }
+        for module, layers in by_module.items():
+            undo.callback(adapt(module, [one.slot for one in layers]))
+            adapters = module._modules[CHILD_NAME]
+            assert isinstance(adapters, Adapters)
+            undo.callback(adapters.discard, plan.adapter)
+            adapters.add(plan.adapter, blocks[module])
         for _, adapted in adapted_layers(model):
             adapters = adapted.disha
             undo.callback(adapters.activate, adapters.active)
             adapters.activate((plan.adapter,))
-        _settle_owners(model)
+        _settle_encoders(model)
         _set_flags(model, plan, undo)
         undo.pop_all()
 
@@ -224,15 +248,12 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     for name, layer in adapted_layers(model):
         if set(layer.disha) <= set(doomed):
             refuse_changed_class(layer, name)
-    for module, (name, *_) in module_names(model).items():
-        if isinstance(module, Owner) and _adapters_below(module) <= set(doomed):
-            refuse_changed_class(module, name)
     for layer in layers:
         for name in doomed:
             layer.disha.discard(name)
         if not len(layer.disha):
             restore(layer)
-    _settle_owners(model)
+    _settle_encoders(model)
     for module in module_names(model):
         for name in doomed:
             freezing.release(module, name)
@@ -263,10 +284,9 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator
     if adapter is not None:
         require_adapter(model, adapter)
     return (
-        layer.disha[name].block
+        block.block
         for _, layer in adapted_layers(model)
-        for name in layer.disha
-        if adapter is None or name == adapter
+        for block in layer.disha.blocks(adapter).values()
     )
 
 
@@ -301,24 +321,16 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
         block.requires_grad_(True)
 
 
-def _settle_owners(model: nn.Module) -> None:
-    """Let owners that bypass the layers below them call these where one is adapted, only there."""
-    for module in list(module_names(model)):
-        kind = owner_kind_of(module)
-        needed = kind is not None and bool(_adapters_below(module))
-        if isinstance(module, Owner) and not needed:
-            take_back(module)
-        elif kind is not None and needed and not isinstance(module, Owner):
-            take_over(module, kind)
-
-
-def _adapters_below(module: nn.Module) -> set[str]:
-    return {
-        adapter
-        for layer in module.modules()
-        if isinstance(layer, AdaptedLayer) and CHILD_NAME in layer._modules
-        for adapter in layer.disha
-    }
+def _settle_encoders(model: nn.Module) -> None:
+    """Guard the encoders of torch that have an adapted layer below them, and only those."""
+    for module in module_names(model):
+        if not isinstance(module, nn.TransformerEncoder):
+            continue
+        needed = any(isinstance(below, AdaptedLayer) for below in module.modules())
+        if needed and not is_guarded(module):
+            guard_encoder(module)
+        elif is_guarded(module) and not needed:
+            release_encoder(module)
 
 
 def _set_flags(model: nn.Module, plan: Plan, undo: ExitStack) -> None:

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError
 from disha.functional import without_autocast
 from disha.layers.adapted import (
     AdaptedLayer,
-    MergedWeight,
-    WeightSlot,
+    AdaptedWeight,
+    Merged,
+    Original,
+    offloading_hooks,
     refuse_inside,
-    refuse_merged,
 )
+from disha.layers.opaque import ROUNDED, takes_dense
 from disha.sharding import sharded_module
 from disha.tree import adapted_layers, join, module_names, require_adapter
 
@@ -57,8 +58,7 @@ def merge_adapters(
     Raises:
         ArgumentError: there is no such adapter, or none is active.
         MergeError: adapters are merged already; a merged weight would not be finite; a weight is
-            shared, computed or quantised; a layer with a forward of its own would not compute the
-            same; or the model is sharded (`fully_shard`).
+            shared, computed or quantised; or the model is sharded (`fully_shard`).
 
     The model is unchanged whenever this raises.
 
@@ -68,12 +68,12 @@ def merge_adapters(
         >>> import disha
         >>> model = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4, init="kaiming")
         >>> x = torch.randn(2, 8)
-        >>> before, weight = model(x), model.weight.clone()
+        >>> before, weight = model(x), model.base_weight.clone()
         >>> disha.merge_adapters(model)
         >>> torch.allclose(model(x), before, atol=1e-5)
         True
         >>> disha.unmerge_adapters(model)
-        >>> torch.equal(model.weight, weight)
+        >>> torch.equal(model.base_weight, weight)
         True
     """
     layers = list(adapted_layers(model))
@@ -81,19 +81,25 @@ def merge_adapters(
     _refuse_sharded(model, "merge adapters")
     chosen = _chosen(model, layers, adapter)
     users = _parameter_users(model)
-    sharers = [_sharers(layer, users) for _, layer, _ in chosen]
-    for (name, layer, _), shared_with in zip(chosen, sharers, strict=True):
-        refuse_merged(_packed_with(layer), "merge adapters")
-        _check_mergeable(name, layer, shared_with, untie)
-        _check_quantised(name, layer, dense)
-    originals: Originals = {}
+    shared = set()
+    for name, layer, adapters in chosen:
+        for weight in _merged_weights(layer, adapters):
+            shared_with = _sharers(weight, users)
+            _check_mergeable(name, weight, shared_with, untie)
+            _check_quantised(name, weight, dense)
+            if shared_with:
+                shared.add((layer, weight.slot.parameter))
     # Not in inference mode: the merged weight has to be fit for training after it.
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-        for (name, layer, adapters), shared_with in zip(chosen, sharers, strict=True):
-            _merge_layer(name, layer, adapters, bool(shared_with), originals, undo)
+        for name, layer, adapters in chosen:
+            undo.callback(_unmerge_layer, layer)
+            layer.disha.merged = Merged(adapters, {})
+            for weight in _merged_weights(layer, adapters):
+                _merge_weight(name, weight, adapters, (layer, weight.slot.parameter) in shared)
         for _, layer in layers:
             if layer.disha.merged is None:
-                layer.disha.merged = MergedWeight()
+                undo.callback(_unmerge_layer, layer)
+                layer.disha.merged = Merged()
         undo.pop_all()
 
 
@@ -104,38 +110,54 @@ def unmerge_adapters(model: nn.Module) -> None:
         model: a model with adapters.
 
     Raises:
-        MergeError: the model was sharded after adapters were merged.
+        MergeError: the model was sharded after adapters were merged, or offloaded (accelerate).
 
     Examples:
         >>> import torch
         >>> import disha
         >>> layer = disha.BatLinear(8, 4, r=4, init="kaiming")
-        >>> weight = layer.weight.clone()
+        >>> original = layer.base_weight.clone()
         >>> disha.merge_adapters(layer)
-        >>> torch.equal(layer.weight, weight)
+        >>> torch.equal(layer.weight, original)
         False
         >>> disha.unmerge_adapters(layer)
-        >>> torch.equal(layer.weight, weight)
+        >>> torch.equal(layer.base_weight, original)
         True
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if any(layer.disha.merged is not None for layer in layers):
         _refuse_sharded(model, "unmerge adapters")
     for layer in layers:
-        for one in _packed_with(layer):
-            _unmerge_layer(one)
+        _refuse_offloaded(layer)
+    for layer in layers:
+        _unmerge_layer(layer)
 
 
-def _packed_with(layer: AdaptedLayer) -> list[AdaptedLayer]:
-    """Return the layers that keep their weight in the same parameter of one owner: one original.
+def _refuse_offloaded(layer: AdaptedLayer) -> None:
+    """Raise if the merged weight is kept elsewhere, and comes back with every forward.
 
-    `model` may be a part that has only some of them.
+    Raises:
+        MergeError: the adapters would act on a weight that they are merged into.
     """
-    slot = layer.weight_slot
-    if slot.rows is None:
-        return [layer]
-    children = [child for child in slot.module.children() if isinstance(child, AdaptedLayer)]
-    return [one for one in children if one.weight_slot.rows is not None]
+    merged = layer.disha.merged if offloading_hooks(layer) else None
+    for name, original in () if merged is None else merged.originals.items():
+        now = layer._parameters[name]
+        before = original.data if original.parameter is None else original.parameter
+        if now is not None and before is not None and now.is_meta and not before.is_meta:
+            raise MergeError(
+                f"can't unmerge adapters: the merged {name} of a {layer.original_class.__name__} "
+                "is offloaded, and its hook would bring it again; remove the hooks first "
+                "(accelerate.hooks.remove_hook_from_submodules)"
+            )
+
+
+def _merged_weights(layer: AdaptedLayer, adapters: tuple[str, ...]) -> list[AdaptedWeight]:
+    """Return one adapted weight for each parameter that the adapters change."""
+    found: dict[str, AdaptedWeight] = {}
+    for (adapter, name), block in layer.disha.blocks().items():
+        if adapter in adapters:
+            found.setdefault(block.slot.parameter, AdaptedWeight(layer, name))
+    return list(found.values())
 
 
 def _refuse_sharded(model: nn.Module, action: str) -> None:
@@ -195,144 +217,102 @@ def _parameter_users(model: nn.Module) -> Users:
     return users
 
 
-def _sharers(layer: AdaptedLayer, users: Users) -> list[str]:
-    """Return the names under which other modules hold this layer's weight."""
-    slot = layer.weight_slot
-    return [name for module, name in users.get(id(slot.parameter), ()) if module is not slot.module]
+def _sharers(weight: AdaptedWeight, users: Users) -> list[str]:
+    """Return the names under which other modules hold this weight."""
+    owners = users.get(id(weight.parameter), ())
+    return [name for module, name in owners if module is not weight.layer]
 
 
-def _check_mergeable(name: str, layer: AdaptedLayer, shared_with: list[str], untie: bool) -> None:
-    parameter = layer.weight_slot.parameter
-    if parameter is None:
+def _check_mergeable(name: str, weight: AdaptedWeight, shared_with: list[str], untie: bool) -> None:
+    full, parameter = join(name, weight.slot.parameter), weight.parameter
+    if parameter is None and weight.quantisation is None:
         raise MergeError(
-            f"{name}.{layer.weight_name} is computed from other parameters (a parametrization), so "
+            f"{full} is computed from other parameters (a parametrization), so "
             "nothing can be merged into it. Save the adapter, remove it and the parametrization "
             "(torch.nn.utils.parametrize.remove_parametrizations), and load it again"
         )
-    blocks = [layer.disha[adapter].block for adapter in layer.disha]
-    if any(tensor.is_meta for tensor in (parameter, *blocks)):
+    blocks = [block.block for block in weight.layer.disha.blocks().values()]
+    if any(tensor is not None and tensor.is_meta for tensor in (parameter, *blocks)):
         raise MergeError(
-            f"{name}.{layer.weight_name} or its adapter is on the meta device; give the model its "
-            "weights first"
+            f"{full} or its adapter is on the meta device; give the model its weights first"
         )
     if shared_with and not untie:
         raise MergeError(
-            f"{name}.{layer.weight_name} is shared with {', '.join(shared_with)}, which merging "
+            f"{full} is shared with {', '.join(shared_with)}, which merging "
             "would change too; pass untie=True to give this layer a weight of its own while merged"
         )
 
 
-def _check_quantised(name: str, layer: AdaptedLayer, dense: bool) -> None:
-    quantisation = layer.quantisation(layer)
+def _check_quantised(name: str, weight: AdaptedWeight, dense: bool) -> None:
+    quantisation = weight.quantisation
     if quantisation is None:
         return
-    weight = join(name, layer.weight_name)
+    full, original = join(name, weight.slot.parameter), weight.layer.original_class
     if quantisation.read is None:
         raise MergeError(
-            f"{weight} is quantised ({quantisation.name}) and can't be read as numbers, so nothing "
+            f"{full} is quantised ({quantisation.name}) and can't be read as numbers, so nothing "
             "can be merged into it; its adapters act as well unmerged"
+        )
+    if quantisation is ROUNDED:
+        raise MergeError(
+            f"{full} is {quantisation.name}, which does not compute the same from a merged weight; "
+            "leave its adapters unmerged, which act as well"
         )
     if not dense:
         raise MergeError(
-            f"{weight} is quantised ({quantisation.name}), and its few values can't hold an "
+            f"{full} is quantised ({quantisation.name}), and its few values can't hold an "
             "update; pass dense=True to let the layer compute with a dense merged weight until "
             "unmerge_adapters, or leave the adapters unmerged, which act as well"
         )
-    if quantisation.in_kernels and not type(layer).library_forward:
+    if weight.parameter is None or not takes_dense(weight.layer):
         raise MergeError(
-            f"{name or 'the model'} is a {type(layer).original_class.__name__} with a forward of "
+            f"{name or 'the model'} is a {original.__name__} with a forward of "
             f"its own over a quantised weight ({quantisation.name}), which could not compute with "
             "a dense one; leave its adapters unmerged, which act as well"
         )
 
 
-Originals = dict[tuple[nn.Module, str], MergedWeight]
-"""Module and name of each parameter that holds a merge now -> what it was."""
-
-
-def _merge_layer(
-    name: str,
-    layer: AdaptedLayer,
-    adapters: tuple[str, ...],
-    shared: bool,
-    originals: Originals,
-    undo: ExitStack,
+def _merge_weight(
+    name: str, weight: AdaptedWeight, adapters: tuple[str, ...], shared: bool
 ) -> None:
-    parameter = layer.weight_slot.parameter
+    layer, slot, parameter = weight.layer, weight.slot, weight.parameter
     assert parameter is not None
+    assert layer.disha.merged is not None
     with without_autocast(parameter.device):
-        merged = layer.merged_weight(adapters)
+        merged = weight.merged(adapters)
     if not torch.isfinite(merged).all():
         raise MergeError(
-            f"merging {', '.join(map(repr, adapters))} into {name}.{layer.weight_name} gives "
+            f"merging {', '.join(map(repr, adapters))} into {join(name, slot.parameter)} gives "
             "values that are not finite; check the adapter's blocks and its scale"
         )
-    quantised = layer.quantisation(layer) is not None
-    # The kernels of quantised layers round more than a probe could allow for.
-    exempt = quantised and type(layer).library_forward
-    probe = _Probe(layer, adapters) if type(layer).own_forward and not exempt else None
-    slot = layer.weight_slot
-    original = originals.get((slot.module, slot.name)) or _original(slot, shared, quantised)
-    layer.disha.merged = replace(original, adapters=adapters)
-    undo.callback(_unmerge_layer, layer)
-    if (slot.module, slot.name) not in originals:
-        originals[slot.module, slot.name] = original
-        _open_for_merge(slot, original)
-    _write(slot, merged)
-    if probe is not None and not probe.agrees():
-        raise MergeError(
-            f"{name} is a {type(layer).original_class.__name__} with a forward of its own, which "
-            "does not compute the same from the merged weight as with the adapter; leave it "
-            "unmerged by merging other adapters only, or exclude it"
-        )
-
-
-def _original(slot: WeightSlot, shared: bool, quantised: bool) -> MergedWeight:
-    """Return what unmerging will need of a parameter that holds no merge yet."""
-    parameter = slot.parameter
-    assert parameter is not None
-    if quantised:
-        return MergedWeight(parameter=parameter, dense=True)
-    return MergedWeight(data=parameter.data, parameter=parameter if shared else None)
-
-
-def _open_for_merge(slot: WeightSlot, original: MergedWeight) -> None:
-    """Untie the layer from a shared parameter, and give the rows of several layers new data."""
-    parameter = slot.parameter
-    assert parameter is not None
-    if original.parameter is not None:
-        stand_in = torch.empty(0) if original.dense else parameter.data
-        parameter = nn.Parameter(stand_in, requires_grad=parameter.requires_grad)
-        slot.module._parameters[slot.name] = parameter
-    if slot.rows is not None:
-        parameter.data = parameter.data.clone()
-
-
-def _write(slot: WeightSlot, merged: Tensor) -> None:
-    parameter = slot.parameter
-    assert parameter is not None
-    if slot.rows is None:
+    originals = dict(layer.disha.merged.originals)
+    if weight.quantisation is not None:
+        originals[slot.parameter] = Original(parameter=parameter, dense=True)
+    else:
+        originals[slot.parameter] = Original(parameter.data, parameter if shared else None)
+    layer.disha.merged = Merged(adapters, originals)
+    if originals[slot.parameter].parameter is not None:
+        replacement = nn.Parameter(merged, requires_grad=parameter.requires_grad)
+        layer._parameters[slot.parameter] = replacement
+    else:
         # Swapping the data keeps the parameter object and costs one copy of the weight, not two.
         parameter.data = merged
-    else:
-        parameter.data[slot.rows] = merged
 
 
 def _unmerge_layer(layer: AdaptedLayer) -> None:
-    merged, slot = layer.disha.merged, layer.weight_slot
+    merged = layer.disha.merged
     if merged is None:
         return
-    if merged.parameter is not None and merged.dense:
-        stand_in = slot.parameter
-        assert stand_in is not None
-        slot.module._parameters[slot.name] = _moved(merged.parameter, stand_in.device)
-    elif merged.parameter is not None:
-        slot.module._parameters[slot.name] = merged.parameter
-    elif merged.data is not None:
-        parameter = slot.parameter
-        assert parameter is not None
-        # The weight may have moved since; the original follows it.
-        parameter.data = merged.data.to(device=parameter.device, dtype=parameter.dtype)
+    for name, original in merged.originals.items():
+        now = layer._parameters[name]
+        assert now is not None
+        if original.parameter is not None and original.dense:
+            layer._parameters[name] = _moved(original.parameter, now.device)
+        elif original.parameter is not None:
+            layer._parameters[name] = original.parameter
+        elif original.data is not None:
+            # The weight may have moved since; the original follows it.
+            now.data = original.data.to(device=now.device, dtype=now.dtype)
     layer.disha.merged = None
 
 
@@ -342,49 +322,3 @@ def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
         return parameter
     moved = parameter.to(device)  # as a parameter, where its class has a way of its own
     return moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)
-
-
-class _Probe:
-    """Compares a layer's output before and after its merge, on a random input."""
-
-    def __init__(self, layer: AdaptedLayer, adapters: tuple[str, ...]) -> None:
-        self.layer = layer
-        generator = torch.Generator().manual_seed(0)
-        weight: Tensor = getattr(layer, layer.weight_name)
-        example = layer.example_input(layer, generator).to(weight.device)
-        self.input = example.to(weight.dtype) if example.is_floating_point() else example
-        active = layer.disha.active
-        layer.disha.activate(adapters)
-        try:
-            self.before = self._output()
-        finally:
-            layer.disha.activate(active)
-
-    def agrees(self) -> bool:
-        epsilon = torch.finfo(self.before.dtype).eps
-        return torch.allclose(
-            self.before, self._output(), rtol=64 * epsilon, atol=64 * epsilon * self._magnitude()
-        )
-
-    def _magnitude(self) -> float:
-        return max(1.0, float(self.before.abs().max()))
-
-    def _output(self) -> Tensor:
-        # Straight to forward: the user's hooks are not ours to run. In eval mode: dropout would
-        # make two runs differ.
-        modes = [(module, module.training) for module in self.layer.modules()]
-        try:
-            self.layer.eval()
-            with without_autocast(self.input.device):
-                output: Tensor = self.layer.forward(self.input)
-        except Exception as error:
-            raise MergeError(
-                f"{type(self.layer).original_class.__name__} has a forward of its own, and whether "
-                "it computes the same from a merged weight can't be told: called with an input of "
-                f"shape {tuple(self.input.shape)}, it raised {type(error).__name__}: {error}. "
-                "Merge other adapters only, or exclude the layer"
-            ) from error
-        finally:
-            for module, training in modes:
-                module.training = training
-        return output

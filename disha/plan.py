@@ -1,4 +1,4 @@
-"""Plan an injection: which layers, of what sizes, with what else trained. Changes nothing."""
+"""Plan an injection: which weights, of what sizes, with what else trained. Changes nothing."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from disha import freezing
+from disha import freezing, functional
 from disha.config import (
     ALL_LINEAR,
     BLOCK_DTYPES,
@@ -21,17 +21,29 @@ from disha.config import (
     check_adapter_name,
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
-from disha.layers import AdaptedLayer
-from disha.layers.adapted import read_weight, refuse_inside
-from disha.layers.attention import Projection
-from disha.layers.quantised import is_quantised, parameter_count
-from disha.survey import Survey
+from disha.functional import Layout, Rows
+from disha.layers import AdaptedLayer, Slot, declared_slots
+from disha.layers.adapted import (
+    CHILD_NAME,
+    device_of_weight,
+    offloading_hooks,
+    read_weight,
+    refuse_inside,
+    stored_weight,
+    weight_shape,
+)
+from disha.layers.kinds import matrix_parameters, slot_of
+from disha.layers.opaque import is_quantised, parameter_count, quantisation_of
+from disha.sharding import is_sharded
 from disha.tables import WIDEST, table
 from disha.text import brief, printable
 from disha.tree import (
     ModuleNames,
     adapted_layers,
     adapter_names,
+    imported_class,
+    join,
+    module_names,
     named_parameters,
     parameter_aliases,
     parameter_owners,
@@ -40,15 +52,17 @@ from disha.tree import (
 )
 
 __all__ = [
-    "LayerRequest",
     "Plan",
     "PlannedLayer",
     "SkippedModule",
     "Target",
+    "UnknownLayout",
+    "WeightRequest",
     "can_train",
     "claimed_names",
     "plan_adapters",
-    "plan_layers",
+    "plan_injection",
+    "plan_weights",
 ]
 
 Target = str | Callable[[str, nn.Module], bool]
@@ -56,21 +70,21 @@ Target = str | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer that will be adapted, and the block it will get.
+    """A weight that will be adapted, and the block it will get.
 
     Attributes:
-        name: its name in the model; empty for the model itself.
-        type_name: the name of its class.
+        name: its name in the model, that of its module for `weight`; empty for the model itself.
+        type_name: the name of its module's class.
         method: `"bone"` or `"bat"`.
         r: shard size.
         r_out: size of the output shard of a tile, or None.
         in_features: size of its input.
         out_features: size of its output.
         parameters: values in the block.
-        module: the layer.
-        kind: the layer kind that adapts it.
+        layout: how the weight is laid out.
+        module: the module.
+        slot: where the weight is in it.
         dtype: dtype of the block, or None for the configuration's.
-        read: whether its owner reads its weight instead of calling it.
     """
 
     name: str
@@ -81,37 +95,69 @@ class PlannedLayer:
     in_features: int
     out_features: int
     parameters: int
+    layout: str
     module: nn.Module = field(repr=False, compare=False)
-    kind: type[AdaptedLayer] = field(repr=False, compare=False)
+    slot: Slot = field(repr=False, compare=False)
     dtype: torch.dtype | None = None
-    read: bool = False
 
 
 @dataclass(frozen=True)
-class LayerRequest:
-    """A layer to adapt by name, with the sizes it must have."""
+class WeightRequest:
+    """A weight to adapt by name, as a file describes it."""
 
     name: str
     r: int
     in_features: int
     out_features: int
     block_shape: tuple[int, ...]
+    layout: Layout | None = None
+    rows: Rows = ()
     dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """A module that was asked for and will not be adapted, and why.
+    """A module or a weight that was asked for and will not be adapted, and why.
 
     Attributes:
         name: its name in the model.
         type_name: the name of its class.
         reason: why it is not.
+        is_weight: whether it is a weight that adapters are for, or a parameter that could be one;
+            not what was excluded, nor a module that has neither.
     """
 
     name: str
     type_name: str
     reason: str
+    is_weight: bool = False
+
+
+@dataclass(frozen=True)
+class UnknownLayout:
+    """A matrix parameter that no target reaches, since nothing declares its layout.
+
+    Attributes:
+        name: its name in the model.
+        shape: its shape.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why it is not adapted, and what to do."""
+        return (
+            f"the layout of this parameter of shape {self.shape} is unknown; declare it, such as "
+            f"{self.remedy}"
+        )
+
+    @property
+    def remedy(self) -> str:
+        """What to pass to adapt it."""
+        axes = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
+        return f"layouts={{{re.escape(self.name) + '$'!r}: {axes!r}}}"
 
 
 @dataclass(frozen=True)
@@ -122,13 +168,16 @@ class Plan:
         adapter: the adapter's name.
         config: its configuration.
         freeze: whether all other parameters are frozen.
-        layers: the layers that would be adapted.
-        skipped: the modules that were asked for and would not be, with reasons.
+        layers: the weights that would be adapted.
+        skipped: what was asked for and would not be adapted, with reasons.
         also_train: clean names of the parameters to be trained and saved with the adapter.
         added: parameters in the new blocks.
         trainable: parameters that would require gradients afterwards, in the whole model.
         total: parameters of the model afterwards, blocks included; a quantised weight counts as
             many as the dense one has.
+        unknown: the matrix parameters of the model whose layouts nothing declares.
+        tied: the names of each parameter that several modules share and that would be adapted. A
+            module that the model does not use gets a block that does not act.
 
     Examples:
         >>> from torch import nn
@@ -152,6 +201,8 @@ class Plan:
     added: int
     trainable: int
     total: int
+    unknown: tuple[UnknownLayout, ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
 
     @property
     def percent(self) -> float:
@@ -167,6 +218,9 @@ class Plan:
         lines = [table(("layer", "method", "r", "in -> out", "parameters"), rows)]
         for skipped in self.skipped:
             lines.append(f"skipped {skipped.name} ({skipped.type_name}): {skipped.reason}")
+        for one in self.unknown:
+            lines.append(f"not adapted {one.name} {one.shape}: to adapt it, pass {one.remedy}")
+        lines += [f"one parameter: {', '.join(names)}" for names in self.tied]
         if self.also_train:
             lines.append(f"also trained: {', '.join(self.also_train)}")
         lines.append(
@@ -182,6 +236,8 @@ def plan_adapters(
     r: int,
     *,
     method: str = "bone",
+    layouts: Mapping[str, str] | None = None,
+    rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     r_out: int | None = None,
     adapter: str = "default",
     exclude: str | Sequence[str] | None = None,
@@ -195,11 +251,16 @@ def plan_adapters(
 ) -> Plan:
     """Return what `inject_adapters` would do with the same arguments; change nothing.
 
+    Weights that r or r_out does not fit are listed as skipped. So is every matrix parameter whose
+    layout nothing declares, with the argument that adapts it.
+
     Args:
         model: any model.
         target_regex: which layers, as for `inject_adapters`; so are all that follow.
         r: shard size.
         method: `"bone"` or `"bat"`.
+        layouts: regex -> layout.
+        rows: regex -> ranges of rows.
         r_out: size of the output shard.
         adapter: the adapter's name.
         exclude: regexes of names to leave out.
@@ -212,7 +273,8 @@ def plan_adapters(
         also_train: regexes of parameters to train too.
 
     Raises:
-        DishaError: everything that `inject_adapters` would raise.
+        DishaError: everything that `inject_adapters` would raise, except where r or r_out does not
+            fit.
 
     Examples:
         >>> from torch import nn
@@ -228,6 +290,8 @@ def plan_adapters(
         r=r,
         target=target_regex if isinstance(target_regex, str) else None,
         method=method,
+        layouts=layouts or {},
+        rows=rows or {},  # type: ignore[arg-type]
         r_out=r_out,
         exclude=as_patterns("exclude", exclude),
         rank_pattern=rank_pattern or {},
@@ -237,52 +301,82 @@ def plan_adapters(
         init=init,
         also_train=as_patterns("also_train", also_train),
     )
-    survey = _changeable(require_model(model), adapter)
-    names = survey.names
-    selected = _select(survey, _as_predicate(target_regex, survey))
-    candidates, skipped = _divide(selected, survey, config, target_regex)
-    _check_rank_pattern(config, [names[module] for _, module in candidates])
-    sizes = [(name, module, config.rank_of(*names[module])) for name, module in candidates]
-    _check_sizes(config, survey, sizes)
-    layers = tuple(_planned(name, module, config, r, survey) for name, module, r in sizes)
+    return plan_injection(model, target_regex, config, adapter, freeze, strict=False)
+
+
+def plan_injection(
+    model: nn.Module,
+    target_regex: Target,
+    config: AdapterConfig,
+    adapter: str,
+    freeze: bool,
+    *,
+    strict: bool,
+) -> Plan:
+    """Return the plan of an injection.
+
+    Args:
+        model: any model.
+        target_regex: which weights.
+        config: the adapter's configuration.
+        adapter: the adapter's name.
+        freeze: whether everything else is frozen.
+        strict: raise where r or r_out does not fit a weight, instead of listing it as skipped.
+    """
+    names = _changeable(require_model(model), adapter)
+    weights = _Weights(names, config)
+    selected = weights.selected(target_regex)
+    candidates, skipped = _divide(weights, selected, config, target_regex)
+    _check_used(config, weights, candidates)
+    layers, misfits = [], []
+    for one in candidates:
+        r = config.rank_of(*one.names)
+        problem = functional.misfit(config.method, one.slot.layout, one.geometry, r, config.r_out)
+        if problem is None:
+            layers.append(_planned(one, config, r))
+        else:
+            misfits.append(SkippedModule(one.name, one.type_name, problem, True))
+    if misfits and strict:
+        raise ArgumentError(_misfit_message(misfits, config))
     also_trained = _match_parameters(config.also_train, names)
-    return _counted_plan(names, adapter, config, freeze, layers, skipped, also_trained)
+    plan = _counted_plan(
+        names, adapter, config, freeze, tuple(layers), (*skipped, *misfits), also_trained
+    )
+    return replace(plan, unknown=weights.unknown, tied=_tied(names, layers))
 
 
-def plan_layers(
+def plan_weights(
     model: nn.Module,
     adapter: str,
     config: AdapterConfig,
-    requests: Sequence[LayerRequest],
+    requests: Sequence[WeightRequest],
     also_train: Mapping[str, tuple[int, ...]],
     freeze: bool,
 ) -> Plan:
-    """Plan an adapter for layers that are known by name and size, as a file describes them.
+    """Plan an adapter for weights that are known by name and size, as a file describes them.
 
     Args:
         model: any model.
         adapter: the adapter's name.
         config: its configuration; what it says of targets is not looked at.
-        requests: the layers, each once.
+        requests: the weights, each once.
         also_train: clean names of parameters to train too -> their shapes.
         freeze: whether everything else is frozen.
 
     Raises:
-        ArgumentError: the name is taken, or layers or parameters are not there or of other sizes;
+        ArgumentError: the name is taken, or weights or parameters are not there or of other sizes;
             one message lists all of them.
     """
-    survey = _changeable(require_model(model), adapter)
-    names = survey.names
-    by_name = {name: module for module, all_names in names.items() for name in all_names}
-    owners = parameter_owners(names)
-    aliases, without_effect = parameter_aliases(names), survey.without_effect(config.dropout)
+    names = _changeable(require_model(model), adapter)
+    by_name = _requested(names, requests)
+    modules = {name: module for module, all_names in names.items() for name in all_names}
+    owners, aliases = parameter_owners(names), parameter_aliases(names)
     problems, layers = [], []
     for request in requests:
-        problem = _unmet(request, config, survey, by_name, without_effect)
-        if problem is None:
-            module = by_name[request.name]
-            name = names[module][0]
-            layers.append(_planned(name, module, config, request.r, survey, request.dtype))
+        one = by_name.get(request.name)
+        problem = _unmet(request, one, config, modules)
+        if problem is None and one is not None:
+            layers.append(_planned(one, config, request.r, request.dtype))
         else:
             problems.append(f"{printable(request.name, WIDEST) or '(the model)'}: {problem}")
     for full, shape in also_train.items():
@@ -292,41 +386,70 @@ def plan_layers(
     if problems:
         shown = "\n".join(problems[:20])
         more = f"\nand {len(problems) - 20} more" if len(problems) > 20 else ""
-        absent = next((r.name for r in requests if r.name not in by_name), None)
+        known = list(dict.fromkeys((*modules, *by_name)))
+        absent = next((r.name for r in requests if r.name not in known), None)
         if absent is not None:
-            more += f"\nthe names nearest to {brief(absent)} are {_nearest(absent, list(by_name))}"
+            more += f"\nthe names nearest to {brief(absent)} are {_nearest(absent, known)}"
         raise ArgumentError(f"the adapter does not fit the model; nothing changed:\n{shown}{more}")
     trained = tuple(aliases[full] for full in also_train)
     return _counted_plan(names, adapter, config, freeze, tuple(layers), (), trained)
 
 
+def _requested(names: ModuleNames, requests: Sequence[WeightRequest]) -> dict[str, _Weight]:
+    """Return the weights of a model by each of their names, those that a file lays out included."""
+    found: dict[str, _Weight] = {}
+    for module, module_aliases in names.items():
+        for slot in declared_slots(module):
+            one = _Weight(module, slot, module_aliases)
+            found |= dict.fromkeys(one.names, one)
+    wanted = {request.name: request for request in requests if request.layout is not None}
+    for module, module_aliases in names.items():
+        for parameter in matrix_parameters(module) if wanted else ():
+            below = "" if parameter == "weight" else parameter
+            for alias in module_aliases:
+                request = wanted.get(join(alias, below))
+                if request is not None and request.name not in found and request.layout is not None:
+                    one = _Weight(module, slot_of(parameter, request.layout), module_aliases)
+                    found |= dict.fromkeys(one.names, one)
+    for request in requests:
+        if request.rows and request.name in found:
+            one = found[request.name]
+            found |= dict.fromkeys(one.names, one.in_rows(request.rows))
+    return found
+
+
 def _unmet(
-    request: LayerRequest,
+    request: WeightRequest,
+    one: _Weight | None,
     config: AdapterConfig,
-    survey: Survey,
-    by_name: Mapping[str, nn.Module],
-    without_effect: Mapping[nn.Module, str],
+    modules: Mapping[str, nn.Module],
 ) -> str | None:
-    """Return why a requested layer can't be adapted as described, or None."""
-    module = by_name.get(request.name)
-    if module is None:
-        return "the model has no such layer"
-    obstacle = survey.obstacle(module, config.method) or without_effect.get(module)
+    """Return why a requested weight can't be adapted as described, or None."""
+    if one is None:
+        module = modules.get(request.name)
+        if module is None:
+            return "the model has no such layer"
+        return f"can't be adapted: no layer kind adapts {type(module).__qualname__}"
+    obstacle = one.obstacle(config.method)
     if obstacle is not None:
         return f"can't be adapted: {obstacle}"
-    kind = survey.kind(module)
-    if read_weight(module, kind.weight_name).is_meta:
+    look = stored_weight if one.slot.opaque else read_weight
+    weight = look(one.module, one.slot.parameter)
+    if isinstance(weight, Tensor) and device_of_weight(one.module, weight).type == "meta":
         return "its weight is on the meta device; give the model its weights first"
-    geometry = kind.geometry(module)
+    if request.layout is not None and request.layout != one.slot.layout:
+        return f"expected the layout {request.layout}, the model has {one.slot.layout}"
+    geometry = one.geometry
     if (geometry.in_features, geometry.out_features) != (request.in_features, request.out_features):
         return (
             f"expected {request.in_features} -> {request.out_features}, "
             f"the model has {geometry.in_features} -> {geometry.out_features}"
         )
-    misfit = kind.misfit(geometry, request.r, config.r_out)
+    layout = one.slot.layout
+    misfit = functional.misfit(config.method, layout, geometry, request.r, config.r_out)
     if misfit is not None:
         return misfit
-    shape = kind.block_shape(module, config.method, request.r, config.r_out)
+    shape = one.block_shape(config.method, request.r, config.r_out)
     if shape != request.block_shape:
         return f"expected a block of shape {shape}, found {request.block_shape}"
     return None
@@ -348,15 +471,216 @@ def _unmet_parameter(
     return _untrainable(module, name)
 
 
+# --- the weights of a model ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight that can be asked for: a slot of a module, with the module's names."""
+
+    module: nn.Module
+    slot: Slot
+    module_names: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(join(name, self.slot.name) for name in self.module_names)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The names that `layouts` and `rows` may match: those of the parameter as well."""
+        return (*self.names, *(join(name, self.slot.parameter) for name in self.module_names))
+
+    @property
+    def type_name(self) -> str:
+        return type(self.module).__qualname__
+
+    @property
+    def geometry(self) -> functional.Geometry:
+        return self.slot.layout.geometry(weight_shape(self.module, self.slot), self.slot.rows)
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        return self.module._parameters.get(self.slot.parameter)
+
+    def block_shape(self, method: str, r: int, r_out: int | None) -> tuple[int, ...]:
+        shape = weight_shape(self.module, self.slot)
+        return functional.block_shape(method, self.slot.layout, shape, r, r_out, self.slot.rows)
+
+    def in_rows(self, rows: Rows) -> _Weight:
+        return replace(self, slot=replace(self.slot, rows=rows))
+
+    def obstacle(self, method: str) -> str | None:
+        """Return why `method` can't adapt the weight, or None if it can."""
+        module, slot = self.module, self.slot
+        if hasattr(module, CHILD_NAME) and not isinstance(module, AdaptedLayer):
+            return f"it has an attribute {CHILD_NAME!r} of its own, where the adapters would be"
+        if slot.opaque:  # never read
+            quantisation = quantisation_of(module, stored_weight(module, slot.parameter))
+            unreadable = quantisation is not None and quantisation.read is None
+            if unreadable and functional.method_of(method).reads_weight:
+                assert quantisation is not None
+                return (
+                    f"its weight is quantised ({quantisation.name}) and can't be read as numbers; "
+                    f"{method!r} needs to, 'bone' does not"
+                )
+            return _impossible_rows(self)
+        weight = read_weight(module, slot.parameter)
+        if isinstance(weight, UninitializedParameter):
+            return "its weight is not initialised yet; run the model once before injecting"
+        # Of any floating-point dtype: hooks of the user's may cast it before each forward.
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return "its weight is not a floating-point tensor"
+        if weight.layout is not torch.strided:
+            return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
+        if is_sharded(weight):
+            return (
+                "its weight is a DTensor of a tensor-parallel plan, of which every rank has a "
+                "part; adapters are not supported there"
+            )
+        return slot.layout.misfit(weight.shape) or _impossible_rows(self)
+
+
+def _impossible_rows(one: _Weight) -> str | None:
+    out_features = one.slot.layout.geometry(weight_shape(one.module, one.slot)).out_features
+    beyond = [rows for rows in one.slot.rows if rows[1] > out_features]
+    return f"rows {beyond[0]} are out of range, it has {out_features}" if beyond else None
+
+
+PRELOADED = (
+    "accelerate brings its weight together with all others of a module around it "
+    "(preload_module_classes), and would look for the block there; inject first, then offload"
+)
+
+
+class _Weights:
+    """The weights of a model that can be asked for, and the matrix parameters that can't.
+
+    Attributes:
+        names: every module with its clean names.
+        found: the weights whose layouts are known.
+        unknown_of: the matrix parameters whose layouts are not, by module.
+        owner_names: the last projection of torch's attention, which reads its weight -> the names
+            of the attention.
+        preloaded: the modules whose weights accelerate brings together with those around them.
+    """
+
+    def __init__(self, names: ModuleNames, config: AdapterConfig) -> None:
+        self.names = names
+        self.found: list[_Weight] = []
+        self.unknown_of: dict[nn.Module, list[UnknownLayout]] = {}
+        self.used_layouts: set[str] = set()
+        self.used_rows: set[str] = set()
+        self._config = config
+        self.preloaded: set[nn.Module] = set()
+        for module, aliases in names.items():
+            if any(hook.place_submodules for hook in offloading_hooks(module)):
+                self.preloaded |= set(module.modules())
+            self._add(module, aliases)
+        self.owner_names: dict[nn.Module, tuple[str, ...]] = {
+            module.out_proj: aliases
+            for module, aliases in names.items()
+            if isinstance(module, nn.MultiheadAttention)
+        }
+
+    @property
+    def unknown(self) -> tuple[UnknownLayout, ...]:
+        """The matrix parameters whose layouts nothing declares."""
+        return tuple(one for some in self.unknown_of.values() for one in some)
+
+    def _add(self, module: nn.Module, aliases: tuple[str, ...]) -> None:
+        slots = {slot.name: slot for slot in declared_slots(module)}
+        parameters = {slot.parameter for slot in slots.values()}
+        opaque = any(slot.opaque for slot in slots.values())
+        for name in () if opaque else matrix_parameters(module):
+            below = "" if name == "weight" else name
+            full = tuple(join(alias, below) for alias in aliases)
+            searched = dict.fromkeys((*full, *(join(alias, name) for alias in aliases)))
+            hits = [
+                pattern
+                for pattern in self._config.layouts
+                if any(re.search(pattern, alias) for alias in searched)
+            ]
+            if hits:
+                self.used_layouts |= set(hits)
+                layout = functional.layout_of(self._config.layouts[hits[0]])
+                shape = tuple(module._parameters[name].shape)  # type: ignore[union-attr]
+                misfit = layout.misfit(shape)
+                if misfit is not None:
+                    raise ArgumentError(
+                        f"layouts={{{hits[0]!r}: {layout.pattern!r}}} does not fit {full[0]}: "
+                        f"{misfit}; give it a layout with as many axes"
+                    )
+                slots = {k: slot for k, slot in slots.items() if slot.parameter != name}
+                slots[below] = slot_of(name, layout)
+            elif name not in parameters:
+                self.unknown_of.setdefault(module, []).append(
+                    UnknownLayout(join(aliases[0], name), tuple(module._parameters[name].shape))  # type: ignore[union-attr]
+                )
+        self.found += [self._in_rows(_Weight(module, slot, aliases)) for slot in slots.values()]
+
+    def _in_rows(self, one: _Weight) -> _Weight:
+        for pattern, rows in self._config.rows.items():
+            if any(re.search(pattern, name) for name in one.searched):
+                self.used_rows.add(pattern)
+                return one.in_rows(rows)
+        return one
+
+    def selected(self, target: Target) -> list[_Weight]:
+        """Return the weights that a target selects."""
+        if target == ALL_LINEAR:
+            beside = _parts_of_other_adapters(self.names)
+            tables = (m for m in self.names if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+            tied = {id(m._parameters.get("weight")) for m in tables} - {id(None)}
+            return [
+                one
+                for one in self.found
+                if one.slot.linear and id(one.parameter) not in tied and one.module not in beside
+            ]
+        matches = _predicate(target)
+        asked = {m for m, aliases in self.names.items() if matches(aliases, m)}
+        # torch's attention has its last projection in a child, and reads the weight there.
+        asked |= {m.out_proj for m in asked if isinstance(m, nn.MultiheadAttention)}
+        return [o for o in self.found if o.module in asked or matches(o.names, o.module)]
+
+
+def _predicate(target: object) -> Callable[[tuple[str, ...], nn.Module], bool]:
+    if isinstance(target, str):
+        search = re.compile(target).search
+        return lambda names, module: any(search(name) for name in names)
+    if callable(target):
+        return lambda names, module: bool(target(names[0], module))
+    raise ArgumentTypeError(
+        f"target_regex must be a regex, {ALL_LINEAR!r} or a predicate (name, module) -> bool, "
+        f"got {target!r} of type {type(target).__name__}"
+    )
+
+
+def _parts_of_other_adapters(names: ModuleNames) -> set[nn.Module]:
+    """Return the modules that PEFT has added beside the layers that it adapts."""
+    tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
+    found: set[nn.Module] = set()
+    for module in names if tuner is not None else ():
+        if isinstance(module, tuner):  # type: ignore[arg-type]
+            base = module._modules.get("base_layer")
+            kept = set() if base is None else set(base.modules())
+            found |= {one for one in module.modules() if one is not module} - kept
+    return found
+
+
 # --- what is asked for ---------------------------------------------------------------------------
 
 
-def _changeable(model: nn.Module, adapter: str) -> Survey:
-    """Return what the model consists of, if an adapter of that name can be added to it."""
+def _changeable(model: nn.Module, adapter: str) -> ModuleNames:
+    """Return the modules of a model with their names, if such an adapter can be added to it."""
     check_adapter_name(adapter)
     refuse_inside((layer for _, layer in adapted_layers(model)), "add an adapter")
-    survey = Survey(model)
-    wrapped = wrapped_for_distribution(survey.names)
+    names = module_names(model)
+    wrapped = wrapped_for_distribution(names)
     if wrapped is not None:
         raise TargetError(
             f"the model is wrapped by {type(wrapped).__name__} already, which would not see new "
@@ -368,93 +692,80 @@ def _changeable(model: nn.Module, adapter: str) -> Survey:
             f"the model has an adapter {adapter!r} already; choose another name, or remove it "
             f"with remove_adapters(model, {adapter!r})"
         )
-    return survey
-
-
-def _as_predicate(target: object, survey: Survey) -> Callable[[nn.Module], bool]:
-    names = survey.names
-    if target == ALL_LINEAR:
-        embeddings = {m._parameters.get("weight") for m in names if isinstance(m, nn.Embedding)}
-        tied = embeddings - {None}
-        return lambda module: survey.is_linear(module) and survey.weight(module) not in tied
-    if isinstance(target, str):
-        search = re.compile(target).search
-        return lambda module: any(search(name) for name in names[module])
-    if callable(target):
-        return lambda module: bool(target(names[module][0], module))
-    raise ArgumentTypeError(
-        f"target_regex must be a regex, {ALL_LINEAR!r} or a predicate (name, module) -> bool, "
-        f"got {target!r} of type {type(target).__name__}"
-    )
-
-
-def _select(survey: Survey, predicate: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:
-    """Return the modules that are asked for; an attention module asks for its four layers."""
-    asked = [module for module in survey.names if predicate(module)]
-    wanted = {part for module in asked for part in survey.parts.get(module, (module,))}
-    return [(name, module) for module, (name, *_) in survey.names.items() if module in wanted]
+    return names
 
 
 def _divide(
-    selected: list[tuple[str, nn.Module]],
-    survey: Survey,
-    config: AdapterConfig,
-    target: Target,
-) -> tuple[list[tuple[str, nn.Module]], tuple[SkippedModule, ...]]:
-    """Divide the selected modules into those to adapt and those to skip, with reasons."""
-    excluded, used = _excluded(survey, config.exclude), set[str]()
-    no_effect = survey.without_effect(config.dropout)
-    candidates, skipped, without_effect = [], [], []
-    for name, module in selected:
-        used_here = excluded.get(module, set())
-        used |= used_here
-        reason = "excluded" if used_here else survey.obstacle(module, config.method)
-        if reason is None and module in no_effect:
-            without_effect.append((name, no_effect[module]))
-        elif reason is None:
-            candidates.append((name, module))
-        elif _has_parameters(module):
-            skipped.append(SkippedModule(name, type(module).__name__, reason))
+    weights: _Weights, selected: list[_Weight], config: AdapterConfig, target: Target
+) -> tuple[list[_Weight], tuple[SkippedModule, ...]]:
+    """Divide what is selected into weights to adapt and those to skip, with reasons."""
+    used: set[str] = set()
+    candidates, skipped = [], []
+    for one in selected:
+        aliases = (*one.names, *one.module_names, *weights.owner_names.get(one.module, ()))
+        hits = _hits(config.exclude, aliases)
+        used |= hits
+        reason = "excluded" if hits else one.obstacle(config.method)
+        if reason is None and one.module in weights.preloaded:
+            reason = PRELOADED
+        if reason is None:
+            candidates.append(one)
+        else:
+            skipped.append(SkippedModule(one.name, one.type_name, reason, not hits))
+    if target != ALL_LINEAR:
+        beside, hits = _without_layout(weights, target, config.exclude)
+        skipped += beside
+        used |= hits
     _check_all_used("exclude", config.exclude, used, "no module that the target selects")
-    if without_effect:
-        listing = "; ".join(f"{name}: {why}" for name, why in without_effect)
-        raise TargetError(
-            f"adapters would have no effect here; leave these layers out with exclude=. {listing}"
-        )
     if not candidates:
-        raise TargetError(_nothing_matched(target, survey, skipped, config.method))
+        raise TargetError(_nothing_matched(target, weights, skipped, config.method))
     return candidates, tuple(skipped)
 
 
+def _without_layout(
+    weights: _Weights, target: Target, exclude: tuple[str, ...]
+) -> tuple[list[SkippedModule], set[str]]:
+    """Return what else a target matches and nothing declares, and the patterns that exclude it."""
+    matches = _predicate(target)
+    known = {one.module for one in weights.found}
+    skipped: list[SkippedModule] = []
+    used: set[str] = set()
+    for module, aliases in weights.names.items():
+        type_name, whole = type(module).__qualname__, matches(aliases, module)
+        unknown = weights.unknown_of.get(module, [])
+        if whole:
+            used |= _hits(exclude, aliases)
+        if whole and module not in known and not unknown and _has_parameters(module):
+            reason = f"no layer kind adapts {type_name}"
+            skipped.append(SkippedModule(aliases[0], type_name, reason))
+        for one in unknown:
+            if not whole and not matches((one.name,), module):
+                continue
+            hits = _hits(exclude, (*aliases, one.name))
+            used |= hits
+            reason = "excluded" if hits else one.reason
+            skipped.append(SkippedModule(one.name, type_name, reason, is_weight=not hits))
+    return skipped, used
+
+
 def _has_parameters(module: nn.Module) -> bool:
-    own = any(parameter is not None for parameter in module._parameters.values())
-    return own or isinstance(module, Projection)
+    return any(parameter is not None for parameter in module._parameters.values())
 
 
-def _excluded(survey: Survey, patterns: tuple[str, ...]) -> dict[nn.Module, set[str]]:
-    """Return each excluded module -> the patterns that exclude it.
-
-    A pattern that matches an attention module excludes its four layers.
-    """
-    excluded: dict[nn.Module, set[str]] = {}
-    for module, names in survey.names.items():
-        hits = {p for p in patterns if any(re.search(p, name) for name in names)}
-        for part in (module, *survey.parts.get(module, ())) if hits else ():
-            excluded.setdefault(part, set()).update(hits)
-    return excluded
+def _hits(patterns: tuple[str, ...], names: Iterable[str]) -> set[str]:
+    """Return the patterns that are found in any of the names."""
+    return {p for p in patterns if any(re.search(p, name) for name in names)}
 
 
 def _nothing_matched(
-    target: Target, survey: Survey, skipped: list[SkippedModule], method: str
+    target: Target, weights: _Weights, skipped: list[SkippedModule], method: str
 ) -> str:
     asked = repr(target) if isinstance(target, str) else "the predicate"
     if skipped:
         shown = "; ".join(f"{s.name} ({s.type_name}): {s.reason}" for s in skipped[:5])
         more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         return f"{asked} selects only modules that can't be adapted: {shown}{more}"
-    adaptable = [
-        name for module, (name, *_) in survey.names.items() if not survey.obstacle(module, method)
-    ]
+    adaptable = [one.name for one in weights.found if not one.obstacle(method)]
     if not adaptable:
         return f"{asked} selects nothing: the model has no layer that can be adapted"
     nearest = _nearest(target if isinstance(target, str) else "", adaptable)
@@ -474,33 +785,26 @@ def _nearest(pattern: str, names: list[str]) -> str:
     return ", ".join(repr(name) for name in best)
 
 
-# --- what it comes to ----------------------------------------------------------------------------
+# --- what follows from it ------------------------------------------------------------------------
 
 
 def _planned(
-    name: str,
-    module: nn.Module,
-    config: AdapterConfig,
-    r: int,
-    survey: Survey,
-    dtype: torch.dtype | None = None,
+    one: _Weight, config: AdapterConfig, r: int, dtype: torch.dtype | None = None
 ) -> PlannedLayer:
-    kind = survey.kind(module)
-    geometry = kind.geometry(module)
-    shape = kind.block_shape(module, config.method, r, config.r_out)
+    geometry = one.geometry
     return PlannedLayer(
-        name=name,
-        type_name=type(module).__name__,
+        name=one.name,
+        type_name=one.type_name,
         method=config.method,
         r=r,
         r_out=config.r_out,
         in_features=geometry.in_features,
         out_features=geometry.out_features,
-        parameters=math.prod(shape),
-        module=module,
-        kind=kind,
+        parameters=math.prod(one.block_shape(config.method, r, config.r_out)),
+        layout=one.slot.layout.pattern,
+        module=one.module,
+        slot=one.slot,
         dtype=dtype,
-        read=module in survey.read,
     )
 
 
@@ -514,36 +818,43 @@ def _check_all_used(
         )
 
 
-def _check_rank_pattern(config: AdapterConfig, targets: list[tuple[str, ...]]) -> None:
-    """Raise if an entry matches no name of any target."""
-    used = [
-        pattern
-        for pattern in config.rank_pattern
-        if any(re.search(pattern, name) for names in targets for name in names)
-    ]
-    _check_all_used("rank_pattern", config.rank_pattern, used, "none of the targets")
+def _check_used(config: AdapterConfig, weights: _Weights, targets: list[_Weight]) -> None:
+    """Raise if a regex that sets something for some targets matches none of them."""
+    names = [one.names for one in targets]
+    searched = [one.searched for one in targets]
+    for argument, patterns, found in (
+        ("rank_pattern", config.rank_pattern, names),
+        ("layouts", config.layouts, searched),
+        ("rows", config.rows, searched),
+    ):
+        used = [
+            pattern
+            for pattern in patterns
+            if any(re.search(pattern, name) for own in found for name in own)
+        ]
+        _check_all_used(argument, patterns, used, "none of the targets")
 
 
-def _check_sizes(
-    config: AdapterConfig, survey: Survey, sizes: list[tuple[str, nn.Module, int]]
-) -> None:
-    """Raise one error that lists every layer that r or r_out does not fit."""
-    misfits = []
-    for name, module, r in sizes:
-        kind = survey.kind(module)
-        misfit = kind.misfit(kind.geometry(module), r, config.r_out)
-        if misfit is not None:
-            misfits.append(f"{name or '(the model)'}: {misfit}")
-    if misfits:
-        shown = "; ".join(misfits[:10])
-        more = f"; and {len(misfits) - 10} more" if len(misfits) > 10 else ""
-        sizes_that_fit = "Choose a smaller r"
-        if config.r_out is not None:
-            sizes_that_fit += ", or an r_out that divides the outputs of all"
-        raise ArgumentError(
-            f"{shown}{more}. {sizes_that_fit}, give these layers their own r with rank_pattern=, "
-            "or leave them out with exclude="
-        )
+def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
+    shown = "; ".join(f"{one.name or '(the model)'}: {one.reason}" for one in misfits[:10])
+    more = f"; and {len(misfits) - 10} more" if len(misfits) > 10 else ""
+    sizes_that_fit = "Choose a smaller r"
+    if config.r_out is not None:
+        sizes_that_fit += ", or an r_out that divides the outputs of all"
+    return (
+        f"{shown}{more}. {sizes_that_fit}, give these layers their own r with rank_pattern=, "
+        "or leave them out with exclude="
+    )
+
+
+def _tied(names: ModuleNames, layers: Sequence[PlannedLayer]) -> tuple[tuple[str, ...], ...]:
+    """Return the names of planned weights that are one parameter in several modules."""
+    planned = {id(layer.module._parameters.get(layer.slot.parameter)) for layer in layers}
+    return tuple(
+        tuple(dict.fromkeys(aliases))
+        for aliases, (module, name) in named_parameters(names)
+        if len(set(aliases)) > 1 and id(module._parameters[name]) in planned - {id(None)}
+    )
 
 
 def can_train(parameter: nn.Parameter) -> bool:
@@ -596,10 +907,10 @@ def _counted_plan(
     ]
     kept = claimed_names(names, owners)
     blocks = [
-        layer.disha[other].block
+        one.block
         for layer in names
         if isinstance(layer, AdaptedLayer)
-        for other in layer.disha
+        for one in layer.disha.blocks().values()
     ]
     added = sum(layer.parameters for layer in layers)
     trainable = sum(

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from disha import freezing
+from disha import freezing, functional
 from disha.errors import AdapterStateError, ArgumentTypeError
-from disha.layers import Block
-from disha.layers.adapted import AdaptedLayer, refuse_merged
-from disha.layers.quantised import kept_packed
+from disha.layers import AdaptedWeight, Block
+from disha.layers.adapted import refuse_merged, weight_shape
+from disha.layers.opaque import kept_packed
 from disha.sharding import Ranks, local_part, obstacle_to_write, register_shards, write
 from disha.tree import adapted_layers, join, module_names, require_adapter, require_model
 
@@ -128,33 +128,43 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """
     register_shards(model)
     tensors = {}
-    for name, layer in require_adapter(model, adapter):
-        block = layer.disha[adapter]
-        _refuse_flattened(name, layer, block)
+    for name, weight in require_adapter(model, adapter):
+        block = weight.blocks[adapter]
+        _refuse_flattened(name, weight, block)
         tensors[join(name, block.parameter_name)] = block.block
-    users = {
-        (layer.weight_slot.module, layer.weight_slot.name): layer
+    merged = {
+        (layer, name): layer
         for _, layer in adapted_layers(model)
-        if layer.disha.merged is not None
+        for name in (() if layer.disha.merged is None else layer.disha.merged.originals)
     }
     for module, (name, *_) in module_names(model).items():
         for own_name in freezing.claimed(module, adapter):
             parameter = module._parameters[own_name]
-            if (module, own_name) in users:
-                layer = users[module, own_name]
+            if (module, own_name) in merged:
+                layer = merged[module, own_name]  # type: ignore[index]
                 refuse_merged([layer], f"take {join(name, own_name)} as the adapter's own")
             if parameter is not None:
                 tensors[join(name, own_name)] = parameter
     return tensors
 
 
-def _refuse_flattened(name: str, layer: AdaptedLayer, block: Block) -> None:
-    shape = tuple(layer.block_shape(layer, block.method, block.r, block.r_out))
+def _refuse_flattened(name: str, weight: AdaptedWeight, block: Block) -> None:
+    slot = block.slot
+    of_weight = weight_shape(weight.layer, slot)
+    flat = slot.layout.misfit(of_weight) is not None
+    shape = (
+        ()
+        if flat
+        else functional.block_shape(
+            block.method, slot.layout, of_weight, block.r, block.r_out, slot.rows
+        )
+    )
     parameter = block._parameters.get(block.parameter_name)
     if parameter is None or tuple(parameter.shape) != shape:
         found = "gone" if parameter is None else f"of shape {tuple(parameter.shape)}"
+        needed = f"and its weight of shape {of_weight}" if flat else f"must be of shape {shape}"
         raise AdapterStateError(
-            f"the block of {name or 'the model'} is {found}, must be of shape {shape}. If "
+            f"the block of {name or 'the model'} is {found}, {needed}. If "
             "FullyShardedDataParallel has flattened it: use fully_shard in its place, or come "
             "again inside FullyShardedDataParallel.summon_full_params"
         )

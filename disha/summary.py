@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from disha.layers.quantised import parameter_count
+from disha.layers.opaque import parameter_count
 from disha.tables import table
-from disha.tree import adapted_layers, require_model
+from disha.tree import adapted_weights, require_model
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -106,11 +106,10 @@ def summary(model: nn.Module) -> Summary:
             r_out=block.r_out,
             parameters=block.block.numel(),
             scale=block.strength,
-            active=block in layer.disha.live,
+            active=adapter in weight.layer.disha.active,
         )
-        for name, layer in adapted_layers(model)
-        for adapter in layer.disha
-        for block in (layer.disha[adapter],)
+        for name, weight in adapted_weights(model)
+        for adapter, block in weight.blocks.items()
     )
     return Summary(
         trainable=sum(parameter_count(p) for p in parameters if p.requires_grad),

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
-from disha.layers.adapted import CHILD_NAME, AdaptedLayer, Adapters
+from disha.layers.adapted import CHILD_NAME, AdaptedLayer, AdaptedWeight, Adapters
 
 __all__ = [
     "ModuleNames",
     "adapted_layers",
+    "adapted_weights",
     "adapter_names",
+    "imported_class",
     "join",
     "module_names",
     "named_parameters",
@@ -35,6 +37,15 @@ __all__ = [
 ModuleNames = dict[nn.Module, tuple[str, ...]]
 
 
+def imported_class(module: str, name: str) -> type | None:
+    """Return a class of a module that has been imported by now, or None.
+
+    Whoever uses the class has imported it, and importing it here could take seconds.
+    """
+    cls: type | None = getattr(sys.modules.get(module), name, None)
+    return cls
+
+
 @dataclass(frozen=True)
 class _Wrapper:
     """A class that holds the wrapped module as its child `child`."""
@@ -45,10 +56,7 @@ class _Wrapper:
     distributes: bool
 
     def imported(self) -> type | None:
-        # Looked up among what is imported: whoever wrapped the model imported the wrapper, and
-        # importing it here could take seconds.
-        cls: type | None = getattr(sys.modules.get(self.module), self.name, None)
-        return cls
+        return imported_class(self.module, self.name)
 
 
 _WRAPPERS = (
@@ -147,28 +155,35 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
             yield name, module
 
 
+def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
+    """Iterate over the adapted weights of the model, each once, with its clean name."""
+    for layer_name, layer in adapted_layers(model):
+        for name in dict.fromkeys(name for _, name in layer.disha.blocks()):
+            yield join(layer_name, name), AdaptedWeight(layer, name)
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters in the model, in the order they are met."""
     return list(dict.fromkeys(name for _, layer in adapted_layers(model) for name in layer.disha))
 
 
-def require_adapter(model: nn.Module, adapter: str) -> list[tuple[str, AdaptedLayer]]:
-    """Return the layers that have the adapter, with their clean names.
+def require_adapter(model: nn.Module, adapter: str) -> list[tuple[str, AdaptedWeight]]:
+    """Return the weights that have the adapter, with their clean names.
 
     Raises:
-        ArgumentError: no layer has it.
+        ArgumentError: no weight has it.
         ArgumentTypeError: `adapter` is no str.
     """
     if not isinstance(adapter, str):
         raise ArgumentTypeError(
             f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
         )
-    layers = [(name, layer) for name, layer in adapted_layers(model) if adapter in layer.disha]
-    if not layers:
+    weights = [(name, one) for name, one in adapted_weights(model) if adapter in one.blocks]
+    if not weights:
         known = adapter_names(model)
         found = f"it has {', '.join(map(repr, known))}" if known else "it has none"
         raise ArgumentError(f"the model has no adapter {adapter!r}; {found}")
-    return layers
+    return weights
 
 
 def require_model(model: object, argument: str = "model") -> nn.Module:

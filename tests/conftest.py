@@ -74,8 +74,8 @@ def perturb(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, AdaptedLayer):
-                for adapter in module.disha:
-                    block = module.disha[adapter].block
+                for one in module.disha.blocks().values():
+                    block = one.block
                     block.copy_(torch.randn(block.shape, generator=generator) * size)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests import test_attention, test_kinds, test_quantised, test_whole_models
+from tests import test_attention, test_kinds, test_layouts, test_quantised, test_whole_models
 
 PAGE = Path(__file__).parents[1] / "docs" / "features.md"
 
@@ -43,8 +43,15 @@ for that row, in every variant and dtype; an empty cell means that one did not. 
 LAYERS = """\
 ## Layer kinds
 
-BAT is for linear layers; Bone and tile are for all. A subclass of one of these classes counts as
-its class, with a forward of its own respected. `disha.register_layer_kind` teaches further kinds.
+A subclass of one of these classes counts as its class, with a forward of its own respected.
+`disha.register_layer_kind` teaches further kinds.
+"""
+
+LAYOUTS = """\
+## Layouts
+
+Every layout with every method, in modules that use weights of it in different ways. *Routing* means
+that it works, or is refused where one weight serves the whole batch.
 """
 
 ATTENTION = """\
@@ -180,6 +187,13 @@ def layer_name(case: str) -> str:
     return class_name(cls.__module__, cls.__name__)
 
 
+def layout_name(case: str) -> str:
+    """Return a row of tests/test_layouts.py with the class of its module."""
+    cls = type(test_layouts.TABLE[case].make())
+    own = cls.__module__ == test_layouts.__name__
+    return case if own else f"{case}: {class_name(cls.__module__, cls.__name__)}"
+
+
 def dtypes(results: list[Result]) -> str:
     """Return the dtypes in which everything passed."""
     by_dtype: dict[str, list[bool]] = {}
@@ -212,6 +226,28 @@ TABLES = (
             "routing": feature("test_routing_equals_running_the_samples_one_by_one"),
             "dropout": feature("test_dropout_acts_in_training_only_and_is_unbiased"),
             "compile": feature("test_compiled_is_eager"),
+            "copy, pickle": feature("test_copies_compute_the_same"),
+        },
+        {"dtypes": dtypes},
+    ),
+    Table(
+        test_layouts,
+        LAYOUTS,
+        "layout",
+        layout_name,
+        test_layouts.PAIRS,
+        {
+            "identity at injection": feature("test_injection_changes_no_bit"),
+            "forward": feature("test_forward_is_that_of_the_dense_weight"),
+            "gradients": feature("test_gradients_are_those_of_the_dense_weight"),
+            "merge, exact unmerge": feature("test_merged_is_unmerged_and_comes_back_bit_for_bit"),
+            "save, load": feature("test_file_round_trip_gives_equal_outputs"),
+            "removal": feature("test_removal_restores"),
+            "several adapters": feature("test_several_adapters_add_up_and_switch_off"),
+            "routing": feature("test_routing_equals_running_the_samples_one_by_one_or_is_refused"),
+            "compile": feature("test_compiled_once_whatever_changes"),
+            "export": feature("test_exported_is_eager"),
+            "FSDP2": feature("test_fully_sharded"),
             "copy, pickle": feature("test_copies_compute_the_same"),
         },
         {"dtypes": dtypes},

@@ -83,7 +83,7 @@ class Page:
         self.path = path
         self.text = path.read_text(encoding="utf-8")
         self.blocks = blocks_of(self.text)
-        self._namespace: dict[str, Any] = {"__name__": "__main__"}
+        self.namespace: dict[str, Any] = {"__name__": "__main__"}
 
     def run(self) -> Iterator[tuple[Block, str]]:
         """Run the blocks in their order; yield each with what it printed."""
@@ -99,7 +99,7 @@ class Page:
             return ""
         lines = "\n" * (block.line - 1) + block.code  # so that tracebacks name the page's lines
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            exec(compile(lines, str(self.path), "exec"), self._namespace)
+            exec(compile(lines, str(self.path), "exec"), self.namespace)
         return said.getvalue()
 
     def rewritten(self) -> str:

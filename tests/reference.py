@@ -10,12 +10,12 @@ blocks and b of input shards (both counted over the zero-padded size):
   zero columns to multiples of r and dW cropped to W's size;
 - `merged_weight`      W' = W + sum of s dW;
 - `linear`             y = W' x + b, the product with the dense merged weight;
-- `bat_unmerge`        the tile equation W'_ab = W_ab (I + s D_a) + s D_a solved for W_ab. In a last
-  shard that is cropped to w columns, the columns of W_ab beyond w are zero, which leaves the first
-  w rows and columns of I + s D_a.
+- `layout_delta_weight`  dW of a weight of any layout, one matrix of its stack after another.
 
 They are differentiable, so that autograd of these loops is the oracle for gradients.
 """
+
+from itertools import product
 
 import torch
 
@@ -71,22 +71,6 @@ def linear(x, weight, bias, blocks_and_scales):
     return y if bias is None else y + bias
 
 
-def bat_unmerge(merged, block, scale):
-    out_features, in_features = merged.shape
-    r = block.shape[-1]
-    weight = torch.zeros_like(merged)
-    for o in range(out_features):
-        update = scale * block[o // r]
-        for start in range(0, in_features, r):
-            width = min(r, in_features - start)
-            inverse = torch.linalg.inv(
-                torch.eye(width, dtype=merged.dtype) + update[:width, :width]
-            )
-            row = merged[o, start : start + width] - update[o % r, :width]
-            weight[o, start : start + width] = row @ inverse
-    return weight
-
-
 def conv_delta_weight(block, in_channels, out_channels):
     """dW[o, i, k] = D[o mod r_out, i mod r, k] for every output o, input i of its group, position.
 
@@ -121,3 +105,52 @@ def embedding_delta_weight(block, rows, dim, padding_idx=None):
         row = [block[i % r, d % r_out] for d in range(dim)]
         delta.append(torch.stack(row) * (0.0 if i == padding_idx else 1.0))
     return torch.stack(delta)
+
+
+def matrices(pattern, shape, groups=1):
+    """Yield, for each matrix of a weight: its sizes, where it is in the weight and in the block.
+
+    (out, in), (o, i) -> index of the weight, (kept block, whether it is BAT's) -> own block.
+    """
+    if pattern == "out in":
+        yield shape, lambda o, i: (o, i), lambda block, bat: block
+    elif pattern in ("in out", "index out"):
+        yield shape[::-1], lambda o, i: (i, o), lambda block, bat: block
+    elif pattern == "expert out in":
+        for e in range(shape[0]):
+            yield shape[1:], lambda o, i, e=e: (e, o, i), lambda block, bat, e=e: block[e]
+    elif pattern == "expert in out":
+        for e in range(shape[0]):
+            yield shape[:0:-1], lambda o, i, e=e: (e, i, o), lambda block, bat, e=e: block[e]
+    elif pattern == "out in *kernel":
+        for k in product(*map(range, shape[2:])):
+            yield (
+                shape[:2],
+                lambda o, i, k=k: (o, i, *k),
+                lambda block, bat, k=k: block[k] if bat else block[(..., *k)].T,
+            )
+    elif pattern == "in out *kernel":
+        inputs = shape[0] // groups
+        for g, *k in product(range(groups), *map(range, shape[2:])):
+            yield (
+                (shape[1], inputs),
+                lambda o, i, g=g, k=k: (g * inputs + i, o, *k),
+                lambda block, bat, g=g, k=k: (
+                    block[(g, *k)] if bat else block[(..., *k)].chunk(groups)[g]
+                ),
+            )
+
+
+def layout_delta_weight(bat, pattern, block, weight, rows=(), groups=1, padding_idx=None):
+    delta = torch.zeros(weight.shape, dtype=weight.dtype)
+    for (outputs, inputs), at, own in matrices(pattern, weight.shape, groups):
+        chosen = [o for o in range(outputs) if not rows or any(a <= o < b for a, b in rows)]
+        matrix = torch.stack(
+            [torch.stack([weight[at(o, i)] for i in range(inputs)]) for o in chosen]
+        )
+        update = delta_weight(matrix, own(block, bat))
+        for row, o in enumerate(chosen):
+            for i in range(inputs):
+                if i != padding_idx:
+                    delta[at(o, i)] = update[row, i]
+    return delta

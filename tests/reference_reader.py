@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import numpy
 
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-LAYOUTS = ("linear", "linear_in_out", "conv", "conv_transposed", "embedding")
+LAYOUTS = (
+    *("out in", "in out", "index out", "out in *kernel", "in out *kernel"),
+    *("expert out in", "expert in out"),
+)
 LARGEST = 3.4028234663852886e38
 REQUIRED = object()
 
@@ -35,7 +38,10 @@ class Layer:
     r_out: int | None
     inputs: int
     outputs: int
-    layout: str | None
+    layout: str
+    groups: int
+    padding_idx: int | None
+    rows: list
     scale: float
     base: str | None
 
@@ -138,6 +144,20 @@ def is_scale(value):
     return is_number(value) and -LARGEST <= value <= LARGEST
 
 
+def are_ranges(value):
+    if not isinstance(value, list) or not value:
+        return False
+    for one in value:
+        if not (isinstance(one, list) and len(one) == 2 and all(map(is_integer, one))):
+            return False
+    ends = [0, *(end for one in sorted(value) for end in one)]
+    return all(first < stop for first, stop in value) and ends == sorted(ends)
+
+
+def are_rows(value):
+    return value == [] or (are_ranges(value) and value == sorted(value) and value[-1][1] < 2**31)
+
+
 def is_list_of_text(value):
     return isinstance(value, list) and all(map(is_text, value))
 
@@ -150,13 +170,19 @@ def optional(check):
     return lambda value: value is None or check(value)
 
 
+def is_object_of(check):
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
 CONFIG = {
     "r": (REQUIRED, is_positive),
     "target": ("all-linear", optional(is_text)),
     "method": ("bone", one_of("bone", "bat")),
     "r_out": (None, optional(is_positive)),
     "exclude": ([], is_list_of_text),
-    "rank_pattern": ({}, lambda v: isinstance(v, dict) and all(map(is_positive, v.values()))),
+    "rank_pattern": ({}, is_object_of(is_positive)),
+    "layouts": ({}, is_object_of(one_of(*LAYOUTS))),
+    "rows": ({}, is_object_of(are_ranges)),
     "dropout": (0, lambda value: is_number(value) and 0 <= value < 1),
     "scale": (1, is_scale),
     "dtype": (None, one_of("float16", "bfloat16", "float32", "float64", None)),
@@ -170,12 +196,12 @@ GROUP = {
     "r_out": (None, optional(is_size)),
     "in": (REQUIRED, is_size),
     "out": (REQUIRED, is_size),
-    "layout": (None, one_of(*LAYOUTS, None)),
+    "layout": (REQUIRED, one_of(*LAYOUTS)),
+    "groups": (1, is_size),
+    "padding_idx": (None, lambda value: value is None or (is_integer(value) and value >= 0)),
+    "rows": ([], are_rows),
     "scale": (REQUIRED, is_scale),
-    "base": (
-        REQUIRED,
-        lambda value: isinstance(value, dict) and all(map(optional(is_text), value.values())),
-    ),
+    "base": (REQUIRED, is_object_of(optional(is_text))),
 }
 
 HEADER = {
@@ -183,7 +209,7 @@ HEADER = {
     "config": (REQUIRED, lambda value: isinstance(value, dict)),
     "layers": (REQUIRED, lambda value: isinstance(value, list)),
     "also_train": (REQUIRED, is_list_of_text),
-    "metadata": (REQUIRED, lambda v: isinstance(v, dict) and all(map(is_text, v.values()))),
+    "metadata": (REQUIRED, is_object_of(is_text)),
 }
 
 
@@ -209,7 +235,8 @@ def read(data):
         group = fields_of(found, GROUP)
         need(group["kind"] == config["method"], "kind and configuration disagree")
         need(group["r_out"] == config["r_out"], "r_out and configuration disagree")
-        shared = [group[name] for name in ("kind", "r", "r_out", "in", "out", "layout", "scale")]
+        check_group(found, group)
+        shared = [group[name] for name in GROUP if name != "base"]
         layers += [Layer(name, *shared, base) for name, base in group["base"].items()]
     need(layers, "no layer")
     need(len({layer.name for layer in layers}) == len(layers), "a layer twice")
@@ -223,48 +250,88 @@ def read(data):
     return Adapter(text, layers, header["also_train"], header["metadata"], dtypes, tensors)
 
 
+def check_group(found, group):
+    for name, only in (("groups", "in out *kernel"), ("padding_idx", "index out")):
+        need(name not in found or group["layout"] == only, f"{name} for another layout")
+    need("padding_idx" not in found or is_integer(found["padding_idx"]), "padding_idx is null")
+    need("rows" not in found or found["rows"], "empty rows")
+    need((group["padding_idx"] or 0) < group["in"], "padding_idx beyond the inputs")
+    count = sum(stop - first for first, stop in group["rows"])
+    need(not count or count == group["out"], "rows and out disagree")
+
+
 def check_shape(layer, shape):
-    if layer.layout is None:
-        return
     r, outputs = layer.r, layer.r_out or layer.outputs
     need(r <= layer.inputs, "r is larger than in")
     need(layer.outputs % outputs == 0, "r_out does not divide out")
-    if layer.kind == "bat":
-        need(layer.layout in ("linear", "linear_in_out"), "BAT for another layout")
-        need(shape == (-(-layer.outputs // r), r, r), "shape")
-    elif layer.layout == "conv":
-        need(shape[:2] == (outputs, r) and 3 <= len(shape) <= 5, "shape")
-    elif layer.layout == "conv_transposed":
-        need(3 <= len(shape) <= 5 and shape[1] == outputs, "shape")
-        need(shape[0] >= r and shape[0] % r == 0, "shape")
+    need(all(shape), "an empty block")
+    sizes = (r, outputs) if layer.kind == "bone" else (-(-layer.outputs // r), r, r)
+    if layer.layout == "out in *kernel" and layer.kind == "bone":
+        need(shape[:2] == (outputs, r) and len(shape) >= 3, "shape")
+    elif layer.layout == "in out *kernel" and layer.kind == "bone":
+        need(shape[:2] == (layer.groups * r, outputs) and len(shape) >= 3, "shape")
+    elif layer.layout == "out in *kernel":
+        need(shape[-3:] == sizes and len(shape) >= 4, "shape")
+    elif layer.layout == "in out *kernel":
+        need(shape[-3:] == sizes and shape[0] == layer.groups and len(shape) >= 5, "shape")
+    elif layer.layout.startswith("expert"):
+        need(shape[1:] == sizes, "shape")
     else:
-        need(shape == (r, outputs), "shape")
+        need(shape == sizes, "shape")
 
 
 # --- weights -------------------------------------------------------------------------------------
 
 
-def update(layer, weight, block):
-    """Return dW, one element after the other."""
-    if layer.layout == "linear_in_out":
-        return linear_update(layer, weight.T, block).T
-    if layer.layout == "linear":
-        return linear_update(layer, weight, block)
-    r, result = layer.r, numpy.zeros(weight.shape)
-    for first in range(weight.shape[0]):
-        for second in range(weight.shape[1]):
-            if layer.layout == "conv":
-                part = block[first % block.shape[0], second % r]
-            elif layer.layout == "conv_transposed":
-                group, i = divmod(first, layer.inputs)
-                part = block[group * r + i % r, second % block.shape[1]]
-            else:
-                part = block[first % r, second % block.shape[1]]
-            result[first, second] = part
-    return result
+def matrices(layer, weight):
+    """Return the matrices (out, in) that a weight is made of, by their place in the stack.
+
+    They are views: writing into them changes the weight.
+    """
+    layout = layer.layout
+    if layout == "out in":
+        return {(): weight}
+    if layout in ("in out", "index out"):
+        return {(): weight.T}
+    if layout == "expert out in":
+        return {(e,): weight[e] for e in range(len(weight))}
+    if layout == "expert in out":
+        return {(e,): weight[e].T for e in range(len(weight))}
+    found = {}
+    for position in numpy.ndindex(weight.shape[2:]):
+        at = weight[(slice(None), slice(None), *position)]
+        if layout == "out in *kernel":
+            found[position] = at
+            continue
+        size = len(weight) // layer.groups
+        for group in range(layer.groups):
+            found[(group, *position)] = at[group * size : (group + 1) * size].T
+    return found
 
 
-def linear_update(layer, weight, block):
+def blocks(layer, block, places):
+    """Return the block of one matrix for each place in the stack."""
+    if layer.kind == "bone" and "*kernel" in layer.layout:
+        return {place: matrix.T for place, matrix in matrices(layer, block).items()}
+    return {place: block[place] for place in places}
+
+
+def rows_of(layer):
+    return [row for first, stop in layer.rows for row in range(first, stop)]
+
+
+def add_update(layer, weight, base, block):
+    """Add s dW to a weight, one element after the other; dW comes from the base weight."""
+    own, before = matrices(layer, weight), matrices(layer, base)
+    for place, part in blocks(layer, block, own).items():
+        rows = rows_of(layer) or list(range(layer.outputs))
+        delta = matrix_update(layer, before[place][rows], part)
+        if layer.padding_idx is not None:
+            delta[:, layer.padding_idx] = 0
+        own[place][rows] += layer.scale * delta
+
+
+def matrix_update(layer, weight, block):
     r, result = layer.r, numpy.zeros(weight.shape)
     for o in range(layer.outputs):
         for i in range(layer.inputs):
@@ -280,17 +347,20 @@ def linear_update(layer, weight, block):
 
 
 def place(layer, parameters):
-    """Return the name of the parameter that holds a layer's weight, and its rows there."""
-    own = f"{layer.name}.weight" if layer.name else "weight"
-    if own in parameters:
-        return own, slice(None)
+    """Return the name of the parameter that holds a layer's weight."""
     owner, _, part = layer.name.rpartition(".")
     prefix = f"{owner}." if owner else ""
-    apart, packed = f"{prefix}{part}_weight", f"{prefix}in_proj_weight"
-    if apart in parameters:
-        return apart, slice(None)
-    first = ("q_proj", "k_proj", "v_proj").index(part) * layer.outputs
-    return packed, slice(first, first + layer.outputs)
+    names = [f"{layer.name}.weight" if layer.name else "weight", layer.name]
+    if part in ("q_proj", "k_proj", "v_proj"):
+        names.append(f"{prefix}in_proj_weight" if layer.rows else f"{prefix}{part}_weight")
+    return next(name for name in names if name in parameters)
+
+
+def adapted_part(layer, weight):
+    """Return the rows of a weight that are adapted, laid out as the weight is."""
+    if not layer.rows:
+        return weight
+    return numpy.take(weight, rows_of(layer), axis=layer.layout.split().index("out"))
 
 
 def merged(adapter, parameters):
@@ -300,9 +370,8 @@ def merged(adapter, parameters):
         result[name] = adapter.tensors[name].copy()
     base = {name: value.copy() for name, value in result.items()}
     for layer in adapter.layers:
-        name, rows = place(layer, parameters)
-        delta = update(layer, base[name][rows], adapter.tensors[layer.key])
-        result[name][rows] += layer.scale * delta
+        name = place(layer, parameters)
+        add_update(layer, result[name], base[name], adapter.tensors[layer.key])
     return result
 
 

@@ -16,7 +16,7 @@ from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.combining import Summand, combine_contents
 from disha.files.contents import read_contents, write_contents
 from disha.fingerprint import fingerprint
-from disha.tree import adapted_layers
+from disha.tree import require_adapter
 from tests.adapter_files import every_kind, save
 from tests.conftest import perturb
 
@@ -36,9 +36,8 @@ def combine(*weighted, **reading):
 def updates(model, adapter):
     """Layer -> s * dW of an adapter, for the layers that it has."""
     return {
-        name: layer.disha[adapter].strength * layer.delta_weight(layer.disha[adapter])
-        for name, layer in adapted_layers(model)
-        if adapter in layer.disha
+        name: weight.blocks[adapter].strength * weight.delta_weight(weight.blocks[adapter])
+        for name, weight in require_adapter(model, adapter)
     }
 
 
@@ -65,15 +64,14 @@ def test_equals_the_sum_within_a_model_bit_for_bit(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["bone", "tile"])
 def test_different_r_get_the_least_common_multiple(tmp_path, kind):
-    target = "^(?!padded)"
-    a = save(tmp_path / "a", r=4, seed=1, scale=3.0, **{**KINDS[kind], "target_regex": target})
-    b = save(tmp_path / "b", r=6, seed=2, **{**KINDS[kind], "target_regex": target})
+    a = save(tmp_path / "a", seed=1, scale=3.0, **{**KINDS[kind], "r": 4})
+    b = save(tmp_path / "b", seed=2, **{**KINDS[kind], "r": 6})
     header, tensors = combine((a, 0.3), (b, -2.0))
     assert {layer.r for layer in header.layers} == {12}
     write_contents(tmp_path / "sum", header, tensors)
     model = load_all({"a": a, "b": b, "sum": tmp_path / "sum"})
     parts, total = [updates(model, name) for name in ("a", "b")], updates(model, "sum")
-    assert len(total) == 9
+    assert len(total) == 10
     for name, delta in total.items():
         torch.testing.assert_close(
             delta, 0.3 * parts[0][name] - 2 * parts[1][name], rtol=0, atol=1e-12
@@ -204,16 +202,11 @@ REFUSED = {
         {"target_regex": "linear", "r_out": 3},
         "different kinds.*r_out=3 in",
     ),
-    "another r of BAT": (KINDS["bat"], {**KINDS["bat"], "r": 5}, "BAT blocks.*r=4.*r=5"),
+    "another r of BAT": (KINDS["bat"], {**KINDS["bat"], "r": 2}, "bat blocks.*r=4.*r=2"),
     "too large a multiple": (
         {"target_regex": "linear"},
         {"target_regex": "linear", "r": 5},
         "'linear'.*r=20.*only 14 inputs.*as LoRA",
-    ),
-    "r of an unknown layout": (
-        {"target_regex": "padded"},
-        {"target_regex": "padded", "r": 6},
-        "'padded'.*beside the layer.*combine_adapters",
     ),
 }
 
@@ -231,7 +224,7 @@ def test_refused(tmp_path, case):
     [
         ("linear", "'linear' has different sizes: .*14 -> 6 in .*14 -> 8 in"),
         ("conv", r"'conv': blocks of shapes .*\(6, 4, 2, 3\), \(6, 4, 3, 3\)"),
-        ("embed", "'embed' is laid out in different ways .*embedding in .*linear in"),
+        ("embed", "'embed' is laid out in different ways .*'index out' in .*'out in' in"),
     ],
 )
 def test_another_models_layers_are_refused(tmp_path, target, says):

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import disha
 from tests.conftest import perturb
-from tests.test_readers import Reader
+from tests.test_effective import Reader
 
 
 class Mixed(nn.Module):

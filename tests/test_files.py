@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import stat
@@ -28,7 +29,7 @@ from disha.config import AdapterConfig
 from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.contents import adapter_contents, blocks_only, load_contents, read_contents
 from disha.files.header import contradictions
-from disha.layers.linear import AdaptedLinear
+from disha.functional import Layout
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
 
 
@@ -91,7 +92,7 @@ class TestRoundTrip:
         model = disha.inject_adapters(nn.Linear(4, 3), "all-linear", 2, init="kaiming")
         disha.save_adapter(model, path)
         other = nn.Linear(4, 3)
-        other.load_state_dict({"weight": model.weight, "bias": model.bias})
+        other.load_state_dict({"weight": model.base_weight, "bias": model.bias})
         assert disha.load_adapter(other, path).matched == ("bone_block",)
         x = torch.randn(2, 4)
         assert torch.equal(other(x), model(x))
@@ -278,12 +279,17 @@ class TestContents:
     @pytest.mark.parametrize(
         ("layout", "shape", "expected"),
         [
-            ("conv", (6, 2, 3, 3, 3, 3), "(6, 2, 3, 3, 3)"),
-            ("conv", (), "(6, 2, 1)"),
-            ("conv_transposed", (5, 6, 3), "(4, 6, 3)"),
-            ("conv_transposed", (1, 6, 3), "(2, 6, 3)"),
-            ("conv_transposed", (), "(2, 6, 1)"),
-            ("conv_transposed", (4, 6, 3, 3, 3, 3), "(4, 6, 3, 3, 3)"),
+            (Layout("out in"), (2, 7), "(2, 6)"),
+            (Layout("out in *kernel"), (6, 3, 3), "(6, 2, 3)"),
+            (Layout("in out *kernel", groups=2), (5, 6, 3), "(4, 6, 3)"),
+            (Layout("in out *kernel", groups=2), (2, 6, 3), "(4, 6, 3)"),
+            (Layout("expert in out"), (4, 2, 7), "(4, 2, 6)"),
+            (Layout("out in"), (), None),
+            (Layout("out in"), (1, 2, 6), None),
+            (Layout("out in *kernel"), (), None),
+            (Layout("out in *kernel"), (6, 2), None),
+            (Layout("in out *kernel"), (), None),
+            (Layout("expert in out"), (2, 6), None),
         ],
     )
     def test_which_shape_a_block_must_have(self, layout, shape, expected):
@@ -295,8 +301,10 @@ class TestContents:
             tensors={record.key: TensorRecord(shape, torch.float32)},
             metadata={},
         )
-        says = f"(the model): expected a block of shape {expected}, found {shape}"
-        assert contradictions(header) == [says]
+        says = f"expected a block of shape {expected}, found {shape}"
+        if expected is None:
+            says = f"a block of shape {shape} does not go with the layout {layout.pattern!r}"
+        assert contradictions(header) == [f"(the model): {says}"]
 
 
 class TestLayersThatDiffer:
@@ -447,29 +455,49 @@ class TestLayout:
     @pytest.mark.parametrize(
         ("layer", "layout"),
         [
-            (nn.Linear(8, 8), "linear"),
-            (nn.Conv2d(8, 8, 3), "conv"),
-            (nn.ConvTranspose1d(8, 8, 3), "conv_transposed"),
-            (nn.Embedding(8, 8), "embedding"),
-            (nn.Embedding(8, 8, padding_idx=1), None),
+            (nn.Linear(8, 8), Layout("out in")),
+            (nn.Conv2d(8, 8, 3), Layout("out in *kernel")),
+            (nn.ConvTranspose1d(8, 8, 3), Layout("in out *kernel")),
+            (nn.ConvTranspose1d(8, 8, 3, groups=2), Layout("in out *kernel", groups=2)),
+            (nn.Embedding(8, 8), Layout("index out")),
+            (nn.Embedding(8, 8, padding_idx=1), Layout("index out", padding_idx=1)),
+            (nn.Bilinear(8, 8, 3), Layout("expert out in")),
         ],
     )
-    def test_is_recorded(self, path, layer, layout):
-        disha.save_adapter(disha.inject_adapters(nn.Sequential(layer), "0", r=4), path)
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    def test_is_recorded_and_comes_back(self, path, layer, layout, method):
+        base = nn.Sequential(copy.deepcopy(layer))
+        model = disha.inject_adapters(copy.deepcopy(base), "0", r=4, method=method)
+        perturb(model)
+        disha.save_adapter(model, path)
         assert disha.inspect_adapter(path).layers[0].layout == layout
+        assert disha.load_adapter(base, path).complete
+        blocks = (one[0].disha["default"] for one in (base, model))
+        assert torch.equal(*(block.block for block in blocks))
 
-    def test_of_a_kind_with_an_update_of_its_own_is_none(self):
-        class Halved(AdaptedLinear):
-            def delta_weight(self, block):
-                return super().delta_weight(block) / 2
+    def test_rows_are_recorded_and_come_back(self, path):
+        base = nn.Sequential(nn.Linear(8, 8))
+        model = disha.inject_adapters(copy.deepcopy(base), "0", 4, rows={"0": [(5, 7), (0, 2)]})
+        perturb(model)
+        disha.save_adapter(model, path)
+        layer = disha.inspect_adapter(path).layers[0]
+        assert (layer.rows, layer.out_features) == (((0, 2), (5, 7)), 4)
+        disha.load_adapter(base, path)
+        assert torch.equal(base[0].weight + 0, model[0].weight + 0)
 
-        class Known(Halved):
-            weight_layout = "linear"
-
-        for kind in (Halved, Known):
-            kind.layer_kind = kind
-        assert Halved.layout(nn.Linear(2, 2)) is None
-        assert Known.layout(nn.Linear(2, 2)) == "linear"
+    def test_weights_below_a_layer_have_its_name_before_theirs(self, path):
+        base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "lstm": nn.LSTM(8, 4)})
+        model = disha.inject_adapters(copy.deepcopy(base), "v_proj|weight_hh", 4)
+        perturb(model)
+        disha.save_adapter(model, path)
+        found = {layer.name: layer for layer in disha.inspect_adapter(path).layers}
+        assert list(found) == ["attention.v_proj", "lstm.weight_hh_l0"]
+        assert found["attention.v_proj"].rows == ((16, 24),)
+        assert found["attention.v_proj"].key == "attention.v_proj.bone_block"
+        disha.load_adapter(base, path)
+        for one, other in ((base["lstm"], model["lstm"]), (base["attention"], model["attention"])):
+            pairs = zip(one.disha.blocks().values(), other.disha.blocks().values(), strict=True)
+            assert all(torch.equal(a.block, b.block) for a, b in pairs)
 
 
 class TestInspect:
@@ -506,7 +534,7 @@ class TestInspect:
             "1      bone    3  6 -> 12    3x12   float16",
             "also trained: 0.bias, 1.bias",
             "task: docs",
-            f"{path}: format 1, 2 layers, 66 parameters, {path.stat().st_size} bytes",
+            f"{path}: format 1, 2 layers, 66 parameters, {path.stat().st_size:,} bytes",
         ]
 
     def test_a_model_that_is_one_layer_is_called_so(self, path):
@@ -638,7 +666,25 @@ BAD_HEADERS = {
     "layer twice": (lambda h: h["layers"].append(first_layer(h)), "q_proj' twice"),
     "no name": (lambda h: first_layer(h).update(base={}), "disagree"),
     "layout": (lambda h: first_layer(h).update(layout="square"), "unknown layout 'square'"),
-    "layout as list": (lambda h: first_layer(h).update(layout=[]), "unknown layout"),
+    "layout as list": (lambda h: first_layer(h).update(layout=[]), "must be a JSON str"),
+    "no layout": (lambda h: first_layer(h).pop("layout") and None, "must be a JSON str"),
+    "layout of more axes": (
+        lambda h: first_layer(h).update(layout="expert out in"), "does not go with the layout"),
+    "groups": (lambda h: first_layer(h).update(groups=2), "'groups' goes with the layout"),
+    "no groups": (
+        lambda h: first_layer(h).update(layout="in out *kernel", groups=0), "must be a size"),
+    "padding": (lambda h: first_layer(h).update(padding_idx=1), "'padding_idx' goes with"),
+    "padding beyond": (
+        lambda h: first_layer(h).update(layout="index out", padding_idx=8), "an index below 'in'"),
+    "other rows": (lambda h: first_layer(h).update(rows=[[0, 3]]), "it has 3 rows"),
+    "rows as numbers": (lambda h: first_layer(h).update(rows=[0, 8]), "a list of pairs"),
+    "rows that overlap": (
+        lambda h: first_layer(h).update(rows=[[0, 5], [3, 6]]), "must not overlap"),
+    "rows out of order": (
+        lambda h: first_layer(h).update(rows=[[4, 8], [0, 4]]), "in their order"),
+    "huge rows": (
+        lambda h: first_layer(h).update(rows=[[2**70, 2**70 + 8]]), "in their order, below"),
+    "rows beyond the weight": (lambda h: first_layer(h).update(rows=[[4, 12]]), "rows"),
     "fingerprint": (
         lambda h: first_layer(h)["base"].update({"layers.0.attn.q_proj": 3}), "is no text"),
     "beside as text": (lambda h: h.update(also_train="a"), "JSON list"),

@@ -1,4 +1,4 @@
-"""disha.functional against the loops of reference.py."""
+"""Shards, and Bone, tile and BAT of one matrix, against the loops of reference.py."""
 
 import pytest
 import torch
@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from disha import functional
 from disha.errors import DishaError
+from disha.functional import Layout
 from tests import reference
 
+MATRIX = Layout("out in")
 METHODS = ("bone", "tile", "bat")
 # in, out, r, r_out: r divides both; neither; the columns only; the rows only; r above out; r = 1;
 # r = in; one row
@@ -57,14 +59,13 @@ def forward(method):
     return functional.bat_forward if method == "bat" else functional.bone_forward
 
 
+def name_of(method):
+    """The method's name in the table: a tile is Bone with r_out."""
+    return "bone" if method == "tile" else method
+
+
 def delta_weight(method, weight, block):
-    if method == "bat":
-        return functional.bat_delta_weight(weight, block)
-    return functional.bone_delta_weight(block, weight.shape[1], weight.shape[0])
-
-
-def unmerge(method):
-    return functional.bat_unmerge if method == "bat" else functional.bone_unmerge
+    return functional.delta_weight(name_of(method), MATRIX, block, weight)
 
 
 def check_against_oracle(method, case, scale, tolerance):
@@ -158,13 +159,17 @@ def test_shard_sum_accumulates_in_the_dtype_asked_for():
     assert wide.item() == 259.0
 
 
-@pytest.mark.parametrize("spatial", [1, 2, 3])
-def test_channel_shard_sum_accumulates_in_the_dtype_asked_for(spatial):
+@pytest.mark.parametrize("dim", [-2, -3, -4])
+def test_shard_sum_of_another_dimension(dim):
     values = torch.tensor([256.0, 1.0, 1.0, 1.0], dtype=torch.bfloat16)
-    x = values.view(-1, *[1] * spatial)
-    wide = functional.channel_shard_sum(x, 1, 1, spatial, dtype=torch.float32)
+    x = values.view(-1, *[1] * (-dim - 1))
+    wide = functional.shard_sum(x, 1, torch.float32, dim)
     assert wide.dtype == torch.float32
     assert wide.item() == 259.0
+    x = torch.randn(2, 3, 5, 4, 7, dtype=torch.float64)
+    for r in (1, 2, 3, 4):
+        expected = reference.shard_sum(x.movedim(dim, -1), r).movedim(-1, dim)
+        close(functional.shard_sum(x, r, dim=dim), expected, 1e-12)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -237,64 +242,6 @@ def test_zero_block_leaves_every_bit(method, sizes, dtype, bias):
         weight, [(delta_weight(method, weight, torch.zeros_like(block)), 1.0)]
     )
     assert torch.equal(merged, weight)
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_unmerge_undoes_the_merge(method, sizes, scale):
-    _, weight, _, block = make_case(method, sizes)
-    block = 0.2 * block  # keeps I + s D well away from singular
-    merged = reference.merged_weight(weight, [(block, scale)])
-    close(unmerge(method)(merged, block, scale), weight, 1e-10)
-    if method == "bat":
-        close(reference.bat_unmerge(merged, block, scale), weight, 1e-10)
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_bat_unmerge_equals_the_loop_on_any_weight(sizes):
-    _, merged, _, block = make_case("bat", sizes)
-    block = 0.2 * block
-    close(functional.bat_unmerge(merged, block), reference.bat_unmerge(merged, block, 1.0), 1e-10)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_unmerge_keeps_the_dtype_of_the_weight(method, dtype):
-    _, weight, _, block = (tensor.detach() for tensor in make_case(method, SIZES[1]))
-    block = 0.2 * block
-    merged = reference.merged_weight(weight, [(block, 1.0)]).to(dtype)
-    recovered = unmerge(method)(merged, block.to(dtype))
-    assert recovered.dtype == dtype
-    # W', D and the result are rounded to eps; (I + D)^-1 magnifies it a few times
-    torch.testing.assert_close(recovered.double(), weight, rtol=0, atol=32 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("in_features", [4, 5])
-def test_singular_bat_block_raises_instead_of_returning_garbage(in_features):
-    block = torch.zeros(2, 2, 2)
-    block[1] = -torch.eye(2)
-    with pytest.raises(DishaError, match="singular") as caught:
-        functional.bat_unmerge(torch.ones(4, in_features), block)
-    assert isinstance(caught.value, ValueError)
-    with pytest.raises(DishaError, match="singular"):
-        functional.bat_unmerge(torch.ones(4, in_features), 2 * block, scale=0.5)
-
-
-def test_bat_block_that_is_singular_in_the_cropped_shard_only_raises():
-    # I + D is invertible, its upper left entry is 0: the last, one column wide shard is lost
-    block = torch.tensor([[[-1.0, 1.0], [1.0, 0.0]]])
-    functional.bat_unmerge(torch.ones(2, 4), block)
-    with pytest.raises(DishaError, match="singular"):
-        functional.bat_unmerge(torch.ones(2, 5), block)
-
-
-def test_bat_block_that_is_singular_beyond_the_only_shard_is_none_to_raise_for():
-    block = torch.tensor([[[1.0, 1.0], [1.0, -0.5]]])  # I + D has rank 1, its upper left entry is 2
-    column = torch.tensor([[3.0], [5.0]])
-    assert torch.equal(functional.bat_unmerge(column, block), torch.tensor([[1.0], [2.0]]))
-    with pytest.raises(DishaError, match="singular"):
-        functional.bat_unmerge(torch.ones(2, 2), block)
 
 
 def half_ulp(exact, dtype):
@@ -462,9 +409,9 @@ def test_blocks_that_do_not_fit_are_refused():
         functional.bone_delta(x, torch.zeros(2, 3), out_features=7)
     with pytest.raises(DishaError, match="3 must divide it"):
         functional.bone_delta_weight(torch.zeros(2, 3), in_features=8, out_features=7)
-    with pytest.raises(DishaError, match=r"\(3, 2, 1\) does not fit an output of 7: 3 must divide"):
-        functional.conv_delta_weight(torch.zeros(3, 2, 1), in_features=8, out_features=7)
-    with pytest.raises(DishaError, match=r"7 rows and r=2 has shape \(4, 2, 2\), got \(1, 2, 2\)"):
+    with pytest.raises(
+        DishaError, match=r"\(7, 8\) and r=2 has shape \(4, 2, 2\), got \(1, 2, 2\)"
+    ):
         functional.bat_delta_weight(weight, torch.zeros(1, 2, 2))
 
 
@@ -472,21 +419,6 @@ def test_adding_under_a_transform_writes_into_nothing():
     deltas = torch.randn(3, 2)
     mapped = torch.func.vmap(lambda delta: functional.added(torch.ones(2), delta))(deltas)
     assert torch.equal(mapped, 1 + deltas)
-
-
-def test_a_wider_block_gives_the_same_update():
-    block = torch.randn(3, 5, dtype=torch.float64)
-    wider = functional.widened_block(block, 3, 6)
-    for inputs in (6, 7, 20):
-        narrow = functional.bone_delta_weight(block, inputs, 5)
-        assert torch.equal(functional.bone_delta_weight(wider, inputs, 5), narrow)
-    assert functional.widened_block(block, 3, 3) is block
-
-
-def test_groups_of_a_block_are_widened_apart():
-    block = torch.arange(8.0).view(2, 4)  # two groups of r = 2 along dim 1
-    expected = torch.tensor([[0, 1, 0, 1, 2, 3, 2, 3], [4, 5, 4, 5, 6, 7, 6, 7]]).float()
-    assert torch.equal(functional.widened_block(block, 2, 4, dim=1), expected)
 
 
 def test_a_weighted_sum_is_rounded_once_and_leaves_its_terms():
@@ -508,12 +440,17 @@ ON_META = {
     "bat_delta_weight": lambda block: functional.bat_delta_weight(
         torch.empty(6, 7, device=META), block.view(3, 2, 2)
     ),
-    "conv_delta_weight": lambda block: functional.conv_delta_weight(block.view(6, 2, 1), 7, 6),
-    "embedding_delta_weight": lambda block: functional.embedding_delta_weight(
-        block, 7, 6, padding_idx=3
+    "convolution": lambda block: functional.delta_weight(
+        "bone", Layout("out in *kernel"), block.view(6, 2, 1), torch.empty(6, 7, 1, device=META)
+    ),
+    "embedding": lambda block: functional.delta_weight(
+        "bone", Layout("index out", padding_idx=3), block, torch.empty(7, 6, device=META)
+    ),
+    "rows": lambda block: functional.delta_weight(
+        "bone", MATRIX, block, torch.empty(9, 7, device=META), rows=((1, 4), (5, 8))
     ),
     "weighted_sum": lambda block: functional.weighted_sum([(block, 0.5)]),
-    "widened_block": lambda block: functional.widened_block(block, 2, 4),
+    "widened": lambda block: functional.widened("bone", MATRIX, block, 2, 4),
 }
 
 
@@ -530,8 +467,6 @@ def test_the_default_scale_is_one():
     )
     for function, own in ((functional.bone_forward, block), (functional.bat_forward, bat)):
         assert torch.equal(function(x, weight, bias, own), function(x, weight, bias, own, 1.0))
-    for function, own in ((functional.bone_unmerge, block), (functional.bat_unmerge, 0.1 * bat)):
-        assert torch.equal(function(weight, own), function(weight, own, 1.0))
     indices = torch.arange(4)
     assert torch.equal(
         functional.embedding_delta(indices, block, 9),
@@ -545,46 +480,3 @@ def test_embeddings_are_rows_of_the_scaled_update(scale):
     found = functional.embedding_delta(indices, block, 6, scale, padding_idx=9)
     expected = float(scale) * reference.embedding_delta_weight(block, 10, 6, padding_idx=9)
     close(found, expected[indices], 1e-12)
-
-
-def test_attention_returns_its_softmax_only_if_asked():
-    q, k, v = (torch.randn(3, 2, 4) for _ in range(3))
-    assert functional.attention(q, k, v, 2)[1] is None
-    assert functional.attention(q, k, v, 2, need_weights=True)[1].shape == (2, 2, 3, 3)
-
-
-class TestRoutedBatDelta:
-    """Whether there is a product for all samples at once."""
-
-    def case(self, tokens=2):
-        torch.manual_seed(0)
-        x, weight = (torch.randn(size, 8, dtype=torch.float64) for size in (tokens, 12))
-        blocks = [make_block("bat", (8, 12, 4, 3)) for _ in range(2)]
-        return x, weight, blocks
-
-    def test_the_scales_and_the_blocks_of_the_loops(self):
-        x, weight, blocks = self.case()
-        with torch.no_grad():
-            found = functional.routed_bat_delta(
-                x, weight, blocks, [0.5, -2.0], torch.tensor([1, 0])
-            )
-        deltas = [reference.bat_delta_weight(weight, block) for block in blocks]
-        expected = torch.stack([-2.0 * deltas[1] @ x[0], 0.5 * deltas[0] @ x[1]])
-        close(found, expected, 1e-10)
-
-    def test_none_where_gradients_are_recorded(self):
-        x, weight, blocks = self.case()
-        choices = torch.tensor([1, 0])
-        assert functional.routed_bat_delta(x, weight, blocks, [1.0, 1.0], choices) is None
-
-    @torch.no_grad()
-    def test_none_for_many_tokens(self):
-        x, weight, blocks = self.case(tokens=400)
-        choices = torch.tensor([1, 0])
-        assert functional.routed_bat_delta(x, weight, blocks, [1.0, 1.0], choices) is None
-
-    @torch.no_grad()
-    def test_none_for_operands_of_different_dtypes(self):
-        x, weight, blocks = self.case()
-        choices = torch.tensor([1, 0])
-        assert functional.routed_bat_delta(x.float(), weight, blocks, [1.0, 1.0], choices) is None

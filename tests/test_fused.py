@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disha import functional
-from disha.functional import fused
+import disha
+from disha.functional import Update, adapted_linear, fused, method_of
 from tests import reference
-from tests.test_functional import SIZES, make_block, random_sizes, strided_copy
+from tests.test_functional import SIZES, make_block, name_of, random_sizes, strided_copy
 
 METHODS = ("bone", "tile", "bat")
 
@@ -55,6 +58,14 @@ def check(method, case, scale, tolerance=1e-10):
 @pytest.mark.parametrize("method", METHODS)
 def test_values_and_gradients_are_those_of_the_loops(method, sizes, tokens, scale, bias):
     check(method, case_of(method, sizes, lead=(tokens,), bias=bias), scale)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_lie_in_memory_by_their_columns(method, sizes, tokens):
+    x, weight, bias, block = case_of(method, sizes, lead=(tokens,))
+    check(method, (x, weight.T.contiguous().T, bias, block), 0.5)
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
@@ -189,9 +200,8 @@ def test_what_is_kept_for_backward(method, sizes):
     case = case_of(method, sizes, lead=(2, 10))
     x, weight, bias, block = case
     scale = 0.5 if method != "bat" else 1.0
-    kept = kept_by(lambda: functional.adapted_linear(
-        x, weight, bias, **{"bats" if method == "bat" else "bones": [(block, scale)]}
-    ))  # fmt: skip
+    updates = [Update(name_of(method), block, scale)]
+    kept = kept_by(lambda: adapted_linear(x, weight, bias, updates))
     own = {tensor.untyped_storage().data_ptr() for tensor in (weight, bias, block)}
     extra = {address: size for address, size in kept.items() if address not in own}
     if method == "bat":
@@ -203,43 +213,60 @@ def test_what_is_kept_for_backward(method, sizes):
 class TestChoice:
     """adapted_linear takes the fused products where they apply, and plain autograd elsewhere."""
 
-    def used(self, monkeypatch, *arguments, **options):
+    def used(self, monkeypatch, x, weight, bias, *updates):
+        """Return which fused products gave a result, and the output."""
         calls = []
-        for name in ("bone_linear", "bat_linear"):
-            original = getattr(fused, name)
-            monkeypatch.setattr(
-                f"disha.functional.linear.{name}",
-                lambda *a, _run=original, _name=name: calls.append(_name) or _run(*a),
-            )
-        output = functional.adapted_linear(*arguments, **options)
-        return calls, output
+
+        def watch(name):
+            run = method_of(name).linear_product
+
+            def watched(*operands):
+                output = run(*operands)
+                calls.extend([] if output is None else [f"{name}_linear"])
+                return output
+
+            monkeypatch.setattr(method_of(name), "linear_product", watched, raising=False)
+
+        watch("bone")
+        watch("bat")
+        return calls, adapted_linear(x, weight, bias, updates)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_fused(self, monkeypatch, method):
         x, weight, bias, block = case_of(method, (8, 12, 4, 3))
-        kind = "bats" if method == "bat" else "bones"
-        calls, output = self.used(monkeypatch, x, weight, bias, **{kind: [(block, 0.5)]})
-        assert calls == ["bat_linear" if method == "bat" else "bone_linear"]
+        update = Update(name_of(method), block, 0.5)
+        calls, output = self.used(monkeypatch, x, weight, bias, update)
+        assert calls == [f"{update.method}_linear"]
         expected = reference.linear(x, weight, bias, [(block, 0.5)])
         torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_fused_under_autocast(self, monkeypatch, method):
         x, weight, bias, block = case_of(method, (8, 12, 4, 3), torch.float32)
-        kind = "bats" if method == "bat" else "bones"
+        update = Update(name_of(method), block, 0.5)
         with torch.autocast("cpu", torch.bfloat16):
-            calls, output = self.used(monkeypatch, x, weight, bias, **{kind: [(block, 0.5)]})
-        assert calls == ["bat_linear" if method == "bat" else "bone_linear"]
+            calls, output = self.used(monkeypatch, x, weight, bias, update)
+        assert calls == [f"{update.method}_linear"]
         assert output.dtype == torch.bfloat16
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_wider_bat_blocks_are_fused_in_the_dtype_of_their_layer(self, monkeypatch, count):
         sizes = (8, 12, 4, 3)
         x, weight, bias, _ = case_of("bat", sizes, torch.bfloat16)
-        bats = [(make_block("bat", sizes, torch.float32), 0.5) for _ in range(count)]
-        calls, output = self.used(monkeypatch, x, weight, bias, bats=bats)
+        updates = [
+            Update("bat", make_block("bat", sizes, torch.float32), 0.5) for _ in range(count)
+        ]
+        calls, output = self.used(monkeypatch, x, weight, bias, *updates)
         assert calls == ["bat_linear"]
         assert output.dtype == torch.bfloat16
+
+    def test_the_first_of_several_bone_blocks_is_fused(self, monkeypatch):
+        x, weight, bias, block = case_of("bone", (8, 12, 4, 3))
+        updates = Update("bone", block, 0.5), Update("bone", block, -2.0)
+        calls, output = self.used(monkeypatch, x, weight, bias, *updates)
+        assert calls == ["bone_linear"]
+        expected = reference.linear(x, weight, bias, [(block, -1.5)])
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
     @pytest.mark.parametrize("why", ["weight trains", "tensor scale", "other dtype", "transform"])
     def test_plain(self, monkeypatch, why):
@@ -251,44 +278,23 @@ class TestChoice:
             scale = torch.tensor(0.5, dtype=torch.float64)
         elif why == "other dtype":
             block = block.detach().float().requires_grad_()
+        update = Update("bone", block, scale)
         if why == "transform":
             calls, output = [], torch.func.vmap(
-                lambda one: functional.adapted_linear(one, weight, bias, [(block, scale)])
+                lambda one: self.used(monkeypatch, one, weight, bias, update)[1]
             )(x)  # fmt: skip
         else:
-            calls, output = self.used(monkeypatch, x, weight, bias, [(block, scale)])
+            calls, output = self.used(monkeypatch, x, weight, bias, update)
         assert calls == []
         tolerance = 1e-5 if why == "other dtype" else 1e-10
         expected = reference.linear(x, weight, bias, [(block.double(), 0.5)])
         torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
 
-    def test_several_of_both_kinds(self):
-        x, weight, bias, block = case_of("bone", (8, 12, 4, 3))
-        others = [make_block("tile", (8, 12, 2, 3)).requires_grad_()]
-        bats = [make_block("bat", (8, 12, r, 3)).requires_grad_() for r in (4, 4, 2)]
-        for some in (bats[:2], bats, []):
-            bones = [(block, 0.5), (others[0], -1.0)]
-            pairs = [(bat, 0.3) for bat in some]
-            output = functional.adapted_linear(x, weight, bias, bones, pairs)
-            merged = weight
-            for bone, scale in bones:
-                merged = merged + scale * reference.bone_delta_weight(bone, 8, 12)
-            for bat, scale in pairs:
-                merged = merged + scale * reference.bat_delta_weight(weight, bat)
-            expected = x @ merged.T + bias
-            torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
-            wanted = [x, block, *others, *some]
-            found = torch.autograd.grad(output.square().sum(), wanted)
-            exact = torch.autograd.grad(expected.square().sum(), wanted)
-            for one, other in zip(found, exact, strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-
     @pytest.mark.parametrize("method", ["bone", "bat"])
     def test_autocast_of_a_float32_layer(self, method):
         x, weight, bias, block = case_of(method, (64, 48, 8, 12), torch.float32, lead=(5, 9))
-        kind = "bats" if method == "bat" else "bones"
         with torch.autocast("cpu", torch.bfloat16):
-            output = functional.adapted_linear(x, weight, bias, **{kind: [(block, 1.0)]})
+            output = adapted_linear(x, weight, bias, [Update(method, block)])
             assert output.dtype == F.linear(x, weight, bias).dtype
         output.float().square().sum().backward()
         assert x.grad.dtype == block.grad.dtype == torch.float32
@@ -313,7 +319,7 @@ class TestChoice:
 
     def test_a_backward_inside_autocast_is_not_rounded(self):
         x, weight, bias, block = case_of("bat", (8, 12, 4, 3), torch.float32)
-        output = functional.adapted_linear(x, weight, bias, bats=[(block, 1.0)])
+        output = adapted_linear(x, weight, bias, [Update("bat", block)])
         outside = torch.autograd.grad(output.sum(), [x, block], retain_graph=True)
         with torch.autocast("cpu", torch.bfloat16):
             inside = torch.autograd.grad(output.sum(), [x, block])
@@ -335,18 +341,63 @@ def test_streaming_is_chosen_for_few_tokens_without_gradients_only(monkeypatch):
     assert not calls
 
 
-@pytest.mark.parametrize("each", [1, 3])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_routed_blocks_are_those_of_the_loops(sizes, each):
-    in_features, out_features, *_ = sizes
-    weight = torch.randn(out_features, in_features, dtype=torch.float64)
-    blocks = torch.stack([make_block("bat", sizes) for _ in range(4)])
-    x = torch.randn(4 * each, 2, in_features, dtype=torch.float64)
-    expected = torch.cat(
-        [
-            sample @ reference.bat_delta_weight(weight, block).T
-            for sample, block in zip(x.split(each), blocks, strict=True)
-        ]
-    )
-    found = fused.routed_bat_delta(x, weight, blocks)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_forward_of_a_bone_layer_enters_a_dozen_functions(gradients):
+    layer, x = disha.BoneLinear(8, 12, r=4), torch.randn(3, 8)
+    layer(x)
+    folder, entered = str(Path(disha.__file__).parent), []
+
+    def see(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            entered.append(frame.f_code.co_name)
+
+    with torch.set_grad_enabled(gradients):
+        before = sys.getprofile()
+        sys.setprofile(see)
+        layer(x)
+        sys.setprofile(before)
+    assert 5 < len(entered) <= 12, entered
+
+
+class TestFloat16:
+    """Shard sums that float16 can't hold, of outputs that it can."""
+
+    SIZES = (96, 12, 4, 3)
+    LARGE = 4000.0  # 24 shards of it are 96,000; float16 ends at 65,504
+
+    def case(self, method):
+        """Return x whose shard sums are 96,000, a W that sees little of it, b and a small block."""
+        _, weight, bias, block = case_of(method, self.SIZES, torch.float16)
+        x = torch.full((5, 96), self.LARGE, dtype=torch.float16)
+        block = (block.detach().sign() * 2.0**-10).requires_grad_()
+        return x.requires_grad_(), weight * 2.0**-8, bias, block
+
+    @pytest.mark.parametrize("way", ["fused", "plain", "autocast", "plain autocast"])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_values_and_gradients(self, method, way):
+        x, weight, bias, block = self.case(method)
+        wide = [t.detach().double().requires_grad_() for t in (x, weight, bias, block)]
+        if "autocast" in way:
+            x, weight, bias, block = (
+                t.detach().float().requires_grad_(t is not weight) for t in (x, weight, bias, block)
+            )
+        scale = torch.tensor(0.5) if "plain" in way else 0.5  # a tensor's is not fused
+        with torch.autocast("cpu", torch.float16, enabled="autocast" in way):
+            output = adapted_linear(x, weight, bias, [Update(name_of(method), block, scale)])
+        assert output.dtype == torch.float16
+        expected = reference.linear(*wide[:3], [(wide[3], 0.5)])
+        assert (output.double() - expected).norm() < 0.01 * expected.norm()
+        cotangent = torch.randn_like(output) * 2.0**-8
+        found = torch.autograd.grad(output, (x, bias, block), cotangent)
+        exact = torch.autograd.grad(expected, (wide[0], *wide[2:]), cotangent.double())
+        for one, other in zip(found, exact, strict=True):
+            assert (one.double() - other).norm() < 0.01 * other.norm()
+
+    @pytest.mark.parametrize("tokens", [1, 5])
+    def test_without_gradients_bat_streams_or_not(self, tokens):
+        x, weight, bias, block = (t.detach() for t in self.case("bat"))
+        x = x[:tokens]
+        output = fused.bat_linear(x, weight, bias, block)
+        wide = [t.double() for t in (x, weight, bias, block)]
+        expected = reference.linear(*wide[:3], [(wide[3], 1.0)])
+        assert (output.double() - expected).norm() < 0.01 * expected.norm()

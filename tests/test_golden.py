@@ -11,15 +11,14 @@ import disha
 from tests import reference_reader
 from tests.conftest import assert_unchanged, snapshot
 from tests.golden import make
-from tests.golden.cases import CASES, EARLY, FOLDER, OUTPUTS, file_of
+from tests.golden.cases import CASES, FOLDER, OUTPUTS, file_of
 
 EXPECTED = json.loads(OUTPUTS.read_text())
-ALL = {**CASES, **EARLY}
 
 
 def loaded(name):
     """Return the base of a case with its adapter loaded; the fingerprints must fit."""
-    model = ALL[name].base()
+    model = CASES[name].base()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert disha.load_adapter(model, file_of(name)).complete
@@ -28,35 +27,31 @@ def loaded(name):
 
 def test_every_file_has_its_case_and_every_case_its_output():
     found = {path.name for path in FOLDER.glob("*.safetensors")}
-    assert found == {file_of(name).name for name in ALL}
-    assert EXPECTED.keys() == ALL.keys()
+    assert found == {file_of(name).name for name in CASES}
+    assert EXPECTED.keys() == CASES.keys()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CASES)
 def test_holds_what_was_trained(name):
-    case, model = ALL[name], loaded(name)
+    case, model = CASES[name], loaded(name)
     found, expected = case.values(model), case.values(case.trained())
     assert [value.dtype for value in found] == [value.dtype for value in expected]
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CASES)
 def test_gives_the_same_outputs(name):
-    case = ALL[name]
+    case = CASES[name]
     output, expected = loaded(name)(case.inputs()), torch.tensor(EXPECTED[name])
     within = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[case.dtype]
     torch.testing.assert_close(output.float(), expected, rtol=within, atol=within)
     assert not torch.allclose(case.base()(case.inputs()).float(), expected, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CASES)
 def test_another_reader_merges_the_same(name):
     read = reference_reader.read(file_of(name).read_bytes())
-    parameters = dict(ALL[name].base().named_parameters())
-    if name in EARLY:
-        for layer in read.layers:
-            assert layer.layout is None
-            layer.layout = "linear"
+    parameters = dict(CASES[name].base().named_parameters())
     expected = reference_reader.merged(
         read, {name: value.detach().double().numpy() for name, value in parameters.items()}
     )
@@ -79,9 +74,9 @@ def test_saved_again_it_is_the_same(name, tmp_path):
     assert new.read_bytes() == safetensors.torch.save(kept, {"disha": before.text})
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CASES)
 def test_replaces_an_adapter_in_place(name):
-    case = ALL[name]
+    case = CASES[name]
     model = disha.inject_adapters(case.base(), **case.adapter)
     disha.load_adapter(model, file_of(name), replace=True)
     assert all(map(torch.equal, case.values(model), case.values(case.trained())))

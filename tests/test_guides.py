@@ -1,4 +1,4 @@
-"""Every block of code in the guides, the migration pages and `choosing.md` runs as it stands.
+"""Every block of code in the guides, the migration pages and some others runs as it stands.
 
 Every promise in `guarantees.md` names a test.
 """
@@ -9,17 +9,18 @@ import re
 
 import pytest
 
-from disha.layers import registry
+from disha.layers import kinds
 from tests.pages import DOCS, ROOT, Page
 
-PAGES = sorted([*DOCS.glob("guides/*.md"), *DOCS.glob("migrating/*.md"), DOCS / "choosing.md"])
+ALONE = [DOCS / "choosing.md", DOCS / "mechanism.md"]
+PAGES = sorted([*DOCS.glob("guides/*.md"), *DOCS.glob("migrating/*.md"), *ALONE])
 NAMES = [str(page.relative_to(DOCS)) for page in PAGES]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=NAMES)
 def test_code_runs_and_prints_what_the_page_says(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "LAYER_KINDS", dict(registry.LAYER_KINDS))
+    monkeypatch.setattr(kinds, "LAYER_KINDS", dict(kinds.LAYER_KINDS))
     for block, printed in Page(path).run():
         if block.output is not None:
             assert printed == block.output, f"line {block.line}"

@@ -94,6 +94,37 @@ class TestTargets:
         assert torch.allclose(model(x), before + x @ delta.T, atol=1e-6)
 
 
+class TestForwardsOfInstances:
+    """Device hooks set a forward on the instance, which runs the class's own."""
+
+    def test_one_that_calls_the_former(self, model, tokens):
+        head, forward = model.head, model.head.forward
+        head.forward = lambda x: forward(x)
+        before = model(tokens)
+        disha.inject_adapters(model, "head", 2)
+        assert torch.equal(model(tokens), before)
+        perturb(model)
+        output = model(tokens)
+        assert not torch.allclose(output, before)
+        disha.merge_adapters(model)
+        assert torch.allclose(model(tokens), output, atol=1e-6)
+
+    @pytest.mark.parametrize("hooked_first", [True, False])
+    def test_hooks_of_accelerate(self, hooked_first):
+        hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+        layer, x = nn.Linear(6, 4), torch.randn(2, 6)
+        model, plain = nn.Sequential(layer), layer(x)
+        if hooked_first:
+            hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"))
+        disha.inject_adapters(model, "0", 2, init="kaiming")
+        if not hooked_first:
+            hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"))
+        dense = torch.nn.functional.linear(x, layer.merged_weight(["default"]), layer.bias)
+        assert torch.allclose(model(x), dense, atol=1e-6)
+        with disha.adapters_disabled(model):
+            assert torch.equal(model(x), plain)
+
+
 class TestIdentity:
     @pytest.mark.parametrize("method", ["bone", "bat"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -112,7 +143,7 @@ class TestIdentity:
         keys = list(model.state_dict())
         disha.inject_adapters(model, "all-linear", 2)
         assert model.layers[0]["attn"].q_proj is q_proj is model.elsewhere[0]
-        assert q_proj.weight is weight
+        assert q_proj.base_weight is weight
         assert isinstance(q_proj, nn.Linear)
         assert [key for key in model.state_dict() if "disha" not in key] == keys
         model(tokens)
@@ -401,29 +432,6 @@ class TestRefusals:
     def test_lazy_layer_says_what_to_do(self):
         with pytest.raises(TargetError, match="run the model once"):
             disha.inject_adapters(nn.Sequential(nn.LazyLinear(4)), "0", 2)
-
-    def test_layers_with_a_forward_of_their_instance(self, model):
-        head, forward = model.head, model.head.forward
-        head.forward = lambda x: forward(x)  # as device hooks do
-        before = snapshot(model)
-        with pytest.raises(TargetError, match="head: a forward of its own is set on the instance"):
-            disha.inject_adapters(model, "all-linear", 2)
-        assert_unchanged(model, before)
-
-    def test_the_remedy_for_hooks_of_accelerate(self):
-        hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
-        layer, x = nn.Linear(6, 4), torch.randn(2, 6)
-        model = nn.Sequential(layer)
-        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"))
-        with pytest.raises(TargetError, match=r"remove_hook_from_module.*del module\.forward"):
-            disha.inject_adapters(model, "0", 2)
-        hooks.remove_hook_from_module(layer)
-        del layer.forward
-        disha.inject_adapters(model, "0", 2, init="kaiming")
-        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"))
-        with disha.adapters_disabled(model):
-            plain = model(x)
-        assert not torch.allclose(model(x), plain)
 
     @pytest.mark.parametrize("options", [{"r": 2**63}, {"r": 2, "r_out": 2**63}])
     def test_huge_sizes(self, model, options):

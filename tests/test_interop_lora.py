@@ -18,10 +18,11 @@ import transformers
 from torch import nn
 
 import disha
+from disha import AdapterFileError
 from disha.files import pieces
 from disha.files.contents import adapter_contents, read_contents, write_contents
 from disha.files.json_files import LARGEST_CONFIG
-from disha.functional import bat_delta_weight, bone_delta_weight
+from disha.functional import Layout, bat_delta_weight, bone_delta_weight
 from disha.interop import lora, low_rank
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
 
@@ -380,15 +381,6 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-class Reader(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(8, 24)
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
-
-
 class SelfAttention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -410,7 +402,6 @@ SILENT = [
         torch.randn(3, 8),
         "Doubled has a forward of its own",
     ),
-    (lambda: nn.Sequential(Reader()), "qkv", torch.randn(3, 8), "reads its weight"),
     (
         lambda: nn.Sequential(encoder()),
         "linear1",
@@ -453,41 +444,25 @@ def test_layers_beside_those_that_are_read_are_not_refused(tmp_path):
     check_served(base, tmp_path, ours, torch.randn(2, 3, 8), 1e-5)
 
 
-class Gain(nn.Module):
+class Mix(nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(6))
+        self.weight = nn.Parameter(torch.ones(6, 6))
 
     def forward(self, x):
-        return x * self.weight
-
-
-class AdaptedGain(disha.AdaptedLayer):
-    @classmethod
-    def geometry(cls, module):
-        return disha.Geometry(6, 6)
-
-    @classmethod
-    def block_shape(cls, module, method, r, r_out):
-        return (r,)
-
-    def delta_weight(self, block):
-        return block.block.repeat(-(-6 // block.r))[:6]
-
-    def delta_output(self, block, input):
-        return block.dropped(input) * self.delta_weight(block) * block.current_scale()
+        return x @ self.weight
 
 
 @pytest.fixture
-def _gain():
+def _mix():
     from disha.layers import LAYER_KINDS
 
-    disha.register_layer_kind(Gain, AdaptedGain)
+    disha.register_layer_kind(Mix, {"weight": "in out"})
     yield
-    del LAYER_KINDS[Gain]
+    del LAYER_KINDS[Mix]
 
 
-@pytest.mark.usefixtures("_gain")
+@pytest.mark.usefixtures("_mix")
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -496,7 +471,11 @@ def _gain():
         (nn.Conv1d(8, 8, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
         (nn.ConvTranspose1d(8, 8, 3), "does not know a ConvTranspose1d"),
         (nn.Embedding(8, 8, max_norm=0.5), "has max_norm"),
-        (Gain(), "does not know a Gain"),
+        (Mix(), "does not know a Mix"),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+            "its weight is computed",
+        ),
     ],
 )
 def test_layers_that_peft_has_no_lora_for(tmp_path, layer, message):
@@ -740,7 +719,7 @@ def test_away_from_the_model_bat_needs_the_base(tmp_path):
     header, tensors = adapter_contents(ours)
     with refused(tmp_path, "pass what gives", kind=disha.ArgumentError):
         lora.write_lora(tmp_path / "lora", header, tensors, rank=4)
-    with refused(tmp_path, "the base weight is", kind=disha.AdapterFileError):
+    with refused(tmp_path, "the weight there is", kind=disha.AdapterFileError):
         lora.write_lora(tmp_path / "lora", header, tensors, rank=4, base=lambda _: torch.ones(3, 8))
 
 
@@ -749,7 +728,7 @@ def test_away_from_the_model_bat_needs_the_base(tmp_path):
     [
         (nn.Conv1d(8, 8, 3), "is a convolution"),
         (nn.ConvTranspose1d(8, 8, 3), "LoRA has no form for 1 of 1 layers"),
-        (nn.Embedding(8, 8, padding_idx=1), "LoRA has no form for 1 of 1 layers"),
+        (nn.Bilinear(8, 8, 3), "LoRA has no form for 1 of 1 layers"),
     ],
 )
 def test_away_from_the_model_some_layers_are_refused(tmp_path, layer, message):
@@ -761,13 +740,20 @@ def test_away_from_the_model_some_layers_are_refused(tmp_path, layer, message):
 def test_blocks_of_other_shapes_than_the_header_says(tmp_path):
     header, tensors = adapter_contents(adapted(Layered(), "q_proj", 4))
     first, *rest = header.layers
-    for change in ({"in_features": 3}, {"out_features": 7}, {"r_out": 3}, {"method": "bat"}):
+    for change, says in (
+        ({"in_features": 3}, "r=4 is larger than in_features=3"),
+        ({"out_features": 7}, "expected a block of shape"),
+        ({"r_out": 3}, "r_out=3 does not divide"),
+        ({"method": "bat"}, "does not go with the layout"),
+        ({"layout": Layout("expert out in")}, "LoRA has no form"),
+        ({"rows": ((0, 8),)}, "LoRA has no form"),
+    ):
         changed = replace(header, layers=(replace(first, **change), *rest))
         contents = {**tensors, changed.layers[0].key: tensors[first.key]}
-        with refused(tmp_path, "the block has shape", kind=disha.AdapterFileError):
+        with refused(tmp_path, says, kind=(disha.AdapterFileError, disha.ConversionError)):
             lora.write_lora(tmp_path / "lora", changed, contents, rank=4, base=lambda _: None)
     key = first.key
-    with refused(tmp_path, "the block has shape", kind=disha.AdapterFileError):
+    with refused(tmp_path, "expected a block of shape", kind=disha.AdapterFileError):
         lora.write_lora(tmp_path / "lora", header, {**tensors, key: tensors[key][:, :-1]})
 
 
@@ -824,14 +810,15 @@ def with_embedding(padding=None):
     )
 
 
-def test_embeddings_go_from_lora_to_a_file_and_back(tmp_path):
-    base = with_embedding()
+@pytest.mark.parametrize("padding", [None, 4])
+def test_embeddings_go_from_lora_to_a_file_and_back(tmp_path, padding):
+    base = with_embedding(padding)
     ours = adapted(base, "embed|linear", 2, scale=0.5)
     lora.export(ours, tmp_path / "lora")
     header, tensors = lora.read_lora(tmp_path / "lora")
     assert {layer.name: layer.layout for layer in header.layers} == {
-        "embed": "embedding",
-        "linear": "linear",
+        "embed": Layout("index out", padding_idx=padding),
+        "linear": Layout("out in"),
     }
     assert header.config.scale == 0.5
     write_contents(tmp_path / "file", header, tensors)
@@ -847,13 +834,24 @@ def test_embeddings_go_from_lora_to_a_file_and_back(tmp_path):
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
-def test_the_layout_of_an_embedding_with_a_padding_row_is_not_told(tmp_path):
-    ours = adapted(with_embedding(padding=4), "embed|linear", 2)
+@pytest.mark.parametrize(("theirs", "ours"), [(None, 4), (4, None), (4, 5)])
+def test_an_embedding_with_another_padding_row_is_refused(tmp_path, theirs, ours):
+    lora.export(adapted(with_embedding(theirs), "embed", 2), tmp_path)
+    with pytest.raises(AdapterFileError, match="padding_idx"):
+        lora.load(with_embedding(ours), tmp_path)
+
+
+def test_layers_of_fan_in_fan_out_are_told_by_the_model_only(tmp_path):
+    base = tiny_gpt2()
+    ours = adapted(base, "c_attn|lm_head", 4)
     lora.export(ours, tmp_path)
-    header, _ = lora.read_lora(tmp_path, {"embed": 4})
-    layouts = {layer.name: layer.layout for layer in header.layers}
-    assert layouts == {layer.name: layer.layout for layer in adapter_contents(ours)[0].layers}
-    assert layouts["embed"] is None
+    with pytest.raises(disha.ConversionError, match="fan_in_fan_out"):
+        lora.read_lora(tmp_path)
+    again = copy.deepcopy(base)
+    assert lora.load(again, tmp_path).complete
+    layouts = [{x.name: x.layout for x in adapter_contents(m)[0].layers} for m in (again, ours)]
+    assert layouts[0] == layouts[1]
+    assert len(set(layouts[0].values())) == 2
 
 
 def normed():

@@ -377,15 +377,6 @@ class OwnForward(nn.Linear):
         return torch.relu(super().forward(x))
 
 
-class ReadsWeight(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.qkv.weight)
-
-
 def linear_q():
     return nn.ModuleDict({"q": nn.Linear(8, 8)})
 
@@ -413,9 +404,9 @@ NOT_EXPRESSIBLE = {
         {"r": 4, "rank_pattern": {"1": 2}},
         "one r for all layers, this adapter has 2, 4",
     ),
-    "conv": (lambda: nn.Sequential(nn.Conv1d(8, 8, 3)), {"r": 4}, "its layout is conv"),
-    "embedding": (lambda: nn.Sequential(nn.Embedding(8, 8)), {"r": 4}, "its layout is embedding"),
-    "weights as (in, out)": (conv1d, {"r": 4}, "its layout is linear_in_out"),
+    "conv": (lambda: nn.Sequential(nn.Conv1d(8, 8, 3)), {"r": 4}, "its layout is 'out in *kernel'"),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(8, 8)), {"r": 4}, "its layout is 'index out'"),
+    "weights as (in, out)": (conv1d, {"r": 4}, "its layout is 'in out'"),
     "the model": (lambda: nn.Linear(8, 8), {"r": 4}, "not the model itself"),
     "attention": (lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), {"r": 4}, "nn.MultiheadAtt"),
     "fused encoder": (
@@ -423,7 +414,13 @@ NOT_EXPRESSIBLE = {
         {"r": 4, "exclude": "attn"},
         "reads its weight in evaluation",
     ),
-    "read": (lambda: nn.Sequential(ReadsWeight()), {"r": 4}, "the module around it reads"),
+    "rows": (
+        lambda: nn.Sequential(nn.Linear(8, 8)), {"r": 4, "rows": {"0": [(0, 4)]}}, "whole weights"),
+    "attention's output": (
+        lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), {"r": 4, "exclude": "q|k|v"},
+        "MultiheadAttention reads its weight",
+    ),
+    "a parameter": (lambda: nn.Sequential(nn.LSTM(8, 8)), {"r": 4}, "it is a parameter"),
     "shared": (lambda: Shared(), {"r": 2, "exclude": "last"}, "in several places"),
     "own forward": (lambda: nn.Sequential(OwnForward(8, 8)), {"r": 4}, "a forward of its own"),
     "a part": (net, {"r": 2, "exclude": "head", "also_train": "^head.0.weight"}, "whole modules"),
@@ -852,7 +849,7 @@ HOSTILE = {
     "unknown flag": (with_fields(fan_in_fan_out=True), "fan_in_fan_out=True"),
     "task is a list": (with_fields(task_type=[]), "task_type must be"),
     "wrong shape": (with_tensor(BLOCK, lambda t: t[:, :-1].clone()), "expected a block of shape"),
-    "a scalar": (with_tensor(BLOCK, lambda t: t.sum()), "expected a block of shape"),
+    "a scalar": (with_tensor(BLOCK, lambda t: t.sum()), "a block of shape () does not go with"),
     "no block": (with_tensor(BLOCK, lambda t: None), "there is no block for it"),
     "a block more": (with_tensor("x.miss_block", lambda t: torch.zeros(4, 6)), "no such layer"),
     "no layer's block": (with_tensor("miss_block", lambda t: torch.zeros(4, 6)), "parameter miss"),

@@ -37,10 +37,14 @@ def prefixed(model):
 def test_weights_of_layers_and_of_packed_projections(tmp_path, state):
     checkpoint, header, model = saved(tmp_path, state)
     weight = base_weights(checkpoint, header)
-    assert torch.equal(weight("linear"), model.linear.weight)
-    assert torch.equal(weight("attention.out_proj"), model.attention.out_proj.weight)
-    for name, expected in zip("qkv", model.attention.in_proj_weight.split(8), strict=True):
-        assert torch.equal(weight(f"attention.{name}_proj"), expected)
+    assert torch.equal(weight("linear"), model.linear.base_weight)
+    assert torch.equal(weight("attention.out_proj"), model.attention.out_proj.base_weight)
+    records = {layer.name: layer for layer in header.layers}
+    packed = model.attention._parameters["in_proj_weight"]
+    for name, expected in zip("qkv", packed.split(8), strict=True):
+        name = f"attention.{name}_proj"
+        assert torch.equal(weight(name), packed)
+        assert torch.equal(records[name].adapted_part(packed), expected)
 
 
 def test_shapes_of_parameters(tmp_path):
@@ -73,7 +77,7 @@ def changed(model):
         (without, "no weight for layer 'linear'; the nearest names are linear.bias"),
         (integers, "stores linear.weight as I8"),
         (changed, "other values"),
-        (single, "stores linear.weight as a single number"),
+        (single, r"linear.weight: the weight there is \(\), and the adapter is for \(6, 8\)"),
     ],
 )
 def test_refused(tmp_path, state, says):

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import disha
 from disha import ArgumentError, ArgumentTypeError, TargetError
-from disha.layers import LAYER_KINDS, AdaptedTransposedLinear
+from disha.layers import LAYER_KINDS
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot
 
@@ -178,14 +178,14 @@ class TestEveryKind:
         case = CASES[name]
         layer, x = case.adapted(method, dtype), case.input(dtype)
         perturb(layer)
-        original, expected = layer.weight.detach().clone(), case.output(layer, x)
+        original, expected = layer.base_weight.detach().clone(), case.output(layer, x)
         for _ in range(100):
             disha.merge_adapters(layer)
             merged = case.output(layer, x)
             disha.unmerge_adapters(layer)
         close(merged, expected, dtype)
         assert not torch.equal(merged, case.output(case.layer(dtype), x))
-        assert torch.equal(layer.weight, original)
+        assert torch.equal(layer.base_weight, original)
         assert torch.equal(case.output(layer, x), expected)
 
     def test_file_round_trip_gives_equal_outputs(self, name, method, dtype, tmp_path):
@@ -305,20 +305,20 @@ class TestMaxNorm:
 
     def test_the_sum_is_limited_and_the_weight_stays(self):
         layer, x = self.adapted(), torch.arange(7)
-        before = layer.weight.detach().clone()
+        before = layer.base_weight.detach().clone()
         output = layer(x)
-        assert torch.equal(layer.weight, before)
+        assert torch.equal(layer.base_weight, before)
         assert (output.norm(dim=-1) <= 1 + 1e-6).all()
         dense = before + layer.delta_weight(layer.disha["default"])
         close(output, nn.functional.embedding(x, dense.detach(), max_norm=1.0))
 
     def test_merged_is_unmerged_and_comes_back_bit_for_bit(self):
         layer, x = self.adapted(padding_idx=2), torch.arange(7)
-        original, expected = layer.weight.detach().clone(), layer(x)
+        original, expected = layer.base_weight.detach().clone(), layer(x)
         disha.merge_adapters(layer)
         close(layer(x), expected)
         disha.unmerge_adapters(layer)
-        assert torch.equal(layer.weight, original)
+        assert torch.equal(layer.base_weight, original)
 
 
 def test_sparse_gradients_of_an_embedding_stay_sparse():
@@ -374,33 +374,28 @@ class Mixed(nn.Module):
 
 
 class TestWalking:
-    def test_all_linear_takes_transposed_layers_and_no_others(self):
+    def test_all_linear_takes_recurrent_and_bilinear_weights_too(self):
         plan = disha.plan_adapters(Mixed(), "all-linear", 2)
-        assert [layer.name for layer in plan.layers] == ["proj"]
+        names = [layer.name for layer in plan.layers]
+        assert names == ["rnn.weight_ih_l0", "rnn.weight_hh_l0", "mix", "proj"]
 
-    def test_a_pattern_takes_every_kind_and_says_what_it_can_not_take(self):
-        plan = disha.plan_adapters(Mixed(), ".", 2)
-        assert [layer.name for layer in plan.layers] == ["embed", "conv", "proj"]
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    def test_a_pattern_takes_every_kind_and_says_what_it_can_not_take(self, method):
+        model = nn.Sequential(Mixed(), nn.LayerNorm(4), Gain(4))
+        plan = disha.plan_adapters(model, ".", 2, method=method)
+        assert {layer.name.removeprefix("0.") for layer in plan.layers} == {
+            "embed", "conv", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "mix", "proj"
+        }  # fmt: skip
         assert {(s.name, s.reason) for s in plan.skipped} == {
-            ("rnn", "no layer kind adapts LSTM"),
-            ("mix", "no layer kind adapts Bilinear"),
+            ("1", "no layer kind adapts LayerNorm"),
+            ("2", "no layer kind adapts Gain"),
         }
-
-    def test_bat_leaves_out_what_is_not_linear(self):
-        plan = disha.plan_adapters(Mixed(), "embed|conv|proj", 2, method="bat")
-        assert [layer.name for layer in plan.layers] == ["proj"]
-        assert {s.name: s.reason for s in plan.skipped} == {
-            "embed": "'bat' does not adapt Embedding, 'bone' does",
-            "conv": "'bat' does not adapt Conv1d, 'bone' does",
-        }
-        with pytest.raises(TargetError, match=r"conv \(Conv1d\): 'bat' does not adapt Conv1d"):
-            disha.inject_adapters(Mixed(), "conv", 2, method="bat")
 
     def test_only_layers_that_can_not_be_adapted(self):
-        model = Mixed()
+        model = nn.Sequential(nn.LayerNorm(4), Gain(4))
         before = snapshot(model)
-        with pytest.raises(TargetError, match=r"rnn \(LSTM\).*mix \(Bilinear\)"):
-            disha.inject_adapters(model, "rnn|mix", 2)
+        with pytest.raises(TargetError, match=r"0 \(LayerNorm\).*1 \(Gain\)"):
+            disha.inject_adapters(model, ".", 2)
         assert_unchanged(model, before)
 
     @pytest.mark.parametrize(
@@ -455,25 +450,6 @@ class Gain(nn.Module):
         return x * self.weight
 
 
-class AdaptedGain(disha.AdaptedLayer):
-    """dW[i] = D[i mod r]."""
-
-    @classmethod
-    def geometry(cls, module):
-        return disha.Geometry(*module.weight.shape, *module.weight.shape)
-
-    @classmethod
-    def block_shape(cls, module, method, r, r_out):
-        return (r,)
-
-    def delta_weight(self, block):
-        size = self.base_weight.shape[0]
-        return block.block.repeat(-(-size // block.r))[:size]
-
-    def delta_output(self, block, input):
-        return block.dropped(input) * self.delta_weight(block) * block.current_scale()
-
-
 class MyConv1D(nn.Module):
     """A transposed linear layer that disha has never heard of."""
 
@@ -488,19 +464,22 @@ class MyConv1D(nn.Module):
 class TestRegistry:
     @pytest.fixture(autouse=True)
     def _restored(self, monkeypatch):
-        monkeypatch.setattr("disha.layers.registry.LAYER_KINDS", dict(LAYER_KINDS))
+        monkeypatch.setattr("disha.layers.kinds.LAYER_KINDS", dict(LAYER_KINDS))
 
-    def test_a_made_up_layer_lives_a_whole_life(self, tmp_path):
-        disha.register_layer_kind(Gain, AdaptedGain)
-        model, x = nn.Sequential(Gain(6), nn.ReLU()).double(), torch.rand(2, 6, dtype=torch.float64)
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    def test_a_made_up_layer_lives_a_whole_life(self, method, tmp_path):
+        disha.register_layer_kind(MyConv1D, {"weight": "in out"})
+        model, x = nn.Sequential(MyConv1D(5, 6), nn.ReLU()).double(), torch.randn(3, 5).double()
         before = model(x)
-        disha.inject_adapters(model, "0", 4)
+        for adapter in ("first", "default"):
+            disha.inject_adapters(model, "all-linear", 2, method=method, adapter=adapter)
         assert torch.equal(model(x), before)
         perturb(model)
-        block = model[0].disha["default"].block
-        close(model(x), torch.relu(x * (1 + block.repeat(2)[:6])).detach())
+        dense = model[0].base_weight + model[0].delta_weight(model[0].disha["default"])
+        close(model(x), torch.relu(x @ dense).detach())
         disha.save_adapter(model, tmp_path / "a")
-        fresh = nn.Sequential(Gain(6), nn.ReLU()).double()
+        fresh = copy.deepcopy(model)
+        disha.remove_adapters(fresh)
         disha.load_adapter(fresh, tmp_path / "a")
         assert torch.equal(fresh(x), model(x))
         assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
@@ -509,59 +488,169 @@ class TestRegistry:
         close(model(x), expected)
         disha.unmerge_adapters(model)
         disha.remove_adapters(model)
-        assert type(model[0]) is Gain
+        assert type(model[0]) is MyConv1D
         assert torch.equal(model(x), before)
 
-    @pytest.mark.parametrize("size", [1, 6])
-    def test_a_block_of_one_dimension_can_act_from_the_start(self, size):
-        disha.register_layer_kind(Gain, AdaptedGain)
-        model = disha.inject_adapters(nn.Sequential(Gain(6)).double(), "0", size, init="kaiming")
-        block = model[0].disha["default"].block
-        assert block.shape == (size,)
-        assert block.all()
-        assert block.abs().max() <= size**-0.5  # as one row of a linear layer's weight
-        close(model(torch.ones(6, dtype=torch.float64)), 1 + block.repeat(6 // size).detach())
+    def test_several_parameters_of_one_class(self):
+        class Two(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up = nn.Parameter(torch.randn(8, 4))
+                self.down = nn.Parameter(torch.randn(8, 4))
 
-    def test_a_transposed_layer_of_the_users(self):
-        disha.register_layer_kind(MyConv1D, AdaptedTransposedLinear)
-        model = nn.Sequential(MyConv1D(5, 6))
-        x = torch.randn(3, 5)
-        disha.inject_adapters(model, "all-linear", 2, method="bat")
+            def forward(self, x):
+                return (x @ self.up.mT) @ self.down
+
+        disha.register_layer_kind(Two, {"up": "out in", "down": "in out"})
+        model, x = nn.Sequential(Two()).double(), torch.randn(3, 4).double()
+        disha.inject_adapters(model, "all-linear", 2)
         perturb(model)
-        dense = model[0].weight + transposed_delta(model[0], model[0].disha["default"].block)
-        assert torch.allclose(model(x), x @ dense, atol=1e-5)
+        group = model[0].disha["default"]
+        up = model[0]._parameters["up"] + group.up.block.mT.repeat(1, 2)
+        down = model[0]._parameters["down"] + group.down.block.repeat(4, 1)
+        close(model(x), (x @ up.mT @ down).detach())
+        with pytest.raises(AttributeError, match="base_weight"):
+            model[0].base_weight  # noqa: B018
 
     def test_unregistered_it_is_refused(self):
         with pytest.raises(TargetError, match="no layer kind adapts Gain"):
             disha.inject_adapters(nn.Sequential(Gain(6)), "0", 2)
 
     @pytest.mark.parametrize(
-        ("cls", "kind", "says"),
+        ("cls", "layouts", "says"),
         [
-            (Gain(3), AdaptedGain, "must be a class of nn.Modules"),
-            (dict, AdaptedGain, "must be a class of nn.Modules"),
-            (Gain, Gain, "must be a subclass of disha.AdaptedLayer"),
-            (Gain, None, "must be a subclass of disha.AdaptedLayer"),
-            (Gain, LAYER_KINDS[nn.Linear], "adapts subclasses of Linear, and Gain is none"),
-            (
-                Gain,
-                type("Half", (disha.AdaptedLayer,), {"geometry": AdaptedGain.__dict__["geometry"]}),
-                "Half is no complete.*declare block_shape, delta_weight, delta_output",
-            ),
+            (Gain(3), {"weight": "out in"}, "must be a class of nn.Modules"),
+            (dict, {"weight": "out in"}, "must be a class of nn.Modules"),
+            (Gain, None, "must be a dict of parameter name -> layout"),
+            (Gain, {1: "out in"}, "must be a dict of parameter name -> layout"),
+            (Gain, {"weight": 3}, "a layout must be a str"),
+            (Gain, {"weight": "in out heads"}, "unknown layout 'in out heads'; allowed are 'out"),
         ],
     )
-    def test_what_breaks_the_protocol_is_refused(self, cls, kind, says):
-        with pytest.raises(ArgumentTypeError, match=says):
-            disha.register_layer_kind(cls, kind)
+    def test_what_breaks_the_protocol_is_refused(self, cls, layouts, says):
+        with pytest.raises(disha.DishaError, match=says):
+            disha.register_layer_kind(cls, layouts)
 
-    def test_a_wrong_update_is_refused_at_merging(self):
-        class Wrong(AdaptedGain):
-            def delta_weight(self, block):
-                return block.block
-
-        disha.register_layer_kind(Gain, Wrong)
-        model = disha.inject_adapters(nn.Sequential(Gain(6)), "0", 4)
+    def test_a_layout_that_does_not_fit_the_weight(self):
+        disha.register_layer_kind(Gain, {"weight": "out in"})
+        model = nn.Sequential(Gain(6))
         before = snapshot(model)
-        with pytest.raises(disha.MergeError, match=r"shape \(4,\), not that of the weight, \(6,\)"):
-            disha.merge_adapters(model)
+        with pytest.raises(TargetError, match=r"shape \(6,\) does not have the axes 'out in'"):
+            disha.inject_adapters(model, "0", 2)
         assert_unchanged(model, before)
+
+
+class Raw(nn.Module):
+    """Has parameters whose layouts nothing declares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(3, 6, 4))
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.einsum("ni,eoi->no", self.proj(x), self.mix)
+
+
+class TestLayoutsOfTheUser:
+    def test_unknown_layouts_are_listed_with_the_way_to_adapt_them(self):
+        plan = disha.plan_adapters(Raw(), "all-linear", 2)
+        assert [(one.name, one.shape) for one in plan.unknown] == [("mix", (3, 6, 4))]
+        assert "to adapt it, pass layouts={'mix$': 'expert out in'}" in str(plan)
+
+    def test_a_target_that_matches_only_them_says_what_to_write(self):
+        model = Raw()
+        before = snapshot(model)
+        with pytest.raises(TargetError, match=r"mix .*unknown.*layouts=\{'mix\$': 'expert out in'"):
+            disha.inject_adapters(model, "mix", 2)
+        assert_unchanged(model, before)
+
+    def test_a_target_that_matches_some_of_them_warns_once(self):
+        with pytest.warns(
+            UserWarning, match="1 weights that are not adapted: mix: the layout"
+        ) as w:
+            disha.inject_adapters(Raw(), ".", 2)
+        assert len(w) == 1
+        assert w[0].filename == __file__
+
+    def test_declared_they_are_adapted(self):
+        model, x = Raw().double(), torch.randn(3, 4).double()
+        disha.inject_adapters(model, ".", 2, layouts={"mix": "expert out in"})
+        perturb(model)
+        assert [one.name for one in disha.summary(model).layers] == ["mix", "proj"]
+        report = disha.check_adapters(model, x)
+        assert report.ok, str(report)
+
+    @pytest.mark.parametrize(
+        ("options", "kind", "says"),
+        [
+            (
+                {"layouts": {"mix": "out width"}},
+                ArgumentError,
+                "unknown layout 'out width'; allowed",
+            ),
+            ({"layouts": {"mix": "out in"}}, ArgumentError, r"does not fit mix.*\(3, 6, 4\)"),
+            ({"layouts": {"nothing": "out in"}}, ArgumentError, "layouts 'nothing' matches none"),
+            ({"layouts": ["mix"]}, ArgumentTypeError, "layouts must be a dict"),
+            ({"rows": {"proj": [(0, 9)]}}, TargetError, r"rows \(0, 9\) are out of range.*4"),
+            ({"rows": {"proj": [(0, 2), (1, 3)]}}, ArgumentError, "must not overlap"),
+            ({"rows": {"proj": [(2, 2)]}}, ArgumentError, "0 <= first < stop"),
+            ({"rows": {"proj": [(-1, 2)]}}, ArgumentError, "0 <= first < stop"),
+            ({"rows": {"proj": []}}, ArgumentTypeError, "must be a list of pairs"),
+            ({"rows": {"proj": [(0, 1.5)]}}, ArgumentTypeError, "must be a list of pairs"),
+            ({"rows": {"other": [(0, 2)]}}, ArgumentError, "rows 'other' matches none"),
+            ({"method": "lora"}, ArgumentError, "unknown method 'lora'; allowed are 'bone', 'bat'"),
+        ],
+    )
+    def test_bad_input_changes_nothing(self, options, kind, says):
+        model = Raw()
+        before = snapshot(model)
+        with pytest.raises(kind, match=says):
+            disha.inject_adapters(model, "proj", 2, **options)
+        assert_unchanged(model, before)
+
+    def test_q_and_v_of_a_fused_qkv(self):
+        model, x = nn.Sequential(nn.Linear(6, 18)).double(), torch.randn(5, 6).double()
+        base = model(x)
+        disha.inject_adapters(model, "0", 3, rows={"^0$": [(12, 18), (0, 6)]})
+        perturb(model)
+        q, k, v = (model(x) - base).split(6, -1)
+        assert q.abs().min() > 0
+        assert not k.any()
+        assert v.abs().min() > 0
+        assert next(disha.adapter_parameters(model)).shape == (3, 12)
+
+    def test_miss_is_bone(self):
+        model = disha.inject_adapters(nn.Linear(4, 4), "all-linear", 2, method="miss")
+        assert model.disha["default"].method == "bone"
+
+    def test_a_plan_lists_what_r_does_not_fit(self):
+        model = nn.Sequential(nn.Linear(2, 4), nn.Linear(8, 4), nn.Linear(8, 0))
+        plan = disha.plan_adapters(model, "all-linear", 4)
+        assert [one.name for one in plan.layers] == ["1"]
+        assert [(one.name, one.reason) for one in plan.skipped] == [
+            ("0", "r=4 is larger than in_features=2"), ("2", "its weight is empty")
+        ]  # fmt: skip
+        with pytest.raises(ArgumentError, match="0: r=4 is larger than in_features=2"):
+            disha.inject_adapters(model, "all-linear", 4)
+
+    def test_tied_weights_are_named(self):
+        model = nn.Sequential(nn.Embedding(6, 4), nn.Embedding(6, 4))
+        model[1].weight = model[0].weight
+        plan = disha.plan_adapters(model, ".", 2)
+        assert plan.tied == (("0.weight", "1.weight"),)
+        assert "one parameter: 0.weight, 1.weight" in str(plan)
+
+    def test_sparse_weights_are_refused(self):
+        layer = nn.Linear(4, 4)
+        layer.weight = nn.Parameter(layer.weight.detach().to_sparse(), requires_grad=False)
+        with pytest.raises(TargetError, match="its weight is sparse"):
+            disha.inject_adapters(nn.Sequential(layer), "0", 2)
+
+    def test_adapters_of_peft_are_left_alone(self):
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))
+        plan = disha.plan_adapters(model, "all-linear", 2)
+        assert all("lora_" not in one.name for one in plan.layers)
+        assert len(plan.layers) == 2

@@ -138,21 +138,21 @@ def test_unmerging_nothing_is_no_error(model):
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_merged_model_can_be_copied_and_unmerged(clone):
     model = disha.inject_adapters(nn.Linear(6, 4), "all-linear", 2, init="kaiming")
-    original = model.weight.detach().clone()
+    original = model.base_weight.detach().clone()
     disha.merge_adapters(model)
     twin = clone(model)
     disha.unmerge_adapters(twin)
-    assert torch.equal(twin.weight, original)
+    assert torch.equal(twin.base_weight, original)
     assert not torch.equal(model.weight, original)
 
 
 def test_a_merged_model_that_changed_dtype_still_unmerges():
     model = disha.inject_adapters(nn.Linear(6, 4), "all-linear", 2, init="kaiming")
-    original = model.weight.detach().clone()
+    original = model.base_weight.detach().clone()
     disha.merge_adapters(model)
     model.to(torch.bfloat16)
     disha.unmerge_adapters(model)
-    assert torch.equal(model.weight, original.to(torch.bfloat16))
+    assert torch.equal(model.base_weight, original.to(torch.bfloat16))
 
 
 class TestTied:
@@ -170,7 +170,7 @@ class TestTied:
         assert torch.allclose(model(tokens), expected, rtol=0, atol=1e-12)
         assert torch.equal(model.embed.weight, embedding)
         disha.unmerge_adapters(model)
-        assert model.head.weight is model.embed.weight
+        assert model.head.base_weight is model.embed.weight
         assert torch.equal(model(tokens), expected)
 
 
@@ -190,7 +190,7 @@ class OwnProduct(nn.Linear):
 
 
 class TestOwnForward:
-    @pytest.mark.parametrize("cls", [Doubling, OwnProduct])
+    @pytest.mark.parametrize("cls", [Doubling, Squaring, OwnProduct])
     @pytest.mark.parametrize("method", ["bone", "bat"])
     def test_merges_to_the_same_output(self, cls, method):
         model = nn.Sequential(cls(6, 4))
@@ -200,20 +200,6 @@ class TestOwnForward:
         disha.merge_adapters(model)
         assert torch.allclose(model(x), expected, atol=1e-5)
 
-    def test_refuses_where_the_output_would_differ(self):
-        model = nn.Sequential(nn.Linear(6, 6), Squaring(6, 4))
-        disha.inject_adapters(model, "all-linear", 2, init="kaiming")
-        before = snapshot(model)
-        with pytest.raises(MergeError, match="1 is a Squaring with a forward of its own"):
-            disha.merge_adapters(model)
-        assert_unchanged(model, before)
-
-
-class NeedsThree(nn.Linear):
-    def forward(self, input):
-        _, _, _ = input.shape
-        return super().forward(input)
-
 
 class TestRefusals:
     @pytest.mark.parametrize("adapter", [5, {"default": 1}])
@@ -221,13 +207,6 @@ class TestRefusals:
         disha.inject_adapters(model, "head", 2)
         with pytest.raises(ArgumentTypeError, match="a name or a list of names"):
             disha.merge_adapters(model, adapter)
-
-    def test_a_forward_that_can_not_be_tried(self):
-        model = disha.inject_adapters(nn.Sequential(NeedsThree(6, 4)), "0", 2)
-        before = snapshot(model)
-        with pytest.raises(MergeError, match="it raised ValueError"):
-            disha.merge_adapters(model)
-        assert_unchanged(model, before)
 
     def test_twice(self, model):
         disha.inject_adapters(model, "head", 2)

@@ -123,7 +123,7 @@ def test_forward_and_gradients_equal_peft(case, make, dtype, lead, bias):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_merged_weight_equals_peft(case, make, dtype):
     ours, theirs = pair(case, make, dtype)
-    weight = ours.weight.detach().clone()
+    weight = ours.base_weight.detach().clone()
     if case[0] == "bat":
         expected = weight + theirs.get_delta_weight("default", weight.clone())
     else:
@@ -183,7 +183,7 @@ def test_peft_chains_bat_adapters_and_we_add_them():
     add_miss_adapter(theirs, "bat", 2, "other")
     fill(ours.disha["other"].block, theirs.miss_block["other"])
 
-    x, weight = torch.randn(3, 8, dtype=torch.float64), ours.weight.detach()
+    x, weight = torch.randn(3, 8, dtype=torch.float64), ours.base_weight.detach()
     deltas = {name: theirs.get_delta_weight(name, weight) for name in ("default", "other")}
     added = nn.functional.linear(x, weight + deltas["default"] + deltas["other"], ours.bias)
     first = weight + deltas["default"]

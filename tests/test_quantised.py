@@ -21,14 +21,36 @@ from bitsandbytes.nn import (
     LinearFP4,
     LinearNF4,
 )
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 from torchao.quantization import Int8WeightOnlyConfig, PerGroup, quantize_, to_nf4
+from transformers.integrations.fbgemm_fp8 import FbgemmFp8Linear
+from transformers.integrations.finegrained_fp8 import FP8Embedding, FP8Linear
+from transformers.integrations.gemma_quant import QuantizedLinear
+from transformers.integrations.gguf.utils import GgufLinear
+from transformers.integrations.higgs import HiggsLinear
+from transformers.integrations.metal_quantization import MetalLinear
 
 import disha
 from disha import ArgumentError, MergeError, TargetError
-from disha.layers import AdaptedLayer
+from disha.functional import bone_delta
+from disha.layers import AdaptedLayer, AdaptedWeight
+from disha.layers.opaque import opaque_slot
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.opaque_bases import (
+    BASES,
+    IN,
+    MERGEABLE,
+    OUT,
+    READABLE,
+    TRACED,
+    CpuFP8GroupedLinear,
+    base,
+    decompress,
+)
 
 WAYS = ("8-bit", "nf4", "fp4", "torchao")
 METHODS = ("bone", "tile", "bat")
@@ -261,7 +283,7 @@ class TestEveryWay:
         for _ in range(3):
             disha.merge_adapters(layer, dense=True)
             merged, stand_in = layer(x), layer.weight
-            assert torch.equal(layer(**{layer.input_name or "input": x}), merged)
+            assert torch.equal(layer(**{"input" if way == "torchao" else "x": x}), merged)
             disha.unmerge_adapters(layer)
         close(merged, expected)
         assert type(stand_in) is nn.Parameter
@@ -345,12 +367,12 @@ class TestMixedModel:
     def test_what_is_not_quantised_merges_as_ever(self, way):
         model = inject(Small(way), "bone", target="head")
         perturb(model)
-        weight, kept = model.head.weight.detach().clone(), model.first.weight
+        weight, kept = model.head.base_weight.clone(), model.first.weight
         disha.merge_adapters(model)
         assert not torch.equal(model.head.weight, weight)
         assert model.first.weight is kept
         disha.unmerge_adapters(model)
-        assert torch.equal(model.head.weight, weight)
+        assert torch.equal(model.head.base_weight, weight)
 
     def test_a_dense_merge_merges_both(self, way):
         model, x = inject(Small(way), "bat"), torch.randn(2, 64)
@@ -617,20 +639,23 @@ class TestTensorSubclasses:
         block = next(disha.adapter_parameters(layer))
         close(layer(x), reference.linear(x, weight, layer.bias, [(block, 1.0)]))
 
-    def test_a_subclass_of_linear_keeps_its_forward(self, x):
+    def test_a_subclass_of_linear_keeps_its_forward_and_refuses_to_merge(self, x):
         class Doubled(nn.Linear):
             def forward(self, input):
                 return 2 * super().forward(input)
 
         torch.manual_seed(0)
         layer = quantised(Doubled(10, 12), "torchao")
+        base = layer(x)
         inject(layer, "bat")
         perturb(layer)
         block = next(disha.adapter_parameters(layer))
-        expected = 2 * reference.linear(x, dense_weight(layer), layer.bias, [(block, 1.0)])
-        close(layer(x), expected)
-        disha.merge_adapters(layer, dense=True)
-        close(layer(x), expected)
+        delta = reference.bat_delta_weight(dense_weight(layer), block)
+        close(layer(x), base + x @ delta.T)  # what a dense merge would not compute
+        before = snapshot_of(layer)
+        with pytest.raises(MergeError, match="is a Doubled with a forward of its own"):
+            disha.merge_adapters(layer, dense=True)
+        assert snapshot_of(layer) == before
 
     @pytest.mark.parametrize("method", METHODS)
     def test_compiles_to_one_graph(self, method):
@@ -647,7 +672,7 @@ class TestTensorSubclasses:
         layer.to("meta")
         disha.unmerge_adapters(layer)
         assert layer.weight.device.type == "meta"
-        assert layer.quantisation(layer) is not None
+        assert AdaptedWeight(layer, "").quantisation is not None
         assert isinstance(layer.weight, nn.Parameter)
 
 
@@ -692,17 +717,423 @@ class TestUnknownFormat:
         assert_unchanged(model, before)
 
 
-def test_a_quantised_weight_that_its_owner_reads_is_refused():
-    class Reader(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.qkv = linear("torchao")
+class Owner(nn.Module):
+    """Reads the weight of a layer instead of calling it."""
 
-        def forward(self, x):
-            return F.linear(x, self.qkv.weight)
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.qkv = linear(way)
+        self.out = linear(way, 12, 10)
 
-    with pytest.raises(TargetError, match="reads its weight, which is quantised"):
-        disha.inject_adapters(Reader(), "qkv", 2)
+    def forward(self, x):
+        return self.out(F.linear(x, self.qkv.weight.dequantize()))
+
+
+def test_a_quantised_weight_that_its_owner_reads_is_named(x):
+    model = inject(Owner("torchao"), "bone", target="qkv|out")
+    report = disha.check_adapters(model, x)
+    assert not report.ok
+    assert [one.name for one in report.problems] == ["qkv"]
+    assert not report.problems[0].acts
+
+
+@pytest.fixture
+def eager():
+    """Do not compile the functions of BitNet's layers."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def forbid_reading(monkeypatch):
+    def fail(*args):
+        raise AssertionError("W was read")
+
+    for owner in ("disha.layers.opaque.dequantised", "disha.layers.opaque._read_subclass"):
+        monkeypatch.setattr(owner, fail)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", BASES)
+class TestEveryBase:
+    """Bone over each kind of opaque base; W is never read."""
+
+    @pytest.fixture
+    def x(self):
+        return torch.randn(3, 2, IN, generator=torch.Generator().manual_seed(1))
+
+    def adapted(self, name, *, method="bone"):
+        model = inject(nn.Sequential(base(name)), method, r=6)
+        perturb(model)
+        return model
+
+    def test_all_linear_reaches_it_and_injection_changes_no_bit(self, name, x, monkeypatch):
+        forbid_reading(monkeypatch)
+        model = nn.Sequential(base(name))
+        before = model(x)
+        (planned,) = disha.plan_adapters(model, "all-linear", 6).layers
+        assert (planned.name, planned.in_features, planned.out_features) == ("0", IN, OUT)
+        inject(model, "bone", r=6)
+        assert torch.equal(model(x), before)
+        assert model[0].disha["default"].block.dtype == torch.float32
+
+    def test_update_is_exactly_the_shard_sum_times_the_block(self, name, x, monkeypatch):
+        forbid_reading(monkeypatch)
+        plain = base(name)(x)
+        model = self.adapted(name)
+        disha.set_adapter_scale(model, 0.5)
+        block = model[0].disha["default"].block
+        assert torch.equal(model(x), plain + bone_delta(x, block, OUT, 0.5))
+        delta = reference.bone_delta_weight(block, IN, OUT)
+        close(model(x), plain + 0.5 * x @ delta.T)
+        close(model[0].delta_weight(model[0].disha["default"]), delta)
+
+    def test_gradients_of_block_and_input(self, name, x, monkeypatch):
+        forbid_reading(monkeypatch)
+        weights = torch.randn(3, 2, OUT, generator=torch.Generator().manual_seed(2))
+        x.requires_grad_()
+        try:
+            (of_base,) = torch.autograd.grad((base(name)(x) * weights).sum(), x)
+        except RuntimeError:  # the base gives no gradient
+            of_base = None
+        model = self.adapted(name)
+        block = model[0].disha["default"].block
+        delta = reference.bone_delta_weight(block.detach(), IN, OUT)
+        if of_base is None and name != "awq":
+            x = x.detach()
+        (model(x) * weights).sum().backward()
+        sums = reference.shard_sum(x.detach(), 6)
+        close(block.grad, torch.einsum("abr,abo->ro", sums, weights))
+        if of_base is not None or name == "awq":
+            close(x.grad, weights @ delta + (0 if of_base is None else of_base))
+
+    def test_state_dict_and_file(self, name, x, tmp_path, monkeypatch):
+        forbid_reading(monkeypatch)
+        model = self.adapted(name)
+        assert "0.disha.default.bone_block" in model.state_dict()
+        assert list(disha.adapter_state_dict(model)) == ["0.disha.default.bone_block"]
+        disha.save_adapter(model, tmp_path / "a")
+        fresh, other = nn.Sequential(base(name)), nn.Sequential(base(name))
+        disha.load_adapter(fresh, tmp_path / "a")
+        inject(other, "bone", r=6)
+        disha.load_adapter_state_dict(other, disha.adapter_state_dict(model))
+        for one in (fresh, other):
+            assert torch.equal(one(x), model(x))
+
+    def test_several_adapters_disabling_and_routing(self, name, x, monkeypatch):
+        forbid_reading(monkeypatch)
+        model = nn.Sequential(base(name))
+        plain = model(x)
+        inject(model, "bone", r=6, adapter="a")
+        inject(model, "tile", r=4, adapter="b")
+        perturb(model)
+        blocks = {one: model[0].disha[one].block for one in "ab"}
+        deltas = {one: bone_delta(x, block, OUT) for one, block in blocks.items()}
+        disha.set_active_adapters(model, ["a", "b"])
+        close(model(x), plain + deltas["a"] + deltas["b"])
+        with disha.adapters_disabled(model):
+            assert torch.equal(model(x), plain)
+        with disha.route_adapters(model, ["b", None, "a"]):
+            routed = model(x)
+        close(routed[0], (plain + deltas["b"])[0])
+        assert torch.equal(routed[1], plain[1])
+        close(routed[2], (plain + deltas["a"])[2])
+
+    def test_removal_restores_everything(self, name, x):
+        layer = base(name)
+        before, parts = layer(x), everything_of(layer)
+        inject(layer, "bone", r=6)
+        perturb(layer)
+        layer(x)
+        disha.remove_adapters(layer)
+        assert everything_of(layer) == parts
+        assert torch.equal(layer(x), before)
+
+    def test_copies_and_pickles(self, name, x):
+        model = self.adapted(name)
+        expected = model(x)
+        twins = [copy.deepcopy(model)]
+        if goes_through(pickled, base(name)):
+            twins.append(pickled(model))
+        if goes_through(saved, base(name)):
+            twins.append(saved(model))
+        perturb(model, seed=5)
+        for twin in twins:
+            assert torch.equal(twin(x), expected)
+            plain = disha.remove_adapters(twin)(x)
+            assert torch.equal(plain, base(name)(x))
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    def test_modes(self, name, x, monkeypatch):
+        forbid_reading(monkeypatch)
+        model = self.adapted(name)
+        expected = model(x)
+        close(torch.func.functional_call(model, dict(model.named_parameters()), (x,)), expected)
+        close(checkpoint(model, x, use_reentrant=False), expected)
+        with torch.inference_mode():
+            close(model(x).clone(), expected)
+        if name in TRACED:
+            close(torch.jit.trace(model, (x,))(x), expected)
+
+    def test_bat_needs_the_numbers(self, name, x):
+        model = nn.Sequential(base(name))
+        before = model(x)
+        if name not in READABLE:
+            parts = everything_of(model[0])
+            with pytest.raises(TargetError, match=r"its weight is quantised .*'bone' does not"):
+                disha.inject_adapters(model, "0", 6, method="bat")
+            assert everything_of(model[0]) == parts
+            return
+        inject(model, "bat", r=6)
+        perturb(model)
+        layer = model[0]
+        delta = reference.bat_delta_weight(layer.base_weight, layer.disha["default"].block)
+        close(model(x), before + x @ delta.T)
+
+    @pytest.mark.parametrize("dense", [False, True])
+    def test_merging(self, name, x, dense):
+        model = self.adapted(name)
+        expected, parts = model(x), snapshot_of(model)
+        if not dense or name not in MERGEABLE:
+            with pytest.raises(MergeError, match=r"0.weight is|a forward of its own"):
+                disha.merge_adapters(model, dense=dense)
+        else:
+            disha.merge_adapters(model, dense=True)
+            close(model(x), expected, 0.02 if "dynamic" in name else 1e-5)
+            disha.unmerge_adapters(model)
+        assert snapshot_of(model) == parts
+        assert torch.equal(model(x), expected)
+
+    def test_the_base_weight_is_numbers_or_an_error(self, name):
+        layer = self.adapted(name)[0]
+        if name in READABLE:
+            assert layer.base_weight.shape == (OUT, IN)
+            return
+        with pytest.raises(ArgumentError, match="can't be read as numbers"):
+            _ = layer.base_weight
+
+    def test_check_adapters(self, name, x):
+        model = nn.Sequential(base(name), nn.Linear(OUT, 4))
+        inject(model, "bone", r=4)
+        report = disha.check_adapters(model, x)
+        assert report.ok, str(report)
+
+
+def pickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+def saved(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def goes_through(way, plain):
+    """Whether the base allows it: torchao's and some fp8 layers can't be pickled."""
+    try:
+        way(plain)
+    except (AttributeError, pickle.PicklingError):
+        return False
+    return True
+
+
+def everything_of(layer):
+    """Return what tells a module from another, apart from values."""
+    hooks = (layer._forward_hooks, layer._forward_hooks_with_kwargs, layer._forward_pre_hooks)
+    own = {**layer._parameters, **layer._buffers}
+    return {
+        "class": type(layer),
+        "attributes": set(vars(layer)),
+        "children": list(layer._modules),
+        "hooks": [list(one) for one in hooks],
+        "tensors": {name: id(tensor) for name, tensor in own.items()},
+        "flags": {name: p.requires_grad for name, p in layer.named_parameters()},
+    }
+
+
+@pytest.mark.parametrize("name", ["gptq", "fp8", "compressed", "hqq", "torchao float8"])
+def test_opaque_bases_compile_to_one_graph(name):
+    model = inject(nn.Sequential(base(name)), "bone")
+    perturb(model)
+    x = torch.randn(3, IN)
+    torch._dynamo.reset()
+    close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
+@pytest.mark.parametrize("way", ["nf4", "torchao"])
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_an_opaque_weight(way, method):
+    model = nn.Sequential(linear(way, 64, 12))
+    x = torch.randn(3, 64)
+    plain = model(x)
+    rows = [(0, 4), (8, 12)]
+    inject(model, method, rows={"^0$": rows})
+    perturb(model)
+    layer, kept = model[0], torch.tensor([*range(4), *range(8, 12)])
+    block = layer.disha["default"].block
+    delta = torch.zeros(12, 64)
+    part = dense_weight(layer)[kept]
+    delta[kept] = reference.delta_weight(part, block)
+    close(layer.delta_weight(layer.disha["default"]), delta)
+    close(model(x), plain + x @ delta.T)
+    with pytest.raises(TargetError, match="out of range"):
+        inject(nn.Sequential(linear(way, 64, 12)), method, rows={"^0$": [(8, 16)]})
+
+
+def test_a_base_that_is_decompressed_later_stays_adapted():
+    x = torch.randn(3, IN)
+    model = nn.Sequential(base("compressed"))
+    before = model(x)
+    inject(model, "bone", adapter="a")
+    perturb(model)
+    expected = model(x)
+    decompress(model[0])  # what compressed-tensors does before the first forward
+    close(model(x), expected)
+    inject(model, "bone", adapter="b")
+    perturb(model)
+    disha.remove_adapters(model, "a")
+    disha.set_active_adapters(model, "b")
+    delta = bone_delta(x, model[0].disha["b"].block, OUT)
+    close(model(x), before + delta)
+    with pytest.raises(MergeError, match="does not compute the same"):
+        disha.merge_adapters(model, dense=True)
+    assert type(disha.remove_adapters(model)[0]) is nn.Linear
+
+
+def test_a_layer_that_works_in_groups_raises():
+    model = nn.Sequential(CpuFP8GroupedLinear(IN, OUT, n_groups=2))
+    inject(model, "bone")
+    with pytest.raises(
+        ArgumentError, match=r"returns \(3, 2, 16\), and its sizes say \(3, 2, 32\)"
+    ):
+        model(torch.randn(3, 2, IN))
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_fp8_embedding(padding_idx):
+    torch.manual_seed(0)
+    embedding = FP8Embedding(20, 16, padding_idx)
+    embedding.weight.data.copy_(torch.randn(20, 16))
+    embedding.weight_scale.data.fill_(0.25)
+    indices = torch.arange(20).view(4, 5)
+    before = embedding(indices)
+    inject(embedding, "bone", target="^$")
+    assert torch.equal(embedding(indices), before)
+    perturb(embedding)
+    block = embedding.disha["default"].block
+    delta = reference.embedding_delta_weight(block, 20, 16, padding_idx)
+    close(embedding(indices), before + delta[indices])
+
+
+def test_embeddings_with_bat():
+    embedding = Embedding4bit(20, 64).to("cpu")
+    indices = torch.arange(20).view(4, 5)
+    weight = embedding(indices).view(20, 64)
+    inject(embedding, "bat", target="^$")
+    perturb(embedding)
+    delta = reference.bat_delta_weight(weight.T, embedding.disha["default"].block).T
+    close(embedding(indices), (weight + delta)[indices])
+
+
+class Masked(nn.Linear):
+    """Dense, with a mask of integers."""
+
+    def __init__(self, dtype: torch.dtype = torch.int8) -> None:
+        super().__init__(8, 16)
+        self.register_buffer("mask", torch.ones(16, 8, dtype=dtype))
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class Kernel(nn.Module):
+    """Dense, under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 8, 16
+        self.kernel = nn.Parameter(torch.randn(8, 16))
+        self.register_buffer("mask", torch.ones(8, 16, dtype=torch.uint8))
+
+    def forward(self, x):
+        return x @ (self.kernel * self.mask)
+
+
+class Window(nn.Module):
+    """A block with sizes and an index, as windows of attention have."""
+
+    def __init__(self, size: object = 8) -> None:
+        super().__init__()
+        self.in_features = self.out_features = size
+        self.register_buffer("index", torch.zeros(64, 64, dtype=torch.int64))
+        self.register_buffer("allowed", torch.ones(64, 64, dtype=torch.bool))
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class OfTensorSize(Window):
+    """Its sizes are no numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.tensor([4, 4]))
+        self.register_buffer("codes", torch.zeros(64, 64, dtype=torch.int8))
+
+
+def lora():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 16)), LoraConfig(target_modules=["0"]))
+    return model.base_model.model[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Masked,
+        lambda: Masked(torch.int64),
+        lambda: nn.utils.parametrizations.weight_norm(Masked()),
+        Kernel,
+        Window,
+        OfTensorSize,
+        lora,
+        lambda: nn.Linear(8, 16),
+        lambda: nn.LazyLinear(16),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 16)),
+        lambda: prune.random_unstructured(nn.Linear(8, 16), "weight", 0.5),
+        lambda: nn.Embedding(8, 16),
+        lambda: nn.Conv1d(8, 16, 3),
+        lambda: nn.BatchNorm1d(8),
+        lambda: nn.MultiheadAttention(8, 2),
+        lambda: nn.LSTM(8, 8),
+    ],
+)
+def test_dense_modules_are_not_opaque(make):
+    assert [opaque_slot(module) for module in make().modules() if opaque_slot(module)] == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MetalLinear(256, 32),
+        lambda: HiggsLinear(256, 32, 2, dtype=torch.float16),
+        lambda: FbgemmFp8Linear(256, 32, True),
+        lambda: GgufLinear(256, 32, 2),
+        lambda: FP8Linear(256, 32),
+        lambda: FP8Linear(256, 32, block_size=(16, 16)),
+        lambda: QuantizedLinear(256, 32, num_bits=8),
+        lambda: Linear4bit(256, 32),
+        lambda: Linear8bitLt(256, 32, has_fp16_weights=False),
+    ],
+)
+def test_packed_modules_of_libraries_are_opaque(make):
+    layer = make()
+    slot = opaque_slot(layer)
+    assert (slot.shape, slot.linear, slot.opaque) == ((32, 256), True, True)
+    inject(layer, "bone")
+    assert layer.disha["default"].block.shape == (4, 32)
+    disha.remove_adapters(layer)
+    assert opaque_slot(layer) == slot
 
 
 def test_no_quantisation_library_is_imported():

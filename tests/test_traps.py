@@ -404,12 +404,22 @@ def test_weight_computed_by_a_hook(how, method):
     disha.inject_adapters(model, "^0$", 2, method=method)
     assert torch.equal(model(x), base)
     perturb(model)
-    dense = model[0].weight + model[0].delta_weight(model[0].disha["default"])
+    dense = model[0].base_weight + model[0].delta_weight(model[0].disha["default"])
     assert torch.allclose(model(x), F.linear(x, dense, model[0].bias))
     with pytest.raises(disha.MergeError, match="computed from other parameters"):
         disha.merge_adapters(model)
     disha.remove_adapters(model)
     assert_unchanged(model, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_the_old_weight_norm_can_be_removed_under_an_adapter():
+    model, x = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 4))).double(), torch.randn(3, 6)
+    disha.inject_adapters(model, "^0$", 2)
+    perturb(model)
+    expected = model(x.double())
+    nn.utils.remove_weight_norm(model[0])
+    assert torch.allclose(model(x.double()), expected)
 
 
 class Positions(nn.Embedding):
@@ -455,8 +465,11 @@ class TestEmbeddingsWithAForwardOfTheirOwn:
         assert torch.allclose(model(tokens), expected)
 
     def test_dropout_that_could_not_act_is_refused(self):
-        with pytest.raises(TargetError, match=r"0: its own forward reads its weight.*dropout=0"):
-            disha.inject_adapters(nn.Sequential(Positions(9, 4)), ".", 2, dropout=0.1)
+        model = nn.Sequential(Positions(9, 4))
+        disha.inject_adapters(model, ".", 2, dropout=0.1)
+        with pytest.raises(disha.ModeError, match=r"dropout can't act here.*dropout=0"):
+            model(torch.zeros(2, 3, dtype=torch.int64))
+        model.eval()(torch.zeros(2, 3, dtype=torch.int64))
 
 
 def test_flags_that_can_not_be_set_undo_the_injection(monkeypatch):

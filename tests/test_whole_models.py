@@ -91,7 +91,7 @@ class Case:
             2,
             method=method,
             exclude=list(self.unused),
-            rank_pattern=self.rank_pattern if method == "bone" else None,
+            rank_pattern=self.rank_pattern,
             **options,
         )
 

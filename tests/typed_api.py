@@ -5,17 +5,18 @@ Checked by mypy, strictly, and never run (`tests/test_typing.py` holds that no n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import disha
 from disha import functional
 from disha.files import AdapterHeader, LayerRecord, TensorRecord
-from disha.functional import Scale
+from disha.functional import Layout, Method, Rows, Scale, Update
 from disha.interop import checkpoints, lora, peft
 from disha.interop.checkpoints import Finding, MergedCheckpoint
 from disha.interop.low_rank import LoraLayer, LoraReport
@@ -55,6 +56,11 @@ def adapting(model: nn.Module) -> None:
     assert_type(plan.percent, float)
     assert_type(disha.adapter_parameters(model, "second"), Iterator[nn.Parameter])
     disha.mark_only_adapters_trainable(model)
+    disha.inject_adapters(
+        model, "mix", 4, layouts={"mix": "in out"}, rows={"qkv": [(0, 8), (16, 24)]}
+    )
+    checked = disha.check_adapters(model, torch.ones(1, 8))
+    assert_type(checked, disha.CheckReport)
     found = disha.summary(model)
     assert_type(found, disha.Summary)
     assert_type(found.layers, tuple[LayerSummary, ...])
@@ -114,38 +120,24 @@ def layers(x: Tensor) -> None:
     assert_type(disha.BatLinear.from_linear(nn.Linear(8, 16), r=4), disha.BatLinear)
     linear: nn.Linear = disha.BatLinear(8, 16, False, "cpu", torch.float64, r=4, freeze=False)
     adapted: disha.AdaptedLayer = bone
-    block = adapted.disha["default"]
-    assert_type(block, Block)
-    assert_type(adapted.geometry(linear), disha.Geometry)
-    assert_type(adapted.obstacle(linear, "bat"), str | None)
-    assert_type(adapted.layout(linear), str | None)
-    assert_type(adapted.misfit(disha.Geometry(8, 16), 4, None), str | None)
-    assert_type(adapted.block_shape(linear, "bone", 4, None), Shape)
+    block: Block = adapted.disha["default"]
+    assert_type(adapted.geometry(), disha.Geometry)
     assert_type(adapted.delta_weight(block), Tensor)
-    assert_type(adapted.delta_output(block, x), Tensor)
-    assert_type(adapted.updated(x, adapted.disha.acting(), x), Tensor)
     assert_type(adapted.base_weight, Tensor)
     assert_type(adapted.merged_weight(["default"]), Tensor)
+    assert_type(block.update(), Update)
+    print(linear(x))
 
 
-class Gain(nn.Module):
+class Mixer(nn.Module):
     """A layer of the user's."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.mix = nn.Parameter(torch.ones(size, size))
 
 
-class AdaptedGain(disha.AdaptedLayer):
-    """A layer kind of the user's, as typed code writes it."""
-
-    @classmethod
-    def geometry(cls, module: nn.Module) -> disha.Geometry:
-        assert isinstance(module, Gain)
-        return disha.Geometry(module.weight.numel(), module.weight.numel())
-
-
-disha.register_layer_kind(Gain, AdaptedGain)
+disha.register_layer_kind(Mixer, {"mix": "in out"})
 
 
 def failing() -> None:
@@ -167,36 +159,89 @@ def failing() -> None:
 def computing(x: Tensor, weight: Tensor, block: Tensor, scale: Scale) -> None:
     """The mathematics goes from tensors to tensors."""
     tensors = [
-        functional.shard_sum(x, 4, dtype=torch.float32),
-        functional.channel_shard_sum(x, 4, groups=1, spatial=2),
+        functional.shard_sum(x, 4, dtype=torch.float32, dim=-2),
         functional.bone_delta(x, block, 16, scale),
         functional.bone_delta_weight(block, 8, 16),
         functional.bone_forward(x, weight, None, block, scale),
-        functional.bone_unmerge(weight, block, 0.5),
         functional.bat_delta_weight(weight, block),
         functional.bat_forward(x, weight, None, block, scale),
-        functional.bat_unmerge(weight, block),
-        functional.adapted_linear(x, weight, None, [(block, scale)], [(block, 1.0)]),
-        functional.plain_linear(x, weight, None),
-        functional.conv_delta_weight(block, 8, 16),
-        functional.conv_transpose_delta_weight(block, 8, 16, groups=2),
-        functional.whole_block(block, 16, dim=0),
-        functional.widened_block(block, 2, 4),
+        functional.bat_stack(x, weight, block, scale),
         functional.embedding_delta(x, block, 16, padding_idx=0),
-        functional.embedding_delta_weight(block, 100, 16),
         functional.merged_weight(weight, [(weight, scale)]),
         functional.weighted_sum([(block, 0.5)]),
         functional.added(x, x),
         functional.routed_bone_delta(x, [block], [scale], x),
+        functional.take_rows(x, ((0, 2),), dim=0),
+        functional.place_rows(x, ((0, 2),), 4),
     ]
     assert_type(tensors, list[Tensor])
     assert_type(functional.shard_count(10, 4), int)
     assert_type(functional.bone_lora_factors(block, 8, 16), tuple[Tensor, Tensor])
-    assert_type(functional.routed_bat_delta(x, weight, [block], [scale], x), Tensor | None)
-    assert_type(functional.additive_mask(None, torch.float32, "mask"), Tensor | None)
-    assert_type(functional.attention(x, x, x, 2, need_weights=True), tuple[Tensor, Tensor | None])
     with functional.without_autocast(x.device):
         pass
+
+
+def asking_the_table(block: Tensor, weight: Tensor) -> None:
+    """Every method answers for every layout."""
+    layout = functional.layout_of(functional.PATTERNS[0])
+    assert_type(layout, Layout)
+    assert_type(layout.turned(), Layout | None)
+    assert_type(functional.METHODS, dict[str, Method])
+    assert_type(functional.method_of("bat"), Method)
+    rows: Rows = ((0, 2), (4, 6))
+    geometry = layout.geometry(weight.shape, rows)
+    assert_type(geometry, functional.Geometry)
+    assert_type(functional.block_shape("bone", layout, weight.shape, 4, r_out=2, rows=rows), Shape)
+    assert_type(functional.stack_of("bone", layout, block.shape), Shape)
+    assert_type(functional.misfit("bone", layout, geometry, 4), str | None)
+    assert_type(functional.delta_weight("bone", layout, block, weight, rows), Tensor)
+    assert_type(functional.widened("bone", layout, block, 2, 4), Tensor | None)
+    factors = functional.lora_factors("bone", layout, block, geometry)
+    assert_type(factors, tuple[Tensor, Tensor] | None)
+    kept = functional.kept_block("bone", layout, functional.matrix_block("bone", layout, block))
+    assert_type(kept, Tensor)
+
+
+class Everywhere(functional.Method):
+    """A method of the user's."""
+
+    name = "everywhere"
+    block_axes = 1
+
+    def shape(self, geometry: functional.Geometry, r: int, r_out: int | None) -> Shape:
+        return (*geometry.stack, geometry.out_features)
+
+    def delta(
+        self, block: Tensor, geometry: functional.Geometry, matrices: Tensor | None
+    ) -> Tensor:
+        return block.unsqueeze(-1).expand(*block.shape, geometry.in_features)
+
+
+functional.METHODS[Everywhere.name] = Everywhere()
+
+
+def multiplying(x: Tensor, weight: Tensor, block: Tensor, ends: Tensor) -> None:
+    """A product takes a weight and its updates."""
+    updates = [Update("bone", block, 0.5), Update("bat", block, dropout=0.1, rows=((0, 2),))]
+    matrix, kernel, index = Layout("out in"), Layout("out in *kernel"), Layout("index out")
+    conv = F.conv1d
+
+    def look_up(table: Tensor) -> Tensor:
+        return F.embedding(ends, table)
+
+    tensors = [
+        functional.effective_weight(weight, matrix, updates),
+        functional.adapted_linear(x, weight, None, updates),
+        functional.linear_update(x, weight, updates[0]),
+        functional.adapted_stack(x, weight, updates),
+        functional.adapted_grouped(torch._grouped_mm, x, weight, ends, updates),
+        functional.adapted_conv(conv, x, weight, None, kernel, 1, updates),
+        functional.conv_update(conv, x, weight, kernel, 1, updates[0]),
+        functional.adapted_lookup(look_up, ends, weight, index, updates),
+        functional.lookup_update(look_up, ends, weight, index, updates[0]),
+    ]
+    assert_type(tensors, list[Tensor])
+    assert_type(functional.over_all_rows(updates, matrix, 16), Sequence[Update])
 
 
 def converting(model: nn.Module, folder: Path) -> None:

@@ -15,11 +15,11 @@ from disha.cli.output import require_free, show, shown
 from disha.cli.sources import Form, Source, read_source
 from disha.errors import ArgumentError
 from disha.files.contents import write_contents
+from disha.functional import method_of
 from disha.interop import lora, peft
 from disha.interop.checkpoints import Checkpoint, base_weights, open_checkpoint
 from disha.interop.gguf import MODEL_TYPES
 from disha.interop.low_rank import LoraReport
-from disha.layers import Bat
 
 __all__ = ["run"]
 
@@ -186,11 +186,11 @@ def _lora_arguments(
     flags: ConvertFlags, source: Source, base: Checkpoint | None
 ) -> Mapping[str, Any]:
     header = source.header
-    bat = any(layer.method == Bat.method for layer in header.layers)
+    reads_weight = any(method_of(layer.method).reads_weight for layer in header.layers)
     return {
         "rank": flags.rank,
         "max_error": flags.max_error,
-        "base": base_weights(base, header) if bat and base is not None else None,
+        "base": base_weights(base, header) if reads_weight and base is not None else None,
         "progress": partial(shown, total=len(header.layers), what="converting"),
     }
 

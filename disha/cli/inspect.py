@@ -60,7 +60,7 @@ def fields_of(described: AdapterFile, statistics: Mapping[str, TensorStatistics]
         "parameters": described.parameters,
         "config": described.config.to_json(),
         "layers": [
-            {**asdict(layer), **_tensor_fields(described, layer.key, statistics)}
+            {**layer.to_json(), **_tensor_fields(described, layer.key, statistics)}
             for layer in described.layers
         ],
         "also_train": [

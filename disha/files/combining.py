@@ -15,8 +15,6 @@ from disha.errors import AdapterFileError, ArgumentError
 from disha.files.contents import AdapterFileWarning, Contents, Source
 from disha.files.header import AdapterHeader, LayerRecord, TensorRecord
 from disha.fingerprint import same_base
-from disha.layers import Bone
-from disha.layers.registry import SHARD_DIMS
 from disha.state import finite_as
 from disha.text import printable
 
@@ -52,20 +50,16 @@ class _Block:
     tensor: Tensor
     weight: float
 
-    def widened(self, r: int) -> Tensor:
-        """Return the block for shards of r, a multiple of its own."""
-        if r == self.record.r:
-            return self.tensor
-        assert self.record.layout is not None
-        return functional.widened_block(
-            self.tensor, self.record.r, r, SHARD_DIMS[self.record.layout]
-        )
+    def widened(self, r: int) -> Tensor | None:
+        """Return the block for shards of r, a multiple of its own, or None if there is none."""
+        record = self.record
+        return functional.widened(record.method, record.layout, self.tensor, record.r, r)
 
 
 def combine_contents(summands: Sequence[Summand]) -> Contents:
     """Return the adapter whose dW is the sum of w * s * dW of several, exactly.
 
-    All kinds of blocks are linear in D, so the blocks add up, as in `combine_adapters`. A layer
+    The methods are linear in D, so the blocks add up, as in `combine_adapters`. A layer
     that an adapter lacks counts as zero there; Bone blocks of different r get the least common
     multiple of theirs. The result has scale 1 and no metadata.
 
@@ -131,7 +125,10 @@ def _sum(blocks: list[_Block]) -> tuple[LayerRecord, Tensor]:
     r = math.lcm(*(block.record.r for block in blocks))
     _check_addable(blocks, r)
     total = functional.weighted_sum(
-        [(block.widened(r), block.weight * block.record.scale) for block in blocks]
+        [
+            (tensor, block.weight * block.record.scale)
+            for block, tensor in zip(blocks, _widened(blocks, r), strict=True)
+        ]
     )
     if not finite_as(total, total.dtype):
         raise AdapterFileError(
@@ -148,35 +145,36 @@ def _check_addable(blocks: list[_Block], r: int) -> None:
             f"layer {name!r} has different sizes: {_listing(blocks)}; these adapters are for "
             "different models"
         )
-    same_r = all(block.record.r == r for block in blocks)
-    if not same_r and blocks[0].record.method != Bone.method:
-        raise AdapterFileError(
-            f"layer {name!r}: BAT blocks can be added only if they have one r: {_listing(blocks)}"
-        )
-    if len({block.record.layout for block in blocks}) > 1:
-        found = ", ".join(f"{block.record.layout} in {block.source}" for block in blocks)
+    if len({(block.record.layout, block.record.rows) for block in blocks}) > 1:
+        found = ", ".join(f"{block.record.layout.pattern!r} in {block.source}" for block in blocks)
         raise AdapterFileError(
             f"layer {name!r} is laid out in different ways ({found}): these adapters are for "
             "different models"
         )
-    if not same_r and r > blocks[0].record.in_features:
+    if r > blocks[0].record.in_features and len({block.record.r for block in blocks}) > 1:
         raise AdapterFileError(
             f"layer {name!r}: the sum would need r={r}, the least common multiple, and has only "
             f"{blocks[0].record.in_features} inputs: {_listing(blocks)}; export the adapters as "
             "LoRA, and combine there"
         )
-    if not same_r and blocks[0].record.layout is None:
+
+
+def _widened(blocks: list[_Block], r: int) -> list[Tensor]:
+    """Return the blocks for shards of r."""
+    name, method = blocks[0].record.name, functional.method_of(blocks[0].record.method)
+    found = [tensor for block in blocks if (tensor := block.widened(r)) is not None]
+    if len(found) < len(blocks) or not (method.linear or len(blocks) == 1):
+        remedy = "only if they have one r" if method.linear else "in the model only"
         raise AdapterFileError(
-            f"layer {name!r} is of a kind whose blocks of different r can be added only beside "
-            f"the layer: {_listing(blocks)}; load the adapters into the model, and use "
-            "combine_adapters there"
+            f"layer {name!r}: {method.name} blocks can be added {remedy}: {_listing(blocks)}"
         )
-    shapes = {tuple(block.widened(r).shape) for block in blocks}
+    shapes = {tuple(tensor.shape) for tensor in found}
     if len(shapes) > 1:
         raise AdapterFileError(
             f"layer {name!r}: blocks of shapes {sorted(shapes)} can't be added; these adapters "
             "are for different models"
         )
+    return found
 
 
 def _listing(blocks: Iterable[_Block]) -> str:

@@ -37,12 +37,11 @@ from disha.files.pieces import tensor_writer
 from disha.files.tensors import TensorFile, TensorRecord, opened
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
-from disha.layers import AdaptedLayer, Block
+from disha.layers import AdaptedWeight
 from disha.layers.adapted import refuse_inside
-from disha.plan import LayerRequest, plan_layers
+from disha.plan import WeightRequest, plan_weights
 from disha.sharding import Ranks, whole
 from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as
-from disha.survey import Survey
 from disha.text import printable
 from disha.tree import (
     adapted_layers,
@@ -124,16 +123,16 @@ def adapter_contents(
         for key, parameter in parameters.items()
     }
     records = tuple(
-        _record(name, layer.disha[adapter], layer, _base_fingerprint(layer))
-        for name, layer in require_adapter(model, adapter)
+        _record(name, adapter, weight, _base_fingerprint(weight))
+        for name, weight in require_adapter(model, adapter)
     )
     with ranks.agreeing(action):
         _check_one_kind(adapter, records)
         _check_still_finite(adapter, tensors)
-    _, layer = require_adapter(model, adapter)[0]
+    _, weight = require_adapter(model, adapter)[0]
     keys = {record.key for record in records}
     header = AdapterHeader(
-        config=layer.disha[adapter].config.changed(scale=records[0].scale),
+        config=weight.blocks[adapter].config.changed(scale=records[0].scale),
         layers=records,
         also_train=tuple(sorted(key for key in tensors if key not in keys)),
         tensors={key: TensorRecord(tuple(t.shape), t.dtype) for key, t in tensors.items()},
@@ -142,8 +141,9 @@ def adapter_contents(
     return header, tensors
 
 
-def _record(name: str, block: Block, layer: AdaptedLayer, base: str | None) -> LayerRecord:
-    geometry = layer.geometry(layer)
+def _record(name: str, adapter: str, weight: AdaptedWeight, base: str | None) -> LayerRecord:
+    block = weight.blocks[adapter]
+    geometry = weight.geometry
     return LayerRecord(
         name=name,
         method=block.method,
@@ -153,17 +153,18 @@ def _record(name: str, block: Block, layer: AdaptedLayer, base: str | None) -> L
         out_features=geometry.out_features,
         scale=block.strength,
         base=base,
-        layout=layer.layout(layer),
+        layout=block.slot.layout,
+        rows=block.slot.rows,
     )
 
 
-def _base_fingerprint(layer: AdaptedLayer) -> str | None:
-    """Return the fingerprint of a layer's original weight; a quantised one has none.
+def _base_fingerprint(weight: AdaptedWeight) -> str | None:
+    """Return the fingerprint of an adapted weight's original; a quantised one has none.
 
     Quantising changes the values, and so do a second way of quantising and some kernels, while an
     adapter that was trained on one fits the others.
     """
-    return fingerprint(layer.base_weight) if layer.quantisation(layer) is None else None
+    return fingerprint(weight.base_rows) if weight.quantisation is None else None
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -402,13 +403,14 @@ def _check_taken(adapter: str, taken: bool, replace: bool, dtype: torch.dtype | 
 
 
 def _model_keys(model: nn.Module, header: AdapterHeader) -> dict[str, str]:
-    names = Survey(model).names
+    names = module_names(model)
     first = {name: aliases[0] for aliases in names.values() for name in aliases}
     parameters = parameter_aliases(names)
     keys = {key: parameters.get(key, key) for key in header.also_train}
     for layer in header.layers:
-        own = layer.key
-        keys[own] = first.get(layer.name, layer.name) + own[len(layer.name) :]
+        module, _, below = layer.name.rpartition(".")
+        own = first.get(layer.name) or join(first.get(module, module), below)
+        keys[layer.key] = own + layer.key[len(layer.name) :]
     return keys
 
 
@@ -421,19 +423,21 @@ def _inject(
 ) -> LoadReport:
     header = incoming.header
     requests = [
-        LayerRequest(
+        WeightRequest(
             name=layer.name,
             r=layer.r,
             in_features=layer.in_features,
             out_features=layer.out_features,
             block_shape=header.tensors[layer.key].shape,
+            layout=layer.layout,
+            rows=layer.rows,
             dtype=dtype or header.tensors[layer.key].dtype,
         )
         for layer in header.layers
     ]
     beside = {key: header.tensors[key].shape for key in header.also_train}
     with _named(incoming.source):
-        plan = plan_layers(model, adapter, header.config, requests, beside, freeze)
+        plan = plan_weights(model, adapter, header.config, requests, beside, freeze)
     dtypes = {
         layer.key: request.dtype for layer, request in zip(header.layers, requests, strict=True)
     }
@@ -454,8 +458,8 @@ def _fitting(
     mine = adapter_tensors(model, adapter)
     found = {incoming.keys[key]: key for key in incoming.tensors}
     blocks = {
-        join(name, layer.disha[adapter].parameter_name)
-        for name, layer in require_adapter(model, adapter)
+        join(name, weight.blocks[adapter].parameter_name)
+        for name, weight in require_adapter(model, adapter)
     }
     required = set() if partial else blocks | set(incoming.header.also_train)
     targets = {key: parameter for key, parameter in mine.items() if key in found or key in required}
@@ -475,8 +479,8 @@ def _fitting(
 
 def _reconfigure(model: nn.Module, incoming: _Incoming, adapter: str) -> None:
     records = incoming.records
-    for name, layer in require_adapter(model, adapter):
-        block = layer.disha[adapter]
+    for name, weight in require_adapter(model, adapter):
+        block = weight.blocks[adapter]
         if join(name, block.parameter_name) in records:
             block.reconfigure(incoming.header.config)
     _set_strengths(model, incoming, adapter)
@@ -484,8 +488,8 @@ def _reconfigure(model: nn.Module, incoming: _Incoming, adapter: str) -> None:
 
 def _set_strengths(model: nn.Module, incoming: _Incoming, adapter: str) -> None:
     records = incoming.records
-    for name, layer in require_adapter(model, adapter):
-        block = layer.disha[adapter]
+    for name, weight in require_adapter(model, adapter):
+        block = weight.blocks[adapter]
         record = records.get(join(name, block.parameter_name))
         if record is not None:
             block.set_strength(record.scale)
@@ -495,11 +499,16 @@ def _other_sizes(model: nn.Module, incoming: _Incoming, adapter: str) -> list[st
     """Return what the adapter says of layers and the model's adapter contradicts."""
     asked = incoming.records
     problems = []
-    for name, layer in require_adapter(model, adapter):
-        found = _record(name, layer.disha[adapter], layer, base=None)
+    for name, weight in require_adapter(model, adapter):
+        found = _record(name, adapter, weight, base=None)
         wanted = asked.get(found.key)
         if wanted is not None and found.sizes != wanted.sizes:
             problems.append(f"{name}: the file has {wanted.sizes}, the model {found.sizes}")
+        elif wanted is not None and (found.layout, found.rows) != (wanted.layout, wanted.rows):
+            problems.append(
+                f"{name}: the file has {wanted.layout} and rows {wanted.rows}, the model "
+                f"{found.layout} and {found.rows}"
+            )
     return problems
 
 
@@ -539,9 +548,9 @@ def _named(source: Source) -> Iterator[None]:
 def _warn_of_other_base(model: nn.Module, incoming: _Incoming, adapter: str) -> None:
     records = incoming.records
     other, known = [], 0
-    for name, layer in require_adapter(model, adapter):
-        record = records.get(join(name, layer.disha[adapter].parameter_name))
-        now = None if record is None else _base_fingerprint(layer)
+    for name, weight in require_adapter(model, adapter):
+        record = records.get(join(name, weight.blocks[adapter].parameter_name))
+        now = None if record is None else _base_fingerprint(weight)
         if record is None or now is None or record.base is None:
             continue
         known += 1

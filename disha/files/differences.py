@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -128,8 +128,7 @@ def _entries(described: AdapterFile) -> dict[tuple[str, bool], _Entry]:
     """Return the tensors of a file by name, and by whether it is a layer's."""
     found = {}
     for layer in described.layers:
-        said = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "name"}
-        found[layer.name, True] = _entry(described, layer.key, said)
+        found[layer.name, True] = _entry(described, layer.key, layer.to_json())
     for key in described.also_train:
         found[key, False] = _entry(described, key, {})
     return found

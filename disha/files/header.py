@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from disha.config import AdapterConfig, check_scale
+from disha import functional
+from disha.config import AdapterConfig, check_scale, checked_rows
 from disha.errors import AdapterFileError, ArgumentError, DishaError
 from disha.files.json_files import each_once
 from disha.files.tensors import TensorFile, TensorRecord, refuse_floods
-from disha.layers import BLOCKS, Bat
+from disha.functional import METHODS, PATTERNS, Geometry, Layout, Rows
+from disha.layers import block_name
 from disha.tables import table
 from disha.text import brief, printable
 from disha.tree import join
@@ -40,26 +43,25 @@ FORMAT = 1
 HEADER_KEY = "disha"
 """The one metadata key: several would come out in changing order, and the bytes with them."""
 
-LAYOUTS = ("linear", "linear_in_out", "conv", "conv_transposed", "embedding")
-"""How weights are laid out; a file from elsewhere may name none but these."""
-
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """A layer in a file: what block it has, on what it fits, and its base's fingerprint.
+    """An adapted weight in a file: what block it has, on what it fits, its base's fingerprint.
 
     Attributes:
-        name: the layer's name in its model.
-        method: `"bone"` or `"bat"`.
+        name: the layer's name in its model; where the weight is not its layer's `weight`, with
+            its own name behind (`experts.gate_up_proj`).
+        method: the block's method.
         r: shard size.
         r_out: size of the output shard of a tile, or None.
         in_features: size of the layer's input.
         out_features: size of its output.
         scale: factor on the update.
         base: fingerprint of the base weight, or None where it has none.
-        layout: how the base weight is laid out, or None where its kind does not tell.
+        layout: where the base weight keeps its outputs and inputs.
+        rows: the outputs that are adapted, where not all of the weight's are.
     """
 
     name: str
@@ -70,17 +72,74 @@ class LayerRecord:
     out_features: int
     scale: float
     base: str | None
-    layout: str | None = None
+    layout: Layout
+    rows: Rows = ()
 
     @property
     def sizes(self) -> tuple[str, int, int | None, int, int]:
         """Kind, r, r_out, in and out."""
         return (self.method, self.r, self.r_out, self.in_features, self.out_features)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return all that is said of the layer as JSON values, its layout's fields included."""
+        return {
+            **vars(self),
+            "layout": self.layout.pattern,
+            "groups": self.layout.groups,
+            "padding_idx": self.layout.padding_idx,
+            "rows": [list(one) for one in self.rows],
+        }
+
+    def geometry(self, block: tuple[int, ...]) -> Geometry:
+        """Return the sizes of what is adapted, by those above and the block's shape."""
+        stack = functional.stack_of(self.method, self.layout, block)
+        return Geometry(self.in_features, self.out_features, stack)
+
+    def weight_shape(self, block: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the adapted rows of the weight, by the block's shape."""
+        return self.layout.shape(self.geometry(block))
+
+    def block_misfit(self, block: tuple[int, ...]) -> str | None:
+        """Return why a block of that shape is none of such a layer, or None if it can be."""
+        layout, r, r_out = self.layout, self.r, self.r_out
+        least = 2 if layout.has_kernel else METHODS[self.method].block_axes
+        weight = self.weight_shape(block) if len(block) >= least else ()
+        if layout.misfit(weight) is not None:
+            return f"a block of shape {block} does not go with the layout {layout.pattern!r}"
+        misfit = functional.misfit(self.method, self.layout, self.geometry(block), r, r_out)
+        if misfit is not None:
+            return misfit
+        count = sum(stop - first for first, stop in self.rows)
+        if self.rows and count != self.out_features:
+            return f"it has {count} rows, and out_features={self.out_features}"
+        expected = functional.block_shape(self.method, layout, weight, r, r_out)
+        return None if block == expected else f"expected a block of shape {expected}, found {block}"
+
+    def weight_misfit(self, block: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
+        """Return why a weight of that shape can't be the layer's, or None if it can.
+
+        Args:
+            block: the shape of the layer's block, which fits the layer.
+            weight: the shape of the whole weight.
+        """
+        expected, of_rows = self.weight_shape(block), ""
+        if self.rows:
+            of_rows = " in rows " + ", ".join(f"{first}:{stop}" for first, stop in self.rows)
+        if self.layout.misfit(weight) is None:
+            geometry = self.layout.geometry(weight, self.rows)
+            outputs = self.layout.geometry(weight).out_features
+            if geometry == self.geometry(block) and all(stop <= outputs for _, stop in self.rows):
+                return None
+        return f"the weight there is {weight}, and the adapter is for {expected}{of_rows}"
+
+    def adapted_part(self, weight: Tensor) -> Tensor:
+        """Return the rows of a weight that are adapted; all of it where all are."""
+        return self.layout.part(weight, self.rows)
+
     @property
     def key(self) -> str:
         """The block's key in the file."""
-        return join(self.name, BLOCKS[self.method].parameter_name)
+        return join(self.name, block_name(self.method))
 
 
 @dataclass(frozen=True)
@@ -199,13 +258,21 @@ def _not_unicode(text: str) -> str | None:
 def _grouped(records: tuple[LayerRecord, ...]) -> list[dict[str, Any]]:
     """Return the layers grouped by their sizes: most of a model's layers share a few.
 
-    What a group does not have, a tile or a known layout, it does not mention: models with many
-    different sizes have many groups.
+    What a group does not have, such as a tile or several groups of channels, it does not mention.
     """
     groups: dict[tuple[Any, ...], dict[str, str | None]] = {}
     for one in records:
-        groups.setdefault((*one.sizes, one.layout, one.scale), {})[one.name] = one.base
-    names = ("kind", "r", "r_out", "in", "out", "layout", "scale")
+        layout = one.layout
+        shared = (
+            *one.sizes,
+            layout.pattern,
+            None if layout.groups == 1 else layout.groups,
+            layout.padding_idx,
+            one.rows or None,
+            one.scale,
+        )
+        groups.setdefault(shared, {})[one.name] = one.base
+    names = ("kind", "r", "r_out", "in", "out", "layout", "groups", "padding_idx", "rows", "scale")
     return [
         {name: value for name, value in zip(names, shared, strict=True) if value is not None}
         | {"base": base}
@@ -231,30 +298,7 @@ def _contradiction(layer: LayerRecord, header: AdapterHeader) -> str | None:
             f"has kind {layer.method!r} and r_out {layer.r_out}, but the configuration says "
             f"{config.method!r} and {config.r_out}"
         )
-    if layer.layout is None:
-        return None  # its kind alone knows what fits
-    if layer.method == Bat.method and layer.layout not in ("linear", "linear_in_out"):
-        return f"has kind {layer.method!r}, which is for linear layers, and layout {layer.layout!r}"
-    if layer.r > layer.in_features:
-        return f"r={layer.r} is larger than in_features={layer.in_features}"
-    if layer.r_out is not None and layer.out_features % layer.r_out:
-        return f"r_out={layer.r_out} does not divide out_features={layer.out_features}"
-    shape = header.tensors[layer.key].shape
-    expected = _block_shape(layer, shape)
-    return None if shape == expected else f"expected a block of shape {expected}, found {shape}"
-
-
-def _block_shape(layer: LayerRecord, found: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a layer's block; a kernel and groups are known from the block alone."""
-    r, out = layer.r, layer.r_out or layer.out_features
-    if layer.method == Bat.method:
-        return (-(-layer.out_features // r), r, r)
-    if layer.layout == "conv":
-        return (out, r, *(found[2:5] or (1,)))
-    if layer.layout == "conv_transposed":
-        groups = max(found[0] // r, 1) if found else 1
-        return (groups * r, out, *(found[2:5] or (1,)))
-    return (r, out)
+    return layer.block_misfit(header.tensors[layer.key].shape)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -350,13 +394,13 @@ class _Header:
         if not isinstance(group, dict):
             raise AdapterFileError(f"{self.path}: an entry of the header's layers is no object")
         kind = self._field(group, "kind", str)
-        if kind not in BLOCKS:
+        if kind not in METHODS:
             raise AdapterFileError(
-                f"{self.path}: unknown kind {brief(kind)}; known are {', '.join(BLOCKS)}"
+                f"{self.path}: unknown kind {brief(kind)}; known are {', '.join(METHODS)}"
             )
         r_out = None if group.get("r_out") is None else self._size(group, "r_out")
         r, inputs, outputs = (self._size(group, field) for field in ("r", "in", "out"))
-        layout, scale = self._layout(group), self._scale(group)
+        layout, rows, scale = self._layout(group), self._rows(group), self._scale(group)
         for name, base in self._field(group, "base", dict).items():
             if base is not None and not isinstance(base, str):
                 raise AdapterFileError(f"{self.path}: the fingerprint of {brief(name)} is no text")
@@ -370,6 +414,7 @@ class _Header:
                 scale=scale,
                 base=base,
                 layout=layout,
+                rows=rows,
             )
 
     def also_train(self) -> tuple[str, ...]:
@@ -393,15 +438,46 @@ class _Header:
             )
         return value
 
-    def _layout(self, fields: dict[str, Any]) -> str | None:
-        layout = fields.get("layout")
-        if layout is None:
-            return None
-        if layout not in LAYOUTS:
+    def _layout(self, fields: dict[str, Any]) -> Layout:
+        pattern = self._field(fields, "layout", str)
+        if pattern not in PATTERNS:
+            known = ", ".join(map(repr, PATTERNS))
             raise AdapterFileError(
-                f"{self.path}: unknown layout {brief(layout)}; known are {', '.join(LAYOUTS)}"
+                f"{self.path}: unknown layout {brief(pattern)}; known are {known}"
             )
-        return str(layout)
+        for field, only in (("groups", "in out *kernel"), ("padding_idx", "index out")):
+            if field in fields and pattern != only:
+                raise AdapterFileError(
+                    f"{self.path}: the header's field {field!r} goes with the layout {only!r}, and "
+                    f"this one is {pattern!r}"
+                )
+        groups = self._size(fields, "groups") if "groups" in fields else 1
+        return Layout(pattern, groups, self._padding_idx(fields))
+
+    def _padding_idx(self, fields: dict[str, Any]) -> int | None:
+        if "padding_idx" not in fields:
+            return None
+        index = self._field(fields, "padding_idx", int)
+        if isinstance(index, bool) or not 0 <= index < self._size(fields, "in"):
+            raise AdapterFileError(
+                f"{self.path}: the header's field 'padding_idx' must be an index below 'in', is "
+                f"{brief(index)}"
+            )
+        return index
+
+    def _rows(self, fields: dict[str, Any]) -> Rows:
+        if "rows" not in fields:
+            return ()
+        try:
+            rows = checked_rows("the header", fields["rows"])
+        except DishaError as error:
+            raise AdapterFileError(f"{self.path}: {error}") from error
+        if rows[-1][1] >= 2**31 or [list(one) for one in rows] != fields["rows"]:
+            raise AdapterFileError(
+                f"{self.path}: the header's field 'rows' must list ranges in their order, below "
+                f"2**31, is {brief(fields['rows'])}"
+            )
+        return rows
 
     def _scale(self, fields: dict[str, Any]) -> float:
         try:

@@ -12,8 +12,6 @@ from torch import Tensor
 from disha import functional
 from disha.files.header import AdapterFile, LayerRecord
 from disha.files.tensors import opened
-from disha.layers import Bat
-from disha.layers.registry import SHARD_DIMS
 
 __all__ = ["TensorStatistics", "chunks", "delta_norm", "statistics_of", "tensor_statistics"]
 
@@ -32,7 +30,7 @@ class TensorStatistics:
         zeros: how many values are zero.
         infinite: how many values are not finite.
         delta_norm: of a block, the Frobenius norm of s * dW; None where the block alone does not
-            tell (BAT, and layers of an unknown layout), or values are not finite.
+            tell, as dW depends on W, or values are not finite.
     """
 
     norm: float | None
@@ -101,7 +99,8 @@ def delta_norm(record: LayerRecord, block: Tensor) -> float | None:
     """Return the Frobenius norm of s * dW, or None where the block alone does not tell it.
 
     ||dW||^2 = t * sum over j of c_j ||D_j||^2, with c_j the number of inputs i with i mod r = j
-    and t = out / r_out (1 without a tile): dW itself is never formed.
+    and t = out / r_out (1 without a tile): dW itself is never formed. An input that the update
+    leaves out does not count.
 
     Args:
         record: the layer.
@@ -111,16 +110,19 @@ def delta_norm(record: LayerRecord, block: Tensor) -> float | None:
         >>> import torch
         >>> from disha.files.header import LayerRecord
         >>> from disha.files.statistics import delta_norm
-        >>> record = LayerRecord("0", "bone", 2, None, 4, 1, scale=1.0, base=None, layout="linear")
+        >>> from disha.functional import Layout
+        >>> linear = Layout("out in")
+        >>> record = LayerRecord("0", "bone", 2, None, 4, 1, scale=1.0, base=None, layout=linear)
         >>> delta_norm(record, torch.tensor([[3.0], [4.0]]))  # dW = [3, 4, 3, 4]
         7.0710678118654755
     """
-    if record.layout is None or record.method == Bat.method:
+    if not functional.method_of(record.method).reduces:
         return None
-    rows = block.detach().double().movedim(SHARD_DIMS[record.layout], 0).flatten(1)
-    by_shard_row = rows.square().sum(1).view(-1, record.r).sum(0)  # groups apart from each other
-    counts = functional.shard_sum(
-        torch.ones(record.in_features, dtype=torch.float64, device=block.device), record.r
-    )
+    matrices = functional.matrix_block(record.method, record.layout, block.detach().double())
+    by_shard_row = matrices.square().sum(-1).view(-1, record.r).sum(0)
+    ones = torch.ones(record.in_features, dtype=torch.float64, device=block.device)
+    if record.layout.padding_idx is not None:
+        ones[record.layout.padding_idx] = 0.0
+    counts = functional.shard_sum(ones, record.r)
     tiles = record.out_features // (record.r_out or record.out_features)
     return abs(record.scale) * math.sqrt(tiles * float(by_shard_row @ counts))

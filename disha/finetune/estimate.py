@@ -102,15 +102,15 @@ def _kept_by(
 
     sizes = (settings.training.per_device_train_batch_size, settings.data.max_seq_length)
     with FakeTensorMode(), _created_in(dtype):
-        model = Decoder(_of_layers(config, layers))
-        disha.inject_adapters(model, ALL_PROJECTIONS, settings.adapter.bone_r, dtype=torch.float32)
+        model = Decoder(_of_layers(config, layers)).requires_grad_(False)
+        adapted = disha.plan_adapters(model, ALL_PROJECTIONS, settings.adapter.bone_r).layers
+        for layer in adapted:
+            _add_block(layer.module, layer.r, layer.out_features)
         kept = _Kept(model, settings.adapter.bone_r)
         if settings.adapter.kind == "bat":
-            # It takes another path with tensors without values. Where Bone keeps the sums of its
-            # inputs' shards, it keeps the inputs.
-            for module in model.modules():
-                if isinstance(module, disha.AdaptedLayer):
-                    module.register_forward_pre_hook(kept.note_input)
+            # Where Bone keeps the sums of its inputs' shards, BAT keeps the inputs.
+            for layer in adapted:
+                layer.module.register_forward_pre_hook(kept.note_input)
         tokens = torch.zeros(sizes, dtype=torch.int64)
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=settings.training.bf16),
@@ -119,6 +119,21 @@ def _kept_by(
             logits = model.lm_head(model.model(tokens)).float()
             nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
     return kept.nbytes
+
+
+def _add_block(layer: nn.Module, r: int, out_features: int) -> None:
+    """Let a layer keep what it keeps with a Bone block.
+
+    An adapted layer computes its whole weight where tensors have no values.
+    """
+    block = nn.Parameter(torch.zeros(r, out_features, dtype=torch.float32))
+    layer.register_parameter("block", block)
+
+    def add_update(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        delta = disha.functional.bone_delta(inputs[0], block, out_features)
+        return output + delta.to(output.dtype)
+
+    layer.register_forward_hook(add_update)
 
 
 def _of_layers(config: DecoderConfig, layers: int) -> DecoderConfig:

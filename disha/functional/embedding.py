@@ -8,14 +8,12 @@ D (r, dim), or a tile (r, r_out):
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor
 
-from disha.functional.shards import Scale, repeat_tile, shard_count, tile_count
+from disha.functional.shards import Scale, repeat_tile, tile_count
 
-__all__ = ["embedding_delta", "embedding_delta_weight"]
+__all__ = ["embedding_delta"]
 
 
 def embedding_delta(
@@ -49,36 +47,3 @@ def embedding_delta(
     if padding_idx is not None:
         delta = delta.masked_fill((indices == padding_idx).unsqueeze(-1), 0.0)
     return delta if not isinstance(scale, Tensor) and scale == 1.0 else delta * scale
-
-
-def embedding_delta_weight(
-    block: Tensor, rows: int, dim: int, padding_idx: int | None = None
-) -> Tensor:
-    """Return dW of a Bone (or tile) block of an embedding: dW[i, d] = D[i mod r, d mod r_out].
-
-    Args:
-        block: D, (r, dim) or (r, r_out).
-        rows: number of embeddings.
-        dim: size of one.
-        padding_idx: row that stays untouched.
-
-    Returns:
-        Tensor (rows, dim).
-
-    Raises:
-        ArgumentError: the block's second size does not divide dim.
-
-    Source: arXiv 2409.15371 for a one-hot input.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import embedding_delta_weight
-        >>> block = torch.tensor([[1.0], [2.0]])
-        >>> embedding_delta_weight(block, rows=5, dim=1, padding_idx=4).flatten()
-        tensor([1., 2., 1., 2., 0.])
-    """
-    shards, tiles = shard_count(rows, block.shape[0]), tile_count(block, dim)
-    delta = repeat(block, "r r_out -> (shards r) (tiles r_out)", shards=shards, tiles=tiles)[:rows]
-    if padding_idx is None:
-        return delta
-    return delta.index_fill(0, torch.tensor([padding_idx], device=delta.device), 0.0)

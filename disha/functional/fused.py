@@ -24,9 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from disha.functional.products import base_product
-from disha.functional.shards import pad_to_multiple, shard_sum, square_tiles, without_autocast
+from disha.functional.shards import (
+    Scale,
+    pad_to_multiple,
+    scaled_sums,
+    shard_sum,
+    shrinking,
+    square_tiles,
+    tile_count,
+    without_autocast,
+)
 
 __all__ = [
     "SLAB_BYTES",
@@ -34,7 +43,7 @@ __all__ = [
     "bat_linear",
     "bone_linear",
     "fusible",
-    "routed_bat_delta",
+    "gathered_product",
     "streams",
 ]
 
@@ -50,27 +59,46 @@ STREAMED_SHARE = 0.75
 """How many tokens stream, as a share of r: where the two ways were measured to take as long."""
 
 
-def fusible(x: Tensor, weight: Tensor, *blocks: Tensor) -> bool:
-    """Whether the products here apply; where not, plain autograd does.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_transformed = torch._C._are_functorch_transforms_active
+_casts_somewhere = torch._C._is_any_autocast_enabled
+
+
+def fusible(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
+    """Whether the products here apply to these operands; where not, plain autograd does.
 
     Args:
         x: input.
         weight: W.
-        blocks: the blocks' values.
+        bias: b, or None.
+        block: D.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or type(block) not in _PLAIN:
         return False
-    if forward_ad._current_level >= 0 or weight.requires_grad or weight.dim() != 2:
-        return False
-    if type(x) not in _PLAIN or type(weight) not in _PLAIN:
-        return False
-    for block in blocks:
-        if type(block) not in _PLAIN:
-            return False
-    return weight.is_contiguous() and not x.is_meta
+    dtype = x.dtype
+    return (
+        weight.dtype is dtype
+        and block.dtype is dtype
+        and (bias is None or bias.dtype is dtype)
+        and not weight.requires_grad
+        and weight.ndim == 2
+        and not x.is_meta
+        and (weight.is_contiguous() or weight.mT.is_contiguous())
+        and not _transformed()
+        and forward_ad._current_level < 0
+        and not is_compiling()
+    )
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+def _autocasted(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the operands as a product under autocast would see them."""
+    if not autocasts(x.device) or x.dtype == torch.float64:
+        return x, weight, bias, block
+    dtype = torch.get_autocast_dtype(x.device.type)
+    bias = None if bias is None else bias.to(dtype)
+    return x.to(dtype), weight.to(dtype), bias, block.to(dtype)
 
 
 def autocasts(device: torch.device) -> bool:
@@ -88,15 +116,15 @@ def autocasts(device: torch.device) -> bool:
     """
     kind = device.type
     # This takes a fifth of the other question's time and mostly answers it, but not of all devices.
-    if kind in ("cpu", "cuda") and not torch._C._is_any_autocast_enabled():
+    if kind in ("cpu", "cuda") and not _casts_somewhere():
         return False
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def bone_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: float = 1.0
-) -> Tensor:
-    """Return W x + b + s S(x) D, as `bone_forward` does, for operands that are `fusible`.
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale = 1.0
+) -> Tensor | None:
+    """Return W x + b + s S(x) D, as `bone_forward` does; None for operands that are not `fusible`.
 
     Args:
         x: input (..., in).
@@ -114,28 +142,28 @@ def bone_linear(
         >>> bone_linear(torch.ones(1, 4), torch.eye(4), None, torch.ones(2, 4))
         tensor([[5., 5., 5., 5.]])
     """
-    rows = _rows(x)
-    if autocasts(x.device):
+    if isinstance(scale, Tensor):
+        return None
+    casts = _casts_somewhere()
+    if casts:
+        x, weight, bias, block = _autocasted(x, weight, bias, block)
+    if not fusible(x, weight, bias, block):
+        return None
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    product = _BoneLinear.apply if torch.is_grad_enabled() else _bone_product
+    if casts:
         with without_autocast(x.device):
-            output = _bone_output(rows, weight, bias, block, scale)
+            output: Tensor = product(rows, weight, bias, block, scale)[0]
     else:
-        output = _bone_output(rows, weight, bias, block, scale)
+        output = product(rows, weight, bias, block, scale)[0]
     return output if rows is x else output.view(*x.shape[:-1], weight.shape[0])
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Return x (..., in) as (n, in)."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _bone_output(*operands: Any) -> Tensor:
-    product = _BoneLinear.apply if torch.is_grad_enabled() else _bone_product
-    output: Tensor = product(*operands)[0]
-    return output
-
-
 class _BoneLinear(torch.autograd.Function):
-    """(x (n, in), W, b, D, s) -> y (n, out) and s S (n, r), which double backward goes through."""
+    """(x (n, in), W, b, D, s) -> y (n, out) and c s S (n, r), which double backward goes through.
+
+    y = W x + b + (c s S) D / c, with c below 1 where a sum could overflow (`shrinking`).
+    """
 
     # A setup_context of its own is for transforms, which are not `fusible`; binding the arguments
     # for it takes as long as a small product.
@@ -154,15 +182,19 @@ class _BoneLinear(torch.autograd.Function):
         weight, block, sums = ctx.saved_tensors
         grad, grad_sums = grads
         needs_x, _, needs_bias, needs_block, _ = ctx.needs_input_grad
+        c = shrinking(weight.dtype, weight.shape[1], block.shape[0])
         grad_x = grad_bias = grad_block = None
         with without_autocast(weight.device):
+            if grad_sums is not None:
+                grad_sums = _times(grad_sums, c)
             if grad is not None:
                 grad_bias = grad.sum(0) if needs_bias else None
                 # Of a tile, what reaches D is summed over the output's shards.
                 whole = block.shape[1] == grad.shape[1]
                 grad_tile = grad if whole else shard_sum(grad, block.shape[1])
                 # sums.T @ grad_tile, which takes some of the libraries longer
-                grad_block = F.linear(sums.T, grad_tile.T) if needs_block else None
+                if needs_block:
+                    grad_block = _times(F.linear(sums.T, grad_tile.T), 1.0 / c)
                 to_sums = grad_tile @ block.T
                 grad_sums = to_sums if grad_sums is None else grad_sums + to_sums
             if needs_x and grad_sums is not None:
@@ -175,15 +207,22 @@ def _bone_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     (tokens, in_features), (r, r_out) = x.shape, block.shape
-    # Where r divides, shard_sum with less around it.
-    divides = in_features % r == 0
-    sums = x.view(tokens, in_features // r, r).sum(1) if divides else shard_sum(x, r)
-    sums = _times(sums, scale)
-    output = base_product(x, weight, bias)
-    if r_out == output.shape[1]:
-        return output.addmm_(sums, block), sums
+    if in_features % r == 0 and x.dtype is not torch.float16:
+        # scaled_sums with less around it
+        sums = x.view(tokens, in_features // r, r).sum(1)
+        if scale != 1.0:
+            sums = sums * scale
+        if r_out == weight.shape[0]:
+            return F.linear(x, weight, bias).addmm_(sums, block), sums
+        regain = 1.0
+    else:
+        sums, regain = scaled_sums(x, r, x.dtype, scale)
+    output = F.linear(x, weight, bias)
+    if r_out == weight.shape[0]:
+        return output.addmm_(sums, block, alpha=regain), sums
+    tile_count(block, weight.shape[0])
     tiles = output.view(-1, output.shape[1] // r_out, r_out)
-    tiles.add_((sums @ block).unsqueeze(1))
+    tiles.add_((sums @ block).unsqueeze(1), alpha=regain)
     return output, sums
 
 
@@ -204,8 +243,66 @@ def _into_shards(total: Tensor | None, sums: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
-    """Return (W + dW) x + b with dW_ab = W_ab D_a + D_a, as `bat_forward`, for `fusible` operands.
+def gathered_product(sums: Tensor, block: Tensor, stack: Tensor, index: Tensor) -> Tensor:
+    """Return the product of sums with blocks of a stack, without keeping these for backward.
+
+    Args:
+        sums: (n, ..., r).
+        block: the gathered blocks (n, r, out), `stack[index]`.
+        stack: D of all matrices (experts, r, out).
+        index: (n,), whose block each of the sums meets.
+
+    Returns:
+        Tensor (n, ..., out).
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional.fused import gathered_product
+        >>> stack, index = torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([1, 0, 1])
+        >>> gathered_product(torch.ones(3, 1, 1), stack[index], stack, index).flatten()
+        tensor([2., 1., 2.])
+    """
+    if (
+        not torch.is_grad_enabled()
+        or is_compiling()
+        or _transformed()
+        or forward_ad._current_level >= 0
+    ):
+        return sums @ block
+    if autocasts(sums.device) and sums.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(sums.device.type)
+        sums, block, stack = sums.to(dtype), block.to(dtype), stack.to(dtype)
+    with without_autocast(sums.device):
+        product: Tensor = _GatheredProduct.apply(sums, block.detach(), stack, index)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _GatheredProduct(torch.autograd.Function):
+    """(sums (n, ..., r), stack[index] (n, r, out), stack, index) -> (n, ..., out)."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, block: Tensor, stack: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(sums, stack, index)
+        return sums @ block
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        sums, stack, index = ctx.saved_tensors
+        needs_sums, _, needs_stack, _ = ctx.needs_input_grad
+        grad_sums = grad_stack = None
+        with without_autocast(stack.device):
+            if needs_sums:
+                grad_sums = grads[0] @ stack[index].mT
+            if needs_stack:
+                each = sums.mT @ grads[0]
+                grad_stack = torch.zeros_like(stack).index_add(0, index % len(stack), each)
+        return grad_sums, None, grad_stack, None
+
+
+def bat_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale = 1.0
+) -> Tensor | None:
+    """Return (W + s dW) x + b with dW_ab = W_ab D_a + D_a; None where operands aren't `fusible`.
 
     Products are computed in the dtype of the operands: for 16 bits W_eff is rounded once, and D
     added to the output.
@@ -214,7 +311,8 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) ->
         x: input (..., in).
         weight: W (out, in), frozen.
         bias: b (out,), or None.
-        block: D (ceil(out / r), r, r), of W's dtype.
+        block: D (ceil(out / r), r, r), of W's dtype or float32.
+        scale: runtime scale s.
 
     Returns:
         Tensor (..., out).
@@ -225,7 +323,15 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) ->
         >>> bat_linear(torch.ones(1, 2), torch.eye(2), None, torch.eye(2)[None])
         tensor([[3., 3.]])
     """
-    rows = _rows(x)
+    if isinstance(scale, Tensor) or scale != 1.0:
+        block = block * scale
+    if block.dtype is torch.float32 and weight.dtype is not torch.float32:
+        block = block.to(weight.dtype)  # W_eff is rounded to 16 bits anyway
+    if _casts_somewhere():
+        x, weight, bias, block = _autocasted(x, weight, bias, block)
+    if not fusible(x, weight, bias, block):
+        return None
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     with without_autocast(x.device):
         if torch.is_grad_enabled():
             output: Tensor = _BatLinear.apply(rows, weight, bias, block)  # type: ignore[no-untyped-call]
@@ -267,7 +373,8 @@ def _bat_product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) 
                 torch.addmm(bias[slab.rows], x, part, out=output[:, slab.rows])
     if whole:
         return output
-    return output.addmm_(shard_sum(x, block.shape[-1]), _flat(block, weight.shape[0]).T)
+    sums, regain = scaled_sums(x, block.shape[-1], x.dtype)
+    return output.addmm_(sums, _flat(block, weight.shape[0]).T, alpha=regain)
 
 
 def _bat_gradients(
@@ -289,7 +396,7 @@ def _bat_gradients(
 
 def _bat_block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
     """Return dD_a = sum over b of (W_ab + I)^T G_ab from some rows of G = dY^T X and of W."""
-    gradient, tiles = square_tiles(gradient, r), square_tiles(weight, r)
+    gradient, tiles = square_tiles(gradient, r), square_tiles(weight.contiguous(), r)
     direct = gradient.view(tiles.shape[0], r, -1, r).sum(2)
     return torch.bmm(tiles.mT, gradient) + direct
 
@@ -319,14 +426,15 @@ def _slabs(weight: Tensor, block: Tensor) -> Iterator[_Slab]:
 def _effective(slab: _Slab, weight: Tensor, block: Tensor, whole: bool) -> Tensor:
     """Return rows of W_eff, or of W_ab + W_ab D_a only, where D itself is added elsewhere."""
     rows, own, r = weight[slab.rows], block[slab.blocks], block.shape[-1]
-    tiles = square_tiles(rows, r)
+    tiles = square_tiles(rows.contiguous(), r)
     if whole:
         start = tiles.view(own.shape[0], r, -1, r) + own.unsqueeze(2)
         product = start.view(tiles.shape).baddbmm_(tiles, own)
     else:
         product = torch.baddbmm(tiles, tiles, own)
-    # Contiguous, so that a block of zeros changes no bit of what the plain layer computes.
-    return product.view(own.shape[0] * r, -1)[: rows.shape[0], : rows.shape[1]].contiguous()
+    # Laid out as W, so that a block of zeros changes no bit of what the plain layer computes.
+    effective = product.view(own.shape[0] * r, -1)[: rows.shape[0], : rows.shape[1]]
+    return effective.contiguous() if weight.is_contiguous() else effective.mT.contiguous().mT
 
 
 def _is_wide(weight: Tensor) -> bool:
@@ -347,65 +455,25 @@ def _flat(block: Tensor, out_features: int) -> Tensor:
 
 
 def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
-    """Return the same product with W read once and W_eff not formed."""
-    output = _through_blocks(x, weight, block.unsqueeze(0), with_input=True)
-    return output if bias is None else output + bias
-
-
-def routed_bat_delta(x: Tensor, weight: Tensor, blocks: Tensor) -> Tensor:
-    """Return what BAT blocks add where each sample has a block of its own, W being read once.
-
-    For few tokens (`streams`), no gradients, and operands that are `fusible` and of one dtype.
-
-    Args:
-        x: input (samples * n, ..., in): each sample covers n entries of the leading dimension.
-        weight: W (out, in).
-        blocks: s * D of each sample, (samples, ceil(out / r), r, r).
-
-    Returns:
-        Tensor (samples * n, ..., out).
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional.fused import routed_bat_delta
-        >>> blocks = torch.stack([torch.eye(2)[None], torch.zeros(1, 2, 2)])
-        >>> routed_bat_delta(torch.ones(2, 2), torch.eye(2), blocks)
-        tensor([[2., 2.],
-                [0., 0.]])
-    """
-    output = _through_blocks(_rows(x), weight, blocks, with_input=False)
-    return output.view(*x.shape[:-1], weight.shape[0])
-
-
-def _through_blocks(x: Tensor, weight: Tensor, blocks: Tensor, with_input: bool) -> Tensor:
-    """Return sum over b of W_ab D_a x_b + D_a S(x) for each a, and W x with it if asked.
-
-    Args:
-        x: (samples * n, in).
-        weight: W.
-        blocks: D of each sample, (samples, out / r, r, r).
-        with_input: whether to add W x.
-    """
-    samples, count, r, _ = blocks.shape
+    """Return sum over b of W_ab (I + D_a) x_b + D_a S(x) for each a: W is read once, in order."""
+    count, r, _ = block.shape
     tokens, out_features = x.shape[0], weight.shape[0]
     x = pad_to_multiple(x, r, dim=-1)
-    in_features = x.shape[1]
-    # u_ab = D_a x_b for all a at once, a sample after the other: (samples, out / r, n * in / r, r)
-    shards = x.reshape(samples, 1, tokens // samples * (in_features // r), r)
-    shards = shards.expand(-1, count, -1, -1).flatten(0, 1)  # a view for one sample
-    each = blocks.flatten(0, 1).mT
-    moved = torch.baddbmm(shards, shards, each) if with_input else torch.bmm(shards, each)
-    moved = moved.view(samples, count, -1).transpose(0, 1).reshape(count, tokens, in_features)
-    product = _rows_of_outputs(moved, weight, r)
-    sums = shard_sum(x, r).view(samples, tokens // samples, r)
-    direct = sums @ blocks.reshape(samples, count * r, r).mT
-    return direct.view(tokens, count * r).add_(product)[:, :out_features]
+    # u_ab = x_b + D_a x_b for all a at once: (out / r, tokens * in / r, r)
+    shards = x.reshape(1, -1, r).expand(count, -1, -1)
+    moved = torch.baddbmm(shards, shards, block.mT).view(count, tokens, x.shape[1])
+    sums, regain = scaled_sums(x, r, x.dtype)
+    output = _rows_of_outputs(moved, weight, r)
+    output = torch.addmm(output, sums, block.reshape(count * r, r).T, alpha=regain)[
+        :, :out_features
+    ]
+    return output if bias is None else output + bias
 
 
 def _rows_of_outputs(moved: Tensor, weight: Tensor, r: int) -> Tensor:
     """Return sum over b of W_ab u_ab, (tokens, out), for u (out / r, tokens, in)."""
     count, tokens, in_features = moved.shape
-    rows = square_tiles(weight, r).view(count, r, in_features)
+    rows = square_tiles(weight.contiguous(), r).view(count, r, in_features)
     if tokens >= W_FIRST_TOKENS and _is_wide(weight):
         return torch.bmm(rows, moved.mT).view(count * r, tokens).T
     return torch.bmm(moved, rows.mT).transpose(0, 1).reshape(tokens, count * r)

@@ -1,4 +1,4 @@
-"""Bone, tile and BAT for linear layers: y = W x + b with W (out, in).
+"""Bone, tile and BAT for one matrix W (out, in), or for stacks of them: y = W x + b.
 
 - Bone, block D (r, out): dW[o, i] = D[i mod r, o], so that dW x = S(x) D;
 - tile, block D (r, r_out) where r_out divides out: dW[o, i] = D[i mod r, o mod r_out];
@@ -8,54 +8,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
 
 from disha.errors import ArgumentError
-from disha.functional import fused
-from disha.functional.fused import autocasts, bat_linear, bone_linear, fusible, streams
-from disha.functional.products import LARGE_WEIGHT, base_product
+from disha.functional.fused import bat_linear
 from disha.functional.shards import (
     Scale,
     merge_dtype,
     merged_weight,
     pad_to_multiple,
     repeat_tile,
+    scaled_sums,
     shard_count,
-    shard_sum,
     square_tiles,
     tile_count,
     without_autocast,
 )
 
 __all__ = [
-    "adapted_linear",
     "bat_delta_weight",
     "bat_forward",
-    "bat_unmerge",
+    "bat_stack",
     "bone_delta",
     "bone_delta_weight",
     "bone_forward",
     "bone_lora_factors",
-    "bone_unmerge",
-    "plain_linear",
-    "routed_bat_delta",
     "routed_bone_delta",
 ]
 
 
-def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) -> Tensor:
+def bone_delta(
+    x: Tensor,
+    block: Tensor,
+    out_features: int,
+    scale: Scale = 1.0,
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:
     """Return what a Bone (or tile) block adds to the layer's output: s * S(x) D, tiled.
 
     Args:
         x: input (..., in).
-        block: D, (r, out_features) for Bone or (r, r_out) for a tile.
+        block: D, (r, out_features) for Bone or (r, r_out) for a tile; stacks multiply as in
+            `torch.matmul`.
         out_features: size of the layer's output; a multiple of the block's second size.
         scale: runtime scale s, a number or a 0-dim tensor.
+        multiply: the product of S(x) and D.
 
     Returns:
         Tensor (..., out_features), in the block's dtype (autocast aside).
@@ -72,22 +74,21 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
         tensor([[6., 6., 6.]])
     """
     tiles = tile_count(block, out_features)
-    sums = shard_sum(x, block.shape[0], dtype=block.dtype)
-    if isinstance(scale, Tensor) or scale != 1.0:
-        sums = sums * scale  # (..., r): cheaper than scaling D or the output
-    return repeat_tile(sums @ block, tiles)
+    sums, regain = scaled_sums(x, block.shape[-2], block.dtype, scale)
+    product = multiply(sums, block)
+    return repeat_tile(product if regain == 1.0 else product * regain, tiles)
 
 
 def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Tensor:
     """Return dW of a Bone (or tile) block: dW[o, i] = D[i mod r, o mod r_out].
 
     Args:
-        block: D, (r, out_features) or (r, r_out).
+        block: D, (..., r, out_features) or (..., r, r_out).
         in_features: columns of the weight.
         out_features: rows of the weight.
 
     Returns:
-        Tensor (out_features, in_features).
+        Tensor (..., out_features, in_features).
 
     Raises:
         ArgumentError: the block's second size does not divide out_features.
@@ -100,9 +101,10 @@ def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Ten
         >>> bone_delta_weight(torch.tensor([[1.0], [2.0]]), in_features=5, out_features=1)
         tensor([[1., 2., 1., 2., 1.]])
     """
-    shards, tiles = shard_count(in_features, block.shape[0]), tile_count(block, out_features)
-    delta = repeat(block, "r r_out -> (tiles r_out) (shards r)", tiles=tiles, shards=shards)
-    return delta[:, :in_features]
+    shards, tiles = shard_count(in_features, block.shape[-2]), tile_count(block, out_features)
+    # repeat(block, "... r r_out -> ... (tiles r_out) (shards r)"), natively: see repeat_tile
+    delta = block.mT.repeat(*(1,) * (block.dim() - 2), tiles, shards)
+    return delta[..., :in_features]
 
 
 def bone_forward(
@@ -132,35 +134,6 @@ def bone_forward(
     return y + bone_delta(x, block, weight.shape[0], scale).to(y.dtype)
 
 
-def bone_unmerge(merged: Tensor, block: Tensor, scale: float = 1.0) -> Tensor:
-    """Return W = W' - s * dW, undoing a Bone (or tile) merge up to rounding.
-
-    `disha.unmerge_adapters` does not use this: it keeps the original and is exact. This is for
-    weights that come merged from elsewhere.
-
-    Args:
-        merged: W' (out, in).
-        block: D (r, out) or (r, r_out).
-        scale: the scale that was merged.
-
-    Returns:
-        Tensor (out, in), of merged's dtype.
-
-    Source: arXiv 2409.15371, section 3.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import bone_unmerge
-        >>> bone_unmerge(torch.ones(3, 4), torch.ones(2, 3))
-        tensor([[0., 0., 0., 0.],
-                [0., 0., 0., 0.],
-                [0., 0., 0., 0.]])
-    """
-    out_features, in_features = merged.shape
-    delta = bone_delta_weight(block, in_features, out_features)
-    return merged_weight(merged, [(delta, -scale)])
-
-
 def bone_lora_factors(block: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
     """Return the LoRA factors A, B of a Bone (or tile) block: dW = B A, without loss.
 
@@ -168,12 +141,12 @@ def bone_lora_factors(block: Tensor, in_features: int, out_features: int) -> tup
     Bone is exactly a LoRA of rank r with alpha = r.
 
     Args:
-        block: D (r, out) or (r, r_out).
+        block: D (..., r, out) or (..., r, r_out).
         in_features: columns of the weight.
         out_features: rows of the weight.
 
     Returns:
-        A (r, in_features) and B (out_features, r), contiguous, of the block's dtype.
+        A (..., r, in_features) and B (..., out_features, r), contiguous, of the block's dtype.
 
     Source: arXiv 2409.15371, section 3; Hu et al., "LoRA", arXiv 2106.09685.
 
@@ -184,11 +157,12 @@ def bone_lora_factors(block: Tensor, in_features: int, out_features: int) -> tup
         >>> B @ A
         tensor([[3., 4., 3., 4., 3.]])
     """
-    r = block.shape[0]
+    r = block.shape[-2]
     identity = torch.eye(r, dtype=block.dtype, device=block.device)
     shards = shard_count(in_features, r)
     lora_a = repeat(identity, "r j -> r (shards j)", shards=shards)[:, :in_features]
-    lora_b = repeat_tile(block, tile_count(block, out_features)).T
+    lora_a = lora_a.expand(*block.shape[:-2], r, in_features)
+    lora_b = repeat_tile(block, tile_count(block, out_features)).mT
     return lora_a.contiguous(), lora_b.contiguous()
 
 
@@ -196,11 +170,11 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
     """Return dW of a BAT block: dW_ab = W_ab D_a + D_a for every r x r tile of W.
 
     Args:
-        weight: W (out, in), the original.
-        block: D (ceil(out / r), r, r).
+        weight: W (..., out, in), the original.
+        block: D (..., ceil(out / r), r, r).
 
     Returns:
-        Tensor (out, in), in float32 or, if W or D is wider, in float64: rounding dW to 16 bits
+        Tensor (..., out, in), in float32 or, if W or D is wider, in float64: rounding dW to 16 bits
         and then W + dW again would round twice. Autocast is off here for the same reason.
 
     Raises:
@@ -215,19 +189,20 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
         tensor([[6., 0.],
                 [0., 6.]])
     """
-    out_features, in_features = weight.shape
+    *stack, out_features, in_features = weight.shape
     r = block.shape[-1]
-    if tuple(block.shape) != (shard_count(out_features, r), r, r):
+    expected = (*stack, shard_count(out_features, r), r, r)
+    if tuple(block.shape) != expected:
         raise ArgumentError(
-            f"a BAT block for {out_features} rows and r={r} has shape "
-            f"({shard_count(out_features, r)}, {r}, {r}), got {tuple(block.shape)}"
+            f"a BAT block for a weight of shape {tuple(weight.shape)} and r={r} has shape "
+            f"{expected}, got {tuple(block.shape)}"
         )
     dtype = merge_dtype(torch.promote_types(weight.dtype, block.dtype))
-    weight, block = weight.to(dtype), block.to(dtype)
+    tiles, block = square_tiles(weight.to(dtype), r), block.to(dtype)
     with without_autocast(weight.device):
-        product = rearrange(torch.bmm(square_tiles(weight, r), block), "a (i b) j -> a i b j", i=r)
-    delta = product + rearrange(block, "a i j -> a i 1 j")
-    return rearrange(delta, "a i b j -> (a i) (b j)")[:out_features, :in_features]
+        product = torch.unflatten(tiles @ block, -2, (r, -1))  # (..., a, i, b, j)
+    delta = (product + block.unsqueeze(-2)).flatten(-4, -3).flatten(-2)  # (..., a i, b j)
+    return delta[..., :out_features, :in_features]
 
 
 def bat_forward(
@@ -256,77 +231,49 @@ def bat_forward(
     return F.linear(x, merged_weight(weight, [(bat_delta_weight(weight, block), scale)]), bias)
 
 
-def adapted_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bones: Sequence[tuple[Tensor, Scale]] = (),
-    bats: Sequence[tuple[Tensor, Scale]] = (),
-) -> Tensor:
-    """Return (W + sum of s dW over BAT blocks) x + b + sum of s S(x) D over Bone blocks.
+def bat_stack(x: Tensor, weight: Tensor, block: Tensor, scale: Scale = 1.0) -> Tensor:
+    """Return x (W + s dW)^T for a stack of matrices with a BAT block each.
 
-    Each dW comes from the original W. Chooses the cheapest of the ways in which this library
-    computes that: see `disha.functional.fused` for what is not plain autograd.
+    W_eff is formed for one matrix at a time. For a single input of each matrix it is not formed at
+    all: y_a = sum over b of W_ab (x_b + s D_a x_b) + s D_a S(x).
 
     Args:
-        x: input (..., in).
-        weight: W (out, in), dense if there are BAT blocks.
-        bias: b (out,), or None.
-        bones: Bone and tile blocks with their scales.
-        bats: BAT blocks with their scales.
+        x: input (experts, n, in).
+        weight: W (experts, out, in).
+        block: D (experts, ceil(out / r), r, r).
+        scale: runtime scale s.
 
     Returns:
-        Tensor (..., out), in the dtype that the plain linear layer returns.
+        Tensor (experts, n, out), in the dtype that the plain product returns.
 
-    Source: arXiv 2409.15371, section 3.
+    Source: arXiv 2409.15371, section 3.3.
 
     Examples:
         >>> import torch
-        >>> from disha.functional import adapted_linear
-        >>> bone, bat = torch.ones(1, 2), torch.eye(2)[None]
-        >>> adapted_linear(torch.ones(2), torch.eye(2), None, [(bone, 1.0)], [(bat, 0.5)])
-        tensor([4., 4.])
+        >>> from disha.functional import bat_stack
+        >>> W, D = torch.eye(2).expand(3, 2, 2), torch.eye(2).expand(3, 1, 2, 2)
+        >>> bat_stack(torch.ones(3, 1, 2), W, D)[0]
+        tensor([[3., 3.]])
     """
-    if bats:
-        # S(x) of Bone blocks comes after: their plain products are added to what BAT gives.
-        output = _with_bats(x, weight, bias, bats)
-    elif bones and (operands := _fused(x, weight, bias, *bones[0])) is not None:
-        tile_count(bones[0][0], weight.shape[0])
-        output = bone_linear(*operands)
-        if len(bones) == 1:
-            return output
-        bones = bones[1:]
-    else:
-        # S(x) before W x: backward then adds dS into a gradient of x that is there already.
-        deltas = [bone_delta(x, block, weight.shape[0], scale) for block, scale in bones]
-        return _added(F.linear(x, weight, bias), deltas)
-    return _added(output, [bone_delta(x, block, weight.shape[0], s) for block, s in bones])
+    block = _scaled(block, scale)
+    if x.shape[-2] != 1:
+        each = zip(x.unbind(0), weight.unbind(0), block.unbind(0), strict=True)
+        return torch.stack([_bat_matrix(*one) for one in each])
+    experts, out_features, _ = weight.shape
+    count, r = block.shape[1], block.shape[-1]
+    weight, block = weight.to(x.dtype), block.to(x.dtype)
+    shards = pad_to_multiple(x, r, dim=-1).reshape(experts, 1, -1, r)
+    moved = (shards + shards @ block.mT).flatten(2).unsqueeze(-1)  # (experts, count, in, 1)
+    tiles = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
+    output = tiles.reshape(experts, count, r, -1) @ moved
+    sums, regain = scaled_sums(x, r, x.dtype)
+    direct = block @ sums.unsqueeze(-1) * regain  # (experts, count, r, 1)
+    return (output + direct).reshape(experts, 1, -1)[..., :out_features]
 
 
-def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return W x + b, which no block changes, in less time than `F.linear` where that can be.
-
-    Args:
-        x: input (..., in).
-        weight: W (out, in).
-        bias: b (out,), or None.
-
-    Returns:
-        Tensor (..., out), what `F.linear` returns.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import plain_linear
-        >>> plain_linear(torch.ones(2), torch.eye(2), torch.ones(2))
-        tensor([2., 2.])
-    """
-    if torch.is_grad_enabled() or torch._C._is_tracing() or weight.numel() < LARGE_WEIGHT:
-        return F.linear(x, weight, bias)
-    operands = (x, weight) if bias is None else (x, weight, bias)
-    strided = all(one.layout is torch.strided and not one.is_nested for one in operands)
-    if not strided or not fusible(*operands) or autocasts(x.device):
-        return F.linear(x, weight, bias)
-    return base_product(x, weight, bias)
+def _bat_matrix(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+    fused = bat_linear(x, weight, None, block)
+    return bat_forward(x, weight, None, block) if fused is None else fused
 
 
 def routed_bone_delta(
@@ -357,49 +304,9 @@ def routed_bone_delta(
     samples, (r, out_features) = choices.shape[0], blocks[0].shape
     table = _table(blocks, scales)
     each = x.shape[:-1].numel() // samples
-    sums = shard_sum(x, r, dtype=table.dtype).reshape(samples, each, r)
-    return (sums @ table[choices]).reshape(*x.shape[:-1], out_features)
-
-
-def routed_bat_delta(
-    x: Tensor,
-    weight: Tensor,
-    blocks: Sequence[Tensor],
-    scales: Sequence[Scale],
-    choices: Tensor,
-) -> Tensor | None:
-    """Return what BAT blocks add where each sample has a block of its own, W being read once.
-
-    Args:
-        x: input (samples * n, ..., in): each sample covers n entries of the leading dimension.
-        weight: W (out, in), dense.
-        blocks: D of each adapter, all (ceil(out / r), r, r), of one dtype.
-        scales: runtime scale of each.
-        choices: (samples,), the index of each sample's block, or len(blocks) for none.
-
-    Returns:
-        Tensor (samples * n, ..., out), or None where a product per adapter is as good: for many
-        tokens, and where gradients are recorded.
-
-    Source: arXiv 2409.15371, section 3.3.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import routed_bat_delta
-        >>> blocks, choices = [torch.eye(4)[None]], torch.tensor([0, 1])
-        >>> with torch.no_grad():
-        ...     routed_bat_delta(torch.ones(2, 4), torch.eye(4), blocks, [1.0], choices)
-        tensor([[2., 2., 2., 2.],
-                [0., 0., 0., 0.]])
-    """
-    tokens, r = x.shape[:-1].numel(), blocks[0].shape[-1]
-    if torch.is_grad_enabled() or not streams(tokens, r):
-        return None
-    operands = _fused(x, weight, None, _table(blocks, scales), 1.0)
-    if operands is None:
-        return None
-    x, weight, _, table, _ = operands
-    return fused.routed_bat_delta(x, weight, table[choices])
+    sums, regain = scaled_sums(x, r, table.dtype)
+    product = sums.reshape(samples, each, r) @ table[choices]
+    return (product if regain == 1.0 else product * regain).reshape(*x.shape[:-1], out_features)
 
 
 def _table(blocks: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
@@ -408,95 +315,5 @@ def _table(blocks: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
     return torch.stack([*scaled, torch.zeros_like(blocks[0])])
 
 
-def _added(output: Tensor, deltas: Sequence[Tensor]) -> Tensor:
-    for delta in deltas:
-        output = output + delta.to(output.dtype)
-    return output
-
-
 def _scaled(block: Tensor, scale: Scale) -> Tensor:
     return block if isinstance(scale, float) and scale == 1.0 else block * scale
-
-
-def _with_bats(
-    x: Tensor, weight: Tensor, bias: Tensor | None, bats: Sequence[tuple[Tensor, Scale]]
-) -> Tensor:
-    if len({block.shape for block, _ in bats}) == 1:
-        # dW is linear in D: the blocks add up before they meet W.
-        first, *others = (_scaled(block, scale) for block, scale in bats)
-        total = sum(others, first)
-        # In 16 bits W_eff is rounded anyway: a wider D is of no use in the product.
-        narrow = total.to(weight.dtype) if total.dtype == torch.float32 else total
-        operands = _fused(x, weight, bias, narrow, 1.0)
-        if operands is not None:
-            return bat_linear(*operands[:4])
-    deltas = [(bat_delta_weight(weight, block), scale) for block, scale in bats]
-    return F.linear(x, merged_weight(weight, deltas), bias)
-
-
-def _fused(
-    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, float] | None:
-    """Return the operands in the one dtype of a fused product, or None where it does not apply."""
-    if isinstance(scale, Tensor) or not fusible(x, weight, block):
-        return None
-    dtype, device = x.dtype, x.device
-    if autocasts(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-        x, weight, block = x.to(dtype), weight.to(dtype), block.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    same = weight.dtype == block.dtype == dtype and (bias is None or bias.dtype == dtype)
-    return (x, weight, bias, block, scale) if same else None
-
-
-def bat_unmerge(merged: Tensor, block: Tensor, scale: float = 1.0) -> Tensor:
-    """Return W from W' = W + s (W D + D), tile by tile: W = (W' - s D)(I + s D)^-1.
-
-    Lossy where I + s D is near singular. `disha.unmerge_adapters` does not use this: it keeps
-    the original and is exact. This is for weights that come merged from elsewhere.
-
-    Args:
-        merged: W' (out, in).
-        block: D (ceil(out / r), r, r).
-        scale: the scale that was merged.
-
-    Returns:
-        Tensor (out, in), of merged's dtype; computed in float32 (float64 for float64).
-
-    Raises:
-        ArgumentError: I + s D is singular for some block, so that W is lost.
-
-    Source: arXiv 2409.15371, section 3.3.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import bat_unmerge
-        >>> bat_unmerge(torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.eye(2)[None])
-        tensor([[1.0000, 0.5000],
-                [0.5000, 1.0000]])
-    """
-    out_features, in_features = merged.shape
-    r = block.shape[-1]
-    dtype = merge_dtype(merged.dtype)
-    # A ragged last row block is zero-padded in W, not in W': the padding's rows of W' are s D's,
-    # and so are cropped away again. A ragged last column shard is cropped in W' and lost to the
-    # inverse, so it is solved for on its own below.
-    update = block.to(dtype) * scale
-    affine = torch.eye(r, dtype=dtype, device=merged.device) + update
-    padded = pad_to_multiple(merged.to(dtype), r, dim=-2)
-    whole = in_features - in_features % r
-    parts = []
-    for columns, width in ((padded[:, :whole], r), (padded[:, whole:], in_features % r)):
-        if not width or not columns.shape[1]:
-            continue
-        tiles = rearrange(columns, "(a i) (b k) -> a i b k", i=r, k=width)
-        shifted = tiles - rearrange(update[:, :, :width], "a i k -> a i 1 k")
-        right = rearrange(shifted, "a i b k -> a (i b) k")
-        solved, info = torch.linalg.solve_ex(affine[:, :width, :width], right, left=False)
-        if info.any():
-            raise ArgumentError(
-                "bat_unmerge: I + scale * D is singular for at least one output block, so the "
-                "original weight can't be recovered from the merged one; load the original instead"
-            )
-        parts.append(rearrange(solved, "a (i b) k -> (a i) (b k)", i=r))
-    return torch.cat(parts, dim=1)[:out_features].to(merged.dtype)

@@ -8,7 +8,6 @@ from functools import reduce
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor
 
 from disha.errors import ArgumentError
@@ -20,12 +19,13 @@ __all__ = [
     "merged_weight",
     "pad_to_multiple",
     "repeat_tile",
+    "scaled_sums",
     "shard_count",
     "shard_sum",
+    "shrinking",
     "square_tiles",
     "tile_count",
     "weighted_sum",
-    "widened_block",
     "without_autocast",
 ]
 
@@ -55,16 +55,17 @@ def pad_to_multiple(x: Tensor, r: int, dim: int) -> Tensor:
     return F.pad(x, (0, 0) * (-dim - 1) + (0, missing))
 
 
-def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Sum the shards of the last dimension: S(x)[j] = sum over b of x[b r + j].
+def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None, dim: int = -1) -> Tensor:
+    """Sum the shards of a dimension: S(x)[j] = sum over b of x[b r + j].
 
     Args:
-        x: tensor (..., in).
+        x: tensor (..., in), or (..., in, *positions) with another `dim`.
         r: shard size, at least 1.
         dtype: dtype to accumulate in and return; x's own by default.
+        dim: the dimension that the shards cut, counted from the end.
 
     Returns:
-        Tensor (..., r).
+        Tensor (..., r), or (..., r, *positions).
 
     Source: arXiv 2409.15371, section 3.
 
@@ -75,19 +76,65 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
         tensor([9., 6.])
     """
     # reduce(x, "... (b r) -> ... r", "sum"), natively: this is the hot path
-    if x.shape[-1] % r:
-        x = pad_to_multiple(x, r, dim=-1)
-    return x.view(*x.shape[:-1], x.shape[-1] // r, r).sum(-2, dtype=dtype)
+    if x.shape[dim] % r:
+        x = pad_to_multiple(x, r, dim)
+    return torch.unflatten(x, dim, (x.shape[dim] // r, r)).sum(dim - 1, dtype=dtype)
+
+
+def scaled_sums(
+    x: Tensor, r: int, dtype: torch.dtype, scale: Scale = 1.0, dim: int = -1
+) -> tuple[Tensor, float]:
+    """Return c s S(x), and 1 / c by which a product with it has to be multiplied.
+
+    c is below 1 where a sum could overflow in the dtype of the product (`shrinking`).
+
+    Args:
+        x: input (..., in), or (..., in, *positions) with another `dim`.
+        r: shard size.
+        dtype: dtype of the sums, and of the product unless autocast says another.
+        scale: runtime scale s.
+        dim: the dimension that the shards cut, counted from the end.
+    """
+    c = shrinking(_product_dtype(dtype, x.device), x.shape[dim], r)
+    if c == 1.0:
+        sums = shard_sum(x, r, dtype, dim)
+        return sums * scale if isinstance(scale, Tensor) or scale != 1.0 else sums, 1.0
+    return (shard_sum(x, r, torch.float32, dim) * (scale * c)).to(dtype), 1.0 / c
+
+
+def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which products of operands of a dtype are computed now."""
+    kind = device.type
+    if dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def shrinking(dtype: torch.dtype, in_features: int, r: int) -> float:
+    """Return c, by which shard sums are made smaller where they could overflow.
+
+    A float16 sum of n shards can overflow where the layer's output does not. There c is the
+    largest power of two that is at most 1 / n, which changes no digit of the sums. Elsewhere it
+    is 1.
+
+    Args:
+        dtype: dtype of the product with the sums.
+        in_features: size of what is summed.
+        r: shard size.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    return float(2.0 ** -(shard_count(in_features, r) - 1).bit_length())
 
 
 def square_tiles(weight: Tensor, r: int) -> Tensor:
-    """Return W (out, in) as its r x r tiles, those of an output block below each other.
+    """Return W (..., out, in) as its r x r tiles, those of an output block below each other.
 
-    (out / r, r * in / r, r), zero-padded where r does not divide a size. Row-major (a i) (b k) is
-    already "a (i b) k": no permutation.
+    (..., out / r, r * in / r, r), zero-padded where r does not divide a size. Row-major
+    (a i) (b k) is already "a (i b) k": no permutation.
     """
     padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
-    return padded.reshape(padded.shape[0] // r, -1, r)
+    return padded.reshape(*padded.shape[:-2], padded.shape[-2] // r, -1, r)
 
 
 def tile_count(block: Tensor, out_features: int) -> int:
@@ -102,7 +149,10 @@ def tile_count(block: Tensor, out_features: int) -> int:
 
 def repeat_tile(x: Tensor, tiles: int) -> Tensor:
     """Repeat the last dimension (r_out) until it is as long as the output."""
-    return x if tiles == 1 else repeat(x, "... r_out -> ... (tiles r_out)", tiles=tiles)
+    if tiles == 1:
+        return x
+    # repeat(x, "... r_out -> ... (tiles r_out)"), natively: graphs guard what einops has seen
+    return x.unsqueeze(-2).expand(*x.shape[:-1], tiles, x.shape[-1]).flatten(-2)
 
 
 def merge_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -131,32 +181,6 @@ def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Ten
     for delta, scale in deltas:
         total = total + delta.to(dtype) * scale
     return total.to(weight.dtype)
-
-
-def widened_block(block: Tensor, r: int, wider: int, dim: int = 0) -> Tensor:
-    """Return a block for larger shards that gives the same dW: D'[j] = D[j mod r].
-
-    Args:
-        block: D of Bone or a tile; several groups of r each may follow each other along `dim`.
-        r: shard size of the block.
-        wider: the larger shard size, a multiple of r.
-        dim: the dimension along which the inputs' shards run.
-
-    Returns:
-        Tensor of D's shape with `wider` in the place of each r.
-
-    Source: arXiv 2409.15371, section 3, by the definition of dW.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import widened_block
-        >>> widened_block(torch.tensor([[1.0], [2.0]]), 2, 4).T
-        tensor([[1., 2., 1., 2.]])
-    """
-    if wider == r:
-        return block
-    groups = torch.unflatten(block, dim, (-1, r))
-    return torch.cat([groups] * (wider // r), dim + 1).flatten(dim, dim + 1)
 
 
 def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:

@@ -29,7 +29,7 @@ from disha.errors import (
 from disha.files import AdapterHeader, LayerRecord
 from disha.files.atomic import PathLike, checked_path, write_whole
 from disha.files.contents import adapter_contents
-from disha.interop.base_model import base_weights, padding_rows, with_layouts
+from disha.interop.base_model import base_weights
 from disha.interop.low_rank import (
     BaseWeight,
     LoraReport,
@@ -188,8 +188,6 @@ def export_gguf(
         target = checked_path(path)
         base = _base_of(model, architecture, heads, kv_heads)
     header, tensors = adapter_contents(model, adapter)
-    padding = padding_rows(model)
-    header = with_layouts(header, padding)
     with ranks.agreeing(action):
         names = _gguf_names(header, base)
     updates = low_rank_updates(
@@ -198,7 +196,6 @@ def export_gguf(
         rank=rank,
         max_error=max_error,
         base=base_weights(model, adapter),
-        padding=padding,
     )
     with ranks.agreeing(action):
         content = _content(updates, names, base)
@@ -354,9 +351,9 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
 
 
 def _gguf_name(layer: LayerRecord) -> str | None:
-    if layer.layout == "embedding":
+    if layer.layout.pattern == "index out":
         return "token_embd" if _EMBEDDING.fullmatch(layer.name) else None
-    if layer.layout != "linear":
+    if layer.layout.pattern != "out in":
         return None
     if layer.name == _HEAD:
         return "output"

@@ -14,17 +14,18 @@ from torch import nn
 
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import adapter_contents, load_contents
-from disha.interop.base_model import base_weights, padding_rows, with_layouts
+from disha.functional import Layout
+from disha.interop.base_model import base_weights
 from disha.interop.folder import write_folder
 from disha.interop.gguf import export_gguf, write_gguf
 from disha.interop.lora_folder import ModelFacts, converted, read_lora, write_lora
 from disha.interop.low_rank import LoraReport, check_limits
-from disha.interop.obstacles import check_peft_acts, refuse
+from disha.interop.obstacles import check_peft_acts, class_of, refuse
 from disha.interop.saved_modules import modules_to_save, saved_buffers, whole_tensors
-from disha.layers import AdaptedLayer
+from disha.layers import AdaptedWeight, declared_slots
 from disha.sharding import Ranks
 from disha.state import LoadReport
-from disha.tree import module_names, require_adapter, require_model
+from disha.tree import ModuleNames, module_names, require_adapter, require_model
 
 __all__ = ["export", "export_gguf", "load", "read_lora", "write_gguf", "write_lora"]
 
@@ -93,7 +94,6 @@ def export(
     with ranks.agreeing(action):
         modules = modules_to_save(model, header)
     facts = _facts(model, adapter, modules)
-    header = with_layouts(header, facts.padding)
     lora = converted(header, tensors, rank=rank, max_error=max_error, facts=facts)
     with ranks.agreeing(action):
         if ranks.writes:
@@ -108,19 +108,18 @@ def _facts(model: nn.Module, adapter: str, modules: Mapping[str, nn.Module]) -> 
         base=base_weights(model, adapter),
         name=path if isinstance(path, str) and path else None,
         modules=tuple(name for names in module_names(model).values() for name in names),
-        padding=padding_rows(model),
         kept=whole_tensors(modules),
     )
 
 
-def _check_layers(layers: Sequence[tuple[str, AdaptedLayer]]) -> None:
+def _check_layers(weights: Sequence[tuple[str, AdaptedWeight]]) -> None:
     """Raise unless PEFT's LoRA knows every layer, and computes with it as it is used."""
-    found = [f"{name}: {why}" for name, layer in layers for why in _lora_obstacles(layer)]
+    found = [f"{name}: {why}" for name, weight in weights for why in _lora_obstacles(weight.layer)]
     refuse(found, "PEFT's LoRA would not compute what this adapter does")
 
 
-def _lora_obstacles(layer: AdaptedLayer) -> Iterator[str]:
-    kind = layer.original_class.__name__
+def _lora_obstacles(layer: nn.Module) -> Iterator[str]:
+    kind = class_of(layer).__name__
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if layer.groups != 1:
             yield f"its convolution has groups={layer.groups}, and PEFT's LoRA can't merge these"
@@ -135,7 +134,7 @@ def _lora_obstacles(layer: AdaptedLayer) -> Iterator[str]:
         yield f"PEFT's LoRA does not know a {kind}"
 
 
-def _is_conv1d(layer: AdaptedLayer) -> bool:
+def _is_conv1d(layer: nn.Module) -> bool:
     """Whether it is GPT-2's, the one class with W as (in, out) that PEFT knows."""
     return any(
         (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
@@ -195,9 +194,9 @@ def load(
         ('0.bone_block',)
     """
     with Ranks(require_model(model)).agreeing(f"load a LoRA as adapter {adapter!r}"):
-        buffers = saved_buffers(module_names(model))
+        names = module_names(model)
         header, tensors = read_lora(
-            folder, padding_rows(model), also_train=also_train, buffers=buffers
+            folder, layouts=_layouts(names), also_train=also_train, buffers=saved_buffers(names)
         )
     return load_contents(
         model,
@@ -209,3 +208,14 @@ def load(
         dtype=dtype,
         freeze=freeze,
     )
+
+
+def _layouts(names: ModuleNames) -> dict[str, Layout]:
+    """Return the layouts of the modules' own weights, by the names of the modules."""
+    return {
+        name: slot.layout
+        for module, aliases in names.items()
+        for slot in declared_slots(module)
+        if not slot.name
+        for name in aliases
+    }

@@ -22,6 +22,7 @@ from disha.errors import (
 from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.atomic import PathLike, checked_path
 from disha.files.tensors import DTYPES
+from disha.functional import Layout
 from disha.interop.folder import anchored, read_folder, target_modules, write_folder
 from disha.interop.low_rank import (
     BaseWeight,
@@ -38,6 +39,9 @@ from disha.interop.saved_modules import other_buffers
 
 __all__ = ["Lora", "ModelFacts", "converted", "read_lora", "write_lora"]
 
+LOOKUP, IN_OUT, CONV = "index out", "in out", "out in *kernel"
+"""The layouts that PEFT's configuration or tensors tell from others."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -47,14 +51,12 @@ class ModelFacts:
         base: gives the base weights.
         name: where the model came from, or None.
         modules: the names of its modules.
-        padding: embedding -> the row that updates leave out.
         kept: the tensors of the modules that PEFT saves whole, by their names.
     """
 
     base: BaseWeight | None = None
     name: str | None = None
     modules: tuple[str, ...] | None = None
-    padding: Mapping[str, int] = field(default_factory=dict)
     kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -110,7 +112,7 @@ def write_lora(
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
     target = checked_path(folder)
-    convolutions = [layer.name for layer in header.layers if layer.layout == "conv"]
+    convolutions = [layer.name for layer in header.layers if layer.layout.pattern == CONV]
     if convolutions:
         raise ConversionError(
             f"{convolutions[0]} is a convolution, and its adapter does not tell the groups and "
@@ -179,7 +181,6 @@ def converted(
         rank=rank,
         max_error=max_error,
         base=facts.base,
-        padding=facts.padding,
         progress=progress,
     )
     kept = facts.kept or {name: tensors[name] for name in header.also_train}
@@ -193,7 +194,7 @@ def _factors(update: LowRankUpdate) -> Iterator[tuple[str, Tensor]]:
     name, a, b = update.record.name, update.a, update.b
     if not update.record.scale:
         b = torch.zeros_like(b)
-    if update.record.layout == "embedding":
+    if update.record.layout.pattern == LOOKUP:
         yield f"{name}.lora_embedding_A", a
         yield f"{name}.lora_embedding_B", b
     else:
@@ -224,7 +225,7 @@ def _config(
         "target_modules": target_modules(ranks, facts.modules),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in kept}) or None,
         "lora_dropout": header.config.dropout,
-        "fan_in_fan_out": any(update.record.layout == "linear_in_out" for update in updates),
+        "fan_in_fan_out": any(update.record.layout.pattern == IN_OUT for update in updates),
         "bias": "none",
         "init_lora_weights": True,
         "use_rslora": False,
@@ -246,8 +247,8 @@ def _alpha(update: LowRankUpdate) -> float:
 
 def read_lora(
     folder: PathLike,
-    padding: Mapping[str, int] | None = None,
     *,
+    layouts: Mapping[str, Layout] | None = None,
     also_train: bool = True,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
@@ -255,7 +256,8 @@ def read_lora(
 
     Args:
         folder: the folder.
-        padding: embedding -> the row that updates leave out.
+        layouts: the layouts of the model's weights, by the names of their modules. Only a folder
+            with `fan_in_fan_out`, which holds for some of its layers, does not tell them.
         also_train: also return the parameters that the folder holds beside the factors.
         buffers: the model's buffers; the folder's must have their values, and are left out.
 
@@ -265,7 +267,7 @@ def read_lora(
     Raises:
         AdapterIOError: the folder can't be read.
         AdapterFileError: it holds no LoRA in PEFT's layout, or has other buffers than the model.
-        ConversionError: the LoRA is not a Bone adapter.
+        ConversionError: the LoRA is not a Bone adapter, or does not tell its layouts.
 
     Examples:
         >>> import tempfile
@@ -284,8 +286,8 @@ def read_lora(
     path, config, tensors = read_folder(folder)
     settings = _Settings(path, config)
     pairs, beside = _paired(path, tensors, settings.saved_modules())
-    padding = padding or {}
-    blocks = {name: pair.block(padding.get(name)) for name, pair in pairs.items()}
+    records = {name: settings.record(name, pair, layouts) for name, pair in pairs.items()}
+    blocks = {name: block_of_factors(records[name], pair.a, pair.b) for name, pair in pairs.items()}
     without = [name for name, block in blocks.items() if block is None]
     if without:
         raise ConversionError(
@@ -293,9 +295,7 @@ def read_lora(
             f"({few(without)}) lora_A is not [I I ... I], and another A has no block; use this "
             "LoRA with PEFT, or merge it there"
         )
-    layers = tuple(
-        settings.record(name, pair, padded=name in padding) for name, pair in pairs.items()
-    )
+    layers = tuple(records.values())
     contents = {layer.key: block for layer in layers if (block := blocks[layer.name]) is not None}
     kept = _parameters(path, beside, buffers or {}) if also_train else {}
     contents |= kept
@@ -349,33 +349,38 @@ class _Settings:
             )
         self.patterns = self._alpha_pattern()
 
-    def record(self, name: str, pair: _Pair, *, padded: bool) -> LayerRecord:
-        """Return the layer that a pair of factors belongs to.
+    def record(self, name: str, pair: _Pair, layouts: Mapping[str, Layout] | None) -> LayerRecord:
+        """Return the layer that a pair of factors belongs to if they are those of a block.
 
         Args:
             name: its name.
-            pair: the factors, of a block.
-            padded: whether it is an embedding whose update leaves out a row.
+            pair: the factors.
+            layouts: those of the model's weights, where the model is known.
         """
         a, b = pair.a, pair.b
-        kernel = tuple(a.shape[2:])
-        if pair.embedding:
-            layout = None if padded else "embedding"
-        elif kernel:
-            layout = "conv"
-        else:
-            layout = None if self.fields.get("fan_in_fan_out") else "linear"
+        rank, *sizes = a.shape or (0,)
+        inputs, kernel = (sizes[0], sizes[1:]) if sizes else (0, [])
         return LayerRecord(
             name=name,
             method="bone",
-            r=a.shape[0] // math.prod(kernel),
+            r=rank // max(math.prod(kernel), 1),
             r_out=None,
-            in_features=a.shape[1],
-            out_features=b.shape[0],
-            scale=self._scale(name, a.shape[0]),
+            in_features=inputs,
+            out_features=b.shape[0] if b.dim() else 0,
+            scale=self._scale(name, max(rank, 1)),
             base=None,
-            layout=layout,
+            layout=pair.layout or self._matrix_layout(name, layouts),
         )
+
+    def _matrix_layout(self, name: str, layouts: Mapping[str, Layout] | None) -> Layout:
+        if not self.fields.get("fan_in_fan_out"):
+            return Layout("out in")
+        if layouts is None:
+            raise ConversionError(
+                f"{self.path} has fan_in_fan_out, and does not tell for which of its layers; load "
+                "it into the model (disha.interop.lora.load), and save the adapter from there"
+            )
+        return layouts.get(name, Layout(IN_OUT))
 
     def config(self, layers: Sequence[LayerRecord], beside: Iterable[str]) -> AdapterConfig:
         """Return the adapter's configuration."""
@@ -440,11 +445,16 @@ class _Pair:
     b: Tensor
     embedding: bool
 
-    def block(self, padding: int | None) -> Tensor | None:
-        """Return the block whose factors these are, or None if there is none."""
-        if self.embedding and self.a.dim() != 2:
-            return None
-        return block_of_factors(self.a, self.b, padding)
+    @property
+    def layout(self) -> Layout | None:
+        """The layout of the weight; None for that of a linear layer, which the pair does not tell.
+
+        The row of an embedding that its update leaves out is the one zero column of A.
+        """
+        if self.embedding:
+            empty = (self.a == 0).all(dim=0).nonzero().flatten().tolist()
+            return Layout(LOOKUP, padding_idx=empty[0] if len(empty) == 1 else None)
+        return Layout(CONV) if self.a.dim() > 2 else None
 
 
 _FACTORS = {

@@ -2,8 +2,8 @@
 
 Bone and tile are exactly that, with A = [I_r I_r ... I_r] cropped to the input and B = D^T. So are
 their embeddings, by rows of the table, and their convolutions, whose A holds one input channel
-shard and one position of the kernel in each row. BAT is not: its dW is cut to the rank asked for,
-by its singular values, and so is Bone where a smaller rank is asked for.
+shard and one position of the kernel in each row. Where a method has no factors (BAT), dW is cut to
+the rank asked for, by its singular values, and so is Bone where a smaller rank is asked for.
 
 Source: Hu et al., "LoRA", arXiv 2106.09685; Eckart and Young, 1936, for the cut.
 """
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
 
 from disha import functional
@@ -30,7 +29,7 @@ from disha.errors import (
     ConversionError,
 )
 from disha.files import AdapterHeader, LayerRecord
-from disha.layers import Bat
+from disha.functional import Layout
 from disha.state import finite_as
 from disha.tables import table
 from disha.text import printable
@@ -51,12 +50,14 @@ __all__ = [
 T = TypeVar("T", int, tuple[int, float])
 
 BaseWeight = Callable[[str], Tensor]
-"""Layer name -> its base weight, laid out as the model has it."""
+"""Name of a weight -> its base weight, laid out as the model has it."""
 
 Progress = Callable[[Sequence[LayerRecord]], Iterable[LayerRecord]]
 """Passes layers on, one by one, as tqdm does."""
 
-LAYOUTS = ("linear", "linear_in_out", "conv", "embedding")
+PEFT_PATTERNS = ("out in", "in out", "out in *kernel", "index out")
+"""The layouts of the modules that PEFT's LoRA has layers for."""
+
 LARGEST_FACTORS, FACTORS_PER_VALUE = 2**27, 64
 """Values of all A together: this many, and more for each value that the blocks have."""
 
@@ -94,7 +95,7 @@ class LoraLayer:
 
     Attributes:
         name: its name in the model.
-        method: `"bone"` or `"bat"`.
+        method: the method of its block.
         r: shard size of its block.
         rank: rank of its factors.
         error: ||dW - B A|| / ||dW||, both Frobenius norms.
@@ -194,7 +195,6 @@ def low_rank_updates(
     rank: int | None = None,
     max_error: float | None = None,
     base: BaseWeight | None = None,
-    padding: Mapping[str, int] | None = None,
     progress: Progress = iter,
 ) -> tuple[LowRankUpdate, ...]:
     """Return the factors of every layer's update, in the dtype of its block.
@@ -205,7 +205,6 @@ def low_rank_updates(
         rank: largest rank of a layer; None for the exact factors, which BAT does not have.
         max_error: largest relative error that a layer may have.
         base: gives the base weights; needed for BAT only.
-        padding: embedding -> the row that its update leaves out.
         progress: passes the layers on while they are converted.
 
     Raises:
@@ -217,44 +216,29 @@ def low_rank_updates(
         AdapterStateError: an update is not finite, or its factors in the block's dtype.
     """
     check_limits(rank, max_error)
-    _check_convertible(header, rank, base)
+    _check_convertible(header)
     for layer in header.layers:
-        _check_shapes(layer, tensors[layer.key], None)
+        misfit = layer.block_misfit(tuple(tensors[layer.key].shape))
+        if misfit is not None:
+            raise AdapterFileError(f"{layer.name}: {misfit}")
     _check_memory(header, tensors)
-    updates = []
-    for layer in progress(header.layers):
-        block = tensors[layer.key]
-        if layer.method == Bat.method:
-            assert base is not None
-            assert rank is not None
-            updates.append(_bat_update(layer, block, base(layer.name), rank))
-        else:
-            updates.append(_bone_update(layer, block, rank, (padding or {}).get(layer.name)))
+    updates = [_update(one, tensors[one.key], rank, base) for one in progress(header.layers)]
     _check_finite(updates)
     _check_error(updates, max_error)
     return tuple(updates)
 
 
-def _check_convertible(header: AdapterHeader, rank: int | None, base: BaseWeight | None) -> None:
-    without = [layer.name for layer in header.layers if layer.layout not in LAYOUTS]
+def _check_convertible(header: AdapterHeader) -> None:
+    without = [
+        layer.name
+        for layer in header.layers
+        if layer.layout.pattern not in PEFT_PATTERNS or layer.rows
+    ]
     if without:
         raise ConversionError(
             f"LoRA has no form for {len(without)} of {len(header.layers)} layers "
-            f"({few(without)}): it knows linear layers, convolutions that are not transposed, and "
-            "embeddings without a padding row that the adapter's file does not tell; leave these "
-            "out of the adapter (exclude=)"
-        )
-    if all(layer.method != Bat.method for layer in header.layers):
-        return
-    if rank is None:
-        raise ArgumentError(
-            "a BAT update is not low-rank, so writing it as LoRA cuts it to a rank: pass rank=, "
-            "and max_error= to refuse losing more than that"
-        )
-    if base is None:
-        raise ArgumentError(
-            "a BAT update depends on the base weights, which the adapter does not hold: pass what "
-            "gives them (base=), or export from the model"
+            f"({few(without)}): it knows whole linear layers, convolutions that are not "
+            "transposed, and embeddings; leave these out of the adapter (exclude=)"
         )
 
 
@@ -269,38 +253,12 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(name or "(the model)" for name in names[:5]) + (", ..." * (len(names) > 5))
 
 
-def _check_shapes(layer: LayerRecord, block: Tensor, weight: Tensor | None) -> None:
-    """Raise if a block, or a base weight, is not one for a layer of these sizes."""
-    out = layer.out_features if layer.r_out is None else layer.r_out
-    expected: tuple[int, ...]
-    if layer.method == Bat.method:
-        expected = (functional.shard_count(layer.out_features, layer.r), layer.r, layer.r)
-    elif layer.layout == "conv":
-        expected = (out, layer.r, *block.shape[2:])
-    else:
-        expected = (layer.r, out)
-    fits = tuple(block.shape) == expected and layer.out_features % out == 0
-    fits = fits and layer.r <= layer.in_features
-    if not fits or (layer.layout == "conv" and block.dim() < 3):
-        raise AdapterFileError(
-            f"{layer.name}: the block has shape {tuple(block.shape)}, and a {layer.method} layer "
-            f"{layer.in_features} -> {layer.out_features} with r={layer.r} and "
-            f"r_out={layer.r_out} has {expected}"
-        )
-    if weight is not None and tuple(weight.shape) != (layer.out_features, layer.in_features):
-        raise AdapterFileError(
-            f"{layer.name}: the base weight is {tuple(weight.shape)} as (out, in), and the adapter "
-            f"is for {(layer.out_features, layer.in_features)}; give the base it was trained on"
-        )
-
-
 def _check_memory(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
     """Raise if small blocks would become huge factors: a file may say any size of an input."""
-    sizes = {
-        layer.name: layer.r * layer.in_features * tensors[layer.key].shape[2:].numel() ** 2
-        for layer in header.layers
-        if layer.method != Bat.method
-    }
+    sizes = {}
+    for layer in header.layers:
+        positions = math.prod(layer.geometry(tuple(tensors[layer.key].shape)).stack)
+        sizes[layer.name] = layer.r * layer.in_features * positions**2
     values = sum(tensors[layer.key].numel() for layer in header.layers)
     if sum(sizes.values()) > LARGEST_FACTORS + FACTORS_PER_VALUE * values:
         worst = max(sizes, key=sizes.__getitem__)
@@ -310,15 +268,13 @@ def _check_memory(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _bone_update(
-    layer: LayerRecord, block: Tensor, rank: int | None, padding: int | None
+def _update(
+    layer: LayerRecord, block: Tensor, rank: int | None, base: BaseWeight | None
 ) -> LowRankUpdate:
-    if layer.layout == "conv":
-        a, b = _conv_factors(layer, block)
-    else:
-        a, b = functional.bone_lora_factors(block, layer.in_features, layer.out_features)
-    if padding is not None:
-        a[:, padding] = 0
+    factors = _factors(layer, block)
+    if factors is None:
+        return _cut_update(layer, block, rank, base)
+    a, b = factors
     norm = abs(layer.scale) * _product_norm(b, a.flatten(1))
     if rank is None or rank >= a.shape[0]:
         return LowRankUpdate(layer, a, b, norm, 0.0)
@@ -328,28 +284,66 @@ def _bone_update(
     return LowRankUpdate(layer, cut_a.reshape(-1, *a.shape[1:]), cut_b, norm, lost)
 
 
-def _conv_factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A (r * positions, in, *kernel) and B (out, r * positions) of a convolution.
+def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return A (rank, in, *kernel) and B (out, rank), or None where dW has no low rank.
 
-    Row (j, k) of A is one for the input channels i with i mod r = j, at position k of the kernel.
+    Row (j, k) of a convolution's A is row j of the A of position k of the kernel, and zero at the
+    other positions.
     """
-    whole = functional.whole_block(block, layer.out_features, dim=0)
-    b = whole.flatten(1).contiguous()
-    one_hot = torch.eye(b.shape[1], dtype=block.dtype).reshape(-1, *block.shape[1:])
-    shards = functional.shard_count(layer.in_features, layer.r)
-    a = repeat(one_hot, "q r ... -> q (shards r) ...", shards=shards)[:, : layer.in_features]
-    return a.contiguous(), b
+    geometry = layer.geometry(tuple(block.shape))
+    factors = functional.lora_factors(layer.method, layer.layout, block, geometry)
+    if factors is None:
+        return None
+    a, b = factors
+    if layer.layout.padding_idx is not None:
+        a[..., layer.layout.padding_idx] = 0
+    if not layer.layout.has_kernel:
+        return a, b
+    kernel = geometry.stack
+    a, b = a.flatten(0, len(kernel) - 1), b.flatten(0, len(kernel) - 1)
+    each_alone = torch.diag_embed(a.permute(1, 2, 0)).transpose(1, 2)  # (r, k, in, k)
+    a = each_alone.reshape(-1, layer.in_features, *kernel)
+    return a.contiguous(), b.permute(1, 2, 0).flatten(1).contiguous()
 
 
-def _bat_update(layer: LayerRecord, block: Tensor, weight: Tensor, rank: int) -> LowRankUpdate:
-    weight = weight.detach().cpu()
-    weight = weight.T if layer.layout == "linear_in_out" else weight
-    _check_shapes(layer, block, weight)
-    delta = functional.bat_delta_weight(weight, block)
-    a, b = (x.to(block.dtype).contiguous() for x in _cut(layer, delta, rank))
-    rest = delta - b.to(delta.dtype) @ a.to(delta.dtype)
+def _cut_update(
+    layer: LayerRecord, block: Tensor, rank: int | None, base: BaseWeight | None
+) -> LowRankUpdate:
+    """Return the leading singular values of dW, which is formed."""
+    method, layout = functional.method_of(layer.method), layer.layout
+    if rank is None:
+        raise ArgumentError(
+            f"a {method.name} update is not low-rank, so writing it as LoRA cuts it to a rank: "
+            "pass rank=, and max_error= to refuse losing more than that"
+        )
+    weight = block.new_empty(()).expand(layer.weight_shape(tuple(block.shape)))  # for its shape
+    if method.reads_weight:
+        weight = _base_weight(layer, block, base)
+    delta = functional.delta_weight(layer.method, layout, block, weight)
+    delta = _in_order(layout, delta)
+    a, b = (x.to(block.dtype).contiguous() for x in _cut(layer, delta.flatten(1), rank))
+    rest = delta.flatten(1) - b.to(delta.dtype) @ a.to(delta.dtype)
     scale = abs(layer.scale)
+    a = a.reshape(-1, *delta.shape[1:])
     return LowRankUpdate(layer, a, b, scale * _norm(delta), scale * _norm(rest))
+
+
+def _in_order(layout: Layout, delta: Tensor) -> Tensor:
+    """Return dW as (out, in, *kernel)."""
+    return delta.transpose(0, 1) if layout.in_first else delta
+
+
+def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor:
+    if base is None:
+        raise ArgumentError(
+            f"a {layer.method} update depends on the base weights, which the adapter does not "
+            "hold: pass what gives them (base=), or export from the model"
+        )
+    weight = base(layer.name).detach().cpu()
+    misfit = layer.weight_misfit(tuple(block.shape), tuple(weight.shape))
+    if misfit is not None:
+        raise AdapterFileError(f"{layer.name}: {misfit}; give the base that it was trained on")
+    return weight
 
 
 def _check_finite(updates: Sequence[LowRankUpdate]) -> None:
@@ -436,33 +430,23 @@ def _cut(layer: LayerRecord, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
 # --- from factors to blocks ----------------------------------------------------------------------
 
 
-def block_of_factors(a: Tensor, b: Tensor, padding: int | None = None) -> Tensor | None:
+def block_of_factors(layer: LayerRecord, a: Tensor, b: Tensor) -> Tensor | None:
     """Return the Bone block D whose factors these are, or None where A is not that of a block.
 
     Args:
+        layer: what the block would be of.
         a: A (r, in); of a convolution (r * positions, in, *kernel).
         b: B (out, r); of a convolution (out, r * positions, 1, ...).
-        padding: a column of A that is to be zero.
-
-    Returns:
-        Tensor (r, out); of a convolution (out, r, *kernel).
     """
+    kernel = tuple(a.shape[2:])
     fits = a.dim() == b.dim() >= 2 and a.shape[0] == b.shape[1] and b.shape[2:].numel() == 1
     if not fits or not a.numel():
         return None
-    kernel = tuple(a.shape[2:])
-    r, rest = divmod(a.shape[0], math.prod(kernel))
-    if rest or not 1 <= r <= a.shape[1]:
+    if kernel and a.shape[0] == layer.r * math.prod(kernel):
+        block = b.reshape(b.shape[0], layer.r, *kernel).contiguous()
+    else:
+        block = b.T.contiguous()
+    if layer.block_misfit(tuple(block.shape)) is not None:
         return None
-    expected = repeat(
-        torch.eye(a.shape[0], dtype=a.dtype).reshape(a.shape[0], r, *kernel),
-        "q r ... -> q (shards r) ...",
-        shards=functional.shard_count(a.shape[1], r),
-    )[:, : a.shape[1]]
-    if padding is not None:
-        expected[:, padding] = 0
-    if not torch.equal(a, expected):
-        return None
-    if kernel:
-        return b.reshape(b.shape[0], r, *kernel).contiguous()
-    return rearrange(b, "out r -> r out").contiguous()
+    factors = _factors(layer, block.to(a.dtype))
+    return block if factors is not None and torch.equal(factors[0], a) else None

@@ -2,25 +2,28 @@
 
 PEFT puts a layer of its own in place of each target, which adds to what the target returns. That
 is without effect where the target is not called, or not by that name, and another sum where the
-target's class goes on with what `nn.Linear` returns.
+target's class goes on with what its base class returns. Whether a module of the user's reads the
+weight of a layer instead of calling it does not show from outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from disha.errors import ConversionError
-from disha.layers import AdaptedLayer
-from disha.layers.attention import Owner, Projection
-from disha.layers.fronts import ReadLayer
+from disha.layers import LAYER_KINDS
+from disha.layers.kinds import FOREIGN_KINDS
+from disha.layers.opaque import is_library_forward
 from disha.tree import ModuleNames, module_names, require_adapter
 
-__all__ = ["check_peft_acts", "refuse"]
+__all__ = ["PeftObstacles", "check_peft_acts", "class_of", "refuse"]
 
-FUSED = ("linear1", "linear2")
-"""The layers of an `nn.TransformerEncoderLayer` that its fused path reads in evaluation."""
+READ_IN_EVALUATION = ("linear1", "linear2")
+"""The layers of an `nn.TransformerEncoderLayer` that its fused path reads."""
 
 
 def check_peft_acts(model: nn.Module, adapter: str) -> None:
@@ -34,12 +37,11 @@ def check_peft_acts(model: nn.Module, adapter: str) -> None:
         ConversionError: some would not; the message says which and why.
         ArgumentError: there is no such adapter.
     """
-    names = module_names(model)
-    owners = [module for module in names if isinstance(module, Owner)]
+    weights, obstacles = require_adapter(model, adapter), PeftObstacles(module_names(model))
     found = [
         f"{name or '(the model)'}: {why}"
-        for name, layer in require_adapter(model, adapter)
-        for why in _obstacles(name, layer, names, owners)
+        for name, _ in weights
+        if (why := obstacles.to_export(name)) is not None
     ]
     refuse(found, "PEFT would not apply this adapter as it acts here")
 
@@ -58,28 +60,89 @@ def refuse(found: Sequence[str], what: str) -> None:
         )
 
 
-def _obstacles(
-    name: str, layer: AdaptedLayer, names: ModuleNames, owners: Sequence[Owner]
-) -> Iterator[str]:
-    if not name:
-        yield "PEFT replaces modules within a model, and this is the whole of it"
-    if len(names[layer]) > 1:
-        yield f"it is one module under the names {', '.join(names[layer])}; PEFT replaces the first"
-    if isinstance(layer, Projection):
-        yield "it is a part of an nn.MultiheadAttention's packed weight, no module of its own"
-    elif isinstance(layer, ReadLayer):
-        yield "what runs it reads its weight instead of calling it"
-    elif (reader := _reader(name, layer, owners)) is not None:
-        yield f"{reader.original_class.__name__} reads its weight instead of calling it"
-    elif layer.own_forward and not layer.library_forward:
-        yield f"{layer.original_class.__name__} has a forward of its own around that of its base"
+class PeftObstacles:
+    """What keeps PEFT's layers from acting in a model, layer by layer.
+
+    Args:
+        names: the model's modules.
+    """
+
+    def __init__(self, names: ModuleNames) -> None:
+        self.by_name = {name: module for module, aliases in names.items() for name in aliases}
+        self._aliases = names
+        self._places = Counter(child for module in names for child in module._modules.values())
+        self._read = _children(names, nn.MultiheadAttention, ("out_proj",))
+        self._fused = _children(names, nn.TransformerEncoderLayer, READ_IN_EVALUATION)
+
+    def to_export(self, name: str) -> str | None:
+        """Return why an adapter's layer would not act alike in PEFT, or None if it would."""
+        module = self.by_name.get(name)
+        if module in self._fused:
+            kind = self._fused[module].__name__
+            return f"{kind} reads its weight in evaluation, without PEFT's update"
+        return self.to_load(name)
+
+    def to_load(self, name: str) -> str | None:
+        """Return why PEFT's layer of that name does not act as ours would, or None if it does."""
+        module = self.by_name.get(name)
+        if module is None:
+            return self._why_no_module(name)
+        if not name:
+            return (
+                "PEFT adapts layers of a model, not the model itself, and this is the whole of it"
+            )
+        if module in self._read:
+            return f"{self._read[module].__name__} reads its weight, without PEFT's update"
+        if self._places[module] > 1:
+            return (
+                f"it is one module under the names {', '.join(self._aliases[module])}: in several "
+                "places, of which PEFT adapts the first only"
+            )
+        if "parametrizations" in module._modules:
+            return "its weight is computed (a parametrization), which PEFT can't merge into"
+        if _has_own_forward(module):
+            return (
+                f"{class_of(module).__name__} has a forward of its own; PEFT adds to what that "
+                "returns, or replaces it (BAT), and disha adds in the part of its base class"
+            )
+        return None
+
+    def _why_no_module(self, name: str) -> str:
+        above, _, last = name.rpartition(".")
+        owner = self.by_name.get(above)
+        if isinstance(owner, nn.MultiheadAttention):
+            return (
+                "it is a part of an nn.MultiheadAttention's packed weight, no module that PEFT "
+                "could adapt"
+            )
+        if owner is not None and last in owner._parameters:
+            return "it is a parameter, and PEFT's layers take the place of modules"
+        return "the model has no such layer"
 
 
-def _reader(name: str, layer: AdaptedLayer, owners: Sequence[Owner]) -> Owner | None:
-    """Return the module of torch that reads the weight of its own layer, at least at times."""
-    for owner in owners:
-        if layer in owner._modules.values() and (
-            isinstance(owner, nn.MultiheadAttention) or name.endswith(FUSED)
-        ):
-            return owner
-    return None
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module has without adapters."""
+    cls: type[nn.Module] = getattr(type(module), "original_class", type(module))
+    return cls
+
+
+def _children(
+    names: ModuleNames, owner: type[nn.Module], children: Sequence[str]
+) -> Mapping[nn.Module | None, type[nn.Module]]:
+    """Return these children of all modules of a class -> the class of their owner."""
+    return {
+        module._modules[child]: class_of(module)
+        for module in names
+        if isinstance(module, owner)
+        for child in children
+        if child in module._modules
+    }
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a class overrides the forward of the class whose weights are known."""
+    cls: Any = class_of(module)
+    for known in cls.__mro__:
+        if known in LAYER_KINDS or (known.__module__, known.__qualname__) in FOREIGN_KINDS:
+            return cls.forward is not known.forward and not is_library_forward(cls)
+    return False

@@ -1,34 +1,21 @@
-"""Layers with adapters: the blocks, the adapted modules and the registry of layer kinds."""
+"""Layers with adapters: blocks, adapted classes, the table of kinds, and opaque weights."""
 
-from disha.layers.adapted import AdaptedLayer, Adapters, Geometry
-from disha.layers.blocks import BLOCKS, Bat, Block, Bone
-from disha.layers.embedding import AdaptedEmbedding
-from disha.layers.linear import (
-    AdaptedLinear,
-    AdaptedTransposedLinear,
-    BatLinear,
-    BoneLinear,
-)
-from disha.layers.registry import (
-    LAYER_KINDS,
-    layer_kind_of,
-    register_layer_kind,
-)
+from disha.layers.adapted import AdaptedLayer, AdaptedLinear, AdaptedWeight, Adapters
+from disha.layers.blocks import Block, Slot, block_name
+from disha.layers.kinds import LAYER_KINDS, declared_slots, register_layer_kind
+from disha.layers.linear import BatLinear, BoneLinear
 
 __all__ = [
-    "BLOCKS",
     "LAYER_KINDS",
-    "AdaptedEmbedding",
     "AdaptedLayer",
     "AdaptedLinear",
-    "AdaptedTransposedLinear",
+    "AdaptedWeight",
     "Adapters",
-    "Bat",
     "BatLinear",
     "Block",
-    "Bone",
     "BoneLinear",
-    "Geometry",
-    "layer_kind_of",
+    "Slot",
+    "block_name",
+    "declared_slots",
     "register_layer_kind",
 ]

@@ -1,140 +1,116 @@
-"""AdaptedLayer: what every adapted layer has in common.
+"""AdaptedLayer: a module whose adapted parameters read as effective weights.
 
-An adapted layer is a module moved to a subclass of its own class (`disha.layers.classes`). It holds
-its adapters in one child, `disha`, and its layer kind says what a block is and does there. A class
-with a forward of its own gets one of ours in front (`disha.layers.fronts`).
+Adapting keeps the module. The very same object moves to a subclass of its own class, which has one
+property for each adapted parameter. So hooks, other references, `isinstance` checks, parameter
+objects and state-dict keys stay as they were, and the module's own forward runs unchanged: what it
+reads is an effective weight (`disha.effective`). The module has one more child, `disha`, which
+holds the blocks.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.compiler import is_compiling
 
 from disha import functional
 from disha.config import BLOCK_DTYPES, AdapterConfig
+from disha.effective import (
+    MOVES,
+    EffectiveWeight,
+    Routed,
+    asked_by,
+    effective,
+    effective_of_shards,
+    effective_on_meta,
+)
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError, ModeError
-from disha.layers import quantised
-from disha.layers.blocks import BLOCKS, Bat, Block
-from disha.layers.classes import Moved, move_back
-from disha.layers.quantised import Quantisation
-from disha.layers.routing import Route
+from disha.functional import Geometry
+from disha.layers import opaque
+from disha.layers.blocks import Block, Slot
+from disha.routing import Route
+from disha.sharding import is_sharded
 
 __all__ = [
     "CHILD_NAME",
     "AdaptedLayer",
+    "AdaptedLinear",
+    "AdaptedWeight",
     "Adapters",
-    "Geometry",
-    "MergedWeight",
-    "WeightSlot",
-    "attach",
-    "current_caller",
+    "Merged",
+    "Original",
+    "adapt",
+    "device_of_weight",
+    "make_block",
+    "offloading_hooks",
     "read_weight",
+    "refuse_changed_class",
     "refuse_inside",
     "refuse_merged",
     "restore",
+    "stored_weight",
+    "weight_shape",
 ]
 
 CHILD_NAME = "disha"
 """Name of the one sub-module that adapting adds to a module."""
 
+PLAIN = (Tensor, nn.Parameter)
+BY_NAME = nn.Module.get_parameter.__code__
+"""Who asks a model for a parameter by its name wants the parameter, as in `parameters()`."""
 DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())
-"""A set, since torch 2.6 can't compile a look into the values of a dict."""
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """The sizes of a layer that its blocks depend on.
+class Original:
+    """What unmerging needs of one parameter.
 
-    Attributes:
-        in_features: what r cuts into shards: a linear layer's inputs, the input channels of one
-            group of a convolution, the rows of an embedding.
-        out_features: what r_out cuts: its outputs, output channels, or the size of a row.
-
-    Examples:
-        >>> import disha
-        >>> layer = disha.BoneLinear(8, 16, r=4)
-        >>> layer.geometry(layer)
-        Geometry(in_features=8, out_features=16)
+    `data` is the former data of the parameter, `parameter` the former parameter itself where it was
+    replaced: where the module was untied from it, or where a dense weight stands in for a quantised
+    one (`dense`).
     """
 
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True)
-class MergedWeight:
-    """What unmerging needs: the adapters that were merged, and the original weight.
-
-    `data` is the former data of the parameter that holds the weight, `parameter` the former
-    parameter itself where the layer was untied from it, else None. Where `dense`, a dense weight
-    stands in for the quantised `parameter`. A layer that has none of the merged adapters falls
-    silent with the others: no adapters, no data.
-    """
-
-    adapters: tuple[str, ...] = ()
     data: Tensor | None = None
     parameter: nn.Parameter | None = None
     dense: bool = False
 
 
 @dataclass(frozen=True)
-class WeightSlot:
-    """Where a layer's weight is kept: a parameter of a module, or some rows of one."""
+class Merged:
+    """The adapters that are merged into a layer, and what its parameters were.
 
-    module: nn.Module
-    name: str
-    rows: slice | None = None
-
-    @property
-    def parameter(self) -> nn.Parameter | None:
-        """The parameter, or None where the weight is computed from others (a parametrization)."""
-        return self.module._parameters.get(self.name)
-
-    def of(self, whole: Tensor) -> Tensor:
-        """Return the layer's part of the parameter, or of a tensor in place of it."""
-        return whole if self.rows is None else whole[self.rows]
-
-
-def read_weight(module: nn.Module, name: str) -> Any:
-    """Return the weight of a module, or None; where it is computed, without a step of training.
-
-    In training, the spectral_norm of torch improves its estimate whenever the weight is read: that
-    is for the module's own forward to do. What is returned is the weight that this read last.
+    A layer that has none of the merged adapters is inactive while others are merged: no adapters,
+    no originals.
     """
-    parametrizations = module._modules.get("parametrizations")
-    computed = None if parametrizations is None else parametrizations._modules.get(name)
-    trained = [] if computed is None else [part for part in computed.modules() if part.training]
-    for part in trained:
-        part.training = False
-    try:
-        return getattr(module, name, None)
-    finally:
-        for part in trained:
-            part.training = True
+
+    adapters: tuple[str, ...] = ()
+    originals: Mapping[str, Original] = field(default_factory=dict)
 
 
 class Adapters(nn.Module):
-    """The adapters of one layer, by name, and which of them act."""
+    """The adapters of one layer, by name, and which of them act.
+
+    Where an adapter has one block, of the module's `weight`, it is found under the adapter's name.
+    Where it has several, they are found by the names of their weights below that.
+    """
 
     active: tuple[str, ...]
-    live: tuple[Block, ...]
+    live: dict[str, tuple[Block, ...]]
+    """Parameter -> the blocks that act on it."""
     enabled: bool
-    merged: MergedWeight | None
+    merged: Merged | None
     route: Route | None
-    calls: dict[int, bool]
-    """Forward calls under way -> whether they have called acting()."""
 
     def __init__(self) -> None:
         super().__init__()
         # Here and below, straight into __dict__: nn.Module looks at what it is given for long.
-        vars(self).update(active=(), live=(), enabled=True, merged=None, route=None, calls={})
+        vars(self).update(active=(), live={}, enabled=True, merged=None, route=None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
@@ -145,55 +121,78 @@ class Adapters(nn.Module):
     def __contains__(self, adapter: object) -> bool:
         return adapter in self._modules
 
-    def __getitem__(self, adapter: str) -> Block:
-        block: Block = self._modules[adapter]  # type: ignore[assignment]
-        return block
+    def __getitem__(self, adapter: str) -> Any:
+        return self._modules[adapter]
 
-    def add(self, adapter: str, block: Block) -> None:
-        """Add a block under a name that check_adapter_name has passed. It is not active yet."""
-        self._modules[adapter] = block
-        vars(block)["training"] = self.training
-        block.set_enabled(self.enabled)
+    def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], Block]:
+        """Return (adapter, name of the weight) -> block, of one adapter or of all."""
+        found: dict[tuple[str, str], Block] = {}
+        for own, child in self._modules.items():
+            if adapter is not None and own != adapter:
+                continue
+            if isinstance(child, Block):
+                found[own, child.slot.name] = child
+            elif child is not None:
+                for block in child.children():
+                    assert isinstance(block, Block)
+                    found[own, block.slot.name] = block
+        return found
+
+    def add(self, adapter: str, blocks: Iterable[Block]) -> None:
+        """Add blocks under a name that check_adapter_name has passed. It is not active yet."""
+        blocks = list(blocks)
+        for block in blocks:
+            vars(block)["training"] = self.training
+            block.set_enabled(self.enabled)
+        child: nn.Module = blocks[0]
+        if len(blocks) > 1 or blocks[0].slot.name:
+            child = nn.ModuleDict({block.slot.name or "weight": block for block in blocks})
+            child.train(self.training)
+        self._modules[adapter] = child
         self.activate(self.active)
 
     def discard(self, adapter: str) -> None:
-        """Remove a block; it is no longer active."""
+        """Remove the blocks of an adapter; it is no longer active."""
         self._modules.pop(adapter, None)
         self.activate(tuple(name for name in self.active if name != adapter))
 
     def activate(self, adapters: tuple[str, ...]) -> None:
         """Let exactly these adapters act; a name that this layer lacks is no error."""
-        live = tuple(self[name] for name in adapters if name in self)
+        live: dict[str, tuple[Block, ...]] = {}
+        for adapter in adapters:
+            for block in self.blocks(adapter).values() if adapter in self else ():
+                name = block.slot.parameter
+                live[name] = (*live.get(name, ()), block)
         vars(self).update(active=adapters, live=live)
 
     def set_enabled(self, enabled: bool) -> None:
         """Switch all adapters of the layer off or on again."""
         self.enabled = enabled
-        for adapter in self:
-            self[adapter].set_enabled(enabled)
+        for block in self.blocks().values():
+            block.set_enabled(enabled)
 
-    def acting(self) -> tuple[Block, ...]:
-        """The blocks that forward has to apply to all samples; who calls this applies them."""
-        if self.calls:
-            self._note_call()
+    def acting(self, parameter: str) -> tuple[Block, ...]:
+        """The blocks that act on a parameter for all samples."""
+        # In a graph, `enabled` acts through the blocks' scale: reading it here would recompile.
+        if not is_compiling() and not self.enabled:
+            return ()
         if self.merged is not None or self.route is not None:
             return ()
-        # In a graph, `enabled` acts through the blocks' scale: reading it here would recompile.
-        if not torch.compiler.is_compiling() and not self.enabled:
-            return ()
-        return self.live
+        return self.live.get(parameter, ())
 
-    def _note_call(self) -> None:
-        """Tell the call under way that the update has been asked for where it belongs."""
-        caller = current_caller()
-        if caller not in self.calls:
-            # Inside of a graph's gap, or in a thread that the user's forward has started.
-            caller = GRAPH if GRAPH in self.calls else next(iter(self.calls))
-        self.calls[caller] = True
+    def routed(self, parameter: str) -> Routed | None:
+        """The updates of single samples, or None where samples are not routed."""
+        if self.route is None or self.merged is not None or not self.enabled:
+            return None
+        updates = {}
+        for adapter in self.route.adapters:
+            blocks = self.blocks(adapter).values() if adapter in self else ()
+            updates[adapter] = tuple(b.update() for b in blocks if b.slot.parameter == parameter)
+        return Routed(self.route, updates)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside adapters_disabled or route_adapters is outside of them.
-        return {**self.__dict__, "enabled": True, "route": None, "calls": {}}
+        return {**self.__dict__, "enabled": True, "route": None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Not callable: the layer that holds the adapters applies them."""
@@ -202,27 +201,12 @@ class Adapters(nn.Module):
         )
 
 
-class AdaptedLayer(Moved):
-    """Base of all adapted layers; a layer kind derives from it and declares what is its own.
-
-    What a kind must have: `geometry`, `block_shape`, `delta_weight` and `delta_output`. What it may
-    have: any of the attributes below, `obstacle`, `misfit`, `has_samples` and `example_input`.
-
-    A kind that also derives from the class it adapts, its `base_class`, has a `forward` that
-    returns `self.updated(output, self.disha.acting(), input)`; subclasses of that class then keep a
-    forward of their own. Any other kind goes in front of the class, and the update is added to what
-    its forward returns. `register_layer_kind` shows a whole kind.
+class AdaptedLayer(nn.Module):
+    """Base of the classes that modules move to when they are adapted.
 
     Attributes:
-        layer_kind: the kind itself, on the classes that are made of it.
-        own_forward: whether the class that was adapted has another forward than `base_class`.
-        library_forward: whether that forward is bitsandbytes' own, for quantised weights.
-        input_name: the name of that forward's first parameter.
-        weight_name: the name of the parameter that holds W.
-        methods: the methods that the kind knows, `"bone"` or both.
-        linear: whether `"all-linear"` means layers of this kind.
-        weight_layout: how W is laid out where files can do without the module, or None.
-        shard_dim: the dimension of a Bone block along which the inputs' shards run.
+        original_class: the class that the module had.
+        adapted_parameters: the parameters that read as effective weights.
         disha: the layer's blocks by adapter; `active` names those that act.
 
     Examples:
@@ -234,120 +218,39 @@ class AdaptedLayer(Moved):
         (True, True)
         >>> layer.delta_weight(layer.disha["default"]).shape
         torch.Size([4, 8])
-        >>> torch.equal(layer.merged_weight(["default"]), layer.weight)
+        >>> torch.equal(layer.weight + 0, layer.base_weight)
         False
     """
 
-    layer_kind: ClassVar[type[AdaptedLayer]]
-    own_forward: ClassVar[bool] = False
-    library_forward: ClassVar[bool] = False
-    input_name: ClassVar[str] = ""
-    weight_name: ClassVar[str] = "weight"
-    methods: ClassVar[tuple[str, ...]] = ("bone",)
-    linear: ClassVar[bool] = False
-    weight_layout: ClassVar[str | None] = None
-    shard_dim: ClassVar[int] = 0
+    original_class: ClassVar[type[nn.Module]]
+    adapted_parameters: ClassVar[tuple[str, ...]] = ()
+    is_opaque: ClassVar[bool] = False
 
     disha: Adapters
 
-    @classmethod
-    def geometry(cls, module: nn.Module) -> Geometry:
-        """Return the sizes of `module`, which this kind adapts or has adapted.
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "made_on_the_fly" in vars(cls):
+            return
+        # A user's class that computes a weight: what it computes is what is adapted.
+        for name in cls.adapted_parameters:
+            if name in vars(cls):
+                setattr(cls, name, _weight_property(cls, name))
 
-        Args:
-            module: the layer, adapted already or not yet.
+    @property
+    def base_weight(self) -> Tensor:
+        """The original of `weight`, also while merged; a quantised one comes dequantised.
+
+        Raises:
+            AttributeError: the layer has adapted weights, and none is its `weight`.
         """
-        raise NotImplementedError
+        if not any(name == "" for _, name in self.disha.blocks()):
+            raise AttributeError("this layer has other adapted weights than `weight`")
+        return AdaptedWeight(self, "").base
 
-    @classmethod
-    def layout(cls, module: nn.Module) -> str | None:
-        """Return the kind's `weight_layout`, by which dW follows from a block without the module.
-
-        None where it does not: a kind that declares a `delta_weight` of its own has no layout
-        unless it declares that too.
-
-        Args:
-            module: the layer, adapted already or not yet.
-        """
-        for owner in getattr(cls, "layer_kind", cls).__mro__:
-            if "weight_layout" in vars(owner):
-                declared: str | None = vars(owner)["weight_layout"]
-                return declared
-            if "delta_weight" in vars(owner):
-                return None
-        return None
-
-    @classmethod
-    def obstacle(cls, module: nn.Module, method: str) -> str | None:
-        """Return why `method` can't adapt `module`, or None if it can.
-
-        Args:
-            module: the layer, adapted already or not yet.
-            method: `"bone"` or `"bat"`.
-        """
-        weight = read_weight(module, cls.weight_name)
-        if isinstance(weight, UninitializedParameter):
-            return "its weight is not initialised yet; run the model once before injecting"
-        quantisation = cls.quantisation(module)
-        dense = isinstance(weight, Tensor) and weight.is_floating_point()
-        if quantisation is None and not dense:
-            return "its weight is not a floating-point tensor"
-        if method not in cls.methods:
-            return f"{method!r} does not adapt {type(module).__name__}, {cls.methods[0]!r} does"
-        if quantisation is not None and quantisation.read is None and method == Bat.method:
-            return (
-                f"its weight is quantised ({quantisation.name}) and can't be read as numbers; "
-                f"{method!r} needs to, 'bone' does not"
-            )
-        return None
-
-    @classmethod
-    def quantisation(cls, module: nn.Module) -> Quantisation | None:
-        """Return how the weight of `module`, adapted or not, is quantised; None where it is not.
-
-        Args:
-            module: the layer, adapted already or not yet.
-        """
-        weight = _stored_weight(module, cls.weight_name)
-        if quantised.is_dense(weight):
-            return None
-        found = quantised.quantisation_of(module, weight)
-        if found is not None or cls.base_class is None or not isinstance(weight, Tensor):
-            return found
-        original = getattr(type(module), "original_class", type(module))
-        dense = weight.dtype in DENSE_DTYPES or weight.is_complex()
-        if dense or original.forward is cls.base_class.forward:
-            return None
-        return quantised.UNKNOWN
-
-    @classmethod
-    def block_shape(
-        cls, module: nn.Module, method: str, r: int, r_out: int | None
-    ) -> tuple[int, ...]:
-        """Return the shape of a block for `module`.
-
-        Args:
-            module: the layer, adapted already or not yet.
-            method: `"bone"` or `"bat"`.
-            r: shard size.
-            r_out: size of the output shard of a tile, or None.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def misfit(cls, geometry: Geometry, r: int, r_out: int | None) -> str | None:
-        """Return why blocks of these sizes don't fit a layer of that geometry, or None.
-
-        Args:
-            geometry: the layer's sizes.
-            r: shard size.
-            r_out: size of the output shard of a tile, or None.
-        """
-        if r > geometry.in_features:
-            return f"r={r} is larger than in_features={geometry.in_features}"
-        if r_out is not None and geometry.out_features % r_out:
-            return f"r_out={r_out} does not divide out_features={geometry.out_features}"
-        return None
+    def geometry(self) -> Geometry:
+        """Return the sizes of `weight` that its blocks depend on."""
+        return AdaptedWeight(self, "").geometry
 
     def delta_weight(self, block: Block) -> Tensor:
         """Return dW of a block of this layer, without its scale: a tensor of the weight's shape.
@@ -355,182 +258,57 @@ class AdaptedLayer(Moved):
         Args:
             block: one of the layer's; `block.block` is D, `block.r` its shard size.
         """
-        raise NotImplementedError
-
-    def delta_output(self, block: Block, input: Tensor, *more: Any) -> Tensor:
-        """Return what a block adds to the layer's output, scaled and with its dropout.
-
-        Args:
-            block: one of the layer's; `block.dropped(input)` is its input, and
-                `block.current_scale()` its scale s.
-            input: the layer's input.
-            more: what else the kind's forward passes to `updated`.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def example_input(cls, module: nn.Module, generator: torch.Generator) -> Tensor:
-        """Return a small random input that `module` takes, in float32 on the CPU if not integer.
-
-        Args:
-            module: the layer, adapted already or not yet.
-            generator: where the numbers come from.
-        """
-        return torch.randn(2, cls.geometry(module).in_features, generator=generator)
-
-    def widened(self, block: Block, r: int) -> Tensor:
-        """Return the values of a Bone block for a larger shard size, a multiple of its own.
-
-        D'[j] = D[j mod r], which gives the same dW.
-
-        Args:
-            block: a Bone block of this layer, or a tile.
-            r: the larger shard size.
-        """
-        return functional.widened_block(block.block, block.r, r, self.shard_dim)
-
-    @classmethod
-    def has_samples(cls, module: nn.Module, input: Tensor) -> bool:
-        """Return whether the leading dimension of an input of `module` counts samples.
-
-        Args:
-            module: the layer, adapted already or not yet.
-            input: what it is called with.
-        """
-        return input.dim() >= 2
-
-    def updated(self, output: Tensor, acting: Iterable[Block], input: Tensor, *more: Any) -> Tensor:
-        """Return the output plus the update of every acting block, or of the routed ones.
-
-        Args:
-            output: what the layer returns without them.
-            acting: the blocks that act on all samples.
-            input: the layer's input.
-            more: further arguments of `delta_output`.
-
-        Raises:
-            ArgumentError: samples are routed, and the input has none.
-        """
-        for block in acting:
-            output = output + self.delta_output(block, input, *more).to(output.dtype)
-        route = self.disha.route
-        if route is None or not self.disha.enabled:
-            return output
-        if not self.has_samples(self, input):
-            raise ArgumentError(
-                f"route_adapters needs one sample per entry of the leading dimension, and "
-                f"{self.original_class.__name__} got an input of shape {tuple(input.shape)}"
-            )
-        return self.routed(output, route, input, *more)
-
-    def updated_in_place(
-        self, fresh: Tensor, acting: Iterable[Block], input: Tensor, *more: Any
-    ) -> Tensor:
-        """Return what `updated` does, written into a result that nobody else has where it may be.
-
-        Args:
-            fresh: what the layer returns without them, of an operation that does not keep it.
-            acting: the blocks that act on all samples.
-            input: the layer's input.
-            more: further arguments of `delta_output`.
-        """
-        for block in acting:
-            fresh = functional.added(fresh, self.delta_output(block, input, *more))
-        return self.updated(fresh, (), input, *more)
-
-    def routed(self, output: Tensor, route: Route, input: Tensor, *more: Any) -> Tensor:
-        """Return the output plus, for each sample, the update of its own adapter.
-
-        Args:
-            output: what the layer returns without adapters.
-            route: the adapter of each sample.
-            input: the layer's input, samples first.
-            more: further arguments of `delta_output`, which each adapter is given whole: a kind
-                whose further inputs have samples too picks theirs in a `routed` of its own.
-        """
-        for adapter in route.adapters:
-            rows = route.rows(adapter, input)
-            if adapter in self.disha:
-                delta = self.delta_output(self.disha[adapter], input.index_select(0, rows), *more)
-                output = output.index_add(0, rows, delta.to(output.dtype))
-        return output
-
-    @classmethod
-    def make_block(
-        cls, module: nn.Module, config: AdapterConfig, r: int, dtype: torch.dtype | None = None
-    ) -> Block:
-        """Return a new block that fits `module`, on its weight's device.
-
-        Args:
-            module: the module, adapted already or not yet.
-            config: the adapter's configuration.
-            r: shard size at this module.
-            dtype: dtype of the block; by default the configuration's, or else the weight's, and
-                float32 over a quantised weight.
-        """
-        shape = cls.block_shape(module, config.method, r, config.r_out)
-        weight = read_weight(module, cls.weight_name)
-        dense = weight.dtype in BLOCK_DTYPES.values() and cls.quantisation(module) is None
-        own = weight.dtype if dense else torch.float32
-        dtype = dtype or config.dtype or own
-        return BLOCKS[config.method](shape, config=config, r=r, device=weight.device, dtype=dtype)
-
-    @classmethod
-    def facts(cls, original: type[nn.Module]) -> dict[str, Any]:
-        """Return class attributes for a class that is made of `original` and this kind.
-
-        Args:
-            original: the class of the layers before they are adapted.
-        """
-        base = cls.base_class
-        return {
-            "own_forward": base is not None and original.forward is not base.forward,
-            "library_forward": quantised.is_library_forward(original),
-            "input_name": _first_parameter(original.forward),
-        }
-
-    @property
-    def weight_slot(self) -> WeightSlot:
-        """Where the weight is kept."""
-        return WeightSlot(self, self.weight_name)
-
-    @property
-    def base_weight(self) -> Tensor:
-        """The original weight, also while merged; a quantised one comes dequantised."""
-        slot, merged = self.weight_slot, self.disha.merged
-        if merged is not None and merged.data is not None:
-            return slot.of(merged.data)
-        stored = slot.parameter
-        if merged is not None and merged.parameter is not None:
-            stored = merged.parameter
-        weight: Tensor = read_weight(self, self.weight_name) if stored is None else slot.of(stored)
-        return quantised.dequantised(self, weight)
+        return AdaptedWeight(self, block.slot.name).delta_weight(block)
 
     def merged_weight(self, adapters: Iterable[str]) -> Tensor:
-        """Return W + sum of s * dW of the named adapters, whether merged now or not.
+        """Return `weight` + sum of s * dW of the named adapters, whether merged now or not.
 
         Args:
             adapters: their names; one that the layer lacks adds nothing.
-
-        Raises:
-            MergeError: the kind's `delta_weight` gives a tensor of another shape than W's.
         """
-        blocks = [self.disha[adapter] for adapter in adapters if adapter in self.disha]
-        deltas = [(self.delta_weight(block), block.strength) for block in blocks]
-        weight = self.base_weight
-        for delta, _ in deltas:
-            if delta.shape != weight.shape:
-                raise MergeError(
-                    f"{type(self).layer_kind.__name__}.delta_weight gives an update of shape "
-                    f"{tuple(delta.shape)}, not that of the weight, {tuple(weight.shape)}"
-                )
-        return functional.merged_weight(weight, deltas)
+        return AdaptedWeight(self, "").merged(adapters)
+
+    def __delattr__(self, name: str) -> None:
+        replaced = name in self.adapted_parameters and name in self._parameters
+        # FullyShardedDataParallel puts views of what it has flattened in the place of parameters.
+        if replaced and not asked_by("torch.distributed.fsdp"):
+            raise ArgumentError(
+                f"the {name} of an adapted {self.original_class.__qualname__} can't be replaced by "
+                "one that is computed (a parametrization, say): its adapters would no longer act; "
+                "remove the adapters first, and add them afterwards"
+            )
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Do as nn.Module does, without reading the weight that is there.
+
+        FSDP sets one parameter after the other, and between them not all are whole.
+
+        Args:
+            name: the parameter's name.
+            param: the parameter, or None for none.
+        """
+        if name in self.adapted_parameters and name in self._parameters:
+            self._parameters[name] = param
+        else:
+            super().register_parameter(name, param)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A class that saves by itself may have read an effective weight (PyTorch Geometric's).
+        for name in self.adapted_parameters:
+            parameter = self._parameters.get(name)
+            saved = destination.get(prefix + name)
+            if isinstance(saved, EffectiveWeight) and parameter is not None:
+                destination[prefix + name] = parameter if keep_vars else parameter.detach()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        if self.disha.merged is not None and prefix + self.weight_name in state_dict:
-            refuse_merged([self], f"load {prefix}{self.weight_name}, which unmerging would undo,")
+        if self.disha.merged is not None:
+            for name in self.adapted_parameters:
+                if prefix + name in state_dict:
+                    refuse_merged([self], f"load {prefix}{name}, which unmerging would undo,")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -538,6 +316,14 @@ class AdaptedLayer(Moved):
             "nn.DataParallel can't run adapted layers on several devices: its replicas have no "
             "parameters of their own; use torch.nn.parallel.DistributedDataParallel"
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        cls = type(self)
+        if "made_on_the_fly" not in cls.__dict__:
+            return reduced
+        made_of = (cls.original_class, cls.adapted_parameters, cls.is_opaque)
+        return (_new_instance, made_of, *reduced[2:])
 
     def extra_repr(self) -> str:
         """Return how the layer is described in a model's printout."""
@@ -549,48 +335,454 @@ class AdaptedLayer(Moved):
         return ", ".join(filter(None, (super().extra_repr(), state)))
 
 
-def _stored_weight(module: nn.Module, name: str) -> Tensor | None:
+# --- reading a parameter -------------------------------------------------------------------------
+
+
+def _weight_property(original: type[nn.Module], name: str) -> property:
+    """Return the property that reads a parameter as an effective weight.
+
+    Args:
+        original: the class before, which may compute the weight itself.
+        name: the parameter's name.
+    """
+    read_base = _base_reader(original, name)
+    keeps = not hasattr(original, name) and original.__getattr__ is nn.Module.__getattr__
+
+    def read(layer: AdaptedLayer) -> Any:
+        parameters: dict[str, Any] = layer._parameters
+        base = parameters[name] if keeps and name in parameters else read_base(layer)
+        adapters: Any = layer._modules.get(CHILD_NAME)
+        if adapters is None:
+            return base
+        state = adapters.__dict__
+        if state["merged"] is not None:
+            return base
+        # In a graph, `enabled` acts through the blocks' scale: reading it here would recompile.
+        if not is_compiling() and (not state["enabled"] or sys._getframe(1).f_code is BY_NAME):
+            return base
+        if state["route"] is not None:
+            return _routed_weight(adapters, name, base)
+        blocks = state["live"].get(name)
+        if blocks is None:
+            return base
+        try:
+            if type(base) not in PLAIN:
+                return _weight_of_another_type(base, blocks)
+            if base.is_meta:
+                return _weight_on_meta(base, blocks)
+            updates = (
+                (blocks[0].update(),) if len(blocks) == 1 else tuple([b.update() for b in blocks])
+            )
+            return effective(base, blocks[0].slot.layout, updates)
+        except (KeyError, ModeError):
+            if asked_by("torch.distributed.fsdp") or asked_by(MOVES):
+                return base  # which is replaced or moved, and not multiplied
+            raise
+        except AttributeError as error:
+            # nn.Module would answer with the plain parameter: an adapter without effect.
+            raise RuntimeError(f"the update of {name} failed: {error}") from error
+
+    def write(layer: AdaptedLayer, value: Any) -> None:
+        layer.__dict__[name] = value
+
+    def delete(layer: AdaptedLayer) -> None:
+        del layer.__dict__[name]
+
+    return property(read, write, delete)
+
+
+def _base_reader(original: type[nn.Module], name: str) -> Callable[[Any], Any]:
+    """Return how instances of a class answer for a parameter."""
+    computes = inspect.getattr_static(original, name, None)
+    if isinstance(computes, property) and computes.fget is not None:
+        return computes.fget  # itself, since compiled code can't call `property.__get__`
+    if hasattr(computes, "__get__"):
+        return lambda layer: computes.__get__(layer, type(layer))
+    looks_up: Any = original.__getattr__
+    return lambda layer: layer.__dict__[name] if name in layer.__dict__ else looks_up(layer, name)
+
+
+def _routed_weight(adapters: Any, name: str, base: Any) -> Any:
+    blocks = tuple(one for one in adapters.blocks().values() if one.slot.parameter == name)
+    if not blocks:
+        return base
+    if type(base) not in PLAIN:
+        weight = _weight_of_another_type(base, blocks)
+        if isinstance(weight, EffectiveWeight):
+            weight.routed = Routed(adapters.route, {})  # which can't be computed
+        return weight
+    if base.is_meta:
+        return _weight_on_meta(base, blocks)
+    return effective(base, blocks[0].slot.layout, (), adapters.routed(name))
+
+
+def _weight_on_meta(base: Tensor, blocks: tuple[Block, ...]) -> Any:
+    """Return what to read of a weight on the meta device: all of the model is, or it is offloaded.
+
+    A block with a hook is not asked for: accelerate reads the weight before it brings it.
+    """
+    here = all("forward" not in block.__dict__ and block.block.is_meta for block in blocks)
+    updates = tuple(block.update(on_meta=True) for block in blocks) if here else ()
+    return effective_on_meta(base, blocks[0].slot.layout, updates, absent=not here)
+
+
+def _weight_of_another_type(base: Any, blocks: tuple[Block, ...]) -> Any:
+    """Return what to read where the weight is no plain tensor.
+
+    FSDP keeps shards in place of parameters between its passes, and looks them up by name: to it
+    the weight is handed out as it is. A tensor of a trace is computed.
+    """
+    if is_sharded(base):
+        if asked_by("torch.distributed.fsdp"):
+            return base
+        if all(is_sharded(block.block) for block in blocks):
+            updates = tuple(block.update() for block in blocks)
+            return effective_of_shards(base, blocks[0].slot.layout, updates)
+        raise ModeError(
+            "an adapter can't act on a weight that is a DTensor while its block is none: the "
+            "model was sharded after the adapter was injected (parallelize_module, say); wrap it "
+            "by fully_shard, or merge the adapter first"
+        )
+    updates = tuple(block.update() for block in blocks)
+    return functional.effective_weight(base, blocks[0].slot.layout, updates)
+
+
+# --- one weight ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdaptedWeight:
+    """An adapted weight of a layer: the blocks of all adapters, and W.
+
+    Attributes:
+        layer: the module.
+        name: the weight's name below the module; empty for `weight`.
+    """
+
+    layer: AdaptedLayer
+    name: str
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """The weight's blocks by adapter."""
+        found = self.layer.disha.blocks()
+        return {adapter: block for (adapter, name), block in found.items() if name == self.name}
+
+    @property
+    def slot(self) -> Slot:
+        """Where the weight is, as its first adapter has it."""
+        return next(iter(self.blocks.values())).slot
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter, or None where it is computed from others (a parametrization)."""
+        return self.layer._parameters.get(self.slot.parameter)
+
+    @property
+    def base(self) -> Tensor:
+        """The original of the whole parameter, also while merged; quantised ones dequantised."""
+        name, merged = self.slot.parameter, self.layer.disha.merged
+        original = None if merged is None else merged.originals.get(name)
+        if original is not None and original.data is not None:
+            return original.data
+        stored = self.parameter
+        if self.slot.opaque:
+            return opaque.dequantised(self.layer, stored_weight(self.layer, name))
+        if original is not None and original.parameter is not None:
+            stored = original.parameter
+        weight: Tensor = read_weight(self.layer, name) if stored is None else stored
+        return weight
+
+    @property
+    def base_rows(self) -> Tensor:
+        """The part of the original that is adapted."""
+        return self.slot.layout.part(self.base, self.slot.rows)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes that blocks depend on."""
+        return self.slot.layout.geometry(weight_shape(self.layer, self.slot), self.slot.rows)
+
+    @property
+    def quantisation(self) -> opaque.Quantisation | None:
+        """How the weight is quantised; None where it is not."""
+        return opaque.quantisation_of(self.layer, stored_weight(self.layer, self.slot.parameter))
+
+    def delta_weight(self, block: Block) -> Tensor:
+        """Return dW of a block, without its scale: a tensor of the parameter's shape."""
+        slot, values = block.slot, block.block
+        if slot.opaque:
+            stored = stored_weight(self.layer, slot.parameter)
+            base = opaque.weight_for(block.method, self.layer, slot, stored, values)
+        else:
+            base = self.base
+        return functional.delta_weight(block.method, slot.layout, values, base, slot.rows)
+
+    def merged(self, adapters: Iterable[str]) -> Tensor:
+        """Return W + sum of s * dW of the named adapters; the whole parameter."""
+        own = self.layer.disha.blocks()
+        name = self.slot.parameter
+        deltas = [
+            (self.delta_weight(block), block.strength)
+            for adapter in adapters
+            for (other, _), block in own.items()
+            if other == adapter and block.slot.parameter == name
+        ]
+        return functional.merged_weight(self.base, deltas)
+
+
+def read_weight(module: nn.Module, name: str) -> Any:
+    """Return a weight of a module without updates, or None; a computed one without training it.
+
+    In training, the spectral_norm of torch improves its estimate whenever the weight is read: that
+    is for the module's own forward to do. What is returned is the weight that this read last.
+    """
+    parametrizations = module._modules.get("parametrizations")
+    found = None if parametrizations is None else parametrizations._modules.get(name)
+    trained = [] if found is None else [part for part in found.modules() if part.training]
+    for part in trained:
+        part.training = False
+    try:
+        if isinstance(module, AdaptedLayer):
+            return _base_reader(type(module).original_class, name)(module)
+        return getattr(module, name, None)
+    finally:
+        for part in trained:
+            part.training = True
+
+
+def stored_weight(module: nn.Module, name: str) -> Tensor | None:
     """Return the weight that a module holds, or the quantised one that a dense one stands in for.
 
     None where it is computed from others (a parametrization), which asking for it would run.
     """
     adapters = module._modules.get(CHILD_NAME)
     merged = adapters.merged if isinstance(adapters, Adapters) else None
-    if merged is not None and merged.dense:
-        return merged.parameter
+    original = None if merged is None else merged.originals.get(name)
+    if original is not None and original.dense:
+        return original.parameter
     return module._parameters.get(name, module._buffers.get(name))
 
 
-def _first_parameter(forward: Callable[..., Any]) -> str:
-    """Return the name under which a forward takes its first input, or "" where it shows none."""
+def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:
+    """Return the shape of a slot's parameter, or of the weight that a packed one stands for."""
+    if slot.shape is not None:
+        return slot.shape
+    return tuple(read_weight(module, slot.parameter).shape)
+
+
+def make_block(
+    module: nn.Module,
+    slot: Slot,
+    config: AdapterConfig,
+    r: int,
+    dtype: torch.dtype | None = None,
+) -> Block:
+    """Return a new block for a weight of a module, on the weight's device.
+
+    Args:
+        module: the module, adapted already or not yet.
+        slot: the weight.
+        config: the adapter's configuration.
+        r: shard size.
+        dtype: dtype of the block; by default the configuration's, or else the weight's, and float32
+            over a quantised weight.
+    """
+    shape = functional.block_shape(
+        config.method, slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
+    )
+    if slot.opaque:  # never read
+        device, own = opaque.device_of(module), torch.float32
+    else:
+        weight = read_weight(module, slot.parameter)
+        device, own = device_of_weight(module, weight), weight.dtype
+        own = own if own in DENSE_DTYPES else torch.float32
+    return Block(
+        shape, slot=slot, config=config, r=r, device=device, dtype=dtype or config.dtype or own
+    )
+
+
+def device_of_weight(module: nn.Module, weight: Tensor) -> torch.device:
+    """Return the device of a weight, or the one that accelerate brings it to for each forward.
+
+    Args:
+        module: the module of the weight.
+        weight: as it is now, between forwards.
+    """
+    for hook in offloading_hooks(module) if weight.is_meta else ():
+        if hook.execution_device is not None and not hook.place_submodules:
+            return torch.device(hook.execution_device)
+    return weight.device
+
+
+def offloading_hooks(module: nn.Module) -> list[Any]:
+    """Return the hooks of accelerate that bring weights for a forward of this module."""
+    hook = module.__dict__.get("_hf_hook")
+    parts = getattr(hook, "hooks", (hook,))  # of a sequence of hooks
+    return [part for part in parts if getattr(part, "offload", False) is True]
+
+
+# --- moving classes ------------------------------------------------------------------------------
+
+_Key = tuple[type[nn.Module], tuple[str, ...], bool]
+_CLASSES: dict[_Key, type[AdaptedLayer]] = {}
+
+
+def adapted_class(
+    original: type[nn.Module], parameters: tuple[str, ...], is_opaque: bool
+) -> type[AdaptedLayer]:
+    """Return the class that a module of class `original` moves to; one per combination."""
+    key = (original, parameters, is_opaque)
+    if key not in _CLASSES:
+        namespace: dict[str, Any] = {
+            "__module__": AdaptedLayer.__module__,
+            "__doc__": f"{original.__qualname__}, adapted by disha.",
+            "made_on_the_fly": True,
+            "original_class": original,
+            "adapted_parameters": parameters,
+            "is_opaque": is_opaque,
+        }
+        if hasattr(original, "reset_parameters"):
+            namespace["reset_parameters"] = reset_parameters
+        if is_opaque:
+            bases: tuple[type, ...] = (opaque.front_of(original), AdaptedLayer, original)
+        else:
+            namespace |= {name: _weight_property(original, name) for name in parameters}
+            bases = (AdaptedLayer, original)
+            if issubclass(original, nn.RNNBase):
+                bases = (_Recurrent, *bases)
+        _CLASSES[key] = type(f"Adapted{original.__name__}", bases, namespace)
+    return _CLASSES[key]
+
+
+def reset_parameters(layer: AdaptedLayer) -> None:
+    """Draw the base weights anew, and set every block to its initial values.
+
+    Raises:
+        MergeError: adapters are merged, so that unmerging would undo this.
+    """
+    adapters = layer._modules.get(CHILD_NAME)  # not there yet while a layer constructs itself
+    original: Any = layer.original_class
+    reset: Callable[[nn.Module], None] = original.reset_parameters
+    if not isinstance(adapters, Adapters):
+        reset(layer)
+        return
+    refuse_merged([layer], "reset parameters")
+    reset(layer)  # what it writes into an effective weight goes to W
+    for block in adapters.blocks().values():
+        block.reset_parameters()
+
+
+class AdaptedLinear(AdaptedLayer, nn.Linear):
+    """An `nn.Linear` with adapters; `inject_adapters` turns linear layers into it."""
+
+    original_class = nn.Linear
+    adapted_parameters = ("weight",)
+    reset_parameters = reset_parameters
+
+
+AdaptedLinear.weight = _weight_property(nn.Linear, "weight")  # type: ignore[assignment]
+_CLASSES[nn.Linear, ("weight",), False] = AdaptedLinear
+
+
+class _Recurrent(nn.Module):
+    """In front of `nn.RNN`, `nn.LSTM` and `nn.GRU`, which keep a list of their weights."""
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        """The weights as they read now."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Any]) -> None:
+        parameters = self._parameters
+        self.__dict__["_flat_weights"] = [parameters.get(name) for name in self._flat_weights_names]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)  # torch's would write into the list as well
+
+    def _update_flat_weights(self) -> None:
+        """Nothing is kept that could be out of date."""
+
+    def flatten_parameters(self) -> None:
+        """Leave the weights where they are: a computed weight is not part of a larger one."""
+
+
+def _new_instance(
+    original: type[nn.Module], parameters: tuple[str, ...], is_opaque: bool
+) -> nn.Module:
+    cls = adapted_class(original, parameters, is_opaque)
+    return cls.__new__(cls)
+
+
+def adapt(module: nn.Module, slots: Iterable[Slot]) -> Callable[[], None]:
+    """Move a module to the class in which the slots' parameters are adapted; return the way back.
+
+    Args:
+        module: the module, adapted already or not yet.
+        slots: weights of it; those that were adapted before stay so.
+
+    Raises:
+        ArgumentError: the module's class does not allow it.
+    """
+    slots, before = list(slots), type(module)
+    names = [slot.parameter for slot in slots]
+    original, is_opaque = before, any(slot.opaque for slot in slots)
+    if isinstance(module, AdaptedLayer):
+        original, is_opaque = before.original_class, before.is_opaque  # type: ignore[attr-defined]
+        names = [*before.adapted_parameters, *names]  # type: ignore[attr-defined]
+        if set(names) <= set(before.adapted_parameters):  # type: ignore[attr-defined]
+            return lambda: None
+        refuse_changed_class(module, "it")
+    cls = adapted_class(original, tuple(dict.fromkeys(names)), is_opaque)
     try:
-        _, *parameters = inspect.signature(forward).parameters.values()
-    except ValueError:  # written in C, without a signature
-        return ""
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return named[0] if named else ""
-
-
-GRAPH = 0
-
-
-def current_caller() -> int:
-    """Tell threads that share a module apart; a graph is traced by one of them."""
-    return GRAPH if torch.compiler.is_compiling() else threading.get_ident()
-
-
-def attach(layer: AdaptedLayer) -> None:
-    """Give a layer of an adapted class its holder of adapters, empty."""
+        _set_class(module, cls)
+    except TypeError as error:
+        raise ArgumentError(
+            f"{original.__name__} can't be adapted: Python does not let its class change "
+            f"({error}); leave it out with exclude="
+        ) from error
+    if CHILD_NAME in module._modules:
+        return lambda: _set_class(module, before)
     adapters = Adapters()
-    vars(adapters)["training"] = layer.training
+    vars(adapters)["training"] = module.training
     # Straight into _modules: the user's class may guard its attributes.
-    layer._modules[CHILD_NAME] = adapters
+    module._modules[CHILD_NAME] = adapters
+    if is_opaque:
+        opaque.attach_hook(module)
+    return lambda: restore(module)
 
 
-def restore(layer: AdaptedLayer) -> None:
-    """Give the module its original class back; its adapters are gone."""
+def restore(layer: nn.Module) -> None:
+    """Give a module its original class back; its adapters are gone."""
     del layer._modules[CHILD_NAME]
-    move_back(layer)
+    opaque.remove_hook(layer)
+    _set_class(layer, type(layer).original_class)  # type: ignore[attr-defined]
+    if isinstance(layer, nn.RNNBase):
+        layer.__dict__["_flat_weights"] = [
+            layer._parameters.get(name) for name in layer._flat_weights_names
+        ]
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    # Not by assignment: the user's class may guard its attributes.
+    object.__setattr__(module, "__class__", cls)
+
+
+def refuse_changed_class(layer: nn.Module, name: str) -> None:
+    """Raise if something derived another class from the one that the module was moved to.
+
+    Raises:
+        ArgumentError: giving back the original class would undo that change too.
+    """
+    if "original_class" not in type(layer).__dict__:
+        raise ArgumentError(
+            f"{name or 'the model'} has become a {type(layer).__name__} since it was adapted (by "
+            "a parametrization or a wrapper, say), so its original class can't be given back; undo "
+            "that change first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
 
 
 def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:

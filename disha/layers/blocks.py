@@ -1,7 +1,7 @@
-"""Bone and Bat: the small modules that own one trainable block each.
+"""Block: the small module that owns one trainable block, and Slot: the weight that it adapts.
 
-A block knows its numbers, its scale and its dropout. How it acts on an input is the business of
-the adapted layer (`disha.layers.linear` and its siblings), which calls `disha.functional`.
+A block knows its numbers, its scale and its dropout. How it acts is the business of
+`disha.functional`, by the name of its method.
 """
 
 from __future__ import annotations
@@ -9,15 +9,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from disha.config import AdapterConfig
+from disha.errors import ModeError
+from disha.functional import Layout, Rows, Update
 
-__all__ = ["BLOCKS", "Bat", "Block", "Bone"]
+__all__ = ["Block", "Slot", "block_name"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A weight of a module that adapters can have: a parameter, or some rows of one.
+
+    Attributes:
+        name: what targets and files call it below its module: its own name, empty for `weight`.
+        parameter: the attribute of the module that holds it.
+        layout: the parameter's layout.
+        rows: the outputs that are adapted, where not all of the parameter's are.
+        linear: whether `"all-linear"` means it.
+        opaque: whether the module's product is added to, and the weight itself is not replaced.
+        shape: the weight's shape where it can't be told from the parameter, else None.
+    """
+
+    name: str
+    parameter: str
+    layout: Layout
+    rows: Rows = ()
+    linear: bool = False
+    opaque: bool = False
+    shape: tuple[int, ...] | None = None
+
+
+def block_name(method: str) -> str:
+    """Return what state dicts and files call a block of that method.
+
+    Args:
+        method: the method.
+    """
+    return f"{method}_block"
 
 
 def _lasting() -> AbstractContextManager[object]:
@@ -29,24 +64,28 @@ def _lasting() -> AbstractContextManager[object]:
 
 
 class Block(nn.Module):
-    """One adapter's trainable block at one layer.
+    """One adapter's trainable block of one weight.
 
     Args:
         shape: shape of the block.
+        slot: the weight that it adapts.
         config: the adapter's configuration.
-        r: shard size at this layer.
+        r: shard size at this weight.
         device: where to create it.
         dtype: what to create it in.
 
     Attributes:
+        method: the name of the block's method.
+        parameter_name: what state dicts and files call the block.
         dropout: probability of zeroing each of the block's inputs in training.
         strength: the runtime scale s as a number. Change it with `set_strength`.
         scale: the same as a 0-dim tensor, 0 while disabled: what a compiled graph reads, so that
             neither scaling nor disabling recompiles. Not part of the state dict.
     """
 
-    method: ClassVar[str]
-    parameter_name: ClassVar[str]
+    slot: Slot
+    method: str
+    parameter_name: str
     config: AdapterConfig
     r: int
     strength: float
@@ -58,6 +97,7 @@ class Block(nn.Module):
         self,
         shape: Sequence[int],
         *,
+        slot: Slot,
         config: AdapterConfig,
         r: int,
         device: torch.device | None = None,
@@ -66,6 +106,10 @@ class Block(nn.Module):
         super().__init__()
         # Straight into __dict__: each assignment through nn.Module costs as much as all of these.
         vars(self).update(
+            slot=slot,
+            rows=slot.rows,
+            method=config.method,
+            parameter_name=block_name(config.method),
             config=config,
             r=r,
             strength=float(config.scale),
@@ -87,7 +131,67 @@ class Block(nn.Module):
     @property
     def r_out(self) -> int | None:
         """Size of the output shard of a tile, else None."""
-        return None
+        return self.config.r_out
+
+    def update(self, on_meta: bool = False) -> Update:
+        """Return what products with the weight need of the block, as it acts now.
+
+        Args:
+            on_meta: whether the weight is on the meta device, where the block may then be too.
+
+        Raises:
+            ModeError: the block has no values here, or they can't be trained.
+        """
+        own = self.__dict__
+        # Hooks of devices, which replace forward, bring the block to where it is needed.
+        values = self._brought() if "forward" in own else own["_parameters"][own["parameter_name"]]
+        if values.is_meta and not on_meta:
+            raise ModeError(
+                "an adapter can't act: its block is on the meta device, where it has no values, "
+                "and its weight is not; give the model its weights first and inject afterwards, or "
+                "load the block with the model. Where accelerate has offloaded it, a hook of "
+                "the block has to bring it: inject first, then offload"
+            )
+        dropout = own["dropout"] if own["training"] else 0.0
+        if is_compiling():
+            # A graph reads a tensor, so that neither scaling nor disabling compiles again.
+            return Update(own["method"], values, own["_buffers"]["scale"], dropout, own["rows"])
+        # Update(...), in half the time
+        parts = (own["method"], values, own["strength"], dropout, own["rows"], None)
+        return tuple.__new__(Update, parts)
+
+    def _brought(self) -> Tensor:
+        """Return the block as the hook of a device brings it."""
+        try:
+            values: Tensor = self()
+        except KeyError as error:
+            raise ModeError(
+                f"an adapter can't act: a hook has to bring its block, and has none ({error}). If "
+                "accelerate has loaded a checkpoint, it had no adapter: inject afterwards"
+            ) from error
+        taken_away = self._parameters.get(self.parameter_name) is not values
+        if taken_away and self.training and values.requires_grad and torch.is_grad_enabled():
+            raise ModeError(
+                "an adapter can't train while its block is offloaded: its hook brings a copy whose "
+                "gradient is lost. To train, offload first and inject afterwards, so that blocks "
+                "stay on their device; otherwise call model.eval(), or use torch.no_grad()"
+            )
+        return values
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == self.__dict__.get("parameter_name") and not isinstance(value, nn.Parameter):
+            vars(self)["forward"] = self._flattened
+
+    def _flattened(self) -> Tensor:
+        raise ModeError(
+            "an adapter can't act whose block is part of a flat parameter; use fully_shard in the "
+            "place of FullyShardedDataParallel"
+        )
+
+    def forward(self) -> Tensor:
+        """Return the block."""
+        return self.block
 
     def reset_parameters(self) -> None:
         """Set the block to its initial values: zeros, or as `init` in the configuration says."""
@@ -118,19 +222,6 @@ class Block(nn.Module):
             self.enabled = enabled
             self._write_scale()
 
-    def current_scale(self) -> float | Tensor:
-        """The scale as forward must read it: a tensor in graphs, else the number."""
-        return self.scale if torch.compiler.is_compiling() else self.strength
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """Return the block's input: x, with dropout in training."""
-        return F.dropout(x, self.dropout) if self.drops else x
-
-    @property
-    def drops(self) -> bool:
-        """Whether dropout acts now."""
-        return self.training and self.dropout > 0.0
-
     def extra_repr(self) -> str:
         """Describe the block in a model's printout."""
         tile = "" if self.r_out is None else f", r_out={self.r_out}"
@@ -146,9 +237,14 @@ class Block(nn.Module):
         value = self.strength if self.enabled else 0.0
         block = self.block
         dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
-        if block.is_meta:  # no tensor there has a value, and asking for one takes longer
-            return torch.empty((), dtype=dtype, device=block.device)
-        return torch.full((), value, dtype=dtype, device=block.device)
+        device = block.device
+        if block.is_meta:
+            scale = self._buffers.get("scale")
+            if scale is None or scale.is_meta:
+                # No tensor there has a value, and asking for one takes longer.
+                return torch.empty((), dtype=dtype, device=device)
+            device = scale.device  # the block is offloaded, and is brought to where the scale is
+        return torch.full((), value, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -179,25 +275,3 @@ class Block(nn.Module):
         if self.scale.device != self.block.device:
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
         missing_keys.extend(key for key in missing if key != prefix + self.parameter_name)
-
-
-class Bone(Block):
-    """A Bone block, (r, out), or a tile, (r, r_out): added to every shard of the weight."""
-
-    method = "bone"
-    parameter_name = "bone_block"
-
-    @property
-    def r_out(self) -> int | None:
-        """Size of the output shard of a tile, else None."""
-        return self.config.r_out
-
-
-class Bat(Block):
-    """A BAT block, (ceil(out / r), r, r): also multiplied into the frozen shards."""
-
-    method = "bat"
-    parameter_name = "bat_block"
-
-
-BLOCKS: dict[str, type[Block]] = {block.method: block for block in (Bone, Bat)}

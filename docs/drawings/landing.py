@@ -77,7 +77,7 @@ def _adapted(
 
 
 def _weight(layer: disha.AdaptedLayer) -> nn.Parameter:
-    return cast(nn.Parameter, layer.weight)
+    return cast(nn.Parameter, layer.base_weight)
 
 
 def _indices(tensor: Tensor) -> list[Index]:

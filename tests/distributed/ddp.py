@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import disha
-from disha import AdapterStateError, MergeError, TargetError
+from disha import AdapterStateError, MergeError, ModeError, TargetError
 from tests.distributed.harness import (
     ADAPTERS,
     adapted,
@@ -183,6 +183,8 @@ def check_flattened_parameters_are_refused(folder):
         disha.save_adapter(model, folder / "a")
     disha.save_adapter(adapted("tile"), folder / "b")
     assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
+    with pytest.raises(ModeError, match="use fully_shard in the place"):
+        model(batch())
 
 
 if __name__ == "__main__":

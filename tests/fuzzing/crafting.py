@@ -89,6 +89,11 @@ NAMES = (
     "module.head", "_orig_mod.head", "HEAD", " head", "head ",
 )  # fmt: skip
 
+PATTERNS = (
+    *("out in", "in out", "index out", "out in *kernel", "in out *kernel"),
+    *("expert out in", "expert in out"),
+)
+
 REGEXES = (
     "(a+)+$", "(a|a)*b", "(.*)*" * 20 + "x", "(?i)" + "[\\x00-\\uffff]" * 2000, "(" * 5000, "[",
     "*", "(?P<a>.)(?P<a>.)", "\\", "(?<=a+)b", "a{65536}" * 50, "(?:a{0,60000}){0,60000}", ".*",
@@ -112,7 +117,7 @@ def odd(rng: random.Random) -> Any:
             lambda: Raw(rng.choice(("tru", "01", "+1", "'a'", '"\\ud800"', '"\\x"', '"', "", "{"))),
             lambda: rng.choice(NAMES),
             lambda: rng.choice(REGEXES),
-            lambda: rng.choice(("bone", "bat", "miss", "lora", "linear", "zeros", "float32", "1")),
+            lambda: rng.choice(("bone", "bat", "miss", "lora", "zeros", "float32", "1", *PATTERNS)),
             lambda: rng.choice(([], {}, [[]], [None], {"": None}, {"a": {}}, [1, "a", {}])),
             lambda: [rng.choice(NAMES) for _ in range(rng.randrange(5))],
             lambda: {rng.choice(NAMES): rng.choice((1, 4, -1, "a", None)) for _ in range(3)},
@@ -490,11 +495,19 @@ def blocks_listed_beside(rng: random.Random, draft: Draft) -> None:
 def other_sizes(rng: random.Random, draft: Draft) -> None:
     """Sizes in the header that lie, some with a block that agrees with them."""
     group, _, tensor = _a_layer(rng, draft)
-    field = rng.choice(("r", "r_out", "in", "out", "kind", "layout", "scale"))
+    fields = ("r", "r_out", "in", "out", "kind", "scale", "groups", "padding_idx")
+    field = rng.choice(("layout", "rows", *fields))
     group[field] = rng.choice((1, 2, 3, 4, 5, 7, 8, 9, 12, 2**31 - 1, 2**31, "bat", "bone", None))
+    if field == "layout":
+        group[field] = rng.choice(PATTERNS)
+    if field == "rows":
+        stops = (0, 1, 4, 6, 8, 12, 2**31 - 1, 2**31, 2**63, -1)
+        group[field] = [[rng.choice(stops), rng.choice(stops)] for _ in range(rng.choice((1, 2)))]
+        if rng.random() < 0.7:
+            group["out"] = sum(stop - first for first, stop in group[field])
     if rng.random() < 0.5 and all(isinstance(group[f], int) for f in ("r", "out")):
         width = {"F64": 8, "F32": 4}.get(tensor.dtype, 2)
-        r, out = min(group["r"], 50), min(group["out"], 50)
+        r, out = (max(1, min(group[size], 50)) for size in ("r", "out"))
         tensor.shape = [-(-out // r), r, r] if group["kind"] == "bat" else [r, out]
         tensor.data = bytes(math.prod(tensor.shape) * width)
 
@@ -576,7 +589,7 @@ def _tiny(draft: Draft) -> tuple[dict[str, Any], Tensor]:
     config = draft.header["config"]
     kind, r_out = config["method"], config["r_out"]
     out = r_out or 1
-    sizes = {"kind": kind, "r": 1, "r_out": r_out, "in": 1, "out": out, "layout": "linear"}
+    sizes = {"kind": kind, "r": 1, "r_out": r_out, "in": 1, "out": out, "layout": "out in"}
     shape = [1, 1, 1] if kind == "bat" else [1, out]
     return {**sizes, "scale": 1.0, "base": {}}, Tensor("F32", shape, bytes(4 * out))
 

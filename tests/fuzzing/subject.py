@@ -19,11 +19,11 @@ __all__ = ["ADAPTERS", "Subject", "adapted", "plain", "seed_files", "state_of"]
 
 
 class Subject(nn.Module):
-    """A layer of every kind, a buffer, and a module and its parameters under two names each."""
+    """Layers of many kinds, a buffer, and a module and its parameters under two names each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(12, 8)
+        self.embed = nn.Embedding(12, 8, padding_idx=5)
         self.conv = nn.Conv1d(8, 8, 3, padding=1)
         self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
         self.norm = nn.LayerNorm(8)
@@ -55,9 +55,10 @@ ADAPTERS = (
     _Adapter("body|head", 2, {"r_out": 4, "scale": 0.5}, {}),
     _Adapter("attn|body", 2, {"dtype": torch.bfloat16, "also_train": "bias"}, {}),
     _Adapter("embed|conv|head", 4, {"rank_pattern": {"conv": 2}, "dtype": torch.float64}, {}),
+    _Adapter("body|head", 4, {"rows": {"head": [(0, 4), (8, 10)]}}, {}),
     _Adapter("all-linear", 2, {"exclude": "head", "dropout": 0.1}, {}),
 )
-"""What the files are made from: every kind of block and of layer, three dtypes."""
+"""What the files are made from: every kind of block, many layouts, three dtypes."""
 
 
 def plain() -> Subject:
@@ -117,5 +118,7 @@ def _adapters_of(module: nn.Module) -> list[Any]:
     if not isinstance(module, AdaptedLayer):
         return []
     held = module.disha
-    blocks = [(name, held[name].strength, held[name].dropout, held[name].config) for name in held]
+    blocks = [
+        (name, block.strength, block.dropout, block.config) for name, block in held.blocks().items()
+    ]
     return [held.active, held.enabled, held.merged, held.route, blocks]

@@ -225,18 +225,18 @@ def _check_only_its_own(
     """Blocks and listed parameters are the file's, and everything else is what it was."""
     adapter = options.get("adapter", "default")
     expected: dict[int, tuple[str, Tensor]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for group in said["layers"]:
         for name in group["base"]:
             if "layers" in options and not re.search(PART, name):
                 continue
-            layer = _layer(model, name)
-            held = layer.disha[adapter]
+            held = _block(model, name, adapter)
             key = f"{name}.{group['kind']}_block".lstrip(".")
             expected[id(held.block)] = (key, tensors[key])
             assert held.strength == float(group["scale"]), f"{key}: another scale"
     if options.get("also_train", True):
         for key in said["also_train"]:
-            parameter = model.get_parameter(key)
+            parameter = parameters[key]
             assert id(parameter) not in expected, f"{key} is loaded into twice"
             expected[id(parameter)] = (key, tensors[key])
     found = {id(parameter): parameter for parameter in model.parameters()}
@@ -248,10 +248,14 @@ def _check_only_its_own(
     _check_same_but(model, before, set(expected))
 
 
-def _layer(model: nn.Module, name: str) -> AdaptedLayer:
-    layer = model.get_submodule(name)
+def _block(model: nn.Module, name: str, adapter: str) -> Block:
+    """Return the block of a layer, or of a weight that has its own name behind its layer's."""
+    above, _, last = name.rpartition(".")
+    layer, own = model.get_submodule(above), last
+    if last in layer._modules or not name:
+        layer, own = model.get_submodule(name), ""
     assert isinstance(layer, AdaptedLayer)
-    return layer
+    return layer.disha.blocks()[adapter, own]
 
 
 # --- state dicts ---------------------------------------------------------------------------------

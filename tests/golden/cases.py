@@ -1,4 +1,4 @@
-"""Models whose adapter files are kept for ever. Nothing here may change: the files would not fit.
+"""Models whose adapter files are kept. From the first release on, nothing here may change.
 
 All values come from `pattern`, exact in every dtype, and not from a random generator, which may
 give other numbers in another version of torch.
@@ -61,6 +61,19 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class Layouts(nn.Module):
+    """Experts that are multiplied from the left, an embedding with a padding row, and some rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6, padding_idx=2)
+        self.experts = nn.Parameter(torch.zeros(3, 6, 5))
+        self.linear = nn.Linear(5, 9)
+
+    def forward(self, tokens):
+        return self.linear(torch.einsum("bti,eio->bto", self.embedding(tokens), self.experts))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, an adapter of it, and an input.
@@ -107,7 +120,7 @@ class Case:
 CASES = {
     "bone": Case(
         linears,
-        {"target_regex": ".", "exclude": "1", "r": 4, "scale": 0.5, "dropout": 0.25},
+        {"target_regex": "0|2", "r": 4, "scale": 0.5, "dropout": 0.25},
         input=(2, 10),
     ),
     "bfloat16": Case(
@@ -134,11 +147,18 @@ CASES = {
     "attention": Case(
         SelfAttention, {"target_regex": "attention", "r": 4, "method": "bat"}, input=(1, 3, 6)
     ),
+    "layouts": Case(
+        Layouts,
+        {
+            "target_regex": ".",
+            "r": 4,
+            "layouts": {"experts": "expert in out"},
+            "rows": {"linear": [(1, 3), (5, 9)]},
+        },
+        input=(5,),
+    ),
 }
 """What `make.py` wrote a file for, `format1-<name>.safetensors`."""
-
-EARLY = {"early": Case(linears, {"target_regex": "all-linear", "r": 4}, input=(2, 10))}
-"""Of a file that was written before groups of layers had a `layout`; not to be made again."""
 
 
 def file_of(name: str) -> Path:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+from unittest.mock import patch
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 import disha
+from disha.functional.methods import METHODS
+from disha.layers.kinds import LAYER_KINDS
+from tests.conftest import perturb
 from tests.packaging.conftest import ROOT
+from tests.pages import Page
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", MAKEFILE, re.MULTILINE))
@@ -221,40 +228,45 @@ def test_every_benchmark_that_is_named_exists():
     assert set(re.findall(r"--only (\w+)", CONTRIBUTING)) <= set(tables)
 
 
-def test_the_layer_kind_works_and_prints_what_it_says(capsys, monkeypatch):
-    from disha.layers.registry import LAYER_KINDS
+@pytest.fixture
+def contributed():
+    """What the code of CONTRIBUTING.md defines, run block by block, and what each block printed."""
+    with patch.dict(LAYER_KINDS), patch.dict(METHODS):
+        page = Page(ROOT / "CONTRIBUTING.md")
+        printed = [(block, said) for block, said in page.run() if block.language == "python"]
+        yield page.namespace, printed
 
-    monkeypatch.setattr("disha.layers.registry.LAYER_KINDS", dict(LAYER_KINDS))
-    pattern = r"```python\n(.*?)```\n\n```text\n(.*?)```"
-    ((code, output),) = re.findall(pattern, CONTRIBUTING, re.DOTALL)
-    exec(compile(code, "CONTRIBUTING.md", "exec"), {"__name__": "__main__"})
-    assert capsys.readouterr().out == output
+
+def test_the_layer_kind_and_the_method_work_and_print_what_they_say(contributed):
+    _, printed = contributed
+    assert len(printed) == 2
+    for block, said in printed:
+        assert said == block.output
 
 
-def test_the_layer_kind_can_do_what_is_said_of_it(tmp_path, capsys, monkeypatch):
-    import torch
-    from torch import nn
-
-    from disha.layers.registry import LAYER_KINDS
-    from tests.conftest import perturb
-
-    monkeypatch.setattr("disha.layers.registry.LAYER_KINDS", dict(LAYER_KINDS))
-    (code,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
-    exec(compile(code, "CONTRIBUTING.md", "exec"), {"__name__": "__main__"})
-    base = nn.Bilinear(10, 6, 3)
-    plain = nn.Bilinear(10, 6, 3)
+@pytest.mark.parametrize("method", ["bone", "bat", "rescaled"])
+def test_the_layer_kind_and_the_method_can_do_what_is_said_of_them(contributed, method, tmp_path):
+    names, _ = contributed
+    base, plain = nn.Sequential(names["Heads"](2, 6)), nn.Sequential(names["Heads"](2, 6))
     plain.load_state_dict(base.state_dict())
-    x = torch.randn(5, 10), torch.randn(5, 6)
-    before = base(*x)
-    layer = disha.inject_adapters(base, "^$", r=4)
-    layer(*x).sum().backward()
-    assert next(disha.adapter_parameters(layer)).grad.abs().sum() > 0
-    perturb(layer)
-    expected = layer(*x)
-    disha.save_adapter(layer, tmp_path / "a")
+    x = torch.randn(5, 2, 6)
+    before = base(x)
+    model = disha.inject_adapters(base, "all-linear", r=4, method=method)
+    assert torch.equal(model(x), before)
+    model(x).sum().backward()
+    assert all(block.grad.abs().sum() > 0 for block in disha.adapter_parameters(model))
+    perturb(model)
+    expected = model(x)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    disha.save_adapter(model, tmp_path / "a")
     disha.load_adapter(plain, tmp_path / "a")
-    assert torch.equal(plain(*x), expected)
-    disha.set_adapter_scale(layer, 0.5)
-    assert torch.allclose(layer(*x), (before + expected) / 2, atol=1e-5)
-    disha.remove_adapters(layer)
-    assert torch.equal(layer(*x), before)
+    assert torch.equal(plain(x), expected)
+    disha.merge_adapters(model)
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    disha.unmerge_adapters(model)
+    assert torch.equal(model(x), expected)
+    plain_mix, full_mix = base[0]._parameters["mix"], base[0].mix * 1
+    disha.set_adapter_scale(model, 0.5)
+    assert torch.allclose(base[0].mix * 1, (plain_mix + full_mix) / 2, atol=1e-5)
+    disha.remove_adapters(model)
+    assert torch.equal(model(x), before)

@@ -139,8 +139,7 @@ def merge_into_checkpoint(
             is missing, has another shape, is quantised, or has other weights than the adapter was
             saved from; the message lists them.
         ArgumentError: `out` is there already, or is in the base, or holds it.
-        MergeError: a merged weight would not be finite; or what the adapter does to a layer can't
-            be told without its module; or a tied embedding.
+        MergeError: a merged weight would not be finite; or a tied embedding.
 
     Examples:
         >>> import tempfile, pathlib
@@ -280,14 +279,9 @@ def _check_fit(report: BaseReport, force: bool) -> None:
 
 
 def _check_mergeable(checkpoint: Checkpoint, adapter: AdapterFile, force: bool) -> None:
-    unknown = [repr(record.name) for record in adapter.layers if record.layout is None]
-    if unknown:
-        raise MergeError(
-            f"what {adapter.path} does to the weights of {', '.join(unknown[:SHOWN])} can't be "
-            "told without their modules (a layer kind of your own, or an embedding with a "
-            "padding_idx); load it into the model, merge there (merge_adapters), and save the model"
-        )
-    embeddings = [repr(record.name) for record in adapter.layers if record.layout == "embedding"]
+    embeddings = [
+        repr(record.name) for record in adapter.layers if record.layout.pattern == "index out"
+    ]
     if embeddings and not force and _may_tie(checkpoint.config()):
         raise MergeError(
             f"{', '.join(embeddings[:SHOWN])} may be tied to an output head, which merging would "

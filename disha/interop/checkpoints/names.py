@@ -1,9 +1,10 @@
 """Where in a checkpoint the weights of an adapter's layers are.
 
-A layer `<name>` has its weight under `<name>.weight`. The projections of an `nn.MultiheadAttention`
-have rows of `<attention>.in_proj_weight`, or `<attention>.q_proj_weight` and its like. All names
-of a checkpoint may stand under one more prefix than those of the adapter's model (`model.` where
-the adapter was trained on the inner model), or lack one.
+A layer `<name>` has its weight under `<name>.weight`, a parameter under its own name. The q, k and
+v of an `nn.MultiheadAttention` are rows of `<attention>.in_proj_weight`, or
+`<attention>.q_proj_weight` and its like. All names of a checkpoint may stand under one more prefix
+than those of the adapter's model (`model.` where the adapter was trained on the inner model), or
+lack one.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from dataclasses import dataclass
 from disha.errors import AdapterFileError
 from disha.files.header import LayerRecord
 from disha.files.pieces import StoredTensor
-from disha.layers.attention import PROJECTIONS
+from disha.layers.kinds import PROJECTIONS
 from disha.tree import join
 
-__all__ = ["Place", "Renaming", "nearest", "place_of", "renaming"]
+__all__ = ["Renaming", "key_of", "nearest", "renaming"]
 
 PACKED = "in_proj_weight"
 
@@ -28,23 +29,6 @@ DEEPEST_PREFIX = 8
 """Of how many parts a prefix may be that one of two models has."""
 
 SEARCHED, SHOWN = 2000, 3
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a weight is: a tensor of the checkpoint, or a part of its rows.
-
-    `part` is 0, 1 or 2 for q, k and v in a packed tensor, else None.
-    """
-
-    key: str
-    part: int | None = None
-
-    def rows(self, out_features: int) -> slice:
-        """Return the rows that the weight has in the tensor."""
-        if self.part is None:
-            return slice(None)
-        return slice(self.part * out_features, (self.part + 1) * out_features)
 
 
 @dataclass(frozen=True)
@@ -67,25 +51,21 @@ class Renaming:
         return f"names lack {self.old!r} there" if self.old else "names are the same there"
 
 
-def places(record: LayerRecord) -> tuple[Place, ...]:
+def possible_keys(record: LayerRecord) -> tuple[str, ...]:
     """Return where the weight of a layer may be, by the names of the adapter's model."""
     owner, _, last = record.name.rpartition(".")
-    own = Place(join(record.name, "weight"))
+    own = (join(record.name, "weight"), record.name)
     if last not in PROJECTIONS:
-        return (own,)
-    packed = Place(join(owner, PACKED), PROJECTIONS.index(last))
-    return (own, packed, Place(join(owner, f"{last}_weight")))
+        return own
+    return (*own, join(owner, PACKED if record.rows else f"{last}_weight"))
 
 
-def place_of(
+def key_of(
     record: LayerRecord, tensors: Mapping[str, StoredTensor], renaming: Renaming
-) -> Place | None:
-    """Return where the weight of a layer is in the checkpoint, or None."""
-    for place in places(record):
-        key = renaming(place.key)
-        if key is not None and key in tensors:
-            return Place(key, place.part)
-    return None
+) -> str | None:
+    """Return the name of a layer's weight in the checkpoint, or None."""
+    found = (renaming(key) for key in possible_keys(record) if key)
+    return next((key for key in found if key is not None and key in tensors), None)
 
 
 def renaming(
@@ -107,11 +87,11 @@ def renaming(
     Raises:
         AdapterFileError: several prefixes lead to all of them, and the names as they are do not.
     """
-    wanted = [[place.key for place in places(record)] for record in records]
-    wanted += [[key] for key in also_train]
+    wanted = [possible_keys(record) for record in records]
+    wanted += [(key,) for key in also_train]
     numbers: dict[str, set[int]] = defaultdict(set)
     for number, keys in enumerate(wanted):
-        for key in keys:
+        for key in filter(None, keys):
             numbers[key].add(number)
     found: dict[Renaming, set[int]] = defaultdict(set)
     for key in tensors:

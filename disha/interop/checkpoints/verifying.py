@@ -14,9 +14,8 @@ from disha.files.header import AdapterFile, LayerRecord
 from disha.files.pieces import StoredTensor
 from disha.files.tensors import DTYPES
 from disha.fingerprint import fingerprint, same_base
-from disha.interop.checkpoints.names import Place, Renaming, nearest, place_of, renaming
+from disha.interop.checkpoints.names import Renaming, key_of, nearest, renaming
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
-from disha.interop.checkpoints.updates import misfit
 from disha.state import finite_as
 from disha.tables import table
 from disha.text import printable
@@ -173,13 +172,13 @@ class Matching:
 
     Attributes:
         report: what was found.
-        places: where the weight of each layer is, by its name; of those that are there.
+        weights: the tensor that has each layer's weight, by the layer's name.
         keys: the tensors that take the values of the parameters saved beside the blocks, by their
             names.
     """
 
     report: BaseReport
-    places: Mapping[str, Place]
+    weights: Mapping[str, str]
     keys: Mapping[str, str]
 
 
@@ -199,7 +198,7 @@ def matched(
     layers = [compared.layer(record, tensors[record.key]) for record in adapter.layers]
     return Matching(
         report=BaseReport(adapter.path, checkpoint.path, tuple(layers), tuple(beside)),
-        places=compared.places,
+        weights=compared.weights,
         keys=compared.keys,
     )
 
@@ -214,7 +213,7 @@ class _Comparison:
 
     def __init__(self, checkpoint: Checkpoint, names: Renaming) -> None:
         self.checkpoint, self.names = checkpoint, names
-        self.places: dict[str, Place] = {}
+        self.weights: dict[str, str] = {}
         self.keys: dict[str, str] = {}
         self._values: dict[str, Tensor] = {}
         self._hints = HINTS
@@ -237,31 +236,29 @@ class _Comparison:
 
     def layer(self, record: LayerRecord, block: Tensor) -> Finding:
         """Check a layer; parameters come before, as it may be one of them that it adapts."""
-        place = place_of(record, self.checkpoint.tensors, self.names)
-        if place is None:
+        key = key_of(record, self.checkpoint.tensors, self.names)
+        if key is None:
             return self._missing(record.name, join(record.name, "weight"))
-        self.places[record.name] = place
-        stored = self.checkpoint.tensors[place.key]
+        self.weights[record.name] = key
+        stored = self.checkpoint.tensors[key]
         if stored.dtype not in DTYPES:
-            return Finding(record.name, place.key, MISFIT, _packed(stored))
-        problem = misfit(record, tuple(block.shape), stored.shape, packed=place.part is not None)
+            return Finding(record.name, key, MISFIT, _packed(stored))
+        problem = record.weight_misfit(tuple(block.shape), stored.shape)
         if problem is not None:
-            return Finding(record.name, place.key, MISFIT, problem)
+            return Finding(record.name, key, MISFIT, problem)
         if not finite_as(block, block.dtype):
-            return Finding(record.name, place.key, NOT_FINITE, "the adapter's block")
-        return self._by_fingerprint(record, place)
+            return Finding(record.name, key, NOT_FINITE, "the adapter's block")
+        return self._by_fingerprint(record, key)
 
-    def _by_fingerprint(self, record: LayerRecord, place: Place) -> Finding:
-        value = self._values.get(place.key)
-        weight = self.checkpoint.tensor(place.key) if value is None else value
-        if place.part is not None:
-            weight = weight[place.rows(record.out_features)]
-        now = fingerprint(weight)
+    def _by_fingerprint(self, record: LayerRecord, key: str) -> Finding:
+        value = self._values.get(key)
+        weight = self.checkpoint.tensor(key) if value is None else value
+        now = fingerprint(record.adapted_part(weight))
         if now is None or record.base is None:
-            return Finding(record.name, place.key, FITS)
+            return Finding(record.name, key, FITS)
         if not same_base(now, record.base):
-            return Finding(record.name, place.key, OTHER_BASE, "its values are others")
-        return Finding(record.name, place.key, SAME_BASE)
+            return Finding(record.name, key, OTHER_BASE, "its values are others")
+        return Finding(record.name, key, SAME_BASE)
 
     def _missing(self, name: str, key: str) -> Finding:
         wanted = self.names(key) or key

@@ -13,7 +13,7 @@ from disha.errors import AdapterFileError
 from disha.files.header import AdapterHeader
 from disha.files.tensors import DTYPES
 from disha.fingerprint import fingerprint, same_base
-from disha.interop.checkpoints.names import nearest, place_of, renaming
+from disha.interop.checkpoints.names import key_of, nearest, renaming
 from disha.interop.checkpoints.reading import Checkpoint
 
 __all__ = ["base_shapes", "base_weights"]
@@ -85,30 +85,32 @@ def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str
 
     def weight(name: str) -> Tensor:
         record = records[name]
-        place = place_of(record, checkpoint.tensors, rename)
-        if place is None:
+        key = key_of(record, checkpoint.tensors, rename)
+        if key is None:
             wanted = f"{name}.weight"
             close = ", ".join(nearest(wanted, checkpoint.tensors))
             raise AdapterFileError(
                 f"{checkpoint.path} has no weight for layer {name!r}; the nearest names are "
                 f"{close}. Give the base that the adapter was trained on"
             )
-        stored = checkpoint.tensors[place.key]
+        stored = checkpoint.tensors[key]
         if stored.dtype not in DTYPES:
             raise AdapterFileError(
-                f"{checkpoint.path} stores {place.key} as {stored.dtype}: quantised or packed; "
+                f"{checkpoint.path} stores {key} as {stored.dtype}: quantised or packed; "
                 "give the checkpoint that it was made from"
             )
-        if not stored.shape:
+        block = header.tensors[record.key].shape
+        problem = record.weight_misfit(block, stored.shape)
+        if problem is not None:
             raise AdapterFileError(
-                f"{checkpoint.path} stores {place.key} as a single number, which is no weight of "
-                f"layer {name!r}; give the base that the adapter was trained on"
+                f"{checkpoint.path} has no weight for layer {name!r} under {key}: {problem}; give "
+                "the base that the adapter was trained on"
             )
-        value = checkpoint.tensor(place.key)[place.rows(record.out_features)]
-        now = fingerprint(value)
+        value = checkpoint.tensor(key)
+        now = fingerprint(record.adapted_part(value))
         if now is not None and record.base is not None and not same_base(now, record.base):
             raise AdapterFileError(
-                f"{place.key} of {checkpoint.path} has other values than the weight that the "
+                f"{key} of {checkpoint.path} has other values than the weight that the "
                 "adapter was saved from; give the base that it was trained on"
             )
         return value

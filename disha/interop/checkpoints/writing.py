@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from disha import functional
 from disha.errors import MergeError
 from disha.files.atomic import write_whole
 from disha.files.header import AdapterFile, LayerRecord
@@ -25,9 +26,7 @@ from disha.files.json_files import read_json
 from disha.files.pieces import Piece, StoredTensor, copy_tensor, write_pieces, write_tensor
 from disha.files.tensors import DTYPES
 from disha.functional.shards import merge_dtype
-from disha.interop.checkpoints.names import Place
 from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint
-from disha.interop.checkpoints.updates import updated
 from disha.interop.checkpoints.verifying import Matching
 from disha.state import finite_as
 
@@ -71,10 +70,9 @@ class Work:
         self.checkpoint, self.dtype = checkpoint, dtype
         self._tensors, self._scale, self._progress = tensors, scale, progress
         self._values = {key: tensors[name] for name, key in found.keys.items()}
-        self._layers: dict[str, list[tuple[LayerRecord, Place]]] = {}
+        self._layers: dict[str, list[LayerRecord]] = {}
         for record in adapter.layers:
-            place = found.places[record.name]
-            self._layers.setdefault(place.key, []).append((record, place))
+            self._layers.setdefault(found.weights[record.name], []).append(record)
         self._done = 0
         self.sizes = {name: self._piece(name).nbytes for name in checkpoint.tensors}
         self.total = sum(self.sizes.values())
@@ -118,22 +116,28 @@ class Work:
         # same bits for data that is aligned alike only.
         weight = value.to(merge_dtype(value.dtype), copy=True)
         del value
-        for record, place in self._layers[name]:
-            scale = record.scale if self._scale is None else self._scale
-            block = self._tensors[record.key]
-            if place.part is None:
-                weight = updated(record, block, weight, scale)
-            else:
-                rows = weight[place.rows(record.out_features)]
-                rows.copy_(updated(record, block, rows, scale))
-        merged = weight.to(dtype)
+        merged = self._merged(self._layers[name], weight).to(dtype)
         if not finite_as(merged, dtype):
-            names = ", ".join(repr(record.name) for record, _ in self._layers[name])
+            names = ", ".join(repr(record.name) for record in self._layers[name])
             raise MergeError(
                 f"merging {names} into {name} gives values that are not finite in {dtype}; nothing "
                 "was written. Check the adapter's blocks and its scale, and the base"
             )
         return merged
+
+    def _merged(self, records: Iterable[LayerRecord], weight: Tensor) -> Tensor:
+        """Return W + sum of s dW: exactly what `merge_adapters` computes before it rounds."""
+        deltas = (
+            (
+                functional.delta_weight(
+                    one.method, one.layout, self._tensors[one.key], weight, one.rows
+                ),
+                one.scale if self._scale is None else self._scale,
+            )
+            for one in records
+        )
+        with functional.without_autocast(weight.device), torch.no_grad():
+            return functional.merged_weight(weight, deltas)
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from disha.errors import AdapterFileError, AdapterIOError, ArgumentTypeError, Co
 from disha.files.atomic import PathLike, checked_path
 from disha.files.header import AdapterHeader, LayerRecord
 from disha.files.tensors import DTYPES, TensorRecord, opened
+from disha.functional import Layout
 from disha.interop import folder as peft_layout
 from disha.interop.folder import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from disha.interop.patterns import PatternError
@@ -49,6 +50,11 @@ LONGEST_NAME = 1_000
 
 BaseShapes = Mapping[str, Sequence[int]] | Callable[[str], Sequence[int] | None]
 """Shapes of the base's parameters by name, such as "layers.0.q_proj.weight": (out, in)."""
+
+LINEAR = Layout("out in")
+
+METHODS = (BONE, BAT) = ("bone", "bat")
+"""What PEFT's MiSS can be; its BAT takes no ragged sizes and no dropout."""
 
 _SHOWN = 20
 
@@ -334,26 +340,16 @@ def _layer(config: PeftConfig, name: str, shape: Sequence[int] | None) -> LayerR
         out_features=int(shape[0]),
         scale=1.0,
         base=None,
-        layout="linear",
+        layout=LINEAR,
     )
 
 
 def _misfit(layer: LayerRecord, block: Tensor) -> str | None:
     """Return why PEFT would not make a layer like this, or a block of another shape; or None."""
-    r, r_out, inputs, outputs = layer.r, layer.r_out, layer.in_features, layer.out_features
-    if r > inputs:
-        return f"r={r} is larger than in_features={inputs}"
-    if layer.method == "bat" and (inputs % r or outputs % r):
+    r, inputs, outputs = layer.r, layer.in_features, layer.out_features
+    if r <= inputs and layer.method == BAT and (inputs % r or outputs % r):
         return f"r={r} does not divide {inputs} -> {outputs}, as PEFT's BAT needs"
-    if r_out is not None and outputs % r_out:
-        return f"mini_r={r_out} does not divide out_features={outputs}"
-    expected = (outputs // r, r, r) if layer.method == "bat" else (r, r_out or outputs)
-    if tuple(block.shape) != expected:
-        return (
-            f"expected a block of shape {expected} (r={r}, {inputs} -> {outputs}), found "
-            f"{tuple(block.shape)}"
-        )
-    return None
+    return layer.block_misfit(tuple(block.shape))
 
 
 def _not_numbers(
@@ -451,11 +447,17 @@ def refuse_to_load(path: Path, problems: Sequence[str]) -> None:
 def not_expressible(header: AdapterHeader, dropout: float | None) -> list[str]:
     """Return what an adapter has that PEFT's MiSS does not."""
     problems = []
+    if header.config.method not in METHODS:
+        problems.append(f"PEFT's MiSS knows {' and '.join(METHODS)}, not {header.config.method}")
     for layer in header.layers:
         name, r = layer.name or "(the model)", layer.r
-        if layer.layout != "linear":
-            kind = layer.layout or "of a kind that is not known"
-            problems.append(f"{name}: PEFT's MiSS adapts nn.Linear only, and its layout is {kind}")
+        if layer.layout != LINEAR:
+            problems.append(
+                f"{name}: PEFT's MiSS adapts nn.Linear only, and its layout is "
+                f"{layer.layout.pattern!r}"
+            )
+        if layer.rows:
+            problems.append(f"{name}: PEFT's MiSS adapts whole weights, and this is rows of one")
         if not layer.name:
             problems.append("(the model): PEFT adapts the layers of a model, not the model itself")
         if layer.scale != 1.0:
@@ -463,7 +465,7 @@ def not_expressible(header: AdapterHeader, dropout: float | None) -> list[str]:
                 f"{name}: PEFT's MiSS has no scale, and this one is {layer.scale:g}; "
                 "combine_adapters(model, {name: 1.0}, into=...) writes it into the blocks"
             )
-        if layer.method == "bat" and (layer.in_features % r or layer.out_features % r):
+        if layer.method == BAT and (layer.in_features % r or layer.out_features % r):
             problems.append(
                 f"{name}: PEFT's BAT needs an r that divides both sizes, and r={r} does not "
                 f"divide {layer.in_features} -> {layer.out_features}"
@@ -476,7 +478,7 @@ def not_expressible(header: AdapterHeader, dropout: float | None) -> list[str]:
             "combine_adapters(model, {name: 1.0}, into=..., r=...)"
         )
     drops = header.config.dropout if dropout is None else dropout
-    if header.config.method == "bat" and drops:
+    if header.config.method == BAT and drops:
         problems.append(
             f"PEFT's BAT has no dropout, this adapter has {drops:g}; leave it out, "
             "which matters in training only: give 0.0 as dropout="

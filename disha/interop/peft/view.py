@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from disha.interop.obstacles import PeftObstacles, class_of
 from disha.interop.peft.folder import Saved
 from disha.interop.saved_modules import own_buffers, saved_buffers
 from disha.interop.targets import Targets, is_plain, saved_by
-from disha.layers import layer_kind_of
-from disha.layers.attention import Projection
-from disha.layers.linear import AdaptedLinear
 from disha.sharding import whole
-from disha.survey import Survey
 from disha.tree import join, module_names, parameter_aliases, parameter_owners
 
 __all__ = ["PeftView"]
@@ -28,20 +24,12 @@ class PeftView:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._survey = Survey(model)
-        self._names = {
-            module: names
-            for module, names in self._survey.names.items()
-            if not isinstance(module, Projection)
-        }
-        self._by_name = {
-            name: module for module, names in self._survey.names.items() for name in names
-        }
+        self._names = module_names(model)
+        self._obstacles = PeftObstacles(self._names)
+        self._by_name = self._obstacles.by_name
         self._first = {name: names[0] for names in self._names.values() for name in names}
         self._aliases = parameter_aliases(self._names)
         self._owners = parameter_owners(self._names)
-        self._attention = {part for parts in self._survey.parts.values() for part in parts}
-        self._places = Counter(c for module in self._names for c in module._modules.values())
 
     @property
     def modules(self) -> list[str]:
@@ -66,49 +54,23 @@ class PeftView:
 
     def obstacles_to_load(self, layers: Iterable[str]) -> list[str]:
         """Return which of these layers PEFT adapts otherwise than we do, and why."""
-        return _with_names(layers, self._obstacle)
+        return self._obstacles_of(layers, self._obstacles.to_load)
 
     def obstacles_to_export(self, layers: Iterable[str]) -> list[str]:
         """Return in which of these layers an adapter would not act alike in PEFT, and why."""
-        fused = {
-            child
-            for module in self._names
-            if _runs_fused(module)
-            for child in (module._modules["linear1"], module._modules["linear2"])
-        }
+        return self._obstacles_of(layers, self._obstacles.to_export)
 
-        def obstacle(name: str) -> str | None:
-            if self._by_name.get(name) in fused:
-                return (
-                    "nn.TransformerEncoderLayer reads its weight in evaluation, without PEFT's "
-                    "update"
-                )
-            return self._obstacle(name)
+    def _obstacles_of(
+        self, layers: Iterable[str], obstacle: Callable[[str], str | None]
+    ) -> list[str]:
+        found = ((name, obstacle(name) or self._other_kind(name)) for name in layers)
+        return [f"{name or '(the model)'}: {why}" for name, why in found if why is not None]
 
-        return _with_names(layers, obstacle)
-
-    def _obstacle(self, name: str) -> str | None:
-        module = self._by_name.get(name)
-        if module is None:
-            return "the model has no such layer"
-        if not name:
-            return "PEFT adapts the layers of a model, not the model itself"
-        if module in self._attention:
-            return "nn.MultiheadAttention does not call its projections, so PEFT can't adapt them"
-        kind = layer_kind_of(module)
-        if kind is not AdaptedLinear:
-            return f"PEFT's MiSS adapts nn.Linear only, and it is a {_class_of(module).__name__}"
-        if module in self._survey.read:
-            return "the module around it reads its weight, without PEFT's update"
-        if self._places[module] > 1:
-            return "it is one layer in several places, of which PEFT adapts the first only"
-        facts = kind.facts(_class_of(module))
-        if facts["own_forward"] and not facts["library_forward"]:
-            return (
-                f"{_class_of(module).__name__} has a forward of its own; PEFT adds to what that "
-                "returns, or replaces it (BAT), and disha adds in its nn.Linear part"
-            )
-        return None
+    def _other_kind(self, name: str) -> str | None:
+        module = self._by_name[name]
+        if isinstance(module, nn.Linear):
+            return None
+        return f"PEFT's MiSS adapts nn.Linear only, and it is a {class_of(module).__name__}"
 
     def not_selected(self, targets: Targets, layers: Iterable[str]) -> list[str]:
         """Return the modules that a configuration selects besides these layers."""
@@ -148,7 +110,8 @@ class PeftView:
             values: the parameters' values by these names.
         """
         trained = {alias for name in also_train for alias in self.all_names(name)}
-        whole_modules = self._trained_whole(trained, {self._by_name[name] for name in layers})
+        adapted = {self._by_name[name] for name in layers if name in self._by_name}
+        whole_modules = self._trained_whole(trained, adapted)
         names = [name for module in whole_modules for name in self._names[module]]
         state = {
             join(name, inner): tensor
@@ -202,23 +165,6 @@ class PeftView:
             for name in layers
             if targets.leaves_out(name)
         ]
-
-
-def _with_names(layers: Iterable[str], obstacle: Callable[[str], str | None]) -> list[str]:
-    found = ((name, obstacle(name)) for name in layers)
-    return [f"{name or '(the model)'}: {why}" for name, why in found if why is not None]
-
-
-def _class_of(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a module has without adapters."""
-    cls: type[nn.Module] = getattr(type(module), "original_class", type(module))
-    return cls
-
-
-def _runs_fused(module: nn.Module) -> bool:
-    """Whether it is an encoder layer whose forward is torch's, with its fused path."""
-    layer = nn.TransformerEncoderLayer
-    return isinstance(module, layer) and _class_of(module).forward is layer.forward
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

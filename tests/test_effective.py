@@ -1,9 +1,11 @@
-"""Owners that read a layer's weight instead of calling it: found in their source, and adapted."""
+"""The effective weight: whoever reads an adapted weight sees the update."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import disha
-from disha import ArgumentError, MergeError, ModeError, TargetError
-from disha.layers.fronts import ReadLayer
-from disha.layers.readers import weight_reads
+from disha import ArgumentError, MergeError, ModeError
+from disha.layers import AdaptedLayer
 from tests import reference
 from tests.conftest import assert_unchanged, needs_fully_shard, perturb, snapshot
 
@@ -69,35 +70,6 @@ class TiedByFunction(nn.Module):
         return F.linear(self.embed(tokens), self.embed.weight)
 
 
-class Asks(nn.Module):
-    """Asks for facts about a weight, and reads it where forward does not get to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-        nn.init.zeros_(self.layer.weight)
-
-    def forward(self, x):
-        if isinstance(self.layer.weight, nn.Parameter) and self.layer.weight is not None:
-            x = x.to(self.layer.weight.dtype).view(-1, self.layer.weight.size(1))
-        return self.layer(x)
-
-    def reset(self):
-        nn.init.ones_(self.layer.weight)
-
-
-class AsksMore(nn.Module):
-    """Asks for facts in the ways that need more than a look at what follows `weight`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x):
-        x = x.to(self.layer.weight).type_as(self.layer.weight)
-        return self.layer(x) + self.layer.weight.new_zeros(4)
-
-
 class Above(Reader):
     """Leaves reading to the class that it derives from."""
 
@@ -118,61 +90,59 @@ class Listed(nn.Module):
         return x
 
 
-class Typed(nn.Module):
-    pass
+class Looped(nn.Module):
+    """Puts the layers of a list into a variable, and reads their weights in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            weight = layer.weight
+            x = torch.einsum("ni,oi->no", x, weight) + x @ weight.mT
+        return x
 
 
-class TestFinding:
-    @pytest.mark.parametrize(
-        ("cls", "found"),
-        [
-            (Reader, {("qkv", "weight"), ("qkv", "bias")}),
-            (type("Sub", (Reader,), {}), {("qkv", "weight"), ("qkv", "bias")}),
-            (Below, {("body.qkv", "weight")}),
-            (Both, {("conv", "weight")}),
-            (TiedByFunction, {("embed", "weight")}),
-            (Asks, set()),
-            (AsksMore, set()),
-            (Above, {("qkv", "weight"), ("qkv", "bias")}),
-            (Listed, {("layers.[]", "weight")}),
-            (Typed, set()),
-            (nn.Linear, set()),
-            (nn.TransformerEncoderLayer, set()),
-        ],
-    )
-    def test_what_is_read(self, cls, found):
-        weights = {pair for pair in weight_reads(cls) if pair[1] in ("weight", "bias")}
-        assert weights == found
+class Standardised(nn.Conv1d):
+    """Computes its convolution with a standardised weight."""
 
-    def test_an_overridden_method_counts(self):
-        class Calls(Reader):
-            def project(self, x):
-                return self.qkv(x)
+    def forward(self, x):
+        weight = self.weight
+        mean = weight.mean(dim=(1, 2), keepdim=True)
+        spread = weight.std(dim=(1, 2), keepdim=True)
+        return F.conv1d(x, (weight - mean) / (spread + 1e-5), self.bias)
 
-        assert weight_reads(Calls) == frozenset()
 
-    def test_any_of_a_list(self):
-        model, x = Listed().double(), torch.randn(3, 6, dtype=torch.float64)
-        disha.inject_adapters(model, "all-linear", 2)
-        perturb(model)
-        output = model(x)
-        assert not torch.allclose(output, Listed().double()(x))
-        disha.merge_adapters(model)
-        assert torch.allclose(model(x), output, rtol=0, atol=1e-10)
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Standardised(4, 3, 2)
 
-    def test_a_class_without_source_is_left_alone(self):
-        scope: dict[str, object] = {"nn": nn}
-        exec("class Made(nn.Module):\n    def forward(self, x): return self.a.weight @ x", scope)
-        assert weight_reads(scope["Made"]) == frozenset()
+    def forward(self, x):
+        return self.conv(x)
 
-    def test_models_that_people_have(self):
-        swin = pytest.importorskip("torchvision.models.swin_transformer")
-        for cls in (swin.ShiftedWindowAttention, swin.ShiftedWindowAttentionV2):
-            assert {("qkv", "weight"), ("proj", "weight")} <= weight_reads(cls)
+
+class ByKeywords(nn.Module):
+    """Calls the product with arguments by name, W first, and in place of a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        weight = self.layer.weight
+        y = F.linear(input=x, weight=weight, bias=self.layer.bias)
+        y = y + torch.matmul(weight, x.mT).mT + (weight @ x[0])
+        return y + torch.addmm(input=self.layer.bias, mat1=x, mat2=weight.t())
 
 
 CASES = {
     "linear": (Reader, "qkv", torch.randn(3, 6)),
+    "in a list": (Listed, "layers.1", torch.randn(3, 6)),
+    "in a loop": (Looped, "layers", torch.randn(3, 6)),
+    "standardised": (Held, "conv", torch.randn(3, 4, 5)),
+    "by keywords": (ByKeywords, "layer", torch.randn(3, 6)),
     "below": (Below, "qkv", torch.randn(3, 6)),
     "called": (Both, "conv", torch.randn(3, 4, 5)),
     "read": (Both, "conv", torch.randn(3, 4, 2)),
@@ -198,7 +168,7 @@ def delta_of(layer):
 
 def with_update(plain, model, target, scale=1.0):
     """Add the update, by the oracle, to the weight of the plain model."""
-    layers = [m for m in model.modules() if isinstance(m, ReadLayer)]
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
     assert len(layers) == 1
     name = next(name for name, module in model.named_modules() if module is layers[0])
     with torch.no_grad():
@@ -252,9 +222,9 @@ class TestActing:
         disha.inject_adapters(model, target, 2, adapter="a", init="kaiming")
         disha.inject_adapters(model, target, 1, adapter="b", init="kaiming")
         disha.set_active_adapters(model, ["a", "b"])
-        layer = next(m for m in model.modules() if isinstance(m, ReadLayer))
+        layer = next(m for m in model.modules() if isinstance(m, AdaptedLayer))
         both = layer.base_weight + sum(layer.delta_weight(layer.disha[n]) for n in ("a", "b"))
-        assert torch.allclose(layer.weight, both)
+        assert torch.allclose(layer.weight + 0, both)
         with disha.adapters_disabled(model):
             assert torch.equal(model(x), base)
         for adapter in ("a", "b"):
@@ -306,38 +276,23 @@ def key_of(model):
 
 
 class TestRefusals:
-    def test_routing_through_a_weight_that_is_read(self):
-        model, target, x = build("linear")
+    def test_routing_through_an_operation_that_needs_one_weight(self):
+        model, target, x = build("in a loop")
         disha.inject_adapters(model, target, 2)
         with (
             disha.route_adapters(model, ["default", None, None]),
-            pytest.raises(ModeError, match="reads its weight, one for the whole batch"),
+            pytest.raises(ModeError, match=r"can't be routed here.*one effective weight"),
         ):
             model(x)
         with disha.adapters_disabled(model), disha.route_adapters(model, ["default", None, None]):
             model(x)
 
-    def test_dropout_that_could_not_act(self, tmp_path):
-        model, target, _ = build("linear")
-        before = snapshot(model)
-        with pytest.raises(TargetError, match=r"qkv: the module around it.*use dropout=0"):
-            disha.inject_adapters(model, target, 2, dropout=0.1)
-        assert_unchanged(model, before)
-        disha.inject_adapters(model, "proj", 2, dropout=0.1)
-
-    def test_a_weight_computed_from_others(self):
-        model, target, _ = build("linear")
-        torch.nn.utils.parametrizations.weight_norm(model.qkv)
-        before = snapshot(model)
-        with pytest.raises(TargetError, match="computed from other parameters"):
-            disha.inject_adapters(model, target, 2)
-        assert_unchanged(model, before)
-
-    def test_a_layer_that_was_adapted_by_itself(self):
-        model, _, _ = build("linear")
-        disha.inject_adapters(model.qkv, "all-linear", 2, adapter="a")
-        with pytest.raises(TargetError, match="adapted on its own before"):
-            disha.inject_adapters(model, "qkv", 2, adapter="b")
+    def test_dropout_that_can_not_act(self):
+        model, target, x = build("standardised")
+        disha.inject_adapters(model, target, 2, dropout=0.1)
+        with pytest.raises(ModeError, match=r"dropout can't act here.*dropout=0"):
+            model(x)
+        model.eval()(x)
 
     def test_merging_what_is_not_finite(self):
         model, target, _ = build("linear")
@@ -424,6 +379,159 @@ def test_an_error_within_the_update_is_not_taken_for_a_missing_weight():
     model, target, x = build("linear")
     disha.inject_adapters(model, target, 2)
     perturb(model)
-    model.qkv.delta_weight = lambda block: block.no_such_attribute
-    with pytest.raises(RuntimeError, match="the update of the weight failed"):
+    block = model.qkv.disha["default"]
+    block.update = lambda: block.no_such_attribute
+    with pytest.raises(RuntimeError, match="the update of weight failed"):
         model(x)
+
+
+def test_an_eager_forward_of_bone_takes_at_most_a_dozen_python_frames():
+    layer, x = disha.BoneLinear(8, 8, r=4), torch.randn(2, 8)
+    package = str(Path(disha.__file__).parent)
+    frames = []
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            frames.append(frame.f_code.co_name)
+
+    for context in (torch.no_grad, torch.enable_grad):
+        frames.clear()
+        with context():
+            sys.setprofile(note)
+            try:
+                layer(x)
+            finally:
+                sys.setprofile(None)
+        assert 1 <= len(frames) <= 12, frames
+
+
+def test_routing_where_a_weight_is_read():
+    model, target, x = build("linear")
+    disha.inject_adapters(model, target, 2, adapter="a", init="kaiming")
+    disha.inject_adapters(model, target, 1, adapter="b", init="kaiming")
+    names = ["b", None, "a"]
+    with disha.route_adapters(model, names):
+        routed = model(x)
+    for name, sample, output in zip(names, x, routed, strict=True):
+        disha.set_active_adapters(model, [] if name is None else name)
+        torch.testing.assert_close(model(sample[None])[0], output, rtol=0, atol=1e-10)
+
+
+def test_a_computed_weight_that_is_read():
+    model, target, x = build("linear")
+    torch.nn.utils.parametrizations.weight_norm(model.qkv)
+    weight = model.qkv.weight.detach()
+    disha.inject_adapters(model, target, 2)
+    perturb(model)
+    dense = weight + model.qkv.delta_weight(model.qkv.disha["default"])
+    expected = model.proj(F.linear(x, dense, model.qkv.bias))
+    assert torch.allclose(model(x), expected, rtol=0, atol=1e-10)
+
+
+def test_a_layer_that_was_adapted_by_itself_takes_a_second_adapter():
+    model, target, x = build("linear")
+    disha.inject_adapters(model.qkv, "all-linear", 2, adapter="a")
+    disha.inject_adapters(model, target, 2, adapter="b")
+    perturb(model)
+    plain = build("linear")[0]
+    with torch.no_grad():
+        plain.qkv.weight.copy_(model.qkv.merged_weight(["b"]))
+    assert torch.allclose(model(x), plain(x), rtol=0, atol=1e-10)
+
+
+class TestFacts:
+    def weight(self):
+        layer = disha.BoneLinear(4, 3, r=2, init="kaiming")
+        return layer, layer.weight
+
+    def test_facts_are_those_of_the_base(self):
+        layer, weight = self.weight()
+        base = layer.base_weight
+        assert weight.shape == base.shape
+        assert len(weight) == 3
+        assert (weight.dtype, weight.device, weight.ndim) == (base.dtype, base.device, 2)
+        assert (weight.size(), weight.stride(), weight.numel()) == (base.shape, base.stride(), 12)
+        assert weight.requires_grad == base.requires_grad is False
+        assert weight.is_floating_point()
+        assert weight.is_contiguous()
+        assert not weight.is_sparse
+        assert torch.is_floating_point(weight)
+        assert weight.element_size() == 4
+
+    @pytest.mark.parametrize(
+        "view",
+        [
+            lambda w: w.T,
+            lambda w: w.mT,
+            lambda w: w.t(),
+            lambda w: w.transpose(0, 1),
+            lambda w: w.transpose(-1, -2),
+            lambda w: w[1:3],
+            lambda w: w.chunk(3)[1],
+            lambda w: w.split([1, 2])[1],
+            lambda w: w.detach(),
+            lambda w: w.data,
+            lambda w: w.to(torch.float64),
+            lambda w: w.double(),
+            lambda w: w.contiguous(),
+        ],
+    )
+    def test_views_stay_effective_weights(self, view):
+        layer, weight = self.weight()
+        dense = layer.merged_weight(["default"])
+        seen = view(weight)
+        assert type(seen) is type(weight)
+        torch.testing.assert_close(seen + 0, view(dense))
+
+    def test_a_parameter_by_its_name_is_the_parameter(self):
+        model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 3)), "0", 2)
+        assert model.get_parameter("0.weight") is dict(model.named_parameters())["0.weight"]
+        assert type(model[0].weight) is not nn.Parameter
+
+    def test_everything_else_computes(self):
+        layer, weight = self.weight()
+        dense = layer.merged_weight(["default"])
+        for compute in (torch.norm, torch.exp, lambda w: w.view(-1), lambda w: w[0, 1], torch.diag):
+            found = compute(weight)
+            assert type(found) is torch.Tensor
+            torch.testing.assert_close(found, compute(dense))
+        torch.testing.assert_close(torch.stack([weight, weight])[1], dense)
+        assert str(weight) == str(dense)
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda w: w.copy_(torch.ones(3, 4)),
+            lambda w: w.fill_(1.0),
+            lambda w: w.data.fill_(1.0),
+            lambda w: w.detach().fill_(1.0),
+            lambda w: nn.init.ones_(w),
+            lambda w: nn.init.constant_(tensor=w, val=1.0),
+            lambda w: w.__setitem__(slice(None), 1.0),
+            lambda w: torch.add(torch.zeros(3, 4), 1.0, out=w),
+            lambda w: w.zero_().add_(1.0),
+            lambda w: setattr(w, "data", torch.ones(3, 4)),
+        ],
+    )
+    def test_writes_reach_the_base(self, write):
+        layer, weight = self.weight()
+        parameter, blocks = layer.base_weight, layer.disha["default"].block.clone()
+        with torch.no_grad():
+            write(weight)
+        assert layer.base_weight is parameter
+        assert torch.equal(parameter, torch.ones(3, 4))
+        assert torch.equal(layer.disha["default"].block, blocks)
+
+    def test_a_parameter_made_of_it_is_refused_or_dense(self):
+        layer, weight = self.weight()
+        assert type(nn.Parameter(weight.clone()).data) is torch.Tensor
+        with pytest.raises((RuntimeError, TypeError)):
+            nn.Linear(4, 3).weight = layer.weight
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
+    def test_copies_of_it_are_dense(self, clone):
+        layer, _ = self.weight()
+        with torch.no_grad():
+            copied = clone(layer.weight)
+        assert type(copied) is torch.Tensor
+        torch.testing.assert_close(copied, layer.merged_weight(["default"]))

@@ -31,13 +31,13 @@ class Route:
         """The adapters in use, each once."""
         return tuple(dict.fromkeys(name for name in self.names if name is not None))
 
-    def parts(self, input: Tensor) -> int:
-        """Return how many entries of the input's leading dimension each name covers.
+    def parts(self, size: int) -> int:
+        """Return how many entries of a leading dimension of that size each name covers.
 
         Raises:
-            ArgumentError: the leading size is no multiple of the number of names.
+            ArgumentError: the size is no multiple of the number of names.
         """
-        size, samples = input.shape[0], len(self.names)
+        samples = len(self.names)
         if size % samples:
             raise ArgumentError(
                 f"route_adapters got {samples} names, and a layer an input of leading size {size}, "
@@ -45,11 +45,11 @@ class Route:
             )
         return size // samples
 
-    def rows(self, adapter: str, input: Tensor) -> Tensor:
-        """Return the indices along the input's leading dimension that go through an adapter."""
-        parts = self.parts(input)
+    def rows(self, adapter: str, size: int, device: torch.device) -> Tensor:
+        """Return the indices along a leading dimension that go through an adapter."""
+        parts = self.parts(size)
         starts = (sample * parts for sample, name in enumerate(self.names) if name == adapter)
-        return self._on_device(tuple(r for s in starts for r in range(s, s + parts)), input.device)
+        return self._on_device(tuple(r for s in starts for r in range(s, s + parts)), device)
 
     def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
         """Return, for each sample, the index of its adapter, or their number where it has none."""

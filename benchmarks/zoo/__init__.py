@@ -1,0 +1,1 @@
+"""The zoo: adapters in hundreds of architectures of other libraries, in tiny random forms."""

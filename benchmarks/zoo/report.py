@@ -1,0 +1,84 @@
+"""The zoo's results as a table to read and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.zoo.trial import Result
+
+__all__ = ["FAILURES", "failed", "text", "write"]
+
+FAILURES = ("silent", "wrong", "exception")
+ALL = 0.9995
+COLUMNS = ("library", "run", "held", *FAILURES, "refused", "not run", "exact", "all-linear")
+
+
+def failed(results: Sequence[Result]) -> list[Result]:
+    """Return the results that are failures of the library under trial."""
+    return [result for result in results if result.status in FAILURES]
+
+
+def write(results: Sequence[Result], path: Path, **about: object) -> None:
+    """Write everything to a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    everything = {**about, "results": [result.as_dict() for result in results]}
+    path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+
+
+def text(results: Sequence[Result]) -> str:
+    """Return the table of all libraries, then the failures and what was refused, in short."""
+    libraries = list(dict.fromkeys(result.library for result in results))
+    rows = [_row(name, [r for r in results if r.library == name]) for name in libraries]
+    if len(rows) > 1:
+        rows.append(_row("all", results))
+    lines = [_table([COLUMNS, *rows])]
+    for title, chosen in (
+        ("failures", failed(results)),
+        ("refused", [r for r in results if r.status == "refused"]),
+        ("not run", [r for r in results if r.status == "not run"]),
+    ):
+        if chosen:
+            lines += ["", f"{title}:"]
+            lines += [f"  {r.library} {r.name}: {_short(r)}" for r in chosen]
+    partly = [r for r in results if r.linear_share is not None and r.linear_share < ALL]
+    if partly:
+        lines += ["", "matrices that all-linear does not reach:"]
+        lines += [
+            f"  {r.library} {r.name}: {r.linear_share:.0%}, not {', '.join(r.unreached[:3])}"
+            for r in partly
+        ]
+    return "\n".join(lines)
+
+
+def _row(name: str, results: Sequence[Result]) -> tuple[str, ...]:
+    ran = [r for r in results if r.status != "not run"]
+    shares = [r.linear_share for r in ran if r.linear_share is not None]
+    return (
+        name,
+        str(len(ran)),
+        str(sum(r.status == "held" for r in ran)),
+        *(str(sum(r.status == status for r in ran)) for status in FAILURES),
+        str(sum(r.status == "refused" for r in ran)),
+        str(len(results) - len(ran)),
+        str(sum(r.exact for r in ran)),
+        f"{mean(shares):.1%}" if shares else "",
+    )
+
+
+def _short(result: Result) -> str:
+    more = f" (and {len(result.reasons) - 2} more)" if len(result.reasons) > 2 else ""
+    return "; ".join(reason[:230] for reason in result.reasons[:2]) + more
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,317 @@
+"""check_adapters: prove for a model that its adapters act, train and merge.
+
+The model runs on inputs of the user's, and the report says for each adapted weight what was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disha.errors import ArgumentError, DishaError
+from disha.layers import AdaptedWeight, Block
+from disha.layers.adapted import refuse_inside
+from disha.merge import merge_adapters, unmerge_adapters
+from disha.tables import table
+from disha.tree import adapted_layers, adapted_weights, require_model
+
+__all__ = ["CheckReport", "CheckedWeight", "check_adapters"]
+
+SIZE = 0.02
+"""Spread of the random values that blocks have while the model is checked."""
+
+
+@dataclass(frozen=True)
+class CheckedWeight:
+    """What was seen of one block of one weight.
+
+    Attributes:
+        name: the weight's name in the model.
+        adapter: the adapter.
+        read: whether the model read the weight.
+        acts: whether the block changes the output.
+        gradient: whether the block gets a gradient.
+        merges: whether merging gives the same output; None where merging is refused.
+        remark: what to know about it; empty where all is well.
+    """
+
+    name: str
+    adapter: str
+    read: bool
+    acts: bool
+    gradient: bool
+    merges: bool | None
+    remark: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the block acts, trains and, where that is possible, merges."""
+        return self.acts and self.gradient and self.merges is not False
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check_adapters` has seen; `print(report)` shows it as a table.
+
+    Attributes:
+        weights: one entry for each active block.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> model = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
+        >>> model.forward = lambda x: model["used"](x)
+        >>> model = disha.inject_adapters(model, "all-linear", r=2)
+        >>> report = disha.check_adapters(model, torch.randn(3, 4))
+        >>> report.ok, [one.name for one in report.problems]
+        (False, ['idle'])
+    """
+
+    weights: tuple[CheckedWeight, ...]
+
+    @property
+    def problems(self) -> tuple[CheckedWeight, ...]:
+        """The entries that are not well."""
+        return tuple(one for one in self.weights if not one.ok)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every block acts, trains and merges."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        rows = [
+            (one.name or "(the model)", one.adapter, *map(_word, (one.read, one.acts)),
+             _word(one.gradient), _word(one.merges), one.remark)
+            for one in self.weights
+        ]  # fmt: skip
+        header = ("weight", "adapter", "read", "acts", "gradient", "merges", "")
+        good = len(self.weights) - len(self.problems)
+        return f"{table(header, rows)}\n{good} of {len(self.weights)} blocks are in order"
+
+
+def _word(value: bool | None) -> str:
+    return "-" if value is None else "yes" if value else "NO"
+
+
+def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
+    """Run a model and report for each active block whether it acts, trains and merges.
+
+    The model runs in evaluation mode: once with random values in all blocks, once merged, and once
+    more for each block that gets no gradient. Afterwards everything is as before: values, modes,
+    gradients and random states.
+
+    Args:
+        model: a model with adapters, not merged.
+        inputs: what to call it with.
+        kwargs: what to call it with by name.
+
+    Returns:
+        A `CheckReport`.
+
+    Raises:
+        ArgumentError: no adapter is active, or the model returns no floating-point tensor.
+        ModeError: adapters are merged (`MergeError`), disabled or routed.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 2)), "0", r=2)
+        >>> print(disha.check_adapters(model, torch.randn(3, 4)))
+        weight  adapter  read  acts  gradient  merges
+        0       default  yes   yes   yes       yes
+        1 of 1 blocks are in order
+    """
+    layers = [layer for _, layer in adapted_layers(require_model(model))]
+    refuse_inside(layers, "check adapters")
+    active = [
+        (name, adapter, weight, block)
+        for name, weight in adapted_weights(model)
+        for adapter, block in weight.blocks.items()
+        if adapter in weight.layer.disha.active
+    ]
+    if not active:
+        raise ArgumentError("there is nothing to check: no adapter is active")
+    blocks = [block for *_, block in active]
+    with _evaluated(model), _random_blocks(blocks), torch.random.fork_rng(_devices(model)):
+        seed = torch.initial_seed() % 2**31
+
+        def run() -> list[Tensor]:
+            torch.manual_seed(seed)
+            return _tensors(model(*inputs, **kwargs))
+
+        with _reads_noted(blocks) as read:
+            gradients, outputs = _gradients(run, blocks)
+        found = []
+        merges, refusal = _merges(model, run, outputs, [weight for _, _, weight, _ in active])
+        for (name, adapter, weight, block), gradient in zip(active, gradients, strict=True):
+            acts = gradient or _changes(run, block, outputs)
+            own = None if merges is None else merges.get(id(weight.layer), True)
+            remark = _remark(block in read, acts, gradient) or refusal
+            found.append(CheckedWeight(name, adapter, block in read, acts, gradient, own, remark))
+    return CheckReport(tuple(found))
+
+
+def _remark(read: bool, acts: bool, gradient: bool) -> str:
+    if not read:
+        return "the model does not use this weight, or not with these inputs"
+    if not acts:
+        return "it is read, and what is made of it does not reach the output"
+    if not gradient:
+        return "it acts, but a custom function or a detach cuts its gradient off"
+    return ""
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    devices = {parameter.device for parameter in model.parameters()}
+    return [device for device in devices if device.type == "cuda"]
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, with gradients, whatever surrounds the call."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _random_blocks(blocks: list[Block]) -> Iterator[None]:
+    """Give blocks random values and let them require gradients."""
+    kept = [(b.block, b.block.detach().clone(), b.block.requires_grad) for b in blocks]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter, *_ in kept:
+                values = torch.randn(parameter.shape, generator=generator) * SIZE
+                parameter.copy_(values)
+        for parameter, *_ in kept:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, values, flag in kept:
+            with torch.no_grad():
+                parameter.copy_(values)
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _reads_noted(blocks: list[Block]) -> Iterator[set[Block]]:
+    """Note which blocks are asked for their update."""
+    read: set[Block] = set()
+
+    def noting(block: Block) -> Any:
+        def update(*args: Any, **kwargs: Any) -> Any:
+            read.add(block)
+            return type(block).update(block, *args, **kwargs)
+
+        return update
+
+    for block in blocks:
+        block.__dict__["update"] = noting(block)
+    try:
+        yield read
+    finally:
+        for block in blocks:
+            block.__dict__.pop("update", None)
+
+
+def _gradients(run: Any, blocks: list[Block]) -> tuple[list[bool], list[Tensor]]:
+    """Return which blocks get a gradient from a random functional of the outputs."""
+    outputs = run()
+    if not outputs:
+        raise ArgumentError(
+            "the model returns no floating-point tensor, in which an adapter could be seen to act"
+        )
+    generator = torch.Generator().manual_seed(1)
+    total: Any = 0.0
+    for output in outputs:
+        if output.requires_grad:
+            weights = torch.randn(output.shape, generator=generator).to(output)
+            total = total + (output * weights).sum()
+    parameters = [block.block for block in blocks]
+    if not isinstance(total, Tensor):
+        return [False] * len(blocks), [output.detach() for output in outputs]
+    found = torch.autograd.grad(total, parameters, allow_unused=True)
+    nonzero = [one is not None and bool(one.count_nonzero()) for one in found]
+    return nonzero, [output.detach() for output in outputs]
+
+
+def _changes(run: Any, block: Block, outputs: list[Tensor]) -> bool:
+    """Whether the outputs change with a block that gets no gradient."""
+    parameter = block.block
+    kept = parameter.detach().clone()
+    with torch.no_grad():
+        try:
+            parameter.add_(50 * SIZE)
+            changed = run()
+        finally:
+            parameter.copy_(kept)
+    return any(not torch.equal(a, b) for a, b in zip(changed, outputs, strict=True))
+
+
+def _merges(
+    model: nn.Module, run: Any, outputs: list[Tensor], weights: list[AdaptedWeight]
+) -> tuple[dict[int, bool] | None, str]:
+    """Return which layers give another output when merged, or why merging is refused."""
+    with torch.no_grad():
+        try:
+            merge_adapters(model, untie=True)
+        except DishaError as error:
+            return None, str(error)
+        try:
+            same = _alike(run(), outputs)
+        finally:
+            unmerge_adapters(model)
+        if same:
+            return {}, ""
+        found: dict[int, bool] = {}
+        for layer in dict.fromkeys(weight.layer for weight in weights):
+            merge_adapters(layer, untie=True)
+            try:
+                found[id(layer)] = _alike(run(), outputs)
+            finally:
+                unmerge_adapters(layer)
+    return found, ""
+
+
+def _alike(outputs: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether outputs are the same but for rounding."""
+    return all(
+        torch.allclose(
+            one, other, rtol=_limit(other), atol=_limit(other) * _size(other), equal_nan=True
+        )
+        for one, other in zip(outputs, expected, strict=True)
+    )
+
+
+def _limit(tensor: Tensor) -> float:
+    return float(torch.finfo(tensor.dtype).eps ** 0.5)
+
+
+def _size(tensor: Tensor) -> float:
+    finite = tensor[tensor.isfinite()]
+    return max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors of whatever a model returns."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        return [one for value in output.values() for one in _tensors(value)]
+    if isinstance(output, (list, tuple)):
+        return [one for value in output for one in _tensors(value)]
+    return [one for value in getattr(output, "__dict__", {}).values() for one in _tensors(value)]

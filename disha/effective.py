@@ -1,0 +1,962 @@
+"""The effective weight: a tensor that stands for W + sum of s dW and has not computed it.
+
+Reading an adapted parameter gives one. What an operation does with it stands in one table each:
+
+    FACTS      shape, dtype, device ...               those of W; nothing is computed
+    VIEWS      transposes, rows, items of a stack     an effective weight
+    PRODUCTS   linear, matmul, conv, embedding ...    W's own product plus the updates'
+    WRITES     copy_, __setitem__, nn.init ...        done to W
+    the rest   einsum, norm, arithmetic ...           W + sum of s dW is computed, with its graph
+
+An effective weight is an alias of W with three more attributes. Code that does not go through
+`__torch_function__` sees W: a rule must take the effective weight apart itself, and never hand it
+on, since compiled code does not dispatch again inside of a rule.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType, GetSetDescriptorType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from disha import functional
+from disha.errors import ArgumentError, ModeError
+from disha.functional import Layout, Update, adapted_linear
+from disha.routing import Route
+
+__all__ = [
+    "MOVES",
+    "EffectiveWeight",
+    "Routed",
+    "asked_by",
+    "computed",
+    "effective",
+    "effective_of_shards",
+    "effective_on_meta",
+    "register_grouped_product",
+]
+
+
+class Routed(NamedTuple):
+    """What goes through a weight when each sample has an adapter of its own.
+
+    Attributes:
+        route: the adapter of each sample.
+        updates: adapter -> its updates of this weight.
+        batch: 0 where samples lead; else the size of the batch, which comes second, as in the
+            attention of torch.
+    """
+
+    route: Route
+    updates: Mapping[str, tuple[Update, ...]]
+    batch: int = 0
+
+    def added(
+        self,
+        output: Tensor,
+        input: Tensor,
+        shape: Sequence[int] | None,
+        delta_of: Callable[[Tensor, Update], Tensor],
+        has_samples: bool,
+    ) -> Tensor:
+        """Return an output plus, for each sample, the updates of its own adapter.
+
+        Args:
+            output: what W alone gives, samples first.
+            input: the input, samples first.
+            shape: the weight's shape, for errors.
+            delta_of: (input, update) -> what the update adds.
+            has_samples: whether the leading dimension of the input counts samples.
+
+        Raises:
+            ArgumentError: the input has no samples, or not as many as there are names.
+        """
+        if not has_samples:
+            raise ArgumentError(
+                "route_adapters needs one sample per entry of the leading dimension, and a weight "
+                f"of shape {tuple(shape or ())} got an input of shape {tuple(input.shape)}"
+            )
+        size, device = input.shape[0], input.device
+        self.route.parts(size)
+        for adapter, updates in self.updates.items():
+            rows = self.route.rows(adapter, size, device)
+            for update in updates:
+                delta = delta_of(input.index_select(0, rows), update)
+                output = output.index_add(0, rows, delta.to(output.dtype))
+        return output
+
+
+class EffectiveWeight(Tensor):
+    """W + sum of s dW, not computed: an alias of W that says which updates it stands for.
+
+    Attributes:
+        base: W, or a view of it.
+        axes: W's layout; `layout` is torch's word for something else.
+        updates: the updates that act on all samples.
+        routed: the updates of single samples, or None.
+    """
+
+    base: Tensor
+    axes: Layout
+    updates: tuple[Update, ...]
+    routed: Routed | None
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer an operation as the tables of this module say."""
+        rule = RULES.get(func)
+        if rule is not None:
+            result = rule(*args, **kwargs) if kwargs else rule(*args)
+            if result is not NotImplemented:
+                return result
+        return _compute_first(func, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return computed(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+try:
+    from torch._C._dynamo import eval_frame as _frames
+except ImportError:
+    pass
+else:
+    # Where the compiler leaves a function to Python, it still tries the functions called there.
+    # It can't take an effective weight as the input of a graph, so rules are no graph's start.
+    if hasattr(_frames, "set_code_exec_strategy"):
+        _skip = _frames._FrameAction.SKIP
+        _frames.set_code_exec_strategy(
+            vars(EffectiveWeight)["__torch_function__"].__func__.__code__,
+            _frames._FrameExecStrategy(_skip, _skip),
+        )
+
+
+def effective(
+    base: Tensor,
+    layout: Layout,
+    updates: tuple[Update, ...],
+    routed: Routed | None = None,
+) -> EffectiveWeight:
+    """Return the effective weight of a weight.
+
+    Args:
+        base: W.
+        layout: its layout.
+        updates: the updates that act on all samples.
+        routed: the updates of single samples.
+
+    Examples:
+        >>> import torch
+        >>> from disha.effective import effective
+        >>> from disha.functional import Layout, Update, adapted_linear
+        >>> W, D = torch.zeros(3, 4), torch.ones(2, 3)
+        >>> weight = effective(W, Layout("out in"), (Update("bone", D),))
+        >>> torch.nn.functional.linear(torch.ones(4), weight)
+        tensor([4., 4., 4.])
+        >>> weight.sum()
+        tensor(12.)
+    """
+    weight = base.as_subclass(EffectiveWeight)
+    weight.base = base
+    weight.axes = layout
+    weight.updates = updates
+    weight.routed = routed
+    return weight
+
+
+def computed(weight: EffectiveWeight) -> Tensor:
+    """Return W + sum of s dW as a plain tensor, with its graph.
+
+    Args:
+        weight: an effective weight.
+
+    Raises:
+        ModeError: samples are routed, or dropout acts: there is one weight for all inputs.
+    """
+    if weight.routed is not None:
+        raise ModeError(
+            "samples can't be routed here: an operation needs one effective weight for the whole "
+            "batch; use one adapter at a time, or exclude the weight"
+        )
+    if any(update.dropout for update in weight.updates):
+        raise ModeError(
+            "the adapter's dropout can't act here: an operation needs the effective weight, "
+            "whatever its input is; use dropout=0, or exclude the weight"
+        )
+    return functional.effective_weight(weight.base, weight.axes, weight.updates)
+
+
+class WeightOnMeta(EffectiveWeight):
+    """An effective weight whose W is on the meta device, so that only another dry run may use it.
+
+    W has no values: a product of it with an input that has some is uninitialised memory.
+    """
+
+    absent: bool
+    """Whether its blocks are elsewhere: W is offloaded, and nothing has brought it."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer for facts and between tensors on meta; refuse all else."""
+        if func not in FACTS and not asked_by(MOVES):
+            cls._refuse_other_devices((*args, *(kwargs or {}).values()))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @staticmethod
+    def _refuse_other_devices(given: Sequence[Any]) -> None:
+        tensors = [one for one in given if isinstance(one, Tensor)]
+        absent = any(isinstance(one, WeightOnMeta) and one.absent for one in tensors)
+        if absent or not all(one.is_meta for one in tensors):
+            raise ModeError(
+                "an adapted weight is on the meta device, where it has no values, and its input or "
+                "its block is not; give the model its weights first. If accelerate has offloaded "
+                "it, the forward of its own module brings it, and no other: preload the module "
+                "that reads it (preload_module_classes), or keep it on a device"
+            )
+
+
+def effective_on_meta(
+    base: Tensor, layout: Layout, updates: tuple[Update, ...], absent: bool
+) -> EffectiveWeight:
+    """Return the effective weight of a weight that is on the meta device.
+
+    Args:
+        base: W.
+        layout: its layout.
+        updates: the updates that act on all samples; none if it is absent.
+        absent: whether its blocks are on another device.
+    """
+    weight = base.as_subclass(WeightOnMeta)
+    weight.base, weight.axes, weight.updates, weight.routed = base, layout, updates, None
+    weight.absent = absent
+    return weight
+
+
+class ShardedWeight(EffectiveWeight):
+    """An effective weight of a DTensor, of which there can be no alias: an empty tensor around it.
+
+    It computes W + sum of s dW in DTensors as soon as more than facts is asked.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer for facts and writes; compute first for all else."""
+        if func in FACTS or func in WRITES:
+            return super().__torch_function__(func, types, args, kwargs)
+        return _compute_first(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Compute first: what comes here has not asked `__torch_function__`."""
+        return _compute_first(func, args, kwargs or {})
+
+
+def effective_of_shards(
+    base: Tensor, layout: Layout, updates: tuple[Update, ...]
+) -> EffectiveWeight:
+    """Return the effective weight of a DTensor whose blocks are DTensors.
+
+    Args:
+        base: W.
+        layout: its layout.
+        updates: the updates that act on all samples.
+    """
+    weight: Any = Tensor._make_wrapper_subclass(
+        ShardedWeight, base.shape, dtype=base.dtype, device=base.device
+    )
+    weight.base, weight.axes, weight.updates, weight.routed = base, layout, updates, None
+    return weight  # type: ignore[no-any-return]
+
+
+MOVES = "accelerate.utils.modeling"
+"""Where accelerate reads a parameter in order to move it to another device: what it moves is W."""
+
+
+def asked_by(module: str) -> bool:
+    """Whether code of a module, or of one inside of it, reads a weight now; never in a graph.
+
+    For the few libraries that read a parameter by its name and mean W itself.
+
+    Args:
+        module: the name of a module.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("disha."):
+        frame = frame.f_back
+    name = "" if frame is None else frame.f_globals.get("__name__", "")
+    return f"{name}.".startswith(f"{module}.")
+
+
+def _compute_first(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run an operation with the computed weight; what it writes into by `out=` is W."""
+    named = {
+        name: _base_of(value) if name == "out" else _computed_inside(value)
+        for name, value in kwargs.items()
+    }
+    return func(*(_computed_inside(value) for value in args), **named)
+
+
+def _computed_inside(value: Any) -> Any:
+    if isinstance(value, EffectiveWeight):
+        return computed(value)
+    if type(value) in (list, tuple):
+        return type(value)([_computed_inside(one) for one in value])
+    if type(value) is dict:
+        return {key: _computed_inside(one) for key, one in value.items()}
+    return value
+
+
+def _base_of(value: Any) -> Any:
+    if isinstance(value, EffectiveWeight):
+        return value.base
+    return type(value)(map(_base_of, value)) if type(value) in (list, tuple) else value
+
+
+# --- writes --------------------------------------------------------------------------------------
+
+
+def _write(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the rule of an operation that writes into its first argument: it writes into W."""
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            return _compute_first(func, (_base_of(args[0]), *args[1:]), kwargs)
+        name = next(iter(kwargs))
+        return _compute_first(func, (), {**kwargs, name: _base_of(kwargs[name])})
+
+    return write
+
+
+_OPERATORS = (
+    "setitem iadd isub imul itruediv idiv ifloordiv imod ipow iand ior ixor ilshift irshift"
+)
+_OPERATOR_NAMES = frozenset(f"__{name}__" for name in _OPERATORS.split())
+WRITES: dict[Any, Callable[..., Any]] = {}
+for _owner in (Tensor, torch, torch.nn.init):
+    for _name in dir(_owner):
+        _func = getattr(_owner, _name, None)
+        if callable(_func) and (
+            (_name.endswith("_") and not _name.endswith("__")) or _name in _OPERATOR_NAMES
+        ):
+            WRITES[_func] = _write(_func)
+for _name in dir(Tensor):
+    if isinstance(getattr(Tensor, _name), GetSetDescriptorType):
+        WRITES[getattr(Tensor, _name).__set__] = _write(getattr(Tensor, _name).__set__)
+
+
+def _set_data(weight: Any, value: Any) -> None:
+    # `weight.data = weight.data.half()` casts W, and adds no update to it.
+    _base_of(weight).data = _base_of(value)
+
+
+WRITES[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
+
+
+# --- facts ---------------------------------------------------------------------------------------
+
+
+def _fact(func: Callable[..., Any]) -> Callable[..., Any]:
+    def ask(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        return func(_base_of(weight), *map(_base_of, args), **kwargs)
+
+    return ask
+
+
+_PROPERTIES = (
+    "shape dtype device ndim layout requires_grad is_leaf grad grad_fn names itemsize nbytes "
+    "is_cpu is_cuda is_xpu is_mps is_meta is_sparse is_sparse_csr is_quantized is_mkldnn is_nested "
+    "is_vulkan is_ipu is_maia is_xla is_mtia output_nr retains_grad _version"
+)
+_QUESTIONS = (
+    "dim size stride numel nelement ndimension element_size is_floating_point is_complex is_signed "
+    "is_contiguous is_inference is_conj is_neg is_pinned is_shared get_device storage_offset "
+    "dim_order __len__ __hash__ is_coalesced has_names _is_view is_same_size"
+)
+FACTS: dict[Any, Callable[..., Any]] = {}
+for _name in _PROPERTIES.split():
+    if hasattr(Tensor, _name):
+        FACTS[getattr(Tensor, _name).__get__] = _fact(getattr(Tensor, _name).__get__)
+for _name in _QUESTIONS.split():
+    for _owner in (Tensor, torch):
+        if hasattr(_owner, _name):
+            FACTS[getattr(_owner, _name)] = _fact(getattr(_owner, _name))
+
+
+def _data_ptr(weight: Any) -> int:
+    if asked_by(MOVES):
+        return weight.base.data_ptr()  # type: ignore[no-any-return]
+    # Kept as long as the weight is: the address outlives the call.
+    weight.addressed = computed(weight)
+    return weight.addressed.data_ptr()  # type: ignore[no-any-return]
+
+
+FACTS[Tensor.data_ptr] = _data_ptr
+
+
+# --- views ---------------------------------------------------------------------------------------
+
+
+def _viewed(weight: EffectiveWeight, base: Tensor, layout: Layout) -> EffectiveWeight:
+    return effective(base, layout, weight.updates, weight.routed)
+
+
+def _mapped(
+    weight: EffectiveWeight,
+    base: Tensor,
+    layout: Layout,
+    change: Callable[[Update], Sequence[Update] | None],
+) -> Any:
+    """Return a view whose updates are changed as well; NotImplemented where one can't be."""
+    updates = _changed(weight.updates, change)
+    routed = weight.routed
+    if updates is None:
+        return NotImplemented
+    if routed is not None:
+        own: dict[str, tuple[Update, ...]] = {}
+        for adapter, some in routed.updates.items():
+            of_samples = _changed(some, change)
+            if of_samples is None:
+                return NotImplemented
+            own[adapter] = of_samples
+        routed = routed._replace(updates=own)
+    return effective(base, layout, updates, routed) if updates or routed is not None else base
+
+
+def _changed(
+    updates: Sequence[Update], change: Callable[[Update], Sequence[Update] | None]
+) -> tuple[Update, ...] | None:
+    changed: list[Update] = []
+    for update in updates:
+        some = change(update)
+        if some is None:
+            return None
+        changed += some
+    return tuple(changed)
+
+
+def _transpose(weight: Any, dim0: int = 0, dim1: int = 1) -> Any:
+    layout = weight.axes.turned()
+    ndim = weight.base.dim()
+    if layout is None or {dim0 % ndim, dim1 % ndim} != {ndim - 2, ndim - 1}:
+        return NotImplemented
+    return _viewed(weight, torch.transpose(weight.base, -2, -1), layout)
+
+
+def _t(weight: Any) -> Any:
+    return _transpose(weight) if weight.base.dim() == 2 else NotImplemented
+
+
+def _mt(weight: Any) -> Any:
+    return _transpose(weight, -2, -1) if weight.base.dim() >= 2 else NotImplemented
+
+
+def _item(weight: Any, index: Any) -> Any:
+    """Return one matrix of a stack, some of them, rows of a matrix, or looked-up rows."""
+    layout, base = weight.axes, weight.base
+    whole = isinstance(index, (int, Tensor)) and not isinstance(index, (bool, EffectiveWeight))
+    if isinstance(index, Tensor) and (index.dtype == torch.bool or index.is_floating_point()):
+        whole = False
+    if layout.is_stack and whole:
+        one = isinstance(index, int) or index.dim() == 0
+        if not one and index.dim() != 1:
+            return NotImplemented
+        item = functional.layout_of(layout.pattern.removeprefix("expert ")) if one else layout
+        return _mapped(weight, base[index], item, lambda u: [u.at(index)])
+    if layout.is_stack and isinstance(index, slice):
+        return _mapped(weight, base[index], layout, lambda u: [u.at(index)])
+    if layout.pattern == "index out" and isinstance(index, Tensor) and whole:
+        return _embedding(index, weight)
+    if layout.pattern == "out in" and isinstance(index, slice):
+        start, stop, step = index.indices(base.shape[0])
+        return _rows(weight, start, stop) if step == 1 and stop > start else NotImplemented
+    return NotImplemented
+
+
+def _rows(weight: Any, start: int, stop: int) -> Any:
+    """Return the effective weight of some rows of a matrix (out, in)."""
+    out_features = weight.base.shape[0]
+
+    def of_rows(update: Update) -> Sequence[Update] | None:
+        if update.rows and all(stop <= first or last <= start for first, last in update.rows):
+            return []
+        if update.rows and all(start <= first and last <= stop for first, last in update.rows):
+            rows = tuple((first - start, last - start) for first, last in update.rows)
+            return [update._replace(rows=() if rows == ((0, stop - start),) else rows)]
+        (wide,) = functional.over_all_rows([update], weight.axes, out_features)
+        if wide.rows:
+            return None
+        method = functional.method_of(wide.method)
+        block = method.of_rows(wide.block, start, stop, out_features)
+        return None if block is None else [wide._replace(block=block)]
+
+    return _mapped(weight, weight.base[start:stop], weight.axes, of_rows)
+
+
+def _split(weight: Any, split_size: Any, dim: int = 0) -> Any:
+    parts = [len(part) for part in weight.base.split(split_size, 0)]
+    return _in_parts(weight, parts, dim)
+
+
+def _chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
+    return _in_parts(weight, [len(part) for part in weight.base.chunk(chunks, 0)], dim)
+
+
+def _in_parts(weight: Any, sizes: Sequence[int], dim: int) -> Any:
+    if weight.axes.pattern != "out in" or dim not in (0, -2):
+        return NotImplemented
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(_rows(weight, start, start + size))
+        start += size
+    return NotImplemented if any(part is NotImplemented for part in parts) else tuple(parts)
+
+
+def _unbind(weight: Any, dim: int = 0) -> Any:
+    if not weight.axes.is_stack or dim:
+        return NotImplemented
+    return tuple(_item(weight, index) for index in range(weight.base.shape[0]))
+
+
+def _index_select(weight: Any, dim: int, index: Tensor) -> Any:
+    return _item(weight, index) if dim == 0 and weight.axes.is_stack else NotImplemented
+
+
+def _select(weight: Any, dim: int, index: int) -> Any:
+    return _item(weight, index) if dim == 0 and weight.axes.is_stack else NotImplemented
+
+
+def _cast(func: Callable[..., Any]) -> Callable[..., Any]:
+    def cast(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(weight, EffectiveWeight):
+            return NotImplemented
+        base = func(weight.base, *map(_base_of, args), **kwargs)
+        if not isinstance(base, Tensor):
+            return base  # `type()` without arguments
+        if not base.is_floating_point() or base.device != weight.base.device:
+            return NotImplemented
+        return _viewed(weight, base, weight.axes)
+
+    return cast
+
+
+_cast_to = _cast(Tensor.to)
+
+
+def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(weight, EffectiveWeight) and asked_by(MOVES):
+        return weight.base.to(*args, **kwargs)
+    return _cast_to(weight, *args, **kwargs)
+
+
+def _detach(weight: Any) -> Any:
+    def detached(update: Update) -> Sequence[Update]:
+        return [update._replace(block=update.block.detach(), source=None)]
+
+    return _mapped(weight, weight.base.detach(), weight.axes, detached)
+
+
+def _data(weight: Any) -> Any:
+    def data(update: Update) -> Sequence[Update]:
+        return [update._replace(block=update.block.data, source=None)]
+
+    return _mapped(weight, weight.base.data, weight.axes, data)
+
+
+VIEWS: dict[Any, Callable[..., Any]] = {
+    Tensor.T.__get__: _t,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: _mt,  # type: ignore[attr-defined]
+    Tensor.data.__get__: _data,  # type: ignore[attr-defined]
+    Tensor.detach: _detach,
+    Tensor.__getitem__: _item,
+}
+for _owner in (Tensor, torch):
+    VIEWS |= {
+        _owner.t: _t,
+        _owner.transpose: _transpose,
+        _owner.swapaxes: _transpose,
+        _owner.split: _split,
+        _owner.chunk: _chunk,
+        _owner.unbind: _unbind,
+        _owner.index_select: _index_select,
+        _owner.select: _select,
+    }
+VIEWS[Tensor.to] = _to
+for _name in ("type", "type_as", "float", "double", "half", "bfloat16", "contiguous"):
+    VIEWS[getattr(Tensor, _name)] = _cast(getattr(Tensor, _name))
+
+
+# --- products ------------------------------------------------------------------------------------
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
+        return NotImplemented
+    if weight.axes.pattern != "out in":
+        return NotImplemented
+    if weight.routed is None:
+        return adapted_linear(input, weight.base, bias, weight.updates)
+    return _routed_linear(input, weight, bias)
+
+
+def _matmul(input: Any, other: Any) -> Any:
+    """Multiply x @ W for a weight that keeps its inputs first, or W @ x for inputs last."""
+    if isinstance(input, EffectiveWeight):
+        return NotImplemented if isinstance(other, EffectiveWeight) else _weight_first(input, other)
+    turned = _transpose(other, -2, -1)
+    if other.axes.pattern == "in out":
+        return _linear(input, turned)
+    if other.axes.pattern == "expert in out" and input.dim() == 3 and other.routed is None:
+        return functional.adapted_stack(input, turned.base, turned.updates)
+    return NotImplemented
+
+
+def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
+    layout, base, updates = weight.axes, weight.base, weight.updates
+    if layout.pattern == "out in" and x.dim() == 1:
+        return _linear(x, weight)
+    matrix, stack = layout.pattern == "out in", layout.pattern == "expert out in" and x.dim() == 3
+    if not (matrix or stack) or weight.routed is not None:
+        return NotImplemented
+    updates = tuple(functional.over_all_rows(updates, layout, base.shape[-2]))
+    if all(functional.method_of(u.method).reduces for u in updates):
+        output = torch.matmul(base, x)
+        for update in updates:
+            output = output + functional.linear_update(x.mT, base, update).mT.to(output.dtype)
+        return output
+    if stack:
+        return functional.adapted_stack(x.mT, base, updates).mT
+    return functional.adapted_linear(x.mT, base, None, updates).mT
+
+
+def _rmatmul(weight: Any, other: Any) -> Any:
+    return _matmul(other, weight)
+
+
+def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if not isinstance(mat2, EffectiveWeight) or mat2.axes.pattern != "in out":
+        return NotImplemented
+    if isinstance(mat1, EffectiveWeight) or input.dim() != 1 or (beta, alpha) != (1, 1):
+        return NotImplemented
+    return _linear(mat1, _transpose(mat2), input)
+
+
+def _baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if isinstance(input, EffectiveWeight) or (beta, alpha) != (1, 1):
+        return NotImplemented
+    product = _matmul(batch1, batch2)
+    return product if product is NotImplemented else input + product
+
+
+def _grouped(multiply: Callable[..., Tensor]) -> Callable[..., Any]:
+    def grouped(input: Any, weight: Any, offs: Any = None, *more: Any, **named: Any) -> Any:
+        if not isinstance(weight, EffectiveWeight) or isinstance(input, EffectiveWeight):
+            return NotImplemented
+        if weight.axes.pattern != "expert in out" or weight.routed is not None:
+            return NotImplemented
+        if more or any(value is not None for value in named.values()) or offs is None:
+            return NotImplemented
+        turned = _transpose(weight, -2, -1)
+        return functional.adapted_grouped(multiply, input, turned.base, offs, turned.updates)
+
+    return grouped
+
+
+def _conv(func: Callable[..., Tensor], groups_at: int) -> Callable[..., Any]:
+    """Return the rule of a convolution whose `groups` is argument `groups_at` after the bias."""
+
+    def conv(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(weight, EffectiveWeight) or not weight.axes.has_kernel:
+            return NotImplemented
+
+        def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return func(x, w, b, *args, **kwargs)
+
+        groups = args[groups_at] if len(args) > groups_at else kwargs.get("groups", 1)
+        layout, base = weight.axes, weight.base
+        if weight.routed is None:
+            return functional.adapted_conv(
+                convolve, input, base, bias, layout, groups, weight.updates
+            )
+        output = convolve(input, base, bias)
+        return weight.routed.added(
+            output,
+            input,
+            base.shape,
+            lambda x, update: functional.conv_update(convolve, x, base, layout, groups, update),
+            has_samples=input.dim() == base.dim(),
+        )
+
+    return conv
+
+
+def _embedding(
+    input: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if not isinstance(weight, EffectiveWeight) or weight.axes.pattern != "index out":
+        return NotImplemented
+
+    def look_up(table: Tensor, indices: Tensor = input) -> Tensor:
+        return F.embedding(indices, table, padding_idx, None, 2.0, scale_grad_by_freq, sparse)
+
+    base, layout = weight.base, weight.axes
+    if weight.routed is None:
+        output = functional.adapted_lookup(look_up, input, base, layout, weight.updates)
+    else:
+        output = weight.routed.added(
+            look_up(base),
+            input,
+            base.shape,
+            lambda x, update: functional.lookup_update(
+                lambda table: look_up(table, x), x, base, layout, update
+            ),
+            has_samples=input.dim() >= 1,
+        )
+    return output if max_norm is None else _renormed(output, max_norm, norm_type)
+
+
+def _renormed(output: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """Limit the norm of looked-up rows, as torch does in place in the weight, which stays here."""
+    norms = torch.linalg.vector_norm(output, norm_type, dim=-1, keepdim=True)
+    shrunk = output * (max_norm / (norms + RENORM_EPSILON))
+    return torch.where(norms > max_norm, shrunk, output)
+
+
+RENORM_EPSILON = 1e-7
+"""What torch adds to a norm before it divides max_norm by it."""
+
+
+# --- samples with adapters of their own ----------------------------------------------------------
+
+
+def _routed_linear(input: Tensor, weight: EffectiveWeight, bias: Tensor | None) -> Tensor:
+    routed, base = weight.routed, weight.base
+    assert routed is not None
+    output = F.linear(input, base, bias)
+    if routed.batch:  # samples come second, or are flattened so
+        first = input.reshape(-1, routed.batch, input.shape[-1]).transpose(0, 1)
+        plain = effective(base, weight.axes, (), routed._replace(batch=0))
+        zeros = output.new_zeros(*first.shape[:-1], output.shape[-1])
+        updates = _routed_updates(zeros, first, plain)
+        return output + updates.transpose(0, 1).reshape(output.shape)
+    return _routed_updates(output, input, weight)
+
+
+def _routed_updates(output: Tensor, input: Tensor, weight: EffectiveWeight) -> Tensor:
+    """Return an output plus the updates of a linear product; one product for those alike."""
+    routed, base = weight.routed, weight.base
+    assert routed is not None
+    out_features = base.shape[0]
+    wide = {
+        adapter: functional.over_all_rows(updates, weight.axes, out_features)
+        for adapter, updates in routed.updates.items()
+    }
+    if input.dim() >= 2 and len(wide) > 1 and _alike(list(wide.values()), out_features):
+        adapters, route = list(wide), routed.route
+        route.parts(input.shape[0])
+        blocks = [updates[0].block for updates in wide.values()]
+        scales = [updates[0].scale for updates in wide.values()]
+        choices = route.choices(adapters, input.device)
+        delta = functional.routed_bone_delta(input, blocks, scales, choices)
+        return output + delta.to(output.dtype)
+
+    return routed.added(
+        output,
+        input,
+        base.shape,
+        lambda x, update: functional.linear_update(x, base, update),
+        has_samples=input.dim() >= 2,
+    )
+
+
+def _alike(updates: Sequence[Sequence[Update]], out_features: int) -> bool:
+    """Whether one product can serve all samples: one whole Bone block of one size for each."""
+    sizes = set()
+    for one in updates:
+        if len(one) != 1 or one[0].dropout or one[0].rows:
+            return False
+        update = one[0]
+        if not functional.method_of(update.method).reduces:
+            return False
+        sizes.add((update.block.shape, update.block.dtype))
+    return len(sizes) == 1 and sizes.pop()[0][-1] == out_features
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def _attention(query: Any, *args: Any, **kwargs: Any) -> Any:
+    """`F.multi_head_attention_forward`, whose projections are products of effective weights.
+
+    Torch asks at its start whether an argument overrides torch functions, and would ask again. So
+    its code runs here with the products of this module, and with nothing to ask.
+    """
+    if any(getattr(value, "routed", None) for value in (*args, *kwargs.values())):
+        if query.dim() != 3:
+            raise ArgumentError(
+                "route_adapters needs samples, and an attention got a query without a batch, of "
+                f"shape {tuple(query.shape)}"
+            )
+        batch = query.shape[1]
+        args = tuple(_in_batch(value, batch) for value in args)
+        kwargs = {name: _in_batch(value, batch) for name, value in kwargs.items()}
+    return _ATTENTION.multi_head_attention_forward(query, *args, **kwargs)
+
+
+def _in_batch(value: Any, batch: int) -> Any:
+    if not isinstance(value, EffectiveWeight) or value.routed is None:
+        return value
+    return effective(value.base, value.axes, (), value.routed._replace(batch=batch))
+
+
+def _attention_linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if isinstance(weight, EffectiveWeight):
+        return _linear(input, weight, bias)
+    return F.linear(input, weight, bias)
+
+
+def _packed_projection(q: Any, k: Any, v: Any, w: Any, b: Any = None) -> Any:
+    """`F._in_projection_packed`: q, k and v by one product for each input, as in torch."""
+    if k is not v:
+        return _separate_projections(q, k, v, *_packed_rows(w, 1, 1, 1), *_packed_rows(b, 1, 1, 1))
+    if q is k:
+        return _unpacked(_attention_linear(q, w, b), 3)
+    (w_q, w_kv), (b_q, b_kv) = _packed_rows(w, 1, 2), _packed_rows(b, 1, 2)
+    return (_attention_linear(q, w_q, b_q), *_unpacked(_attention_linear(k, w_kv, b_kv), 2))
+
+
+def _packed_rows(packed: Any, *thirds: int) -> Sequence[Any]:
+    """Return parts of the weight or the bias of q, k and v; each covers so many thirds of it."""
+    if packed is None:
+        return [None] * len(thirds)
+    sizes = [packed.shape[0] // 3 * count for count in thirds]
+    if not isinstance(packed, EffectiveWeight):
+        return torch.split(packed, sizes)
+    parts = _in_parts(packed, sizes, 0)
+    # Where a block reaches over the borders of q, k and v, there is one effective weight of all.
+    if parts is NotImplemented:
+        return torch.split(computed(packed), sizes)
+    return parts  # type: ignore[no-any-return]
+
+
+def _unpacked(projected: Tensor, count: int) -> tuple[Tensor, ...]:
+    apart = torch.unflatten(projected, -1, (count, projected.shape[-1] // count))
+    parts = apart.unsqueeze(0).transpose(0, -2).squeeze(-2)
+    return tuple(parts.contiguous())
+
+
+def _separate_projections(
+    q: Any, k: Any, v: Any, w_q: Any, w_k: Any, w_v: Any,
+    b_q: Any = None, b_k: Any = None, b_v: Any = None,
+) -> Any:  # fmt: skip
+    """`F._in_projection`: q, k and v with a weight each."""
+    return tuple(
+        _attention_linear(input, weight, bias)
+        for input, weight, bias in ((q, w_q, b_q), (k, w_k, b_k), (v, w_v, b_v))
+    )
+
+
+def _check_padding(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
+    """`F._check_key_padding_mask`, in a way that can be compiled."""
+    for axis, (size, expected) in enumerate(
+        zip(key_padding_mask.shape, (bsz, src_len), strict=True)
+    ):
+        if size != expected:
+            raise AssertionError(
+                f"Expected key_padded_mask.shape[{axis}] to be {expected}, but got {size}"
+            )
+
+
+def _attention_module() -> ModuleType:
+    """Return a module with torch's attention, which looks up its parts there."""
+    module = ModuleType("disha.effective.attention")
+    parts = {
+        "linear": _attention_linear,
+        "_in_projection_packed": _packed_projection,
+        "_in_projection": _separate_projections,
+        "_check_key_padding_mask": _check_padding,
+        "has_torch_function": lambda tensors: False,
+    }
+    vars(module).update({**vars(F), "__name__": module.__name__, **parts})
+    original = F.multi_head_attention_forward
+    attention = FunctionType(
+        original.__code__, vars(module), original.__name__, original.__defaults__
+    )
+    attention.__kwdefaults__ = original.__kwdefaults__
+    vars(module)["multi_head_attention_forward"] = attention
+    sys.modules[module.__name__] = module  # where compiled code looks names up
+    return module
+
+
+_ATTENTION: Any = _attention_module()
+
+
+# --- the tables ----------------------------------------------------------------------------------
+
+PRODUCTS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    Tensor.__matmul__: _matmul,
+    Tensor.__rmatmul__: _rmatmul,
+    F.embedding: _embedding,
+    F.multi_head_attention_forward: _attention,
+    torch._grouped_mm: _grouped(torch._grouped_mm),
+    F.conv1d: _conv(F.conv1d, 3),
+    F.conv2d: _conv(F.conv2d, 3),
+    F.conv3d: _conv(F.conv3d, 3),
+    F.conv_transpose1d: _conv(F.conv_transpose1d, 3),
+    F.conv_transpose2d: _conv(F.conv_transpose2d, 3),
+    F.conv_transpose3d: _conv(F.conv_transpose3d, 3),
+}
+for _owner in (Tensor, torch):
+    PRODUCTS |= {
+        _owner.matmul: _matmul,
+        _owner.mm: _matmul,
+        _owner.bmm: _matmul,
+        _owner.mv: _matmul,
+        _owner.addmm: _addmm,
+        _owner.baddbmm: _baddbmm,
+    }
+
+RULES: dict[Any, Callable[..., Any]] = {**WRITES, **FACTS, **VIEWS, **PRODUCTS}
+
+
+def register_grouped_product(multiply: Callable[..., Tensor]) -> None:
+    """Let a grouped product that is called as `torch._grouped_mm` take effective weights apart.
+
+    Args:
+        multiply: the product.
+    """
+    RULES.setdefault(multiply, _grouped(multiply))

@@ -1,0 +1,310 @@
+"""Layouts: where a weight keeps its outputs, its inputs and what it stacks.
+
+A weight is a stack of matrices W (out, in). A layout names the axes of the weight as an einops
+pattern does, and takes the weight to its matrices and back:
+
+    pattern              matrices                       examples
+    "out in"             (out, in)                      nn.Linear, the gates of nn.LSTM
+    "in out"             (out, in)                      Conv1D of GPT-2, parameters used as x @ W
+    "index out"          (out, index)                   nn.Embedding: the input is looked up
+    "out in *kernel"     (*kernel, out, in)             convolutions, `in` channels of one group
+    "in out *kernel"     (groups, *kernel, out, in)     transposed convolutions
+    "expert out in"      (expert, out, in)              experts, nn.Bilinear
+    "expert in out"      (expert, out, in)              experts that are used as x @ W
+
+The block of a convolution is kept as its weight is, with r in the place of `in`. Every other block
+is kept as the method defines it, with the stack's axes in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from disha.errors import ArgumentError, ArgumentTypeError
+
+__all__ = ["PATTERNS", "Geometry", "Layout", "Rows", "layout_of", "place_rows", "take_rows"]
+
+Rows = tuple[tuple[int, int], ...]
+"""Ranges (first, stop) of a weight's outputs, in order and apart; empty for all of them."""
+
+PATTERNS = (
+    "out in",
+    "in out",
+    "index out",
+    "out in *kernel",
+    "in out *kernel",
+    "expert out in",
+    "expert in out",
+)
+"""The layouts that a weight can have."""
+
+_TURNED = {"out in": "in out", "in out": "out in"}
+_TURNED |= {f"expert {one}": f"expert {other}" for one, other in _TURNED.items()}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a weight that its blocks depend on.
+
+    Attributes:
+        in_features: what r cuts into shards: a linear layer's inputs, the input channels of one
+            group of a convolution, the rows of an embedding.
+        out_features: what r_out cuts: outputs, output channels, or the size of an embedding.
+        stack: sizes of the axes in front: experts, groups of a transposed convolution, a kernel.
+
+    Examples:
+        >>> import disha
+        >>> layer = disha.BoneLinear(8, 16, r=4)
+        >>> layer.geometry()
+        Geometry(in_features=8, out_features=16, stack=())
+    """
+
+    in_features: int
+    out_features: int
+    stack: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a weight keeps its outputs, its inputs and what it stacks.
+
+    Attributes:
+        pattern: one of `PATTERNS`.
+        groups: groups of a transposed convolution, whose inputs its weight keeps one after another.
+        padding_idx: an input that no update reaches: an embedding's row of that index.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Layout
+        >>> Layout("in out").geometry((5, 3))
+        Geometry(in_features=5, out_features=3, stack=())
+        >>> Layout("out in *kernel").matrices(torch.zeros(4, 2, 3, 3)).shape
+        torch.Size([3, 3, 4, 2])
+    """
+
+    pattern: str
+    groups: int = 1
+    padding_idx: int | None = None
+
+    def __str__(self) -> str:
+        groups = "" if self.groups == 1 else f" of {self.groups} groups"
+        padding = "" if self.padding_idx is None else f" with padding_idx={self.padding_idx}"
+        return f"{self.pattern!r}{groups}{padding}"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes, `*kernel` for all that remain."""
+        return tuple(self.pattern.split())
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether it is the layout of a convolution."""
+        return self.axes[-1] == "*kernel"
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the weight is a stack of matrices that its module chooses from."""
+        return self.axes[0] == "expert"
+
+    @property
+    def in_first(self) -> bool:
+        """Whether the inputs come before the outputs."""
+        return self.axes.index("out") > 0 and self.axes[self.axes.index("out") - 1] in _INPUTS
+
+    @property
+    def shard_dim(self) -> int:
+        """The dimension of a kept Bone block along which the shards of the inputs run."""
+        return 1 if self.pattern == "out in *kernel" else int(self.is_stack)
+
+    def inputs_named(self, count: int) -> str:
+        """Return the number of inputs under the name that users of such a weight know.
+
+        Args:
+            count: the number.
+        """
+        if self.has_kernel:
+            return f"its {count} input channels per group"
+        return f"{'num_embeddings' if self.pattern == 'index out' else 'in_features'}={count}"
+
+    def outputs_named(self, count: int) -> str:
+        """Return the number of outputs under the name that users of such a weight know.
+
+        Args:
+            count: the number.
+        """
+        if self.has_kernel:
+            return f"its {count} output channels"
+        return f"{'embedding_dim' if self.pattern == 'index out' else 'out_features'}={count}"
+
+    def turned(self) -> Layout | None:
+        """Return the layout of the transposed matrices, or None where none has a name."""
+        pattern = _TURNED.get(self.pattern)
+        return None if pattern is None else replace(self, pattern=pattern)
+
+    def misfit(self, shape: Sequence[int]) -> str | None:
+        """Return why a weight of a shape can't have this layout, or None if it can.
+
+        Args:
+            shape: the weight's shape.
+        """
+        axes, kernel = len(self.axes), self.has_kernel
+        if len(shape) == axes or (kernel and len(shape) > axes):
+            if self.pattern != "in out *kernel" or shape[0] % self.groups == 0:
+                return None
+            return f"{self.groups} groups do not divide its {shape[0]} input channels"
+        return f"its shape {tuple(shape)} does not have the axes {self.pattern!r}"
+
+    def geometry(self, shape: Sequence[int], rows: Rows = ()) -> Geometry:
+        """Return the sizes of a weight of this layout.
+
+        Args:
+            shape: the weight's shape.
+            rows: the outputs that count; all by default.
+        """
+        if self.has_kernel:
+            first, second, *kernel = shape
+            if self.in_first:
+                inputs, out, stack = first // self.groups, second, (self.groups, *kernel)
+            else:
+                inputs, out, stack = second, first, tuple(kernel)
+        else:
+            *stack_sizes, first, second = shape
+            inputs, out = (first, second) if self.in_first else (second, first)
+            stack = tuple(stack_sizes)
+        if rows:
+            out = sum(stop - start for start, stop in rows)
+        return Geometry(inputs, out, stack)
+
+    def shape(self, geometry: Geometry) -> tuple[int, ...]:
+        """Return the shape of a weight with these sizes: the inverse of `geometry`.
+
+        Args:
+            geometry: the sizes.
+        """
+        inputs, out, stack = geometry.in_features, geometry.out_features, geometry.stack
+        if self.has_kernel:
+            if self.in_first:
+                return (self.groups * inputs, out, *stack[1:])
+            return (out, inputs, *stack)
+        return (*stack, inputs, out) if self.in_first else (*stack, out, inputs)
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """Return a weight as its stack of matrices (..., out, in), a view where that is possible.
+
+        Args:
+            weight: of this layout.
+        """
+        if self.has_kernel:
+            if self.in_first:
+                each = weight.shape[0] // self.groups
+                grouped = torch.unflatten(weight, 0, (self.groups, each))
+                return grouped.movedim((2, 1), (-2, -1))
+            return weight.movedim((0, 1), (-2, -1))
+        return weight.transpose(-2, -1) if self.in_first else weight
+
+    def weight(self, matrices: Tensor) -> Tensor:
+        """Return a stack of matrices (..., out, in) as a weight: the inverse of `matrices`.
+
+        Args:
+            matrices: (..., out, in), with the stack that `geometry` gives.
+        """
+        if self.has_kernel:
+            if self.in_first:
+                return matrices.movedim((-2, -1), (2, 1)).flatten(0, 1)
+            return matrices.movedim((-2, -1), (0, 1))
+        return matrices.transpose(-2, -1) if self.in_first else matrices
+
+    def part(self, weight: Tensor, rows: Rows) -> Tensor:
+        """Return what a weight has for some of its outputs, a view where that is possible.
+
+        Args:
+            weight: of this layout.
+            rows: the outputs; empty for all.
+        """
+        return self.weight(take_rows(self.matrices(weight), rows)) if rows else weight
+
+
+_INPUTS = ("in", "index")
+
+
+def layout_of(pattern: object) -> Layout:
+    """Return the layout of that pattern.
+
+    Args:
+        pattern: one of `PATTERNS`; white space does not matter.
+
+    Raises:
+        ArgumentError: there is no such layout.
+        ArgumentTypeError: `pattern` is no str.
+
+    Examples:
+        >>> from disha.functional import layout_of
+        >>> layout_of("expert in out").turned().pattern
+        'expert out in'
+    """
+    if isinstance(pattern, Layout):
+        return pattern
+    if not isinstance(pattern, str):
+        raise ArgumentTypeError(
+            f"a layout must be a str such as 'out in', got {pattern!r} of type "
+            f"{type(pattern).__name__}"
+        )
+    normal = " ".join(pattern.split())
+    if normal not in PATTERNS:
+        raise ArgumentError(
+            f"unknown layout {pattern[:80]!r}; allowed are {', '.join(map(repr, PATTERNS))}"
+        )
+    return Layout(normal)
+
+
+def take_rows(tensor: Tensor, rows: Rows, dim: int = -2) -> Tensor:
+    """Return some rows of a tensor one after another, a view where they are one range.
+
+    Args:
+        tensor: any.
+        rows: ranges (first, stop); empty for all.
+        dim: the dimension that they count.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import take_rows
+        >>> take_rows(torch.arange(6), ((0, 2), (5, 6)), dim=0)
+        tensor([0, 1, 5])
+    """
+    if not rows:
+        return tensor
+    parts = [tensor.narrow(dim, first, stop - first) for first, stop in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def place_rows(part: Tensor, rows: Rows, size: int, dim: int = -2) -> Tensor:
+    """Return a tensor that has a part in some rows and zeros elsewhere: `take_rows` undone.
+
+    Args:
+        part: what to put there, one range after another.
+        rows: ranges (first, stop); empty for all.
+        size: how many rows the result has.
+        dim: the dimension that they count.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import place_rows
+        >>> place_rows(torch.tensor([1, 2, 3]), ((0, 2), (5, 6)), size=6, dim=0)
+        tensor([1, 2, 0, 0, 0, 3])
+    """
+    if not rows:
+        return part
+    pieces, end, taken = [], 0, 0
+    for first, stop in (*rows, (size, size)):
+        if first > end:
+            shape = list(part.shape)
+            shape[dim] = first - end
+            pieces.append(part.new_zeros(shape))
+        if stop > first:
+            pieces.append(part.narrow(dim, taken, stop - first))
+        end, taken = stop, taken + stop - first
+    return torch.cat(pieces, dim)

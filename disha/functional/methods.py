@@ -1,0 +1,524 @@
+"""The table: what every method does with every layout.
+
+A method is defined on one matrix W (out, in) with n = ceil(in / r) shards of its inputs:
+
+    method   block D                 update dW
+    bone     (r, out)                dW[o, i] = D[i mod r, o]
+    tile     (r, r_out)              dW[o, i] = D[i mod r, o mod r_out]: Bone with r_out
+    bat      (ceil(out / r), r, r)   dW_ab = W_ab D_a + D_a for every r x r tile of W
+
+A layout (`disha.functional.layouts`) says how a weight becomes a stack of such matrices; the axes
+of the stack stand in front of the block's. The functions below answer for any pair of the two:
+`block_shape`, `delta_weight`, `widened`, `lora_factors`. Layers, files, merging, conversions and
+statistics ask them and know no method by name.
+
+To add a method: write a subclass of `Method`, put an instance into `METHODS`.
+
+Source: arXiv 2409.15371, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from disha.errors import ArgumentError
+from disha.functional.fused import bat_linear, bone_linear
+from disha.functional.layouts import Geometry, Layout, Rows, place_rows
+from disha.functional.linear import (
+    bat_delta_weight,
+    bat_stack,
+    bone_delta,
+    bone_delta_weight,
+    bone_lora_factors,
+)
+from disha.functional.shards import Scale, repeat_tile, shard_count, tile_count
+from disha.text import brief
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "block_shape",
+    "delta_weight",
+    "kept_block",
+    "lora_factors",
+    "matrix_block",
+    "method_of",
+    "misfit",
+    "stack_of",
+    "widened",
+]
+
+
+class Method:
+    """What one method does with one matrix W (out, in), or with a stack of them.
+
+    `shape` and `delta` define a method. Everything else has a default that is right for any
+    method, and is declared where there is something better.
+
+    Attributes:
+        name: what configurations and files call it.
+        block_axes: how many axes the block of one matrix has.
+        reads_weight: whether dW depends on W, so that W must be known as numbers.
+        reduces: whether dW x = S(x) D: then the update of any product is the same product of the
+            shard sum with the block, a smaller weight.
+        tiles: whether a block can have an output shard r_out.
+        linear: whether dW is linear in D, so that adapters add up by adding their blocks.
+
+    Source: arXiv 2409.15371, section 3, for the methods of `METHODS`.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Geometry, Method
+        >>> class Rows(Method):  # dW[o, i] = D[o]
+        ...     name = "rows"
+        ...     block_axes = 1
+        ...
+        ...     def shape(self, geometry, r, r_out):
+        ...         return (*geometry.stack, geometry.out_features)
+        ...
+        ...     def delta(self, block, geometry, matrices):
+        ...         return block.unsqueeze(-1).expand(*block.shape, geometry.in_features)
+        >>> Rows().delta(torch.tensor([1.0, 2.0]), Geometry(3, 2), None)
+        tensor([[1., 1., 1.],
+                [2., 2., 2.]])
+    """
+
+    name: ClassVar[str]
+    block_axes: ClassVar[int] = 2
+    reads_weight: ClassVar[bool] = False
+    reduces: ClassVar[bool] = False
+    tiles: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+
+    def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
+        """Return the shape of a block, the stack's axes in front.
+
+        Args:
+            geometry: the weight's sizes.
+            r: shard size.
+            r_out: size of the output shard of a tile.
+        """
+        raise NotImplementedError
+
+    def delta(self, block: Tensor, geometry: Geometry, matrices: Tensor | None) -> Tensor:
+        """Return dW as a stack of matrices (..., out, in).
+
+        Args:
+            block: D, the stack's axes in front.
+            geometry: the weight's sizes.
+            matrices: W (..., out, in), given where the method `reads_weight`.
+        """
+        raise NotImplementedError
+
+    def linear_product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale
+    ) -> Tensor | None:
+        """Return (W + s dW) x + b for one matrix in one go; None for the general way.
+
+        Args:
+            x: input (..., in).
+            weight: W (out, in).
+            bias: b (out,), or None.
+            block: D.
+            scale: runtime scale s.
+        """
+        return None
+
+    def stack_product(
+        self, x: Tensor, weight: Tensor, block: Tensor, scale: Scale
+    ) -> Tensor | None:
+        """Return x (W + s dW)^T for a stack in one go; None for the general way.
+
+        Args:
+            x: input (experts, n, in).
+            weight: W (experts, out, in).
+            block: D (experts, ...).
+            scale: runtime scale s.
+        """
+        return None
+
+    def update_product(
+        self,
+        x: Tensor,
+        block: Tensor,
+        out_features: int,
+        scale: Scale,
+        multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+    ) -> Tensor | None:
+        """Return s dW x, or None where dW has to be formed.
+
+        Args:
+            x: input (..., in).
+            block: D; stacks multiply as in `torch.matmul`.
+            out_features: rows of dW.
+            scale: runtime scale s.
+            multiply: the product of an input's sums and the block.
+        """
+        return None
+
+    def untiled(self, block: Tensor, out_features: int) -> Tensor:
+        """Return the block (..., r, out) of a method that `reduces`, with a column per output.
+
+        Args:
+            block: D.
+            out_features: rows of dW.
+        """
+        return block
+
+    def over_rows(self, block: Tensor, rows: Rows, out_features: int) -> Tensor | None:
+        """Return the block of all outputs whose dW is that of `block` in some rows, 0 elsewhere.
+
+        None where no block has that update.
+
+        Args:
+            block: D of the rows.
+            rows: ranges (first, stop).
+            out_features: all outputs.
+        """
+        return None
+
+    def of_rows(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
+        """Return the block of the outputs start to stop, or None where there is none.
+
+        Args:
+            block: D of all outputs.
+            start: the first output.
+            stop: the one after the last.
+            out_features: all outputs.
+        """
+        return None
+
+    def widened(self, block: Tensor, r: int, wider: int) -> Tensor | None:
+        """Return the block for a larger shard size with the same dW, or None if there is none.
+
+        Args:
+            block: D, the stack's axes in front.
+            r: its shard size.
+            wider: the larger shard size.
+        """
+        return None
+
+    def factors(self, block: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
+        """Return A (..., r, in) and B (..., out, r) with dW = B A, or None if there are none.
+
+        Args:
+            block: D, the stack's axes in front.
+            geometry: the weight's sizes.
+        """
+        return None
+
+
+class _Bone(Method):
+    name = "bone"
+    reduces = True
+    tiles = True
+    linear = True
+
+    def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
+        return (*geometry.stack, r, geometry.out_features if r_out is None else r_out)
+
+    def delta(self, block: Tensor, geometry: Geometry, matrices: Tensor | None) -> Tensor:
+        return bone_delta_weight(block, geometry.in_features, geometry.out_features)
+
+    # The product itself, and no method around it: it is called for each small layer.
+    linear_product = staticmethod(bone_linear)
+
+    def update_product(
+        self,
+        x: Tensor,
+        block: Tensor,
+        out_features: int,
+        scale: Scale,
+        multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+    ) -> Tensor | None:
+        return bone_delta(x, block, out_features, scale, multiply)
+
+    def untiled(self, block: Tensor, out_features: int) -> Tensor:
+        return repeat_tile(block, tile_count(block, out_features))
+
+    def over_rows(self, block: Tensor, rows: Rows, out_features: int) -> Tensor | None:
+        outputs = sum(stop - first for first, stop in rows)
+        return place_rows(self.untiled(block, outputs), rows, out_features, dim=-1)
+
+    def of_rows(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
+        return self.untiled(block, out_features)[..., start:stop]
+
+    def widened(self, block: Tensor, r: int, wider: int) -> Tensor | None:
+        return None if wider % r else torch.cat([block] * (wider // r), -2)  # D'[j] = D[j mod r]
+
+    def factors(self, block: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
+        return bone_lora_factors(block, geometry.in_features, geometry.out_features)
+
+
+class _Bat(Method):
+    name = "bat"
+    block_axes = 3
+    reads_weight = True
+    linear = True
+
+    def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
+        return (*geometry.stack, shard_count(geometry.out_features, r), r, r)
+
+    def delta(self, block: Tensor, geometry: Geometry, matrices: Tensor | None) -> Tensor:
+        assert matrices is not None
+        return bat_delta_weight(matrices, block)
+
+    linear_product = staticmethod(bat_linear)
+
+    def stack_product(self, x: Tensor, weight: Tensor, block: Tensor, scale: Scale) -> Tensor:
+        return bat_stack(x, weight, block, scale)
+
+    def of_rows(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
+        r = block.shape[-1]
+        if start % r or (stop % r and stop != out_features):
+            return None
+        return block[..., start // r : shard_count(stop, r), :, :]
+
+
+METHODS: dict[str, Method] = {method.name: method for method in (_Bone(), _Bat())}
+"""Name of a method -> what it does."""
+
+
+def method_of(name: object) -> Method:
+    """Return a method by its name.
+
+    Args:
+        name: a key of `METHODS`.
+
+    Raises:
+        ArgumentError: there is no such method.
+
+    Examples:
+        >>> from disha.functional import method_of
+        >>> method_of("bat").reads_weight
+        True
+        >>> method_of("lora")
+        Traceback (most recent call last):
+        ...
+        disha.errors.ArgumentError: unknown method 'lora'; allowed are 'bone', 'bat'
+    """
+    method = METHODS.get(name) if isinstance(name, str) else None
+    if method is None:
+        raise ArgumentError(
+            f"unknown method {brief(name)}; allowed are {', '.join(map(repr, METHODS))}"
+        )
+    return method
+
+
+def block_shape(
+    method: str, layout: Layout, shape: Sequence[int], r: int, r_out: int | None = None,
+    rows: Rows = (),
+) -> tuple[int, ...]:  # fmt: skip
+    """Return the shape of a block.
+
+    Args:
+        method: the method.
+        layout: the weight's layout.
+        shape: the weight's shape.
+        r: shard size.
+        r_out: size of the output shard of a tile.
+        rows: the outputs that are adapted; all by default.
+
+    Examples:
+        >>> from disha.functional import Layout, block_shape
+        >>> block_shape("bone", Layout("out in"), (6, 8), r=4)
+        (4, 6)
+        >>> block_shape("bat", Layout("expert in out"), (3, 8, 6), r=4)
+        (3, 2, 4, 4)
+        >>> block_shape("bone", Layout("out in *kernel"), (6, 8, 3, 3), r=2)
+        (6, 2, 3, 3)
+    """
+    matrix_shape = method_of(method).shape(layout.geometry(shape, rows), r, r_out)
+    if not _kept_as_weight(method, layout):
+        return matrix_shape
+    *stack, rows_of_block, columns = matrix_shape
+    return layout.shape(Geometry(rows_of_block, columns, tuple(stack)))
+
+
+def stack_of(method: str, layout: Layout, block: Sequence[int]) -> tuple[int, ...]:
+    """Return the stack of a weight's geometry by the shape of a kept block.
+
+    Args:
+        method: the method.
+        layout: the weight's layout.
+        block: the block's shape.
+
+    Source: arXiv 2409.15371, applied to every matrix of a stack.
+
+    Examples:
+        >>> from disha.functional import Layout, stack_of
+        >>> stack_of("bone", Layout("out in *kernel"), (6, 2, 3, 3))
+        (3, 3)
+    """
+    if _kept_as_weight(method, layout):
+        return layout.geometry(block).stack
+    return tuple(block[: len(block) - method_of(method).block_axes])
+
+
+def misfit(
+    method: str, layout: Layout, geometry: Geometry, r: int, r_out: int | None = None
+) -> str | None:
+    """Return why a block of these sizes does not fit a weight, or None if it does.
+
+    Args:
+        method: the method.
+        layout: the weight's layout.
+        geometry: the weight's sizes.
+        r: shard size.
+        r_out: size of the output shard of a tile.
+
+    Examples:
+        >>> from disha.functional import Geometry, Layout, misfit
+        >>> misfit("bone", Layout("out in"), Geometry(8, 6), r=9)
+        'r=9 is larger than in_features=8'
+    """
+    method_of(method)
+    inputs, outputs = geometry.in_features, geometry.out_features
+    if not inputs or not outputs or 0 in geometry.stack:
+        return "its weight is empty"
+    if r > inputs:
+        return f"r={r} is larger than {layout.inputs_named(inputs)}"
+    if r_out is not None and outputs % r_out:
+        return f"r_out={r_out} does not divide {layout.outputs_named(outputs)}"
+    return None
+
+
+def delta_weight(
+    method: str, layout: Layout, block: Tensor, weight: Tensor, rows: Rows = ()
+) -> Tensor:
+    """Return dW, without a scale: a tensor of the weight's shape.
+
+    Args:
+        method: the method.
+        layout: the weight's layout.
+        block: D, as it is kept.
+        weight: W. Of methods that do not read it, only the shape counts.
+        rows: the outputs that are adapted; all by default.
+
+    Raises:
+        ArgumentError: the method is unknown, or the block is not one for such a weight.
+
+    Source: arXiv 2409.15371, section 3.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Layout, delta_weight
+        >>> D = torch.tensor([[1.0], [2.0]])
+        >>> delta_weight("bone", Layout("out in"), D, torch.zeros(1, 5))
+        tensor([[1., 2., 1., 2., 1.]])
+        >>> delta_weight("bone", Layout("in out"), D, torch.zeros(3, 2), rows=((1, 2),))
+        tensor([[0., 1.],
+                [0., 2.],
+                [0., 1.]])
+    """
+    chosen, geometry = method_of(method), layout.geometry(weight.shape, rows)
+    if stack_of(method, layout, block.shape) != geometry.stack:
+        raise ArgumentError(
+            f"a {method} block of shape {tuple(block.shape)} does not fit a weight of shape "
+            f"{tuple(weight.shape)} laid out as {layout.pattern!r}"
+        )
+    matrices = layout.matrices(layout.part(weight, rows)) if chosen.reads_weight else None
+    delta = chosen.delta(matrix_block(method, layout, block), geometry, matrices)
+    if layout.padding_idx is not None:
+        delta = delta.index_fill(-1, torch.tensor([layout.padding_idx], device=delta.device), 0.0)
+    out_features = layout.geometry(weight.shape).out_features
+    return layout.weight(place_rows(delta, rows, out_features))
+
+
+def widened(method: str, layout: Layout, block: Tensor, r: int, wider: int) -> Tensor | None:
+    """Return the block for a larger shard size with the same dW, or None if there is none.
+
+    Args:
+        method: the method.
+        layout: the weight's layout.
+        block: D, as it is kept.
+        r: its shard size.
+        wider: the larger shard size.
+
+    Source: arXiv 2409.15371, section 3, by the definition of dW.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Layout, widened
+        >>> widened("bone", Layout("out in"), torch.tensor([[1.0], [2.0]]), 2, 4).T
+        tensor([[1., 2., 1., 2.]])
+    """
+    chosen = method_of(method)
+    if wider == r:
+        return block
+    matrices = chosen.widened(matrix_block(method, layout, block), r, wider)
+    return None if matrices is None else kept_block(method, layout, matrices)
+
+
+def lora_factors(
+    method: str, layout: Layout, block: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor] | None:
+    """Return A (..., r, in) and B (..., out, r) with dW = B A for each matrix, or None if none are.
+
+    Args:
+        method: the method.
+        layout: the weight's layout.
+        block: D, as it is kept.
+        geometry: the weight's sizes.
+
+    Source: arXiv 2409.15371, section 3; Hu et al., "LoRA", arXiv 2106.09685.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Geometry, Layout, lora_factors
+        >>> D = torch.tensor([[3.0], [4.0]])
+        >>> A, B = lora_factors("bone", Layout("out in"), D, Geometry(5, 1))
+        >>> B @ A
+        tensor([[3., 4., 3., 4., 3.]])
+    """
+    return method_of(method).factors(matrix_block(method, layout, block), geometry)
+
+
+def matrix_block(method: str, layout: Layout, block: Tensor) -> Tensor:
+    """Return a kept block as the method defines it, the axes of the stack in front.
+
+    Args:
+        method: the method.
+        layout: the weight's layout.
+        block: D, as it is kept.
+
+    Returns:
+        Tensor (*stack, r, out) for Bone; a view where that is possible.
+
+    Source: arXiv 2409.15371, applied at every position of a kernel.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Layout, matrix_block
+        >>> matrix_block("bone", Layout("out in *kernel"), torch.zeros(6, 2, 3, 3)).shape
+        torch.Size([3, 3, 2, 6])
+    """
+    return layout.matrices(block).mT if _kept_as_weight(method, layout) else block
+
+
+def kept_block(method: str, layout: Layout, block: Tensor) -> Tensor:
+    """Return a block as it is kept: the inverse of `matrix_block`.
+
+    Args:
+        method: the method.
+        layout: the weight's layout.
+        block: D as the method defines it, the axes of the stack in front.
+
+    Source: arXiv 2409.15371, applied at every position of a kernel.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Layout, kept_block
+        >>> kept_block("bone", Layout("out in *kernel"), torch.zeros(3, 3, 2, 6)).shape
+        torch.Size([6, 2, 3, 3])
+    """
+    return layout.weight(block.mT) if _kept_as_weight(method, layout) else block
+
+
+def _kept_as_weight(method: str, layout: Layout) -> bool:
+    """Whether a block is kept as a small weight of its layout, r in the place of `in`."""
+    return layout.has_kernel and method_of(method).block_axes == 2

@@ -1,0 +1,70 @@
+"""`nn.TransformerEncoder` above adapted layers: kept from turning padded batches into nested ones.
+
+In evaluation, torch turns a padded batch into nested tensors where it takes the *first* layer for
+one with a fused path. An adapted layer further down has no fused path, and fails on them. So the
+encoder is told to leave batches as they are, and a hook fills the padding with what torch would
+have filled it with.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["guard_encoder", "is_guarded", "release_encoder"]
+
+_KEPT = "_disha_nests"
+"""Attribute of a guarded encoder: whether torch would use nested tensors."""
+
+
+def is_guarded(encoder: nn.TransformerEncoder) -> bool:
+    """Whether `guard_encoder` was called for it."""
+    return _KEPT in encoder.__dict__
+
+
+def guard_encoder(encoder: nn.TransformerEncoder) -> None:
+    """Keep an encoder from using nested tensors. Undone by `release_encoder`."""
+    encoder.__dict__[_KEPT] = encoder.use_nested_tensor
+    encoder.use_nested_tensor = False
+    encoder.register_forward_hook(_fill_padding, with_kwargs=True, prepend=True)
+
+
+def release_encoder(encoder: nn.TransformerEncoder) -> None:
+    """Make an encoder what it was."""
+    encoder.use_nested_tensor = encoder.__dict__.pop(_KEPT)
+    for number in [n for n, hook in encoder._forward_hooks.items() if hook is _fill_padding]:
+        del encoder._forward_hooks[number]
+        encoder._forward_hooks_with_kwargs.pop(number, None)
+
+
+def _fill_padding(
+    encoder: nn.TransformerEncoder, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    """Return the output with its padding as torch leaves it: zeros, before the last norm."""
+    call = inspect.signature(nn.TransformerEncoder.forward).bind(encoder, *args, **kwargs)
+    named = call.arguments
+    padding = named.get("src_key_padding_mask")
+    if padding is None or named.get("mask") is not None or named["src"].dim() != 3:
+        return output
+    padding = padding != 0
+    if not _torch_would_nest(encoder, padding):
+        return output
+    filler = output.new_zeros(1, 1, output.shape[-1])  # 3-d, as a norm may expect
+    filler = filler if encoder.norm is None else encoder.norm(filler)
+    return torch.where(padding.unsqueeze(-1), filler, output)
+
+
+def _torch_would_nest(encoder: nn.TransformerEncoder, padding: Tensor) -> bool:
+    """Whether torch would turn this batch into nested sequences."""
+    if not encoder.__dict__[_KEPT] or encoder.layers[0].training:
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled():
+        return False
+    if torch.compiler.is_compiling() or not torch.backends.mha.get_fastpath_enabled():
+        return False
+    if not getattr(encoder, "mask_check", True):
+        return True
+    return not bool((padding[:, :-1] & ~padding[:, 1:]).any())

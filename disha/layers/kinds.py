@@ -1,0 +1,199 @@
+"""Which weights of a module can be adapted, and what their layouts are: declared, never guessed.
+
+To add a kind of layer: `register_layer_kind(MyLayer, {"weight": "out in"})`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disha.effective import register_grouped_product
+from disha.errors import ArgumentTypeError
+from disha.functional import Layout, layout_of
+from disha.layers.adapted import AdaptedLayer
+from disha.layers.blocks import Slot
+from disha.layers.opaque import opaque_slot
+
+__all__ = ["LAYER_KINDS", "declared_slots", "kind_of", "matrix_parameters", "register_layer_kind"]
+
+Kind = Callable[[Any], Iterable[Slot]]
+"""Module -> its weights."""
+
+
+def slot_of(parameter: str, layout: Layout) -> Slot:
+    """Return the slot of a whole parameter."""
+    lookup_or_conv = layout.has_kernel or layout.pattern == "index out"
+    name = "" if parameter == "weight" else parameter
+    return Slot(name, parameter, layout, linear=not lookup_or_conv)
+
+
+def _declared(layouts: Mapping[str, Layout]) -> Kind:
+    """Return the kind of modules that have these parameters."""
+
+    def kind(module: nn.Module) -> list[Slot]:
+        return [slot_of(name, layout) for name, layout in layouts.items()]
+
+    return kind
+
+
+def _embedding(module: Any) -> list[Slot]:
+    return [slot_of("weight", Layout("index out", padding_idx=module.padding_idx))]
+
+
+def _transposed_conv(module: Any) -> list[Slot]:
+    return [slot_of("weight", Layout("in out *kernel", groups=module.groups))]
+
+
+def _recurrent(module: Any) -> list[Slot]:
+    """`nn.RNN`, `nn.LSTM`, `nn.GRU` and their cells: each gate stack is one matrix."""
+    weights = [name for name in module._parameters if name.startswith("weight_")]
+    return [slot_of(name, Layout("out in")) for name in weights]
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+"""What targets and files call the rows of q, k and v of a packed weight."""
+
+
+def _attention(module: Any) -> list[Slot]:
+    """`nn.MultiheadAttention`: q, k and v, packed in one weight or each on its own."""
+    width, layout = module.embed_dim, Layout("out in")
+    if not module._qkv_same_embed_dim:
+        return [Slot(name, f"{name}_weight", layout, linear=True) for name in PROJECTIONS]
+    rows = [((i * width, (i + 1) * width),) for i in range(len(PROJECTIONS))]
+    return [
+        Slot(name, "in_proj_weight", layout, rows=own, linear=True)
+        for name, own in zip(PROJECTIONS, rows, strict=True)
+    ]
+
+
+def _experts(module: Any) -> list[Slot]:
+    """Experts of transformers that say themselves how their weights are laid out."""
+    layout = Layout("expert in out" if module.is_transposed else "expert out in")
+    fallback = getattr(getattr(torch.ops, "transformers", None), "grouped_mm_fallback", None)
+    if fallback is not None:
+        register_grouped_product(fallback)
+    stacks = [n for n, p in module._parameters.items() if p is not None and p.dim() == 3]
+    return [slot_of(name, layout) for name in stacks]
+
+
+_LINEAR, _CONV = (
+    _declared({"weight": Layout("out in")}),
+    _declared({"weight": Layout("out in *kernel")}),
+)
+LAYER_KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: _LINEAR,
+    nn.Bilinear: _declared({"weight": Layout("expert out in")}),
+    nn.Embedding: _embedding,
+    nn.EmbeddingBag: _embedding,
+    nn.Conv1d: _CONV,
+    nn.Conv2d: _CONV,
+    nn.Conv3d: _CONV,
+    nn.ConvTranspose1d: _transposed_conv,
+    nn.ConvTranspose2d: _transposed_conv,
+    nn.ConvTranspose3d: _transposed_conv,
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _recurrent,
+    nn.MultiheadAttention: _attention,
+}
+"""Class -> the kind of its instances, and of its subclasses."""
+
+_STEP3 = "transformers.models.step3p7.modeling_step3p7"
+_IN_OUT_STACK = {"gate_up_proj": "expert in out", "down_proj": "expert in out"}
+_OUT_IN_STACK = {"gate_up_proj": "expert out in", "down_proj": "expert out in"}
+FOREIGN_KINDS: dict[tuple[str, str], Mapping[str, str]] = {
+    ("transformers.pytorch_utils", "Conv1D"): {"weight": "in out"},
+    ("transformers.models.llama4.modeling_llama4", "Llama4TextExperts"): _IN_OUT_STACK,
+    ("transformers.models.longcat_flash.modeling_longcat_flash", "LongcatFlashExperts"): (
+        _OUT_IN_STACK
+    ),
+    (_STEP3, "Step3p7Experts"): _OUT_IN_STACK,
+    ("transformers.models.jetmoe.modeling_jetmoe", "JetMoeParallelExperts"): {
+        "weight": "expert out in"
+    },
+    ("transformers.models.granitemoe.modeling_granitemoe", "GraniteMoeParallelExperts"): {
+        "weight": "expert out in"
+    },
+    ("torch_geometric.nn.dense.linear", "Linear"): {"weight": "out in"},
+    ("torch_geometric.nn.dense.linear", "HeteroLinear"): {"weight": "expert in out"},
+}
+"""Classes of other libraries, by module and name, so that they need not be imported here."""
+
+
+def register_layer_kind(cls: type[nn.Module], layouts: Mapping[str, str]) -> None:
+    """Teach disha which parameters of a class can be adapted, and how they are laid out.
+
+    Args:
+        cls: the class of the layers; its subclasses count as well.
+        layouts: parameter name -> layout, such as `{"weight": "out in"}`.
+
+    Raises:
+        ArgumentTypeError: `cls` is no class of modules, or `layouts` no mapping of names.
+        ArgumentError: a layout is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> class Mixer(nn.Module):
+        ...     def __init__(self, size):
+        ...         super().__init__()
+        ...         self.mix = nn.Parameter(torch.eye(size))
+        ...
+        ...     def forward(self, x):
+        ...         return x @ self.mix
+        >>> disha.register_layer_kind(Mixer, {"mix": "in out"})
+        >>> model = disha.inject_adapters(nn.Sequential(Mixer(6)), "all-linear", r=4)
+        >>> [tuple(block.shape) for block in disha.adapter_parameters(model)]
+        [(4, 6)]
+    """
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise ArgumentTypeError(f"cls must be a class of nn.Modules, got {cls!r}")
+    if not isinstance(layouts, Mapping) or not all(isinstance(name, str) for name in layouts):
+        raise ArgumentTypeError(
+            f"layouts must be a dict of parameter name -> layout, got {layouts!r}"
+        )
+    LAYER_KINDS[cls] = _declared({name: layout_of(layout) for name, layout in layouts.items()})
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """Return the kind of a module, or None where nothing declares its weights."""
+    original = type(module)
+    if isinstance(module, AdaptedLayer):
+        original = module.original_class
+    for cls in original.__mro__:
+        if cls in LAYER_KINDS:
+            return LAYER_KINDS[cls]
+        foreign = FOREIGN_KINDS.get((cls.__module__, cls.__qualname__))
+        if foreign is not None:
+            return _declared({name: layout_of(layout) for name, layout in foreign.items()})
+    says = all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias"))
+    return _experts if says else None
+
+
+def declared_slots(module: nn.Module) -> list[Slot]:
+    """Return the weights of a module whose layouts are known.
+
+    Args:
+        module: the module, adapted already or not yet.
+    """
+    slot = opaque_slot(module)
+    if slot is not None:
+        return [slot]
+    kind = kind_of(module)
+    return [] if kind is None else list(kind(module))
+
+
+def matrix_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters that are matrices or stacks of them."""
+    return [
+        name
+        for name, parameter in module._parameters.items()
+        if isinstance(parameter, Tensor)
+        and not isinstance(parameter, torch.nn.parameter.UninitializedParameter)
+        and parameter.dim() >= 2
+        and parameter.is_floating_point()
+    ]

@@ -1,0 +1,877 @@
+"""Mixtures of experts whose weights are stacks: models of transformers, tiny and random.
+
+Everything is held against dense weights that the loops of `tests.reference` merge, one expert after
+another, into the plain model. Each model runs in every implementation of its experts:
+
+- eager: a loop over the experts that were chosen, a product with one matrix of the stack each;
+- batched_mm: a matrix of the stack for each token;
+- grouped_mm: tokens in the order of their experts, one grouped product.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+
+import disha
+from benchmarks.memory import kept_bytes
+from disha import functional
+from disha.functional import updates
+from disha.functional.methods import METHODS as TABLE
+from disha.layers import AdaptedLayer
+from tests import reference
+from tests.conftest import assert_unchanged, perturb, snapshot
+
+WIDTH, INNER, EXPERTS, VOCABULARY = 16, 8, 4, 32
+TOKENS = (2, 16)
+ONLY_EXPERTS = r"experts\.(gate_up|down)_proj$"
+
+METHODS: dict[str, dict[str, Any]] = {
+    "bone": {"r": 3},  # rows of 12 bytes, while grouped products want multiples of 16
+    "tile": {"r": 4, "r_out": 4},
+    "bat": {"r": 3, "method": "bat"},
+}
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+
+def mixtral(width: int, inner: int) -> tuple[str, str, dict[str, Any]]:
+    sizes = {"intermediate_size": inner, "num_local_experts": EXPERTS, "head_dim": 8}
+    return "MixtralForCausalLM", "MixtralConfig", sizes
+
+
+def qwen3_moe(width: int, inner: int) -> tuple[str, str, dict[str, Any]]:
+    sizes = {"moe_intermediate_size": inner, "num_experts": EXPERTS, "head_dim": 8}
+    return "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**sizes, "norm_topk_prob": True}
+
+
+def gpt_oss(width: int, inner: int) -> tuple[str, str, dict[str, Any]]:
+    """Experts with biases, and weights that keep their inputs first.
+
+    Biases are stacks of vectors, and so count as matrix parameters that nothing reaches. Wide
+    heads keep their share as small as it is in the real model.
+    """
+    sizes = {"intermediate_size": inner, "num_local_experts": EXPERTS, "head_dim": 2 * width}
+    ropes = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    return "GptOssForCausalLM", "GptOssConfig", {**sizes, **ropes, "sliding_window": 8}
+
+
+def deepseek_v3(width: int, inner: int) -> tuple[str, str, dict[str, Any]]:
+    """A dense layer, then one of routed experts and a shared one."""
+    sizes = {
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "intermediate_size": width,
+        "moe_intermediate_size": inner,
+        "n_shared_experts": 1,
+        "n_routed_experts": EXPERTS,
+        "n_group": 2,
+        "topk_group": 2,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    return "DeepseekV3ForCausalLM", "DeepseekV3Config", sizes
+
+
+def olmoe(width: int, inner: int) -> tuple[str, str, dict[str, Any]]:
+    return "OlmoeForCausalLM", "OlmoeConfig", {"intermediate_size": inner, "num_experts": EXPERTS}
+
+
+def llama4(width: int, inner: int) -> tuple[str, str, dict[str, Any]]:
+    """Experts that say nothing of their layout, and a router that is a linear layer."""
+    sizes = {
+        "intermediate_size": inner,
+        "intermediate_size_mlp": width,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 8,
+        "head_dim": 8,
+    }
+    return "Llama4ForCausalLM", "Llama4TextConfig", sizes
+
+
+MODELS = {
+    "Mixtral": mixtral,
+    "Qwen3-MoE": qwen3_moe,
+    "GPT-OSS": gpt_oss,
+    "DeepSeek-V3": deepseek_v3,
+    "OLMoE": olmoe,
+    "Llama-4": llama4,
+}
+INPUTS_FIRST = ("GPT-OSS", "Llama-4")
+"""Models whose experts are laid out as "expert in out"; those of all others are "expert out in"."""
+
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+RUNS = [
+    (name, implementation)
+    for name in MODELS
+    for implementation in (IMPLEMENTATIONS if name != "Llama-4" else ("eager",))
+]
+CASES = [(name, implementation, method) for name, implementation in RUNS for method in METHODS]
+
+
+def build(
+    name: str, implementation: str, *, width: int = WIDTH, inner: int = INNER, **more: Any
+) -> nn.Module:
+    """Return a model whose every parameter is random, in evaluation mode."""
+    model, config, sizes = MODELS[name](width, inner)
+    torch.manual_seed(0)
+    built = getattr(transformers, model)._from_config(
+        getattr(transformers, config)(**{**COMMON, "hidden_size": width, **sizes, **more}),
+        attn_implementation="eager",
+        dtype=torch.float32,
+        **({} if name == "Llama-4" else {"experts_implementation": implementation}),
+    )
+    with torch.no_grad():
+        for key, parameter in built.named_parameters():
+            if parameter.dim() < 2:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+                continue
+            routes = key.endswith(("gate.weight", "router.weight"))
+            size = 2.0 if routes else 0.7
+            parameter.copy_(torch.randn_like(parameter) * size / parameter.shape[-1] ** 0.5)
+    return built.eval()
+
+
+@functools.cache
+def _built(name: str, implementation: str) -> nn.Module:
+    return build(name, implementation)
+
+
+def plain(name: str, implementation: str) -> nn.Module:
+    return copy.deepcopy(_built(name, implementation))
+
+
+def adapted(name: str, implementation: str, method: str, **options: Any) -> nn.Module:
+    model = plain(name, implementation)
+    disha.inject_adapters(model, "all-linear", **METHODS[method], **options)
+    perturb(model, size=0.2)
+    return model
+
+
+def tokens() -> Tensor:
+    return torch.randint(VOCABULARY, TOKENS, generator=torch.Generator().manual_seed(5))
+
+
+def logits(model: nn.Module) -> Tensor:
+    output: Tensor = model(input_ids=tokens(), use_cache=False).logits
+    return output
+
+
+def cotangent(output: Tensor) -> Tensor:
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(6))
+
+
+def gradients(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
+    """Return the gradient of every block, by its name in a state dict."""
+    blocks = block_parameters(model, adapter)
+    output = logits(model)
+    found = torch.autograd.grad((output * cotangent(output)).sum(), list(blocks.values()))
+    return dict(zip(blocks, found, strict=True))
+
+
+def block_parameters(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
+    """Return the name of a weight -> its block, of the active or a named adapter."""
+    blocks = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdaptedLayer):
+            for (own, weight), block in layer.disha.blocks().items():
+                if own == (adapter or "default"):
+                    blocks[f"{name}.{weight or 'weight'}".removeprefix(".")] = block.block
+    return blocks
+
+
+def stacks(blocks: dict[str, Any]) -> dict[str, Any]:
+    return {name: block for name, block in blocks.items() if ".experts." in name}
+
+
+# --- the oracle ----------------------------------------------------------------------------------
+
+
+def dense_weight(weight: Tensor, block: Tensor, inputs_first: bool, scale: float = 1.0) -> Tensor:
+    """Return W + s dW by the loops of the reference: one matrix, or one expert after another."""
+    if weight.dim() == 2:
+        return reference.merged_weight(weight, [(block, scale)])
+    matrices = [matrix.T if inputs_first else matrix for matrix in weight]
+    merged = [
+        reference.merged_weight(matrix, [(own, scale)])
+        for matrix, own in zip(matrices, block, strict=True)
+    ]
+    return torch.stack([matrix.T if inputs_first else matrix for matrix in merged])
+
+
+@functools.cache
+def oracle(name: str, method: str, seed: int = 0) -> dict[str, Any]:
+    """Return what the plain model gives with dense merged weights, and gradients of the blocks."""
+    source = plain(name, "eager")
+    disha.inject_adapters(source, "all-linear", **METHODS[method])
+    perturb(source, seed=seed, size=0.2)
+    model = plain(name, "eager").requires_grad_(False)
+    blocks, merged = {}, {}
+    for key, block in block_parameters(source).items():
+        parameter = model.get_parameter(key)
+        blocks[key] = block.detach().double().requires_grad_()
+        inputs_first = name in INPUTS_FIRST
+        merged[key] = dense_weight(parameter.detach().double(), blocks[key], inputs_first)
+        parameter.copy_(merged[key]) if parameter.requires_grad else parameter.data.copy_(
+            merged[key].detach()
+        )
+        parameter.requires_grad_()
+    output = logits(model)
+    weights = [model.get_parameter(key) for key in blocks]
+    reached = torch.autograd.grad((output * cotangent(output)).sum(), weights)
+    found = torch.autograd.grad(
+        list(merged.values()), list(blocks.values()), [one.double() for one in reached]
+    )
+    return {
+        "logits": output.detach(),
+        "weights": {key: value.detach() for key, value in merged.items()},
+        "gradients": {key: value.float() for key, value in zip(blocks, found, strict=True)},
+    }
+
+
+def close(actual: Tensor, expected: Tensor, limit: float = 2e-5) -> None:
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all()
+    largest = max(1.0, float(expected.detach().abs().max()))
+    difference = float((actual.detach() - expected.detach()).abs().max())
+    assert difference <= limit * largest, f"{difference:.1e} of {largest:.1e}"
+
+
+def all_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        close(actual[key], value, 5e-5)
+
+
+@pytest.fixture
+def dense(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of all weights for which a dense W + dW, or dW itself, has been computed."""
+    computed: list[tuple[int, ...]] = []
+    original = functional.effective_weight
+
+    def effective_weight(weight: Tensor, layout: Any, some: Any) -> Tensor:
+        if some:
+            computed.append(tuple(weight.shape))
+        return original(weight, layout, some)
+
+    monkeypatch.setattr(functional, "effective_weight", effective_weight)
+    monkeypatch.setattr(updates, "effective_weight", effective_weight)
+    for method in TABLE.values():
+        delta = type(method).delta
+
+        def counted(
+            self: Any, block: Tensor, geometry: Any, matrices: Any, delta: Any = delta
+        ) -> Tensor:
+            computed.append(tuple(block.shape))
+            return delta(self, block, geometry, matrices)
+
+        monkeypatch.setattr(type(method), "delta", counted)
+    return computed
+
+
+# --- every model, implementation and method ------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_all_linear_reaches_what_is_not_an_embedding(name: str, method: str) -> None:
+    model = build(name, "eager", width=64, inner=64)
+    disha.inject_adapters(model, "all-linear", **METHODS[method])
+    looked_up = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    sizes = {
+        key.replace(".disha", ""): parameter.numel()
+        for key, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and id(parameter) not in looked_up and "_block" not in key
+    }
+    reached = block_parameters(model)
+    assert sum(sizes[key] for key in reached) >= 0.99 * sum(sizes.values())
+    missed = sizes.keys() - reached.keys()
+    assert all(key.endswith(("gate.weight", "router.weight", "_bias")) for key in missed), missed
+
+
+@pytest.mark.parametrize(("name", "implementation", "method"), CASES)
+class TestExperts:
+    def test_injection_changes_no_bit(self, name, implementation, method):
+        model = plain(name, implementation)
+        with_gradients = logits(model)
+        with torch.no_grad():
+            without = logits(model)
+        disha.inject_adapters(model, "all-linear", **METHODS[method])
+        assert len(stacks(block_parameters(model))) == 2
+        assert torch.equal(logits(model), with_gradients)
+        with torch.no_grad():
+            assert torch.equal(logits(model), without)
+
+    def test_output_and_gradients_are_those_of_dense_weights(
+        self, name, implementation, method, dense
+    ):
+        model = adapted(name, implementation, method)
+        expected = oracle(name, method)
+        dense.clear()
+        close(logits(model), expected["logits"])
+        found = gradients(model)
+        assert dense == []
+        all_close(found, expected["gradients"])
+        with torch.inference_mode():
+            close(logits(model), expected["logits"])
+        assert dense == []
+        assert (logits(model) - logits(plain(name, implementation))).abs().max() > 1e-2
+
+    def test_every_experts_block_moves(self, name, implementation, method):
+        model = plain(name, implementation)
+        disha.inject_adapters(model, "all-linear", **METHODS[method])
+        model.train()
+        base = {
+            key: value.clone() for key, value in model.state_dict().items() if "_block" not in key
+        }
+        optimizer = torch.optim.Adam(disha.adapter_parameters(model), lr=1e-3)
+        routed = {
+            key: torch.zeros(EXPERTS, dtype=torch.bool) for key in stacks(block_parameters(model))
+        }
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+            loss.backward()
+            for key, block in stacks(block_parameters(model)).items():
+                routed[key] |= block.grad.flatten(1).any(1)
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        for key, block in block_parameters(model).items():
+            sizes = block.detach().abs()
+            assert sizes.max() > 1e-4, key
+            if key in routed:
+                assert routed[key].all(), key
+                assert (sizes.flatten(1).amax(1) > 1e-4).all(), key
+        after = model.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in base.items())
+
+    def test_merged_is_unmerged_and_comes_back_bit_for_bit(self, name, implementation, method):
+        model = adapted(name, implementation, method)
+        expected, before = logits(model), snapshot(model)
+        disha.merge_adapters(model)
+        close(logits(model), expected)
+        for key, weight in oracle(name, method)["weights"].items():
+            close(model.get_parameter(key), weight.float(), 1e-6)
+        disha.unmerge_adapters(model)
+        assert_unchanged(model, before)
+        assert torch.equal(logits(model), expected)
+
+    def test_file_into_a_fresh_base_gives_equal_outputs(
+        self, name, implementation, method, tmp_path
+    ):
+        model = adapted(name, implementation, method)
+        disha.save_adapter(model, tmp_path / "a")
+        fresh = plain(name, implementation)
+        disha.load_adapter(fresh, tmp_path / "a")
+        assert torch.equal(logits(fresh), logits(model))
+
+    def test_two_adapters(self, name, implementation, method, dense):
+        model = plain(name, implementation)
+        base = logits(model)
+        for adapter in ("default", "b"):
+            disha.inject_adapters(model, "all-linear", adapter=adapter, **METHODS[method])
+        first, second = oracle(name, method), oracle(name, method, seed=1)
+        for adapter, seed in (("default", 0), ("b", 1)):
+            source = plain(name, implementation)
+            disha.inject_adapters(source, "all-linear", **METHODS[method])
+            perturb(source, seed=seed, size=0.2)
+            with torch.no_grad():
+                for key, block in block_parameters(source).items():
+                    block_parameters(model, adapter)[key].copy_(block)
+
+        disha.set_active_adapters(model, ["default", "b"])
+        together = logits(model)
+        disha.set_active_adapters(model, "b")
+        close(logits(model), second["logits"])
+        disha.set_active_adapters(model, "default")
+        close(logits(model), first["logits"])
+        with disha.adapters_disabled(model):
+            assert torch.equal(logits(model), base)
+        close(logits(model), first["logits"])
+
+        both = plain(name, implementation)
+        with torch.no_grad():
+            for key, weight in first["weights"].items():
+                parameter = both.get_parameter(key)
+                parameter.copy_(weight + second["weights"][key] - parameter.double())
+        close(together, logits(both))
+
+
+# --- one layer of experts ------------------------------------------------------------------------
+
+
+def block_of(model: nn.Module) -> nn.Module:
+    """Return the last layer's routers and experts."""
+    layer = model.model.layers[-1]
+    found: nn.Module = layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp
+    return found
+
+
+def hidden(dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(*TOKENS, WIDTH, generator=generator).to(dtype)
+
+
+def routes() -> tuple[Tensor, Tensor]:
+    """Return which experts each token goes to, all but the last in use, and by which weights."""
+    generator = torch.Generator().manual_seed(8)
+    scores = torch.rand(TOKENS[0] * TOKENS[1], EXPERTS - 1, generator=generator)
+    weights, chosen = scores.topk(2)
+    return chosen, weights
+
+
+def run_experts(experts: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    chosen, weights = routes()
+    output: Tensor = experts(hidden(dtype).flatten(0, 1), chosen, weights.to(dtype))
+    return output
+
+
+def dense_experts(name: str, experts: nn.Module) -> nn.Module:
+    """Return the plain eager experts with the dense merged weights of adapted ones."""
+    merged = copy.deepcopy(block_of(_built(name, "eager")).experts)
+    for key in ("gate_up_proj", "down_proj"):
+        block = experts.disha["default"][key].block
+        weight = merged.get_parameter(key)
+        inputs_first = name in INPUTS_FIRST
+        weight.data = dense_weight(weight.detach().double(), block.detach().double(), inputs_first)
+        weight.data = weight.data.float()
+    return merged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"r": r} for r in (1, 2, 5, 8)),
+        {"r": 3, "r_out": 2},
+        {"r": 5, "r_out": 8},
+        *({"r": r, "method": "bat"} for r in (1, 5, 8)),
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_every_rank_and_dtype(name, implementation, dtype, options):
+    """Grouped products want rows of a multiple of 16 bytes, and blocks have rows of any size."""
+    experts = block_of(plain(name, implementation)).experts.to(dtype)
+    disha.inject_adapters(experts, "all-linear", **options)
+    perturb(experts, size=0.2)
+    output = run_experts(experts, dtype)
+    assert output.dtype == dtype
+    limit = 2e-5 if dtype == torch.float32 else 4e-2
+    close(output.float(), run_experts(dense_experts(name, experts)), limit)
+    output.float().square().sum().backward()
+    for block in disha.adapter_parameters(experts):
+        size = block.grad.flatten(1).abs().amax(1)
+        assert block.grad.isfinite().all()
+        assert (size[:-1] > 0).all()
+        assert size[-1] == 0  # the expert that no token goes to
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_matrix_for_each_token(method):
+    """Indices in any order, negative ones too; second derivatives; autocast; cut off by detach."""
+    experts = nn.Module()
+    experts.weight = nn.Parameter(torch.randn(3, 8, 10, dtype=torch.float64))
+    disha.inject_adapters(experts, "", layouts={"^$": "expert out in"}, **METHODS[method])
+    perturb(experts)
+    (block,) = disha.adapter_parameters(experts)
+    own = block.detach().clone().requires_grad_()
+    merged = dense_weight(experts.base_weight.detach(), own, inputs_first=False)
+    x = torch.randn(5, 10, 1, dtype=torch.float64, requires_grad=True)
+    for index in (torch.tensor([2, 0, -1, 2, 1]), torch.tensor([1, 1, -3, 0, 2])):
+        actual, expected = experts.weight[index] @ x, merged[index] @ x
+        close(actual, expected, 1e-12)
+        first, wanted = (
+            torch.autograd.grad(output.square().sum(), [x, one], create_graph=True)
+            for output, one in ((actual, block), (expected, own))
+        )
+        close(first[0], wanted[0], 1e-12)
+        close(first[1], wanted[1], 1e-12)
+        second, wanted_second = (
+            torch.autograd.grad(sum(part.square().sum() for part in parts), one, retain_graph=True)
+            for parts, one in ((first, block), (wanted, own))
+        )
+        close(second[0], wanted_second[0], 1e-12)
+        twice = torch.tensor([4, 0, 0])
+        close(experts.weight[index][twice] @ x[:3], merged[index][twice] @ x[:3], 1e-12)
+        frozen = experts.weight[index].detach() @ x
+        assert torch.autograd.grad(frozen.sum(), block, allow_unused=True) == (None,)
+
+    experts.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = experts.weight[index] @ x.detach().float()
+    assert output.dtype == torch.bfloat16
+    close(output.float(), expected.float(), 4e-2)
+    (gradient,) = torch.autograd.grad(output.sum(), block)
+    close(gradient, torch.autograd.grad((merged[index] @ x).sum(), own)[0].float(), 4e-2)
+
+
+DROPPED = [(*run, method) for run in RUNS if run[0] in ("Mixtral", "Llama-4") for method in METHODS]
+
+
+@pytest.mark.parametrize(("name", "implementation", "method"), DROPPED)
+def test_dropout_meets_the_inputs_of_updates_alone(name, implementation, method, monkeypatch):
+    model = plain(name, implementation)
+    disha.inject_adapters(model, ONLY_EXPERTS, dropout=0.5, **METHODS[method])
+    perturb(model, size=0.2)
+    expected = logits(model)
+    model.train()
+    torch.manual_seed(0)
+    dropped = logits(model)
+    assert (dropped - expected).abs().max() > 1e-3
+    torch.manual_seed(0)
+    assert torch.equal(logits(model), dropped)
+    assert all(gradient.any() for gradient in gradients(model).values())
+
+    # A dropout that doubles all inputs acts like twice the scale; one that zeroes them, like none.
+    monkeypatch.setattr(updates, "F", SimpleNamespace(**{**vars(F), "dropout": lambda x, p: 2 * x}))
+    doubled = logits(model)
+    monkeypatch.setattr(updates, "F", SimpleNamespace(**{**vars(F), "dropout": lambda x, p: 0 * x}))
+    close(logits(model), logits(plain(name, implementation)))
+    monkeypatch.undo()
+    model.eval()
+    close(logits(model), expected)
+    disha.set_adapter_scale(model, 2.0)
+    close(logits(model), doubled)
+
+
+@pytest.mark.parametrize("target", ["all-linear", ONLY_EXPERTS], ids=["all", "experts"])
+@pytest.mark.parametrize(("name", "implementation"), RUNS)
+def test_samples_are_not_routed_through_experts(name, implementation, target):
+    model = plain(name, implementation)
+    for adapter in ("a", "b"):
+        disha.inject_adapters(model, target, 2, adapter=adapter, init="kaiming")
+    expected, before = logits(model), snapshot(model)
+    routed = disha.route_adapters(model, ["a", "b"])
+    with pytest.raises(disha.DishaError, match=r"experts"), routed:
+        logits(model)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(("name", "implementation"), RUNS)
+def test_generation(name, implementation):
+    model = adapted(name, implementation, "bone")
+    prompt = tokens()[:, :5]
+
+    def generate() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            made = model.generate(
+                prompt,
+                max_new_tokens=4,
+                do_sample=False,
+                use_cache=True,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        return made.sequences, torch.stack(made.logits)
+
+    sequences, steps = generate()
+    disha.merge_adapters(model)
+    merged_sequences, merged_steps = generate()
+    assert torch.equal(sequences, merged_sequences)
+    close(steps, merged_steps)
+    disha.unmerge_adapters(model)
+    with torch.no_grad():  # what the cache holds is what one pass over all tokens gives
+        whole = model(input_ids=sequences[:, :-1]).logits[:, -4:]
+    close(steps, whole.transpose(0, 1), 1e-4)
+
+
+# --- compiled ------------------------------------------------------------------------------------
+
+WHOLE_GRAPHS = [run for run in RUNS if run[1] != "eager" or run[0] == "Llama-4"]
+"""The runs whose plain experts compile as one graph: a loop over the chosen experts does not."""
+COMPILED = [
+    *(("Mixtral", implementation, "bone") for implementation in IMPLEMENTATIONS),
+    *(("GPT-OSS", implementation, "bone") for implementation in IMPLEMENTATIONS),
+    *((name, "batched_mm", "bat") for name in ("Mixtral", "GPT-OSS")),
+    ("Mixtral", "grouped_mm", "tile"),
+    ("Mixtral", "grouped_mm", "bat"),
+    *(("Llama-4", "eager", method) for method in METHODS),
+]
+
+
+@pytest.mark.parametrize(("name", "implementation", "method"), COMPILED)
+def test_compiled_experts(name, implementation, method):
+    """Equal to eager ones; neither scale nor switching nor disabling compiles again."""
+    experts = block_of(plain(name, implementation)).experts
+    for adapter in ("a", "b"):
+        disha.inject_adapters(experts, "all-linear", adapter=adapter, **METHODS[method])
+    perturb(experts, size=0.2)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    whole = (name, implementation) in WHOLE_GRAPHS
+    compiled = torch.compile(experts, backend=counter, fullgraph=whole)
+
+    def run(module: nn.Module) -> Tensor:
+        if name == "Llama-4":
+            output: Tensor = module(hidden().flatten(0, 1))
+            return output
+        return run_experts(module)
+
+    def check() -> Tensor:
+        output, expected = run(compiled), run(experts)
+        close(output, expected)
+        return output.detach()
+
+    weight = cotangent(run(experts))
+    blocks = list(disha.adapter_parameters(experts, "b"))
+    found = torch.autograd.grad((run(compiled) * weight).sum(), blocks)
+    frames = counter.frame_count
+    assert frames == 1 or not whole
+    expected = torch.autograd.grad((run(experts) * weight).sum(), blocks)
+    for actual, wanted in zip(found, expected, strict=True):
+        close(actual, wanted)
+    outputs = [check()]
+    for adapter in ("a", "b"):
+        disha.set_adapter_scale(experts, 0.3, adapter)
+        disha.set_active_adapters(experts, adapter)
+        outputs.append(check())
+    disha.set_active_adapters(experts, "a")
+    outputs.append(check())
+    with disha.adapters_disabled(experts):
+        outputs.append(check())
+    assert counter.frame_count == frames
+    assert torch.equal(outputs[1], outputs[3])
+    for one, other in ((0, 1), (1, 2), (3, 4)):
+        assert (outputs[one] - outputs[other]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"), [("Mixtral", "grouped_mm"), ("Llama-4", "eager")]
+)
+def test_compiled_model(name, implementation):
+    model = adapted(name, implementation, "bone")
+    expected = gradients(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    output = compiled(input_ids=tokens(), use_cache=False).logits
+    close(output, oracle(name, "bone")["logits"])
+    found = torch.autograd.grad(
+        (output * cotangent(output)).sum(), list(block_parameters(model).values())
+    )
+    all_close(dict(zip(expected, found, strict=True)), expected)
+
+
+# --- experts that do not say how they are laid out -----------------------------------------------
+
+
+class ParallelExperts(nn.Module):
+    """Experts as JetMoe has them: tokens in the order of their experts, and how many each gets."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, outputs, inputs))
+
+    def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
+        parts = x.split(sizes, dim=0)
+        products = [F.linear(part, self.weight[i]) for i, part in enumerate(parts)]
+        return torch.cat(products, dim=0)
+
+
+class EinsumExperts(nn.Module):
+    """Experts that no rule takes apart: each product needs the dense weight of its expert."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(experts, inputs, outputs))
+
+    def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
+        parts = x.split(sizes, dim=0)
+        weights = self.kernel.unbind(0)
+        return torch.cat(
+            [torch.einsum("ni,io->no", *pair) for pair in zip(parts, weights, strict=True)]
+        )
+
+
+def jet_moe(experts: int, inputs: int, outputs: int) -> nn.Module:
+    module = JetMoeParallelExperts(experts, inputs, outputs)
+    nn.init.normal_(module.weight)
+    return module
+
+
+UNDECORATED: dict[str, tuple[Callable[..., nn.Module], str, str, dict[str, Any]]] = {
+    "JetMoe": (jet_moe, "weight", "expert out in", {}),
+    "like JetMoe": (
+        ParallelExperts,
+        "weight",
+        "expert out in",
+        {"layouts": {"experts$": "expert out in"}},
+    ),
+    "einsum": (
+        EinsumExperts,
+        "kernel",
+        "expert in out",
+        {"layouts": {r"experts\.kernel$": "expert in out"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", UNDECORATED)
+def test_undecorated_experts(kind, method, tmp_path):
+    make, parameter, pattern, options = UNDECORATED[kind]
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"experts": make(3, 10, 8)})
+    x, sizes = torch.randn(7, 10), [4, 2, 1]
+    base = model["experts"](x, sizes)
+    fresh = copy.deepcopy(model)
+    disha.inject_adapters(model, "experts", **METHODS[method], **options)
+    experts = model["experts"]
+    assert torch.equal(experts(x, sizes), base)
+    perturb(model)
+    (block,) = disha.adapter_parameters(model)
+    own = block.detach().clone().requires_grad_()
+    weight = fresh["experts"].get_parameter(parameter).detach()
+    merged = dense_weight(weight, own, inputs_first=pattern == "expert in out")
+    matrices = merged if pattern == "expert in out" else merged.mT
+    expected = torch.cat([part @ w for part, w in zip(x.split(sizes), matrices, strict=True)])
+    output, direction = experts(x, sizes), torch.randn(7, 8)
+    close(output, expected)
+    (output * direction).sum().backward()
+    (expected * direction).sum().backward()
+    close(block.grad, own.grad)
+    disha.save_adapter(model, tmp_path / "a")
+    disha.load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(fresh["experts"](x, sizes), output)
+    disha.merge_adapters(model)
+    close(experts(x, sizes), expected)
+    close(experts.get_parameter(parameter), merged, 1e-6)
+    disha.unmerge_adapters(model)
+    assert torch.equal(experts(x, sizes), output)
+
+
+def test_experts_of_unknown_layout_are_named():
+    model = nn.ModuleDict({"experts": ParallelExperts(3, 10, 8), "head": nn.Linear(8, 4)})
+    with pytest.warns(UserWarning, match=r"experts\.weight.*layouts="):
+        disha.inject_adapters(model, ".", 2)
+    model = nn.ModuleDict({"experts": ParallelExperts(3, 10, 8)})
+    with pytest.raises(disha.TargetError, match=r"experts.*layouts="):
+        disha.inject_adapters(model, "experts", 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_router_that_returns_a_tuple(method):
+    """Llama-4's router is a linear layer whose forward chooses experts by what it computes."""
+    model = plain("Llama-4", "eager")
+    router = block_of(model).router
+    assert isinstance(router, nn.Linear)
+    x = hidden().flatten(0, 1)
+    base = router(x)
+    disha.inject_adapters(model, r"\.router$", **METHODS[method])
+    scores, products = router(x)
+    assert torch.equal(scores, base[0])
+    assert torch.equal(products, base[1])
+    optimizer = torch.optim.SGD(disha.adapter_parameters(model), lr=0.02)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+        loss.backward()
+        assert all(block.grad.any() for block in disha.adapter_parameters(model))
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    scores, products = router(x)
+    (block,) = disha.adapter_parameters(model)
+    merged = reference.merged_weight(router.base_weight.detach(), [(block.detach(), 1.0)])
+    close(products, x @ merged.T)
+    disha.merge_adapters(model)
+    close(router(x)[1], products)
+    close(router(x)[0], scores)
+    disha.unmerge_adapters(model)
+    assert torch.equal(router(x)[1], products)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+MEASURED_WIDTH, MEASURED_INNER, MEASURED_EXPERTS, MEASURED_TOKENS = 128, 256, 8, 256
+MEASURED_R, LORA_RANK = 16, 10  # of equal size: r (2 I + H) = rank ((H + 2 I) + (I + H)), I = 2 H
+
+
+def measured(name: str, implementation: str) -> nn.Module:
+    sizes = {"num_local_experts": MEASURED_EXPERTS, "num_experts": MEASURED_EXPERTS}
+    return build(name, implementation, width=MEASURED_WIDTH, inner=MEASURED_INNER, **sizes)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def kept(model: nn.Module, tokens: int = MEASURED_TOKENS) -> int:
+    """Return the bytes kept for the backward of a training step that goes down to the embedding."""
+    for parameter in trainable(model):
+        nn.init.normal_(parameter, std=0.02)
+    model.train()
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    ids = torch.randint(VOCABULARY, (2, tokens // 2))
+    return kept_bytes(model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
+def test_training_keeps_less_than_lora_of_peft(name, implementation):
+    frozen = kept(measured(name, implementation).requires_grad_(False))
+    model = measured(name, implementation)
+    disha.inject_adapters(model, ONLY_EXPERTS, MEASURED_R)
+    config = LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=LORA_RANK,
+        target_modules=[],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    lora = get_peft_model(measured(name, implementation), config)
+    count = sum(parameter.numel() for parameter in trainable(model))
+    assert count == sum(parameter.numel() for parameter in trainable(lora))
+    own = kept(model)
+    assert own <= kept(lora)
+    # What Bone adds: r sums for every input of an expert, and at most one copy of the blocks.
+    sums = 2 * 2 * MEASURED_TOKENS * MEASURED_R * 4
+    assert own - frozen <= sums + count * 4 + 2**14
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bat_keeps_no_dense_weight(name):
+    sizes = {"width": MEASURED_WIDTH, "inner": MEASURED_INNER}
+    tokens = 32  # of which BAT keeps the inputs
+    frozen = kept(build(name, "eager", **sizes).requires_grad_(False), tokens)
+    model = build(name, "eager", **sizes)
+    disha.inject_adapters(model, ONLY_EXPERTS, MEASURED_R, method="bat")
+    stacks = [p for p in model.parameters() if p.dim() == 3 and not p.requires_grad]
+    smallest = min(stack.numel() * stack.element_size() for stack in stacks)
+    assert kept(model, tokens) - frozen < smallest

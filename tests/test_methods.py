@@ -1,0 +1,627 @@
+"""The table of methods and layouts, cell by cell against the loops of reference.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import disha
+from disha import functional
+from disha.errors import ArgumentError, ArgumentTypeError, DishaError
+from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update
+from tests import reference
+
+LAYOUTS = {
+    "linear": (Layout("out in"), (6, 7)),
+    "turned": (Layout("in out"), (7, 6)),
+    "embedding": (Layout("index out"), (7, 6)),
+    "padded embedding": (Layout("index out", padding_idx=2), (7, 6)),
+    "conv1d": (Layout("out in *kernel"), (6, 7, 3)),
+    "conv2d": (Layout("out in *kernel"), (6, 7, 2, 3)),
+    "conv3d": (Layout("out in *kernel"), (6, 5, 2, 1, 2)),
+    "transposed 1d": (Layout("in out *kernel"), (7, 6, 3)),
+    "grouped transposed 1d": (Layout("in out *kernel", groups=2), (14, 6, 2)),
+    "grouped transposed 2d": (Layout("in out *kernel", groups=2), (10, 6, 2, 2)),
+    "transposed 3d": (Layout("in out *kernel"), (7, 6, 2, 1, 2)),
+    "experts": (Layout("expert out in"), (3, 6, 7)),
+    "turned experts": (Layout("expert in out"), (3, 7, 6)),
+}
+"""Layouts of weights with 6 outputs, and 7 or 5 inputs."""
+
+BLOCKS = {
+    "bone r=1": ("bone", 1, None),
+    "bone r=3": ("bone", 3, None),
+    "bone r=5": ("bone", 5, None),
+    "tile r=3": ("bone", 3, 2),
+    "bat r=2": ("bat", 2, None),
+    "bat r=4": ("bat", 4, None),
+}
+"""Method, r and r_out: r divides neither size, or only the outputs."""
+
+ROWS = [(), ((1, 3),), ((0, 2), (3, 5)), ((0, 1), (1, 4))]
+
+on_every_layout = pytest.mark.parametrize("kind", LAYOUTS)
+with_every_block = pytest.mark.parametrize("name", BLOCKS)
+
+
+class Case(NamedTuple):
+    """A weight and a block of it."""
+
+    method: str
+    layout: Layout
+    r: int
+    weight: torch.Tensor
+    block: torch.Tensor
+    rows: functional.Rows
+
+    @property
+    def geometry(self):
+        return self.layout.geometry(self.weight.shape, self.rows)
+
+    @property
+    def delta(self):
+        """DW as the table has it."""
+        return functional.delta_weight(self.method, self.layout, self.block, self.weight, self.rows)
+
+    @property
+    def expected(self):
+        """DW as the loops have it."""
+        layout = self.layout
+        return reference.layout_delta_weight(
+            self.method == "bat", layout.pattern, self.block, self.weight, self.rows,
+            layout.groups, layout.padding_idx,
+        )  # fmt: skip
+
+
+def case_of(kind, name, rows=(), dtype=torch.float64):
+    (layout, shape), (method, r, r_out) = LAYOUTS[kind], BLOCKS[name]
+    weight = torch.randn(shape, dtype=dtype)
+    block = torch.randn(functional.block_shape(method, layout, shape, r, r_out, rows), dtype=dtype)
+    return Case(method, layout, r, weight, block, rows)
+
+
+def test_every_pattern_is_tried():
+    assert {layout.pattern for layout, _ in LAYOUTS.values()} == set(PATTERNS)
+    assert {method for method, _, _ in BLOCKS.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@with_every_block
+@on_every_layout
+def test_the_update_is_that_of_the_loops(kind, name, rows):
+    if BLOCKS[name][2] and sum(stop - first for first, stop in rows) % BLOCKS[name][2]:
+        rows = rows[:1]  # a tile has to divide them
+    case = case_of(kind, name, rows)
+    torch.testing.assert_close(case.delta, case.expected, rtol=1e-12, atol=1e-12)
+    if case.method == "bone":
+        assert torch.equal(case.delta, case.expected)  # only copies
+
+
+@with_every_block
+@on_every_layout
+def test_gradients_are_those_of_the_loops(kind, name):
+    case = case_of(kind, name, ((0, 2), (3, 5)))
+    leaves = [case.block.requires_grad_()]
+    if case.method == "bat":
+        leaves.append(case.weight.requires_grad_())
+    cotangent = torch.randn_like(case.weight)
+    found = torch.autograd.grad(case.delta, leaves, cotangent)
+    expected = torch.autograd.grad(case.expected, leaves, cotangent)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+SHAPES = {
+    "linear": lambda r, out: (r, out),
+    "turned": lambda r, out: (r, out),
+    "embedding": lambda r, out: (r, out),
+    "conv1d": lambda r, out: (out, r, 3),
+    "conv2d": lambda r, out: (out, r, 2, 3),
+    "transposed 1d": lambda r, out: (r, out, 3),
+    "grouped transposed 2d": lambda r, out: (2 * r, out, 2, 2),
+    "experts": lambda r, out: (3, r, out),
+    "turned experts": lambda r, out: (3, r, out),
+}
+STACKS = {
+    "linear": (),
+    "turned": (),
+    "embedding": (),
+    "padded embedding": (),
+    "conv1d": (3,),
+    "conv2d": (2, 3),
+    "conv3d": (2, 1, 2),
+    "transposed 1d": (1, 3),
+    "grouped transposed 1d": (2, 2),
+    "grouped transposed 2d": (2, 2, 2),
+    "transposed 3d": (1, 2, 1, 2),
+    "experts": (3,),
+    "turned experts": (3,),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_shapes_of_bone_blocks(kind):
+    (layout, shape), expected = LAYOUTS[kind], SHAPES[kind]
+    assert functional.block_shape("bone", layout, shape, r=4) == expected(4, 6)
+    assert functional.block_shape("bone", layout, shape, r=4, r_out=3) == expected(4, 3)
+    rows = ((0, 2), (3, 5))
+    assert functional.block_shape("bone", layout, shape, r=4, rows=rows) == expected(4, 4)
+
+
+@on_every_layout
+def test_shapes_of_bat_blocks_have_the_stack_in_front(kind):
+    layout, shape = LAYOUTS[kind]
+    for rows, outputs in (((), 6), (((0, 2), (3, 6)), 5)):
+        found = functional.block_shape("bat", layout, shape, r=4, rows=rows)
+        assert found == (*STACKS[kind], -(-outputs // 4), 4, 4)
+
+
+@with_every_block
+@on_every_layout
+def test_a_kept_block_and_the_methods_own_are_inverse(kind, name):
+    case = case_of(kind, name)
+    own = functional.matrix_block(case.method, case.layout, case.block)
+    assert tuple(own.shape) == METHODS[case.method].shape(case.geometry, *BLOCKS[name][1:])
+    assert torch.equal(functional.kept_block(case.method, case.layout, own), case.block)
+    again = functional.kept_block(case.method, case.layout, own.clone())
+    assert torch.equal(functional.matrix_block(case.method, case.layout, again), own)
+
+
+@with_every_block
+@on_every_layout
+def test_the_stack_is_seen_in_the_shape_of_a_block(kind, name):
+    case = case_of(kind, name)
+    found = functional.stack_of(case.method, case.layout, case.block.shape)
+    assert found == case.geometry.stack == STACKS[kind]
+
+
+@pytest.mark.parametrize("times", [2, 3])
+@with_every_block
+@on_every_layout
+def test_a_wider_block_has_the_same_update(kind, name, times):
+    case = case_of(kind, name)
+    wider = functional.widened(case.method, case.layout, case.block, case.r, times * case.r)
+    if case.method == "bat":
+        assert wider is None
+        return
+    shape = functional.block_shape(
+        case.method, case.layout, case.weight.shape, times * case.r, BLOCKS[name][2]
+    )
+    assert tuple(wider.shape) == shape
+    assert torch.equal(case._replace(block=wider).delta, case.delta)
+
+
+@with_every_block
+def test_a_block_of_its_own_size_stays_and_no_other_multiple_exists(name):
+    case = case_of("grouped transposed 2d", name)
+    args = (case.method, case.layout, case.block, case.r)
+    assert functional.widened(*args, case.r) is case.block
+    if case.r > 1:
+        assert functional.widened(*args, case.r + 1) is None
+
+
+@with_every_block
+@on_every_layout
+def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
+    case = case_of(kind, name)
+    factors = functional.lora_factors(case.method, case.layout, case.block, case.geometry)
+    if case.method == "bat":
+        assert factors is None
+        return
+    a, b = factors
+    outputs, inputs = case.geometry.out_features, case.geometry.in_features
+    assert tuple(a.shape) == (*STACKS[kind], case.r, inputs)
+    assert tuple(b.shape) == (*STACKS[kind], outputs, case.r)
+    assert a.is_contiguous()
+    assert b.is_contiguous()
+    delta = case.layout.matrices(case.delta)
+    if case.layout.padding_idx is not None:
+        assert not delta[..., case.layout.padding_idx].any()
+        a[..., case.layout.padding_idx] = 0.0
+    assert torch.equal(b @ a, delta)  # each column of A has a single 1
+
+
+@on_every_layout
+def test_a_layout_takes_apart_what_it_puts_together(kind):
+    layout, shape = LAYOUTS[kind]
+    weight = torch.randn(shape)
+    matrices, geometry = layout.matrices(weight), layout.geometry(shape)
+    assert tuple(matrices.shape) == (*geometry.stack, geometry.out_features, geometry.in_features)
+    assert torch.equal(layout.weight(matrices), weight)
+    assert layout.shape(geometry) == shape
+    assert layout.misfit(shape) is None
+    turned = layout.turned()
+    if turned is not None:
+        assert torch.equal(turned.matrices(weight.mT), matrices)
+        assert turned.turned() == layout
+    rows = ((0, 2), (3, 5))
+    assert torch.equal(layout.matrices(layout.part(weight, rows)), matrices[..., [0, 1, 3, 4], :])
+    assert layout.part(weight, ()) is weight
+    assert layout.part(weight, ((1, 3),)).data_ptr() == matrices[..., 1:, :].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "says"),
+    [
+        (Layout("out in"), (6,), "shape .6,. does not have the axes 'out in'"),
+        (Layout("out in"), (3, 6, 7), "does not have the axes"),
+        (Layout("expert in out"), (6, 7), "does not have the axes"),
+        (Layout("out in *kernel"), (6, 7), "does not have the axes"),
+        (Layout("in out *kernel", groups=3), (7, 6, 2), "3 groups do not divide its 7"),
+    ],
+)
+def test_why_a_weight_has_not_a_layout(layout, shape, says):
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(layout.misfit(shape))
+
+
+def test_a_layout_is_known_by_its_pattern():
+    assert functional.layout_of("  expert  out in ") == Layout("expert out in")
+    own = Layout("in out *kernel", groups=2)
+    assert functional.layout_of(own) is own
+    with pytest.raises(ArgumentError, match="unknown layout 'out of'; allowed are 'out in', "):
+        functional.layout_of("out of")
+    with pytest.raises(ArgumentTypeError, match="a layout must be a str such as 'out in', got 3"):
+        functional.layout_of(3)
+
+
+CONV = Layout("out in *kernel")
+
+
+@pytest.mark.parametrize(
+    ("layout", "geometry", "r", "r_out", "says"),
+    [
+        (Layout("out in"), Geometry(8, 6), 8, 3, None),
+        (Layout("out in"), Geometry(8, 6), 9, None, "r=9 is larger than in_features=8"),
+        (Layout("in out"), Geometry(8, 6), 2, 4, "r_out=4 does not divide out_features=6"),
+        (Layout("index out"), Geometry(8, 6), 9, None, "r=9 is larger than num_embeddings=8"),
+        (Layout("index out"), Geometry(8, 6), 2, 4, "r_out=4 does not divide embedding_dim=6"),
+        (CONV, Geometry(8, 6, (3,)), 9, None, "r=9 is larger than its 8 input channels per group"),
+        (CONV, Geometry(8, 6, (3,)), 2, 4, "r_out=4 does not divide its 6 output channels"),
+        (Layout("out in"), Geometry(0, 6), 1, None, "its weight is empty"),
+        (Layout("out in"), Geometry(8, 0), 1, None, "its weight is empty"),
+        (Layout("expert out in"), Geometry(8, 6, (0,)), 1, None, "its weight is empty"),
+    ],
+)
+def test_why_a_block_does_not_fit(layout, geometry, r, r_out, says):
+    assert functional.misfit("bone", layout, geometry, r, r_out) == says
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1, -2])
+@pytest.mark.parametrize("rows", [*ROWS, ((4, 6),), ((0, 6),)], ids=str)
+def test_rows_are_taken_and_placed(rows, dim):
+    whole = torch.randn(6, 6)
+    taken = functional.take_rows(whole, rows, dim)
+    chosen = [row for first, stop in rows or ((0, 6),) for row in range(first, stop)]
+    assert torch.equal(taken, whole.index_select(dim, torch.tensor(chosen)))
+    placed = functional.place_rows(taken, rows, 6, dim)
+    expected = torch.zeros(6, 6).index_copy(dim, torch.tensor(chosen), taken)
+    assert torch.equal(placed, expected)
+
+
+@with_every_block
+@on_every_layout
+def test_a_block_of_some_rows_as_one_of_all(kind, name):
+    case, out_features = case_of(kind, name, ((0, 2), (3, 5))), 6
+    update = Update(case.method, case.block, 0.5, rows=case.rows)
+    (wide,) = functional.over_all_rows([update], case.layout, out_features)
+    if case.method == "bat":  # a block of r outputs reaches over the borders of rows
+        assert wide is update
+        return
+    assert wide.rows == ()
+    found = functional.effective_weight(case.weight, case.layout, [wide])
+    torch.testing.assert_close(found, case.weight + 0.5 * case.expected, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_of_different_rows_become_one():
+    layout, blocks = Layout("out in"), torch.randn(3, 2, 2)
+    updates = [
+        Update("bone", block, scale, rows=((2 * i, 2 * i + 2),))
+        for i, (block, scale) in enumerate(zip(blocks, (1.0, 0.5, -2.0), strict=True))
+    ]
+    (one,) = functional.over_all_rows(updates, layout, 6)
+    assert torch.equal(one.block, torch.cat([blocks[0], 0.5 * blocks[1], -2 * blocks[2]], 1))
+    dropping = [updates[0], updates[1]._replace(dropout=0.5), updates[2]]
+    assert len(functional.over_all_rows(dropping, layout, 6)) == 3
+    scaled = [update._replace(scale=torch.tensor(2.0)) for update in updates]
+    assert len(functional.over_all_rows(scaled, layout, 6)) == 1  # a scale goes into the block
+    whole = [updates[0]._replace(rows=(), block=torch.zeros(2, 6), scale=torch.tensor(2.0))]
+    assert len(functional.over_all_rows([*whole, updates[1]], layout, 6)) == 2
+    assert functional.over_all_rows(whole, layout, 6) is whole
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 2), (2, 6), (4, 6), (1, 3), (2, 5), (0, 7), (6, 7)]
+)
+@pytest.mark.parametrize("name", ["bone r=3", "bat r=2"])
+def test_the_block_of_a_slice_of_outputs(name, start, stop):
+    method, r, _ = BLOCKS[name]
+    layout, weight = Layout("out in"), torch.randn(7, 7, dtype=torch.float64)
+    shape = functional.block_shape(method, layout, weight.shape, r)
+    block = torch.randn(shape, dtype=torch.float64)
+    found = METHODS[method].of_rows(block, start, stop, 7)
+    if method == "bat" and (start % r or (stop % r and stop < 7)):
+        assert found is None
+        return
+    whole = functional.delta_weight(method, layout, block, weight)
+    part = functional.delta_weight(method, layout, found, weight[start:stop])
+    torch.testing.assert_close(part, whole[start:stop], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("method", "layout", "block", "weight"),
+    [
+        ("bone", Layout("out in *kernel"), (6, 2, 5), (6, 7, 3)),
+        ("bone", Layout("expert out in"), (2, 2, 6), (3, 6, 7)),
+        ("bone", Layout("out in"), (2, 2, 6), (6, 7)),
+        ("bone", Layout("out in"), (2, 5), (6, 7)),
+        ("bat", Layout("out in *kernel"), (4, 3, 2, 2), (6, 7, 3)),
+        ("bat", Layout("expert out in"), (2, 3, 2, 2), (3, 6, 7)),
+        ("bat", Layout("out in"), (2, 2, 2), (6, 7)),
+    ],
+)
+def test_a_block_of_another_weight_is_refused(method, layout, block, weight):
+    with pytest.raises(ArgumentError, match=r"block .*shape"):
+        functional.delta_weight(method, layout, torch.zeros(block), torch.zeros(weight))
+
+
+# --- a name that the table does not have ---------------------------------------------------------
+
+MATRIX, STACK, INDEX = Layout("out in"), Layout("expert out in"), Layout("index out")
+X, W, D = torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(2, 4)
+STACKED = torch.zeros(2, 3, 8), torch.zeros(2, 4, 8)
+ENDS = torch.tensor([1, 3], dtype=torch.int32)
+
+
+def convolve(x, weight, bias):
+    return nn.functional.conv1d(x, weight, bias)
+
+
+def updated(name):
+    return [Update(name, D)]
+
+
+ASKED: dict[str, Callable[[str], object]] = {
+    "method_of": functional.method_of,
+    "block_shape": lambda name: functional.block_shape(name, MATRIX, (4, 8), 2),
+    "block_shape conv": lambda name: functional.block_shape(name, CONV, (4, 8, 1), 2),
+    "stack_of": lambda name: functional.stack_of(name, MATRIX, (2, 4)),
+    "stack_of conv": lambda name: functional.stack_of(name, CONV, (4, 2, 1)),
+    "misfit": lambda name: functional.misfit(name, MATRIX, Geometry(8, 4), 2),
+    "delta_weight": lambda name: functional.delta_weight(name, MATRIX, D, W),
+    "widened": lambda name: functional.widened(name, MATRIX, D, 2, 4),
+    "widened not": lambda name: functional.widened(name, MATRIX, D, 2, 2),
+    "lora_factors": lambda name: functional.lora_factors(name, MATRIX, D, Geometry(8, 4)),
+    "matrix_block": lambda name: functional.matrix_block(name, CONV, D[..., None]),
+    "kept_block": lambda name: functional.kept_block(name, CONV, D[None]),
+    "effective_weight": lambda name: functional.effective_weight(W, MATRIX, updated(name)),
+    "adapted_linear": lambda name: functional.adapted_linear(X, W, None, updated(name)),
+    "adapted_linear twice": lambda name: functional.adapted_linear(
+        X, W, None, [Update("bone", D), *updated(name)]
+    ),
+    "adapted_linear with dropout": lambda name: functional.adapted_linear(
+        X, W, None, [Update(name, D, dropout=0.5)]
+    ),
+    "adapted_linear in rows": lambda name: functional.adapted_linear(
+        X, W, None, [Update(name, D[:, :1], rows=((0, 1),))]
+    ),
+    "linear_update": lambda name: functional.linear_update(X, W, *updated(name)),
+    "over_all_rows": lambda name: functional.over_all_rows(
+        [Update(name, D[:, :1], rows=((0, 1),))], MATRIX, 4
+    ),
+    "adapted_stack": lambda name: functional.adapted_stack(*STACKED, updated(name)),
+    "adapted_grouped": lambda name: functional.adapted_grouped(
+        torch._grouped_mm, X, STACKED[1], ENDS, updated(name)
+    ),
+    "adapted_conv": lambda name: functional.adapted_conv(
+        convolve, X[..., None], W[..., None], None, CONV, 1, updated(name)
+    ),
+    "conv_update": lambda name: functional.conv_update(
+        convolve, X[..., None], W[..., None], CONV, 1, *updated(name)
+    ),
+    "adapted_lookup": lambda name: functional.adapted_lookup(
+        lambda table: table[ENDS], ENDS, W.T, INDEX, updated(name)
+    ),
+    "lookup_update": lambda name: functional.lookup_update(
+        lambda table: table[ENDS], ENDS, W.T, INDEX, *updated(name)
+    ),
+    "AdapterConfig": lambda name: disha.AdapterConfig(r=2, target=None, method=name),
+    "inject_adapters": lambda name: disha.inject_adapters(nn.Linear(8, 4), "", 2, method=name),
+    "plan_adapters": lambda name: disha.plan_adapters(nn.Linear(8, 4), "", 2, method=name),
+}
+
+
+@pytest.mark.parametrize("function", ASKED)
+def test_an_unknown_method_is_refused_by_the_same_error_everywhere(function):
+    with pytest.raises(ArgumentError) as caught:
+        ASKED[function]("lora")
+    assert str(caught.value) == "unknown method 'lora'; allowed are 'bone', 'bat'"
+
+
+def test_a_method_that_is_no_text_is_refused():
+    with pytest.raises(DishaError, match=r"unknown method \['bone'\]; allowed are 'bone', 'bat'"):
+        functional.method_of(["bone"])
+
+
+# --- a method that nobody has told the library of ------------------------------------------------
+
+
+class Gained(Method):
+    """Bone with a magnitude per output: dW[o, i] = D[i mod r, o] (1 + D[r, o]). Not linear in D."""
+
+    name = "gained"
+
+    def shape(self, geometry, r, r_out):
+        return (*geometry.stack, r + 1, geometry.out_features)
+
+    def delta(self, block, geometry, matrices):
+        assert matrices is None
+        shards, gains = block[..., :-1, :], 1 + block[..., -1:, :]
+        places = torch.arange(geometry.in_features) % shards.shape[-2]
+        return (shards * gains)[..., places, :].mT
+
+
+class Shifted(Method):
+    """W scaled per output: dW[o, i] = D[o] W[o, i]. It reads W, and its block has one axis."""
+
+    name = "shifted"
+    block_axes = 1
+    reads_weight = True
+    linear = True
+
+    def shape(self, geometry, r, r_out):
+        return (*geometry.stack, geometry.out_features)
+
+    def delta(self, block, geometry, matrices):
+        return block.unsqueeze(-1) * matrices
+
+
+def dense_delta(method, layout, block, weight):
+    """The update of one of these methods by loops over elements."""
+    delta = torch.zeros_like(weight)
+    bat_like = method == "shifted" or not layout.has_kernel
+    sizes = reference.matrices(layout.pattern, tuple(weight.shape), layout.groups)
+    for (outputs, inputs), at, own in sizes:
+        d = own(block, bat_like)
+        for o in range(outputs):
+            for i in range(inputs):
+                if i == layout.padding_idx:
+                    continue
+                if method == "shifted":
+                    delta[at(o, i)] = d[o] * weight[at(o, i)]
+                else:
+                    delta[at(o, i)] = d[i % (len(d) - 1), o] * (1 + d[-1, o])
+    return delta
+
+
+@pytest.fixture(params=[Gained, Shifted])
+def third(request, monkeypatch):
+    """The name of a third method in the table."""
+    monkeypatch.setitem(METHODS, request.param.name, request.param())
+    return request.param.name
+
+
+def close(found, expected, tolerance=1e-10):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+class TestAThirdMethod:
+    """`shape` and `delta` are enough: everything else has a default."""
+
+    def block(self, method, layout, weight, rows=()):
+        shape = functional.block_shape(method, layout, weight.shape, 2, rows=rows)
+        return torch.randn(shape, dtype=weight.dtype)
+
+    @on_every_layout
+    def test_the_functions_of_the_table(self, third, kind):
+        layout, shape = LAYOUTS[kind]
+        weight = torch.randn(shape, dtype=torch.float64)
+        block = self.block(third, layout, weight)
+        geometry = layout.geometry(shape)
+        assert functional.stack_of(third, layout, block.shape) == geometry.stack
+        own = functional.matrix_block(third, layout, block)
+        assert tuple(own.shape) == METHODS[third].shape(geometry, 2, None)
+        assert torch.equal(functional.kept_block(third, layout, own), block)
+        assert functional.widened(third, layout, block, 2, 2) is block
+        assert functional.widened(third, layout, block, 2, 4) is None
+        assert functional.lora_factors(third, layout, block, geometry) is None
+        found = functional.delta_weight(third, layout, block, weight)
+        close(found, dense_delta(third, layout, block, weight))
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    @pytest.mark.parametrize("rows", [(), ((1, 3),), ((0, 2), (3, 5))], ids=str)
+    def test_linear_products(self, third, rows, dropout):
+        x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in ((3, 7), (6, 7), (6,)))
+        block = self.block(third, MATRIX, weight, rows)
+        bone = Update("bone", torch.randn(3, 6, dtype=torch.float64), -1.0)
+        update = Update(third, block, 0.5, dropout, rows)
+        part = functional.take_rows(weight, rows)
+        delta = torch.zeros(6, 7, dtype=torch.float64)
+        chosen = [o for first, stop in rows or ((0, 6),) for o in range(first, stop)]
+        delta[chosen] = 0.5 * dense_delta(third, MATRIX, block, part)
+        for others in ([], [bone]):
+            torch.manual_seed(1)
+            found = functional.adapted_linear(x, weight, bias, [*others, update])
+            torch.manual_seed(1)
+            dropped = nn.functional.dropout(x, dropout)
+            expected = x @ weight.T + bias + dropped @ delta.T
+            for one in others:
+                expected = expected - x @ reference.bone_delta_weight(one.block, 7, 6).T
+            close(found, expected)
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    def test_stacks(self, third, dropout):
+        x, weight = (torch.randn(s, dtype=torch.float64) for s in ((3, 4, 8), (3, 6, 8)))
+        block = self.block(third, STACK, weight)
+        delta = 0.5 * dense_delta(third, STACK, block, weight)
+        torch.manual_seed(1)
+        found = functional.adapted_stack(x, weight, [Update(third, block, 0.5, dropout)])
+        torch.manual_seed(1)
+        close(found, x @ weight.mT + nn.functional.dropout(x, dropout) @ delta.mT)
+
+    def test_grouped_products(self, third):
+        x, weight = torch.randn(5, 8), torch.randn(3, 12, 8)
+        block, ends = self.block(third, STACK, weight), torch.tensor([2, 2, 5], dtype=torch.int32)
+        dense = weight + 0.5 * dense_delta(third, STACK, block, weight)
+        expected = torch.cat([x[:2] @ dense[0].T, x[2:] @ dense[2].T])
+        update = Update(third, block, 0.5)
+        found = functional.adapted_grouped(torch._grouped_mm, x, weight, ends, [update])
+        close(found, expected, 1e-5)
+
+    def test_modules_through_their_whole_life(self, third, tmp_path):
+        def model():
+            torch.manual_seed(3)
+            return nn.ModuleDict({
+                "linear": nn.Linear(7, 6),
+                "embedding": nn.Embedding(7, 6, padding_idx=2),
+                "conv": nn.Conv2d(4, 6, 2, groups=2, padding=1, padding_mode="circular"),
+                "transposed": nn.ConvTranspose1d(4, 6, 2, groups=2),
+            }).double()  # fmt: skip
+
+        inputs = {
+            "linear": torch.randn(2, 3, 7, dtype=torch.float64),
+            "embedding": torch.tensor([[0, 2], [6, 3]]),
+            "conv": torch.randn(2, 4, 5, 5, dtype=torch.float64),
+            "transposed": torch.randn(2, 4, 5, dtype=torch.float64),
+        }
+
+        def outputs(modules):
+            return [modules[name](x) for name, x in inputs.items()]
+
+        plain = model()
+        adapted = disha.inject_adapters(model(), "", 2, method=third)
+        assert all(map(torch.equal, outputs(adapted), outputs(plain)))
+        with torch.no_grad():
+            for block in disha.adapter_parameters(adapted):
+                block.normal_()
+            for name, module in plain.items():
+                block = adapted[name].disha["default"]
+                layout = block.slot.layout
+                module.weight += dense_delta(third, layout, block.block, module.weight)
+        acting = outputs(adapted)
+        for found, expected in zip(acting, outputs(plain), strict=True):
+            close(found, expected)
+
+        sum(output.square().sum() for output in acting).backward()
+        assert all(block.grad.any() for block in disha.adapter_parameters(adapted))
+
+        path = tmp_path / "third.safetensors"
+        disha.save_adapter(adapted, path)
+        loaded = model()
+        assert disha.load_adapter(loaded, path).complete
+        for found, expected in zip(outputs(loaded), acting, strict=True):
+            assert torch.equal(found, expected)
+
+        disha.merge_adapters(adapted, "default")
+        for found, expected in zip(outputs(adapted), acting, strict=True):
+            close(found, expected)
+        for name, module in adapted.items():
+            close(module._parameters["weight"], plain[name].weight)
+        disha.unmerge_adapters(adapted)
+        assert all(map(torch.equal, outputs(adapted), acting))
+        with disha.adapters_disabled(adapted):
+            assert all(map(torch.equal, outputs(adapted), outputs(model())))

@@ -1,0 +1,515 @@
+"""Products with updates against dense weights of the loops of reference.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from disha import functional
+from disha.functional import Layout, Update
+from tests import reference
+
+MATRIX, STACK, INDEX = Layout("out in"), Layout("expert out in"), Layout("index out")
+SIZES = {"bone": ("bone", 3, None), "tile": ("bone", 3, 2), "bat": ("bat", 4, None)}
+
+
+def close(found, expected, tolerance=1e-10):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def make_update(kind, layout, weight, scale=0.5, dropout=0.0, rows=(), r=None):
+    """Return an update with a random block that requires gradients."""
+    method, own_r, r_out = SIZES[kind]
+    shape = functional.block_shape(method, layout, weight.shape, r or own_r, r_out, rows)
+    block = torch.randn(shape, dtype=weight.dtype).requires_grad_()
+    return Update(method, block, scale, dropout, rows)
+
+
+def dense(update, layout, weight):
+    """Return s dW of an update, by the loops."""
+    delta = reference.layout_delta_weight(
+        update.method == "bat", layout.pattern, update.block, weight, update.rows,
+        layout.groups, layout.padding_idx,
+    )  # fmt: skip
+    return update.scale * delta
+
+
+def check(found, expected, leaves, tolerance=1e-10):
+    """Compare values and the gradients of all leaves."""
+    close(found, expected, tolerance)
+    cotangent = torch.randn_like(expected)
+    gradients = torch.autograd.grad(found, leaves, cotangent, allow_unused=True)
+    for one, other in zip(gradients, torch.autograd.grad(expected, leaves, cotangent), strict=True):
+        close(one, other, tolerance)
+
+
+# --- one matrix ----------------------------------------------------------------------------------
+
+Q, K, V, TWO = ((0, 2),), ((2, 4),), ((4, 6),), ((0, 2), (4, 6))
+COMBINATIONS = {
+    "one bone": [("bone", 0, ())],
+    "one tile": [("tile", 0, ())],
+    "one bat": [("bat", 0, ())],
+    "several bone": [("bone", 0, ()), ("tile", 0, ()), ("bone", 0, ())],
+    "several bat": [("bat", 0, ()), ("bat", 0, ())],
+    "bone and bat": [("bone", 0, ()), ("bat", 0, ()), ("tile", 0, ())],
+    "bone with dropout": [("bone", 0.5, ())],
+    "tile with dropout": [("tile", 0.5, ())],
+    "bat with dropout": [("bat", 0.5, ())],
+    "some with dropout": [("bone", 0.5, ()), ("bat", 0, ()), ("bat", 0.3, ()), ("bone", 0, ())],
+    "bone of rows": [("bone", 0, K)],
+    "tile of rows": [("tile", 0, TWO)],
+    "bat of rows": [("bat", 0, K)],
+    "bat of two ranges": [("bat", 0, TWO)],
+    "bone of the last rows": [("bone", 0, V)],
+    "bone of q, k and v": [("bone", 0, Q), ("bone", 0, K), ("tile", 0, V)],
+    "bat of q, k and v": [("bat", 0, V), ("bat", 0, Q), ("bat", 0, K)],
+    "bat of q and v twice": [("bat", 0, Q), ("bat", 0, V), ("bat", 0, Q)],
+    "bat of overlapping rows": [("bat", 0, Q), ("bat", 0, ((1, 3),)), ("bat", 0, V)],
+    "bat of rows and of all": [("bat", 0, K), ("bat", 0, ())],
+    "bat and bone of rows": [("bat", 0, K), ("bone", 0, V)],
+    "bat of rows beside dropout": [("bat", 0, K), ("bone", 0.5, ()), ("bat", 0, ())],
+    "overlapping beside dropout": [("bat", 0, Q), ("bat", 0, ((1, 3),)), ("bat", 0.5, V)],
+    "rows with dropout": [("bone", 0.5, K), ("bat", 0.5, TWO), ("tile", 0.3, V)],
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_linear_product(name, bias):
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, 7), (6, 7)))
+    b = torch.randn(6, dtype=torch.float64).requires_grad_() if bias else None
+    x.requires_grad_()
+    scales = (0.5, -1.0, 1.0, 2.0)
+    updates = [
+        make_update(kind, MATRIX, weight, scale, dropout, rows)
+        for (kind, dropout, rows), scale in zip(COMBINATIONS[name], scales, strict=False)
+    ]
+    torch.manual_seed(1)
+    found = functional.adapted_linear(x, weight, b, updates)
+    torch.manual_seed(1)
+    expected = F.linear(x, weight, b)
+    for update in updates:  # each draws its own dropout, in their order
+        expected = expected + F.dropout(x, update.dropout) @ dense(update, MATRIX, weight).T
+    check(found, expected, [x, *[update.block for update in updates], *([b] if bias else [])])
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_scales_can_be_tensors(kind):
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((3, 7), (6, 7)))
+    for rows in ((), K):
+        scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        updates = [make_update(kind, MATRIX, weight, scale, rows=rows) for _ in range(2)]
+        found = functional.adapted_linear(x, weight, None, updates)
+        expected = x @ (weight + sum(dense(update, MATRIX, weight) for update in updates)).T
+        check(found, expected, [scale, *[update.block for update in updates]])
+
+
+@pytest.mark.parametrize(
+    "name", ["some with dropout", "bone of q, k and v", "bat and bone of rows"]
+)
+def test_the_order_of_updates_does_not_matter(name):
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((3, 7), (6, 7)))
+    updates = [make_update(kind, MATRIX, weight, rows=rows) for kind, _, rows in COMBINATIONS[name]]
+    there = functional.adapted_linear(x, weight, None, updates)
+    close(functional.adapted_linear(x, weight, None, updates[::-1]), there)
+
+
+def test_what_adds_up_is_not_written_into_what_others_hold():
+    weight, x = torch.randn(6, 7), torch.randn(3, 7)
+    updates = [make_update("bone", MATRIX, weight, dropout=0.5) for _ in range(2)]
+    before = [t.clone() for t in (x, weight, updates[0].block, updates[1].block)]
+    functional.adapted_linear(x, weight, None, updates).sum().backward()
+    after = (x, weight, updates[0].block, updates[1].block)
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("rows", [(), K, TWO], ids=str)
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_what_one_update_adds(kind, rows, stack):
+    layout = STACK if stack else MATRIX
+    x, weight = (torch.randn(*stack, *s, dtype=torch.float64) for s in ((4, 7), (6, 7)))
+    update = make_update(kind, layout, weight, rows=rows)
+    found = functional.linear_update(x.requires_grad_(), weight, update)
+    check(found, x @ dense(update, layout, weight).mT, [x, update.block])
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_several_updates_in_sixteen_bits(kind, dtype):
+    x, weight = torch.randn(3, 7), torch.randn(6, 7) / 8
+    updates = [make_update(kind, MATRIX, weight) for _ in range(2)]
+    expected = x @ (weight + sum(dense(update, MATRIX, weight) for update in updates)).T
+    narrow = [update._replace(block=update.block.detach().to(dtype)) for update in updates]
+    found = functional.adapted_linear(x.to(dtype), weight.to(dtype), None, narrow)
+    assert found.dtype == dtype
+    assert (found.float() - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
+
+
+# --- transforms ----------------------------------------------------------------------------------
+
+MIXED = [("bone", 0, ()), ("bat", 0, ()), ("tile", 0, TWO), ("bat", 0, K)]
+
+
+def mixed_case():
+    x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in ((3, 7), (6, 7), (6,)))
+    updates = [make_update(kind, MATRIX, weight, rows=rows) for kind, _, rows in MIXED]
+    return x, weight, bias, updates
+
+
+def with_blocks(updates, blocks):
+    return [u._replace(block=block) for u, block in zip(updates, blocks, strict=True)]
+
+
+def test_derivatives_of_mixed_updates_by_finite_differences():
+    x, weight, bias, updates = mixed_case()
+
+    def run(x, weight, bias, *blocks):
+        return functional.adapted_linear(x, weight, bias, with_blocks(updates, blocks))
+
+    leaves = (x, weight, bias, *[update.block for update in updates])
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+def test_vmap_of_grad_over_mixed_updates():
+    x, weight, bias, updates = mixed_case()
+    blocks = [update.block.detach() for update in updates]
+
+    def loss(blocks, x):
+        output = functional.adapted_linear(x, weight, bias, with_blocks(updates, blocks))
+        return output.square().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(blocks, x)
+    for index, sample in enumerate(x):
+        leaves = [block.clone().requires_grad_() for block in blocks]
+        for one, other in zip(
+            mapped, torch.autograd.grad(loss(leaves, sample), leaves), strict=True
+        ):
+            close(one[index], other)
+
+
+@pytest.mark.parametrize("name", ["one bone", "one bat", "some with dropout", "bat of q, k and v"])
+def test_compiled_products_are_the_eager_ones_in_one_graph(name):
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((3, 7), (6, 7)))
+    updates = [make_update(kind, MATRIX, weight, rows=rows) for kind, _, rows in COMBINATIONS[name]]
+    blocks = [update.block for update in updates]
+
+    def run(x, *blocks):
+        return functional.adapted_linear(x, weight, None, with_blocks(updates, blocks))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    check(compiled(x.requires_grad_(), *blocks), run(x, *blocks), [x, *blocks])
+
+
+# --- stacks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [(), K, TWO], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("count", [0, 1, 4])
+@pytest.mark.parametrize("kinds", [["bone"], ["tile"], ["bat"], ["bat", "bone"], ["bat", "bat"]])
+def test_a_product_of_stacks(kinds, count, dropout, rows):
+    x, weight = (torch.randn(s, dtype=torch.float64) for s in ((3, count, 7), (3, 6, 7)))
+    x.requires_grad_()
+    updates = [make_update(kind, STACK, weight, dropout=dropout, rows=rows) for kind in kinds]
+    torch.manual_seed(1)
+    found = functional.adapted_stack(x, weight, updates)
+    torch.manual_seed(1)
+    expected = x @ weight.mT
+    for update in updates:
+        expected = expected + F.dropout(x, dropout) @ dense(update, STACK, weight).mT
+    assert found.shape == (3, count, 6)
+    check(found, expected, [x, *[update.block for update in updates]])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_stack_of_bat_in_sixteen_bits(dtype, count):
+    x, weight = torch.randn(3, count, 32), torch.randn(3, 24, 32) / 8
+    update = make_update("bat", STACK, weight)
+    update = update._replace(block=update.block.detach() / 8)
+    expected = x @ (weight + dense(update, STACK, weight)).mT
+    narrow = update._replace(block=update.block.to(dtype))
+    found = functional.adapted_stack(x.to(dtype), weight.to(dtype), [narrow])
+    assert found.dtype == dtype
+    assert (found.float() - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
+
+
+ENDS = {
+    "all": [2, 5, 9],
+    "empty groups": [0, 9, 9],
+    "one group": [9, 9, 9],
+    "rows of no group": [2, 2, 5],
+    "no rows": [0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kinds", [["bone"], ["tile"], ["bat"], ["bat", "bone"]])
+def test_a_grouped_product(kinds, dtype, ends, dropout):
+    """The sizes are multiples of 16 bytes, as the product wants them; r is not."""
+    offsets = torch.tensor(ENDS[ends], dtype=torch.int32)
+    used = offsets[-1] if ends == "rows of no group" else 9
+    rows = 0 if ends == "no rows" else 9
+    x = torch.randn(rows, 16, dtype=dtype).requires_grad_()
+    weight = torch.randn(3, 24, 16, dtype=dtype) / 4
+    updates = [make_update(kind, STACK, weight, dropout=dropout) for kind in kinds]
+    torch.manual_seed(1)
+    found = functional.adapted_grouped(torch._grouped_mm, x, weight, offsets, updates)
+    assert found.dtype == dtype
+    assert found.shape == (rows, 24)
+    if dropout and "bat" in kinds and "bone" in kinds:
+        return  # the two draw in another order than one after another
+    exact = [x.detach().double().requires_grad_()]
+    exact += [update.block.detach().double().requires_grad_() for update in updates]
+    torch.manual_seed(1)
+    dropped = [
+        exact[0] if not dropout else exact[0] * F.dropout(torch.ones_like(x), dropout).double()
+        for _ in updates
+    ]
+    pieces, start = [], 0
+    for e, end in enumerate(offsets.tolist()):
+        wide = weight[e].double()
+        piece = exact[0][start:end] @ wide.T
+        for block, own in zip(exact[1:], dropped, strict=True):
+            delta = reference.delta_weight(wide, block[e])
+            piece = piece + 0.5 * own[start:end] @ delta.T
+        pieces.append(piece)
+        start = end
+    expected = torch.cat(pieces)
+    limit = 1e-5 if dtype == torch.float32 else 0.03
+    assert (found[:used].double() - expected).norm() <= limit * (expected.norm() + 1e-9)
+    cotangent = torch.randn_like(found[:used])
+    leaves = [x, *[update.block for update in updates]]
+    gradients = torch.autograd.grad(found[:used], leaves, cotangent)
+    oracle = torch.autograd.grad(expected, exact, cotangent.double())
+    for one, other in zip(gradients, oracle, strict=True):
+        if one is gradients[0]:  # torch leaves rows of no group as it finds them
+            one, other = one[:used], other[:used]
+        assert (one.double() - other).norm() <= limit * (other.norm() + 1e-9)
+
+
+def test_one_sum_and_one_product_serve_all_groups_of_a_bone_block():
+    calls = []
+
+    def multiply(a, b, offs):
+        calls.append((tuple(a.shape), tuple(b.shape)))
+        return torch._grouped_mm(a, b, offs=offs)
+
+    x, weight = torch.randn(9, 16), torch.randn(3, 24, 16)
+    offsets = torch.tensor([2, 5, 9], dtype=torch.int32)
+    update = make_update("bone", STACK, weight)
+    functional.adapted_grouped(multiply, x, weight, offsets, [update])
+    assert calls == [((9, 16), (3, 16, 24)), ((9, 4), (3, 4, 24))]  # r = 3, made 16 bytes
+
+
+@pytest.mark.parametrize("kind", ["bone", "bat"])
+def test_compiled_grouped_products_take_their_groups_as_data(kind):
+    x, weight = (torch.randn(s, dtype=torch.bfloat16) for s in ((9, 16), (3, 24, 16)))
+    update = make_update(kind, STACK, weight)  # torch traces the product in bfloat16 only
+
+    def run(x, block, offsets):
+        updates = [update._replace(block=block)]
+        return functional.adapted_grouped(torch._grouped_mm, x, weight, offsets, updates)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for ends in ([2, 5, 9], [0, 9, 9]):
+        offsets = torch.tensor(ends, dtype=torch.int32)
+        block = update.block
+        found, expected = compiled(x, block, offsets), run(x, block, offsets)
+        assert (found - expected).norm() <= 0.02 * expected.norm()
+
+
+# --- convolutions --------------------------------------------------------------------------------
+
+CONVOLUTIONS = {
+    "1d": (F.conv1d, Layout("out in *kernel"), (6, 7, 3), (2, 7, 9), {}),
+    "1d alone": (F.conv1d, Layout("out in *kernel"), (6, 7, 3), (7, 9), {"padding": 1}),
+    "2d strided": (
+        F.conv2d, Layout("out in *kernel"), (6, 7, 2, 3), (2, 7, 6, 5),
+        {"stride": 2, "padding": (1, 2), "dilation": (1, 2)},
+    ),
+    "2d grouped": (F.conv2d, Layout("out in *kernel"), (6, 5, 2, 2), (2, 10, 4, 3), {"groups": 2}),
+    "3d": (F.conv3d, Layout("out in *kernel"), (6, 5, 2, 1, 2), (1, 5, 3, 2, 3), {}),
+    "transposed 1d": (F.conv_transpose1d, Layout("in out *kernel"), (7, 6, 3), (2, 7, 5), {}),
+    "transposed 2d grouped": (
+        F.conv_transpose2d, Layout("in out *kernel", groups=2), (10, 6, 2, 2), (2, 10, 4, 3),
+        {"groups": 2, "stride": 2, "output_padding": 1},
+    ),
+    "transposed 3d": (
+        F.conv_transpose3d, Layout("in out *kernel"), (5, 6, 2, 1, 2), (1, 5, 2, 2, 2), {},
+    ),
+}  # fmt: skip
+
+
+def conv_case(name, dtype=torch.float64):
+    func, layout, shape, inputs, options = CONVOLUTIONS[name]
+
+    def convolve(x, weight, bias):
+        return func(x, weight, bias, **options)
+
+    groups = options.get("groups", 1)
+    outputs = shape[1] * groups if layout.in_first else shape[0]
+    x, weight, bias = (torch.randn(s, dtype=dtype) for s in (inputs, shape, (outputs,)))
+    return convolve, layout, groups, x, weight, bias
+
+
+@pytest.mark.parametrize(
+    "combination",
+    ["one bone", "one tile", "one bat", "bone and bat", "some with dropout", "bat of rows",
+     "bone of q, k and v", "rows with dropout"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution(name, combination):
+    convolve, layout, groups, x, weight, bias = conv_case(name)
+    x.requires_grad_()
+    updates = [
+        make_update(kind, layout, weight, dropout=dropout, rows=rows)
+        for kind, dropout, rows in COMBINATIONS[combination]
+    ]
+    torch.manual_seed(1)
+    found = functional.adapted_conv(convolve, x, weight, bias, layout, groups, updates)
+    torch.manual_seed(1)
+    expected = convolve(x, weight, bias)
+    for update in updates:
+        delta = dense(update, layout, weight)
+        expected = expected + convolve(F.dropout(x, update.dropout), delta, None)
+    check(found, expected, [x, *[update.block for update in updates]])
+
+
+@pytest.mark.parametrize("rows", [(), K, TWO], ids=str)
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("name", ["2d grouped", "transposed 2d grouped"])
+def test_what_one_update_adds_to_a_convolution(name, kind, rows):
+    convolve, layout, groups, x, weight, _ = conv_case(name)
+    update = make_update(kind, layout, weight, rows=rows)
+    found = functional.conv_update(convolve, x, weight, layout, groups, update)
+    close(found, convolve(x, dense(update, layout, weight), None))
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_convolution_in_float16_whose_shard_sums_overflow(kind):
+    layout, weight = Layout("out in *kernel"), torch.randn(6, 96, 2) / 256
+    x = torch.full((1, 96, 4), 4000.0)  # 24 or 32 shards of it are beyond 65,504
+    update = make_update(kind, layout, weight)
+    block = (update.block.detach().sign() / 1024).requires_grad_()
+    update = update._replace(block=block)
+    expected = F.conv1d(x, weight + dense(update, layout, weight))
+    half = update._replace(block=block.detach().half().requires_grad_())
+    found = functional.adapted_conv(F.conv1d, x.half(), weight.half(), None, layout, 1, [half])
+    assert found.dtype == torch.float16
+    assert (found.float() - expected).norm() < 0.01 * expected.norm()
+    cotangent = torch.randn_like(expected) / 256
+    (one,) = torch.autograd.grad(found, half.block, cotangent.half())
+    (other,) = torch.autograd.grad(expected, block, cotangent)
+    assert (one.float() - other).norm() < 0.01 * other.norm()
+
+
+def test_stacks_and_groups_in_float16_whose_shard_sums_overflow():
+    x = torch.full((2, 1, 96), 4000.0, dtype=torch.float16)
+    weight = (torch.randn(2, 8, 96) / 256).half()
+    for kind in ("bone", "bat"):
+        update = make_update(kind, STACK, weight.float())
+        update = update._replace(block=update.block.detach().sign() / 1024)
+        expected = x.float() @ (weight.float() + dense(update, STACK, weight.float())).mT
+        half = update._replace(block=update.block.half())
+        found = functional.adapted_stack(x, weight, [half])
+        assert (found.float() - expected).norm() < 0.01 * expected.norm()
+
+    def multiply(a, b, offs):  # there is none of float16 on a CPU
+        return torch.cat([a[e : e + 1] @ b[e] for e in range(len(b))])
+
+    ends = torch.tensor([1, 2], dtype=torch.int32)
+    update = make_update("bone", STACK, weight.float())
+    update = update._replace(block=update.block.detach().sign() / 1024)
+    expected = x.float() @ (weight.float() + dense(update, STACK, weight.float())).mT
+    half = update._replace(block=update.block.half())
+    found = functional.adapted_grouped(multiply, x[:, 0], weight, ends, [half])
+    assert (found.float() - expected[:, 0]).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["2d grouped", "transposed 2d grouped"])
+@pytest.mark.parametrize("kind", SIZES)
+def test_compiled_convolutions(name, kind):
+    convolve, layout, groups, x, weight, bias = conv_case(name)
+    update = make_update(kind, layout, weight)
+
+    def run(x, block):
+        updates = [update._replace(block=block)]
+        return functional.adapted_conv(convolve, x, weight, bias, layout, groups, updates)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    check(compiled(x, update.block), run(x, update.block), [update.block])
+
+
+# --- lookups -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_a_lookup(combination, padding_idx):
+    layout = Layout("index out", padding_idx=padding_idx)
+    weight, indices = torch.randn(7, 6, dtype=torch.float64), torch.tensor([[0, 3], [6, 4]])
+    updates = [
+        make_update(kind, layout, weight, dropout=dropout, rows=rows)
+        for kind, dropout, rows in COMBINATIONS[combination]
+    ]
+    torch.manual_seed(1)
+    found = functional.adapted_lookup(
+        lambda table: F.embedding(indices, table, padding_idx), indices, weight, layout, updates
+    )
+    torch.manual_seed(1)
+    expected = weight[indices]
+    for update in updates:  # dropping a one-hot input drops the whole update of a token
+        kept = F.dropout(torch.ones(2, 2, 1, dtype=torch.float64), update.dropout)
+        expected = expected + kept * dense(update, layout, weight)[indices]
+    check(found, expected, [update.block for update in updates])
+    if padding_idx is not None:
+        assert torch.equal(found[0, 1], weight[3])
+
+
+@pytest.mark.parametrize("rows", [(), K, TWO], ids=str)
+@pytest.mark.parametrize("kind", SIZES)
+def test_what_one_update_adds_to_a_lookup(kind, rows):
+    weight, indices = torch.randn(7, 6, dtype=torch.float64), torch.tensor([[0, 3], [6, 4]])
+    update = make_update(kind, INDEX, weight, rows=rows)
+    found = functional.lookup_update(lambda table: table[indices], indices, weight, INDEX, update)
+    close(found, dense(update, INDEX, weight)[indices])
+
+
+# --- samples with blocks of their own ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("r", [1, 3, 4, 7])
+def test_routed_bone_blocks(each, r):
+    blocks = [torch.randn(r, 6, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    scales, choices = [1.0, 0.5, torch.tensor(-2.0)], torch.tensor([2, 0, 3, 1, 2])
+    x = torch.randn(5 * each, 2, 7, dtype=torch.float64).requires_grad_()
+    found = functional.routed_bone_delta(x, blocks, scales, choices)
+    zeros = torch.zeros(6, 7, dtype=torch.float64)
+    deltas = [reference.bone_delta_weight(block, 7, 6) for block in blocks]
+    deltas = [scale * delta for scale, delta in zip(scales, deltas, strict=True)] + [zeros]
+    expected = torch.cat(
+        [
+            sample @ deltas[choice].T
+            for sample, choice in zip(x.split(each), choices.tolist(), strict=True)
+        ]
+    )
+    check(found, expected, [x, *blocks])
+
+
+def test_routed_bone_blocks_in_float16_whose_shard_sums_overflow():
+    blocks = [torch.full((4, 6), 2.0**-10, dtype=torch.float16)] * 2
+    x = torch.full((2, 96), 4000.0, dtype=torch.float16)
+    found = functional.routed_bone_delta(x, blocks, [1.0, 0.5], torch.tensor([0, 1]))
+    close(found, torch.tensor([[375.0], [187.5]]).half().expand(2, 6))
