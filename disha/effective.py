@@ -8,9 +8,9 @@ Reading an adapted parameter gives one. What an operation does with it stands in
     WRITES     copy_, __setitem__, nn.init ...        done to W
     the rest   einsum, norm, arithmetic ...           W + sum of s dW is computed, with its graph
 
-An effective weight is an alias of W with three more attributes. Code that does not go through
-`__torch_function__` sees W: a rule must take the effective weight apart itself, and never hand it
-on, since compiled code does not dispatch again inside of a rule.
+An effective weight is an alias of W with a few more attributes. Code that does not go through
+`__torch_function__` sees W alone. So a rule must never pass the effective weight on to torch: it
+uses `base` and `updates` itself. Compiled code does not dispatch again inside of a rule.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class EffectiveWeight(Tensor):
     Attributes:
         base: W, or a view of it.
         axes: W's layout; `layout` is torch's word for something else.
-        updates: the updates that act on all samples.
+        updates: the updates that act on all samples; none while samples are routed.
         routed: the updates of single samples, or None.
     """
 
@@ -131,8 +131,8 @@ try:
 except ImportError:
     pass
 else:
-    # Where the compiler leaves a function to Python, it still tries the functions called there.
-    # It can't take an effective weight as the input of a graph, so rules are no graph's start.
+    # Where the compiler leaves a function to Python, it still tries to compile the functions called
+    # there. An effective weight can't be the input of a graph, so no graph may start at a rule.
     if hasattr(_frames, "set_code_exec_strategy"):
         _skip = _frames._FrameAction.SKIP
         _frames.set_code_exec_strategy(
@@ -249,9 +249,9 @@ def effective_on_meta(
 
 
 class ShardedWeight(EffectiveWeight):
-    """An effective weight of a DTensor, of which there can be no alias: an empty tensor around it.
+    """An effective weight of a DTensor: an empty wrapper, since a DTensor can't have an alias.
 
-    It computes W + sum of s dW in DTensors as soon as more than facts is asked.
+    Facts and writes are those of W. Everything else computes W + sum of s dW in DTensors first.
     """
 
     @classmethod
@@ -271,7 +271,7 @@ class ShardedWeight(EffectiveWeight):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Compute first: what comes here has not asked `__torch_function__`."""
+        """Compute first: what comes here did not go through `__torch_function__`."""
         return _compute_first(func, args, kwargs or {})
 
 
@@ -297,9 +297,9 @@ MOVES = "accelerate.utils.modeling"
 
 
 def asked_by(module: str) -> bool:
-    """Whether code of a module, or of one inside of it, reads a weight now; never in a graph.
+    """Whether the caller, outside of disha, is code of a module or of one inside of it.
 
-    For the few libraries that read a parameter by its name and mean W itself.
+    For the few libraries that read a parameter by its name and mean W itself. Never in a graph.
 
     Args:
         module: the name of a module.
@@ -413,7 +413,7 @@ for _name in _QUESTIONS.split():
 def _data_ptr(weight: Any) -> int:
     if asked_by(MOVES):
         return weight.base.data_ptr()  # type: ignore[no-any-return]
-    # Kept as long as the weight is: the address outlives the call.
+    # Kept as long as the weight lives: the caller uses the address after the call.
     weight.addressed = computed(weight)
     return weight.addressed.data_ptr()  # type: ignore[no-any-return]
 
@@ -434,7 +434,7 @@ def _mapped(
     layout: Layout,
     change: Callable[[Update], Sequence[Update] | None],
 ) -> Any:
-    """Return a view whose updates are changed as well; NotImplemented where one can't be."""
+    """Return a view with each update changed; NotImplemented where `change` returns None."""
     updates = _changed(weight.updates, change)
     routed = weight.routed
     if updates is None:
@@ -481,10 +481,10 @@ def _mt(weight: Any) -> Any:
 def _item(weight: Any, index: Any) -> Any:
     """Return one matrix of a stack, some of them, rows of a matrix, or looked-up rows."""
     layout, base = weight.axes, weight.base
-    whole = isinstance(index, (int, Tensor)) and not isinstance(index, (bool, EffectiveWeight))
+    counts = isinstance(index, (int, Tensor)) and not isinstance(index, (bool, EffectiveWeight))
     if isinstance(index, Tensor) and (index.dtype == torch.bool or index.is_floating_point()):
-        whole = False
-    if layout.is_stack and whole:
+        counts = False  # a mask
+    if layout.is_stack and counts:
         one = isinstance(index, int) or index.dim() == 0
         if not one and index.dim() != 1:
             return NotImplemented
@@ -492,7 +492,7 @@ def _item(weight: Any, index: Any) -> Any:
         return _mapped(weight, base[index], item, lambda u: [u.at(index)])
     if layout.is_stack and isinstance(index, slice):
         return _mapped(weight, base[index], layout, lambda u: [u.at(index)])
-    if layout.pattern == "index out" and isinstance(index, Tensor) and whole:
+    if layout.pattern == "index out" and isinstance(index, Tensor) and counts:
         return _embedding(index, weight)
     if layout.pattern == "out in" and isinstance(index, slice):
         start, stop, step = index.indices(base.shape[0])
@@ -561,7 +561,7 @@ def _cast(func: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(base, Tensor):
             return base  # `type()` without arguments
         if not base.is_floating_point() or base.device != weight.base.device:
-            return NotImplemented
+            return NotImplemented  # the blocks stay on their device
         return _viewed(weight, base, weight.axes)
 
     return cast
@@ -689,8 +689,8 @@ def _grouped(multiply: Callable[..., Tensor]) -> Callable[..., Any]:
     return grouped
 
 
-def _conv(func: Callable[..., Tensor], groups_at: int) -> Callable[..., Any]:
-    """Return the rule of a convolution whose `groups` is argument `groups_at` after the bias."""
+def _conv(func: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return the rule of a convolution."""
 
     def conv(input: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(weight, EffectiveWeight) or not weight.axes.has_kernel:
@@ -699,7 +699,8 @@ def _conv(func: Callable[..., Tensor], groups_at: int) -> Callable[..., Any]:
         def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             return func(x, w, b, *args, **kwargs)
 
-        groups = args[groups_at] if len(args) > groups_at else kwargs.get("groups", 1)
+        # After the bias: stride, padding, then dilation or output_padding, then groups.
+        groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
         layout, base = weight.axes, weight.base
         if weight.routed is None:
             return functional.adapted_conv(
@@ -749,7 +750,7 @@ def _embedding(
 
 
 def _renormed(output: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """Limit the norm of looked-up rows, as torch does in place in the weight, which stays here."""
+    """Limit the norm of looked-up rows. Torch does so in the weight, in place; here W stays."""
     norms = torch.linalg.vector_norm(output, norm_type, dim=-1, keepdim=True)
     shrunk = output * (max_norm / (norms + RENORM_EPSILON))
     return torch.where(norms > max_norm, shrunk, output)
@@ -776,7 +777,7 @@ def _routed_linear(input: Tensor, weight: EffectiveWeight, bias: Tensor | None) 
 
 
 def _routed_updates(output: Tensor, input: Tensor, weight: EffectiveWeight) -> Tensor:
-    """Return an output plus the updates of a linear product; one product for those alike."""
+    """Return an output plus the updates of a linear product, by one product if they are alike."""
     routed, base = weight.routed, weight.base
     assert routed is not None
     out_features = base.shape[0]
@@ -803,7 +804,10 @@ def _routed_updates(output: Tensor, input: Tensor, weight: EffectiveWeight) -> T
 
 
 def _alike(updates: Sequence[Sequence[Update]], out_features: int) -> bool:
-    """Whether one product can serve all samples: one whole Bone block of one size for each."""
+    """Whether one product can serve all samples: each has one block, all are of one size.
+
+    The method `reduces`, and no block is a tile.
+    """
     sizes = set()
     for one in updates:
         if len(one) != 1 or one[0].dropout or one[0].rows:
@@ -821,8 +825,8 @@ def _alike(updates: Sequence[Sequence[Update]], out_features: int) -> bool:
 def _attention(query: Any, *args: Any, **kwargs: Any) -> Any:
     """`F.multi_head_attention_forward`, whose projections are products of effective weights.
 
-    Torch asks at its start whether an argument overrides torch functions, and would ask again. So
-    its code runs here with the products of this module, and with nothing to ask.
+    Torch's code asks at its start whether an argument overrides torch functions, and would come
+    back here. So a copy of it runs, with the products of this module and without that question.
     """
     if any(getattr(value, "routed", None) for value in (*args, *kwargs.values())):
         if query.dim() != 3:
@@ -866,7 +870,7 @@ def _packed_rows(packed: Any, *thirds: int) -> Sequence[Any]:
     if not isinstance(packed, EffectiveWeight):
         return torch.split(packed, sizes)
     parts = _in_parts(packed, sizes, 0)
-    # Where a block reaches over the borders of q, k and v, there is one effective weight of all.
+    # A block that reaches over the borders of q, k and v can't be split: compute the weight.
     if parts is NotImplemented:
         return torch.split(computed(packed), sizes)
     return parts  # type: ignore[no-any-return]
@@ -933,12 +937,12 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.multi_head_attention_forward: _attention,
     torch._grouped_mm: _grouped(torch._grouped_mm),
-    F.conv1d: _conv(F.conv1d, 3),
-    F.conv2d: _conv(F.conv2d, 3),
-    F.conv3d: _conv(F.conv3d, 3),
-    F.conv_transpose1d: _conv(F.conv_transpose1d, 3),
-    F.conv_transpose2d: _conv(F.conv_transpose2d, 3),
-    F.conv_transpose3d: _conv(F.conv_transpose3d, 3),
+    F.conv1d: _conv(F.conv1d),
+    F.conv2d: _conv(F.conv2d),
+    F.conv3d: _conv(F.conv3d),
+    F.conv_transpose1d: _conv(F.conv_transpose1d),
+    F.conv_transpose2d: _conv(F.conv_transpose2d),
+    F.conv_transpose3d: _conv(F.conv_transpose3d),
 }
 for _owner in (Tensor, torch):
     PRODUCTS |= {

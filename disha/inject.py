@@ -165,9 +165,9 @@ def _warn_of_skipped(plan: Plan) -> None:
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """Put garbage collection off.
+    """Keep Python's garbage collector off.
 
-    The new objects stay, and to look through all of them takes longer than to make them.
+    The new objects stay, and looking through all of them takes longer than making them.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -176,8 +177,8 @@ class Plan:
         total: parameters of the model afterwards, blocks included; a quantised weight counts as
             many as the dense one has.
         unknown: the matrix parameters of the model whose layouts nothing declares.
-        tied: the names of each parameter that several modules share and that would be adapted. A
-            module that the model does not use gets a block that does not act.
+        tied: for each adapted parameter that several modules share, its names. Each of these
+            modules gets a block of its own, which acts only where the model uses that module.
 
     Examples:
         >>> from torch import nn
@@ -482,7 +483,7 @@ class _Weight:
     slot: Slot
     module_names: tuple[str, ...]
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(join(name, self.slot.name) for name in self.module_names)
 
@@ -499,17 +500,21 @@ class _Weight:
     def type_name(self) -> str:
         return type(self.module).__qualname__
 
-    @property
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        return weight_shape(self.module, self.slot)
+
+    @cached_property
     def geometry(self) -> functional.Geometry:
-        return self.slot.layout.geometry(weight_shape(self.module, self.slot), self.slot.rows)
+        return self.slot.layout.geometry(self.shape, self.slot.rows)
 
     @property
     def parameter(self) -> nn.Parameter | None:
         return self.module._parameters.get(self.slot.parameter)
 
     def block_shape(self, method: str, r: int, r_out: int | None) -> tuple[int, ...]:
-        shape = weight_shape(self.module, self.slot)
-        return functional.block_shape(method, self.slot.layout, shape, r, r_out, self.slot.rows)
+        layout, rows = self.slot.layout, self.slot.rows
+        return functional.block_shape(method, layout, self.shape, r, r_out, rows)
 
     def in_rows(self, rows: Rows) -> _Weight:
         return replace(self, slot=replace(self.slot, rows=rows))
@@ -564,8 +569,8 @@ class _Weights:
         names: every module with its clean names.
         found: the weights whose layouts are known.
         unknown_of: the matrix parameters whose layouts are not, by module.
-        owner_names: the last projection of torch's attention, which reads its weight -> the names
-            of the attention.
+        owner_names: the `out_proj` of each nn.MultiheadAttention -> the names of the attention,
+            which reads that weight itself.
         preloaded: the modules whose weights accelerate brings together with those around them.
     """
 
@@ -573,8 +578,6 @@ class _Weights:
         self.names = names
         self.found: list[_Weight] = []
         self.unknown_of: dict[nn.Module, list[UnknownLayout]] = {}
-        self.used_layouts: set[str] = set()
-        self.used_rows: set[str] = set()
         self._config = config
         self.preloaded: set[nn.Module] = set()
         for module, aliases in names.items():
@@ -606,7 +609,6 @@ class _Weights:
                 if any(re.search(pattern, alias) for alias in searched)
             ]
             if hits:
-                self.used_layouts |= set(hits)
                 layout = functional.layout_of(self._config.layouts[hits[0]])
                 shape = tuple(module._parameters[name].shape)  # type: ignore[union-attr]
                 misfit = layout.misfit(shape)
@@ -626,7 +628,6 @@ class _Weights:
     def _in_rows(self, one: _Weight) -> _Weight:
         for pattern, rows in self._config.rows.items():
             if any(re.search(pattern, name) for name in one.searched):
-                self.used_rows.add(pattern)
                 return one.in_rows(rows)
         return one
 
@@ -643,7 +644,7 @@ class _Weights:
             ]
         matches = _predicate(target)
         asked = {m for m, aliases in self.names.items() if matches(aliases, m)}
-        # torch's attention has its last projection in a child, and reads the weight there.
+        # torch's attention keeps its last projection in a child, and reads that child's weight.
         asked |= {m.out_proj for m in asked if isinstance(m, nn.MultiheadAttention)}
         return [o for o in self.found if o.module in asked or matches(o.names, o.module)]
 
@@ -752,7 +753,7 @@ def _has_parameters(module: nn.Module) -> bool:
     return any(parameter is not None for parameter in module._parameters.values())
 
 
-def _hits(patterns: tuple[str, ...], names: Iterable[str]) -> set[str]:
+def _hits(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
     """Return the patterns that are found in any of the names."""
     return {p for p in patterns if any(re.search(p, name) for name in names)}
 
@@ -773,7 +774,7 @@ def _nothing_matched(
 
 
 def _nearest(pattern: str, names: list[str]) -> str:
-    # Its end: comparing takes the product of both lengths.
+    # Only the pattern's end: the time to compare grows with the product of both lengths.
     plain = re.sub(r"[^\w.]", "", pattern[-200:].replace("\\.", "."))
     last = plain.rsplit(".", 1)[-1]
 
@@ -808,10 +809,8 @@ def _planned(
     )
 
 
-def _check_all_used(
-    argument: str, patterns: Iterable[str], used: Iterable[str], nothing: str
-) -> None:
-    idle = [pattern for pattern in patterns if pattern not in set(used)]
+def _check_all_used(argument: str, patterns: Iterable[str], used: set[str], nothing: str) -> None:
+    idle = [pattern for pattern in patterns if pattern not in used]
     if idle:
         raise ArgumentError(
             f"{argument} {', '.join(map(repr, idle))} matches {nothing}; correct or remove it"
@@ -820,19 +819,14 @@ def _check_all_used(
 
 def _check_used(config: AdapterConfig, weights: _Weights, targets: list[_Weight]) -> None:
     """Raise if a regex that sets something for some targets matches none of them."""
-    names = [one.names for one in targets]
-    searched = [one.searched for one in targets]
+    names = [name for one in targets for name in one.names]
+    searched = [name for one in targets for name in one.searched]
     for argument, patterns, found in (
         ("rank_pattern", config.rank_pattern, names),
         ("layouts", config.layouts, searched),
         ("rows", config.rows, searched),
     ):
-        used = [
-            pattern
-            for pattern in patterns
-            if any(re.search(pattern, name) for own in found for name in own)
-        ]
-        _check_all_used(argument, patterns, used, "none of the targets")
+        _check_all_used(argument, patterns, _hits(patterns, found), "none of the targets")
 
 
 def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
@@ -864,10 +858,11 @@ def can_train(parameter: nn.Parameter) -> bool:
 
 def _match_parameters(patterns: tuple[str, ...], names: ModuleNames) -> tuple[str, ...]:
     """Return the clean names of the parameters that any pattern matches by any of their names."""
-    matched, used = [], set()
+    matched: list[str] = []
+    used: set[str] = set()
     for aliases, (module, name) in named_parameters(names) if patterns else ():
-        hits = [p for p in patterns if any(re.search(p, alias) for alias in aliases)]
-        used.update(hits)
+        hits = _hits(patterns, aliases)
+        used |= hits
         if not hits:
             continue
         problem = _untrainable(module, name)

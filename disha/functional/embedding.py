@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from disha.functional.shards import Scale, repeat_tile, tile_count
+from disha.functional.shards import Scale, repeat_tile, scaled, tile_count
 
 __all__ = ["embedding_delta"]
 
@@ -46,4 +46,4 @@ def embedding_delta(
     delta = repeat_tile(F.embedding(indices % block.shape[0], block), tiles)
     if padding_idx is not None:
         delta = delta.masked_fill((indices == padding_idx).unsqueeze(-1), 0.0)
-    return delta if not isinstance(scale, Tensor) and scale == 1.0 else delta * scale
+    return scaled(delta, scale)

@@ -12,8 +12,12 @@ pattern does, and takes the weight to its matrices and back:
     "expert out in"      (expert, out, in)              experts, nn.Bilinear
     "expert in out"      (expert, out, in)              experts that are used as x @ W
 
-The block of a convolution is kept as its weight is, with r in the place of `in`. Every other block
-is kept as the method defines it, with the stack's axes in front.
+A block of two axes (Bone, tile) of a convolution is kept as the weight is, with r in the place of
+`in`. Every other block is kept as the method defines it, with the stack's axes in front.
+
+To add a layout: add its pattern to `PATTERNS`, and handle it in the properties of `Layout` and in
+`geometry`, `shape`, `matrices` and `weight`. Until a rule of `disha.effective` knows the pattern,
+products compute the effective weight.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from disha.errors import ArgumentError, ArgumentTypeError
 __all__ = ["PATTERNS", "Geometry", "Layout", "Rows", "layout_of", "place_rows", "take_rows"]
 
 Rows = tuple[tuple[int, int], ...]
-"""Ranges (first, stop) of a weight's outputs, in order and apart; empty for all of them."""
+"""Ranges (first, stop) of a weight's outputs, in order, without overlap; empty means all."""
 
 PATTERNS = (
     "out in",
@@ -44,6 +48,9 @@ PATTERNS = (
 
 _TURNED = {"out in": "in out", "in out": "out in"}
 _TURNED |= {f"expert {one}": f"expert {other}" for one, other in _TURNED.items()}
+
+
+_AXES = {pattern: tuple(pattern.split()) for pattern in PATTERNS}
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Layout:
     @property
     def axes(self) -> tuple[str, ...]:
         """The names of the axes, `*kernel` for all that remain."""
-        return tuple(self.pattern.split())
+        return _AXES[self.pattern]
 
     @property
     def has_kernel(self) -> bool:
@@ -113,7 +120,8 @@ class Layout:
     @property
     def in_first(self) -> bool:
         """Whether the inputs come before the outputs."""
-        return self.axes.index("out") > 0 and self.axes[self.axes.index("out") - 1] in _INPUTS
+        inputs = "index" if "index" in self.axes else "in"
+        return self.axes.index(inputs) < self.axes.index("out")
 
     @property
     def shard_dim(self) -> int:
@@ -228,9 +236,6 @@ class Layout:
         return self.weight(take_rows(self.matrices(weight), rows)) if rows else weight
 
 
-_INPUTS = ("in", "index")
-
-
 def layout_of(pattern: object) -> Layout:
     """Return the layout of that pattern.
 
@@ -282,7 +287,7 @@ def take_rows(tensor: Tensor, rows: Rows, dim: int = -2) -> Tensor:
 
 
 def place_rows(part: Tensor, rows: Rows, size: int, dim: int = -2) -> Tensor:
-    """Return a tensor that has a part in some rows and zeros elsewhere: `take_rows` undone.
+    """Return a tensor with `part` in some rows and zeros elsewhere: the inverse of `take_rows`.
 
     Args:
         part: what to put there, one range after another.

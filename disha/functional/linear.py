@@ -23,6 +23,7 @@ from disha.functional.shards import (
     merged_weight,
     pad_to_multiple,
     repeat_tile,
+    scaled,
     scaled_sums,
     shard_count,
     square_tiles,
@@ -75,8 +76,7 @@ def bone_delta(
     """
     tiles = tile_count(block, out_features)
     sums, regain = scaled_sums(x, block.shape[-2], block.dtype, scale)
-    product = multiply(sums, block)
-    return repeat_tile(product if regain == 1.0 else product * regain, tiles)
+    return repeat_tile(scaled(multiply(sums, block), regain), tiles)
 
 
 def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Tensor:
@@ -255,7 +255,7 @@ def bat_stack(x: Tensor, weight: Tensor, block: Tensor, scale: Scale = 1.0) -> T
         >>> bat_stack(torch.ones(3, 1, 2), W, D)[0]
         tensor([[3., 3.]])
     """
-    block = _scaled(block, scale)
+    block = scaled(block, scale)
     if x.shape[-2] != 1:
         each = zip(x.unbind(0), weight.unbind(0), block.unbind(0), strict=True)
         return torch.stack([_bat_matrix(*one) for one in each])
@@ -306,14 +306,10 @@ def routed_bone_delta(
     each = x.shape[:-1].numel() // samples
     sums, regain = scaled_sums(x, r, table.dtype)
     product = sums.reshape(samples, each, r) @ table[choices]
-    return (product if regain == 1.0 else product * regain).reshape(*x.shape[:-1], out_features)
+    return scaled(product, regain).reshape(*x.shape[:-1], out_features)
 
 
 def _table(blocks: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor:
     """Return s * D of every adapter, and zeros for samples without one."""
-    scaled = [_scaled(block, scale) for block, scale in zip(blocks, scales, strict=True)]
-    return torch.stack([*scaled, torch.zeros_like(blocks[0])])
-
-
-def _scaled(block: Tensor, scale: Scale) -> Tensor:
-    return block if isinstance(scale, float) and scale == 1.0 else block * scale
+    rows = [scaled(block, scale) for block, scale in zip(blocks, scales, strict=True)]
+    return torch.stack([*rows, torch.zeros_like(blocks[0])])

@@ -57,14 +57,14 @@ class Method:
     """What one method does with one matrix W (out, in), or with a stack of them.
 
     `shape` and `delta` define a method. Everything else has a default that is right for any
-    method, and is declared where there is something better.
+    method. Override it where the method has a cheaper way.
 
     Attributes:
         name: what configurations and files call it.
         block_axes: how many axes the block of one matrix has.
         reads_weight: whether dW depends on W, so that W must be known as numbers.
-        reduces: whether dW x = S(x) D: then the update of any product is the same product of the
-            shard sum with the block, a smaller weight.
+        reduces: whether dW x = S(x) D. Then the block serves as a smaller weight: any product of
+            x with dW is the same product of S(x) with the block.
         tiles: whether a block can have an output shard r_out.
         linear: whether dW is linear in D, so that adapters add up by adding their blocks.
 
@@ -150,6 +150,9 @@ class Method:
         multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
     ) -> Tensor | None:
         """Return s dW x, or None where dW has to be formed.
+
+        Asked of a method that `reduces`, and of any other where dropout or routing acts. Otherwise
+        the other's dW is added to W.
 
         Args:
             x: input (..., in).

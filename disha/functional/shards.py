@@ -19,6 +19,7 @@ __all__ = [
     "merged_weight",
     "pad_to_multiple",
     "repeat_tile",
+    "scaled",
     "scaled_sums",
     "shard_count",
     "shard_sum",
@@ -81,10 +82,26 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None, dim: int = -1
     return torch.unflatten(x, dim, (x.shape[dim] // r, r)).sum(dim - 1, dtype=dtype)
 
 
+def scaled(x: Tensor, scale: Scale) -> Tensor:
+    """Return s x; x itself where s is the number 1.
+
+    Args:
+        x: any tensor.
+        scale: s, a number or a 0-dim tensor.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional.shards import scaled
+        >>> scaled(torch.ones(2), 0.5)
+        tensor([0.5000, 0.5000])
+    """
+    return x if not isinstance(scale, Tensor) and scale == 1.0 else x * scale
+
+
 def scaled_sums(
     x: Tensor, r: int, dtype: torch.dtype, scale: Scale = 1.0, dim: int = -1
 ) -> tuple[Tensor, float]:
-    """Return c s S(x), and 1 / c by which a product with it has to be multiplied.
+    """Return c s S(x), and the factor 1 / c that a product with it still needs.
 
     c is below 1 where a sum could overflow in the dtype of the product (`shrinking`).
 
@@ -97,8 +114,7 @@ def scaled_sums(
     """
     c = shrinking(_product_dtype(dtype, x.device), x.shape[dim], r)
     if c == 1.0:
-        sums = shard_sum(x, r, dtype, dim)
-        return sums * scale if isinstance(scale, Tensor) or scale != 1.0 else sums, 1.0
+        return scaled(shard_sum(x, r, dtype, dim), scale), 1.0
     return (shard_sum(x, r, torch.float32, dim) * (scale * c)).to(dtype), 1.0 / c
 
 
@@ -128,17 +144,17 @@ def shrinking(dtype: torch.dtype, in_features: int, r: int) -> float:
 
 
 def square_tiles(weight: Tensor, r: int) -> Tensor:
-    """Return W (..., out, in) as its r x r tiles, those of an output block below each other.
+    """Return the r x r tiles of W (..., out, in): a tensor (..., out / r, r * in / r, r).
 
-    (..., out / r, r * in / r, r), zero-padded where r does not divide a size. Row-major
-    (a i) (b k) is already "a (i b) k": no permutation.
+    Tile (a, b) has the rows i n + b of entry a, with n = in / r. A size that r does not divide is
+    zero-padded. Nothing moves in memory: W's row-major (a i) (b k) is "a (i b) k" already.
     """
     padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
     return padded.reshape(*padded.shape[:-2], padded.shape[-2] // r, -1, r)
 
 
 def tile_count(block: Tensor, out_features: int) -> int:
-    """How often an output shard of the block's size fits into out_features."""
+    """Return how often a block's output shard fits into out_features."""
     if out_features % block.shape[-1]:
         raise ArgumentError(
             f"a block of shape {tuple(block.shape)} does not fit an output of {out_features}: "
@@ -186,7 +202,7 @@ def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Ten
 def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """Return the sum of f * D, computed in float32 (float64 for float64) and rounded once.
 
-    All kinds of updates are linear in D, so this is the block of the sum of f * dW.
+    Where the method is `linear` in D, this is the block of the sum of f * dW.
 
     Args:
         parts: pairs of a block and its factor f, at least one; all blocks of one shape.
@@ -205,11 +221,12 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 
 
 def added(fresh: Tensor, delta: Tensor) -> Tensor:
-    """Return fresh + delta in the dtype of the first, written into it where that can't be seen.
+    """Return fresh + delta in the dtype of `fresh`; adds in place where nobody can notice.
 
     Args:
-        fresh: a result that nobody else has, of an operation that does not keep it for backward.
-        delta: what to add, of its shape.
+        fresh: the result of an operation that does not keep it for backward. Only the caller has
+            it.
+        delta: what to add, of the same shape.
 
     Examples:
         >>> import torch
@@ -238,7 +255,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
         ...     print((x @ x).dtype, exact.dtype)
         torch.bfloat16 torch.float32
     """
-    # Entering autocast to switch it off takes as long as a small product; meta has none.
+    # Entering autocast to switch it off takes as long as a small product. Meta has no autocast.
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

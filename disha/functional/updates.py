@@ -21,7 +21,14 @@ from disha.functional.embedding import embedding_delta
 from disha.functional.fused import gathered_product
 from disha.functional.layouts import Layout, Rows, place_rows, take_rows
 from disha.functional.methods import METHODS, delta_weight, kept_block, matrix_block, method_of
-from disha.functional.shards import Scale, added, merged_weight, pad_to_multiple, scaled_sums
+from disha.functional.shards import (
+    Scale,
+    added,
+    merged_weight,
+    pad_to_multiple,
+    scaled,
+    scaled_sums,
+)
 
 __all__ = [
     "Update",
@@ -50,7 +57,8 @@ class Update(NamedTuple):
         scale: runtime scale s.
         dropout: probability of zeroing each of the block's inputs, now; 0 in evaluation.
         rows: the outputs that the block adapts; empty for all.
-        source: the stack of blocks and the indices that `block` is gathered by, where it is.
+        source: (stack, indices) where `block` is stack[indices], as for experts chosen by token;
+            else None.
 
     Examples:
         >>> import torch
@@ -129,7 +137,7 @@ def adapted_linear(
     if len(updates) == 1:  # what almost every layer has
         method, block, scale, dropout, rows, _ = updates[0]
         if not dropout and not rows:
-            own = METHODS.get(method) or method_of(method)  # which says that it is unknown
+            own = METHODS.get(method) or method_of(method)  # method_of raises
             output = own.linear_product(x, weight, bias, block, scale)
             if output is not None:
                 return output
@@ -140,7 +148,8 @@ def adapted_linear(
         output = _fused(x, weight, bias, others[0])
         if output is not None:
             others = others[1:]
-    # The updates come before W x: backward then adds into a gradient that is there.
+    # The updates come before W x. Backward runs the other way: W x leaves a gradient of x, and the
+    # updates add to it.
     deltas = [linear_update(x, weight, update) for update in others]
     return reduce(added, deltas, F.linear(x, weight, bias) if output is None else output)
 
@@ -166,7 +175,7 @@ def linear_update(x: Tensor, weight: Tensor, update: Update) -> Tensor:
     method, rows = method_of(update.method), update.rows
     geometry = (MATRIX if weight.dim() == 2 else STACK).geometry(weight.shape, rows)
     x = F.dropout(x, update.dropout) if update.dropout else x
-    # Of gathered blocks, backward keeps the indices: there may be a block for each token.
+    # Backward keeps the indices, not the gathered blocks: there may be one for each token.
     multiply = torch.matmul
     if update.source is not None:
         stack, index = update.source
@@ -254,7 +263,7 @@ def _divided(updates: Sequence[Update]) -> tuple[list[Update], list[Update]]:
 
 
 def over_all_rows(updates: Sequence[Update], layout: Layout, out_features: int) -> Sequence[Update]:
-    """Return the updates, those of some rows as one block of all rows where the method has such.
+    """Return the updates; those of some rows become updates of all rows where the method can.
 
     Args:
         updates: the updates.
@@ -273,7 +282,7 @@ def over_all_rows(updates: Sequence[Update], layout: Layout, out_features: int) 
     wide: list[Update] = []
     for update in updates:
         one = _over_all_rows(update, layout, out_features) if update.rows else update
-        # Blocks of the rows of q, k and v, say, add up to one.
+        # The blocks of q, k and v in one packed weight, say, add up to one block.
         if wide and update.rows and not one.rows and _add_up(wide[-1], one):
             wide[-1] = wide[-1]._replace(block=wide[-1].block + one.block)
         else:
@@ -294,7 +303,7 @@ def _over_all_rows(update: Update, layout: Layout, out_features: int) -> Update:
 
 
 def _add_up(first: Update, second: Update) -> bool:
-    """Whether two updates are one whose block is the sum of theirs."""
+    """Whether one update, whose block is the sum of both blocks, does the same as these two."""
     if isinstance(first.scale, Tensor) or first.scale != 1.0 or second.scale != 1.0:
         return False
     return (
@@ -386,12 +395,11 @@ def _grouped_update(
         return multiply(x, delta.to(x.dtype).contiguous().mT, offs=offsets) * update.scale
     block = method.untiled(update.block, weight.shape[-2]).to(x.dtype)
     sums, regain = scaled_sums(x, block.shape[-2], x.dtype, update.scale)
-    # The product wants rows of a multiple of 16 bytes, so r is padded to one.
+    # The product needs rows of a multiple of 16 bytes, so r is padded.
     step = 16 // block.element_size()
     sums = pad_to_multiple(sums, step, dim=-1)
     columns = pad_to_multiple(block.mT, step, dim=-1).contiguous()
-    product = multiply(sums, columns.mT, offs=offsets)
-    return product if regain == 1.0 else product * regain
+    return scaled(multiply(sums, columns.mT, offs=offsets), regain)
 
 
 def _one_by_one(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence[Update]) -> Tensor:
@@ -497,8 +505,7 @@ def conv_update(
     sums, regain = scaled_sums(x, r, block.dtype, update.scale, dim=channels)
     if groups > 1:
         sums = torch.flatten(sums, channels - 1, channels)
-    product = convolve(sums, block, None)
-    return product if regain == 1.0 else product * regain
+    return scaled(convolve(sums, block, None), regain)
 
 
 def adapted_lookup(

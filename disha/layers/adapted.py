@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -63,7 +64,7 @@ CHILD_NAME = "disha"
 
 PLAIN = (Tensor, nn.Parameter)
 BY_NAME = nn.Module.get_parameter.__code__
-"""Who asks a model for a parameter by its name wants the parameter, as in `parameters()`."""
+"""The code of `get_parameter`: it reads the attribute, and wants the parameter itself."""
 DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())
 
 
@@ -109,7 +110,7 @@ class Adapters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Here and below, straight into __dict__: nn.Module looks at what it is given for long.
+        # Here and below, straight into __dict__: assigning through nn.Module is slow.
         vars(self).update(active=(), live={}, enabled=True, merged=None, route=None)
 
     def __iter__(self) -> Iterator[str]:
@@ -354,6 +355,7 @@ def _weight_property(original: type[nn.Module], name: str) -> property:
         adapters: Any = layer._modules.get(CHILD_NAME)
         if adapters is None:
             return base
+        # What `Adapters.acting` does, inline: every forward comes here.
         state = adapters.__dict__
         if state["merged"] is not None:
             return base
@@ -375,8 +377,9 @@ def _weight_property(original: type[nn.Module], name: str) -> property:
             )
             return effective(base, blocks[0].slot.layout, updates)
         except (KeyError, ModeError):
+            # FSDP and accelerate read the weight while its block is away, to replace or to move it.
             if asked_by("torch.distributed.fsdp") or asked_by(MOVES):
-                return base  # which is replaced or moved, and not multiplied
+                return base
             raise
         except AttributeError as error:
             # nn.Module would answer with the plain parameter: an adapter without effect.
@@ -409,7 +412,7 @@ def _routed_weight(adapters: Any, name: str, base: Any) -> Any:
     if type(base) not in PLAIN:
         weight = _weight_of_another_type(base, blocks)
         if isinstance(weight, EffectiveWeight):
-            weight.routed = Routed(adapters.route, {})  # which can't be computed
+            weight.routed = Routed(adapters.route, {})  # so that computing it raises
         return weight
     if base.is_meta:
         return _weight_on_meta(base, blocks)
@@ -417,9 +420,9 @@ def _routed_weight(adapters: Any, name: str, base: Any) -> Any:
 
 
 def _weight_on_meta(base: Tensor, blocks: tuple[Block, ...]) -> Any:
-    """Return what to read of a weight on the meta device: all of the model is, or it is offloaded.
+    """Return what to read where the weight is on meta: with the whole model, or offloaded.
 
-    A block with a hook is not asked for: accelerate reads the weight before it brings it.
+    A block with a hook is left alone: accelerate reads the weight before it brings the block.
     """
     here = all("forward" not in block.__dict__ and block.block.is_meta for block in blocks)
     updates = tuple(block.update(on_meta=True) for block in blocks) if here else ()
@@ -429,8 +432,8 @@ def _weight_on_meta(base: Tensor, blocks: tuple[Block, ...]) -> Any:
 def _weight_of_another_type(base: Any, blocks: tuple[Block, ...]) -> Any:
     """Return what to read where the weight is no plain tensor.
 
-    FSDP keeps shards in place of parameters between its passes, and looks them up by name: to it
-    the weight is handed out as it is. A tensor of a trace is computed.
+    Between its passes, FSDP keeps shards in place of parameters and looks them up by name: it gets
+    W as it is. For any other type, a tensor of a trace say, W + sum of s dW is computed.
     """
     if is_sharded(base):
         if asked_by("torch.distributed.fsdp"):
@@ -468,7 +471,7 @@ class AdaptedWeight:
         found = self.layer.disha.blocks()
         return {adapter: block for (adapter, name), block in found.items() if name == self.name}
 
-    @property
+    @cached_property
     def slot(self) -> Slot:
         """Where the weight is, as its first adapter has it."""
         return next(iter(self.blocks.values())).slot
@@ -532,10 +535,10 @@ class AdaptedWeight:
 
 
 def read_weight(module: nn.Module, name: str) -> Any:
-    """Return a weight of a module without updates, or None; a computed one without training it.
+    """Return a weight of a module without updates, or None if it has none of that name.
 
-    In training, the spectral_norm of torch improves its estimate whenever the weight is read: that
-    is for the module's own forward to do. What is returned is the weight that this read last.
+    In training, torch's spectral_norm improves its estimate at each read of the weight. Only the
+    module's own forward should do that. So this reads as in evaluation, and changes no estimate.
     """
     parametrizations = module._modules.get("parametrizations")
     found = None if parametrizations is None else parametrizations._modules.get(name)
@@ -692,7 +695,7 @@ class _Recurrent(nn.Module):
 
     @property
     def _flat_weights(self) -> list[Any]:
-        """The weights as they read now."""
+        """The weights as they read now; torch's own list has the plain parameters."""
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter

@@ -58,7 +58,7 @@ def block_name(method: str) -> str:
 def _lasting() -> AbstractContextManager[object]:
     """Return a context in which tensors that can be trained are made.
 
-    An inference tensor never could be, even after inference mode ends.
+    A tensor made in inference mode can't be trained, even after that mode ends.
     """
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
@@ -75,6 +75,7 @@ class Block(nn.Module):
         dtype: what to create it in.
 
     Attributes:
+        rows: the slot's rows.
         method: the name of the block's method.
         parameter_name: what state dicts and files call the block.
         dropout: probability of zeroing each of the block's inputs in training.
@@ -84,6 +85,7 @@ class Block(nn.Module):
     """
 
     slot: Slot
+    rows: Rows
     method: str
     parameter_name: str
     config: AdapterConfig
@@ -104,7 +106,7 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # Straight into __dict__: each assignment through nn.Module costs as much as all of these.
+        # Straight into __dict__: one assignment through nn.Module costs as much as all of these.
         vars(self).update(
             slot=slot,
             rows=slot.rows,
@@ -143,7 +145,7 @@ class Block(nn.Module):
             ModeError: the block has no values here, or they can't be trained.
         """
         own = self.__dict__
-        # Hooks of devices, which replace forward, bring the block to where it is needed.
+        # A device hook (accelerate's) replaces forward, and brings the block to its device.
         values = self._brought() if "forward" in own else own["_parameters"][own["parameter_name"]]
         if values.is_meta and not on_meta:
             raise ModeError(
@@ -241,7 +243,7 @@ class Block(nn.Module):
         if block.is_meta:
             scale = self._buffers.get("scale")
             if scale is None or scale.is_meta:
-                # No tensor there has a value, and asking for one takes longer.
+                # A tensor on meta has no value, and torch.full takes longer.
                 return torch.empty((), dtype=dtype, device=device)
             device = scale.device  # the block is offloaded, and is brought to where the scale is
         return torch.full((), value, dtype=dtype, device=device)

@@ -1,9 +1,8 @@
 """`nn.TransformerEncoder` above adapted layers: kept from turning padded batches into nested ones.
 
-In evaluation, torch turns a padded batch into nested tensors where it takes the *first* layer for
-one with a fused path. An adapted layer further down has no fused path, and fails on them. So the
-encoder is told to leave batches as they are, and a hook fills the padding with what torch would
-have filled it with.
+In evaluation, torch turns a padded batch into nested tensors if the *first* layer seems to have a
+fused path. An adapted layer has none, and fails on nested tensors. So the encoder is told to leave
+batches as they are, and a hook fills the padding with what torch would have put there.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def guard_encoder(encoder: nn.TransformerEncoder) -> None:
 
 
 def release_encoder(encoder: nn.TransformerEncoder) -> None:
-    """Make an encoder what it was."""
+    """Undo `guard_encoder`."""
     encoder.use_nested_tensor = encoder.__dict__.pop(_KEPT)
     for number in [n for n, hook in encoder._forward_hooks.items() if hook is _fill_padding]:
         del encoder._forward_hooks[number]

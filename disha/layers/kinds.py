@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from disha.effective import register_grouped_product
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
-from disha.layers.adapted import AdaptedLayer
+from disha.layers.adapted import DENSE_DTYPES, AdaptedLayer
 from disha.layers.blocks import Slot
 from disha.layers.opaque import opaque_slot
 
@@ -73,6 +73,7 @@ def _attention(module: Any) -> list[Slot]:
 def _experts(module: Any) -> list[Slot]:
     """Experts of transformers that say themselves how their weights are laid out."""
     layout = Layout("expert in out" if module.is_transposed else "expert out in")
+    # They may call a grouped product of transformers' own, which exists once it is imported.
     fallback = getattr(getattr(torch.ops, "transformers", None), "grouped_mm_fallback", None)
     if fallback is not None:
         register_grouped_product(fallback)
@@ -80,10 +81,8 @@ def _experts(module: Any) -> list[Slot]:
     return [slot_of(name, layout) for name in stacks]
 
 
-_LINEAR, _CONV = (
-    _declared({"weight": Layout("out in")}),
-    _declared({"weight": Layout("out in *kernel")}),
-)
+_LINEAR = _declared({"weight": Layout("out in")})
+_CONV = _declared({"weight": Layout("out in *kernel")})
 LAYER_KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: _LINEAR,
     nn.Bilinear: _declared({"weight": Layout("expert out in")}),
@@ -101,7 +100,6 @@ LAYER_KINDS: dict[type[nn.Module], Kind] = {
 }
 """Class -> the kind of its instances, and of its subclasses."""
 
-_STEP3 = "transformers.models.step3p7.modeling_step3p7"
 _IN_OUT_STACK = {"gate_up_proj": "expert in out", "down_proj": "expert in out"}
 _OUT_IN_STACK = {"gate_up_proj": "expert out in", "down_proj": "expert out in"}
 FOREIGN_KINDS: dict[tuple[str, str], Mapping[str, str]] = {
@@ -110,7 +108,7 @@ FOREIGN_KINDS: dict[tuple[str, str], Mapping[str, str]] = {
     ("transformers.models.longcat_flash.modeling_longcat_flash", "LongcatFlashExperts"): (
         _OUT_IN_STACK
     ),
-    (_STEP3, "Step3p7Experts"): _OUT_IN_STACK,
+    ("transformers.models.step3p7.modeling_step3p7", "Step3p7Experts"): _OUT_IN_STACK,
     ("transformers.models.jetmoe.modeling_jetmoe", "JetMoeParallelExperts"): {
         "weight": "expert out in"
     },
@@ -180,7 +178,11 @@ def declared_slots(module: nn.Module) -> list[Slot]:
     Args:
         module: the module, adapted already or not yet.
     """
-    slot = opaque_slot(module)
+    weight = module._parameters.get("weight")
+    # The usual case at once: a class of torch itself with a plain weight.
+    plain = type(module) in LAYER_KINDS and type(weight) is nn.Parameter
+    dense = plain and weight is not None and weight.dtype in DENSE_DTYPES
+    slot = None if dense and "forward" not in module.__dict__ else opaque_slot(module)
     if slot is not None:
         return [slot]
     kind = kind_of(module)

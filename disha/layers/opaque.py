@@ -125,7 +125,7 @@ def weight_for(method: str, module: nn.Module, slot: Slot, weight: Any, like: Te
         module: the module.
         slot: the weight.
         weight: what the module holds in its place.
-        like: a tensor of the device and the dtype of the one that has only a shape.
+        like: gives the device and the dtype of the tensor that has only a shape.
     """
     assert slot.shape is not None
     if functional.method_of(method).reads_weight:
@@ -145,7 +145,7 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 
 def takes_dense(module: nn.Module) -> bool:
-    """Whether a module computes W x + b, also when a dense W is in the place of the opaque one."""
+    """Whether a module still computes W x + b when a dense W takes the place of the opaque one."""
     original = _original_class(module)
     return original.forward is nn.Linear.forward or is_library_forward(original)
 
@@ -227,16 +227,16 @@ def _row_scales(module: nn.Module | None, weight: Tensor) -> Tensor | None:
 
 def _read_4bit(module: nn.Module, weight: Tensor) -> Tensor:
     """Return the dense weight in the layer's compute dtype, or else the dtype it had before."""
-    functional = sys.modules["bitsandbytes.functional"]
-    data, state = _unpacked(functional, weight)
+    kernels = sys.modules["bitsandbytes.functional"]
+    data, state = _unpacked(kernels, weight)
     compute_dtype = getattr(module, "compute_dtype", None)
     if compute_dtype in (torch.float32, torch.bfloat16, torch.float16):
         state.dtype = compute_dtype
-    dense: Tensor = functional.dequantize_4bit(data, state)
+    dense: Tensor = kernels.dequantize_4bit(data, state)
     return dense
 
 
-def _unpacked(functional: Any, weight: Tensor) -> tuple[Tensor, Any]:
+def _unpacked(kernels: Any, weight: Tensor) -> tuple[Tensor, Any]:
     """Return a 4-bit weight's data and a copy of its scales, in the layout that they start in.
 
     On CPUs with AVX512-BF16, the first forward in eval mode packs both for a kernel, in place:
@@ -246,16 +246,16 @@ def _unpacked(functional: Any, weight: Tensor) -> tuple[Tensor, Any]:
     if not _is_packed(weight):
         return weight.data, state
     absmax = state.absmax.T.reshape(-1).float()
-    state.original_nested = False  # bitsandbytes would quantise the scales anew, which we have
-    data, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.original_nested = False  # else bitsandbytes quantises the scales anew
+    data, state = kernels._convert_weight_packed_for_cpu_inverse(weight.data, state)
     state.absmax = absmax
     return data, state
 
 
 def _read_8bit(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return the dense weight in float32: of the dtype that it had before, nothing is left."""
-    functional = sys.modules["bitsandbytes.functional"]
-    dense: Tensor = functional.int8_vectorwise_dequant(weight.data, _row_scales(module, weight))
+    """Return the dense weight in float32: nothing records the dtype that it had before."""
+    kernels = sys.modules["bitsandbytes.functional"]
+    dense: Tensor = kernels.int8_vectorwise_dequant(weight.data, _row_scales(module, weight))
     return dense
 
 
@@ -379,14 +379,16 @@ def _read_subclass(module: nn.Module, weight: Any) -> Tensor:
     return dense.to(weight.dtype)
 
 
-# --- modules with a weight of their own way ------------------------------------------------------
+# --- modules that round or pack their weight -----------------------------------------------------
 
 
 def _rounds(module: nn.Module | None) -> bool:
     """Whether a module's forward rounds its dense weight."""
+    if module is None:
+        return False
     names = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
-    if module is None or isinstance(module, _imported_classes(*names)):
-        return module is not None
+    if isinstance(module, _imported_classes(*names)):
+        return True
     # compressed-tensors gives instances a scheme and a forward.
     return "forward" in module.__dict__ and "quantization_scheme" in module.__dict__
 
@@ -539,20 +541,10 @@ def _check_output(module: Any, slot: Slot, input: Any, output: Any) -> None:
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
     """Return s dW x of one update; W is read only by methods that need it."""
     weight = weight_for(update.method, module, slot, _own_weight(module), update.block)
-    layout = slot.layout
-    (update,) = functional.over_all_rows(
-        [update], layout, layout.geometry(weight.shape).out_features
-    )
-    looks_up = layout.pattern == "index out"
-    if update.rows:  # of a method that has no block of all rows
-        delta = functional.delta_weight(update.method, layout, update.block, weight, update.rows)
-        if looks_up:
-            return F.embedding(x, delta) * update.scale
-        return F.linear(F.dropout(x, update.dropout).to(delta.dtype), delta) * update.scale
-    if not looks_up:
+    if slot.layout.pattern != "index out":
         return functional.linear_update(x, weight, update)
 
     def look_up(table: Tensor) -> Tensor:
         return F.embedding(x, table)
 
-    return functional.lookup_update(look_up, x, weight, layout, update)
+    return functional.lookup_update(look_up, x, weight, slot.layout, update)
