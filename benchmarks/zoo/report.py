@@ -22,10 +22,11 @@ def failed(results: Sequence[Result]) -> list[Result]:
 
 
 def write(results: Sequence[Result], path: Path, **about: object) -> None:
-    """Write everything to a JSON file."""
+    """Write everything to a JSON file, each result on a line of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    everything = {**about, "results": [result.as_dict() for result in results]}
-    path.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(json.dumps(result.as_dict()) for result in results)
+    everything = f'{json.dumps(about)[:-1]}, "results": [\n{lines}\n]}}\n'
+    path.write_text(everything, encoding="utf-8")
 
 
 def text(results: Sequence[Result]) -> str:
