@@ -122,6 +122,14 @@ class EffectiveWeight(Tensor):
                 return result
         return _compute_first(func, args, kwargs or {})
 
+    def as_subclass(self, cls: Any) -> Any:
+        """Return the computed weight as a tensor of another class.
+
+        Args:
+            cls: the class.
+        """
+        return computed(self).as_subclass(cls)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return computed(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
@@ -348,11 +356,28 @@ def _write(func: Callable[..., Any]) -> Callable[..., Any]:
 
     def write(*args: Any, **kwargs: Any) -> Any:
         if args:
-            return _compute_first(func, (_base_of(args[0]), *args[1:]), kwargs)
+            return _compute_first(func, (_base_of(args[0]), *_sources(*args)), kwargs)
         name = next(iter(kwargs))
         return _compute_first(func, (), {**kwargs, name: _base_of(kwargs[name])})
 
     return write
+
+
+def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
+    """Return what is written, W alone where it is the same effective weight: no update twice."""
+    if not isinstance(written, EffectiveWeight):
+        return sources
+    return tuple(
+        one.base if isinstance(one, EffectiveWeight) and _same_blocks(one, written) else one
+        for one in sources
+    )
+
+
+def _same_blocks(one: EffectiveWeight, other: EffectiveWeight) -> bool:
+    """Whether two effective weights have the updates of the same blocks."""
+    pairs = zip(one.updates, other.updates, strict=False)
+    same = all(a.block.is_set_to(b.block) for a, b in pairs)
+    return same and len(one.updates) == len(other.updates)
 
 
 _OPERATORS = (

@@ -528,6 +528,26 @@ class TestFacts:
         with pytest.raises((RuntimeError, TypeError)):
             nn.Linear(4, 3).weight = layer.weight
 
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda layer: layer.weight.copy_(layer.weight),
+            lambda layer: layer.weight.data.copy_(layer.weight.data),
+            lambda layer: layer.weight.__setitem__(slice(None), layer.weight),
+        ],
+    )
+    def test_written_into_itself_it_adds_no_update_twice(self, write):
+        layer, _ = self.weight()
+        before = layer.base_weight.detach().clone()
+        with torch.no_grad():
+            write(layer)
+        assert torch.equal(layer.base_weight, before)
+
+    def test_as_another_class_it_is_computed(self):
+        layer, _ = self.weight()
+        dense = layer.weight.as_subclass(torch.Tensor)
+        torch.testing.assert_close(dense, layer.merged_weight(["default"]))
+
     @pytest.mark.parametrize("clone", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
     def test_copies_of_it_are_dense(self, clone):
         layer, _ = self.weight()
