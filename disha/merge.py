@@ -204,23 +204,23 @@ def _chosen(
     return chosen
 
 
-Users = dict[int, list[tuple[nn.Module, str]]]
+Users = dict[int, list[tuple[nn.Module, str, str]]]
 
 
 def _parameter_users(model: nn.Module) -> Users:
-    """Return id of a parameter -> the modules that hold it, with its clean name there."""
+    """Return id of a parameter -> (module, its name there, its name in the model) of each user."""
     users: Users = {}
     for module, (name, *_) in module_names(model).items():
         for own_name, parameter in module._parameters.items():
             if parameter is not None:
-                users.setdefault(id(parameter), []).append((module, join(name, own_name)))
+                users.setdefault(id(parameter), []).append((module, own_name, join(name, own_name)))
     return users
 
 
 def _sharers(weight: AdaptedWeight, users: Users) -> list[str]:
-    """Return the names under which other modules hold this weight."""
-    owners = users.get(id(weight.parameter), ())
-    return [name for module, name in owners if module is not weight.layer]
+    """Return the other names of this weight in the model, those in its own module included."""
+    own, owners = (weight.layer, weight.slot.parameter), users.get(id(weight.parameter), ())
+    return [full for module, name, full in owners if (module, name) != own]
 
 
 def _check_mergeable(name: str, weight: AdaptedWeight, shared_with: list[str], untie: bool) -> None:

@@ -263,3 +263,25 @@ class TestRefusals:
         with pytest.raises(MergeError, match="remove it and the parametrization"):
             disha.merge_adapters(model)
         assert_unchanged(model, before)
+
+
+class TwoNames(nn.Module):
+    """One parameter under two names of one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(4, 4))
+        self.b = self.a
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.a.mT + x @ self.b.mT
+
+
+def test_a_second_name_in_the_same_module_is_not_merged_in_silence():
+    model, x = TwoNames(), torch.randn(3, 4)
+    disha.inject_adapters(model, "a", 2, layouts={"a": "out in"})
+    perturb(model)
+    before = model(x)
+    with pytest.raises(MergeError, match="a is shared with b"):
+        disha.merge_adapters(model)
+    assert torch.equal(model(x), before)
