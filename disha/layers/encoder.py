@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from disha.layers.hooks import add_first_hook, remove_first_hook
+
 __all__ = ["guard_encoder", "is_guarded", "release_encoder"]
 
 _KEPT = "_disha_nests"
@@ -28,15 +30,13 @@ def guard_encoder(encoder: nn.TransformerEncoder) -> None:
     """Keep an encoder from using nested tensors. Undone by `release_encoder`."""
     encoder.__dict__[_KEPT] = encoder.use_nested_tensor
     encoder.use_nested_tensor = False
-    encoder.register_forward_hook(_fill_padding, with_kwargs=True, prepend=True)
+    add_first_hook(encoder, _fill_padding)
 
 
 def release_encoder(encoder: nn.TransformerEncoder) -> None:
     """Undo `guard_encoder`."""
     encoder.use_nested_tensor = encoder.__dict__.pop(_KEPT)
-    for number in [n for n, hook in encoder._forward_hooks.items() if hook is _fill_padding]:
-        del encoder._forward_hooks[number]
-        encoder._forward_hooks_with_kwargs.pop(number, None)
+    remove_first_hook(encoder, _fill_padding)
 
 
 def _fill_padding(

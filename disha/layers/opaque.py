@@ -36,6 +36,7 @@ from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import Layout, Update
 from disha.layers.blocks import Slot
+from disha.layers.hooks import add_first_hook, remove_first_hook
 
 __all__ = [
     "ROUNDED",
@@ -478,14 +479,12 @@ def opaque_slot(module: nn.Module) -> Slot | None:
 
 def attach_hook(module: nn.Module) -> None:
     """Let a module add the updates of its adapters to its output, before other hooks see it."""
-    module.register_forward_hook(_add_updates, with_kwargs=True, prepend=True)
+    add_first_hook(module, _add_updates)
 
 
 def remove_hook(module: nn.Module) -> None:
     """Undo `attach_hook`."""
-    for number in [n for n, hook in module._forward_hooks.items() if hook is _add_updates]:
-        del module._forward_hooks[number]
-        module._forward_hooks_with_kwargs.pop(number, None)
+    remove_first_hook(module, _add_updates)
 
 
 def _add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

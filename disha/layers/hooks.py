@@ -1,0 +1,32 @@
+"""Forward hooks that change what a module returns, before other hooks see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = ["add_first_hook", "remove_first_hook"]
+
+
+def add_first_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Call a hook with keyword arguments after each forward, before the hooks that are there.
+
+    Args:
+        module: the module.
+        hook: a function of the package, so that the module can be pickled and copied.
+    """
+    module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+
+
+def remove_first_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Undo `add_first_hook`, also in a copy of the module, for which there is no handle.
+
+    Args:
+        module: the module.
+        hook: the function that was added.
+    """
+    for number in [n for n, own in module._forward_hooks.items() if own is hook]:
+        del module._forward_hooks[number]
+        module._forward_hooks_with_kwargs.pop(number, None)
