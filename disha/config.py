@@ -259,13 +259,18 @@ def _dtype_named(name: object) -> torch.dtype:
     return BLOCK_DTYPES[name]
 
 
-def _check_rank_pattern(rank_pattern: object, check_regex: Callable[[str, object], object]) -> None:
-    if not isinstance(rank_pattern, Mapping):
+def _require_mapping(name: str, value: object, item: str) -> Mapping[Any, Any]:
+    """Return a mapping from regexes, or raise and say what it maps them to."""
+    if not isinstance(value, Mapping):
         raise ArgumentTypeError(
-            "rank_pattern must be a dict of regex -> r, "
-            f"got {brief(rank_pattern)} of type {type(rank_pattern).__name__}"
+            f"{name} must be a dict of regex -> {item}, "
+            f"got {brief(value)} of type {type(value).__name__}"
         )
-    for pattern, r in rank_pattern.items():
+    return value
+
+
+def _check_rank_pattern(rank_pattern: object, check_regex: Callable[[str, object], object]) -> None:
+    for pattern, r in _require_mapping("rank_pattern", rank_pattern, "r").items():
         check_regex("rank_pattern", pattern)
         _check_positive_int(f"rank_pattern[{brief(pattern)}]", r)
 
@@ -273,25 +278,17 @@ def _check_rank_pattern(rank_pattern: object, check_regex: Callable[[str, object
 def _checked_layouts(
     layouts: object, check_regex: Callable[[str, object], object]
 ) -> dict[str, str]:
-    if not isinstance(layouts, Mapping):
-        raise ArgumentTypeError(
-            "layouts must be a dict of regex -> layout, "
-            f"got {brief(layouts)} of type {type(layouts).__name__}"
-        )
-    for pattern in layouts:
+    given = _require_mapping("layouts", layouts, "layout")
+    for pattern in given:
         check_regex("layouts", pattern)
-    return {pattern: layout_of(layout).pattern for pattern, layout in layouts.items()}
+    return {pattern: layout_of(layout).pattern for pattern, layout in given.items()}
 
 
 def _checked_rows(rows: object, check_regex: Callable[[str, object], object]) -> dict[str, Rows]:
-    if not isinstance(rows, Mapping):
-        raise ArgumentTypeError(
-            "rows must be a dict of regex -> list of (first, stop), "
-            f"got {brief(rows)} of type {type(rows).__name__}"
-        )
-    for pattern in rows:
+    given = _require_mapping("rows", rows, "list of (first, stop)")
+    for pattern in given:
         check_regex("rows", pattern)
-    return {pattern: checked_rows(pattern, ranges) for pattern, ranges in rows.items()}
+    return {pattern: checked_rows(pattern, ranges) for pattern, ranges in given.items()}
 
 
 def checked_rows(name: str, ranges: object) -> Rows:
