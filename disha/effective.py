@@ -888,7 +888,12 @@ def _packed_projection(q: Any, k: Any, v: Any, w: Any, b: Any = None) -> Any:
 
 
 def _packed_rows(packed: Any, *thirds: int) -> Sequence[Any]:
-    """Return parts of the weight or the bias of q, k and v; each covers so many thirds of it."""
+    """Split the packed weight or bias of q, k and v into parts.
+
+    Args:
+        packed: the weight or the bias, or None.
+        thirds: how many of q, k and v each part holds.
+    """
     if packed is None:
         return [None] * len(thirds)
     sizes = [packed.shape[0] // 3 * count for count in thirds]

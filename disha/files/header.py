@@ -91,7 +91,7 @@ class LayerRecord:
         }
 
     def geometry(self, block: tuple[int, ...]) -> Geometry:
-        """Return the sizes of what is adapted, by those above and the block's shape."""
+        """Return the sizes of the adapted weight; those of its stack come from the block."""
         stack = functional.stack_of(self.method, self.layout, block)
         return Geometry(self.in_features, self.out_features, stack)
 

@@ -432,7 +432,7 @@ def _effective(slab: _Slab, weight: Tensor, block: Tensor, whole: bool) -> Tenso
         product = start.view(tiles.shape).baddbmm_(tiles, own)
     else:
         product = torch.baddbmm(tiles, tiles, own)
-    # Laid out as W, so that a block of zeros changes no bit of what the plain layer computes.
+    # The result has the strides of W. So a block of zeros changes no bit of the layer's output.
     effective = product.view(own.shape[0] * r, -1)[: rows.shape[0], : rows.shape[1]]
     return effective.contiguous() if weight.is_contiguous() else effective.mT.contiguous().mT
 

@@ -135,7 +135,7 @@ def shrinking(dtype: torch.dtype, in_features: int, r: int) -> float:
 
     Args:
         dtype: dtype of the product with the sums.
-        in_features: size of what is summed.
+        in_features: size of the input.
         r: shard size.
     """
     if dtype != torch.float16:

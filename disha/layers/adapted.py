@@ -271,7 +271,7 @@ class AdaptedLayer(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         replaced = name in self.adapted_parameters and name in self._parameters
-        # FullyShardedDataParallel puts views of what it has flattened in the place of parameters.
+        # FullyShardedDataParallel replaces parameters by views of one flat parameter.
         if replaced and not asked_by("torch.distributed.fsdp"):
             raise ArgumentError(
                 f"the {name} of an adapted {self.original_class.__qualname__} can't be replaced by "

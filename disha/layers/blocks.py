@@ -106,7 +106,7 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        # Straight into __dict__: one assignment through nn.Module costs as much as all of these.
+        # nn.Module's assignment is slow: one costs as much as this whole update of __dict__.
         vars(self).update(
             slot=slot,
             rows=slot.rows,
