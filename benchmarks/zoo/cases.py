@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Built", "Case", "NotRun", "run", "seed", "tensors", "wake"]
+__all__ = ["Built", "Case", "NotRun", "building", "run", "seed", "tensors", "wake"]
 
 SEED = 1234
 FAINT = 1e-3
@@ -61,6 +62,16 @@ def run(built: Built) -> Any:
     """Run the model with its inputs; random operations in its forward are the same each time."""
     seed()
     return built.model(*built.args, **built.kwargs)
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Turn any error of a plain model inside of the block into `NotRun`."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise NotRun(f"{type(error).__name__}: {text[:200]}") from None
 
 
 def tensors(output: Any) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.zoo.cases import Built, Case, NotRun, run, seed, wake
+from benchmarks.zoo.cases import Built, Case, NotRun, building, run, seed, wake
 
 __all__ = ["cases"]
 
@@ -348,16 +348,13 @@ def _build(name: str) -> Built:
     if cls is None:
         raise NotRun("this release of diffusers has no such class")
     config, inputs = MODELS[name]
-    try:
+    with building():
         seed()
         model = wake(cls(**config).float().eval())
         seed()
         built = Built(model, kwargs=inputs(), note=name)
         with torch.no_grad():
             run(built)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise NotRun(f"{type(error).__name__}: {text[:200]}") from None
     return built
 
 

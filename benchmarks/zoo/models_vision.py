@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.zoo.cases import Built, Case, NotRun, run, seed, wake
+from benchmarks.zoo.cases import Built, Case, NotRun, building, run, seed, wake
 
 __all__ = ["cases"]
 
@@ -167,12 +167,8 @@ class _Losses(nn.Module):
 
 
 def _checked(built: Built) -> Built:
-    try:
-        with torch.no_grad():
-            run(built)
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise NotRun(f"{type(error).__name__}: {text[:200]}") from None
+    with building(), torch.no_grad():
+        run(built)
     return built
 
 
