@@ -35,7 +35,7 @@ from benchmarks.convergence.plan import (
     main_cell,
     wanted,
 )
-from benchmarks.convergence.runs import RESULTS, Cell, Run, read_runs, write_json, write_run
+from benchmarks.convergence.runs import RESULTS, Cell, Run, read_runs, write_run
 from benchmarks.convergence.sweep import sweep, time_left
 from benchmarks.convergence.tasks import TASKS, arithmetic, docstrings, packages
 from benchmarks.convergence.tasks.digits import Digits, ViT
@@ -308,53 +308,66 @@ class TestPlan:
             assert {c.method for c in STUDY.cells if c == main_cell(task, c.method)} == set(METHODS)
         assert all(len(rates) >= 4 and set(rates) <= set(RATES) for rates in STUDY.rates.values())
         assert len(STUDY.seeds) == 3
-        assert len({Run(cell, 1e-3, 0).file for cell in STUDY.cells}) == len(STUDY.cells)
+        assert len({Run(cell, 1e-3, 0).title for cell in STUDY.cells}) == len(STUDY.cells)
 
 
 class TestRuns:
     def test_what_is_written_is_read(self, tmp_path):
+        file = tmp_path / "runs.jsonl"
         run = Run(Cell("digits", "tile", 8, 32, "attention", "bfloat16"), 3e-5, 2)
-        write_run(tmp_path, run, {"validation": [1.23456789, None]})
-        assert run.file == "digits/tile-r8x32-attention-bfloat16/rate3e-05-seed2.json"
-        (found,) = read_runs(tmp_path).items()
+        write_run(file, run, {"validation": [1.23456789, None]})
+        assert run.title == "digits/tile-r8x32-attention-bfloat16/rate3e-05-seed2"
+        (found,) = read_runs(file).items()
         assert found[0] == run
         assert found[1]["validation"] == [1.23457, None]
 
-    def test_a_file_in_the_wrong_place_is_told(self, tmp_path):
-        run = Run(CELL, 1e-3, 0)
-        write_run(tmp_path, run, {"validation": [1.0]})
-        (tmp_path / run.file).rename(tmp_path / run.file.replace("seed0", "seed1"))
-        with pytest.raises(ValueError, match=r"holds the results of .*seed0"):
-            read_runs(tmp_path)
+    def test_runs_are_lines_in_the_order_of_their_titles(self, tmp_path):
+        file = tmp_path / "runs.jsonl"
+        runs = [Run(CELL, 1e-3, seed) for seed in (2, 0, 1)]
+        for run in runs:
+            write_run(file, run, {"loss": 1.0})
+        write_run(file, runs[0], {"loss": 2.0})
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [(one["seed"], one["loss"]) for one in lines] == [(0, 1.0), (1, 1.0), (2, 2.0)]
+
+    def test_a_file_that_is_not_there_has_no_runs(self, tmp_path):
+        assert read_runs(tmp_path / "runs.jsonl") == {}
 
     def test_what_is_no_number_is_not_written(self, tmp_path):
         with pytest.raises(ValueError, match="Out of range"):
-            write_json(tmp_path / "a.json", {"loss": float("nan")})
+            write_run(tmp_path / "runs.jsonl", Run(CELL, 1e-3, 0), {"loss": float("nan")})
         assert list(tmp_path.iterdir()) == []
+
+    def test_the_kept_file_is_what_would_be_written(self, tmp_path):
+        file = tmp_path / "runs.jsonl"
+        shutil.copy(RESULTS, file)
+        run, found = next(iter(read_runs(file).items()))
+        write_run(file, run, found)
+        assert file.read_bytes() == RESULTS.read_bytes()
 
 
 class TestSweep:
     def test_it_goes_on_where_it_was_stopped(self, tmp_path):
-        done = []
+        done, file = [], tmp_path / "runs.jsonl"
 
-        def do(run, folder):
+        def train_one(run):
             if len(done) == 3:
                 raise KeyboardInterrupt
             done.append(run)
-            write_run(folder, run, results_of(CELL, {run.rate: 1 + abs(run.rate - 3e-3)})[
-                Run(CELL, run.rate, 0)])  # fmt: skip
+            (found,) = results_of(CELL, {run.rate: 1 + abs(run.rate - 3e-3)}).values()
+            return found
 
         with pytest.raises(KeyboardInterrupt):
-            sweep(SMALL, tmp_path, 0, do=do, say=lambda line: None)
-        assert len(read_runs(tmp_path)) == 3
+            sweep(SMALL, file, 0, train_one=train_one, say=lambda line: None)
+        assert len(read_runs(file)) == 3
         first, lines = list(done), []
         done.clear()
-        assert sweep(SMALL, tmp_path, 0, do=do, say=lines.append) == 3
+        assert sweep(SMALL, file, 0, train_one=train_one, say=lines.append) == 3
         assert not set(first) & set(done)
-        assert len(read_runs(tmp_path)) == 6
+        assert len(read_runs(file)) == 6
         assert "6 runs done" in lines[-1]
         assert "about 0 min left" in lines[-1]
-        assert sweep(SMALL, tmp_path, 0, do=do) == 0
+        assert sweep(SMALL, file, 0, train_one=train_one) == 0
 
     def test_time_left_counts_cells_that_have_not_begun(self):
         other = Cell("packages", "bone", 8)
@@ -365,28 +378,29 @@ class TestSweep:
     def test_a_tiny_study_from_runs_to_page(self, tiny, tmp_path):
         cells = tuple(main_cell("digits", method) for method in ("bone", "lora"))
         study = Study(cells, {("digits", c.method): (1e-2,) for c in cells}, seeds=(0, 1))
-        assert sweep(study, tmp_path / "results", 0, say=lambda line: None) == 4
-        assert sweep(study, tmp_path / "results", 0) == 0
+        file, costs_file = tmp_path / "runs.jsonl", tmp_path / "costs.json"
+        assert sweep(study, file, 0, say=lambda line: None) == 4
+        assert sweep(study, file, 0) == 0
         measured = costs.costs(tiny, ["bone", "lora"], Budget(0.0, 2, 2, 1), CPU)
         head = {"machine": {"processor": "p", "threads": 1}, "device": "cpu", "versions": {}}
-        write_json(tmp_path / "results" / costs.FILE, {**head, "tables": {"costs": [measured]}})
+        costs_file.write_text(json.dumps({**head, "tables": {"costs": [measured]}}))
         pages = []
         for docs in (tmp_path / "a", tmp_path / "b"):
-            written = report.write(study, tmp_path / "results", docs)
+            written = report.write(study, file, costs_file, docs)
             pages.append({path.name: path.read_bytes() for path in written})
         assert pages[0] == pages[1]
         assert len(pages[0]) == 4
         text = pages[0]["evidence.md"].decode()
-        loss = finding(cells[0], study, read_runs(tmp_path / "results")).mean("loss")
+        loss = finding(cells[0], study, read_runs(file)).mean("loss")
         assert f"{loss.value:.3f} ± {loss.deviation:.3f}" in text
         assert "4 runs" in text
 
     def test_the_command_does_one_task_and_says_so(self, monkeypatch, tmp_path, capsys):
         asked = []
         monkeypatch.setattr(command, "sweep", lambda *given: asked.append(given) or 7)
-        assert command.main(["--tasks", "packages", "--folder", str(tmp_path)]) == 0
+        assert command.main(["--tasks", "packages", "--results", str(tmp_path / "runs.jsonl")]) == 0
         assert {cell.task for cell in asked[0][0].cells} == {"packages"}
-        assert "7 runs done now" in capsys.readouterr().out
+        assert "7 runs done" in capsys.readouterr().out
 
 
 class TestFindings:
@@ -452,14 +466,17 @@ def assert_same_picture(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1.5e-6)
 
 
+COMMAND = "python -m benchmarks.convergence.report"
+
+
 class TestReport:
     """The page that is committed follows from the results that are committed."""
 
     def test_it_is_what_the_results_give(self, tmp_path):
         import matplotlib as mpl
 
-        page, *pictures = report.write(STUDY, RESULTS, tmp_path)
-        assert page.read_text() == (ROOT / "docs" / page.name).read_text(), "make evidence-report"
+        page, *pictures = report.write(STUDY, RESULTS, costs.COSTS, tmp_path)
+        assert page.read_text() == (ROOT / "docs" / page.name).read_text(), COMMAND
         for path in pictures:
             committed = (ROOT / "docs" / path.relative_to(tmp_path)).read_text()
             if f"Matplotlib v{mpl.__version__}" not in committed:
@@ -475,24 +492,24 @@ class TestReport:
         with pytest.raises(AssertionError):
             assert_same_picture(picture, picture.replace(*change))
 
-    def test_every_file_of_results_is_of_the_study(self):
-        strangers = [run.file for run in read_runs(RESULTS)
+    def test_every_kept_run_is_of_the_study(self):
+        strangers = [run.title for run in read_runs(RESULTS)
                      if run.cell not in STUDY.cells or run.rate not in RATES]  # fmt: skip
         assert strangers == []
 
     def test_numbers_come_from_files(self, tmp_path):
-        folder, page = tmp_path / "results", tmp_path / "docs" / "evidence.md"
-        shutil.copytree(RESULTS, folder)
-        report.write(STUDY, folder, tmp_path / "docs")
+        file, page = tmp_path / "runs.jsonl", tmp_path / "docs" / "evidence.md"
+        shutil.copy(RESULTS, file)
+        report.write(STUDY, file, costs.COSTS, tmp_path / "docs")
         assert page.read_text() == (ROOT / "docs" / "evidence.md").read_text()
-        results = read_runs(folder)
+        results = read_runs(file)
         cell = main_cell("digits", "bone")
         before = finding(cell, STUDY, results).mean("loss").value
         changed = next(run for run in results if run.cell == cell and run.seed == 1)
-        write_run(folder, changed, {**results[changed], "loss": 123.0})
-        after = finding(cell, STUDY, read_runs(folder)).mean("loss").value
+        write_run(file, changed, {**results[changed], "loss": 123.0})
+        after = finding(cell, STUDY, read_runs(file)).mean("loss").value
         assert f"{after:.3f} ±" not in page.read_text()
-        report.write(STUDY, folder, tmp_path / "docs")
+        report.write(STUDY, file, costs.COSTS, tmp_path / "docs")
         assert f"{before:.3f} ±" not in page.read_text()
         assert f"{after:.3f} ±" in page.read_text()
 

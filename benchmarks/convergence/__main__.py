@@ -26,17 +26,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 130 when it was stopped.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results are")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
     parser.add_argument("--workers", type=int, default=default_workers(), help="runs at once")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="these only")
     asked = parser.parse_args(arguments)
     cells = tuple(c for c in STUDY.cells if asked.tasks is None or c.task in asked.tasks)
     try:
-        done = sweep(replace(STUDY, cells=cells), asked.folder, asked.workers)
+        done = sweep(replace(STUDY, cells=cells), asked.results, asked.workers)
     except KeyboardInterrupt:
         print("stopped; what is done is kept, and the same command goes on")
         return 130
-    print(f"{done} runs done now; all there: {asked.folder}")
+    print(f"{done} runs done; nothing is missing in {asked.results}")
     return 0
 
 

@@ -25,9 +25,9 @@ from benchmarks.memory import allocated_peak
 from benchmarks.protocol import Budget, compare, synchroniser
 from benchmarks.results import describe, read_results, write_results
 
-__all__ = ["BUDGET", "FILE", "costs", "main", "training_step"]
+__all__ = ["BUDGET", "COSTS", "costs", "main", "training_step"]
 
-FILE = "costs.json"
+COSTS = RESULTS.with_name("convergence-costs.json")
 BUDGET = Budget(120.0, least_rounds=5, most_rounds=40, warm_up=1)
 RATE = 1e-5
 
@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence.costs")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results are")
+    parser.add_argument("--out", type=Path, default=COSTS, help="the file of costs")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     asked = parser.parse_args(arguments)
-    file = asked.folder / FILE
+    file = asked.out
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = read_results(file) if file.exists() else describe("convergence", device)
     measured = results["tables"].setdefault("costs", [])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.convergence import curves
-from benchmarks.convergence.costs import FILE
+from benchmarks.convergence.costs import COSTS
 from benchmarks.convergence.findings import (
     Finding,
     Mean,
@@ -45,23 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence.report")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results are")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
+    parser.add_argument("--costs", type=Path, default=COSTS, help="the file of costs")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder to write into")
     asked = parser.parse_args(arguments)
-    for path in write(STUDY, asked.folder, asked.docs):
+    for path in write(STUDY, asked.results, asked.costs, asked.docs):
         print(path)
     return 0
 
 
-def write(study: Study, folder: Path, docs: Path) -> list[Path]:
+def write(study: Study, results_file: Path, costs_file: Path, docs: Path) -> list[Path]:
     """Write the page and its pictures, and return their paths.
 
     Args:
         study: what was planned.
-        folder: of the results.
-        docs: where to write.
+        results_file: with the results of the runs.
+        costs_file: with the costs of a step; it may be missing.
+        docs: the folder to write into.
     """
-    results, costs = read_runs(folder), _read_costs(folder / FILE)
+    results, costs = read_runs(results_file), _read_costs(costs_file)
     found = _found(study, results, costs)
     shown = {task: one for task, one in found.items() if "lora" in one.findings}
     pictures = {PICTURES.format(task): curves.curves(task, one) for task, one in shown.items()}
@@ -430,7 +432,7 @@ def _provenance(results: Results, costs: Mapping[str, Any]) -> str:
     seconds = sum(record["seconds"] for record in results.values())
     text = (
         f"{len(results)} runs, {seconds / 3600:.1f} hours of one core (with what else it had to "
-        "do). Each has a file of its own in `benchmarks/results/convergence/`."
+        "do). Each is a line of `benchmarks/results/convergence.jsonl`."
     )
     if costs:
         machine, versions = costs["machine"], costs["versions"]

@@ -1,4 +1,7 @@
-"""A cell of the study, a run of it, and the file of what the run found."""
+"""A cell of the study, a run of it, and the file with the results of all runs.
+
+The file has one line of JSON for each run.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from typing import Any
 
 from benchmarks.results import rounded, write_whole
 
-__all__ = ["RESULTS", "Cell", "Run", "read_runs", "write_json", "write_run"]
+__all__ = ["RESULTS", "Cell", "Run", "read_runs", "write_run"]
 
 DIGITS = 6
-"""Significant digits that are written: fewer would round seeds to the same value."""
-RESULTS = Path(__file__).parent.parent / "results" / "convergence"
+"""Significant digits in the file. With fewer, two seeds could round to the same value."""
+RESULTS = Path(__file__).parent.parent / "results" / "convergence.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The cell's name in files."""
+        """The cell's name, without its task."""
         tile = "" if self.r_out is None else f"x{self.r_out}"
         more = [part for part in (self.layers, self.dtype) if part not in ("all", "float32")]
         return "-".join([self.method, f"r{self.r}{tile}", *more])
@@ -60,45 +63,36 @@ class Run:
     seed: int
 
     @property
-    def file(self) -> str:
-        """Where its results are, from the folder of results."""
-        return f"{self.cell.task}/{self.cell.title}/rate{self.rate:g}-seed{self.seed}.json"
+    def title(self) -> str:
+        """The run's name, by which the file of results is sorted."""
+        return f"{self.cell.task}/{self.cell.title}/rate{self.rate:g}-seed{self.seed}"
 
 
-def read_runs(folder: Path) -> dict[Run, dict[str, Any]]:
-    """Return what each run found, of the runs whose files are there.
+def read_runs(file: Path) -> dict[Run, dict[str, Any]]:
+    """Return the results of each run, in the order of their titles.
 
     Args:
-        folder: of the results.
-
-    Raises:
-        ValueError: a file is not where the run in it belongs.
+        file: of the results; one that does not exist holds no runs.
     """
-    found = {}
-    for path in sorted(folder.glob("*/*/*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        run = Run(Cell(**record["cell"]), record["rate"], record["seed"])
-        if folder / run.file != path:
-            raise ValueError(f"{path} holds the results of {run.file}; delete it, it is made anew")
-        found[run] = record
-    return found
+    if not file.exists():
+        return {}
+    records = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return {Run(Cell(**one["cell"]), one["rate"], one["seed"]): one for one in records}
 
 
-def write_run(folder: Path, run: Run, found: Mapping[str, Any]) -> None:
-    """Write what a run found.
+def write_run(file: Path, run: Run, found: Mapping[str, Any]) -> None:
+    """Add the results of a run to the file, or replace those that it has.
+
+    The file is written anew as a whole, so stopping the process never leaves half a line.
 
     Args:
-        folder: of the results.
+        file: of the results.
         run: the run.
         found: numbers and lists of them; None where a number is not finite.
     """
-    write_json(folder / run.file, {**asdict(run), **found})
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all, a line for each key."""
+    records = {**read_runs(file), run: {**asdict(run), **found}}
     lines = [
-        f"{json.dumps(key)}: {json.dumps(rounded(one, DIGITS), allow_nan=False)}"
-        for key, one in value.items()
+        json.dumps(rounded(records[one], DIGITS), allow_nan=False)
+        for one in sorted(records, key=lambda one: one.title)
     ]
-    write_whole(path, "{\n " + ",\n ".join(lines) + "\n}\n")
+    write_whole(file, "\n".join(lines) + "\n")

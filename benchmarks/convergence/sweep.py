@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from benchmarks.convergence.training import train
 
 __all__ = ["default_workers", "sweep", "time_left"]
 
-Do = Callable[[Run, Path], None]
+Train = Callable[[Run], Mapping[str, Any]]
 
 
 def default_workers() -> int:
@@ -28,56 +29,54 @@ def default_workers() -> int:
 
 def sweep(
     study: Study,
-    folder: Path,
+    file: Path,
     workers: int,
     *,
-    do: Do | None = None,
+    train_one: Train | None = None,
     say: Callable[[str], None] | None = None,
 ) -> int:
-    """Do every run that the study wants and whose file is not there.
+    """Do every run that the study wants and the file lacks.
 
     Args:
         study: what to do.
-        folder: of the results; a run's file is there when it is done, and not before.
-        workers: processes; 0 does the runs in this one.
-        do: in place of `one`, for trials.
-        say: where progress goes; to the standard output if not given.
+        file: of the results. A run is added to it when it has ended, by this process alone.
+        workers: processes that train; with 0, this process trains.
+        train_one: trains in place of `train`, for tests.
+        say: receives a line of progress after each run; prints it by default.
 
     Returns:
-        How many runs it has done.
+        The number of runs done.
     """
-    do, say, done, started = do or one, say or _print, 0, time.perf_counter()
+    train_one, say, started = train_one or _train, say or _print, time.perf_counter()
     pool = _pool(workers) if workers else None
-    running: dict[Future[None], Run] = {}
+    running: dict[Future[Mapping[str, Any]], Run] = {}
+    results, done = read_runs(file), 0
     try:
-        results = read_runs(folder)
         while True:
             going = set(running.values())
             missing = [run for run in wanted(study, results) if run not in going]
             if pool is None:
-                if not missing:
-                    return done
-                do(missing[0], folder)
+                ended = {run: train_one(run) for run in missing[:1]}
             else:
                 for run in missing[: workers - len(running)]:
-                    running[pool.submit(do, run, folder)] = run
-                if not running:
-                    return done
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[future]
-                    future.result()
-            results, before = read_runs(folder), len(results)
-            done += len(results) - before
-            say(_progress(study, folder, results, max(1, workers), time.perf_counter() - started))
+                    running[pool.submit(train_one, run)] = run
+                futures = wait(running, return_when=FIRST_COMPLETED).done
+                ended = {running.pop(future): future.result() for future in futures}
+            if not ended:
+                return done
+            for run, found in ended.items():
+                write_run(file, run, found)
+                done += 1
+                results = read_runs(file)
+                elapsed = time.perf_counter() - started
+                say(_progress(study, run, results, max(1, workers), elapsed))
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def one(run: Run, folder: Path) -> None:
-    """Do one run and write its file."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write_run(folder, run, train(run, device))
+def _train(run: Run) -> Mapping[str, Any]:
+    return train(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _print(line: str) -> None:
@@ -93,8 +92,7 @@ def _begin() -> None:
     torch.set_num_threads(1)
 
 
-def _progress(study: Study, folder: Path, results: Results, workers: int, elapsed: float) -> str:
-    latest = max(results, key=lambda run: (folder / run.file).stat().st_mtime)
+def _progress(study: Study, latest: Run, results: Results, workers: int, elapsed: float) -> str:
     loss = results[latest]["validation"][-1]
     left = time_left(study, {run: found["seconds"] for run, found in results.items()}, workers)
     shown = "diverged" if loss is None else f"{loss:.3f}"
