@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError, DishaError
-from disha.layers import AdaptedWeight, Block
-from disha.layers.adapted import refuse_inside
+from disha.layers import AdaptedWeight, Block, refuse_inside
 from disha.merge import merge_adapters, unmerge_adapters
 from disha.tables import table
 from disha.tree import adapted_layers, adapted_weights, require_model

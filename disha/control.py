@@ -11,8 +11,14 @@ from torch import nn
 from disha import functional
 from disha.config import check_adapter_name, check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.layers import AdaptedLayer, AdaptedWeight, Block
-from disha.layers.adapted import make_block, refuse_inside, refuse_merged
+from disha.layers import (
+    AdaptedLayer,
+    AdaptedWeight,
+    Block,
+    make_block,
+    refuse_inside,
+    refuse_merged,
+)
 from disha.routing import Route
 from disha.tree import (
     adapted_layers,

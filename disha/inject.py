@@ -13,17 +13,19 @@ from torch import nn
 from disha import freezing
 from disha.config import AdapterConfig, as_patterns
 from disha.errors import ArgumentError
-from disha.layers import AdaptedLayer
-from disha.layers.adapted import (
+from disha.layers import (
     CHILD_NAME,
+    AdaptedLayer,
     Adapters,
     adapt,
+    guard_encoder,
+    is_guarded,
     make_block,
     refuse_changed_class,
     refuse_inside,
+    release_encoder,
     restore,
 )
-from disha.layers.encoder import guard_encoder, is_guarded, release_encoder
 from disha.plan import Plan, PlannedLayer, Target, can_train, claimed_names, plan_injection
 from disha.sharding import register_shards
 from disha.tree import (

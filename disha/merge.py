@@ -14,15 +14,16 @@ from torch import nn
 
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError
 from disha.functional import without_autocast
-from disha.layers.adapted import (
+from disha.layers import (
+    ROUNDED,
     AdaptedLayer,
     AdaptedWeight,
     Merged,
     Original,
     offloading_hooks,
     refuse_inside,
+    takes_dense,
 )
-from disha.layers.opaque import ROUNDED, takes_dense
 from disha.sharding import sharded_module
 from disha.tree import adapted_layers, join, module_names, require_adapter
 

@@ -23,18 +23,23 @@ from disha.config import (
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import Layout, Rows
-from disha.layers import AdaptedLayer, Slot, declared_slots
-from disha.layers.adapted import (
+from disha.layers import (
     CHILD_NAME,
+    AdaptedLayer,
+    Slot,
+    declared_slots,
     device_of_weight,
+    is_quantised,
+    matrix_parameters,
     offloading_hooks,
+    parameter_count,
+    quantisation_of,
     read_weight,
     refuse_inside,
+    slot_of,
     stored_weight,
     weight_shape,
 )
-from disha.layers.kinds import matrix_parameters, slot_of
-from disha.layers.opaque import is_quantised, parameter_count, quantisation_of
 from disha.sharding import is_sharded
 from disha.tables import WIDEST, table
 from disha.text import brief, printable

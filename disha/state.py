@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from disha import freezing, functional
 from disha.errors import AdapterStateError, ArgumentTypeError
-from disha.layers import AdaptedWeight, Block
-from disha.layers.adapted import refuse_merged, weight_shape
-from disha.layers.opaque import kept_packed
+from disha.layers import AdaptedWeight, Block, kept_packed, refuse_merged, weight_shape
 from disha.sharding import Ranks, local_part, obstacle_to_write, register_shards, write
 from disha.tree import adapted_layers, join, module_names, require_adapter, require_model
 

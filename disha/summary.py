@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from disha.layers.opaque import parameter_count
+from disha.layers import parameter_count
 from disha.tables import table
 from disha.tree import adapted_weights, require_model
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
-from disha.layers.adapted import CHILD_NAME, AdaptedLayer, AdaptedWeight, Adapters
+from disha.layers import CHILD_NAME, AdaptedLayer, AdaptedWeight, Adapters
 
 __all__ = [
     "ModuleNames",

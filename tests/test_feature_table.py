@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from disha.layers.kinds import LAYER_KINDS
+from disha.layers import LAYER_KINDS
 from tests import feature_table, test_kinds, test_layouts
 from tests.feature_table import PAGE, TABLES, Result, render
 

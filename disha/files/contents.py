@@ -37,8 +37,7 @@ from disha.files.pieces import tensor_writer
 from disha.files.tensors import TensorFile, TensorRecord, opened
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
-from disha.layers import AdaptedWeight
-from disha.layers.adapted import refuse_inside
+from disha.layers import AdaptedWeight, refuse_inside
 from disha.plan import WeightRequest, plan_weights
 from disha.sharding import Ranks, whole
 from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as

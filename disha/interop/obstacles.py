@@ -15,9 +15,7 @@ from typing import Any
 from torch import nn
 
 from disha.errors import ConversionError
-from disha.layers import LAYER_KINDS
-from disha.layers.kinds import FOREIGN_KINDS
-from disha.layers.opaque import is_library_forward
+from disha.layers import FOREIGN_KINDS, LAYER_KINDS, is_library_forward
 from disha.tree import ModuleNames, module_names, require_adapter
 
 __all__ = ["PeftObstacles", "check_peft_acts", "class_of", "refuse"]

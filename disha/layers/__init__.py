@@ -1,12 +1,44 @@
 """Layers with adapters: blocks, adapted classes, the table of kinds, and opaque weights."""
 
-from disha.layers.adapted import AdaptedLayer, AdaptedLinear, AdaptedWeight, Adapters
+from disha.layers.adapted import AdaptedLayer, AdaptedWeight, refuse_inside, refuse_merged
+from disha.layers.adapters import CHILD_NAME, Adapters, Merged, Original
 from disha.layers.blocks import Block, Slot, block_name
-from disha.layers.kinds import LAYER_KINDS, declared_slots, register_layer_kind
+from disha.layers.classes import AdaptedLinear, adapt, refuse_changed_class, restore
+from disha.layers.encoder import guard_encoder, is_guarded, release_encoder
+from disha.layers.kinds import (
+    FOREIGN_KINDS,
+    LAYER_KINDS,
+    PROJECTIONS,
+    declared_slots,
+    matrix_parameters,
+    register_layer_kind,
+    slot_of,
+)
 from disha.layers.linear import BatLinear, BoneLinear
+from disha.layers.opaque import (
+    ROUNDED,
+    is_library_forward,
+    is_quantised,
+    kept_packed,
+    parameter_count,
+    quantisation_of,
+    takes_dense,
+)
+from disha.layers.weights import (
+    device_of_weight,
+    make_block,
+    offloading_hooks,
+    read_weight,
+    stored_weight,
+    weight_shape,
+)
 
 __all__ = [
+    "CHILD_NAME",
+    "FOREIGN_KINDS",
     "LAYER_KINDS",
+    "PROJECTIONS",
+    "ROUNDED",
     "AdaptedLayer",
     "AdaptedLinear",
     "AdaptedWeight",
@@ -14,8 +46,32 @@ __all__ = [
     "BatLinear",
     "Block",
     "BoneLinear",
+    "Merged",
+    "Original",
     "Slot",
+    "adapt",
     "block_name",
     "declared_slots",
+    "device_of_weight",
+    "guard_encoder",
+    "is_guarded",
+    "is_library_forward",
+    "is_quantised",
+    "kept_packed",
+    "make_block",
+    "matrix_parameters",
+    "offloading_hooks",
+    "parameter_count",
+    "quantisation_of",
+    "read_weight",
+    "refuse_changed_class",
+    "refuse_inside",
+    "refuse_merged",
     "register_layer_kind",
+    "release_encoder",
+    "restore",
+    "slot_of",
+    "stored_weight",
+    "takes_dense",
+    "weight_shape",
 ]

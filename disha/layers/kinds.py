@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from disha.effective import register_grouped_product
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
-from disha.layers.adapted import DENSE_DTYPES, AdaptedLayer
 from disha.layers.blocks import Slot
-from disha.layers.opaque import opaque_slot
+from disha.layers.opaque import opaque_slot, original_class
+from disha.layers.weights import DENSE_DTYPES
 
 __all__ = ["LAYER_KINDS", "declared_slots", "kind_of", "matrix_parameters", "register_layer_kind"]
 
@@ -159,10 +159,7 @@ def register_layer_kind(cls: type[nn.Module], layouts: Mapping[str, str]) -> Non
 
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a module, or None where nothing declares its weights."""
-    original = type(module)
-    if isinstance(module, AdaptedLayer):
-        original = module.original_class
-    for cls in original.__mro__:
+    for cls in original_class(module).__mro__:
         if cls in LAYER_KINDS:
             return LAYER_KINDS[cls]
         foreign = FOREIGN_KINDS.get((cls.__module__, cls.__qualname__))

@@ -11,14 +11,11 @@ from disha.config import AdapterConfig, check_adapter_name
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.freezing import set_requires_grad
 from disha.functional import layout_of, misfit
-from disha.layers.adapted import (
-    CHILD_NAME,
-    AdaptedLayer,
-    AdaptedLinear,
-    Adapters,
-    make_block,
-)
+from disha.layers.adapted import AdaptedLayer
+from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Slot
+from disha.layers.classes import AdaptedLinear
+from disha.layers.weights import make_block
 
 __all__ = ["BatLinear", "BoneLinear"]
 

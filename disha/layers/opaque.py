@@ -49,6 +49,7 @@ __all__ = [
     "is_quantised",
     "kept_packed",
     "opaque_slot",
+    "original_class",
     "parameter_count",
     "quantisation_of",
     "remove_hook",
@@ -111,7 +112,7 @@ def dequantised(module: nn.Module, weight: Any) -> Tensor:
         return dense
     if found.read is None:
         raise ArgumentError(
-            f"the weight of {_original_class(module).__qualname__} is quantised ({found.name}) and "
+            f"the weight of {original_class(module).__qualname__} is quantised ({found.name}) and "
             "can't be read as numbers; only what does not depend on it can be had ('bone')"
         )
     with torch.no_grad():
@@ -147,7 +148,7 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 def takes_dense(module: nn.Module) -> bool:
     """Whether a module still computes W x + b when a dense W takes the place of the opaque one."""
-    original = _original_class(module)
+    original = original_class(module)
     return original.forward is nn.Linear.forward or is_library_forward(original)
 
 
@@ -155,7 +156,7 @@ _UNINITIALISED = (UninitializedParameter, UninitializedBuffer)
 _DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())
 
 
-def _original_class(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, or the one that it had before it was adapted."""
     cls: type[nn.Module] = getattr(type(module), "original_class", type(module))
     return cls
@@ -426,7 +427,7 @@ def _packed_by(module: nn.Module | None) -> Quantisation | None:
 def _has_plain_forward(module: nn.Module) -> bool:
     """Whether a module computes as a plain layer does, for which no weight can be packed."""
     plain = (nn.Linear.forward, nn.Embedding.forward)
-    return _original_class(module).forward in plain and "forward" not in module.__dict__
+    return original_class(module).forward in plain and "forward" not in module.__dict__
 
 
 def _is_packed_dtype(dtype: torch.dtype) -> bool:
@@ -439,7 +440,7 @@ def _read_module(module: Any, weight: Tensor) -> Tensor:
     inputs, outputs = sizes_of(module) or (0, 0)
     if tuple(dense.shape) != (outputs, inputs):
         raise ArgumentError(
-            f"{_original_class(module).__qualname__}.dequantize() returns a weight of shape "
+            f"{original_class(module).__qualname__}.dequantize() returns a weight of shape "
             f"{tuple(dense.shape)}, expected (out, in) = {(outputs, inputs)}; use 'bone', which "
             "does not read it"
         )

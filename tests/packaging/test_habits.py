@@ -13,7 +13,7 @@ from torch import nn
 
 import disha
 from disha.functional.methods import METHODS
-from disha.layers.kinds import LAYER_KINDS
+from disha.layers import LAYER_KINDS
 from tests.conftest import perturb
 from tests.packaging.conftest import ROOT
 from tests.pages import Page

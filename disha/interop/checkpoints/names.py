@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from disha.errors import AdapterFileError
 from disha.files.header import LayerRecord
 from disha.files.pieces import StoredTensor
-from disha.layers.kinds import PROJECTIONS
+from disha.layers import PROJECTIONS
 from disha.tree import join
 
 __all__ = ["Renaming", "key_of", "nearest", "renaming"]

@@ -1,0 +1,162 @@
+"""Adapters: the blocks of one layer by adapter, and what acts of them now.
+
+A layer that is adapted has one as its child `disha`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from disha.effective import Routed
+from disha.errors import ArgumentTypeError
+from disha.layers.blocks import Block
+from disha.routing import Route
+
+__all__ = [
+    "CHILD_NAME",
+    "Adapters",
+    "Merged",
+    "Original",
+]
+
+CHILD_NAME = "disha"
+"""Name of the one sub-module that adapting adds to a module."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """What unmerging needs of one parameter.
+
+    `data` is the former data of the parameter, `parameter` the former parameter itself where it was
+    replaced: where the module was untied from it, or where a dense weight stands in for a quantised
+    one (`dense`).
+    """
+
+    data: Tensor | None = None
+    parameter: nn.Parameter | None = None
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The adapters that are merged into a layer, and what its parameters were.
+
+    A layer that has none of the merged adapters is inactive while others are merged: no adapters,
+    no originals.
+    """
+
+    adapters: tuple[str, ...] = ()
+    originals: Mapping[str, Original] = field(default_factory=dict)
+
+
+class Adapters(nn.Module):
+    """The adapters of one layer, by name, and which of them act.
+
+    Where an adapter has one block, of the module's `weight`, it is found under the adapter's name.
+    Where it has several, they are found by the names of their weights below that.
+    """
+
+    active: tuple[str, ...]
+    live: dict[str, tuple[Block, ...]]
+    """Parameter -> the blocks that act on it."""
+    enabled: bool
+    merged: Merged | None
+    route: Route | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Here and below, straight into __dict__: assigning through nn.Module is slow.
+        vars(self).update(active=(), live={}, enabled=True, merged=None, route=None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self._modules
+
+    def __getitem__(self, adapter: str) -> Any:
+        return self._modules[adapter]
+
+    def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], Block]:
+        """Return (adapter, name of the weight) -> block, of one adapter or of all."""
+        found: dict[tuple[str, str], Block] = {}
+        for own, child in self._modules.items():
+            if adapter is not None and own != adapter:
+                continue
+            if isinstance(child, Block):
+                found[own, child.slot.name] = child
+            elif child is not None:
+                for block in child.children():
+                    assert isinstance(block, Block)
+                    found[own, block.slot.name] = block
+        return found
+
+    def add(self, adapter: str, blocks: Iterable[Block]) -> None:
+        """Add blocks under a name that check_adapter_name has passed. It is not active yet."""
+        blocks = list(blocks)
+        for block in blocks:
+            vars(block)["training"] = self.training
+            block.set_enabled(self.enabled)
+        child: nn.Module = blocks[0]
+        if len(blocks) > 1 or blocks[0].slot.name:
+            child = nn.ModuleDict({block.slot.name or "weight": block for block in blocks})
+            child.train(self.training)
+        self._modules[adapter] = child
+        self.activate(self.active)
+
+    def discard(self, adapter: str) -> None:
+        """Remove the blocks of an adapter; it is no longer active."""
+        self._modules.pop(adapter, None)
+        self.activate(tuple(name for name in self.active if name != adapter))
+
+    def activate(self, adapters: tuple[str, ...]) -> None:
+        """Let exactly these adapters act; a name that this layer lacks is no error."""
+        live: dict[str, tuple[Block, ...]] = {}
+        for adapter in adapters:
+            for block in self.blocks(adapter).values() if adapter in self else ():
+                name = block.slot.parameter
+                live[name] = (*live.get(name, ()), block)
+        vars(self).update(active=adapters, live=live)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch all adapters of the layer off or on again."""
+        self.enabled = enabled
+        for block in self.blocks().values():
+            block.set_enabled(enabled)
+
+    def acting(self, parameter: str) -> tuple[Block, ...]:
+        """The blocks that act on a parameter for all samples."""
+        # In a graph, `enabled` acts through the blocks' scale: reading it here would recompile.
+        if not is_compiling() and not self.enabled:
+            return ()
+        if self.merged is not None or self.route is not None:
+            return ()
+        return self.live.get(parameter, ())
+
+    def routed(self, parameter: str) -> Routed | None:
+        """The updates of single samples, or None where samples are not routed."""
+        if self.route is None or self.merged is not None or not self.enabled:
+            return None
+        updates = {}
+        for adapter in self.route.adapters:
+            blocks = self.blocks(adapter).values() if adapter in self else ()
+            updates[adapter] = tuple(b.update() for b in blocks if b.slot.parameter == parameter)
+        return Routed(self.route, updates)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside adapters_disabled or route_adapters is outside of them.
+        return {**self.__dict__, "enabled": True, "route": None}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Not callable: the layer that holds the adapters applies them."""
+        raise ArgumentTypeError(
+            "Adapters holds blocks and is not called; call the layer that it belongs to"
+        )

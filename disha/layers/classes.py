@@ -1,0 +1,197 @@
+"""Move a module to the class in which its adapted parameters are properties, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from disha.errors import ArgumentError
+from disha.layers import opaque
+from disha.layers.adapted import AdaptedLayer, refuse_merged
+from disha.layers.adapters import CHILD_NAME, Adapters
+from disha.layers.blocks import Slot
+from disha.layers.reading import weight_property
+
+__all__ = [
+    "AdaptedLinear",
+    "adapt",
+    "adapted_class",
+    "refuse_changed_class",
+    "restore",
+]
+
+_Key = tuple[type[nn.Module], tuple[str, ...], bool]
+_CLASSES: dict[_Key, type[AdaptedLayer]] = {}
+
+
+def adapted_class(
+    original: type[nn.Module], parameters: tuple[str, ...], is_opaque: bool
+) -> type[AdaptedLayer]:
+    """Return the class that a module of class `original` moves to; one per combination."""
+    key = (original, parameters, is_opaque)
+    if key not in _CLASSES:
+        namespace: dict[str, Any] = {
+            "__module__": AdaptedLayer.__module__,
+            "__doc__": f"{original.__qualname__}, adapted by disha.",
+            "made_on_the_fly": True,
+            "original_class": original,
+            "adapted_parameters": parameters,
+            "is_opaque": is_opaque,
+            "__reduce_ex__": _reduced,
+        }
+        if hasattr(original, "reset_parameters"):
+            namespace["reset_parameters"] = reset_parameters
+        if is_opaque:
+            bases: tuple[type, ...] = (opaque.front_of(original), AdaptedLayer, original)
+        else:
+            namespace |= {name: weight_property(original, name) for name in parameters}
+            bases = (AdaptedLayer, original)
+            if issubclass(original, nn.RNNBase):
+                bases = (_Recurrent, *bases)
+        _CLASSES[key] = type(f"Adapted{original.__name__}", bases, namespace)
+    return _CLASSES[key]
+
+
+def _reduced(layer: Any, protocol: Any) -> Any:
+    """Pickle a layer by what its class is made of: the class itself is in no module."""
+    made: Any = next(cls for cls in type(layer).__mro__ if "made_on_the_fly" in vars(cls))
+    reduced = super(made, layer).__reduce_ex__(protocol)
+    if made is not type(layer):
+        return reduced
+    return (
+        _new_instance,
+        (made.original_class, made.adapted_parameters, made.is_opaque),
+        *reduced[2:],
+    )
+
+
+def _new_instance(
+    original: type[nn.Module], parameters: tuple[str, ...], is_opaque: bool
+) -> nn.Module:
+    cls = adapted_class(original, parameters, is_opaque)
+    return cls.__new__(cls)
+
+
+def reset_parameters(layer: AdaptedLayer) -> None:
+    """Draw the base weights anew, and set every block to its initial values.
+
+    Raises:
+        MergeError: adapters are merged, so that unmerging would undo this.
+    """
+    adapters = layer._modules.get(CHILD_NAME)  # not there yet while a layer constructs itself
+    original: Any = layer.original_class
+    reset: Callable[[nn.Module], None] = original.reset_parameters
+    if not isinstance(adapters, Adapters):
+        reset(layer)
+        return
+    refuse_merged([layer], "reset parameters")
+    reset(layer)  # what it writes into an effective weight goes to W
+    for block in adapters.blocks().values():
+        block.reset_parameters()
+
+
+class AdaptedLinear(AdaptedLayer, nn.Linear):
+    """An `nn.Linear` with adapters; `inject_adapters` turns linear layers into it."""
+
+    original_class = nn.Linear
+    adapted_parameters = ("weight",)
+    reset_parameters = reset_parameters
+
+
+AdaptedLinear.weight = weight_property(nn.Linear, "weight")  # type: ignore[assignment]
+_CLASSES[nn.Linear, ("weight",), False] = AdaptedLinear
+
+
+class _Recurrent(nn.Module):
+    """In front of `nn.RNN`, `nn.LSTM` and `nn.GRU`, which keep a list of their weights."""
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        """The weights as they read now; torch's own list has the plain parameters."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Any]) -> None:
+        parameters = self._parameters
+        self.__dict__["_flat_weights"] = [parameters.get(name) for name in self._flat_weights_names]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)  # torch's would write into the list as well
+
+    def _update_flat_weights(self) -> None:
+        """Nothing is kept that could be out of date."""
+
+    def flatten_parameters(self) -> None:
+        """Leave the weights where they are: a computed weight is not part of a larger one."""
+
+
+def adapt(module: nn.Module, slots: Iterable[Slot]) -> Callable[[], None]:
+    """Move a module to the class in which the slots' parameters are adapted; return the way back.
+
+    Args:
+        module: the module, adapted already or not yet.
+        slots: weights of it; those that were adapted before stay so.
+
+    Raises:
+        ArgumentError: the module's class does not allow it.
+    """
+    slots, before = list(slots), type(module)
+    names = [slot.parameter for slot in slots]
+    original, is_opaque = before, any(slot.opaque for slot in slots)
+    if isinstance(module, AdaptedLayer):
+        original, is_opaque = before.original_class, before.is_opaque  # type: ignore[attr-defined]
+        names = [*before.adapted_parameters, *names]  # type: ignore[attr-defined]
+        if set(names) <= set(before.adapted_parameters):  # type: ignore[attr-defined]
+            return lambda: None
+        refuse_changed_class(module, "it")
+    cls = adapted_class(original, tuple(dict.fromkeys(names)), is_opaque)
+    try:
+        _set_class(module, cls)
+    except TypeError as error:
+        raise ArgumentError(
+            f"{original.__name__} can't be adapted: Python does not let its class change "
+            f"({error}); leave it out with exclude="
+        ) from error
+    if CHILD_NAME in module._modules:
+        return lambda: _set_class(module, before)
+    adapters = Adapters()
+    vars(adapters)["training"] = module.training
+    # Straight into _modules: the user's class may guard its attributes.
+    module._modules[CHILD_NAME] = adapters
+    if is_opaque:
+        opaque.attach_hook(module)
+    return lambda: restore(module)
+
+
+def restore(layer: nn.Module) -> None:
+    """Give a module its original class back; its adapters are gone."""
+    del layer._modules[CHILD_NAME]
+    opaque.remove_hook(layer)
+    _set_class(layer, type(layer).original_class)  # type: ignore[attr-defined]
+    if isinstance(layer, nn.RNNBase):
+        layer.__dict__["_flat_weights"] = [
+            layer._parameters.get(name) for name in layer._flat_weights_names
+        ]
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    # Not by assignment: the user's class may guard its attributes.
+    object.__setattr__(module, "__class__", cls)
+
+
+def refuse_changed_class(layer: nn.Module, name: str) -> None:
+    """Raise if something derived another class from the one that the module was moved to.
+
+    Raises:
+        ArgumentError: giving back the original class would undo that change too.
+    """
+    if "original_class" not in type(layer).__dict__:
+        raise ArgumentError(
+            f"{name or 'the model'} has become a {type(layer).__name__} since it was adapted (by "
+            "a parametrization or a wrapper, say), so its original class can't be given back; undo "
+            "that change first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )

@@ -1,0 +1,131 @@
+"""The weight of a module, adapted or not: what is stored, what is read, and where it is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disha import functional
+from disha.config import BLOCK_DTYPES, AdapterConfig
+from disha.layers import opaque
+from disha.layers.adapters import CHILD_NAME, Adapters
+from disha.layers.blocks import Block, Slot
+
+__all__ = [
+    "DENSE_DTYPES",
+    "base_reader",
+    "device_of_weight",
+    "make_block",
+    "offloading_hooks",
+    "read_weight",
+    "stored_weight",
+    "weight_shape",
+]
+
+DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())
+
+
+def read_weight(module: nn.Module, name: str) -> Any:
+    """Return a weight of a module without updates, or None if it has none of that name.
+
+    In training, torch's spectral_norm improves its estimate at each read of the weight. Only the
+    module's own forward should do that. So this reads as in evaluation, and changes no estimate.
+    """
+    parametrizations = module._modules.get("parametrizations")
+    found = None if parametrizations is None else parametrizations._modules.get(name)
+    trained = [] if found is None else [part for part in found.modules() if part.training]
+    for part in trained:
+        part.training = False
+    try:
+        if opaque.original_class(module) is not type(module):
+            return base_reader(opaque.original_class(module), name)(module)
+        return getattr(module, name, None)
+    finally:
+        for part in trained:
+            part.training = True
+
+
+def base_reader(original: type[nn.Module], name: str) -> Callable[[Any], Any]:
+    """Return how instances of a class answer for a parameter."""
+    computes = inspect.getattr_static(original, name, None)
+    if isinstance(computes, property) and computes.fget is not None:
+        return computes.fget  # itself, since compiled code can't call `property.__get__`
+    if hasattr(computes, "__get__"):
+        return lambda layer: computes.__get__(layer, type(layer))
+    looks_up: Any = original.__getattr__
+    return lambda layer: layer.__dict__[name] if name in layer.__dict__ else looks_up(layer, name)
+
+
+def stored_weight(module: nn.Module, name: str) -> Tensor | None:
+    """Return the weight that a module holds, or the quantised one that a dense one stands in for.
+
+    None where it is computed from others (a parametrization), which asking for it would run.
+    """
+    adapters = module._modules.get(CHILD_NAME)
+    merged = adapters.merged if isinstance(adapters, Adapters) else None
+    original = None if merged is None else merged.originals.get(name)
+    if original is not None and original.dense:
+        return original.parameter
+    return module._parameters.get(name, module._buffers.get(name))
+
+
+def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:
+    """Return the shape of a slot's parameter, or of the weight that a packed one stands for."""
+    if slot.shape is not None:
+        return slot.shape
+    return tuple(read_weight(module, slot.parameter).shape)
+
+
+def make_block(
+    module: nn.Module,
+    slot: Slot,
+    config: AdapterConfig,
+    r: int,
+    dtype: torch.dtype | None = None,
+) -> Block:
+    """Return a new block for a weight of a module, on the weight's device.
+
+    Args:
+        module: the module, adapted already or not yet.
+        slot: the weight.
+        config: the adapter's configuration.
+        r: shard size.
+        dtype: dtype of the block; by default the configuration's, or else the weight's, and float32
+            over a quantised weight.
+    """
+    shape = functional.block_shape(
+        config.method, slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
+    )
+    if slot.opaque:  # never read
+        device, own = opaque.device_of(module), torch.float32
+    else:
+        weight = read_weight(module, slot.parameter)
+        device, own = device_of_weight(module, weight), weight.dtype
+        own = own if own in DENSE_DTYPES else torch.float32
+    return Block(
+        shape, slot=slot, config=config, r=r, device=device, dtype=dtype or config.dtype or own
+    )
+
+
+def device_of_weight(module: nn.Module, weight: Tensor) -> torch.device:
+    """Return the device of a weight, or the one that accelerate brings it to for each forward.
+
+    Args:
+        module: the module of the weight.
+        weight: as it is now, between forwards.
+    """
+    for hook in offloading_hooks(module) if weight.is_meta else ():
+        if hook.execution_device is not None and not hook.place_submodules:
+            return torch.device(hook.execution_device)
+    return weight.device
+
+
+def offloading_hooks(module: nn.Module) -> list[Any]:
+    """Return the hooks of accelerate that bring weights for a forward of this module."""
+    hook = module.__dict__.get("_hf_hook")
+    parts = getattr(hook, "hooks", (hook,))  # of a sequence of hooks
+    return [part for part in parts if getattr(part, "offload", False) is True]
