@@ -211,6 +211,7 @@ def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
     factors = functional.lora_factors(case.method, case.layout, case.block, case.geometry)
     if case.method == "bat":
         assert factors is None
+        assert METHODS[case.method].from_lora_b(torch.zeros(4, 2)) is None
         return
     a, b = factors
     outputs, inputs = case.geometry.out_features, case.geometry.in_features
@@ -223,6 +224,8 @@ def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
         assert not delta[..., case.layout.padding_idx].any()
         a[..., case.layout.padding_idx] = 0.0
     assert torch.equal(b @ a, delta)  # each column of A has a single 1
+    again = functional.kept_block(case.method, case.layout, METHODS[case.method].from_lora_b(b))
+    assert torch.equal(case._replace(block=again).delta, case.delta)
 
 
 @on_every_layout

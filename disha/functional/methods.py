@@ -214,6 +214,14 @@ class Method:
         """
         return None
 
+    def from_lora_b(self, b: Tensor) -> Tensor | None:
+        """Return the block whose second factor is B, or None if the method has no `factors`.
+
+        Args:
+            b: B (..., out, r), the stack's axes in front.
+        """
+        return None
+
 
 class _Bone(Method):
     name = "bone"
@@ -255,6 +263,9 @@ class _Bone(Method):
 
     def factors(self, block: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
         return bone_lora_factors(block, geometry.in_features, geometry.out_features)
+
+    def from_lora_b(self, b: Tensor) -> Tensor | None:
+        return b.mT.contiguous()
 
 
 class _Bat(Method):
