@@ -1,4 +1,4 @@
-"""Saves that are killed, fail, run out of room or meet: what is there is whole, and alone."""
+"""Saves that are killed, fail, run out of room or meet: each target is complete, and alone."""
 
 import errno
 import os
@@ -13,9 +13,7 @@ import pytest
 
 import disha
 from disha import AdapterIOError
-from disha.files import atomic
-from disha.files.atomic import write_whole, write_whole_folder
-from disha.files.staging import staged_folder
+from disha.files import atomic, write_files, write_folder
 from tests.fuzzing.children import in_child
 from tests.fuzzing.saving import (
     entries,
@@ -39,16 +37,44 @@ def failing(path):
     raise OSError(errno.EIO, "broken")
 
 
+def save(path, text):
+    write_files({path: writing(text)})
+
+
+def save_pair(folder, text):
+    write_files({folder / name: writing(text) for name in ("weights", "config")})
+
+
+def texts(folder):
+    return {name: (folder / name).read_text() for name in sorted(os.listdir(folder))}
+
+
+def fill(target, text, **options):
+    with write_folder(target, **options) as new:
+        (new / "sub").mkdir()
+        (new / "sub" / "file").write_text(text)
+
+
+def text_in(target):
+    file = target / "sub" / "file"
+    return file.read_text() if file.exists() else None
+
+
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "file.txt"
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "folder"
 
 
 def leftover(path, number=1):
     """Make what a killed save of a file leaves."""
     folder = path.parent / f"{atomic._prefix(path)}{number:016x}.tmp"
     folder.mkdir()
-    (folder / "file").write_text("a part")
+    (folder / "new").write_text("a part")
     (folder / ".tmpAbCdEf").write_text("a part of a part")
     return folder
 
@@ -62,58 +88,113 @@ class TestKilled:
     def test_the_next_save_clears_what_killed_ones_have_left(self, path):
         for number in range(3):
             leftover(path, number)
-        write_whole(path, writing("whole"))
+        save(path, "whole")
         assert os.listdir(path.parent) == [path.name]
 
     def test_several_files_are_never_of_two_saves(self, tmp_path):
-        """Killed before or after any rename, the file that makes a reader look goes with all."""
-        found = []
+        """Killed before or after any rename; the next save fails, and the one after it does not."""
+        found, after = [], []
         for moment in range(6):
             folder = tmp_path / str(moment)
-            write_whole_folder(folder, pair("old"))
+            folder.mkdir()
+            save_pair(folder, "old")
             with pytest.raises(AssertionError, match="exit code -9"):
                 in_child(save_pair_until, moment, folder)
-            names = ("weights", "config")
-            found.append(tuple(text_of(folder / name) for name in names))
-            write_whole_folder(folder, pair("newer"))
-            assert sorted(os.listdir(folder)) == ["config", "weights"]
-            assert {text_of(folder / name) for name in names} == {"newer"}
-        assert found == [("old", "old"), *[("old", None)] * 2, *[("new", None)] * 2, ("new", "new")]
+            found.append(visible(folder))
+            with pytest.raises(AdapterIOError, match="unchanged"):
+                write_files({folder / "weights": failing, folder / "config": failing})
+            after.append(texts(folder))
+            save_pair(folder, "newer")
+            assert texts(folder) == {"config": "newer", "weights": "newer"}
+        old, new = ({"config": text, "weights": text} for text in ("old", "new"))
+        weights = {"weights": "old"}, {"weights": "new"}
+        assert found == [old, *[weights[0]] * 2, *[weights[1]] * 2, new]
+        assert after == [old, *[new] * 5]
 
-    def test_one_that_is_alive_keeps_its_own(self, path):
-        alive = leftover(path)
+    def test_a_part_of_a_killed_pair_is_not_completed_with_files_of_another_save(self, tmp_path):
+        save_pair(tmp_path, "old")
+        with pytest.raises(AssertionError, match="exit code -9"):
+            in_child(save_pair_until, 2, tmp_path)
+        save(tmp_path / "weights", "newer")
+        with pytest.raises(AdapterIOError, match="unchanged"):
+            write_files({tmp_path / "weights": failing, tmp_path / "config": failing})
+        assert texts(tmp_path) == {"weights": "newer"}
+
+    def test_a_folder_is_whole_after_the_next_and_the_new_one_is_not_lost(self, tmp_path):
+        """Killed before or after any rename; the next save fails, and the one after it does not."""
+        found, after = [], []
+        for moment in range(4):
+            target = tmp_path / str(moment) / "folder"
+            target.parent.mkdir()
+            fill(target, "old")
+            with pytest.raises(AssertionError, match="exit code -9"):
+                in_child(replace_folder_until, moment, target)
+            found.append(text_in(target))
+            with pytest.raises(AdapterIOError, match="is not empty"):
+                fill(target, "newer")
+            after.append(text_in(target))
+            assert os.listdir(target.parent) == ["folder"]
+            fill(target, "newer", overwrite=True)
+            assert text_in(target) == "newer"
+            assert os.listdir(target.parent) == ["folder"]
+        assert found == ["old", None, None, "new"]
+        assert after == ["old", "new", "new", "new"]
+
+    @pytest.mark.parametrize("moments", [(None,), (3, None)])
+    def test_a_folder_that_is_half_deleted_is_never_put_back(self, target, moments):
+        """Killed while it deletes the old folder, or that of one killed before."""
+        fill(target, "old")
+        for moment in moments:
+            with pytest.raises(AssertionError, match="exit code -9"):
+                in_child(replace_folder_until, moment, target)
+        assert len(entries(target)) == 1
+        shutil.rmtree(target)
+        fill(target, "newer")
+        assert text_in(target) == "newer"
+        assert entries(target) == []
+
+    @pytest.mark.parametrize("write", [save, fill])
+    def test_one_that_is_alive_keeps_its_own(self, target, write):
+        alive = leftover(target)
         descriptor = os.open(alive, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        write_whole(path, writing("whole"))
-        assert sorted(os.listdir(alive)) == [".tmpAbCdEf", "file"]
+        write(target, "first")
+        assert sorted(os.listdir(alive)) == [".tmpAbCdEf", "new"]
         os.close(descriptor)
-        write_whole(path, writing("whole"))
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+        write(target, "second")
         assert not alive.exists()
 
-    def test_a_save_holds_its_lock_until_its_file_is_in_place(self, path):
+    def test_two_that_write_at_once(self, path, target):
         def write(temporary):
             Path(temporary).write_text("first")
-            write_whole(path, writing("second"))  # clears what no one holds
+            save(path, "second")  # clears what no one holds
             assert Path(temporary).exists()
 
-        write_whole(path, write)
+        write_files({path: write})
         assert path.read_text() == "first"
-        assert entries(path) == []
+        with write_folder(target) as first:
+            (first / "file").write_text("first")
+            fill(target, "second")
+            target.rename(target.with_name("second"))
+        assert os.listdir(target) == ["file"]
+        assert text_in(target.with_name("second")) == "second"
+        assert sorted(os.listdir(path.parent)) == ["file.txt", "folder", "second"]
 
-    def test_one_that_is_cleared_before_it_is_locked_begins_again(self, path, monkeypatch):
+    @pytest.mark.parametrize("write", [save, fill])
+    def test_one_that_is_cleared_before_it_is_locked_begins_again(self, target, write, monkeypatch):
         right, cleared = os.open, []
 
         def open_late(name, *arguments, **options):
             if not cleared and str(name).endswith(".tmp"):
                 cleared.append(name)
-                atomic._clear(Path(name))
+                shutil.rmtree(name)
             return right(name, *arguments, **options)
 
         monkeypatch.setattr(os, "open", open_late)
-        write_whole(path, writing("whole"))
+        write(target, "new")
         assert cleared
-        assert path.read_text() == "whole"
-        assert entries(path) == []
+        assert os.listdir(target.parent) == ["folder"]
 
     def test_one_that_can_not_be_locked_leaves_nothing(self, path, monkeypatch):
         def fail(*_):
@@ -121,50 +202,44 @@ class TestKilled:
 
         monkeypatch.setattr(os, "open", fail)
         with pytest.raises(AdapterIOError, match="too many open files"):
-            write_whole(path, writing("whole"))
+            save(path, "whole")
         assert os.listdir(path.parent) == []
 
-    def test_others_files_stay(self, path):
-        names = (".file.txt.tmp", ".file.txt.0123456789abcde.tmp", ".other.0123456789abcdef.tmp",
-                 ".file.txt.mybackup.tmp", "file.txt.0123456789abcdef.tmp")  # fmt: skip
+    @pytest.mark.parametrize("write", [save, fill])
+    def test_others_files_stay(self, target, write):
+        names = (".folder.tmp", ".folder.0123456789abcde.tmp", ".other.0123456789abcdef.tmp",
+                 ".folder.mybackup.tmp", "folder.0123456789abcdef.tmp")  # fmt: skip
         for name in names:
-            (path.parent / name).mkdir()
-        plain = path.parent / ".file.txt.0123456789abcdef.tmp"
+            target.with_name(name).mkdir()
+        target.with_name(names[0]).joinpath("mine").touch()
+        plain = target.with_name(".folder.0123456789abcdef.tmp")
         plain.write_text("a file, and no save makes one of that name")
-        link = path.parent / ".file.txt.fedcba9876543210.tmp"
+        link = target.with_name(".folder.fedcba9876543210.tmp")
         link.symlink_to(names[0])
-        (path.parent / names[0] / "mine").touch()
-        pipe = path.parent / ".file.txt.aaaaaaaaaaaaaaaa.tmp"
+        pipe = target.with_name(".folder.aaaaaaaaaaaaaaaa.tmp")
         os.mkfifo(pipe)  # which nobody waits for
-        write_whole(path, writing("whole"))
-        assert entries(path) == sorted([*names, plain.name, link.name, pipe.name])
+        write(target, "new")
+        assert entries(target) == sorted([*names, plain.name, link.name, pipe.name])
         assert os.listdir(link) == ["mine"]
 
-    def test_a_folder_that_a_killed_merge_took_away_is_no_leftover_of_a_file(self, path):
-        left = path.parent / f"{atomic._prefix(path)}{1:016x}.tmp"
-        (left / "former").mkdir(parents=True)
-        (left / "former" / "model.safetensors").write_text("old")
-        write_whole(path, writing("whole"))
-        assert (left / "former" / "model.safetensors").read_text() == "old"
-
-    def test_where_nothing_locks_nothing_is_cleared(self, path, monkeypatch):
+    @pytest.mark.parametrize("how", ["no locks", "no module"])
+    def test_without_locks_nothing_is_cleared(self, path, target, monkeypatch, how):
         def flock(*_):
             raise OSError(errno.ENOLCK, "no locks")
 
         left = leftover(path)
-        monkeypatch.setattr(fcntl, "flock", flock)
-        write_whole(path, writing("whole"))
-        assert path.read_text() == "whole"
-        assert entries(path) == [left.name]
-
-    def test_without_the_module_for_locks(self, path, monkeypatch):
-        left = leftover(path)
-        monkeypatch.setattr(atomic, "fcntl", None)
-        write_whole(path, writing("whole"))
-        assert path.read_text() == "whole"
+        if how == "no module":
+            monkeypatch.setattr(atomic, "fcntl", None)
+        else:
+            monkeypatch.setattr(fcntl, "flock", flock)
+        save(path, "whole")
+        fill(target, "old")
+        fill(target, "new", overwrite=True)
         with pytest.raises(AdapterIOError):
-            write_whole(path, failing)
-        assert entries(path) == [left.name]
+            write_files({path: failing})
+        assert path.read_text() == "whole"
+        assert text_in(target) == "new"
+        assert sorted(os.listdir(path.parent)) == [left.name, "file.txt", "folder"]
 
 
 class TestMeeting:
@@ -185,72 +260,52 @@ class TestFailing:
         if there:
             path.write_text("old")
         with pytest.raises(AdapterIOError if error is OSError else error, match="broken"):
-            write_whole(path, write)
+            write_files({path: write})
         assert (path.read_text() if path.exists() else None) == ("old" if there else None)
         assert entries(path) == []
 
     def test_several_files_come_together_or_not_at_all(self, tmp_path):
-        folder = tmp_path / "folder"
+        files = {tmp_path / "a": writing("new"), tmp_path / "b": failing}
         with pytest.raises(AdapterIOError, match=r"broken; what was there is unchanged$"):
-            write_whole_folder(folder, {"a": writing("new"), "b": failing})
-        assert not folder.exists()
-        write_whole_folder(folder, {"a": writing("old"), "b": writing("old")})
+            write_files(files)
+        assert texts(tmp_path) == {}
+        write_files(dict.fromkeys(files, writing("old")))
         with pytest.raises(AdapterIOError):
-            write_whole_folder(folder, {"a": writing("new"), "b": failing})
-        assert {name: (folder / name).read_text() for name in os.listdir(folder)} == {
-            "a": "old", "b": "old",
-        }  # fmt: skip
+            write_files(files)
+        assert texts(tmp_path) == {"a": "old", "b": "old"}
 
     def test_what_is_in_place_already_is_told(self, tmp_path, monkeypatch):
-        right = os.replace
-
-        def replace(source, target):
-            if Path(target).name == "b":
-                raise OSError(errno.EIO, "broken")
-            right(source, target)
-
-        monkeypatch.setattr(os, "replace", replace)
-        with pytest.raises(AdapterIOError, match=r"unchanged, but for .*a, new already$"):
-            write_whole_folder(tmp_path, {"a": writing("new"), "b": writing("new")})
-        assert os.listdir(tmp_path) == ["a"]
-
-    def test_what_was_taken_away_is_put_back(self, tmp_path, monkeypatch):
-        write_whole_folder(tmp_path, pair("old"))
-        failing_at(monkeypatch, "weights")
-        with pytest.raises(AdapterIOError, match=r"broken; what was there is unchanged$"):
-            write_whole_folder(tmp_path, pair("new"))
-        assert sorted(os.listdir(tmp_path)) == ["config", "weights"]
-        assert text_of(tmp_path / "config") == text_of(tmp_path / "weights") == "old"
-
-    def test_what_was_taken_away_does_not_come_back_to_other_files(self, tmp_path, monkeypatch):
-        write_whole_folder(tmp_path, pair("old"))
         failing_at(monkeypatch, "config")
-        gone = r"unchanged, but for .*weights, new already, and .*config, gone; save again"
-        with pytest.raises(AdapterIOError, match=gone):
-            write_whole_folder(tmp_path, pair("new"))
-        assert os.listdir(tmp_path) == ["weights"]
+        with pytest.raises(AdapterIOError, match=r"broken; .*weights new already; save again$"):
+            save_pair(tmp_path, "new")
+        assert texts(tmp_path) == {"weights": "new"}
 
-    def test_what_can_not_be_put_back_is_told_and_kept(self, tmp_path, monkeypatch):
-        write_whole_folder(tmp_path, pair("old"))
-        failing_at(monkeypatch, "weights")
-        right = os.rename
+    @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+    def test_what_was_moved_away_is_put_back(self, tmp_path, monkeypatch, error):
+        save_pair(tmp_path, "old")
+        failing_at(monkeypatch, "weights", error)
+        with pytest.raises(AdapterIOError if error is OSError else error, match="broken"):
+            save_pair(tmp_path, "new")
+        assert texts(tmp_path) == {"config": "old", "weights": "old"}
 
-        def rename(source, target):
-            if Path(target).name == "config":
-                raise OSError(errno.EIO, "broken too")
-            right(source, target)
-
-        monkeypatch.setattr(os, "rename", rename)
-        with pytest.raises(AdapterIOError, match=r"can't put .*config back: broken too") as caught:
-            write_whole_folder(tmp_path, pair("new"))
-        assert text_of(Path(str(caught.value).rpartition(" from ")[2])) == "old"
+    def test_what_was_moved_away_does_not_come_back_to_other_files(self, tmp_path, monkeypatch):
+        save_pair(tmp_path, "old")
+        with monkeypatch.context() as patched:
+            failing_at(patched, "config")
+            gone = r"weights new already, .*config gone; save again$"
+            with pytest.raises(AdapterIOError, match=gone):
+                save_pair(tmp_path, "new")
+        assert visible(tmp_path) == {"weights": "new"}
+        with pytest.raises(AdapterIOError):  # and the next one puts in place what was complete
+            write_files({tmp_path / "weights": failing, tmp_path / "config": failing})
+        assert texts(tmp_path) == {"config": "new", "weights": "new"}
 
     def test_our_own_errors_are_not_wrapped(self, path):
         def write(temporary):
             raise AdapterIOError("this is what is wrong")
 
         with pytest.raises(AdapterIOError, match=r"^this is what is wrong$"):
-            write_whole(path, write)
+            write_files({path: write})
         assert os.listdir(path.parent) == []
 
     def test_no_file_may_be_that_long(self, tmp_path):
@@ -270,36 +325,21 @@ class TestFailing:
         assert re.search("No space left.*what was there is unchanged", came["error"])
         assert came == {**came, "kept": old, "litter": ["filler"], "then": new}
 
-    @pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL])
-    def test_a_folder_whose_names_do_not_reach_the_disk(self, path, monkeypatch, code):
-        right = os.fsync
 
-        def fsync(descriptor):
-            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-                raise OSError(code, "broken")
-            right(descriptor)
-
-        monkeypatch.setattr(os, "fsync", fsync)
+class TestDisk:
+    @pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL, errno.ENOTSUP])
+    def test_names_that_do_not_reach_the_disk(self, path, target, monkeypatch, code):
+        fill(target, "old")
+        synced_folders(monkeypatch, code)
         if code == errno.EIO:
-            with pytest.raises(AdapterIOError, match=r"not confirmed the new name.*save again"):
-                write_whole(path, writing("whole"))
-        else:  # it can't be asked to
-            write_whole(path, writing("whole"))
+            with pytest.raises(AdapterIOError, match=r"broken; .*file.txt new already; save again"):
+                save(path, "whole")
+        else:  # the system can't sync folders
+            save(path, "whole")
+            fill(target, "new", overwrite=True)
+            assert text_in(target) == "new"
         assert path.read_text() == "whole"
-
-    def test_a_new_folders_own_name_reaches_the_disk(self, tmp_path, monkeypatch):
-        synced = synced_folders(monkeypatch)
-        write_whole_folder(tmp_path / "folder", pair("new"))
-        assert synced[0] == tmp_path.stat().st_ino
-        synced.clear()
-        write_whole_folder(tmp_path / "folder", pair("newer"))
-        assert tmp_path.stat().st_ino not in synced
-
-    def test_a_new_folder_whose_name_does_not_reach_the_disk_goes(self, tmp_path, monkeypatch):
-        synced_folders(monkeypatch, errno.EIO)
-        with pytest.raises(AdapterIOError, match=r"can't make the folder .*: broken"):
-            write_whole_folder(tmp_path / "folder", pair("new"))
-        assert os.listdir(tmp_path) == []
+        assert sorted(os.listdir(path.parent)) == ["file.txt", "folder"]
 
     def test_file_and_names_reach_the_disk_in_this_order(self, path, monkeypatch):
         done, right_sync, right_replace = [], os.fsync, os.replace
@@ -315,33 +355,62 @@ class TestFailing:
 
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(os, "replace", replace)
-        write_whole(path, writing("whole"))
+        save(path, "whole")
         assert done == ["file", "rename", "names"]
+        done.clear()
+        fill(path.parent / "folder", "new")
+        assert done == ["names", "file", "names", "rename", "names"]
+
+    def test_the_old_folder_goes_after_the_name_of_the_new_one_is_on_the_disk(
+        self, target, monkeypatch
+    ):
+        fill(target, "old")
+        synced, right, deleted = synced_folders(monkeypatch), shutil.rmtree, []
+
+        def rmtree(*arguments, **options):
+            deleted.append(synced[-1])
+            right(*arguments, **options)
+
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        fill(target, "new", overwrite=True)
+        assert deleted == [target.parent.stat().st_ino]
 
 
 class TestFolders:
-    """`staged_folder`: whole folders."""
+    @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+    @pytest.mark.parametrize("moment", ["filling", "placing"])
+    def test_the_old_one_stays_when_the_new_one_can_not_come(
+        self, target, monkeypatch, error, moment
+    ):
+        fill(target, "old")
+        if moment == "placing":
+            failing_at(monkeypatch, "folder", error)
+        with pytest.raises(AdapterIOError if error is OSError else error, match="broken") as caught:
+            self.fill_and_fail(target, error if moment == "filling" else None)
+        if error is OSError:
+            assert str(caught.value).endswith("what was there is unchanged")
+        assert text_in(target) == "old"
+        assert os.listdir(target.parent) == ["folder"]
 
-    @pytest.fixture
-    def target(self, tmp_path):
-        return tmp_path / "folder"
-
-    def fill(self, target, text, **options):
-        with staged_folder(target, **options) as staged:
-            (staged / "sub").mkdir()
-            (staged / "sub" / "file").write_text(text)
-
-    def text(self, target):
-        return text_of(target / "sub" / "file")
+    def fill_and_fail(self, target, error):
+        with write_folder(target, overwrite=True) as new:
+            (new / "file").touch()
+            if error is not None:
+                raise error("broken")
 
     def test_one_that_may_replace_another_needs_none(self, target):
-        self.fill(target, "new", overwrite=True)
+        fill(target, "new", overwrite=True)
         assert os.listdir(target.parent) == [target.name]
+
+    def test_an_empty_one_is_replaced(self, target):
+        target.mkdir()
+        fill(target, "new")
+        assert text_in(target) == "new"
 
     def test_one_that_came_meanwhile_is_not_replaced(self, target):
         def fill_late():
-            with staged_folder(target, overwrite=False) as staged:
-                (staged / "mine").touch()
+            with write_folder(target) as new:
+                (new / "mine").touch()
                 target.mkdir()
                 (target / "theirs").touch()
 
@@ -350,142 +419,13 @@ class TestFolders:
         assert os.listdir(target) == ["theirs"]
         assert os.listdir(target.parent) == [target.name]
 
-    def test_killed_at_any_rename_it_is_whole_after_the_next(self, tmp_path):
-        found = []
-        for moment in range(4):
-            target = tmp_path / str(moment) / "folder"
-            target.parent.mkdir()
-            self.fill(target, "old")
-            with pytest.raises(AssertionError, match="exit code -9"):
-                in_child(replace_folder_until, moment, target)
-            found.append(self.text(target))
-            # The next one fails, and has put back what was there.
-            with pytest.raises(AdapterIOError, match="is not empty"):
-                self.fill(target, "newer")
-            assert self.text(target) == (found[-1] or "old")
-            assert os.listdir(target.parent) == ["folder"]
-            self.fill(target, "newer", overwrite=True)
-            assert self.text(target) == "newer"
-            assert os.listdir(target.parent) == ["folder"]
-        assert found == ["old", None, None, "new"]
-
-    @pytest.mark.parametrize("moments", [(None,), (3, None)])
-    def test_a_part_of_a_former_one_is_never_put_back(self, target, moments):
-        """Killed while it deletes its former folder, or that of one killed before."""
-        self.fill(target, "old")
-        for moment in moments:
-            with pytest.raises(AssertionError, match="exit code -9"):
-                in_child(replace_folder_until, moment, target)
-        assert len(entries(target)) == 1
-        shutil.rmtree(target)
-        self.fill(target, "newer")
-        assert self.text(target) == "newer"
-        assert entries(target) == []
-
-    def test_one_that_is_alive_keeps_its_own(self, target):
-        with staged_folder(target) as first:
-            (first / "file").write_text("first")
-            self.fill(target, "second")
-            target.rename(target.with_name("second"))
-        assert os.listdir(target) == ["file"]
-        assert self.text(target.with_name("second")) == "second"
-
-    @pytest.mark.parametrize("how", ["no locks", "no module"])
-    def test_without_locks(self, target, monkeypatch, how):
-        def flock(*_):
-            raise OSError(errno.ENOLCK, "no locks")
-
-        if how == "no module":
-            monkeypatch.setattr(atomic, "fcntl", None)
-        else:
-            monkeypatch.setattr(fcntl, "flock", flock)
-        self.fill(target, "old")
-        self.fill(target, "new", overwrite=True)
-        assert self.text(target) == "new"
-        assert os.listdir(target.parent) == ["folder"]
-
-    def test_one_that_is_cleared_before_it_is_locked_begins_again(self, target, monkeypatch):
-        right, cleared = os.open, []
-
-        def open_late(name, *arguments, **options):
-            if not cleared and str(name).endswith(".tmp"):
-                cleared.append(name)
-                atomic._clear(Path(name), target)
-            return right(name, *arguments, **options)
-
-        monkeypatch.setattr(os, "open", open_late)
-        self.fill(target, "new")
-        assert cleared
-        assert self.text(target) == "new"
-
-    def test_links_and_pipes_of_such_a_name_are_left_alone(self, target):
-        other = target.with_name("other")
-        other.mkdir()
-        (other / "former").touch()
-        target.with_name(f".folder.{1:016x}.tmp").symlink_to(other)
-        os.mkfifo(target.with_name(f".folder.{2:016x}.tmp"))
-        self.fill(target, "new")
-        assert len(os.listdir(target.parent)) == 4
-        assert os.listdir(other) == ["former"]
-
-    @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-    def test_the_former_one_is_back_when_the_new_one_can_not_come(self, target, monkeypatch, error):
-        self.fill(target, "old")
-        failing_at(monkeypatch, "folder", error)
-        with pytest.raises(AdapterIOError if error is OSError else error, match="broken"):
-            self.fill(target, "new", overwrite=True)
-        assert self.text(target) == "old"
-        assert os.listdir(target.parent) == ["folder"]
-
-    def test_it_stays_when_it_can_not_be_taken_away(self, target, monkeypatch):
-        def rename(source, target):
-            raise OSError(errno.EIO, "broken")
-
-        self.fill(target, "old")
-        monkeypatch.setattr(os, "rename", rename)
-        with pytest.raises(AdapterIOError, match="broken; what was there is unchanged"):
-            self.fill(target, "new", overwrite=True)
-        assert self.text(target) == "old"
-        assert os.listdir(target.parent) == ["folder"]
-
-    @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
-    def test_a_disk_that_can_not_be_asked_for_names(self, target, monkeypatch, code):
-        self.fill(target, "old")
-        synced_folders(monkeypatch, code)
-        self.fill(target, "new", overwrite=True)
-        assert self.text(target) == "new"
-        assert os.listdir(target.parent) == ["folder"]
-
-    @pytest.mark.parametrize("there", [True, False])
-    def test_names_that_do_not_reach_the_disk(self, target, monkeypatch, there):
-        """Then the former folder is kept, and the error does not say that it is in its place."""
-        if there:
-            self.fill(target, "old")
-        synced_folders(monkeypatch, errno.EIO, target.parent)
-        with pytest.raises(AdapterIOError, match="has not confirmed its name") as caught:
-            self.fill(target, "new", overwrite=there)
-        assert "unchanged" not in str(caught.value)
-        assert self.text(target) == "new"
-        assert ("what was there is in" in str(caught.value)) == there
-        if there:
-            assert self.text(Path(str(caught.value).rpartition(" is in ")[2])) == "old"
-        else:
-            assert os.listdir(target.parent) == ["folder"]
-
-    def test_the_former_one_goes_after_the_name_of_the_new_one_is_on_the_disk(
-        self, target, monkeypatch
-    ):
-        self.fill(target, "old")
-        done, right = synced_folders(monkeypatch), os.rename
-
-        def rename(source, target):
-            done.append(Path(target).name)
-            right(source, target)
-
-        monkeypatch.setattr(os, "rename", rename)
-        self.fill(target, "new", overwrite=True)
-        new, parent = target.stat().st_ino, target.parent.stat().st_ino
-        assert done == [new, (target / "sub").stat().st_ino, "former", parent, "removed"]
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_what_is_in_the_way(self, target, overwrite):
+        target.touch()
+        with pytest.raises(AdapterIOError, match="folder: it is a file; name a folder"):
+            fill(target, "new", overwrite=overwrite)
+        with pytest.raises(AdapterIOError, match="does not exist; create it first"):
+            fill(target.parent / "a" / "b", "new", overwrite=overwrite)
 
     @pytest.mark.parametrize("mask", [0o022, 0o077])
     def test_permissions(self, target, monkeypatch, mask):
@@ -493,33 +433,28 @@ class TestFolders:
         try:
             with monkeypatch.context() as patched:
                 patched.delattr(os, "umask")  # other threads make files meanwhile
-                self.fill(target, "old")
+                fill(target, "old")
         finally:
             os.umask(before)
         assert stat.S_IMODE(target.stat().st_mode) == 0o777 & ~mask
         target.chmod(0o750)
-        self.fill(target, "new", overwrite=True)
+        fill(target, "new", overwrite=True)
         assert stat.S_IMODE(target.stat().st_mode) == 0o750
-
-    def test_one_that_may_not_be_written_is_not(self):
-        with tempfile.TemporaryDirectory() as name:  # its parents are open to everybody
-            error, left = in_child(replace_folder_as_nobody, Path(name))
-        assert "folder: it is read-only; allow writing, or name another" in error
-        assert left == ["folder"]
 
 
 class TestPaths:
     def test_relative(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         for name in ("file", "./other", Path("third")):
-            write_whole(Path(name), writing("whole"))
-        assert sorted(os.listdir()) == ["file", "other", "third"]
+            save(name, "whole")
+        fill("folder", "new")
+        assert sorted(os.listdir()) == ["file", "folder", "other", "third"]
 
     @pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "x" * 200, "x" * 201, ".hidden", "a b"])
     def test_names_as_long_as_names_can_be(self, tmp_path, name):
         path = tmp_path / name
         leftover(path)
-        write_whole(path, writing("whole"))
+        save(path, "whole")
         assert os.listdir(tmp_path) == [name]
 
     def test_links_stay_and_what_they_lead_to_is_replaced(self, tmp_path):
@@ -528,7 +463,7 @@ class TestPaths:
         link.symlink_to("second")
         (tmp_path / "second").symlink_to("far/file")
         for text in ("new", "newer"):  # first to where nothing is yet
-            write_whole(link, writing(text))
+            save(link, text)
             assert target.read_text() == text
         assert link.is_symlink()
         assert sorted(os.listdir(tmp_path)) == ["far", "link", "second"]
@@ -540,10 +475,20 @@ class TestPaths:
         with pytest.raises(AdapterIOError, match="can't be a file here"):
             disha.save_adapter(version(0), tmp_path / "a")
 
+    def test_what_is_in_the_way(self, path):
+        path.mkdir()
+        with pytest.raises(AdapterIOError, match="it is a folder; name a file in it"):
+            save(path, "new")
+        os.mkfifo(path.with_name("pipe"))
+        with pytest.raises(AdapterIOError, match="it is no regular file; name another"):
+            save(path.with_name("pipe"), "new")
+        with pytest.raises(AdapterIOError, match="does not exist; create it first"):
+            save(path.parent / "a" / "b", "new")
+
     def test_other_names_of_the_old_file_keep_it(self, path):
         path.write_text("old")
         os.link(path, path.with_name("other"))
-        write_whole(path, writing("new"))
+        save(path, "new")
         assert path.with_name("other").read_text() == "old"
 
 
@@ -552,7 +497,7 @@ class TestPermissions:
     def test_a_new_file_gets_what_the_system_gives(self, path, mask):
         before = os.umask(mask)
         try:
-            write_whole(path, writing("whole"))
+            save(path, "whole")
             path.with_name("other").write_text("")
         finally:
             os.umask(before)
@@ -569,7 +514,7 @@ class TestPermissions:
 
         path.write_text("old")
         path.chmod(mode)
-        write_whole(path, write)
+        write_files({path: write})
         assert stat.S_IMODE(path.stat().st_mode) == mode
         assert seen == [0o700]
 
@@ -577,28 +522,24 @@ class TestPermissions:
     def test_a_file_keeps_its_owner(self, path):
         path.write_text("old")
         os.chown(path, 12345, 54321)
-        write_whole(path, writing("new"))
+        save(path, "new")
         assert (path.stat().st_uid, path.stat().st_gid) == (12345, 54321)
 
     def test_what_may_not_be_written_is_not(self):
         with tempfile.TemporaryDirectory() as name:  # its parents are open to everybody
-            came = in_child(save_as_nobody, Path(name))
-        read_only = "can't save to .*read-only: it is read-only; allow writing, or name another"
-        assert re.fullmatch(read_only, came["read-only file"])
-        assert re.fullmatch(
-            "can't save to .*: Permission denied; what was there is unchanged",
-            came["read-only folder"],
-        )
-        assert came["unlisted folder"] == ""
-        assert came["left"] == {"closed": ["file"], "open": ["read-only"], "unlisted": ["file"]}
+            errors, left = in_child(save_as_nobody, Path(name))
+        read_only = "can't save to .*: it is read-only; allow writing, or name another"
+        denied = "can't save to .*: Permission denied; what was there is unchanged"
+        assert re.fullmatch(read_only, errors["open/read-only"])
+        assert re.fullmatch(read_only, errors["open/folder"])
+        assert re.fullmatch(denied, errors["closed/file"])
+        assert errors["unlisted/file"] == ""
+        assert left == {"closed": ["file"], "open": ["folder", "read-only"], "unlisted": ["file"]}
 
 
-def pair(text):
-    return {"weights": writing(text), "config": writing(text)}
-
-
-def text_of(path):
-    return path.read_text() if path.exists() else None
+def visible(folder):
+    """Return the text of each file that is no leftover."""
+    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def failing_at(monkeypatch, name, error=OSError):
@@ -613,7 +554,7 @@ def failing_at(monkeypatch, name, error=OSError):
     monkeypatch.setattr(os, "replace", replace)
 
 
-def synced_folders(monkeypatch, code=None, only=None):
+def synced_folders(monkeypatch, code=None):
     """Return a list of the inodes of the folders that are synced from now on; or let that fail."""
     synced, right = [], os.fsync
 
@@ -621,7 +562,7 @@ def synced_folders(monkeypatch, code=None, only=None):
         found = os.fstat(descriptor)
         if stat.S_ISDIR(found.st_mode):
             synced.append(found.st_ino)
-            if code is not None and (only is None or os.path.samestat(found, only.stat())):
+            if code is not None:
                 raise OSError(code, "broken")
         right(descriptor)
 
@@ -647,65 +588,46 @@ def killed_at(moment):
 
 def save_pair_until(moment, folder):
     killed_at(moment)
-    write_whole_folder(folder, pair("new"))
+    save_pair(folder, "new")
 
 
 def replace_folder_until(moment, target):
     """Be killed at a rename, or else when a folder is deleted."""
     killed_at(moment)
-    shutil.rmtree = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    TestFolders().fill(target, "new", overwrite=True)
-
-
-def replace_folder_as_nobody(root):
-    """Replace a read-only folder; return the error and what is there then."""
-    target = root / "folder"
-    target.mkdir()
-    become_nobody(root)
-    target.chmod(0o555)
-    try:
-        TestFolders().fill(target, "new", overwrite=True)
-    except AdapterIOError as error:
-        return str(error), os.listdir(root)
-    return "", os.listdir(root)
-
-
-def become_nobody(root):
-    """Give a folder to a user whom something stops, and become that one."""
-    if os.geteuid() == 0:
-        for folder in (root, *root.rglob("*")):
-            os.chown(folder, 65534, 65534)
-        os.setgid(65534)
-        os.setuid(65534)
+    shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    fill(target, "new", overwrite=True)
 
 
 def save_as_nobody(root):
     """Save where a user may not; return the errors and what is there then."""
     os.umask(0o022)
-    for name in ("open", "closed", "unlisted"):
-        (root / name).mkdir()
+    for name in ("open/folder", "closed", "unlisted"):
+        (root / name).mkdir(parents=True)
     for name in ("open/read-only", "closed/file"):
         (root / name).write_text("old")
-    (root / "open" / "read-only").chmod(0o444)
-    become_nobody(root)
-    (root / "closed").chmod(0o555)
-    (root / "unlisted").chmod(0o333)
+    if os.geteuid() == 0:
+        for folder in (root, *root.rglob("*")):
+            os.chown(folder, 65534, 65534)
+        os.setgid(65534)
+        os.setuid(65534)
+    modes = {"open/read-only": 0o444, "open/folder": 0o555, "closed": 0o555, "unlisted": 0o333}
+    for name, mode in modes.items():
+        (root / name).chmod(mode)
     errors = {
-        "read-only file": error_of_writing(root / "open" / "read-only"),
-        "read-only folder": error_of_writing(root / "closed" / "file"),
-        "unlisted folder": error_of_writing(root / "unlisted" / "file"),
+        name: error_of_writing(root / name)
+        for name in ("open/read-only", "open/folder", "closed/file", "unlisted/file")
     }
     for name in ("closed", "unlisted"):
         (root / name).chmod(0o755)
     left = {folder: sorted(os.listdir(root / folder)) for folder in os.listdir(root)}
     for folder in left:
         shutil.rmtree(root / folder)
-    return {**errors, "left": left}
+    return errors, left
 
 
 def error_of_writing(path):
     try:
-        write_whole(path, writing("new"))
+        fill(path, "new", overwrite=True) if path.is_dir() else save(path, "new")
     except AdapterIOError as error:
         return str(error)
     return ""

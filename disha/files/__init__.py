@@ -3,8 +3,7 @@
 Nothing in a file is trusted: keys, shapes, dtypes, values and header are all checked before the
 model changes. From bottom to top:
 
-- `atomic`: writing a file whole or not at all
-- `staging`: the same for a folder
+- `atomic`: `write_files` and `write_folder`, which write a file or a folder complete or not at all
 - `tensors`: safetensors files, whatever they hold
 - `pieces`: the same as bytes, copied and written one tensor at a time
 - `json_files`: configurations and indexes beside them, as others write them
@@ -14,6 +13,7 @@ model changes. From bottom to top:
 """
 
 from disha.files.adapter import inspect_adapter, load_adapter, save_adapter
+from disha.files.atomic import write_files, write_folder
 from disha.files.contents import AdapterFileWarning
 from disha.files.header import FORMAT, AdapterFile, AdapterHeader, LayerRecord, TensorRecord
 
@@ -27,4 +27,6 @@ __all__ = [
     "inspect_adapter",
     "load_adapter",
     "save_adapter",
+    "write_files",
+    "write_folder",
 ]

@@ -23,7 +23,7 @@ from disha.errors import (
     ArgumentError,
     ArgumentTypeError,
 )
-from disha.files.atomic import write_whole
+from disha.files.atomic import write_files
 from disha.files.header import (
     HEADER_KEY,
     AdapterFile,
@@ -214,7 +214,7 @@ def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tens
         ArgumentError: a name or a note is no Unicode text, or the header is larger than a
             safetensors file can hold.
     """
-    write_whole(path, tensor_writer(tensors, {HEADER_KEY: encoded(header)}))
+    write_files({path: tensor_writer(tensors, {HEADER_KEY: encoded(header)})})
 
 
 def read_contents(

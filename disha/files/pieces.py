@@ -156,7 +156,7 @@ def write_pieces(path: str, pieces: Mapping[str, Piece], metadata: Mapping[str, 
 
 
 def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
-    """Return what writes a safetensors file, for `write_whole`.
+    """Return what writes a safetensors file, for `write_files`.
 
     Args:
         tensors: key -> tensor on the CPU.

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from disha.errors import AdapterFileError
-from disha.files.atomic import PathLike, checked_path, write_whole_folder
+from disha.files import atomic
+from disha.files.atomic import PathLike, checked_path
 from disha.files.json_files import read_json
 from disha.files.pieces import tensor_writer
 from disha.files.tensors import opened
@@ -52,7 +53,14 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 
     prefixed = {PREFIX + key: tensor for key, tensor in tensors.items()}
     write_tensors = tensor_writer(prefixed, {"format": "pt"})
-    write_whole_folder(folder, {WEIGHTS_NAME: write_tensors, CONFIG_NAME: write_config})
+    # PEFT looks for the configuration first, so it comes last.
+    files = {WEIGHTS_NAME: write_tensors, CONFIG_NAME: write_config}
+    if folder.is_dir():
+        atomic.write_files({folder / name: write for name, write in files.items()})
+        return
+    with atomic.write_folder(folder) as new:
+        for name, write in files.items():
+            write(str(new / name))
 
 
 def read_folder(folder: PathLike) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:

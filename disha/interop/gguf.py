@@ -27,7 +27,7 @@ from disha.errors import (
     MissingPackageError,
 )
 from disha.files import AdapterHeader, LayerRecord
-from disha.files.atomic import PathLike, checked_path, write_whole
+from disha.files.atomic import PathLike, checked_path, write_files
 from disha.files.contents import adapter_contents
 from disha.interop.base_model import base_weights
 from disha.interop.low_rank import (
@@ -200,7 +200,7 @@ def export_gguf(
     with ranks.agreeing(action):
         content = _content(updates, names, base)
         if ranks.writes:
-            write_whole(target, lambda where: _write(where, base.architecture, content))
+            write_files({target: lambda where: _write(where, base.architecture, content)})
     return LoraReport.of(target, updates)
 
 
@@ -266,7 +266,7 @@ def write_gguf(
         header, tensors, rank=rank, max_error=max_error, base=base, progress=progress
     )
     content = _content(updates, names, model)
-    write_whole(target, lambda where: _write(where, architecture, content))
+    write_files({target: lambda where: _write(where, architecture, content)})
     return LoraReport.of(target, updates)
 
 

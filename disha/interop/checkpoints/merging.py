@@ -19,10 +19,9 @@ from disha.errors import (
     ArgumentTypeError,
     MergeError,
 )
-from disha.files.atomic import PathLike, checked_path, write_whole
+from disha.files.atomic import PathLike, checked_path, write_files, write_folder
 from disha.files.contents import read_contents
 from disha.files.header import AdapterFile
-from disha.files.staging import staged_folder
 from disha.files.tensors import DTYPES
 from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
 from disha.interop.checkpoints.verifying import BaseReport, matched
@@ -30,8 +29,8 @@ from disha.interop.checkpoints.writing import (
     SUFFIX,
     Progress,
     Work,
+    fill_folder,
     merged_metadata,
-    write_folder,
 )
 from disha.text import printable
 
@@ -170,11 +169,11 @@ def merge_into_checkpoint(
     _check_mergeable(checkpoint, adapter, force)
     work = Work(checkpoint, adapter, tensors, found, scale, dtype, progress)
     if _names_file(out):
-        write_whole(out, partial(work.write, checkpoint.tensors, merged_metadata(checkpoint)))
+        write_files({out: partial(work.write, checkpoint.tensors, merged_metadata(checkpoint))})
         files, left_out = {out.name}, set[str]()
     else:
-        with staged_folder(out, overwrite=overwrite) as staged:
-            files, left_out = write_folder(staged, work)
+        with write_folder(out, overwrite=overwrite) as folder:
+            files, left_out = fill_folder(folder, work)
     return MergedCheckpoint(
         path=out,
         layers=tuple(record.name for record in adapter.layers),

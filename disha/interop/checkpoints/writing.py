@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from disha import functional
 from disha.errors import MergeError
-from disha.files.atomic import write_whole
 from disha.files.header import AdapterFile, LayerRecord
 from disha.files.json_files import read_json
 from disha.files.pieces import Piece, StoredTensor, copy_tensor, write_pieces, write_tensor
@@ -30,7 +28,7 @@ from disha.interop.checkpoints.reading import CONFIG, INDEX, SINGLE, Checkpoint
 from disha.interop.checkpoints.verifying import Matching
 from disha.state import finite_as
 
-__all__ = ["SUFFIX", "Progress", "Work", "merged_metadata", "write_folder"]
+__all__ = ["SUFFIX", "Progress", "Work", "fill_folder", "merged_metadata"]
 
 SUFFIX = ".safetensors"
 
@@ -161,23 +159,22 @@ def merged_metadata(checkpoint: Checkpoint, *files: Path) -> dict[str, str]:
     return found
 
 
-def write_folder(folder: Path, work: Work) -> tuple[set[str], set[str]]:
+def fill_folder(folder: Path, work: Work) -> tuple[set[str], set[str]]:
     """Write the whole checkpoint into an empty folder; return the names written and left out."""
     checkpoint = work.checkpoint
     others, left_out = _other_files(checkpoint)
     for name, source in others.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, partial(_copy, source, work.dtype))
+        _copy(source, work.dtype, folder / name)
     written = set(others)
     for file in checkpoint.files:
         name = SINGLE if checkpoint.folder is None else file.name
         held = [key for key, stored in checkpoint.tensors.items() if stored.path == file]
         metadata = merged_metadata(checkpoint, file)
-        write_whole(folder / name, partial(work.write, held, metadata))
+        work.write(held, metadata, str(folder / name))
         written.add(name)
     if checkpoint.index is not None:
-        index = _index(checkpoint.index, work)
-        write_whole(folder / INDEX, partial(_write_json, index))
+        _write_json(_index(checkpoint.index, work), folder / INDEX)
         written.add(INDEX)
     return written, left_out
 
@@ -227,7 +224,7 @@ def _is_copied(path: Path, folder: Path) -> bool:
     return home in target.parents or blobs in target.parents
 
 
-def _copy(source: Path, dtype: torch.dtype | None, path: str) -> None:
+def _copy(source: Path, dtype: torch.dtype | None, path: Path) -> None:
     if source.name == CONFIG and dtype is not None:
         _write_json(_with_dtype(read_json(source), dtype), path)
     else:
@@ -246,7 +243,7 @@ def _with_dtype(fields: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
     return changed
 
 
-def _write_json(content: Mapping[str, Any], path: str) -> None:
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
