@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError, DishaError
-from disha.layers import AdaptedWeight, Block, refuse_inside
-from disha.merge import merge_adapters, unmerge_adapters
+from disha.layers import AdaptedWeight, Block
+from disha.merge import merge, unmerge
+from disha.model import ModelView
 from disha.tables import table
-from disha.tree import adapted_layers, adapted_weights, require_model
 
 __all__ = ["CheckReport", "CheckedWeight", "check_adapters"]
 
@@ -128,18 +128,18 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport
         0       default  yes   yes   yes       yes
         1 of 1 blocks are in order
     """
-    layers = [layer for _, layer in adapted_layers(require_model(model))]
-    refuse_inside(layers, "check adapters")
+    view = ModelView(model)
+    view.refuse_inside("check adapters")
     active = [
         (name, adapter, weight, block)
-        for name, weight in adapted_weights(model)
+        for name, weight in view.weights
         for adapter, block in weight.blocks.items()
         if adapter in weight.layer.disha.active
     ]
     if not active:
         raise ArgumentError("there is nothing to check: no adapter is active")
     blocks = [block for *_, block in active]
-    with _evaluated(model), _random_blocks(blocks), torch.random.fork_rng(_devices(model)):
+    with _evaluated(view), _random_blocks(blocks), torch.random.fork_rng(_devices(view)):
         seed = torch.initial_seed() % 2**31
 
         def run() -> list[Tensor]:
@@ -149,7 +149,7 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport
         with _reads_noted(blocks) as read:
             gradients, outputs = _gradients(run, blocks)
         found = []
-        merges, refusal = _merges(model, run, outputs, [weight for _, _, weight, _ in active])
+        merges, refusal = _merges(view, run, outputs, [weight for _, _, weight, _ in active])
         for (name, adapter, weight, block), gradient in zip(active, gradients, strict=True):
             acts = gradient or _changes(run, block, outputs)
             own = None if merges is None else merges.get(id(weight.layer), True)
@@ -168,16 +168,17 @@ def _remark(read: bool, acts: bool, gradient: bool) -> str:
     return ""
 
 
-def _devices(model: nn.Module) -> list[torch.device]:
-    devices = {parameter.device for parameter in model.parameters()}
+def _devices(view: ModelView) -> list[torch.device]:
+    devices = {parameter.device for parameter in view.all_parameters()}
     return [device for device in devices if device.type == "cuda"]
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def _evaluated(view: ModelView) -> Iterator[None]:
     """Put a model into evaluation mode, with gradients, whatever surrounds the call."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    added = [part for _, layer in view.layers for part in layer.disha.modules()]
+    modes = [(module, module.training) for module in (*view.names, *added)]
+    view.model.eval()
     try:
         with torch.inference_mode(False), torch.enable_grad():
             yield
@@ -262,27 +263,28 @@ def _changes(run: Any, block: Block, outputs: list[Tensor]) -> bool:
 
 
 def _merges(
-    model: nn.Module, run: Any, outputs: list[Tensor], weights: list[AdaptedWeight]
+    view: ModelView, run: Any, outputs: list[Tensor], weights: list[AdaptedWeight]
 ) -> tuple[dict[int, bool] | None, str]:
     """Return which layers give another output when merged, or why merging is refused."""
     with torch.no_grad():
         try:
-            merge_adapters(model, untie=True)
+            merge(view, untie=True)
         except DishaError as error:
             return None, str(error)
         try:
             same = _alike(run(), outputs)
         finally:
-            unmerge_adapters(model)
+            unmerge(view)
         if same:
             return {}, ""
         found: dict[int, bool] = {}
         for layer in dict.fromkeys(weight.layer for weight in weights):
-            merge_adapters(layer, untie=True)
+            layer_view = ModelView(layer)
+            merge(layer_view, untie=True)
             try:
                 found[id(layer)] = _alike(run(), outputs)
             finally:
-                unmerge_adapters(layer)
+                unmerge(layer_view)
     return found, ""
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError
-from disha.tree import require_model
+from disha.model import ModelView, require_model
 
 __all__ = ["InputGradients", "enable_input_gradients"]
 
@@ -61,7 +61,7 @@ def enable_input_gradients(
         >>> embedding.weight.grad is None
         True
     """
-    modules = list(require_model(model).modules())
+    modules = ModelView(model).names
     if after is None:
         return InputGradients([m for m in modules if isinstance(m, _EMBEDDINGS)], model)
     chosen: list[Any] = list(after) if isinstance(after, (list, tuple)) else [after]

@@ -11,23 +11,9 @@ from torch import nn
 from disha import functional
 from disha.config import check_adapter_name, check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.layers import (
-    AdaptedLayer,
-    AdaptedWeight,
-    Block,
-    make_block,
-    refuse_inside,
-    refuse_merged,
-)
+from disha.layers import AdaptedLayer, AdaptedWeight, Block, make_block
+from disha.model import ModelView
 from disha.routing import Route
-from disha.tree import (
-    adapted_layers,
-    adapted_weights,
-    adapter_names,
-    module_names,
-    refuse_wrapped,
-    require_adapter,
-)
 
 __all__ = [
     "adapters_disabled",
@@ -68,11 +54,11 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         )
     if len(set(wanted)) != len(wanted):
         raise ArgumentError(f"names lists an adapter twice: {list(wanted)}")
+    view = ModelView(model)
     for name in wanted:
-        require_adapter(model, name)
-    layers = [layer for _, layer in adapted_layers(model)]
-    refuse_merged(layers, "change the active adapters")
-    for layer in layers:
+        view.require(name)
+    view.refuse_merged("change the active adapters")
+    for _, layer in view.layers:
         layer.disha.activate(tuple(wanted))
 
 
@@ -101,8 +87,9 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         ...     print(torch.equal(model(x), before))
         True
     """
-    layers = [layer for _, layer in adapted_layers(model)]
-    refuse_merged(layers, "disable adapters")
+    view = ModelView(model)
+    view.refuse_merged("disable adapters")
+    layers = [layer for _, layer in view.layers]
     before = [layer.disha.enabled for layer in layers]
     try:
         for layer in layers:
@@ -135,9 +122,10 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
         0.5
     """
     check_scale(scale)
-    weights = [weight for _, weight in require_adapter(model, adapter)]
-    refuse_merged((layer for _, layer in adapted_layers(model)), "change an adapter's scale")
-    for weight in weights:
+    view = ModelView(model)
+    weights = view.require(adapter)
+    view.refuse_merged("change an adapter's scale")
+    for _, weight in weights:
         weight.blocks[adapter].set_strength(scale)
 
 
@@ -184,13 +172,13 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
         )
     if not names:
         raise ArgumentError("names_per_sample is empty; give a name or None per sample")
-    route = Route(names)
+    view, route = ModelView(model), Route(names)
     for name in route.adapters:
-        require_adapter(model, name)
-    layers = [layer for _, layer in adapted_layers(model)]
-    refuse_merged(layers, "route adapters")
-    _refuse_stacks(model)
-    _refuse_sequences_first(model)
+        view.require(name)
+    view.refuse_merged("route adapters")
+    _refuse_stacks(view)
+    _refuse_sequences_first(view)
+    layers = [layer for _, layer in view.layers]
     before = [layer.disha.route for layer in layers]
     try:
         for layer in layers:
@@ -201,9 +189,9 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
             layer.disha.route = earlier
 
 
-def _refuse_stacks(model: nn.Module) -> None:
+def _refuse_stacks(view: ModelView) -> None:
     """Raise if experts are adapted: their inputs are tokens of all samples, in any order."""
-    for name, weight in adapted_weights(model):
+    for name, weight in view.weights:
         if weight.slot.layout.is_stack:
             raise ArgumentError(
                 f"route_adapters can't route samples through {name}, whose layout is "
@@ -212,15 +200,15 @@ def _refuse_stacks(model: nn.Module) -> None:
             )
 
 
-def _refuse_sequences_first(model: nn.Module) -> None:
+def _refuse_sequences_first(view: ModelView) -> None:
     """Raise if layers beside a sequence-first attention module are adapted."""
     attention = [
         (name, module)
-        for module, (name, *_) in module_names(model).items()
+        for module, (name, *_) in view.names.items()
         if isinstance(module, nn.MultiheadAttention)
     ]
-    inside = {child for _, module in attention for child in (module, *module.children())}
-    beside = [name for name, layer in adapted_layers(model) if layer not in inside]
+    inside = {child for _, module in attention for child in view.inside(module)}
+    beside = [name for name, layer in view.layers if layer not in inside]
     first = [name for name, module in attention if not module.batch_first]
     if first and beside:
         raise ArgumentError(
@@ -267,14 +255,15 @@ def combine_adapters(
     """
     _check_weights(weights)
     check_adapter_name(into)
-    if into in adapter_names(model):
+    view = ModelView(model)
+    if into in view.adapters:
         raise ArgumentError(f"the model has an adapter {into!r} already; choose another name")
     for name in weights:
-        require_adapter(model, name)
-    refuse_inside((layer for _, layer in adapted_layers(model)), "combine adapters")
-    refuse_wrapped(model, "combine adapters", "combine first, then wrap")
+        view.require(name)
+    view.refuse_inside("combine adapters")
+    view.refuse_wrapped("combine adapters", "combine first, then wrap")
     added: dict[AdaptedLayer, list[Block]] = {}
-    for name, weight in adapted_weights(model):
+    for name, weight in view.weights:
         blocks = weight.blocks
         parts = [(blocks[a], w) for a, w in weights.items() if a in blocks]
         if parts:

@@ -22,22 +22,11 @@ from disha.layers import (
     is_guarded,
     make_block,
     refuse_changed_class,
-    refuse_inside,
     release_encoder,
     restore,
 )
+from disha.model import ModelView
 from disha.plan import Plan, PlannedLayer, Target, can_train, claimed_names, plan_injection
-from disha.sharding import register_shards
-from disha.tree import (
-    adapted_layers,
-    adapter_names,
-    module_names,
-    own_parameters,
-    parameter_owners,
-    refuse_wrapped,
-    require_adapter,
-    require_model,
-)
 
 __all__ = [
     "adapter_parameters",
@@ -144,9 +133,10 @@ def inject_adapters(
         init=init,
         also_train=as_patterns("also_train", also_train),
     )
+    view = ModelView(model)
     with _no_collections():
-        plan = plan_injection(model, target_regex, config, adapter, freeze, strict=True)
-        apply_plan(model, plan)
+        plan = plan_injection(view, target_regex, config, adapter, freeze, strict=True)
+        apply_plan(view, plan)
     _warn_of_skipped(plan)
     return model
 
@@ -180,13 +170,13 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> None:
+def apply_plan(view: ModelView, plan: Plan) -> None:
     """Carry out a plan that was just made for this model, wholly or not at all."""
     by_module: dict[nn.Module, list[PlannedLayer]] = {}
     for layer in plan.layers:
         by_module.setdefault(layer.module, []).append(layer)
     with _no_collections(), ExitStack() as undo:
-        undo.callback(_settle_encoders, model)  # the last to be undone: by then no layer is adapted
+        undo.callback(_settle_encoders, view)  # the last to be undone: by then no layer is adapted
         blocks = {
             module: [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
             for module, layers in by_module.items()
@@ -197,12 +187,12 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
             assert isinstance(adapters, Adapters)
             undo.callback(adapters.discard, plan.adapter)
             adapters.add(plan.adapter, blocks[module])
-        for _, adapted in adapted_layers(model):
+        for _, adapted in view.layers:
             adapters = adapted.disha
             undo.callback(adapters.activate, adapters.active)
             adapters.activate((plan.adapter,))
-        _settle_encoders(model)
-        _set_flags(model, plan, undo)
+        _settle_encoders(view)
+        _set_flags(view, plan, undo)
         undo.pop_all()
 
 
@@ -236,31 +226,31 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
         >>> type(disha.remove_adapters(model)).__name__, model.weight.requires_grad
         ('Linear', True)
     """
-    layers = [layer for _, layer in adapted_layers(model)]
-    refuse_inside(layers, "remove adapters")
-    refuse_wrapped(
-        model,
+    view = ModelView(model)
+    view.refuse_inside("remove adapters")
+    view.refuse_wrapped(
         "remove adapters",
         "remove them before wrapping (of DDP, from the module inside), or switch them off with "
         "set_active_adapters(model, [])",
     )
     if adapter is not None:
-        require_adapter(model, adapter)
-    doomed = adapter_names(model) if adapter is None else [adapter]
-    for name, layer in adapted_layers(model):
-        if set(layer.disha) <= set(doomed):
+        view.require(adapter)
+    removed = view.adapters if adapter is None else [adapter]
+    layers = view.layers
+    for name, layer in layers:
+        if set(layer.disha) <= set(removed):
             refuse_changed_class(layer, name)
-    for layer in layers:
-        for name in doomed:
-            layer.disha.discard(name)
+    for _, layer in layers:
+        for own in removed:
+            layer.disha.discard(own)
         if not len(layer.disha):
             restore(layer)
-    _settle_encoders(model)
-    for module in module_names(model):
-        for name in doomed:
-            freezing.release(module, name)
-    if not adapter_names(model):
-        for module in module_names(model):
+    _settle_encoders(view)
+    for module in view.names:
+        for own in removed:
+            freezing.release(module, own)
+    if not view.layers:
+        for module in view.names:
             freezing.restore_flags(module)
     return model
 
@@ -282,13 +272,12 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator
         >>> [tuple(block.shape) for block in disha.adapter_parameters(model)]
         [(4, 16)]
     """
-    register_shards(require_model(model))
+    view = ModelView(model)
+    view.reshard()
     if adapter is not None:
-        require_adapter(model, adapter)
+        view.require(adapter)
     return (
-        block.block
-        for _, layer in adapted_layers(model)
-        for block in layer.disha.blocks(adapter).values()
+        block.block for _, layer in view.layers for block in layer.disha.blocks(adapter).values()
     )
 
 
@@ -309,45 +298,44 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
         >>> model.weight.requires_grad
         False
     """
-    if not adapter_names(model):
+    view = ModelView(model)
+    if not view.layers:
         raise ArgumentError("the model has no adapter, so nothing would be left to train")
-    register_shards(model)
-    names = module_names(model)
+    view.reshard()
     claimed = {
-        id(module._parameters[name]) for module in names for name in freezing.claimed(module)
+        id(module._parameters[name]) for module in view.names for name in freezing.claimed(module)
     }
-    for module, name, parameter in own_parameters(names):
-        if can_train(parameter):
-            freezing.set_requires_grad(module, name, id(parameter) in claimed)
-    for block in adapter_parameters(model):
-        block.requires_grad_(True)
+    for one in view.parameters:
+        if can_train(one.value):
+            freezing.set_requires_grad(one.module, one.attribute, id(one.value) in claimed)
+    for _, layer in view.layers:
+        for block in layer.disha.blocks().values():
+            block.block.requires_grad_(True)
 
 
-def _settle_encoders(model: nn.Module) -> None:
-    """Guard the encoders of torch that have an adapted layer below them, and only those."""
-    for module in module_names(model):
+def _settle_encoders(view: ModelView) -> None:
+    """Guard the encoders of torch that have an adapted layer in them, and only those."""
+    for module in view.names:
         if not isinstance(module, nn.TransformerEncoder):
             continue
-        needed = any(isinstance(below, AdaptedLayer) for below in module.modules())
+        needed = any(isinstance(inner, AdaptedLayer) for inner in view.inside(module))
         if needed and not is_guarded(module):
             guard_encoder(module)
         elif is_guarded(module) and not needed:
             release_encoder(module)
 
 
-def _set_flags(model: nn.Module, plan: Plan, undo: ExitStack) -> None:
+def _set_flags(view: ModelView, plan: Plan, undo: ExitStack) -> None:
     """Set requires_grad as planned, and note what trains beside the adapter."""
-    names = module_names(model)
-    owners = parameter_owners(names)
-    kept = claimed_names(names, owners)
-    for module in {module for module, _ in owners.values()}:
+    kept = claimed_names(view)
+    for module in {one.module for one in view.parameters}:
         undo.callback(freezing.as_now(module))
-    for full, (module, name) in owners.items():
-        parameter = module._parameters[name]
-        if parameter is None or not can_train(parameter):
+    for one in view.parameters:
+        parameter = one.value
+        if not can_train(parameter):
             continue
-        if full in plan.also_train:
+        if one.name in plan.also_train:
             without = parameter.requires_grad and not plan.freeze
-            freezing.claim(module, plan.adapter, name, without)
-        elif plan.freeze and full not in kept:
-            freezing.set_requires_grad(module, name, False)
+            freezing.claim(one.module, plan.adapter, one.attribute, without)
+        elif plan.freeze and one.name not in kept:
+            freezing.set_requires_grad(one.module, one.attribute, False)

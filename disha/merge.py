@@ -21,13 +21,11 @@ from disha.layers import (
     Merged,
     Original,
     offloading_hooks,
-    refuse_inside,
     takes_dense,
 )
-from disha.sharding import sharded_module
-from disha.tree import adapted_layers, join, module_names, require_adapter
+from disha.model import ModelView, join
 
-__all__ = ["merge_adapters", "unmerge_adapters"]
+__all__ = ["merge", "merge_adapters", "unmerge", "unmerge_adapters"]
 
 
 def merge_adapters(
@@ -77,15 +75,24 @@ def merge_adapters(
         >>> torch.equal(model.base_weight, weight)
         True
     """
-    layers = list(adapted_layers(model))
-    refuse_inside((layer for _, layer in layers), "merge adapters")
-    _refuse_sharded(model, "merge adapters")
-    chosen = _chosen(model, layers, adapter)
-    users = _parameter_users(model)
+    merge(ModelView(model), adapter, untie=untie, dense=dense)
+
+
+def merge(
+    view: ModelView,
+    adapter: str | Sequence[str] | None = None,
+    *,
+    untie: bool = False,
+    dense: bool = False,
+) -> None:
+    """Do as `merge_adapters`."""
+    view.refuse_inside("merge adapters")
+    _refuse_sharded(view, "merge adapters")
+    chosen = _chosen(view, adapter)
     shared = set()
     for name, layer, adapters in chosen:
         for weight in _merged_weights(layer, adapters):
-            shared_with = _sharers(weight, users)
+            shared_with = _sharers(view, name, weight)
             _check_mergeable(name, weight, shared_with, untie)
             _check_quantised(name, weight, dense)
             if shared_with:
@@ -97,7 +104,7 @@ def merge_adapters(
             layer.disha.merged = Merged(adapters, {})
             for weight in _merged_weights(layer, adapters):
                 _merge_weight(name, weight, adapters, (layer, weight.slot.parameter) in shared)
-        for _, layer in layers:
+        for _, layer in view.layers:
             if layer.disha.merged is None:
                 undo.callback(_unmerge_layer, layer)
                 layer.disha.merged = Merged()
@@ -125,9 +132,14 @@ def unmerge_adapters(model: nn.Module) -> None:
         >>> torch.equal(layer.base_weight, original)
         True
     """
-    layers = [layer for _, layer in adapted_layers(model)]
+    unmerge(ModelView(model))
+
+
+def unmerge(view: ModelView) -> None:
+    """Do as `unmerge_adapters`."""
+    layers = [layer for _, layer in view.layers]
     if any(layer.disha.merged is not None for layer in layers):
-        _refuse_sharded(model, "unmerge adapters")
+        _refuse_sharded(view, "unmerge adapters")
     for layer in layers:
         _refuse_offloaded(layer)
     for layer in layers:
@@ -161,8 +173,8 @@ def _merged_weights(layer: AdaptedLayer, adapters: tuple[str, ...]) -> list[Adap
     return list(found.values())
 
 
-def _refuse_sharded(model: nn.Module, action: str) -> None:
-    module = sharded_module(model)
+def _refuse_sharded(view: ModelView, action: str) -> None:
+    module = view.sharded
     if module is not None:
         raise MergeError(
             f"can't {action} in a model with sharded parameters ({type(module).__name__}): each "
@@ -174,10 +186,9 @@ def _refuse_sharded(model: nn.Module, action: str) -> None:
 Chosen = tuple[str, AdaptedLayer, tuple[str, ...]]
 
 
-def _chosen(
-    model: nn.Module, layers: list[tuple[str, AdaptedLayer]], adapter: str | Sequence[str] | None
-) -> list[Chosen]:
+def _chosen(view: ModelView, adapter: str | Sequence[str] | None) -> list[Chosen]:
     """Return the layers to merge, each with its adapters."""
+    layers = view.layers
     if adapter is None:
         chosen = [
             (name, layer, tuple(a for a in layer.disha.active if a in layer.disha))
@@ -191,7 +202,7 @@ def _chosen(
             )
         wanted = (adapter,) if isinstance(adapter, str) else tuple(adapter)
         for one in wanted:
-            require_adapter(model, one)
+            view.require(one)
         if len(set(wanted)) != len(wanted):
             raise ArgumentError(f"an adapter can be merged only once, got {list(wanted)}")
         chosen = [
@@ -205,23 +216,12 @@ def _chosen(
     return chosen
 
 
-Users = dict[int, list[tuple[nn.Module, str, str]]]
-
-
-def _parameter_users(model: nn.Module) -> Users:
-    """Return id of a parameter -> (module, its name there, its name in the model) of each user."""
-    users: Users = {}
-    for module, (name, *_) in module_names(model).items():
-        for own_name, parameter in module._parameters.items():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append((module, own_name, join(name, own_name)))
-    return users
-
-
-def _sharers(weight: AdaptedWeight, users: Users) -> list[str]:
-    """Return the other names of this weight in the model, those in its own module included."""
-    own, owners = (weight.layer, weight.slot.parameter), users.get(id(weight.parameter), ())
-    return [full for module, name, full in owners if (module, name) != own]
+def _sharers(view: ModelView, name: str, weight: AdaptedWeight) -> list[str]:
+    """Return the names that a weight has besides those by way of its own layer and attribute."""
+    attribute = weight.slot.parameter
+    parameter = view.parameters_by_name.get(join(name, attribute))
+    own = {join(alias, attribute) for alias in view.names[weight.layer]}
+    return [] if parameter is None else [full for full in parameter.names if full not in own]
 
 
 def _check_mergeable(name: str, weight: AdaptedWeight, shared_with: list[str], untie: bool) -> None:

@@ -35,27 +35,14 @@ from disha.layers import (
     parameter_count,
     quantisation_of,
     read_weight,
-    refuse_inside,
     slot_of,
     stored_weight,
     weight_shape,
 )
-from disha.sharding import is_sharded
+from disha.model import ModelParameter, ModelView, join
+from disha.sharding import imported_class, is_sharded
 from disha.tables import WIDEST, table
 from disha.text import brief, printable
-from disha.tree import (
-    ModuleNames,
-    adapted_layers,
-    adapter_names,
-    imported_class,
-    join,
-    module_names,
-    named_parameters,
-    parameter_aliases,
-    parameter_owners,
-    require_model,
-    wrapped_for_distribution,
-)
 
 __all__ = [
     "Plan",
@@ -307,11 +294,11 @@ def plan_adapters(
         init=init,
         also_train=as_patterns("also_train", also_train),
     )
-    return plan_injection(model, target_regex, config, adapter, freeze, strict=False)
+    return plan_injection(ModelView(model), target_regex, config, adapter, freeze, strict=False)
 
 
 def plan_injection(
-    model: nn.Module,
+    view: ModelView,
     target_regex: Target,
     config: AdapterConfig,
     adapter: str,
@@ -322,15 +309,15 @@ def plan_injection(
     """Return the plan of an injection.
 
     Args:
-        model: any model.
+        view: any model.
         target_regex: which weights.
         config: the adapter's configuration.
         adapter: the adapter's name.
         freeze: whether everything else is frozen.
         strict: raise where r or r_out does not fit a weight, instead of listing it as skipped.
     """
-    names = _changeable(require_model(model), adapter)
-    weights = _Weights(names, config)
+    _check_changeable(view, adapter)
+    weights = _Weights(view, config)
     selected = weights.selected(target_regex)
     candidates, skipped = _divide(weights, selected, config, target_regex)
     _check_used(config, weights, candidates)
@@ -344,15 +331,15 @@ def plan_injection(
             misfits.append(SkippedModule(one.name, one.type_name, problem, True))
     if misfits and strict:
         raise ArgumentError(_misfit_message(misfits, config))
-    also_trained = _match_parameters(config.also_train, names)
+    also_trained = _match_parameters(config.also_train, view)
     plan = _counted_plan(
-        names, adapter, config, freeze, tuple(layers), (*skipped, *misfits), also_trained
+        view, adapter, config, freeze, tuple(layers), (*skipped, *misfits), also_trained
     )
-    return replace(plan, unknown=weights.unknown, tied=_tied(names, layers))
+    return replace(plan, unknown=weights.unknown, tied=_tied(view, layers))
 
 
 def plan_weights(
-    model: nn.Module,
+    view: ModelView,
     adapter: str,
     config: AdapterConfig,
     requests: Sequence[WeightRequest],
@@ -362,7 +349,7 @@ def plan_weights(
     """Plan an adapter for weights that are known by name and size, as a file describes them.
 
     Args:
-        model: any model.
+        view: any model.
         adapter: the adapter's name.
         config: its configuration; what it says of targets is not looked at.
         requests: the weights, each once.
@@ -373,43 +360,41 @@ def plan_weights(
         ArgumentError: the name is taken, or weights or parameters are not there or of other sizes;
             one message lists all of them.
     """
-    names = _changeable(require_model(model), adapter)
-    by_name = _requested(names, requests)
-    modules = {name: module for module, all_names in names.items() for name in all_names}
-    owners, aliases = parameter_owners(names), parameter_aliases(names)
+    _check_changeable(view, adapter)
+    by_name = _requested(view, requests)
     problems, layers = [], []
     for request in requests:
         one = by_name.get(request.name)
-        problem = _unmet(request, one, config, modules)
+        problem = _unmet(request, one, config, view.modules)
         if problem is None and one is not None:
             layers.append(_planned(one, config, request.r, request.dtype))
         else:
             problems.append(f"{printable(request.name, WIDEST) or '(the model)'}: {problem}")
     for full, shape in also_train.items():
-        problem = _unmet_parameter(owners, aliases.get(full), shape)
+        problem = _unmet_parameter(view.parameters_by_name.get(full), shape)
         if problem is not None:
             problems.append(f"parameter {printable(full, WIDEST)}: {problem}")
     if problems:
         shown = "\n".join(problems[:20])
         more = f"\nand {len(problems) - 20} more" if len(problems) > 20 else ""
-        known = list(dict.fromkeys((*modules, *by_name)))
+        known = list(dict.fromkeys((*view.modules, *by_name)))
         absent = next((r.name for r in requests if r.name not in known), None)
         if absent is not None:
             more += f"\nthe names nearest to {brief(absent)} are {_nearest(absent, known)}"
         raise ArgumentError(f"the adapter does not fit the model; nothing changed:\n{shown}{more}")
-    trained = tuple(aliases[full] for full in also_train)
-    return _counted_plan(names, adapter, config, freeze, tuple(layers), (), trained)
+    trained = tuple(view.parameters_by_name[full].name for full in also_train)
+    return _counted_plan(view, adapter, config, freeze, tuple(layers), (), trained)
 
 
-def _requested(names: ModuleNames, requests: Sequence[WeightRequest]) -> dict[str, _Weight]:
+def _requested(view: ModelView, requests: Sequence[WeightRequest]) -> dict[str, _Weight]:
     """Return the weights of a model by each of their names, those that a file lays out included."""
     found: dict[str, _Weight] = {}
-    for module, module_aliases in names.items():
+    for module, module_aliases in view.names.items():
         for slot in declared_slots(module):
             one = _Weight(module, slot, module_aliases)
             found |= dict.fromkeys(one.names, one)
     wanted = {request.name: request for request in requests if request.layout is not None}
-    for module, module_aliases in names.items():
+    for module, module_aliases in view.names.items():
         for parameter in matrix_parameters(module) if wanted else ():
             below = "" if parameter == "weight" else parameter
             for alias in module_aliases:
@@ -461,20 +446,16 @@ def _unmet(
     return None
 
 
-def _unmet_parameter(
-    owners: Mapping[str, tuple[nn.Module, str]], full: str | None, shape: tuple[int, ...]
-) -> str | None:
+def _unmet_parameter(one: ModelParameter | None, shape: tuple[int, ...]) -> str | None:
     """Return why a parameter can't be trained with the adapter as described, or None."""
-    if full is None:
+    if one is None:
         return "the model has no such parameter"
-    module, name = owners[full]
-    parameter = module._parameters[name]
-    found = None if parameter is None or is_lazy(parameter) else tuple(parameter.shape)
+    found = None if is_lazy(one.value) else tuple(one.value.shape)
     if found != shape:
         return f"expected shape {shape}, the model has {found}"
-    if parameter is not None and parameter.is_meta:
+    if one.value.is_meta:
         return "it is on the meta device; give the model its weights first"
-    return _untrainable(module, name)
+    return _untrainable(one)
 
 
 # --- the weights of a model ----------------------------------------------------------------------
@@ -571,7 +552,7 @@ class _Weights:
     """The weights of a model that can be asked for, and the matrix parameters that can't.
 
     Attributes:
-        names: every module with its clean names.
+        view: the model.
         found: the weights whose layouts are known.
         unknown_of: the matrix parameters whose layouts are not, by module.
         owner_names: the `out_proj` of each nn.MultiheadAttention -> the names of the attention,
@@ -579,19 +560,19 @@ class _Weights:
         preloaded: the modules whose weights accelerate brings together with those around them.
     """
 
-    def __init__(self, names: ModuleNames, config: AdapterConfig) -> None:
-        self.names = names
+    def __init__(self, view: ModelView, config: AdapterConfig) -> None:
+        self.view = view
         self.found: list[_Weight] = []
         self.unknown_of: dict[nn.Module, list[UnknownLayout]] = {}
         self._config = config
         self.preloaded: set[nn.Module] = set()
-        for module, aliases in names.items():
+        for module, aliases in view.names.items():
             if any(hook.place_submodules for hook in offloading_hooks(module)):
-                self.preloaded |= set(module.modules())
+                self.preloaded |= set(view.inside(module))
             self._add(module, aliases)
         self.owner_names: dict[nn.Module, tuple[str, ...]] = {
             module.out_proj: aliases
-            for module, aliases in names.items()
+            for module, aliases in view.names.items()
             if isinstance(module, nn.MultiheadAttention)
         }
 
@@ -639,8 +620,8 @@ class _Weights:
     def selected(self, target: Target) -> list[_Weight]:
         """Return the weights that a target selects."""
         if target == ALL_LINEAR:
-            beside = _parts_of_other_adapters(self.names)
-            tables = (m for m in self.names if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+            beside = _parts_of_other_adapters(self.view)
+            tables = (m for m in self.view.names if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
             tied = {id(m._parameters.get("weight")) for m in tables} - {id(None)}
             return [
                 one
@@ -648,7 +629,7 @@ class _Weights:
                 if one.slot.linear and id(one.parameter) not in tied and one.module not in beside
             ]
         matches = _predicate(target)
-        asked = {m for m, aliases in self.names.items() if matches(aliases, m)}
+        asked = {m for m, aliases in self.view.names.items() if matches(aliases, m)}
         # torch's attention keeps its last projection in a child, and reads that child's weight.
         asked |= {m.out_proj for m in asked if isinstance(m, nn.MultiheadAttention)}
         return [o for o in self.found if o.module in asked or matches(o.names, o.module)]
@@ -666,39 +647,35 @@ def _predicate(target: object) -> Callable[[tuple[str, ...], nn.Module], bool]:
     )
 
 
-def _parts_of_other_adapters(names: ModuleNames) -> set[nn.Module]:
+def _parts_of_other_adapters(view: ModelView) -> set[nn.Module]:
     """Return the modules that PEFT has added beside the layers that it adapts."""
     tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
-    found: set[nn.Module] = set()
-    for module in names if tuner is not None else ():
-        if isinstance(module, tuner):  # type: ignore[arg-type]
-            base = module._modules.get("base_layer")
-            kept = set() if base is None else set(base.modules())
-            found |= {one for one in module.modules() if one is not module} - kept
-    return found
+    return {
+        inner
+        for module in view.names
+        if tuner is not None and isinstance(module, tuner)
+        for inner, name in view.inside(module).items()
+        if name and name.split(".")[0] != "base_layer"
+    }
 
 
 # --- what is asked for ---------------------------------------------------------------------------
 
 
-def _changeable(model: nn.Module, adapter: str) -> ModuleNames:
-    """Return the modules of a model with their names, if such an adapter can be added to it."""
+def _check_changeable(view: ModelView, adapter: str) -> None:
+    """Raise unless an adapter of this name can be added to the model."""
     check_adapter_name(adapter)
-    refuse_inside((layer for _, layer in adapted_layers(model)), "add an adapter")
-    names = module_names(model)
-    wrapped = wrapped_for_distribution(names)
-    if wrapped is not None:
-        raise TargetError(
-            f"the model is wrapped by {type(wrapped).__name__} already, which would not see new "
-            "parameters; inject first, then wrap. Into an adapter that is there, load_adapter can "
-            "load with replace=True"
-        )
-    if adapter in adapter_names(model):
+    view.refuse_inside("add an adapter")
+    view.refuse_wrapped(
+        "add an adapter",
+        "inject first, then wrap. Into an adapter that is there, load_adapter can load with "
+        "replace=True",
+    )
+    if adapter in view.adapters:
         raise ArgumentError(
             f"the model has an adapter {adapter!r} already; choose another name, or remove it "
             f"with remove_adapters(model, {adapter!r})"
         )
-    return names
 
 
 def _divide(
@@ -736,7 +713,7 @@ def _without_layout(
     known = {one.module for one in weights.found}
     skipped: list[SkippedModule] = []
     used: set[str] = set()
-    for module, aliases in weights.names.items():
+    for module, aliases in weights.view.names.items():
         type_name, whole = type(module).__qualname__, matches(aliases, module)
         unknown = weights.unknown_of.get(module, [])
         if whole:
@@ -846,13 +823,13 @@ def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
     )
 
 
-def _tied(names: ModuleNames, layers: Sequence[PlannedLayer]) -> tuple[tuple[str, ...], ...]:
+def _tied(view: ModelView, layers: Sequence[PlannedLayer]) -> tuple[tuple[str, ...], ...]:
     """Return the names of planned weights that are one parameter in several modules."""
     planned = {id(layer.module._parameters.get(layer.slot.parameter)) for layer in layers}
     return tuple(
-        tuple(dict.fromkeys(aliases))
-        for aliases, (module, name) in named_parameters(names)
-        if len(set(aliases)) > 1 and id(module._parameters[name]) in planned - {id(None)}
+        tuple(dict.fromkeys(one.names))
+        for one in view.parameters
+        if len(set(one.names)) > 1 and id(one.value) in planned
     )
 
 
@@ -861,38 +838,36 @@ def can_train(parameter: nn.Parameter) -> bool:
     return parameter.dtype in BLOCK_DTYPES.values()
 
 
-def _match_parameters(patterns: tuple[str, ...], names: ModuleNames) -> tuple[str, ...]:
+def _match_parameters(patterns: tuple[str, ...], view: ModelView) -> tuple[str, ...]:
     """Return the clean names of the parameters that any pattern matches by any of their names."""
     matched: list[str] = []
     used: set[str] = set()
-    for aliases, (module, name) in named_parameters(names) if patterns else ():
-        hits = _hits(patterns, aliases)
+    for one in view.parameters if patterns else ():
+        hits = _hits(patterns, one.names)
         used |= hits
         if not hits:
             continue
-        problem = _untrainable(module, name)
+        problem = _untrainable(one)
         if problem is not None:
-            raise ArgumentError(f"also_train matches {aliases[0]}, which {problem}")
-        matched.append(aliases[0])
+            raise ArgumentError(f"also_train matches {one.name}, which {problem}")
+        matched.append(one.name)
     _check_all_used("also_train", patterns, used, "no parameter")
     return tuple(matched)
 
 
-def _untrainable(module: nn.Module, name: str) -> str | None:
+def _untrainable(one: ModelParameter) -> str | None:
     """Return why a parameter can't be trained with a new adapter, or None."""
-    parameter = module._parameters[name]
-    assert parameter is not None
-    if is_quantised(parameter):
+    if is_quantised(one.value):
         return "is quantised and can't be trained with an adapter"
-    if not can_train(parameter):
-        return f"has dtype {parameter.dtype} and can't be trained with an adapter"
-    if name in freezing.claimed(module):
+    if not can_train(one.value):
+        return f"has dtype {one.value.dtype} and can't be trained with an adapter"
+    if one.attribute in freezing.claimed(one.module):
         return "is trained with another adapter already, and can't have values for two"
     return None
 
 
 def _counted_plan(
-    names: ModuleNames,
+    view: ModelView,
     adapter: str,
     config: AdapterConfig,
     freeze: bool,
@@ -900,18 +875,13 @@ def _counted_plan(
     skipped: tuple[SkippedModule, ...],
     also_train: tuple[str, ...],
 ) -> Plan:
-    owners = parameter_owners(names)
-    base = [(full, module._parameters[name]) for full, (module, name) in owners.items()]
     counted = [
-        (full, p, parameter_count(p)) for full, p in base if p is not None and not is_lazy(p)
+        (one.name, one.value, parameter_count(one.value))
+        for one in view.parameters
+        if not is_lazy(one.value)
     ]
-    kept = claimed_names(names, owners)
-    blocks = [
-        one.block
-        for layer in names
-        if isinstance(layer, AdaptedLayer)
-        for one in layer.disha.blocks().values()
-    ]
+    kept = claimed_names(view)
+    blocks = [block.block for _, layer in view.layers for block in layer.disha.blocks().values()]
     added = sum(layer.parameters for layer in layers)
     trainable = sum(
         numel
@@ -931,6 +901,6 @@ def _counted_plan(
     )
 
 
-def claimed_names(names: ModuleNames, owners: dict[str, tuple[nn.Module, str]]) -> set[str]:
+def claimed_names(view: ModelView) -> set[str]:
     """Return the clean names of parameters that adapters train already."""
-    return {full for full, (module, name) in owners.items() if name in freezing.claimed(module)}
+    return {one.name for one in view.parameters if one.attribute in freezing.claimed(one.module)}

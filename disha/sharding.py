@@ -9,66 +9,41 @@ inside `Ranks.agreeing`, and then fails on all of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from disha import errors
 from disha.errors import ArgumentError, DishaError
 
 __all__ = [
     "Ranks",
+    "imported_class",
     "is_sharded",
     "local_part",
     "obstacle_to_write",
-    "register_shards",
-    "sharded_module",
     "values_at",
     "whole",
     "write",
 ]
 
 
-def _class(module: str, name: str) -> type | None:
-    # Looked up among what is imported: whoever sharded the model imported it, and importing it
-    # here could take seconds.
+def imported_class(module: str, name: str) -> type | None:
+    """Return a class of a module that has been imported by now, or None.
+
+    Whoever uses the class has imported it, and importing it here could take seconds.
+    """
     cls: type | None = getattr(sys.modules.get(module), name, None)
     return cls
 
 
 def is_sharded(tensor: object) -> bool:
     """Whether a tensor is a DTensor, spread over a device mesh."""
-    cls = _class("torch.distributed.tensor", "DTensor")
+    cls = imported_class("torch.distributed.tensor", "DTensor")
     return cls is not None and isinstance(tensor, cls)
-
-
-def sharded_module(model: nn.Module) -> nn.Module | None:
-    """Return a module of the model that FSDP manages or that has a sharded parameter."""
-    names = ("FSDPModule", "FullyShardedDataParallel")
-    classes = tuple(filter(None, (_class("torch.distributed.fsdp", name) for name in names)))
-    for module in model.modules():
-        if isinstance(module, classes):
-            return module
-        if any(is_sharded(parameter) for parameter in module._parameters.values()):
-            return module
-    return None
-
-
-def register_shards(model: nn.Module) -> None:
-    """Let the modules hold their sharded parameters, not whole ones that a forward has left there.
-
-    The whole ones are temporary copies: what is written to them is lost.
-    """
-    cls = _class("torch.distributed.fsdp", "FSDPModule")
-    if cls is None:
-        return
-    for module in model.modules():
-        if isinstance(module, cls):
-            managed: Any = module
-            managed.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -177,11 +152,14 @@ def _local_ranges(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 class Ranks:
-    """The ranks that hold the shards of a model; this process alone if it is not sharded."""
+    """The ranks that hold the shards of a model; this process alone if it is not sharded.
 
-    def __init__(self, model: nn.Module) -> None:
-        register_shards(model)
-        sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
+    Args:
+        parameters: the model's parameters.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        sharded: list[Any] = [p for p in parameters if is_sharded(p)]
         self.meshes: tuple[Any, ...] = tuple(dict.fromkeys(p.device_mesh for p in sharded))
 
     @property

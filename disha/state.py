@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from disha import freezing, functional
 from disha.errors import AdapterStateError, ArgumentTypeError
 from disha.layers import AdaptedWeight, Block, kept_packed, refuse_merged, weight_shape
-from disha.sharding import Ranks, local_part, obstacle_to_write, register_shards, write
-from disha.tree import adapted_layers, join, module_names, require_adapter, require_model
+from disha.model import ModelView, clean_key, join
+from disha.sharding import local_part, obstacle_to_write, write
 
 __all__ = [
     "LoadReport",
@@ -108,13 +108,14 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
         >>> {key: tuple(value.shape) for key, value in disha.adapter_state_dict(model).items()}
         {'0.disha.default.bone_block': (4, 16)}
     """
-    owned = {id(parameter) for parameter in adapter_tensors(model, adapter).values()}
-    with kept_packed(model):
+    view = ModelView(model)
+    owned = {id(one) for one in adapter_tensors(view, adapter).values()}
+    with kept_packed(view.names):
         state = model.state_dict(keep_vars=True)
     return {key: value.detach() for key, value in state.items() if id(value) in owned}
 
 
-def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
     """Return the parameters of an adapter under the keys that files use.
 
     `<layer>.bone_block` or `<layer>.bat_block` for blocks, their own clean names for `also_train`
@@ -124,18 +125,18 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
         ArgumentError: there is no such adapter.
         MergeError: a parameter of `also_train` is a weight that holds a merge now.
     """
-    register_shards(model)
+    view.reshard()
     tensors = {}
-    for name, weight in require_adapter(model, adapter):
+    for name, weight in view.require(adapter):
         block = weight.blocks[adapter]
         _refuse_flattened(name, weight, block)
         tensors[join(name, block.parameter_name)] = block.block
     merged = {
         (layer, name): layer
-        for _, layer in adapted_layers(model)
+        for _, layer in view.layers
         for name in (() if layer.disha.merged is None else layer.disha.merged.originals)
     }
-    for module, (name, *_) in module_names(model).items():
+    for module, (name, *_) in view.names.items():
         for own_name in freezing.claimed(module, adapter):
             parameter = module._parameters[own_name]
             if (module, own_name) in merged:
@@ -208,14 +209,15 @@ def load_adapter_state_dict(
         >>> report.matched
         ('disha.default.bone_block',)
     """
-    with Ranks(require_model(model)).agreeing(f"load a state dict as adapter {adapter!r}"):
+    view = ModelView(model)
+    with view.ranks().agreeing(f"load a state dict as adapter {adapter!r}"):
         if not isinstance(state, Mapping):
             raise ArgumentTypeError(
                 f"state must be a dict of key -> tensor, got {type(state).__name__}"
             )
-        refuse_merged((layer for _, layer in adapted_layers(model)), "load an adapter")
-        owned = {id(parameter): parameter for parameter in adapter_tensors(model, adapter).values()}
-        with kept_packed(model):
+        view.refuse_merged("load an adapter")
+        owned = {id(one): one for one in adapter_tensors(view, adapter).values()}
+        with kept_packed(view.names):
             full = model.state_dict(keep_vars=True)
         expected = {key: owned[id(value)] for key, value in full.items() if id(value) in owned}
         found = _under_model_keys(state, expected)
@@ -230,25 +232,15 @@ def load_adapter_state_dict(
     return report
 
 
-_TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-
-
-def _plain(key: str) -> str:
-    """Return a key without the parts that wrappers add."""
-    parts = [part for part in key.split(".") if part not in _TRANSPARENT]
-    return ".".join(parts)
-
-
 def _under_model_keys(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the state with each key replaced by the model's key for the same parameter."""
-    by_plain_key = {_plain(key).removeprefix("module."): key for key in expected}
-    found = {}
-    for key, value in state.items():
-        plain = _plain(str(key)).removeprefix("module.")
-        found[str(key) if key in expected else by_plain_key.get(plain, str(key))] = value
-    return found
+    model_keys = {clean_key(key): key for key in expected}
+    return {
+        str(key) if key in expected else model_keys.get(clean_key(str(key)), str(key)): value
+        for key, value in state.items()
+    }
 
 
 def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> LoadReport:

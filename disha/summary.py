@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from disha.layers import parameter_count
+from disha.model import ModelView
 from disha.tables import table
-from disha.tree import adapted_weights, require_model
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -96,7 +96,7 @@ def summary(model: nn.Module) -> Summary:
         0      default  bone    4          64      1  yes
         trainable 64 of 208 parameters (30.769%)
     """
-    parameters = list(require_model(model).parameters())
+    view = ModelView(model)
     layers = tuple(
         LayerSummary(
             name=name,
@@ -108,9 +108,10 @@ def summary(model: nn.Module) -> Summary:
             scale=block.strength,
             active=adapter in weight.layer.disha.active,
         )
-        for name, weight in adapted_weights(model)
+        for name, weight in view.weights
         for adapter, block in weight.blocks.items()
     )
+    parameters = list(view.all_parameters())
     return Summary(
         trainable=sum(parameter_count(p) for p in parameters if p.requires_grad),
         total=sum(parameter_count(p) for p in parameters),

@@ -12,7 +12,7 @@ from torch import nn
 
 import disha
 from disha import ArgumentError, MergeError
-from disha.tree import adapted_weights
+from disha.model import ModelView
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot
 
@@ -75,7 +75,7 @@ def parameter_of(module, name):
 
 def packed(module):
     """Return the original of the packed weight."""
-    return dict(adapted_weights(module))["q_proj"].base
+    return dict(ModelView(module).weights)["q_proj"].base
 
 
 def dense(adapted, plain, scale=1.0):
@@ -94,13 +94,13 @@ def dense(adapted, plain, scale=1.0):
 def blocks_of(module):
     return {
         name: weight.blocks["default"].block.detach()
-        for name, weight in adapted_weights(module)
+        for name, weight in ModelView(module).weights
         if "default" in weight.blocks
     }
 
 
 def block_of(module, name, adapter="default"):
-    return dict(adapted_weights(module))[name].blocks[adapter]
+    return dict(ModelView(module).weights)[name].blocks[adapter]
 
 
 def close(actual, expected, tolerance=1e-10):

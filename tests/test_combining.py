@@ -16,7 +16,7 @@ from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.combining import Summand, combine_contents
 from disha.files.contents import read_contents, write_contents
 from disha.fingerprint import fingerprint
-from disha.tree import require_adapter
+from disha.model import ModelView
 from tests.adapter_files import every_kind, save
 from tests.conftest import perturb
 
@@ -37,7 +37,7 @@ def updates(model, adapter):
     """Layer -> s * dW of an adapter, for the layers that it has."""
     return {
         name: weight.blocks[adapter].strength * weight.delta_weight(weight.blocks[adapter])
-        for name, weight in require_adapter(model, adapter)
+        for name, weight in ModelView(model).require(adapter)
     }
 
 

@@ -30,6 +30,7 @@ from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.contents import adapter_contents, blocks_only, load_contents, read_contents
 from disha.files.header import contradictions
 from disha.functional import Layout
+from disha.model import ModelView
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
 
 
@@ -232,16 +233,16 @@ class TestOtherNames:
 class TestContents:
     @pytest.mark.parametrize("replacing", [False, True])
     def test_that_contradict_themselves_are_refused_from_anywhere(self, replacing):
-        header, tensors = adapter_contents(trained())
+        header, tensors = adapter_contents(ModelView(trained()))
         header = replace(header, config=replace(header.config, r_out=4))
         model = trained() if replacing else base()
         before = snapshot(model)
         with pytest.raises(AdapterFileError, match=r"(?s)^elsewhere: .*head: .*configuration says"):
-            load_contents(model, "elsewhere", header, tensors, replace=replacing)
+            load_contents(ModelView(model), "elsewhere", header, tensors, replace=replacing)
         assert_unchanged(model, before)
 
     def test_blocks_only(self):
-        header, tensors = adapter_contents(trained())
+        header, tensors = adapter_contents(ModelView(trained()))
         without, blocks = blocks_only(header, tensors)
         assert header.also_train
         assert header.config.also_train
@@ -268,13 +269,13 @@ class TestContents:
         assert str(caught.value).endswith(f"; it has {names}{rest}")
 
     def test_layers_that_the_contents_lack_are_left_alone_only_if_asked(self):
-        header, tensors = adapter_contents(trained(also_train=None))
+        header, tensors = adapter_contents(ModelView(trained(also_train=None)))
         some = replace(header, layers=header.layers[1:])
         model = trained(also_train=None)
         found = {layer.key: tensors[layer.key] for layer in some.layers}
-        load_contents(model, "elsewhere", some, found, replace=True, partial=True)
+        load_contents(ModelView(model), "elsewhere", some, found, replace=True, partial=True)
         with pytest.raises(AdapterFileError, match=f"missing: {header.layers[0].key}"):
-            load_contents(model, "elsewhere", some, found, replace=True)
+            load_contents(ModelView(model), "elsewhere", some, found, replace=True)
 
     @pytest.mark.parametrize(
         ("layout", "shape", "expected"),
@@ -576,12 +577,12 @@ class TestFingerprint:
             disha.load_adapter(model(), path)
 
     def test_a_layer_without_a_fingerprint_hides_no_other(self):
-        header, tensors = adapter_contents(trained())
+        header, tensors = adapter_contents(ModelView(trained()))
         first, *others = header.layers
         header = replace(header, layers=(replace(first, base=None), *others))
         torch.manual_seed(1)
         with pytest.warns(AdapterFileWarning, match="4 of 4 layers"):
-            load_contents(Layered(), "elsewhere", header, tensors)
+            load_contents(ModelView(Layered()), "elsewhere", header, tensors)
 
     def test_another_base_warns(self, saved):
         _, path = saved

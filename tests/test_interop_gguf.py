@@ -24,6 +24,7 @@ from disha.finetune.models.decoder import Decoder, DecoderConfig
 from disha.functional import bat_delta_weight
 from disha.interop import lora
 from disha.interop.gguf import ARCHITECTURES, LAYER_PARTS
+from disha.model import ModelView
 from tests.conftest import assert_unchanged, perturb, snapshot
 from tests.finetune import tiny_gguf
 from tests.finetune.tiny_gguf import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS
@@ -232,7 +233,7 @@ def test_a_file_becomes_the_same_file(tmp_path):
 
 
 def test_away_from_the_model_heads_must_be_told(tmp_path):
-    contents = adapter_contents(adapted(decoder(), "q_proj|v_proj"))
+    contents = adapter_contents(ModelView(adapted(decoder(), "q_proj|v_proj")))
     path = tmp_path / "lora.gguf"
     with refused(tmp_path, "pass heads= and kv_heads=", kind=disha.ArgumentError):
         lora.write_gguf(path, *contents)
@@ -240,7 +241,7 @@ def test_away_from_the_model_heads_must_be_told(tmp_path):
         lora.write_gguf(path, *contents, heads=3)
     lora.write_gguf(path, *contents, heads=HEADS)
     path.unlink()
-    contents = adapter_contents(adapted(decoder(), "v_proj"))
+    contents = adapter_contents(ModelView(adapted(decoder(), "v_proj")))
     lora.write_gguf(path, *contents)
 
 
@@ -279,7 +280,7 @@ def test_a_tied_head_is_refused(tmp_path, target, what):
 
 def test_an_adapter_alone_has_to_be_told_whether_the_head_is_tied(tmp_path):
     path = tmp_path / "lora.gguf"
-    contents = adapter_contents(adapted(decoder(), "embed_tokens"))
+    contents = adapter_contents(ModelView(adapted(decoder(), "embed_tokens")))
     for told in (None, True):
         with pytest.raises(ConversionError, match="embedding is adapted"):
             lora.write_gguf(path, *contents, tied_head=told)
@@ -302,7 +303,7 @@ def test_without_a_head_the_configuration_tells_whether_it_is_tied(tmp_path):
 
 
 def test_away_from_the_model_embeddings_are_refused(tmp_path):
-    contents = adapter_contents(adapted(decoder(), "embed_tokens"))
+    contents = adapter_contents(ModelView(adapted(decoder(), "embed_tokens")))
     with refused(tmp_path, "which nothing here tells"):
         lora.write_gguf(tmp_path / "lora.gguf", *contents)
 
@@ -327,7 +328,7 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatc
     with refused(tmp_path, r'pip install "disha-torch\[gguf\]"', kind=disha.MissingPackageError):
         lora.export_gguf(model, tmp_path / "lora.gguf")
     with refused(tmp_path, r'pip install "disha-torch\[gguf\]"', kind=ImportError):
-        lora.write_gguf(tmp_path / "lora.gguf", *adapter_contents(model), heads=HEADS)
+        lora.write_gguf(tmp_path / "lora.gguf", *adapter_contents(ModelView(model)), heads=HEADS)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

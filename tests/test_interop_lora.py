@@ -24,6 +24,7 @@ from disha.files.contents import adapter_contents, read_contents, write_contents
 from disha.files.json_files import LARGEST_CONFIG
 from disha.functional import Layout, bat_delta_weight, bone_delta_weight
 from disha.interop import lora, low_rank
+from disha.model import ModelView
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
 
 TOKENS = torch.arange(12).view(2, 6)
@@ -420,7 +421,7 @@ def test_layers_that_peft_would_not_apply_are_refused(tmp_path, build, target, i
     with refused(tmp_path, message, ours):
         lora.export(ours, tmp_path / "lora")
     # An adapter away from its model shows nothing of this: so it is not idle caution.
-    lora.write_lora(tmp_path, *adapter_contents(ours))
+    lora.write_lora(tmp_path, *adapter_contents(ModelView(ours)))
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
     with torch.no_grad():
         assert not torch.allclose(theirs(inputs), ours(inputs), atol=1e-3)
@@ -496,7 +497,7 @@ def test_the_model_itself_is_refused(tmp_path):
     with refused(tmp_path, "the whole of it", ours):
         lora.export(ours, tmp_path / "lora")
     with refused(tmp_path, "is the whole model"):
-        lora.write_lora(tmp_path / "lora", *adapter_contents(ours))
+        lora.write_lora(tmp_path / "lora", *adapter_contents(ModelView(ours)))
 
 
 # --- cut to a rank -------------------------------------------------------------------------------
@@ -622,7 +623,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
 @pytest.mark.parametrize("method", ["bone", "bat"])
 def test_values_that_are_not_finite_are_refused_before_they_are_cut(tmp_path, method):
     ours = adapted(Layered(), "q_proj", 4, method=method)
-    header, tensors = adapter_contents(ours)
+    header, tensors = adapter_contents(ModelView(ours))
     tensors[header.layers[0].key].flatten()[0] = float("nan")
     with refused(tmp_path, "not finite", kind=disha.AdapterStateError):
         lora.write_lora(
@@ -643,7 +644,7 @@ def test_a_base_that_is_not_finite_is_refused(tmp_path):
 
 
 def test_an_error_that_is_no_number_is_beyond_any_limit(tmp_path):
-    header, tensors = adapter_contents(adapted(Layered().double(), "q_proj", 4))
+    header, tensors = adapter_contents(ModelView(adapted(Layered().double(), "q_proj", 4)))
     tensors = {key: tensor * 1e200 for key, tensor in tensors.items()}
     assert math.isnan(lora.write_lora(tmp_path / "free", header, tensors, rank=2).error)
     assert lora.write_lora(tmp_path / "exact", header, tensors, max_error=0).error == 0
@@ -716,7 +717,7 @@ def test_a_file_becomes_the_same_folder(tmp_path, method):
 
 def test_away_from_the_model_bat_needs_the_base(tmp_path):
     ours = adapted(Layered(), "q_proj", 4, method="bat")
-    header, tensors = adapter_contents(ours)
+    header, tensors = adapter_contents(ModelView(ours))
     with refused(tmp_path, "pass what gives", kind=disha.ArgumentError):
         lora.write_lora(tmp_path / "lora", header, tensors, rank=4)
     with refused(tmp_path, "the weight there is", kind=disha.AdapterFileError):
@@ -732,13 +733,13 @@ def test_away_from_the_model_bat_needs_the_base(tmp_path):
     ],
 )
 def test_away_from_the_model_some_layers_are_refused(tmp_path, layer, message):
-    contents = adapter_contents(adapted(nn.Sequential(layer), "0", 2))
+    contents = adapter_contents(ModelView(adapted(nn.Sequential(layer), "0", 2)))
     with refused(tmp_path, message):
         lora.write_lora(tmp_path / "lora", *contents)
 
 
 def test_blocks_of_other_shapes_than_the_header_says(tmp_path):
-    header, tensors = adapter_contents(adapted(Layered(), "q_proj", 4))
+    header, tensors = adapter_contents(ModelView(adapted(Layered(), "q_proj", 4)))
     first, *rest = header.layers
     for change, says in (
         ({"in_features": 3}, "r=4 is larger than in_features=3"),
@@ -758,7 +759,7 @@ def test_blocks_of_other_shapes_than_the_header_says(tmp_path):
 
 
 def test_sizes_that_only_a_hostile_file_has(tmp_path):
-    header, tensors = adapter_contents(adapted(Layered(), "q_proj", 4))
+    header, tensors = adapter_contents(ModelView(adapted(Layered(), "q_proj", 4)))
     layers = tuple(replace(layer, in_features=2**31 - 1) for layer in header.layers)
     with refused(tmp_path, "the sizes of the layers can't be", kind=disha.AdapterFileError):
         lora.write_lora(tmp_path / "lora", replace(header, layers=layers), tensors)
@@ -776,7 +777,7 @@ def test_lora_and_back_is_the_same_adapter(tmp_path, dtype):
     again = copy.deepcopy(base)
     report = lora.load(again, tmp_path, "back")
     assert report.complete
-    expected, found = adapter_contents(ours), adapter_contents(again, "back")
+    expected, found = adapter_contents(ModelView(ours)), adapter_contents(ModelView(again), "back")
     assert found[1].keys() == expected[1].keys()
     assert all(torch.equal(found[1][key], tensor) for key, tensor in expected[1].items())
     for layer, was in zip(found[0].layers, expected[0].layers, strict=True):
@@ -849,7 +850,9 @@ def test_layers_of_fan_in_fan_out_are_told_by_the_model_only(tmp_path):
         lora.read_lora(tmp_path)
     again = copy.deepcopy(base)
     assert lora.load(again, tmp_path).complete
-    layouts = [{x.name: x.layout for x in adapter_contents(m)[0].layers} for m in (again, ours)]
+    layouts = [
+        {x.name: x.layout for x in adapter_contents(ModelView(m))[0].layers} for m in (again, ours)
+    ]
     assert layouts[0] == layouts[1]
     assert len(set(layouts[0].values())) == 2
 

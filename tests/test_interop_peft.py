@@ -28,6 +28,7 @@ from disha import (
 from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
 from disha.files.json_files import LARGEST_CONFIG
 from disha.interop.peft import contents_of, export, load, read_folder, write_folder
+from disha.model import ModelView
 from tests import reference
 from tests.conftest import Layered, Shared, assert_unchanged, perturb, snapshot
 
@@ -201,7 +202,7 @@ def test_peft_gets_what_was_trained_beside(case, tmp_path):
     also_train, bias, modules = ALSO_TRAIN[case]
     model = net()
     disha.inject_adapters(model, r"layers\.", 2, also_train=also_train)
-    names = adapter_contents(model)[0].also_train
+    names = adapter_contents(ModelView(model))[0].also_train
     perturb_all(model, names)
     model.norm.running_mean.add_(0.5)
     expected = output(model, net)
@@ -218,7 +219,7 @@ def test_peft_gets_what_was_trained_beside(case, tmp_path):
     again.norm.running_mean.add_(0.5)
     load(again, tmp_path)
     close(output(again, net), expected)
-    assert adapter_contents(again)[0].also_train == names
+    assert adapter_contents(ModelView(again))[0].also_train == names
 
 
 def test_weights_that_two_modules_share_are_saved_with_both(tmp_path):
@@ -578,14 +579,14 @@ def test_round_trips_by_way_of_peft_change_nothing(kind, tmp_path):
     model = net()
     disha.inject_adapters(model, r"inner|\.q", **KINDS[kind], also_train="^norm", adapter="mine")
     perturb_all(model, ["norm.weight", "norm.bias"])
-    header, tensors = adapter_contents(model, "mine")
+    header, tensors = adapter_contents(ModelView(model), "mine")
     export(model, tmp_path / "ours", "mine")
     from_peft(tmp_path / "ours", net).save_pretrained(tmp_path / "theirs")
 
     for name in ("ours", "theirs"):
         base = net()
         load(base, tmp_path / name, "other")
-        again, found = adapter_contents(base, "other")
+        again, found = adapter_contents(ModelView(base), "other")
         assert again.layers == header.layers  # fingerprints of the base too
         assert again.also_train == header.also_train
         assert again.tensors == header.tensors
@@ -606,7 +607,7 @@ def test_arguments_of_load(tmp_path):
     base = net()
     load(base, tmp_path, also_train=False, freeze=False)
     assert torch.equal(base.norm.weight, net().norm.weight)
-    assert adapter_contents(base)[0].also_train == ()
+    assert adapter_contents(ModelView(base))[0].also_train == ()
     assert base.q.weight.requires_grad
     with pytest.raises(ArgumentError, match="replace=True"):
         load(base, tmp_path)
@@ -697,7 +698,7 @@ def test_files_convert_both_ways_without_a_model(kind, tmp_path):
 def test_the_regex_of_a_file_selects_nothing_else(tmp_path):
     """`q` as an item of a list would also mean every `layers.<n>.q`."""
     model = disha.inject_adapters(net(), "^q$", 2)
-    header, tensors = adapter_contents(model)
+    header, tensors = adapter_contents(ModelView(model))
     write_folder(tmp_path, header, tensors)
     theirs = from_peft(tmp_path, net)
     assert theirs.base_model.targeted_module_names == ["q"]
@@ -705,7 +706,7 @@ def test_the_regex_of_a_file_selects_nothing_else(tmp_path):
 
 def test_a_file_tells_too_little_for_whole_modules(tmp_path):
     model = disha.inject_adapters(net(), "^q$", 2, also_train="^norm")
-    header, tensors = adapter_contents(model)
+    header, tensors = adapter_contents(ModelView(model))
     with pytest.raises(ConversionError, match="load the file into the model and export from there"):
         write_folder(tmp_path / "folder", header, tensors)
     assert not (tmp_path / "folder").exists()
@@ -918,7 +919,7 @@ def test_contents_go_into_models_as_folders_do(folder):
     found = read_folder(folder).without(net().state_dict().keys() - shapes.keys())
     header, tensors = contents_of(found, shapes)
     one, other = net(), net()
-    load_contents(one, folder, header, tensors)
+    load_contents(ModelView(one), folder, header, tensors)
     load(other, folder)
     close(output(one, net), output(other, net))
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import disha
 from disha import ArgumentError, ModeError
-from disha.tree import adapted_weights
+from disha.model import ModelView
 from tests import reference
 from tests.conftest import assert_unchanged, needs_fully_shard, perturb, snapshot
 
@@ -221,7 +221,7 @@ def convolution(weight, block, layout):
 def updates(adapted, adapter="default", blocks=None):
     """Return parameter name -> dW by the oracle, as far as blocks go in float64."""
     found = {}
-    for name, weight in adapted_weights(adapted):
+    for name, weight in ModelView(adapted).weights:
         block = weight.blocks[adapter]
         values = block.block.detach().double() if blocks is None else blocks[name]
         module = next(n for n, m in adapted.named_modules() if m is weight.layer)
@@ -288,7 +288,7 @@ class TestEveryPair:
         model, plain, x = row.adapted(method), row.plain(), row.input()
         perturb(model)
         x.requires_grad_(not row.indices)
-        weights = dict(adapted_weights(model))
+        weights = dict(ModelView(model).weights)
         own = {key: weight.blocks["default"].block for key, weight in weights.items()}
         leaves = {key: block.detach().clone().requires_grad_() for key, block in own.items()}
         y = torch.randn_like(row.output(model, x))

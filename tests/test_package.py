@@ -20,7 +20,7 @@ LAYERS = [
     {"functional", "freezing", "tables", "fingerprint", "routing"},
     {"config", "effective"},
     {"layers"},
-    {"tree"},
+    {"model"},
     {"plan", "control", "merge", "state", "summary", "checkpointing"},
     {"inject", "check"},
     {"files"},

@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
+from disha.model import ModelView
 from disha.sharding import (
-    Ranks,
     _local_ranges,
     is_sharded,
     local_part,
     obstacle_to_write,
-    register_shards,
-    sharded_module,
     values_at,
     whole,
     write,
@@ -82,9 +80,8 @@ def test_plain_tensors_are_whole():
 
 def test_a_plain_model_is_alone():
     model = nn.Linear(2, 2)
-    register_shards(model)
-    assert sharded_module(model) is None
-    ranks = Ranks(model)
+    assert ModelView(model).sharded is None
+    ranks = ModelView(model).ranks()
     assert ranks.writes
     with pytest.raises(KeyError, match="as it is"), ranks.agreeing("fail"):
         raise KeyError("as it is")

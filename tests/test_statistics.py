@@ -10,7 +10,7 @@ import torch
 import disha
 from disha.files import statistics
 from disha.files.statistics import statistics_of, tensor_statistics
-from disha.tree import require_adapter
+from disha.model import ModelView
 from tests.adapter_files import every_kind, save
 
 
@@ -24,7 +24,7 @@ def test_the_norm_of_the_update_is_that_of_the_whole_matrix(tmp_path, injected):
     model = every_kind()
     disha.load_adapter(model, path)
     found, compared = found_in(path), 0
-    for name, weight in require_adapter(model, "default"):
+    for name, weight in ModelView(model).require("default"):
         norm = found[f"{name}.bone_block"].delta_norm
         delta = weight.delta_weight(weight.blocks["default"])
         assert norm == pytest.approx(0.7 * float(delta.detach().norm()), rel=1e-12)

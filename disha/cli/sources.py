@@ -15,7 +15,7 @@ from disha.files.tensors import explained
 from disha.interop import lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes
 from disha.interop.folder import CONFIG_NAME
-from disha.tree import join
+from disha.model import join
 
 __all__ = ["Form", "Source", "read_source"]
 

@@ -18,9 +18,8 @@ from disha.files.contents import (
 )
 from disha.files.header import AdapterFile, described_by
 from disha.files.tensors import opened
-from disha.sharding import Ranks
+from disha.model import ModelView
 from disha.state import LoadReport
-from disha.tree import require_adapter, require_model
 
 __all__ = ["inspect_adapter", "load_adapter", "save_adapter"]
 
@@ -67,11 +66,12 @@ def save_adapter(
         ...     list(disha.inspect_adapter(path).tensors)
         ['0.bone_block']
     """
-    ranks, action = Ranks(require_model(model)), f"save adapter {adapter!r}"
+    view = ModelView(model)
+    ranks, action = view.ranks(), f"save adapter {adapter!r}"
     with ranks.agreeing(action):
-        require_adapter(model, adapter)
+        view.require(adapter)
         target = checked_path(path)
-    header, tensors = adapter_contents(model, adapter, metadata)
+    header, tensors = adapter_contents(view, adapter, metadata)
     with ranks.agreeing(action):
         if ranks.writes:
             write_contents(target, header, tensors)
@@ -168,13 +168,14 @@ def load_adapter(
         ...     disha.load_adapter(base, path).matched
         ('0.bone_block',)
     """
+    view = ModelView(model)
     with ExitStack() as stack:
-        with Ranks(require_model(model)).agreeing(f"load a file as adapter {adapter!r}"):
+        with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
             contents = opened_contents(checked_path(path), also_train=also_train, layers=layers)
             described, tensors = stack.enter_context(contents)
         return load_contents(
-            model,
+            view,
             described.path,
             described,
             tensors,

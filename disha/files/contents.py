@@ -37,21 +37,12 @@ from disha.files.pieces import tensor_writer
 from disha.files.tensors import TensorFile, TensorRecord, opened
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
-from disha.layers import AdaptedWeight, refuse_inside
+from disha.layers import AdaptedWeight
+from disha.model import ModelView, join
 from disha.plan import WeightRequest, plan_weights
-from disha.sharding import Ranks, whole
+from disha.sharding import whole
 from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as
 from disha.text import printable
-from disha.tree import (
-    adapted_layers,
-    adapter_names,
-    join,
-    module_names,
-    parameter_aliases,
-    parameter_owners,
-    require_adapter,
-    require_model,
-)
 
 __all__ = [
     "AdapterFileWarning",
@@ -95,14 +86,14 @@ class AdapterFileWarning(UserWarning):
 
 
 def adapter_contents(
-    model: nn.Module, adapter: str = "default", metadata: Mapping[str, str] | None = None
+    view: ModelView, adapter: str = "default", metadata: Mapping[str, str] | None = None
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
     """Return what describes an adapter of a model, and copies of its tensors on the CPU.
 
     Collective if the model is sharded: all ranks take part, and get the whole adapter.
 
     Args:
-        model: a model with adapters.
+        view: a model with adapters.
         adapter: the adapter's name.
         metadata: notes of the user's, str -> str.
 
@@ -112,10 +103,10 @@ def adapter_contents(
         ArgumentError: there is no such adapter.
         ArgumentTypeError: the metadata is not str -> str.
     """
-    ranks, action = Ranks(require_model(model)), f"take adapter {adapter!r} out of the model"
+    ranks, action = view.ranks(), f"take adapter {adapter!r} out of the model"
     with ranks.agreeing(action):
         notes = _checked_metadata(metadata)
-        parameters = adapter_tensors(model, adapter)
+        parameters = adapter_tensors(view, adapter)
         _check_has_values(adapter, parameters)
     tensors = {
         key: whole(parameter.detach()).to("cpu", copy=True).contiguous()
@@ -123,12 +114,12 @@ def adapter_contents(
     }
     records = tuple(
         _record(name, adapter, weight, _base_fingerprint(weight))
-        for name, weight in require_adapter(model, adapter)
+        for name, weight in view.require(adapter)
     )
     with ranks.agreeing(action):
         _check_one_kind(adapter, records)
         _check_still_finite(adapter, tensors)
-    _, weight = require_adapter(model, adapter)[0]
+    _, weight = view.require(adapter)[0]
     keys = {record.key for record in records}
     header = AdapterHeader(
         config=weight.blocks[adapter].config.changed(scale=records[0].scale),
@@ -333,7 +324,7 @@ class _Incoming:
 
 
 def load_contents(
-    model: nn.Module,
+    view: ModelView,
     source: Source,
     header: AdapterHeader,
     tensors: Mapping[str, Tensor],
@@ -347,7 +338,7 @@ def load_contents(
     """Put an adapter into a model; `load_adapter` says what the arguments mean and what it raises.
 
     Args:
-        model: the model.
+        view: the model.
         source: what errors name.
         header: the adapter's header.
         tensors: all tensors that the header names.
@@ -357,22 +348,22 @@ def load_contents(
         dtype: dtype of the blocks; the tensors' by default.
         freeze: freeze all parameters that belong to no adapter.
     """
-    with Ranks(require_model(model)).agreeing(f"load a file as adapter {adapter!r}"):
+    with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
         check_adapter_name(adapter)
         check_dtype(dtype)
-        refuse_inside((layer for _, layer in adapted_layers(model)), "load an adapter")
-        incoming = _Incoming(source, header, tensors, _model_keys(model, header))
+        view.refuse_inside("load an adapter")
+        incoming = _Incoming(source, header, tensors, _model_keys(view, header))
         _check_consistent(incoming)
-        taken = adapter in adapter_names(model)
+        taken = adapter in view.adapters
         _check_taken(adapter, taken, replace, dtype)
         if taken:
-            targets, values, report = _fitting(model, incoming, adapter, partial)
+            targets, values, report = _fitting(view, incoming, adapter, partial)
         else:
-            report = _inject(model, incoming, adapter, dtype, freeze)
+            report = _inject(view, incoming, adapter, dtype, freeze)
     if taken:
         copy_values(targets, values)
-        _reconfigure(model, incoming, adapter)
-    _warn_of_other_base(model, incoming, adapter)
+        _reconfigure(view, incoming, adapter)
+    _warn_of_other_base(view, incoming, adapter)
     return report
 
 
@@ -401,11 +392,10 @@ def _check_taken(adapter: str, taken: bool, replace: bool, dtype: torch.dtype | 
         )
 
 
-def _model_keys(model: nn.Module, header: AdapterHeader) -> dict[str, str]:
-    names = module_names(model)
-    first = {name: aliases[0] for aliases in names.values() for name in aliases}
-    parameters = parameter_aliases(names)
-    keys = {key: parameters.get(key, key) for key in header.also_train}
+def _model_keys(view: ModelView, header: AdapterHeader) -> dict[str, str]:
+    first = {name: aliases[0] for aliases in view.names.values() for name in aliases}
+    parameters = view.parameters_by_name
+    keys = {key: parameters[key].name if key in parameters else key for key in header.also_train}
     for layer in header.layers:
         module, _, below = layer.name.rpartition(".")
         own = first.get(layer.name) or join(first.get(module, module), below)
@@ -414,7 +404,7 @@ def _model_keys(model: nn.Module, header: AdapterHeader) -> dict[str, str]:
 
 
 def _inject(
-    model: nn.Module,
+    view: ModelView,
     incoming: _Incoming,
     adapter: str,
     dtype: torch.dtype | None,
@@ -436,29 +426,28 @@ def _inject(
     ]
     beside = {key: header.tensors[key].shape for key in header.also_train}
     with _named(incoming.source):
-        plan = plan_weights(model, adapter, header.config, requests, beside, freeze)
+        plan = plan_weights(view, adapter, header.config, requests, beside, freeze)
     dtypes = {
         layer.key: request.dtype for layer, request in zip(header.layers, requests, strict=True)
     }
     # Only now, since of what does not fit a model there may be any amount.
     values = {incoming.keys[key]: tensor for key, tensor in incoming.tensors.items()}
-    _check_finite(model, incoming, values, dtypes)
-    apply_plan(model, plan)
-    targets = adapter_tensors(model, adapter)
+    _check_finite(view, incoming, values, dtypes)
+    apply_plan(view, plan)
+    targets = adapter_tensors(view, adapter)
     copy_values(targets, values)
-    _set_strengths(model, incoming, adapter)
+    _set_strengths(view, incoming, adapter)
     return check_fit(targets, values)
 
 
 def _fitting(
-    model: nn.Module, incoming: _Incoming, adapter: str, partial: bool
+    view: ModelView, incoming: _Incoming, adapter: str, partial: bool
 ) -> tuple[dict[str, nn.Parameter], dict[str, Tensor], LoadReport]:
     """Return parameters and the values that are to replace theirs; raise if these don't fit."""
-    mine = adapter_tensors(model, adapter)
+    mine = adapter_tensors(view, adapter)
     found = {incoming.keys[key]: key for key in incoming.tensors}
     blocks = {
-        join(name, weight.blocks[adapter].parameter_name)
-        for name, weight in require_adapter(model, adapter)
+        join(name, weight.blocks[adapter].parameter_name) for name, weight in view.require(adapter)
     }
     required = set() if partial else blocks | set(incoming.header.also_train)
     targets = {key: parameter for key, parameter in mine.items() if key in found or key in required}
@@ -466,7 +455,7 @@ def _fitting(
     # What nothing is there for needs no reading: there may be any amount of it.
     report = check_fit(targets, {**dict.fromkeys(found), **values})
     problems = [] if report.complete else [str(report)]
-    problems += _other_sizes(model, incoming, adapter)
+    problems += _other_sizes(view, incoming, adapter)
     if problems:
         listing = "\n".join(problems[:20])
         raise AdapterFileError(
@@ -476,29 +465,29 @@ def _fitting(
     return targets, values, report
 
 
-def _reconfigure(model: nn.Module, incoming: _Incoming, adapter: str) -> None:
+def _reconfigure(view: ModelView, incoming: _Incoming, adapter: str) -> None:
     records = incoming.records
-    for name, weight in require_adapter(model, adapter):
+    for name, weight in view.require(adapter):
         block = weight.blocks[adapter]
         if join(name, block.parameter_name) in records:
             block.reconfigure(incoming.header.config)
-    _set_strengths(model, incoming, adapter)
+    _set_strengths(view, incoming, adapter)
 
 
-def _set_strengths(model: nn.Module, incoming: _Incoming, adapter: str) -> None:
+def _set_strengths(view: ModelView, incoming: _Incoming, adapter: str) -> None:
     records = incoming.records
-    for name, weight in require_adapter(model, adapter):
+    for name, weight in view.require(adapter):
         block = weight.blocks[adapter]
         record = records.get(join(name, block.parameter_name))
         if record is not None:
             block.set_strength(record.scale)
 
 
-def _other_sizes(model: nn.Module, incoming: _Incoming, adapter: str) -> list[str]:
+def _other_sizes(view: ModelView, incoming: _Incoming, adapter: str) -> list[str]:
     """Return what the adapter says of layers and the model's adapter contradicts."""
     asked = incoming.records
     problems = []
-    for name, weight in require_adapter(model, adapter):
+    for name, weight in view.require(adapter):
         found = _record(name, adapter, weight, base=None)
         wanted = asked.get(found.key)
         if wanted is not None and found.sizes != wanted.sizes:
@@ -512,19 +501,17 @@ def _other_sizes(model: nn.Module, incoming: _Incoming, adapter: str) -> list[st
 
 
 def _check_finite(
-    model: nn.Module,
+    view: ModelView,
     incoming: _Incoming,
     values: Mapping[str, Tensor],
     dtypes: Mapping[str, torch.dtype | None],
 ) -> None:
     """Raise if a value is not finite, or would not be in the dtype that it is loaded into."""
-    owners = parameter_owners(module_names(model))
     broken = []
     for key in incoming.tensors:
         tensor, dtype = values[incoming.keys[key]], dtypes.get(key)
         if dtype is None:
-            module, name = owners[incoming.keys[key]]
-            dtype = getattr(module, name).dtype
+            dtype = view.parameters_by_name[incoming.keys[key]].value.dtype
         if not finite_as(tensor, dtype):
             broken.append(f"{key} (as {dtype})")
     if broken:
@@ -544,10 +531,10 @@ def _named(source: Source) -> Iterator[None]:
         raise AdapterFileError(f"{source}: {error}") from error
 
 
-def _warn_of_other_base(model: nn.Module, incoming: _Incoming, adapter: str) -> None:
+def _warn_of_other_base(view: ModelView, incoming: _Incoming, adapter: str) -> None:
     records = incoming.records
     other, known = [], 0
-    for name, weight in require_adapter(model, adapter):
+    for name, weight in view.require(adapter):
         record = records.get(join(name, weight.blocks[adapter].parameter_name))
         now = None if record is None else _base_fingerprint(weight)
         if record is None or now is None or record.base is None:

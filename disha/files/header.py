@@ -21,9 +21,9 @@ from disha.files.json_files import each_once
 from disha.files.tensors import TensorFile, TensorRecord, refuse_floods
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Rows
 from disha.layers import block_name
+from disha.model import join
 from disha.tables import table
 from disha.text import brief, printable
-from disha.tree import join
 
 __all__ = [
     "FORMAT",

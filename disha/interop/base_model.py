@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from disha.interop.low_rank import BaseWeight
+from disha.model import ModelView
 from disha.sharding import whole
-from disha.tree import require_adapter
 
 __all__ = ["base_weights"]
 
 
-def base_weights(model: nn.Module, adapter: str) -> BaseWeight:
+def base_weights(view: ModelView, adapter: str) -> BaseWeight:
     """Return what gives the original weights of an adapter's layers; collective if sharded."""
-    weights = dict(require_adapter(model, adapter))
+    weights = dict(view.require(adapter))
 
     def base_weight(name: str) -> Tensor:
         return whole(weights[name].base.detach())

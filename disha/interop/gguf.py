@@ -40,8 +40,7 @@ from disha.interop.low_rank import (
     few,
     low_rank_updates,
 )
-from disha.sharding import Ranks
-from disha.tree import module_names, require_model
+from disha.model import ModelView
 
 __all__ = ["ARCHITECTURES", "export_gguf", "write_gguf"]
 
@@ -181,13 +180,14 @@ def export_gguf(
         ...     print(lora.export_gguf(model, pathlib.Path(folder, "lora.gguf")).layers)
         (LoraLayer(name='lm_head', method='bone', r=4, rank=4, error=0.0),)
     """
-    ranks, action = Ranks(require_model(model)), f"export adapter {adapter!r} as GGUF"
+    view = ModelView(model)
+    ranks, action = view.ranks(), f"export adapter {adapter!r} as GGUF"
     with ranks.agreeing(action):
         _package()
         check_limits(rank, max_error)
         target = checked_path(path)
-        base = _base_of(model, architecture, heads, kv_heads)
-    header, tensors = adapter_contents(model, adapter)
+        base = _base_of(view, architecture, heads, kv_heads)
+    header, tensors = adapter_contents(view, adapter)
     with ranks.agreeing(action):
         names = _gguf_names(header, base)
     updates = low_rank_updates(
@@ -195,7 +195,7 @@ def export_gguf(
         tensors,
         rank=rank,
         max_error=max_error,
-        base=base_weights(model, adapter),
+        base=base_weights(view, adapter),
     )
     with ranks.agreeing(action):
         content = _content(updates, names, base)
@@ -251,11 +251,12 @@ def write_gguf(
         >>> import disha
         >>> from disha.files.contents import adapter_contents
         >>> from disha.interop import lora
+        >>> from disha.model import ModelView
         >>> model = nn.ModuleDict({"lm_head": nn.Linear(8, 16)})
         >>> model = disha.inject_adapters(model, "lm_head", r=4, init="kaiming")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "lora.gguf")
-        ...     lora.write_gguf(path, *adapter_contents(model), tied_head=False).error
+        ...     lora.write_gguf(path, *adapter_contents(ModelView(model)), tied_head=False).error
         0.0
     """
     _package()
@@ -274,9 +275,9 @@ def write_gguf(
 
 
 def _base_of(
-    model: nn.Module, architecture: str | None, heads: int | None, kv_heads: int | None
+    view: ModelView, architecture: str | None, heads: int | None, kv_heads: int | None
 ) -> _Base:
-    config = getattr(model, "config", None)
+    config = getattr(view.model, "config", None)
     kind = getattr(config, "model_type", None)
     if architecture is None and kind is not None and kind not in MODEL_TYPES:
         raise ArgumentError(
@@ -287,7 +288,7 @@ def _base_of(
     if kv_heads is None:
         kv_heads = _first(config, "num_key_value_heads", "kv_heads") or heads
     known = MODEL_TYPES.get(kind or "llama", "llama")
-    return _Base(architecture or known, heads, kv_heads, _is_head_tied(model, config))
+    return _Base(architecture or known, heads, kv_heads, _is_head_tied(view, config))
 
 
 def _first(config: Any, *names: str) -> int | None:
@@ -295,9 +296,9 @@ def _first(config: Any, *names: str) -> int | None:
     return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
-def _is_head_tied(model: nn.Module, config: Any) -> bool | None:
+def _is_head_tied(view: ModelView, config: Any) -> bool | None:
     """Whether the output head shares the embedding's weight; None where nothing tells."""
-    found = {name: module for module, names in module_names(model).items() for name in names}
+    found = view.modules
     head = found.get(_HEAD)
     embedding = next((found[name] for name in found if _EMBEDDING.fullmatch(name)), None)
     if head is None or embedding is None:

@@ -23,9 +23,8 @@ from disha.interop.low_rank import LoraReport, check_limits
 from disha.interop.obstacles import check_peft_acts, class_of, refuse
 from disha.interop.saved_modules import modules_to_save, saved_buffers, whole_tensors
 from disha.layers import AdaptedWeight, declared_slots
-from disha.sharding import Ranks
+from disha.model import ModelView
 from disha.state import LoadReport
-from disha.tree import ModuleNames, module_names, require_adapter, require_model
 
 __all__ = ["export", "export_gguf", "load", "read_lora", "write_gguf", "write_lora"]
 
@@ -84,16 +83,17 @@ def export(
         >>> report.layers
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
-    ranks, action = Ranks(require_model(model)), f"export adapter {adapter!r} as LoRA"
+    view = ModelView(model)
+    ranks, action = view.ranks(), f"export adapter {adapter!r} as LoRA"
     with ranks.agreeing(action):
         check_limits(rank, max_error)
         target = checked_path(folder)
-        check_peft_acts(model, adapter)
-        _check_layers(require_adapter(model, adapter))
-    header, tensors = adapter_contents(model, adapter)
+        check_peft_acts(view, adapter)
+        _check_layers(view.require(adapter))
+    header, tensors = adapter_contents(view, adapter)
     with ranks.agreeing(action):
-        modules = modules_to_save(model, header)
-    facts = _facts(model, adapter, modules)
+        modules = modules_to_save(view, header)
+    facts = _facts(view, adapter, modules)
     lora = converted(header, tensors, rank=rank, max_error=max_error, facts=facts)
     with ranks.agreeing(action):
         if ranks.writes:
@@ -101,13 +101,13 @@ def export(
     return lora.report(target)
 
 
-def _facts(model: nn.Module, adapter: str, modules: Mapping[str, nn.Module]) -> ModelFacts:
+def _facts(view: ModelView, adapter: str, modules: Mapping[str, nn.Module]) -> ModelFacts:
     """Return what the model tells; collective if it is sharded."""
-    path = getattr(getattr(model, "config", None), "_name_or_path", None)
+    path = getattr(getattr(view.model, "config", None), "_name_or_path", None)
     return ModelFacts(
-        base=base_weights(model, adapter),
+        base=base_weights(view, adapter),
         name=path if isinstance(path, str) and path else None,
-        modules=tuple(name for names in module_names(model).values() for name in names),
+        modules=tuple(view.modules),
         kept=whole_tensors(modules),
     )
 
@@ -193,13 +193,13 @@ def load(
         ...     lora.load(nn.Sequential(nn.Linear(8, 16)), folder).matched
         ('0.bone_block',)
     """
-    with Ranks(require_model(model)).agreeing(f"load a LoRA as adapter {adapter!r}"):
-        names = module_names(model)
+    view = ModelView(model)
+    with view.ranks().agreeing(f"load a LoRA as adapter {adapter!r}"):
         header, tensors = read_lora(
-            folder, layouts=_layouts(names), also_train=also_train, buffers=saved_buffers(names)
+            folder, layouts=_layouts(view), also_train=also_train, buffers=saved_buffers(view)
         )
     return load_contents(
-        model,
+        view,
         checked_path(folder),
         header,
         tensors,
@@ -210,11 +210,11 @@ def load(
     )
 
 
-def _layouts(names: ModuleNames) -> dict[str, Layout]:
+def _layouts(view: ModelView) -> dict[str, Layout]:
     """Return the layouts of the modules' own weights, by the names of the modules."""
     return {
         name: slot.layout
-        for module, aliases in names.items()
+        for module, aliases in view.names.items()
         for slot in declared_slots(module)
         if not slot.name
         for name in aliases

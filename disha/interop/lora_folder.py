@@ -105,9 +105,10 @@ def write_lora(
         >>> import disha
         >>> from disha.files.contents import adapter_contents
         >>> from disha.interop import lora
+        >>> from disha.model import ModelView
         >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4, init="kaiming")
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     report = lora.write_lora(folder, *adapter_contents(model))
+        ...     report = lora.write_lora(folder, *adapter_contents(ModelView(model)))
         >>> report.layers
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """

@@ -16,7 +16,7 @@ from torch import nn
 
 from disha.errors import ConversionError
 from disha.layers import FOREIGN_KINDS, LAYER_KINDS, is_library_forward
-from disha.tree import ModuleNames, module_names, require_adapter
+from disha.model import ModelView
 
 __all__ = ["PeftObstacles", "check_peft_acts", "class_of", "refuse"]
 
@@ -24,18 +24,18 @@ READ_IN_EVALUATION = ("linear1", "linear2")
 """The layers of an `nn.TransformerEncoderLayer` that its fused path reads."""
 
 
-def check_peft_acts(model: nn.Module, adapter: str) -> None:
+def check_peft_acts(view: ModelView, adapter: str) -> None:
     """Raise unless layers that PEFT puts in place of an adapter's would act as they do.
 
     Args:
-        model: a model with the adapter.
+        view: a model with the adapter.
         adapter: its name.
 
     Raises:
         ConversionError: some would not; the message says which and why.
         ArgumentError: there is no such adapter.
     """
-    weights, obstacles = require_adapter(model, adapter), PeftObstacles(module_names(model))
+    weights, obstacles = view.require(adapter), PeftObstacles(view)
     found = [
         f"{name or '(the model)'}: {why}"
         for name, _ in weights
@@ -62,15 +62,15 @@ class PeftObstacles:
     """What keeps PEFT's layers from acting in a model, layer by layer.
 
     Args:
-        names: the model's modules.
+        view: the model.
     """
 
-    def __init__(self, names: ModuleNames) -> None:
-        self.by_name = {name: module for module, aliases in names.items() for name in aliases}
-        self._aliases = names
-        self._places = Counter(child for module in names for child in module._modules.values())
-        self._read = _children(names, nn.MultiheadAttention, ("out_proj",))
-        self._fused = _children(names, nn.TransformerEncoderLayer, READ_IN_EVALUATION)
+    def __init__(self, view: ModelView) -> None:
+        self.by_name = view.modules
+        self._aliases = view.names
+        self._places = Counter(child for module in view.names for child in module._modules.values())
+        self._read = _children(view, nn.MultiheadAttention, ("out_proj",))
+        self._fused = _children(view, nn.TransformerEncoderLayer, READ_IN_EVALUATION)
 
     def to_export(self, name: str) -> str | None:
         """Return why an adapter's layer would not act alike in PEFT, or None if it would."""
@@ -125,12 +125,12 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 
 def _children(
-    names: ModuleNames, owner: type[nn.Module], children: Sequence[str]
+    view: ModelView, owner: type[nn.Module], children: Sequence[str]
 ) -> Mapping[nn.Module | None, type[nn.Module]]:
     """Return these children of all modules of a class -> the class of their owner."""
     return {
         module._modules[child]: class_of(module)
-        for module in names
+        for module in view.names
         if isinstance(module, owner)
         for child in children
         if child in module._modules

@@ -15,8 +15,8 @@ from disha.files import AdapterHeader
 from disha.files.tensors import DTYPES
 from disha.interop.folder import PREFIX, WEIGHTS_NAME
 from disha.interop.obstacles import refuse
+from disha.model import ModelView, join
 from disha.sharding import whole
-from disha.tree import ModuleNames, join, module_names, named_parameters
 
 __all__ = [
     "modules_to_save",
@@ -27,21 +27,20 @@ __all__ = [
 ]
 
 
-def modules_to_save(model: nn.Module, header: AdapterHeader) -> dict[str, nn.Module]:
+def modules_to_save(view: ModelView, header: AdapterHeader) -> dict[str, nn.Module]:
     """Return the modules whose parameters the adapter trained too, by name.
 
     Raises:
         ConversionError: PEFT can't save one of them whole, or would take others for it.
     """
-    names = module_names(model)
-    owners = {aliases[0]: (module, aliases) for aliases, (module, _) in named_parameters(names)}
     found: list[str] = []
     modules: dict[str, nn.Module] = {}
     for key in header.also_train:
-        module, aliases = owners[key]
+        one = view.parameters_by_name[key]
         name = key.rpartition(".")[0]
-        modules[name] = module
-        found += [f"{key}: {why}" for why in _unsaveable(name, module, aliases, header, names)]
+        modules[name] = one.module
+        problems = _unsaveable(name, one.module, one.names, header, view)
+        found += [f"{key}: {why}" for why in problems]
     refuse(found, "PEFT's modules_to_save can't hold what this adapter trained beside its blocks")
     return modules
 
@@ -51,7 +50,7 @@ def _unsaveable(
     module: nn.Module,
     aliases: Sequence[str],
     header: AdapterHeader,
-    names: ModuleNames,
+    view: ModelView,
 ) -> Iterator[str]:
     inside = [layer.name for layer in header.layers if f"{layer.name}.".startswith(f"{name}.")]
     if not name:
@@ -62,7 +61,7 @@ def _unsaveable(
         yield f"it is one parameter under the names {', '.join(aliases)}; PEFT would part them"
     if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
         yield f"PEFT can't save a {type(module).__name__}"
-    others = [one for known in names.values() for one in known if one != name]
+    others = [one for one in view.modules if one != name]
     taken = [one for one in others if name and one.endswith(name)]
     if taken:
         yield f"PEFT would save {taken[0]} too, whose name ends likewise"
@@ -90,15 +89,15 @@ def own_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def saved_buffers(names: ModuleNames) -> dict[str, Tensor]:
+def saved_buffers(view: ModelView) -> dict[str, Tensor]:
     """Return every name of every buffer that a state dict has -> its values.
 
     Args:
-        names: the modules, each with all of its names.
+        view: the model.
     """
     return {
         join(above, name): buffer
-        for module, aliases in names.items()
+        for module, aliases in view.names.items()
         for name, buffer in own_buffers(module)
         for above in aliases
     }

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -282,14 +282,14 @@ def _is_packed(weight: Tensor) -> bool:
 
 
 @contextmanager
-def kept_packed(model: nn.Module) -> Iterator[None]:
-    """Let the model's state dict be listed without changing its weights.
+def kept_packed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the modules' state dict be listed without changing its weights.
 
     bitsandbytes unpacks a packed 4-bit weight when it is saved: in place, and with scales that are
     rounded once more, or not unpacked at all. The 4-bit entries of a state dict that is made in
     here are of no use.
     """
-    weights = [weight for module in model.modules() for weight in module._parameters.values()]
+    weights = [weight for module in modules for weight in module._parameters.values()]
     states = [_quant_state(weight) for weight in weights if weight is not None]
     packed = [state for state in states if getattr(state, "packing_format_for_cpu", False)]
     for state in packed:

@@ -19,7 +19,7 @@ from disha.errors import AdapterFileError
 from disha.files.header import LayerRecord
 from disha.files.pieces import StoredTensor
 from disha.layers import PROJECTIONS
-from disha.tree import join
+from disha.model import join
 
 __all__ = ["Renaming", "key_of", "nearest", "renaming"]
 

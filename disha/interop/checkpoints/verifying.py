@@ -16,10 +16,10 @@ from disha.files.tensors import DTYPES
 from disha.fingerprint import fingerprint, same_base
 from disha.interop.checkpoints.names import Renaming, key_of, nearest, renaming
 from disha.interop.checkpoints.reading import Checkpoint, open_checkpoint
+from disha.model import join
 from disha.state import finite_as
 from disha.tables import table
 from disha.text import printable
-from disha.tree import join
 
 __all__ = ["BaseReport", "Finding", "Matching", "matched", "verify_against"]
 

@@ -28,9 +28,8 @@ from disha.interop.peft.folder import (
 from disha.interop.peft.view import PeftView
 from disha.interop.saved_modules import other_buffers
 from disha.interop.targets import exact_targets
-from disha.sharding import Ranks
+from disha.model import ModelView
 from disha.state import LoadReport
-from disha.tree import require_adapter, require_model
 
 __all__ = ["export", "load"]
 
@@ -87,19 +86,20 @@ def export(
         >>> config["peft_type"], config["r"], config["target_modules"]
         ('MISS', 4, ['0'])
     """
-    ranks, action = Ranks(require_model(model)), f"export adapter {adapter!r} to PEFT"
+    view = ModelView(model)
+    ranks, action = view.ranks(), f"export adapter {adapter!r} to PEFT"
     notes = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     with ranks.agreeing(action):
-        require_adapter(model, adapter)
+        view.require(adapter)
         target = checked_path(folder)
-    header, tensors = adapter_contents(model, adapter)
+    header, tensors = adapter_contents(view, adapter)
     with ranks.agreeing(action):
-        view = PeftView(model)
+        peft = PeftView(view)
         names = [layer.name for layer in header.layers]
-        problems = not_expressible(header, dropout) + view.obstacles_to_export(names)
-        saved = view.saved(header.also_train, names, tensors)
+        problems = not_expressible(header, dropout) + peft.obstacles_to_export(names)
+        saved = peft.saved(header.also_train, names, tensors)
         refuse_to_write(f"adapter {adapter!r}", problems + list(saved.problems))
-        config = described(header, dropout, exact_targets(names, view.modules), saved, notes)
+        config = described(header, dropout, exact_targets(names, peft.modules), saved, notes)
     with ranks.agreeing(action):
         if ranks.writes:
             write_stored(target, header, tensors, config, saved)
@@ -159,16 +159,17 @@ def load(
         >>> torch.equal(fresh(x), model(x))
         True
     """
-    with Ranks(require_model(model)).agreeing(f"load a PEFT folder as adapter {adapter!r}"):
+    view = ModelView(model)
+    with view.ranks().agreeing(f"load a PEFT folder as adapter {adapter!r}"):
         check_adapter_name(adapter)
-        view, found = PeftView(model), read_folder(folder)
-        refuse_to_load(found.path, view.obstacles_to_load(found.blocks) + _unlike(view, found))
-        rest = found.without(view.buffers())
-        header, tensors = contents_of(rest, view.shape, also_train=also_train)
-        header = _under_first_names(view, found.path, header, tensors)
+        peft, found = PeftView(view), read_folder(folder)
+        refuse_to_load(found.path, peft.obstacles_to_load(found.blocks) + _unlike(peft, found))
+        rest = found.without(peft.buffers())
+        header, tensors = contents_of(rest, peft.shape, also_train=also_train)
+        header = _under_first_names(peft, found.path, header, tensors)
     tensors = {key: tensors[key] for key in header.tensors}
     return load_contents(
-        model, found.path, header, tensors, adapter, replace=replace, dtype=dtype, freeze=freeze
+        view, found.path, header, tensors, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
 
 

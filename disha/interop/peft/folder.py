@@ -27,8 +27,8 @@ from disha.interop.peft.config import (
     refused_pattern,
 )
 from disha.interop.targets import exact_regex, saved_by
+from disha.model import join
 from disha.state import finite_as
-from disha.tree import join
 
 __all__ = [
     "BaseShapes",
@@ -296,9 +296,11 @@ def write_folder(
         >>> import disha
         >>> from disha.files.contents import adapter_contents
         >>> from disha.interop import peft
+        >>> from disha.model import ModelView
         >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.write_folder(folder, *adapter_contents(model), task_type="CAUSAL_LM")
+        ...     header, tensors = adapter_contents(ModelView(model))
+        ...     peft.write_folder(folder, header, tensors, task_type="CAUSAL_LM")
         ...     peft.read_folder(folder).config.target_modules
         '0'
     """

@@ -10,8 +10,8 @@ from disha.interop.obstacles import PeftObstacles, class_of
 from disha.interop.peft.folder import Saved
 from disha.interop.saved_modules import own_buffers, saved_buffers
 from disha.interop.targets import Targets, is_plain, saved_by
+from disha.model import ModelView, join
 from disha.sharding import whole
-from disha.tree import join, module_names, parameter_aliases, parameter_owners
 
 __all__ = ["PeftView"]
 
@@ -20,16 +20,14 @@ class PeftView:
     """A model, by the names that its modules have in PEFT.
 
     Args:
-        model: the model, adapted or not, wrapped or not.
+        view: the model, adapted or not, wrapped or not.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._names = module_names(model)
-        self._obstacles = PeftObstacles(self._names)
-        self._by_name = self._obstacles.by_name
-        self._first = {name: names[0] for names in self._names.values() for name in names}
-        self._aliases = parameter_aliases(self._names)
-        self._owners = parameter_owners(self._names)
+    def __init__(self, view: ModelView) -> None:
+        self._view = view
+        self._names = view.names
+        self._obstacles = PeftObstacles(view)
+        self._parameters = view.parameters_by_name
 
     @property
     def modules(self) -> list[str]:
@@ -41,14 +39,11 @@ class PeftView:
 
         That of a linear layer's weight is (out, in), however it is stored.
         """
-        module = self._by_name.get(name.removesuffix(".weight"))
+        module = self._view.modules.get(name.removesuffix(".weight"))
         if name.endswith(".weight") and isinstance(module, nn.Linear):
             return (module.out_features, module.in_features)
-        if name not in self._aliases:
-            return None
-        owner, own_name = self._owners[self._aliases[name]]
-        parameter = owner._parameters[own_name]
-        return None if parameter is None else tuple(parameter.shape)
+        parameter = self._parameters.get(name)
+        return None if parameter is None else tuple(parameter.value.shape)
 
     # --- layers ----------------------------------------------------------------------------------
 
@@ -67,7 +62,7 @@ class PeftView:
         return [f"{name or '(the model)'}: {why}" for name, why in found if why is not None]
 
     def _other_kind(self, name: str) -> str | None:
-        module = self._by_name[name]
+        module = self._view.modules[name]
         if isinstance(module, nn.Linear):
             return None
         return f"PEFT's MiSS adapts nn.Linear only, and it is a {class_of(module).__name__}"
@@ -81,7 +76,7 @@ class PeftView:
 
     def buffers(self) -> dict[str, Tensor]:
         """Return every name of every buffer that a state dict has -> its values."""
-        return saved_buffers(self._names)
+        return saved_buffers(self._view)
 
     def not_saved(self, modules: Sequence[str], keys: Iterable[str]) -> list[str]:
         """Return what PEFT saves of `modules_to_save` and is not among the keys of a folder."""
@@ -90,14 +85,13 @@ class PeftView:
             join(name, own_name)
             for module, (name, *_) in self._names.items()
             if name and saved_by(modules, name)
-            for own_name in _state(module)
+            for own_name in self._state(module)
         )
         return [key for key in dict.fromkeys(expected) if key not in known]
 
     def all_names(self, parameter: str) -> list[str]:
         """Return all names of the parameter of that name, first the one that it goes by."""
-        first = self._aliases[parameter]
-        return [alias for alias, own in self._aliases.items() if own == first]
+        return list(dict.fromkeys(self._parameters[parameter].names))
 
     def saved(
         self, also_train: Sequence[str], layers: Sequence[str], values: Mapping[str, Tensor]
@@ -110,21 +104,21 @@ class PeftView:
             values: the parameters' values by these names.
         """
         trained = {alias for name in also_train for alias in self.all_names(name)}
-        adapted = {self._by_name[name] for name in layers if name in self._by_name}
+        adapted = {self._view.modules[name] for name in layers if name in self._view.modules}
         whole_modules = self._trained_whole(trained, adapted)
         names = [name for module in whole_modules for name in self._names[module]]
         state = {
             join(name, inner): tensor
             for module in whole_modules
             for name in self._names[module]
-            for inner, tensor in _state(module).items()
+            for inner, tensor in self._state(module).items()
         }
         rest = sorted(trained - set(state))
         bias, problems = _bias(rest, layers)
         problems += self._unclear(names, layers)
         tensors = {
-            name: whole(state[name].detach()).cpu() if name not in self._aliases
-            else values[self._aliases[name]]
+            name: whole(state[name].detach()).cpu() if name not in self._parameters
+            else values[self._parameters[name].name]
             for name in [*state, *rest]
         }  # fmt: skip
         # Copies: what shares memory can't be in one file.
@@ -138,22 +132,31 @@ class PeftView:
         for module, (name, *_) in self._names.items():
             if not name or module in inside:
                 continue
-            below = set(module_names(module))
+            below = set(self._view.inside(module))
             own = any(join(name, one) in trained for one in module._parameters)
             parameters = (
-                join(name, one) for one, value in _state(module).items() if _trains(value)
+                join(name, one) for one, value in self._state(module).items() if _trains(value)
             )
             if own and not below & adapted and trained.issuperset(parameters):
                 found.append(module)
                 inside |= below
         return found
 
+    def _state(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters and buffers that a module's state dict has, under clean names."""
+        return {
+            join(above, name): tensor
+            for inner, above in self._view.inside(module).items()
+            for name, tensor in [*inner._parameters.items(), *own_buffers(inner)]
+            if tensor is not None
+        }
+
     def _unclear(self, saved: Sequence[str], layers: Sequence[str]) -> list[str]:
         """Return why PEFT would save other modules than these, or not adapt all layers."""
         odd = [name for name in saved if not is_plain(name)]
         if odd:
             return [f"{name}: PEFT reads names of modules_to_save as regexes" for name in odd]
-        more = [name for name in self._first if name not in saved and saved_by(saved, name)]
+        more = [name for name in self._view.modules if name not in saved and saved_by(saved, name)]
         targets = Targets(None, saved=saved)
         return [
             f"{name}: PEFT would save and train it too, as its name ends in that of a module in "
@@ -165,16 +168,6 @@ class PeftView:
             for name in layers
             if targets.leaves_out(name)
         ]
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers that a module's state dict has, under clean names."""
-    return {
-        join(above, name): tensor
-        for inner, (above, *_) in module_names(module).items()
-        for name, tensor in [*inner._parameters.items(), *own_buffers(inner)]
-        if tensor is not None
-    }
 
 
 def _trains(tensor: Tensor) -> bool:

@@ -1,0 +1,363 @@
+"""ModelView: the modules, parameters and adapters of a model, found by walking it once.
+
+A public function builds one view and hands it down. Nothing below walks the model again.
+
+Modules go by their clean names: the names in the model as its author wrote it. `torch.compile`,
+DDP, FSDP and activation checkpointing wrap modules; the view leaves their part of a name out. So
+targets match the same modules and files hold the same names, whether a model is wrapped or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from disha.errors import ArgumentError, ArgumentTypeError, TargetError
+from disha.layers import (
+    CHILD_NAME,
+    AdaptedLayer,
+    AdaptedWeight,
+    Adapters,
+    refuse_inside,
+    refuse_merged,
+)
+from disha.sharding import Ranks, imported_class, is_sharded
+
+__all__ = ["ModelParameter", "ModelView", "clean_key", "join", "require_model"]
+
+
+class _Wrapper(NamedTuple):
+    """A class of torch that wraps a module.
+
+    Attributes:
+        module: where the class is defined.
+        name: its name.
+        child: the name of its child that is the wrapped module; empty for a class that the wrapped
+            module itself is moved to.
+        distributes: whether it watches parameters, and so must not see them come or go.
+        shards: whether it replaces parameters by shards.
+    """
+
+    module: str
+    name: str
+    child: str
+    distributes: bool = False
+    shards: bool = False
+
+
+_FSDP = "torch.distributed.fsdp"
+_WRAPPERS = (
+    _Wrapper("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    _Wrapper(
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+    _Wrapper(
+        "torch.nn.parallel.distributed", "DistributedDataParallel", "module", distributes=True
+    ),
+    _Wrapper("torch.nn.parallel.data_parallel", "DataParallel", "module", distributes=True),
+    _Wrapper(_FSDP, "FullyShardedDataParallel", "_fsdp_wrapped_module", True, True),
+    _Wrapper(_FSDP, "FSDPModule", "", True, True),
+)
+
+
+def _imported(*, distributes: bool = False, shards: bool = False) -> tuple[type, ...]:
+    """Return the wrapper classes that are imported now and have these properties."""
+    found = (
+        imported_class(wrapper.module, wrapper.name)
+        for wrapper in _WRAPPERS
+        if wrapper.distributes >= distributes and wrapper.shards >= shards
+    )
+    return tuple(cls for cls in found if cls is not None)
+
+
+def clean_key(key: str) -> str:
+    """Return a state-dict key without the parts that wrappers add.
+
+    Args:
+        key: the key, of a wrapped model or not.
+    """
+    # Models have children called `module` too: only as the first part is it surely a wrapper's.
+    added = {wrapper.child for wrapper in _WRAPPERS if wrapper.child != "module"}
+    parts = [part for part in key.split(".") if part not in added]
+    return ".".join(parts).removeprefix("module.")
+
+
+def join(prefix: str, name: str) -> str:
+    """Return `prefix.name`, or the one that is not empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def require_model(model: object, argument: str = "model") -> nn.Module:
+    """Return `model` if it is a module.
+
+    Raises:
+        ArgumentTypeError: it is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"{argument} must be an nn.Module, got {type(model).__name__}")
+    return model
+
+
+class ModelParameter(NamedTuple):
+    """A parameter of a model, with all of its clean names.
+
+    Attributes:
+        names: its names; first the one that it goes by. A tied parameter has several.
+        module: the module that holds it, the first if there are several.
+        attribute: its name in that module.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    attribute: str
+
+    @property
+    def name(self) -> str:
+        """The name that it goes by."""
+        return self.names[0]
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The parameter as the module holds it now."""
+        parameter = self.module._parameters[self.attribute]
+        assert parameter is not None
+        return parameter
+
+
+class ModelView:
+    """A model as one walk finds it.
+
+    What the walk finds are modules, and these stay what they are while adapters come and go. Layers
+    and adapters are looked up among these modules each time, so that they are always up to date.
+
+    Args:
+        model: any model, wrapped or not.
+
+    Attributes:
+        model: the model.
+        names: every module -> its clean names, first the one that it goes by. A module that is
+            reached in several ways has a name for each. Adapters are left out.
+
+    Raises:
+        ArgumentTypeError: the model is no `nn.Module`.
+
+    Examples:
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.model import ModelView
+        >>> linear = nn.Linear(4, 4)
+        >>> model = disha.inject_adapters(nn.Sequential(linear, nn.ReLU(), linear), "0", r=2)
+        >>> view = ModelView(model)
+        >>> view.names[linear], view.adapters, [name for name, _ in view.layers]
+        (('0', '2'), ['default'], ['0'])
+        >>> [parameter.names for parameter in view.parameters]
+        [('0.weight', '2.weight'), ('0.bias', '2.bias')]
+    """
+
+    model: nn.Module
+    names: dict[nn.Module, tuple[str, ...]]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = require_model(model)
+        self.names = {}
+        children = {
+            imported_class(wrapper.module, wrapper.name): wrapper.child
+            for wrapper in _WRAPPERS
+            if wrapper.child
+        }
+        children.pop(None, None)
+        self._walk(model, "", children, on_path=set())
+
+    def _walk(
+        self,
+        module: nn.Module,
+        name: str,
+        wrapped_as: dict[type | None, str],
+        on_path: set[nn.Module],
+    ) -> None:
+        if isinstance(module, Adapters) or module in on_path:
+            return
+        self.names[module] = (*self.names.get(module, ()), name)
+        children = module._modules
+        if not children:
+            return
+        on_path.add(module)
+        wrapped = next((child for cls, child in wrapped_as.items() if isinstance(module, cls)), "")  # type: ignore[arg-type]
+        for child_name, child in children.items():
+            if child is not None:
+                below = name if child_name == wrapped else join(name, child_name)
+                self._walk(child, below, wrapped_as, on_path)
+        on_path.remove(module)
+
+    # --- modules and parameters ------------------------------------------------------------------
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every clean name -> its module; that of a wrapped module, not of its wrapper."""
+        return {name: module for module, names in self.names.items() for name in names}
+
+    def inside(self, module: nn.Module) -> dict[nn.Module, str]:
+        """Return a module and everything in it -> the name there; empty for the module itself.
+
+        Args:
+            module: a module of the model.
+        """
+        name = self.names[module][0]
+        prefix = f"{name}." if name else ""
+        found: dict[nn.Module, str] = {}
+        for other, names in self.names.items():
+            for alias in names:
+                if alias == name or alias.startswith(prefix):
+                    found[other] = alias[len(prefix) :]
+                    break
+        return found
+
+    @cached_property
+    def parameters(self) -> tuple[ModelParameter, ...]:
+        """The parameters of the model, each once; those in blocks are left out."""
+        found: dict[int, tuple[list[str], nn.Module, str]] = {}
+        for module, names in self.names.items():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None:
+                    aliases, _, _ = found.setdefault(id(parameter), ([], module, attribute))
+                    aliases += [join(name, attribute) for name in names]
+        return tuple(
+            ModelParameter(tuple(names), module, attribute)
+            for names, module, attribute in found.values()
+        )
+
+    @cached_property
+    def parameters_by_name(self) -> dict[str, ModelParameter]:
+        """Every clean name of a parameter -> the parameter."""
+        return {name: one for one in self.parameters for name in one.names}
+
+    # --- adapters --------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[tuple[str, AdaptedLayer]]:
+        """The adapted layers, each once, with their clean names."""
+        return [
+            (names[0], module)
+            for module, names in self.names.items()
+            if isinstance(module, AdaptedLayer) and CHILD_NAME in module._modules
+        ]
+
+    @property
+    def weights(self) -> list[tuple[str, AdaptedWeight]]:
+        """The adapted weights, each once, with their clean names."""
+        return [
+            (join(layer_name, name), AdaptedWeight(layer, name))
+            for layer_name, layer in self.layers
+            for name in dict.fromkeys(name for _, name in layer.disha.blocks())
+        ]
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters, in the order in which the layers have them."""
+        return list(dict.fromkeys(name for _, layer in self.layers for name in layer.disha))
+
+    def require(self, adapter: str) -> list[tuple[str, AdaptedWeight]]:
+        """Return the weights that have an adapter, with their clean names.
+
+        Args:
+            adapter: the adapter's name.
+
+        Raises:
+            ArgumentError: no weight has it.
+            ArgumentTypeError: `adapter` is no str.
+        """
+        if not isinstance(adapter, str):
+            raise ArgumentTypeError(
+                f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
+            )
+        weights = [(name, weight) for name, weight in self.weights if adapter in weight.blocks]
+        if not weights:
+            known = self.adapters
+            found = f"it has {', '.join(map(repr, known))}" if known else "it has none"
+            raise ArgumentError(f"the model has no adapter {adapter!r}; {found}")
+        return weights
+
+    def refuse_merged(self, action: str) -> None:
+        """Raise if adapters are merged.
+
+        Args:
+            action: what was asked for, such as "load an adapter".
+
+        Raises:
+            MergeError: the action would mix merged and unmerged adapters.
+        """
+        refuse_merged((layer for _, layer in self.layers), action)
+
+    def refuse_inside(self, action: str) -> None:
+        """Raise if adapters are merged, or the model is in adapters_disabled or route_adapters.
+
+        Args:
+            action: what was asked for, such as "load an adapter".
+
+        Raises:
+            MergeError: adapters are merged.
+            ModeError: the end of the context would not find the layers that it began with.
+        """
+        refuse_inside((layer for _, layer in self.layers), action)
+
+    # --- wrappers and shards ---------------------------------------------------------------------
+
+    @property
+    def wrapper(self) -> nn.Module | None:
+        """A module that DDP, DataParallel or FSDP wraps, or None."""
+        classes = _imported(distributes=True)
+        return next((module for module in self.names if isinstance(module, classes)), None)
+
+    def refuse_wrapped(self, action: str, remedy: str) -> None:
+        """Raise if DDP, DataParallel or FSDP wraps the model or a part of it.
+
+        Args:
+            action: what was asked for, such as "add an adapter".
+            remedy: what to do instead.
+
+        Raises:
+            TargetError: the wrapper would not see that parameters come or go.
+        """
+        wrapper = self.wrapper
+        if wrapper is not None:
+            raise TargetError(
+                f"can't {action}: the model is wrapped by {type(wrapper).__name__}, which would "
+                f"not see that parameters come or go; {remedy}"
+            )
+
+    @property
+    def sharded(self) -> nn.Module | None:
+        """A module that FSDP manages or that has a sharded parameter, or None."""
+        classes = _imported(shards=True)
+        for module in self.names:
+            if isinstance(module, classes) or any(map(is_sharded, module._parameters.values())):
+                return module
+        return None
+
+    def reshard(self) -> None:
+        """Let the modules hold shards, and not the gathered parameters of the last forward.
+
+        The gathered ones are temporary copies: what is written to them is lost.
+        """
+        cls = imported_class(_FSDP, "FSDPModule")
+        for module in self.names:
+            if cls is not None and isinstance(module, cls):
+                managed: Any = module
+                managed.reshard()
+
+    def ranks(self) -> Ranks:
+        """Return the ranks that hold the model's shards; the modules hold shards from then on."""
+        self.reshard()
+        return Ranks(self.all_parameters())
+
+    def all_parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the model's own parameters and those of all blocks, each once."""
+        for parameter in self.parameters:
+            yield parameter.value
+        for _, layer in self.layers:
+            yield from layer.disha.parameters()
