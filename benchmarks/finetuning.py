@@ -25,8 +25,8 @@ from benchmarks.protocol import Budget, compare, synchroniser
 from benchmarks.results import describe, read_results, write_results
 from disha.finetune.base_model import demo_model
 from disha.finetune.data.batches import TokenBatch
-from disha.finetune.data.examples import Example
-from disha.finetune.data.sources import ShuffledExamples
+from disha.finetune.data.examples import Example, StoredExamples
+from disha.finetune.data.sources import TextBatches
 from disha.finetune.metrics import Metrics, recording
 from disha.finetune.models.checkpoint import open_model
 from disha.finetune.training.loop import TrainingPlan, training_steps
@@ -173,13 +173,13 @@ def _objective(profile: Profile, device: torch.device) -> DecoderObjective:
     return DecoderObjective(model).train()
 
 
-def _source(profile: Profile) -> ShuffledExamples:
+def _source(profile: Profile) -> TextBatches:
     """Random rows of one length, half of each to be learned: enough for steps without end."""
     generator = torch.Generator().manual_seed(0)
     count, length = 64 * profile.batch, profile.length + 1
     ids = torch.randint(1000, (count, length), generator=generator).tolist()
     examples = [Example(tuple(row), ((length // 2, length),)) for row in ids]
-    return ShuffledExamples(examples, profile.batch, seed=0)
+    return TextBatches(StoredExamples(examples), profile.batch, seed=0)
 
 
 def bare_step(profile: Profile, device: torch.device) -> Callable[[], None]:

@@ -18,8 +18,8 @@ import disha
 from disha.cli import main
 from disha.finetune import command
 from disha.finetune.answering import TEMPLATE_KEY
-from disha.finetune.data.held_out import split_held_out
-from disha.finetune.data.rows import ListedRows, Row
+from disha.finetune.data.dataset import split_held_out
+from disha.finetune.data.rows import Row, Rows
 from disha.finetune.models.folder import FolderCheckpoint
 from disha.finetune.models.gguf import GGUFCheckpoint
 from disha.finetune.text.templates import CHATML
@@ -106,7 +106,7 @@ def test_the_adapter_file_alone_gives_the_loss_after_training(finished, tiny_pat
     tokenizer = Tokenizer.from_gguf(checkpoint.fields, tiny_path)
     model = checkpoint.load_model(torch.float32)
     disha.load_adapter(model, output / "adapter.safetensors")
-    rows = ListedRows([Row(dict(row), "") for row in ROWS])
+    rows = Rows([[Row(dict(row), "") for row in ROWS]])
     total = count = 0
     for row in split_held_out(rows, 0.25, seed=0).held_out:
         prompt = CHATML.prompt(row["query"], tokenizer)
