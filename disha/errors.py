@@ -108,7 +108,7 @@ class AdapterFileError(DishaError, ValueError):
         ...     try:
         ...         disha.inspect_adapter(path)
         ...     except disha.AdapterFileError as error:
-        ...         print("is not a whole safetensors file" in str(error))
+        ...         print("is not a complete safetensors file" in str(error))
         True
     """
 

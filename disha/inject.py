@@ -170,8 +170,14 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def apply_plan(view: ModelView, plan: Plan) -> None:
-    """Carry out a plan that was just made for this model, wholly or not at all."""
+def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
+    """Carry out a plan that was just made for this model, completely or not at all.
+
+    Args:
+        view: the model.
+        plan: the plan.
+        activate: let the new adapter act, and no other.
+    """
     by_module: dict[nn.Module, list[PlannedLayer]] = {}
     for layer in plan.layers:
         by_module.setdefault(layer.module, []).append(layer)
@@ -187,7 +193,7 @@ def apply_plan(view: ModelView, plan: Plan) -> None:
             assert isinstance(adapters, Adapters)
             undo.callback(adapters.discard, plan.adapter)
             adapters.add(plan.adapter, blocks[module])
-        for _, adapted in view.layers:
+        for _, adapted in view.layers if activate else ():
             adapters = adapted.disha
             undo.callback(adapters.activate, adapters.active)
             adapters.activate((plan.adapter,))

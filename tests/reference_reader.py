@@ -32,22 +32,22 @@ def need(condition, problem):
 
 @dataclass
 class Layer:
-    name: str
-    kind: str
-    r: int
+    method: str
     r_out: int | None
+    name: str
+    layout: str
+    r: int
     inputs: int
     outputs: int
-    layout: str
+    scale: float
     groups: int
     padding_idx: int | None
     rows: list
-    scale: float
     base: str | None
 
     @property
     def key(self):
-        return f"{self.name}.{self.kind}_block" if self.name else f"{self.kind}_block"
+        return f"{self.name}.{self.method}_block" if self.name else f"{self.method}_block"
 
 
 @dataclass
@@ -190,24 +190,23 @@ CONFIG = {
     "also_train": ([], is_list_of_text),
 }
 
-GROUP = {
-    "kind": (REQUIRED, one_of("bone", "bat")),
+LAYER = {
+    "name": (REQUIRED, is_text),
+    "layout": (REQUIRED, one_of(*LAYOUTS)),
     "r": (REQUIRED, is_size),
-    "r_out": (None, optional(is_size)),
     "in": (REQUIRED, is_size),
     "out": (REQUIRED, is_size),
-    "layout": (REQUIRED, one_of(*LAYOUTS)),
+    "scale": (REQUIRED, is_scale),
     "groups": (1, is_size),
     "padding_idx": (None, lambda value: value is None or (is_integer(value) and value >= 0)),
     "rows": ([], are_rows),
-    "scale": (REQUIRED, is_scale),
-    "base": (REQUIRED, is_object_of(optional(is_text))),
+    "base": (None, optional(is_text)),
 }
 
 HEADER = {
     "format": (REQUIRED, lambda value: is_integer(value) and value == 1),
     "config": (REQUIRED, lambda value: isinstance(value, dict)),
-    "layers": (REQUIRED, lambda value: isinstance(value, list)),
+    "layers": (REQUIRED, lambda value: isinstance(value, list) and 1 <= len(value) <= 100_000),
     "also_train": (REQUIRED, is_list_of_text),
     "metadata": (REQUIRED, is_object_of(is_text)),
 }
@@ -232,14 +231,9 @@ def read(data):
     need(config["method"] == "bone" or config["r_out"] is None, "a BAT tile")
     layers = []
     for found in header["layers"]:
-        group = fields_of(found, GROUP)
-        need(group["kind"] == config["method"], "kind and configuration disagree")
-        need(group["r_out"] == config["r_out"], "r_out and configuration disagree")
-        check_group(found, group)
-        shared = [group[name] for name in GROUP if name != "base"]
-        layers += [Layer(name, *shared, base) for name, base in group["base"].items()]
-    need(layers, "no layer")
-    need(len({layer.name for layer in layers}) == len(layers), "a layer twice")
+        fields = fields_of(found, LAYER)
+        check_layer(found, fields)
+        layers.append(Layer(config["method"], config["r_out"], *fields.values()))
     keys = [layer.key for layer in layers] + header["also_train"]
     need(len(set(keys)) == len(keys), "a key twice")
     need(set(keys) == set(raw), "keys and tensors disagree")
@@ -250,14 +244,14 @@ def read(data):
     return Adapter(text, layers, header["also_train"], header["metadata"], dtypes, tensors)
 
 
-def check_group(found, group):
+def check_layer(found, fields):
+    need(all(value is not None for name, value in found.items() if name in LAYER), "null")
     for name, only in (("groups", "in out *kernel"), ("padding_idx", "index out")):
-        need(name not in found or group["layout"] == only, f"{name} for another layout")
-    need("padding_idx" not in found or is_integer(found["padding_idx"]), "padding_idx is null")
+        need(name not in found or fields["layout"] == only, f"{name} for another layout")
     need("rows" not in found or found["rows"], "empty rows")
-    need((group["padding_idx"] or 0) < group["in"], "padding_idx beyond the inputs")
-    count = sum(stop - first for first, stop in group["rows"])
-    need(not count or count == group["out"], "rows and out disagree")
+    need((fields["padding_idx"] or 0) < fields["in"], "padding_idx beyond the inputs")
+    count = sum(stop - first for first, stop in fields["rows"])
+    need(not count or count == fields["out"], "rows and out disagree")
 
 
 def check_shape(layer, shape):
@@ -265,10 +259,10 @@ def check_shape(layer, shape):
     need(r <= layer.inputs, "r is larger than in")
     need(layer.outputs % outputs == 0, "r_out does not divide out")
     need(all(shape), "an empty block")
-    sizes = (r, outputs) if layer.kind == "bone" else (-(-layer.outputs // r), r, r)
-    if layer.layout == "out in *kernel" and layer.kind == "bone":
+    sizes = (r, outputs) if layer.method == "bone" else (-(-layer.outputs // r), r, r)
+    if layer.layout == "out in *kernel" and layer.method == "bone":
         need(shape[:2] == (outputs, r) and len(shape) >= 3, "shape")
-    elif layer.layout == "in out *kernel" and layer.kind == "bone":
+    elif layer.layout == "in out *kernel" and layer.method == "bone":
         need(shape[:2] == (layer.groups * r, outputs) and len(shape) >= 3, "shape")
     elif layer.layout == "out in *kernel":
         need(shape[-3:] == sizes and len(shape) >= 4, "shape")
@@ -311,7 +305,7 @@ def matrices(layer, weight):
 
 def blocks(layer, block, places):
     """Return the block of one matrix for each place in the stack."""
-    if layer.kind == "bone" and "*kernel" in layer.layout:
+    if layer.method == "bone" and "*kernel" in layer.layout:
         return {place: matrix.T for place, matrix in matrices(layer, block).items()}
     return {place: block[place] for place in places}
 
@@ -335,7 +329,7 @@ def matrix_update(layer, weight, block):
     r, result = layer.r, numpy.zeros(weight.shape)
     for o in range(layer.outputs):
         for i in range(layer.inputs):
-            if layer.kind == "bone":
+            if layer.method == "bone":
                 result[o, i] = block[i % r, o % block.shape[1]]
                 continue
             result[o, i] = block[o // r, o % r, i % r]

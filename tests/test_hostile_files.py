@@ -1,7 +1,6 @@
-"""What files from strangers can't do; `python -m tests.fuzzing` tries far more of them."""
+"""What files from strangers can't do; `make fuzz` tries far more of them."""
 
 import copy
-import json
 import os
 import pickle
 import re
@@ -164,8 +163,8 @@ def hang(act, stacks):
 def prefixed(prefix):
     """Return a draft whose layers are all under a prefix."""
     draft = Draft.of(seed_files()[1])
-    for group in draft.header["layers"]:
-        group["base"] = {prefix + name: base for name, base in group["base"].items()}
+    for layer in draft.header["layers"]:
+        layer["name"] = prefix + layer["name"]
     draft.tensors = {prefix + key: tensor for key, tensor in draft.tensors.items()}
     return draft
 
@@ -205,7 +204,7 @@ class TestNamedFiles:
     @pytest.mark.parametrize("also_train", [True, False])
     def test_a_block_listed_beside_the_blocks(self, draft, refused, also_train):
         draft.header["also_train"].append("head.bone_block")
-        says = "lists 'head.bone_block' twice"
+        says = "lists 'head.bone_block' 2 times"
         refused(draft, says, also_train=also_train)
         refused(draft, says, adapted(0), replace=True, also_train=also_train)
 
@@ -231,8 +230,8 @@ class TestNamedFiles:
 
     @pytest.mark.parametrize("replace", [False, True])
     def test_one_layer_by_two_names(self, draft, refused, replace):
-        group = next(g for g in draft.header["layers"] if "body.1" in g["base"])
-        group["base"]["last"] = None
+        layer = next(one for one in draft.header["layers"] if one["name"] == "body.1")
+        draft.header["layers"].append({**layer, "name": "last"})
         draft.tensors["last.bone_block"] = draft.tensors["body.1.bone_block"]
         model = adapted(0) if replace else plain()
         says = "body.1.bone_block and last.bone_block are one parameter"
@@ -275,14 +274,19 @@ class TestNamedFiles:
             draft.header["config"][where] = Raw("[" * depth + "]" * depth)
             refused(draft, "must be|unknown|not valid JSON")
 
-    @pytest.mark.parametrize("place", ["ours", "index"])
-    def test_headers_that_are_mostly_brackets(self, draft, refused, place):
-        flood = Raw("[" + "[]," * 5_000 + "[]]")
-        if place == "ours":
-            draft.header["flood"] = flood
-        else:
-            draft.tensors["head.bone_block"].shape = flood
-        refused(draft, "not valid JSON for tensors: 5,0.. brackets")
+    def test_headers_without_end(self, draft, refused, monkeypatch):
+        monkeypatch.setattr(tensors_module, "LARGEST_INDEX", 100_000)
+        draft.header["flood"] = Raw("[" + "[]," * 50_000 + "[]]")
+        refused(draft, "has a header of 1..,... bytes; at most 100,000 are allowed")
+
+    @pytest.mark.parametrize("field", ["shape", "dtype"])
+    def test_an_index_that_is_mostly_brackets(self, draft, refused, field):
+        setattr(draft.tensors["head.bone_block"], field, Raw("[" + "[]," * 5_000 + "[]]"))
+        refused(draft, "not a complete safetensors file")
+
+    def test_more_layers_than_are_allowed(self, draft, refused, monkeypatch):
+        draft.header["layers"] *= 50_000
+        refused(draft, "'layers' must be a list of 1 to 100,000 layers")
 
     def test_tensors_that_nothing_is_there_for_are_not_read(self, draft, refused, monkeypatch):
         monkeypatch.setattr(TensorFile, "read", lambda _, key: pytest.fail(f"read {key}"))
@@ -300,7 +304,7 @@ class TestNamedFiles:
     def test_a_pipe_is_not_waited_for(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")
         for call in (disha.inspect_adapter, lambda path: disha.load_adapter(plain(), path)):
-            with pytest.raises(AdapterIOError, match="no regular file"):
+            with pytest.raises(AdapterIOError, match="not a regular file"):
                 call(tmp_path / "pipe")
 
     def test_parameters_that_are_not_listed_stay(self, draft, refused, loaded):
@@ -369,45 +373,3 @@ class TestText:
     def test_errors_survive_pickling(self):
         error = ArgumentError("a\x1bb")
         assert str(pickle.loads(pickle.dumps(error))) == str(error) == "a\\x1bb"
-
-
-json_values = st.recursive(
-    st.none() | st.integers() | st.text(alphabet='[]{}"\\a', max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.text(alphabet='[{"\\b', max_size=4), inner, max_size=4)
-    ),
-)
-
-
-def containers_in(value):
-    if isinstance(value, dict):
-        return 1 + sum(map(containers_in, value.values()))
-    return 1 + sum(map(containers_in, value)) if isinstance(value, list) else 0
-
-
-@given(json_values, st.integers(1, 40))
-def test_brackets_are_those_of_lists_and_objects(value, part):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors_module, "PART", part)
-        assert tensors_module._brackets(json.dumps(value)) == containers_in(value)
-
-
-def test_no_file_that_we_write_is_taken_for_a_flood(tmp_path):
-    """The densest: the shortest names, a group of its own for each layer."""
-    model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(300)))
-    disha.inject_adapters(model, "all-linear", 1)
-    for number, layer in enumerate(model):
-        layer.disha["default"].set_strength(float(number))
-    path = tmp_path / "dense.safetensors"
-    disha.save_adapter(model, path, metadata={"json": json.dumps([[[]] * 100] * 100)})
-    assert len(disha.inspect_adapter(path).layers) == 300
-
-
-def test_no_more_of_an_index_is_read_than_one_may_have(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_bytes((2**40).to_bytes(8, "little") + b"x" * 100)
-    monkeypatch.setattr(tensors_module, "LARGEST_INDEX", 10)
-    assert tensors_module._index(path) == "x" * 10
-    path.write_bytes((3).to_bytes(8, "little") + b"x" * 100)
-    assert tensors_module._index(path) == "xxx"

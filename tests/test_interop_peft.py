@@ -781,7 +781,7 @@ HOSTILE = {
     "no configuration": (without_file("adapter_config.json"), "can't read"),
     "no tensors": (without_file("adapter_model.safetensors"), "can't read"),
     "a pickle": (as_pickle, "a pickle, which can run any code"),
-    "cut off": (cut_off, "not a whole safetensors file"),
+    "cut off": (cut_off, "not a complete safetensors file"),
     "no prefix": (unprefixed, "is not under 'base_model.model.'"),
     "no JSON": (with_text("{"), "not valid JSON"),
     "not UTF-8": (with_text(b"\xff\xfe{"), "not valid JSON"),

@@ -1,6 +1,6 @@
-"""The command line, `disha COMMAND`: `dispatcher` runs the command, each in a module of its name.
+"""The command line, `disha COMMAND`: `dispatcher` finds the command, one file each runs them.
 
-What only one command needs is imported when that command runs.
+Nothing that only one command needs is imported before that command runs.
 """
 
 from disha.cli.dispatcher import COMMANDS, main

@@ -1,4 +1,4 @@
-"""``disha verify``: whether an adapter file is sound, and belongs to a base."""
+"""``disha verify``: whether an adapter file is sound, and of a base."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Annotated
 
 import tyro
 
-import disha
-from disha.cli.dispatcher import DONE, NO
+from disha.cli.exit_codes import DONE, NO
 from disha.cli.flags import FileArgument, Flags, parsed
 from disha.cli.output import show, shown
+from disha.errors import AdapterFileError
+from disha.files import AdapterFile, inspect_adapter
 from disha.files.statistics import statistics_of
-from disha.interop.checkpoints import verify_against
+from disha.interop.checkpoints import BaseReport, verify_against
 from disha.tables import table
 
 __all__ = ["run"]
 
-DESCRIPTION = """Check that an adapter file is complete, that its header and its tensors agree, and
-that all values are finite. With --base, also check that every layer fits a checkpoint, and that
-its weights are those that the adapter was saved from.
+DESCRIPTION = """Check an adapter file: that it is whole, that its header and its tensors agree,
+that all values are finite; and, with --base, that every layer fits a checkpoint, and that the
+weights there are those that the adapter was saved from.
 
-Exit code 0: the file is sound; 1: it is not; 2: it could not be checked.
+Exit code 0: all is well; 1: it is not; 2: it could not be checked.
 
 examples:
   disha verify adapter.safetensors
@@ -33,25 +34,22 @@ examples:
 
 @dataclass(frozen=True)
 class VerifyFlags(Flags):
-    """The arguments of `disha verify`.
-
-    Args:
-        file: The adapter file.
-        base: A base checkpoint: a safetensors file, or a folder as Hugging Face libraries write
-            it.
-    """
+    """The arguments of `disha verify`."""
 
     file: FileArgument
+    """The adapter file."""
+
     base: Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
+    """A base checkpoint: a safetensors file, or a folder as Hugging Face libraries write it."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check.
+    """One thing that was looked at.
 
     Attributes:
         check: `"structure"`, `"values"` or `"base"`.
-        passed: whether the file is right in this respect.
+        passed: whether it is as it must be.
         remark: what was found.
     """
 
@@ -66,40 +64,29 @@ def run(arguments: Sequence[str]) -> int:
     checks: list[Check] = []
     report = None
     try:
-        described = disha.inspect_adapter(flags.file)
-    except disha.AdapterFileError as error:
+        described = inspect_adapter(flags.file)
+    except AdapterFileError as error:
         checks.append(Check("structure", False, "; ".join(str(error).splitlines())))
     else:
         checks += _checks_of_contents(described)
         if flags.base is not None:
             report = verify_against(flags.base, flags.file)
-            summary = str(report).splitlines()[-1].partition(": ")[2]
-            checks.append(Check("base", report.ok, summary))
+            checks.append(_check_of_base(report))
     sound = all(check.passed for check in checks)
-    rows = [(one.check, "ok" if one.passed else "WRONG", one.remark) for one in checks]
-    lines = [table(("check", "found", "remark"), rows)]
-    if report is not None and not report.ok:
-        lines += str(report).splitlines()[:-1]
-    lines.append(f"{flags.file} is {'sound' if sound else 'not sound'}")
     show(
         flags.json,
-        "\n".join(lines),
+        _text(flags.file, checks, report),
         {
             "path": str(flags.file),
             "sound": sound,
             "checks": [asdict(check) for check in checks],
-            "base": report
-            and {
-                "path": str(report.base),
-                "layers": [asdict(one) for one in report.layers],
-                "also_train": [asdict(one) for one in report.also_train],
-            },
+            "base": None if report is None else _base_fields(report),
         },
     )
     return DONE if sound else NO
 
 
-def _checks_of_contents(described: disha.AdapterFile) -> Iterator[Check]:
+def _checks_of_contents(described: AdapterFile) -> Iterator[Check]:
     yield Check(
         "structure",
         True,
@@ -110,3 +97,25 @@ def _checks_of_contents(described: disha.AdapterFile) -> Iterator[Check]:
     broken = [f"{key} ({found.infinite:,})" for key, found in tensors if found.infinite]
     remark = f"not finite in {', '.join(broken[:5])}" if broken else "all finite"
     yield Check("values", not broken, remark + (", ..." if len(broken) > 5 else ""))
+
+
+def _check_of_base(report: BaseReport) -> Check:
+    return Check("base", report.ok, str(report).splitlines()[-1].partition(": ")[2])
+
+
+def _base_fields(report: BaseReport) -> dict[str, object]:
+    return {
+        "path": str(report.base),
+        "layers": [asdict(one) for one in report.layers],
+        "also_train": [asdict(one) for one in report.also_train],
+    }
+
+
+def _text(path: Path, checks: Sequence[Check], report: BaseReport | None) -> str:
+    rows = [(one.check, "ok" if one.passed else "WRONG", one.remark) for one in checks]
+    lines = [table(("check", "found", "remark"), rows)]
+    if report is not None and not report.ok:
+        lines += str(report).splitlines()[:-1]
+    sound = all(check.passed for check in checks)
+    lines.append(f"{path} is {'sound' if sound else 'not sound'}")
+    return "\n".join(lines)

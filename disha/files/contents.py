@@ -1,35 +1,31 @@
-"""An adapter away from its model: a header and the tensors that it names.
+"""An adapter outside a model: a header and the tensors that it names.
 
-It comes out of a model or a file, and goes into either; `interop` makes it of other libraries'
-files, and those of it.
+It comes out of a model or a file, and goes into either. `interop` converts it to and from the files
+of other libraries.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from disha.config import check_adapter_name, check_dtype, compile_regex
-from disha.errors import (
-    AdapterFileError,
-    AdapterStateError,
-    ArgumentError,
-    ArgumentTypeError,
-)
+from disha.errors import AdapterFileError, AdapterStateError, ArgumentError, ArgumentTypeError
 from disha.files.atomic import write_files
 from disha.files.header import (
     HEADER_KEY,
     AdapterFile,
     AdapterHeader,
     LayerRecord,
-    contradictions,
+    block_misfits,
     described_by,
     encoded,
 )
@@ -37,7 +33,7 @@ from disha.files.pieces import tensor_writer
 from disha.files.tensors import TensorFile, TensorRecord, opened
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
-from disha.layers import AdaptedWeight
+from disha.layers import AdaptedWeight, Block
 from disha.model import ModelView, join
 from disha.plan import WeightRequest, plan_weights
 from disha.sharding import whole
@@ -53,6 +49,7 @@ __all__ = [
     "load_contents",
     "opened_contents",
     "read_contents",
+    "records_of",
     "write_contents",
 ]
 
@@ -61,11 +58,13 @@ Source = Path | str
 """Where an adapter came from, as errors name it."""
 
 Contents = tuple[AdapterHeader, dict[str, Tensor]]
-"""An adapter away from its model: what describes it, and its tensors by key."""
+"""An adapter outside a model: what describes it, and its tensors by key."""
+
+Header = TypeVar("Header", bound=AdapterHeader)
 
 
 class AdapterFileWarning(UserWarning):
-    """An adapter was loaded, but onto another base than it was saved from.
+    """An adapter was loaded onto another base than it was saved from, or combined with others.
 
     Examples:
         >>> import pathlib, tempfile, warnings
@@ -87,19 +86,19 @@ class AdapterFileWarning(UserWarning):
 
 def adapter_contents(
     view: ModelView, adapter: str = "default", metadata: Mapping[str, str] | None = None
-) -> tuple[AdapterHeader, dict[str, Tensor]]:
+) -> Contents:
     """Return what describes an adapter of a model, and copies of its tensors on the CPU.
 
-    Collective if the model is sharded: all ranks take part, and get the whole adapter.
+    If the model is sharded, all ranks must call this, and each gets the whole adapter.
 
     Args:
         view: a model with adapters.
         adapter: the adapter's name.
-        metadata: notes of the user's, str -> str.
+        metadata: notes of the user, str -> str.
 
     Raises:
         AdapterStateError: the adapter holds values that are not finite, or none (on the meta
-            device), or its layers have blocks of different kinds.
+            device), or its blocks differ in method or r_out.
         ArgumentError: there is no such adapter.
         ArgumentTypeError: the metadata is not str -> str.
     """
@@ -112,28 +111,32 @@ def adapter_contents(
         key: whole(parameter.detach()).to("cpu", copy=True).contiguous()
         for key, parameter in parameters.items()
     }
-    records = tuple(
-        _record(name, adapter, weight, _base_fingerprint(weight))
-        for name, weight in view.require(adapter)
-    )
+    weights = view.require(adapter)
+    layers = tuple(_record(name, adapter, weight) for name, weight in weights)
     with ranks.agreeing(action):
-        _check_one_kind(adapter, records)
+        _check_one_method(adapter, layers)
         _check_still_finite(adapter, tensors)
-    _, weight = view.require(adapter)[0]
-    keys = {record.key for record in records}
+    config = weights[0][1].blocks[adapter].config
+    blocks = {layer.key for layer in layers}
     header = AdapterHeader(
-        config=weight.blocks[adapter].config.changed(scale=records[0].scale),
-        layers=records,
-        also_train=tuple(sorted(key for key in tensors if key not in keys)),
-        tensors={key: TensorRecord(tuple(t.shape), t.dtype) for key, t in tensors.items()},
+        config=config.changed(scale=layers[0].scale),
+        layers=layers,
+        also_train=tuple(sorted(key for key in tensors if key not in blocks)),
+        tensors=records_of(tensors),
         metadata=notes,
     )
     return header, tensors
 
 
-def _record(name: str, adapter: str, weight: AdaptedWeight, base: str | None) -> LayerRecord:
-    block = weight.blocks[adapter]
-    geometry = weight.geometry
+def records_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
+    """Return the shape and the dtype of each tensor."""
+    return {key: TensorRecord(tuple(t.shape), t.dtype) for key, t in tensors.items()}
+
+
+def _record(
+    name: str, adapter: str, weight: AdaptedWeight, *, with_base: bool = True
+) -> LayerRecord:
+    block, geometry = weight.blocks[adapter], weight.geometry
     return LayerRecord(
         name=name,
         method=block.method,
@@ -142,7 +145,7 @@ def _record(name: str, adapter: str, weight: AdaptedWeight, base: str | None) ->
         in_features=geometry.in_features,
         out_features=geometry.out_features,
         scale=block.strength,
-        base=base,
+        base=_base_fingerprint(weight) if with_base else None,
         layout=block.slot.layout,
         rows=block.slot.rows,
     )
@@ -171,16 +174,17 @@ def _check_has_values(adapter: str, parameters: Mapping[str, nn.Parameter]) -> N
     meta = [key for key, parameter in parameters.items() if parameter.is_meta]
     if meta:
         raise AdapterStateError(
-            f"adapter {adapter!r} is on the meta device ({meta[0]}), where it has no values to save"
+            f"adapter {adapter!r} is on the meta device ({meta[0]}) and has no values; give the "
+            "model values first (to_empty, load_state_dict)"
         )
 
 
-def _check_one_kind(adapter: str, records: Iterable[LayerRecord]) -> None:
-    kinds = {(record.method, record.r_out) for record in records}
-    if len(kinds) > 1:
+def _check_one_method(adapter: str, layers: Iterable[LayerRecord]) -> None:
+    methods = {(layer.method, layer.r_out) for layer in layers}
+    if len(methods) > 1:
         raise AdapterStateError(
-            f"adapter {adapter!r} has blocks of different kinds, {sorted(kinds, key=str)} as "
-            "(method, r_out), and a file holds one kind; give each an adapter name of its own"
+            f"adapter {adapter!r} has blocks of different methods, {sorted(methods, key=str)} as "
+            "(method, r_out), and a file holds one method; give each an adapter name of its own"
         )
 
 
@@ -198,11 +202,11 @@ def _check_still_finite(adapter: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter to a file, whole or not at all.
+    """Write an adapter to a file, completely or not at all.
 
     Raises:
         AdapterIOError: it can't be written; what was there is still there.
-        ArgumentError: a name or a note is no Unicode text, or the header is larger than a
+        ArgumentError: a name or a note is not Unicode text, or names and notes are more than a
             safetensors file can hold.
     """
     write_files({path: tensor_writer(tensors, {HEADER_KEY: encoded(header)})})
@@ -211,7 +215,7 @@ def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tens
 def read_contents(
     path: Path, *, also_train: bool = True, layers: str | None = None
 ) -> tuple[AdapterFile, dict[str, Tensor]]:
-    """Return what a file says of itself, and its tensors.
+    """Return what a file says about itself, and its tensors.
 
     Args:
         path: the file.
@@ -220,8 +224,8 @@ def read_contents(
 
     Raises:
         AdapterIOError: the file can't be read.
-        AdapterFileError: it is no valid adapter file.
-        ArgumentError: `layers` is no valid regex, or is found in no layer's name.
+        AdapterFileError: it is not a valid adapter file.
+        ArgumentError: `layers` is not a valid regex, or is found in no layer's name.
     """
     with opened_contents(path, also_train=also_train, layers=layers) as (described, tensors):
         return described, dict(tensors)
@@ -231,57 +235,60 @@ def read_contents(
 def opened_contents(
     path: Path, *, also_train: bool = True, layers: str | None = None
 ) -> Iterator[tuple[AdapterFile, Mapping[str, Tensor]]]:
-    """Do as `read_contents`, but read each tensor only when it is asked for, as long as it is open.
+    """Do as `read_contents`, but read each tensor only when it is asked for.
 
     Args:
-        path: the file.
+        path: the file; it is open in the body.
         also_train: also offer the parameters that the file holds beside the blocks.
         layers: a regex; only the layers in whose names it is found are offered.
     """
     with opened(path) as file:
         described = described_by(file)
-        if layers is not None:
-            described = _narrowed(described, layers)
-        if not also_train:
-            described = _without(described, described.also_train, also_train=())
+        kept = described.layers if layers is None else _chosen(described, layers)
+        described = _narrowed(described, kept, also_train)
         yield described, _Unread(file, described.tensors)
 
 
 class _Unread(Mapping[str, Tensor]):
-    """Tensors of an open file."""
+    """Tensors of an open file, each read when it is asked for."""
 
-    def __init__(self, file: TensorFile, keys: Collection[str]) -> None:
-        self._file, self._keys = file, keys
+    def __init__(self, file: TensorFile, records: Mapping[str, TensorRecord]) -> None:
+        self._file, self._records = file, records
 
     def __getitem__(self, key: str) -> Tensor:
-        if key not in self._keys:
+        if key not in self._records:
             raise KeyError(key)
         return self._file.read(key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self._records)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._records)
 
 
-def _narrowed(described: AdapterFile, layers: str) -> AdapterFile:
+def _chosen(described: AdapterFile, layers: str) -> Sequence[LayerRecord]:
     pattern = compile_regex("layers", layers)
-    kept = tuple(layer for layer in described.layers if pattern.search(layer.name))
+    kept = [layer for layer in described.layers if pattern.search(layer.name)]
     if not kept:
         names = ", ".join(layer.name for layer in described.layers[:10])
         raise ArgumentError(
             f"layers={layers!r} is found in the name of no layer in {described.path}; "
             f"it has {names}{', ...' if len(described.layers) > 10 else ''}"
         )
-    left_out = {layer.key for layer in described.layers} - {layer.key for layer in kept}
-    return _without(described, left_out, layers=kept)
+    return kept
 
 
-def _without(described: AdapterFile, keys: Iterable[str], **changes: Any) -> AdapterFile:
-    gone = frozenset(keys)
-    tensors = {key: record for key, record in described.tensors.items() if key not in gone}
-    return replace(described, tensors=tensors, **changes)
+def _narrowed(header: Header, layers: Sequence[LayerRecord], also_train: bool) -> Header:
+    """Return a header of these layers only, with or without the parameters beside the blocks."""
+    beside = header.also_train if also_train else ()
+    return dataclasses.replace(
+        header,
+        config=header.config if also_train else header.config.changed(also_train=[]),
+        layers=tuple(layers),
+        also_train=beside,
+        tensors={key: header.tensors[key] for key in (*(one.key for one in layers), *beside)},
+    )
 
 
 def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Contents:
@@ -291,14 +298,8 @@ def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Content
         header: what describes the adapter.
         tensors: its tensors.
     """
-    keys = [layer.key for layer in header.layers]
-    without = replace(
-        header,
-        config=header.config.changed(also_train=[]),
-        also_train=(),
-        tensors={key: header.tensors[key] for key in keys},
-    )
-    return without, {key: tensors[key] for key in keys}
+    without = _narrowed(header, header.layers, also_train=False)
+    return without, {key: tensors[key] for key in without.tensors}
 
 
 # --- into a model --------------------------------------------------------------------------------
@@ -308,8 +309,8 @@ def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Content
 class _Incoming:
     """An adapter on its way into a model.
 
-    `keys` maps each key of it to the key of the same parameter in the model: they differ where a
-    module or a parameter has several names and the adapter knows another one.
+    `keys` maps each of its keys to the key of the same parameter in the model. The two differ if a
+    module or a parameter has several names and the adapter uses another one.
     """
 
     source: Source
@@ -317,10 +318,16 @@ class _Incoming:
     tensors: Mapping[str, Tensor]
     keys: Mapping[str, str]
 
-    @property
-    def records(self) -> dict[str, LayerRecord]:
-        """The layers under the model's keys of their blocks."""
-        return {self.keys[layer.key]: layer for layer in self.header.layers}
+    def loaded_into(
+        self, view: ModelView, adapter: str
+    ) -> Iterator[tuple[str, AdaptedWeight, Block, LayerRecord]]:
+        """Iterate over the model's weights that the adapter has a block for."""
+        layers = {self.keys[layer.key]: layer for layer in self.header.layers}
+        for name, weight in view.require(adapter):
+            block = weight.blocks[adapter]
+            layer = layers.get(join(name, block.parameter_name))
+            if layer is not None:
+                yield name, weight, block, layer
 
 
 def load_contents(
@@ -334,8 +341,9 @@ def load_contents(
     partial: bool = False,
     dtype: torch.dtype | None = None,
     freeze: bool = True,
+    activate: bool = True,
 ) -> LoadReport:
-    """Put an adapter into a model; `load_adapter` says what the arguments mean and what it raises.
+    """Put an adapter into a model; `load_adapter` documents the arguments and the errors.
 
     Args:
         view: the model.
@@ -343,10 +351,11 @@ def load_contents(
         header: the adapter's header.
         tensors: all tensors that the header names.
         adapter: the name that it gets in this model.
-        replace: copy into the adapter of that name, where there is one.
+        replace: copy into the adapter of that name, if there is one.
         partial: when replacing, leave layers alone that the header does not name.
-        dtype: dtype of the blocks; the tensors' by default.
+        dtype: dtype of the blocks; that of the tensors by default.
         freeze: freeze all parameters that belong to no adapter.
+        activate: let the new adapter act, and no other.
     """
     with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
         check_adapter_name(adapter)
@@ -359,24 +368,26 @@ def load_contents(
         if taken:
             targets, values, report = _fitting(view, incoming, adapter, partial)
         else:
-            report = _inject(view, incoming, adapter, dtype, freeze)
-    if taken:
-        copy_values(targets, values)
-        _reconfigure(view, incoming, adapter)
+            targets, values, report = _injected(view, incoming, adapter, dtype, freeze, activate)
+    copy_values(targets, values)
+    for _, _, block, layer in incoming.loaded_into(view, adapter):
+        block.reconfigure(header.config)
+        block.set_strength(layer.scale)
     _warn_of_other_base(view, incoming, adapter)
     return report
 
 
 def _check_consistent(incoming: _Incoming) -> None:
-    """Raise if the header contradicts itself, or has two tensors for what the model has once."""
-    problems = contradictions(incoming.header)
+    """Raise if a block has a wrong shape, or two tensors are for one parameter of the model."""
+    problems = block_misfits(incoming.header)
     first: dict[str, str] = {}
     for key, own in incoming.keys.items():
         if first.setdefault(own, key) != key:
             problems.append(f"{first[own]} and {key} are one parameter in the model")
     if problems:
-        listing = "\n".join(problems[:20])
-        raise AdapterFileError(f"{incoming.source}: nothing was loaded:\n{listing}")
+        raise AdapterFileError(
+            f"{incoming.source}: nothing was loaded:\n" + "\n".join(problems[:20])
+        )
 
 
 def _check_taken(adapter: str, taken: bool, replace: bool, dtype: torch.dtype | None) -> None:
@@ -403,13 +414,19 @@ def _model_keys(view: ModelView, header: AdapterHeader) -> dict[str, str]:
     return keys
 
 
-def _inject(
+_Fitting = tuple[dict[str, nn.Parameter], dict[str, Tensor], LoadReport]
+"""Parameters, the values that are to replace theirs, and the report that they fit."""
+
+
+def _injected(
     view: ModelView,
     incoming: _Incoming,
     adapter: str,
     dtype: torch.dtype | None,
     freeze: bool,
-) -> LoadReport:
+    activate: bool,
+) -> _Fitting:
+    """Check that the adapter fits the model, and inject blocks for it."""
     header = incoming.header
     requests = [
         WeightRequest(
@@ -425,25 +442,20 @@ def _inject(
         for layer in header.layers
     ]
     beside = {key: header.tensors[key].shape for key in header.also_train}
-    with _named(incoming.source):
+    try:
         plan = plan_weights(view, adapter, header.config, requests, beside, freeze)
-    dtypes = {
-        layer.key: request.dtype for layer, request in zip(header.layers, requests, strict=True)
-    }
-    # Only now, since of what does not fit a model there may be any amount.
+    except ArgumentError as error:
+        raise AdapterFileError(f"{incoming.source}: {error}") from error
+    # Tensors are read only now: a file may hold any amount that does not fit the model.
     values = {incoming.keys[key]: tensor for key, tensor in incoming.tensors.items()}
-    _check_finite(view, incoming, values, dtypes)
-    apply_plan(view, plan)
+    _check_finite(view, incoming, values, dtype)
+    apply_plan(view, plan, activate=activate)
     targets = adapter_tensors(view, adapter)
-    copy_values(targets, values)
-    _set_strengths(view, incoming, adapter)
-    return check_fit(targets, values)
+    return targets, values, check_fit(targets, values)
 
 
-def _fitting(
-    view: ModelView, incoming: _Incoming, adapter: str, partial: bool
-) -> tuple[dict[str, nn.Parameter], dict[str, Tensor], LoadReport]:
-    """Return parameters and the values that are to replace theirs; raise if these don't fit."""
+def _fitting(view: ModelView, incoming: _Incoming, adapter: str, partial: bool) -> _Fitting:
+    """Check that the adapter fits the model's own one of that name."""
     mine = adapter_tensors(view, adapter)
     found = {incoming.keys[key]: key for key in incoming.tensors}
     blocks = {
@@ -451,69 +463,40 @@ def _fitting(
     }
     required = set() if partial else blocks | set(incoming.header.also_train)
     targets = {key: parameter for key, parameter in mine.items() if key in found or key in required}
+    # A tensor without a target is not read: a file may hold any amount of them.
     values = {key: incoming.tensors[own] for key, own in found.items() if key in targets}
-    # What nothing is there for needs no reading: there may be any amount of it.
     report = check_fit(targets, {**dict.fromkeys(found), **values})
     problems = [] if report.complete else [str(report)]
-    problems += _other_sizes(view, incoming, adapter)
+    for name, weight, _, layer in incoming.loaded_into(view, adapter):
+        problems += _differences(name, layer, _record(name, adapter, weight, with_base=False))
     if problems:
-        listing = "\n".join(problems[:20])
         raise AdapterFileError(
-            f"{incoming.source} does not fit the adapter {adapter!r} that it was to replace; "
-            f"nothing was loaded:\n{listing}"
+            f"{incoming.source} does not fit the model's adapter {adapter!r}, which it was to "
+            "replace; nothing was loaded:\n" + "\n".join(problems[:20])
         )
     return targets, values, report
 
 
-def _reconfigure(view: ModelView, incoming: _Incoming, adapter: str) -> None:
-    records = incoming.records
-    for name, weight in view.require(adapter):
-        block = weight.blocks[adapter]
-        if join(name, block.parameter_name) in records:
-            block.reconfigure(incoming.header.config)
-    _set_strengths(view, incoming, adapter)
-
-
-def _set_strengths(view: ModelView, incoming: _Incoming, adapter: str) -> None:
-    records = incoming.records
-    for name, weight in view.require(adapter):
-        block = weight.blocks[adapter]
-        record = records.get(join(name, block.parameter_name))
-        if record is not None:
-            block.set_strength(record.scale)
-
-
-def _other_sizes(view: ModelView, incoming: _Incoming, adapter: str) -> list[str]:
-    """Return what the adapter says of layers and the model's adapter contradicts."""
-    asked = incoming.records
-    problems = []
-    for name, weight in view.require(adapter):
-        found = _record(name, adapter, weight, base=None)
-        wanted = asked.get(found.key)
-        if wanted is not None and found.sizes != wanted.sizes:
-            problems.append(f"{name}: the file has {wanted.sizes}, the model {found.sizes}")
-        elif wanted is not None and (found.layout, found.rows) != (wanted.layout, wanted.rows):
-            problems.append(
-                f"{name}: the file has {wanted.layout} and rows {wanted.rows}, the model "
-                f"{found.layout} and {found.rows}"
-            )
-    return problems
+def _differences(name: str, theirs: LayerRecord, mine: LayerRecord) -> list[str]:
+    return [
+        f"{name}: {field} is {getattr(theirs, field)} in the file and {getattr(mine, field)} in "
+        "the model"
+        for field in ("method", "r", "r_out", "in_features", "out_features", "layout", "rows")
+        if getattr(theirs, field) != getattr(mine, field)
+    ]
 
 
 def _check_finite(
-    view: ModelView,
-    incoming: _Incoming,
-    values: Mapping[str, Tensor],
-    dtypes: Mapping[str, torch.dtype | None],
+    view: ModelView, incoming: _Incoming, values: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> None:
-    """Raise if a value is not finite, or would not be in the dtype that it is loaded into."""
+    """Raise if a value is not finite, or not any more in the dtype that it is loaded into."""
     broken = []
-    for key in incoming.tensors:
-        tensor, dtype = values[incoming.keys[key]], dtypes.get(key)
-        if dtype is None:
-            dtype = view.parameters_by_name[incoming.keys[key]].value.dtype
-        if not finite_as(tensor, dtype):
-            broken.append(f"{key} (as {dtype})")
+    for key, own in incoming.keys.items():
+        target = dtype or values[own].dtype
+        if key in incoming.header.also_train:
+            target = view.parameters_by_name[own].value.dtype
+        if not finite_as(values[own], target):
+            broken.append(f"{key} (as {target})")
     if broken:
         raise AdapterFileError(
             f"{incoming.source} holds values that are not finite (NaN or infinity) in "
@@ -522,33 +505,23 @@ def _check_finite(
         )
 
 
-@contextmanager
-def _named(source: Source) -> Iterator[None]:
-    """Let errors about the contents name where they came from."""
-    try:
-        yield
-    except (ArgumentError, AdapterFileError) as error:
-        raise AdapterFileError(f"{source}: {error}") from error
-
-
 def _warn_of_other_base(view: ModelView, incoming: _Incoming, adapter: str) -> None:
-    records = incoming.records
     other, known = [], 0
-    for name, weight in view.require(adapter):
-        record = records.get(join(name, weight.blocks[adapter].parameter_name))
-        now = None if record is None else _base_fingerprint(weight)
-        if record is None or now is None or record.base is None:
-            continue
-        known += 1
-        if not same_base(now, record.base):
-            other.append(name)
+    for name, weight, _, layer in incoming.loaded_into(view, adapter):
+        now = None if layer.base is None else _base_fingerprint(weight)
+        if now is not None and layer.base is not None:
+            known += 1
+            if not same_base(now, layer.base):
+                other.append(name)
     if other:
-        shown = printable(", ".join(other[:3])) + (", ..." if len(other) > 3 else "")
-        source = printable(str(incoming.source))
         warnings.warn(
-            f"{source} was saved from other base weights than the model's in "
-            f"{len(other)} of {known} layers ({shown}): load the base that it was trained on, or "
-            "check that the adapter is not merged into this one already",
+            f"{printable(str(incoming.source))} was saved from other base weights than the model's "
+            f"in {len(other)} of {known} layers ({_first_names(other)}): load the base that it was "
+            "trained on, or check that the adapter is not merged into this one already",
             AdapterFileWarning,
             stacklevel=4,
         )
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return printable(", ".join(names[:3])) + (", ..." if len(names) > 3 else "")

@@ -1,9 +1,9 @@
-"""What differs between two adapter files."""
+"""The differences between two adapter files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from disha.files.header import AdapterFile
 from disha.files.statistics import chunks
-from disha.files.tensors import TensorFile, opened
+from disha.files.tensors import opened
 
 __all__ = ["FieldDifference", "TensorDifference", "header_differences", "tensor_differences"]
 
 
 @dataclass(frozen=True)
 class FieldDifference:
-    """A field that has another value in the other file.
+    """A field that has different values in the two files.
 
     Attributes:
         field: its name.
-        first: its value in the first file; None where it has none.
+        first: its value in the first file; None if it has none.
         second: its value in the second.
     """
 
@@ -36,16 +36,16 @@ class FieldDifference:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How a layer, or a parameter saved beside the blocks, differs.
+    """How a block, or a parameter saved beside the blocks, differs.
 
     Attributes:
-        name: the layer's or the parameter's name.
+        name: the name of the layer or the parameter.
         layer: whether it is a layer.
-        held: `"both"`, `"first"` or `"second"`: who has it.
-        fields: what is said of it, and differs: sizes, scale, dtype and the like.
-        largest: largest absolute difference of two values, 0 where all are equal; None where they
-            can't be compared: one is missing, shapes differ, or values are not finite.
-        relative: the norm of the difference by the larger of both norms; None likewise.
+        held: which file has it: `"both"`, `"first"` or `"second"`.
+        fields: the fields of its entry that differ: sizes, scale, dtype and the like.
+        largest: largest absolute difference of two values, 0 if all are equal; None if they can't
+            be compared, as one is missing, shapes differ, or values are not finite.
+        relative: the norm of the difference divided by the larger of both norms; None likewise.
     """
 
     name: str
@@ -62,31 +62,36 @@ class TensorDifference:
 
 
 def header_differences(first: AdapterFile, second: AdapterFile) -> tuple[FieldDifference, ...]:
-    """Return what differs in the configurations and the users' notes.
+    """Return the differences between the configurations and the users' notes.
 
     Args:
-        first: what one file says of itself.
-        second: what the other does.
+        first: what one file says about itself.
+        second: what the other says.
     """
-    one, other = first.config.to_json(), second.config.to_json()
-    changed = [FieldDifference(f, one[f], other[f]) for f in one if one[f] != other[f]]
-    notes = sorted({*first.metadata, *second.metadata})
-    pairs = [(note, first.metadata.get(note), second.metadata.get(note)) for note in notes]
-    return (
-        *changed,
-        *(FieldDifference(f"metadata.{note}", a, b) for note, a, b in pairs if a != b),
+    notes = [
+        {f"metadata.{name}": note for name, note in sorted(one.metadata.items())}
+        for one in (first, second)
+    ]
+    return (*_changed(first.config.to_json(), second.config.to_json()), *_changed(*notes))
+
+
+def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[FieldDifference, ...]:
+    return tuple(
+        FieldDifference(field, one.get(field), other.get(field))
+        for field in dict.fromkeys((*one, *other))
+        if one.get(field) != other.get(field)
     )
 
 
 def tensor_differences(first: AdapterFile, second: AdapterFile) -> Iterator[TensorDifference]:
-    """Iterate over the layers, and then the further parameters, of two files: what differs.
+    """Iterate over the tensors of two files, and compare those of the same key.
 
-    Tensors are read one pair at a time. Those of the first come in its order, and what only the
-    second has comes last.
+    Tensors are read one pair at a time. Those of the first file come in its order; those that only
+    the second file has come last.
 
     Args:
-        first: what one file says of itself.
-        second: what the other does.
+        first: what one file says about itself.
+        second: what the other says.
 
     Raises:
         AdapterIOError: a file can't be read any more.
@@ -104,67 +109,33 @@ def tensor_differences(first: AdapterFile, second: AdapterFile) -> Iterator[Tens
         ...     [difference.same for difference in tensor_differences(described, described)]
         [True]
     """
-    one, other = _entries(first), _entries(second)
+    one, other = first.entries(), second.entries()
+    both = {**other, **one}
+    blocks = {layer.key for layer in (*first.layers, *second.layers)}
     with opened(first.path) as a, opened(second.path) as b:
-        for place, mine in one.items():
-            if place in other:
-                yield _difference(*place, (a, mine), (b, other[place]))
-            else:
-                yield TensorDifference(*place, "first", (), None, None)
-    yield from (
-        TensorDifference(*place, "second", (), None, None) for place in other if place not in one
-    )
+        for key in dict.fromkeys((*one, *other)):
+            name = both[key]["name"]
+            if key not in one or key not in other:
+                held = "first" if key in one else "second"
+                yield TensorDifference(name, key in blocks, held, (), None, None)
+                continue
+            largest, relative = None, None
+            if one[key]["shape"] == other[key]["shape"]:
+                largest, relative = _distance(a.read(key), b.read(key))
+            fields = _changed(one[key], other[key])
+            yield TensorDifference(name, key in blocks, "both", fields, largest, relative)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor in a file, and what is said of it."""
-
-    key: str
-    said: dict[str, Any]
-
-
-def _entries(described: AdapterFile) -> dict[tuple[str, bool], _Entry]:
-    """Return the tensors of a file by name, and by whether it is a layer's."""
-    found = {}
-    for layer in described.layers:
-        found[layer.name, True] = _entry(described, layer.key, layer.to_json())
-    for key in described.also_train:
-        found[key, False] = _entry(described, key, {})
-    return found
-
-
-def _entry(described: AdapterFile, key: str, said: dict[str, Any]) -> _Entry:
-    record = described.tensors[key]
-    dtype = str(record.dtype).removeprefix("torch.")
-    return _Entry(key, {**said, "shape": record.shape, "dtype": dtype})
-
-
-def _difference(
-    name: str, layer: bool, first: tuple[TensorFile, _Entry], second: tuple[TensorFile, _Entry]
-) -> TensorDifference:
-    (a, one), (b, other) = first, second
-    changed = tuple(
-        FieldDifference(field, value, other.said[field])
-        for field, value in one.said.items()
-        if value != other.said[field]
-    )
-    largest, relative = None, None
-    if one.said["shape"] == other.said["shape"]:
-        largest, relative = _compared(a.read(one.key), b.read(other.key))
-    return TensorDifference(name, layer, "both", changed, largest, relative)
-
-
-def _compared(a: Tensor, b: Tensor) -> tuple[float | None, float | None]:
+def _distance(a: Tensor, b: Tensor) -> tuple[float | None, float | None]:
     """Return the largest and the relative difference of two tensors of one shape."""
     largest, difference, norms = 0.0, 0.0, [0.0, 0.0]
-    for one, other in zip(chunks(a), chunks(b), strict=True):
-        pair = one.double(), other.double()
-        apart = pair[0] - pair[1]
-        largest = max(largest, float(apart.abs().max()))
-        difference += float(apart.square().sum())
-        norms = [norm + float(x.square().sum()) for norm, x in zip(norms, pair, strict=True)]
-        if not math.isfinite(difference):
-            return None, None
-    norm = max(norms)  # 0 where squares vanish
+    for pair in zip(chunks(a), chunks(b), strict=True):
+        one, other = (chunk.double() for chunk in pair)
+        largest = max(largest, float((one - other).abs().max()))
+        difference += float((one - other).square().sum())
+        norms[0] += float(one.square().sum())
+        norms[1] += float(other.square().sum())
+    if not math.isfinite(difference):
+        return None, None
+    norm = max(norms)  # 0 if the squares are too small for a double
     return largest, math.sqrt(difference / norm) if norm else 0.0

@@ -1,24 +1,26 @@
-"""The header of an adapter file, format 1: what the file says of itself.
+"""The header of an adapter file, format 1: what the file says about itself.
 
-It is JSON under one key of the safetensors metadata; docs/format.md describes its fields.
+It is JSON under one key of the safetensors metadata; docs/format.md describes its fields. This
+module reads from top to bottom: what a header holds, how it is written, how it is read and checked.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from disha import functional
-from disha.config import AdapterConfig, check_scale, checked_rows
+from disha.config import LARGEST_SCALE, AdapterConfig
 from disha.errors import AdapterFileError, ArgumentError, DishaError
 from disha.files.json_files import each_once
-from disha.files.tensors import TensorFile, TensorRecord, refuse_floods
+from disha.files.tensors import TensorFile, TensorRecord
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Rows
 from disha.layers import block_name
 from disha.model import join
@@ -32,7 +34,7 @@ __all__ = [
     "AdapterHeader",
     "LayerRecord",
     "TensorRecord",
-    "contradictions",
+    "block_misfits",
     "described_by",
     "encoded",
 ]
@@ -41,27 +43,31 @@ FORMAT = 1
 """The newest file format that this library writes and reads."""
 
 HEADER_KEY = "disha"
-"""The one metadata key: several would come out in changing order, and the bytes with them."""
+"""The one metadata key. With several, safetensors would write them in changing order."""
 
-T = TypeVar("T")
+MOST_LAYERS = 100_000
+"""The largest number of layers that a header may list."""
+
+
+# --- what a header holds -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """An adapted weight in a file: what block it has, on what it fits, its base's fingerprint.
+    """One adapted weight: its name, its sizes, its block, and the fingerprint of its base.
 
     Attributes:
-        name: the layer's name in its model; where the weight is not its layer's `weight`, with
-            its own name behind (`experts.gate_up_proj`).
+        name: the layer's name in its model. If the weight is not its layer's `weight`, the name of
+            the parameter follows (`experts.gate_up_proj`).
         method: the block's method.
         r: shard size.
         r_out: size of the output shard of a tile, or None.
         in_features: size of the layer's input.
-        out_features: size of its output.
+        out_features: size of its output; with `rows`, the number of these rows.
         scale: factor on the update.
-        base: fingerprint of the base weight, or None where it has none.
-        layout: where the base weight keeps its outputs and inputs.
-        rows: the outputs that are adapted, where not all of the weight's are.
+        base: fingerprint of the base weight, or None if it has none.
+        layout: the axes of the base weight.
+        rows: the adapted outputs; empty for all.
     """
 
     name: str
@@ -76,19 +82,40 @@ class LayerRecord:
     rows: Rows = ()
 
     @property
-    def sizes(self) -> tuple[str, int, int | None, int, int]:
-        """Kind, r, r_out, in and out."""
-        return (self.method, self.r, self.r_out, self.in_features, self.out_features)
+    def key(self) -> str:
+        """The block's key in the file."""
+        return join(self.name, block_name(self.method))
 
     def to_json(self) -> dict[str, Any]:
-        """Return all that is said of the layer as JSON values, its layout's fields included."""
+        """Return all that is said about the layer as JSON values, its layout's fields included."""
+        layout = self.layout
         return {
             **vars(self),
-            "layout": self.layout.pattern,
-            "groups": self.layout.groups,
-            "padding_idx": self.layout.padding_idx,
+            "layout": layout.pattern,
+            "groups": layout.groups,
+            "padding_idx": layout.padding_idx,
             "rows": [list(one) for one in self.rows],
         }
+
+    def entry(self) -> dict[str, Any]:
+        """Return the layer's entry in a header, without the fields that have their default.
+
+        Method and r_out are not in it: they are in the configuration.
+        """
+        layout = self.layout
+        fields = {
+            "name": self.name,
+            "layout": layout.pattern,
+            "r": self.r,
+            "in": self.in_features,
+            "out": self.out_features,
+            "scale": self.scale,
+            "groups": None if layout.groups == 1 else layout.groups,
+            "padding_idx": layout.padding_idx,
+            "rows": [list(one) for one in self.rows] or None,
+            "base": self.base,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
 
     def geometry(self, block: tuple[int, ...]) -> Geometry:
         """Return the sizes of the adapted weight; those of its stack come from the block."""
@@ -96,62 +123,57 @@ class LayerRecord:
         return Geometry(self.in_features, self.out_features, stack)
 
     def weight_shape(self, block: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the adapted rows of the weight, by the block's shape."""
+        """Return the shape of the adapted rows of the weight, by the shape of the block."""
         return self.layout.shape(self.geometry(block))
 
     def block_misfit(self, block: tuple[int, ...]) -> str | None:
-        """Return why a block of that shape is none of such a layer, or None if it can be."""
+        """Return why a block of that shape can't be this layer's, or None if it can."""
         layout, r, r_out = self.layout, self.r, self.r_out
-        least = 2 if layout.has_kernel else METHODS[self.method].block_axes
-        weight = self.weight_shape(block) if len(block) >= least else ()
+        axes = 2 if layout.has_kernel else METHODS[self.method].block_axes
+        weight = self.weight_shape(block) if len(block) >= axes else ()
         if layout.misfit(weight) is not None:
             return f"a block of shape {block} does not go with the layout {layout.pattern!r}"
-        misfit = functional.misfit(self.method, self.layout, self.geometry(block), r, r_out)
+        misfit = functional.misfit(self.method, layout, self.geometry(block), r, r_out)
         if misfit is not None:
             return misfit
         count = sum(stop - first for first, stop in self.rows)
         if self.rows and count != self.out_features:
-            return f"it has {count} rows, and out_features={self.out_features}"
+            return f"it lists {count} rows, and its output has {self.out_features}"
         expected = functional.block_shape(self.method, layout, weight, r, r_out)
         return None if block == expected else f"expected a block of shape {expected}, found {block}"
 
     def weight_misfit(self, block: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
-        """Return why a weight of that shape can't be the layer's, or None if it can.
+        """Return why a weight of that shape can't be this layer's, or None if it can.
 
         Args:
             block: the shape of the layer's block, which fits the layer.
-            weight: the shape of the whole weight.
+            weight: the shape of the weight, all of its rows included.
         """
-        expected, of_rows = self.weight_shape(block), ""
-        if self.rows:
-            of_rows = " in rows " + ", ".join(f"{first}:{stop}" for first, stop in self.rows)
-        if self.layout.misfit(weight) is None:
-            geometry = self.layout.geometry(weight, self.rows)
-            outputs = self.layout.geometry(weight).out_features
-            if geometry == self.geometry(block) and all(stop <= outputs for _, stop in self.rows):
+        layout, rows = self.layout, self.rows
+        if layout.misfit(weight) is None:
+            fits = layout.geometry(weight, rows) == self.geometry(block)
+            if fits and all(stop <= layout.geometry(weight).out_features for _, stop in rows):
                 return None
+        ranges = ", ".join(f"{first}:{stop}" for first, stop in rows)
+        of_rows = f" in rows {ranges}" if rows else ""
+        expected = self.weight_shape(block)
         return f"the weight there is {weight}, and the adapter is for {expected}{of_rows}"
 
     def adapted_part(self, weight: Tensor) -> Tensor:
-        """Return the rows of a weight that are adapted; all of it where all are."""
+        """Return the adapted rows of a weight."""
         return self.layout.part(weight, self.rows)
-
-    @property
-    def key(self) -> str:
-        """The block's key in the file."""
-        return join(self.name, block_name(self.method))
 
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """What describes an adapter away from its model.
+    """What describes an adapter outside its model.
 
     Attributes:
         config: the adapter's configuration.
-        layers: the adapted layers.
+        layers: the adapted layers, in the order of the model.
         also_train: names of the parameters saved beside the blocks.
         tensors: key -> shape and dtype, of all tensors.
-        metadata: what the user gave to `save_adapter`.
+        metadata: notes that the user gave to `save_adapter`.
     """
 
     config: AdapterConfig
@@ -165,17 +187,31 @@ class AdapterHeader:
         """Number of values in all tensors."""
         return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
 
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Return all that is said about each tensor: key -> JSON fields, blocks first."""
+        named = {layer.key: layer.to_json() for layer in self.layers}
+        named |= {key: {"name": key} for key in self.also_train}
+        return {
+            key: {
+                **fields,
+                "key": key,
+                "shape": self.tensors[key].shape,
+                "dtype": self.tensors[key].dtype_name,
+            }
+            for key, fields in named.items()
+        }
+
 
 @dataclass(frozen=True)
 class AdapterFile(AdapterHeader):
-    """What an adapter file says of itself; printable.
+    """What an adapter file says about itself; printable.
 
     Attributes:
         config: the adapter's configuration.
-        layers: the adapted layers.
+        layers: the adapted layers, in the order of the model.
         also_train: names of the parameters saved beside the blocks.
         tensors: key -> shape and dtype, of all tensors.
-        metadata: what the user gave to `save_adapter`.
+        metadata: notes that the user gave to `save_adapter`.
         path: the file.
         format: its format version.
         nbytes: size of the file.
@@ -206,7 +242,7 @@ class AdapterFile(AdapterHeader):
                 layer.r,
                 f"{layer.in_features} -> {layer.out_features}",
                 "x".join(map(str, self.tensors[layer.key].shape)),
-                str(self.tensors[layer.key].dtype).removeprefix("torch."),
+                self.tensors[layer.key].dtype_name,
             )
             for layer in self.layers
         ]
@@ -221,6 +257,12 @@ class AdapterFile(AdapterHeader):
         return "\n".join(lines)
 
 
+def block_misfits(header: AdapterHeader) -> list[str]:
+    """Return, for each layer whose block has a wrong shape, its name and what is wrong."""
+    found = [(one.name, one.block_misfit(header.tensors[one.key].shape)) for one in header.layers]
+    return [f"{name or '(the model)'}: {misfit}" for name, misfit in found if misfit is not None]
+
+
 # --- writing -------------------------------------------------------------------------------------
 
 
@@ -228,131 +270,178 @@ def encoded(header: AdapterHeader) -> str:
     """Return a header as JSON, the same text for the same header.
 
     Raises:
-        ArgumentError: a name or a note is no Unicode text (it has half of a surrogate pair).
+        ArgumentError: a name or a note is not Unicode text (it has half of a surrogate pair).
     """
     fields = {
         "format": FORMAT,
         "config": header.config.to_json(),
-        "layers": _grouped(header.layers),
+        "layers": [layer.entry() for layer in header.layers],
         "also_train": list(header.also_train),
         "metadata": dict(sorted(header.metadata.items())),
     }
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
-    broken = _not_unicode(text)
-    if broken:
-        raise ArgumentError(
-            f"names and metadata must be Unicode text, and {broken} can't be written; replace it"
-        )
-    return text
-
-
-def _not_unicode(text: str) -> str | None:
-    """Return what of a text UTF-8 can't express, or None."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return ascii(text[error.start : error.end])
-    return None
+        raise ArgumentError(
+            "names and metadata must be Unicode text, and "
+            f"{text[error.start : error.end]!a} can't be written; replace it"
+        ) from error
+    return text
 
 
-def _grouped(records: tuple[LayerRecord, ...]) -> list[dict[str, Any]]:
-    """Return the layers grouped by their sizes: most of a model's layers share a few.
+# --- what a field must be ------------------------------------------------------------------------
 
-    What a group does not have, such as a tile or several groups of channels, it does not mention.
+
+@dataclass(frozen=True)
+class _Field:
+    """What a field of a JSON object must be: in words, and as a test of its value and the object.
+
+    Attributes:
+        allowed: the words.
+        fits: the test. JSON gives exact types: `true` is no integer.
+        required: whether the field may not be left out.
     """
-    groups: dict[tuple[Any, ...], dict[str, str | None]] = {}
-    for one in records:
-        layout = one.layout
-        shared = (
-            *one.sizes,
-            layout.pattern,
-            None if layout.groups == 1 else layout.groups,
-            layout.padding_idx,
-            one.rows or None,
-            one.scale,
-        )
-        groups.setdefault(shared, {})[one.name] = one.base
-    names = ("kind", "r", "r_out", "in", "out", "layout", "groups", "padding_idx", "rows", "scale")
-    return [
-        {name: value for name, value in zip(names, shared, strict=True) if value is not None}
-        | {"base": base}
-        for shared, base in groups.items()
-    ]
+
+    allowed: str
+    fits: Callable[[Any, Mapping[str, Any]], bool]
+    required: bool = True
 
 
-# --- checking ------------------------------------------------------------------------------------
+def _is_size(value: Any, _: object = None) -> bool:
+    return type(value) is int and 1 <= value < 2**31
 
 
-def contradictions(header: AdapterHeader) -> list[str]:
-    """Return, for each layer that contradicts the configuration or its block, how it does."""
-    found = [
-        (layer.name or "(the model)", _contradiction(layer, header)) for layer in header.layers
-    ]
-    return [f"{name}: {problem}" for name, problem in found if problem is not None]
+def _is_text(value: Any, _: object = None) -> bool:
+    return type(value) is str
 
 
-def _contradiction(layer: LayerRecord, header: AdapterHeader) -> str | None:
-    config = header.config
-    if (layer.method, layer.r_out) != (config.method, config.r_out):
-        return (
-            f"has kind {layer.method!r} and r_out {layer.r_out}, but the configuration says "
-            f"{config.method!r} and {config.r_out}"
-        )
-    return layer.block_misfit(header.tensors[layer.key].shape)
+def _are_rows(value: Any, _: object = None) -> bool:
+    if type(value) is not list or not all(type(one) is list and len(one) == 2 for one in value):
+        return False
+    ends = [end for one in value for end in one]
+    in_order = all(type(end) is int for end in ends) and ends == sorted(ends)
+    if not ends or not in_order or ends[0] < 0 or ends[-1] >= 2**31:
+        return False
+    return all(first < stop for first, stop in value)
+
+
+_SIZE = _Field("an integer from 1 to 2^31 - 1", _is_size)
+
+_HEADER = {
+    "config": _Field("an object", lambda value, _: type(value) is dict),
+    "layers": _Field(
+        f"a list of 1 to {MOST_LAYERS:,} layers",
+        lambda value, _: type(value) is list and 1 <= len(value) <= MOST_LAYERS,
+    ),
+    "also_train": _Field(
+        "a list of names", lambda value, _: type(value) is list and all(map(_is_text, value))
+    ),
+    "metadata": _Field(
+        "an object of text",
+        lambda value, _: type(value) is dict and all(map(_is_text, value.values())),
+    ),
+}
+
+_LAYER = {
+    "name": _Field("text", _is_text),
+    "layout": _Field(
+        f"one of {', '.join(map(repr, PATTERNS))}",
+        lambda value, _: type(value) is str and value in PATTERNS,
+    ),
+    "r": _SIZE,
+    "in": _SIZE,
+    "out": _SIZE,
+    "scale": _Field(
+        "a number that is finite in float32",
+        lambda value, _: type(value) in (int, float) and abs(value) <= LARGEST_SCALE,
+    ),
+    "groups": _Field(
+        f"{_SIZE.allowed}, with the layout 'in out *kernel' only",
+        lambda value, layer: _is_size(value) and layer["layout"] == "in out *kernel",
+        required=False,
+    ),
+    "padding_idx": _Field(
+        "an index below 'in', with the layout 'index out' only",
+        lambda value, layer: (
+            type(value) is int and 0 <= value < layer["in"] and layer["layout"] == "index out"
+        ),
+        required=False,
+    ),
+    "rows": _Field(
+        "ranges [first, stop] below 2^31, in ascending order and without overlap",
+        _are_rows,
+        required=False,
+    ),
+    "base": _Field("text", _is_text, required=False),
+}
+
+
+def _checked(where: str, found: Any, fields: Mapping[str, _Field]) -> dict[str, Any]:
+    """Return the known fields of a JSON object. Unknown fields are ignored."""
+    if type(found) is not dict:
+        raise _unfit(f"{where} must be an object, is {brief(found)}")
+    for name, field in fields.items():
+        if name not in found and field.required:
+            raise _unfit(f"{where} lacks the field {name!r}")
+        if name in found and not field.fits(found[name], found):
+            raise _unfit(f"{where}: {name!r} must be {field.allowed}, is {brief(found[name])}")
+    return {name: found[name] for name in fields if name in found}
+
+
+def _unfit(problem: str) -> AdapterFileError:
+    return AdapterFileError(f"{problem}; get the file again")
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
 def described_by(file: TensorFile) -> AdapterFile:
-    """Return what an open file says of itself.
+    """Return what an open file says about itself.
 
     Raises:
-        AdapterFileError: it is no valid adapter file.
+        AdapterFileError: it is not a valid adapter file.
     """
     path = file.path
-    header = _Header(path, _parsed(path, file.metadata))
-    tensors = {key: file.record(key) for key in file.keys}
-    layers, also_train = header.layers(), header.also_train()
-    _check_keys(path, [layer.key for layer in layers] + list(also_train), tensors)
+    fields = _checked(f"{path}: the header", _parsed(path, file.metadata), _HEADER)
+    try:
+        config = AdapterConfig.from_json(fields["config"])
+    except DishaError as error:
+        raise AdapterFileError(f"{path}: {error}") from error
     described = AdapterFile(
-        config=header.config(),
-        layers=layers,
-        also_train=also_train,
-        tensors=tensors,
-        metadata=header.metadata(),
+        config=config,
+        layers=tuple(_layer(path, config, entry) for entry in fields["layers"]),
+        also_train=tuple(fields["also_train"]),
+        tensors={key: file.record(key) for key in file.keys},
+        metadata=fields["metadata"],
         path=path,
         format=FORMAT,
         nbytes=path.stat().st_size,
     )
-    problems = contradictions(described)
+    _check_keys(described)
+    problems = block_misfits(described)
     if problems:
         raise AdapterFileError(f"{path} contradicts itself:\n" + "\n".join(problems[:20]))
     return described
 
 
-def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _parsed(path: Path, metadata: Mapping[str, str]) -> Any:
     text = metadata.get(HEADER_KEY)
     if text is None:
         raise AdapterFileError(
             f"{path} is a safetensors file without a {HEADER_KEY!r} entry in its metadata: it "
             "was not written by disha.save_adapter"
         )
-    refuse_floods(path, text)
     try:
         header = json.loads(text, object_pairs_hook=each_once, parse_constant=_no_number)
-        if "\\u" in text:  # half of a surrogate pair can be written as an escape only
+        if "\\u" in text:  # an escape can write half of a surrogate pair
             json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path}: the header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise AdapterFileError(
-            f"{path}: the header must be a JSON object, is {type(header).__name__}"
-        )
-    version = header.get("format")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise AdapterFileError(f"{path}: the header's format must be a number, is {brief(version)}")
-    if version > FORMAT:
+        raise _unfit(f"{path}: the header is not valid JSON: {error}") from error
+    version = header.get("format") if type(header) is dict else 1
+    if type(version) is not int or version < 1:
+        raise _unfit(f"{path}: the header's format must be an integer from 1, is {brief(version)}")
+    if version > FORMAT:  # which may have other fields
         raise AdapterFileError(
             f"{path} has format {brief(version)}, and this version of disha reads up to {FORMAT}; "
             "upgrade disha-torch"
@@ -361,161 +450,38 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
-class _Header:
-    """The fields of a header, each checked as it is read."""
-
-    def __init__(self, path: Path, fields: dict[str, Any]) -> None:
-        self.path = path
-        self.fields = fields
-
-    def config(self) -> AdapterConfig:
-        try:
-            return AdapterConfig.from_json(self._field(self.fields, "config", dict))
-        except DishaError as error:
-            raise AdapterFileError(f"{self.path}: {error}") from error
-
-    def layers(self) -> tuple[LayerRecord, ...]:
-        records = [
-            record
-            for group in self._field(self.fields, "layers", list)
-            for record in self._group(group)
-        ]
-        if not records:
-            raise AdapterFileError(f"{self.path}: the header lists no layer")
-        twice = _repeated(record.name for record in records)
-        if twice is not None:
-            raise AdapterFileError(f"{self.path}: the header lists layer {brief(twice)} twice")
-        return tuple(records)
-
-    def _group(self, group: object) -> Iterator[LayerRecord]:
-        if not isinstance(group, dict):
-            raise AdapterFileError(f"{self.path}: an entry of the header's layers is no object")
-        kind = self._field(group, "kind", str)
-        if kind not in METHODS:
-            raise AdapterFileError(
-                f"{self.path}: unknown kind {brief(kind)}; known are {', '.join(METHODS)}"
-            )
-        r_out = None if group.get("r_out") is None else self._size(group, "r_out")
-        r, inputs, outputs = (self._size(group, field) for field in ("r", "in", "out"))
-        layout, rows, scale = self._layout(group), self._rows(group), self._scale(group)
-        for name, base in self._field(group, "base", dict).items():
-            if base is not None and not isinstance(base, str):
-                raise AdapterFileError(f"{self.path}: the fingerprint of {brief(name)} is no text")
-            yield LayerRecord(
-                name=name,
-                method=kind,
-                r=r,
-                r_out=r_out,
-                in_features=inputs,
-                out_features=outputs,
-                scale=scale,
-                base=base,
-                layout=layout,
-                rows=rows,
-            )
-
-    def also_train(self) -> tuple[str, ...]:
-        names = self._field(self.fields, "also_train", list)
-        if not all(isinstance(name, str) for name in names):
-            raise AdapterFileError(f"{self.path}: the header's also_train must list names")
-        return tuple(names)
-
-    def metadata(self) -> dict[str, str]:
-        metadata = self._field(self.fields, "metadata", dict)
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise AdapterFileError(f"{self.path}: the header's metadata must be text")
-        return metadata
-
-    def _field(self, fields: dict[str, Any], name: str, kind: type[T]) -> T:
-        value = fields.get(name)
-        if not isinstance(value, kind):
-            raise AdapterFileError(
-                f"{self.path}: the header's field {name!r} must be a JSON {kind.__name__}, "
-                f"is {type(value).__name__}"
-            )
-        return value
-
-    def _layout(self, fields: dict[str, Any]) -> Layout:
-        pattern = self._field(fields, "layout", str)
-        if pattern not in PATTERNS:
-            known = ", ".join(map(repr, PATTERNS))
-            raise AdapterFileError(
-                f"{self.path}: unknown layout {brief(pattern)}; known are {known}"
-            )
-        for field, only in (("groups", "in out *kernel"), ("padding_idx", "index out")):
-            if field in fields and pattern != only:
-                raise AdapterFileError(
-                    f"{self.path}: the header's field {field!r} goes with the layout {only!r}, and "
-                    f"this one is {pattern!r}"
-                )
-        groups = self._size(fields, "groups") if "groups" in fields else 1
-        return Layout(pattern, groups, self._padding_idx(fields))
-
-    def _padding_idx(self, fields: dict[str, Any]) -> int | None:
-        if "padding_idx" not in fields:
-            return None
-        index = self._field(fields, "padding_idx", int)
-        if isinstance(index, bool) or not 0 <= index < self._size(fields, "in"):
-            raise AdapterFileError(
-                f"{self.path}: the header's field 'padding_idx' must be an index below 'in', is "
-                f"{brief(index)}"
-            )
-        return index
-
-    def _rows(self, fields: dict[str, Any]) -> Rows:
-        if "rows" not in fields:
-            return ()
-        try:
-            rows = checked_rows("the header", fields["rows"])
-        except DishaError as error:
-            raise AdapterFileError(f"{self.path}: {error}") from error
-        if rows[-1][1] >= 2**31 or [list(one) for one in rows] != fields["rows"]:
-            raise AdapterFileError(
-                f"{self.path}: the header's field 'rows' must list ranges in their order, below "
-                f"2**31, is {brief(fields['rows'])}"
-            )
-        return rows
-
-    def _scale(self, fields: dict[str, Any]) -> float:
-        try:
-            check_scale(fields.get("scale"))
-        except DishaError as error:
-            raise AdapterFileError(f"{self.path}: {error}") from error
-        return float(fields["scale"])
-
-    def _size(self, fields: dict[str, Any], name: str) -> int:
-        value = self._field(fields, name, int)
-        if isinstance(value, bool) or not 1 <= value < 2**31:
-            raise AdapterFileError(
-                f"{self.path}: the header's field {name!r} must be a size, is {brief(value)}"
-            )
-        return value
+def _layer(path: Path, config: AdapterConfig, entry: Any) -> LayerRecord:
+    name = entry.get("name") if type(entry) is dict else None
+    fields = _checked(f"{path}: layer {brief(name)} of the header", entry, _LAYER)
+    return LayerRecord(
+        name=fields["name"],
+        method=config.method,
+        r=fields["r"],
+        r_out=config.r_out,
+        in_features=fields["in"],
+        out_features=fields["out"],
+        scale=float(fields["scale"]),
+        base=fields.get("base"),
+        layout=Layout(fields["layout"], fields.get("groups", 1), fields.get("padding_idx")),
+        rows=tuple((first, stop) for first, stop in fields.get("rows", ())),
+    )
 
 
-def _repeated(names: Iterable[str]) -> str | None:
-    """Return a name that comes again, or None."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
-
-
-def _check_keys(path: Path, described: list[str], tensors: Mapping[str, object]) -> None:
-    twice = _repeated(described)
-    if twice is not None:
-        raise AdapterFileError(f"{path}: the header lists {brief(twice)} twice")
-    missing = [key for key in described if key not in tensors]
-    extra = sorted(set(tensors) - set(described))
+def _check_keys(described: AdapterFile) -> None:
+    """Raise unless the header lists each tensor once, and there are no other tensors."""
+    listed = Counter([*(layer.key for layer in described.layers), *described.also_train])
+    [(key, times)] = listed.most_common(1)
+    if times > 1:
+        raise _unfit(f"{described.path}: the header lists {brief(key)} {times} times")
+    missing = [key for key in listed if key not in described.tensors]
+    extra = sorted(set(described.tensors) - set(listed))
     if missing or extra:
-        parts = [f"missing {brief(key)}" for key in missing[:10]] + [
-            f"not described {brief(key)}" for key in extra[:10]
-        ]
-        raise AdapterFileError(
-            f"{path}: tensors and header disagree ({len(missing)} missing, {len(extra)} not "
-            f"described): {', '.join(parts)}"
+        problems = [f"missing {brief(key)}" for key in missing[:10]]
+        problems += [f"not described {brief(key)}" for key in extra[:10]]
+        raise _unfit(
+            f"{described.path}: tensors and header disagree ({len(missing)} missing, "
+            f"{len(extra)} not described): {', '.join(problems)}"
         )

@@ -1,4 +1,4 @@
-"""Statistics of the tensors in adapter files, each read when its turn comes."""
+"""Statistics of the tensors in adapter files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from disha.files.tensors import opened
 __all__ = ["TensorStatistics", "chunks", "delta_norm", "statistics_of", "tensor_statistics"]
 
 CHUNK = 1 << 20
-"""Values that are looked at together: bounds the memory that this takes."""
+"""Values that are looked at together, which bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class TensorStatistics:
     """The values of one tensor in a few numbers.
 
     Attributes:
-        norm: Frobenius norm, or None where values are not finite.
+        norm: Frobenius norm, or None if values are not finite.
         rms: root of the mean square, or None likewise.
         largest: largest absolute value, or None likewise.
-        zeros: how many values are zero.
-        infinite: how many values are not finite.
-        delta_norm: of a block, the Frobenius norm of s * dW; None where the block alone does not
-            tell, as dW depends on W, or values are not finite.
+        zeros: number of values that are zero.
+        infinite: number of values that are not finite.
+        delta_norm: the Frobenius norm of s * dW of a block; None if values are not finite, or if dW
+            depends on W, so that the block alone does not tell.
     """
 
     norm: float | None
@@ -42,10 +42,12 @@ class TensorStatistics:
 
 
 def statistics_of(described: AdapterFile) -> Iterator[tuple[str, TensorStatistics]]:
-    """Iterate over the tensors of a file, blocks first: their keys and their statistics.
+    """Iterate over the keys of a file's tensors and their statistics, blocks first.
+
+    Each tensor is read when its turn comes.
 
     Args:
-        described: what the file says of itself.
+        described: what the file says about itself.
 
     Raises:
         AdapterIOError: the file can't be read any more.
@@ -57,7 +59,7 @@ def statistics_of(described: AdapterFile) -> Iterator[tuple[str, TensorStatistic
 
 
 def chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Iterate over the values of a tensor, as many together as memory is to hold copies of."""
+    """Iterate over the values of a tensor in parts of bounded size."""
     flat = tensor.detach().flatten()
     for start in range(0, len(flat), CHUNK):
         yield flat[start : start + CHUNK]
@@ -68,7 +70,7 @@ def tensor_statistics(tensor: Tensor, record: LayerRecord | None = None) -> Tens
 
     Args:
         tensor: any floating-point tensor.
-        record: where it is a block, its layer.
+        record: the layer of a block.
 
     Examples:
         >>> import torch
@@ -96,11 +98,11 @@ def tensor_statistics(tensor: Tensor, record: LayerRecord | None = None) -> Tens
 
 
 def delta_norm(record: LayerRecord, block: Tensor) -> float | None:
-    """Return the Frobenius norm of s * dW, or None where the block alone does not tell it.
+    """Return the Frobenius norm of s * dW, or None if dW depends on W.
 
     ||dW||^2 = t * sum over j of c_j ||D_j||^2, with c_j the number of inputs i with i mod r = j
-    and t = out / r_out (1 without a tile): dW itself is never formed. An input that the update
-    leaves out does not count.
+    and t = out / r_out (1 without a tile). So dW is never formed. An input that the update leaves
+    out (padding_idx) does not count.
 
     Args:
         record: the layer.

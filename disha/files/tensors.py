@@ -1,4 +1,4 @@
-"""Safetensors files, whatever they hold; the only importer of safetensors."""
+"""Reading safetensors files, whatever they hold; the only importer of safetensors."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from disha.text import brief
 __all__ = [
     "DTYPES",
     "LARGEST_INDEX",
+    "LENGTH_BYTES",
     "TensorFile",
     "TensorRecord",
     "explained",
     "opened",
-    "refuse_floods",
 ]
 
 DTYPES = {
@@ -34,20 +34,19 @@ DTYPES = {
 }
 """The dtypes that adapters and base weights have, by their names in a file."""
 
+LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its index, little end first."""
 
-LARGEST_INDEX = 100_000_000
-"""Bytes that safetensors takes at most for what describes the tensors."""
-
-CHARACTERS_FOR_BRACKET = 16
-FREE_BRACKETS = 64
+LARGEST_INDEX = 32 * 2**20
+"""Bytes of the index that is read at all. Parsed, JSON takes up to 40 times its size in memory."""
 
 MOST_DIMENSIONS = 64
-"""As many as operations of torch can work on."""
+"""The most dimensions that operations of torch take."""
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A tensor in a file: its shape, its dtype and its size in bytes."""
+    """A tensor in a file: its shape and its dtype."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -57,12 +56,17 @@ class TensorRecord:
         """Size of the tensor's data in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as torch names it, such as `"float32"`."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 class TensorFile:
-    """An open safetensors file; tensors are read one by one, when they are asked for.
+    """An open safetensors file. Each tensor is read when it is asked for.
 
     Args:
-        path: what errors name.
+        path: the name of the file in errors.
         file: the open file.
     """
 
@@ -94,7 +98,7 @@ class TensorFile:
     def shape(self, key: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it; it is one that torch can work on."""
         shape = tuple(self._file.get_slice(key).get_shape())
-        # A tensor that is empty in one dimension needs no data, however large the others are.
+        # If one dimension is 0, the others may be of any size, as there is no data.
         if len(shape) > MOST_DIMENSIONS or math.prod(size or 1 for size in shape) >= 2**63:
             raise AdapterFileError(
                 f"{self.path}: tensor {brief(key)} has shape {brief(shape)}; allowed are up to "
@@ -115,52 +119,33 @@ def opened(path: Path) -> Iterator[TensorFile]:
 
     Raises:
         AdapterIOError: it can't be read.
-        AdapterFileError: it is no whole safetensors file.
+        AdapterFileError: it is not a complete safetensors file.
     """
     if path.is_dir():
         raise AdapterIOError(f"can't read {path}: it is a folder; name the .safetensors file")
-    if path.exists() and not path.is_file():  # opening a pipe waits for somebody to write into it
-        raise AdapterIOError(f"can't read {path}: it is no regular file; copy it into one")
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise AdapterIOError(f"can't read {path}: it is not a regular file; copy it into one")
     with explained(path):
-        refuse_floods(path, _index(path))
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(LENGTH_BYTES), "little")
+        if LARGEST_INDEX < length <= path.stat().st_size:
+            raise AdapterFileError(
+                f"{path} has a header of {length:,} bytes; at most {LARGEST_INDEX:,} are allowed. "
+                "It is damaged, or made to do harm; get it again"
+            )
         with safetensors.safe_open(path, framework="pt") as file:
             yield TensorFile(path, file)
 
 
-def _index(path: Path) -> str:
-    """Return the JSON at the start of a file, character by byte."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return file.read(min(length, LARGEST_INDEX)).decode("latin-1")
-
-
-def refuse_floods(path: Path, text: str) -> None:
-    """Raise if JSON is little else than brackets.
-
-    As objects, empty lists take 30 times the room that they take as text; names and numbers less
-    than half of that. What describes tensors has more of these than of brackets.
-
-    Args:
-        path: what errors name.
-        text: the JSON, valid or not.
-    """
-    brackets = _brackets(text)
-    if brackets > FREE_BRACKETS + len(text) // CHARACTERS_FOR_BRACKET:
-        raise AdapterFileError(
-            f"{path} has a header that is not valid JSON for tensors: {brackets:,} brackets in "
-            f"{len(text):,} characters. It is damaged, or made to do harm; get it again"
-        )
-
-
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn what reading raises into our own errors, which name the file."""
+    """Turn errors of reading into errors of this library, which name the file."""
     try:
         yield
     except safetensors.SafetensorError as error:
         raise AdapterFileError(
-            f"{path} is not a whole safetensors file ({error}); it is damaged, was cut off, or is "
-            "another kind of file. Get it again"
+            f"{path} is not a complete safetensors file ({error}); it is damaged, was cut off, or "
+            "is another kind of file. Get it again"
         ) from error
     except OSError as error:
         if isinstance(error, DishaError):
@@ -168,18 +153,3 @@ def explained(path: Path) -> Iterator[None]:
         raise AdapterIOError(
             f"can't read {path}: {error.strerror or error}; check the path"
         ) from error
-
-
-PART = 1 << 16
-
-
-def _brackets(text: str) -> int:
-    """Return how many opening brackets JSON has outside of strings."""
-    plain = text.replace("\\\\", "").replace('\\"', "")
-    count, inside = 0, False
-    for start in range(0, len(plain), PART):  # split as a whole, it would take a lot of room
-        pieces = plain[start : start + PART].split('"')
-        outside = "".join(pieces[1::2] if inside else pieces[::2])
-        count += outside.count("[") + outside.count("{")
-        inside ^= len(pieces) % 2 == 0
-    return count

@@ -518,7 +518,7 @@ def _parameters(
     for key, tensor in kept.items():
         remedy = (
             "if it is a buffer of a module that was saved whole, load the folder into the model "
-            "(disha.interop.lora.load), or leave out `also_train` parameters"
+            "(disha.interop.lora.load), or leave out what is beside the blocks (also_train=False)"
         )
         _check_dtype(path, key, tensor, remedy)
     return kept

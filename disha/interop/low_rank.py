@@ -314,7 +314,7 @@ def _cut_update(
     if rank is None:
         raise ArgumentError(
             f"a {method.name} update is not low-rank, so writing it as LoRA cuts it to a rank: "
-            "give `rank`, and `max_error` to refuse losing more than that"
+            "pass rank=, and max_error= to refuse losing more than that"
         )
     weight = block.new_empty(()).expand(layer.weight_shape(tuple(block.shape)))  # for its shape
     if method.reads_weight:
@@ -337,7 +337,7 @@ def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> 
     if base is None:
         raise ArgumentError(
             f"a {layer.method} update depends on the base weights, which the adapter does not "
-            "hold: give `base`, or export from the model"
+            "hold: pass what gives them (base=), or export from the model"
         )
     weight = base(layer.name).detach().cpu()
     misfit = layer.weight_misfit(tuple(block.shape), tuple(weight.shape))

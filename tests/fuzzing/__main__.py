@@ -1,6 +1,4 @@
-"""`python -m tests.fuzzing`: try hostile files, kill saves, and let saves meet.
-
-With the default numbers it takes ten minutes on two cores."""
+"""`make fuzz`: many hostile files, killed saves, and saves that meet; what came of them."""
 
 from __future__ import annotations
 

@@ -428,39 +428,43 @@ def header_cut_off(rng: random.Random, draft: Draft) -> None:
 # --- coherent lies -------------------------------------------------------------------------------
 
 
-def _groups(draft: Draft) -> list[dict[str, Any]]:
-    groups: list[dict[str, Any]] = draft.header["layers"]
-    return groups
+def _layers(draft: Draft) -> list[dict[str, Any]]:
+    layers: list[dict[str, Any]] = draft.header["layers"]
+    return layers
+
+
+def _key(draft: Draft, name: str) -> str:
+    block = f"{draft.header['config']['method']}_block"
+    return f"{name}.{block}" if name else block
 
 
 def _add_layer(draft: Draft, name: str, like: dict[str, Any], tensor: Tensor) -> None:
-    _groups(draft).append({**like, "base": {name: None}})
-    draft.tensors[f"{name}.{like['kind']}_block" if name else f"{like['kind']}_block"] = tensor
+    _layers(draft).append({**like, "name": name})
+    draft.tensors[_key(draft, name)] = tensor
 
 
-def _a_layer(rng: random.Random, draft: Draft) -> tuple[dict[str, Any], str, Tensor]:
-    group = rng.choice(_groups(draft))
-    name = rng.choice(list(group["base"]))
-    return group, name, draft.tensors[f"{name}.{group['kind']}_block"]
+def _a_layer(rng: random.Random, draft: Draft) -> tuple[dict[str, Any], Tensor]:
+    layer = rng.choice(_layers(draft))
+    return layer, draft.tensors[_key(draft, layer["name"])]
 
 
 @recipe(2)
 def layers_that_are_not_there(rng: random.Random, draft: Draft) -> None:
-    group, _, tensor = _a_layer(rng, draft)
+    layer, tensor = _a_layer(rng, draft)
     for name in rng.sample(NAMES, rng.choice((1, 2, 5))):
-        _add_layer(draft, name, group, tensor)
+        _add_layer(draft, name, layer, tensor)
 
 
 @recipe(1)
 def one_layer_by_two_names(rng: random.Random, draft: Draft) -> None:
-    group = next((g for g in _groups(draft) if "body.1" in g["base"]), None)
-    if group is not None:
-        tensor = draft.tensors[f"body.1.{group['kind']}_block"]
+    layer = next((one for one in _layers(draft) if one["name"] == "body.1"), None)
+    if layer is not None:
+        tensor = draft.tensors[_key(draft, "body.1")]
         other = Tensor(tensor.dtype, tensor.shape, bytes(len(tensor.data)))
-        _add_layer(draft, "last", group, rng.choice((tensor, other)))
+        _add_layer(draft, "last", layer, rng.choice((tensor, other)))
         if rng.random() < 0.5:
-            group["base"].pop("body.1")
-            draft.tensors.pop(f"body.1.{group['kind']}_block")
+            _layers(draft).remove(layer)
+            draft.tensors.pop(_key(draft, "body.1"))
 
 
 @recipe(3)
@@ -494,21 +498,23 @@ def blocks_listed_beside(rng: random.Random, draft: Draft) -> None:
 @recipe(2)
 def other_sizes(rng: random.Random, draft: Draft) -> None:
     """Sizes in the header that lie, some with a block that agrees with them."""
-    group, _, tensor = _a_layer(rng, draft)
-    fields = ("r", "r_out", "in", "out", "kind", "scale", "groups", "padding_idx")
-    field = rng.choice(("layout", "rows", *fields))
-    group[field] = rng.choice((1, 2, 3, 4, 5, 7, 8, 9, 12, 2**31 - 1, 2**31, "bat", "bone", None))
+    layer, tensor = _a_layer(rng, draft)
+    field = rng.choice(("r", "in", "out", "scale", "groups", "padding_idx", "layout", "rows"))
+    layer[field] = rng.choice((1, 2, 3, 4, 5, 7, 8, 9, 12, 2**31 - 1, 2**31, "bat", "bone", None))
     if field == "layout":
-        group[field] = rng.choice(PATTERNS)
+        layer[field] = rng.choice(PATTERNS)
     if field == "rows":
         stops = (0, 1, 4, 6, 8, 12, 2**31 - 1, 2**31, 2**63, -1)
-        group[field] = [[rng.choice(stops), rng.choice(stops)] for _ in range(rng.choice((1, 2)))]
+        layer[field] = [[rng.choice(stops), rng.choice(stops)] for _ in range(rng.choice((1, 2)))]
         if rng.random() < 0.7:
-            group["out"] = sum(stop - first for first, stop in group[field])
-    if rng.random() < 0.5 and all(isinstance(group[f], int) for f in ("r", "out")):
+            layer["out"] = sum(stop - first for first, stop in layer[field])
+    if rng.random() < 0.3:
+        draft.header["config"]["r_out"] = rng.choice((1, 2, 3, 4, 5, 2**31, "4", None))
+    if rng.random() < 0.5 and all(isinstance(layer[f], int) for f in ("r", "out")):
         width = {"F64": 8, "F32": 4}.get(tensor.dtype, 2)
-        r, out = (max(1, min(group[size], 50)) for size in ("r", "out"))
-        tensor.shape = [-(-out // r), r, r] if group["kind"] == "bat" else [r, out]
+        r, out = (max(1, min(layer[size], 50)) for size in ("r", "out"))
+        bat = draft.header["config"]["method"] == "bat"
+        tensor.shape = [-(-out // r), r, r] if bat else [r, out]
         tensor.data = bytes(math.prod(tensor.shape) * width)
 
 
@@ -535,39 +541,39 @@ def extreme_values(rng: random.Random, draft: Draft) -> None:
 def extreme_scales(rng: random.Random, draft: Draft) -> None:
     scales = (0, 0.0, -1, 3.4e38, -3.4e38, 3.5e38, 1e-45, 1e-320, Raw("NaN"), Raw("-Infinity"),
               10**38, 10**39, True, "1", Raw("1" * 4000))  # fmt: skip
-    for group in _groups(draft):
-        group["scale"] = rng.choice(scales)
+    for layer in _layers(draft):
+        layer["scale"] = rng.choice(scales)
     if rng.random() < 0.5:
         draft.header["config"]["scale"] = rng.choice(scales)
 
 
 @recipe(1)
-def mixed_kinds(rng: random.Random, draft: Draft) -> None:
+def mixed_methods(rng: random.Random, draft: Draft) -> None:
     other = Draft.of(rng.choice(seed_files()))
-    here = {name for group in _groups(draft) for name in group["base"]}
-    for group in _groups(other):
-        for name in [name for name in group["base"] if name not in here]:
-            key = f"{name}.{group['kind']}_block"
-            _add_layer(draft, name, group, other.tensors[key])
+    here = {layer["name"] for layer in _layers(draft)}
+    for layer in _layers(other):
+        if layer["name"] not in here:
+            _add_layer(draft, layer["name"], layer, other.tensors[_key(other, layer["name"])])
+    if rng.random() < 0.3:
+        draft.header["config"]["method"] = rng.choice(("bone", "bat"))
 
 
 @recipe(1)
 def another_models_layers(rng: random.Random, draft: Draft) -> None:
     """Every layer under a prefix: for another model, but coherent."""
     prefix = rng.choice(("model.", "module.", "_orig_mod.", "a" * 5000 + ".", "\x1b[2J."))
-    keys = {}
-    for group in _groups(draft):
-        for name in list(group["base"]):
-            group["base"][prefix + name] = group["base"].pop(name)
-            keys[f"{name}.{group['kind']}_block"] = prefix
-    draft.tensors = {keys.get(key, "") + key: tensor for key, tensor in draft.tensors.items()}
+    keys = {_key(draft, layer["name"]) for layer in _layers(draft)}
+    for layer in _layers(draft):
+        layer["name"] = prefix + layer["name"]
+    draft.tensors = {
+        (prefix if key in keys else "") + key: tensor for key, tensor in draft.tensors.items()
+    }
 
 
 @recipe(1)
 def other_fingerprints(rng: random.Random, draft: Draft) -> None:
-    for group in _groups(draft):
-        for name in group["base"]:
-            group["base"][name] = rng.choice(("", "0", "0" * 16, "x" * 5000, "\x1b[2J", None, "é"))
+    for layer in _layers(draft):
+        layer["base"] = rng.choice(("", "0", "0" * 16, "x" * 5000, "\x1b[2J", None, "é"))
 
 
 @recipe(1)
@@ -585,13 +591,12 @@ RARE = 0.03
 
 
 def _tiny(draft: Draft) -> tuple[dict[str, Any], Tensor]:
-    """Return a group, yet without layers, of the smallest that a block can be for; and a block."""
+    """Return a layer, yet without a name, of the smallest that a block can be for; and a block."""
     config = draft.header["config"]
-    kind, r_out = config["method"], config["r_out"]
-    out = r_out or 1
-    sizes = {"kind": kind, "r": 1, "r_out": r_out, "in": 1, "out": out, "layout": "out in"}
-    shape = [1, 1, 1] if kind == "bat" else [1, out]
-    return {**sizes, "scale": 1.0, "base": {}}, Tensor("F32", shape, bytes(4 * out))
+    out = config["r_out"] or 1
+    layer = {"layout": "out in", "r": 1, "in": 1, "out": out, "scale": 1.0}
+    shape = [1, 1, 1] if config["method"] == "bat" else [1, out]
+    return layer, Tensor("F32", shape, bytes(4 * out))
 
 
 @recipe(RARE)
@@ -602,18 +607,9 @@ def many_tensors_not_described(rng: random.Random, draft: Draft) -> None:
 
 @recipe(RARE)
 def many_layers(rng: random.Random, draft: Draft) -> None:
-    group, tensor = _tiny(draft)
-    names = [f"layers.{i}.mlp" for i in range(draft.large)]
-    _groups(draft).append({**group, "base": dict.fromkeys(names, "0123456789abcdef")})
-    draft.tensors |= {f"{name}.{group['kind']}_block": tensor for name in names}
-
-
-@recipe(RARE)
-def many_groups(rng: random.Random, draft: Draft) -> None:
-    group, tensor = _tiny(draft)
-    for i in range(draft.large // 2):
-        _groups(draft).append({**group, "scale": i / 7, "base": {f"l{i}": None}})
-        draft.tensors[f"l{i}.{group['kind']}_block"] = tensor
+    layer, tensor = _tiny(draft)
+    for i in range(draft.large):
+        _add_layer(draft, f"layers.{i}.mlp", {**layer, "base": "0123456789abcdef"}, tensor)
 
 
 @recipe(RARE)
@@ -643,10 +639,10 @@ def many_regexes(rng: random.Random, draft: Draft) -> None:
 
 @recipe(RARE)
 def long_names(rng: random.Random, draft: Draft) -> None:
-    group, _, tensor = _a_layer(rng, draft)
+    layer, tensor = _a_layer(rng, draft)
     long = "".join(rng.choices("abcdefgh.", k=draft.large * 10))
     if rng.random() < 0.5:
-        _add_layer(draft, long, group, tensor)
+        _add_layer(draft, long, layer, tensor)
     else:
         draft.header["also_train"].append(long)
         draft.tensors[long] = tensor
@@ -657,11 +653,7 @@ def long_names(rng: random.Random, draft: Draft) -> None:
 def one_long_name_among_many(rng: random.Random, draft: Draft) -> None:
     """What pads a table's cells to the longest would take the product of both."""
     many_layers(rng, draft)
-    group = _groups(draft)[-1]
-    long = "x" * draft.large
-    group["base"][long] = None
-    key = f"{group['kind']}_block"
-    draft.tensors[f"{long}.{key}"] = draft.tensors[f"layers.0.mlp.{key}"]
+    _add_layer(draft, "x" * draft.large, *_tiny(draft))
 
 
 @recipe(RARE)
@@ -672,7 +664,7 @@ def floods(rng: random.Random, draft: Draft) -> None:
     if rng.random() < 0.2:
         flood = Raw("{" + ",".join(f'"{i:x}":0' for i in range(draft.large * 10)) + "}")
     field = rng.choice(("layers", "also_train", "metadata", "config", "flood"))
-    where = rng.choice((draft.header, draft.header["config"], _groups(draft)[0]))
+    where = rng.choice((draft.header, draft.header["config"], _layers(draft)[0]))
     where[field] = flood
 
 

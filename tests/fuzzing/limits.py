@@ -26,8 +26,8 @@ SECONDS_WAITING = 60.0
 FREE = 48 << 20
 """Bytes that anything may take, whatever the file's size."""
 
-TIMES_SIZE = 16
-"""How many times its size a file may take besides."""
+TIMES_SIZE = 40
+"""How many times its size a file may take besides: JSON takes most as objects."""
 
 ADDRESSES = 4 << 30
 """Bytes of addresses that nothing may go beyond: rather fail than bring the machine down."""

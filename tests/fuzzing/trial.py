@@ -226,14 +226,13 @@ def _check_only_its_own(
     adapter = options.get("adapter", "default")
     expected: dict[int, tuple[str, Tensor]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for group in said["layers"]:
-        for name in group["base"]:
-            if "layers" in options and not re.search(PART, name):
-                continue
-            held = _block(model, name, adapter)
-            key = f"{name}.{group['kind']}_block".lstrip(".")
-            expected[id(held.block)] = (key, tensors[key])
-            assert held.strength == float(group["scale"]), f"{key}: another scale"
+    for layer in said["layers"]:
+        if "layers" in options and not re.search(PART, layer["name"]):
+            continue
+        held = _block(model, layer["name"], adapter)
+        key = f"{layer['name']}.{said['config']['method']}_block".lstrip(".")
+        expected[id(held.block)] = (key, tensors[key])
+        assert held.strength == float(layer["scale"]), f"{key}: another scale"
     if options.get("also_train", True):
         for key in said["also_train"]:
             parameter = parameters[key]

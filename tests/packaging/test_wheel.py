@@ -74,7 +74,7 @@ def test_the_sdist_holds_what_builds_tests_and_explains(sdist):
         "mkdocs.yml",
         *("setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md", "CHANGELOG.md"),
         *("CONTRIBUTING.md", "CITATION.cff", "conftest.py", "disha/py.typed", "docs/format.md"),
-        *("tests/conftest.py", "tests/golden/format1-bone.safetensors", "benchmarks/__main__.py"),
+        *("tests/conftest.py", "tests/golden/peft_bone/expected.json", "benchmarks/__main__.py"),
         *("docs/examples/newcomer/train.py", ".pre-commit-config.yaml", ".github/workflows/ci.yml"),
     }
     assert expected <= names

@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 class LanguageTask(Task):
     """Answers to prompts; the loss is over the answers' tokens, the end included."""
 
-    exact_name = "exact answers"
+    exact_name = "answers exactly right"
     forgetting_name = "loss on Python's language reference"
     r, r_out = 16, 192
     layers: ClassVar[Mapping[str, str]] = {

@@ -483,7 +483,7 @@ def not_expressible(header: AdapterHeader, dropout: float | None) -> list[str]:
     if header.config.method == BAT and drops:
         problems.append(
             f"PEFT's BAT has no dropout, this adapter has {drops:g}; leave it out, "
-            "which matters in training only: set `dropout` to 0.0"
+            "which matters in training only: give 0.0 as dropout="
         )
     return problems
 
