@@ -1,9 +1,9 @@
-"""Safetensors files piece by piece: where each tensor's bytes are, and writing one after another.
+"""Safetensors files as bytes: where each tensor is stored, and writing one tensor after another.
 
-A file starts with the length of its header, 8 bytes, little end first; the header, JSON, says of
-each tensor what it is and where its bytes are; the bytes follow without a gap. So tensors of any
-dtype can be copied unread, and a file can be written that is larger than memory. The `safetensors`
-library can write too, from what is all in memory, and only where NumPy is.
+A file starts with the length of its index, 8 bytes, little end first. The index is JSON: dtype,
+shape and place of each tensor. The tensors' bytes follow without a gap. So tensors of any dtype can
+be copied unread, and a file can be written that is larger than memory. The `safetensors` library
+writes only what is in memory, and needs NumPy for it.
 
 Source: the format's description in the documentation of `safetensors`.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError
 from disha.files.atomic import Write
-from disha.files.tensors import LARGEST_INDEX, explained, opened
+from disha.files.tensors import LARGEST_INDEX, LENGTH_BYTES, explained, opened
 
 __all__ = [
     "Piece",
@@ -36,38 +35,31 @@ __all__ = [
     "write_tensor",
 ]
 
-LENGTH_BYTES = 8
-ALIGNMENT = 8
 CHUNK = 1 << 20
 
-WRITTEN = {
-    "U64": "uint64",
-    "I64": "int64",
-    "F64": "float64",
-    "C64": "complex64",
-    "F32": "float32",
-    "U32": "uint32",
-    "I32": "int32",
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "U16": "uint16",
-    "I16": "int16",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.complex64: "C64",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
 }
-"""Dtypes as files name them -> as torch does, in the order in which the library writes tensors.
+"""Dtypes of torch -> their names in files: all that the library reads."""
 
-All that the library reads with torch.
-"""
-
-NAMES = {getattr(torch, name): key for key, name in WRITTEN.items() if hasattr(torch, name)}
-BITS = {key: 8 * dtype.itemsize for dtype, key in NAMES.items()}
-RANKS = {key: rank for rank, key in enumerate(WRITTEN)}
+ITEM_SIZES = {name: dtype.itemsize for dtype, name in NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ class StoredTensor:
         dtype: its dtype as the file names it: `"BF16"`, say.
         shape: its shape.
         start: where its bytes begin in the file.
-        nbytes: how many there are.
+        nbytes: the number of its bytes.
     """
 
     path: Path
@@ -94,7 +86,7 @@ class Piece:
     """A tensor to be written.
 
     Attributes:
-        dtype: its dtype as the file is to name it.
+        dtype: the name of its dtype in the file.
         shape: its shape.
         nbytes: the number of its bytes.
         write: writes exactly so many bytes.
@@ -105,30 +97,24 @@ class Piece:
     nbytes: int
     write: Callable[[BinaryIO], None]
 
-    @property
-    def bits(self) -> int:
-        """Size of one value."""
-        known = BITS.get(self.dtype)  # an empty tensor does not show it
-        return 8 * self.nbytes // max(math.prod(self.shape), 1) if known is None else known
-
 
 def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return the tensors of a file by name, and its `__metadata__`; no tensor is read.
+    """Return the tensors of a file by name, and its `__metadata__`, without reading a tensor.
 
     Raises:
         AdapterIOError: it can't be read.
-        AdapterFileError: it is no whole safetensors file.
+        AdapterFileError: it is not a complete safetensors file.
     """
     with opened(path) as file:  # checks that every byte belongs to one tensor
         metadata = file.metadata
     with explained(path), open(path, "rb") as raw:
         length = int.from_bytes(raw.read(LENGTH_BYTES), "little")
         text = raw.read(length)
-    try:  # what the library reads is more than what the format's description allows
-        header = json.loads(text)
-        header.pop("__metadata__", None)
+    try:  # the library reads more than the format's description allows
+        index = json.loads(text)
+        index.pop("__metadata__", None)
         first = LENGTH_BYTES + length
-        return {name: _stored(path, fields, first) for name, fields in header.items()}, metadata
+        return {name: _stored(path, fields, first) for name, fields in index.items()}, metadata
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise AdapterFileError(
             f"{path} has a header that is not as safetensors describes it ({error}); get it again, "
@@ -142,7 +128,7 @@ def _stored(path: Path, fields: Mapping[str, Any], first: int) -> StoredTensor:
 
 
 def write_pieces(path: str, pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file piece by piece: no more than one is in memory.
+    """Write a safetensors file piece by piece, with one piece in memory at a time.
 
     Args:
         path: the file.
@@ -150,79 +136,67 @@ def write_pieces(path: str, pieces: Mapping[str, Piece], metadata: Mapping[str, 
         metadata: the file's `__metadata__`.
 
     Raises:
+        ArgumentError: names and metadata are more than a safetensors file can hold.
         OSError: it can't be written.
     """
-    _write(path, _ordered(pieces), _index(_ordered(pieces), metadata))
+    ordered = sorted(pieces.items(), key=_rank)
+    index = _index(ordered, metadata)
+    if len(index) > LARGEST_INDEX:
+        raise ArgumentError(
+            f"names and metadata take {len(index):,} bytes, and the header of a safetensors file "
+            f"may have {LARGEST_INDEX:,}; give less metadata"
+        )
+    with open(path, "wb") as file:
+        file.write(len(index).to_bytes(LENGTH_BYTES, "little") + index)
+        for name, piece in ordered:
+            before = file.tell()
+            piece.write(file)
+            assert file.tell() - before == piece.nbytes, name
+
+
+def _rank(item: tuple[str, Piece]) -> tuple[int, str, str]:
+    """Order the widest values first, so that each tensor begins at a multiple of their size."""
+    name, piece = item
+    return -ITEM_SIZES.get(piece.dtype, 0), piece.dtype, name
+
+
+def _index(pieces: list[tuple[str, Piece]], metadata: Mapping[str, str]) -> bytes:
+    """Return the JSON that describes the pieces, padded with spaces to a multiple of 8 bytes."""
+    index: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name, piece in pieces:
+        offsets = [offset, offset + piece.nbytes]
+        index[name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": offsets}
+        offset += piece.nbytes
+    text = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
-    """Return what writes a safetensors file, for `write_files`.
+    """Return the function that writes a safetensors file, for `write_files`.
 
     Args:
         tensors: key -> tensor on the CPU.
         metadata: the file's `__metadata__`.
 
     Raises:
-        ArgumentError: the names and the metadata are more than a safetensors file can hold, or a
-            tensor has a dtype that it can't.
+        ArgumentError: a tensor has a dtype that safetensors files can't hold.
     """
-    pieces = _ordered({key: _piece(key, tensor) for key, tensor in tensors.items()})
-    index = _index(pieces, metadata)
-    if len(index) > LARGEST_INDEX:
-        raise ArgumentError(
-            f"the header does not fit into a safetensors file: it has {len(index):,} bytes, "
-            f"allowed are {LARGEST_INDEX:,}; give less metadata"
-        )
-    return partial(_write, pieces=pieces, index=index)
-
-
-def _piece(key: str, tensor: Tensor) -> Piece:
-    if tensor.dtype not in NAMES:
-        raise ArgumentError(
-            f"tensor {key!r} has dtype {tensor.dtype}, which safetensors files can't hold; allowed "
-            f"are {', '.join(WRITTEN.values())}"
-        )
-    shape = tuple(tensor.shape)
-    return Piece(NAMES[tensor.dtype], shape, tensor.nbytes, partial(write_tensor, tensor))
-
-
-def _ordered(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
-    """Return the pieces as the library orders them, so that each begins at a multiple of its size.
-
-    Wide values come first.
-    """
-
-    def rank(name: str) -> tuple[int, int, str]:
-        piece = pieces[name]
-        return -piece.bits, RANKS.get(piece.dtype, len(RANKS)), name
-
-    return {name: pieces[name] for name in sorted(pieces, key=rank)}
-
-
-def _index(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> bytes:
-    """Return the JSON that describes the pieces, padded with spaces."""
-    index: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name, piece in pieces.items():
-        offsets = [offset, offset + piece.nbytes]
-        index[name] = {"dtype": piece.dtype, "shape": piece.shape, "data_offsets": offsets}
-        offset += piece.nbytes
-    text = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
-    return text + b" " * (-len(text) % ALIGNMENT)
-
-
-def _write(path: str, pieces: Mapping[str, Piece], index: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(len(index).to_bytes(LENGTH_BYTES, "little") + index)
-        for name, piece in pieces.items():
-            before = file.tell()
-            piece.write(file)
-            assert file.tell() - before == piece.nbytes, name
+    pieces = {}
+    for key, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise ArgumentError(
+                f"tensor {key!r} has dtype {tensor.dtype}, which safetensors files can't hold; "
+                f"allowed are {', '.join(NAMES.values())}"
+            )
+        write = partial(write_tensor, tensor)
+        pieces[key] = Piece(NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, write)
+    return partial(write_pieces, pieces=pieces, metadata=metadata)
 
 
 def write_tensor(tensor: Tensor, file: BinaryIO) -> None:
     """Write the bytes of a tensor on the CPU, without copying a contiguous one."""
-    # A conjugate that is not worked out yet shares the bytes of what it is the conjugate of.
+    # A lazy conjugate shares the bytes of the tensor that it is the conjugate of.
     tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if tensor.nbytes:
         file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
@@ -232,7 +206,7 @@ def copy_tensor(stored: StoredTensor, file: BinaryIO) -> None:
     """Copy the bytes of a tensor from its file into another.
 
     Raises:
-        AdapterIOError: they can't be read, or not all of them are there any more.
+        AdapterIOError: they can't be read, or some are missing.
     """
     with explained(stored.path), open(stored.path, "rb", buffering=0) as source:
         source.seek(stored.start)
@@ -240,6 +214,8 @@ def copy_tensor(stored: StoredTensor, file: BinaryIO) -> None:
         while left:
             chunk = source.read(min(left, CHUNK))
             if not chunk:
-                raise AdapterIOError(f"{stored.path} was cut off while it was being read")
+                raise AdapterIOError(
+                    f"{stored.path} was cut off while it was being read; get it again"
+                )
             file.write(chunk)
             left -= len(chunk)
