@@ -29,7 +29,8 @@ from disha.finetune.data.examples import Example
 from disha.finetune.data.sources import ShuffledExamples
 from disha.finetune.metrics import Metrics, recording
 from disha.finetune.models.checkpoint import open_model
-from disha.finetune.training.loop import TrainingPlan, training_steps
+from disha.finetune.settings.training import TrainingSettings
+from disha.finetune.training.loop import training_steps
 from disha.finetune.training.objectives import DecoderObjective
 
 __all__ = ["FULL", "QUICK", "RUNS", "Profile", "Run", "bare_step", "loop", "loop_step", "main"]
@@ -202,17 +203,13 @@ def bare_step(profile: Profile, device: torch.device) -> Callable[[], None]:
 
 def loop_step(profile: Profile, device: torch.device, metrics: Metrics) -> Callable[[], None]:
     """Return what the command does in a step: the loop, and a line of metrics."""
-    plan = TrainingPlan(
-        accumulation=profile.accumulation,
-        epochs=1.0,
+    settings = TrainingSettings(
+        gradient_accumulation_steps=profile.accumulation,
         max_steps=1_000_000,
         learning_rate=1e-4,
-        weight_decay=0.0,
         warmup_ratio=0.0,
-        max_gradient_norm=1.0,
-        eval_steps=0,
     )
-    steps = training_steps(_objective(profile, device), _source(profile), plan)
+    steps = training_steps(_objective(profile, device), _source(profile), settings)
 
     def step() -> None:
         metrics.record_step(next(steps))

@@ -29,10 +29,9 @@ from disha.finetune.preview import preview
 from disha.finetune.report import Sample, environment, peak_memory, samples_page, write_file
 from disha.finetune.settings import FinetuneSettings, SamplingSettings
 from disha.finetune.training.layers import compile_model, enable_gradient_checkpointing
-from disha.finetune.training.memory import explaining_lack_of_memory
+from disha.finetune.training.machine import emulates_bf16, explaining_lack_of_memory
 from disha.finetune.training.objectives import objective_for
 from disha.finetune.training.parallel import Processes, distribute, is_sharded, joined_processes
-from disha.finetune.training.precision import emulates_bf16
 from disha.finetune.verification import Verification, verify_in_fresh_process
 
 __all__ = ["finetune"]

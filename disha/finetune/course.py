@@ -24,13 +24,13 @@ from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.loop import (
     Progress,
     Step,
-    TrainingPlan,
     make_optimizer,
+    planned_steps,
     training_steps,
 )
 from disha.finetune.training.parallel import Processes
 
-__all__ = ["Course", "plan_of", "require_free_of_checkpoints", "train"]
+__all__ = ["Course", "require_free_of_checkpoints", "train"]
 
 NOT_DECISIVE = frozenset(
     {
@@ -38,6 +38,7 @@ NOT_DECISIVE = frozenset(
         "dataloader_num_workers",
         "debug",
         "dry_run",
+        "gradient_accumulation_steps",
         "logging_steps",
         "merge",
         "output_dir",
@@ -91,24 +92,6 @@ class Course:
         return self.tokens / seconds if seconds else None
 
 
-def plan_of(settings: FinetuneSettings) -> TrainingPlan:
-    """What the loop does."""
-    training = settings.training
-    return TrainingPlan(
-        accumulation=training.gradient_accumulation_steps,
-        epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        warmup_ratio=training.warmup_ratio,
-        max_gradient_norm=training.max_grad_norm,
-        eval_steps=settings.output.eval_steps,
-        schedule=training.lr_scheduler_type,
-        bf16=training.bf16,
-        tf32=training.tf32,
-    )
-
-
 def require_free_of_checkpoints(settings: FinetuneSettings) -> None:
     """Check that no checkpoints of an earlier run are in the way.
 
@@ -160,22 +143,28 @@ class _Training:
     evaluations: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        output = self.settings.output
-        self.plan = plan_of(self.settings)
+        output, training = self.settings.output, self.settings.training
         # Dropout differs between the processes, as their batches do.
-        torch.manual_seed(self.settings.training.seed + self.processes.rank)
-        self.optimizer = make_optimizer(self.objective, self.plan)
+        torch.manual_seed(training.seed + self.processes.rank)
+        self.optimizer = make_optimizer(self.objective, training)
         self.checkpoints = Checkpoints(output.output, output.save_total_limit, self.processes)
         self.decisive = {
             name: str(value)
             for name, value in self.settings.to_json().items()
             if name not in NOT_DECISIVE
         }
+        # Other processes may go on, if they make up steps of the same batches.
+        batches = training.gradient_accumulation_steps * self.processes.world_size
+        self.decisive["gradient_accumulation_steps times processes"] = str(batches)
         self.decisive["rows"] = self.inputs.digest()
 
     def run(self) -> Course:
         saved = self._saved()
-        planned = self.plan.steps(self.inputs.source.batches_per_epoch(), self.processes.world_size)
+        planned = planned_steps(
+            self.settings.training,
+            self.inputs.source.batches_per_epoch(),
+            self.processes.world_size,
+        )
         start = Progress() if saved is None else self._restore(saved)
         output = self.settings.output
         with recording(
@@ -219,8 +208,8 @@ class _Training:
             self.objective,
             self.inputs.checked.batches(),
             processes=self.processes,
-            bf16=self.plan.bf16,
-            tf32=self.plan.tf32,
+            bf16=self.settings.training.bf16,
+            tf32=self.settings.training.tf32,
         )
         if not math.isfinite(found.loss):
             raise TrainingError(
@@ -245,10 +234,11 @@ class _Training:
             for step in training_steps(
                 self.objective,
                 self.inputs.source,
-                self.plan,
+                self.settings.training,
                 optimizer=self.optimizer,
                 processes=self.processes,
                 evaluate=self._evaluate,
+                eval_steps=self.settings.output.eval_steps,
                 start=start,
                 should_stop=lambda: interruption.requested,
             ):

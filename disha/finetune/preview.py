@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from disha.finetune.adapting import plan
-from disha.finetune.course import plan_of
 from disha.finetune.estimate import estimate_memory, meta_decoder
 from disha.finetune.inputs import Inputs
 from disha.finetune.settings import FinetuneSettings
+from disha.finetune.training.loop import planned_steps
 
 __all__ = ["preview"]
 
@@ -43,7 +43,7 @@ def preview(inputs: Inputs, settings: FinetuneSettings, processes: int = 1) -> s
 def _steps(inputs: Inputs, settings: FinetuneSettings, processes: int) -> str:
     training = settings.training
     batches = inputs.source.batches_per_epoch()
-    steps = plan_of(settings).steps(batches, processes)
+    steps = planned_steps(settings.training, batches, processes)
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
     line = f"{steps:,} steps of {rows:,} rows"
     if batches is not None:

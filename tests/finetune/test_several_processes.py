@@ -72,7 +72,10 @@ def test_two_processes_learn_what_one_does(tmp_path, tiny_path, alone, strategy)
     assert out.count("adapter.safetensors") == 1
 
 
-def test_two_processes_that_are_stopped_go_on_to_the_same_end(tmp_path, tiny_path, alone):
+@pytest.mark.parametrize("processes", [2, 1])
+def test_two_processes_that_are_stopped_go_on_to_the_same_end(
+    tmp_path, tiny_path, alone, processes
+):
     """Ctrl-C reaches every process of a terminal, and torchrun sends it on to them once more."""
     data, _ = alone
     straight, output = tmp_path / "straight", tmp_path / "out"
@@ -97,8 +100,13 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(tmp_path, tiny_pat
     assert err.count("stopping after this step") == 1
     assert "terminate called" not in err
     assert len(list(output.glob("checkpoint-*"))) == 1
-    assert finished(torchrun([*arguments(tiny_path, data, output, **changes), "--resume"]))[0] == 0
-    assert main(arguments(tiny_path, data, straight, **changes, gradient_accumulation_steps=2)) == 0
+    by_one = {**changes, "gradient_accumulation_steps": 2}
+    if processes == 2:
+        words = [*arguments(tiny_path, data, output, **changes), "--resume"]
+        assert finished(torchrun(words))[0] == 0
+    else:
+        assert main([*arguments(tiny_path, data, output, **by_one), "--resume"]) == 0
+    assert main(arguments(tiny_path, data, straight, **by_one)) == 0
     assert [line["step"] for line in metrics_of(output)] == list(range(201))
     assert losses_of(output) == pytest.approx(losses_of(straight), rel=1e-3)
 

@@ -1,9 +1,8 @@
 """From batches to a trained adapter.
 
 - `objectives`: what is minimised
-- `schedule`: the learning rates
-- `loop`: the steps of training
-- `precision`, `memory`: bfloat16 and TF32, and what to lower where memory does not suffice
+- `loop`: the steps of training, and their learning rates
+- `machine`: number formats of the machine, and running out of memory
 - `layers`: gradient checkpointing and compilation, one layer at a time
 - `parallel`: several processes, with DDP and FSDP2
 - `checkpoints`: from which training goes on exactly

@@ -5,10 +5,12 @@
 - ``adapter.safetensors``: the adapter, as `disha.save_adapter` writes it
 - ``training.pt``: optimiser state by parameter name, place in the data, random states, history;
   tensors and plain data only
-- ``manifest.json``: size and SHA-256 of both
+- ``manifest.json``: the SHA-256 of both
 
-A checkpoint is filled in a temporary folder beside its place, brought to the disk, and renamed into
-its place: it is there whole, or not at all. What a killed save has left is cleared by the next.
+A checkpoint takes its place complete, or not at all. The next save clears what a killed one has
+left. Optimiser states are gathered, so that any number of processes can go on, with any strategy.
+The files of `torch.distributed.checkpoint` would not do: their metadata is a pickle, which can run
+code.
 """
 
 from __future__ import annotations
@@ -22,26 +24,21 @@ import json
 import os
 import random
 import re
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import disha
+from disha.files import write_folder
 from disha.finetune.errors import OutputError, SettingsError
 from disha.finetune.training.loop import Progress
-from disha.finetune.training.parallel import (
-    Processes,
-    is_sharded,
-    shared_like,
-    undistributed,
-    whole,
-)
+from disha.finetune.training.parallel import Processes, is_sharded, undistributed
 
 __all__ = ["Checkpoints", "SavedState"]
 
@@ -50,22 +47,22 @@ T = TypeVar("T")
 ADAPTER, TRAINING, MANIFEST = "adapter.safetensors", "training.pt", "manifest.json"
 FORMAT = 1
 PIECE = 1 << 20
-"""How much of a file is read at a time."""
+"""How many bytes of a file are read at a time."""
 
 NAME = re.compile(r"checkpoint-(\d+)")
-TEMPORARY = re.compile(r"\.checkpoint-\d+\.[0-9a-f]{16}\.tmp")
+LEFTOVER = re.compile(r"\.checkpoint-\d+\..*\.tmp")
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a checkpoint holds, checked whole.
+    """What a checkpoint holds, with all hashes checked.
 
     Args:
         folder: the checkpoint.
         progress: how far training was.
         settings: the caller's, which must agree.
         history: the caller's, such as the losses so far.
-        optimizer: tensors and numbers by parameter name.
+        optimizer: the optimiser's state dict, by parameter names.
         random: the random states of each process, by rank.
     """
 
@@ -73,14 +70,14 @@ class SavedState:
     progress: Progress
     settings: Mapping[str, str]
     history: Mapping[str, Any]
-    optimizer: Mapping[str, Mapping[str, Any]]
+    optimizer: Mapping[str, Any]
     random: tuple[Mapping[str, Any], ...]
 
     def require_agreement(self, settings: Mapping[str, str]) -> None:
-        """Check that training goes on under the settings that it began with.
+        """Check that training goes on with the settings that it began with.
 
         Args:
-            settings: those of now, what follows from others after these.
+            settings: those of now; a setting that follows from others comes after them.
 
         Raises:
             SettingsError: one of them differs; the first is named.
@@ -117,7 +114,7 @@ class Checkpoints:
 
     @property
     def newest(self) -> Path | None:
-        """The newest checkpoint that this run has saved or gone on from."""
+        """The newest checkpoint that this run has saved or resumed from."""
         return self._newest
 
     def save(
@@ -129,9 +126,10 @@ class Checkpoints:
         settings: Mapping[str, str],
         history: Mapping[str, Any],
     ) -> Path:
-        """Save a checkpoint whole; then, with a limit, remove those beyond it.
+        """Save a checkpoint; then, with a limit, remove those beyond it.
 
-        Those of later steps go first: this run has gone back behind them, as they were damaged.
+        Checkpoints of later steps are removed first. They are damaged, so this run has resumed from
+        an earlier one.
 
         Args:
             objective: what is trained, with an adapter in its model.
@@ -157,9 +155,9 @@ class Checkpoints:
             "random": self._processes.gather(_random_state()),
         }
         try:
-            temporary = self._on_main(lambda: self._prepared(final))
-            self._save_adapter(objective, temporary)
-            self._on_main(lambda: _complete(temporary, final, state))
+            with self._new_folder(final) as folder:
+                self._save_adapter(objective, folder / ADAPTER)
+                self._on_main(lambda: _complete(folder, state))
         except OSError as error:  # on all processes alike
             self._on_main(functools.partial(self._give_up, final, error))
         self._newest = final
@@ -167,13 +165,13 @@ class Checkpoints:
         return final
 
     def newest_good(self, report: Callable[[str], None]) -> SavedState | None:
-        """Return the newest checkpoint that is whole; None where there are no checkpoints.
+        """Return the newest checkpoint that is not damaged; None where there are no checkpoints.
 
         Args:
-            report: is told of each one that is passed over, and why; on the main process.
+            report: gets each one that is passed over, and why; on the main process.
 
         Raises:
-            SettingsError: there are some, and none is whole.
+            SettingsError: there are some, and all are damaged.
         """
         self._newest = self._on_main(lambda: self._search(report))
         return None if self._newest is None else _read(self._newest)
@@ -181,7 +179,10 @@ class Checkpoints:
     def restore(
         self, saved: SavedState, objective: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Bring model, optimiser and random states to what they were when `saved` was saved.
+        """Bring model and optimiser to what they were when `saved` was saved.
+
+        So are the random states, if as many processes go on. Otherwise they stay as the caller has
+        set them.
 
         Args:
             saved: what `newest_good` returned.
@@ -189,17 +190,13 @@ class Checkpoints:
             optimizer: a new one, from `make_optimizer`.
 
         Raises:
-            SettingsError: the number of processes or what is trained has changed.
+            SettingsError: other parameters are trained now.
             AdapterFileError: the adapter is not that of this model.
         """
-        if len(saved.random) != self._processes.world_size:
-            raise SettingsError(
-                f"{saved.folder} was saved by {len(saved.random)} processes, and now there are "
-                f"{self._processes.world_size}; start as many to resume, by --nproc-per-node"
-            )
-        disha.load_adapter(undistributed(objective).model, saved.folder / ADAPTER, replace=True)
         _restore_optimizer(saved, objective, optimizer)
-        _restore_random_state(saved.random[self._processes.rank])
+        disha.load_adapter(undistributed(objective).model, saved.folder / ADAPTER, replace=True)
+        if len(saved.random) == self._processes.world_size:
+            _restore_random_state(saved.random[self._processes.rank])
 
     def clear(self) -> None:
         """Remove all checkpoints: they are of an earlier run, and a new one begins.
@@ -207,7 +204,7 @@ class Checkpoints:
         Raises:
             OutputError: one can't be removed.
         """
-        self._on_main(self._clear)
+        self._on_main(lambda: self._remove(self._newest_first()))
 
     # --- on the main process ---------------------------------------------------------------------
 
@@ -224,28 +221,34 @@ class Checkpoints:
             raise result
         return result  # type: ignore[no-any-return]
 
-    def _prepared(self, final: Path) -> Path:
-        """Make the folder that is to be filled."""
+    @contextmanager
+    def _new_folder(self, final: Path) -> Iterator[Path]:
+        """Give all processes a folder to fill; at the end, it takes the place of `final`."""
+        with ExitStack() as stack:
+            yield self._on_main(lambda: stack.enter_context(self._prepared(final)))
+            self._on_main(stack.close)
+
+    @contextmanager
+    def _prepared(self, final: Path) -> Iterator[Path]:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._clear_leftovers()
-        temporary = _temporary(final)
-        temporary.mkdir()
-        return temporary
+        # A folder that is there is damaged, or of an earlier run.
+        with write_folder(final, overwrite=True) as folder:
+            yield folder
 
-    def _save_adapter(self, objective: nn.Module, temporary: Path) -> None:
+    def _save_adapter(self, objective: nn.Module, path: Path) -> None:
         model = undistributed(objective).model
-        if is_sharded(objective):  # which all processes gather together
-            disha.save_adapter(model, temporary / ADAPTER)
+        if is_sharded(objective):  # all processes gather it together
+            disha.save_adapter(model, path)
         else:
-            self._on_main(lambda: disha.save_adapter(model, temporary / ADAPTER))
+            self._on_main(lambda: disha.save_adapter(model, path))
 
     def _give_up(self, final: Path, error: OSError) -> None:
-        """Remove what is there of a checkpoint, and say from where training can go on."""
-        self._clear_leftovers()
+        """Say why a checkpoint can't be written, and from which one training can go on."""
         good = next((path for path in self._newest_first() if _fault(path) is None), None)
         cause = _cause(error)
-        remedy = "make room" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-        way_on = "start again" if good is None else f"go on from {good}, the newest, by --resume"
+        remedy = "make room" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
+        way_on = "start again" if good is None else f"resume from {good}, the newest, by --resume"
         raise OutputError(
             f"{final} can't be written: {cause.strerror or cause}; {remedy}, and {way_on}"
         ) from error
@@ -260,8 +263,8 @@ class Checkpoints:
             report(f"{path} is passed over: {fault}")
         if faults:
             raise SettingsError(
-                f"none of the {faults} checkpoints in {self._folder} is whole; leave --resume out "
-                "to begin anew"
+                f"all {faults} checkpoints in {self._folder} are damaged; leave --resume out to "
+                "begin anew"
             )
         return None
 
@@ -277,124 +280,73 @@ class Checkpoints:
             found = self._newest_first()
             place = found.index(newest)
             self._remove(found[:place] + found[place + self._limit :])
-        self._clear_leftovers()
-
-    def _clear(self) -> None:
-        self._remove(self._newest_first())
-        self._clear_leftovers()
 
     def _remove(self, checkpoints: Iterable[Path]) -> None:
-        """Remove checkpoints, each whole: what is left if this is killed is no checkpoint."""
+        """Remove checkpoints. If this is killed, what is left does not count as one."""
+        self._clear_leftovers()
         for path in checkpoints:
             try:
-                os.rename(path, _temporary(path))
+                os.rename(path, path.with_name(f".{path.name}.old.tmp"))
             except OSError as error:
                 raise OutputError(f"{path} can't be removed: {error.strerror}") from error
+        self._clear_leftovers()
 
     def _clear_leftovers(self) -> None:
         if self._folder.is_dir():
             for path in self._folder.iterdir():
-                if TEMPORARY.fullmatch(path.name):
+                if LEFTOVER.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
 
 
 # --- files ---------------------------------------------------------------------------------------
 
 
-def _temporary(final: Path) -> Path:
-    return final.with_name(f".{final.name}.{secrets.token_hex(8)}.tmp")
+class _DamagedError(disha.DishaError):
+    """A file of a checkpoint is not as it was written."""
 
 
-def _complete(temporary: Path, final: Path, state: Mapping[str, Any]) -> None:
-    """Fill a checkpoint that has its adapter, and bring it to its place."""
-    buffer = io.BytesIO()  # as torch.save hides what the disk says
+def _complete(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write what belongs to a checkpoint beside its adapter."""
+    buffer = io.BytesIO()  # as torch.save hides why a file can't be written
     torch.save(state, buffer)
-    _write(temporary / TRAINING, buffer.getbuffer())
-    sizes = {name: _described(temporary / name) for name in (ADAPTER, TRAINING)}
-    manifest = {"format": FORMAT, "files": sizes}
-    _write(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    _sync(temporary)
-    if final.exists():  # damaged, or of an earlier run
-        os.rename(final, _temporary(final))
-    os.rename(temporary, final)
-    _sync(final.parent)
+    (folder / TRAINING).write_bytes(buffer.getbuffer())
+    files = {name: _digest(folder / name) for name in (ADAPTER, TRAINING)}
+    manifest = json.dumps({"format": FORMAT, "files": files}, indent=2)
+    (folder / MANIFEST).write_text(f"{manifest}\n", encoding="utf-8")
 
 
 def _cause(error: OSError) -> OSError:
-    """Return what the disk said, without what was made of it on the way."""
+    """Return what the system said, without what was made of it on the way."""
     while isinstance(error.__cause__, OSError):
         error = error.__cause__
     return error
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _described(path: Path) -> dict[str, Any]:
+def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(PIECE):
             digest.update(piece)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _fault(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     try:
-        files = _manifest_files(folder)
-        for name in (ADAPTER, TRAINING):
-            fault = _file_fault(folder / name, files[name])
-            if fault is not None:
-                return fault
         _read(folder)
     except OSError as error:
         return f"{error.filename} can't be read: {error.strerror}"
-    except _UnfitError as error:
+    except _DamagedError as error:
         return str(error)
     return None
 
 
-class _UnfitError(disha.DishaError):
-    """A file of a checkpoint is not as it was written."""
-
-
-def _manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        version, files = manifest["format"], manifest["files"]
-        described = {name: dict(files[name]) for name in (ADAPTER, TRAINING)}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _UnfitError(f"{MANIFEST} is damaged") from error
-    if version != FORMAT:
-        raise _UnfitError(f"its format is {version!r}, and this version reads {FORMAT}")
-    return described
-
-
-def _file_fault(path: Path, described: Mapping[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    size = path.stat().st_size
-    if size != described.get("size"):
-        return f"{path.name} has {size} bytes in place of {described.get('size')}"
-    if _described(path) != described:
-        return f"{path.name} is damaged: its SHA-256 is not that of the manifest"
-    return None
-
-
 def _read(folder: Path) -> SavedState:
+    """Read a checkpoint, after checking its hashes."""
+    hashes = _hashes(folder)
+    for name in (ADAPTER, TRAINING):
+        if _digest(folder / name) != hashes.get(name):
+            raise _DamagedError(f"{name} is damaged: its SHA-256 is not that of the manifest")
     try:
         state = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
         return SavedState(
@@ -408,54 +360,48 @@ def _read(folder: Path) -> SavedState:
     except OSError:
         raise
     except Exception as error:  # torch.load raises anything
-        raise _UnfitError(f"{TRAINING} can't be used: {error}") from error
+        raise _DamagedError(f"{TRAINING} can't be used: {error}") from error
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, hashes = manifest["format"], dict(manifest["files"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise _DamagedError(f"{MANIFEST} is damaged") from error
+    if version != FORMAT:
+        raise _DamagedError(f"its format is {version!r}, and this version reads {FORMAT}")
+    return hashes
 
 
 # --- state ---------------------------------------------------------------------------------------
 
 
-def _trained(objective: nn.Module) -> dict[str, nn.Parameter]:
-    named = undistributed(objective).named_parameters()
-    return {name: parameter for name, parameter in named if parameter.requires_grad}
+def _optimizer_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """Return the optimiser's state dict by parameter names, gathered on the main process."""
+    from torch.distributed.checkpoint import state_dict as states
 
-
-def _optimizer_state(
-    objective: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, dict[str, Any]]:
-    """Return the optimiser's state by parameter name; of sharded parameters, gathered whole."""
-    return {
-        name: {key: _on_cpu(value) for key, value in optimizer.state.get(parameter, {}).items()}
-        for name, parameter in _trained(objective).items()
-    }
-
-
-def _on_cpu(value: Any) -> Any:
-    return whole(value).cpu() if isinstance(value, Tensor) else value
+    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return states.get_optimizer_state_dict(objective, optimizer, options=options)
 
 
 def _restore_optimizer(
     saved: SavedState, objective: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    trained = _trained(objective)
-    if trained.keys() != saved.optimizer.keys():
-        [name, *_] = sorted(trained.keys() ^ saved.optimizer.keys())
+    from torch.distributed.checkpoint import state_dict as states
+
+    named = undistributed(objective).named_parameters()
+    trained = {name for name, parameter in named if parameter.requires_grad}
+    before = {name for group in saved.optimizer["param_groups"] for name in group["params"]}
+    if trained != before:
+        [name, *_] = sorted(trained ^ before)
         raise SettingsError(
             f"{saved.folder} was saved while other parameters were trained: {name} is trained only "
             f"{'now' if name in trained else 'there'}; give the same flags again to resume"
         )
-    state = {
-        parameter: {
-            key: shared_like(parameter, value) for key, value in saved.optimizer[name].items()
-        }
-        for name, parameter in trained.items()
-    }
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    optimizer.load_state_dict(
-        {
-            "state": {index: state[p] for index, p in enumerate(order) if state[p]},
-            "param_groups": optimizer.state_dict()["param_groups"],
-        }
-    )
+    # A parameter that has had no gradient has no state.
+    options = states.StateDictOptions(full_state_dict=True, strict=False)
+    states.set_optimizer_state_dict(objective, optimizer, dict(saved.optimizer), options=options)
 
 
 def _random_state() -> dict[str, Any]:

@@ -12,9 +12,9 @@ from torch import nn
 
 from disha.finetune.data.batches import Batch
 from disha.finetune.errors import DataError
+from disha.finetune.training.machine import computing_in_tf32
 from disha.finetune.training.objectives import Objective
 from disha.finetune.training.parallel import Processes, undistributed
-from disha.finetune.training.precision import computing_in_bf16, computing_in_tf32
 
 __all__ = ["Evaluation", "mean_loss"]
 
@@ -42,9 +42,7 @@ def mean_loss(
     bf16: bool = False,
     tf32: bool = False,
 ) -> Evaluation:
-    """The mean loss over all terms of all batches.
-
-    The model is in evaluation mode meanwhile, and in its former mode afterwards.
+    """The mean loss over all terms of all batches, in evaluation mode.
 
     Args:
         objective: of the model, with or without adapters, distributed or not.
@@ -54,14 +52,14 @@ def mean_loss(
         tf32: let CUDA compute float32 products in TF32.
 
     Raises:
-        DataError: there is no batch, or nothing in them that counts.
+        DataError: there is no batch, or no batch has a term.
     """
     inner = undistributed(objective)
     was_training = inner.training
     inner.eval()
     try:
-        # Not inference mode: what a model then makes and keeps, as a table of positions, would be
-        # of no use to training afterwards, and parts of sharded parameters can't be put together.
+        # Not inference mode: training could not use what a model makes in it and keeps, such as a
+        # table of positions, and sharded parameters could not be gathered.
         with torch.no_grad(), computing_in_tf32(tf32):
             return _mean_loss(inner, batches, processes, bf16)
     finally:
@@ -76,9 +74,9 @@ def _mean_loss(
     total, terms = torch.zeros((), dtype=torch.float64, device=device), 0
     for group in _groups(batches, processes.world_size):
         is_own = processes.rank < len(group)
-        # Those without a batch of their own take part too: sharded models compute together.
+        # A process without a batch of its own computes too, as sharded models compute together.
         batch = group[processes.rank] if is_own else group[0]
-        with computing_in_bf16(device, bf16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             loss = objective(batch.to(device))
         if is_own:
             total += loss

@@ -1,17 +1,18 @@
 """The training loop: AdamW over whatever is trainable, with exact gradient accumulation.
 
-The loss of a step is the mean over the terms (tokens that are learned, say) of *all* its batches,
-on all processes, so that several small batches give the gradient of one large batch, whatever their
-lengths. Of the A * N batches of a step, with A to accumulate and N processes, process k takes every
-Nth, from the kth on; so N processes that accumulate A batches do what one does that accumulates
-A * N. At the end of an epoch there may be fewer.
+The loss of a step is the mean over the terms (learned tokens, say) of *all* its batches, on all
+processes. So several small batches give the gradient of one large batch, whatever their lengths.
+
+A step has A * N batches, with A to accumulate and N processes; the last step of an epoch may have
+fewer. Process k takes every Nth batch from the kth on. So N processes that accumulate A batches do
+what one process does that accumulates A * N.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count, islice
@@ -22,77 +23,28 @@ from torch import Tensor, nn
 
 from disha.finetune.data.batches import BatchSource
 from disha.finetune.errors import DataError, SettingsError, TrainingError
-from disha.finetune.settings.training import ScheduleName
-from disha.finetune.training.memory import explaining_lack_of_memory
-from disha.finetune.training.parallel import Processes, deferred_reduction, whole
-from disha.finetune.training.precision import computing_in_bf16, computing_in_tf32
-from disha.finetune.training.schedule import Schedule
+from disha.finetune.settings.training import ScheduleName, TrainingSettings
+from disha.finetune.training.machine import computing_in_tf32, explaining_lack_of_memory
+from disha.finetune.training.parallel import Processes, deferred_reduction, gathered
 
 __all__ = [
     "Progress",
     "Share",
     "Step",
-    "TrainingPlan",
     "accumulate_gradients",
+    "learning_rate",
     "make_optimizer",
+    "planned_steps",
     "training_steps",
 ]
 
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What a training run does.
-
-    Args:
-        accumulation: batches per step, on each process.
-        epochs: passes over the examples, unless `max_steps` is given.
-        max_steps: optimiser steps, or 0 or less to go by `epochs`.
-        learning_rate: the highest.
-        weight_decay: AdamW's.
-        warmup_ratio: part of the steps that warm up.
-        max_gradient_norm: gradients are scaled down to this norm; 0 leaves them as they are.
-        eval_steps: evaluate every so many steps, besides after the last; 0: not between.
-        schedule: how the learning rate goes on after the warm-up.
-        bf16: compute in bfloat16 where that is safe.
-        tf32: let CUDA compute float32 products in TF32.
-    """
-
-    accumulation: int
-    epochs: float
-    max_steps: int
-    learning_rate: float
-    weight_decay: float
-    warmup_ratio: float
-    max_gradient_norm: float
-    eval_steps: int
-    schedule: ScheduleName = "cosine"
-    bf16: bool = False
-    tf32: bool = False
-
-    def steps(self, batches: int | None, processes: int = 1) -> int:
-        """How many optimiser steps there are.
-
-        Args:
-            batches: how many an epoch has, for all processes; None where that is not known.
-            processes: how many share them.
-
-        Raises:
-            SettingsError: it is not known, and `max_steps` does not say either.
-        """
-        if self.max_steps > 0:
-            return self.max_steps
-        if batches is None:
-            raise SettingsError(
-                "--max_steps is needed, as only reading all rows (--streaming) would tell how many "
-                "steps an epoch has; give it, or leave --streaming out"
-            )
-        return max(1, math.ceil(self.epochs * math.ceil(batches / (self.accumulation * processes))))
-
-    def learning_rates(self, batches: int | None, processes: int = 1) -> Schedule:
-        """The learning rates of all steps, with the arguments of `steps`."""
-        steps = self.steps(batches, processes)
-        warmup = math.ceil(steps * self.warmup_ratio)
-        return Schedule(self.schedule, self.learning_rate, steps, warmup)
+# The part of the peak, by the part of the steps after the warm-up that is left: from 1 to above 0.
+# The cosine is written as a sine, which stays above 0 where 1 + cos would be rounded to 0.
+DECAYS: Mapping[ScheduleName, Callable[[float], float]] = {
+    "cosine": lambda left: math.sin(math.pi / 2 * left) ** 2,
+    "linear": lambda left: left,
+    "constant": lambda left: 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +55,7 @@ class Progress:
         step: optimiser steps done.
         epoch: the pass over the examples, from 1.
         batches: batches of this epoch that are done, on all processes.
-        seconds: spent training; evaluations left out.
+        seconds: spent training, without evaluations.
     """
 
     step: int = 0
@@ -122,10 +74,10 @@ class Step:
         loss: mean over the step's terms before the update; of tokens, in nats.
         learning_rate: the one used.
         gradient_norm: before scaling down.
-        tokens: tokens that went through the model, padding left out.
+        tokens: tokens that went through the model, without padding.
         tokens_per_second: of this step.
-        seconds: spent training up to here; evaluations left out.
-        eval_loss: the held-out loss after this step, where it was measured.
+        seconds: spent training up to here, without evaluations.
+        eval_loss: the held-out loss after this step, if it was measured.
         batches: batches of this epoch that are done.
         ends_epoch: whether that is all of them.
     """
@@ -148,8 +100,54 @@ class Step:
         return Progress(self.step, self.epoch, self.batches, self.seconds)
 
 
-def make_optimizer(objective: nn.Module, plan: TrainingPlan) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require gradients, of the distributed objective if it is.
+def planned_steps(settings: TrainingSettings, batches: int | None, processes: int = 1) -> int:
+    """How many optimiser steps training has.
+
+    Args:
+        settings: how many epochs or steps are asked for.
+        batches: how many an epoch has, for all processes; None if that is not known.
+        processes: how many share them.
+
+    Raises:
+        SettingsError: it is not known, and `max_steps` does not say either.
+    """
+    if settings.max_steps > 0:
+        return settings.max_steps
+    if batches is None:
+        raise SettingsError(
+            "--max_steps is needed, as only reading all rows (--streaming) would tell how many "
+            "steps an epoch has; give it, or leave --streaming out"
+        )
+    per_epoch = math.ceil(batches / (settings.gradient_accumulation_steps * processes))
+    return max(1, math.ceil(settings.num_train_epochs * per_epoch))
+
+
+def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
+    """The learning rate of a step: a linear warm-up, then down to zero or constant.
+
+    With T steps, w of them to warm up, and s = 0, 1, ... T - 1:
+
+        s < w       peak * (s + 1) / (w + 1)
+        cosine      peak * (1 + cos(pi * (s - w) / (T - w))) / 2
+        linear      peak * (T - s) / (T - w)
+        constant    peak
+
+    The usual warm-up is s / w, so its first step has the rate zero and learns nothing. Here no step
+    has the rate zero.
+
+    Args:
+        settings: the peak, the schedule, and the part of the steps that warm up.
+        step: its number s, from 0.
+        steps: how many there are.
+    """
+    peak, warmup = settings.learning_rate, math.ceil(steps * settings.warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    return peak * DECAYS[settings.lr_scheduler_type]((steps - step) / (steps - warmup))
+
+
+def make_optimizer(objective: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """AdamW over the parameters that require gradients; call it after `distribute`.
 
     Raises:
         SettingsError: there are none.
@@ -160,18 +158,19 @@ def make_optimizer(objective: nn.Module, plan: TrainingPlan) -> torch.optim.Opti
             "no parameter of the model requires gradients; there is nothing to train"
         )
     return torch.optim.AdamW(
-        trainable, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
+        trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
 
 
 def training_steps(
     objective: nn.Module,
     source: BatchSource[Any],
-    plan: TrainingPlan,
+    settings: TrainingSettings,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     processes: Processes | None = None,
     evaluate: Callable[[], float] | None = None,
+    eval_steps: int = 0,
     start: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[Step]:
@@ -181,54 +180,58 @@ def training_steps(
         objective: what to minimise, distributed if several processes take part; the parameters that
             require gradients are trained.
         source: what to learn from; the same on every process.
-        plan: how.
-        optimizer: what `make_optimizer` returned; made here if not given.
+        settings: how.
+        optimizer: from `make_optimizer`; made here if not given.
         processes: those that take part; by default this one alone.
-        evaluate: measures the held-out loss; called every `plan.eval_steps` steps and after the
-            last.
+        evaluate: measures the held-out loss; called every `eval_steps` steps and after the last.
+        eval_steps: 0 evaluates after the last step only.
         start: where to go on; at the beginning by default.
-        should_stop: asked once in every step; where it is true on any process, that step is the
-            last on all of them. The loss is then measured only if the step was due for it.
+        should_stop: asked once in every step. If it is true on any process, that step is the last
+            on all of them; the loss is then measured only if the step was due for it.
 
     Raises:
         SettingsError: it is not known how many steps there are, or there is nothing to train.
         DataError: there are no rows.
         TrainingError: a loss or gradient is not finite, and the weights stay as before that step;
-            or memory does not suffice.
+            or memory runs out.
     """
-    optimizer = make_optimizer(objective, plan) if optimizer is None else optimizer
+    optimizer = make_optimizer(objective, settings) if optimizer is None else optimizer
     trainable = _trainable(objective)
     processes = processes or Processes.alone(trainable[0].device)
     start = start or Progress()
-    schedule = plan.learning_rates(source.batches_per_epoch(), processes.world_size)
-    portions = _portions(source, plan.accumulation * processes.world_size, start)
+    steps = planned_steps(settings, source.batches_per_epoch(), processes.world_size)
+    size = settings.gradient_accumulation_steps * processes.world_size
+    portions = _portions(source, size, start)
     seconds = start.seconds
-    with computing_in_tf32(plan.tf32), explaining_lack_of_memory():
+    with computing_in_tf32(settings.tf32), explaining_lack_of_memory():
         objective.train()
-        for number in range(start.step + 1, schedule.steps + 1):
+        for number in range(start.step + 1, steps + 1):
             started = time.perf_counter()
-            if not objective.training:  # asked first, as setting it anew takes milliseconds
+            if not objective.training:  # asked first, as setting it takes milliseconds
                 objective.train()
             portion = next(portions)
-            learning_rate = schedule.learning_rate(number - 1)
+            rate = learning_rate(settings, number - 1, steps)
             share = accumulate_gradients(
-                objective, source, portion.batches, processes, bf16=plan.bf16
+                objective, source, portion.batches, processes, bf16=settings.bf16
             )
-            norm = _clipped_norm(trainable, plan.max_gradient_norm)
-            # The one moment in which the GPU is waited for.
-            own_loss, total_norm = torch.stack((share.loss, norm.double())).tolist()
+            norm = nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm or math.inf)
+            # The only moment of a step that waits for the GPU.
+            own_loss, total_norm = torch.stack((share.loss, gathered(norm).double())).tolist()
             wants_to_stop = should_stop is not None and should_stop()
             loss, tokens, stops = processes.sum([own_loss, share.tokens, float(wants_to_stop)])
             _require_finite(number, loss, total_norm)
-            _update(optimizer, learning_rate)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             took = time.perf_counter() - started
             seconds += took
-            is_due = number == schedule.steps or _divides(plan.eval_steps, number)
+            is_due = number == steps or (eval_steps > 0 and number % eval_steps == 0)
             yield Step(
                 step=number,
                 epoch=portion.epoch,
                 loss=loss,
-                learning_rate=learning_rate,
+                learning_rate=rate,
                 gradient_norm=total_norm,
                 tokens=int(tokens),
                 tokens_per_second=tokens / took,
@@ -246,7 +249,7 @@ class Share(NamedTuple):
 
     Attributes:
         loss: its part of the mean loss, a float64 scalar.
-        tokens: tokens that went through the model, padding left out.
+        tokens: tokens that went through the model, without padding.
     """
 
     loss: Tensor
@@ -261,13 +264,13 @@ def accumulate_gradients(
     *,
     bf16: bool = False,
 ) -> Share:
-    """Add to the gradients those of the mean loss over all terms of `batches`.
+    """Add the gradients of the mean loss over all terms of `batches`.
 
     Args:
         objective: what to minimise, distributed if several processes take part.
         source: what the batches are from.
         batches: those of all processes, not yet collated.
-        processes: those that take part; each collates and learns its own.
+        processes: those that take part; each collates and learns its own batches.
         bf16: compute in bfloat16 where that is safe.
     """
     device = processes.device
@@ -277,13 +280,14 @@ def accumulate_gradients(
     loss, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for number in range(passes):
         is_own = number < len(own)
-        # A process without a batch of its own takes part for nothing: the others wait for it.
+        # A process without a batch of its own computes too, as the others wait for it; its result
+        # counts for nothing.
         batch = source.collate(own[number] if is_own else batches[0]).to(device)
         is_last = number == passes - 1
         with nullcontext() if is_last else deferred_reduction(objective):
-            with computing_in_bf16(device, bf16):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 summed = objective(batch)
-            # The processes' gradients are averaged where their sum is meant.
+            # The gradients of the processes are averaged where their sum is needed.
             scale = processes.world_size if is_own else 0
             (summed * scale / terms).backward()
         if is_own:
@@ -293,7 +297,7 @@ def accumulate_gradients(
 
 
 class _Portion(NamedTuple):
-    """The batches of one step, in which epoch they are, and how many of it are done with them."""
+    """The batches of one step, their epoch, and how many batches of it are done after them."""
 
     epoch: int
     end: int
@@ -320,18 +324,6 @@ def _trainable(objective: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in objective.parameters() if parameter.requires_grad]
 
 
-def _divides(divisor: int, number: int) -> bool:
-    return divisor > 0 and number % divisor == 0
-
-
-def _clipped_norm(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = whole(nn.utils.get_total_norm(gradients))
-    if most > 0:
-        nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return norm
-
-
 def _require_finite(step: int, loss: float, norm: float) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
@@ -339,10 +331,3 @@ def _require_finite(step: int, loss: float, norm: float) -> None:
         f"training stopped at step {step}: loss {loss}, gradient norm {norm}, which must both be "
         "finite; lower --learning_rate, or use --bits fp32, or look at the data"
     )
-
-
-def _update(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)

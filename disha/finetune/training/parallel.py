@@ -2,10 +2,9 @@
 
 Without torchrun there is one process, and nothing of `torch.distributed` is used.
 
-What fails on one process stops all of them. The first one that fails leaves a note in the store
-that torchrun's processes share; the others, whose collectives fail once it is gone, or which
-torchrun ends before, find it there and keep silent. So there is one message, from the process that
-knows what happened.
+What fails on one process stops all of them, with one message, from the process that knows what
+happened. The first process that fails leaves a note in the store that torchrun's processes share.
+The collectives of the others fail once it is gone; they find the note and keep silent.
 """
 
 from __future__ import annotations
@@ -35,11 +34,10 @@ __all__ = [
     "Processes",
     "deferred_reduction",
     "distribute",
+    "gathered",
     "is_sharded",
     "joined_processes",
-    "shared_like",
     "undistributed",
-    "whole",
 ]
 
 T = TypeVar("T")
@@ -48,10 +46,10 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process, as environment variables."""
 
 FAILURE = "disha/failure"
-"""Where the store has the note of the first process that failed."""
+"""The key in the store of the note of the first process that failed."""
 
-FAREWELL = 0.2
-"""Seconds between the last word of the processes to each other and the end of each."""
+LAST_WAIT = 0.2
+"""Seconds in which the threads of gloo end, after the last collective."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +107,9 @@ class Processes:
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Join the processes that torchrun has started; without it, be the only one.
+    """Join the processes that torchrun has started; without torchrun, be the only one.
 
-    Everything that the processes do belongs inside, so that what fails on one stops all.
+    Do all work inside this context, so that a failure on one process stops all.
 
     Raises:
         SettingsError: torchrun's environment variables are incomplete, or there are more processes
@@ -125,27 +123,26 @@ def joined_processes() -> Iterator[Processes]:
     try:
         yield processes
     except Exception as error:
-        # Without a farewell to the others, which may be waiting for something else: it would hang.
+        # The group is not destroyed: that would hang if others wait for something else.
         _tell(store, processes, error)
         raise
     except KeyboardInterrupt as interruption:  # of all processes, after the same step
         traceback.clear_frames(interruption.__traceback__)
-        _part()
+        _leave()
         if not processes.is_main:
             raise PeerError("stopped, as rank 0 says") from interruption
         raise
-    _part()
+    _leave()
 
 
-def _part() -> None:
-    # What wraps a model keeps the group, also in circles. A group that is still there when Python
-    # ends has threads that may want Python once more, which then aborts.
+def _leave() -> None:
+    # Wrapped models refer to the group, and are part of reference cycles. If the group still exists
+    # when Python ends, its threads may call into Python, which aborts the process.
     gc.collect()
     dist.destroy_process_group()
-    # Threads of gloo's live on where a model has known its group, and give back the tensors of the
-    # last collective when they get Python's lock. If Python ends before, that ends the process with
-    # SIGABRT, so they get it now.
-    time.sleep(FAREWELL)
+    # Some threads of gloo live on, and return the tensors of the last collective once they get
+    # Python's lock. If Python ended before that, the process would abort.
+    time.sleep(LAST_WAIT)
 
 
 def _world_size() -> int:
@@ -168,7 +165,7 @@ def _join() -> tuple[Processes, Any]:
     device = _device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # gloo besides nccl: what is on the CPU is agreed on without waiting for the GPU.
+    # gloo besides nccl, so that numbers on the CPU are exchanged without waiting for the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world_size = next(rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -187,11 +184,11 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _tell(store: Any, processes: Processes, error: Exception) -> None:
-    """Leave a note of the first failure, or raise because another process has left one."""
+    """Leave a note of the first failure, or raise if another process has left one."""
     note = f"rank {processes.rank}: {error}"
     try:
         first = store.compare_set(FAILURE, "", note).decode()
-    except (RuntimeError, dist.DistError):  # the store is gone, with the process that kept it
+    except (RuntimeError, dist.DistError):  # the process that kept the store is gone
         first = "another process, which is gone"
     if first != note:
         raise PeerError(f"stopped, as training failed on {first}") from error
@@ -203,20 +200,20 @@ def _tell(store: Any, processes: Processes, error: Exception) -> None:
 def distribute(objective: Objective, strategy: Strategy, processes: Processes) -> nn.Module:
     """Return what to train in place of `objective`: it shares the work with the other processes.
 
-    Adapters are injected before, and gradient checkpointing and compilation set up. The parameters
-    to train become those of rank 0 on all processes.
+    Call it after adapters are injected and gradient checkpointing and compilation are set up. The
+    parameters to train get the values of rank 0 on all processes.
 
-    - ddp: every process has the whole model, and gradients are averaged.
+    - ddp: every process has all of the model, and gradients are averaged.
     - fsdp: every process has a part of each parameter, layer by layer (FSDP2); the objective stays
       the same object. Frozen parameters may be of another type than those that are trained.
 
     Args:
         objective: with its model on `processes.device`.
         strategy: how.
-        processes: one alone has nothing to share, and gets `objective` back.
+        processes: those that take part; one alone gets `objective` back.
 
     Raises:
-        SettingsError: the model can't be cut.
+        SettingsError: the model can't be sharded.
         TrainingError: the model differs between the processes.
     """
     if processes.world_size == 1:
@@ -228,8 +225,7 @@ def distribute(objective: Objective, strategy: Strategy, processes: Processes) -
     if strategy == "fsdp":
         _require_one_type(trained)
         return _sharded(objective, processes)
-    # Values are not sent by DDP: at first that would be the whole frozen model, and all buffers
-    # before every forward.
+    # DDP would send the frozen model at first, and all buffers before every forward.
     return nn.parallel.DistributedDataParallel(
         objective,
         init_sync=False,
@@ -290,27 +286,13 @@ def is_sharded(objective: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in objective.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor itself, or gather a sharded one; on all processes at once."""
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is, or a sharded one gathered; call it on all processes."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def shared_like(parameter: Tensor, value: Any) -> Any:
-    """Return this process's part of a whole tensor that goes with a sharded parameter.
-
-    What goes with a parameter that is not sharded, or has another shape, is returned as it is.
-    """
-    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
-        return value
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(parameter, DTensor)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
-
-
 def deferred_reduction(objective: nn.Module) -> AbstractContextManager[None]:
-    """Keep gradients to each process meanwhile; the next backward pass outside reduces them all."""
+    """Keep gradients in each process meanwhile; the next backward pass outside reduces them all."""
     if isinstance(objective, nn.parallel.DistributedDataParallel):
         return objective.no_sync()
     set_sync = getattr(objective, "set_requires_gradient_sync", None)

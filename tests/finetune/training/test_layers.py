@@ -149,7 +149,7 @@ def test_compiled_layers_train_the_same_under_the_same_names():
     compile_model(compiled.model)
     assert list(compiled.state_dict()) == keys
     steps = [
-        list(training_steps(trained, source(8, size=8), plan(epochs=3)))
+        list(training_steps(trained, source(8, size=8), plan(num_train_epochs=3)))
         for trained in (plain, compiled)
     ]
     assert [step.loss for step in steps[1]] == pytest.approx(

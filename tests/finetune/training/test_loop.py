@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import get_scheduler
 
 import disha
 from disha.finetune.data.batches import collate
@@ -17,7 +18,9 @@ from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.loop import (
     Progress,
     accumulate_gradients,
+    learning_rate,
     make_optimizer,
+    planned_steps,
     training_steps,
 )
 from disha.finetune.training.parallel import Processes
@@ -75,41 +78,37 @@ def test_the_loss_is_the_mean_over_learned_tokens():
     [
         ({}, 6, 1, 3),
         ({}, 7, 1, 4),
-        ({"epochs": 2.5}, 6, 1, 8),
-        ({"epochs": 0.01}, 6, 1, 1),
-        ({"max_steps": 7, "epochs": 2.0}, 6, 1, 7),
+        ({"num_train_epochs": 2.5}, 6, 1, 8),
+        ({"num_train_epochs": 0.01}, 6, 1, 1),
+        ({"max_steps": 7, "num_train_epochs": 2.0}, 6, 1, 7),
         ({"max_steps": 7}, None, 1, 7),
-        ({"accumulation": 100}, 6, 1, 1),
+        ({"gradient_accumulation_steps": 100}, 6, 1, 1),
         ({}, 8, 2, 2),
         ({}, 9, 2, 3),
-        ({"epochs": 2.0}, 9, 4, 4),
+        ({"num_train_epochs": 2.0}, 9, 4, 4),
     ],
 )
 def test_number_of_steps(changes, batches, processes, steps):
-    assert plan(**changes).steps(batches, processes) == steps
+    assert planned_steps(plan(**changes), batches, processes) == steps
 
 
 def test_the_number_of_steps_has_to_come_from_somewhere():
     with pytest.raises(SettingsError, match="--max_steps is needed"):
-        plan().steps(None)
-
-
-def test_warm_up_is_rounded_up():
-    assert plan(max_steps=10, warmup_ratio=0.11).learning_rates(12).warmup == 2
+        planned_steps(plan(), None)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 def test_steps_are_recorded(name):
-    rows, choices = source(13), plan(epochs=2.0, schedule=name)
+    rows, choices = source(13), plan(num_train_epochs=2.0, lr_scheduler_type=name)
     steps = list(training_steps(objective(), rows, choices))
     assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [step.epoch for step in steps] == [1, 1, 1, 1, 2, 2, 2, 2]
     assert [step.batches for step in steps] == [2, 4, 6, 7, 2, 4, 6, 7]
     per_epoch = sum(len(row.tokens) - 1 for row in rows.examples)
     assert sum(step.tokens for step in steps[:4]) == per_epoch
-    schedule = choices.learning_rates(7)
-    assert schedule.name == name
-    assert [step.learning_rate for step in steps] == [schedule.learning_rate(i) for i in range(8)]
+    assert [step.learning_rate for step in steps] == [
+        learning_rate(choices, step, 8) for step in range(8)
+    ]
     assert all(b.seconds > a.seconds for a, b in pairwise(steps))
     assert all(step.tokens_per_second > 0 for step in steps)
     assert steps[4].progress == Progress(5, 2, 2, steps[4].seconds)
@@ -139,7 +138,7 @@ def test_the_same_seed_trains_the_same_blocks():
 
 def test_the_steps_are_those_of_adamw_by_hand():
     trained, plain = objective(), objective()
-    choices = plan(max_gradient_norm=0.0, epochs=2.0)
+    choices = plan(max_grad_norm=0.0, num_train_epochs=2.0)
     steps = list(training_steps(trained, source(), choices))
     parameters = [p for p in plain.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=choices.weight_decay)
@@ -161,7 +160,7 @@ def test_the_steps_are_those_of_adamw_by_hand():
 def test_training_goes_on_where_it_is_told_to(split):
     """Without dropout, model and optimiser are all there is besides the place in the data."""
     straight, parted = objective(), objective()
-    choices, rows = plan(epochs=2.0), source(13)
+    choices, rows = plan(num_train_epochs=2.0), source(13)
     expected = [step.loss for step in training_steps(straight, rows, choices)]
     optimizer = make_optimizer(parted, choices)
     first = list(
@@ -176,7 +175,7 @@ def test_training_goes_on_where_it_is_told_to(split):
 
 
 def test_packed_rows_are_learned_like_rows_of_their_own():
-    choices = plan(accumulation=1)
+    choices = plan(gradient_accumulation_steps=1)
     packed, apart = objective(), objective()
     [step] = training_steps(packed, PackedPairs(examples(4), 2, 0), choices)
     [other] = training_steps(apart, source(4, size=4), choices)
@@ -189,7 +188,7 @@ def test_evaluations_at_their_steps_and_after_the_last():
     losses = iter([3.0, 2.0, 1.0])
     steps = list(
         training_steps(
-            objective(), source(), plan(max_steps=5, eval_steps=2), evaluate=lambda: next(losses)
+            objective(), source(), plan(max_steps=5), eval_steps=2, evaluate=lambda: next(losses)
         )
     )
     assert [step.eval_loss for step in steps] == [None, 3.0, None, 2.0, 1.0]
@@ -224,7 +223,7 @@ def test_gradients_are_clipped_to_the_norm(monkeypatch):
 
 
 def test_gradients_are_not_clipped_to_a_norm_of_zero(monkeypatch):
-    before, after = recorded_norms(monkeypatch, plan(max_gradient_norm=0.0))
+    before, after = recorded_norms(monkeypatch, plan(max_grad_norm=0.0))
     assert after == pytest.approx(before)
 
 
@@ -335,6 +334,59 @@ def test_the_mode_is_set_when_it_has_to_be_and_not_in_every_step():
         trained.eval()
         return 1.0
 
-    list(training_steps(trained, source(), plan(max_steps=5, eval_steps=2), evaluate=evaluate))
+    list(training_steps(trained, source(), plan(max_steps=5), eval_steps=2, evaluate=evaluate))
     assert modes == [True] * 10
     assert calls == [True, False, True, False, True, False]
+
+
+# --- learning rates ------------------------------------------------------------------------------
+
+NAMES = ("cosine", "linear", "constant")
+PEERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def rates(name, steps, warmup_ratio):
+    choices = plan(lr_scheduler_type=name, learning_rate=2.0, warmup_ratio=warmup_ratio)
+    return [learning_rate(choices, step, steps) for step in range(steps)]
+
+
+def peer_rates(name, steps, warmup, peak=2.0):
+    """What transformers gives."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = get_scheduler(PEERS[name], optimizer, warmup, steps)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("steps", "warmup"), [(12, 3), (7, 0), (50, 1), (1, 0)])
+def test_after_the_warm_up_the_rates_are_those_of_transformers(name, steps, warmup):
+    expected = peer_rates(name, steps, warmup)
+    assert rates(name, steps, warmup / steps)[warmup:] == pytest.approx(expected[warmup:], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_warm_up_begins_one_part_higher_than_that_of_transformers(name):
+    """Theirs is s / w, with the rate zero in the first step; ours is (s + 1) / (w + 1)."""
+    assert peer_rates(name, 12, 3)[:4] == pytest.approx([0, 2 / 3, 4 / 3, 2])
+    assert rates(name, 12, 0.21)[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+
+
+@given(st.sampled_from(NAMES), st.integers(1, 400), st.floats(0, 1))
+def test_rates_rise_to_the_peak_then_fall_and_none_is_zero(name, steps, part):
+    warmup = math.ceil(part * steps)
+    found = rates(name, steps, part)
+    assert all(0 < rate <= 2.0 for rate in found)
+    assert found[: warmup + 1] == sorted(found[: warmup + 1])
+    assert found[warmup:] == sorted(found[warmup:], reverse=True)
+    if warmup < steps:
+        assert found[warmup] == 2.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_rate_of_a_long_training_is_above_zero(name):
+    assert learning_rate(plan(lr_scheduler_type=name), 10**9 - 1, 10**9) > 0

@@ -13,18 +13,11 @@ from disha.finetune.data.batches import TokenBatch, collate_packed
 from disha.finetune.data.examples import Example
 from disha.finetune.data.sources import ShuffledExamples, permutation
 from disha.finetune.models.decoder import Decoder, DecoderConfig
-from disha.finetune.training.loop import TrainingPlan
+from disha.finetune.settings.training import TrainingSettings
 from disha.finetune.training.objectives import DecoderObjective
 
-PLAN = TrainingPlan(
-    accumulation=2,
-    epochs=1.0,
-    max_steps=-1,
-    learning_rate=1e-2,
-    weight_decay=0.01,
-    warmup_ratio=0.1,
-    max_gradient_norm=1.0,
-    eval_steps=0,
+PLAN = TrainingSettings(
+    gradient_accumulation_steps=2, learning_rate=1e-2, weight_decay=0.01, warmup_ratio=0.1
 )
 
 CONFIG = DecoderConfig(
@@ -42,8 +35,8 @@ CONFIG = DecoderConfig(
 )
 
 
-def plan(**changes) -> TrainingPlan:
-    return TrainingPlan(**{**PLAN.__dict__, **changes})
+def plan(**changes) -> TrainingSettings:
+    return dataclasses.replace(PLAN, **changes)
 
 
 def examples(count: int = 12) -> list[Example]:

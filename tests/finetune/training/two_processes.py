@@ -22,9 +22,9 @@ from disha.finetune.training.objectives import TensorObjective
 from disha.finetune.training.parallel import (
     Processes,
     distribute,
+    gathered,
     is_sharded,
     undistributed,
-    whole,
 )
 from tests.distributed.harness import main
 from tests.finetune.training.tiny import objective, plan, source
@@ -39,15 +39,15 @@ def together():
 
 
 def one_plan(**changes):
-    return plan(accumulation=4, learning_rate=1e-3, **changes)
+    return plan(gradient_accumulation_steps=4, learning_rate=1e-3, **changes)
 
 
 def two_plan(**changes):
-    return plan(accumulation=2, learning_rate=1e-3, **changes)
+    return plan(gradient_accumulation_steps=2, learning_rate=1e-3, **changes)
 
 
-def whole_blocks(trained):
-    return [whole(block).detach().clone() for block in disha.adapter_parameters(trained)]
+def gathered_blocks(trained):
+    return [gathered(block).detach().clone() for block in disha.adapter_parameters(trained)]
 
 
 def assert_close(actual, expected):
@@ -59,12 +59,16 @@ def assert_close(actual, expected):
 def assert_same_curve(strategy, folder, rows, *, prepare=lambda model: None, **options):
     """Losses, tokens, norms and the saved adapter are those of one process."""
     alone = objective(**options)
-    expected = list(training_steps(alone, source(rows), one_plan(epochs=3), processes=ALONE))
+    expected = list(
+        training_steps(alone, source(rows), one_plan(num_train_epochs=3), processes=ALONE)
+    )
     inner = objective(**options)
     prepare(inner.model)
     shared = distribute(inner, strategy, together())
     assert is_sharded(shared) == (strategy == "fsdp")
-    steps = list(training_steps(shared, source(rows), two_plan(epochs=3), processes=together()))
+    steps = list(
+        training_steps(shared, source(rows), two_plan(num_train_epochs=3), processes=together())
+    )
     assert [s.progress.step for s in steps] == [s.progress.step for s in expected]
     assert [(s.epoch, s.batches, s.tokens) for s in steps] == [
         (s.epoch, s.batches, s.tokens) for s in expected
@@ -73,13 +77,13 @@ def assert_same_curve(strategy, folder, rows, *, prepare=lambda model: None, **o
     assert [s.gradient_norm for s in steps] == pytest.approx(
         [s.gradient_norm for s in expected], rel=1e-4
     )
-    assert_close(whole_blocks(undistributed(shared).model), whole_blocks(alone.model))
+    assert_close(gathered_blocks(undistributed(shared).model), gathered_blocks(alone.model))
     path = folder / f"{strategy}{rows}"
     disha.save_adapter(undistributed(shared).model, path)
     dist.barrier()
     plain = objective(**options)
     disha.load_adapter(plain.model, path, replace=True)
-    assert_close(whole_blocks(plain.model), whole_blocks(alone.model))
+    assert_close(gathered_blocks(plain.model), gathered_blocks(alone.model))
 
 
 def check_the_curve_is_that_of_one_process(folder):
@@ -106,7 +110,7 @@ def check_trained_parameters_become_those_of_rank_0(folder):
             for block in disha.adapter_parameters(other.model):
                 block += together().rank
         shared = distribute(other, strategy, together())
-        assert_close(whole_blocks(shared), whole_blocks(first))
+        assert_close(gathered_blocks(shared), gathered_blocks(first))
 
 
 class Images(nn.Module):
@@ -162,12 +166,15 @@ def check_a_model_of_tensors(folder):
     alone = pictures_objective()
     options = {"max_steps": 6, "learning_rate": 1e-3}
     expected = [
-        step.loss for step in training_steps(alone, Pictures(), plan(accumulation=2, **options))
+        step.loss
+        for step in training_steps(
+            alone, Pictures(), plan(gradient_accumulation_steps=2, **options)
+        )
     ]
     for strategy in STRATEGIES:
         shared = distribute(pictures_objective(), strategy, together())
         steps = training_steps(
-            shared, Pictures(), plan(accumulation=1, **options), processes=together()
+            shared, Pictures(), plan(gradient_accumulation_steps=1, **options), processes=together()
         )
         assert [step.loss for step in steps] == pytest.approx(expected, rel=1e-5)
 
@@ -185,19 +192,20 @@ def check_evaluation(folder):
         next(training_steps(shared, rows, two_plan(), processes=together()))  # it still trains
 
 
-def trained(shared, checkpoint, saved=None):
+def trained(shared, checkpoint, saved=None, choices=None, processes=None):
     """Train six steps, or from `saved` on; save after the third."""
-    optimizer = make_optimizer(shared, two_plan())
-    torch.manual_seed(100 + together().rank)
+    choices, processes = choices or two_plan(max_steps=6), processes or together()
+    optimizer = make_optimizer(shared, choices)
+    torch.manual_seed(100 + processes.rank)
     if saved is not None:
         checkpoint.restore(saved, shared, optimizer)
     losses = []
     for step in training_steps(
         shared,
         source(13),
-        two_plan(max_steps=6),
+        choices,
         optimizer=optimizer,
-        processes=together(),
+        processes=processes,
         start=None if saved is None else saved.progress,
     ):
         losses.append(step.loss)
@@ -216,7 +224,7 @@ def check_resuming_is_exact(folder):
         saved = checkpoint.newest_good(pytest.fail)
         assert saved.progress.step == 3
         assert saved.history["losses"] + trained(resumed, checkpoint, saved) == expected
-        assert all(map(torch.equal, whole_blocks(resumed), whole_blocks(straight)))
+        assert all(map(torch.equal, gathered_blocks(resumed), gathered_blocks(straight)))
         assert not list((folder / strategy).glob(".*"))
 
 
@@ -230,13 +238,27 @@ def check_a_checkpoint_goes_on_under_the_other_strategy(folder):
         assert found == pytest.approx(expected[3:], rel=1e-5)
 
 
-def check_as_many_processes_are_needed_to_resume(folder):
-    checkpoint = Checkpoints(folder, None, together())
-    trained(distribute(objective(), "ddp", together()), checkpoint)
-    alone = Checkpoints(folder, None, ALONE)
-    saved = alone.newest_good(pytest.fail)
-    with pytest.raises(SettingsError, match="was saved by 2 processes, and now there are 1"):
-        alone.restore(saved, objective(), make_optimizer(objective(), two_plan()))
+def check_one_process_goes_on_where_two_were(folder):
+    for strategy in STRATEGIES:
+        straight = distribute(objective(), strategy, together())
+        expected = trained(straight, Checkpoints(folder / strategy, None, together()))
+        alone = Checkpoints(folder / strategy, None, ALONE)
+        resumed, saved = objective(), alone.newest_good(pytest.fail)
+        found = trained(resumed, alone, saved, one_plan(max_steps=6), ALONE)
+        assert found == pytest.approx(expected[3:], rel=1e-5)
+        assert_close(gathered_blocks(resumed), gathered_blocks(straight))
+
+
+def check_two_processes_go_on_where_one_was(folder):
+    folder = folder / str(together().rank)  # each trains by itself first
+    straight, alone = objective(), Checkpoints(folder, None, ALONE)
+    expected = trained(straight, alone, None, one_plan(max_steps=6), ALONE)
+    for strategy in STRATEGIES:
+        checkpoint = Checkpoints(folder, None, together())
+        resumed = distribute(objective(), strategy, together())
+        found = trained(resumed, checkpoint, checkpoint.newest_good(pytest.fail))
+        assert found == pytest.approx(expected[3:], rel=1e-5)
+        assert_close(gathered_blocks(resumed), gathered_blocks(straight))
 
 
 def check_a_full_disk_is_told_to_both(folder):
@@ -248,7 +270,7 @@ def check_a_full_disk_is_told_to_both(folder):
         shared = distribute(objective(), strategy, together())
         with pytest.MonkeyPatch.context() as patch:
             if together().is_main:
-                patch.setattr(checkpoints, "_write", full)
+                patch.setattr(checkpoints, "_complete", full)
             with pytest.raises(OutputError, match="No space left on device; make room"):
                 trained(shared, checkpoint)
         assert list((folder / strategy).iterdir()) == []
@@ -260,11 +282,11 @@ def check_a_loss_that_is_not_finite_on_one_process_stops_both(folder):
     if together().rank == 1:
         with torch.no_grad():
             inner.model.model.norm.weight[0] = float("nan")
-    before = whole_blocks(inner)
+    before = gathered_blocks(inner)
     shared = distribute(inner, "ddp", together())
     with pytest.raises(TrainingError, match="stopped at step 1: loss nan"):
         list(training_steps(shared, source(), two_plan(), processes=together()))
-    assert all(map(torch.equal, whole_blocks(inner), before))
+    assert all(map(torch.equal, gathered_blocks(inner), before))
 
 
 def check_one_process_that_wants_to_stop_stops_both(folder):

@@ -5,13 +5,10 @@ import platform
 import pytest
 import torch
 
-from disha.finetune.training.precision import (
-    computing_in_bf16,
+from disha.finetune.training.machine import (
     computing_in_tf32,
     emulates_bf16,
 )
-
-CPU = torch.device("cpu")
 
 
 def switches():
@@ -32,12 +29,6 @@ def test_tf32_is_as_before_after_an_error():
     with pytest.raises(KeyError), computing_in_tf32(True):
         raise KeyError
     assert switches() == before
-
-
-@pytest.mark.parametrize(("enabled", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_bf16(enabled, dtype):
-    with computing_in_bf16(CPU, enabled):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 @pytest.mark.parametrize(
