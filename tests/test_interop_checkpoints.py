@@ -573,8 +573,9 @@ class TestCraftedAdapters:
     def crafted(self, setting, **changes):
         with safe_open(setting.adapter, "pt") as file:
             header = json.loads(file.metadata()["disha"])
-        [group] = header["layers"]
-        group.update(changes)
+        [layer] = header["layers"]
+        for field, value in changes.items():
+            (header["config"] if field in ("method", "r_out") else layer)[field] = value
         tensors = load_file(setting.adapter)
         save_file(tensors, setting.adapter, {"disha": json.dumps(header)})
 
@@ -593,7 +594,7 @@ class TestCraftedAdapters:
             {"layout": "index out"},
             {"layout": "expert out in"},
             {"rows": [[4, 16]]},
-            {"kind": "bone", "r": 1},
+            {"method": "bone", "r": 1},
         ],
     )
     @pytest.mark.parametrize("method", ["bone", "bat"])
@@ -993,8 +994,8 @@ class TestVerifying:
     def test_a_layer_without_a_fingerprint_fits(self, setting):
         with safe_open(setting.adapter, "pt") as file:
             header = json.loads(file.metadata()["disha"])
-        for group in header["layers"]:
-            group["base"] = dict.fromkeys(group["base"])
+        for layer in header["layers"]:
+            del layer["base"]
         save_file(load_file(setting.adapter), setting.adapter, {"disha": json.dumps(header)})
         report = verify_against(setting.base, setting.adapter)
         assert report.ok
