@@ -488,7 +488,7 @@ class TestRefused:
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
     def test_a_quantised_weight(self, setting, dtype):
         self.change(setting, **{"head.weight": torch.ones(12, 8).to(dtype)})
-        self.refuse(setting, AdapterFileError, "quantised or packed; take the checkpoint")
+        self.refuse(setting, AdapterFileError, "quantised or packed; give the checkpoint")
 
     def test_a_quantised_weight_under_other_names(self, setting):
         state = tensors_in(setting.base)

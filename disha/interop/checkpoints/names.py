@@ -1,10 +1,9 @@
-"""Where in a checkpoint the weights of an adapter's layers are.
+"""How the names of an adapter's model become the names of a checkpoint.
 
 A layer `<name>` has its weight under `<name>.weight`, a parameter under its own name. The q, k and
 v of an `nn.MultiheadAttention` are rows of `<attention>.in_proj_weight`, or
-`<attention>.q_proj_weight` and its like. All names of a checkpoint may stand under one more prefix
-than those of the adapter's model (`model.` where the adapter was trained on the inner model), or
-lack one.
+`<attention>.q_proj_weight` and so on. All names of a checkpoint may have one more prefix than those
+of the adapter's model (`model.` if the adapter was trained on the inner model), or lack one.
 """
 
 from __future__ import annotations
@@ -12,23 +11,25 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from disha.errors import AdapterFileError
 from disha.files.header import LayerRecord
 from disha.files.pieces import StoredTensor
+from disha.interop.checkpoints.reading import Checkpoint
 from disha.layers import PROJECTIONS
 from disha.model import join
 
-__all__ = ["Renaming", "key_of", "nearest", "renaming"]
+__all__ = ["Renaming", "nearest", "possible_keys", "renaming"]
 
 PACKED = "in_proj_weight"
 
 DEEPEST_PREFIX = 8
-"""Of how many parts a prefix may be that one of two models has."""
+"""How many parts the prefix may have that one of the two models has more."""
 
 SEARCHED, SHOWN = 2000, 3
+"""Among how many names `nearest` looks, and how many it returns."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Renaming:
     new: str = ""
 
     def __call__(self, name: str) -> str | None:
-        """Return the checkpoint's name, or None for a name that lacks the prefix."""
+        """Return the checkpoint's name, or None for a name without the old prefix."""
         if not self.old:
             return join(self.new, name)
         rest = name.removeprefix(f"{self.old}.")
@@ -47,7 +48,7 @@ class Renaming:
 
     def __str__(self) -> str:
         if self.new:
-            return f"names stand under {self.new!r} there"
+            return f"names have the prefix {self.new!r} there"
         return f"names lack {self.old!r} there" if self.old else "names are the same there"
 
 
@@ -60,35 +61,19 @@ def possible_keys(record: LayerRecord) -> tuple[str, ...]:
     return (*own, join(owner, PACKED if record.rows else f"{last}_weight"))
 
 
-def key_of(
-    record: LayerRecord, tensors: Mapping[str, StoredTensor], renaming: Renaming
-) -> str | None:
-    """Return the name of a layer's weight in the checkpoint, or None."""
-    found = (renaming(key) for key in possible_keys(record) if key)
-    return next((key for key in found if key is not None and key in tensors), None)
-
-
-def renaming(
-    source: object,
-    records: tuple[LayerRecord, ...],
-    also_train: tuple[str, ...],
-    tensors: Mapping[str, StoredTensor],
-) -> Renaming:
-    """Return how the adapter's names become the checkpoint's: all of them, or else most.
+def renaming(checkpoint: Checkpoint, wanted: Sequence[tuple[str, ...]]) -> Renaming:
+    """Return the renaming that leads to all weights in the checkpoint, or else to most.
 
     The names as they are come first: another prefix has to lead to more.
 
     Args:
-        source: the checkpoint, for errors.
-        records: the adapter's layers.
-        also_train: names of its further parameters.
-        tensors: those of the checkpoint.
+        checkpoint: the checkpoint.
+        wanted: the possible names of each weight.
 
     Raises:
         AdapterFileError: several prefixes lead to all of them, and the names as they are do not.
     """
-    wanted = [possible_keys(record) for record in records]
-    wanted += [(key,) for key in also_train]
+    tensors = checkpoint.tensors
     numbers: dict[str, set[int]] = defaultdict(set)
     for number, keys in enumerate(wanted):
         for key in filter(None, keys):
@@ -107,7 +92,7 @@ def renaming(
         return max([Renaming(), *found], key=lambda one: len(found.get(one, ())))
     if len(complete) > 1:
         raise AdapterFileError(
-            f"it is unclear which tensors of {source} are the adapter's: "
+            f"it is unclear which tensors of {checkpoint.path} are the adapter's: "
             f"{'; or '.join(str(one) for one in complete[:3])}. Load the adapter into the model, "
             "and merge there (merge_adapters)"
         )
@@ -115,7 +100,7 @@ def renaming(
 
 
 def _splits(key: str) -> Iterator[tuple[str, str]]:
-    """Iterate over the ways of splitting a name at one of its first dots; first, not at all."""
+    """Yield a name unsplit, and then split at each of its first dots."""
     yield "", key
     parts = key.split(".", DEEPEST_PREFIX)
     for count in range(1, len(parts)):

@@ -20,7 +20,7 @@ from disha.files.json_files import read_json
 from disha.files.pieces import StoredTensor, stored_tensors
 from disha.files.tensors import explained, opened
 
-__all__ = ["INDEX", "SINGLE", "Checkpoint", "open_checkpoint"]
+__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "may_tie", "open_checkpoint"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -185,6 +185,19 @@ def _sharded(folder: Path) -> Checkpoint:
             "tensors); get the folder again"
         )
     return Checkpoint(folder, files, tensors, metadata, index)
+
+
+def may_tie(config: Mapping[str, Any]) -> bool:
+    """Whether the model of a config.json may tie its embeddings.
+
+    A model does so if nothing is said, but a checkpoint without a model type is of no such model.
+
+    Args:
+        config: the content of the file.
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    return any(one is not False for one in said) or (not said and "model_type" in config)
 
 
 def _is_file_name(name: str) -> bool:
