@@ -25,7 +25,7 @@ from disha.files.json_files import LARGEST_CONFIG
 from disha.functional import Layout, bat_delta_weight, bone_delta_weight
 from disha.interop import lora, low_rank
 from disha.model import ModelView
-from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
+from tests.conftest import Layered, assert_unchanged, perturb, snapshot
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -237,18 +237,6 @@ def test_only_the_adapted_layers_are_targeted(tmp_path):
     assert type(theirs["inner"]["q_proj"]) is nn.Linear
 
 
-def test_targets_are_as_short_as_they_can_be(tmp_path):
-    base = tiny_llama()
-
-    def targets(pattern):
-        lora.export(adapted(base, pattern), tmp_path)
-        served(base, tmp_path)
-        return json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-
-    assert targets("q_proj|lm_head") == ["lm_head", "q_proj"]
-    assert targets("0.*up") == ["model.layers.0.mlp.up_proj"]
-
-
 def test_names_that_end_alike_keep_their_own_ranks_and_scales(tmp_path):
     base = nn.ModuleDict({"b": nn.Linear(8, 8), "a": nn.ModuleDict({"b": nn.Linear(8, 8)})})
     ours = adapted(base, "b", 4, rank_pattern={"^b": 2})
@@ -333,116 +321,10 @@ def test_a_batch_norm_trained_beside(tmp_path):
     check_served(base, tmp_path, ours, torch.randn(4, 8), 1e-5)
 
 
-class WithToken(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.token = nn.Parameter(torch.zeros(8))
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.linear(x + self.token)
-
-
-class Listed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-        self.tokens = nn.ParameterList([torch.zeros(8)])
-
-
-@pytest.mark.parametrize(
-    ("base", "target", "also_train", "message"),
-    [
-        (WithToken(), "linear", "token", "token: it belongs to the model itself"),
-        (nn.Sequential(WithToken()), "linear", "token", "save all of 0, where 0.linear is adapted"),
-        (Layered(), "v_proj", "v_proj.bias", "save all of layers.0.attn.v_proj, where"),
-        (Tied(), "q_proj", "embed", "under the names embed.weight, head.weight"),
-        (Listed(), "linear", "tokens", "can't save a ParameterList"),
-        (
-            nn.ModuleDict(
-                {"norm": nn.LayerNorm(8), "prenorm": nn.LayerNorm(8), "b": nn.Linear(8, 8)}
-            ),
-            "b",
-            r"^norm\.",
-            "would save prenorm too, whose name ends likewise",
-        ),
-    ],
-)
-def test_what_modules_to_save_can_not_hold(tmp_path, base, target, also_train, message):
-    ours = adapted(base, target, 4, also_train=also_train)
-    with refused(tmp_path, re.escape(message), ours):
-        lora.export(ours, tmp_path / "lora")
-
-
 # --- where peft would do something else ----------------------------------------------------------
 
 
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.attention(x, x, x)[0]
-
-
-def encoder():
-    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-
-
-SILENT = [
-    (Shared, "first", torch.randn(3, 6), "one module under the names first, second"),
-    (
-        lambda: nn.Sequential(Doubled(8, 8)),
-        "0",
-        torch.randn(3, 8),
-        "Doubled has a forward of its own",
-    ),
-    (
-        lambda: nn.Sequential(encoder()),
-        "linear1",
-        torch.randn(2, 3, 8),
-        "TransformerEncoderLayer reads",
-    ),
-    (SelfAttention, "out_proj", torch.randn(2, 3, 8), "MultiheadAttention reads"),
-]
 """Models on which PEFT loads the adapter and then computes something else, without a word."""
-
-
-@pytest.mark.parametrize(("build", "target", "inputs", "message"), SILENT)
-def test_layers_that_peft_would_not_apply_are_refused(tmp_path, build, target, inputs, message):
-    base = build().eval()
-    ours = adapted(base, target, 3)
-    with refused(tmp_path, message, ours):
-        lora.export(ours, tmp_path / "lora")
-    # An adapter away from its model shows nothing of this: so it is not idle caution.
-    lora.write_lora(tmp_path, *adapter_contents(ModelView(ours)))
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
-    with torch.no_grad():
-        assert not torch.allclose(theirs(inputs), ours(inputs), atol=1e-3)
-
-
-class Widened(nn.TransformerEncoderLayer):
-    """An encoder layer with something after it, which is called."""
-
-    def __init__(self):
-        super().__init__(8, 2, 16, dropout=0.0, batch_first=True)
-        self.after = nn.Linear(8, 8)
-
-    def forward(self, src, *args, **kwargs):
-        return self.after(super().forward(src, *args, **kwargs))
-
-
-def test_layers_beside_those_that_are_read_are_not_refused(tmp_path):
-    base = nn.TransformerEncoder(Widened(), 1, enable_nested_tensor=False).eval()
-    ours = adapted(base, "after", 4)
-    lora.export(ours, tmp_path)
-    check_served(base, tmp_path, ours, torch.randn(2, 3, 8), 1e-5)
 
 
 class Mix(nn.Module):
@@ -485,18 +367,9 @@ def test_layers_that_peft_has_no_lora_for(tmp_path, layer, message):
         lora.export(ours, tmp_path / "lora")
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
-def test_packed_projections_are_refused(tmp_path, method):
-    ours = adapted(SelfAttention(), "q_proj", 4, method=method)
-    with refused(tmp_path, "packed weight", ours):
-        lora.export(ours, tmp_path / "lora", rank=4)
-
-
 def test_the_model_itself_is_refused(tmp_path):
     ours = adapted(nn.Linear(8, 8))
-    with refused(tmp_path, "the whole of it", ours):
-        lora.export(ours, tmp_path / "lora")
-    with refused(tmp_path, "is the whole model"):
+    with refused(tmp_path, "not the model itself"):
         lora.write_lora(tmp_path / "lora", *adapter_contents(ModelView(ours)))
 
 
@@ -718,7 +591,7 @@ def test_a_file_becomes_the_same_folder(tmp_path, method):
 def test_away_from_the_model_bat_needs_the_base(tmp_path):
     ours = adapted(Layered(), "q_proj", 4, method="bat")
     header, tensors = adapter_contents(ModelView(ours))
-    with refused(tmp_path, "pass what gives", kind=disha.ArgumentError):
+    with refused(tmp_path, "pass base=", kind=disha.ArgumentError):
         lora.write_lora(tmp_path / "lora", header, tensors, rank=4)
     with refused(tmp_path, "the weight there is", kind=disha.AdapterFileError):
         lora.write_lora(tmp_path / "lora", header, tensors, rank=4, base=lambda _: torch.ones(3, 8))
@@ -882,16 +755,6 @@ def test_a_batch_norm_trained_beside_comes_back(tmp_path):
     assert torch.equal(again(x), ours(x))
 
 
-def test_buffers_that_are_not_the_models_are_refused(tmp_path):
-    with_trained_norm(tmp_path)
-    model = normed()
-    model[1].num_batches_tracked.fill_(4)
-    before = snapshot(model)
-    with pytest.raises(disha.AdapterFileError, match=r"1\.num_batches_tracked: a buffer, and"):
-        lora.load(model, tmp_path)
-    assert_unchanged(model, before)
-
-
 def test_what_is_beside_the_factors_stays_behind_if_asked(tmp_path):
     ours, again = with_trained_norm(tmp_path), normed()
     assert lora.load(again, tmp_path, also_train=False).matched == ("0.bone_block",)
@@ -933,7 +796,8 @@ def test_peft_scales_by_patterns_and_roots(tmp_path):
     lora.export(adapted(base, "_proj", 4), tmp_path)
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
-    config |= {"lora_alpha": 3, "use_rslora": True, "alpha_pattern": {r"0.*q_proj": 5, "v_proj": 7}}
+    patterns = {"0.attn.q_proj": 5, "v_proj": 7, r"^layers\.1\.attn\.q_proj": 2, "q_proj": 9}
+    config |= {"lora_alpha": 3, "use_rslora": True, "alpha_pattern": patterns}
     path.write_text(json.dumps(config))
     again = copy.deepcopy(base)
     lora.load(again, tmp_path)
@@ -992,7 +856,12 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
             "lora_alpha: .* must be a number",
         ),
         ({"config": {"lora_alpha": 1e300}}, disha.AdapterFileError, "lora_alpha: .* finite"),
-        ({"config": {"alpha_pattern": {"(": 1}}}, disha.AdapterFileError, "no valid regex"),
+        (
+            {"config": {"alpha_pattern": {"(": 1}}},
+            disha.AdapterFileError,
+            "of plain names",
+        ),
+        ({"config": {"alpha_pattern": {".*q": 1}}}, disha.AdapterFileError, "of plain names"),
         ({"config": {"alpha_pattern": 3}}, disha.AdapterFileError, "must be an object"),
         ({"config": {"lora_dropout": 2}}, disha.AdapterFileError, "dropout"),
         ({"config": {"modules_to_save": "a"}}, disha.AdapterFileError, "a list of names"),
@@ -1005,7 +874,7 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
                 }
             },
             disha.AdapterFileError,
-            r"layers\.0\.attn\.q_proj has factors of an embedding .* and of another kind",
+            r"layers\.0\.attn\.q_proj has factors of an embedding .* and of another layer",
         ),
         (
             {
@@ -1018,7 +887,7 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
             "is no Bone adapter",
         ),
         ({"tensors": {f"{FIRST}.lora_B.weight": None}}, disha.AdapterFileError, "lacks lora_A or"),
-        ({"tensors": {"other": torch.ones(1)}}, disha.AdapterFileError, "does not begin with"),
+        ({"tensors": {"other": torch.ones(1)}}, disha.AdapterFileError, "has no name under"),
         (
             {"tensors": {f"{FIRST}.lora_magnitude_vector": torch.ones(8)}},
             disha.AdapterFileError,

@@ -14,7 +14,8 @@ from disha.files.json_files import read_json
 from disha.files.tensors import explained
 from disha.interop import lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes
-from disha.interop.folder import CONFIG_NAME
+from disha.interop.checkpoints.matching import refuse_tied
+from disha.interop.peft_files import CONFIG_NAME
 from disha.model import join
 
 __all__ = ["Form", "Source", "read_source"]
@@ -94,12 +95,14 @@ def read_source(path: Path, base: Checkpoint | None, *, also_train: bool) -> Sou
         contents: Contents = read_contents(path, also_train=also_train)
     elif form == "lora":
         contents = lora.read_lora(path, also_train=also_train)
+        if base is not None:
+            refuse_tied(base, path, contents[0].also_train)
     else:
-        contents = _from_peft(path, base)
+        contents = _from_peft(path, base, also_train)
     return Source(path, form, contents if also_train else blocks_only(*contents))
 
 
-def _from_peft(path: Path, base: Checkpoint | None) -> Contents:
+def _from_peft(path: Path, base: Checkpoint | None, also_train: bool) -> Contents:
     folder = peft.read_folder(path)
     if base is None:
         raise ArgumentError(
@@ -107,4 +110,6 @@ def _from_peft(path: Path, base: Checkpoint | None) -> Contents:
             "--base CHECKPOINT"
         )
     names = [*(join(name, "weight") for name in folder.blocks), *folder.beside]
-    return peft.contents_of(folder, base_shapes(base, names))
+    contents = peft.contents_of(folder, base_shapes(base, names), also_train=also_train)
+    refuse_tied(base, path, contents[0].also_train)
+    return contents

@@ -29,12 +29,12 @@ from disha.errors import (
 from disha.files import AdapterHeader, LayerRecord
 from disha.files.atomic import PathLike, checked_path, write_files
 from disha.files.contents import adapter_contents
-from disha.interop.base_model import base_weights
 from disha.interop.low_rank import (
     BaseWeight,
     LoraReport,
     LowRankUpdate,
     Progress,
+    base_weights,
     check_limits,
     commonest,
     few,

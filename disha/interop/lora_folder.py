@@ -1,63 +1,50 @@
-"""LoRA folders in PEFT's layout, from an adapter away from its model and to one."""
+"""LoRA folders in PEFT's layout, without a model: read and written."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from disha.config import AdapterConfig, check_scale
-from disha.errors import (
-    AdapterFileError,
-    ArgumentError,
-    ArgumentTypeError,
-    ConversionError,
-)
+from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError
 from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.atomic import PathLike, checked_path
-from disha.files.tensors import DTYPES
 from disha.functional import Layout
-from disha.interop.folder import anchored, read_folder, target_modules, write_folder
 from disha.interop.low_rank import (
     BaseWeight,
     LoraReport,
     LowRankUpdate,
     Progress,
-    block_of_factors,
     commonest,
     few,
+    layer_of_factors,
     low_rank_updates,
 )
-from disha.interop.patterns import Pattern, PatternError
-from disha.interop.saved_modules import other_buffers
+from disha.interop.peft_files import (
+    Fields,
+    anchored,
+    exact_targets,
+    is_saved,
+    name_ends,
+    read_peft_files,
+    refuse_to_load,
+    unusable,
+    write_peft_files,
+)
+from disha.interop.peft_view import other_buffers, refuse_to_write
 
-__all__ = ["Lora", "ModelFacts", "converted", "read_lora", "write_lora"]
+__all__ = ["CANT_EXPRESS", "read_lora", "write", "write_lora"]
 
 LOOKUP, IN_OUT, CONV = "index out", "in out", "out in *kernel"
-"""The layouts that PEFT's configuration or tensors tell from others."""
+"""The layouts that a LoRA folder has names, fields or shapes of its own for."""
 
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a model tells of itself, and an adapter's file does not.
-
-    Attributes:
-        base: gives the base weights.
-        name: where the model came from, or None.
-        modules: the names of its modules.
-        kept: the tensors of the modules that PEFT saves whole, by their names.
-    """
-
-    base: BaseWeight | None = None
-    name: str | None = None
-    modules: tuple[str, ...] | None = None
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
+CANT_EXPRESS = "PEFT's LoRA would not compute what this adapter does"
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -73,31 +60,31 @@ def write_lora(
     base: BaseWeight | None = None,
     progress: Progress = iter,
 ) -> LoraReport:
-    """Write an adapter away from its model as LoRA, as `export` does.
+    """Write an adapter that is away from its model as LoRA, as `export` does.
 
-    What only a model can tell stays unchecked: whether PEFT's layers act there (`export` says where
-    they would not), and whether `also_train` names all of each module, as PEFT wants on loading.
-    Convolutions are refused, for their groups and padding are not known.
+    Some checks need the model and are left out: whether PEFT's layers act in it (`export` refuses
+    layers where they don't), and whether `also_train` names everything in each module, as PEFT
+    requires when it loads. Convolutions are refused, because their groups and padding are unknown.
 
     Args:
         folder: the folder to write.
-        header: what describes the adapter.
+        header: the adapter's header.
         tensors: its tensors.
         rank: largest rank of a layer.
-        max_error: largest relative error that a layer may have.
-        base: gives the base weights; needed for BAT only.
-        progress: passes the layers on while they are converted.
+        max_error: largest relative error of a layer.
+        base: returns the base weights; only BAT needs it.
+        progress: is given the layers, and yields each before it is converted.
 
     Returns:
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: LoRA can't express the adapter, or not with an error below `max_error`; or
+        ConversionError: LoRA can't express the adapter, or not with an error up to `max_error`; or
             a layer is a convolution.
         ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or `base`.
-        ArgumentTypeError: one of them is no number.
+        ArgumentTypeError: one of them is not a number.
         AdapterStateError: the adapter holds values that are not finite.
-        AdapterIOError: the folder can't be written; what was there is still there.
+        AdapterIOError: the folder can't be written; what was there is unchanged.
 
     Examples:
         >>> import tempfile
@@ -113,118 +100,66 @@ def write_lora(
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
     target = checked_path(folder)
-    convolutions = [layer.name for layer in header.layers if layer.layout.pattern == CONV]
-    if convolutions:
-        raise ConversionError(
-            f"{convolutions[0]} is a convolution, and its adapter does not tell the groups and "
-            "padding that LoRA depends on; load it into the model and export it from there "
-            "(disha.interop.lora.export)"
-        )
-    lora = converted(
-        header,
-        tensors,
-        rank=rank,
-        max_error=max_error,
-        facts=ModelFacts(base=base),
-        progress=progress,
-    )
-    write_folder(target, lora.config, lora.tensors)
-    return lora.report(target)
-
-
-@dataclass(frozen=True)
-class Lora:
-    """An adapter in PEFT's terms."""
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    updates: tuple[LowRankUpdate, ...]
-    kept: tuple[str, ...]
-
-    def report(self, path: Path) -> LoraReport:
-        """Return what was written to a folder."""
-        return LoraReport.of(path, self.updates, self.kept)
-
-
-def converted(
-    header: AdapterHeader,
-    tensors: Mapping[str, Tensor],
-    *,
-    rank: int | None,
-    max_error: float | None,
-    facts: ModelFacts,
-    progress: Progress = iter,
-) -> Lora:
-    """Return an adapter in PEFT's terms.
-
-    Args:
-        header: what describes the adapter.
-        tensors: its tensors.
-        rank: largest rank of a layer.
-        max_error: largest relative error that a layer may have.
-        facts: what is known of the model.
-        progress: passes the layers on while they are converted.
-
-    Raises:
-        ConversionError: LoRA can't express the adapter, or not with an error below `max_error`.
-        ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or a base.
-        ArgumentTypeError: one of them is no number.
-        AdapterStateError: the adapter holds values that are not finite.
-    """
-    if any(not layer.name for layer in header.layers):
-        raise ConversionError(
-            "the adapted layer is the whole model, and PEFT replaces modules within one; adapt it "
-            "as a part of a model"
-        )
+    problems = []
+    for layer in header.layers:
+        if layer.layout.pattern == CONV:
+            problems.append(
+                f"{layer.name} is a convolution, and its groups and padding are unknown here; load "
+                "the adapter into the model and export from there (disha.interop.lora.export)"
+            )
+        if not layer.name:
+            problems.append("(the model): PEFT adapts layers within a model, not the model itself")
+    problems += [
+        f"{name}: it belongs to the model itself, not to a module in it"
+        for name in header.also_train
+        if "." not in name
+    ]
+    refuse_to_write(CANT_EXPRESS, problems)
     updates = low_rank_updates(
-        header,
-        tensors,
-        rank=rank,
-        max_error=max_error,
-        base=facts.base,
-        progress=progress,
+        header, tensors, rank=rank, max_error=max_error, base=base, progress=progress
     )
-    kept = facts.kept or {name: tensors[name] for name in header.also_train}
-    config = _config(header, updates, kept, facts)
-    factors = {key: factor for update in updates for key, factor in _factors(update)}
-    return Lora(config, {**factors, **kept}, updates, tuple(kept))
+    beside = {name: tensors[name] for name in header.also_train}
+    modules = {name.rpartition(".")[0] for name in beside}
+    targets = exact_targets(layer.name for layer in header.layers)
+    write(target, header, updates, targets, beside, modules)
+    return LoraReport.of(target, updates, beside)
 
 
-def _factors(update: LowRankUpdate) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the keys and factors of a layer, as PEFT's layer of that kind has them."""
-    name, a, b = update.record.name, update.a, update.b
-    if not update.record.scale:
-        b = torch.zeros_like(b)
-    if update.record.layout.pattern == LOOKUP:
-        yield f"{name}.lora_embedding_A", a
-        yield f"{name}.lora_embedding_B", b
-    else:
-        yield f"{name}.lora_A.weight", a
-        yield f"{name}.lora_B.weight", b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
-
-
-def _config(
+def write(
+    folder: Path,
     header: AdapterHeader,
     updates: Sequence[LowRankUpdate],
-    kept: Mapping[str, Tensor],
-    facts: ModelFacts,
-) -> dict[str, Any]:
-    """Return what PEFT calls LoraConfig."""
+    targets: list[str] | str,
+    beside: Mapping[str, Tensor],
+    modules_to_save: Iterable[str],
+    base_name: str | None = None,
+) -> None:
+    """Write a LoRA folder.
+
+    Args:
+        folder: the folder.
+        header: the adapter's header.
+        updates: the factors of its layers.
+        targets: `target_modules` that select the layers.
+        beside: the tensors that are saved beside the factors.
+        modules_to_save: the modules that these belong to.
+        base_name: where the base came from, if that is known.
+    """
     ranks = {update.record.name: update.rank for update in updates}
     alphas = {update.record.name: _alpha(update) for update in updates}
-    # Most layers share both: the rest are exceptions.
+    # Most layers have the same; the others are listed.
     r, alpha = commonest((ranks[name], alphas[name]) for name in ranks)
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": facts.name,
+        "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": {anchored(name): own for name, own in ranks.items() if own != r},
         "alpha_pattern": {anchored(name): own for name, own in alphas.items() if own != alpha},
-        "target_modules": target_modules(ranks, facts.modules),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in kept}) or None,
+        "target_modules": targets,
+        "modules_to_save": sorted(modules_to_save) or None,
         "lora_dropout": header.config.dropout,
         "fan_in_fan_out": any(update.record.layout.pattern == IN_OUT for update in updates),
         "bias": "none",
@@ -232,15 +167,30 @@ def _config(
         "use_rslora": False,
         "use_dora": False,
     }
+    factors = {key: factor for update in updates for key, factor in _factors(update)}
+    write_peft_files(folder, config, {**factors, **beside})
 
 
 def _alpha(update: LowRankUpdate) -> float:
-    """Return lora_alpha = s r, for which PEFT multiplies by s.
+    """Return lora_alpha = s rank, with which PEFT's factor is s.
 
-    0 means 1 to some runtimes, so where s is 0, B is instead.
+    Some runtimes read 0 as 1, so a scale of 0 makes B zero instead.
     """
     alpha = (update.record.scale or 1.0) * update.rank
     return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _factors(update: LowRankUpdate) -> Iterator[tuple[str, Tensor]]:
+    """Yield the keys and factors of a layer, as PEFT's layer of that class has them."""
+    name, a, b = update.record.name, update.a, update.b
+    if not update.record.scale:
+        b = b.new_zeros(b.shape)
+    if update.record.layout.pattern == LOOKUP:
+        yield f"{name}.lora_embedding_A", a
+        yield f"{name}.lora_embedding_B", b
+    else:
+        yield f"{name}.lora_A.weight", a
+        yield f"{name}.lora_B.weight", b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -257,18 +207,20 @@ def read_lora(
 
     Args:
         folder: the folder.
-        layouts: the layouts of the model's weights, by the names of their modules. Only a folder
-            with `fan_in_fan_out`, which holds for some of its layers, does not tell them.
+        layouts: the layouts of the model's weights, by the names of their modules. They are needed
+            for a folder with `fan_in_fan_out`, because that holds for some of its layers only.
         also_train: also return the parameters that the folder holds beside the factors.
-        buffers: the model's buffers; the folder's must have their values, and are left out.
+        buffers: the model's buffers. Those of the folder must have the same values, and are left
+            out.
 
     Returns:
-        What describes the adapter, and its tensors by key.
+        The adapter's header, and its tensors by key.
 
     Raises:
         AdapterIOError: the folder can't be read.
-        AdapterFileError: it holds no LoRA in PEFT's layout, or has other buffers than the model.
-        ConversionError: the LoRA is not a Bone adapter, or does not tell its layouts.
+        AdapterFileError: it does not hold a LoRA in PEFT's layout, or has other buffers than the
+            model, or values that are not finite.
+        ConversionError: the LoRA is not a Bone adapter, or its layouts are unknown.
 
     Examples:
         >>> import tempfile
@@ -284,158 +236,42 @@ def read_lora(
         >>> header.layers[0].method, torch.equal(tensors["0.bone_block"], block)
         ('bone', True)
     """
-    path, config, tensors = read_folder(folder)
-    settings = _Settings(path, config)
-    pairs, beside = _paired(path, tensors, settings.saved_modules())
-    records = {name: settings.record(name, pair, layouts) for name, pair in pairs.items()}
-    blocks = {name: block_of_factors(records[name], pair.a, pair.b) for name, pair in pairs.items()}
-    without = [name for name, block in blocks.items() if block is None]
+    path, fields, tensors = read_peft_files(folder)
+    _check_settings(fields)
+    pairs, beside = _paired(path, tensors, fields.modules_to_save())
+    known = buffers or {}
+    kept = {key: tensor for key, tensor in beside.items() if also_train and key not in known}
+    factors = {f"{name}.lora_{one}": x for name, pair in pairs.items() for one, x in pair.named()}
+    refuse_to_load(path, other_buffers(known, beside if also_train else {}))
+    refuse_to_load(path, unusable({**factors, **kept}))
+    alphas = _Alphas(fields)
+    found = {
+        name: layer_of_factors(
+            name,
+            pair.a,
+            pair.b,
+            layout=pair.layout or _matrix_layout(fields, name, layouts),
+            scale=alphas.scale(name, max(pair.rank, 1)),
+        )
+        for name, pair in pairs.items()
+    }
+    without = [name for name, one in found.items() if one is None]
     if without:
         raise ConversionError(
             f"{path} is no Bone adapter: in {len(without)} of {len(pairs)} layers "
-            f"({few(without)}) lora_A is not [I I ... I], and another A has no block; use this "
+            f"({few(without)}) lora_A is not [I I ... I], and no block has another A; use this "
             "LoRA with PEFT, or merge it there"
         )
-    layers = tuple(records.values())
-    contents = {layer.key: block for layer in layers if (block := blocks[layer.name]) is not None}
-    kept = _parameters(path, beside, buffers or {}) if also_train else {}
-    contents |= kept
+    layers = [one for one in found.values() if one is not None]
+    contents = {layer.key: block for layer, block in layers} | kept
     header = AdapterHeader(
-        config=settings.config(layers, kept),
-        layers=layers,
+        config=_config(fields, [layer for layer, _ in layers], kept),
+        layers=tuple(layer for layer, _ in layers),
         also_train=tuple(kept),
         tensors={key: TensorRecord(tuple(t.shape), t.dtype) for key, t in contents.items()},
         metadata={},
     )
     return header, contents
-
-
-PEFT_ALPHA = 8
-"""What lora_alpha is where a configuration does not say."""
-
-_CHANGE_THE_SUM = (
-    "use_dora",
-    "lora_bias",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "monteclora_config",
-    "kasa_config",
-    "use_bdlora",
-    "use_qalora",
-)
-"""Settings of PEFT's with which a layer computes more than W x + s B A x."""
-
-
-class _Settings:
-    """What an `adapter_config.json` says, each part checked as it is read."""
-
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self.path, self.fields = path, config
-        kind = config.get("peft_type")
-        if kind != "LORA":
-            raise AdapterFileError(
-                f"{path} holds an adapter of peft_type {kind!r}, not 'LORA'; "
-                "disha.interop.peft.load reads PEFT's MiSS and Bone"
-            )
-        beyond = [name for name in _CHANGE_THE_SUM if config.get(name)]
-        if config.get("bias", "none") != "none":
-            beyond.append("bias")
-        if beyond:
-            raise ConversionError(
-                f"{path} uses {', '.join(beyond)}, and a Bone adapter has nothing like that; use "
-                "this LoRA with PEFT"
-            )
-        self.patterns = self._alpha_pattern()
-
-    def record(self, name: str, pair: _Pair, layouts: Mapping[str, Layout] | None) -> LayerRecord:
-        """Return the layer that a pair of factors belongs to if they are those of a block.
-
-        Args:
-            name: its name.
-            pair: the factors.
-            layouts: those of the model's weights, where the model is known.
-        """
-        a, b = pair.a, pair.b
-        rank, *sizes = a.shape or (0,)
-        inputs, kernel = (sizes[0], sizes[1:]) if sizes else (0, [])
-        return LayerRecord(
-            name=name,
-            method="bone",
-            r=rank // max(math.prod(kernel), 1),
-            r_out=None,
-            in_features=inputs,
-            out_features=b.shape[0] if b.dim() else 0,
-            scale=self._scale(name, max(rank, 1)),
-            base=None,
-            layout=pair.layout or self._matrix_layout(name, layouts),
-        )
-
-    def _matrix_layout(self, name: str, layouts: Mapping[str, Layout] | None) -> Layout:
-        if not self.fields.get("fan_in_fan_out"):
-            return Layout("out in")
-        if layouts is None:
-            raise ConversionError(
-                f"{self.path} has fan_in_fan_out, and does not tell for which of its layers; load "
-                "it into the model (disha.interop.lora.load), and save the adapter from there"
-            )
-        return layouts.get(name, Layout(IN_OUT))
-
-    def config(self, layers: Sequence[LayerRecord], beside: Iterable[str]) -> AdapterConfig:
-        """Return the adapter's configuration."""
-        dropout = self._number("lora_dropout", self.fields.get("lora_dropout", 0.0))
-        patterns = [f"^{re.escape(name)}$" for name in beside]
-        fields = {
-            "r": commonest(layer.r for layer in layers),
-            "target": None,
-            "scale": layers[0].scale,
-            "dropout": dropout,
-            "also_train": patterns,
-        }
-        try:
-            return AdapterConfig.from_json(fields)
-        except ArgumentError as error:
-            raise AdapterFileError(f"{self.path}: {error}") from error
-
-    def _scale(self, name: str, rank: int) -> float:
-        """Return s of a layer, as PEFT finds it."""
-        default = self.fields.get("lora_alpha", PEFT_ALPHA)
-        alpha = next((own for pattern, own in self.patterns if self._fits(pattern, name)), default)
-        root = math.sqrt(rank) if self.fields.get("use_rslora") else rank
-        return self._number("lora_alpha", alpha) / root
-
-    def saved_modules(self) -> tuple[str, ...]:
-        """Return the names, or the ends of names, of modules that are saved whole."""
-        names = self.fields.get("modules_to_save") or []
-        if not isinstance(names, list) or not all(isinstance(one, str) and one for one in names):
-            raise AdapterFileError(
-                f"{self.path}: modules_to_save must be a list of names, none of them empty, or null"
-            )
-        return tuple(names)
-
-    def _alpha_pattern(self) -> list[tuple[Pattern, Any]]:
-        patterns = self.fields.get("alpha_pattern") or {}
-        if not isinstance(patterns, dict):
-            raise AdapterFileError(f"{self.path}: alpha_pattern must be an object of name -> alpha")
-        try:
-            return [(Pattern(rf"(.*\.)?({key})"), alpha) for key, alpha in patterns.items()]
-        except PatternError as error:
-            raise AdapterFileError(f"{self.path}: alpha_pattern has {error}") from error
-
-    def _fits(self, pattern: Pattern, name: str) -> bool:
-        try:
-            return pattern.fullmatch(name)
-        except PatternError as error:
-            raise AdapterFileError(f"{self.path}: alpha_pattern has {error}") from error
-
-    def _number(self, field: str, value: Any) -> float:
-        try:
-            check_scale(value)
-        except (ArgumentError, ArgumentTypeError) as error:
-            raise AdapterFileError(f"{self.path}: {field}: {error}") from error
-        return float(value)
 
 
 @dataclass(frozen=True)
@@ -446,11 +282,20 @@ class _Pair:
     b: Tensor
     embedding: bool
 
+    def named(self) -> list[tuple[str, Tensor]]:
+        """Return the factors with their names."""
+        return [("A", self.a), ("B", self.b)]
+
+    @property
+    def rank(self) -> int:
+        """Rows of A, 0 if it has no shape of a factor."""
+        return self.a.shape[0] if self.a.dim() else 0
+
     @property
     def layout(self) -> Layout | None:
-        """The layout of the weight; None for that of a linear layer, which the pair does not tell.
+        """The layout of the weight, or None for a linear layer, whose factors don't tell it.
 
-        The row of an embedding that its update leaves out is the one zero column of A.
+        The row of an embedding that is left out of the update is the one zero column of A.
         """
         if self.embedding:
             empty = (self.a == 0).all(dim=0).nonzero().flatten().tolist()
@@ -480,9 +325,8 @@ def _paired(
         suffix = next((suffix for suffix in _FACTORS if key.endswith(suffix)), None)
         if suffix is not None:
             factor, embedding = _FACTORS[suffix]
-            _check_dtype(path, key, tensor, "save the LoRA again in one of these")
             factors.setdefault((key.removesuffix(suffix), embedding), {})[factor] = tensor
-        elif key.rpartition(".")[0].endswith(tuple(saved)):
+        elif is_saved(key.rpartition(".")[0], saved):
             beside[key] = tensor
         elif not key.endswith(_BASE_WEIGHT):
             raise AdapterFileError(
@@ -495,7 +339,7 @@ def _paired(
     if twice:
         raise AdapterFileError(
             f"{path}: {few(twice)} has factors of an embedding (lora_embedding_A and _B) and of "
-            "another kind of layer (lora_A and _B) too; save the LoRA again"
+            "another layer (lora_A and _B) too; save the LoRA again"
         )
     halves = [name for (name, _), found in factors.items() if len(found) < 2]
     if halves:
@@ -507,27 +351,107 @@ def _paired(
     return pairs, beside
 
 
-def _parameters(
-    path: Path, beside: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return what is beside the factors without buffers, which must be the model's."""
-    problems = other_buffers(buffers, beside)
-    if problems:
-        raise AdapterFileError(f"{path} does not fit the model:\n" + "\n".join(problems[:20]))
-    kept = {key: tensor for key, tensor in beside.items() if key not in buffers}
-    for key, tensor in kept.items():
-        remedy = (
-            "if it is a buffer of a module that was saved whole, load the folder into the model "
-            "(disha.interop.lora.load), or leave out what is beside the blocks (also_train=False)"
-        )
-        _check_dtype(path, key, tensor, remedy)
-    return kept
+# --- the configuration ---------------------------------------------------------------------------
 
 
-def _check_dtype(path: Path, key: str, tensor: Tensor, remedy: str) -> None:
-    """Raise unless a tensor has a dtype that a parameter has."""
-    if tensor.dtype not in DTYPES.values():
-        allowed = ", ".join(map(str, DTYPES.values()))
+PEFT_ALPHA = 8
+"""PEFT's lora_alpha if a configuration has none."""
+
+_CHANGE_THE_SUM = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "monteclora_config",
+    "kasa_config",
+    "use_bdlora",
+    "use_qalora",
+)
+"""PEFT's settings with which a layer computes something else than W x + s B A x."""
+
+
+def _check_settings(fields: Fields) -> None:
+    kind = fields.get("peft_type")
+    if kind != "LORA":
         raise AdapterFileError(
-            f"{path}: tensor {key!r} has dtype {tensor.dtype}; allowed are {allowed}: {remedy}"
+            f"{fields.path} is of an adapter of peft_type {kind!r}, not 'LORA'; "
+            "disha.interop.peft.load reads PEFT's MiSS and Bone"
         )
+    beyond = [name for name in _CHANGE_THE_SUM if fields.get(name)]
+    if fields.get("bias", "none") != "none":
+        beyond.append("bias")
+    if beyond:
+        raise ConversionError(
+            f"{fields.path} uses {', '.join(beyond)}, and a Bone adapter has nothing like that; "
+            "use this LoRA with PEFT"
+        )
+
+
+def _matrix_layout(fields: Fields, name: str, layouts: Mapping[str, Layout] | None) -> Layout:
+    """Return the layout of a linear layer's weight."""
+    if not fields.get("fan_in_fan_out"):
+        return Layout("out in")
+    if layouts is None:
+        raise ConversionError(
+            f"{fields.path} has fan_in_fan_out, and does not say for which layers; load the folder "
+            "into the model (disha.interop.lora.load), and save the adapter from there"
+        )
+    return layouts.get(name, Layout(IN_OUT))
+
+
+def _config(fields: Fields, layers: Sequence[LayerRecord], beside: Iterable[str]) -> AdapterConfig:
+    values = {
+        "r": commonest(layer.r for layer in layers),
+        "target": None,
+        "scale": layers[0].scale,
+        "dropout": fields.get("lora_dropout", 0.0),
+        "also_train": [f"^{re.escape(name)}$" for name in beside],
+    }
+    try:
+        return AdapterConfig.from_json(values)
+    except (ArgumentError, ArgumentTypeError) as error:
+        raise AdapterFileError(f"{fields.path}: {error}") from error
+
+
+_PLAIN_NAME = re.compile(r"\^?((?:[\w\-.]|\\\W)+)")
+"""A regex that means one name: an anchor, letters, dots, and escaped characters."""
+
+
+class _Alphas:
+    """The lora_alpha of each layer, as PEFT finds it.
+
+    PEFT reads the keys of `alpha_pattern` as regexes for the end of a name. Only those that are
+    plain names are read here.
+    """
+
+    def __init__(self, fields: Fields) -> None:
+        self.fields = fields
+        self._default = fields.get("lora_alpha", PEFT_ALPHA)
+        patterns = fields.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise fields.wrong("alpha_pattern", "an object of name -> alpha")
+        self._alphas: dict[str, tuple[int, Any]] = {}
+        self._anchored: dict[str, tuple[int, Any]] = {}
+        for number, (key, alpha) in enumerate(patterns.items()):
+            name = _PLAIN_NAME.fullmatch(key)
+            if name is None:
+                raise fields.wrong(
+                    "alpha_pattern", f"of plain names, not of regexes such as {key[:80]!r}"
+                )
+            alphas = self._anchored if key.startswith("^") else self._alphas
+            alphas.setdefault(re.sub(r"\\(\W)", r"\1", name[1]), (number, alpha))
+
+    def scale(self, name: str, rank: int) -> float:
+        """Return the scale s of a layer."""
+        known = [self._alphas[end] for end in name_ends(name) if end in self._alphas]
+        known += [self._anchored[name]] if name in self._anchored else []
+        # The first key that fits counts.
+        _, alpha = min(known, key=lambda one: one[0], default=(0, self._default))
+        try:
+            check_scale(alpha)
+        except (ArgumentError, ArgumentTypeError) as error:
+            raise AdapterFileError(f"{self.fields.path}: lora_alpha: {error}") from error
+        return float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)

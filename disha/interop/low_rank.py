@@ -1,11 +1,12 @@
-"""The updates of an adapter as products of two low-rank factors: dW = s B A.
+"""Updates as products of two low-rank factors, as LoRA has them: dW = B A.
 
-Bone and tile are exactly that, with A = [I_r I_r ... I_r] cropped to the input and B = D^T. So are
-their embeddings, by rows of the table, and their convolutions, whose A holds one input channel
-shard and one position of the kernel in each row. Where a method has no factors (BAT), dW is cut to
-the rank asked for, by its singular values, and so is Bone where a smaller rank is asked for.
+Bone and tile are exactly such products: A = [I_r I_r ... I_r], cropped to the input, and B = D^T.
+So are their embeddings, where the rows of the table are the inputs, and their convolutions, where
+each row of A holds one channel shard at one position of the kernel. A method without factors (BAT)
+is truncated: dW is formed, and its largest singular values are kept. Exact factors are truncated
+too if a smaller rank is asked for.
 
-Source: Hu et al., "LoRA", arXiv 2106.09685; Eckart and Young, 1936, for the cut.
+Source: Hu et al., "LoRA", arXiv 2106.09685; Eckart and Young, 1936, for the truncation.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from disha.errors import (
     ConversionError,
 )
 from disha.files import AdapterHeader, LayerRecord
-from disha.functional import Layout
+from disha.functional import METHODS, Layout
+from disha.model import ModelView
+from disha.sharding import whole
 from disha.state import finite_as
 from disha.tables import table
 from disha.text import printable
@@ -40,34 +43,35 @@ __all__ = [
     "LoraReport",
     "LowRankUpdate",
     "Progress",
-    "block_of_factors",
+    "base_weights",
     "check_limits",
     "commonest",
     "few",
+    "layer_of_factors",
     "low_rank_updates",
 ]
 
 T = TypeVar("T", int, tuple[int, float])
 
 BaseWeight = Callable[[str], Tensor]
-"""Name of a weight -> its base weight, laid out as the model has it."""
+"""Takes the name of a layer, returns its base weight as the model stores it."""
 
 Progress = Callable[[Sequence[LayerRecord]], Iterable[LayerRecord]]
-"""Passes layers on, one by one, as tqdm does."""
+"""Yields the layers one by one, as tqdm does."""
 
-PEFT_PATTERNS = ("out in", "in out", "out in *kernel", "index out")
-"""The layouts of the modules that PEFT's LoRA has layers for."""
+PATTERNS = ("out in", "in out", "out in *kernel", "index out")
+"""The layouts of the weights that LoRA can adapt."""
 
 LARGEST_FACTORS, FACTORS_PER_VALUE = 2**27, 64
-"""Values of all A together: this many, and more for each value that the blocks have."""
+"""How many values all A may have together: this many, and more for each value of the blocks."""
 
 LARGEST_EXACT = 2048
-"""Up to this size, all singular values are computed; beyond it the leading ones only."""
+"""Matrices up to this size get all their singular values, larger ones only the leading ones."""
 
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """One layer's update as LoRA has it: dW = s B A.
+    """The update of one layer as LoRA has it: dW = s B A.
 
     Attributes:
         record: the layer.
@@ -87,6 +91,11 @@ class LowRankUpdate:
     def rank(self) -> int:
         """Rank of the factors."""
         return self.a.shape[0]
+
+    @property
+    def error(self) -> float:
+        """Relative error, ||dW - B A|| / ||dW||."""
+        return _ratio(self.lost, self.norm)
 
 
 @dataclass(frozen=True)
@@ -128,16 +137,10 @@ class LoraReport:
     def of(
         cls, path: Path, updates: Sequence[LowRankUpdate], also_train: Iterable[str] = ()
     ) -> LoraReport:
-        """Return the report on updates that are written to `path`."""
+        """Return the report on updates that were written to `path`."""
         layers = tuple(
-            LoraLayer(
-                update.record.name,
-                update.record.method,
-                update.record.r,
-                update.rank,
-                _ratio(update.lost, update.norm),
-            )
-            for update in updates
+            LoraLayer(one.record.name, one.record.method, one.record.r, one.rank, one.error)
+            for one in updates
         )
         return cls(path, layers, _total_error(updates), tuple(also_train))
 
@@ -167,11 +170,70 @@ def _total_error(updates: Sequence[LowRankUpdate]) -> float:
     return _ratio(lost, math.hypot(*(update.norm for update in updates)))
 
 
+def commonest(values: Iterable[T]) -> T:
+    """Return the value that occurs most often; if several do, the largest of them."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
+
+
+def few(names: Sequence[str]) -> str:
+    """Return the first names of a list, for a message."""
+    return ", ".join(name or "(the model)" for name in names[:5]) + (", ..." * (len(names) > 5))
+
+
+def base_weights(view: ModelView, adapter: str) -> BaseWeight:
+    """Return the function that returns the base weights of an adapter's layers in a model.
+
+    That function is collective if the model is sharded.
+    """
+    weights = dict(view.require(adapter))
+
+    def base_weight(name: str) -> Tensor:
+        return whole(weights[name].base.detach())
+
+    return base_weight
+
+
 # --- from blocks to factors ----------------------------------------------------------------------
 
 
+def low_rank_updates(
+    header: AdapterHeader,
+    tensors: Mapping[str, Tensor],
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    base: BaseWeight | None = None,
+    progress: Progress = iter,
+) -> tuple[LowRankUpdate, ...]:
+    """Return the factors of every layer's update, in the dtype of its block.
+
+    Args:
+        header: the adapter's header.
+        tensors: its tensors.
+        rank: largest rank of a layer. None means the exact factors, which BAT does not have.
+        max_error: largest relative error of a layer.
+        base: returns the base weights; only BAT needs it.
+        progress: is given the layers, and yields each before it is converted.
+
+    Raises:
+        ConversionError: a layer has no low-rank factors, or its error is above `max_error`.
+        ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or `base`.
+        ArgumentTypeError: one of them is not a number.
+        AdapterFileError: a block does not have its layer's shape, or the header names sizes so
+            large that the factors would fill the memory.
+        AdapterStateError: an update is not finite, or its factors are not in the block's dtype.
+    """
+    check_limits(rank, max_error)
+    _check_layers(header, tensors)
+    updates = [_update(one, tensors[one.key], rank, base) for one in progress(header.layers)]
+    _check_finite(updates)
+    _check_error(updates, max_error)
+    return tuple(updates)
+
+
 def check_limits(rank: object, max_error: object) -> None:
-    """Raise unless both are None or usable."""
+    """Raise unless both limits are None or usable."""
     if rank is not None:
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise ArgumentTypeError(
@@ -188,73 +250,20 @@ def check_limits(rank: object, max_error: object) -> None:
             raise ArgumentError(f"max_error must be at least 0, got {max_error}")
 
 
-def low_rank_updates(
-    header: AdapterHeader,
-    tensors: Mapping[str, Tensor],
-    *,
-    rank: int | None = None,
-    max_error: float | None = None,
-    base: BaseWeight | None = None,
-    progress: Progress = iter,
-) -> tuple[LowRankUpdate, ...]:
-    """Return the factors of every layer's update, in the dtype of its block.
-
-    Args:
-        header: what describes the adapter.
-        tensors: its tensors.
-        rank: largest rank of a layer; None for the exact factors, which BAT does not have.
-        max_error: largest relative error that a layer may have.
-        base: gives the base weights; needed for BAT only.
-        progress: passes the layers on while they are converted.
-
-    Raises:
-        ConversionError: a layer has no low-rank factors, or would lose more than `max_error`.
-        ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or `base`.
-        ArgumentTypeError: one of them is no number.
-        AdapterFileError: a block's shape is not its layer's, or layers are described as so large
-            that the factors would fill the memory.
-        AdapterStateError: an update is not finite, or its factors in the block's dtype.
-    """
-    check_limits(rank, max_error)
-    _check_convertible(header)
+def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Raise if LoRA can't adapt a layer, or if a block is not one for its layer."""
+    without = [one.name for one in header.layers if one.layout.pattern not in PATTERNS or one.rows]
+    if without:
+        raise ConversionError(
+            f"LoRA has no form for {len(without)} of {len(header.layers)} layers "
+            f"({few(without)}): it adapts whole linear layers, convolutions that are not "
+            "transposed, and embeddings. Leave the others out of the adapter (exclude=)"
+        )
     for layer in header.layers:
         misfit = layer.block_misfit(tuple(tensors[layer.key].shape))
         if misfit is not None:
             raise AdapterFileError(f"{layer.name}: {misfit}")
-    _check_memory(header, tensors)
-    updates = [_update(one, tensors[one.key], rank, base) for one in progress(header.layers)]
-    _check_finite(updates)
-    _check_error(updates, max_error)
-    return tuple(updates)
-
-
-def _check_convertible(header: AdapterHeader) -> None:
-    without = [
-        layer.name
-        for layer in header.layers
-        if layer.layout.pattern not in PEFT_PATTERNS or layer.rows
-    ]
-    if without:
-        raise ConversionError(
-            f"LoRA has no form for {len(without)} of {len(header.layers)} layers "
-            f"({few(without)}): it knows whole linear layers, convolutions that are not "
-            "transposed, and embeddings; leave these out of the adapter (exclude=)"
-        )
-
-
-def commonest(values: Iterable[T]) -> T:
-    """Return the value that occurs most often; the largest of several, whatever their order."""
-    counts = Counter(values)
-    return max(counts, key=lambda value: (counts[value], value))
-
-
-def few(names: Sequence[str]) -> str:
-    """Return the first of some names, for a message."""
-    return ", ".join(name or "(the model)" for name in names[:5]) + (", ..." * (len(names) > 5))
-
-
-def _check_memory(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
-    """Raise if small blocks would become huge factors: a file may say any size of an input."""
+    # The size of the input is only a number in the header: a small file can name a huge one.
     sizes = {}
     for layer in header.layers:
         positions = math.prod(layer.geometry(tuple(tensors[layer.key].shape)).stack)
@@ -264,7 +273,7 @@ def _check_memory(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
         worst = max(sizes, key=sizes.__getitem__)
         raise AdapterFileError(
             f"the factors A would have {sum(sizes.values()):,} values, {sizes[worst]:,} of them in "
-            f"{worst}, for blocks of {values:,}: the sizes of the layers can't be right"
+            f"{worst}, and the blocks have {values:,}: the sizes of the layers can't be right"
         )
 
 
@@ -273,7 +282,7 @@ def _update(
 ) -> LowRankUpdate:
     factors = _factors(layer, block)
     if factors is None:
-        return _cut_update(layer, block, rank, base)
+        return _truncated(layer, block, rank, base)
     a, b = factors
     norm = abs(layer.scale) * _product_norm(b, a.flatten(1))
     if rank is None or rank >= a.shape[0]:
@@ -285,9 +294,9 @@ def _update(
 
 
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return A (rank, in, *kernel) and B (out, rank), or None where dW has no low rank.
+    """Return A (rank, in, *kernel) and B (out, rank), or None if the method has no factors.
 
-    Row (j, k) of a convolution's A is row j of the A of position k of the kernel, and zero at the
+    Row (j, k) of a convolution's A is row j of A for position k of the kernel, and zero at all
     other positions.
     """
     geometry = layer.geometry(tuple(block.shape))
@@ -301,26 +310,26 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
         return a, b
     kernel = geometry.stack
     a, b = a.flatten(0, len(kernel) - 1), b.flatten(0, len(kernel) - 1)
-    each_alone = torch.diag_embed(a.permute(1, 2, 0)).transpose(1, 2)  # (r, k, in, k)
-    a = each_alone.reshape(-1, layer.in_features, *kernel)
+    one_position = torch.diag_embed(a.permute(1, 2, 0)).transpose(1, 2)  # (r, k, in, k)
+    a = one_position.reshape(-1, layer.in_features, *kernel)
     return a.contiguous(), b.permute(1, 2, 0).flatten(1).contiguous()
 
 
-def _cut_update(
+def _truncated(
     layer: LayerRecord, block: Tensor, rank: int | None, base: BaseWeight | None
 ) -> LowRankUpdate:
-    """Return the leading singular values of dW, which is formed."""
-    method, layout = functional.method_of(layer.method), layer.layout
+    """Form dW and return its leading singular values."""
     if rank is None:
         raise ArgumentError(
-            f"a {method.name} update is not low-rank, so writing it as LoRA cuts it to a rank: "
-            "pass rank=, and max_error= to refuse losing more than that"
+            f"a {layer.method} update has no exact low rank, so it is truncated to write it as "
+            "LoRA: pass rank=, and max_error= to limit the error"
         )
     weight = block.new_empty(()).expand(layer.weight_shape(tuple(block.shape)))  # for its shape
-    if method.reads_weight:
+    if functional.method_of(layer.method).reads_weight:
         weight = _base_weight(layer, block, base)
-    delta = functional.delta_weight(layer.method, layout, block, weight)
-    delta = _in_order(layout, delta)
+    delta = functional.delta_weight(layer.method, layer.layout, block, weight)
+    if layer.layout.in_first:
+        delta = delta.transpose(0, 1)  # (out, in, *kernel)
     a, b = (x.to(block.dtype).contiguous() for x in _cut(layer, delta.flatten(1), rank))
     rest = delta.flatten(1) - b.to(delta.dtype) @ a.to(delta.dtype)
     scale = abs(layer.scale)
@@ -328,21 +337,16 @@ def _cut_update(
     return LowRankUpdate(layer, a, b, scale * _norm(delta), scale * _norm(rest))
 
 
-def _in_order(layout: Layout, delta: Tensor) -> Tensor:
-    """Return dW as (out, in, *kernel)."""
-    return delta.transpose(0, 1) if layout.in_first else delta
-
-
 def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor:
     if base is None:
         raise ArgumentError(
             f"a {layer.method} update depends on the base weights, which the adapter does not "
-            "hold: pass what gives them (base=), or export from the model"
+            "have: pass base=, or export from the model"
         )
     weight = base(layer.name).detach().cpu()
     misfit = layer.weight_misfit(tuple(block.shape), tuple(weight.shape))
     if misfit is not None:
-        raise AdapterFileError(f"{layer.name}: {misfit}; give the base that it was trained on")
+        raise AdapterFileError(f"{layer.name}: {misfit}; pass the base that it was trained on")
     return weight
 
 
@@ -355,19 +359,18 @@ def _check_finite(updates: Sequence[LowRankUpdate]) -> None:
     if broken:
         raise AdapterStateError(
             f"the factors of {few(broken)} are not finite in the dtype of their blocks; nothing "
-            "was written. Convert an adapter with wider blocks (load_adapter(..., dtype=))"
+            "was written. Load the adapter in a wider dtype first (load_adapter(..., dtype=))"
         )
 
 
 def _check_error(updates: Sequence[LowRankUpdate], max_error: float | None) -> None:
     if max_error is None:
         return
-    errors = {update.record.name: _ratio(update.lost, update.norm) for update in updates}
-    # An error that is not a number is none that is small enough.
-    beyond = [name for name in errors if not errors[name] <= max_error]
-    beyond.sort(key=lambda name: (math.isnan(errors[name]), errors[name]))
+    # NaN is not within any limit.
+    beyond = [one for one in updates if not one.error <= max_error]
+    beyond.sort(key=lambda one: (math.isnan(one.error), one.error))
     if beyond:
-        worst = ", ".join(f"{name}: {errors[name]:.3g}" for name in reversed(beyond[-5:]))
+        worst = ", ".join(f"{one.record.name}: {one.error:.3g}" for one in reversed(beyond[-5:]))
         raise ConversionError(
             f"{len(beyond)} of {len(updates)} layers would lose more than max_error={max_error:g} "
             f"of their update ({worst}{', ...' if len(beyond) > 5 else ''}; all layers together "
@@ -383,13 +386,13 @@ def _norm(x: Tensor) -> float:
 
 
 def _product_norm(b: Tensor, a: Tensor) -> float:
-    """Return ||B A|| without forming the product: its square is the sum of (B^T B) * (A A^T)."""
+    """Return ||B A|| without the product: its square is the sum of (B^T B) * (A A^T)."""
     b, a = b.double(), a.double()
     return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
 
 
 def _difference_norm(b: Tensor, a: Tensor) -> float:
-    """Return ||B A|| where terms cancel: by triangles, as squares would lose half the digits."""
+    """Return ||B A|| where terms cancel: squares would lose half the digits, QR loses none."""
     return _norm(_triangle(b) @ _triangle(a.T).T)
 
 
@@ -399,7 +402,7 @@ def _triangle(x: Tensor) -> Tensor:
 
 
 def _cut_product(layer: LayerRecord, b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the best A' (rank, in) and B' (out, rank) for B A, of which only cores are formed."""
+    """Return the best A' (rank, in) and B' (out, rank) for B A, without forming the product."""
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
     cut_a, cut_b = _cut(layer, r_b @ r_a.T, rank)
@@ -411,8 +414,8 @@ def _cut(layer: LayerRecord, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
     if not finite_as(matrix, matrix.dtype):
         raise AdapterStateError(
             f"the update of {layer.name} is not finite: its block, or the base weight, holds NaN, "
-            "infinity or values that are too large; nothing was written. Go back to an earlier "
-            "state of the training, or take another copy of the base"
+            "infinity or values that are too large; nothing was written. Use an earlier state of "
+            "the training, or another copy of the base"
         )
     smaller = min(matrix.shape)
     rank = min(rank, smaller)
@@ -430,23 +433,44 @@ def _cut(layer: LayerRecord, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
 # --- from factors to blocks ----------------------------------------------------------------------
 
 
-def block_of_factors(layer: LayerRecord, a: Tensor, b: Tensor) -> Tensor | None:
-    """Return the Bone block D whose factors these are, or None where A is not that of a block.
+def layer_of_factors(
+    name: str, a: Tensor, b: Tensor, layout: Layout, scale: float
+) -> tuple[LayerRecord, Tensor] | None:
+    """Return the layer and the block that have these factors, or None if no method has a block.
 
     Args:
-        layer: what the block would be of.
+        name: the layer's name.
         a: A (r, in); of a convolution (r * positions, in, *kernel).
         b: B (out, r); of a convolution (out, r * positions, 1, ...).
+        layout: the layout of the layer's weight.
+        scale: runtime scale s.
     """
-    kernel = tuple(a.shape[2:])
     fits = a.dim() == b.dim() >= 2 and a.shape[0] == b.shape[1] and b.shape[2:].numel() == 1
     if not fits or not a.numel():
         return None
-    if kernel and a.shape[0] == layer.r * math.prod(kernel):
-        block = b.reshape(b.shape[0], layer.r, *kernel).contiguous()
-    else:
-        block = b.T.contiguous()
-    if layer.block_misfit(tuple(block.shape)) is not None:
+    kernel = a.shape[2:]
+    r, rest = divmod(a.shape[0], kernel.numel())
+    if rest:
         return None
-    factors = _factors(layer, block.to(a.dtype))
-    return block if factors is not None and torch.equal(factors[0], a) else None
+    matrices = b.reshape(-1, r, *kernel).movedim((0, 1), (-2, -1))  # (*kernel, out, r)
+    for method in METHODS.values():
+        block = method.from_lora_b(matrices)
+        if block is None:
+            continue
+        block = functional.kept_block(method.name, layout, block).contiguous()
+        layer = LayerRecord(
+            name=name,
+            method=method.name,
+            r=r,
+            r_out=None,
+            in_features=a.shape[1],
+            out_features=b.shape[0],
+            scale=scale,
+            base=None,
+            layout=layout,
+        )
+        if layer.block_misfit(tuple(block.shape)) is None:
+            factors = _factors(layer, block.to(a.dtype))
+            if factors is not None and torch.equal(factors[0], a):
+                return layer, block
+    return None

@@ -1,0 +1,92 @@
+"""What the tests of PEFT's folders share: small models, and reading and changing a folder."""
+
+from __future__ import annotations
+
+import json
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from tests.conftest import perturb
+
+
+class Net(nn.Module):
+    """Names that end alike, sizes that 4 does not divide, a buffer, biases here and there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(10, 6)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(6, 6, bias=False), "v": nn.Linear(6, 6)})
+            for _ in range(3)
+        )
+        self.scale = nn.Parameter(torch.ones(6))
+        self.norm = nn.BatchNorm1d(6)
+        self.q = nn.Linear(6, 4)
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x):
+        x = self.inner(x)
+        for layer in self.layers:
+            x = x + torch.tanh(layer["q"](x)) * layer["v"](x)
+        return self.head(self.q(self.norm(x * self.scale)))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net().double().eval()
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=24, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).double().eval()
+
+
+INPUTS = {
+    net: torch.sin(torch.arange(30, dtype=torch.float64)).view(3, 10),
+    llama: torch.arange(14).view(2, 7),
+}
+
+
+def output(model, make):
+    with torch.no_grad():
+        found = model(INPUTS[make])
+    return found.logits if make is llama else found
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def perturb_all(model, also_train=()):
+    """Give blocks and what else was trained other values."""
+    perturb(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in also_train:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+def config_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def tensors_of(folder):
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+def rewrite(folder, tensors=None, **fields):
+    """Change fields of a folder's configuration, or its tensors; `...` takes a field away."""
+    config = {**config_of(folder), **fields}
+    config = {field: value for field, value in config.items() if value is not ...}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if tensors is not None:
+        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")

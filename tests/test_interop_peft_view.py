@@ -1,0 +1,317 @@
+"""A model as PEFT sees it: what is refused, and what is saved beside the blocks."""
+
+import copy
+from typing import NamedTuple
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
+from torch import nn
+
+import disha
+from disha import AdapterFileError, ConversionError
+from disha.files.contents import adapter_contents
+from disha.interop import lora
+from disha.interop import peft as miss
+from disha.model import ModelView
+from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
+from tests.peft_models import close, config_of, net, output, perturb_all, rewrite, tensors_of
+
+FORMATS = {"miss": miss, "lora": lora}
+in_both_formats = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+
+
+# --- layers that PEFT would run otherwise --------------------------------------------------------
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+class Encoder(nn.TransformerEncoderLayer):
+    """A subclass, which has the fast path of its base class."""
+
+    def __init__(self):
+        super().__init__(8, 2, 16, dropout=0.0, batch_first=True)
+
+
+class Widened(Encoder):
+    """An encoder layer with something after it, which is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.after = nn.Linear(8, 8)
+
+    def forward(self, src, *args, **kwargs):
+        return self.after(super().forward(src, *args, **kwargs))
+
+
+SILENT = {
+    "shared": (Shared, "first", (3, 6), "one module under the names first, second"),
+    "own forward": (
+        lambda: nn.Sequential(Doubled(8, 8)), "0", (3, 8), "Doubled has a forward of its own"),
+    "fast path": (lambda: nn.Sequential(Encoder()), "linear1", (2, 3, 8), "Encoder reads its"),
+    "output of attention": (SelfAttention, "out_proj", (2, 3, 8), "MultiheadAttention reads"),
+}  # fmt: skip
+"""Models on which PEFT loads the adapter and then computes something else, without a word."""
+
+
+@in_both_formats
+@pytest.mark.parametrize("case", SILENT)
+def test_layers_that_peft_would_not_apply_are_refused(tmp_path, case, form):
+    make, target, shape, message = SILENT[case]
+    base, x = make().eval(), torch.randn(shape)
+    ours = disha.inject_adapters(copy.deepcopy(base), target, 2)
+    perturb(ours)
+    refused_to_export(tmp_path, form, ours, message)
+    # An adapter away from its model does not show it, so the check is needed.
+    write = {miss: miss.write_folder, lora: lora.write_lora}[form]
+    write(tmp_path, *adapter_contents(ModelView(ours)))
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    with torch.no_grad():
+        assert not torch.allclose(theirs(x), ours(x), atol=1e-3)
+
+
+@in_both_formats
+def test_layers_beside_those_that_are_read_are_not_refused(tmp_path, form):
+    base = nn.TransformerEncoder(Widened(), 1, enable_nested_tensor=False).eval()
+    ours = disha.inject_adapters(copy.deepcopy(base), "after", 4)
+    perturb(ours)
+    form.export(ours, tmp_path)
+    theirs, x = PeftModel.from_pretrained(base, str(tmp_path)).eval(), torch.randn(2, 3, 8)
+    torch.testing.assert_close(theirs(x), ours(x))
+
+
+def test_peft_runs_fused_encoder_layers_without_its_adapter():
+    """What the refusal is for: PEFT's output is the base's where torch takes its fast path."""
+    base = nn.Sequential(Encoder()).eval()
+    x = torch.randn(1, 3, 8)
+    with torch.no_grad():
+        expected = base(x)
+        model = get_peft_model(base, MissConfig(r=4, target_modules=["linear1"])).eval()
+        for name, parameter in model.named_parameters():
+            if "miss_block" in name:
+                parameter.normal_()
+        model.requires_grad_(False)
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_layers_that_peft_runs_otherwise_are_not_loaded(tmp_path):
+    """Shared layers, of which PEFT adapts the first use only."""
+    model = get_peft_model(Shared(), MissConfig(r=2, target_modules=["first"]))
+    with torch.no_grad():
+        model.base_model.model.first.miss_block["default"].normal_()
+    model.save_pretrained(tmp_path)
+    refused_to_load(tmp_path, miss, Shared(), "of which PEFT adapts the first only")
+    base = nn.ModuleDict({"first": Doubled(6, 6)})
+    refused_to_load(tmp_path, miss, base, "a forward of its own")
+
+
+# --- what PEFT has no place for ------------------------------------------------------------------
+
+
+def linears(**modules):
+    return nn.ModuleDict({**modules, "q": nn.Linear(8, 8)})
+
+
+class Case(NamedTuple):
+    """A model, what is adapted and trained in it, and why PEFT has no place for that."""
+
+    make: object
+    reason: str
+    also_train: str | None = None
+    exclude: str | None = None
+    forms: tuple[str, ...] = ("miss", "lora")
+
+
+REFUSED = {
+    "the model": Case(lambda: nn.Linear(8, 8), "not the model itself"),
+    "attention": Case(SelfAttention, "packed weight"),
+    "a parameter": Case(lambda: nn.Sequential(nn.LSTM(8, 8)), "it is a parameter"),
+    "a parametrization": Case(
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
+        "its weight is computed",
+    ),
+    "the model's own parameter": Case(net, "scale: it belongs to the model itself", r"^scale"),
+    "a layer's own weight": Case(
+        net, "PEFT would save all of head.0, and adapts head.0", r"^head\.0\.weight"
+    ),
+    "a layer's bias": Case(
+        Layered, "PEFT would save all of layers.0.attn.v_proj", r"v_proj.bias", forms=("lora",)
+    ),
+    "a parameter around a layer": Case(
+        lambda: nn.ModuleDict({"inner": net()}),
+        "PEFT would save all of inner, and adapts inner.inner",
+        r"inner\.scale",
+    ),
+    "a list of parameters": Case(
+        lambda: linears(tokens=nn.ParameterList([torch.zeros(8)])),
+        "can't save a ParameterList",
+        "tokens",
+    ),
+    "an ambiguous name": Case(
+        lambda: linears(norm=nn.LayerNorm(8), prenorm=nn.LayerNorm(8)),
+        "prenorm: PEFT would save and train it too",
+        "^norm",
+    ),
+    "a name that hides a layer": Case(
+        lambda: nn.ModuleDict({"a": nn.LayerNorm(8), "b": nn.ModuleDict({"a": linears()})}),
+        "b.a.q: PEFT would not adapt it",
+        r"^a\.",
+    ),
+    "an odd name": Case(
+        lambda: linears(**{"a+b": nn.LayerNorm(8)}),
+        "reads names of modules_to_save as regexes",
+        "^a",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "form"), [(case, form) for case in REFUSED for form in REFUSED[case].forms]
+)
+def test_what_peft_has_no_place_for(tmp_path, case, form):
+    make, reason, also_train, exclude, _ = REFUSED[case]
+    model = disha.inject_adapters(make(), "", 2, also_train=also_train, exclude=exclude)
+    refused_to_export(tmp_path, FORMATS[form], model, reason)
+
+
+def refused_to_export(folder, form, model, reason):
+    before = snapshot(model)
+    with pytest.raises(ConversionError, match="nothing was written") as caught:
+        form.export(model, folder / "folder")
+    assert reason in str(caught.value), str(caught.value)
+    assert list(folder.iterdir()) == []
+    assert_unchanged(model, before)
+
+
+def refused_to_load(folder, form, model, reason):
+    before = snapshot(model)
+    with pytest.raises(AdapterFileError) as caught:
+        form.load(model, folder)
+    assert reason in str(caught.value), str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert_unchanged(model, before)
+
+
+# --- what was trained beside ---------------------------------------------------------------------
+
+
+SAVED = {
+    "one module": (r"^norm\.", "none", ["norm"], None),
+    "two in one": (r"^head\.", "none", ["head.0", "head.2"], None),
+    "a part of a module": (r"^head\.0\.w", "none", ["head.0"], ("head.0.bias", "head.0.weight")),
+    "all biases": ("bias$", "all", None, None),
+    "biases of layers": (r"layers\..*bias$", "MiSS_only", None, None),
+    "a module and biases": (r"^norm\.|^inner\.bias", "all", ["norm"], None),
+}
+"""What is trained, `bias` and `modules_to_save` in the folder, what comes back if it is more."""
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [(case, "miss") for case in SAVED] + [(case, "lora") for case in list(SAVED)[:3]],
+)
+def test_peft_gets_what_was_trained_beside(case, form, tmp_path):
+    also_train, bias, modules, more = SAVED[case]
+    model = net()
+    disha.inject_adapters(model, r"layers\.", 2, also_train=also_train)
+    names = adapter_contents(ModelView(model))[0].also_train
+    perturb_all(model, names)
+    model.norm.running_mean.add_(0.5)
+    expected = output(model, net)
+
+    FORMATS[form].export(model, tmp_path)
+    assert (config_of(tmp_path)["bias"], config_of(tmp_path)["modules_to_save"]) == (bias, modules)
+    base = net()
+    if modules is None or "norm" not in modules:
+        base.norm.running_mean.add_(0.5)  # of the base; else it is in the folder
+    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
+    close(output(theirs, net), expected)
+
+    again = net()
+    again.norm.running_mean.add_(0.5)
+    FORMATS[form].load(again, tmp_path)
+    close(output(again, net), expected)
+    assert adapter_contents(ModelView(again))[0].also_train == (more or names)
+
+
+@in_both_formats
+def test_weights_that_two_modules_share_are_saved_with_both(tmp_path, form):
+    model = Tied().double()
+    disha.inject_adapters(model, "q_proj", 2, also_train="embed")
+    perturb_all(model, ["embed.weight"])
+    tokens = torch.arange(10).view(2, 5)
+    expected = model(tokens)
+    form.export(model, tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == ["embed", "head"]
+
+    base = Tied().double()
+    base.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        base.embed.weight.zero_()
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    close(theirs(tokens), expected)
+    ours = copy.deepcopy(base)
+    form.load(ours, tmp_path)
+    close(ours(tokens), expected)
+
+    tensors = tensors_of(tmp_path)
+    tensors["base_model.model.head.weight"] += 1
+    rewrite(tmp_path, tensors)
+    refused_to_load(tmp_path, form, copy.deepcopy(base), "shares it with embed.weight, which has")
+    del tensors["base_model.model.head.weight"]
+    rewrite(tmp_path, tensors, modules_to_save=["embed"])
+    refused_to_load(
+        tmp_path, form, copy.deepcopy(base), "shares it with head.weight, which PEFT leaves as it"
+    )
+
+
+@in_both_formats
+def test_biases_of_a_shared_module_come_back(tmp_path, form):
+    def make():
+        torch.manual_seed(0)
+        base = Shared()
+        base.norm = nn.LayerNorm(6)
+        base.again = base.norm
+        return base
+
+    model = disha.inject_adapters(make(), "last", 2, also_train="norm")
+    perturb_all(model, ["norm.weight", "norm.bias"])
+    form.export(model, tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == ["again", "norm"]
+    again = make()
+    form.load(again, tmp_path)
+    assert torch.equal(again.norm.bias, model.norm.bias)
+
+
+@in_both_formats
+def test_buffers_that_are_not_the_models_are_refused(tmp_path, form):
+    model = disha.inject_adapters(net(), "inner", 2, also_train="^norm")
+    form.export(model, tmp_path)
+    for buffer in ("running_mean", "num_batches_tracked"):
+        base = net()
+        getattr(base.norm, buffer).add_(1)
+        refused_to_load(tmp_path, form, base, f"norm.{buffer}: a buffer with other values")
+
+
+def test_peft_parts_a_tied_weight_that_it_saves(tmp_path):
+    """What the refusal is for: PEFT trains a copy, and the head keeps the old values."""
+    for config in (MissConfig, LoraConfig):
+        model = get_peft_model(
+            Tied(), config(r=2, target_modules=["q_proj"], modules_to_save=["embed"])
+        )
+        wrapper = model.base_model.model.embed
+        assert isinstance(wrapper, peft.utils.ModulesToSaveWrapper)
+        assert wrapper.weight is not model.base_model.model.head.weight
