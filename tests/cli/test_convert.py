@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import disha
@@ -232,6 +233,30 @@ def test_further_parameters_are_left_out_if_asked(run, files):
     assert run("convert", a, plain, "--to", "disha", "--no-also-train").code == 0
     header = disha.inspect_adapter(plain)
     assert (header.also_train, header.config.also_train) == ((), ())
+
+
+@pytest.mark.parametrize("form", [peft, lora])
+def test_a_tied_parameter_that_peft_saves_alone_is_refused(run, files, form):
+    """PEFT trains a copy of the embedding; an adapter file would change the head too."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"embed": nn.Embedding(12, 8), "q": nn.Linear(8, 8)})
+    folder, out = files.path / "folder", files.path / "out"
+    form.export(disha.inject_adapters(base, "q", 4, also_train="embed"), folder)
+    state = {"embed.weight": base["embed"].weight.detach(), "q.weight": base["q"].base_weight}
+    save_file({k: v.detach().clone() for k, v in state.items()}, files.path / "model.safetensors")
+    given = ("convert", folder, out, "--to", "disha", "--base", files.path / "model.safetensors")
+    for config, code in (
+        ({"model_type": "llama", "vocab_size": 12}, 2),
+        ({"text_config": {"vocab_size": 12}, "tie_word_embeddings": True}, 2),
+        ({"model_type": "llama", "vocab_size": 12, "tie_word_embeddings": False}, 0),
+        ({"model_type": "llama", "vocab_size": 99}, 0),
+        ({}, 0),
+    ):
+        (files.path / "config.json").write_text(json.dumps(config))
+        done = run(*given, "--overwrite")
+        assert done.code == code, done.err
+        assert ("may be tied" in done.err) == (code == 2)
+        assert run(*given, "--overwrite", "--no-also-train").code == 0
 
 
 def test_what_is_there_stays_unless_told(run, files):
