@@ -1,5 +1,7 @@
-"""What the adapters cost, measured side by side with the frozen base, the floors and the peers.
+"""Speed and memory of the adapters, compared with the frozen base and other libraries.
 
-`python -m benchmarks` measures and writes a file of results; `python -m benchmarks.report` makes
-tables and plots of one.
+python -m benchmarks                 measures, and writes a file of results
+python -m benchmarks.report FILES    writes docs/performance.md from such files
+python -m benchmarks.convergence     trains every method on four tasks
+python -m benchmarks.zoo             tries adapters in hundreds of architectures
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure the tables, write a file of results."""
+"""`python -m benchmarks`: measure, and write a file of results."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.experts import experts
+from benchmarks.finetuning import finetuning
 from benchmarks.layers import few_tokens, layer_step
 from benchmarks.memory import memory
-from benchmarks.rates import rates, without_instructions
+from benchmarks.protocol import slow_dtypes
 from benchmarks.results import describe, write_results
 from benchmarks.routed import routed
 from benchmarks.settings import FULL, QUICK, Profile
@@ -25,18 +27,19 @@ __all__ = ["TABLES", "main"]
 Measure = Callable[[Profile, torch.device], list[dict[str, Any]]]
 
 TABLES: Mapping[str, Measure] = {
-    "rates": rates,
     "layer_step": layer_step,
     "few_tokens": few_tokens,
     "model_step": model_step,
     "memory": memory,
     "start_up": start_up,
     "routed": routed,
+    "experts": experts,
+    "finetuning": finetuning,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the command line asks for.
+    """Measure the tables that the command line names.
 
     Args:
         arguments: of the command line; the process's by default.
@@ -45,25 +48,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that all works")
-    parser.add_argument("--only", nargs="+", choices=list(TABLES), metavar="TABLE", help="tables")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, to see that everything works"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(TABLES), metavar="TABLE", help=f"of: {', '.join(TABLES)}"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-output/results.json"))
-    parser.add_argument("--threads", type=int, help="of torch on the CPU; all cores by default")
-    parser.add_argument("--device", help="cpu or cuda; cuda by default where there is one")
+    parser.add_argument("--threads", type=int, help="of torch; as many as cores by default")
+    parser.add_argument("--device", help="cpu or cuda; cuda if there is a GPU")
     asked = parser.parse_args(arguments)
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
     device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     profile = QUICK if asked.quick else FULL
-    slower = without_instructions(profile.dtypes, device)
+    slower = slow_dtypes(profile.dtypes, device)
     profile = profile.without(slower)
     results = describe(profile.name, device)
-    results["without_instructions"] = {str(dtype): ratio for dtype, ratio in slower.items()}
+    results["slow_dtypes"] = {str(dtype): ratio for dtype, ratio in slower.items()}
     for name in asked.only or TABLES:
         started = time.perf_counter()
         results["tables"][name] = TABLES[name](profile, device)
         results["table_seconds"][name] = time.perf_counter() - started
-        write_results(asked.out, results)  # so that a run that is stopped leaves what it has
+        write_results(asked.out, results)  # a run that is stopped keeps the tables it has
         print(f"{name}: {results['table_seconds'][name]:.0f} s", flush=True)
     print(f"results: {asked.out}")
     return 0

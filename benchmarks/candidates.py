@@ -1,9 +1,9 @@
-"""What is compared: ways to adapt the linear layers of a model, at equal trainable parameters.
+"""The candidates: ways to adapt linear layers, with equally many trained parameters.
 
-A Bone block of a layer has r * out values, a BAT block the same. A tile gets a shard of 2 r and
-half of the output, LoRA the rank rho with rho * (in + out) values, LoKr a factor of 2 and rank r.
-All adapters are kept in the dtype of the base weight: PEFT would keep those over 16-bit weights in
-float32, which costs it time, unless told otherwise (`autocast_adapter_dtype=False`).
+The block of Bone or BAT has r * out values in a layer. A tile gets shards of 2 r and half of the
+outputs, LoRA the rank p with p * (in + out) values, LoKr a factor of 2 and rank r. All adapters
+have the dtype of the base weight. By default PEFT keeps adapters of 16-bit weights in float32,
+which would cost it time; `autocast_adapter_dtype=False` turns that off.
 """
 
 from __future__ import annotations
@@ -17,34 +17,29 @@ import torch
 from torch import Tensor, nn
 
 import disha
+from benchmarks.steps import CandidateError, fill, trainable
 
 __all__ = [
     "BASE",
     "CANDIDATES",
     "METHOD_TITLES",
     "Candidate",
-    "CandidateError",
     "adapted_layer",
     "adapted_model",
     "check_layer",
     "check_same_results",
     "lora_rank",
     "missing_package",
-    "trainable",
 ]
 
 BASE = "frozen"
-"""The candidate that all others are compared with: the model, no adapter, nothing trained."""
+"""The candidate that all others are compared with: the model without adapters, frozen."""
 
 METHOD_TITLES = {"bone": "Bone", "bat": "BAT", "lora": "LoRA"}
-"""What reports call the methods that have floors."""
+"""The names, in reports, of the methods that have a floor."""
 
 MODEL_SCALE, LAYER_SCALE = 0.02, 0.1
-"""How large the values of blocks are. A single layer bears more, and shows it in 16 bits."""
-
-
-class CandidateError(Exception):
-    """A candidate does not compute what it is there for, so that its time would mean nothing."""
+"""Standard deviation of the values in blocks. A single layer needs more to show in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,8 @@ class Candidate:
 def lora_rank(sizes: Iterable[tuple[int, int]], r: int) -> int:
     """Return the LoRA rank with as many parameters as Bone blocks of shard size r.
 
-    Where that is no whole multiple of 8, the next smaller one, which kernels prefer: LoRA then
-    has a few parameters, and so a little work, less.
+    The rank is rounded down to a multiple of 8, which kernels prefer. LoRA then has slightly fewer
+    parameters and slightly less work.
 
     Args:
         sizes: (in, out) of every adapted layer; they all get the same rank.
@@ -104,7 +99,7 @@ def _bone(model: nn.Module, names: Sequence[str], r: int) -> None:
 def _tile(model: nn.Module, names: Sequence[str], r: int) -> None:
     halves = {out // 2 for _, out in _sizes(model, names)}
     if len(halves) > 1:
-        raise CandidateError("a tile has one r_out, and the layers have several sizes")
+        raise CandidateError("a tile has one r_out, but the layers differ in their outputs")
     disha.inject_adapters(model, lambda name, _: name in names, 2 * r, r_out=halves.pop())
 
 
@@ -161,7 +156,7 @@ def _lycoris(
     model.requires_grad_(False)
     for name in names:
         layer = model.get_submodule(name)
-        # In bypass mode the update meets the input, not the weight: its faster way by far.
+        # In bypass mode the update is applied to the input, not added to the weight: much faster.
         module = kind("lycoris", layer, lora_dim=rank, alpha=rank, bypass_mode=True, **more)
         module.to(layer.weight.device, layer.weight.dtype).apply_to()
         layer.add_module("lycoris", module)
@@ -195,16 +190,11 @@ _IMPORTED_AS = {"lycoris-lora": "lycoris"}
 
 
 def missing_package(candidate: Candidate) -> str | None:
-    """Return why a candidate can't be built here, or None if it can."""
+    """Return why a candidate can't be built here, or None if it can be."""
     package = candidate.package
     if package is None or importlib.util.find_spec(_IMPORTED_AS.get(package, package)) is not None:
         return None
     return f"{package} is not installed"
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require gradients."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def adapted_model(
@@ -232,26 +222,17 @@ def adapted_model(
     candidate.adapt(twin, names, r)
     for parameter in trainable(twin):
         parameter.data = parameter.data.to(weight.device, weight.dtype)
-    _fill(trainable(twin), scale)
+    fill(trainable(twin), scale)
     if any(id(parameter) in shared for parameter in trainable(twin)):
         raise CandidateError(f"{candidate.title} trains a parameter of the base")
     return twin
 
 
-def _fill(parameters: Iterable[nn.Parameter], scale: float) -> None:
-    # The same for equal shapes: candidates of one method can then be held against each other.
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in parameters:
-            values = torch.randn(parameter.shape, generator=generator) * scale
-            parameter.copy_(values)
-
-
 def adapted_layer(candidate: Candidate, layer: nn.Linear, r: int) -> nn.Module:
-    """Return one layer, adapted as `adapted_model` does, with a copy of the weights of its own.
+    """Return one layer, adapted as `adapted_model` does, with its own copy of the weight.
 
-    Candidates that shared one weight would find it in the cache when the one before has just read
-    it, as no layer of a larger model does.
+    If candidates shared the weight, each would find it in the cache after the one before. No layer
+    of a larger model does.
     """
     return adapted_model(candidate, nn.Sequential(copy.deepcopy(layer)), ["0"], r, LAYER_SCALE)[0]
 
@@ -289,7 +270,7 @@ def _shape(parameter: nn.Parameter) -> str:
 
 
 def check_same_results(outputs: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Raise a CandidateError where candidates of one exact method differ beyond rounding.
+    """Raise a CandidateError if candidates of the same method differ by more than rounding.
 
     Args:
         outputs: candidate's name -> output, for equal inputs and blocks.

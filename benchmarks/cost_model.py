@@ -1,53 +1,43 @@
-"""What the methods cost on paper: multiply-adds, bytes moved, bytes kept, from sizes alone.
+"""What the methods cost on paper: multiply-adds and bytes kept, from sizes alone.
 
-For T tokens through a layer of in -> out with shard size r, in multiply-adds (MACs):
+For T tokens through a layer of in -> out with shard size r, in multiply-adds:
 
     frozen  forward: T in out          backward: T in out (the gradient of the input)
     Bone    + T r out (S D)            + 2 T r out (dS, dD)
-    LoRA    + T p (in + out)           + 2 T p (in + out), of rank p
-    BAT     + r in out (W_eff)         + 2 r in out + T in out (W_eff; dD; G = dY^T X)
+    LoRA    + T p (in + out)           + 2 T p (in + out), for rank p
+    BAT     + r in out (W + dW)        + 2 r in out + T in out (W + dW; dD; G = dY^T X)
 
-A training step of Bone is thus 1 + 3 r / (2 in) of the frozen layer's; LoRA's with as many
-parameters, p (in + out) = r out, is the same; BAT's is 1.5 (1 + r / T). The forward of BAT for
-T < r tokens streams: T in out more, W_eff never formed. Sums over shards and scalings are not
-counted: they are floors, for products alone.
+So a training step of Bone costs 1 + 3 r / (2 in) times the frozen layer's. LoRA with as many
+parameters, p (in + out) = r out, costs the same. BAT costs 1.5 (1 + r / T). For T < r tokens
+without gradients, BAT does not form W + dW and needs T in out more. Sums over shards and scalings
+are not counted: these are floors, for products alone.
 
-Bytes moved count each operand of an operation read once and each result written once, as if caches
-held nothing from one to the next and everything within one. The roofline gives each operation the
-longer of two times, for its multiply-adds and for its bytes, and adds them up.
-
-Bytes kept are what backward needs beyond the frozen layer's own: S for Bone, the input for BAT, the
-input and its projection for LoRA.
+Kept for backward, beyond the frozen layer's own: S for Bone, the input for BAT, the input and its
+projection for LoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 
 __all__ = [
-    "HARDWARE",
     "METHODS",
     "MODELS",
     "SMOLLM2_135M",
     "Decoder",
-    "Hardware",
     "Linear",
-    "Operation",
     "Prediction",
     "adapter_parameters",
     "decoder_step_floor",
     "forward_floor",
-    "forward_operations",
+    "forward_macs",
     "kept_bytes",
     "lora_rank",
-    "macs",
-    "moved_bytes",
     "predict",
-    "roofline_seconds",
     "step_floor",
-    "step_operations",
+    "step_macs",
 ]
 
 METHODS = ("frozen", "bone", "bat", "lora")
@@ -55,7 +45,7 @@ METHODS = ("frozen", "bone", "bat", "lora")
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer by its sizes."""
+    """The sizes of a linear layer."""
 
     in_features: int
     out_features: int
@@ -67,7 +57,7 @@ class Linear:
 
 
 def lora_rank(layers: Iterable[Linear], r: int) -> float:
-    """Return the rank, maybe not whole, at which LoRA has as many parameters as Bone.
+    """Return the rank at which LoRA has as many parameters as Bone; it may be fractional.
 
     Args:
         layers: all adapted layers, which get the same rank.
@@ -85,7 +75,7 @@ def adapter_parameters(layer: Linear, method: str, r: int, rank: float | None = 
         layer: its sizes.
         method: one of METHODS.
         r: shard size of Bone and BAT.
-        rank: LoRA's; by default that of as many parameters as Bone has in this layer.
+        rank: LoRA's; by default the one with as many parameters as Bone in this layer.
     """
     if method == "frozen":
         return 0
@@ -97,149 +87,48 @@ def adapter_parameters(layer: Linear, method: str, r: int, rank: float | None = 
     return r * layer.out_features
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One product, or one pass over tensors.
-
-    Attributes:
-        macs: multiply-adds; 0 for a pass that only adds or copies.
-        values: how many values it reads and writes, each operand once.
-    """
-
-    macs: float
-    values: float
-
-
-def _product(m: float, k: float, n: float, accumulate: bool = False) -> Operation:
-    """(m, k) times (k, n) into a result, or added to one that is there."""
-    return Operation(m * k * n, m * k + k * n + m * n * (2 if accumulate else 1))
-
-
-def forward_operations(
+def forward_macs(
     layer: Linear, tokens: int, method: str, r: int, rank: float | None = None
-) -> list[Operation]:
-    """Return what one forward consists of; of two ways the one with fewer multiply-adds.
-
-    Args:
-        layer: its sizes.
-        tokens: rows of the input.
-        method: one of METHODS.
-        r: shard size of Bone and BAT.
-        rank: LoRA's; by default that of as many parameters as Bone has in this layer.
-    """
-    width, out = layer.in_features, layer.out_features
-    base = _product(tokens, width, out)
-    if method == "bone":
-        return [
-            base,
-            Operation(0, tokens * width + tokens * r),  # S
-            _product(tokens, r, out, accumulate=True),
-        ]
-    if method == "lora":
-        rank = lora_rank([layer], r) if rank is None else rank
-        return [base, _product(tokens, width, rank), _product(tokens, rank, out, accumulate=True)]
-    if method == "bat" and tokens < r:
-        copies, blocks = out / r * tokens * width, out * r
-        moved = Operation(r * copies, blocks + copies)  # u_ab = x_b + D_a x_b
-        return [moved, Operation(base.macs, copies + layer.values + tokens * out)]
-    if method == "bat":
-        return [_effective_weight(layer, r), base]
-    return [base]
-
-
-def _effective_weight(layer: Linear, r: int) -> Operation:
-    return Operation(r * layer.values, 2 * layer.values + r * layer.out_features)
-
-
-def step_operations(
-    layer: Linear, tokens: int, method: str, r: int, rank: float | None = None
-) -> list[Operation]:
-    """Return what forward and backward consist of, the gradient of the input included.
-
-    Args:
-        layer: its sizes.
-        tokens: rows of the input.
-        method: one of METHODS.
-        r: shard size of Bone and BAT.
-        rank: LoRA's; by default that of as many parameters as Bone has in this layer.
-    """
-    width, out = layer.in_features, layer.out_features
-    if method == "bat":  # which forms W_eff here, however few the tokens are
-        forward = [_effective_weight(layer, r), _product(tokens, width, out)]
-    else:
-        forward = forward_operations(layer, tokens, method, r, rank)
-    to_input = _product(tokens, out, width)
-    if method == "bone":
-        return [
-            *forward,
-            to_input,
-            _product(tokens, out, r),  # dS
-            Operation(0, tokens * r + 2 * tokens * width),  # added to every shard of dX
-            _product(r, tokens, out),  # dD
-        ]
-    if method == "lora":
-        rank = lora_rank([layer], r) if rank is None else rank
-        return [
-            *forward,
-            to_input,
-            _product(tokens, out, rank),  # to the projection
-            _product(out, tokens, rank),  # dB
-            _product(tokens, rank, width, accumulate=True),
-            _product(rank, tokens, width),  # dA
-        ]
-    if method == "bat":
-        return [
-            *forward,
-            _effective_weight(layer, r),
-            to_input,
-            _product(out, tokens, width),  # G
-            Operation(r * layer.values, 2 * layer.values + r * out),  # dD
-        ]
-    return [*forward, to_input]
-
-
-def macs(operations: Iterable[Operation]) -> float:
-    """Return their multiply-adds."""
-    return sum(operation.macs for operation in operations)
-
-
-def moved_bytes(operations: Iterable[Operation], itemsize: int) -> float:
-    """Return the bytes that they read and write.
-
-    Args:
-        operations: of a forward or a step.
-        itemsize: bytes of one value.
-    """
-    return itemsize * sum(operation.values for operation in operations)
-
-
-def roofline_seconds(
-    operations: Iterable[Operation], itemsize: int, macs_per_second: float, bandwidth: float
 ) -> float:
-    """Return how long they take one after the other, each by what limits it.
+    """Return the multiply-adds of a forward without gradients.
 
     Args:
-        operations: of a forward or a step.
-        itemsize: bytes of one value.
-        macs_per_second: multiply-adds per second of a large product.
-        bandwidth: bytes per second, read and written together.
+        layer: its sizes.
+        tokens: rows of the input.
+        method: one of METHODS.
+        r: shard size of Bone and BAT.
+        rank: LoRA's; by default the one with as many parameters as Bone in this layer.
     """
-    return sum(
-        max(operation.macs / macs_per_second, operation.values * itemsize / bandwidth)
-        for operation in operations
-    )
+    base = tokens * layer.values
+    if method == "bat":
+        return base + min(tokens, r) * layer.values
+    return base + tokens * adapter_parameters(layer, method, r, rank)
+
+
+def step_macs(layer: Linear, tokens: int, method: str, r: int, rank: float | None = None) -> float:
+    """Return the multiply-adds of forward and backward, with the gradient of the input.
+
+    Args:
+        layer: its sizes.
+        tokens: rows of the input.
+        method: one of METHODS.
+        r: shard size of Bone and BAT.
+        rank: LoRA's; by default the one with as many parameters as Bone in this layer.
+    """
+    base = 2 * tokens * layer.values
+    if method == "bat":
+        return base + (tokens + 3 * r) * layer.values
+    return base + 3 * tokens * adapter_parameters(layer, method, r, rank)
 
 
 def forward_floor(layer: Linear, tokens: int, method: str, r: int) -> float:
-    """Return the multiply-adds of a forward over the frozen layer's."""
-    adapted, frozen = (forward_operations(layer, tokens, one, r) for one in (method, "frozen"))
-    return macs(adapted) / macs(frozen)
+    """Return multiply-adds of a forward / those of the frozen layer."""
+    return forward_macs(layer, tokens, method, r) / forward_macs(layer, tokens, "frozen", r)
 
 
 def step_floor(layer: Linear, tokens: int, method: str, r: int) -> float:
-    """Return the multiply-adds of a training step over the frozen layer's."""
-    adapted, frozen = (step_operations(layer, tokens, one, r) for one in (method, "frozen"))
-    return macs(adapted) / macs(frozen)
+    """Return multiply-adds of a training step / those of the frozen layer."""
+    return step_macs(layer, tokens, method, r) / step_macs(layer, tokens, "frozen", r)
 
 
 def kept_bytes(
@@ -247,8 +136,16 @@ def kept_bytes(
 ) -> float:
     """Return the bytes kept from forward to backward, beyond the frozen layer's own.
 
-    The input counts here although some other layer may keep it as well (an activation that keeps
-    its output, or a second projection of the same input).
+    The input counts here even if another layer keeps it too, such as an activation that keeps its
+    output, or a second projection of the same input.
+
+    Args:
+        layer: its sizes.
+        tokens: rows of the input.
+        method: one of METHODS.
+        r: shard size of Bone and BAT.
+        itemsize: bytes of one value.
+        rank: LoRA's; by default the one with as many parameters as Bone in this layer.
     """
     if method == "bone":
         return tokens * r * itemsize
@@ -262,15 +159,15 @@ def kept_bytes(
 
 @dataclass(frozen=True)
 class Decoder:
-    """A Llama-family decoder by its sizes.
+    """The sizes of a Llama-family decoder.
 
     Args:
-        name: what it is called.
+        name: of the model.
         hidden: width of the residual stream.
-        feed_forward: width inside of the feed-forward layers.
+        feed_forward: width inside the feed-forward layers.
         layers: number of decoder layers.
         queries: width of all query heads together.
-        keys: width of all key heads together, and of the values'.
+        keys: width of all key heads together, and of all value heads.
         vocabulary: number of tokens.
         tied_head: whether the head is the embedding.
     """
@@ -288,20 +185,12 @@ class Decoder:
     def linears(self) -> list[Linear]:
         """The seven projections of every layer, which are adapted."""
         h, f, q, k = self.hidden, self.feed_forward, self.queries, self.keys
-        one = [
-            Linear(h, q),
-            Linear(h, k),
-            Linear(h, k),
-            Linear(q, h),
-            Linear(h, f),
-            Linear(h, f),
-            Linear(f, h),
-        ]
-        return one * self.layers
+        sizes = [(h, q), (h, k), (h, k), (q, h), (h, f), (h, f), (f, h)]
+        return [Linear(*size) for size in sizes] * self.layers
 
     @property
     def inputs(self) -> list[int]:
-        """The widths of the distinct inputs of those: q, k, v share one, gate and up another."""
+        """The widths of their distinct inputs: q, k and v share one, gate and up another."""
         return [self.hidden, self.queries, self.hidden, self.feed_forward] * self.layers
 
     @property
@@ -316,23 +205,15 @@ MODELS = (
     Decoder("7B", 4096, 11008, 32, 4096, 4096, 32000),
     Decoder("70B", 8192, 28672, 80, 8192, 1024, 32000),
 )
-"""Of the sizes of Llama 2."""
-
-
-def _other_step_macs(model: Decoder, batch: int, length: int) -> float:
-    """The multiply-adds that no adapter changes: the head, and causal attention's products."""
-    head = 2 * batch * length * model.hidden * model.vocabulary
-    # Two products forward, four backward, half of each masked.
-    attention = 6 * batch * length * length * model.queries * model.layers / 2
-    return head + attention
+"""With the sizes of Llama 2."""
 
 
 def decoder_step_floor(
     model: Decoder, batch: int, length: int, method: str, r: int, rank: float | None = None
 ) -> float:
-    """Return the multiply-adds of a whole model's training step over the frozen model's.
+    """Return multiply-adds of a whole model's training step / those of the frozen model.
 
-    All products count: the projections, the head and attention.
+    All products count: the projections, the head and causal attention.
 
     Args:
         model: its sizes.
@@ -340,130 +221,55 @@ def decoder_step_floor(
         length: tokens in each.
         method: one of METHODS.
         r: shard size.
-        rank: LoRA's, one for all layers; by default that of as many parameters.
+        rank: LoRA's, one for all layers; by default the one with as many parameters as Bone.
     """
     rank = lora_rank(model.linears, r) if rank is None else rank
-    other = _other_step_macs(model, batch, length)
+    tokens = batch * length
+    head = 2 * tokens * model.hidden * model.vocabulary
+    # Two products in forward, four in backward; the mask halves each.
+    attention = 6 * tokens * length * model.queries * model.layers / 2
     frozen, adapted = (
-        sum(macs(step_operations(layer, batch * length, one, r, rank)) for layer in model.linears)
-        + other
+        sum(step_macs(layer, tokens, one, r, rank) for layer in model.linears) + head + attention
         for one in ("frozen", method)
     )
     return adapted / frozen
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """What one device can do at most.
-
-    Args:
-        name: what it is called.
-        flops: dense 16-bit operations per second, a multiply-add being two.
-        memory_bandwidth: bytes per second to and from its memory.
-        link_bandwidth: bytes per second to the other devices, in one direction.
-    """
-
-    name: str
-    flops: float
-    memory_bandwidth: float
-    link_bandwidth: float
-
-
-HARDWARE = Hardware("H100 SXM (data sheet)", 989e12, 3.35e12, 450e9)
-
-
-@dataclass(frozen=True)
 class Prediction:
-    """What a training step, and decoding, of a whole model take; per device where not said else.
+    """What an adapter of a whole model adds to a training step on one device.
 
     Attributes:
-        trainable: adapter parameters of the whole model.
-        weight_bytes: 16-bit base weights, sharded over the devices.
-        state_bytes: of the adapter: 16-bit values and gradients, float32 master and two moments.
-        kept_bytes: kept for backward by the adapters alone, distinct inputs counted once.
-        step_ratio: multiply-adds over the frozen model's.
-        step_seconds: for those at the device's peak: no step can be faster.
-        gather_bytes: received per step to gather sharded base weights, forward and backward.
-        reduce_bytes: sent per step to average the adapter's gradients.
-        link_seconds: for both at the peak of the link.
-        decode_seconds: to read all weights and the adapter for one token on one device.
-        decode_ratio: bytes moved by the projections for one token over the frozen ones'.
+        trainable: adapter parameters.
+        state_bytes: 16-bit values and gradients, float32 master values and two moments.
+        kept_bytes: kept for backward by the adapters alone; an input of several layers counts once.
+        step_ratio: multiply-adds / those of the frozen model.
     """
 
     trainable: float
-    weight_bytes: float
     state_bytes: float
     kept_bytes: float
     step_ratio: float
-    step_seconds: float
-    gather_bytes: float
-    reduce_bytes: float
-    link_seconds: float
-    decode_seconds: float
-    decode_ratio: float
 
 
-def predict(
-    model: Decoder,
-    method: str,
-    *,
-    r: int,
-    batch: int,
-    length: int,
-    devices: int = 1,
-    hardware: Hardware = HARDWARE,
-) -> Prediction:
-    """Return what the paper says of a model on some devices, each with a batch of its own.
-
-    The base is sharded over all of them (as `fully_shard` does), the adapter averaged.
+def predict(model: Decoder, method: str, *, r: int, batch: int, length: int) -> Prediction:
+    """Return what an adapter costs on paper, in 16 bits.
 
     Args:
         model: its sizes.
         method: one of METHODS.
         r: shard size.
-        batch: sequences on each device.
+        batch: number of sequences.
         length: tokens in each.
-        devices: how many.
-        hardware: what each of them is.
     """
     tokens, itemsize, layers = batch * length, 2, model.linears
     rank = lora_rank(layers, r)
     trainable = sum(adapter_parameters(layer, method, r, rank) for layer in layers)
-    weights = model.weights * itemsize
-    products = sum(macs(step_operations(layer, tokens, method, r, rank)) for layer in layers)
-    products += _other_step_macs(model, batch, length)
-    received = (devices - 1) / devices
-    gathered = 2 * weights * received
-    reduced = 2 * trainable * itemsize * received
-    decoded, plain = (
-        sum(moved_bytes(forward_operations(layer, 1, one, r, rank), itemsize) for layer in layers)
-        for one in (method, "frozen")
-    )
-    head = model.hidden * model.vocabulary * itemsize
+    own = {"bone": r, "lora": rank}.get(method, 0) * len(layers)
+    inputs = sum(model.inputs) if method in ("bat", "lora") else 0
     return Prediction(
         trainable=trainable,
-        weight_bytes=weights / devices,
         state_bytes=trainable * (2 + 2 + 4 + 4 + 4),
-        kept_bytes=_kept_in_decoder(model, layers, tokens, method, r, rank, itemsize),
-        step_ratio=decoder_step_floor(model, batch, length, method, r),
-        step_seconds=2 * products / hardware.flops,
-        gather_bytes=gathered,
-        reduce_bytes=reduced,
-        link_seconds=(gathered + reduced) / hardware.link_bandwidth,
-        decode_seconds=(decoded + head) / hardware.memory_bandwidth,
-        decode_ratio=decoded / plain,
+        kept_bytes=tokens * itemsize * (own + inputs),
+        step_ratio=decoder_step_floor(model, batch, length, method, r, rank),
     )
-
-
-def _kept_in_decoder(
-    model: Decoder,
-    layers: Sequence[Linear],
-    tokens: int,
-    method: str,
-    r: int,
-    rank: float,
-    itemsize: int,
-) -> float:
-    own = {"bone": r, "lora": rank}.get(method, 0)
-    inputs = sum(model.inputs) if method in ("bat", "lora") else 0
-    return tokens * itemsize * (own * len(layers) + inputs)

@@ -1,4 +1,4 @@
-"""The tables on one linear layer: a training step, and a forward of few tokens."""
+"""The tables of one linear layer: a training step, and a forward of few tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from benchmarks.candidates import (
     check_layer,
     check_same_results,
     missing_package,
-    trainable,
 )
-from benchmarks.hot_spots import time_by_operators
 from benchmarks.protocol import Budget, compare, synchroniser
 from benchmarks.settings import LayerSize, Profile, R
+from benchmarks.steps import trainable
 
 __all__ = ["build_layers", "few_tokens", "layer_step", "parameter_counts"]
 
@@ -83,7 +82,6 @@ def _measure(
         "r": min(R, size.width // 8),
         "parameters": parameter_counts(layers),
         "seconds": seconds,
-        "operators": time_by_operators(runs, device),
         "left_out": left_out,
     }
 
@@ -91,7 +89,7 @@ def _measure(
 def build_layers(
     plain: nn.Linear, x: Tensor, r: int, candidates: Sequence[Candidate]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Build and check every candidate that can be; say why the others can't.
+    """Build and check every candidate that can be built, and say why the others can't.
 
     Args:
         plain: the layer without any adapter.
@@ -103,7 +101,7 @@ def build_layers(
         name -> layer, and name -> why it is left out.
 
     Raises:
-        CandidateError: a candidate does not compute what it is there for.
+        CandidateError: a candidate does not compute what it should.
     """
     layers, outputs, left_out = {}, {}, {}
     for candidate in candidates:

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and how numbers are written in them."""
+"""Tables in Markdown, and the numbers in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["bytes_text", "count_text", "ratio_text", "seconds_text", "spread_tex
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table whose first column is aligned to the left, the others to the right."""
+    """Return a table: the first column is aligned to the left, the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -21,7 +21,7 @@ def count_text(count: int, noun: str) -> str:
 
 
 def ratio_text(value: float) -> str:
-    """Return a ratio with the digits that mean something: 1.047, 12.3, 105."""
+    """Return a ratio with the digits that matter: 1.047, 12.3, 105."""
     return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
@@ -34,7 +34,7 @@ def spread_text(spread: Spread) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Return a time in the unit that suits it: 12.3 ms."""
+    """Return a time in a suitable unit: 12.3 ms."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -42,7 +42,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(count: float) -> str:
-    """Return a number of bytes in the unit that suits it: 8.5 MiB."""
+    """Return a number of bytes in a suitable unit: 8.5 MiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             value = count / size

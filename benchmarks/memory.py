@@ -1,9 +1,9 @@
 """The table of memory: bytes kept for backward, the peak of a training step, the resident size.
 
-Kept bytes are those of the tensors that autograd saves, each storage once, parameters left out.
-The peak is of all that the allocator has given out at once in a step beyond what was there before:
-kept tensors, gradients and temporaries. Both are counted, not timed, and come out the same on
-every run. The resident size is the operating system's, of a fresh process for each candidate.
+Kept bytes are those of the tensors that autograd saves: each storage once, without parameters. The
+peak is the most that the allocator has given out at once in a step, beyond what was there before:
+kept tensors, gradients and temporaries. Both are counts, equal in every run. The resident size is
+the operating system's, of a new process for each candidate.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.candidates import CANDIDATES, adapted_model, missing_package, trainable
+from benchmarks.candidates import CANDIDATES, adapted_model, missing_package
 from benchmarks.settings import Profile, R
+from benchmarks.steps import TrainingStep
 
 __all__ = ["allocated_peak", "kept_bytes", "memory", "resident_growth", "stack"]
 
@@ -53,13 +55,13 @@ def kept_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = run()  # alive until all is counted: no address comes twice
+        output = run()  # kept alive while counting: no address is used twice
     assert output.grad_fn is not None
     return sum(storages.values())
 
 
 def allocated_peak(run: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes allocated at once while `run` goes on, beyond those before it."""
+    """Return the most bytes that are allocated at once during `run`, beyond those before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -92,8 +94,8 @@ def memory(settings: Profile, device: torch.device) -> list[dict[str, Any]]:
             continue
         adapted = adapted_model(candidate, model, names, r)
         leaf = x.clone().requires_grad_()
-        kept[name] = kept_bytes(adapted, _Forward(adapted, leaf))
-        step = _Step(adapted, leaf)
+        kept[name] = kept_bytes(adapted, partial(adapted, leaf))
+        step = _step(adapted, leaf)
         step()
         step.clear()
         peak[name] = allocated_peak(step, device)
@@ -111,26 +113,8 @@ def memory(settings: Profile, device: torch.device) -> list[dict[str, Any]]:
     return [counted, _resident(settings, device)]
 
 
-class _Forward:
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.model, self.x = model, x
-
-    def __call__(self) -> Tensor:
-        output: Tensor = self.model(self.x)
-        return output
-
-
-class _Step(_Forward):
-    def clear(self) -> None:
-        self.x.grad = None
-        for parameter in trainable(self.model):
-            parameter.grad = None
-
-    def __call__(self) -> Tensor:
-        self.clear()
-        loss: Tensor = self.model(self.x).square().mean()
-        loss.backward()
-        return loss.detach()
+def _step(model: nn.Module, x: Tensor) -> TrainingStep:
+    return TrainingStep(model, lambda: model(x).square().mean(), [x])
 
 
 def _resident(settings: Profile, device: torch.device) -> dict[str, Any]:
@@ -140,7 +124,7 @@ def _resident(settings: Profile, device: torch.device) -> dict[str, Any]:
         if why is None and device.type != "cpu":
             why = "the peak of the device is counted above"
         if why is None and not Path("/proc/self/clear_refs").exists():
-            why = "the resident peak of a stretch of time is read from Linux's /proc"
+            why = "the resident peak is read from /proc, which only Linux has"
         if why is not None:
             left_out[name] = why
             continue
@@ -160,7 +144,7 @@ def _resident(settings: Profile, device: torch.device) -> dict[str, Any]:
 
 
 def fresh_growth(name: str, layers: int, width: int, tokens: int) -> int:
-    """Return `resident_growth` of a fresh process, which has no freed memory to use again."""
+    """Return `resident_growth` of a new process, which has no freed memory to reuse."""
     sizes = map(str, (layers, width, tokens, torch.get_num_threads()))
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", name, *sizes],
@@ -174,7 +158,7 @@ def fresh_growth(name: str, layers: int, width: int, tokens: int) -> int:
 
 
 def resident_growth(name: str, layers: int, width: int, tokens: int) -> int:
-    """Return by how much this process grew at its peak in a few training steps on the CPU.
+    """Return how much this process grows at its peak, in a few training steps on the CPU.
 
     Args:
         name: the candidate.
@@ -184,9 +168,9 @@ def resident_growth(name: str, layers: int, width: int, tokens: int) -> int:
     """
     model, names = stack(layers, width, torch.device("cpu"))
     adapted = adapted_model(CANDIDATES[name], model, names, R)
-    step = _Step(adapted, torch.randn(tokens, width).requires_grad_())
-    _Step(adapted, torch.randn(8, width).requires_grad_())()  # what is set up once
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    step = _step(adapted, torch.randn(tokens, width).requires_grad_())
+    _step(adapted, torch.randn(8, width).requires_grad_())()  # first-time set-up
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     for _ in range(STEPS):
         step()

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.candidates import BASE, CANDIDATES
-from benchmarks.markdown import count_text
-from benchmarks.targets import candidate_floor, over_base
+from benchmarks.targets import candidate_floor, over_base, size_title
 
 __all__ = ["plots"]
 
@@ -59,7 +58,7 @@ def _bars(table: str, cases: Sequence[Case], label: str) -> bytes:
                 axes.plot([floor, floor], [row - 0.4, row + 0.4], color="tab:red")
         axes.invert_yaxis()
         axes.set_xlim(left=0.9)
-        axes.set_title(_title(case), fontsize=9)
+        axes.set_title(size_title(case), fontsize=9)
         axes.set_xlabel(label + "\nred: arithmetic floor", fontsize=8)
         axes.tick_params(labelsize=8)
     return _png(figure)
@@ -113,11 +112,6 @@ def _memory(case: Case) -> bytes:
 
 def _colour(name: str) -> str:
     return PLAIN if name == BASE else OURS if CANDIDATES[name].package is None else THEIRS
-
-
-def _title(case: Case) -> str:
-    where = case["model"] if "model" in case else f"{case['width']} wide"
-    return f"{where}, {count_text(case['tokens'], 'token')}, {case['dtype']}"
 
 
 def _figure(width: float, height: float) -> Any:

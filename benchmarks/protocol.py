@@ -1,7 +1,7 @@
-"""How times are taken: in one process, candidate by candidate, in rounds of shuffled order.
+"""How times are measured: in one process, in rounds of all candidates in random order.
 
-A ratio is taken within a round, so that what slows the machine for a while slows both of its
-terms; what is reported is the median over the rounds, with the quartiles as its spread.
+Ratios are taken within a round, so whatever slows the machine for a while slows both terms. Reports
+show the median over the rounds, and the quartiles.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Budget", "Spread", "compare", "paired_ratios", "synchroniser"]
+__all__ = ["Budget", "Spread", "compare", "paired_ratios", "slow_dtypes", "synchroniser"]
 
 Run = Callable[[], object]
+
+TRIED_WIDTH = 512
+FAR_SLOWER = 10.0
+"""Times slower than float32. Converting to float32 and back costs a few times as much, not ten."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,10 @@ class Budget:
     """How long one comparison may take.
 
     Args:
-        seconds: no new round starts after that, warm-up included.
-        least_rounds: so many rounds are measured whatever they take.
-        most_rounds: so many are enough.
-        warm_up: rounds before those, whose times are thrown away.
+        seconds: no new round starts after this time, which includes the warm-up.
+        least_rounds: the number of rounds that are measured in any case.
+        most_rounds: the largest number of rounds.
+        warm_up: the number of rounds before, whose times are not kept.
     """
 
     seconds: float
@@ -73,13 +77,13 @@ def compare(
     clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Time every run once per round, in an order that is shuffled in each.
+    """Time every run once per round, in a new random order each round.
 
     Args:
         runs: name -> what to time.
         budget: when to stop.
-        synchronise: waits until the device has done what it was given; nothing on a CPU.
-        clock: seconds.
+        synchronise: waits until the device has finished its work; None on a CPU.
+        clock: returns seconds.
         seed: of the orders.
 
     Returns:
@@ -112,5 +116,33 @@ def compare(
 
 
 def synchroniser(device: torch.device) -> Callable[[], None] | None:
-    """Return what waits for `device`, or None where calls return when they are done."""
+    """Return a function that waits for `device`, or None where calls return when they are done."""
     return torch.cuda.synchronize if device.type == "cuda" else None
+
+
+def slow_dtypes(
+    dtypes: Collection[torch.dtype],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[torch.dtype, float]:
+    """Return the dtypes that the device has no instructions for.
+
+    Its products then take many times as long, those of the frozen base too. They say nothing about
+    an adapter.
+
+    Args:
+        dtypes: to try, each with one small product.
+        device: where.
+        clock: returns seconds.
+
+    Returns:
+        dtype -> time of a product / time in float32.
+    """
+    square = torch.randn(TRIED_WIDTH, TRIED_WIDTH, device=device)
+    operands = {dtype: square.to(dtype) for dtype in (torch.float32, *dtypes)}
+    products = {str(dtype): lambda one=one: one @ one for dtype, one in operands.items()}
+    budget = Budget(0.0, least_rounds=3, warm_up=1)
+    seconds = compare(products, budget, synchronise=synchroniser(device), clock=clock)
+    fastest = {dtype: min(seconds[str(dtype)]) for dtype in operands}
+    ratios = {dtype: taken / fastest[torch.float32] for dtype, taken in fastest.items()}
+    return {dtype: ratio for dtype, ratio in ratios.items() if ratio > FAR_SLOWER}

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.report results.json`: tables and plots of a file of results.
+"""`python -m benchmarks.report FILES`: write a page with tables and plots from files of results.
 
-Every number on the page is from the file, or from the cost model; limits are in `targets`. More
-files, of other machines, get pages of their own, which the first one names.
+Every number on the page comes from a file or from the cost model; the limits are in `targets`. A
+table is taken from the first file that has it, so name the newest file first. The page lists the
+other files with their score.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from benchmarks import cost_model
 from benchmarks.candidates import BASE, CANDIDATES, METHOD_TITLES
 from benchmarks.markdown import bytes_text, count_text, ratio_text, seconds_text, spread_text, table
 from benchmarks.plots import plots
-from benchmarks.protocol import Spread
+from benchmarks.protocol import Spread, paired_ratios
 from benchmarks.results import ResultsError, read_results
 from benchmarks.targets import Outcome, candidate_floor, judge, over_base, size_title
 
-__all__ = ["main", "page"]
+__all__ = ["LOOP_LIMIT", "main", "page"]
 
 Case = Mapping[str, Any]
+Results = Mapping[str, Any]
 
 PAGE, ASSETS = "performance.md", "assets"
+NOTHING = "-"
+LOOP_LIMIT = 1 / 0.95
+"""The command must reach 95% of the bare step's throughput."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,256 +43,225 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument(
-        "results", type=Path, nargs="+", help="what `python -m benchmarks` wrote, the newest first"
+        "results", type=Path, nargs="+", help="files of `python -m benchmarks`, the newest first"
     )
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder to write into")
     asked = parser.parse_args(arguments)
     try:
-        results, *others = map(read_results, asked.results)
+        files = {path: read_results(path) for path in asked.results}
     except ResultsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    drawn = plots(results["tables"])
+    tables = {name: _of(name, files)["tables"][name] for name in _names(files)}
     (asked.docs / ASSETS).mkdir(parents=True, exist_ok=True)
+    drawn = plots(tables)
     for name, png in drawn.items():
         (asked.docs / ASSETS / name).write_bytes(png)
-    stems = [path.stem for path in asked.results[1:]]
-    pages = {f"performance-{stem}.md": one for stem, one in zip(stems, others, strict=True)}
-    (asked.docs / PAGE).write_text(page(results, list(drawn), pages), encoding="utf-8")
-    for name, other in pages.items():
-        (asked.docs / name).write_text(page(other, on_paper=False), encoding="utf-8")
-    outcomes = judge(results["tables"])
+    (asked.docs / PAGE).write_text(page(files, list(drawn)), encoding="utf-8")
+    outcomes = judge(tables)
     print(f"{asked.docs / PAGE}: {_score(outcomes)}")
     for outcome in outcomes:
         if outcome.met is False:
-            print(f"missed: {_outcome_text(outcome)}")
+            print(f"missed: {outcome.target.title}: {spread_text(outcome.figure)}")
     return 0
 
 
-def page(
-    results: Mapping[str, Any],
-    drawn: Sequence[str] = (),
-    others: Mapping[str, Mapping[str, Any]] | None = None,
-    on_paper: bool = True,
-) -> str:
+def _names(files: Mapping[Path, Results]) -> list[str]:
+    return list(dict.fromkeys(name for results in files.values() for name in results["tables"]))
+
+
+def _of(name: str, files: Mapping[Path, Results]) -> Results:
+    """Return the first results that have a table."""
+    return next(results for results in files.values() if name in results["tables"])
+
+
+def page(files: Mapping[Path, Results], drawn: Sequence[str] = ()) -> str:
     """Return the page in Markdown.
 
     Args:
-        results: a file of results.
-        drawn: names of the plots beside it.
-        others: names of the pages of other machines -> their files of results.
-        on_paper: whether to say what the cost model predicts.
+        files: path -> results, the newest first.
+        drawn: names of the plots beside the page.
     """
-    tables = results["tables"]
-    parts = [_head(results), *_other_machines(others or {}), _targets(judge(tables))]
-    sections: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
-        ("layer_step", _layer_step),
-        ("few_tokens", _few_tokens),
-        ("model_step", _model_step),
-        ("memory", _memory),
-        ("start_up", _start_up),
-        ("routed", _routed),
-    )
-    for name, section in sections:
-        if tables.get(name):
-            image = f"![{name}]({ASSETS}/{name}.png)\n" if f"{name}.png" in drawn else ""
-            parts += [section(results), *([image] if image else []), *_left_out(tables[name])]
-    return "\n".join([*parts, *([_on_paper(tables)] if on_paper else [])])
+    sections: Mapping[str, Callable[[Results], str]] = {
+        "layer_step": _layer_step,
+        "few_tokens": _few_tokens,
+        "model_step": _model_step,
+        "memory": _memory,
+        "start_up": _start_up,
+        "routed": _routed,
+        "experts": _experts,
+        "finetuning": _finetuning,
+    }
+    there = [name for name in sections if name in _names(files)]
+    used = list(dict.fromkeys(id(_of(name, files)) for name in there))
+    numbers = {one: number for number, one in enumerate(used, 1)}
+    tables = {name: _of(name, files)["tables"][name] for name in there}
+    others = {path: one for path, one in files.items() if id(one) not in numbers}
+    runs = [next(one for one in files.values() if id(one) == key) for key in used]
+    parts = [_head(runs), _summary(tables)]
+    for name in there:
+        results = _of(name, files)
+        image = f"![{name}]({ASSETS}/{name}.png)\n" if f"{name}.png" in drawn else ""
+        run = f"*Run {numbers[id(results)]}.* " if len(numbers) > 1 else ""
+        text = sections[name](results).replace("\n\n", f"\n\n{run}", 1)
+        parts += [text, image, _left_out(tables[name])]
+    parts += [_on_paper(), _targets(judge(tables)), _elsewhere(others)]
+    return "\n".join(filter(None, parts))
 
 
-def _head(results: Mapping[str, Any]) -> str:
-    quick = "" if results["profile"] == "full" else " **A quick run of small sizes: noise.**"
+def _head(measured: Sequence[Results]) -> str:
+    quick = any(results["profile"] != "full" for results in measured)
+    warning = " **This is a quick run of small sizes: its times are noise.**" if quick else ""
+    runs = "".join(f"{number}. {_run(results)}\n" for number, results in enumerate(measured, 1))
     return f"""# Performance
 
-Generated by `python -m benchmarks.report` from what `python -m benchmarks` measured; nothing here
-is typed by hand.{quick}
+Speed and memory, compared with the frozen base and with other libraries.
+`python -m benchmarks.report` writes this page from the results of `python -m benchmarks`; no number
+is typed by hand.{warning}
 
-{_where(results)}
-Times are ratios to the *frozen base*: the same layer or model without any adapter, which is not
-trained but hands gradients on. All candidates are timed in one process, in rounds; each round runs
-every one of them once, in a shuffled order, and ratios are taken within it. Shown is the median
-over the rounds, the quartiles in brackets. Adapters are kept in the dtype of the base, PEFT's too,
-with as many trainable parameters as Bone has with r = 64 (LoRA of square layers: rank 32). Before
-it is timed, each candidate must change the output and get gradients, and candidates of one method
-must return the same. The *floor* counts the multiply-adds of the products alone.
+The runs:
+
+{runs}
+How to read the tables:
+
+- Times are ratios to the *frozen base*: the same layer or model without an adapter. Nothing in it
+  is trained, but gradients pass through it.
+- The *floor* is the same ratio, counted in multiply-adds of the products alone.
+- All candidates have as many trained parameters as Bone with r = 64. For square layers that is
+  LoRA of rank 32. Adapters have the dtype of the base.
+- All candidates run in one process, in rounds, in a new random order each round. A ratio is taken
+  within one round. The tables show the median over the rounds, and the quartiles in brackets.
+- Before it is timed, each candidate must change the output and get gradients. Candidates of the
+  same method must return the same.
 """
 
 
-def _where(results: Mapping[str, Any]) -> str:
-    """Return the machine, the versions, and what was left out."""
-    versions = results["versions"]
-    others = ", ".join(f"{name} {version}" for name, version in versions.items())
-    slower = "".join(
-        f"- Left out: {dtype.removeprefix('torch.')}, which this device has no instructions for: a "
-        f"product took {ratio_text(ratio)} times as long as in float32\n"
-        for dtype, ratio in results.get("without_instructions", {}).items()
-    )
-    return f"- {_machine(results)}\n- {others}\n{slower}"
-
-
-def _machine(results: Mapping[str, Any]) -> str:
+def _run(results: Results) -> str:
     machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    slower = "".join(
+        f" Without {dtype.removeprefix('torch.')}, for which this processor has no instructions: "
+        f"a product took {ratio_text(ratio)} times as long as in float32."
+        for dtype, ratio in results.get("slow_dtypes", {}).items()
+    )
+    return f"{_machine(results)}, {count_text(machine['threads'], 'thread')}. {versions}.{slower}"
+
+
+def _machine(results: Results) -> str:
+    machine = results["machine"]
+    device = "" if results["device"] == "cpu" else f"{results['device']}, "
     return (
-        f"{results['date']}, device {results['device']}: {machine['processor']} "
-        f"({machine['instructions']}), {machine['cores']} cores, {machine['threads']} threads, "
-        f"{bytes_text(machine['memory_bytes'])} of memory, {machine['system']}"
+        f"{results['date'][:10]}, {device}{machine['processor']} ({machine['instructions']}), "
+        f"{count_text(machine['cores'], 'core')}, {bytes_text(machine['memory_bytes'])} of memory"
     )
 
 
-def _other_machines(others: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    if not others:
-        return []
-    rows = [
-        f"- [{_machine(results)}]({name}): {_score(judge(results['tables']))}"
-        for name, results in others.items()
-    ]
-    return ["Measured elsewhere, with the disha of that day:\n", "\n".join(rows) + "\n"]
-
-
-AT_THE_FLOOR = """*At the floor* is what a figure would be if disha's side of it took what its floor
-says: in a step the multiply-adds of its products, at the base's rate; for few tokens, where the
-base is far from the rate of large products, no more time than the base."""
-
-
-def _score(outcomes: Sequence[Outcome]) -> str:
-    counts = {met: sum(outcome.met is met for outcome in outcomes) for met in (True, False, None)}
-    beyond = sum(outcome.met is False and outcome.beyond_floor for outcome in outcomes)
-    return (
-        f"{count_text(counts[True], 'target')} met, {counts[False]} missed ({beyond} of them at "
-        f"the floor too), {counts[None]} not measured, of {len(outcomes)}"
-    )
-
-
-def _targets(outcomes: Sequence[Outcome]) -> str:
-    rows = [
-        [
-            outcome.target.title,
-            f"{'<' if outcome.target.strict else '<='} {ratio_text(outcome.target.limit)}",
-            "-" if outcome.at_floor is None else ratio_text(outcome.at_floor),
-            spread_text(outcome.figure),
-            _verdict(outcome),
+def _summary(tables: Mapping[str, Sequence[Case]]) -> str:
+    """Return the main figures as sentences."""
+    lines = []
+    for case in tables.get("model_step", ()):
+        ratios = [
+            f"{CANDIDATES[name].title} {over_base(case, name).median:.2f}"
+            for name in ("bone", "peft_lora", "bat")
+            if name in case["seconds"]
         ]
-        for outcome in outcomes
-        if outcome.figure is not None
-    ]
-    header = ("figure", "limit", "at the floor", "measured", "")
-    return f"## Targets\n\n{AT_THE_FLOOR}\n\n{_score(outcomes)}.\n\n{table(header, rows)}"
+        lines.append(
+            f"- A training step of {case['model']} ({case['dtype']}), frozen = 1: "
+            f"{', '.join(ratios)}."
+        )
+    for case in tables.get("memory", ()):
+        if case["what"] == "counted":
+            kept = [
+                f"{CANDIDATES[name].title} {bytes_text(case['kept_bytes'][name])}"
+                for name in (BASE, "bone", "peft_lora", "bat")
+                if name in case["kept_bytes"]
+            ]
+            lines.append(f"- Kept for the backward pass of four layers: {', '.join(kept)}.")
+    return "## In short\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
-def _verdict(outcome: Outcome) -> str:
-    if outcome.met:
-        return "met"
-    return "**missed**, at the floor too" if outcome.beyond_floor else "**missed**"
+# --- one section for each table ------------------------------------------------------------------
 
 
-def _outcome_text(outcome: Outcome) -> str:
-    assert outcome.figure is not None
-    at_floor = "" if outcome.at_floor is None else f", at the floor {ratio_text(outcome.at_floor)}"
-    return (
-        f"{outcome.target.title}: {spread_text(outcome.figure)}, "
-        f"limit {ratio_text(outcome.target.limit)}{at_floor}"
-    )
-
-
-def _ratios(name: str, cases: Sequence[Case], title: Callable[[Case], str]) -> str:
-    """Return a table of candidates by cases, with floors and absolute times of the base."""
+def _ratios(name: str, cases: Sequence[Case], title: Callable[[Case], str] = size_title) -> str:
+    """Return a table of candidates by cases, with floors and the time of the base."""
     header = ["", *(title(case) for case in cases)]
     rows = [
         ["frozen base", *(seconds_text(Spread.of(case["seconds"][BASE]).median) for case in cases)]
     ]
     for method, method_title in METHOD_TITLES.items():
         floors = [candidate_floor(name, case, method) for case in cases]
-        texts = ["-" if floor is None else f"*{ratio_text(floor)}*" for floor in floors]
-        rows.append([f"*floor {method_title}*", *texts])
-    candidates = list(dict.fromkeys(one for case in cases for one in case["seconds"]))
-    for candidate in candidates:
+        if any(floor is not None for floor in floors):
+            texts = [NOTHING if floor is None else f"*{ratio_text(floor)}*" for floor in floors]
+            rows.append([f"*floor {method_title}*", *texts])
+    for candidate in dict.fromkeys(one for case in cases for one in case["seconds"]):
         if candidate != BASE:
-            texts = [
-                spread_text(over_base(case, candidate)) if candidate in case["seconds"] else "-"
-                for case in cases
-            ]
-            rows.append([CANDIDATES[candidate].title, *texts])
-    rounds = ", ".join(str(len(case["seconds"][BASE])) for case in cases)
-    return f"{table(header, rows)}\nRounds: {rounds}.\n"
+            rows.append([CANDIDATES[candidate].title, *_over_base(candidate, cases)])
+    return table(header, rows)
 
 
-def _tokens_per_second(results: Mapping[str, Any], cases: Sequence[Case]) -> str:
+def _over_base(name: str, cases: Sequence[Case]) -> list[str]:
+    return [
+        spread_text(over_base(case, name)) if name in case["seconds"] else NOTHING for case in cases
+    ]
+
+
+def _tokens_per_second(results: Results, cases: Sequence[Case]) -> str:
     if results["device"] == "cpu":
         return ""
-    candidates = list(dict.fromkeys(one for case in cases for one in case["seconds"]))
     rows = [
         [
             CANDIDATES[candidate].title,
             *(
                 f"{case['tokens'] / Spread.of(case['seconds'][candidate]).median:,.0f}"
                 if candidate in case["seconds"]
-                else "-"
+                else NOTHING
                 for case in cases
             ),
         ]
-        for candidate in candidates
+        for candidate in dict.fromkeys(one for case in cases for one in case["seconds"])
     ]
-    header = ["tokens per second", *map(size_title, cases)]
-    return f"\n{table(header, rows)}"
+    return "\n" + table(["tokens per second", *map(size_title, cases)], rows)
 
 
-def _operators(cases: Sequence[Case]) -> str:
-    """Return where the time goes, for the candidates that were taken apart."""
-    rows = [
-        [
-            f"{CANDIDATES[name].title}, {size_title(case)}",
-            ", ".join(f"{operator} {share:.0%}" for operator, share in shares.items()),
-        ]
-        for case in cases
-        for name, shares in case["operators"].items()
-    ]
-    lines = ["| where the time goes | |", "| --- | --- |"]
-    return "\n" + "\n".join([*lines, *(f"| {one} | {other} |" for one, other in rows)]) + "\n"
+def _timed(name: str, title: str, about: str, results: Results) -> str:
+    cases = results["tables"][name]
+    times = _ratios(name, cases) + _tokens_per_second(results, cases)
+    return f"## {title}\n\n{about}\n\n{times}"
 
 
-def _timed(results: Mapping[str, Any], table: str) -> str:
-    """Return what the tables of times have in common: ratios, speed, and where the time goes."""
-    cases = results["tables"][table]
-    return (
-        _ratios(table, cases, size_title) + _tokens_per_second(results, cases) + _operators(cases)
+def _layer_step(results: Results) -> str:
+    about = "Forward and backward, including the gradient of the input."
+    return _timed("layer_step", "Training step of one linear layer", about, results)
+
+
+def _few_tokens(results: Results) -> str:
+    about = (
+        "Without gradients, as in decoding. Each candidate has its own copy of the weights, so "
+        "that none finds them in the cache because another has just read them."
     )
-
-
-def _layer_step(results: Mapping[str, Any]) -> str:
-    return (
-        "## Training step of one linear layer\n\n"
-        "Forward and backward, the gradient of the input included.\n\n"
-        + _timed(results, "layer_step")
-    )
-
-
-def _few_tokens(results: Mapping[str, Any]) -> str:
     cases = results["tables"]["few_tokens"]
-    less = any(over_base(case, "bone").median < 1 for case in cases if "bone" in case["seconds"])
-    return (
-        "## Forward of few tokens\n\n"
-        "Without gradients, as in decoding. Each candidate has a copy of the weights of its own, "
-        "so that none finds them in the cache because another has just read them.\n\n"
-        + (f"{LESS_THAN_FROZEN}\n\n" if less else "")
-        + _timed(results, "few_tokens")
+    if any(over_base(case, "bone").median < 1 for case in cases if "bone" in case["seconds"]):
+        about += f"\n\n{LESS_THAN_FROZEN}"
+    return _timed("few_tokens", "Forward of few tokens", about, results)
+
+
+LESS_THAN_FROZEN = (
+    "Where Bone takes less time than the frozen base, the run is of a version of disha that "
+    "computed the base's own product in blocks of rows. Today it is torch's own product."
+)
+
+
+def _model_step(results: Results) -> str:
+    about = (
+        "SmolLM2-135M, with all seven projections of every layer adapted; sequences of equal "
+        "length, loss on every token. The output of the embedding requires a gradient in all "
+        "candidates. The floor counts the projections, the head and causal attention."
     )
+    return _timed("model_step", "Training step of a language model", about, results)
 
 
-LESS_THAN_FROZEN = """Bone takes less time than the frozen base here: these runs are of a version
-of disha that computed the base's own product of few tokens in blocks of rows."""
-
-
-def _model_step(results: Mapping[str, Any]) -> str:
-    return (
-        "## Training step of a whole language model\n\n"
-        "SmolLM2-135M as `disha finetune` reads it, all seven projections of every layer adapted, "
-        "sequences of equal length without padding, loss on every token. The embedding's output "
-        "requires a gradient in all candidates. The floor counts the products of the projections, "
-        "of the head and of causal attention.\n\n" + _timed(results, "model_step")
-    )
-
-
-def _memory(results: Mapping[str, Any]) -> str:
+def _memory(results: Results) -> str:
     parts = ["## Memory\n"]
     for case in results["tables"]["memory"]:
         sizes = (
@@ -296,25 +270,22 @@ def _memory(results: Mapping[str, Any]) -> str:
         )
         if case["what"] == "counted":
             parts.append(
-                f"{sizes}. *Kept*: what autograd saves from forward to backward, each storage "
-                "once, parameters left out. *Peak*: most that is allocated at once in a step, "
-                "kept, gradients and temporaries, beyond the parameters. Both are counted, not "
-                "timed.\n"
+                f"{sizes}. *Kept*: what autograd saves for the backward pass, without parameters. "
+                "*Peak*: the most that is allocated at once in a step, beyond the parameters. Both "
+                "are counted, not timed.\n"
             )
             rows = [
                 [
                     CANDIDATES[name].title,
                     bytes_text(kept),
-                    bytes_text(_predicted_kept(case, name)) if _predictable(name) else "-",
                     bytes_text(case["peak_bytes"][name]),
                     bytes_text(case["peak_bytes"][name] - case["peak_bytes"][BASE]),
                 ]
                 for name, kept in case["kept_bytes"].items()
             ]
-            header = ("", "kept", "kept, on paper", "peak", "peak beyond frozen")
-            parts.append(table(header, rows))
+            parts.append(table(("", "kept", "peak", "peak beyond frozen"), rows))
         elif case["resident_bytes"]:
-            parts.append(f"Growth of a fresh process at its peak, {sizes}.\n")
+            parts.append(f"Growth of a new process at its peak: {sizes}.\n")
             rows = [
                 [CANDIDATES[name].title, bytes_text(growth)]
                 for name, growth in case["resident_bytes"].items()
@@ -323,226 +294,202 @@ def _memory(results: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _predictable(name: str) -> bool:
-    return CANDIDATES[name].method in cost_model.METHODS
-
-
-def _predicted_kept(case: Case, name: str) -> float:
-    layer = cost_model.Linear(case["width"], case["width"])
-    own = cost_model.kept_bytes(layer, case["tokens"], CANDIDATES[name].method, case["r"], 4)
-    activation = case["tokens"] * case["width"] * 4
-    return float(case["layers"] * (own + activation))
-
-
-def _start_up(results: Mapping[str, Any]) -> str:
+def _start_up(results: Results) -> str:
     cases = results["tables"]["start_up"]
     injections = [case for case in cases if case["what"] != "files"]
-    files = [case for case in cases if case["what"] == "files"]
     names = list(dict.fromkeys(name for case in injections for name in case["seconds"]))
-    rows = [
-        [
-            f"{case['what']} ({case['layers']:,} layers)",
-            *(
-                seconds_text(Spread.of(case["seconds"][name]).median)
-                if name in case["seconds"]
-                else "-"
-                for name in names
-            ),
-        ]
-        for case in injections
-    ]
-    header = ["", *(CANDIDATES[name].title for name in names)]
-    parts = ["## Start-up\n", table(header, rows)]
+
+    def median(case: Case, name: str) -> str:
+        seconds = case["seconds"].get(name)
+        return NOTHING if seconds is None else seconds_text(Spread.of(seconds).median)
+
+    rows = [[case["what"], *(median(case, name) for name in names)] for case in injections]
+    about = "## Start-up\n\nTime to adapt a model, and to save and load an adapter.\n"
+    parts = [about, table(["", *(CANDIDATES[name].title for name in names)], rows)]
     keys = ("save", "load", "swap", "tensors_save", "tensors_load")
+    header = ["adapter file, base", "save", "load into a plain model", "replace in place",
+              "safetensors alone: save", "safetensors alone: load"]  # fmt: skip
     rows = [
         [
-            f"{bytes_text(case['adapter_bytes'])} over {bytes_text(case['base_bytes'])}",
-            *(seconds_text(Spread.of(case["seconds"][key]).median) for key in keys),
-            seconds_text(Spread.of(case["seconds"]["load"]).median / case["adapter_bytes"] * 2**20),
+            f"{bytes_text(case['adapter_bytes'])}, {bytes_text(case['base_bytes'])}",
+            *(median(case, key) for key in keys),
         ]
-        for case in files
+        for case in cases
+        if case["what"] == "files"
     ]
-    header = [
-        "adapter over base",
-        "save",
-        "load into a plain model",
-        "load in place",
-        "safetensors alone: save",
-        "load",
-        "load per MiB",
-    ]
-    parts.append(table(header, rows))
-    return "\n".join(parts)
+    return "\n".join([*parts, table(header, rows)])
 
 
-def _routed(results: Mapping[str, Any]) -> str:
+def _routed(results: Results) -> str:
     cases = results["tables"]["routed"]
-    names = list(dict.fromkeys(name for case in cases for name in case["seconds"]))
-    titles = {
-        f"{name}_{way}": f"{CANDIDATES[name].title}, {text}"
-        for name in ("bone", "bat", "peft_lora")
-        for way, text in (("routed", "one batch"), ("one_by_one", "adapter by adapter"))
-    }
     header = [
-        "",
-        *(
-            f"{count_text(case['adapters'], 'adapter')}, {count_text(case['tokens'], 'token')}"
-            for case in cases
-        ),
+        f"{count_text(case['adapters'], 'adapter')}, {count_text(case['tokens'], 'token')}"
+        for case in cases
     ]
+    ways = {"routed": "one batch", "one_by_one": "adapter by adapter"}
     rows = [
-        [
-            titles[name],
-            *(
-                spread_text(over_base(case, name)) if name in case["seconds"] else "-"
-                for case in cases
-            ),
-        ]
-        for name in names
-        if name != BASE
+        [f"{CANDIDATES[name].title}, {text}", *_over_base(f"{name}_{way}", cases)]
+        for name in ("bone", "bat", "peft_lora")
+        for way, text in ways.items()
+        if any(f"{name}_{way}" in case["seconds"] for case in cases)
     ]
     one = cases[0]
     return (
         "## Routed batches\n\n"
-        f"{one['samples']} samples in a batch, {one['layers']} layers of {one['width']} x "
-        f"{one['width']}, {one['dtype']}, forward without gradients, over one batch through the "
-        "frozen base. PEFT's way is `adapter_names`.\n\n" + table(header, rows)
+        f"A batch of {one['samples']} samples, each with an adapter of its own; {one['layers']} "
+        f"layers of {one['width']} x {one['width']}, {one['dtype']}, forward without gradients. "
+        "Times are ratios to the same batch through the frozen base. PEFT routes by "
+        "`adapter_names`.\n\n" + table(["", *header], rows)
     )
 
 
-def _left_out(cases: Sequence[Case]) -> list[str]:
-    reasons = {name: why for case in cases for name, why in case["left_out"].items()}
-    if not reasons:
-        return []
-    listed = "; ".join(f"{CANDIDATES[name].title}: {why}" for name, why in reasons.items())
-    return [f"Left out: {listed}.\n"]
+def _experts(results: Results) -> str:
+    cases = results["tables"]["experts"]
+    clock = " Times are CPU times." if cases[0].get("clock") == "cpu" else ""
 
-
-def _on_paper(tables: Mapping[str, Sequence[Case]]) -> str:
-    parts = [
-        "## On paper\n",
-        "```text\n" + (cost_model.__doc__ or "").strip() + "\n```\n",
-    ]
-    rows = _predicted_rows(tables)
-    if rows:
-        parts += [_rates(tables["rates"]), table(("", *ON_PAPER), rows)]
-    parts.append(_predictions())
-    return "\n".join(parts)
-
-
-ON_PAPER = ("multiply-adds", "bytes moved", "roofline", "measured", "measured / roofline")
-
-
-def _rates(cases: Sequence[Case]) -> str:
-    listed = "; ".join(
-        f"{case['dtype']}: {case['macs_per_second'] / 1e9:.3g} G multiply-adds per second (a "
-        f"product {case['width']} wide), {case['bytes_per_second'] / 1e9:.3g} GB per second "
-        "(a copy)"
-        for case in cases
-    )
-    return (
-        "All of it over the frozen layer's, for the cases above. The roofline takes the rates of "
-        f"this machine, measured in the same run: {listed}.\n"
-    )
-
-
-def _predicted_rows(tables: Mapping[str, Sequence[Case]]) -> list[list[str]]:
-    rates = {case["dtype"]: case for case in tables.get("rates", ())}
-    return [
-        [
-            f"{CANDIDATES[name].title}, {size_title(case)}, {what}",
-            *map(ratio_text, _predicted(case, name, operations, rates[case["dtype"]])),
-        ]
-        for key, what, operations in (
-            ("layer_step", "step", cost_model.step_operations),
-            ("few_tokens", "forward", cost_model.forward_operations),
+    def title(case: Case) -> str:
+        return (
+            f"{case['model']}, {case['experts']} experts of {case['hidden']} x {case['inner']}, "
+            f"{case['tokens']:,} tokens, {case['implementation']}"
         )
-        for case in tables.get(key, ())
-        for name in ("bone", "bat", "loralib")
-        if name in case["seconds"] and case["dtype"] in rates
+
+    kept = [
+        [title(case), *(bytes_text(case["kept_bytes"][name]) for name in case["kept_bytes"])]
+        for case in cases
     ]
-
-
-def _predicted(
-    case: Case,
-    name: str,
-    operations: Callable[..., list[cost_model.Operation]],
-    rates: Case,
-) -> tuple[float, ...]:
-    """Return what is in ON_PAPER for one candidate."""
-    itemsize = {"float32": 4, "bfloat16": 2}[case["dtype"]]
-    layer = cost_model.Linear(case["width"], case["width"])
-    adapted, frozen = (
-        operations(layer, case["tokens"], method, case["r"])
-        for method in (CANDIDATES[name].method, "frozen")
-    )
-    speed = (rates["macs_per_second"], rates["bytes_per_second"])
-    roofline = cost_model.roofline_seconds(adapted, itemsize, *speed)
-    roofline /= cost_model.roofline_seconds(frozen, itemsize, *speed)
-    measured = over_base(case, name).median
+    rows = [
+        [
+            title(case),
+            seconds_text(Spread.of(case["seconds"][BASE]).median),
+            *(
+                spread_text(over_base(case, name)) if name in case["seconds"] else NOTHING
+                for name in ("bone", "bat", "peft_lora")
+            ),
+        ]
+        for case in cases
+    ]
+    titles = [CANDIDATES[name].title for name in ("bone", "bat", "peft_lora")]
+    header = ["", *(CANDIDATES[name].title for name in cases[0]["kept_bytes"])]
     return (
-        cost_model.macs(adapted) / cost_model.macs(frozen),
-        cost_model.moved_bytes(adapted, itemsize) / cost_model.moved_bytes(frozen, itemsize),
-        roofline,
-        measured,
-        measured / roofline,
+        "## Training step of a mixture of experts\n\n"
+        "One layer, with only the stacked weights of its experts adapted, in each implementation "
+        f"of `transformers`. PEFT adapts them by `target_parameters`.{clock}\n\n"
+        + table(["", "frozen base", *titles], rows)
+        + "\nKept for the backward pass:\n\n"
+        + table(header, kept)
     )
 
 
-PREDICTED = {"batch": 1, "length": 4096, "r": 64}
-DEVICES = (1, 8, 64)
+def _finetuning(results: Results) -> str:
+    cases = results["tables"]["finetuning"]
+    (loop,) = (case for case in cases if case["what"] == "loop")
+    ratio = Spread.of(paired_ratios(loop["seconds"], "loop", "bare"))
+    met = "met" if ratio.median <= LOOP_LIMIT else "**missed**"
+    rows = [
+        (
+            case["title"],
+            str(case["steps"]),
+            f"{case['before']:.3f}",
+            f"{case['after']:.3f}",
+            f"{case['trainable']:,}",
+            bytes_text(case["peak_memory_bytes"]),
+        )
+        for case in cases
+        if case["what"] == "run"
+    ]
+    header = ("method", "steps", "loss before", "loss after", "trained parameters", "peak memory")
+    return f"""## The fine-tuning command
+
+`disha finetune --demo` with SmolLM2-135M-Instruct, r = 64, on docstrings of the standard library.
+The loss is that of 256 held-out functions, in nats per token. The runs are short: they show that
+every way of training lowers the loss, not by how much.
+
+{table(header, rows)}
+A step of the command's loop (accumulation, clipping, schedule, AdamW, checks, metrics on disk) / a
+bare step (forward, backward, AdamW), with {loop["layers"]} layers and {loop["batch"]} sequences
+of {loop["length"]} tokens: **{spread_text(ratio)}**, limit {ratio_text(LOOP_LIMIT)}: {met}.
+"""
 
 
-def _predictions() -> str:
-    hardware = cost_model.HARDWARE
+def _left_out(cases: Sequence[Case]) -> str:
+    reasons = {name: why for case in cases for name, why in case["left_out"].items()}
+    listed = "; ".join(f"{CANDIDATES[name].title}: {why}" for name, why in reasons.items())
+    return f"Left out: {listed}.\n" if listed else ""
+
+
+# --- what is not measured ------------------------------------------------------------------------
+
+PREDICTED = {"r": 64, "batch": 1, "length": 4096}
+
+
+def _on_paper() -> str:
     rows = []
     for model in cost_model.MODELS:
-        for devices in DEVICES:
-            for method in cost_model.METHODS:
-                where = f"{model.name}, {count_text(devices, 'device')}"
-                one = cost_model.predict(model, method, devices=devices, **PREDICTED)
-                rows.append(
-                    [
-                        f"{where}, {METHOD_TITLES.get(method, 'frozen')}",
-                        f"{one.trainable / 1e6:.0f} M",
-                        bytes_text(one.weight_bytes),
-                        bytes_text(one.state_bytes),
-                        bytes_text(one.kept_bytes),
-                        ratio_text(one.step_ratio),
-                        seconds_text(one.step_seconds),
-                        bytes_text(one.reduce_bytes),
-                        seconds_text(one.link_seconds) if devices > 1 else "-",
-                        ratio_text(one.decode_ratio),
-                        seconds_text(one.decode_seconds),
-                    ]
-                )
-    header = (
-        "model",
-        "trained",
-        "base, each",
-        "adapter and optimiser, each",
-        "kept by adapters, each",
-        "step / frozen",
-        "step, at best",
-        "gradients sent, each",
-        "on the link",
-        "decoding / frozen",
-        "token, at best",
-    )
-    return f"""### What it says of large models
+        for method, title in METHOD_TITLES.items():
+            one = cost_model.predict(model, method, **PREDICTED)
+            rows.append(
+                [
+                    f"{model.name}, {title}",
+                    f"{one.trainable / 1e6:.0f} M",
+                    bytes_text(one.state_bytes),
+                    bytes_text(one.kept_bytes),
+                    ratio_text(one.step_ratio),
+                ]
+            )
+    header = ("model", "trained", "adapter and optimizer", "kept by adapters", "step / frozen")
+    return f"""## Large models, on paper
 
-Models of the sizes of Llama 2, all projections adapted with r = {PREDICTED["r"]} in 16 bits, one
-sequence of {PREDICTED["length"]:,} tokens on each device; the base sharded over all devices and
-gathered layer by layer, the adapter's gradients averaged. Nothing here is measured.
-
-- *At best* is arithmetic at the peak of {hardware.name}:
-  {hardware.flops / 1e12:.0f} TFLOP/s, {hardware.memory_bandwidth / 1e12:.2f} TB/s of memory,
-  {hardware.link_bandwidth / 1e9:.0f} GB/s to the others.
-- *On the link* is gathering the base twice and averaging gradients.
-- *Decoding* is one token on one device, by the bytes that it moves, if the device holds the base.
-- *Kept* is beyond what the frozen model keeps, without recomputing activations.
+Models with the sizes of Llama 2, all projections adapted with r = {PREDICTED["r"]} in 16 bits, one
+sequence of {PREDICTED["length"]:,} tokens. Nothing here is measured. The step is the floor; *kept*
+is what the adapters keep for the backward pass, without recomputing activations.
 
 {table(header, rows)}"""
+
+
+def _targets(outcomes: Sequence[Outcome]) -> str:
+    rows = [
+        [
+            outcome.target.title,
+            f"{'<' if outcome.target.strict else '<='} {ratio_text(outcome.target.limit)}",
+            spread_text(outcome.figure),
+            "met" if outcome.met else "**missed**",
+        ]
+        for outcome in outcomes
+        if outcome.figure is not None
+    ]
+    listed = table(("figure", "limit", "measured", ""), rows)
+    return f"""## Targets
+
+Limits that this project sets itself. Without a unit, a figure is a ratio of times or of bytes.
+
+<details markdown="1"><summary>{_score(outcomes)}</summary>
+
+{listed}
+</details>
+"""
+
+
+def _score(outcomes: Sequence[Outcome]) -> str:
+    counts = {met: sum(outcome.met is met for outcome in outcomes) for met in (True, False, None)}
+    return (
+        f"{count_text(counts[True], 'target')} met, {counts[False]} missed, {counts[None]} not "
+        "measured"
+    )
+
+
+def _elsewhere(others: Mapping[Path, Results]) -> str:
+    if not others:
+        return ""
+    lines = [
+        f"- `{path.name}`: {_machine(results)}: {_score(judge(results['tables']))}\n"
+        for path, results in others.items()
+    ]
+    return f"""## Other machines
+
+These files in `benchmarks/results/` hold earlier runs. To read one as a page:
+`python -m benchmarks.report benchmarks/results/NAME --docs bench-output`.
+
+{"".join(lines)}"""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The file of results: what was measured, on which machine, with which versions."""
+"""The file of results: the measurements, the machine and the versions."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ DIGITS = 4
 
 
 class ResultsError(Exception):
-    """A file is no file of results that can be read here."""
+    """A file can't be read as results."""
 
 
 def describe(profile: str, device: torch.device) -> dict[str, Any]:
-    """Return the head of a file of results, with no tables yet.
+    """Return the beginning of a file of results, without tables.
 
     Args:
-        profile: the name of what the run was set to.
+        profile: the name of the settings.
         device: where it computes.
     """
     on_gpu = device.type == "cuda"
@@ -67,11 +67,11 @@ def describe(profile: str, device: torch.device) -> dict[str, Any]:
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write results, each list of numbers on one line, after a check that they are JSON.
+    """Write results as JSON, with each list of numbers on one line.
 
     Args:
-        path: the file; folders above it are made.
-        results: as `describe` gives them, tables filled in.
+        path: the file; the folders above it are made.
+        results: what `describe` returns, with tables.
     """
     text = json.dumps(rounded(results), indent=1, allow_nan=False)
     text = re.sub(
@@ -81,7 +81,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all; folders above it are made."""
+    """Write a file completely or not at all, and make the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
@@ -92,7 +92,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read a file of results.
 
     Raises:
-        ResultsError: it is missing, no JSON, or of another format.
+        ResultsError: it is missing, is not JSON, or has another format.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def rounded(value: Any, digits: int = DIGITS) -> Any:
-    """Return a structure with every float rounded to so many significant digits."""
+    """Return a structure with every float rounded to a number of significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):

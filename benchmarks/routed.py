@@ -1,4 +1,4 @@
-"""The table of routed batches: each sample of a batch through an adapter of its own."""
+"""The table of routed batches: each sample of a batch has an adapter of its own."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import disha
 from benchmarks.candidates import (
     BASE,
     CANDIDATES,
-    CandidateError,
     lora_rank,
     missing_package,
-    trainable,
 )
 from benchmarks.protocol import Run, compare, synchroniser
 from benchmarks.settings import Profile, R
+from benchmarks.steps import CandidateError, fill, trainable
 
 __all__ = ["routed"]
 
 SAMPLES = 16
 ADAPTERS = (1, 4, 16)
 LAYERS = 4
+SCALE = 0.02
 
 
 def routed(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
-    """Measure a batch routed to 1, 4 and 16 adapters against running adapter by adapter.
+    """Compare a batch that is routed to 1, 4 and 16 adapters with running adapter by adapter.
 
-    One adapter by one means as many forwards, each of the samples that are its own. Setting the
-    route or switching the adapter is a part of what is timed, and so is PEFT's `adapter_names`.
+    Adapter by adapter means one forward for each adapter, with its own samples. The time includes
+    setting the route, switching the adapter, and PEFT's `adapter_names`.
     """
     return [
         _measure(profile, adapters, tokens, device)
@@ -87,19 +87,12 @@ def _plain(model: nn.Module, x: Tensor) -> Run:
     return run
 
 
-def _fill(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in trainable(model):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-
-
 def _disha(
     model: nn.Module, method: str, r: int, names: Sequence[str], x: Tensor
 ) -> dict[str, Run]:
     for adapter in dict.fromkeys(names):
         disha.inject_adapters(model, "all-linear", r, method=method, adapter=adapter)
-    _fill(model)
+    fill(trainable(model), SCALE)
 
     def all_at_once() -> Tensor:
         with torch.no_grad(), disha.route_adapters(model, names):
@@ -121,7 +114,7 @@ def _peft(model: nn.Module, r: int, names: Sequence[str], x: Tensor) -> dict[str
         peft.add_adapter(adapter, config)
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    _fill(peft)
+    fill(trainable(peft), SCALE)
     peft.eval()
 
     def all_at_once() -> Tensor:
@@ -159,4 +152,4 @@ def _check(name: str, together: object, parts: object, names: Sequence[str]) -> 
     for adapter, part in zip(dict.fromkeys(names), parts, strict=True):
         mine = [i for i, one in enumerate(names) if one == adapter]
         if not torch.allclose(together[mine], part, rtol=1e-3, atol=1e-4):
-            raise CandidateError(f"{name}: the batch is not what its adapters give one by one")
+            raise CandidateError(f"{name}: the routing differs from running adapter by adapter")

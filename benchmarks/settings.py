@@ -1,15 +1,25 @@
-"""What is measured: the sizes of every table and the time that each may take."""
+"""The sizes of every table, and the time that each may take."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks.protocol import Budget
 
-__all__ = ["FULL", "QUICK", "LayerSize", "ModelRun", "Profile", "R"]
+__all__ = [
+    "FINETUNE_RUNS",
+    "FULL",
+    "QUICK",
+    "ExpertModel",
+    "FinetuneSizes",
+    "LayerSize",
+    "ModelRun",
+    "Profile",
+    "R",
+]
 
 R = 64
 """The shard size of every table; LoRA gets the rank with as many trainable parameters."""
@@ -17,7 +27,7 @@ R = 64
 
 @dataclass(frozen=True)
 class LayerSize:
-    """A square linear layer and the tokens it is given."""
+    """A square linear layer, and the number of tokens in its input."""
 
     width: int
     tokens: int
@@ -28,7 +38,7 @@ class LayerSize:
 class ModelRun:
     """A training step of the whole model: `batch` sequences of `length` tokens.
 
-    It needs no warm-up: the check that each candidate learns is one step of it.
+    It needs no warm-up: the check that each candidate learns is a step already.
 
     Args:
         dtype: of all weights and adapters.
@@ -44,11 +54,66 @@ class ModelRun:
 
 
 @dataclass(frozen=True)
+class ExpertModel:
+    """A mixture of experts, and the batch of one step.
+
+    Args:
+        architecture: the prefix of its classes in transformers.
+        hidden: width of a token.
+        inner: width inside an expert.
+        experts: how many a layer has.
+        chosen: how many each token goes to.
+        r: the shard size.
+        length: tokens in each sequence.
+        inner_name: what the configuration calls `inner`.
+        experts_name: what it calls `experts`.
+        batched: whether the implementation batched_mm is measured too.
+        layers: how many.
+        batch: number of sequences.
+    """
+
+    architecture: str
+    hidden: int
+    inner: int
+    experts: int
+    chosen: int
+    r: int
+    length: int
+    inner_name: str
+    experts_name: str
+    batched: bool = False
+    layers: int = 1
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class FinetuneSizes:
+    """What the benchmark of `disha finetune` trains.
+
+    Args:
+        layers: how many of the model's decoder layers the loop is measured on.
+        batch: sequences in a batch.
+        accumulation: batches in a step.
+        length: tokens in each sequence.
+        budget: of measuring the loop.
+        steps: optimizer steps of each run of the command.
+        runs: title -> the flags of the command.
+    """
+
+    layers: int
+    batch: int
+    accumulation: int
+    length: int
+    budget: Budget
+    steps: int
+    runs: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Everything that a run of the benchmarks is set to; budgets are for each case of a table."""
+    """All settings of a run of the benchmarks. A budget is for each case of a table."""
 
     name: str
-    product_width: int
     layer_steps: tuple[LayerSize, ...]
     layer_step_budget: Budget
     few_tokens: tuple[LayerSize, ...]
@@ -67,6 +132,9 @@ class Profile:
     routed_width: int
     routed_tokens: tuple[int, ...]
     routed_budget: Budget
+    expert_models: tuple[ExpertModel, ...]
+    expert_budget: Budget
+    finetune: FinetuneSizes
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -84,9 +152,18 @@ class Profile:
         )
 
 
+_MIXTRAL = ("intermediate_size", "num_local_experts")
+_QWEN3 = ("moe_intermediate_size", "num_experts")
+
+FINETUNE_RUNS: Mapping[str, tuple[str, ...]] = {
+    "Bone": ("--init_weights", "True"),
+    "BAT": ("--init_weights", "bat"),
+    "QBone, 8 bits": ("--bits", "8"),
+    "QBone, 4 bits (nf4)": ("--bits", "4"),
+}
+
 FULL = Profile(
     name="full",
-    product_width=2048,
     layer_steps=(
         LayerSize(2048, 1024, torch.float32),
         LayerSize(1024, 2048, torch.float32),
@@ -117,11 +194,25 @@ FULL = Profile(
     routed_width=1024,
     routed_tokens=(1, 32),
     routed_budget=Budget(8.0, least_rounds=5, most_rounds=100),
+    expert_models=(
+        ExpertModel("Mixtral", 512, 1024, 8, 2, 64, 512, *_MIXTRAL),
+        ExpertModel("Qwen3Moe", 512, 256, 32, 4, 32, 512, *_QWEN3),
+        ExpertModel("Mixtral", 256, 512, 8, 2, 32, 128, *_MIXTRAL, batched=True),
+    ),
+    expert_budget=Budget(25.0, least_rounds=9, most_rounds=60),
+    finetune=FinetuneSizes(
+        layers=30,
+        batch=4,
+        accumulation=1,
+        length=128,
+        budget=Budget(150.0, least_rounds=10, most_rounds=40, warm_up=1),
+        steps=20,
+        runs=FINETUNE_RUNS,
+    ),
 )
 
 QUICK = Profile(
     name="quick",
-    product_width=512,
     layer_steps=(
         LayerSize(512, 256, torch.float32),
         LayerSize(512, 256, torch.bfloat16),
@@ -143,4 +234,15 @@ QUICK = Profile(
     routed_width=256,
     routed_tokens=(1,),
     routed_budget=Budget(1.0, least_rounds=2, most_rounds=10),
+    expert_models=(ExpertModel("Mixtral", 128, 256, 4, 2, 16, 64, *_MIXTRAL, batched=True),),
+    expert_budget=Budget(2.0, least_rounds=2, most_rounds=5),
+    finetune=FinetuneSizes(
+        layers=1,
+        batch=1,
+        accumulation=1,
+        length=32,
+        budget=Budget(2.0, least_rounds=2, most_rounds=5, warm_up=1),
+        steps=1,
+        runs={"Bone": FINETUNE_RUNS["Bone"]},
+    ),
 )

@@ -20,11 +20,11 @@ from disha.finetune.models.decoder import Decoder, DecoderConfig
 __all__ = ["llama_7b", "start_up"]
 
 FILE_R = 512
-"""So large that an adapter has half of the bytes of its base."""
+"""Large, so that an adapter has half as many bytes as its base."""
 
 
 def start_up(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
-    """Measure injection on the meta device and on the CPU, and files of several sizes."""
+    """Measure injection on the meta device and the CPU, and files of several sizes."""
     cases = [
         _injection(
             f"inject {profile.many_layers:,} layers, meta",
@@ -42,13 +42,13 @@ def start_up(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
     ]
     for layers in profile.adapter_layers:
         cases.append(_files(layers, 1024, profile.start_up_budget))
-    # As many bytes of adapter as one of those, over a base four times as large.
+    # As many bytes of adapter as in one of those, over a base four times as large.
     cases.append(_files(profile.adapter_layers[1], 4096, profile.start_up_budget))
     return cases
 
 
 def llama_7b() -> Decoder:
-    """Return a model of the sizes of a 7B Llama on the meta device, without any values."""
+    """Return a model with the sizes of a 7B Llama, on the meta device."""
     config = DecoderConfig(
         vocabulary=32000,
         hidden=4096,
@@ -92,7 +92,7 @@ def _injection(
             adapt[name] = _peft(name)
         else:
             left_out[name] = why
-    # A model for each run, made beforehand.
+    # Each run needs a new model; they are made before the clock starts.
     rounds = budget.least_rounds
     fixed = Budget(0.0, least_rounds=rounds, most_rounds=rounds, warm_up=budget.warm_up)
     runs = {
@@ -137,7 +137,7 @@ def _files(layers: int, in_features: int, budget: Budget) -> dict[str, Any]:
 
     model = disha.inject_adapters(base(), "all-linear", r=FILE_R, init="kaiming")
     plain = base()
-    plain.load_state_dict(_base_state(model))  # loading over another base would warn
+    plain.load_state_dict(_base_state(model))  # loading onto another base would warn
     tensors = {key: value.clone() for key, value in disha.adapter_state_dict(model).items()}
     with tempfile.TemporaryDirectory() as folder:
         path, raw = Path(folder, "adapter.safetensors"), Path(folder, "raw.safetensors")

@@ -1,15 +1,14 @@
-"""What the library has to reach: figures of the results, each with its limit.
+"""The targets of the library: figures of the results, each with a limit.
 
-A target is data: which case of which table, which figure of it, and the most that it may be. Where
-results have no such case (a quick run, a package that is missing), a target is not measured, which
-is not met.
+A target is data: a case of a table, a figure of it, and the limit. If the results have no such case
+(a quick run, a missing package), the target is not measured. That does not count as met.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 from benchmarks import cost_model
 from benchmarks.candidates import BASE, CANDIDATES, METHOD_TITLES
@@ -18,7 +17,6 @@ from benchmarks.protocol import Spread, paired_ratios
 
 __all__ = ["TARGETS", "Outcome", "Target", "candidate_floor", "judge", "over_base", "size_title"]
 
-T = TypeVar("T")
 Case = Mapping[str, Any]
 
 
@@ -29,14 +27,10 @@ class Target:
     Args:
         title: what the figure is.
         table: where its case is.
-        where: keys of the case and the values that they must have.
-        figure: reads it off the case; raises KeyError where the case lacks it.
-        limit: the most it may be.
-        strict: whether the limit itself is too much already.
-        at_floor: the same figure if our side of it took what its floor says: in a step the
-            multiply-adds of its products, at the base's rate; for few tokens, where the base is
-            far from the rate of large products, no more than the base. None where times are not
-            compared.
+        where: keys of the case and their values.
+        figure: reads it from the case; raises KeyError if the case lacks it.
+        limit: the largest value allowed.
+        strict: whether the figure must be below the limit.
     """
 
     title: str
@@ -45,60 +39,46 @@ class Target:
     figure: Callable[[Case], Spread]
     limit: float
     strict: bool = False
-    at_floor: Callable[[Case], float] | None = None
-
-    def allows(self, value: float) -> bool:
-        """Whether a figure keeps the limit."""
-        return value < self.limit if self.strict else value <= self.limit
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target with what was measured and what the floor would give, None where nothing was."""
+    """A target and the measured figure, None if it was not measured."""
 
     target: Target
     figure: Spread | None = None
-    at_floor: float | None = None
 
     @property
     def met(self) -> bool | None:
-        """Whether the median keeps the limit; None where nothing was measured."""
-        return None if self.figure is None else self.target.allows(self.figure.median)
-
-    @property
-    def beyond_floor(self) -> bool:
-        """Whether the limit asks for less than the floor."""
-        return self.at_floor is not None and not self.target.allows(self.at_floor)
+        """Whether the median keeps the limit; None if it was not measured."""
+        if self.figure is None:
+            return None
+        value, limit = self.figure.median, self.target.limit
+        return value < limit if self.target.strict else value <= limit
 
 
 def judge(tables: Mapping[str, Sequence[Case]]) -> list[Outcome]:
-    """Hold every target against the tables of a file of results."""
+    """Return every target with what the tables of a file of results say of it."""
     return [_judge(target, tables.get(target.table, ())) for target in TARGETS]
 
 
 def _judge(target: Target, cases: Iterable[Case]) -> Outcome:
     for case in cases:
         if all(case.get(key) == value for key, value in target.where.items()):
-            figure = _where_measured(target.figure, case)
-            floor = None if target.at_floor is None else _where_measured(target.at_floor, case)
-            return Outcome(target, figure, floor)
+            try:
+                return Outcome(target, target.figure(case))
+            except KeyError:
+                break
     return Outcome(target)
 
 
-def _where_measured(read: Callable[[Case], T], case: Case) -> T | None:
-    try:
-        return read(case)
-    except KeyError:
-        return None
-
-
 def over_base(case: Case, name: str) -> Spread:
-    """Return a candidate's time over the frozen base's."""
+    """Return time of a candidate / time of the frozen base."""
     return Spread.of(paired_ratios(case["seconds"], name, BASE))
 
 
 def candidate_floor(table: str, case: Case, method: str) -> float | None:
-    """Return the multiply-adds of a method over the frozen base's, None where none are known.
+    """Return multiply-adds of a method / those of the frozen base, None if they are not known.
 
     Args:
         table: the case's.
@@ -117,47 +97,35 @@ def candidate_floor(table: str, case: Case, method: str) -> float | None:
 
 
 def _decoder(case: Case) -> cost_model.Decoder:
-    # A quick run keeps some of the layers only.
-    whole = cost_model.SMOLLM2_135M
-    return cost_model.Decoder(**{**vars(whole), "layers": case["layers"]})
+    return replace(cost_model.SMOLLM2_135M, layers=case["layers"])  # a quick run keeps fewer
 
 
 def _over(name: str, to: str) -> Callable[[Case], Spread]:
     return lambda case: Spread.of(paired_ratios(case["seconds"], name, to))
 
 
-def _own_floor(table: str, case: Case, name: str) -> float:
-    floor = candidate_floor(table, case, CANDIDATES[name].method)
-    assert floor is not None
-    return floor
-
-
 def _compared(
     table: str, where: Mapping[str, Any], names: tuple[str, str], limit: float, strict: bool = False
 ) -> Target:
-    """Return the target of a candidate's time over another's."""
+    """Return the target of a candidate's time / another's."""
     name, to = names
-    few = table == "few_tokens"
-
-    def at_floor(case: Case) -> float:
-        return (1.0 if few else _own_floor(table, case, name)) / over_base(case, to).median
-
     other = SHORT_TITLES.get(to, CANDIDATES[to].title)
-    what = "forward" if few else "step"
+    what = "forward" if table == "few_tokens" else "step"
     title = f"{METHOD_TITLES[name]} {what} / {other}, {size_title(where)}"
-    return Target(title, table, where, _over(name, to), limit, strict, at_floor)
+    return Target(title, table, where, _over(name, to), limit, strict)
 
 
 def _floored(table: str, where: Mapping[str, Any], name: str, limit: float) -> Target:
-    """Return the target of a candidate's step over its own floor."""
+    """Return the target of a candidate's step / its own floor."""
 
     def figure(case: Case) -> Spread:
-        floor = _own_floor(table, case, name)
+        floor = candidate_floor(table, case, CANDIDATES[name].method)
+        assert floor is not None
         ratios = paired_ratios(case["seconds"], name, BASE)
         return Spread.of([ratio / floor for ratio in ratios])
 
     title = f"{METHOD_TITLES[name]} step / its floor, {size_title(where)}"
-    return Target(title, table, where, figure, limit, at_floor=lambda case: 1.0)
+    return Target(title, table, where, figure, limit)
 
 
 def _seconds(name: str) -> Callable[[Case], Spread]:
@@ -178,7 +146,7 @@ def _layer(width: int, tokens: int, dtype: str) -> dict[str, Any]:
 
 
 def size_title(case: Case) -> str:
-    """Return what a case, or where a target finds one, is called: 2048 wide, 4 tokens, float32."""
+    """Return the name of a case, or of where a target finds one: 2048 wide, 4 tokens, float32."""
     where = case["model"] if "model" in case else f"{case['width']} wide"
     return f"{where}, {count_text(case['tokens'], 'token')}, {case['dtype']}"
 

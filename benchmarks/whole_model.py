@@ -1,8 +1,8 @@
-"""The table on a whole language model: one training step of SmolLM2-135M, from its wheel."""
+"""The table of a whole language model: one training step of SmolLM2-135M."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from benchmarks.candidates import (
     BASE,
     CANDIDATES,
-    CandidateError,
     adapted_model,
     check_same_results,
     missing_package,
-    trainable,
 )
-from benchmarks.hot_spots import time_by_operators
 from benchmarks.layers import parameter_counts
 from benchmarks.protocol import compare, synchroniser
 from benchmarks.settings import ModelRun, Profile, R
+from benchmarks.steps import CandidateError, TrainingStep, check_gradients, require_gradient
 from disha.finetune.inputs import demo_model
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.models.gguf import GGUFCheckpoint
@@ -31,7 +29,7 @@ COMPARED = (BASE, "bone", "bat", "peft_miss", "peft_bat", "peft_lora")
 
 
 def projections(model: Decoder) -> list[str]:
-    """Return the names of all linear layers but the head, which is tied to the embedding."""
+    """Return the names of all linear layers except the head, which is tied to the embedding."""
     return [
         name
         for name, module in model.named_modules()
@@ -42,8 +40,8 @@ def projections(model: Decoder) -> list[str]:
 def model_step(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
     """Measure loss, forward and backward of a language model, down to the embedding's output.
 
-    That output requires a gradient in every candidate, the frozen base included: all of them have
-    the same way back, and differ in their adapters only.
+    That output requires a gradient in every candidate, the frozen base included. So all of them
+    have the same backward pass, and differ only in their adapters.
     """
     return [_measure(run, profile, device) for run in profile.model_steps]
 
@@ -67,7 +65,9 @@ def _measure(run: ModelRun, profile: Profile, device: torch.device) -> dict[str,
             left_out[name] = why
             continue
         models[name] = adapted_model(CANDIDATES[name], base, projections(base), R)
-        steps[name] = _step(models[name], tokens, labels)
+        models[name].model.embed_tokens.register_forward_hook(require_gradient)
+        loss = partial(_loss, models[name], tokens, labels)
+        steps[name] = TrainingStep(models[name], loss)
         losses[name] = _checked_loss(name, models[name], steps[name])
     check_same_results(losses, run.dtype)
     seconds = compare(steps, profile.model_step_budget, synchronise=synchroniser(device))
@@ -81,35 +81,18 @@ def _measure(run: ModelRun, profile: Profile, device: torch.device) -> dict[str,
         "r": R,
         "parameters": parameter_counts(models),
         "seconds": seconds,
-        "operators": time_by_operators(steps, device),
         "left_out": left_out,
     }
 
 
-def _step(model: nn.Module, tokens: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    model.model.embed_tokens.register_forward_hook(_require_gradient)
-    parameters = trainable(model)
-
-    def run() -> Tensor:
-        for parameter in parameters:
-            parameter.grad = None
-        loss: Tensor = model.summed_loss(tokens, labels) / labels.numel()
-        loss.backward()
-        return loss.detach()
-
-    return run
+def _loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    loss: Tensor = model.summed_loss(tokens, labels) / labels.numel()
+    return loss
 
 
-def _require_gradient(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    return output.requires_grad_()
-
-
-def _checked_loss(name: str, model: nn.Module, step: Callable[[], Tensor]) -> Tensor:
+def _checked_loss(name: str, model: nn.Module, step: TrainingStep) -> Tensor:
     loss = step()
-    for parameter in trainable(model):
-        gradient = parameter.grad
-        if gradient is None or not gradient.any() or not torch.isfinite(gradient).all():
-            raise CandidateError(f"{name}: a gradient is missing, zero or not finite")
+    check_gradients(name, model)
     if not torch.isfinite(loss):
         raise CandidateError(f"{name}: the loss is {float(loss)}")
     return loss

@@ -1,6 +1,6 @@
 """Which tests are the core's: those that need torch, safetensors, einops and what runs tests.
 
-They are what `make test-matrix` runs on the oldest and the newest releases of the dependencies. A
+`python -m tests.matrix` runs them on the oldest and the newest releases of the dependencies. A
 test file is left out if it, or a file of tests that it imports, imports anything else as it is
 loaded; and so are the folders and files of `LEFT_OUT`, which need more than their imports tell.
 """

@@ -1,14 +1,15 @@
-"""Writes docs/features.md from the tests: a feature is ticked where its tests ran and passed.
+"""Write docs/features.md from the tests: a feature is ticked where its tests ran and passed.
 
     python -m tests.feature_table
 
-The rows are the cases of the tests, the columns the tests themselves, so that neither can be
-listed here and not exist there.
+Rows are cases of the tests, and columns are tests. So the page lists nothing that is not tested.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,9 @@ import pytest
 
 from tests import test_attention, test_kinds, test_layouts, test_quantised, test_whole_models
 
-PAGE = Path(__file__).parents[1] / "docs" / "features.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "features.md"
+ZOO = ROOT / "benchmarks" / "results" / "zoo.json"
 
 Feature = tuple[str, dict[str, Any]]
 """A test function's name, and the parameters that its tests must have to count."""
@@ -36,41 +39,52 @@ QUANTISATIONS = {
 INTRODUCTION = """\
 # What works where
 
-Written by `make features` from the tests: ✓ means that every test of the feature ran and passed
-for that row, in every variant and dtype; an empty cell means that one did not. Not to be edited.
+`python -m tests.feature_table` writes this page from the tests; do not edit it. ✓ means that every
+test of the feature ran and passed for that row, in every variant and dtype. An empty cell means
+that a test failed or does not exist.
 """
 
 LAYERS = """\
 ## Layer kinds
 
-A subclass of one of these classes counts as its class, with a forward of its own respected.
-`disha.register_layer_kind` teaches further kinds.
+A subclass of one of these classes counts as its class, and keeps its own forward.
+`disha.register_layer_kind` adds further kinds.
 """
 
 LAYOUTS = """\
 ## Layouts
 
-Every layout with every method, in modules that use weights of it in different ways. *Routing* means
-that it works, or is refused where one weight serves the whole batch.
+Every layout with every method, in modules that use the weight in different ways. *Routing* means
+that it works, or that it is refused because one weight serves the whole batch.
 """
 
 ATTENTION = """\
 ## Attention
 
-`nn.MultiheadAttention`, adapted in all four of its layers.
+`nn.MultiheadAttention`, with all four projections adapted.
 """
 
 QUANTISED = """\
 ## Quantised linear layers
 
-Merging is dense: the layer computes with a merged weight in full precision until it is unmerged.
+Merging is dense: until it is unmerged, the layer computes with a merged weight in full precision.
 """
 
 MODELS = """\
 ## Whole models
 
-Tiny, randomly initialised, every layer adapted that can be. *Trains* means that the block of each
-single layer has moved after three steps.
+Tiny models with random weights, and every possible layer adapted. *Trains* means that the block of
+every layer has changed after three steps.
+"""
+
+LIBRARIES = """\
+## Whole libraries
+
+`make zoo` builds a small random model of each architecture in {libraries}.
+It adapts every possible layer, runs the model, then merges, unmerges, saves, removes and loads the
+adapter. Of {ran} architectures, {held} pass. The other {refused} refuse one step and say why: a
+weight under a parametrization can't be merged. No adapter was inactive or wrong. Another {not_run}
+architectures do not run in a small form.
 """
 
 
@@ -317,7 +331,22 @@ TABLES = (
 
 def render(results: list[Result]) -> str:
     """Return the whole page."""
-    return "\n".join([INTRODUCTION, *(table.render(results) for table in TABLES)])
+    return "\n".join([INTRODUCTION, *(table.render(results) for table in TABLES), libraries()])
+
+
+def libraries() -> str:
+    """Return what the kept results of `make zoo` say."""
+    results = json.loads(ZOO.read_text(encoding="utf-8"))["results"]
+    statuses = Counter(result["status"] for result in results)
+    assert statuses.keys() == {"held", "refused", "not run"}
+    names = sorted({f"`{result['library']}`" for result in results})
+    return LIBRARIES.format(
+        libraries=f"{', '.join(names[:-1])} and {names[-1]}",
+        ran=len(results) - statuses["not run"],
+        held=statuses["held"],
+        refused=statuses["refused"],
+        not_run=statuses["not run"],
+    )
 
 
 def main() -> int:

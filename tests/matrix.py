@@ -1,7 +1,7 @@
-"""Runs the core's tests on the oldest and the newest of what is supported: `make test-matrix`.
+"""`python -m tests.matrix`: run the core's tests on the oldest and newest supported dependencies.
 
-Each leg is a Python and releases of the three dependencies, in an environment of its own. A Python
-that is not on this machine is left out, and said to be; that is an error only if none is there.
+Each leg is a Python with releases of the three dependencies, in an environment of its own: 11 GB of
+disk in all. A Python that is not installed is reported and left out. If none is, that is an error.
 """
 
 from __future__ import annotations

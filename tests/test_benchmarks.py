@@ -1,8 +1,7 @@
-"""The benchmarks: how they time, what they predict, what they refuse to time, what they report."""
+"""The benchmarks: timing, the cost model, the checks before timing, the page."""
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import candidates, rates, report, results, whole_model
-from benchmarks.candidates import BASE, CANDIDATES, CandidateError, lora_rank
+from benchmarks import candidates, finetuning, report, results, steps, whole_model
+from benchmarks.candidates import BASE, CANDIDATES, lora_rank
 from benchmarks.cost_model import (
     METHODS,
     MODELS,
@@ -20,21 +19,20 @@ from benchmarks.cost_model import (
     adapter_parameters,
     decoder_step_floor,
     forward_floor,
-    forward_operations,
+    forward_macs,
     kept_bytes,
-    macs,
-    moved_bytes,
     predict,
-    roofline_seconds,
     step_floor,
-    step_operations,
+    step_macs,
 )
 from benchmarks.layers import build_layers
 from benchmarks.memory import allocated_peak, fresh_growth, stack
 from benchmarks.memory import kept_bytes as measured_kept_bytes
-from benchmarks.protocol import Budget, Spread, compare, paired_ratios
-from benchmarks.settings import FULL, QUICK, LayerSize, ModelRun
+from benchmarks.protocol import Budget, Spread, compare, paired_ratios, slow_dtypes
+from benchmarks.settings import FINETUNE_RUNS, FULL, QUICK, ExpertModel, LayerSize, ModelRun
+from benchmarks.steps import CandidateError
 from benchmarks.targets import TARGETS, judge
+from disha.finetune.metrics import Metrics
 from disha.finetune.models.decoder import Decoder, DecoderConfig
 
 MIB = 2**20
@@ -130,21 +128,9 @@ def test_floors_of_layers_that_are_not_square():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_computes_and_moves_more_than_a_forward(method):
+def test_a_step_computes_more_than_a_forward(method):
     layer = Linear(96, 64)
-    forward, step = (make(layer, 32, method, 8) for make in (forward_operations, step_operations))
-    assert macs(step) > macs(forward)
-    assert moved_bytes(step, 4) == 2 * moved_bytes(step, 2) > 2 * moved_bytes(forward, 2)
-
-
-def test_the_roofline_is_arithmetic_or_bytes_whichever_is_longer():
-    operations = step_operations(Linear(96, 64), 32, "bone", 8)
-    arithmetic = roofline_seconds(operations, 4, macs_per_second=1e3, bandwidth=1e30)
-    moving = roofline_seconds(operations, 4, macs_per_second=1e30, bandwidth=1e3)
-    both = roofline_seconds(operations, 4, macs_per_second=1e3, bandwidth=1e3)
-    assert arithmetic == pytest.approx(macs(operations) / 1e3)
-    assert moving == pytest.approx(moved_bytes(operations, 4) / 1e3)
-    assert max(arithmetic, moving) < both < arithmetic + moving
+    assert step_macs(layer, 32, method, 8) > forward_macs(layer, 32, method, 8)
 
 
 def test_bytes_kept_are_those_counted_by_hand():
@@ -182,16 +168,16 @@ def test_floor_of_a_whole_model_counts_head_and_attention():
     assert bat == pytest.approx((frozen + (tokens + 3 * 64) * linear) / frozen)
 
 
-def test_predictions_for_several_devices():
-    one = predict(MODELS[0], "bone", r=64, batch=1, length=1024)
-    four = predict(MODELS[0], "bone", r=64, batch=1, length=1024, devices=4)
-    assert one.gather_bytes == one.reduce_bytes == one.link_seconds == 0
-    assert four.weight_bytes == one.weight_bytes / 4
-    assert four.reduce_bytes == pytest.approx(2 * four.trainable * 2 * 3 / 4)
-    assert four.step_seconds == one.step_seconds  # each has a batch of its own
-    frozen = predict(MODELS[0], "frozen", r=64, batch=1, length=1024)
-    assert frozen.trainable == frozen.kept_bytes == 0
-    assert frozen.step_ratio == frozen.decode_ratio == 1
+def test_predictions_of_a_whole_model():
+    frozen, bone, bat, lora = (
+        predict(MODELS[0], method, r=64, batch=1, length=1024) for method in METHODS
+    )
+    assert (frozen.trainable, frozen.kept_bytes, frozen.step_ratio) == (0, 0, 1)
+    assert bone.trainable == pytest.approx(lora.trainable)
+    assert bone.state_bytes == 16 * bone.trainable
+    assert bone.kept_bytes == 2 * 1024 * 64 * 7 * 32  # S of seven projections in 32 layers
+    assert bone.step_ratio == pytest.approx(lora.step_ratio)
+    assert bat.step_ratio > lora.step_ratio
 
 
 def test_lora_has_as_many_parameters_as_bone():
@@ -212,7 +198,7 @@ def test_every_candidate_builds_acts_and_has_equally_many_parameters(dtype):
     assert left_out == {}
     assert list(layers) == list(CANDIDATES)
     for name, layer in layers.items():
-        parameters = candidates.trainable(layer)
+        parameters = steps.trainable(layer)
         count = sum(parameter.numel() for parameter in parameters)
         assert {parameter.dtype for parameter in parameters} <= {dtype}
         # LoKr has a square of four values beside its factors.
@@ -264,7 +250,6 @@ def test_resident_growth_sees_the_activations():
 
 TINY = dataclasses.replace(
     QUICK,
-    product_width=16,
     layer_steps=(LayerSize(32, 8, torch.float32),),
     layer_step_budget=Budget(0.0, 2, 2, 0),
     few_tokens=(LayerSize(32, 1, torch.bfloat16),),
@@ -279,7 +264,31 @@ TINY = dataclasses.replace(
     start_up_budget=Budget(0.0, 1, 1, 0),
     routed_width=32,
     routed_budget=Budget(0.0, 1, 1, 0),
+    expert_models=(
+        ExpertModel("Mixtral", 64, 16, 4, 2, 4, 8, "intermediate_size", "num_local_experts"),
+    ),
+    expert_budget=Budget(0.0, 1, 1, 0),
+    finetune=dataclasses.replace(
+        QUICK.finetune, length=8, accumulation=2, budget=Budget(0.0, 2, 2, 1)
+    ),
 )
+RUN = {
+    "what": "run",
+    "title": "Bone",
+    "flags": [],
+    "steps": 60,
+    "before": 3.8368,
+    "after": 2.9142,
+    "trainable": 9_953_280,
+    "peak_memory_bytes": 2**31,
+    "left_out": {},
+}
+
+
+@pytest.fixture(scope="module")
+def loop():
+    """The case that times the loop of `disha finetune`."""
+    return finetuning.loop(TINY.finetune, torch.device("cpu"))
 
 
 def tiny_model(dtype, device):
@@ -288,10 +297,12 @@ def tiny_model(dtype, device):
     return Decoder(DecoderConfig(**sizes, **more, tied_head=True)).to(device, dtype)
 
 
-def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, capsys):
+def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, capsys, loop):
     monkeypatch.setattr(command, "QUICK", TINY)
-    monkeypatch.setattr(command, "without_instructions", lambda dtypes, device: {})
+    monkeypatch.setattr(command, "slow_dtypes", lambda dtypes, device: {})
     monkeypatch.setattr(whole_model, "read_model", tiny_model)
+    monkeypatch.setattr(finetuning, "loop", lambda sizes, device: loop)
+    monkeypatch.setattr(finetuning, "end_to_end", lambda title, flags, steps: RUN)
     path, docs = tmp_path / "out" / "results.json", tmp_path / "docs"
     assert command.main(["--quick", "--device", "cpu", "--out", str(path)]) == 0
     found = results.read_results(path)
@@ -304,10 +315,12 @@ def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, c
     assert sorted(file.name for file in (docs / "assets").iterdir()) == [
         "few_tokens.png", "layer_step.png", "memory.png", "model_step.png",
     ]  # fmt: skip
-    for line in ("| disha BAT |", "| PEFT MiSS |", "## Routed batches", "| 7B, 8 devices, Bone |"):
+    for line in ("| disha BAT |", "| PEFT MiSS |", "## Routed batches", "| 7B, Bone |",
+                 "| Mixtral, 4 experts of 64 x 16, 8 tokens, grouped_mm |",
+                 "| Bone | 60 | 3.837 | 2.914 | 9,953,280 | 2 GiB |"):  # fmt: skip
         assert line in text
     assert "tokens per second" not in text  # on a CPU ratios only
-    assert "measured in the same run" in text
+    assert "*Run 1.*" not in text  # there is one
     assert "targets met" in capsys.readouterr().out
 
 
@@ -315,20 +328,17 @@ def test_dtypes_that_the_device_cannot_compute_in_are_left_out_and_said_to_be(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(command, "QUICK", TINY)
-    monkeypatch.setattr(command, "without_instructions", lambda dtypes, device: {dtypes[1]: 437.0})
+    monkeypatch.setattr(command, "slow_dtypes", lambda dtypes, device: {dtypes[1]: 437.0})
     path = tmp_path / "results.json"
-    tables = ["rates", "layer_step", "few_tokens"]
+    tables = ["layer_step", "few_tokens"]
     assert command.main(["--quick", "--device", "cpu", "--out", str(path), "--only", *tables]) == 0
     found = results.read_results(path)
     assert {case["dtype"] for name in tables for case in found["tables"][name]} == {"float32"}
-    text = report.page(found)
-    assert (
-        "- Left out: bfloat16, which this device has no instructions for: a product took 437"
-        in text
-    )
+    assert "Without bfloat16" in page_of(found)
+    assert "a product took 437 times as long as in float32" in page_of(found)
 
 
-def test_only_a_dtype_that_is_far_slower_has_no_instructions(monkeypatch):
+def test_only_a_dtype_that_is_far_slower_is_slow(monkeypatch):
     taken = {torch.float32: 1.0, torch.bfloat16: 400.0, torch.float16: 3.0}
     clock = Clock()
     product = torch.Tensor.__matmul__
@@ -338,13 +348,18 @@ def test_only_a_dtype_that_is_far_slower_has_no_instructions(monkeypatch):
         return product(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
-    monkeypatch.setattr(rates, "compare", partial(compare, clock=clock))
-    assert rates.without_instructions(tuple(taken), torch.device("cpu")) == {torch.bfloat16: 400.0}
+    found = slow_dtypes(tuple(taken), torch.device("cpu"), clock)
+    assert found == {torch.bfloat16: 400.0}
+
+
+def page_of(*found):
+    """The page of some results, named by their processors."""
+    return report.page({Path(f"{one['machine']['processor']}.json"): one for one in found})
 
 
 def step_case(**seconds):
     size = {"width": 2048, "tokens": 1024, "dtype": "float32", "r": 64}
-    return {**size, "seconds": seconds, "operators": {"bone": {"aten::mm": 0.9}}, "left_out": {}}
+    return {**size, "seconds": seconds, "left_out": {}}
 
 
 def test_targets_are_met_missed_or_not_measured():
@@ -369,45 +384,35 @@ def test_faster_means_less_than_one():
     assert outcomes["Bone step / PEFT MiSS, 2048 wide, 1,024 tokens, float32"].met is False
 
 
-def test_targets_know_the_floor():
-    step = step_case(frozen=[1.0], bone=[1.08], bat=[1.8], peft_miss=[1.04], peft_lora=[1.1])
-    few = step | {"tokens": 16, "seconds": {"frozen": [1.0], "bat": [2.0], "peft_bat": [5.0]}}
-    outcomes = judge({"layer_step": [step], "few_tokens": [few]})
-    found = {one.target.title: one for one in outcomes if one.figure is not None}
-    where = "2048 wide, 1,024 tokens, float32"
-    bone_floor = 1 + 1.5 * 64 / 2048
-    for title, at_floor, beyond in (
-        (f"Bone step / its floor, {where}", 1.0, False),
-        (f"Bone step / PEFT LoRA, {where}", bone_floor / 1.1, False),
-        (f"Bone step / PEFT MiSS, {where}", bone_floor / 1.04, True),
-        ("BAT forward / PEFT BAT, 2048 wide, 16 tokens, float32", 1 / 5, True),
-        ("BAT forward / frozen, 2048 wide, 16 tokens, float32", 1.0, False),
-    ):
-        assert found[title].at_floor == pytest.approx(at_floor), title
-        assert found[title].beyond_floor is beyond, title
-    text = report.page(results.describe("full", torch.device("cpu"))
-                       | {"tables": {"layer_step": [step]}})  # fmt: skip
-    assert f"| Bone step / PEFT MiSS, {where} | < 1.000 | 1.007 | 1.038 | **missed**, at" in text
-
-
-def test_other_machines_get_pages_of_their_own(tmp_path):
-    here, there = tmp_path / "here.json", tmp_path / "there.json"
-    for path, seconds in ((here, 1.08), (there, 1.04)):
+def test_other_machines_are_listed_with_their_score():
+    runs = []
+    for name, seconds in (("here", 1.08), ("there", 1.04)):
         found = results.describe("full", torch.device("cpu"))
-        found["machine"]["processor"] = path.stem
-        found["tables"] = {"layer_step": [step_case(frozen=[1.0], bone=[seconds])]}
-        results.write_results(path, found)
-    assert report.main([str(here), str(there), "--docs", str(tmp_path)]) == 0
-    first, second = (
-        (tmp_path / name).read_text() for name in ("performance.md", "performance-there.md")
-    )
-    assert "cpu: here" in first
-    assert "(performance-there.md): 1 target met, 0 missed" in first
-    assert "| <= 1.050 | 1.000 | 1.032 | met |" in first
-    assert "## On paper" in first
-    assert "cpu: there" in second
-    assert "| <= 1.050 | 1.000 | 0.993 | met |" in second
-    assert "## On paper" not in second
+        found["machine"]["processor"] = name
+        runs.append({**found, "tables": {"layer_step": [step_case(frozen=[1.0], bone=[seconds])]}})
+    text = page_of(*runs)
+    assert "| <= 1.050 | 1.032 | met |" in text
+    assert "0.993" not in text
+    assert "1 target met, 0 missed, 60 not measured</summary>" in text
+    assert "- `there.json`: " in text
+    assert ": 1 target met, 0 missed, 60 not measured\n" in text
+
+
+def test_a_table_is_of_the_first_file_that_has_it():
+    first, second = (results.describe("full", torch.device("cpu")) for _ in range(2))
+    first["machine"]["processor"], second["machine"]["processor"] = "first", "second"
+    first["tables"] = {"layer_step": [step_case(frozen=[1.0], bone=[1.5])]}
+    second["tables"] = {
+        "layer_step": [step_case(frozen=[1.0], bone=[2.5])],
+        "few_tokens": [step_case(frozen=[1.0], bone=[3.5])],
+    }
+    text = page_of(first, second)
+    assert "| disha Bone | 1.500 |" in text
+    assert "| disha Bone | 2.500 |" not in text
+    assert "| disha Bone | 3.500 |" in text
+    assert "linear layer\n\n*Run 1.* Forward" in text
+    assert "tokens\n\n*Run 2.* Without" in text
+    assert "## Other machines" not in text
 
 
 def test_bone_below_the_frozen_base_is_explained():
@@ -415,17 +420,15 @@ def test_bone_below_the_frozen_base_is_explained():
     found = results.describe("full", torch.device("cpu"))
     for seconds, explained in ((1.1, False), (0.7, True)):
         case["seconds"]["bone"] = [seconds]
-        text = report.page(found | {"tables": {"few_tokens": [case]}})
+        text = page_of(found | {"tables": {"few_tokens": [case]}})
         assert (report.LESS_THAN_FROZEN in text) is explained
 
 
-def test_the_pages_are_what_the_kept_results_give(tmp_path):
-    kept = sorted((ROOT / "benchmarks" / "results").glob("*-cpu*.json"), reverse=True)
+def test_the_page_is_what_the_kept_results_give(tmp_path):
+    kept = sorted((ROOT / "benchmarks" / "results").glob("2*.json"), reverse=True)
     assert report.main([*map(str, kept), "--docs", str(tmp_path)]) == 0
-    written = sorted(tmp_path.glob("*.md"))
-    assert len(written) == len(kept)
-    for page in written:
-        assert page.read_text() == (ROOT / "docs" / page.name).read_text(), page.name
+    (written,) = tmp_path.glob("*.md")
+    assert written.read_text() == (ROOT / "docs" / "performance.md").read_text()
 
 
 def test_every_target_has_a_case_in_the_full_run():
@@ -451,11 +454,10 @@ def test_every_target_has_a_case_in_the_full_run():
 def test_a_page_on_a_gpu_has_tokens_per_second():
     found = results.describe("full", torch.device("cpu")) | {"device": "a GPU"}
     case = step_case(frozen=[0.5], bone=[1.0])
-    text = report.page(found | {"tables": {"layer_step": [case]}})
+    text = page_of(found | {"tables": {"layer_step": [case]}})
     assert "| frozen base | 2,048 |" in text
     assert "| disha Bone | 1,024 |" in text
     assert "| disha Bone | 2.000 |" in text
-    assert "aten::mm 90%" in text
 
 
 def test_results_are_rounded_and_read_back(tmp_path):
@@ -480,3 +482,49 @@ def test_a_file_of_anything_else_is_refused(content, tmp_path, capsys):
     assert report.main([str(path), "--docs", str(tmp_path / "docs")]) == 2
     assert not (tmp_path / "docs").exists()
     assert "error:" in capsys.readouterr().err
+
+
+# --- the fine-tuning command ---------------------------------------------------------------------
+
+
+def test_the_loop_and_the_bare_step_are_timed_equally_often(loop):
+    assert {name: len(times) for name, times in loop["seconds"].items()} == {"bare": 2, "loop": 2}
+    assert all(time > 0 for times in loop["seconds"].values() for time in times)
+
+
+def test_a_bare_step_updates_the_blocks_as_a_step_of_the_loop_does():
+    # Otherwise the comparison would be unfair.
+    cpu = torch.device("cpu")
+    for make in (
+        lambda: finetuning.bare_step(TINY.finetune, cpu),
+        lambda: finetuning.loop_step(TINY.finetune, cpu, Metrics(None)),
+    ):
+        seen = []
+        original = torch.optim.AdamW.step
+
+        def stepping(self, *given, seen=seen, original=original, **named):
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
+            seen.append(sum(float(g.abs().sum()) for g in grads if g is not None))
+            return original(self, *given, **named)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", stepping)
+            make()()
+        assert len(seen) == 1
+        assert seen[0] > 0
+
+
+@pytest.mark.parametrize(("slower", "verdict"), [(1.02, "met"), (1.08, "**missed**")])
+def test_the_page_says_whether_the_loop_keeps_its_limit(loop, slower, verdict):
+    timed = {**loop, "seconds": {"bare": [1.0, 1.0], "loop": [slower, slower]}}
+    found = results.describe("full", torch.device("cpu"))
+    text = page_of(found | {"tables": {"finetuning": [timed, RUN]}})
+    assert f"**{slower:.3f}**, limit 1.053: {verdict}." in text
+
+
+def test_every_way_of_training_has_lowered_the_loss():
+    newest = max((ROOT / "benchmarks" / "results").glob("*-finetuning.json"))
+    loop, *runs = json.loads(newest.read_text())["tables"]["finetuning"]
+    assert loop["what"] == "loop"
+    assert [run["title"] for run in runs] == list(FINETUNE_RUNS)
+    assert all(run["after"] < run["before"] for run in runs)

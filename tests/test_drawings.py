@@ -74,7 +74,7 @@ def kernels(tensor):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_file_is_what_the_code_draws(name):
-    assert (ASSETS / name).read_bytes() == FIGURES[name]().encode(), "run `make drawings`"
+    assert (ASSETS / name).read_bytes() == FIGURES[name]().encode(), "run `python -m docs.drawings`"
 
 
 def test_bone():

@@ -1,4 +1,4 @@
-"""What files from strangers can't do; `make fuzz` tries far more of them."""
+"""What files from strangers can't do; `python -m tests.fuzzing` tries far more of them."""
 
 import copy
 import os

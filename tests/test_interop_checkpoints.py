@@ -652,7 +652,7 @@ class TestTarget:
     def test_what_is_there_is_kept_unless_told(self, setting):
         setting.merge()
         (setting.out / "notes.txt").write_text("mine")
-        with pytest.raises(ArgumentError, match="overwrite=True"):
+        with pytest.raises(ArgumentError, match="set `overwrite`"):
             setting.merge()
         setting.merge(scale=0.0, overwrite=True)
         assert not (setting.out / "notes.txt").exists()
@@ -683,7 +683,7 @@ class TestTarget:
     def test_a_file_that_is_there(self, setting):
         setting.out = setting.folder / "out.safetensors"
         setting.out.write_text("mine")
-        with pytest.raises(ArgumentError, match="there already"):
+        with pytest.raises(ArgumentError, match="exists; choose"):
             setting.merge()
         setting.merge(overwrite=True)
         assert_same_bits(load_file(setting.out), setting.merged_in_memory())

@@ -134,7 +134,7 @@ def test_one_alpha_for_all_is_the_rank_of_most_layers(tmp_path):
 
 def test_bat_is_cut_to_a_rank(tmp_path):
     model = adapted(decoder(), "_proj", 16, method="bat")
-    with refused(tmp_path, "pass rank=", model, kind=disha.ArgumentError):
+    with refused(tmp_path, "give `rank`", model, kind=disha.ArgumentError):
         lora.export_gguf(model, tmp_path / "lora.gguf")
     with refused(tmp_path, "would lose more than max_error", model):
         lora.export_gguf(model, tmp_path / "lora.gguf", rank=8, max_error=0.1)
@@ -235,7 +235,7 @@ def test_a_file_becomes_the_same_file(tmp_path):
 def test_away_from_the_model_heads_must_be_told(tmp_path):
     contents = adapter_contents(ModelView(adapted(decoder(), "q_proj|v_proj")))
     path = tmp_path / "lora.gguf"
-    with refused(tmp_path, "pass heads= and kv_heads=", kind=disha.ArgumentError):
+    with refused(tmp_path, "give `heads` and `kv_heads`", kind=disha.ArgumentError):
         lora.write_gguf(path, *contents)
     with refused(tmp_path, "64 rows, which 3 heads", kind=disha.ArgumentError):
         lora.write_gguf(path, *contents, heads=3)

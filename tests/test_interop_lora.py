@@ -457,7 +457,7 @@ def test_max_error_refuses_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({}, disha.ArgumentError, "pass rank="),
+        ({}, disha.ArgumentError, "give `rank`"),
         ({"rank": 0}, disha.ArgumentError, "rank must be at least 1, got 0"),
         ({"rank": 2.0}, disha.ArgumentTypeError, "rank must be an int"),
         ({"rank": True}, disha.ArgumentTypeError, "rank must be an int"),
@@ -591,7 +591,7 @@ def test_a_file_becomes_the_same_folder(tmp_path, method):
 def test_away_from_the_model_bat_needs_the_base(tmp_path):
     ours = adapted(Layered(), "q_proj", 4, method="bat")
     header, tensors = adapter_contents(ModelView(ours))
-    with refused(tmp_path, "pass base=", kind=disha.ArgumentError):
+    with refused(tmp_path, "give `base`", kind=disha.ArgumentError):
         lora.write_lora(tmp_path / "lora", header, tensors, rank=4)
     with refused(tmp_path, "the weight there is", kind=disha.AdapterFileError):
         lora.write_lora(tmp_path / "lora", header, tensors, rank=4, base=lambda _: torch.ones(3, 8))
@@ -764,7 +764,7 @@ def test_what_is_beside_the_factors_stays_behind_if_asked(tmp_path):
     header, tensors = lora.read_lora(tmp_path, also_train=False)
     assert (header.also_train, header.config.also_train) == ((), ())
     assert list(tensors) == ["0.bone_block"]
-    with pytest.raises(disha.AdapterFileError, match=r"num_batches_tracked.*also_train=False"):
+    with pytest.raises(disha.AdapterFileError, match=r"num_batches_tracked.*`also_train`"):
         lora.read_lora(tmp_path)
 
 

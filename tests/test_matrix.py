@@ -1,4 +1,4 @@
-"""The legs of `make test-matrix` are the ends of what setup.py supports; its tests are core."""
+"""The legs of `tests.matrix` are the ends of what setup.py supports; its tests are core."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The methods, each adapting a model at as many trainable parameters as Bone has."""
+"""The methods. Each adapts a model with as many trained parameters as Bone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["FULL", "LARGEST_DIFFERENCE", "METHODS", "Method", "adapt", "adapter_
            "budget", "ranks", "tile_r", "updates"]  # fmt: skip
 
 LARGEST_DIFFERENCE = 0.03
-"""By how much a method's parameters may differ from Bone's, as a share."""
+"""The largest relative difference from Bone's number of parameters."""
 
 Layers = Mapping[str, nn.Module]
 Adapt = Callable[[nn.Module, Layers, Cell], None]
@@ -30,7 +30,7 @@ class Method:
     Args:
         name: as in files.
         title: as in the report.
-        about: what is set, beside its rank.
+        about: its settings, apart from the rank.
         adapt: given a model, the layers to adapt by name, and the cell: adapts in place.
     """
 
@@ -46,14 +46,14 @@ def adapt(model: nn.Module, targets: str, head: str | None, cell: Cell) -> list[
     Args:
         model: a base model, frozen.
         targets: a regex over names of layers.
-        head: the name of a layer that trains besides, or None.
+        head: the name of another layer that trains, or None.
         cell: method and sizes.
 
     Returns:
         The names of the adapted layers.
 
     Raises:
-        ValueError: the method has not about as many parameters as Bone.
+        ValueError: the number of parameters is too far from Bone's.
     """
     layers = {
         name: module
@@ -71,7 +71,7 @@ def adapt(model: nn.Module, targets: str, head: str | None, cell: Cell) -> list[
 
 
 def adapter_parameters(model: nn.Module, head: str | None) -> list[nn.Parameter]:
-    """Return what trains, but for the head."""
+    """Return the trained parameters, without the head's."""
     of_head = set() if head is None else set(model.get_submodule(head).parameters())
     return [p for p in model.parameters() if p.requires_grad and p not in of_head]
 
@@ -82,7 +82,7 @@ def budget(layers: Layers, r: int) -> int:
 
 
 def updates(model: nn.Module, base: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return layer's name -> its dW (out, in): what it computes with, less the base's weight.
+    """Return layer's name -> its dW (out, in): the weight it computes with, minus the base's.
 
     Args:
         model: adapted, trained.
@@ -96,9 +96,9 @@ def updates(model: nn.Module, base: nn.Module, names: Sequence[str]) -> dict[str
 
 
 def _effective_weight(layer: nn.Module) -> Tensor:
-    """Return the matrix of a linear layer, from what it gives for every unit vector.
+    """Return the matrix of a linear layer, from its outputs for all unit vectors.
 
-    It asks nothing of how the layer works, so it is the same question to every library.
+    This does not depend on how the layer works, so it treats every library alike.
     """
     width, dtype = _sizes(layer)[0], next(layer.parameters()).dtype
     device = next(layer.parameters()).device
@@ -151,13 +151,13 @@ def _full(model: nn.Module, layers: Layers, cell: Cell) -> None:
 
 
 def ranks(layers: Layers, wanted: int, factors: int = 1, beside: bool = False) -> dict[str, int]:
-    """Return layer -> rank, as even as the number of parameters allows.
+    """Return layer -> rank, as equal as the number of parameters allows.
 
     Args:
         layers: by name.
         wanted: how many parameters to have in all.
         factors: how often a rank costs in + out parameters.
-        beside: whether every layer has out more, whatever its rank.
+        beside: whether every layer has out more parameters, whatever its rank.
     """
     costs = {name: factors * sum(_sizes(layer)) for name, layer in layers.items()}
     if beside:
@@ -192,7 +192,7 @@ def _loha(model: nn.Module, layers: Layers, cell: Cell) -> None:
 
 
 def _in_config(chosen: Mapping[str, int]) -> dict[str, Any]:
-    """Return layer -> rank as peft takes it, with an alpha that is the rank everywhere."""
+    """Return the ranks as peft takes them, with alpha = rank in every layer."""
     lowest = min(chosen.values())
     others = {f"^{re.escape(name)}$": r for name, r in chosen.items() if r != lowest}
     return {
@@ -208,15 +208,20 @@ FULL = "full"
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("bone", "Bone", "disha, zeros", _bone),
-        Method("tile", "tile", "disha, zeros", _tile),
-        Method("bat", "BAT", "disha, zeros", _bat),
+        Method("bone", "Bone", "disha, starts at zero", _bone),
+        Method("tile", "tile", "disha, starts at zero", _tile),
+        Method("bat", "BAT", "disha, starts at zero", _bat),
         Method("lora", "LoRA", "peft, alpha = rank", _lora()),
-        Method("rslora", "rsLoRA", "peft, alpha = rank, over its root", _lora(use_rslora=True)),
+        Method(
+            "rslora",
+            "rsLoRA",
+            "peft, alpha = rank, divided by its square root",
+            _lora(use_rslora=True),
+        ),
         Method("pissa", "PiSSA", "peft, alpha = rank", _lora(init_lora_weights="pissa")),
         Method("olora", "OLoRA", "peft, alpha = rank", _lora(init_lora_weights="olora")),
         Method("dora", "DoRA", "peft, alpha = rank", _lora(use_dora=True)),
         Method("loha", "LoHa", "peft, alpha = rank", _loha),
-        Method(FULL, "full fine-tuning", "the same layers' weights", _full),
+        Method(FULL, "full fine-tuning", "the weights of the same layers", _full),
     )
 }

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.convergence.report`: the page of evidence, from the results alone.
+"""`python -m benchmarks.convergence.report`: write docs/evidence.md from the results.
 
-Every number on the page is from a file of results, or follows from what the study is set to.
+Every number on the page comes from the results or from the settings of the study.
 """
 
 from __future__ import annotations
@@ -112,10 +112,11 @@ def _page(
 ) -> str:
     parts = [
         "# Evidence\n",
-        "Does Bone converge faster than LoRA, and is BAT better than Bone? This page is written by "
-        "`make evidence-report` from the results of `make evidence`, which anyone can run again "
-        "and which goes on where it was stopped. Small models, short trainings, two processor "
-        "cores: it says what happened here, not what happens at seven billion parameters.\n",
+        "Convergence compared with LoRA variants. Does Bone converge faster than LoRA, and is BAT "
+        "better than Bone? `python -m benchmarks.convergence.report` writes this page from the "
+        "results of `python -m benchmarks.convergence`. The models are small and the training is "
+        "short, on two processor cores. It shows what happened here, not what happens at seven "
+        "billion parameters.\n",
         _headlines(found, shown),
         _start_with(shown),
         "## What was done\n",
@@ -140,32 +141,32 @@ def _headlines(found: Mapping[str, TaskFindings], shown: Mapping[str, TaskFindin
         lines.append(f"- **{TASKS[task].title}.** {' '.join(filter(None, sentences))}")
     for task, one in found.items():
         if task not in shown:
-            lines.append(f"- **{TASKS[task].title}.** Not finished yet: `make evidence` goes on.")
+            lines.append(f"- **{TASKS[task].title}.** Not finished yet.")
         for what, methods in (
             ("Not finished yet", one.unfinished if task in shown else ()),
-            ("Diverged at its best learning rate, with one seed at least,", one.diverged),
+            ("Diverged at its best learning rate with at least one seed", one.diverged),
         ):
             names = ", ".join(METHODS[name].title for name in methods)
-            lines += [f"- {what} in {TASKS[task].title}: {names}."] if names else []
+            lines += [f"- {what}, {TASKS[task].title}: {names}."] if names else []
     return "\n".join(lines) + "\n"
 
 
 def _faster(found: TaskFindings) -> str:
-    """Say when Bone got to where LoRA ended."""
+    """Say when Bone reached the loss at which LoRA ended."""
     if "bone" not in found.findings:
         return ""
     bone, lora = (found.findings[name].steps_to(found.goal) for name in ("bone", "lora"))
     last = found.findings["lora"].steps[-1]
     if bone is None:
-        text = f"Bone did not reach LoRA's final validation loss in its {last} steps."
+        text = f"Bone did not reach LoRA's final validation loss in {last} steps."
     else:
-        text = f"Bone reached LoRA's final validation loss in {bone} of {last} steps"
-        text += f", LoRA first in {lora}."
+        text = f"Bone reached LoRA's final validation loss after {bone} of {last} steps, LoRA "
+        text += f"itself after {lora}."
     near = [found.findings[name].steps_to(found.near_goal) for name in ("bone", "lora")]
     if near[0] is not None:
-        text += f" Of LoRA's fall, 95% took Bone {near[0]} steps and LoRA {near[1]}."
+        text += f" Bone reached 95% of LoRA's improvement in {near[0]} steps, LoRA in {near[1]}."
     else:
-        text += " Nor did it come to 95% of LoRA's fall."
+        text += " It did not reach 95% of LoRA's improvement either."
     return text
 
 
@@ -176,17 +177,17 @@ def _lower(found: TaskFindings, one: str, other: str) -> str:
     losses = [found.findings[name].mean("loss").value for name in (one, other)]
     figures = f"{METHODS[one].title} {losses[0]:.3f}, {METHODS[other].title} {losses[1]:.3f}"
     if not found.apart(one, other):
-        return f"Test loss: {figures}, a difference within noise."
+        return f"Test loss: {figures}; the difference is within noise."
     better = METHODS[one if losses[0] < losses[1] else other].title
-    return f"Test loss: {figures}, lower with {better} beyond noise."
+    return f"Test loss: {figures}; {better} is better, beyond noise."
 
 
 def _step_costs(found: TaskFindings) -> str:
-    """Say how long a step takes, beside LoRA's."""
+    """Say how long a step takes, compared with LoRA's."""
     if not {"bone", "bat"} <= set(found.costs):
         return ""
     bone, bat = (f"{found.costs[name].ratio:.2f}" for name in ("bone", "bat"))
-    return f"A step of Bone took {bone} times as long as one of LoRA, one of BAT {bat} times."
+    return f"A step takes {bone} (Bone) and {bat} (BAT) times as long as a step of LoRA."
 
 
 def _start_with(shown: Mapping[str, TaskFindings]) -> str:
@@ -212,9 +213,9 @@ def _start_with(shown: Mapping[str, TaskFindings]) -> str:
             ratios = [one.costs[name].ratio for one in shown.values() if name in one.costs]
             rows[-1].append(", ".join(f"{ratio:.2f}" for ratio in ratios) or NOTHING)
     header = ["method", "best learning rates", "geometric mean", "rank by test loss, by task",
-              "tasks where best, or not told apart"]  # fmt: skip
+              "tasks where best or tied"]  # fmt: skip
     if costed:
-        header.append("time of a step / LoRA, by task")
+        header.append("step / LoRA, by task")
     return "\n".join([
         "## Which method and learning rate to start with\n",
         table(header, rows),
@@ -223,7 +224,7 @@ def _start_with(shown: Mapping[str, TaskFindings]) -> str:
 
 
 def _advice(shown: Mapping[str, TaskFindings]) -> str:
-    """Say what follows from the table, in rules that are the same whatever it holds."""
+    """Say what follows from the table, by rules that do not depend on its numbers."""
     names = {name for one in shown.values() for name in one.ranked}
     close = {
         name: sum(name in one.ranked and not one.apart(name, one.ranked[0])
@@ -233,10 +234,10 @@ def _advice(shown: Mapping[str, TaskFindings]) -> str:
     most = max(close.values())
     first = [METHODS[name].title for name in METHODS if close.get(name) == most]
     text = (
-        f"Most often best, or not told apart from the best: {', '.join(first)} "
-        f"({most} of {len(shown)} tasks). A method whose seeds differ much is harder to tell "
-        "apart, which is no merit of it. Start with the cheapest of these that your runtime can "
-        "serve, at the mean rate of the table, and try half a decade on either side."
+        f"Most often best, or tied with the best: {', '.join(first)} ({most} of {len(shown)} "
+        "tasks). *Tied* means that the difference is within noise; a method whose seeds differ "
+        "widely ties more easily. Start with the cheapest of these that your runtime can serve, at "
+        "the mean rate of the table. Then try a third of that rate, and three times that rate."
     )
     ratios = [
         one.findings["bone"].rate / one.findings["lora"].rate
@@ -247,40 +248,39 @@ def _advice(shown: Mapping[str, TaskFindings]) -> str:
         low, high = f"{min(ratios):.1g}", f"{max(ratios):.1g}"
         span = low if low == high else f"{low} to {high}"
         text += f" Bone's best rate was {span} times LoRA's"
-        text += "." if low == high == "1" else ": a rate of LoRA's does not carry over."
+        text += "." if low == high == "1" else ", so do not reuse a learning rate from LoRA."
     return text + "\n"
 
 
 def _protocol(study: Study) -> str:
     parts = [
-        "- **Equal parameters.** Every method has as many as Bone, within "
-        f"{LARGEST_DIFFERENCE:.0%}; where a rank for all layers would miss that, the first "
-        "layers have one more. Full fine-tuning, of the same layers' weights, is there for "
-        "reference.",
-        "- **Same everything else.** The same rows in the same order, steps, AdamW without "
-        "decay or clipping, a short rise and a cosine to zero, no dropout. New heads "
-        f"train at {HEAD_RATE:g} with every method.",
-        "- **A learning rate of its own.** Half decades, at least four; where the best is at an "
-        "edge, the next beyond is tried. It is chosen by the final loss on validation rows with "
-        f"one seed, and run with {len(study.seeds)} seeds; what is reported is the loss on test "
-        "rows, which chose nothing.",
-        "- **Noise.** Means over seeds with the standard deviation of a seed. Two methods are told "
-        "apart by a paired t-test over seeds at 95%, pair by pair; with three seeds that asks for "
-        "a clear difference, and among many pairs some pass by chance.",
-        "- **Steps** to a loss are counted on the mean validation curve of the seeds, on the rows "
-        "that chose the rate too. LoRA's fall is from its validation loss before training to its "
-        "last.",
+        "- **Equal parameters.** Every method has as many trained parameters as Bone, within "
+        f"{LARGEST_DIFFERENCE:.0%}. Where one rank for all layers would miss that, the first "
+        "layers get one more. Full fine-tuning of the same layers is shown for reference.",
+        "- **Equal training.** The same rows in the same order, the same number of steps, AdamW "
+        "without weight decay or clipping, a short warm-up and a cosine to zero, no dropout. New "
+        f"heads train at {HEAD_RATE:g} with every method.",
+        "- **Each method has its own learning rate.** At least four rates are tried, a factor of "
+        "about three apart; if the best is at an edge, the next one beyond it too. The rate is "
+        "chosen by the final loss on validation rows with one seed, and then run with "
+        f"{len(study.seeds)} seeds. The tables report the loss on test rows, which are used for no "
+        "choice.",
+        "- **Noise.** Tables show the mean over seeds and the standard deviation of a seed. Two "
+        "methods differ if a paired t-test over seeds says so at 95%. With three seeds that takes "
+        "a clear difference; among many pairs, some pass by chance.",
+        "- **Steps to a loss** are counted on the mean validation curve of the seeds. LoRA's "
+        "improvement goes from its validation loss before training to its last.",
         "- **Settings of the methods.** "
         + "; ".join(f"{method.title}: {method.about}" for method in METHODS.values())
         + ".",
-        "- **Rank and size of the update.** dW is what a layer computes with, less the base's "
-        "weight: read off its outputs for unit vectors, alike for every library. Its effective "
-        "rank is exp of the entropy of its singular values' shares (Roy and Vetterli, 2007), its "
-        "size that of the weight; both are means over layers.",
-        "- **Forgetting** is the last column of each second table: what the base could do, before "
-        "training and after. Lower is less forgotten.",
-        "- **Seconds and memory**, where a table has them, are measured apart, all methods in turn "
-        "in one process: the runs themselves share the machine.",
+        "- **Rank and size of the update.** dW is the weight that a layer computes with, minus the "
+        "base weight. It is read from the outputs for unit vectors, in the same way for every "
+        "library. Its effective rank is the exponential of the entropy of its normalised singular "
+        "values (Roy and Vetterli, 2007). Rank and size are means over layers.",
+        "- **Forgetting** is the last column of each second table: how well the model does what "
+        "the base could do, before and after training. Lower means less forgotten.",
+        "- **Seconds and memory** are measured separately, with all methods in one process, "
+        "because the training runs share the machine.",
     ]
     return "\n".join(parts) + "\n"
 
@@ -288,24 +288,23 @@ def _protocol(study: Study) -> str:
 def _task(name: str, found: TaskFindings) -> str:
     task = TASKS[name]
     header = ["method", "parameters", "rate", "test loss", task.exact_name,
-              "steps to LoRA's final loss", "to 95% of its fall"]  # fmt: skip
+              "steps to LoRA's final loss", "steps to 95% of its improvement"]  # fmt: skip
     rows = [_row(method, found) for method in found.findings]
     if found.costs:
-        header += ["seconds to LoRA's final loss", "seconds a step, / LoRA", "peak of a step"]
+        header += ["time to LoRA's final loss", "time of a step, / LoRA", "peak memory"]
         rows = [_row(method, found) + _cost(method, found) for method in found.findings]
     more = ["method", "gradient, first steps", "effective rank of dW", "norm of dW / W",
             task.forgetting_name]  # fmt: skip
     lora = found.findings["lora"]
     return "\n".join([
         f"## {task.title}\n",
-        f"{task.about} {task.steps} steps of {task.batch} rows, r = {task.r} "
-        f"(tile: r_out = {task.r_out}, and the r that makes parameters equal). The validation loss "
-        f"is taken every {task.evaluate_every} steps, so that steps to a loss are no finer; it was "
-        f"{lora.curve[0]:.3f} before, and at last {lora.curve[-1]:.3f} with LoRA.\n",
+        f"{task.about} Training takes {task.steps} steps of {task.batch} rows, with r = {task.r} "
+        f"(tile: r_out = {task.r_out}, and the r with equal parameters). The validation loss is "
+        f"measured every {task.evaluate_every} steps. It starts at {lora.curve[0]:.3f}; with LoRA "
+        f"it ends at {lora.curve[-1]:.3f}.\n",
         f"![Validation loss of {task.title}]({PICTURES.format(name)})\n",
         table(header, rows),
-        "**Lowest** and *second-lowest* test loss of the adapters; = marks what is not told apart "
-        "from the lowest.\n",
+        "**Lowest** and *second-lowest* test loss of the adapters. = means tied with the lowest.\n",
         table(more, [_more(method, found) for method in found.findings]),
     ])  # fmt: skip
 
@@ -364,9 +363,11 @@ def _number(value: int | None) -> str:
 def _sensitivity(shown: Mapping[str, TaskFindings]) -> str:
     return "\n".join([
         "## How much the learning rate matters\n",
-        "The final validation loss at every rate that was tried, first seed.\n",
+        "The final validation loss at every learning rate that was tried, with the first seed.\n",
         f"![Validation loss by learning rate]({PICTURES.format('rates')})\n",
+        '<details markdown="1"><summary>The same as tables</summary>\n',
         *(_rate_table(task, found) for task, found in shown.items()),
+        "</details>\n",
     ])  # fmt: skip
 
 
@@ -390,8 +391,8 @@ def _tried(one: Finding, rate: float) -> str:
 def _gradients() -> str:
     return "\n".join([
         "## The first gradients\n",
-        "The norm of the gradient of all that trains, at the best rate. Parametrisations differ, "
-        "so a larger norm is no merit in itself: AdamW takes steps of the same size.\n",
+        "The norm of the gradient of all trained parameters, at the best rate. A larger norm is "
+        "not better: methods are parametrised differently, and AdamW makes equal steps.\n",
         f"![Gradient norms]({PICTURES.format('gradients')})\n",
     ])  # fmt: skip
 
@@ -417,8 +418,9 @@ def _ablations(study: Study, results: Results) -> str:
     if not parts:
         return ""
     about = (
-        "Sizes, layers and dtypes, each with a search and seeds of its own. r is that of the Bone "
-        "with as many parameters; a tile of another r_out gets the r that keeps them equal.\n"
+        "Each row has its own search for the learning rate, and its own seeds. r is that of a Bone "
+        "adapter with as many parameters. A tile with another r_out gets the r that keeps the "
+        "number of parameters equal.\n"
     )
     return "\n".join(["## r, layers, tiles and dtype\n", about, *parts])
 
@@ -431,8 +433,8 @@ def _sizes(cell: Cell) -> list[str]:
 def _provenance(results: Results, costs: Mapping[str, Any]) -> str:
     seconds = sum(record["seconds"] for record in results.values())
     text = (
-        f"{len(results)} runs, {seconds / 3600:.1f} hours of one core (with what else it had to "
-        "do). Each is a line of `benchmarks/results/convergence.jsonl`."
+        f"{len(results)} runs, {seconds / 3600:.1f} hours on one core that other work shared. "
+        "Each run is a line of `benchmarks/results/convergence.jsonl`."
     )
     if costs:
         machine, versions = costs["machine"], costs["versions"]
@@ -442,7 +444,7 @@ def _provenance(results: Results, costs: Mapping[str, Any]) -> str:
             + ", ".join(f"{name} {version}" for name, version in versions.items())
             + "."
         )
-    return f"## Where the numbers are from\n\n{text}\n"
+    return f"## Where the numbers come from\n\n{text}\n"
 
 
 if __name__ == "__main__":

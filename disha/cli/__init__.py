@@ -1,6 +1,6 @@
-"""The command line, `disha COMMAND`: `dispatcher` finds the command, one file each runs them.
+"""The command line, `disha COMMAND`: `dispatcher` runs the command, each in a module of its name.
 
-Nothing that only one command needs is imported before that command runs.
+What only one command needs is imported when that command runs.
 """
 
 from disha.cli.dispatcher import COMMANDS, main

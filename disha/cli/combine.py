@@ -9,10 +9,9 @@ from typing import Annotated
 
 import tyro
 
+import disha
 from disha.cli.flags import Flags, parsed
 from disha.cli.output import require_free, show, shown
-from disha.errors import ArgumentError
-from disha.files import inspect_adapter
 from disha.files.combining import Summand, combine_contents
 from disha.files.contents import read_contents, write_contents
 
@@ -20,8 +19,8 @@ __all__ = ["run"]
 
 DESCRIPTION = """Write the weighted sum of adapters: dW = sum of w * s * dW of each, exactly.
 
-All adapters must be of one kind and for one model. A layer that one of them lacks counts as zero
-there. Bone blocks of different r get the least common multiple of theirs. No model is needed.
+All adapters must be of one method and for one model. A layer that an adapter lacks counts as zero
+there. Bone blocks of different r get the least common multiple of their r. No model is needed.
 
 examples:
   disha combine --adapter chat.safetensors=0.3 --adapter code.safetensors=0.7 both.safetensors
@@ -31,34 +30,45 @@ examples:
 
 @dataclass(frozen=True)
 class CombineFlags(Flags):
-    """The arguments of `disha combine`."""
+    """The arguments of `disha combine`.
+
+    Args:
+        out: The adapter file to write.
+        adapter: An adapter file and its weight, such as a.safetensors=0.3. Repeat it for each
+            adapter.
+        also_train: Leave out the parameters saved beside the blocks. Without this flag, adapters
+            that have any are refused.
+        overwrite: Replace an existing file.
+    """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """The adapter file to write."""
-
-    adapter: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE=WEIGHT")] = ()
-    """An adapter file and its weight, such as a.safetensors=0.3; once for each."""
-
+    adapter: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE=WEIGHT")
+    ] = ()
     also_train: bool = True
-    """Leave out the parameters saved beside the blocks; without this, they are refused."""
-
     overwrite: bool = False
-    """Replace a file that is there."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Write the sum of adapters, as command-line `arguments` say."""
     flags = parsed(CombineFlags, "combine", arguments, DESCRIPTION)
     if not flags.adapter:
-        raise ArgumentError("no --adapter FILE=WEIGHT was given; give one for each adapter")
+        raise disha.ArgumentError("no --adapter FILE=WEIGHT was given; give one for each adapter")
     weights = [_weighted(word) for word in flags.adapter]
     require_free(flags.out, flags.overwrite)
     summands = [
         Summand(path, read_contents(path, also_train=flags.also_train), weight)
         for path, weight in shown(weights, len(weights), "reading")
     ]
+    for summand in summands:
+        if summand.header.also_train:
+            raise disha.ArgumentError(
+                f"{summand.source} holds parameters beside its blocks, such as "
+                f"{summand.header.also_train[0]}, which can't be added up like updates; give "
+                "--no-also-train to leave them out"
+            )
     write_contents(flags.out, *combine_contents(summands))
-    written = inspect_adapter(flags.out)
+    written = disha.inspect_adapter(flags.out)
     show(
         flags.json,
         str(written),
@@ -80,5 +90,7 @@ def _weighted(word: str) -> tuple[Path, float]:
     except ValueError:
         path = ""
     if not path:
-        raise ArgumentError(f"--adapter {word}: must be FILE=WEIGHT, such as a.safetensors=0.3")
+        raise disha.ArgumentError(
+            f"--adapter {word}: must be FILE=WEIGHT, such as a.safetensors=0.3"
+        )
     return Path(path), number

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from disha.cli.flags import Flags, parsed
 from disha.cli.output import require_free, show, shown
-from disha.cli.sources import Form, Source, read_source
-from disha.errors import ArgumentError
-from disha.files.contents import write_contents
+from disha.errors import AdapterFileError, AdapterIOError, ArgumentError
+from disha.files.atomic import checked_path
+from disha.files.contents import Contents, blocks_only, read_contents, write_contents
+from disha.files.header import AdapterHeader
+from disha.files.json_files import read_json
+from disha.files.tensors import explained
 from disha.functional import method_of
 from disha.interop import lora, peft
-from disha.interop.checkpoints import Checkpoint, base_weights, open_checkpoint
+from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
+from disha.interop.checkpoints.matching import refuse_tied
 from disha.interop.gguf import MODEL_TYPES
 from disha.interop.low_rank import LoraReport
+from disha.interop.peft_files import CONFIG_NAME
+from disha.model import join
 
 __all__ = ["run"]
 
-DESCRIPTION = """Turn an adapter into one for other libraries, or theirs into ours.
+DESCRIPTION = """Turn an adapter into one for other libraries, or theirs into an adapter file.
 
 SOURCE is an adapter file of disha, or a folder that PEFT has saved: MiSS, Bone, or a LoRA that is
-a Bone adapter. What it is shows by itself.
+a Bone adapter. The command finds out which it is.
 
-OUT is a folder of MiSS (--to peft); a LoRA folder in PEFT's layout, which most runtimes read
+OUT is a folder of PEFT's MiSS (--to peft); a LoRA folder in PEFT's layout, which most runtimes read
 (--to lora); the LoRA file of llama.cpp, for models of the Llama family (--to gguf); or an adapter
-file of disha (--to disha). As LoRA, Bone and tile are exact; BAT is cut to --rank, and what that
-loses is reported.
+file of disha (--to disha). As LoRA, Bone and tile are exact. BAT is truncated to --rank, and the
+error is reported.
 
 examples:
   disha convert adapter.safetensors for-peft --to peft
@@ -40,164 +46,214 @@ examples:
   disha convert bat.safetensors as-lora --to lora --base path/to/model --rank 32 --max-error 0.1
   disha convert adapter.safetensors adapter.gguf --to gguf --base path/to/model"""
 
-FOR_LORA = ("rank", "max_error")
-FOR_GGUF = ("architecture", "heads", "kv_heads")
-"""Flags that only some targets have a use for."""
+Form = Literal["disha", "peft", "lora", "gguf"]
+
+ONLY_FOR: Mapping[str, tuple[Form, ...]] = {
+    "rank": ("lora", "gguf"),
+    "max_error": ("lora", "gguf"),
+    "architecture": ("gguf",),
+    "heads": ("gguf",),
+    "kv_heads": ("gguf",),
+    "dropout": ("peft",),
+}
+"""Flags that only some targets use."""
+
+GGUF_MAGIC = b"GGUF"
+FOLDERS: dict[str, Form] = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}
+"""PEFT's name of a method -> the form of a folder that holds an adapter of it."""
 
 
 @dataclass(frozen=True)
 class ConvertFlags(Flags):
-    """The arguments of `disha convert`."""
+    """The arguments of `disha convert`.
+
+    Args:
+        source: The adapter: a file, or a folder that PEFT has saved.
+        out: The result: a folder for peft and lora, a file for disha and gguf.
+        to: The form of the result.
+        base: The base: needed to read peft, and to write BAT as LoRA. For gguf, its config.json
+            gives the numbers of heads.
+        rank: Largest rank of a layer as LoRA; needed for BAT.
+        dropout: Dropout to write for peft, in place of the adapter's. PEFT's BAT has none, so
+            give 0.0 there.
+        max_error: Largest relative error of a layer's update, such as 0.1; more is refused.
+        architecture: GGUF's name of the base's architecture; by default that of its config.json,
+            or llama.
+        heads: Query heads of the base, for gguf; by default those of its config.json.
+        kv_heads: Key and value heads of the base, for gguf; by default those of its config.json.
+        also_train: Leave out the parameters saved beside the blocks.
+        overwrite: Replace an existing file or folder.
+    """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """The adapter: a file, or a folder that PEFT has saved."""
-
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """What to write: a folder for peft and lora, a file for disha and gguf."""
-
     to: Form
-    """What to write it as."""
-
     base: Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
-    """The base: needed to read peft, and to write BAT as LoRA; tells gguf of its heads."""
-
     rank: Annotated[int | None, tyro.conf.arg(metavar="R")] = None
-    """Largest rank of a layer as LoRA; needed for BAT."""
-
     dropout: Annotated[float | None, tyro.conf.arg(metavar="P")] = None
-    """Dropout to write for peft, in place of the adapter's; 0.0 for BAT, which has none there."""
-
     max_error: Annotated[float | None, tyro.conf.arg(metavar="PART")] = None
-    """Refuse to lose more than this part of a layer's update, such as 0.1."""
-
     architecture: Annotated[str | None, tyro.conf.arg(metavar="NAME", aliases=("--arch",))] = None
-    """What GGUF calls the base's architecture; by default that of its config.json, or llama."""
-
     heads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Query heads of the base, for gguf; by default those of its config.json."""
-
     kv_heads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Key and value heads of the base, for gguf; by default those of its config.json."""
-
     also_train: bool = True
-    """Leave out the parameters saved beside the blocks."""
-
     overwrite: bool = False
-    """Replace what is there."""
+
+    def check(self) -> None:
+        """Raise if a flag is given that the target does not use, or the result is in the way."""
+        for name, targets in ONLY_FOR.items():
+            if getattr(self, name) is not None and self.to not in targets:
+                raise ArgumentError(
+                    f"--{name.replace('_', '-')} has no effect with --to {self.to}; leave it out"
+                )
+        require_free(self.out, self.overwrite)
 
 
 def run(arguments: Sequence[str]) -> None:
     """Convert an adapter, as command-line `arguments` say."""
     flags = parsed(ConvertFlags, "convert", arguments, DESCRIPTION)
-    _refuse_useless(flags)
-    require_free(flags.out, flags.overwrite)
+    flags.check()
     base = None if flags.base is None else open_checkpoint(flags.base)
-    source = read_source(flags.source, base, also_train=flags.also_train)
-    report = WRITERS[flags.to](flags, source, base)
-    summary = f"{source.path} ({source.form}) -> {flags.out} ({flags.to})"
-    if report is None:
-        text = f"{summary}: {len(source.header.layers)} layers, exact"
+    form, contents = _read(flags, base)
+    report = None
+    if flags.to == "disha":
+        write_contents(flags.out, *contents)
+    elif flags.to == "peft":
+        peft.write_folder(flags.out, *contents, dropout=flags.dropout)
+    elif flags.to == "lora":
+        options = _lora_options(flags, contents[0], base)
+        report = lora.write_lora(flags.out, *contents, **options)
     else:
-        text = f"{report}\n{summary}"
-    show(flags.json, text, _fields(flags, source, report))
-
-
-def _refuse_useless(flags: ConvertFlags) -> None:
-    """Raise if a flag is given that the target has no use for."""
-    useless = [] if flags.to in ("lora", "gguf") else [*FOR_LORA]
-    useless += [] if flags.to == "gguf" else [*FOR_GGUF]
-    useless += [] if flags.to == "peft" else ["dropout"]
-    given = [name for name in useless if getattr(flags, name) is not None]
-    if given:
-        name = given[0].replace("_", "-")
-        raise ArgumentError(f"--{name} says nothing for --to {flags.to}; leave it out")
-
-
-def _fields(flags: ConvertFlags, source: Source, report: LoraReport | None) -> dict[str, Any]:
-    if report is None:
-        layers = [
-            {"name": one.name, "method": one.method, "r": one.r, "rank": None, "error": 0.0}
-            for one in source.header.layers
-        ]
-    else:
-        layers = [
-            {
-                "name": one.name,
-                "method": one.method,
-                "r": one.r,
-                "rank": one.rank,
-                "error": one.error,
-            }
-            for one in report.layers
-        ]
-    return {
-        "source": str(source.path),
-        "from": source.form,
-        "path": str(flags.out),
-        "to": flags.to,
-        "layers": layers,
-        "error": 0.0 if report is None else report.error,
-    }
-
-
-# --- writing -------------------------------------------------------------------------------------
-
-
-def _to_disha(flags: ConvertFlags, source: Source, base: Checkpoint | None) -> None:
-    write_contents(flags.out, *source.contents)
-
-
-def _to_peft(flags: ConvertFlags, source: Source, base: Checkpoint | None) -> None:
-    peft.write_folder(flags.out, *source.contents, dropout=flags.dropout)
-
-
-def _to_lora(flags: ConvertFlags, source: Source, base: Checkpoint | None) -> LoraReport:
-    return lora.write_lora(flags.out, *source.contents, **_lora_arguments(flags, source, base))
-
-
-def _to_gguf(flags: ConvertFlags, source: Source, base: Checkpoint | None) -> LoraReport:
-    config = {} if base is None else base.config()
-    heads = config.get("num_attention_heads") if flags.heads is None else flags.heads
-    kv_heads = config.get("num_key_value_heads", heads if config else None)
-    tied = config.get("tie_word_embeddings")
-    return lora.write_gguf(
-        flags.out,
-        *source.contents,
-        architecture=flags.architecture or _architecture(config),
-        heads=heads,
-        kv_heads=kv_heads if flags.kv_heads is None else flags.kv_heads,
-        tied_head=tied if isinstance(tied, bool) else None,
-        **_lora_arguments(flags, source, base),
+        options = {**_lora_options(flags, contents[0], base), **_gguf_options(flags, base)}
+        report = lora.write_gguf(flags.out, *contents, **options)
+    summary = f"{flags.source} ({form}) -> {flags.out} ({flags.to})"
+    layers = len(contents[0].layers)
+    show(
+        flags.json,
+        f"{report}\n{summary}" if report else f"{summary}: {layers} layers, exact",
+        {
+            "source": str(flags.source),
+            "from": form,
+            "path": str(flags.out),
+            "to": flags.to,
+            "layers": _layer_fields(contents[0], report),
+            "error": report.error if report else 0.0,
+        },
     )
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    """Return what GGUF calls the architecture of a base, by its config.json."""
-    kind = config.get("model_type", "llama")
-    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+def _layer_fields(header: AdapterHeader, report: LoraReport | None) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": one.name,
+            "method": one.method,
+            "r": one.r,
+            "rank": getattr(one, "rank", None),
+            "error": getattr(one, "error", 0.0),
+        }
+        for one in (report or header).layers
+    ]
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]:
+    """Return the form of the source, and the adapter in it."""
+    path = checked_path(flags.source)
+    form = _form_of(path)
+    if form == "gguf":
         raise ArgumentError(
-            f"the base is a {kind!r}, and LoRA as GGUF is known for {', '.join(MODEL_TYPES)}; if "
-            "its GGUF file is of one of these architectures, pass architecture="
+            f"{path} is GGUF, which is written and not read; convert what it was made from"
         )
-    return MODEL_TYPES[kind]
+    if form == "disha":
+        contents: Contents = read_contents(path, also_train=flags.also_train)
+    elif form == "lora":
+        contents = lora.read_lora(path, also_train=flags.also_train)
+        if base is not None:
+            refuse_tied(base, path, contents[0].also_train)
+    else:
+        contents = _read_peft(path, base, flags.also_train)
+    return form, contents if flags.also_train else blocks_only(*contents)
 
 
-def _lora_arguments(
-    flags: ConvertFlags, source: Source, base: Checkpoint | None
-) -> Mapping[str, Any]:
-    header = source.header
-    reads_weight = any(method_of(layer.method).reads_weight for layer in header.layers)
+def _form_of(path: Path) -> Form:
+    """Return what a file is by its first bytes, or a folder by its configuration."""
+    if not path.is_dir():
+        with explained(path), open(path, "rb") as file:
+            return "gguf" if file.read(len(GGUF_MAGIC)) == GGUF_MAGIC else "disha"
+    if not (path / CONFIG_NAME).exists():
+        raise AdapterIOError(
+            f"{path} is a folder without {CONFIG_NAME}; name an adapter file, or a folder that "
+            "PEFT has saved"
+        )
+    method = read_json(path / CONFIG_NAME).get("peft_type")
+    if not isinstance(method, str) or method not in FOLDERS:
+        raise AdapterFileError(
+            f"{path} holds an adapter of peft_type {method!r}; read are {', '.join(FOLDERS)}"
+        )
+    return FOLDERS[method]
+
+
+def _read_peft(path: Path, base: Checkpoint | None, also_train: bool) -> Contents:
+    folder = peft.read_folder(path)
+    if base is None:
+        raise ArgumentError(
+            f"{path} does not say how large the inputs of its layers are, but the base does; give "
+            "--base CHECKPOINT"
+        )
+    names = [*(join(name, "weight") for name in folder.blocks), *folder.beside]
+    contents = peft.contents_of(folder, base_shapes(base, names), also_train=also_train)
+    refuse_tied(base, path, contents[0].also_train)
+    return contents
+
+
+# --- options for writing -------------------------------------------------------------------------
+
+
+def _lora_options(
+    flags: ConvertFlags, header: AdapterHeader, base: Checkpoint | None
+) -> dict[str, Any]:
+    weights = None
+    if any(method_of(layer.method).reads_weight for layer in header.layers):
+        if flags.rank is None:
+            raise ArgumentError(
+                f"the update in {flags.source} is not low-rank, so as LoRA it is truncated to a "
+                "rank; give --rank R, and --max-error PART to refuse a larger error"
+            )
+        if base is None:
+            raise ArgumentError(
+                f"the update in {flags.source} depends on the base weights, which the adapter does "
+                "not hold; give --base CHECKPOINT"
+            )
+        weights = base_weights(base, header)
     return {
         "rank": flags.rank,
         "max_error": flags.max_error,
-        "base": base_weights(base, header) if reads_weight and base is not None else None,
+        "base": weights,
         "progress": partial(shown, total=len(header.layers), what="converting"),
     }
 
 
-WRITERS: Mapping[str, Callable[[ConvertFlags, Source, Checkpoint | None], LoraReport | None]] = {
-    "disha": _to_disha,
-    "peft": _to_peft,
-    "lora": _to_lora,
-    "gguf": _to_gguf,
-}
+def _gguf_options(flags: ConvertFlags, base: Checkpoint | None) -> dict[str, Any]:
+    config = {} if base is None else base.config()
+    heads = config.get("num_attention_heads") if flags.heads is None else flags.heads
+    kv_heads = config.get("num_key_value_heads", heads if config else None)
+    tied = config.get("tie_word_embeddings")
+    return {
+        "architecture": flags.architecture or _architecture(config),
+        "heads": heads,
+        "kv_heads": kv_heads if flags.kv_heads is None else flags.kv_heads,
+        "tied_head": tied if isinstance(tied, bool) else None,
+    }
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """Return GGUF's name of the architecture of a base, by its config.json."""
+    model_type = config.get("model_type", "llama")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        raise ArgumentError(
+            f"the base is a {model_type!r}, and LoRA as GGUF is known for "
+            f"{', '.join(MODEL_TYPES)}; if its GGUF file has one of these architectures, give "
+            "--architecture"
+        )
+    return MODEL_TYPES[model_type]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from disha.cli.exit_codes import DONE, NO
+import disha
+from disha.cli.dispatcher import DONE, NO
 from disha.cli.flags import FileArgument, Flags, parsed
-from disha.cli.output import show, shown
-from disha.files import AdapterFile, inspect_adapter
+from disha.cli.output import number, show, shown
 from disha.files.differences import (
     FieldDifference,
     TensorDifference,
@@ -32,26 +32,30 @@ examples:
 
 @dataclass(frozen=True)
 class DiffFlags(Flags):
-    """The arguments of `disha diff`."""
+    """The arguments of `disha diff`.
+
+    Args:
+        first: An adapter file.
+        second: Another one.
+    """
 
     first: FileArgument
-    """An adapter file."""
-
     second: FileArgument
-    """Another one."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Show what differs between two files, as command-line `arguments` say."""
     flags = parsed(DiffFlags, "diff", arguments, DESCRIPTION)
-    first, second = inspect_adapter(flags.first), inspect_adapter(flags.second)
+    first, second = disha.inspect_adapter(flags.first), disha.inspect_adapter(flags.second)
     fields = header_differences(first, second)
     count = len({*first.tensors, *second.tensors})
     tensors = list(shown(tensor_differences(first, second), count, "comparing"))
     same = not fields and all(one.same for one in tensors)
     show(
         flags.json,
-        _text(first, second, fields, tensors),
+        f"{first.path} and {second.path} hold the same adapter"
+        if same
+        else _text(first, second, fields, tensors),
         {
             "first": str(first.path),
             "second": str(second.path),
@@ -71,21 +75,19 @@ def _fields(difference: TensorDifference) -> dict[str, Any]:
 
 
 def _text(
-    first: AdapterFile,
-    second: AdapterFile,
+    first: disha.AdapterFile,
+    second: disha.AdapterFile,
     fields: Sequence[FieldDifference],
     tensors: Sequence[TensorDifference],
 ) -> str:
-    if not fields and all(one.same for one in tensors):
-        return f"{first.path} and {second.path} hold the same adapter"
     different = [one for one in tensors if not one.same]
     lines = [str(field) for field in fields]
     if different:
         rows = [
             (
                 one.name or "(the model)",
-                _number(one.largest),
-                _number(one.relative),
+                number(one.largest, 3),
+                number(one.relative, 3),
                 _remark(one, first, second),
             )
             for one in different
@@ -98,11 +100,9 @@ def _text(
     return "\n".join(lines)
 
 
-def _remark(difference: TensorDifference, first: AdapterFile, second: AdapterFile) -> str:
+def _remark(
+    difference: TensorDifference, first: disha.AdapterFile, second: disha.AdapterFile
+) -> str:
     if difference.held != "both":
         return f"only in {first.path if difference.held == 'first' else second.path}"
     return ", ".join(map(str, difference.fields))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""``disha evaluate``: what a model is worth on rows, with an adapter and without."""
+"""``disha evaluate``: measure a model on rows, with and without an adapter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from disha.cli.flags import parsed
 from disha.cli.output import show, shown
-from disha.finetune.evaluating import Measured, Measurement, evaluate
+from disha.finetune.evaluating import Measured, evaluate
 from disha.finetune.settings import EvaluateSettings
 from disha.tables import table
 
@@ -25,10 +25,7 @@ def run(arguments: Sequence[str]) -> None:
     """Measure, as command-line `arguments` say."""
     settings = parsed(EvaluateSettings, "evaluate", arguments, DESCRIPTION, EvaluateSettings())
     found = evaluate(settings, shown)
-    show(settings.json, _text(found), _fields(found))
-
-
-def _text(found: Measurement) -> str:
+    tally = found.tally
     measured = [("model", found.model)]
     if found.base is not None:
         measured = [("base model", found.base), ("with the adapter", found.model)]
@@ -37,28 +34,26 @@ def _text(found: Measurement) -> str:
             name,
             f"{one.loss:.4f}",
             f"{one.perplexity:.4g}",
-            "-" if one.exact is None else f"{one.exact} of {found.tally.used}",
+            "-" if one.exact is None else f"{one.exact} of {tally.used}",
         )
         for name, one in measured
     ]
-    lines = [table(("", "loss", "perplexity", "exact"), rows)]
-    line = f"{found.tally.used:,} rows, {found.model.tokens:,} tokens to predict"
-    return "\n".join([*lines, f"{line}{found.tally.remarks}"])
+    counts = f"{tally.used:,} rows, {found.model.tokens:,} tokens to predict{tally.remarks}"
+    show(
+        settings.json,
+        "\n".join([table(("", "loss", "perplexity", "exact"), rows), counts]),
+        {
+            "model": _fields(found.model),
+            "base": found.base and _fields(found.base),
+            "rows": tally.used,
+            "cut": tally.cut,
+            "dropped": tally.dropped,
+            "bad": tally.bad,
+        },
+    )
 
 
-def _fields(found: Measurement) -> dict[str, Any]:
-    tally = found.tally
-    return {
-        "model": _measured(found.model),
-        "base": None if found.base is None else _measured(found.base),
-        "rows": tally.used,
-        "cut": tally.cut,
-        "dropped": tally.dropped,
-        "bad": tally.bad,
-    }
-
-
-def _measured(found: Measured) -> dict[str, Any]:
+def _fields(found: Measured) -> dict[str, Any]:
     return {
         "loss": found.loss,
         "perplexity": found.perplexity,

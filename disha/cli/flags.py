@@ -1,21 +1,14 @@
-"""What the commands' arguments have in common, and how they are parsed."""
+"""How the arguments of a command are parsed."""
 
 from __future__ import annotations
 
-import io
 import os
-import re
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import tyro
-
-from disha.cli.exit_codes import TROUBLE
-from disha.cli.helping import registry
 
 __all__ = ["FileArgument", "Flags", "parsed"]
 
@@ -24,23 +17,18 @@ FileArgument = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE
 
 @dataclass(frozen=True)
 class Flags:
-    """The arguments of a command; each of its own adds to these."""
+    """The arguments that the commands for files share.
+
+    Args:
+        json: Print one JSON object, for scripts.
+        debug: Show where an error came from.
+    """
 
     json: bool = field(default=False, kw_only=True)
-    """Print one JSON object, for scripts."""
-
     debug: bool = field(default=False, kw_only=True)
-    """Show where an error came from."""
 
 
 T = TypeVar("T")
-
-_SPELLING = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
-_SPELLING_OF_GROUPS = (
-    tyro.conf.FlagCreatePairsOff,
-    tyro.conf.OmitArgPrefixes,
-    tyro.conf.DisallowNone,
-)
 
 
 def parsed(
@@ -53,39 +41,24 @@ def parsed(
     """Return the arguments of a command.
 
     Args:
-        flags: what they are.
+        flags: a dataclass with a field for each. Its docstring is the help.
         name: the command's name.
         arguments: the words after it.
         description: what the help starts with.
-        default: what is not given is as here.
+        default: the values of arguments that are not given. With it, the help spells flags with
+            underscores; both spellings are understood either way.
 
     Raises:
-        SystemExit: the arguments are not understood, or ask for help.
+        SystemExit: the arguments are not understood, which is then explained; or ask for help.
     """
-    # The parser draws a box around what is wrong; where nobody looks at it, one line has to do.
-    said = io.StringIO()
-    # Of several processes (torchrun), which all have the same arguments, the first one speaks.
-    speaks = os.environ.get("RANK", "0") == "0"
-    try:
-        with nullcontext() if speaks and sys.stderr.isatty() else redirect_stderr(said):
-            return tyro.cli(  # type: ignore[return-value]
-                flags,
-                prog=f"disha {name}",
-                description=description,
-                args=arguments,
-                default=default,
-                config=_SPELLING if default is None else _SPELLING_OF_GROUPS,
-                use_underscores=default is not None,
-                registry=registry,
-            )
-    except SystemExit as request:
-        if speaks and request.code == TROUBLE and said.getvalue():
-            print(f"disha {name}: {_one_line(said.getvalue())}", file=sys.stderr)
-        raise
-
-
-def _one_line(box: str) -> str:
-    """Return what a box says is wrong: not its title, its frame, nor the help of the flag."""
-    sections = re.split("[\u2500-]{3,}", re.sub("[\u2502\u256d-\u2570]", " ", box))
-    said = [section for section in sections[1:] if "Argument helptext:" not in section]
-    return " ".join(" ".join(said).split())
+    return tyro.cli(  # type: ignore[return-value]
+        flags,
+        prog=f"disha {name}",
+        description=description,
+        args=arguments,
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+        use_underscores=default is not None,
+        # Under torchrun all processes have the same arguments. The first one is enough to complain.
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import disha
 from disha.cli.flags import FileArgument, Flags, parsed
-from disha.cli.output import show, shown
-from disha.files import AdapterFile, inspect_adapter
+from disha.cli.output import number, show, shown
 from disha.files.statistics import TensorStatistics, statistics_of
 from disha.tables import table
 
 __all__ = ["run"]
 
-DESCRIPTION = """Show what an adapter file holds: its layers, their sizes, and what it was made of.
+DESCRIPTION = """Show what an adapter file holds: its layers, their sizes, and its notes.
 
-No tensor is read unless --stats asks for it.
+No tensor is read without --stats.
 
 examples:
   disha inspect adapter.safetensors
@@ -26,33 +26,36 @@ examples:
 
 @dataclass(frozen=True)
 class InspectFlags(Flags):
-    """The arguments of `disha inspect`."""
+    """The arguments of `disha inspect`.
+
+    Args:
+        file: The adapter file.
+        stats: Also read the tensors and show their norms, and the norm of dW where the block
+            alone determines it.
+    """
 
     file: FileArgument
-    """The adapter file."""
-
     stats: bool = False
-    """Also read the tensors, and show their norms; that of dW where the block tells it."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Show what an adapter file holds, as command-line `arguments` say."""
     flags = parsed(InspectFlags, "inspect", arguments, DESCRIPTION)
-    described = inspect_adapter(flags.file)
+    described = disha.inspect_adapter(flags.file)
+    text = str(described)
     statistics: dict[str, TensorStatistics] = {}
     if flags.stats:
         statistics = dict(
             shown(statistics_of(described), len(described.tensors), "reading tensors")
         )
-    text = str(described)
-    if statistics:
         after_table = text.splitlines()[1 + len(described.layers) :]
         text = "\n".join([_statistics_table(described, statistics), *after_table])
-    show(flags.json, text, fields_of(described, statistics))
+    show(flags.json, text, _fields(described, statistics))
 
 
-def fields_of(described: AdapterFile, statistics: Mapping[str, TensorStatistics]) -> dict[str, Any]:
-    """Return what a file says about itself, as `--json` prints it."""
+def _fields(
+    described: disha.AdapterFile, statistics: Mapping[str, TensorStatistics]
+) -> dict[str, Any]:
     entries = described.entries()
     for key, found in statistics.items():
         entries[key]["stats"] = asdict(found)
@@ -68,16 +71,15 @@ def fields_of(described: AdapterFile, statistics: Mapping[str, TensorStatistics]
     }
 
 
-def _statistics_table(described: AdapterFile, statistics: Mapping[str, TensorStatistics]) -> str:
+def _statistics_table(
+    described: disha.AdapterFile, statistics: Mapping[str, TensorStatistics]
+) -> str:
     names = {layer.key: layer.name or "(the model)" for layer in described.layers}
     rows = [
         (
             names.get(key, key),
             "x".join(map(str, described.tensors[key].shape)),
-            _number(found.norm),
-            _number(found.rms),
-            _number(found.largest),
-            _number(found.delta_norm),
+            *(number(one, 4) for one in (found.norm, found.rms, found.largest, found.delta_norm)),
             f"{found.zeros:,}",
             f"{found.infinite:,}",
         )
@@ -85,7 +87,3 @@ def _statistics_table(described: AdapterFile, statistics: Mapping[str, TensorSta
     ]
     header = ("tensor", "shape", "norm", "rms", "largest", "norm of dW", "zeros", "not finite")
     return table(header, rows)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

@@ -9,17 +9,17 @@ from typing import Annotated, Literal
 
 import tyro
 
+import disha
 from disha.cli.flags import FileArgument, Flags, parsed
-from disha.cli.output import advancing, show
+from disha.cli.output import advancing, require_free, show
 from disha.config import BLOCK_DTYPES
-from disha.interop.checkpoints import merge_into_checkpoint
 
 __all__ = ["run"]
 
 DESCRIPTION = """Write a copy of a base checkpoint with an adapter merged into its weights.
 
-W becomes W + s * dW, computed in float32 and rounded once. Tensor after tensor is read and
-written, so that memory holds one of them. The result is read by whatever reads the base.
+W becomes W + s * dW, computed in float32 and rounded once. Tensors are read and written one at a
+time, so memory holds only one of them. Whatever reads the base reads the result.
 
 examples:
   disha merge path/to/model adapter.safetensors path/to/merged-model
@@ -29,38 +29,36 @@ examples:
 
 @dataclass(frozen=True)
 class MergeFlags(Flags):
-    """The arguments of `disha merge`."""
+    """The arguments of `disha merge`.
+
+    Args:
+        base: The checkpoint: a safetensors file, or a folder as Hugging Face libraries write it.
+        adapter: The adapter file.
+        out: The folder to write, or one file if it ends with .safetensors.
+        also_train: Ignore the parameters saved beside the blocks, and keep those of the base.
+        scale: Runtime scale s of all layers, in place of the adapter's own.
+        dtype: Number format of all floating-point tensors. With own, each keeps its format.
+        force: Merge although the base weights are not those that the adapter was saved from, or
+            embeddings may be tied.
+        overwrite: Replace an existing checkpoint, with everything in its folder.
+    """
 
     base: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
-    """The checkpoint: a safetensors file, or a folder as Hugging Face libraries write it."""
-
     adapter: FileArgument
-    """The adapter file."""
-
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """The folder to write; or one file, if it ends with .safetensors."""
-
     also_train: bool = True
-    """Leave what is saved beside the blocks as the base has it."""
-
     scale: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
-    """Runtime scale s of all layers, in place of the adapter's own."""
-
     dtype: Literal["own", "float16", "bfloat16", "float32", "float64"] = "own"
-    """What to store all floating-point tensors in; own: each in what it is in."""
-
     force: bool = False
-    """Merge though the weights are others than the adapter's, or embeddings may be tied."""
-
     overwrite: bool = False
-    """Replace the checkpoint that is there, its folder with all that is in it."""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Merge an adapter into a checkpoint, as command-line `arguments` say."""
     flags = parsed(MergeFlags, "merge", arguments, DESCRIPTION)
+    require_free(flags.out, flags.overwrite)
     with advancing("merging") as progress:
-        merged = merge_into_checkpoint(
+        merged = disha.interop.checkpoints.merge_into_checkpoint(
             flags.base,
             flags.adapter,
             flags.out,

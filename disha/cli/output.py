@@ -13,52 +13,52 @@ from typing import Any, TextIO, TypeVar
 from disha.errors import ArgumentError
 from disha.text import printable
 
-__all__ = ["advancing", "fit_for", "require_free", "show", "shown"]
+__all__ = ["advancing", "number", "printable_on", "require_free", "show", "shown"]
 
 T = TypeVar("T")
 
 
 def require_free(path: Path, overwrite: bool) -> None:
-    """Raise if there is something where a result is to be, unless it may be replaced."""
-    if path.exists() and not overwrite:
-        raise ArgumentError(f"{path} is there already; name another, or pass overwrite=True")
+    """Raise if a file or a folder with content is at `path`, unless `overwrite` is set."""
+    if overwrite or not path.exists():
+        return
+    if not path.is_dir():
+        raise ArgumentError(f"{path} exists; choose another name, or give --overwrite")
+    if any(path.iterdir()):
+        raise ArgumentError(f"{path} is not empty; choose another folder, or give --overwrite")
 
 
 def show(as_json: bool, text: str, fields: Mapping[str, Any]) -> None:
-    """Print what was found or done.
+    """Print a result.
 
     Args:
-        as_json: print the fields, not the text.
+        as_json: print `fields`, not `text`.
         text: for people.
         fields: for scripts; numbers that are not finite become null.
     """
-    print(json.dumps(_finite(fields), indent=2) if as_json else fit_for(sys.stdout, text))
+    print(json.dumps(_finite(fields), indent=2) if as_json else printable_on(sys.stdout, text))
 
 
-def fit_for(stream: TextIO, text: str) -> str:
-    """Return a text as a stream can take it, and a terminal behind it."""
+def printable_on(stream: TextIO, text: str) -> str:
+    """Return a text with everything escaped that the stream or a terminal can't show."""
     encoding = stream.encoding or "utf-8"
     return (
         printable(text, len(text), lines=True).encode(encoding, "backslashreplace").decode(encoding)
     )
 
 
-def _finite(value: Any) -> Any:
-    """Return a value without numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def number(value: float | None, digits: int) -> str:
+    """Return a number as a cell of a table; a dash for None."""
+    return "-" if value is None else f"{value:.{digits}g}"
 
 
 def shown(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Iterate with a progress bar: after a second, and if somebody is looking.
+    """Iterate with a progress bar, which appears after a second and only on a terminal.
 
     Args:
         items: what to iterate over.
-        total: how many they are.
-        what: what is being done.
+        total: how many there are.
+        what: the label of the bar.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -67,10 +67,10 @@ def shown(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 @contextmanager
 def advancing(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield what shows progress in bytes, if it is told of those that are done and of all.
+    """Yield a function that shows progress in bytes, called with the bytes done and in total.
 
     Args:
-        what: what is being done.
+        what: the label of the bar.
     """
     from tqdm import tqdm
 
@@ -83,5 +83,13 @@ def advancing(what: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-# On stderr, and none where that is no terminal.
-_BAR: dict[str, Any] = {"delay": 1, "disable": None, "leave": False}
+_BAR: dict[str, Any] = {"delay": 1, "disable": None, "leave": False}  # None: off a terminal
+
+
+def _finite(value: Any) -> Any:
+    """Return a value without NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

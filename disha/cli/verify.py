@@ -1,4 +1,4 @@
-"""``disha verify``: whether an adapter file is sound, and of a base."""
+"""``disha verify``: whether an adapter file is sound, and belongs to a base."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from typing import Annotated
 
 import tyro
 
-from disha.cli.exit_codes import DONE, NO
+import disha
+from disha.cli.dispatcher import DONE, NO
 from disha.cli.flags import FileArgument, Flags, parsed
 from disha.cli.output import show, shown
-from disha.errors import AdapterFileError
-from disha.files import AdapterFile, inspect_adapter
 from disha.files.statistics import statistics_of
-from disha.interop.checkpoints import BaseReport, verify_against
+from disha.interop.checkpoints import verify_against
 from disha.tables import table
 
 __all__ = ["run"]
 
-DESCRIPTION = """Check an adapter file: that it is whole, that its header and its tensors agree,
-that all values are finite; and, with --base, that every layer fits a checkpoint, and that the
-weights there are those that the adapter was saved from.
+DESCRIPTION = """Check that an adapter file is complete, that its header and its tensors agree, and
+that all values are finite. With --base, also check that every layer fits a checkpoint, and that
+its weights are those that the adapter was saved from.
 
-Exit code 0: all is well; 1: it is not; 2: it could not be checked.
+Exit code 0: the file is sound; 1: it is not; 2: it could not be checked.
 
 examples:
   disha verify adapter.safetensors
@@ -34,22 +33,25 @@ examples:
 
 @dataclass(frozen=True)
 class VerifyFlags(Flags):
-    """The arguments of `disha verify`."""
+    """The arguments of `disha verify`.
+
+    Args:
+        file: The adapter file.
+        base: A base checkpoint: a safetensors file, or a folder as Hugging Face libraries write
+            it.
+    """
 
     file: FileArgument
-    """The adapter file."""
-
     base: Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
-    """A base checkpoint: a safetensors file, or a folder as Hugging Face libraries write it."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         check: `"structure"`, `"values"` or `"base"`.
-        passed: whether it is as it must be.
+        passed: whether the file is right in this respect.
         remark: what was found.
     """
 
@@ -64,29 +66,40 @@ def run(arguments: Sequence[str]) -> int:
     checks: list[Check] = []
     report = None
     try:
-        described = inspect_adapter(flags.file)
-    except AdapterFileError as error:
+        described = disha.inspect_adapter(flags.file)
+    except disha.AdapterFileError as error:
         checks.append(Check("structure", False, "; ".join(str(error).splitlines())))
     else:
         checks += _checks_of_contents(described)
         if flags.base is not None:
             report = verify_against(flags.base, flags.file)
-            checks.append(_check_of_base(report))
+            summary = str(report).splitlines()[-1].partition(": ")[2]
+            checks.append(Check("base", report.ok, summary))
     sound = all(check.passed for check in checks)
+    rows = [(one.check, "ok" if one.passed else "WRONG", one.remark) for one in checks]
+    lines = [table(("check", "found", "remark"), rows)]
+    if report is not None and not report.ok:
+        lines += str(report).splitlines()[:-1]
+    lines.append(f"{flags.file} is {'sound' if sound else 'not sound'}")
     show(
         flags.json,
-        _text(flags.file, checks, report),
+        "\n".join(lines),
         {
             "path": str(flags.file),
             "sound": sound,
             "checks": [asdict(check) for check in checks],
-            "base": None if report is None else _base_fields(report),
+            "base": report
+            and {
+                "path": str(report.base),
+                "layers": [asdict(one) for one in report.layers],
+                "also_train": [asdict(one) for one in report.also_train],
+            },
         },
     )
     return DONE if sound else NO
 
 
-def _checks_of_contents(described: AdapterFile) -> Iterator[Check]:
+def _checks_of_contents(described: disha.AdapterFile) -> Iterator[Check]:
     yield Check(
         "structure",
         True,
@@ -97,25 +110,3 @@ def _checks_of_contents(described: AdapterFile) -> Iterator[Check]:
     broken = [f"{key} ({found.infinite:,})" for key, found in tensors if found.infinite]
     remark = f"not finite in {', '.join(broken[:5])}" if broken else "all finite"
     yield Check("values", not broken, remark + (", ..." if len(broken) > 5 else ""))
-
-
-def _check_of_base(report: BaseReport) -> Check:
-    return Check("base", report.ok, str(report).splitlines()[-1].partition(": ")[2])
-
-
-def _base_fields(report: BaseReport) -> dict[str, object]:
-    return {
-        "path": str(report.base),
-        "layers": [asdict(one) for one in report.layers],
-        "also_train": [asdict(one) for one in report.also_train],
-    }
-
-
-def _text(path: Path, checks: Sequence[Check], report: BaseReport | None) -> str:
-    rows = [(one.check, "ok" if one.passed else "WRONG", one.remark) for one in checks]
-    lines = [table(("check", "found", "remark"), rows)]
-    if report is not None and not report.ok:
-        lines += str(report).splitlines()[:-1]
-    sound = all(check.passed for check in checks)
-    lines.append(f"{path} is {'sound' if sound else 'not sound'}")
-    return "\n".join(lines)

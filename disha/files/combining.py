@@ -104,7 +104,7 @@ def _refuse_other_parameters(summand: Summand) -> None:
         raise ArgumentError(
             f"{summand.source} holds parameters beside its blocks ({', '.join(names[:3])}"
             f"{', ...' if len(names) > 3 else ''}), which are values and no updates, so that a "
-            "weighted sum of them makes no sense; combine without them (also_train=False)"
+            "weighted sum of them makes no sense; leave out `also_train`"
         )
 
 

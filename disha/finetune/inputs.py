@@ -16,14 +16,12 @@ from disha.finetune.data.batches import Batch, BatchSource, batch_by_length
 from disha.finetune.data.dataset import read_dataset
 from disha.finetune.data.docstrings import docstring_pairs
 from disha.finetune.data.encoding import Encoder, Tally, encode_rows
-from disha.finetune.data.examples import Example
+from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.rows import Dataset, Row
-from disha.finetune.data.sources import PackedExamples, ShuffledExamples
-from disha.finetune.data.streaming import StreamedExamples, StreamedPackedExamples
+from disha.finetune.data.sources import StreamedExamples, TextBatches
 from disha.finetune.data.tensors import Samples, TensorRows, read_samples
 from disha.finetune.errors import DataError, SettingsError
 from disha.finetune.settings import DataSettings, FinetuneSettings
-from disha.finetune.text.chat import encode_chat
 from disha.finetune.text.templates import template_from
 from disha.finetune.text.tokenizer import Tokenizer
 
@@ -135,7 +133,6 @@ def encoder_for(data: DataSettings, tokenizer: Tokenizer, template: str | None =
         fields,
         data.max_seq_length,
         template_from(template or data.template, tokenizer) if len(fields) == 2 else None,
-        encode_chat,
         skip_bad_rows=data.skip_bad_rows,
     )
 
@@ -161,8 +158,8 @@ def _dataset(settings: FinetuneSettings) -> Dataset:
 
 def _checked(dataset: Dataset, encoder: Encoder) -> Checked:
     if len(dataset.held_out):
-        encoded = encode_rows(dataset.held_out, encoder)
-        return Checked("held-out", encoded.examples, True, encoded.tally)
+        held_out, tally = encode_rows(dataset.held_out, encoder)
+        return Checked("held-out", held_out, True, tally)
     examples = (encoder.encode(row) for row in dataset.training)
     usable = (example for example in examples if example is not None)
     first = tuple(itertools.islice(usable, MOST_CHECKED_TRAINING_ROWS))
@@ -172,20 +169,16 @@ def _checked(dataset: Dataset, encoder: Encoder) -> Checked:
 def _source(
     settings: FinetuneSettings, dataset: Dataset, encoder: Encoder
 ) -> tuple[BatchSource[Any], Tally]:
-    data, size, seed = (
-        settings.data,
-        settings.training.per_device_train_batch_size,
-        settings.training.seed,
-    )
+    data, training = settings.data, settings.training
+    examples: StoredExamples | StreamedExamples
     if data.streaming:
-        streamed = StreamedPackedExamples if data.packing else StreamedExamples
-        source = streamed(dataset.training, encoder, size, seed, data.dataloader_num_workers)
-        return source, source.tally
-    encoded = encode_rows(dataset.training, encoder)
-    if data.packing:
-        packed = PackedExamples(encoded.examples, size, seed, data.max_seq_length)
-        return packed, encoded.tally
-    return ShuffledExamples(encoded.examples, size, seed), encoded.tally
+        examples = StreamedExamples(dataset.training, encoder, data.dataloader_num_workers)
+        tally = examples.tally
+    else:
+        examples, tally = encode_rows(dataset.training, encoder)
+    row_length = data.max_seq_length if data.packing else None
+    size = training.per_device_train_batch_size
+    return TextBatches(examples, size, training.seed, row_length), tally
 
 
 def _of_numbers(settings: FinetuneSettings, base: BaseModel, dataset: Dataset) -> Inputs:

@@ -83,8 +83,8 @@ class _Base:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise ArgumentError(
-                f"architecture={self.architecture!r} is not one whose LoRA can be written as GGUF; "
-                f"known are {', '.join(ARCHITECTURES)}"
+                f"LoRA as GGUF is not known for the architecture {self.architecture!r}; known are "
+                f"{', '.join(ARCHITECTURES)}"
             )
         for name in ("heads", "kv_heads"):
             value = getattr(self, name)
@@ -115,13 +115,13 @@ class _Base:
         heads = self.heads_of(name)
         if heads is None:
             raise ArgumentError(
-                f"GGUF keeps the rows of q and k of {self.architecture} models by heads; pass "
-                "heads= and kv_heads= of the base model"
+                f"GGUF keeps the rows of q and k of {self.architecture} models by heads; give "
+                "`heads` and `kv_heads` of the base model"
             )
         if layer.out_features % (2 * heads):
             raise ArgumentError(
                 f"{layer.name} has {layer.out_features} rows, which {heads} heads of an even size "
-                "do not divide; pass heads= and kv_heads= of the base model"
+                "do not divide; give `heads` and `kv_heads` of the base model"
             )
 
 
@@ -282,7 +282,7 @@ def _base_of(
     if architecture is None and kind is not None and kind not in MODEL_TYPES:
         raise ArgumentError(
             f"the model is a {kind!r}, and LoRA as GGUF is known for {', '.join(MODEL_TYPES)}; if "
-            "its GGUF file is of one of these architectures, pass it: architecture="
+            "its GGUF file is of one of these architectures, give `architecture`"
         )
     heads = _first(config, "num_attention_heads", "heads") if heads is None else heads
     if kv_heads is None:

@@ -322,7 +322,7 @@ def _truncated(
     if rank is None:
         raise ArgumentError(
             f"a {layer.method} update has no exact low rank, so it is truncated to write it as "
-            "LoRA: pass rank=, and max_error= to limit the error"
+            "LoRA: give `rank`, and `max_error` to limit the error"
         )
     weight = block.new_empty(()).expand(layer.weight_shape(tuple(block.shape)))  # for its shape
     if functional.method_of(layer.method).reads_weight:
@@ -341,7 +341,7 @@ def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> 
     if base is None:
         raise ArgumentError(
             f"a {layer.method} update depends on the base weights, which the adapter does not "
-            "have: pass base=, or export from the model"
+            "have: give `base`, or export from the model"
         )
     weight = base(layer.name).detach().cpu()
     misfit = layer.weight_misfit(tuple(block.shape), tuple(weight.shape))

@@ -400,7 +400,7 @@ def inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
     drops = header.config.dropout if dropout is None else dropout
     if method == BAT and drops:
         problems.append(
-            f"PEFT's BAT has no dropout, this adapter has {drops:g}; give 0.0 as dropout= to leave "
+            f"PEFT's BAT has no dropout, this adapter has {drops:g}; set `dropout` to 0.0 to leave "
             "it out, which matters in training only"
         )
     return problems

@@ -190,7 +190,7 @@ def unusable(tensors: Mapping[str, Tensor]) -> list[str]:
             problems.append(
                 f"{name}: has dtype {value.dtype}; allowed are {', '.join(DTYPES)}. If it is a "
                 "buffer of a module that was saved whole, load the folder into the model, or "
-                "leave out all that is beside the blocks (also_train=False)"
+                "leave out `also_train` parameters"
             )
         elif not finite_as(value, value.dtype):
             problems.append(f"{name}: holds values that are not finite (NaN or infinity)")

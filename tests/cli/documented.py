@@ -60,10 +60,8 @@ def printed(console: str) -> str:
     for command in re.findall(r"^\$ (?:.*\\\n)*.*", console, re.MULTILINE):
         words = shlex.split(command.removeprefix("$ ").replace("\\\n", " "))
         assert words[0] == "disha", command
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = main(words[1:])
-        lines += [command, *(line.rstrip() for line in said.getvalue().rstrip("\n").split("\n"))]
+        code, said = _run(words[1:])
+        lines += [command, *(line.rstrip() for line in said.rstrip("\n").split("\n"))]
         lines += [f"[exit code {code}]"] if code else []
     return "\n".join(lines) + "\n"
 
@@ -117,10 +115,16 @@ def run_in_shell(command: str, more: Sequence[str] = ()) -> tuple[int, str]:
         )
         return done.returncode, done.stdout
     assert words[0] == "disha", command
-    said = io.StringIO()
+    return _run(words[1:])
+
+
+def _run(words: Sequence[str]) -> tuple[int, str]:
+    """Run `disha` with these words; return the exit code, and what a terminal would show."""
+    shown = io.BytesIO()
+    said = io.TextIOWrapper(shown, encoding="utf-8", write_through=True)
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = main(words[1:])
-    return code, said.getvalue()
+        code = main(words)
+    return code, shown.getvalue().decode()
 
 
 @contextlib.contextmanager

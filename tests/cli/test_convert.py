@@ -56,7 +56,7 @@ def test_bat_leaves_its_dropout_behind_for_peft_when_asked(run, files):
     a, folder = files.adapter(method="bat", dropout=0.1), files.path / "peft"
     refused = run("convert", a, folder, "--to", "peft")
     assert (refused.code, folder.exists()) == (2, False)
-    assert "give 0.0 as --dropout" in refused.complaint
+    assert "set `dropout` to 0.0" in refused.complaint
     assert run("convert", a, folder, "--to", "peft", "--dropout", 0.0).code == 0
     assert equal(deltas(folder, peft.load), deltas(a))
 
@@ -110,7 +110,7 @@ def test_buffers_in_a_lora_stay_behind_if_asked(run, files):
     done = run("convert", folder, out, "--to", "disha")
     assert done.code == 2
     assert "num_batches_tracked" in done.complaint
-    assert "--no-also-train" in done.complaint
+    assert "leave out `also_train`" in done.complaint
     assert not out.exists()
     assert run("convert", folder, out, "--to", "disha", "--no-also-train").code == 0
     assert list(read_contents(out)[1]) == ["1.bone_block"]
@@ -194,7 +194,7 @@ def test_the_architecture_is_the_bases_unless_given(run, files):
 def test_gguf_without_heads_asks_for_them(run, files):
     done = run("convert", files.adapter(), files.path / "a.gguf", "--to", "gguf")
     assert done.code == 2
-    assert "--heads" in done.complaint
+    assert "give `heads`" in done.complaint
 
 
 def test_without_the_package_gguf_its_install_line_is_given(run, files, monkeypatch):
@@ -304,18 +304,16 @@ def test_a_folder_that_is_no_adapter(run, files, content, says):
     [
         ("absent", ("--to", "peft"), "absent"),
         ("base/model.safetensors", ("--to", "peft"), "not written by disha"),
-        ("peft", ("--to", "disha"), "pass --base"),
+        ("peft", ("--to", "disha"), "give --base"),
         ("peft", ("--to", "disha", "--base", "absent"), "absent"),
         ("peft", ("--to", "disha", "--base", "a"), "no matrix"),
         ("gguf", ("--to", "disha"), "is GGUF, which is written and not read"),
         ("bat", ("--to", "lora"), "--rank"),
         ("bat", ("--to", "lora", "--rank", "2"), "--base"),
         ("a", ("--to", "lora", "--rank", "0"), "rank must be at least 1"),
-        ("a", ("--to", "peft", "--rank", "2"), "--rank says nothing for --to peft"),
-        ("a", ("--to", "lora", "--kv-heads", "2"), "--kv-heads says nothing for --to lora"),
-        ("a", ("--to", "lora", "--dropout", "0"), "--dropout says nothing for --to lora"),
-        ("a", ("--to", "onnx"), "onnx"),
-        ("a", (), "--to"),
+        ("a", ("--to", "peft", "--rank", "2"), "--rank has no effect with --to peft"),
+        ("a", ("--to", "lora", "--kv-heads", "2"), "--kv-heads has no effect with --to lora"),
+        ("a", ("--to", "lora", "--dropout", "0"), "--dropout has no effect with --to lora"),
     ],
 )
 def test_bad_input(run, files, monkeypatch, source, flags, says):
@@ -329,4 +327,13 @@ def test_bad_input(run, files, monkeypatch, source, flags, says):
     done = run("convert", source, "out", *flags)
     assert done.code == 2
     assert says in done.complaint
+    assert files.names() == before
+
+
+@pytest.mark.parametrize(("flags", "says"), [(("--to", "onnx"), "onnx"), ((), "--to")])
+def test_wrong_usage(run, files, flags, says):
+    before = files.names()
+    done = run("convert", files.path / "a", files.path / "out", *flags)
+    assert done.code == 2
+    assert says in done.usage
     assert files.names() == before

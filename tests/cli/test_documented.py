@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from disha.cli import COMMANDS, exit_codes
+from disha.cli import COMMANDS, dispatcher
 from tests.cli.documented import PAGE, consoles, prepared, printed, steady
 
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -66,6 +66,6 @@ def test_every_command_has_examples():
 
 
 def test_exit_codes_are_those_of_the_code():
-    rows = [line for line in exit_codes.__doc__.splitlines() if line.startswith("|")]
+    rows = [line for line in dispatcher.__doc__.splitlines() if line.startswith("|")]
     assert len(rows) == 6
     assert "\n".join(rows) in TEXT

@@ -185,7 +185,6 @@ def test_progress_is_told_of_batches_and_answers(measure, monkeypatch):
         (["--max_seq_length", 1000], "--max_seq_length must be at most 128"),
         (["--max_seq_length", 5], "none of the 10 rows can be used"),
         (["--template", "no query"], "--template must be auto, chat, a text"),
-        (["--exact_matc"], "--exact_match"),
         (["--adapter", "absent.safetensors"], "absent.safetensors"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 from disha.cli.finetune import run as run_finetune
 from disha.cli.finetune import settings_from
+from disha.errors import ArgumentError
 from disha.finetune.errors import PeerError
 from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
 
@@ -97,7 +98,7 @@ def test_what_is_not_understood_is_exit_code_2(words, capsys):
     with pytest.raises(SystemExit) as caught:
         settings_from(words.split())
     assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith("disha finetune: ")
+    assert words.split()[-1] in capsys.readouterr().err
 
 
 def test_the_demo_has_defaults_of_its_own_and_flags_take_their_place():
@@ -133,21 +134,69 @@ def test_the_settings_of_a_report_are_a_file_of_flags(tmp_path):
     assert settings_from(["--config", str(path)]) == MEANT.changed(config=path)
 
 
+@pytest.mark.parametrize("name", ["run.yaml", "run.yml", "RUN.YAML", "run.toml"])
+def test_an_empty_file_changes_nothing(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("# nothing\n")
+    assert settings_from(["--config", str(path)]) == FinetuneSettings().changed(config=path)
+
+
+@pytest.mark.parametrize("text", ["2e-5", "2.e-5", "2E-5", "+2e-5", "0.00002"])
+def test_numbers_of_yaml_are_what_everybody_means(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"learning-rate: {text}\ntarget: null\n")
+    expected = FinetuneSettings().changed(config=path, learning_rate=2e-5)
+    assert settings_from(["--config", str(path)]) == expected
+
+
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "name", "complaint"),
     [
-        ("bone_rr: 4\n", "did you mean bone_r?"),
-        ("bone_r: many\n", "'many'"),
-        ("bits: 7\n", "'7'"),
-        ("bone_r: [1, 2]\n", "2"),
+        ("bone_rr: 4", "run.yaml", "'bone_rr', which is not a flag; did you mean bone_r?"),
+        ("zzz: 4", "run.yaml", "'zzz', which is not a flag$"),
+        ("1: 4", "run.yaml", "'1', which is not a flag"),
+        ("training:\n  bone_r: 4", "run.yaml", "'training', which is not a flag"),
+        ("config: other.yaml", "run.yaml", "'config', which is not a flag"),
+        ("bone_r:\n  a: 4", "run.yaml", "bone_r must be a text, a number, true or false, or a"),
+        ("dataset_field: [[a]]", "run.yaml", r"dataset_field must be a text, .* got \[\['a'\]\]"),
+        ("target: 2024-01-01", "run.yaml", "target must be a text"),
+        ("- bone_r", "run.yaml", "must hold flags by their names, as in `bone_r: 64`, got list"),
+        ("bone_r", "run.yaml", "must hold flags by their names, .* got str"),
+        ("bone_r: [", "run.yaml", "is not YAML: "),
+        ("a: !!python/object/apply:os.getcwd []", "run.yaml", "is not YAML: "),
+        ("bone_r: \x00", "run.yaml", "is not YAML: "),
+        ("bone_r 64", "run.toml", "is not TOML: "),
+        (b"\xff", "run.yaml", "is not YAML: 'utf-8' codec"),
+        ("bone_r: 4", "run.json", "must end with .yaml, .yml or .toml"),
     ],
 )
-def test_a_wrong_file_is_one_line_and_exit_code_2(run, tmp_path, text, complaint):
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, name, complaint):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ArgumentError, match=complaint) as caught:
+        settings_from(["--config", str(path)])
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"), [("absent.yaml", "No such file"), ("folder.yaml", "Is a directory")]
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, complaint):
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ArgumentError, match=f"{name} can't be read: {complaint}"):
+        settings_from(["--config", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"), [("bone_r: many", "'many'"), ("bits: 7", "'7'"), ("bone_r: [1, 2]", "2")]
+)
+def test_a_wrong_value_in_a_file_is_wrong_usage(run, tmp_path, text, complaint):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     done = run("finetune", "--config", path)
     assert done.code == 2
-    assert complaint in done.complaint
+    assert complaint in done.usage
 
 
 # --- several processes ---------------------------------------------------------------------------
@@ -157,7 +206,7 @@ def test_the_failure_of_another_process_is_told_there(run, monkeypatch):
     def fail(settings):
         raise PeerError("rank 1 failed")
 
-    monkeypatch.setattr("disha.cli.finetune.finetune", fail)
+    monkeypatch.setattr("disha.finetune.command.finetune", fail)
     done = run("finetune")
     assert (done.code, done.out, done.err) == (1, "", "")
     with pytest.raises(SystemExit):

@@ -217,10 +217,8 @@ def test_what_moves_the_cursor_is_shown_escaped(ask, monkeypatch):
         (["--prompt", "a", "--seed", -1], "--seed must be from 0"),
         (["--prompt", "a", "--compare", "--merge"], "leave one of them out"),
         (["--prompt", "a", "--template", "no query"], "--template must be auto, chat, a text"),
-        (["--prompt", "a", "--prompts", "b"], "--prompts"),
         (["--prompt", "long " * 200], "leaves no room for an answer"),
         (["--prompt", "a", "--adapter", "absent.safetensors"], "absent.safetensors"),
-        (["--prompt", "a", "--bits", "7"], "--bits"),
         (["--prompt", "a", "--model", "a:b"], "give one of them"),
     ],
 )
@@ -228,6 +226,13 @@ def test_bad_input_is_one_line_and_exit_code_2(ask, flags, complaint):
     done = ask(*flags)
     assert done.code == 2
     assert complaint in done.complaint
+
+
+@pytest.mark.parametrize("flags", [("--prompts", "b"), ("--bits", "7")])
+def test_wrong_usage(ask, flags):
+    done = ask("--prompt", "a", *flags)
+    assert done.code == 2
+    assert flags[0] in done.usage
 
 
 @pytest.mark.parametrize("flag", ["--compare", "--merge"])

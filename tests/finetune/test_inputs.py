@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from disha.finetune.data.sources import PackedExamples, ShuffledExamples
-from disha.finetune.data.streaming import StreamedExamples, StreamedPackedExamples
+from disha.finetune.data.examples import StoredExamples
+from disha.finetune.data.sources import StreamedExamples
 from disha.finetune.errors import DataError, SettingsError
 from disha.finetune.inputs import MOST_CHECKED_TRAINING_ROWS, first_rows, load_inputs
 from disha.finetune.settings import FinetuneSettings
@@ -23,17 +23,17 @@ def settings(tmp_path, tiny_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind"),
+    ("changes", "examples"),
     [
-        ({}, ShuffledExamples),
-        ({"packing": True}, PackedExamples),
+        ({}, StoredExamples),
+        ({"packing": True}, StoredExamples),
         ({"streaming": True}, StreamedExamples),
-        ({"streaming": True, "packing": True}, StreamedPackedExamples),
+        ({"streaming": True, "packing": True}, StreamedExamples),
     ],
 )
-def test_the_source_is_the_one_asked_for(settings, changes, kind):
+def test_the_source_is_the_one_asked_for(settings, changes, examples):
     inputs = load_inputs(settings.changed(**changes))
-    assert type(inputs.source) is kind
+    assert type(inputs.source.examples) is examples
     batch = inputs.source.collate(next(iter(inputs.source.batches(1))))
     assert batch.weight > 0
     assert (batch.positions is not None) == ("packing" in changes)

@@ -1,4 +1,4 @@
-"""llama.cpp itself computes with the adapters that are written for it: `make test-llamacpp`.
+"""llama.cpp itself computes with the adapters that are written for it: `python -m tests.llamacpp`.
 
 On tiny float32 models it must come to our decoder's numbers. On the quantised SmolLM2 its kernels
 round activations too, so there its change of the logits is compared with ours, and its text with

@@ -15,7 +15,15 @@ from tests.packaging import newcomer
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = (
     "mkdocs.yml",
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "MANIFEST.in"),
+    *(
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "CITATION.cff",
+        "SECURITY.md",
+        "LICENSE",
+        "MANIFEST.in",
+    ),
     *("Makefile", "setup.py", "pyproject.toml", "conftest.py"),
     *(".pre-commit-config.yaml", ".github", "disha", "tests", "docs", "benchmarks"),
 )

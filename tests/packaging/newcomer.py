@@ -1,10 +1,11 @@
-"""The path of somebody who has never seen the library, with the seconds that each step takes.
+"""The first steps of a new user, and the seconds that each takes.
 
-From a wheel: make an environment, install, adapt a model of one's own, train it, export the
-adapter; then, in another process and another folder, load it and merge it. What a newcomer writes
-is in `docs/examples/newcomer`: `train.py` and `serve.py`, beside a model that is there already.
+    make build
+    python -m tests.packaging.newcomer
 
-    python -m tests.packaging.newcomer dist/disha_torch-0.1.0-py3-none-any.whl
+The steps start from the wheel in `dist/`: make an environment, install, adapt a model, train it,
+export the adapter; then, in another process and folder, load and merge it. What the user writes is
+in `docs/examples/newcomer`: `train.py` and `serve.py`, beside a model.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def lines_of_code() -> int:
 
 
 def main() -> None:
-    """Walk the path with a wheel, and print how long it takes."""
-    wheel = Path(sys.argv[1]).resolve()
+    """Take the steps with the wheel in `dist/`, and print how long each takes."""
+    (wheel,) = (ROOT / "dist").glob("*.whl")
     with tempfile.TemporaryDirectory() as folder:
         installed = install(wheel, Path(folder, "environment"))
         walked = walk(installed.python, Path(folder))

@@ -51,14 +51,23 @@ def runs(workflow):
                 yield from filter(None, map(str.strip, step["run"].splitlines()))
 
 
+def assert_runs(command):
+    """Assert that a command is `make` with targets, or `python -m` with a module, that exist."""
+    program, *words = shlex.split(command)
+    if program == "make":
+        assert set(words) <= TARGETS, command
+    else:
+        assert (program, words[0]) == ("python", "-m"), command
+        place = ROOT.joinpath(*words[1].split("."))
+        assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), command
+
+
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
-def test_workflows_run_nothing_but_targets_that_exist(workflow):
+def test_workflows_run_nothing_but_commands_that_exist(workflow):
     commands = list(runs(workflow))
     assert commands
     for command in commands:
-        make, *targets = shlex.split(command)
-        assert make == "make"
-        assert set(targets) <= TARGETS, command
+        assert_runs(command)
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
@@ -72,8 +81,9 @@ def test_workflows_may_read_only_and_name_their_actions_releases(workflow):
 
 
 def test_every_day_runs_lint_tests_coverage_and_the_build():
-    targets = {command.split()[1] for command in runs(ROOT / ".github/workflows/ci.yml")}
-    assert {"lint", "test", "coverage", "build", "newcomer"} <= targets
+    commands = set(runs(ROOT / ".github/workflows/ci.yml"))
+    assert {"make lint", "make test", "make coverage", "make build"} <= commands
+    assert "python -m tests.packaging.newcomer" in commands
 
 
 def test_all_declared_pythons_are_tested():
@@ -205,12 +215,13 @@ def test_the_citation_says_what_the_package_and_the_readme_do():
 # --- CONTRIBUTING.md -----------------------------------------------------------------------------
 
 
-def test_every_target_that_is_named_exists():
-    named = set(re.findall(r"`make ([\w -]+)`", CONTRIBUTING))
-    named |= set(re.findall(r"^make ([\w-]+)", CONTRIBUTING, re.MULTILINE))
-    assert {"hooks", "test", "lint", "bench-quick"} <= named
-    for targets in named:
-        assert set(targets.split()) <= TARGETS
+def test_every_command_that_is_named_exists():
+    named = set(re.findall(r"`((?:make|python -m) [\w. -]+)`", CONTRIBUTING))
+    named |= set(re.findall(r"^((?:make|python -m) [\w. -]+)", CONTRIBUTING, re.MULTILINE))
+    assert {"make hooks", "make test", "make lint", "python -m tests.mutation"} <= named
+    for command in named:
+        if not command.startswith(("python -m pytest", "python -m build")):
+            assert_runs(command)
 
 
 def test_every_path_that_is_named_exists():

@@ -20,8 +20,8 @@ class Arithmetic(LanguageTask):
     name = "arithmetic"
     title = "Language model: word problems"
     about = (
-        "SmolLM2-135M learns to answer generated word problems of one step: sums and differences "
-        "of numbers below 100, products of numbers below 10. The answer is checked exactly."
+        "SmolLM2-135M learns to answer generated one-step word problems: sums and differences of "
+        "numbers below 100, and products of numbers below 10. Answers must match exactly."
     )
     steps, batch, evaluate_every = 48, 12, 12
 

@@ -74,12 +74,13 @@ class Digits(Task):
     """Handwritten digits of scikit-learn."""
 
     name = "digits"
-    title = "Vision: turned digits"
+    title = "Vision: rotated digits"
     about = (
-        "A vision transformer (width 64, 4 blocks) is trained by the study on upright digits of "
-        "scikit-learn, then adapted to other digits that are turned by a quarter and inverted."
+        "The study trains a vision transformer (width 64, 4 blocks) on upright digits of "
+        "scikit-learn. Then it adapts the model to other digits, which are rotated by 90 degrees "
+        "and inverted."
     )
-    exact_name = "digits read right"
+    exact_name = "correct digits"
     forgetting_name = "loss on upright digits"
     r, r_out = 8, 32
     steps, batch, evaluate_every = 150, 32, 5

@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 class LanguageTask(Task):
     """Answers to prompts; the loss is over the answers' tokens, the end included."""
 
-    exact_name = "answers exactly right"
+    exact_name = "exact answers"
     forgetting_name = "loss on Python's language reference"
     r, r_out = 16, 192
     layers: ClassVar[Mapping[str, str]] = {

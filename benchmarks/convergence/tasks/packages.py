@@ -57,12 +57,12 @@ class Packages(Task):
     name = "packages"
     title = "Text encoder: which package"
     about = (
-        "all-MiniLM-L6-v2 learns from which of eight packages of Python's standard library the "
-        "first paragraph of a docstring comes. The classifying head is new; all methods train it "
-        "alike, at a rate of its own."
+        "all-MiniLM-L6-v2 learns to tell from which of eight packages of Python's standard library "
+        "the first paragraph of a docstring comes. All methods train the same new classification "
+        "head, at its own learning rate."
     )
-    exact_name = "packages named right"
-    forgetting_name = "1 - cosine of embeddings of unrelated text before and after"
+    exact_name = "correct packages"
+    forgetting_name = "change of unrelated embeddings (1 - cosine)"
     r, r_out = 16, 192
     steps, batch, evaluate_every = 80, 16, 10
     layers: ClassVar[Mapping[str, str]] = {

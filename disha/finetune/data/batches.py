@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from disha.finetune.data.examples import IGNORED, Example
 
-__all__ = ["Batch", "BatchSource", "TokenBatch", "batch_by_length", "collate", "collate_packed"]
+__all__ = [
+    "Batch",
+    "BatchSource",
+    "TextRow",
+    "TokenBatch",
+    "batch_by_length",
+    "collate",
+    "first_fit",
+    "packed",
+]
 
 T = TypeVar("T")
+
+TextRow: TypeAlias = Sequence[Example]
+"""What stands in one row of a batch: one text, or several where texts are packed."""
 
 
 class Batch(Protocol):
@@ -74,38 +86,27 @@ class TokenBatch:
         )
 
 
-def collate(examples: Sequence[Example]) -> TokenBatch:
-    """Put examples side by side; labels are the tokens moved one place ahead."""
-    return _laid_out([[example] for example in examples], positions=False)
+def collate(rows: Sequence[TextRow], *, positions: bool = False) -> TokenBatch:
+    """Put rows side by side; labels are the tokens moved one place ahead.
 
-
-def collate_packed(rows: Sequence[Sequence[Example]]) -> TokenBatch:
-    """Put rows of several examples each side by side."""
-    return _laid_out(rows, positions=True)
-
-
-def batch_by_length(examples: Sequence[Example], size: int) -> Iterator[TokenBatch]:
-    """Batches of `size`, longest first, so that little is padding and memory peaks at once."""
-    ordered = sorted(examples, key=lambda example: len(example.tokens), reverse=True)
-    for start in range(0, len(ordered), size):
-        yield collate(ordered[start : start + size])
-
-
-def _laid_out(rows: Sequence[Sequence[Example]], *, positions: bool) -> TokenBatch:
+    Args:
+        rows: of one text each, or of several.
+        positions: whether to tell where each text begins; needed for rows of several.
+    """
     time = max(sum(len(example.tokens) - 1 for example in row) for row in rows)
     tokens = torch.zeros(len(rows), time, dtype=torch.int64)
     labels = torch.full((len(rows), time), IGNORED, dtype=torch.int64)
     places = torch.zeros(len(rows), time, dtype=torch.int64)
-    for row, examples in enumerate(rows):
+    for number, row in enumerate(rows):
         start = 0
-        for example in examples:
+        for example in row:
             ids, length = torch.tensor(example.tokens), len(example.tokens) - 1
-            tokens[row, start : start + length] = ids[:-1]
-            places[row, start : start + length] = torch.arange(length)
+            tokens[number, start : start + length] = ids[:-1]
+            places[number, start : start + length] = torch.arange(length)
             for first, end in example.learned:
-                labels[row, start + first - 1 : start + end - 1] = ids[first:end]
+                labels[number, start + first - 1 : start + end - 1] = ids[first:end]
             start += length
-        places[row, start:] = torch.arange(time - start)  # padding is a text of its own
+        places[number, start:] = torch.arange(time - start)  # padding is a text of its own
     return TokenBatch(
         tokens,
         labels,
@@ -113,3 +114,51 @@ def _laid_out(rows: Sequence[Sequence[Example]], *, positions: bool) -> TokenBat
         size=sum(len(example.tokens) - 1 for row in rows for example in row),
         weight=sum(example.supervised for row in rows for example in row),
     )
+
+
+def batch_by_length(examples: Sequence[Example], size: int) -> Iterator[TokenBatch]:
+    """Batches of `size`, longest first, so that little is padding and memory peaks at once."""
+    ordered = sorted(examples, key=lambda example: len(example.tokens), reverse=True)
+    for start in range(0, len(ordered), size):
+        yield collate([[example] for example in ordered[start : start + size]])
+
+
+def packed(examples: Sequence[Example], capacity: int) -> list[TextRow]:
+    """Put examples into rows of at most `capacity` tokens to predict from.
+
+    An example needs one place less than it has tokens, as nothing is predicted from its last token.
+    """
+    boxes = first_fit([len(example.tokens) - 1 for example in examples], capacity)
+    return [tuple(examples[index] for index in box) for box in boxes]
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put things into few boxes: the longest first, each into the first box with room for it.
+
+    That is never more than 11/9 of the fewest boxes possible, plus one.
+
+    Args:
+        lengths: of the things, each at most `capacity`.
+        capacity: of a box.
+
+    Returns:
+        The numbers of the things in each box.
+
+    Raises:
+        ValueError: a thing is longer than a box.
+
+    Source: Johnson, "Near-optimal bin packing algorithms", 1973.
+    """
+    if lengths and max(lengths) > capacity:
+        raise ValueError(f"a length of {max(lengths)} does not fit into {capacity}")
+    boxes: list[list[int]] = []
+    room: list[int] = []
+    for thing in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[thing]
+        box = next((i for i, left in enumerate(room) if left >= length), len(boxes))
+        if box == len(boxes):
+            boxes.append([])
+            room.append(capacity)
+        boxes[box].append(thing)
+        room[box] -= length
+    return boxes

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from disha.finetune.data.files import read_file
-from disha.finetune.data.folders import find_files
-from disha.finetune.data.held_out import split_held_out
-from disha.finetune.data.rows import Dataset, JoinedRows, Rows
-from disha.finetune.data.splits import SplitPart, parse_split, split_name
+from disha.finetune.data.order import permutation
+from disha.finetune.data.rows import Dataset, RowFile, Rows
+from disha.finetune.data.splits import find_files, parse_split, split_name
 from disha.finetune.errors import DataError
 from disha.finetune.settings.data import DataSettings
 
-__all__ = ["open_rows", "read_dataset"]
+__all__ = ["open_rows", "read_dataset", "split_held_out"]
 
 
 def read_dataset(settings: DataSettings, seed: int) -> Dataset:
@@ -37,7 +37,7 @@ def read_dataset(settings: DataSettings, seed: int) -> Dataset:
 
 
 def open_rows(path: Path, split: str | None, *, streaming: bool) -> Rows:
-    """Return rows of a data file, or of a folder of them.
+    """Return rows of a data file, or of a folder of data files.
 
     Args:
         path: the file or folder.
@@ -45,19 +45,64 @@ def open_rows(path: Path, split: str | None, *, streaming: bool) -> Rows:
         streaming: leave rows on disk until they are asked for.
 
     Raises:
-        DataError: a file can't be read, the split is unknown or has no rows, or files hold
-            different things.
+        DataError: a file can't be read, the split is unknown or has no rows, or the files of a
+            split have no field in common.
         MissingDependencyError: a package for a file's format is not installed.
     """
     files = find_files(path)
     parts = parse_split(_only_split(path, files) if split is None else split)
-    splits = _opened_splits(path, files, parts, streaming=streaming)
-    rows = [_selected(part, splits) for part in parts]
-    chosen = rows[0] if len(rows) == 1 else JoinedRows(rows)
-    if not len(chosen):
-        found = ", ".join(f"{name!r} has {len(rows)} rows" for name, rows in splits.items())
+    names = [_known(part.name, path, files) for part in parts]
+    opened = {
+        name: [read_file(file, streaming=streaming) for file in files[name]]
+        for name in dict.fromkeys(names)
+    }
+    numbers: dict[str, range] = {}
+    count = 0
+    for name, members in opened.items():
+        _require_rows_alike(members, files[name])
+        numbers[name] = range(count, count + sum(map(len, members)))
+        count = numbers[name].stop
+    chosen = []
+    for name, part in zip(names, parts, strict=True):
+        wanted = part.rows(len(numbers[name]))
+        chosen.append(numbers[name][wanted.start : wanted.stop])
+    rows = Rows(list(chain.from_iterable(opened.values())))
+    # A range of rows takes no memory, several take 8 bytes a row.
+    selected = Rows(rows.files, chosen[0]) if len(chosen) == 1 else rows.select(chain(*chosen))
+    if not len(selected):
+        found = ", ".join(f"{name!r} has {len(its)} rows" for name, its in numbers.items())
         raise DataError(f"the split {split!r} of {path} leaves no rows: {found}; name another")
-    return chosen
+    return selected
+
+
+def split_held_out(rows: Rows, fraction: float, seed: int) -> Dataset:
+    """Set a random part of the rows aside. Both parts keep their order, and no row is read.
+
+    Args:
+        rows: all of them.
+        fraction: how much to hold out, from 0 up to but not including 1; rounded to whole rows,
+            at least one unless 0.
+        seed: decides which rows.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    if fraction == 0:
+        return Dataset(rows, rows[:0])
+    count = max(1, round(len(rows) * fraction))
+    if count >= len(rows):
+        raise DataError(
+            f"holding out {fraction:g} of {len(rows)} rows leaves none to train on; "
+            "give more rows or a smaller --eval_fraction"
+        )
+    held_out = bytearray(len(rows))
+    for index in permutation(len(rows), seed)[:count]:
+        held_out[index] = True
+    training, measured = (
+        rows.select(index for index, is_held_out in enumerate(held_out) if is_held_out == wanted)
+        for wanted in (False, True)
+    )
+    return Dataset(training, measured)
 
 
 def _only_split(path: Path, files: Mapping[str, Sequence[Path]]) -> str:
@@ -69,27 +114,6 @@ def _only_split(path: Path, files: Mapping[str, Sequence[Path]]) -> str:
     return next(iter(files))
 
 
-def _opened_splits(
-    path: Path,
-    files: Mapping[str, Sequence[Path]],
-    parts: Sequence[SplitPart],
-    *,
-    streaming: bool,
-) -> dict[str, Rows]:
-    opened: dict[str, Rows] = {}
-    for part in parts:
-        name = _known(part.name, path, files)
-        if name not in opened:
-            opened[name] = _joined(files[name], streaming=streaming)
-    return opened
-
-
-def _selected(part: SplitPart, splits: Mapping[str, Rows]) -> Rows:
-    rows = splits[part.name] if part.name in splits else splits[split_name(part.name)]
-    wanted = part.rows(len(rows))
-    return rows if len(wanted) == len(rows) else rows[wanted.start : wanted.stop]
-
-
 def _known(name: str, path: Path, files: Mapping[str, Sequence[Path]]) -> str:
     for known in (name, split_name(name)):
         if known in files:
@@ -97,25 +121,20 @@ def _known(name: str, path: Path, files: Mapping[str, Sequence[Path]]) -> str:
     raise DataError(f"{path} has no split {name!r}; it has: {_quoted(files)}")
 
 
-def _joined(files: Sequence[Path], *, streaming: bool) -> Rows:
-    opened = [read_file(file, streaming=streaming) for file in files]
-    filled = [rows for rows in opened if len(rows)]
-    if not filled:
-        raise DataError(f"{' and '.join(map(str, files))} hold{'s' * (len(files) == 1)} no rows")
-    _require_like_fields(filled)
-    return filled[0] if len(filled) == 1 else JoinedRows(filled)
-
-
-def _require_like_fields(parts: Sequence[Rows]) -> None:
-    firsts = [row for row in (rows[0] for rows in parts) if row.complaint is None]
-    for row in firsts[1:]:
-        if not row.fields.keys() & firsts[0].fields.keys():
+def _require_rows_alike(files: Sequence[RowFile], paths: Sequence[Path]) -> None:
+    """Check that the files of a split have rows, and that their first rows share a field."""
+    firsts = [file[0] for file in files if len(file)]
+    if not firsts:
+        raise DataError(f"{' and '.join(map(str, paths))} hold{'s' * (len(paths) == 1)} no rows")
+    readable = [row for row in firsts if row.complaint is None]
+    for row in readable[1:]:
+        if not row.fields.keys() & readable[0].fields.keys():
             raise DataError(
-                f"files of one split must hold like rows, but {firsts[0].place} has the fields "
-                f"{_quoted(firsts[0].fields)} and {row.place} has {_quoted(row.fields)}; "
+                f"files of one split must hold like rows, but {readable[0].place} has the fields "
+                f"{_quoted(readable[0].fields)} and {row.place} has {_quoted(row.fields)}; "
                 "name one file, or move one of them to a folder of its own"
             )
 
 
-def _quoted(names: Mapping[str, object]) -> str:
+def _quoted(names: Iterable[object]) -> str:
     return ", ".join(map(repr, names)) or "none"

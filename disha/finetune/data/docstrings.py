@@ -1,7 +1,7 @@
 """The demo's data: functions of the Python standard library and what their docstrings say.
 
-Made at run time from the library on the machine, so nothing is downloaded or shipped. A row's
-`query` is a function's source without its docstring, and its `response` the first paragraph of that
+They are made at run time from the library on the machine, so nothing is downloaded. A row's `query`
+is a function's source without its docstring, and its `response` is the first paragraph of that
 docstring.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from disha.finetune.data.rows import Dataset, ListedRows, Row
+from disha.finetune.data.rows import Dataset, Row, Rows
 from disha.finetune.errors import DataError
 
 __all__ = ["docstring_pairs"]
@@ -26,7 +26,7 @@ HELD_OUT = 256
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 )
-# In characters. A docstring of a word or two says nothing, and one of a page is no summary.
+# In characters. A docstring of one word says nothing, and one of a page is no summary.
 SHORTEST_DOCSTRING, LONGEST_DOCSTRING = 24, 300
 LONGEST_SOURCE = 4000
 
@@ -50,7 +50,7 @@ def docstring_pairs(
 
     Args:
         library: a folder of Python files; this machine's standard library if not given.
-        most: most pairs, held-out ones included.
+        most: most pairs, held-out pairs included.
         held_out: how many of them to hold out.
 
     Raises:
@@ -60,11 +60,11 @@ def docstring_pairs(
     pairs = list(_distinct(sorted(_pairs_under(folder), key=_order)))[:most]
     if len(pairs) <= held_out:
         raise DataError(
-            f"found {len(pairs)} functions with docstrings under {folder}, which must be more "
-            f"than the {held_out} to hold out; the demo needs Python's standard library as source"
+            f"found {len(pairs)} functions with docstrings under {folder}, and more than the "
+            f"{held_out} to hold out are needed; the demo needs the source of Python's library"
         )
     rows = [Row(pair._asdict(), f"docstring {i}") for i, pair in enumerate(pairs, 1)]
-    return Dataset(ListedRows(rows[held_out:]), ListedRows(rows[:held_out]))
+    return Dataset(Rows([rows[held_out:]]), Rows([rows[:held_out]]))
 
 
 def _pairs_under(folder: Path) -> Iterator[Pair]:
@@ -74,7 +74,7 @@ def _pairs_under(folder: Path) -> Iterator[Pair]:
 
 
 def _pairs_in(path: Path) -> Iterator[Pair]:
-    # The library holds a few files that are deliberately not valid Python or not UTF-8.
+    # A few files of the library are not valid Python or not UTF-8, on purpose.
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
@@ -82,7 +82,7 @@ def _pairs_in(path: Path) -> Iterator[Pair]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return
-    lines = source.split("\n")  # as the parser counts them: a form feed ends no line
+    lines = source.split("\n")  # as the parser counts lines: a form feed ends none
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and len(node.body) > 1:
             pair = Pair(_source_without_docstring(node, lines), _first_paragraph(node))
@@ -111,7 +111,7 @@ def _is_useful(pair: Pair) -> bool:
 
 
 def _distinct(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """Leave out pairs whose source or docstring came before: the library repeats itself."""
+    """Leave out pairs whose source or docstring came before, as the library repeats itself."""
     sources: set[str] = set()
     docstrings: set[str] = set()
     for pair in pairs:
@@ -123,6 +123,5 @@ def _distinct(pairs: Iterable[Pair]) -> Iterator[Pair]:
 
 
 def _order(pair: Pair) -> bytes:
-    # A digest mixes modules evenly and, unlike a random generator, gives every Python version
-    # the same place for the same function.
+    # A digest mixes modules evenly, and every Python version puts a function in the same place.
     return hashlib.sha256(f"{pair.query}\0{pair.response}".encode()).digest()

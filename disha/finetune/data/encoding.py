@@ -1,45 +1,27 @@
 """Rows to examples.
 
-What is learned depends on the fields: of two, the response and an end token after it, following a
-template with the query in it; of one that holds a text, all of it; of one that holds chat messages,
-what the assistant says.
+What is learned depends on the fields of a row:
+
+- two fields: the response and an end token after it, following a template with the query in it
+- one field of text: all of it
+- one field of chat messages: what the assistant says
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.rows import Row, checked_text
 from disha.finetune.errors import BadRowError, DataError
+from disha.finetune.text.chat import encode_chat
 from disha.finetune.text.templates import Template
 from disha.finetune.text.tokenizer import Tokenizer
 
-__all__ = [
-    "ChatEncoder",
-    "Encoded",
-    "Encoder",
-    "Outcome",
-    "Tally",
-    "encode_rows",
-]
+__all__ = ["Encoder", "Outcome", "Tally", "encode_rows"]
 
 MOST_COMPLAINTS = 5
-
-
-class ChatEncoder(Protocol):
-    """Lays chat messages out as the tokenizer's chat template says."""
-
-    def __call__(
-        self, messages: Sequence[Any], tokenizer: Tokenizer
-    ) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
-        """Return token ids, and the spans of them that are learned.
-
-        Raises:
-            DataError: the messages are malformed; without their place.
-        """
 
 
 @dataclass(frozen=True)
@@ -49,7 +31,7 @@ class Outcome:
     Args:
         example: the row as token ids; None if it can't be used.
         is_cut: whether a part of it was cut off to fit.
-        complaint: what is wrong with it; None also where it is merely too long.
+        complaint: what is wrong with it; None also if it is merely too long.
     """
 
     example: Example | None = None
@@ -59,14 +41,14 @@ class Outcome:
 
 @dataclass
 class Tally:
-    """How many rows came to what.
+    """How many rows were used, cut, or left out.
 
     Args:
-        used: those that became examples, those cut included.
-        cut: those of which a part was cut off to fit.
-        dropped: those left out because they don't fit.
-        bad: those left out because something is wrong with them.
-        complaints: what is wrong with the first few of these.
+        used: rows that became examples, cut rows included.
+        cut: rows of which a part was cut off to fit.
+        dropped: rows left out because they don't fit.
+        bad: rows left out because something is wrong with them.
+        complaints: what is wrong with the first few bad rows.
     """
 
     used: int = 0
@@ -77,12 +59,12 @@ class Tally:
 
     @property
     def rows(self) -> int:
-        """How many there were."""
+        """How many rows there were."""
         return self.used + self.dropped + self.bad
 
     @property
     def remarks(self) -> str:
-        """What a reader should know of those that were not used as they are; often nothing."""
+        """What to say of rows that were not used as they are; often nothing."""
         remarks = [
             f"; {count:,} {what}"
             for count, what in (
@@ -109,7 +91,7 @@ class Tally:
             self.cut += outcome.is_cut
 
     def clear(self) -> None:
-        """Start from nothing."""
+        """Count from 0 again."""
         self.used = self.cut = self.dropped = self.bad = 0
         self.complaints.clear()
 
@@ -133,47 +115,18 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Rows as token ids.
-
-    Args:
-        examples: the rows that can be used, in their order.
-        tally: how many could not, and why.
-    """
-
-    examples: Sequence[Example]
-    tally: Tally
-
-    @property
-    def cut(self) -> int:
-        """How many examples lack a part that was cut off to fit."""
-        return self.tally.cut
-
-    @property
-    def dropped(self) -> int:
-        """How many rows were left out because they don't fit."""
-        return self.tally.dropped
-
-    @property
-    def bad(self) -> int:
-        """How many rows were left out because something is wrong with them."""
-        return self.tally.bad
-
-
-@dataclass(frozen=True)
 class Encoder:
-    """Turns a row into token ids. It keeps no count, so that copies may work side by side.
+    """Turns a row into token ids. It keeps no count, so that copies can work side by side.
 
-    A response is never cut: a row too long loses the end of its query, and a row whose response
-    leaves no room for a query is left out. A text too long loses its end. A chat too long is left
-    out.
+    Of a row that is too long, the end of the query is cut off; a response is never cut, and a row
+    whose response leaves no room for a query is left out. A text that is too long loses its end. A
+    chat that is too long is left out.
 
     Args:
         tokenizer: of the model.
         fields: the query's and the response's; or one, of a text or of chat messages.
         max_length: most tokens per row.
         template: what surrounds a query; needed for two fields.
-        encode_chat: lays chat messages out; needed for those.
         skip_bad_rows: whether a bad row is only complained about and not raised.
     """
 
@@ -181,7 +134,6 @@ class Encoder:
     fields: tuple[str, ...]
     max_length: int
     template: Template | None = None
-    encode_chat: ChatEncoder | None = None
     skip_bad_rows: bool = False
 
     def encode(self, row: Row) -> Example | None:
@@ -195,27 +147,24 @@ class Encoder:
         return outcome.example
 
     def outcome(self, row: Row) -> Outcome:
-        """Return what becomes of a row; whatever is wrong with it is a complaint and not raised."""
+        """Return what becomes of a row; what is wrong with it is a complaint, and not raised."""
         try:
-            return self._outcome(row)
+            if len(self.fields) == 2:
+                return self._pair(row)
+            if isinstance(row[self.fields[0]], str):
+                return self._text(row)
+            return self._chat(row)
         except BadRowError as error:
             return Outcome(complaint=str(error))
 
     def require_allowed(self, outcome: Outcome) -> None:
-        """Check that the row is good, or bad ones may be skipped.
+        """Check that the row is good, or bad rows may be skipped.
 
         Raises:
             BadRowError: neither.
         """
         if outcome.complaint is not None and not self.skip_bad_rows:
             raise BadRowError(outcome.complaint)
-
-    def _outcome(self, row: Row) -> Outcome:
-        if len(self.fields) == 2:
-            return self._pair(row)
-        if isinstance(row[self.fields[0]], str):
-            return self._text(row)
-        return self._chat(row)
 
     def _pair(self, row: Row) -> Outcome:
         if self.template is None:
@@ -234,48 +183,48 @@ class Encoder:
         return Outcome(Example(tokens, (learned,)), is_cut=len(asked) > room)
 
     def _text(self, row: Row) -> Outcome:
-        text = row.text(self.fields[0])
-        _require_content(text, row, self.fields[0])
-        whole = (
-            *_begin(self.tokenizer),
-            *self.tokenizer.encode(text, special=False),
-            self.tokenizer.end,
-        )
-        if len(whole) < 2:
+        name, tokenizer = self.fields[0], self.tokenizer
+        text = row.text(name)
+        _require_content(text, row, name)
+        begin = [] if tokenizer.begin is None else [tokenizer.begin]
+        all_tokens = (*begin, *tokenizer.encode(text, special=False), tokenizer.end)
+        if len(all_tokens) < 2:
             raise BadRowError(
-                f"{row.place}: field {self.fields[0]!r} comes to no tokens, so there is nothing to "
-                "learn"
+                f"{row.place}: field {name!r} comes to no tokens, so there is nothing to learn"
             )
-        tokens = whole[: self.max_length]
-        return Outcome(Example(tokens, ((1, len(tokens)),)), is_cut=len(tokens) < len(whole))
+        tokens = all_tokens[: self.max_length]
+        is_cut = len(tokens) < len(all_tokens)
+        return Outcome(Example(tokens, ((1, len(tokens)),)), is_cut)
 
     def _chat(self, row: Row) -> Outcome:
-        messages = _messages(row, self.fields[0])
-        if self.encode_chat is None:
-            raise DataError(
-                f"{row.place}: field {self.fields[0]!r} holds chat messages, for which there is no "
-                "chat template; name two fields of text, or use a tokenizer with a chat template"
+        messages, what = row[self.fields[0]], f"{row.place}: field {self.fields[0]!r}"
+        if not isinstance(messages, list):
+            raise BadRowError(
+                f"{what} must be text or a list of chat messages, found {type(messages).__name__} "
+                f"{messages!r:.60}"
             )
+        for number, message in enumerate(messages, 1):
+            content = message.get("content") if isinstance(message, dict) else None
+            if isinstance(content, str):
+                checked_text(content, f"{what}: message {number}")
         try:
-            ids, spans = self.encode_chat(messages, self.tokenizer)
+            ids, learned = encode_chat(messages, self.tokenizer)
         except DataError as error:
             raise BadRowError(f"{row.place}: {error}") from error
-        # Nothing comes before the first token that it could be learned from.
-        learned = tuple((max(1, first), end) for first, end in spans if end > max(1, first))
-        if not learned:
-            raise BadRowError(
-                f"{row.place}: field {self.fields[0]!r} holds no message of an assistant, so there "
-                "is nothing to learn"
-            )
-        return Outcome(Example(tuple(ids), learned)) if len(ids) <= self.max_length else Outcome()
+        if len(ids) > self.max_length:
+            return Outcome()
+        return Outcome(Example(tuple(ids), tuple(learned)))
 
 
-def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Encoded:
+def encode_rows(rows: Iterable[Row], encoder: Encoder) -> tuple[StoredExamples, Tally]:
     """Turn rows into token ids.
 
     Args:
         rows: any number of them, also none.
         encoder: says how.
+
+    Returns:
+        The rows that can be used, in their order; and how many could not, and why.
 
     Raises:
         BadRowError: something is wrong with a row, and `encoder.skip_bad_rows` is False.
@@ -289,27 +238,9 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Encoded:
         if outcome.example is not None:
             examples.append(outcome.example)
     tally.require_used(encoder.max_length)
-    return Encoded(examples, tally)
-
-
-def _begin(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.begin is None else [tokenizer.begin]
+    return examples, tally
 
 
 def _require_content(text: str, row: Row, name: str) -> None:
     if not text.strip():
         raise BadRowError(f"{row.place}: field {name!r} is empty, so there is nothing to learn")
-
-
-def _messages(row: Row, name: str) -> Sequence[Any]:
-    value, what = row[name], f"{row.place}: field {name!r}"
-    if not isinstance(value, list):
-        raise BadRowError(
-            f"{what} must be text or a list of chat messages, found {type(value).__name__} "
-            f"{value!r:.60}"
-        )
-    for number, message in enumerate(value, 1):
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, str):
-            checked_text(content, f"{what}: message {number}")
-    return value

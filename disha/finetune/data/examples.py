@@ -1,11 +1,13 @@
-"""One row as token ids, and many of them in little memory."""
+"""Rows as token ids, kept in little memory."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
+
+from disha.finetune.data.order import permutation
 
 __all__ = ["IGNORED", "Example", "StoredExamples"]
 
@@ -19,8 +21,8 @@ class Example:
 
     Args:
         tokens: all of them.
-        learned: the spans of tokens, as (first, end), that count in the loss; the first token can't
-            be in one, as nothing comes before it.
+        learned: the spans of tokens, as (first, end), that count in the loss. The first token is in
+            no span, as nothing comes before it.
     """
 
     tokens: tuple[int, ...]
@@ -38,7 +40,7 @@ class Example:
 
 
 class StoredExamples(Sequence[Example]):
-    """Examples in arrays: 4 bytes a token, where a tuple of numbers takes about 30.
+    """Examples in arrays, which take 4 bytes a token; a tuple of numbers takes about 30.
 
     Args:
         examples: those to begin with.
@@ -50,7 +52,7 @@ class StoredExamples(Sequence[Example]):
             self.append(example)
 
     def append(self, example: Example) -> None:
-        """Add an example behind the others."""
+        """Add an example at the end."""
         self._tokens.append(example.tokens)
         self._spans.append([bound for span in example.learned for bound in span])
 
@@ -70,6 +72,10 @@ class StoredExamples(Sequence[Example]):
         bounds = self._spans.piece(place)
         learned = tuple(zip(bounds[::2], bounds[1::2], strict=True))
         return Example(tuple(self._tokens.piece(place)), learned)
+
+    def shuffled(self, seed: int) -> Iterator[Example]:
+        """Yield the examples in an order that `seed` decides."""
+        return (self[index] for index in permutation(len(self), seed))
 
 
 class _Pieces:

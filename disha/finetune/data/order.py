@@ -1,8 +1,8 @@
 """The order of rows, which a seed decides.
 
-Rows that can only be read in blocks, as those of Parquet files, are mixed within some blocks at a
-time, as many as can be kept in memory; the blocks come in any order. Rows that can be read one by
-one, and few blocks, are mixed without such bounds.
+Rows of Parquet files can only be read in groups. Some groups at a time, as many as stay in memory,
+are mixed with each other; the groups come in random order. All other rows, and the rows of a few
+groups, are mixed without such bounds.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from disha.finetune.data.rows import Block, Row, Rows
+from disha.finetune.data.parquet import Group, ParquetRows
+from disha.finetune.data.rows import Rows
 
 __all__ = ["permutation", "reading_order"]
 
 CHUNK = 65536
 
 MOST_BYTES_MIXED = 64 * 2**20
-"""How much is mixed at a time; less than what is kept, as blocks take more room in memory."""
+"""How much is mixed at a time; less than what is kept, as groups take more room in memory."""
 
 
 def permutation(count: int, seed: int) -> array[int]:
-    """The numbers up to `count` in an order that `seed` decides; 8 bytes each."""
+    """The numbers below `count` in an order that `seed` decides; 8 bytes each."""
     generator = torch.Generator().manual_seed(seed)
     order = array("q")
     for chunk in torch.split(torch.randperm(count, generator=generator), CHUNK):
@@ -31,39 +32,44 @@ def permutation(count: int, seed: int) -> array[int]:
     return order
 
 
-def reading_order(rows: Sequence[Row], seed: int) -> array[int]:
-    """The numbers of rows in an order that `seed` decides and that reads every block once."""
-    if not isinstance(rows, Rows) or not rows.is_in_blocks:
+def reading_order(rows: Rows, seed: int) -> array[int]:
+    """The numbers of rows in an order that `seed` decides and that reads every group once."""
+    if not any(isinstance(file, ParquetRows) for file in rows.files):
         return permutation(len(rows), seed)
-    blocks = _blocks(rows)
-    if sum(block.size for block in blocks if block is not None) <= MOST_BYTES_MIXED:
+    groups = _rows_by_group(rows)
+    if sum(map(_size, groups)) <= MOST_BYTES_MIXED:
         return permutation(len(rows), seed)
     order = array("q")
-    for mixed in _mixed_blocks(blocks, seed):
+    for mixed in _mixed_groups(groups, seed):
         together = array("q")
-        for block in mixed:
-            together.extend(blocks[block])
+        for group in mixed:
+            together.extend(groups[group])
         order.extend(together[index] for index in permutation(len(together), seed + len(order)))
     return order
 
 
-def _blocks(rows: Rows) -> Mapping[Block | None, array[int]]:
-    blocks: dict[Block | None, array[int]] = {}
+def _rows_by_group(rows: Rows) -> Mapping[Group | None, array[int]]:
+    """The rows of each group; under None, those that can be read alone."""
+    groups: dict[Group | None, array[int]] = {}
     for index in range(len(rows)):
-        blocks.setdefault(rows.block(index), array("q")).append(index)
-    return blocks
+        file, number = rows.find(index)
+        group = file.group(number) if isinstance(file, ParquetRows) else None
+        groups.setdefault(group, array("q")).append(index)
+    return groups
 
 
-def _mixed_blocks(
-    blocks: Mapping[Block | None, Sequence[int]], seed: int
-) -> Iterator[Sequence[Block | None]]:
-    names, mixed, size = tuple(blocks), list[Block | None](), 0
+def _mixed_groups(
+    groups: Mapping[Group | None, Sequence[int]], seed: int
+) -> Iterator[list[Group | None]]:
+    names, mixed = list(groups), list[Group | None]()
     for index in permutation(len(names), seed):
-        block = names[index]
-        following = 0 if block is None else block.size
-        if mixed and size + following > MOST_BYTES_MIXED:
+        group = names[index]
+        if mixed and sum(map(_size, mixed)) + _size(group) > MOST_BYTES_MIXED:
             yield mixed
-            mixed, size = [], 0
-        mixed.append(block)
-        size += following
+            mixed = []
+        mixed.append(group)
     yield mixed
+
+
+def _size(group: Group | None) -> int:
+    return 0 if group is None else group.size

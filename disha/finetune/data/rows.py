@@ -1,30 +1,21 @@
-"""Rows, and sequences of rows.
+"""Rows, and sequences of rows in memory or on disk.
 
-A sequence of rows may be in memory or on disk. A row that can't be read is in it nevertheless, and
-complains when its fields are asked for: whoever asks decides whether to stop or to count it.
+A row that can't be read stays in its sequence and raises when its fields are asked for. So the
+reader of a sequence decides whether to stop or to count bad rows.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple, overload
+from typing import Any, Protocol, overload
 
 from disha.finetune.errors import BadRowError
 
-__all__ = [
-    "Block",
-    "Dataset",
-    "JoinedRows",
-    "ListedRows",
-    "Row",
-    "Rows",
-    "SelectedRows",
-    "checked_text",
-]
+__all__ = ["Dataset", "Row", "RowFile", "Rows", "checked_text"]
 
 
 @dataclass(frozen=True)
@@ -82,41 +73,37 @@ def checked_text(value: object, what: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise BadRowError(
-            f"{what} holds half of a surrogate pair at character {error.start}, "
-            "which is no text (an emoji that was cut in two, maybe)"
+            f"{what} holds half of a surrogate pair at character {error.start}, which is no valid "
+            "text; an emoji may have been cut in two"
         ) from error
     return value
 
 
-class Block(NamedTuple):
-    """Rows that can only be read together, so that they are best used soon after each other.
+class RowFile(Protocol):
+    """The rows of one file: a list of rows, or a file that is read row by row."""
 
-    Attributes:
-        file: the file they are in.
-        number: which of its blocks they are.
-        size: in bytes, about.
-    """
+    def __len__(self) -> int:
+        """How many rows there are."""
 
-    file: str
-    number: int
-    size: int
+    def __getitem__(self, index: int, /) -> Row:
+        """Return a row by its number, from 0."""
 
 
 class Rows(Sequence[Row]):
-    """Rows by their number. Slices are views: nothing is copied."""
+    """Rows of one or several files. Slicing and selecting read and copy no row.
 
-    @abstractmethod
-    def row(self, index: int) -> Row:
-        """Return a row by its number, from 0 up to the number of rows."""
+    Args:
+        files: their rows follow each other.
+        numbers: which rows, counted through all files; all rows if not given.
+    """
 
-    @property
-    def is_in_blocks(self) -> bool:
-        """Whether some rows can only be read together with others."""
-        return False
+    def __init__(self, files: Sequence[RowFile], numbers: Sequence[int] | None = None) -> None:
+        self.files = files
+        self._ends = list(accumulate(map(len, files)))
+        self.numbers = range(self._ends[-1] if files else 0) if numbers is None else numbers
 
-    def block(self, index: int) -> Block | None:
-        """Return what is read together with a row; None where it is read alone."""
-        return None
+    def __len__(self) -> int:
+        return len(self.numbers)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -126,90 +113,24 @@ class Rows(Sequence[Row]):
 
     def __getitem__(self, index: int | slice) -> Row | Rows:
         if isinstance(index, slice):
-            return SelectedRows(self, range(len(self))[index])
-        return self.row(range(len(self))[index])
+            return Rows(self.files, self.numbers[index])
+        file, number = self.find(index)
+        return file[number]
 
+    def find(self, index: int) -> tuple[RowFile, int]:
+        """Return the file that holds a row, and the number of the row in that file."""
+        number = self.numbers[index]
+        place = bisect_right(self._ends, number)
+        return self.files[place], number - (self._ends[place] - len(self.files[place]))
 
-@dataclass(frozen=True)
-class ListedRows(Rows):
-    """Rows that are in memory."""
-
-    rows: Sequence[Row]
-
-    def row(self, index: int) -> Row:
-        """Return a row by its number."""
-        return self.rows[index]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-@dataclass(frozen=True)
-class SelectedRows(Rows):
-    """Some rows of others, in an order of their own.
-
-    Args:
-        rows: those to select from.
-        indices: the numbers of those selected.
-    """
-
-    rows: Sequence[Row]
-    indices: Sequence[int]
-
-    def row(self, index: int) -> Row:
-        """Return a row by its number."""
-        return self.rows[self.indices[index]]
-
-    @property
-    def is_in_blocks(self) -> bool:
-        """Whether some rows can only be read together with others."""
-        return isinstance(self.rows, Rows) and self.rows.is_in_blocks
-
-    def block(self, index: int) -> Block | None:
-        """Return what is read together with a row."""
-        return self.rows.block(self.indices[index]) if isinstance(self.rows, Rows) else None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
-@dataclass(frozen=True)
-class JoinedRows(Rows):
-    """Sequences of rows, one after another."""
-
-    parts: Sequence[Rows]
-    ends: Sequence[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ends", tuple(accumulate(len(part) for part in self.parts)))
-
-    def row(self, index: int) -> Row:
-        """Return a row by its number."""
-        rows, inner = self._part(index)
-        return rows.row(inner)
-
-    @property
-    def is_in_blocks(self) -> bool:
-        """Whether some rows can only be read together with others."""
-        return any(part.is_in_blocks for part in self.parts)
-
-    def block(self, index: int) -> Block | None:
-        """Return what is read together with a row."""
-        rows, inner = self._part(index)
-        return rows.block(inner)
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def _part(self, index: int) -> tuple[Rows, int]:
-        part = bisect_right(self.ends, index)
-        rows = self.parts[part]
-        return rows, index - self.ends[part] + len(rows)
+    def select(self, indices: Iterable[int]) -> Rows:
+        """Return the rows of these numbers, in their order."""
+        return Rows(self.files, array("q", (self.numbers[index] for index in indices)))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows to train on, and those held out to measure on (maybe none)."""
+    """The rows to train on, and the held-out rows to measure on (maybe none)."""
 
-    training: Sequence[Row]
-    held_out: Sequence[Row]
+    training: Rows
+    held_out: Rows

@@ -1,28 +1,33 @@
-"""The batches of every epoch, in an order that the seed decides: of examples in memory."""
+"""The batches of every epoch, in an order that the seed decides.
+
+Examples come from memory, or from rows on disk that are read and encoded when their turn comes,
+here or in worker processes; the number of workers changes no batch. To resume in the middle of an
+epoch, the rows before are encoded again, as only that tells which batches they made.
+"""
 
 from __future__ import annotations
 
 import math
+import signal
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
-from disha.finetune.data.batches import TokenBatch, collate, collate_packed
-from disha.finetune.data.examples import Example
-from disha.finetune.data.order import permutation
-from disha.finetune.data.packing import packed
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-__all__ = [
-    "OfExamples",
-    "OfPackedRows",
-    "PackedExamples",
-    "PackedRow",
-    "ShuffledExamples",
-    "batches_by_length",
-    "packed_batches",
-]
+from disha import DishaError
+from disha.finetune.data.batches import TextRow, TokenBatch, collate, packed
+from disha.finetune.data.encoding import Encoder, Outcome, Tally
+from disha.finetune.data.examples import Example, StoredExamples
+from disha.finetune.data.order import permutation, reading_order
+from disha.finetune.data.rows import Rows
+from disha.finetune.errors import TrainingError
+
+__all__ = ["StreamedExamples", "TextBatches"]
 
 T = TypeVar("T")
 
@@ -32,126 +37,84 @@ SORTED_BATCHES = 16
 PACKED_TOGETHER = 1024
 """How many examples are packed together; more leave fewer gaps and take more time."""
 
-PackedRow = tuple[Example, ...]
+ENCODED_TOGETHER = 64
+"""How many rows a worker encodes before it hands them over."""
 
 
-class OfExamples:
-    """What sources of batches of examples share."""
+@dataclass(frozen=True)
+class TextBatches:
+    """Batches of examples, which are shuffled anew in every epoch.
 
-    def weight(self, batch: Sequence[Example]) -> int:
-        """How many tokens of a batch are learned."""
-        return sum(example.supervised for example in batch)
+    Without packing, examples are sorted by length within windows of a few batches, so that examples
+    of like length share a batch and little is padding; then the batches of a window are shuffled.
+    With packing, examples that follow each other in the shuffled order share rows, some hundreds at
+    a time. So what shares a row changes from epoch to epoch, and the number of rows a little.
 
-    def collate(self, batch: Sequence[Example]) -> TokenBatch:
-        """Return a batch as a model takes it."""
-        return collate(batch)
+    Args:
+        examples: in memory or streamed.
+        size: rows per batch; the last batch may be smaller.
+        seed: decides the order.
+        row_length: pack examples into rows of at most so many tokens; every example has at most one
+            token more. None gives each example a row of its own.
+    """
 
+    examples: StoredExamples | StreamedExamples
+    size: int
+    seed: int
+    row_length: int | None = None
 
-class OfPackedRows:
-    """What sources of batches of packed rows share."""
+    def batches(self, epoch: int) -> Iterator[Sequence[TextRow]]:
+        """Yield the batches of an epoch, counted from 1.
 
-    def weight(self, batch: Sequence[PackedRow]) -> int:
+        Raises:
+            DataError: a streamed row can't be read or used, or none can.
+        """
+        seed = self.seed + epoch
+        examples = self.examples.shuffled(seed)
+        if self.row_length is None:
+            return _batches_by_length(examples, self.size, seed)
+        return _packed_batches(examples, self.row_length, self.size, seed)
+
+    def batches_per_epoch(self) -> int | None:
+        """How many batches an epoch has; None if only encoding every row would tell.
+
+        With packing, later epochs may have a few batches more or less than this. With streaming,
+        an epoch has fewer if a row can't be used.
+        """
+        if self.row_length is None:
+            return math.ceil(len(self.examples) / self.size)
+        return None if isinstance(self.examples, StreamedExamples) else self._batches_at_first
+
+    def weight(self, batch: Sequence[TextRow]) -> int:
         """How many tokens of a batch are learned."""
         return sum(example.supervised for row in batch for example in row)
 
-    def collate(self, batch: Sequence[PackedRow]) -> TokenBatch:
+    def collate(self, batch: Sequence[TextRow]) -> TokenBatch:
         """Return a batch as a model takes it."""
-        return collate_packed(batch)
-
-
-@dataclass(frozen=True)
-class ShuffledExamples(OfExamples):
-    """Examples in memory, shuffled anew in every epoch.
-
-    They are sorted by length within windows of a few batches, so that examples of like length share
-    a batch and little is padding; then the batches of a window are shuffled.
-
-    Args:
-        examples: all of them.
-        size: examples per batch; the last may be smaller.
-        seed: decides the order.
-    """
-
-    examples: Sequence[Example]
-    size: int
-    seed: int
-
-    def batches(self, epoch: int) -> Iterator[Sequence[Example]]:
-        """Yield the batches of an epoch, counted from 1."""
-        seed = self.seed + epoch
-        return batches_by_length(_shuffled(self.examples, seed), self.size, seed)
-
-    def batches_per_epoch(self) -> int:
-        """How many batches an epoch has."""
-        return math.ceil(len(self.examples) / self.size)
-
-
-@dataclass(frozen=True)
-class PackedExamples(OfPackedRows):
-    """Examples in memory, shuffled anew in every epoch and packed into rows.
-
-    Examples that follow each other in the shuffled order are packed together, some hundreds at a
-    time, so that what shares a row changes from epoch to epoch. So does the number of rows, a
-    little.
-
-    Args:
-        examples: all of them; each has at most `max_length` + 1 tokens.
-        size: rows per batch; the last batch may be smaller.
-        seed: decides the order.
-        max_length: most tokens per row.
-    """
-
-    examples: Sequence[Example]
-    size: int
-    seed: int
-    max_length: int
-
-    def batches(self, epoch: int) -> Iterator[Sequence[PackedRow]]:
-        """Yield the batches of an epoch, counted from 1."""
-        seed = self.seed + epoch
-        return packed_batches(_shuffled(self.examples, seed), self.max_length, self.size, seed)
-
-    def batches_per_epoch(self) -> int:
-        """How many batches the first epoch has; later ones may have a few more or less."""
-        return self._batches_of_first_epoch
+        return collate(batch, positions=self.row_length is not None)
 
     @cached_property
-    def _batches_of_first_epoch(self) -> int:
+    def _batches_at_first(self) -> int:
         return sum(1 for _ in self.batches(1))
 
 
-def batches_by_length(
+def _batches_by_length(
     examples: Iterable[Example], size: int, seed: int
-) -> Iterator[Sequence[Example]]:
-    """Batches of examples of like length, which come in any order.
-
-    Args:
-        examples: in an order of chance; some batches of them are held at once.
-        size: examples per batch; the last may be smaller.
-        seed: decides the order of batches.
-    """
+) -> Iterator[Sequence[TextRow]]:
     together = size * SORTED_BATCHES
     for number, window in enumerate(_windows(examples, together)):
         window.sort(key=lambda example: len(example.tokens))
         parts = [window[i : i + size] for i in range(0, len(window), size)]
         for part in permutation(len(parts), seed + number * together):
-            yield parts[part]
+            yield [(example,) for example in parts[part]]
 
 
-def packed_batches(
-    examples: Iterable[Example], max_length: int, size: int, seed: int
-) -> Iterator[Sequence[PackedRow]]:
-    """Batches of rows that several examples share.
-
-    Args:
-        examples: in an order of chance; some hundreds of them are held at once.
-        max_length: most tokens per row.
-        size: rows per batch; the last batch may be smaller.
-        seed: decides the order of rows.
-    """
-    waiting: list[PackedRow] = []
+def _packed_batches(
+    examples: Iterable[Example], row_length: int, size: int, seed: int
+) -> Iterator[Sequence[TextRow]]:
+    waiting: list[TextRow] = []
     for number, window in enumerate(_windows(examples, PACKED_TOGETHER)):
-        rows = packed(window, max_length)
+        rows = packed(window, row_length)
         waiting.extend(rows[index] for index in permutation(len(rows), seed + number))
         while len(waiting) >= size:
             yield waiting[:size]
@@ -160,11 +123,118 @@ def packed_batches(
         yield waiting
 
 
-def _shuffled(examples: Sequence[T], seed: int) -> Iterator[T]:
-    return (examples[index] for index in permutation(len(examples), seed))
-
-
 def _windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
     remaining = iter(items)
     while window := list(islice(remaining, size)):
         yield window
+
+
+# --- streaming -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StreamedExamples:
+    """Rows on disk, which are read and encoded when their turn comes.
+
+    Their order is that of examples in memory if every row can be used and can be read alone (see
+    `reading_order`). Only the rows of a few batches are in memory at a time.
+
+    Args:
+        rows: all of them.
+        encoder: turns a row into an example.
+        workers: how many processes encode rows ahead; with 0, this process encodes them.
+        tally: how many rows were used, cut or left out in the latest epoch.
+    """
+
+    rows: Rows
+    encoder: Encoder
+    workers: int = 0
+    tally: Tally = field(default_factory=Tally)
+
+    def __len__(self) -> int:
+        """How many examples there are if every row can be used."""
+        return len(self.rows)
+
+    def shuffled(self, seed: int) -> Iterator[Example]:
+        """Yield the examples in an order that `seed` decides.
+
+        Raises:
+            DataError: a row can't be read or used, or none can.
+        """
+        self.tally.clear()
+        for outcome in _outcomes(self.rows, self.encoder, seed, self.workers):
+            self.encoder.require_allowed(outcome)
+            self.tally.add(outcome)
+            if outcome.example is not None:
+                yield outcome.example
+        self.tally.require_used(self.encoder.max_length)
+
+
+def _outcomes(rows: Rows, encoder: Encoder, seed: int, workers: int) -> Iterator[Outcome]:
+    loader = DataLoader(
+        _EncodedRows(rows, encoder),
+        batch_size=None,
+        sampler=_Pieces(reading_order(rows, seed)),
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_leave_stopping_to_training,
+        # Without its own generator, it would take a number from training's random state.
+        generator=torch.Generator(),
+    )
+    try:
+        for piece in loader:
+            if isinstance(piece, DishaError):
+                raise piece
+            yield from piece
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a worker process that prepares rows has ended ({error}), maybe for lack of memory; "
+            "lower --dataloader_num_workers"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The numbers of rows, some at a time."""
+
+    order: array[int]
+
+    def __iter__(self) -> Iterator[array[int]]:
+        for start in range(0, len(self.order), ENCODED_TOGETHER):
+            yield self.order[start : start + ENCODED_TOGETHER]
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / ENCODED_TOGETHER)
+
+
+@dataclass(frozen=True)
+class _EncodedRows(Dataset[Sequence[Outcome] | DishaError]):
+    """What becomes of rows, by their numbers.
+
+    An error is returned, not raised: an exception that is raised in another process loses its
+    message on the way here.
+    """
+
+    rows: Rows
+    encoder: Encoder
+
+    def __getitem__(self, indices: Sequence[int]) -> Sequence[Outcome] | DishaError:
+        try:
+            return [self.encoder.outcome(self.rows[index]) for index in indices]
+        except DishaError as error:
+            return error
+
+
+def _leave_stopping_to_training(worker: int) -> None:
+    """Ignore Ctrl-C, which every process gets, and end at SIGTERM as usual.
+
+    Workers start while training handles both signals, and would inherit its handlers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _unchanged(piece: T) -> T:
+    return piece

@@ -1,26 +1,34 @@
-"""The notation for splits: which rows of which part of a data set.
+"""Which rows of a data set are meant: the notation for splits, and the files of each split.
 
     train                       all rows of the split "train"
     train[:100000]              its first 100000
-    train[10:20], train[-5%:]   from here to there, in rows or in hundredths
+    train[10:20], train[-5%:]   from here to there, in rows or in percent
     train[:10%]+train[90%:]     several, one after another
 
-Hundredths are rounded to the nearest row, and halves to the even one, as upstream's data library
-does, so that `train[:k%]` and `train[k%:]` share no row and leave none out.
+Percentages are rounded to the nearest row, and halves to the even one, as upstream's data library
+does. So `train[:k%]` and `train[k%:]` share no row and leave none out.
+
+In a folder, a file belongs to the split that its name begins with, or else the name of a folder
+around it: `train-part1.jsonl`, `test.csv`, `validation/rows.parquet`. Numbered parts of a data set
+belong to the split before their number, whatever its name: `extra-00000-of-00002.parquet`. All
+other files belong to `train`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from disha.finetune.data.files import file_format
 from disha.finetune.errors import DataError
 
-__all__ = ["SplitPart", "parse_split", "split_name"]
+__all__ = ["SplitPart", "find_files", "parse_split", "split_name"]
 
-NUMBER = r"(-?)\s*(\d[\d_]{0,17})(\.\d{1,9})?\s*(%?)"
-PART = re.compile(
-    r"\s*(?P<name>[\w.-]+?)\s*(\[\s*(?P<start>[^:\]]*?)\s*:\s*(?P<end>[^:\]]*?)\s*\]\s*)?"
+PART = re.compile(r"\s*([\w.-]+?)\s*(?:\[\s*([^:\]]*?)\s*:\s*([^:\]]*?)\s*\]\s*)?")
+BOUND = re.compile(
+    r"(?P<sign>-?)\s*(?:(?P<rows>\d[\d_]{0,17})|(?P<percent>\d{1,18}(\.\d{1,9})?)\s*%)"
 )
 
 ALIASES = {
@@ -30,25 +38,8 @@ ALIASES = {
 }
 NAMES = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 
-
-@dataclass(frozen=True)
-class Bound:
-    """Where a slice begins or ends.
-
-    Args:
-        value: how many rows, or how many hundredths of all of them.
-        is_percent: which of both.
-        from_end: whether it is counted back from the end.
-    """
-
-    value: float
-    is_percent: bool
-    from_end: bool
-
-    def row(self, count: int) -> int:
-        """The number of the row, among `count` rows; cut to what there is."""
-        rows = round(self.value * count / 100) if self.is_percent else int(self.value)
-        return max(0, count - rows) if self.from_end else min(rows, count)
+NUMBERED_PART = re.compile(r"([\w.-]+?)-\d+-of-\d+")
+LEADING_WORD = re.compile(r"[a-z]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -57,28 +48,40 @@ class SplitPart:
 
     Args:
         name: the split's.
-        start: the first row; None: from the beginning.
-        end: the row after the last; None: to the end.
+        start: the first row, as written: rows or percent, maybe with a minus; empty: from the
+            beginning.
+        end: the row after the last one, as written; empty: to the end.
     """
 
     name: str
-    start: Bound | None
-    end: Bound | None
+    start: str
+    end: str
 
     def rows(self, count: int) -> range:
         """The numbers of the rows meant, when the split has `count`."""
-        start = 0 if self.start is None else self.start.row(count)
-        end = count if self.end is None else self.end.row(count)
+        start = _row(self.start, count) if self.start else 0
+        end = _row(self.end, count) if self.end else count
         return range(start, max(start, end))
 
 
-def parse_split(text: str) -> tuple[SplitPart, ...]:
+def parse_split(text: str) -> list[SplitPart]:
     """Read the notation.
 
     Raises:
         DataError: it is something else; the message shows what is allowed.
     """
-    return tuple(_part(part, text) for part in text.split("+"))
+    parts = []
+    for part in text.split("+"):
+        match = PART.fullmatch(part)
+        bounds = [] if match is None else [bound for bound in match.groups()[1:] if bound]
+        if match is None or not all(map(BOUND.fullmatch, bounds)):
+            raise DataError(
+                f"{text!r} is no split; it must be a name, maybe with a range of rows or percent, "
+                "as in train, train[:1000], train[10:20], train[-5%:] or train[10%:30%], or "
+                "several with + between them"
+            )
+        parts.append(SplitPart(match[1], match[2] or "", match[3] or ""))
+    return parts
 
 
 def split_name(name: str) -> str:
@@ -86,28 +89,48 @@ def split_name(name: str) -> str:
     return NAMES.get(name.lower(), name)
 
 
-def _part(part: str, text: str) -> SplitPart:
-    match = PART.fullmatch(part)
-    if match is None:
-        raise _unreadable(text)
-    start, end = (_bound(match[which] or "", text) for which in ("start", "end"))
-    return SplitPart(match["name"], start, end)
+def find_files(path: Path) -> Mapping[str, Sequence[Path]]:
+    """Return the data files at a path, by split.
+
+    Args:
+        path: a folder; or a file, which is the split `train` and also the one that its name says.
+
+    Raises:
+        DataError: there is nothing, or no data file in it.
+    """
+    if path.is_file():
+        return {name: [path] for name in ("train", _split_of(path.name)) if name}
+    if not path.exists():
+        raise DataError(f"there is no data file {path}")
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*")):
+        parts = file.relative_to(path).parts
+        is_hidden = any(part.startswith(".") for part in parts)
+        if not is_hidden and file_format(file) is not None and file.is_file():
+            names = filter(None, map(_split_of, reversed(parts)))
+            splits.setdefault(next(names, "train"), []).append(file)
+    if not splits:
+        raise DataError(
+            f"{path} holds no data files; their names must end with .jsonl, .json, .csv, .tsv, "
+            ".parquet or .txt"
+        )
+    return splits
 
 
-def _bound(written: str, text: str) -> Bound | None:
-    if not written:
-        return None
-    match = re.fullmatch(NUMBER, written)
-    if match is None or (match[3] and not match[4]):
-        raise _unreadable(text)
-    whole = match[2].replace("_", "")
-    value = float(whole + match[3]) if match[3] else int(whole)
-    return Bound(value, is_percent=bool(match[4]), from_end=bool(match[1]))
+def _split_of(name: str) -> str | None:
+    part = NUMBERED_PART.match(name)
+    if part is not None:
+        return split_name(part[1])
+    word = LEADING_WORD.match(name)
+    return None if word is None else NAMES.get(word[0].lower())
 
 
-def _unreadable(text: str) -> DataError:
-    return DataError(
-        f"{text!r} is no split; it must be a name, maybe with a range of rows or percent, as in "
-        "train, train[:1000], train[10:20], train[-5%:] or train[10%:30%], or several with + "
-        "between them"
-    )
+def _row(written: str, count: int) -> int:
+    """The number of the row where a slice of `count` rows begins or ends."""
+    match = BOUND.fullmatch(written)
+    assert match is not None
+    if match["rows"] is None:
+        rows = round(float(match["percent"]) * count / 100)
+    else:
+        rows = int(match["rows"].replace("_", ""))
+    return max(0, count - rows) if match["sign"] else min(rows, count)

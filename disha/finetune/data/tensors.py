@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class TensorBatch:
             float32.
         size: how many samples there are.
         weight: how many terms the summed loss has: a class each, or a number each.
-        classes: how many classes a model must know at least, where targets are classes.
+        classes: how many classes a model must have at least; 0 where targets are numbers.
     """
 
     inputs: Tensor
@@ -69,7 +69,7 @@ class Samples:
         """Return the samples of these numbers side by side."""
         chosen = torch.tensor(list(indices))
         targets = self.targets[chosen]
-        # Told here, where looking at it makes no GPU wait.
+        # Found here, on the CPU, where it makes no GPU wait.
         classes = int(targets.max()) + 1 if self.are_classes else 0
         return TensorBatch(self.inputs[chosen], targets, len(chosen), targets.numel(), classes)
 
@@ -115,29 +115,29 @@ def read_samples(
 ) -> Samples:
     """Turn rows into tensors.
 
-    A field holds a number or a list of numbers, nested to any depth, as JSON, also where it is
-    written as text. Targets that are whole numbers in every row, written without a decimal point,
-    are classes.
+    A field holds a number or a list of numbers, nested to any depth, as JSON or as text that spells
+    it. Targets are classes if every row has a whole number, written without a decimal point.
 
     Args:
         rows: at least one.
         fields: the input's and the target's.
         skip_bad_rows: count rows that can't be used, and leave them out.
-        like: others that these must be like, in shapes and in what targets are.
+        like: other samples whose shapes these must have; targets are classes if theirs are.
 
     Raises:
         BadRowError: something is wrong with a row, and `skip_bad_rows` is False.
-        DataError: no row can be used, or a whole number is no class.
+        DataError: no row can be used, or a class is negative.
     """
-    tally, expected = Tally(), None if like is None else _Expected.of(like)
-    found: list[_Sample] = []
+    tally, found, first = Tally(), list[_Sample](), None
+    if like is not None:
+        first = _Sample(like.inputs[0], like.targets[0], like.are_classes, "training")
     for row in rows:
         try:
             sample = _sample(row, fields)
-            expected = expected or _Expected(
-                sample.inputs.shape, sample.target.shape, row.place, classes=None
+            first = first or sample
+            _require_like(
+                first, sample, fields, must_be_class=like is not None and like.are_classes
             )
-            expected.require(sample, fields)
         except BadRowError as error:
             if not skip_bad_rows:
                 raise
@@ -146,55 +146,24 @@ def read_samples(
             tally.used += 1
             found.append(sample)
     if not found:
-        first = f", such as: {tally.complaints[0]}" if tally.complaints else ""
-        raise DataError(f"none of the {len(rows)} rows can be used{first}")
-    return _stacked(found, like, fields[1], tally)
+        why = f", such as: {tally.complaints[0]}" if tally.complaints else ""
+        raise DataError(f"none of the {len(rows)} rows can be used{why}")
+    are_classes = all(one.is_class for one in found) if like is None else like.are_classes
+    if are_classes:
+        _require_classes(found, fields[1])
+    targets = torch.stack([one.target for one in found])
+    return Samples(
+        torch.stack([one.inputs.float() for one in found]),
+        targets.long() if are_classes else targets.float(),
+        tally,
+    )
 
 
-@dataclass(frozen=True)
-class _Sample:
+class _Sample(NamedTuple):
     inputs: Tensor
     target: Tensor
     is_class: bool
     place: str
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """What all rows must be like.
-
-    Args:
-        inputs: their shape.
-        target: its shape.
-        place: where this is from.
-        classes: whether targets are classes; None: whatever they turn out to be.
-    """
-
-    inputs: torch.Size
-    target: torch.Size
-    place: str
-    classes: bool | None
-
-    @classmethod
-    def of(cls, samples: Samples) -> _Expected:
-        return cls(
-            samples.inputs.shape[1:], samples.targets.shape[1:], "training", samples.are_classes
-        )
-
-    def require(self, sample: _Sample, fields: tuple[str, str]) -> None:
-        shapes = (self.inputs, self.target)
-        found = (sample.inputs.shape, sample.target.shape)
-        for name, shape, other in zip(fields, shapes, found, strict=True):
-            if shape != other:
-                raise BadRowError(
-                    f"{sample.place}: field {name!r} has the shape {tuple(other)}, which must be "
-                    f"{tuple(shape)} as in {self.place}"
-                )
-        if self.classes and not sample.is_class:
-            raise BadRowError(
-                f"{sample.place}: field {fields[1]!r} must be a class, a whole number from 0, as "
-                f"in {self.place}"
-            )
 
 
 def _sample(row: Row, fields: tuple[str, str]) -> _Sample:
@@ -210,7 +179,7 @@ def _value(row: Row, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)  # CSV knows text only
+        return json.loads(value)  # every field of a CSV file is text
     except (ValueError, RecursionError) as error:
         raise BadRowError(
             f"{row.place}: field {name!r} must be a number or a list of numbers, "
@@ -220,7 +189,7 @@ def _value(row: Row, name: str) -> Any:
 
 def _numbers(value: Any, row: Row, name: str) -> Tensor:
     try:
-        # In float64 first, where whole numbers keep their value.
+        # First in float64, which holds whole numbers exactly.
         numbers = torch.tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise BadRowError(
@@ -235,16 +204,26 @@ def _numbers(value: Any, row: Row, name: str) -> Tensor:
     return numbers
 
 
-def _stacked(found: Sequence[_Sample], like: Samples | None, target: str, tally: Tally) -> Samples:
-    inputs = torch.stack([sample.inputs.float() for sample in found])
-    targets = torch.stack([sample.target for sample in found])
-    wanted = all(sample.is_class for sample in found) if like is None else like.are_classes
-    if not wanted:
-        return Samples(inputs, targets.float(), tally)
+def _require_like(
+    first: _Sample, sample: _Sample, fields: tuple[str, str], *, must_be_class: bool
+) -> None:
+    for name, expected, found in zip(fields, first[:2], sample[:2], strict=True):
+        if expected.shape != found.shape:
+            raise BadRowError(
+                f"{sample.place}: field {name!r} has the shape {tuple(found.shape)}, which must be "
+                f"{tuple(expected.shape)} as in {first.place}"
+            )
+    if must_be_class and not sample.is_class:
+        raise BadRowError(
+            f"{sample.place}: field {fields[1]!r} must be a class, a whole number from 0, as in "
+            f"{first.place}"
+        )
+
+
+def _require_classes(found: Sequence[_Sample], target: str) -> None:
     for sample in found:
         if sample.target < 0:
             raise DataError(
                 f"{sample.place}: field {target!r} is {int(sample.target)}, but whole numbers are "
                 "classes, from 0; write numbers to predict with a decimal point"
             )
-    return Samples(inputs, targets.long(), tally)

@@ -256,7 +256,7 @@ def _check_file_target(out: Path, target: Path, overwrite: bool) -> None:
             "file"
         )
     if target.exists() and not overwrite:
-        raise ArgumentError(f"{out} is there already; name another, or pass overwrite=True")
+        raise ArgumentError(f"{out} exists; choose another name, or set `overwrite`")
 
 
 def _check_folder_target(out: Path, target: Path, overwrite: bool) -> None:
@@ -269,7 +269,7 @@ def _check_folder_target(out: Path, target: Path, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise ArgumentError(f"{out} is not empty; name another folder, or pass overwrite=True")
+        raise ArgumentError(f"{out} is not empty; choose another folder, or set `overwrite`")
     if not any((target / name).is_file() for name in (SINGLE, INDEX)):
         raise ArgumentError(
             f"{out} holds no checkpoint (no {SINGLE} or {INDEX}), and would be deleted; name "
@@ -293,7 +293,7 @@ def _check_fit(report: BaseReport, force: bool) -> None:
     if other and not force:
         remedies.append(
             "take the base that the adapter was trained on, and make sure that the adapter is not "
-            "merged into it already; or pass force=True"
+            "merged into it already; or merge with `force`"
         )
     raise AdapterFileError(
         f"{report.adapter} does not fit {report.base} ({counts} base); nothing was written:\n"
@@ -309,7 +309,7 @@ def _check_mergeable(checkpoint: Checkpoint, adapter: AdapterFile, force: bool) 
         raise MergeError(
             f"{', '.join(embeddings[:SHOWN])} may be tied to an output head, which merging would "
             f"change too: {CONFIG} of {checkpoint.path} does not say tie_word_embeddings: false. "
-            "Untie them and save that model first, or pass force=True"
+            "Untie them and save that model first, or merge with `force`"
         )
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from disha.finetune.data.dataset import open_rows, read_dataset
+from disha.finetune.data.dataset import open_rows, read_dataset, split_held_out
+from disha.finetune.data.rows import Row, Rows
 from disha.finetune.errors import DataError
 from disha.finetune.settings.data import DataSettings
 
@@ -120,3 +121,39 @@ def test_another_file_is_held_out(folder, tmp_path):
 def test_a_folder_of_several_splits_to_measure_on_needs_one_named(folder):
     with pytest.raises(DataError, match=r"several splits: 'test', 'train'; say .* --eval_split"):
         read_dataset(settings(folder, eval_path=folder), seed=0)
+
+
+def listed(count):
+    return Rows([[Row({"n": n}, f"row {n}") for n in range(count)]])
+
+
+def test_holding_out_keeps_every_row_once_and_order():
+    dataset = split_held_out(listed(40), 0.25, seed=3)
+    training, held_out = numbers(dataset.training), numbers(dataset.held_out)
+    assert len(held_out) == 10
+    assert sorted(training + held_out) == list(range(40))
+    assert (training, held_out) == (sorted(training), sorted(held_out))
+    again, other = (split_held_out(listed(40), 0.25, seed=seed) for seed in (3, 4))
+    assert numbers(again.held_out) == held_out != numbers(other.held_out)
+
+
+def test_holding_out_nothing_and_too_much():
+    nothing = split_held_out(listed(1), 0.0, seed=0)
+    assert (len(nothing.training), len(nothing.held_out)) == (1, 0)
+    with pytest.raises(DataError, match=r"holding out 0\.5 of 1 rows leaves none"):
+        split_held_out(listed(1), 0.5, seed=0)
+
+
+class Untouchable:
+    """Rows of which none may be read."""
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        raise AssertionError("a row was read")
+
+
+def test_no_row_is_read():
+    dataset = split_held_out(Rows([Untouchable()]), 0.1, seed=0)
+    assert (len(dataset.training), len(dataset.held_out)) == (900, 100)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from disha.finetune.data.encoding import Encoder, encode_rows
 from disha.finetune.data.rows import Row
 from disha.finetune.errors import BadRowError, DataError
+from disha.finetune.text.chat import encode_chat
 from disha.finetune.text.templates import CHATML, Template
 from disha.finetune.text.tokenizer import Tokenizer
 
@@ -71,9 +72,9 @@ def test_begin_token_comes_first(smollm_tokenizer):
 
 def test_a_long_query_loses_its_end_and_the_response_stays(smollm_tokenizer):
     rows = [pair("one two three " * 30, "Yes, it is."), pair("a", "b")]
-    encoded = encode_rows(rows, pairs(smollm_tokenizer, 40))
-    assert (encoded.cut, encoded.dropped, encoded.bad) == (1, 0, 0)
-    cut = encoded.examples[0]
+    examples, tally = encode_rows(rows, pairs(smollm_tokenizer, 40))
+    assert (tally.cut, tally.dropped, tally.bad) == (1, 0, 0)
+    cut = examples[0]
     assert len(cut.tokens) == 40
     assert learned(cut) == [(*smollm_tokenizer.encode("Yes, it is."), smollm_tokenizer.end)]
     prompt = smollm_tokenizer.backend.decode(list(cut.prompt), skip_special_tokens=False)
@@ -83,8 +84,8 @@ def test_a_long_query_loses_its_end_and_the_response_stays(smollm_tokenizer):
 
 def test_a_row_whose_response_does_not_fit_is_counted(smollm_tokenizer):
     rows = [pair("a", "word " * 60), pair("a", "b")]
-    encoded = encode_rows(rows, pairs(smollm_tokenizer, 40))
-    assert (len(encoded.examples), encoded.cut, encoded.dropped) == (1, 0, 1)
+    examples, tally = encode_rows(rows, pairs(smollm_tokenizer, 40))
+    assert (len(examples), tally.cut, tally.dropped) == (1, 0, 1)
 
 
 def test_a_query_that_would_be_lost_as_a_whole_is_left_out_and_an_empty_one_is_kept(
@@ -134,30 +135,17 @@ def test_a_text_is_learned_as_a_whole_but_for_its_first_token(smollm_tokenizer):
 def test_a_long_text_loses_its_end(smollm_tokenizer):
     row = text_row("one two three " * 30)
     whole = texts(smollm_tokenizer, 512).encode(row)
-    encoded = encode_rows([row, text_row("short")], texts(smollm_tokenizer, 10))
-    assert encoded.examples[0].tokens == whole.tokens[:10]
-    assert encoded.examples[0].learned == ((1, 10),)
-    assert (encoded.cut, encoded.dropped) == (1, 0)
+    examples, tally = encode_rows([row, text_row("short")], texts(smollm_tokenizer, 10))
+    assert examples[0].tokens == whole.tokens[:10]
+    assert examples[0].learned == ((1, 10),)
+    assert (tally.cut, tally.dropped) == (1, 0)
 
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
-def laid_out(messages, tokenizer):
-    """A chat template: every message's text and an end token; the assistant's are learned."""
-    ids, spans = [], []
-    for message in messages:
-        if message["role"] not in ("user", "assistant"):
-            raise DataError(f"the template knows no role {message['role']!r}")
-        start = len(ids)
-        ids += [*tokenizer.encode(message["content"]), tokenizer.end]
-        if message["role"] == "assistant":
-            spans.append((start, len(ids)))
-    return ids, spans
-
-
 def chats(tokenizer, max_length, **changes):
-    return Encoder(tokenizer, ("messages",), max_length, encode_chat=laid_out, **changes)
+    return Encoder(tokenizer, ("messages",), max_length, **changes)
 
 
 def chat_row(*messages):
@@ -166,25 +154,15 @@ def chat_row(*messages):
 
 def test_chat_messages_go_through_the_chat_template(tiny_tokenizer):
     example = chats(tiny_tokenizer, 64).encode(chat_row(*MESSAGES, *MESSAGES))
-    ids, spans = laid_out([*MESSAGES, *MESSAGES], tiny_tokenizer)
+    ids, spans = encode_chat([*MESSAGES, *MESSAGES], tiny_tokenizer)
     assert (example.tokens, example.learned) == (tuple(ids), tuple(spans))
 
 
-def test_the_first_token_is_never_learned(tiny_tokenizer):
-    example = chats(tiny_tokenizer, 64).encode(chat_row(MESSAGES[1]))
-    assert example.learned == ((1, len(example.tokens)),)
-
-
 def test_a_chat_too_long_is_left_out(tiny_tokenizer):
-    length = len(laid_out(MESSAGES, tiny_tokenizer)[0])
+    length = len(encode_chat(MESSAGES, tiny_tokenizer)[0])
     rows = [chat_row(*MESSAGES), chat_row(*MESSAGES, *MESSAGES)]
-    encoded = encode_rows(rows, chats(tiny_tokenizer, length))
-    assert (len(encoded.examples), encoded.cut, encoded.dropped) == (1, 0, 1)
-
-
-def test_a_chat_without_a_template_says_what_to_do(tiny_tokenizer):
-    with pytest.raises(DataError, match=r"here: field 'text' holds chat .* name two fields"):
-        texts(tiny_tokenizer, 64).encode(Row({"text": MESSAGES}, "here"))
+    examples, tally = encode_rows(rows, chats(tiny_tokenizer, length))
+    assert (len(examples), tally.cut, tally.dropped) == (1, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -209,11 +187,14 @@ def test_a_bad_pair_is_named(tiny_tokenizer, row, complaint):
     ("value", "complaint"),
     [
         ("  ", "here: field 'messages' is empty"),
-        ([], "here: field 'messages' holds no message of an assistant"),
+        ([], "here: a conversation must be a list of messages"),
         (3, "field 'messages' must be text or a list of chat messages, found int 3"),
         ([*MESSAGES, {"role": "user", "content": "\ud83d"}], "message 3 holds half of a surrogate"),
-        (MESSAGES[:1], "here: field 'messages' holds no message of an assistant"),
-        ([{"role": "robot", "content": ""}], "here: the template knows no role 'robot'"),
+        (MESSAGES[:1], "here: a conversation must have a message of the role assistant"),
+        (
+            [{"role": "robot", "content": ""}],
+            "here: message 1 of the conversation must have a role of",
+        ),
     ],
 )
 def test_a_bad_chat_is_named(tiny_tokenizer, value, complaint):
@@ -228,10 +209,10 @@ def test_bad_rows_are_counted_when_they_may_be_skipped(tiny_tokenizer):
         pair("a", "b" * 99),
     )
     encoder = pairs(tiny_tokenizer, 64, skip_bad_rows=True)
-    encoded = encode_rows([bad[0], good, long, *bad[1:], good], encoder)
-    assert len(encoded.examples) == encoded.tally.used == 2
-    assert (encoded.bad, encoded.dropped, encoded.tally.rows) == (9, 1, 12)
-    assert encoded.tally.complaints == [
+    examples, tally = encode_rows([bad[0], good, long, *bad[1:], good], encoder)
+    assert len(examples) == tally.used == 2
+    assert (tally.bad, tally.dropped, tally.rows) == (9, 1, 12)
+    assert tally.complaints == [
         f"here: field 'response' must be text, found int {number}" for number in range(5)
     ]
     assert encoder.encode(bad[0]) is None
@@ -249,7 +230,8 @@ def test_rows_of_which_none_can_be_used_are_refused_with_the_reasons(tiny_tokeni
 
 
 def test_no_rows_are_no_examples(tiny_tokenizer):
-    assert not encode_rows((), pairs(tiny_tokenizer, 64)).examples
+    examples, tally = encode_rows((), pairs(tiny_tokenizer, 64))
+    assert (len(examples), tally.rows) == (0, 0)
 
 
 def test_an_encoder_can_be_copied_to_other_processes(tiny_tokenizer):

@@ -114,5 +114,8 @@ def test_unknown_formats(name):
 
 
 def test_an_unknown_format_is_named_with_those_known(tmp_path):
-    with pytest.raises(DataError, match=r"rows\.xlsx has a name that .* \.jsonl, .*\.parquet"):
+    with pytest.raises(
+        DataError,
+        match=r"the name of .*rows\.xlsx says no known format; .* \.jsonl, .*\.parquet",
+    ):
         read_file(written(tmp_path, "rows.xlsx", b""))

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disha.finetune.data.rows import JoinedRows, ListedRows, Row
+from disha.finetune.data.rows import Row, Rows
 from disha.finetune.errors import BadRowError
 
 
 def listed(*names):
-    return ListedRows([Row({"name": name}, f"place {name}") for name in names])
+    return [Row({"name": name}, f"place {name}") for name in names]
 
 
 def names(rows):
@@ -20,18 +20,20 @@ def names(rows):
 
 @given(st.lists(st.lists(st.integers(), max_size=4), max_size=5), st.data())
 def test_joined_and_sliced_rows_are_as_lists_are(parts, data):
-    joined = JoinedRows([listed(*part) for part in parts])
+    joined = Rows([listed(*part) for part in parts])
     plain = [name for part in parts for name in part]
     assert names(joined) == plain
     assert len(joined) == len(plain)
     wanted = data.draw(st.slices(len(plain)))
     assert names(joined[wanted]) == plain[wanted]
+    chosen = data.draw(st.lists(st.sampled_from(range(len(plain))))) if plain else []
+    assert names(joined.select(chosen)) == [plain[index] for index in chosen]
     again = data.draw(st.slices(len(plain[wanted])))
     assert names(joined[wanted][again]) == plain[wanted][again]
 
 
 def test_rows_from_the_end_and_beyond():
-    rows = listed("a", "b", "c")
+    rows = Rows([listed("a", "b", "c")])
     assert rows[-1]["name"] == "c"
     for beyond in (3, -4):
         with pytest.raises(IndexError):
@@ -39,7 +41,7 @@ def test_rows_from_the_end_and_beyond():
 
 
 def test_rows_pickle():
-    rows = JoinedRows([listed("a"), listed("b", "c")])[1:]
+    rows = Rows([listed("a"), listed("b", "c")])[1:]
     assert names(pickle.loads(pickle.dumps(rows))) == ["b", "c"]
 
 

@@ -8,7 +8,6 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import disha
-from disha.finetune.data.batches import collate
 from disha.finetune.errors import SettingsError
 from disha.finetune.training.layers import (
     compile_model,
@@ -17,7 +16,7 @@ from disha.finetune.training.layers import (
 )
 from disha.finetune.training.loop import training_steps
 from disha.finetune.training.objectives import LogitsObjective
-from tests.finetune.training.tiny import blocks, examples, objective, plan, same, source
+from tests.finetune.training.tiny import batch_of, blocks, examples, objective, plan, same, source
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def saved_bytes(trained, batch):
 
 @pytest.mark.parametrize("method", ["bone", "bat"])
 def test_checkpointing_trains_the_same_with_less_kept(method):
-    batch = collate(examples(8))
+    batch = batch_of(examples(8))
     plain, checkpointed = (objective(dropout=0.3, method=method) for _ in range(2))
     keys = list(checkpointed.state_dict())
     enable_gradient_checkpointing(checkpointed.model)
@@ -101,14 +100,14 @@ def test_checkpointing_trains_the_same_with_less_kept(method):
 def test_checkpointing_is_for_training_only():
     trained = objective()
     enable_gradient_checkpointing(trained.model)
-    batch, plain = collate(examples(8)), objective()
+    batch, plain = batch_of(examples(8)), objective()
     assert saved_bytes(trained.eval(), batch)[0] == saved_bytes(plain.eval(), batch)[0]
 
 
 def test_a_copy_of_a_checkpointed_model_calls_its_own_layers():
     trained = objective()
     enable_gradient_checkpointing(trained.model)
-    other, batch = copy.deepcopy(trained), collate(examples(4))
+    other, batch = copy.deepcopy(trained), batch_of(examples(4))
     before = float(trained(batch).detach())
     with torch.no_grad():
         for block in disha.adapter_parameters(other):
@@ -122,7 +121,7 @@ def test_models_of_transformers_are_asked_for_their_own_checkpointing(gpt2):
     gpt2.train()
     plain, checkpointed = LogitsObjective(copy.deepcopy(gpt2)), LogitsObjective(gpt2)
     enable_gradient_checkpointing(gpt2)
-    batch = collate(examples(8))
+    batch = batch_of(examples(8))
     gradients = []
     for trained in (plain, checkpointed):
         torch.manual_seed(3)

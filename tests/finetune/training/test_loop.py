@@ -26,6 +26,7 @@ from disha.finetune.training.loop import (
 from disha.finetune.training.parallel import Processes
 from tests.finetune.training.tiny import (
     PackedPairs,
+    batch_of,
     blocks,
     examples,
     objective,
@@ -38,8 +39,9 @@ ALONE = Processes.alone(torch.device("cpu"))
 
 
 def gradients(trained, batches):
-    """Loss and gradients of uncollated batches."""
+    """Loss and gradients of batches of examples."""
     trained.zero_grad()
+    batches = [[[example] for example in batch] for batch in batches]
     share = accumulate_gradients(trained, source(), batches, ALONE)
     return float(share.loss), [block.grad.clone() for block in disha.adapter_parameters(trained)]
 
@@ -117,7 +119,7 @@ def test_steps_are_recorded(name):
 def test_training_lowers_the_loss_and_changes_blocks_only():
     trained, rows = objective(), source()
     base = {k: v.clone() for k, v in trained.state_dict().items() if "bone_block" not in k}
-    held_out = [collate(examples())]
+    held_out = [batch_of(examples())]
     before = mean_loss(trained, held_out).loss
     for _ in training_steps(trained, rows, plan(max_steps=30)):
         pass
@@ -318,7 +320,7 @@ def test_a_batch_without_a_learned_token_counts_for_nothing():
             made.labels.fill_(-100)
             return made
 
-    [step] = training_steps(objective(), Unlearned(examples(2), 2, 0), plan())
+    [step] = training_steps(objective(), Unlearned(source(2).examples, 2, 0), plan())
     assert (step.loss, step.gradient_norm) == (0.0, 0.0)
     assert not math.isnan(step.tokens_per_second)
 

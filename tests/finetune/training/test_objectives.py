@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import disha
-from disha.finetune.data.batches import collate, collate_packed
+from disha.finetune.data.batches import collate
 from disha.finetune.errors import SettingsError
 from disha.finetune.training.objectives import (
     DecoderObjective,
@@ -18,7 +18,7 @@ from disha.finetune.training.objectives import (
     TensorObjective,
     objective_for,
 )
-from tests.finetune.training.tiny import decoder, examples
+from tests.finetune.training.tiny import batch_of, decoder, examples
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def test_every_kind_of_model_has_its_objective(model, has_tokenizer, kind):
 
 
 def test_a_model_that_returns_logits_learns_as_our_decoder_does():
-    model, batch = decoder(), collate(examples(5))
+    model, batch = decoder(), batch_of(examples(5))
     loss = LogitsObjective(model)(batch)
     torch.testing.assert_close(loss, DecoderObjective(model)(batch), rtol=1e-5, atol=0)
 
@@ -71,12 +71,12 @@ def test_padding_changes_nothing_for_a_model_of_transformers(gpt2):
     """Right padding is behind everything that counts, so that no mask is needed."""
     objective, rows = LogitsObjective(gpt2), examples(5)
     assert len({len(row.tokens) for row in rows}) > 1
-    apart = sum(objective(collate([row])) for row in rows)
-    torch.testing.assert_close(objective(collate(rows)), apart, rtol=1e-5, atol=0)
+    apart = sum(objective(batch_of([row])) for row in rows)
+    torch.testing.assert_close(objective(batch_of(rows)), apart, rtol=1e-5, atol=0)
 
 
 def test_the_loss_is_that_of_transformers(gpt2):
-    batch, expected = collate(examples(1)), 0.0
+    batch, expected = batch_of(examples(1)), 0.0
     [row] = examples(1)
     tokens = torch.tensor([row.tokens])
     [(first, end)] = row.learned
@@ -89,14 +89,14 @@ def test_the_loss_is_that_of_transformers(gpt2):
 def test_keys_and_values_are_not_kept_while_training(gpt2):
     outputs = []
     hook = gpt2.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    LogitsObjective(gpt2)(collate(examples(1)))
+    LogitsObjective(gpt2)(batch_of(examples(1)))
     hook.remove()
     assert outputs[0].past_key_values is None
 
 
 def test_packed_rows_are_refused_where_nothing_keeps_texts_apart(gpt2):
     with pytest.raises(SettingsError, match="--packing needs a model that keeps the texts"):
-        LogitsObjective(gpt2)(collate_packed([examples(2)]))
+        LogitsObjective(gpt2)(collate([examples(2)], positions=True))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_packed_rows_are_refused_where_nothing_keeps_texts_apart(gpt2):
 )
 def test_what_is_no_logits_is_named(output, message):
     with pytest.raises(SettingsError, match=message):
-        LogitsObjective(Returning(output))(collate(examples(1)))
+        LogitsObjective(Returning(output))(batch_of(examples(1)))
 
 
 def test_integer_targets_are_classes():

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 import disha
-from disha.finetune.data.batches import TokenBatch, collate_packed
-from disha.finetune.data.examples import Example
-from disha.finetune.data.sources import ShuffledExamples, permutation
+from disha.finetune.data.batches import TokenBatch, collate
+from disha.finetune.data.examples import Example, StoredExamples
+from disha.finetune.data.order import permutation
+from disha.finetune.data.sources import TextBatches
 from disha.finetune.models.decoder import Decoder, DecoderConfig
 from disha.finetune.settings.training import TrainingSettings
 from disha.finetune.training.objectives import DecoderObjective
@@ -49,8 +50,12 @@ def examples(count: int = 12) -> list[Example]:
     return made
 
 
-def source(count: int = 12, size: int = 2, seed: int = 0) -> ShuffledExamples:
-    return ShuffledExamples(examples(count), size, seed)
+def batch_of(examples: Sequence[Example]) -> TokenBatch:
+    return collate([[example] for example in examples])
+
+
+def source(count: int = 12, size: int = 2, seed: int = 0) -> TextBatches:
+    return TextBatches(StoredExamples(examples(count)), size, seed)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class PackedPairs:
         return sum(example.supervised for row in batch for example in row)
 
     def collate(self, batch: Sequence[list[Example]]) -> TokenBatch:
-        return collate_packed(batch)
+        return collate(batch, positions=True)
 
 
 def decoder(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2) -> Decoder:

@@ -1,0 +1,88 @@
+"""What every benchmark does with an adapted model: fill its blocks, check them, train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "CandidateError",
+    "TrainingStep",
+    "check_gradients",
+    "fill",
+    "require_gradient",
+    "trainable",
+]
+
+
+class CandidateError(Exception):
+    """A candidate does not compute what it should, so its time would mean nothing."""
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require gradients."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def fill(parameters: Iterable[nn.Parameter], scale: float) -> None:
+    """Fill parameters with random values: the same values for equal shapes in equal order.
+
+    Candidates of one method can then be compared with each other.
+
+    Args:
+        parameters: of a candidate.
+        scale: the standard deviation of the values.
+    """
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+class TrainingStep:
+    """A training step without an optimizer: clear the gradients, forward, backward.
+
+    Args:
+        model: what trains.
+        loss: computes the loss.
+        inputs: leaves that get a gradient besides the model's parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[], Tensor], inputs: Iterable[Tensor] = ()
+    ) -> None:
+        self.loss, self._leaves = loss, [*trainable(model), *inputs]
+
+    def clear(self) -> None:
+        """Delete the gradients."""
+        for leaf in self._leaves:
+            leaf.grad = None
+
+    def __call__(self) -> Tensor:
+        """Run the step and return the loss."""
+        self.clear()
+        loss = self.loss()
+        loss.backward()
+        return loss.detach()
+
+
+def require_gradient(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    """Let the output of a module require a gradient, as a forward hook.
+
+    On the output of an embedding, it gives all candidates the same way back, the frozen base too.
+    """
+    return output.requires_grad_()
+
+
+def check_gradients(name: str, model: nn.Module) -> None:
+    """Check after a step that every trained parameter has a gradient.
+
+    Raises:
+        CandidateError: a gradient is missing, zero or not finite.
+    """
+    for parameter in trainable(model):
+        gradient = parameter.grad
+        if gradient is None or not gradient.any() or not torch.isfinite(gradient).all():
+            raise CandidateError(f"{name}: a gradient is missing, zero or not finite")

@@ -1,0 +1,51 @@
+"""Reading data files that must not change meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from disha.finetune.errors import DataError
+
+__all__ = ["Stamp", "reading"]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says against reading a file into `DataError`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"there is no data file {path}") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Size in bytes and time of change in nanoseconds, which tell that a file was changed."""
+
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        """The stamp of a file as it is now."""
+        with reading(path):
+            status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns)
+
+    def require_unchanged(self, path: Path) -> None:
+        """Check that the file is still as it was.
+
+        Raises:
+            DataError: it is not.
+        """
+        now = Stamp.of(path)
+        if now != self:
+            raise DataError(
+                f"{path} was changed while it was being read (from {self.size} to {now.size} "
+                "bytes, or at the same size); start again, and leave data as they are during a run"
+            )
