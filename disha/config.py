@@ -1,16 +1,15 @@
-"""AdapterConfig: what an adapter is, validated once, frozen, to and from JSON."""
+"""AdapterConfig: what an adapter is. Checked once, then frozen, to and from JSON."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
 
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import Rows, layout_of, method_of
@@ -21,11 +20,10 @@ __all__ = [
     "BLOCK_DTYPES",
     "INITS",
     "AdapterConfig",
-    "as_patterns",
-    "check_adapter_name",
     "check_dtype",
     "check_scale",
     "checked_rows",
+    "compile_regex",
 ]
 
 INITS = ("zeros", "kaiming")
@@ -50,15 +48,15 @@ class AdapterConfig:
             were chosen by a predicate.
         method: `"bone"` (which `"miss"` means too) or `"bat"`.
         r_out: size of the output shard; turns Bone into a tile. None for none.
-        exclude: regexes of module names to leave out.
-        rank_pattern: regex of module names -> r, the first that is found wins.
+        exclude: regex, or several, of module names to leave out. None for none.
+        rank_pattern: regex of module names -> r; the first that is found wins. None for none.
         layouts: regex of names of parameters, or of modules for their `weight` -> layout.
-        rows: regex of names -> ranges (first, stop) of the outputs to adapt, the others stay.
+        rows: regex of names -> ranges (first, stop) of the outputs to adapt; the others stay.
         dropout: probability with which the adapter's input is zeroed in training.
         scale: factor on the adapter's update when it is injected.
         dtype: dtype of the blocks; None for the weight's own.
         init: `"zeros"` (injection changes nothing) or `"kaiming"` (uniform, as `nn.Linear`'s).
-        also_train: regexes of parameter names that are trained and saved with the adapter.
+        also_train: regex, or several, of parameters that are trained and saved with the adapter.
 
     Raises:
         ArgumentError: a value is out of range, or a regex does not compile.
@@ -88,13 +86,17 @@ class AdapterConfig:
     also_train: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._settle(compile_regex)
+        self._settle()
+        for argument, patterns in self._regexes():
+            for pattern in patterns:
+                compile_regex(argument, pattern)
 
-    def _settle(self, check_regex: Callable[[str, object], object]) -> None:
-        """Check every field, and let none of them change any more."""
+    def _settle(self) -> None:
+        """Check every field, and bring it into the form that it keeps."""
+        values = vars(self)
         _check_positive_int("r", self.r)
         if self.method == "miss":
-            object.__setattr__(self, "method", "bone")
+            values["method"] = "bone"
         method = method_of(self.method)
         if self.r_out is not None:
             _check_positive_int("r_out", self.r_out)
@@ -105,18 +107,35 @@ class AdapterConfig:
                 )
         if self.init not in INITS:
             raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {_listing(INITS)}")
-        _check_dropout(self.dropout)
         check_scale(self.scale)
+        _check_number("dropout", self.dropout)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ArgumentError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         check_dtype(self.dtype)
-        _check_rank_pattern(self.rank_pattern, check_regex)
-        if self.target is not None:
-            check_regex("target_regex", self.target)
         for name in ("exclude", "also_train"):
-            object.__setattr__(self, name, as_patterns(name, getattr(self, name), check_regex))
-        object.__setattr__(self, "rank_pattern", MappingProxyType(dict(self.rank_pattern)))
-        layouts = _checked_layouts(self.layouts, check_regex)
-        object.__setattr__(self, "layouts", MappingProxyType(layouts))
-        object.__setattr__(self, "rows", MappingProxyType(_checked_rows(self.rows, check_regex)))
+            values[name] = _as_tuple(name, values[name])
+        for name, item in (("rank_pattern", "r"), ("layouts", "layout"), ("rows", "row ranges")):
+            values[name] = _as_dict(name, values[name], item)
+        for argument, patterns in self._regexes():
+            for pattern in patterns:
+                _check_is_str(argument, pattern)
+        for pattern, r in self.rank_pattern.items():
+            _check_positive_int(f"rank_pattern[{brief(pattern)}]", r)
+        values["layouts"] = {key: layout_of(one).pattern for key, one in self.layouts.items()}
+        values["rows"] = {key: checked_rows(key, one) for key, one in self.rows.items()}
+        for name in ("rank_pattern", "layouts", "rows"):
+            values[name] = MappingProxyType(values[name])
+
+    def _regexes(self) -> list[tuple[str, Iterable[str]]]:
+        """Return the arguments that hold regexes, with those that they hold."""
+        return [
+            ("target_regex", () if self.target is None else (self.target,)),
+            ("exclude", self.exclude),
+            ("also_train", self.also_train),
+            ("rank_pattern", self.rank_pattern),
+            ("layouts", self.layouts),
+            ("rows", self.rows),
+        ]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (AdapterConfig.from_json, (self.to_json(),))
@@ -134,20 +153,22 @@ class AdapterConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as a dict of plain JSON values."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["exclude"], values["also_train"] = list(self.exclude), list(self.also_train)
-        values["rank_pattern"] = dict(self.rank_pattern)
-        values["layouts"] = dict(self.layouts)
-        values["rows"] = {key: [list(one) for one in rows] for key, rows in self.rows.items()}
-        values["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        return values
+        return {
+            **vars(self),
+            "exclude": list(self.exclude),
+            "also_train": list(self.also_train),
+            "rank_pattern": dict(self.rank_pattern),
+            "layouts": dict(self.layouts),
+            "rows": {key: [list(one) for one in rows] for key, rows in self.rows.items()},
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> AdapterConfig:
         """Return the configuration that `to_json` gave.
 
-        Its regexes say what once was asked for. They are not compiled: in a file from a stranger,
-        one can be such that compiling it takes hours.
+        Its regexes only record what was asked for. They are not compiled: a regex in a file from a
+        stranger can take hours to compile.
 
         Args:
             values: the dict; absent fields take their defaults.
@@ -179,9 +200,8 @@ class AdapterConfig:
         if arguments.get("dtype") is not None:
             arguments["dtype"] = _dtype_named(arguments["dtype"])
         config = object.__new__(cls)
-        for name, value in {**vars(cls(r=1)), **arguments}.items():
-            object.__setattr__(config, name, value)
-        config._settle(_check_regex_type)
+        vars(config).update(vars(cls(r=1)), **arguments)
+        config._settle()
         return config
 
     def changed(self, **values: Any) -> AdapterConfig:
@@ -197,43 +217,35 @@ class AdapterConfig:
         return AdapterConfig.from_json({**self.to_json(), **values})
 
 
-def _listing(values: Sequence[str]) -> str:
+def _listing(values: Iterable[str]) -> str:
     return ", ".join(map(repr, values))
+
+
+def _wrong_type(name: str, wanted: str, value: object) -> ArgumentTypeError:
+    return ArgumentTypeError(
+        f"{name} must be {wanted}, got {brief(value)} of type {type(value).__name__}"
+    )
 
 
 def _check_positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(
-            f"{name} must be an int of at least 1, got {brief(value)} of type "
-            f"{type(value).__name__}"
-        )
+        raise _wrong_type(name, "an int of at least 1", value)
     if value < 1:
         raise ArgumentError(f"{name} must be at least 1, got {value}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _wrong_type(name, "a number", value)
 
 
-def check_scale(scale: object, name: str = "scale") -> None:
+def check_scale(scale: Any, name: str = "scale") -> None:
     """Raise unless `scale` is a number that is finite as float32, which graphs read it in."""
-    if not _is_number(scale):
-        raise ArgumentTypeError(
-            f"{name} must be a number, got {brief(scale)} of type {type(scale).__name__}"
-        )
-    if not abs(scale) <= LARGEST_SCALE:  # type: ignore[arg-type]
+    _check_number(name, scale)
+    if not abs(scale) <= LARGEST_SCALE:
         raise ArgumentError(
             f"{name} must be finite and at most {LARGEST_SCALE:.3g}, got {str(scale)[:40]}"
         )
-
-
-def _check_dropout(dropout: object) -> None:
-    if not _is_number(dropout):
-        raise ArgumentTypeError(
-            f"dropout must be a number, got {brief(dropout)} of type {type(dropout).__name__}"
-        )
-    if not 0.0 <= dropout < 1.0:  # type: ignore[operator]
-        raise ArgumentError(f"dropout must be at least 0 and below 1, got {dropout}")
 
 
 def check_dtype(dtype: object) -> None:
@@ -241,54 +253,37 @@ def check_dtype(dtype: object) -> None:
     if dtype is None:
         return
     if not isinstance(dtype, torch.dtype):
-        raise ArgumentTypeError(
-            f"dtype must be a torch.dtype such as torch.float32, got {dtype!r} "
-            f"of type {type(dtype).__name__}"
-        )
+        raise _wrong_type("dtype", "a torch.dtype such as torch.float32", dtype)
     if dtype not in BLOCK_DTYPES.values():
         raise ArgumentError(
-            f"a block can't be trained in {dtype}; allowed are {_listing(list(BLOCK_DTYPES))}"
+            f"a block can't be trained in {dtype}; allowed are {_listing(BLOCK_DTYPES)}"
         )
 
 
 def _dtype_named(name: object) -> torch.dtype:
     if not isinstance(name, str) or name not in BLOCK_DTYPES:
-        raise ArgumentError(
-            f"unknown dtype {brief(name)}; allowed are {_listing(list(BLOCK_DTYPES))}"
-        )
+        raise ArgumentError(f"unknown dtype {brief(name)}; allowed are {_listing(BLOCK_DTYPES)}")
     return BLOCK_DTYPES[name]
 
 
-def _require_mapping(name: str, value: object, item: str) -> Mapping[Any, Any]:
-    """Return a mapping from regexes, or raise and say what it maps them to."""
+def _as_tuple(name: str, patterns: object) -> tuple[str, ...]:
+    """Return one regex, several, or None as a tuple."""
+    if patterns is None:
+        return ()
+    if isinstance(patterns, str):
+        return (patterns,)
+    if not isinstance(patterns, Sequence):
+        raise _wrong_type(name, "a regex or a list of them", patterns)
+    return tuple(patterns)
+
+
+def _as_dict(name: str, value: object, item: str) -> dict[Any, Any]:
+    """Return a copy of a mapping from regexes to items; of None, an empty one."""
+    if value is None:
+        return {}
     if not isinstance(value, Mapping):
-        raise ArgumentTypeError(
-            f"{name} must be a dict of regex -> {item}, "
-            f"got {brief(value)} of type {type(value).__name__}"
-        )
-    return value
-
-
-def _check_rank_pattern(rank_pattern: object, check_regex: Callable[[str, object], object]) -> None:
-    for pattern, r in _require_mapping("rank_pattern", rank_pattern, "r").items():
-        check_regex("rank_pattern", pattern)
-        _check_positive_int(f"rank_pattern[{brief(pattern)}]", r)
-
-
-def _checked_layouts(
-    layouts: object, check_regex: Callable[[str, object], object]
-) -> dict[str, str]:
-    given = _require_mapping("layouts", layouts, "layout")
-    for pattern in given:
-        check_regex("layouts", pattern)
-    return {pattern: layout_of(layout).pattern for pattern, layout in given.items()}
-
-
-def _checked_rows(rows: object, check_regex: Callable[[str, object], object]) -> dict[str, Rows]:
-    given = _require_mapping("rows", rows, "list of (first, stop)")
-    for pattern in given:
-        check_regex("rows", pattern)
-    return {pattern: checked_rows(pattern, ranges) for pattern, ranges in given.items()}
+        raise _wrong_type(name, f"a dict of regex -> {item}", value)
+    return dict(value)
 
 
 def checked_rows(name: str, ranges: object) -> Rows:
@@ -298,18 +293,12 @@ def checked_rows(name: str, ranges: object) -> Rows:
         ArgumentError: a range is empty or negative, or two overlap.
         ArgumentTypeError: they are no list of pairs of ints.
     """
-    pairs = isinstance(ranges, (list, tuple)) and all(
-        isinstance(one, (list, tuple))
-        and len(one) == 2
-        and all(isinstance(end, int) and not isinstance(end, bool) for end in one)
-        for one in ranges
-    )
-    if not pairs or not ranges:
+    if not isinstance(ranges, (list, tuple)) or not ranges or not all(map(_is_pair, ranges)):
         raise ArgumentTypeError(
             f"rows of {brief(name)} must be a list of pairs (first, stop) of ints, such as "
             f"[(0, 768)], got {brief(ranges)}"
         )
-    ordered: Rows = tuple(sorted((first, stop) for first, stop in ranges))  # type: ignore[attr-defined]
+    ordered: Rows = tuple(sorted((first, stop) for first, stop in ranges))
     for first, stop in ordered:
         if not 0 <= first < stop:
             raise ArgumentError(
@@ -323,85 +312,29 @@ def checked_rows(name: str, ranges: object) -> Rows:
     return ordered
 
 
-def compile_regex(argument: str, pattern: object) -> re.Pattern[str]:
-    """Compile `pattern`, or raise an error that names the argument it came from."""
-    text = _check_regex_type(argument, pattern)
-    try:
-        return re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ArgumentError(f"{argument} {brief(text)} is not a valid regex: {error}") from error
+def _is_pair(value: object) -> bool:
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return pair and all(isinstance(end, int) and not isinstance(end, bool) for end in value)  # type: ignore[attr-defined]
 
 
-def _check_regex_type(argument: str, pattern: object) -> str:
+def _check_is_str(argument: str, pattern: object) -> None:
     if not isinstance(pattern, str):
-        raise ArgumentTypeError(
-            f"{argument} must be a regex (str), got {brief(pattern)} of type "
-            f"{type(pattern).__name__}"
-        )
-    return pattern
+        raise _wrong_type(argument, "a regex (str)", pattern)
 
 
-def as_patterns(
-    argument: str,
-    patterns: str | Sequence[str] | None,
-    check_regex: Callable[[str, object], object] = compile_regex,
-) -> tuple[str, ...]:
-    """Return one regex, several or None as a tuple of regexes, each of them checked."""
-    if patterns is None:
-        return ()
-    if isinstance(patterns, str):
-        patterns = (patterns,)
-    if not isinstance(patterns, Sequence):
-        raise ArgumentTypeError(
-            f"{argument} must be a regex or a list of them, "
-            f"got {brief(patterns)} of type {type(patterns).__name__}"
-        )
-    for pattern in patterns:
-        check_regex(argument, pattern)
-    return tuple(patterns)
+def compile_regex(argument: str, pattern: str) -> re.Pattern[str]:
+    """Compile a regex.
 
+    Args:
+        argument: the argument that it was given as, which errors name.
+        pattern: the regex.
 
-def check_adapter_name(adapter: object) -> str:
-    """Return `adapter` if it can name an adapter, else raise.
-
-    An adapter's name becomes a part of state-dict keys and a sub-module's name, so it must be a
-    non-empty str without a dot, and none that `nn.Module` uses itself, such as "train".
+    Raises:
+        ArgumentError: it does not compile.
+        ArgumentTypeError: it is no str.
     """
-    if not isinstance(adapter, str):
-        raise ArgumentTypeError(
-            f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
-        )
-    if not adapter:
-        raise ArgumentError("an adapter's name must not be empty")
-    if "." in adapter:
-        raise ArgumentError(
-            f"adapter name {adapter!r} has a dot, which separates names in state-dict keys; "
-            f"use {adapter.replace('.', '_')!r}, say"
-        )
-    # asked anew each time: other libraries add attributes to nn.Module
-    if adapter in _RESERVED_NAMES or hasattr(nn.Module, adapter):
-        raise ArgumentError(
-            f"adapter name {adapter!r} is an attribute of nn.Module; use {adapter + '_'!r}, say"
-        )
-    return adapter
-
-
-_RESERVED_NAMES = frozenset(dir(nn.Module())) | {
-    # what the holder of a layer's adapters has besides
-    "acting",
-    "activate",
-    "active",
-    "add",
-    "blocks",
-    "discard",
-    "enabled",
-    "live",
-    "merged",
-    "route",
-    "routed",
-    "set_enabled",
-    "__contains__",
-    "__getitem__",
-    "__iter__",
-    "__len__",
-}
+    _check_is_str(argument, pattern)
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ArgumentError(f"{argument} {brief(pattern)} is not a valid regex: {error}") from error

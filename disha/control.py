@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from disha import functional
-from disha.config import check_adapter_name, check_scale
+from disha.config import check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.layers import AdaptedLayer, AdaptedWeight, Block, make_block
+from disha.layers import AdaptedLayer, AdaptedWeight, Block, check_adapter_name, make_block
 from disha.model import ModelView
 from disha.routing import Route
 

@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["as_now", "claim", "claimed", "release", "restore_flags", "set_requires_grad"]
+__all__ = [
+    "as_now",
+    "claim",
+    "claimed",
+    "is_claimed",
+    "release",
+    "restore_flags",
+    "set_requires_grad",
+]
 
 _ATTRIBUTE = "_disha_training"
 
@@ -95,10 +103,13 @@ def release(module: nn.Module, adapter: str) -> None:
         set_requires_grad(module, name, flag)
 
 
-def claimed(module: nn.Module, adapter: str | None = None) -> tuple[str, ...]:
-    """Return the names of the module's parameters that an adapter, or any, claims."""
+def claimed(module: nn.Module, adapter: str) -> tuple[str, ...]:
+    """Return the names of the module's parameters that an adapter trains."""
     memory: _Memory | None = _attributes(module).get(_ATTRIBUTE)
-    if memory is None:
-        return ()
-    wanted = memory.claims.values() if adapter is None else (memory.claims.get(adapter, {}),)
-    return tuple(dict.fromkeys(name for names in wanted for name in names))
+    return () if memory is None else tuple(memory.claims.get(adapter, ()))
+
+
+def is_claimed(module: nn.Module, name: str) -> bool:
+    """Whether any adapter trains a parameter of the module."""
+    memory: _Memory | None = _attributes(module).get(_ATTRIBUTE)
+    return memory is not None and any(name in names for names in memory.claims.values())

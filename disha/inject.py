@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from disha import freezing
-from disha.config import AdapterConfig, as_patterns
 from disha.errors import ArgumentError
 from disha.layers import (
     CHILD_NAME,
@@ -26,7 +24,8 @@ from disha.layers import (
     restore,
 )
 from disha.model import ModelView
-from disha.plan import Plan, PlannedLayer, Target, can_train, claimed_names, plan_injection
+from disha.plan import Plan, PlannedLayer, Target, can_train, plan_injection
+from disha.text import counted, first_few
 
 __all__ = [
     "adapter_parameters",
@@ -118,56 +117,24 @@ def inject_adapters(
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.disha.default.bone_block', '2.disha.default.bone_block']
     """
-    config = AdapterConfig(
-        r=r,
-        target=target_regex if isinstance(target_regex, str) else None,
-        method=method,
-        layouts=layouts or {},
-        rows=rows or {},  # type: ignore[arg-type]
-        r_out=r_out,
-        exclude=as_patterns("exclude", exclude),
-        rank_pattern=rank_pattern or {},
-        dropout=dropout,
-        scale=scale,
-        dtype=dtype,
-        init=init,
-        also_train=as_patterns("also_train", also_train),
-    )
-    view = ModelView(model)
-    with _no_collections():
-        plan = plan_injection(view, target_regex, config, adapter, freeze, strict=True)
-        apply_plan(view, plan)
+    arguments = locals()
+    view = ModelView(arguments.pop("model"))
+    plan = plan_injection(view, strict=True, **arguments)
+    apply_plan(view, plan)
     _warn_of_skipped(plan)
     return model
 
 
 def _warn_of_skipped(plan: Plan) -> None:
-    """Warn once of weights that were asked for and can't be adapted: that is seldom meant."""
-    matrices = [one for one in plan.skipped if one.is_weight]
-    if matrices:
-        shown = "; ".join(f"{one.name}: {one.reason}" for one in matrices[:5])
-        more = f"; and {len(matrices) - 5} more" if len(matrices) > 5 else ""
+    """Warn of weights that were asked for and can't be adapted: that is seldom meant."""
+    weights = [f"{one.name}: {one.reason}" for one in plan.skipped if one.is_weight]
+    if weights:
         warnings.warn(
-            f"the target selects {len(matrices)} weights that are not adapted: {shown}{more}. "
-            "Leave them out with exclude= if that is meant",
+            f"the target also selects {counted(len(weights), 'weight')} that can't be adapted: "
+            f"{first_few(weights, 5, '; ')}. To leave them out without a warning, pass exclude=",
             UserWarning,
             stacklevel=3,
         )
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Keep Python's garbage collector off.
-
-    The new objects stay, and looking through all of them takes longer than making them.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
@@ -181,12 +148,12 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
     by_module: dict[nn.Module, list[PlannedLayer]] = {}
     for layer in plan.layers:
         by_module.setdefault(layer.module, []).append(layer)
-    with _no_collections(), ExitStack() as undo:
+    blocks = {
+        module: [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
+        for module, layers in by_module.items()
+    }
+    with ExitStack() as undo:
         undo.callback(_settle_encoders, view)  # the last to be undone: by then no layer is adapted
-        blocks = {
-            module: [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
-            for module, layers in by_module.items()
-        }
         for module, layers in by_module.items():
             undo.callback(adapt(module, [one.slot for one in layers]))
             adapters = module._modules[CHILD_NAME]
@@ -308,12 +275,10 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     if not view.layers:
         raise ArgumentError("the model has no adapter, so nothing would be left to train")
     view.reshard()
-    claimed = {
-        id(module._parameters[name]) for module in view.names for name in freezing.claimed(module)
-    }
     for one in view.parameters:
         if can_train(one.value):
-            freezing.set_requires_grad(one.module, one.attribute, id(one.value) in claimed)
+            trains = freezing.is_claimed(one.module, one.attribute)
+            freezing.set_requires_grad(one.module, one.attribute, trains)
     for _, layer in view.layers:
         for block in layer.disha.blocks().values():
             block.block.requires_grad_(True)
@@ -333,15 +298,14 @@ def _settle_encoders(view: ModelView) -> None:
 
 def _set_flags(view: ModelView, plan: Plan, undo: ExitStack) -> None:
     """Set requires_grad as planned, and note what trains beside the adapter."""
-    kept = claimed_names(view)
     for module in {one.module for one in view.parameters}:
         undo.callback(freezing.as_now(module))
+    also_train = set(plan.also_train)
     for one in view.parameters:
-        parameter = one.value
-        if not can_train(parameter):
+        if not can_train(one.value):
             continue
-        if one.name in plan.also_train:
-            without = parameter.requires_grad and not plan.freeze
+        if one.name in also_train:
+            without = one.value.requires_grad and not plan.freeze
             freezing.claim(one.module, plan.adapter, one.attribute, without)
-        elif plan.freeze and one.name not in kept:
+        elif plan.freeze and not freezing.is_claimed(one.module, one.attribute):
             freezing.set_requires_grad(one.module, one.attribute, False)

@@ -1,4 +1,9 @@
-"""Plan an injection: which weights, of what sizes, with what else trained. Changes nothing."""
+"""Plan an injection: which weights, of what sizes, with what else trained. Changes nothing.
+
+Both ways to plan start from all `Candidate`s of a model. A target selects some of them, or a file
+asks for some by name. Each that is asked for becomes a `PlannedLayer`, or there is a reason why it
+can't.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +13,21 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from disha import freezing, functional
-from disha.config import (
-    ALL_LINEAR,
-    BLOCK_DTYPES,
-    AdapterConfig,
-    as_patterns,
-    check_adapter_name,
-)
+from disha.config import ALL_LINEAR, BLOCK_DTYPES, AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
-from disha.functional import Layout, Rows
+from disha.functional import Geometry, Layout, Rows
 from disha.layers import (
     CHILD_NAME,
     AdaptedLayer,
     Slot,
+    check_adapter_name,
     declared_slots,
     device_of_weight,
     is_quantised,
@@ -42,7 +43,7 @@ from disha.layers import (
 from disha.model import ModelParameter, ModelView, join
 from disha.sharding import imported_class, is_sharded
 from disha.tables import WIDEST, table
-from disha.text import brief, printable
+from disha.text import brief, counted, first_few, printable
 
 __all__ = [
     "Plan",
@@ -52,7 +53,6 @@ __all__ = [
     "UnknownLayout",
     "WeightRequest",
     "can_train",
-    "claimed_names",
     "plan_adapters",
     "plan_injection",
     "plan_weights",
@@ -61,9 +61,12 @@ __all__ = [
 Target = str | Callable[[str, nn.Module], bool]
 
 
+# --- the plan ------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A weight that will be adapted, and the block it will get.
+    """A weight that will be adapted, and the block that it will get.
 
     Attributes:
         name: its name in the model, that of its module for `weight`; empty for the model itself.
@@ -73,7 +76,7 @@ class PlannedLayer:
         r_out: size of the output shard of a tile, or None.
         in_features: size of its input.
         out_features: size of its output.
-        parameters: values in the block.
+        parameters: number of values in the block.
         layout: how the weight is laid out.
         module: the module.
         slot: where the weight is in it.
@@ -95,29 +98,15 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True)
-class WeightRequest:
-    """A weight to adapt by name, as a file describes it."""
-
-    name: str
-    r: int
-    in_features: int
-    out_features: int
-    block_shape: tuple[int, ...]
-    layout: Layout | None = None
-    rows: Rows = ()
-    dtype: torch.dtype | None = None
-
-
-@dataclass(frozen=True)
 class SkippedModule:
     """A module or a weight that was asked for and will not be adapted, and why.
 
     Attributes:
         name: its name in the model.
         type_name: the name of its class.
-        reason: why it is not.
-        is_weight: whether it is a weight that adapters are for, or a parameter that could be one;
-            not what was excluded, nor a module that has neither.
+        reason: why it is not adapted.
+        is_weight: whether it is a weight or another matrix parameter. False for what `exclude`
+            leaves out, and for a module without such parameters.
     """
 
     name: str
@@ -128,7 +117,7 @@ class SkippedModule:
 
 @dataclass(frozen=True)
 class UnknownLayout:
-    """A matrix parameter that no target reaches, since nothing declares its layout.
+    """A matrix parameter that can't be adapted, since nothing declares its layout.
 
     Attributes:
         name: its name in the model.
@@ -217,10 +206,14 @@ class Plan:
         if self.also_train:
             lines.append(f"also trained: {', '.join(self.also_train)}")
         lines.append(
-            f"adapter {self.adapter!r}: {len(self.layers)} layers, {self.added:,} parameters; "
+            f"adapter {self.adapter!r}: {counted(len(self.layers), 'layer')}, "
+            f"{counted(self.added, 'parameter')}; "
             f"trainable {self.trainable:,} of {self.total:,} ({self.percent:.3f}%)"
         )
         return "\n".join(lines)
+
+
+# --- planning by a target ------------------------------------------------------------------------
 
 
 def plan_adapters(
@@ -277,65 +270,81 @@ def plan_adapters(
         layer  method  r  in -> out  parameters
         0      bone    2  8 -> 4              8
         skipped 1 (LayerNorm): no layer kind adapts LayerNorm
-        adapter 'default': 1 layers, 8 parameters; trainable 8 of 52 (15.385%)
+        adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
     """
-    config = AdapterConfig(
-        r=r,
-        target=target_regex if isinstance(target_regex, str) else None,
-        method=method,
-        layouts=layouts or {},
-        rows=rows or {},  # type: ignore[arg-type]
-        r_out=r_out,
-        exclude=as_patterns("exclude", exclude),
-        rank_pattern=rank_pattern or {},
-        dropout=dropout,
-        scale=scale,
-        dtype=dtype,
-        init=init,
-        also_train=as_patterns("also_train", also_train),
-    )
-    return plan_injection(ModelView(model), target_regex, config, adapter, freeze, strict=False)
+    arguments = locals()
+    return plan_injection(ModelView(arguments.pop("model")), strict=False, **arguments)
 
 
 def plan_injection(
     view: ModelView,
     target_regex: Target,
-    config: AdapterConfig,
+    *,
     adapter: str,
     freeze: bool,
-    *,
     strict: bool,
+    **options: Any,
 ) -> Plan:
     """Return the plan of an injection.
 
     Args:
         view: any model.
         target_regex: which weights.
-        config: the adapter's configuration.
         adapter: the adapter's name.
         freeze: whether everything else is frozen.
         strict: raise where r or r_out does not fit a weight, instead of listing it as skipped.
+        options: the other arguments of `inject_adapters`, which are fields of `AdapterConfig`.
     """
-    _check_changeable(view, adapter)
-    weights = _Weights(view, config)
-    selected = weights.selected(target_regex)
-    candidates, skipped = _divide(weights, selected, config, target_regex)
-    _check_used(config, weights, candidates)
+    target = target_regex if isinstance(target_regex, str) else None
+    config = AdapterConfig(target=target, **options)
+    _check_addable(view, adapter)
+    candidates = _as_declared(_candidates(view), config)
+    selected = _selected(view, candidates, target_regex)
+    wanted, skipped = _divided(view, selected, config)
+    if not wanted:
+        raise TargetError(_nothing_to_adapt(target_regex, candidates, skipped, config.method))
+    _check_all_used(config, wanted)
     layers, misfits = [], []
-    for one in candidates:
+    for one in wanted:
         r = config.rank_of(*one.names)
-        problem = functional.misfit(config.method, one.slot.layout, one.geometry, r, config.r_out)
+        problem = one.misfit(config, r)
         if problem is None:
-            layers.append(_planned(one, config, r))
+            layers.append(one.planned(config, r))
         else:
             misfits.append(SkippedModule(one.name, one.type_name, problem, True))
     if misfits and strict:
         raise ArgumentError(_misfit_message(misfits, config))
-    also_trained = _match_parameters(config.also_train, view)
-    plan = _counted_plan(
-        view, adapter, config, freeze, tuple(layers), (*skipped, *misfits), also_trained
+    plan = _counted_plan(view, adapter, config, freeze, layers, _also_trained(view, config))
+    return replace(
+        plan,
+        skipped=(*skipped, *misfits),
+        unknown=tuple(one.unknown for one in candidates if one.unknown is not None),
+        tied=_tied(view, layers),
     )
-    return replace(plan, unknown=weights.unknown, tied=_tied(view, layers))
+
+
+# --- planning by a file --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightRequest:
+    """A weight to adapt by name, as a file describes it.
+
+    Attributes:
+        name: its name in the model.
+        r: shard size.
+        geometry: the sizes of what is adapted of it.
+        layout: how the weight is laid out.
+        rows: the outputs that are adapted; empty for all.
+        dtype: dtype of the block.
+    """
+
+    name: str
+    r: int
+    geometry: Geometry
+    layout: Layout
+    rows: Rows
+    dtype: torch.dtype
 
 
 def plan_weights(
@@ -360,93 +369,55 @@ def plan_weights(
         ArgumentError: the name is taken, or weights or parameters are not there or of other sizes;
             one message lists all of them.
     """
-    _check_changeable(view, adapter)
-    by_name = _requested(view, requests)
+    _check_addable(view, adapter)
+    by_name = {name: one for one in _candidates(view) for name in one.names}
     problems, layers = [], []
     for request in requests:
-        one = by_name.get(request.name)
-        problem = _unmet(request, one, config, view.modules)
-        if problem is None and one is not None:
-            layers.append(_planned(one, config, request.r, request.dtype))
+        candidate = by_name.get(request.name)
+        asked = None if candidate is None else candidate.as_requested(request)
+        problem = _request_problem(request, asked, config)
+        if problem is None and asked is not None:
+            layers.append(asked.planned(config, request.r, request.dtype))
         else:
             problems.append(f"{printable(request.name, WIDEST) or '(the model)'}: {problem}")
     for full, shape in also_train.items():
-        problem = _unmet_parameter(view.parameters_by_name.get(full), shape)
+        problem = _parameter_problem(view.parameters_by_name.get(full), shape)
         if problem is not None:
             problems.append(f"parameter {printable(full, WIDEST)}: {problem}")
     if problems:
-        shown = "\n".join(problems[:20])
-        more = f"\nand {len(problems) - 20} more" if len(problems) > 20 else ""
-        known = list(dict.fromkeys((*view.modules, *by_name)))
-        absent = next((r.name for r in requests if r.name not in known), None)
+        message = f"the adapter does not fit the model; nothing changed:\n{first_few(problems, 20)}"
+        absent = next((one.name for one in requests if one.name not in by_name), None)
         if absent is not None:
-            more += f"\nthe names nearest to {brief(absent)} are {_nearest(absent, known)}"
-        raise ArgumentError(f"the adapter does not fit the model; nothing changed:\n{shown}{more}")
+            message += f"\nthe names nearest to {brief(absent)} are {_nearest(absent, by_name)}"
+        raise ArgumentError(message)
     trained = tuple(view.parameters_by_name[full].name for full in also_train)
-    return _counted_plan(view, adapter, config, freeze, tuple(layers), (), trained)
+    return _counted_plan(view, adapter, config, freeze, layers, trained)
 
 
-def _requested(view: ModelView, requests: Sequence[WeightRequest]) -> dict[str, _Weight]:
-    """Return the weights of a model by each of their names, those that a file lays out included."""
-    found: dict[str, _Weight] = {}
-    for module, module_aliases in view.names.items():
-        for slot in declared_slots(module):
-            one = _Weight(module, slot, module_aliases)
-            found |= dict.fromkeys(one.names, one)
-    wanted = {request.name: request for request in requests if request.layout is not None}
-    for module, module_aliases in view.names.items():
-        for parameter in matrix_parameters(module) if wanted else ():
-            below = "" if parameter == "weight" else parameter
-            for alias in module_aliases:
-                request = wanted.get(join(alias, below))
-                if request is not None and request.name not in found and request.layout is not None:
-                    one = _Weight(module, slot_of(parameter, request.layout), module_aliases)
-                    found |= dict.fromkeys(one.names, one)
-    for request in requests:
-        if request.rows and request.name in found:
-            one = found[request.name]
-            found |= dict.fromkeys(one.names, one.in_rows(request.rows))
-    return found
-
-
-def _unmet(
-    request: WeightRequest,
-    one: _Weight | None,
-    config: AdapterConfig,
-    modules: Mapping[str, nn.Module],
+def _request_problem(
+    request: WeightRequest, one: Candidate | None, config: AdapterConfig
 ) -> str | None:
     """Return why a requested weight can't be adapted as described, or None."""
     if one is None:
-        module = modules.get(request.name)
-        if module is None:
-            return "the model has no such layer"
-        return f"can't be adapted: no layer kind adapts {type(module).__qualname__}"
+        return "the model has no such layer"
     obstacle = one.obstacle(config.method)
     if obstacle is not None:
         return f"can't be adapted: {obstacle}"
-    look = stored_weight if one.slot.opaque else read_weight
-    weight = look(one.module, one.slot.parameter)
-    if isinstance(weight, Tensor) and device_of_weight(one.module, weight).type == "meta":
+    if one.is_meta:
         return "its weight is on the meta device; give the model its weights first"
-    if request.layout is not None and request.layout != one.slot.layout:
-        return f"expected the layout {request.layout}, the model has {one.slot.layout}"
-    geometry = one.geometry
-    if (geometry.in_features, geometry.out_features) != (request.in_features, request.out_features):
-        return (
-            f"expected {request.in_features} -> {request.out_features}, "
-            f"the model has {geometry.in_features} -> {geometry.out_features}"
-        )
-    layout = one.slot.layout
-    misfit = functional.misfit(config.method, layout, geometry, request.r, config.r_out)
-    if misfit is not None:
-        return misfit
-    shape = one.block_shape(config.method, request.r, config.r_out)
-    if shape != request.block_shape:
-        return f"expected a block of shape {shape}, found {request.block_shape}"
-    return None
+    if request.layout != one.layout:
+        return f"expected the layout {request.layout}, the model has {one.layout}"
+    if request.geometry != one.geometry:
+        return f"expected {_sizes(request.geometry)}, the model has {_sizes(one.geometry)}"
+    return one.misfit(config, request.r)
 
 
-def _unmet_parameter(one: ModelParameter | None, shape: tuple[int, ...]) -> str | None:
+def _sizes(geometry: Geometry) -> str:
+    stack = "".join(f"{size} x " for size in geometry.stack)
+    return f"{stack}{geometry.in_features} -> {geometry.out_features}"
+
+
+def _parameter_problem(one: ModelParameter | None, shape: tuple[int, ...]) -> str | None:
     """Return why a parameter can't be trained with the adapter as described, or None."""
     if one is None:
         return "the model has no such parameter"
@@ -462,54 +433,142 @@ def _unmet_parameter(one: ModelParameter | None, shape: tuple[int, ...]) -> str 
 
 
 @dataclass(frozen=True)
-class _Weight:
-    """A weight that can be asked for: a slot of a module, with the module's names."""
+class Candidate:
+    """What can be asked for: a weight, a matrix of unknown layout, or a module without either.
+
+    Attributes:
+        module: the module.
+        module_names: its clean names.
+        attribute: the name of the weight or of the matrix in the module; empty if there is none.
+        slot: the weight; None where its layout is unknown.
+        preloaded: whether accelerate brings the weight with those of a module around it.
+    """
 
     module: nn.Module
-    slot: Slot
     module_names: tuple[str, ...]
+    attribute: str = ""
+    slot: Slot | None = None
+    preloaded: bool = False
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        return tuple(join(name, self.slot.name) for name in self.module_names)
+        """The names that targets and files know it by."""
+        below = self.attribute if self.slot is None else self.slot.name
+        return tuple(join(name, below) for name in self.module_names)
 
     @property
     def name(self) -> str:
+        """The name that it goes by."""
         return self.names[0]
 
     @property
-    def searched(self) -> tuple[str, ...]:
-        """The names that `layouts` and `rows` may match: those of the parameter as well."""
-        return (*self.names, *(join(name, self.slot.parameter) for name in self.module_names))
+    def parameter_names(self) -> tuple[str, ...]:
+        """The names that `layouts` and `rows` know it by, those of the parameter included."""
+        return (*self.names, *(join(name, self.attribute) for name in self.module_names))
 
     @property
     def type_name(self) -> str:
+        """The name of the module's class."""
         return type(self.module).__qualname__
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        return weight_shape(self.module, self.slot)
-
-    @cached_property
-    def geometry(self) -> functional.Geometry:
-        return self.slot.layout.geometry(self.shape, self.slot.rows)
 
     @property
     def parameter(self) -> nn.Parameter | None:
-        return self.module._parameters.get(self.slot.parameter)
+        """The parameter, or None where the weight is computed from others."""
+        return self.module._parameters.get(self.attribute)
 
-    def block_shape(self, method: str, r: int, r_out: int | None) -> tuple[int, ...]:
-        layout, rows = self.slot.layout, self.slot.rows
-        return functional.block_shape(method, layout, self.shape, r, r_out, rows)
+    @property
+    def unknown(self) -> UnknownLayout | None:
+        """What to tell of a matrix whose layout is unknown; None for others."""
+        if self.slot is not None or self.parameter is None:
+            return None
+        return UnknownLayout(
+            join(self.module_names[0], self.attribute), tuple(self.parameter.shape)
+        )
 
-    def in_rows(self, rows: Rows) -> _Weight:
+    # --- of weights only -------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """The weight's layout."""
+        assert self.slot is not None
+        return self.slot.layout
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole weight."""
+        assert self.slot is not None
+        return weight_shape(self.module, self.slot)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes of what is adapted."""
+        assert self.slot is not None
+        return self.layout.geometry(self.shape, self.slot.rows)
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the weight has no values, even when its module runs."""
+        assert self.slot is not None
+        look = stored_weight if self.slot.opaque else read_weight
+        weight = look(self.module, self.attribute)
+        return isinstance(weight, Tensor) and device_of_weight(self.module, weight).type == "meta"
+
+    def laid_out(self, layout: Layout) -> Candidate:
+        """Return the whole parameter as a weight of another layout."""
+        return replace(self, slot=slot_of(self.attribute, layout))
+
+    def in_rows(self, rows: Rows) -> Candidate:
+        """Return these rows of the weight."""
+        assert self.slot is not None
         return replace(self, slot=replace(self.slot, rows=rows))
 
+    def as_requested(self, request: WeightRequest) -> Candidate:
+        """Return what a file means: the layout that it has for an unknown one, and its rows."""
+        one = self.laid_out(request.layout) if self.unknown is not None else self
+        return one.in_rows(request.rows) if request.rows and one.slot is not None else one
+
+    def misfit(self, config: AdapterConfig, r: int) -> str | None:
+        """Return why a block does not fit the weight, or None if it does."""
+        return functional.misfit(config.method, self.layout, self.geometry, r, config.r_out)
+
+    def planned(
+        self, config: AdapterConfig, r: int, dtype: torch.dtype | None = None
+    ) -> PlannedLayer:
+        """Return the weight with the block that it will get."""
+        assert self.slot is not None
+        geometry = self.geometry
+        shape = functional.block_shape(
+            config.method, self.layout, self.shape, r, config.r_out, self.slot.rows
+        )
+        return PlannedLayer(
+            name=self.name,
+            type_name=self.type_name,
+            method=config.method,
+            r=r,
+            r_out=config.r_out,
+            in_features=geometry.in_features,
+            out_features=geometry.out_features,
+            parameters=math.prod(shape),
+            layout=self.layout.pattern,
+            module=self.module,
+            slot=self.slot,
+            dtype=dtype,
+        )
+
     def obstacle(self, method: str) -> str | None:
-        """Return why `method` can't adapt the weight, or None if it can."""
+        """Return why `method` can't adapt it, or None if it can."""
         module, slot = self.module, self.slot
+        if slot is None:
+            unknown = self.unknown
+            return f"no layer kind adapts {self.type_name}" if unknown is None else unknown.reason
         if hasattr(module, CHILD_NAME) and not isinstance(module, AdaptedLayer):
             return f"it has an attribute {CHILD_NAME!r} of its own, where the adapters would be"
+        if self.preloaded:
+            return (
+                "accelerate brings its weight together with all others of a module around it "
+                "(preload_module_classes), and would look for the block there; inject first, then "
+                "offload"
+            )
         if slot.opaque:  # never read
             quantisation = quantisation_of(module, stored_weight(module, slot.parameter))
             unreadable = quantisation is not None and quantisation.read is None
@@ -519,7 +578,7 @@ class _Weight:
                     f"its weight is quantised ({quantisation.name}) and can't be read as numbers; "
                     f"{method!r} needs to, 'bone' does not"
                 )
-            return _impossible_rows(self)
+            return self._impossible_rows()
         weight = read_weight(module, slot.parameter)
         if isinstance(weight, UninitializedParameter):
             return "its weight is not initialised yet; run the model once before injecting"
@@ -533,136 +592,63 @@ class _Weight:
                 "its weight is a DTensor of a tensor-parallel plan, of which every rank has a "
                 "part; adapters are not supported there"
             )
-        return slot.layout.misfit(weight.shape) or _impossible_rows(self)
+        return slot.layout.misfit(weight.shape) or self._impossible_rows()
+
+    def _impossible_rows(self) -> str | None:
+        assert self.slot is not None
+        out_features = self.layout.geometry(self.shape).out_features
+        beyond = [rows for rows in self.slot.rows if rows[1] > out_features]
+        return f"rows {beyond[0]} are out of range, it has {out_features}" if beyond else None
 
 
-def _impossible_rows(one: _Weight) -> str | None:
-    out_features = one.slot.layout.geometry(weight_shape(one.module, one.slot)).out_features
-    beyond = [rows for rows in one.slot.rows if rows[1] > out_features]
-    return f"rows {beyond[0]} are out of range, it has {out_features}" if beyond else None
+def _candidates(view: ModelView) -> list[Candidate]:
+    """Return all that can be asked for in a model, in the order of its modules."""
+    preloaded: set[nn.Module] = set()
+    for module in view.names:
+        if any(hook.place_submodules for hook in offloading_hooks(module)):
+            preloaded |= set(view.inside(module))
+    found: list[Candidate] = []
+    for module, names in view.names.items():
+        slots = declared_slots(module)
+        own = [
+            Candidate(module, names, slot.parameter, slot, module in preloaded) for slot in slots
+        ]
+        if not any(slot.opaque for slot in slots):
+            known = {slot.parameter for slot in slots}
+            unknown = (name for name in matrix_parameters(module) if name not in known)
+            own += [Candidate(module, names, name) for name in unknown]
+        found += own or [Candidate(module, names)]
+    return found
 
 
-PRELOADED = (
-    "accelerate brings its weight together with all others of a module around it "
-    "(preload_module_classes), and would look for the block there; inject first, then offload"
-)
-
-
-class _Weights:
-    """The weights of a model that can be asked for, and the matrix parameters that can't.
-
-    Attributes:
-        view: the model.
-        found: the weights whose layouts are known.
-        unknown_of: the matrix parameters whose layouts are not, by module.
-        owner_names: the `out_proj` of each nn.MultiheadAttention -> the names of the attention,
-            which reads that weight itself.
-        preloaded: the modules whose weights accelerate brings together with those around them.
-    """
-
-    def __init__(self, view: ModelView, config: AdapterConfig) -> None:
-        self.view = view
-        self.found: list[_Weight] = []
-        self.unknown_of: dict[nn.Module, list[UnknownLayout]] = {}
-        self._config = config
-        self.preloaded: set[nn.Module] = set()
-        for module, aliases in view.names.items():
-            if any(hook.place_submodules for hook in offloading_hooks(module)):
-                self.preloaded |= set(view.inside(module))
-            self._add(module, aliases)
-        self.owner_names: dict[nn.Module, tuple[str, ...]] = {
-            module.out_proj: aliases
-            for module, aliases in view.names.items()
-            if isinstance(module, nn.MultiheadAttention)
-        }
-
-    @property
-    def unknown(self) -> tuple[UnknownLayout, ...]:
-        """The matrix parameters whose layouts nothing declares."""
-        return tuple(one for some in self.unknown_of.values() for one in some)
-
-    def _add(self, module: nn.Module, aliases: tuple[str, ...]) -> None:
-        slots = {slot.name: slot for slot in declared_slots(module)}
-        parameters = {slot.parameter for slot in slots.values()}
-        opaque = any(slot.opaque for slot in slots.values())
-        for name in () if opaque else matrix_parameters(module):
-            below = "" if name == "weight" else name
-            full = tuple(join(alias, below) for alias in aliases)
-            searched = dict.fromkeys((*full, *(join(alias, name) for alias in aliases)))
-            hits = [
-                pattern
-                for pattern in self._config.layouts
-                if any(re.search(pattern, alias) for alias in searched)
-            ]
-            if hits:
-                layout = functional.layout_of(self._config.layouts[hits[0]])
-                shape = tuple(module._parameters[name].shape)  # type: ignore[union-attr]
-                misfit = layout.misfit(shape)
+def _as_declared(candidates: list[Candidate], config: AdapterConfig) -> list[Candidate]:
+    """Return the candidates with the layouts and the rows that a user declares."""
+    if not config.layouts and not config.rows:
+        return candidates
+    found: dict[Candidate, None] = {}  # several slots of one parameter become one weight
+    for one in candidates:
+        opaque = one.slot is not None and one.slot.opaque
+        if not opaque and one.attribute in matrix_parameters(one.module):
+            pattern = _first_hit(config.layouts, one.parameter_names)
+            if pattern is not None:
+                one = one.laid_out(functional.layout_of(config.layouts[pattern]))
+                misfit = one.layout.misfit(one.shape)
                 if misfit is not None:
                     raise ArgumentError(
-                        f"layouts={{{hits[0]!r}: {layout.pattern!r}}} does not fit {full[0]}: "
+                        f"layouts={{{pattern!r}: {one.layout.pattern!r}}} does not fit {one.name}: "
                         f"{misfit}; give it a layout with as many axes"
                     )
-                slots = {k: slot for k, slot in slots.items() if slot.parameter != name}
-                slots[below] = slot_of(name, layout)
-            elif name not in parameters:
-                self.unknown_of.setdefault(module, []).append(
-                    UnknownLayout(join(aliases[0], name), tuple(module._parameters[name].shape))  # type: ignore[union-attr]
-                )
-        self.found += [self._in_rows(_Weight(module, slot, aliases)) for slot in slots.values()]
-
-    def _in_rows(self, one: _Weight) -> _Weight:
-        for pattern, rows in self._config.rows.items():
-            if any(re.search(pattern, name) for name in one.searched):
-                return one.in_rows(rows)
-        return one
-
-    def selected(self, target: Target) -> list[_Weight]:
-        """Return the weights that a target selects."""
-        if target == ALL_LINEAR:
-            beside = _parts_of_other_adapters(self.view)
-            tables = (m for m in self.view.names if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
-            tied = {id(m._parameters.get("weight")) for m in tables} - {id(None)}
-            return [
-                one
-                for one in self.found
-                if one.slot.linear and id(one.parameter) not in tied and one.module not in beside
-            ]
-        matches = _predicate(target)
-        asked = {m for m, aliases in self.view.names.items() if matches(aliases, m)}
-        # torch's attention keeps its last projection in a child, and reads that child's weight.
-        asked |= {m.out_proj for m in asked if isinstance(m, nn.MultiheadAttention)}
-        return [o for o in self.found if o.module in asked or matches(o.names, o.module)]
-
-
-def _predicate(target: object) -> Callable[[tuple[str, ...], nn.Module], bool]:
-    if isinstance(target, str):
-        search = re.compile(target).search
-        return lambda names, module: any(search(name) for name in names)
-    if callable(target):
-        return lambda names, module: bool(target(names[0], module))
-    raise ArgumentTypeError(
-        f"target_regex must be a regex, {ALL_LINEAR!r} or a predicate (name, module) -> bool, "
-        f"got {target!r} of type {type(target).__name__}"
-    )
-
-
-def _parts_of_other_adapters(view: ModelView) -> set[nn.Module]:
-    """Return the modules that PEFT has added beside the layers that it adapts."""
-    tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
-    return {
-        inner
-        for module in view.names
-        if tuner is not None and isinstance(module, tuner)
-        for inner, name in view.inside(module).items()
-        if name and name.split(".")[0] != "base_layer"
-    }
+        if one.slot is not None:
+            pattern = _first_hit(config.rows, one.parameter_names)
+            one = one if pattern is None else one.in_rows(config.rows[pattern])
+        found[one] = None
+    return list(found)
 
 
 # --- what is asked for ---------------------------------------------------------------------------
 
 
-def _check_changeable(view: ModelView, adapter: str) -> None:
+def _check_addable(view: ModelView, adapter: str) -> None:
     """Raise unless an adapter of this name can be added to the model."""
     check_adapter_name(adapter)
     view.refuse_inside("add an adapter")
@@ -678,61 +664,108 @@ def _check_changeable(view: ModelView, adapter: str) -> None:
         )
 
 
-def _divide(
-    weights: _Weights, selected: list[_Weight], config: AdapterConfig, target: Target
-) -> tuple[list[_Weight], tuple[SkippedModule, ...]]:
-    """Divide what is selected into weights to adapt and those to skip, with reasons."""
-    used: set[str] = set()
-    candidates, skipped = [], []
-    for one in selected:
-        aliases = (*one.names, *one.module_names, *weights.owner_names.get(one.module, ()))
-        hits = _hits(config.exclude, aliases)
-        used |= hits
-        reason = "excluded" if hits else one.obstacle(config.method)
-        if reason is None and one.module in weights.preloaded:
-            reason = PRELOADED
-        if reason is None:
-            candidates.append(one)
-        else:
-            skipped.append(SkippedModule(one.name, one.type_name, reason, not hits))
-    if target != ALL_LINEAR:
-        beside, hits = _without_layout(weights, target, config.exclude)
-        skipped += beside
-        used |= hits
-    _check_all_used("exclude", config.exclude, used, "no module that the target selects")
-    if not candidates:
-        raise TargetError(_nothing_matched(target, weights, skipped, config.method))
-    return candidates, tuple(skipped)
+def _selected(view: ModelView, candidates: list[Candidate], target: Target) -> list[Candidate]:
+    """Return the candidates that a target selects."""
+    if target == ALL_LINEAR:
+        added = _modules_added_by_peft(view)
+        tables = (one for one in candidates if isinstance(one.module, _TABLES))
+        tied = {id(one.parameter) for one in tables} - {id(None)}
+        return [
+            one
+            for one in candidates
+            if one.slot is not None
+            and one.slot.linear
+            and id(one.parameter) not in tied
+            and one.module not in added
+        ]
+    matches = _matcher(target)
+    modules = {module for module, names in view.names.items() if matches(names, module)}
+    # torch's attention keeps its last projection in a child, and reads that child's weight.
+    modules |= {m.out_proj for m in modules if isinstance(m, nn.MultiheadAttention)}
+    return [
+        one
+        for one in candidates
+        if (one.module in modules or matches(one.names, one.module))
+        and (one.attribute or _has_parameters(one.module))
+    ]
 
 
-def _without_layout(
-    weights: _Weights, target: Target, exclude: tuple[str, ...]
-) -> tuple[list[SkippedModule], set[str]]:
-    """Return what else a target matches and nothing declares, and the patterns that exclude it."""
-    matches = _predicate(target)
-    known = {one.module for one in weights.found}
-    skipped: list[SkippedModule] = []
-    used: set[str] = set()
-    for module, aliases in weights.view.names.items():
-        type_name, whole = type(module).__qualname__, matches(aliases, module)
-        unknown = weights.unknown_of.get(module, [])
-        if whole:
-            used |= _hits(exclude, aliases)
-        if whole and module not in known and not unknown and _has_parameters(module):
-            reason = f"no layer kind adapts {type_name}"
-            skipped.append(SkippedModule(aliases[0], type_name, reason))
-        for one in unknown:
-            if not whole and not matches((one.name,), module):
-                continue
-            hits = _hits(exclude, (*aliases, one.name))
-            used |= hits
-            reason = "excluded" if hits else one.reason
-            skipped.append(SkippedModule(one.name, type_name, reason, is_weight=not hits))
-    return skipped, used
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def _has_parameters(module: nn.Module) -> bool:
     return any(parameter is not None for parameter in module._parameters.values())
+
+
+def _matcher(target: object) -> Callable[[tuple[str, ...], nn.Module], bool]:
+    """Return what says of names and a module whether a target selects them."""
+    if isinstance(target, str):
+        search = re.compile(target).search
+        return lambda names, module: any(search(name) for name in names)
+    if callable(target):
+        return lambda names, module: bool(target(names[0], module))
+    raise ArgumentTypeError(
+        f"target_regex must be a regex, {ALL_LINEAR!r} or a predicate (name, module) -> bool, "
+        f"got {target!r} of type {type(target).__name__}"
+    )
+
+
+def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
+    """Return the modules that PEFT has added beside the layers that it adapts."""
+    tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
+    return {
+        inner
+        for module in view.names
+        if tuner is not None and isinstance(module, tuner)
+        for inner, name in view.inside(module).items()
+        if name and name.split(".")[0] != "base_layer"
+    }
+
+
+def _divided(
+    view: ModelView, selected: list[Candidate], config: AdapterConfig
+) -> tuple[list[Candidate], list[SkippedModule]]:
+    """Divide what is selected into weights to adapt and what to skip, with reasons."""
+    # The output projection of torch's attention goes by the name of the attention too.
+    owners: dict[nn.Module, tuple[str, ...]] = {
+        module.out_proj: names
+        for module, names in view.names.items()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    used: set[str] = set()
+    wanted, skipped = [], []
+    for one in selected:
+        names = (*one.names, *one.module_names, *owners.get(one.module, ()))
+        hits = _hits(config.exclude, names)
+        used |= hits
+        reason = "excluded" if hits else one.obstacle(config.method)
+        if reason is None:
+            wanted.append(one)
+        else:
+            is_weight = bool(one.attribute) and not hits
+            skipped.append(SkippedModule(one.name, one.type_name, reason, is_weight))
+    _refuse_idle("exclude", config.exclude, used, "no module that the target selects")
+    return wanted, skipped
+
+
+def _check_all_used(config: AdapterConfig, wanted: list[Candidate]) -> None:
+    """Raise if a regex that sets something for some weights matches none of them."""
+    names = [name for one in wanted for name in one.names]
+    parameters = [name for one in wanted for name in one.parameter_names]
+    for argument, patterns, searched in (
+        ("rank_pattern", config.rank_pattern, names),
+        ("layouts", config.layouts, parameters),
+        ("rows", config.rows, parameters),
+    ):
+        _refuse_idle(argument, patterns, _hits(patterns, searched), "none of the targets")
+
+
+def _refuse_idle(argument: str, patterns: Iterable[str], used: set[str], nothing: str) -> None:
+    idle = [pattern for pattern in patterns if pattern not in used]
+    if idle:
+        raise ArgumentError(
+            f"{argument} {', '.join(map(repr, idle))} matches {nothing}; correct or remove it"
+        )
 
 
 def _hits(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
@@ -740,22 +773,26 @@ def _hits(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
     return {p for p in patterns if any(re.search(p, name) for name in names)}
 
 
-def _nothing_matched(
-    target: Target, weights: _Weights, skipped: list[SkippedModule], method: str
+def _first_hit(patterns: Iterable[str], names: Sequence[str]) -> str | None:
+    """Return the first pattern that is found in any of the names, or None."""
+    return next((p for p in patterns if any(re.search(p, name) for name in names)), None)
+
+
+def _nothing_to_adapt(
+    target: Target, candidates: list[Candidate], skipped: list[SkippedModule], method: str
 ) -> str:
     asked = repr(target) if isinstance(target, str) else "the predicate"
     if skipped:
-        shown = "; ".join(f"{s.name} ({s.type_name}): {s.reason}" for s in skipped[:5])
-        more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        return f"{asked} selects only modules that can't be adapted: {shown}{more}"
-    adaptable = [one.name for one in weights.found if not one.obstacle(method)]
+        shown = first_few([f"{s.name} ({s.type_name}): {s.reason}" for s in skipped], 5, "; ")
+        return f"{asked} selects only modules that can't be adapted: {shown}"
+    adaptable = [one.name for one in candidates if one.obstacle(method) is None]
     if not adaptable:
         return f"{asked} selects nothing: the model has no layer that can be adapted"
     nearest = _nearest(target if isinstance(target, str) else "", adaptable)
     return f"{asked} selects no layer that can be adapted; the nearest names are {nearest}"
 
 
-def _nearest(pattern: str, names: list[str]) -> str:
+def _nearest(pattern: str, names: Iterable[str]) -> str:
     # Only the pattern's end: the time to compare grows with the product of both lengths.
     plain = re.sub(r"[^\w.]", "", pattern[-200:].replace("\\.", "."))
     last = plain.rsplit(".", 1)[-1]
@@ -764,72 +801,29 @@ def _nearest(pattern: str, names: list[str]) -> str:
         parts = ((plain, name), (last, name.rsplit(".", 1)[-1]))
         return max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in parts)
 
-    best = sorted(names, key=likeness, reverse=True)[:5]
-    return ", ".join(repr(name) for name in best)
+    best = sorted(filter(None, names), key=likeness, reverse=True)[:5]
+    return ", ".join(map(repr, best))
+
+
+def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
+    shown = first_few([f"{s.name or '(the model)'}: {s.reason}" for s in misfits], 10, "; ")
+    remedy = "Choose a smaller r"
+    if config.r_out is not None:
+        remedy += ", or an r_out that divides the outputs of all"
+    return (
+        f"{shown}. {remedy}, give these layers their own r with rank_pattern=, or leave them out "
+        "with exclude="
+    )
 
 
 # --- what follows from it ------------------------------------------------------------------------
 
 
-def _planned(
-    one: _Weight, config: AdapterConfig, r: int, dtype: torch.dtype | None = None
-) -> PlannedLayer:
-    geometry = one.geometry
-    return PlannedLayer(
-        name=one.name,
-        type_name=one.type_name,
-        method=config.method,
-        r=r,
-        r_out=config.r_out,
-        in_features=geometry.in_features,
-        out_features=geometry.out_features,
-        parameters=math.prod(one.block_shape(config.method, r, config.r_out)),
-        layout=one.slot.layout.pattern,
-        module=one.module,
-        slot=one.slot,
-        dtype=dtype,
-    )
-
-
-def _check_all_used(argument: str, patterns: Iterable[str], used: set[str], nothing: str) -> None:
-    idle = [pattern for pattern in patterns if pattern not in used]
-    if idle:
-        raise ArgumentError(
-            f"{argument} {', '.join(map(repr, idle))} matches {nothing}; correct or remove it"
-        )
-
-
-def _check_used(config: AdapterConfig, weights: _Weights, targets: list[_Weight]) -> None:
-    """Raise if a regex that sets something for some targets matches none of them."""
-    names = [name for one in targets for name in one.names]
-    searched = [name for one in targets for name in one.searched]
-    for argument, patterns, found in (
-        ("rank_pattern", config.rank_pattern, names),
-        ("layouts", config.layouts, searched),
-        ("rows", config.rows, searched),
-    ):
-        _check_all_used(argument, patterns, _hits(patterns, found), "none of the targets")
-
-
-def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
-    shown = "; ".join(f"{one.name or '(the model)'}: {one.reason}" for one in misfits[:10])
-    more = f"; and {len(misfits) - 10} more" if len(misfits) > 10 else ""
-    sizes_that_fit = "Choose a smaller r"
-    if config.r_out is not None:
-        sizes_that_fit += ", or an r_out that divides the outputs of all"
-    return (
-        f"{shown}{more}. {sizes_that_fit}, give these layers their own r with rank_pattern=, "
-        "or leave them out with exclude="
-    )
-
-
-def _tied(view: ModelView, layers: Sequence[PlannedLayer]) -> tuple[tuple[str, ...], ...]:
+def _tied(view: ModelView, layers: Iterable[PlannedLayer]) -> tuple[tuple[str, ...], ...]:
     """Return the names of planned weights that are one parameter in several modules."""
     planned = {id(layer.module._parameters.get(layer.slot.parameter)) for layer in layers}
     return tuple(
-        tuple(dict.fromkeys(one.names))
-        for one in view.parameters
-        if len(set(one.names)) > 1 and id(one.value) in planned
+        one.names for one in view.parameters if len(one.names) > 1 and id(one.value) in planned
     )
 
 
@@ -838,12 +832,12 @@ def can_train(parameter: nn.Parameter) -> bool:
     return parameter.dtype in BLOCK_DTYPES.values()
 
 
-def _match_parameters(patterns: tuple[str, ...], view: ModelView) -> tuple[str, ...]:
-    """Return the clean names of the parameters that any pattern matches by any of their names."""
+def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
+    """Return the clean names of the parameters that `also_train` matches by any of their names."""
     matched: list[str] = []
     used: set[str] = set()
-    for one in view.parameters if patterns else ():
-        hits = _hits(patterns, one.names)
+    for one in view.parameters if config.also_train else ():
+        hits = _hits(config.also_train, one.names)
         used |= hits
         if not hits:
             continue
@@ -851,7 +845,7 @@ def _match_parameters(patterns: tuple[str, ...], view: ModelView) -> tuple[str, 
         if problem is not None:
             raise ArgumentError(f"also_train matches {one.name}, which {problem}")
         matched.append(one.name)
-    _check_all_used("also_train", patterns, used, "no parameter")
+    _refuse_idle("also_train", config.also_train, used, "no parameter")
     return tuple(matched)
 
 
@@ -861,7 +855,7 @@ def _untrainable(one: ModelParameter) -> str | None:
         return "is quantised and can't be trained with an adapter"
     if not can_train(one.value):
         return f"has dtype {one.value.dtype} and can't be trained with an adapter"
-    if one.attribute in freezing.claimed(one.module):
+    if freezing.is_claimed(one.module, one.attribute):
         return "is trained with another adapter already, and can't have values for two"
     return None
 
@@ -871,36 +865,32 @@ def _counted_plan(
     adapter: str,
     config: AdapterConfig,
     freeze: bool,
-    layers: tuple[PlannedLayer, ...],
-    skipped: tuple[SkippedModule, ...],
+    layers: Sequence[PlannedLayer],
     also_train: tuple[str, ...],
 ) -> Plan:
-    counted = [
-        (one.name, one.value, parameter_count(one.value))
-        for one in view.parameters
-        if not is_lazy(one.value)
-    ]
-    kept = claimed_names(view)
+    """Return a plan with its numbers of parameters."""
     blocks = [block.block for _, layer in view.layers for block in layer.disha.blocks().values()]
     added = sum(layer.parameters for layer in layers)
-    trainable = sum(
-        numel
-        for full, p, numel in counted
-        if full in also_train or (p.requires_grad and (not freeze or full in kept))
-    )
+    trainable = added + sum(block.numel() for block in blocks if block.requires_grad)
+    total = added + sum(block.numel() for block in blocks)
+    trained = set(also_train)
+    for one in view.parameters:
+        if is_lazy(one.value):
+            continue
+        count = parameter_count(one.value)
+        total += count
+        stays = one.value.requires_grad and (
+            not freeze or freezing.is_claimed(one.module, one.attribute)
+        )
+        trainable += count if stays or one.name in trained else 0
     return Plan(
         adapter=adapter,
         config=config,
         freeze=freeze,
-        layers=layers,
-        skipped=skipped,
+        layers=tuple(layers),
+        skipped=(),
         also_train=also_train,
         added=added,
-        trainable=added + trainable + sum(b.numel() for b in blocks if b.requires_grad),
-        total=added + sum(n for _, _, n in counted) + sum(b.numel() for b in blocks),
+        trainable=trainable,
+        total=total,
     )
-
-
-def claimed_names(view: ModelView) -> set[str]:
-    """Return the clean names of parameters that adapters train already."""
-    return {one.name for one in view.parameters if one.attribute in freezing.claimed(one.module)}

@@ -1,10 +1,11 @@
-"""Text that comes from elsewhere, a file say, made fit to be printed."""
+"""Text for messages: what comes from elsewhere, a file say, made fit to be printed, and lists."""
 
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 
-__all__ = ["brief", "printable"]
+__all__ = ["brief", "counted", "first_few", "printable"]
 
 LONGEST = 10_000
 """Characters that anybody will read of one message."""
@@ -57,3 +58,35 @@ def brief(value: object) -> str:
         '[0, 1, 2, 3, 4, 5, ...]'
     """
     return _brief.repr(value)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1.
+
+    Args:
+        count: the number.
+        noun: the noun in the singular; its plural ends in s.
+
+    Examples:
+        >>> from disha.text import counted
+        >>> counted(1, "layer"), counted(1234, "parameter")
+        ('1 layer', '1,234 parameters')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def first_few(items: Sequence[str], limit: int, separator: str = "\n") -> str:
+    """Return the first of several items as one text that says how many others there are.
+
+    Args:
+        items: the items.
+        limit: how many are shown.
+        separator: what stands between them.
+
+    Examples:
+        >>> from disha.text import first_few
+        >>> first_few(["a", "b", "c", "d"], 2, "; ")
+        'a; b; and 2 more'
+    """
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])

@@ -194,7 +194,7 @@ def test_weights_of_relations_need_a_layout():
     ).unknown
     assert weight.remedy == r"layouts={'0\\.weight$': 'expert out in'}"
     layouts = {r"conv\.weight$": "expert in out"}
-    with pytest.warns(UserWarning, match=r"not adapted: conv\.root: the layout"):
+    with pytest.warns(UserWarning, match=r"can't be adapted: conv\.root: the layout"):
         disha.inject_adapters(model, "conv$", 3, layouts=layouts)
     assert torch.equal(output(), before)
     perturb(model)

@@ -567,7 +567,7 @@ class TestLayoutsOfTheUser:
 
     def test_a_target_that_matches_some_of_them_warns_once(self):
         with pytest.warns(
-            UserWarning, match="1 weights that are not adapted: mix: the layout"
+            UserWarning, match="1 weight that can't be adapted: mix: the layout"
         ) as w:
             disha.inject_adapters(Raw(), ".", 2)
         assert len(w) == 1

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from disha.config import check_adapter_name
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import (
     adapter_contents,
@@ -18,6 +17,7 @@ from disha.files.contents import (
 )
 from disha.files.header import AdapterFile, described_by
 from disha.files.tensors import opened
+from disha.layers import check_adapter_name
 from disha.model import ModelView
 from disha.state import LoadReport
 

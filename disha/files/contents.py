@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from disha.config import check_adapter_name, check_dtype, compile_regex
+from disha.config import check_dtype, compile_regex
 from disha.errors import AdapterFileError, AdapterStateError, ArgumentError, ArgumentTypeError
 from disha.files.atomic import write_files
 from disha.files.header import (
@@ -33,7 +33,7 @@ from disha.files.pieces import tensor_writer
 from disha.files.tensors import TensorFile, TensorRecord, opened
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
-from disha.layers import AdaptedWeight, Block
+from disha.layers import AdaptedWeight, Block, check_adapter_name
 from disha.model import ModelView, join
 from disha.plan import WeightRequest, plan_weights
 from disha.sharding import whole
@@ -432,9 +432,7 @@ def _injected(
         WeightRequest(
             name=layer.name,
             r=layer.r,
-            in_features=layer.in_features,
-            out_features=layer.out_features,
-            block_shape=header.tensors[layer.key].shape,
+            geometry=layer.geometry(header.tensors[layer.key].shape),
             layout=layer.layout,
             rows=layer.rows,
             dtype=dtype or header.tensors[layer.key].dtype,

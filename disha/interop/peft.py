@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from disha.config import check_adapter_name
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import adapter_contents, load_contents
 from disha.interop.miss import (
@@ -34,6 +33,7 @@ from disha.interop.miss import (
 )
 from disha.interop.peft_files import exact_targets, refuse_to_load
 from disha.interop.peft_view import PeftView, class_of, other_buffers, refuse_to_write
+from disha.layers import check_adapter_name
 from disha.model import ModelView
 from disha.state import LoadReport
 

@@ -1,7 +1,7 @@
 """Layers with adapters: blocks, adapted classes, the table of kinds, and opaque weights."""
 
 from disha.layers.adapted import AdaptedLayer, AdaptedWeight, refuse_inside, refuse_merged
-from disha.layers.adapters import CHILD_NAME, Adapters, Merged, Original
+from disha.layers.adapters import CHILD_NAME, Adapters, Merged, Original, check_adapter_name
 from disha.layers.blocks import Block, Slot, block_name
 from disha.layers.classes import AdaptedLinear, adapt, refuse_changed_class, restore
 from disha.layers.encoder import guard_encoder, is_guarded, release_encoder
@@ -51,6 +51,7 @@ __all__ = [
     "Slot",
     "adapt",
     "block_name",
+    "check_adapter_name",
     "declared_slots",
     "device_of_weight",
     "guard_encoder",

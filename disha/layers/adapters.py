@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from disha.effective import Routed
-from disha.errors import ArgumentTypeError
+from disha.errors import ArgumentError, ArgumentTypeError
 from disha.layers.blocks import Block
 from disha.routing import Route
 
@@ -22,6 +22,7 @@ __all__ = [
     "Adapters",
     "Merged",
     "Original",
+    "check_adapter_name",
 ]
 
 CHILD_NAME = "disha"
@@ -160,3 +161,35 @@ class Adapters(nn.Module):
         raise ArgumentTypeError(
             "Adapters holds blocks and is not called; call the layer that it belongs to"
         )
+
+
+def check_adapter_name(adapter: object) -> str:
+    """Return `adapter` if it can name an adapter.
+
+    The name becomes part of state-dict keys, and an attribute of `Adapters`: so it must be a str
+    that is not empty, has no dot and is not the name of another attribute, such as "train".
+
+    Args:
+        adapter: the name.
+
+    Raises:
+        ArgumentError: it is a str that is not allowed.
+        ArgumentTypeError: it is no str.
+    """
+    if not isinstance(adapter, str):
+        raise ArgumentTypeError(
+            f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
+        )
+    if not adapter:
+        raise ArgumentError("an adapter's name must not be empty")
+    if "." in adapter:
+        raise ArgumentError(
+            f"adapter name {adapter!r} has a dot, which separates names in state-dict keys; "
+            f"use {adapter.replace('.', '_')!r}, say"
+        )
+    if hasattr(Adapters(), adapter):
+        raise ArgumentError(
+            f"adapter name {adapter!r} is taken: modules have an attribute of that name; use "
+            f"{adapter + '_'!r}, say"
+        )
+    return adapter

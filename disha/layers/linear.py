@@ -7,12 +7,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from disha.config import AdapterConfig, check_adapter_name
+from disha.config import AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.freezing import set_requires_grad
 from disha.functional import layout_of, misfit
 from disha.layers.adapted import AdaptedLayer
-from disha.layers.adapters import CHILD_NAME, Adapters
+from disha.layers.adapters import CHILD_NAME, Adapters, check_adapter_name
 from disha.layers.blocks import Slot
 from disha.layers.classes import AdaptedLinear
 from disha.layers.weights import make_block
