@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -32,6 +34,22 @@ def test_it_fits_two_screens_and_has_two_pictures():
     assert len(TEXT.splitlines()) <= 110
     pictures = [link for link in links_of(TEXT) if link.endswith((".svg", ".png"))]
     assert pictures == ["docs/assets/shards.svg", "docs/assets/memory.png"]
+
+
+def test_its_figures_are_those_of_the_kept_results():
+    zoo, performance, demo = (
+        (README.parent / "docs" / name).read_text(encoding="utf-8")
+        for name in ("features.md", "performance.md", "finetuning.md")
+    )
+    ran, held = re.search(r"Of (\d+) architectures, (\d+) pass", TEXT).groups()
+    assert f"Of {ran} architectures, {held} pass" in " ".join(zoo.split())
+    bone, lora, frozen = re.search(
+        r"backward pass: ([\d.]+ MiB).*LoRA keeps\s+([\d.]+ MiB).*model (\d+ MiB)", TEXT
+    ).groups()
+    kept = f"frozen base {frozen}, disha Bone {bone}, PEFT LoRA {lora}"
+    assert kept in performance
+    before, after = re.search(r"from ([\d.]+)\s+to ([\d.]+) in about 7 minutes", TEXT).groups()
+    assert f"from {before} to {after}" in " ".join(demo.split())
 
 
 def test_every_link_leads_somewhere():
