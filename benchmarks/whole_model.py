@@ -48,7 +48,7 @@ def model_step(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
 
 def read_model(dtype: torch.dtype, device: torch.device) -> Decoder:
     """Return the language model, without adapters."""
-    return GGUFCheckpoint.open(demo_model()).load_model(dtype, device)
+    return GGUFCheckpoint(demo_model()).load_model(dtype, device)
 
 
 def _measure(run: ModelRun, profile: Profile, device: torch.device) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def smollm_path() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm_checkpoint(smollm_path: Path) -> GGUFCheckpoint:
-    return GGUFCheckpoint.open(smollm_path)
+    return GGUFCheckpoint(smollm_path)
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,7 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_path: Path) -> GGUFCheckpoint:
-    return GGUFCheckpoint.open(tiny_path)
+    return GGUFCheckpoint(tiny_path)
 
 
 @pytest.fixture(scope="session")

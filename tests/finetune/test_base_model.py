@@ -172,7 +172,7 @@ def test_a_dry_run_shows_its_layers(made, finetune):
 @pytest.mark.parametrize(
     ("function", "changes", "complaint"),
     [
-        ("gtp2", {}, "has no function 'gtp2'; nearest are gpt2"),
+        ("gtp2", {}, "has no function 'gtp2'; the nearest are gpt2"),
         ("VALUE", {}, "VALUE is a int, not a function"),
         ("number", {}, "the function returned a int, not an nn.Module"),
         ("three", {}, "a tuple of Sequential, NoneType, NoneType"),

@@ -102,7 +102,7 @@ def test_the_report_says_what_was_done(finished):
 
 def test_the_adapter_file_alone_gives_the_loss_after_training(finished, tiny_path):
     output, _, _ = finished
-    checkpoint = GGUFCheckpoint.open(tiny_path)
+    checkpoint = GGUFCheckpoint(tiny_path)
     tokenizer = Tokenizer.from_gguf(checkpoint.fields, tiny_path)
     model = checkpoint.load_model(torch.float32)
     disha.load_adapter(model, output / "adapter.safetensors")
@@ -492,14 +492,14 @@ def test_the_merged_folder_is_the_adapted_model(finetune, tiny_folder, changes):
 
     folder = tiny_folder("qwen3")
     finetune.good("--merge", base_model_name_or_path=folder, **changes)
-    adapted = FolderCheckpoint.open(folder).load_model(torch.float32).eval()
+    adapted = FolderCheckpoint(folder).load_model(torch.float32).eval()
     tokens = torch.randint(0, len(tiny_gguf.TOKENS), (2, 20))
     with torch.no_grad():
         untrained = adapted(tokens)
         disha.load_adapter(adapted, finetune.output / "adapter.safetensors")
         expected = adapted(tokens)
         merged = finetune.output / "merged"
-        ours = FolderCheckpoint.open(merged).load_model(torch.float32).eval()(tokens)
+        ours = FolderCheckpoint(merged).load_model(torch.float32).eval()(tokens)
         theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(tokens).logits
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(theirs, expected, rtol=1e-4, atol=1e-4)

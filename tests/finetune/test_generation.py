@@ -45,7 +45,7 @@ def family(request, tmp_path_factory):
     reference = tiny_checkpoints.random_model(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     tiny_checkpoints.write_folder(folder, request.param)
-    return reference, FolderCheckpoint.open(folder).load_model(torch.float32)
+    return reference, FolderCheckpoint(folder).load_model(torch.float32)
 
 
 def test_it_generates_what_transformers_does(family):

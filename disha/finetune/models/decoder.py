@@ -7,12 +7,12 @@ Modules and parameters have the names of the usual checkpoints
     h   = h + down(silu(gate x) * up x)                         with x = rmsnorm(h)
     out = head(rmsnorm(h))
 
-What families add, where the configuration says so: biases, an RMSNorm of every query and key
-head before rotation (Qwen3), and a sliding window, so that a token attends to the last `window`
-tokens only, itself among them (Mistral).
+The configuration can add what some families have: biases, an RMSNorm of every query and key head
+before rotation (Qwen3), and a sliding window (Mistral), so that a token attends to the last
+`window` tokens only, itself among them.
 
-Batches are padded on the right: attention is causal, so no real token ever sees the padding and
-no mask is needed.
+Batches are padded on the right. Attention is causal, so no real token sees the padding, and no mask
+is needed.
 
 Sources: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023; Jiang et
 al., "Mistral 7B", 2023; the technical reports of Qwen2, 2024, and Qwen3, 2025.
@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from disha.finetune.data.examples import IGNORED
 from disha.finetune.errors import CheckpointError
-from disha.finetune.models.rope import RopeScaling, Rotation, rotary_frequencies
+from disha.finetune.models.rope import Rotation, rotary_frequencies
 
 __all__ = ["IGNORED", "Decoder", "DecoderConfig", "KeyValueCache"]
 
 LARGEST_SIZE = 1 << 20
-"""Beyond all models there are, and small enough for the size of every weight to be a number."""
+"""Larger than in any model, and small enough that torch can make every weight."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DecoderConfig:
         rope_base: base of the rotary frequencies.
         norm_epsilon: added to the mean square in RMSNorm.
         tied_head: whether the output head is the token embedding.
-        rope_scaling: how the rotary frequencies are scaled, if they are.
+        rope_factors: head_dim / 2 numbers that the rotary frequencies are divided by, if they are.
         qkv_bias: whether the projections of queries, keys and values have a bias.
         output_bias: whether the projection of what attention returns has one.
         feed_forward_bias: whether the feed-forward layers have them.
@@ -77,7 +77,7 @@ class DecoderConfig:
     rope_base: float
     norm_epsilon: float
     tied_head: bool
-    rope_scaling: RopeScaling | None = None
+    rope_factors: tuple[float, ...] | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     feed_forward_bias: bool = False
@@ -104,6 +104,14 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise CheckpointError(
                 f"the rotary embedding needs heads of even width, got {self.head_dim}"
+            )
+        if self.rope_factors is not None and not (
+            len(self.rope_factors) == self.head_dim // 2
+            and all(0 < factor < math.inf for factor in self.rope_factors)
+        ):
+            raise CheckpointError(
+                f"the model's rotary frequencies must be divided by {self.head_dim // 2} finite "
+                f"numbers greater than 0, got {self.rope_factors[:4]}"
             )
         if self.windowed_layers and not (self.window is not None and self.window > 0):
             raise CheckpointError(
@@ -181,11 +189,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden, bias=config.output_bias)
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
-        if config.head_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon)
+        norms = config.head_dim, config.norm_epsilon
+        self.q_norm = RMSNorm(*norms) if config.head_norm else nn.Identity()
+        self.k_norm = RMSNorm(*norms) if config.head_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, rotation: Rotation, seen: Tensor | None, cache: KeyValueCache | None
@@ -202,9 +208,7 @@ class Attention(nn.Module):
         q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotation.apply(q), rotation.apply(k)
+        q, k = rotation.apply(self.q_norm(q)), rotation.apply(self.k_norm(k))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         y = F.scaled_dot_product_attention(
@@ -289,7 +293,7 @@ class DecoderBody(nn.Module):
     def _rotation(self, start: int, time: int, positions: Tensor | None, x: Tensor) -> Rotation:
         config = self.config
         frequencies = rotary_frequencies(
-            config.head_dim, config.rope_base, config.rope_scaling, x.device
+            config.head_dim, config.rope_base, config.rope_factors, x.device
         )
         if positions is None:
             places = torch.arange(start, start + time, device=x.device)
@@ -300,9 +304,9 @@ class DecoderBody(nn.Module):
     def _seen(
         self, start: int, time: int, positions: Tensor | None, device: torch.device
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What tokens may attend to in layers without and with a sliding window.
+        """What tokens may attend to, in layers without and with a sliding window.
 
-        None where it is all that came before, which needs no mask and is fastest so.
+        None means all tokens before, which needs no mask and is fastest.
         """
         if positions is not None:
             full = _same_text(positions)
@@ -351,8 +355,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits (batch, time, vocabulary) of tokens (batch, time).
 
-        With a cache, `tokens` go on from what it holds, and are added to it. `positions` are
-        those of `DecoderBody.forward`, for rows of several texts.
+        With a cache, `tokens` continue what it holds, and are added to it. `positions` are those
+        of `DecoderBody.forward`, for rows of several texts.
         """
         return self.lm_head(self.model(tokens, cache, positions))  # type: ignore[no-any-return]
 
@@ -361,7 +365,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Cross-entropy summed over the positions that have a label, in nats and float32.
 
-        The vocabulary dwarfs every other size, so logits are made at those positions only.
+        The vocabulary is much larger than any other size, so logits are computed there only.
 
         Args:
             tokens: (batch, time) token ids.

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from disha import DishaError
 from disha.finetune.errors import CheckpointError, SettingsError
 
-__all__ = ["explaining_failures", "load_factory", "logits_for", "logits_of"]
-
-EXPECTED = "an nn.Module, or a pair of an nn.Module and a tokenizer"
+__all__ = ["explaining_failures", "load_factory", "logits_for", "tensor_of"]
 
 
 def load_factory(spec: str) -> tuple[nn.Module, object | None]:
     """Call the function that `spec` names, and return the model and maybe a tokenizer.
 
-    Modules are looked for in the current directory too, and first.
+    Modules of the current directory come before installed ones.
 
     Args:
         spec: module:function, such as ``my_models:make_gpt2``; the function takes no arguments.
@@ -35,7 +33,7 @@ def load_factory(spec: str) -> tuple[nn.Module, object | None]:
         The model; and the tokenizer, of whatever kind, or None.
 
     Raises:
-        SettingsError: `spec` is not written so, or there is no such module or function.
+        SettingsError: `spec` is written otherwise, or there is no such module or function.
         CheckpointError: the module can't be imported, or the function raises or returns
             something else.
     """
@@ -46,7 +44,13 @@ def load_factory(spec: str) -> tuple[nn.Module, object | None]:
         )
     with _current_directory_first():
         function = _function(_module(name, spec), attribute, spec)
-        return _checked(_called(function, spec), spec)
+        try:
+            made = function()
+        except (Exception, SystemExit) as error:  # a script's exit is not this command's
+            raise CheckpointError(
+                f"--model {spec}: the function, called without arguments, {_failed(error)}"
+            ) from error
+    return _model_and_tokenizer(made, spec)
 
 
 def logits_for(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -65,24 +69,23 @@ def logits_for(model: nn.Module, tokens: Tensor) -> Tensor:
         raise
     except Exception as error:  # a user's own code can raise anything
         raise CheckpointError(
-            f"the model given by --model failed{_place(error)} with {type(error).__name__}: "
-            f"{error}; a language model is called with token ids (batch, time) alone, here of "
-            f"shape {tuple(tokens.shape)}"
+            f"the model given by --model {_failed(error)}; a language model is called with token "
+            f"ids (batch, time) alone, here of shape {tuple(tokens.shape)}"
         ) from error
-    return logits_of(output)
+    return tensor_of(output)
 
 
-def logits_of(output: object) -> Tensor:
-    """The logits in what a language model returned: a tensor, or an object with ``.logits``.
+def tensor_of(output: object) -> Tensor:
+    """The tensor in what a model returned: the output itself, or its ``.logits``.
 
     Raises:
-        CheckpointError: it is neither.
+        CheckpointError: there is none.
     """
-    found = getattr(output, "logits", output)
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor):
         raise CheckpointError(
-            f"the model returned a {type(output).__name__}; a language model must return its "
-            "logits as a tensor, or an object that has them as .logits"
+            f"the model given by --model returned a {type(output).__name__}; it must return a "
+            "tensor, or an object that has one as .logits"
         )
     return found
 
@@ -92,7 +95,7 @@ def explaining_failures(spec: str | None) -> Iterator[None]:
     """Say in one line how a user's model fails meanwhile, such as on rows that don't fit it.
 
     Args:
-        spec: module:function that made it; None for a model of ours, which is left alone.
+        spec: module:function that made it; None for a decoder, whose errors stay as they are.
 
     Raises:
         CheckpointError: it does.
@@ -104,9 +107,7 @@ def explaining_failures(spec: str | None) -> Iterator[None]:
     except Exception as error:
         if spec is None:
             raise
-        raise CheckpointError(
-            f"--model {spec}: the model failed{_place(error)} with {type(error).__name__}: {error}"
-        ) from error
+        raise CheckpointError(f"--model {spec}: the model {_failed(error)}") from error
 
 
 @contextmanager
@@ -123,79 +124,58 @@ def _current_directory_first() -> Iterator[None]:
 def _module(name: str, spec: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and (name == missing or name.startswith(f"{missing}.")):
             raise SettingsError(
-                f"--model {spec}: there is no module {error.name!r}, neither installed nor in the "
+                f"--model {spec}: there is no module {missing!r}, neither installed nor in the "
                 f"current directory, {Path.cwd()}"
             ) from error
-        raise _failed_import(name, spec, error) from error
-    except (Exception, SystemExit) as error:
-        raise _failed_import(name, spec, error) from error
+        raise CheckpointError(f"--model {spec}: importing {name} {_failed(error)}") from error
 
 
-def _failed_import(name: str, spec: str, error: BaseException) -> CheckpointError:
-    return CheckpointError(
-        f"--model {spec}: importing {name} failed{_place(error)} with "
-        f"{type(error).__name__}: {error}"
-    )
-
-
-def _function(module: ModuleType, attribute: str, spec: str) -> Callable[[], Any]:
-    names = [name for name, value in vars(module).items() if callable(value)]
-    try:
-        found = getattr(module, attribute)
-    except AttributeError as error:
-        near = difflib.get_close_matches(attribute, names) or names[:5]
-        instead = f"nearest are {', '.join(near)}" if near else "it has no functions"
-        raise SettingsError(
-            f"--model {spec}: {module.__name__} has no function {attribute!r}; {instead}"
-        ) from error
-    if not callable(found):
+def _function(module: ModuleType, attribute: str, spec: str) -> Any:
+    found = getattr(module, attribute, None)
+    if callable(found):
+        return found
+    if hasattr(module, attribute):
         raise SettingsError(
             f"--model {spec}: {attribute} is a {type(found).__name__}, not a function"
         )
-    return found  # type: ignore[no-any-return]
+    names = [name for name, value in vars(module).items() if callable(value)]
+    near = difflib.get_close_matches(attribute, names) or names[:5]
+    instead = f"the nearest are {', '.join(near)}" if near else "it has no functions"
+    raise SettingsError(
+        f"--model {spec}: {module.__name__} has no function {attribute!r}; {instead}"
+    )
 
 
-def _called(function: Callable[[], Any], spec: str) -> object:
-    try:
-        return function()
-    except (Exception, SystemExit) as error:  # a script's exit is not this command's
+def _model_and_tokenizer(made: object, spec: str) -> tuple[nn.Module, object | None]:
+    model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        if isinstance(made, tuple):
+            found = f"a tuple of {', '.join(type(one).__name__ for one in made) or 'nothing'}"
+        else:
+            found = f"a {type(made).__name__}"
         raise CheckpointError(
-            f"--model {spec}: the function, called without arguments, failed{_place(error)} with "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def _checked(made: object, spec: str) -> tuple[nn.Module, object | None]:
-    if isinstance(made, nn.Module):
-        return _filled(made, spec), None
-    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
-        return _filled(made[0], spec), made[1]
-    if isinstance(made, tuple):
-        described = f"a tuple of {', '.join(type(one).__name__ for one in made) or 'nothing'}"
-    else:
-        described = f"a {type(made).__name__}"
-    raise CheckpointError(f"--model {spec}: the function returned {described}, not {EXPECTED}")
-
-
-def _filled(model: nn.Module, spec: str) -> nn.Module:
-    """`model`, if its weights have values."""
+            f"--model {spec}: the function returned {found}, not an nn.Module, or a pair of an "
+            "nn.Module and a tokenizer"
+        )
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
         raise CheckpointError(
             f"--model {spec}: the function returned a model without weights: {empty[0]} is on the "
             "meta device; load them before it returns"
         )
-    return model
+    return model, tokenizer
 
 
-def _place(error: BaseException) -> str:
-    """Where in the user's code an exception comes from."""
+def _failed(error: BaseException) -> str:
+    """What an exception of the user's code was, and where it came from."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename != __file__ and not frame.filename.startswith("<")
     ]
-    return f" at {frames[-1].filename}, line {frames[-1].lineno}," if frames else ""
+    place = f" at {frames[-1].filename}, line {frames[-1].lineno}," if frames else ""
+    return f"failed{place} with {type(error).__name__}: {error}"

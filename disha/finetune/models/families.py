@@ -1,12 +1,11 @@
 """What each family's ``config.json`` means: which keys there are, and what is computed by default.
 
-Defaults are those of the transformers library, which is what the files are written for. Keys that
-would change what is computed, in ways that our decoder does not follow, are refused by name.
+Defaults are those of the transformers library, for which the files are written. A key that would
+change what is computed, in a way that the decoder does not follow, is an error that names it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,19 +13,17 @@ from typing import Any
 
 from disha.finetune.errors import CheckpointError
 from disha.finetune.models.decoder import DecoderConfig
-from disha.finetune.models.rope import LinearScaling, Llama3Scaling, RopeScaling
+from disha.finetune.models.fields import WAY_OUT, Fields
+from disha.finetune.models.rope import llama3_factors
 
-__all__ = ["FAMILIES", "SUPPORTED", "WAY_OUT", "Family", "config_from_json", "family_of"]
+__all__ = ["FAMILIES", "Family", "config_from_json", "family_of"]
 
 SUPPORTED = "Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3"
-WAY_OUT = (
-    "any other model can be given as --model module:function, a function that returns an nn.Module"
-)
 
 
 @dataclass(frozen=True)
 class Family:
-    """What one family of models computes, and what its keys are when a file leaves them out.
+    """What one family of models computes, and its defaults for keys that a file leaves out.
 
     Args:
         name: `model_type` in config.json, and `general.architecture` in GGUF files.
@@ -35,8 +32,8 @@ class Family:
         kv_heads: `num_key_value_heads` by default; None for as many as there are heads.
         head_dim: `head_dim` by default; None for the width divided among the heads.
         window: `sliding_window` by default.
-        window_by: the key that turns the sliding window on; None where a window alone does.
-        has_window: whether there are sliding windows at all.
+        window_by: the key that turns the sliding window on; None if it is always on.
+        has_window: whether the family has sliding windows.
         qkv_bias: whether q, k and v always have a bias.
         has_attention_bias: whether `attention_bias` gives q, k, v and o a bias.
         has_mlp_bias: whether `mlp_bias` gives the feed-forward layers one.
@@ -89,226 +86,187 @@ QWEN3 = Family(
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 # Keys of related models, with the values that change nothing.
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0, None),
-    "partial_rotary_factor": (1, None),
-    "attention_multiplier": (1, None),
-    "embedding_multiplier": (1, None),
-    "residual_multiplier": (1, None),
-    "logits_scaling": (1, None),
-    "logit_scale": (1, None),
-    "attn_logit_softcapping": (0, None),
-    "final_logit_softcapping": (0, None),
+    "attention_dropout": (0,),
+    "partial_rotary_factor": (1,),
+    "attention_multiplier": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
     "query_pre_attn_scalar": (None,),
-    "num_experts": (0, 1, None),
-    "num_local_experts": (0, 1, None),
-    "use_qk_norm": (False, None),
-    "use_mrope": (False, None),
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "use_qk_norm": (False,),
+    "use_mrope": (False,),
     "clip_qkv": (None,),
     "no_rope_layers": (None,),
     "attention_chunk_size": (None,),
 }
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def family_of(name: object, path: Path) -> Family:
+def family_of(name: object, path: Path, families: Mapping[str, Family] = FAMILIES) -> Family:
     """The family of a `model_type` or GGUF architecture.
 
+    Args:
+        name: what the file says.
+        path: the file; for messages.
+        families: those that are supported, by name.
+
     Raises:
-        CheckpointError: it is none of those that our decoder computes.
+        CheckpointError: it is none of these.
     """
-    if not isinstance(name, str) or name not in FAMILIES:
+    if not isinstance(name, str) or name not in families:
         raise CheckpointError(
             f"{path} holds a model of architecture {name!r}; supported are "
-            f"{', '.join(map(repr, FAMILIES))} ({SUPPORTED}); {WAY_OUT}"
+            f"{', '.join(map(repr, families))} ({SUPPORTED}); {WAY_OUT}"
         )
-    return FAMILIES[name]
+    return families[name]
 
 
-def config_from_json(fields: Mapping[str, Any], path: Path) -> DecoderConfig:
+def config_from_json(values: Mapping[str, Any], path: Path) -> DecoderConfig:
     """The decoder that a ``config.json`` describes.
 
     Args:
-        fields: its contents.
+        values: its contents.
         path: the file; for messages.
 
     Raises:
         CheckpointError: another architecture, a key that is missing or of the wrong type, or one
-            that asks for what our decoder does not compute.
+            that asks for what the decoder does not compute.
     """
-    return _Reader(fields, path).config()
+    keys, family = Fields(values, path), family_of(values.get("model_type"), path)
+    _check_supported(keys, family)
+    hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    attention_bias = family.has_attention_bias and keys.flag("attention_bias")
+    config = DecoderConfig(
+        vocabulary=keys.integer("vocab_size"),
+        hidden=hidden,
+        feed_forward=keys.integer("intermediate_size"),
+        layers=keys.integer("num_hidden_layers"),
+        heads=heads,
+        kv_heads=_kv_heads(keys, family, heads),
+        head_dim=_head_dim(keys, family, hidden, heads),
+        context=keys.integer("max_position_embeddings", family.context),
+        rope_base=_rope(keys).number("rope_theta", 10000.0),
+        norm_epsilon=keys.number("rms_norm_eps", 1e-6),
+        tied_head=keys.flag("tie_word_embeddings"),
+        qkv_bias=family.qkv_bias or attention_bias,
+        output_bias=attention_bias,
+        feed_forward_bias=family.has_mlp_bias and keys.flag("mlp_bias"),
+        head_norm=family.head_norm,
+    )
+    # Lists are made only now that the sizes have been checked.
+    window, windowed_layers = _windows(keys, family, config.layers)
+    return replace(
+        config,
+        rope_factors=_rope_factors(keys, config),
+        window=window,
+        windowed_layers=windowed_layers,
+    )
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Typed access to the fields of a config.json.
-
-    Args:
-        fields: its contents.
-        path: the file.
-    """
-
-    fields: Mapping[str, Any]
-    path: Path
-
-    def config(self) -> DecoderConfig:
-        family = family_of(self.fields.get("model_type"), self.path)
-        self._check_followed(family)
-        hidden, heads = self._integer("hidden_size"), self._integer("num_attention_heads")
-        context = self._integer("max_position_embeddings", family.context)
-        base, scaling = self._rope(context)
-        attention_bias = family.has_attention_bias and self._flag("attention_bias")
-        sized = DecoderConfig(
-            vocabulary=self._integer("vocab_size"),
-            hidden=hidden,
-            feed_forward=self._integer("intermediate_size"),
-            layers=self._integer("num_hidden_layers"),
-            heads=heads,
-            kv_heads=self._key_value_heads(family, heads),
-            head_dim=self._head_dim(family, hidden, heads),
-            context=context,
-            rope_base=base,
-            norm_epsilon=self._number("rms_norm_eps", 1e-6),
-            tied_head=self._flag("tie_word_embeddings"),
-            rope_scaling=scaling,
-            qkv_bias=family.qkv_bias or attention_bias,
-            output_bias=attention_bias,
-            feed_forward_bias=family.has_mlp_bias and self._flag("mlp_bias"),
-            head_norm=family.head_norm,
+def _check_supported(keys: Fields, family: Family) -> None:
+    classes = keys.get("architectures") or [family.causal]
+    if not isinstance(classes, list) or family.causal not in classes:
+        raise keys.refused("architectures", classes, f"supported is {family.causal!r}")
+    if keys.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{keys.path} has a quantization_config: its weights are quantised already. Use "
+            "the model's folder in bf16 or fp32; --bits 8 or --bits 4 quantise it"
         )
-        # Layers are listed only now, as the sizes have been checked.
-        window, windowed_layers = self._windows(family, sized.layers)
-        return replace(sized, window=window, windowed_layers=windowed_layers)
+    keys.require_neutral(NEUTRAL)
 
-    def _check_followed(self, family: Family) -> None:
-        classes = self.fields.get("architectures") or [family.causal]
-        if not isinstance(classes, list) or family.causal not in classes:
-            raise self._refused("architectures", classes, f"supported is {family.causal!r}")
-        if self.fields.get("quantization_config") is not None:
-            raise CheckpointError(
-                f"{self.path} has a quantization_config: its weights are quantised already. Use "
-                "the model's folder in bf16 or fp32; --bits 8 or --bits 4 quantise it"
-            )
-        for key, neutral in _NEUTRAL.items():
-            value = self.fields.get(key, neutral[0])
-            if value not in neutral:
-                raise self._refused(key, value, f"only {neutral[0]!r} is supported")
 
-    def _key_value_heads(self, family: Family, heads: int) -> int:
-        default = heads if family.kv_heads is None else family.kv_heads
-        if self.fields.get("num_key_value_heads", default) is None:
-            return heads
-        return self._integer("num_key_value_heads", default)
+def _kv_heads(keys: Fields, family: Family, heads: int) -> int:
+    # A null means as many as heads, and a key left out the family's default.
+    if "num_key_value_heads" in keys.values or family.kv_heads is None:
+        return keys.integer("num_key_value_heads", heads)
+    return family.kv_heads
 
-    def _head_dim(self, family: Family, hidden: int, heads: int) -> int:
-        if self.fields.get("head_dim", family.head_dim) is not None:
-            return self._integer("head_dim", family.head_dim)
-        if heads < 1 or hidden % heads:
-            raise CheckpointError(
-                f"{self.path} has hidden_size = {hidden}, which can't be divided among its "
-                f"{heads} heads, and no head_dim"
-            )
-        return hidden // heads
 
-    def _windows(self, family: Family, layers: int) -> tuple[int | None, tuple[int, ...]]:
-        """How far a sliding window reaches, and the layers that have one."""
-        window = self._window(family)
-        kinds = self.fields.get("layer_types")
-        if kinds is None:
-            # Mistral has it in every layer; Qwen's key counts the layers without, the first ones.
-            first = (
-                0 if family.window_by is None else max(0, self._integer("max_window_layers", 28))
-            )
-            return window, () if window is None else tuple(range(first, layers))
-        if (
-            not isinstance(kinds, list)
-            or len(kinds) != layers
-            or not set(map(str, kinds)) <= {_FULL, _SLIDING}
-        ):
-            raise self._refused(
-                "layer_types", kinds, f"supported is a list of {layers}, {_FULL!r} or {_SLIDING!r}"
-            )
-        windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == _SLIDING)
-        if windowed and window is None:
-            raise self._refused("layer_types", kinds, "and the sliding window is not turned on")
-        if family.window_by is None and len(windowed) != (0 if window is None else layers):
-            raise self._refused(
-                "layer_types", kinds, f"{family.name} has the same attention in all layers"
-            )
-        return window, windowed
+def _head_dim(keys: Fields, family: Family, hidden: int, heads: int) -> int:
+    default = None if "head_dim" in keys.values else family.head_dim
+    if keys.get("head_dim", default) is not None:
+        return keys.integer("head_dim", default)
+    if heads < 1 or hidden % heads:
+        raise CheckpointError(
+            f"{keys.path} has hidden_size = {hidden}, which can't be divided among its "
+            f"{heads} heads, and no head_dim"
+        )
+    return hidden // heads
 
-    def _window(self, family: Family) -> int | None:
-        on = family.has_window and (family.window_by is None or self._flag(family.window_by))
-        if not on or self.fields.get("sliding_window", family.window) is None:
-            return None
-        return self._integer("sliding_window", family.window)
 
-    def _rope(self, context: int) -> tuple[float, RopeScaling | None]:
-        """Base and scaling of the rotary frequencies, in the newer spelling or the older one."""
-        key = "rope_scaling" if self.fields.get("rope_scaling") else "rope_parameters"
-        found = self.fields.get(key) or {}
-        if not isinstance(found, dict) or any(isinstance(one, dict) for one in found.values()):
-            raise self._refused(key, found, "supported is one object for all layers")
-        outside = {"rope_theta": self.fields.get("rope_theta", 10000.0)}
-        inside = _Reader({**outside, **found}, self.path)
-        kind = found.get("rope_type", found.get("type", "default"))
-        if inside.fields.get("partial_rotary_factor", 1) not in (1, None):
-            raise self._refused(key, found, "a partial_rotary_factor other than 1 is not supported")
-        base = inside._number("rope_theta")
-        if kind == "default":
-            return base, None
-        if kind == "linear":
-            return base, LinearScaling(inside._number("factor"))
-        if kind == "llama3":
-            original = "original_max_position_embeddings"
-            unscaled = self._number(original, inside._number(original, context))
-            return base, Llama3Scaling(
-                inside._number("factor"),
-                inside._number("low_freq_factor"),
-                inside._number("high_freq_factor"),
-                unscaled,
-            )
-        raise self._refused(
+def _windows(keys: Fields, family: Family, layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """How far a sliding window reaches, and the layers that have one."""
+    window = _window(keys, family)
+    kinds = keys.get("layer_types")
+    if kinds is None:
+        # Mistral has it in every layer; Qwen's key counts the first layers, which lack it.
+        first = 0 if family.window_by is None else max(0, keys.integer("max_window_layers", 28))
+        return window, () if window is None else tuple(range(first, layers))
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or not set(map(str, kinds)) <= {FULL, SLIDING}
+    ):
+        raise keys.refused(
+            "layer_types", kinds, f"supported is a list of {layers}, {FULL!r} or {SLIDING!r}"
+        )
+    windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == SLIDING)
+    if windowed and window is None:
+        raise keys.refused("layer_types", kinds, "and the sliding window is not turned on")
+    if family.window_by is None and len(windowed) != (0 if window is None else layers):
+        raise keys.refused(
+            "layer_types", kinds, f"{family.name} has the same attention in all layers"
+        )
+    return window, windowed
+
+
+def _window(keys: Fields, family: Family) -> int | None:
+    on = family.has_window and (family.window_by is None or keys.flag(family.window_by))
+    default = None if "sliding_window" in keys.values else family.window
+    if not on or keys.get("sliding_window", default) is None:
+        return None
+    return keys.integer("sliding_window", default)
+
+
+def _rope(keys: Fields) -> Fields:
+    """The keys of the rotary embedding, in the newer spelling or the older one."""
+    key = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
+    found = keys.get(key) or {}
+    if not isinstance(found, dict) or any(isinstance(one, dict) for one in found.values()):
+        raise keys.refused(key, found, "supported is one object for all layers")
+    inside = Fields({"rope_theta": keys.get("rope_theta"), **found}, keys.path)
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise keys.refused(
             key, found, "supported are rope_type 'default', 'linear' and 'llama3'", WAY_OUT
         )
+    inside.require_neutral({"partial_rotary_factor": (1,)})
+    return Fields({**inside.values, "rope_type": kind}, keys.path)
 
-    def _refused(self, key: str, value: object, *why: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path} asks for {key} = {value!r}, which is not supported, and ignoring it "
-            f"would give another model; {'; '.join(why)}"
+
+def _rope_factors(keys: Fields, config: DecoderConfig) -> tuple[float, ...] | None:
+    """What the rotary frequencies are divided by, if they are."""
+    rope = _rope(keys)
+    if rope.get("rope_type") == "default":
+        return None
+    factor = rope.number("factor")
+    if rope.get("rope_type") == "linear":
+        return (factor,) * (config.head_dim // 2)
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    original = "original_max_position_embeddings"
+    context = keys.number(original, rope.number(original, config.context))
+    if not (0 < low < high and factor > 0 and context > 0):
+        raise CheckpointError(
+            f"{keys.path} has a llama3 rotary scaling with factor {factor}, low_freq_factor {low}, "
+            f"high_freq_factor {high} and {original} {context}; they must be greater than 0, and "
+            "low_freq_factor below high_freq_factor"
         )
-
-    def _integer(self, key: str, default: int | None = None) -> int:
-        value = self._field(key, default)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise CheckpointError(f"{self.path}: {key} must be an integer, found {value!r}")
-        return value
-
-    def _number(self, key: str, default: float | None = None) -> float:
-        value = self._field(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise CheckpointError(f"{self.path}: {key} must be a number, found {value!r}")
-        # A whole number in JSON can be larger than any float.
-        if not abs(value) <= sys.float_info.max:
-            raise CheckpointError(
-                f"{self.path}: {key} must be finite, found a number beyond floats"
-            )
-        return float(value)
-
-    def _flag(self, key: str) -> bool:
-        value = self.fields.get(key) or False
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{self.path}: {key} must be true or false, found {value!r}")
-        return value
-
-    def _field(self, key: str, default: float | None) -> object:
-        value = self.fields.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise CheckpointError(
-                f"{self.path} lacks the key {key}; get the model's folder again, as the library "
-                "that made it wrote it"
-            )
-        return value
+    return llama3_factors(config.head_dim, config.rope_base, factor, low, high, context)

@@ -1,8 +1,8 @@
 """Base models kept in 8 or 4 bits by bitsandbytes (QBone): the extra `quant`.
 
-The linear layers of the decoder layers become bitsandbytes' own; embeddings, norms and the output
-head stay dense. 8 bits are LLM.int8's rows with one scale each, and inputs are rounded to float16
-on their way to 8 bits; 4 bits are nf4 in blocks of 64, their scales quantised once more.
+The linear layers of the decoder layers become those of bitsandbytes; embeddings, norms and the
+output head stay dense. 8 bits are LLM.int8: rows with one scale each, and inputs that are rounded
+to float16 and then to 8 bits. 4 bits are nf4 in blocks of 64, with scales that are quantised too.
 
 Sources: Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022,
 and "QLoRA: Efficient Finetuning of Quantized LLMs", 2023.
@@ -29,15 +29,15 @@ WeightBits = Literal[8, 4]
 
 FOUR_BIT = {"quant_type": "nf4", "compress_statistics": True}
 
-# On the CPU, bitsandbytes 0.50 reads 4-bit rows wrongly that are no whole blocks of 64, and packs
-# nothing but groups of 32 rows.
+# On the CPU, bitsandbytes 0.50 reads 4-bit rows correctly only in multiples of 64 values, and packs
+# only groups of 32 rows.
 CPU_IN, CPU_OUT = 64, 32
 
 
 def quantise_layers(
     model: Decoder, bits: WeightBits, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put quantised layers, yet without weights, in place of the decoder layers' linear ones.
+    """Put quantised layers in place of the decoder layers' linear ones, still without weights.
 
     Args:
         model: a decoder without weights, on the meta device.
@@ -53,7 +53,7 @@ def quantise_layers(
     if bits not in (8, 4):
         raise SettingsError(f"a base model can be quantised to 8 or 4 bits, got {bits}")
     _bitsandbytes()
-    # That inputs are rounded to float16 is logged by every 8-bit layer; it is said above.
+    # Every 8-bit layer logs that it rounds inputs to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for layer in model.model.layers:
         linears = [(path, one) for path, one in layer.named_modules() if type(one) is nn.Linear]
@@ -65,7 +65,7 @@ def quantise_layers(
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether `module` is one of the layers that `quantise_layers` makes."""
-    if sys.modules.get("bitsandbytes") is None:  # then nobody has made one
+    if sys.modules.get("bitsandbytes") is None:  # then there is none
         return False
     layers = _bitsandbytes().nn
     return isinstance(module, (layers.Linear8bitLt, layers.Linear4bit))

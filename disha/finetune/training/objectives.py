@@ -19,6 +19,7 @@ from disha.finetune.data.batches import TokenBatch
 from disha.finetune.data.examples import IGNORED
 from disha.finetune.errors import SettingsError
 from disha.finetune.models.decoder import Decoder
+from disha.finetune.models.factory import tensor_of
 
 __all__ = ["DecoderObjective", "LogitsObjective", "Objective", "TensorObjective", "objective_for"]
 
@@ -37,11 +38,11 @@ class Objective(nn.Module):
         self.model = model
 
     def train(self: T, mode: bool = True) -> T:
-        """Set training mode, or evaluation mode; but running statistics stay what they were.
+        """Set training mode, or evaluation mode, but leave running statistics as they were.
 
-        An adapter file holds no statistics of normalisation layers, so the base model's are those
-        to train with. With statistics of its own batch, a small batch would also learn otherwise
-        than as a part of a large one.
+        An adapter file holds no statistics of normalisation layers, so training uses those of the
+        base model. With statistics of its own, a small batch would also learn something else than
+        as a part of a large one.
         """
         super().train(mode)
         for module in self.modules():
@@ -89,7 +90,7 @@ class LogitsObjective(Objective):
                 "--packing needs a model that keeps the texts of a row apart, as those given by "
                 "--base_model_name_or_path do; leave it out"
             )
-        logits = _output(self.model(batch.tokens, **self._options))
+        logits = tensor_of(self.model(batch.tokens, **self._options))
         if logits.shape[:-1] != batch.labels.shape:
             raise SettingsError(
                 f"the model given by --model returns shape {tuple(logits.shape)} for tokens of "
@@ -133,7 +134,7 @@ class TensorObjective(Objective):
         if callable(own):
             loss: Tensor = own(inputs, targets)
             return loss.float()
-        outputs = _output(self.model(inputs))
+        outputs = tensor_of(self.model(inputs))
         if targets.is_floating_point():
             _require_shape(outputs, targets, tuple(targets.shape))
             return F.mse_loss(outputs.float(), targets.float(), reduction="sum")
@@ -152,16 +153,6 @@ def objective_for(model: nn.Module, has_tokenizer: bool) -> Objective:
     if isinstance(model, Decoder):
         return DecoderObjective(model)
     return LogitsObjective(model) if has_tokenizer else TensorObjective(model)
-
-
-def _output(output: Any) -> Tensor:
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        raise SettingsError(
-            f"the model given by --model returns a {type(output).__name__}; it must return a "
-            "tensor, or an object that has one as logits"
-        )
-    return found
 
 
 def _require_shape(outputs: Tensor, targets: Tensor, expected: tuple[Any, ...]) -> None:

@@ -47,7 +47,7 @@ def test_names_equal_transformers_on_the_demos_model(smollm, smollm_reference):
 def test_logits_equal_transformers_on_a_tiny_model(tmp_path, tied):
     path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=tied))
     tokens = torch.arange(60).reshape(2, 30)
-    ours = GGUFCheckpoint.open(path).load_model(torch.float32)
+    ours = GGUFCheckpoint(path).load_model(torch.float32)
     torch.testing.assert_close(
         ours(tokens), transformers_model(path)(tokens).logits, rtol=0.0, atol=1e-5
     )
@@ -57,7 +57,7 @@ def test_logits_equal_transformers_on_a_tiny_model(tmp_path, tied):
 @torch.inference_mode()
 def test_logits_and_names_of_every_family_equal_transformers(tiny_folder, family):
     reference = tiny_checkpoints.random_model(family)
-    model = FolderCheckpoint.open(tiny_folder(family)).load_model(torch.float32)
+    model = FolderCheckpoint(tiny_folder(family)).load_model(torch.float32)
     assert list(model.state_dict()) == list(reference.state_dict())
     tokens = random_tokens(2, 100)
     torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=0.0, atol=1e-4)
@@ -88,7 +88,7 @@ def test_logits_and_names_of_every_family_equal_transformers(tiny_folder, family
 def test_what_configurations_may_ask_for_equals_transformers(tmp_path, family, changes):
     reference = tiny_checkpoints.random_model(family, **changes)
     path = tiny_checkpoints.write_folder(tmp_path / "model", family, **changes)
-    model = FolderCheckpoint.open(path).load_model(torch.float32)
+    model = FolderCheckpoint(path).load_model(torch.float32)
     tokens = random_tokens(2, 60)
     torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=0.0, atol=1e-4)
 
@@ -97,7 +97,7 @@ def test_what_configurations_may_ask_for_equals_transformers(tmp_path, family, c
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), cached=st.booleans())
 @settings(max_examples=8, deadline=None)
 def test_packed_rows_compute_what_separate_rows_do(tiny_folder, family, lengths, cached):
-    model = FolderCheckpoint.open(tiny_folder(family)).load_model(torch.float32)
+    model = FolderCheckpoint(tiny_folder(family)).load_model(torch.float32)
     texts = [random_tokens(1, length, seed) for seed, length in enumerate(lengths)]
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
     cache = cache_for(model, sum(lengths)) if cached else None
@@ -109,7 +109,7 @@ def test_packed_rows_compute_what_separate_rows_do(tiny_folder, family, lengths,
 
 @torch.inference_mode()
 def test_packed_rows_of_different_cuts_lie_in_one_batch(tiny_folder):
-    model = FolderCheckpoint.open(tiny_folder("mistral")).load_model(torch.float32)
+    model = FolderCheckpoint(tiny_folder("mistral")).load_model(torch.float32)
     tokens = random_tokens(2, 40)
     positions = torch.stack([torch.arange(40), torch.cat([torch.arange(15), torch.arange(25)])])
     packed = model(tokens, None, positions)
@@ -131,7 +131,7 @@ def test_packed_rows_do_not_go_on_from_a_cache(tiny_model):
 )
 @torch.inference_mode()
 def test_plain_rows_need_no_mask(tiny_folder, monkeypatch, family, length):
-    model = FolderCheckpoint.open(tiny_folder(family)).load_model(torch.float32)
+    model = FolderCheckpoint(tiny_folder(family)).load_model(torch.float32)
     masks, attend = [], nn.functional.scaled_dot_product_attention
 
     def watched(*inputs, attn_mask, is_causal, **options):
@@ -146,7 +146,7 @@ def test_plain_rows_need_no_mask(tiny_folder, monkeypatch, family, length):
 
 @pytest.mark.parametrize("family", ["mistral", "llama3", "qwen3"])
 def test_the_compiler_sees_one_graph(tiny_folder, family):
-    model = FolderCheckpoint.open(tiny_folder(family)).load_model(torch.float32)
+    model = FolderCheckpoint(tiny_folder(family)).load_model(torch.float32)
     tokens, positions = random_tokens(2, 30), torch.arange(30).expand(2, 30)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens), model(tokens))
@@ -157,7 +157,7 @@ def test_the_compiler_sees_one_graph(tiny_folder, family):
 @pytest.mark.parametrize("family", ["mistral", "llama3", "qwen3"])
 @torch.inference_mode()
 def test_cached_steps_of_other_families(tiny_folder, family):
-    model = FolderCheckpoint.open(tiny_folder(family)).load_model(torch.float32)
+    model = FolderCheckpoint(tiny_folder(family)).load_model(torch.float32)
     tokens = random_tokens(1, 50)
     cache = cache_for(model, 50)
     pieces = [model(piece, cache) for piece in tokens.split([7, 1, 1, 20, 1, 14, 6], dim=1)]

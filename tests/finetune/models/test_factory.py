@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 import disha
 from disha.finetune.errors import CheckpointError, SettingsError
-from disha.finetune.models.factory import load_factory, logits_for, logits_of
+from disha.finetune.models.factory import load_factory, logits_for, tensor_of
 
 MODULE = "models_of_a_user"
 
@@ -77,15 +77,15 @@ def test_a_gpt2_of_transformers_is_made_and_adapted(here):
     assert isinstance(model, GPT2LMHeadModel)
     assert tokenizer is None
     tokens = torch.arange(12).unsqueeze(0)
-    logits = logits_of(model(tokens))
+    logits = tensor_of(model(tokens))
     assert logits.shape == (1, 12, 50)
     disha.inject_adapters(model, "attn|mlp", 4)
-    assert torch.equal(logits_of(model(tokens)), logits)
+    assert torch.equal(tensor_of(model(tokens)), logits)
 
 
 def test_a_model_of_no_text_is_made(here):
     model, tokenizer = load_factory(f"{MODULE}:make_images")
-    assert logits_of(model(torch.randn(2, 3, 6, 6))).shape == (2, 10)
+    assert tensor_of(model(torch.randn(2, 3, 6, 6))).shape == (2, 10)
     assert tokenizer is None
 
 
@@ -136,7 +136,7 @@ def test_what_fails_inside_the_import_is_named(here):
 
 
 def test_a_function_that_is_not_there_gets_the_nearest_names(here):
-    with pytest.raises(SettingsError, match="no function 'make_gpt3'; nearest are make_gpt2"):
+    with pytest.raises(SettingsError, match="no function 'make_gpt3'; the nearest are make_gpt2"):
         load_factory(f"{MODULE}:make_gpt3")
 
 
@@ -171,11 +171,11 @@ def test_interrupts_are_not_taken_for_failures(here):
 
 def test_logits_are_a_tensor_or_an_attribute():
     logits = torch.randn(2, 3)
-    assert logits_of(logits) is logits
-    assert logits_of(SimpleNamespace(logits=logits)) is logits
+    assert tensor_of(logits) is logits
+    assert tensor_of(SimpleNamespace(logits=logits)) is logits
     for output in (None, (logits,), SimpleNamespace(logits=None)):
-        with pytest.raises(CheckpointError, match="must return its logits as a tensor"):
-            logits_of(output)
+        with pytest.raises(CheckpointError, match="it must return a tensor, or an object"):
+            tensor_of(output)
 
 
 def test_what_a_model_fails_with_on_tokens_is_named():

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from disha.finetune.errors import CheckpointError
 from disha.finetune.models.families import config_from_json
-from disha.finetune.models.rope import LinearScaling, Llama3Scaling
+from disha.finetune.models.rope import llama3_factors
 
 PATH = Path("model/config.json")
 
@@ -98,23 +98,23 @@ def test_sizes_are_what_transformers_takes_them_for(fields):
 
 
 def test_rope_settings_in_the_older_and_the_newer_spelling():
-    scaling = Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    factors = llama3_factors(128, 5e5, 8.0, 1.0, 4.0, 8192)
     older = config(LLAMA_3_1)
     newer = config(
         LLAMA_3_1, "rope_scaling", "rope_theta", rope_parameters={**LLAMA3, "rope_theta": 5e5}
     )
-    assert older.rope_scaling == newer.rope_scaling == scaling
+    assert older.rope_factors == newer.rope_factors == factors
     assert older.rope_base == newer.rope_base == 5e5
     oldest = config(TINY_LLAMA, rope_scaling={"type": "linear", "factor": 2.0})
-    assert oldest.rope_scaling == LinearScaling(2.0)
+    assert oldest.rope_factors == (2.0,) * 32
 
 
 def test_the_unscaled_context_may_be_outside_or_left_out():
     left_out = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
     outside = config(LLAMA_3_1, rope_scaling=left_out, original_max_position_embeddings=4096)
-    assert outside.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 4096)
+    assert outside.rope_factors == llama3_factors(128, 5e5, 8.0, 1.0, 4.0, 4096)
     nowhere = config(LLAMA_3_1, rope_scaling=left_out)
-    assert nowhere.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 131072)
+    assert nowhere.rope_factors == llama3_factors(128, 5e5, 8.0, 1.0, 4.0, 131072)
 
 
 def test_which_layers_have_a_window():
@@ -199,8 +199,8 @@ def test_what_changes_nothing_is_fine(changes):
     ("without", "changes", "complaint"),
     [
         (["hidden_size"], {}, "lacks the key hidden_size"),
-        ([], {"num_hidden_layers": "22"}, "num_hidden_layers must be an integer, found '22'"),
-        ([], {"num_hidden_layers": True}, "num_hidden_layers must be an integer, found True"),
+        ([], {"num_hidden_layers": "22"}, "num_hidden_layers must be one integer, found '22'"),
+        ([], {"num_hidden_layers": True}, "num_hidden_layers must be one integer, found True"),
         ([], {"rms_norm_eps": "tiny"}, "rms_norm_eps must be a number, found 'tiny'"),
         ([], {"rope_theta": float("inf")}, "rope_theta must be finite"),
         ([], {"rope_theta": 10**400}, "rope_theta must be finite"),
@@ -209,6 +209,9 @@ def test_what_changes_nothing_is_fine(changes):
         ([], {"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
         ([], {"rope_scaling": "llama3"}, "rope_scaling = 'llama3'.*one object for"),
         ([], {"rope_scaling": {"type": "linear"}}, "lacks the key factor"),
+        ([], {"rope_scaling": {"type": "linear", "factor": 0}}, "divided by 32 finite numbers"),
+        ([], {"rope_scaling": {**LLAMA3, "factor": -1}}, "must be greater than 0"),
+        ([], {"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, "low_freq_factor below high"),
         ([], {"num_attention_heads": 30}, "can't be divided among its 30 heads"),
         ([], {"num_attention_heads": 0}, "can't be divided among its 0 heads"),
         ([], {"head_dim": 33}, "heads of even width, got 33"),

@@ -345,4 +345,4 @@ def read(folder, metadata):
     path = tiny_gguf.write_gguf(
         folder / "tiny.gguf", tiny_gguf.random_state(tied=True), metadata=metadata
     )
-    return Tokenizer.from_gguf(GGUFCheckpoint.open(path).fields, path)
+    return Tokenizer.from_gguf(GGUFCheckpoint(path).fields, path)

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import disha
 from disha.finetune.data.batches import collate
-from disha.finetune.errors import SettingsError
+from disha.finetune.errors import BadInputError, SettingsError
 from disha.finetune.training.objectives import (
     DecoderObjective,
     LogitsObjective,
@@ -102,13 +102,13 @@ def test_packed_rows_are_refused_where_nothing_keeps_texts_apart(gpt2):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ((torch.zeros(1, 5, 9),), "returns a tuple; it must return a tensor"),
-        (SimpleNamespace(logits=[1]), "returns a SimpleNamespace"),
+        ((torch.zeros(1, 5, 9),), "returned a tuple; it must return a tensor"),
+        (SimpleNamespace(logits=[1]), "returned a SimpleNamespace"),
         (torch.zeros(1, 9), r"returns shape \(1, 9\) for tokens of shape \(1, 5\)"),
     ],
 )
 def test_what_is_no_logits_is_named(output, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(BadInputError, match=message):
         LogitsObjective(Returning(output))(batch_of(examples(1)))
 
 
