@@ -32,7 +32,7 @@ from disha.files.atomic import PathLike, checked_path, write_files, write_folder
 from disha.files.contents import read_contents
 from disha.files.header import AdapterFile, LayerRecord
 from disha.files.json_files import read_json
-from disha.files.pieces import Piece, StoredTensor, copy_tensor, write_pieces, write_tensor
+from disha.files.pieces import Piece, copy_tensor, write_pieces, write_tensor
 from disha.files.tensors import DTYPES
 from disha.functional.shards import merge_dtype
 from disha.interop.checkpoints.matching import BaseReport, Matching, matched
@@ -58,10 +58,10 @@ WEIGHTS = (
     *(SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"),
     *(".onnx_data", ".npz", ".tflite", ".index.json"),
 )
-"""How files end that hold weights, or say which files do: the unmerged ones are not copied."""
+"""Ends of the names of files with weights or lists of them. They are not copied: not merged."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of tensors that are written, and with those that will be."""
+"""Called with the bytes of tensors that are written, and the bytes that will be."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class MergedCheckpoint:
         layers: the adapter's layers, all merged.
         replaced: tensors that took the values of parameters saved beside the blocks.
         files: names of the files written.
-        left_out: names of the base's files that are not in it: other weights, and links and hidden
-            files.
+        left_out: names of the base's files that were not copied: other weights, links that lead
+            out of the base, and hidden files.
         nbytes: size of all tensors.
 
     Examples:
@@ -128,41 +128,41 @@ def merge_into_checkpoint(
     """Write a copy of a base checkpoint with an adapter merged into its weights.
 
     W becomes W + s * dW, computed in float32 (float64 for float64 weights) and rounded once: bit
-    for bit what `merge_adapters` computes. Parameters saved beside the blocks take their places.
-    Tensor after tensor is read, merged and written, so that memory holds one of them.
+    for bit what `merge_adapters` computes. Parameters saved beside the blocks replace the base's.
+    Each tensor is read, merged and written before the next, so memory holds one of them.
 
-    What is written has the tensors' names, the shards and the other files of the base, weights in
-    other formats left out; any loader of the base reads it. All of it appears at once, when it is
-    complete; a failure leaves what was there, and no part of the new. The base is only read.
+    The copy has the tensors' names, the shards and the other files of the base, except for weights
+    in other formats, and any loader of the base reads it. It takes its place when it is complete.
+    If the merge fails, nothing changes. The base is only read.
 
     Args:
-        base: one safetensors file; or a folder that holds `model.safetensors`, or shards with a
+        base: one safetensors file; or a folder with a `model.safetensors`, or with shards and a
             `model.safetensors.index.json`.
-        adapter_path: the adapter file. Its layers are looked for under their names; if some are
-            not there, under these with one prefix more or less.
-        out: the folder to write; or, if it ends with `.safetensors`, the one file, which then
-            holds all tensors. Its parent exists. A base that is one file becomes a
-            `model.safetensors` in a folder.
-        also_train: also put the parameters saved beside the blocks in their places.
+        adapter_path: the adapter file. If some of its layers are not in the base, they are looked
+            for under their names with one prefix more or less.
+        out: the folder to write. If it ends with `.safetensors`, the file to write, which then
+            holds all tensors. Its parent must exist. In a folder, a base that is one file becomes
+            `model.safetensors`.
+        also_train: also merge the parameters saved beside the blocks.
         scale: runtime scale s of all layers, in place of the adapter's own.
         dtype: dtype of all floating-point tensors of 16 bits and more, in `config.json` too; by
             default each keeps its own.
-        force: merge though the weights are not those that the adapter was saved from, or though an
-            embedding may be tied to an output head, which then changes as well.
-        overwrite: replace the file that is there, or the folder that has a checkpoint, with all
-            that is in it.
-        progress: called with the bytes of tensors written, and those to write, after each.
+        force: merge even if the weights are not those that the adapter was saved from, or if an
+            adapted embedding may be tied to an output head, which then changes too.
+        overwrite: replace the file that exists, or the folder with a checkpoint, and everything in
+            it.
+        progress: called after each tensor with the bytes written, and the bytes to write.
 
     Returns:
         What was written, and what was left out.
 
     Raises:
         AdapterIOError: a file can't be read or written.
-        AdapterFileError: the adapter file or the checkpoint is damaged; or they don't fit: a layer
-            is missing, has another shape, is quantised, or has other weights than the adapter was
-            saved from; the message lists them.
-        ArgumentError: `out` is there already, or is in the base, or holds it.
-        MergeError: a merged weight would not be finite; or a tied embedding.
+        AdapterFileError: the adapter file or the checkpoint is damaged; or they do not fit,
+            because a layer is missing, has another shape, is quantised, or has other weights than
+            the adapter was saved from. The message lists these layers.
+        ArgumentError: `out` exists, or is in the base, or contains it.
+        MergeError: a merged weight would not be finite, or an adapted embedding may be tied.
 
     Examples:
         >>> import tempfile, pathlib
@@ -190,21 +190,21 @@ def merge_into_checkpoint(
     adapter, tensors = read_contents(adapter_path, also_train=also_train)
     found = matched(checkpoint, adapter, tensors)
     _check_fit(found.report, force)
-    _check_mergeable(checkpoint, adapter, force)
-    work = _Work(checkpoint, adapter, tensors, found, scale, dtype, progress)
-    if _names_file(out):
-        write_files({out: partial(work.write, checkpoint.tensors, _metadata(checkpoint))})
+    _check_untied(checkpoint, adapter, force)
+    merge = _Merge(checkpoint, adapter, tensors, found, scale, dtype, progress)
+    if out.suffix == SUFFIX:
+        write_files({out: partial(merge.write, checkpoint.tensors, checkpoint.files)})
         files, left_out = {out.name}, set[str]()
     else:
         with write_folder(out, overwrite=overwrite) as folder:
-            files, left_out = _fill(folder, work)
+            files, left_out = _write_folder(folder, merge)
     return MergedCheckpoint(
         path=out,
         layers=tuple(record.name for record in adapter.layers),
         replaced=tuple(found.keys.values()),
         files=tuple(sorted(files)),
         left_out=tuple(sorted(left_out)),
-        nbytes=work.total,
+        nbytes=merge.total,
     )
 
 
@@ -228,83 +228,72 @@ def _check_arguments(scale: object, dtype: object) -> None:
 
 def _check_target(out: Path, checkpoint: Checkpoint, adapter: Path, overwrite: bool) -> None:
     target = Path(os.path.realpath(out))
-    for source in (checkpoint.path, *checkpoint.files, adapter):
-        source = Path(os.path.realpath(source))
-        if target == source or target in source.parents:
-            raise ArgumentError(f"can't write to {out}: it is or holds {source}, which is read")
-    if (
-        checkpoint.folder is not None
-        and Path(os.path.realpath(checkpoint.folder)) in target.parents
-    ):
-        raise ArgumentError(f"can't write to {out}: it is in the base, {checkpoint.folder}")
-    if not target.parent.is_dir():
+    sources = [Path(os.path.realpath(one)) for one in (checkpoint.path, *checkpoint.files, adapter)]
+    around = [source for source in sources if target in (source, *source.parents)]
+    if around:
+        problem: str | None = f"it is or contains {around[0]}, which is read"
+    elif checkpoint.folder is not None and sources[0] in target.parents:
+        problem = f"it is in the base, {checkpoint.folder}"
+    elif not target.parent.is_dir():
         raise AdapterIOError(f"can't write to {out}: create the folder {target.parent} first")
-    if _names_file(out):
-        _check_file_target(out, target, overwrite)
+    elif not target.exists():
+        problem = None
+    elif out.suffix == SUFFIX:
+        problem = _why_no_file(target, overwrite)
     else:
-        _check_folder_target(out, target, overwrite)
+        problem = _why_no_folder(target, overwrite)
+    if problem is not None:
+        raise ArgumentError(f"can't write to {out}: {problem}")
 
 
-def _names_file(out: Path) -> bool:
-    return out.suffix == SUFFIX
-
-
-def _check_file_target(out: Path, target: Path, overwrite: bool) -> None:
+def _why_no_file(target: Path, overwrite: bool) -> str | None:
+    """Return why a file can't take the place of what exists, or None if it can."""
     if target.is_dir():
-        raise ArgumentError(
-            f"can't write to {out}: it is a folder, and a path that ends with {SUFFIX} is to be a "
-            "file"
-        )
-    if target.exists() and not overwrite:
-        raise ArgumentError(f"{out} exists; choose another name, or set `overwrite`")
+        return f"it is a folder, and a path that ends with {SUFFIX} names a file"
+    return None if overwrite else "it exists; choose another name, or set `overwrite`"
 
 
-def _check_folder_target(out: Path, target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
+def _why_no_folder(target: Path, overwrite: bool) -> str | None:
+    """Return why a folder can't take the place of what exists, or None if it can."""
     if not target.is_dir():
-        raise ArgumentError(
-            f"can't write to {out}: it is a file; name a folder, or a path that ends with {SUFFIX}"
-        )
+        return f"it is a file; name a folder, or a path that ends with {SUFFIX}"
     if not any(target.iterdir()):
-        return
+        return None
     if not overwrite:
-        raise ArgumentError(f"{out} is not empty; choose another folder, or set `overwrite`")
-    if not any((target / name).is_file() for name in (SINGLE, INDEX)):
-        raise ArgumentError(
-            f"{out} holds no checkpoint (no {SINGLE} or {INDEX}), and would be deleted; name "
-            "another folder, or delete it yourself"
-        )
-
-
-def _check_fit(report: BaseReport, force: bool) -> None:
-    unfit, other = report.missing + report.misfits, report.other_base
-    if not unfit and (force or not other):
-        return
-    shown = (unfit + (() if force else other))[:SHOWN]
-    problems = [f"{one.name or '(the model)'}: {one.state}, {one.remark}" for one in shown]
-    counts = f"{len(report.missing)} missing, {len(report.misfits)} unfit, {len(other)} of another"
-    remedies = []
-    if report.missing:
-        remedies.append(
-            "a weight that is tied to another one is stored once, under the other's name: load the "
-            "adapter into the model, and merge there with merge_adapters(model, untie=True)"
-        )
-    if other and not force:
-        remedies.append(
-            "take the base that the adapter was trained on, and make sure that the adapter is not "
-            "merged into it already; or merge with `force`"
-        )
-    raise AdapterFileError(
-        f"{report.adapter} does not fit {report.base} ({counts} base); nothing was written:\n"
-        + "\n".join(problems + remedies)
+        return "it is not empty; choose another folder, or set `overwrite`"
+    if any((target / name).is_file() for name in (SINGLE, INDEX)):
+        return None
+    return (
+        f"it holds no checkpoint (no {SINGLE} or {INDEX}), and everything in it would be deleted; "
+        "name another folder, or delete it yourself"
     )
 
 
-def _check_mergeable(checkpoint: Checkpoint, adapter: AdapterFile, force: bool) -> None:
-    embeddings = [
-        repr(record.name) for record in adapter.layers if record.layout.pattern == "index out"
-    ]
+def _check_fit(report: BaseReport, force: bool) -> None:
+    unfit, other = report.missing + report.misfits, () if force else report.other_base
+    if not unfit and not other:
+        return
+    lines = [f"{one.name or '(the model)'}: {one.state}, {one.remark}" for one in unfit + other]
+    lines = lines[:SHOWN]
+    if report.missing:
+        lines.append(
+            "a weight that is tied to another one is stored once, under the other's name: load the "
+            "adapter into the model, and merge there with merge_adapters(model, untie=True)"
+        )
+    if other:
+        lines.append(
+            "give the base that the adapter was trained on, without the adapter merged into it; or "
+            "set `force`"
+        )
+    raise AdapterFileError(
+        f"{report.adapter} does not fit {report.base} ({len(report.missing)} missing, "
+        f"{len(report.misfits)} unfit, {len(report.other_base)} of another base); nothing was "
+        "written:\n" + "\n".join(lines)
+    )
+
+
+def _check_untied(checkpoint: Checkpoint, adapter: AdapterFile, force: bool) -> None:
+    embeddings = [repr(one.name) for one in adapter.layers if one.layout.pattern == "index out"]
     if embeddings and not force and may_tie(checkpoint.config()):
         raise MergeError(
             f"{', '.join(embeddings[:SHOWN])} may be tied to an output head, which merging would "
@@ -316,17 +305,17 @@ def _check_mergeable(checkpoint: Checkpoint, adapter: AdapterFile, force: bool) 
 # --- tensors -------------------------------------------------------------------------------------
 
 
-class _Work:
-    """What is to be done to each tensor of a checkpoint, and how much of it is done.
+class _Merge:
+    """What becomes of each tensor of a checkpoint.
 
     Args:
         checkpoint: the base.
-        adapter: the header of the adapter.
+        adapter: the adapter's header.
         tensors: its tensors.
-        found: where they go.
-        scale: the scale that is used instead of the adapter's.
-        dtype: the dtype that floating-point tensors get.
-        progress: shows how much is written.
+        found: where they belong.
+        scale: replaces the adapter's scale.
+        dtype: dtype of floating-point tensors.
+        progress: is told how much is written.
     """
 
     def __init__(
@@ -346,20 +335,28 @@ class _Work:
         for record in adapter.layers:
             self._layers.setdefault(found.weights[record.name], []).append(record)
         self._done = 0
-        self.sizes = {name: self._piece(name).nbytes for name in checkpoint.tensors}
-        self.total = sum(self.sizes.values())
+        self.total = sum(self._piece(name).nbytes for name in checkpoint.tensors)
 
-    def write(self, names: Iterable[str], metadata: Mapping[str, str], path: str) -> None:
-        """Write some of the tensors to a file."""
+    def write(self, names: Iterable[str], files: Iterable[Path], path: str) -> None:
+        """Write some of the tensors to a file.
+
+        Args:
+            names: the tensors.
+            files: the files whose metadata it gets.
+            path: the file.
+        """
+        metadata = {"format": "pt"}  # loaders ask for it
+        for file in files:
+            metadata |= self.checkpoint.metadata[file]
         write_pieces(path, {name: self._piece(name) for name in names}, metadata)
 
     def _piece(self, name: str) -> Piece:
         stored = self.checkpoint.tensors[name]
-        dtype = self._dtype_of(stored)
+        dtype, nbytes = stored.dtype, stored.nbytes
+        if self.dtype is not None and stored.dtype in DTYPES:
+            dtype = next(name for name, known in DTYPES.items() if known == self.dtype)
+            nbytes = math.prod(stored.shape) * self.dtype.itemsize
         changed = name in self._layers or name in self._values or dtype != stored.dtype
-        nbytes = stored.nbytes
-        if dtype != stored.dtype:
-            nbytes = math.prod(stored.shape) * DTYPES[dtype].itemsize
 
         def write(file: BinaryIO) -> None:
             if changed:
@@ -372,20 +369,14 @@ class _Work:
 
         return Piece(dtype, stored.shape, nbytes, write)
 
-    def _dtype_of(self, stored: StoredTensor) -> str:
-        """Return the dtype that a tensor will have, as files name it."""
-        if self.dtype is None or stored.dtype not in DTYPES:
-            return stored.dtype
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-
     def _changed(self, name: str, dtype: torch.dtype) -> Tensor:
         value = self.checkpoint.tensor(name)
         if name in self._values:
             value = self._values[name].to(value.dtype)
         if name not in self._layers:
             return _cast(name, value, dtype)
-        # A copy: a file aligns its tensors as it likes, and libraries of linear algebra promise the
-        # same bits for data that is aligned alike only.
+        # A copy, because a file does not align its tensors as memory does, and linear algebra gives
+        # the same bits only for the same alignment.
         weight = value.to(merge_dtype(value.dtype), copy=True)
         del value
         merged = self._merged(self._layers[name], weight).to(dtype)
@@ -397,7 +388,7 @@ class _Work:
             )
         return merged
 
-    def _merged(self, records: Iterable[LayerRecord], weight: Tensor) -> Tensor:
+    def _merged(self, layers: Iterable[LayerRecord], weight: Tensor) -> Tensor:
         """Return W + sum of s dW: exactly what `merge_adapters` computes before it rounds."""
         deltas = (
             (
@@ -406,7 +397,7 @@ class _Work:
                 ),
                 one.scale if self._scale is None else self._scale,
             )
-            for one in records
+            for one in layers
         )
         with functional.without_autocast(weight.device), torch.no_grad():
             return functional.merged_weight(weight, deltas)
@@ -417,55 +408,49 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if not finite_as(cast, dtype) and bool((value.isfinite() & ~cast.isfinite()).any()):
         raise MergeError(
             f"{name} has values that are not finite in {dtype}; nothing was written. Choose "
-            "another dtype, or leave it out"
+            "another dtype, or none"
         )
     return cast
 
 
-# --- files ---------------------------------------------------------------------------------------
+# --- a folder ------------------------------------------------------------------------------------
 
 
-def _metadata(checkpoint: Checkpoint, *files: Path) -> dict[str, str]:
-    """Return the metadata for what was in these files, or in all; loaders look for a format."""
-    found = {"format": "pt"}
-    for file in files or checkpoint.files:
-        found.update(checkpoint.metadata[file])
-    return found
-
-
-def _fill(folder: Path, work: _Work) -> tuple[set[str], set[str]]:
-    """Write the whole checkpoint into an empty folder; return the names written and left out."""
-    checkpoint = work.checkpoint
+def _write_folder(folder: Path, merge: _Merge) -> tuple[set[str], set[str]]:
+    """Fill an empty folder with the checkpoint; return the names written and left out."""
+    checkpoint = merge.checkpoint
     others, left_out = _other_files(checkpoint)
     for name, source in others.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        _copy(source, work.dtype, folder / name)
+        if source.name == CONFIG and merge.dtype is not None:
+            _write_json(folder / name, _with_dtype(read_json(source), merge.dtype))
+        else:
+            shutil.copyfile(source, folder / name)
     written = set(others)
     for file in checkpoint.files:
         name = SINGLE if checkpoint.folder is None else file.name
         held = [key for key, stored in checkpoint.tensors.items() if stored.path == file]
-        metadata = _metadata(checkpoint, file)
-        work.write(held, metadata, str(folder / name))
+        merge.write(held, [file], str(folder / name))
         written.add(name)
     if checkpoint.index is not None:
-        _write_json(_index(checkpoint.index, work), folder / INDEX)
+        _write_json(folder / INDEX, _index(checkpoint.index, merge))
         written.add(INDEX)
     return written, left_out
 
 
-def _index(former: Mapping[str, Any], work: _Work) -> dict[str, Any]:
+def _index(former: Mapping[str, Any], merge: _Merge) -> dict[str, Any]:
     metadata = former.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, dict) else {}
-    metadata["total_size"] = work.total
-    if work.dtype is not None:
-        metadata = _with_dtype(metadata, work.dtype)
-    tensors = work.checkpoint.tensors
+    metadata["total_size"] = merge.total
+    if merge.dtype is not None:
+        metadata = _with_dtype(metadata, merge.dtype)
+    tensors = merge.checkpoint.tensors
     weight_map = {name: tensors[name].path.name for name in sorted(tensors)}
     return {**former, "metadata": metadata, "weight_map": weight_map}
 
 
 def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], set[str]]:
-    """Return what else is to be copied from the folder, by name, and the names of what is not."""
+    """Return the other files of the folder to copy, by name, and the names of those to leave."""
     copied: dict[str, Path] = {}
     left_out: set[str] = set()
     if checkpoint.folder is None:
@@ -487,26 +472,19 @@ def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], set[str]]:
 
 
 def _is_copied(path: Path, folder: Path) -> bool:
-    """Whether a file beside the weights belongs into the merged checkpoint."""
+    """Whether a file beside the weights belongs in the merged checkpoint."""
     if path.name.startswith(".") or path.name.lower().endswith(WEIGHTS) or not path.is_file():
         return False
-    # A link may lead to anything on this machine, which is not to be published with the weights;
-    # in the cache of huggingface_hub all files are links, to blobs.
+    # A link may lead to any file of this machine, which must not be published with the weights. In
+    # the cache of huggingface_hub, all files are links to blobs.
     home = Path(os.path.realpath(folder))
     target = Path(os.path.realpath(path))
     blobs = home.parent.parent / "blobs"
     return home in target.parents or blobs in target.parents
 
 
-def _copy(source: Path, dtype: torch.dtype | None, path: Path) -> None:
-    if source.name == CONFIG and dtype is not None:
-        _write_json(_with_dtype(read_json(source), dtype), path)
-    else:
-        shutil.copyfile(source, path)
-
-
 def _with_dtype(fields: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return a configuration that names another dtype wherever it, or a part of it, names one."""
+    """Return a configuration with another dtype wherever it, or a part of it, names one."""
     name = str(dtype).removeprefix("torch.")
     changed = dict(fields)
     for key, value in fields.items():
@@ -517,7 +495,5 @@ def _with_dtype(fields: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
     return changed
 
 
-def _write_json(content: Mapping[str, Any], path: Path) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
