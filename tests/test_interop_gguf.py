@@ -248,7 +248,7 @@ def test_away_from_the_model_heads_must_be_told(tmp_path):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"architecture": "gpt2"}, disha.ArgumentError, "known are llama, qwen2"),
+        ({"architecture": "gpt2"}, disha.ArgumentError, "for llama, qwen2"),
         ({"heads": 0}, disha.ArgumentError, "heads must be at least 1"),
         ({"heads": 0.5}, disha.ArgumentTypeError, "heads must be an int"),
         ({"kv_heads": -1}, disha.ArgumentError, "kv_heads must be at least 1"),
@@ -298,13 +298,13 @@ def test_without_a_head_the_configuration_tells_whether_it_is_tied(tmp_path):
             lora.export_gguf(model.model, tmp_path / "lora.gguf")
             (tmp_path / "lora.gguf").unlink()
     del model.model.config
-    with refused(tmp_path, "which nothing here tells", model):
+    with refused(tmp_path, "which is unknown here", model):
         lora.export_gguf(model.model, tmp_path / "lora.gguf")
 
 
 def test_away_from_the_model_embeddings_are_refused(tmp_path):
     contents = adapter_contents(ModelView(adapted(decoder(), "embed_tokens")))
-    with refused(tmp_path, "which nothing here tells"):
+    with refused(tmp_path, "which is unknown here"):
         lora.write_gguf(tmp_path / "lora.gguf", *contents)
 
 

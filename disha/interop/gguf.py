@@ -1,9 +1,9 @@
 """LoRA as llama.cpp reads it: a GGUF file, for models of the Llama family.
 
-Tensors are `blk.<n>.<part>.weight.lora_a` (rank, in) and `.lora_b` (out, rank), float32, and
-llama.cpp adds alpha / rank B A x, alpha being one number for the file. GGUF keeps the rows of a
-Llama's q and k in the order of interleaved rotary embedding, so those of B go there too: within a
-head of d rows, row 2i + half is the usual row half * d / 2 + i.
+Tensors are `blk.<n>.<part>.weight.lora_a` (rank, in) and `.lora_b` (out, rank), in float32.
+llama.cpp adds alpha / rank B A x, with one alpha for the file. GGUF has the rows of a Llama's q and
+k in the order of interleaved rotary embeddings, and so B has them in that order too: within a head
+of d rows, row 2i + half is the usual row half * d / 2 + i.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,10 +46,10 @@ from disha.model import ModelView
 __all__ = ["ARCHITECTURES", "export_gguf", "write_gguf"]
 
 ARCHITECTURES: Mapping[str, bool] = {"llama": True, "qwen2": False}
-"""Architectures by their names in GGUF -> whether GGUF has the rows of q and k in another order."""
+"""GGUF's names of architectures -> whether GGUF has the rows of q and k in another order."""
 
 MODEL_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-"""The model types of `transformers` -> architecture."""
+"""Model types of `transformers` -> architecture."""
 
 LAYER_PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -66,13 +67,13 @@ _HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class _Base:
-    """What llama.cpp's file of the base model is like.
+    """What is known of llama.cpp's file of the base model.
 
     Attributes:
         architecture: its name in GGUF.
         heads: query heads, or None if unknown.
         kv_heads: key and value heads, or None if unknown.
-        tied_head: whether it has no output head beside the embedding; None if unknown.
+        tied_head: whether the embedding is the output head too, or None if unknown.
     """
 
     architecture: str
@@ -83,7 +84,7 @@ class _Base:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise ArgumentError(
-                f"LoRA as GGUF is not known for the architecture {self.architecture!r}; known are "
+                f"architecture {self.architecture!r} is unknown; LoRA can be written as GGUF for "
                 f"{', '.join(ARCHITECTURES)}"
             )
         for name in ("heads", "kv_heads"):
@@ -97,7 +98,7 @@ class _Base:
                 raise ArgumentError(f"{name} must be at least 1, got {value}")
 
     def interleaves(self, name: str) -> bool:
-        """Whether the rows of a weight, by its GGUF name, are in another order than usual."""
+        """Whether GGUF has the rows of the weight of that name in another order."""
         return ARCHITECTURES[self.architecture] and name.endswith((".attn_q", ".attn_k"))
 
     def heads_of(self, name: str) -> int | None:
@@ -115,7 +116,7 @@ class _Base:
         heads = self.heads_of(name)
         if heads is None:
             raise ArgumentError(
-                f"GGUF keeps the rows of q and k of {self.architecture} models by heads; give "
+                f"GGUF orders the rows of q and k of {self.architecture} models by heads; give "
                 "`heads` and `kv_heads` of the base model"
             )
         if layer.out_features % (2 * heads):
@@ -138,18 +139,19 @@ def export_gguf(
 ) -> LoraReport:
     """Write an adapter of a Llama-family model as the GGUF file of a LoRA that llama.cpp reads.
 
-    llama.cpp takes it beside the GGUF of the base model (`--lora`). Names are the usual ones,
-    `model.layers.0.self_attn.q_proj` and so on, with or without `model.`. Bone and tile are exact;
-    BAT is cut to `rank`. Factors are float32, whatever the blocks are. Needs the package `gguf`.
+    llama.cpp reads it beside the GGUF file of the base model (`--lora`). Layers have the usual
+    names, `model.layers.0.self_attn.q_proj` and so on, with or without `model.`. Bone and tile are
+    exact; BAT is truncated to `rank`. Factors are float32, whatever the blocks are. This needs the
+    package `gguf`.
 
-    Call it on all ranks if the model is sharded: the first one writes.
+    If the model is sharded, call this on all ranks; the first one writes.
 
     Args:
         model: a model with adapters.
         path: the file to write.
         adapter: the adapter's name.
-        rank: largest rank of a layer: needed for BAT; smaller than r, it cuts Bone too.
-        max_error: largest ||dW - B A|| / ||dW|| that a layer may have.
+        rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
+        max_error: largest ||dW - B A|| / ||dW|| of a layer.
         architecture: `general.architecture` of the base model's GGUF file; by default what
             `model.config.model_type` says, or else `"llama"`.
         heads: query heads; by default those of `model.config`.
@@ -159,15 +161,15 @@ def export_gguf(
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: a layer is none that the GGUF file of the base model has, parameters were
-            trained beside the blocks, or a layer would lose more than `max_error`.
+        ConversionError: the GGUF file of the base model has no such layer, parameters were trained
+            beside the blocks, or the error of a layer is above `max_error`.
         ArgumentError: an argument is out of range, unknown, or missing.
         ArgumentTypeError: an argument is of the wrong type.
         MissingPackageError: `gguf` is not installed.
         AdapterStateError: the adapter holds values that are not finite, here or in float32.
-        AdapterIOError: the file can't be written; what was there is still there.
+        AdapterIOError: the file can't be written; what was there is unchanged.
 
-    Nothing is written whenever this raises.
+    Nothing is written if this raises.
 
     Examples:
         >>> import tempfile, pathlib
@@ -198,9 +200,9 @@ def export_gguf(
         base=base_weights(view, adapter),
     )
     with ranks.agreeing(action):
-        content = _content(updates, names, base)
+        alpha, factors = _factors(updates, names, base)
         if ranks.writes:
-            write_files({target: lambda where: _write(where, base.architecture, content)})
+            write_files({target: partial(_write, base.architecture, alpha, factors)})
     return LoraReport.of(target, updates)
 
 
@@ -218,32 +220,32 @@ def write_gguf(
     base: BaseWeight | None = None,
     progress: Progress = iter,
 ) -> LoraReport:
-    """Write an adapter away from its model as the GGUF file of a LoRA, as `export_gguf` does.
+    """Write an adapter that is away from its model as a GGUF file, as `export_gguf` does.
 
     Args:
         path: the file to write.
-        header: what describes the adapter.
+        header: the adapter's header.
         tensors: its tensors.
         architecture: `general.architecture` of the base model's GGUF file.
-        heads: query heads of the base model; needed where q is adapted.
-        kv_heads: key and value heads; needed where k is adapted.
-        tied_head: whether the base model has no output head beside the embedding; None if unknown.
+        heads: query heads of the base model; needed if q is adapted.
+        kv_heads: key and value heads; needed if k is adapted.
+        tied_head: whether the embedding of the base model is its output head too; None if unknown.
         rank: largest rank of a layer.
-        max_error: largest relative error that a layer may have.
-        base: gives the base weights; needed for BAT only.
-        progress: passes the layers on while they are converted.
+        max_error: largest relative error of a layer.
+        base: returns the base weights; only BAT needs it.
+        progress: is given the layers, and yields each before it is converted.
 
     Returns:
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: a layer is none that the GGUF file of the base model has, parameters were
-            trained beside the blocks, or a layer would lose more than `max_error`.
+        ConversionError: the GGUF file of the base model has no such layer, parameters were trained
+            beside the blocks, or the error of a layer is above `max_error`.
         ArgumentError: an argument is out of range, unknown, or missing.
         ArgumentTypeError: an argument is of the wrong type.
         MissingPackageError: `gguf` is not installed.
         AdapterStateError: the adapter holds values that are not finite, here or in float32.
-        AdapterIOError: the file can't be written; what was there is still there.
+        AdapterIOError: the file can't be written; what was there is unchanged.
 
     Examples:
         >>> import tempfile, pathlib
@@ -266,8 +268,8 @@ def write_gguf(
     updates = low_rank_updates(
         header, tensors, rank=rank, max_error=max_error, base=base, progress=progress
     )
-    content = _content(updates, names, model)
-    write_files({target: lambda where: _write(where, architecture, content)})
+    alpha, factors = _factors(updates, names, model)
+    write_files({target: partial(_write, architecture, alpha, factors)})
     return LoraReport.of(target, updates)
 
 
@@ -292,12 +294,12 @@ def _base_of(
 
 
 def _first(config: Any, *names: str) -> int | None:
-    """Return the first of these that the configuration has."""
+    """Return the first of these attributes that a configuration has."""
     return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def _is_head_tied(view: ModelView, config: Any) -> bool | None:
-    """Whether the output head shares the embedding's weight; None where nothing tells."""
+    """Whether the output head shares the embedding's weight; None if nothing tells."""
     found = view.modules
     head = found.get(_HEAD)
     embedding = next((found[name] for name in found if _EMBEDDING.fullmatch(name)), None)
@@ -320,7 +322,7 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
     if header.also_train:
         raise ConversionError(
             f"{few(header.also_train)} was trained beside the blocks, and a LoRA for llama.cpp "
-            "holds none but the layers' updates; convert the merged model (merge_adapters)"
+            "holds updates of layers only; convert the merged model (merge_adapters)"
         )
     names = {layer.name: _gguf_name(layer) for layer in header.layers}
     unknown = [name for name, found in names.items() if found is None]
@@ -333,17 +335,17 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
     known = {name: found for name, found in names.items() if found is not None}
     if base.tied_head and "output" in known.values():
         raise ConversionError(
-            "lm_head is adapted and shares its weight with the embedding, and GGUF then has no "
-            "output head to adapt; leave it out (exclude=)"
+            "lm_head is adapted and shares its weight with the embedding, so GGUF has no output "
+            "head to adapt; leave it out (exclude=)"
         )
     if base.tied_head is not False and "token_embd" in known.values():
         raise ConversionError(
-            "the embedding is adapted, and llama.cpp would take its LoRA for the output head's too "
-            "where they share a weight"
+            "the embedding is adapted, and llama.cpp would apply its LoRA to the output head too "
+            "if they share a weight"
             + (
-                "; leave it out (exclude=)"
+                ", as they do here; leave it out (exclude=)"
                 if base.tied_head
-                else ", which nothing here tells; export it from the whole model"
+                else ", which is unknown here; export it from the model"
             )
         )
     for layer in header.layers:
@@ -366,19 +368,13 @@ def _gguf_name(layer: LayerRecord) -> str | None:
 # --- the file ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Content:
-    """What goes into the file: alpha, and the tensors by their names."""
+def _factors(
+    updates: Sequence[LowRankUpdate], names: Mapping[str, str], base: _Base
+) -> tuple[int, dict[str, Tensor]]:
+    """Return alpha, and the tensors by their names.
 
-    alpha: float
-    tensors: Mapping[str, Tensor]
-
-
-def _content(updates: Sequence[LowRankUpdate], names: Mapping[str, str], base: _Base) -> _Content:
-    """Return the file's contents.
-
-    llama.cpp multiplies by alpha / rank, of each layer's own rank, and takes an alpha of 0 for
-    that of the rank: so alpha is the rank that most layers have, and the rest is in B.
+    llama.cpp multiplies by alpha / rank, with each layer's own rank, and reads an alpha of 0 as the
+    rank. So alpha is the rank that most layers have, and the rest of the scale is in B.
     """
     alpha = commonest(update.rank for update in updates)
     tensors = {}
@@ -388,7 +384,7 @@ def _content(updates: Sequence[LowRankUpdate], names: Mapping[str, str], base: _
         b = (update.b.double() * (layer.scale * update.rank / alpha)).float()
         if base.interleaves(name):
             b = rearrange(b, "(h half i) r -> (h i half) r", h=base.heads_of(name), half=2)
-        # Embeddings look rows of A up, which therefore is kept the other way round.
+        # llama.cpp looks up rows of an embedding's A, so it is transposed.
         tensors[f"{name}.weight.lora_a"] = a.T.contiguous() if name == "token_embd" else a
         tensors[f"{name}.weight.lora_b"] = b.contiguous()
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -397,17 +393,17 @@ def _content(updates: Sequence[LowRankUpdate], names: Mapping[str, str], base: _
             f"{few(broken)} would not be finite in float32; nothing was written. Lower the "
             "adapter's scale"
         )
-    return _Content(float(alpha), tensors)
+    return alpha, tensors
 
 
-def _write(path: str, architecture: str, content: _Content) -> None:
+def _write(architecture: str, alpha: int, factors: Mapping[str, Tensor], path: str) -> None:
     gguf = _package()
     writer = gguf.GGUFWriter(path, architecture)
     try:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, content.alpha)
-        for name, tensor in content.tensors.items():
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+        for name, tensor in factors.items():
             writer.add_tensor(name, tensor.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -417,7 +413,7 @@ def _write(path: str, architecture: str, content: _Content) -> None:
 
 
 def _package() -> Any:
-    """Return the package `gguf`, which is not needed for anything else."""
+    """Return the package `gguf`."""
     try:
         import gguf
     except ImportError as error:
