@@ -841,7 +841,7 @@ class TestHostileCheckpoints:
         shard = next(setting.base.glob("*.safetensors"))
         shard.unlink()
         os.mkfifo(shard)
-        self.refuse(setting, AdapterIOError, "no regular file")
+        self.refuse(setting, AdapterIOError, "not a regular file")
 
     def test_a_shard_that_was_cut_off(self, setting):
         shard = next(setting.base.glob("*.safetensors"))
@@ -857,7 +857,7 @@ class TestHostileCheckpoints:
     def test_a_tensor_that_the_index_does_not_know(self, setting):
         shard = next(setting.base.glob("*.safetensors"))
         save_file(load_file(shard) | {"more": torch.zeros(1)}, shard)
-        self.refuse(setting, AdapterFileError, "'more', which is nowhere")
+        self.refuse(setting, AdapterFileError, "'more', which does not exist")
 
     def test_a_tensor_that_no_shard_has(self, setting):
         def change(index):

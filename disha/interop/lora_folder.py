@@ -241,7 +241,7 @@ def read_lora(
     pairs, beside = _paired(path, tensors, fields.modules_to_save())
     known = buffers or {}
     kept = {key: tensor for key, tensor in beside.items() if also_train and key not in known}
-    factors = {f"{name}.lora_{one}": x for name, pair in pairs.items() for one, x in pair.named()}
+    factors = {key: tensor for key, tensor in tensors.items() if key.endswith(tuple(_FACTORS))}
     refuse_to_load(path, other_buffers(known, beside if also_train else {}))
     refuse_to_load(path, unusable({**factors, **kept}))
     alphas = _Alphas(fields)
@@ -251,7 +251,7 @@ def read_lora(
             pair.a,
             pair.b,
             layout=pair.layout or _matrix_layout(fields, name, layouts),
-            scale=alphas.scale(name, max(pair.rank, 1)),
+            scale=alphas.scale(name, rank=pair.a.shape[0] if pair.a.numel() else 1),
         )
         for name, pair in pairs.items()
     }
@@ -281,15 +281,6 @@ class _Pair:
     a: Tensor
     b: Tensor
     embedding: bool
-
-    def named(self) -> list[tuple[str, Tensor]]:
-        """Return the factors with their names."""
-        return [("A", self.a), ("B", self.b)]
-
-    @property
-    def rank(self) -> int:
-        """Rows of A, 0 if it has no shape of a factor."""
-        return self.a.shape[0] if self.a.dim() else 0
 
     @property
     def layout(self) -> Layout | None:

@@ -1,7 +1,7 @@
 """A base checkpoint on disk: one safetensors file, or a folder as Hugging Face libraries write it.
 
-Opening it reads headers only; a tensor is memory-mapped when it is asked for. Nothing in it is
-trusted: an index can lead to no file outside of the folder.
+Opening it reads headers only. A tensor is memory-mapped when it is asked for. Nothing in it is
+trusted: an index can't name a file outside the folder.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from disha.files.atomic import PathLike, checked_path
 from disha.files.json_files import read_json
 from disha.files.pieces import StoredTensor, stored_tensors
 from disha.files.tensors import explained, opened
+from disha.text import brief
 
 __all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "may_tie", "open_checkpoint"]
 
@@ -27,7 +28,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 LARGEST_LIST = 100_000_000
-"""Bytes of an index: as many as a safetensors header may have."""
+"""Largest size of an index in bytes, the same as of a safetensors header."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
@@ -39,10 +40,10 @@ class Checkpoint:
 
     Attributes:
         path: the file or the folder.
-        files: the safetensors files that it consists of.
-        tensors: name -> where it is, what shape and dtype it has.
+        files: its safetensors files.
+        tensors: name -> where the tensor is, and its shape and dtype.
         metadata: `__metadata__` of each file.
-        index: what the index says beside the names, or None where there is no index.
+        index: what the index says beside the names, or None if there is no index.
 
     Examples:
         >>> import tempfile, pathlib
@@ -66,7 +67,7 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path | None:
-        """The folder, or None where the checkpoint is one file."""
+        """The folder, or None if the checkpoint is one file."""
         return None if self.files == (self.path,) else self.path
 
     @property
@@ -75,19 +76,19 @@ class Checkpoint:
         return sum(stored.nbytes for stored in self.tensors.values())
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor, memory-mapped: what is not looked at is not read.
+        """Return a tensor, memory-mapped: only the values that are used are read.
 
         Args:
             name: its name, one of `tensors`.
 
         Raises:
-            AdapterIOError: its file can't be read any more.
+            AdapterIOError: its file can no longer be read.
         """
         with opened(self.tensors[name].path) as file:
             return file.read(name)
 
     def config(self) -> dict[str, Any]:
-        """Return the contents of config.json in the folder, or beside the one file; or nothing."""
+        """Return the content of config.json in the folder, or beside the one file; else {}."""
         path = (self.folder or self.path.parent) / CONFIG
         return read_json(path) if path.is_file() else {}
 
@@ -96,16 +97,16 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     """Open a base checkpoint without reading its tensors.
 
     Args:
-        path: one safetensors file; or a folder that holds `model.safetensors`, or shards with a
+        path: one safetensors file; or a folder with a `model.safetensors`, or with shards and a
             `model.safetensors.index.json`.
 
     Returns:
         A `Checkpoint`: names, shapes and dtypes, and each tensor when it is asked for.
 
     Raises:
-        AdapterIOError: it, or a shard that its index names, can't be read or is not there.
-        AdapterFileError: it is damaged; its index and its shards disagree, or name a file outside
-            of the folder, or a tensor twice; or its weights are pickles.
+        AdapterIOError: it, or a shard that its index names, can't be read or does not exist.
+        AdapterFileError: it is damaged, or its weights are pickles, or its index and its shards
+            disagree, or name a file outside the folder, or a tensor twice.
 
     Examples:
         >>> import tempfile, pathlib
@@ -157,15 +158,13 @@ def _sharded(folder: Path) -> Checkpoint:
     weight_map = index.pop("weight_map", None)
     if not isinstance(weight_map, dict) or not weight_map:
         raise AdapterFileError(f"{path}: weight_map must map names to files, and has none")
-    names = set()
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_file_name(shard):
             raise AdapterFileError(
-                f"{path}: {name!r} is said to be in {str(shard)[:80]!r}; allowed are names of "
+                f"{path}: {name!r} is said to be in {brief(shard)}; allowed are names of "
                 ".safetensors files in the same folder"
             )
-        names.add(shard)
-    files = tuple(folder / name for name in sorted(names))
+    files = tuple(folder / name for name in sorted(set(weight_map.values())))
     tensors: dict[str, StoredTensor] = {}
     metadata = {}
     for file in files:
@@ -173,9 +172,10 @@ def _sharded(folder: Path) -> Checkpoint:
         held, metadata[file] = stored_tensors(file)
         for name in held:
             if weight_map.get(name) != file.name:
-                said = f"is in {weight_map[name]}" if name in weight_map else "is nowhere"
+                said = f"is in {weight_map[name]}" if name in weight_map else "does not exist"
                 raise AdapterFileError(
-                    f"{file} holds {name!r}, which {said} as {INDEX} says; get the folder again"
+                    f"{file} holds {name!r}, which {said} according to {INDEX}; get the folder "
+                    "again"
                 )
         tensors.update(held)
     missing = sorted(set(weight_map) - set(tensors))
@@ -206,5 +206,5 @@ def _is_file_name(name: str) -> bool:
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
-        problem = "is no regular file" if path.exists() else "does not exist"
+        problem = "is not a regular file" if path.exists() else "does not exist"
         raise AdapterIOError(f"can't read {path}: it {problem}; check the path")
