@@ -336,14 +336,14 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
     if base.tied_head and "output" in known.values():
         raise ConversionError(
             "lm_head is adapted and shares its weight with the embedding, so GGUF has no output "
-            "head to adapt; leave it out (exclude=)"
+            "head to adapt; leave it out (`exclude`)"
         )
     if base.tied_head is not False and "token_embd" in known.values():
         raise ConversionError(
             "the embedding is adapted, and llama.cpp would apply its LoRA to the output head too "
             "if they share a weight"
             + (
-                ", as they do here; leave it out (exclude=)"
+                ", as they do here; leave it out (`exclude`)"
                 if base.tied_head
                 else ", which is unknown here; export it from the model"
             )

@@ -257,7 +257,7 @@ def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
         raise ConversionError(
             f"LoRA has no form for {len(without)} of {len(header.layers)} layers "
             f"({few(without)}): it adapts whole linear layers, convolutions that are not "
-            "transposed, and embeddings. Leave the others out of the adapter (exclude=)"
+            "transposed, and embeddings. Leave the others out of the adapter (`exclude`)"
         )
     for layer in header.layers:
         misfit = layer.block_misfit(tuple(tensors[layer.key].shape))

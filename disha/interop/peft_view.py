@@ -43,7 +43,7 @@ def refuse_to_write(what: str, problems: Sequence[str]) -> None:
         more = len(problems) - SHOWN
         listing = [*problems[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
         raise ConversionError(
-            f"{what}, so nothing was written; leave these layers out (exclude=), or use the merged "
+            f"{what}, so nothing was written; leave these layers out (`exclude`), or use the merged "
             "model (merge_adapters):\n" + "\n".join(listing)
         )
 

@@ -413,5 +413,5 @@ def refuse_tied(checkpoint: Checkpoint, source: Path, names: Iterable[str]) -> N
             f"{source} can't be converted: its {', '.join(tied)} may be tied to another parameter "
             f"of the base, as config.json of {checkpoint.path} does not say tie_word_embeddings: "
             "false, and PEFT trains it alone. Load the folder into a model where they are untied "
-            "(disha.interop), or leave out what is beside the blocks (also_train=False)"
+            "(disha.interop), or leave out `also_train` parameters"
         )

@@ -283,7 +283,7 @@ def _check_fit(report: BaseReport, force: bool) -> None:
     if other:
         lines.append(
             "give the base that the adapter was trained on, without the adapter merged into it; or "
-            "set `force`"
+            "merge with `force`"
         )
     raise AdapterFileError(
         f"{report.adapter} does not fit {report.base} ({len(report.missing)} missing, "
