@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from disha import freezing, functional
+from disha import freezing
 from disha.errors import AdapterStateError, ArgumentTypeError
-from disha.layers import AdaptedWeight, Block, kept_packed, refuse_merged, weight_shape
+from disha.layers import AdaptedLayer, AdaptedWeight, Block, kept_packed, weight_shape
 from disha.model import ModelView, clean_key, join
 from disha.sharding import local_part, obstacle_to_write, write
+from disha.text import first_few
 
 __all__ = [
     "LoadReport",
@@ -46,7 +47,7 @@ class LoadReport:
         >>> report.complete
         False
         >>> print(report)
-        1 keys fit
+        1 key fits
         unexpected: head.weight
     """
 
@@ -62,26 +63,15 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.wrong_shape or self.wrong_value)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.matched)} keys fit"]
-        lines += [f"missing: {key}" for key in _shortened(self.missing)]
-        lines += [f"unexpected: {key}" for key in _shortened(self.unexpected)]
-        lines += [
-            f"wrong shape: {key} is {found}, must be {expected}"
-            for key, found, expected in self.wrong_shape[:_SHOWN]
-        ]
-        lines += [f"wrong value: {key} {what}" for key, what in self.wrong_value[:_SHOWN]]
-        hidden = max(0, len(self.wrong_shape) - _SHOWN) + max(0, len(self.wrong_value) - _SHOWN)
-        if hidden:
-            lines.append(f"and {hidden} more of wrong shape or value")
-        return "\n".join(lines)
-
-
-_SHOWN = 20
-
-
-def _shortened(keys: tuple[str, ...]) -> list[str]:
-    more = [f"and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else []
-    return [*keys[:_SHOWN], *more]
+        count = len(self.matched)
+        sections = (
+            [f"missing: {key}" for key in self.missing],
+            [f"unexpected: {key}" for key in self.unexpected],
+            [f"wrong shape: {key} is {now}, must be {due}" for key, now, due in self.wrong_shape],
+            [f"wrong value: {key} {what}" for key, what in self.wrong_value],
+        )
+        lines = ["1 key fits" if count == 1 else f"{count:,} keys fit"]
+        return "\n".join(lines + [first_few(section, 20) for section in sections if section])
 
 
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
@@ -108,11 +98,16 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
         >>> {key: tuple(value.shape) for key, value in disha.adapter_state_dict(model).items()}
         {'0.disha.default.bone_block': (4, 16)}
     """
-    view = ModelView(model)
-    owned = {id(one) for one in adapter_tensors(view, adapter).values()}
+    found = _in_state_dict(ModelView(model), adapter)
+    return {key: parameter.detach() for key, parameter in found.items()}
+
+
+def _in_state_dict(view: ModelView, adapter: str) -> dict[str, Tensor]:
+    """Return the parameters of an adapter under their keys in the model's state dict."""
+    owned = {id(parameter) for parameter in adapter_tensors(view, adapter).values()}
     with kept_packed(view.names):
-        state = model.state_dict(keep_vars=True)
-    return {key: value.detach() for key, value in state.items() if id(value) in owned}
+        state = view.model.state_dict(keep_vars=True)
+    return {key: value for key, value in state.items() if id(value) in owned}
 
 
 def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
@@ -131,41 +126,25 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
         block = weight.blocks[adapter]
         _refuse_flattened(name, weight, block)
         tensors[join(name, block.parameter_name)] = block.block
-    merged = {
-        (layer, name): layer
-        for _, layer in view.layers
-        for name in (() if layer.disha.merged is None else layer.disha.merged.originals)
-    }
     for module, (name, *_) in view.names.items():
-        for own_name in freezing.claimed(module, adapter):
-            parameter = module._parameters[own_name]
-            if (module, own_name) in merged:
-                layer = merged[module, own_name]  # type: ignore[index]
-                refuse_merged([layer], f"take {join(name, own_name)} as the adapter's own")
+        for attribute in freezing.claimed(module, adapter):
+            parameter = module._parameters[attribute]
+            merged = module.disha.merged if isinstance(module, AdaptedLayer) else None
+            if merged is not None and attribute in merged.originals:
+                view.refuse_merged(f"take {join(name, attribute)} as the adapter's own")
             if parameter is not None:
-                tensors[join(name, own_name)] = parameter
+                tensors[join(name, attribute)] = parameter
     return tensors
 
 
 def _refuse_flattened(name: str, weight: AdaptedWeight, block: Block) -> None:
-    slot = block.slot
-    of_weight = weight_shape(weight.layer, slot)
-    flat = slot.layout.misfit(of_weight) is not None
-    shape = (
-        ()
-        if flat
-        else functional.block_shape(
-            block.method, slot.layout, of_weight, block.r, block.r_out, slot.rows
-        )
-    )
     parameter = block._parameters.get(block.parameter_name)
-    if parameter is None or tuple(parameter.shape) != shape:
-        found = "gone" if parameter is None else f"of shape {tuple(parameter.shape)}"
-        needed = f"and its weight of shape {of_weight}" if flat else f"must be of shape {shape}"
+    axes = len(weight_shape(weight.layer, block.slot))
+    if parameter is None or min(parameter.dim(), axes) < 2:
         raise AdapterStateError(
-            f"the block of {name or 'the model'} is {found}, {needed}. If "
-            "FullyShardedDataParallel has flattened it: use fully_shard in its place, or come "
-            "again inside FullyShardedDataParallel.summon_full_params"
+            f"the block of {name or 'the model'} or its weight is gone, or has been flattened. If "
+            "the model is wrapped by FullyShardedDataParallel: use fully_shard in its place, or "
+            "call this inside FullyShardedDataParallel.summon_full_params"
         )
 
 
@@ -216,10 +195,7 @@ def load_adapter_state_dict(
                 f"state must be a dict of key -> tensor, got {type(state).__name__}"
             )
         view.refuse_merged("load an adapter")
-        owned = {id(one): one for one in adapter_tensors(view, adapter).values()}
-        with kept_packed(view.names):
-            full = model.state_dict(keep_vars=True)
-        expected = {key: owned[id(value)] for key, value in full.items() if id(value) in owned}
+        expected = _in_state_dict(view, adapter)
         found = _under_model_keys(state, expected)
         report = check_fit(expected, found)
         failed = not report.complete if strict else report.wrong_shape or report.wrong_value

@@ -172,7 +172,7 @@ def load(
         ...     disha.interop.peft.export(model, folder)
         ...     _ = fresh.load_state_dict(weights)
         ...     print(disha.interop.peft.load(fresh, folder))
-        1 keys fit
+        1 key fits
         >>> torch.equal(fresh(x), model(x))
         True
     """
