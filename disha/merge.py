@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from disha.layers import (
     AdaptedWeight,
     Merged,
     Original,
+    Quantisation,
     offloading_hooks,
     takes_dense,
 )
@@ -89,25 +91,19 @@ def merge(
     view.refuse_inside("merge adapters")
     _refuse_sharded(view, "merge adapters")
     chosen = _chosen(view, adapter)
-    shared = set()
-    for name, layer, adapters in chosen:
-        for weight in _merged_weights(layer, adapters):
-            shared_with = _sharers(view, name, weight)
-            _check_mergeable(name, weight, shared_with, untie)
-            _check_quantised(name, weight, dense)
-            if shared_with:
-                shared.add((layer, weight.slot.parameter))
+    weights = [
+        (join(name, weight.slot.parameter), weight)
+        for name, layer in view.layers
+        for weight in _changed_weights(layer, chosen.get(layer, ()))
+    ]
+    shared = [_check_mergeable(view, name, weight, untie, dense) for name, weight in weights]
     # Not in inference mode: the merged weight has to be fit for training after it.
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
-        for name, layer, adapters in chosen:
-            undo.callback(_unmerge_layer, layer)
-            layer.disha.merged = Merged(adapters, {})
-            for weight in _merged_weights(layer, adapters):
-                _merge_weight(name, weight, adapters, (layer, weight.slot.parameter) in shared)
         for _, layer in view.layers:
-            if layer.disha.merged is None:
-                undo.callback(_unmerge_layer, layer)
-                layer.disha.merged = Merged()
+            undo.callback(_unmerge_layer, layer)
+            layer.disha.merged = Merged(chosen.get(layer, ()))
+        for (name, weight), is_shared in zip(weights, shared, strict=True):
+            _merge_weight(name, weight, is_shared)
         undo.pop_all()
 
 
@@ -164,7 +160,7 @@ def _refuse_offloaded(layer: AdaptedLayer) -> None:
             )
 
 
-def _merged_weights(layer: AdaptedLayer, adapters: tuple[str, ...]) -> list[AdaptedWeight]:
+def _changed_weights(layer: AdaptedLayer, adapters: tuple[str, ...]) -> list[AdaptedWeight]:
     """Return one adapted weight for each parameter that the adapters change."""
     found: dict[str, AdaptedWeight] = {}
     for (adapter, name), block in layer.disha.blocks().items():
@@ -183,118 +179,120 @@ def _refuse_sharded(view: ModelView, action: str) -> None:
         )
 
 
-Chosen = tuple[str, AdaptedLayer, tuple[str, ...]]
-
-
-def _chosen(view: ModelView, adapter: str | Sequence[str] | None) -> list[Chosen]:
-    """Return the layers to merge, each with its adapters."""
-    layers = view.layers
+def _chosen(
+    view: ModelView, adapter: str | Sequence[str] | None
+) -> dict[AdaptedLayer, tuple[str, ...]]:
+    """Return the layers to merge -> their adapters that are merged."""
     if adapter is None:
-        chosen = [
-            (name, layer, tuple(a for a in layer.disha.active if a in layer.disha))
-            for name, layer in layers
-        ]
+        wanted = {layer: layer.disha.active for _, layer in view.layers}
     else:
         if not isinstance(adapter, Sequence):
             raise ArgumentTypeError(
                 f"adapter must be a name or a list of names, got {adapter!r} of type "
                 f"{type(adapter).__name__}"
             )
-        wanted = (adapter,) if isinstance(adapter, str) else tuple(adapter)
-        for one in wanted:
-            view.require(one)
-        if len(set(wanted)) != len(wanted):
-            raise ArgumentError(f"an adapter can be merged only once, got {list(wanted)}")
-        chosen = [
-            (name, layer, tuple(a for a in wanted if a in layer.disha)) for name, layer in layers
-        ]
-    chosen = [(name, layer, adapters) for name, layer, adapters in chosen if adapters]
-    if not chosen:
+        names = (adapter,) if isinstance(adapter, str) else tuple(adapter)
+        for name in names:
+            view.require(name)
+        if len(set(names)) != len(names):
+            raise ArgumentError(f"an adapter can be merged only once, got {list(names)}")
+        wanted = {layer: names for _, layer in view.layers}
+    present = {
+        layer: tuple(name for name in names if name in layer.disha)
+        for layer, names in wanted.items()
+    }
+    if not any(present.values()):
         raise ArgumentError(
             "there is nothing to merge: no adapter is active; inject or load one, or name one"
         )
-    return chosen
+    return present
 
 
-def _sharers(view: ModelView, name: str, weight: AdaptedWeight) -> list[str]:
-    """Return the names that a weight has besides those by way of its own layer and attribute."""
-    attribute = weight.slot.parameter
-    parameter = view.parameters_by_name.get(join(name, attribute))
-    own = {join(alias, attribute) for alias in view.names[weight.layer]}
-    return [] if parameter is None else [full for full in parameter.names if full not in own]
+def _check_mergeable(
+    view: ModelView, name: str, weight: AdaptedWeight, untie: bool, dense: bool
+) -> bool:
+    """Raise if nothing can be merged into a weight; return whether others share it.
 
-
-def _check_mergeable(name: str, weight: AdaptedWeight, shared_with: list[str], untie: bool) -> None:
-    full, parameter = join(name, weight.slot.parameter), weight.parameter
-    if parameter is None and weight.quantisation is None:
+    Args:
+        view: the model.
+        name: the weight's name in it.
+        weight: the weight.
+        untie: whether the weight may be parted from others.
+        dense: whether a dense weight may stand in for a quantised one.
+    """
+    parameter, quantisation = weight.parameter, weight.quantisation
+    if parameter is None and quantisation is None:
         raise MergeError(
-            f"{full} is computed from other parameters (a parametrization), so "
-            "nothing can be merged into it. Save the adapter, remove it and the parametrization "
+            f"{name} is computed from other parameters (a parametrization), so nothing can be "
+            "merged into it. Save the adapter, remove it and the parametrization "
             "(torch.nn.utils.parametrize.remove_parametrizations), and load it again"
         )
     blocks = [block.block for block in weight.layer.disha.blocks().values()]
     if any(tensor is not None and tensor.is_meta for tensor in (parameter, *blocks)):
         raise MergeError(
-            f"{full} or its adapter is on the meta device; give the model its weights first"
+            f"{name} or its adapter is on the meta device; give the model its weights first"
         )
-    if shared_with and not untie:
+    known = view.parameters_by_name.get(name)
+    own = {join(alias, weight.slot.parameter) for alias in view.names[weight.layer]}
+    others = [] if known is None else [other for other in known.names if other not in own]
+    if others and not untie:
         raise MergeError(
-            f"{full} is shared with {', '.join(shared_with)}, which merging "
-            "would change too; pass untie=True to give this layer a weight of its own while merged"
+            f"{name} is shared with {', '.join(others)}, which merging would change too; pass "
+            "untie=True to give this layer a weight of its own while merged"
         )
+    if quantisation is not None:
+        problem = _quantised_problem(weight, quantisation, dense)
+        if problem is not None:
+            raise MergeError(f"{name} is quantised ({quantisation.name}), {problem}")
+    return bool(others)
 
 
-def _check_quantised(name: str, weight: AdaptedWeight, dense: bool) -> None:
-    quantisation = weight.quantisation
-    if quantisation is None:
-        return
-    full, original = join(name, weight.slot.parameter), weight.layer.original_class
+def _quantised_problem(
+    weight: AdaptedWeight, quantisation: Quantisation, dense: bool
+) -> str | None:
+    """Return why nothing can be merged into a quantised weight and what to do, or None."""
+    unmerged = "leave its adapters unmerged, which act as well"
     if quantisation.read is None:
-        raise MergeError(
-            f"{full} is quantised ({quantisation.name}) and can't be read as numbers, so nothing "
-            "can be merged into it; its adapters act as well unmerged"
-        )
+        return f"and can't be read as numbers; {unmerged}"
     if quantisation is ROUNDED:
-        raise MergeError(
-            f"{full} is {quantisation.name}, which does not compute the same from a merged weight; "
-            "leave its adapters unmerged, which act as well"
-        )
+        return f"and its layer does not compute the same from a merged weight; {unmerged}"
     if not dense:
-        raise MergeError(
-            f"{full} is quantised ({quantisation.name}), and its few values can't hold an "
-            "update; pass dense=True to let the layer compute with a dense merged weight until "
-            "unmerge_adapters, or leave the adapters unmerged, which act as well"
+        return (
+            "and its few values can't hold an update; pass dense=True to let the layer compute "
+            f"with a dense merged weight until unmerge_adapters, or {unmerged}"
         )
     if weight.parameter is None or not takes_dense(weight.layer):
-        raise MergeError(
-            f"{name or 'the model'} is a {original.__name__} with a forward of "
-            f"its own over a quantised weight ({quantisation.name}), which could not compute with "
-            "a dense one; leave its adapters unmerged, which act as well"
+        kind = weight.layer.original_class.__name__
+        return (
+            f"and its layer is a {kind} with a forward of its own, which can't compute with a "
+            f"dense weight; {unmerged}"
         )
+    return None
 
 
-def _merge_weight(
-    name: str, weight: AdaptedWeight, adapters: tuple[str, ...], shared: bool
-) -> None:
-    layer, slot, parameter = weight.layer, weight.slot, weight.parameter
+def _merge_weight(name: str, weight: AdaptedWeight, shared: bool) -> None:
+    layer, attribute, parameter = weight.layer, weight.slot.parameter, weight.parameter
+    merged_now = layer.disha.merged
     assert parameter is not None
-    assert layer.disha.merged is not None
+    assert merged_now is not None
     with without_autocast(parameter.device):
-        merged = weight.merged(adapters)
+        merged = weight.merged(merged_now.adapters)
     if not torch.isfinite(merged).all():
+        adapters = ", ".join(map(repr, merged_now.adapters))
         raise MergeError(
-            f"merging {', '.join(map(repr, adapters))} into {join(name, slot.parameter)} gives "
-            "values that are not finite; check the adapter's blocks and its scale"
+            f"merging {adapters} into {name} gives values that are not finite; check the "
+            "adapter's blocks and its scale"
         )
-    originals = dict(layer.disha.merged.originals)
     if weight.quantisation is not None:
-        originals[slot.parameter] = Original(parameter=parameter, dense=True)
+        original = Original(parameter=parameter, dense=True)
     else:
-        originals[slot.parameter] = Original(parameter.data, parameter if shared else None)
-    layer.disha.merged = Merged(adapters, originals)
-    if originals[slot.parameter].parameter is not None:
+        original = Original(parameter.data, parameter if shared else None)
+    layer.disha.merged = replace(
+        merged_now, originals={**merged_now.originals, attribute: original}
+    )
+    if original.parameter is not None:
         replacement = nn.Parameter(merged, requires_grad=parameter.requires_grad)
-        layer._parameters[slot.parameter] = replacement
+        layer._parameters[attribute] = replacement
     else:
         # Swapping the data keeps the parameter object and costs one copy of the weight, not two.
         parameter.data = merged

@@ -17,6 +17,7 @@ from disha.layers.kinds import (
 from disha.layers.linear import BatLinear, BoneLinear
 from disha.layers.opaque import (
     ROUNDED,
+    Quantisation,
     is_library_forward,
     is_quantised,
     kept_packed,
@@ -48,6 +49,7 @@ __all__ = [
     "BoneLinear",
     "Merged",
     "Original",
+    "Quantisation",
     "Slot",
     "adapt",
     "block_name",
