@@ -7,7 +7,6 @@ from disha.checkpointing import InputGradients, enable_input_gradients
 from disha.config import AdapterConfig
 from disha.control import (
     adapters_disabled,
-    combine_adapters,
     route_adapters,
     set_active_adapters,
     set_adapter_scale,
@@ -28,6 +27,7 @@ from disha.errors import (
 from disha.files import (
     AdapterFile,
     AdapterFileWarning,
+    combine_adapters,
     inspect_adapter,
     load_adapter,
     save_adapter,

@@ -1,23 +1,19 @@
-"""Activate, disable, scale, route, combine. Nothing here touches requires_grad."""
+"""Activate, disable, scale, route. Nothing here touches requires_grad."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
-from disha import functional
 from disha.config import check_scale
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.layers import AdaptedLayer, AdaptedWeight, Block, check_adapter_name, make_block
 from disha.model import ModelView
 from disha.routing import Route
 
 __all__ = [
     "adapters_disabled",
-    "combine_adapters",
     "route_adapters",
     "set_active_adapters",
     "set_adapter_scale",
@@ -217,114 +213,3 @@ def _refuse_sequences_first(view: ModelView) -> None:
             "may get sequences first; build the model with batch_first=True, or adapt attention "
             "projections only"
         )
-
-
-def combine_adapters(
-    model: nn.Module, weights: Mapping[str, float], into: str, *, r: int | None = None
-) -> None:
-    """Add a new adapter that is the weighted sum of others, exactly.
-
-    dW = sum of w * s * dW of each, with the scale s that it has now: all kinds of blocks are linear
-    in D, so the blocks add up. A layer that an adapter lacks counts as zero there. The new adapter
-    has scale 1 and is not active yet.
-
-    Args:
-        model: a model with adapters.
-        weights: adapter -> w.
-        into: the new adapter's name.
-        r: shard size of the new blocks: a multiple of every adapter's r, for adapters whose r
-            differ. Bone and tile only.
-
-    Raises:
-        ArgumentError: an adapter is unknown, the name is taken, a weight is not finite, or blocks
-            of different kinds or sizes can't be added.
-        ArgumentTypeError: the weights are no dict of numbers.
-        MergeError: adapters are merged.
-        TargetError: DDP or FSDP wraps the model.
-
-    The model is unchanged whenever this raises.
-
-    Examples:
-        >>> from torch import nn
-        >>> import disha
-        >>> model = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4, adapter="a")
-        >>> model = disha.inject_adapters(model, "all-linear", r=2, adapter="b")
-        >>> disha.combine_adapters(model, {"a": 0.3, "b": 0.7}, into="c", r=4)
-        >>> list(model.disha)
-        ['a', 'b', 'c']
-    """
-    _check_weights(weights)
-    check_adapter_name(into)
-    view = ModelView(model)
-    if into in view.adapters:
-        raise ArgumentError(f"the model has an adapter {into!r} already; choose another name")
-    for name in weights:
-        view.require(name)
-    view.refuse_inside("combine adapters")
-    view.refuse_wrapped("combine adapters", "combine first, then wrap")
-    added: dict[AdaptedLayer, list[Block]] = {}
-    for name, weight in view.weights:
-        blocks = weight.blocks
-        parts = [(blocks[a], w) for a, w in weights.items() if a in blocks]
-        if parts:
-            added.setdefault(weight.layer, []).append(_sum_of_blocks(name, weight, parts, r))
-    for layer, sums in added.items():
-        layer.disha.add(into, sums)
-
-
-def _check_weights(weights: object) -> None:
-    if not isinstance(weights, Mapping) or not weights:
-        raise ArgumentTypeError(f"weights must be a dict of adapter -> number, got {weights!r}")
-    for weight in weights.values():
-        check_scale(weight)
-
-
-def _sum_of_blocks(
-    name: str, weight: AdaptedWeight, parts: list[tuple[Block, float]], r: int | None
-) -> Block:
-    """Return a new block that is the weighted sum of a weight's blocks."""
-    first = parts[0][0]
-    sizes = {(block.method, block.r, block.r_out) for block, _ in parts}
-    method, slot = functional.method_of(first.method), first.slot
-    if (r is None and len(sizes) > 1) or not method.linear:
-        raise ArgumentError(
-            f"{name or 'the model'}: blocks of different kinds or sizes can't be added as they "
-            f"are: {_listing(sizes)}; for Bone blocks, pass r=, a multiple of every r"
-        )
-    r = r or first.r
-    alike = all(
-        (block.method, block.r_out, block.slot.rows) == (first.method, first.r_out, slot.rows)
-        for block, _ in parts
-    )
-    wide = [_widened(block, r) for block, _ in parts] if alike else [None]
-    in_features = weight.geometry.in_features
-    if any(values is None for values in wide) or r > in_features:
-        raise ArgumentError(
-            f"{name or 'the model'}: these blocks can't be added with r={r}: {_listing(sizes)}; "
-            f"Bone blocks of one kind can, if every r divides it and it is at most "
-            f"{in_features}"
-        )
-    config = first.config.changed(r=r, scale=1.0, rank_pattern={}, also_train=[])
-    with torch.no_grad():
-        values = functional.weighted_sum(
-            [
-                (values, factor * block.strength)
-                for values, (block, factor) in zip(wide, parts, strict=True)
-                if values is not None
-            ]
-        )
-        total = make_block(weight.layer, slot, config, r, values.dtype)
-        total.block.copy_(values)
-    total.block.requires_grad_(any(block.block.requires_grad for block, _ in parts))
-    return total
-
-
-def _widened(block: Block, r: int) -> torch.Tensor | None:
-    return functional.widened(block.method, block.slot.layout, block.block, block.r, r)
-
-
-def _listing(sizes: set[tuple[str, int, int | None]]) -> str:
-    return ", ".join(
-        f"{method} r={r}" + ("" if r_out is None else f" r_out={r_out}")
-        for method, r, r_out in sorted(sizes, key=str)
-    )

@@ -1,4 +1,4 @@
-"""Weighted sums of adapter files, against sums within a model."""
+"""Weighted sums of adapters: of files and within a model, by the same rules."""
 
 from __future__ import annotations
 
@@ -10,26 +10,34 @@ import torch
 from torch import nn
 
 import disha
-from disha import AdapterFileError, AdapterFileWarning, ArgumentError, ArgumentTypeError
+from disha import (
+    AdapterFileWarning,
+    AdapterStateError,
+    ArgumentError,
+    ArgumentTypeError,
+    MergeError,
+    ModeError,
+)
 from disha.config import AdapterConfig
 from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.combining import Summand, combine_contents
 from disha.files.contents import read_contents, write_contents
 from disha.fingerprint import fingerprint
+from disha.functional import Layout
 from disha.model import ModelView
 from tests.adapter_files import every_kind, save
-from tests.conftest import perturb
+from tests.conftest import assert_unchanged, snapshot
 
-KINDS = {
+METHODS = {
     "bone": {},
     "tile": {"r_out": 2},
     "bat": {"target_regex": "linear|attention", "method": "bat"},
 }
 
 
-def combine(*weighted, **reading):
+def combine(*weighted, r=None, **reading):
     return combine_contents(
-        [Summand(path, read_contents(path, **reading), weight) for path, weight in weighted]
+        [Summand(path, read_contents(path, **reading), weight) for path, weight in weighted], r
     )
 
 
@@ -41,217 +49,329 @@ def updates(model, adapter):
     }
 
 
-def load_all(paths):
+def load_all(paths, **options):
     model = every_kind()
     for name, path in paths.items():
-        disha.load_adapter(model, path, name)
+        disha.load_adapter(model, path, name, **options)
     return model
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_sum_within_a_model_bit_for_bit(tmp_path, kind):
-    a = save(tmp_path / "a", seed=1, scale=0.5, **KINDS[kind])
-    b = save(tmp_path / "b", seed=2, **{**KINDS[kind], "target_regex": "linear|attention"})
-    model = load_all({"a": a, "b": b})
-    disha.combine_adapters(model, {"a": 0.3, "b": -2.0}, into="c")
-    disha.save_adapter(model, tmp_path / "expected", "c")
-    expected, tensors = read_contents(tmp_path / "expected")
-    header, found = combine((a, 0.3), (b, -2.0))
-    assert header.layers == expected.layers
-    assert header.tensors == expected.tensors
-    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+def flags(model):
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", ["bone", "tile"])
-def test_different_r_get_the_least_common_multiple(tmp_path, kind):
-    a = save(tmp_path / "a", seed=1, scale=3.0, **{**KINDS[kind], "r": 4})
-    b = save(tmp_path / "b", seed=2, **{**KINDS[kind], "r": 6})
-    header, tensors = combine((a, 0.3), (b, -2.0))
-    assert {layer.r for layer in header.layers} == {12}
-    write_contents(tmp_path / "sum", header, tensors)
-    model = load_all({"a": a, "b": b, "sum": tmp_path / "sum"})
-    parts, total = [updates(model, name) for name in ("a", "b")], updates(model, "sum")
-    assert len(total) == 10
-    for name, delta in total.items():
-        torch.testing.assert_close(
-            delta, 0.3 * parts[0][name] - 2 * parts[1][name], rtol=0, atol=1e-12
-        )
+class TestSum:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_files_and_models_give_the_same_bit_for_bit(self, tmp_path, method):
+        a = save(tmp_path / "a", seed=1, scale=0.5, **METHODS[method])
+        b = save(tmp_path / "b", seed=2, **{**METHODS[method], "target_regex": "linear|attention"})
+        model = load_all({"a": a, "b": b})
+        disha.combine_adapters(model, {"a": 0.3, "b": -2.0}, into="c")
+        disha.save_adapter(model, tmp_path / "expected", "c")
+        expected, tensors = read_contents(tmp_path / "expected")
+        header, found = combine((a, 0.3), (b, -2.0))
+        assert {one.name: one for one in header.layers} == {
+            one.name: one for one in expected.layers
+        }
+        assert header.config == expected.config
+        assert header.tensors == expected.tensors
+        assert all(torch.equal(found[key], tensors[key]) for key in tensors)
 
-
-def test_r_may_differ_from_layer_to_layer(tmp_path):
-    a = save(tmp_path / "a", target_regex="linear|conv", rank_pattern={"conv": 3})
-    b = save(tmp_path / "b", target_regex="linear|conv", r=6)
-    header, _ = combine((a, 1.0), (b, 1.0))
-    assert {layer.name: layer.r for layer in header.layers} == {"linear": 12, "conv": 6}
-
-
-def test_what_only_one_has_is_scaled(tmp_path):
-    a, b = save(tmp_path / "a", target_regex="linear"), save(tmp_path / "b", target_regex="^up")
-    header, tensors = combine((a, 2.0), (b, 0.0))
-    assert [layer.name for layer in header.layers] == ["linear", "up"]
-    assert torch.equal(tensors["linear.bone_block"], 2 * read_contents(a)[1]["linear.bone_block"])
-    assert not tensors["up.bone_block"].any()
-
-
-def test_the_wider_dtype_holds_the_sum_of_exact_terms(tmp_path):
-    values = torch.tensor([[1 / 3], [1e-3]])
-
-    def contents(name, dtype):
-        model = nn.Sequential(nn.Linear(2, 1))
-        disha.inject_adapters(model, "0", r=2, dtype=dtype)
-        with torch.no_grad():
-            model[0].disha["default"].block.copy_(values)
-        disha.save_adapter(model, tmp_path / name)
-        return tmp_path / name
-
-    warnings.simplefilter("ignore", AdapterFileWarning)  # the layers differ
-    half, full = contents("half", torch.bfloat16), contents("full", torch.float32)
-    for order in ((half, full), (full, half)):
-        found = combine(*((path, 0.3) for path in order))[1]["0.bone_block"]
-        exact = 0.3 * (values.bfloat16().double() + values.double())
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, exact.float(), rtol=1e-7, atol=0)
-    narrow = combine((half, 0.3), (half, 0.7))[1]["0.bone_block"]
-    assert torch.equal(narrow, values.bfloat16())  # rounded once
-
-
-def test_configuration_keeps_what_is_common(tmp_path):
-    a = save(tmp_path / "a", target_regex="linear", dropout=0.1, rank_pattern={"linear": 3})
-    b = save(tmp_path / "b", target_regex="^up|conv", exclude="conv")
-    assert combine((a, 1.0))[0].config.target == "linear"
-    config = combine((a, 1.0), (b, 1.0))[0].config
-    assert (config.target, config.exclude, dict(config.rank_pattern)) == (None, (), {})
-    assert (config.scale, config.dropout, config.also_train) == (1.0, 0.1, ())
-
-
-def test_configuration_keeps_what_both_leave_out_and_no_dtype(tmp_path):
-    options = {"target_regex": "linear|^up", "exclude": "up", "dtype": torch.float32}
-    a, b = save(tmp_path / "a", **options), save(tmp_path / "b", seed=2, **options)
-    config = combine((a, 1.0), (b, 1.0))[0].config
-    assert (config.target, config.exclude, config.dtype) == ("linear|^up", ("up",), None)
-
-
-def test_three_parameters_beside_the_blocks_are_named(tmp_path):
-    a = save(tmp_path / "a", target_regex="linear", also_train=["^conv", "^embed"])
-    with pytest.raises(ArgumentError, match=r"\(conv.bias, conv.weight, embed.weight\), which"):
-        combine((a, 1.0))
-    b = save(tmp_path / "b", target_regex="linear", also_train=["^conv", "^embed", "^padded"])
-    with pytest.raises(ArgumentError, match=r"\(conv.bias, conv.weight, embed.weight, \.\.\.\)"):
-        combine((b, 1.0))
-
-
-def test_parameters_beside_the_blocks_are_refused_or_left_out(tmp_path):
-    a = save(tmp_path / "a", target_regex="linear", also_train="^conv.bias")
-    with pytest.raises(ArgumentError, match=r"conv\.bias.*leave out `also_train`"):
-        combine((a, 1.0))
-    header, tensors = combine((a, 1.0), also_train=False)
-    assert (header.also_train, list(tensors)) == ((), ["linear.bone_block"])
-
-
-def test_other_bases_warn_and_leave_no_fingerprint(tmp_path):
-    a = save(tmp_path / "a", target_regex="linear|^up")
-    b = save(tmp_path / "b", target_regex="linear", base=5)
-    with pytest.warns(AdapterFileWarning, match=r"different base weights in 1 layers \(linear\)"):
-        header, _ = combine((a, 1.0), (b, 1.0))
-    assert [layer.base is None for layer in header.layers] == [True, False]
-
-
-def test_names_in_warnings_are_fit_to_be_printed():
-    def summand(base):
-        record = LayerRecord("a\x1b[2J", "bone", 2, None, 4, 4, 1.0, base, "linear")
-        block = torch.ones(2, 4)
-        header = AdapterHeader(
-            config=AdapterConfig(r=2, target=None),
-            layers=(record,),
-            also_train=(),
-            tensors={record.key: TensorRecord((2, 4), block.dtype)},
-            metadata={},
-        )
-        return Summand("given", (header, {record.key: block}), 1.0)
-
-    weights = (torch.zeros(4, 4), torch.ones(4, 4))
-    with pytest.warns(AdapterFileWarning) as caught:
-        combine_contents([summand(fingerprint(weight)) for weight in weights])
-    assert r"(a\x1b[2J)" in str(caught[0].message)
-
-
-def test_one_unknown_base_is_no_contradiction(tmp_path):
-    a = save(tmp_path / "a", target_regex="linear")
-    header, tensors = read_contents(a)
-    unknown = replace(header, layers=tuple(replace(one, base=None) for one in header.layers))
-    total, _ = combine_contents(
-        [Summand("unknown", (unknown, tensors), 1.0), Summand(a, (header, tensors), 1.0)]
+    @pytest.mark.parametrize(
+        ("method", "sizes"), [("bone", (4, 6)), ("tile", (4, 6)), ("bat", (4, 4))]
     )
-    assert total.layers[0].base == header.layers[0].base is not None
+    def test_is_the_weighted_sum_of_the_updates(self, tmp_path, method, sizes):
+        """Different r get the least common multiple; a layer that one lacks counts as zero."""
+        a = save(tmp_path / "a", seed=1, scale=3.0, **{**METHODS[method], "r": sizes[0]})
+        options = {**METHODS[method], "r": sizes[1], "target_regex": "linear|attention"}
+        b = save(tmp_path / "b", seed=2, **options)
+        model = load_all({"a": a, "b": b})
+        disha.combine_adapters(model, {"a": 0.3, "b": -2.0}, into="c")
+        parts, total = [updates(model, name) for name in ("a", "b")], updates(model, "c")
+        assert total.keys() == parts[0].keys()
+        assert set(parts[1]) < set(parts[0]) or method == "bat"
+        for name, delta in total.items():
+            expected = 0.3 * parts[0][name] - 2 * parts[1].get(name, 0 * delta)
+            torch.testing.assert_close(delta, expected, rtol=0, atol=1e-12)
+        found = {weight.blocks["c"].r for _, weight in ModelView(model).require("c")}
+        assert found == ({4} if method == "bat" else {12, 4})
+
+    def test_a_larger_r_may_be_asked_for(self, tmp_path):
+        a = save(tmp_path / "a", target_regex="linear|^up")
+        model = load_all({"a": a})
+        disha.combine_adapters(model, {"a": 1.0}, into="wide", r=12)
+        header, tensors = combine((a, 1.0), r=12)
+        assert {layer.r for layer in header.layers} == {12}
+        for name, weight in ModelView(model).require("wide"):
+            assert torch.equal(weight.blocks["wide"].block, tensors[f"{name}.bone_block"])
+        for name, delta in updates(model, "wide").items():
+            assert torch.equal(delta, updates(model, "a")[name])
+
+    def test_r_may_differ_from_layer_to_layer(self, tmp_path):
+        a = save(tmp_path / "a", target_regex="linear|conv", rank_pattern={"conv": 3})
+        b = save(tmp_path / "b", target_regex="linear|conv", r=6)
+        header, _ = combine((a, 1.0), (b, 1.0))
+        assert {layer.name: layer.r for layer in header.layers} == {"linear": 12, "conv": 6}
+
+    def test_what_only_one_has_is_scaled(self, tmp_path):
+        a = save(tmp_path / "a", target_regex="linear")
+        b = save(tmp_path / "b", target_regex="^up")
+        header, tensors = combine((a, 2.0), (b, 0.0))
+        assert [layer.name for layer in header.layers] == ["linear", "up"]
+        block = read_contents(a)[1]["linear.bone_block"]
+        assert torch.equal(tensors["linear.bone_block"], 2 * block)
+        assert not tensors["up.bone_block"].any()
+
+    def test_the_wider_dtype_holds_the_sum_of_exact_terms(self, tmp_path):
+        values = torch.tensor([[1 / 3], [1e-3]])
+
+        def contents(name, dtype):
+            model = nn.Sequential(nn.Linear(2, 1))
+            disha.inject_adapters(model, "0", r=2, dtype=dtype)
+            with torch.no_grad():
+                model[0].disha["default"].block.copy_(values)
+            disha.save_adapter(model, tmp_path / name)
+            return tmp_path / name
+
+        warnings.simplefilter("ignore", AdapterFileWarning)  # the layers differ
+        half, full = contents("half", torch.bfloat16), contents("full", torch.float32)
+        for order in ((half, full), (full, half)):
+            found = combine(*((path, 0.3) for path in order))[1]["0.bone_block"]
+            exact = 0.3 * (values.bfloat16().double() + values.double())
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, exact.float(), rtol=1e-7, atol=0)
+        narrow = combine((half, 0.3), (half, 0.7))[1]["0.bone_block"]
+        assert torch.equal(narrow, values.bfloat16())  # rounded once
+
+    def test_it_can_be_saved_and_loaded(self, tmp_path):
+        a = save(tmp_path / "a", target_regex="linear|^up")
+        header, tensors = combine((a, 2.0))
+        write_contents(tmp_path / "double", header, tensors)
+        model = load_all({"a": a, "twice": tmp_path / "double"})
+        disha.set_adapter_scale(model, 2.0, "a")
+        for name, delta in updates(model, "twice").items():
+            assert torch.equal(delta, updates(model, "a")[name])
 
 
-def other_model(path, **injected):
-    """Save an adapter of layers of the same names and other sizes, or other kinds."""
-    model = nn.Module()
-    model.linear, model.conv = nn.Linear(14, 8), nn.Conv2d(14, 6, (3, 3))
-    model.embed = nn.Linear(14, 6)
-    disha.inject_adapters(model, **{"target_regex": ".", "r": 4, **injected})
-    disha.save_adapter(model, path)
-    return path
+class TestConfiguration:
+    def test_keeps_what_is_common(self, tmp_path):
+        a = save(tmp_path / "a", target_regex="linear", dropout=0.1, rank_pattern={"linear": 3})
+        b = save(tmp_path / "b", target_regex="^up|conv", exclude="conv")
+        assert combine((a, 1.0))[0].config.target == "linear"
+        config = combine((a, 1.0), (b, 1.0))[0].config
+        assert (config.target, config.exclude, dict(config.rank_pattern)) == (None, (), {})
+        assert (config.scale, config.dropout, config.also_train) == (1.0, 0.1, ())
+
+    def test_keeps_what_both_leave_out_and_no_dtype(self, tmp_path):
+        options = {"target_regex": "linear|^up", "exclude": "up", "dtype": torch.float32}
+        a, b = save(tmp_path / "a", **options), save(tmp_path / "b", seed=2, **options)
+        config = combine((a, 1.0), (b, 1.0))[0].config
+        assert (config.target, config.exclude, config.dtype) == ("linear|^up", ("up",), None)
+
+
+class TestModel:
+    def test_only_the_new_adapter_is_new(self, tmp_path):
+        a, b = save(tmp_path / "a"), save(tmp_path / "b", target_regex="linear", r=2)
+        model = load_all({"a": a, "b": b}, freeze=False)
+        model.conv.disha["a"].block.requires_grad_(False)
+        before = flags(model)
+        disha.combine_adapters(model, {"a": 0.3, "b": -2.0}, into="c")
+        after = flags(model)
+        assert {name: flag for name, flag in after.items() if ".c." not in name} == before
+        assert model.linear.disha.active == ("b",)
+        assert model.linear.disha["c"].block.requires_grad
+        assert not model.conv.disha["c"].block.requires_grad
+        assert model.linear.disha["c"].block.dtype == torch.float64
+
+    def test_parameters_beside_the_blocks_stay_as_they_are(self, tmp_path):
+        a = save(tmp_path / "a", target_regex="linear", also_train="^conv.bias")
+        model = load_all({"a": a})
+        bias = model.conv.bias.detach().clone()
+        disha.combine_adapters(model, {"a": 3.0}, into="c", also_train=False)
+        assert torch.equal(model.conv.bias, bias)
+        assert list(disha.adapter_state_dict(model, "c")) == ["linear.disha.c.bone_block"]
+
+    @pytest.mark.parametrize(
+        ("weights", "options", "kind", "says"),
+        [
+            ({"x": 1.0}, {}, ArgumentError, "no adapter 'x'"),
+            ({}, {}, ArgumentTypeError, "dict"),
+            (["a"], {}, ArgumentTypeError, "dict"),
+            ({"a": 1.0}, {"into": "b"}, ArgumentError, "has an adapter 'b' already"),
+            ({"a": 1.0}, {"into": "d.e"}, ArgumentError, "has a dot"),
+            ({"a": 1.0}, {"r": 3}, ArgumentError, "bone blocks can't be added with r=3"),
+            ({"a": 1.0}, {"r": 16}, ArgumentError, "needs r=16, and has only 14 inputs"),
+            ({"a": 1.0}, {"r": 0}, ArgumentError, "r must be at least 1"),
+            ({"a": 1.0}, {"r": "8"}, ArgumentTypeError, "r must be an int"),
+        ],
+    )
+    def test_refusals(self, tmp_path, weights, options, kind, says):
+        a = save(tmp_path / "a", target_regex="linear")
+        model = load_all({"a": a, "b": a})
+        before = snapshot(model)
+        with pytest.raises(kind, match=says):
+            disha.combine_adapters(model, weights, **{"into": "d", **options})
+        assert_unchanged(model, before)
+
+    def test_values_that_are_not_finite(self, tmp_path):
+        model = load_all({"a": save(tmp_path / "a", target_regex="linear")})
+        with torch.no_grad():
+            model.linear.disha["a"].block[0, 0] = float("inf")
+        before = snapshot(model)
+        with pytest.raises(AdapterStateError, match="not finite"):
+            disha.combine_adapters(model, {"a": 1.0}, into="c")
+        assert_unchanged(model, before)
+
+    def test_in_a_mode_of_the_model(self, tmp_path):
+        model = load_all({"a": save(tmp_path / "a", target_regex="linear")})
+        with (
+            disha.adapters_disabled(model),
+            pytest.raises(ModeError, match="can't combine adapters"),
+        ):
+            disha.combine_adapters(model, {"a": 1.0}, into="c")
+        disha.merge_adapters(model)
+        before = snapshot(model)
+        with pytest.raises(MergeError, match="can't combine adapters"):
+            disha.combine_adapters(model, {"a": 1.0}, into="c")
+        assert_unchanged(model, before)
 
 
 REFUSED = {
-    "another kind": ({}, {"target_regex": "linear", "method": "bat"}, "different kinds.*bat in"),
+    "another method": (
+        {},
+        {"target_regex": "linear", "method": "bat"},
+        (1.0, 1.0),
+        "different methods.*bat in",
+    ),
+    "another method on another layer": (
+        {"target_regex": "^up"},
+        {"target_regex": "linear", "method": "bat"},
+        (1.0, 1.0),
+        "different methods",
+    ),
     "another tile": (
         {"r_out": 2},
         {"target_regex": "linear", "r_out": 3},
-        "different kinds.*r_out=3 in",
+        (1.0, 1.0),
+        "different methods.*r_out=3 in",
     ),
-    "another r of BAT": (KINDS["bat"], {**KINDS["bat"], "r": 2}, "bat blocks.*r=4.*r=2"),
+    "another r of BAT": (
+        METHODS["bat"],
+        {**METHODS["bat"], "r": 2},
+        (1.0, 1.0),
+        "bat blocks can't be added with r=4.*r=4.*r=2",
+    ),
     "too large a multiple": (
         {"target_regex": "linear"},
         {"target_regex": "linear", "r": 5},
+        (1.0, 1.0),
         "'linear'.*r=20.*only 14 inputs.*as LoRA",
+    ),
+    "parameters beside": (
+        {"target_regex": "linear", "also_train": ["^conv", "^embed"]},
+        {"target_regex": "linear"},
+        (1.0, 1.0),
+        r"\(conv.bias, conv.weight, embed.weight\).*leave out `also_train`",
+    ),
+    "many parameters beside": (
+        {"target_regex": "linear", "also_train": ["^conv", "^embed", "^padded"]},
+        {"target_regex": "linear"},
+        (1.0, 1.0),
+        r"\(conv.bias, conv.weight, embed.weight, \.\.\.\)",
+    ),
+    "a weight that is none": (
+        {"target_regex": "linear"},
+        {"target_regex": "linear"},
+        (float("nan"), 1.0),
+        "finite",
+    ),
+    "a weight that is no number": (
+        {"target_regex": "linear"},
+        {"target_regex": "linear"},
+        ("1", 1.0),
+        "number",
+    ),
+    "a sum that is not finite": (
+        {"target_regex": "linear", "dtype": torch.float16},
+        {"target_regex": "linear", "dtype": torch.float16},
+        (3e38, 1.0),
+        "'linear': the sum is not finite as torch.float16",
     ),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(tmp_path, case):
-    first, second, says = REFUSED[case]
-    a, b = save(tmp_path / "a", **first), save(tmp_path / "b", **second)
-    with pytest.raises(AdapterFileError, match=says):
-        combine((a, 1.0), (b, 1.0))
+class TestRefusals:
+    @pytest.mark.parametrize("case", REFUSED)
+    def test_of_files_and_of_models_alike(self, tmp_path, case):
+        first, second, weights, says = REFUSED[case]
+        a, b = save(tmp_path / "a", **first), save(tmp_path / "b", seed=2, **second)
+        model = load_all({"a": a, "b": b})
+        before = snapshot(model)
+        kind = ArgumentTypeError if "1" in weights else ArgumentError
+        with pytest.raises(kind, match=says):
+            combine((a, weights[0]), (b, weights[1]))
+        with pytest.raises(kind, match=says):
+            disha.combine_adapters(model, dict(zip("ab", weights, strict=True)), into="c")
+        assert_unchanged(model, before)
 
-
-@pytest.mark.parametrize(
-    ("target", "says"),
-    [
-        ("linear", "'linear' has different sizes: .*14 -> 6 in .*14 -> 8 in"),
-        ("conv", r"'conv': blocks of shapes .*\(6, 4, 2, 3\), \(6, 4, 3, 3\)"),
-        ("embed", "'embed' is laid out in different ways .*'index out' in .*'out in' in"),
-    ],
-)
-def test_another_models_layers_are_refused(tmp_path, target, says):
-    a, b = (
-        save(tmp_path / "a", target_regex=target),
-        other_model(tmp_path / "b", target_regex=target),
+    @pytest.mark.parametrize(
+        ("target", "says"),
+        [
+            ("linear", "'linear' is not the same in all adapters: .*14 -> 6.* in .*14 -> 8.* in"),
+            ("conv", r"'conv' is not the same .*\(6, 4, 2, 3\) in .*\(6, 4, 3, 3\) in"),
+            ("embed", "'embed' is not the same .*'index out'.* in .*'out in'.* in"),
+        ],
     )
-    with pytest.raises(AdapterFileError, match=says):
-        combine((a, 1.0), (b, 1.0))
+    def test_another_models_layers(self, tmp_path, target, says):
+        other = nn.Module()
+        other.linear, other.conv = nn.Linear(14, 8), nn.Conv2d(14, 6, (3, 3))
+        other.embed = nn.Linear(14, 6)
+        disha.save_adapter(disha.inject_adapters(other, target, 4), tmp_path / "b")
+        with pytest.raises(ArgumentError, match=says):
+            combine((save(tmp_path / "a", target_regex=target), 1.0), (tmp_path / "b", 1.0))
+
+    def test_none(self):
+        with pytest.raises(ArgumentError, match="at least one"):
+            combine_contents([])
+
+    def test_parameters_beside_the_blocks_can_be_left_out(self, tmp_path):
+        a = save(tmp_path / "a", target_regex="linear", also_train="^conv.bias")
+        header, tensors = combine((a, 1.0), also_train=False)
+        assert (header.also_train, list(tensors)) == ((), ["linear.bone_block"])
 
 
-@pytest.mark.parametrize(
-    ("weight", "kind", "says"),
-    [
-        (float("nan"), ArgumentError, "finite"),
-        ("1", ArgumentTypeError, "number"),
-        (3e38, AdapterFileError, "'linear': the sum is not finite as torch.float32"),
-    ],
-)
-def test_weights_must_be_numbers_and_lead_to_numbers(tmp_path, weight, kind, says):
-    model = disha.inject_adapters(every_kind(dtype=torch.float32), "linear", r=4)
-    perturb(model, size=10.0)
-    disha.save_adapter(model, tmp_path / "a")
-    with pytest.raises(kind, match=says):
-        combine((tmp_path / "a", weight))
+class TestBases:
+    def test_other_ones_warn_and_leave_no_fingerprint(self, tmp_path):
+        a = save(tmp_path / "a", target_regex="linear|^up")
+        b = save(tmp_path / "b", target_regex="linear", base=5)
+        says = r"different base weights in 1 layers \(linear\)"
+        with pytest.warns(AdapterFileWarning, match=says):
+            header, _ = combine((a, 1.0), (b, 1.0))
+        assert [layer.base is None for layer in header.layers] == [True, False]
 
+    def test_names_in_warnings_are_fit_to_be_printed(self):
+        def summand(base):
+            layer = LayerRecord("a\x1b[2J", "bone", 2, None, 4, 4, 1.0, base, Layout("out in"))
+            block = torch.ones(2, 4)
+            header = AdapterHeader(
+                config=AdapterConfig(r=2, target=None),
+                layers=(layer,),
+                also_train=(),
+                tensors={layer.key: TensorRecord((2, 4), block.dtype)},
+                metadata={},
+            )
+            return Summand("given", (header, {layer.key: block}), 1.0)
 
-def test_none_is_refused():
-    with pytest.raises(ArgumentError, match="at least one"):
-        combine_contents([])
+        weights = (torch.zeros(4, 4), torch.ones(4, 4))
+        with pytest.warns(AdapterFileWarning) as caught:
+            combine_contents([summand(fingerprint(weight)) for weight in weights])
+        assert r"(a\x1b[2J)" in str(caught[0].message)
+
+    def test_one_unknown_is_no_contradiction(self, tmp_path):
+        a = save(tmp_path / "a", target_regex="linear")
+        header, tensors = read_contents(a)
+        unknown = replace(header, layers=tuple(replace(one, base=None) for one in header.layers))
+        total, _ = combine_contents(
+            [Summand("unknown", (unknown, tensors), 1.0), Summand(a, (header, tensors), 1.0)]
+        )
+        assert total.layers[0].base == header.layers[0].base is not None

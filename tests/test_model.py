@@ -137,7 +137,9 @@ OPERATIONS = {
     "remove": lambda model, path: disha.remove_adapters(model),
     "activate": lambda model, path: disha.set_active_adapters(model, []),
     "scale": lambda model, path: disha.set_adapter_scale(model, 2.0),
-    "combine": lambda model, path: disha.combine_adapters(model, {"default": 2.0}, into="second"),
+    "combine": lambda model, path: disha.combine_adapters(
+        model, {"default": 2.0}, into="second", also_train=False
+    ),
     "parameters": lambda model, path: list(disha.adapter_parameters(model)),
     "flags": lambda model, path: disha.mark_only_adapters_trainable(model),
     "summary": lambda model, path: disha.summary(model),

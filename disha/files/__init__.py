@@ -14,6 +14,7 @@ model changes. From bottom to top:
 
 from disha.files.adapter import inspect_adapter, load_adapter, save_adapter
 from disha.files.atomic import write_files, write_folder
+from disha.files.combining import combine_adapters
 from disha.files.contents import AdapterFileWarning
 from disha.files.header import FORMAT, AdapterFile, AdapterHeader, LayerRecord, TensorRecord
 
@@ -24,6 +25,7 @@ __all__ = [
     "AdapterHeader",
     "LayerRecord",
     "TensorRecord",
+    "combine_adapters",
     "inspect_adapter",
     "load_adapter",
     "save_adapter",

@@ -1,29 +1,39 @@
-"""Weighted sums of adapters away from their models."""
+"""Weighted sums of adapters, of one model or of several files, by the same rules."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from disha import functional
 from disha.config import AdapterConfig, check_scale
-from disha.errors import AdapterFileError, ArgumentError
-from disha.files.contents import AdapterFileWarning, Contents, Source
-from disha.files.header import AdapterHeader, LayerRecord, TensorRecord
+from disha.errors import ArgumentError, ArgumentTypeError
+from disha.files.contents import (
+    AdapterFileWarning,
+    Contents,
+    Source,
+    adapter_contents,
+    blocks_only,
+    first_names,
+    load_contents,
+    records_of,
+)
+from disha.files.header import AdapterHeader, LayerRecord
 from disha.fingerprint import same_base
+from disha.layers import check_adapter_name
+from disha.model import ModelView
 from disha.state import finite_as
-from disha.text import printable
 
-__all__ = ["Summand", "combine_contents"]
+__all__ = ["Summand", "combine_adapters", "combine_contents"]
 
 
 @dataclass(frozen=True)
 class Summand:
-    """An adapter and the weight that it has in a sum.
+    """An adapter and its weight in a sum.
 
     Attributes:
         source: where it came from, as errors name it.
@@ -42,7 +52,7 @@ class Summand:
 
 
 @dataclass(frozen=True)
-class _Block:
+class _Part:
     """One layer of one adapter."""
 
     source: Source
@@ -50,176 +60,219 @@ class _Block:
     tensor: Tensor
     weight: float
 
-    def widened(self, r: int) -> Tensor | None:
-        """Return the block for shards of r, a multiple of its own, or None if there is none."""
+    def __str__(self) -> str:
         record = self.record
-        return functional.widened(record.method, record.layout, self.tensor, record.r, r)
+        return (
+            f"r={record.r}, {record.in_features} -> {record.out_features}, {record.layout} with a "
+            f"block {tuple(self.tensor.shape)} in {self.source}"
+        )
 
 
-def combine_contents(summands: Sequence[Summand]) -> Contents:
-    """Return the adapter whose dW is the sum of w * s * dW of several, exactly.
+def combine_adapters(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    into: str,
+    *,
+    r: int | None = None,
+    also_train: bool = True,
+) -> None:
+    """Add a new adapter that is the weighted sum of others, exactly.
 
-    The methods are linear in D, so the blocks add up, as in `combine_adapters`. A layer
-    that an adapter lacks counts as zero there; Bone blocks of different r get the least common
-    multiple of theirs. The result has scale 1 and no metadata.
+    dW = sum of w * s * dW of each, with the scale s that it has now. The methods are linear in D,
+    so the blocks add up. A layer that an adapter lacks counts as zero there. The new adapter has
+    scale 1 and is not active yet.
 
     Args:
-        summands: the adapters, of one kind.
+        model: a model with adapters.
+        weights: adapter -> w. All adapters have one method, and one r_out if they are tiles.
+        into: the new adapter's name.
+        r: shard size of the new blocks, a multiple of every adapter's r; the least common multiple
+            by default. The r of BAT blocks can't change.
+        also_train: False to combine the blocks of adapters that have parameters beside them. Such
+            parameters are values of the model and no updates, so they have no sum.
 
     Raises:
-        AdapterFileError: they don't go together: kinds, sizes or layouts differ, or the sum is
-            not finite.
-        ArgumentError: there is none, a weight is not finite, or an adapter holds parameters
-            beside its blocks, of which a sum makes no sense.
+        ArgumentError: an adapter is unknown, the name is taken, a weight is not finite, blocks
+            can't be added, their sum is not finite, or an adapter has parameters beside its blocks
+            and `also_train` is set.
+        ArgumentTypeError: the weights are not a dict of numbers.
+        AdapterStateError: an adapter holds values that are not finite, or blocks of several
+            methods.
+        ModeError: adapters are merged (`MergeError`), disabled or routed.
+        TargetError: DDP or FSDP wraps the model.
+
+    The model is unchanged whenever this raises.
+
+    Examples:
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4, adapter="a")
+        >>> model = disha.inject_adapters(model, "all-linear", r=2, adapter="b")
+        >>> disha.combine_adapters(model, {"a": 0.3, "b": 0.7}, into="c")
+        >>> list(model.disha), model.disha["c"].r
+        (['a', 'b', 'c'], 4)
+    """
+    if not isinstance(weights, Mapping) or not weights:
+        raise ArgumentTypeError(f"weights must be a dict of adapter -> number, got {weights!r}")
+    check_adapter_name(into)
+    if r is not None:
+        AdapterConfig(r)  # which checks it
+    view = ModelView(model)
+    if into in view.adapters:
+        raise ArgumentError(f"the model has an adapter {into!r} already; choose another name")
+    view.refuse_inside("combine adapters")
+    view.refuse_wrapped("combine adapters", "combine first, then wrap")
+    summands = []
+    for adapter, weight in weights.items():
+        contents = adapter_contents(view, adapter)
+        contents = contents if also_train else blocks_only(*contents)
+        summands.append(Summand(f"adapter {adapter!r}", contents, weight))
+    header, tensors = combine_contents(summands, r)
+    load_contents(view, "the sum", header, tensors, into, freeze=False, activate=False)
+    for _, layer in view.require(into):
+        blocks = layer.blocks
+        trains = any(blocks[name].block.requires_grad for name in weights if name in blocks)
+        blocks[into].block.requires_grad_(trains)
+
+
+def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Contents:
+    """Return the adapter that is the weighted sum of others, as `combine_adapters` does.
+
+    The result has scale 1 and no metadata.
+
+    Args:
+        summands: the adapters.
+        r: shard size of the new blocks; the least common multiple by default.
+
+    Raises:
+        ArgumentError: there is no adapter, a weight is not finite, blocks can't be added, their sum
+            is not finite, or an adapter has parameters beside its blocks.
+        ArgumentTypeError: a weight is not a number.
 
     Warns:
-        AdapterFileWarning: they were saved from different base weights.
+        AdapterFileWarning: the adapters were saved from different base weights.
     """
     if not summands:
         raise ArgumentError("there is no adapter to combine; give at least one")
     for summand in summands:
         check_scale(summand.weight, "the weight of an adapter")
         _refuse_other_parameters(summand)
-    _check_one_kind(summands)
-    layers: list[LayerRecord] = []
-    tensors: dict[str, Tensor] = {}
-    for blocks in _by_layer(summands):
-        record, total = _sum(blocks)
-        layers.append(record)
-        tensors[record.key] = total
-    _warn_of_other_bases(layers, summands)
+    _check_one_method(summands)
+    parts: dict[str, list[_Part]] = {}
+    for summand in summands:
+        header, tensors = summand.contents
+        for layer in header.layers:
+            part = _Part(summand.source, layer, tensors[layer.key], summand.weight)
+            parts.setdefault(layer.name, []).append(part)
+    sums = [_sum(of_one_layer, r) for of_one_layer in parts.values()]
+    _warn_of_other_bases(parts)
+    found = {layer.key: total for layer, total in sums}
     header = AdapterHeader(
-        config=_common_config([summand.header.config for summand in summands], layers[0].r),
-        layers=tuple(layers),
+        config=_common_config([summand.header.config for summand in summands], sums[0][0].r),
+        layers=tuple(layer for layer, _ in sums),
         also_train=(),
-        tensors={key: TensorRecord(tuple(t.shape), t.dtype) for key, t in tensors.items()},
+        tensors=records_of(found),
         metadata={},
     )
-    return header, tensors
+    return header, found
 
 
 def _refuse_other_parameters(summand: Summand) -> None:
     names = summand.header.also_train
     if names:
         raise ArgumentError(
-            f"{summand.source} holds parameters beside its blocks ({', '.join(names[:3])}"
-            f"{', ...' if len(names) > 3 else ''}), which are values and no updates, so that a "
-            "weighted sum of them makes no sense; leave out `also_train`"
+            f"{summand.source} holds parameters beside its blocks ({first_names(names)}). These "
+            "are values and no updates, so they have no weighted sum; leave out `also_train`"
         )
 
 
-def _by_layer(summands: Sequence[Summand]) -> list[list[_Block]]:
-    """Return the blocks of each layer, in the order in which layers are first named."""
-    layers: dict[str, list[_Block]] = {}
+def _check_one_method(summands: Sequence[Summand]) -> None:
+    found: dict[tuple[str, int | None], str] = {}
     for summand in summands:
-        header, tensors = summand.contents
-        for record in header.layers:
-            block = _Block(summand.source, record, tensors[record.key], summand.weight)
-            layers.setdefault(record.name, []).append(block)
-    return list(layers.values())
+        config = summand.header.config
+        r_out = "" if config.r_out is None else f" with r_out={config.r_out}"
+        found.setdefault(
+            (config.method, config.r_out), f"{config.method}{r_out} in {summand.source}"
+        )
+    if len(found) > 1:
+        raise ArgumentError(
+            f"adapters of different methods can't be combined: {', '.join(found.values())}; an "
+            "adapter has one method and one r_out"
+        )
 
 
-def _sum(blocks: list[_Block]) -> tuple[LayerRecord, Tensor]:
+def _sum(parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:
     """Return the weighted sum of a layer's blocks."""
-    first = blocks[0].record
-    r = math.lcm(*(block.record.r for block in blocks))
-    _check_addable(blocks, r)
+    first = parts[0].record
+    r = math.lcm(*(part.record.r for part in parts)) if r is None else r
+    name = first.name or "(the model)"
+    blocks = _widened(name, parts, r)
+    alike = {
+        (one.record.in_features, one.record.out_features, one.record.layout, one.record.rows)
+        for one in parts
+    }
+    if len(alike) > 1 or len({block.shape for block in blocks}) > 1:
+        raise ArgumentError(
+            f"layer {name!r} is not the same in all adapters: {_listing(parts)}; these adapters "
+            "are for different models"
+        )
+    if r > first.in_features:
+        raise ArgumentError(
+            f"layer {name!r}: the sum needs r={r}, and has only {first.in_features} inputs: "
+            f"{_listing(parts)}; export the adapters as LoRA, and combine these"
+        )
     total = functional.weighted_sum(
         [
-            (tensor, block.weight * block.record.scale)
-            for block, tensor in zip(blocks, _widened(blocks, r), strict=True)
+            (block, part.weight * part.record.scale)
+            for block, part in zip(blocks, parts, strict=True)
         ]
     )
     if not finite_as(total, total.dtype):
-        raise AdapterFileError(
-            f"layer {first.name!r}: the sum is not finite as {total.dtype}; give smaller weights"
+        raise ArgumentError(
+            f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
         )
-    return replace(first, r=r, scale=1.0, base=_common_base(blocks)), total
+    return replace(first, r=r, scale=1.0, base=_common_base(parts)), total
 
 
-def _check_addable(blocks: list[_Block], r: int) -> None:
-    name = blocks[0].record.name
-    sizes = {(one.record.in_features, one.record.out_features) for one in blocks}
-    if len(sizes) > 1:
-        raise AdapterFileError(
-            f"layer {name!r} has different sizes: {_listing(blocks)}; these adapters are for "
-            "different models"
-        )
-    if len({(block.record.layout, block.record.rows) for block in blocks}) > 1:
-        found = ", ".join(f"{block.record.layout.pattern!r} in {block.source}" for block in blocks)
-        raise AdapterFileError(
-            f"layer {name!r} is laid out in different ways ({found}): these adapters are for "
-            "different models"
-        )
-    if r > blocks[0].record.in_features and len({block.record.r for block in blocks}) > 1:
-        raise AdapterFileError(
-            f"layer {name!r}: the sum would need r={r}, the least common multiple, and has only "
-            f"{blocks[0].record.in_features} inputs: {_listing(blocks)}; export the adapters as "
-            "LoRA, and combine there"
-        )
-
-
-def _widened(blocks: list[_Block], r: int) -> list[Tensor]:
+def _widened(name: str, parts: Sequence[_Part], r: int) -> list[Tensor]:
     """Return the blocks for shards of r."""
-    name, method = blocks[0].record.name, functional.method_of(blocks[0].record.method)
-    found = [tensor for block in blocks if (tensor := block.widened(r)) is not None]
-    if len(found) < len(blocks) or not (method.linear or len(blocks) == 1):
-        remedy = "only if they have one r" if method.linear else "in the model only"
-        raise AdapterFileError(
-            f"layer {name!r}: {method.name} blocks can be added {remedy}: {_listing(blocks)}"
-        )
-    shapes = {tuple(tensor.shape) for tensor in found}
-    if len(shapes) > 1:
-        raise AdapterFileError(
-            f"layer {name!r}: blocks of shapes {sorted(shapes)} can't be added; these adapters "
-            "are for different models"
-        )
-    return found
+    blocks = []
+    for part in parts:
+        one = part.record
+        method = functional.method_of(one.method)
+        block = functional.widened(one.method, one.layout, part.tensor, one.r, r)
+        if block is None or not method.linear:
+            raise ArgumentError(
+                f"layer {name!r}: {method.name} blocks can't be added with r={r}: "
+                f"{_listing(parts)}; a method that can change r needs a multiple of every r, other "
+                "methods need one r"
+            )
+        blocks.append(block)
+    return blocks
 
 
-def _listing(blocks: Iterable[_Block]) -> str:
-    return ", ".join(
-        f"r={one.record.r}, {one.record.in_features} -> {one.record.out_features} in {one.source}"
-        for one in blocks
-    )
+def _listing(parts: Sequence[_Part]) -> str:
+    return "; ".join(map(str, parts))
 
 
-def _check_one_kind(summands: Sequence[Summand]) -> None:
-    """Raise if adapters that share no layer are of different kinds: a file holds one."""
-    kinds = {(one.header.config.method, one.header.config.r_out) for one in summands}
-    if len(kinds) > 1:
-        found = ", ".join(
-            f"{one.header.config.method}"
-            + ("" if one.header.config.r_out is None else f" r_out={one.header.config.r_out}")
-            + f" in {one.source}"
-            for one in summands
-        )
-        raise AdapterFileError(
-            f"adapters of different kinds can't be combined: {found}; a file holds one kind"
-        )
+def _common_base(parts: Sequence[_Part]) -> str | None:
+    """Return the fingerprint that all parts share that have one; None if they differ."""
+    known = [part.record.base for part in parts if part.record.base is not None]
+    return known[0] if known and all(same_base(known[0], other) for other in known) else None
 
 
-def _common_base(blocks: list[_Block]) -> str | None:
-    """Return the fingerprint that all share who have one; None where they don't."""
-    known = [block.record.base for block in blocks if block.record.base is not None]
-    alike = all(same_base(known[0], other) for other in known)
-    return known[0] if known and alike else None
-
-
-def _warn_of_other_bases(layers: Iterable[LayerRecord], summands: Sequence[Summand]) -> None:
-    named = {
-        record.name
-        for summand in summands
-        for record in summand.header.layers
-        if record.base is not None
-    }
-    other = [layer.name for layer in layers if layer.base is None and layer.name in named]
+def _warn_of_other_bases(parts: Mapping[str, Sequence[_Part]]) -> None:
+    other = [
+        name
+        for name, of_one_layer in parts.items()
+        if _common_base(of_one_layer) is None
+        and any(part.record.base is not None for part in of_one_layer)
+    ]
     if other:
-        shown = printable(", ".join(other[:3])) + (", ..." if len(other) > 3 else "")
         warnings.warn(
             f"the adapters were saved from different base weights in {len(other)} layers "
-            f"({shown}), so that their sum is for none of these; combine adapters that "
-            "were trained on one base",
+            f"({first_names(other)}), so their sum fits none of them; combine adapters that were "
+            "trained on one base",
             AdapterFileWarning,
             stacklevel=3,
         )

@@ -46,6 +46,7 @@ __all__ = [
     "Source",
     "adapter_contents",
     "blocks_only",
+    "first_names",
     "load_contents",
     "opened_contents",
     "read_contents",
@@ -514,12 +515,13 @@ def _warn_of_other_base(view: ModelView, incoming: _Incoming, adapter: str) -> N
     if other:
         warnings.warn(
             f"{printable(str(incoming.source))} was saved from other base weights than the model's "
-            f"in {len(other)} of {known} layers ({_first_names(other)}): load the base that it was "
+            f"in {len(other)} of {known} layers ({first_names(other)}): load the base that it was "
             "trained on, or check that the adapter is not merged into this one already",
             AdapterFileWarning,
             stacklevel=4,
         )
 
 
-def _first_names(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
+    """Return the first three names, for a message."""
     return printable(", ".join(names[:3])) + (", ..." if len(names) > 3 else "")

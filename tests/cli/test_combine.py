@@ -82,7 +82,7 @@ def test_what_is_there_stays_unless_told(run, files):
         (("=1",), "must be FILE=WEIGHT"),
         (("a=nan",), "finite"),
         (("absent=1",), "absent"),
-        (("a=1", "bat=1"), "different kinds"),
+        (("a=1", "bat=1"), "different methods"),
         (("folder=1",), "it is a folder"),
     ],
 )
