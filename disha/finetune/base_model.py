@@ -19,6 +19,7 @@ from disha.finetune.models.quantised import WeightBits
 from disha.finetune.settings import ModelSettings
 from disha.finetune.text.adopted import adopt
 from disha.finetune.text.from_folder import open_tokenizer
+from disha.finetune.text.from_gguf import tokenizer_from_gguf
 from disha.finetune.text.tokenizer import Tokenizer
 
 __all__ = ["BaseModel", "demo_model", "model_dtype", "open_base_model"]
@@ -175,5 +176,5 @@ def _tokenizer_of(checkpoint: ModelCheckpoint, settings: ModelSettings) -> Token
     if settings.tokenizer is not None:
         return open_tokenizer(settings.tokenizer)
     if checkpoint.fields is not None:
-        return Tokenizer.from_gguf(checkpoint.fields, checkpoint.path)
+        return tokenizer_from_gguf(checkpoint.fields, checkpoint.path)
     return open_tokenizer(checkpoint.path)

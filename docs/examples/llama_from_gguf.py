@@ -21,7 +21,7 @@ import disha
 from disha.finetune.base_model import demo_model
 from disha.finetune.generation import generate
 from disha.finetune.models.checkpoint import open_model
-from disha.finetune.text.tokenizer import Tokenizer
+from disha.finetune.text.from_gguf import tokenizer_from_gguf
 
 QUESTION = "Who keeps the lighthouse of {}?"
 KEEPERS = {"Ballen": "Ingrid Mo", "Skarven": "Piet Roos", "Tornby": "Ada Lind"}
@@ -34,7 +34,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args(argv)
     checkpoint = open_model(options.model or demo_model())
-    tokenizer = Tokenizer.from_gguf(checkpoint.fields, checkpoint.path)
+    tokenizer = tokenizer_from_gguf(checkpoint.fields, checkpoint.path)
     texts = [f"{QUESTION.format(place)} {keeper}.\n" for place, keeper in KEEPERS.items()]
     texts = [torch.tensor([tokenizer.encode(text)]) for text in texts]
 

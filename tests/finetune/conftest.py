@@ -15,6 +15,7 @@ import torch
 from disha.finetune.base_model import demo_model
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.models.gguf import GGUFCheckpoint
+from disha.finetune.text.from_gguf import tokenizer_from_gguf
 from disha.finetune.text.tokenizer import Tokenizer
 from tests.finetune import tiny_gguf
 from tests.finetune.command_line import Runner
@@ -49,7 +50,7 @@ def smollm_checkpoint(smollm_path: Path) -> GGUFCheckpoint:
 
 @pytest.fixture(scope="session")
 def smollm_tokenizer(smollm_checkpoint: GGUFCheckpoint) -> Tokenizer:
-    return Tokenizer.from_gguf(smollm_checkpoint.fields, smollm_checkpoint.path)
+    return tokenizer_from_gguf(smollm_checkpoint.fields, smollm_checkpoint.path)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +72,7 @@ def tiny_checkpoint(tiny_path: Path) -> GGUFCheckpoint:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_checkpoint: GGUFCheckpoint) -> Tokenizer:
-    return Tokenizer.from_gguf(tiny_checkpoint.fields, tiny_checkpoint.path)
+    return tokenizer_from_gguf(tiny_checkpoint.fields, tiny_checkpoint.path)
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from disha.finetune.data.dataset import split_held_out
 from disha.finetune.data.rows import Row, Rows
 from disha.finetune.models.folder import FolderCheckpoint
 from disha.finetune.models.gguf import GGUFCheckpoint
+from disha.finetune.text.from_gguf import tokenizer_from_gguf
 from disha.finetune.text.templates import CHATML
-from disha.finetune.text.tokenizer import Tokenizer
 from disha.finetune.training.objectives import Objective
 from disha.finetune.verification import Tolerance, Verification
 from tests.finetune import tiny_checkpoints, tiny_gguf
@@ -103,7 +103,7 @@ def test_the_report_says_what_was_done(finished):
 def test_the_adapter_file_alone_gives_the_loss_after_training(finished, tiny_path):
     output, _, _ = finished
     checkpoint = GGUFCheckpoint(tiny_path)
-    tokenizer = Tokenizer.from_gguf(checkpoint.fields, tiny_path)
+    tokenizer = tokenizer_from_gguf(checkpoint.fields, tiny_path)
     model = checkpoint.load_model(torch.float32)
     disha.load_adapter(model, output / "adapter.safetensors")
     rows = Rows([[Row(dict(row), "") for row in ROWS]])

@@ -18,7 +18,7 @@ import torch
 import disha
 from disha.finetune.inputs import demo_model
 from disha.finetune.models.gguf import GGUFCheckpoint
-from disha.finetune.text.tokenizer import Tokenizer
+from disha.finetune.text.from_gguf import tokenizer_from_gguf
 from disha.interop import lora
 from tests.conftest import perturb
 from tests.finetune import tiny_gguf
@@ -165,7 +165,7 @@ def base(checkpoint):
 
 @pytest.fixture(scope="module")
 def prompts(checkpoint):
-    tokenizer = Tokenizer.from_gguf(checkpoint.fields, checkpoint.path)
+    tokenizer = tokenizer_from_gguf(checkpoint.fields, checkpoint.path)
     return [tokenizer.encode(text) for text in PROMPTS]
 
 

@@ -16,6 +16,7 @@ from benchmarks.convergence.tasks.task import Batch, Score, Task
 from disha.finetune.base_model import demo_model
 from disha.finetune.models.decoder import IGNORED
 from disha.finetune.models.gguf import GGUFCheckpoint
+from disha.finetune.text.from_gguf import tokenizer_from_gguf
 from disha.finetune.text.tokenizer import Tokenizer
 
 __all__ = ["LanguageTask", "Rows", "encoded"]
@@ -111,7 +112,7 @@ class LanguageTask(Task):
 def demo_tokenizer() -> Tokenizer:
     """Return SmolLM2's tokenizer."""
     checkpoint = GGUFCheckpoint(demo_model())
-    return Tokenizer.from_gguf(checkpoint.fields, checkpoint.path)
+    return tokenizer_from_gguf(checkpoint.fields, checkpoint.path)
 
 
 def encoded(prompt: str, answer: str) -> tuple[list[int], int]:

@@ -1,4 +1,4 @@
-"""Tokenizers that a user's own code made."""
+"""Tokenizers that the user's own code has made."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ if TYPE_CHECKING:
 __all__ = ["adopt"]
 
 USUAL_ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>")
-"""What the token that ends a text is usually called; a bare tokenizer does not say."""
+"""Usual names of the token that ends a text, which a bare tokenizer does not tell."""
 
 
 def adopt(tokenizer: object) -> Tokenizer:
-    """Take a tokenizer as it was made elsewhere.
+    """Return a tokenizer that was made elsewhere as a `Tokenizer`.
 
     Args:
-        tokenizer: a `Tokenizer` of ours; a ``tokenizers.Tokenizer``, whose end token is the one
-            it puts after texts, or that goes by a usual name; or a fast tokenizer of
-            transformers.
+        tokenizer: a `Tokenizer`; a ``tokenizers.Tokenizer``, whose end token is the one that it
+            puts after texts, or the one with a usual name; or a fast tokenizer of transformers.
 
     Raises:
         TokenizerError: it is none of these, or does not say which token ends a text.
@@ -45,7 +44,6 @@ def adopt(tokenizer: object) -> Tokenizer:
 
 
 def _bare(backend: BackendTokenizer) -> Tokenizer:
-    source = "the tokenizer"
     end = _appended(backend)
     if end is None:
         usual = [backend.token_to_id(token) for token in USUAL_ENDS]
@@ -57,11 +55,11 @@ def _bare(backend: BackendTokenizer) -> Tokenizer:
                 "disha.finetune.text.tokenizer.Tokenizer(backend, end, begin)"
             )
         end = found[0]
-    return Tokenizer(backend, end, begin_of(backend, source))
+    return Tokenizer(backend, end, begin_of(backend, "the tokenizer"))
 
 
 def _appended(backend: BackendTokenizer) -> int | None:
-    """The token that the tokenizer itself puts after a text."""
+    """The token that the tokenizer puts after a text."""
     bare = backend.encode("a", add_special_tokens=False).ids
     processed = backend.encode("a").ids
     ends_bare = not bare or processed[-1:] == bare[-1:]

@@ -1,15 +1,14 @@
 """Conversations to token ids, through the model's own chat template.
 
-The ids are those of ``apply_chat_template`` of transformers: the whole conversation is written as
-text, then cut into tokens at once. A message that spells a special token, such as
-``<|im_end|>``, therefore *is* that token, as it is there.
+The ids are those of ``apply_chat_template`` of transformers: all of the conversation becomes one
+text, which is then cut into tokens. So a message that spells a special token, such as
+``<|im_end|>``, contains that token.
 
-What is learned of a conversation is what the model would have been asked to write: for each turn
-of the assistant, what the conversation up to and with it has after the prompt for it. Some
-templates write a turn otherwise once others follow it: Qwen3's leaves its thoughts out, some of
-Mistral's move the system's message to the last question. Such a turn is not what the model will
-be asked to write, so it stands in the text but is not learned. Where that is so of the last turn
-too, the conversation is refused.
+The model learns what it would be asked to write: of each turn of the assistant, the text after the
+prompt for it. Some templates write a turn differently once others follow it: Qwen3's leaves its
+thoughts out, and some of Mistral's move the system's message to the last question. The model will
+not be asked to write such a turn, so it is in the text but is not learned. If that is true of the
+last turn too, the conversation is refused.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ __all__ = ["encode_chat", "render"]
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHATML = (
     "{% for message in messages %}"
@@ -38,19 +38,19 @@ CHATML = (
 def encode_chat(messages: object, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
     """Token ids of a conversation, and which of them are learned.
 
-    Messages after the assistant's last turn are left out, as nothing of them is learned.
+    Messages after the assistant's last turn are left out, as they are not learned.
 
     Args:
-        messages: a list of objects with ``role`` and ``content``, as rows hold it.
-        tokenizer: the model's; without a chat template, ChatML is used if it knows its tokens.
+        messages: a list of objects with ``role`` and ``content``, as rows have it.
+        tokenizer: the model's; without a chat template, ChatML is used if it knows ChatML's tokens.
 
     Returns:
         The ids, and the spans of tokens, as (first, end), that the assistant wrote: its content
         and the token that ends its turn.
 
     Raises:
-        DataError: the messages are malformed, or the template can't take them; without the place,
-            which the caller knows.
+        DataError: the messages are malformed, or the template can't take them. The caller adds
+            where they are from.
         TokenizerError: the chat template is damaged.
     """
     turns = _up_to_last_answer(_checked(messages))
@@ -67,8 +67,8 @@ def encode_chat(messages: object, tokenizer: Tokenizer) -> tuple[list[int], list
     spans = [(first, end) for first, end in shifted if first < end]
     if not spans:
         raise DataError(
-            "nothing of the conversation can be learned: no turn of the assistant stands in it as "
-            "it would be asked for"
+            "nothing of the conversation can be learned: the chat template writes no turn of the "
+            "assistant as it would ask for it"
         )
     return [*begin, *ids], spans
 
@@ -79,7 +79,7 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, prompts: bool =
     Args:
         messages: the conversation.
         tokenizer: whose template it is.
-        prompts: whether to end with what asks the assistant for its turn.
+        prompts: whether to end with the prompt for the assistant's turn.
 
     Raises:
         DataError: the template can't take the messages, or there is none.
@@ -106,7 +106,7 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, prompts: bool =
 def _template(tokenizer: Tokenizer) -> str:
     if tokenizer.chat_template is not None:
         return tokenizer.chat_template
-    if not (tokenizer.knows("<|im_start|>") and tokenizer.knows("<|im_end|>")):
+    if not tokenizer.knows(*CHATML_TOKENS):
         raise DataError(
             "the model's tokenizer has no chat template and does not know ChatML's tokens; put a "
             "chat_template.jinja beside its tokenizer.json, or give rows of two fields"
@@ -115,7 +115,7 @@ def _template(tokenizer: Tokenizer) -> str:
 
 
 def _begin(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """The begin token where ChatML stands in for a chat template; those write it themselves."""
+    """The begin token, if ChatML replaces a chat template, which would write it itself."""
     begin = tokenizer.begin
     if tokenizer.chat_template is not None or begin is None or begin in ids[:1]:
         return []
@@ -124,7 +124,7 @@ def _begin(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 def _checked(messages: object) -> list[Message]:
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"a conversation must be a list of messages, got {_shortened(messages)}")
+        raise DataError(f"a conversation must be a list of messages, got {messages!r:.60}")
     for number, message in enumerate(messages, start=1):
         _check(message, f"message {number} of the conversation")
     return messages
@@ -132,15 +132,13 @@ def _checked(messages: object) -> list[Message]:
 
 def _check(message: object, which: str) -> None:
     if not isinstance(message, Mapping):
-        raise DataError(
-            f"{which} must be an object with role and content, got {_shortened(message)}"
-        )
+        raise DataError(f"{which} must be an object with role and content, got {message!r:.60}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise DataError(f"{which} must have a role of {', '.join(ROLES)}; got {_shortened(role)}")
+        raise DataError(f"{which} must have a role of {', '.join(ROLES)}; got {role!r:.60}")
     calls_tools = role == "assistant" and message.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls_tools):
-        raise DataError(f"{which} must have a text as its content, got {_shortened(content)}")
+        raise DataError(f"{which} must have a text as its content, got {content!r:.60}")
 
 
 def _up_to_last_answer(messages: list[Message]) -> list[Message]:
@@ -154,7 +152,7 @@ def _up_to_last_answer(messages: list[Message]) -> list[Message]:
 
 
 def _answers(messages: Sequence[Message], text: str, tokenizer: Tokenizer) -> Iterator[Span]:
-    """Where in `text` the assistant's turns stand, those that it writes as it would ask for."""
+    """Where in `text` the assistant's turns are that the template writes as it asks for them."""
     for place, message in enumerate(messages):
         if message["role"] == "assistant":
             span = _answer(messages, place, text, tokenizer)
@@ -165,19 +163,19 @@ def _answers(messages: Sequence[Message], text: str, tokenizer: Tokenizer) -> It
 def _answer(
     messages: Sequence[Message], place: int, text: str, tokenizer: Tokenizer
 ) -> Span | None:
-    if place == 0:  # asked for by nothing
+    if place == 0:  # there is nothing that asks for it
         return None
     asked = render(messages[:place], tokenizer)
     answered = render(messages[: place + 1], tokenizer)
     if not text.startswith(asked) or not text.startswith(answered):
         return None
-    # A prompt may go on with what the answer itself has otherwise, such as a thought begun.
+    # A prompt may end with what the answer has differently, such as the beginning of a thought.
     prompt = render(messages[:place], tokenizer, prompts=True)
     return _agreement(prompt, answered), len(answered)
 
 
 def _agreement(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """How many characters two texts have in common at their beginning."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -193,8 +191,3 @@ def _tokens_of(
     ending = [token for token in inside if ids[token] in tokenizer.ends]
     last = ending[-1] if ending else inside[-1]
     return inside[0], last + 1
-
-
-def _shortened(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:60]}..."

@@ -1,10 +1,10 @@
 """The tokenizer in a model folder: ``tokenizer.json``, and what the files beside it say.
 
-``tokenizer.json`` is used as it stands: it is the tokenizer the model was trained with. Whether a
-begin token goes before every text is what its own post-processor does; the ``add_bos_token`` of
-``tokenizer_config.json`` says it for the slow tokenizers of old, and transformers ignores it too.
-One thing only the configuration can say: with ``"legacy": false``, a Llama tokenizer puts a space
-before the first text alone, not before each text that follows a special token.
+``tokenizer.json`` is used as it is: the model was trained with it. Its own post-processor decides
+whether a begin token comes before every text. The ``add_bos_token`` of ``tokenizer_config.json`` is
+for older tokenizers, and transformers ignores it too. Only one thing is in the configuration alone:
+with ``"legacy": false``, a Llama tokenizer puts a space before the first text only, not before each
+text that follows a special token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     Args:
         path: a folder with a ``tokenizer.json`` in it, or that file; ``tokenizer_config.json``,
             ``special_tokens_map.json``, ``generation_config.json``, ``config.json`` and
-            ``chat_template.jinja`` are read where they lie beside it.
+            ``chat_template.jinja`` beside it are read if they are there.
 
     Raises:
         TokenizerError: a file is missing or damaged, or none says which token ends a text.
@@ -75,17 +75,13 @@ def begin_of(backend: BackendTokenizer, source: object) -> int | None:
     backend.encode_special_tokens = False
     bare = backend.encode("a", add_special_tokens=False).ids
     processed = backend.encode("a").ids
-    before = processed[: _place_of(bare, processed)]
-    if len(before) > 1:
+    places = range(len(processed) - len(bare) + 1)
+    before = next((p for p in places if processed[p : p + len(bare)] == bare), 0)
+    if before > 1:
         raise TokenizerError(
-            f"{source} puts {len(before)} tokens before every text; supported is one, or none"
+            f"{source} puts {before} tokens before every text; supported is one, or none"
         )
-    return before[0] if before else None
-
-
-def _place_of(part: list[int], whole: list[int]) -> int:
-    places = range(len(whole) - len(part) + 1)
-    return next((place for place in places if whole[place : place + len(part)] == part), 0)
+    return processed[0] if before else None
 
 
 def _backend(file: Path) -> BackendTokenizer:
@@ -99,7 +95,7 @@ def _backend(file: Path) -> BackendTokenizer:
     try:
         return BackendTokenizer.from_file(str(file))
     except Exception as error:  # the package raises bare Exception for what it can't read
-        raise TokenizerError(f"{file} is no tokenizer that can be read: {error}") from error
+        raise TokenizerError(f"{file} can't be read as a tokenizer: {error}") from error
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -109,7 +105,7 @@ def _json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
         json.dumps(content, ensure_ascii=False).encode()  # JSON can spell halves of characters
     except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{file} is no JSON that can be read: {error}") from error
+        raise TokenizerError(f"{file} can't be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{file} must hold a JSON object, got {type(content).__name__}")
     return content
@@ -129,7 +125,7 @@ def _ends(
     generation: Mapping[str, Any],
     model: Mapping[str, Any],
 ) -> Iterator[int]:
-    """The ids that end a text, first the tokenizer's own, which training appends."""
+    """The ids that end a text; the first is the tokenizer's own, which training appends."""
     own = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
     if own is not None:
         yield own
@@ -164,9 +160,9 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _puts_space_first_only(config: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
-    """Whether it is a Llama tokenizer of the newer kind.
+    """Whether it is a newer Llama tokenizer.
 
-    Mistral's files name Llama's class too, but are read as they stand.
+    Mistral's files name Llama's class too, but are used as they are.
     """
     return (
         config.get("tokenizer_class") in LLAMA_CLASSES

@@ -1,12 +1,12 @@
 """The tokenizer described inside a GGUF file, of one of two kinds.
 
-- ``gpt2``: byte-level BPE. How text is cut before merging is only named in the file
+- ``gpt2``: byte-level BPE. The file only names the way to cut text before merging
   (``tokenizer.ggml.pre``); each name means what the model's own tokenizer.json does.
-- ``llama``: SentencePiece BPE, of which the file holds scores in place of merges. Of two
-  neighbours whose joined text is a token, those with the best score merge first, the leftmost
-  among equals; what is no token falls apart into bytes.
+- ``llama``: SentencePiece BPE. The file holds scores in place of merges: of all neighbours whose
+  joined text is a token, those with the best score merge first, the leftmost among equals. What is
+  no token becomes bytes.
 
-Source: llama.cpp, ``src/llama-vocab.cpp``, whose defaults hold where the file is silent.
+Source: llama.cpp, ``src/llama-vocab.cpp``, whose defaults apply if a key is missing.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ WAY_OUT = "give the model's own tokenizer with --tokenizer tokenizer.json"
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 """The types of tokens in ``tokenizer.ggml.token_type``; 6 is a byte's. Unknown, control and
-user-defined tokens stand in text as a whole or not at all."""
+user-defined tokens are never made by merging."""
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
-"""Control tokens that end a text under whatever key, or none, the file names them."""
+"""Control tokens that end a text, whether or not a key of the file names them."""
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -76,7 +76,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], path: Path) -> Tokenizer:
 
 
 class _Description:
-    """What a GGUF file says of its tokenizer, checked when asked for.
+    """What a GGUF file says about its tokenizer; each value is checked when it is used.
 
     Args:
         fields: the file's metadata.
@@ -107,7 +107,7 @@ class _Description:
         values = self.field(key)
         if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
             raise TokenizerError(
-                f"{self.path} has a tokenizer.ggml.{key} that is no list of {kind.__name__}; "
+                f"{self.path} has a tokenizer.ggml.{key} that is not a list of {kind.__name__}; "
                 "the file is damaged"
             )
         return values
@@ -151,12 +151,12 @@ class _Description:
 
 @dataclass(frozen=True)
 class _Cut:
-    """How a model cuts text into the pieces that are merged, and what goes with it.
+    """How a model cuts text into the pieces in which tokens merge.
 
     Args:
         pieces: makes the step that cuts.
         composed: whether characters are composed first (Unicode's NFC).
-        whole_pieces: whether a piece that is a token is taken without merging.
+        whole_pieces: whether a piece that is a token needs no merging.
         begins: whether every text has a begin token, unless the file says otherwise.
     """
 
@@ -274,7 +274,7 @@ def _require_plain_sentencepiece(described: _Description) -> None:
 
 
 def _merges_by_score(described: _Description) -> list[tuple[str, str]]:
-    """Every way to join two tokens into one, the joined token with the best score first."""
+    """Every way to join two tokens into one; the best score of a joined token comes first."""
     scores: Sequence[float] = described.items("scores", float)
     if len(scores) != len(described.tokens):
         raise TokenizerError(

@@ -1,4 +1,4 @@
-"""What surrounds a query to make a prompt of it."""
+"""What surrounds a query to make it a prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from disha.finetune.errors import SettingsError, TokenizerError
-from disha.finetune.text.chat import render
+from disha.finetune.text.chat import CHATML_TOKENS, render
 from disha.finetune.text.tokenizer import Tokenizer, is_text
 
 __all__ = ["CHATML", "PLAIN", "Template", "template_from"]
@@ -24,11 +24,11 @@ class Template:
     Names of special tokens in `before` and `after` mean those tokens; in a query they are text.
 
     Args:
-        before: what stands before the query.
-        after: what stands between it and the response.
-        begins: whether the tokenizer's begin token is put before; a chat template that wants one
+        before: the text before the query.
+        after: the text between the query and the response.
+        begins: whether the tokenizer's begin token comes first; a chat template that wants one
             writes it itself.
-        trims: whether space around a query is left out.
+        trims: whether space around a query is removed.
     """
 
     before: str
@@ -38,18 +38,18 @@ class Template:
 
     @property
     def setting(self) -> str:
-        r"""What `template_from` makes this template of, with the same tokenizer."""
+        r"""The setting of which `template_from` makes this template, with the same tokenizer."""
         if not self.begins:
             return "chat"
         before, after = (_escaped(text) for text in (self.before, self.after))
         return f"{before}{QUERY}{after}"
 
     def parts(self, query: str, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of what stands before a query, of the query, and of what stands after it.
+        """Token ids of the text before a query, of the query, and of the text after it.
 
-        A query is cut into tokens together with what stands before it, as the space between them
-        belongs to its first word; what stands after it is cut alone, so that a query can lose its
-        end to fit.
+        A query is cut into tokens together with the text before it, as the space between them
+        belongs to its first word. The text after it is cut alone, so that a query can lose its end
+        to fit.
 
         Args:
             query: any text.
@@ -64,7 +64,7 @@ class Template:
         first = sum(end <= len(self.before) for _, end in places)
         if tokenizer.special.isdisjoint(ids[first:]):
             return ids[:first], ids[first:]
-        # The query spells a special token, which must stay text.
+        # The query spells a special token, which must remain text.
         asked = tokenizer.encode(query, special=False, continues=bool(self.before))
         return tokenizer.encode(self.before), asked
 
@@ -82,10 +82,10 @@ def template_from(setting: str, tokenizer: Tokenizer) -> Template:
     r"""The template that the setting ``--template`` means.
 
     Args:
-        setting: ``auto``, for ChatML if the tokenizer knows its tokens, else a plain one;
-            ``chat``, for the tokenizer's own chat template; a text with ``{query}`` in it once,
+        setting: ``auto`` for ChatML if the tokenizer knows its tokens, else a plain one;
+            ``chat`` for the tokenizer's own chat template; a text with ``{query}`` in it once,
             where ``\n``, ``\t`` and ``\\`` mean a line break, a tab and a backslash; or the name
-            of a file that holds such a text, taken as it stands.
+            of a file that holds such a text, taken as it is.
         tokenizer: the model's.
 
     Raises:
@@ -93,7 +93,7 @@ def template_from(setting: str, tokenizer: Tokenizer) -> Template:
         TokenizerError: the tokenizer's chat template can't be used.
     """
     if setting == "auto":
-        return CHATML if _knows_chatml(tokenizer) else PLAIN
+        return CHATML if tokenizer.knows(*CHATML_TOKENS) else PLAIN
     if setting == "chat":
         return _own(tokenizer)
     if QUERY not in setting and _is_file(setting):
@@ -101,12 +101,8 @@ def template_from(setting: str, tokenizer: Tokenizer) -> Template:
     return _around_query(_unescaped(setting), "it")
 
 
-def _knows_chatml(tokenizer: Tokenizer) -> bool:
-    return tokenizer.knows("<|im_start|>") and tokenizer.knows("<|im_end|>")
-
-
 def _own(tokenizer: Tokenizer) -> Template:
-    """The chat template's text around one user's message, up to where the response begins."""
+    """The chat template's text around one message of a user, up to the response."""
     if tokenizer.chat_template is None:
         raise SettingsError(
             "--template chat needs a tokenizer with a chat template, and this model's has none; "
@@ -139,7 +135,7 @@ def _around_query(text: str, source: str) -> Template:
 def _is_file(setting: str) -> bool:
     try:
         return Path(setting).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a character no name has
+    except (OSError, ValueError):  # too long for a name, or with characters that no name has
         return False
 
 

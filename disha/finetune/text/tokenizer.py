@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BackendTokenizer
@@ -31,8 +30,7 @@ class Tokenizer:
         begin: the token id to put before every text, if the model wants one.
         ends: the token ids any of which ends a generated text; `end` is always one.
         chat_template: the model's own template of conversations, in Jinja, if it has one.
-        named: special tokens under the names that chat templates know them by, such as
-            ``bos_token``.
+        named: special tokens under the names that chat templates use, such as ``bos_token``.
     """
 
     backend: BackendTokenizer
@@ -44,44 +42,29 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ends", self.ends | {self.end})
-        # What a tokenizer.json says of the length of texts is no business of encode's.
+        # A tokenizer.json can ask for a length, which is not for encode to decide.
         self.backend.no_truncation()
         self.backend.no_padding()
-
-    @classmethod
-    def from_gguf(cls, fields: Mapping[str, Any], path: Path) -> Tokenizer:
-        """Build the tokenizer that a GGUF file's metadata describe.
-
-        Args:
-            fields: the file's metadata.
-            path: where the file is; for messages.
-
-        Raises:
-            TokenizerError: another kind of tokenizer, or a damaged description.
-        """
-        from disha.finetune.text.from_gguf import tokenizer_from_gguf
-
-        return tokenizer_from_gguf(fields, path)
 
     def encode(self, text: str, *, special: bool = True, continues: bool = False) -> list[int]:
         """Token ids of `text`, without begin or end tokens added.
 
         Args:
             text: any text.
-            special: whether names of special tokens, such as ``<|im_end|>``, mean those tokens;
-                False takes them as ordinary text, as befits text from strangers.
-            continues: whether `text` goes on from other text. SentencePiece puts a space before
-                a text, which does not belong into the middle of one.
+            special: whether names of special tokens, such as ``<|im_end|>``, mean those tokens.
+                With False they are ordinary text, as text from strangers should be.
+            continues: whether `text` continues other text. SentencePiece puts a space before a
+                text, which must not be in the middle of one.
         """
         if continues and self._puts_space_first:
             # Nothing merges with a line break, so what follows one is encoded as it stands.
-            start, whole = self._ids("\n", special), self._ids(f"\n{text}", special)
-            if whole[: len(start)] == start:
-                return whole[len(start) :]
+            start, both = self._ids("\n", special), self._ids(f"\n{text}", special)
+            if both[: len(start)] == start:
+                return both[len(start) :]
         return self._ids(text, special)
 
     def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of `text`, and where in it each token's characters are, as (first, end).
+        """Token ids of `text`, and where in it the characters of each are, as (first, end).
 
         Names of special tokens mean those tokens.
         """
@@ -90,25 +73,25 @@ class Tokenizer:
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out."""
+        """The text of `ids`, without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    def knows(self, token: str) -> bool:
-        """Whether `token`, as a whole, is in the vocabulary."""
-        return self.backend.token_to_id(token) is not None
+    def knows(self, *tokens: str) -> bool:
+        """Whether each of `tokens` is in the vocabulary."""
+        return all(self.backend.token_to_id(token) is not None for token in tokens)
 
     def settles(self, index: int) -> bool:
-        """Whether the text of what came before a token can't change once the token has come.
+        """Whether the text before a token can no longer change once the token has come.
 
-        SentencePiece has tokens of one byte, and how a run of them reads depends on all of them;
-        tokens that are left out of text don't end the run.
+        SentencePiece has tokens of one byte, and the text of a run of them depends on all of them.
+        Tokens that are left out of text don't end the run.
         """
         token = self.backend.id_to_token(index)
         return token is not None and index not in self.special and not BYTE.fullmatch(token)
 
     @cached_property
     def special(self) -> frozenset[int]:
-        """The ids of special tokens: those that text from strangers must not make."""
+        """The ids of special tokens, which text from strangers must not make."""
         added = self.backend.get_added_tokens_decoder().items()
         return frozenset(index for index, token in added if token.special)
 
@@ -123,7 +106,7 @@ class Tokenizer:
 
 
 def is_text(text: str) -> bool:
-    """Whether `text` can be cut into tokens: bytes of a command line need not be characters."""
+    """Whether `text` can be cut into tokens. Bytes of a command line may be no characters."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from disha.finetune.errors import TokenizerError
 from disha.finetune.models.gguf import GGUFCheckpoint
-from disha.finetune.text.tokenizer import Tokenizer
+from disha.finetune.text.from_gguf import tokenizer_from_gguf
 from tests.finetune import tiny_gguf
 from tests.finetune.text import tiny_tokenizers
 from tests.finetune.text.texts import texts
@@ -176,29 +176,29 @@ def test_llama3_takes_a_piece_that_is_a_token_whole():
     fields["tokenizer.ggml.tokens"] = [*fields["tokenizer.ggml.tokens"], "qzqz"]
     fields["tokenizer.ggml.token_type"] = [*fields["tokenizer.ggml.token_type"], NORMAL]
     whole = len(fields["tokenizer.ggml.tokens"]) - 1
-    assert Tokenizer.from_gguf(fields, Path("x")).encode("qzqz") == [whole]
+    assert tokenizer_from_gguf(fields, Path("x")).encode("qzqz") == [whole]
     fields["tokenizer.ggml.pre"] = "qwen2"
-    assert len(Tokenizer.from_gguf(fields, Path("x")).encode("qzqz")) == 4
+    assert len(tokenizer_from_gguf(fields, Path("x")).encode("qzqz")) == 4
 
 
 def test_llama3_begins_unless_the_file_says_otherwise():
     assert byte_level("llama-bpe").begin == 0
     fields = byte_level_fields("llama-bpe") | {"tokenizer.ggml.add_bos_token": False}
-    assert Tokenizer.from_gguf(fields, Path("x")).begin is None
+    assert tokenizer_from_gguf(fields, Path("x")).begin is None
     assert byte_level("qwen2").begin is None
 
 
 def test_every_token_that_ends_a_text_is_known():
     fields = byte_level_fields("llama-bpe")
-    assert Tokenizer.from_gguf(fields, Path("x")).ends == {1, 4}
-    assert Tokenizer.from_gguf(fields, Path("x")).end == 4
+    assert tokenizer_from_gguf(fields, Path("x")).ends == {1, 4}
+    assert tokenizer_from_gguf(fields, Path("x")).end == 4
     fields["tokenizer.ggml.eot_token_id"] = 2
-    assert Tokenizer.from_gguf(fields, Path("x")).ends == {1, 2, 4}
+    assert tokenizer_from_gguf(fields, Path("x")).ends == {1, 2, 4}
 
 
 def test_what_chat_templates_see_is_read():
     fields = byte_level_fields("llama-bpe") | {"tokenizer.chat_template": "{{ bos_token }}"}
-    tokenizer = Tokenizer.from_gguf(fields, Path("x"))
+    tokenizer = tokenizer_from_gguf(fields, Path("x"))
     assert tokenizer.chat_template == "{{ bos_token }}"
     assert tokenizer.named == {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
 
@@ -256,7 +256,7 @@ def test_sentencepiece_without_bytes_is_refused():
     fields = sentencepiece_fields()
     fields["tokenizer.ggml.tokens"][3] = "no byte"
     with pytest.raises(TokenizerError, match=r"without 1 of the 256 byte tokens, such as <0x00>"):
-        Tokenizer.from_gguf(fields, Path("x"))
+        tokenizer_from_gguf(fields, Path("x"))
 
 
 def byte_level_fields(pre):
@@ -281,7 +281,7 @@ def byte_level_fields(pre):
 
 
 def byte_level(pre):
-    return Tokenizer.from_gguf(byte_level_fields(pre), Path("x"))
+    return tokenizer_from_gguf(byte_level_fields(pre), Path("x"))
 
 
 def sentencepiece_fields():
@@ -309,7 +309,7 @@ def sentencepiece_fields():
 
 
 def sentencepiece(metadata=None):
-    return Tokenizer.from_gguf(sentencepiece_fields() | (metadata or {}), Path("x"))
+    return tokenizer_from_gguf(sentencepiece_fields() | (metadata or {}), Path("x"))
 
 
 def by_scores(text):
@@ -345,4 +345,4 @@ def read(folder, metadata):
     path = tiny_gguf.write_gguf(
         folder / "tiny.gguf", tiny_gguf.random_state(tied=True), metadata=metadata
     )
-    return Tokenizer.from_gguf(GGUFCheckpoint(path).fields, path)
+    return tokenizer_from_gguf(GGUFCheckpoint(path).fields, path)
