@@ -601,8 +601,8 @@ def test_away_from_the_model_bat_needs_the_base(tmp_path):
     ("layer", "message"),
     [
         (nn.Conv1d(8, 8, 3), "is a convolution"),
-        (nn.ConvTranspose1d(8, 8, 3), "LoRA has no form for 1 of 1 layers"),
-        (nn.Bilinear(8, 8, 3), "LoRA has no form for 1 of 1 layers"),
+        (nn.ConvTranspose1d(8, 8, 3), "LoRA has no form for 1 of 1 layer"),
+        (nn.Bilinear(8, 8, 3), "LoRA has no form for 1 of 1 layer"),
     ],
 )
 def test_away_from_the_model_some_layers_are_refused(tmp_path, layer, message):

@@ -42,6 +42,7 @@ from disha.interop.low_rank import (
     low_rank_updates,
 )
 from disha.model import ModelView
+from disha.text import counted
 
 __all__ = ["ARCHITECTURES", "export_gguf", "write_gguf"]
 
@@ -328,8 +329,8 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
     unknown = [name for name, found in names.items() if found is None]
     if unknown:
         raise ConversionError(
-            f"{len(unknown)} of {len(names)} layers ({few(unknown)}) have no place in the GGUF "
-            f"file of a {base.architecture} model: known are layers.<n>. with "
+            f"the GGUF file of a {base.architecture} model has no place for {len(unknown)} of "
+            f"{counted(len(names), 'layer')} ({few(unknown)}): known are layers.<n>. with "
             f"{', '.join(LAYER_PARTS)}, then lm_head and embed_tokens, each also after 'model.'"
         )
     known = {name: found for name, found in names.items() if found is not None}

@@ -38,6 +38,7 @@ from disha.interop.peft_files import (
     write_peft_files,
 )
 from disha.interop.peft_view import other_buffers, refuse_to_write
+from disha.text import counted
 
 __all__ = ["CANT_EXPRESS", "read_lora", "write", "write_lora"]
 
@@ -258,7 +259,7 @@ def read_lora(
     without = [name for name, one in found.items() if one is None]
     if without:
         raise ConversionError(
-            f"{path} is no Bone adapter: in {len(without)} of {len(pairs)} layers "
+            f"{path} is no Bone adapter: in {len(without)} of {counted(len(pairs), 'layer')} "
             f"({few(without)}) lora_A is not [I I ... I], and no block has another A; use this "
             "LoRA with PEFT, or merge it there"
         )

@@ -35,7 +35,7 @@ from disha.model import ModelView
 from disha.sharding import whole
 from disha.state import finite_as
 from disha.tables import table
-from disha.text import printable
+from disha.text import counted, first_few, printable
 
 __all__ = [
     "BaseWeight",
@@ -153,7 +153,9 @@ class LoraReport:
         if self.also_train:
             lines.append(f"also trained: {printable(', '.join(self.also_train))}")
         path = printable(str(self.path))
-        lines.append(f"{path}: {len(self.layers)} layers, total error {_shown(self.error)}")
+        lines.append(
+            f"{path}: {counted(len(self.layers), 'layer')}, total error {_shown(self.error)}"
+        )
         return "\n".join(lines)
 
 
@@ -178,7 +180,7 @@ def commonest(values: Iterable[T]) -> T:
 
 def few(names: Sequence[str]) -> str:
     """Return the first names of a list, for a message."""
-    return ", ".join(name or "(the model)" for name in names[:5]) + (", ..." * (len(names) > 5))
+    return first_few([name or "(the model)" for name in names], 5, ", ")
 
 
 def base_weights(view: ModelView, adapter: str) -> BaseWeight:
@@ -255,7 +257,7 @@ def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
     without = [one.name for one in header.layers if one.layout.pattern not in PATTERNS or one.rows]
     if without:
         raise ConversionError(
-            f"LoRA has no form for {len(without)} of {len(header.layers)} layers "
+            f"LoRA has no form for {len(without)} of {counted(len(header.layers), 'layer')} "
             f"({few(without)}): it adapts whole linear layers, convolutions that are not "
             "transposed, and embeddings. Leave the others out of the adapter (`exclude`)"
         )
@@ -370,10 +372,10 @@ def _check_error(updates: Sequence[LowRankUpdate], max_error: float | None) -> N
     beyond = [one for one in updates if not one.error <= max_error]
     beyond.sort(key=lambda one: (math.isnan(one.error), one.error))
     if beyond:
-        worst = ", ".join(f"{one.record.name}: {one.error:.3g}" for one in reversed(beyond[-5:]))
+        worst = [f"{one.record.name}: {one.error:.3g}" for one in reversed(beyond)]
         raise ConversionError(
-            f"{len(beyond)} of {len(updates)} layers would lose more than max_error={max_error:g} "
-            f"of their update ({worst}{', ...' if len(beyond) > 5 else ''}; all layers together "
+            f"{len(beyond)} of {counted(len(updates), 'layer')} would lose more than max_error={max_error:g} "
+            f"of their update ({first_few(worst, 5, ', ')}; all layers together "
             f"{_total_error(updates):.3g}); nothing was written. Pass a larger rank or max_error"
         )
 

@@ -23,7 +23,7 @@ from disha.files.json_files import read_json
 from disha.files.pieces import tensor_writer
 from disha.files.tensors import DTYPES, opened
 from disha.state import finite_as
-from disha.text import brief
+from disha.text import brief, first_few
 
 __all__ = [
     "CONFIG_NAME",
@@ -175,7 +175,7 @@ class Fields:
         unread = sorted(set(self.values) - self.read - set(ignored))
         meant = [field for field in unread if self.values[field] not in (None, False, "", [], {})]
         if meant:
-            shown = ", ".join(f"{field}={brief(self.values[field])}" for field in meant[:10])
+            shown = first_few([f"{field}={brief(self.values[field])}" for field in meant], 10, ", ")
             raise AdapterFileError(
                 f"{self.path} has unknown fields that may change what the adapter computes: "
                 f"{shown}. Upgrade disha-torch, or set them to null if they have no effect"
@@ -200,11 +200,9 @@ def unusable(tensors: Mapping[str, Tensor]) -> list[str]:
 def refuse_to_load(path: Path, problems: Sequence[str]) -> None:
     """Raise `AdapterFileError` with all problems of a folder, if there are any."""
     if problems:
-        more = len(problems) - SHOWN
-        listing = [*problems[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
         raise AdapterFileError(
             f"{path} can't be loaded with the results that it has in PEFT; nothing changed:\n"
-            + "\n".join(listing)
+            + first_few(problems, SHOWN)
         )
 
 

@@ -30,6 +30,7 @@ from disha.interop.peft_files import SHOWN, is_inside, is_saved, refuse_to_load
 from disha.layers import FOREIGN_KINDS, LAYER_KINDS, is_library_forward
 from disha.model import ModelView, join
 from disha.sharding import whole
+from disha.text import first_few
 
 __all__ = ["PeftView", "Saved", "class_of", "other_buffers", "refuse_to_write"]
 
@@ -40,11 +41,9 @@ READ_IN_EVALUATION = ("linear1", "linear2")
 def refuse_to_write(what: str, problems: Sequence[str]) -> None:
     """Raise `ConversionError` with all problems of an adapter, if there are any."""
     if problems:
-        more = len(problems) - SHOWN
-        listing = [*problems[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
         raise ConversionError(
-            f"{what}, so nothing was written; leave these layers out (`exclude`), or use the merged "
-            "model (merge_adapters):\n" + "\n".join(listing)
+            f"{what}, so nothing was written; leave these layers out (`exclude`), or use the "
+            f"merged model (merge_adapters):\n{first_few(problems, SHOWN)}"
         )
 
 

@@ -23,7 +23,7 @@ from disha.interop.checkpoints.reading import Checkpoint, may_tie, open_checkpoi
 from disha.model import join
 from disha.state import finite_as
 from disha.tables import table
-from disha.text import printable
+from disha.text import counted, printable
 
 __all__ = [
     "BaseReport",
@@ -137,12 +137,12 @@ class BaseReport:
         fine = sum(one.state in FINE for one in self.layers)
         compared = printable(f"{self.adapter} against {self.base}")
         lines.append(
-            f"{compared}: {fine} of {len(self.layers)} layers fit, "
+            f"{compared}: {fine} of {counted(len(self.layers), 'layer')} fit, "
             f"{known} of them by the fingerprint of their weight too"
         )
         if self.also_train:
             fine = sum(one.state in FINE for one in self.also_train)
-            lines[-1] += f"; {fine} of {len(self.also_train)} further parameters fit"
+            lines[-1] += f"; {fine} of {counted(len(self.also_train), 'further parameter')} fit"
         return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ from disha.interop.checkpoints.reading import (
     open_checkpoint,
 )
 from disha.state import finite_as
-from disha.text import printable
+from disha.text import counted, first_few, printable
 
 __all__ = ["MergedCheckpoint", "merge_into_checkpoint"]
 
@@ -104,9 +104,9 @@ class MergedCheckpoint:
 
     def __str__(self) -> str:
         lines = [
-            f"{printable(str(self.path))}: {len(self.layers)} layers merged, "
-            f"{len(self.replaced)} tensors replaced, {self.nbytes:,} bytes of tensors in "
-            f"{len(self.files)} files"
+            f"{printable(str(self.path))}: {counted(len(self.layers), 'layer')} merged, "
+            f"{counted(len(self.replaced), 'tensor')} replaced, {self.nbytes:,} bytes of tensors "
+            f"in {counted(len(self.files), 'file')}"
         ]
         if self.left_out:
             lines.append(f"not copied: {printable(', '.join(self.left_out))}")
@@ -273,8 +273,8 @@ def _check_fit(report: BaseReport, force: bool) -> None:
     unfit, other = report.missing + report.misfits, () if force else report.other_base
     if not unfit and not other:
         return
-    lines = [f"{one.name or '(the model)'}: {one.state}, {one.remark}" for one in unfit + other]
-    lines = lines[:SHOWN]
+    found = [f"{one.name or '(the model)'}: {one.state}, {one.remark}" for one in unfit + other]
+    lines = [first_few(found, SHOWN)]
     if report.missing:
         lines.append(
             "a weight that is tied to another one is stored once, under the other's name: load the "
@@ -296,7 +296,7 @@ def _check_untied(checkpoint: Checkpoint, adapter: AdapterFile, force: bool) -> 
     embeddings = [repr(one.name) for one in adapter.layers if one.layout.pattern == "index out"]
     if embeddings and not force and may_tie(checkpoint.config()):
         raise MergeError(
-            f"{', '.join(embeddings[:SHOWN])} may be tied to an output head, which merging would "
+            f"{first_few(embeddings, SHOWN, ', ')} may be tied to an output head, which merging would "
             f"change too: {CONFIG} of {checkpoint.path} does not say tie_word_embeddings: false. "
             "Untie them and save that model first, or merge with `force`"
         )
