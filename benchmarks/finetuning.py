@@ -27,7 +27,7 @@ from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.sources import TextBatches
 from disha.finetune.metrics import Metrics, recording
 from disha.finetune.models.checkpoint import open_model
-from disha.finetune.settings.training import TrainingSettings
+from disha.finetune.settings import TrainingSettings
 from disha.finetune.training.loop import training_steps
 from disha.finetune.training.objectives import DecoderObjective
 

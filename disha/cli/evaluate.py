@@ -7,8 +7,7 @@ from typing import Any
 
 from disha.cli.flags import parsed
 from disha.cli.output import show, shown
-from disha.finetune.evaluating import Measured, evaluate
-from disha.finetune.settings import EvaluateSettings
+from disha.finetune.evaluating import EvaluateSettings, Measured, evaluate
 from disha.tables import table
 
 __all__ = ["run"]

@@ -8,8 +8,7 @@ from typing import Any
 
 from disha.cli.flags import parsed
 from disha.cli.output import printable_on, show
-from disha.finetune.answering import Answerer, open_answerer, prompts_of
-from disha.finetune.settings import GenerateSettings
+from disha.finetune.answering import Answerer, GenerateSettings, open_answerer, prompts_of
 
 __all__ = ["run"]
 

@@ -1,20 +1,19 @@
-"""Fine-tuning with adapters, from one command: ``disha finetune``, and what comes after it.
+"""Fine-tuning with adapters: ``disha finetune``, ``disha generate`` and ``disha evaluate``.
 
 Needs the extra ``finetune``. Everything here uses the library through ``import disha``, as a
-user's program would. The rooms, from bottom to top:
+user's program would. From bottom to top:
 
-- `settings`: every choice, which is a flag
-- `models`: the decoder, and where weights come from
+- `settings`: what the commands can be told, which are their flags
+- `models`: the built-in decoder, and where weights come from
 - `text`: tokenizers, templates, chats
 - `data`: from files of rows to batches
-- `training`: from batches to a trained adapter, on one process or several, to the end or again
-
-and what puts them together:
-
-- `base_model`, `inputs`: what a run starts from
-- `adapting`: the adapter that goes into the model
-- `estimate`, `preview`: what a run would take (``--dry_run``)
-- `course`: training from first to last step, with `metrics`, `progress`, `interruption`
-- `command`: the whole of ``disha finetune``, with `plots`, `report` and `verification`
-- `generation`, `answering`: ``disha generate``; `evaluating`: ``disha evaluate``
+- `training`: from batches to a trained adapter, on one process or several
+- `base_model`, `inputs`: the inputs of a run
+- `adapting`: a model with its adapter, and without it
+- `generation`, `answering`: ``disha generate``
+- `evaluating`: ``disha evaluate``
+- `progress`, `metrics`, `report`: what a run prints, records, and writes at its end
+- `course`: training from the first to the last step
+- `preview`, `verification`: ``--dry_run`` and ``--verify``
+- `command`: ``disha finetune``
 """

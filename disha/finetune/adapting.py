@@ -1,9 +1,10 @@
-"""Putting the adapter that settings describe into a model, planning to, and doing without it."""
+"""A model with the adapter that settings or a file describe, and without it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,23 @@ from torch import Tensor, nn
 import disha
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.settings import AdapterSettings
-from disha.finetune.settings.adapter import ALL_PROJECTIONS
 
-__all__ = ["base_values", "inject", "plan", "trained_besides", "without_adapter"]
+__all__ = [
+    "ALL_PROJECTIONS",
+    "base_values",
+    "inject",
+    "plan",
+    "trained_besides",
+    "with_adapter",
+    "without_adapter",
+]
+
+ALL_PROJECTIONS = r"\.(q|k|v|o|gate|up|down)_proj$"
+"""The names of the linear layers of a decoder layer."""
 
 
 def inject(model: nn.Module, settings: AdapterSettings) -> None:
-    """Inject the adapter; blocks are float32 whatever the model is kept in.
+    """Inject the adapter, with float32 blocks.
 
     Raises:
         DishaError: the target matches no layer, or a layer can't be adapted so.
@@ -35,8 +46,44 @@ def plan(model: nn.Module, settings: AdapterSettings) -> disha.Plan:
     return disha.plan_adapters(model, **_arguments(model, settings))
 
 
+def _arguments(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
+    return {
+        "target_regex": settings.target
+        or (ALL_PROJECTIONS if isinstance(model, Decoder) else "all-linear"),
+        "r": settings.bone_r,
+        "r_out": settings.bone_r_out,
+        "method": settings.method_name,
+        "also_train": settings.also_train,
+        "dropout": settings.adapter_dropout,
+        "dtype": torch.float32,
+    }
+
+
+def with_adapter(
+    model: nn.Module, adapter: Path | None, *, merge: bool = False
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the model in evaluation mode, with an adapter from a file.
+
+    Returns:
+        The model; and the base model's values of parameters that the file replaces, for
+        `without_adapter`.
+
+    Raises:
+        DishaError: the file can't be used, or does not fit the model.
+    """
+    model.eval()
+    if adapter is None:
+        return model, {}
+    known = dict(model.named_parameters())
+    values = base_values(model, known.keys() & set(disha.inspect_adapter(adapter).also_train))
+    disha.load_adapter(model, adapter)
+    if merge:
+        disha.merge_adapters(model, untie=True, dense=True)
+    return model, values
+
+
 def trained_besides(model: nn.Module) -> list[str]:
-    """The names of the parameters that are trained beside the adapter's own."""
+    """Return the names of the parameters that are trained beside the adapter's own."""
     own = set(map(id, disha.adapter_parameters(model)))
     named = model.named_parameters()
     return [name for name, p in named if p.requires_grad and id(p) not in own]
@@ -50,11 +97,11 @@ def base_values(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def without_adapter(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a model be the base model meanwhile.
+    """Turn a model into the base model for the time of the block.
 
     Args:
         model: with an adapter, not merged.
-        values: what `base_values` returned of the parameters that are trained beside it.
+        values: the base model's values of the parameters that are trained beside the adapter.
     """
     adapted = base_values(model, values)
     _set_values(model, values)
@@ -70,16 +117,3 @@ def _set_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
-
-
-def _arguments(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
-    usual = ALL_PROJECTIONS if isinstance(model, Decoder) else "all-linear"
-    return {
-        "target_regex": settings.target or usual,
-        "r": settings.bone_r,
-        "r_out": settings.bone_r_out,
-        "method": settings.kind,
-        "also_train": settings.also_train,
-        "dropout": settings.adapter_dropout,
-        "dtype": torch.float32,
-    }

@@ -1,34 +1,123 @@
-"""Asking a model, with and without its adapter."""
+"""Asking a model, with and without its adapter: ``disha generate``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 import disha
-from disha.finetune.adapting import base_values, without_adapter
+from disha.finetune.adapting import with_adapter, without_adapter
 from disha.finetune.base_model import open_base_model
 from disha.finetune.errors import DataError, SettingsError
 from disha.finetune.generation import generate, stream_text
-from disha.finetune.settings import GenerateSettings, SamplingSettings
+from disha.finetune.settings import (
+    Count,
+    ModelSettings,
+    NotNegative,
+    Range,
+    Seed,
+    Switch,
+    check_ranges,
+    require,
+    require_adapter,
+)
 from disha.finetune.text.templates import Template, template_from
 from disha.finetune.text.tokenizer import Tokenizer, is_text
 
 __all__ = [
     "TEMPLATE_KEY",
     "Answerer",
+    "GenerateSettings",
+    "SamplingSettings",
     "open_answerer",
     "prompts_of",
     "template_of",
-    "with_adapter",
 ]
 
 TEMPLATE_KEY = "template"
-"""Where an adapter file notes the template that it was trained with."""
+"""The key under which an adapter file notes the template that it was trained with."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The choice of the next token.
+
+    Args:
+        max_new_tokens: Most tokens to generate.
+        temperature: With 0, take the most likely token each time. Above 0, enable sampling:
+            higher is more random.
+        top_p: Sample from the most likely tokens that together have this probability.
+        top_k: Sample from this many most likely tokens.
+        seed: Makes sampling reproducible.
+    """
+
+    max_new_tokens: Count = 256
+    temperature: NotNegative = 0.0
+    top_p: Annotated[float, Range("greater than 0 and at most 1", lambda value: 0 < value <= 1)] = (
+        1.0
+    )
+    top_k: Count | None = None
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """All settings of `disha generate`. Flags may be spelled with underscores or dashes.
+
+    Args:
+        prompt: The texts to answer, each in quotes.
+        prompt_file: A file with one text to answer per line, in place of prompt.
+        adapter: The adapter file, such as output/adapter.safetensors. Without it, the base model
+            answers.
+        template: The text around a prompt, as for fine-tuning: a text with {query} in it, chat,
+            auto, or none for the prompt alone. The default is the adapter's own.
+        compare: Show the answers of the base model beside those with the adapter.
+        merge: Merge the adapter into the weights first. The texts are the same, at the base
+            model's speed.
+        json: Print one JSON object, for scripts.
+        debug: Show where an error came from.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    prompt: tuple[str, ...] = ()
+    prompt_file: Path | None = None
+    adapter: Path | None = None
+    template: str | None = None
+    compare: Switch = False
+    merge: Switch = False
+    json: Switch = False
+    debug: Switch = False
+
+    def check(self) -> None:
+        """Check everything that can be checked without reading the model.
+
+        Raises:
+            SettingsError: a setting is missing, out of range, or contradicts another.
+        """
+        check_ranges(self)
+        self.model.check()
+        for name, plain in (("top_k", None), ("top_p", 1.0)):
+            require(
+                self.sampling.temperature > 0 or getattr(self.sampling, name) == plain,
+                f"--{name} says what to sample from, but --temperature 0 disables sampling; give a "
+                "temperature above 0, such as 0.7",
+            )
+        require(
+            bool(self.prompt) != (self.prompt_file is not None),
+            "what to answer is given either by --prompt 'a text' or by --prompt_file; give one of "
+            "them",
+        )
+        require_adapter(self.adapter, compare=self.compare, merge=self.merge)
+        require(
+            not (self.compare and self.merge),
+            "--compare needs the base model, which --merge overwrites; leave one of them out",
+        )
 
 
 @dataclass(frozen=True)
@@ -38,9 +127,9 @@ class Answerer:
     Args:
         model: in evaluation mode, with an adapter or without.
         tokenizer: its tokenizer.
-        template: what surrounds a prompt; None for the prompt alone.
+        template: the text around a prompt; None for the prompt alone.
         sampling: how the next token is chosen.
-        base: of `base_values`, what parameters were that are trained beside the adapter.
+        base: the base model's values of parameters that are trained beside the adapter.
     """
 
     model: nn.Module
@@ -55,16 +144,12 @@ class Answerer:
         Raises:
             DataError: the prompt leaves no room for an answer.
         """
-        tokens = generate(
-            self.model,
-            self._prompt_ids(prompt),
-            max_new_tokens=self.sampling.max_new_tokens,
-            ends=self.tokenizer.ends,
-            temperature=self.sampling.temperature,
-            top_k=self.sampling.top_k,
-            top_p=self.sampling.top_p,
-            seed=self.sampling.seed,
-        )
+        if self.template is not None:
+            ids = self.template.prompt(prompt, self.tokenizer)
+        else:
+            begin = [] if self.tokenizer.begin is None else [self.tokenizer.begin]
+            ids = begin + self.tokenizer.encode(prompt, special=False)
+        tokens = generate(self.model, ids, ends=self.tokenizer.ends, **vars(self.sampling))
         yield from stream_text(self.tokenizer, tokens)
 
     def base_answer(self, prompt: str) -> Iterator[str]:
@@ -72,15 +157,9 @@ class Answerer:
         with without_adapter(self.model, self.base):
             yield from self.answer(prompt)
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        if self.template is None:
-            begin = [] if self.tokenizer.begin is None else [self.tokenizer.begin]
-            return begin + self.tokenizer.encode(prompt, special=False)
-        return self.template.prompt(prompt, self.tokenizer)
-
 
 def open_answerer(settings: GenerateSettings) -> Answerer:
-    """Read the model that settings name, with its adapter.
+    """Read the model that the settings name, with its adapter.
 
     Raises:
         DishaError: a file can't be used, or the adapter does not fit the model.
@@ -97,31 +176,8 @@ def open_answerer(settings: GenerateSettings) -> Answerer:
     return Answerer(model, base.tokenizer, template, settings.sampling, values)
 
 
-def with_adapter(
-    model: nn.Module, adapter: Path | None, *, merge: bool = False
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the model in evaluation mode, with an adapter from a file.
-
-    Returns:
-        The model; and the base model's values of parameters that the file replaces, for
-        `without_adapter`.
-
-    Raises:
-        DishaError: the file can't be used, or does not fit the model.
-    """
-    model.eval()
-    if adapter is None:
-        return model, {}
-    known = dict(model.named_parameters())
-    values = base_values(model, known.keys() & set(disha.inspect_adapter(adapter).also_train))
-    disha.load_adapter(model, adapter)
-    if merge:
-        disha.merge_adapters(model, untie=True, dense=True)
-    return model, values
-
-
 def template_of(given: str | None, adapter: Path | None, tokenizer: Tokenizer) -> Template | None:
-    """The template to ask with: the one given, else the adapter's, else the usual.
+    """Return the given template, else the adapter's, else the default.
 
     Raises:
         DishaError: the setting or the adapter file can't be used.
@@ -135,25 +191,23 @@ def template_of(given: str | None, adapter: Path | None, tokenizer: Tokenizer) -
 
 
 def prompts_of(settings: GenerateSettings) -> list[str]:
-    """The texts to answer.
+    """Return the texts to answer.
 
     Raises:
-        DataError: their file can't be read, or holds none; or one is no text.
+        DataError: their file can't be read or holds none, or a prompt is not valid text.
     """
-    if settings.prompt_file is None:
+    path = settings.prompt_file
+    if path is None:
         for prompt in settings.prompt:
             if not is_text(prompt):
                 raise DataError(f"--prompt must be UTF-8 text, got {prompt!a}")
         return list(settings.prompt)
-    path = settings.prompt_file
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise DataError(f"there is no file of prompts {path}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}") from error
+        raise DataError(f"--prompt_file {path} can't be read: {error.strerror}") from error
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"{path} holds no prompt; it must hold one per line")

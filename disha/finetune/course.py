@@ -1,23 +1,30 @@
-"""Training from first to last step: evaluations, records, checkpoints, and going on from them."""
+"""Training from the first to the last step: evaluations, records, checkpoints, and resuming.
+
+Ctrl-C while training finishes the step under way and saves a checkpoint. A step that is interrupted
+in the middle would leave blocks half updated. A second Ctrl-C stops at once.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import torch
 from torch import nn
 
-from disha.finetune.clock import Clock
 from disha.finetune.errors import PeerError, SettingsError, TrainingError
 from disha.finetune.inputs import Inputs
-from disha.finetune.interruption import noticing_interruption
 from disha.finetune.metrics import Metrics, recorded_steps, recording
-from disha.finetune.progress import showing_progress
+from disha.finetune.progress import Clock, showing_progress
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.training.checkpoints import Checkpoints, SavedState
 from disha.finetune.training.evaluation import mean_loss
@@ -30,39 +37,23 @@ from disha.finetune.training.loop import (
 )
 from disha.finetune.training.parallel import Processes
 
-__all__ = ["Course", "require_free_of_checkpoints", "train"]
+__all__ = ["Course", "noticing_interruption", "require_free_of_checkpoints", "train"]
 
-NOT_DECISIVE = frozenset(
-    {
-        "config",
-        "dataloader_num_workers",
-        "debug",
-        "dry_run",
-        "gradient_accumulation_steps",
-        "logging_steps",
-        "merge",
-        "output_dir",
-        "overwrite_output_dir",
-        "report_to",
-        "resume",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-        "verify",
-    }
-)
-"""Settings that may differ where training goes on: they decide nothing of what is learned."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TOGETHER = 1.0
+"""Seconds in which several signals are one request. Under torchrun one Ctrl-C comes twice: from the
+terminal, and from torchrun."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """How training went.
+    """The result of training.
 
     Args:
         steps: the optimiser steps; of those before a break, the ones that are on record.
         evaluations: the loss on the checked rows, by the number of steps done before.
-        progress: how far training came, those before a break included.
-        resumed_from: the checkpoint that this run went on from, if it did.
+        progress: how far training came, including the steps before a break.
+        resumed_from: the checkpoint that this run resumed from, if it did.
     """
 
     steps: tuple[Step, ...]
@@ -87,23 +78,19 @@ class Course:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over all of `steps`, evaluations left out; None where there are none."""
+        """Over all of `steps`, without evaluations; None where there are none."""
         seconds = sum(step.tokens / step.tokens_per_second for step in self.steps)
         return self.tokens / seconds if seconds else None
 
 
 def require_free_of_checkpoints(settings: FinetuneSettings) -> None:
-    """Check that no checkpoints of an earlier run are in the way.
-
-    Raises:
-        SettingsError: some are, and the settings do not say what to do with them.
-    """
+    """Raise `SettingsError` if there are checkpoints that the settings do not mention."""
     output = settings.output
     found = sorted(output.output.glob("checkpoint-*"))
     if found and not (output.resume or output.overwrite_output_dir):
         raise SettingsError(
             f"--output_dir {output.output} holds {found[-1].name} of an earlier run; go on from it "
-            "with --resume, begin anew with --overwrite_output_dir, or name another folder"
+            "with --resume, start over with --overwrite_output_dir, or name another folder"
         )
 
 
@@ -121,18 +108,18 @@ def train(
         inputs: what to learn from, and what to measure on.
         settings: of the run.
         processes: those that take part.
-        clock: says what is being done.
+        clock: prints what is done.
 
     Raises:
-        DishaError: training can't go on, or a file can't be written.
-        KeyboardInterrupt: somebody asked to stop; the message says how to go on.
+        DishaError: training can't continue, or a file can't be written.
+        KeyboardInterrupt: somebody asked to stop; the message says how to resume.
     """
     return _Training(objective, inputs, settings, processes, clock).run()
 
 
 @dataclass
 class _Training:
-    """What one run of `train` works with."""
+    """The state of one run of `train`."""
 
     objective: nn.Module
     inputs: Inputs
@@ -148,15 +135,13 @@ class _Training:
         torch.manual_seed(training.seed + self.processes.rank)
         self.optimizer = make_optimizer(self.objective, training)
         self.checkpoints = Checkpoints(output.output, output.save_total_limit, self.processes)
-        self.decisive = {
-            name: str(value)
-            for name, value in self.settings.to_json().items()
-            if name not in NOT_DECISIVE
-        }
-        # Other processes may go on, if they make up steps of the same batches.
+        # Other processes may resume, if their steps have the same batches.
         batches = training.gradient_accumulation_steps * self.processes.world_size
-        self.decisive["gradient_accumulation_steps times processes"] = str(batches)
-        self.decisive["rows"] = self.inputs.digest()
+        self.decisive = {
+            **self.settings.decisive(),
+            "gradient_accumulation_steps times processes": str(batches),
+            "rows": self.inputs.digest(),
+        }
 
     def run(self) -> Course:
         saved = self._saved()
@@ -166,7 +151,7 @@ class _Training:
             self.processes.world_size,
         )
         start = Progress() if saved is None else self._restore(saved)
-        output = self.settings.output
+        output, name = self.settings.output, self.inputs.checked.name
         with recording(
             output.output,
             tensorboard=output.report_to == "tensorboard",
@@ -174,11 +159,12 @@ class _Training:
             main=self.processes.is_main,
         ) as metrics:
             if saved is None:
-                self._evaluate_before(metrics)
+                with self.clock.phase(f"measuring the {name} loss before training"):
+                    self.evaluations[0] = self._evaluate()
+                metrics.record_evaluation(0, self.evaluations[0])
             with self.clock.phase("training, with evaluations"):
                 end = self._train(start, planned, metrics)
-        resumed_from = None if saved is None else saved.folder
-        return Course(tuple(self.steps), self.evaluations, end, resumed_from)
+        return Course(tuple(self.steps), self.evaluations, end, saved.folder if saved else None)
 
     def _saved(self) -> SavedState | None:
         if not self.settings.output.resume:
@@ -197,24 +183,19 @@ class _Training:
         self.clock.say(f"resuming from {saved.folder}, after step {saved.progress.step}")
         return saved.progress
 
-    def _evaluate_before(self, metrics: Metrics) -> None:
-        name = self.inputs.checked.name
-        with self.clock.phase(f"measuring the {name} loss before training"):
-            self.evaluations[0] = self._evaluate()
-        metrics.record_evaluation(0, self.evaluations[0])
-
     def _evaluate(self) -> float:
+        checked, training = self.inputs.checked, self.settings.training
         found = mean_loss(
             self.objective,
-            self.inputs.checked.batches(),
+            checked.batches(),
             processes=self.processes,
-            bf16=self.settings.training.bf16,
-            tf32=self.settings.training.tf32,
+            bf16=training.bf16,
+            tf32=training.tf32,
         )
         if not math.isfinite(found.loss):
             raise TrainingError(
-                f"the {self.inputs.checked.name} loss is {found.loss}, which must be finite; "
-                "use --bits fp32 or a lower --learning_rate, or check the model file"
+                f"the {checked.name} loss is {found.loss}, which must be finite; use --bits fp32 "
+                "or a lower --learning_rate, or check the model file"
             )
         return found.loss
 
@@ -228,7 +209,7 @@ class _Training:
                 checked=self.inputs.checked.name,
                 shown=self.processes.is_main,
             ) as show,
-            noticing_interruption(speaks=self.processes.is_main) as interruption,
+            noticing_interruption(prints=self.processes.is_main) as is_interrupted,
             self._naming_checkpoint(),
         ):
             for step in training_steps(
@@ -238,9 +219,9 @@ class _Training:
                 optimizer=self.optimizer,
                 processes=self.processes,
                 evaluate=self._evaluate,
-                eval_steps=self.settings.output.eval_steps,
+                eval_steps=self.settings.data.eval_steps,
                 start=start,
-                should_stop=lambda: interruption.requested,
+                should_stop=is_interrupted,
             ):
                 metrics.record_step(step)
                 show(step)
@@ -272,7 +253,7 @@ class _Training:
     def _leave(self, progress: Progress) -> NoReturn:
         folder = self._save(progress)
         if not self.processes.is_main:
-            raise PeerError(f"interrupted after step {progress.step}, which the first process says")
+            raise PeerError(f"interrupted after step {progress.step}, as the first process says")
         raise KeyboardInterrupt(
             f"interrupted after step {progress.step}; {folder} is complete: the same command with "
             "--resume goes on from there"
@@ -280,7 +261,7 @@ class _Training:
 
     @contextmanager
     def _naming_checkpoint(self) -> Iterator[None]:
-        """Add to a failure of training where it can be taken up again."""
+        """Add the newest checkpoint to the message of a failure."""
         try:
             yield
         except TrainingError as error:
@@ -290,3 +271,32 @@ class _Training:
             raise TrainingError(
                 f"{error}. {newest} is complete: --resume goes on from there"
             ) from error
+
+
+@contextmanager
+def noticing_interruption(*, prints: bool = True) -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C was pressed, or the process was told to end.
+
+    A second signal raises KeyboardInterrupt.
+
+    Args:
+        prints: whether this process prints what a second signal does.
+    """
+    requested: list[float] = []
+
+    def request(number: int, frame: FrameType | None) -> None:
+        requested.append(time.monotonic())
+        if requested[-1] - requested[0] > TOGETHER:
+            raise KeyboardInterrupt
+        if prints and len(requested) == 1:
+            line = "\nstopping after this step; press Ctrl-C again to stop at once"
+            print(line, file=sys.stderr, flush=True)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # Other threads can't handle signals.
+    before = {n: signal.signal(n, request) for n in SIGNALS} if in_main_thread else {}
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,18 +1,19 @@
-"""Measuring a model on rows: loss, perplexity, and answers that are exactly right."""
+"""Measuring a model on rows: ``disha evaluate``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
 import disha
-from disha.finetune.adapting import without_adapter
-from disha.finetune.answering import TEMPLATE_KEY, with_adapter
+from disha.finetune.adapting import with_adapter, without_adapter
+from disha.finetune.answering import TEMPLATE_KEY
 from disha.finetune.base_model import BaseModel, open_base_model
 from disha.finetune.data.batches import batch_by_length
 from disha.finetune.data.dataset import open_rows
@@ -22,23 +23,81 @@ from disha.finetune.data.rows import Row
 from disha.finetune.errors import SettingsError
 from disha.finetune.generation import complete
 from disha.finetune.inputs import encoder_for, require_context
-from disha.finetune.settings import EvaluateSettings
-from disha.finetune.text.tokenizer import Tokenizer
+from disha.finetune.settings import (
+    Count,
+    DataSettings,
+    ModelSettings,
+    Switch,
+    check_ranges,
+    require,
+    require_adapter,
+    require_unchanged,
+)
 from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.objectives import objective_for
 
-__all__ = ["Measured", "Measurement", "Watch", "evaluate"]
+__all__ = ["EvaluateSettings", "Measured", "Measurement", "Watch", "evaluate"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class EvaluateSettings:
+    """All settings of `disha evaluate`. Flags may be spelled with underscores or dashes.
+
+    Args:
+        adapter: The adapter file, such as output/adapter.safetensors. Without it, the base model
+            is measured.
+        compare: Measure the base model too.
+        merge: Merge the adapter into the weights first.
+        exact_match: Also generate an answer to every query, and count the answers that equal the
+            response, apart from white space around it.
+        max_new_tokens: Most tokens of a generated answer.
+        per_device_eval_batch_size: Rows per batch.
+        json: Print one JSON object, for scripts.
+        debug: Show where an error came from.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    adapter: Path | None = None
+    compare: Switch = False
+    merge: Switch = False
+    exact_match: Switch = False
+    max_new_tokens: Count = 128
+    per_device_eval_batch_size: Count = 16
+    json: Switch = False
+    debug: Switch = False
+
+    def check(self) -> None:
+        """Check everything that can be checked without reading the model or the rows.
+
+        Raises:
+            SettingsError: a setting is missing, out of range, or contradicts another.
+        """
+        check_ranges(self)
+        self.model.check()
+        self.data.check()
+        require_unchanged(
+            self.data,
+            ("packing", "eval_path", "eval_split", "eval_fraction", "eval_steps"),
+            "is for disha finetune; disha evaluate measures the rows of --data_path that "
+            "--dataset_split names",
+        )
+        require_adapter(self.adapter, compare=self.compare, merge=self.merge)
+        require(
+            not self.exact_match or len(self.data.dataset_field) == 2,
+            "--exact_match compares with a response; --dataset_field must name two fields",
+        )
+
+
+@dataclass(frozen=True)
 class Measured:
-    """What a model is measured to do.
+    """Measurements of one model.
 
     Args:
         loss: cross-entropy per learned token, in nats.
-        tokens: how many those are.
+        tokens: how many learned tokens there are.
         exact: how many answers are exactly the response; None where not asked for.
     """
 
@@ -48,18 +107,18 @@ class Measured:
 
     @property
     def perplexity(self) -> float:
-        """E to the loss."""
+        """The exponential of the loss."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured.
+    """The result of `evaluate`.
 
     Args:
         model: with the adapter, if there is one.
         base: of the base model alone; None where not asked for.
-        tally: what became of the rows.
+        tally: how many rows were used, cut or left out.
     """
 
     model: Measured
@@ -68,10 +127,10 @@ class Measurement:
 
 
 class Watch(Protocol):
-    """Shows how far something is, while it is gone through."""
+    """Shows progress while items are gone through."""
 
     def __call__(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
-        """Yield the items; there are `total`, and `what` is being done."""
+        """Yield the `total` items; `what` is the label."""
 
 
 def _unwatched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
@@ -79,14 +138,14 @@ def _unwatched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 def evaluate(settings: EvaluateSettings, watch: Watch = _unwatched) -> Measurement:
-    """Measure the model that settings name, on the rows that they name.
+    """Measure the model that the settings name, on the rows that they name.
 
     Args:
         settings: what to measure, and on what.
-        watch: shows progress; nothing is shown if not given.
+        watch: shows progress; by default nothing is shown.
 
     Raises:
-        DishaError: a file can't be used, or things don't go together.
+        DishaError: a file can't be used, or model, adapter and rows do not fit together.
     """
     settings.check()
     data = settings.data
@@ -139,30 +198,16 @@ def _measured(
     size = settings.per_device_eval_batch_size
     batches = math.ceil(len(examples) / size)
     found = mean_loss(objective, watch(batch_by_length(examples, size), batches, "measuring"))
-    exact = None
-    if settings.exact_match:
-        answers = _answers(model, settings, encoder.tokenizer, examples, watch)
-        field = settings.data.dataset_field[1]
-        pairs = zip(answers, rows, strict=True)
-        exact = sum(answer.strip() == row.text(field).strip() for answer, row in pairs)
-    return Measured(found.loss, found.terms, exact)
-
-
-def _answers(
-    model: nn.Module,
-    settings: EvaluateSettings,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    watch: Watch,
-) -> list[str]:
-    """The answer to each example's prompt; prompts of one length are answered together."""
-    answers = [""] * len(examples)
+    if not settings.exact_match:
+        return Measured(found.loss, found.terms, None)
+    # Sorted by length, as prompts of one length are answered together.
     places = sorted(range(len(examples)), key=lambda place: len(examples[place].prompt))
-    size = settings.per_device_eval_batch_size
     groups = [places[first : first + size] for first in range(0, len(places), size)]
+    exact, tokenizer = 0, encoder.tokenizer
     for group in watch(groups, len(groups), "answering"):
         prompts = [examples[place].prompt for place in group]
         made = complete(model, prompts, max_new_tokens=settings.max_new_tokens, ends=tokenizer.ends)
         for place, ids in zip(group, made, strict=True):
-            answers[place] = tokenizer.decode(ids)
-    return answers
+            response = rows[place].text(settings.data.dataset_field[1])
+            exact += tokenizer.decode(ids).strip() == response.strip()
+    return Measured(found.loss, found.terms, exact)

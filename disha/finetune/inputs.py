@@ -1,4 +1,4 @@
-"""What a run starts from: the base model, opened, and the rows as batches.
+"""The inputs of a run: the base model, opened, and the rows as batches.
 
 The run itself and the fresh process that verifies it both start here, from settings alone.
 """
@@ -20,8 +20,8 @@ from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.rows import Dataset, Row
 from disha.finetune.data.sources import StreamedExamples, TextBatches
 from disha.finetune.data.tensors import Samples, TensorRows, read_samples
-from disha.finetune.errors import DataError, SettingsError
-from disha.finetune.settings import DataSettings, FinetuneSettings
+from disha.finetune.errors import DataError
+from disha.finetune.settings import DataSettings, FinetuneSettings, require, require_unchanged
 from disha.finetune.text.templates import template_from
 from disha.finetune.text.tokenizer import Tokenizer
 
@@ -33,13 +33,13 @@ CHECKED_BATCH = 16
 
 @dataclass(frozen=True)
 class Checked:
-    """The rows that losses are compared on: held-out ones, else the first to train on.
+    """The rows that losses are compared on: held-out rows, else the first training rows.
 
     Args:
-        name: what they are called.
+        name: their name, for reports.
         rows: token ids, or samples of a model that takes no text.
         held_out: whether they are not trained on.
-        tally: what became of the rows they were made of.
+        tally: how many of the rows were used, cut or left out.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Checked:
     tally: Tally
 
     def batches(self) -> Iterator[Batch]:
-        """Yield them side by side."""
+        """Yield the rows in batches."""
         if isinstance(self.rows, Samples):
             for start in range(0, len(self.rows), CHECKED_BATCH):
                 yield self.rows.batch(range(start, min(start + CHECKED_BATCH, len(self.rows))))
@@ -56,7 +56,7 @@ class Checked:
             yield from batch_by_length(self.rows, CHECKED_BATCH)
 
     def digest(self) -> str:
-        """What tells these rows from others."""
+        """Return a hash of the rows."""
         digest = hashlib.sha256()
         for batch in self.batches():
             for tensor in vars(batch).values():
@@ -74,7 +74,8 @@ class Inputs:
         dataset: the rows as they were read.
         encoder: turns rows into token ids; None for a model that takes no text.
         source: the batches to train on.
-        tally: what became of the rows to train on; counted on the way where they are streamed.
+        tally: how many training rows were used, cut or left out; counted during training where
+            they are streamed.
         checked: the rows that losses are compared on.
     """
 
@@ -86,7 +87,7 @@ class Inputs:
     checked: Checked
 
     def digest(self) -> str:
-        """What tells these rows from others, of a few of them: how many, and what is in those."""
+        """Return a hash of the number of training rows, of three of them, and of checked rows."""
         rows = self.dataset.training
         digest = hashlib.sha256(f"{len(rows)} {self.checked.digest()}".encode())
         for index in sorted({0, len(rows) // 2, len(rows) - 1}):
@@ -98,26 +99,41 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
     """Read data and tokenizer, and open the model, so that mistakes show up early.
 
     Raises:
-        DataError: a file of rows is not as it must be, or no row can be used.
+        DataError: a data file is damaged, or no row can be used.
         CheckpointError: the model can't be read.
         TokenizerError: its tokenizer is not supported.
-        SettingsError: settings and model don't go together.
+        SettingsError: the settings do not fit the model.
         MissingDependencyError: the demo's model is not installed.
     """
-    dataset = _dataset(settings)
+    data = settings.data
+    dataset = docstring_pairs() if settings.demo else read_dataset(data, settings.training.seed)
     default = demo_model() if settings.demo and not settings.model.is_named else None
     base = open_base_model(settings.model, default)
     if base.tokenizer is None:
         return _of_numbers(settings, base, dataset)
-    require_context(settings.data, base)
-    encoder = encoder_for(settings.data, base.tokenizer)
-    checked = _checked(dataset, encoder)
-    source, tally = _source(settings, dataset, encoder)
+    require_context(data, base)
+    encoder = encoder_for(data, base.tokenizer)
+    if len(dataset.held_out):
+        rows, held_out_tally = encode_rows(dataset.held_out, encoder)
+        checked = Checked("held-out", rows, True, held_out_tally)
+    else:
+        usable = filter(None, map(encoder.encode, dataset.training))
+        first = tuple(itertools.islice(usable, MOST_CHECKED_TRAINING_ROWS))
+        checked = Checked("first training rows'", first, False, Tally())
+    examples: StoredExamples | StreamedExamples
+    if data.streaming:
+        examples = StreamedExamples(dataset.training, encoder, data.dataloader_num_workers)
+        tally = examples.tally
+    else:
+        examples, tally = encode_rows(dataset.training, encoder)
+    row_length = data.max_seq_length if data.packing else None
+    size = settings.training.per_device_train_batch_size
+    source = TextBatches(examples, size, settings.training.seed, row_length)
     return Inputs(base, dataset, encoder, source, tally, checked)
 
 
 def encoder_for(data: DataSettings, tokenizer: Tokenizer, template: str | None = None) -> Encoder:
-    """What turns rows into token ids.
+    """Return the encoder of rows to token ids.
 
     Args:
         data: the settings of the rows.
@@ -138,59 +154,34 @@ def encoder_for(data: DataSettings, tokenizer: Tokenizer, template: str | None =
 
 
 def require_context(data: DataSettings, base: BaseModel) -> None:
-    """Check that the model takes sequences as long as are asked for.
-
-    Raises:
-        SettingsError: it does not.
-    """
-    if base.context is not None and data.max_seq_length > base.context:
-        raise SettingsError(
-            f"--max_seq_length must be at most {base.context}, the longest sequence that "
-            f"{base.title} takes, got {data.max_seq_length}"
-        )
+    """Raise `SettingsError` if rows may be longer than the model takes."""
+    require(
+        base.context is None or data.max_seq_length <= base.context,
+        f"--max_seq_length must be at most {base.context}, the longest sequence that {base.title} "
+        f"takes, got {data.max_seq_length}",
+    )
 
 
-def _dataset(settings: FinetuneSettings) -> Dataset:
-    if settings.demo:
-        return docstring_pairs()
-    return read_dataset(settings.data, settings.training.seed)
-
-
-def _checked(dataset: Dataset, encoder: Encoder) -> Checked:
-    if len(dataset.held_out):
-        held_out, tally = encode_rows(dataset.held_out, encoder)
-        return Checked("held-out", held_out, True, tally)
-    examples = (encoder.encode(row) for row in dataset.training)
-    usable = (example for example in examples if example is not None)
-    first = tuple(itertools.islice(usable, MOST_CHECKED_TRAINING_ROWS))
-    return Checked("first training rows'", first, False, Tally())
-
-
-def _source(
-    settings: FinetuneSettings, dataset: Dataset, encoder: Encoder
-) -> tuple[BatchSource[Any], Tally]:
-    data, training = settings.data, settings.training
-    examples: StoredExamples | StreamedExamples
-    if data.streaming:
-        examples = StreamedExamples(dataset.training, encoder, data.dataloader_num_workers)
-        tally = examples.tally
-    else:
-        examples, tally = encode_rows(dataset.training, encoder)
-    row_length = data.max_seq_length if data.packing else None
-    size = training.per_device_train_batch_size
-    return TextBatches(examples, size, training.seed, row_length), tally
+def first_rows(dataset: Dataset) -> Sequence[Row]:
+    """Return the rows to show samples of: held-out rows, else training rows."""
+    return dataset.held_out if len(dataset.held_out) else dataset.training
 
 
 def _of_numbers(settings: FinetuneSettings, base: BaseModel, dataset: Dataset) -> Inputs:
-    """What a model without a tokenizer starts from."""
-    data = settings.data
-    for name in ("packing", "streaming"):
-        if getattr(data, name):
-            raise SettingsError(
-                f"--{name} is for text, but {base.title} came without a tokenizer; leave it out, "
-                "or let the function return a pair of the model and a tokenizer"
-            )
-    fields = _input_and_target(data, base)
+    """Return the inputs for a model without a tokenizer."""
+    data, training = settings.data, settings.training
+    require_unchanged(
+        data,
+        ("packing", "streaming"),
+        f"is for text, but {base.title} came without a tokenizer; leave it out, or let the "
+        "function return a pair of the model and a tokenizer",
+    )
+    if len(data.dataset_field) != 2:
+        raise DataError(
+            f"{base.title} came without a tokenizer, so --dataset_field must name two fields of "
+            f"numbers, the input and the target, got {' '.join(data.dataset_field)}"
+        )
+    fields = (data.dataset_field[0], data.dataset_field[1])
     samples = read_samples(dataset.training, fields, skip_bad_rows=data.skip_bad_rows)
     if len(dataset.held_out):
         held_out = read_samples(
@@ -198,27 +189,8 @@ def _of_numbers(settings: FinetuneSettings, base: BaseModel, dataset: Dataset) -
         )
         checked = Checked("held-out", held_out, True, held_out.tally)
     else:
-        checked = Checked("first training rows'", _first(samples), False, Tally())
-    source = TensorRows(
-        samples, settings.training.per_device_train_batch_size, settings.training.seed
-    )
+        end = MOST_CHECKED_TRAINING_ROWS
+        first = Samples(samples.inputs[:end], samples.targets[:end], samples.tally)
+        checked = Checked("first training rows'", first, False, Tally())
+    source = TensorRows(samples, training.per_device_train_batch_size, training.seed)
     return Inputs(base, dataset, None, source, samples.tally, checked)
-
-
-def _input_and_target(data: DataSettings, base: BaseModel) -> tuple[str, str]:
-    if len(data.dataset_field) != 2:
-        raise DataError(
-            f"{base.title} came without a tokenizer, so --dataset_field must name two fields of "
-            f"numbers, the input and the target, got {' '.join(data.dataset_field)}"
-        )
-    return data.dataset_field[0], data.dataset_field[1]
-
-
-def _first(samples: Samples) -> Samples:
-    end = MOST_CHECKED_TRAINING_ROWS
-    return Samples(samples.inputs[:end], samples.targets[:end], samples.tally)
-
-
-def first_rows(dataset: Dataset) -> Sequence[Row]:
-    """The rows to show samples of: held-out ones, else those to train on."""
-    return dataset.held_out if len(dataset.held_out) else dataset.training

@@ -1,88 +1,110 @@
-"""Showing how training goes: a bar on a terminal, plain lines elsewhere."""
+"""What a run prints: its phases and how long they took, and its steps.
+
+Of several processes, the first one prints.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TypeAlias
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from disha.finetune.training.loop import Step
 
-__all__ = ["ShowStep", "showing_progress"]
+__all__ = ["Clock", "ShowStep", "showing_progress"]
+
+ShowStep: TypeAlias = Callable[[Step], None]
+"""Shows an optimiser step."""
 
 
-class ShowStep(Protocol):
-    """Shows one optimiser step."""
+class Clock:
+    """Prints what is done, and how long it took.
 
-    def __call__(self, step: Step) -> None:
-        """Show `step`."""
+    Args:
+        prints: whether this process prints.
+    """
+
+    def __init__(self, prints: bool = True) -> None:
+        self._prints = prints
+        self.seconds: dict[str, float] = {}
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        if self._prints:
+            print(line, flush=True)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Print the name of what the block does, and then how long it took."""
+        self.say(f"{name} ...")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        self.say(f"  {self.seconds[name]:.1f} s")
 
 
 @contextmanager
 def showing_progress(
     steps: int, every: int, *, first: int = 0, checked: str = "held-out", shown: bool = True
 ) -> Iterator[ShowStep]:
-    """Yield what shows each step: loss, tokens per second and time left.
+    """Yield a function that shows each step: loss, tokens per second and time left.
+
+    On a terminal it moves a bar, elsewhere it prints lines.
 
     Args:
         steps: how many steps there will be.
         every: renew the numbers every so many steps.
         first: how many of the steps were done before.
-        checked: what rows the loss is measured on.
-        shown: whether to show anything; of several processes one does.
+        checked: the name of the rows that the loss is measured on.
+        shown: whether this process prints.
     """
+
+    def is_due(step: Step) -> bool:
+        return step.step in (1, steps) or step.step % every == 0
+
+    def print_line(step: Step) -> None:
+        if is_due(step) or step.eval_loss is not None:
+            # Step and seconds count from the beginning, before a break too.
+            left = step.seconds / step.step * (steps - step.step)
+            line = f"step {step.step}/{steps}: {_numbers(step)}, {left:.0f} s left"
+            print(line + _evaluated(", ", step, checked), flush=True)
+
     if not shown:
         yield lambda step: None
         return
     if not sys.stdout.isatty():
-        yield lambda step: _print_line(step, steps, every, checked)
+        yield print_line
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    numbers = TextColumn("{task.fields[numbers]}")
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(file=sys.stdout)
-    with Progress(*columns, numbers, console=console) as bar:
+    with Progress(*columns, TextColumn("{task.fields[numbers]}"), console=console) as bar:
         task = bar.add_task("training", total=steps, completed=first, numbers="")
 
-        def show(step: Step) -> None:
-            if _is_due(step, steps, every):
+        def move_bar(step: Step) -> None:
+            if is_due(step):
                 bar.update(task, numbers=_numbers(step))
             if step.eval_loss is not None:
-                console.print(
-                    f"step {step.step}: {_evaluated(step.eval_loss, checked)}", highlight=False
-                )
+                evaluated = _evaluated(f"step {step.step}: ", step, checked)
+                console.print(evaluated, highlight=False)
             bar.update(task, completed=step.step)
 
-        yield show
-
-
-def _print_line(step: Step, steps: int, every: int, checked: str) -> None:
-    if not _is_due(step, steps, every) and step.eval_loss is None:
-        return
-    # Both count from the very beginning, also where training goes on.
-    left = step.seconds / step.step * (steps - step.step)
-    line = f"step {step.step}/{steps}: {_numbers(step)}, {left:.0f} s left"
-    if step.eval_loss is not None:
-        line += f", {_evaluated(step.eval_loss, checked)}"
-    print(line, flush=True)
+        yield move_bar
 
 
 def _numbers(step: Step) -> str:
     return f"loss {step.loss:.3f}, {step.tokens_per_second:.0f} tokens/s"
 
 
-def _evaluated(loss: float, checked: str) -> str:
-    return f"{checked} loss {loss:.4f}"
-
-
-def _is_due(step: Step, steps: int, every: int) -> bool:
-    return step.step in (1, steps) or step.step % every == 0
+def _evaluated(before: str, step: Step, checked: str) -> str:
+    return "" if step.eval_loss is None else f"{before}{checked} loss {step.eval_loss:.4f}"

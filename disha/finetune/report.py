@@ -1,4 +1,4 @@
-"""What a run tells of itself when it has ended: samples, environment, and files written whole."""
+"""The files that a run writes at its end: plots, samples, and a report with the machine's data."""
 
 from __future__ import annotations
 
@@ -7,31 +7,58 @@ import os
 import platform
 import re
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import disha
-from disha.finetune.errors import OutputError
+from disha.files import write_files
+from disha.finetune.training.loop import Step
 
-__all__ = [
-    "Sample",
-    "environment",
-    "peak_memory",
-    "samples_page",
-    "write_file",
-]
+__all__ = ["Sample", "environment", "peak_memory", "plot_learning_rates", "plot_losses"]
+__all__ += ["samples_page", "write_figure", "write_text"]
+
+T = TypeVar("T")
 
 REPORTED_PACKAGES = ("torch", "safetensors", "einops", "gguf", "tokenizers", "numpy")
+SMOOTHED_STEPS = 10
+MOST_NUMBERS = 12
+"""How many points have their value beside them. More can't be read, and take minutes to lay out."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, which takes its place when it is complete.
+
+    Raises:
+        AdapterIOError: it can't be written, and an earlier file stays.
+    """
+    write_files({path: lambda temporary: _write_text(Path(temporary), text)})
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, which takes its place when it is complete.
+
+    Raises:
+        AdapterIOError: it can't be written, and an earlier file stays.
+    """
+    write_files({path: lambda temporary: figure.savefig(temporary, format="png")})
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+# --- samples -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with what the model made of it before and after training, and the reference."""
+    """A prompt with the model's answers before and after training, and the reference."""
 
     query: str
     before: str
@@ -39,28 +66,8 @@ class Sample:
     reference: str
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; an earlier one stays until the new one is complete.
-
-    Raises:
-        OutputError: it can't be written.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(f"{path} can't be written: {error.strerror}") from error
-
-
 def samples_page(samples: Sequence[Sample], origin: str) -> str:
-    """A Markdown page of prompts with the texts before and after training.
+    """Return a Markdown page of prompts with the texts before and after training.
 
     Args:
         samples: what to show.
@@ -76,8 +83,102 @@ def samples_page(samples: Sequence[Sample], origin: str) -> str:
     return "\n".join(parts)
 
 
+def _titled(title: str, text: str) -> str:
+    # A fence longer than any in the text, so that the text can't end it.
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"**{title}**\n\n{fence}text\n{text.strip()}\n{fence}\n"
+
+
+# --- plots ---------------------------------------------------------------------------------------
+
+
+def plot_losses(
+    steps: Sequence[Step], evaluations: Mapping[int, float], title: str, checked: str
+) -> Figure:
+    """Plot the training loss of each step, and the loss measured on fixed rows.
+
+    Args:
+        steps: the optimiser steps.
+        evaluations: losses by the number of steps done before.
+        title: what was trained.
+        checked: the name of the rows of the evaluations, such as "held-out".
+    """
+    numbers, losses = [step.step for step in steps], [step.loss for step in steps]
+    figure, axes = _axes(title, "loss (nats per token)")
+    axes.plot(numbers, losses, color="tab:blue", alpha=0.3, label="training loss, each step")
+    axes.plot(
+        numbers,
+        _running_means(losses),
+        color="tab:blue",
+        label=f"training loss, mean of last {SMOOTHED_STEPS} steps",
+    )
+    axes.plot(
+        list(evaluations),
+        list(evaluations.values()),
+        color="tab:orange",
+        marker="o",
+        linewidth=2,
+        label=f"{checked} loss",
+    )
+    for number, loss in _spread(tuple(evaluations.items())):
+        axes.annotate(
+            f"{loss:.2f}", (number, loss), xytext=(0, 8), textcoords="offset points", ha="center"
+        )
+    axes.legend()
+    return figure
+
+
+def plot_learning_rates(steps: Sequence[Step], title: str) -> Figure:
+    """Plot the learning rate and the gradient's norm of each step.
+
+    Args:
+        steps: the optimiser steps.
+        title: what was trained.
+    """
+    numbers = [step.step for step in steps]
+    figure, axes = _axes(title, "learning rate")
+    rates = axes.plot(numbers, [step.learning_rate for step in steps], label="learning rate")
+    norms = axes.twinx()
+    norms.set_ylabel("gradient norm, before clipping")
+    curve = norms.plot(
+        numbers,
+        [step.gradient_norm for step in steps],
+        color="tab:grey",
+        alpha=0.5,
+        label="gradient norm",
+    )
+    axes.legend(handles=[*rates, *curve])
+    return figure
+
+
+def _axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel="optimiser step", ylabel=ylabel, title=title)
+    axes.margins(x=0.04, y=0.1)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _spread(points: Sequence[T]) -> Sequence[T]:
+    """Return evenly spread points, with the first and the last."""
+    last = len(points) - 1
+    if last < MOST_NUMBERS:
+        return points
+    return [points[i * last // (MOST_NUMBERS - 1)] for i in range(MOST_NUMBERS)]
+
+
+def _running_means(values: Sequence[float]) -> list[float]:
+    windows = [values[max(0, end - SMOOTHED_STEPS) : end] for end in range(1, len(values) + 1)]
+    return [sum(window) / len(window) for window in windows]
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
 def environment() -> dict[str, Any]:
-    """Versions of what computes, and the machine it runs on."""
+    """Return the versions of the packages that compute, and the machine that they run on."""
     versions = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
     has_cuda = torch.cuda.is_available()
     return {
@@ -93,20 +194,13 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> int | None:
-    """The most memory this process had resident so far, in bytes; None where unknown."""
+    """Return the most memory this process had resident so far, in bytes; None where unknown."""
     if sys.platform == "win32":
         return None
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _titled(title: str, text: str) -> str:
-    # A fence longer than any in the text, so that the text can't end it.
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"**{title}**\n\n{fence}text\n{text.strip()}\n{fence}\n"
 
 
 def _processor() -> str:
@@ -116,9 +210,3 @@ def _processor() -> str:
         if found:
             return found[1]
     return platform.processor() or platform.machine()
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask

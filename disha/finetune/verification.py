@@ -1,12 +1,13 @@
 """Proof that the saved adapter is the trained one: a fresh process recomputes the loss.
 
-It starts from the settings and the adapter file alone, measures the loss with the adapter loaded
-and again with it merged into the weights, and both must agree with the trained model.
+It starts from the settings and the adapter file alone, and measures the loss with the adapter
+loaded, and again with it merged into the weights. Both must agree with the trained model.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -23,14 +24,14 @@ from disha.finetune.settings import FinetuneSettings
 from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.objectives import objective_for
 
-__all__ = ["Verification", "verify_in_fresh_process"]
+__all__ = ["Tolerance", "Verification", "verify_in_fresh_process"]
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a loss may be from the trained model's, in nats per token.
+    """Allowed differences from the trained model's loss, in nats per token.
 
-    Loading changes nothing but maybe the order of sums; merging rounds the weights once.
+    Loading may change the order of sums. Merging also rounds the weights once.
     """
 
     loaded: float
@@ -53,7 +54,7 @@ class Verification:
         trained: in the process that trained.
         loaded: in a fresh process, with the adapter loaded from its file.
         merged: there, with the adapter merged into the weights.
-        tolerance: how far the two may be from the first.
+        tolerance: the allowed differences of the two from the first.
         peak_memory_bytes: the most memory the fresh process had resident; None where unknown.
     """
 
@@ -65,22 +66,22 @@ class Verification:
 
     @property
     def loaded_difference(self) -> float:
-        """How far the loaded adapter's loss is off."""
+        """The difference of the loaded adapter's loss."""
         return abs(self.loaded - self.trained)
 
     @property
     def merged_difference(self) -> float:
-        """How far the merged adapter's loss is off."""
+        """The difference of the merged adapter's loss."""
         return abs(self.merged - self.trained)
 
     @property
     def agrees(self) -> bool:
-        """Whether both are within their tolerance."""
+        """Whether both differences are within their tolerance."""
         is_loaded_close = self.loaded_difference <= self.tolerance.loaded
         return is_loaded_close and self.merged_difference <= self.tolerance.merged
 
     def to_json(self) -> dict[str, Any]:
-        """The losses and how far they are off, as JSON holds them."""
+        """Return the losses and their differences, as JSON holds them."""
         return {
             **asdict(self),
             "loaded_difference": self.loaded_difference,
@@ -89,11 +90,7 @@ class Verification:
         }
 
     def require_agreement(self, adapter: Path) -> None:
-        """Check that both are within their tolerance.
-
-        Raises:
-            VerificationError: one is not.
-        """
+        """Raise `VerificationError` if a difference exceeds its tolerance."""
         if not self.agrees:
             raise VerificationError(
                 f"{adapter}, loaded in a fresh process, does not give the trained model's loss "
@@ -115,49 +112,34 @@ def verify_in_fresh_process(
         trained_loss: the trained model's loss on them.
 
     Raises:
-        VerificationError: the process failed, or came to other rows.
+        VerificationError: the process failed, or found other rows.
     """
-    request = {
-        "settings": settings.to_json(),
-        "adapter": str(adapter),
-        "threads": torch.get_num_threads(),
-    }
-    finished = subprocess.run(
-        [sys.executable, "-m", "disha.finetune.verification"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-    )
+    request = pickle.dumps((settings, adapter, torch.get_num_threads()))
+    module = "disha.finetune.verification"
+    finished = subprocess.run([sys.executable, "-m", module], input=request, capture_output=True)
     if finished.returncode != 0:
-        last_words = finished.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        last_words = finished.stderr.decode().strip().splitlines()[-1:] or ["no message"]
         raise VerificationError(
             f"the fresh process to verify {adapter} failed with code {finished.returncode}: "
             f"{last_words[0]}"
         )
-    answer = json.loads(finished.stdout.splitlines()[-1])
-    if answer["rows"] != checked.digest():
+    found = json.loads(finished.stdout.splitlines()[-1])
+    if found.pop("rows") != checked.digest():
         raise VerificationError(
             f"{adapter} can't be verified: the data are not what they were when training began; "
             "keep the files as they are during a run"
         )
-    return Verification(
-        trained=trained_loss,
-        loaded=answer["loaded"],
-        merged=answer["merged"],
-        # Where products are rounded to bfloat16, so are those with merged weights.
-        tolerance=TOLERANCES["bf16" if settings.training.bf16 else settings.model.bits],
-        peak_memory_bytes=answer["peak_memory_bytes"],
-    )
+    # Where products are rounded to bfloat16, so are those with merged weights.
+    tolerance = TOLERANCES["bf16" if settings.training.bf16 else settings.model.bits]
+    return Verification(trained=trained_loss, tolerance=tolerance, **found)
 
 
-def _answer(request: str) -> str:
-    asked = json.loads(request)
-    torch.set_num_threads(asked["threads"])
-    settings = FinetuneSettings.from_json(asked["settings"])
+def _measured(settings: FinetuneSettings, adapter: Path) -> dict[str, Any]:
+    """Return what the fresh process finds."""
     inputs = load_inputs(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = inputs.base.load(device)
-    disha.load_adapter(model, asked["adapter"])
+    disha.load_adapter(model, adapter)
     objective = objective_for(model, has_tokenizer=inputs.base.tokenizer is not None)
 
     def loss() -> float:
@@ -166,16 +148,15 @@ def _answer(request: str) -> str:
 
     loaded = loss()
     disha.merge_adapters(model, untie=True, dense=settings.model.quantised)
-    merged = loss()
-    return json.dumps(
-        {
-            "rows": inputs.checked.digest(),
-            "loaded": loaded,
-            "merged": merged,
-            "peak_memory_bytes": peak_memory(),
-        }
-    )
+    return {
+        "rows": inputs.checked.digest(),
+        "loaded": loaded,
+        "merged": loss(),
+        "peak_memory_bytes": peak_memory(),
+    }
 
 
 if __name__ == "__main__":
-    print(_answer(sys.stdin.read()))
+    asked_settings, asked_adapter, threads = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(threads)
+    print(json.dumps(_measured(asked_settings, asked_adapter)))

@@ -229,6 +229,22 @@ def test_without_the_extra_the_install_line_is_given():
         assert f'pip install "disha-torch[{extra}]"' in line
 
 
+WITHOUT = """
+import sys
+sys.modules[sys.argv[1]] = None
+from disha.cli import main
+sys.exit(main(["finetune", "--demo", "--output_dir", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "rich"])
+def test_a_package_that_a_run_needs_later_is_missed_at_its_beginning(tmp_path, package):
+    done = python(WITHOUT, package, tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"needs the package {package}" in done.stderr
+    assert 'pip install "disha-torch[finetune]"' in done.stderr
+
+
 def test_what_only_one_command_needs_is_imported_when_it_runs(files):
     code = (
         "import json, sys, disha\n"

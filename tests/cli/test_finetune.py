@@ -74,9 +74,9 @@ def test_dashes_do_as_well():
 
 
 def test_bat():
-    assert settings_from(["--init_weights", "bat"]).adapter.kind == "bat"
-    assert settings_from(["--init_weights", "True"]).adapter.kind == "bone"
-    assert settings_from(["--method", "bat"]).adapter.kind == "bat"
+    assert settings_from(["--init_weights", "bat"]).adapter.method_name == "bat"
+    assert settings_from(["--init_weights", "True"]).adapter.method_name == "bone"
+    assert settings_from(["--method", "bat"]).adapter.method_name == "bat"
 
 
 @pytest.mark.parametrize("name", SWITCHES)

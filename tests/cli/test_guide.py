@@ -11,7 +11,9 @@ import pytest
 import disha
 from disha.cli.finetune import settings_from
 from disha.cli.flags import parsed
-from disha.finetune.settings import EvaluateSettings, FinetuneSettings, GenerateSettings
+from disha.finetune.answering import GenerateSettings
+from disha.finetune.evaluating import EvaluateSettings
+from disha.finetune.settings import FinetuneSettings
 from tests.cli.documented import GUIDE, prepared_guide, run_in_shell, shell_commands
 
 TEXT = GUIDE.read_text(encoding="utf-8")
@@ -69,7 +71,7 @@ def test_the_readmes_commands_are_understood():
     for command in shell_commands(readme):
         words = shlex.split(command, comments=True)
         if words[:2] == ["disha", "finetune"]:
-            assert settings_from(words[2:]).adapter.kind == "bone"
+            assert settings_from(words[2:]).adapter.method_name == "bone"
         elif words[0] == "disha" and words[1] in kinds:
             kind = kinds[words[1]]
             assert parsed(kind, words[1], words[2:], "", kind()).adapter is not None

@@ -12,6 +12,7 @@ from disha.finetune.adapting import (
     inject,
     plan,
     trained_besides,
+    with_adapter,
     without_adapter,
 )
 from disha.finetune.settings import AdapterSettings
@@ -80,3 +81,10 @@ def test_without_its_adapter_a_model_is_what_it_was(tiny_model):
             assert torch.equal(tiny_model(tokens), before)
         assert torch.equal(tiny_model(tokens), trained)
         assert not torch.allclose(trained, before)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path, tiny_model):
+    path = tmp_path / "adapter.safetensors"
+    disha.save_adapter(disha.inject_adapters(tiny_model, "_proj$", 4), path)
+    with pytest.raises(disha.DishaError):
+        with_adapter(nn.Sequential(nn.Linear(3, 3)), path)

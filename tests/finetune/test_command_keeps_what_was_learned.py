@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -103,14 +104,14 @@ def test_an_adapter_that_has_no_place_is_saved_elsewhere(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["loss.png", "report.json"])
 def test_a_result_that_can_not_be_written_says_where_the_adapter_is(folder, monkeypatch, name):
-    write = command.write_file
+    replace = os.replace
 
-    def full(path, content):
-        if path.name == name:
-            raise OutputError(f"{path} can't be written: No space left on device")
-        write(path, content)
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
 
-    monkeypatch.setattr(command, "write_file", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OutputError, match=rf"{name}.*No space.*the adapter is complete in out"):
         command.finetune(settings())
     assert disha.inspect_adapter("out/adapter.safetensors").layers

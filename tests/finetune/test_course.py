@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import random
 import signal
+import threading
 import time
 
 import pytest
 
 from disha.cli import main
+from disha.finetune import course
+from disha.finetune.course import noticing_interruption
 from tests.finetune.command_line import (
     FILES,
     ROWS,
@@ -92,7 +95,7 @@ def test_interrupted_a_run_leaves_a_checkpoint_to_go_on_from(finetune, straight,
     assert done.code == 130
     checkpoint = finetune.output / "checkpoint-5"
     assert done.err.splitlines()[1:] == [
-        "stopping after this step; once more stops at once",
+        "stopping after this step; press Ctrl-C again to stop at once",
         f"disha: interrupted after step 5; {checkpoint} is complete: the same command with "
         "--resume goes on from there",
     ]
@@ -261,6 +264,50 @@ def test_metrics_have_every_step_once(finetune, straight):
     lines = metrics_of(finetune.output)
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert timeless(lines) == timeless(metrics_of(straight))
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_request_is_noted_and_the_second_stops(number, capsys, monkeypatch):
+    with noticing_interruption() as is_interrupted:
+        assert not is_interrupted()
+        signal.raise_signal(number)
+        assert is_interrupted()
+        assert "stopping after this step; press Ctrl-C again" in capsys.readouterr().err
+        signal.raise_signal(number)  # the same, sent on by torchrun
+        later = time.monotonic() + 2 * course.TOGETHER
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+
+
+def test_signals_mean_afterwards_what_they_meant_before():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ZeroDivisionError), noticing_interruption():
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_in_another_thread_nothing_is_noticed_and_nothing_fails():
+    found = []
+
+    def notice():
+        with noticing_interruption() as is_interrupted:
+            found.append(is_interrupted())
+
+    thread = threading.Thread(target=notice)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def test_of_several_processes_one_says_that_it_stops(capsys):
+    with noticing_interruption(prints=False) as is_interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert is_interrupted()
+    assert capsys.readouterr() == ("", "")
 
 
 # --- processes of their own -----------------------------------------------------------------------

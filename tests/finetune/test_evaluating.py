@@ -8,15 +8,10 @@ import pytest
 import torch
 
 import disha
-from disha.finetune.answering import Answerer
+from disha.finetune.answering import Answerer, SamplingSettings
 from disha.finetune.errors import SettingsError
-from disha.finetune.evaluating import Measured, evaluate
-from disha.finetune.settings import (
-    DataSettings,
-    EvaluateSettings,
-    ModelSettings,
-    SamplingSettings,
-)
+from disha.finetune.evaluating import EvaluateSettings, Measured, evaluate
+from disha.finetune.settings import DataSettings, ModelSettings
 from disha.finetune.text.templates import template_from
 from tests.finetune.command_line import ROWS, adapter_of, report_of, write_rows
 
@@ -82,6 +77,7 @@ def test_the_loss_is_that_of_the_responses(tiny_path, tiny_model, tiny_tokenizer
         {"eval_fraction": 0.5},
         {"eval_split": "test"},
         {"eval_path": Path(__file__)},
+        {"eval_steps": 5},
     ],
 )
 def test_flags_that_only_training_follows_are_refused(tiny_path, data, given):

@@ -8,7 +8,7 @@ from torch import nn
 
 import disha
 from disha.finetune.errors import CheckpointError, DataError
-from disha.finetune.generation import _Draw, complete, context_of, generate, stream_text
+from disha.finetune.generation import complete, context_of, generate, likely_tokens, stream_text
 from disha.finetune.models.folder import FolderCheckpoint
 from disha.finetune.text.tokenizer import Tokenizer
 from tests.finetune import tiny_checkpoints, tiny_gguf
@@ -83,12 +83,12 @@ def test_a_model_without_logits_is_refused(tiny_model):
 
 
 @torch.no_grad()
-def test_logits_that_are_no_numbers_are_refused(tiny_model):
+def test_logits_that_are_nan_are_refused(tiny_model):
     tiny_model.model.norm.weight[0] = torch.nan
     for settings in ({}, {"temperature": 1.0}):
-        with pytest.raises(CheckpointError, match="logits are no numbers"):
+        with pytest.raises(CheckpointError, match="returns NaN as logits"):
             made(tiny_model, **settings)
-    with pytest.raises(CheckpointError, match="logits are no numbers"):
+    with pytest.raises(CheckpointError, match="returns NaN as logits"):
         complete(tiny_model, [PROMPT], max_new_tokens=2, ends=frozenset())
 
 
@@ -220,8 +220,7 @@ def test_one_token_to_draw_from_is_the_most_likely(tiny_model):
 
 
 def test_a_temperature_however_high_draws_evenly(tiny_model):
-    draw = _Draw(1e308, None, 1.0, None)
-    chances, _ = draw.chances(torch.tensor([5.0, -5.0]))
+    chances, _ = likely_tokens(torch.tensor([5.0, -5.0]), 1e308)
     assert chances.tolist() == [0.5, 0.5]
 
 
@@ -235,8 +234,7 @@ logit_lists = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12)
     top_p=st.floats(0.01, 1),
 )
 def test_what_is_drawn_from_equals_the_slow_definition(logits, temperature, top_k, top_p):
-    draw = _Draw(temperature, top_k, top_p, None)
-    chances, ids = draw.chances(torch.tensor(logits, dtype=torch.float64))
+    chances, ids = likely_tokens(torch.tensor(logits), temperature, top_k, top_p)
     expected = kept_slowly(logits, temperature, top_k, top_p)
     assert ids.tolist() == [index for index, _ in expected]
     total = sum(chance for _, chance in expected)
@@ -262,9 +260,13 @@ def kept_slowly(logits, temperature, top_k, top_p):
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
-    draw = _Draw(0.7, None, 1.0, torch.Generator().manual_seed(0))
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
-    drawn = torch.tensor([draw.next_token(logits) for _ in range(4000)])
+
+    class Constant(nn.Module):
+        def forward(self, tokens):
+            return logits.expand(*tokens.shape, 4)
+
+    drawn = torch.tensor(made(Constant(), [0], 4000, temperature=0.7, seed=0))
     shares = torch.bincount(drawn, minlength=4) / 4000
     torch.testing.assert_close(shares, (logits / 0.7).softmax(-1), atol=0.03, rtol=0)
 

@@ -1,55 +1,40 @@
 from __future__ import annotations
 
+import io
 import json
-import os
-import stat
+import time
 
 import pytest
+from PIL import Image
 
-from disha.finetune.errors import OutputError
+import disha
+from disha.finetune import report
 from disha.finetune.report import (
     Sample,
     environment,
     peak_memory,
+    plot_learning_rates,
+    plot_losses,
     samples_page,
-    write_file,
+    write_figure,
+    write_text,
 )
+from disha.finetune.training.loop import Step
 
 
-def test_a_file_is_replaced_whole(tmp_path):
-    path = tmp_path / "report.json"
-    write_file(path, b"old")
-    write_file(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_a_file_has_the_rights_that_any_new_file_has(tmp_path):
-    before = os.umask(0o027)
-    try:
-        write_file(tmp_path / "report.json", b"new")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "report.json").stat().st_mode) == 0o640
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "report.json"
-    write_file(path, b"old")
-
-    def interrupt(source, target):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_file(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+def test_files_take_their_place_when_they_are_complete(tmp_path):
+    path = tmp_path / "page.md"
+    for text in ("old", "n\u00e9w"):
+        write_text(path, text)
+    assert path.read_bytes() == "n\u00e9w".encode()
+    write_figure(tmp_path / "plot.png", plot_learning_rates([], "a title"))
+    assert Image.open(tmp_path / "plot.png").width >= 800
+    assert {one.name for one in tmp_path.iterdir()} == {"page.md", "plot.png"}
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(OutputError, match=r"report\.json can't be written: No such file"):
-        write_file(tmp_path / "absent" / "report.json", b"")
+    with pytest.raises(disha.AdapterIOError, match=r"report\.json: the folder .* does not exist"):
+        write_text(tmp_path / "absent" / "report.json", "")
 
 
 def test_samples_keep_their_text_whatever_it_holds():
@@ -70,3 +55,63 @@ def test_environment_is_json_with_versions_and_machine():
 def test_peak_memory_is_in_bytes():
     peak = peak_memory()
     assert 50 * 2**20 < peak < 64 * 2**30
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
+STEPS = [
+    Step(number, 1, 3.0 / number, 1e-3 / number, 1.5, 40, 200.0, 0.2 * number, None)
+    for number in range(1, 30)
+]
+
+
+def colours(figure):
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    picture = Image.open(png).convert("RGB")
+    assert picture.width >= 800
+    return {colour: count for count, colour in picture.getcolors(maxcolors=2**24)}
+
+
+def test_the_plot_of_losses_has_both_curves():
+    found = colours(plot_losses(STEPS, {0: 3.5, 15: 2.0, 29: 1.0}, "a title", "held-out"))
+    assert {BLUE, ORANGE} <= found.keys()
+
+
+def test_one_step_is_enough():
+    assert BLUE in colours(plot_losses(STEPS[:1], {0: 3.5, 1: 3.0}, "a title", "held-out"))
+    assert BLUE in colours(plot_learning_rates(STEPS[:1], "a title"))
+
+
+def test_the_plot_of_learning_rates_has_gradient_norms_too():
+    found = colours(plot_learning_rates(STEPS, "a title"))
+    greys = sum(count for (r, g, b), count in found.items() if r == g == b and 150 < r < 220)
+    assert found[BLUE] > 100
+    assert greys > 100
+
+
+def steps(count):
+    return [Step(n, 1, 2.0, 1e-4, 1.0, 40, 200.0, 0.2 * n, None) for n in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("count", [1, 11, 12, 13, 1000])
+def test_the_first_and_the_last_loss_are_written_out_and_not_too_many(count):
+    points = [(number, 2.0) for number in range(count)]
+    shown = report._spread(points)
+    assert (shown[0], shown[-1]) == (points[0], points[-1])
+    assert list(shown) == sorted(set(shown))
+    assert len(shown) == min(count, report.MOST_NUMBERS)
+
+
+def test_an_evaluation_after_every_step_of_a_long_run_takes_no_time():
+    run = steps(5000)
+    colours(plot_losses(run[:1], {0: 2.0}, "a title", "held-out"))
+    begun = time.process_time()
+    colours(plot_losses(run, {step.step: 2.0 for step in run}, "a title", "held-out"))
+    assert time.process_time() - begun < 10  # with a number at each, it is a minute
+
+
+def test_a_run_without_records_has_plots():
+    assert ORANGE in colours(plot_losses([], {0: 2.0, 5: 1.0}, "a title", "held-out"))
+    assert colours(plot_learning_rates([], "a title"))

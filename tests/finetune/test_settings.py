@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -209,14 +208,6 @@ def test_every_flag_is_here():
     assert all(str(value) != str(plain[name]) for name, value in EVERYTHING.items())
 
 
-@pytest.mark.parametrize(
-    "settings", [FinetuneSettings(), DEMO_SETTINGS, FinetuneSettings().changed(**EVERYTHING)]
-)
-def test_settings_come_back_from_json(settings):
-    text = json.dumps(settings.to_json())
-    assert FinetuneSettings.from_json(json.loads(text)) == settings
-
-
 def test_every_flag_is_spelled_with_underscores_or_dashes():
     underscored = words(**EVERYTHING)
     dashed = [part.replace("_", "-") if part[:2] == "--" else part for part in underscored]
@@ -249,7 +240,7 @@ def test_a_switch_has_no_other_word(capsys):
 
 
 @pytest.mark.parametrize(
-    ("given", "kind", "title"),
+    ("given", "method", "title"),
     [
         (["--init_weights", "True"], "bone", "Bone"),
         (["--init_weights", "bat"], "bat", "BAT"),
@@ -258,9 +249,9 @@ def test_a_switch_has_no_other_word(capsys):
         (["--bone_r_out", "8"], "bone", "Bone (tile)"),
     ],
 )
-def test_init_weights_or_method_names_the_kind(given, kind, title):
+def test_init_weights_or_method_names_the_method(given, method, title):
     adapter = settings_from(given).adapter
-    assert (adapter.kind, adapter.title) == (kind, title)
+    assert (adapter.method_name, adapter.title) == (method, title)
 
 
 def test_the_demo_has_defaults_of_its_own_that_flags_replace():

@@ -11,7 +11,7 @@ from disha.finetune.data.order import permutation
 from disha.finetune.data.rows import Dataset, RowFile, Rows
 from disha.finetune.data.splits import find_files, parse_split, split_name
 from disha.finetune.errors import DataError
-from disha.finetune.settings.data import DataSettings
+from disha.finetune.settings import DataSettings
 
 __all__ = ["open_rows", "read_dataset", "split_held_out"]
 

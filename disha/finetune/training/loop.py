@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from disha.finetune.data.batches import BatchSource
 from disha.finetune.errors import DataError, SettingsError, TrainingError
-from disha.finetune.settings.training import ScheduleName, TrainingSettings
+from disha.finetune.settings import ScheduleName, TrainingSettings
 from disha.finetune.training.machine import computing_in_tf32, explaining_lack_of_memory
 from disha.finetune.training.parallel import Processes, deferred_reduction, gathered
 

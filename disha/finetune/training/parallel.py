@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from disha.finetune.errors import PeerError, SettingsError, TrainingError
 from disha.finetune.models.decoder import Decoder
-from disha.finetune.settings.training import Strategy
+from disha.finetune.settings import Strategy
 from disha.finetune.training.layers import repeated_layers
 from disha.finetune.training.objectives import Objective
 

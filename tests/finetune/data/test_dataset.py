@@ -7,7 +7,7 @@ import pytest
 from disha.finetune.data.dataset import open_rows, read_dataset, split_held_out
 from disha.finetune.data.rows import Row, Rows
 from disha.finetune.errors import DataError
-from disha.finetune.settings.data import DataSettings
+from disha.finetune.settings import DataSettings
 
 
 @pytest.fixture

