@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.functional import Rows, layout_of, method_of
+from disha.functional import Rows, layout_of, method_names, method_of
 from disha.text import brief
 
 __all__ = [
@@ -95,15 +95,15 @@ class AdapterConfig:
         """Check every field, and bring it into the form that it keeps."""
         values = vars(self)
         _check_positive_int("r", self.r)
-        if self.method == "miss":
-            values["method"] = "bone"
         method = method_of(self.method)
+        values["method"] = method.name
         if self.r_out is not None:
             _check_positive_int("r_out", self.r_out)
             if not method.tiles:
                 raise ArgumentError(
                     f"r_out={self.r_out} was given with method {self.method!r}; an output shard "
-                    "exists for 'bone' only: leave r_out out, or use method='bone'"
+                    f"exists for {method_names(lambda one: one.tiles)} only: leave r_out out, or "
+                    "change the method"
                 )
         if self.init not in INITS:
             raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {_listing(INITS)}")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from disha import functional
 from disha.errors import ArgumentError, ModeError
-from disha.functional import Layout, Update, adapted_linear
+from disha.functional import Layout, Product, Reduced, Update, adapted_linear
 from disha.routing import Route
 
 __all__ = [
@@ -166,7 +166,7 @@ def effective(
     Examples:
         >>> import torch
         >>> from disha.effective import effective
-        >>> from disha.functional import Layout, Update, adapted_linear
+        >>> from disha.functional import Layout, Update
         >>> W, D = torch.zeros(3, 4), torch.ones(2, 3)
         >>> weight = effective(W, Layout("out in"), (Update("bone", D),))
         >>> torch.nn.functional.linear(torch.ones(4), weight)
@@ -527,20 +527,10 @@ def _item(weight: Any, index: Any) -> Any:
 
 def _rows(weight: Any, start: int, stop: int) -> Any:
     """Return the effective weight of some rows of a matrix (out, in)."""
-    out_features = weight.base.shape[0]
+    size = weight.base.shape[0]
 
     def of_rows(update: Update) -> Sequence[Update] | None:
-        if update.rows and all(stop <= first or last <= start for first, last in update.rows):
-            return []
-        if update.rows and all(start <= first and last <= stop for first, last in update.rows):
-            rows = tuple((first - start, last - start) for first, last in update.rows)
-            return [update._replace(rows=() if rows == ((0, stop - start),) else rows)]
-        (wide,) = functional.over_all_rows([update], weight.axes, out_features)
-        if wide.rows:
-            return None
-        method = functional.method_of(wide.method)
-        block = method.of_rows(wide.block, start, stop, out_features)
-        return None if block is None else [wide._replace(block=block)]
+        return functional.update_of_rows(update, start, stop, size)
 
     return _mapped(weight, weight.base[start:stop], weight.axes, of_rows)
 
@@ -603,14 +593,14 @@ def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _detach(weight: Any) -> Any:
     def detached(update: Update) -> Sequence[Update]:
-        return [update._replace(block=update.block.detach(), source=None)]
+        return [update._replace(block=update.block.detach())]
 
     return _mapped(weight, weight.base.detach(), weight.axes, detached)
 
 
 def _data(weight: Any) -> Any:
     def data(update: Update) -> Sequence[Update]:
-        return [update._replace(block=update.block.data, source=None)]
+        return [update._replace(block=update.block.data)]
 
     return _mapped(weight, weight.base.data, weight.axes, data)
 
@@ -670,15 +660,15 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     matrix, stack = layout.pattern == "out in", layout.pattern == "expert out in" and x.dim() == 3
     if not (matrix or stack) or weight.routed is not None:
         return NotImplemented
-    updates = tuple(functional.over_all_rows(updates, layout, base.shape[-2]))
-    if all(functional.method_of(u.method).reduces for u in updates):
-        output = torch.matmul(base, x)
-        for update in updates:
-            output = output + functional.linear_update(x.mT, base, update).mT.to(output.dtype)
-        return output
+    if all(functional.method_of(update.method).reduces for update in updates):
+
+        def multiply(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            return torch.matmul(w, x.mT)
+
+        return functional.adapted_product(multiply, x.mT, base, None, layout, updates)
     if stack:
         return functional.adapted_stack(x.mT, base, updates).mT
-    return functional.adapted_linear(x.mT, base, None, updates).mT
+    return adapted_linear(x.mT, base, None, updates).mT
 
 
 def _rmatmul(weight: Any, other: Any) -> Any:
@@ -714,6 +704,27 @@ def _grouped(multiply: Callable[..., Tensor]) -> Callable[..., Any]:
     return grouped
 
 
+def _product(
+    multiply: Product,
+    input: Any,
+    weight: EffectiveWeight,
+    bias: Any,
+    has_samples: bool,
+    groups: int = 1,
+) -> Tensor:
+    """Return a product with an effective weight, for each sample with its own adapter if routed."""
+    base, layout, routed = weight.base, weight.axes, weight.routed
+    if routed is None:
+        return functional.adapted_product(
+            multiply, input, base, bias, layout, weight.updates, groups
+        )
+
+    def delta_of(x: Tensor, update: Update) -> Tensor:
+        return functional.update_product(multiply, x, base, layout, update, groups)
+
+    return routed.added(multiply(input, base, bias), input, base.shape, delta_of, has_samples)
+
+
 def _conv(func: Callable[..., Tensor]) -> Callable[..., Any]:
     """Return the rule of a convolution."""
 
@@ -726,19 +737,7 @@ def _conv(func: Callable[..., Tensor]) -> Callable[..., Any]:
 
         # After the bias: stride, padding, then dilation or output_padding, then groups.
         groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
-        layout, base = weight.axes, weight.base
-        if weight.routed is None:
-            return functional.adapted_conv(
-                convolve, input, base, bias, layout, groups, weight.updates
-            )
-        output = convolve(input, base, bias)
-        return weight.routed.added(
-            output,
-            input,
-            base.shape,
-            lambda x, update: functional.conv_update(convolve, x, base, layout, groups, update),
-            has_samples=input.dim() == base.dim(),
-        )
+        return _product(convolve, input, weight, bias, input.dim() == weight.base.dim(), groups)
 
     return conv
 
@@ -755,22 +754,10 @@ def _embedding(
     if not isinstance(weight, EffectiveWeight) or weight.axes.pattern != "index out":
         return NotImplemented
 
-    def look_up(table: Tensor, indices: Tensor = input) -> Tensor:
+    def look_up(indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
         return F.embedding(indices, table, padding_idx, None, 2.0, scale_grad_by_freq, sparse)
 
-    base, layout = weight.base, weight.axes
-    if weight.routed is None:
-        output = functional.adapted_lookup(look_up, input, base, layout, weight.updates)
-    else:
-        output = weight.routed.added(
-            look_up(base),
-            input,
-            base.shape,
-            lambda x, update: functional.lookup_update(
-                lambda table: look_up(table, x), x, base, layout, update
-            ),
-            has_samples=input.dim() >= 1,
-        )
+    output = _product(look_up, input, weight, None, input.dim() >= 1)
     return output if max_norm is None else _renormed(output, max_norm, norm_type)
 
 
@@ -805,43 +792,35 @@ def _routed_updates(output: Tensor, input: Tensor, weight: EffectiveWeight) -> T
     """Return an output plus the updates of a linear product, by one product if they are alike."""
     routed, base = weight.routed, weight.base
     assert routed is not None
-    out_features = base.shape[0]
-    wide = {
-        adapter: functional.over_all_rows(updates, weight.axes, out_features)
-        for adapter, updates in routed.updates.items()
-    }
-    if input.dim() >= 2 and len(wide) > 1 and _alike(list(wide.values()), out_features):
-        adapters, route = list(wide), routed.route
-        route.parts(input.shape[0])
-        blocks = [updates[0].block for updates in wide.values()]
-        scales = [updates[0].scale for updates in wide.values()]
-        choices = route.choices(adapters, input.device)
-        delta = functional.routed_bone_delta(input, blocks, scales, choices)
-        return output + delta.to(output.dtype)
-
-    return routed.added(
-        output,
-        input,
-        base.shape,
-        lambda x, update: functional.linear_update(x, base, update),
-        has_samples=input.dim() >= 2,
-    )
+    alike = _alike(routed, weight) if input.dim() >= 2 else None
+    if alike is None:
+        return routed.added(
+            output,
+            input,
+            base.shape,
+            lambda x, update: functional.update_product(F.linear, x, base, weight.axes, update),
+            has_samples=input.dim() >= 2,
+        )
+    routed.route.parts(input.shape[0])
+    choices = routed.route.choices(list(routed.updates), input.device)
+    blocks, scales = [one.matrix for one in alike], [one.scale for one in alike]
+    delta = functional.routed_bone_delta(input, blocks, scales, choices)
+    return output + delta.to(output.dtype)
 
 
-def _alike(updates: Sequence[Sequence[Update]], out_features: int) -> bool:
-    """Whether one product can serve all samples: each has one block, all are of one size.
-
-    The method `reduces`, and no block is a tile.
-    """
-    sizes = set()
-    for one in updates:
-        if len(one) != 1 or one[0].dropout or one[0].rows:
-            return False
-        update = one[0]
-        if not functional.method_of(update.method).reduces:
-            return False
-        sizes.add((update.block.shape, update.block.dtype))
-    return len(sizes) == 1 and sizes.pop()[0][-1] == out_features
+def _alike(routed: Routed, weight: EffectiveWeight) -> list[Reduced] | None:
+    """Return what each of several adapters adds by shard sums of one size, or None; no tiles."""
+    found = []
+    for updates in routed.updates.values():
+        small = functional.reduced_updates(updates, weight.axes, weight.base.shape[0])
+        reduces = all(functional.method_of(update.method).reduces for update in updates)
+        if len(small) != 1 or not reduces or small[0].dropout:
+            return None
+        found += small
+    sizes = {(one.matrix.shape, one.matrix.dtype) for one in found}
+    if len(found) < 2 or len(sizes) > 1 or found[0].matrix.shape[-1] != weight.base.shape[0]:
+        return None
+    return found
 
 
 # --- attention -----------------------------------------------------------------------------------

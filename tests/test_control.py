@@ -309,7 +309,7 @@ class TestRoute:
         with disha.route_adapters(layer, names):
             routed = layer(x)
         for share in (0.0, 1e6):  # BAT in a product per adapter, and in one that reads W once
-            monkeypatch.setattr("disha.functional.fused.STREAMED_SHARE", share)
+            monkeypatch.setattr("disha.functional.bat.STREAMED_SHARE", share)
             with torch.no_grad(), disha.route_adapters(layer, names):
                 assert torch.allclose(layer(x), routed, rtol=0, atol=1e-12)
         cotangent = torch.randn_like(routed)

@@ -28,7 +28,7 @@ from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 import disha
 from benchmarks.memory import kept_bytes
 from disha import functional
-from disha.functional import updates
+from disha.functional import products
 from disha.functional.methods import METHODS as TABLE
 from disha.layers import AdaptedLayer
 from tests import reference
@@ -283,7 +283,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return original(weight, layout, some)
 
     monkeypatch.setattr(functional, "effective_weight", effective_weight)
-    monkeypatch.setattr(updates, "effective_weight", effective_weight)
+    monkeypatch.setattr(products, "effective_weight", effective_weight)
     for method in TABLE.values():
         delta = type(method).delta
 
@@ -557,9 +557,13 @@ def test_dropout_meets_the_inputs_of_updates_alone(name, implementation, method,
     assert all(gradient.any() for gradient in gradients(model).values())
 
     # A dropout that doubles all inputs acts like twice the scale; one that zeroes them, like none.
-    monkeypatch.setattr(updates, "F", SimpleNamespace(**{**vars(F), "dropout": lambda x, p: 2 * x}))
+    monkeypatch.setattr(
+        products, "F", SimpleNamespace(**{**vars(F), "dropout": lambda x, p: 2 * x})
+    )
     doubled = logits(model)
-    monkeypatch.setattr(updates, "F", SimpleNamespace(**{**vars(F), "dropout": lambda x, p: 0 * x}))
+    monkeypatch.setattr(
+        products, "F", SimpleNamespace(**{**vars(F), "dropout": lambda x, p: 0 * x})
+    )
     close(logits(model), logits(plain(name, implementation)))
     monkeypatch.undo()
     model.eval()

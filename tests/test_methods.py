@@ -308,33 +308,36 @@ def test_rows_are_taken_and_placed(rows, dim):
 
 @with_every_block
 @on_every_layout
-def test_a_block_of_some_rows_as_one_of_all(kind, name):
-    case, out_features = case_of(kind, name, ((0, 2), (3, 5))), 6
+def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
+    case = case_of(kind, name, ((0, 2), (3, 5)))
     update = Update(case.method, case.block, 0.5, rows=case.rows)
-    (wide,) = functional.over_all_rows([update], case.layout, out_features)
-    if case.method == "bat":  # a block of r outputs reaches over the borders of rows
-        assert wide is update
+    found = functional.reduced_updates([update], case.layout, 6)
+    if case.method == "bat":
+        assert found == []
         return
-    assert wide.rows == ()
-    found = functional.effective_weight(case.weight, case.layout, [wide])
-    torch.testing.assert_close(found, case.weight + 0.5 * case.expected, rtol=1e-12, atol=1e-12)
+    (one,) = found
+    geometry = case.layout.geometry(case.weight.shape)
+    delta = functional.bone_delta_weight(one.matrix, geometry.in_features, 6)
+    if case.layout.padding_idx is not None:
+        delta[..., case.layout.padding_idx] = 0.0
+    assert torch.equal(case.layout.weight(delta), case.delta)
+    assert (one.scale, one.dropout) == (0.5, 0.0)
 
 
-def test_blocks_of_different_rows_become_one():
+def test_updates_of_one_shard_size_add_up():
     layout, blocks = Layout("out in"), torch.randn(3, 2, 2)
     updates = [
         Update("bone", block, scale, rows=((2 * i, 2 * i + 2),))
-        for i, (block, scale) in enumerate(zip(blocks, (1.0, 0.5, -2.0), strict=True))
+        for i, (block, scale) in enumerate(zip(blocks, (1.0, 0.5, torch.tensor(-2.0)), strict=True))
     ]
-    (one,) = functional.over_all_rows(updates, layout, 6)
-    assert torch.equal(one.block, torch.cat([blocks[0], 0.5 * blocks[1], -2 * blocks[2]], 1))
+    (one,) = functional.reduced_updates(updates, layout, 6)
+    assert torch.equal(one.matrix, torch.cat([blocks[0], 0.5 * blocks[1], -2 * blocks[2]], 1))
     dropping = [updates[0], updates[1]._replace(dropout=0.5), updates[2]]
-    assert len(functional.over_all_rows(dropping, layout, 6)) == 3
-    scaled = [update._replace(scale=torch.tensor(2.0)) for update in updates]
-    assert len(functional.over_all_rows(scaled, layout, 6)) == 1  # a scale goes into the block
-    whole = [updates[0]._replace(rows=(), block=torch.zeros(2, 6), scale=torch.tensor(2.0))]
-    assert len(functional.over_all_rows([*whole, updates[1]], layout, 6)) == 2
-    assert functional.over_all_rows(whole, layout, 6) is whole
+    assert len(functional.reduced_updates(dropping, layout, 6)) == 2
+    wider = Update("bone", torch.randn(3, 6))
+    assert len(functional.reduced_updates([*updates, wider], layout, 6)) == 2
+    (alone,) = functional.reduced_updates([wider], layout, 6)
+    assert alone.matrix is wider.block
 
 
 @pytest.mark.parametrize(
@@ -346,13 +349,34 @@ def test_the_block_of_a_slice_of_outputs(name, start, stop):
     layout, weight = Layout("out in"), torch.randn(7, 7, dtype=torch.float64)
     shape = functional.block_shape(method, layout, weight.shape, r)
     block = torch.randn(shape, dtype=torch.float64)
-    found = METHODS[method].of_rows(block, start, stop, 7)
+    found = METHODS[method].of_outputs(block, start, stop, 7)
     if method == "bat" and (start % r or (stop % r and stop < 7)):
         assert found is None
         return
     whole = functional.delta_weight(method, layout, block, weight)
     part = functional.delta_weight(method, layout, found, weight[start:stop])
     torch.testing.assert_close(part, whole[start:stop], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 8), (0, 4), (2, 4), (3, 4), (4, 6), (5, 8), (3, 7)]
+)
+@pytest.mark.parametrize("rows", [(), ((0, 4),), ((2, 4), (6, 8)), ((1, 3), (4, 8))], ids=str)
+@pytest.mark.parametrize("name", ["bone r=3", "tile r=3", "bat r=2"])
+def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
+    (method, r, r_out), layout = BLOCKS[name], Layout("out in")
+    weight = torch.randn(8, 7, dtype=torch.float64)
+    shape = functional.block_shape(method, layout, weight.shape, r, r_out, rows)
+    update = Update(method, torch.randn(shape, dtype=torch.float64), rows=rows)
+    found = functional.update_of_rows(update, start, stop, 8)
+    if found is None:
+        assert method == "bat"  # a block of r outputs reaches over the border of the slice
+        return
+    whole = functional.effective_weight(weight, layout, [update])
+    part = functional.effective_weight(weight[start:stop], layout, found)
+    torch.testing.assert_close(part, whole[start:stop], rtol=1e-12, atol=1e-12)
+    if update.rows == ((start, stop),):
+        assert found[0].rows == ()
 
 
 @pytest.mark.parametrize(
@@ -374,14 +398,10 @@ def test_a_block_of_another_weight_is_refused(method, layout, block, weight):
 
 # --- a name that the table does not have ---------------------------------------------------------
 
-MATRIX, STACK, INDEX = Layout("out in"), Layout("expert out in"), Layout("index out")
+MATRIX, STACK = Layout("out in"), Layout("expert out in")
 X, W, D = torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(2, 4)
 STACKED = torch.zeros(2, 3, 8), torch.zeros(2, 4, 8)
 ENDS = torch.tensor([1, 3], dtype=torch.int32)
-
-
-def convolve(x, weight, bias):
-    return nn.functional.conv1d(x, weight, bias)
 
 
 def updated(name):
@@ -412,25 +432,17 @@ ASKED: dict[str, Callable[[str], object]] = {
     "adapted_linear in rows": lambda name: functional.adapted_linear(
         X, W, None, [Update(name, D[:, :1], rows=((0, 1),))]
     ),
-    "linear_update": lambda name: functional.linear_update(X, W, *updated(name)),
-    "over_all_rows": lambda name: functional.over_all_rows(
-        [Update(name, D[:, :1], rows=((0, 1),))], MATRIX, 4
-    ),
+    "reduced_updates": lambda name: functional.reduced_updates(updated(name), MATRIX, 4),
+    "update_of_rows": lambda name: functional.update_of_rows(*updated(name), 0, 2, 4),
     "adapted_stack": lambda name: functional.adapted_stack(*STACKED, updated(name)),
     "adapted_grouped": lambda name: functional.adapted_grouped(
         torch._grouped_mm, X, STACKED[1], ENDS, updated(name)
     ),
-    "adapted_conv": lambda name: functional.adapted_conv(
-        convolve, X[..., None], W[..., None], None, CONV, 1, updated(name)
+    "adapted_product": lambda name: functional.adapted_product(
+        nn.functional.conv1d, X[..., None], W[..., None], None, CONV, updated(name)
     ),
-    "conv_update": lambda name: functional.conv_update(
-        convolve, X[..., None], W[..., None], CONV, 1, *updated(name)
-    ),
-    "adapted_lookup": lambda name: functional.adapted_lookup(
-        lambda table: table[ENDS], ENDS, W.T, INDEX, updated(name)
-    ),
-    "lookup_update": lambda name: functional.lookup_update(
-        lambda table: table[ENDS], ENDS, W.T, INDEX, *updated(name)
+    "update_product": lambda name: functional.update_product(
+        nn.functional.linear, X, W, MATRIX, *updated(name)
     ),
     "AdapterConfig": lambda name: disha.AdapterConfig(r=2, target=None, method=name),
     "inject_adapters": lambda name: disha.inject_adapters(nn.Linear(8, 4), "", 2, method=name),
@@ -474,7 +486,7 @@ class Shifted(Method):
     name = "shifted"
     block_axes = 1
     reads_weight = True
-    linear = True
+    additive = True
 
     def shape(self, geometry, r, r_out):
         return (*geometry.stack, geometry.out_features)

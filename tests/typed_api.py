@@ -5,7 +5,7 @@ Checked by mypy, strictly, and never run (`tests/test_typing.py` holds that no n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from typing_extensions import assert_type
 import disha
 from disha import functional
 from disha.files import AdapterHeader, LayerRecord, TensorRecord
-from disha.functional import Layout, Method, Rows, Scale, Update
+from disha.functional import Layout, Method, Reduced, Rows, Scale, Update
 from disha.interop import checkpoints, lora, peft
 from disha.interop.checkpoints import Finding, MergedCheckpoint
 from disha.interop.low_rank import LoraLayer, LoraReport
@@ -165,7 +165,6 @@ def computing(x: Tensor, weight: Tensor, block: Tensor, scale: Scale) -> None:
         functional.bone_forward(x, weight, None, block, scale),
         functional.bat_delta_weight(weight, block),
         functional.bat_forward(x, weight, None, block, scale),
-        functional.bat_stack(x, weight, block, scale),
         functional.embedding_delta(x, block, 16, padding_idx=0),
         functional.merged_weight(weight, [(weight, scale)]),
         functional.weighted_sum([(block, 0.5)]),
@@ -188,6 +187,7 @@ def asking_the_table(block: Tensor, weight: Tensor) -> None:
     assert_type(layout.turned(), Layout | None)
     assert_type(functional.METHODS, dict[str, Method])
     assert_type(functional.method_of("bat"), Method)
+    assert_type(functional.method_names(lambda method: method.additive), str)
     rows: Rows = ((0, 2), (4, 6))
     geometry = layout.geometry(weight.shape, rows)
     assert_type(geometry, functional.Geometry)
@@ -226,22 +226,21 @@ def multiplying(x: Tensor, weight: Tensor, block: Tensor, ends: Tensor) -> None:
     matrix, kernel, index = Layout("out in"), Layout("out in *kernel"), Layout("index out")
     conv = F.conv1d
 
-    def look_up(table: Tensor) -> Tensor:
-        return F.embedding(ends, table)
+    def embed(indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(indices, table)
 
+    look_up: functional.Product = embed
     tensors = [
         functional.effective_weight(weight, matrix, updates),
         functional.adapted_linear(x, weight, None, updates),
-        functional.linear_update(x, weight, updates[0]),
         functional.adapted_stack(x, weight, updates),
         functional.adapted_grouped(torch._grouped_mm, x, weight, ends, updates),
-        functional.adapted_conv(conv, x, weight, None, kernel, 1, updates),
-        functional.conv_update(conv, x, weight, kernel, 1, updates[0]),
-        functional.adapted_lookup(look_up, ends, weight, index, updates),
-        functional.lookup_update(look_up, ends, weight, index, updates[0]),
+        functional.adapted_product(conv, x, weight, None, kernel, updates, groups=2),
+        functional.update_product(look_up, ends, weight, index, updates[0]),
     ]
     assert_type(tensors, list[Tensor])
-    assert_type(functional.over_all_rows(updates, matrix, 16), Sequence[Update])
+    assert_type(functional.reduced_updates(updates, matrix, 16), list[Reduced])
+    assert_type(functional.update_of_rows(updates[0], 0, 2, 16), list[Update] | None)
 
 
 def converting(model: nn.Module, folder: Path) -> None:

@@ -5,16 +5,23 @@ trainable block D. S(x)[j] = sum over b of x[b r + j] is the shard sum of an inp
 tensor (..., r). Sizes that r does not divide are zero-padded and cropped afterwards. A runtime
 scale s multiplies the update dW. Everything here is differentiable and knows no module.
 
-Read in this order: `shards` cuts dimensions, `layouts` says where a weight keeps its matrices,
-`linear` and `embedding` have the formulas, `methods` is the table of methods and layouts, `updates`
-has the products of an input with a weight and its updates. `fused` computes one matrix with less
-memory and time than plain autograd does.
+Read in this order: `shards` cuts dimensions, `bone` and `bat` have the formulas, `layouts` says
+where a weight keeps its matrices, `methods` is the table of methods and layouts, `products` has the
+products of an input with a weight and its updates.
 
 Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
 and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").
 """
 
-from disha.functional.embedding import embedding_delta
+from disha.functional.bat import bat_delta_weight, bat_forward
+from disha.functional.bone import (
+    bone_delta,
+    bone_delta_weight,
+    bone_forward,
+    bone_lora_factors,
+    embedding_delta,
+    routed_bone_delta,
+)
 from disha.functional.layouts import (
     PATTERNS,
     Geometry,
@@ -24,16 +31,6 @@ from disha.functional.layouts import (
     place_rows,
     take_rows,
 )
-from disha.functional.linear import (
-    bat_delta_weight,
-    bat_forward,
-    bat_stack,
-    bone_delta,
-    bone_delta_weight,
-    bone_forward,
-    bone_lora_factors,
-    routed_bone_delta,
-)
 from disha.functional.methods import (
     METHODS,
     Method,
@@ -42,10 +39,24 @@ from disha.functional.methods import (
     kept_block,
     lora_factors,
     matrix_block,
+    method_names,
     method_of,
     misfit,
     stack_of,
     widened,
+)
+from disha.functional.products import (
+    Product,
+    Reduced,
+    Update,
+    adapted_grouped,
+    adapted_linear,
+    adapted_product,
+    adapted_stack,
+    effective_weight,
+    reduced_updates,
+    update_of_rows,
+    update_product,
 )
 from disha.functional.shards import (
     Scale,
@@ -56,19 +67,6 @@ from disha.functional.shards import (
     weighted_sum,
     without_autocast,
 )
-from disha.functional.updates import (
-    Update,
-    adapted_conv,
-    adapted_grouped,
-    adapted_linear,
-    adapted_lookup,
-    adapted_stack,
-    conv_update,
-    effective_weight,
-    linear_update,
-    lookup_update,
-    over_all_rows,
-)
 
 __all__ = [
     "METHODS",
@@ -76,43 +74,43 @@ __all__ = [
     "Geometry",
     "Layout",
     "Method",
+    "Product",
+    "Reduced",
     "Rows",
     "Scale",
     "Update",
-    "adapted_conv",
     "adapted_grouped",
     "adapted_linear",
-    "adapted_lookup",
+    "adapted_product",
     "adapted_stack",
     "added",
     "bat_delta_weight",
     "bat_forward",
-    "bat_stack",
     "block_shape",
     "bone_delta",
     "bone_delta_weight",
     "bone_forward",
     "bone_lora_factors",
-    "conv_update",
     "delta_weight",
     "effective_weight",
     "embedding_delta",
     "kept_block",
     "layout_of",
-    "linear_update",
-    "lookup_update",
     "lora_factors",
     "matrix_block",
     "merged_weight",
+    "method_names",
     "method_of",
     "misfit",
-    "over_all_rows",
     "place_rows",
+    "reduced_updates",
     "routed_bone_delta",
     "shard_count",
     "shard_sum",
     "stack_of",
     "take_rows",
+    "update_of_rows",
+    "update_product",
     "weighted_sum",
     "widened",
     "without_autocast",

@@ -26,16 +26,10 @@ import torch
 from torch import Tensor
 
 from disha.errors import ArgumentError
-from disha.functional.fused import bat_linear, bone_linear
+from disha.functional.bat import bat_delta_weight, bat_linear, bat_streamed
+from disha.functional.bone import bone_delta_weight, bone_lora_factors
 from disha.functional.layouts import Geometry, Layout, Rows, place_rows
-from disha.functional.linear import (
-    bat_delta_weight,
-    bat_stack,
-    bone_delta,
-    bone_delta_weight,
-    bone_lora_factors,
-)
-from disha.functional.shards import Scale, repeat_tile, shard_count, tile_count
+from disha.functional.shards import Scale, scaled, shard_count, tiled
 from disha.text import brief
 
 __all__ = [
@@ -46,6 +40,7 @@ __all__ = [
     "kept_block",
     "lora_factors",
     "matrix_block",
+    "method_names",
     "method_of",
     "misfit",
     "stack_of",
@@ -56,17 +51,19 @@ __all__ = [
 class Method:
     """What one method does with one matrix W (out, in), or with a stack of them.
 
-    `shape` and `delta` define a method. Everything else has a default that is right for any
-    method. Override it where the method has a cheaper way.
+    `shape` says which block a method has, and `delta` its update; a method that `reduces` may
+    give `reduced` in the place of `delta`. Everything else has a default that is right for any
+    method. Override it where the method can do more, or the same for less.
 
     Attributes:
         name: what configurations and files call it.
+        aliases: other names that users may give it.
         block_axes: how many axes the block of one matrix has.
         reads_weight: whether dW depends on W, so that W must be known as numbers.
-        reduces: whether dW x = S(x) D. Then the block serves as a smaller weight: any product of
-            x with dW is the same product of S(x) with the block.
+        reduces: whether dW x = S(x) R for a matrix R (r, out), which `reduced` makes of the block.
+            R serves as a smaller weight: any product of x with dW is that of S(x) with R.
         tiles: whether a block can have an output shard r_out.
-        linear: whether dW is linear in D, so that adapters add up by adding their blocks.
+        additive: whether dW is linear in D, so that adapters add up by adding their blocks.
 
     Source: arXiv 2409.15371, section 3, for the methods of `METHODS`.
 
@@ -88,11 +85,12 @@ class Method:
     """
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
     block_axes: ClassVar[int] = 2
     reads_weight: ClassVar[bool] = False
     reduces: ClassVar[bool] = False
     tiles: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
 
     def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
         """Return the shape of a block, the stack's axes in front.
@@ -112,79 +110,39 @@ class Method:
             geometry: the weight's sizes.
             matrices: W (..., out, in), given where the method `reads_weight`.
         """
-        raise NotImplementedError
+        if not self.reduces:
+            raise NotImplementedError
+        return bone_delta_weight(self.reduced(block), geometry.in_features, geometry.out_features)
 
-    def linear_product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale
-    ) -> Tensor | None:
-        """Return (W + s dW) x + b for one matrix in one go; None for the general way.
+    def reduced(self, block: Tensor) -> Tensor:
+        """Return R with dW x = S(x) R. Asked only of a method that `reduces`.
 
         Args:
-            x: input (..., in).
-            weight: W (out, in).
+            block: D, the stack's axes in front.
+
+        Returns:
+            Tensor (..., r, out); or (..., r, r_out), whose columns repeat up to the outputs.
+        """
+        return block
+
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale
+    ) -> Tensor | None:
+        """Return (W + s dW) x + b in a way that takes less memory or time; None for the default.
+
+        The default computes W + s dW, one matrix after another, and multiplies by it. A method
+        that `reduces` is not asked.
+
+        Args:
+            x: input (..., in), or (experts, n, in).
+            weight: W (out, in), or (experts, out, in).
             bias: b (out,), or None.
             block: D.
             scale: runtime scale s.
         """
         return None
 
-    def stack_product(
-        self, x: Tensor, weight: Tensor, block: Tensor, scale: Scale
-    ) -> Tensor | None:
-        """Return x (W + s dW)^T for a stack in one go; None for the general way.
-
-        Args:
-            x: input (experts, n, in).
-            weight: W (experts, out, in).
-            block: D (experts, ...).
-            scale: runtime scale s.
-        """
-        return None
-
-    def update_product(
-        self,
-        x: Tensor,
-        block: Tensor,
-        out_features: int,
-        scale: Scale,
-        multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
-    ) -> Tensor | None:
-        """Return s dW x, or None where dW has to be formed.
-
-        Asked of a method that `reduces`, and of any other where dropout or routing acts. Otherwise
-        the other's dW is added to W.
-
-        Args:
-            x: input (..., in).
-            block: D; stacks multiply as in `torch.matmul`.
-            out_features: rows of dW.
-            scale: runtime scale s.
-            multiply: the product of an input's sums and the block.
-        """
-        return None
-
-    def untiled(self, block: Tensor, out_features: int) -> Tensor:
-        """Return the block (..., r, out) of a method that `reduces`, with a column per output.
-
-        Args:
-            block: D.
-            out_features: rows of dW.
-        """
-        return block
-
-    def over_rows(self, block: Tensor, rows: Rows, out_features: int) -> Tensor | None:
-        """Return the block of all outputs whose dW is that of `block` in some rows, 0 elsewhere.
-
-        None where no block has that update.
-
-        Args:
-            block: D of the rows.
-            rows: ranges (first, stop).
-            out_features: all outputs.
-        """
-        return None
-
-    def of_rows(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
+    def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
         """Return the block of the outputs start to stop, or None where there is none.
 
         Args:
@@ -205,17 +163,8 @@ class Method:
         """
         return None
 
-    def factors(self, block: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
-        """Return A (..., r, in) and B (..., out, r) with dW = B A, or None if there are none.
-
-        Args:
-            block: D, the stack's axes in front.
-            geometry: the weight's sizes.
-        """
-        return None
-
     def from_lora_b(self, b: Tensor) -> Tensor | None:
-        """Return the block whose second factor is B, or None if the method has no `factors`.
+        """Return the block whose second LoRA factor is B, or None if the method has no factors.
 
         Args:
             b: B (..., out, r), the stack's axes in front.
@@ -225,44 +174,19 @@ class Method:
 
 class _Bone(Method):
     name = "bone"
+    aliases = ("miss",)  # what later versions of the paper call it
     reduces = True
     tiles = True
-    linear = True
+    additive = True
 
     def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
         return (*geometry.stack, r, geometry.out_features if r_out is None else r_out)
 
-    def delta(self, block: Tensor, geometry: Geometry, matrices: Tensor | None) -> Tensor:
-        return bone_delta_weight(block, geometry.in_features, geometry.out_features)
-
-    # The product itself, and no method around it: it is called for each small layer.
-    linear_product = staticmethod(bone_linear)
-
-    def update_product(
-        self,
-        x: Tensor,
-        block: Tensor,
-        out_features: int,
-        scale: Scale,
-        multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
-    ) -> Tensor | None:
-        return bone_delta(x, block, out_features, scale, multiply)
-
-    def untiled(self, block: Tensor, out_features: int) -> Tensor:
-        return repeat_tile(block, tile_count(block, out_features))
-
-    def over_rows(self, block: Tensor, rows: Rows, out_features: int) -> Tensor | None:
-        outputs = sum(stop - first for first, stop in rows)
-        return place_rows(self.untiled(block, outputs), rows, out_features, dim=-1)
-
-    def of_rows(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
-        return self.untiled(block, out_features)[..., start:stop]
+    def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
+        return tiled(block, out_features)[..., start:stop]
 
     def widened(self, block: Tensor, r: int, wider: int) -> Tensor | None:
         return None if wider % r else torch.cat([block] * (wider // r), -2)  # D'[j] = D[j mod r]
-
-    def factors(self, block: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
-        return bone_lora_factors(block, geometry.in_features, geometry.out_features)
 
     def from_lora_b(self, b: Tensor) -> Tensor | None:
         return b.mT.contiguous()
@@ -272,7 +196,7 @@ class _Bat(Method):
     name = "bat"
     block_axes = 3
     reads_weight = True
-    linear = True
+    additive = True
 
     def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
         return (*geometry.stack, shard_count(geometry.out_features, r), r, r)
@@ -281,12 +205,16 @@ class _Bat(Method):
         assert matrices is not None
         return bat_delta_weight(matrices, block)
 
-    linear_product = staticmethod(bat_linear)
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale
+    ) -> Tensor | None:
+        if weight.dim() == 2:
+            return bat_linear(x, weight, bias, block, scale)
+        if x.shape[-2] != 1:
+            return None
+        return bat_streamed(x, weight.to(x.dtype), scaled(block, scale).to(x.dtype))
 
-    def stack_product(self, x: Tensor, weight: Tensor, block: Tensor, scale: Scale) -> Tensor:
-        return bat_stack(x, weight, block, scale)
-
-    def of_rows(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
+    def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
         r = block.shape[-1]
         if start % r or (stop % r and stop != out_features):
             return None
@@ -301,7 +229,7 @@ def method_of(name: object) -> Method:
     """Return a method by its name.
 
     Args:
-        name: a key of `METHODS`.
+        name: a key of `METHODS`, or an alias of one of them.
 
     Raises:
         ArgumentError: there is no such method.
@@ -310,23 +238,44 @@ def method_of(name: object) -> Method:
         >>> from disha.functional import method_of
         >>> method_of("bat").reads_weight
         True
+        >>> method_of("miss").name
+        'bone'
         >>> method_of("lora")
         Traceback (most recent call last):
         ...
         disha.errors.ArgumentError: unknown method 'lora'; allowed are 'bone', 'bat'
     """
-    method = METHODS.get(name) if isinstance(name, str) else None
-    if method is None:
-        raise ArgumentError(
-            f"unknown method {brief(name)}; allowed are {', '.join(map(repr, METHODS))}"
-        )
-    return method
+    if isinstance(name, str):
+        if name in METHODS:
+            return METHODS[name]
+        for method in METHODS.values():
+            if name in method.aliases:
+                return method
+    raise ArgumentError(f"unknown method {brief(name)}; allowed are {method_names()}")
+
+
+def method_names(where: Callable[[Method], bool] = lambda method: True) -> str:
+    """Return the names of the methods for which a condition holds, as errors list them.
+
+    Args:
+        where: the condition; all methods by default.
+
+    Examples:
+        >>> from disha.functional import method_names
+        >>> method_names(lambda method: not method.reads_weight)
+        "'bone'"
+    """
+    return ", ".join(repr(method.name) for method in METHODS.values() if where(method))
 
 
 def block_shape(
-    method: str, layout: Layout, shape: Sequence[int], r: int, r_out: int | None = None,
+    method: str,
+    layout: Layout,
+    shape: Sequence[int],
+    r: int,
+    r_out: int | None = None,
     rows: Rows = (),
-) -> tuple[int, ...]:  # fmt: skip
+) -> tuple[int, ...]:
     """Return the shape of a block.
 
     Args:
@@ -471,7 +420,9 @@ def widened(method: str, layout: Layout, block: Tensor, r: int, wider: int) -> T
 def lora_factors(
     method: str, layout: Layout, block: Tensor, geometry: Geometry
 ) -> tuple[Tensor, Tensor] | None:
-    """Return A (..., r, in) and B (..., out, r) with dW = B A for each matrix, or None if none are.
+    """Return A (..., r, in) and B (..., out, r) with dW = B A, or None if the method has none.
+
+    They exist for a method that `reduces`: A = [I_r I_r ... I_r] cropped to (r, in).
 
     Args:
         method: the method.
@@ -489,7 +440,11 @@ def lora_factors(
         >>> B @ A
         tensor([[3., 4., 3., 4., 3.]])
     """
-    return method_of(method).factors(matrix_block(method, layout, block), geometry)
+    chosen = method_of(method)
+    if not chosen.reduces:
+        return None
+    reduced = chosen.reduced(matrix_block(method, layout, block))
+    return bone_lora_factors(reduced, geometry.in_features, geometry.out_features)
 
 
 def matrix_block(method: str, layout: Layout, block: Tensor) -> Tensor:

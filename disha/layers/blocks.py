@@ -158,9 +158,7 @@ class Block(nn.Module):
         if is_compiling():
             # A graph reads a tensor, so that neither scaling nor disabling compiles again.
             return Update(own["method"], values, own["_buffers"]["scale"], dropout, own["rows"])
-        # Update(...), in half the time
-        parts = (own["method"], values, own["strength"], dropout, own["rows"], None)
-        return tuple.__new__(Update, parts)
+        return Update(own["method"], values, own["strength"], dropout, own["rows"])
 
     def _brought(self) -> Tensor:
         """Return the block as the hook of a device brings it."""

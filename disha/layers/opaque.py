@@ -541,10 +541,9 @@ def _check_output(module: Any, slot: Slot, input: Any, output: Any) -> None:
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
     """Return s dW x of one update; W is read only by methods that need it."""
     weight = weight_for(update.method, module, slot, _own_weight(module), update.block)
-    if slot.layout.pattern != "index out":
-        return functional.linear_update(x, weight, update)
+    multiply = _look_up if slot.layout.pattern == "index out" else F.linear
+    return functional.update_product(multiply, x, weight, slot.layout, update)
 
-    def look_up(table: Tensor) -> Tensor:
-        return F.embedding(x, table)
 
-    return functional.lookup_update(look_up, x, weight, slot.layout, update)
+def _look_up(indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
+    return F.embedding(indices, table)

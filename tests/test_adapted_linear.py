@@ -1,4 +1,4 @@
-"""disha.functional.fused against the loops of reference.py: values, gradients, and what is kept."""
+"""adapted_linear with one block against the loops: values, gradients, and what is kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import disha
-from disha.functional import Update, adapted_linear, fused, method_of
+from disha.functional import Update, adapted_linear, bat, method_of, shards
 from tests import reference
 from tests.test_functional import SIZES, make_block, name_of, random_sizes, strided_copy
 
@@ -30,9 +30,7 @@ def case_of(method, sizes, dtype=torch.float64, lead=(3,), seed=0, bias=True):
 
 
 def product(method, x, weight, bias, block, scale=1.0):
-    if method == "bat":
-        return fused.bat_linear(x, weight, bias, block * scale)
-    return fused.bone_linear(x, weight, bias, block, scale)
+    return adapted_linear(x, weight, bias, [Update(name_of(method), block, scale)])
 
 
 def check(method, case, scale, tolerance=1e-10):
@@ -83,8 +81,8 @@ def test_any_shape_layout_scale_and_order(method, sizes, lead, strided, scale, s
     x, weight, bias, block = case_of(method, sizes, lead=lead, seed=seed)
     x = strided_copy(x) if strided else x
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "SLAB_BYTES", slab)
-        patch.setattr(fused, "W_FIRST_TOKENS", 0 if w_first else 10**6)
+        patch.setattr(bat, "SLAB_BYTES", slab)
+        patch.setattr(bat, "W_FIRST_TOKENS", 0 if w_first else 10**6)
         check(method, (x, weight, bias, block), scale)
 
 
@@ -93,22 +91,20 @@ def test_any_shape_layout_scale_and_order(method, sizes, lead, strided, scale, s
 @pytest.mark.parametrize("sizes", [(10, 9, 4, 1), (8, 10, 2, 1), (5, 6, 1, 1)], ids=str)
 def test_a_bat_layer_of_several_slabs(monkeypatch, sizes, blocks_each, bias):
     in_features, out_features, r, _ = sizes
-    monkeypatch.setattr(fused, "SLAB_BYTES", blocks_each * r * in_features * 8)
+    monkeypatch.setattr(bat, "SLAB_BYTES", blocks_each * r * in_features * 8)
     case = case_of("bat", sizes, lead=(9,), bias=bias)
-    slabs = list(fused._slabs(case[1], case[3]))
+    slabs = list(bat._slabs(case[1], case[3]))
     assert len(slabs) == -(-case[3].shape[0] // blocks_each) > 1
-    assert [row for slab in slabs for row in range(out_features)[slab.rows]] == [
-        *range(out_features)
-    ]
+    assert [row for _, rows in slabs for row in range(out_features)[rows]] == [*range(out_features)]
     check("bat", case, 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_bat_layer_of_several_slabs_in_sixteen_bits(monkeypatch, dtype):
     x, weight, bias, block = case_of("bat", (10, 9, 4, 1), dtype, lead=(9,))
-    whole = fused.bat_linear(x, weight, bias, block)
-    monkeypatch.setattr(fused, "SLAB_BYTES", 1)
-    several = fused.bat_linear(x, weight, bias, block)
+    whole = bat.bat_linear(x, weight, bias, block)
+    monkeypatch.setattr(bat, "SLAB_BYTES", 1)
+    several = bat.bat_linear(x, weight, bias, block)
     limit = 4 * torch.finfo(dtype).eps
     assert (several.double() - whole.double()).norm() <= limit * whole.double().norm()
 
@@ -119,7 +115,7 @@ def test_a_small_block_acts_beside_a_large_weight_of_sixteen_bits(dtype):
     weight[1, 0] = weight[1, 2] = 16.0
     block[0, 1, 0] = 2.0**-8  # 16 and this is 16 in either
     x = torch.tensor([[1.0, 0.0, -1.0, 0.0]] * 5, dtype=dtype)
-    output = fused.bat_linear(x, weight, None, block)
+    output = bat.bat_linear(x, weight, None, block)
     assert torch.equal(output, torch.tensor([[0.0, 2.0**-8, 0.0, 0.0]] * 5, dtype=dtype))
 
 
@@ -210,85 +206,73 @@ def test_what_is_kept_for_backward(method, sizes):
         assert sum(extra.values()) == 20 * sizes[2] * 8
 
 
-class TestChoice:
-    """adapted_linear takes the fused products where they apply, and plain autograd elsewhere."""
+class TestBatProduct:
+    """adapted_linear takes BAT's own product where it applies, and plain autograd elsewhere."""
 
     def used(self, monkeypatch, x, weight, bias, *updates):
-        """Return which fused products gave a result, and the output."""
-        calls = []
+        """Return how often BAT's own product gave a result, and the output."""
+        results, own = [], method_of("bat").product
 
-        def watch(name):
-            run = method_of(name).linear_product
+        def watched(*operands):
+            results.append(own(*operands))
+            return results[-1]
 
-            def watched(*operands):
-                output = run(*operands)
-                calls.extend([] if output is None else [f"{name}_linear"])
-                return output
+        monkeypatch.setattr(method_of("bat"), "product", watched, raising=False)
+        output = adapted_linear(x, weight, bias, updates)
+        return sum(result is not None for result in results), output
 
-            monkeypatch.setattr(method_of(name), "linear_product", watched, raising=False)
-
-        watch("bone")
-        watch("bat")
-        return calls, adapted_linear(x, weight, bias, updates)
-
-    @pytest.mark.parametrize("method", METHODS)
-    def test_fused(self, monkeypatch, method):
-        x, weight, bias, block = case_of(method, (8, 12, 4, 3))
-        update = Update(name_of(method), block, 0.5)
-        calls, output = self.used(monkeypatch, x, weight, bias, update)
-        assert calls == [f"{update.method}_linear"]
+    def test_one_block(self, monkeypatch):
+        x, weight, bias, block = case_of("bat", (8, 12, 4, 3))
+        count, output = self.used(monkeypatch, x, weight, bias, Update("bat", block, 0.5))
+        assert count == 1
         expected = reference.linear(x, weight, bias, [(block, 0.5)])
         torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
-    @pytest.mark.parametrize("method", METHODS)
-    def test_fused_under_autocast(self, monkeypatch, method):
-        x, weight, bias, block = case_of(method, (8, 12, 4, 3), torch.float32)
-        update = Update(name_of(method), block, 0.5)
+    def test_under_autocast(self, monkeypatch):
+        x, weight, bias, block = case_of("bat", (8, 12, 4, 3), torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
-            calls, output = self.used(monkeypatch, x, weight, bias, update)
-        assert calls == [f"{update.method}_linear"]
+            count, output = self.used(monkeypatch, x, weight, bias, Update("bat", block, 0.5))
+        assert count == 1
         assert output.dtype == torch.bfloat16
 
     @pytest.mark.parametrize("count", [1, 2])
-    def test_wider_bat_blocks_are_fused_in_the_dtype_of_their_layer(self, monkeypatch, count):
+    def test_wider_blocks_in_the_dtype_of_their_layer(self, monkeypatch, count):
         sizes = (8, 12, 4, 3)
         x, weight, bias, _ = case_of("bat", sizes, torch.bfloat16)
         updates = [
             Update("bat", make_block("bat", sizes, torch.float32), 0.5) for _ in range(count)
         ]
-        calls, output = self.used(monkeypatch, x, weight, bias, *updates)
-        assert calls == ["bat_linear"]
+        used, output = self.used(monkeypatch, x, weight, bias, *updates)
+        assert used == 1
         assert output.dtype == torch.bfloat16
 
-    def test_the_first_of_several_bone_blocks_is_fused(self, monkeypatch):
-        x, weight, bias, block = case_of("bone", (8, 12, 4, 3))
-        updates = Update("bone", block, 0.5), Update("bone", block, -2.0)
-        calls, output = self.used(monkeypatch, x, weight, bias, *updates)
-        assert calls == ["bone_linear"]
-        expected = reference.linear(x, weight, bias, [(block, -1.5)])
-        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
-
-    @pytest.mark.parametrize("why", ["weight trains", "tensor scale", "other dtype", "transform"])
+    @pytest.mark.parametrize("why", ["weight trains", "other dtype", "transform"])
     def test_plain(self, monkeypatch, why):
-        x, weight, bias, block = case_of("bone", (8, 12, 4, 3))
-        scale = 0.5
+        x, weight, bias, block = case_of("bat", (8, 12, 4, 3))
         if why == "weight trains":
             weight.requires_grad_()
-        elif why == "tensor scale":
-            scale = torch.tensor(0.5, dtype=torch.float64)
         elif why == "other dtype":
             block = block.detach().float().requires_grad_()
-        update = Update("bone", block, scale)
+            weight, bias = weight.float(), bias.detach().float()
+            x = x.detach().bfloat16().float().double()
+        update = Update("bat", block, 0.5)
+        if why == "other dtype":
+            weight, bias = weight.double(), bias.double()
+            block = block.detach().bfloat16().requires_grad_()
+            update = Update("bat", block, 0.5)
         if why == "transform":
-            calls, output = [], torch.func.vmap(
+            count, output = 0, torch.func.vmap(
                 lambda one: self.used(monkeypatch, one, weight, bias, update)[1]
             )(x)  # fmt: skip
         else:
-            calls, output = self.used(monkeypatch, x, weight, bias, update)
-        assert calls == []
-        tolerance = 1e-5 if why == "other dtype" else 1e-10
+            count, output = self.used(monkeypatch, x, weight, bias, update)
+        assert count == 0
         expected = reference.linear(x, weight, bias, [(block.double(), 0.5)])
-        torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+
+
+class TestAutocast:
+    """Products under autocast."""
 
     @pytest.mark.parametrize("method", ["bone", "bat"])
     def test_autocast_of_a_float32_layer(self, method):
@@ -307,13 +291,13 @@ class TestChoice:
 
     @pytest.mark.parametrize("kind", ["cpu", "cuda", "mps", "meta"])
     def test_whether_a_device_casts_is_asked_of_that_device(self, kind):
-        assert not fused.autocasts(torch.device(kind))
+        assert not shards.autocasts(torch.device(kind))
         if kind != "meta":  # which has none
             before = torch.is_autocast_enabled(kind)
             torch.set_autocast_enabled(kind, True)
             try:
-                assert fused.autocasts(torch.device(kind))
-                assert not fused.autocasts(torch.device("cpu" if kind != "cpu" else "cuda"))
+                assert shards.autocasts(torch.device(kind))
+                assert not shards.autocasts(torch.device("cpu" if kind != "cpu" else "cuda"))
             finally:
                 torch.set_autocast_enabled(kind, before)
 
@@ -328,16 +312,16 @@ class TestChoice:
 
 def test_streaming_is_chosen_for_few_tokens_without_gradients_only(monkeypatch):
     calls = []
-    original = fused._streamed
-    monkeypatch.setattr(fused, "_streamed", lambda *a: calls.append(1) or original(*a))
+    original = bat.bat_streamed
+    monkeypatch.setattr(bat, "bat_streamed", lambda *a: calls.append(1) or original(*a))
     x, weight, bias, block = case_of("bat", (8, 12, 4, 3), lead=(1,))
-    fused.bat_linear(x, weight, bias, block)
+    bat.bat_linear(x, weight, bias, block)
     assert not calls
     with torch.no_grad():
-        fused.bat_linear(x, weight, bias, block)
+        bat.bat_linear(x, weight, bias, block)
         assert calls
         calls.clear()
-        fused.bat_linear(x.expand(1000, -1), weight, bias, block)
+        bat.bat_linear(x.expand(1000, -1), weight, bias, block)
     assert not calls
 
 
@@ -397,7 +381,7 @@ class TestFloat16:
     def test_without_gradients_bat_streams_or_not(self, tokens):
         x, weight, bias, block = (t.detach() for t in self.case("bat"))
         x = x[:tokens]
-        output = fused.bat_linear(x, weight, bias, block)
+        output = bat.bat_linear(x, weight, bias, block)
         wide = [t.double() for t in (x, weight, bias, block)]
         expected = reference.linear(*wide[:3], [(wide[3], 1.0)])
         assert (output.double() - expected).norm() < 0.01 * expected.norm()

@@ -1,0 +1,314 @@
+"""BAT: each block of r outputs has a block D_a of its own, which meets W: dW_ab = W_ab D_a + D_a.
+
+W is cut into r x r tiles W_ab (output block a, input block b); D is (ceil(out / r), r, r).
+
+`bat_forward` forms W_eff = W + s dW and leaves the rest to plain autograd, which keeps W_eff for
+the backward pass. `bat_linear` computes the same and keeps x, W and D only. It forms W_eff, and the
+gradient of the weight from which dD comes, one slab of output blocks at a time, and again in
+backward. `bat_streamed` does not form W_eff at all, which pays for few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from disha.errors import ArgumentError
+from disha.functional.shards import (
+    Scale,
+    autocasts,
+    merge_dtype,
+    merged_weight,
+    pad_to_multiple,
+    scaled,
+    scaled_sums,
+    shard_count,
+    without_autocast,
+)
+
+__all__ = ["SLAB_BYTES", "bat_delta_weight", "bat_forward", "bat_linear", "bat_streamed"]
+
+SLAB_BYTES = 2**23
+"""How much of W_eff, and of the weight's gradient, is held at once: one block at least."""
+
+STREAMED_SHARE = 0.75
+"""Up to this share of r, so many tokens stream: there the two ways were measured to take as long.
+
+Streaming costs 2 tokens x in x out multiply-adds, forming W_eff (tokens + r) x in x out.
+"""
+
+W_FIRST_TOKENS = 16
+"""Minimum number of tokens for which streaming multiplies W by x, and not x by W.
+
+Below it, batches of products were measured to be up to twice as fast the other way round. In 16
+bits they never are.
+"""
+
+
+def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
+    """Return dW of a BAT block: dW_ab = W_ab D_a + D_a for every r x r tile of W.
+
+    Args:
+        weight: W (..., out, in), the original.
+        block: D (..., ceil(out / r), r, r).
+
+    Returns:
+        Tensor (..., out, in), in float32 or, if W or D is wider, in float64: rounding dW to 16 bits
+        and then W + dW again would round twice. Autocast is off here for the same reason.
+
+    Raises:
+        ArgumentError: the block is not one for that many rows.
+
+    Source: arXiv 2409.15371, section 3.3.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import bat_delta_weight
+        >>> bat_delta_weight(torch.eye(2), 3.0 * torch.eye(2)[None])
+        tensor([[6., 0.],
+                [0., 6.]])
+    """
+    *stack, out_features, in_features = weight.shape
+    r = block.shape[-1]
+    expected = (*stack, shard_count(out_features, r), r, r)
+    if tuple(block.shape) != expected:
+        raise ArgumentError(
+            f"a BAT block for a weight of shape {tuple(weight.shape)} and r={r} has shape "
+            f"{expected}, got {tuple(block.shape)}"
+        )
+    dtype = merge_dtype(torch.promote_types(weight.dtype, block.dtype))
+    tiles, block = square_tiles(weight.to(dtype), r), block.to(dtype)
+    with without_autocast(weight.device):
+        product = torch.unflatten(tiles @ block, -2, (r, -1))  # (..., a, i, b, j)
+    delta = (product + block.unsqueeze(-2)).flatten(-4, -3).flatten(-2)  # (..., a i, b j)
+    return delta[..., :out_features, :in_features]
+
+
+def bat_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale = 1.0
+) -> Tensor:
+    """Return y = (W + s * dW) x + b: a linear layer with one BAT block.
+
+    Args:
+        x: input (..., in).
+        weight: W (out, in).
+        bias: b (out,), or None.
+        block: D (ceil(out / r), r, r).
+        scale: runtime scale s.
+
+    Returns:
+        Tensor (..., out), in the dtype that the plain linear layer returns.
+
+    Source: arXiv 2409.15371, section 3.3.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import bat_forward
+        >>> bat_forward(torch.ones(2), torch.eye(2), None, torch.eye(2)[None])
+        tensor([3., 3.])
+    """
+    return F.linear(x, merged_weight(weight, [(bat_delta_weight(weight, block), scale)]), bias)
+
+
+def square_tiles(weight: Tensor, r: int) -> Tensor:
+    """Return the r x r tiles of W (..., out, in): a tensor (..., out / r, r * in / r, r).
+
+    Tile (a, b) has the rows i n + b of entry a, with n = in / r. A size that r does not divide is
+    zero-padded. Nothing moves in memory: W's row-major (a i) (b k) is "a (i b) k" already.
+    """
+    padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
+    return padded.reshape(*padded.shape[:-2], padded.shape[-2] // r, -1, r)
+
+
+# --- one product, which keeps as little as it can ------------------------------------------------
+
+
+def bat_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale = 1.0
+) -> Tensor | None:
+    """Return y = (W + s dW) x + b as `bat_forward` does, keeping x, W and D only for backward.
+
+    Products are computed in the dtype of the operands: for 16 bits W_eff is rounded once, and D
+    added to the output. W is frozen here. Transforms of `torch.func`, forward-mode derivatives,
+    compiled code and operands of several dtypes need `bat_forward`: for them this is None.
+
+    Args:
+        x: input (..., in).
+        weight: W (out, in), frozen.
+        bias: b (out,), or None.
+        block: D (ceil(out / r), r, r), of W's dtype or float32.
+        scale: runtime scale s.
+
+    Returns:
+        Tensor (..., out), or None where this way does not apply.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional.bat import bat_linear
+        >>> bat_linear(torch.ones(1, 2), torch.eye(2), None, torch.eye(2)[None])
+        tensor([[3., 3.]])
+    """
+    if autocasts(x.device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return bat_linear(x.to(dtype), weight.to(dtype), bias, block.to(dtype), scale)
+    block = scaled(block, scale)
+    if block.dtype is torch.float32 and weight.dtype is not torch.float32:
+        block = block.to(weight.dtype)  # W_eff is rounded to 16 bits anyway
+    if not _applies(x, weight, bias, block):
+        return None
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled():
+        output: Tensor = _BatLinear.apply(rows, weight, bias, block)  # type: ignore[no-untyped-call]
+    elif rows.shape[0] < block.shape[-1] * STREAMED_SHARE:
+        output = bat_streamed(rows, weight, block)
+        output = output if bias is None else output + bias
+    else:
+        output = _product(rows, weight, bias, block)
+    return output if rows is x else output.reshape(*x.shape[:-1], weight.shape[0])
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> bool:
+    dtype = x.dtype
+    return (
+        {type(x), type(weight), type(block)} <= _PLAIN
+        and dtype is weight.dtype is block.dtype
+        and (bias is None or bias.dtype is dtype)
+        and not weight.requires_grad
+        and not x.is_meta
+        and (weight.is_contiguous() or weight.mT.is_contiguous())
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not is_compiling()
+    )
+
+
+class _BatLinear(torch.autograd.Function):
+    """(x (n, in), W, b, D) -> y (n, out)."""
+
+    # A setup_context of its own is for transforms, for which this is not used, and takes longer.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, block)
+        return _product(x, weight, bias, block)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, block = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_block = ctx.needs_input_grad
+        (grad,) = grads
+        grad_x, parts = None, []
+        with without_autocast(weight.device):
+            for blocks, rows in _slabs(weight, block):
+                grad_rows = grad[:, rows]
+                if needs_x:
+                    part = _effective(weight[rows], block[blocks], add_block=True)
+                    grad_x = grad_rows @ part if grad_x is None else grad_x.addmm_(grad_rows, part)
+                if needs_block:
+                    parts.append(_block_gradient(grad_rows.T @ x, weight[rows], block.shape[-1]))
+        grad_bias = grad.sum(0) if needs_bias else None
+        return grad_x, None, grad_bias, torch.cat(parts) if parts else None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
+    slabs = list(_slabs(weight, block))
+    # In 16 bits W + D would lose a small D: what D itself adds comes by S(x), as for Bone.
+    wide = _is_wide(weight)
+    if len(slabs) == 1:
+        output = F.linear(x, _effective(weight, block, add_block=wide), bias)
+    else:
+        output = x.new_empty(x.shape[0], weight.shape[0])
+        for blocks, rows in slabs:
+            part = _effective(weight[rows], block[blocks], add_block=wide).T
+            if bias is None:
+                torch.mm(x, part, out=output[:, rows])
+            else:
+                torch.addmm(bias[rows], x, part, out=output[:, rows])
+    if wide:
+        return output
+    r = block.shape[-1]
+    sums, regain = scaled_sums(x, r, x.dtype)
+    # D (out / r, r, r) as (out, r): row a r + i is row i of D_a
+    return output.addmm_(sums, block.reshape(-1, r)[: weight.shape[0]].T, alpha=regain)
+
+
+def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
+    """Return dD_a = sum over b of (W_ab + I)^T G_ab from some rows of G = dY^T X and of W."""
+    gradient, tiles = square_tiles(gradient, r), square_tiles(weight.contiguous(), r)
+    direct = gradient.view(tiles.shape[0], r, -1, r).sum(2)
+    return torch.bmm(tiles.mT, gradient) + direct
+
+
+def _slabs(weight: Tensor, block: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut a layer into slabs (output blocks, rows of W) of at most SLAB_BYTES.
+
+    Not for the peak alone: memory beyond the allocator's threshold is mapped anew, page by page,
+    each time that it is asked for.
+    """
+    blocks, r = block.shape[:2]
+    out_features, in_features = weight.shape
+    each = max(1, SLAB_BYTES // (r * in_features * weight.element_size()))
+    for first in range(0, blocks, each):
+        last = min(first + each, blocks)
+        yield slice(first, last), slice(first * r, min(last * r, out_features))
+
+
+def _effective(weight: Tensor, block: Tensor, add_block: bool) -> Tensor:
+    """Return rows of W_eff; or W_ab + W_ab D_a alone, without the D_a that is added to it."""
+    count, r, _ = block.shape
+    tiles = square_tiles(weight.contiguous(), r)
+    if add_block:
+        start = tiles.view(count, r, -1, r) + block.unsqueeze(2)
+        product = start.view(tiles.shape).baddbmm_(tiles, block)
+    else:
+        product = torch.baddbmm(tiles, tiles, block)
+    # The result has the strides of W. So a block of zeros changes no bit of the layer's output.
+    effective = product.view(count * r, -1)[: weight.shape[0], : weight.shape[1]]
+    return effective.contiguous() if weight.is_contiguous() else effective.mT.contiguous().mT
+
+
+def _is_wide(weight: Tensor) -> bool:
+    return weight.dtype in (torch.float32, torch.float64)
+
+
+def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+    """Return W_eff x for few tokens, of one matrix or of a stack, without forming W_eff.
+
+    y_a = sum over b of W_ab (I + D_a) x_b + D_a S(x) reads W once, in order.
+
+    Args:
+        x: input (..., tokens, in).
+        weight: W (..., out, in).
+        block: D (..., ceil(out / r), r, r).
+
+    Returns:
+        Tensor (..., tokens, out).
+    """
+    stack, tokens = x.shape[:-2], x.shape[-2]
+    count, r, matrices = block.shape[-3], block.shape[-1], stack.numel()
+    x = pad_to_multiple(x, r, dim=-1)
+    in_features = x.shape[-1]
+    # u_ab = x_b + D_a x_b for all a at once: (matrices * out / r, tokens, in)
+    shards = x.reshape(matrices, 1, tokens * in_features // r, r).expand(-1, count, -1, -1)
+    shards = shards.flatten(0, 1)
+    moved = torch.baddbmm(shards, shards, block.reshape(matrices * count, r, r).mT)
+    moved = moved.view(matrices * count, tokens, in_features)
+    rows = square_tiles(weight.contiguous(), r).reshape(matrices * count, r, in_features)
+    if tokens == 1 or (tokens >= W_FIRST_TOKENS and _is_wide(weight)):
+        output = torch.bmm(rows, moved.mT).view(*stack, count * r, tokens).mT
+    else:
+        output = torch.bmm(moved, rows.mT).view(*stack, count, tokens, r)
+        output = output.transpose(-3, -2).flatten(-2)
+    sums, regain = scaled_sums(x, r, x.dtype)
+    output = output + scaled(sums @ block.flatten(-3, -2).mT, regain)
+    return output[..., : weight.shape[-2]]

@@ -1,0 +1,546 @@
+"""Products of inputs with a weight and its updates: W x + b + sum of s dW x.
+
+Each function computes what a product would give with the effective weight W + sum of s dW, without
+forming it where that can be avoided. There are three cases:
+
+- the method `reduces`, dW x = S(x) R: the same product of S(x) with R, a smaller weight, is added;
+- it does not: dW is folded into W, so that there is one product;
+- it does not, and dropout acts, so that the update has an input of its own: the product with dW is
+  added.
+
+Every dW comes from the original W, so the order of updates does not matter.
+
+Source: arXiv 2409.15371, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import reduce
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils.checkpoint import checkpoint
+
+from disha.functional.bone import embedding_delta
+from disha.functional.layouts import Layout, Rows, place_rows
+from disha.functional.methods import delta_weight, matrix_block, method_of
+from disha.functional.shards import (
+    Scale,
+    added,
+    merged_weight,
+    pad_to_multiple,
+    scaled,
+    scaled_sums,
+    tiled,
+)
+
+__all__ = [
+    "Product",
+    "Reduced",
+    "Update",
+    "adapted_grouped",
+    "adapted_linear",
+    "adapted_product",
+    "adapted_stack",
+    "effective_weight",
+    "reduced_updates",
+    "update_of_rows",
+    "update_product",
+]
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(input, weight, bias or None) -> the product, with everything else given."""
+
+MATRIX = Layout("out in")
+STACK = Layout("expert out in")
+KEEP_NOTHING: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+
+
+class Update(NamedTuple):
+    """One block on one weight.
+
+    Attributes:
+        method: the block's method.
+        block: D, as it is kept.
+        scale: runtime scale s.
+        dropout: probability of zeroing each of the block's inputs, now; 0 in evaluation.
+        rows: the outputs that the block adapts; empty for all.
+        chosen: the matrices of a stack that are meant, for experts chosen by token; None for all.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Update
+        >>> Update("bone", torch.zeros(2, 3), scale=0.5).rows
+        ()
+    """
+
+    method: str
+    block: Tensor
+    scale: Scale = 1.0
+    dropout: float = 0.0
+    rows: Rows = ()
+    chosen: Tensor | None = None
+
+    @property
+    def chosen_block(self) -> Tensor:
+        """The block of the matrices that are meant."""
+        return self.block if self.chosen is None else self.block[self.chosen]
+
+    def at(self, index: int | slice | Tensor) -> Update:
+        """Return the update of one matrix of a stack, or of some.
+
+        Args:
+            index: which.
+        """
+        if isinstance(index, Tensor) and index.dim() == 1:
+            # Gathered where it is used: there may be one block for each token.
+            return self._replace(chosen=index if self.chosen is None else self.chosen[index])
+        return self._replace(block=self.chosen_block[index], chosen=None)
+
+
+class Reduced(NamedTuple):
+    """What updates of methods that `reduces` add to a product: s S(x) R.
+
+    Attributes:
+        matrix: R (..., r, out), the stack's axes in front; of a tile (..., r, r_out).
+        scale: runtime scale s.
+        dropout: probability of zeroing each input, now.
+        chosen: the matrices of a stack that are meant; None for all.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Reduced
+        >>> Reduced(torch.zeros(2, 3), scale=0.5, dropout=0.0).chosen is None
+        True
+    """
+
+    matrix: Tensor
+    scale: Scale
+    dropout: float
+    chosen: Tensor | None = None
+
+
+def effective_weight(weight: Tensor, layout: Layout, updates: Sequence[Update]) -> Tensor:
+    """Return W + sum of s dW, computed in float32 (float64 for float64) and rounded once.
+
+    Args:
+        weight: W.
+        layout: its layout.
+        updates: the blocks; their dropout does not act.
+
+    Returns:
+        Tensor of W's shape and dtype.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Layout, Update, effective_weight
+        >>> update = Update("bone", torch.ones(2, 1))
+        >>> effective_weight(torch.zeros(1, 3), Layout("out in"), [update])
+        tensor([[1., 1., 1.]])
+    """
+    deltas = (
+        (delta_weight(u.method, layout, u.chosen_block, weight, u.rows), u.scale) for u in updates
+    )
+    return merged_weight(weight, deltas) if updates else weight
+
+
+# --- any product ---------------------------------------------------------------------------------
+
+
+def adapted_product(
+    multiply: Product,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    updates: Sequence[Update],
+    groups: int = 1,
+) -> Tensor:
+    """Return a product of x with W + sum of s dW, plus b.
+
+    Args:
+        multiply: the product: of a linear layer, a convolution, or a lookup.
+        x: input (..., in); (..., in, *positions) of a convolution, indices (...) of a lookup.
+        weight: W.
+        bias: b (out,), or None.
+        layout: W's layout.
+        updates: the blocks.
+        groups: groups of a convolution.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Layout, Update, adapted_product
+        >>> x, W, D = torch.ones(1, 4, 3), torch.zeros(1, 4, 1), torch.ones(1, 2, 1)
+        >>> conv, layout = torch.nn.functional.conv1d, Layout("out in *kernel")
+        >>> adapted_product(conv, x, W, None, layout, [Update("bone", D)])
+        tensor([[[4., 4., 4.]]])
+    """
+    out_features = layout.geometry(weight.shape).out_features
+    small, folded, others = _divided(updates, layout, out_features)
+    output = multiply(x, effective_weight(weight, layout, folded), bias)
+    for one in small:
+        output = added(output, _reduced_product(multiply, x, layout, one, out_features, groups))
+    for update in others:
+        output = added(output, update_product(multiply, x, weight, layout, update, groups))
+    return output
+
+
+def update_product(
+    multiply: Product,
+    x: Tensor,
+    weight: Tensor,
+    layout: Layout,
+    update: Update,
+    groups: int = 1,
+) -> Tensor:
+    """Return the product of x with s dW of one update, with its dropout.
+
+    Args:
+        multiply: the product.
+        x: input, as in `adapted_product`.
+        weight: W. Of methods that do not read it, only the shape counts.
+        layout: its layout.
+        update: the update.
+        groups: groups of a convolution.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Layout, Update, update_product
+        >>> linear, update = torch.nn.functional.linear, Update("bone", torch.ones(2, 1))
+        >>> update_product(linear, torch.ones(4), torch.zeros(1, 4), Layout("out in"), update)
+        tensor([4.])
+    """
+    out_features = layout.geometry(weight.shape).out_features
+    small = reduced_updates([update], layout, out_features)
+    if small:
+        return _reduced_product(multiply, x, layout, small[0], out_features, groups)
+    looks_up = layout.pattern == "index out"
+    delta = delta_weight(update.method, layout, update.chosen_block, weight, update.rows)
+    if looks_up:
+        output = multiply(x, delta.to(weight.dtype), None) * update.scale
+        return _dropped_tokens(output, update.dropout)
+    x = F.dropout(x, update.dropout) if update.dropout else x
+    return multiply(x, delta.to(x.dtype), None) * update.scale
+
+
+def _reduced_product(
+    multiply: Product, x: Tensor, layout: Layout, small: Reduced, out_features: int, groups: int
+) -> Tensor:
+    """Return s S(x) R: the product of the shard sums with a smaller weight of the same layout."""
+    matrix, scale, dropout, chosen = small
+    if layout.pattern == "index out":
+        delta = embedding_delta(x, matrix, out_features, scale, layout.padding_idx)
+        return _dropped_tokens(delta, dropout)
+    x = F.dropout(x, dropout) if dropout else x
+    # A tile that repeats what it adds keeps nothing of that size for backward.
+    matrix = matrix if multiply is F.linear else tiled(matrix, out_features)
+    r = matrix.shape[-2]
+    dim = 1 - layout.weight(matrix.mT).dim() if layout.has_kernel else -1
+    if groups > 1:
+        x = torch.unflatten(x, dim, (groups, x.shape[dim] // groups))
+    sums, regain = scaled_sums(x, r, matrix.dtype, scale, dim)
+    if groups > 1:
+        sums = torch.flatten(sums, dim - 1, dim)
+
+    def product(sums: Tensor, matrix: Tensor) -> Tensor:
+        own = matrix if chosen is None else matrix[chosen]
+        return multiply(sums, layout.weight(own.mT), None)
+
+    plain = chosen is None or is_compiling() or torch._C._are_functorch_transforms_active()
+    # Backward gathers again: one matrix for each token is not kept.
+    output = product(sums, matrix) if plain else checkpoint(product, sums, matrix, **KEEP_NOTHING)
+    output = scaled(output, regain)
+    return tiled(output, out_features) if multiply is F.linear else output
+
+
+def _dropped_tokens(output: Tensor, dropout: float) -> Tensor:
+    """Drop the whole update of some tokens: what a lookup's dropout of a one-hot input does."""
+    return output * F.dropout(torch.ones_like(output[..., :1]), dropout) if dropout else output
+
+
+def _divided(
+    updates: Sequence[Update], layout: Layout, out_features: int
+) -> tuple[list[Reduced], list[Update], list[Update]]:
+    """Return what is added by shard sums, what is folded into W, and what has its own product."""
+    dense = [update for update in updates if not method_of(update.method).reduces]
+    folded = [update for update in dense if not update.dropout]
+    others = [update for update in dense if update.dropout]
+    return reduced_updates(updates, layout, out_features), folded, others
+
+
+def reduced_updates(updates: Sequence[Update], layout: Layout, out_features: int) -> list[Reduced]:
+    """Return what the updates add by shard sums; those of one shard size add up to one.
+
+    Args:
+        updates: the updates; those of methods that do not `reduces` are left out.
+        layout: the weight's layout.
+        out_features: its outputs. The matrix of an update of some rows has zeros for the others.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Layout, Update, reduced_updates
+        >>> updates = [Update("bone", torch.ones(1, 2), rows=((i, i + 2),)) for i in range(2)]
+        >>> reduced_updates(updates, Layout("out in"), 4)[0].matrix
+        tensor([[1., 2., 1., 0.]])
+    """
+    found: dict[Hashable, Reduced] = {}
+    for update in updates:
+        method = method_of(update.method)
+        if not method.reduces:
+            continue
+        matrix = method.reduced(matrix_block(update.method, layout, update.block))
+        if update.rows:
+            matrix = tiled(matrix, sum(stop - first for first, stop in update.rows))
+            matrix = place_rows(matrix, update.rows, out_features, dim=-1)
+        one = Reduced(matrix, update.scale, update.dropout, update.chosen)
+        alone = one.dropout or one.chosen is not None
+        key = (len(found),) if alone else (matrix.shape[-2], matrix.dtype)
+        if key in found:
+            pair = [scaled(tiled(two.matrix, out_features), two.scale) for two in (found[key], one)]
+            one = Reduced(pair[0] + pair[1], 1.0, 0.0)
+        found[key] = one
+    return list(found.values())
+
+
+def update_of_rows(update: Update, start: int, stop: int, out_features: int) -> list[Update] | None:
+    """Return the updates of the outputs start to stop of a matrix, or None where there are none.
+
+    Args:
+        update: the update of the whole matrix.
+        start: the first output.
+        stop: the one after the last.
+        out_features: all outputs.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Update, update_of_rows
+        >>> update_of_rows(Update("bone", torch.tensor([[1.0, 2.0, 3.0]])), 1, 3, 3)[0].block
+        tensor([[2., 3.]])
+        >>> update_of_rows(Update("bat", torch.zeros(2, 2, 2)), 1, 3, 4) is None
+        True
+    """
+    method, rows = method_of(update.method), update.rows or ((0, out_features),)
+    outputs = sum(last - first for first, last in rows)
+    found, before = [], 0
+    for first, last in rows:
+        low, high = max(first, start), min(last, stop)
+        if low < high:
+            offset = before - first
+            block = method.of_outputs(update.block, low + offset, high + offset, outputs)
+            if block is None:
+                return None
+            own = () if (low, high) == (start, stop) else ((low - start, high - start),)
+            found.append(update._replace(block=block, rows=own))
+        before += last - first
+    return found
+
+
+# --- one matrix ----------------------------------------------------------------------------------
+
+
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]
+) -> Tensor:
+    """Return (W + sum of s dW) x + b, as cheaply as the methods allow.
+
+    Args:
+        x: input (..., in).
+        weight: W (out, in).
+        bias: b (out,), or None.
+        updates: the blocks.
+
+    Returns:
+        Tensor (..., out), in the dtype that the plain linear layer returns.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Update, adapted_linear
+        >>> bone, bat = torch.ones(1, 2), torch.eye(2)[None]
+        >>> updates = [Update("bone", bone), Update("bat", bat, 0.5)]
+        >>> adapted_linear(torch.ones(2), torch.eye(2), None, updates)
+        tensor([4., 4.])
+    """
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    method = method_of(updates[0].method) if len(updates) == 1 and not updates[0].rows else None
+    if method is not None and method.reduces and not updates[0].dropout:
+        # What almost every layer has, at once.
+        matrix = method.reduced(updates[0].block)
+        sums, regain = scaled_sums(rows, matrix.shape[0], matrix.dtype, updates[0].scale)
+        output = _plus_product(F.linear(rows, weight, bias), sums, matrix, regain)
+    else:
+        output = _linear_in_general(rows, weight, bias, updates)
+    return output if rows is x else output.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_in_general(
+    x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]
+) -> Tensor:
+    """Return (W + sum of s dW) x + b for any updates and x (n, in)."""
+    small, folded, others = _divided(updates, MATRIX, weight.shape[0])
+    # The updates come before W x. Backward runs the other way: W x leaves a gradient of x, and the
+    # updates add to it.
+    sums = []
+    for matrix, scale, dropout, _ in small:
+        dropped = F.dropout(x, dropout) if dropout else x
+        sums.append((matrix, scaled_sums(dropped, matrix.shape[0], matrix.dtype, scale)))
+    deltas = [update_product(F.linear, x, weight, MATRIX, update) for update in others]
+    output = _folded(x, weight, bias, folded) if folded else F.linear(x, weight, bias)
+    for matrix, (one, regain) in sums:
+        output = _plus_product(output, one, matrix, regain)
+    return reduce(added, deltas, output)
+
+
+def _plus_product(output: Tensor, sums: Tensor, matrix: Tensor, regain: float) -> Tensor:
+    """Return output + sums @ matrix * regain, by one operation where that is possible."""
+    one_dtype = output.dtype == sums.dtype == matrix.dtype
+    if not one_dtype or matrix.shape[1] != output.shape[1]:
+        return added(output, tiled(scaled(sums @ matrix, regain), output.shape[1]))
+    if is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.addmm(output, sums, matrix, alpha=regain)
+    return output.addmm_(sums, matrix, alpha=regain)
+
+
+def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
+    """Return the product with the updates folded into W."""
+    updates = _added_up(updates)
+    if len(updates) == 1 and not updates[0].rows:
+        method, block, scale, *_ = updates[0]
+        output = method_of(method).product(x, weight, bias, block, scale)
+        if output is not None:
+            return output
+    pieces = _in_pieces(x, weight, bias, updates) if any(one.rows for one in updates) else None
+    if pieces is None:
+        return F.linear(x, effective_weight(weight, MATRIX, updates), bias)
+    return torch.cat(pieces, -1)
+
+
+def _added_up(updates: Sequence[Update]) -> list[Update]:
+    """Return fewer updates that do the same: blocks of `additive` methods add up."""
+    found: dict[Hashable, Update] = {}
+    for update in updates:
+        alike = (update.method, update.block.shape, update.block.dtype, update.rows)
+        key = alike if method_of(update.method).additive else (len(found),)
+        if key in found:
+            other = found[key]
+            total = scaled(other.block, other.scale) + scaled(update.block, update.scale)
+            update = other._replace(block=total, scale=1.0)
+        found[key] = update
+    return list(found.values())
+
+
+def _in_pieces(
+    x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]
+) -> list[Tensor] | None:
+    """Return a product for each piece of W that updates cut out, or None where a block is cut."""
+    size = weight.shape[0]
+    edges = {0, size, *(edge for update in updates for ends in update.rows for edge in ends)}
+    pieces = []
+    for start, stop in pairwise(sorted(edges)):
+        own = [update_of_rows(update, start, stop, size) for update in updates]
+        if any(some is None for some in own):
+            return None
+        here = [one for some in own for one in some or ()]
+        offset = None if bias is None else bias[start:stop]
+        pieces.append(adapted_linear(x, weight[start:stop], offset, here))
+    return pieces
+
+
+# --- stacks of matrices --------------------------------------------------------------------------
+
+
+def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor:
+    """Return x (W + sum of s dW)^T, a product for each matrix of a stack.
+
+    Args:
+        x: input (experts, n, in).
+        weight: W (experts, out, in).
+        updates: the blocks.
+
+    Returns:
+        Tensor (experts, n, out).
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Update, adapted_stack
+        >>> x, W, D = torch.ones(3, 2, 4), torch.zeros(3, 5, 4), torch.ones(3, 2, 5)
+        >>> adapted_stack(x, W, [Update("bone", D)]).unique()
+        tensor([4.])
+    """
+    _, folded, _ = _divided(updates, STACK, weight.shape[-2])
+    if len(folded) == len(updates) == 1 and not folded[0].rows:
+        method, _, scale, *_ = folded[0]
+        output = method_of(method).product(x, weight, None, folded[0].chosen_block, scale)
+        if output is not None:
+            return output
+    if folded and len(x) and not is_compiling():
+        # One matrix after another keeps no dense weight for backward.
+        each = [[update.at(index) for update in updates] for index in range(len(x))]
+        parts = zip(x.unbind(0), weight.unbind(0), each, strict=True)
+        return torch.stack([adapted_linear(one, matrix, None, own) for one, matrix, own in parts])
+
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.matmul(x, weight.mT)
+
+    return adapted_product(multiply, x, weight, None, STACK, updates)
+
+
+def adapted_grouped(
+    multiply: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    updates: Sequence[Update],
+) -> Tensor:
+    """Return x (W_e + sum of s dW_e)^T, where consecutive rows of x belong to one matrix e each.
+
+    One shard sum serves all matrices, and one grouped product adds an update to all rows.
+
+    Args:
+        multiply: the grouped product, `torch._grouped_mm` or one called alike.
+        x: input (n, in), ordered by matrix.
+        weight: W (experts, out, in).
+        offsets: (experts,), where the rows of each matrix end.
+        updates: the blocks.
+
+    Returns:
+        Tensor (n, out).
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Update, adapted_grouped
+        >>> x, W, D = torch.ones(3, 8), torch.zeros(2, 4, 8), torch.ones(2, 2, 4)
+        >>> ends = torch.tensor([1, 3], dtype=torch.int32)
+        >>> adapted_grouped(torch._grouped_mm, x, W, ends, [Update("bone", D)]).unique()
+        tensor([8.])
+    """
+    if not is_compiling() and not all(method_of(update.method).reduces for update in updates):
+        return _one_by_one(x, weight, offsets, updates)
+
+    def grouped(own: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+        if matrices is not weight:
+            # The product wants one dtype, and rows of a multiple of 16 bytes: so r is padded.
+            step = 16 // x.element_size()
+            own = pad_to_multiple(own.to(x.dtype), step, dim=-1)
+            matrices = pad_to_multiple(matrices.to(x.dtype), step, dim=-1).contiguous()
+        return multiply(own, torch.transpose(matrices, -2, -1), offs=offsets)
+
+    return adapted_product(grouped, x, weight, None, STACK, updates)
+
+
+def _one_by_one(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence[Update]) -> Tensor:
+    """Return the grouped product with one product for each matrix that has rows."""
+    outputs, start = [], 0
+    for index, end in enumerate(offsets.tolist()):
+        if end > start or not x.shape[0]:
+            own = [update.at(index) for update in updates]
+            outputs.append(adapted_linear(x[start:end], weight[index], None, own))
+        start = end
+    if start < x.shape[0]:  # rows of no matrix
+        like = outputs[0] if outputs else x
+        outputs.append(like.new_zeros(x.shape[0] - start, weight.shape[-2]))
+    return torch.cat(outputs)
