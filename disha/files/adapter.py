@@ -1,20 +1,14 @@
-"""Saving an adapter to a file, looking at a file, and loading one."""
+"""Saving an adapter to a file, inspecting a file, and loading one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from disha.files.atomic import PathLike, checked_path
-from disha.files.contents import (
-    adapter_contents,
-    load_contents,
-    opened_contents,
-    write_contents,
-)
+from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
 from disha.files.header import AdapterFile, described_by
 from disha.files.tensors import opened
 from disha.layers import check_adapter_name
@@ -32,27 +26,27 @@ def save_adapter(
 ) -> None:
     """Write an adapter, and nothing else of the model, to one safetensors file.
 
-    The file is written whole or not at all, and a file that was there stays until the new one is
-    complete. Saving the same adapter twice gives the same bytes, from a wrapped or sharded model
-    too. A merged adapter can be saved too: its blocks are intact.
+    The file is written completely or not at all: an existing file stays until the new one is
+    complete. Saving the same adapter twice gives the same bytes, also from a wrapped or sharded
+    model. A merged adapter can be saved too, as merging does not change its blocks.
 
-    In a process group: from a model that `fully_shard` has sharded, call it on all ranks, which
-    gather the whole adapter. The first rank writes the file; the others wait for it, and raise too
-    if it fails. From any other model, under `DistributedDataParallel` too, every rank has all of
-    the adapter and no rank waits for another: call it on rank 0, or on all, each of which then
-    writes the same bytes and so leaves a whole file, whoever comes last.
+    In a process group: if `fully_shard` has sharded the model, call this on all ranks. They gather
+    the whole adapter, and the first rank writes the file. The others wait, and raise too if it
+    fails. For any other model, also under `DistributedDataParallel`, every rank has the whole
+    adapter: call this on rank 0, or on all ranks, which then write the same bytes and do not wait
+    for each other.
 
     Args:
         model: a model with adapters.
         path: the file to write.
-        adapter: the adapter's name; it is not written into the file.
-        metadata: notes of the user's, str -> str.
+        adapter: the adapter's name. It is not written into the file.
+        metadata: your notes, str -> str.
 
     Raises:
-        AdapterIOError: the file can't be written; what was there is still there.
-        AdapterStateError: the adapter holds values that are not finite, or none (on the meta
-            device), or its layers have blocks of different kinds.
-        ArgumentError: there is no such adapter, or the metadata is too large or no Unicode text.
+        AdapterIOError: the file can't be written. An existing file is unchanged.
+        AdapterStateError: the adapter holds values that are not finite, or has no values (on the
+            meta device), or its blocks differ in method or r_out.
+        ArgumentError: there is no such adapter, or the metadata is too large or not Unicode text.
         ArgumentTypeError: the metadata is not str -> str.
 
     Examples:
@@ -78,14 +72,14 @@ def save_adapter(
 
 
 def inspect_adapter(path: PathLike) -> AdapterFile:
-    """Return what an adapter file says of itself, without reading any tensor.
+    """Return what an adapter file says about itself, without reading any tensor.
 
     Args:
         path: the file.
 
     Raises:
         AdapterIOError: the file can't be read.
-        AdapterFileError: it is no valid adapter file.
+        AdapterFileError: it is not a valid adapter file.
 
     Examples:
         >>> import tempfile, pathlib
@@ -121,20 +115,20 @@ def load_adapter(
     The file says which layers are adapted and how, so the model can be a plain one. If it has
     adapters already, the loaded one is added and becomes the active one.
 
-    A model that DDP or FSDP wraps can't take new layers: load first, then wrap; or, with
-    `replace=True`, load into an adapter that was there before wrapping. Call it on all ranks, each
-    of which reads the file. Sharded parameters get their part of it on each rank; what is wrong on
-    one rank then raises on all, and none of them has changed.
+    A model that DDP or FSDP wraps can't take new layers. Load first and wrap afterwards; or, with
+    `replace=True`, load into an adapter that was there before wrapping. Call this on all ranks;
+    each reads the file. Each rank loads its part of sharded parameters. If anything is wrong on one
+    rank, all ranks raise, and no rank changes.
 
     Args:
         model: the base model, or one that has other adapters.
         path: the file.
         adapter: the name that the adapter gets in this model.
-        layers: a regex; only the layers of the file in whose names it is found are loaded. All by
-            default. With `replace=True`, the others stay as they are.
+        layers: a regex; only the layers in whose names it is found are loaded. All by default. With
+            `replace=True`, the others stay as they are.
         also_train: also set the parameters that the file holds beside the blocks.
-        replace: where the model has an adapter of that name, copy the file's values into it, in
-            place (hot swap); layers and shapes must agree, and no flag changes.
+        replace: if the model has an adapter of that name, copy the file's values into it, in place
+            (hot swap). Layers and shapes must agree, and no `requires_grad` flag changes.
         dtype: dtype of the blocks; the file's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
 
@@ -143,10 +137,10 @@ def load_adapter(
 
     Raises:
         AdapterIOError: the file can't be read.
-        AdapterFileError: it is no valid adapter file, or does not fit the model; the message
+        AdapterFileError: it is not a valid adapter file, or does not fit the model; the message
             lists everything that does not.
-        ArgumentError: the name is taken and `replace` is not set, or `layers` is found in the
-            name of none.
+        ArgumentError: the name is taken and `replace` is not set, or no layer's name matches
+            `layers`.
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
     The model is unchanged whenever this raises.
@@ -169,19 +163,17 @@ def load_adapter(
         ('0.bone_block',)
     """
     view = ModelView(model)
-    with ExitStack() as stack:
-        with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
-            check_adapter_name(adapter)
-            contents = opened_contents(checked_path(path), also_train=also_train, layers=layers)
-            described, tensors = stack.enter_context(contents)
-        return load_contents(
-            view,
-            described.path,
-            described,
-            tensors,
-            adapter,
-            replace=replace,
-            partial=layers is not None,
-            dtype=dtype,
-            freeze=freeze,
-        )
+    with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
+        check_adapter_name(adapter)
+        described, tensors = read_contents(checked_path(path), also_train=also_train, layers=layers)
+    return load_contents(
+        view,
+        described.path,
+        described,
+        tensors,
+        adapter,
+        replace=replace,
+        partial=layers is not None,
+        dtype=dtype,
+        freeze=freeze,
+    )

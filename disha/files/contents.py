@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +29,7 @@ from disha.files.header import (
     encoded,
 )
 from disha.files.pieces import tensor_writer
-from disha.files.tensors import TensorFile, TensorRecord, opened
+from disha.files.tensors import TensorRecord, opened
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
 from disha.layers import AdaptedWeight, Block, check_adapter_name
@@ -48,7 +47,6 @@ __all__ = [
     "blocks_only",
     "first_names",
     "load_contents",
-    "opened_contents",
     "read_contents",
     "records_of",
     "write_contents",
@@ -218,54 +216,23 @@ def read_contents(
 ) -> tuple[AdapterFile, dict[str, Tensor]]:
     """Return what a file says about itself, and its tensors.
 
+    The tensors are mapped into memory: a value is read from the disk when it is first used.
+
     Args:
         path: the file.
-        also_train: also read the parameters that the file holds beside the blocks.
-        layers: a regex; only the layers in whose names it is found are returned and read.
+        also_train: also return the parameters that the file holds beside the blocks.
+        layers: a regex; only the layers in whose names it is found are returned.
 
     Raises:
         AdapterIOError: the file can't be read.
         AdapterFileError: it is not a valid adapter file.
         ArgumentError: `layers` is not a valid regex, or is found in no layer's name.
     """
-    with opened_contents(path, also_train=also_train, layers=layers) as (described, tensors):
-        return described, dict(tensors)
-
-
-@contextmanager
-def opened_contents(
-    path: Path, *, also_train: bool = True, layers: str | None = None
-) -> Iterator[tuple[AdapterFile, Mapping[str, Tensor]]]:
-    """Do as `read_contents`, but read each tensor only when it is asked for.
-
-    Args:
-        path: the file; it is open in the body.
-        also_train: also offer the parameters that the file holds beside the blocks.
-        layers: a regex; only the layers in whose names it is found are offered.
-    """
     with opened(path) as file:
         described = described_by(file)
         kept = described.layers if layers is None else _chosen(described, layers)
         described = _narrowed(described, kept, also_train)
-        yield described, _Unread(file, described.tensors)
-
-
-class _Unread(Mapping[str, Tensor]):
-    """Tensors of an open file, each read when it is asked for."""
-
-    def __init__(self, file: TensorFile, records: Mapping[str, TensorRecord]) -> None:
-        self._file, self._records = file, records
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self._records:
-            raise KeyError(key)
-        return self._file.read(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
-
-    def __len__(self) -> int:
-        return len(self._records)
+        return described, {key: file.read(key) for key in described.tensors}
 
 
 def _chosen(described: AdapterFile, layers: str) -> Sequence[LayerRecord]:
@@ -445,7 +412,6 @@ def _injected(
         plan = plan_weights(view, adapter, header.config, requests, beside, freeze)
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
-    # Tensors are read only now: a file may hold any amount that does not fit the model.
     values = {incoming.keys[key]: tensor for key, tensor in incoming.tensors.items()}
     _check_finite(view, incoming, values, dtype)
     apply_plan(view, plan, activate=activate)
@@ -462,7 +428,6 @@ def _fitting(view: ModelView, incoming: _Incoming, adapter: str, partial: bool) 
     }
     required = set() if partial else blocks | set(incoming.header.also_train)
     targets = {key: parameter for key, parameter in mine.items() if key in found or key in required}
-    # A tensor without a target is not read: a file may hold any amount of them.
     values = {key: incoming.tensors[own] for key, own in found.items() if key in targets}
     report = check_fit(targets, {**dict.fromkeys(found), **values})
     problems = [] if report.complete else [str(report)]
