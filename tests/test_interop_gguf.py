@@ -267,7 +267,7 @@ def test_layers_without_a_place_in_the_file_are_refused(tmp_path):
     model = decoder()
     model.extra = nn.Linear(8, 8)
     adapted(model, "extra|q_proj")
-    with refused(tmp_path, r"1 of 3 layers \(extra\) have no place", model):
+    with refused(tmp_path, r"no place for 1 of 3 layers \(extra\)", model):
         lora.export_gguf(model, tmp_path / "lora.gguf")
 
 

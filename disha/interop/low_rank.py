@@ -374,9 +374,10 @@ def _check_error(updates: Sequence[LowRankUpdate], max_error: float | None) -> N
     if beyond:
         worst = [f"{one.record.name}: {one.error:.3g}" for one in reversed(beyond)]
         raise ConversionError(
-            f"{len(beyond)} of {counted(len(updates), 'layer')} would lose more than max_error={max_error:g} "
-            f"of their update ({first_few(worst, 5, ', ')}; all layers together "
-            f"{_total_error(updates):.3g}); nothing was written. Pass a larger rank or max_error"
+            f"{len(beyond)} of {counted(len(updates), 'layer')} would lose more than "
+            f"max_error={max_error:g} of their update ({first_few(worst, 5, ', ')}; all layers "
+            f"together {_total_error(updates):.3g}); nothing was written. Give a larger `rank` or "
+            "`max_error`"
         )
 
 

@@ -296,9 +296,9 @@ def _check_untied(checkpoint: Checkpoint, adapter: AdapterFile, force: bool) -> 
     embeddings = [repr(one.name) for one in adapter.layers if one.layout.pattern == "index out"]
     if embeddings and not force and may_tie(checkpoint.config()):
         raise MergeError(
-            f"{first_few(embeddings, SHOWN, ', ')} may be tied to an output head, which merging would "
-            f"change too: {CONFIG} of {checkpoint.path} does not say tie_word_embeddings: false. "
-            "Untie them and save that model first, or merge with `force`"
+            f"{first_few(embeddings, SHOWN, ', ')} may be tied to an output head, which merging "
+            f"would change too: {CONFIG} of {checkpoint.path} does not say tie_word_embeddings: "
+            "false. Untie them and save that model first, or merge with `force`"
         )
 
 
