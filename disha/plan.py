@@ -12,36 +12,20 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from disha import freezing, functional
+from disha.candidates import Candidate, UnknownLayout, as_declared, candidates_of
 from disha.config import ALL_LINEAR, BLOCK_DTYPES, AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import Geometry, Layout, Rows
-from disha.layers import (
-    CHILD_NAME,
-    AdaptedLayer,
-    Slot,
-    check_adapter_name,
-    declared_slots,
-    device_of_weight,
-    is_quantised,
-    matrix_parameters,
-    offloading_hooks,
-    parameter_count,
-    quantisation_of,
-    read_weight,
-    slot_of,
-    stored_weight,
-    weight_shape,
-)
-from disha.model import ModelParameter, ModelView, join
-from disha.sharding import imported_class, is_sharded
+from disha.layers import Slot, check_adapter_name, is_quantised, parameter_count
+from disha.model import ModelParameter, ModelView
+from disha.sharding import imported_class
 from disha.tables import WIDEST, table
 from disha.text import brief, counted, first_few, printable
 
@@ -50,7 +34,6 @@ __all__ = [
     "PlannedLayer",
     "SkippedModule",
     "Target",
-    "UnknownLayout",
     "WeightRequest",
     "can_train",
     "plan_adapters",
@@ -113,33 +96,6 @@ class SkippedModule:
     type_name: str
     reason: str
     is_weight: bool = False
-
-
-@dataclass(frozen=True)
-class UnknownLayout:
-    """A matrix parameter that can't be adapted, since nothing declares its layout.
-
-    Attributes:
-        name: its name in the model.
-        shape: its shape.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def reason(self) -> str:
-        """Why it is not adapted, and what to do."""
-        return (
-            f"the layout of this parameter of shape {self.shape} is unknown; declare it, such as "
-            f"{self.remedy}"
-        )
-
-    @property
-    def remedy(self) -> str:
-        """What to pass to adapt it."""
-        axes = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
-        return f"layouts={{{re.escape(self.name) + '$'!r}: {axes!r}}}"
 
 
 @dataclass(frozen=True)
@@ -298,7 +254,7 @@ def plan_injection(
     target = target_regex if isinstance(target_regex, str) else None
     config = AdapterConfig(target=target, **options)
     _check_addable(view, adapter)
-    candidates = _as_declared(_candidates(view), config)
+    candidates = as_declared(candidates_of(view), config.layouts, config.rows)
     selected = _selected(view, candidates, target_regex)
     wanted, skipped = _divided(view, selected, config)
     if not wanted:
@@ -307,9 +263,9 @@ def plan_injection(
     layers, misfits = [], []
     for one in wanted:
         r = config.rank_of(*one.names)
-        problem = one.misfit(config, r)
+        problem = _misfit(one, config, r)
         if problem is None:
-            layers.append(one.planned(config, r))
+            layers.append(_planned(one, config, r))
         else:
             misfits.append(SkippedModule(one.name, one.type_name, problem, True))
     if misfits and strict:
@@ -370,14 +326,14 @@ def plan_weights(
             one message lists all of them.
     """
     _check_addable(view, adapter)
-    by_name = {name: one for one in _candidates(view) for name in one.names}
+    by_name = {name: one for one in candidates_of(view) for name in one.names}
     problems, layers = [], []
     for request in requests:
         candidate = by_name.get(request.name)
-        asked = None if candidate is None else candidate.as_requested(request)
+        asked = None if candidate is None else _as_requested(candidate, request)
         problem = _request_problem(request, asked, config)
         if problem is None and asked is not None:
-            layers.append(asked.planned(config, request.r, request.dtype))
+            layers.append(_planned(asked, config, request.r, request.dtype))
         else:
             problems.append(f"{printable(request.name, WIDEST) or '(the model)'}: {problem}")
     for full, shape in also_train.items():
@@ -392,6 +348,12 @@ def plan_weights(
         raise ArgumentError(message)
     trained = tuple(view.parameters_by_name[full].name for full in also_train)
     return _counted_plan(view, adapter, config, freeze, layers, trained)
+
+
+def _as_requested(one: Candidate, request: WeightRequest) -> Candidate:
+    """Return the weight with the rows of the file, and with its layout if none is known."""
+    one = one.or_laid_out(request.layout)
+    return one.in_rows(request.rows) if request.rows and one.slot is not None else one
 
 
 def _request_problem(
@@ -409,7 +371,7 @@ def _request_problem(
         return f"expected the layout {request.layout}, the model has {one.layout}"
     if request.geometry != one.geometry:
         return f"expected {_sizes(request.geometry)}, the model has {_sizes(one.geometry)}"
-    return one.misfit(config, request.r)
+    return _misfit(one, config, request.r)
 
 
 def _sizes(geometry: Geometry) -> str:
@@ -427,222 +389,6 @@ def _parameter_problem(one: ModelParameter | None, shape: tuple[int, ...]) -> st
     if one.value.is_meta:
         return "it is on the meta device; give the model its weights first"
     return _untrainable(one)
-
-
-# --- the weights of a model ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What can be asked for: a weight, a matrix of unknown layout, or a module without either.
-
-    Attributes:
-        module: the module.
-        module_names: its clean names.
-        attribute: the name of the weight or of the matrix in the module; empty if there is none.
-        slot: the weight; None where its layout is unknown.
-        preloaded: whether accelerate brings the weight with those of a module around it.
-    """
-
-    module: nn.Module
-    module_names: tuple[str, ...]
-    attribute: str = ""
-    slot: Slot | None = None
-    preloaded: bool = False
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The names that targets and files know it by."""
-        below = self.attribute if self.slot is None else self.slot.name
-        return tuple(join(name, below) for name in self.module_names)
-
-    @property
-    def name(self) -> str:
-        """The name that it goes by."""
-        return self.names[0]
-
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """The names that `layouts` and `rows` know it by, those of the parameter included."""
-        return (*self.names, *(join(name, self.attribute) for name in self.module_names))
-
-    @property
-    def type_name(self) -> str:
-        """The name of the module's class."""
-        return type(self.module).__qualname__
-
-    @property
-    def parameter(self) -> nn.Parameter | None:
-        """The parameter, or None where the weight is computed from others."""
-        return self.module._parameters.get(self.attribute)
-
-    @property
-    def unknown(self) -> UnknownLayout | None:
-        """What to tell of a matrix whose layout is unknown; None for others."""
-        if self.slot is not None or self.parameter is None:
-            return None
-        return UnknownLayout(
-            join(self.module_names[0], self.attribute), tuple(self.parameter.shape)
-        )
-
-    # --- of weights only -------------------------------------------------------------------------
-
-    @property
-    def layout(self) -> Layout:
-        """The weight's layout."""
-        assert self.slot is not None
-        return self.slot.layout
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the whole weight."""
-        assert self.slot is not None
-        return weight_shape(self.module, self.slot)
-
-    @property
-    def geometry(self) -> Geometry:
-        """The sizes of what is adapted."""
-        assert self.slot is not None
-        return self.layout.geometry(self.shape, self.slot.rows)
-
-    @property
-    def is_meta(self) -> bool:
-        """Whether the weight has no values, even when its module runs."""
-        assert self.slot is not None
-        look = stored_weight if self.slot.opaque else read_weight
-        weight = look(self.module, self.attribute)
-        return isinstance(weight, Tensor) and device_of_weight(self.module, weight).type == "meta"
-
-    def laid_out(self, layout: Layout) -> Candidate:
-        """Return the whole parameter as a weight of another layout."""
-        return replace(self, slot=slot_of(self.attribute, layout))
-
-    def in_rows(self, rows: Rows) -> Candidate:
-        """Return these rows of the weight."""
-        assert self.slot is not None
-        return replace(self, slot=replace(self.slot, rows=rows))
-
-    def as_requested(self, request: WeightRequest) -> Candidate:
-        """Return what a file means: the layout that it has for an unknown one, and its rows."""
-        one = self.laid_out(request.layout) if self.unknown is not None else self
-        return one.in_rows(request.rows) if request.rows and one.slot is not None else one
-
-    def misfit(self, config: AdapterConfig, r: int) -> str | None:
-        """Return why a block does not fit the weight, or None if it does."""
-        return functional.misfit(config.method, self.layout, self.geometry, r, config.r_out)
-
-    def planned(
-        self, config: AdapterConfig, r: int, dtype: torch.dtype | None = None
-    ) -> PlannedLayer:
-        """Return the weight with the block that it will get."""
-        assert self.slot is not None
-        geometry = self.geometry
-        shape = functional.block_shape(
-            config.method, self.layout, self.shape, r, config.r_out, self.slot.rows
-        )
-        return PlannedLayer(
-            name=self.name,
-            type_name=self.type_name,
-            method=config.method,
-            r=r,
-            r_out=config.r_out,
-            in_features=geometry.in_features,
-            out_features=geometry.out_features,
-            parameters=math.prod(shape),
-            layout=self.layout.pattern,
-            module=self.module,
-            slot=self.slot,
-            dtype=dtype,
-        )
-
-    def obstacle(self, method: str) -> str | None:
-        """Return why `method` can't adapt it, or None if it can."""
-        module, slot = self.module, self.slot
-        if slot is None:
-            unknown = self.unknown
-            return f"no layer kind adapts {self.type_name}" if unknown is None else unknown.reason
-        if hasattr(module, CHILD_NAME) and not isinstance(module, AdaptedLayer):
-            return f"it has an attribute {CHILD_NAME!r} of its own, where the adapters would be"
-        if self.preloaded:
-            return (
-                "accelerate brings its weight together with all others of a module around it "
-                "(preload_module_classes), and would look for the block there; inject first, then "
-                "offload"
-            )
-        if slot.opaque:  # never read
-            quantisation = quantisation_of(module, stored_weight(module, slot.parameter))
-            unreadable = quantisation is not None and quantisation.read is None
-            if unreadable and functional.method_of(method).reads_weight:
-                assert quantisation is not None
-                return (
-                    f"its weight is quantised ({quantisation.name}) and can't be read as numbers; "
-                    f"{method!r} needs to, 'bone' does not"
-                )
-            return self._impossible_rows()
-        weight = read_weight(module, slot.parameter)
-        if isinstance(weight, UninitializedParameter):
-            return "its weight is not initialised yet; run the model once before injecting"
-        # Of any floating-point dtype: hooks of the user's may cast it before each forward.
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            return "its weight is not a floating-point tensor"
-        if weight.layout is not torch.strided:
-            return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
-        if is_sharded(weight):
-            return (
-                "its weight is a DTensor of a tensor-parallel plan, of which every rank has a "
-                "part; adapters are not supported there"
-            )
-        return slot.layout.misfit(weight.shape) or self._impossible_rows()
-
-    def _impossible_rows(self) -> str | None:
-        assert self.slot is not None
-        out_features = self.layout.geometry(self.shape).out_features
-        beyond = [rows for rows in self.slot.rows if rows[1] > out_features]
-        return f"rows {beyond[0]} are out of range, it has {out_features}" if beyond else None
-
-
-def _candidates(view: ModelView) -> list[Candidate]:
-    """Return all that can be asked for in a model, in the order of its modules."""
-    preloaded: set[nn.Module] = set()
-    for module in view.names:
-        if any(hook.place_submodules for hook in offloading_hooks(module)):
-            preloaded |= set(view.inside(module))
-    found: list[Candidate] = []
-    for module, names in view.names.items():
-        slots = declared_slots(module)
-        own = [
-            Candidate(module, names, slot.parameter, slot, module in preloaded) for slot in slots
-        ]
-        if not any(slot.opaque for slot in slots):
-            known = {slot.parameter for slot in slots}
-            unknown = (name for name in matrix_parameters(module) if name not in known)
-            own += [Candidate(module, names, name) for name in unknown]
-        found += own or [Candidate(module, names)]
-    return found
-
-
-def _as_declared(candidates: list[Candidate], config: AdapterConfig) -> list[Candidate]:
-    """Return the candidates with the layouts and the rows that a user declares."""
-    if not config.layouts and not config.rows:
-        return candidates
-    found: dict[Candidate, None] = {}  # several slots of one parameter become one weight
-    for one in candidates:
-        opaque = one.slot is not None and one.slot.opaque
-        if not opaque and one.attribute in matrix_parameters(one.module):
-            pattern = _first_hit(config.layouts, one.parameter_names)
-            if pattern is not None:
-                one = one.laid_out(functional.layout_of(config.layouts[pattern]))
-                misfit = one.layout.misfit(one.shape)
-                if misfit is not None:
-                    raise ArgumentError(
-                        f"layouts={{{pattern!r}: {one.layout.pattern!r}}} does not fit {one.name}: "
-                        f"{misfit}; give it a layout with as many axes"
-                    )
-        if one.slot is not None:
-            pattern = _first_hit(config.rows, one.parameter_names)
-            one = one if pattern is None else one.in_rows(config.rows[pattern])
-        found[one] = None
-    return list(found)
 
 
 # --- what is asked for ---------------------------------------------------------------------------
@@ -773,11 +519,6 @@ def _hits(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
     return {p for p in patterns if any(re.search(p, name) for name in names)}
 
 
-def _first_hit(patterns: Iterable[str], names: Sequence[str]) -> str | None:
-    """Return the first pattern that is found in any of the names, or None."""
-    return next((p for p in patterns if any(re.search(p, name) for name in names)), None)
-
-
 def _nothing_to_adapt(
     target: Target, candidates: list[Candidate], skipped: list[SkippedModule], method: str
 ) -> str:
@@ -817,6 +558,34 @@ def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
 
 
 # --- what follows from it ------------------------------------------------------------------------
+
+
+def _misfit(one: Candidate, config: AdapterConfig, r: int) -> str | None:
+    """Return why a block does not fit a weight, or None if it does."""
+    return functional.misfit(config.method, one.layout, one.geometry, r, config.r_out)
+
+
+def _planned(
+    one: Candidate, config: AdapterConfig, r: int, dtype: torch.dtype | None = None
+) -> PlannedLayer:
+    """Return a weight with the block that it will get."""
+    assert one.slot is not None
+    geometry = one.geometry
+    shape = functional.block_shape(config.method, one.layout, one.shape, r, config.r_out, one.rows)
+    return PlannedLayer(
+        name=one.name,
+        type_name=one.type_name,
+        method=config.method,
+        r=r,
+        r_out=config.r_out,
+        in_features=geometry.in_features,
+        out_features=geometry.out_features,
+        parameters=math.prod(shape),
+        layout=one.layout.pattern,
+        module=one.module,
+        slot=one.slot,
+        dtype=dtype,
+    )
 
 
 def _tied(view: ModelView, layers: Iterable[PlannedLayer]) -> tuple[tuple[str, ...], ...]:

@@ -21,6 +21,7 @@ LAYERS = [
     {"config", "effective"},
     {"layers"},
     {"model"},
+    {"candidates"},
     {"plan", "control", "merge", "state", "summary", "checkpointing"},
     {"inject", "check"},
     {"files"},

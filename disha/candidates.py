@@ -1,0 +1,269 @@
+"""Candidates: all that a target or a file can ask for in a model, and whether it can be adapted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from disha import functional
+from disha.errors import ArgumentError
+from disha.functional import Geometry, Layout, Rows
+from disha.layers import (
+    CHILD_NAME,
+    AdaptedLayer,
+    Slot,
+    declared_slots,
+    device_of_weight,
+    matrix_parameters,
+    offloading_hooks,
+    quantisation_of,
+    read_weight,
+    slot_of,
+    stored_weight,
+    weight_shape,
+)
+from disha.model import ModelView, join
+from disha.sharding import is_sharded
+
+__all__ = ["Candidate", "UnknownLayout", "as_declared", "candidates_of"]
+
+
+@dataclass(frozen=True)
+class UnknownLayout:
+    """A matrix parameter that can't be adapted, since nothing declares its layout.
+
+    Attributes:
+        name: its name in the model.
+        shape: its shape.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why it is not adapted, and what to do."""
+        return (
+            f"the layout of this parameter of shape {self.shape} is unknown; declare it, such as "
+            f"{self.remedy}"
+        )
+
+    @property
+    def remedy(self) -> str:
+        """What to pass to adapt it."""
+        axes = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
+        return f"layouts={{{re.escape(self.name) + '$'!r}: {axes!r}}}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What can be asked for: a weight, a matrix of unknown layout, or a module without either.
+
+    Attributes:
+        module: the module.
+        module_names: its clean names.
+        attribute: the name of the weight or of the matrix in the module; empty if there is none.
+        slot: the weight; None where its layout is unknown.
+        preloaded: whether accelerate brings the weight with those of a module around it.
+    """
+
+    module: nn.Module
+    module_names: tuple[str, ...]
+    attribute: str = ""
+    slot: Slot | None = None
+    preloaded: bool = False
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names that targets and files know it by."""
+        below = self.attribute if self.slot is None else self.slot.name
+        return tuple(join(name, below) for name in self.module_names)
+
+    @property
+    def name(self) -> str:
+        """The name that it goes by."""
+        return self.names[0]
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The names that `layouts` and `rows` know it by, those of the parameter included."""
+        return (*self.names, *(join(name, self.attribute) for name in self.module_names))
+
+    @property
+    def type_name(self) -> str:
+        """The name of the module's class."""
+        return type(self.module).__qualname__
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter, or None where the weight is computed from others."""
+        return self.module._parameters.get(self.attribute)
+
+    @property
+    def unknown(self) -> UnknownLayout | None:
+        """What to tell of a matrix whose layout is unknown; None for others."""
+        if self.slot is not None or self.parameter is None:
+            return None
+        return UnknownLayout(self.name, tuple(self.parameter.shape))
+
+    # --- of weights only -------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """The weight's layout."""
+        assert self.slot is not None
+        return self.slot.layout
+
+    @property
+    def rows(self) -> Rows:
+        """The outputs that are adapted; empty for all."""
+        return () if self.slot is None else self.slot.rows
+
+    @property
+    def opaque(self) -> bool:
+        """Whether it is a weight whose module's output is added to."""
+        return self.slot is not None and self.slot.opaque
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole weight."""
+        assert self.slot is not None
+        return weight_shape(self.module, self.slot)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes of what is adapted."""
+        return self.layout.geometry(self.shape, self.rows)
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the weight has no values, even when its module runs."""
+        look = stored_weight if self.opaque else read_weight
+        weight = look(self.module, self.attribute)
+        return isinstance(weight, Tensor) and device_of_weight(self.module, weight).type == "meta"
+
+    def laid_out(self, layout: Layout) -> Candidate:
+        """Return the whole parameter as a weight of another layout."""
+        return replace(self, slot=slot_of(self.attribute, layout))
+
+    def in_rows(self, rows: Rows) -> Candidate:
+        """Return these rows of the weight."""
+        assert self.slot is not None
+        return replace(self, slot=replace(self.slot, rows=rows))
+
+    def or_laid_out(self, layout: Layout) -> Candidate:
+        """Return a matrix of unknown layout with this one; what is known stays as it is."""
+        return self if self.unknown is None else self.laid_out(layout)
+
+    def obstacle(self, method: str) -> str | None:
+        """Return why `method` can't adapt it, or None if it can."""
+        module, slot = self.module, self.slot
+        if slot is None:
+            unknown = self.unknown
+            return f"no layer kind adapts {self.type_name}" if unknown is None else unknown.reason
+        if hasattr(module, CHILD_NAME) and not isinstance(module, AdaptedLayer):
+            return f"it has an attribute {CHILD_NAME!r} of its own, where the adapters would be"
+        if self.preloaded:
+            return (
+                "accelerate brings its weight together with all others of a module around it "
+                "(preload_module_classes), and would look for the block there; inject first, then "
+                "offload"
+            )
+        if slot.opaque:  # never read
+            quantisation = quantisation_of(module, stored_weight(module, slot.parameter))
+            unreadable = quantisation is not None and quantisation.read is None
+            if unreadable and functional.method_of(method).reads_weight:
+                assert quantisation is not None
+                return (
+                    f"its weight is quantised ({quantisation.name}) and can't be read as numbers; "
+                    f"{method!r} needs to, 'bone' does not"
+                )
+            return self._impossible_rows()
+        weight = read_weight(module, slot.parameter)
+        if isinstance(weight, UninitializedParameter):
+            return "its weight is not initialised yet; run the model once before injecting"
+        # Of any floating-point dtype: hooks of the user's may cast it before each forward.
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return "its weight is not a floating-point tensor"
+        if weight.layout is not torch.strided:
+            return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
+        if is_sharded(weight):
+            return (
+                "its weight is a DTensor of a tensor-parallel plan, of which every rank has a "
+                "part; adapters are not supported there"
+            )
+        return slot.layout.misfit(weight.shape) or self._impossible_rows()
+
+    def _impossible_rows(self) -> str | None:
+        out_features = self.layout.geometry(self.shape).out_features
+        beyond = [rows for rows in self.rows if rows[1] > out_features]
+        return f"rows {beyond[0]} are out of range, it has {out_features}" if beyond else None
+
+
+def candidates_of(view: ModelView) -> list[Candidate]:
+    """Return all that can be asked for in a model, in the order of its modules.
+
+    Args:
+        view: the model.
+    """
+    preloaded: set[nn.Module] = set()
+    for module in view.names:
+        if any(hook.place_submodules for hook in offloading_hooks(module)):
+            preloaded |= set(view.inside(module))
+    found: list[Candidate] = []
+    for module, names in view.names.items():
+        slots = declared_slots(module)
+        own = [
+            Candidate(module, names, slot.parameter, slot, module in preloaded) for slot in slots
+        ]
+        if not any(slot.opaque for slot in slots):
+            known = {slot.parameter for slot in slots}
+            unknown = (name for name in matrix_parameters(module) if name not in known)
+            own += [Candidate(module, names, name) for name in unknown]
+        found += own or [Candidate(module, names)]
+    return found
+
+
+def as_declared(
+    candidates: list[Candidate], layouts: Mapping[str, str], rows: Mapping[str, Rows]
+) -> list[Candidate]:
+    """Return the candidates with the layouts and the rows that a user declares.
+
+    Args:
+        candidates: those of a model.
+        layouts: regex of names of parameters -> layout.
+        rows: regex of names of weights or parameters -> rows.
+
+    Raises:
+        ArgumentError: a parameter can't have the layout.
+    """
+    if not layouts and not rows:
+        return candidates
+    found: dict[Candidate, None] = {}  # several slots of one parameter become one weight
+    for one in candidates:
+        if not one.opaque and one.attribute in matrix_parameters(one.module):
+            pattern = _first_hit(layouts, one.parameter_names)
+            if pattern is not None:
+                one = one.laid_out(functional.layout_of(layouts[pattern]))
+                misfit = one.layout.misfit(one.shape)
+                if misfit is not None:
+                    raise ArgumentError(
+                        f"layouts={{{pattern!r}: {one.layout.pattern!r}}} does not fit {one.name}: "
+                        f"{misfit}; give it a layout with as many axes"
+                    )
+        if one.slot is not None:
+            pattern = _first_hit(rows, one.parameter_names)
+            one = one if pattern is None else one.in_rows(rows[pattern])
+        found[one] = None
+    return list(found)
+
+
+def _first_hit(patterns: Iterable[str], names: Sequence[str]) -> str | None:
+    """Return the first pattern that is found in any of the names, or None."""
+    return next((p for p in patterns if any(re.search(p, name) for name in names)), None)
