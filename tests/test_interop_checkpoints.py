@@ -1,11 +1,9 @@
 """Adapters and base checkpoints on disk: merging without the model, and comparing."""
 
-import errno
 import json
 import os
 import shutil
 import signal
-import stat
 import struct
 import subprocess
 import sys
@@ -27,7 +25,6 @@ from disha import (
     DishaError,
     MergeError,
 )
-from disha.files import atomic
 from disha.files.json_files import LARGEST_CONFIG, read_json
 from disha.functional import PATTERNS
 from disha.interop.checkpoints import (
@@ -629,31 +626,59 @@ class TestCraftedAdapters:
         setting.merge()
 
 
+def make_folder(name, content):
+    def make(setting):
+        (setting.folder / name).mkdir()
+        for file, text in content.items():
+            (setting.folder / name / file).write_text(text)
+
+    return make
+
+
+def make_file(name):
+    return lambda setting: (setting.folder / name).write_text("mine")
+
+
+def make_link(setting):
+    (setting.folder / "merged").symlink_to(setting.base)
+
+
+def nothing(setting):
+    pass
+
+
+IN_THE_WAY = {
+    "the base": (nothing, "base", True, "which is read"),
+    "in the base": (nothing, "base/below", True, "it is in the base"),
+    "a file in the base": (nothing, "base/x.safetensors", True, "it is in the base"),
+    "around the base": (nothing, "", True, "it is or contains"),
+    "a shard": (nothing, "base/model-00001-of-00003.safetensors", True, "which is read"),
+    "the adapter": (nothing, "adapter.safetensors", True, "which is read"),
+    "a link to the base": (make_link, "merged", True, "which is read"),
+    "a folder in use": (make_folder("merged", {"a": ""}), "merged", False, "set `overwrite`"),
+    "no checkpoint": (make_folder("merged", {"a": ""}), "merged", True, "holds no checkpoint"),
+    "a file for a folder": (make_file("merged"), "merged", True, "it is a file"),
+    "a folder for a file": (make_folder("x.safetensors", {}), "x.safetensors", True, "is a folder"),
+    "a file": (make_file("x.safetensors"), "x.safetensors", False, "it exists"),
+    "no parent": (nothing, "a/b", True, "create the folder"),
+}
+
+
 class TestTarget:
-    @pytest.mark.parametrize("where", ["base", "base/below", "base/x.safetensors", ""])
-    def test_in_the_base_or_around_what_is_read(self, setting, where):
-        with pytest.raises(ArgumentError, match="can't write to"):
+    @pytest.mark.parametrize("case", IN_THE_WAY)
+    def test_what_can_not_be_replaced(self, setting, case):
+        make, where, overwrite, match = IN_THE_WAY[case]
+        make(setting)
+        before = {path: path.stat().st_mtime_ns for path in setting.folder.rglob("*")}
+        with pytest.raises(AdapterIOError if case == "no parent" else ArgumentError, match=match):
             merge_into_checkpoint(
-                setting.base, setting.adapter, setting.folder / where, overwrite=True
+                setting.base, setting.adapter, setting.folder / where, overwrite=overwrite
             )
-        assert verify_against(setting.base, setting.adapter).ok
+        assert {path: path.stat().st_mtime_ns for path in setting.folder.rglob("*")} == before
 
-    def test_by_a_link_too(self, setting):
-        setting.out.symlink_to(setting.base)
-        with pytest.raises(ArgumentError, match="can't write to"):
-            setting.merge(overwrite=True)
-
-    def test_onto_the_base_file_or_the_adapter(self, setting):
-        shard = next(setting.base.glob("*.safetensors"))
-        for out in (shard, setting.adapter):
-            with pytest.raises(ArgumentError, match="which is read"):
-                merge_into_checkpoint(setting.base, setting.adapter, out, overwrite=True)
-
-    def test_what_is_there_is_kept_unless_told(self, setting):
+    def test_a_checkpoint_is_replaced_when_told(self, setting):
         setting.merge()
         (setting.out / "notes.txt").write_text("mine")
-        with pytest.raises(ArgumentError, match="set `overwrite`"):
-            setting.merge()
         setting.merge(scale=0.0, overwrite=True)
         assert not (setting.out / "notes.txt").exists()
         assert_same_bits(tensors_in(setting.out), tensors_in(setting.base))
@@ -664,34 +689,11 @@ class TestTarget:
         setting.merge()
         assert (setting.out / "model.safetensors.index.json").exists()
 
-    def test_a_folder_that_is_no_checkpoint_is_never_deleted(self, setting):
-        setting.out.mkdir()
-        (setting.out / "thesis.txt").write_text("years")
-        with pytest.raises(ArgumentError, match="holds no checkpoint"):
-            setting.merge(overwrite=True)
-        assert (setting.out / "thesis.txt").read_text() == "years"
-
-    def test_a_file_where_a_folder_is_to_be_and_the_other_way(self, setting):
-        setting.out.write_text("")
-        with pytest.raises(ArgumentError, match="it is a file"):
-            setting.merge(overwrite=True)
-        setting.out = setting.folder / "x.safetensors"
-        setting.out.mkdir()
-        with pytest.raises(ArgumentError, match="it is a folder"):
-            setting.merge(overwrite=True)
-
-    def test_a_file_that_is_there(self, setting):
+    def test_a_file_is_replaced_when_told(self, setting):
         setting.out = setting.folder / "out.safetensors"
         setting.out.write_text("mine")
-        with pytest.raises(ArgumentError, match="it exists"):
-            setting.merge()
         setting.merge(overwrite=True)
         assert_same_bits(load_file(setting.out), setting.merged_in_memory())
-
-    def test_a_parent_that_is_not_there(self, setting):
-        setting.out = setting.folder / "a" / "b"
-        with pytest.raises(AdapterIOError, match="create the folder"):
-            setting.merge()
 
 
 KILLED = """
@@ -723,67 +725,6 @@ class TestFailure:
         self.run(setting, "os.kill(os.getpid(), signal.SIGKILL)")
         assert_same_bits(tensors_in(setting.out), first)
 
-    def test_killed_between_two_renames_the_new_folder_is_not_lost(self, setting):
-        setting.merge(scale=0.0)
-        done = self.run(
-            setting,
-            "os.replace = lambda a, b: os.kill(os.getpid(), signal.SIGKILL) "
-            "if str(b) == os.path.realpath(sys.argv[3]) else os.rename(a, b)",
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert not setting.out.exists()
-        with pytest.raises(AdapterIOError, match="is not empty"):
-            setting.merge()
-        assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
-        assert setting.listing() == ["adapter.safetensors", "base", "merged"]
-
-    def test_without_locks_and_where_folders_are_not_synced(self, setting, monkeypatch):
-        right = os.fsync
-
-        def fsync(descriptor):
-            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-                raise OSError(errno.EINVAL, "not a file")
-            right(descriptor)
-
-        monkeypatch.setattr(os, "fsync", fsync)
-        monkeypatch.setattr(atomic, "fcntl", None)
-        setting.merge()
-        setting.merge(overwrite=True)
-        assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
-        assert setting.listing() == ["adapter.safetensors", "base", "merged"]
-
-    @pytest.mark.parametrize("overwrite", [False, True])
-    def test_two_that_write_to_one_place(self, setting, overwrite):
-        """The second, whole while the first still writes, is not cleared, nor replaced unasked."""
-
-        def progress(done, total):
-            if done == total:
-                merge_into_checkpoint(setting.base, setting.adapter, setting.out, scale=2.0)
-                second.update(tensors_in(setting.out))
-
-        second = {}
-        if overwrite:
-            setting.merge(progress=progress, overwrite=True)
-            assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
-        else:
-            with pytest.raises(AdapterIOError, match="not empty"):
-                setting.merge(progress=progress)
-            assert_same_bits(tensors_in(setting.out), second)
-        assert setting.listing() == ["adapter.safetensors", "base", "merged"]
-
-    def test_a_full_disk_leaves_what_was_there(self, setting):
-        setting.merge()
-        first = tensors_in(setting.out)
-        action = (
-            "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
-        )
-        done = self.run(setting, action)
-        assert done.returncode == 1
-        assert "AdapterIOError" in done.stderr
-        assert_same_bits(tensors_in(setting.out), first)
-        assert setting.listing() == ["adapter.safetensors", "base", "merged"]
-
     @pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
     def test_an_interruption_leaves_nothing(self, setting, name):
         def progress(done, total):
@@ -802,6 +743,24 @@ class TestFailure:
         with pytest.raises(DishaError):
             setting.merge(progress=progress)
         assert setting.listing() == ["adapter.safetensors", "base"]
+
+
+def as_pipe(shard):
+    shard.unlink()
+    os.mkfifo(shard)
+
+
+def cut_off(shard):
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def with_another(shard):
+    save_file(load_file(shard) | {"more": torch.zeros(1)}, shard)
+
+
+def with_one_of_the_next(shard):
+    later = max(shard.parent.glob("*.safetensors"))
+    save_file(load_file(shard) | dict([next(iter(load_file(later).items()))]), shard)
 
 
 class TestHostileCheckpoints:
@@ -833,31 +792,19 @@ class TestHostileCheckpoints:
         )
         self.refuse(setting, AdapterFileError, "names of .safetensors files in the same folder")
 
-    def test_a_shard_that_is_not_there(self, setting):
-        next(setting.base.glob("*.safetensors")).unlink()
-        self.refuse(setting, AdapterIOError, "does not exist")
-
-    def test_a_shard_that_is_a_folder_or_a_pipe(self, setting):
-        shard = next(setting.base.glob("*.safetensors"))
-        shard.unlink()
-        os.mkfifo(shard)
-        self.refuse(setting, AdapterIOError, "not a regular file")
-
-    def test_a_shard_that_was_cut_off(self, setting):
-        shard = next(setting.base.glob("*.safetensors"))
-        shard.write_bytes(shard.read_bytes()[:-1])
-        self.refuse(setting, AdapterFileError, "not a complete safetensors file")
-
-    def test_a_tensor_in_two_shards(self, setting):
-        first, second, *_ = sorted(setting.base.glob("*.safetensors"))
-        tensors = load_file(first)
-        save_file(load_file(second) | dict([next(iter(tensors.items()))]), second)
-        self.refuse(setting, AdapterFileError, "get the folder again")
-
-    def test_a_tensor_that_the_index_does_not_know(self, setting):
-        shard = next(setting.base.glob("*.safetensors"))
-        save_file(load_file(shard) | {"more": torch.zeros(1)}, shard)
-        self.refuse(setting, AdapterFileError, "'more', which does not exist")
+    @pytest.mark.parametrize(
+        ("change", "error", "match"),
+        [
+            (lambda shard: shard.unlink(), AdapterIOError, "does not exist"),
+            (as_pipe, AdapterIOError, "not a regular file"),
+            (cut_off, AdapterFileError, "not a complete safetensors file"),
+            (with_another, AdapterFileError, "'more', which does not exist"),
+            (with_one_of_the_next, AdapterFileError, "get the folder again"),
+        ],
+    )
+    def test_a_bad_shard(self, setting, change, error, match):
+        change(min(setting.base.glob("*.safetensors")))
+        self.refuse(setting, error, match)
 
     def test_a_tensor_that_no_shard_has(self, setting):
         def change(index):
