@@ -26,7 +26,6 @@ from disha import (
     DishaError,
 )
 from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
-from disha.files.json_files import LARGEST_CONFIG
 from disha.interop.peft import contents_of, export, load, read_folder, write_folder
 from disha.model import ModelView
 from tests import reference
@@ -558,46 +557,9 @@ def with_fields(**fields):
     return lambda folder: rewrite(folder, **fields)
 
 
-def with_text(text):
-    data = text if isinstance(text, bytes) else text.encode()
-    return lambda folder: (folder / "adapter_config.json").write_bytes(data)
-
-
-def without_file(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def as_pickle(folder):
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-
-
-def cut_off(folder):
-    data = (folder / "adapter_model.safetensors").read_bytes()
-    (folder / "adapter_model.safetensors").write_bytes(data[:-5])
-
-
-def unprefixed(folder):
-    tensors = tensors_of(folder)
-    rewrite(folder, {key.removeprefix("base_model."): value for key, value in tensors.items()})
-
-
 BLOCK = "inner.miss_block"
 HOSTILE = {
-    "no configuration": (without_file("adapter_config.json"), "can't read"),
-    "no tensors": (without_file("adapter_model.safetensors"), "can't read"),
-    "a pickle": (as_pickle, "a pickle, which can run any code"),
-    "cut off": (cut_off, "not a complete safetensors file"),
-    "no prefix": (unprefixed, "has no name under 'base_model.model.'"),
-    "no JSON": (with_text("{"), "not valid JSON"),
-    "not UTF-8": (with_text(b"\xff\xfe{"), "not valid JSON"),
-    "deep JSON": (with_text('{"a":' * 100_000 + "1" + "}" * 100_000), "not valid JSON"),
-    "long number": (with_text('{"r":' + "9" * 10_000 + "}"), "not valid JSON"),
-    "a field twice": (with_text('{"r": 4, "r": 5}'), "'r' comes twice"),
-    "endless JSON": (with_text(" " * (LARGEST_CONFIG + 1)), "larger than 16,777,216 bytes"),
-    "a list": (with_text("[]"), "must hold a JSON object, holds a list"),
-    "no type": (with_fields(peft_type=...), "peft_type must be"),
     "a LoRA": (with_fields(peft_type="LORA"), "peft_type must be"),
-    "unhashable type": (with_fields(peft_type=[]), "peft_type must be"),
     "r of another": (with_fields(r=3), "expected a block of shape (3, 6)"),
     "r of zero": (with_fields(r=0), "r must be an integer of at least 1"),
     "r is true": (with_fields(r=True), "r must be an integer of at least 1"),
@@ -607,15 +569,12 @@ HOSTILE = {
     "unknown kind": (with_fields(init_weights="nice"), "init_weights must be"),
     "mini of zero": (with_fields(init_weights="mini", mini_r=0), "mini_r must be"),
     "mini that does not divide": (with_fields(init_weights="mini", mini_r=4), "does not divide"),
-    "dropout of one": (with_fields(miss_dropout=1), "miss_dropout must be"),
     "dropout is text": (with_fields(miss_dropout="0"), "miss_dropout must be"),
     "targets are numbers": (with_fields(target_modules=[1]), "target_modules must be"),
     "a target is empty": (with_fields(target_modules=[""]), "target_modules must be"),
     "no targets": (with_fields(target_modules=[]), "does not select it"),
     "fewer targets": (with_fields(target_modules=["inner"]), "layers.0.v: target_modules in"),
     "saved are regexes": (with_fields(modules_to_save=["norm|head"]), "has 'norm|head', of which"),
-    "many are saved": (with_fields(modules_to_save=["a"] * 10_001), "at most 10,000 names"),
-    "saved is text": (with_fields(modules_to_save="norm"), "modules_to_save must be"),
     "saved is absent": (with_fields(modules_to_save=["norm", "head"]), "has 'head', of which"),
     "saved is not there": (with_fields(modules_to_save=["norm", "x"]), "has 'x', of which there"),
     "nothing saved": (with_fields(modules_to_save=None), "neither modules_to_save nor bias"),
@@ -653,7 +612,6 @@ HOSTILE = {
         ),
         "there is no tensor that ends in .miss_block",
     ),
-    "a long name": (with_tensor("a" * 1001, lambda t: torch.zeros(1)), "allowed are 1,000"),
     "a block more": (with_tensor("x.miss_block", lambda t: torch.zeros(4, 6)), "no such layer"),
     "no layer's block": (with_tensor("miss_block", lambda t: torch.zeros(4, 6)), "parameter miss"),
     "a block of a norm": (
@@ -665,11 +623,6 @@ HOSTILE = {
         with_tensor("scale", lambda t: torch.zeros(6, dtype=torch.float64)),
         "parameter scale: neither",
     ),
-    "infinite": (with_tensor(BLOCK, lambda t: t / 0), "not finite"),
-    "not a number": (with_tensor("norm.weight", lambda t: t * float("nan")), "not finite"),
-    "integers": (with_tensor(BLOCK, lambda t: t.long()), "has dtype torch.int64"),
-    "eight bits": (with_tensor(BLOCK, lambda t: t.to(torch.float8_e4m3fn)), "float8"),
-    "another buffer": (with_tensor("norm.running_var", lambda t: t + 1), "a buffer with other"),
 }  # fmt: skip
 
 
@@ -711,18 +664,6 @@ def test_a_selected_layer_without_a_block_is_a_block_of_zeros_in_peft(folder):
     with pytest.warns(UserWarning, match="missing adapter keys"):
         theirs = from_peft(folder, net)
     close(output(theirs, net), output(model, net))
-
-
-def test_paths_that_are_no_folders(tmp_path):
-    with pytest.raises(AdapterIOError, match="it is not a folder"):
-        load(net(), tmp_path / "nowhere")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(AdapterIOError, match="it is not a folder"):
-        load(net(), tmp_path / "file")
-    with pytest.raises(ArgumentTypeError):
-        load(net(), 3)
-    with pytest.raises(ArgumentTypeError):
-        load("model", tmp_path)
 
 
 def test_contents_go_into_models_as_folders_do(folder):
