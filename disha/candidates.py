@@ -92,8 +92,10 @@ class Candidate:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """The names that `layouts` and `rows` know it by, those of the parameter included."""
-        return (*self.names, *(join(name, self.attribute) for name in self.module_names))
+        """The names that `layouts` and `rows` know it by: a module's name means its `weight`."""
+        modules = self.module_names if self.attribute == "weight" else ()
+        parameters = (join(name, self.attribute) for name in self.module_names)
+        return (*self.names, *modules, *parameters)
 
     @property
     def type_name(self) -> str:

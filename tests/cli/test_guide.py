@@ -59,7 +59,7 @@ def test_flags_that_are_named_exist():
 
 
 def test_every_flag_of_upstreams_command_is_told_of():
-    table = TEXT.split("| flag | here |")[1].split("\n\n")[0]
+    table = TEXT.split("| flag | meaning |")[1].split("\n\n")[0]
     for flag in re.findall(r"--\w+", COMMANDS[0]):
         assert f"`{flag}`" in table, flag
 
