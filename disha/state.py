@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from disha import freezing
 from disha.errors import AdapterStateError, ArgumentTypeError
+from disha.functional import method_of
 from disha.layers import AdaptedLayer, AdaptedWeight, Block, kept_packed, weight_shape
 from disha.model import ModelView, clean_key, join
 from disha.sharding import local_part, obstacle_to_write, write
@@ -140,7 +141,8 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
 def _refuse_flattened(name: str, weight: AdaptedWeight, block: Block) -> None:
     parameter = block._parameters.get(block.parameter_name)
     axes = len(weight_shape(weight.layer, block.slot))
-    if parameter is None or min(parameter.dim(), axes) < 2:
+    block_axes = method_of(block.method).block_axes
+    if parameter is None or parameter.dim() < block_axes or axes < 2:
         raise AdapterStateError(
             f"the block of {name or 'the model'} or its weight is gone, or has been flattened. If "
             "the model is wrapped by FullyShardedDataParallel: use fully_shard in its place, or "
