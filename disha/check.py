@@ -1,6 +1,6 @@
-"""check_adapters: prove for a model that its adapters act, train and merge.
+"""check_adapters: show that the adapters of a model act, train and merge.
 
-The model runs on inputs of the user's, and the report says for each adapted weight what was seen.
+The model runs on the user's inputs. The report says for each adapted weight what happened.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from disha.layers import AdaptedWeight, Block
 from disha.merge import merge, unmerge
 from disha.model import ModelView
 from disha.tables import table
+from disha.text import counted
 
 __all__ = ["CheckReport", "CheckedWeight", "check_adapters"]
 
 SIZE = 0.02
-"""Spread of the random values that blocks have while the model is checked."""
+"""Standard deviation of the random values that blocks get during the check."""
 
 
 @dataclass(frozen=True)
 class CheckedWeight:
-    """What was seen of one block of one weight.
+    """What the check found for one block of one weight.
 
     Attributes:
         name: the weight's name in the model.
@@ -35,8 +36,8 @@ class CheckedWeight:
         read: whether the model read the weight.
         acts: whether the block changes the output.
         gradient: whether the block gets a gradient.
-        merges: whether merging gives the same output; None where merging is refused.
-        remark: what to know about it; empty where all is well.
+        merges: whether the output stays the same when merged; None if merging is refused.
+        remark: what is wrong, or why merging is refused; empty otherwise.
     """
 
     name: str
@@ -49,13 +50,13 @@ class CheckedWeight:
 
     @property
     def ok(self) -> bool:
-        """Whether the block acts, trains and, where that is possible, merges."""
+        """Whether the block acts and trains, and merging keeps the output or is refused."""
         return self.acts and self.gradient and self.merges is not False
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check_adapters` has seen; `print(report)` shows it as a table.
+    """What `check_adapters` found; `print(report)` shows it as a table.
 
     Attributes:
         weights: one entry for each active block.
@@ -76,7 +77,7 @@ class CheckReport:
 
     @property
     def problems(self) -> tuple[CheckedWeight, ...]:
-        """The entries that are not well."""
+        """The entries that are not in order."""
         return tuple(one for one in self.weights if not one.ok)
 
     @property
@@ -92,7 +93,9 @@ class CheckReport:
         ]  # fmt: skip
         header = ("weight", "adapter", "read", "acts", "gradient", "merges", "")
         good = len(self.weights) - len(self.problems)
-        return f"{table(header, rows)}\n{good} of {len(self.weights)} blocks are in order"
+        verb = "is" if good == 1 else "are"
+        total = counted(len(self.weights), "block")
+        return f"{table(header, rows)}\n{good:,} of {total} {verb} in order"
 
 
 def _word(value: bool | None) -> str:
@@ -103,13 +106,13 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport
     """Run a model and report for each active block whether it acts, trains and merges.
 
     The model runs in evaluation mode: once with random values in all blocks, once merged, and once
-    more for each block that gets no gradient. Afterwards everything is as before: values, modes,
-    gradients and random states.
+    more for each block that gets no gradient. Afterwards values, modes, gradients and random states
+    are as before.
 
     Args:
         model: a model with adapters, not merged.
-        inputs: what to call it with.
-        kwargs: what to call it with by name.
+        inputs: the positional arguments to call it with.
+        kwargs: the keyword arguments to call it with.
 
     Returns:
         A `CheckReport`.
@@ -126,7 +129,7 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport
         >>> print(disha.check_adapters(model, torch.randn(3, 4)))
         weight  adapter  read  acts  gradient  merges
         0       default  yes   yes   yes       yes
-        1 of 1 blocks are in order
+        1 of 1 block is in order
     """
     view = ModelView(model)
     view.refuse_inside("check adapters")
@@ -137,7 +140,9 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport
         if adapter in weight.layer.disha.active
     ]
     if not active:
-        raise ArgumentError("there is nothing to check: no adapter is active")
+        raise ArgumentError(
+            "there is nothing to check: no adapter is active; activate one with set_active_adapters"
+        )
     blocks = [block for *_, block in active]
     with _evaluated(view), _random_blocks(blocks), torch.random.fork_rng(_devices(view)):
         seed = torch.initial_seed() % 2**31
@@ -162,9 +167,9 @@ def _remark(read: bool, acts: bool, gradient: bool) -> str:
     if not read:
         return "the model does not use this weight, or not with these inputs"
     if not acts:
-        return "it is read, and what is made of it does not reach the output"
+        return "the model reads this weight, but the result does not reach the output"
     if not gradient:
-        return "it acts, but a custom function or a detach cuts its gradient off"
+        return "it acts, but a detach or a custom function stops its gradient"
     return ""
 
 
@@ -175,7 +180,7 @@ def _devices(view: ModelView) -> list[torch.device]:
 
 @contextmanager
 def _evaluated(view: ModelView) -> Iterator[None]:
-    """Put a model into evaluation mode, with gradients, whatever surrounds the call."""
+    """Put a model into evaluation mode, with gradients enabled."""
     added = [part for _, layer in view.layers for part in layer.disha.modules()]
     modes = [(module, module.training) for module in (*view.names, *added)]
     view.model.eval()
@@ -209,7 +214,7 @@ def _random_blocks(blocks: list[Block]) -> Iterator[None]:
 
 @contextmanager
 def _reads_noted(blocks: list[Block]) -> Iterator[set[Block]]:
-    """Note which blocks are asked for their update."""
+    """Collect the blocks whose updates the model asks for."""
     read: set[Block] = set()
 
     def noting(block: Block) -> Any:
@@ -229,11 +234,11 @@ def _reads_noted(blocks: list[Block]) -> Iterator[set[Block]]:
 
 
 def _gradients(run: Any, blocks: list[Block]) -> tuple[list[bool], list[Tensor]]:
-    """Return which blocks get a gradient from a random functional of the outputs."""
+    """Return which blocks get a gradient from a random sum of the outputs, and the outputs."""
     outputs = run()
     if not outputs:
         raise ArgumentError(
-            "the model returns no floating-point tensor, in which an adapter could be seen to act"
+            "the model returns no floating-point tensor, so the effect of an adapter can't be seen"
         )
     generator = torch.Generator().manual_seed(1)
     total: Any = 0.0
@@ -250,7 +255,7 @@ def _gradients(run: Any, blocks: list[Block]) -> tuple[list[bool], list[Tensor]]
 
 
 def _changes(run: Any, block: Block, outputs: list[Tensor]) -> bool:
-    """Whether the outputs change with a block that gets no gradient."""
+    """Whether the outputs change when a block changes."""
     parameter = block.block
     kept = parameter.detach().clone()
     with torch.no_grad():
@@ -265,7 +270,10 @@ def _changes(run: Any, block: Block, outputs: list[Tensor]) -> bool:
 def _merges(
     view: ModelView, run: Any, outputs: list[Tensor], weights: list[AdaptedWeight]
 ) -> tuple[dict[int, bool] | None, str]:
-    """Return which layers give another output when merged, or why merging is refused."""
+    """Return layer -> whether the output stays the same when merged, or why merging is refused.
+
+    The dict is empty if the output stays the same with all of them merged.
+    """
     with torch.no_grad():
         try:
             merge(view, untie=True)
@@ -289,7 +297,7 @@ def _merges(
 
 
 def _alike(outputs: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether outputs are the same but for rounding."""
+    """Whether outputs are the same up to rounding."""
     return all(
         torch.allclose(
             one, other, rtol=_limit(other), atol=_limit(other) * _size(other), equal_nan=True

@@ -1,4 +1,4 @@
-"""Gradients for blocks behind frozen inputs, which reentrant gradient checkpointing would lose."""
+"""Gradients in reentrant gradient checkpointing, for blocks that follow frozen layers."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ __all__ = ["InputGradients", "enable_input_gradients"]
 def enable_input_gradients(
     model: nn.Module, after: nn.Module | Sequence[nn.Module] | None = None
 ) -> InputGradients:
-    """Let what goes into the layers of a model require gradients, for reentrant checkpointing.
+    """Make the inputs of a model's layers require gradients, for reentrant checkpointing.
 
     `torch.utils.checkpoint.checkpoint(..., use_reentrant=True)` gives its parameters gradients only
-    if one of its inputs requires them. In a model whose first layers are frozen none does: torch
-    warns, and the blocks in the checkpointed part stay without gradients. After this call,
+    if one of its inputs requires them. If the first layers of a model are frozen, no input does:
+    torch warns, and the blocks in the checkpointed part get no gradients. After this call,
 
     - the output of every `nn.Embedding` and `nn.EmbeddingBag` of the model, and
-    - every floating-point tensor that the model itself is called with
+    - every floating-point tensor that is passed to the model itself
 
-    require gradients, whenever gradients are enabled. Neither values nor any `requires_grad` flag
-    change, and nothing is stored in `.grad`. With `after=`, the outputs of those modules do so
-    instead: for a model that starts with something else than an embedding, or with frozen layers
-    that backward had better not go through (a convolution that cuts an image into patches, say).
+    require gradients whenever gradients are enabled. No value and no `requires_grad` flag changes,
+    and nothing is stored in `.grad`. With `after=`, the outputs of those modules require gradients
+    instead. Use it for a model that does not start with an embedding, or that starts with frozen
+    layers that the backward pass should skip (such as a convolution that cuts images into patches).
 
-    Non-reentrant checkpointing needs none of this. Of a model that is compiled, call it before the
+    Non-reentrant checkpointing does not need this. If the model is compiled, call this before the
     first forward.
 
     Args:
         model: any model.
-        after: the module, or several, in front of the checkpointed part.
+        after: the module, or several, just before the checkpointed part.
 
     Returns:
-        A handle: `handle.remove()` undoes it, and so does leaving `with handle:`.
+        A handle. `handle.remove()` undoes the call, and so does the end of `with handle:`.
 
     Raises:
-        ArgumentTypeError: the model or one of the modules is no `nn.Module`.
+        ArgumentTypeError: the model or one of the modules is not an `nn.Module`.
         ArgumentError: a module is not in the model.
 
     Examples:
@@ -68,8 +68,8 @@ def enable_input_gradients(
     for module in chosen:
         if require_model(module, "after") not in modules:
             raise ArgumentError(
-                f"after={type(module).__name__} is no module of the model; give one that is, such "
-                "as model.embed_tokens"
+                f"after={type(module).__name__} is no module of the model; give a module of the "
+                "model, such as model.embed_tokens"
             )
     return InputGradients(chosen, None)
 
@@ -78,11 +78,11 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class InputGradients:
-    """What `enable_input_gradients` returns: call `remove`, or use it as a context manager.
+    """The handle from `enable_input_gradients`: call `remove`, or use it as a context manager.
 
     Args:
-        modules: those whose outputs are to require gradients.
-        model: the model whose own inputs are to require them too, or None.
+        modules: the modules whose outputs require gradients.
+        model: the model whose own inputs require gradients too, or None.
 
     Examples:
         >>> import torch
@@ -103,7 +103,7 @@ class InputGradients:
             self._hooks.append(model.register_forward_pre_hook(_mark_inputs, with_kwargs=True))
 
     def remove(self) -> None:
-        """Undo `enable_input_gradients`; no-op if that was done already."""
+        """Undo `enable_input_gradients`. Further calls do nothing."""
         for hook in self._hooks:
             hook.remove()
 
@@ -142,10 +142,10 @@ def _marked(value: Any) -> Any:
 
 
 class _Marked(torch.autograd.Function):
-    """The identity, as a result that requires gradients.
+    """The identity, with a result that requires gradients.
 
-    Not `value.requires_grad_()`: that would change the caller's tensor, collect a gradient there,
-    and forbid the module in-place operations on it.
+    `value.requires_grad_()` would not do: it changes the caller's tensor, collects a gradient in
+    it, and forbids in-place operations on it.
     """
 
     generate_vmap_rule = True
@@ -156,7 +156,7 @@ class _Marked(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing is kept for backward."""
+        """Keep nothing for backward."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

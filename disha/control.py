@@ -1,4 +1,4 @@
-"""Activate, disable, scale, route. Nothing here touches requires_grad."""
+"""Activate, disable, scale and route adapters. None of this changes requires_grad."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Let exactly these adapters act; several add up, each computed from the original weight.
+    """Activate exactly these adapters. Several add up, each computed from the original weight.
 
     Args:
         model: a model with adapters.
@@ -29,7 +29,7 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
     Raises:
         ArgumentError: a name is unknown, or given twice.
-        ArgumentTypeError: `names` is neither a str nor a sequence of them.
+        ArgumentTypeError: `names` is neither a str nor a sequence of str.
         MergeError: adapters are merged.
 
     Examples:
@@ -60,16 +60,17 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the body with all adapters off: the adapted layers compute what their base does.
+    """Run the body with all adapters off, so that adapted layers compute what their base does.
 
-    Can be nested; the state before comes back also when the body raises. Parameters that were
-    trained beside an adapter (`also_train`) are the model's own and keep their values.
+    The context can be nested. When it ends, also by an error, the state from before is restored.
+    Parameters that were trained with an adapter (`also_train`) belong to the model and keep their
+    values.
 
     Args:
         model: a model with adapters.
 
     Raises:
-        MergeError: adapters are merged, so that switching them off would not give the base.
+        MergeError: adapters are merged, so the weights are not those of the base.
 
     Examples:
         >>> import torch
@@ -97,7 +98,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") -> None:
-    """Set the runtime scale s of an adapter: 0 is no update, 1 as trained, beyond it more.
+    """Set the scale s of an adapter: its update is multiplied by s. 1 is as trained, 0 is none.
 
     Args:
         model: a model with adapters.
@@ -106,7 +107,7 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
 
     Raises:
         ArgumentError: the scale is not finite, or there is no such adapter.
-        ArgumentTypeError: the scale is no number.
+        ArgumentTypeError: the scale is not a number.
         MergeError: adapters are merged.
 
     Examples:
@@ -127,26 +128,26 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
 
 @contextmanager
 def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> Iterator[None]:
-    """Run the body with an adapter of its own for each sample of a batch.
+    """Run the body with a chosen adapter for each sample of a batch.
 
-    The result equals running the samples one by one. The active adapters do not matter meanwhile.
+    The result equals running the samples one by one. It does not matter which adapters are active.
 
-    Every adapted layer must see the samples along the leading dimension of its input, each as an
-    equal part of it: (batch, ...) or (batch * n, ...). Of sequence-first layers,
-    `nn.MultiheadAttention` is handled; a model that has one with `batch_first=False` is refused if
-    other layers are adapted, as these then get sequences first too.
+    Every adapted layer must get the samples along the leading dimension of its input, with an equal
+    part for each: (batch, ...) or (batch * n, ...). An `nn.MultiheadAttention` with
+    `batch_first=False` is handled if only its own projections are adapted. If other layers are
+    adapted too, the model is refused, since these may also get sequences first.
 
     Args:
         model: a model with adapters.
-        names_per_sample: one adapter's name per sample, or None for the base model.
+        names_per_sample: for each sample the name of an adapter, or None for the base model.
 
     Raises:
-        ArgumentError: a name is unknown, there are none, experts are adapted, the model runs
-            sequences first, or, in the body, a layer gets an input whose leading size is no
-            multiple of the number of names.
-        ArgumentTypeError: the names are no list of str and None.
+        ArgumentError: a name is unknown; the list is empty; experts are adapted; the model takes
+            sequences first; or, in the body, the leading size of a layer's input is not a multiple
+            of the number of names.
+        ArgumentTypeError: the names are not a list of str and None.
         MergeError: adapters are merged.
-        ModeError: in the body, an operation needs one effective weight for the whole batch.
+        ModeError: in the body, an operation needs one weight for the whole batch.
 
     Examples:
         >>> import torch
@@ -163,11 +164,11 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
     names = tuple(names_per_sample) if isinstance(names_per_sample, Sequence) else None
     if names is None or isinstance(names_per_sample, str):
         raise ArgumentTypeError(
-            f"names_per_sample must be a list with a name or None per sample, got "
+            f"names_per_sample must be a list with a name or None for each sample, got "
             f"{names_per_sample!r}"
         )
     if not names:
-        raise ArgumentError("names_per_sample is empty; give a name or None per sample")
+        raise ArgumentError("names_per_sample is empty; give a name or None for each sample")
     view, route = ModelView(model), Route(names)
     for name in route.adapters:
         view.require(name)
@@ -191,8 +192,8 @@ def _refuse_stacks(view: ModelView) -> None:
         if weight.slot.layout.is_stack:
             raise ArgumentError(
                 f"route_adapters can't route samples through {name}, whose layout is "
-                f"{weight.slot.layout.pattern!r}: experts get the tokens of all samples, in any "
-                "order; leave them out with exclude=, or use one adapter at a time"
+                f"{weight.slot.layout.pattern!r}: experts get the tokens of all samples in any "
+                "order. Leave them out with exclude=, or use one adapter at a time"
             )
 
 
@@ -208,8 +209,8 @@ def _refuse_sequences_first(view: ModelView) -> None:
     first = [name for name, module in attention if not module.batch_first]
     if first and beside:
         raise ArgumentError(
-            f"route_adapters needs samples along the leading dimension, and {first[0]} is an "
-            f"nn.MultiheadAttention with batch_first=False, so that layers such as {beside[0]} "
-            "may get sequences first; build the model with batch_first=True, or adapt attention "
+            f"route_adapters needs samples along the leading dimension. {first[0]} is an "
+            f"nn.MultiheadAttention with batch_first=False, so layers such as {beside[0]} may get "
+            "sequences first. Build the model with batch_first=True, or adapt attention "
             "projections only"
         )

@@ -1,8 +1,8 @@
 """The errors that disha raises on purpose.
 
-Every one is a `DishaError`, so one `except` catches them all; each is also the built-in
-that Python users expect for its cause. Messages say what was asked, what was found, what is
-allowed and what to do.
+Each is a `DishaError`, so one `except` catches them all. Each is also the built-in error that
+Python users expect for its cause. Messages say what was asked, what was found, what is allowed
+and what to do.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DishaError(Exception):
     """
 
     def __init__(self, *args: object) -> None:
-        # A message may hold names from a file that is anybody's.
+        # A message may hold names from an untrusted file.
         super().__init__(*(printable(a, lines=True) if isinstance(a, str) else a for a in args))
 
 
@@ -67,7 +67,7 @@ class ArgumentTypeError(DishaError, TypeError):
 
 
 class TargetError(ArgumentError):
-    """The modules asked for can't be adapted, or none of them is there. An `ArgumentError`.
+    """The target selects nothing, or only modules that can't be adapted. An `ArgumentError`.
 
     Examples:
         >>> from torch import nn
@@ -81,7 +81,7 @@ class TargetError(ArgumentError):
 
 
 class AdapterStateError(DishaError, ValueError):
-    """A state dict does not fit the adapter it is loaded into. Also a `ValueError`.
+    """A state dict does not fit its adapter, or an adapter has no valid values. A `ValueError` too.
 
     Examples:
         >>> import torch
@@ -97,7 +97,7 @@ class AdapterStateError(DishaError, ValueError):
 
 
 class AdapterFileError(DishaError, ValueError):
-    """A file is not a valid adapter file, or not one for this model. Also a `ValueError`.
+    """A file is not a valid adapter file, or does not fit the model. Also a `ValueError`.
 
     Examples:
         >>> import pathlib, tempfile
@@ -127,7 +127,7 @@ class AdapterIOError(DishaError, OSError):
 
 
 class ConversionError(DishaError, ValueError):
-    """An adapter can't be expressed in another library's format, or not that closely.
+    """An adapter can't be expressed in another format, or not closely enough.
 
     Also a `ValueError`.
 
@@ -146,7 +146,7 @@ class ConversionError(DishaError, ValueError):
 
 
 class MissingPackageError(DishaError, ImportError):
-    """What was asked for needs a package that is not installed. Also an `ImportError`.
+    """An operation needs a package that is not installed. Also an `ImportError`.
 
     Examples:
         >>> import sys
@@ -164,7 +164,7 @@ class MissingPackageError(DishaError, ImportError):
 
 
 class ModeError(DishaError, RuntimeError):
-    """The operation does not go with what the model is doing: disabled, routed or merged.
+    """The operation is not possible while adapters are disabled, routed or merged.
 
     Also a `RuntimeError`.
 
@@ -180,7 +180,7 @@ class ModeError(DishaError, RuntimeError):
 
 
 class MergeError(ModeError):
-    """The operation does not go with merged weights, or merging is not possible. A `ModeError`.
+    """The operation is not possible while adapters are merged, or merging is not. A `ModeError`.
 
     Examples:
         >>> import disha

@@ -1,9 +1,9 @@
-"""A fingerprint of a base weight: tells whether an adapter meets the base it was trained on.
+"""A fingerprint of a base weight: it shows whether an adapter meets the base it was trained on.
 
-It reads a fixed number of values, not the whole weight, so that its cost does not grow with the
-model. The same base may be stored in float32, bfloat16 or float16, and rounding twice is not
-rounding once: so there are two digests, of the values rounded to bfloat16 directly and by way of
-float16, and two fingerprints are of one base if they share either.
+It reads a fixed number of values, so its cost does not grow with the weight. The same base may be
+stored in float32, bfloat16 or float16, and rounding twice can differ from rounding once. So a
+fingerprint has two digests: of the values rounded to bfloat16, and of the values rounded to float16
+and then to bfloat16. Two fingerprints belong to the same base if they share a digest.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ HALF = 8
 
 
 def fingerprint(weight: Tensor) -> str | None:
-    """Return 16 hexadecimal digits for a weight, or None where its values can't be read.
+    """Return 16 hexadecimal digits for a weight, or None if its values can't be read.
 
-    Collective if the weight is sharded: all ranks take part, and get the whole weight's.
+    If the weight is sharded, this is collective: all ranks take part and get the same result.
 
     Args:
-        weight: any floating-point tensor; one on the meta device has no values.
+        weight: any floating-point tensor. A tensor on the meta device has no values.
 
     Examples:
         >>> import torch
@@ -56,11 +56,11 @@ def _digest(shape: tuple[int, ...], values: Tensor) -> str:
 
 
 def same_base(first: str, second: str) -> bool:
-    """Return whether two fingerprints are of one base, in the same or in different dtypes.
+    """Return whether two fingerprints are of the same base, perhaps in different dtypes.
 
     Args:
         first: a fingerprint.
-        second: another.
+        second: another fingerprint.
     """
     halves = {first[:HALF], first[HALF:]}
     return not halves.isdisjoint({second[:HALF], second[HALF:]})

@@ -1,6 +1,6 @@
-"""What trains: `requires_grad` flags changed with a memory, and parameters trained beside adapters.
+"""What trains: `requires_grad` flags with a memory, and parameters that train with an adapter.
 
-The memory of a module lives in its `__dict__`, so that copies and pickles of the model carry it.
+The memory of a module is in its `__dict__`, so copies and pickles of the model have it too.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ class _Memory:
     flags: dict[str, bool] = field(default_factory=dict)
     """Parameter name -> its requires_grad before disha first changed it."""
     claims: dict[str, dict[str, bool]] = field(default_factory=dict)
-    """Adapter -> names of the module's parameters that are trained and saved with it -> the
-    requires_grad that they have without it."""
+    """Adapter -> name of a parameter that trains with it -> its requires_grad without the adapter."""
 
     def copied(self) -> _Memory:
-        """Return one that later changes leave alone."""
+        """Return a copy that later changes do not reach."""
         return _Memory(dict(self.flags), {key: dict(names) for key, names in self.claims.items()})
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the module's `__dict__`; the real one, where the user's class shows another."""
+    """Return the module's real `__dict__`, even if the user's class shows another."""
     attributes: dict[str, Any] = nn.Module.__dict__["__dict__"].__get__(module)
     return attributes
 
@@ -49,7 +48,7 @@ def _memory(module: nn.Module) -> _Memory:
 
 
 def as_now(module: nn.Module) -> Callable[[], None]:
-    """Return a function that puts the module's flags, and what is known of them, back to now."""
+    """Return a function that restores the module's flags and its memory as they are now."""
     memory: _Memory | None = _attributes(module).get(_ATTRIBUTE)
     before = None if memory is None else memory.copied()
     flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
@@ -74,7 +73,7 @@ def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
 
 
 def restore_flags(module: nn.Module) -> None:
-    """Set the flags back to what they were at first, and forget everything."""
+    """Restore the first flags of the module's parameters, and forget everything."""
     memory: _Memory | None = _attributes(module).pop(_ATTRIBUTE, None)
     for name, flag in memory.flags.items() if memory else ():
         parameter = module._parameters.get(name)
@@ -86,17 +85,17 @@ def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> Non
     """Train a parameter of the module with an adapter.
 
     Args:
-        module: owner of the parameter.
+        module: the module that holds the parameter.
         adapter: the adapter.
-        name: the parameter's name there.
-        flag_without: the requires_grad that it falls back to when the adapter is removed.
+        name: the parameter's name in the module.
+        flag_without: its requires_grad after the adapter is removed.
     """
     set_requires_grad(module, name, True)
     _memory(module).claims.setdefault(adapter, {})[name] = flag_without
 
 
 def release(module: nn.Module, adapter: str) -> None:
-    """Forget what an adapter claims of the module, and stop training it."""
+    """Stop training the module's parameters that an adapter claims, and forget the claims."""
     memory: _Memory | None = _attributes(module).get(_ATTRIBUTE)
     claims = memory.claims.pop(adapter, {}) if memory is not None else {}
     for name, flag in claims.items():

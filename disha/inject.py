@@ -57,47 +57,49 @@ def inject_adapters(
 ) -> nn.Module:
     """Adapt every weight whose name matches; return the same model.
 
-    A weight goes by the name of its module, or by its own where its module has several
-    (`experts.gate_up_proj`). The modules stay the same objects, and the model computes what it did
-    until a block has trained. A second call with another `adapter` adds that one and makes it the
-    active one.
+    A weight has the name of its module. In a module with several weights, each has its own name
+    added (`experts.gate_up_proj`). The modules stay the same objects. Until a block is trained, the
+    model computes exactly what it did before. A second call with another `adapter` adds that
+    adapter and makes it the active one.
 
     Args:
         model: any model, compiled or not, but not yet wrapped by DDP or FSDP.
-        target_regex: regex that is searched (`re.search`) in the dotted names of modules and of
-            their weights; or a predicate `(name, module) -> bool`; or `"all-linear"`, every linear
-            weight, those of attention, recurrent layers and experts included, except an output head
+        target_regex: a regex that is searched (`re.search`) in the dotted names of modules and of
+            their weights; or a predicate `(name, module) -> bool`; or `"all-linear"`: every linear
+            weight, also in attention, recurrent layers and experts, but not an output head that is
             tied to an embedding.
         r: shard size, at most the in_features of every target.
-        method: `"bone"` (which `"miss"` means too), or `"bat"`, whose update is not low-rank and
-            costs more.
-        layouts: regex of names -> layout, for parameters whose layout nothing declares, such as
+        method: `"bone"` (also called `"miss"`), or `"bat"`, whose update is not low-rank and takes
+            more time.
+        layouts: regex of names -> layout, for parameters whose layout is unknown, such as
             `{"mixer.weight_in": "expert out in"}`. The regex is searched in the names of
-            parameters, and in that of a module for its `weight`.
-        rows: regex of names -> ranges (first, stop) of outputs: only these rows are adapted. With
-            `{"c_attn": [(0, 768), (1536, 2304)]}`, q and v of a fused qkv.
-        r_out: size of the output shard, dividing the out_features of every target; makes Bone a
-            tile with r x r_out parameters.
-        adapter: the new adapter's name: not empty, without a dot.
+            parameters; the name of a module stands for its `weight`.
+        rows: regex of names -> ranges (first, stop) of outputs. Only these rows are adapted:
+            `{"c_attn": [(0, 768), (1536, 2304)]}` adapts q and v of a fused qkv.
+        r_out: size of the output shard, which must divide the out_features of every target. Bone
+            becomes a tile with r x r_out parameters.
+        adapter: the new adapter's name: not empty, and without a dot.
         exclude: regex, or several, of names to leave out.
-        rank_pattern: regex of names -> r for those layers; the first that is found wins.
-        dropout: probability of zeroing each of an adapter's inputs in training.
-        scale: runtime scale s; `set_adapter_scale` changes it later.
-        dtype: dtype of the blocks; each weight's own by default, float32 over a quantised one.
-        init: `"zeros"`, or `"kaiming"` for blocks that act at once.
-        freeze: freeze all parameters that belong to no adapter and are not named by `also_train`.
-            Flags come back with `remove_adapters`.
-        also_train: regex, or several, of parameter names (`"norm.*weight"`, say) that are trained
-            and saved with the adapter. They stay the model's own: unlike blocks, they act whichever
-            adapter is active, so that a parameter can go with one adapter only.
+        rank_pattern: regex of names -> r for the weights that it matches; the first match wins.
+        dropout: probability of zeroing each input of the adapter in training.
+        scale: factor s on the update; `set_adapter_scale` changes it later.
+        dtype: dtype of the blocks. By default that of the weight, and float32 for a quantised one.
+        init: `"zeros"` (the adapter changes nothing until it is trained), or `"kaiming"` (random
+            blocks, which act at once).
+        freeze: freeze all parameters that belong to no adapter and are not matched by `also_train`.
+            `remove_adapters` restores their flags.
+        also_train: regex, or several, of parameter names (such as `"norm.*weight"`) to train and
+            save with the adapter. These stay parameters of the model: unlike blocks, they act
+            whichever adapter is active. So each can belong to one adapter only.
 
     Returns:
         `model` itself.
 
     Raises:
-        TargetError: nothing adaptable matches, or the model is wrapped by DDP or FSDP.
-        ArgumentError: a value is not allowed, r, r_out, a layout or rows do not fit a weight, the
-            adapter's name is taken, or a regex of another argument matches nothing.
+        TargetError: the target matches nothing that can be adapted, or the model is wrapped by DDP
+            or FSDP.
+        ArgumentError: a value is not allowed; r, r_out, a layout or rows do not fit a weight; the
+            adapter's name is taken; or a regex in another argument matches nothing.
         ArgumentTypeError: an argument is of the wrong type.
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
@@ -153,7 +155,7 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
         for module, layers in by_module.items()
     }
     with ExitStack() as undo:
-        undo.callback(_settle_encoders, view)  # the last to be undone: by then no layer is adapted
+        undo.callback(_settle_encoders, view)  # runs last, when the layers are as before
         for module, layers in by_module.items():
             undo.callback(adapt(module, [one.slot for one in layers]))
             adapters = module._modules[CHILD_NAME]
@@ -172,10 +174,9 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
 def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     """Remove one adapter, or all; return the same model.
 
-    A layer without any adapter left is again what it was before the first: class, state-dict
-    keys, and, once the model has no adapter at all, every `requires_grad` flag. Parameters that
-    were trained beside the adapter (`also_train`) keep their values. Removing an active adapter
-    makes no other one active.
+    A layer without adapters gets its former class and state-dict keys back. Once the model has no
+    adapter at all, every `requires_grad` flag is what it was before the first. Parameters that were
+    trained with the adapter (`also_train`) keep their values. No other adapter becomes active.
 
     Args:
         model: a model with adapters.
@@ -185,8 +186,8 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
         `model` itself.
 
     Raises:
-        ArgumentError: there is no such adapter, or a layer's class was changed after it was
-            adapted (by a parametrization, say).
+        ArgumentError: there is no such adapter, or something changed a layer's class after it was
+            adapted (a parametrization, for example).
         TargetError: DDP or FSDP wraps the model.
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
@@ -297,7 +298,7 @@ def _settle_encoders(view: ModelView) -> None:
 
 
 def _set_flags(view: ModelView, plan: Plan, undo: ExitStack) -> None:
-    """Set requires_grad as planned, and note what trains beside the adapter."""
+    """Set requires_grad as planned, and remember which parameters train with the adapter."""
     for module in {one.module for one in view.parameters}:
         undo.callback(freezing.as_now(module))
     also_train = set(plan.also_train)

@@ -15,10 +15,10 @@ __all__ = ["Route"]
 
 @dataclass(frozen=True)
 class Route:
-    """One adapter, or None for none, per sample of a batch.
+    """An adapter for each sample of a batch, or None for no adapter.
 
-    A layer may see the samples flattened, so that the leading size of its input is a multiple of
-    their number: each name then covers an equal part, in order.
+    A layer may get the samples flattened: the leading size of its input is then a multiple of their
+    number, and each name covers an equal part, in order.
     """
 
     names: tuple[str | None, ...]
@@ -28,20 +28,20 @@ class Route:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The adapters in use, each once."""
+        """The adapters of the route, each once."""
         return tuple(dict.fromkeys(name for name in self.names if name is not None))
 
     def parts(self, size: int) -> int:
-        """Return how many entries of a leading dimension of that size each name covers.
+        """Return how many entries of a leading dimension of this size each name covers.
 
         Raises:
-            ArgumentError: the size is no multiple of the number of names.
+            ArgumentError: the size is not a multiple of the number of names.
         """
         samples = len(self.names)
         if size % samples:
             raise ArgumentError(
-                f"route_adapters got {samples} names, and a layer an input of leading size {size}, "
-                "which is no multiple of it; give one name per sample of the batch"
+                f"route_adapters got {samples} names, and a layer got an input of leading size "
+                f"{size}, which is no multiple of {samples}; give one name per sample of the batch"
             )
         return size // samples
 
@@ -52,7 +52,7 @@ class Route:
         return self._on_device(tuple(r for s in starts for r in range(s, s + parts)), device)
 
     def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
-        """Return, for each sample, the index of its adapter, or their number where it has none."""
+        """Return the index of each sample's adapter, or the number of adapters for no adapter."""
         order = {adapter: index for index, adapter in enumerate(adapters)}
         chosen = (
             len(order) if name is None else order.get(name, len(order)) for name in self.names
@@ -60,7 +60,7 @@ class Route:
         return self._on_device(tuple(chosen), device)
 
     def _on_device(self, indices: tuple[int, ...], device: torch.device) -> Tensor:
-        # Kept: every layer of a model asks for the same, and a captured graph can't copy them.
+        # Kept, since every layer asks for the same indices, and a captured graph can't copy them.
         key = (indices, device)
         if key not in self._kept:
             with torch.inference_mode(False):

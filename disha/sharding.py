@@ -1,9 +1,9 @@
-"""Sharded models: whole values out of shards, and what all ranks of a model do together.
+"""Sharded tensors: gathering them, writing into them, and agreement between ranks.
 
-FSDP2 (`fully_shard`) turns parameters into DTensors, of which each rank holds a part. What needs
-whole values is collective: all ranks of the model's device meshes have to take part, in the same
-order. So nothing may raise on one rank alone while the others wait for it: what can fail runs
-inside `Ranks.agreeing`, and then fails on all of them.
+FSDP2 (`fully_shard`) turns parameters into DTensors, of which each rank holds a shard. To gather a
+tensor is collective: all ranks of its device mesh must take part, in the same order. So no rank may
+raise an error alone while the others wait for it. What can fail runs inside `Ranks.agreeing`, and
+then it fails on all ranks.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ __all__ = [
 
 
 def imported_class(module: str, name: str) -> type | None:
-    """Return a class of a module that has been imported by now, or None.
+    """Return a class of a module if the module is imported already, else None.
 
-    Whoever uses the class has imported it, and importing it here could take seconds.
+    No object of the class can exist otherwise, and importing the module here could take seconds.
     """
     cls: type | None = getattr(sys.modules.get(module), name, None)
     return cls
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is a DTensor, spread over a device mesh."""
+    """Whether a tensor is a DTensor, distributed over a device mesh."""
     cls = imported_class("torch.distributed.tensor", "DTensor")
     return cls is not None and isinstance(tensor, cls)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all its values. Collective if it is sharded."""
+    """Return a tensor with all of its values. Collective if the tensor is sharded."""
     if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor
-    # Parameters that are offloaded to the CPU are gathered where the mesh communicates.
+    # The mesh may be unable to communicate on the CPU, where an offloaded parameter is.
     full: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()
     return full
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return the values that this rank holds."""
+    """Return the part of a tensor that this rank holds."""
     if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor
@@ -68,7 +68,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def values_at(tensor: Tensor, positions: Tensor) -> Tensor:
     """Return the values at flat positions, as `torch.take`. Collective if the tensor is sharded.
 
-    Only these values are sent.
+    The ranks exchange these values only.
 
     Args:
         tensor: of any shape, floating-point.
@@ -88,7 +88,7 @@ def values_at(tensor: Tensor, positions: Tensor) -> Tensor:
     for dim, (start, stop) in enumerate(_local_ranges(tensor)):
         here &= (indices[dim] >= start) & (indices[dim] < stop)
         indices[dim] = indices[dim] - start
-    # Bits, not numbers: adding to zero would turn -0.0 into 0.0.
+    # The bits are summed, not the numbers: 0.0 + -0.0 is 0.0.
     bits = torch.zeros(len(positions), dtype=torch.int64, device=local.device)
     bits[here] = local[tuple(index[here] for index in indices)].double().view(torch.int64)
     bits = bits.to(mesh.device_type)
@@ -105,23 +105,23 @@ def obstacle_to_write(parameter: Tensor, values: Tensor) -> str | None:
     if not is_sharded(parameter):
         if not is_sharded(values):
             return None
-        return "is sharded, and the parameter is not: gather it first (full_tensor())"
+        return "is sharded, but the parameter is not: gather it first (full_tensor())"
     if not is_sharded(values):
         if _in_chunks(parameter):
             return None
-        return f"is whole, and the parameter is sharded as {target.placements}: shard it likewise"
+        return f"is not sharded, but the parameter is as {target.placements}: shard it likewise"
     if (source.device_mesh, source.placements) != (target.device_mesh, target.placements):
         return f"is sharded as {source.placements}, must be as {target.placements} on its mesh"
     return None
 
 
 def write(parameter: Tensor, values: Tensor) -> None:
-    """Copy values into a parameter in place: whole ones by each rank into the part that it holds.
+    """Copy values into a parameter in place. Each rank writes the part that it holds.
 
     Args:
         parameter: sharded or not.
-        values: of its shape; for a sharded parameter whole, the same on all ranks, or sharded
-            likewise.
+        values: of the parameter's shape. For a sharded parameter, either all values, the same on
+            all ranks, or values that are sharded like the parameter.
     """
     if is_sharded(parameter) and not is_sharded(values):
         part = tuple(slice(start, stop) for start, stop in _local_ranges(parameter))
@@ -130,13 +130,13 @@ def write(parameter: Tensor, values: Tensor) -> None:
 
 
 def _in_chunks(tensor: Tensor) -> bool:
-    """Whether the parts are the chunks of `_local_ranges`: not with tensor parallelism on top."""
+    """Whether `_local_ranges` gives the shards: not if FSDP is combined with tensor parallelism."""
     sharded: Any = tensor
     return all(type(p).__name__ in ("Shard", "Replicate") for p in sharded.placements)
 
 
 def _local_ranges(tensor: Tensor) -> list[tuple[int, int]]:
-    """Return, for each dimension, where the part of this rank starts and stops."""
+    """Return for each dimension where the part of this rank starts and stops."""
     sharded: Any = tensor
     mesh = sharded.device_mesh
     ranges = [(0, size) for size in tensor.shape]
@@ -152,7 +152,7 @@ def _local_ranges(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 class Ranks:
-    """The ranks that hold the shards of a model; this process alone if it is not sharded.
+    """The ranks that hold the shards of a model; only this process if the model is not sharded.
 
     Args:
         parameters: the model's parameters.
@@ -164,18 +164,18 @@ class Ranks:
 
     @property
     def writes(self) -> bool:
-        """Whether this is the rank that writes files: the first."""
+        """Whether this rank writes the files; only the first one does."""
         return not any(any(mesh.get_coordinate()) for mesh in self.meshes)
 
     @contextmanager
     def agreeing(self, action: str) -> Iterator[None]:
-        """Run a body without collectives; raise on every rank what it raises on any.
+        """Run the body; if it raises on any rank, raise on all ranks. It must not be collective.
 
         Args:
-            action: what is being done, which has to be the same on all ranks.
+            action: what is being done, such as "save an adapter"; the same on all ranks.
 
         Raises:
-            ArgumentError: the ranks are not doing the same.
+            ArgumentError: the ranks do different things.
         """
         if not self.meshes:
             yield
@@ -192,8 +192,8 @@ class Ranks:
         for rank, other, kind, message in reports:
             if other != action:
                 raise ArgumentError(
-                    f"rank {rank} was asked to {other}, and rank {torch.distributed.get_rank()} to "
-                    f"{action}; a sharded model needs the same call on all ranks"
+                    f"rank {rank} was asked to {other}, but rank {torch.distributed.get_rank()} to "
+                    f"{action}. Make the same call on all ranks of a sharded model"
                 )
             if kind is not None:
                 raise getattr(errors, kind, DishaError)(f"on rank {rank}: {message}")

@@ -1,4 +1,4 @@
-"""The state-dict filter and the strict load: adapters as tensors by name, without any I/O."""
+"""Adapters as state dicts: their tensors by name, and a checked load. No file is involved."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load found, each key in one place.
+    """What a load found. Each key is in one of the lists.
 
     Attributes:
-        matched: keys that fit, and were loaded if the load went through.
-        missing: keys that the adapter has and the state lacks.
-        unexpected: keys that the state has and the adapter lacks.
+        matched: keys that fit. Their values were loaded, unless the load failed.
+        missing: keys that the adapter has and the state does not.
+        unexpected: keys that the state has and the adapter does not.
         wrong_shape: (key, shape found, shape expected).
-        wrong_value: (key, what is wrong): no tensor, not floating-point, or not finite.
+        wrong_value: (key, what is wrong): not a tensor, not floating-point, or not finite.
 
     Examples:
         >>> import torch
@@ -60,7 +60,7 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether everything fitted."""
+        """Whether all keys match."""
         return not (self.missing or self.unexpected or self.wrong_shape or self.wrong_value)
 
     def __str__(self) -> str:
@@ -78,12 +78,12 @@ class LoadReport:
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """Return the part of `model.state_dict()` that belongs to an adapter.
 
-    Same keys and same tensors (sharing memory), `also_train` parameters included, so that
-    `torch.save` and `model.load_state_dict(state, strict=False)` work with it as well.
+    Keys and tensors are the same (they share memory), and `also_train` parameters are included. So
+    `torch.save` and `model.load_state_dict(state, strict=False)` work with the result.
 
-    As in `model.state_dict()`, the keys of a wrapped model have its wrappers' parts, and the
-    tensors of a sharded one are DTensors, of which each rank has its shard. `save_adapter` writes
-    clean names and whole tensors.
+    As in `model.state_dict()`, a wrapper adds its part to the keys, and the tensors of a sharded
+    model are DTensors, of which each rank has its shard. `save_adapter` writes clean names and
+    gathered tensors instead.
 
     Args:
         model: a model with adapters.
@@ -114,12 +114,13 @@ def _in_state_dict(view: ModelView, adapter: str) -> dict[str, Tensor]:
 def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
     """Return the parameters of an adapter under the keys that files use.
 
-    `<layer>.bone_block` or `<layer>.bat_block` for blocks, their own clean names for `also_train`
-    parameters; each once, however many names a shared module has.
+    The key of a block is `<layer>.bone_block` or `<layer>.bat_block`; that of an `also_train`
+    parameter is its clean name. Each comes once, even if its module has several names.
 
     Raises:
         ArgumentError: there is no such adapter.
-        MergeError: a parameter of `also_train` is a weight that holds a merge now.
+        AdapterStateError: FullyShardedDataParallel has flattened a block.
+        MergeError: an adapter is merged into an `also_train` parameter.
     """
     view.reshard()
     tensors = {}
@@ -156,27 +157,27 @@ def load_adapter_state_dict(
     adapter: str = "default",
     strict: bool = True,
 ) -> LoadReport:
-    """Copy an adapter's tensors into the model, after checking all of them.
+    """Check all tensors of an adapter, then copy them into the model.
 
-    Into a model that `fully_shard` has sharded, call it on all ranks, with whole tensors, the same
-    on each, or with DTensors that are sharded as the model's. What is wrong on one rank raises on
-    all, and then none of them has changed.
+    If `fully_shard` has sharded the model, call this on all ranks: with complete tensors, the same
+    on each rank, or with DTensors that are sharded like the model's. An error on one rank is raised
+    on all, and then no rank has changed anything.
 
     Args:
         model: a model that has the adapter already (`inject_adapters`).
-        state: as `adapter_state_dict` gives it, wrappers' prefixes (`module.`, `_orig_mod.`) or
-            not.
+        state: the result of `adapter_state_dict`. Keys may have prefixes of wrappers (`module.`,
+            `_orig_mod.`) or not.
         adapter: the adapter's name.
-        strict: raise also on missing and unexpected keys.
+        strict: also raise on missing and unexpected keys.
 
     Returns:
         A `LoadReport`.
 
     Raises:
-        AdapterStateError: something does not fit; the message lists everything that does not.
-            With `strict=False`, only wrong shapes and values. The model is then unchanged.
+        AdapterStateError: something does not fit; the message lists all that does not. With
+            `strict=False`, only wrong shapes and values count. The model is unchanged.
         ArgumentError: there is no such adapter.
-        ArgumentTypeError: `state` is no mapping.
+        ArgumentTypeError: `state` is not a mapping.
         MergeError: adapters are merged.
 
     Examples:
@@ -222,16 +223,16 @@ def _under_model_keys(
 
 
 def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> LoadReport:
-    """Compare found tensors with the parameters they are for; change nothing."""
+    """Compare tensors with the parameters that they are for; change nothing."""
     matched, wrong_shape, wrong_value = [], [], []
     for key, parameter in expected.items():
         if key not in found:
             continue
         value = found[key]
         if not isinstance(value, Tensor):
-            wrong_value.append((key, f"is no tensor but of type {type(value).__name__}"))
+            wrong_value.append((key, f"is not a tensor but a {type(value).__name__}"))
         elif value.is_nested or value.layout is not torch.strided:
-            wrong_value.append((key, f"has the layout of a {_layout(value)} tensor, must be dense"))
+            wrong_value.append((key, f"is a {_layout(value)} tensor, must be dense"))
         elif value.shape != parameter.shape:
             wrong_shape.append((key, tuple(value.shape), tuple(parameter.shape)))
         elif not value.is_floating_point():
@@ -262,16 +263,16 @@ def _layout(value: Tensor) -> str:
 
 
 def finite_as(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all values, here on this rank, are finite and still are after a cast to dtype."""
+    """Whether all values that this rank holds are finite after a cast to `dtype`."""
     value = local_part(value).detach().to(dtype)
     if not value.numel():
         return True
-    # One pass, and no tensor of its size: not a number is the least and the greatest of any.
+    # This needs one pass and no tensor of that size. NaN counts as the least and as the greatest.
     return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(value))
 
 
 def copy_values(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values into parameters in place; keys, shapes and dtypes have been checked."""
+    """Copy values into parameters in place. They must have been checked."""
     with torch.no_grad():
         for key, parameter in targets.items():
             write(parameter, values[key])

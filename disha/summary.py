@@ -44,7 +44,7 @@ class Summary:
 
     Attributes:
         trainable: parameters that require gradients.
-        total: all parameters, each counted once; a quantised weight as the dense one.
+        total: all parameters, each counted once; a quantised weight counts as the dense one.
         layers: one `LayerSummary` per block.
 
     Examples:
@@ -79,13 +79,13 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Return what is adapted in the model and how much of it trains; printable.
+    """Return what is adapted in a model and how much of it trains; printable.
 
     Args:
         model: any model.
 
     Raises:
-        ArgumentTypeError: the model is no `nn.Module`.
+        ArgumentTypeError: the model is not an `nn.Module`.
 
     Examples:
         >>> from torch import nn

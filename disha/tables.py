@@ -10,15 +10,15 @@ __all__ = ["WIDEST", "table"]
 
 
 WIDEST = 200
-"""Characters of a cell; every cell of a column is padded to its widest."""
+"""Most characters of a cell; all cells of a column are as wide as its widest."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table with aligned columns: the first to the left, others to the right if numbers.
+    """Return a table with aligned columns: numbers to the right, all else to the left.
 
     Args:
         header: titles of the columns.
-        rows: cells, one per column.
+        rows: the cells of each row, one per column.
 
     Examples:
         >>> from disha.tables import table

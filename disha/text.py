@@ -1,4 +1,4 @@
-"""Text for messages: what comes from elsewhere, a file say, made fit to be printed, and lists."""
+"""Text for messages: foreign text made safe to print, numbers with nouns, and short lists."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from collections.abc import Sequence
 __all__ = ["brief", "counted", "first_few", "printable"]
 
 LONGEST = 10_000
-"""Characters that anybody will read of one message."""
+"""Most characters of one message."""
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 200
 
 
 def printable(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
-    r"""Return a text with what can't be printed escaped, and its middle left out if it is long.
+    r"""Return a text with unprintable characters escaped, and without its middle if it is long.
 
-    So no name in a file moves the cursor of whoever reads it, hides what follows, or fills the
-    screen.
+    So a name in a file can't move the reader's cursor, hide the text after it, or fill the screen.
 
     Args:
         text: any text.
-        limit: characters that are shown at most, but for those that say how many are not.
-        lines: whether it may have several lines.
+        limit: how many characters of the text are kept at most.
+        lines: whether line breaks are kept.
 
     Examples:
         >>> from disha.text import printable
@@ -47,10 +46,10 @@ def _escaped(character: str) -> str:
 
 
 def brief(value: object) -> str:
-    """Return `repr` of a value, however long or deep it is, in some 200 characters.
+    """Return `repr` of a value in about 200 characters, however long or deep the value is.
 
     Args:
-        value: what has been found in place of something else.
+        value: any value.
 
     Examples:
         >>> from disha.text import brief

@@ -165,7 +165,7 @@ class TestLoad:
         with pytest.raises(ArgumentTypeError, match="got list"):
             disha.load_adapter_state_dict(adapted, [])
         key = next(iter(disha.adapter_state_dict(adapted)))
-        with pytest.raises(AdapterStateError, match="is no tensor but of type str"):
+        with pytest.raises(AdapterStateError, match="is not a tensor but a str"):
             disha.load_adapter_state_dict(adapted, {key: "x"})
 
     def test_into_a_model_without_values(self, adapted):

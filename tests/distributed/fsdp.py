@@ -317,7 +317,7 @@ def check_state_dicts(folder):
     with pytest.raises(disha.ArgumentTypeError, match=from_rank(0, "state must be")):
         disha.load_adapter_state_dict(model, [] if rank() == 0 else values)
     assert_same(blocks(model), before)
-    with pytest.raises(AdapterStateError, match="is sharded, and the parameter is not"):
+    with pytest.raises(AdapterStateError, match="is sharded, but the parameter is not"):
         disha.load_adapter_state_dict(source, doubled)
 
 
