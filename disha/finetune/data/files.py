@@ -27,33 +27,22 @@ from disha.finetune.errors import DataError
 
 __all__ = ["file_format", "read_file"]
 
-FORMATS: Mapping[str, str] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".txt": "txt",
-}
-PACKED = ".gz"
-
 READERS: Mapping[str, Callable[[TextFile], RowFile]] = {
-    "jsonl": json_line_rows,
-    "json": json_rows,
-    "csv": lambda file: csv_rows(file, ","),
-    "tsv": lambda file: csv_rows(file, "\t"),
-    "txt": text_line_rows,
+    ".jsonl": json_line_rows,
+    ".ndjson": json_line_rows,
+    ".json": json_rows,
+    ".csv": lambda file: csv_rows(file, ","),
+    ".tsv": lambda file: csv_rows(file, "\t"),
+    ".txt": text_line_rows,
 }
+PARQUET, PACKED = ".parquet", ".gz"
 
 
 def file_format(path: Path) -> str | None:
-    """The format that a file's name says, or None."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [PACKED]:
-        inner = FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
-        return None if inner == "parquet" else inner
-    return FORMATS.get(suffixes[-1]) if suffixes else None
+    """The ending of a file's name that says its format, or None."""
+    packed = path.suffix.lower() == PACKED
+    suffix = (Path(path.stem) if packed else path).suffix.lower()
+    return suffix if suffix in READERS or (suffix == PARQUET and not packed) else None
 
 
 def read_file(path: Path, *, streaming: bool = False) -> RowFile:
@@ -71,10 +60,10 @@ def read_file(path: Path, *, streaming: bool = False) -> RowFile:
     found = file_format(path)
     if found is None:
         raise DataError(
-            f"the name of {path} says no known format; it must end with {', '.join(FORMATS)} (all "
-            f"but .parquet can have {PACKED} after it)"
+            f"the name of {path} says no known format; it must end with {', '.join(READERS)} "
+            f"(maybe with {PACKED} after it) or {PARQUET}"
         )
-    if found == "parquet":
+    if found == PARQUET:
         return ParquetRows(path)
     if streaming:
         _require_streamable(path, found)
@@ -87,7 +76,7 @@ def _require_streamable(path: Path, found: str) -> None:
             f"--streaming can't read {path}, as single rows of a packed file can't be read; unpack "
             "it, or leave --streaming out"
         )
-    if found == "json":
+    if found == ".json":
         raise DataError(
             f"--streaming can't read {path}, as a JSON file can only be read at once; write it as "
             "JSON lines (.jsonl), or leave --streaming out"

@@ -24,11 +24,10 @@ class TensorBatch:
     """Samples side by side.
 
     Args:
-        inputs: (batch, ...) numbers, float32.
-        targets: (batch,) the numbers of classes, int64; or (batch, ...) numbers to predict,
-            float32.
+        inputs: (batch, ...) float32.
+        targets: (batch,) classes, int64; or (batch, ...) numbers to predict, float32.
         size: how many samples there are.
-        weight: how many terms the summed loss has: a class each, or a number each.
+        weight: how many terms the summed loss has: one for each class or number.
         classes: how many classes a model must have at least; 0 where targets are numbers.
     """
 

@@ -161,22 +161,6 @@ class KeyValueCache:
         self._length += tokens
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, the division in float32."""
-
-    def __init__(self, size: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (..., size)."""
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
-        normalised = F.rms_norm(x.float(), self.weight.shape, None, self.epsilon)
-        return self.weight * normalised.to(x.dtype)
-
-
 class Attention(nn.Module):
     """Causal attention with grouped key and value heads."""
 
@@ -190,8 +174,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden, bias=config.output_bias)
         norms = config.head_dim, config.norm_epsilon
-        self.q_norm = RMSNorm(*norms) if config.head_norm else nn.Identity()
-        self.k_norm = RMSNorm(*norms) if config.head_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(*norms) if config.head_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(*norms) if config.head_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, rotation: Rotation, seen: Tensor | None, cache: KeyValueCache | None
@@ -239,8 +223,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = FeedForward(config)
-        self.input_layernorm = RMSNorm(config.hidden, config.norm_epsilon)
-        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_epsilon)
+        self.input_layernorm = nn.RMSNorm(config.hidden, config.norm_epsilon)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden, config.norm_epsilon)
 
     def forward(
         self, x: Tensor, rotation: Rotation, seen: Tensor | None, cache: KeyValueCache | None
@@ -258,7 +242,7 @@ class DecoderBody(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.norm_epsilon)
+        self.norm = nn.RMSNorm(config.hidden, config.norm_epsilon)
 
     def forward(
         self,

@@ -27,7 +27,7 @@ class Family:
 
     Args:
         name: `model_type` in config.json, and `general.architecture` in GGUF files.
-        causal: the class in `architectures` of a language model.
+        causal: the class name in `architectures`.
         context: `max_position_embeddings` by default.
         kv_heads: `num_key_value_heads` by default; None for as many as there are heads.
         head_dim: `head_dim` by default; None for the width divided among the heads.

@@ -25,8 +25,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -155,9 +155,11 @@ class Checkpoints:
             "random": self._processes.gather(_random_state()),
         }
         try:
-            with self._new_folder(final) as folder:
+            with ExitStack() as stack:
+                folder = self._on_main(lambda: stack.enter_context(self._new_folder(final)))
                 self._save_adapter(objective, folder / ADAPTER)
                 self._on_main(lambda: _complete(folder, state))
+                self._on_main(stack.close)
         except OSError as error:  # on all processes alike
             self._on_main(functools.partial(self._give_up, final, error))
         self._newest = final
@@ -221,20 +223,12 @@ class Checkpoints:
             raise result
         return result  # type: ignore[no-any-return]
 
-    @contextmanager
-    def _new_folder(self, final: Path) -> Iterator[Path]:
-        """Give all processes a folder to fill; at the end, it takes the place of `final`."""
-        with ExitStack() as stack:
-            yield self._on_main(lambda: stack.enter_context(self._prepared(final)))
-            self._on_main(stack.close)
-
-    @contextmanager
-    def _prepared(self, final: Path) -> Iterator[Path]:
+    def _new_folder(self, final: Path) -> AbstractContextManager[Path]:
+        """Return a context manager of a folder to fill, which takes the place of `final`."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._clear_leftovers()
         # A folder that is there is damaged, or of an earlier run.
-        with write_folder(final, overwrite=True) as folder:
-            yield folder
+        return write_folder(final, overwrite=True)
 
     def _save_adapter(self, objective: nn.Module, path: Path) -> None:
         model = undistributed(objective).model

@@ -1,6 +1,6 @@
-"""The repeated layers of a model: what is checkpointed, compiled and sharded one at a time.
+"""The repeated layers of a model, which are checkpointed, compiled and sharded one at a time.
 
-Nothing here puts a module around another, so names and state-dict keys stay what they are.
+No module is wrapped, so names and state-dict keys stay the same.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["compile_model", "enable_gradient_checkpointing", "repeated_layers"]
 
 
 OWN_WAYS = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-"""What models of transformers have, the newer name first; takes the options of checkpointing."""
+"""Methods of models of transformers, the newer name first; they take options of checkpointing."""
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of which the model is a stack: a decoder's layers, a network's blocks.
+    """Return the layers that a model stacks: the layers of a decoder, the blocks of a network.
 
-    Those are the members of every list of modules of one class that have parameters. What is inside
-    a layer (the experts of one, say) is part of it.
+    These are the members of every list of modules of one class that have parameters. A list inside
+    a layer, such as its experts, is part of that layer.
     """
     if isinstance(model, Decoder):
         return list(model.model.layers)
@@ -47,12 +47,11 @@ def _is_stack(module: nn.Module) -> bool:
 def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Keep only the inputs of layers for backward, which computes the rest again.
 
-    A model that has a way of its own, as those of transformers have, is asked. Of any other, the
-    forward of every repeated layer is replaced, while it is in training mode. Dropout is the same
-    both times.
+    A model with a method for that, as those of transformers have, is asked. In any other, the
+    forward of every repeated layer is replaced, for training mode. Dropout is the same both times.
 
     Raises:
-        SettingsError: the model has no repeated layers, or says that it can't.
+        SettingsError: the model has no repeated layers, or does not support checkpointing.
     """
     own_way = next((getattr(model, name) for name in OWN_WAYS if hasattr(model, name)), None)
     if own_way is not None:
@@ -72,7 +71,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 
 
 def _checkpointed(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
-    # By way of the class, not of a bound method, so that copies of the layer call their own.
+    # From the class, as a bound method would belong to the original also in copies of the layer.
     forward = functools.partial(type(layer).forward, layer)
     if not layer.training:
         return forward(*inputs, **named)
@@ -82,8 +81,8 @@ def _checkpointed(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
 def compile_model(model: nn.Module) -> None:
     """Compile the repeated layers of a model in place, or the whole model if it has none.
 
-    The layers share their code, so that it is compiled once for all of them. Call it last, after
-    `enable_gradient_checkpointing` and before the model is distributed.
+    The layers share their code, which is compiled once for all of them. Call it after
+    `enable_gradient_checkpointing`, and before the model is distributed.
     """
     for module in repeated_layers(model) or [model]:
         module.compile(dynamic=True if isinstance(model, Decoder) else None)

@@ -1,8 +1,7 @@
 """What is minimised: the summed loss of a batch, for each kind of model.
 
-A loss is summed, not averaged, so that the steps of training can divide by the terms of all
-batches, on all processes, at once. An objective is a module around its model, so that what wraps
-modules (DDP, FSDP) wraps one call per batch.
+A loss is summed and not averaged, so that a step can divide by the terms of all batches, on all
+processes. An objective is a module around its model, so that DDP and FSDP wrap one call per batch.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class Objective(nn.Module):
 
 
 class DecoderObjective(Objective):
-    """Cross-entropy of the tokens to learn, for our own decoder."""
+    """Cross-entropy of the tokens to learn, for the built-in decoder."""
 
     model: Decoder
 
@@ -69,8 +68,8 @@ class LogitsObjective(Objective):
     """Cross-entropy of the tokens to learn, for any causal language model.
 
     The model is called with token ids (batch, time) and returns logits (batch, time, vocabulary),
-    or an object that has them as `logits`. Padding is on the right, where no real token of a causal
-    model sees it, so the model is given no mask.
+    or an object that has them as `logits`. It gets no mask: padding is on the right, where no real
+    token of a causal model sees it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -105,13 +104,13 @@ class LogitsObjective(Objective):
 class TensorObjective(Objective):
     """The loss of a model that maps tensors to tensors.
 
-    A model that has a method `summed_loss(inputs, targets)` is asked for it. Otherwise the model is
-    called with the inputs, and returns a tensor, or an object that has one as `logits`:
+    If the model has a method `summed_loss(inputs, targets)`, that is the loss. Otherwise the model
+    is called with the inputs, and returns a tensor, or an object that has one as `logits`:
 
     - integer targets: cross-entropy, of outputs (batch, classes, ...) for targets (batch, ...)
     - floating-point targets: squared error, of outputs of the targets' shape
 
-    Inputs that are not whole numbers are given to the model in its own type.
+    Floating-point inputs are given to the model in its own dtype.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -149,7 +148,7 @@ class TensorObjective(Objective):
 
 
 def objective_for(model: nn.Module, has_tokenizer: bool) -> Objective:
-    """Return the objective of a model: what it learns from is text if there is a tokenizer."""
+    """Return the objective of a model, which learns from text if it has a tokenizer."""
     if isinstance(model, Decoder):
         return DecoderObjective(model)
     return LogitsObjective(model) if has_tokenizer else TensorObjective(model)

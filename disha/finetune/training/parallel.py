@@ -1,6 +1,6 @@
-"""Several processes that train one model: under torchrun, on gloo (CPU) and nccl (CUDA).
+"""Several processes that train one model, under torchrun, with gloo (CPU) and nccl (CUDA).
 
-Without torchrun there is one process, and nothing of `torch.distributed` is used.
+Without torchrun there is one process, which does not use `torch.distributed`.
 
 What fails on one process stops all of them, with one message, from the process that knows what
 happened. The first process that fails leaves a note in the store that torchrun's processes share.
@@ -43,7 +43,7 @@ __all__ = [
 T = TypeVar("T")
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each process, as environment variables."""
+"""The environment variables that torchrun sets for each process."""
 
 FAILURE = "disha/failure"
 """The key in the store of the note of the first process that failed."""
@@ -68,12 +68,12 @@ class Processes:
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> Processes:
-        """A process by itself, on a device: by default the first GPU, or the CPU without one."""
+        """One process, on a device: by default the first GPU, or the CPU without one."""
         return cls(0, 1, _device(0) if device is None else device)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes files and speaks to the user."""
+        """Whether this process writes files and prints messages."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -85,7 +85,7 @@ class Processes:
         return summed.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Return what every process gave, by rank; anything that can be pickled."""
+        """Return the values of all processes, by rank; anything that can be pickled."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -93,7 +93,7 @@ class Processes:
         return values
 
     def broadcast(self, value: T) -> T:
-        """Return what the main process gave; anything that can be pickled."""
+        """Return the main process's value; anything that can be pickled."""
         if self.world_size == 1:
             return value
         values: list[Any] = [value]
