@@ -870,7 +870,7 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
                 }
             },
             disha.AdapterFileError,
-            r"layers\.0\.attn\.q_proj has factors of an embedding .* and of another layer",
+            r"q_proj has \.lora_A\.weight, .*lora_embedding_B; a layer has",
         ),
         (
             {
@@ -882,7 +882,11 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
             disha.ConversionError,
             "is no Bone adapter",
         ),
-        ({"tensors": {f"{FIRST}.lora_B.weight": None}}, disha.AdapterFileError, "lacks lora_A or"),
+        (
+            {"tensors": {f"{FIRST}.lora_B.weight": None}},
+            disha.AdapterFileError,
+            r"q_proj has \.lora_A\.weight; a layer has",
+        ),
         ({"tensors": {"other": torch.ones(1)}}, disha.AdapterFileError, "has no name under"),
         (
             {"tensors": {f"{FIRST}.lora_magnitude_vector": torch.ones(8)}},
@@ -896,6 +900,11 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
         ),
         (
             {"tensors": {f"{FIRST}.lora_B.weight": torch.ones(8)}},
+            disha.ConversionError,
+            "is no Bone adapter",
+        ),
+        (
+            {"tensors": {f"{FIRST}.lora_A.weight": torch.tensor(1.0)}},
             disha.ConversionError,
             "is no Bone adapter",
         ),

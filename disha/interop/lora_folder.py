@@ -242,7 +242,7 @@ def read_lora(
     pairs, beside = _paired(path, tensors, fields.modules_to_save())
     known = buffers or {}
     kept = {key: tensor for key, tensor in beside.items() if also_train and key not in known}
-    factors = {key: tensor for key, tensor in tensors.items() if key.endswith(tuple(_FACTORS))}
+    factors = {key: tensor for key, tensor in tensors.items() if key.endswith(_FACTORS)}
     refuse_to_load(path, other_buffers(known, beside if also_train else {}))
     refuse_to_load(path, unusable({**factors, **kept}))
     alphas = _Alphas(fields)
@@ -252,7 +252,7 @@ def read_lora(
             pair.a,
             pair.b,
             layout=pair.layout or _matrix_layout(fields, name, layouts),
-            scale=alphas.scale(name, rank=pair.a.shape[0] if pair.a.numel() else 1),
+            scale=alphas.scale(name, pair.rank),
         )
         for name, pair in pairs.items()
     }
@@ -284,6 +284,11 @@ class _Pair:
     embedding: bool
 
     @property
+    def rank(self) -> int:
+        """The rows of A, or 1 if it has none and is no factor."""
+        return self.a.shape[0] if self.a.dim() and self.a.numel() else 1
+
+    @property
     def layout(self) -> Layout | None:
         """The layout of the weight, or None for a linear layer, whose factors don't tell it.
 
@@ -295,13 +300,10 @@ class _Pair:
         return Layout(CONV) if self.a.dim() > 2 else None
 
 
-_FACTORS = {
-    ".lora_A.weight": ("a", False),
-    ".lora_B.weight": ("b", False),
-    ".lora_embedding_A": ("a", True),
-    ".lora_embedding_B": ("b", True),
-}
-"""The ends of keys -> which factor it is, and whether it is an embedding's."""
+_MATRIX = (".lora_A.weight", ".lora_B.weight")
+_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+_FACTORS = (*_MATRIX, *_EMBEDDING)
+"""The ends of the keys of factors."""
 
 _BASE_WEIGHT = ".base_layer.weight"
 """The end of the key of an embedding's frozen weight, which PEFT may save beside its factors."""
@@ -311,13 +313,12 @@ def _paired(
     path: Path, tensors: Mapping[str, Tensor], saved: Sequence[str]
 ) -> tuple[dict[str, _Pair], dict[str, Tensor]]:
     """Return the factors of each layer, and the tensors beside them."""
-    factors: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
     beside: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        suffix = next((suffix for suffix in _FACTORS if key.endswith(suffix)), None)
-        if suffix is not None:
-            factor, embedding = _FACTORS[suffix]
-            factors.setdefault((key.removesuffix(suffix), embedding), {})[factor] = tensor
+        end = next((end for end in _FACTORS if key.endswith(end)), None)
+        if end is not None:
+            factors.setdefault(key.removesuffix(end), {})[end] = tensor
         elif is_saved(key.rpartition(".")[0], saved):
             beside[key] = tensor
         elif not key.endswith(_BASE_WEIGHT):
@@ -327,19 +328,16 @@ def _paired(
             )
     if not factors:
         raise AdapterFileError(f"{path} holds no lora_A and lora_B")
-    twice = [name for name, embedding in factors if embedding and (name, False) in factors]
-    if twice:
-        raise AdapterFileError(
-            f"{path}: {few(twice)} has factors of an embedding (lora_embedding_A and _B) and of "
-            "another layer (lora_A and _B) too; save the LoRA again"
-        )
-    halves = [name for (name, _), found in factors.items() if len(found) < 2]
-    if halves:
-        raise AdapterFileError(f"{path}: {few(halves)} lacks lora_A or lora_B")
-    pairs = {
-        name: _Pair(found["a"], found["b"], embedding)
-        for (name, embedding), found in factors.items()
-    }
+    pairs = {}
+    for name, found in factors.items():
+        if set(found) not in (set(_MATRIX), set(_EMBEDDING)):
+            raise AdapterFileError(
+                f"{path}: {name} has {', '.join(sorted(found))}; a layer has "
+                f"{' and '.join(_MATRIX)}, an embedding {' and '.join(_EMBEDDING)}. Save the LoRA "
+                "again"
+            )
+        ends = _MATRIX if _MATRIX[0] in found else _EMBEDDING
+        pairs[name] = _Pair(found[ends[0]], found[ends[1]], ends is _EMBEDDING)
     return pairs, beside
 
 
