@@ -142,7 +142,7 @@ def export_gguf(
 
     llama.cpp reads it beside the GGUF file of the base model (`--lora`). Layers have the usual
     names, `model.layers.0.self_attn.q_proj` and so on, with or without `model.`. Bone and tile are
-    exact; BAT is truncated to `rank`. Factors are float32, whatever the blocks are. This needs the
+    exact; BAT is truncated to `rank`. Factors are float32 for blocks of any dtype. This needs the
     package `gguf`.
 
     If the model is sharded, call this on all ranks; the first one writes.
@@ -305,8 +305,8 @@ def _is_head_tied(view: ModelView, config: Any) -> bool | None:
     head = found.get(_HEAD)
     embedding = next((found[name] for name in found if _EMBEDDING.fullmatch(name)), None)
     if head is None or embedding is None:
-        told = getattr(config, "tie_word_embeddings", getattr(config, "tied_head", None))
-        return told if isinstance(told, bool) else None
+        tied = getattr(config, "tie_word_embeddings", getattr(config, "tied_head", None))
+        return tied if isinstance(tied, bool) else None
     return head._parameters.get("weight") is embedding._parameters.get("weight")
 
 

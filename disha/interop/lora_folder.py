@@ -290,9 +290,9 @@ class _Pair:
 
     @property
     def layout(self) -> Layout | None:
-        """The layout of the weight, or None for a linear layer, whose factors don't tell it.
+        """The layout of the weight, or None for a linear layer, whose layout A does not show.
 
-        The row of an embedding that is left out of the update is the one zero column of A.
+        The padding row of an embedding gets no update: it is the only zero column of A.
         """
         if self.embedding:
             empty = (self.a == 0).all(dim=0).nonzero().flatten().tolist()
@@ -370,12 +370,12 @@ def _check_settings(fields: Fields) -> None:
             f"{fields.path} is of an adapter of peft_type {kind!r}, not 'LORA'; "
             "disha.interop.peft.load reads PEFT's MiSS and Bone"
         )
-    beyond = [name for name in _CHANGE_THE_SUM if fields.get(name)]
+    more = [name for name in _CHANGE_THE_SUM if fields.get(name)]
     if fields.get("bias", "none") != "none":
-        beyond.append("bias")
-    if beyond:
+        more.append("bias")
+    if more:
         raise ConversionError(
-            f"{fields.path} uses {', '.join(beyond)}, and a Bone adapter has nothing like that; "
+            f"{fields.path} uses {', '.join(more)}, and a Bone adapter has nothing like that; "
             "use this LoRA with PEFT"
         )
 

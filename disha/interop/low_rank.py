@@ -258,7 +258,7 @@ def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
     if without:
         raise ConversionError(
             f"LoRA has no form for {len(without)} of {counted(len(header.layers), 'layer')} "
-            f"({few(without)}): it adapts whole linear layers, convolutions that are not "
+            f"({few(without)}): it adapts all rows of linear layers, convolutions that are not "
             "transposed, and embeddings. Leave the others out of the adapter (`exclude`)"
         )
     for layer in header.layers:
@@ -369,12 +369,12 @@ def _check_error(updates: Sequence[LowRankUpdate], max_error: float | None) -> N
     if max_error is None:
         return
     # NaN is not within any limit.
-    beyond = [one for one in updates if not one.error <= max_error]
-    beyond.sort(key=lambda one: (math.isnan(one.error), one.error))
-    if beyond:
-        worst = [f"{one.record.name}: {one.error:.3g}" for one in reversed(beyond)]
+    above = [one for one in updates if not one.error <= max_error]
+    above.sort(key=lambda one: (math.isnan(one.error), one.error))
+    if above:
+        worst = [f"{one.record.name}: {one.error:.3g}" for one in reversed(above)]
         raise ConversionError(
-            f"{len(beyond)} of {counted(len(updates), 'layer')} would lose more than "
+            f"{len(above)} of {counted(len(updates), 'layer')} would lose more than "
             f"max_error={max_error:g} of their update ({first_few(worst, 5, ', ')}; all layers "
             f"together {_total_error(updates):.3g}); nothing was written. Give a larger `rank` or "
             "`max_error`"

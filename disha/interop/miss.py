@@ -324,7 +324,7 @@ def write_folder(
         tensors: its tensors, by the header's keys.
         dropout: written in place of the adapter's dropout.
         base_model_name_or_path: as for `export`; by default the note of that name.
-        task_type: likewise.
+        task_type: as for `export`; by default the note of that name.
 
     Raises:
         AdapterIOError: it can't be written; what was there is unchanged.
@@ -349,8 +349,8 @@ def write_folder(
     names = [layer.name for layer in header.layers]
     biases = {join(name, "bias") for name in names}
     problems = inexpressible(header, dropout) + [
-        f"parameter {name}: PEFT saves modules with all that is in them, and only the model tells "
-        "what that is; load the file into the model and export from there"
+        f"parameter {name}: PEFT saves modules with all that is in them, and what that is shows in "
+        "the model only; load the file into the model and export from there"
         for name in header.also_train
         if name not in biases
     ]

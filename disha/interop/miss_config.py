@@ -1,7 +1,7 @@
 """`adapter_config.json` of PEFT's MiSS and of Bone, its earlier name: read and written.
 
-Every field is read for what PEFT (0.21; 0.18 for Bone) does with it. An unknown field that has a
-value is refused: whatever it means, the adapter would be another one without it.
+Every field means what it means in PEFT (0.21; 0.18 for Bone). An unknown field that has a value is
+refused, because it may change what the adapter computes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Adapters in PEFT's folders of MiSS, PEFT's name for Bone today, and of Bone, its name before.
 
-`export` and `load` work on a model, and so can tell whether PEFT would compute the same there.
+`export` and `load` have the model, so they can check whether PEFT would compute the same in it.
 `write_folder`, `read_folder` and `contents_of` work without a model:
 
 - A folder does not say how large a layer's input is, so `contents_of` asks for the shapes of the
@@ -64,7 +64,7 @@ def export(
     Parameters that were trained beside the adapter become `modules_to_save`, or `bias`. Bone is
     also exactly a LoRA, which `disha.interop.lora` writes.
 
-    PEFT casts blocks of 16 bits to float32 when it loads them, unless it is told
+    PEFT casts blocks of 16 bits to float32 when it loads them, unless it gets
     `autocast_adapter_dtype=False`. The folder has them as they are.
 
     With several processes, call it as you call `save_adapter`.

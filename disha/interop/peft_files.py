@@ -91,7 +91,7 @@ def write_peft_files(
 def read_peft_files(folder: PathLike) -> tuple[Path, Fields, dict[str, Tensor]]:
     """Return the folder's path, its configuration, and its tensors without `PREFIX`.
 
-    The tensors may have any dtype, because modules that are saved whole have buffers.
+    The tensors may have any dtype, because PEFT saves buffers of modules too.
 
     Raises:
         AdapterIOError: the folder can't be read.
@@ -189,7 +189,7 @@ def unusable(tensors: Mapping[str, Tensor]) -> list[str]:
         if value.dtype not in DTYPES.values():
             problems.append(
                 f"{name}: has dtype {value.dtype}; allowed are {', '.join(DTYPES)}. If it is a "
-                "buffer of a module that was saved whole, load the folder into the model, or "
+                "buffer of a saved module, load the folder into the model, or "
                 "leave out `also_train` parameters"
             )
         elif not finite_as(value, value.dtype):
@@ -238,9 +238,9 @@ def exact_targets(
 ) -> list[str] | str:
     r"""Return `target_modules` that select these layers and no other module.
 
-    PEFT takes the entries of a list for ends of names. So a list has the last parts of the names if
-    these select no more, or else the whole names. If that selects more too, or if the model is
-    unknown, a regex that matches the names in full takes its place.
+    PEFT reads the entries of a list as ends of names. The list has the last parts of the names if
+    these select no other module, or else the full names. If they select another module too, or if
+    the model is unknown, the result is a regex that matches the names in full.
 
     Args:
         adapted: names of the layers.
