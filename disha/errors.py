@@ -139,7 +139,7 @@ class ConversionError(DishaError, ValueError):
         Traceback (most recent call last):
         ...
         disha.errors.ConversionError: PEFT's LoRA would not compute what this adapter does, so
-        nothing was written; leave these layers out (exclude=), or serve the merged model
+        nothing was written; leave these layers out (`exclude`), or use the merged model
         (merge_adapters):
         0: its convolution has groups=2, and PEFT's LoRA can't merge these
     """

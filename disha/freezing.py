@@ -29,7 +29,7 @@ class _Memory:
     flags: dict[str, bool] = field(default_factory=dict)
     """Parameter name -> its requires_grad before disha first changed it."""
     claims: dict[str, dict[str, bool]] = field(default_factory=dict)
-    """Adapter -> name of a parameter that trains with it -> its requires_grad without the adapter."""
+    """Adapter -> name of a parameter that trains with it -> its requires_grad without it."""
 
     def copied(self) -> _Memory:
         """Return a copy that later changes do not reach."""

@@ -276,7 +276,9 @@ class TestRoute:
     def test_a_wrong_number_of_names(self):
         model = several()
         with (
-            pytest.raises(ArgumentError, match="3 names, and a layer an input of leading size 5"),
+            pytest.raises(
+                ArgumentError, match="3 names, and a layer got an input of leading size 5"
+            ),
             disha.route_adapters(model, ["a", "b", "c"]),
         ):
             model(self.tokens)
