@@ -66,19 +66,6 @@ def test_upstreams_command_means_what_it_says():
     assert settings_from(shlex.split(UPSTREAM)) == MEANT
 
 
-def test_dashes_do_as_well():
-    words = shlex.split(UPSTREAM)
-    dashed = [word.replace("_", "-") if word.startswith("--") else word for word in words]
-    assert dashed != words
-    assert settings_from(dashed) == MEANT
-
-
-def test_bat():
-    assert settings_from(["--init_weights", "bat"]).adapter.method_name == "bat"
-    assert settings_from(["--init_weights", "True"]).adapter.method_name == "bone"
-    assert settings_from(["--method", "bat"]).adapter.method_name == "bat"
-
-
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_switch_stands_alone_or_has_a_word(name):
     plain = DEMO_SETTINGS if name == "demo" else FinetuneSettings()
@@ -110,13 +97,40 @@ def test_the_demo_has_defaults_of_its_own_and_flags_take_their_place():
 # --- flags from a file ---------------------------------------------------------------------------
 
 
-def test_a_file_gives_flags_and_those_given_besides_take_precedence(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("bone_r: 32\nlearning_rate: 1e-3\ndataset_field: [a, b]\nbf16: true\nbits: 4\n")
-    given = settings_from(["--config", str(path), "--learning_rate", "2e-5", "--bf16", "False"])
+FILES = {
+    "run.yaml": """
+bone_r: 32
+learning-rate: 1e-3
+dataset_field: [a, b]
+bf16: true
+bits: 4
+init_weights: True
+eval_path:
+""",
+    "run.toml": """
+bone_r = 32
+learning-rate = 1e-3
+dataset_field = ["a", "b"]
+bf16 = true
+bits = 4
+init_weights = true
+""",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_gives_flags_and_those_given_besides_take_precedence(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(FILES[name])
+    config = ["--config", str(path)]
+    given = settings_from(config)
     assert given == FinetuneSettings().changed(
-        config=path, bone_r=32, learning_rate=2e-5, dataset_field=("a", "b"), bits="4"
+        config=path, bone_r=32, learning_rate=1e-3, dataset_field=("a", "b"), bf16=True, bits="4"
     )
+    others = ["--learning_rate", "2e-5", "--bf16", "False", "--dataset_field", "text"]
+    changed = given.changed(learning_rate=2e-5, bf16=False, dataset_field=("text",))
+    assert settings_from([*config, *others]) == changed
+    assert settings_from([*others, *config]) == changed
 
 
 def test_a_file_can_ask_for_the_demo(tmp_path):

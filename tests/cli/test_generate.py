@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import disha
 from disha.cli import main
+from disha.cli.generate import _print_side_by_side
 from tests.conftest import perturb
 
 PROMPT = "say yellow 3"
@@ -80,6 +81,14 @@ def test_compare_shows_both_side_by_side(ask):
     assert answers.index("yellow yellow") == head.index("with")
     answer = ask("--prompt", PROMPT, "--compare", "--json").json["answers"][0]
     assert answer == {"prompt": PROMPT, "answer": "yellow yellow", "base_answer": "yellow"}
+
+
+def test_no_part_of_an_answer_is_cut_off(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    digits = "".join(str(place % 10) for place in range(90))
+    _print_side_by_side([digits], ["short"])
+    shown = capsys.readouterr().out
+    assert "".join(character for character in shown if character.isdigit()) == digits
 
 
 def test_merged_it_says_the_same(ask):

@@ -7,8 +7,10 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -764,6 +766,54 @@ def test_a_full_disk_for_a_checkpoint_names_the_one_before(finetune, monkeypatch
     assert "checkpoint-4 can't be written: No space left on device; make room" in done.complaint
     assert "checkpoint-2, the newest" in done.complaint
     assert checkpoints_in(finetune.output) == {"checkpoint-2"}
+
+
+def after_training(monkeypatch, action):
+    """Let something happen between training and saving."""
+    train = command.train
+
+    def train_and_act(*arguments):
+        course = train(*arguments)
+        action()
+        return course
+
+    monkeypatch.setattr(command, "train", train_and_act)
+
+
+def test_an_output_folder_that_was_removed_is_made_again(finetune, monkeypatch):
+    after_training(monkeypatch, lambda: shutil.rmtree(finetune.output))
+    finetune.good(max_steps=1)
+    assert (finetune.output / "adapter.safetensors").is_file()
+
+
+def test_an_adapter_that_has_no_place_is_saved_elsewhere(finetune, monkeypatch, tmp_path):
+    def block():
+        shutil.rmtree(finetune.output)
+        finetune.output.write_text("")
+
+    after_training(monkeypatch, block)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = finetune(max_steps=1)
+    [saved] = tmp_path.glob("disha-*/adapter.safetensors")
+    assert done.code != 0
+    assert f"the adapter was saved as {saved} instead" in done.complaint
+    assert disha.inspect_adapter(saved).layers
+
+
+@pytest.mark.parametrize("name", ["loss.png", "report.json"])
+def test_a_result_that_can_not_be_written_says_where_the_adapter_is(finetune, monkeypatch, name):
+    replace = os.replace
+
+    def replace_others(source, target):
+        (full if target.name == name else replace)(source, target)
+
+    monkeypatch.setattr("os.replace", replace_others)
+    done = finetune(max_steps=1)
+    assert done.code == 1
+    adapter = finetune.output / "adapter.safetensors"
+    assert f"{name}: No space left on device" in done.complaint
+    assert f"the adapter is complete in {adapter}" in done.complaint
+    assert disha.inspect_adapter(adapter).layers
 
 
 def test_a_disagreement_is_exit_code_1_and_reported(finetune, monkeypatch):

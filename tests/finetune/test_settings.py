@@ -217,29 +217,6 @@ def test_every_flag_is_spelled_with_underscores_or_dashes():
 
 
 @pytest.mark.parametrize(
-    ("given", "is_on"),
-    [
-        (["--packing"], True),
-        (["--packing", "True"], True),
-        (["--packing", "true", "--seed", "1"], True),
-        (["--packing", "--seed", "1"], True),
-        (["--packing", "False"], False),
-        (["--packing=false"], False),
-        (["--seed", "1"], False),
-    ],
-)
-def test_a_switch_may_have_a_word(given, is_on):
-    assert settings_from(given).data.packing is is_on
-
-
-def test_a_switch_has_no_other_word(capsys):
-    with pytest.raises(SystemExit) as left:
-        settings_from(["--packing", "maybe"])
-    assert left.value.code == 2
-    assert "True or False is expected, not 'maybe'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
     ("given", "method", "title"),
     [
         (["--init_weights", "True"], "bone", "Bone"),
@@ -252,68 +229,3 @@ def test_a_switch_has_no_other_word(capsys):
 def test_init_weights_or_method_names_the_method(given, method, title):
     adapter = settings_from(given).adapter
     assert (adapter.method_name, adapter.title) == (method, title)
-
-
-def test_the_demo_has_defaults_of_its_own_that_flags_replace():
-    assert settings_from(["--demo"]) == DEMO_SETTINGS
-    changed = settings_from(["--max_steps", "3", "--demo", "--output_dir", "x"])
-    assert changed == DEMO_SETTINGS.changed(max_steps=3, output_dir=Path("x"))
-
-
-YAML = {
-    "run.yaml": """
-base_model_name_or_path: m.gguf
-dataset_field: [instruction, output]
-learning_rate: 2e-5
-weight-decay: 0.
-packing: true
-bits: bf16
-init_weights: True
-eval_path:
-"""
-}
-TOML = {
-    "run.toml": """
-base_model_name_or_path = "m.gguf"
-dataset_field = ["instruction", "output"]
-learning_rate = 2e-5
-weight-decay = 0.0
-packing = true
-bits = "bf16"
-init_weights = true
-"""
-}
-
-
-@pytest.mark.parametrize("file", [YAML, TOML], ids=["yaml", "toml"])
-def test_a_file_of_flags_is_as_good_as_the_flags(tmp_path, file):
-    [(name, text)] = file.items()
-    (tmp_path / name).write_text(text)
-    config = ["--config", str(tmp_path / name)]
-    expected = FinetuneSettings().changed(
-        base_model_name_or_path=Path("m.gguf"),
-        dataset_field=("instruction", "output"),
-        learning_rate=2e-5,
-        packing=True,
-        bits="bf16",
-        config=tmp_path / name,
-    )
-    assert settings_from(config) == expected
-    flags = ["--learning_rate", "1", "--packing", "False", "--dataset_field", "text"]
-    changed = expected.changed(learning_rate=1.0, packing=False, dataset_field=("text",))
-    assert settings_from([*config, *flags]) == changed
-    assert settings_from([*flags, *config]) == changed
-
-
-def test_a_file_of_flags_may_ask_for_the_demo(tmp_path):
-    path = tmp_path / "demo.yaml"
-    path.write_text("demo: true\nmax_steps: 3\n")
-    expected = DEMO_SETTINGS.changed(max_steps=3, config=path)
-    assert settings_from(["--config", str(path)]) == expected
-
-
-def test_an_unknown_name_in_a_file_of_flags_names_the_nearest(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("learning_rat: 1\n")
-    with pytest.raises(disha.ArgumentError, match=r"run.yaml holds .*did you mean learning_rate\?"):
-        settings_from(["--config", str(path)])
