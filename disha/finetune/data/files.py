@@ -55,7 +55,7 @@ def read_file(path: Path, *, streaming: bool = False) -> RowFile:
     Raises:
         DataError: the file can't be read, or not in that way. A single row that can't be read
             raises only when its fields are asked for.
-        MissingDependencyError: a package for this format is not installed.
+        MissingPackageError: a package for this format is not installed.
     """
     found = file_format(path)
     if found is None:

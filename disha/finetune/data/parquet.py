@@ -11,9 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import disha
 from disha.finetune.data.rows import Row
 from disha.finetune.data.stamp import Stamp, reading
-from disha.finetune.errors import DataError, MissingDependencyError
+from disha.finetune.errors import DataError
 
 __all__ = ["Group", "ParquetRows"]
 
@@ -48,7 +49,7 @@ class ParquetRows:
 
     Raises:
         DataError: it can't be read.
-        MissingDependencyError: pyarrow is not installed.
+        MissingPackageError: pyarrow is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +119,7 @@ def _pyarrow() -> tuple[ModuleType, ModuleType]:
         import pyarrow  # type: ignore[import-untyped]
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError as error:
-        raise MissingDependencyError(
+        raise disha.MissingPackageError(
             "reading Parquet files needs pyarrow; run: pip install pyarrow"
         ) from error
     return pyarrow, pyarrow.parquet

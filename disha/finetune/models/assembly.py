@@ -84,7 +84,7 @@ class ModelCheckpoint(ABC):
 
         Raises:
             CheckpointError: the weights don't fit the configuration, or can't be read.
-            MissingDependencyError: bits are given, and bitsandbytes is not installed.
+            MissingPackageError: bits are given, and bitsandbytes is not installed.
         """
         config = self.config()
         self.check_tensors(config)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from disha.finetune.errors import CheckpointError, MissingDependencyError, SettingsError
+import disha
+from disha.finetune.errors import CheckpointError, SettingsError
 
 if TYPE_CHECKING:
     from disha.finetune.models.decoder import Decoder
@@ -47,7 +48,7 @@ def quantise_layers(
 
     Raises:
         CheckpointError: a layer has sizes that 4 bits on the CPU do not allow.
-        MissingDependencyError: bitsandbytes is not installed.
+        MissingPackageError: bitsandbytes is not installed.
         SettingsError: another number of bits.
     """
     if bits not in (8, 4):
@@ -109,7 +110,7 @@ def _bitsandbytes() -> Any:
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
-        raise MissingDependencyError(
+        raise disha.MissingPackageError(
             f"a base model in 8 or 4 bits needs bitsandbytes, which can't be imported ({error}); "
             "run: pip install 'disha-torch[quant]'"
         ) from error

@@ -11,7 +11,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from disha.finetune.errors import DataError, MissingDependencyError, TokenizerError
+import disha
+from disha.finetune.errors import DataError, TokenizerError
 
 __all__ = ["run_template"]
 
@@ -26,7 +27,7 @@ def run_template(template: str, variables: Mapping[str, Any]) -> str:
     Raises:
         TokenizerError: the template itself is damaged.
         DataError: the template refuses the messages, or fails on them.
-        MissingDependencyError: jinja2 is not installed.
+        MissingPackageError: jinja2 is not installed.
     """
     compiled = _compiled(template)
     try:
@@ -42,7 +43,7 @@ def _compiled(template: str) -> Any:
         from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise MissingDependencyError(
+        raise disha.MissingPackageError(
             "chat templates need jinja2; run: pip install 'disha-torch[finetune]'"
         ) from error
 

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
+import disha
 from disha.finetune.data import parquet
 from disha.finetune.data.parquet import ParquetRows
 from disha.finetune.data.rows import Rows
-from disha.finetune.errors import BadRowError, DataError, MissingDependencyError
+from disha.finetune.errors import BadRowError, DataError
 
 TEXT = st.text(st.characters(codec="utf-8"))
 ROWS = st.lists(st.fixed_dictionaries({"query": TEXT, "numbers": st.lists(st.floats(width=32))}))
@@ -109,7 +110,7 @@ def test_a_file_that_changes_meanwhile_is_refused(tmp_path):
 def test_without_pyarrow_the_remedy_is_said(tmp_path, monkeypatch):
     path = written(tmp_path / "rows.parquet", [{"n": 1}])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingDependencyError, match="pip install pyarrow"):
+    with pytest.raises(disha.MissingPackageError, match="pip install pyarrow"):
         ParquetRows(path)
 
 

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
 import disha
-from disha.finetune.errors import CheckpointError, MissingDependencyError, SettingsError
+from disha.finetune.errors import CheckpointError, SettingsError
 from disha.finetune.generation import generate
 from disha.finetune.models.checkpoint import open_model
 from tests.finetune import tiny_checkpoints
@@ -123,7 +123,7 @@ def test_adapters_on_it_learn(tiny_folder, bits, method):
 
 def test_without_bitsandbytes_it_says_what_to_install(tiny_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'disha-torch\[quant\]'"):
+    with pytest.raises(disha.MissingPackageError, match=r"pip install 'disha-torch\[quant\]'"):
         load(tiny_folder("smollm2"), 4)
 
 
