@@ -1,0 +1,127 @@
+"""check_adapters: what it finds in models that use their weights in good and in bad ways."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import disha
+from disha import ArgumentError, MergeError, ModeError
+from tests.conftest import assert_unchanged, snapshot
+
+
+class Model(nn.Module):
+    """Uses its layer as a function says."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self.layer, x)
+
+
+class Rounded(torch.autograd.Function):
+    """Rounds in the forward pass, and stops the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round(decimals=3)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+USES = {
+    "as it should": (lambda layer, x: layer(x), (True, True, True, True), ""),
+    "in a dict": (lambda layer, x: {"out": [layer(x)]}, (True, True, True, True), ""),
+    "not at all": (lambda layer, x: 2 * x, (False, False, False, True), "does not use this weight"),
+    "in vain": (
+        lambda layer, x: x + 0 * layer(x),
+        (True, False, False, True),
+        "the result does not reach the output",
+    ),
+    "detached": (
+        lambda layer, x: layer(x).detach() + x,
+        (True, True, False, True),
+        "stops its gradient",
+    ),
+    "rounded": (
+        lambda layer, x: Rounded.apply(layer(x)),
+        (True, True, False, True),
+        "stops its gradient",
+    ),
+    "by its class": (
+        lambda layer, x: layer(x) * (2 if layer.disha.merged is None else 1),
+        (True, True, True, False),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("use", USES)
+def test_what_is_seen_of_a_block(use, method):
+    function, seen, remark = USES[use]
+    model = disha.inject_adapters(Model(function), "layer", 2, method=method)
+    model.train()
+    before, flags = snapshot(model), {n: p.requires_grad for n, p in model.named_parameters()}
+    report = disha.check_adapters(model, torch.randn(3, 4))
+    (found,) = report.weights
+    assert (found.read, found.acts, found.gradient, found.merges) == seen
+    assert remark in found.remark
+    assert bool(remark) == bool(found.remark)
+    assert report.ok == found.ok == all(seen)
+    assert report.problems == (() if all(seen) else (found,))
+    assert_unchanged(model, before)
+    assert all(module.training for module in model.modules())
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_only_the_layer_that_merges_to_something_else_is_named():
+    first, last = Model(USES["as it should"][0]), Model(USES["by its class"][0])
+    model = disha.inject_adapters(nn.Sequential(first, last), "all-linear", 2)
+    report = disha.check_adapters(model, torch.randn(3, 4))
+    assert [(one.name, one.merges) for one in report.weights] == [
+        ("0.layer", True),
+        ("1.layer", False),
+    ]
+    assert str(report).splitlines()[-1] == "1 of 2 blocks is in order"
+
+
+def test_a_merge_that_is_refused_is_no_problem():
+    model = nn.Sequential(nn.Linear(4, 4))
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    disha.inject_adapters(model, "^0$", 2)
+    report = disha.check_adapters(model, torch.randn(3, 4))
+    (found,) = report.weights
+    assert found.ok
+    assert found.merges is None
+    assert "computed from other parameters" in found.remark
+
+
+def test_random_states_come_back():
+    model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4), nn.Dropout()), "0", 2)
+    state = torch.get_rng_state()
+    disha.check_adapters(model, torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_refused():
+    x, model = torch.randn(3, 4), disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", 2)
+    merged = copy.deepcopy(model)
+    disha.merge_adapters(merged)
+    with pytest.raises(MergeError, match="can't check adapters while adapters are merged"):
+        disha.check_adapters(merged, x)
+    with disha.adapters_disabled(model), pytest.raises(ModeError, match="inside adapters_disabled"):
+        disha.check_adapters(model, x)
+    with pytest.raises(ArgumentError, match="returns no floating-point tensor"):
+        disha.check_adapters(
+            disha.inject_adapters(Model(lambda layer, x: layer(x) > 0), "layer", 2), x
+        )
+    disha.set_active_adapters(model, [])
+    with pytest.raises(ArgumentError, match="no adapter is active; activate one"):
+        disha.check_adapters(model, x)
