@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from disha.errors import ArgumentError, ArgumentTypeError, TargetError
+from disha.errors import ArgumentError, ArgumentTypeError, ModeError, TargetError
 from disha.layers import (
     CHILD_NAME,
     AdaptedLayer,
     AdaptedWeight,
     Adapters,
-    refuse_inside,
     refuse_merged,
 )
 from disha.sharding import Ranks, imported_class, is_sharded
@@ -303,7 +302,15 @@ class ModelView:
             MergeError: adapters are merged.
             ModeError: the end of the context would not find the layers that it began with.
         """
-        refuse_inside((layer for _, layer in self.layers), action)
+        self.refuse_merged(action)
+        layers = [layer for _, layer in self.layers]
+        context = None
+        if any(not layer.disha.enabled for layer in layers):
+            context = "adapters_disabled"
+        elif any(layer.disha.route is not None for layer in layers):
+            context = "route_adapters"
+        if context is not None:
+            raise ModeError(f"can't {action} inside {context}; leave it first")
 
     # --- wrappers and shards ---------------------------------------------------------------------
 

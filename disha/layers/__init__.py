@@ -1,6 +1,6 @@
 """Layers with adapters: blocks, adapted classes, the table of kinds, and opaque weights."""
 
-from disha.layers.adapted import AdaptedLayer, AdaptedWeight, refuse_inside, refuse_merged
+from disha.layers.adapted import AdaptedLayer, AdaptedWeight, refuse_merged
 from disha.layers.adapters import CHILD_NAME, Adapters, Merged, Original, check_adapter_name
 from disha.layers.blocks import Block, Slot, block_name
 from disha.layers.classes import AdaptedLinear, adapt, refuse_changed_class, restore
@@ -68,7 +68,6 @@ __all__ = [
     "quantisation_of",
     "read_weight",
     "refuse_changed_class",
-    "refuse_inside",
     "refuse_merged",
     "register_layer_kind",
     "release_encoder",

@@ -29,7 +29,6 @@ from disha.layers.weights import read_weight, stored_weight, weight_shape
 __all__ = [
     "AdaptedLayer",
     "AdaptedWeight",
-    "refuse_inside",
     "refuse_merged",
 ]
 
@@ -254,20 +253,3 @@ def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:
             f"can't {action} while adapters are merged (now: {', '.join(names)}); "
             "call unmerge_adapters(model) first"
         )
-
-
-def refuse_inside(layers: Iterable[AdaptedLayer], action: str) -> None:
-    """Raise if the model is inside adapters_disabled or route_adapters, or merged.
-
-    Raises:
-        MergeError: adapters are merged.
-        ModeError: leaving the context would not find the layers that it entered with.
-    """
-    layers = list(layers)
-    refuse_merged(layers, action)
-    for context, inside in (
-        ("adapters_disabled", any(not layer.disha.enabled for layer in layers)),
-        ("route_adapters", any(layer.disha.route is not None for layer in layers)),
-    ):
-        if inside:
-            raise ModeError(f"can't {action} inside {context}; leave it first")
