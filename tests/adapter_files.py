@@ -1,14 +1,17 @@
-"""Adapter files of a model with every layer kind, for tests of what is done with files alone."""
+"""Models with adapters, and their files, for tests of what files hold."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import nn
 
 import disha
-from tests.conftest import perturb
+from tests.conftest import Layered, perturb
 
 
 class EveryKind(nn.Module):
@@ -39,3 +42,32 @@ def save(path: Path, *, seed: int = 1, scale: float = 1.0, base: int = 0, **inje
     disha.set_adapter_scale(model, scale)
     disha.save_adapter(model, path)
     return path
+
+
+def base(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Layered().to(dtype)
+
+
+def trained(dtype=torch.float32, **arguments):
+    options = {"target_regex": "proj|head", "r": 3, "also_train": r"norm\.weight", **arguments}
+    model = disha.inject_adapters(base(dtype), **options)
+    perturb(model)
+    return model
+
+
+def rewritten(path, change_header=None, change_tensors=None):
+    """Write the file again with its header or its tensors changed."""
+    with safetensors.safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["disha"])
+    tensors = safetensors.torch.load_file(path)
+    if change_header:
+        header = change_header(header) or header
+    if change_tensors:
+        change_tensors(tensors)
+    text = header if isinstance(header, str) else json.dumps(header)
+    safetensors.torch.save_file(tensors, path, metadata={"disha": text})
+
+
+def first_layer(header):
+    return header["layers"][0]

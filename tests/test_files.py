@@ -1,7 +1,4 @@
 import copy
-import json
-import os
-import stat
 import subprocess
 import sys
 import textwrap
@@ -31,19 +28,8 @@ from disha.files.contents import adapter_contents, blocks_only, load_contents, r
 from disha.files.header import block_misfits
 from disha.functional import Layout
 from disha.model import ModelView
+from tests.adapter_files import base, rewritten, trained
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
-
-
-def base(dtype=torch.float32):
-    torch.manual_seed(0)
-    return Layered().to(dtype)
-
-
-def trained(dtype=torch.float32, **arguments):
-    options = {"target_regex": "proj|head", "r": 3, "also_train": r"norm\.weight", **arguments}
-    model = disha.inject_adapters(base(dtype), **options)
-    perturb(model)
-    return model
 
 
 @pytest.fixture
@@ -167,7 +153,7 @@ class TestRoundTrip:
         model, path = saved
         script = f"""
             import torch, disha
-            from tests.test_files import base
+            from tests.adapter_files import base
             model = base()
             disha.load_adapter(model, {str(path)!r})
             torch.save(model(torch.arange(10).view(2, 5)).detach(), {str(path) + ".out"!r})
@@ -611,100 +597,6 @@ class TestFingerprint:
         assert list(disha.inspect_adapter(path).tensors) == ["head.bone_block"]
 
 
-def rewritten(path, change_header=None, change_tensors=None):
-    """Write the file again with its header or its tensors changed."""
-    with safetensors.safe_open(path, "pt") as file:
-        header = json.loads(file.metadata()["disha"])
-    tensors = safetensors.torch.load_file(path)
-    if change_header:
-        header = change_header(header) or header
-    if change_tensors:
-        change_tensors(tensors)
-    text = header if isinstance(header, str) else json.dumps(header)
-    safetensors.torch.save_file(tensors, path, metadata={"disha": text})
-
-
-def first_layer(header):
-    return header["layers"][0]
-
-
-SIZE = r"must be an integer from 1 to 2\^31 - 1"
-
-BAD_HEADERS = {
-    "a size that is none": (
-        lambda h: first_layer(h).update({"in": 2**31}), f"'in' {SIZE}, is 2147483648"),
-    "future version": (lambda h: h.update(format=2), "format 2.*upgrade"),
-    "no version": (lambda h: h.pop("format") and None, "format must be an integer"),
-    "version as text": (lambda h: h.update(format="1"), "format must be an integer"),
-    "not JSON": (lambda h: "{", "not valid JSON"),
-    "deep JSON": (lambda h: "[" * 100_000, "not valid JSON"),
-    "a list": (lambda h: "[]", "the header must be an object, is \\[\\]"),
-    "no config": (lambda h: h.pop("config") and None, "lacks the field 'config'"),
-    "config as list": (lambda h: h.update(config=[]), "'config' must be an object"),
-    "bad config": (lambda h: h["config"].update(r=0), "r must be at least 1"),
-    "unknown config": (lambda h: h["config"].update(rank=1), "unknown fields"),
-    "no layers": (lambda h: h.update(layers=[]), "'layers' must be a list of 1 to 100,000"),
-    "layers as text": (lambda h: h.update(layers="head"), "'layers' must be a list"),
-    "entry as text": (lambda h: h.update(layers=["head"]), "must be an object, is 'head'"),
-    "unknown method": (lambda h: h["config"].update(method="lora"), "unknown method 'lora'"),
-    "other method": (lambda h: h["config"].update(method="bat"), "disagree"),
-    "r as float": (lambda h: first_layer(h).update(r=3.0), f"'r' {SIZE}, is 3.0"),
-    "huge r": (lambda h: first_layer(h).update(r=2**80), SIZE),
-    "r beyond the layer": (lambda h: first_layer(h).update(r=30), "larger than in_features"),
-    "other r": (lambda h: first_layer(h).update(r=2), r"expected a block of shape \(2, 8\)"),
-    "r_out": (lambda h: h["config"].update(r_out=5), "r_out=5 does not divide out_features=8"),
-    "other r_out": (lambda h: h["config"].update(r_out=4), r"a block of shape \(3, 4\)"),
-    "no scale": (lambda h: first_layer(h).pop("scale") and None, "lacks the field 'scale'"),
-    "huge scale": (lambda h: first_layer(h).update(scale=10**400), "'scale' must be .* finite"),
-    "huge scale in config": (lambda h: h["config"].update(scale=1e300), "scale must be finite"),
-    "in": (lambda h: first_layer(h).update({"in": 9}), "expected 9 -> 8, the model has 8 -> 8"),
-    "layer twice": (lambda h: h["layers"].append(first_layer(h)), "q_proj.bone_block' 2 times"),
-    "no name": (lambda h: first_layer(h).pop("name") and None, "lacks the field 'name'"),
-    "other name": (lambda h: first_layer(h).update(name="x"), "disagree"),
-    "layout": (lambda h: first_layer(h).update(layout="square"), "must be one of .*, is 'square'"),
-    "layout as list": (lambda h: first_layer(h).update(layout=[]), "must be one of"),
-    "no layout": (lambda h: first_layer(h).pop("layout") and None, "lacks the field 'layout'"),
-    "layout of more axes": (
-        lambda h: first_layer(h).update(layout="expert out in"), "does not go with the layout"),
-    "groups": (lambda h: first_layer(h).update(groups=2), "'groups' .*, with the layout .* only"),
-    "no groups": (
-        lambda h: first_layer(h).update(layout="in out *kernel", groups=0), f"'groups' {SIZE}"),
-    "padding": (lambda h: first_layer(h).update(padding_idx=1), "with the layout 'index out'"),
-    "padding beyond": (
-        lambda h: first_layer(h).update(layout="index out", padding_idx=8), "an index below 'in'"),
-    "other rows": (lambda h: first_layer(h).update(rows=[[0, 3]]), "it lists 3 rows"),
-    "rows as numbers": (lambda h: first_layer(h).update(rows=[0, 8]), "'rows' must be ranges"),
-    "rows that overlap": (lambda h: first_layer(h).update(rows=[[0, 5], [3, 6]]), "overlap"),
-    "rows out of order": (lambda h: first_layer(h).update(rows=[[4, 8], [0, 4]]), "order"),
-    "huge rows": (lambda h: first_layer(h).update(rows=[[2**70, 2**70 + 8]]), "below 2"),
-    "rows beyond the weight": (lambda h: first_layer(h).update(rows=[[4, 12]]), "rows"),
-    "fingerprint": (lambda h: first_layer(h).update(base=3), "'base' must be text, is 3"),
-    "beside as text": (lambda h: h.update(also_train="a"), "must be a list of names"),
-    "beside without tensor": (lambda h: h["also_train"].append("x"), "missing 'x'"),
-    "metadata": (lambda h: h.update(metadata={"a": 1}), "must be an object of text"),
-}  # fmt: skip
-
-BAD_TENSORS = {
-    "missing": (lambda t: t.pop("head.bone_block"), "1 missing.*'head.bone_block'"),
-    "extra": (lambda t: t.update(x=torch.zeros(1)), "not described 'x'"),
-    "a parameter of the model": (
-        lambda t: t.update({"embed.weight": torch.zeros(12, 8)}), "not described 'embed.weight'"),
-    "shape": (
-        lambda t: t.update({"head.bone_block": torch.zeros(3, 11)}),
-        r"head: expected a block of shape \(3, 12\), found \(3, 11\)"),
-    "shape beside": (
-        lambda t: t.update({"layers.0.attn.norm.weight": torch.zeros(9)}),
-        r"layers.0.attn.norm.weight: expected shape \(9,\), the model has \(8,\)"),
-    "nan": (
-        lambda t: t["head.bone_block"].fill_(float("nan")), "not finite.*head.bone_block"),
-    "infinity beside": (
-        lambda t: t["layers.0.attn.norm.weight"].fill_(float("inf")), "not finite.*norm"),
-    "integers": (
-        lambda t: t.update({"head.bone_block": torch.zeros(3, 12, dtype=torch.int32)}),
-        "dtype I32; allowed are F16, BF16, F32, F64"),
-}  # fmt: skip
-
-
 class TestBadFiles:
     def refused(self, path, says, model=None, kind=AdapterFileError):
         model = base() if model is None else model
@@ -714,20 +606,6 @@ class TestBadFiles:
         assert isinstance(caught.value, DishaError)
         assert path.name in str(caught.value)
         assert_unchanged(model, before)
-
-    @pytest.mark.parametrize("name", BAD_HEADERS)
-    def test_header(self, saved, name):
-        _, path = saved
-        change, says = BAD_HEADERS[name]
-        rewritten(path, change_header=change)
-        self.refused(path, f"(?s){says}")
-
-    @pytest.mark.parametrize("name", BAD_TENSORS)
-    def test_tensors(self, saved, name):
-        _, path = saved
-        change, says = BAD_TENSORS[name]
-        rewritten(path, change_tensors=change)
-        self.refused(path, f"(?s){says}")
 
     def test_missing(self, path):
         self.refused(path, "can't read .*No such file", kind=AdapterIOError)
@@ -831,16 +709,6 @@ class TestBadFiles:
 
 
 class TestSaving:
-    def test_no_folder(self, tmp_path):
-        with pytest.raises(AdapterIOError, match="does not exist; create it first") as caught:
-            disha.save_adapter(trained(), tmp_path / "no" / "adapter.safetensors")
-        assert isinstance(caught.value, OSError)
-        assert list(tmp_path.iterdir()) == []
-
-    def test_onto_a_folder(self, tmp_path):
-        with pytest.raises(AdapterIOError, match="is a folder"):
-            disha.save_adapter(trained(), tmp_path)
-
     def test_values_that_are_not_finite_are_not_written(self, saved):
         model, path = saved
         old = path.read_bytes()
@@ -862,12 +730,6 @@ class TestSaving:
             model = disha.inject_adapters(Layered(), "head", 2)
         with pytest.raises(AdapterStateError, match="meta device"):
             disha.save_adapter(model, path)
-
-    def test_onto_what_is_no_file(self, path):
-        os.mkfifo(path)
-        with pytest.raises(AdapterIOError, match="no regular file"):
-            disha.save_adapter(trained(), path)
-        assert stat.S_ISFIFO(path.stat().st_mode)
 
     def test_too_much_metadata(self, path):
         with pytest.raises(ArgumentError, match="give less metadata"):
@@ -897,24 +759,3 @@ class TestSaving:
         with pytest.raises(ArgumentError, match=r"must be Unicode text, and '\\udfff'"):
             disha.save_adapter(odd, path)
         assert path.read_bytes() == old
-
-    def test_permissions_are_a_new_files_or_the_old_files(self, path):
-        mask = os.umask(0o027)
-        try:
-            disha.save_adapter(trained(), path)
-            assert stat.S_IMODE(path.stat().st_mode) == 0o640
-            path.chmod(0o600)
-            disha.save_adapter(trained(), path)
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        finally:
-            os.umask(mask)
-
-    def test_a_symbolic_link_stays_one(self, saved):
-        model, path = saved
-        link = path.with_name("link")
-        link.symlink_to(path.name)
-        perturb(model, seed=5)
-        disha.save_adapter(model, link)
-        assert link.is_symlink()
-        assert path.read_bytes() == link.read_bytes()
-        disha.load_adapter(base(), path)
