@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -139,13 +139,20 @@ def _warn_of_skipped(plan: Plan) -> None:
         )
 
 
-def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
+def apply_plan(
+    view: ModelView,
+    plan: Plan,
+    *,
+    activate: bool = True,
+    then: Callable[[], None] | None = None,
+) -> None:
     """Carry out a plan that was just made for this model, completely or not at all.
 
     Args:
         view: the model.
         plan: the plan.
         activate: let the new adapter act, and no other.
+        then: called at the end; if it raises, the plan is undone.
     """
     by_module: dict[nn.Module, list[PlannedLayer]] = {}
     for layer in plan.layers:
@@ -168,6 +175,8 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
             adapters.activate((plan.adapter,))
         _settle_encoders(view)
         _set_flags(view, plan, undo)
+        if then is not None:
+            then()
         undo.pop_all()
 
 

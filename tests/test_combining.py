@@ -277,7 +277,7 @@ REFUSED = {
         {"target_regex": "linear", "also_train": ["^conv", "^embed", "^padded"]},
         {"target_regex": "linear"},
         (1.0, 1.0),
-        r"\(conv.bias, conv.weight, embed.weight, \.\.\.\)",
+        r"\(conv.bias, conv.weight, embed.weight, and 1 more\)",
     ),
     "a weight that is none": (
         {"target_regex": "linear"},
@@ -344,7 +344,7 @@ class TestBases:
     def test_other_ones_warn_and_leave_no_fingerprint(self, tmp_path):
         a = save(tmp_path / "a", target_regex="linear|^up")
         b = save(tmp_path / "b", target_regex="linear", base=5)
-        says = r"different base weights in 1 layers \(linear\)"
+        says = r"different base weights in 1 layer \(linear\)"
         with pytest.warns(AdapterFileWarning, match=says):
             header, _ = combine((a, 1.0), (b, 1.0))
         assert [layer.base is None for layer in header.layers] == [True, False]

@@ -23,10 +23,11 @@ from disha import (
     MergeError,
 )
 from disha.config import AdapterConfig
-from disha.files import AdapterHeader, LayerRecord, TensorRecord
+from disha.files import AdapterHeader, LayerRecord, TensorRecord, contents
 from disha.files.contents import adapter_contents, blocks_only, load_contents, read_contents
 from disha.files.header import block_misfits
 from disha.functional import Layout
+from disha.layers import Block
 from disha.model import ModelView
 from tests.adapter_files import base, rewritten, trained
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
@@ -245,14 +246,14 @@ class TestContents:
         assert [layer.name for layer in described.layers] == ["head"]
         assert list(tensors) == list(described.tensors) == ["head.bone_block"]
 
-    @pytest.mark.parametrize(("count", "rest"), [(10, ""), (11, ", ...")])
+    @pytest.mark.parametrize(("count", "rest"), [(10, ""), (11, ", and 1 more")])
     def test_ten_layers_are_named_where_none_is_found(self, path, count, rest):
         model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
         disha.save_adapter(disha.inject_adapters(model, ".", 1), path)
         with pytest.raises(ArgumentError) as caught:
             read_contents(path, layers="none")
         names = ", ".join(map(str, range(10)))
-        assert str(caught.value).endswith(f"; it has {names}{rest}")
+        assert str(caught.value).endswith(f"; these are {names}{rest}")
 
     def test_layers_that_the_contents_lack_are_left_alone_only_if_asked(self):
         header, tensors = adapter_contents(ModelView(trained(also_train=None)))
@@ -381,6 +382,40 @@ class TestReplace:
         with pytest.raises(AdapterFileError, match=r"unexpected: head.bone_block"):
             disha.load_adapter(other, path, replace=True)
         assert_unchanged(other, before)
+
+
+class TestInterrupted:
+    """A load that is interrupted while it changes the model leaves the model as it was."""
+
+    @pytest.mark.parametrize("replacing", [False, True])
+    @pytest.mark.parametrize(
+        ("owner", "name", "moment"),
+        [
+            *((contents, "copy_values", moment) for moment in (0, 3, 6)),
+            *((Block, "reconfigure", moment) for moment in (0, 4)),
+        ],
+    )
+    def test_at_any_moment(self, path, monkeypatch, owner, name, moment, replacing):
+        model = trained(scale=0.5, dropout=0.25)
+        with torch.no_grad():
+            model.layers[0]["attn"].norm.weight.add_(0.5)
+        disha.save_adapter(model, path)
+        other = trained() if replacing else base()
+        before, right, calls = snapshot(other), getattr(owner, name), []
+
+        def interrupted(*arguments):
+            right(*arguments)
+            calls.append(name)
+            if len(calls) == moment + 1:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            disha.load_adapter(other, path, replace=replacing)
+        assert_unchanged(other, before)
+        if replacing:
+            block = other.head.disha["default"]
+            assert (block.config.dropout, block.dropout, block.strength) == (0.0, 0.0, 1.0)
 
 
 class TestSomeLayers:
@@ -550,7 +585,7 @@ class TestFingerprint:
             return nn.Sequential(*(nn.Linear(4, 6) for _ in range(count)))
 
         disha.save_adapter(disha.inject_adapters(model(), ".", 2), path)
-        names = "0, 1, 2" if count == 3 else r"0, 1, 2, \.\.\."
+        names = "0, 1, 2" if count == 3 else "0, 1, 2, and 1 more"
         with pytest.warns(AdapterFileWarning, match=rf"in {count} of {count} layers \({names}\)"):
             disha.load_adapter(model(), path)
 

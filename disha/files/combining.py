@@ -18,7 +18,6 @@ from disha.files.contents import (
     Source,
     adapter_contents,
     blocks_only,
-    first_names,
     load_contents,
     records_of,
 )
@@ -27,6 +26,7 @@ from disha.fingerprint import same_base
 from disha.layers import check_adapter_name
 from disha.model import ModelView
 from disha.state import finite_as
+from disha.text import counted, first_few, printable
 
 __all__ = ["Summand", "combine_adapters", "combine_contents"]
 
@@ -181,8 +181,8 @@ def _refuse_other_parameters(summand: Summand) -> None:
     names = summand.header.also_train
     if names:
         raise ArgumentError(
-            f"{summand.source} holds parameters beside its blocks ({first_names(names)}). These "
-            "are values and no updates, so they have no weighted sum; leave out `also_train`"
+            f"{summand.source} holds parameters beside its blocks ({first_few(names, 3, ', ')}). "
+            "These are values and no updates, so they have no weighted sum; leave out `also_train`"
         )
 
 
@@ -269,10 +269,11 @@ def _warn_of_other_bases(parts: Mapping[str, Sequence[_Part]]) -> None:
         and any(part.record.base is not None for part in of_one_layer)
     ]
     if other:
+        layers = printable(first_few(other, 3, ", "))
         warnings.warn(
-            f"the adapters were saved from different base weights in {len(other)} layers "
-            f"({first_names(other)}), so their sum fits none of them; combine adapters that were "
-            "trained on one base",
+            f"the adapters were saved from different base weights in {counted(len(other), 'layer')}"
+            f" ({layers}), so their sum fits none of them; combine adapters that were trained on "
+            "one base",
             AdapterFileWarning,
             stacklevel=3,
         )

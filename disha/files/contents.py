@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -34,10 +35,10 @@ from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
 from disha.layers import AdaptedWeight, Block, check_adapter_name
 from disha.model import ModelView, join
-from disha.plan import WeightRequest, plan_weights
+from disha.plan import Plan, WeightRequest, plan_weights
 from disha.sharding import whole
 from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as
-from disha.text import printable
+from disha.text import counted, first_few, printable
 
 __all__ = [
     "AdapterFileWarning",
@@ -45,7 +46,6 @@ __all__ = [
     "Source",
     "adapter_contents",
     "blocks_only",
-    "first_names",
     "load_contents",
     "read_contents",
     "records_of",
@@ -192,8 +192,8 @@ def _check_still_finite(adapter: str, tensors: Mapping[str, Tensor]) -> None:
     if broken:
         raise AdapterStateError(
             f"adapter {adapter!r} holds values that are not finite (NaN or infinity) in "
-            f"{', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}, and could not be loaded "
-            "again; nothing was written. Go back to an earlier state of the training"
+            f"{first_few(broken, 5, ', ')}, and could not be loaded again; nothing was written. Go "
+            "back to an earlier state of the training"
         )
 
 
@@ -239,10 +239,10 @@ def _chosen(described: AdapterFile, layers: str) -> Sequence[LayerRecord]:
     pattern = compile_regex("layers", layers)
     kept = [layer for layer in described.layers if pattern.search(layer.name)]
     if not kept:
-        names = ", ".join(layer.name for layer in described.layers[:10])
+        names = first_few([layer.name for layer in described.layers], 10, ", ")
         raise ArgumentError(
-            f"layers={layers!r} is found in the name of no layer in {described.path}; "
-            f"it has {names}{', ...' if len(described.layers) > 10 else ''}"
+            f"layers={layers!r} is found in the name of no layer in {described.path}; these are "
+            f"{names}"
         )
     return kept
 
@@ -334,15 +334,43 @@ def load_contents(
         taken = adapter in view.adapters
         _check_taken(adapter, taken, replace, dtype)
         if taken:
-            targets, values, report = _fitting(view, incoming, adapter, partial)
+            values, report = _fitting(view, incoming, adapter, partial)
         else:
-            targets, values, report = _injected(view, incoming, adapter, dtype, freeze, activate)
-    copy_values(targets, values)
-    for _, _, block, layer in incoming.loaded_into(view, adapter):
-        block.reconfigure(header.config)
-        block.set_strength(layer.scale)
+            plan, values = _planned(view, incoming, adapter, dtype, freeze)
+            apply_plan(
+                view,
+                plan,
+                activate=activate,
+                then=lambda: _fill(view, incoming, adapter, values, fresh=True),
+            )
+            report = check_fit(adapter_tensors(view, adapter), values)
+    if taken:
+        _fill(view, incoming, adapter, values, fresh=False)
     _warn_of_other_base(view, incoming, adapter)
     return report
+
+
+def _fill(
+    view: ModelView, incoming: _Incoming, adapter: str, values: Mapping[str, Tensor], fresh: bool
+) -> None:
+    """Set values, configuration and scales of an adapter; if anything interrupts, put them back.
+
+    The blocks of a fresh adapter have no values to put back.
+    """
+    targets = adapter_tensors(view, adapter)
+    blocks = {incoming.keys[layer.key] for layer in incoming.header.layers}
+    with ExitStack() as undo:
+        for key, value in values.items():
+            target = {key: targets[key]}
+            if not fresh or key not in blocks:
+                undo.callback(copy_values, target, {key: targets[key].detach().clone()})
+            copy_values(target, {key: value})
+        for _, _, block, layer in incoming.loaded_into(view, adapter):
+            undo.callback(block.set_strength, block.strength)
+            undo.callback(block.reconfigure, block.config)
+            block.reconfigure(incoming.header.config)
+            block.set_strength(layer.scale)
+        undo.pop_all()
 
 
 def _check_consistent(incoming: _Incoming) -> None:
@@ -353,9 +381,7 @@ def _check_consistent(incoming: _Incoming) -> None:
         if first.setdefault(own, key) != key:
             problems.append(f"{first[own]} and {key} are one parameter in the model")
     if problems:
-        raise AdapterFileError(
-            f"{incoming.source}: nothing was loaded:\n" + "\n".join(problems[:20])
-        )
+        raise AdapterFileError(f"{incoming.source}: nothing was loaded:\n{first_few(problems, 20)}")
 
 
 def _check_taken(adapter: str, taken: bool, replace: bool, dtype: torch.dtype | None) -> None:
@@ -382,19 +408,10 @@ def _model_keys(view: ModelView, header: AdapterHeader) -> dict[str, str]:
     return keys
 
 
-_Fitting = tuple[dict[str, nn.Parameter], dict[str, Tensor], LoadReport]
-"""Parameters, the values that are to replace theirs, and the report that they fit."""
-
-
-def _injected(
-    view: ModelView,
-    incoming: _Incoming,
-    adapter: str,
-    dtype: torch.dtype | None,
-    freeze: bool,
-    activate: bool,
-) -> _Fitting:
-    """Check that the adapter fits the model, and inject blocks for it."""
+def _planned(
+    view: ModelView, incoming: _Incoming, adapter: str, dtype: torch.dtype | None, freeze: bool
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Return the plan to inject the adapter, and its values by the model's keys."""
     header = incoming.header
     requests = [
         WeightRequest(
@@ -414,13 +431,13 @@ def _injected(
         raise AdapterFileError(f"{incoming.source}: {error}") from error
     values = {incoming.keys[key]: tensor for key, tensor in incoming.tensors.items()}
     _check_finite(view, incoming, values, dtype)
-    apply_plan(view, plan, activate=activate)
-    targets = adapter_tensors(view, adapter)
-    return targets, values, check_fit(targets, values)
+    return plan, values
 
 
-def _fitting(view: ModelView, incoming: _Incoming, adapter: str, partial: bool) -> _Fitting:
-    """Check that the adapter fits the model's own one of that name."""
+def _fitting(
+    view: ModelView, incoming: _Incoming, adapter: str, partial: bool
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Return the values that fit the model's adapter of that name, by the model's keys."""
     mine = adapter_tensors(view, adapter)
     found = {incoming.keys[key]: key for key in incoming.tensors}
     blocks = {
@@ -436,9 +453,9 @@ def _fitting(view: ModelView, incoming: _Incoming, adapter: str, partial: bool) 
     if problems:
         raise AdapterFileError(
             f"{incoming.source} does not fit the model's adapter {adapter!r}, which it was to "
-            "replace; nothing was loaded:\n" + "\n".join(problems[:20])
+            f"replace; nothing was loaded:\n{first_few(problems, 20)}"
         )
-    return targets, values, report
+    return values, report
 
 
 def _differences(name: str, theirs: LayerRecord, mine: LayerRecord) -> list[str]:
@@ -464,8 +481,8 @@ def _check_finite(
     if broken:
         raise AdapterFileError(
             f"{incoming.source} holds values that are not finite (NaN or infinity) in "
-            f"{', '.join(broken[:10])}; nothing was loaded. Get another version of the file, or "
-            "load it in a wider dtype"
+            f"{first_few(broken, 10, ', ')}; nothing was loaded. Get another version of the file, "
+            "or load it in a wider dtype"
         )
 
 
@@ -478,15 +495,11 @@ def _warn_of_other_base(view: ModelView, incoming: _Incoming, adapter: str) -> N
             if not same_base(now, layer.base):
                 other.append(name)
     if other:
+        layers = printable(first_few(other, 3, ", "))
         warnings.warn(
             f"{printable(str(incoming.source))} was saved from other base weights than the model's "
-            f"in {len(other)} of {known} layers ({first_names(other)}): load the base that it was "
+            f"in {len(other)} of {counted(known, 'layer')} ({layers}): load the base that it was "
             "trained on, or check that the adapter is not merged into this one already",
             AdapterFileWarning,
             stacklevel=4,
         )
-
-
-def first_names(names: Sequence[str]) -> str:
-    """Return the first three names, for a message."""
-    return printable(", ".join(names[:3])) + (", ..." if len(names) > 3 else "")

@@ -25,7 +25,7 @@ from disha.functional import METHODS, PATTERNS, Geometry, Layout, Rows
 from disha.layers import block_name
 from disha.model import join
 from disha.tables import table
-from disha.text import brief, printable
+from disha.text import brief, counted, first_few, printable
 
 __all__ = [
     "FORMAT",
@@ -251,8 +251,8 @@ class AdapterFile(AdapterHeader):
             lines.append(f"also trained: {printable(', '.join(self.also_train))}")
         lines += [printable(f"{key}: {value}") for key, value in self.metadata.items()]
         lines.append(
-            f"{self.path}: format {self.format}, {len(self.layers)} layers, "
-            f"{self.parameters:,} parameters, {self.nbytes:,} bytes"
+            f"{self.path}: format {self.format}, {counted(len(self.layers), 'layer')}, "
+            f"{counted(self.parameters, 'parameter')}, {counted(self.nbytes, 'byte')}"
         )
         return "\n".join(lines)
 
@@ -421,7 +421,7 @@ def described_by(file: TensorFile) -> AdapterFile:
     _check_keys(described)
     problems = block_misfits(described)
     if problems:
-        raise AdapterFileError(f"{path} contradicts itself:\n" + "\n".join(problems[:20]))
+        raise AdapterFileError(f"{path} contradicts itself:\n{first_few(problems, 20)}")
     return described
 
 
@@ -476,12 +476,11 @@ def _check_keys(described: AdapterFile) -> None:
     [(key, times)] = listed.most_common(1)
     if times > 1:
         raise _unfit(f"{described.path}: the header lists {brief(key)} {times} times")
-    missing = [key for key in listed if key not in described.tensors]
-    extra = sorted(set(described.tensors) - set(listed))
-    if missing or extra:
-        problems = [f"missing {brief(key)}" for key in missing[:10]]
-        problems += [f"not described {brief(key)}" for key in extra[:10]]
+    problems = [f"missing {brief(key)}" for key in listed if key not in described.tensors]
+    problems += [
+        f"not described {brief(key)}" for key in sorted(described.tensors) if key not in listed
+    ]
+    if problems:
         raise _unfit(
-            f"{described.path}: tensors and header disagree ({len(missing)} missing, "
-            f"{len(extra)} not described): {', '.join(problems)}"
+            f"{described.path}: tensors and header disagree: {first_few(problems, 10, ', ')}"
         )
