@@ -145,14 +145,14 @@ REFUSED = {
     ),
     "the model's own parameter": Case(net, "scale: it belongs to the model itself", r"^scale"),
     "a layer's own weight": Case(
-        net, "PEFT would save all of head.0, and adapts head.0", r"^head\.0\.weight"
+        net, "PEFT can't save head.0, because head.0 is adapted", r"^head\.0\.weight"
     ),
     "a layer's bias": Case(
-        Layered, "PEFT would save all of layers.0.attn.v_proj", r"v_proj.bias", forms=("lora",)
+        Layered, "PEFT can't save layers.0.attn.v_proj", r"v_proj.bias", forms=("lora",)
     ),
     "a parameter around a layer": Case(
         lambda: nn.ModuleDict({"inner": net()}),
-        "PEFT would save all of inner, and adapts inner.inner",
+        "PEFT can't save inner, because inner.inner is adapted",
         r"inner\.scale",
     ),
     "a list of parameters": Case(

@@ -375,9 +375,7 @@ def inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
                 f"{layer.layout.pattern!r}"
             )
         if layer.rows:
-            problems.append(
-                f"{name}: PEFT's MiSS adapts all rows of a weight, and this is some of them"
-            )
+            problems.append(f"{name}: PEFT's MiSS adapts all rows of a weight, not some of them")
         if not layer.name:
             problems.append(f"{name}: PEFT adapts layers within a model, not the model itself")
         if layer.scale != 1.0:

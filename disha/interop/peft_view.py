@@ -124,7 +124,7 @@ class PeftView:
     def obstacles(
         self,
         layers: Iterable[str],
-        unknown: Callable[[nn.Module], str | None],
+        why_unknown: Callable[[nn.Module], str | None],
         *,
         exporting: bool,
     ) -> list[str]:
@@ -132,7 +132,7 @@ class PeftView:
 
         Args:
             layers: names of the layers.
-            unknown: returns why PEFT has no layer of one method for a module, or None if it has.
+            why_unknown: returns why PEFT has no layer for a module in a format, or None if it has.
             exporting: whether an adapter leaves this model; if not, one comes into it.
         """
         found = []
@@ -143,7 +143,7 @@ class PeftView:
             elif exporting and module in self._fused:
                 why = f"{self._fused[module]} reads its weight in evaluation, without PEFT's update"
             else:
-                why = self._obstacle(name, module) or unknown(module)
+                why = self._obstacle(name, module) or why_unknown(module)
             if why is not None:
                 found.append(f"{name or '(the model)'}: {why}")
         return found
@@ -208,7 +208,7 @@ class PeftView:
             elif not names[0]:
                 problems.append(f"{first}: it belongs to the model itself, not to a module in it")
             elif layer is not None:
-                problems.append(f"{first}: PEFT would save all of {names[0]}, and adapts {layer}")
+                problems.append(f"{first}: PEFT can't save {names[0]}, because {layer} is adapted")
             elif isinstance(module, (nn.ParameterList, nn.ParameterDict)):
                 problems.append(f"{first}: PEFT can't save a {type(module).__name__}")
             else:
