@@ -1,4 +1,4 @@
-"""Metadata of the distribution. Build-system and tool settings are in pyproject.toml."""
+"""Metadata of the distribution. pyproject.toml has the settings of the build and of the tools."""
 
 import re
 from pathlib import Path
@@ -78,7 +78,7 @@ ZOO = [
 setup(
     name="disha-torch",
     version=VERSION,
-    description="Dimension-sharded adapters (DiSHA: Bone, BAT) for any PyTorch model",
+    description="Fine-tune any PyTorch model with small adapters: Bone (MiSS), tile, BAT (DiSHA)",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",

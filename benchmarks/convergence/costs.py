@@ -1,7 +1,7 @@
 """`python -m benchmarks.convergence.costs`: seconds and bytes of a training step of each method.
 
-They are measured apart from the runs, which share the machine with each other: all methods of a
-task in one process, in turn, on all cores.
+All methods of a task are measured in one process, in turn, on all cores. The training runs can't
+measure this, because they share the machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RATE = 1e-5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the tasks that the file has not, and write it.
+    """Measure the tasks that the file lacks, and write it.
 
     Args:
         arguments: of the command line; the process's by default.
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def costs(
     task: Task, methods: Sequence[str], budget: Budget, device: torch.device
 ) -> dict[str, Any]:
-    """Return seconds of a step in each round, and the most bytes allocated in one.
+    """Return the seconds of a step in each round, and the most bytes that a step allocates.
 
     Args:
         task: whose main comparison is measured.
@@ -76,7 +76,7 @@ def costs(
 
 
 def training_step(task: Task, method: str, device: torch.device) -> Callable[[], None]:
-    """Return a whole step, forward to optimiser, always on the same batch."""
+    """Return a complete step, from forward to optimizer, always with the same batch."""
     model = copy.deepcopy(task.base())
     adapt(model, task.layers["all"], task.head, main_cell(task.name, method))
     model.to(device)

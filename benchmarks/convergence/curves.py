@@ -1,4 +1,4 @@
-"""The pictures of the report, as SVG: the same bytes for the same findings."""
+"""The plots of the report, as SVG: the same bytes for the same findings."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ STYLES: Mapping[str, tuple[str, str]] = {
     "full": ("tab:green", ":"),
 }
 FINE = {"bone", "bat", "lora"}
-"""The methods whose seeds are shown as a band; more would hide each other."""
+"""The methods whose seeds are shown as a band. More bands would hide each other."""
 HASHED = re.compile(r'(?<=["#])[mp][0-9a-f]{10}(?=["\)])')
 """The names that matplotlib gives to markers and clip paths."""
 
 
 def curves(task: str, found: TaskFindings) -> bytes:
-    """Return validation loss against steps and, where costs were measured, against seconds."""
+    """Plot the validation loss over steps and, if costs were measured, over seconds."""
     figure = _figure(10.0 if found.costs else 5.5, 4.2)
     panels = 2 if found.costs else 1
     for panel in range(panels):
@@ -59,7 +59,7 @@ def curves(task: str, found: TaskFindings) -> bytes:
 
 
 def rates(found: Mapping[str, TaskFindings]) -> bytes:
-    """Return the final validation loss against the learning rate, a panel for each task."""
+    """Plot the final validation loss over the learning rate, a panel for each task."""
 
     def tried(axes: Any, method: Finding, **style: Any) -> None:
         known = [(r, loss) for r, loss in sorted(method.searched.items()) if loss < math.inf]
@@ -72,7 +72,7 @@ def rates(found: Mapping[str, TaskFindings]) -> bytes:
 
 
 def gradients(found: Mapping[str, TaskFindings]) -> bytes:
-    """Return the norm of the gradient in the first steps, a panel for each task."""
+    """Plot the norm of the gradient in the first steps, a panel for each task."""
 
     def norms(axes: Any, method: Finding, **style: Any) -> None:
         axes.plot(range(1, len(method.gradients) + 1), method.gradients, **style)

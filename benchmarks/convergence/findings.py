@@ -1,4 +1,4 @@
-"""What the results say, as numbers; no file is read and nothing is written here."""
+"""What the results say, as numbers. Nothing here reads or writes a file."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Mean:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a step takes.
+    """The costs of a step.
 
     Args:
         seconds: the median.
-        ratio: the median of seconds over LoRA's, round by round.
+        ratio: the median of seconds / LoRA's seconds, taken round by round.
         peak_bytes: allocated in a step.
     """
 
@@ -55,7 +55,7 @@ class Finding:
         cell: what it is.
         rate: the learning rate chosen.
         searched: learning rate -> final validation loss of the first seed; inf if it diverged.
-        records: what each seed's run found.
+        records: the results of each seed's run.
     """
 
     cell: Cell
@@ -64,50 +64,50 @@ class Finding:
     records: tuple[Mapping[str, Any], ...]
 
     def mean(self, key: str) -> Mean:
-        """Return a number of the runs."""
+        """Return the mean of a number over the runs."""
         return Mean.of([record[key] for record in self.records])
 
     @property
     def parameters(self) -> int:
-        """How many train."""
+        """The number of trained parameters."""
         return int(self.records[0]["parameters"])
 
     @property
     def steps(self) -> list[int]:
-        """At which the validation loss was measured."""
+        """The steps at which the validation loss was measured."""
         return list(self.records[0]["steps"])
 
     @property
     def curve(self) -> list[float]:
-        """The validation loss at those, the mean of the seeds."""
+        """The validation loss at those steps, the mean over seeds."""
         curves = [record["validation"] for record in self.records]
         return [statistics.fmean(losses) for losses in zip(*curves, strict=True)]
 
     @property
     def band(self) -> tuple[list[float], list[float]]:
-        """The lowest and the highest of the seeds at those steps."""
+        """The lowest and the highest validation loss of a seed at those steps."""
         losses = list(zip(*(record["validation"] for record in self.records), strict=True))
         return [min(one) for one in losses], [max(one) for one in losses]
 
     @property
     def early_gradient(self) -> Mean:
-        """The mean norm of the first gradients: behind a new head of zeros the very first is 0."""
+        """The mean norm of the first gradients. With a new head of zeros, the first norm is 0."""
         return Mean.of([statistics.fmean(record["gradient_norms"]) for record in self.records])
 
     @property
     def gradients(self) -> list[float]:
-        """The norms of the first gradients, the mean of the seeds."""
+        """The norms of the first gradients, the mean over seeds."""
         norms = [record["gradient_norms"] for record in self.records]
         return [statistics.fmean(one) for one in zip(*norms, strict=True)]
 
     @property
     def forgetting(self) -> tuple[float, Mean]:
-        """What the base gives, and what the adapted model gives."""
+        """The measure of forgetting for the base, and for the adapted model."""
         before = self.records[0]["forgetting"][0]
         return before, Mean.of([record["forgetting"][1] for record in self.records])
 
     def steps_to(self, loss: float) -> int | None:
-        """Return the first step at which the mean validation loss was at most this, or None."""
+        """Return the first step with a mean validation loss of at most `loss`, or None."""
         return next((s for s, one in zip(self.steps, self.curve, strict=True) if one <= loss), None)
 
 
@@ -117,9 +117,9 @@ class TaskFindings:
 
     Args:
         findings: method -> finding, of the finished cells.
-        unfinished: the methods that are not.
-        diverged: those that did at their best learning rate, with one of the seeds at least.
-        costs: method -> costs, where measured.
+        unfinished: methods whose cells are not finished.
+        diverged: methods that diverged at their best learning rate, with at least one seed.
+        costs: method -> costs, if measured.
     """
 
     findings: Mapping[str, Finding]
@@ -129,7 +129,7 @@ class TaskFindings:
 
     @property
     def ranked(self) -> list[str]:
-        """The adapter methods, of the lowest test loss first."""
+        """The adapter methods, the lowest test loss first."""
         names = [name for name in self.findings if name != FULL]
         return sorted(names, key=lambda name: self.findings[name].mean("loss").value)
 
@@ -140,29 +140,29 @@ class TaskFindings:
 
     @property
     def near_goal(self) -> float:
-        """The loss at which 95% of LoRA's fall is done."""
+        """The loss at 95% of LoRA's improvement."""
         curve = self.findings["lora"].curve
         return curve[-1] + 0.05 * (curve[0] - curve[-1])
 
     def seconds_to(self, method: str, loss: float) -> float | None:
-        """Return steps to a loss times seconds of a step, or None where one of them is missing."""
+        """Return steps to a loss times seconds of a step, or None if one of them is missing."""
         steps = self.findings[method].steps_to(loss)
         if steps is None or method not in self.costs:
             return None
         return steps * self.costs[method].seconds
 
     def apart(self, one: str, other: str) -> bool:
-        """Whether the test losses of two methods differ by more than noise."""
+        """Whether the test losses of two methods differ beyond noise."""
         records = [self.findings[name].records for name in (one, other)]
         return differ(*([record["loss"] for record in found] for found in records))
 
 
 def differ(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Return whether a paired t-test at 95% tells two methods apart.
+    """Return whether two methods differ by a paired t-test at 95%.
 
     Args:
         one: a value for each seed.
-        other: those of the other, for the same seeds: they had the same rows in the same order.
+        other: values of the other method, for the same seeds, so with the same rows and order.
     """
     differences = [a - b for a, b in zip(one, other, strict=True)]
     if len(differences) < 2:
@@ -172,7 +172,7 @@ def differ(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def finding(cell: Cell, study: Study, results: Results) -> Finding | None:
-    """Return what is known of a cell, or None if it is not finished or diverged at its best."""
+    """Return the finding of a cell; None if it is not finished, or diverged at its best rate."""
     rate, records = _at_best(cell, study, results)
     if len(records) < len(study.seeds) or any(map(_diverged, records)):
         return None
@@ -182,7 +182,7 @@ def finding(cell: Cell, study: Study, results: Results) -> Finding | None:
 def _at_best(
     cell: Cell, study: Study, results: Results
 ) -> tuple[float, tuple[Mapping[str, Any], ...]]:
-    """Return the best learning rate, nan while it is searched, and what is there of its runs."""
+    """Return the best learning rate (nan while it is searched) and the results of its runs."""
     rate = best_rate(cell, study, results)
     if rate is None:
         return math.nan, ()

@@ -1,4 +1,4 @@
-"""Which runs the study wants next, given what is there."""
+"""Which runs the study needs next, given the results so far."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["SEEDS", "STUDY", "Results", "Study", "best_rate", "final_loss", "mai
 Results = Mapping[Run, Mapping[str, Any]]
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 2) for digit in (1, 3))
-"""Half decades: all learning rates are of these."""
+"""All learning rates are among these, a factor of about three apart."""
 MOST_EXTENSIONS = 4
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, and from which learning rates each search sets out.
+    """What is compared, and with which learning rates each search begins.
 
     Args:
         cells: in the order in which they are done.
-        rates: (task, method) -> at least four learning rates next to each other.
-        seeds: the first of them searches the learning rate.
+        rates: (task, method) -> at least four neighbouring learning rates.
+        seeds: the first is used to search the learning rate.
     """
 
     cells: tuple[Cell, ...]
@@ -37,13 +37,13 @@ class Study:
 
 
 def final_loss(record: Mapping[str, Any]) -> float:
-    """Return the last validation loss, by which learning rates are chosen; inf if it diverged."""
+    """Return the last validation loss, which chooses the learning rate; inf if it diverged."""
     last = record["validation"][-1]
     return math.inf if last is None else float(last)
 
 
 def tried(cell: Cell, seed: int, results: Results) -> dict[float, float]:
-    """Return learning rate -> final validation loss, of one seed's runs that are there."""
+    """Return learning rate -> final validation loss, for the runs of one seed."""
     return {
         run.rate: final_loss(record)
         for run, record in results.items()
@@ -52,15 +52,15 @@ def tried(cell: Cell, seed: int, results: Results) -> dict[float, float]:
 
 
 def best_rate(cell: Cell, study: Study, results: Results) -> float | None:
-    """Return the learning rate that a finished search has found, or None while it goes on."""
+    """Return the learning rate that a finished search has found, or None before that."""
     return None if _search(cell, study, results) else _best(cell, study, results)
 
 
 def wanted(study: Study, results: Results) -> list[Run]:
-    """Return the runs that are not there and whose need is known by now, in order.
+    """Return the missing runs that are known to be needed so far, in order.
 
-    A cell's learning rates come first; where the best is at an edge, the next one beyond; then
-    the other seeds at the best.
+    First come a cell's learning rates. If the best is at an edge, the next one beyond it follows.
+    Then come the other seeds at the best rate.
     """
     runs = []
     for cell in study.cells:
@@ -79,7 +79,7 @@ def _best(cell: Cell, study: Study, results: Results) -> float:
 
 
 def _search(cell: Cell, study: Study, results: Results) -> list[Run]:
-    """Return the runs that the search for a cell's learning rate wants next; none if it is over."""
+    """Return the runs that the search for a cell's learning rate needs next; none if it is done."""
     seed, start = study.seeds[0], study.rates[cell.task, cell.method]
     found = tried(cell, seed, results)
     missing = [Run(cell, rate, seed) for rate in start if rate not in found]
@@ -108,7 +108,7 @@ def _grid(lowest: float, count: int = 4) -> tuple[float, ...]:
 
 
 LOWEST: Mapping[str, Mapping[str, float]] = {
-    # where the search of each method sets out: its lowest rate, by task
+    # The lowest rate with which the search begins, by task and method.
     "digits": {"bone": 1e-3, "tile": 1e-3, "bat": 1e-3, FULL: 3e-4, "": 3e-3},
     "packages": {"bone": 3e-4, "tile": 3e-4, "bat": 3e-4, FULL: 3e-5, "": 1e-3},
     "arithmetic": {"bone": 1e-4, "tile": 1e-4, "bat": 1e-4, FULL: 1e-5, "": 3e-4},
@@ -150,7 +150,7 @@ TILES = {"digits": (16, 64)}
 STUDY = Study(
     cells=(
         *(main_cell(task, method) for task in TASKS for method in METHODS),
-        # Ablations where a run takes seconds, all; where it takes a minute, one: half of r.
+        # All ablations where a run takes seconds. Only one, half of r, where it takes a minute.
         *_sizes("digits", (0.5, 2, 4)),
         *_parts("digits"),
         *_tiles("digits"),

@@ -1,4 +1,4 @@
-"""Doing the runs that are missing, several at once; it can be stopped at any time."""
+"""Do the missing runs, several at once. It can be stopped at any time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Train = Callable[[Run], Mapping[str, Any]]
 
 
 def default_workers() -> int:
-    """Return one worker a core, each on one thread; one in all where there is a GPU."""
+    """Return one worker per core, each with one thread; one worker if there is a GPU."""
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1
 
 
@@ -80,7 +80,7 @@ def _train(run: Run) -> Mapping[str, Any]:
 
 
 def _print(line: str) -> None:
-    print(line, flush=True)  # into files too, while it goes on
+    print(line, flush=True)  # at once, also into a file
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -103,15 +103,15 @@ def _progress(study: Study, latest: Run, results: Results, workers: int, elapsed
 
 
 def time_left(study: Study, seconds: dict[Run, float], workers: int) -> float:
-    """Return about how many seconds the runs take that are not there.
+    """Estimate the seconds that the missing runs take.
 
-    A cell is taken to want its learning rates and the other seeds, and a run what others of its
-    task took; a task that has none yet, what the slowest took.
+    It assumes that a cell needs its first learning rates and the other seeds, and that a run takes
+    as long as others of its task. A task without runs counts like the slowest task.
 
     Args:
-        study: what is to be done.
-        seconds: of each run that is there.
-        workers: how many are done at once.
+        study: all runs that are wanted.
+        seconds: of each run that is done.
+        workers: the number of runs at once.
     """
     usual = {
         task: statistics.median(s for run, s in seconds.items() if run.cell.task == task)

@@ -1,4 +1,4 @@
-"""One run: adapt, train, and measure what came of it."""
+"""One run: adapt, train, and measure the result."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from benchmarks.convergence.tasks.task import Task, batch_order
 __all__ = ["HEAD_RATE", "WARM_UP", "cosine", "optimizer_for", "train"]
 
 HEAD_RATE = 1e-3
-"""The learning rate of new heads, whatever the method's."""
+"""The learning rate of new heads, the same for all methods."""
 WARM_UP = 0.06
 FIRST_STEPS = 10
 
 
 def train(run: Run, device: torch.device, task: Task | None = None) -> dict[str, Any]:
-    """Return what a run found.
+    """Do a run and return its results.
 
     Args:
         run: what to do.
         device: where.
-        task: in place of the one that the run names, for trials.
+        task: used instead of the run's task, for tests.
 
     Returns:
         `steps` and `validation`: the curve; `gradient_norms` of the first steps; `loss`, `exact`:
@@ -40,7 +40,7 @@ def train(run: Run, device: torch.device, task: Task | None = None) -> dict[str,
     """
     task = task or TASKS[run.cell.task]
     started = time.perf_counter()
-    # Adapted on the CPU, wherever an earlier run has left the base: the same initial values.
+    # Always adapted on the CPU, so that the initial values are the same on every device.
     model = copy.deepcopy(task.base()).cpu()
     torch.manual_seed(run.seed)
     names = adapt(model, task.layers[run.cell.layers], task.head, run.cell)
@@ -95,7 +95,7 @@ def optimizer_for(
 
 
 def cosine(step: int, steps: int) -> float:
-    """Return the share of the learning rate at a step: a short rise, then a cosine to zero."""
+    """Return the factor of the learning rate at a step: a short warm-up, then a cosine to zero."""
     rise = max(1, round(WARM_UP * steps))
     if step < rise:
         return (step + 1) / rise
@@ -119,7 +119,7 @@ def _results(task: Task, model: nn.Module, base: nn.Module, names: list[str]) ->
 
 
 def effective_rank(matrix: Tensor) -> float:
-    """Return exp of the entropy of the singular values' shares: n for n equal ones, 0 for none.
+    """Return exp of the entropy of the normalised singular values: n for n equal ones, 0 for none.
 
     Source: Roy and Vetterli, "The effective rank", 2007.
     """

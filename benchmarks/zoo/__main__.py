@@ -1,8 +1,8 @@
-"""Put adapters into one tiny model of every architecture, and see whether they hold.
+"""Try adapters in one tiny model of every architecture.
 
     python -m benchmarks.zoo --library timm --only '^res' --out zoo.json
 
-Each model is built and tried in a child process of its own, with limits to its time and memory.
+Each model runs in its own child process, with limited time and memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MEMORY = 9 << 30
 
 
 def main() -> int:
-    """Run the trials that are asked for; return 1 if any failed."""
+    """Run the selected trials; return 1 if any failed."""
     arguments = _parser().parse_args()
     _quiet()
     chosen = _cases(arguments.library or LIBRARIES, arguments.only)[: arguments.limit]
@@ -40,7 +40,7 @@ def main() -> int:
         results.append(result)
         results.sort(key=lambda r: (LIBRARIES.index(r.library), r.name))
         _show(result, len(results), len(chosen))
-        if arguments.out:  # each time: what is stopped halfway leaves what there is
+        if arguments.out:  # after each, so that a stopped run keeps its results
             took = round(time.monotonic() - started, 1)
             write(results, arguments.out, versions=_versions(), seconds=took)
     print(text(results))
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quiet() -> None:
-    """Let no library look for files elsewhere, use more than one thread, or warn."""
+    """Keep libraries from downloading files, warning, and using several threads."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore")
     import torch
@@ -103,7 +103,7 @@ class _Child:
 
 
 def _run_all(todo: list[Case], jobs: int, seconds: float) -> Iterator[Result]:
-    """Yield results as they come."""
+    """Yield the results as they arrive."""
     waiting, children = list(todo), list[_Child]()
     while waiting or children:
         while waiting and len(children) < max(jobs, 1):
@@ -118,7 +118,7 @@ def _run_all(todo: list[Case], jobs: int, seconds: float) -> Iterator[Result]:
 
 
 def _start(case: Case) -> _Child:
-    # Forked: the libraries are imported once. Nothing was computed before, so no thread is lost.
+    # Forked, so that libraries are imported once. No thread is running yet.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(case, sender), daemon=True)
@@ -128,7 +128,7 @@ def _start(case: Case) -> _Child:
 
 
 def _collect(child: _Child, ready: bool, seconds: float) -> Result | None:
-    """Return a child's result if there is one, or if its time is over."""
+    """Return a child's result if it has one or its time is over."""
     took = time.monotonic() - child.started
     result = Result(child.case.library, child.case.name, seconds=round(took, 1))
     if ready:

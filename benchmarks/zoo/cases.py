@@ -1,4 +1,4 @@
-"""What every library's list of models is made of: a case, and what building it gives."""
+"""The parts of every library's list of models: a case, and the model that it builds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Built", "Case", "NotRun", "building", "run", "seed", "tensors", "wak
 
 SEED = 1234
 FAINT = 1e-3
-"""A constant parameter below this (a layer scale, a gate) would hide whatever it multiplies."""
+"""A smaller constant parameter (a layer scale, a gate) would hide what it multiplies."""
 
 
 class NotRun(Exception):
-    """The plain model can't be built or run in a tiny form; says nothing about adapters."""
+    """The plain model can't be built or run in a tiny form. This says nothing about adapters."""
 
 
 @dataclass
@@ -54,19 +54,19 @@ class Case:
 
 
 def seed() -> None:
-    """Let every random choice that follows be the same each time."""
+    """Seed all random choices that follow."""
     torch.manual_seed(SEED)
 
 
 def run(built: Built) -> Any:
-    """Run the model with its inputs; random operations in its forward are the same each time."""
+    """Run the model with its inputs, and the same random numbers each time."""
     seed()
     return built.model(*built.args, **built.kwargs)
 
 
 @contextmanager
 def building() -> Iterator[None]:
-    """Turn any error of a plain model inside of the block into `NotRun`."""
+    """Turn any error of a plain model into `NotRun`."""
     try:
         yield
     except Exception as error:
@@ -75,7 +75,7 @@ def building() -> Iterator[None]:
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
-    """Iterate over all tensors in a model's output, however they are nested."""
+    """Iterate over all tensors in a model's output, at any depth."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):

@@ -1,8 +1,8 @@
 """Tiny models of the transformers library, built by rules from each default configuration.
 
-A rule is a name of a configuration's field and the small value that it gets. What the rules don't
-get right for a model type is in `SPECIAL`. Inputs follow from the names of forward's arguments, and
-several candidates are tried in turn.
+A rule is a regex of configuration fields and the small value that they get. `SPECIAL` corrects the
+rules for single model types. Inputs follow from the names of forward's arguments; several
+candidates are tried.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The zoo's results as a table to read and as JSON."""
+"""The results as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ COLUMNS = ("library", "run", "held", *FAILURES, "refused", "not run", "exact", "
 
 
 def failed(results: Sequence[Result]) -> list[Result]:
-    """Return the results that are failures of the library under trial."""
+    """Return the results that are failures of disha."""
     return [result for result in results if result.status in FAILURES]
 
 
 def write(results: Sequence[Result], path: Path, **about: object) -> None:
-    """Write everything to a JSON file, each result on a line of its own."""
+    """Write everything to a JSON file, with one line for each result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(result.as_dict()) for result in results)
     everything = f'{json.dumps(about)[:-1]}, "results": [\n{lines}\n]}}\n'
@@ -30,7 +30,7 @@ def write(results: Sequence[Result], path: Path, **about: object) -> None:
 
 
 def text(results: Sequence[Result]) -> str:
-    """Return the table of all libraries, then the failures and what was refused, in short."""
+    """Return the table of all libraries, and then the failures and refusals in short."""
     libraries = list(dict.fromkeys(result.library for result in results))
     rows = [_row(name, [r for r in results if r.library == name]) for name in libraries]
     if len(rows) > 1:

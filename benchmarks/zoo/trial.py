@@ -1,6 +1,6 @@
 """The trial of one model: inject, train nothing, act, merge, unmerge, save, remove, load.
 
-Only what `import disha` gives is used. Whatever the model computes is compared before and after.
+It uses only the public names of `disha`, and compares the model's outputs before and after.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["Result", "trial"]
 
 R = 2
 BLOCK_STDS = (0.05, 0.02, 0.005, 0.001, 0.0002)
-"""Of the blocks' random values: the first that does not drown what the model computes."""
+"""Candidates for the size of random blocks. The first that keeps the output similar is used."""
 LARGEST_EFFECT = 3.0
 PERTURBATION = 20.0
-"""How many times larger the values are that show whether a block acts."""
+"""The factor by which values are enlarged to show whether a block acts."""
 SAME = 1e-6
-"""Largest difference, as part of the largest output, that fused kernels may make."""
+"""The largest relative difference that fused kernels may make."""
 MERGED_SAME = 1e-4
 ROUNDING = 1e-7
 MOST_NAMED = 12
@@ -40,20 +40,20 @@ Outputs = list[Tensor]
 
 @dataclass
 class Result:
-    """What came out of one architecture's trial.
+    """The result of one architecture's trial.
 
     Attributes:
         library: its library.
         name: its name there.
         note: which class it is.
         status: `"held"`, `"silent"`, `"wrong"`, `"exception"`, `"refused"`, or `"not run"`.
-        reasons: why, in short, if it was not held.
-        refused: texts of errors of disha; the trial went on without these layers, if it could.
-        layers: how many blocks the model got.
+        reasons: why the status is not "held", in short.
+        refused: texts of errors of disha. If possible, the trial continued without these layers.
+        layers: the number of blocks.
         unused: weights that the model itself does not use for this input.
-        exact: whether the injected model's output was bit for bit the plain model's.
-        block_std: how large the blocks' random values were.
-        effect: the largest change that all blocks made, as part of the largest output.
+        exact: whether injecting changed no bit of the output.
+        block_std: the size of the blocks' random values.
+        effect: the largest change that all blocks made, relative to the largest output.
         linear_share: part of all matrix parameters, convolutions and embeddings left out, that
             `"all-linear"` reaches.
         share: the same with convolutions counted, which it never reaches.
@@ -80,18 +80,18 @@ class Result:
     RANKS = ("held", "refused", "silent", "wrong", "exception", "not run")
 
     def fail(self, status: str, reason: str) -> None:
-        """Note a failure; the worst one gives the status."""
+        """Record a failure. The worst one gives the status."""
         if self.RANKS.index(status) > self.RANKS.index(self.status):
             self.status = status
         self.reasons.append(f"{status}: {reason}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return plain data."""
         return asdict(self)
 
 
 def trial(built: Built, result: Result) -> None:
-    """Try one model, and write down in `result` what came of it.
+    """Try one model, and record the outcome in `result`.
 
     Raises:
         NotRun: the plain model can't be used to compare: its output is not finite, or not the same
@@ -145,7 +145,7 @@ def _plain(built: Built) -> Outputs:
 
 
 def _copied(built: Built) -> Built | None:
-    """Return the same with a copy of the model, that no adapter will touch, if it can be copied."""
+    """Return the same with a copy of the model, which gets no adapter, if it can be copied."""
     try:
         return Built(copy.deepcopy(built.model), built.args, built.kwargs)
     except Exception:
@@ -208,7 +208,7 @@ _FAILED = object()
 
 
 def _measured(result: Result, what: str, call: Callable[[], Any]) -> Any:
-    """Return what a call gives, or note how it failed."""
+    """Return the result of a call, or record how it failed."""
     try:
         return call()
     except disha.DishaError as error:
@@ -226,7 +226,7 @@ def _text(error: BaseException) -> str:
 
 
 def _inject(model: nn.Module, target: Any, result: Result, without: set[str] | None = None) -> bool:
-    """Inject; where layers are refused, give them rank 1, then leave them out.
+    """Inject. Layers that are refused get r = 1, and are left out if that is refused too.
 
     Args:
         model: the model.
@@ -301,7 +301,7 @@ def _fill(blocks: dict[str, nn.Parameter], std: float) -> None:
 
 
 def _settle(built: Built, blocks: dict[str, nn.Parameter], before: Outputs, result: Result) -> None:
-    """Give the blocks random values that act, but don't drown the model's own."""
+    """Give the blocks random values that act without dominating the output."""
     for std in BLOCK_STDS:
         result.block_std = std
         _fill(blocks, std)
@@ -338,7 +338,7 @@ def _idle(built: Built, blocks: dict[str, nn.Parameter], result: Result) -> list
 
 
 def _without_effect(names: list[str], changes: Callable[[list[str]], bool]) -> list[str]:
-    """Return the names that change nothing, by trying them together and halving."""
+    """Return the names that change nothing, by trying all and then halves."""
     if not names or not changes(names):
         return names
     if len(names) == 1:
@@ -383,7 +383,7 @@ def _judge(
     idle: list[str],
     result: Result,
 ) -> None:
-    """Divide idle blocks into silent ones, and those whose weights the plain model does not use.
+    """Separate inactive blocks from blocks whose weights the plain model does not use.
 
     The plain model gets the merged weights of all blocks, and then others for the idle ones.
     """
@@ -444,7 +444,7 @@ def _merged_values(
                 changed[n] = p.detach().clone()
         output = _outputs(built)
     except disha.DishaError:
-        pass  # merging is tried, and counted, on its own
+        pass  # another step tries merging and counts it
     finally:
         disha.unmerge_adapters(model)
         with torch.no_grad():
@@ -455,7 +455,7 @@ def _merged_values(
 
 @contextmanager
 def _replaced(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """Give modules other parameters for a while.
+    """Give modules other parameters in a `with` block.
 
     One use of a shared parameter only is changed where only that is named, as a block would.
     """
@@ -514,7 +514,7 @@ def _there_and_back(built: Built, result: Result, before: Outputs) -> None:
 
 
 def _mergeable(model: nn.Module, result: Result) -> bool:
-    """Leave layers out that can't be merged, until the others can; return whether any are left."""
+    """Leave out layers that can't be merged, until the others can; return whether any are left."""
     excluded: set[str] = set()
     for _ in range(40):
         if excluded:
@@ -528,7 +528,7 @@ def _mergeable(model: nn.Module, result: Result) -> bool:
             named = _layers_named(model, str(error)) - excluded
             result.fail("refused", f"merge_adapters: {_text(error)}")
             if not named:
-                return True  # the other steps can be tried
+                return True  # the other steps can still be tried
             excluded |= named
             continue
         except Exception as error:
@@ -579,7 +579,7 @@ def _compare_merged(built: Built, result: Result, adapted: Outputs, merged: Outp
 
 @torch.no_grad()
 def _sensitivity(built: Built, reference: Outputs) -> float:
-    """Return how much the output changes when all weights change in their last bits."""
+    """Return how much the output changes if all weights change in their last bits."""
     seed()
     kept = [(p, p.clone()) for p in built.model.parameters() if p.is_floating_point()]
     for p, _ in kept:
@@ -595,7 +595,7 @@ def _sensitivity(built: Built, reference: Outputs) -> float:
 
 
 def _measure_reach(built: Built, result: Result) -> None:
-    """Measure which part of the matrix parameters `"all-linear"` reaches, by merging.
+    """Measure which part of the matrix parameters `"all-linear"` adapts, by merging.
 
     What a merge changes is what is reached, however the library counts its layers.
     """
@@ -608,7 +608,7 @@ def _measure_reach(built: Built, result: Result) -> None:
         _fill(_blocks(model), BLOCK_STDS[0])
         try:
             reached = _changed_by_merging(model)
-        except disha.DishaError:  # then what the plan names is counted as a whole
+        except disha.DishaError:  # then all weights in the plan count
             layers = {_layer(block) for block in _blocks(model)}
             reached = {
                 n: numel for n, (numel, _) in matrices.items() if n.rpartition(".")[0] in layers

@@ -1,4 +1,4 @@
-"""SVG as text: numbers are whole, so that the bytes are the same wherever it is drawn."""
+"""SVG as text, with integers only, so that the bytes are the same on every machine."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ text { font: 16px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill
   .line { stroke: #aab2bf }
 }
 """
-"""Each drawing has a ground of its own, so that it is legible on a page of any theme."""
+"""Each drawing has its own background, so it is legible in any theme."""
 
 
 class Canvas:
-    """A drawing in the making."""
+    """A drawing that is being made."""
 
     def __init__(self, height: int, title: str) -> None:
         self._height, self._title = height, title
@@ -39,7 +39,7 @@ class Canvas:
     def rect(
         self, x: int, y: int, width: int, height: int, *, kind: str = "", fill: str = ""
     ) -> None:
-        """Draw a rectangle, of a class of the style or in a colour."""
+        """Draw a rectangle, with a class of the style or a colour."""
         paint = f'class="{kind}"' if kind else f'fill="{fill}"'
         self._add(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="2" {paint}/>')
 
@@ -58,7 +58,7 @@ class Canvas:
         self._add(f'<path class="line" d="{path}"/>')
 
     def arrow(self, *points: tuple[int, int]) -> None:
-        """Draw a line whose last stretch, straight along x or y, ends in a tip."""
+        """Draw an arrow, whose last part is horizontal or vertical."""
         (x0, y0), (x, y) = points[-2:]
         right, down = (x > x0) - (x < x0), (y > y0) - (y < y0)
         back = (x - 9 * right, y - 9 * down)

@@ -1,4 +1,4 @@
-"""A colour for each number of a block: a hue for its place in the shard, light to dark along it."""
+"""A colour for each number of a block: a hue for its position in the shard, from light to dark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HUES = (
     ("#a5f3fc", "#0891b2"),  # cyan
     ("#fecaca", "#dc2626"),  # red
 )
-"""The lightest and the darkest of each hue, all of which stand out on white and on black."""
+"""The lightest and the darkest of each hue. All stand out on white and on black."""
 
 
 def colour(hue: int, step: int, steps: int) -> str:

@@ -1,4 +1,4 @@
-"""One drawing for each kind, and the overview."""
+"""One drawing for each method, and the overview."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from docs.drawings.landing import Index, Landing, landing, reach
 
 R, OUT, IN, CROPPED_IN = 4, 8, 12, 14
 LEFT, TOP = 38, 98
-"""Where the first grid of a drawing begins."""
+"""The position of the first grid in a drawing."""
 
 Shade = Callable[[Index], str]
 """The colour of a number of a block."""
@@ -52,7 +52,7 @@ def tile() -> str:
 
 
 def bat() -> str:
-    """Draw BAT: what is added, and what one cell is computed from."""
+    """Draw BAT: what is added, and what one cell depends on."""
     cell = (6, 9)
     found = landing(_linear(), R, "bat")
     needed = reach(_linear(), R, cell)
@@ -142,7 +142,7 @@ def embedding() -> str:
 
 
 def overview() -> str:
-    """Draw what sharding is, and the three kinds beside each other."""
+    """Draw what sharding is, and the three methods."""
     canvas = Canvas(586, "One small block D is added to every shard of a frozen weight W")
     found = landing(_linear(), R)
     shade = by_place(OUT)
@@ -168,7 +168,7 @@ def overview() -> str:
 
 
 def _into_shards(canvas: Canvas, block: Grid, delta: Grid) -> None:
-    """Lead from a block below dW into each of its shards."""
+    """Draw arrows from a block below dW into each of its shards."""
     middle, fork = block.middle[0] - 1, (delta.bottom + block.y) // 2 + 6
     canvas.line((middle, block.y - 8), (middle, fork))
     for shard in range(IN // R):
@@ -177,7 +177,7 @@ def _into_shards(canvas: Canvas, block: Grid, delta: Grid) -> None:
 
 
 def _kinds(canvas: Canvas, y: int) -> None:
-    """Draw dW of the three kinds, small."""
+    """Draw dW of the three methods, small."""
     place, block = by_place(OUT), by_block(R)
     tile_place = by_place(R)
     canvas.rect(26, y - 52, WIDTH - 52, 1, kind="frozen")
@@ -214,7 +214,7 @@ def _linear(in_features: int = IN) -> nn.Linear:
 
 
 def by_place(outputs: int) -> Shade:
-    """Return colours for D (r, out): a hue per place in the shard."""
+    """Return colours for D (r, out): a hue for each position in the shard."""
     return lambda number: colour(number[0], number[1], outputs)
 
 
@@ -224,7 +224,7 @@ def by_row(columns: int) -> Shade:
 
 
 def by_block(r: int) -> Shade:
-    """Return colours for D (blocks, r, r): four hues per block, one per place in the shard."""
+    """Return colours for D (blocks, r, r): four hues per block, one per position in the shard."""
     return lambda number: colour(4 * number[0] + number[2], number[1], r)
 
 
@@ -248,7 +248,7 @@ def _pair(
 
 
 def _coloured(canvas: Canvas, delta: Grid, found: Landing, shade: Shade) -> None:
-    """Draw the cells of dW in the colours of the numbers that arrive there."""
+    """Draw the cells of dW in the colours of the numbers that are added there."""
     delta.draw(canvas, lambda at: shade(found.origin[at]) if at in found.origin else None)
 
 
@@ -307,4 +307,4 @@ FIGURES = {
     "shards-conv.svg": conv,
     "shards-embedding.svg": embedding,
 }
-"""File -> what draws it."""
+"""File name -> the function that draws it."""

@@ -1,4 +1,4 @@
-"""Blocks and weights as grids of cells, with a gap wherever a shard begins."""
+"""Blocks and weights as grids of cells, with a gap before each shard."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Grid:
         return ((row, column) for row in range(self.rows) for column in range(self.columns))
 
     def draw(self, canvas: Canvas, fill: Callable[[Cell], str | None]) -> None:
-        """Draw each cell in its colour, or as one that is cropped away if it has none."""
+        """Draw each cell in its colour, or as cropped if it has none."""
         for cell in self.cells():
             shade = fill(cell)
             if shade is None:
@@ -80,7 +80,7 @@ class Grid:
                 self._square(canvas, cell, fill=shade)
 
     def draw_frozen(self, canvas: Canvas) -> None:
-        """Draw each cell as one of the frozen weight."""
+        """Draw each cell in the colour of a frozen weight."""
         for cell in self.cells():
             self._square(canvas, cell, kind="frozen")
 

@@ -1,4 +1,4 @@
-"""Which number of a block arrives in which cell of dW, asked of an adapted layer itself."""
+"""Which number of a block is added to which cell of dW, according to an adapted layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Index = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Landing:
-    """Where the numbers of a block arrive.
+    """Where the numbers of a block are added.
 
     Attributes:
         block: shape of the block.
@@ -28,13 +28,13 @@ class Landing:
     origin: dict[Index, Index]
 
     def cells_of(self, number: Index) -> list[Index]:
-        """Return the cells where a number of the block arrives."""
+        """Return the cells to which a number of the block is added."""
         return [cell for cell, origin in self.origin.items() if origin == number]
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What one cell of BAT's dW is computed from: numbers of the block, and cells of the weight."""
+    """What one cell of BAT's dW depends on: numbers of the block, and cells of the weight."""
 
     block: list[Index]
     weight: list[Index]
@@ -43,8 +43,8 @@ class Reach:
 def landing(layer: nn.Module, r: int, method: str = "bone", r_out: int | None = None) -> Landing:
     """Adapt a layer, put distinct numbers into its block, and find them in its dW.
 
-    BAT adds its block and multiplies it by the weight; with a weight of zeros only the former is
-    seen.
+    BAT adds its block and also multiplies it by the weight. With a weight of zeros, only the
+    addition is visible.
     """
     adapted, numbers = _adapted(layer, r, method, r_out)
     _weight(adapted).data.zero_()
@@ -55,7 +55,7 @@ def landing(layer: nn.Module, r: int, method: str = "bone", r_out: int | None = 
 
 
 def reach(layer: nn.Module, r: int, cell: Index) -> Reach:
-    """Return what a cell of a layer's dW with BAT is computed from, found by its gradients."""
+    """Return what a cell of a layer's dW with BAT depends on, found by gradients."""
     adapted, _ = _adapted(layer, r, "bat", None)
     weight = _weight(adapted)
     weight.data = torch.arange(1.0, 1 + weight.numel(), dtype=torch.float64).view(weight.shape)

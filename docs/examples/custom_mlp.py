@@ -1,11 +1,11 @@
-"""Adapt a network of your own, without a word about adapters in it.
+"""Adapt your own network, whose code knows nothing of adapters.
 
-A small network reads handwritten digits, and then finds them upside down. An adapter, trained
-beside its frozen weights, teaches it to read those too, and goes as one file to another copy of it.
+A small network reads handwritten digits. An adapter teaches it to read them upside down too, while
+its weights stay frozen. Another copy of the network loads the adapter from a file.
 
     python docs/examples/custom_mlp.py
 
-Needs scikit-learn, for its digits (1,797 images of 8 x 8).
+Needs scikit-learn for its digits (1,797 images of 8 x 8).
 """
 
 import argparse
@@ -34,7 +34,7 @@ class Reader(nn.Module):
 
 
 def train(model, images, labels, steps):
-    """Train all that requires gradients, on all images at once."""
+    """Train all parameters that require gradients, on all images at once."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
     for _ in range(steps):

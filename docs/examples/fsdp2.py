@@ -1,12 +1,12 @@
 """Train an adapter of a model that FSDP2 shards over several processes.
 
-Inject first, then `fully_shard`; save from all processes, which gather the adapter, and the first
-one writes it. The file is that of one process: the plain model loads it.
+Inject first, then call `fully_shard`. To save, all processes call `save_adapter`: they gather the
+adapter, and the first one writes it. The file equals that of one process.
 
     torchrun --nproc-per-node 2 docs/examples/fsdp2.py
 
-Runs on CPUs (gloo). On GPUs: "nccl" in place of "gloo", "cuda" in place of "cpu", and model and
-batch on the process's own device.
+It runs on CPUs, with gloo. For GPUs, use "nccl" instead of "gloo" and "cuda" instead of "cpu", and
+put model and batch on the process's own device.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import disha
 
 
 def base_model(width):
-    """Return transformer layers with the same random weights each time, on every process."""
+    """Return transformer layers with the same random weights on every process."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
     return nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
@@ -50,7 +50,7 @@ def main(argv=None):
     own = sequences.chunk(processes)[rank]
     optimizer, losses = torch.optim.AdamW(disha.adapter_parameters(model), lr=1e-2), []
     for _ in range(options.steps):
-        loss = F.mse_loss(model(own), own.roll(1, dims=1))  # give each place what came before it
+        loss = F.mse_loss(model(own), own.roll(1, dims=1))  # predict the previous position
         optimizer.zero_grad()
         loss.backward()  # gradients are averaged over the processes
         optimizer.step()
@@ -60,7 +60,7 @@ def main(argv=None):
 
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
-        dist.broadcast_object_list(shared)  # the first process's
+        dist.broadcast_object_list(shared)  # from the first process
         path = Path(shared[0], "sharded.safetensors")
         disha.save_adapter(model, path)  # on all processes
         if rank == 0:
@@ -72,7 +72,7 @@ def main(argv=None):
                 difference = (elsewhere(sequences) - output).abs().max()
             print(f"reloaded: outputs differ by at most {difference:g}")
     dist.destroy_process_group()
-    time.sleep(0.5)  # gloo's threads give back the last tensors: Python must not end before
+    time.sleep(0.5)  # gloo's threads must free their last tensors before Python ends
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Adapt a GPT-2 of transformers, without PEFT.
 
-GPT-2 keeps its weights as (in, out), in a layer class of its own, `Conv1D`; it is adapted like any
-linear layer. The model here is a small one with random weights, so that nothing is downloaded: put
-`GPT2LMHeadModel.from_pretrained("gpt2")` in its place. It learns the bytes of this very file.
+GPT-2 keeps its weights as (in, out), in its own layer class `Conv1D`, which is adapted like a
+linear layer. The model here is small and random, so nothing is downloaded; replace it by
+`GPT2LMHeadModel.from_pretrained("gpt2")`. It learns the bytes of this file.
 
     python docs/examples/gpt2_from_transformers.py
 
-Needs transformers. In the end the adapter is also written as a LoRA, which PEFT loads.
+Needs transformers. Finally the adapter is written as a LoRA too, which PEFT can load.
 """
 
 import argparse

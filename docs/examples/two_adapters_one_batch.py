@@ -1,12 +1,12 @@
-"""Serve two adapters in one batch: each sample of it runs with an adapter of its own.
+"""Use two adapters in one batch: each sample has its own adapter.
 
-One network reads handwritten digits. One adapter teaches it to read them upside down, another one
-mirrored. A second copy of the network loads both files and reads a mixed batch in one go, with the
-results that each sample has alone.
+A network reads handwritten digits. One adapter teaches it to read them upside down, another one
+mirrored. A second copy of the network loads both files and reads a mixed batch in one forward pass.
+Each sample gets the same result as alone.
 
     python docs/examples/two_adapters_one_batch.py
 
-Needs scikit-learn, for its digits (1,797 images of 8 x 8).
+Needs scikit-learn for its digits (1,797 images of 8 x 8).
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main(argv=None):
     images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
     images = images.float().view(-1, 8, 8) / 16
     tasks = {None: images, "upside-down": images.flip(1), "mirrored": images.flip(2)}
-    known, fresh = slice(0, 1400), slice(1400, None)  # what is trained on, and what is not
+    known, fresh = slice(0, 1400), slice(1400, None)  # training images, and others
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     train(model, model.parameters(), images[known], labels[known], steps)
@@ -51,7 +51,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         for name in ("upside-down", "mirrored"):
             path = Path(folder, f"{name}.safetensors")
-            disha.inject_adapters(model, "all-linear", r=32, adapter=name)  # now the active one
+            disha.inject_adapters(model, "all-linear", r=32, adapter=name)  # is active now
             blocks = disha.adapter_parameters(model, name)
             train(model, blocks, tasks[name][known], labels[known], steps)
             disha.save_adapter(model, path, adapter=name)

@@ -1,8 +1,8 @@
-"""Adapt a vision transformer of timm, and train its head whole beside the adapter.
+"""Adapt a vision transformer of timm, and train its head together with the adapter.
 
-All linear layers of the transformer's blocks get a Bone adapter. The head, which every task has
-anew, is trained as it is (`also_train`) and goes into the same file. Weights are random here, so
-that nothing is downloaded; with `pretrained=True` the rest is the same.
+All linear layers in the transformer's blocks get a Bone adapter. The head is new for every task: it
+trains completely (`also_train`) and is saved in the same file. The weights are random here, so
+nothing is downloaded; with `pretrained=True` the code is the same.
 
     python docs/examples/vit.py
 

@@ -1,8 +1,8 @@
-"""Lets pages link to code and to files outside of docs/, by paths that hold in the repository too.
+"""Let pages link to files outside docs/, by paths that also work in the repository.
 
-`../CHANGELOG.md` is a page of the site; any other such file that a page links to is put on the
-site as text, under `source/`. A link to what is not there is left as it is, so that a strict build
-fails.
+`../CHANGELOG.md` and `../CONTRIBUTING.md` are pages of the site. Any other file that a page links
+to is put on the site as text, under `source/`. A link to a missing file stays as it is, so a strict
+build fails.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "README.md": "index.md",
 }
-"""What stands for a file of the repository's root on the site."""
+"""File in the root of the repository -> its page on the site."""
 WRITTEN = ("changelog.md", "contributing.md")
-"""Those that are made of the file itself."""
+"""The pages that are made from the file itself."""
 LINK = re.compile(r"(\]\()([^)\s#]+)([^)]*\))")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the pages and sources that stand for files outside of docs/."""
+    """Add the pages and sources for files outside docs/."""
     for path, page in PAGES.items():
         if page in WRITTEN and (ROOT / path).is_file():
             files.append(_standing_in(config, page, path))
@@ -40,7 +40,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links out of docs/ lead to what stands for their file on the site."""
+    """Point links out of docs/ to the pages of these files."""
     folder = _folder(page.file)
 
     def on_site(match: re.Match[str]) -> str:
@@ -54,14 +54,14 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def _standing_in(config: MkDocsConfig, page: str, path: str) -> File:
-    """Return a file of the site that is a file of the repository; it may be missing in the nav."""
+    """Return a file of the repository as a file of the site, which the nav may leave out."""
     return File.generated(
         config, page, abs_src_path=str(ROOT / path), inclusion=InclusionLevel.NOT_IN_NAV
     )
 
 
 def _outside(file: File) -> Iterator[str]:
-    """Find the files that a page links to and that are no part of the site by themselves."""
+    """Find the files that a page links to and that are not part of the site already."""
     for _, target, _ in LINK.findall(file.content_string):
         path = _path(_folder(file), target)
         if path is not None and not _is_part(path):
@@ -69,26 +69,26 @@ def _outside(file: File) -> Iterator[str]:
 
 
 def _path(folder: str, target: str) -> str | None:
-    """Return a link's path in the repository, or None if nothing has to be done about it."""
+    """Return a link's path in the repository, or None if the link can stay as it is."""
     path = posixpath.normpath(posixpath.join(folder, target))
     if path.startswith(("/", "../")):
-        return None  # nothing outside of the repository comes onto the site
+        return None  # nothing outside the repository goes onto the site
     holds = folder.startswith("docs") and _is_part(path)
     return path if not holds and (ROOT / path).is_file() else None
 
 
 def _folder(file: File) -> str:
-    """Return the folder in the repository that a page's links start from."""
+    """Return the folder in the repository to which a page's links are relative."""
     return posixpath.dirname(f"docs/{file.src_uri}") if file.src_uri not in WRITTEN else ""
 
 
 def _is_part(path: str) -> bool:
-    """Whether a file of the repository is a part of the site by itself."""
+    """Whether a file of the repository is part of the site already."""
     return path.startswith("docs/") and not path.endswith(".py")
 
 
 def _place(path: str) -> str:
-    """Return where a file of the repository stands on the site."""
+    """Return the place of a file of the repository on the site."""
     return path.removeprefix("docs/") if _is_part(path) else PAGES.get(path, _source(path))
 
 

@@ -1,4 +1,4 @@
-"""Language model: word problems of one step, made by a seeded generator."""
+"""Language model: one-step word problems, made by a seeded generator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Arithmetic(LanguageTask):
     steps, batch, evaluate_every = 48, 12, 12
 
     def rows(self) -> Rows:
-        """Return problems, no two the same."""
+        """Return problems without duplicates."""
         return _rows()
 
 

@@ -1,4 +1,4 @@
-"""Vision: a small ViT, pretrained here on upright digits, adapted to turned negatives of them."""
+"""Vision: a small ViT is trained on upright digits, then adapted to rotated, inverted ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRAINING_ROWS, VALIDATION_ROWS = 500, 250
 
 
 class Attention(nn.Module):
-    """Attention of every patch to all."""
+    """Attention of every patch to all patches."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, patches, width) of the same."""
+        """Map (batch, patches, width) to the same shape."""
         q, k, v = (
             rearrange(part(x), "b n (h d) -> b h n d", h=self.heads)
             for part in (self.q_proj, self.k_proj, self.v_proj)
@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, patches, width) of the same."""
+        """Map (batch, patches, width) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))  # type: ignore[no-any-return]
 
@@ -107,7 +107,7 @@ class Digits(Task):
         return model
 
     def training_rows(self) -> Sequence[Any]:
-        """Return turned negatives with their labels."""
+        """Return rotated, inverted digits with their labels."""
         images, labels = _digits()["training"]
         return list(zip(images, labels, strict=True))
 
@@ -122,15 +122,15 @@ class Digits(Task):
         return F.cross_entropy(model(images), labels)
 
     def validation_loss(self, model: nn.Module) -> float:
-        """Return the loss on turned negatives."""
+        """Return the loss on rotated, inverted digits."""
         return self._score(model, "validation").loss
 
     def test(self, model: nn.Module) -> Score:
-        """Return loss and accuracy on turned negatives."""
+        """Return loss and accuracy on rotated, inverted digits."""
         return self._score(model, "test")
 
     def forgotten(self, model: nn.Module, base: nn.Module) -> tuple[float, float]:
-        """Return the losses on upright digits that neither was trained on."""
+        """Return the losses of both models on upright digits that are in no training set."""
         return self._score(base, "upright").loss, self._score(model, "upright").loss
 
     def _score(self, model: nn.Module, part: str) -> Score:

@@ -15,7 +15,7 @@ HELD_OUT, VALIDATION_ROWS, TEST_ROWS = 1000, 24, 48
 
 
 class Docstrings(LanguageTask):
-    """What a function does, in a sentence."""
+    """Docstrings of functions."""
 
     name = "docstrings"
     title = "Language model: docstrings"
@@ -27,7 +27,7 @@ class Docstrings(LanguageTask):
     steps, batch, evaluate_every = 32, 4, 8
 
     def rows(self) -> Rows:
-        """Return the demo's pairs that are short enough."""
+        """Return the demo's pairs that fit."""
         return _rows()
 
 

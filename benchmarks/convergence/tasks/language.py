@@ -1,4 +1,4 @@
-"""What the tasks of the language model share: SmolLM2-135M, prompts and answers."""
+"""What both tasks of the language model share: SmolLM2-135M, prompts and answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AT_ONCE = 32
 
 
 class Rows(NamedTuple):
-    """Rows as (token ids, how many of them are the prompt)."""
+    """Rows as (token ids, the number of prompt tokens)."""
 
     training: Sequence[tuple[list[int], int]]
     validation: Sequence[tuple[list[int], int]]
@@ -86,7 +86,7 @@ class LanguageTask(Task):
         return self._score(model, self.rows().test)
 
     def forgotten(self, model: nn.Module, base: nn.Module) -> tuple[float, float]:
-        """Return the losses on prose that neither was trained on."""
+        """Return the losses of both models on unrelated prose."""
         tokenizer = demo_tokenizer()
         texts = [tokenizer.encode(text) for text in passages(PROSE, PROSE_CHARACTERS)]
         rows = [(ids, 1) for ids in texts]
@@ -116,7 +116,7 @@ def demo_tokenizer() -> Tokenizer:
 
 
 def encoded(prompt: str, answer: str) -> tuple[list[int], int]:
-    """Return token ids of prompt, answer and end, and how many are the prompt's."""
+    """Return the token ids of prompt, answer and end, and the number of prompt tokens."""
     tokenizer = demo_tokenizer()
     first = tokenizer.encode(prompt)
     return [*first, *tokenizer.encode(answer, continues=True), tokenizer.end], len(first)

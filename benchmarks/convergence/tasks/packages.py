@@ -1,4 +1,4 @@
-"""Text encoder: all-MiniLM-L6-v2 learns which package of the standard library a docstring is of."""
+"""Text encoder: all-MiniLM-L6-v2 learns from which package of the library a docstring is."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PASSAGES = 64
 
 
 class Encoder(nn.Module):
-    """A BERT whose mean of token states, normalised, is the embedding of a text; and a head."""
+    """A BERT with a head. The embedding of a text is the normalised mean of token states."""
 
     def __init__(self, bert: nn.Module, classes: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Encoder(nn.Module):
         return F.normalize(summed, dim=-1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits (batch, classes); a length of 20 lets a head of small weights decide."""
+        """Return logits (batch, classes). The factor 20 lets a head with small weights decide."""
         return self.head(20 * self.embed(tokens))  # type: ignore[no-any-return]
 
 
@@ -106,7 +106,7 @@ class Packages(Task):
         return self._score(model, _rows()[VALIDATION_ROWS : VALIDATION_ROWS + TEST_ROWS])
 
     def forgotten(self, model: nn.Module, base: nn.Module) -> tuple[float, float]:
-        """Return 0 and by how much embeddings of unrelated text have turned."""
+        """Return 0, and how far embeddings of unrelated text have moved."""
         tokenizer = _tokenizer()
         rows = [(tokenizer.encode(text).ids[:LENGTH], 0) for text in passages(PASSAGES, 160)]
         tokens, _ = self.batch_of(rows, next(model.parameters()).device)
@@ -116,7 +116,7 @@ class Packages(Task):
 
     def _score(self, model: nn.Module, rows: Sequence[Any]) -> Score:
         device, losses, right = next(model.parameters()).device, 0.0, 0
-        # Of one length each, nearly: no time goes into padding.
+        # Sorted by length, so that little time goes into padding.
         rows = sorted(rows, key=lambda row: len(row[0]))
         with torch.inference_mode():
             for start in range(0, len(rows), 40):
@@ -145,7 +145,7 @@ def _tokenizer() -> Any:
 
 @lru_cache(maxsize=1)
 def _rows() -> list[tuple[list[int], int]]:
-    """Return all rows as (token ids, class), those of the largest packages, in a fixed order."""
+    """Return rows (token ids, class) of the largest packages, in a fixed order."""
     library = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, list[str]] = defaultdict(list)
     taken: set[str] = set()
@@ -161,8 +161,8 @@ def _rows() -> list[tuple[list[int], int]]:
         for text in sorted(found[package], key=_digest)[:MOST_OF_A_CLASS]
     ]
     tokenizer = _tokenizer()
-    # By another digest than the one that chose them: the lowest digests of a large package are the
-    # lowest of all, and its rows would all be held out.
+    # Sorted by another digest than the one that chose them. With the same one, the rows of a large
+    # package would all come first, and all be held out.
     return [
         (tokenizer.encode(text).ids[:LENGTH], label)
         for text, label in sorted(chosen, key=lambda row: _digest(f"order {row[0]}"))

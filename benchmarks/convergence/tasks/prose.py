@@ -1,4 +1,4 @@
-"""Text that has nothing to do with any task: the language reference inside Python itself."""
+"""Text that is unrelated to any task: Python's language reference, which Python contains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["passages"]
 
 @lru_cache(maxsize=4)
 def passages(count: int, characters: int) -> tuple[str, ...]:
-    """Return passages of Python's language reference, from topics spread over all of it.
+    """Return passages from many topics of Python's language reference.
 
     Args:
         count: how many.

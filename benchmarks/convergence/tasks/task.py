@@ -1,4 +1,4 @@
-"""What a task has to offer."""
+"""The interface of a task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Batch = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model does on rows that it was not trained on.
+    """The score of a model on rows that are not in its training set.
 
     Args:
         loss: mean cross-entropy, in nats.
@@ -30,30 +30,30 @@ class Score:
 
 
 class Task(ABC):
-    """A pretrained model, rows to adapt it to, and what it should still know afterwards.
+    """A pretrained model, rows to adapt it to, and a test of what it should not forget.
 
-    Learning rates are chosen on the validation rows; what is reported is of the test rows.
+    Validation rows choose the learning rate; the report uses the test rows.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     about: ClassVar[str]
-    """What is learned, from what, in one or two sentences of the report."""
+    """What is learned from what, in one to three sentences of the report."""
     exact_name: ClassVar[str]
     forgetting_name: ClassVar[str]
     r: ClassVar[int]
-    """Bone's; all methods get as many parameters."""
+    """The r of Bone. All methods get as many parameters."""
     r_out: ClassVar[int]
-    """Of the tile, dividing the output features of every layer."""
+    """The r_out of the tile, which divides the outputs of every layer."""
     steps: ClassVar[int]
     batch: ClassVar[int]
     evaluate_every: ClassVar[int]
     layers: ClassVar[Mapping[str, str]]
-    """Which layers -> a regex over their names; `all` is what is compared."""
+    """Name of a set of layers -> a regex of their names. The main comparison uses `all`."""
     examined: ClassVar[str] = ""
-    """A regex over layer names: whose updates are decomposed for their rank."""
+    """A regex of the layers whose updates are examined for rank and size."""
     head: ClassVar[str | None] = None
-    """The name of a new layer that every method trains besides, or None."""
+    """The name of a new layer that every method trains too, or None."""
 
     @abstractmethod
     def pretrained(self) -> nn.Module:
@@ -61,7 +61,7 @@ class Task(ABC):
 
     @abstractmethod
     def training_rows(self) -> Sequence[Any]:
-        """Return what `batch_of` makes batches from."""
+        """Return the rows from which `batch_of` makes batches."""
 
     @abstractmethod
     def batch_of(self, rows: Sequence[Any], device: torch.device) -> Batch:
@@ -77,14 +77,14 @@ class Task(ABC):
 
     @abstractmethod
     def test(self, model: nn.Module) -> Score:
-        """Return how the model does on the test rows."""
+        """Return the score on the test rows."""
 
     @abstractmethod
     def forgotten(self, model: nn.Module, base: nn.Module) -> tuple[float, float]:
-        """Return what `forgetting_name` says of the base, and of the adapted model."""
+        """Return the value of `forgetting_name` for the base and for the adapted model."""
 
     def base(self) -> nn.Module:
-        """Return the base model, made once in a process: adapt a copy."""
+        """Return the base model, which a process makes once. Adapt a copy of it."""
         return _base(self)
 
 
@@ -94,7 +94,7 @@ def _base(task: Task) -> nn.Module:
 
 
 def batch_order(rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
-    """Return the rows of every step: the same for all methods of one seed.
+    """Return the rows of every step, which depend only on the seed.
 
     Args:
         rows: how many there are; each comes once before any comes again.

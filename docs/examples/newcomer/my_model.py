@@ -1,11 +1,11 @@
-"""A model and data of your own; here a small network, and points inside or outside of a ring."""
+"""Your own model and data: here a small network, and points inside or outside a ring."""
 
 import torch
 from torch import nn
 
 
 class RingNet(nn.Module):
-    """Says of points (batch, 2) whether they are inside, outside, or on the ring."""
+    """Tells whether points (batch, 2) are inside, outside, or on the ring."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class RingNet(nn.Module):
 
 
 def pretrained() -> RingNet:
-    """Return the model; the seed stands for weights that you would load."""
+    """Return the model. The seed takes the place of loading weights."""
     torch.manual_seed(0)
     return RingNet()
 
