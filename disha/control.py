@@ -115,7 +115,7 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
         >>> import disha
         >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4)
         >>> disha.set_adapter_scale(model, 0.5)
-        >>> model.disha["default"].strength
+        >>> model.disha["default"].scale
         0.5
     """
     check_scale(scale)
@@ -123,7 +123,7 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
     weights = view.require(adapter)
     view.refuse_merged("change an adapter's scale")
     for _, weight in weights:
-        weight.blocks[adapter].set_strength(scale)
+        weight.blocks[adapter].set_scale(scale)
 
 
 @contextmanager

@@ -38,7 +38,6 @@ __all__ = [
     "effective",
     "effective_of_shards",
     "effective_on_meta",
-    "register_grouped_product",
 ]
 
 
@@ -115,7 +114,7 @@ class EffectiveWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Answer an operation as the tables of this module say."""
-        rule = RULES.get(func)
+        rule = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))
         if rule is not None:
             result = rule(*args, **kwargs) if kwargs else rule(*args)
             if result is not NotImplemented:
@@ -725,6 +724,11 @@ def _product(
     return routed.added(multiply(input, base, bias), input, base.shape, delta_of, has_samples)
 
 
+def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:
+    product: Tensor = torch.ops.transformers.grouped_mm_fallback(*args, **kwargs)
+    return product
+
+
 def _conv(func: Callable[..., Tensor]) -> Callable[..., Any]:
     """Return the rule of a convolution."""
 
@@ -946,6 +950,8 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.multi_head_attention_forward: _attention,
     torch._grouped_mm: _grouped(torch._grouped_mm),
+    # Of transformers, by its name: it exists once that is imported.
+    "transformers::grouped_mm_fallback": _grouped(_grouped_of_transformers),
     F.conv1d: _conv(F.conv1d),
     F.conv2d: _conv(F.conv2d),
     F.conv3d: _conv(F.conv3d),
@@ -964,12 +970,3 @@ for _owner in (Tensor, torch):
     }
 
 RULES: dict[Any, Callable[..., Any]] = {**WRITES, **FACTS, **VIEWS, **PRODUCTS}
-
-
-def register_grouped_product(multiply: Callable[..., Tensor]) -> None:
-    """Let a grouped product that is called as `torch._grouped_mm` take effective weights apart.
-
-    Args:
-        multiply: the product.
-    """
-    RULES.setdefault(multiply, _grouped(multiply))

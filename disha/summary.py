@@ -105,7 +105,7 @@ def summary(model: nn.Module) -> Summary:
             r=block.r,
             r_out=block.r_out,
             parameters=block.block.numel(),
-            scale=block.strength,
+            scale=block.scale,
             active=adapter in weight.layer.disha.active,
         )
         for name, weight in view.weights

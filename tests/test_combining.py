@@ -44,7 +44,7 @@ def combine(*weighted, r=None, **reading):
 def updates(model, adapter):
     """Layer -> s * dW of an adapter, for the layers that it has."""
     return {
-        name: weight.blocks[adapter].strength * weight.delta_weight(weight.blocks[adapter])
+        name: weight.blocks[adapter].scale * weight.delta_weight(weight.blocks[adapter])
         for name, weight in ModelView(model).require(adapter)
     }
 

@@ -298,7 +298,7 @@ class TestContents:
 class TestLayersThatDiffer:
     def test_each_layer_keeps_its_scale(self, path, tokens):
         model = trained()
-        model.head.disha["default"].set_strength(0.1)
+        model.head.disha["default"].set_scale(0.1)
         disha.save_adapter(model, path)
         for replacing in (False, True):
             other = trained() if replacing else base()
@@ -415,7 +415,7 @@ class TestInterrupted:
         assert_unchanged(other, before)
         if replacing:
             block = other.head.disha["default"]
-            assert (block.config.dropout, block.dropout, block.strength) == (0.0, 0.0, 1.0)
+            assert (block.config.dropout, block.dropout, block.scale) == (0.0, 0.0, 1.0)
 
 
 class TestSomeLayers:

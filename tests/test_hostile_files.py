@@ -105,7 +105,7 @@ class TestWhatTheTrialsSee:
         [
             lambda model: model.norm.bias.data.add_(1e-7),
             lambda model: model.head.disha["default"].block.data.mul_(2),
-            lambda model: model.head.disha["default"].set_strength(2.0),
+            lambda model: model.head.disha["default"].set_scale(2.0),
             lambda model: model.steps.add_(1),
             lambda model: disha.inject_adapters(model, "conv", 1, adapter="more"),
         ],

@@ -73,7 +73,7 @@ def delta(layer):
         dense = bat_delta_weight(layer.base_weight.detach().double(), block.block.detach().double())
     else:
         dense = layer.delta_weight(block).detach().double()
-    return block.strength * (dense.T if isinstance(layer, nn.Embedding) else dense)
+    return block.scale * (dense.T if isinstance(layer, nn.Embedding) else dense)
 
 
 def check_written(path, model, tolerance=1e-6):

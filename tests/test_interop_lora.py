@@ -239,7 +239,7 @@ def test_only_the_adapted_layers_are_targeted(tmp_path):
 def test_names_that_end_alike_keep_their_own_ranks_and_scales(tmp_path):
     base = nn.ModuleDict({"b": nn.Linear(8, 8), "a": nn.ModuleDict({"b": nn.Linear(8, 8)})})
     ours = adapted(base, "b", 4, rank_pattern={"^b": 2})
-    ours["b"].disha["default"].set_strength(0.5)
+    ours["b"].disha["default"].set_scale(0.5)
     lora.export(ours, tmp_path)
     theirs = served(base, tmp_path).base_model.model
     assert (theirs["b"].r["default"], theirs["b"].scaling["default"]) == (2, 0.5)
@@ -804,7 +804,7 @@ def test_peft_scales_by_patterns_and_roots(tmp_path):
     for name, layer in again.named_modules():
         if isinstance(layer, disha.AdaptedLayer):
             found = theirs.base_model.model.get_submodule(name)
-            assert layer.disha["default"].strength == found.scaling["default"]
+            assert layer.disha["default"].scale == found.scaling["default"]
     torch.testing.assert_close(output(again, TOKENS % 12), output(theirs, TOKENS % 12))
 
 

@@ -43,7 +43,7 @@ def fill(model):
 
 def oracle(layer, x, adapters=("default",)):
     """The float64 output of the layer with these adapters, in this order."""
-    blocks = [(layer.disha[a].block.detach().double(), layer.disha[a].strength) for a in adapters]
+    blocks = [(layer.disha[a].block.detach().double(), layer.disha[a].scale) for a in adapters]
     bias = None if layer.bias is None else layer.bias.detach().double()
     return reference.linear(x.double(), layer.base_weight.detach().double(), bias, blocks)
 
@@ -96,7 +96,7 @@ def test_from_linear_shares_the_parameter_objects_and_mode(cls, bias):
     assert "bias" in layer._parameters
     assert not layer.training
     assert not layer.disha["mine"].training
-    assert layer.disha["mine"].strength == 0.5
+    assert layer.disha["mine"].scale == 0.5
     assert layer.disha["mine"].dropout == 0.1
     fill(layer)
     x = torch.randn(3, 10)
@@ -168,7 +168,7 @@ def test_layer_materialised_from_meta_is_the_plain_layer(kind):
     layer.reset_parameters()
     x = torch.randn(3, 10)
     assert torch.equal(layer(x), F.linear(x, layer.base_weight, layer.bias))
-    assert layer.disha["default"].scale.item() == 0.25
+    assert layer.disha["default"].scale_tensor.item() == 0.25
     fill(layer)
     close(layer(x), oracle(layer, x), 1e-5)
 
@@ -235,11 +235,11 @@ def test_changing_dtype_never_rounds_the_scale(kind):
     block = model[0].disha["default"]
     model.to(torch.bfloat16)
     assert block.block.dtype == torch.bfloat16
-    assert block.scale.dtype == torch.float32
-    assert block.scale.item() == torch.tensor(0.1, dtype=torch.float32).item()
+    assert block.scale_tensor.dtype == torch.float32
+    assert block.scale_tensor.item() == torch.tensor(0.1, dtype=torch.float32).item()
     model.half().double()
-    assert block.scale.dtype == torch.float64
-    assert block.scale.item() == block.strength == 0.1
+    assert block.scale_tensor.dtype == torch.float64
+    assert block.scale_tensor.item() == block.scale == 0.1
     fill(model)
     x = torch.randn(2, 10, dtype=torch.float64)
     close(model(x), oracle(model[0], x))
@@ -427,7 +427,7 @@ def test_gradients_of_adapters_that_add_up_equal_the_formula():
     disha.set_active_adapters(layer, names)
     blocks = [layer.disha[name].block for name in names]
     x = torch.randn(4, 10, dtype=torch.float64)
-    pairs = [(layer.disha[name].block, layer.disha[name].strength) for name in names]
+    pairs = [(layer.disha[name].block, layer.disha[name].scale) for name in names]
     y = reference.linear(x, layer.base_weight, layer.bias, pairs)
     expected = torch.autograd.grad(y.square().sum(), blocks)
     for actual, wanted in zip(
@@ -556,7 +556,7 @@ def over_merged_weight(layer, cls, x):
     plain = cls(10, 9, dtype=torch.float64)
     block = layer.disha["default"]
     with torch.no_grad():
-        merged = reference.merged_weight(layer.base_weight, [(block.block, block.strength)])
+        merged = reference.merged_weight(layer.base_weight, [(block.block, block.scale)])
         plain.weight.copy_(merged)
         plain.bias.copy_(layer.bias)
     return plain(x)
@@ -776,7 +776,7 @@ WRONG = (
     ({"scale": None}, TypeError, "scale"),
     ({"adapter": ""}, ValueError, "empty"),
     ({"adapter": "a.b"}, ValueError, "dot"),
-    ({"adapter": "train"}, ValueError, "nn.Module"),
+    ({"adapter": "train"}, ValueError, "is taken"),
     ({"adapter": 1}, TypeError, "str"),
     ({"block_dtype": torch.int8}, ValueError, "int8"),
     ({"block_dtype": "float32"}, TypeError, "torch.dtype"),

@@ -143,7 +143,7 @@ def _record(
         r_out=block.r_out,
         in_features=geometry.in_features,
         out_features=geometry.out_features,
-        scale=block.strength,
+        scale=block.scale,
         base=_base_fingerprint(weight) if with_base else None,
         layout=block.slot.layout,
         rows=block.slot.rows,
@@ -366,10 +366,10 @@ def _fill(
                 undo.callback(copy_values, target, {key: targets[key].detach().clone()})
             copy_values(target, {key: value})
         for _, _, block, layer in incoming.loaded_into(view, adapter):
-            undo.callback(block.set_strength, block.strength)
+            undo.callback(block.set_scale, block.scale)
             undo.callback(block.reconfigure, block.config)
             block.reconfigure(incoming.header.config)
-            block.set_strength(layer.scale)
+            block.set_scale(layer.scale)
         undo.pop_all()
 
 

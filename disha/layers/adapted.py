@@ -232,7 +232,7 @@ class AdaptedWeight:
         own = self.layer.disha.blocks()
         name = self.slot.parameter
         deltas = [
-            (self.delta_weight(block), block.strength)
+            (self.delta_weight(block), block.scale)
             for adapter in adapters
             for (other, _), block in own.items()
             if other == adapter and block.slot.parameter == name

@@ -79,9 +79,9 @@ class Block(nn.Module):
         method: the name of the block's method.
         parameter_name: what state dicts and files call the block.
         dropout: probability of zeroing each of the block's inputs in training.
-        strength: the runtime scale s as a number. Change it with `set_strength`.
-        scale: the same as a 0-dim tensor, 0 while disabled: what a compiled graph reads, so that
-            neither scaling nor disabling recompiles. Not part of the state dict.
+        scale: the runtime scale s. Change it with `set_scale`.
+        scale_tensor: s as a 0-dim tensor, 0 while disabled. Compiled code reads it, so that neither
+            scaling nor disabling recompiles. Not part of the state dict.
     """
 
     slot: Slot
@@ -90,10 +90,10 @@ class Block(nn.Module):
     parameter_name: str
     config: AdapterConfig
     r: int
-    strength: float
+    scale: float
     enabled: bool
     dropout: float
-    scale: Tensor
+    scale_tensor: Tensor
 
     def __init__(
         self,
@@ -114,14 +114,14 @@ class Block(nn.Module):
             parameter_name=block_name(config.method),
             config=config,
             r=r,
-            strength=float(config.scale),
+            scale=float(config.scale),
             enabled=True,
             dropout=config.dropout,
         )
         with _lasting():
             values = torch.empty(tuple(shape), device=device, dtype=dtype)
             self._parameters[self.parameter_name] = nn.Parameter(values)
-            self.register_buffer("scale", self._scale_tensor(), persistent=False)
+            self.register_buffer("scale_tensor", self._new_scale_tensor(), persistent=False)
             self.reset_parameters()
 
     @property
@@ -157,8 +157,10 @@ class Block(nn.Module):
         dropout = own["dropout"] if own["training"] else 0.0
         if is_compiling():
             # A graph reads a tensor, so that neither scaling nor disabling compiles again.
-            return Update(own["method"], values, own["_buffers"]["scale"], dropout, own["rows"])
-        return Update(own["method"], values, own["strength"], dropout, own["rows"])
+            return Update(
+                own["method"], values, own["_buffers"]["scale_tensor"], dropout, own["rows"]
+            )
+        return Update(own["method"], values, own["scale"], dropout, own["rows"])
 
     def _brought(self) -> Tensor:
         """Return the block as the hook of a device brings it."""
@@ -205,16 +207,16 @@ class Block(nn.Module):
             rows = values if values.dim() >= 2 else values.view(1, -1)
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
 
-    def set_strength(self, strength: float) -> None:
+    def set_scale(self, scale: float) -> None:
         """Set the runtime scale."""
-        self.strength = float(strength)
+        self.scale = float(scale)
         self._write_scale()
 
     def reconfigure(self, config: AdapterConfig) -> None:
         """Take over the scale and the dropout of another configuration of the same shape."""
         self.config = config
         self.dropout = config.dropout
-        self.set_strength(config.scale)
+        self.set_scale(config.scale)
 
     def set_enabled(self, enabled: bool) -> None:
         """Let compiled graphs see the block (True) or a scale of 0 (False)."""
@@ -225,21 +227,21 @@ class Block(nn.Module):
     def extra_repr(self) -> str:
         """Describe the block in a model's printout."""
         tile = "" if self.r_out is None else f", r_out={self.r_out}"
-        return f"r={self.r}{tile}, shape={tuple(self.block.shape)}, scale={self.strength:g}"
+        return f"r={self.r}{tile}, shape={tuple(self.block.shape)}, scale={self.scale:g}"
 
     def _write_scale(self) -> None:
         # A new tensor rather than an in-place write: autograd may have saved the old one.
         with _lasting():
-            self._buffers["scale"] = self._scale_tensor()
+            self._buffers["scale_tensor"] = self._new_scale_tensor()
 
-    def _scale_tensor(self) -> Tensor:
+    def _new_scale_tensor(self) -> Tensor:
         # 0-dim, so it never changes a result's dtype; at least float32, so it is not rounded.
-        value = self.strength if self.enabled else 0.0
+        value = self.scale if self.enabled else 0.0
         block = self.block
         dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
         device = block.device
         if block.is_meta:
-            scale = self._buffers.get("scale")
+            scale = self._buffers.get("scale_tensor")
             if scale is None or scale.is_meta:
                 # A tensor on meta has no value, and torch.full takes longer.
                 return torch.empty((), dtype=dtype, device=device)
@@ -272,6 +274,6 @@ class Block(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        if self.scale.device != self.block.device:
+        if self.scale_tensor.device != self.block.device:
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
         missing_keys.extend(key for key in missing if key != prefix + self.parameter_name)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disha.effective import register_grouped_product
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
 from disha.layers.blocks import Slot
@@ -73,10 +72,6 @@ def _attention(module: Any) -> list[Slot]:
 def _experts(module: Any) -> list[Slot]:
     """Experts of transformers that say themselves how their weights are laid out."""
     layout = Layout("expert in out" if module.is_transposed else "expert out in")
-    # They may call a grouped product of transformers' own, which exists once it is imported.
-    fallback = getattr(getattr(torch.ops, "transformers", None), "grouped_mm_fallback", None)
-    if fallback is not None:
-        register_grouped_product(fallback)
     stacks = [n for n, p in module._parameters.items() if p is not None and p.dim() == 3]
     return [slot_of(name, layout) for name in stacks]
 

@@ -1,8 +1,8 @@
-"""BoneLinear and BatLinear: linear layers that have an adapter from birth."""
+"""BoneLinear and BatLinear: linear layers that are made with an adapter."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -20,28 +20,109 @@ from disha.layers.weights import make_block
 __all__ = ["BatLinear", "BoneLinear"]
 
 WEIGHT = Slot("", "weight", layout_of("out in"), linear=True)
+L = TypeVar("L", bound="_LinearWithAdapter")
 
 
-def _add_first_adapter(
-    layer: AdaptedLinear, adapter: str, config: AdapterConfig, freeze: bool
-) -> None:
-    """Attach the first adapter to a layer that is constructed with it."""
-    check_adapter_name(adapter)
-    geometry = WEIGHT.layout.geometry((layer.out_features, layer.in_features))
-    problem = misfit(config.method, WEIGHT.layout, geometry, config.r, config.r_out)
-    if problem is not None:
-        raise ArgumentError(f"{type(layer).__name__}: {problem}")
-    block = make_block(layer, WEIGHT, config, config.r)
-    adapters = Adapters()
-    vars(adapters)["training"] = layer.training
-    layer._modules[CHILD_NAME] = adapters
-    adapters.add(adapter, [block])
-    adapters.activate((adapter,))
-    for name in ("weight", "bias") if freeze else ():
-        set_requires_grad(layer, name, False)
+class _LinearWithAdapter(AdaptedLinear):
+    """What the linear layers of all methods share."""
+
+    original_class = nn.Linear
+    method: ClassVar[str]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int,
+        r_out: int | None = None,
+        adapter: str = "default",
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        block_dtype: torch.dtype | None = None,
+        init: str = "zeros",
+        freeze: bool = True,
+    ) -> None:
+        config = AdapterConfig(
+            r, None, self.method, r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
+        )
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_first_adapter(adapter, config, freeze)
+
+    @classmethod
+    def from_linear(
+        cls: type[L],
+        linear: nn.Linear,
+        *,
+        r: int,
+        r_out: int | None = None,
+        adapter: str = "default",
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        block_dtype: torch.dtype | None = None,
+        init: str = "zeros",
+        freeze: bool = True,
+    ) -> L:
+        """Return a layer with an adapter that shares the weight and bias of `linear`.
+
+        Args:
+            linear: a plain `nn.Linear`; its parameters are frozen too, being the same objects,
+                unless `freeze=False`.
+            r: shard size.
+            r_out: size of the output shard, of a method that has tiles.
+            adapter: the adapter's name.
+            dropout: probability of zeroing each of the adapter's inputs in training.
+            scale: runtime scale s.
+            block_dtype: dtype of the block; the weight's by default.
+            init: `"zeros"` or `"kaiming"`.
+            freeze: whether W and b stop requiring gradients.
+
+        Raises:
+            ArgumentTypeError: `linear` is no plain `nn.Linear`.
+            ArgumentError: a value is out of range, or r or r_out does not fit.
+
+        Examples:
+            >>> from torch import nn
+            >>> from disha import BoneLinear
+            >>> linear = nn.Linear(16, 32)
+            >>> layer = BoneLinear.from_linear(linear, r=4)
+            >>> next(layer.parameters()) is linear.weight
+            True
+        """
+        config = AdapterConfig(
+            r, None, cls.method, r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
+        )
+        _require_linear(cls, linear)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight = linear.weight
+        layer.register_parameter("bias", linear._parameters["bias"])  # may be None
+        layer.train(linear.training)
+        layer._add_first_adapter(adapter, config, freeze)
+        return layer
+
+    def _add_first_adapter(self, adapter: str, config: AdapterConfig, freeze: bool) -> None:
+        check_adapter_name(adapter)
+        geometry = WEIGHT.layout.geometry((self.out_features, self.in_features))
+        problem = misfit(config.method, WEIGHT.layout, geometry, config.r, config.r_out)
+        if problem is not None:
+            raise ArgumentError(f"{type(self).__name__}: {problem}")
+        block = make_block(self, WEIGHT, config, config.r)
+        adapters = Adapters()
+        vars(adapters)["training"] = self.training
+        self._modules[CHILD_NAME] = adapters
+        adapters.add(adapter, [block])
+        adapters.activate((adapter,))
+        for name in ("weight", "bias") if freeze else ():
+            set_requires_grad(self, name, False)
 
 
-def _require_linear(cls: type[AdaptedLinear], linear: object) -> None:
+def _require_linear(cls: type[nn.Module], linear: object) -> None:
+    """Raise unless a layer is a plain one, with a weight to share."""
     if isinstance(linear, AdaptedLayer):
         raise ArgumentError(
             f"{cls.__name__}.from_linear got a layer that is adapted already; "
@@ -59,22 +140,8 @@ def _require_linear(cls: type[AdaptedLinear], linear: object) -> None:
         )
 
 
-L = TypeVar("L", bound=AdaptedLinear)
-
-
-def _share_parameters(cls: type[L], linear: nn.Linear) -> L:
-    """Return an instance of `cls` around the very parameters of `linear`, no adapter yet."""
-    _require_linear(cls, linear)
-    layer = cls.__new__(cls)
-    nn.Module.__init__(layer)
-    layer.in_features, layer.out_features = linear.in_features, linear.out_features
-    layer.weight = linear.weight
-    layer.register_parameter("bias", linear._parameters["bias"])  # may be None
-    return layer.train(linear.training)
-
-
-class BoneLinear(AdaptedLinear):
-    """A linear layer with a Bone (or tile) adapter from birth: y = W x + b + s * S(x) D.
+class BoneLinear(_LinearWithAdapter):
+    """A linear layer with a Bone (or tile) adapter: y = W x + b + s * S(x) D.
 
     A drop-in `nn.Linear`. The base weight and bias are frozen, unless `freeze=False`; the block
     starts at zero, so that the layer starts as the plain one.
@@ -114,80 +181,11 @@ class BoneLinear(AdaptedLinear):
     """
 
     original_class = nn.Linear
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        r: int,
-        r_out: int | None = None,
-        adapter: str = "default",
-        dropout: float = 0.0,
-        scale: float = 1.0,
-        block_dtype: torch.dtype | None = None,
-        init: str = "zeros",
-        freeze: bool = True,
-    ) -> None:
-        config = AdapterConfig(
-            r, None, "bone", r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
-        )
-        super().__init__(in_features, out_features, bias, device, dtype)
-        _add_first_adapter(self, adapter, config, freeze)
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        r: int,
-        r_out: int | None = None,
-        adapter: str = "default",
-        dropout: float = 0.0,
-        scale: float = 1.0,
-        block_dtype: torch.dtype | None = None,
-        init: str = "zeros",
-        freeze: bool = True,
-    ) -> BoneLinear:
-        """Return a BoneLinear that shares the weight and bias of `linear`.
-
-        Args:
-            linear: a plain `nn.Linear`; its parameters are frozen too, being the same objects,
-                unless `freeze=False`.
-            r: shard size.
-            r_out: size of the output shard.
-            adapter: the adapter's name.
-            dropout: probability of zeroing each of the adapter's inputs in training.
-            scale: runtime scale s.
-            block_dtype: dtype of the block; the weight's by default.
-            init: `"zeros"` or `"kaiming"`.
-            freeze: whether W and b stop requiring gradients.
-
-        Raises:
-            ArgumentTypeError: `linear` is no plain `nn.Linear`.
-            ArgumentError: a value is out of range, or r or r_out does not fit.
-
-        Examples:
-            >>> from torch import nn
-            >>> from disha import BoneLinear
-            >>> linear = nn.Linear(16, 32)
-            >>> layer = BoneLinear.from_linear(linear, r=4)
-            >>> next(layer.parameters()) is linear.weight
-            True
-        """
-        config = AdapterConfig(
-            r, None, "bone", r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
-        )
-        layer = _share_parameters(cls, linear)
-        _add_first_adapter(layer, adapter, config, freeze)
-        return layer
+    method = "bone"
 
 
-class BatLinear(AdaptedLinear):
-    """A linear layer with a BAT adapter from birth: y = (W + s dW) x + b, dW_ab = W_ab D_a + D_a.
+class BatLinear(_LinearWithAdapter):
+    """A linear layer with a BAT adapter: y = (W + s dW) x + b, dW_ab = W_ab D_a + D_a.
 
     A drop-in `nn.Linear`. The base weight and bias are frozen, unless `freeze=False`; the block
     starts at zero, so that the layer starts as the plain one.
@@ -199,6 +197,7 @@ class BatLinear(AdaptedLinear):
         device: where to create the parameters.
         dtype: what to create them in.
         r: shard size, from 1 to in_features.
+        r_out: not for BAT: leave it None.
         adapter: the adapter's name.
         dropout: probability of zeroing each of the adapter's inputs in training. It costs a
             second product of full size, as the adapter's input is then not the layer's.
@@ -227,70 +226,4 @@ class BatLinear(AdaptedLinear):
     """
 
     original_class = nn.Linear
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        r: int,
-        adapter: str = "default",
-        dropout: float = 0.0,
-        scale: float = 1.0,
-        block_dtype: torch.dtype | None = None,
-        init: str = "zeros",
-        freeze: bool = True,
-    ) -> None:
-        config = AdapterConfig(
-            r, None, "bat", dropout=dropout, scale=scale, dtype=block_dtype, init=init
-        )
-        super().__init__(in_features, out_features, bias, device, dtype)
-        _add_first_adapter(self, adapter, config, freeze)
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        r: int,
-        adapter: str = "default",
-        dropout: float = 0.0,
-        scale: float = 1.0,
-        block_dtype: torch.dtype | None = None,
-        init: str = "zeros",
-        freeze: bool = True,
-    ) -> BatLinear:
-        """Return a BatLinear that shares the weight and bias of `linear`.
-
-        Args:
-            linear: a plain `nn.Linear`; its parameters are frozen too, being the same objects,
-                unless `freeze=False`.
-            r: shard size.
-            adapter: the adapter's name.
-            dropout: probability of zeroing each of the adapter's inputs in training.
-            scale: runtime scale s.
-            block_dtype: dtype of the block; the weight's by default.
-            init: `"zeros"` or `"kaiming"`.
-            freeze: whether W and b stop requiring gradients.
-
-        Raises:
-            ArgumentTypeError: `linear` is no plain `nn.Linear`.
-            ArgumentError: a value is out of range, or r does not fit.
-
-        Examples:
-            >>> from torch import nn
-            >>> from disha import BatLinear
-            >>> linear = nn.Linear(16, 32)
-            >>> layer = BatLinear.from_linear(linear, r=4)
-            >>> next(layer.parameters()) is linear.weight
-            True
-        """
-        config = AdapterConfig(
-            r, None, "bat", dropout=dropout, scale=scale, dtype=block_dtype, init=init
-        )
-        layer = _share_parameters(cls, linear)
-        _add_first_adapter(layer, adapter, config, freeze)
-        return layer
+    method = "bat"

@@ -119,6 +119,6 @@ def _adapters_of(module: nn.Module) -> list[Any]:
         return []
     held = module.disha
     blocks = [
-        (name, block.strength, block.dropout, block.config) for name, block in held.blocks().items()
+        (name, block.scale, block.dropout, block.config) for name, block in held.blocks().items()
     ]
     return [held.active, held.enabled, held.merged, held.route, blocks]

@@ -232,7 +232,7 @@ def _check_only_its_own(
         held = _block(model, layer["name"], adapter)
         key = f"{layer['name']}.{said['config']['method']}_block".lstrip(".")
         expected[id(held.block)] = (key, tensors[key])
-        assert held.strength == float(layer["scale"]), f"{key}: another scale"
+        assert held.scale == float(layer["scale"]), f"{key}: another scale"
     if options.get("also_train", True):
         for key in said["also_train"]:
             parameter = parameters[key]
