@@ -326,7 +326,11 @@ def plan_weights(
             one message lists all of them.
     """
     _check_addable(view, adapter)
-    by_name = {name: one for one in candidates_of(view) for name in one.names}
+    by_name = {
+        name: one
+        for one in candidates_of(view)
+        for name in (one.names if one.slot else one.parameter_names)  # the file has the layout
+    }
     problems, layers = [], []
     for request in requests:
         candidate = by_name.get(request.name)
