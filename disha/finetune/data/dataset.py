@@ -62,10 +62,7 @@ def open_rows(path: Path, split: str | None, *, streaming: bool) -> Rows:
         _require_rows_alike(members, files[name])
         numbers[name] = range(count, count + sum(map(len, members)))
         count = numbers[name].stop
-    chosen = []
-    for name, part in zip(names, parts, strict=True):
-        wanted = part.rows(len(numbers[name]))
-        chosen.append(numbers[name][wanted.start : wanted.stop])
+    chosen = [part.of(numbers[name]) for name, part in zip(names, parts, strict=True)]
     rows = Rows(list(chain.from_iterable(opened.values())))
     # A range of rows takes no memory, several take 8 bytes a row.
     selected = Rows(rows.files, chosen[0]) if len(chosen) == 1 else rows.select(chain(*chosen))

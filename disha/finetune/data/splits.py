@@ -57,11 +57,11 @@ class SplitPart:
     start: str
     end: str
 
-    def rows(self, count: int) -> range:
-        """The numbers of the rows meant, when the split has `count`."""
-        start = _row(self.start, count) if self.start else 0
-        end = _row(self.end, count) if self.end else count
-        return range(start, max(start, end))
+    def of(self, rows: range) -> range:
+        """The rows that are meant, of all rows of the split."""
+        start = _row(self.start, len(rows)) if self.start else 0
+        end = _row(self.end, len(rows)) if self.end else len(rows)
+        return rows[start : max(start, end)]
 
 
 def parse_split(text: str) -> list[SplitPart]:

@@ -67,11 +67,13 @@ class TextFile:
                 raise DataError(f"{path} is damaged and can't be unpacked: {error}") from error
         return cls(path, stamp, content)
 
-    def read(self, start: int, end: int) -> bytes:
-        """Return the bytes from `start` up to `end`; -1 means the end of the file."""
+    def read(self, start: int, end: int | None) -> bytes:
+        """Return the bytes from `start` up to `end`; None means the end of the file."""
+        if self.content is not None:
+            return self.content[start:end]
         with self._opened() as file:
             file.seek(start)
-            return file.read(-1 if end < 0 else end - start)
+            return file.read(-1 if end is None else end - start)
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Yield every line with the place of its first byte. Only a line feed ends a line."""
@@ -122,7 +124,7 @@ class TextRows:
     def __getitem__(self, index: int) -> Row:
         """Return a row by its number, from 0."""
         following = index + 1
-        end = self.starts[following] if following < len(self) else -1
+        end = self.starts[following] if following < len(self) else None
         place = f"{self.file.path}, line {self.lines[index]}"
         record = self.file.read(self.starts[index], end)
         try:
@@ -254,7 +256,7 @@ def json_rows(file: TextFile) -> RowFile:
         DataError: the file holds something else.
     """
     path = file.path
-    content = file.read(0, -1).removeprefix(codecs.BOM_UTF8)
+    content = file.read(0, None).removeprefix(codecs.BOM_UTF8)
     try:
         value = json.loads(content.decode())
     except UnicodeDecodeError as error:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disha.finetune.data.encoding import Encoder, encode_rows
+from disha.finetune.data.encoding import Encoder, Tally, encode_rows
 from disha.finetune.data.rows import Row
 from disha.finetune.errors import BadRowError, DataError
 from disha.finetune.text.chat import encode_chat
@@ -251,4 +251,13 @@ def test_a_text_of_no_tokens_is_a_bad_row():
     outcome = encoder.outcome(Row({"query": "\u0378"}, "rows.txt, line 3"))
     assert outcome.complaint == (
         "rows.txt, line 3: field 'query' comes to no tokens, so there is nothing to learn"
+    )
+
+
+def test_what_is_said_of_rows_that_were_not_used_as_they_are():
+    assert Tally(used=3).remarks == ""
+    tally = Tally(used=3, cut=1, dropped=1200, bad=2, complaints=["rows, line 2 is not JSON"])
+    assert tally.remarks == (
+        "; 1 of them cut to fit; 1,200 left out as too long; 2 left out as unusable, such as: "
+        "rows, line 2 is not JSON"
     )

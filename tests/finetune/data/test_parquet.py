@@ -139,3 +139,13 @@ def test_texts_of_every_type_are_texts(tmp_path):
         assert [rows[0].text(name), rows[1].text(name)] == ["a", "b"]
         with pytest.raises(BadRowError, match=r"row 3: field .* must be text, found NoneType"):
             rows[2].text(name)
+
+
+def test_text_that_is_not_utf_8_is_a_bad_row(tmp_path):
+    offsets, content = pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xffa")
+    texts = pa.Array.from_buffers(pa.string(), 2, [None, offsets, content])
+    pq.write_table(pa.table({"query": texts}), tmp_path / "rows.parquet")
+    rows = ParquetRows(tmp_path / "rows.parquet")
+    with pytest.raises(BadRowError, match=r"rows\.parquet, row 1 is not UTF-8 text"):
+        rows[0].text("query")
+    assert rows[1].text("query") == "a"

@@ -12,7 +12,7 @@ from disha.finetune.errors import DataError
 
 def rows(text, count):
     """The names and numbers of the rows that a notation means."""
-    return [(part.name, number) for part in parse_split(text) for number in part.rows(count)]
+    return [(part.name, number) for part in parse_split(text) for number in part.of(range(count))]
 
 
 def numbers(text, count):

@@ -188,7 +188,7 @@ def test_lines_end_at_line_feeds_only_and_know_their_place(opened):
     ]
     for start, line in lines:
         assert file.read(start, start + len(line)) == line
-    assert file.read(0, -1) == CONTENT
+    assert file.read(0, None) == CONTENT
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(opened):

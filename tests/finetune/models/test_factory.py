@@ -11,7 +11,12 @@ from transformers import GPT2LMHeadModel
 
 import disha
 from disha.finetune.errors import CheckpointError, SettingsError
-from disha.finetune.models.factory import load_factory, logits_for, tensor_of
+from disha.finetune.models.factory import (
+    explaining_failures,
+    load_factory,
+    logits_for,
+    tensor_of,
+)
 
 MODULE = "models_of_a_user"
 
@@ -194,3 +199,17 @@ def test_lack_of_memory_is_not_the_model_s_mistake():
 
     with pytest.raises(torch.OutOfMemoryError):
         logits_for(Large(), torch.zeros(1, 1))
+
+
+def test_how_a_users_model_fails_is_said_in_one_line():
+    with (
+        pytest.raises(CheckpointError, match=r"^--model a:b: the model failed at .* with KeyError"),
+        explaining_failures("a:b"),
+    ):
+        raise KeyError("x")
+    with pytest.raises(KeyError), explaining_failures(None):
+        raise KeyError("x")
+    with pytest.raises(FileNotFoundError), explaining_failures("a:b"):
+        raise FileNotFoundError
+    with explaining_failures("a:b"):
+        pass

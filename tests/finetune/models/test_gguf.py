@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -267,3 +269,29 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, complaint):
     path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True), **change)
     with pytest.raises(CheckpointError, match=complaint):
         load(path)
+
+
+def test_a_file_that_vanishes_before_it_is_read_is_named(tmp_path):
+    path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True))
+    checkpoint = GGUFCheckpoint(path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf is damaged or cut short .*No such file"):
+        checkpoint.load_model(torch.float32)
+
+
+def test_a_type_that_can_not_be_dequantised_is_named(tiny_checkpoint, monkeypatch):
+    def refuse(stored, kind):
+        raise NotImplementedError
+
+    monkeypatch.setattr("gguf.quants.dequantize", refuse)
+    with pytest.raises(CheckpointError, match=r"is of type F32, which can't be dequantised; use a"):
+        tiny_checkpoint.load_model(torch.float32)
+
+
+def test_a_file_that_can_not_be_read_is_named(tiny_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"\.gguf can't be read: Permission denied"):
+        GGUFCheckpoint(tiny_path)

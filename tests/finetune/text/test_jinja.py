@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 
 import pytest
 
-from disha.finetune.errors import DataError, TokenizerError
+from disha.finetune.errors import DataError, MissingDependencyError, TokenizerError
 from disha.finetune.text.jinja import run_template
 
 
@@ -77,3 +78,9 @@ def test_a_template_that_fails_is_a_clear_error(template):
 def test_a_damaged_template_is_named(template):
     with pytest.raises(TokenizerError, match=r"chat template is damaged: ."):
         run(template)
+
+
+def test_without_jinja2_the_remedy_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'disha-torch\[finetune\]'"):
+        run("a template that was not compiled before")

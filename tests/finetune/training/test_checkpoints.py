@@ -333,6 +333,34 @@ def test_checkpoints_of_an_earlier_run_can_be_removed(copied):
     Checkpoints(copied / "absent").clear()
 
 
+def test_a_checkpoint_that_can_not_be_removed_is_named(copied, monkeypatch):
+    def refuse(old, new):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OutputError, match=r"checkpoint-3 can't be removed: Permission denied"):
+        Checkpoints(copied).clear()
+
+
+def test_the_newest_is_known_after_saving_and_resuming(copied):
+    run = Run(copied)
+    assert run.checkpoints.newest is None
+    run.restore()
+    assert run.checkpoints.newest == copied / "checkpoint-3"
+
+
+def test_a_parameter_without_a_gradient_has_no_state_and_goes_on(tmp_path):
+    def spare(run):
+        run.objective.model.spare = nn.Parameter(torch.ones(3))
+        run.optimizer = make_optimizer(run.objective, run.plan)
+        return run
+
+    expected = spare(Run(tmp_path / "straight")).train(save=False)
+    spare(Run(tmp_path / "parted")).train(steps=2)
+    resumed = spare(Run(tmp_path / "parted"))
+    assert resumed.train(resumed.restore().progress, save=False) == expected
+
+
 # --- saves that fail or die ----------------------------------------------------------------------
 
 

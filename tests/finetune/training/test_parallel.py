@@ -119,3 +119,8 @@ def test_alone_nothing_is_wrapped():
     assert not is_sharded(plain)
     with deferred_reduction(plain):
         pass
+
+
+def test_only_objectives_are_distributed():
+    with pytest.raises(TypeError, match="an Objective is expected, not Linear"):
+        undistributed(torch.nn.Linear(1, 1))
