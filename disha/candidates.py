@@ -1,4 +1,4 @@
-"""Candidates: all that a target or a file can ask for in a model, and whether it can be adapted."""
+"""Candidates: what a target or a file can ask for in a model, and whether it can be adapted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["Candidate", "UnknownLayout", "as_declared", "candidates_of"]
 
 @dataclass(frozen=True)
 class UnknownLayout:
-    """A matrix parameter that can't be adapted, since nothing declares its layout.
+    """A matrix parameter that is not adapted, since its layout is unknown.
 
     Attributes:
         name: its name in the model.
@@ -63,7 +63,7 @@ class UnknownLayout:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What can be asked for: a weight, a matrix of unknown layout, or a module without either.
+    """A weight, a matrix parameter of unknown layout, or a module without either.
 
     Attributes:
         module: the module.
@@ -109,7 +109,7 @@ class Candidate:
 
     @property
     def unknown(self) -> UnknownLayout | None:
-        """What to tell of a matrix whose layout is unknown; None for others."""
+        """What to report if this is a matrix of unknown layout, else None."""
         if self.slot is not None or self.parameter is None:
             return None
         return UnknownLayout(self.name, tuple(self.parameter.shape))
@@ -129,7 +129,7 @@ class Candidate:
 
     @property
     def opaque(self) -> bool:
-        """Whether it is a weight whose module's output is added to."""
+        """Whether the weight is opaque: its module's output is added to."""
         return self.slot is not None and self.slot.opaque
 
     @cached_property
@@ -160,7 +160,7 @@ class Candidate:
         return replace(self, slot=replace(self.slot, rows=rows))
 
     def or_laid_out(self, layout: Layout) -> Candidate:
-        """Return a matrix of unknown layout with this one; what is known stays as it is."""
+        """Return the candidate with this layout if its own is unknown."""
         return self if self.unknown is None else self.laid_out(layout)
 
     def obstacle(self, method: str) -> str | None:
@@ -173,8 +173,8 @@ class Candidate:
             return f"it has an attribute {CHILD_NAME!r} of its own, where the adapters would be"
         if self.preloaded:
             return (
-                "accelerate brings its weight together with all others of a module around it "
-                "(preload_module_classes), and would look for the block there; inject first, then "
+                "accelerate loads its weight together with all others of an outer module "
+                "(preload_module_classes), and would expect the block there; inject first, then "
                 "offload"
             )
         if slot.opaque:  # never read
@@ -190,15 +190,14 @@ class Candidate:
         weight = read_weight(module, slot.parameter)
         if isinstance(weight, UninitializedParameter):
             return "its weight is not initialised yet; run the model once before injecting"
-        # Of any floating-point dtype: hooks of the user's may cast it before each forward.
+        # Any floating-point dtype will do: a user's hook may cast the weight before each forward.
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             return "its weight is not a floating-point tensor"
         if weight.layout is not torch.strided:
             return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
         if is_sharded(weight):
             return (
-                "its weight is a DTensor of a tensor-parallel plan, of which every rank has a "
-                "part; adapters are not supported there"
+                "its weight is a DTensor of a tensor-parallel plan, which adapters do not support"
             )
         return slot.layout.misfit(weight.shape) or self._impossible_rows()
 
@@ -209,7 +208,7 @@ class Candidate:
 
 
 def candidates_of(view: ModelView) -> list[Candidate]:
-    """Return all that can be asked for in a model, in the order of its modules.
+    """Return all candidates of a model, in the order of its modules.
 
     Args:
         view: the model.
@@ -235,7 +234,7 @@ def candidates_of(view: ModelView) -> list[Candidate]:
 def as_declared(
     candidates: list[Candidate], layouts: Mapping[str, str], rows: Mapping[str, Rows]
 ) -> list[Candidate]:
-    """Return the candidates with the layouts and the rows that a user declares.
+    """Return candidates with the layouts and the rows that the user declares.
 
     Args:
         candidates: those of a model.
@@ -247,7 +246,7 @@ def as_declared(
     """
     if not layouts and not rows:
         return candidates
-    found: dict[Candidate, None] = {}  # several slots of one parameter become one weight
+    found: dict[Candidate, None] = {}  # a set in order: several slots may become one weight
     for one in candidates:
         if not one.opaque and one.attribute in matrix_parameters(one.module):
             pattern = _first_hit(layouts, one.parameter_names)

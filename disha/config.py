@@ -40,22 +40,22 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Everything that describes an adapter, apart from its numbers and its name.
+    """What describes an adapter, apart from its name and the values in its blocks.
 
     Args:
         r: shard size; a block has r rows. At least 1.
-        target: the regex searched in module names, or `"all-linear"`; None where the targets
-            were chosen by a predicate.
-        method: `"bone"` (which `"miss"` means too) or `"bat"`.
-        r_out: size of the output shard; turns Bone into a tile. None for none.
+        target: the regex that is searched in module names, or `"all-linear"`; None if a predicate
+            chose the targets.
+        method: `"bone"` (also called `"miss"`) or `"bat"`.
+        r_out: size of the output shard, which makes Bone a tile. None for none.
         exclude: regex, or several, of module names to leave out. None for none.
-        rank_pattern: regex of module names -> r; the first that is found wins. None for none.
-        layouts: regex of names of parameters, or of modules for their `weight` -> layout.
-        rows: regex of names -> ranges (first, stop) of the outputs to adapt; the others stay.
-        dropout: probability with which the adapter's input is zeroed in training.
-        scale: factor on the adapter's update when it is injected.
-        dtype: dtype of the blocks; None for the weight's own.
-        init: `"zeros"` (injection changes nothing) or `"kaiming"` (uniform, as `nn.Linear`'s).
+        rank_pattern: regex of module names -> r; the first match wins. None for none.
+        layouts: regex of parameter names -> layout; the name of a module stands for its `weight`.
+        rows: regex of names -> ranges (first, stop) of the outputs that are adapted.
+        dropout: probability of zeroing each input of the adapter in training.
+        scale: factor on the update when the adapter is injected.
+        dtype: dtype of the blocks; None for that of the weight.
+        init: `"zeros"` (injection changes nothing) or `"kaiming"` (uniform, as in `nn.Linear`).
         also_train: regex, or several, of parameters that are trained and saved with the adapter.
 
     Raises:
@@ -92,7 +92,7 @@ class AdapterConfig:
                 compile_regex(argument, pattern)
 
     def _settle(self) -> None:
-        """Check every field, and bring it into the form that it keeps."""
+        """Check every field, and convert it to the type that it keeps."""
         values = vars(self)
         _check_positive_int("r", self.r)
         method = method_of(self.method)
@@ -141,10 +141,10 @@ class AdapterConfig:
         return (AdapterConfig.from_json, (self.to_json(),))
 
     def rank_of(self, *names: str) -> int:
-        """Return the r of the module with these names, by `rank_pattern` or else `r`.
+        """Return the r of the module with these names: from `rank_pattern`, or else `r`.
 
         Args:
-            names: the dotted name of the module; several where it is shared.
+            names: the dotted names of the module; a shared module has several.
         """
         for pattern, r in self.rank_pattern.items():
             if any(re.search(pattern, name) for name in names):
@@ -240,7 +240,7 @@ def _check_number(name: str, value: object) -> None:
 
 
 def check_scale(scale: Any, name: str = "scale") -> None:
-    """Raise unless `scale` is a number that is finite as float32, which graphs read it in."""
+    """Raise unless `scale` is a number that is finite in float32, the dtype of scales in graphs."""
     _check_number(name, scale)
     if not abs(scale) <= LARGEST_SCALE:
         raise ArgumentError(
@@ -287,11 +287,11 @@ def _as_dict(name: str, value: object, item: str) -> dict[Any, Any]:
 
 
 def checked_rows(name: str, ranges: object) -> Rows:
-    """Return ranges of rows in their order, each of them checked.
+    """Check ranges of rows and return them in order.
 
     Raises:
         ArgumentError: a range is empty or negative, or two overlap.
-        ArgumentTypeError: they are no list of pairs of ints.
+        ArgumentTypeError: they are not a list of pairs of ints.
     """
     if not isinstance(ranges, (list, tuple)) or not ranges or not all(map(_is_pair, ranges)):
         raise ArgumentTypeError(
@@ -326,12 +326,12 @@ def compile_regex(argument: str, pattern: str) -> re.Pattern[str]:
     """Compile a regex.
 
     Args:
-        argument: the argument that it was given as, which errors name.
+        argument: the name of the argument, for errors.
         pattern: the regex.
 
     Raises:
         ArgumentError: it does not compile.
-        ArgumentTypeError: it is no str.
+        ArgumentTypeError: it is not a str.
     """
     _check_is_str(argument, pattern)
     try:

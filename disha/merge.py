@@ -1,7 +1,7 @@
-"""Merge adapters into the weights, and take them out again bit for bit.
+"""Merge adapters into the weights, and restore the original weights bit for bit.
 
-Merging is explicit: never on eval(), never inside forward. The original weight is kept beside the
-merged one, so that unmerging is exact whatever was merged, and how often.
+Only these functions merge; `eval()` and a forward never do. The original weight is kept while the
+merged one is in use, so unmerging is exact.
 """
 
 from __future__ import annotations
@@ -37,27 +37,28 @@ def merge_adapters(
     untie: bool = False,
     dense: bool = False,
 ) -> None:
-    """Add adapters to the weights: W becomes W + sum of s * dW, each dW from the original W.
+    """Add adapters to the weights: W becomes W + sum of s * dW, with each dW from the original W.
 
-    Computed in float32 (float64 for float64 weights) and rounded once. While merged, the layers
-    run at the speed of plain ones, no other adapter acts, `state_dict()` holds the merged weights,
-    and whatever would mix merged and unmerged adapters raises.
+    The sum is computed in float32 (float64 for float64 weights) and rounded once. While adapters
+    are merged, layers are as fast as plain ones, no other adapter acts, and `state_dict()` has the
+    merged weights. Operations that would mix merged and unmerged adapters raise.
 
     Args:
-        model: the whole model: a weight that a module outside of it shares is not seen.
+        model: the complete model. If a module outside of it shares a weight, that is not noticed.
         adapter: the adapter, or several, to merge; the active ones by default.
-        untie: where a weight is shared with another module (an output head tied to the embedding,
-            say), give the adapted layer a merged weight of its own instead of raising.
+        untie: if a weight is shared with another module (such as an output head tied to an
+            embedding), give the adapted layer a merged weight of its own instead of raising.
             `unmerge_adapters` ties it again.
-        dense: where a weight is quantised, let the layer compute with a dense merged weight,
-            W dequantised + sum of s * dW, instead of raising: a plain linear layer, in memory and
-            in `state_dict()` too. Its dtype is the one that the layer computes in: the compute
-            dtype of bitsandbytes' 4-bit layers (before the first forward, if none was given, the
-            dtype before quantising), float32 for its 8-bit layers, the tensor's for torchao.
-            `unmerge_adapters` gives back the quantised weight, the very same parameter.
+        dense: if a weight is quantised, let its layer compute with a dense merged weight,
+            W dequantised + sum of s * dW, instead of raising. The layer then is a plain linear
+            layer, in memory and in `state_dict()`. The weight has the dtype in which the layer
+            computes: for 4-bit layers of bitsandbytes their compute dtype (before the first
+            forward, if none was given, the dtype before quantising), for its 8-bit layers float32,
+            for torchao the tensor's dtype. `unmerge_adapters` restores the quantised parameter
+            itself.
 
     Raises:
-        ArgumentError: there is no such adapter, or none is active.
+        ArgumentError: there is no such adapter, or no adapter is active.
         MergeError: adapters are merged already; a merged weight would not be finite; a weight is
             shared, computed or quantised; or the model is sharded (`fully_shard`).
 
@@ -97,7 +98,7 @@ def merge(
         for weight in _changed_weights(layer, chosen.get(layer, ()))
     ]
     shared = [_check_mergeable(view, name, weight, untie, dense) for name, weight in weights]
-    # Not in inference mode: the merged weight has to be fit for training after it.
+    # Outside of inference mode, since tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for _, layer in view.layers:
             undo.callback(_unmerge_layer, layer)
@@ -108,7 +109,9 @@ def merge(
 
 
 def unmerge_adapters(model: nn.Module) -> None:
-    """Put the original weights back, bit for bit; the adapters act again. No-op if none is merged.
+    """Restore the original weights, bit for bit. The adapters act again.
+
+    If no adapter is merged, this does nothing.
 
     Args:
         model: a model with adapters.
@@ -143,7 +146,7 @@ def unmerge(view: ModelView) -> None:
 
 
 def _refuse_offloaded(layer: AdaptedLayer) -> None:
-    """Raise if the merged weight is kept elsewhere, and comes back with every forward.
+    """Raise if accelerate has offloaded the merged weight, and brings it back for each forward.
 
     Raises:
         MergeError: the adapters would act on a weight that they are merged into.
@@ -155,7 +158,7 @@ def _refuse_offloaded(layer: AdaptedLayer) -> None:
         if now is not None and before is not None and now.is_meta and not before.is_meta:
             raise MergeError(
                 f"can't unmerge adapters: the merged {name} of a {layer.original_class.__name__} "
-                "is offloaded, and its hook would bring it again; remove the hooks first "
+                "is offloaded, and its hook would bring it back; remove the hooks first "
                 "(accelerate.hooks.remove_hook_from_submodules)"
             )
 
@@ -174,7 +177,7 @@ def _refuse_sharded(view: ModelView, action: str) -> None:
     if module is not None:
         raise MergeError(
             f"can't {action} in a model with sharded parameters ({type(module).__name__}): each "
-            "rank has a part of every weight only. Save the adapter (save_adapter, on all ranks), "
+            "rank has only a part of every weight. Save the adapter (save_adapter, on all ranks), "
             "load it into the plain model, and merge there"
         )
 
@@ -182,7 +185,7 @@ def _refuse_sharded(view: ModelView, action: str) -> None:
 def _chosen(
     view: ModelView, adapter: str | Sequence[str] | None
 ) -> dict[AdaptedLayer, tuple[str, ...]]:
-    """Return the layers to merge -> their adapters that are merged."""
+    """Return each layer -> those of its adapters that are to be merged."""
     if adapter is None:
         wanted = {layer: layer.disha.active for _, layer in view.layers}
     else:
@@ -203,7 +206,8 @@ def _chosen(
     }
     if not any(present.values()):
         raise ArgumentError(
-            "there is nothing to merge: no adapter is active; inject or load one, or name one"
+            "there is nothing to merge: no adapter is active. Inject or load one, or name one in "
+            "adapter="
         )
     return present
 
@@ -319,5 +323,5 @@ def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     """Return a quantised parameter on a device: itself, if it is there."""
     if parameter.device == device:
         return parameter
-    moved = parameter.to(device)  # as a parameter, where its class has a way of its own
+    moved = parameter.to(device)  # a parameter, if its class defines `to`
     return moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)

@@ -1,10 +1,10 @@
 """ModelView: the modules, parameters and adapters of a model, found by walking it once.
 
-A public function builds one view and hands it down. Nothing below walks the model again.
+A public function builds one view and passes it down. Nothing below walks the model again.
 
-Modules go by their clean names: the names in the model as its author wrote it. `torch.compile`,
-DDP, FSDP and activation checkpointing wrap modules; the view leaves their part of a name out. So
-targets match the same modules and files hold the same names, whether a model is wrapped or not.
+Modules have clean names: those in the model as its author wrote it. `torch.compile`, DDP, FSDP and
+activation checkpointing wrap modules, and the view leaves their parts of the names out. So targets
+match the same modules, and files hold the same names, whether a model is wrapped or not.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class _Wrapper(NamedTuple):
     Attributes:
         module: where the class is defined.
         name: its name.
-        child: the name of its child that is the wrapped module; empty for a class that the wrapped
-            module itself is moved to.
-        distributes: whether it watches parameters, and so must not see them come or go.
+        child: the attribute that holds the wrapped module; empty if the wrapped module itself
+            becomes an instance of the class.
+        distributes: whether it keeps track of parameters, so that none may be added or removed.
         shards: whether it replaces parameters by shards.
     """
 
@@ -80,7 +80,7 @@ def clean_key(key: str) -> str:
     Args:
         key: the key, of a wrapped model or not.
     """
-    # Models have children called `module` too: only as the first part is it surely a wrapper's.
+    # A model may have its own child `module`, so only a first part of that name is a wrapper's.
     added = {wrapper.child for wrapper in _WRAPPERS if wrapper.child != "module"}
     parts = [part for part in key.split(".") if part not in added]
     return ".".join(parts).removeprefix("module.")
@@ -106,7 +106,7 @@ class ModelParameter(NamedTuple):
     """A parameter of a model, with all of its clean names.
 
     Attributes:
-        names: its names; first the one that it goes by. A tied parameter has several.
+        names: its names. The first is the main one; a tied parameter has several.
         module: the module that holds it, the first if there are several.
         attribute: its name in that module.
     """
@@ -117,7 +117,7 @@ class ModelParameter(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name that it goes by."""
+        """Its main name."""
         return self.names[0]
 
     @property
@@ -131,19 +131,19 @@ class ModelParameter(NamedTuple):
 class ModelView:
     """A model as one walk finds it.
 
-    What the walk finds are modules, and these stay what they are while adapters come and go. Layers
-    and adapters are looked up among these modules each time, so that they are always up to date.
+    The walk collects the modules. These stay the same while adapters are added and removed. Adapted
+    layers are looked up among them each time, so `layers` and `adapters` are always up to date.
 
     Args:
         model: any model, wrapped or not.
 
     Attributes:
         model: the model.
-        names: every module -> its clean names, first the one that it goes by. A module that is
-            reached in several ways has a name for each. Adapters are left out.
+        names: every module -> its clean names. The first is the main one; a shared module has
+            several. Adapters are left out.
 
     Raises:
-        ArgumentTypeError: the model is no `nn.Module`.
+        ArgumentTypeError: the model is not an `nn.Module`.
 
     Examples:
         >>> from torch import nn
@@ -197,11 +197,11 @@ class ModelView:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """Every clean name -> its module; that of a wrapped module, not of its wrapper."""
+        """Every clean name -> its module. A wrapped module comes in place of its wrapper."""
         return {name: module for module, names in self.names.items() for name in names}
 
     def inside(self, module: nn.Module) -> dict[nn.Module, str]:
-        """Return a module and everything in it -> the name there; empty for the module itself.
+        """Return a module and all modules in it -> their names in it. Its own name is empty.
 
         Args:
             module: a module of the model.
@@ -218,7 +218,7 @@ class ModelView:
 
     @cached_property
     def parameters(self) -> tuple[ModelParameter, ...]:
-        """The parameters of the model, each once; those in blocks are left out."""
+        """The parameters of the model, each once. Those of blocks are left out."""
         found: dict[int, tuple[list[str], nn.Module, str]] = {}
         for module, names in self.names.items():
             for attribute, parameter in module._parameters.items():
@@ -257,7 +257,7 @@ class ModelView:
 
     @property
     def adapters(self) -> list[str]:
-        """The names of the adapters, in the order in which the layers have them."""
+        """The names of all adapters, in the order of the layers."""
         return list(dict.fromkeys(name for _, layer in self.layers for name in layer.disha))
 
     def require(self, adapter: str) -> list[tuple[str, AdaptedWeight]]:
@@ -300,7 +300,7 @@ class ModelView:
 
         Raises:
             MergeError: adapters are merged.
-            ModeError: the end of the context would not find the layers that it began with.
+            ModeError: at the end of the context, other layers would be there than at its start.
         """
         self.refuse_merged(action)
         layers = [layer for _, layer in self.layers]
@@ -347,9 +347,10 @@ class ModelView:
         return None
 
     def reshard(self) -> None:
-        """Let the modules hold shards, and not the gathered parameters of the last forward.
+        """Make the modules of FSDP hold their shards instead of gathered parameters.
 
-        The gathered ones are temporary copies: what is written to them is lost.
+        A forward can leave gathered parameters behind. These are temporary: what is written to them
+        is lost.
         """
         cls = imported_class(_FSDP, "FSDPModule")
         for module in self.names:
@@ -358,12 +359,12 @@ class ModelView:
                 managed.reshard()
 
     def ranks(self) -> Ranks:
-        """Return the ranks that hold the model's shards; the modules hold shards from then on."""
+        """Reshard the modules, and return the ranks that hold the shards."""
         self.reshard()
         return Ranks(self.all_parameters())
 
     def all_parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over the model's own parameters and those of all blocks, each once."""
+        """Iterate over all parameters, those of blocks included, each once."""
         for parameter in self.parameters:
             yield parameter.value
         for _, layer in self.layers:

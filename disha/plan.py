@@ -1,8 +1,7 @@
-"""Plan an injection: which weights, of what sizes, with what else trained. Changes nothing.
+"""Plan an injection: which weights get which blocks, and what else is trained. Changes nothing.
 
-Both ways to plan start from all `Candidate`s of a model. A target selects some of them, or a file
-asks for some by name. Each that is asked for becomes a `PlannedLayer`, or there is a reason why it
-can't.
+A plan starts from the `Candidate`s of a model. A target selects some of them, or a file names some.
+Each of these becomes a `PlannedLayer`, or there is a reason why it can't.
 """
 
 from __future__ import annotations
@@ -52,7 +51,8 @@ class PlannedLayer:
     """A weight that will be adapted, and the block that it will get.
 
     Attributes:
-        name: its name in the model, that of its module for `weight`; empty for the model itself.
+        name: its name in the model; a `weight` has the name of its module. Empty if that is the
+            model itself.
         type_name: the name of its module's class.
         method: `"bone"` or `"bat"`.
         r: shard size.
@@ -63,7 +63,7 @@ class PlannedLayer:
         layout: how the weight is laid out.
         module: the module.
         slot: where the weight is in it.
-        dtype: dtype of the block, or None for the configuration's.
+        dtype: dtype of the block, or None for that of the configuration.
     """
 
     name: str
@@ -107,15 +107,15 @@ class Plan:
         config: its configuration.
         freeze: whether all other parameters are frozen.
         layers: the weights that would be adapted.
-        skipped: what was asked for and would not be adapted, with reasons.
+        skipped: what was asked for but would not be adapted, with reasons.
         also_train: clean names of the parameters to be trained and saved with the adapter.
-        added: parameters in the new blocks.
-        trainable: parameters that would require gradients afterwards, in the whole model.
-        total: parameters of the model afterwards, blocks included; a quantised weight counts as
-            many as the dense one has.
-        unknown: the matrix parameters of the model whose layouts nothing declares.
-        tied: for each adapted parameter that several modules share, its names. Each of these
-            modules gets a block of its own, which acts only where the model uses that module.
+        added: number of parameters in the new blocks.
+        trainable: number of parameters in the model that would require gradients afterwards.
+        total: number of parameters of the model afterwards, blocks included. A quantised weight
+            counts as a dense one.
+        unknown: the matrix parameters of the model whose layouts are unknown.
+        tied: the names of each adapted parameter that several modules share. Each of these modules
+            gets a block of its own, which acts only when the model uses that module.
 
     Examples:
         >>> from torch import nn
@@ -193,12 +193,12 @@ def plan_adapters(
 ) -> Plan:
     """Return what `inject_adapters` would do with the same arguments; change nothing.
 
-    Weights that r or r_out does not fit are listed as skipped. So is every matrix parameter whose
-    layout nothing declares, with the argument that adapts it.
+    Weights that r or r_out does not fit are listed as skipped. Every matrix parameter of unknown
+    layout is listed too, with the argument that would adapt it.
 
     Args:
         model: any model.
-        target_regex: which layers, as for `inject_adapters`; so are all that follow.
+        target_regex: which weights. This and all other arguments are as for `inject_adapters`.
         r: shard size.
         method: `"bone"` or `"bat"`.
         layouts: regex -> layout.
@@ -215,8 +215,7 @@ def plan_adapters(
         also_train: regexes of parameters to train too.
 
     Raises:
-        DishaError: everything that `inject_adapters` would raise, except where r or r_out does not
-            fit.
+        DishaError: all that `inject_adapters` would raise, except that r or r_out does not fit.
 
     Examples:
         >>> from torch import nn
@@ -311,19 +310,19 @@ def plan_weights(
     also_train: Mapping[str, tuple[int, ...]],
     freeze: bool,
 ) -> Plan:
-    """Plan an adapter for weights that are known by name and size, as a file describes them.
+    """Plan an adapter for weights that a file describes by name and size.
 
     Args:
         view: any model.
         adapter: the adapter's name.
-        config: its configuration; what it says of targets is not looked at.
+        config: its configuration. Its targets are ignored.
         requests: the weights, each once.
         also_train: clean names of parameters to train too -> their shapes.
         freeze: whether everything else is frozen.
 
     Raises:
-        ArgumentError: the name is taken, or weights or parameters are not there or of other sizes;
-            one message lists all of them.
+        ArgumentError: the name is taken, or weights or parameters are missing or of other sizes.
+            The message lists all of them.
     """
     _check_addable(view, adapter)
     by_name = {
@@ -430,7 +429,7 @@ def _selected(view: ModelView, candidates: list[Candidate], target: Target) -> l
         ]
     matches = _matcher(target)
     modules = {module for module, names in view.names.items() if matches(names, module)}
-    # torch's attention keeps its last projection in a child, and reads that child's weight.
+    # nn.MultiheadAttention reads the weight of its child `out_proj` itself.
     modules |= {m.out_proj for m in modules if isinstance(m, nn.MultiheadAttention)}
     return [
         one
@@ -448,7 +447,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _matcher(target: object) -> Callable[[tuple[str, ...], nn.Module], bool]:
-    """Return what says of names and a module whether a target selects them."""
+    """Return a function of a module's names and the module: whether the target selects it."""
     if isinstance(target, str):
         search = re.compile(target).search
         return lambda names, module: any(search(name) for name in names)
@@ -532,13 +531,13 @@ def _nothing_to_adapt(
         return f"{asked} selects only modules that can't be adapted: {shown}"
     adaptable = [one.name for one in candidates if one.obstacle(method) is None]
     if not adaptable:
-        return f"{asked} selects nothing: the model has no layer that can be adapted"
+        return f"{asked} selects nothing, since the model has no layer that can be adapted"
     nearest = _nearest(target if isinstance(target, str) else "", adaptable)
     return f"{asked} selects no layer that can be adapted; the nearest names are {nearest}"
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:
-    # Only the pattern's end: the time to compare grows with the product of both lengths.
+    # Only the end of the pattern: the time grows with the product of both lengths.
     plain = re.sub(r"[^\w.]", "", pattern[-200:].replace("\\.", "."))
     last = plain.rsplit(".", 1)[-1]
 
