@@ -36,7 +36,7 @@ class CombineFlags(Flags):
         out: The adapter file to write.
         adapter: An adapter file and its weight, such as a.safetensors=0.3. Repeat it for each
             adapter.
-        also_train: Leave out the parameters saved beside the blocks. Without this flag, adapters
+        no_also_train: Leave out the parameters saved beside the blocks. Without this flag, adapters
             that have any are refused.
         overwrite: Replace an existing file.
     """
@@ -45,7 +45,7 @@ class CombineFlags(Flags):
     adapter: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE=WEIGHT")
     ] = ()
-    also_train: bool = True
+    no_also_train: bool = False
     overwrite: bool = False
 
 
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> None:
     weights = [_weighted(word) for word in flags.adapter]
     require_free(flags.out, flags.overwrite)
     summands = [
-        Summand(path, read_contents(path, also_train=flags.also_train), weight)
+        Summand(path, read_contents(path, also_train=not flags.no_also_train), weight)
         for path, weight in shown(weights, len(weights), "reading")
     ]
     for summand in summands:

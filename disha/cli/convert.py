@@ -34,10 +34,13 @@ DESCRIPTION = """Turn an adapter into one for other libraries, or theirs into an
 SOURCE is an adapter file of disha, or a folder that PEFT has saved: MiSS, Bone, or a LoRA that is
 a Bone adapter. The command finds out which it is.
 
-OUT is a folder of PEFT's MiSS (--to peft); a LoRA folder in PEFT's layout, which most runtimes read
-(--to lora); the LoRA file of llama.cpp, for models of the Llama family (--to gguf); or an adapter
-file of disha (--to disha). As LoRA, Bone and tile are exact. BAT is truncated to --rank, and the
-error is reported.
+OUT is what --to says:
+  disha  an adapter file
+  peft   a folder of PEFT's MiSS
+  lora   a LoRA folder in PEFT's layout, which most runtimes read
+  gguf   the LoRA file of llama.cpp, for models of the Llama family
+
+As LoRA, Bone and tile are exact. BAT is truncated to --rank, and the error is reported.
 
 examples:
   disha convert adapter.safetensors for-peft --to peft
@@ -81,7 +84,7 @@ class ConvertFlags(Flags):
             or llama.
         heads: Query heads of the base, for gguf; by default those of its config.json.
         kv_heads: Key and value heads of the base, for gguf; by default those of its config.json.
-        also_train: Leave out the parameters saved beside the blocks.
+        no_also_train: Leave out the parameters saved beside the blocks.
         overwrite: Replace an existing file or folder.
     """
 
@@ -95,7 +98,7 @@ class ConvertFlags(Flags):
     architecture: Annotated[str | None, tyro.conf.arg(metavar="NAME", aliases=("--arch",))] = None
     heads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     kv_heads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    also_train: bool = True
+    no_also_train: bool = False
     overwrite: bool = False
 
     def check(self) -> None:
@@ -166,14 +169,14 @@ def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]
             f"{path} is GGUF, which is written and not read; convert what it was made from"
         )
     if form == "disha":
-        contents: Contents = read_contents(path, also_train=flags.also_train)
+        contents: Contents = read_contents(path, also_train=not flags.no_also_train)
     elif form == "lora":
-        contents = lora.read_lora(path, also_train=flags.also_train)
+        contents = lora.read_lora(path, also_train=not flags.no_also_train)
         if base is not None:
             refuse_tied(base, path, contents[0].also_train)
     else:
-        contents = _read_peft(path, base, flags.also_train)
-    return form, contents if flags.also_train else blocks_only(*contents)
+        contents = _read_peft(path, base, not flags.no_also_train)
+    return form, blocks_only(*contents) if flags.no_also_train else contents
 
 
 def _form_of(path: Path) -> Form:

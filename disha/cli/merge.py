@@ -35,7 +35,7 @@ class MergeFlags(Flags):
         base: The checkpoint: a safetensors file, or a folder as Hugging Face libraries write it.
         adapter: The adapter file.
         out: The folder to write, or one file if it ends with .safetensors.
-        also_train: Ignore the parameters saved beside the blocks, and keep those of the base.
+        no_also_train: Ignore the parameters saved beside the blocks, and keep those of the base.
         scale: Runtime scale s of all layers, in place of the adapter's own.
         dtype: Number format of all floating-point tensors. With own, each keeps its format.
         force: Merge although the base weights are not those that the adapter was saved from, or
@@ -46,7 +46,7 @@ class MergeFlags(Flags):
     base: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
     adapter: FileArgument
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    also_train: bool = True
+    no_also_train: bool = False
     scale: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
     dtype: Literal["own", "float16", "bfloat16", "float32", "float64"] = "own"
     force: bool = False
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> None:
             flags.base,
             flags.adapter,
             flags.out,
-            also_train=flags.also_train,
+            also_train=not flags.no_also_train,
             scale=flags.scale,
             dtype=BLOCK_DTYPES.get(flags.dtype),
             force=flags.force,

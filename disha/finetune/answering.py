@@ -34,6 +34,7 @@ __all__ = [
     "Answerer",
     "GenerateSettings",
     "SamplingSettings",
+    "noted_template",
     "open_answerer",
     "prompts_of",
     "template_of",
@@ -184,10 +185,12 @@ def template_of(given: str | None, adapter: Path | None, tokenizer: Tokenizer) -
     """
     if given == "none":
         return None
-    noted = None
-    if given is None and adapter is not None:
-        noted = disha.inspect_adapter(adapter).metadata.get(TEMPLATE_KEY)
-    return template_from(given or noted or "auto", tokenizer)
+    return template_from(given or noted_template(adapter) or "auto", tokenizer)
+
+
+def noted_template(adapter: Path | None) -> str | None:
+    """Return the template that an adapter file notes, if there is a file and it notes one."""
+    return None if adapter is None else disha.inspect_adapter(adapter).metadata.get(TEMPLATE_KEY)
 
 
 def prompts_of(settings: GenerateSettings) -> list[str]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 import disha
 from disha.finetune.adapting import with_adapter, without_adapter
-from disha.finetune.answering import TEMPLATE_KEY
+from disha.finetune.answering import noted_template
 from disha.finetune.base_model import BaseModel, open_base_model
 from disha.finetune.data.batches import batch_by_length
 from disha.finetune.data.dataset import open_rows
@@ -37,8 +37,6 @@ from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.objectives import objective_for
 
 __all__ = ["EvaluateSettings", "Measured", "Measurement", "Watch", "evaluate"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -126,18 +124,13 @@ class Measurement:
     tally: Tally
 
 
-class Watch(Protocol):
-    """Shows progress while items are gone through."""
-
-    def __call__(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
-        """Yield the `total` items; `what` is the label."""
+Watch: TypeAlias = Callable[[Iterable[Any], int, str], Iterable[Any]]
+"""Returns the items, and shows progress. It gets their number, and a label."""
 
 
-def _unwatched(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    yield from items
-
-
-def evaluate(settings: EvaluateSettings, watch: Watch = _unwatched) -> Measurement:
+def evaluate(
+    settings: EvaluateSettings, watch: Watch = lambda items, total, label: items
+) -> Measurement:
     """Measure the model that the settings name, on the rows that they name.
 
     Args:
@@ -180,9 +173,7 @@ def _encoder(settings: EvaluateSettings, base: BaseModel) -> Encoder:
             "models of text"
         )
     require_context(settings.data, base)
-    noted = None
-    if settings.adapter is not None and settings.data.template == "auto":
-        noted = disha.inspect_adapter(settings.adapter).metadata.get(TEMPLATE_KEY)
+    noted = noted_template(settings.adapter) if settings.data.template == "auto" else None
     return encoder_for(settings.data, base.tokenizer, noted)
 
 

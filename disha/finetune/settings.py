@@ -201,7 +201,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The adapter.
+    """The adapter to train.
 
     Args:
         bone_r: The adapter's r: a layer gets r x out_features parameters. BAT has out_features x
@@ -259,7 +259,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The data.
+    """The rows to train on, and the rows to measure on.
 
     Args:
         data_path: The rows to train on: a file of JSON lines, JSON, CSV, Parquet or plain text, or
@@ -346,7 +346,7 @@ Strategy = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Training.
+    """How to train.
 
     Args:
         num_train_epochs: Passes over the rows, unless max_steps is given.
@@ -393,19 +393,9 @@ class TrainingSettings:
     strategy: Strategy = "ddp"
 
 
-OUTPUT_FILES = (
-    "adapter.safetensors",
-    "metrics.jsonl",
-    "loss.png",
-    "learning_rate.png",
-    "samples.md",
-    "report.json",
-)
-
-
 @dataclass(frozen=True)
 class OutputSettings:
-    """The results.
+    """What to write.
 
     Args:
         output_dir: The folder for the results, made if missing. Files of an earlier run are
@@ -458,12 +448,6 @@ class OutputSettings:
             os.access(existing, os.W_OK | os.X_OK),
             f"--output_dir {folder} can't be written: no right to {existing}",
         )
-        for name in OUTPUT_FILES:
-            require(
-                not (folder / name).is_dir(),
-                f"--output_dir {folder} has a folder {name}, where a file is to be written; remove "
-                "it, or name another output folder",
-            )
 
 
 # --- a run ---------------------------------------------------------------------------------------

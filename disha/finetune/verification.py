@@ -38,12 +38,9 @@ class Tolerance:
     merged: float
 
 
-TOLERANCES = {
-    "fp32": Tolerance(loaded=1e-4, merged=1e-3),
-    "bf16": Tolerance(loaded=1e-3, merged=5e-2),
-    "8": Tolerance(loaded=1e-3, merged=5e-2),
-    "4": Tolerance(loaded=1e-3, merged=5e-2),
-}
+EXACT = Tolerance(loaded=1e-4, merged=1e-3)
+ROUNDED = Tolerance(loaded=1e-3, merged=5e-2)
+"""Where products or weights have fewer bits than float32."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +126,8 @@ def verify_in_fresh_process(
             f"{adapter} can't be verified: the data are not what they were when training began; "
             "keep the files as they are during a run"
         )
-    # Where products are rounded to bfloat16, so are those with merged weights.
-    tolerance = TOLERANCES["bf16" if settings.training.bf16 else settings.model.bits]
+    in_float32 = settings.model.bits == "fp32" and not settings.training.bf16
+    tolerance = EXACT if in_float32 else ROUNDED
     return Verification(trained=trained_loss, tolerance=tolerance, **found)
 
 

@@ -24,12 +24,6 @@ def test_good_settings_pass_and_touch_nothing(good):
     assert not good.output.output.exists()
 
 
-def test_a_folder_where_a_file_is_to_be_written_is_found_before_training(good):
-    (good.output.output / "adapter.safetensors").mkdir(parents=True)
-    with pytest.raises(SettingsError, match=r"has a folder adapter.safetensors"):
-        good.check()
-
-
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [

@@ -12,7 +12,7 @@ from disha.finetune.errors import VerificationError
 from disha.finetune.inputs import Checked, load_inputs
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.verification import (
-    TOLERANCES,
+    ROUNDED,
     Tolerance,
     Verification,
     verify_in_fresh_process,
@@ -82,5 +82,5 @@ def test_products_in_bfloat16_may_differ_as_bfloat16_does(tmp_path, settings, ti
     settings = settings.changed(bf16=True)
     rows = load_inputs(settings).checked
     found = verify_in_fresh_process(settings, adapter, rows, 5.0)
-    assert found.tolerance == TOLERANCES["bf16"]
+    assert found.tolerance == ROUNDED
     assert found.loaded == pytest.approx(found.merged, abs=0.05)
