@@ -480,7 +480,7 @@ class TestPaths:
         with pytest.raises(AdapterIOError, match="it is a folder; name a file in it"):
             save(path, "new")
         os.mkfifo(path.with_name("pipe"))
-        with pytest.raises(AdapterIOError, match="it is no regular file; name another"):
+        with pytest.raises(AdapterIOError, match="it is not a regular file; name another"):
             save(path.with_name("pipe"), "new")
         with pytest.raises(AdapterIOError, match="does not exist; create it first"):
             save(path.parent / "a" / "b", "new")

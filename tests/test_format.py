@@ -247,7 +247,7 @@ BAD_HEADERS = {
     "version as text": (lambda h: h.update(format="1"), "format must be an integer"),
     "not JSON": (lambda h: "{", "not valid JSON"),
     "deep JSON": (lambda h: "[" * 100_000, "not valid JSON"),
-    "a list": (lambda h: "[]", "the header must be an object, is \\[\\]"),
+    "a list": (lambda h: "[]", "the header must be a JSON object, is a list"),
     "no config": (lambda h: h.pop("config") and None, "lacks the field 'config'"),
     "config as list": (lambda h: h.update(config=[]), "'config' must be an object"),
     "bad config": (lambda h: h["config"].update(r=0), "r must be at least 1"),

@@ -823,7 +823,7 @@ class TestHostileCheckpoints:
             (b"\xff\xfe\xfa", "not valid JSON"),
             ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' comes twice"),
             ('{"weight_map": {}, "weight_map": {"a": "x.safetensors"}}', "comes twice"),
-            ("[]", "must hold a JSON object, holds a list"),
+            ("[]", "must be a JSON object, is a list"),
             ("{}", "weight_map"),
             ('{"weight_map": []}', "weight_map"),
             ('{"weight_map": {}}', "weight_map"),
@@ -856,7 +856,7 @@ class TestHostileCheckpoints:
 
     def test_a_configuration_that_is_no_file(self, tmp_path):
         os.mkfifo(tmp_path / "config.json")
-        with pytest.raises(AdapterIOError, match="no regular file"):
+        with pytest.raises(AdapterIOError, match="not a regular file"):
             read_json(tmp_path / "config.json")
 
     def test_a_bad_configuration(self, tmp_path):

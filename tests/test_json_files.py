@@ -30,11 +30,11 @@ def test_as_many_bytes_as_are_allowed(path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "is not valid JSON: .*; get it again$"),
-        ("[" * 100_000, "is not valid JSON: .*; get it again$"),
+        ("{", "is not valid JSON: .*; get the file again$"),
+        ("[" * 100_000, "is not valid JSON: .*; get the file again$"),
         ('{"a": 1, "b": 2, "a": 1}', "'a' comes twice"),
         ('{"a": {"b": 1, "b": 2}}', "'b' comes twice"),
-        ("[1]", "must hold a JSON object, holds a list; get it again"),
+        ("[1]", "must be a JSON object, is a list; get the file again"),
     ],
 )
 def test_what_is_no_object_is_refused(path, text, says):
@@ -47,5 +47,5 @@ def test_what_is_not_there_or_no_file(path):
     with pytest.raises(AdapterIOError, match=r"config\.json"):
         read_json(path)
     os.mkfifo(path)  # which nobody writes into
-    with pytest.raises(AdapterIOError, match="it is no regular file; check the path"):
+    with pytest.raises(AdapterIOError, match="it is not a regular file; check the path"):
         read_json(path)

@@ -133,7 +133,7 @@ def _check_file(target: Path) -> None:
     if target.is_dir():
         raise AdapterIOError(f"can't save to {target}: it is a folder; name a file in it")
     if target.exists() and not target.is_file():
-        raise AdapterIOError(f"can't save to {target}: it is no regular file; name another")
+        raise AdapterIOError(f"can't save to {target}: it is not a regular file; name another")
     _check_writable(target)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from disha import functional
 from disha.config import LARGEST_SCALE, AdapterConfig
 from disha.errors import AdapterFileError, ArgumentError, DishaError
-from disha.files.json_files import each_once
+from disha.files.json_files import parsed_json
 from disha.files.tensors import TensorFile, TensorRecord
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Rows
 from disha.layers import block_name
@@ -425,20 +425,15 @@ def described_by(file: TensorFile) -> AdapterFile:
     return described
 
 
-def _parsed(path: Path, metadata: Mapping[str, str]) -> Any:
+def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     text = metadata.get(HEADER_KEY)
     if text is None:
         raise AdapterFileError(
             f"{path} is a safetensors file without a {HEADER_KEY!r} entry in its metadata: it "
             "was not written by disha.save_adapter"
         )
-    try:
-        header = json.loads(text, object_pairs_hook=each_once, parse_constant=_no_number)
-        if "\\u" in text:  # an escape can write half of a surrogate pair
-            json.dumps(header, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise _unfit(f"{path}: the header is not valid JSON: {error}") from error
-    version = header.get("format") if type(header) is dict else 1
+    header = parsed_json(f"{path}: the header", text, strict=True)
+    version = header.get("format")
     if type(version) is not int or version < 1:
         raise _unfit(f"{path}: the header's format must be an integer from 1, is {brief(version)}")
     if version > FORMAT:  # which may have other fields
@@ -447,10 +442,6 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> Any:
             "upgrade disha-torch"
         )
     return header
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is not a JSON number")
 
 
 def _layer(path: Path, config: AdapterConfig, entry: Any) -> LayerRecord:

@@ -1,4 +1,4 @@
-"""Files of JSON that others have written: configurations, and indexes of checkpoints."""
+"""JSON objects: headers of adapter files, and the configurations and indexes of other libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from disha.errors import AdapterFileError, AdapterIOError
 from disha.files.tensors import explained
 
-__all__ = ["LARGEST_CONFIG", "each_once", "read_json"]
+__all__ = ["LARGEST_CONFIG", "parsed_json", "read_json"]
 
 LARGEST_CONFIG = 16 * 2**20
 """Bytes of a configuration that is read at all."""
@@ -21,36 +21,56 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
 
     Args:
         path: the file.
-        largest: bytes that it may have.
+        largest: the largest size that is read, in bytes.
 
     Raises:
         AdapterIOError: it can't be read.
-        AdapterFileError: it is too large, is no JSON object, or names something twice.
+        AdapterFileError: it is too large, or not a JSON object, or names something twice.
     """
-    if path.exists() and not path.is_file():  # opening a pipe waits for somebody to write into it
-        raise AdapterIOError(f"can't read {path}: it is no regular file; check the path")
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise AdapterIOError(f"can't read {path}: it is not a regular file; check the path")
     with explained(path), open(path, "rb") as file:
         text = file.read(largest + 1)
     if len(text) > largest:
         raise AdapterFileError(
-            f"{path} is larger than {largest:,} bytes, and what it is to hold never is; get it "
-            "again"
+            f"{path} is larger than {largest:,} bytes, which no such file should be; get it again"
         )
+    return parsed_json(str(path), text)
+
+
+def parsed_json(what: str, text: str | bytes, *, strict: bool = False) -> dict[str, Any]:
+    """Return a JSON object from its text.
+
+    Args:
+        what: the name of the text in errors.
+        text: the text.
+        strict: refuse what Python reads beyond the standard: `NaN`, `Infinity`, and half of a
+            surrogate pair. Configurations of models have such numbers.
+
+    Raises:
+        AdapterFileError: it is not valid JSON, or not an object, or names something twice.
+    """
+    constant = _no_number if strict else float
     try:
-        content = json.loads(text, object_pairs_hook=each_once)
+        content = json.loads(text, object_pairs_hook=_each_once, parse_constant=constant)
+        if strict and "\\u" in str(text):  # an escape can write half of a surrogate pair
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is not valid JSON: {error}; get it again") from error
+        raise AdapterFileError(f"{what} is not valid JSON: {error}; get the file again") from error
     if not isinstance(content, dict):
         raise AdapterFileError(
-            f"{path} must hold a JSON object, holds a {type(content).__name__}; get it again"
+            f"{what} must be a JSON object, is a {type(content).__name__}; get the file again"
         )
     return content
 
 
-def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object from its fields, for `json.loads`; raise ValueError if one repeats."""
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{twice!r} comes twice")
     return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not a JSON number")
