@@ -2,6 +2,7 @@
 
 from disha.layers.adapted import AdaptedLayer, AdaptedWeight, refuse_merged
 from disha.layers.adapters import CHILD_NAME, Adapters, Merged, Original, check_adapter_name
+from disha.layers.bitsandbytes import is_library_forward, kept_packed, parameter_count
 from disha.layers.blocks import Block, Slot, block_name
 from disha.layers.classes import AdaptedLinear, adapt, refuse_changed_class, restore
 from disha.layers.encoder import guard_encoder, is_guarded, release_encoder
@@ -15,16 +16,7 @@ from disha.layers.kinds import (
     slot_of,
 )
 from disha.layers.linear import BatLinear, BoneLinear
-from disha.layers.opaque import (
-    ROUNDED,
-    Quantisation,
-    is_library_forward,
-    is_quantised,
-    kept_packed,
-    parameter_count,
-    quantisation_of,
-    takes_dense,
-)
+from disha.layers.opaque import ROUNDED, Quantisation, is_quantised, quantisation_of, takes_dense
 from disha.layers.weights import (
     device_of_weight,
     make_block,

@@ -44,7 +44,7 @@ def adapted_class(
         if hasattr(original, "reset_parameters"):
             namespace["reset_parameters"] = reset_parameters
         if is_opaque:
-            bases: tuple[type, ...] = (opaque.front_of(original), AdaptedLayer, original)
+            bases: tuple[type, ...] = (*opaque.fronts_of(original), AdaptedLayer, original)
         else:
             namespace |= {name: weight_property(original, name) for name in parameters}
             bases = (AdaptedLayer, original)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
 from disha.layers.blocks import Slot
-from disha.layers.opaque import opaque_slot, original_class
-from disha.layers.weights import DENSE_DTYPES
+from disha.layers.opaque import DENSE_DTYPES, opaque_slot, original_class
 
 __all__ = ["LAYER_KINDS", "declared_slots", "kind_of", "matrix_parameters", "register_layer_kind"]
 

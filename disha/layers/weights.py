@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from disha import functional
-from disha.config import BLOCK_DTYPES, AdapterConfig
+from disha.config import AdapterConfig
 from disha.layers import opaque
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Block, Slot
+from disha.layers.opaque import DENSE_DTYPES
 
 __all__ = [
-    "DENSE_DTYPES",
     "base_reader",
     "device_of_weight",
     "make_block",
@@ -25,8 +25,6 @@ __all__ = [
     "stored_weight",
     "weight_shape",
 ]
-
-DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())
 
 
 def read_weight(module: nn.Module, name: str) -> Any:
