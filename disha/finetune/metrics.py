@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -40,59 +40,45 @@ class Metrics:
     def record_step(self, step: Step) -> None:
         """Record an optimiser step, without what was not measured."""
         values = {k: v for k, v in dataclasses.asdict(step).items() if v is not None}
-        self._write(values)
-        for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second"):
-            self._add_event(f"train/{name}", values[name], step.step)
-        if step.eval_loss is not None:
-            self._add_evaluation(step.step, step.eval_loss)
+        names = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
+        self._record(values, {f"train/{name}": values[name] for name in names})
 
     def record_evaluation(self, step: int, loss: float) -> None:
         """Record the held-out loss before the first step."""
-        self._write({"step": step, "eval_loss": loss})
-        self._add_evaluation(step, loss)
+        self._record({"step": step, "eval_loss": loss}, {})
 
     def close(self) -> None:
         """Bring the events to the disk."""
-        events = self._events
-        if events is not None:
-            _warns_instead_of_raising(EVENTS, events.close)
+        with self._warning_of_failure("_events", EVENTS):
+            if self._events is not None:
+                self._events.close()
 
-    def _write(self, values: dict[str, Any]) -> None:
-        lines, line = self._lines, (json.dumps(values) + "\n").encode()
-        if lines is None:
-            return
-
-        def write() -> None:
-            if lines.write(line) != len(line):
+    def _record(self, values: dict[str, Any], scalars: dict[str, float]) -> None:
+        loss = values.get("eval_loss")
+        if loss is not None:
+            scalars |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+        line = (json.dumps(values) + "\n").encode()
+        with self._warning_of_failure("_lines", METRICS):
+            if self._lines is not None and self._lines.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with self._warning_of_failure("_events", EVENTS):
+            if self._events is not None:
+                for name, value in scalars.items():
+                    self._events.add_scalar(name, value, values["step"])
 
-        if _warns_instead_of_raising(METRICS, write):
-            self._lines = None
-
-    def _add_evaluation(self, step: int, loss: float) -> None:
-        self._add_event("eval/loss", loss, step)
-        self._add_event("eval/perplexity", math.exp(min(loss, 700.0)), step)
-
-    def _add_event(self, name: str, value: float, step: int) -> None:
-        events = self._events
-        if events is not None and _warns_instead_of_raising(
-            EVENTS, lambda: events.add_scalar(name, value, step)
-        ):
-            self._events = None
-
-
-def _warns_instead_of_raising(name: str, write: Callable[[], object]) -> bool:
-    try:
-        write()
-    except OSError as error:
-        print(
-            f"disha: warning: {name} can't be written: {error.strerror or error}; training goes "
-            "on, but is no longer recorded there",
-            file=sys.stderr,
-            flush=True,
-        )
-        return True
-    return False
+    @contextmanager
+    def _warning_of_failure(self, attribute: str, name: str) -> Iterator[None]:
+        """Print a warning if the block can't write, and do not write there again."""
+        try:
+            yield
+        except OSError as error:
+            setattr(self, attribute, None)
+            print(
+                f"disha: warning: {name} can't be written: {error.strerror or error}; training "
+                "continues, but is no longer recorded there",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @contextmanager

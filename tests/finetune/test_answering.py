@@ -113,21 +113,6 @@ def changed(usual, **changes):
     return GenerateSettings(**{**vars(usual), **changes})
 
 
-def answered(answerer, prompt="say hello"):
-    return "".join(answerer.answer(prompt))
-
-
-def test_an_answer_is_what_greedy_decoding_gives(usual, tiny_model, tiny_tokenizer):
-    ids, new = CHATML.prompt("say hello", tiny_tokenizer), []
-    while len(new) < 12:
-        with torch.no_grad():
-            token = int(tiny_model(torch.tensor([[*ids, *new]]))[0, -1].argmax())
-        if token in tiny_tokenizer.ends:
-            break
-        new.append(token)
-    assert answered(open_answerer(usual)) == tiny_tokenizer.decode(new)
-
-
 def test_the_template_is_the_one_given_or_the_adapters_or_the_usual(adapter, tiny_tokenizer):
     assert template_of("none", adapter, tiny_tokenizer) is None
     assert template_of("auto", adapter, tiny_tokenizer) == CHATML
@@ -147,19 +132,3 @@ def test_prompts_come_from_the_command_line_or_a_file(usual, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffone\r\n\n two \n".encode())
     assert prompts_of(changed(usual, prompt_file=path)) == ["one", " two "]
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (None, "prompts.txt can't be read: No such file"),
-        (b"\n \n", "holds no prompt"),
-        (b"\xff", "not UTF-8"),
-    ],
-)
-def test_a_file_of_prompts_that_cannot_be_used_is_named(usual, tmp_path, content, complaint):
-    path = tmp_path / "prompts.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=complaint):
-        prompts_of(changed(usual, prompt_file=path))

@@ -140,7 +140,7 @@ def test_without_room_training_goes_on_and_says_so_once(tmp_path, tensorboard):
         text=True,
         check=True,
     )
-    rest = "training goes on, but is no longer recorded there"
+    rest = "training continues, but is no longer recorded there"
     for name, reason, times in (
         ("metrics.jsonl", "No space left on device", 1),
         ("tensorboard", "File too large", int(tensorboard)),
@@ -157,8 +157,8 @@ def test_a_full_device_is_a_full_device(tmp_path, capsys):
         metrics.record_step(step(1))
         metrics.record_step(step(2))
     assert capsys.readouterr().err == (
-        "disha: warning: metrics.jsonl can't be written: No space left on device; training goes "
-        "on, but is no longer recorded there\n"
+        "disha: warning: metrics.jsonl can't be written: No space left on device; training "
+        "continues, but is no longer recorded there\n"
     )
 
 
