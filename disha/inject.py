@@ -223,19 +223,40 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     for name, layer in layers:
         if set(layer.disha) <= set(removed):
             refuse_changed_class(layer, name)
-    for _, layer in layers:
-        for own in removed:
-            layer.disha.discard(own)
-        if not len(layer.disha):
-            restore(layer)
-    _settle_encoders(view)
-    for module in view.names:
-        for own in removed:
-            freezing.release(module, own)
-    if not view.layers:
+    with ExitStack() as undo:
+        undo.callback(_settle_encoders, view)  # runs last, when the layers are as before
+        for _, layer in layers:
+            undo.callback(_adapters_as_now(layer))
+            for own in removed:
+                layer.disha.discard(own)
+            if not len(layer.disha):
+                restore(layer)
+        _settle_encoders(view)
         for module in view.names:
+            undo.callback(freezing.as_now(module))
+            for own in removed:
+                freezing.release(module, own)
+        for module in () if view.layers else view.names:
             freezing.restore_flags(module)
+        undo.pop_all()
     return model
+
+
+def _adapters_as_now(layer: AdaptedLayer) -> Callable[[], None]:
+    """Return a function that gives a layer back the adapters that it has now."""
+    adapters = layer.disha
+    children, active = dict(adapters._modules), adapters.active
+    slots = [block.slot for block in adapters.blocks().values()]
+
+    def undo() -> None:
+        if CHILD_NAME not in layer._modules:
+            adapt(layer, slots)
+            layer._modules[CHILD_NAME] = adapters
+        adapters._modules.clear()
+        adapters._modules.update(children)
+        adapters.activate(active)
+
+    return undo
 
 
 def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
