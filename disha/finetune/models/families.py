@@ -31,9 +31,8 @@ class Family:
         context: `max_position_embeddings` by default.
         kv_heads: `num_key_value_heads` by default; None for as many as there are heads.
         head_dim: `head_dim` by default; None for the width divided among the heads.
-        window: `sliding_window` by default.
+        window: `sliding_window` by default; None if the family has no sliding windows.
         window_by: the key that turns the sliding window on; None if it is always on.
-        has_window: whether the family has sliding windows.
         qkv_bias: whether q, k and v always have a bias.
         has_attention_bias: whether `attention_bias` gives q, k, v and o a bias.
         has_mlp_bias: whether `mlp_bias` gives the feed-forward layers one.
@@ -47,7 +46,6 @@ class Family:
     head_dim: int | None = None
     window: int | None = None
     window_by: str | None = None
-    has_window: bool = False
     qkv_bias: bool = False
     has_attention_bias: bool = False
     has_mlp_bias: bool = False
@@ -57,9 +55,7 @@ class Family:
 LLAMA = Family(
     "llama", "LlamaForCausalLM", context=2048, has_attention_bias=True, has_mlp_bias=True
 )
-MISTRAL = Family(
-    "mistral", "MistralForCausalLM", context=131072, kv_heads=8, window=4096, has_window=True
-)
+MISTRAL = Family("mistral", "MistralForCausalLM", context=131072, kv_heads=8, window=4096)
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
@@ -67,7 +63,6 @@ QWEN2 = Family(
     kv_heads=32,
     window=4096,
     window_by="use_sliding_window",
-    has_window=True,
     qkv_bias=True,
 )
 QWEN3 = Family(
@@ -78,7 +73,6 @@ QWEN3 = Family(
     head_dim=128,
     window=4096,
     window_by="use_sliding_window",
-    has_window=True,
     has_attention_bias=True,
     head_norm=True,
 )
@@ -229,7 +223,7 @@ def _windows(keys: Fields, family: Family, layers: int) -> tuple[int | None, tup
 
 
 def _window(keys: Fields, family: Family) -> int | None:
-    on = family.has_window and (family.window_by is None or keys.flag(family.window_by))
+    on = family.window is not None and (family.window_by is None or keys.flag(family.window_by))
     default = None if "sliding_window" in keys.values else family.window
     if not on or keys.get("sliding_window", default) is None:
         return None
