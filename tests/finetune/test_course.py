@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_passed_over(finetune, straight):
     damaged.write_bytes(damaged.read_bytes()[:-100])
     done = finetune("--resume", **SAVING)
     assert done.code == 0, done.err
-    assert f"{damaged.parent} is passed over: training.pt has" in done.out
+    assert f"{damaged.parent} is passed over: training.pt is damaged" in done.out
     assert f"resuming from {finetune.output / 'checkpoint-6'}, after step 6" in done.out
     assert result_of(finetune.output) == result_of(straight)
 
@@ -136,7 +136,7 @@ def test_where_every_checkpoint_is_damaged_a_run_does_not_begin(finetune):
     (finetune.output / "checkpoint-3" / "manifest.json").write_text("{")
     done = finetune("--resume", **SAVING)
     assert done.code == 2
-    assert "none of the 1 checkpoints" in done.complaint
+    assert f"every checkpoint in {finetune.output} is damaged" in done.complaint
 
 
 def test_without_checkpoints_a_run_begins_at_the_beginning(finetune, straight):

@@ -248,17 +248,15 @@ class Checkpoints:
         ) from error
 
     def _search(self, report: Callable[[str], None]) -> Path | None:
-        faults = 0
-        for path in self._newest_first():
+        found = self._newest_first()
+        for path in found:
             fault = _fault(path)
             if fault is None:
                 return path
-            faults += 1
             report(f"{path} is passed over: {fault}")
-        if faults:
+        if found:
             raise SettingsError(
-                f"all {faults} checkpoints in {self._folder} are damaged; leave --resume out to "
-                "begin anew"
+                f"every checkpoint in {self._folder} is damaged; leave --resume out to begin anew"
             )
         return None
 
