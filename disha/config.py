@@ -21,6 +21,8 @@ __all__ = [
     "INITS",
     "AdapterConfig",
     "check_dtype",
+    "check_number",
+    "check_positive_int",
     "check_scale",
     "checked_rows",
     "compile_regex",
@@ -94,11 +96,11 @@ class AdapterConfig:
     def _settle(self) -> None:
         """Check every field, and convert it to the type that it keeps."""
         values = vars(self)
-        _check_positive_int("r", self.r)
+        check_positive_int("r", self.r)
         method = method_of(self.method)
         values["method"] = method.name
         if self.r_out is not None:
-            _check_positive_int("r_out", self.r_out)
+            check_positive_int("r_out", self.r_out)
             if not method.tiles:
                 raise ArgumentError(
                     f"r_out={self.r_out} was given with method {self.method!r}; an output shard "
@@ -108,7 +110,7 @@ class AdapterConfig:
         if self.init not in INITS:
             raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {_listing(INITS)}")
         check_scale(self.scale)
-        _check_number("dropout", self.dropout)
+        check_number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
             raise ArgumentError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         check_dtype(self.dtype)
@@ -120,7 +122,7 @@ class AdapterConfig:
             for pattern in patterns:
                 _check_is_str(argument, pattern)
         for pattern, r in self.rank_pattern.items():
-            _check_positive_int(f"rank_pattern[{brief(pattern)}]", r)
+            check_positive_int(f"rank_pattern[{brief(pattern)}]", r)
         values["layouts"] = {key: layout_of(one).pattern for key, one in self.layouts.items()}
         values["rows"] = {key: checked_rows(key, one) for key, one in self.rows.items()}
         for name in ("rank_pattern", "layouts", "rows"):
@@ -227,21 +229,23 @@ def _wrong_type(name: str, wanted: str, value: object) -> ArgumentTypeError:
     )
 
 
-def _check_positive_int(name: str, value: object) -> None:
+def check_positive_int(name: str, value: object) -> None:
+    """Raise unless a value is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong_type(name, "an int of at least 1", value)
     if value < 1:
         raise ArgumentError(f"{name} must be at least 1, got {value}")
 
 
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """Raise unless a value is an int or a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _wrong_type(name, "a number", value)
 
 
 def check_scale(scale: Any, name: str = "scale") -> None:
     """Raise unless `scale` is a number that is finite in float32, the dtype of scales in graphs."""
-    _check_number(name, scale)
+    check_number(name, scale)
     if not abs(scale) <= LARGEST_SCALE:
         raise ArgumentError(
             f"{name} must be finite and at most {LARGEST_SCALE:.3g}, got {str(scale)[:40]}"

@@ -20,10 +20,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from disha.config import check_positive_int
 from disha.errors import (
     AdapterStateError,
     ArgumentError,
-    ArgumentTypeError,
     ConversionError,
     MissingPackageError,
 )
@@ -88,15 +88,9 @@ class _Base:
                 f"architecture {self.architecture!r} is unknown; LoRA can be written as GGUF for "
                 f"{', '.join(ARCHITECTURES)}"
             )
-        for name in ("heads", "kv_heads"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ArgumentTypeError(
-                    f"{name} must be an int of at least 1, got {value!r} of type "
-                    f"{type(value).__name__}"
-                )
-            if value is not None and value < 1:
-                raise ArgumentError(f"{name} must be at least 1, got {value}")
+        for name, value in (("heads", self.heads), ("kv_heads", self.kv_heads)):
+            if value is not None:
+                check_positive_int(name, value)
 
     def interleaves(self, name: str) -> bool:
         """Whether GGUF has the rows of the weight of that name in another order."""

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from disha import functional
+from disha.config import check_number, check_positive_int
 from disha.errors import (
     AdapterFileError,
     AdapterStateError,
     ArgumentError,
-    ArgumentTypeError,
     ConversionError,
 )
 from disha.files import AdapterHeader, LayerRecord
@@ -234,20 +234,12 @@ def low_rank_updates(
     return tuple(updates)
 
 
-def check_limits(rank: object, max_error: object) -> None:
+def check_limits(rank: int | None, max_error: float | None) -> None:
     """Raise unless both limits are None or usable."""
     if rank is not None:
-        if isinstance(rank, bool) or not isinstance(rank, int):
-            raise ArgumentTypeError(
-                f"rank must be an int of at least 1, got {rank!r} of type {type(rank).__name__}"
-            )
-        if rank < 1:
-            raise ArgumentError(f"rank must be at least 1, got {rank}")
+        check_positive_int("rank", rank)
     if max_error is not None:
-        if isinstance(max_error, bool) or not isinstance(max_error, (int, float)):
-            raise ArgumentTypeError(
-                f"max_error must be a number, got {max_error!r} of type {type(max_error).__name__}"
-            )
+        check_number("max_error", max_error)
         if not max_error >= 0:
             raise ArgumentError(f"max_error must be at least 0, got {max_error}")
 
