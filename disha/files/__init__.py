@@ -1,15 +1,17 @@
-"""Adapter files, format 1: one self-describing safetensors file per adapter.
+"""Adapter files, format 1: one safetensors file per adapter, which describes itself.
 
-Nothing in a file is trusted: keys, shapes, dtypes, values and header are all checked before the
+A file may come from a stranger: keys, shapes, dtypes, values and header are all checked before the
 model changes. From bottom to top:
 
-- `atomic`: `write_files` and `write_folder`, which write a file or a folder complete or not at all
-- `tensors`: safetensors files, whatever they hold
-- `pieces`: the same as bytes, copied and written one tensor at a time
-- `json_files`: configurations and indexes beside them, as others write them
-- `header`: what an adapter file says of itself
-- `contents`: an adapter away from its model: out of a model, out of a file, into either
+- `atomic`: `write_files` and `write_folder`, which write files and folders completely or not at all
+- `tensors`: reading safetensors files, whatever they hold
+- `pieces`: safetensors files as bytes, copied and written one tensor at a time
+- `json_files`: JSON objects, in adapter files and in the files of other libraries
+- `header`: the format, that is what an adapter file says about itself
+- `contents`: an adapter outside a model: out of a model or a file, and into either
 - `adapter`: `save_adapter`, `inspect_adapter`, `load_adapter`
+- `combining`: `combine_adapters`, and the same for files
+- `statistics` and `differences`: the numbers in a file, and what differs between two
 """
 
 from disha.files.adapter import inspect_adapter, load_adapter, save_adapter

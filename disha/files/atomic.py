@@ -34,7 +34,7 @@ __all__ = ["PathLike", "Write", "checked_path", "write_files", "write_folder"]
 
 PathLike = str | os.PathLike[str]
 
-Write = Callable[[str], None]
+Write = Callable[[str], object]
 """Writes a file at the path that it is given; raises OSError if it can't."""
 
 
