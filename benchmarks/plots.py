@@ -17,7 +17,7 @@ OURS, THEIRS, PLAIN = "tab:blue", "tab:gray", "black"
 
 
 def plots(tables: Mapping[str, Sequence[Case]]) -> dict[str, bytes]:
-    """Return file name -> PNG for the tables that are there.
+    """Return file name -> PNG for the given tables.
 
     Args:
         tables: of a file of results.
@@ -25,7 +25,7 @@ def plots(tables: Mapping[str, Sequence[Case]]) -> dict[str, bytes]:
     drawn = {}
     for table, title in (
         ("layer_step", "training step of one layer"),
-        ("model_step", "training step of the whole model"),
+        ("model_step", "training step of the language model"),
     ):
         if tables.get(table):
             drawn[f"{table}.png"] = _bars(table, tables[table], f"{title} / frozen base")

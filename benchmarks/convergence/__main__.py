@@ -1,4 +1,4 @@
-"""`python -m benchmarks.convergence`: do the runs of the study that are missing."""
+"""`python -m benchmarks.convergence`: do the missing runs of the study."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do the runs, and say how far it is.
+    """Do the runs, and print the progress.
 
     Args:
         arguments: of the command line; the process's by default.
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         done = sweep(replace(STUDY, cells=cells), asked.results, asked.workers)
     except KeyboardInterrupt:
-        print("stopped; what is done is kept, and the same command goes on")
+        print("stopped; finished runs are kept, and the same command continues")
         return 130
     print(f"{done} runs done; nothing is missing in {asked.results}")
     return 0

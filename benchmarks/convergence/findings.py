@@ -202,7 +202,7 @@ def task_findings(
     Args:
         cells: one for each method.
         study: what was planned.
-        results: of the runs that are there.
+        results: of the runs that are done.
         measured: the task's entry in the file of costs, if it has one.
     """
     found = {cell.method: finding(cell, study, results) for cell in cells}

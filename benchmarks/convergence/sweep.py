@@ -41,7 +41,7 @@ def sweep(
         study: what to do.
         file: of the results. A run is added to it when it has ended, by this process alone.
         workers: processes that train; with 0, this process trains.
-        train_one: trains in place of `train`, for tests.
+        train_one: trains instead of `train`, for tests.
         say: receives a line of progress after each run; prints it by default.
 
     Returns:
@@ -120,6 +120,6 @@ def time_left(study: Study, seconds: dict[Run, float], workers: int) -> float:
     left = 0.0
     for cell in study.cells:
         there = sum(run.cell == cell for run in seconds)
-        whole = len(study.rates[cell.task, cell.method]) + len(study.seeds) - 1
-        left += max(0, whole - there) * usual.get(cell.task, max(usual.values(), default=0.0))
+        needed = len(study.rates[cell.task, cell.method]) + len(study.seeds) - 1
+        left += max(0, needed - there) * usual.get(cell.task, max(usual.values(), default=0.0))
     return left / workers

@@ -679,7 +679,7 @@ def _build(model_type: str, gentle: bool) -> Built:
 
 
 def _refuse_large(cls: type[nn.Module], config: Any) -> None:
-    """Raise if a model would have too many parameters, where that can be told without memory."""
+    """Raise if a model would have too many parameters, if that can be computed without memory."""
     try:
         with torch.device("meta"):
             count = sum(p.numel() for p in cls(config).parameters())
