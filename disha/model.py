@@ -46,6 +46,11 @@ class _Wrapper(NamedTuple):
     distributes: bool = False
     shards: bool = False
 
+    @property
+    def cls(self) -> Any:
+        """The class if it is imported, else None: then no module is wrapped by it."""
+        return imported_class(self.module, self.name)
+
 
 _FSDP = "torch.distributed.fsdp"
 _WRAPPERS = (
@@ -62,16 +67,6 @@ _WRAPPERS = (
     _Wrapper(_FSDP, "FullyShardedDataParallel", "_fsdp_wrapped_module", True, True),
     _Wrapper(_FSDP, "FSDPModule", "", True, True),
 )
-
-
-def _imported(*, distributes: bool = False, shards: bool = False) -> tuple[type, ...]:
-    """Return the wrapper classes that are imported now and have these properties."""
-    found = (
-        imported_class(wrapper.module, wrapper.name)
-        for wrapper in _WRAPPERS
-        if wrapper.distributes >= distributes and wrapper.shards >= shards
-    )
-    return tuple(cls for cls in found if cls is not None)
 
 
 def clean_key(key: str) -> str:
@@ -164,19 +159,14 @@ class ModelView:
     def __init__(self, model: nn.Module) -> None:
         self.model = require_model(model)
         self.names = {}
-        children = {
-            imported_class(wrapper.module, wrapper.name): wrapper.child
-            for wrapper in _WRAPPERS
-            if wrapper.child
-        }
-        children.pop(None, None)
-        self._walk(model, "", children, on_path=set())
+        wrapped_as = {one.cls: one.child for one in _WRAPPERS if one.child and one.cls is not None}
+        self._walk(model, "", wrapped_as, on_path=set())
 
     def _walk(
         self,
         module: nn.Module,
         name: str,
-        wrapped_as: dict[type | None, str],
+        wrapped_as: dict[Any, str],
         on_path: set[nn.Module],
     ) -> None:
         if isinstance(module, Adapters) or module in on_path:
@@ -186,7 +176,7 @@ class ModelView:
         if not children:
             return
         on_path.add(module)
-        wrapped = next((child for cls, child in wrapped_as.items() if isinstance(module, cls)), "")  # type: ignore[arg-type]
+        wrapped = next((child for cls, child in wrapped_as.items() if isinstance(module, cls)), "")
         for child_name, child in children.items():
             if child is not None:
                 below = name if child_name == wrapped else join(name, child_name)
@@ -317,8 +307,8 @@ class ModelView:
     @property
     def wrapper(self) -> nn.Module | None:
         """A module that DDP, DataParallel or FSDP wraps, or None."""
-        classes = _imported(distributes=True)
-        return next((module for module in self.names if isinstance(module, classes)), None)
+        classes = [one.cls for one in _WRAPPERS if one.distributes and one.cls is not None]
+        return next((one for one in self.names if isinstance(one, tuple(classes))), None)
 
     def refuse_wrapped(self, action: str, remedy: str) -> None:
         """Raise if DDP, DataParallel or FSDP wraps the model or a part of it.
@@ -340,9 +330,11 @@ class ModelView:
     @property
     def sharded(self) -> nn.Module | None:
         """A module that FSDP manages or that has a sharded parameter, or None."""
-        classes = _imported(shards=True)
+        classes = [one.cls for one in _WRAPPERS if one.shards and one.cls is not None]
         for module in self.names:
-            if isinstance(module, classes) or any(map(is_sharded, module._parameters.values())):
+            if isinstance(module, tuple(classes)) or any(
+                map(is_sharded, module._parameters.values())
+            ):
                 return module
         return None
 
