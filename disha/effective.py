@@ -2,7 +2,7 @@
 
 Reading an adapted parameter gives one. What an operation does with it stands in one table each:
 
-    FACTS      shape, dtype, device ...               those of W; nothing is computed
+    METADATA   shape, dtype, device ...               those of W; nothing is computed
     VIEWS      transposes, rows, items of a stack     an effective weight
     PRODUCTS   linear, matmul, conv, embedding ...    W's own product plus the updates'
     WRITES     copy_, __setitem__, nn.init ...        done to W
@@ -28,17 +28,21 @@ from disha import functional
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Product, Reduced, Update, adapted_linear
 from disha.routing import Route
+from disha.sharding import is_sharded
 
 __all__ = [
     "MOVES",
+    "PLAIN",
     "EffectiveWeight",
     "Routed",
     "asked_by",
     "computed",
     "effective",
-    "effective_of_shards",
-    "effective_on_meta",
 ]
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The classes of weights of which an effective weight is an alias."""
 
 
 class Routed(NamedTuple):
@@ -153,14 +157,16 @@ def effective(
     layout: Layout,
     updates: tuple[Update, ...],
     routed: Routed | None = None,
+    absent: bool = False,
 ) -> EffectiveWeight:
     """Return the effective weight of a weight.
 
     Args:
-        base: W.
+        base: W; a DTensor needs blocks that are DTensors.
         layout: its layout.
         updates: the updates that act on all samples.
         routed: the updates of single samples.
+        absent: whether W is on the meta device, and the blocks are elsewhere.
 
     Examples:
         >>> import torch
@@ -173,12 +179,21 @@ def effective(
         >>> weight.sum()
         tensor(12.)
     """
-    weight = base.as_subclass(EffectiveWeight)
+    weight: Any
+    if base.is_meta:
+        weight = base.as_subclass(WeightOnMeta)
+        weight.absent = absent
+    elif type(base) not in PLAIN and is_sharded(base):
+        weight = Tensor._make_wrapper_subclass(
+            ShardedWeight, base.shape, dtype=base.dtype, device=base.device
+        )
+    else:
+        weight = base.as_subclass(EffectiveWeight)
     weight.base = base
     weight.axes = layout
     weight.updates = updates
     weight.routed = routed
-    return weight
+    return weight  # type: ignore[no-any-return]
 
 
 def computed(weight: EffectiveWeight) -> Tensor:
@@ -220,8 +235,8 @@ class WeightOnMeta(EffectiveWeight):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer for facts and between tensors on meta; refuse all else."""
-        if func not in FACTS and not asked_by(MOVES):
+        """Answer for metadata and between tensors on meta; refuse all else."""
+        if func not in METADATA and not asked_by(MOVES):
             cls._refuse_other_devices((*args, *(kwargs or {}).values()))
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -238,27 +253,10 @@ class WeightOnMeta(EffectiveWeight):
             )
 
 
-def effective_on_meta(
-    base: Tensor, layout: Layout, updates: tuple[Update, ...], absent: bool
-) -> EffectiveWeight:
-    """Return the effective weight of a weight that is on the meta device.
-
-    Args:
-        base: W.
-        layout: its layout.
-        updates: the updates that act on all samples; none if it is absent.
-        absent: whether its blocks are on another device.
-    """
-    weight = base.as_subclass(WeightOnMeta)
-    weight.base, weight.axes, weight.updates, weight.routed = base, layout, updates, None
-    weight.absent = absent
-    return weight
-
-
 class ShardedWeight(EffectiveWeight):
     """An effective weight of a DTensor: an empty wrapper, since a DTensor can't have an alias.
 
-    Facts and writes are those of W. Everything else computes W + sum of s dW in DTensors first.
+    Metadata and writes are those of W. Everything else computes W + sum of s dW in DTensors first.
     """
 
     @classmethod
@@ -269,8 +267,8 @@ class ShardedWeight(EffectiveWeight):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer for facts and writes; compute first for all else."""
-        if func in FACTS or func in WRITES:
+        """Answer for metadata and writes; compute first for all else."""
+        if func in METADATA or func in WRITES:
             return super().__torch_function__(func, types, args, kwargs)
         return _compute_first(func, args, kwargs or {})
 
@@ -280,23 +278,6 @@ class ShardedWeight(EffectiveWeight):
     ) -> Any:
         """Compute first: what comes here did not go through `__torch_function__`."""
         return _compute_first(func, args, kwargs or {})
-
-
-def effective_of_shards(
-    base: Tensor, layout: Layout, updates: tuple[Update, ...]
-) -> EffectiveWeight:
-    """Return the effective weight of a DTensor whose blocks are DTensors.
-
-    Args:
-        base: W.
-        layout: its layout.
-        updates: the updates that act on all samples.
-    """
-    weight: Any = Tensor._make_wrapper_subclass(
-        ShardedWeight, base.shape, dtype=base.dtype, device=base.device
-    )
-    weight.base, weight.axes, weight.updates, weight.routed = base, layout, updates, None
-    return weight  # type: ignore[no-any-return]
 
 
 MOVES = "accelerate.utils.modeling"
@@ -404,10 +385,10 @@ def _set_data(weight: Any, value: Any) -> None:
 WRITES[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
 
 
-# --- facts ---------------------------------------------------------------------------------------
+# --- metadata ------------------------------------------------------------------------------------
 
 
-def _fact(func: Callable[..., Any]) -> Callable[..., Any]:
+def _ask_base(func: Callable[..., Any]) -> Callable[..., Any]:
     def ask(weight: Any, *args: Any, **kwargs: Any) -> Any:
         return func(_base_of(weight), *map(_base_of, args), **kwargs)
 
@@ -424,14 +405,14 @@ _QUESTIONS = (
     "is_contiguous is_inference is_conj is_neg is_pinned is_shared get_device storage_offset "
     "dim_order __len__ __hash__ is_coalesced has_names _is_view is_same_size"
 )
-FACTS: dict[Any, Callable[..., Any]] = {}
+METADATA: dict[Any, Callable[..., Any]] = {}
 for _name in _PROPERTIES.split():
     if hasattr(Tensor, _name):
-        FACTS[getattr(Tensor, _name).__get__] = _fact(getattr(Tensor, _name).__get__)
+        METADATA[getattr(Tensor, _name).__get__] = _ask_base(getattr(Tensor, _name).__get__)
 for _name in _QUESTIONS.split():
     for _owner in (Tensor, torch):
         if hasattr(_owner, _name):
-            FACTS[getattr(_owner, _name)] = _fact(getattr(_owner, _name))
+            METADATA[getattr(_owner, _name)] = _ask_base(getattr(_owner, _name))
 
 
 def _data_ptr(weight: Any) -> int:
@@ -442,14 +423,15 @@ def _data_ptr(weight: Any) -> int:
     return weight.addressed.data_ptr()  # type: ignore[no-any-return]
 
 
-FACTS[Tensor.data_ptr] = _data_ptr
+METADATA[Tensor.data_ptr] = _data_ptr
 
 
 # --- views ---------------------------------------------------------------------------------------
 
 
 def _viewed(weight: EffectiveWeight, base: Tensor, layout: Layout) -> EffectiveWeight:
-    return effective(base, layout, weight.updates, weight.routed)
+    absent = getattr(weight, "absent", False)
+    return effective(base, layout, weight.updates, weight.routed, absent)
 
 
 def _mapped(
@@ -969,4 +951,4 @@ for _owner in (Tensor, torch):
         _owner.baddbmm: _baddbmm,
     }
 
-RULES: dict[Any, Callable[..., Any]] = {**WRITES, **FACTS, **VIEWS, **PRODUCTS}
+RULES: dict[Any, Callable[..., Any]] = {**WRITES, **METADATA, **VIEWS, **PRODUCTS}

@@ -184,9 +184,7 @@ class BitsandbytesLayer(nn.Module):
         input: Any = args[0] if args else next(iter(kwargs.values()), None)
         weight: Any = self._parameters["weight"]
         bias: Any = self._parameters["bias"]
-        if (
-            self._is_dense()
-        ):  # computed in W's dtype and returned in the input's, as the library does
+        if self._is_dense():  # in W's dtype, and returned in the input's, as the library does
             bias = None if bias is None else bias.to(weight.dtype)
             return F.linear(input.to(weight.dtype), weight, bias).to(input.dtype)
         if not _is_packed(weight) or not torch.is_grad_enabled():

@@ -11,12 +11,11 @@ from torch.compiler import is_compiling
 from disha import functional
 from disha.effective import (
     MOVES,
+    PLAIN,
     EffectiveWeight,
     Routed,
     asked_by,
     effective,
-    effective_of_shards,
-    effective_on_meta,
 )
 from disha.errors import ModeError
 from disha.layers.adapters import CHILD_NAME
@@ -28,7 +27,6 @@ __all__ = [
     "weight_property",
 ]
 
-PLAIN = (Tensor, nn.Parameter)
 BY_NAME = nn.Module.get_parameter.__code__
 """The code of `get_parameter`: it reads the attribute, and wants the parameter itself."""
 
@@ -109,7 +107,7 @@ def _weight_on_meta(base: Tensor, blocks: tuple[Block, ...]) -> Any:
     """
     here = all("forward" not in block.__dict__ and block.block.is_meta for block in blocks)
     updates = tuple(block.update(on_meta=True) for block in blocks) if here else ()
-    return effective_on_meta(base, blocks[0].slot.layout, updates, absent=not here)
+    return effective(base, blocks[0].slot.layout, updates, absent=not here)
 
 
 def _weight_of_another_type(base: Any, blocks: tuple[Block, ...]) -> Any:
@@ -123,7 +121,7 @@ def _weight_of_another_type(base: Any, blocks: tuple[Block, ...]) -> Any:
             return base
         if all(is_sharded(block.block) for block in blocks):
             updates = tuple(block.update() for block in blocks)
-            return effective_of_shards(base, blocks[0].slot.layout, updates)
+            return effective(base, blocks[0].slot.layout, updates)
         raise ModeError(
             "an adapter can't act on a weight that is a DTensor while its block is none: the "
             "model was sharded after the adapter was injected (parallelize_module, say); wrap it "
