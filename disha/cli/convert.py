@@ -26,6 +26,7 @@ from disha.interop.gguf import MODEL_TYPES
 from disha.interop.low_rank import LoraReport
 from disha.interop.peft_files import CONFIG_NAME
 from disha.model import join
+from disha.text import counted
 
 __all__ = ["run"]
 
@@ -129,10 +130,10 @@ def run(arguments: Sequence[str]) -> None:
         options = {**_lora_options(flags, contents[0], base), **_gguf_options(flags, base)}
         report = lora.write_gguf(flags.out, *contents, **options)
     summary = f"{flags.source} ({form}) -> {flags.out} ({flags.to})"
-    layers = len(contents[0].layers)
+    layers = counted(len(contents[0].layers), "layer")
     show(
         flags.json,
-        f"{report}\n{summary}" if report else f"{summary}: {layers} layers, exact",
+        f"{report}\n{summary}" if report else f"{summary}: {layers}, exact",
         {
             "source": str(flags.source),
             "from": form,

@@ -9,6 +9,7 @@ from disha.cli.flags import parsed
 from disha.cli.output import show, shown
 from disha.finetune.evaluating import EvaluateSettings, Measured, evaluate
 from disha.tables import table
+from disha.text import counted
 
 __all__ = ["run"]
 
@@ -37,7 +38,8 @@ def run(arguments: Sequence[str]) -> None:
         )
         for name, one in measured
     ]
-    counts = f"{tally.used:,} rows, {found.model.tokens:,} tokens to predict{tally.remarks}"
+    tokens = counted(found.model.tokens, "token")
+    counts = f"{counted(tally.used, 'row')}, {tokens} to predict{tally.remarks}"
     show(
         settings.json,
         "\n".join([table(("", "loss", "perplexity", "exact"), rows), counts]),

@@ -16,6 +16,7 @@ from disha.cli.output import show, shown
 from disha.files.statistics import statistics_of
 from disha.interop.checkpoints import verify_against
 from disha.tables import table
+from disha.text import counted
 
 __all__ = ["run"]
 
@@ -103,8 +104,8 @@ def _checks_of_contents(described: disha.AdapterFile) -> Iterator[Check]:
     yield Check(
         "structure",
         True,
-        f"format {described.format}, {len(described.layers)} layers, "
-        f"{described.parameters:,} parameters",
+        f"format {described.format}, {counted(len(described.layers), 'layer')}, "
+        f"{counted(described.parameters, 'parameter')}",
     )
     tensors = shown(statistics_of(described), len(described.tensors), "reading tensors")
     broken = [f"{key} ({found.infinite:,})" for key, found in tensors if found.infinite]

@@ -25,7 +25,7 @@ from disha.finetune.errors import OutputError
 from disha.finetune.inputs import Inputs, first_rows, load_inputs
 from disha.finetune.models.factory import explaining_failures
 from disha.finetune.preview import preview
-from disha.finetune.progress import Clock
+from disha.finetune.progress import Clock, counted
 from disha.finetune.report import (
     Sample,
     environment,
@@ -135,9 +135,9 @@ def _say_sizes(model: nn.Module, inputs: Inputs, clock: Clock) -> None:
         f"training {parameters.trainable:,} of {parameters.total:,} parameters "
         f"({parameters.percent:.2f}%)"
     )
-    clock.say(f"{len(inputs.dataset.training):,} rows to train on{inputs.tally.remarks}")
+    clock.say(f"{counted(len(inputs.dataset.training), 'row')} to train on{inputs.tally.remarks}")
     tally = checked.tally if checked.held_out else Tally()
-    clock.say(f"{len(inputs.dataset.held_out):,} rows held out{tally.remarks}")
+    clock.say(f"{counted(len(inputs.dataset.held_out), 'row')} held out{tally.remarks}")
 
 
 def _save(model: nn.Module, adapter: Path, notes: dict[str, str], processes: Processes) -> None:
@@ -285,10 +285,10 @@ def _say_result(
     verification: Verification | None,
     clock: Clock,
 ) -> None:
-    steps = course.progress.step
+    steps = counted(course.progress.step, "step")
     clock.say(
         f"\n{inputs.checked.name} loss {course.before:.3f} -> {course.after:.3f}, in "
-        f"{steps} step{'s' * (steps != 1)} and {course.progress.seconds:.0f} s of training"
+        f"{steps} and {course.progress.seconds:.0f} s of training"
     )
     if verification is not None:
         clock.say(

@@ -19,6 +19,7 @@ import disha
 from disha.finetune.adapting import ALL_PROJECTIONS, plan
 from disha.finetune.inputs import Inputs
 from disha.finetune.models.decoder import Decoder, DecoderConfig
+from disha.finetune.progress import counted
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.training.loop import planned_steps
 
@@ -49,7 +50,7 @@ def preview(inputs: Inputs, settings: FinetuneSettings, processes: int = 1) -> s
     lines = [
         str(planned),
         _steps(inputs, settings, processes),
-        f"{rows:,} rows to train on; {held_out:,} held out{inputs.tally.remarks}",
+        f"{counted(rows, 'row')} to train on; {held_out:,} held out{inputs.tally.remarks}",
     ]
     if config is None:
         lines.append("memory: not estimated for a model given by --model")
@@ -68,7 +69,7 @@ def _steps(inputs: Inputs, settings: FinetuneSettings, processes: int) -> str:
     batches = inputs.source.batches_per_epoch()
     steps = planned_steps(settings.training, batches, processes)
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
-    line = f"{steps:,} steps of {rows:,} rows"
+    line = f"{counted(steps, 'step')} of {counted(rows, 'row')}"
     if batches is not None:
         epochs = steps * training.gradient_accumulation_steps * processes / batches
         line += f", {epochs:.2f} passes over the data"

@@ -22,10 +22,15 @@ from rich.progress import (
 
 from disha.finetune.training.loop import Step
 
-__all__ = ["Clock", "ShowStep", "showing_progress"]
+__all__ = ["Clock", "ShowStep", "counted", "showing_progress"]
 
 ShowStep: TypeAlias = Callable[[Step], None]
 """Shows an optimiser step."""
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class Clock:
