@@ -144,7 +144,8 @@ def load(
 
     If every A is [I_r I_r ... I_r], the LoRA is Bone with D = B^T, without loss. Other LoRAs have
     no block, and raise. Parameters in `modules_to_save` become parameters trained beside the
-    adapter. Buffers there must have the model's values.
+    adapter. Buffers there must have the model's values. Keys of `alpha_pattern` must be names or
+    ends of names, not regexes.
 
     Args:
         model: the base model, or one that has other adapters.

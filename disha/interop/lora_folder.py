@@ -206,6 +206,9 @@ def read_lora(
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
     """Return a LoRA that is a Bone adapter, as an adapter away from its model.
 
+    The folder's tensors say which layers are adapted, and with which rank. The scale comes from
+    `lora_alpha` and `alpha_pattern`, whose keys must be names or ends of names, not regexes.
+
     Args:
         folder: the folder.
         layouts: the layouts of the model's weights, by the names of their modules. They are needed

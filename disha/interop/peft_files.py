@@ -1,7 +1,7 @@
 """PEFT's folder of one adapter: `adapter_config.json` beside `adapter_model.safetensors`.
 
 This module reads and writes the two files, and names layers so that PEFT finds them and no others.
-What the fields and tensors of a method mean is in `lora` and `peft`.
+What the fields and tensors of a format mean is in `miss` and `lora_folder`.
 
 The tensors say which layers are adapted. Regexes in a folder select nothing here: they come from
 strangers, and `re` can run for ever on some.
