@@ -28,12 +28,12 @@ examples:
 def run(arguments: Sequence[str]) -> None:
     """Fine-tune, as command-line `arguments` say."""
     settings = settings_from(arguments)
-    # torch.distributed and what trains take seconds to import, which the help need not wait for.
+    # These take seconds to import, and the help does not need them.
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from disha.finetune.command import finetune
 
-    # torchrun then says which process failed, and why.
+    # A recorded error appears in the summary of torchrun.
     in_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     try:
         (record(finetune) if in_torchrun else finetune)(settings)
@@ -49,13 +49,13 @@ def settings_from(arguments: Sequence[str]) -> FinetuneSettings:
         SystemExit: the arguments are not understood, or ask for help.
         ArgumentError: the config file can't be used.
     """
-    given = _parsed(arguments, FinetuneSettings())
-    defaults = DEMO_SETTINGS if given.demo else FinetuneSettings()
+    words = list(arguments)
+    given = _parsed(words, FinetuneSettings())
     if given.config is not None:
-        words = _words_in(given.config, given.to_json().keys() - {"config"})
-        in_file = _parsed(words, defaults)
-        defaults = _parsed(words, DEMO_SETTINGS) if in_file.demo else in_file
-    return _parsed(arguments, defaults)
+        # Of a flag that is given twice, the last value counts.
+        words = [*_words_in(given.config, given.to_json().keys() - {"config"}), *words]
+        given = _parsed(words, FinetuneSettings())
+    return _parsed(words, DEMO_SETTINGS) if given.demo else given
 
 
 def _parsed(words: Sequence[str], defaults: FinetuneSettings) -> FinetuneSettings:

@@ -137,6 +137,8 @@ def test_a_file_can_ask_for_the_demo(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("demo = true\nmax_steps = 2\n")
     assert settings_from(["--config", str(path)]) == DEMO_SETTINGS.changed(config=path, max_steps=2)
+    plain = FinetuneSettings().changed(config=path, max_steps=2)
+    assert settings_from(["--config", str(path), "--demo", "False"]) == plain
 
 
 def test_the_settings_of_a_report_are_a_file_of_flags(tmp_path):
