@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import signal
@@ -370,5 +371,5 @@ def test_ctrl_c_is_exit_code_130_and_leaves_nothing_half_written(tmp_path, tiny_
     last = int(checkpoint.removeprefix("checkpoint-"))
     assert [line["step"] for line in metrics_of(output)] == list(range(last + 1))
     manifest = json.loads((output / checkpoint / "manifest.json").read_text())
-    for name, described in manifest["files"].items():
-        assert (output / checkpoint / name).stat().st_size == described["size"]
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((output / checkpoint / name).read_bytes()).hexdigest() == digest
