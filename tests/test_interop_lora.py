@@ -21,8 +21,9 @@ import disha
 from disha import AdapterFileError
 from disha.files import pieces
 from disha.files.contents import adapter_contents, read_contents, write_contents
-from disha.functional import Layout, bat_delta_weight, bone_delta_weight
+from disha.functional import METHODS, Layout, Method, bat_delta_weight, bone_delta_weight
 from disha.interop import lora, low_rank
+from disha.interop import peft as miss
 from disha.model import ModelView
 from tests.conftest import Layered, assert_unchanged, perturb, snapshot
 
@@ -820,6 +821,34 @@ def test_hot_swap_from_a_folder(tmp_path):
     lora.load(other, tmp_path, replace=True)
     assert [id(block) for block in disha.adapter_parameters(other)] == [id(b) for b in blocks]
     assert torch.equal(output(other, TOKENS % 12), output(ours, TOKENS % 12))
+
+
+class Negative(Method):
+    """Bone with the opposite sign."""
+
+    name = "negative"
+    reduces = True
+
+    def shape(self, geometry, r, r_out):
+        return (*geometry.stack, r, geometry.out_features)
+
+    def reduced(self, block):
+        return -block
+
+
+def test_a_method_that_reduces_goes_to_lora_and_comes_back_as_bone(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "negative", Negative())
+    base = nn.Sequential(nn.Linear(8, 6))
+    ours = adapted(base, "0", 4, method="negative")
+    assert lora.export(ours, tmp_path / "lora").error == 0
+    check_served(base, tmp_path / "lora", ours, torch.randn(3, 8), 1e-5)
+    again = copy.deepcopy(base)
+    lora.load(again, tmp_path / "lora")
+    found, expected = again[0].disha["default"], ours[0].disha["default"]
+    assert found.method == "bone"
+    assert torch.equal(found.block, -expected.block)
+    with pytest.raises(disha.ConversionError, match="knows bone and bat, not negative"):
+        miss.export(ours, tmp_path / "miss")
 
 
 def test_a_trained_lora_is_no_bone_adapter(tmp_path):

@@ -399,6 +399,7 @@ def _config(fields: Fields, layers: Sequence[LayerRecord], beside: Iterable[str]
     values = {
         "r": commonest(layer.r for layer in layers),
         "target": None,
+        "method": layers[0].method,
         "scale": layers[0].scale,
         "dropout": fields.get("lora_dropout", 0.0),
         "also_train": [f"^{re.escape(name)}$" for name in beside],
