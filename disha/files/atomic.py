@@ -88,10 +88,10 @@ def write_files(files: Mapping[PathLike, Write]) -> None:
 
 @contextmanager
 def write_folder(target: PathLike, overwrite: bool = False) -> Iterator[Path]:
-    """Write a whole folder: fill the one that this context manager gives.
+    """Write a folder: fill the empty one that this context manager gives.
 
-    At the end of the block it takes the place of `target`. If the block raises, it is deleted, and
-    what was there stays.
+    At the end of the block the new folder takes the place of `target`. If the block raises, it is
+    deleted, and what was there stays.
 
     Args:
         target: path of the folder. Its parent must exist.
@@ -174,7 +174,7 @@ class _Temporary:
 
     @property
     def new(self) -> Path:
-        """The content to be."""
+        """The content that is to take the target's place."""
         return self.folder / "new"
 
     @property
@@ -211,13 +211,13 @@ def _replacing(
         take_away: move the last target away before the first takes its place.
     """
     _clear_leftovers(targets)
-    for target in targets:
-        check(target)
     key = secrets.token_hex(8)
     temporaries = [_Temporary(target, key) for target in targets]
     last, placed = temporaries[-1], list[Path]()
     with ExitStack() as locks:
         try:
+            for target in targets:
+                check(target)
             for temporary in temporaries:
                 locks.callback(_make_locked(temporary))
             yield temporaries
@@ -260,7 +260,7 @@ def _outcome(temporaries: Sequence[_Temporary], placed: Sequence[Path]) -> str:
 
 def _make_locked(temporary: _Temporary) -> Callable[[], None]:
     """Make a temporary folder and lock it; return what unlocks it."""
-    # New content is open to nobody else before it has the permissions of what it replaces.
+    # Until new content has the permissions of what it replaces, no other user may read it.
     mode = 0o700 if temporary.target.exists() else 0o777
     while True:
         temporary.folder.mkdir(mode)
@@ -287,7 +287,7 @@ def _opened(folder: Path) -> int:
 
 
 def _clear_leftovers(targets: Sequence[Path]) -> None:
-    """Remove what killed writers of the same targets have left, or finish what they had begun."""
+    """Remove what killed writers of the same targets left, or finish a complete replacement."""
     for target in targets if fcntl is not None else ():
         pattern = re.compile(re.escape(_prefix(target)) + r"([0-9a-f]{16})\.tmp")
         names: list[str] = []

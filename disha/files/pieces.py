@@ -68,9 +68,9 @@ class StoredTensor:
 
     Attributes:
         path: the file.
-        dtype: its dtype as the file names it: `"BF16"`, say.
+        dtype: the name of its dtype in the file, such as `"BF16"`.
         shape: its shape.
-        start: where its bytes begin in the file.
+        start: the place of its first byte in the file.
         nbytes: the number of its bytes.
     """
 
