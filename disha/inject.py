@@ -144,15 +144,16 @@ def apply_plan(
     plan: Plan,
     *,
     activate: bool = True,
-    then: Callable[[], None] | None = None,
-) -> None:
+) -> ExitStack:
     """Carry out a plan that was just made for this model, completely or not at all.
 
     Args:
         view: the model.
         plan: the plan.
         activate: let the new adapter act, and no other.
-        then: called at the end; if it raises, the plan is undone.
+
+    Returns:
+        What undoes the plan when it is closed; to be dropped if all goes well.
     """
     by_module: dict[nn.Module, list[PlannedLayer]] = {}
     for layer in plan.layers:
@@ -175,9 +176,7 @@ def apply_plan(
             adapters.activate((plan.adapter,))
         _settle_encoders(view)
         _set_flags(view, plan, undo)
-        if then is not None:
-            then()
-        undo.pop_all()
+        return undo.pop_all()
 
 
 def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:

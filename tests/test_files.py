@@ -597,6 +597,19 @@ class TestFingerprint:
         with pytest.warns(AdapterFileWarning, match="4 of 4 layers"):
             load_contents(ModelView(Layered()), "elsewhere", header, tensors)
 
+    @pytest.mark.parametrize("replacing", [False, True])
+    def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was(self, saved, replacing):
+        _, path = saved
+        torch.manual_seed(1)
+        other = Layered()
+        if replacing:
+            disha.inject_adapters(other, "proj|head", 3, also_train=r"norm\.weight")
+        before = snapshot(other)
+        warnings.simplefilter("error")  # pytest resets it
+        with pytest.raises(AdapterFileWarning):
+            disha.load_adapter(other, path, replace=replacing)
+        assert_unchanged(other, before)
+
     def test_another_base_warns(self, saved):
         _, path = saved
         torch.manual_seed(1)

@@ -331,9 +331,9 @@ class TestStateDicts:
     @pytest.mark.parametrize(
         ("make", "says"),
         [
-            (lambda like: like.to_sparse(), "layout of a sparse_coo tensor"),
-            (lambda like: like.to_sparse_csr(), "layout of a sparse_csr tensor"),
-            (lambda like: torch.nested.nested_tensor([like]), "layout of a nested tensor"),
+            (lambda like: like.to_sparse(), "is a sparse_coo tensor, must be dense"),
+            (lambda like: like.to_sparse_csr(), "is a sparse_csr tensor, must be dense"),
+            (lambda like: torch.nested.nested_tensor([like]), "is a nested tensor, must be dense"),
         ],
     )
     @pytest.mark.filterwarnings("ignore")

@@ -325,52 +325,36 @@ def load_contents(
         freeze: freeze all parameters that belong to no adapter.
         activate: let the new adapter act, and no other.
     """
-    with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
-        check_adapter_name(adapter)
-        check_dtype(dtype)
-        view.refuse_inside("load an adapter")
-        incoming = _Incoming(source, header, tensors, _model_keys(view, header))
-        _check_consistent(incoming)
-        taken = adapter in view.adapters
-        _check_taken(adapter, taken, replace, dtype)
-        if taken:
-            values, report = _fitting(view, incoming, adapter, partial)
-        else:
-            plan, values = _planned(view, incoming, adapter, dtype, freeze)
-            apply_plan(
-                view,
-                plan,
-                activate=activate,
-                then=lambda: _fill(view, incoming, adapter, values, fresh=True),
-            )
-            report = check_fit(adapter_tensors(view, adapter), values)
-    if taken:
-        _fill(view, incoming, adapter, values, fresh=False)
-    _warn_of_other_base(view, incoming, adapter)
-    return report
-
-
-def _fill(
-    view: ModelView, incoming: _Incoming, adapter: str, values: Mapping[str, Tensor], fresh: bool
-) -> None:
-    """Set values, configuration and scales of an adapter; if anything interrupts, put them back.
-
-    The blocks of a fresh adapter have no values to put back.
-    """
-    targets = adapter_tensors(view, adapter)
-    blocks = {incoming.keys[layer.key] for layer in incoming.header.layers}
     with ExitStack() as undo:
+        with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
+            check_adapter_name(adapter)
+            check_dtype(dtype)
+            view.refuse_inside("load an adapter")
+            incoming = _Incoming(source, header, tensors, _model_keys(view, header))
+            _check_consistent(incoming)
+            taken = adapter in view.adapters
+            _check_taken(adapter, taken, replace, dtype)
+            if taken:
+                values = _fitting(view, incoming, adapter, partial)
+            else:
+                plan, values = _planned(view, incoming, adapter, dtype, freeze)
+                undo.push(apply_plan(view, plan, activate=activate))
+            targets = adapter_tensors(view, adapter)
+            report = check_fit({key: targets[key] for key in values}, values)
+        blocks = {incoming.keys[layer.key] for layer in header.layers}
         for key, value in values.items():
             target = {key: targets[key]}
-            if not fresh or key not in blocks:
+            if taken or key not in blocks:  # a new block has no values to put back
                 undo.callback(copy_values, target, {key: targets[key].detach().clone()})
             copy_values(target, {key: value})
         for _, _, block, layer in incoming.loaded_into(view, adapter):
             undo.callback(block.set_scale, block.scale)
             undo.callback(block.reconfigure, block.config)
-            block.reconfigure(incoming.header.config)
+            block.reconfigure(header.config)
             block.set_scale(layer.scale)
+        _warn_of_other_base(view, incoming, adapter)
         undo.pop_all()
+    return report
 
 
 def _check_consistent(incoming: _Incoming) -> None:
@@ -436,7 +420,7 @@ def _planned(
 
 def _fitting(
     view: ModelView, incoming: _Incoming, adapter: str, partial: bool
-) -> tuple[dict[str, Tensor], LoadReport]:
+) -> dict[str, Tensor]:
     """Return the values that fit the model's adapter of that name, by the model's keys."""
     mine = adapter_tensors(view, adapter)
     found = {incoming.keys[key]: key for key in incoming.tensors}
@@ -455,7 +439,7 @@ def _fitting(
             f"{incoming.source} does not fit the model's adapter {adapter!r}, which it was to "
             f"replace; nothing was loaded:\n{first_few(problems, 20)}"
         )
-    return values, report
+    return values
 
 
 def _differences(name: str, theirs: LayerRecord, mine: LayerRecord) -> list[str]:
