@@ -346,8 +346,9 @@ def plan_weights(
     if problems:
         message = f"the adapter does not fit the model; nothing changed:\n{first_few(problems, 20)}"
         absent = next((one.name for one in requests if one.name not in by_name), None)
-        if absent is not None:
-            message += f"\nthe names nearest to {brief(absent)} are {_nearest(absent, by_name)}"
+        nearest = "" if absent is None else _nearest(absent, by_name)
+        if nearest:
+            message += f"\nthe names nearest to {brief(absent)} are {nearest}"
         raise ArgumentError(message)
     trained = tuple(view.parameters_by_name[full].name for full in also_train)
     return _counted_plan(view, adapter, config, freeze, layers, trained)
@@ -533,10 +534,13 @@ def _nothing_to_adapt(
     if not adaptable:
         return f"{asked} selects nothing, since the model has no layer that can be adapted"
     nearest = _nearest(target if isinstance(target, str) else "", adaptable)
+    if not nearest:
+        return f"{asked} does not select the model itself, which alone can be adapted; pass '^$'"
     return f"{asked} selects no layer that can be adapted; the nearest names are {nearest}"
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:
+    """Return a list of the names that are most like a pattern; empty if no module has a name."""
     # Only the end of the pattern: the time grows with the product of both lengths.
     plain = re.sub(r"[^\w.]", "", pattern[-200:].replace("\\.", "."))
     last = plain.rsplit(".", 1)[-1]

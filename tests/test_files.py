@@ -681,7 +681,9 @@ class TestBadFiles:
 
     def test_for_another_model(self, saved):
         _, path = saved
-        self.refused(path, "(?s)q_proj: the model has no such layer.*nearest", nn.Linear(8, 8))
+        self.refused(
+            path, "(?s)q_proj: the model has no such layer.*nearest", nn.Sequential(nn.Linear(8, 8))
+        )
 
     def test_for_layers_of_another_kind(self, saved):
         _, path = saved

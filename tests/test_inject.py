@@ -485,6 +485,13 @@ class TestRefusals:
         ):
             disha.remove_adapters(wrapped)
 
+    def test_a_model_that_is_a_layer_itself(self, tmp_path):
+        with pytest.raises(TargetError, match=r"'head' does not select the model.*pass '\^\$'"):
+            disha.inject_adapters(nn.Linear(4, 4), "head", 2)
+        disha.save_adapter(disha.inject_adapters(Layered(), "head", 2), tmp_path / "a")
+        with pytest.raises(disha.AdapterFileError, match=r"head: the model has no such layer$"):
+            disha.load_adapter(nn.Linear(4, 4), tmp_path / "a")
+
     @pytest.mark.parametrize("adapter", [None, "a"])
     @pytest.mark.parametrize(
         ("owner", "name"),
