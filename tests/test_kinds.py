@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -16,97 +13,28 @@ from transformers.pytorch_utils import Conv1D
 import disha
 from disha import ArgumentError, ArgumentTypeError, TargetError
 from disha.layers import LAYER_KINDS
-from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot
+from tests.every_pair import DtypeTests, PairTests, Row, close
+
+BONE = ("bone", "tile")
+NO_SAMPLES = {"routes": False, "refusal": "one sample per entry of the leading dimension"}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A layer, an input for it, and its update by the oracle.
+def conv(cls, *arguments, shape, samples=True, output_size=None, **options):
+    def call(module, x):
+        return module(x) if output_size is None else module(x, output_size=output_size)
 
-    `samples` says whether the leading dimension of the input counts samples.
-    """
-
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    delta: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-    r: int = 2
-    r_out: int = 2
-    indices: int = 0
-    methods: tuple[str, ...] = ("bone", "tile")
-    samples: bool = True
-    call: dict[str, Any] = field(default_factory=dict)
-
-    def layer(self, dtype=torch.float64):
-        torch.manual_seed(0)
-        return self.make().to(dtype)
-
-    def input(self, dtype=torch.float64):
-        generator = torch.Generator().manual_seed(1)
-        if self.indices:
-            return torch.randint(self.indices, self.shape, generator=generator)
-        return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    def adapted(self, method, dtype=torch.float64, **options):
-        layer = self.layer(dtype)
-        kind, r_out = ("bone", self.r_out) if method == "tile" else (method, None)
-        disha.inject_adapters(layer, "^$", self.r, method=kind, r_out=r_out, **options)
-        return layer
-
-    def output(self, layer, x):
-        return layer(x, **self.call)
-
-
-def linear_delta(layer, block):
-    if block.dim() == 3:
-        return reference.bat_delta_weight(layer.weight, block)
-    return reference.bone_delta_weight(block, layer.in_features, layer.out_features)
-
-
-def transposed_delta(layer, block):
-    if block.dim() == 3:
-        return reference.bat_delta_weight(layer.weight.T, block).T
-    return reference.bone_delta_weight(block, *layer.weight.shape).T
-
-
-def conv_delta(layer, block):
-    return reference.conv_delta_weight(block, layer.in_channels // layer.groups, layer.out_channels)
-
-
-def conv_transpose_delta(layer, block):
-    groups = layer.groups
-    return reference.conv_transpose_delta_weight(
-        block, layer.in_channels // groups, layer.out_channels // groups, groups
-    )
-
-
-def embedding_delta(layer, block):
-    return reference.embedding_delta_weight(
-        block, layer.num_embeddings, layer.embedding_dim, layer.padding_idx
-    )
-
-
-def conv(cls, *arguments, shape, call=None, samples=True, **options):
-    transposed = cls.__name__.startswith("ConvTranspose")
-    return Case(
-        lambda: cls(*arguments, **options),
-        shape,
-        conv_transpose_delta if transposed else conv_delta,
-        samples=samples,
-        call=call or {},
-    )
+    own = {} if samples else NO_SAMPLES
+    return Row(lambda: cls(*arguments, **options), shape, methods=BONE, call=call, **own)
 
 
 C1, C2, C3 = nn.Conv1d, nn.Conv2d, nn.Conv3d
 T1, T2, T3 = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-EVERY = ("bone", "tile", "bat")
 
 CASES = {
-    "linear": Case(lambda: nn.Linear(5, 6), (3, 4, 5), linear_delta, methods=EVERY),
-    "linear, no bias": Case(
-        lambda: nn.Linear(4, 4, bias=False), (4,), linear_delta, methods=EVERY, samples=False
-    ),
-    "transposed linear": Case(lambda: Conv1D(6, 5), (3, 4, 5), transposed_delta, methods=EVERY),
+    "linear": Row(lambda: nn.Linear(5, 6), (3, 4, 5)),
+    "linear, no bias": Row(lambda: nn.Linear(4, 4, bias=False), (4,), **NO_SAMPLES),
+    "transposed linear": Row(lambda: Conv1D(6, 5), (3, 4, 5)),
     "conv1d": conv(C1, 5, 4, 3, shape=(2, 5, 9)),
     "conv1d, stride, dilation": conv(C1, 4, 6, 2, stride=2, dilation=3, shape=(2, 4, 12)),
     "conv1d, no batch": conv(C1, 5, 4, 3, shape=(5, 9), samples=False),
@@ -123,15 +51,15 @@ CASES = {
         T2, 3, 4, 3, stride=2, output_padding=1, dilation=2, shape=(2, 3, 4, 4)
     ),
     "conv transpose 2d, output size": conv(
-        T2, 3, 4, 3, stride=2, shape=(2, 3, 4, 4), call={"output_size": [10, 9]}
+        T2, 3, 4, 3, stride=2, shape=(2, 3, 4, 4), output_size=[10, 9]
     ),
     "conv transpose 3d": conv(T3, 3, 2, 2, shape=(2, 3, 3, 2, 2)),
-    "embedding": Case(lambda: nn.Embedding(7, 4), (3, 5), embedding_delta, indices=7),
-    "embedding, padding": Case(
-        lambda: nn.Embedding(7, 4, padding_idx=3), (3, 5), embedding_delta, indices=7
+    "embedding": Row(lambda: nn.Embedding(7, 4), (3, 5), methods=BONE, indices=7),
+    "embedding, padding": Row(
+        lambda: nn.Embedding(7, 4, padding_idx=3), (3, 5), methods=BONE, indices=7
     ),
-    "embedding, last row padding": Case(
-        lambda: nn.Embedding(7, 4, padding_idx=-1), (9,), embedding_delta, indices=7
+    "embedding, last row padding": Row(
+        lambda: nn.Embedding(7, 4, padding_idx=-1), (9,), methods=BONE, indices=7
     ),
 }
 """Layers whose merged weight is that of the plain layer; those with max_norm have tests apart."""
@@ -140,152 +68,39 @@ PAIRS = [(name, method) for name, case in CASES.items() for method in case.metho
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def tolerance(dtype):
-    return {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.06}[dtype]
-
-
-def close(actual, expected, dtype=torch.float64):
-    assert actual.dtype == expected.dtype == dtype
-    limit = tolerance(dtype) * max(1.0, float(expected.detach().abs().max()))
-    assert (actual - expected).abs().max() <= limit
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "method"), PAIRS)
-class TestEveryKind:
-    def test_injection_changes_no_bit(self, name, method, dtype):
-        case = CASES[name]
-        x = case.input(dtype)
-        before = case.output(case.layer(dtype), x)
-        assert torch.equal(case.output(case.adapted(method, dtype), x), before)
-
-    def test_forward_is_that_of_the_dense_merged_weight(self, name, method, dtype):
-        case = CASES[name]
-        layer, plain, x = (
-            case.adapted(method, dtype, scale=0.5),
-            case.layer(dtype),
-            case.input(dtype),
-        )
-        perturb(layer)
-        with torch.no_grad():
-            block = next(disha.adapter_parameters(layer)).to(torch.float64)
-            delta = case.delta(plain.to(torch.float64), block)
-            plain.weight.add_(delta * 0.5)
-        expected = case.output(plain, x if case.indices else x.double())
-        close(case.output(layer, x), expected.to(dtype), dtype)
-
-    def test_merged_is_unmerged_and_comes_back_bit_for_bit(self, name, method, dtype):
-        case = CASES[name]
-        layer, x = case.adapted(method, dtype), case.input(dtype)
-        perturb(layer)
-        original, expected = layer.base_weight.detach().clone(), case.output(layer, x)
-        for _ in range(100):
-            disha.merge_adapters(layer)
-            merged = case.output(layer, x)
-            disha.unmerge_adapters(layer)
-        close(merged, expected, dtype)
-        assert not torch.equal(merged, case.output(case.layer(dtype), x))
-        assert torch.equal(layer.base_weight, original)
-        assert torch.equal(case.output(layer, x), expected)
-
-    def test_file_round_trip_gives_equal_outputs(self, name, method, dtype, tmp_path):
-        case = CASES[name]
-        layer, x = case.adapted(method, dtype), case.input(dtype)
-        perturb(layer)
-        disha.save_adapter(layer, tmp_path / "a")
-        fresh = case.layer(dtype)
-        disha.load_adapter(fresh, tmp_path / "a")
-        assert torch.equal(case.output(fresh, x), case.output(layer, x))
-
-    def test_removal_restores(self, name, method, dtype):
-        layer = CASES[name].layer(dtype)
-        before = snapshot(layer)
-        disha.inject_adapters(layer, "^$", 2, method=method.replace("tile", "bone"))
-        disha.remove_adapters(layer)
-        assert_unchanged(layer, before)
+class TestEveryKind(DtypeTests):
+    table = CASES
+    merges = 100
 
 
 @pytest.mark.parametrize(("name", "method"), PAIRS)
-class TestEveryKindInFloat64:
-    def test_gradients_are_those_of_the_dense_merged_weight(self, name, method):
-        case = CASES[name]
-        layer, plain, x = case.adapted(method), case.layer(), case.input()
-        perturb(layer)
-        x.requires_grad_(not case.indices)
-        block = next(disha.adapter_parameters(layer))
-        leaf = block.detach().clone().requires_grad_()
-        y = torch.randn_like(case.output(layer, x))
-        inputs = [x] if x.requires_grad else []
-        found = torch.autograd.grad((case.output(layer, x) * y).sum(), [block, *inputs])
-        weight = plain.weight.detach() + case.delta(plain, leaf)
-        output = torch.func.functional_call(plain, {"weight": weight}, (x,), case.call)
-        expected = torch.autograd.grad((output * y).sum(), [leaf, *inputs])
-        for got, wanted in zip(found, expected, strict=True):
-            close(got, wanted)
-
-    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-    def test_copies_compute_the_same(self, name, method, clone):
-        case = CASES[name]
-        layer = case.adapted(method)
-        perturb(layer)
-        assert torch.equal(
-            case.output(clone(layer), case.input()), case.output(layer, case.input())
-        )
-
-    def test_several_adapters_add_up_and_switch_off(self, name, method):
-        case = CASES[name]
-        x = case.input()
-        layer = case.adapted(method, adapter="a")
-        disha.inject_adapters(layer, "^$", 1, adapter="b")
-        perturb(layer)
-        base = case.output(case.layer(), x)
-        updates = {}
-        for names in ("a", "b", ["a", "b"]):
-            disha.set_active_adapters(layer, names)
-            updates[str(names)] = case.output(layer, x) - base
-        assert updates["a"].abs().max() > 0.01
-        close(updates["['a', 'b']"], updates["a"] + updates["b"])
-        with disha.adapters_disabled(layer):
-            assert torch.equal(case.output(layer, x), base)
-
-    def test_routing_equals_running_the_samples_one_by_one(self, name, method):
-        case = CASES[name]
-        layer, x = case.adapted(method, adapter="a"), case.input()
-        disha.inject_adapters(layer, "^$", 1, adapter="b")
-        perturb(layer)
-        names = (["b", "a", None] * len(x))[: len(x)]
-        if not case.samples:
-            with (
-                pytest.raises(ArgumentError, match="one sample per entry of the leading dimension"),
-                disha.route_adapters(layer, names),
-            ):
-                case.output(layer, x)
-            return
-        with disha.route_adapters(layer, names):
-            routed = case.output(layer, x)
-        for adapter, sample, output in zip(names, x, routed, strict=True):
-            disha.set_active_adapters(layer, [] if adapter is None else adapter)
-            close(output, case.output(layer, sample[None])[0])
+class TestEveryKindInFloat64(PairTests):
+    table = CASES
 
     def test_compiled_is_eager(self, name, method):
-        case = CASES[name]
-        layer, x = case.adapted(method), case.input()
-        perturb(layer)
-        torch._dynamo.reset()  # each case is another graph of the same code
-        compiled = torch.compile(layer, backend="eager", fullgraph=True)
-        close(case.output(compiled, x), case.output(layer, x))
+        row = self.table[name]
+        model, x = row.adapted(method), row.input()
+        perturb(model)
+        torch._dynamo.reset()  # each row is another graph of the same code
+
+        def run(x):
+            return row.output(model, x)
+
+        close(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
 
     def test_dropout_acts_in_training_only_and_is_unbiased(self, name, method):
-        case = CASES[name]
-        plain, layer = case.adapted(method), case.adapted(method, dropout=0.5)
+        row = self.table[name]
+        plain, layer = row.adapted(method), row.adapted(method, dropout=0.5)
         for model in (plain, layer):
             perturb(model)
-        x = case.input()
-        expected = case.output(plain, x)
-        assert torch.equal(case.output(layer.eval(), x), expected)
-        base = case.output(case.layer(), x)
+        x = row.input()
+        expected = row.output(plain, x)
+        assert torch.equal(row.output(layer.eval(), x), expected)
+        base = row.output(row.plain(), x)
         layer.train()
-        outputs = torch.stack([case.output(layer, x) for _ in range(400)])
+        outputs = torch.stack([row.output(layer, x) for _ in range(400)])
         spread = outputs.std(dim=0)
         assert spread.max() > 0.01
         # six standard errors of a mean of 400

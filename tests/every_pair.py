@@ -1,0 +1,297 @@
+"""The tests of one table: modules, each with every method, against dense weights of slow loops.
+
+`tests/test_layouts.py` has a row for each layout, `tests/test_kinds.py` one for each kind of layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import disha
+from disha import ArgumentError, ModeError
+from disha.model import ModelView
+from tests import reference
+from tests.conftest import assert_unchanged, perturb, snapshot
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module with weights of some layout, and an input for it.
+
+    `routes` is False where samples can't be routed, and `refusal` what the error says then.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    indices: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    methods: tuple[str, ...] = ("bone", "tile", "bat")
+    routes: bool = True
+    refusal: str = "can't"
+    call: Callable[[nn.Module, torch.Tensor], Any] = lambda module, x: module(x)
+    compiles: bool = True
+    exports: bool = True
+
+    def plain(self, dtype=torch.float64):
+        torch.manual_seed(0)
+        return nn.Sequential(self.make()).to(dtype)
+
+    def adapted(self, method, dtype=torch.float64, **options):
+        kind, r_out = ("bone", 2) if method == "tile" else (method, None)
+        model = self.plain(dtype)
+        own = {"target_regex": "^0", **self.options, **options}
+        return disha.inject_adapters(model, r=2, method=kind, r_out=r_out, **own)
+
+    def input(self, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(1)
+        if self.indices:
+            return torch.randint(self.indices, self.shape, generator=generator)
+        return torch.randn(self.shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def output(self, model, x):
+        found = self.call(model[0], x)
+        return found[0] if isinstance(found, tuple) else found
+
+
+LIMITS = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 0.08, torch.float16: 0.02}
+
+
+def close(actual, expected, dtype=torch.float64):
+    assert actual.dtype == expected.dtype
+    limit = LIMITS[dtype] * max(1.0, float(expected.detach().double().abs().max()))
+    assert (actual.double() - expected.double()).abs().max() <= limit
+
+
+def oracle(weight, block, slot):
+    """Return dW by the loops of the reference, one matrix after the other."""
+    layout, rows = slot.layout, slot.rows
+    if rows:
+        axis = {"out in": 0, "out in *kernel": 0}.get(layout.pattern, 1)
+        chosen = torch.cat([torch.arange(*pair) for pair in rows])
+        whole = copy.copy(slot)
+        object.__setattr__(whole, "rows", ())
+        part = oracle(weight.index_select(axis, chosen), block, whole)
+        return torch.zeros_like(weight).index_add(axis, chosen, part)
+    if layout.pattern == "out in":
+        return matrix(weight, block)
+    if layout.pattern == "in out":
+        return matrix(weight.T, block).T
+    if layout.pattern == "index out":
+        delta = matrix(weight.T, block).T
+        if layout.padding_idx is None:
+            return delta
+        keep = torch.ones(len(weight), 1, dtype=weight.dtype)
+        keep[layout.padding_idx] = 0.0
+        return delta * keep
+    if layout.pattern == "expert out in":
+        return torch.stack([matrix(w, d) for w, d in zip(weight, block, strict=True)])
+    if layout.pattern == "expert in out":
+        return torch.stack([matrix(w.T, d).T for w, d in zip(weight, block, strict=True)])
+    return convolution(weight, block, layout)
+
+
+def matrix(weight, block):
+    if block.dim() == 3:
+        return reference.bat_delta_weight(weight, block)
+    return reference.bone_delta_weight(block, weight.shape[1], weight.shape[0])
+
+
+def convolution(weight, block, layout):
+    bat = weight.dim() != block.dim()
+    if layout.pattern == "out in *kernel":
+        if not bat:
+            return reference.conv_delta_weight(block, weight.shape[1], weight.shape[0])
+        parts = weight.flatten(2).unbind(-1)
+        blocks = block.reshape(-1, *block.shape[-3:])
+        deltas = [matrix(w, d) for w, d in zip(parts, blocks, strict=True)]
+        return torch.stack(deltas, -1).view(weight.shape)
+    inputs = weight.shape[0] // layout.groups
+    if not bat:
+        return reference.conv_transpose_delta_weight(block, inputs, weight.shape[1], layout.groups)
+    groups = []
+    for group, own in zip(weight.split(inputs), block, strict=True):
+        parts = group.flatten(2).unbind(-1)
+        blocks = own.reshape(-1, *own.shape[-3:])
+        deltas = [matrix(w.T, d).T for w, d in zip(parts, blocks, strict=True)]
+        groups.append(torch.stack(deltas, -1).view(group.shape))
+    return torch.cat(groups)
+
+
+def updates(adapted, adapter="default", blocks=None):
+    """Return parameter name -> dW by the oracle, as far as blocks go in float64."""
+    found = {}
+    for name, weight in ModelView(adapted).weights:
+        block = weight.blocks[adapter]
+        values = block.block.detach().double() if blocks is None else blocks[name]
+        module = next(n for n, m in adapted.named_modules() if m is weight.layer)
+        key = f"{module}.{block.slot.parameter}"
+        delta = oracle(weight.base.detach().double(), values, block.slot)
+        found[key] = found[key] + delta if key in found else delta
+    return found
+
+
+def dense(row, adapted, scale=1.0, adapter="default"):
+    """Return the plain model in float64 with the updates in its weights."""
+    plain = row.plain(adapted[0].disha.blocks()[adapter, first(adapted)].block.dtype).double()
+    with torch.no_grad():
+        for key, delta in updates(adapted, adapter).items():
+            plain.get_parameter(key).add_(delta * scale)
+    return plain
+
+
+def first(adapted):
+    return next(name for _, name in adapted[0].disha.blocks())
+
+
+class DtypeTests:
+    """What holds in every dtype; a class of tests names its table, and parametrizes all three."""
+
+    table: ClassVar[dict[str, Row]]
+    merges: ClassVar[int] = 3
+
+    def test_injection_changes_no_bit(self, name, method, dtype):
+        row = self.table[name]
+        x = row.input(dtype)
+        expected = row.output(row.plain(dtype), x)
+        output = row.output(row.adapted(method, dtype), x)
+        if method == "bat" and ("rows" in name or "whole" in name):  # several products
+            close(output, expected, dtype)
+        else:
+            assert torch.equal(output, expected)
+
+    def test_forward_is_that_of_the_dense_weight(self, name, method, dtype):
+        row = self.table[name]
+        model, x = row.adapted(method, dtype, scale=0.5), row.input(dtype)
+        perturb(model)
+        expected = row.output(dense(row, model, 0.5), x if row.indices else x.double())
+        close(row.output(model, x), expected.to(dtype), dtype)
+
+    def test_merged_is_unmerged_and_comes_back_bit_for_bit(self, name, method, dtype):
+        row = self.table[name]
+        model, x = row.adapted(method, dtype), row.input(dtype)
+        perturb(model)
+        before, expected = snapshot(model), row.output(model, x)
+        for _ in range(self.merges):
+            disha.merge_adapters(model)
+            merged = row.output(model, x)
+            disha.unmerge_adapters(model)
+        close(merged, expected, dtype)
+        assert not torch.equal(merged, row.output(row.plain(dtype), x))
+        assert_unchanged(model, before)
+        assert torch.equal(row.output(model, x), expected)
+
+    def test_file_round_trip_gives_equal_outputs(self, name, method, dtype, tmp_path):
+        row = self.table[name]
+        model, x = row.adapted(method, dtype), row.input(dtype)
+        perturb(model)
+        disha.save_adapter(model, tmp_path / "a")
+        fresh = row.plain(dtype)
+        disha.load_adapter(fresh, tmp_path / "a")
+        assert torch.equal(row.output(fresh, x), row.output(model, x))
+
+    def test_removal_restores(self, name, method, dtype):
+        row = self.table[name]
+        model = row.plain(dtype)
+        before = snapshot(model)
+        disha.inject_adapters(
+            model,
+            **{"target_regex": "^0", **row.options},
+            r=1,
+            method=method.replace("tile", "bone"),
+        )
+        disha.remove_adapters(model)
+        assert_unchanged(model, before)
+
+
+class PairTests:
+    """What is tried in float64; a class of tests names its table, and parametrizes the others."""
+
+    table: ClassVar[dict[str, Row]]
+
+    def test_gradients_are_those_of_the_dense_weight(self, name, method):
+        row = self.table[name]
+        model, plain, x = row.adapted(method), row.plain(), row.input()
+        perturb(model)
+        x.requires_grad_(not row.indices)
+        weights = dict(ModelView(model).weights)
+        own = {key: weight.blocks["default"].block for key, weight in weights.items()}
+        leaves = {key: block.detach().clone().requires_grad_() for key, block in own.items()}
+        y = torch.randn_like(row.output(model, x))
+        inputs = [x] if x.requires_grad else []
+        found = torch.autograd.grad((row.output(model, x) * y).sum(), [*own.values(), *inputs])
+        state = {key: parameter.detach() for key, parameter in plain.named_parameters()}
+        for key, delta in updates(model, blocks=leaves).items():
+            state[key] = state[key] + delta
+
+        class Whole(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = plain
+
+            def forward(self, x):
+                return row.output(self.model, x)
+
+        named = {f"model.{key}": value for key, value in state.items()}
+        if isinstance(plain[0], nn.RNNBase):  # torch's keeps a list of its weights
+            for key, value in state.items():
+                own_name = key.removeprefix("0.")
+                plain[0]._parameters.pop(own_name)
+                index = plain[0]._flat_weights_names.index(own_name)
+                plain[0]._flat_weights[index] = value
+            output = row.output(plain, x)
+        else:
+            output = torch.func.functional_call(Whole(), named, (x,))
+        expected = torch.autograd.grad((output * y).sum(), [*leaves.values(), *inputs])
+        for one, other in zip(found, expected, strict=True):
+            close(one, other)
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_compute_the_same(self, name, method, clone):
+        row = self.table[name]
+        model, x = row.adapted(method), row.input()
+        perturb(model)
+        assert torch.equal(row.output(clone(model), x), row.output(model, x))
+
+    def test_several_adapters_add_up_and_switch_off(self, name, method):
+        row = self.table[name]
+        x, model = row.input(), row.adapted(method, adapter="a")
+        own = {"target_regex": "^0", **row.options}
+        disha.inject_adapters(model, r=1, adapter="b", **own)
+        perturb(model)
+        plain = row.plain()
+        with torch.no_grad():
+            for adapter in "ab":
+                for key, delta in updates(model, adapter).items():
+                    plain.get_parameter(key).add_(delta)
+        disha.set_active_adapters(model, ["b", "a"])
+        close(row.output(model, x), row.output(plain, x))
+        with disha.adapters_disabled(model):
+            close(row.output(model, x), row.output(row.plain(), x))
+
+    def test_routing_equals_running_the_samples_one_by_one_or_is_refused(self, name, method):
+        row = self.table[name]
+        model, x = row.adapted(method, adapter="a"), row.input()
+        own = {"target_regex": "^0", **row.options}
+        disha.inject_adapters(model, r=1, adapter="b", **own)
+        perturb(model)
+        names = (["b", "a", None] * len(x))[: len(x)]
+        if not row.routes:
+            with (
+                pytest.raises((ArgumentError, ModeError), match=row.refusal),
+                disha.route_adapters(model, names),
+            ):
+                row.output(model, x)
+            return
+        with disha.route_adapters(model, names):
+            routed = row.output(model, x)
+        for adapter, sample, output in zip(names, x, routed, strict=True):
+            disha.set_active_adapters(model, [] if adapter is None else adapter)
+            close(output, row.output(model, sample[None])[0])
