@@ -13,11 +13,11 @@ import sys
 import pyarrow as pa
 import pytest
 import torch
-from disha.finetune.interruption import noticing_interruption
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
+from disha.finetune.course import noticing_interruption
 from disha.finetune.data.dataset import open_rows
 from disha.finetune.data.encoding import Encoder, Outcome, Tally, encode_rows
 from disha.finetune.data.examples import Example, StoredExamples
@@ -342,9 +342,9 @@ class Interrupting(Encoder):
 
 def test_ctrl_c_is_left_to_training(path, tiny_tokenizer, capfd):
     encoder = Interrupting(tiny_tokenizer, FIELDS, 160, CHATML)
-    with noticing_interruption() as interruption:
+    with noticing_interruption() as interrupted:
         assert len(order(plain(path, encoder, workers=2))) == 83
-    assert not interruption.requested
+    assert not interrupted()
     assert capfd.readouterr().err == ""
 
 

@@ -5,7 +5,8 @@ from datetime import datetime
 
 import pytest
 
-from disha.finetune.errors import DataError, MissingDependencyError, TokenizerError
+import disha
+from disha.finetune.errors import DataError, TokenizerError
 from disha.finetune.text.jinja import run_template
 
 
@@ -82,5 +83,5 @@ def test_a_damaged_template_is_named(template):
 
 def test_without_jinja2_the_remedy_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'disha-torch\[finetune\]'"):
+    with pytest.raises(disha.MissingPackageError, match=r"pip install 'disha-torch\[finetune\]'"):
         run("a template that was not compiled before")
