@@ -114,7 +114,7 @@ class AdaptedLayer(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Do as nn.Module does, without reading the weight that is there.
 
-        FSDP sets one parameter after the other, and between them not all are whole.
+        FSDP sets one parameter after the other: in between, some are gathered and others are not.
 
         Args:
             name: the parameter's name.
@@ -189,7 +189,7 @@ class AdaptedWeight:
 
     @property
     def base(self) -> Tensor:
-        """The original of the whole parameter, also while merged; quantised ones dequantised."""
+        """The original parameter, all rows of it, also while merged; a quantised one as dense."""
         name, merged = self.slot.parameter, self.layer.disha.merged
         original = None if merged is None else merged.originals.get(name)
         if original is not None and original.data is not None:
@@ -228,7 +228,7 @@ class AdaptedWeight:
         return functional.delta_weight(block.method, slot.layout, values, base, slot.rows)
 
     def merged(self, adapters: Iterable[str]) -> Tensor:
-        """Return W + sum of s * dW of the named adapters; the whole parameter."""
+        """Return W + sum of s * dW of the named adapters: the parameter with all its rows."""
         own = self.layer.disha.blocks()
         name = self.slot.parameter
         deltas = [
