@@ -423,9 +423,7 @@ class TestNames:
         state = tensors_in(setting.base)
         state["layers.1.attn.query.weight"] = state.pop("layers.1.attn.q_proj.weight")
         save_sharded(state, setting.base, 2)
-        message = (
-            r"1 missing[\s\S]*layers\.1\.attn\.q_proj: missing[\s\S]*near it: layers\.1\.attn\."
-        )
+        message = r"1 missing[\s\S]*layers\.1\.attn\.q_proj: missing[\s\S]*names: layers\.1\.attn\."
         with pytest.raises(AdapterFileError, match=message):
             setting.merge()
 
@@ -433,7 +431,7 @@ class TestNames:
         setting = Setting(tmp_path, nn.Sequential(*map(nn.Linear, [3] * 9, [3] * 9)))
         save_sharded({"transformer.wte": torch.zeros(1)}, setting.base, 1)
         remarks = [one.remark for one in verify_against(setting.base, setting.adapter).missing]
-        assert ["near it" in remark for remark in remarks] == [True] * 5 + [False] * 4
+        assert ["similar names" in remark for remark in remarks] == [True] * 5 + [False] * 4
 
     def test_a_tied_head_that_is_stored_once_says_what_to_do(self, tmp_path):
         setting = Setting(tmp_path, Layered(), "head")
@@ -466,7 +464,7 @@ class TestRefused:
 
     def test_other_weights_unless_forced(self, setting):
         self.change(setting, **{"head.weight": torch.randn(12, 8)})
-        self.refuse(setting, AdapterFileError, r"0 missing, 0 unfit, 1 of another base[\s\S]*force")
+        self.refuse(setting, AdapterFileError, r"0 unfit, 1 from another base[\s\S]*force")
         setting.merge(force=True)
         expected = setting.model
         expected.head.weight.data = tensors_in(setting.base)["head.weight"].clone()
@@ -476,7 +474,7 @@ class TestRefused:
         setting.merge()
         again = Setting.__new__(Setting)
         again.__dict__.update(setting.__dict__, base=setting.out, out=setting.folder / "again")
-        self.refuse(again, AdapterFileError, "without the adapter merged into it")
+        self.refuse(again, AdapterFileError, "without any merged adapter")
 
     def test_another_shape(self, setting):
         self.change(setting, **{"head.weight": torch.randn(12, 9)})
@@ -485,13 +483,13 @@ class TestRefused:
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
     def test_a_quantised_weight(self, setting, dtype):
         self.change(setting, **{"head.weight": torch.ones(12, 8).to(dtype)})
-        self.refuse(setting, AdapterFileError, "quantised or packed; give the checkpoint")
+        self.refuse(setting, AdapterFileError, "quantised or packed; give the original checkpoint")
 
     def test_a_quantised_weight_under_other_names(self, setting):
         state = tensors_in(setting.base)
         del state["head.weight"]
         save_sharded(state | {"head.qweight": torch.zeros(3)}, setting.base, 3)
-        self.refuse(setting, AdapterFileError, "near it: head.qweight")
+        self.refuse(setting, AdapterFileError, "similar names: head.qweight")
 
     def test_a_parameter_beside_the_blocks_that_is_missing_or_misshapen(self, tmp_path):
         setting = Setting(tmp_path, Layered(), "proj", also_train="norm")
@@ -540,7 +538,7 @@ class TestRefused:
         setting = Setting(tmp_path, Layered(), "embed")
         (setting.base / "config.json").write_text(json.dumps(config))
         if tied:
-            self.refuse(setting, MergeError, "tie_word_embeddings: false")
+            self.refuse(setting, MergeError, "tie_word_embeddings to false")
         setting.merge(force=tied)
         assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
 
@@ -648,13 +646,13 @@ def nothing(setting):
 
 
 IN_THE_WAY = {
-    "the base": (nothing, "base", True, "which is read"),
-    "in the base": (nothing, "base/below", True, "it is in the base"),
-    "a file in the base": (nothing, "base/x.safetensors", True, "it is in the base"),
+    "the base": (nothing, "base", True, "which is an input"),
+    "in the base": (nothing, "base/below", True, "it is inside the base"),
+    "a file in the base": (nothing, "base/x.safetensors", True, "it is inside the base"),
     "around the base": (nothing, "", True, "it is or contains"),
-    "a shard": (nothing, "base/model-00001-of-00003.safetensors", True, "which is read"),
-    "the adapter": (nothing, "adapter.safetensors", True, "which is read"),
-    "a link to the base": (make_link, "merged", True, "which is read"),
+    "a shard": (nothing, "base/model-00001-of-00003.safetensors", True, "which is an input"),
+    "the adapter": (nothing, "adapter.safetensors", True, "which is an input"),
+    "a link to the base": (make_link, "merged", True, "which is an input"),
     "a folder in use": (make_folder("merged", {"a": ""}), "merged", False, "set `overwrite`"),
     "no checkpoint": (make_folder("merged", {"a": ""}), "merged", True, "holds no checkpoint"),
     "a file for a folder": (make_file("merged"), "merged", True, "it is a file"),
@@ -917,7 +915,7 @@ class TestVerifying:
         assert {one.state for one in report.layers} == {"same base"}
         assert {one.state for one in report.also_train} == {"fits"}
         assert str(report).endswith(
-            "12 of 12 layers fit, 12 of them by the fingerprint of their weight too; "
+            "12 of 12 layers fit, 12 of them with the same fingerprint; "
             "2 of 2 further parameters fit"
         )
 

@@ -199,7 +199,7 @@ def test_the_architecture_follows_the_model_type(tmp_path, kind, architecture):
     model.config = config
     path = tmp_path / "lora.gguf"
     if architecture is None:
-        with refused(tmp_path, "the model is a 'gemma2'", model, kind=disha.ArgumentError):
+        with refused(tmp_path, "the model type 'gemma2'", model, kind=disha.ArgumentError):
             lora.export_gguf(model, path)
         architecture = "llama"
         lora.export_gguf(model, path, architecture=architecture)
@@ -237,7 +237,7 @@ def test_away_from_the_model_heads_must_be_told(tmp_path):
     path = tmp_path / "lora.gguf"
     with refused(tmp_path, "give `heads` and `kv_heads`", kind=disha.ArgumentError):
         lora.write_gguf(path, *contents)
-    with refused(tmp_path, "64 rows, which 3 heads", kind=disha.ArgumentError):
+    with refused(tmp_path, "64 rows, which can't be split into 3 heads", kind=disha.ArgumentError):
         lora.write_gguf(path, *contents, heads=3)
     lora.write_gguf(path, *contents, heads=HEADS)
     path.unlink()
@@ -298,19 +298,19 @@ def test_without_a_head_the_configuration_tells_whether_it_is_tied(tmp_path):
             lora.export_gguf(model.model, tmp_path / "lora.gguf")
             (tmp_path / "lora.gguf").unlink()
     del model.model.config
-    with refused(tmp_path, "which is unknown here", model):
+    with refused(tmp_path, "whether they do is unknown here", model):
         lora.export_gguf(model.model, tmp_path / "lora.gguf")
 
 
 def test_away_from_the_model_embeddings_are_refused(tmp_path):
     contents = adapter_contents(ModelView(adapted(decoder(), "embed_tokens")))
-    with refused(tmp_path, "which is unknown here"):
+    with refused(tmp_path, "whether they do is unknown here"):
         lora.write_gguf(tmp_path / "lora.gguf", *contents)
 
 
 def test_what_was_trained_beside_is_refused(tmp_path):
     model = adapted(decoder(), "q_proj", also_train="norm")
-    with refused(tmp_path, "was trained beside the blocks", model):
+    with refused(tmp_path, "were trained beside the blocks", model):
         lora.export_gguf(model, tmp_path / "lora.gguf")
 
 

@@ -601,8 +601,8 @@ def test_away_from_the_model_bat_needs_the_base(tmp_path):
     ("layer", "message"),
     [
         (nn.Conv1d(8, 8, 3), "is a convolution"),
-        (nn.ConvTranspose1d(8, 8, 3), "LoRA has no form for 1 of 1 layer"),
-        (nn.Bilinear(8, 8, 3), "LoRA has no form for 1 of 1 layer"),
+        (nn.ConvTranspose1d(8, 8, 3), "LoRA can't express 1 of 1 layer"),
+        (nn.Bilinear(8, 8, 3), "LoRA can't express 1 of 1 layer"),
     ],
 )
 def test_away_from_the_model_some_layers_are_refused(tmp_path, layer, message):
@@ -619,8 +619,8 @@ def test_blocks_of_other_shapes_than_the_header_says(tmp_path):
         ({"out_features": 7}, "expected a block of shape"),
         ({"r_out": 3}, "r_out=3 does not divide"),
         ({"method": "bat"}, "does not go with the layout"),
-        ({"layout": Layout("expert out in")}, "LoRA has no form"),
-        ({"rows": ((0, 8),)}, "LoRA has no form"),
+        ({"layout": Layout("expert out in")}, "LoRA can't express"),
+        ({"rows": ((0, 8),)}, "LoRA can't express"),
     ):
         changed = replace(header, layers=(replace(first, **change), *rest))
         contents = {**tensors, changed.layers[0].key: tensors[first.key]}
@@ -634,7 +634,7 @@ def test_blocks_of_other_shapes_than_the_header_says(tmp_path):
 def test_sizes_that_only_a_hostile_file_has(tmp_path):
     header, tensors = adapter_contents(ModelView(adapted(Layered(), "q_proj", 4)))
     layers = tuple(replace(layer, in_features=2**31 - 1) for layer in header.layers)
-    with refused(tmp_path, "the sizes of the layers can't be", kind=disha.AdapterFileError):
+    with refused(tmp_path, "the sizes in the header can't be", kind=disha.AdapterFileError):
         lora.write_lora(tmp_path / "lora", replace(header, layers=layers), tensors)
 
 
@@ -856,7 +856,7 @@ def test_a_trained_lora_is_no_bone_adapter(tmp_path):
     theirs.save_pretrained(str(tmp_path))
     model = Layered()
     before = snapshot(model)
-    with pytest.raises(disha.ConversionError, match=r"is no Bone adapter: in 2 of 2 layers"):
+    with pytest.raises(disha.ConversionError, match=r"is not in 2 of 2 layers"):
         lora.load(model, tmp_path)
     assert_unchanged(model, before)
 
@@ -909,14 +909,14 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
                 }
             },
             disha.ConversionError,
-            "is no Bone adapter",
+            "is not a Bone adapter",
         ),
         (
             {"tensors": {f"{FIRST}.lora_B.weight": None}},
             disha.AdapterFileError,
             r"q_proj has \.lora_A\.weight; a layer has",
         ),
-        ({"tensors": {"other": torch.ones(1)}}, disha.AdapterFileError, "has no name under"),
+        ({"tensors": {"other": torch.ones(1)}}, disha.AdapterFileError, "must be 'base_model"),
         (
             {"tensors": {f"{FIRST}.lora_magnitude_vector": torch.ones(8)}},
             disha.AdapterFileError,
@@ -930,17 +930,17 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
         (
             {"tensors": {f"{FIRST}.lora_B.weight": torch.ones(8)}},
             disha.ConversionError,
-            "is no Bone adapter",
+            "is not a Bone adapter",
         ),
         (
             {"tensors": {f"{FIRST}.lora_A.weight": torch.tensor(1.0)}},
             disha.ConversionError,
-            "is no Bone adapter",
+            "is not a Bone adapter",
         ),
         (
             {"tensors": {f"{FIRST}.lora_A.weight": torch.eye(0, 8)}},
             disha.ConversionError,
-            "is no Bone adapter",
+            "is not a Bone adapter",
         ),
         (
             {"tensors": {f"{FIRST}.lora_B.weight": torch.full((8, 4), float("inf"))}},

@@ -252,11 +252,19 @@ NOT_EXPRESSIBLE = {
     "several r": (
         lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
         {"r": 4, "rank_pattern": {"1": 2}},
-        "one r for all layers, this adapter has 2, 4",
+        "one r for all layers, and this adapter has 2, 4",
     ),
-    "conv": (lambda: nn.Sequential(nn.Conv1d(8, 8, 3)), {"r": 4}, "its layout is 'out in *kernel'"),
-    "embedding": (lambda: nn.Sequential(nn.Embedding(8, 8)), {"r": 4}, "its layout is 'index out'"),
-    "weights as (in, out)": (conv1d, {"r": 4}, "its layout is 'in out'"),
+    "conv": (
+        lambda: nn.Sequential(nn.Conv1d(8, 8, 3)),
+        {"r": 4},
+        "the layout of this weight is 'out in *kernel'",
+    ),
+    "embedding": (
+        lambda: nn.Sequential(nn.Embedding(8, 8)),
+        {"r": 4},
+        "the layout of this weight is 'index out'",
+    ),
+    "weights as (in, out)": (conv1d, {"r": 4}, "the layout of this weight is 'in out'"),
     "rows": (
         lambda: nn.Sequential(nn.Linear(8, 8)),
         {"r": 4, "rows": {"0": [(0, 4)]}},
@@ -574,9 +582,9 @@ HOSTILE = {
     "a target is empty": (with_fields(target_modules=[""]), "target_modules must be"),
     "no targets": (with_fields(target_modules=[]), "does not select it"),
     "fewer targets": (with_fields(target_modules=["inner"]), "layers.0.v: target_modules in"),
-    "saved are regexes": (with_fields(modules_to_save=["norm|head"]), "has 'norm|head', of which"),
-    "saved is absent": (with_fields(modules_to_save=["norm", "head"]), "has 'head', of which"),
-    "saved is not there": (with_fields(modules_to_save=["norm", "x"]), "has 'x', of which there"),
+    "saved are regexes": (with_fields(modules_to_save=["norm|head"]), "'norm|head', but no tensor"),
+    "saved is absent": (with_fields(modules_to_save=["norm", "head"]), "has 'head', but no tensor"),
+    "saved is not there": (with_fields(modules_to_save=["norm", "x"]), "has 'x', but no tensor"),
     "nothing saved": (with_fields(modules_to_save=None), "neither modules_to_save nor bias"),
     "bias of old": (with_fields(bias="lora_only"), "bias must be"),
     "biases that are not there": (
@@ -616,7 +624,7 @@ HOSTILE = {
     "no layer's block": (with_tensor("miss_block", lambda t: torch.zeros(4, 6)), "parameter miss"),
     "a block of a norm": (
         with_tensor("norm.miss_block", lambda t: torch.zeros(4, 6)),
-        "adapts nn.Linear only, and it is a BatchNorm1d",
+        "adapts nn.Linear only, not BatchNorm1d",
     ),
     "a block of Bone": (with_tensor("inner.bone_block", lambda t: torch.zeros(4, 6)), "no such p"),
     "a parameter more": (

@@ -67,7 +67,7 @@ REFUSED = {
     "no tensors": (without("adapter_model.safetensors"), "can't read"),
     "a pickle": (as_pickle, "a pickle, which can run any code"),
     "cut off": (cut_off, "not a complete safetensors file"),
-    "no prefix": (unprefixed, "has no name under 'base_model.model.'"),
+    "no prefix": (unprefixed, "must be 'base_model.model.' and a name"),
     "no JSON": (config("{"), "not valid JSON"),
     "not UTF-8": (config(b"\xff\xfe{"), "not valid JSON"),
     "deep JSON": (config('{"a":' * 100_000 + "1" + "}" * 100_000), "not valid JSON"),
@@ -87,7 +87,7 @@ REFUSED = {
     "not a number": (tensor(lambda t: t * float("nan"), "norm.weight"), "not finite"),
     "integers": (tensor(lambda t: t.long()), "has dtype torch.int64"),
     "eight bits": (tensor(lambda t: t.to(torch.float8_e4m3fn)), "float8"),
-    "another buffer": (tensor(lambda t: t + 1, "norm.running_var"), "a buffer with other"),
+    "another buffer": (tensor(lambda t: t + 1, "norm.running_var"), "this buffer differs"),
 }
 
 

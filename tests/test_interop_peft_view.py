@@ -58,7 +58,7 @@ class Widened(Encoder):
 
 
 SILENT = {
-    "shared": (Shared, "first", (3, 6), "one module under the names first, second"),
+    "shared": (Shared, "first", (3, 6), "one module with the names first, second"),
     "own forward": (
         lambda: nn.Sequential(Doubled(8, 8)), "0", (3, 8), "Doubled has a forward of its own"),
     "fast path": (lambda: nn.Sequential(Encoder()), "linear1", (2, 3, 8), "Encoder reads its"),
@@ -113,7 +113,7 @@ def test_layers_that_peft_runs_otherwise_are_not_loaded(tmp_path):
     with torch.no_grad():
         model.base_model.model.first.miss_block["default"].normal_()
     model.save_pretrained(tmp_path)
-    refused_to_load(tmp_path, miss, Shared(), "of which PEFT adapts the first only")
+    refused_to_load(tmp_path, miss, Shared(), "and PEFT adapts only the first")
     base = nn.ModuleDict({"first": Doubled(6, 6)})
     refused_to_load(tmp_path, miss, base, "a forward of its own")
 
@@ -303,7 +303,7 @@ def test_buffers_that_are_not_the_models_are_refused(tmp_path, form):
     for buffer in ("running_mean", "num_batches_tracked"):
         base = net()
         getattr(base.norm, buffer).add_(1)
-        refused_to_load(tmp_path, form, base, f"norm.{buffer}: a buffer with other values")
+        refused_to_load(tmp_path, form, base, f"norm.{buffer}: this buffer differs")
 
 
 def test_peft_parts_a_tied_weight_that_it_saves(tmp_path):

@@ -76,7 +76,7 @@ def changed(model):
     [
         (
             without,
-            "no weight for layer 'linear': there is no .*; near it: linear.bias",
+            "no weight for layer 'linear': there is no .*; similar names: linear.bias",
         ),
         (integers, "linear.weight: is stored as I8"),
         (changed, "other values"),

@@ -1,9 +1,9 @@
-"""LoRA as llama.cpp reads it: a GGUF file, for models of the Llama family.
+"""LoRA as a GGUF file for llama.cpp, for models of the Llama family.
 
 Tensors are `blk.<n>.<part>.weight.lora_a` (rank, in) and `.lora_b` (out, rank), in float32.
-llama.cpp adds alpha / rank B A x, with one alpha for the file. GGUF has the rows of a Llama's q and
-k in the order of interleaved rotary embeddings, and so B has them in that order too: within a head
-of d rows, row 2i + half is the usual row half * d / 2 + i.
+llama.cpp adds alpha / rank B A x, with one alpha for the file. In Llama models, GGUF stores the
+rows of q and k in the order of interleaved rotary embeddings, so the rows of B have that order too:
+within a head of d rows, row 2i + half is the usual row half * d / 2 + i.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -38,7 +38,7 @@ from disha.interop.low_rank import (
     base_weights,
     check_limits,
     commonest,
-    few,
+    listed,
     low_rank_updates,
 )
 from disha.model import ModelView
@@ -47,10 +47,10 @@ from disha.text import counted
 __all__ = ["ARCHITECTURES", "export_gguf", "write_gguf"]
 
 ARCHITECTURES: Mapping[str, bool] = {"llama": True, "qwen2": False}
-"""GGUF's names of architectures -> whether GGUF has the rows of q and k in another order."""
+"""GGUF's name of an architecture -> whether GGUF stores the rows of q and k in another order."""
 
 MODEL_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-"""Model types of `transformers` -> architecture."""
+"""Model type in `transformers` -> architecture in GGUF."""
 
 LAYER_PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -68,7 +68,7 @@ _HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class _Base:
-    """What is known of llama.cpp's file of the base model.
+    """What is known about the GGUF file of the base model.
 
     Attributes:
         architecture: its name in GGUF.
@@ -93,7 +93,7 @@ class _Base:
                 check_positive_int(name, value)
 
     def interleaves(self, name: str) -> bool:
-        """Whether GGUF has the rows of the weight of that name in another order."""
+        """Whether GGUF stores the rows of the weight of that name in another order."""
         return ARCHITECTURES[self.architecture] and name.endswith((".attn_q", ".attn_k"))
 
     def heads_of(self, name: str) -> int | None:
@@ -116,8 +116,8 @@ class _Base:
             )
         if layer.out_features % (2 * heads):
             raise ArgumentError(
-                f"{layer.name} has {layer.out_features} rows, which {heads} heads of an even size "
-                "do not divide; give `heads` and `kv_heads` of the base model"
+                f"{layer.name} has {layer.out_features} rows, which can't be split into {heads} "
+                "heads of an even size; give `heads` and `kv_heads` of the base model"
             )
 
 
@@ -132,12 +132,12 @@ def export_gguf(
     heads: int | None = None,
     kv_heads: int | None = None,
 ) -> LoraReport:
-    """Write an adapter of a Llama-family model as the GGUF file of a LoRA that llama.cpp reads.
+    """Write an adapter of a Llama-family model as a LoRA in a GGUF file for llama.cpp.
 
-    llama.cpp reads it beside the GGUF file of the base model (`--lora`). Layers have the usual
+    llama.cpp reads it beside the GGUF file of the base model (`--lora`). Layers must have the usual
     names, `model.layers.0.self_attn.q_proj` and so on, with or without `model.`. Bone and tile are
-    exact; BAT is truncated to `rank`. Factors are float32 for blocks of any dtype. This needs the
-    package `gguf`.
+    exact; BAT is truncated to `rank`. Factors are float32 for blocks of any dtype. The package
+    `gguf` must be installed.
 
     If the model is sharded, call this on all ranks; the first one writes.
 
@@ -147,8 +147,8 @@ def export_gguf(
         adapter: the adapter's name.
         rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
         max_error: largest ||dW - B A|| / ||dW|| of a layer.
-        architecture: `general.architecture` of the base model's GGUF file; by default what
-            `model.config.model_type` says, or else `"llama"`.
+        architecture: `general.architecture` of the base model's GGUF file; by default the one for
+            `model.config.model_type`, or else `"llama"`.
         heads: query heads; by default those of `model.config`.
         kv_heads: key and value heads; by default those of `model.config`.
 
@@ -215,7 +215,7 @@ def write_gguf(
     base: BaseWeight | None = None,
     progress: Progress = iter,
 ) -> LoraReport:
-    """Write an adapter that is away from its model as a GGUF file, as `export_gguf` does.
+    """Write an adapter without its model as a GGUF file, as `export_gguf` does.
 
     Args:
         path: the file to write.
@@ -228,7 +228,7 @@ def write_gguf(
         rank: largest rank of a layer.
         max_error: largest relative error of a layer.
         base: returns the base weights; only BAT needs it.
-        progress: is given the layers, and yields each before it is converted.
+        progress: receives the layers, and yields each before it is converted.
 
     Returns:
         A `LoraReport`, with the rank and the error of every layer.
@@ -275,16 +275,17 @@ def _base_of(
     view: ModelView, architecture: str | None, heads: int | None, kv_heads: int | None
 ) -> _Base:
     config = getattr(view.model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if architecture is None and kind is not None and kind not in MODEL_TYPES:
+    model_type = getattr(config, "model_type", None)
+    if architecture is None and model_type is not None and model_type not in MODEL_TYPES:
         raise ArgumentError(
-            f"the model is a {kind!r}, and LoRA as GGUF is known for {', '.join(MODEL_TYPES)}; if "
-            "its GGUF file is of one of these architectures, give `architecture`"
+            f"the model type {model_type!r} is unknown; LoRA can be written as GGUF for "
+            f"{', '.join(MODEL_TYPES)}. If the model's GGUF file has the architecture "
+            f"{' or '.join(ARCHITECTURES)}, give it as `architecture`"
         )
     heads = _first(config, "num_attention_heads", "heads") if heads is None else heads
     if kv_heads is None:
         kv_heads = _first(config, "num_key_value_heads", "kv_heads") or heads
-    known = MODEL_TYPES.get(kind or "llama", "llama")
+    known = MODEL_TYPES.get(model_type or "llama", "llama")
     return _Base(architecture or known, heads, kv_heads, _is_head_tied(view, config))
 
 
@@ -294,7 +295,7 @@ def _first(config: Any, *names: str) -> int | None:
 
 
 def _is_head_tied(view: ModelView, config: Any) -> bool | None:
-    """Whether the output head shares the embedding's weight; None if nothing tells."""
+    """Whether the output head shares the embedding's weight; None if that is unknown."""
     found = view.modules
     head = found.get(_HEAD)
     embedding = next((found[name] for name in found if _EMBEDDING.fullmatch(name)), None)
@@ -311,21 +312,23 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
     """Return layer -> the name of its weight in GGUF, without `.weight`.
 
     Raises:
-        ConversionError: the adapter has parts that have none.
-        ArgumentError: the heads of the base model are not known, and matter.
+        ConversionError: a part of the adapter has no name in GGUF.
+        ArgumentError: the heads of the base model are needed, but not known.
     """
     if header.also_train:
         raise ConversionError(
-            f"{few(header.also_train)} was trained beside the blocks, and a LoRA for llama.cpp "
-            "holds updates of layers only; convert the merged model (merge_adapters)"
+            f"a LoRA for llama.cpp holds updates of layers only, and parameters were trained "
+            f"beside the blocks ({listed(header.also_train)}); convert the merged model "
+            "(merge_adapters)"
         )
     names = {layer.name: _gguf_name(layer) for layer in header.layers}
     unknown = [name for name, found in names.items() if found is None]
     if unknown:
         raise ConversionError(
             f"the GGUF file of a {base.architecture} model has no place for {len(unknown)} of "
-            f"{counted(len(names), 'layer')} ({few(unknown)}): known are layers.<n>. with "
-            f"{', '.join(LAYER_PARTS)}, then lm_head and embed_tokens, each also after 'model.'"
+            f"{counted(len(names), 'layer')} ({listed(unknown)}); allowed are lm_head, "
+            f"embed_tokens and layers.<n>. with {', '.join(LAYER_PARTS)}; the last two also after "
+            "'model.'"
         )
     known = {name: found for name, found in names.items() if found is not None}
     if base.tied_head and "output" in known.values():
@@ -340,7 +343,7 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
             + (
                 ", as they do here; leave it out (`exclude`)"
                 if base.tied_head
-                else ", which is unknown here; export it from the model"
+                else "; whether they do is unknown here, so export from the model"
             )
         )
     for layer in header.layers:
@@ -385,7 +388,7 @@ def _factors(
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise AdapterStateError(
-            f"{few(broken)} would not be finite in float32; nothing was written. Lower the "
+            f"{listed(broken)} would not be finite in float32; nothing was written. Lower the "
             "adapter's scale"
         )
     return alpha, tensors

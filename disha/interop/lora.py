@@ -1,8 +1,9 @@
-"""LoRA: a model's adapter as a folder in PEFT's layout, which most LoRA runtimes read, and back.
+"""LoRA: export a model's adapter as a folder in PEFT's layout, and load such a folder.
 
-Bone and tile are LoRA without loss: B holds the block's own numbers, and the runtime scale is in
-lora_alpha. BAT is truncated to a rank. `write_lora` and `read_lora` convert an adapter away from
-its model, `write_gguf` and `export_gguf` write llama.cpp's file.
+Most LoRA runtimes read this layout. Bone and tile become LoRA without loss: B holds the block's
+own values, and lora_alpha the runtime scale. BAT is truncated to a rank. `write_lora` and
+`read_lora` convert an adapter without its model. `write_gguf` and `export_gguf` write a file for
+llama.cpp.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def export(
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: LoRA can't express the adapter, or not with an error up to `max_error`.
+        ConversionError: LoRA can't express the adapter, or its error is above `max_error`.
         ArgumentError: there is no such adapter, `rank` or `max_error` is out of range, or BAT
             lacks `rank`.
         ArgumentTypeError: one of them is not a number.
@@ -110,9 +111,9 @@ def _unknown_to_lora(layer: nn.Module) -> str | None:
         if layer.groups != 1:
             return f"its convolution has groups={layer.groups}, and PEFT's LoRA can't merge these"
         if any(step != 1 for step in layer.dilation):
-            return "its convolution is dilated, and LoRA's in PEFT is not"
+            return "its convolution is dilated, and the one in PEFT's LoRA is not"
         if layer.padding_mode != "zeros":
-            return f"its convolution has padding_mode={layer.padding_mode!r}, and LoRA's pads zeros"
+            return f"it has padding_mode={layer.padding_mode!r}, and PEFT's LoRA pads with zeros"
         return None
     if isinstance(layer, nn.Embedding):
         if layer.max_norm is not None:
@@ -140,12 +141,12 @@ def load(
     dtype: torch.dtype | None = None,
     freeze: bool = True,
 ) -> LoadReport:
-    """Load a LoRA that is a Bone adapter, as `export` writes them, into a model.
+    """Load a LoRA that is a Bone adapter, such as `export` writes, into a model.
 
     If every A is [I_r I_r ... I_r], the LoRA is Bone with D = B^T, without loss. Other LoRAs have
-    no block, and raise. Parameters in `modules_to_save` become parameters trained beside the
-    adapter. Buffers there must have the model's values. Keys of `alpha_pattern` must be names or
-    ends of names, not regexes.
+    no block and raise an error. Parameters in `modules_to_save` become parameters trained beside
+    the adapter. Buffers there must have the model's values. Keys of `alpha_pattern` must be names
+    or endings of names, not regexes.
 
     Args:
         model: the base model, or one that has other adapters.

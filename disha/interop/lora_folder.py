@@ -1,4 +1,4 @@
-"""LoRA folders in PEFT's layout, without a model: read and written."""
+"""Read and write LoRA folders in PEFT's layout without a model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from disha.interop.low_rank import (
     LowRankUpdate,
     Progress,
     commonest,
-    few,
     layer_of_factors,
+    listed,
     low_rank_updates,
 )
 from disha.interop.peft_files import (
@@ -43,7 +43,7 @@ from disha.text import counted
 __all__ = ["CANT_EXPRESS", "read_lora", "write", "write_lora"]
 
 LOOKUP, IN_OUT, CONV = "index out", "in out", "out in *kernel"
-"""The layouts that a LoRA folder has names, fields or shapes of its own for."""
+"""The layouts that have their own names, fields or shapes in a LoRA folder."""
 
 CANT_EXPRESS = "PEFT's LoRA would not compute what this adapter does"
 
@@ -61,11 +61,11 @@ def write_lora(
     base: BaseWeight | None = None,
     progress: Progress = iter,
 ) -> LoraReport:
-    """Write an adapter that is away from its model as LoRA, as `export` does.
+    """Write an adapter without its model as LoRA, as `export` does.
 
-    Some checks need the model and are left out: whether PEFT's layers act in it (`export` refuses
-    layers where they don't), and whether `also_train` names everything in each module, as PEFT
-    requires when it loads. Convolutions are refused, because their groups and padding are unknown.
+    Two checks of `export` need the model and are left out: whether PEFT's layers act in it, and
+    whether `also_train` names every parameter of each module, as PEFT requires when it loads.
+    Convolutions are refused, because their groups and padding are unknown.
 
     Args:
         folder: the folder to write.
@@ -74,14 +74,14 @@ def write_lora(
         rank: largest rank of a layer.
         max_error: largest relative error of a layer.
         base: returns the base weights; only BAT needs it.
-        progress: is given the layers, and yields each before it is converted.
+        progress: receives the layers, and yields each before it is converted.
 
     Returns:
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: LoRA can't express the adapter, or not with an error up to `max_error`; or
-            a layer is a convolution.
+        ConversionError: LoRA can't express the adapter, its error is above `max_error`, or a layer
+            is a convolution.
         ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or `base`.
         ArgumentTypeError: one of them is not a number.
         AdapterStateError: the adapter holds values that are not finite.
@@ -144,11 +144,11 @@ def write(
         targets: `target_modules` that select the layers.
         beside: the tensors that are saved beside the factors.
         modules_to_save: the modules that these belong to.
-        base_name: where the base came from, if that is known.
+        base_name: the name or path of the base, if it is known.
     """
     ranks = {update.record.name: update.rank for update in updates}
     alphas = {update.record.name: _alpha(update) for update in updates}
-    # Most layers have the same; the others are listed.
+    # The values of most layers are the default; the patterns list the other layers.
     r, alpha = commonest((ranks[name], alphas[name]) for name in ranks)
     config = {
         "peft_type": "LORA",
@@ -173,7 +173,7 @@ def write(
 
 
 def _alpha(update: LowRankUpdate) -> float:
-    """Return lora_alpha = s rank, with which PEFT's factor is s.
+    """Return lora_alpha = s * rank, so that PEFT scales by s.
 
     Some runtimes read 0 as 1, so a scale of 0 makes B zero instead.
     """
@@ -204,15 +204,15 @@ def read_lora(
     also_train: bool = True,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
-    """Return a LoRA that is a Bone adapter, as an adapter away from its model.
+    """Read a LoRA that is a Bone adapter, without a model.
 
     The folder's tensors say which layers are adapted, and with which rank. The scale comes from
-    `lora_alpha` and `alpha_pattern`, whose keys must be names or ends of names, not regexes.
+    `lora_alpha` and `alpha_pattern`, whose keys must be names or endings of names, not regexes.
 
     Args:
         folder: the folder.
-        layouts: the layouts of the model's weights, by the names of their modules. They are needed
-            for a folder with `fan_in_fan_out`, because that holds for some of its layers only.
+        layouts: the layouts of the model's weights, by the names of their modules. A folder with
+            `fan_in_fan_out` needs them, because the field applies to only some of its layers.
         also_train: also return the parameters that the folder holds beside the factors.
         buffers: the model's buffers. Those of the folder must have the same values, and are left
             out.
@@ -262,9 +262,9 @@ def read_lora(
     without = [name for name, one in found.items() if one is None]
     if without:
         raise ConversionError(
-            f"{path} is no Bone adapter: in {len(without)} of {counted(len(pairs), 'layer')} "
-            f"({few(without)}) lora_A is not [I I ... I], and no block has another A; use this "
-            "LoRA with PEFT, or merge it there"
+            f"{path} is not a Bone adapter: lora_A must be [I I ... I], and it is not in "
+            f"{len(without)} of {counted(len(pairs), 'layer')} ({listed(without)}); use this LoRA "
+            "with PEFT, or merge it there"
         )
     layers = [one for one in found.values() if one is not None]
     contents = {layer.key: block for layer, block in layers} | kept
@@ -280,7 +280,7 @@ def read_lora(
 
 @dataclass(frozen=True)
 class _Pair:
-    """The factors of one layer, and whether their keys are those of an embedding."""
+    """The factors of one layer, and whether it is an embedding, by their keys."""
 
     a: Tensor
     b: Tensor
@@ -288,14 +288,14 @@ class _Pair:
 
     @property
     def rank(self) -> int:
-        """The rows of A, or 1 if it has none and is no factor."""
+        """The number of rows of A, or 1 if A is empty or a scalar, and so not a factor."""
         return self.a.shape[0] if self.a.dim() and self.a.numel() else 1
 
     @property
     def layout(self) -> Layout | None:
-        """The layout of the weight, or None for a linear layer, whose layout A does not show.
+        """The layout of the weight; None for a linear layer, because A does not show its layout.
 
-        The padding row of an embedding gets no update: it is the only zero column of A.
+        The padding row of an embedding gets no update, so it is the only zero column of A.
         """
         if self.embedding:
             empty = (self.a == 0).all(dim=0).nonzero().flatten().tolist()
@@ -327,7 +327,7 @@ def _paired(
         elif not key.endswith(_BASE_WEIGHT):
             raise AdapterFileError(
                 f"{path}: tensor {key!r} is neither lora_A nor lora_B, nor in a module that "
-                "modules_to_save names; a LoRA with more to it is no Bone adapter"
+                "modules_to_save names; a LoRA with other tensors is not a Bone adapter"
             )
     if not factors:
         raise AdapterFileError(f"{path} holds no lora_A and lora_B")
@@ -363,14 +363,14 @@ _CHANGE_THE_SUM = (
     "use_bdlora",
     "use_qalora",
 )
-"""PEFT's settings with which a layer computes something else than W x + s B A x."""
+"""PEFT's settings that make a layer compute something other than W x + s B A x."""
 
 
 def _check_settings(fields: Fields) -> None:
-    kind = fields.get("peft_type")
-    if kind != "LORA":
+    peft_type = fields.get("peft_type")
+    if peft_type != "LORA":
         raise AdapterFileError(
-            f"{fields.path} is of an adapter of peft_type {kind!r}, not 'LORA'; "
+            f"{fields.path} has the peft_type {peft_type!r}, not 'LORA'; "
             "disha.interop.peft.load reads PEFT's MiSS and Bone"
         )
     more = [name for name in _CHANGE_THE_SUM if fields.get(name)]
@@ -378,8 +378,8 @@ def _check_settings(fields: Fields) -> None:
         more.append("bias")
     if more:
         raise ConversionError(
-            f"{fields.path} uses {', '.join(more)}, and a Bone adapter has nothing like that; "
-            "use this LoRA with PEFT"
+            f"{fields.path} uses {', '.join(more)}, which a Bone adapter can't express; use this "
+            "LoRA with PEFT"
         )
 
 
@@ -389,7 +389,7 @@ def _matrix_layout(fields: Fields, name: str, layouts: Mapping[str, Layout] | No
         return Layout("out in")
     if layouts is None:
         raise ConversionError(
-            f"{fields.path} has fan_in_fan_out, and does not say for which layers; load the folder "
+            f"{fields.path} has fan_in_fan_out, but does not say for which layers; load the folder "
             "into the model (disha.interop.lora.load), and save the adapter from there"
         )
     return layouts.get(name, Layout(IN_OUT))
@@ -411,7 +411,7 @@ def _config(fields: Fields, layers: Sequence[LayerRecord], beside: Iterable[str]
 
 
 _PLAIN_NAME = re.compile(r"\^?((?:[\w\-.]|\\\W)+)")
-"""A regex that means one name: an anchor, letters, dots, and escaped characters."""
+"""A regex that matches one name: an anchor, letters, dots, and escaped characters."""
 
 
 class _Alphas:
@@ -433,7 +433,7 @@ class _Alphas:
             name = _PLAIN_NAME.fullmatch(key)
             if name is None:
                 raise fields.wrong(
-                    "alpha_pattern", f"of plain names, not of regexes such as {key[:80]!r}"
+                    "alpha_pattern", f"an object of plain names, not regexes such as {key[:80]!r}"
                 )
             alphas = self._anchored if key.startswith("^") else self._alphas
             alphas.setdefault(re.sub(r"\\(\W)", r"\1", name[1]), (number, alpha))
@@ -442,7 +442,7 @@ class _Alphas:
         """Return the scale s of a layer."""
         known = [self._alphas[end] for end in name_ends(name) if end in self._alphas]
         known += [self._anchored[name]] if name in self._anchored else []
-        # The first key that fits counts.
+        # As in PEFT, the first key that matches applies.
         _, alpha = min(known, key=lambda one: one[0], default=(0, self._default))
         try:
             check_scale(alpha)

@@ -1,10 +1,10 @@
-"""Updates as products of two low-rank factors, as LoRA has them: dW = B A.
+"""Updates as products of two low-rank factors, as in LoRA: dW = B A.
 
 Bone and tile are exactly such products: A = [I_r I_r ... I_r], cropped to the input, and B = D^T.
-So are their embeddings, where the rows of the table are the inputs, and their convolutions, where
-each row of A holds one channel shard at one position of the kernel. A method without factors (BAT)
-is truncated: dW is formed, and its largest singular values are kept. Exact factors are truncated
-too if a smaller rank is asked for.
+This includes their embeddings, where the rows of the table are the inputs, and their convolutions,
+where each row of A holds one channel shard at one position of the kernel. A method without factors
+(BAT) is truncated: this module forms dW and keeps its largest singular values. Exact factors are
+truncated too if the caller asks for a smaller rank.
 
 Source: Hu et al., "LoRA", arXiv 2106.09685; Eckart and Young, 1936, for the truncation.
 """
@@ -46,8 +46,8 @@ __all__ = [
     "base_weights",
     "check_limits",
     "commonest",
-    "few",
     "layer_of_factors",
+    "listed",
     "low_rank_updates",
 ]
 
@@ -63,7 +63,7 @@ PATTERNS = ("out in", "in out", "out in *kernel", "index out")
 """The layouts of the weights that LoRA can adapt."""
 
 LARGEST_FACTORS, FACTORS_PER_VALUE = 2**27, 64
-"""How many values all A may have together: this many, and more for each value of the blocks."""
+"""Limit on the values of all A together: a constant, plus so many for each value of the blocks."""
 
 LARGEST_EXACT = 2048
 """Matrices up to this size get all their singular values, larger ones only the leading ones."""
@@ -71,7 +71,7 @@ LARGEST_EXACT = 2048
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """The update of one layer as LoRA has it: dW = s B A.
+    """The update of one layer as in LoRA: s dW = s B A.
 
     Attributes:
         record: the layer.
@@ -119,7 +119,7 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What was written as LoRA; printable.
+    """The layers that were written as LoRA, with their errors; printable.
 
     Attributes:
         path: the folder or file.
@@ -178,7 +178,7 @@ def commonest(values: Iterable[T]) -> T:
     return max(counts, key=lambda value: (counts[value], value))
 
 
-def few(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return the first names of a list, for a message."""
     return first_few([name or "(the model)" for name in names], 5, ", ")
 
@@ -216,7 +216,7 @@ def low_rank_updates(
         rank: largest rank of a layer. None means the exact factors, which BAT does not have.
         max_error: largest relative error of a layer.
         base: returns the base weights; only BAT needs it.
-        progress: is given the layers, and yields each before it is converted.
+        progress: receives the layers, and yields each before it is converted.
 
     Raises:
         ConversionError: a layer has no low-rank factors, or its error is above `max_error`.
@@ -235,7 +235,7 @@ def low_rank_updates(
 
 
 def check_limits(rank: int | None, max_error: float | None) -> None:
-    """Raise unless both limits are None or usable."""
+    """Raise unless both limits are None or in range."""
     if rank is not None:
         check_positive_int("rank", rank)
     if max_error is not None:
@@ -249,8 +249,8 @@ def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
     without = [one.name for one in header.layers if one.layout.pattern not in PATTERNS or one.rows]
     if without:
         raise ConversionError(
-            f"LoRA has no form for {len(without)} of {counted(len(header.layers), 'layer')} "
-            f"({few(without)}): it adapts all rows of linear layers, convolutions that are not "
+            f"LoRA can't express {len(without)} of {counted(len(header.layers), 'layer')} "
+            f"({listed(without)}): it adapts all rows of linear layers, convolutions that are not "
             "transposed, and embeddings. Leave the others out of the adapter (`exclude`)"
         )
     for layer in header.layers:
@@ -267,7 +267,7 @@ def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
         worst = max(sizes, key=sizes.__getitem__)
         raise AdapterFileError(
             f"the factors A would have {sum(sizes.values()):,} values, {sizes[worst]:,} of them in "
-            f"{worst}, and the blocks have {values:,}: the sizes of the layers can't be right"
+            f"{worst}, but the blocks have only {values:,}: the sizes in the header can't be right"
         )
 
 
@@ -352,7 +352,7 @@ def _check_finite(updates: Sequence[LowRankUpdate]) -> None:
     ]
     if broken:
         raise AdapterStateError(
-            f"the factors of {few(broken)} are not finite in the dtype of their blocks; nothing "
+            f"the factors of {listed(broken)} are not finite in the dtype of their blocks; nothing "
             "was written. Load the adapter in a wider dtype first (load_adapter(..., dtype=))"
         )
 
@@ -387,7 +387,7 @@ def _product_norm(b: Tensor, a: Tensor) -> float:
 
 
 def _difference_norm(b: Tensor, a: Tensor) -> float:
-    """Return ||B A|| where terms cancel: squares would lose half the digits, QR loses none."""
+    """Return ||B A|| where terms cancel: squaring would lose half the digits, QR loses none."""
     return _norm(_triangle(b) @ _triangle(a.T).T)
 
 
@@ -405,12 +405,12 @@ def _cut_product(layer: LayerRecord, b: Tensor, a: Tensor, rank: int) -> tuple[T
 
 
 def _cut(layer: LayerRecord, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A (rank, in) and B (out, rank) of the leading singular values, shared evenly."""
+    """Return A (rank, in) and B (out, rank); each has the roots of the leading singular values."""
     if not finite_as(matrix, matrix.dtype):
         raise AdapterStateError(
             f"the update of {layer.name} is not finite: its block, or the base weight, holds NaN, "
-            "infinity or values that are too large; nothing was written. Use an earlier state of "
-            "the training, or another copy of the base"
+            "infinity or values that are too large; nothing was written. Use an earlier checkpoint "
+            "of the training, or another copy of the base"
         )
     smaller = min(matrix.shape)
     rank = min(rank, smaller)
@@ -418,7 +418,7 @@ def _cut(layer: LayerRecord, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same file every time
+            torch.manual_seed(0)  # so that every export gives the same file
             u, s, v = torch.svd_lowrank(matrix, q=2 * rank, niter=4)
             vh = v.mT
     root = s[:rank].sqrt()
@@ -431,7 +431,7 @@ def _cut(layer: LayerRecord, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
 def layer_of_factors(
     name: str, a: Tensor, b: Tensor, layout: Layout, scale: float
 ) -> tuple[LayerRecord, Tensor] | None:
-    """Return the layer and the block that have these factors, or None if no method has a block.
+    """Return the layer and the block with these factors, or None if no method has such a block.
 
     Args:
         name: the layer's name.

@@ -1,6 +1,6 @@
-"""PEFT's folders of MiSS and of Bone, without a model: read, checked, and written.
+"""Read, check and write PEFT folders of MiSS and of Bone without a model.
 
-A tile is PEFT's "mini", BAT its "bat". The blocks are the same numbers in the same shapes, under
+PEFT calls a tile "mini", and BAT "bat". The blocks have the same values and shapes. Their keys are
 `base_model.model.<layer>.miss_block` (`bone_block` up to PEFT 0.18).
 """
 
@@ -45,8 +45,8 @@ __all__ = [
     "BaseShapes",
     "PeftFolder",
     "contents_of",
-    "described",
     "inexpressible",
+    "peft_config",
     "read_folder",
     "write",
     "write_folder",
@@ -119,15 +119,15 @@ class PeftFolder:
         return dataclasses.replace(self, tensors=kept)
 
     def _name_in_base(self, key: str) -> str | None:
-        """Return the base's name of a tensor that is no block; None if PEFT does not use it."""
+        """Return the name in the base of a tensor beside the blocks; None if PEFT ignores it."""
         module, _, last = key.rpartition(".")
         if self.config.bias == "none" or last != "bias":
             return key
         layer = module.removesuffix(".base_layer")
         if layer != module and join(layer, self.config.block_name) in self.tensors:
             return join(layer, last)
-        # PEFT writes a bias in a saved module three times: as the module's, and under its names in
-        # the two copies within PEFT's wrapper.
+        # PEFT writes a bias in a saved module three times: under the module's own name, and under
+        # the names of the two copies in PEFT's wrapper.
         for above in _modules_above(key):
             outer, _, copy = above.rpartition(".")
             is_copy = copy in ("original_module", "modules_to_save")
@@ -137,7 +137,7 @@ class PeftFolder:
 
 
 def read_folder(folder: PathLike) -> PeftFolder:
-    """Return what a PEFT folder of MiSS or of Bone holds; its tensors are not checked yet.
+    """Read a PEFT folder of MiSS or of Bone; its tensors are not checked yet.
 
     Args:
         folder: the folder.
@@ -206,7 +206,7 @@ def contents_of(
     for name, value in beside.items():
         shape = shape_of(name)
         if shape is None or tuple(shape) != tuple(value.shape):
-            found = "no such parameter" if shape is None else f"it as {tuple(shape)}"
+            found = "no such parameter" if shape is None else f"one of {tuple(shape)}"
             problems.append(f"parameter {name}: {tuple(value.shape)}, the base has {found}")
     refuse_to_load(
         folder.path, problems or unusable({**blocks, **beside}) or _contradictions(folder)
@@ -239,7 +239,7 @@ def _layer(config: PeftConfig, name: str, shape: Sequence[int]) -> LayerRecord:
 
 
 def _misfit(layer: LayerRecord, block: Tensor) -> str | None:
-    """Return why PEFT has no such layer, or no such block in it, or None if it has."""
+    """Return why PEFT has no such layer with such a block, or None if it has."""
     r, inputs, outputs = layer.r, layer.in_features, layer.out_features
     if r <= inputs and layer.method == BAT and (inputs % r or outputs % r):
         return f"r={r} does not divide {inputs} -> {outputs}, as PEFT's BAT requires"
@@ -273,11 +273,11 @@ def _contradictions(folder: PeftFolder) -> list[str]:
     modules = {module for name in beside for module in _modules_above(name)}
     for entry in config.modules_to_save:
         if not any(is_saved(module, [entry]) for module in modules):
-            problems.append(f"modules_to_save has {entry!r}, of which there is no tensor")
+            problems.append(f"modules_to_save has {entry!r}, but no tensor belongs to it")
     if config.bias != "none" and not any(_is_bias(name) for name in beside):
         problems.append(
-            f"bias in {CONFIG_NAME} says that biases were trained, and there are none: PEFT up to "
-            'version 0.18 lost them when saving. Set it to "none" to load without them'
+            f"bias in {CONFIG_NAME} says that biases were trained, but the folder has none: PEFT "
+            'up to version 0.18 lost them when saving. Set it to "none" to load without them'
         )
     return problems
 
@@ -312,11 +312,11 @@ def write_folder(
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
 ) -> None:
-    """Write an adapter that is away from its model as a folder that PEFT loads.
+    """Write an adapter without its model as a folder that PEFT loads.
 
-    `target_modules` is a regex that matches the names of the adapted layers in full, so it selects
-    no other module of any base. Whether PEFT computes the same in each of them, only `export` can
-    tell, because it has the model.
+    `target_modules` is a regex that matches the full names of the adapted layers, so it selects no
+    other module of any base. Only `export` can check that PEFT computes the same results in each of
+    them, because it has the model.
 
     Args:
         folder: created if it does not exist; other files in it stay.
@@ -328,8 +328,9 @@ def write_folder(
 
     Raises:
         AdapterIOError: it can't be written; what was there is unchanged.
-        ConversionError: PEFT's MiSS can't express it, or other parameters were trained beside it
-            than biases of the adapted layers; the message lists every reason. Nothing is written.
+        ConversionError: PEFT's MiSS can't express it, or parameters other than biases of the
+            adapted layers were trained beside it; the message lists every reason. Nothing is
+            written.
 
     Examples:
         >>> import tempfile
@@ -349,21 +350,21 @@ def write_folder(
     names = [layer.name for layer in header.layers]
     biases = {join(name, "bias") for name in names}
     problems = inexpressible(header, dropout) + [
-        f"parameter {name}: PEFT saves modules with all that is in them, and what that is shows in "
-        "the model only; load the file into the model and export from there"
+        f"parameter {name}: PEFT saves complete modules, and only the model shows what else is in "
+        "this one; load the file into the model and export from there"
         for name in header.also_train
         if name not in biases
     ]
     refuse_to_write(CANT_EXPRESS, problems)
     saved = Saved(bias="only" if header.also_train else "none")
     notes = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
-    config = described(header, dropout, exact_targets(names), saved, notes)
+    config = peft_config(header, dropout, exact_targets(names), saved, notes)
     beside = {name: tensors[name] for name in header.also_train}
     write(target, header, tensors, config, beside)
 
 
 def inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
-    """Return what an adapter has that PEFT's MiSS has not."""
+    """Return the reasons why PEFT's MiSS can't express an adapter."""
     method, problems = header.config.method, []
     if method not in INIT_WEIGHTS:
         problems.append(f"PEFT's MiSS knows {' and '.join(INIT_WEIGHTS)}, not {method}")
@@ -371,7 +372,7 @@ def inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
         name, r = layer.name or "(the model)", layer.r
         if layer.layout != LINEAR:
             problems.append(
-                f"{name}: PEFT's MiSS adapts nn.Linear only, and its layout is "
+                f"{name}: PEFT's MiSS adapts nn.Linear only, and the layout of this weight is "
                 f"{layer.layout.pattern!r}"
             )
         if layer.rows:
@@ -380,7 +381,7 @@ def inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
             problems.append(f"{name}: PEFT adapts layers within a model, not the model itself")
         if layer.scale != 1.0:
             problems.append(
-                f"{name}: PEFT's MiSS has no scale, and this one is {layer.scale:g}; "
+                f"{name}: PEFT's MiSS has no scale, and this layer's is {layer.scale:g}; "
                 "combine_adapters(model, {name: 1.0}, into=...) writes it into the blocks"
             )
         if method == BAT and (layer.in_features % r or layer.out_features % r):
@@ -391,20 +392,21 @@ def inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
     sizes = sorted({layer.r for layer in header.layers})
     if len(sizes) > 1:
         problems.append(
-            f"PEFT's MiSS has one r for all layers, this adapter has {', '.join(map(str, sizes))}; "
+            f"PEFT's MiSS has one r for all layers, and this adapter has "
+            f"{', '.join(map(str, sizes))}; "
             "combine_adapters(model, {name: 1.0}, into=..., r=...) makes Bone blocks of a common "
             "multiple"
         )
     drops = header.config.dropout if dropout is None else dropout
     if method == BAT and drops:
         problems.append(
-            f"PEFT's BAT has no dropout, this adapter has {drops:g}; set `dropout` to 0.0 to leave "
-            "it out, which matters in training only"
+            f"PEFT's BAT has no dropout, and this adapter has {drops:g}; set `dropout` to 0.0 to "
+            "leave it out, which matters in training only"
         )
     return problems
 
 
-def described(
+def peft_config(
     header: AdapterHeader,
     dropout: float | None,
     targets: list[str] | str,

@@ -23,7 +23,7 @@ INIT_WEIGHTS: Mapping[str, bool | str] = {"bone": True, BAT: BAT}
 """Method -> PEFT's word for it in `init_weights`; a tile is `"mini"`."""
 
 NOTES = ("base_model_name_or_path", "revision", "task_type")
-"""Fields that say where an adapter belongs, and change nothing of what it computes."""
+"""Fields that say where an adapter belongs. They do not change what it computes."""
 
 _IGNORED = (
     *("auto_mapping", "inference_mode", "peft_version", "runtime_config"),
@@ -34,18 +34,17 @@ _IGNORED = (
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What a configuration says.
+    """The settings in a configuration of MiSS or Bone.
 
     Attributes:
-        legacy: whether it is one of Bone, whose blocks have another name.
+        legacy: whether it is a configuration of Bone, whose blocks have another name.
         method: `"bone"` or `"bat"`.
         r: shard size.
         r_out: size of the output shard of a tile ("mini"), or None.
         dropout: probability with which the adapter's input is zeroed in training.
         target_modules: names of layers, a regex, or None if the model decides.
         bias: `"none"`, `"all"`, or `"only"` for biases of the adapted layers.
-        modules_to_save: ends of the names of modules that are trained and saved with all that is
-            in them.
+        modules_to_save: endings of the names of modules that are trained and saved completely.
         notes: the `NOTES` that have a value.
     """
 
@@ -86,10 +85,10 @@ def fields_of(config: PeftConfig) -> dict[str, Any]:
 
 
 def config_of(fields: Fields) -> PeftConfig:
-    """Return the configuration that some fields are.
+    """Return the configuration in the fields of a file.
 
     Raises:
-        AdapterFileError: they are not a configuration of MiSS or Bone, or say something that is
+        AdapterFileError: they are not a configuration of MiSS or Bone, or use a setting that is
             not supported.
     """
     peft_type = fields.get("peft_type")
@@ -115,10 +114,10 @@ def config_of(fields: Fields) -> PeftConfig:
 def _method(fields: Fields, legacy: bool) -> tuple[str, int | None]:
     """Return the method and the output shard that `init_weights` stands for."""
     init = fields.get("init_weights", True)
-    fields.get("mini_r")  # PEFT writes it always, and uses it for "mini" only
+    fields.get("mini_r")  # PEFT always writes it, but uses it for "mini" only
     if init == "mini" and not legacy:
         return "bone", fields.size("mini_r", 1)
-    # False stands for True with random values at the start of the training.
+    # False means the same as True, but with random values at the start of training.
     known = {value: method for method, value in INIT_WEIGHTS.items()} | {False: "bone"}
     if not isinstance(init, (bool, str)) or init not in known:
         allowed = "true, false or 'bat'" + ("" if legacy else ", or 'mini'")

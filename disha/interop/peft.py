@@ -1,16 +1,16 @@
-"""Adapters in PEFT's folders of MiSS, PEFT's name for Bone today, and of Bone, its name before.
+"""Adapters in PEFT folders of MiSS (PEFT's current name for Bone) and of Bone (its former name).
 
-`export` and `load` have the model, so they can check whether PEFT would compute the same in it.
+`export` and `load` have the model, so they can check that PEFT would compute the same results.
 `write_folder`, `read_folder` and `contents_of` work without a model:
 
 - A folder does not say how large a layer's input is, so `contents_of` asks for the shapes of the
   base's weights.
-- Parameters that were trained beside the blocks are written from a model only. PEFT saves modules
-  with all that is in them, and an adapter file does not say what else a module has.
+- Only `export` can write parameters that were trained beside the blocks. PEFT saves complete
+  modules, and an adapter file does not say what else a module contains.
 
-What PEFT has no place for is refused before anything is written: other layers than `nn.Linear`, a
-scale, a different r in each layer, BAT with sizes that r does not divide or with dropout. Notes of
-yours and the fingerprint of the base are left out.
+`export` and `write_folder` refuse what PEFT can't store, before they write anything: layers other
+than `nn.Linear`, a scale, a different r in each layer, BAT with sizes that r does not divide or
+with dropout. They leave out your own notes and the fingerprint of the base.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from disha.interop.miss import (
     BaseShapes,
     PeftFolder,
     contents_of,
-    described,
     inexpressible,
+    peft_config,
     read_folder,
     write,
     write_folder,
@@ -59,13 +59,13 @@ def export(
 ) -> None:
     """Write an adapter as a folder that PEFT loads, with the same results.
 
-    `PeftModel.from_pretrained(base, folder)` of PEFT 0.18 and later reads it. The configuration
-    names the adapted layers so that it selects them and no other module of this model.
-    Parameters that were trained beside the adapter become `modules_to_save`, or `bias`. Bone is
-    also exactly a LoRA, which `disha.interop.lora` writes.
+    `PeftModel.from_pretrained(base, folder)` of PEFT 0.18 and later reads it. `target_modules`
+    in the configuration selects the adapted layers and no other module of this model. Parameters
+    that were trained beside the adapter become `modules_to_save`, or `bias`. Bone is also exactly a
+    LoRA, which `disha.interop.lora` writes.
 
-    PEFT casts blocks of 16 bits to float32 when it loads them, unless it gets
-    `autocast_adapter_dtype=False`. The folder has them as they are.
+    The folder keeps the dtype of the blocks. PEFT casts blocks of 16 bits to float32 when it
+    loads them, unless it gets `autocast_adapter_dtype=False`.
 
     With several processes, call it as you call `save_adapter`.
 
@@ -73,7 +73,7 @@ def export(
         model: a model with adapters.
         folder: created if it does not exist. Other files in it stay, and each file that is
             replaced stays until the new ones are complete.
-        adapter: the adapter's name. It is not written.
+        adapter: the adapter's name. The folder does not contain it.
         dropout: written in place of the adapter's dropout.
         base_model_name_or_path: where PEFT's `AutoPeftModel` finds the base.
         task_type: PEFT's, such as `"CAUSAL_LM"`.
@@ -113,7 +113,7 @@ def export(
         problems += peft.obstacles(names, _unknown_to_miss, exporting=True)
         refuse_to_write(CANT_EXPRESS, problems + list(saved.problems))
         targets = exact_targets(names, peft.modules)
-        config = described(header, dropout, targets, saved, notes)
+        config = peft_config(header, dropout, targets, saved, notes)
     beside = saved.copies()
     with ranks.agreeing(action):
         if ranks.writes:
@@ -130,12 +130,12 @@ def load(
     dtype: torch.dtype | None = None,
     freeze: bool = True,
 ) -> LoadReport:
-    """Load a PEFT folder of MiSS or of Bone into a model, with the results that it has in PEFT.
+    """Load a PEFT folder of MiSS or of Bone into a model, with the same results as in PEFT.
 
-    The folder's tensors say which layers are adapted. A list in `target_modules` has to agree with
-    them; regexes, and other fields that select layers, are not evaluated. Everything else in
-    `adapter_config.json` is honoured as PEFT does, or refused. `modules_to_save` and `bias` become
-    parameters trained beside the adapter. BAT gets no dropout, because PEFT's BAT has none.
+    The folder's tensors say which layers are adapted. A list in `target_modules` must agree with
+    them; regexes and other fields that select layers are not evaluated. Every other field of
+    `adapter_config.json` means what it means in PEFT, or is refused. `modules_to_save` and `bias`
+    become parameters trained beside the adapter. BAT gets no dropout, because PEFT's BAT has none.
 
     Args:
         model: the base model, or one that has other adapters.
@@ -152,8 +152,7 @@ def load(
     Raises:
         AdapterIOError: the folder can't be read.
         AdapterFileError: it is not a valid folder of MiSS or Bone, or does not fit the model, or
-            this library would compute something else with it than PEFT; the message lists every
-            reason.
+            its results here would differ from those in PEFT; the message lists every reason.
         ArgumentError: the name is taken and `replace` is not set.
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
@@ -193,4 +192,4 @@ def load(
 def _unknown_to_miss(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return None
-    return f"PEFT's MiSS adapts nn.Linear only, and it is a {class_of(module).__name__}"
+    return f"PEFT's MiSS adapts nn.Linear only, not {class_of(module).__name__}"

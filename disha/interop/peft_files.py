@@ -1,10 +1,10 @@
 """PEFT's folder of one adapter: `adapter_config.json` beside `adapter_model.safetensors`.
 
 This module reads and writes the two files, and names layers so that PEFT finds them and no others.
-What the fields and tensors of a format mean is in `miss` and `lora_folder`.
+`miss` and `lora_folder` know what the fields and tensors of each format mean.
 
-The tensors say which layers are adapted. Regexes in a folder select nothing here: they come from
-strangers, and `re` can run for ever on some.
+The tensors say which layers are adapted. Regexes in a folder are never run: they come from
+strangers, and `re` can take forever on some of them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LONGEST_NAME = 1_000
 """Limit on a tensor's name in characters."""
 
 MOST_SAVED = 10_000
-"""Limit on the entries of `modules_to_save`, because each is compared with many names."""
+"""Limit on the number of entries in `modules_to_save`. Each is compared with many names."""
 
 SHOWN = 20
 """How many problems an error lists."""
@@ -112,8 +112,8 @@ def read_peft_files(folder: PathLike) -> tuple[Path, Fields, dict[str, Tensor]]:
             name = key.removeprefix(PREFIX)
             if name in (key, ""):
                 raise AdapterFileError(
-                    f"{file.path}: tensor {brief(key)} has no name under {PREFIX!r}, as all "
-                    "tensors have in PEFT; save the adapter with PEFT"
+                    f"{file.path}: the name of tensor {brief(key)} must be {PREFIX!r} and a name "
+                    "in the model, as PEFT writes it; save the adapter again with PEFT"
                 )
             if len(name) > LONGEST_NAME:
                 raise AdapterFileError(
@@ -164,14 +164,14 @@ class Fields:
         return tuple(value)
 
     def modules_to_save(self) -> tuple[str, ...]:
-        """Return the ends of the names of modules that are saved with all that is in them."""
+        """Return the endings of the names of modules that are saved completely."""
         names = self.names("modules_to_save")
         if len(names) > MOST_SAVED:
             raise self.wrong("modules_to_save", f"a list of at most {MOST_SAVED:,} names")
         return names
 
     def refuse_unread(self, ignored: Iterable[str]) -> None:
-        """Raise if a field has been neither read nor ignored and has a value that may matter."""
+        """Raise if a field is unknown (neither read nor ignored) and has a value."""
         unread = sorted(set(self.values) - self.read - set(ignored))
         meant = [field for field in unread if self.values[field] not in (None, False, "", [], {})]
         if meant:
@@ -201,7 +201,7 @@ def refuse_to_load(path: Path, problems: Sequence[str]) -> None:
     """Raise `AdapterFileError` with all problems of a folder, if there are any."""
     if problems:
         raise AdapterFileError(
-            f"{path} can't be loaded with the results that it has in PEFT; nothing changed:\n"
+            f"{path} can't be loaded with the same results as in PEFT; nothing changed:\n"
             + first_few(problems, SHOWN)
         )
 
@@ -216,19 +216,19 @@ def name_ends(name: str) -> Iterable[str]:
 
 
 def is_saved(name: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether PEFT saves the module of that name: any name that ends like an entry."""
+    """Whether PEFT saves the module of that name: the name ends with an entry."""
     return name.endswith(tuple(modules_to_save))
 
 
 def is_inside(name: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether PEFT takes the layer of that name for a part of a saved module and skips it."""
+    """Whether PEFT skips the layer of that name because it sees it as part of a saved module."""
     return any(f".{one}." in f".{name}." for one in modules_to_save)
 
 
 def anchored(name: str) -> str:
     """Return the key of `rank_pattern` or `alpha_pattern` for this layer only.
 
-    PEFT reads these keys as regexes, and looks for them at the end of a name, after any dot.
+    PEFT reads these keys as regexes that match the end of a name, from the start or after any dot.
     """
     return "^" + re.escape(name)
 
@@ -238,9 +238,9 @@ def exact_targets(
 ) -> list[str] | str:
     r"""Return `target_modules` that select these layers and no other module.
 
-    PEFT reads the entries of a list as ends of names. The list has the last parts of the names if
-    these select no other module, or else the full names. If they select another module too, or if
-    the model is unknown, the result is a regex that matches the names in full.
+    PEFT reads the entries of a list as endings of names. The result is a list of the last parts of
+    the names if they select no other module, or else of the full names. If these select another
+    module too, or if the model is unknown, the result is a regex that matches the full names.
 
     Args:
         adapted: names of the layers.
@@ -264,7 +264,7 @@ def exact_targets(
 
 
 def _regex(names: list[list[str]]) -> str:
-    """Return a regex for names that are split at their dots; parts in common come once."""
+    """Return a regex for names that are split at their dots; it has common parts once."""
     below: dict[str, list[list[str]]] = {}
     for first, *rest in names:
         below.setdefault(first, []).append(rest)

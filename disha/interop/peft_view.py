@@ -1,12 +1,12 @@
 """A model as PEFT sees it: which layers PEFT would adapt with the same results, and what it saves.
 
-PEFT puts a layer of its own in the place of each target, and adds to what the target returns. That
-has no effect on a target that is not called, or is called under another name. It gives another sum
-if the target's class goes on computing after its base class. Code of the user's that reads a
-layer's weight instead of calling the layer can't be seen from outside.
+PEFT replaces each target by a layer of its own, which adds to the output of the target. This has
+no effect if the target is never called, or is called under another name. The result differs if the
+target's class changes the output of its base class. This module can't detect user code that reads
+a layer's weight instead of calling the layer.
 
-Parameters that were trained beside an adapter are in modules that PEFT saves with all that is in
-them, buffers too. An adapter sets parameters only, so the buffers must be the model's.
+PEFT saves complete modules, buffers included, for parameters that were trained beside an adapter.
+An adapter sets parameters only, so the buffers must equal the model's.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class Saved:
 
     Attributes:
         bias: `"none"`, `"all"`, or `"only"` for biases of the adapted layers.
-        modules: names of the modules that are saved with all that is in them.
-        tensors: name in the model -> values. There are more of them than were trained: modules have
-            buffers, and a parameter that several modules share is saved with each.
-        problems: what PEFT can't save.
+        modules: names of the modules that are saved completely.
+        tensors: name in the model -> values. They include more than was trained: buffers of the
+            modules, and one copy of a shared parameter for each module that shares it.
+        problems: why PEFT can't save some of the parameters.
     """
 
     bias: str = "none"
@@ -71,7 +71,7 @@ class Saved:
     problems: tuple[str, ...] = ()
 
     def copies(self) -> dict[str, Tensor]:
-        """Return the tensors with memory of their own, on the CPU; collective if sharded."""
+        """Return copies of the tensors on the CPU; collective if sharded."""
         return {
             name: whole(tensor.detach()).to("cpu", copy=True).contiguous()
             for name, tensor in self.tensors.items()
@@ -79,7 +79,7 @@ class Saved:
 
 
 class PeftView:
-    """A model, by the names that its modules have in PEFT.
+    """A model under the names that its modules have in PEFT.
 
     Args:
         view: the model, adapted or not, wrapped or not.
@@ -111,7 +111,7 @@ class PeftView:
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a parameter, or None if the model has none of that name.
 
-        That of a linear layer's weight is (out, in), even if it is quantised and packed.
+        A linear layer's weight has the shape (out, in), even if it is quantised and packed.
         """
         module = self.view.modules.get(name.removesuffix(".weight"))
         if name.endswith(".weight") and isinstance(module, nn.Linear):
@@ -132,8 +132,8 @@ class PeftView:
 
         Args:
             layers: names of the layers.
-            why_unknown: returns why PEFT has no layer for a module in a format, or None if it has.
-            exporting: whether an adapter leaves this model; if not, one comes into it.
+            why_unknown: returns why a PEFT format can't adapt a module, or None if it can.
+            exporting: True to export an adapter from this model, False to load one into it.
         """
         found = []
         for name in layers:
@@ -149,20 +149,20 @@ class PeftView:
         return found
 
     def _obstacle(self, name: str, module: nn.Module) -> str | None:
-        """Return why no layer of PEFT's acts in the place of a module as ours does, or None."""
+        """Return why PEFT's layer would not act like ours in place of a module, or None."""
         if not name:
             return "PEFT adapts layers within a model, not the model itself"
         if module in self._read:
             return f"{self._read[module]} reads its weight, without PEFT's update"
         if self._places[module] > 1:
             names = ", ".join(self.view.names[module])
-            return f"it is one module under the names {names}, of which PEFT adapts the first only"
+            return f"it is one module with the names {names}, and PEFT adapts only the first"
         if "parametrizations" in module._modules:
             return "its weight is computed (a parametrization), which PEFT can't merge into"
         if _has_own_forward(module):
             return (
-                f"{class_of(module).__name__} has a forward of its own; PEFT adds to what that "
-                "returns, or replaces it (BAT), and disha adds within its base class"
+                f"{class_of(module).__name__} has a forward of its own; PEFT adds to its output, "
+                "or replaces it (BAT), and disha adds to the output of its base class"
             )
         return None
 
@@ -172,10 +172,10 @@ class PeftView:
         if isinstance(owner, nn.MultiheadAttention):
             return "it is a part of an nn.MultiheadAttention's packed weight, not a module"
         if owner is not None and last in owner._parameters:
-            return "it is a parameter, and PEFT's layers take the place of modules"
+            return "it is a parameter, and PEFT can only replace modules"
         return "the model has no such layer"
 
-    # --- beside them, out of the model -----------------------------------------------------------
+    # --- exporting what was trained beside the layers --------------------------------------------
 
     def saved(self, also_train: Sequence[str], layers: Sequence[str], *, biases: bool) -> Saved:
         """Return how PEFT saves parameters that were trained beside an adapter.
@@ -244,7 +244,7 @@ class PeftView:
             if is_inside(name, saved)
         ]
 
-    # --- beside them, into the model -------------------------------------------------------------
+    # --- loading what was trained beside the layers ----------------------------------------------
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the values of every buffer in a state dict, under each of its names."""
@@ -256,15 +256,15 @@ class PeftView:
         }
 
     def under_first_names(self, path: Path, contents: Contents) -> Contents:
-        """Return an adapter with each shared parameter once, under the name that it goes by.
+        """Return an adapter that has each shared parameter once, under its first name.
 
         Args:
             path: the folder, for errors.
             contents: the adapter.
 
         Raises:
-            AdapterFileError: the values of a shared parameter differ, or some are missing: PEFT
-                would let the modules part.
+            AdapterFileError: the values of a shared parameter differ, or some are missing. In
+                PEFT, the modules would no longer share it.
         """
         header, tensors = contents
         problems, kept = [], []
@@ -305,15 +305,15 @@ def other_buffers(buffers: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) 
         tensors: the folder's tensors, under their names in the model.
     """
     return [
-        f"{name}: a buffer with other values than the model's, and an adapter sets parameters "
-        "only; copy it into the model first"
+        f"{name}: this buffer differs from the model's, and an adapter sets parameters only; copy "
+        "it into the model first"
         for name in sorted(tensors.keys() & buffers.keys())
         if not _same(whole(buffers[name]).cpu(), tensors[name])
     ]
 
 
 def _same(buffer: Tensor, value: Tensor) -> bool:
-    """Whether a buffer has these values, in its own precision."""
+    """Whether a buffer has these values, compared in the buffer's dtype."""
     castable = value.dtype == buffer.dtype or value.dtype in DTYPES.values()
     return castable and torch.equal(value.to(buffer.dtype), buffer)
 
@@ -339,7 +339,7 @@ def _own_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether the class overrides the forward of the class whose weights are known."""
+    """Whether the class overrides the forward of the layer class that it inherits from."""
     cls: Any = class_of(module)
     for known in cls.__mro__:
         if known in LAYER_KINDS or (known.__module__, known.__qualname__) in FOREIGN_KINDS:

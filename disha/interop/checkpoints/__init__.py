@@ -1,11 +1,11 @@
-"""Base checkpoints on disk, and adapter files: merging one into the other, and comparing them.
+"""Base checkpoints on disk: merge an adapter file into one, or compare the two.
 
 From bottom to top:
 
 - `reading`: one safetensors file, or a folder of shards, opened without reading tensors
-- `names`: how the names of the adapter's model become the checkpoint's
-- `matching`: whether the weights of an adapter's layers are there, fit, and are of its base
-- `merging`: a copy of the checkpoint with the adapter in its weights
+- `names`: maps names in the adapter's model to names in the checkpoint
+- `matching`: checks that the checkpoint has the weights of an adapter's layers, and is its base
+- `merging`: writes a copy of the checkpoint with the adapter merged into its weights
 """
 
 from disha.interop.checkpoints.matching import (

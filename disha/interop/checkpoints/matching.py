@@ -1,6 +1,6 @@
-"""Whether a checkpoint has the weights of an adapter's layers, and whether it is its base.
+"""Whether a checkpoint has the weights of an adapter's layers, and is the adapter's base.
 
-Merging, verifying and converting ask this here, and so find every layer in the same place.
+Merging, verifying and converting all use this module, so they find each layer in the same tensor.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ NOT_FINITE = "not finite"
 FINE = (SAME_BASE, FITS)
 
 HINTS = 5
-"""For how many missing names a report lists near ones."""
+"""For how many missing names a report lists similar ones."""
 
 
-# --- what is found -------------------------------------------------------------------------------
+# --- the report ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one layer, or of one parameter that is saved beside the blocks.
+    """The result for one layer, or for one parameter that is saved beside the blocks.
 
     Attributes:
         name: its name in the adapter file.
         key: the tensor of the checkpoint, or None if there is none.
         state: `"same base"`, `"fits"` (there is no fingerprint to compare), `"other base"`,
             `"missing"`, `"does not fit"` or `"not finite"`.
-        remark: more about it; empty if all is well.
+        remark: the details; empty if all is well.
 
     Examples:
         >>> from disha.interop.checkpoints import Finding
@@ -82,8 +82,8 @@ class BaseReport:
     Attributes:
         adapter: the adapter file.
         base: the checkpoint.
-        layers: what was found of each layer.
-        also_train: what was found of each parameter that is saved beside the blocks.
+        layers: the result for each layer.
+        also_train: the result for each parameter that is saved beside the blocks.
 
     Examples:
         >>> import tempfile, pathlib
@@ -108,7 +108,7 @@ class BaseReport:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is there, fits, and is of this base as far as that can be told."""
+        """Whether everything is found and fits, and no fingerprint shows another base."""
         return all(one.state in FINE for one in self.layers + self.also_train)
 
     @property
@@ -118,7 +118,7 @@ class BaseReport:
 
     @property
     def misfits(self) -> tuple[Finding, ...]:
-        """What is there in another shape, or quantised, or is not finite in the adapter."""
+        """What has another shape or is quantised there, or is not finite in the adapter."""
         return self._of(MISFIT, NOT_FINITE)
 
     @property
@@ -138,7 +138,7 @@ class BaseReport:
         compared = printable(f"{self.adapter} against {self.base}")
         lines.append(
             f"{compared}: {fine} of {counted(len(self.layers), 'layer')} fit, "
-            f"{known} of them by the fingerprint of their weight too"
+            f"{known} of them with the same fingerprint"
         )
         if self.also_train:
             fine = sum(one.state in FINE for one in self.also_train)
@@ -148,12 +148,12 @@ class BaseReport:
 
 @dataclass(frozen=True)
 class Matching:
-    """An adapter beside a checkpoint.
+    """The tensors of a checkpoint that an adapter changes.
 
     Attributes:
-        report: what was found.
+        report: whether they fit.
         weights: layer -> the tensor that has its weight.
-        keys: parameter that is saved beside the blocks -> the tensor that takes its values.
+        keys: parameter that is saved beside the blocks -> the tensor that it replaces.
     """
 
     report: BaseReport
@@ -166,7 +166,8 @@ def verify_against(
 ) -> BaseReport:
     """Return whether an adapter file fits a base checkpoint and was saved from its weights.
 
-    The fingerprint of a weight is made of 64 of its values, so almost nothing of the base is read.
+    The fingerprint of a weight consists of 64 of its values, so only a tiny part of the base is
+    read.
 
     Args:
         base: one safetensors file, or a folder as Hugging Face libraries write it.
@@ -249,12 +250,12 @@ class _Base:
     def layer(
         self, record: LayerRecord, block: tuple[int, ...], values: Mapping[str, Tensor]
     ) -> Finding:
-        """Return what there is of a layer.
+        """Find the weight of a layer and check it.
 
         Args:
             record: the layer.
             block: the shape of its block.
-            values: tensors that take the place of some of the checkpoint's.
+            values: tensors that replace some of the checkpoint's.
         """
         renamed = (self.rename(key) for key in possible_keys(record) if key)
         key = next((key for key in renamed if key and key in self.checkpoint.tensors), None)
@@ -276,7 +277,7 @@ class _Base:
         return Finding(record.name, key, OTHER_BASE, remark)
 
     def parameter(self, name: str, value: Tensor) -> Finding:
-        """Return what there is of a parameter that is saved beside the blocks."""
+        """Find a parameter that is saved beside the blocks and check it."""
         key = self.rename(name)
         if key is None or key not in self.checkpoint.tensors:
             return self._missing(name, name)
@@ -296,18 +297,18 @@ class _Base:
         if self._hints:  # each compares with all names
             self._hints -= 1
             near = ", ".join(nearest(wanted, self.checkpoint.tensors))
-            remark += f"; near it: {near or 'nothing'}"
+            remark += f"; similar names: {near or 'none'}"
         return Finding(name, None, MISSING, remark)
 
 
 def _packed(stored: StoredTensor) -> str:
     return (
-        f"is stored as {stored.dtype} {stored.shape}: quantised or packed; give the checkpoint "
-        "that it was made from"
+        f"is stored as {stored.dtype} {stored.shape}: quantised or packed; give the original "
+        "checkpoint"
     )
 
 
-# --- what conversions ask ------------------------------------------------------------------------
+# --- for conversions -----------------------------------------------------------------------------
 
 
 def base_shapes(
@@ -346,8 +347,8 @@ def base_shapes(
 def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str], Tensor]:
     """Return a function from the name of a layer to its base weight, as the model stores it.
 
-    The function raises `AdapterFileError` if the checkpoint has no weight for the layer, has it
-    quantised, or has other values than the adapter was saved from.
+    The function raises `AdapterFileError` if the checkpoint has no weight for the layer, or if the
+    weight is quantised or differs from the one that the adapter was saved from.
 
     Args:
         checkpoint: the base.
@@ -391,7 +392,7 @@ def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str
 def refuse_tied(checkpoint: Checkpoint, source: Path, names: Iterable[str]) -> None:
     """Raise if parameters that PEFT saves beside an adapter may be tied to others in the model.
 
-    PEFT trains a copy of such a parameter and leaves the other as it was. An adapter file sets the
+    PEFT trains a copy of such a parameter and leaves the other unchanged. An adapter file sets the
     parameter that both share.
 
     Args:
@@ -400,7 +401,7 @@ def refuse_tied(checkpoint: Checkpoint, source: Path, names: Iterable[str]) -> N
         names: the parameters.
 
     Raises:
-        AdapterFileError: one is as large as a tied embedding.
+        AdapterFileError: one has the shape of an embedding that may be tied.
     """
     config, names = checkpoint.config(), list(names)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
@@ -410,8 +411,8 @@ def refuse_tied(checkpoint: Checkpoint, source: Path, names: Iterable[str]) -> N
     tied = [name for name in names if len(shapes[name]) == 2 and shapes[name][0] in sizes]
     if tied and may_tie(config):
         raise AdapterFileError(
-            f"{source} can't be converted: its {', '.join(tied)} may be tied to another parameter "
-            f"of the base, as config.json of {checkpoint.path} does not say tie_word_embeddings: "
-            "false, and PEFT trains it alone. Load the folder into a model where they are untied "
-            "(disha.interop), or leave out `also_train` parameters"
+            f"{source} can't be converted: {', '.join(tied)} may be tied to another parameter of "
+            f"the base, which PEFT does not change, because config.json of {checkpoint.path} does "
+            "not set tie_word_embeddings to false. Load the folder into a model where they are "
+            "untied (disha.interop), or leave out `also_train` parameters"
         )

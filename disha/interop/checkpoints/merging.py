@@ -1,7 +1,7 @@
-"""Merging an adapter into a checkpoint on disk, one tensor after the other.
+"""Merge an adapter into a checkpoint on disk, one tensor at a time.
 
-Every merged weight is what `merge_adapters` makes of it in memory, bit for bit. Every other tensor
-is copied as bytes. So memory holds one tensor of the base, and the adapter.
+Every merged weight equals the result of `merge_adapters` in memory, bit for bit. Every other tensor
+is copied byte by byte. Memory holds only the adapter and one tensor of the base.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ WEIGHTS = (
     *(SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"),
     *(".onnx_data", ".npz", ".tflite", ".index.json"),
 )
-"""Ends of the names of files with weights or lists of them. They are not copied: not merged."""
+"""Endings of the names of weight files and their indexes. They are not merged, so not copied."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of tensors that are written, and the bytes that will be."""
+"""Called with the bytes of tensors written so far, and the total."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class MergedCheckpoint:
     Attributes:
         path: the folder or the file.
         layers: the adapter's layers, all merged.
-        replaced: tensors that took the values of parameters saved beside the blocks.
+        replaced: tensors that were replaced by parameters saved beside the blocks.
         files: names of the files written.
         left_out: names of the base's files that were not copied: other weights, links that lead
             out of the base, and hidden files.
@@ -131,27 +131,27 @@ def merge_into_checkpoint(
     for bit what `merge_adapters` computes. Parameters saved beside the blocks replace the base's.
     Each tensor is read, merged and written before the next, so memory holds one of them.
 
-    The copy has the tensors' names, the shards and the other files of the base, except for weights
-    in other formats, and any loader of the base reads it. It takes its place when it is complete.
-    If the merge fails, nothing changes. The base is only read.
+    The copy has the same tensor names, shards and other files as the base, except for weights in
+    other formats, so any loader of the base reads it. It appears at `out` when it is complete. If
+    the merge fails, nothing changes. The base never changes.
 
     Args:
         base: one safetensors file; or a folder with a `model.safetensors`, or with shards and a
             `model.safetensors.index.json`.
-        adapter_path: the adapter file. If some of its layers are not in the base, they are looked
-            for under their names with one prefix more or less.
+        adapter_path: the adapter file. If the base does not have some of its layers, their names
+            are also tried with a prefix added or removed.
         out: the folder to write. If it ends with `.safetensors`, the file to write, which then
             holds all tensors. Its parent must exist. In a folder, a base that is one file becomes
             `model.safetensors`.
         also_train: also merge the parameters saved beside the blocks.
         scale: runtime scale s of all layers, in place of the adapter's own.
-        dtype: dtype of all floating-point tensors of 16 bits and more, in `config.json` too; by
+        dtype: dtype of all floating-point tensors of 16 bits and more, and in `config.json`; by
             default each keeps its own.
-        force: merge even if the weights are not those that the adapter was saved from, or if an
-            adapted embedding may be tied to an output head, which then changes too.
-        overwrite: replace the file that exists, or the folder with a checkpoint, and everything in
-            it.
-        progress: called after each tensor with the bytes written, and the bytes to write.
+        force: merge even if the adapter was saved from other weights, or if an adapted embedding
+            may be tied to an output head, which then changes too.
+        overwrite: replace an existing file, or an existing folder that holds a checkpoint, with
+            everything in it.
+        progress: called after each tensor with the bytes written so far, and the total.
 
     Returns:
         What was written, and what was left out.
@@ -161,7 +161,7 @@ def merge_into_checkpoint(
         AdapterFileError: the adapter file or the checkpoint is damaged; or they do not fit,
             because a layer is missing, has another shape, is quantised, or has other weights than
             the adapter was saved from. The message lists these layers.
-        ArgumentError: `out` exists, or is in the base, or contains it.
+        ArgumentError: `out` exists, is inside the base, or contains the base.
         MergeError: a merged weight would not be finite, or an adapted embedding may be tied.
 
     Examples:
@@ -208,7 +208,7 @@ def merge_into_checkpoint(
     )
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- checks before anything is written -----------------------------------------------------------
 
 
 def _check_arguments(scale: object, dtype: object) -> None:
@@ -231,9 +231,9 @@ def _check_target(out: Path, checkpoint: Checkpoint, adapter: Path, overwrite: b
     sources = [Path(os.path.realpath(one)) for one in (checkpoint.path, *checkpoint.files, adapter)]
     around = [source for source in sources if target in (source, *source.parents)]
     if around:
-        problem: str | None = f"it is or contains {around[0]}, which is read"
+        problem: str | None = f"it is or contains {around[0]}, which is an input"
     elif checkpoint.folder is not None and sources[0] in target.parents:
-        problem = f"it is in the base, {checkpoint.folder}"
+        problem = f"it is inside the base, {checkpoint.folder}"
     elif not target.parent.is_dir():
         raise AdapterIOError(f"can't write to {out}: create the folder {target.parent} first")
     elif not target.exists():
@@ -277,17 +277,17 @@ def _check_fit(report: BaseReport, force: bool) -> None:
     lines = [first_few(found, SHOWN)]
     if report.missing:
         lines.append(
-            "a weight that is tied to another one is stored once, under the other's name: load the "
-            "adapter into the model, and merge there with merge_adapters(model, untie=True)"
+            "if a missing weight is tied to another one, it is stored under the other's name: load "
+            "the adapter into the model, and merge there with merge_adapters(model, untie=True)"
         )
     if other:
         lines.append(
-            "give the base that the adapter was trained on, without the adapter merged into it; or "
-            "merge with `force`"
+            "give the base that the adapter was trained on, without any merged adapter, or merge "
+            "with `force`"
         )
     raise AdapterFileError(
         f"{report.adapter} does not fit {report.base} ({len(report.missing)} missing, "
-        f"{len(report.misfits)} unfit, {len(report.other_base)} of another base); nothing was "
+        f"{len(report.misfits)} unfit, {len(report.other_base)} from another base); nothing was "
         "written:\n" + "\n".join(lines)
     )
 
@@ -297,7 +297,7 @@ def _check_untied(checkpoint: Checkpoint, adapter: AdapterFile, force: bool) -> 
     if embeddings and not force and may_tie(checkpoint.config()):
         raise MergeError(
             f"{first_few(embeddings, SHOWN, ', ')} may be tied to an output head, which merging "
-            f"would change too: {CONFIG} of {checkpoint.path} does not say tie_word_embeddings: "
+            f"would change too: {CONFIG} of {checkpoint.path} does not set tie_word_embeddings to "
             "false. Untie them and save that model first, or merge with `force`"
         )
 
@@ -306,16 +306,16 @@ def _check_untied(checkpoint: Checkpoint, adapter: AdapterFile, force: bool) -> 
 
 
 class _Merge:
-    """What becomes of each tensor of a checkpoint.
+    """Computes and writes the tensors of the merged checkpoint.
 
     Args:
         checkpoint: the base.
         adapter: the adapter's header.
         tensors: its tensors.
-        found: where they belong.
+        found: the tensors of the checkpoint that they change.
         scale: replaces the adapter's scale.
         dtype: dtype of floating-point tensors.
-        progress: is told how much is written.
+        progress: called with the bytes written so far, and the total.
     """
 
     def __init__(
@@ -342,10 +342,10 @@ class _Merge:
 
         Args:
             names: the tensors.
-            files: the files whose metadata it gets.
+            files: files of the base, whose metadata is copied.
             path: the file.
         """
-        metadata = {"format": "pt"}  # loaders ask for it
+        metadata = {"format": "pt"}  # loaders require it
         for file in files:
             metadata |= self.checkpoint.metadata[file]
         write_pieces(path, {name: self._piece(name) for name in names}, metadata)
@@ -408,7 +408,7 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if not finite_as(cast, dtype) and bool((value.isfinite() & ~cast.isfinite()).any()):
         raise MergeError(
             f"{name} has values that are not finite in {dtype}; nothing was written. Choose "
-            "another dtype, or none"
+            "another `dtype`, or leave it out"
         )
     return cast
 
@@ -450,7 +450,7 @@ def _index(former: Mapping[str, Any], merge: _Merge) -> dict[str, Any]:
 
 
 def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], set[str]]:
-    """Return the other files of the folder to copy, by name, and the names of those to leave."""
+    """Return the other files of the folder to copy, by name, and the names of those left out."""
     copied: dict[str, Path] = {}
     left_out: set[str] = set()
     if checkpoint.folder is None:
@@ -475,8 +475,8 @@ def _is_copied(path: Path, folder: Path) -> bool:
     """Whether a file beside the weights belongs in the merged checkpoint."""
     if path.name.startswith(".") or path.name.lower().endswith(WEIGHTS) or not path.is_file():
         return False
-    # A link may lead to any file of this machine, which must not be published with the weights. In
-    # the cache of huggingface_hub, all files are links to blobs.
+    # A link can point to any file of this machine, which must not be published with the weights.
+    # In the cache of huggingface_hub, all files are links to blobs.
     home = Path(os.path.realpath(folder))
     target = Path(os.path.realpath(path))
     blobs = home.parent.parent / "blobs"
@@ -484,7 +484,7 @@ def _is_copied(path: Path, folder: Path) -> bool:
 
 
 def _with_dtype(fields: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return a configuration with another dtype wherever it, or a part of it, names one."""
+    """Return a configuration with another dtype in every field that names one, at any depth."""
     name = str(dtype).removeprefix("torch.")
     changed = dict(fields)
     for key, value in fields.items():

@@ -1,9 +1,9 @@
-"""How the names of an adapter's model become the names of a checkpoint.
+"""Map the names in an adapter's model to the names in a checkpoint.
 
-A layer `<name>` has its weight under `<name>.weight`, a parameter under its own name. The q, k and
-v of an `nn.MultiheadAttention` are rows of `<attention>.in_proj_weight`, or
-`<attention>.q_proj_weight` and so on. All names of a checkpoint may have one more prefix than those
-of the adapter's model (`model.` if the adapter was trained on the inner model), or lack one.
+The weight of a layer is named `<name>.weight`; a parameter has its own name. The q, k and v of an
+`nn.MultiheadAttention` are rows of `<attention>.in_proj_weight`, or `<attention>.q_proj_weight` and
+so on. All names in a checkpoint may have a prefix that the adapter's model lacks (`model.` if the
+adapter was trained on the inner model), or the other way round.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ __all__ = ["Renaming", "nearest", "possible_keys", "renaming"]
 PACKED = "in_proj_weight"
 
 DEEPEST_PREFIX = 8
-"""How many parts the prefix may have that one of the two models has more."""
+"""Largest number of parts in a prefix that only one of the two has."""
 
 SEARCHED, SHOWN = 2000, 3
-"""Among how many names `nearest` looks, and how many it returns."""
+"""How many names `nearest` searches, and how many it returns."""
 
 
 @dataclass(frozen=True)
 class Renaming:
-    """How names of the adapter's model become names of the checkpoint: one prefix for another."""
+    """Maps names in the adapter's model to names in the checkpoint: replaces a prefix."""
 
     old: str = ""
     new: str = ""
@@ -48,12 +48,12 @@ class Renaming:
 
     def __str__(self) -> str:
         if self.new:
-            return f"names have the prefix {self.new!r} there"
-        return f"names lack {self.old!r} there" if self.old else "names are the same there"
+            return f"with the prefix {self.new!r}"
+        return f"without the prefix {self.old!r}" if self.old else "with the same names"
 
 
 def possible_keys(record: LayerRecord) -> tuple[str, ...]:
-    """Return where the weight of a layer may be, by the names of the adapter's model."""
+    """Return the possible names of a layer's weight, as in the adapter's model."""
     owner, _, last = record.name.rpartition(".")
     own = (join(record.name, "weight"), record.name)
     if last not in PROJECTIONS:
@@ -62,16 +62,16 @@ def possible_keys(record: LayerRecord) -> tuple[str, ...]:
 
 
 def renaming(checkpoint: Checkpoint, wanted: Sequence[tuple[str, ...]]) -> Renaming:
-    """Return the renaming that leads to all weights in the checkpoint, or else to most.
+    """Return the renaming that finds all weights in the checkpoint, or else most of them.
 
-    The names as they are come first: another prefix has to lead to more.
+    Unchanged names win: a prefix must find more weights than they do.
 
     Args:
         checkpoint: the checkpoint.
         wanted: the possible names of each weight.
 
     Raises:
-        AdapterFileError: several prefixes lead to all of them, and the names as they are do not.
+        AdapterFileError: several prefixes find all of them, and the unchanged names do not.
     """
     tensors = checkpoint.tensors
     numbers: dict[str, set[int]] = defaultdict(set)
@@ -92,15 +92,15 @@ def renaming(checkpoint: Checkpoint, wanted: Sequence[tuple[str, ...]]) -> Renam
         return max([Renaming(), *found], key=lambda one: len(found.get(one, ())))
     if len(complete) > 1:
         raise AdapterFileError(
-            f"it is unclear which tensors of {checkpoint.path} are the adapter's: "
-            f"{'; or '.join(str(one) for one in complete[:3])}. Load the adapter into the model, "
-            "and merge there (merge_adapters)"
+            f"it is unclear which tensors of {checkpoint.path} the adapter changes: those "
+            f"{', or those '.join(str(one) for one in complete[:3])}. Load the adapter into the "
+            "model, and merge there (merge_adapters)"
         )
     return complete[0]
 
 
 def _splits(key: str) -> Iterator[tuple[str, str]]:
-    """Yield a name unsplit, and then split at each of its first dots."""
+    """Yield the prefix and the rest of a name: unsplit, then split at each of its first dots."""
     yield "", key
     parts = key.split(".", DEEPEST_PREFIX)
     for count in range(1, len(parts)):
@@ -108,7 +108,7 @@ def _splits(key: str) -> Iterator[tuple[str, str]]:
 
 
 def nearest(key: str, tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Return a few names of the checkpoint that may be meant: those beside it, or like it."""
+    """Return a few names of the checkpoint that may be meant: in the same module, or similar."""
     owner = key.rpartition(".")[0]
     beside = (name for name in tensors if owner and name.startswith(f"{owner}."))
     among = itertools.islice(tensors, SEARCHED)

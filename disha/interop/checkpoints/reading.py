@@ -1,7 +1,7 @@
 """A base checkpoint on disk: one safetensors file, or a folder as Hugging Face libraries write it.
 
-Opening it reads headers only. A tensor is memory-mapped when it is asked for. Nothing in it is
-trusted: an index can't name a file outside the folder.
+Opening it reads headers only. Each tensor is memory-mapped on request. No content is trusted: an
+index can't name a file outside the folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 LARGEST_LIST = 100_000_000
-"""Largest size of an index in bytes, the same as of a safetensors header."""
+"""Largest size of an index in bytes, equal to that of a safetensors header."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
@@ -43,7 +43,7 @@ class Checkpoint:
         files: its safetensors files.
         tensors: name -> where the tensor is, and its shape and dtype.
         metadata: `__metadata__` of each file.
-        index: what the index says beside the names, or None if there is no index.
+        index: the index without its list of names, or None if there is no index.
 
     Examples:
         >>> import tempfile, pathlib
@@ -88,7 +88,7 @@ class Checkpoint:
             return file.read(name)
 
     def config(self) -> dict[str, Any]:
-        """Return the content of config.json in the folder, or beside the one file; else {}."""
+        """Return the content of config.json in the folder, or beside the file; {} if none."""
         path = (self.folder or self.path.parent) / CONFIG
         return read_json(path) if path.is_file() else {}
 
@@ -101,12 +101,12 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
             `model.safetensors.index.json`.
 
     Returns:
-        A `Checkpoint`: names, shapes and dtypes, and each tensor when it is asked for.
+        A `Checkpoint` with names, shapes and dtypes. It reads each tensor on request.
 
     Raises:
         AdapterIOError: it, or a shard that its index names, can't be read or does not exist.
-        AdapterFileError: it is damaged, or its weights are pickles, or its index and its shards
-            disagree, or name a file outside the folder, or a tensor twice.
+        AdapterFileError: it is damaged, its weights are pickles, its index and its shards
+            disagree, or the index names a file outside the folder or a tensor twice.
 
     Examples:
         >>> import tempfile, pathlib
@@ -145,8 +145,8 @@ def _single(path: Path, file: Path) -> Checkpoint:
     _require_file(file)
     if file.suffix in PICKLES:
         raise AdapterFileError(
-            f"{file} is a pickle by its name, which can run any code when it is read; get the "
-            "safetensors version of the checkpoint"
+            f"{file} is a pickle, to judge by its name, and a pickle can run any code when it is "
+            "read; get the safetensors version of the checkpoint"
         )
     tensors, metadata = stored_tensors(file)
     return Checkpoint(path, (file,), tensors, {file: metadata}, index=None)
@@ -157,11 +157,13 @@ def _sharded(folder: Path) -> Checkpoint:
     index = read_json(path, LARGEST_LIST)
     weight_map = index.pop("weight_map", None)
     if not isinstance(weight_map, dict) or not weight_map:
-        raise AdapterFileError(f"{path}: weight_map must map names to files, and has none")
+        raise AdapterFileError(
+            f"{path}: weight_map must map names of tensors to files, and maps none"
+        )
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_file_name(shard):
             raise AdapterFileError(
-                f"{path}: {name!r} is said to be in {brief(shard)}; allowed are names of "
+                f"{path}: the file of {name!r} is {brief(shard)}; allowed are names of "
                 ".safetensors files in the same folder"
             )
     files = tuple(folder / name for name in sorted(set(weight_map.values())))
@@ -190,14 +192,14 @@ def _sharded(folder: Path) -> Checkpoint:
 def may_tie(config: Mapping[str, Any]) -> bool:
     """Whether the model of a config.json may tie its embeddings.
 
-    A model does so if nothing is said, but a checkpoint without a model type is of no such model.
+    Models tie them by default. A config.json without a model type belongs to no such model.
 
     Args:
         config: the content of the file.
     """
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
-    return any(one is not False for one in said) or (not said and "model_type" in config)
+    ties = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    return any(one is not False for one in ties) or (not ties and "model_type" in config)
 
 
 def _is_file_name(name: str) -> bool:
