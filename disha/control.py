@@ -189,7 +189,7 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
 def _refuse_stacks(view: ModelView) -> None:
     """Raise if experts are adapted: their inputs are tokens of all samples, in any order."""
     for name, weight in view.weights:
-        if weight.slot.layout.is_stack:
+        if weight.slot.layout.expert_dim is not None:
             raise ArgumentError(
                 f"route_adapters can't route samples through {name}, whose layout is "
                 f"{weight.slot.layout.pattern!r}: experts get the tokens of all samples in any "

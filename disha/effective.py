@@ -490,13 +490,13 @@ def _item(weight: Any, index: Any) -> Any:
     counts = isinstance(index, (int, Tensor)) and not isinstance(index, (bool, EffectiveWeight))
     if isinstance(index, Tensor) and (index.dtype == torch.bool or index.is_floating_point()):
         counts = False  # a mask
-    if layout.is_stack and counts:
+    if layout.expert_dim == 0 and counts:
         one = isinstance(index, int) or index.dim() == 0
         if not one and index.dim() != 1:
             return NotImplemented
-        item = functional.layout_of(layout.pattern.removeprefix("expert ")) if one else layout
+        item = layout.of_one_expert() if one else layout
         return _mapped(weight, base[index], item, lambda u: [u.at(index)])
-    if layout.is_stack and isinstance(index, slice):
+    if layout.expert_dim == 0 and isinstance(index, slice):
         return _mapped(weight, base[index], layout, lambda u: [u.at(index)])
     if layout.pattern == "index out" and isinstance(index, Tensor) and counts:
         return _embedding(index, weight)
@@ -536,17 +536,17 @@ def _in_parts(weight: Any, sizes: Sequence[int], dim: int) -> Any:
 
 
 def _unbind(weight: Any, dim: int = 0) -> Any:
-    if not weight.axes.is_stack or dim:
+    if dim or weight.axes.expert_dim != 0:
         return NotImplemented
     return tuple(_item(weight, index) for index in range(weight.base.shape[0]))
 
 
 def _index_select(weight: Any, dim: int, index: Tensor) -> Any:
-    return _item(weight, index) if dim == 0 and weight.axes.is_stack else NotImplemented
+    return _item(weight, index) if dim == 0 == weight.axes.expert_dim else NotImplemented
 
 
 def _select(weight: Any, dim: int, index: int) -> Any:
-    return _item(weight, index) if dim == 0 and weight.axes.is_stack else NotImplemented
+    return _item(weight, index) if dim == 0 == weight.axes.expert_dim else NotImplemented
 
 
 def _cast(func: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,9 +15,12 @@ pattern does, and takes the weight to its matrices and back:
 A block of two axes (Bone, tile) of a convolution is kept as the weight is, with r in the place of
 `in`. Every other block is kept as the method defines it, with the stack's axes in front.
 
-To add a layout: add its pattern to `PATTERNS`, and handle it in the properties of `Layout` and in
-`geometry`, `shape`, `matrices` and `weight`. Until a rule of `disha.effective` knows the pattern,
-products compute the effective weight.
+`Layout` knows three names: `expert` counts the matrices that a module chooses from, `index` is an
+input that is looked up, and `*kernel`, always last, stands for all the remaining axes.
+
+To add a layout: add its pattern to `PATTERNS`, and change `geometry`, `shape`, `matrices` and
+`weight` of `Layout`. Until a rule of `disha.effective` knows the pattern, products compute the
+effective weight.
 """
 
 from __future__ import annotations
@@ -113,20 +116,15 @@ class Layout:
         return self.axes[-1] == "*kernel"
 
     @property
-    def is_stack(self) -> bool:
-        """Whether the weight is a stack of matrices that its module chooses from."""
-        return self.axes[0] == "expert"
+    def expert_dim(self) -> int | None:
+        """The dimension of a weight that counts its experts, or None where there are none."""
+        return self.axes.index("expert") if "expert" in self.axes else None
 
     @property
     def in_first(self) -> bool:
         """Whether the inputs come before the outputs."""
         inputs = "index" if "index" in self.axes else "in"
         return self.axes.index(inputs) < self.axes.index("out")
-
-    @property
-    def shard_dim(self) -> int:
-        """The dimension of a kept Bone block along which the shards of the inputs run."""
-        return 1 if self.pattern == "out in *kernel" else int(self.is_stack)
 
     def inputs_named(self, count: int) -> str:
         """Return the number of inputs under the name that users of such a weight know.
@@ -152,6 +150,10 @@ class Layout:
         """Return the layout of the transposed matrices, or None where none has a name."""
         pattern = _TURNED.get(self.pattern)
         return None if pattern is None else replace(self, pattern=pattern)
+
+    def of_one_expert(self) -> Layout:
+        """Return the layout of the matrix of one expert: this one without the axis `expert`."""
+        return replace(self, pattern=" ".join(axis for axis in self.axes if axis != "expert"))
 
     def misfit(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of a shape can't have this layout, or None if it can.
@@ -191,7 +193,8 @@ class Layout:
         """Return the shape of a weight with these sizes: the inverse of `geometry`.
 
         Args:
-            geometry: the sizes.
+            geometry: the sizes. A file can claim a stack of any length: `misfit` says whether the
+                shape that results can be a weight's.
         """
         inputs, out, stack = geometry.in_features, geometry.out_features, geometry.stack
         if self.has_kernel:
