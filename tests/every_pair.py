@@ -70,61 +70,6 @@ def close(actual, expected, dtype=torch.float64):
     assert (actual.double() - expected.double()).abs().max() <= limit
 
 
-def oracle(weight, block, slot):
-    """Return dW by the loops of the reference, one matrix after the other."""
-    layout, rows = slot.layout, slot.rows
-    if rows:
-        axis = {"out in": 0, "out in *kernel": 0}.get(layout.pattern, 1)
-        chosen = torch.cat([torch.arange(*pair) for pair in rows])
-        whole = copy.copy(slot)
-        object.__setattr__(whole, "rows", ())
-        part = oracle(weight.index_select(axis, chosen), block, whole)
-        return torch.zeros_like(weight).index_add(axis, chosen, part)
-    if layout.pattern == "out in":
-        return matrix(weight, block)
-    if layout.pattern == "in out":
-        return matrix(weight.T, block).T
-    if layout.pattern == "index out":
-        delta = matrix(weight.T, block).T
-        if layout.padding_idx is None:
-            return delta
-        keep = torch.ones(len(weight), 1, dtype=weight.dtype)
-        keep[layout.padding_idx] = 0.0
-        return delta * keep
-    if layout.pattern == "expert out in":
-        return torch.stack([matrix(w, d) for w, d in zip(weight, block, strict=True)])
-    if layout.pattern == "expert in out":
-        return torch.stack([matrix(w.T, d).T for w, d in zip(weight, block, strict=True)])
-    return convolution(weight, block, layout)
-
-
-def matrix(weight, block):
-    if block.dim() == 3:
-        return reference.bat_delta_weight(weight, block)
-    return reference.bone_delta_weight(block, weight.shape[1], weight.shape[0])
-
-
-def convolution(weight, block, layout):
-    bat = weight.dim() != block.dim()
-    if layout.pattern == "out in *kernel":
-        if not bat:
-            return reference.conv_delta_weight(block, weight.shape[1], weight.shape[0])
-        parts = weight.flatten(2).unbind(-1)
-        blocks = block.reshape(-1, *block.shape[-3:])
-        deltas = [matrix(w, d) for w, d in zip(parts, blocks, strict=True)]
-        return torch.stack(deltas, -1).view(weight.shape)
-    inputs = weight.shape[0] // layout.groups
-    if not bat:
-        return reference.conv_transpose_delta_weight(block, inputs, weight.shape[1], layout.groups)
-    groups = []
-    for group, own in zip(weight.split(inputs), block, strict=True):
-        parts = group.flatten(2).unbind(-1)
-        blocks = own.reshape(-1, *own.shape[-3:])
-        deltas = [matrix(w.T, d).T for w, d in zip(parts, blocks, strict=True)]
-        groups.append(torch.stack(deltas, -1).view(group.shape))
-    return torch.cat(groups)
-
-
 def updates(adapted, adapter="default", blocks=None):
     """Return parameter name -> dW by the oracle, as far as blocks go in float64."""
     found = {}
@@ -133,7 +78,11 @@ def updates(adapted, adapter="default", blocks=None):
         values = block.block.detach().double() if blocks is None else blocks[name]
         module = next(n for n, m in adapted.named_modules() if m is weight.layer)
         key = f"{module}.{block.slot.parameter}"
-        delta = oracle(weight.base.detach().double(), values, block.slot)
+        layout = block.slot.layout
+        delta = reference.layout_delta_weight(
+            block.method, layout.pattern, values, weight.base.detach().double(), block.slot.rows,
+            layout.groups, layout.padding_idx,
+        )  # fmt: skip
         found[key] = found[key] + delta if key in found else delta
     return found
 

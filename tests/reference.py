@@ -10,7 +10,8 @@ blocks and b of input shards (both counted over the zero-padded size):
   zero columns to multiples of r and dW cropped to W's size;
 - `merged_weight`      W' = W + sum of s dW;
 - `linear`             y = W' x + b, the product with the dense merged weight;
-- `layout_delta_weight`  dW of a weight of any layout, one matrix of its stack after another.
+- `layout_delta_weight`  dW of any method in `LOOPS` for a weight of any layout, one matrix of its
+  stack after another. The names of the layout's axes say where each matrix is.
 
 They are differentiable, so that autograd of these loops is the oracle for gradients.
 """
@@ -52,8 +53,15 @@ def bat_delta_weight(weight, block):
     return delta[:out_features, :in_features]
 
 
+LOOPS = {
+    "bone": (lambda weight, block: bone_delta_weight(block, *weight.shape[::-1]), 2),
+    "bat": (bat_delta_weight, 3),
+}
+"""Method -> (W, D) -> dW for one matrix W, and how many axes the block D of one matrix has."""
+
+
 def delta_weight(weight, block):
-    """dW of a block of either kind: BAT's has three dimensions."""
+    """dW of a Bone or a BAT block, whose axes tell which it is."""
     if block.dim() == 3:
         return bat_delta_weight(weight, block)
     return bone_delta_weight(block, weight.shape[1], weight.shape[0])
@@ -107,48 +115,45 @@ def embedding_delta_weight(block, rows, dim, padding_idx=None):
     return torch.stack(delta)
 
 
+def shape_of(pattern):
+    """A weight's shape with 6 outputs and 7 inputs, by the names of its axes."""
+    sizes = {"out": (6,), "in": (7,), "index": (7,), "expert": (3,), "*kernel": (2, 3)}
+    return sum((sizes[axis] for axis in pattern.split()), ())
+
+
 def matrices(pattern, shape, groups=1):
     """Yield, for each matrix of a weight: its sizes, where it is in the weight and in the block.
 
-    (out, in), (o, i) -> index of the weight, (kept block, whether it is BAT's) -> own block.
+    (out, in), (o, i) -> index of the weight, (kept block, its axes per matrix) -> own block.
     """
-    if pattern == "out in":
-        yield shape, lambda o, i: (o, i), lambda block, bat: block
-    elif pattern in ("in out", "index out"):
-        yield shape[::-1], lambda o, i: (i, o), lambda block, bat: block
-    elif pattern == "expert out in":
-        for e in range(shape[0]):
-            yield shape[1:], lambda o, i, e=e: (e, o, i), lambda block, bat, e=e: block[e]
-    elif pattern == "expert in out":
-        for e in range(shape[0]):
-            yield shape[:0:-1], lambda o, i, e=e: (e, i, o), lambda block, bat, e=e: block[e]
-    elif pattern == "out in *kernel":
-        for k in product(*map(range, shape[2:])):
-            yield (
-                shape[:2],
-                lambda o, i, k=k: (o, i, *k),
-                lambda block, bat, k=k: block[k] if bat else block[(..., *k)].T,
-            )
-    elif pattern == "in out *kernel":
-        inputs = shape[0] // groups
-        for g, *k in product(range(groups), *map(range, shape[2:])):
-            yield (
-                (shape[1], inputs),
-                lambda o, i, g=g, k=k: (g * inputs + i, o, *k),
-                lambda block, bat, g=g, k=k: (
-                    block[(g, *k)] if bat else block[(..., *k)].chunk(groups)[g]
-                ),
-            )
+    axes = pattern.split()
+    kernel = shape[len(axes) - 1 :] if "*kernel" in axes else ()
+    experts = shape[axes.index("expert")] if "expert" in axes else 1
+    inputs = shape[axes.index("index" if "index" in axes else "in")] // groups
+    for e, g, *k in product(range(experts), range(groups), *map(range, kernel)):
+
+        def at(o, i, e=e, g=g, k=k):
+            place = {"out": (o,), "in": (g * inputs + i,), "index": (i,), "expert": (e,)}
+            return sum((place.get(axis, tuple(k)) for axis in axes), ())
+
+        def own(block, block_axes, e=e, g=g, k=k):
+            block = block[e] if "expert" in axes else block
+            if kernel and block_axes == 2:  # kept as a small weight
+                return block[(..., *k)].T if axes[0] == "out" else block[(..., *k)].chunk(groups)[g]
+            return block[(g, *k)] if pattern == "in out *kernel" else block[tuple(k)]
+
+        yield (shape[axes.index("out")], inputs), at, own
 
 
-def layout_delta_weight(bat, pattern, block, weight, rows=(), groups=1, padding_idx=None):
+def layout_delta_weight(method, pattern, block, weight, rows=(), groups=1, padding_idx=None):
+    loop, block_axes = LOOPS[method]
     delta = torch.zeros(weight.shape, dtype=weight.dtype)
     for (outputs, inputs), at, own in matrices(pattern, weight.shape, groups):
         chosen = [o for o in range(outputs) if not rows or any(a <= o < b for a, b in rows)]
         matrix = torch.stack(
             [torch.stack([weight[at(o, i)] for i in range(inputs)]) for o in chosen]
         )
-        update = delta_weight(matrix, own(block, bat))
+        update = loop(matrix, own(block, block_axes))
         for row, o in enumerate(chosen):
             for i in range(inputs):
                 if i != padding_idx:

@@ -13,6 +13,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers.pytorch_utils import Conv1D
 
 import disha
+from disha import functional
+from tests import reference
 from tests.conftest import needs_fully_shard, perturb
 from tests.every_pair import DtypeTests, PairTests, Row, close
 
@@ -189,6 +191,62 @@ class TestEveryPair(PairTests):
         output.sum().backward()
         for block, wanted in zip(disha.adapter_parameters(model), gradients, strict=True):
             close(block.grad.full_tensor(), wanted, torch.float32)
+
+
+class Holder(nn.Module):
+    """One parameter, for which a layout is declared."""
+
+    def __init__(self, shape) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+
+PIECES = {
+    "select": lambda weight, dim: weight.select(dim, 1),
+    "one by [ ]": lambda weight, dim: weight[(slice(None),) * dim + (1,)],
+    "one by a tensor": lambda weight, dim: weight[(slice(None),) * dim + (torch.tensor(1),)],
+    "some by [ ]": lambda weight, dim: weight[(slice(None),) * dim + (torch.tensor([1, 0, 1]),)],
+    "a slice": lambda weight, dim: weight[(slice(None),) * dim + (slice(1, 3),)],
+    "every second": lambda weight, dim: weight[(slice(None),) * dim + (slice(None, None, 2),)],
+    "the only index": lambda weight, dim: (weight[1], weight[torch.tensor([1, 0])], weight[1:3]),
+    "index_select": lambda weight, dim: weight.index_select(dim, torch.tensor([1, 0, 1])),
+    "narrow": lambda weight, dim: weight.narrow(dim, 1, 1),
+    "unbind": lambda weight, dim: weight.unbind(dim),
+    "split": lambda weight, dim: weight.split(1, dim),
+    "chunk": lambda weight, dim: weight.chunk(2, dim),
+    "iteration": lambda weight, dim: tuple(weight),
+    "movedim": lambda weight, dim: weight.movedim(dim, 0),
+    "a turn": lambda weight, dim: weight.transpose(dim, -1),
+    "transposed": lambda weight, dim: weight.mT,
+    "a sum": lambda weight, dim: weight.sum(dim),
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("method", functional.METHODS)
+@pytest.mark.parametrize("pattern", functional.PATTERNS)
+def test_a_piece_of_a_weight_is_that_of_the_dense_weight(pattern, method, piece):
+    """A rule that takes a layout's axes for others gives wrong values here."""
+    torch.manual_seed(0)
+    shape = reference.shape_of(pattern)
+    model = Holder(shape)
+    disha.inject_adapters(model, "mix", 2, method=method, layouts={"mix": pattern})
+    perturb(model)
+    (block,) = disha.adapter_parameters(model)
+    base = model._parameters["mix"].detach()
+    dense = base + reference.layout_delta_weight(method, pattern, block.detach(), base)
+    for dim in range(len(shape)):
+        for at in {dim, dim - len(shape)} if piece in BY_NUMBER else {dim}:
+            found, expected = PIECES[piece](model.mix, at), PIECES[piece](dense, at)
+            several = isinstance(expected, tuple)
+            pairs = zip(found, expected, strict=True) if several else [(found, expected)]
+            for one, other in pairs:
+                assert one.shape == other.shape
+                close(one + 0.0, other)
+
+
+BY_NUMBER = ("select", "index_select", "narrow", "unbind", "split", "chunk", "a sum")
+"""Pieces along a dimension that may be counted from the end."""
 
 
 @pytest.fixture

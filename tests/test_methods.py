@@ -15,22 +15,16 @@ from disha.errors import ArgumentError, ArgumentTypeError, DishaError
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update
 from tests import reference
 
-LAYOUTS = {
-    "linear": (Layout("out in"), (6, 7)),
-    "turned": (Layout("in out"), (7, 6)),
-    "embedding": (Layout("index out"), (7, 6)),
+LAYOUTS = {pattern: (Layout(pattern), reference.shape_of(pattern)) for pattern in PATTERNS} | {
     "padded embedding": (Layout("index out", padding_idx=2), (7, 6)),
     "conv1d": (Layout("out in *kernel"), (6, 7, 3)),
-    "conv2d": (Layout("out in *kernel"), (6, 7, 2, 3)),
     "conv3d": (Layout("out in *kernel"), (6, 5, 2, 1, 2)),
     "transposed 1d": (Layout("in out *kernel"), (7, 6, 3)),
     "grouped transposed 1d": (Layout("in out *kernel", groups=2), (14, 6, 2)),
     "grouped transposed 2d": (Layout("in out *kernel", groups=2), (10, 6, 2, 2)),
     "transposed 3d": (Layout("in out *kernel"), (7, 6, 2, 1, 2)),
-    "experts": (Layout("expert out in"), (3, 6, 7)),
-    "turned experts": (Layout("expert in out"), (3, 7, 6)),
 }
-"""Layouts of weights with 6 outputs, and 7 or 5 inputs."""
+"""Every layout, and layouts in more dimensions: weights with 6 outputs, and 7 or 5 inputs."""
 
 BLOCKS = {
     "bone r=1": ("bone", 1, None),
@@ -72,7 +66,7 @@ class Case(NamedTuple):
         """DW as the loops have it."""
         layout = self.layout
         return reference.layout_delta_weight(
-            self.method == "bat", layout.pattern, self.block, self.weight, self.rows,
+            self.method, layout.pattern, self.block, self.weight, self.rows,
             layout.groups, layout.padding_idx,
         )  # fmt: skip
 
@@ -84,9 +78,10 @@ def case_of(kind, name, rows=(), dtype=torch.float64):
     return Case(method, layout, r, weight, block, rows)
 
 
-def test_every_pattern_is_tried():
-    assert {layout.pattern for layout, _ in LAYOUTS.values()} == set(PATTERNS)
-    assert {method for method, _, _ in BLOCKS.values()} == set(METHODS)
+def test_every_method_is_tried():
+    tried = {method for method, _, _ in BLOCKS.values()}
+    assert tried == set(METHODS), "add a row for each method to BLOCKS"
+    assert set(reference.LOOPS) == set(METHODS), "add a loop for each method to reference.LOOPS"
 
 
 @pytest.mark.parametrize("rows", ROWS, ids=str)
@@ -106,7 +101,7 @@ def test_the_update_is_that_of_the_loops(kind, name, rows):
 def test_gradients_are_those_of_the_loops(kind, name):
     case = case_of(kind, name, ((0, 2), (3, 5)))
     leaves = [case.block.requires_grad_()]
-    if case.method == "bat":
+    if METHODS[case.method].reads_weight:
         leaves.append(case.weight.requires_grad_())
     cotangent = torch.randn_like(case.weight)
     found = torch.autograd.grad(case.delta, leaves, cotangent)
@@ -115,32 +110,36 @@ def test_gradients_are_those_of_the_loops(kind, name):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@with_every_block
+def test_the_update_of_16_bits_is_not_rounded(name, dtype):
+    case = case_of("out in", name, dtype=dtype)
+    exact = case._replace(weight=case.weight.double(), block=case.block.double()).expected
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.delta
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 SHAPES = {
-    "linear": lambda r, out: (r, out),
-    "turned": lambda r, out: (r, out),
-    "embedding": lambda r, out: (r, out),
+    "out in": lambda r, out: (r, out),
+    "in out": lambda r, out: (r, out),
+    "index out": lambda r, out: (r, out),
     "conv1d": lambda r, out: (out, r, 3),
-    "conv2d": lambda r, out: (out, r, 2, 3),
+    "out in *kernel": lambda r, out: (out, r, 2, 3),
     "transposed 1d": lambda r, out: (r, out, 3),
     "grouped transposed 2d": lambda r, out: (2 * r, out, 2, 2),
-    "experts": lambda r, out: (3, r, out),
-    "turned experts": lambda r, out: (3, r, out),
+    "expert out in": lambda r, out: (3, r, out),
+    "expert in out": lambda r, out: (3, r, out),
 }
-STACKS = {
-    "linear": (),
-    "turned": (),
-    "embedding": (),
-    "padded embedding": (),
-    "conv1d": (3,),
-    "conv2d": (2, 3),
-    "conv3d": (2, 1, 2),
-    "transposed 1d": (1, 3),
-    "grouped transposed 1d": (2, 2),
-    "grouped transposed 2d": (2, 2, 2),
-    "transposed 3d": (1, 2, 1, 2),
-    "experts": (3,),
-    "turned experts": (3,),
-}
+
+
+def stack_of(kind):
+    """The sizes in front of a block, by the names of the weight's axes."""
+    layout, shape = LAYOUTS[kind]
+    axes = layout.pattern.split()
+    experts = (shape[axes.index("expert")],) if "expert" in axes else ()
+    groups = (layout.groups,) if layout.pattern == "in out *kernel" else ()
+    return (*experts, *groups, *(shape[axes.index("*kernel") :] if "*kernel" in axes else ()))
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -157,7 +156,7 @@ def test_shapes_of_bat_blocks_have_the_stack_in_front(kind):
     layout, shape = LAYOUTS[kind]
     for rows, outputs in (((), 6), (((0, 2), (3, 6)), 5)):
         found = functional.block_shape("bat", layout, shape, r=4, rows=rows)
-        assert found == (*STACKS[kind], -(-outputs // 4), 4, 4)
+        assert found == (*stack_of(kind), -(-outputs // 4), 4, 4)
 
 
 @with_every_block
@@ -176,7 +175,11 @@ def test_a_kept_block_and_the_methods_own_are_inverse(kind, name):
 def test_the_stack_is_seen_in_the_shape_of_a_block(kind, name):
     case = case_of(kind, name)
     found = functional.stack_of(case.method, case.layout, case.block.shape)
-    assert found == case.geometry.stack == STACKS[kind]
+    assert found == case.geometry.stack == stack_of(kind)
+
+
+def has_wider_blocks(method):
+    return type(METHODS[method]).widened is not Method.widened
 
 
 @pytest.mark.parametrize("times", [2, 3])
@@ -185,7 +188,7 @@ def test_the_stack_is_seen_in_the_shape_of_a_block(kind, name):
 def test_a_wider_block_has_the_same_update(kind, name, times):
     case = case_of(kind, name)
     wider = functional.widened(case.method, case.layout, case.block, case.r, times * case.r)
-    if case.method == "bat":
+    if not has_wider_blocks(case.method):
         assert wider is None
         return
     shape = functional.block_shape(
@@ -209,14 +212,14 @@ def test_a_block_of_its_own_size_stays_and_no_other_multiple_exists(name):
 def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
     case = case_of(kind, name)
     factors = functional.lora_factors(case.method, case.layout, case.block, case.geometry)
-    if case.method == "bat":
+    if not METHODS[case.method].reduces:
         assert factors is None
         assert METHODS[case.method].from_lora_b(torch.zeros(4, 2)) is None
         return
     a, b = factors
     outputs, inputs = case.geometry.out_features, case.geometry.in_features
-    assert tuple(a.shape) == (*STACKS[kind], case.r, inputs)
-    assert tuple(b.shape) == (*STACKS[kind], outputs, case.r)
+    assert tuple(a.shape) == (*stack_of(kind), case.r, inputs)
+    assert tuple(b.shape) == (*stack_of(kind), outputs, case.r)
     assert a.is_contiguous()
     assert b.is_contiguous()
     delta = case.layout.matrices(case.delta)
@@ -312,7 +315,7 @@ def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
     case = case_of(kind, name, ((0, 2), (3, 5)))
     update = Update(case.method, case.block, 0.5, rows=case.rows)
     found = functional.reduced_updates([update], case.layout, 6)
-    if case.method == "bat":
+    if not METHODS[case.method].reduces:
         assert found == []
         return
     (one,) = found
@@ -343,15 +346,17 @@ def test_updates_of_one_shard_size_add_up():
 @pytest.mark.parametrize(
     ("start", "stop"), [(0, 2), (2, 6), (4, 6), (1, 3), (2, 5), (0, 7), (6, 7)]
 )
-@pytest.mark.parametrize("name", ["bone r=3", "bat r=2"])
+@pytest.mark.parametrize("name", [name for name in BLOCKS if BLOCKS[name][2] is None])
 def test_the_block_of_a_slice_of_outputs(name, start, stop):
     method, r, _ = BLOCKS[name]
     layout, weight = Layout("out in"), torch.randn(7, 7, dtype=torch.float64)
     shape = functional.block_shape(method, layout, weight.shape, r)
     block = torch.randn(shape, dtype=torch.float64)
     found = METHODS[method].of_outputs(block, start, stop, 7)
-    if method == "bat" and (start % r or (stop % r and stop < 7)):
-        assert found is None
+    if method == "bat":
+        assert (found is None) == bool(start % r or (stop % r and stop < 7))
+    if found is None:
+        assert not METHODS[method].reduces  # R has a column for each output
         return
     whole = functional.delta_weight(method, layout, block, weight)
     part = functional.delta_weight(method, layout, found, weight[start:stop])
@@ -362,7 +367,7 @@ def test_the_block_of_a_slice_of_outputs(name, start, stop):
     ("start", "stop"), [(0, 8), (0, 4), (2, 4), (3, 4), (4, 6), (5, 8), (3, 7)]
 )
 @pytest.mark.parametrize("rows", [(), ((0, 4),), ((2, 4), (6, 8)), ((1, 3), (4, 8))], ids=str)
-@pytest.mark.parametrize("name", ["bone r=3", "tile r=3", "bat r=2"])
+@with_every_block
 def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
     (method, r, r_out), layout = BLOCKS[name], Layout("out in")
     weight = torch.randn(8, 7, dtype=torch.float64)
@@ -370,7 +375,7 @@ def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
     update = Update(method, torch.randn(shape, dtype=torch.float64), rows=rows)
     found = functional.update_of_rows(update, start, stop, 8)
     if found is None:
-        assert method == "bat"  # a block of r outputs reaches over the border of the slice
+        assert not METHODS[method].reduces  # R has a column for each output
         return
     whole = functional.effective_weight(weight, layout, [update])
     part = functional.effective_weight(weight[start:stop], layout, found)
@@ -454,11 +459,12 @@ ASKED: dict[str, Callable[[str], object]] = {
 def test_an_unknown_method_is_refused_by_the_same_error_everywhere(function):
     with pytest.raises(ArgumentError) as caught:
         ASKED[function]("lora")
-    assert str(caught.value) == "unknown method 'lora'; allowed are 'bone', 'bat'"
+    assert str(caught.value) == f"unknown method 'lora'; allowed are {functional.method_names()}"
 
 
 def test_a_method_that_is_no_text_is_refused():
-    with pytest.raises(DishaError, match=r"unknown method \['bone'\]; allowed are 'bone', 'bat'"):
+    says = rf"unknown method \['bone'\]; allowed are {functional.method_names()}"
+    with pytest.raises(DishaError, match=says):
         functional.method_of(["bone"])
 
 
@@ -495,29 +501,35 @@ class Shifted(Method):
         return block.unsqueeze(-1) * matrices
 
 
-def dense_delta(method, layout, block, weight):
-    """The update of one of these methods by loops over elements."""
+def gained_loop(weight, block):
     delta = torch.zeros_like(weight)
-    bat_like = method == "shifted" or not layout.has_kernel
-    sizes = reference.matrices(layout.pattern, tuple(weight.shape), layout.groups)
-    for (outputs, inputs), at, own in sizes:
-        d = own(block, bat_like)
-        for o in range(outputs):
-            for i in range(inputs):
-                if i == layout.padding_idx:
-                    continue
-                if method == "shifted":
-                    delta[at(o, i)] = d[o] * weight[at(o, i)]
-                else:
-                    delta[at(o, i)] = d[i % (len(d) - 1), o] * (1 + d[-1, o])
+    for o in range(weight.shape[0]):
+        for i in range(weight.shape[1]):
+            delta[o, i] = block[i % (len(block) - 1), o] * (1 + block[-1, o])
     return delta
+
+
+def shifted_loop(weight, block):
+    return torch.stack([block[o] * weight[o] for o in range(len(weight))])
+
+
+LOOPS = {"gained": (gained_loop, 2), "shifted": (shifted_loop, 1)}
+
+
+def dense_delta(method, layout, block, weight):
+    """The update of one of these methods by loops."""
+    return reference.layout_delta_weight(
+        method, layout.pattern, block, weight, (), layout.groups, layout.padding_idx
+    )
 
 
 @pytest.fixture(params=[Gained, Shifted])
 def third(request, monkeypatch):
     """The name of a third method in the table."""
-    monkeypatch.setitem(METHODS, request.param.name, request.param())
-    return request.param.name
+    name = request.param.name
+    monkeypatch.setitem(METHODS, name, request.param())
+    monkeypatch.setitem(reference.LOOPS, name, LOOPS[name])
+    return name
 
 
 def close(found, expected, tolerance=1e-10):

@@ -38,7 +38,7 @@ def make_update(kind, layout, weight, scale=0.5, dropout=0.0, rows=(), r=None):
 def dense(update, layout, weight):
     """Return s dW of an update, by the loops."""
     delta = reference.layout_delta_weight(
-        update.method == "bat", layout.pattern, update.block, weight, update.rows,
+        update.method, layout.pattern, update.block, weight, update.rows,
         layout.groups, layout.padding_idx,
     )  # fmt: skip
     return update.scale * delta

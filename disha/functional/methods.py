@@ -29,7 +29,14 @@ from disha.errors import ArgumentError
 from disha.functional.bat import bat_delta_weight, bat_linear, bat_streamed
 from disha.functional.bone import bone_delta_weight, bone_lora_factors
 from disha.functional.layouts import Geometry, Layout, Rows, place_rows
-from disha.functional.shards import Scale, scaled, shard_count, tiled
+from disha.functional.shards import (
+    Scale,
+    merge_dtype,
+    scaled,
+    shard_count,
+    tiled,
+    without_autocast,
+)
 from disha.text import brief
 
 __all__ = [
@@ -384,8 +391,15 @@ def delta_weight(
             f"a {method} block of shape {tuple(block.shape)} does not fit a weight of shape "
             f"{tuple(weight.shape)} laid out as {layout.pattern!r}"
         )
+    own = matrix_block(method, layout, block)
     matrices = layout.matrices(layout.part(weight, rows)) if chosen.reads_weight else None
-    delta = chosen.delta(matrix_block(method, layout, block), geometry, matrices)
+    if chosen.reduces:  # dW has the numbers of R
+        delta = chosen.delta(own, geometry, matrices)
+    else:
+        dtype = merge_dtype(torch.promote_types(weight.dtype, block.dtype))
+        matrices = None if matrices is None else matrices.to(dtype)
+        with without_autocast(weight.device):
+            delta = chosen.delta(own.to(dtype), geometry, matrices)
     if layout.padding_idx is not None:
         delta = delta.index_fill(-1, torch.tensor([layout.padding_idx], device=delta.device), 0.0)
     out_features = layout.geometry(weight.shape).out_features
