@@ -1,13 +1,14 @@
 """The mathematics of dimension-sharded adapters, as pure functions of tensors.
 
-A weight is a stack of matrices W (out, in); all shards of its inputs, runs of r, share one small
-trainable block D. S(x)[j] = sum over b of x[b r + j] is the shard sum of an input x (..., in), a
-tensor (..., r). Sizes that r does not divide are zero-padded and cropped afterwards. A runtime
-scale s multiplies the update dW. Everything here is differentiable and knows no module.
+A weight is a stack of matrices W (out, in). The inputs are cut into shards, runs of r, and all
+shards share one small trainable block D. The shard sum of an input x (..., in) is a tensor
+(..., r): S(x)[j] = sum over b of x[b r + j]. Sizes that r does not divide are zero-padded and
+cropped afterwards. A runtime scale s multiplies the update dW. All functions are differentiable,
+and none takes a module.
 
 Read in this order: `shards` cuts dimensions, `bone` and `bat` have the formulas, `layouts` says
-where a weight keeps its matrices, `methods` is the table of methods and layouts, `products` has the
-products of an input with a weight and its updates.
+which axes of a weight are its matrices, `methods` is the table of methods and layouts, and
+`products` multiplies an input by a weight and its updates.
 
 Source: Kang, "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence
 and Fast Computation", arXiv 2409.15371 (Bone was later renamed MiSS; the tile is its "mini").

@@ -1,11 +1,13 @@
-"""BAT: each block of r outputs has a block D_a of its own, which meets W: dW_ab = W_ab D_a + D_a.
+"""BAT: each run of r outputs has its own block D_a, which is combined with W.
 
-W is cut into r x r tiles W_ab (output block a, input block b); D is (ceil(out / r), r, r).
+W is cut into r x r tiles W_ab (outputs a, inputs b), and dW_ab = W_ab D_a + D_a. The shape of D is
+(ceil(out / r), r, r).
 
-`bat_forward` forms W_eff = W + s dW and leaves the rest to plain autograd, which keeps W_eff for
-the backward pass. `bat_linear` computes the same and keeps x, W and D only. It forms W_eff, and the
-gradient of the weight from which dD comes, one slab of output blocks at a time, and again in
-backward. `bat_streamed` does not form W_eff at all, which pays for few tokens.
+`bat_forward` forms W_eff = W + s dW and uses plain autograd, which saves W_eff for the backward
+pass. `bat_linear` computes the same but saves only x, W and D. It forms W_eff one slab (a range of
+blocks D_a) at a time, once in forward and again in backward. There it forms the gradient of the
+weight, from which it computes dD, in the same way. `bat_streamed` never forms W_eff, which is
+faster for few tokens.
 """
 
 from __future__ import annotations
@@ -35,19 +37,19 @@ from disha.functional.shards import (
 __all__ = ["SLAB_BYTES", "bat_delta_weight", "bat_forward", "bat_linear", "bat_streamed"]
 
 SLAB_BYTES = 2**23
-"""How much of W_eff, and of the weight's gradient, is held at once: one block at least."""
+"""Largest part of W_eff, or of the weight's gradient, in memory at once; at least one block."""
 
 STREAMED_SHARE = 0.75
-"""Up to this share of r, so many tokens stream: there the two ways were measured to take as long.
+"""Fewer tokens than this share of r are streamed. At this number, measured times are equal.
 
 Streaming costs 2 tokens x in x out multiply-adds, forming W_eff (tokens + r) x in x out.
 """
 
 W_FIRST_TOKENS = 16
-"""Minimum number of tokens for which streaming multiplies W by x, and not x by W.
+"""Minimum number of tokens for which streaming computes W x instead of x W.
 
-Below it, batches of products were measured to be up to twice as fast the other way round. In 16
-bits they never are.
+For fewer tokens, batched products x W were measured to be up to twice as fast. In 16 bits, x W is
+always at least as fast.
 """
 
 
@@ -59,11 +61,11 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
         block: D (..., ceil(out / r), r, r).
 
     Returns:
-        Tensor (..., out, in), in float32 or, if W or D is wider, in float64: rounding dW to 16 bits
-        and then W + dW again would round twice. Autocast is off here for the same reason.
+        Tensor (..., out, in), in float32, or in float64 if W or D is float64. If dW were in 16
+        bits, W + dW would be rounded twice. Autocast is off here for the same reason.
 
     Raises:
-        ArgumentError: the block is not one for that many rows.
+        ArgumentError: the block does not have the shape for this weight.
 
     Source: arXiv 2409.15371, section 3.3.
 
@@ -120,23 +122,24 @@ def square_tiles(weight: Tensor, r: int) -> Tensor:
     """Return the r x r tiles of W (..., out, in): a tensor (..., out / r, r * in / r, r).
 
     Tile (a, b) has the rows i n + b of entry a, with n = in / r. A size that r does not divide is
-    zero-padded. Nothing moves in memory: W's row-major (a i) (b k) is "a (i b) k" already.
+    zero-padded. This is a view: in row-major order, "(a i) (b k)" and "a (i b) k" are the same.
     """
     padded = pad_to_multiple(pad_to_multiple(weight, r, dim=-1), r, dim=-2)
     return padded.reshape(*padded.shape[:-2], padded.shape[-2] // r, -1, r)
 
 
-# --- one product, which keeps as little as it can ------------------------------------------------
+# --- a product that saves little for backward ----------------------------------------------------
 
 
 def bat_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, scale: Scale = 1.0
 ) -> Tensor | None:
-    """Return y = (W + s dW) x + b as `bat_forward` does, keeping x, W and D only for backward.
+    """Return y = (W + s dW) x + b as `bat_forward` does, but save only x, W and D for backward.
 
-    Products are computed in the dtype of the operands: for 16 bits W_eff is rounded once, and D
-    added to the output. W is frozen here. Transforms of `torch.func`, forward-mode derivatives,
-    compiled code and operands of several dtypes need `bat_forward`: for them this is None.
+    Products are computed in the dtype of the operands. In 16 bits, W + W D is rounded once, and
+    the other part of dW, D itself, is added to the output. W must be frozen. The result is None
+    where `bat_forward` is needed: for transforms of `torch.func`, forward-mode derivatives,
+    compiled code, and operands of several dtypes.
 
     Args:
         x: input (..., in).
@@ -196,7 +199,7 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> b
 class _BatLinear(torch.autograd.Function):
     """(x (n, in), W, b, D) -> y (n, out)."""
 
-    # A setup_context of its own is for transforms, for which this is not used, and takes longer.
+    # A separate setup_context is slower, and only transforms (not supported here) need it.
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, block)
@@ -222,7 +225,7 @@ class _BatLinear(torch.autograd.Function):
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
     slabs = list(_slabs(weight, block))
-    # In 16 bits W + D would lose a small D: what D itself adds comes by S(x), as for Bone.
+    # In 16 bits, W + D would lose a small D. So D itself is added through S(x), as for Bone.
     wide = _is_wide(weight)
     if len(slabs) == 1:
         output = F.linear(x, _effective(weight, block, add_block=wide), bias)
@@ -250,10 +253,10 @@ def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
 
 
 def _slabs(weight: Tensor, block: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut a layer into slabs (output blocks, rows of W) of at most SLAB_BYTES.
+    """Cut a layer into slabs (blocks D_a, rows of W) of at most SLAB_BYTES.
 
-    Not for the peak alone: memory beyond the allocator's threshold is mapped anew, page by page,
-    each time that it is asked for.
+    Slabs lower the peak and also save time: the allocator maps larger memory anew, page by page,
+    on every request.
     """
     blocks, r = block.shape[:2]
     out_features, in_features = weight.shape
@@ -264,7 +267,7 @@ def _slabs(weight: Tensor, block: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _effective(weight: Tensor, block: Tensor, add_block: bool) -> Tensor:
-    """Return rows of W_eff; or W_ab + W_ab D_a alone, without the D_a that is added to it."""
+    """Return rows of W_eff; without `add_block` only W_ab + W_ab D_a, without the last D_a."""
     count, r, _ = block.shape
     tiles = square_tiles(weight.contiguous(), r)
     if add_block:
@@ -272,7 +275,7 @@ def _effective(weight: Tensor, block: Tensor, add_block: bool) -> Tensor:
         product = start.view(tiles.shape).baddbmm_(tiles, block)
     else:
         product = torch.baddbmm(tiles, tiles, block)
-    # The result has the strides of W. So a block of zeros changes no bit of the layer's output.
+    # The result has the strides of W, so a block of zeros changes no bit of the layer's output.
     effective = product.view(count * r, -1)[: weight.shape[0], : weight.shape[1]]
     return effective.contiguous() if weight.is_contiguous() else effective.mT.contiguous().mT
 
@@ -282,9 +285,9 @@ def _is_wide(weight: Tensor) -> bool:
 
 
 def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
-    """Return W_eff x for few tokens, of one matrix or of a stack, without forming W_eff.
+    """Return W_eff x for few tokens and one matrix or a stack, without forming W_eff.
 
-    y_a = sum over b of W_ab (I + D_a) x_b + D_a S(x) reads W once, in order.
+    y_a = sum over b of W_ab (I + D_a) x_b + D_a S(x). This reads W once, in order.
 
     Args:
         x: input (..., tokens, in).

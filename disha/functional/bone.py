@@ -3,7 +3,7 @@
 - Bone, block D (r, out): dW[o, i] = D[i mod r, o];
 - tile, block D (r, r_out) where r_out divides out: dW[o, i] = D[i mod r, o mod r_out].
 
-Plain autograd keeps S(x), tokens x r, and never x, for the backward pass.
+For the backward pass, autograd saves S(x) (tokens x r) and never x.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
 
     Args:
         x: input (..., in).
-        block: D, (r, out_features) for Bone or (r, r_out) for a tile; stacks multiply as in
-            `torch.matmul`.
+        block: D, (r, out_features) for Bone or (r, r_out) for a tile. Axes in front are batches,
+            as in `torch.matmul`.
         out_features: size of the layer's output; a multiple of the block's second size.
         scale: runtime scale s, a number or a 0-dim tensor.
 
     Returns:
-        Tensor (..., out_features), in the block's dtype (autocast aside).
+        Tensor (..., out_features), in the block's dtype, or autocast's.
 
     Raises:
         ArgumentError: the block's second size does not divide out_features.
@@ -154,7 +154,7 @@ def embedding_delta(
         block: D, (r, dim) for Bone or (r, r_out) for a tile.
         dim: size of an embedding; a multiple of the block's second size.
         scale: runtime scale s, a number or a 0-dim tensor.
-        padding_idx: row that stays untouched.
+        padding_idx: row that gets no update.
 
     Returns:
         Tensor (..., dim), in the block's dtype.
@@ -179,7 +179,7 @@ def embedding_delta(
 def routed_bone_delta(
     x: Tensor, blocks: Sequence[Tensor], scales: Sequence[Scale], choices: Tensor
 ) -> Tensor:
-    """Return what Bone blocks add where each sample has a block of its own, in one product.
+    """Return what Bone blocks add if each sample has its own block, computed in one product.
 
     Args:
         x: input (samples * n, ..., in): each sample covers n entries of the leading dimension.

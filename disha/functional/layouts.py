@@ -1,7 +1,7 @@
-"""Layouts: where a weight keeps its outputs, its inputs and what it stacks.
+"""Layouts: which axes of a weight are its outputs, its inputs, and its stack.
 
 A weight is a stack of matrices W (out, in). A layout names the axes of the weight as an einops
-pattern does, and takes the weight to its matrices and back:
+pattern does, and converts between the weight and its matrices:
 
     pattern              matrices                       examples
     "out in"             (out, in)                      nn.Linear, the gates of nn.LSTM
@@ -12,8 +12,8 @@ pattern does, and takes the weight to its matrices and back:
     "expert out in"      (expert, out, in)              experts, nn.Bilinear
     "expert in out"      (expert, out, in)              experts that are used as x @ W
 
-A block of two axes (Bone, tile) of a convolution is kept as the weight is, with r in the place of
-`in`. Every other block is kept as the method defines it, with the stack's axes in front.
+In a convolution, a block of two axes (Bone, tile) is stored like the weight, with r instead of
+`in`. Every other block is stored as the method defines it, with the stack's axes first.
 
 `Layout` knows three names: `expert` counts the matrices that a module chooses from, `index` is an
 input that is looked up, and `*kernel`, always last, stands for all the remaining axes.
@@ -61,10 +61,11 @@ class Geometry:
     """The sizes of a weight that its blocks depend on.
 
     Attributes:
-        in_features: what r cuts into shards: a linear layer's inputs, the input channels of one
-            group of a convolution, the rows of an embedding.
-        out_features: what r_out cuts: outputs, output channels, or the size of an embedding.
-        stack: sizes of the axes in front: experts, groups of a transposed convolution, a kernel.
+        in_features: size of the dimension that r cuts into shards: a linear layer's inputs, the
+            input channels of one group of a convolution, or the rows of an embedding.
+        out_features: size of the dimension that r_out cuts: outputs, output channels, or the
+            size of an embedding.
+        stack: sizes of the stack's axes: experts, groups of a transposed convolution, a kernel.
 
     Examples:
         >>> import disha
@@ -80,12 +81,12 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a weight keeps its outputs, its inputs and what it stacks.
+    """Which axes of a weight are its outputs, its inputs, and its stack.
 
     Attributes:
         pattern: one of `PATTERNS`.
-        groups: groups of a transposed convolution, whose inputs its weight keeps one after another.
-        padding_idx: an input that no update reaches: an embedding's row of that index.
+        groups: groups of a transposed convolution; the weight has their inputs one after another.
+        padding_idx: index of an embedding's row that gets no update.
 
     Examples:
         >>> import torch
@@ -107,7 +108,7 @@ class Layout:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The names of the axes, `*kernel` for all that remain."""
+        """The names of the axes. `*kernel` stands for all remaining ones."""
         return _AXES[self.pattern]
 
     @property
@@ -127,7 +128,7 @@ class Layout:
         return self.axes.index(inputs) < self.axes.index("out")
 
     def inputs_named(self, count: int) -> str:
-        """Return the number of inputs under the name that users of such a weight know.
+        """Return the number of inputs with its name for users of such a weight.
 
         Args:
             count: the number.
@@ -137,7 +138,7 @@ class Layout:
         return f"{'num_embeddings' if self.pattern == 'index out' else 'in_features'}={count}"
 
     def outputs_named(self, count: int) -> str:
-        """Return the number of outputs under the name that users of such a weight know.
+        """Return the number of outputs with its name for users of such a weight.
 
         Args:
             count: the number.
@@ -147,7 +148,7 @@ class Layout:
         return f"{'embedding_dim' if self.pattern == 'index out' else 'out_features'}={count}"
 
     def turned(self) -> Layout | None:
-        """Return the layout of the transposed matrices, or None where none has a name."""
+        """Return the layout of the transposed matrices, or None if `PATTERNS` has none."""
         pattern = _TURNED.get(self.pattern)
         return None if pattern is None else replace(self, pattern=pattern)
 
@@ -173,7 +174,7 @@ class Layout:
 
         Args:
             shape: the weight's shape.
-            rows: the outputs that count; all by default.
+            rows: the outputs to count; all by default.
         """
         if self.has_kernel:
             first, second, *kernel = shape
@@ -204,10 +205,10 @@ class Layout:
         return (*stack, inputs, out) if self.in_first else (*stack, out, inputs)
 
     def matrices(self, weight: Tensor) -> Tensor:
-        """Return a weight as its stack of matrices (..., out, in), a view where that is possible.
+        """Return a weight as its stack of matrices (..., out, in), as a view where possible.
 
         Args:
-            weight: of this layout.
+            weight: a weight of this layout.
         """
         if self.has_kernel:
             if self.in_first:
@@ -230,24 +231,24 @@ class Layout:
         return matrices.transpose(-2, -1) if self.in_first else matrices
 
     def part(self, weight: Tensor, rows: Rows) -> Tensor:
-        """Return what a weight has for some of its outputs, a view where that is possible.
+        """Return the part of a weight that belongs to some outputs, as a view where possible.
 
         Args:
-            weight: of this layout.
+            weight: a weight of this layout.
             rows: the outputs; empty for all.
         """
         return self.weight(take_rows(self.matrices(weight), rows)) if rows else weight
 
 
 def layout_of(pattern: object) -> Layout:
-    """Return the layout of that pattern.
+    """Return the layout with a pattern.
 
     Args:
         pattern: one of `PATTERNS`; white space does not matter.
 
     Raises:
         ArgumentError: there is no such layout.
-        ArgumentTypeError: `pattern` is no str.
+        ArgumentTypeError: `pattern` is not a str.
 
     Examples:
         >>> from disha.functional import layout_of
@@ -270,12 +271,12 @@ def layout_of(pattern: object) -> Layout:
 
 
 def take_rows(tensor: Tensor, rows: Rows, dim: int = -2) -> Tensor:
-    """Return some rows of a tensor one after another, a view where they are one range.
+    """Return some rows of a tensor one after another, as a view if they are one range.
 
     Args:
-        tensor: any.
+        tensor: any tensor.
         rows: ranges (first, stop); empty for all.
-        dim: the dimension that they count.
+        dim: the dimension of the rows.
 
     Examples:
         >>> import torch
@@ -293,10 +294,10 @@ def place_rows(part: Tensor, rows: Rows, size: int, dim: int = -2) -> Tensor:
     """Return a tensor with `part` in some rows and zeros elsewhere: the inverse of `take_rows`.
 
     Args:
-        part: what to put there, one range after another.
+        part: the rows, one range after another.
         rows: ranges (first, stop); empty for all.
-        size: how many rows the result has.
-        dim: the dimension that they count.
+        size: number of rows of the result.
+        dim: the dimension of the rows.
 
     Examples:
         >>> import torch

@@ -7,12 +7,12 @@ A method is defined on one matrix W (out, in) with n = ceil(in / r) shards of it
     tile     (r, r_out)              dW[o, i] = D[i mod r, o mod r_out]: Bone with r_out
     bat      (ceil(out / r), r, r)   dW_ab = W_ab D_a + D_a for every r x r tile of W
 
-A layout (`disha.functional.layouts`) says how a weight becomes a stack of such matrices; the axes
-of the stack stand in front of the block's. The functions below answer for any pair of the two:
-`block_shape`, `delta_weight`, `widened`, `lora_factors`. Layers, files, merging, conversions and
-statistics ask them and know no method by name.
+A layout (`disha.functional.layouts`) says how a weight becomes a stack of such matrices. A block
+then has the axes of the stack before its own. The functions below work for any method with any
+layout: `block_shape`, `delta_weight`, `widened`, `lora_factors`. Layers, files, merging,
+conversions and statistics call them and know no method by name.
 
-To add a method: write a subclass of `Method`, put an instance into `METHODS`.
+To add a method: write a subclass of `Method`, and put an instance into `METHODS`.
 
 Source: arXiv 2409.15371, section 3.
 """
@@ -58,17 +58,17 @@ __all__ = [
 class Method:
     """What one method does with one matrix W (out, in), or with a stack of them.
 
-    `shape` says which block a method has, and `delta` its update; a method that `reduces` may
-    give `reduced` in the place of `delta`. Everything else has a default that is right for any
-    method. Override it where the method can do more, or the same for less.
+    `shape` returns the shape of a method's block, and `delta` its update. A method that `reduces`
+    may define `reduced` instead of `delta`. Everything else has a default that is correct for any
+    method. Override it where the method can do more, or do it at a lower cost.
 
     Attributes:
-        name: what configurations and files call it.
+        name: its name in configurations and files.
         aliases: other names that users may give it.
-        block_axes: how many axes the block of one matrix has.
-        reads_weight: whether dW depends on W, so that W must be known as numbers.
-        reduces: whether dW x = S(x) R for a matrix R (r, out), which `reduced` makes of the block.
-            R serves as a smaller weight: any product of x with dW is that of S(x) with R.
+        block_axes: number of axes of the block of one matrix.
+        reads_weight: whether dW depends on the values of W.
+        reduces: whether dW x = S(x) R for a matrix R (r, out), which `reduced` computes from the
+            block. R acts as a smaller weight: any product of x with dW equals that of S(x) with R.
         tiles: whether a block can have an output shard r_out.
         additive: whether dW is linear in D, so that adapters add up by adding their blocks.
 
@@ -100,7 +100,7 @@ class Method:
     additive: ClassVar[bool] = False
 
     def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
-        """Return the shape of a block, the stack's axes in front.
+        """Return the shape of a block, with the stack's axes first.
 
         Args:
             geometry: the weight's sizes.
@@ -113,19 +113,19 @@ class Method:
         """Return dW as a stack of matrices (..., out, in).
 
         Args:
-            block: D, the stack's axes in front.
+            block: D, with the stack's axes first.
             geometry: the weight's sizes.
-            matrices: W (..., out, in), given where the method `reads_weight`.
+            matrices: W (..., out, in) if the method `reads_weight`, or else None.
         """
         if not self.reduces:
             raise NotImplementedError
         return bone_delta_weight(self.reduced(block), geometry.in_features, geometry.out_features)
 
     def reduced(self, block: Tensor) -> Tensor:
-        """Return R with dW x = S(x) R. Asked only of a method that `reduces`.
+        """Return R with dW x = S(x) R. Called only if the method `reduces`.
 
         Args:
-            block: D, the stack's axes in front.
+            block: D, with the stack's axes first.
 
         Returns:
             Tensor (..., r, out); or (..., r, r_out), whose columns repeat up to the outputs.
@@ -137,8 +137,8 @@ class Method:
     ) -> Tensor | None:
         """Return (W + s dW) x + b in a way that takes less memory or time; None for the default.
 
-        The default computes W + s dW, one matrix after another, and multiplies by it. A method
-        that `reduces` is not asked.
+        The default computes W + s dW, one matrix at a time, and multiplies by it. It is not called
+        if the method `reduces`.
 
         Args:
             x: input (..., in), or (experts, n, in).
@@ -150,13 +150,13 @@ class Method:
         return None
 
     def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
-        """Return the block of the outputs start to stop, or None where there is none.
+        """Return the block of the outputs start to stop, or None if it can't be cut there.
 
         Args:
             block: D of all outputs.
             start: the first output.
-            stop: the one after the last.
-            out_features: all outputs.
+            stop: the output after the last one.
+            out_features: number of all outputs.
         """
         return None
 
@@ -164,7 +164,7 @@ class Method:
         """Return the block for a larger shard size with the same dW, or None if there is none.
 
         Args:
-            block: D, the stack's axes in front.
+            block: D, with the stack's axes first.
             r: its shard size.
             wider: the larger shard size.
         """
@@ -174,14 +174,14 @@ class Method:
         """Return the block whose second LoRA factor is B, or None if the method has no factors.
 
         Args:
-            b: B (..., out, r), the stack's axes in front.
+            b: B (..., out, r), with the stack's axes first.
         """
         return None
 
 
 class _Bone(Method):
     name = "bone"
-    aliases = ("miss",)  # what later versions of the paper call it
+    aliases = ("miss",)  # its name in later versions of the paper
     reduces = True
     tiles = True
     additive = True
@@ -229,7 +229,7 @@ class _Bat(Method):
 
 
 METHODS: dict[str, Method] = {method.name: method for method in (_Bone(), _Bat())}
-"""Name of a method -> what it does."""
+"""Name of a method -> the method."""
 
 
 def method_of(name: object) -> Method:
@@ -262,7 +262,7 @@ def method_of(name: object) -> Method:
 
 
 def method_names(where: Callable[[Method], bool] = lambda method: True) -> str:
-    """Return the names of the methods for which a condition holds, as errors list them.
+    """Return the names of all methods, or of those that meet a condition, for an error message.
 
     Args:
         where: the condition; all methods by default.
@@ -291,7 +291,7 @@ def block_shape(
         shape: the weight's shape.
         r: shard size.
         r_out: size of the output shard of a tile.
-        rows: the outputs that are adapted; all by default.
+        rows: the adapted outputs; all by default.
 
     Examples:
         >>> from disha.functional import Layout, block_shape
@@ -310,7 +310,7 @@ def block_shape(
 
 
 def stack_of(method: str, layout: Layout, block: Sequence[int]) -> tuple[int, ...]:
-    """Return the stack of a weight's geometry by the shape of a kept block.
+    """Return the sizes of a weight's stack, computed from the shape of its block.
 
     Args:
         method: the method.
@@ -365,12 +365,12 @@ def delta_weight(
     Args:
         method: the method.
         layout: the weight's layout.
-        block: D, as it is kept.
-        weight: W. Of methods that do not read it, only the shape counts.
-        rows: the outputs that are adapted; all by default.
+        block: D, as it is stored.
+        weight: W. Only its shape matters if the method does not read it.
+        rows: the adapted outputs; all by default.
 
     Raises:
-        ArgumentError: the method is unknown, or the block is not one for such a weight.
+        ArgumentError: the method is unknown, or the block does not fit the weight.
 
     Source: arXiv 2409.15371, section 3.
 
@@ -412,7 +412,7 @@ def widened(method: str, layout: Layout, block: Tensor, r: int, wider: int) -> T
     Args:
         method: the method.
         layout: the weight's layout.
-        block: D, as it is kept.
+        block: D, as it is stored.
         r: its shard size.
         wider: the larger shard size.
 
@@ -441,7 +441,7 @@ def lora_factors(
     Args:
         method: the method.
         layout: the weight's layout.
-        block: D, as it is kept.
+        block: D, as it is stored.
         geometry: the weight's sizes.
 
     Source: arXiv 2409.15371, section 3; Hu et al., "LoRA", arXiv 2106.09685.
@@ -462,12 +462,12 @@ def lora_factors(
 
 
 def matrix_block(method: str, layout: Layout, block: Tensor) -> Tensor:
-    """Return a kept block as the method defines it, the axes of the stack in front.
+    """Return a stored block as the method defines it, with the stack's axes first.
 
     Args:
         method: the method.
         layout: the weight's layout.
-        block: D, as it is kept.
+        block: D, as it is stored.
 
     Returns:
         Tensor (*stack, r, out) for Bone; a view where that is possible.
@@ -484,12 +484,12 @@ def matrix_block(method: str, layout: Layout, block: Tensor) -> Tensor:
 
 
 def kept_block(method: str, layout: Layout, block: Tensor) -> Tensor:
-    """Return a block as it is kept: the inverse of `matrix_block`.
+    """Return a block as it is stored: the inverse of `matrix_block`.
 
     Args:
         method: the method.
         layout: the weight's layout.
-        block: D as the method defines it, the axes of the stack in front.
+        block: D as the method defines it, with the stack's axes first.
 
     Source: arXiv 2409.15371, applied at every position of a kernel.
 
@@ -503,5 +503,5 @@ def kept_block(method: str, layout: Layout, block: Tensor) -> Tensor:
 
 
 def _kept_as_weight(method: str, layout: Layout) -> bool:
-    """Whether a block is kept as a small weight of its layout, r in the place of `in`."""
+    """Whether a block is stored as a small weight of the same layout, with r instead of `in`."""
     return layout.has_kernel and method_of(method).block_axes == 2

@@ -1,12 +1,11 @@
 """Products of inputs with a weight and its updates: W x + b + sum of s dW x.
 
-Each function computes what a product would give with the effective weight W + sum of s dW, without
-forming it where that can be avoided. There are three cases:
+Each function returns the product with the effective weight W + sum of s dW, and avoids forming
+that weight where possible. There are three cases:
 
-- the method `reduces`, dW x = S(x) R: the same product of S(x) with R, a smaller weight, is added;
-- it does not: dW is folded into W, so that there is one product;
-- it does not, and dropout acts, so that the update has an input of its own: the product with dW is
-  added.
+- the method `reduces`, so dW x = S(x) R: it adds the same product of S(x) with R, a smaller weight;
+- the method does not: it folds dW into W, so there is one product;
+- the method does not, and dropout gives the update its own input: it adds the product with dW.
 
 Every dW comes from the original W, so the order of updates does not matter.
 
@@ -54,7 +53,7 @@ __all__ = [
 ]
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(input, weight, bias or None) -> the product, with everything else given."""
+"""(input, weight, bias or None) -> the product. Everything else, such as a stride, is fixed."""
 
 MATRIX = Layout("out in")
 STACK = Layout("expert out in")
@@ -66,11 +65,11 @@ class Update(NamedTuple):
 
     Attributes:
         method: the block's method.
-        block: D, as it is kept.
+        block: D, as it is stored.
         scale: runtime scale s.
-        dropout: probability of zeroing each of the block's inputs, now; 0 in evaluation.
+        dropout: current probability of zeroing each of the block's inputs; 0 in evaluation.
         rows: the outputs that the block adapts; empty for all.
-        chosen: the matrices of a stack that are meant, for experts chosen by token; None for all.
+        chosen: indices of the matrices of a stack, for experts chosen by token; None for all.
 
     Examples:
         >>> import torch
@@ -88,29 +87,29 @@ class Update(NamedTuple):
 
     @property
     def chosen_block(self) -> Tensor:
-        """The block of the matrices that are meant."""
+        """The block of the chosen matrices."""
         return self.block if self.chosen is None else self.block[self.chosen]
 
     def at(self, index: int | slice | Tensor) -> Update:
-        """Return the update of one matrix of a stack, or of some.
+        """Return the update of one matrix of a stack, or of several.
 
         Args:
-            index: which.
+            index: index of the matrix, or of several.
         """
         if isinstance(index, Tensor) and index.dim() == 1:
-            # Gathered where it is used: there may be one block for each token.
+            # The blocks are gathered only where they are used: there may be one for each token.
             return self._replace(chosen=index if self.chosen is None else self.chosen[index])
         return self._replace(block=self.chosen_block[index], chosen=None)
 
 
 class Reduced(NamedTuple):
-    """What updates of methods that `reduces` add to a product: s S(x) R.
+    """What updates add to a product if their method `reduces`: s S(x) R.
 
     Attributes:
-        matrix: R (..., r, out), the stack's axes in front; of a tile (..., r, r_out).
+        matrix: R (..., r, out), with the stack's axes first; of a tile (..., r, r_out).
         scale: runtime scale s.
-        dropout: probability of zeroing each input, now.
-        chosen: the matrices of a stack that are meant; None for all.
+        dropout: current probability of zeroing each input.
+        chosen: indices of the matrices of a stack; None for all.
 
     Examples:
         >>> import torch
@@ -131,7 +130,7 @@ def effective_weight(weight: Tensor, layout: Layout, updates: Sequence[Update]) 
     Args:
         weight: W.
         layout: its layout.
-        updates: the blocks; their dropout does not act.
+        updates: the blocks; their dropout is ignored.
 
     Returns:
         Tensor of W's shape and dtype.
@@ -203,7 +202,7 @@ def update_product(
     Args:
         multiply: the product.
         x: input, as in `adapted_product`.
-        weight: W. Of methods that do not read it, only the shape counts.
+        weight: W. Only its shape matters if the method does not read it.
         layout: its layout.
         update: the update.
         groups: groups of a convolution.
@@ -237,7 +236,7 @@ def _reduced_product(
         delta = embedding_delta(x, matrix, out_features, scale, layout.padding_idx)
         return _dropped_tokens(delta, dropout)
     x = F.dropout(x, dropout) if dropout else x
-    # A tile that repeats what it adds keeps nothing of that size for backward.
+    # A linear tile is repeated after the product, so backward keeps nothing of the larger size.
     matrix = matrix if multiply is F.linear else tiled(matrix, out_features)
     r = matrix.shape[-2]
     dim = 1 - layout.weight(matrix.mT).dim() if layout.has_kernel else -1
@@ -252,21 +251,21 @@ def _reduced_product(
         return multiply(sums, layout.weight(own.mT), None)
 
     plain = chosen is None or is_compiling() or torch._C._are_functorch_transforms_active()
-    # Backward gathers again: one matrix for each token is not kept.
+    # Backward gathers again, so it does not keep one matrix for each token.
     output = product(sums, matrix) if plain else checkpoint(product, sums, matrix, **KEEP_NOTHING)
     output = scaled(output, regain)
     return tiled(output, out_features) if multiply is F.linear else output
 
 
 def _dropped_tokens(output: Tensor, dropout: float) -> Tensor:
-    """Drop the whole update of some tokens: what a lookup's dropout of a one-hot input does."""
+    """Drop all of the update of some tokens: the effect of dropout on a lookup's one-hot input."""
     return output * F.dropout(torch.ones_like(output[..., :1]), dropout) if dropout else output
 
 
 def _divided(
     updates: Sequence[Update], layout: Layout, out_features: int
 ) -> tuple[list[Reduced], list[Update], list[Update]]:
-    """Return what is added by shard sums, what is folded into W, and what has its own product."""
+    """Return the updates that use shard sums, are folded into W, or need their own product."""
     dense = [update for update in updates if not method_of(update.method).reduces]
     folded = [update for update in dense if not update.dropout]
     others = [update for update in dense if update.dropout]
@@ -274,12 +273,12 @@ def _divided(
 
 
 def reduced_updates(updates: Sequence[Update], layout: Layout, out_features: int) -> list[Reduced]:
-    """Return what the updates add by shard sums; those of one shard size add up to one.
+    """Return what the updates add through shard sums; those of one shard size are added up.
 
     Args:
-        updates: the updates; those of methods that do not `reduces` are left out.
+        updates: the updates. Those whose method does not reduce are left out.
         layout: the weight's layout.
-        out_features: its outputs. The matrix of an update of some rows has zeros for the others.
+        out_features: its outputs. If an update adapts some rows, its matrix is zero in the others.
 
     Examples:
         >>> import torch
@@ -308,13 +307,13 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, out_features: int
 
 
 def update_of_rows(update: Update, start: int, stop: int, out_features: int) -> list[Update] | None:
-    """Return the updates of the outputs start to stop of a matrix, or None where there are none.
+    """Return the updates of the outputs start to stop, or None if a block can't be cut there.
 
     Args:
-        update: the update of the whole matrix.
+        update: the update of the matrix.
         start: the first output.
-        stop: the one after the last.
-        out_features: all outputs.
+        stop: the output after the last one.
+        out_features: number of all outputs.
 
     Examples:
         >>> import torch
@@ -368,7 +367,7 @@ def adapted_linear(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     method = method_of(updates[0].method) if len(updates) == 1 and not updates[0].rows else None
     if method is not None and method.reduces and not updates[0].dropout:
-        # What almost every layer has, at once.
+        # A fast path for the case of almost every layer.
         matrix = method.reduced(updates[0].block)
         sums, regain = scaled_sums(rows, matrix.shape[0], matrix.dtype, updates[0].scale)
         output = _plus_product(F.linear(rows, weight, bias), sums, matrix, regain)
@@ -382,7 +381,7 @@ def _linear_in_general(
 ) -> Tensor:
     """Return (W + sum of s dW) x + b for any updates and x (n, in)."""
     small, folded, others = _divided(updates, MATRIX, weight.shape[0])
-    # The updates come before W x. Backward runs the other way: W x leaves a gradient of x, and the
+    # The updates are computed before W x. So in backward, W x creates the gradient of x, and the
     # updates add to it.
     sums = []
     for matrix, scale, dropout, _ in small:
@@ -396,7 +395,7 @@ def _linear_in_general(
 
 
 def _plus_product(output: Tensor, sums: Tensor, matrix: Tensor, regain: float) -> Tensor:
-    """Return output + sums @ matrix * regain, by one operation where that is possible."""
+    """Return output + sums @ matrix * regain, in one operation where possible."""
     one_dtype = output.dtype == sums.dtype == matrix.dtype
     if not one_dtype or matrix.shape[1] != output.shape[1]:
         return added(output, tiled(scaled(sums @ matrix, regain), output.shape[1]))
@@ -420,7 +419,7 @@ def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Up
 
 
 def _added_up(updates: Sequence[Update]) -> list[Update]:
-    """Return fewer updates that do the same: blocks of `additive` methods add up."""
+    """Return fewer updates with the same effect: add up the blocks of `additive` methods."""
     found: dict[Hashable, Update] = {}
     for update in updates:
         alike = (update.method, update.block.shape, update.block.dtype, update.rows)
@@ -436,7 +435,7 @@ def _added_up(updates: Sequence[Update]) -> list[Update]:
 def _in_pieces(
     x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]
 ) -> list[Tensor] | None:
-    """Return a product for each piece of W that updates cut out, or None where a block is cut."""
+    """Return a product for each piece of W between the edges of rows; None if they cut a block."""
     size = weight.shape[0]
     edges = {0, size, *(edge for update in updates for ends in update.rows for edge in ends)}
     pieces = []
@@ -454,7 +453,7 @@ def _in_pieces(
 
 
 def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor:
-    """Return x (W + sum of s dW)^T, a product for each matrix of a stack.
+    """Return x (W + sum of s dW)^T, with one product for each matrix of a stack.
 
     Args:
         x: input (experts, n, in).
@@ -478,7 +477,7 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
         if output is not None:
             return output
     if folded and len(x) and not is_compiling():
-        # One matrix after another keeps no dense weight for backward.
+        # One matrix at a time saves no dense weight for backward.
         each = [[update.at(index) for update in updates] for index in range(len(x))]
         parts = zip(x.unbind(0), weight.unbind(0), each, strict=True)
         return torch.stack([adapted_linear(one, matrix, None, own) for one, matrix, own in parts])
@@ -496,15 +495,15 @@ def adapted_grouped(
     offsets: Tensor,
     updates: Sequence[Update],
 ) -> Tensor:
-    """Return x (W_e + sum of s dW_e)^T, where consecutive rows of x belong to one matrix e each.
+    """Return x (W_e + sum of s dW_e)^T, where each run of rows of x belongs to one matrix e.
 
     One shard sum serves all matrices, and one grouped product adds an update to all rows.
 
     Args:
-        multiply: the grouped product, `torch._grouped_mm` or one called alike.
+        multiply: the grouped product, `torch._grouped_mm` or one with the same arguments.
         x: input (n, in), ordered by matrix.
         weight: W (experts, out, in).
-        offsets: (experts,), where the rows of each matrix end.
+        offsets: (experts,), the end of the rows of each matrix.
         updates: the blocks.
 
     Returns:
@@ -523,7 +522,7 @@ def adapted_grouped(
 
     def grouped(own: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
         if matrices is not weight:
-            # The product wants one dtype, and rows of a multiple of 16 bytes: so r is padded.
+            # The product requires one dtype and rows of a multiple of 16 bytes, so r is padded.
             step = 16 // x.element_size()
             own = pad_to_multiple(own.to(x.dtype), step, dim=-1)
             matrices = pad_to_multiple(matrices.to(x.dtype), step, dim=-1).contiguous()
@@ -533,7 +532,7 @@ def adapted_grouped(
 
 
 def _one_by_one(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence[Update]) -> Tensor:
-    """Return the grouped product with one product for each matrix that has rows."""
+    """Return the grouped product, computed by one product for each matrix that has rows."""
     outputs, start = [], 0
     for index, end in enumerate(offsets.tolist()):
         if end > start or not x.shape[0]:

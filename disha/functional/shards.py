@@ -1,4 +1,4 @@
-"""What every layer kind shares: cutting dimensions into shards, and adding updates to weights."""
+"""Cut dimensions into shards, and add updates to weights: shared by all kinds of layers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Scale = float | Tensor
 
 
 def shard_count(features: int, r: int) -> int:
-    """Return ceil(features / r): how many shards of r cover a dimension.
+    """Return ceil(features / r), the number of shards of r that cover a dimension.
 
     Args:
         features: size of the dimension.
@@ -61,7 +61,7 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None, dim: int = -1
         x: tensor (..., in), or (..., in, *positions) with another `dim`.
         r: shard size, at least 1.
         dtype: dtype to accumulate in and return; x's own by default.
-        dim: the dimension that the shards cut, counted from the end.
+        dim: the dimension to cut, counted from the end.
 
     Returns:
         Tensor (..., r), or (..., r, *positions).
@@ -74,14 +74,14 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None, dim: int = -1
         >>> shard_sum(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), r=2)
         tensor([9., 6.])
     """
-    # reduce(x, "... (b r) -> ... r", "sum"), natively: this is the hot path
+    # reduce(x, "... (b r) -> ... r", "sum"), but without einops: this is the hot path
     if x.shape[dim] % r:
         x = pad_to_multiple(x, r, dim)
     return torch.unflatten(x, dim, (x.shape[dim] // r, r)).sum(dim - 1, dtype=dtype)
 
 
 def scaled(x: Tensor, scale: Scale) -> Tensor:
-    """Return s x; x itself where s is the number 1.
+    """Return s x; x itself if s is the number 1.
 
     Args:
         x: any tensor.
@@ -99,18 +99,18 @@ def scaled(x: Tensor, scale: Scale) -> Tensor:
 def scaled_sums(
     x: Tensor, r: int, dtype: torch.dtype, scale: Scale = 1.0, dim: int = -1
 ) -> tuple[Tensor, float]:
-    """Return c s S(x), and the factor 1 / c that a product with it still needs.
+    """Return c s S(x), and the factor 1 / c, by which the caller multiplies the product.
 
-    A float16 sum of n shards can overflow where the layer's output does not. There c is the
-    largest power of two that is at most 1 / n, which changes no digit of the sums. Elsewhere it
+    A float16 sum of n shards can overflow where the layer's output does not. In float16, c is the
+    largest power of two that is at most 1 / n, which changes no digit of the sums. Otherwise it
     is 1.
 
     Args:
         x: input (..., in), or (..., in, *positions) with another `dim`.
         r: shard size.
-        dtype: dtype of the sums, and of the product unless autocast says another.
+        dtype: dtype of the sums, and of the product unless autocast sets another.
         scale: runtime scale s.
-        dim: the dimension that the shards cut, counted from the end.
+        dim: the dimension to cut, counted from the end.
     """
     casts = dtype != torch.float64 and autocasts(x.device)
     product_dtype = torch.get_autocast_dtype(x.device.type) if casts else dtype
@@ -139,7 +139,8 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
             f"a block of shape {tuple(block.shape)} does not fit an output of {out_features}: "
             f"{r_out} must divide it"
         )
-    # repeat(block, "... r_out -> ... (tiles r_out)"), natively: graphs guard what einops has seen
+    # repeat(block, "... r_out -> ... (tiles r_out)"), but without einops: compiled graphs would
+    # guard its cache of shapes.
     return block.repeat(*(1,) * (block.dim() - 1), out_features // r_out)
 
 
@@ -156,7 +157,7 @@ def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Ten
         deltas: pairs of dW (W's shape) and its scale s.
 
     Returns:
-        Tensor of W's shape and dtype; W itself where there are no deltas.
+        Tensor of W's shape and dtype; W itself if there are no deltas.
 
     Examples:
         >>> import torch
@@ -180,7 +181,7 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
         parts: pairs of a block and its factor f, at least one; all blocks of one shape.
 
     Returns:
-        Tensor of that shape, in the dtype that all of theirs promote to.
+        Tensor of that shape, in the dtype that the blocks promote to.
 
     Examples:
         >>> import torch
@@ -193,12 +194,12 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 
 
 def added(fresh: Tensor, delta: Tensor) -> Tensor:
-    """Return fresh + delta in the dtype of `fresh`; adds in place where nobody can notice.
+    """Return fresh + delta in the dtype of `fresh`; adds in place where that is safe.
 
     Args:
-        fresh: the result of an operation that does not keep it for backward. Only the caller has
-            it.
-        delta: what to add, of the same shape.
+        fresh: the result of an operation that does not save it for backward. Only the caller may
+            hold it.
+        delta: the tensor to add, of the same shape.
 
     Examples:
         >>> import torch
@@ -224,11 +225,11 @@ def autocasts(device: torch.device) -> bool:
         ...     autocasts(torch.device("cpu"))
         True
     """
-    kind = device.type
-    # This takes a fifth of the other question's time, and answers it for these devices.
-    if kind in ("cpu", "cuda") and not torch._C._is_any_autocast_enabled():
+    name = device.type
+    # This check takes a fifth of the time of the other one, and is enough for these devices.
+    if name in ("cpu", "cuda") and not torch._C._is_any_autocast_enabled():
         return False
-    return kind != "meta" and torch.is_autocast_enabled(kind)  # meta has none
+    return name != "meta" and torch.is_autocast_enabled(name)  # meta has none
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -137,7 +137,7 @@ class PeftFolder:
 
 
 def read_folder(folder: PathLike) -> PeftFolder:
-    """Read a PEFT folder of MiSS or of Bone; its tensors are not checked yet.
+    """Return the content of a PEFT folder of MiSS or Bone, with its tensors unchecked.
 
     Args:
         folder: the folder.
