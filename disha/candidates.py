@@ -1,4 +1,4 @@
-"""Candidates: what a target or a file can ask for in a model, and whether it can be adapted."""
+"""Candidates: what a target or a file can select in a model, and whether it can be adapted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["Candidate", "UnknownLayout", "as_declared", "candidates_of"]
 
 @dataclass(frozen=True)
 class UnknownLayout:
-    """A matrix parameter that is not adapted, since its layout is unknown.
+    """A matrix parameter that is not adapted because its layout is unknown.
 
     Attributes:
         name: its name in the model.
@@ -56,7 +56,7 @@ class UnknownLayout:
 
     @property
     def remedy(self) -> str:
-        """What to pass to adapt it."""
+        """The argument that would adapt it."""
         axes = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
         return f"layouts={{{re.escape(self.name) + '$'!r}: {axes!r}}}"
 
@@ -68,9 +68,9 @@ class Candidate:
     Attributes:
         module: the module.
         module_names: its clean names.
-        attribute: the name of the weight or of the matrix in the module; empty if there is none.
-        slot: the weight; None where its layout is unknown.
-        preloaded: whether accelerate brings the weight with those of a module around it.
+        attribute: the name of the weight or matrix in the module; empty if there is none.
+        slot: the place of the weight; None if its layout is unknown.
+        preloaded: whether accelerate loads the weight together with those of an outer module.
     """
 
     module: nn.Module
@@ -81,18 +81,18 @@ class Candidate:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The names that targets and files know it by."""
+        """Its names in targets and files."""
         below = self.attribute if self.slot is None else self.slot.name
         return tuple(join(name, below) for name in self.module_names)
 
     @property
     def name(self) -> str:
-        """The name that it goes by."""
+        """Its main name."""
         return self.names[0]
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """The names that `layouts` and `rows` know it by: a module's name means its `weight`."""
+        """Its names in `layouts` and `rows`, where a module's name means its `weight`."""
         modules = self.module_names if self.attribute == "weight" else ()
         parameters = (join(name, self.attribute) for name in self.module_names)
         return (*self.names, *modules, *parameters)
@@ -104,12 +104,12 @@ class Candidate:
 
     @property
     def parameter(self) -> nn.Parameter | None:
-        """The parameter, or None where the weight is computed from others."""
+        """The parameter, or None if the weight is computed from others."""
         return self.module._parameters.get(self.attribute)
 
     @property
     def unknown(self) -> UnknownLayout | None:
-        """What to report if this is a matrix of unknown layout, else None."""
+        """The report on a matrix of unknown layout, or None."""
         if self.slot is not None or self.parameter is None:
             return None
         return UnknownLayout(self.name, tuple(self.parameter.shape))
@@ -124,23 +124,23 @@ class Candidate:
 
     @property
     def rows(self) -> Rows:
-        """The outputs that are adapted; empty for all."""
+        """The adapted outputs; empty for all."""
         return () if self.slot is None else self.slot.rows
 
     @property
     def opaque(self) -> bool:
-        """Whether the weight is opaque: its module's output is added to."""
+        """Whether the weight is opaque, so the update is added to its module's output."""
         return self.slot is not None and self.slot.opaque
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the whole weight."""
+        """The shape of the weight, with all of its rows."""
         assert self.slot is not None
         return weight_shape(self.module, self.slot)
 
     @property
     def geometry(self) -> Geometry:
-        """The sizes of what is adapted."""
+        """The sizes of the adapted part."""
         return self.layout.geometry(self.shape, self.rows)
 
     @property
@@ -151,7 +151,7 @@ class Candidate:
         return isinstance(weight, Tensor) and device_of_weight(self.module, weight).type == "meta"
 
     def laid_out(self, layout: Layout) -> Candidate:
-        """Return the whole parameter as a weight of another layout."""
+        """Return the parameter, with all of its rows, as a weight of another layout."""
         return replace(self, slot=slot_of(self.attribute, layout))
 
     def in_rows(self, rows: Rows) -> Candidate:
@@ -170,11 +170,11 @@ class Candidate:
             unknown = self.unknown
             return f"no layer kind adapts {self.type_name}" if unknown is None else unknown.reason
         if hasattr(module, CHILD_NAME) and not isinstance(module, AdaptedLayer):
-            return f"it has an attribute {CHILD_NAME!r} of its own, where the adapters would be"
+            return f"it has its own attribute {CHILD_NAME!r}, which adapters would replace"
         if self.preloaded:
             return (
                 "accelerate loads its weight together with all others of an outer module "
-                "(preload_module_classes), and would expect the block there; inject first, then "
+                "(preload_module_classes), and would look for the block there; inject first, then "
                 "offload"
             )
         if slot.opaque:  # never read
@@ -183,8 +183,8 @@ class Candidate:
             if unreadable and functional.method_of(method).reads_weight:
                 assert quantisation is not None
                 return (
-                    f"its weight is quantised ({quantisation.name}) and can't be read as numbers; "
-                    f"{method!r} needs to, 'bone' does not"
+                    f"its weight is quantised ({quantisation.name}) and can't be read as numbers, "
+                    f"as method {method!r} requires; use 'bone'"
                 )
             return self._impossible_rows()
         weight = read_weight(module, slot.parameter)
@@ -204,7 +204,7 @@ class Candidate:
     def _impossible_rows(self) -> str | None:
         out_features = self.layout.geometry(self.shape).out_features
         beyond = [rows for rows in self.rows if rows[1] > out_features]
-        return f"rows {beyond[0]} are out of range, it has {out_features}" if beyond else None
+        return f"rows {beyond[0]} are out of range: it has {out_features} rows" if beyond else None
 
 
 def candidates_of(view: ModelView) -> list[Candidate]:
@@ -234,7 +234,7 @@ def candidates_of(view: ModelView) -> list[Candidate]:
 def as_declared(
     candidates: list[Candidate], layouts: Mapping[str, str], rows: Mapping[str, Rows]
 ) -> list[Candidate]:
-    """Return candidates with the layouts and the rows that the user declares.
+    """Return candidates with the layouts and rows that the user declares.
 
     Args:
         candidates: those of a model.

@@ -1,6 +1,6 @@
 """check_adapters: show that the adapters of a model act, train and merge.
 
-The model runs on the user's inputs. The report says for each adapted weight what happened.
+The model runs on the user's inputs. The report has one entry for each adapted weight.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CheckedWeight:
         acts: whether the block changes the output.
         gradient: whether the block gets a gradient.
         merges: whether the output stays the same when merged; None if merging is refused.
-        remark: what is wrong, or why merging is refused; empty otherwise.
+        remark: the problem, or why merging is refused; empty otherwise.
     """
 
     name: str
@@ -77,7 +77,7 @@ class CheckReport:
 
     @property
     def problems(self) -> tuple[CheckedWeight, ...]:
-        """The entries that are not in order."""
+        """The entries with a problem."""
         return tuple(one for one in self.weights if not one.ok)
 
     @property
@@ -106,13 +106,13 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport
     """Run a model and report for each active block whether it acts, trains and merges.
 
     The model runs in evaluation mode: once with random values in all blocks, once merged, and once
-    more for each block that gets no gradient. Afterwards values, modes, gradients and random states
-    are as before.
+    for each block that gets no gradient. Afterwards, values, modes, gradients and random states are
+    as before.
 
     Args:
         model: a model with adapters, not merged.
-        inputs: the positional arguments to call it with.
-        kwargs: the keyword arguments to call it with.
+        inputs: positional arguments for the model.
+        kwargs: keyword arguments for the model.
 
     Returns:
         A `CheckReport`.
@@ -194,7 +194,7 @@ def _evaluated(view: ModelView) -> Iterator[None]:
 
 @contextmanager
 def _random_blocks(blocks: list[Block]) -> Iterator[None]:
-    """Give blocks random values and let them require gradients."""
+    """Give blocks random values, and make them require gradients."""
     kept = [(b.block, b.block.detach().clone(), b.block.requires_grad) for b in blocks]
     generator = torch.Generator().manual_seed(0)
     try:
@@ -214,7 +214,7 @@ def _random_blocks(blocks: list[Block]) -> Iterator[None]:
 
 @contextmanager
 def _reads_noted(blocks: list[Block]) -> Iterator[set[Block]]:
-    """Collect the blocks whose updates the model asks for."""
+    """Collect the blocks whose updates the model reads."""
     read: set[Block] = set()
 
     def noting(block: Block) -> Any:
@@ -272,7 +272,7 @@ def _merges(
 ) -> tuple[dict[int, bool] | None, str]:
     """Return layer -> whether the output stays the same when merged, or why merging is refused.
 
-    The dict is empty if the output stays the same with all of them merged.
+    The dict is empty if the output stays the same with all layers merged.
     """
     with torch.no_grad():
         try:
@@ -316,7 +316,7 @@ def _size(tensor: Tensor) -> float:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors of whatever a model returns."""
+    """Return the floating-point tensors in the output of a model, of any type."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):

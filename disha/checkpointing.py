@@ -68,8 +68,8 @@ def enable_input_gradients(
     for module in chosen:
         if require_model(module, "after") not in modules:
             raise ArgumentError(
-                f"after={type(module).__name__} is no module of the model; give a module of the "
-                "model, such as model.embed_tokens"
+                f"after={type(module).__name__} is not a module of the model; give one of its "
+                "modules, such as model.embed_tokens"
             )
     return InputGradients(chosen, None)
 
@@ -144,7 +144,7 @@ def _marked(value: Any) -> Any:
 class _Marked(torch.autograd.Function):
     """The identity, with a result that requires gradients.
 
-    `value.requires_grad_()` would not do: it changes the caller's tensor, collects a gradient in
+    `value.requires_grad_()` does not suffice: it changes the caller's tensor, stores a gradient in
     it, and forbids in-place operations on it.
     """
 

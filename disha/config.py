@@ -1,4 +1,4 @@
-"""AdapterConfig: what an adapter is. Checked once, then frozen, to and from JSON."""
+"""AdapterConfig: the settings of an adapter, checked once, then frozen; to and from JSON."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What describes an adapter, apart from its name and the values in its blocks.
+    """The settings of an adapter: everything but its name and the values in its blocks.
 
     Args:
-        r: shard size; a block has r rows. At least 1.
+        r: shard size, at least 1; a block has r rows.
         target: the regex that is searched in module names, or `"all-linear"`; None if a predicate
             chose the targets.
         method: `"bone"` (also called `"miss"`) or `"bat"`.
-        r_out: size of the output shard, which makes Bone a tile. None for none.
-        exclude: regex, or several, of module names to leave out. None for none.
-        rank_pattern: regex of module names -> r; the first match wins. None for none.
+        r_out: size of the output shard, which makes Bone a tile, or None.
+        exclude: a regex, or several, of module names to leave out, or None.
+        rank_pattern: regex of module names -> r, or None. The first match wins.
         layouts: regex of parameter names -> layout; the name of a module stands for its `weight`.
-        rows: regex of names -> ranges (first, stop) of the outputs that are adapted.
+        rows: regex of names -> ranges (first, stop) of the outputs to adapt.
         dropout: probability of zeroing each input of the adapter in training.
         scale: factor on the update when the adapter is injected.
         dtype: dtype of the blocks; None for that of the weight.
         init: `"zeros"` (injection changes nothing) or `"kaiming"` (uniform, as in `nn.Linear`).
-        also_train: regex, or several, of parameters that are trained and saved with the adapter.
+        also_train: a regex, or several, of parameters to train and save with the adapter.
 
     Raises:
         ArgumentError: a value is out of range, or a regex does not compile.
@@ -94,7 +94,7 @@ class AdapterConfig:
                 compile_regex(argument, pattern)
 
     def _settle(self) -> None:
-        """Check every field, and convert it to the type that it keeps."""
+        """Check every field, and convert it to its final type."""
         values = vars(self)
         check_positive_int("r", self.r)
         method = method_of(self.method)
@@ -103,9 +103,9 @@ class AdapterConfig:
             check_positive_int("r_out", self.r_out)
             if not method.tiles:
                 raise ArgumentError(
-                    f"r_out={self.r_out} was given with method {self.method!r}; an output shard "
-                    f"exists for {method_names(lambda one: one.tiles)} only: leave r_out out, or "
-                    "change the method"
+                    f"r_out={self.r_out} was given with method {self.method!r}; only "
+                    f"{method_names(lambda one: one.tiles)} has an output shard: leave r_out out, "
+                    "or change the method"
                 )
         if self.init not in INITS:
             raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {_listing(INITS)}")
@@ -129,7 +129,7 @@ class AdapterConfig:
             values[name] = MappingProxyType(values[name])
 
     def _regexes(self) -> list[tuple[str, Iterable[str]]]:
-        """Return the arguments that hold regexes, with those that they hold."""
+        """Return the names of the arguments that hold regexes, each with its regexes."""
         return [
             ("target_regex", () if self.target is None else (self.target,)),
             ("exclude", self.exclude),
@@ -167,17 +167,17 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> AdapterConfig:
-        """Return the configuration that `to_json` gave.
+        """Return the configuration from the result of `to_json`.
 
-        Its regexes only record what was asked for. They are not compiled: a regex in a file from a
-        stranger can take hours to compile.
+        Its regexes are only a record of how targets were chosen. They are not compiled, because a
+        regex in a file from a stranger can take hours to compile.
 
         Args:
             values: the dict; absent fields take their defaults.
 
         Raises:
             ArgumentError: a field is unknown or has a value that is not allowed.
-            ArgumentTypeError: a field is of the wrong type, or `values` is no dict.
+            ArgumentTypeError: a field is of the wrong type, or `values` is not a dict.
         """
         if not isinstance(values, Mapping):
             raise ArgumentTypeError(
@@ -210,7 +210,7 @@ class AdapterConfig:
         """Return the configuration with some fields changed.
 
         Args:
-            values: field -> value, as `to_json` has it.
+            values: field -> value, as in the result of `to_json`.
 
         Raises:
             ArgumentError: a field is unknown or has a value that is not allowed.
@@ -244,7 +244,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_scale(scale: Any, name: str = "scale") -> None:
-    """Raise unless `scale` is a number that is finite in float32, the dtype of scales in graphs."""
+    """Raise unless `scale` is a number that is finite in float32, its dtype in compiled graphs."""
     check_number(name, scale)
     if not abs(scale) <= LARGEST_SCALE:
         raise ArgumentError(
@@ -282,7 +282,7 @@ def _as_tuple(name: str, patterns: object) -> tuple[str, ...]:
 
 
 def _as_dict(name: str, value: object, item: str) -> dict[Any, Any]:
-    """Return a copy of a mapping from regexes to items; of None, an empty one."""
+    """Return a copy of a mapping from regexes to items; an empty one for None."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):

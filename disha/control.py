@@ -60,9 +60,9 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the body with all adapters off, so that adapted layers compute what their base does.
+    """Run the body with all adapters off, so adapted layers compute the same as their base.
 
-    The context can be nested. When it ends, also by an error, the state from before is restored.
+    The context can be nested. When it ends, even by an error, it restores the former state.
     Parameters that were trained with an adapter (`also_train`) belong to the model and keep their
     values.
 
@@ -70,7 +70,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         model: a model with adapters.
 
     Raises:
-        MergeError: adapters are merged, so the weights are not those of the base.
+        MergeError: adapters are merged, so the weights are not the base's.
 
     Examples:
         >>> import torch
@@ -98,7 +98,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") -> None:
-    """Set the scale s of an adapter: its update is multiplied by s. 1 is as trained, 0 is none.
+    """Set the scale s of an adapter, which multiplies its update: 1 as trained, 0 for no effect.
 
     Args:
         model: a model with adapters.
@@ -130,16 +130,16 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
 def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> Iterator[None]:
     """Run the body with a chosen adapter for each sample of a batch.
 
-    The result equals running the samples one by one. It does not matter which adapters are active.
+    The result equals running the samples one by one. The active adapters do not matter.
 
     Every adapted layer must get the samples along the leading dimension of its input, with an equal
     part for each: (batch, ...) or (batch * n, ...). An `nn.MultiheadAttention` with
-    `batch_first=False` is handled if only its own projections are adapted. If other layers are
-    adapted too, the model is refused, since these may also get sequences first.
+    `batch_first=False` works if only its own projections are adapted. If other layers are adapted
+    too, this raises, because those may also get sequences first.
 
     Args:
         model: a model with adapters.
-        names_per_sample: for each sample the name of an adapter, or None for the base model.
+        names_per_sample: an adapter's name for each sample, or None for the base model.
 
     Raises:
         ArgumentError: a name is unknown; the list is empty; experts are adapted; the model takes
@@ -147,7 +147,7 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
             of the number of names.
         ArgumentTypeError: the names are not a list of str and None.
         MergeError: adapters are merged.
-        ModeError: in the body, an operation needs one weight for the whole batch.
+        ModeError: in the body, an operation needs one weight for the complete batch.
 
     Examples:
         >>> import torch
@@ -193,12 +193,12 @@ def _refuse_stacks(view: ModelView) -> None:
             raise ArgumentError(
                 f"route_adapters can't route samples through {name}, whose layout is "
                 f"{weight.slot.layout.pattern!r}: experts get the tokens of all samples in any "
-                "order. Leave them out with exclude=, or use one adapter at a time"
+                "order. Leave experts out with exclude=, or use one adapter at a time"
             )
 
 
 def _refuse_sequences_first(view: ModelView) -> None:
-    """Raise if layers beside a sequence-first attention module are adapted."""
+    """Raise if layers outside a sequence-first attention module are adapted."""
     attention = [
         (name, module)
         for module, (name, *_) in view.names.items()

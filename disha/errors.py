@@ -25,7 +25,7 @@ __all__ = [
 
 
 class DishaError(Exception):
-    """Base of everything that the library raises on purpose.
+    """Base class of all errors that the library raises on purpose.
 
     Examples:
         >>> import disha
@@ -81,7 +81,7 @@ class TargetError(ArgumentError):
 
 
 class AdapterStateError(DishaError, ValueError):
-    """A state dict does not fit its adapter, or an adapter has no valid values. A `ValueError` too.
+    """A state dict does not fit its adapter, or an adapter has no valid values. Also `ValueError`.
 
     Examples:
         >>> import torch
@@ -127,7 +127,7 @@ class AdapterIOError(DishaError, OSError):
 
 
 class ConversionError(DishaError, ValueError):
-    """An adapter can't be expressed in another format, or not closely enough.
+    """Another format can't express an adapter, or only with too large an error.
 
     Also a `ValueError`.
 
@@ -180,7 +180,7 @@ class ModeError(DishaError, RuntimeError):
 
 
 class MergeError(ModeError):
-    """The operation is not possible while adapters are merged, or merging is not. A `ModeError`.
+    """An operation is not possible while adapters are merged, or can't merge. A `ModeError`.
 
     Examples:
         >>> import disha

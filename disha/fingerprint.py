@@ -1,4 +1,4 @@
-"""A fingerprint of a base weight: it shows whether an adapter meets the base it was trained on.
+"""A fingerprint of a base weight: it shows whether an adapter is on the base it was trained on.
 
 It reads a fixed number of values, so its cost does not grow with the weight. The same base may be
 stored in float32, bfloat16 or float16, and rounding twice can differ from rounding once. So a
@@ -56,7 +56,7 @@ def _digest(shape: tuple[int, ...], values: Tensor) -> str:
 
 
 def same_base(first: str, second: str) -> bool:
-    """Return whether two fingerprints are of the same base, perhaps in different dtypes.
+    """Return whether two fingerprints belong to the same base, perhaps in different dtypes.
 
     Args:
         first: a fingerprint.

@@ -1,6 +1,6 @@
-"""What trains: `requires_grad` flags with a memory, and parameters that train with an adapter.
+"""Set `requires_grad` flags, remember the former ones, and let parameters train with an adapter.
 
-The memory of a module is in its `__dict__`, so copies and pickles of the model have it too.
+What a module remembers is in its `__dict__`, so copies and pickles of the model have it too.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
     if parameter is None or parameter.requires_grad == flag:
         return
     _memory(module).flags.setdefault(name, parameter.requires_grad)
-    parameter.requires_grad = flag  # a lazy one does not have the method for it
+    parameter.requires_grad = flag  # lazy parameters do not have requires_grad_()
 
 
 def restore_flags(module: nn.Module) -> None:

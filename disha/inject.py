@@ -57,17 +57,17 @@ def inject_adapters(
 ) -> nn.Module:
     """Adapt every weight whose name matches; return the same model.
 
-    A weight has the name of its module. In a module with several weights, each has its own name
-    added (`experts.gate_up_proj`). The modules stay the same objects. Until a block is trained, the
-    model computes exactly what it did before. A second call with another `adapter` adds that
-    adapter and makes it the active one.
+    A weight has the name of its module. If a module has several weights, their own names are added
+    (`experts.gate_up_proj`). The modules stay the same objects. Until a block is trained, the model
+    computes exactly the same as before. A second call with another `adapter` adds that adapter and
+    makes it the active one.
 
     Args:
         model: any model, compiled or not, but not yet wrapped by DDP or FSDP.
         target_regex: a regex that is searched (`re.search`) in the dotted names of modules and of
             their weights; or a predicate `(name, module) -> bool`; or `"all-linear"`: every linear
-            weight, also in attention, recurrent layers and experts, but not an output head that is
-            tied to an embedding.
+            weight, including attention, recurrent layers and experts, but not an output head that
+            is tied to an embedding.
         r: shard size, at most the in_features of every target.
         method: `"bone"` (also called `"miss"`), or `"bat"`, whose update is not low-rank and takes
             more time.
@@ -80,12 +80,12 @@ def inject_adapters(
             becomes a tile with r x r_out parameters.
         adapter: the new adapter's name: not empty, and without a dot.
         exclude: regex, or several, of names to leave out.
-        rank_pattern: regex of names -> r for the weights that it matches; the first match wins.
+        rank_pattern: regex of names -> r of the matching weights; the first match wins.
         dropout: probability of zeroing each input of the adapter in training.
         scale: factor s on the update; `set_adapter_scale` changes it later.
-        dtype: dtype of the blocks. By default that of the weight, and float32 for a quantised one.
+        dtype: dtype of the blocks. By default that of the weight, or float32 for a quantised one.
         init: `"zeros"` (the adapter changes nothing until it is trained), or `"kaiming"` (random
-            blocks, which act at once).
+            blocks, which act immediately).
         freeze: freeze all parameters that belong to no adapter and are not matched by `also_train`.
             `remove_adapters` restores their flags.
         also_train: regex, or several, of parameter names (such as `"norm.*weight"`) to train and
@@ -104,7 +104,7 @@ def inject_adapters(
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
     Warns:
-        UserWarning: the target selects some weights that can't be adapted; their names are given.
+        UserWarning: the target also selects weights that can't be adapted; it names them.
 
     The model is unchanged whenever this raises.
 
@@ -128,7 +128,7 @@ def inject_adapters(
 
 
 def _warn_of_skipped(plan: Plan) -> None:
-    """Warn of weights that were asked for and can't be adapted: that is seldom meant."""
+    """Warn if the target selects weights that can't be adapted, which is rarely intended."""
     weights = [f"{one.name}: {one.reason}" for one in plan.skipped if one.is_weight]
     if weights:
         warnings.warn(
@@ -150,10 +150,10 @@ def apply_plan(
     Args:
         view: the model.
         plan: the plan.
-        activate: let the new adapter act, and no other.
+        activate: make the new adapter the only active one.
 
     Returns:
-        What undoes the plan when it is closed; to be dropped if all goes well.
+        A stack that undoes the plan when it is closed. Drop it to keep the adapter.
     """
     by_module: dict[nn.Module, list[PlannedLayer]] = {}
     for layer in plan.layers:
@@ -163,7 +163,7 @@ def apply_plan(
         for module, layers in by_module.items()
     }
     with ExitStack() as undo:
-        undo.callback(_settle_encoders, view)  # runs last, when the layers are as before
+        undo.callback(_guard_encoders, view)  # runs last, when the layers are as before
         for module, layers in by_module.items():
             undo.callback(adapt(module, [one.slot for one in layers]))
             adapters = module._modules[CHILD_NAME]
@@ -174,7 +174,7 @@ def apply_plan(
             adapters = adapted.disha
             undo.callback(adapters.activate, adapters.active)
             adapters.activate((plan.adapter,))
-        _settle_encoders(view)
+        _guard_encoders(view)
         _set_flags(view, plan, undo)
         return undo.pop_all()
 
@@ -182,13 +182,14 @@ def apply_plan(
 def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     """Remove one adapter, or all; return the same model.
 
-    A layer without adapters gets its former class and state-dict keys back. Once the model has no
-    adapter at all, every `requires_grad` flag is what it was before the first. Parameters that were
-    trained with the adapter (`also_train`) keep their values. No other adapter becomes active.
+    A layer without adapters gets its former class and state-dict keys back. When the model has no
+    adapter left, every `requires_grad` flag is as it was before the first injection. Parameters
+    that were trained with the adapter (`also_train`) keep their values. No other adapter becomes
+    active.
 
     Args:
         model: a model with adapters.
-        adapter: the one to remove; all by default.
+        adapter: the adapter to remove; all by default.
 
     Returns:
         `model` itself.
@@ -223,14 +224,14 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
         if set(layer.disha) <= set(removed):
             refuse_changed_class(layer, name)
     with ExitStack() as undo:
-        undo.callback(_settle_encoders, view)  # runs last, when the layers are as before
+        undo.callback(_guard_encoders, view)  # runs last, when the layers are as before
         for _, layer in layers:
             undo.callback(_adapters_as_now(layer))
             for own in removed:
                 layer.disha.discard(own)
             if not len(layer.disha):
                 restore(layer)
-        _settle_encoders(view)
+        _guard_encoders(view)
         for module in view.names:
             undo.callback(freezing.as_now(module))
             for own in removed:
@@ -242,7 +243,7 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
 
 
 def _adapters_as_now(layer: AdaptedLayer) -> Callable[[], None]:
-    """Return a function that gives a layer back the adapters that it has now."""
+    """Return a function that restores the current adapters of a layer."""
     adapters = layer.disha
     children, active = dict(adapters._modules), adapters.active
     slots = [block.slot for block in adapters.blocks().values()]
@@ -285,13 +286,13 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator
 
 
 def mark_only_adapters_trainable(model: nn.Module) -> None:
-    """Let all blocks and all `also_train` parameters require gradients, and nothing else.
+    """Make only the blocks and the `also_train` parameters require gradients.
 
     Args:
         model: a model with adapters.
 
     Raises:
-        ArgumentError: the model has no adapter, so that nothing would train.
+        ArgumentError: the model has no adapter, so nothing would train.
 
     Examples:
         >>> from torch import nn
@@ -314,8 +315,8 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
             block.block.requires_grad_(True)
 
 
-def _settle_encoders(view: ModelView) -> None:
-    """Guard the encoders of torch that have an adapted layer in them, and only those."""
+def _guard_encoders(view: ModelView) -> None:
+    """Guard those encoders of torch that contain an adapted layer, and release the others."""
     for module in view.names:
         if not isinstance(module, nn.TransformerEncoder):
             continue

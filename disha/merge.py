@@ -44,22 +44,22 @@ def merge_adapters(
     merged weights. Operations that would mix merged and unmerged adapters raise.
 
     Args:
-        model: the complete model. If a module outside of it shares a weight, that is not noticed.
+        model: the complete model. This can't notice a weight shared with a module outside it.
         adapter: the adapter, or several, to merge; the active ones by default.
         untie: if a weight is shared with another module (such as an output head tied to an
-            embedding), give the adapted layer a merged weight of its own instead of raising.
+            embedding), give the adapted layer its own merged weight instead of raising.
             `unmerge_adapters` ties it again.
         dense: if a weight is quantised, let its layer compute with a dense merged weight,
-            W dequantised + sum of s * dW, instead of raising. The layer then is a plain linear
+            W dequantised + sum of s * dW, instead of raising. The layer is then a plain linear
             layer, in memory and in `state_dict()`. The weight has the dtype in which the layer
-            computes: for 4-bit layers of bitsandbytes their compute dtype (before the first
-            forward, if none was given, the dtype before quantising), for its 8-bit layers float32,
-            for torchao the tensor's dtype. `unmerge_adapters` restores the quantised parameter
-            itself.
+            computes. For a 4-bit layer of bitsandbytes, this is its compute dtype; if none was
+            given and the layer has not run yet, it is the dtype before quantising. For an 8-bit
+            layer of bitsandbytes it is float32, and for torchao the tensor's dtype.
+            `unmerge_adapters` restores the quantised parameter itself.
 
     Raises:
         ArgumentError: there is no such adapter, or no adapter is active.
-        MergeError: adapters are merged already; a merged weight would not be finite; a weight is
+        MergeError: adapters are already merged; a merged weight would not be finite; a weight is
             shared, computed or quantised; or the model is sharded (`fully_shard`).
 
     The model is unchanged whenever this raises.
@@ -98,7 +98,7 @@ def merge(
         for weight in _changed_weights(layer, chosen.get(layer, ()))
     ]
     shared = [_check_mergeable(view, name, weight, untie, dense) for name, weight in weights]
-    # Outside of inference mode, since tensors that are made in it can never be trained.
+    # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
         for _, layer in view.layers:
             undo.callback(_unmerge_layer, layer)
@@ -146,10 +146,10 @@ def unmerge(view: ModelView) -> None:
 
 
 def _refuse_offloaded(layer: AdaptedLayer) -> None:
-    """Raise if accelerate has offloaded the merged weight, and brings it back for each forward.
+    """Raise if accelerate has offloaded the merged weight, and loads it for each forward.
 
     Raises:
-        MergeError: the adapters would act on a weight that they are merged into.
+        MergeError: the adapters would act on a weight that already contains them.
     """
     merged = layer.disha.merged if offloading_hooks(layer) else None
     for name, original in () if merged is None else merged.originals.items():
@@ -158,7 +158,7 @@ def _refuse_offloaded(layer: AdaptedLayer) -> None:
         if now is not None and before is not None and now.is_meta and not before.is_meta:
             raise MergeError(
                 f"can't unmerge adapters: the merged {name} of a {layer.original_class.__name__} "
-                "is offloaded, and its hook would bring it back; remove the hooks first "
+                "is offloaded, and its hook would load it again; remove the hooks first "
                 "(accelerate.hooks.remove_hook_from_submodules)"
             )
 
@@ -185,7 +185,7 @@ def _refuse_sharded(view: ModelView, action: str) -> None:
 def _chosen(
     view: ModelView, adapter: str | Sequence[str] | None
 ) -> dict[AdaptedLayer, tuple[str, ...]]:
-    """Return each layer -> those of its adapters that are to be merged."""
+    """Return each layer -> those of its adapters to merge."""
     if adapter is None:
         wanted = {layer: layer.disha.active for _, layer in view.layers}
     else:
@@ -206,8 +206,7 @@ def _chosen(
     }
     if not any(present.values()):
         raise ArgumentError(
-            "there is nothing to merge: no adapter is active. Inject or load one, or name one in "
-            "adapter="
+            "there is nothing to merge: no adapter is active. Inject or load one, or pass adapter="
         )
     return present
 
@@ -215,14 +214,14 @@ def _chosen(
 def _check_mergeable(
     view: ModelView, name: str, weight: AdaptedWeight, untie: bool, dense: bool
 ) -> bool:
-    """Raise if nothing can be merged into a weight; return whether others share it.
+    """Raise if nothing can be merged into a weight; return whether other modules share it.
 
     Args:
         view: the model.
         name: the weight's name in it.
         weight: the weight.
-        untie: whether the weight may be parted from others.
-        dense: whether a dense weight may stand in for a quantised one.
+        untie: whether the weight may be untied from others.
+        dense: whether a dense weight may replace a quantised one.
     """
     parameter, quantisation = weight.parameter, weight.quantisation
     if parameter is None and quantisation is None:
@@ -255,14 +254,14 @@ def _quantised_problem(
     weight: AdaptedWeight, quantisation: Quantisation, dense: bool
 ) -> str | None:
     """Return why nothing can be merged into a quantised weight and what to do, or None."""
-    unmerged = "leave its adapters unmerged, which act as well"
+    unmerged = "leave its adapters unmerged; they act as they are"
     if quantisation.read is None:
         return f"and can't be read as numbers; {unmerged}"
     if quantisation is ROUNDED:
-        return f"and its layer does not compute the same from a merged weight; {unmerged}"
+        return f"and its layer would not compute the same with a merged weight; {unmerged}"
     if not dense:
         return (
-            "and its few values can't hold an update; pass dense=True to let the layer compute "
+            "so its values are too coarse for an update; pass dense=True to let the layer compute "
             f"with a dense merged weight until unmerge_adapters, or {unmerged}"
         )
     if weight.parameter is None or not takes_dense(weight.layer):
@@ -314,13 +313,13 @@ def _unmerge_layer(layer: AdaptedLayer) -> None:
         elif original.parameter is not None:
             layer._parameters[name] = original.parameter
         elif original.data is not None:
-            # The weight may have moved since; the original follows it.
+            # The weight may have moved since, so the original moves to its device and dtype.
             now.data = original.data.to(device=now.device, dtype=now.dtype)
     layer.disha.merged = None
 
 
 def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """Return a quantised parameter on a device: itself, if it is there."""
+    """Return a quantised parameter on a device: itself, if it is already there."""
     if parameter.device == device:
         return parameter
     moved = parameter.to(device)  # a parameter, if its class defines `to`

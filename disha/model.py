@@ -2,9 +2,9 @@
 
 A public function builds one view and passes it down. Nothing below walks the model again.
 
-Modules have clean names: those in the model as its author wrote it. `torch.compile`, DDP, FSDP and
-activation checkpointing wrap modules, and the view leaves their parts of the names out. So targets
-match the same modules, and files hold the same names, whether a model is wrapped or not.
+Modules have clean names: their names in the unwrapped model. `torch.compile`, DDP, FSDP and
+activation checkpointing wrap modules and add parts to the names, which the view leaves out. So
+targets match the same modules, and files hold the same names, whether a model is wrapped or not.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Wrapper(NamedTuple):
 
     @property
     def cls(self) -> Any:
-        """The class if it is imported, else None: then no module is wrapped by it."""
+        """The class if it is imported, else None; then it can't wrap any module."""
         return imported_class(self.module, self.name)
 
 
@@ -75,7 +75,7 @@ def clean_key(key: str) -> str:
     Args:
         key: the key, of a wrapped model or not.
     """
-    # A model may have its own child `module`, so only a first part of that name is a wrapper's.
+    # A model may have its own child `module`, so that name is a wrapper's only at the start.
     added = {wrapper.child for wrapper in _WRAPPERS if wrapper.child != "module"}
     parts = [part for part in key.split(".") if part not in added]
     return ".".join(parts).removeprefix("module.")
@@ -124,10 +124,11 @@ class ModelParameter(NamedTuple):
 
 
 class ModelView:
-    """A model as one walk finds it.
+    """The modules, parameters and adapters of a model, found in one walk.
 
-    The walk collects the modules. These stay the same while adapters are added and removed. Adapted
-    layers are looked up among them each time, so `layers` and `adapters` are always up to date.
+    The walk collects the modules. These stay the same while adapters are added and removed.
+    `layers` and `adapters` look for adapted layers among them each time, so they are always up to
+    date.
 
     Args:
         model: any model, wrapped or not.
@@ -187,11 +188,11 @@ class ModelView:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """Every clean name -> its module. A wrapped module comes in place of its wrapper."""
+        """Every clean name -> its module. A wrapper is left out; its module has the name."""
         return {name: module for module, names in self.names.items() for name in names}
 
     def inside(self, module: nn.Module) -> dict[nn.Module, str]:
-        """Return a module and all modules in it -> their names in it. Its own name is empty.
+        """Return a module and all modules inside it -> their names relative to it.
 
         Args:
             module: a module of the model.
@@ -258,7 +259,7 @@ class ModelView:
 
         Raises:
             ArgumentError: no weight has it.
-            ArgumentTypeError: `adapter` is no str.
+            ArgumentTypeError: `adapter` is not a str.
         """
         if not isinstance(adapter, str):
             raise ArgumentTypeError(
@@ -275,7 +276,7 @@ class ModelView:
         """Raise if adapters are merged.
 
         Args:
-            action: what was asked for, such as "load an adapter".
+            action: the action to refuse, such as "load an adapter".
 
         Raises:
             MergeError: the action would mix merged and unmerged adapters.
@@ -286,11 +287,11 @@ class ModelView:
         """Raise if adapters are merged, or the model is in adapters_disabled or route_adapters.
 
         Args:
-            action: what was asked for, such as "load an adapter".
+            action: the action to refuse, such as "load an adapter".
 
         Raises:
             MergeError: adapters are merged.
-            ModeError: at the end of the context, other layers would be there than at its start.
+            ModeError: the layers would change before the context ends and restores them.
         """
         self.refuse_merged(action)
         layers = [layer for _, layer in self.layers]
@@ -314,17 +315,17 @@ class ModelView:
         """Raise if DDP, DataParallel or FSDP wraps the model or a part of it.
 
         Args:
-            action: what was asked for, such as "add an adapter".
+            action: the action to refuse, such as "add an adapter".
             remedy: what to do instead.
 
         Raises:
-            TargetError: the wrapper would not see that parameters come or go.
+            TargetError: the wrapper would not notice that parameters are added or removed.
         """
         wrapper = self.wrapper
         if wrapper is not None:
             raise TargetError(
                 f"can't {action}: the model is wrapped by {type(wrapper).__name__}, which would "
-                f"not see that parameters come or go; {remedy}"
+                f"not notice that parameters are added or removed; {remedy}"
             )
 
     @property
@@ -341,8 +342,8 @@ class ModelView:
     def reshard(self) -> None:
         """Make the modules of FSDP hold their shards instead of gathered parameters.
 
-        A forward can leave gathered parameters behind. These are temporary: what is written to them
-        is lost.
+        A forward can leave gathered parameters behind. They are temporary, so changes to them are
+        lost.
         """
         cls = imported_class(_FSDP, "FSDPModule")
         for module in self.names:

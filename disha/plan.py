@@ -1,7 +1,7 @@
 """Plan an injection: which weights get which blocks, and what else is trained. Changes nothing.
 
-A plan starts from the `Candidate`s of a model. A target selects some of them, or a file names some.
-Each of these becomes a `PlannedLayer`, or there is a reason why it can't.
+A plan starts from the `Candidate`s of a model. A target or a file selects some of them. Each of
+these becomes a `PlannedLayer`, or the plan gives the reason why it can't.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class PlannedLayer:
     """A weight that will be adapted, and the block that it will get.
 
     Attributes:
-        name: its name in the model; a `weight` has the name of its module. Empty if that is the
-            model itself.
+        name: its name in the model; a `weight` has the name of its module. Empty if the module is
+            the model itself.
         type_name: the name of its module's class.
         method: `"bone"` or `"bat"`.
         r: shard size.
@@ -60,9 +60,9 @@ class PlannedLayer:
         in_features: size of its input.
         out_features: size of its output.
         parameters: number of values in the block.
-        layout: how the weight is laid out.
+        layout: the weight's layout.
         module: the module.
-        slot: where the weight is in it.
+        slot: the place of the weight in the module.
         dtype: dtype of the block, or None for that of the configuration.
     """
 
@@ -82,14 +82,14 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class SkippedModule:
-    """A module or a weight that was asked for and will not be adapted, and why.
+    """A module or a weight that the target selects but that can't be adapted, and why.
 
     Attributes:
         name: its name in the model.
         type_name: the name of its class.
         reason: why it is not adapted.
-        is_weight: whether it is a weight or another matrix parameter. False for what `exclude`
-            leaves out, and for a module without such parameters.
+        is_weight: whether it is a weight or another matrix parameter. False if `exclude` leaves it
+            out, and for a module without such parameters.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Plan:
         config: its configuration.
         freeze: whether all other parameters are frozen.
         layers: the weights that would be adapted.
-        skipped: what was asked for but would not be adapted, with reasons.
+        skipped: what the target selects but would not be adapted, with reasons.
         also_train: clean names of the parameters to be trained and saved with the adapter.
         added: number of parameters in the new blocks.
         trainable: number of parameters in the model that would require gradients afterwards.
@@ -115,7 +115,7 @@ class Plan:
             counts as a dense one.
         unknown: the matrix parameters of the model whose layouts are unknown.
         tied: the names of each adapted parameter that several modules share. Each of these modules
-            gets a block of its own, which acts only when the model uses that module.
+            gets its own block, which acts only when the model uses that module.
 
     Examples:
         >>> from torch import nn
@@ -158,7 +158,7 @@ class Plan:
             lines.append(f"skipped {skipped.name} ({skipped.type_name}): {skipped.reason}")
         for one in self.unknown:
             lines.append(f"not adapted {one.name} {one.shape}: to adapt it, pass {one.remedy}")
-        lines += [f"one parameter: {', '.join(names)}" for names in self.tied]
+        lines += [f"one shared parameter: {', '.join(names)}" for names in self.tied]
         if self.also_train:
             lines.append(f"also trained: {', '.join(self.also_train)}")
         lines.append(
@@ -193,12 +193,12 @@ def plan_adapters(
 ) -> Plan:
     """Return what `inject_adapters` would do with the same arguments; change nothing.
 
-    Weights that r or r_out does not fit are listed as skipped. Every matrix parameter of unknown
-    layout is listed too, with the argument that would adapt it.
+    The plan lists weights that r or r_out does not fit as skipped. It also lists every matrix
+    parameter of unknown layout, with the argument that would adapt it.
 
     Args:
         model: any model.
-        target_regex: which weights. This and all other arguments are as for `inject_adapters`.
+        target_regex: the weights to adapt. All arguments are as for `inject_adapters`.
         r: shard size.
         method: `"bone"` or `"bat"`.
         layouts: regex -> layout.
@@ -210,12 +210,12 @@ def plan_adapters(
         dropout: the blocks' dropout.
         scale: runtime scale.
         dtype: dtype of the blocks.
-        init: how blocks start.
+        init: the initial values of the blocks.
         freeze: whether everything else would be frozen.
         also_train: regexes of parameters to train too.
 
     Raises:
-        DishaError: all that `inject_adapters` would raise, except that r or r_out does not fit.
+        DishaError: as for `inject_adapters`, but not if r or r_out does not fit a weight.
 
     Examples:
         >>> from torch import nn
@@ -244,10 +244,10 @@ def plan_injection(
 
     Args:
         view: any model.
-        target_regex: which weights.
+        target_regex: the weights to adapt.
         adapter: the adapter's name.
         freeze: whether everything else is frozen.
-        strict: raise where r or r_out does not fit a weight, instead of listing it as skipped.
+        strict: raise if r or r_out does not fit a weight, instead of listing it as skipped.
         options: the other arguments of `inject_adapters`, which are fields of `AdapterConfig`.
     """
     target = target_regex if isinstance(target_regex, str) else None
@@ -288,9 +288,9 @@ class WeightRequest:
     Attributes:
         name: its name in the model.
         r: shard size.
-        geometry: the sizes of what is adapted of it.
-        layout: how the weight is laid out.
-        rows: the outputs that are adapted; empty for all.
+        geometry: the sizes of its adapted part.
+        layout: its layout.
+        rows: the adapted outputs; empty for all.
         dtype: dtype of the block.
     """
 
@@ -321,7 +321,7 @@ def plan_weights(
         freeze: whether everything else is frozen.
 
     Raises:
-        ArgumentError: the name is taken, or weights or parameters are missing or of other sizes.
+        ArgumentError: the name is taken, or weights or parameters are missing or have other sizes.
             The message lists all of them.
     """
     _check_addable(view, adapter)
@@ -372,9 +372,9 @@ def _request_problem(
     if one.is_meta:
         return "its weight is on the meta device; give the model its weights first"
     if request.layout != one.layout:
-        return f"expected the layout {request.layout}, the model has {one.layout}"
+        return f"expected the layout {request.layout}, found {one.layout} in the model"
     if request.geometry != one.geometry:
-        return f"expected {_sizes(request.geometry)}, the model has {_sizes(one.geometry)}"
+        return f"expected {_sizes(request.geometry)}, found {_sizes(one.geometry)} in the model"
     return _misfit(one, config, request.r)
 
 
@@ -389,13 +389,13 @@ def _parameter_problem(one: ModelParameter | None, shape: tuple[int, ...]) -> st
         return "the model has no such parameter"
     found = None if is_lazy(one.value) else tuple(one.value.shape)
     if found != shape:
-        return f"expected shape {shape}, the model has {found}"
+        return f"expected shape {shape}, found {found} in the model"
     if one.value.is_meta:
         return "it is on the meta device; give the model its weights first"
     return _untrainable(one)
 
 
-# --- what is asked for ---------------------------------------------------------------------------
+# --- selecting candidates ------------------------------------------------------------------------
 
 
 def _check_addable(view: ModelView, adapter: str) -> None:
@@ -404,8 +404,8 @@ def _check_addable(view: ModelView, adapter: str) -> None:
     view.refuse_inside("add an adapter")
     view.refuse_wrapped(
         "add an adapter",
-        "inject first, then wrap. Into an adapter that is there, load_adapter can load with "
-        "replace=True",
+        "inject first, then wrap. To load into an existing adapter, pass replace=True to "
+        "load_adapter",
     )
     if adapter in view.adapters:
         raise ArgumentError(
@@ -430,7 +430,7 @@ def _selected(view: ModelView, candidates: list[Candidate], target: Target) -> l
         ]
     matches = _matcher(target)
     modules = {module for module, names in view.names.items() if matches(names, module)}
-    # nn.MultiheadAttention reads the weight of its child `out_proj` itself.
+    # nn.MultiheadAttention itself reads the weight of its child `out_proj`.
     modules |= {m.out_proj for m in modules if isinstance(m, nn.MultiheadAttention)}
     return [
         one
@@ -475,8 +475,8 @@ def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
 def _divided(
     view: ModelView, selected: list[Candidate], config: AdapterConfig
 ) -> tuple[list[Candidate], list[SkippedModule]]:
-    """Divide what is selected into weights to adapt and what to skip, with reasons."""
-    # The output projection of torch's attention goes by the name of the attention too.
+    """Divide the selected candidates into weights to adapt, and skipped ones with reasons."""
+    # The output projection of torch's attention can be named by the attention's name, too.
     owners: dict[nn.Module, tuple[str, ...]] = {
         module.out_proj: names
         for module, names in view.names.items()
@@ -532,16 +532,16 @@ def _nothing_to_adapt(
         return f"{asked} selects only modules that can't be adapted: {shown}"
     adaptable = [one.name for one in candidates if one.obstacle(method) is None]
     if not adaptable:
-        return f"{asked} selects nothing, since the model has no layer that can be adapted"
+        return f"{asked} selects nothing, because the model has no layer that can be adapted"
     nearest = _nearest(target if isinstance(target, str) else "", adaptable)
     if not nearest:
-        return f"{asked} does not select the model itself, which alone can be adapted; pass '^$'"
+        return f"{asked} does not select the model itself, its only layer; pass '^$'"
     return f"{asked} selects no layer that can be adapted; the nearest names are {nearest}"
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:
-    """Return a list of the names that are most like a pattern; empty if no module has a name."""
-    # Only the end of the pattern: the time grows with the product of both lengths.
+    """Return the names most similar to a pattern, as text; empty if no module has a name."""
+    # Only the end of the pattern is compared: the time grows with the product of both lengths.
     plain = re.sub(r"[^\w.]", "", pattern[-200:].replace("\\.", "."))
     last = plain.rsplit(".", 1)[-1]
 
@@ -564,7 +564,7 @@ def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
     )
 
 
-# --- what follows from it ------------------------------------------------------------------------
+# --- planned layers and parameters ---------------------------------------------------------------
 
 
 def _misfit(one: Candidate, config: AdapterConfig, r: int) -> str | None:
@@ -596,7 +596,7 @@ def _planned(
 
 
 def _tied(view: ModelView, layers: Iterable[PlannedLayer]) -> tuple[tuple[str, ...], ...]:
-    """Return the names of planned weights that are one parameter in several modules."""
+    """Return the names of each planned weight that several modules share."""
     planned = {id(layer.module._parameters.get(layer.slot.parameter)) for layer in layers}
     return tuple(
         one.names for one in view.parameters if len(one.names) > 1 and id(one.value) in planned
@@ -604,7 +604,7 @@ def _tied(view: ModelView, layers: Iterable[PlannedLayer]) -> tuple[tuple[str, .
 
 
 def can_train(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is of a dtype that can be trained and saved."""
+    """Whether a parameter has a dtype that can be trained and saved."""
     return parameter.dtype in BLOCK_DTYPES.values()
 
 
@@ -632,7 +632,7 @@ def _untrainable(one: ModelParameter) -> str | None:
     if not can_train(one.value):
         return f"has dtype {one.value.dtype} and can't be trained with an adapter"
     if freezing.is_claimed(one.module, one.attribute):
-        return "is trained with another adapter already, and can't have values for two"
+        return "is already trained with another adapter, and can belong to only one"
     return None
 
 
@@ -644,7 +644,7 @@ def _counted_plan(
     layers: Sequence[PlannedLayer],
     also_train: tuple[str, ...],
 ) -> Plan:
-    """Return a plan with its numbers of parameters."""
+    """Return a plan, with its parameters counted."""
     blocks = [block.block for _, layer in view.layers for block in layer.disha.blocks().values()]
     added = sum(layer.parameters for layer in layers)
     trainable = added + sum(block.numel() for block in blocks if block.requires_grad)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from disha.errors import ArgumentError
+from disha.text import counted
 
 __all__ = ["Route"]
 
@@ -17,8 +18,8 @@ __all__ = ["Route"]
 class Route:
     """An adapter for each sample of a batch, or None for no adapter.
 
-    A layer may get the samples flattened: the leading size of its input is then a multiple of their
-    number, and each name covers an equal part, in order.
+    A layer may get the samples flattened. Then the leading size of its input is a multiple of the
+    number of samples, and each name covers an equal part, in order.
     """
 
     names: tuple[str | None, ...]
@@ -40,8 +41,9 @@ class Route:
         samples = len(self.names)
         if size % samples:
             raise ArgumentError(
-                f"route_adapters got {samples} names, and a layer got an input of leading size "
-                f"{size}, which is no multiple of {samples}; give one name per sample of the batch"
+                f"route_adapters got {counted(samples, 'name')}, but a layer got an input with the "
+                f"leading size {size}; it must be a multiple of the number of names, so give one "
+                "name for each sample of the batch"
             )
         return size // samples
 
@@ -60,7 +62,7 @@ class Route:
         return self._on_device(tuple(chosen), device)
 
     def _on_device(self, indices: tuple[int, ...], device: torch.device) -> Tensor:
-        # Kept, since every layer asks for the same indices, and a captured graph can't copy them.
+        # Kept because every layer needs the same indices, and a captured graph can't copy them.
         key = (indices, device)
         if key not in self._kept:
             with torch.inference_mode(False):

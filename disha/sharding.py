@@ -1,9 +1,9 @@
-"""Sharded tensors: gathering them, writing into them, and agreement between ranks.
+"""Sharded tensors: gather them, write into them, and let all ranks fail together.
 
-FSDP2 (`fully_shard`) turns parameters into DTensors, of which each rank holds a shard. To gather a
+FSDP2 (`fully_shard`) turns parameters into DTensors, of which each rank holds a shard. Gathering a
 tensor is collective: all ranks of its device mesh must take part, in the same order. So no rank may
-raise an error alone while the others wait for it. What can fail runs inside `Ranks.agreeing`, and
-then it fails on all ranks.
+raise an error alone while the others wait for it. Code that can fail runs inside `Ranks.agreeing`,
+which raises the error on all ranks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from disha.errors import ArgumentError, DishaError
 
 __all__ = [
     "Ranks",
+    "gathered",
     "imported_class",
     "is_sharded",
     "local_part",
     "obstacle_to_write",
     "values_at",
-    "whole",
     "write",
 ]
 
@@ -46,12 +46,12 @@ def is_sharded(tensor: object) -> bool:
     return cls is not None and isinstance(tensor, cls)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its values. Collective if the tensor is sharded."""
     if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor
-    # The mesh may be unable to communicate on the CPU, where an offloaded parameter is.
+    # An offloaded parameter is on the CPU, where the mesh may be unable to communicate.
     full: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()
     return full
 
@@ -68,7 +68,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def values_at(tensor: Tensor, positions: Tensor) -> Tensor:
     """Return the values at flat positions, as `torch.take`. Collective if the tensor is sharded.
 
-    The ranks exchange these values only.
+    The ranks exchange only these values.
 
     Args:
         tensor: of any shape, floating-point.
@@ -80,7 +80,7 @@ def values_at(tensor: Tensor, positions: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return torch.take(tensor, positions)
     if not _in_chunks(tensor):
-        return torch.take(whole(tensor), positions)
+        return torch.take(gathered(tensor), positions)
     sharded: Any = tensor
     local, mesh = sharded.to_local(), sharded.device_mesh
     indices = list(torch.unravel_index(positions.to(local.device), tensor.shape))
@@ -88,7 +88,7 @@ def values_at(tensor: Tensor, positions: Tensor) -> Tensor:
     for dim, (start, stop) in enumerate(_local_ranges(tensor)):
         here &= (indices[dim] >= start) & (indices[dim] < stop)
         indices[dim] = indices[dim] - start
-    # The bits are summed, not the numbers: 0.0 + -0.0 is 0.0.
+    # This sums the bits, not the numbers, because 0.0 + -0.0 is 0.0.
     bits = torch.zeros(len(positions), dtype=torch.int64, device=local.device)
     bits[here] = local[tuple(index[here] for index in indices)].double().view(torch.int64)
     bits = bits.to(mesh.device_type)
@@ -136,7 +136,7 @@ def _in_chunks(tensor: Tensor) -> bool:
 
 
 def _local_ranges(tensor: Tensor) -> list[tuple[int, int]]:
-    """Return for each dimension where the part of this rank starts and stops."""
+    """Return the start and stop of this rank's part, for each dimension."""
     sharded: Any = tensor
     mesh = sharded.device_mesh
     ranges = [(0, size) for size in tensor.shape]
@@ -172,7 +172,7 @@ class Ranks:
         """Run the body; if it raises on any rank, raise on all ranks. It must not be collective.
 
         Args:
-            action: what is being done, such as "save an adapter"; the same on all ranks.
+            action: the action, such as "save an adapter"; it must be the same on all ranks.
 
         Raises:
             ArgumentError: the ranks do different things.
@@ -193,7 +193,7 @@ class Ranks:
             if other != action:
                 raise ArgumentError(
                     f"rank {rank} was asked to {other}, but rank {torch.distributed.get_rank()} to "
-                    f"{action}. Make the same call on all ranks of a sharded model"
+                    f"{action}. A sharded model needs the same call on all ranks"
                 )
             if kind is not None:
                 raise getattr(errors, kind, DishaError)(f"on rank {rank}: {message}")

@@ -30,14 +30,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load found. Each key is in one of the lists.
+    """The result of a load; each key is in one of the lists.
 
     Attributes:
         matched: keys that fit. Their values were loaded, unless the load failed.
-        missing: keys that the adapter has and the state does not.
-        unexpected: keys that the state has and the adapter does not.
+        missing: keys that the adapter has but the state lacks.
+        unexpected: keys that the state has but the adapter lacks.
         wrong_shape: (key, shape found, shape expected).
-        wrong_value: (key, what is wrong): not a tensor, not floating-point, or not finite.
+        wrong_value: (key, problem): not a tensor, not floating-point, or not finite.
 
     Examples:
         >>> import torch
@@ -78,12 +78,13 @@ class LoadReport:
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """Return the part of `model.state_dict()` that belongs to an adapter.
 
-    Keys and tensors are the same (they share memory), and `also_train` parameters are included. So
-    `torch.save` and `model.load_state_dict(state, strict=False)` work with the result.
+    Keys and tensors are those of the state dict, and the tensors share memory with the model.
+    `also_train` parameters are included. So `torch.save` and
+    `model.load_state_dict(state, strict=False)` work with the result.
 
-    As in `model.state_dict()`, a wrapper adds its part to the keys, and the tensors of a sharded
-    model are DTensors, of which each rank has its shard. `save_adapter` writes clean names and
-    gathered tensors instead.
+    As in `model.state_dict()`, a wrapper adds its part to the keys. The tensors of a sharded model
+    are DTensors, of which each rank has its shard. `save_adapter` writes clean names and gathered
+    tensors instead.
 
     Args:
         model: a model with adapters.
@@ -112,10 +113,10 @@ def _in_state_dict(view: ModelView, adapter: str) -> dict[str, Tensor]:
 
 
 def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of an adapter under the keys that files use.
+    """Return the parameters of an adapter under their keys in files.
 
     The key of a block is `<layer>.bone_block` or `<layer>.bat_block`; that of an `also_train`
-    parameter is its clean name. Each comes once, even if its module has several names.
+    parameter is its clean name. Each parameter appears once, even if its module has several names.
 
     Raises:
         ArgumentError: there is no such adapter.
@@ -133,7 +134,7 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
             parameter = module._parameters[attribute]
             merged = module.disha.merged if isinstance(module, AdaptedLayer) else None
             if merged is not None and attribute in merged.originals:
-                view.refuse_merged(f"take {join(name, attribute)} as the adapter's own")
+                view.refuse_merged(f"use {join(name, attribute)} as part of the adapter")
             if parameter is not None:
                 tensors[join(name, attribute)] = parameter
     return tensors
@@ -145,9 +146,9 @@ def _refuse_flattened(name: str, weight: AdaptedWeight, block: Block) -> None:
     block_axes = method_of(block.method).block_axes
     if parameter is None or parameter.dim() < block_axes or axes < 2:
         raise AdapterStateError(
-            f"the block of {name or 'the model'} or its weight is gone, or has been flattened. If "
-            "the model is wrapped by FullyShardedDataParallel: use fully_shard in its place, or "
-            "call this inside FullyShardedDataParallel.summon_full_params"
+            f"the block of {name or 'the model'} or its weight is missing or flattened. If the "
+            "model is wrapped by FullyShardedDataParallel, use fully_shard instead, or call this "
+            "inside FullyShardedDataParallel.summon_full_params"
         )
 
 
@@ -160,8 +161,8 @@ def load_adapter_state_dict(
     """Check all tensors of an adapter, then copy them into the model.
 
     If `fully_shard` has sharded the model, call this on all ranks: with complete tensors, the same
-    on each rank, or with DTensors that are sharded like the model's. An error on one rank is raised
-    on all, and then no rank has changed anything.
+    on each rank, or with DTensors that are sharded like the model's. If one rank fails, all ranks
+    raise, and no model changes.
 
     Args:
         model: a model that has the adapter already (`inject_adapters`).
@@ -174,7 +175,7 @@ def load_adapter_state_dict(
         A `LoadReport`.
 
     Raises:
-        AdapterStateError: something does not fit; the message lists all that does not. With
+        AdapterStateError: the state does not fit; the message lists every misfit. With
             `strict=False`, only wrong shapes and values count. The model is unchanged.
         ArgumentError: there is no such adapter.
         ArgumentTypeError: `state` is not a mapping.
@@ -223,7 +224,7 @@ def _under_model_keys(
 
 
 def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> LoadReport:
-    """Compare tensors with the parameters that they are for; change nothing."""
+    """Compare tensors with their target parameters; change nothing."""
     matched, wrong_shape, wrong_value = [], [], []
     for key, parameter in expected.items():
         if key not in found:
@@ -267,7 +268,7 @@ def finite_as(value: Tensor, dtype: torch.dtype) -> bool:
     value = local_part(value).detach().to(dtype)
     if not value.numel():
         return True
-    # This needs one pass and no tensor of that size. NaN counts as the least and as the greatest.
+    # This needs one pass and no tensor of that size. NaN is both the minimum and the maximum.
     return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(value))
 
 

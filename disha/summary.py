@@ -19,11 +19,11 @@ class LayerSummary:
 
     Attributes:
         name: the layer's name in the model.
-        adapter: the adapter that the block belongs to.
+        adapter: the name of the block's adapter.
         method: `"bone"` or `"bat"`.
         r: shard size.
         r_out: size of the output shard of a tile, or None.
-        parameters: values in the block.
+        parameters: number of values in the block.
         scale: runtime scale s.
         active: whether the block acts.
     """
@@ -40,11 +40,12 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers behind `print(summary(model))`.
+    """The adapted layers and the numbers of parameters of a model; printable.
 
     Attributes:
-        trainable: parameters that require gradients.
-        total: all parameters, each counted once; a quantised weight counts as the dense one.
+        trainable: number of parameters that require gradients.
+        total: number of all parameters, each counted once. A quantised weight counts as a dense
+            one.
         layers: one `LayerSummary` per block.
 
     Examples:

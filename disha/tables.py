@@ -10,11 +10,11 @@ __all__ = ["WIDEST", "table"]
 
 
 WIDEST = 200
-"""Most characters of a cell; all cells of a column are as wide as its widest."""
+"""Largest number of characters in a cell. All cells of a column are as wide as its widest one."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table with aligned columns: numbers to the right, all else to the left.
+    """Return a table with aligned columns: numbers to the right, everything else to the left.
 
     Args:
         header: titles of the columns.

@@ -1,4 +1,4 @@
-"""Text for messages: foreign text made safe to print, numbers with nouns, and short lists."""
+"""Text for messages: makes untrusted text safe to print, counts nouns, and shortens lists."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 __all__ = ["brief", "counted", "first_few", "printable"]
 
 LONGEST = 10_000
-"""Most characters of one message."""
+"""Largest number of characters in one message."""
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 200
 
 
 def printable(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
-    r"""Return a text with unprintable characters escaped, and without its middle if it is long.
+    r"""Return a text with unprintable characters escaped; of a long one, the middle is left out.
 
-    So a name in a file can't move the reader's cursor, hide the text after it, or fill the screen.
+    So a name in a file can't move the cursor of a terminal, hide other text, or fill the screen.
 
     Args:
         text: any text.
-        limit: how many characters of the text are kept at most.
-        lines: whether line breaks are kept.
+        limit: largest number of characters of the text to keep.
+        lines: whether to keep line breaks.
 
     Examples:
         >>> from disha.text import printable
@@ -60,7 +60,7 @@ def brief(value: object) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless the number is 1.
+    """Return a number and a noun, which is plural unless the number is 1.
 
     Args:
         count: the number.
@@ -75,12 +75,12 @@ def counted(count: int, noun: str) -> str:
 
 
 def first_few(items: Sequence[str], limit: int, separator: str = "\n") -> str:
-    """Return the first of several items as one text that says how many others there are.
+    """Return the first items as one text, with the number of the remaining ones.
 
     Args:
         items: the items.
-        limit: how many are shown.
-        separator: what stands between them.
+        limit: largest number of items to show.
+        separator: the text between two items.
 
     Examples:
         >>> from disha.text import first_few

@@ -276,7 +276,9 @@ class TestFailing:
 
     def test_what_is_in_place_already_is_told(self, tmp_path, monkeypatch):
         failing_at(monkeypatch, "config")
-        with pytest.raises(AdapterIOError, match=r"broken; .*weights new already; save again$"):
+        with pytest.raises(
+            AdapterIOError, match=r"broken; .*weights already replaced; save again$"
+        ):
             save_pair(tmp_path, "new")
         assert texts(tmp_path) == {"weights": "new"}
 
@@ -292,7 +294,7 @@ class TestFailing:
         save_pair(tmp_path, "old")
         with monkeypatch.context() as patched:
             failing_at(patched, "config")
-            gone = r"weights new already, .*config gone; save again$"
+            gone = r"weights already replaced, .*config missing; save again$"
             with pytest.raises(AdapterIOError, match=gone):
                 save_pair(tmp_path, "new")
         assert visible(tmp_path) == {"weights": "new"}
@@ -332,7 +334,9 @@ class TestDisk:
         fill(target, "old")
         synced_folders(monkeypatch, code)
         if code == errno.EIO:
-            with pytest.raises(AdapterIOError, match=r"broken; .*file.txt new already; save again"):
+            with pytest.raises(
+                AdapterIOError, match=r"broken; .*file.txt already replaced; save again"
+            ):
                 save(path, "whole")
         else:  # the system can't sync folders
             save(path, "whole")

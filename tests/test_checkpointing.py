@@ -233,7 +233,7 @@ class TestInputGradients:
             disha.enable_input_gradients("model")
         with pytest.raises(ArgumentTypeError, match=r"after must be an nn\.Module, got str"):
             disha.enable_input_gradients(adapted(), ["embed"])
-        with pytest.raises(ArgumentError, match=r"after=Linear is no module of the model"):
+        with pytest.raises(ArgumentError, match=r"after=Linear is not a module of the model"):
             disha.enable_input_gradients(adapted(), nn.Linear(2, 2))
 
 

@@ -200,7 +200,7 @@ class TestModel:
             ({"a": 1.0}, {"into": "b"}, ArgumentError, "has an adapter 'b' already"),
             ({"a": 1.0}, {"into": "d.e"}, ArgumentError, "has a dot"),
             ({"a": 1.0}, {"r": 3}, ArgumentError, "bone blocks can't be added with r=3"),
-            ({"a": 1.0}, {"r": 16}, ArgumentError, "needs r=16, and has only 14 inputs"),
+            ({"a": 1.0}, {"r": 16}, ArgumentError, "needs r=16, but the layer has only 14 inputs"),
             ({"a": 1.0}, {"r": 0}, ArgumentError, "r must be at least 1"),
             ({"a": 1.0}, {"r": "8"}, ArgumentTypeError, "r must be an int"),
         ],

@@ -63,7 +63,7 @@ def test_rank_pattern_first_found_wins():
         ({"method": "lora"}, ArgumentError, "'bone', 'bat'"),
         ({"method": ["bone"]}, ArgumentError, "allowed are"),
         ({"r_out": 0}, ArgumentError, "r_out must be at least 1"),
-        ({"r_out": 2, "method": "bat"}, ArgumentError, "exists for 'bone' only"),
+        ({"r_out": 2, "method": "bat"}, ArgumentError, "only 'bone' has an output shard"),
         ({"init": "ones"}, ArgumentError, "'zeros', 'kaiming'"),
         ({"dropout": 1.0}, ArgumentError, "below 1"),
         ({"dropout": -0.1}, ArgumentError, "at least 0"),

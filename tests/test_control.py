@@ -277,7 +277,7 @@ class TestRoute:
         model = several()
         with (
             pytest.raises(
-                ArgumentError, match="3 names, and a layer got an input of leading size 5"
+                ArgumentError, match="3 names, but a layer got an input with the leading size 5"
             ),
             disha.route_adapters(model, ["a", "b", "c"]),
         ):

@@ -291,7 +291,7 @@ class TestContents:
         )
         says = f"expected a block of shape {expected}, found {shape}"
         if expected is None:
-            says = f"a block of shape {shape} does not go with the layout {layout.pattern!r}"
+            says = f"a block of shape {shape} does not fit the layout {layout.pattern!r}"
         assert block_misfits(header) == [f"(the model): {says}"]
 
 
@@ -771,7 +771,7 @@ class TestSaving:
     def test_a_weight_that_holds_a_merge_is_not_taken_for_the_adapters(self, path):
         model = disha.inject_adapters(base(), "head", 2, also_train=r"head\.weight")
         disha.merge_adapters(model)
-        with pytest.raises(MergeError, match=r"take head.weight as the adapter's own"):
+        with pytest.raises(MergeError, match=r"use head.weight as part of the adapter"):
             disha.save_adapter(model, path)
         assert not path.exists()
 

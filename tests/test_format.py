@@ -241,23 +241,23 @@ SIZE = r"must be an integer from 1 to 2\^31 - 1"
 
 BAD_HEADERS = {
     "a size that is none": (
-        lambda h: first_layer(h).update({"in": 2**31}), f"'in' {SIZE}, is 2147483648"),
+        lambda h: first_layer(h).update({"in": 2**31}), f"'in' {SIZE}; it is 2147483648"),
     "future version": (lambda h: h.update(format=2), "format 2.*upgrade"),
     "no version": (lambda h: h.pop("format") and None, "format must be an integer"),
     "version as text": (lambda h: h.update(format="1"), "format must be an integer"),
     "not JSON": (lambda h: "{", "not valid JSON"),
     "deep JSON": (lambda h: "[" * 100_000, "not valid JSON"),
-    "a list": (lambda h: "[]", "the header must be a JSON object, is a list"),
+    "a list": (lambda h: "[]", "the header must be a JSON object; it is a list"),
     "no config": (lambda h: h.pop("config") and None, "lacks the field 'config'"),
     "config as list": (lambda h: h.update(config=[]), "'config' must be an object"),
     "bad config": (lambda h: h["config"].update(r=0), "r must be at least 1"),
     "unknown config": (lambda h: h["config"].update(rank=1), "unknown fields"),
     "no layers": (lambda h: h.update(layers=[]), "'layers' must be a list of 1 to 100,000"),
     "layers as text": (lambda h: h.update(layers="head"), "'layers' must be a list"),
-    "entry as text": (lambda h: h.update(layers=["head"]), "must be an object, is 'head'"),
+    "entry as text": (lambda h: h.update(layers=["head"]), "must be an object; it is 'head'"),
     "unknown method": (lambda h: h["config"].update(method="lora"), "unknown method 'lora'"),
     "other method": (lambda h: h["config"].update(method="bat"), "disagree"),
-    "r as float": (lambda h: first_layer(h).update(r=3.0), f"'r' {SIZE}, is 3.0"),
+    "r as float": (lambda h: first_layer(h).update(r=3.0), f"'r' {SIZE}; it is 3.0"),
     "huge r": (lambda h: first_layer(h).update(r=2**80), SIZE),
     "r beyond the layer": (lambda h: first_layer(h).update(r=30), "larger than in_features"),
     "other r": (lambda h: first_layer(h).update(r=2), r"expected a block of shape \(2, 8\)"),
@@ -266,15 +266,15 @@ BAD_HEADERS = {
     "no scale": (lambda h: first_layer(h).pop("scale") and None, "lacks the field 'scale'"),
     "huge scale": (lambda h: first_layer(h).update(scale=10**400), "'scale' must be .* finite"),
     "huge scale in config": (lambda h: h["config"].update(scale=1e300), "scale must be finite"),
-    "in": (lambda h: first_layer(h).update({"in": 9}), "expected 9 -> 8, the model has 8 -> 8"),
+    "in": (lambda h: first_layer(h).update({"in": 9}), "expected 9 -> 8, found 8 -> 8"),
     "layer twice": (lambda h: h["layers"].append(first_layer(h)), "q_proj.bone_block' 2 times"),
     "no name": (lambda h: first_layer(h).pop("name") and None, "lacks the field 'name'"),
     "other name": (lambda h: first_layer(h).update(name="x"), "disagree"),
-    "layout": (lambda h: first_layer(h).update(layout="square"), "must be one of .*, is 'square'"),
+    "layout": (lambda h: first_layer(h).update(layout="square"), "must be one of .*it is 'square'"),
     "layout as list": (lambda h: first_layer(h).update(layout=[]), "must be one of"),
     "no layout": (lambda h: first_layer(h).pop("layout") and None, "lacks the field 'layout'"),
     "layout of more axes": (
-        lambda h: first_layer(h).update(layout="expert out in"), "does not go with the layout"),
+        lambda h: first_layer(h).update(layout="expert out in"), "does not fit the layout"),
     "groups": (lambda h: first_layer(h).update(groups=2), "'groups' .*, with the layout .* only"),
     "no groups": (
         lambda h: first_layer(h).update(layout="in out *kernel", groups=0), f"'groups' {SIZE}"),
@@ -287,7 +287,7 @@ BAD_HEADERS = {
     "rows out of order": (lambda h: first_layer(h).update(rows=[[4, 8], [0, 4]]), "order"),
     "huge rows": (lambda h: first_layer(h).update(rows=[[2**70, 2**70 + 8]]), "below 2"),
     "rows beyond the weight": (lambda h: first_layer(h).update(rows=[[4, 12]]), "rows"),
-    "fingerprint": (lambda h: first_layer(h).update(base=3), "'base' must be text, is 3"),
+    "fingerprint": (lambda h: first_layer(h).update(base=3), "'base' must be text; it is 3"),
     "beside as text": (lambda h: h.update(also_train="a"), "must be a list of names"),
     "beside without tensor": (lambda h: h["also_train"].append("x"), "missing 'x'"),
     "metadata": (lambda h: h.update(metadata={"a": 1}), "must be an object of text"),
@@ -300,9 +300,9 @@ BAD_HEADERS = {
     "patterns as text": (lambda h: h["config"].update(exclude="head"), "must be a JSON array"),
     "a BAT tile": (lambda h: h["config"].update(method="bat", r_out=2), "r_out=2 was given"),
     "a layout of other blocks": (
-        lambda h: first_layer(h).update(layout="out in *kernel"), "does not go with"),
+        lambda h: first_layer(h).update(layout="out in *kernel"), "does not fit"),
     "a transposed layout of other blocks": (
-        lambda h: first_layer(h).update(layout="in out *kernel"), "does not go with"),
+        lambda h: first_layer(h).update(layout="in out *kernel"), "does not fit"),
     "a layout null": (lambda h: first_layer(h).update(layout=None), "must be one of"),
     "rows null": (lambda h: first_layer(h).update(rows=None), "'rows' must be ranges"),
     "no rows": (lambda h: first_layer(h).update(rows=[]), "'rows' must be ranges"),
@@ -315,12 +315,12 @@ BAD_HEADERS = {
         lambda h: h["config"].update(layouts={"a": "square"}), "unknown layout"),
     "rows of the configuration": (
         lambda h: h["config"].update(rows={"a": [[3, 1]]}), "first < stop"),
-    "size 0": (lambda h: first_layer(h).update(out=0), f"'out' {SIZE}, is 0"),
-    "size true": (lambda h: first_layer(h).update(r=True), f"'r' {SIZE}, is True"),
+    "size 0": (lambda h: first_layer(h).update(out=0), f"'out' {SIZE}; it is 0"),
+    "size true": (lambda h: first_layer(h).update(r=True), f"'r' {SIZE}; it is True"),
     "r_out as text": (lambda h: h["config"].update(r_out="4"), "r_out must be an int"),
     "no metadata": (lambda h: h.pop("metadata") and None, "lacks the field 'metadata'"),
-    "format 0": (lambda h: h.update(format=0), "must be an integer from 1, is 0"),
-    "format true": (lambda h: h.update(format=True), "must be an integer from 1, is True"),
+    "format 0": (lambda h: h.update(format=0), "must be an integer from 1; it is 0"),
+    "format true": (lambda h: h.update(format=True), "must be an integer from 1; it is True"),
     "dropout 1": (lambda h: h["config"].update(dropout=1), "dropout must be"),
     "rank_pattern as list": (
         lambda h: h["config"].update(rank_pattern=["head", 2]), "rank_pattern must be a dict"),
@@ -337,7 +337,7 @@ BAD_TENSORS = {
         r"head: expected a block of shape \(3, 12\), found \(3, 11\)"),
     "shape beside": (
         lambda t: t.update({"layers.0.attn.norm.weight": torch.zeros(9)}),
-        r"layers.0.attn.norm.weight: expected shape \(9,\), the model has \(8,\)"),
+        r"layers.0.attn.norm.weight: expected shape \(9,\), found \(8,\)"),
     "nan": (
         lambda t: t["head.bone_block"].fill_(float("nan")), "not finite.*head.bone_block"),
     "infinity beside": (

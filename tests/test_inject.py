@@ -441,7 +441,9 @@ class TestRefusals:
     def test_a_parameter_that_another_adapter_trains(self, model):
         disha.inject_adapters(model, "head", 2, adapter="a", also_train="norm.weight")
         before = snapshot(model)
-        with pytest.raises(ArgumentError, match=r"norm.weight, which is trained with another"):
+        with pytest.raises(
+            ArgumentError, match=r"norm.weight, which is already trained with another"
+        ):
             disha.inject_adapters(model, "head", 2, adapter="b", also_train="norm")
         assert_unchanged(model, before)
 

@@ -614,7 +614,7 @@ class TestCraftedAdapters:
         setting = Setting(tmp_path, Zoo(), "packed.q_proj")
         save_sharded({"packed.in_proj_weight": torch.tensor(1.0)}, tmp_path / "zero", 1)
         setting.base = tmp_path / "zero"
-        with pytest.raises(AdapterFileError, match=r"the weight there is \(\)"):
+        with pytest.raises(AdapterFileError, match=r"the weight has the shape \(\)"):
             setting.merge()
 
     def test_a_name_of_many_dots_takes_no_time(self, tmp_path):
@@ -821,7 +821,7 @@ class TestHostileCheckpoints:
             (b"\xff\xfe\xfa", "not valid JSON"),
             ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' comes twice"),
             ('{"weight_map": {}, "weight_map": {"a": "x.safetensors"}}', "comes twice"),
-            ("[]", "must be a JSON object, is a list"),
+            ("[]", "must be a JSON object; it is a list"),
             ("{}", "weight_map"),
             ('{"weight_map": []}', "weight_map"),
             ('{"weight_map": {}}', "weight_map"),
@@ -842,7 +842,7 @@ class TestHostileCheckpoints:
         path = tmp_path / "base.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
         assert load_file(path)["a"].tolist() == [0.0]
-        with pytest.raises(AdapterFileError, match="not as safetensors describes it"):
+        with pytest.raises(AdapterFileError, match="breaks the safetensors format"):
             open_checkpoint(path)
 
     def test_a_configuration_that_is_too_large(self, tmp_path):

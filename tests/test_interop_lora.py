@@ -593,7 +593,7 @@ def test_away_from_the_model_bat_needs_the_base(tmp_path):
     header, tensors = adapter_contents(ModelView(ours))
     with refused(tmp_path, "give `base`", kind=disha.ArgumentError):
         lora.write_lora(tmp_path / "lora", header, tensors, rank=4)
-    with refused(tmp_path, "the weight there is", kind=disha.AdapterFileError):
+    with refused(tmp_path, "the weight has the shape", kind=disha.AdapterFileError):
         lora.write_lora(tmp_path / "lora", header, tensors, rank=4, base=lambda _: torch.ones(3, 8))
 
 
@@ -618,7 +618,7 @@ def test_blocks_of_other_shapes_than_the_header_says(tmp_path):
         ({"in_features": 3}, "r=4 is larger than in_features=3"),
         ({"out_features": 7}, "expected a block of shape"),
         ({"r_out": 3}, "r_out=3 does not divide"),
-        ({"method": "bat"}, "does not go with the layout"),
+        ({"method": "bat"}, "does not fit the layout"),
         ({"layout": Layout("expert out in")}, "LoRA can't express"),
         ({"rows": ((0, 8),)}, "LoRA can't express"),
     ):
@@ -950,7 +950,7 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
         (
             {"tensors": {f"{FIRST}.lora_B.weight": torch.ones(7, 4)}},
             disha.AdapterFileError,
-            "expected 8 -> 7, the model has 8 -> 8",
+            "expected 8 -> 7, found 8 -> 8",
         ),
     ],
 )

@@ -612,7 +612,7 @@ HOSTILE = {
     "unknown flag": (with_fields(fan_in_fan_out=True), "fan_in_fan_out=True"),
     "task is a list": (with_fields(task_type=[]), "task_type must be"),
     "wrong shape": (with_tensor(BLOCK, lambda t: t[:, :-1].clone()), "expected a block of shape"),
-    "a scalar": (with_tensor(BLOCK, lambda t: t.sum()), "a block of shape () does not go with"),
+    "a scalar": (with_tensor(BLOCK, lambda t: t.sum()), "a block of shape () does not fit"),
     "no blocks": (
         lambda folder: (
             with_tensor(BLOCK, lambda t: None)(folder),

@@ -74,7 +74,7 @@ REFUSED = {
     "long number": (config('{"r":' + "9" * 10_000 + "}"), "not valid JSON"),
     "a field twice": (config('{"r": 4, "r": 5}'), "'r' comes twice"),
     "endless JSON": (config(" " * (LARGEST_CONFIG + 1)), "larger than 16,777,216 bytes"),
-    "a list": (config("[]"), "must be a JSON object, is a list"),
+    "a list": (config("[]"), "must be a JSON object; it is a list"),
     "no type": (fields(peft_type=...), "peft_type"),
     "another type": (fields(peft_type="LOHA"), "peft_type"),
     "unhashable type": (fields(peft_type=[]), "peft_type"),

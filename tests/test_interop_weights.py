@@ -80,7 +80,7 @@ def changed(model):
         ),
         (integers, "linear.weight: is stored as I8"),
         (changed, "other values"),
-        (single, r"linear.weight: the weight there is \(\), and the adapter is for \(6, 8\)"),
+        (single, r"linear.weight: the weight has the shape \(\); the adapter is for \(6, 8\)"),
     ],
 )
 def test_refused(tmp_path, state, says):

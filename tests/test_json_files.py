@@ -34,7 +34,7 @@ def test_as_many_bytes_as_are_allowed(path):
         ("[" * 100_000, "is not valid JSON: .*; get the file again$"),
         ('{"a": 1, "b": 2, "a": 1}', "'a' comes twice"),
         ('{"a": {"b": 1, "b": 2}}', "'b' comes twice"),
-        ("[1]", "must be a JSON object, is a list; get the file again"),
+        ("[1]", "must be a JSON object; it is a list; get the file again"),
     ],
 )
 def test_what_is_no_object_is_refused(path, text, says):

@@ -454,7 +454,7 @@ class TestLayoutsOfTheUser:
         model[1].weight = model[0].weight
         plan = disha.plan_adapters(model, ".", 2)
         assert plan.tied == (("0.weight", "1.weight"),)
-        assert "one parameter: 0.weight, 1.weight" in str(plan)
+        assert "one shared parameter: 0.weight, 1.weight" in str(plan)
 
     def test_sparse_weights_are_refused(self):
         layer = nn.Linear(4, 4)

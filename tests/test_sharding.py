@@ -16,11 +16,11 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from disha.model import ModelView
 from disha.sharding import (
     _local_ranges,
+    gathered,
     is_sharded,
     local_part,
     obstacle_to_write,
     values_at,
-    whole,
     write,
 )
 
@@ -68,7 +68,7 @@ def test_parts_are_the_chunks_of_torch(shape, mesh, data):
 def test_plain_tensors_are_whole():
     tensor = torch.randn(3, 4)
     assert not is_sharded(tensor)
-    assert whole(tensor) is tensor
+    assert gathered(tensor) is tensor
     assert local_part(tensor) is tensor
     assert obstacle_to_write(tensor, tensor) is None
     positions = torch.tensor([0, 11, 5])

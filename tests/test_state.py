@@ -57,7 +57,7 @@ class TestFilter:
         block = model.disha["default"]
         flat = nn.Parameter(block.block.detach().flatten())
         block._parameters[block.parameter_name] = flat if flattened else None
-        says = "^the block of the model or its weight is gone, or has been flattened.*fully_shard"
+        says = "^the block of the model or its weight is missing or flattened.*fully_shard"
         with pytest.raises(AdapterStateError, match=says):
             disha.adapter_state_dict(model)
 

@@ -1,17 +1,17 @@
-"""Adapter files, format 1: one safetensors file per adapter, which describes itself.
+"""Adapter files, format 1: one safetensors file per adapter, with a header that describes it.
 
-A file may come from a stranger: keys, shapes, dtypes, values and header are all checked before the
-model changes. From bottom to top:
+A file may come from a stranger, so keys, shapes, dtypes, values and header are all checked before
+the model changes. From bottom to top:
 
 - `atomic`: `write_files` and `write_folder`, which write files and folders completely or not at all
-- `tensors`: reading safetensors files, whatever they hold
-- `pieces`: safetensors files as bytes, copied and written one tensor at a time
-- `json_files`: JSON objects, in adapter files and in the files of other libraries
-- `header`: the format, that is what an adapter file says about itself
-- `contents`: an adapter outside a model: out of a model or a file, and into either
+- `tensors`: reads safetensors files of any content
+- `pieces`: copies and writes safetensors files as bytes, one tensor at a time
+- `json_files`: reads JSON objects, in adapter files and in the files of other libraries
+- `header`: the format of the header
+- `contents`: an adapter outside a model, read from a model or a file, and written to either
 - `adapter`: `save_adapter`, `inspect_adapter`, `load_adapter`
 - `combining`: `combine_adapters`, and the same for files
-- `statistics` and `differences`: the numbers in a file, and what differs between two
+- `statistics` and `differences`: statistics of the tensors in a file, and differences of two files
 """
 
 from disha.files.adapter import inspect_adapter, load_adapter, save_adapter

@@ -1,4 +1,4 @@
-"""Saving an adapter to a file, inspecting a file, and loading one."""
+"""Save an adapter to a file, inspect a file, and load one."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def save_adapter(
     model. A merged adapter can be saved too, as merging does not change its blocks.
 
     In a process group: if `fully_shard` has sharded the model, call this on all ranks. They gather
-    the whole adapter, and the first rank writes the file. The others wait, and raise too if it
-    fails. For any other model, also under `DistributedDataParallel`, every rank has the whole
-    adapter: call this on rank 0, or on all ranks, which then write the same bytes and do not wait
+    the adapter, and the first rank writes the file. The other ranks wait, and also raise if it
+    fails. For any other model, also under `DistributedDataParallel`, every rank has the complete
+    adapter. Then call this on rank 0, or on all ranks, which write the same bytes and do not wait
     for each other.
 
     Args:
         model: a model with adapters.
         path: the file to write.
-        adapter: the adapter's name. It is not written into the file.
+        adapter: the adapter's name. The file does not contain it.
         metadata: your notes, str -> str.
 
     Raises:
@@ -72,7 +72,7 @@ def save_adapter(
 
 
 def inspect_adapter(path: PathLike) -> AdapterFile:
-    """Return what an adapter file says about itself, without reading any tensor.
+    """Return the header of an adapter file, without reading any tensor.
 
     Args:
         path: the file.
@@ -115,17 +115,17 @@ def load_adapter(
     The file says which layers are adapted and how, so the model can be a plain one. If it has
     adapters already, the loaded one is added and becomes the active one.
 
-    A model that DDP or FSDP wraps can't take new layers. Load first and wrap afterwards; or, with
-    `replace=True`, load into an adapter that was there before wrapping. Call this on all ranks;
-    each reads the file. Each rank loads its part of sharded parameters. If anything is wrong on one
-    rank, all ranks raise, and no rank changes.
+    A model inside DDP or FSDP can't get new layers. Load first and wrap afterwards; or, with
+    `replace=True`, load into an adapter that existed before wrapping. Call this on all ranks; each
+    reads the file. Each rank loads its part of sharded parameters. If anything is wrong on one
+    rank, all ranks raise, and no model changes.
 
     Args:
         model: the base model, or one that has other adapters.
         path: the file.
         adapter: the name that the adapter gets in this model.
-        layers: a regex; only the layers in whose names it is found are loaded. All by default. With
-            `replace=True`, the others stay as they are.
+        layers: a regex, searched in the names of the layers; only matching layers are loaded. All
+            by default. With `replace=True`, the other layers do not change.
         also_train: also set the parameters that the file holds beside the blocks.
         replace: if the model has an adapter of that name, copy the file's values into it, in place
             (hot swap). Layers and shapes must agree, and no `requires_grad` flag changes.
@@ -138,7 +138,7 @@ def load_adapter(
     Raises:
         AdapterIOError: the file can't be read.
         AdapterFileError: it is not a valid adapter file, or does not fit the model; the message
-            lists everything that does not.
+            lists every misfit.
         ArgumentError: the name is taken and `replace` is not set, or no layer's name matches
             `layers`.
         ModeError: adapters are merged (`MergeError`), disabled or routed.
@@ -146,7 +146,7 @@ def load_adapter(
     The model is unchanged whenever this raises.
 
     Warns:
-        AdapterFileWarning: the base weights are not those that the adapter was saved from.
+        AdapterFileWarning: the adapter was saved from other base weights.
 
     Examples:
         >>> import tempfile, pathlib

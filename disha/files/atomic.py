@@ -1,13 +1,13 @@
-"""Writing files and folders so that each takes its place complete, or not at all.
+"""Write files and folders completely or not at all.
 
-New content is filled in a temporary folder beside its target, synced to the disk, and renamed into
-place. A temporary folder is locked while its writer lives. So the next write to the same target can
-tell what a killed writer has left, and clears it. Without locks (Windows, some network file
-systems), nothing is cleared.
+New content is written to a temporary folder beside its target, synced to the disk, and renamed to
+the target. A temporary folder is locked while its writer lives. So the next write to the same
+target can recognise the leftovers of a killed writer, and clears them. Without locks (Windows, some
+network file systems), nothing is cleared.
 
-A folder, or a set of files, is replaced by more than one rename. The last target is then moved away
-first, as `old` beside `new`. A writer that is killed in between leaves a complete `new` and no
-target: the next write puts `new` in place before it begins.
+Replacing a folder, or a set of files, takes more than one rename. The last target is then first
+moved to `old`, beside `new`. A writer that is killed in between leaves a complete `new` and no
+target. In that case, the next write first moves `new` to the target.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ __all__ = ["PathLike", "Write", "checked_path", "write_files", "write_folder"]
 PathLike = str | os.PathLike[str]
 
 Write = Callable[[str], object]
-"""Writes a file at the path that it is given; raises OSError if it can't."""
+"""Writes a file at the given path; raises OSError if it can't."""
 
 
 def checked_path(path: object) -> Path:
-    """Return a path that the file system can be asked about."""
+    """Return a path as a `Path`; raise if its type or name is invalid."""
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise ArgumentTypeError(
             f"path must be a str or a pathlib.Path, got {path!r} of type {type(path).__name__}"
         )
     try:
         os.fspath(path).encode()  # safetensors reads no other names
-        with suppress(FileNotFoundError):  # whoever needs the file says that it is missing
+        with suppress(FileNotFoundError):  # the caller reports a missing file
             os.stat(path)
     except (OSError, ValueError) as error:
         raise AdapterIOError(f"{str(path)[:80]!r} can't be a file here: {error}") from error
@@ -54,10 +54,10 @@ def checked_path(path: object) -> Path:
 
 
 def write_files(files: Mapping[PathLike, Write]) -> None:
-    """Write one or several files. None takes its place before all of them are complete.
+    """Write one or several files. No target is replaced before all new files are complete.
 
-    Several files take their places in the order given, and the last one is absent meanwhile. So
-    name the file last that makes a reader look for the others: a killed process never leaves it
+    Several files are replaced in the given order, and the last one is absent meanwhile. So give the
+    file last by which a reader finds the others. Then a killed process never leaves this file
     beside files of another save.
 
     Args:
@@ -88,14 +88,14 @@ def write_files(files: Mapping[PathLike, Write]) -> None:
 
 @contextmanager
 def write_folder(target: PathLike, overwrite: bool = False) -> Iterator[Path]:
-    """Write a folder: fill the empty one that this context manager gives.
+    """Write a folder: yield an empty temporary folder, which the block fills.
 
-    At the end of the block the new folder takes the place of `target`. If the block raises, it is
-    deleted, and what was there stays.
+    At the end of the block, the new folder replaces `target`. If the block raises, the new folder
+    is deleted, and `target` is unchanged.
 
     Args:
         target: path of the folder. Its parent must exist.
-        overwrite: replace a folder that is not empty, with all that is in it.
+        overwrite: replace a folder that is not empty, with everything in it.
 
     Raises:
         AdapterIOError: the folder can't be written, or is not empty and `overwrite` is not set.
@@ -174,12 +174,12 @@ class _Temporary:
 
     @property
     def new(self) -> Path:
-        """The content that is to take the target's place."""
+        """The content that will replace the target."""
         return self.folder / "new"
 
     @property
     def old(self) -> Path:
-        """The content that was moved away while others take their places."""
+        """The former target, moved away while other targets are replaced."""
         return self.folder / "old"
 
     @property
@@ -189,7 +189,7 @@ class _Temporary:
 
 
 LONGEST_NAME = 200
-"""Bytes. File systems allow 255, and temporary names add 22."""
+"""Longest name of a target, in bytes. File systems allow 255, and temporary names add 22."""
 
 
 def _prefix(target: Path) -> str:
@@ -203,12 +203,12 @@ def _prefix(target: Path) -> str:
 def _replacing(
     targets: Sequence[Path], check: Callable[[Path], None], take_away: bool
 ) -> Iterator[list[_Temporary]]:
-    """Give a temporary folder for each target; what is `new` at the end takes its place.
+    """Yield a temporary folder for each target, whose `new` replaces the target at the end.
 
     Args:
         targets: paths without symbolic links.
         check: raises if a target can't be replaced.
-        take_away: move the last target away before the first takes its place.
+        take_away: move the last target away before the first one is replaced.
     """
     _clear_leftovers(targets)
     key = secrets.token_hex(8)
@@ -237,13 +237,13 @@ def _replacing(
                 f"{_outcome(temporaries, placed)}"
             ) from error
         finally:
-            if not last.between:  # else the next write needs what is there
+            if not last.between:  # otherwise the next write needs these folders
                 for temporary in temporaries:
                     shutil.rmtree(temporary.folder, ignore_errors=True)
 
 
 def _put_back(temporaries: Sequence[_Temporary]) -> None:
-    """Put back what was moved away, unless another target is new already."""
+    """Put the last target back if it was moved away and no target is replaced yet."""
     last = temporaries[-1]
     if last.between and all(temporary.new.exists() for temporary in temporaries):
         with suppress(OSError):
@@ -253,20 +253,20 @@ def _put_back(temporaries: Sequence[_Temporary]) -> None:
 def _outcome(temporaries: Sequence[_Temporary], placed: Sequence[Path]) -> str:
     if not placed and not temporaries[-1].between:
         return "what was there is unchanged"
-    new = f"{', '.join(map(str, placed))} new already" if placed else "nothing new"
-    gone = f", {temporaries[-1].target} gone" if temporaries[-1].between else ""
+    new = f"{', '.join(map(str, placed))} already replaced" if placed else "nothing replaced"
+    gone = f", {temporaries[-1].target} missing" if temporaries[-1].between else ""
     return f"{new}{gone}; save again"
 
 
 def _make_locked(temporary: _Temporary) -> Callable[[], None]:
-    """Make a temporary folder and lock it; return what unlocks it."""
-    # Until new content has the permissions of what it replaces, no other user may read it.
+    """Make a temporary folder and lock it; return a function that unlocks it."""
+    # No other user may read new content before it has the permissions of the old content.
     mode = 0o700 if temporary.target.exists() else 0o777
     while True:
         temporary.folder.mkdir(mode)
         if fcntl is None:
             return lambda: None
-        # Until it is locked, another writer may take it for a leftover and clear it.
+        # Before it is locked, another writer may think it is a leftover and clear it.
         try:
             descriptor = _opened(temporary.folder)
         except FileNotFoundError:
@@ -282,16 +282,16 @@ def _make_locked(temporary: _Temporary) -> Callable[[], None]:
 
 
 def _opened(folder: Path) -> int:
-    """Open a folder; refuse a link or a pipe of its name."""
+    """Open a folder; refuse a link or a pipe of that name."""
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
 
 def _clear_leftovers(targets: Sequence[Path]) -> None:
-    """Remove what killed writers of the same targets left, or finish a complete replacement."""
+    """Remove the leftovers of killed writers of these targets, or finish their replacement."""
     for target in targets if fcntl is not None else ():
         pattern = re.compile(re.escape(_prefix(target)) + r"([0-9a-f]{16})\.tmp")
         names: list[str] = []
-        with suppress(OSError):  # a folder that may be written and not listed
+        with suppress(OSError):  # a folder that may be written but not listed
             names = os.listdir(target.parent)
         for match in filter(None, map(pattern.fullmatch, names)):
             with suppress(OSError):  # a file of another user, or gone already
@@ -299,7 +299,7 @@ def _clear_leftovers(targets: Sequence[Path]) -> None:
 
 
 def _clear(temporaries: Sequence[_Temporary], leftover: _Temporary) -> None:
-    """Clear the leftover of one target; first finish a replacement of all that was complete."""
+    """Clear the leftover of one target; first finish the replacement if it was complete."""
     descriptor = _opened(leftover.folder)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its writer is alive
@@ -314,7 +314,7 @@ def _clear(temporaries: Sequence[_Temporary], leftover: _Temporary) -> None:
 
 def _set_permissions(temporary: _Temporary) -> None:
     """Give a new file the permissions and the owner of the one it replaces."""
-    if not temporary.target.exists():  # some writers make files that only their owner can read
+    if not temporary.target.exists():  # some writers create files that only their owner can read
         os.chmod(temporary.new, temporary.folder.stat().st_mode & 0o666)
         return
     old, new = temporary.target.stat(), temporary.new.stat()
@@ -333,7 +333,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can do that."""
+    """Sync the names in a folder to the disk, if the system supports it."""
     try:
         _sync(folder)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Weighted sums of adapters, of one model or of several files, by the same rules."""
+"""Weighted sums of adapters, with the same rules for adapters of a model and for files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Summand:
     """An adapter and its weight in a sum.
 
     Attributes:
-        source: where it came from, as errors name it.
+        source: where it came from, for errors.
         contents: its header and all its tensors.
         weight: w.
     """
@@ -47,7 +47,7 @@ class Summand:
 
     @property
     def header(self) -> AdapterHeader:
-        """What describes the adapter."""
+        """The adapter's header."""
         return self.contents[0]
 
 
@@ -78,8 +78,8 @@ def combine_adapters(
 ) -> None:
     """Add a new adapter that is the weighted sum of others, exactly.
 
-    dW = sum of w * s * dW of each, with the scale s that it has now. The methods are linear in D,
-    so the blocks add up. A layer that an adapter lacks counts as zero there. The new adapter has
+    dW = sum of w * s * dW over the adapters, with their current scales s. The methods are linear in
+    D, so the blocks add up. If an adapter lacks a layer, its dW there is zero. The new adapter has
     scale 1 and is not active yet.
 
     Args:
@@ -88,8 +88,8 @@ def combine_adapters(
         into: the new adapter's name.
         r: shard size of the new blocks, a multiple of every adapter's r; the least common multiple
             by default. The r of BAT blocks can't change.
-        also_train: False to combine the blocks of adapters that have parameters beside them. Such
-            parameters are values of the model and no updates, so they have no sum.
+        also_train: False to combine only the blocks of adapters that have parameters beside them.
+            Such parameters are values, not updates, so they have no sum.
 
     Raises:
         ArgumentError: an adapter is unknown, the name is taken, a weight is not finite, blocks
@@ -182,7 +182,7 @@ def _refuse_other_parameters(summand: Summand) -> None:
     if names:
         raise ArgumentError(
             f"{summand.source} holds parameters beside its blocks ({first_few(names, 3, ', ')}). "
-            "These are values and no updates, so they have no weighted sum; leave out `also_train`"
+            "These are values, not updates, so they have no weighted sum; leave out `also_train`"
         )
 
 
@@ -218,8 +218,8 @@ def _sum(parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:
         )
     if r > first.in_features:
         raise ArgumentError(
-            f"layer {name!r}: the sum needs r={r}, and has only {first.in_features} inputs: "
-            f"{_listing(parts)}; export the adapters as LoRA, and combine these"
+            f"layer {name!r}: the sum needs r={r}, but the layer has only {first.in_features} "
+            f"inputs: {_listing(parts)}; export the adapters as LoRA, and combine those"
         )
     total = functional.weighted_sum(
         [
@@ -256,7 +256,7 @@ def _listing(parts: Sequence[_Part]) -> str:
 
 
 def _common_base(parts: Sequence[_Part]) -> str | None:
-    """Return the fingerprint that all parts share that have one; None if they differ."""
+    """Return the common fingerprint of all parts that have one; None if they differ."""
     known = [part.record.base for part in parts if part.record.base is not None]
     return known[0] if known and all(same_base(known[0], other) for other in known) else None
 

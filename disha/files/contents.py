@@ -1,7 +1,7 @@
 """An adapter outside a model: a header and the tensors that it names.
 
-It comes out of a model or a file, and goes into either. `interop` converts it to and from the files
-of other libraries.
+This module takes an adapter from a model or a file, and puts it into either. `interop` converts it
+to and from the files of other libraries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from disha.inject import apply_plan
 from disha.layers import AdaptedWeight, Block, check_adapter_name
 from disha.model import ModelView, join
 from disha.plan import Plan, WeightRequest, plan_weights
-from disha.sharding import whole
+from disha.sharding import gathered
 from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as
 from disha.text import counted, first_few, printable
 
@@ -54,16 +54,16 @@ __all__ = [
 
 
 Source = Path | str
-"""Where an adapter came from, as errors name it."""
+"""Where an adapter came from, for errors."""
 
 Contents = tuple[AdapterHeader, dict[str, Tensor]]
-"""An adapter outside a model: what describes it, and its tensors by key."""
+"""An adapter outside a model: its header, and its tensors by key."""
 
 Header = TypeVar("Header", bound=AdapterHeader)
 
 
 class AdapterFileWarning(UserWarning):
-    """An adapter was loaded onto another base than it was saved from, or combined with others.
+    """An adapter does not belong to the base, or to the base of the adapters it is combined with.
 
     Examples:
         >>> import pathlib, tempfile, warnings
@@ -86,9 +86,9 @@ class AdapterFileWarning(UserWarning):
 def adapter_contents(
     view: ModelView, adapter: str = "default", metadata: Mapping[str, str] | None = None
 ) -> Contents:
-    """Return what describes an adapter of a model, and copies of its tensors on the CPU.
+    """Return the header of an adapter of a model, and copies of its tensors on the CPU.
 
-    If the model is sharded, all ranks must call this, and each gets the whole adapter.
+    If the model is sharded, all ranks must call this, and each gets the complete adapter.
 
     Args:
         view: a model with adapters.
@@ -96,8 +96,8 @@ def adapter_contents(
         metadata: notes of the user, str -> str.
 
     Raises:
-        AdapterStateError: the adapter holds values that are not finite, or none (on the meta
-            device), or its blocks differ in method or r_out.
+        AdapterStateError: the adapter holds values that are not finite, or has no values (on the
+            meta device), or its blocks differ in method or r_out.
         ArgumentError: there is no such adapter.
         ArgumentTypeError: the metadata is not str -> str.
     """
@@ -107,7 +107,7 @@ def adapter_contents(
         parameters = adapter_tensors(view, adapter)
         _check_has_values(adapter, parameters)
     tensors = {
-        key: whole(parameter.detach()).to("cpu", copy=True).contiguous()
+        key: gathered(parameter.detach()).to("cpu", copy=True).contiguous()
         for key, parameter in parameters.items()
     }
     weights = view.require(adapter)
@@ -151,10 +151,10 @@ def _record(
 
 
 def _base_fingerprint(weight: AdaptedWeight) -> str | None:
-    """Return the fingerprint of an adapted weight's original; a quantised one has none.
+    """Return the fingerprint of an adapted weight's original, or None if it is quantised.
 
-    Quantising changes the values, and so do a second way of quantising and some kernels, while an
-    adapter that was trained on one fits the others.
+    The values of a quantised weight depend on the way of quantising and on some kernels, but an
+    adapter that was trained on one of them fits the others.
     """
     return fingerprint(weight.base_rows) if weight.quantisation is None else None
 
@@ -192,21 +192,21 @@ def _check_still_finite(adapter: str, tensors: Mapping[str, Tensor]) -> None:
     if broken:
         raise AdapterStateError(
             f"adapter {adapter!r} holds values that are not finite (NaN or infinity) in "
-            f"{first_few(broken, 5, ', ')}, and could not be loaded again; nothing was written. Go "
-            "back to an earlier state of the training"
+            f"{first_few(broken, 5, ', ')}, so it could not be loaded again; nothing was written. "
+            "Go back to an earlier checkpoint of the training"
         )
 
 
-# --- into a file and out of it -------------------------------------------------------------------
+# --- to and from a file --------------------------------------------------------------------------
 
 
 def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
     """Write an adapter to a file, completely or not at all.
 
     Raises:
-        AdapterIOError: it can't be written; what was there is still there.
-        ArgumentError: a name or a note is not Unicode text, or names and notes are more than a
-            safetensors file can hold.
+        AdapterIOError: it can't be written; an existing file is unchanged.
+        ArgumentError: a name or a note is not Unicode text, or names and notes are too large for a
+            safetensors file.
     """
     write_files({path: tensor_writer(tensors, {HEADER_KEY: encoded(header)})})
 
@@ -214,14 +214,14 @@ def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tens
 def read_contents(
     path: Path, *, also_train: bool = True, layers: str | None = None
 ) -> tuple[AdapterFile, dict[str, Tensor]]:
-    """Return what a file says about itself, and its tensors.
+    """Return the header and the tensors of a file.
 
     The tensors are mapped into memory: a value is read from the disk when it is first used.
 
     Args:
         path: the file.
         also_train: also return the parameters that the file holds beside the blocks.
-        layers: a regex; only the layers in whose names it is found are returned.
+        layers: a regex, searched in the names of the layers; only matching layers are returned.
 
     Raises:
         AdapterIOError: the file can't be read.
@@ -263,7 +263,7 @@ def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Content
     """Return an adapter without the parameters beside its blocks.
 
     Args:
-        header: what describes the adapter.
+        header: the adapter's header.
         tensors: its tensors.
     """
     without = _narrowed(header, header.layers, also_train=False)
@@ -275,10 +275,10 @@ def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Content
 
 @dataclass(frozen=True)
 class _Incoming:
-    """An adapter on its way into a model.
+    """An adapter to be loaded into a model.
 
     `keys` maps each of its keys to the key of the same parameter in the model. The two differ if a
-    module or a parameter has several names and the adapter uses another one.
+    module or a parameter has several names, and adapter and model use different ones.
     """
 
     source: Source
@@ -289,7 +289,7 @@ class _Incoming:
     def loaded_into(
         self, view: ModelView, adapter: str
     ) -> Iterator[tuple[str, AdaptedWeight, Block, LayerRecord]]:
-        """Iterate over the model's weights that the adapter has a block for."""
+        """Iterate over the model's weights for which the adapter has a block."""
         layers = {self.keys[layer.key]: layer for layer in self.header.layers}
         for name, weight in view.require(adapter):
             block = weight.blocks[adapter]
@@ -315,15 +315,15 @@ def load_contents(
 
     Args:
         view: the model.
-        source: what errors name.
+        source: where the adapter came from, for errors.
         header: the adapter's header.
         tensors: all tensors that the header names.
         adapter: the name that it gets in this model.
         replace: copy into the adapter of that name, if there is one.
-        partial: when replacing, leave layers alone that the header does not name.
+        partial: with `replace`, leave layers unchanged that the header does not name.
         dtype: dtype of the blocks; that of the tensors by default.
         freeze: freeze all parameters that belong to no adapter.
-        activate: let the new adapter act, and no other.
+        activate: make the new adapter the only active one.
     """
     with ExitStack() as undo:
         with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
@@ -358,7 +358,7 @@ def load_contents(
 
 
 def _check_consistent(incoming: _Incoming) -> None:
-    """Raise if a block has a wrong shape, or two tensors are for one parameter of the model."""
+    """Raise if a block has a wrong shape, or two tensors belong to one parameter of the model."""
     problems = block_misfits(incoming.header)
     first: dict[str, str] = {}
     for key, own in incoming.keys.items():
@@ -436,8 +436,8 @@ def _fitting(
         problems += _differences(name, layer, _record(name, adapter, weight, with_base=False))
     if problems:
         raise AdapterFileError(
-            f"{incoming.source} does not fit the model's adapter {adapter!r}, which it was to "
-            f"replace; nothing was loaded:\n{first_few(problems, 20)}"
+            f"{incoming.source} can't replace the model's adapter {adapter!r}, which it does not "
+            f"fit; nothing was loaded:\n{first_few(problems, 20)}"
         )
     return values
 
@@ -454,7 +454,7 @@ def _differences(name: str, theirs: LayerRecord, mine: LayerRecord) -> list[str]
 def _check_finite(
     view: ModelView, incoming: _Incoming, values: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> None:
-    """Raise if a value is not finite, or not any more in the dtype that it is loaded into."""
+    """Raise if a value is not finite in the dtype of the parameter that gets it."""
     broken = []
     for key, own in incoming.keys.items():
         target = dtype or values[own].dtype

@@ -22,8 +22,8 @@ class FieldDifference:
 
     Attributes:
         field: its name.
-        first: its value in the first file; None if it has none.
-        second: its value in the second.
+        first: its value in the first file, or None.
+        second: its value in the second file, or None.
     """
 
     field: str
@@ -42,10 +42,10 @@ class TensorDifference:
         name: the name of the layer or the parameter.
         layer: whether it is a layer.
         held: which file has it: `"both"`, `"first"` or `"second"`.
-        fields: the fields of its entry that differ: sizes, scale, dtype and the like.
-        largest: largest absolute difference of two values, 0 if all are equal; None if they can't
-            be compared, as one is missing, shapes differ, or values are not finite.
-        relative: the norm of the difference divided by the larger of both norms; None likewise.
+        fields: the fields of its entry that differ: sizes, scale, dtype and others.
+        largest: largest absolute difference of two values, 0 if all are equal. It is None if one
+            tensor is missing, the shapes differ, or values are not finite.
+        relative: the norm of the difference divided by the larger of both norms; None as above.
     """
 
     name: str
@@ -65,8 +65,8 @@ def header_differences(first: AdapterFile, second: AdapterFile) -> tuple[FieldDi
     """Return the differences between the configurations and the users' notes.
 
     Args:
-        first: what one file says about itself.
-        second: what the other says.
+        first: the header of one file.
+        second: the header of the other file.
     """
     notes = [
         {f"metadata.{name}": note for name, note in sorted(one.metadata.items())}
@@ -86,12 +86,12 @@ def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[FieldDif
 def tensor_differences(first: AdapterFile, second: AdapterFile) -> Iterator[TensorDifference]:
     """Iterate over the tensors of two files, and compare those of the same key.
 
-    Tensors are read one pair at a time. Those of the first file come in its order; those that only
-    the second file has come last.
+    Tensors are read one pair at a time, in the order of the first file. Those that only the second
+    file has come last.
 
     Args:
-        first: what one file says about itself.
-        second: what the other says.
+        first: the header of one file.
+        second: the header of the other file.
 
     Raises:
         AdapterIOError: a file can't be read any more.

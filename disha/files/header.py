@@ -1,7 +1,7 @@
-"""The header of an adapter file, format 1: what the file says about itself.
+"""The header of an adapter file, format 1, which describes the adapter.
 
-It is JSON under one key of the safetensors metadata; docs/format.md describes its fields. This
-module reads from top to bottom: what a header holds, how it is written, how it is read and checked.
+It is JSON under one key of the safetensors metadata; docs/format.md describes its fields. From top
+to bottom: what a header holds, how it is written, and how it is read and checked.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FORMAT = 1
 """The newest file format that this library writes and reads."""
 
 HEADER_KEY = "disha"
-"""The one metadata key. With several, safetensors would write them in changing order."""
+"""The only metadata key. The library safetensors writes several keys in changing order."""
 
 MOST_LAYERS = 100_000
 """The largest number of layers that a header may list."""
@@ -57,8 +57,8 @@ class LayerRecord:
     """One adapted weight: its name, its sizes, its block, and the fingerprint of its base.
 
     Attributes:
-        name: the layer's name in its model. If the weight is not its layer's `weight`, the name of
-            the parameter follows (`experts.gate_up_proj`).
+        name: the layer's name in its model. If the parameter is not the layer's `weight`, its name
+            follows (`experts.gate_up_proj`).
         method: the block's method.
         r: shard size.
         r_out: size of the output shard of a tile, or None.
@@ -87,7 +87,7 @@ class LayerRecord:
         return join(self.name, block_name(self.method))
 
     def to_json(self) -> dict[str, Any]:
-        """Return all that is said about the layer as JSON values, its layout's fields included."""
+        """Return all fields of the layer as JSON values, including those of its layout."""
         layout = self.layout
         return {
             **vars(self),
@@ -98,9 +98,9 @@ class LayerRecord:
         }
 
     def entry(self) -> dict[str, Any]:
-        """Return the layer's entry in a header, without the fields that have their default.
+        """Return the layer's entry in a header, without fields that have their default value.
 
-        Method and r_out are not in it: they are in the configuration.
+        The configuration, not the entry, has the method and r_out.
         """
         layout = self.layout
         fields = {
@@ -123,7 +123,7 @@ class LayerRecord:
         return Geometry(self.in_features, self.out_features, stack)
 
     def weight_shape(self, block: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the adapted rows of the weight, by the shape of the block."""
+        """Return the shape of the adapted rows of the weight, given the shape of the block."""
         return self.layout.shape(self.geometry(block))
 
     def block_misfit(self, block: tuple[int, ...]) -> str | None:
@@ -132,13 +132,13 @@ class LayerRecord:
         axes = 2 if layout.has_kernel else METHODS[self.method].block_axes
         weight = self.weight_shape(block) if len(block) >= axes else ()
         if layout.misfit(weight) is not None:
-            return f"a block of shape {block} does not go with the layout {layout.pattern!r}"
+            return f"a block of shape {block} does not fit the layout {layout.pattern!r}"
         misfit = functional.misfit(self.method, layout, self.geometry(block), r, r_out)
         if misfit is not None:
             return misfit
         count = sum(stop - first for first, stop in self.rows)
         if self.rows and count != self.out_features:
-            return f"it lists {count} rows, and its output has {self.out_features}"
+            return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"
         expected = functional.block_shape(self.method, layout, weight, r, r_out)
         return None if block == expected else f"expected a block of shape {expected}, found {block}"
 
@@ -157,7 +157,7 @@ class LayerRecord:
         ranges = ", ".join(f"{first}:{stop}" for first, stop in rows)
         of_rows = f" in rows {ranges}" if rows else ""
         expected = self.weight_shape(block)
-        return f"the weight there is {weight}, and the adapter is for {expected}{of_rows}"
+        return f"the weight has the shape {weight}; the adapter is for {expected}{of_rows}"
 
     def adapted_part(self, weight: Tensor) -> Tensor:
         """Return the adapted rows of a weight."""
@@ -166,7 +166,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """What describes an adapter outside its model.
+    """The description of an adapter outside its model.
 
     Attributes:
         config: the adapter's configuration.
@@ -188,7 +188,7 @@ class AdapterHeader:
         return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
 
     def entries(self) -> dict[str, dict[str, Any]]:
-        """Return all that is said about each tensor: key -> JSON fields, blocks first."""
+        """Return key -> all JSON fields of each tensor, blocks first."""
         named = {layer.key: layer.to_json() for layer in self.layers}
         named |= {key: {"name": key} for key in self.also_train}
         return {
@@ -204,7 +204,7 @@ class AdapterHeader:
 
 @dataclass(frozen=True)
 class AdapterFile(AdapterHeader):
-    """What an adapter file says about itself; printable.
+    """The header of an adapter file, with its path and size; printable.
 
     Attributes:
         config: the adapter's configuration.
@@ -258,7 +258,7 @@ class AdapterFile(AdapterHeader):
 
 
 def block_misfits(header: AdapterHeader) -> list[str]:
-    """Return, for each layer whose block has a wrong shape, its name and what is wrong."""
+    """Return the name and the problem of each layer whose block has a wrong shape."""
     found = [(one.name, one.block_misfit(header.tensors[one.key].shape)) for one in header.layers]
     return [f"{name or '(the model)'}: {misfit}" for name, misfit in found if misfit is not None]
 
@@ -267,7 +267,7 @@ def block_misfits(header: AdapterHeader) -> list[str]:
 
 
 def encoded(header: AdapterHeader) -> str:
-    """Return a header as JSON, the same text for the same header.
+    """Return a header as JSON. The same header always gives the same text.
 
     Raises:
         ArgumentError: a name or a note is not Unicode text (it has half of a surrogate pair).
@@ -295,12 +295,13 @@ def encoded(header: AdapterHeader) -> str:
 
 @dataclass(frozen=True)
 class _Field:
-    """What a field of a JSON object must be: in words, and as a test of its value and the object.
+    """The allowed values of a field in a JSON object.
 
     Attributes:
-        allowed: the words.
-        fits: the test. JSON gives exact types: `true` is no integer.
-        required: whether the field may not be left out.
+        allowed: a description, for errors.
+        fits: takes the value and the object, and returns whether the value is allowed. Types are
+            exact: `true` is not an integer.
+        required: whether the field must be present.
     """
 
     allowed: str
@@ -380,12 +381,12 @@ _LAYER = {
 def _checked(where: str, found: Any, fields: Mapping[str, _Field]) -> dict[str, Any]:
     """Return the known fields of a JSON object. Unknown fields are ignored."""
     if type(found) is not dict:
-        raise _unfit(f"{where} must be an object, is {brief(found)}")
+        raise _unfit(f"{where} must be an object; it is {brief(found)}")
     for name, field in fields.items():
         if name not in found and field.required:
             raise _unfit(f"{where} lacks the field {name!r}")
         if name in found and not field.fits(found[name], found):
-            raise _unfit(f"{where}: {name!r} must be {field.allowed}, is {brief(found[name])}")
+            raise _unfit(f"{where}: {name!r} must be {field.allowed}; it is {brief(found[name])}")
     return {name: found[name] for name in fields if name in found}
 
 
@@ -397,7 +398,7 @@ def _unfit(problem: str) -> AdapterFileError:
 
 
 def described_by(file: TensorFile) -> AdapterFile:
-    """Return what an open file says about itself.
+    """Return the checked header of an open file.
 
     Raises:
         AdapterFileError: it is not a valid adapter file.
@@ -435,8 +436,9 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     header = parsed_json(f"{path}: the header", text, strict=True)
     version = header.get("format")
     if type(version) is not int or version < 1:
-        raise _unfit(f"{path}: the header's format must be an integer from 1, is {brief(version)}")
-    if version > FORMAT:  # which may have other fields
+        found = brief(version)
+        raise _unfit(f"{path}: the header's format must be an integer from 1; it is {found}")
+    if version > FORMAT:  # it may have other fields
         raise AdapterFileError(
             f"{path} has format {brief(version)}, and this version of disha reads up to {FORMAT}; "
             "upgrade disha-torch"

@@ -1,4 +1,4 @@
-"""JSON objects: headers of adapter files, and the configurations and indexes of other libraries."""
+"""Read JSON objects: headers of adapter files, and configurations of other libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from disha.files.tensors import explained
 __all__ = ["LARGEST_CONFIG", "parsed_json", "read_json"]
 
 LARGEST_CONFIG = 16 * 2**20
-"""Bytes of a configuration that is read at all."""
+"""Largest size of a configuration in bytes."""
 
 
 def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
@@ -21,11 +21,11 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
 
     Args:
         path: the file.
-        largest: the largest size that is read, in bytes.
+        largest: the largest allowed size in bytes.
 
     Raises:
         AdapterIOError: it can't be read.
-        AdapterFileError: it is too large, or not a JSON object, or names something twice.
+        AdapterFileError: it is too large, or not a JSON object, or has a name twice.
     """
     if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
         raise AdapterIOError(f"can't read {path}: it is not a regular file; check the path")
@@ -44,11 +44,11 @@ def parsed_json(what: str, text: str | bytes, *, strict: bool = False) -> dict[s
     Args:
         what: the name of the text in errors.
         text: the text.
-        strict: refuse what Python reads beyond the standard: `NaN`, `Infinity`, and half of a
-            surrogate pair. Configurations of models have such numbers.
+        strict: refuse what only Python allows: `NaN`, `Infinity`, and half of a surrogate pair.
+            Configurations of models contain such numbers.
 
     Raises:
-        AdapterFileError: it is not valid JSON, or not an object, or names something twice.
+        AdapterFileError: it is not valid JSON, or not an object, or has a name twice.
     """
     constant = _no_number if strict else float
     try:
@@ -59,7 +59,7 @@ def parsed_json(what: str, text: str | bytes, *, strict: bool = False) -> dict[s
         raise AdapterFileError(f"{what} is not valid JSON: {error}; get the file again") from error
     if not isinstance(content, dict):
         raise AdapterFileError(
-            f"{what} must be a JSON object, is a {type(content).__name__}; get the file again"
+            f"{what} must be a JSON object; it is a {type(content).__name__}; get the file again"
         )
     return content
 

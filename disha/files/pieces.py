@@ -1,9 +1,9 @@
-"""Safetensors files as bytes: where each tensor is stored, and writing one tensor after another.
+"""Safetensors files as bytes: find where each tensor is stored, and write one tensor at a time.
 
-A file starts with the length of its index, 8 bytes, little end first. The index is JSON: dtype,
-shape and place of each tensor. The tensors' bytes follow without a gap. So tensors of any dtype can
-be copied unread, and a file can be written that is larger than memory. The `safetensors` library
-writes only what is in memory, and needs NumPy for it.
+A file starts with the length of its index (8 bytes, little-endian). The index is JSON with the
+dtype, shape and position of each tensor. The bytes of the tensors follow without gaps. So this
+module can copy tensors of any dtype as bytes, and write files that are larger than memory. The
+`safetensors` library writes only tensors that are in memory, and needs NumPy for that.
 
 Source: the format's description in the documentation of `safetensors`.
 """
@@ -57,7 +57,7 @@ NAMES = {
     torch.int8: "I8",
     torch.bool: "BOOL",
 }
-"""Dtypes of torch -> their names in files: all that the library reads."""
+"""Dtype of torch -> its name in a file, for all dtypes that the safetensors library reads."""
 
 ITEM_SIZES = {name: dtype.itemsize for dtype, name in NAMES.items()}
 
@@ -70,7 +70,7 @@ class StoredTensor:
         path: the file.
         dtype: the name of its dtype in the file, such as `"BF16"`.
         shape: its shape.
-        start: the place of its first byte in the file.
+        start: the position of its first byte in the file.
         nbytes: the number of its bytes.
     """
 
@@ -89,7 +89,7 @@ class Piece:
         dtype: the name of its dtype in the file.
         shape: its shape.
         nbytes: the number of its bytes.
-        write: writes exactly so many bytes.
+        write: writes exactly `nbytes` bytes.
     """
 
     dtype: str
@@ -110,15 +110,15 @@ def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]
     with explained(path), open(path, "rb") as raw:
         length = int.from_bytes(raw.read(LENGTH_BYTES), "little")
         text = raw.read(length)
-    try:  # the library reads more than the format's description allows
+    try:  # the library accepts more than the format's description allows
         index = json.loads(text)
         index.pop("__metadata__", None)
         first = LENGTH_BYTES + length
         return {name: _stored(path, fields, first) for name, fields in index.items()}, metadata
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise AdapterFileError(
-            f"{path} has a header that is not as safetensors describes it ({error}); get it again, "
-            "or write it anew with the safetensors library"
+            f"{path} has a header that breaks the safetensors format ({error}); get it again, or "
+            "write it again with the safetensors library"
         ) from error
 
 
@@ -132,19 +132,19 @@ def write_pieces(path: str, pieces: Mapping[str, Piece], metadata: Mapping[str, 
 
     Args:
         path: the file.
-        pieces: name -> what is to be written.
+        pieces: name -> the tensor to write.
         metadata: the file's `__metadata__`.
 
     Raises:
-        ArgumentError: names and metadata are more than a safetensors file can hold.
+        ArgumentError: names and metadata are too large for a safetensors file.
         OSError: it can't be written.
     """
     ordered = sorted(pieces.items(), key=_rank)
     index = _index(ordered, metadata)
     if len(index) > LARGEST_INDEX:
         raise ArgumentError(
-            f"names and metadata take {len(index):,} bytes, and the header of a safetensors file "
-            f"may have {LARGEST_INDEX:,}; give less metadata"
+            f"names and metadata take {len(index):,} bytes; the header of a safetensors file may "
+            f"have at most {LARGEST_INDEX:,}; give less metadata"
         )
     with open(path, "wb") as file:
         file.write(len(index).to_bytes(LENGTH_BYTES, "little") + index)
@@ -155,7 +155,7 @@ def write_pieces(path: str, pieces: Mapping[str, Piece], metadata: Mapping[str, 
 
 
 def _rank(item: tuple[str, Piece]) -> tuple[int, str, str]:
-    """Order the widest values first, so that each tensor begins at a multiple of their size."""
+    """Sort the widest dtypes first, so that each tensor begins at a multiple of its item size."""
     name, piece = item
     return -ITEM_SIZES.get(piece.dtype, 0), piece.dtype, name
 
@@ -173,7 +173,7 @@ def _index(pieces: list[tuple[str, Piece]], metadata: Mapping[str, str]) -> byte
 
 
 def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Write:
-    """Return the function that writes a safetensors file, for `write_files`.
+    """Return a function that writes a safetensors file, for `write_files`.
 
     Args:
         tensors: key -> tensor on the CPU.
@@ -196,7 +196,7 @@ def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 def write_tensor(tensor: Tensor, file: BinaryIO) -> None:
     """Write the bytes of a tensor on the CPU, without copying a contiguous one."""
-    # A lazy conjugate shares the bytes of the tensor that it is the conjugate of.
+    # A lazy conjugate shares the bytes of the original tensor.
     tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if tensor.nbytes:
         file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))

@@ -16,21 +16,21 @@ from disha.files.tensors import opened
 __all__ = ["TensorStatistics", "chunks", "delta_norm", "statistics_of", "tensor_statistics"]
 
 CHUNK = 1 << 20
-"""Values that are looked at together, which bounds the memory."""
+"""Number of values that are processed at once, to limit the memory."""
 
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """The values of one tensor in a few numbers.
+    """A few statistics of the values of one tensor.
 
     Attributes:
         norm: Frobenius norm, or None if values are not finite.
-        rms: root of the mean square, or None likewise.
-        largest: largest absolute value, or None likewise.
+        rms: root of the mean square, or None if values are not finite.
+        largest: largest absolute value, or None if values are not finite.
         zeros: number of values that are zero.
         infinite: number of values that are not finite.
         delta_norm: the Frobenius norm of s * dW of a block; None if values are not finite, or if dW
-            depends on W, so that the block alone does not tell.
+            depends on W, which the file does not contain.
     """
 
     norm: float | None
@@ -44,10 +44,10 @@ class TensorStatistics:
 def statistics_of(described: AdapterFile) -> Iterator[tuple[str, TensorStatistics]]:
     """Iterate over the keys of a file's tensors and their statistics, blocks first.
 
-    Each tensor is read when its turn comes.
+    Tensors are read one at a time.
 
     Args:
-        described: what the file says about itself.
+        described: the header of the file.
 
     Raises:
         AdapterIOError: the file can't be read any more.
@@ -101,8 +101,8 @@ def delta_norm(record: LayerRecord, block: Tensor) -> float | None:
     """Return the Frobenius norm of s * dW, or None if dW depends on W.
 
     ||dW||^2 = t * sum over j of c_j ||D_j||^2, with c_j the number of inputs i with i mod r = j
-    and t = out / r_out (1 without a tile). So dW is never formed. An input that the update leaves
-    out (padding_idx) does not count.
+    and t = out / r_out (1 without a tile). So dW is never formed. An input that gets no update
+    (padding_idx) does not count.
 
     Args:
         record: the layer.

@@ -1,4 +1,4 @@
-"""Reading safetensors files, whatever they hold; the only importer of safetensors."""
+"""Read safetensors files of any content; no other module imports safetensors."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-"""The dtypes that adapters and base weights have, by their names in a file."""
+"""Name of a dtype in a file -> the dtype, for all that adapters and base weights may have."""
 
 LENGTH_BYTES = 8
 """A safetensors file begins with the length of its index, little end first."""
 
 LARGEST_INDEX = 32 * 2**20
-"""Bytes of the index that is read at all. Parsed, JSON takes up to 40 times its size in memory."""
+"""Largest index in bytes. Parsed JSON takes up to 40 times its size in memory."""
 
 MOST_DIMENSIONS = 64
 """The most dimensions that operations of torch take."""
@@ -58,12 +58,12 @@ class TensorRecord:
 
     @property
     def dtype_name(self) -> str:
-        """The dtype as torch names it, such as `"float32"`."""
+        """The dtype's name in torch, such as `"float32"`."""
         return str(self.dtype).removeprefix("torch.")
 
 
 class TensorFile:
-    """An open safetensors file. Each tensor is read when it is asked for.
+    """An open safetensors file. Each tensor is read on request.
 
     Args:
         path: the name of the file in errors.
@@ -96,7 +96,7 @@ class TensorFile:
         return TensorRecord(self.shape(key), DTYPES[dtype])
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading it; it is one that torch can work on."""
+        """Return a tensor's shape without reading it; raise if torch can't work with it."""
         shape = tuple(self._file.get_slice(key).get_shape())
         # If one dimension is 0, the others may be of any size, as there is no data.
         if len(shape) > MOST_DIMENSIONS or math.prod(size or 1 for size in shape) >= 2**63:
@@ -139,7 +139,7 @@ def opened(path: Path) -> Iterator[TensorFile]:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn errors of reading into errors of this library, which name the file."""
+    """Convert reading errors to errors of this library that name the file."""
     try:
         yield
     except safetensors.SafetensorError as error:

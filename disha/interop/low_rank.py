@@ -32,7 +32,7 @@ from disha.errors import (
 from disha.files import AdapterHeader, LayerRecord
 from disha.functional import METHODS, Layout
 from disha.model import ModelView
-from disha.sharding import whole
+from disha.sharding import gathered
 from disha.state import finite_as
 from disha.tables import table
 from disha.text import counted, first_few, printable
@@ -191,7 +191,7 @@ def base_weights(view: ModelView, adapter: str) -> BaseWeight:
     weights = dict(view.require(adapter))
 
     def base_weight(name: str) -> Tensor:
-        return whole(weights[name].base.detach())
+        return gathered(weights[name].base.detach())
 
     return base_weight
 

@@ -29,7 +29,7 @@ from disha.files.tensors import DTYPES
 from disha.interop.peft_files import SHOWN, is_inside, is_saved, refuse_to_load
 from disha.layers import FOREIGN_KINDS, LAYER_KINDS, is_library_forward
 from disha.model import ModelView, join
-from disha.sharding import whole
+from disha.sharding import gathered
 from disha.text import first_few
 
 __all__ = ["PeftView", "Saved", "class_of", "other_buffers", "refuse_to_write"]
@@ -73,7 +73,7 @@ class Saved:
     def copies(self) -> dict[str, Tensor]:
         """Return copies of the tensors on the CPU; collective if sharded."""
         return {
-            name: whole(tensor.detach()).to("cpu", copy=True).contiguous()
+            name: gathered(tensor.detach()).to("cpu", copy=True).contiguous()
             for name, tensor in self.tensors.items()
         }
 
@@ -308,7 +308,7 @@ def other_buffers(buffers: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) 
         f"{name}: this buffer differs from the model's, and an adapter sets parameters only; copy "
         "it into the model first"
         for name in sorted(tensors.keys() & buffers.keys())
-        if not _same(whole(buffers[name]).cpu(), tensors[name])
+        if not _same(gathered(buffers[name]).cpu(), tensors[name])
     ]
 
 
