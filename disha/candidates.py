@@ -182,9 +182,10 @@ class Candidate:
             unreadable = quantisation is not None and quantisation.read is None
             if unreadable and functional.method_of(method).reads_weight:
                 assert quantisation is not None
+                others = functional.method_names(lambda one: not one.reads_weight)
                 return (
                     f"its weight is quantised ({quantisation.name}) and can't be read as numbers, "
-                    f"as method {method!r} requires; use 'bone'"
+                    f"as method {method!r} requires; methods without this need: {others}"
                 )
             return self._impossible_rows()
         weight = read_weight(module, slot.parameter)

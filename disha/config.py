@@ -48,7 +48,8 @@ class AdapterConfig:
         r: shard size, at least 1; a block has r rows.
         target: the regex that is searched in module names, or `"all-linear"`; None if a predicate
             chose the targets.
-        method: `"bone"` (also called `"miss"`) or `"bat"`.
+        method: a key of `disha.functional.METHODS`, such as `"bone"` (also called `"miss"`) or
+            `"bat"`.
         r_out: size of the output shard, which makes Bone a tile, or None.
         exclude: a regex, or several, of module names to leave out, or None.
         rank_pattern: regex of module names -> r, or None. The first match wins.

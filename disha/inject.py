@@ -69,8 +69,8 @@ def inject_adapters(
             weight, including attention, recurrent layers and experts, but not an output head that
             is tied to an embedding.
         r: shard size, at most the in_features of every target.
-        method: `"bone"` (also called `"miss"`), or `"bat"`, whose update is not low-rank and takes
-            more time.
+        method: a key of `disha.functional.METHODS`: `"bone"` (also called `"miss"`), or `"bat"`,
+            whose update is not low-rank and takes more time.
         layouts: regex of names -> layout, for parameters whose layout is unknown, such as
             `{"mixer.weight_in": "expert out in"}`. The regex is searched in the names of
             parameters; the name of a module stands for its `weight`.

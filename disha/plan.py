@@ -54,7 +54,7 @@ class PlannedLayer:
         name: its name in the model; a `weight` has the name of its module. Empty if the module is
             the model itself.
         type_name: the name of its module's class.
-        method: `"bone"` or `"bat"`.
+        method: the method's name, such as `"bone"`.
         r: shard size.
         r_out: size of the output shard of a tile, or None.
         in_features: size of its input.
@@ -200,7 +200,7 @@ def plan_adapters(
         model: any model.
         target_regex: the weights to adapt. All arguments are as for `inject_adapters`.
         r: shard size.
-        method: `"bone"` or `"bat"`.
+        method: the method's name.
         layouts: regex -> layout.
         rows: regex -> ranges of rows.
         r_out: size of the output shard.

@@ -20,7 +20,7 @@ class LayerSummary:
     Attributes:
         name: the layer's name in the model.
         adapter: the name of the block's adapter.
-        method: `"bone"` or `"bat"`.
+        method: the method's name, such as `"bone"`.
         r: shard size.
         r_out: size of the output shard of a tile, or None.
         parameters: number of values in the block.

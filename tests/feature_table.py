@@ -170,7 +170,7 @@ class Table:
         for (label, method), found in by_row.items():
             ticks = ["✓" if passed(found, feature) else "" for feature in self.features.values()]
             texts = [text(found) for text in self.extra.values()]
-            lines.append(line([label, METHODS[method], *ticks, *texts]))
+            lines.append(line([label, METHODS.get(method, method), *ticks, *texts]))
         return "\n".join([self.text, *lines]) + "\n"
 
 

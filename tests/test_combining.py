@@ -17,6 +17,7 @@ from disha import (
     ArgumentTypeError,
     MergeError,
     ModeError,
+    functional,
 )
 from disha.config import AdapterConfig
 from disha.files import AdapterHeader, LayerRecord, TensorRecord
@@ -27,6 +28,7 @@ from disha.functional import Layout
 from disha.model import ModelView
 from tests.adapter_files import every_kind, save
 from tests.conftest import assert_unchanged, snapshot
+from tests.test_methods import Gained
 
 METHODS = {
     "bone": {},
@@ -313,6 +315,17 @@ class TestRefusals:
         with pytest.raises(kind, match=says):
             disha.combine_adapters(model, dict(zip("ab", weights, strict=True)), into="c")
         assert_unchanged(model, before)
+
+    def test_a_method_whose_update_is_not_linear_in_the_block(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(functional.METHODS, "gained", Gained())
+        options = {"target_regex": "linear", "method": "gained"}
+        a, b = save(tmp_path / "a", **options), save(tmp_path / "b", seed=2, **options)
+        model = load_all({"a": a, "b": b})
+        says = "'linear': gained blocks can't be added, because dW is not linear"
+        with pytest.raises(ArgumentError, match=says):
+            combine((a, 1.0), (b, 1.0))
+        with pytest.raises(ArgumentError, match=says):
+            disha.combine_adapters(model, {"a": 1.0, "b": 1.0}, into="c")
 
     @pytest.mark.parametrize(
         ("target", "says"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from disha import AdapterConfig, ArgumentError, ArgumentTypeError, DishaError
+from disha.functional import method_names
 from disha.layers import Adapters, check_adapter_name
 
 FULL = AdapterConfig(
@@ -60,7 +61,7 @@ def test_rank_pattern_first_found_wins():
         ({"r": 4.0}, ArgumentTypeError, "r must be an int"),
         ({"r": True}, ArgumentTypeError, "r must be an int"),
         ({"r": "8"}, ArgumentTypeError, "'8' of type str"),
-        ({"method": "lora"}, ArgumentError, "'bone', 'bat'"),
+        ({"method": "lora"}, ArgumentError, f"allowed are {method_names()}"),
         ({"method": ["bone"]}, ArgumentError, "allowed are"),
         ({"r_out": 0}, ArgumentError, "r_out must be at least 1"),
         ({"r_out": 2, "method": "bat"}, ArgumentError, "only 'bone' has an output shard"),

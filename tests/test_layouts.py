@@ -16,7 +16,7 @@ import disha
 from disha import functional
 from tests import reference
 from tests.conftest import needs_fully_shard, perturb
-from tests.every_pair import DtypeTests, PairTests, Row, close
+from tests.every_pair import UNTILED, DtypeTests, PairTests, Row, close
 
 
 class Experts(nn.Module):
@@ -62,7 +62,7 @@ ROWS = {"rows": {"^0$": [(4, 6), (0, 2)]}}
 
 TABLE = {
     "out in": Row(lambda: nn.Linear(5, 6), (3, 4, 5)),
-    "out in, raw": Row(Raw, (3, 8), options=RAW, methods=("bone", "bat"), routes=False),
+    "out in, raw": Row(Raw, (3, 8), options=RAW, methods=UNTILED, routes=False),
     "out in, recurrent": Row(
         lambda: nn.LSTM(4, 6, 2, bidirectional=True, proj_size=4, batch_first=True),
         (3, 5, 4), routes=False, compiles=False, exports=False,
@@ -96,7 +96,7 @@ TABLE = {
         lambda: Experts("expert in out", True), (6, 8), options=EXPERTS_TURNED, routes=False
     ),
     "expert out in, bilinear": Row(
-        lambda: nn.Bilinear(6, 5, 4), (3, 5), routes=False, methods=("bone", "bat"),
+        lambda: nn.Bilinear(6, 5, 4), (3, 5), routes=False, methods=UNTILED,
         call=lambda module, x: module(torch.cat([x, x[:, :1]], 1), x),
     ),
     "rows": Row(lambda: nn.Linear(5, 6), (3, 4, 5), options=ROWS),

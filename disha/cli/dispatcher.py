@@ -165,4 +165,5 @@ def _short_warnings() -> Iterator[None]:
 
 
 def _complain(message: str) -> None:
-    print(f"disha: {printable('; '.join(message.splitlines()))}", file=sys.stderr)
+    line = "; ".join(message.splitlines()).replace(":; ", ": ")  # a list follows a colon
+    print(f"disha: {printable(line)}", file=sys.stderr)

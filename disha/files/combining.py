@@ -241,7 +241,12 @@ def _widened(name: str, parts: Sequence[_Part], r: int) -> list[Tensor]:
         one = part.record
         method = functional.method_of(one.method)
         block = functional.widened(one.method, one.layout, part.tensor, one.r, r)
-        if block is None or not method.additive:
+        if not method.additive:
+            raise ArgumentError(
+                f"layer {name!r}: {method.name} blocks can't be added, because dW is not linear in "
+                "the block; load them as several adapters instead, whose updates add up"
+            )
+        if block is None:
             raise ArgumentError(
                 f"layer {name!r}: {method.name} blocks can't be added with r={r}: "
                 f"{_listing(parts)}; a method that can change r needs a multiple of every r, other "

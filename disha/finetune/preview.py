@@ -164,8 +164,8 @@ def _kept_by(
         for layer in adapted:
             _add_block(layer.module, layer.r, layer.out_features)
         kept = _Kept(model, r)
-        if settings.adapter.method_name == "bat":
-            # Bone keeps the sums of its inputs' shards, and BAT keeps the inputs.
+        if not disha.functional.METHODS[settings.adapter.method_name].reduces:
+            # Instead of the sums of its inputs' shards, such a method keeps the inputs.
             for layer in adapted:
                 layer.module.register_forward_pre_hook(kept.note_input)
         tokens = torch.zeros(sizes, dtype=torch.int64)

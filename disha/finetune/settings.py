@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+import disha
 from disha.finetune.errors import SettingsError
 
 __all__ = [
@@ -132,6 +133,24 @@ Switch: TypeAlias = Annotated[
 ]
 """A bool given as `--packing`, or with a word as upstream's script takes it: `--bf16 True`."""
 
+METHODS = disha.functional.METHODS
+
+MethodName: TypeAlias = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(METHODS) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value in METHODS,
+        str_from_instance=lambda value: [value],
+        choices=tuple(METHODS),
+    ),
+]
+"""The name of a method of the table."""
+
+TITLES = {"bone": "Bone", "bat": "BAT"}
+"""Name of a method -> how the literature writes it, where that differs."""
+
 
 # --- groups --------------------------------------------------------------------------------------
 
@@ -219,33 +238,33 @@ class AdapterSettings:
 
     bone_r: Count = 64
     init_weights: Literal["True", "bat"] = "True"
-    method: Literal["bone", "bat"] | None = None
+    method: MethodName | None = None
     bone_r_out: Count | None = None
     target: str | None = None
     also_train: str | None = None
     adapter_dropout: Part = 0.0
 
     @property
-    def method_name(self) -> Literal["bone", "bat"]:
+    def method_name(self) -> str:
         """The library's name of the method."""
         return self.method or ("bat" if self.init_weights == "bat" else "bone")
 
     @property
     def title(self) -> str:
         """The method as a reader knows it."""
-        if self.method_name == "bat":
-            return "BAT"
-        return "Bone" if self.bone_r_out is None else "Bone (tile)"
+        title = TITLES.get(self.method_name, self.method_name)
+        return title if self.bone_r_out is None else f"{title} (tile)"
 
     def check(self) -> None:
         """Raise `SettingsError` if a setting contradicts another, or is no regular expression."""
         require(
-            not (self.init_weights == "bat" and self.method == "bone"),
-            "--init_weights bat and --method bone contradict each other; give one of them",
+            self.init_weights == "True" or self.method in (None, self.init_weights),
+            f"--init_weights {self.init_weights} and --method {self.method} contradict each other; "
+            "give one of them",
         )
         require(
-            self.bone_r_out is None or self.method_name == "bone",
-            "--bone_r_out does not go with BAT; leave it out, or train Bone",
+            self.bone_r_out is None or METHODS[self.method_name].tiles,
+            f"--bone_r_out does not go with {self.title}; leave it out, or train Bone",
         )
         for name in ("target", "also_train"):
             pattern = getattr(self, name)

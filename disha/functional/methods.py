@@ -60,17 +60,20 @@ class Method:
 
     `shape` returns the shape of a method's block, and `delta` its update. A method that `reduces`
     may define `reduced` instead of `delta`. Everything else has a default that is correct for any
-    method. Override it where the method can do more, or do it at a lower cost.
+    method. Override it where the method can do more, or do it at a lower cost. Set `block_axes`,
+    `reads_weight` and `additive` as the formula of dW says.
 
     Attributes:
         name: its name in configurations and files.
         aliases: other names that users may give it.
-        block_axes: number of axes of the block of one matrix.
+        block_axes: number of axes of the block of one matrix. With two of them, the block (r, out)
+            of a convolution is kept as a small weight, with r in the place of `in`.
         reads_weight: whether dW depends on the values of W.
         reduces: whether dW x = S(x) R for a matrix R (r, out), which `reduced` computes from the
             block. R acts as a smaller weight: any product of x with dW equals that of S(x) with R.
         tiles: whether a block can have an output shard r_out.
-        additive: whether dW is linear in D, so that adapters add up by adding their blocks.
+        additive: whether dW is linear in D. If so, combining adapters adds up their blocks, which
+            gives wrong numbers for a method that is not linear.
 
     Source: arXiv 2409.15371, section 3, for the methods of `METHODS`.
 
@@ -110,7 +113,10 @@ class Method:
         raise NotImplementedError
 
     def delta(self, block: Tensor, geometry: Geometry, matrices: Tensor | None) -> Tensor:
-        """Return dW as a stack of matrices (..., out, in).
+        """Return dW as a stack of matrices (..., out, in), in the dtype of its arguments.
+
+        Unless the method `reduces`, D and W come in float32, or in float64 if one of them is wider.
+        So dW has all its digits, and is rounded once, when it is added to W.
 
         Args:
             block: D, with the stack's axes first.
@@ -247,10 +253,10 @@ def method_of(name: object) -> Method:
         True
         >>> method_of("miss").name
         'bone'
-        >>> method_of("lora")
+        >>> method_of("lora")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        disha.errors.ArgumentError: unknown method 'lora'; allowed are 'bone', 'bat'
+        disha.errors.ArgumentError: unknown method 'lora'; allowed are 'bone', ...
     """
     if isinstance(name, str):
         if name in METHODS:
@@ -269,7 +275,7 @@ def method_names(where: Callable[[Method], bool] = lambda method: True) -> str:
 
     Examples:
         >>> from disha.functional import method_names
-        >>> method_names(lambda method: not method.reads_weight)
+        >>> method_names(lambda method: method.tiles)
         "'bone'"
     """
     return ", ".join(repr(method.name) for method in METHODS.values() if where(method))

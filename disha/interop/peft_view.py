@@ -42,8 +42,8 @@ def refuse_to_write(what: str, problems: Sequence[str]) -> None:
     """Raise `ConversionError` with all problems of an adapter, if there are any."""
     if problems:
         raise ConversionError(
-            f"{what}, so nothing was written; leave these layers out (`exclude`), or use the "
-            f"merged model (merge_adapters):\n{first_few(problems, SHOWN)}"
+            f"{what}, so nothing was written:\n{first_few(problems, SHOWN)}\n"
+            "Leave these layers out (`exclude`), or use the merged model (merge_adapters)"
         )
 
 

@@ -163,7 +163,7 @@ def test_the_arguments_after_a_commands_name_are_its_own(run, command):
 
 def test_an_error_of_several_lines_becomes_one(run, command):
     command(raising(disha.AdapterFileError("these differ:\n0: a\n1: b")))
-    assert run("it").complaint == "disha: these differ:; 0: a; 1: b\n"
+    assert run("it").complaint == "disha: these differ: 0: a; 1: b\n"
 
 
 def test_debug_shows_where_an_error_came_from(run, command):

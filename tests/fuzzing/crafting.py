@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from disha.functional import METHODS, PATTERNS, Geometry
 from tests.fuzzing.carrier import Draft, Pairs, Raw, Tensor, container, to_text
 from tests.fuzzing.subject import seed_files
 
@@ -89,11 +90,6 @@ NAMES = (
     "module.head", "_orig_mod.head", "HEAD", " head", "head ",
 )  # fmt: skip
 
-PATTERNS = (
-    *("out in", "in out", "index out", "out in *kernel", "in out *kernel"),
-    *("expert out in", "expert in out"),
-)
-
 REGEXES = (
     "(a+)+$", "(a|a)*b", "(.*)*" * 20 + "x", "(?i)" + "[\\x00-\\uffff]" * 2000, "(" * 5000, "[",
     "*", "(?P<a>.)(?P<a>.)", "\\", "(?<=a+)b", "a{65536}" * 50, "(?:a{0,60000}){0,60000}", ".*",
@@ -117,7 +113,7 @@ def odd(rng: random.Random) -> Any:
             lambda: Raw(rng.choice(("tru", "01", "+1", "'a'", '"\\ud800"', '"\\x"', '"', "", "{"))),
             lambda: rng.choice(NAMES),
             lambda: rng.choice(REGEXES),
-            lambda: rng.choice(("bone", "bat", "miss", "lora", "zeros", "float32", "1", *PATTERNS)),
+            lambda: rng.choice((*METHODS, "miss", "lora", "zeros", "float32", "1", *PATTERNS)),
             lambda: rng.choice(([], {}, [[]], [None], {"": None}, {"a": {}}, [1, "a", {}])),
             lambda: [rng.choice(NAMES) for _ in range(rng.randrange(5))],
             lambda: {rng.choice(NAMES): rng.choice((1, 4, -1, "a", None)) for _ in range(3)},
@@ -513,8 +509,8 @@ def other_sizes(rng: random.Random, draft: Draft) -> None:
     if rng.random() < 0.5 and all(isinstance(layer[f], int) for f in ("r", "out")):
         width = {"F64": 8, "F32": 4}.get(tensor.dtype, 2)
         r, out = (max(1, min(layer[size], 50)) for size in ("r", "out"))
-        bat = draft.header["config"]["method"] == "bat"
-        tensor.shape = [-(-out // r), r, r] if bat else [r, out]
+        method = METHODS[draft.header["config"]["method"]]
+        tensor.shape = list(method.shape(Geometry(r, out), r, None))
         tensor.data = bytes(math.prod(tensor.shape) * width)
 
 
@@ -555,7 +551,7 @@ def mixed_methods(rng: random.Random, draft: Draft) -> None:
         if layer["name"] not in here:
             _add_layer(draft, layer["name"], layer, other.tensors[_key(other, layer["name"])])
     if rng.random() < 0.3:
-        draft.header["config"]["method"] = rng.choice(("bone", "bat"))
+        draft.header["config"]["method"] = rng.choice(tuple(METHODS))
 
 
 @recipe(1)
@@ -595,8 +591,8 @@ def _tiny(draft: Draft) -> tuple[dict[str, Any], Tensor]:
     config = draft.header["config"]
     out = config["r_out"] or 1
     layer = {"layout": "out in", "r": 1, "in": 1, "out": out, "scale": 1.0}
-    shape = [1, 1, 1] if config["method"] == "bat" else [1, out]
-    return layer, Tensor("F32", shape, bytes(4 * out))
+    shape = list(METHODS[config["method"]].shape(Geometry(1, out), 1, config["r_out"]))
+    return layer, Tensor("F32", shape, bytes(4 * math.prod(shape)))
 
 
 @recipe(RARE)
