@@ -1,6 +1,6 @@
-"""The effective weight: a tensor that stands for W + sum of s dW and has not computed it.
+"""The effective weight: a tensor that stands for W + sum of s dW without computing it.
 
-Reading an adapted parameter gives one. What an operation does with it stands in one table each:
+Reading an adapted parameter gives one. Tables list what each operation does with it:
 
     METADATA   shape, dtype, device ...               those of W; nothing is computed
     VIEWS      transposes, rows, items of a stack     an effective weight
@@ -9,8 +9,8 @@ Reading an adapted parameter gives one. What an operation does with it stands in
     the rest   einsum, norm, arithmetic ...           W + sum of s dW is computed, with its graph
 
 An effective weight is an alias of W with a few more attributes. Code that does not go through
-`__torch_function__` sees W alone. So a rule must never pass the effective weight on to torch: it
-uses `base` and `updates` itself. Compiled code does not dispatch again inside of a rule.
+`__torch_function__` sees only W. So a rule must never pass the effective weight on to torch, but
+use `base` and `updates` itself. In compiled code, a rule is not dispatched again inside a rule.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
     "PLAIN",
     "EffectiveWeight",
     "Routed",
-    "asked_by",
+    "called_from",
     "computed",
     "effective",
 ]
@@ -46,13 +46,13 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Routed(NamedTuple):
-    """What goes through a weight when each sample has an adapter of its own.
+    """The updates of a weight when each sample has its own adapter.
 
     Attributes:
         route: the adapter of each sample.
         updates: adapter -> its updates of this weight.
-        batch: 0 where samples lead; else the size of the batch, which comes second, as in the
-            attention of torch.
+        batch: 0 if samples are the first dimension. Otherwise the size of the batch, which is the
+            second dimension, as in torch's attention.
     """
 
     route: Route
@@ -70,19 +70,19 @@ class Routed(NamedTuple):
         """Return an output plus, for each sample, the updates of its own adapter.
 
         Args:
-            output: what W alone gives, samples first.
+            output: the product with W alone, samples first.
             input: the input, samples first.
             shape: the weight's shape, for errors.
             delta_of: (input, update) -> what the update adds.
-            has_samples: whether the leading dimension of the input counts samples.
+            has_samples: whether the leading dimension of the input is the samples.
 
         Raises:
-            ArgumentError: the input has no samples, or not as many as there are names.
+            ArgumentError: the input has no samples, or the number of names does not fit.
         """
         if not has_samples:
             raise ArgumentError(
-                "route_adapters needs one sample per entry of the leading dimension, and a weight "
-                f"of shape {tuple(shape or ())} got an input of shape {tuple(input.shape)}"
+                "route_adapters needs samples along the leading dimension of each input, and a "
+                f"weight of shape {tuple(shape or ())} got an input of shape {tuple(input.shape)}"
             )
         size, device = input.shape[0], input.device
         self.route.parts(size)
@@ -95,11 +95,11 @@ class Routed(NamedTuple):
 
 
 class EffectiveWeight(Tensor):
-    """W + sum of s dW, not computed: an alias of W that says which updates it stands for.
+    """W + sum of s dW, not computed: an alias of W that carries the updates.
 
     Attributes:
         base: W, or a view of it.
-        axes: W's layout; `layout` is torch's word for something else.
+        axes: W's layout. The attribute `layout` has another meaning in torch.
         updates: the updates that act on all samples; none while samples are routed.
         routed: the updates of single samples, or None.
     """
@@ -117,7 +117,7 @@ class EffectiveWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer an operation as the tables of this module say."""
+        """Run an operation by the tables of this module."""
         rule = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))
         if rule is not None:
             result = rule(*args, **kwargs) if kwargs else rule(*args)
@@ -142,8 +142,8 @@ try:
 except ImportError:
     pass
 else:
-    # Where the compiler leaves a function to Python, it still tries to compile the functions called
-    # there. An effective weight can't be the input of a graph, so no graph may start at a rule.
+    # When the compiler leaves a function to Python, it still tries to compile the functions that it
+    # calls. An effective weight can't be the input of a graph, so no graph may start at a rule.
     if hasattr(_frames, "set_code_exec_strategy"):
         _skip = _frames._FrameAction.SKIP
         _frames.set_code_exec_strategy(
@@ -203,29 +203,29 @@ def computed(weight: EffectiveWeight) -> Tensor:
         weight: an effective weight.
 
     Raises:
-        ModeError: samples are routed, or dropout acts: there is one weight for all inputs.
+        ModeError: samples are routed, or dropout acts, so no single weight fits all inputs.
     """
     if weight.routed is not None:
         raise ModeError(
-            "samples can't be routed here: an operation needs one effective weight for the whole "
-            "batch; use one adapter at a time, or exclude the weight"
+            "samples can't be routed here: an operation needs one effective weight for all "
+            "samples; use one adapter at a time, or exclude the weight"
         )
     if any(update.dropout for update in weight.updates):
         raise ModeError(
-            "the adapter's dropout can't act here: an operation needs the effective weight, "
-            "whatever its input is; use dropout=0, or exclude the weight"
+            "the adapter's dropout can't act here: an operation needs one effective weight for "
+            "any input; use dropout=0, or exclude the weight"
         )
     return functional.effective_weight(weight.base, weight.axes, weight.updates)
 
 
 class WeightOnMeta(EffectiveWeight):
-    """An effective weight whose W is on the meta device, so that only another dry run may use it.
+    """An effective weight whose W is on the meta device, so only dry runs on meta may use it.
 
-    W has no values: a product of it with an input that has some is uninitialised memory.
+    W has no values: its product with an input that has values would be uninitialised memory.
     """
 
     absent: bool
-    """Whether its blocks are elsewhere: W is offloaded, and nothing has brought it."""
+    """Whether its blocks are elsewhere: W is offloaded, and no hook has loaded it."""
 
     @classmethod
     def __torch_function__(
@@ -235,8 +235,8 @@ class WeightOnMeta(EffectiveWeight):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer for metadata and between tensors on meta; refuse all else."""
-        if func not in METADATA and not asked_by(MOVES):
+        """Run operations on metadata or between tensors on meta; refuse all others."""
+        if func not in METADATA and not called_from(MOVES):
             cls._refuse_other_devices((*args, *(kwargs or {}).values()))
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -248,15 +248,15 @@ class WeightOnMeta(EffectiveWeight):
             raise ModeError(
                 "an adapted weight is on the meta device, where it has no values, and its input or "
                 "its block is not; give the model its weights first. If accelerate has offloaded "
-                "it, the forward of its own module brings it, and no other: preload the module "
-                "that reads it (preload_module_classes), or keep it on a device"
+                "it, only the forward of its own module loads it: preload the module that reads "
+                "it (preload_module_classes), or keep it on a device"
             )
 
 
 class ShardedWeight(EffectiveWeight):
-    """An effective weight of a DTensor: an empty wrapper, since a DTensor can't have an alias.
+    """An effective weight of a DTensor: an empty wrapper, because a DTensor can't have an alias.
 
-    Metadata and writes are those of W. Everything else computes W + sum of s dW in DTensors first.
+    Metadata and writes go to W. Everything else first computes W + sum of s dW in DTensors.
     """
 
     @classmethod
@@ -267,7 +267,7 @@ class ShardedWeight(EffectiveWeight):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer for metadata and writes; compute first for all else."""
+        """Run operations on metadata and writes on W; compute first for all others."""
         if func in METADATA or func in WRITES:
             return super().__torch_function__(func, types, args, kwargs)
         return _compute_first(func, args, kwargs or {})
@@ -276,18 +276,19 @@ class ShardedWeight(EffectiveWeight):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Compute first: what comes here did not go through `__torch_function__`."""
+        """Compute first: this operation did not go through `__torch_function__`."""
         return _compute_first(func, args, kwargs or {})
 
 
 MOVES = "accelerate.utils.modeling"
-"""Where accelerate reads a parameter in order to move it to another device: what it moves is W."""
+"""The module of accelerate that reads a parameter to move it to another device; it must get W."""
 
 
-def asked_by(module: str) -> bool:
-    """Whether the caller, outside of disha, is code of a module or of one inside of it.
+def called_from(module: str) -> bool:
+    """Whether the caller outside of disha belongs to a Python module, or to one inside it.
 
-    For the few libraries that read a parameter by its name and mean W itself. Never in a graph.
+    For the few libraries that read a parameter by its name and need W itself. Always False in a
+    graph.
 
     Args:
         module: the name of a module.
@@ -304,7 +305,7 @@ def asked_by(module: str) -> bool:
 def _compute_first(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Run an operation with the computed weight; what it writes into by `out=` is W."""
+    """Run an operation with the computed weight. It writes into W if that is its `out=`."""
     named = {
         name: _base_of(value) if name == "out" else _computed_inside(value)
         for name, value in kwargs.items()
@@ -332,7 +333,7 @@ def _base_of(value: Any) -> Any:
 
 
 def _write(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the rule of an operation that writes into its first argument: it writes into W."""
+    """Return the rule of an operation that writes into its first argument: write into W."""
 
     def write(*args: Any, **kwargs: Any) -> Any:
         if args:
@@ -344,7 +345,7 @@ def _write(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
-    """Return what is written, W alone where it is the same effective weight: no update twice."""
+    """Return the values to write: W for the same effective weight, so no update acts twice."""
     if not isinstance(written, EffectiveWeight):
         return sources
     return tuple(
@@ -378,7 +379,7 @@ for _name in dir(Tensor):
 
 
 def _set_data(weight: Any, value: Any) -> None:
-    # `weight.data = weight.data.half()` casts W, and adds no update to it.
+    # `weight.data = weight.data.half()` casts W without adding an update to it.
     _base_of(weight).data = _base_of(value)
 
 
@@ -416,9 +417,9 @@ for _name in _QUESTIONS.split():
 
 
 def _data_ptr(weight: Any) -> int:
-    if asked_by(MOVES):
+    if called_from(MOVES):
         return weight.base.data_ptr()  # type: ignore[no-any-return]
-    # Kept as long as the weight lives: the caller uses the address after the call.
+    # Kept as long as the weight lives, because the caller uses the address after the call.
     weight.addressed = computed(weight)
     return weight.addressed.data_ptr()  # type: ignore[no-any-return]
 
@@ -440,7 +441,7 @@ def _mapped(
     layout: Layout,
     change: Callable[[Update], Sequence[Update] | None],
 ) -> Any:
-    """Return a view with each update changed; NotImplemented where `change` returns None."""
+    """Return a view with each update changed; NotImplemented if `change` returns None."""
     updates = _changed(weight.updates, change)
     routed = weight.routed
     if updates is None:
@@ -485,7 +486,7 @@ def _mt(weight: Any) -> Any:
 
 
 def _item(weight: Any, index: Any) -> Any:
-    """Return one matrix of a stack, some of them, rows of a matrix, or looked-up rows."""
+    """Return one or several matrices of a stack, rows of a matrix, or looked-up rows."""
     layout, base = weight.axes, weight.base
     counts = isinstance(index, (int, Tensor)) and not isinstance(index, (bool, EffectiveWeight))
     if isinstance(index, Tensor) and (index.dtype == torch.bool or index.is_floating_point()):
@@ -567,7 +568,7 @@ _cast_to = _cast(Tensor.to)
 
 
 def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(weight, EffectiveWeight) and asked_by(MOVES):
+    if isinstance(weight, EffectiveWeight) and called_from(MOVES):
         return weight.base.to(*args, **kwargs)
     return _cast_to(weight, *args, **kwargs)
 
@@ -623,7 +624,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _matmul(input: Any, other: Any) -> Any:
-    """Multiply x @ W for a weight that keeps its inputs first, or W @ x for inputs last."""
+    """Multiply x @ W for a weight whose inputs come first, or W @ x if they come last."""
     if isinstance(input, EffectiveWeight):
         return NotImplemented if isinstance(other, EffectiveWeight) else _weight_first(input, other)
     turned = _transpose(other, -2, -1)
@@ -693,7 +694,7 @@ def _product(
     has_samples: bool,
     groups: int = 1,
 ) -> Tensor:
-    """Return a product with an effective weight, for each sample with its own adapter if routed."""
+    """Return a product with an effective weight; if routed, each sample uses its own adapter."""
     base, layout, routed = weight.base, weight.axes, weight.routed
     if routed is None:
         return functional.adapted_product(
@@ -748,17 +749,17 @@ def _embedding(
 
 
 def _renormed(output: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """Limit the norm of looked-up rows. Torch does so in the weight, in place; here W stays."""
+    """Limit the norm of looked-up rows. Torch changes the weight in place; here W is unchanged."""
     norms = torch.linalg.vector_norm(output, norm_type, dim=-1, keepdim=True)
     shrunk = output * (max_norm / (norms + RENORM_EPSILON))
     return torch.where(norms > max_norm, shrunk, output)
 
 
 RENORM_EPSILON = 1e-7
-"""What torch adds to a norm before it divides max_norm by it."""
+"""Added to a norm before max_norm is divided by it, as in torch."""
 
 
-# --- samples with adapters of their own ----------------------------------------------------------
+# --- routed samples ------------------------------------------------------------------------------
 
 
 def _routed_linear(input: Tensor, weight: EffectiveWeight, bias: Tensor | None) -> Tensor:
@@ -775,7 +776,7 @@ def _routed_linear(input: Tensor, weight: EffectiveWeight, bias: Tensor | None) 
 
 
 def _routed_updates(output: Tensor, input: Tensor, weight: EffectiveWeight) -> Tensor:
-    """Return an output plus the updates of a linear product, by one product if they are alike."""
+    """Return an output plus the updates of a linear product, in one product if possible."""
     routed, base = weight.routed, weight.base
     assert routed is not None
     alike = _alike(routed, weight) if input.dim() >= 2 else None
@@ -795,7 +796,7 @@ def _routed_updates(output: Tensor, input: Tensor, weight: EffectiveWeight) -> T
 
 
 def _alike(routed: Routed, weight: EffectiveWeight) -> list[Reduced] | None:
-    """Return what each of several adapters adds by shard sums of one size, or None; no tiles."""
+    """Return the shard-sum updates of several adapters if all have one size and no tiles."""
     found = []
     for updates in routed.updates.values():
         small = functional.reduced_updates(updates, weight.axes, weight.base.shape[0])
@@ -815,14 +816,14 @@ def _alike(routed: Routed, weight: EffectiveWeight) -> list[Reduced] | None:
 def _attention(query: Any, *args: Any, **kwargs: Any) -> Any:
     """`F.multi_head_attention_forward`, whose projections are products of effective weights.
 
-    Torch's code asks at its start whether an argument overrides torch functions, and would come
-    back here. So a copy of it runs, with the products of this module and without that question.
+    Torch's code first checks whether an argument overrides torch functions, and would call this
+    rule again. So a copy of it runs, with the products of this module and without that check.
     """
     if any(getattr(value, "routed", None) for value in (*args, *kwargs.values())):
         if query.dim() != 3:
             raise ArgumentError(
-                "route_adapters needs samples, and an attention got a query without a batch, of "
-                f"shape {tuple(query.shape)}"
+                "route_adapters needs samples, but an attention got a query without a batch "
+                f"dimension, of shape {tuple(query.shape)}"
             )
         batch = query.shape[1]
         args = tuple(_in_batch(value, batch) for value in args)
@@ -843,7 +844,7 @@ def _attention_linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _packed_projection(q: Any, k: Any, v: Any, w: Any, b: Any = None) -> Any:
-    """`F._in_projection_packed`: q, k and v by one product for each input, as in torch."""
+    """`F._in_projection_packed`: one product for each input of q, k and v, as in torch."""
     if k is not v:
         return _separate_projections(q, k, v, *_packed_rows(w, 1, 1, 1), *_packed_rows(b, 1, 1, 1))
     if q is k:
@@ -865,7 +866,7 @@ def _packed_rows(packed: Any, *thirds: int) -> Sequence[Any]:
     if not isinstance(packed, EffectiveWeight):
         return torch.split(packed, sizes)
     parts = _in_parts(packed, sizes, 0)
-    # A block that reaches over the borders of q, k and v can't be split: compute the weight.
+    # A block across the borders of q, k and v can't be split, so the weight is computed.
     if parts is NotImplemented:
         return torch.split(computed(packed), sizes)
     return parts  # type: ignore[no-any-return]
@@ -881,7 +882,7 @@ def _separate_projections(
     q: Any, k: Any, v: Any, w_q: Any, w_k: Any, w_v: Any,
     b_q: Any = None, b_k: Any = None, b_v: Any = None,
 ) -> Any:  # fmt: skip
-    """`F._in_projection`: q, k and v with a weight each."""
+    """`F._in_projection`: q, k and v have separate weights."""
     return tuple(
         _attention_linear(input, weight, bias)
         for input, weight, bias in ((q, w_q, b_q), (k, w_k, b_k), (v, w_v, b_v))
@@ -900,7 +901,7 @@ def _check_padding(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
 
 
 def _attention_module() -> ModuleType:
-    """Return a module with torch's attention, which looks up its parts there."""
+    """Return a Python module with torch's attention, which finds its functions in that module."""
     module = ModuleType("disha.effective.attention")
     parts = {
         "linear": _attention_linear,
@@ -932,7 +933,7 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.multi_head_attention_forward: _attention,
     torch._grouped_mm: _grouped(torch._grouped_mm),
-    # Of transformers, by its name: it exists once that is imported.
+    # From transformers, by name, because it exists only after that is imported.
     "transformers::grouped_mm_fallback": _grouped(_grouped_of_transformers),
     F.conv1d: _conv(F.conv1d),
     F.conv2d: _conv(F.conv2d),

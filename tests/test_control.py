@@ -290,7 +290,7 @@ class TestRoute:
     def test_an_input_without_samples(self, layer, x):
         disha.inject_adapters(layer, "^$", 2)
         with (
-            pytest.raises(ArgumentError, match="one sample per entry of the leading dimension"),
+            pytest.raises(ArgumentError, match="needs samples along the leading dimension"),
             disha.route_adapters(layer, ["default", None]),
         ):
             layer(x)

@@ -18,7 +18,7 @@ from tests.conftest import assert_unchanged, perturb, snapshot
 from tests.every_pair import DtypeTests, PairTests, Row, close
 
 BONE = ("bone", "tile")
-NO_SAMPLES = {"routes": False, "refusal": "one sample per entry of the leading dimension"}
+NO_SAMPLES = {"routes": False, "refusal": "needs samples along the leading dimension"}
 
 
 def conv(cls, *arguments, shape, samples=True, output_size=None, **options):

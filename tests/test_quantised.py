@@ -1006,9 +1006,7 @@ def test_a_base_that_is_decompressed_later_stays_adapted():
 def test_a_layer_that_works_in_groups_raises():
     model = nn.Sequential(CpuFP8GroupedLinear(IN, OUT, n_groups=2))
     inject(model, "bone")
-    with pytest.raises(
-        ArgumentError, match=r"returns \(3, 2, 16\), and its sizes say \(3, 2, 32\)"
-    ):
+    with pytest.raises(ArgumentError, match=r"returns \(3, 2, 16\) instead of \(3, 2, 32\)"):
         model(torch.randn(3, 2, IN))
 
 

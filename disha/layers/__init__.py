@@ -1,4 +1,4 @@
-"""Layers with adapters: blocks, adapted classes, the table of kinds, and opaque weights."""
+"""Layers with adapters: blocks, adapted classes, the table of layer kinds, and opaque weights."""
 
 from disha.layers.adapted import AdaptedLayer, AdaptedWeight, refuse_merged
 from disha.layers.adapters import CHILD_NAME, Adapters, Merged, Original, check_adapter_name

@@ -1,10 +1,10 @@
 """AdaptedLayer: a module whose adapted parameters read as effective weights.
 
-Adapting keeps the module. The very same object moves to a subclass of its own class, which has one
+Adapting keeps the module. The same object moves to a subclass of its own class, which has one
 property for each adapted parameter. So hooks, other references, `isinstance` checks, parameter
-objects and state-dict keys stay as they were, and the module's own forward runs unchanged: what it
-reads is an effective weight (`disha.effective`). The module has one more child, `disha`, which
-holds the blocks.
+objects and state-dict keys do not change. The module's own forward runs unchanged, but reads an
+effective weight (`disha.effective`). The module has one more child, `disha`, which holds the
+blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from disha import functional
-from disha.effective import EffectiveWeight, asked_by
+from disha.effective import EffectiveWeight, called_from
 from disha.errors import ArgumentError, MergeError, ModeError
 from disha.functional import Geometry
 from disha.layers import opaque
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class AdaptedLayer(nn.Module):
-    """Base of the classes that modules move to when they are adapted.
+    """Base class of the classes that adapted modules get.
 
     Attributes:
         original_class: the class that the module had.
@@ -64,17 +64,17 @@ class AdaptedLayer(nn.Module):
         super().__init_subclass__(**options)
         if "made_on_the_fly" in vars(cls):
             return
-        # A user's class that computes a weight: what it computes is what is adapted.
+        # If a user's class computes a weight, the computed weight is adapted.
         for name in cls.adapted_parameters:
             if name in vars(cls):
                 setattr(cls, name, weight_property(cls, name))
 
     @property
     def base_weight(self) -> Tensor:
-        """The original of `weight`, also while merged; a quantised one comes dequantised.
+        """The original of `weight`, also while merged; dequantised if it is quantised.
 
         Raises:
-            AttributeError: the layer has adapted weights, and none is its `weight`.
+            AttributeError: none of the layer's adapted weights is its `weight`.
         """
         if not any(name == "" for _, name in self.disha.blocks()):
             raise AttributeError("this layer has other adapted weights than `weight`")
@@ -88,37 +88,37 @@ class AdaptedLayer(nn.Module):
         """Return dW of a block of this layer, without its scale: a tensor of the weight's shape.
 
         Args:
-            block: one of the layer's; `block.block` is D, `block.r` its shard size.
+            block: one of the layer's blocks; `block.block` is D, `block.r` its shard size.
         """
         return AdaptedWeight(self, block.slot.name).delta_weight(block)
 
     def merged_weight(self, adapters: Iterable[str]) -> Tensor:
-        """Return `weight` + sum of s * dW of the named adapters, whether merged now or not.
+        """Return `weight` + sum of s * dW of the named adapters, merged or not.
 
         Args:
-            adapters: their names; one that the layer lacks adds nothing.
+            adapters: their names; an adapter that the layer lacks adds nothing.
         """
         return AdaptedWeight(self, "").merged(adapters)
 
     def __delattr__(self, name: str) -> None:
         replaced = name in self.adapted_parameters and name in self._parameters
         # FullyShardedDataParallel replaces parameters by views of one flat parameter.
-        if replaced and not asked_by("torch.distributed.fsdp"):
+        if replaced and not called_from("torch.distributed.fsdp"):
             raise ArgumentError(
                 f"the {name} of an adapted {self.original_class.__qualname__} can't be replaced by "
-                "one that is computed (a parametrization, say): its adapters would no longer act; "
-                "remove the adapters first, and add them afterwards"
+                "a computed one, such as a parametrization: its adapters would no longer act; "
+                "remove the adapters first, and add them again afterwards"
             )
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Do as nn.Module does, without reading the weight that is there.
+        """Register a parameter as nn.Module does, but without reading the current weight.
 
-        FSDP sets one parameter after the other: in between, some are gathered and others are not.
+        FSDP sets one parameter at a time; meanwhile, some are gathered and others are not.
 
         Args:
             name: the parameter's name.
-            param: the parameter, or None for none.
+            param: the parameter, or None.
         """
         if name in self.adapted_parameters and name in self._parameters:
             self._parameters[name] = param
@@ -127,7 +127,7 @@ class AdaptedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A class that saves by itself may have read an effective weight (PyTorch Geometric's).
+        # A class with its own way of saving (in PyTorch Geometric) may read an effective weight.
         for name in self.adapted_parameters:
             parameter = self._parameters.get(name)
             saved = destination.get(prefix + name)
@@ -145,12 +145,12 @@ class AdaptedLayer(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         raise ModeError(
-            "nn.DataParallel can't run adapted layers on several devices: its replicas have no "
-            "parameters of their own; use torch.nn.parallel.DistributedDataParallel"
+            "nn.DataParallel can't run adapted layers on several devices, because its replicas "
+            "have no parameters; use torch.nn.parallel.DistributedDataParallel"
         )
 
     def extra_repr(self) -> str:
-        """Return how the layer is described in a model's printout."""
+        """Return the layer's description in a model's printout."""
         state = f"active={list(self.disha.active)}"
         if self.disha.merged is not None:
             state += f", merged={list(self.disha.merged.adapters)}"
@@ -161,7 +161,7 @@ class AdaptedLayer(nn.Module):
 
 @dataclass(frozen=True)
 class AdaptedWeight:
-    """An adapted weight of a layer: the blocks of all adapters, and W.
+    """An adapted weight of a layer, with W and the blocks of all adapters.
 
     Attributes:
         layer: the module.
@@ -179,17 +179,17 @@ class AdaptedWeight:
 
     @cached_property
     def slot(self) -> Slot:
-        """Where the weight is, as its first adapter has it."""
+        """The place of the weight, from its first adapter."""
         return next(iter(self.blocks.values())).slot
 
     @property
     def parameter(self) -> nn.Parameter | None:
-        """The parameter, or None where it is computed from others (a parametrization)."""
+        """The parameter, or None if it is computed from others (a parametrization)."""
         return self.layer._parameters.get(self.slot.parameter)
 
     @property
     def base(self) -> Tensor:
-        """The original parameter, all rows of it, also while merged; a quantised one as dense."""
+        """The original parameter with all of its rows, also while merged; dequantised."""
         name, merged = self.slot.parameter, self.layer.disha.merged
         original = None if merged is None else merged.originals.get(name)
         if original is not None and original.data is not None:
@@ -204,7 +204,7 @@ class AdaptedWeight:
 
     @property
     def base_rows(self) -> Tensor:
-        """The part of the original that is adapted."""
+        """The adapted part of the original."""
         return self.slot.layout.part(self.base, self.slot.rows)
 
     @property
@@ -214,7 +214,7 @@ class AdaptedWeight:
 
     @property
     def quantisation(self) -> opaque.Quantisation | None:
-        """How the weight is quantised; None where it is not."""
+        """How the weight is quantised, or None if it is not."""
         return opaque.quantisation_of(self.layer, stored_weight(self.layer, self.slot.parameter))
 
     def delta_weight(self, block: Block) -> Tensor:
@@ -228,7 +228,7 @@ class AdaptedWeight:
         return functional.delta_weight(block.method, slot.layout, values, base, slot.rows)
 
     def merged(self, adapters: Iterable[str]) -> Tensor:
-        """Return W + sum of s * dW of the named adapters: the parameter with all its rows."""
+        """Return W + sum of s * dW of the named adapters, with all rows of the parameter."""
         own = self.layer.disha.blocks()
         name = self.slot.parameter
         deltas = [
@@ -244,7 +244,7 @@ def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:
     """Raise if any of the layers is merged.
 
     Raises:
-        MergeError: adapters are merged, so that `action` would mix merged and unmerged ones.
+        MergeError: adapters are merged, so `action` would mix merged and unmerged ones.
     """
     merged = [layer.disha.merged for layer in layers if layer.disha.merged is not None]
     if merged:

@@ -1,6 +1,6 @@
-"""Adapters: the blocks of one layer by adapter, and what acts of them now.
+"""Adapters: the blocks of one layer by adapter, and which of them act now.
 
-A layer that is adapted has one as its child `disha`.
+An adapted layer has one as its child `disha`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ CHILD_NAME = "disha"
 
 @dataclass(frozen=True)
 class Original:
-    """What unmerging needs of one parameter.
+    """The former state of one parameter, for unmerging.
 
-    `data` is the former data of the parameter, `parameter` the former parameter itself where it was
-    replaced: where the module was untied from it, or where a dense weight stands in for a quantised
-    one (`dense`).
+    `data` is the former data of the parameter. If the parameter itself was replaced, `parameter` is
+    the former one: the module was untied from it, or a dense weight replaces a quantised one
+    (`dense`).
     """
 
     data: Tensor | None = None
@@ -45,10 +45,10 @@ class Original:
 
 @dataclass(frozen=True)
 class Merged:
-    """The adapters that are merged into a layer, and what its parameters were.
+    """The adapters that are merged into a layer, and its former parameters.
 
-    A layer that has none of the merged adapters is inactive while others are merged: no adapters,
-    no originals.
+    Both are empty if the layer has none of the merged adapters. Its own adapters are then inactive
+    while other layers are merged.
     """
 
     adapters: tuple[str, ...] = ()
@@ -58,8 +58,8 @@ class Merged:
 class Adapters(nn.Module):
     """The adapters of one layer, by name, and which of them act.
 
-    Where an adapter has one block, of the module's `weight`, it is found under the adapter's name.
-    Where it has several, they are found by the names of their weights below that.
+    If an adapter has only a block for the module's `weight`, `adapters[name]` is that block.
+    Otherwise it is a dict of blocks by the names of their weights.
     """
 
     active: tuple[str, ...]
@@ -71,7 +71,7 @@ class Adapters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Here and below, straight into __dict__: assigning through nn.Module is slow.
+        # Here and below, this writes to __dict__, because assigning through nn.Module is slow.
         vars(self).update(active=(), live={}, enabled=True, merged=None, route=None)
 
     def __iter__(self) -> Iterator[str]:
@@ -101,7 +101,7 @@ class Adapters(nn.Module):
         return found
 
     def add(self, adapter: str, blocks: Iterable[Block]) -> None:
-        """Add blocks under a name that check_adapter_name has passed. It is not active yet."""
+        """Add blocks under a name that `check_adapter_name` allows. They are not active yet."""
         blocks = list(blocks)
         for block in blocks:
             vars(block)["training"] = self.training
@@ -114,12 +114,12 @@ class Adapters(nn.Module):
         self.activate(self.active)
 
     def discard(self, adapter: str) -> None:
-        """Remove the blocks of an adapter; it is no longer active."""
+        """Remove the blocks of an adapter, and deactivate it."""
         self._modules.pop(adapter, None)
         self.activate(tuple(name for name in self.active if name != adapter))
 
     def activate(self, adapters: tuple[str, ...]) -> None:
-        """Let exactly these adapters act; a name that this layer lacks is no error."""
+        """Make exactly these adapters act; names that this layer lacks are ignored."""
         live: dict[str, tuple[Block, ...]] = {}
         for adapter in adapters:
             for block in self.blocks(adapter).values() if adapter in self else ():
@@ -143,7 +143,7 @@ class Adapters(nn.Module):
         return self.live.get(parameter, ())
 
     def routed(self, parameter: str) -> Routed | None:
-        """The updates of single samples, or None where samples are not routed."""
+        """The updates of single samples, or None if samples are not routed."""
         if self.route is None or self.merged is not None or not self.enabled:
             return None
         updates = {}
@@ -153,20 +153,20 @@ class Adapters(nn.Module):
         return Routed(self.route, updates)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy made inside adapters_disabled or route_adapters is outside of them.
+        # A copy made inside adapters_disabled or route_adapters does not belong to that context.
         return {**self.__dict__, "enabled": True, "route": None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Not callable: the layer that holds the adapters applies them."""
+        """Raise: the layer that holds the adapters applies them."""
         raise ArgumentTypeError(
-            "Adapters holds blocks and is not called; call the layer that it belongs to"
+            "Adapters holds blocks and can't be called; call the layer that it belongs to"
         )
 
 
 def check_adapter_name(adapter: object) -> str:
     """Return `adapter` if it can name an adapter.
 
-    The name becomes part of state-dict keys, and an attribute of `Adapters`: so it must be a str
+    The name becomes part of state-dict keys, and an attribute of `Adapters`. So it must be a str
     that is not empty, has no dot and is not the name of another attribute, such as "train".
 
     Args:
@@ -174,7 +174,7 @@ def check_adapter_name(adapter: object) -> str:
 
     Raises:
         ArgumentError: it is a str that is not allowed.
-        ArgumentTypeError: it is no str.
+        ArgumentTypeError: it is not a str.
     """
     if not isinstance(adapter, str):
         raise ArgumentTypeError(
@@ -185,11 +185,11 @@ def check_adapter_name(adapter: object) -> str:
     if "." in adapter:
         raise ArgumentError(
             f"adapter name {adapter!r} has a dot, which separates names in state-dict keys; "
-            f"use {adapter.replace('.', '_')!r}, say"
+            f"use {adapter.replace('.', '_')!r}, for example"
         )
     if hasattr(Adapters(), adapter):
         raise ArgumentError(
             f"adapter name {adapter!r} is taken: modules have an attribute of that name; use "
-            f"{adapter + '_'!r}, say"
+            f"{adapter + '_'!r}, for example"
         )
     return adapter

@@ -1,9 +1,9 @@
-"""What the layers of bitsandbytes need: reading their weights, gradients, and dense merged weights.
+"""Support for layers of bitsandbytes: read their weights, get gradients, and merge densely.
 
-The library is not imported: whoever has one of its layers has imported it already.
+This module does not import bitsandbytes: a user with one of its layers has already imported it.
 
-A 4-bit weight keeps its scales in `quant_state`. An 8-bit one is int8, with one scale per row in
-`SCB`, which its layer takes over in its first forward.
+A 4-bit weight has its scales in `quant_state`. An 8-bit one is int8, with one scale per row in
+`SCB`, which moves to its layer in the first forward.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def is_4bit(module: nn.Module | None, weight: Any) -> bool:
 
 
 def is_8bit(module: nn.Module | None, weight: Any) -> bool:
-    """Whether a weight is an 8-bit one whose scales are known."""
+    """Whether a weight is an 8-bit one that has scales."""
     int8 = isinstance(weight, Tensor) and weight.dtype == torch.int8
     return int8 and _row_scales(module, weight) is not None
 
 
 def is_library_class(module: nn.Module | None) -> bool:
-    """Whether a module is a quantised layer of bitsandbytes, quantised already or not yet."""
+    """Whether a module is a layer of bitsandbytes for quantised weights, quantised yet or not."""
     names = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
     return isinstance(module, _classes(*names))
 
@@ -61,13 +61,13 @@ def _classes(*names: str) -> tuple[Any, ...]:
 
 
 def parameter_count(parameter: Tensor) -> int:
-    """Return how many numbers a parameter stands for: packing does not make them fewer."""
+    """Return the number of values in a parameter; a packed one counts as unpacked."""
     state = _quant_state(parameter)
     return parameter.numel() if state is None else torch.Size(state.shape).numel()
 
 
 def read_4bit(module: nn.Module, weight: Any) -> Tensor:
-    """Return the dense weight in the layer's compute dtype, or else the dtype it had before."""
+    """Return the dense weight in the layer's compute dtype, or else in its former dtype."""
     kernels = sys.modules["bitsandbytes.functional"]
     data, state = _unpacked(kernels, weight)
     compute_dtype = getattr(module, "compute_dtype", None)
@@ -78,14 +78,14 @@ def read_4bit(module: nn.Module, weight: Any) -> Tensor:
 
 
 def read_8bit(module: nn.Module, weight: Any) -> Tensor:
-    """Return the dense weight in float32: nothing records the dtype that it had before."""
+    """Return the dense weight in float32, because its former dtype is not recorded."""
     kernels = sys.modules["bitsandbytes.functional"]
     dense: Tensor = kernels.int8_vectorwise_dequant(weight.data, _row_scales(module, weight))
     return dense
 
 
 def _quant_state(weight: Tensor) -> Any:
-    """Return the scales of a 4-bit weight. It keeps them when pickling loses its class."""
+    """Return the scales of a 4-bit weight, even if pickling has lost its class."""
     return getattr(weight, "quant_state", None)
 
 
@@ -100,21 +100,21 @@ def _row_scales(module: nn.Module | None, weight: Tensor) -> Tensor | None:
 
 
 def _is_packed(weight: Tensor) -> bool:
-    """Whether a forward has packed a 4-bit weight for a kernel, in place.
+    """Whether a forward has packed a 4-bit weight in place, for a kernel.
 
-    The first forward in eval mode does so on CPUs with AVX512-BF16. Scales become a transposed
-    bfloat16 matrix.
+    The first forward in eval mode does this on CPUs with AVX512-BF16. The scales become a
+    transposed bfloat16 matrix.
     """
     return getattr(_quant_state(weight), "packing_format_for_cpu", False) is True
 
 
 def _unpacked(kernels: Any, weight: Tensor) -> tuple[Tensor, Any]:
-    """Return a 4-bit weight's data and a copy of its scales as they are before they are packed."""
+    """Return the data of a 4-bit weight and a copy of its scales, both unpacked."""
     state = copy.copy(_quant_state(weight))
     if not _is_packed(weight):
         return weight.data, state
     absmax = state.absmax.T.reshape(-1).float()
-    state.original_nested = False  # else bitsandbytes quantises the scales anew
+    state.original_nested = False  # otherwise bitsandbytes quantises the scales again
     data, state = kernels._convert_weight_packed_for_cpu_inverse(weight.data, state)
     state.absmax = absmax
     return data, state
@@ -122,11 +122,11 @@ def _unpacked(kernels: Any, weight: Tensor) -> tuple[Tensor, Any]:
 
 @contextmanager
 def kept_packed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let the state dict of modules be listed without changing their weights.
+    """Keep packed weights unchanged while the body makes a state dict.
 
-    bitsandbytes unpacks a packed weight when it is saved: in place, and with scales that are
-    rounded once more, or not unpacked at all. The 4-bit entries of a state dict that is made in
-    here are of no use.
+    When bitsandbytes saves a packed weight, it unpacks the weight in place. It rounds the scales
+    again, or does not unpack them at all. The 4-bit entries of a state dict made in this context
+    are not usable.
     """
     weights = [weight for module in modules for weight in module._parameters.values()]
     states = [_quant_state(one) for one in weights if one is not None and _is_packed(one)]
@@ -171,11 +171,11 @@ class _KernelOutput(torch.autograd.Function):
         return grad_input, grad_bias, None, None, None
 
 
-# --- in front of a layer's class -----------------------------------------------------------------
+# --- the base class before a layer's own class ---------------------------------------------------
 
 
 class BitsandbytesLayer(nn.Module):
-    """In front of the class of an adapted linear layer of bitsandbytes."""
+    """A base class before the class of an adapted linear layer of bitsandbytes."""
 
     disha: Any
 
@@ -184,7 +184,7 @@ class BitsandbytesLayer(nn.Module):
         input: Any = args[0] if args else next(iter(kwargs.values()), None)
         weight: Any = self._parameters["weight"]
         bias: Any = self._parameters["bias"]
-        if self._is_dense():  # in W's dtype, and returned in the input's, as the library does
+        if self._is_dense():  # computed in W's dtype and returned in the input's, as in the library
             bias = None if bias is None else bias.to(weight.dtype)
             return F.linear(input.to(weight.dtype), weight, bias).to(input.dtype)
         if not _is_packed(weight) or not torch.is_grad_enabled():

@@ -1,7 +1,7 @@
 """Block: the small module that owns one trainable block, and Slot: the weight that it adapts.
 
-A block knows its numbers, its scale and its dropout. How it acts is the business of
-`disha.functional`, by the name of its method.
+A block has its values, its scale and its dropout. `disha.functional` computes its effect, by the
+name of its method.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Slot:
     """A weight of a module that adapters can have: a parameter, or some rows of one.
 
     Attributes:
-        name: what targets and files call it below its module: its own name, empty for `weight`.
+        name: its name within its module in targets and files; empty for `weight`.
         parameter: the attribute of the module that holds it.
         layout: the parameter's layout.
-        rows: the outputs that are adapted, where not all of the parameter's are.
-        linear: whether `"all-linear"` means it.
-        opaque: whether the module's product is added to, and the weight itself is not replaced.
-        shape: the weight's shape where it can't be told from the parameter, else None.
+        rows: the adapted outputs; empty for all.
+        linear: whether `"all-linear"` selects it.
+        opaque: whether the update is added to the module's output, and the weight is not replaced.
+        shape: the weight's shape if the parameter does not show it, else None.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Slot:
 
 
 def block_name(method: str) -> str:
-    """Return what state dicts and files call a block of that method.
+    """Return the name of a block of that method in state dicts and files.
 
     Args:
         method: the method.
@@ -56,7 +56,7 @@ def block_name(method: str) -> str:
 
 
 def _lasting() -> AbstractContextManager[object]:
-    """Return a context in which tensors that can be trained are made.
+    """Return a context in which new tensors can be trained.
 
     A tensor made in inference mode can't be trained, even after that mode ends.
     """
@@ -71,13 +71,13 @@ class Block(nn.Module):
         slot: the weight that it adapts.
         config: the adapter's configuration.
         r: shard size at this weight.
-        device: where to create it.
-        dtype: what to create it in.
+        device: its device.
+        dtype: its dtype.
 
     Attributes:
         rows: the slot's rows.
         method: the name of the block's method.
-        parameter_name: what state dicts and files call the block.
+        parameter_name: the block's name in state dicts and files.
         dropout: probability of zeroing each of the block's inputs in training.
         scale: the runtime scale s. Change it with `set_scale`.
         scale_tensor: s as a 0-dim tensor, 0 while disabled. Compiled code reads it, so that neither
@@ -136,45 +136,47 @@ class Block(nn.Module):
         return self.config.r_out
 
     def update(self, on_meta: bool = False) -> Update:
-        """Return what products with the weight need of the block, as it acts now.
+        """Return the update for products with the weight, with the current scale and dropout.
 
         Args:
-            on_meta: whether the weight is on the meta device, where the block may then be too.
+            on_meta: whether the weight is on the meta device; then the block may be there too.
 
         Raises:
             ModeError: the block has no values here, or they can't be trained.
         """
         own = self.__dict__
-        # A device hook (accelerate's) replaces forward, and brings the block to its device.
-        values = self._brought() if "forward" in own else own["_parameters"][own["parameter_name"]]
+        # A device hook (accelerate's) replaces forward, and loads the block to its device.
+        values = (
+            self._from_hook() if "forward" in own else own["_parameters"][own["parameter_name"]]
+        )
         if values.is_meta and not on_meta:
             raise ModeError(
                 "an adapter can't act: its block is on the meta device, where it has no values, "
                 "and its weight is not; give the model its weights first and inject afterwards, or "
-                "load the block with the model. Where accelerate has offloaded it, a hook of "
-                "the block has to bring it: inject first, then offload"
+                "load the block with the model. If accelerate has offloaded it, a hook of the "
+                "block must load it: inject first, then offload"
             )
         dropout = own["dropout"] if own["training"] else 0.0
         if is_compiling():
-            # A graph reads a tensor, so that neither scaling nor disabling compiles again.
+            # A graph reads a tensor, so scaling and disabling do not recompile it.
             return Update(
                 own["method"], values, own["_buffers"]["scale_tensor"], dropout, own["rows"]
             )
         return Update(own["method"], values, own["scale"], dropout, own["rows"])
 
-    def _brought(self) -> Tensor:
-        """Return the block as the hook of a device brings it."""
+    def _from_hook(self) -> Tensor:
+        """Return the block after its device hook has loaded it."""
         try:
             values: Tensor = self()
         except KeyError as error:
             raise ModeError(
-                f"an adapter can't act: a hook has to bring its block, and has none ({error}). If "
-                "accelerate has loaded a checkpoint, it had no adapter: inject afterwards"
+                f"an adapter can't act: a hook must load its block, but has no values ({error}). "
+                "If accelerate has loaded a checkpoint without the adapter, inject afterwards"
             ) from error
         taken_away = self._parameters.get(self.parameter_name) is not values
         if taken_away and self.training and values.requires_grad and torch.is_grad_enabled():
             raise ModeError(
-                "an adapter can't train while its block is offloaded: its hook brings a copy whose "
+                "an adapter can't train while its block is offloaded: its hook loads a copy whose "
                 "gradient is lost. To train, offload first and inject afterwards, so that blocks "
                 "stay on their device; otherwise call model.eval(), or use torch.no_grad()"
             )
@@ -187,8 +189,8 @@ class Block(nn.Module):
 
     def _flattened(self) -> Tensor:
         raise ModeError(
-            "an adapter can't act whose block is part of a flat parameter; use fully_shard in the "
-            "place of FullyShardedDataParallel"
+            "an adapter can't act while its block is part of a flat parameter; use fully_shard "
+            "instead of FullyShardedDataParallel"
         )
 
     def forward(self) -> Tensor:
@@ -196,14 +198,14 @@ class Block(nn.Module):
         return self.block
 
     def reset_parameters(self) -> None:
-        """Set the block to its initial values: zeros, or as `init` in the configuration says."""
+        """Set the block to its initial values, as given by `init` in the configuration."""
         if self.block.is_meta:
             return  # there are no values
         values = self.block.detach()
         if self.config.init == "zeros":
             values.zero_()
         else:
-            # A block of fewer than two dimensions has no fan-in of its own: it is one row.
+            # A block of fewer than two dimensions has no fan-in, so it counts as one row.
             rows = values if values.dim() >= 2 else values.view(1, -1)
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
 
@@ -213,19 +215,19 @@ class Block(nn.Module):
         self._write_scale()
 
     def reconfigure(self, config: AdapterConfig) -> None:
-        """Take over the scale and the dropout of another configuration of the same shape."""
+        """Take the scale and the dropout from another configuration with the same shapes."""
         self.config = config
         self.dropout = config.dropout
         self.set_scale(config.scale)
 
     def set_enabled(self, enabled: bool) -> None:
-        """Let compiled graphs see the block (True) or a scale of 0 (False)."""
+        """Make compiled graphs use the block's scale (True) or a scale of 0 (False)."""
         if enabled != self.enabled:
             self.enabled = enabled
             self._write_scale()
 
     def extra_repr(self) -> str:
-        """Describe the block in a model's printout."""
+        """Return the block's description in a model's printout."""
         tile = "" if self.r_out is None else f", r_out={self.r_out}"
         return f"r={self.r}{tile}, shape={tuple(self.block.shape)}, scale={self.scale:g}"
 
@@ -245,7 +247,7 @@ class Block(nn.Module):
             if scale is None or scale.is_meta:
                 # A tensor on meta has no value, and torch.full takes longer.
                 return torch.empty((), dtype=dtype, device=device)
-            device = scale.device  # the block is offloaded, and is brought to where the scale is
+            device = scale.device  # the block is offloaded, and will be loaded to this device
         return torch.full((), value, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
@@ -255,7 +257,7 @@ class Block(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # A copy made inside adapters_disabled is outside of it.
+        # A copy made inside adapters_disabled does not belong to that context.
         self.set_enabled(True)
 
     def _load_from_state_dict(
@@ -268,8 +270,8 @@ class Block(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # A base model's checkpoint has no blocks, and still has to load strictly. Whether an
-        # adapter is complete is for load_adapter_state_dict and load_adapter to check.
+        # A base model's checkpoint has no blocks, but must still load strictly.
+        # load_adapter_state_dict and load_adapter check whether an adapter is complete.
         missing: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs

@@ -29,7 +29,7 @@ _CLASSES: dict[_Key, type[AdaptedLayer]] = {}
 def adapted_class(
     original: type[nn.Module], parameters: tuple[str, ...], is_opaque: bool
 ) -> type[AdaptedLayer]:
-    """Return the class that a module of class `original` moves to; one per combination."""
+    """Return the adapted class for `original`; there is one for each combination of arguments."""
     key = (original, parameters, is_opaque)
     if key not in _CLASSES:
         namespace: dict[str, Any] = {
@@ -44,7 +44,7 @@ def adapted_class(
         if hasattr(original, "reset_parameters"):
             namespace["reset_parameters"] = reset_parameters
         if is_opaque:
-            bases: tuple[type, ...] = (*opaque.fronts_of(original), AdaptedLayer, original)
+            bases: tuple[type, ...] = (*opaque.leading_bases(original), AdaptedLayer, original)
         else:
             namespace |= {name: weight_property(original, name) for name in parameters}
             bases = (AdaptedLayer, original)
@@ -55,7 +55,7 @@ def adapted_class(
 
 
 def _reduced(layer: Any, protocol: Any) -> Any:
-    """Pickle a layer by what its class is made of: the class itself is in no module."""
+    """Pickle a layer with the arguments that make its class, because no module has that class."""
     made: Any = next(cls for cls in type(layer).__mro__ if "made_on_the_fly" in vars(cls))
     reduced = super(made, layer).__reduce_ex__(protocol)
     if made is not type(layer):
@@ -75,10 +75,10 @@ def _new_instance(
 
 
 def reset_parameters(layer: AdaptedLayer) -> None:
-    """Draw the base weights anew, and set every block to its initial values.
+    """Draw the base weights again, and set every block to its initial values.
 
     Raises:
-        MergeError: adapters are merged, so that unmerging would undo this.
+        MergeError: adapters are merged, so unmerging would undo this.
     """
     adapters = layer._modules.get(CHILD_NAME)  # not there yet while a layer constructs itself
     original: Any = layer.original_class
@@ -87,13 +87,13 @@ def reset_parameters(layer: AdaptedLayer) -> None:
         reset(layer)
         return
     refuse_merged([layer], "reset parameters")
-    reset(layer)  # what it writes into an effective weight goes to W
+    reset(layer)  # writes into an effective weight go to W
     for block in adapters.blocks().values():
         block.reset_parameters()
 
 
 class AdaptedLinear(AdaptedLayer, nn.Linear):
-    """An `nn.Linear` with adapters; `inject_adapters` turns linear layers into it."""
+    """An `nn.Linear` with adapters; `inject_adapters` gives this class to linear layers."""
 
     original_class = nn.Linear
     adapted_parameters = ("weight",)
@@ -105,13 +105,13 @@ _CLASSES[nn.Linear, ("weight",), False] = AdaptedLinear
 
 
 class _Recurrent(nn.Module):
-    """In front of `nn.RNN`, `nn.LSTM` and `nn.GRU`, which keep a list of their weights."""
+    """A base class before `nn.RNN`, `nn.LSTM` and `nn.GRU`, which keep a list of their weights."""
 
     _flat_weights_names: list[str]
 
     @property
     def _flat_weights(self) -> list[Any]:
-        """The weights as they read now; torch's own list has the plain parameters."""
+        """The weights as they are read now; torch's own list has the plain parameters."""
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
@@ -123,18 +123,18 @@ class _Recurrent(nn.Module):
         nn.Module.__setattr__(self, name, value)  # torch's would write into the list as well
 
     def _update_flat_weights(self) -> None:
-        """Nothing is kept that could be out of date."""
+        """Do nothing: there is no list that could be out of date."""
 
     def flatten_parameters(self) -> None:
-        """Leave the weights where they are: a computed weight is not part of a larger one."""
+        """Do nothing: a computed weight can't be part of a flat one."""
 
 
 def adapt(module: nn.Module, slots: Iterable[Slot]) -> Callable[[], None]:
-    """Move a module to the class in which the slots' parameters are adapted; return the way back.
+    """Move a module to the class that adapts the slots' parameters; return a function to undo it.
 
     Args:
-        module: the module, adapted already or not yet.
-        slots: weights of it; those that were adapted before stay so.
+        module: the module, already adapted or not.
+        slots: weights of it; those that were adapted before stay adapted.
 
     Raises:
         ArgumentError: the module's class does not allow it.
@@ -160,7 +160,7 @@ def adapt(module: nn.Module, slots: Iterable[Slot]) -> Callable[[], None]:
         return lambda: _set_class(module, before)
     adapters = Adapters()
     vars(adapters)["training"] = module.training
-    # Straight into _modules: the user's class may guard its attributes.
+    # Written to _modules, because the user's class may guard its attributes.
     module._modules[CHILD_NAME] = adapters
     if is_opaque:
         opaque.attach_hook(module)
@@ -168,7 +168,7 @@ def adapt(module: nn.Module, slots: Iterable[Slot]) -> Callable[[], None]:
 
 
 def restore(layer: nn.Module) -> None:
-    """Give a module its original class back; its adapters are gone."""
+    """Give a module its original class back, and remove its adapters."""
     del layer._modules[CHILD_NAME]
     opaque.remove_hook(layer)
     _set_class(layer, type(layer).original_class)  # type: ignore[attr-defined]
@@ -184,14 +184,14 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def refuse_changed_class(layer: nn.Module, name: str) -> None:
-    """Raise if something derived another class from the one that the module was moved to.
+    """Raise if the module now has a class derived from its adapted class.
 
     Raises:
-        ArgumentError: giving back the original class would undo that change too.
+        ArgumentError: restoring the original class would undo that change too.
     """
     if "original_class" not in type(layer).__dict__:
         raise ArgumentError(
-            f"{name or 'the model'} has become a {type(layer).__name__} since it was adapted (by "
-            "a parametrization or a wrapper, say), so its original class can't be given back; undo "
-            "that change first (torch.nn.utils.parametrize.remove_parametrizations)"
+            f"{name or 'the model'} has become a {type(layer).__name__} since it was adapted, for "
+            "example by a parametrization, so its original class can't be restored; undo that "
+            "change first (torch.nn.utils.parametrize.remove_parametrizations)"
         )

@@ -1,8 +1,8 @@
-"""`nn.TransformerEncoder` above adapted layers: kept from turning padded batches into nested ones.
+"""Keep an `nn.TransformerEncoder` with adapted layers from making padded batches nested.
 
 In evaluation, torch turns a padded batch into nested tensors if the *first* layer seems to have a
-fused path. An adapted layer has none, and fails on nested tensors. So the encoder is told to leave
-batches as they are, and a hook fills the padding with what torch would have put there.
+fused path. An adapted layer has none, and fails on nested tensors. So this module turns that off
+for the encoder, and a hook fills the padding with the values that torch would have put there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def release_encoder(encoder: nn.TransformerEncoder) -> None:
 def _fill_padding(
     encoder: nn.TransformerEncoder, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Tensor:
-    """Return the output with its padding as torch leaves it: zeros, before the last norm."""
+    """Return the output with torch's values in the padding: zeros, passed through the last norm."""
     call = inspect.signature(nn.TransformerEncoder.forward).bind(encoder, *args, **kwargs)
     named = call.arguments
     padding = named.get("src_key_padding_mask")
@@ -51,7 +51,7 @@ def _fill_padding(
     padding = padding != 0
     if not _torch_would_nest(encoder, padding):
         return output
-    filler = output.new_zeros(1, 1, output.shape[-1])  # 3-d, as a norm may expect
+    filler = output.new_zeros(1, 1, output.shape[-1])  # 3-d, because a norm may expect it
     filler = filler if encoder.norm is None else encoder.norm(filler)
     return torch.where(padding.unsqueeze(-1), filler, output)
 

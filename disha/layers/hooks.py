@@ -1,4 +1,4 @@
-"""Forward hooks that change what a module returns, before other hooks see it."""
+"""Forward hooks that change the output of a module before other hooks see it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["add_first_hook", "remove_first_hook"]
 
 
 def add_first_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Call a hook with keyword arguments after each forward, before the hooks that are there.
+    """Call a hook with keyword arguments after each forward, before all existing hooks.
 
     Args:
         module: the module.
-        hook: a function of the package, so that the module can be pickled and copied.
+        hook: a function of this package, so the module can be pickled and copied.
     """
     module.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
 
 def remove_first_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Undo `add_first_hook`, also in a copy of the module, for which there is no handle.
+    """Undo `add_first_hook`, also in a copy of the module, which has no handle.
 
     Args:
         module: the module.

@@ -1,4 +1,4 @@
-"""Which weights of a module can be adapted, and what their layouts are: declared, never guessed.
+"""The adaptable weights of a module and their layouts, which are declared, never guessed.
 
 To add a kind of layer: `register_layer_kind(MyLayer, {"weight": "out in"})`.
 """
@@ -23,7 +23,7 @@ Kind = Callable[[Any], Iterable[Slot]]
 
 
 def slot_of(parameter: str, layout: Layout) -> Slot:
-    """Return the slot of a whole parameter."""
+    """Return the slot of a parameter with all of its rows."""
     lookup_or_conv = layout.has_kernel or layout.pattern == "index out"
     name = "" if parameter == "weight" else parameter
     return Slot(name, parameter, layout, linear=not lookup_or_conv)
@@ -53,11 +53,11 @@ def _recurrent(module: Any) -> list[Slot]:
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-"""What targets and files call the rows of q, k and v of a packed weight."""
+"""Names in targets and files for the rows of q, k and v of a packed weight."""
 
 
 def _attention(module: Any) -> list[Slot]:
-    """`nn.MultiheadAttention`: q, k and v, packed in one weight or each on its own."""
+    """`nn.MultiheadAttention`: q, k and v, packed in one weight or in three."""
     width, layout = module.embed_dim, Layout("out in")
     if not module._qkv_same_embed_dim:
         return [Slot(name, f"{name}_weight", layout, linear=True) for name in PROJECTIONS]
@@ -69,7 +69,7 @@ def _attention(module: Any) -> list[Slot]:
 
 
 def _experts(module: Any) -> list[Slot]:
-    """Experts of transformers that say themselves how their weights are laid out."""
+    """Experts of transformers, whose modules declare their layout."""
     layout = Layout("expert in out" if module.is_transposed else "expert out in")
     stacks = [n for n, p in module._parameters.items() if p is not None and p.dim() == 3]
     return [slot_of(name, layout) for name in stacks]
@@ -112,18 +112,18 @@ FOREIGN_KINDS: dict[tuple[str, str], Mapping[str, str]] = {
     ("torch_geometric.nn.dense.linear", "Linear"): {"weight": "out in"},
     ("torch_geometric.nn.dense.linear", "HeteroLinear"): {"weight": "expert in out"},
 }
-"""Classes of other libraries, by module and name, so that they need not be imported here."""
+"""Classes of other libraries by module and name, so they need not be imported here."""
 
 
 def register_layer_kind(cls: type[nn.Module], layouts: Mapping[str, str]) -> None:
-    """Teach disha which parameters of a class can be adapted, and how they are laid out.
+    """Declare which parameters of a class can be adapted, and their layouts.
 
     Args:
-        cls: the class of the layers; its subclasses count as well.
+        cls: the class of the layers; its subclasses are included.
         layouts: parameter name -> layout, such as `{"weight": "out in"}`.
 
     Raises:
-        ArgumentTypeError: `cls` is no class of modules, or `layouts` no mapping of names.
+        ArgumentTypeError: `cls` is not a class of modules, or `layouts` not a mapping of names.
         ArgumentError: a layout is unknown.
 
     Examples:
@@ -152,7 +152,7 @@ def register_layer_kind(cls: type[nn.Module], layouts: Mapping[str, str]) -> Non
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """Return the kind of a module, or None where nothing declares its weights."""
+    """Return the kind of a module, or None if no class in `LAYER_KINDS` fits."""
     for cls in original_class(module).__mro__:
         if cls in LAYER_KINDS:
             return LAYER_KINDS[cls]
@@ -167,10 +167,10 @@ def declared_slots(module: nn.Module) -> list[Slot]:
     """Return the weights of a module whose layouts are known.
 
     Args:
-        module: the module, adapted already or not yet.
+        module: the module, already adapted or not.
     """
     weight = module._parameters.get("weight")
-    # The usual case at once: a class of torch itself with a plain weight.
+    # A fast path for the usual case: a class of torch itself with a plain weight.
     plain = type(module) in LAYER_KINDS and type(weight) is nn.Parameter
     dense = plain and weight is not None and weight.dtype in DENSE_DTYPES
     slot = None if dense and "forward" not in module.__dict__ else opaque_slot(module)

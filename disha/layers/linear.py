@@ -24,7 +24,7 @@ L = TypeVar("L", bound="_LinearWithAdapter")
 
 
 class _LinearWithAdapter(AdaptedLinear):
-    """What the linear layers of all methods share."""
+    """The base class of the linear layers of all methods."""
 
     original_class = nn.Linear
     method: ClassVar[str]
@@ -69,10 +69,10 @@ class _LinearWithAdapter(AdaptedLinear):
         """Return a layer with an adapter that shares the weight and bias of `linear`.
 
         Args:
-            linear: a plain `nn.Linear`; its parameters are frozen too, being the same objects,
-                unless `freeze=False`.
+            linear: a plain `nn.Linear`. Its parameters are the same objects, so they are frozen
+                too, unless `freeze=False`.
             r: shard size.
-            r_out: size of the output shard, of a method that has tiles.
+            r_out: size of the output shard, for a method that has tiles.
             adapter: the adapter's name.
             dropout: probability of zeroing each of the adapter's inputs in training.
             scale: runtime scale s.
@@ -81,7 +81,7 @@ class _LinearWithAdapter(AdaptedLinear):
             freeze: whether W and b stop requiring gradients.
 
         Raises:
-            ArgumentTypeError: `linear` is no plain `nn.Linear`.
+            ArgumentTypeError: `linear` is not a plain `nn.Linear`.
             ArgumentError: a value is out of range, or r or r_out does not fit.
 
         Examples:
@@ -122,36 +122,36 @@ class _LinearWithAdapter(AdaptedLinear):
 
 
 def _require_linear(cls: type[nn.Module], linear: object) -> None:
-    """Raise unless a layer is a plain one, with a weight to share."""
+    """Raise unless a layer is a plain `nn.Linear` that has a weight to share."""
     if isinstance(linear, AdaptedLayer):
         raise ArgumentError(
-            f"{cls.__name__}.from_linear got a layer that is adapted already; "
+            f"{cls.__name__}.from_linear got a layer that is already adapted; "
             "use inject_adapters to add another adapter"
         )
     if type(linear) is not nn.Linear:
         raise ArgumentTypeError(
             f"{cls.__name__}.from_linear takes a plain nn.Linear, got {type(linear).__name__}; "
-            "inject_adapters adapts subclasses with a forward of their own"
+            "inject_adapters adapts subclasses, with their own forward"
         )
     if linear._parameters.get("weight") is None:
         raise ArgumentTypeError(
             f"{cls.__name__}.from_linear shares the weight, but this layer computes its own from "
-            "other parameters (torch.nn.utils.weight_norm, say); remove that first"
+            "other parameters, for example by torch.nn.utils.weight_norm; remove that first"
         )
 
 
 class BoneLinear(_LinearWithAdapter):
     """A linear layer with a Bone (or tile) adapter: y = W x + b + s * S(x) D.
 
-    A drop-in `nn.Linear`. The base weight and bias are frozen, unless `freeze=False`; the block
-    starts at zero, so that the layer starts as the plain one.
+    A drop-in `nn.Linear`. The base weight and bias are frozen, unless `freeze=False`. The block
+    starts at zero, so the new layer computes the same as a plain one.
 
     Args:
         in_features: size of the input's last dimension.
         out_features: size of the output's last dimension.
         bias: whether to add b.
-        device: where to create the parameters.
-        dtype: what to create them in.
+        device: device of the parameters.
+        dtype: their dtype.
         r: shard size, from 1 to in_features.
         r_out: size of the output shard, which divides out_features; makes the block a tile.
         adapter: the adapter's name.
@@ -187,20 +187,21 @@ class BoneLinear(_LinearWithAdapter):
 class BatLinear(_LinearWithAdapter):
     """A linear layer with a BAT adapter: y = (W + s dW) x + b, dW_ab = W_ab D_a + D_a.
 
-    A drop-in `nn.Linear`. The base weight and bias are frozen, unless `freeze=False`; the block
-    starts at zero, so that the layer starts as the plain one.
+    A drop-in `nn.Linear`. The base weight and bias are frozen, unless `freeze=False`. The block
+    starts at zero, so the new layer computes the same as a plain one.
 
     Args:
         in_features: size of the input's last dimension.
         out_features: size of the output's last dimension.
         bias: whether to add b.
-        device: where to create the parameters.
-        dtype: what to create them in.
+        device: device of the parameters.
+        dtype: their dtype.
         r: shard size, from 1 to in_features.
-        r_out: not for BAT: leave it None.
+        r_out: BAT has no output shard; leave it None.
         adapter: the adapter's name.
         dropout: probability of zeroing each of the adapter's inputs in training. It costs a
-            second product of full size, as the adapter's input is then not the layer's.
+            second product of full size, because the adapter's input then differs from the
+            layer's.
         scale: runtime scale s.
         block_dtype: dtype of the block; the weight's by default.
         init: `"zeros"` or `"kaiming"`.

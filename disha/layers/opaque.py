@@ -1,12 +1,12 @@
-"""Opaque weights: those that are no dense tensor, as quantised ones are.
+"""Opaque weights: weights that are not a dense tensor, such as quantised ones.
 
 The library that made such a weight computes the product with it, and a forward hook adds the update
-to what the module returns. Methods whose update does not depend on W never read it. The others, and
-a dense merge, read W by the means of the library. No library is imported: whoever has a quantised
-model has imported it already.
+to the output of the module. Methods whose update does not depend on W never read it. Other methods,
+and a dense merge, read W with functions of that library. This module imports no such library: a
+user with a quantised model has already imported it.
 
-`QUANTISATIONS` is the table of what is known. To add a backend: add a row that recognises its
-weights and reads them.
+`QUANTISATIONS` is the table of the known ways to quantise. To add one: add a row that recognises
+its weights and reads them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = [
     "attach_hook",
     "dequantised",
     "device_of",
-    "fronts_of",
     "is_quantised",
+    "leading_bases",
     "opaque_slot",
     "original_class",
     "quantisation_of",
@@ -59,11 +59,11 @@ class Quantisation:
     """A way in which weights are quantised.
 
     Attributes:
-        name: what messages call it.
-        recognises: (module or None, weight or None) -> whether the weight is quantised like this.
+        name: its name in messages.
+        recognises: (module or None, weight or None) -> whether the weight is quantised this way.
             The module may hold the scales, or the weight itself under another name.
-        read: (module, weight) -> the dense weight in the dtype in which the layer computes with
-            it, or None where that is not known.
+        read: (module, weight) -> the dense weight in the layer's compute dtype. None if there is
+            no known way to read it.
     """
 
     name: str
@@ -71,8 +71,8 @@ class Quantisation:
     read: Callable[[nn.Module, Any], Tensor] | None
 
 
-def _says_how_to_read_it(module: nn.Module | None, weight: Any) -> bool:
-    """Whether a weight is a tensor subclass that has a `dequantize` of its own."""
+def _has_dequantize(module: nn.Module | None, weight: Any) -> bool:
+    """Whether a weight is a tensor subclass that has its own `dequantize`."""
     return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize
 
 
@@ -84,8 +84,8 @@ def _is_from_torchao(module: nn.Module | None, weight: Any) -> bool:
 def _is_rounded(module: nn.Module | None, weight: Any) -> bool:
     """Whether a module's forward rounds its dense weight.
 
-    bitsandbytes does before it has quantised the weight. compressed-tensors does after it has
-    decompressed it, and gives the module a scheme and a forward.
+    bitsandbytes does this before it has quantised the weight. compressed-tensors does this after it
+    has decompressed the weight, and gives the module a scheme and a forward.
     """
     if module is None or not _is_dense(weight):
         return False
@@ -94,11 +94,11 @@ def _is_rounded(module: nn.Module | None, weight: Any) -> bool:
 
 
 def _is_packed_in_module(module: nn.Module | None, weight: Any) -> bool:
-    """Whether a module packs its weight in tensors of its own, as GPTQ, AWQ, HQQ and fp8 do.
+    """Whether a module packs its weight in its own tensors, as GPTQ, AWQ, HQQ and fp8 do.
 
-    It says its sizes, has a forward of its own, and computes no weight by a parametrization. None
-    of its tensors is a dense one as large as W. One has at least a bit for each number of W, or
-    else the module has a `dequantize`.
+    Such a module has attributes with its sizes and its own forward, and no parametrization. None of
+    its tensors is a dense one as large as W. Either one of them has at least one bit for each value
+    of W, or the module has a `dequantize`.
     """
     sizes = None if module is None else _sizes_of(module)
     if module is None or sizes is None or _is_dense(weight):
@@ -127,13 +127,13 @@ def _is_dense(weight: Any) -> bool:
 
 
 def _can_be_packed(dtype: torch.dtype) -> bool:
-    """Whether numbers may be packed in tensors of a dtype: masks are bool, indices are int64."""
+    """Whether a tensor of a dtype may hold packed values; bool is for masks, int64 for indices."""
     return not (dtype in DENSE_DTYPES or dtype.is_complex or dtype in (torch.bool, torch.int64))
 
 
 def _read_subclass(module: nn.Module, weight: Any) -> Tensor:
-    """Return the dense weight in the dtype that the tensor passes for."""
-    # torchao's NF4Tensor has a `dequantize` that means something else.
+    """Return the dense weight in the dtype that the tensor reports."""
+    # The `dequantize` of torchao's NF4Tensor has another meaning.
     original = getattr(weight, "get_original_weight", None)
     dense: Tensor = weight.dequantize() if original is None else original()
     return dense.to(weight.dtype)
@@ -159,21 +159,21 @@ ROUNDED = Quantisation("rounded by the layer's forward", _is_rounded, _read_dens
 QUANTISATIONS = (
     Quantisation("bitsandbytes 4-bit", bitsandbytes.is_4bit, bitsandbytes.read_4bit),
     Quantisation("bitsandbytes 8-bit", bitsandbytes.is_8bit, bitsandbytes.read_8bit),
-    Quantisation("a quantised tensor", _says_how_to_read_it, _read_subclass),
+    Quantisation("a quantised tensor", _has_dequantize, _read_subclass),
     Quantisation("a quantised tensor", _is_from_torchao, None),
     ROUNDED,
     Quantisation("in a format of its own", _reads_itself, _read_module),
     Quantisation("in a format of its own", _is_packed_in_module, None),
 )
-"""The ways in which weights are quantised; the first that recognises a weight counts."""
+"""The known ways to quantise weights; the first that recognises a weight applies."""
 
 
 def quantisation_of(module: nn.Module | None, weight: object) -> Quantisation | None:
-    """Return how a weight is quantised, or None where it is in none of the known ways.
+    """Return how a weight is quantised, or None if no known way recognises it.
 
     Args:
         module: the module that has it, if known.
-        weight: the weight, or None where the module has it under another name.
+        weight: the weight, or None if the module has it under another name.
     """
     if isinstance(weight, _UNINITIALISED):
         return None
@@ -181,7 +181,7 @@ def quantisation_of(module: nn.Module | None, weight: object) -> Quantisation | 
 
 
 def is_quantised(parameter: Tensor) -> bool:
-    """Whether a parameter, known by itself, holds quantised values: none that could be trained."""
+    """Whether a parameter alone shows that its values are quantised, so they can't be trained."""
     return quantisation_of(None, parameter) is not None
 
 
@@ -189,7 +189,7 @@ def is_quantised(parameter: Tensor) -> bool:
 
 
 def dequantised(module: nn.Module, weight: Any) -> Tensor:
-    """Return a weight of `module` as a dense one; `weight` itself where it is dense.
+    """Return a weight of `module` as a dense one; `weight` itself if it is dense.
 
     Raises:
         ArgumentError: it can't be read as numbers.
@@ -213,14 +213,14 @@ def _methods_that_do_not_read() -> str:
 
 
 def weight_for(method: str, module: nn.Module, slot: Slot, weight: Any, like: Tensor) -> Tensor:
-    """Return an opaque weight as a method needs it: its numbers, or a tensor of its shape.
+    """Return an opaque weight as a method needs it: its values, or only a tensor of its shape.
 
     Args:
-        method: the method; only one that reads W has it dequantised.
+        method: the method. The weight is dequantised only if the method reads it.
         module: the module.
         slot: the weight.
-        weight: what the module holds in its place.
-        like: gives the device and the dtype of the tensor that has only a shape.
+        weight: the stored, opaque weight.
+        like: a tensor with the device and dtype for the result that has only a shape.
     """
     assert slot.shape is not None
     if method_of(method).reads_weight:
@@ -232,8 +232,8 @@ def weight_for(method: str, module: nn.Module, slot: Slot, weight: Any, like: Te
 
 
 def opaque_slot(module: nn.Module) -> Slot | None:
-    """Return the slot of a module whose weight is opaque, or None where it is not."""
-    if getattr(type(module), "is_opaque", False):  # adapted, and maybe dense by now
+    """Return the slot of a module whose weight is opaque, or None if it is not."""
+    if getattr(type(module), "is_opaque", False):  # adapted, and perhaps dense by now
         adapters: Any = module._modules["disha"]
         slot: Slot = next(iter(adapters.blocks().values())).slot
         return replace(slot, rows=())
@@ -250,7 +250,7 @@ _SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
 
 
 def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in, out) of a module that says its sizes, or None."""
+    """Return (in, out) of a module that has attributes for its sizes, or None."""
     embeds = isinstance(module, nn.Embedding)
     for names in (("num_embeddings", "embedding_dim"),) if embeds else _SIZES:
         inputs, outputs = (getattr(module, name, None) for name in names)
@@ -260,7 +260,7 @@ def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
 
 
 def takes_dense(module: nn.Module) -> bool:
-    """Whether a module still computes W x + b when a dense W takes the place of the opaque one."""
+    """Whether a module still computes W x + b when a dense W replaces the opaque one."""
     original = original_class(module)
     return original.forward is nn.Linear.forward or bitsandbytes.is_library_forward(original)
 
@@ -285,25 +285,25 @@ def _own_weight(module: nn.Module) -> Tensor | None:
     return module._parameters.get("weight", module._buffers.get("weight"))
 
 
-# --- in front of a module's class ----------------------------------------------------------------
+# --- base classes before a module's own class ----------------------------------------------------
 
 
 class _OpaqueLayer(nn.Module):
-    """In front of the class of a module with an opaque weight."""
+    """A base class before the class of a module with an opaque weight."""
 
     def __dir__(self) -> list[str]:
-        # jit.trace reads all that is listed, and a weight is not to be read.
+        # jit.trace reads every listed attribute, and must not read a weight.
         listed: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
         return [name for name in listed if name != "base_weight"]
 
 
 class _ListsItself(nn.Module):
-    """In front of classes whose `state_dict` has no children, such as HQQ's: adds the adapters."""
+    """A base class that adds the adapters to a `state_dict` without children, such as HQQ's."""
 
     disha: Any
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the class lists, and the adapters."""
+        """Return the state of the class, and the adapters."""
         state = super().state_dict(*args, **kwargs)
         listed = kwargs.get("destination")
         self.disha.state_dict(
@@ -314,19 +314,19 @@ class _ListsItself(nn.Module):
         return state
 
 
-def fronts_of(original: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-    """Return the classes to put in front of a module's own when its opaque weight is adapted."""
+def leading_bases(original: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+    """Return the base classes before a module's own when its opaque weight is adapted."""
     if bitsandbytes.is_library_forward(original):
         return (bitsandbytes.BitsandbytesLayer, _OpaqueLayer)
     lists_itself = original.state_dict is not nn.Module.state_dict
     return (_ListsItself, _OpaqueLayer) if lists_itself else (_OpaqueLayer,)
 
 
-# --- adding to what a module returns -------------------------------------------------------------
+# --- adding updates to the output of a module ----------------------------------------------------
 
 
 def attach_hook(module: nn.Module) -> None:
-    """Let a module add the updates of its adapters to its output, before other hooks see it."""
+    """Make a module add the updates of its adapters to its output, before other hooks see it."""
     add_first_hook(module, _add_updates)
 
 
@@ -360,17 +360,17 @@ def _add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 def _check_output(module: Any, slot: Slot, input: Any, output: Any) -> None:
-    """Raise unless a module has turned one tensor into another as its sizes say.
+    """Raise unless the input and the output of a module are tensors of the shapes for its sizes.
 
     Raises:
-        ArgumentTypeError: its update can't be added: not one tensor goes in and one out.
-        ArgumentError: the output is of another shape (a linear layer in groups, say).
+        ArgumentTypeError: the update can't be added, because the input or output is not one tensor.
+        ArgumentError: the output has another shape, as in a linear layer with groups.
     """
     cls = type(module).original_class.__qualname__
     if not isinstance(output, Tensor) or not isinstance(input, Tensor):
         raise ArgumentTypeError(
-            f"the adapter of {cls} can't act: adding to the output of its forward needs one tensor "
-            f"in and one out, but it takes {type(input).__name__} and returns "
+            f"the adapter of {cls} can't act: its forward must take one tensor and return one, "
+            f"but it takes {type(input).__name__} and returns "
             f"{type(output).__name__}; leave it out with exclude="
         )
     assert slot.shape is not None
@@ -380,13 +380,13 @@ def _check_output(module: Any, slot: Slot, input: Any, output: Any) -> None:
     if tuple(output.shape) != expected:
         raise ArgumentError(
             f"the adapter of {cls} can't act: for an input of shape {tuple(input.shape)} its "
-            f"forward returns {tuple(output.shape)}, and its sizes say {expected}; leave it out "
-            "with exclude="
+            f"forward returns {tuple(output.shape)} instead of {expected}; leave it out with "
+            "exclude="
         )
 
 
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
-    """Return s dW x of one update; W is read only by methods that need it."""
+    """Return s dW x of one update; only methods that need W read it."""
     weight = weight_for(update.method, module, slot, _own_weight(module), update.block)
     multiply = _look_up if slot.layout.pattern == "index out" else F.linear
     return functional.update_product(multiply, x, weight, slot.layout, update)

@@ -14,7 +14,7 @@ from disha.effective import (
     PLAIN,
     EffectiveWeight,
     Routed,
-    asked_by,
+    called_from,
     effective,
 )
 from disha.errors import ModeError
@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 BY_NAME = nn.Module.get_parameter.__code__
-"""The code of `get_parameter`: it reads the attribute, and wants the parameter itself."""
+"""The code of `get_parameter`, which reads the attribute but needs the parameter itself."""
 
 
 def weight_property(original: type[nn.Module], name: str) -> property:
     """Return the property that reads a parameter as an effective weight.
 
     Args:
-        original: the class before, which may compute the weight itself.
+        original: the original class, which may compute the weight itself.
         name: the parameter's name.
     """
     read_base = base_reader(original, name)
@@ -47,7 +47,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         adapters: Any = layer._modules.get(CHILD_NAME)
         if adapters is None:
             return base
-        # What `Adapters.acting` does, inline: every forward comes here.
+        # The same as `Adapters.acting`, but inline, because every forward runs this.
         state = adapters.__dict__
         if state["merged"] is not None:
             return base
@@ -69,12 +69,12 @@ def weight_property(original: type[nn.Module], name: str) -> property:
             )
             return effective(base, blocks[0].slot.layout, updates)
         except (KeyError, ModeError):
-            # FSDP and accelerate read the weight while its block is away, to replace or to move it.
-            if asked_by("torch.distributed.fsdp") or asked_by(MOVES):
+            # FSDP and accelerate read the weight while its block is absent, to replace or move it.
+            if called_from("torch.distributed.fsdp") or called_from(MOVES):
                 return base
             raise
         except AttributeError as error:
-            # nn.Module would answer with the plain parameter: an adapter without effect.
+            # nn.Module would return the plain parameter, and the adapter would have no effect.
             raise RuntimeError(f"the update of {name} failed: {error}") from error
 
     def write(layer: nn.Module, value: Any) -> None:
@@ -101,9 +101,9 @@ def _routed_weight(adapters: Any, name: str, base: Any) -> Any:
 
 
 def _weight_on_meta(base: Tensor, blocks: tuple[Block, ...]) -> Any:
-    """Return what to read where the weight is on meta: with the whole model, or offloaded.
+    """Return the effective weight of a weight on meta: with all of its model, or offloaded.
 
-    A block with a hook is left alone: accelerate reads the weight before it brings the block.
+    This does not run the hook of a block: accelerate reads the weight before it loads the block.
     """
     here = all("forward" not in block.__dict__ and block.block.is_meta for block in blocks)
     updates = tuple(block.update(on_meta=True) for block in blocks) if here else ()
@@ -111,21 +111,21 @@ def _weight_on_meta(base: Tensor, blocks: tuple[Block, ...]) -> Any:
 
 
 def _weight_of_another_type(base: Any, blocks: tuple[Block, ...]) -> Any:
-    """Return what to read where the weight is no plain tensor.
+    """Return the value of an adapted weight that is not a plain tensor.
 
-    Between its passes, FSDP keeps shards in place of parameters and looks them up by name: it gets
-    W as it is. For any other type, a tensor of a trace say, W + sum of s dW is computed.
+    Between its passes, FSDP replaces parameters by shards and looks them up by name; it gets W. For
+    any other type, such as a tensor of a trace, the value is W + sum of s dW, computed.
     """
     if is_sharded(base):
-        if asked_by("torch.distributed.fsdp"):
+        if called_from("torch.distributed.fsdp"):
             return base
         if all(is_sharded(block.block) for block in blocks):
             updates = tuple(block.update() for block in blocks)
             return effective(base, blocks[0].slot.layout, updates)
         raise ModeError(
-            "an adapter can't act on a weight that is a DTensor while its block is none: the "
-            "model was sharded after the adapter was injected (parallelize_module, say); wrap it "
-            "by fully_shard, or merge the adapter first"
+            "an adapter can't act: its weight is a DTensor, but its block is not, because the "
+            "model was sharded after the adapter was injected (for example by parallelize_module); "
+            "wrap it with fully_shard instead, or merge the adapter first"
         )
     updates = tuple(block.update() for block in blocks)
     return functional.effective_weight(base, blocks[0].slot.layout, updates)

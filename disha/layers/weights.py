@@ -1,4 +1,4 @@
-"""The weight of a module, adapted or not: what is stored, what is read, and where it is."""
+"""The weight of a module, adapted or not: its stored form, its values, and its device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_weight(module: nn.Module, name: str) -> Any:
     """Return a weight of a module without updates, or None if it has none of that name.
 
     In training, torch's spectral_norm improves its estimate at each read of the weight. Only the
-    module's own forward should do that. So this reads as in evaluation, and changes no estimate.
+    module's own forward should do that. So this reads in evaluation mode, which changes nothing.
     """
     parametrizations = module._modules.get("parametrizations")
     found = None if parametrizations is None else parametrizations._modules.get(name)
@@ -48,10 +48,10 @@ def read_weight(module: nn.Module, name: str) -> Any:
 
 
 def base_reader(original: type[nn.Module], name: str) -> Callable[[Any], Any]:
-    """Return how instances of a class answer for a parameter."""
+    """Return the function by which instances of a class read a parameter."""
     computes = inspect.getattr_static(original, name, None)
     if isinstance(computes, property) and computes.fget is not None:
-        return computes.fget  # itself, since compiled code can't call `property.__get__`
+        return computes.fget  # because compiled code can't call `property.__get__`
     if hasattr(computes, "__get__"):
         return lambda layer: computes.__get__(layer, type(layer))
     looks_up: Any = original.__getattr__
@@ -59,9 +59,9 @@ def base_reader(original: type[nn.Module], name: str) -> Callable[[Any], Any]:
 
 
 def stored_weight(module: nn.Module, name: str) -> Tensor | None:
-    """Return the weight that a module holds, or the quantised one that a dense one stands in for.
+    """Return the weight that a module stores, or the quantised one that a dense one replaces.
 
-    None where it is computed from others (a parametrization), which asking for it would run.
+    None if it is computed from others (a parametrization). Reading it would run that computation.
     """
     adapters = module._modules.get(CHILD_NAME)
     merged = adapters.merged if isinstance(adapters, Adapters) else None
@@ -72,7 +72,7 @@ def stored_weight(module: nn.Module, name: str) -> Tensor | None:
 
 
 def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:
-    """Return the shape of a slot's parameter, or of the weight that a packed one stands for."""
+    """Return the shape of a slot's parameter, or of the weight that a packed one represents."""
     if slot.shape is not None:
         return slot.shape
     return tuple(read_weight(module, slot.parameter).shape)
@@ -88,12 +88,12 @@ def make_block(
     """Return a new block for a weight of a module, on the weight's device.
 
     Args:
-        module: the module, adapted already or not yet.
+        module: the module, already adapted or not.
         slot: the weight.
         config: the adapter's configuration.
         r: shard size.
-        dtype: dtype of the block; by default the configuration's, or else the weight's, and float32
-            over a quantised weight.
+        dtype: dtype of the block; by default the configuration's, or else the weight's, or float32
+            for a quantised weight.
     """
     shape = functional.block_shape(
         config.method, slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
@@ -110,11 +110,11 @@ def make_block(
 
 
 def device_of_weight(module: nn.Module, weight: Tensor) -> torch.device:
-    """Return the device of a weight, or the one that accelerate brings it to for each forward.
+    """Return the device of a weight, or the one to which accelerate loads it for each forward.
 
     Args:
         module: the module of the weight.
-        weight: as it is now, between forwards.
+        weight: its current value, between forwards.
     """
     for hook in offloading_hooks(module) if weight.is_meta else ():
         if hook.execution_device is not None and not hook.place_submodules:
@@ -123,7 +123,7 @@ def device_of_weight(module: nn.Module, weight: Tensor) -> torch.device:
 
 
 def offloading_hooks(module: nn.Module) -> list[Any]:
-    """Return the hooks of accelerate that bring weights for a forward of this module."""
+    """Return the hooks of accelerate that load weights for a forward of this module."""
     hook = module.__dict__.get("_hf_hook")
     parts = getattr(hook, "hooks", (hook,))  # of a sequence of hooks
     return [part for part in parts if getattr(part, "offload", False) is True]
