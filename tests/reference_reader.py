@@ -8,7 +8,9 @@ has to refuse, up to the model; `merged` gives the weights of a model with the a
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy
 
@@ -177,7 +179,7 @@ def is_object_of(check):
 CONFIG = {
     "r": (REQUIRED, is_positive),
     "target": ("all-linear", optional(is_text)),
-    "method": ("bone", one_of("bone", "bat")),
+    "method": ("bone", lambda value: is_text(value) and value in METHODS),
     "r_out": (None, optional(is_positive)),
     "exclude": ([], is_list_of_text),
     "rank_pattern": ({}, is_object_of(is_positive)),
@@ -259,16 +261,19 @@ def check_shape(layer, shape):
     need(r <= layer.inputs, "r is larger than in")
     need(layer.outputs % outputs == 0, "r_out does not divide out")
     need(all(shape), "an empty block")
-    sizes = (r, outputs) if layer.method == "bone" else (-(-layer.outputs // r), r, r)
-    if layer.layout == "out in *kernel" and layer.method == "bone":
-        need(shape[:2] == (outputs, r) and len(shape) >= 3, "shape")
-    elif layer.layout == "in out *kernel" and layer.method == "bone":
-        need(shape[:2] == (layer.groups * r, outputs) and len(shape) >= 3, "shape")
+    sizes = METHODS[layer.method].sizes(layer)
+    axes = len(sizes)
+    if layer.layout == "out in *kernel" and axes == 2:
+        need(shape[:2] == sizes[::-1] and len(shape) >= 3, "shape")
+    elif layer.layout == "in out *kernel" and axes == 2:
+        need(shape[:2] == (layer.groups * sizes[0], sizes[1]) and len(shape) >= 3, "shape")
     elif layer.layout == "out in *kernel":
-        need(shape[-3:] == sizes and len(shape) >= 4, "shape")
+        need(shape[-axes:] == sizes and len(shape) > axes, "shape")
     elif layer.layout == "in out *kernel":
-        need(shape[-3:] == sizes and shape[0] == layer.groups and len(shape) >= 5, "shape")
-    elif layer.layout.startswith("expert"):
+        need(
+            shape[-axes:] == sizes and shape[0] == layer.groups and len(shape) >= axes + 2, "shape"
+        )
+    elif "expert" in layer.layout:
         need(shape[1:] == sizes, "shape")
     else:
         need(shape == sizes, "shape")
@@ -305,7 +310,7 @@ def matrices(layer, weight):
 
 def blocks(layer, block, places):
     """Return the block of one matrix for each place in the stack."""
-    if layer.method == "bone" and "*kernel" in layer.layout:
+    if len(METHODS[layer.method].sizes(layer)) == 2 and "*kernel" in layer.layout:
         return {place: matrix.T for place, matrix in matrices(layer, block).items()}
     return {place: block[place] for place in places}
 
@@ -319,25 +324,48 @@ def add_update(layer, weight, base, block):
     own, before = matrices(layer, weight), matrices(layer, base)
     for place, part in blocks(layer, block, own).items():
         rows = rows_of(layer) or list(range(layer.outputs))
-        delta = matrix_update(layer, before[place][rows], part)
+        delta = METHODS[layer.method].update(layer, before[place][rows], part)
         if layer.padding_idx is not None:
             delta[:, layer.padding_idx] = 0
         own[place][rows] += layer.scale * delta
 
 
-def matrix_update(layer, weight, block):
+def bone_sizes(layer):
+    return layer.r, layer.r_out or layer.outputs
+
+
+def bone_update(layer, weight, block):
+    result = numpy.zeros(weight.shape)
+    for o in range(layer.outputs):
+        for i in range(layer.inputs):
+            result[o, i] = block[i % layer.r, o % block.shape[1]]
+    return result
+
+
+def bat_sizes(layer):
+    return -(-layer.outputs // layer.r), layer.r, layer.r
+
+
+def bat_update(layer, weight, block):
     r, result = layer.r, numpy.zeros(weight.shape)
     for o in range(layer.outputs):
         for i in range(layer.inputs):
-            if layer.method == "bone":
-                result[o, i] = block[i % r, o % block.shape[1]]
-                continue
             result[o, i] = block[o // r, o % r, i % r]
             for k in range(r):
                 column = k + r * (i // r)
                 if column < layer.inputs:
                     result[o, i] += weight[o, column] * block[o // r, k, i % r]
     return result
+
+
+class Method(NamedTuple):
+    """The sizes of the block of one matrix, and the update of one matrix (out, in)."""
+
+    sizes: Callable
+    update: Callable
+
+
+METHODS = {"bone": Method(bone_sizes, bone_update), "bat": Method(bat_sizes, bat_update)}
 
 
 def place(layer, parameters):

@@ -22,7 +22,7 @@ from disha import AdapterConfig, AdapterFileError, DishaError
 from disha.files.header import FORMAT
 from disha.files.tensors import DTYPES, TensorFile
 from disha.fingerprint import fingerprint, same_base
-from disha.functional import PATTERNS
+from disha.functional import METHODS, PATTERNS
 from disha.layers import LAYER_KINDS
 from tests import reference_reader
 from tests.adapter_files import base, first_layer, rewritten, trained
@@ -85,7 +85,17 @@ class TestPage:
     def test_lists_dtypes_and_layouts(self):
         assert column("Container") == list(DTYPES) == list(reference_reader.SIZES)
         layouts = [name for name in column("Update") if " " in name]
-        assert tuple(dict.fromkeys(layouts)) == PATTERNS == reference_reader.LAYOUTS
+        assert tuple(dict.fromkeys(layouts)) == PATTERNS == reference_reader.LAYOUTS, (
+            "a layout needs a row in the table of docs/format.md, and in tests/reference_reader.py "
+            "its pattern in LAYOUTS and its matrices in `matrices`"
+        )
+
+    def test_lists_the_methods(self):
+        (row,) = re.findall(r"^\| `method` \|(.*?)\|", PAGE, re.MULTILINE)
+        assert re.findall(r'`"(\w+)"`', row) == list(METHODS) == list(reference_reader.METHODS), (
+            "a method needs its name and a row for its update in docs/format.md, and in "
+            "tests/reference_reader.py two functions and an entry of METHODS"
+        )
 
     def test_is_about_the_format_that_is_written(self):
         assert PAGE.startswith(f"# The adapter file, format {FORMAT}\n")
@@ -156,9 +166,9 @@ def everything(monkeypatch):
 
 ROWS = {"sliced": [(0, 1), (3, 6)], "experts.up": [(2, 6)], "in_out": [(0, 4)]}
 CASES = {
+    **{name: {"target_regex": ".", "r": 4, "method": name} for name in METHODS},
     "bone": {"target_regex": ".", "r": 2},
     "tile": {"target_regex": ".", "r": 4, "r_out": 2},
-    "bat": {"target_regex": ".", "r": 4, "method": "bat"},
     "bat that divides nothing": {"target_regex": "all-linear", "r": 3, "method": "bat"},
 }
 
