@@ -19,8 +19,8 @@ __all__ = ["run"]
 
 DESCRIPTION = """Write the weighted sum of adapters: dW = sum of w * s * dW of each, exactly.
 
-All adapters must be of one method and for one model. A layer that an adapter lacks counts as zero
-there. Bone blocks of different r get the least common multiple of their r. No model is needed.
+All adapters must have one method and belong to one model. If an adapter lacks a layer, it counts as
+zero there. Bone blocks of different r get the least common multiple of their r. No model is needed.
 
 examples:
   disha combine --adapter chat.safetensors=0.3 --adapter code.safetensors=0.7 both.safetensors
@@ -50,7 +50,7 @@ class CombineFlags(Flags):
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Write the sum of adapters, as command-line `arguments` say."""
+    """Write the sum of adapters, with the given command-line arguments."""
     flags = parsed(CombineFlags, "combine", arguments, DESCRIPTION)
     if not flags.adapter:
         raise disha.ArgumentError("no --adapter FILE=WEIGHT was given; give one for each adapter")

@@ -1,4 +1,4 @@
-"""``disha convert``: an adapter for other libraries, and theirs for this one."""
+"""``disha convert``: adapters to and from the formats of other libraries."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from disha.text import counted
 
 __all__ = ["run"]
 
-DESCRIPTION = """Turn an adapter into one for other libraries, or theirs into an adapter file.
+DESCRIPTION = """Convert an adapter to the format of another library, or back to an adapter file.
 
 SOURCE is an adapter file of disha, or a folder that PEFT has saved: MiSS, Bone, or a LoRA that is
 a Bone adapter. The command finds out which it is.
 
-OUT is what --to says:
+--to sets the format of OUT:
   disha  an adapter file
   peft   a folder of PEFT's MiSS
   lora   a LoRA folder in PEFT's layout, which most runtimes read
@@ -103,7 +103,7 @@ class ConvertFlags(Flags):
     overwrite: bool = False
 
     def check(self) -> None:
-        """Raise if a flag is given that the target does not use, or the result is in the way."""
+        """Raise if a flag is given that the target does not use, or if the result exists."""
         for name, targets in ONLY_FOR.items():
             if getattr(self, name) is not None and self.to not in targets:
                 raise ArgumentError(
@@ -113,7 +113,7 @@ class ConvertFlags(Flags):
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Convert an adapter, as command-line `arguments` say."""
+    """Convert an adapter, with the given command-line arguments."""
     flags = parsed(ConvertFlags, "convert", arguments, DESCRIPTION)
     flags.check()
     base = None if flags.base is None else open_checkpoint(flags.base)
@@ -167,7 +167,7 @@ def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]
     form = _form_of(path)
     if form == "gguf":
         raise ArgumentError(
-            f"{path} is GGUF, which is written and not read; convert what it was made from"
+            f"{path} is GGUF, which can be written but not read; convert its original adapter"
         )
     if form == "disha":
         contents: Contents = read_contents(path, also_train=not flags.no_also_train)
@@ -193,7 +193,7 @@ def _form_of(path: Path) -> Form:
     method = read_json(path / CONFIG_NAME).get("peft_type")
     if not isinstance(method, str) or method not in FOLDERS:
         raise AdapterFileError(
-            f"{path} holds an adapter of peft_type {method!r}; read are {', '.join(FOLDERS)}"
+            f"{path} holds an adapter of peft_type {method!r}; allowed are {', '.join(FOLDERS)}"
         )
     return FOLDERS[method]
 
@@ -256,8 +256,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
     model_type = config.get("model_type", "llama")
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise ArgumentError(
-            f"the base is a {model_type!r}, and LoRA as GGUF is known for "
-            f"{', '.join(MODEL_TYPES)}; if its GGUF file has one of these architectures, give "
+            f"the model type {model_type!r} of the base is unknown; LoRA can be written as GGUF "
+            f"for {', '.join(MODEL_TYPES)}. If its GGUF file has one of these architectures, give "
             "--architecture"
         )
     return MODEL_TYPES[model_type]

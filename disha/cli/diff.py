@@ -44,7 +44,7 @@ class DiffFlags(Flags):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Show what differs between two files, as command-line `arguments` say."""
+    """Show what differs between two files, with the given command-line arguments."""
     flags = parsed(DiffFlags, "diff", arguments, DESCRIPTION)
     first, second = disha.inspect_adapter(flags.first), disha.inspect_adapter(flags.second)
     fields = header_differences(first, second)

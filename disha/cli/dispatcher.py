@@ -1,10 +1,10 @@
-"""From the command line to a command, and from what happens to an exit code.
+"""Run the command that the command line names, and return its exit code.
 
 | code | meaning |
 |---|---|
-| 0 | done; of `diff`: nothing differs, of `verify`: the file is sound |
-| 1 | of `diff`: something differs, of `verify`: the file is not sound; of commands that write: the work failed on the way, such as with a full disk |
-| 2 | wrong usage, or the input can't be used; of `inspect`, `diff` and `verify`: also any other failure |
+| 0 | done; for `diff`: nothing differs, for `verify`: the file is sound |
+| 1 | for `diff`: something differs, for `verify`: the file is not sound; for commands that write: the work failed, for example because the disk is full |
+| 2 | wrong usage, or the input can't be used; for `inspect`, `diff` and `verify`: also any other failure |
 | 130 | interrupted |
 """  # noqa: E501
 
@@ -67,7 +67,7 @@ COMMANDS = {
 }
 
 BAD_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""System errors that mean a wrong path, and no failure on the way."""
+"""System errors that mean a wrong path, not a failure during the work."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(interruption) or "interrupted; every file that was written is complete")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone, as with `| head`. Python must not write the rest at exit.
+        # The reader has closed the pipe, as `| head` does. Python must not write the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return failed
     except (DishaError, OSError) as error:
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="disha",
         usage="disha COMMAND [flags]",
         description="Dimension-sharded adapters (Bone, BAT) for PyTorch models.",
-        epilog=f"commands:\n{listed}\n\n'disha COMMAND --help' tells more, with examples.",
+        epilog=f"commands:\n{listed}\n\n'disha COMMAND --help' shows details and examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"disha {__version__}")
@@ -137,19 +137,19 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _is_bad_input(error: Exception) -> bool:
-    """Return whether the user can put it right: a value, a missing package, or a wrong path."""
+    """Return whether the user can fix it: a value, a missing package, or a wrong path."""
     if isinstance(error, (ValueError, TypeError, ImportError)):
         return True
     cause: BaseException = error
     while isinstance(cause.__cause__, OSError):
         cause = cause.__cause__
-    # A DishaError that no system error has caused complains of a path, such as one of a folder.
+    # A DishaError without a system error as its cause is about a path, such as that of a folder.
     return isinstance(error, OSError) and isinstance(cause, (DishaError, *BAD_PATH))
 
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Show warnings about adapter files in one line, without a place in the code."""
+    """Show warnings about adapter files in one line, without the line of code."""
     with warnings.catch_warnings():
         show_others = warnings.showwarning
 

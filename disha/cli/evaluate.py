@@ -22,7 +22,7 @@ examples:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Measure, as command-line `arguments` say."""
+    """Measure, with the given command-line arguments."""
     settings = parsed(EvaluateSettings, "evaluate", arguments, DESCRIPTION, EvaluateSettings())
     found = evaluate(settings, shown)
     tally = found.tally

@@ -26,7 +26,7 @@ examples:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Fine-tune, as command-line `arguments` say."""
+    """Fine-tune, with the given command-line arguments."""
     settings = settings_from(arguments)
     # These take seconds to import, and the help does not need them.
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -46,13 +46,13 @@ def settings_from(arguments: Sequence[str]) -> FinetuneSettings:
     """Return the settings of command-line `arguments`, which replace those of a config file.
 
     Raises:
-        SystemExit: the arguments are not understood, or ask for help.
+        SystemExit: the arguments are invalid, or ask for help.
         ArgumentError: the config file can't be used.
     """
     words = list(arguments)
     given = _parsed(words, FinetuneSettings())
     if given.config is not None:
-        # Of a flag that is given twice, the last value counts.
+        # If a flag is given twice, the last value counts.
         words = [*_words_in(given.config, given.to_json().keys() - {"config"}), *words]
         given = _parsed(words, FinetuneSettings())
     return _parsed(words, DEMO_SETTINGS) if given.demo else given

@@ -44,12 +44,12 @@ def parsed(
         flags: a dataclass with a field for each. Its docstring is the help.
         name: the command's name.
         arguments: the words after it.
-        description: what the help starts with.
+        description: the start of the help.
         default: the values of arguments that are not given. With it, the help spells flags with
-            underscores; both spellings are understood either way.
+            underscores. Both spellings are always accepted.
 
     Raises:
-        SystemExit: the arguments are not understood, which is then explained; or ask for help.
+        SystemExit: the arguments are invalid, and the reason is printed; or they ask for help.
     """
     return tyro.cli(  # type: ignore[return-value]
         flags,
@@ -59,6 +59,6 @@ def parsed(
         default=default,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
         use_underscores=default is not None,
-        # Under torchrun all processes have the same arguments. The first one is enough to complain.
+        # Under torchrun, all processes have the same arguments, so only the first prints errors.
         console_outputs=os.environ.get("RANK", "0") == "0",
     )

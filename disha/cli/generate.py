@@ -22,7 +22,7 @@ examples:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Generate, as command-line `arguments` say."""
+    """Generate, with the given command-line arguments."""
     settings = parsed(GenerateSettings, "generate", arguments, DESCRIPTION, GenerateSettings())
     settings.check()
     prompts = prompts_of(settings)

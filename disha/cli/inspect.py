@@ -39,7 +39,7 @@ class InspectFlags(Flags):
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Show what an adapter file holds, as command-line `arguments` say."""
+    """Show what an adapter file holds, with the given command-line arguments."""
     flags = parsed(InspectFlags, "inspect", arguments, DESCRIPTION)
     described = disha.inspect_adapter(flags.file)
     text = str(described)

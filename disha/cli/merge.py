@@ -19,7 +19,7 @@ __all__ = ["run"]
 DESCRIPTION = """Write a copy of a base checkpoint with an adapter merged into its weights.
 
 W becomes W + s * dW, computed in float32 and rounded once. Tensors are read and written one at a
-time, so memory holds only one of them. Whatever reads the base reads the result.
+time, so memory holds only one of them. Any loader of the base reads the result.
 
 examples:
   disha merge path/to/model adapter.safetensors path/to/merged-model
@@ -38,8 +38,8 @@ class MergeFlags(Flags):
         no_also_train: Ignore the parameters saved beside the blocks, and keep those of the base.
         scale: Runtime scale s of all layers, in place of the adapter's own.
         dtype: Number format of all floating-point tensors. With own, each keeps its format.
-        force: Merge although the base weights are not those that the adapter was saved from, or
-            embeddings may be tied.
+        force: Merge even if the adapter was saved from other base weights, or if embeddings may
+            be tied.
         overwrite: Replace an existing checkpoint, with everything in its folder.
     """
 
@@ -54,7 +54,7 @@ class MergeFlags(Flags):
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Merge an adapter into a checkpoint, as command-line `arguments` say."""
+    """Merge an adapter into a checkpoint, with the given command-line arguments."""
     flags = parsed(MergeFlags, "merge", arguments, DESCRIPTION)
     require_free(flags.out, flags.overwrite)
     with advancing("merging") as progress:

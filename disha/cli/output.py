@@ -1,4 +1,4 @@
-"""What commands print: text for people, or one JSON object for scripts."""
+"""Print the results of commands: text for people, or one JSON object for scripts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def show(as_json: bool, text: str, fields: Mapping[str, Any]) -> None:
 
 
 def printable_on(stream: TextIO, text: str) -> str:
-    """Return a text with everything escaped that the stream or a terminal can't show."""
+    """Return a text in which everything is escaped that the stream or a terminal can't show."""
     encoding = stream.encoding or "utf-8"
     return (
         printable(text, len(text), lines=True).encode(encoding, "backslashreplace").decode(encoding)
@@ -56,8 +56,8 @@ def shown(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Iterate with a progress bar, which appears after a second and only on a terminal.
 
     Args:
-        items: what to iterate over.
-        total: how many there are.
+        items: the items.
+        total: their number.
         what: the label of the bar.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]

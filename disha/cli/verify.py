@@ -52,8 +52,8 @@ class Check:
 
     Attributes:
         check: `"structure"`, `"values"` or `"base"`.
-        passed: whether the file is right in this respect.
-        remark: what was found.
+        passed: whether the file passed the check.
+        remark: the details.
     """
 
     check: str
@@ -62,7 +62,7 @@ class Check:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Check a file, as command-line `arguments` say."""
+    """Check a file, with the given command-line arguments."""
     flags = parsed(VerifyFlags, "verify", arguments, DESCRIPTION)
     checks: list[Check] = []
     report = None

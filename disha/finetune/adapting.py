@@ -97,7 +97,7 @@ def base_values(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def without_adapter(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Turn a model into the base model for the time of the block.
+    """Turn a model into the base model while the body runs.
 
     Args:
         model: with an adapter, not merged.

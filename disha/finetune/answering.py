@@ -106,7 +106,7 @@ class GenerateSettings:
         for name, plain in (("top_k", None), ("top_p", 1.0)):
             require(
                 self.sampling.temperature > 0 or getattr(self.sampling, name) == plain,
-                f"--{name} says what to sample from, but --temperature 0 disables sampling; give a "
+                f"--{name} limits sampling, but --temperature 0 disables sampling; give a "
                 "temperature above 0, such as 0.7",
             )
         require(

@@ -89,7 +89,7 @@ def require_free_of_checkpoints(settings: FinetuneSettings) -> None:
     found = sorted(output.output.glob("checkpoint-*"))
     if found and not (output.resume or output.overwrite_output_dir):
         raise SettingsError(
-            f"--output_dir {output.output} holds {found[-1].name} of an earlier run; go on from it "
+            f"--output_dir {output.output} holds {found[-1].name} of an earlier run; continue it "
             "with --resume, start over with --overwrite_output_dir, or name another folder"
         )
 

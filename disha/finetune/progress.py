@@ -1,4 +1,4 @@
-"""What a run prints: its phases and how long they took, and its steps.
+"""Print the phases of a run with their times, and its steps.
 
 Of several processes, the first one prints.
 """
@@ -34,7 +34,7 @@ def counted(count: int, noun: str) -> str:
 
 
 class Clock:
-    """Prints what is done, and how long it took.
+    """Prints each phase of a run, and the time it took.
 
     Args:
         prints: whether this process prints.

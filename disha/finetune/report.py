@@ -32,7 +32,7 @@ MOST_NUMBERS = 12
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, which takes its place when it is complete.
+    """Write a text file completely or not at all.
 
     Raises:
         AdapterIOError: it can't be written, and an earlier file stays.
@@ -41,7 +41,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG, which takes its place when it is complete.
+    """Write a figure as PNG, completely or not at all.
 
     Raises:
         AdapterIOError: it can't be written, and an earlier file stays.

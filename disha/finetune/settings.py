@@ -51,10 +51,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may have.
+    """The allowed range of a number.
 
     Args:
-        words: the range as errors name it, such as "at least 1".
+        words: the range in words, for errors, such as "at least 1".
         holds: whether a number is in it.
     """
 
@@ -84,7 +84,7 @@ def check_ranges(settings: object) -> None:
 
 
 def require(condition: bool, complaint: str) -> None:
-    """Raise `SettingsError` with `complaint` unless `condition` holds."""
+    """Raise `SettingsError` with the message `complaint` unless `condition` holds."""
     if not condition:
         raise SettingsError(complaint)
 
@@ -131,7 +131,7 @@ Switch: TypeAlias = Annotated[
     ),
     tyro.conf.FlagConversionOff,
 ]
-"""A bool given as `--packing`, or with a word as upstream's script takes it: `--bf16 True`."""
+"""A bool given as `--packing`, or with a word, as in the original script: `--bf16 True`."""
 
 METHODS = disha.functional.METHODS
 
@@ -251,12 +251,12 @@ class AdapterSettings:
 
     @property
     def title(self) -> str:
-        """The method as a reader knows it."""
+        """The method's name for people."""
         title = TITLES.get(self.method_name, self.method_name)
         return title if self.bone_r_out is None else f"{title} (tile)"
 
     def check(self) -> None:
-        """Raise `SettingsError` if a setting contradicts another, or is no regular expression."""
+        """Raise `SettingsError` if settings contradict each other or a regex is invalid."""
         require(
             self.init_weights == "True" or self.method in (None, self.init_weights),
             f"--init_weights {self.init_weights} and --method {self.method} contradict each other; "
@@ -296,11 +296,12 @@ class DataSettings:
             dataset_split.
         eval_fraction: Part of data_path's rows to hold out instead, such as 0.05. The seed
             decides which.
-        eval_steps: Measure the held-out loss every so many steps, and before and after training.
-            With 0, only before and after.
-        max_seq_length: Most tokens per row. A longer query is cut at its end. A row whose
-            response does not fit is left out and counted.
-        packing: Put several short rows into one of max_seq_length. None attends to another.
+        eval_steps: Number of steps between measurements of the held-out loss, which is also
+            measured before and after training. With 0, only before and after.
+        max_seq_length: Largest number of tokens per row. A longer query is cut at its end. A row
+            whose response does not fit is left out and counted.
+        packing: Put several short rows into one of max_seq_length. They do not attend to each
+            other.
         streaming: Read rows from disk when they are needed, for files larger than memory.
         dataloader_num_workers: Processes that prepare rows ahead of training, with streaming
             only.
@@ -369,7 +370,7 @@ class TrainingSettings:
 
     Args:
         num_train_epochs: Passes over the rows, unless max_steps is given.
-        max_steps: Optimiser steps. With -1, num_train_epochs decides.
+        max_steps: Number of optimiser steps. With -1, num_train_epochs sets it.
         per_device_train_batch_size: Rows per batch.
         gradient_accumulation_steps: Batches per optimiser step, on each process. The result is
             that of one large batch.
@@ -379,14 +380,14 @@ class TrainingSettings:
         warmup_ratio: Part of the steps in which the learning rate rises.
         weight_decay: AdamW's weight decay.
         max_grad_norm: Scale gradients down to this norm. With 0, they are not scaled.
-        seed: Decides the order of the rows and which are held out.
+        seed: Sets the order of the rows and which rows are held out.
         bf16: Compute in bfloat16 where that is safe (autocast), whatever --bits says.
         tf32: Let CUDA compute float32 products in TF32.
         gradient_checkpointing: Keep only the inputs of layers, and compute the rest again for
             backward. This takes less memory and more time.
         compile: Compile the model with torch.compile.
-        strategy: How several processes (torchrun) share the work. With ddp each has the complete
-            model, with fsdp a part of it.
+        strategy: How several processes (torchrun) share the work. With ddp, each has the complete
+            model; with fsdp, each has a part of it.
     """
 
     num_train_epochs: Positive = 1.0
@@ -419,15 +420,15 @@ class OutputSettings:
     Args:
         output_dir: The folder for the results, made if missing. Files of an earlier run are
             replaced.
-        logging_steps: Show the loss every so many steps. All steps are recorded.
+        logging_steps: Number of steps between lines that show the loss. All steps are recorded.
         save_strategy: When to save checkpoints that training can resume from: every save_steps
             steps, after every epoch, or not at all. The adapter is saved at the end in any case.
         save_steps: Steps between checkpoints, with save_strategy steps.
-        save_total_limit: Keep only so many checkpoints, the newest.
+        save_total_limit: Number of checkpoints to keep, the newest ones. All by default.
         report_to: Also record losses and learning rates for TensorBoard, in the folder
             tensorboard.
-        resume: Resume from the newest good checkpoint in output_dir. The result is the same as
-            without a break.
+        resume: Resume from the newest valid checkpoint in output_dir. The result is the same as
+            without an interruption.
         overwrite_output_dir: Start over and remove the checkpoints of an earlier run in
             output_dir.
         merge: Also write the base model with the adapter merged into it, to the folder merged.
@@ -451,7 +452,7 @@ class OutputSettings:
         return given(self.output_dir, "--output_dir FOLDER")
 
     def check(self) -> None:
-        """Raise `SettingsError` if settings contradict each other, or the folder is in the way."""
+        """Raise `SettingsError` if settings contradict each other or the folder can't be used."""
         folder = self.output
         existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
         require(
@@ -461,11 +462,11 @@ class OutputSettings:
         )
         require(
             existing.is_dir(),
-            f"--output_dir {folder} can't be a folder, as {existing} is a file; name another",
+            f"--output_dir {folder} can't be a folder, because {existing} is a file; name another",
         )
         require(
             os.access(existing, os.W_OK | os.X_OK),
-            f"--output_dir {folder} can't be written: no right to {existing}",
+            f"--output_dir {folder} can't be written: no permission for {existing}",
         )
 
 
@@ -510,7 +511,7 @@ class FinetuneSettings:
             require_unchanged(
                 self.data,
                 (*names, "dataset_field", "streaming"),
-                "does not go with --demo, which brings its own data; leave one of the two out",
+                "does not go with --demo, which has its own data; leave one of the two out",
             )
         else:
             self.data.check()
@@ -545,9 +546,9 @@ class FinetuneSettings:
         return {k: str(v) if isinstance(v, Path) else v for k, v in flat.items()}
 
     def decisive(self) -> dict[str, str]:
-        """Return the settings that must be the same to resume, as they decide what is learned.
+        """Return the settings that must not change to resume, because they affect the result.
 
-        How batches are shared is left out: what counts is how many a step has on all processes.
+        The division of batches among processes is left out: only their total per step matters.
         """
         groups = (self.model, self.adapter, self.data, self.training)
         values = {name: value for group in groups for name, value in vars(group).items()}

@@ -123,8 +123,8 @@ def verify_in_fresh_process(
     found = json.loads(finished.stdout.splitlines()[-1])
     if found.pop("rows") != checked.digest():
         raise VerificationError(
-            f"{adapter} can't be verified: the data are not what they were when training began; "
-            "keep the files as they are during a run"
+            f"{adapter} can't be verified: the data have changed since training began; do not "
+            "change the files during a run"
         )
     in_float32 = settings.model.bits == "fp32" and not settings.training.bf16
     tolerance = EXACT if in_float32 else ROUNDED

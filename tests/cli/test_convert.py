@@ -184,7 +184,7 @@ def test_the_architecture_is_the_bases_unless_given(run, files):
     a, out = files.adapter(target_regex="q_proj"), files.path / "a.gguf"
     base = files.base(config={**HEADS, "model_type": "gpt2"})
     given = ("convert", a, out, "--to", "gguf", "--base", base)
-    assert "is a 'gpt2'" in run(*given).complaint
+    assert "model type 'gpt2'" in run(*given).complaint
     assert "--architecture" in run(*given).complaint
     assert run(*given, "--arch", "llama").code == 0
     listed = files.base("other", config={**HEADS, "model_type": ["llama"]})
@@ -285,7 +285,7 @@ def folder_of(files, content):
     [
         (None, "without adapter_config.json"),
         ("[", "JSON"),
-        (json.dumps({"peft_type": "LOHA"}), "peft_type 'LOHA'; read are MISS, BONE, LORA"),
+        (json.dumps({"peft_type": "LOHA"}), "peft_type 'LOHA'; allowed are MISS, BONE, LORA"),
         (json.dumps({"peft_type": ["MISS"]}), "peft_type"),
         (json.dumps({"peft_type": "LORA"}), "adapter_model.safetensors"),
     ],
@@ -307,7 +307,7 @@ def test_a_folder_that_is_no_adapter(run, files, content, says):
         ("peft", ("--to", "disha"), "give --base"),
         ("peft", ("--to", "disha", "--base", "absent"), "absent"),
         ("peft", ("--to", "disha", "--base", "a"), "no matrix"),
-        ("gguf", ("--to", "disha"), "is GGUF, which is written and not read"),
+        ("gguf", ("--to", "disha"), "is GGUF, which can be written but not read"),
         ("bat", ("--to", "lora"), "--rank"),
         ("bat", ("--to", "lora", "--rank", "2"), "--base"),
         ("a", ("--to", "lora", "--rank", "0"), "rank must be at least 1"),

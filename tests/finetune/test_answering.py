@@ -74,8 +74,8 @@ def test_base_and_adapter_answer_apart_and_merging_changes_nothing(
 @pytest.mark.parametrize(
     ("sampling", "complaint"),
     [
-        ({"top_k": 5}, "--top_k says what to sample from, but --temperature 0 disables sampling"),
-        ({"top_p": 0.9}, "--top_p says what to sample from"),
+        ({"top_k": 5}, "--top_k limits sampling, but --temperature 0 disables sampling"),
+        ({"top_p": 0.9}, "--top_p limits sampling"),
     ],
 )
 def test_what_only_drawing_follows_needs_a_temperature(tiny_path, sampling, complaint):

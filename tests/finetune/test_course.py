@@ -152,7 +152,7 @@ def test_where_checkpoints_lie_a_run_does_not_begin_unasked(finetune, straight):
     before = {path: path.read_bytes() for path in finetune.output.rglob("*") if path.is_file()}
     done = finetune(**SAVING)
     assert done.code == 2
-    assert "holds checkpoint-3 of an earlier run; go on from it with --resume" in done.complaint
+    assert "holds checkpoint-3 of an earlier run; continue it with --resume" in done.complaint
     after = {path: path.read_bytes() for path in finetune.output.rglob("*") if path.is_file()}
     assert after == before
     finetune.good("--overwrite_output_dir", **{**SAVING, "save_strategy": "no"})

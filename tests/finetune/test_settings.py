@@ -121,14 +121,14 @@ def test_a_file_where_the_output_folder_should_be(good, tmp_path):
     taken = tmp_path / "taken"
     taken.write_text("mine")
     for folder in (taken, taken / "deeper" / "still"):
-        with pytest.raises(SettingsError, match=r"can't be a folder, as .*taken is a file"):
+        with pytest.raises(SettingsError, match=r"can't be a folder, because .*taken is a file"):
             good.changed(output_dir=folder).check()
     assert taken.read_text() == "mine"
 
 
 def test_an_output_folder_without_the_right_to_write(good, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(SettingsError, match="can't be written: no right to"):
+    with pytest.raises(SettingsError, match="can't be written: no permission for"):
         good.check()
 
 
