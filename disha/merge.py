@@ -254,7 +254,7 @@ def _quantised_problem(
     weight: AdaptedWeight, quantisation: Quantisation, dense: bool
 ) -> str | None:
     """Return why nothing can be merged into a quantised weight and what to do, or None."""
-    unmerged = "leave its adapters unmerged; they act as they are"
+    unmerged = "leave its adapters unmerged, where they act just as well"
     if quantisation.read is None:
         return f"and can't be read as numbers; {unmerged}"
     if quantisation is ROUNDED:

@@ -508,7 +508,7 @@ class TestBitsandbytes:
         inject(layer, "bone")
         perturb(layer)
         before = snapshot(layer)
-        with pytest.raises(MergeError, match="does not compute the same"):
+        with pytest.raises(MergeError, match="would not compute the same"):
             disha.merge_adapters(layer, dense=True)
         assert_unchanged(layer, before)
 
@@ -998,7 +998,7 @@ def test_a_base_that_is_decompressed_later_stays_adapted():
     disha.set_active_adapters(model, "b")
     delta = bone_delta(x, model[0].disha["b"].block, OUT)
     close(model(x), before + delta)
-    with pytest.raises(MergeError, match="does not compute the same"):
+    with pytest.raises(MergeError, match="would not compute the same"):
         disha.merge_adapters(model, dense=True)
     assert type(disha.remove_adapters(model)[0]) is nn.Linear
 
