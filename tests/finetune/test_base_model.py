@@ -200,7 +200,7 @@ def test_a_dry_run_shows_its_layers(made, finetune):
         ("failing", {}, "OSError: no weights here"),
         ("with_an_argument", {}, "called without arguments, failed"),
         ("with_an_unusable_tokenizer", {}, "a tokenizer of class str can't be used"),
-        ("without_layers", {"rows": CLASSES}, "selects no layer that can be adapted"),
+        ("without_layers", {"rows": CLASSES}, "does not select the model itself"),
         ("gpt2", {"packing": True}, "--packing needs a model that keeps the texts"),
         ("gpt2", {"max_seq_length": 200}, "--max_seq_length must be at most 128"),
         ("gpt2", {"bits": "4"}, "--bits 4"),
