@@ -139,9 +139,9 @@ class ConversionError(DishaError, ValueError):
         Traceback (most recent call last):
         ...
         disha.errors.ConversionError: PEFT's LoRA would not compute what this adapter does, so
-        nothing was written; leave these layers out (`exclude`), or use the merged model
-        (merge_adapters):
+        nothing was written:
         0: its convolution has groups=2, and PEFT's LoRA can't merge these
+        Leave these layers out (`exclude`), or use the merged model (merge_adapters)
     """
 
 
