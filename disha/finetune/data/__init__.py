@@ -3,15 +3,15 @@
 From bottom to top:
 
 - `rows`: rows, and sequences of rows, in memory or on disk
-- `stamp`: reading files that must not change meanwhile
+- `stamp`: reads files, and notices if one changes during a run
 - `text_files`, `parquet`, `files`: data files of every format as rows
 - `splits`: the notation for splits, and which files belong to which
-- `order`: the order of rows, which the seed decides
-- `dataset`: from the settings to rows, and rows held out to measure on
-- `docstrings`: the rows of the demo, made from the machine's own standard library
-- `examples`: a row as token ids, and which of them are learned
-- `encoding`: rows to examples
-- `batches`: examples side by side, or packed into rows
+- `order`: the order of rows, set by the seed
+- `dataset`: finds the training rows and the held-out rows that the settings ask for
+- `docstrings`: the demo's rows, made from the installed Python standard library
+- `examples`: a row as token ids, and which of them count in the loss
+- `encoding`: turns rows into examples
+- `batches`: puts examples into batches, padded or packed
 - `sources`: the batches of every epoch, from memory and from disk
 - `tensors`: rows of numbers and their batches, for models that take no text
 """

@@ -1,4 +1,4 @@
-"""Examples side by side, as models take them."""
+"""Puts examples into batches, padded or packed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 T = TypeVar("T")
 
 TextRow: TypeAlias = Sequence[Example]
-"""What stands in one row of a batch: one text, or several where texts are packed."""
+"""The examples in one row of a batch: one, or several if they are packed."""
 
 
 class Batch(Protocol):
@@ -33,7 +33,7 @@ class Batch(Protocol):
 
     @property
     def size(self) -> int:
-        """How much work the batch is: tokens without padding, or samples."""
+        """The number of tokens without padding, or the number of samples."""
 
     @property
     def weight(self) -> int:
@@ -44,13 +44,13 @@ class Batch(Protocol):
 
 
 class BatchSource(Protocol[T]):
-    """The batches of every epoch. What is in which batch depends on seed and epoch alone."""
+    """The batches of every epoch. Only the seed and the epoch decide what is in a batch."""
 
     def batches(self, epoch: int) -> Iterator[Sequence[T]]:
-        """Yield the batches of an epoch, counted from 1, not yet collated."""
+        """Yield the batches of an epoch before they are collated. Epochs count from 1."""
 
     def batches_per_epoch(self) -> int | None:
-        """How many batches an epoch has; None where only reading all rows would tell."""
+        """How many batches an epoch has; None if all rows must be read to know."""
 
     def weight(self, batch: Sequence[T]) -> int:
         """How many terms the loss of a batch has."""
@@ -66,8 +66,8 @@ class TokenBatch:
     Args:
         tokens: (batch, time) token ids; padding is 0.
         labels: (batch, time) the token that should follow each one, or `IGNORED`.
-        positions: (batch, time) the place of each token in its own text, which begins at 0, where
-            several texts are packed into a row; None where every row is one text.
+        positions: (batch, time) the place of each token in its own text, from 0; None if every row
+            holds one text.
         size: how many of `tokens` are not padding.
         weight: how many of `labels` count in the loss.
     """
@@ -87,11 +87,11 @@ class TokenBatch:
 
 
 def collate(rows: Sequence[TextRow], *, positions: bool = False) -> TokenBatch:
-    """Put rows side by side; labels are the tokens moved one place ahead.
+    """Put rows into one batch. The label of each token is the token after it.
 
     Args:
-        rows: of one text each, or of several.
-        positions: whether to tell where each text begins; needed for rows of several.
+        rows: each holds one example or several.
+        positions: whether to add the place of each token in its text; packed rows need it.
     """
     time = max(sum(len(example.tokens) - 1 for example in row) for row in rows)
     tokens = torch.zeros(len(rows), time, dtype=torch.int64)
@@ -106,7 +106,7 @@ def collate(rows: Sequence[TextRow], *, positions: bool = False) -> TokenBatch:
             for first, end in example.learned:
                 labels[number, start + first - 1 : start + end - 1] = ids[first:end]
             start += length
-        places[number, start:] = torch.arange(time - start)  # padding is a text of its own
+        places[number, start:] = torch.arange(time - start)  # padding counts as a separate text
     return TokenBatch(
         tokens,
         labels,
@@ -117,7 +117,7 @@ def collate(rows: Sequence[TextRow], *, positions: bool = False) -> TokenBatch:
 
 
 def batch_by_length(examples: Sequence[Example], size: int) -> Iterator[TokenBatch]:
-    """Batches of `size`, longest first, so that little is padding and memory peaks at once."""
+    """Yield batches of `size`, longest first, for little padding and an early memory peak."""
     ordered = sorted(examples, key=lambda example: len(example.tokens), reverse=True)
     for start in range(0, len(ordered), size):
         yield collate([[example] for example in ordered[start : start + size]])
@@ -126,7 +126,7 @@ def batch_by_length(examples: Sequence[Example], size: int) -> Iterator[TokenBat
 def packed(examples: Sequence[Example], capacity: int) -> list[TextRow]:
     """Put examples into rows of at most `capacity` tokens to predict from.
 
-    An example needs one place less than it has tokens, as nothing is predicted from its last token.
+    An example of n tokens takes n - 1 places, because its last token predicts nothing.
     """
     boxes = first_fit([len(example.tokens) - 1 for example in examples], capacity)
     return [tuple(examples[index] for index in box) for box in boxes]
@@ -135,11 +135,11 @@ def packed(examples: Sequence[Example], capacity: int) -> list[TextRow]:
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put things into few boxes: the longest first, each into the first box with room for it.
 
-    That is never more than 11/9 of the fewest boxes possible, plus one.
+    If m boxes are the fewest possible, this uses at most 11/9 m + 1.
 
     Args:
-        lengths: of the things, each at most `capacity`.
-        capacity: of a box.
+        lengths: the length of each thing, at most `capacity`.
+        capacity: the total length that fits in a box.
 
     Returns:
         The numbers of the things in each box.

@@ -1,4 +1,4 @@
-"""From the settings to the rows to train on and those to measure on."""
+"""Finds the training rows and the held-out rows that the settings ask for."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def read_dataset(settings: DataSettings, seed: int) -> Dataset:
 
     Args:
         settings: where rows are, which of them to use, and how many to hold out.
-        seed: decides which rows are held out, where a part of them is.
+        seed: decides which rows are held out, if a fraction of them is.
 
     Raises:
-        DataError: a file can't be read, a split is unknown or has no rows.
+        DataError: a file can't be read, or a split is unknown or has no rows.
         MissingPackageError: a package for a file's format is not installed.
     """
     training = open_rows(settings.data, settings.dataset_split, streaming=settings.streaming)
@@ -41,7 +41,7 @@ def open_rows(path: Path, split: str | None, *, streaming: bool) -> Rows:
 
     Args:
         path: the file or folder.
-        split: which rows, as in ``train[:1000]``; None takes the only split there is.
+        split: which rows, as in ``train[:1000]``; None takes the only split.
         streaming: leave rows on disk until they are asked for.
 
     Raises:
@@ -64,7 +64,7 @@ def open_rows(path: Path, split: str | None, *, streaming: bool) -> Rows:
         count = numbers[name].stop
     chosen = [part.of(numbers[name]) for name, part in zip(names, parts, strict=True)]
     rows = Rows(list(chain.from_iterable(opened.values())))
-    # A range of rows takes no memory, several take 8 bytes a row.
+    # One range of rows takes no memory; several take 8 bytes a row.
     selected = Rows(rows.files, chosen[0]) if len(chosen) == 1 else rows.select(chain(*chosen))
     if not len(selected):
         found = ", ".join(f"{name!r} has {len(its)} rows" for name, its in numbers.items())
@@ -76,13 +76,13 @@ def split_held_out(rows: Rows, fraction: float, seed: int) -> Dataset:
     """Set a random part of the rows aside. Both parts keep their order, and no row is read.
 
     Args:
-        rows: all of them.
+        rows: the rows to divide.
         fraction: how much to hold out, from 0 up to but not including 1; rounded to whole rows,
-            at least one unless 0.
+            at least one row, unless it is 0.
         seed: decides which rows.
 
     Raises:
-        DataError: nothing would be left to train on.
+        DataError: no row would be left to train on.
     """
     if fraction == 0:
         return Dataset(rows, rows[:0])

@@ -1,7 +1,7 @@
-"""The demo's data: functions of the Python standard library and what their docstrings say.
+"""The demo's data: functions of the Python standard library and their docstrings.
 
-They are made at run time from the library on the machine, so nothing is downloaded. A row's `query`
-is a function's source without its docstring, and its `response` is the first paragraph of that
+The rows are made at run time from the installed library, so nothing is downloaded. A row's `query`
+is a function's source without its docstring. Its `response` is the first paragraph of the
 docstring.
 """
 
@@ -32,7 +32,7 @@ LONGEST_SOURCE = 4000
 
 
 class Pair(NamedTuple):
-    """A function's source and what its docstring says."""
+    """A function's source without its docstring, and the docstring's first paragraph."""
 
     query: str
     response: str
@@ -44,13 +44,13 @@ Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 def docstring_pairs(
     library: Path | None = None, *, most: int = MOST_PAIRS, held_out: int = HELD_OUT
 ) -> Dataset:
-    """Pairs from the Python files under `library`, in an order that depends on their text only.
+    """Return pairs from the Python files under `library`. Their text alone decides their order.
 
-    No source and no docstring of a held-out pair is in a training pair.
+    No training pair has the source or the docstring of a held-out pair.
 
     Args:
         library: a folder of Python files; this machine's standard library if not given.
-        most: most pairs, held-out pairs included.
+        most: the largest number of pairs, held-out pairs included.
         held_out: how many of them to hold out.
 
     Raises:
@@ -82,7 +82,7 @@ def _pairs_in(path: Path) -> Iterator[Pair]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return
-    lines = source.split("\n")  # as the parser counts lines: a form feed ends none
+    lines = source.split("\n")  # like the parser, which ends no line at a form feed
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and len(node.body) > 1:
             pair = Pair(_source_without_docstring(node, lines), _first_paragraph(node))
@@ -111,7 +111,7 @@ def _is_useful(pair: Pair) -> bool:
 
 
 def _distinct(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """Leave out pairs whose source or docstring came before, as the library repeats itself."""
+    """Leave out pairs that repeat the source or the docstring of an earlier pair."""
     sources: set[str] = set()
     docstrings: set[str] = set()
     for pair in pairs:
@@ -123,5 +123,5 @@ def _distinct(pairs: Iterable[Pair]) -> Iterator[Pair]:
 
 
 def _order(pair: Pair) -> bytes:
-    # A digest mixes modules evenly, and every Python version puts a function in the same place.
+    # A digest mixes modules evenly, and gives the same order in every Python version.
     return hashlib.sha256(f"{pair.query}\0{pair.response}".encode()).digest()

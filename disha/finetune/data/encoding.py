@@ -1,10 +1,10 @@
-"""Rows to examples.
+"""Turns rows into examples.
 
-What is learned depends on the fields of a row:
+The fields of a row decide which tokens count in the loss:
 
-- two fields: the response and an end token after it, following a template with the query in it
+- two fields: the response and an end token, which follow a template that holds the query
 - one field of text: all of it
-- one field of chat messages: what the assistant says
+- one field of chat messages: the assistant's messages
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MOST_COMPLAINTS = 5
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a row.
+    """The result of encoding a row.
 
     Args:
         example: the row as token ids; None if it can't be used.
         is_cut: whether a part of it was cut off to fit.
-        complaint: what is wrong with it; None also if it is merely too long.
+        complaint: what is wrong with it; None if it is good, or only too long.
     """
 
     example: Example | None = None
@@ -64,7 +64,7 @@ class Tally:
 
     @property
     def remarks(self) -> str:
-        """What to say of rows that were not used as they are; often nothing."""
+        """A remark about rows that were cut or left out; empty if there are none."""
         remarks = [
             f"; {count:,} {what}"
             for count, what in (
@@ -96,10 +96,10 @@ class Tally:
         self.complaints.clear()
 
     def require_used(self, max_length: int) -> None:
-        """Check that there were no rows, or that some could be used.
+        """Check that some rows could be used, if there were any.
 
         Raises:
-            DataError: none of them could.
+            DataError: there were rows, but none could be used.
         """
         if self.used or not self.rows:
             return
@@ -116,18 +116,18 @@ class Tally:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns a row into token ids. It keeps no count, so that copies can work side by side.
+    """Turns a row into token ids. It counts nothing, so copies of it can work in parallel.
 
-    Of a row that is too long, the end of the query is cut off; a response is never cut, and a row
-    whose response leaves no room for a query is left out. A text that is too long loses its end. A
-    chat that is too long is left out.
+    If a row is too long, the end of its query is cut off. A response is never cut: if it leaves no
+    room for a query, the row is left out. A text that is too long loses its end. A chat that is too
+    long is left out.
 
     Args:
         tokenizer: of the model.
-        fields: the query's and the response's; or one, of a text or of chat messages.
+        fields: the names of the query and response fields, or of one text or chat field.
         max_length: most tokens per row.
-        template: what surrounds a query; needed for two fields.
-        skip_bad_rows: whether a bad row is only complained about and not raised.
+        template: the text around a query; needed for two fields.
+        skip_bad_rows: whether to leave bad rows out instead of raising an error.
     """
 
     tokenizer: Tokenizer
@@ -147,7 +147,7 @@ class Encoder:
         return outcome.example
 
     def outcome(self, row: Row) -> Outcome:
-        """Return what becomes of a row; what is wrong with it is a complaint, and not raised."""
+        """Encode a row. If something is wrong with it, return a complaint instead of raising."""
         try:
             if len(self.fields) == 2:
                 return self._pair(row)
@@ -158,10 +158,10 @@ class Encoder:
             return Outcome(complaint=str(error))
 
     def require_allowed(self, outcome: Outcome) -> None:
-        """Check that the row is good, or bad rows may be skipped.
+        """Check that the row is good, or that bad rows may be skipped.
 
         Raises:
-            BadRowError: neither.
+            BadRowError: the row is bad, and `skip_bad_rows` is False.
         """
         if outcome.complaint is not None and not self.skip_bad_rows:
             raise BadRowError(outcome.complaint)
@@ -220,11 +220,11 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> tuple[StoredExamples, 
     """Turn rows into token ids.
 
     Args:
-        rows: any number of them, also none.
-        encoder: says how.
+        rows: any number of rows, or none.
+        encoder: turns each row into token ids.
 
     Returns:
-        The rows that can be used, in their order; and how many could not, and why.
+        The usable rows, in order, and a tally of all rows.
 
     Raises:
         BadRowError: something is wrong with a row, and `encoder.skip_bad_rows` is False.

@@ -1,4 +1,4 @@
-"""Rows as token ids, kept in little memory."""
+"""Rows as token ids, stored compactly."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Example:
     """One row as token ids.
 
     Args:
-        tokens: all of them.
+        tokens: all token ids of the row.
         learned: the spans of tokens, as (first, end), that count in the loss. The first token is in
-            no span, as nothing comes before it.
+            no span, because nothing comes before it.
     """
 
     tokens: tuple[int, ...]
@@ -30,7 +30,7 @@ class Example:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """The tokens before those that are learned."""
+        """The tokens before the first learned one."""
         return self.tokens[: self.learned[0][0]]
 
     @property
@@ -43,7 +43,7 @@ class StoredExamples(Sequence[Example]):
     """Examples in arrays, which take 4 bytes a token; a tuple of numbers takes about 30.
 
     Args:
-        examples: those to begin with.
+        examples: the first examples.
     """
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
@@ -79,7 +79,7 @@ class StoredExamples(Sequence[Example]):
 
 
 class _Pieces:
-    """Numbers of many sequences, one after another."""
+    """Many sequences of numbers in one array."""
 
     def __init__(self) -> None:
         self.numbers, self.ends = array("i"), array("q")

@@ -1,12 +1,12 @@
-"""Data files of every format as rows. The name of a file says its format.
+"""Reads data files as rows. The ending of a file's name gives its format.
 
     .jsonl .ndjson    a JSON object per line
-    .json             a list of JSON objects, alone or as the one list in an object
+    .json             a list of JSON objects, or an object that holds one such list
     .csv .tsv         records; the first one names the fields
     .parquet          a table
     .txt              a text per line, in the field `text`
 
-All but Parquet may also be packed with gzip, as in rows.jsonl.gz.
+All formats but Parquet may also be packed with gzip, as in rows.jsonl.gz.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PARQUET, PACKED = ".parquet", ".gz"
 
 
 def file_format(path: Path) -> str | None:
-    """The ending of a file's name that says its format, or None."""
+    """Return the ending of a file's name that gives its format, or None."""
     packed = path.suffix.lower() == PACKED
     suffix = (Path(path.stem) if packed else path).suffix.lower()
     return suffix if suffix in READERS or (suffix == PARQUET and not packed) else None
@@ -53,7 +53,7 @@ def read_file(path: Path, *, streaming: bool = False) -> RowFile:
         streaming: leave rows on disk until they are asked for.
 
     Raises:
-        DataError: the file can't be read, or not in that way. A single row that can't be read
+        DataError: the file can't be read, or can't be streamed. A single row that can't be read
             raises only when its fields are asked for.
         MissingPackageError: a package for this format is not installed.
     """

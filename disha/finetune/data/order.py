@@ -1,8 +1,8 @@
-"""The order of rows, which a seed decides.
+"""The order of rows, set by a seed.
 
-Rows of Parquet files can only be read in groups. Some groups at a time, as many as stay in memory,
-are mixed with each other; the groups come in random order. All other rows, and the rows of a few
-groups, are mixed without such bounds.
+Rows of Parquet files can only be read in groups. If their groups don't all fit in memory, they come
+in random order, and only groups that fit in memory together are mixed with each other. In any other
+case, all rows are mixed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["permutation", "reading_order"]
 CHUNK = 65536
 
 MOST_BYTES_MIXED = 64 * 2**20
-"""How much is mixed at a time; less than what is kept, as groups take more room in memory."""
+"""How many bytes are mixed at a time; fewer than are kept, as groups take more in memory."""
 
 
 def permutation(count: int, seed: int) -> array[int]:
-    """The numbers below `count` in an order that `seed` decides; 8 bytes each."""
+    """Return the numbers below `count` in a random order, set by `seed`; 8 bytes each."""
     generator = torch.Generator().manual_seed(seed)
     order = array("q")
     for chunk in torch.split(torch.randperm(count, generator=generator), CHUNK):
@@ -33,7 +33,7 @@ def permutation(count: int, seed: int) -> array[int]:
 
 
 def reading_order(rows: Rows, seed: int) -> array[int]:
-    """The numbers of rows in an order that `seed` decides and that reads every group once."""
+    """Return the numbers of rows in a random order, set by `seed`, that reads each group once."""
     if not any(isinstance(file, ParquetRows) for file in rows.files):
         return permutation(len(rows), seed)
     groups = _rows_by_group(rows)
@@ -49,7 +49,7 @@ def reading_order(rows: Rows, seed: int) -> array[int]:
 
 
 def _rows_by_group(rows: Rows) -> Mapping[Group | None, array[int]]:
-    """The rows of each group; under None, those that can be read alone."""
+    """Return the rows of each group; None stands for rows that can be read alone."""
     groups: dict[Group | None, array[int]] = {}
     for index in range(len(rows)):
         file, number = rows.find(index)

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, read by groups of rows."""
+"""Reads rows of Parquet files, one group of rows at a time."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from disha.finetune.errors import DataError
 __all__ = ["Group", "ParquetRows"]
 
 MOST_BYTES_KEPT = 256 * 2**20
-"""How much of the groups that were read last stays in memory, of all files together."""
+"""The most bytes of recently read groups that stay in memory, over all files."""
 
 
 class Group(NamedTuple):
-    """Rows that can only be read together, so that they are best used soon after each other.
+    """Rows that can only be read together, so it is best to use them close together.
 
     Attributes:
         path: the file.
-        stamp: of the file when it was opened.
-        number: of the group in its file.
-        size: in bytes, about.
+        stamp: the file's stamp when it was opened.
+        number: the group's number in the file, from 0.
+        size: about how many bytes it has.
     """
 
     path: Path
@@ -82,7 +82,7 @@ class ParquetRows:
 
 
 def _table(group: Group) -> Any:
-    """Return the rows of a group, which are read unless they are kept."""
+    """Return the rows of a group, from memory or else from the file."""
     if group not in _kept:
         group.stamp.require_unchanged(group.path)
         with _opened(group.path) as file:
@@ -105,7 +105,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _value(scalar: Any) -> Any:
-    """A value as Python has it; what Python lacks, such as nanoseconds, stays pyarrow's."""
+    """Return a Python value, or pyarrow's own if Python has none, as for nanoseconds."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError:

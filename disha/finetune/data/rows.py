@@ -23,9 +23,9 @@ class Row:
     """One row of data.
 
     Args:
-        fields: its values by the fields' names.
+        fields: its values by field name.
         place: where it is from, as in "rows.jsonl, line 7"; for messages.
-        complaint: why it can't be read, if it can't.
+        complaint: why it can't be read; None if it can.
     """
 
     fields: Mapping[str, Any]
@@ -52,20 +52,20 @@ class Row:
         """Return the value of a field, which must be text.
 
         Raises:
-            BadRowError: it is not, or there is no such field.
+            BadRowError: the value is not text, or there is no such field.
         """
         return checked_text(self[name], f"{self.place}: field {name!r}")
 
 
 def checked_text(value: object, what: str) -> str:
-    """Return `value`, which must be text that can be written as UTF-8.
+    """Return `value` if it is text that can be written as UTF-8.
 
     Args:
         value: anything.
-        what: what it is called in messages.
+        what: its name in messages.
 
     Raises:
-        BadRowError: it is something else.
+        BadRowError: it is not such text.
     """
     if not isinstance(value, str):
         raise BadRowError(f"{what} must be text, found {type(value).__name__} {value!r:.60}")
@@ -93,7 +93,7 @@ class Rows(Sequence[Row]):
     """Rows of one or several files. Slicing and selecting read and copy no row.
 
     Args:
-        files: their rows follow each other.
+        files: the files, in order.
         numbers: which rows, counted through all files; all rows if not given.
     """
 
@@ -124,7 +124,7 @@ class Rows(Sequence[Row]):
         return self.files[place], number - (self._ends[place] - len(self.files[place]))
 
     def select(self, indices: Iterable[int]) -> Rows:
-        """Return the rows of these numbers, in their order."""
+        """Return the rows with these numbers, in the given order."""
         return Rows(self.files, array("q", (self.numbers[index] for index in indices)))
 
 

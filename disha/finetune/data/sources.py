@@ -1,8 +1,8 @@
-"""The batches of every epoch, in an order that the seed decides.
+"""The batches of every epoch, in an order set by the seed.
 
-Examples come from memory, or from rows on disk that are read and encoded when their turn comes,
-here or in worker processes; the number of workers changes no batch. To resume in the middle of an
-epoch, the rows before are encoded again, as only that tells which batches they made.
+Examples come from memory, or from rows on disk. Rows on disk are read and encoded when they are
+needed, here or in worker processes. The number of workers changes no batch. To resume in the middle
+of an epoch, the earlier rows are encoded again to find out which batches they made.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ ENCODED_TOGETHER = 64
 
 @dataclass(frozen=True)
 class TextBatches:
-    """Batches of examples, which are shuffled anew in every epoch.
+    """Batches of examples, shuffled again in every epoch.
 
     Without packing, examples are sorted by length within windows of a few batches, so that examples
-    of like length share a batch and little is padding; then the batches of a window are shuffled.
-    With packing, examples that follow each other in the shuffled order share rows, some hundreds at
-    a time. So what shares a row changes from epoch to epoch, and the number of rows a little.
+    of similar length share a batch with little padding. Then the batches of a window are shuffled.
+    With packing, examples that are close together in the shuffled order share rows. So the contents
+    of rows change from epoch to epoch, and the number of rows changes a little.
 
     Args:
         examples: in memory or streamed.
         size: rows per batch; the last batch may be smaller.
         seed: decides the order.
-        row_length: pack examples into rows of at most so many tokens; every example has at most one
+        row_length: pack examples into rows of at most this many tokens; an example may have one
             token more. None gives each example a row of its own.
     """
 
@@ -67,7 +67,7 @@ class TextBatches:
         """Yield the batches of an epoch, counted from 1.
 
         Raises:
-            DataError: a streamed row can't be read or used, or none can.
+            DataError: a streamed row can't be read or used, or no row can.
         """
         seed = self.seed + epoch
         examples = self.examples.shuffled(seed)
@@ -76,7 +76,7 @@ class TextBatches:
         return _packed_batches(examples, self.row_length, self.size, seed)
 
     def batches_per_epoch(self) -> int | None:
-        """How many batches an epoch has; None if only encoding every row would tell.
+        """How many batches an epoch has; None if every row must be encoded to know.
 
         With packing, later epochs may have a few batches more or less than this. With streaming,
         an epoch has fewer if a row can't be used.
@@ -134,13 +134,13 @@ def _windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 @dataclass(frozen=True)
 class StreamedExamples:
-    """Rows on disk, which are read and encoded when their turn comes.
+    """Rows on disk, which are read and encoded when they are needed.
 
-    Their order is that of examples in memory if every row can be used and can be read alone (see
-    `reading_order`). Only the rows of a few batches are in memory at a time.
+    They come in the same order as examples in memory, if every row can be used and can be read
+    alone (see `reading_order`). Only the rows of a few batches are in memory at a time.
 
     Args:
-        rows: all of them.
+        rows: the rows to read.
         encoder: turns a row into an example.
         workers: how many processes encode rows ahead; with 0, this process encodes them.
         tally: how many rows were used, cut or left out in the latest epoch.
@@ -159,7 +159,7 @@ class StreamedExamples:
         """Yield the examples in an order that `seed` decides.
 
         Raises:
-            DataError: a row can't be read or used, or none can.
+            DataError: a row can't be read or used, or no row can.
         """
         self.tally.clear()
         for outcome in _outcomes(self.rows, self.encoder, seed, self.workers):
@@ -178,7 +178,7 @@ def _outcomes(rows: Rows, encoder: Encoder, seed: int, workers: int) -> Iterator
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=_leave_stopping_to_training,
-        # Without its own generator, it would take a number from training's random state.
+        # Without its own generator, the loader would draw from training's random state.
         generator=torch.Generator(),
     )
     try:
@@ -197,7 +197,7 @@ def _outcomes(rows: Rows, encoder: Encoder, seed: int, workers: int) -> Iterator
 
 @dataclass(frozen=True)
 class _Pieces:
-    """The numbers of rows, some at a time."""
+    """The numbers of rows, a few at a time."""
 
     order: array[int]
 
@@ -211,10 +211,10 @@ class _Pieces:
 
 @dataclass(frozen=True)
 class _EncodedRows(Dataset[Sequence[Outcome] | DishaError]):
-    """What becomes of rows, by their numbers.
+    """The outcomes of rows, by the numbers of the rows.
 
-    An error is returned, not raised: an exception that is raised in another process loses its
-    message on the way here.
+    An error is returned, not raised, because an exception from another process loses its message on
+    the way here.
     """
 
     rows: Rows

@@ -1,17 +1,17 @@
-"""Which rows of a data set are meant: the notation for splits, and the files of each split.
+"""Reads the notation for splits, and finds the files of each split.
 
     train                       all rows of the split "train"
-    train[:100000]              its first 100000
-    train[10:20], train[-5%:]   from here to there, in rows or in percent
-    train[:10%]+train[90%:]     several, one after another
+    train[:100000]              its first 100000 rows
+    train[10:20], train[-5%:]   a range, in rows or in percent
+    train[:10%]+train[90%:]     several ranges, one after another
 
-Percentages are rounded to the nearest row, and halves to the even one, as upstream's data library
-does. So `train[:k%]` and `train[k%:]` share no row and leave none out.
+Percentages are rounded to the nearest row, and halves to the even row, as in upstream's data
+library. So `train[:k%]` and `train[k%:]` share no row and leave none out.
 
-In a folder, a file belongs to the split that its name begins with, or else the name of a folder
-around it: `train-part1.jsonl`, `test.csv`, `validation/rows.parquet`. Numbered parts of a data set
-belong to the split before their number, whatever its name: `extra-00000-of-00002.parquet`. All
-other files belong to `train`.
+In a folder, a file's name begins with the name of its split, or else the name of a folder around it
+does: `train-part1.jsonl`, `test.csv`, `validation/rows.parquet`. The name of a numbered part begins
+with its split, which may have any name: `extra-00000-of-00002.parquet`. All other files belong to
+`train`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class SplitPart:
     """Rows of one split.
 
     Args:
-        name: the split's.
-        start: the first row, as written: rows or percent, maybe with a minus; empty: from the
+        name: the name of the split.
+        start: the first row as written, in rows or percent, maybe with a minus; empty means the
             beginning.
-        end: the row after the last one, as written; empty: to the end.
+        end: the row after the last one, as written; empty means the end.
     """
 
     name: str
@@ -58,17 +58,17 @@ class SplitPart:
     end: str
 
     def of(self, rows: range) -> range:
-        """The rows that are meant, of all rows of the split."""
+        """Return this part of all the rows of the split."""
         start = _row(self.start, len(rows)) if self.start else 0
         end = _row(self.end, len(rows)) if self.end else len(rows)
         return rows[start : max(start, end)]
 
 
 def parse_split(text: str) -> list[SplitPart]:
-    """Read the notation.
+    """Read a split, such as ``train[:100]+test``.
 
     Raises:
-        DataError: it is something else; the message shows what is allowed.
+        DataError: the text is not a split; the message shows what is allowed.
     """
     parts = []
     for part in text.split("+"):
@@ -85,7 +85,7 @@ def parse_split(text: str) -> list[SplitPart]:
 
 
 def split_name(name: str) -> str:
-    """The usual name of a split, as validation for dev."""
+    """Return the usual name of a split, such as validation for dev."""
     return NAMES.get(name.lower(), name)
 
 
@@ -93,10 +93,10 @@ def find_files(path: Path) -> Mapping[str, Sequence[Path]]:
     """Return the data files at a path, by split.
 
     Args:
-        path: a folder; or a file, which is the split `train` and also the one that its name says.
+        path: a folder or a file. A file is the split `train`, and also the split in its name.
 
     Raises:
-        DataError: there is nothing, or no data file in it.
+        DataError: the path does not exist, or holds no data file.
     """
     if path.is_file():
         return {name: [path] for name in ("train", _split_of(path.name)) if name}
@@ -126,7 +126,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _row(written: str, count: int) -> int:
-    """The number of the row where a slice of `count` rows begins or ends."""
+    """Return the row, among `count` rows, where a slice begins or ends."""
     match = BOUND.fullmatch(written)
     assert match is not None
     if match["rows"] is None:

@@ -1,4 +1,4 @@
-"""Reading data files that must not change meanwhile."""
+"""Reads data files, and notices if one changes during a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Stamp", "reading"]
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the system says against reading a file into `DataError`."""
+    """Turn the system's errors about reading a file into `DataError`."""
     try:
         yield
     except FileNotFoundError as error:
@@ -25,23 +25,23 @@ def reading(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stamp:
-    """Size in bytes and time of change in nanoseconds, which tell that a file was changed."""
+    """A file's size in bytes and time of change in nanoseconds, which show whether it changed."""
 
     size: int
     modified: int
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
-        """The stamp of a file as it is now."""
+        """Return the current stamp of a file."""
         with reading(path):
             status = path.stat()
         return cls(status.st_size, status.st_mtime_ns)
 
     def require_unchanged(self, path: Path) -> None:
-        """Check that the file is still as it was.
+        """Check that the file has not changed.
 
         Raises:
-            DataError: it is not.
+            DataError: it has.
         """
         now = Stamp.of(path)
         if now != self:

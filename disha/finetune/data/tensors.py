@@ -21,14 +21,14 @@ __all__ = ["Samples", "TensorBatch", "TensorRows", "read_samples"]
 
 @dataclass(frozen=True)
 class TensorBatch:
-    """Samples side by side.
+    """A batch of samples.
 
     Args:
         inputs: (batch, ...) float32.
         targets: (batch,) classes, int64; or (batch, ...) numbers to predict, float32.
         size: how many samples there are.
         weight: how many terms the summed loss has: one for each class or number.
-        classes: how many classes a model must have at least; 0 where targets are numbers.
+        classes: the fewest classes that the model must have; 0 if targets are numbers.
     """
 
     inputs: Tensor
@@ -65,20 +65,20 @@ class Samples:
         return self.targets.dtype == torch.int64
 
     def batch(self, indices: Sequence[int]) -> TensorBatch:
-        """Return the samples of these numbers side by side."""
+        """Return a batch of the samples with these numbers."""
         chosen = torch.tensor(list(indices))
         targets = self.targets[chosen]
-        # Found here, on the CPU, where it makes no GPU wait.
+        # Counted here, on the CPU, so that no GPU has to wait.
         classes = int(targets.max()) + 1 if self.are_classes else 0
         return TensorBatch(self.inputs[chosen], targets, len(chosen), targets.numel(), classes)
 
 
 @dataclass(frozen=True)
 class TensorRows:
-    """Samples in memory, shuffled anew in every epoch.
+    """Samples in memory, shuffled again in every epoch.
 
     Args:
-        samples: all of them.
+        samples: the samples to train on.
         size: samples per batch; the last may be smaller.
         seed: decides the order.
     """
@@ -114,14 +114,14 @@ def read_samples(
 ) -> Samples:
     """Turn rows into tensors.
 
-    A field holds a number or a list of numbers, nested to any depth, as JSON or as text that spells
-    it. Targets are classes if every row has a whole number, written without a decimal point.
+    A field holds a number, or a list of numbers nested to any depth. It may also be that as JSON
+    text. Targets are classes if every row has a whole number, written without a decimal point.
 
     Args:
-        rows: at least one.
-        fields: the input's and the target's.
+        rows: one or more rows.
+        fields: the names of the input field and the target field.
         skip_bad_rows: count rows that can't be used, and leave them out.
-        like: other samples whose shapes these must have; targets are classes if theirs are.
+        like: samples that these must match, in shape and in whether targets are classes.
 
     Raises:
         BadRowError: something is wrong with a row, and `skip_bad_rows` is False.

@@ -1,9 +1,9 @@
-"""Rows of text files, which an index finds.
+"""Reads rows of text files by an index.
 
 The index says where each row begins. It is made in one pass when a file is opened, and takes 16
 bytes a row. Then any row can be read at any time, and only that row is read. A row keeps exactly
-the fields and values that it spells: readers of columns, such as pyarrow's, would give it the
-fields of all other rows, guess dates, and refuse the file for one row of another type.
+its own fields and values. Column readers, such as pyarrow's, would give it the fields of all other
+rows, guess dates, and refuse the file because of one row of another type.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from disha.finetune.errors import BadRowError, DataError
 __all__ = ["TextFile", "TextRows", "csv_rows", "json_line_rows", "json_rows", "text_line_rows"]
 
 LONGEST_FIELD = 2**31 - 1
-"""Of a CSV file; the csv module's own limit is 128 KiB, for the whole process."""
+"""For a field of a CSV file; the csv module's own limit, for the whole process, is 128 KiB."""
 
 Parse: TypeAlias = Callable[[str], Mapping[str, Any]]
 
@@ -40,7 +40,7 @@ class TextFile:
 
     Args:
         path: the file.
-        stamp: of the file when it was opened.
+        stamp: the file's stamp when it was opened.
         content: its bytes, unpacked; None leaves them on disk.
     """
 
@@ -89,8 +89,8 @@ class TextFile:
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
-        # A file is opened for each row: an open one would share its position with processes that
-        # fork, and could not be sent to others.
+        # Each row opens the file again. An open file would share its position with forked
+        # processes, and can't be sent to other processes.
         if self.content is not None:
             yield io.BytesIO(self.content)
             return
@@ -108,7 +108,7 @@ class TextRows:
 
     Args:
         file: the file.
-        parse: makes fields of a row's text; raises `BadRowError`.
+        parse: turns a row's text into fields, or raises `BadRowError`.
         starts: the place of each row's first byte.
         lines: the number of each row's first line, from 1.
     """
@@ -141,12 +141,12 @@ class TextRows:
 
 
 def json_line_rows(file: TextFile) -> TextRows:
-    """A row for every line that is not blank, a JSON object each."""
+    """Return a row for every line that is not blank; each line is a JSON object."""
     return _line_rows(file, _json_fields)
 
 
 def text_line_rows(file: TextFile) -> TextRows:
-    """A row for every line that is not blank, its text in the field `text`."""
+    """Return a row for every line that is not blank, with its text in the field `text`."""
     return _line_rows(file, _text_fields)
 
 
@@ -179,7 +179,7 @@ def _json_fields(record: str) -> Mapping[str, Any]:
 
 
 def csv_rows(file: TextFile, delimiter: str) -> TextRows:
-    """A row for every record after the first one, which names the fields.
+    """Return a row for every record after the first one, which names the fields.
 
     Raises:
         DataError: there is no first record, or it can't be used.
@@ -250,7 +250,7 @@ def _fields_of_any_length() -> Iterator[None]:
 
 
 def json_rows(file: TextFile) -> RowFile:
-    """A row for every object of a list; or for every line, if each holds an object.
+    """Return a row for every object of a list, or for every line if each holds an object.
 
     Raises:
         DataError: the file holds something else.

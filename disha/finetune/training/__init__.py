@@ -1,10 +1,10 @@
 """From batches to a trained adapter.
 
-- `objectives`: what is minimised
+- `objectives`: the losses to minimise
 - `loop`: the steps of training, and their learning rates
-- `machine`: number formats of the machine, and running out of memory
+- `machine`: number formats of the machine, and errors when its memory runs out
 - `layers`: gradient checkpointing and compilation, one layer at a time
 - `parallel`: several processes, with DDP and FSDP2
-- `checkpoints`: from which training goes on exactly
+- `checkpoints`: save training, so that it can resume exactly
 - `evaluation`: the loss on rows that are not trained on
 """

@@ -1,4 +1,4 @@
-"""Checkpoints from which training goes on exactly as if it had never stopped.
+"""Checkpoints that resume training exactly as if it had never stopped.
 
 ``output_dir/checkpoint-<step>/`` holds
 
@@ -7,10 +7,10 @@
   tensors and plain data only
 - ``manifest.json``: the SHA-256 of both
 
-A checkpoint takes its place complete, or not at all. The next save clears what a killed one has
-left. Optimiser states are gathered, so that any number of processes can go on, with any strategy.
-The files of `torch.distributed.checkpoint` would not do: their metadata is a pickle, which can run
-code.
+A checkpoint is written completely or not at all. If a save is killed, the next one removes what it
+left. Optimiser states are gathered, so any number of processes can resume, with any strategy. The
+files of `torch.distributed.checkpoint` are not used, because their metadata is a pickle, which can
+run code.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ LEFTOVER = re.compile(r"\.checkpoint-\d+\..*\.tmp")
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a checkpoint holds, with all hashes checked.
+    """The contents of a checkpoint, after its hashes were checked.
 
     Args:
         folder: the checkpoint.
         progress: how far training was.
-        settings: the caller's, which must agree.
-        history: the caller's, such as the losses so far.
+        settings: the caller's settings, which must be the same to resume.
+        history: the caller's data, such as the losses so far.
         optimizer: the optimiser's state dict, by parameter names.
         random: the random states of each process, by rank.
     """
@@ -74,13 +74,13 @@ class SavedState:
     random: tuple[Mapping[str, Any], ...]
 
     def require_agreement(self, settings: Mapping[str, str]) -> None:
-        """Check that training goes on with the settings that it began with.
+        """Check that training resumes with the settings that it began with.
 
         Args:
-            settings: those of now; a setting that follows from others comes after them.
+            settings: the current ones; a setting that depends on others comes after them.
 
         Raises:
-            SettingsError: one of them differs; the first is named.
+            SettingsError: a setting differs; the message names the first one.
         """
         for name in dict.fromkeys([*settings, *self.settings]):
             saved, given = self.settings.get(name), settings.get(name)
@@ -101,8 +101,8 @@ class Checkpoints:
 
     Args:
         folder: the run's output folder.
-        limit: how many to keep, the newest; None: all.
-        processes: those that train together.
+        limit: how many of the newest to keep; None keeps all.
+        processes: the processes that train together.
     """
 
     def __init__(
@@ -126,23 +126,23 @@ class Checkpoints:
         settings: Mapping[str, str],
         history: Mapping[str, Any],
     ) -> Path:
-        """Save a checkpoint; then, with a limit, remove those beyond it.
+        """Save a checkpoint. Then, with a limit, remove the checkpoints beyond it.
 
-        Checkpoints of later steps are removed first. They are damaged, so this run has resumed from
-        an earlier one.
+        Checkpoints of later steps are removed too. They are damaged, because this run has resumed
+        from an earlier one.
 
         Args:
-            objective: what is trained, with an adapter in its model.
-            optimizer: its optimiser.
+            objective: the objective to train, with an adapter in its model.
+            optimizer: the objective's optimiser.
             progress: how far training is.
-            settings: what must agree for training to go on.
-            history: plain data to get back, such as the losses so far.
+            settings: the settings that must be the same to resume.
+            history: plain data to get back when resuming, such as the losses so far.
 
         Returns:
             The folder of the checkpoint.
 
         Raises:
-            OutputError: it can't be written; the earlier ones are untouched.
+            OutputError: it can't be written; earlier checkpoints stay as they are.
         """
         final = self._folder / f"checkpoint-{progress.step}"
         if final == self._newest:
@@ -167,13 +167,13 @@ class Checkpoints:
         return final
 
     def newest_good(self, report: Callable[[str], None]) -> SavedState | None:
-        """Return the newest checkpoint that is not damaged; None where there are no checkpoints.
+        """Return the newest checkpoint that is not damaged, or None if there are no checkpoints.
 
         Args:
-            report: gets each one that is passed over, and why; on the main process.
+            report: called on the main process, with each skipped checkpoint and the reason.
 
         Raises:
-            SettingsError: there are some, and all are damaged.
+            SettingsError: every checkpoint is damaged.
         """
         self._newest = self._on_main(lambda: self._search(report))
         return None if self._newest is None else _read(self._newest)
@@ -181,19 +181,19 @@ class Checkpoints:
     def restore(
         self, saved: SavedState, objective: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Bring model and optimiser to what they were when `saved` was saved.
+        """Restore the model and the optimiser from `saved`.
 
-        So are the random states, if as many processes go on. Otherwise they stay as the caller has
-        set them.
+        The random states are restored too, if the number of processes is the same. Otherwise they
+        stay as the caller has set them.
 
         Args:
             saved: what `newest_good` returned.
-            objective: what is trained, distributed or not, with an adapter of the same shape.
-            optimizer: a new one, from `make_optimizer`.
+            objective: the objective to train, distributed or not; its adapter has the same shape.
+            optimizer: a new optimiser, from `make_optimizer`.
 
         Raises:
-            SettingsError: other parameters are trained now.
-            AdapterFileError: the adapter is not that of this model.
+            SettingsError: the parameters to train are not the same as before.
+            AdapterFileError: the adapter does not fit this model.
         """
         _restore_optimizer(saved, objective, optimizer)
         disha.load_adapter(undistributed(objective).model, saved.folder / ADAPTER, replace=True)
@@ -201,7 +201,7 @@ class Checkpoints:
             _restore_random_state(saved.random[self._processes.rank])
 
     def clear(self) -> None:
-        """Remove all checkpoints: they are of an earlier run, and a new one begins.
+        """Remove all checkpoints of an earlier run, before a new run begins.
 
         Raises:
             OutputError: one can't be removed.
@@ -211,7 +211,7 @@ class Checkpoints:
     # --- on the main process ---------------------------------------------------------------------
 
     def _on_main(self, action: Callable[[], T]) -> T:
-        """Do something on the main process; return the result, or raise the error, on all."""
+        """Run `action` on the main process. All processes return its result or raise its error."""
         result: Any = None
         if self._processes.is_main:
             try:
@@ -227,7 +227,7 @@ class Checkpoints:
         """Return a context manager of a folder to fill, which takes the place of `final`."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._clear_leftovers()
-        # A folder that is there is damaged, or of an earlier run.
+        # A folder that is already there is damaged, or belongs to an earlier run.
         return write_folder(final, overwrite=True)
 
     def _save_adapter(self, objective: nn.Module, path: Path) -> None:
@@ -238,7 +238,7 @@ class Checkpoints:
             self._on_main(lambda: disha.save_adapter(model, path))
 
     def _give_up(self, final: Path, error: OSError) -> None:
-        """Say why a checkpoint can't be written, and from which one training can go on."""
+        """Raise an error that says why a save failed, and where training can resume."""
         good = next((path for path in self._newest_first() if _fault(path) is None), None)
         cause = _cause(error)
         remedy = "make room" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
@@ -274,7 +274,7 @@ class Checkpoints:
             self._remove(found[:place] + found[place + self._limit :])
 
     def _remove(self, checkpoints: Iterable[Path]) -> None:
-        """Remove checkpoints. If this is killed, what is left does not count as one."""
+        """Remove checkpoints. If this is killed, the remains do not count as checkpoints."""
         self._clear_leftovers()
         for path in checkpoints:
             try:
@@ -298,8 +298,8 @@ class _DamagedError(disha.DishaError):
 
 
 def _complete(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write what belongs to a checkpoint beside its adapter."""
-    buffer = io.BytesIO()  # as torch.save hides why a file can't be written
+    """Write the state of training and the manifest beside the adapter."""
+    buffer = io.BytesIO()  # because torch.save hides why a file can't be written
     torch.save(state, buffer)
     (folder / TRAINING).write_bytes(buffer.getbuffer())
     files = {name: _digest(folder / name) for name in (ADAPTER, TRAINING)}
@@ -308,7 +308,7 @@ def _complete(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def _cause(error: OSError) -> OSError:
-    """Return what the system said, without what was made of it on the way."""
+    """Return the system's own error, which the given error may wrap."""
     while isinstance(error.__cause__, OSError):
         error = error.__cause__
     return error
@@ -397,7 +397,7 @@ def _restore_optimizer(
 
 
 def _random_state() -> dict[str, Any]:
-    """The states of this process's generators; of its own GPU only."""
+    """Return the states of this process's generators, on the CPU and on its own GPU."""
     on_gpu = torch.cuda.is_available()
     return {
         "python": random.getstate(),

@@ -26,8 +26,8 @@ class Evaluation:
     """A mean loss.
 
     Args:
-        loss: the mean, of cross-entropies in nats.
-        terms: how many terms it is the mean of, such as tokens.
+        loss: the mean; cross-entropies are in nats.
+        terms: the number of terms in the mean, such as tokens.
     """
 
     loss: float
@@ -42,11 +42,11 @@ def mean_loss(
     bf16: bool = False,
     tf32: bool = False,
 ) -> Evaluation:
-    """The mean loss over all terms of all batches, in evaluation mode.
+    """Return the mean loss over all terms of all batches, in evaluation mode.
 
     Args:
-        objective: of the model, with or without adapters, distributed or not.
-        batches: at least one. With several processes the same on each, which then share the work.
+        objective: the model's objective, with or without adapters, distributed or not.
+        batches: one or more. All processes get the same batches, and share the work.
         processes: those that take part.
         bf16: compute in bfloat16 where that is safe.
         tf32: let CUDA compute float32 products in TF32.
@@ -58,8 +58,8 @@ def mean_loss(
     was_training = inner.training
     inner.eval()
     try:
-        # Not inference mode: training could not use what a model makes in it and keeps, such as a
-        # table of positions, and sharded parameters could not be gathered.
+        # Inference mode would not do: sharded parameters could not be gathered in it, and training
+        # could not use tensors that the model keeps from it, such as a table of positions.
         with torch.no_grad(), computing_in_tf32(tf32):
             return _mean_loss(inner, batches, processes, bf16)
     finally:
@@ -74,7 +74,7 @@ def _mean_loss(
     total, terms = torch.zeros((), dtype=torch.float64, device=device), 0
     for group in _groups(batches, processes.world_size):
         is_own = processes.rank < len(group)
-        # A process without a batch of its own computes too, as sharded models compute together.
+        # A process without its own batch computes too, because sharded models compute together.
         batch = group[processes.rank] if is_own else group[0]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             loss = objective(batch.to(device))

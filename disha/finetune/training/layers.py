@@ -18,11 +18,11 @@ __all__ = ["compile_model", "enable_gradient_checkpointing", "repeated_layers"]
 
 
 OWN_WAYS = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-"""Methods of models of transformers, the newer name first; they take options of checkpointing."""
+"""Methods of transformers models, the newer name first; they take options for checkpointing."""
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that a model stacks: the layers of a decoder, the blocks of a network.
+    """Return the stacked layers of a model, such as the layers of a decoder or the blocks of a net.
 
     These are the members of every list of modules of one class that have parameters. A list inside
     a layer, such as its experts, is part of that layer.
@@ -45,10 +45,10 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Keep only the inputs of layers for backward, which computes the rest again.
+    """Keep only the inputs of layers, and compute the rest again in backward.
 
-    A model with a method for that, as those of transformers have, is asked. In any other, the
-    forward of every repeated layer is replaced, for training mode. Dropout is the same both times.
+    If the model has its own method for this, as transformers models do, it is called. Otherwise the
+    forward of every repeated layer is replaced in training mode. Dropout is the same both times.
 
     Raises:
         SettingsError: the model has no repeated layers, or does not support checkpointing.
@@ -71,7 +71,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 
 
 def _checkpointed(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
-    # From the class, as a bound method would belong to the original also in copies of the layer.
+    # Look it up in the class: in a copy of the layer, a bound method would be the original's.
     forward = functools.partial(type(layer).forward, layer)
     if not layer.training:
         return forward(*inputs, **named)

@@ -1,10 +1,10 @@
-"""The training loop: AdamW over whatever is trainable, with exact gradient accumulation.
+"""The training loop: AdamW over all trainable parameters, with exact gradient accumulation.
 
 The loss of a step is the mean over the terms (learned tokens, say) of *all* its batches, on all
 processes. So several small batches give the gradient of one large batch, whatever their lengths.
 
-A step has A * N batches, with A to accumulate and N processes; the last step of an epoch may have
-fewer. Process k takes every Nth batch from the kth on. So N processes that accumulate A batches do
+With A batches to accumulate and N processes, a step has A * N batches, or fewer at the end of an
+epoch. Process k takes every Nth batch from the kth on. So N processes that accumulate A batches do
 what one process does that accumulates A * N.
 """
 
@@ -38,7 +38,7 @@ __all__ = [
     "training_steps",
 ]
 
-# The part of the peak, by the part of the steps after the warm-up that is left: from 1 to above 0.
+# The fraction of the peak rate, from the fraction of the steps after warm-up that is left.
 # The cosine is written as a sine, which stays above 0 where 1 + cos would be rounded to 0.
 DECAYS: Mapping[ScheduleName, Callable[[float], float]] = {
     "cosine": lambda left: math.sin(math.pi / 2 * left) ** 2,
@@ -49,13 +49,13 @@ DECAYS: Mapping[ScheduleName, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training is: what is done, and where in the data the next step begins.
+    """How far training is, and where in the data the next step begins.
 
     Args:
-        step: optimiser steps done.
+        step: how many optimiser steps are done.
         epoch: the pass over the examples, from 1.
-        batches: batches of this epoch that are done, on all processes.
-        seconds: spent training, without evaluations.
+        batches: how many batches of this epoch are done, on all processes.
+        seconds: time spent training, without evaluations.
     """
 
     step: int = 0
@@ -71,15 +71,15 @@ class Step:
     Args:
         step: its number, from 1.
         epoch: its pass over the examples, from 1.
-        loss: mean over the step's terms before the update; of tokens, in nats.
-        learning_rate: the one used.
-        gradient_norm: before scaling down.
+        loss: mean over the step's terms before the update, in nats for tokens.
+        learning_rate: the rate of this step.
+        gradient_norm: the norm before clipping.
         tokens: tokens that went through the model, without padding.
-        tokens_per_second: of this step.
-        seconds: spent training up to here, without evaluations.
+        tokens_per_second: the speed of this step.
+        seconds: time spent training so far, without evaluations.
         eval_loss: the held-out loss after this step, if it was measured.
         batches: batches of this epoch that are done.
-        ends_epoch: whether that is all of them.
+        ends_epoch: whether the epoch has no more batches.
     """
 
     step: int
@@ -101,15 +101,15 @@ class Step:
 
 
 def planned_steps(settings: TrainingSettings, batches: int | None, processes: int = 1) -> int:
-    """How many optimiser steps training has.
+    """Return how many optimiser steps training has.
 
     Args:
         settings: how many epochs or steps are asked for.
-        batches: how many an epoch has, for all processes; None if that is not known.
-        processes: how many share them.
+        batches: how many batches an epoch has, for all processes; None if not known.
+        processes: how many processes share them.
 
     Raises:
-        SettingsError: it is not known, and `max_steps` does not say either.
+        SettingsError: `batches` is not known, and `max_steps` is not set.
     """
     if settings.max_steps > 0:
         return settings.max_steps
@@ -123,7 +123,7 @@ def planned_steps(settings: TrainingSettings, batches: int | None, processes: in
 
 
 def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
-    """The learning rate of a step: a linear warm-up, then down to zero or constant.
+    """Return the learning rate of a step: a linear warm-up, then a decay or a constant rate.
 
     With T steps, w of them to warm up, and s = 0, 1, ... T - 1:
 
@@ -136,9 +136,9 @@ def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
     has the rate zero.
 
     Args:
-        settings: the peak, the schedule, and the part of the steps that warm up.
+        settings: the peak, the schedule, and the fraction of the steps that warm up.
         step: its number s, from 0.
-        steps: how many there are.
+        steps: the number of steps.
     """
     peak, warmup = settings.learning_rate, math.ceil(steps * settings.warmup_ratio)
     if step < warmup:
@@ -147,10 +147,10 @@ def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
 
 
 def make_optimizer(objective: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require gradients; call it after `distribute`.
+    """Return AdamW over the parameters that require gradients. Call it after `distribute`.
 
     Raises:
-        SettingsError: there are none.
+        SettingsError: no parameter requires gradients.
     """
     trainable = _trainable(objective)
     if not trainable:
@@ -177,23 +177,23 @@ def training_steps(
     """Train, yielding after every optimiser step.
 
     Args:
-        objective: what to minimise, distributed if several processes take part; the parameters that
+        objective: what to minimise, distributed if several processes take part. Its parameters that
             require gradients are trained.
-        source: what to learn from; the same on every process.
-        settings: how.
+        source: the batches to learn from; the same on every process.
+        settings: the settings of training.
         optimizer: from `make_optimizer`; made here if not given.
-        processes: those that take part; by default this one alone.
+        processes: those that take part; by default, only this one.
         evaluate: measures the held-out loss; called every `eval_steps` steps and after the last.
         eval_steps: 0 evaluates after the last step only.
-        start: where to go on; at the beginning by default.
-        should_stop: asked once in every step. If it is true on any process, that step is the last
-            on all of them; the loss is then measured only if the step was due for it.
+        start: where to resume; by default, training starts at the beginning.
+        should_stop: called once in every step. If it returns true on any process, that step is the
+            last on all of them. The loss is then measured only if the step was due for it.
 
     Raises:
-        SettingsError: it is not known how many steps there are, or there is nothing to train.
+        SettingsError: the number of steps is not known, or there is nothing to train.
         DataError: there are no rows.
-        TrainingError: a loss or gradient is not finite, and the weights stay as before that step;
-            or memory runs out.
+        TrainingError: memory runs out, or a loss or gradient is not finite; the weights then stay
+            as they were before that step.
     """
     optimizer = make_optimizer(objective, settings) if optimizer is None else optimizer
     trainable = _trainable(objective)
@@ -207,7 +207,7 @@ def training_steps(
         objective.train()
         for number in range(start.step + 1, steps + 1):
             started = time.perf_counter()
-            if not objective.training:  # asked first, as setting it takes milliseconds
+            if not objective.training:  # asked first, because setting it takes milliseconds
                 objective.train()
             portion = next(portions)
             rate = learning_rate(settings, number - 1, steps)
@@ -215,7 +215,7 @@ def training_steps(
                 objective, source, portion.batches, processes, bf16=settings.bf16
             )
             norm = nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm or math.inf)
-            # The only moment of a step that waits for the GPU.
+            # A step waits for the GPU only here.
             own_loss, total_norm = torch.stack((share.loss, gathered(norm).double())).tolist()
             wants_to_stop = should_stop is not None and should_stop()
             loss, tokens, stops = processes.sum([own_loss, share.tokens, float(wants_to_stop)])
@@ -245,7 +245,7 @@ def training_steps(
 
 
 class Share(NamedTuple):
-    """What one process has done of a step.
+    """The share of a step that one process has computed.
 
     Attributes:
         loss: its part of the mean loss, a float64 scalar.
@@ -268,8 +268,8 @@ def accumulate_gradients(
 
     Args:
         objective: what to minimise, distributed if several processes take part.
-        source: what the batches are from.
-        batches: those of all processes, not yet collated.
+        source: the source of the batches.
+        batches: the batches of all processes, before they are collated.
         processes: those that take part; each collates and learns its own batches.
         bf16: compute in bfloat16 where that is safe.
     """
@@ -280,14 +280,14 @@ def accumulate_gradients(
     loss, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for number in range(passes):
         is_own = number < len(own)
-        # A process without a batch of its own computes too, as the others wait for it; its result
-        # counts for nothing.
+        # A process without its own batch computes too, because the others wait for it. Its result
+        # is not counted.
         batch = source.collate(own[number] if is_own else batches[0]).to(device)
         is_last = number == passes - 1
         with nullcontext() if is_last else deferred_reduction(objective):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 summed = objective(batch)
-            # The gradients of the processes are averaged where their sum is needed.
+            # The processes average their gradients, but the step needs the sum.
             scale = processes.world_size if is_own else 0
             (summed * scale / terms).backward()
         if is_own:
@@ -297,7 +297,7 @@ def accumulate_gradients(
 
 
 class _Portion(NamedTuple):
-    """The batches of one step, their epoch, and how many batches of it are done after them."""
+    """The batches of one step, their epoch, and how many of its batches are done after the step."""
 
     epoch: int
     end: int
@@ -306,7 +306,7 @@ class _Portion(NamedTuple):
 
 
 def _portions(source: BatchSource[Any], size: int, start: Progress) -> Iterator[_Portion]:
-    """The batches of each step, without end."""
+    """Yield the batches of each step, for endless epochs."""
     end = start.batches
     for epoch in count(start.epoch):
         batches = islice(source.batches(epoch), end, None)

@@ -1,4 +1,4 @@
-"""What the machine does: number formats, and running out of memory."""
+"""Number formats of the machine, and errors when its memory runs out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from disha.finetune.errors import TrainingError
 __all__ = ["computing_in_tf32", "emulates_bf16", "explaining_lack_of_memory"]
 
 WITHOUT_BF16 = ("DEFAULT", "NO AVX", "AVX2")
-"""Torch's names for x86 processors on which it has no fast products in bfloat16."""
+"""Torch's names for x86 processors that have no fast products in bfloat16."""
 
 ALLOCATOR = ("can't allocate memory", "not enough memory")
-"""Words of the CPU's allocator, which raises a plain RuntimeError."""
+"""Words in errors of the CPU's allocator, which raises a plain RuntimeError."""
 
 
 def emulates_bf16(device: torch.device) -> bool:
-    """Whether products on a device take many times as long in bfloat16 as in float32."""
+    """Return whether products in bfloat16 are many times slower than in float32 on a device."""
     return (
         device.type == "cpu"
         and platform.machine().lower() in ("x86_64", "amd64")
@@ -31,7 +31,7 @@ def emulates_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def computing_in_tf32(enabled: bool) -> Iterator[None]:
-    """Let CUDA compute float32 products in TF32 meanwhile, if `enabled`."""
+    """Let CUDA compute float32 products in TF32 inside the block, if `enabled`."""
     if not enabled:
         yield
         return
@@ -46,10 +46,10 @@ def computing_in_tf32(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def explaining_lack_of_memory() -> Iterator[None]:
-    """Say which flags to lower if memory runs out meanwhile.
+    """Say which flags to lower if memory runs out inside the block.
 
     Raises:
-        TrainingError: it does.
+        TrainingError: memory runs out.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is minimised: the summed loss of a batch, for each kind of model.
+"""The loss to minimise, summed over a batch, for each type of model.
 
 A loss is summed and not averaged, so that a step can divide by the terms of all batches, on all
 processes. An objective is a module around its model, so that DDP and FSDP wrap one call per batch.
@@ -40,8 +40,8 @@ class Objective(nn.Module):
         """Set training mode, or evaluation mode, but leave running statistics as they were.
 
         An adapter file holds no statistics of normalisation layers, so training uses those of the
-        base model. With statistics of its own, a small batch would also learn something else than
-        as a part of a large one.
+        base model. Also, if each batch used its own statistics, several small batches would not
+        give the same gradient as one large batch.
         """
         super().train(mode)
         for module in self.modules():
@@ -50,7 +50,7 @@ class Objective(nn.Module):
         return self
 
     def forward(self, batch: Any) -> Tensor:
-        """The loss summed over the terms of `batch`, which are `batch.weight`; a float32 scalar."""
+        """Return the loss summed over all `batch.weight` terms of `batch`, a float32 scalar."""
         raise NotImplementedError
 
 
@@ -74,7 +74,7 @@ class LogitsObjective(Objective):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        # Models of transformers would keep keys and values for generation.
+        # By default, transformers models keep keys and values for generation.
         takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._options = {"use_cache": False} if takes_use_cache else {}
 
@@ -82,7 +82,7 @@ class LogitsObjective(Objective):
         """The loss summed over the positions that have a label, in nats.
 
         Raises:
-            SettingsError: the batch is packed, or the model returns something else.
+            SettingsError: the batch is packed, or the model returns no such logits.
         """
         if batch.positions is not None:
             raise SettingsError(
@@ -123,8 +123,8 @@ class TensorObjective(Objective):
         """The summed loss of `batch.inputs` and `batch.targets`.
 
         Raises:
-            SettingsError: the model's outputs don't go with the targets.
-            DataError: a target is no class of the model's.
+            SettingsError: the model's outputs don't fit the targets, or a target is not one of the
+                model's classes.
         """
         inputs, targets = batch.inputs, batch.targets
         if inputs.is_floating_point():
@@ -148,7 +148,7 @@ class TensorObjective(Objective):
 
 
 def objective_for(model: nn.Module, has_tokenizer: bool) -> Objective:
-    """Return the objective of a model, which learns from text if it has a tokenizer."""
+    """Return the objective of a model. A model with a tokenizer learns from text."""
     if isinstance(model, Decoder):
         return DecoderObjective(model)
     return LogitsObjective(model) if has_tokenizer else TensorObjective(model)

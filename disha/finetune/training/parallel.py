@@ -2,9 +2,9 @@
 
 Without torchrun there is one process, which does not use `torch.distributed`.
 
-What fails on one process stops all of them, with one message, from the process that knows what
-happened. The first process that fails leaves a note in the store that torchrun's processes share.
-The collectives of the others fail once it is gone; they find the note and keep silent.
+A failure on one process stops all of them, with one message, from the process that failed first.
+That process leaves a note in the store that torchrun's processes share. Once it is gone, the
+collectives of the others fail. They find the note and print nothing.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The environment variables that torchrun sets for each process."""
 
 FAILURE = "disha/failure"
-"""The key in the store of the note of the first process that failed."""
+"""The store's key for the note of the first process that failed."""
 
 LAST_WAIT = 0.2
-"""Seconds in which the threads of gloo end, after the last collective."""
+"""Seconds to wait after the last collective, so that gloo's threads can end."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together, as one of them sees them.
+    """The processes that train together, seen from one of them.
 
     Args:
-        rank: the number of this one, from 0.
+        rank: the number of this process, from 0.
         world_size: how many there are.
-        device: the one that this process computes on.
+        device: the device that this process computes on.
     """
 
     rank: int
@@ -68,7 +68,7 @@ class Processes:
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> Processes:
-        """One process, on a device: by default the first GPU, or the CPU without one."""
+        """Return one process on a device: by default the first GPU, or the CPU if there is none."""
         return cls(0, 1, _device(0) if device is None else device)
 
     @property
@@ -126,7 +126,7 @@ def joined_processes() -> Iterator[Processes]:
         # The group is not destroyed: that would hang if others wait for something else.
         _tell(store, processes, error)
         raise
-    except KeyboardInterrupt as interruption:  # of all processes, after the same step
+    except KeyboardInterrupt as interruption:  # raised on all processes after the same step
         traceback.clear_frames(interruption.__traceback__)
         _leave()
         if not processes.is_main:
@@ -165,7 +165,7 @@ def _join() -> tuple[Processes, Any]:
     device = _device(int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # gloo besides nccl, so that numbers on the CPU are exchanged without waiting for the GPU.
+    # gloo as well as nccl, so that processes exchange CPU tensors without waiting for the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world_size = next(rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -198,19 +198,19 @@ def _tell(store: Any, processes: Processes, error: Exception) -> None:
 
 
 def distribute(objective: Objective, strategy: Strategy, processes: Processes) -> nn.Module:
-    """Return what to train in place of `objective`: it shares the work with the other processes.
+    """Return the module to train instead of `objective`, which shares the work between processes.
 
-    Call it after adapters are injected and gradient checkpointing and compilation are set up. The
-    parameters to train get the values of rank 0 on all processes.
+    Call it after adapters are injected and gradient checkpointing and compilation are set up. All
+    processes get rank 0's values of the parameters to train.
 
-    - ddp: every process has all of the model, and gradients are averaged.
+    - ddp: every process has the complete model, and gradients are averaged.
     - fsdp: every process has a part of each parameter, layer by layer (FSDP2); the objective stays
       the same object. Frozen parameters may be of another type than those that are trained.
 
     Args:
-        objective: with its model on `processes.device`.
-        strategy: how.
-        processes: those that take part; one alone gets `objective` back.
+        objective: the objective, with its model on `processes.device`.
+        strategy: ddp or fsdp.
+        processes: those that take part; a single process gets `objective` back.
 
     Raises:
         SettingsError: the model can't be sharded.
@@ -225,7 +225,7 @@ def distribute(objective: Objective, strategy: Strategy, processes: Processes) -
     if strategy == "fsdp":
         _require_one_type(trained)
         return _sharded(objective, processes)
-    # DDP would send the frozen model at first, and all buffers before every forward.
+    # By default, DDP sends the frozen model first, and all buffers before every forward.
     return nn.parallel.DistributedDataParallel(
         objective,
         init_sync=False,
@@ -270,7 +270,7 @@ def _require_one_type(trained: dict[str, nn.Parameter]) -> None:
 
 
 def undistributed(objective: nn.Module) -> Objective:
-    """Return the objective inside what `distribute` has returned."""
+    """Return the objective inside a module that `distribute` returned."""
     inner = (
         objective.module
         if isinstance(objective, nn.parallel.DistributedDataParallel)
@@ -282,17 +282,17 @@ def undistributed(objective: nn.Module) -> Objective:
 
 
 def is_sharded(objective: nn.Module) -> bool:
-    """Whether each process has a part of the parameters only."""
+    """Return whether each process has only a part of the parameters."""
     return any(hasattr(parameter, "full_tensor") for parameter in objective.parameters())
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a tensor as it is, or a sharded one gathered; call it on all processes."""
+    """Return a tensor, gathered if it is sharded. Call it on all processes."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def deferred_reduction(objective: nn.Module) -> AbstractContextManager[None]:
-    """Keep gradients in each process meanwhile; the next backward pass outside reduces them all."""
+    """Keep gradients in each process inside the block. The next backward outside reduces them."""
     if isinstance(objective, nn.parallel.DistributedDataParallel):
         return objective.no_sync()
     set_sync = getattr(objective, "set_requires_gradient_sync", None)
