@@ -1,4 +1,4 @@
-"""``disha finetune``: read, adapt, train, save, and prove that the file is what was trained."""
+"""``disha finetune``: read, adapt, train, save, and prove that the file holds what was trained."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ SAMPLE_TOKENS = 48
 
 
 def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
-    """Fine-tune a model and write adapter, metrics, plots, samples and report.
+    """Fine-tune a model, and write the adapter, metrics, plots, samples and report.
 
-    Under torchrun, several processes do so together.
+    Under torchrun, several processes do this together.
 
     Args:
-        settings: of the run.
+        settings: the settings of the run.
 
     Returns:
         The report, as in ``report.json``; None for a dry run.
@@ -141,9 +141,9 @@ def _say_sizes(model: nn.Module, inputs: Inputs, clock: Clock) -> None:
 
 
 def _save(model: nn.Module, adapter: Path, notes: dict[str, str], processes: Processes) -> None:
-    """Save the adapter; if its place takes no file, elsewhere, so that it is not lost."""
+    """Save the adapter. If that fails, save it in another folder, so that it is not lost."""
     try:
-        adapter.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed meanwhile
+        adapter.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed
         disha.save_adapter(model, adapter, metadata=notes)
     except OSError as error:
         elsewhere = Path(tempfile.mkdtemp(prefix="disha-"), adapter.name)
@@ -155,7 +155,7 @@ def _save(model: nn.Module, adapter: Path, notes: dict[str, str], processes: Pro
 
 @contextmanager
 def _naming_adapter(adapter: Path) -> Iterator[None]:
-    """Add to a failure to write that the adapter is complete."""
+    """If writing fails, add to the error that the adapter is complete."""
     try:
         yield
     except OSError as error:
@@ -163,7 +163,7 @@ def _naming_adapter(adapter: Path) -> Iterator[None]:
 
 
 def _notes(inputs: Inputs) -> dict[str, str]:
-    """Return the notes in the adapter file: the base model, and the template to ask with."""
+    """Return the notes for the adapter file: the base model, and the template for queries."""
     notes = {"base_model": inputs.base.title}
     if inputs.encoder is not None and inputs.encoder.template is not None:
         notes[TEMPLATE_KEY] = inputs.encoder.template.setting
@@ -173,7 +173,7 @@ def _notes(inputs: Inputs) -> dict[str, str]:
 def _samples(
     model: nn.Module, base: Mapping[str, Tensor], inputs: Inputs, clock: Clock
 ) -> list[Sample]:
-    """Return some answers before and after training, where rows have a query and a response."""
+    """Return answers before and after training, if rows have a query and a response."""
     encoder = inputs.encoder
     if encoder is None or encoder.template is None:
         return []
@@ -193,7 +193,7 @@ def _samples(
 
 
 def _uncut_rows(inputs: Inputs) -> Iterator[Row]:
-    """Yield rows that fit. Of another row, the model has seen only a part of the query."""
+    """Yield rows that fit. The model has seen only a part of the query of any other row."""
     assert inputs.encoder is not None
     for row in first_rows(inputs.dataset):
         outcome = inputs.encoder.outcome(row)
@@ -223,7 +223,7 @@ def _merge_and_verify(
                 inputs.base.folder,
                 adapter,
                 output.output / MERGED,
-                # With fewer bits, it was trained on a rounded copy of these weights.
+                # With fewer bits, the adapter was trained on a rounded copy of these weights.
                 force=settings.model.bits != "fp32",
                 overwrite=True,
             )
@@ -245,7 +245,7 @@ def _report(
     parameters = disha.summary(model)
     checked = inputs.checked
     return {
-        # A config file may hold them as they are, but for the name of a config file.
+        # A config file can hold all of these, so the name of a config file is left out.
         "settings": {k: v for k, v in settings.to_json().items() if k != "config"},
         "model": inputs.base.title,
         **environment(),

@@ -1,7 +1,7 @@
 """Training from the first to the last step: evaluations, records, checkpoints, and resuming.
 
-Ctrl-C while training finishes the step under way and saves a checkpoint. A step that is interrupted
-in the middle would leave blocks half updated. A second Ctrl-C stops at once.
+Ctrl-C finishes the current step and saves a checkpoint, because a step that is interrupted in the
+middle would leave blocks half updated. A second Ctrl-C stops at once.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ __all__ = ["Course", "noticing_interruption", "require_free_of_checkpoints", "tr
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TOGETHER = 1.0
-"""Seconds in which several signals are one request. Under torchrun one Ctrl-C comes twice: from the
-terminal, and from torchrun."""
+"""Seconds in which several signals count as one. Under torchrun, one Ctrl-C sends two signals: one
+from the terminal, and one from torchrun."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Course:
     """The result of training.
 
     Args:
-        steps: the optimiser steps; of those before a break, the ones that are on record.
-        evaluations: the loss on the checked rows, by the number of steps done before.
-        progress: how far training came, including the steps before a break.
-        resumed_from: the checkpoint that this run resumed from, if it did.
+        steps: the optimiser steps; of steps before a resume, those that were recorded.
+        evaluations: the loss on the checked rows, by the number of steps done before it.
+        progress: how far training came, including the steps before a resume.
+        resumed_from: the checkpoint that this run resumed from, if any.
     """
 
     steps: tuple[Step, ...]
@@ -78,13 +78,13 @@ class Course:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over all of `steps`, without evaluations; None where there are none."""
+        """The speed over all `steps`, without evaluations; None if there are no steps."""
         seconds = sum(step.tokens / step.tokens_per_second for step in self.steps)
         return self.tokens / seconds if seconds else None
 
 
 def require_free_of_checkpoints(settings: FinetuneSettings) -> None:
-    """Raise `SettingsError` if there are checkpoints that the settings do not mention."""
+    """Raise `SettingsError` if there are checkpoints, but no flag says what to do with them."""
     output = settings.output
     found = sorted(output.output.glob("checkpoint-*"))
     if found and not (output.resume or output.overwrite_output_dir):
@@ -101,14 +101,14 @@ def train(
     processes: Processes,
     clock: Clock,
 ) -> Course:
-    """Train to the end, or to an interruption.
+    """Train until the end or an interruption.
 
     Args:
         objective: what to minimise, distributed if several processes take part.
-        inputs: what to learn from, and what to measure on.
-        settings: of the run.
+        inputs: the batches to learn from, and the rows to measure on.
+        settings: the settings of the run.
         processes: those that take part.
-        clock: prints what is done.
+        clock: prints each phase of the work.
 
     Raises:
         DishaError: training can't continue, or a file can't be written.
@@ -131,11 +131,11 @@ class _Training:
 
     def __post_init__(self) -> None:
         output, training = self.settings.output, self.settings.training
-        # Dropout differs between the processes, as their batches do.
+        # Dropout must differ between processes, because their batches differ.
         torch.manual_seed(training.seed + self.processes.rank)
         self.optimizer = make_optimizer(self.objective, training)
         self.checkpoints = Checkpoints(output.output, output.save_total_limit, self.processes)
-        # Other processes may resume, if their steps have the same batches.
+        # Any number of processes may resume, if each step has the same batches.
         batches = training.gradient_accumulation_steps * self.processes.world_size
         self.decisive = {
             **self.settings.decisive(),
@@ -261,7 +261,7 @@ class _Training:
 
     @contextmanager
     def _naming_checkpoint(self) -> Iterator[None]:
-        """Add the newest checkpoint to the message of a failure."""
+        """If training fails, add the newest checkpoint to the message."""
         try:
             yield
         except TrainingError as error:
@@ -275,7 +275,7 @@ class _Training:
 
 @contextmanager
 def noticing_interruption(*, prints: bool = True) -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C was pressed, or the process was told to end.
+    """Yield a function that returns whether Ctrl-C was pressed, or the process was told to end.
 
     A second signal raises KeyboardInterrupt.
 

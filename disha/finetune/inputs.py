@@ -1,6 +1,6 @@
-"""The inputs of a run: the base model, opened, and the rows as batches.
+"""The inputs of a run: the opened base model, and the rows in batches.
 
-The run itself and the fresh process that verifies it both start here, from settings alone.
+The run itself and the fresh process that verifies it both start here, with only the settings.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ CHECKED_BATCH = 16
 
 @dataclass(frozen=True)
 class Checked:
-    """The rows that losses are compared on: held-out rows, else the first training rows.
+    """The rows to compare losses on: held-out rows, or the first training rows if there are none.
 
     Args:
         name: their name, for reports.
-        rows: token ids, or samples of a model that takes no text.
-        held_out: whether they are not trained on.
+        rows: token ids, or samples for a model that takes no text.
+        held_out: whether these rows are kept out of training.
         tally: how many of the rows were used, cut or left out.
     """
 
@@ -74,9 +74,9 @@ class Inputs:
         dataset: the rows as they were read.
         encoder: turns rows into token ids; None for a model that takes no text.
         source: the batches to train on.
-        tally: how many training rows were used, cut or left out; counted during training where
-            they are streamed.
-        checked: the rows that losses are compared on.
+        tally: how many training rows were used, cut or left out; if rows are streamed, training
+            counts them.
+        checked: the rows to compare losses on.
     """
 
     base: BaseModel
@@ -87,7 +87,7 @@ class Inputs:
     checked: Checked
 
     def digest(self) -> str:
-        """Return a hash of the number of training rows, of three of them, and of checked rows."""
+        """Return a hash of the number of training rows, three of them, and all checked rows."""
         rows = self.dataset.training
         digest = hashlib.sha256(f"{len(rows)} {self.checked.digest()}".encode())
         for index in sorted({0, len(rows) // 2, len(rows) - 1}):
@@ -96,13 +96,13 @@ class Inputs:
 
 
 def load_inputs(settings: FinetuneSettings) -> Inputs:
-    """Read data and tokenizer, and open the model, so that mistakes show up early.
+    """Read the data and the tokenizer, and open the model, so that mistakes show up early.
 
     Raises:
         DataError: a data file is damaged, or no row can be used.
         CheckpointError: the model can't be read.
         TokenizerError: its tokenizer is not supported.
-        SettingsError: the settings do not fit the model.
+        SettingsError: the settings don't fit the model.
         MissingPackageError: the demo's model is not installed.
     """
     data = settings.data
@@ -133,12 +133,12 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
 
 
 def encoder_for(data: DataSettings, tokenizer: Tokenizer, template: str | None = None) -> Encoder:
-    """Return the encoder of rows to token ids.
+    """Return the encoder that turns rows into token ids.
 
     Args:
-        data: the settings of the rows.
-        tokenizer: of the model.
-        template: a template in place of the settings'.
+        data: the settings of the data.
+        tokenizer: the model's tokenizer.
+        template: a template to use instead of the one in `data`.
 
     Raises:
         SettingsError: the template can't be used.
@@ -163,7 +163,7 @@ def require_context(data: DataSettings, base: BaseModel) -> None:
 
 
 def first_rows(dataset: Dataset) -> Sequence[Row]:
-    """Return the rows to show samples of: held-out rows, else training rows."""
+    """Return the rows to take samples from: held-out rows, or training rows if there are none."""
     return dataset.held_out if len(dataset.held_out) else dataset.training
 
 

@@ -1,4 +1,4 @@
-"""What a run records step by step: lines of JSON, and events for TensorBoard."""
+"""The record of each step of a run: lines of JSON, and events for TensorBoard."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVENTS = "tensorboard"
 class Metrics:
     """Records steps and evaluations as they come.
 
-    If the disk takes no more, a warning says so once, and training continues without the record.
+    If a file can't be written, a warning says so once, and training continues without it.
 
     Args:
         lines: the file for lines of JSON, if any.
@@ -38,7 +38,7 @@ class Metrics:
         self._lines, self._events = lines, events
 
     def record_step(self, step: Step) -> None:
-        """Record an optimiser step, without what was not measured."""
+        """Record an optimiser step, without the values that were not measured."""
         values = {k: v for k, v in dataclasses.asdict(step).items() if v is not None}
         names = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
         self._record(values, {f"train/{name}": values[name] for name in names})
@@ -48,7 +48,7 @@ class Metrics:
         self._record({"step": step, "eval_loss": loss}, {})
 
     def close(self) -> None:
-        """Bring the events to the disk."""
+        """Write the remaining events to the disk."""
         with self._warning_of_failure("_events", EVENTS):
             if self._events is not None:
                 self._events.close()
@@ -68,7 +68,7 @@ class Metrics:
 
     @contextmanager
     def _warning_of_failure(self, attribute: str, name: str) -> Iterator[None]:
-        """Print a warning if the block can't write, and do not write there again."""
+        """If the block can't write, print a warning, and do not write there again."""
         try:
             yield
         except OSError as error:
@@ -88,10 +88,10 @@ def recording(
     """Yield the record of a run. Each line reaches the disk when it is complete.
 
     Args:
-        folder: where the run writes.
+        folder: the run's output folder.
         tensorboard: whether to write events too.
-        after: the step after which the run resumes. Later records are removed, as those steps are
-            done again. None for a run from its beginning.
+        after: the step after which the run resumes. Later records are removed, because those steps
+            are done again. None starts a new record.
         main: whether this process is the one that writes.
 
     Raises:
@@ -123,7 +123,7 @@ def _open_lines(path: Path, after: int | None) -> FileIO:
 def _open_events(folder: Path, after: int | None, wanted: bool) -> Any:
     try:
         if after is None:
-            # TensorBoard would show an earlier run and this one as one.
+            # TensorBoard would show an earlier run and this one as a single run.
             for path in folder.glob("events.out.tfevents.*"):
                 path.unlink()
         if not wanted:

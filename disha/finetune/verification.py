@@ -1,7 +1,7 @@
 """Proof that the saved adapter is the trained one: a fresh process recomputes the loss.
 
-It starts from the settings and the adapter file alone, and measures the loss with the adapter
-loaded, and again with it merged into the weights. Both must agree with the trained model.
+It gets only the settings and the adapter file. It measures the loss with the adapter loaded, and
+again with the adapter merged into the weights. Both must agree with the trained model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Tolerance:
 
 EXACT = Tolerance(loaded=1e-4, merged=1e-3)
 ROUNDED = Tolerance(loaded=1e-3, merged=5e-2)
-"""Where products or weights have fewer bits than float32."""
+"""For products or weights that have fewer bits than float32."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Verification:
     """Losses of the same rows, in nats per token.
 
     Args:
-        trained: in the process that trained.
-        loaded: in a fresh process, with the adapter loaded from its file.
-        merged: there, with the adapter merged into the weights.
-        tolerance: the allowed differences of the two from the first.
-        peak_memory_bytes: the most memory the fresh process had resident; None where unknown.
+        trained: the loss in the process that trained.
+        loaded: the loss in a fresh process, with the adapter loaded from its file.
+        merged: the loss in that process, with the adapter merged into the weights.
+        tolerance: how much `loaded` and `merged` may differ from `trained`.
+        peak_memory_bytes: the peak resident memory of the fresh process; None if unknown.
     """
 
     trained: float
@@ -63,12 +63,12 @@ class Verification:
 
     @property
     def loaded_difference(self) -> float:
-        """The difference of the loaded adapter's loss."""
+        """How much the loss with the loaded adapter differs."""
         return abs(self.loaded - self.trained)
 
     @property
     def merged_difference(self) -> float:
-        """The difference of the merged adapter's loss."""
+        """How much the loss with the merged adapter differs."""
         return abs(self.merged - self.trained)
 
     @property
@@ -103,9 +103,9 @@ def verify_in_fresh_process(
     """Recompute the loss of the run's checked rows in a new Python process.
 
     Args:
-        settings: those of the run.
+        settings: the settings of the run.
         adapter: the adapter file that the run saved.
-        checked: the rows that losses are compared on.
+        checked: the rows to compare losses on.
         trained_loss: the trained model's loss on them.
 
     Raises:
@@ -132,7 +132,7 @@ def verify_in_fresh_process(
 
 
 def _measured(settings: FinetuneSettings, adapter: Path) -> dict[str, Any]:
-    """Return what the fresh process finds."""
+    """Return the losses that the fresh process measures."""
     inputs = load_inputs(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = inputs.base.load(device)
