@@ -1,4 +1,4 @@
-"""A model with the adapter that settings or a file describe, and without it."""
+"""Adds an adapter to a model, from settings or from a file, and disables it for a while."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def inject(model: nn.Module, settings: AdapterSettings) -> None:
     """Inject the adapter, with float32 blocks.
 
     Raises:
-        DishaError: the target matches no layer, or a layer can't be adapted so.
+        DishaError: the target matches no layer, or the settings don't fit a layer.
     """
     disha.inject_adapters(model, **_arguments(model, settings))
 
@@ -41,7 +41,7 @@ def plan(model: nn.Module, settings: AdapterSettings) -> disha.Plan:
     """Return what `inject` would do.
 
     Raises:
-        DishaError: the target matches no layer, or a layer can't be adapted so.
+        DishaError: the target matches no layer, or the settings don't fit a layer.
     """
     return disha.plan_adapters(model, **_arguments(model, settings))
 
@@ -65,8 +65,8 @@ def with_adapter(
     """Return the model in evaluation mode, with an adapter from a file.
 
     Returns:
-        The model; and the base model's values of parameters that the file replaces, for
-        `without_adapter`.
+        The model, and the base model's values of the parameters that the file replaces. Pass these
+        values to `without_adapter`.
 
     Raises:
         DishaError: the file can't be used, or does not fit the model.
@@ -100,7 +100,7 @@ def without_adapter(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[
     """Turn a model into the base model while the body runs.
 
     Args:
-        model: with an adapter, not merged.
+        model: the model, with an adapter that is not merged.
         values: the base model's values of the parameters that are trained beside the adapter.
     """
     adapted = base_values(model, values)

@@ -1,4 +1,4 @@
-"""Asking a model, with and without its adapter: ``disha generate``."""
+"""Generates answers with and without the adapter: ``disha generate``."""
 
 from __future__ import annotations
 
@@ -111,8 +111,7 @@ class GenerateSettings:
             )
         require(
             bool(self.prompt) != (self.prompt_file is not None),
-            "what to answer is given either by --prompt 'a text' or by --prompt_file; give one of "
-            "them",
+            "the texts to answer come from --prompt 'a text' or --prompt_file; give exactly one",
         )
         require_adapter(self.adapter, compare=self.compare, merge=self.merge)
         require(
@@ -126,11 +125,11 @@ class Answerer:
     """A model that answers prompts.
 
     Args:
-        model: in evaluation mode, with an adapter or without.
+        model: the model, in evaluation mode, with or without an adapter.
         tokenizer: its tokenizer.
         template: the text around a prompt; None for the prompt alone.
         sampling: how the next token is chosen.
-        base: the base model's values of parameters that are trained beside the adapter.
+        base: the base model's values of the parameters that are trained beside the adapter.
     """
 
     model: nn.Module
@@ -189,7 +188,7 @@ def template_of(given: str | None, adapter: Path | None, tokenizer: Tokenizer) -
 
 
 def noted_template(adapter: Path | None) -> str | None:
-    """Return the template that an adapter file notes, if there is a file and it notes one."""
+    """Return the template noted in an adapter file; None without a file or a note."""
     return None if adapter is None else disha.inspect_adapter(adapter).metadata.get(TEMPLATE_KEY)
 
 
@@ -197,7 +196,7 @@ def prompts_of(settings: GenerateSettings) -> list[str]:
     """Return the texts to answer.
 
     Raises:
-        DataError: their file can't be read or holds none, or a prompt is not valid text.
+        DataError: the file can't be read or holds no prompt, or a prompt is not valid text.
     """
     path = settings.prompt_file
     if path is None:

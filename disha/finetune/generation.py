@@ -1,13 +1,15 @@
-"""Continuing texts with a language model, token by token.
+"""Continues texts with a language model, token by token.
 
-The built-in decoder keeps the keys and values of earlier tokens. Any other model is run on the
-complete text for every token. The next token is the most likely one, or, with a temperature T above
-0, is drawn from
+The built-in decoder keeps the keys and values of earlier tokens. Any other model runs on the
+complete text for every token. At temperature 0, the next token is the most likely one. At a
+temperature T above 0, it is drawn from
 
-    p = softmax(logits / T), of which the `top_k` most likely tokens are kept, and of these the
-        fewest most likely ones that together have the probability `top_p`.
+    p = softmax(logits / T)
 
-Source of the latter: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020.
+`top_k` keeps that many of the most likely tokens. Of these, `top_p` keeps the fewest most likely
+tokens whose probabilities sum to at least `top_p`.
+
+Source of `top_p`: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ from disha.finetune.text.tokenizer import Tokenizer
 __all__ = ["complete", "context_of", "generate", "likely_tokens", "stream_text"]
 
 CONTEXT_NAMES = ("context", "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-"""Names that configurations have for the longest sequence of a model."""
+"""Names under which configurations store the longest sequence of a model."""
 
 REPLACEMENT = "\ufffd"
-"""The character that a tokenizer decodes incomplete characters to."""
+"""The character that a tokenizer writes for an incomplete character."""
 
 Choose: TypeAlias = Callable[[Tensor], Tensor]
-"""Returns the next tokens (rows,) by their logits (rows, vocabulary)."""
+"""Chooses the next tokens (rows,) from logits (rows, vocabulary)."""
 
 
 def generate(
@@ -49,17 +51,17 @@ def generate(
 ) -> Iterator[int]:
     """Yield the tokens that continue a text, each as soon as it is known.
 
-    The model is in evaluation mode until the last one.
+    The model is in evaluation mode until the last token.
 
     Args:
         model: the language model, with or without adapters.
         prompt_ids: the text so far, at least one token.
-        max_new_tokens: most tokens to yield; fewer if the model takes no more.
+        max_new_tokens: most tokens to yield; fewer if the model's context is full.
         ends: token ids that end the text; they are not yielded.
         temperature: 0 takes the most likely token each time.
         top_k: how many of the most likely tokens to draw from; None for all.
-        top_p: how much probability the tokens to draw from must have together.
-        seed: makes the result reproducible; None draws from PyTorch's own random numbers.
+        top_p: draw from the most likely tokens that together have this probability.
+        seed: makes the result reproducible; None uses PyTorch's global random numbers.
 
     Raises:
         DataError: the prompt is empty, or leaves no room in the context of the model.
@@ -70,7 +72,7 @@ def generate(
     def choose(logits: Tensor) -> Tensor:
         if temperature == 0:
             return logits.argmax(dim=-1)
-        # On the CPU, so that a seed gives the same text on every device.
+        # Sample on the CPU, so that a seed gives the same text on every device.
         chances, ids = likely_tokens(logits[0].cpu(), temperature, top_k, top_p)
         return ids[torch.multinomial(chances, 1, generator=random_numbers)]
 
@@ -89,13 +91,13 @@ def complete(
 ) -> list[list[int]]:
     """Return the most likely continuation of each of several texts.
 
-    Texts of one length are continued together. None is padded, so each continuation is the same as
-    alone.
+    Texts of the same length are continued together. There is no padding, so each text gets the same
+    continuation as on its own.
 
     Args:
         model: the language model, with or without adapters.
         prompts: the texts so far, each of at least one token.
-        max_new_tokens: most tokens of a continuation; fewer if the model takes no more.
+        max_new_tokens: most tokens of a continuation; fewer if the model's context is full.
         ends: token ids that end a text; they are left out.
 
     Raises:
@@ -121,20 +123,20 @@ def complete(
 def likely_tokens(
     logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return the chances of the tokens to draw from, and their ids, the most likely first.
+    """Return the probabilities of the tokens to draw from, and their ids, most likely first.
 
     Args:
         logits: (vocabulary,).
         temperature: greater than 0.
         top_k: how many of the most likely tokens to draw from; None for all.
-        top_p: how much probability they must have together.
+        top_p: draw from the most likely tokens that together have this probability.
     """
-    # In float64 and with 0 as the largest, so that no temperature turns logits into infinities.
+    # Use float64, and subtract the largest logit, so that no temperature causes an overflow.
     ranked, ids = logits.double().sort(descending=True, stable=True)
     chances = ((ranked - ranked[0]) / temperature).softmax(-1)[:top_k]
     chances = chances / chances.sum()
     if top_p < 1:
-        # A token is needed if those before it have less than top_p together.
+        # A token is needed if the tokens before it have less than top_p together.
         needed = max(1, int((chances.cumsum(-1) - chances < top_p).sum()))
         chances = chances[:needed]
     return chances, ids[: len(chances)]
@@ -143,10 +145,10 @@ def likely_tokens(
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Yield the text of tokens piece by piece, each as soon as its characters are complete.
 
-    The pieces joined are what the tokenizer makes of all tokens at once.
+    The joined pieces equal the text of all tokens decoded at once.
 
     Args:
-        tokenizer: of the model that the tokens come from.
+        tokenizer: the model's tokenizer.
         ids: the tokens, as they become known.
     """
     seen: list[int] = []
@@ -164,7 +166,7 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 
 def context_of(model: nn.Module) -> int | None:
-    """Return how many tokens a model takes by its configuration; None if that does not say."""
+    """Return how many tokens a model's configuration allows; None if it sets no limit."""
     config = getattr(model, "config", None)
     found = [getattr(config, name, None) for name in CONTEXT_NAMES]
     return next((size for size in found if type(size) is int and size > 0), None)
@@ -174,7 +176,7 @@ def context_of(model: nn.Module) -> int | None:
 def _continued(
     model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Choose
 ) -> Iterator[list[int]]:
-    """Yield the next token of each of several texts of one length, until there is no room."""
+    """Yield the next token of each of several texts of the same length, until there is no room."""
     room = _room(model, prompts, max_new_tokens)
     parameter = next(model.parameters(), torch.empty(0))
     tokens = torch.tensor([list(prompt) for prompt in prompts], device=parameter.device)
@@ -194,7 +196,7 @@ def _continued(
 
 def _logits_of(model: nn.Module, *, rows: int, capacity: int) -> Callable[[Tensor], Tensor]:
     """Return a function that adds tokens (rows, time) and returns the logits (rows, vocabulary)."""
-    plain = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    plain = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
     if isinstance(plain, Decoder):
         weight = plain.model.embed_tokens.weight
         cache = KeyValueCache(
@@ -233,7 +235,7 @@ def _room(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: in
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode for the time of the block, and then each module's former mode."""
+    """Set evaluation mode during the block, then restore the mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

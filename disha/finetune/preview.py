@@ -1,8 +1,8 @@
-"""``--dry_run``: what a run would do, and how much memory it would take.
+"""``--dry_run``: describes a run without training, and estimates its memory.
 
-The memory is estimated from the sizes of the model, without its weights. What autograd keeps
-between forward and backward is counted on decoders of one and of two layers, made of tensors that
-have shapes but no values. Every further layer keeps as much as the second one.
+The estimate needs the sizes of the model, but not its weights. Autograd keeps tensors between
+forward and backward. Their memory is counted on decoders with one and with two layers, made of
+tensors that have shapes but no values. Every further layer keeps as much as the second one.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from disha.finetune.training.loop import planned_steps
 __all__ = ["MemoryEstimate", "estimate_memory", "meta_decoder", "preview"]
 
 QUANTISED_BYTES = {"8": 1.0, "4": 0.5 + 0.127 / 8}
-"""Bytes per weight of a quantised layer. Those of nf4 include the scales of its blocks."""
+"""Bytes per weight of a quantised layer. For 4 bits, this includes the scales of the blocks."""
 
 ADAM_BYTES = 3 * 4
-"""Bytes of a trained parameter's gradient and two moments, in float32."""
+"""Bytes per trained value: its gradient and two moments, in float32."""
 
 
 def preview(inputs: Inputs, settings: FinetuneSettings, processes: int = 1) -> str:
     """Return what would be adapted and trained, in how many steps and in how much memory.
 
     Args:
-        inputs: of the run.
-        settings: of the run.
-        processes: how many train together.
+        inputs: the inputs of the run.
+        settings: the settings of the run.
+        processes: how many processes train together.
 
     Raises:
         DishaError: the adapter does not fit the model.
@@ -89,9 +89,9 @@ class MemoryEstimate:
 
     Args:
         base: the base model's weights.
-        adapter: what is trained.
-        optimiser: its gradients and the optimiser's moments.
-        kept: what autograd keeps from forward to backward, for one batch of full length.
+        adapter: the adapter's parameters.
+        optimiser: the gradients and the optimiser's moments of all trained parameters.
+        kept: the tensors that autograd keeps from forward to backward, for a batch of full length.
     """
 
     base: int
@@ -112,8 +112,9 @@ def estimate_memory(
 
     Args:
         config: the decoder's sizes.
-        settings: of the run; batch size, length, number formats and checkpointing count.
-        plan: what `disha.plan_adapters` returns for such a model.
+        settings: the settings of the run. Batch size, length, number formats and checkpointing
+            change the result.
+        plan: the plan that `disha.plan_adapters` returns for such a model.
     """
     dtype = torch.float32 if settings.model.bits == "fp32" else torch.bfloat16
     return MemoryEstimate(
@@ -165,7 +166,7 @@ def _kept_by(
             _add_block(layer.module, layer.r, layer.out_features)
         kept = _Kept(model, r)
         if not disha.functional.METHODS[settings.adapter.method_name].reduces:
-            # Instead of the sums of its inputs' shards, such a method keeps the inputs.
+            # Such a method keeps its inputs, not the sums of their shards.
             for layer in adapted:
                 layer.module.register_forward_pre_hook(kept.note_input)
         tokens = torch.zeros(sizes, dtype=torch.int64)
@@ -181,7 +182,7 @@ def _kept_by(
 def _add_block(layer: nn.Module, r: int, out_features: int) -> None:
     """Add a Bone block to a layer without values.
 
-    A layer that the library has adapted would compute its complete weight there.
+    A layer adapted by the library would compute its complete weight here.
     """
     block = nn.Parameter(torch.zeros(r, out_features, dtype=torch.float32))
     layer.register_parameter("block", block)
@@ -211,7 +212,7 @@ class _Kept:
         self._r = r
         self._sums = 0
         self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-        self._found: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
+        self._found: dict[int, torch.UntypedStorage] = {}  # held, so that no address is reused
 
     @property
     def nbytes(self) -> int:

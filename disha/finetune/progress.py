@@ -1,6 +1,6 @@
-"""Print the phases of a run with their times, and its steps.
+"""Prints the phases of a run with their times, and its steps.
 
-Of several processes, the first one prints.
+If several processes train, the first one prints.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Print the name of what the block does, and then how long it took."""
+        """Print the name of a phase, run the block, and print how long it took."""
         self.say(f"{name} ...")
         started = time.perf_counter()
         yield
@@ -65,12 +65,12 @@ def showing_progress(
 ) -> Iterator[ShowStep]:
     """Yield a function that shows each step: loss, tokens per second and time left.
 
-    On a terminal it moves a bar, elsewhere it prints lines.
+    On a terminal, the function moves a bar; elsewhere, it prints lines.
 
     Args:
-        steps: how many steps there will be.
-        every: renew the numbers every so many steps.
-        first: how many of the steps were done before.
+        steps: how many steps the run has in total.
+        every: show new numbers every this many steps.
+        first: how many of the steps an earlier part of the run has done.
         checked: the name of the rows that the loss is measured on.
         shown: whether this process prints.
     """
@@ -80,7 +80,7 @@ def showing_progress(
 
     def print_line(step: Step) -> None:
         if is_due(step) or step.eval_loss is not None:
-            # Step and seconds count from the beginning, before a break too.
+            # Step and seconds include the part of the run before a resume.
             left = step.seconds / step.step * (steps - step.step)
             line = f"step {step.step}/{steps}: {_numbers(step)}, {left:.0f} s left"
             print(line + _evaluated(", ", step, checked), flush=True)

@@ -1,4 +1,4 @@
-"""The files that a run writes at its end: plots, samples, and a report with the machine's data."""
+"""The files that a run writes at its end: plots, samples, and a report on run and machine."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ T = TypeVar("T")
 REPORTED_PACKAGES = ("torch", "safetensors", "einops", "gguf", "tokenizers", "numpy")
 SMOOTHED_STEPS = 10
 MOST_NUMBERS = 12
-"""How many points have their value beside them. More can't be read, and take minutes to lay out."""
+"""Most points of a plot with a label. More labels overlap, and take minutes to lay out."""
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file completely or not at all.
 
     Raises:
-        AdapterIOError: it can't be written, and an earlier file stays.
+        AdapterIOError: the file can't be written. An earlier file stays as it was.
     """
     write_files({path: lambda temporary: _write_text(Path(temporary), text)})
 
@@ -44,7 +44,7 @@ def write_figure(path: Path, figure: Figure) -> None:
     """Write a figure as PNG, completely or not at all.
 
     Raises:
-        AdapterIOError: it can't be written, and an earlier file stays.
+        AdapterIOError: the file can't be written. An earlier file stays as it was.
     """
     write_files({path: lambda temporary: figure.savefig(temporary, format="png")})
 
@@ -84,7 +84,7 @@ def samples_page(samples: Sequence[Sample], origin: str) -> str:
 
 
 def _titled(title: str, text: str) -> str:
-    # A fence longer than any in the text, so that the text can't end it.
+    # The fence is longer than any in the text, so that the text can't end it.
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"**{title}**\n\n{fence}text\n{text.strip()}\n{fence}\n"
@@ -100,7 +100,7 @@ def plot_losses(
 
     Args:
         steps: the optimiser steps.
-        evaluations: losses by the number of steps done before.
+        evaluations: the measured losses, by the number of steps done before.
         title: what was trained.
         checked: the name of the rows of the evaluations, such as "held-out".
     """
@@ -162,7 +162,7 @@ def _axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def _spread(points: Sequence[T]) -> Sequence[T]:
-    """Return evenly spread points, with the first and the last."""
+    """Return at most `MOST_NUMBERS` evenly spread points, with the first and the last."""
     last = len(points) - 1
     if last < MOST_NUMBERS:
         return points
@@ -178,7 +178,7 @@ def _running_means(values: Sequence[float]) -> list[float]:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions of the packages that compute, and the machine that they run on."""
+    """Return the versions of the main packages, and a description of the machine."""
     versions = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
     has_cuda = torch.cuda.is_available()
     return {
@@ -194,7 +194,7 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> int | None:
-    """Return the most memory this process had resident so far, in bytes; None where unknown."""
+    """Return this process's peak resident memory so far, in bytes; None if unknown."""
     if sys.platform == "win32":
         return None
     import resource

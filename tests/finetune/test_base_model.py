@@ -195,7 +195,7 @@ def test_a_dry_run_shows_its_layers(made, finetune):
     [
         ("gtp2", {}, "has no function 'gtp2'; the nearest are gpt2"),
         ("VALUE", {}, "VALUE is a int, not a function"),
-        ("number", {}, "the function returned a int, not an nn.Module"),
+        ("number", {}, "the function returned a int; it must return an nn.Module"),
         ("three", {}, "a tuple of Sequential, NoneType, NoneType"),
         ("failing", {}, "OSError: no weights here"),
         ("with_an_argument", {}, "called without arguments, failed"),

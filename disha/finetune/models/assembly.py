@@ -1,7 +1,8 @@
-"""Base models on disk, and decoders made of their weights in hardly more memory than they take.
+"""Base models on disk, and how to build a decoder from their weights.
 
-Every weight is read in slices of rows straight into its place, in the dtype and on the device that
-were asked for. Layers are quantised one by one, so that only one is there as a dense weight.
+Building takes hardly more memory than the weights themselves. Each weight is allocated in the
+requested dtype on the requested device, and its rows are read straight into it, a slice at a time.
+Layers are quantised one by one, so at most one of them is dense at any time.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ SLICE = 1 << 20
 """How many values are read at a time: 4 MiB in float32."""
 
 LISTED = 4
+"""How many names an error lists before it only counts the rest."""
 
 
 class ModelCheckpoint(ABC):
-    """A base model on disk, opened but not read.
+    """A base model on disk. It is open, but its weights are not read yet.
 
     Attributes:
         path: the folder or file.
-        title: what the model is called.
-        folder: the folder that holds the tokenizer's files; None where `fields` describe it.
-        fields: the metadata of a GGUF file, tokenizer included; None where `folder` holds it.
+        title: the name of the model.
+        folder: the folder with the model's and the tokenizer's files; None for a GGUF file.
+        fields: the metadata of a GGUF file, which describe the tokenizer too; None for a folder.
     """
 
     path: Path
@@ -45,7 +47,7 @@ class ModelCheckpoint(ABC):
 
     @abstractmethod
     def config(self) -> DecoderConfig:
-        """The model's sizes and constants.
+        """Return the model's sizes and constants.
 
         Raises:
             CheckpointError: one is missing, of the wrong type, or not supported.
@@ -56,15 +58,15 @@ class ModelCheckpoint(ABC):
         """Check that the file holds the tensors that its configuration calls for.
 
         Raises:
-            CheckpointError: it does not, or they are of types that are not supported.
+            CheckpointError: the tensors don't match it, or are of an unsupported type.
         """
 
     @abstractmethod
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows `first` to `last`, exclusive, of a weight, in any floating dtype on the CPU.
+        """Return rows `first` to `last` (exclusive) of a weight, in any float dtype, on the CPU.
 
         Args:
-            name: of the decoder's parameter.
+            name: the name of the decoder's parameter.
             first: the first row.
             last: the row after the last one.
         """
@@ -75,27 +77,28 @@ class ModelCheckpoint(ABC):
         device: torch.device | None = None,
         bits: WeightBits | None = None,
     ) -> Decoder:
-        """The model, its weights read one after another.
+        """Return the model, with its weights read one after another.
 
         Args:
-            dtype: of all weights that are not quantised, and of what is computed.
-            device: where they go; the CPU if not given.
+            dtype: the number format of weights that are not quantised, and of products.
+            device: where the weights go; the CPU by default.
             bits: 8 or 4 to quantise the linear layers of the decoder layers.
 
         Raises:
             CheckpointError: the weights don't fit the configuration, or can't be read.
-            MissingPackageError: bits are given, and bitsandbytes is not installed.
+            MissingPackageError: `bits` is given, but bitsandbytes is not installed.
         """
         config = self.config()
         self.check_tensors(config)
         return assemble(config, self, dtype, device or torch.device("cpu"), bits)
 
     def parameter_shapes(self, config: DecoderConfig, stored: int) -> dict[str, Shape]:
-        """The shape of each parameter of the decoder, without a tied head.
+        """Return the shape of each parameter of the decoder, without a tied head.
 
         Args:
             config: the decoder's sizes.
-            stored: how many tensors there are, so that no more layers are made than can be filled.
+            stored: how many tensors the file holds. A damaged file may claim far more layers than
+                it has tensors; such a decoder is refused before it is made.
 
         Raises:
             CheckpointError: there are fewer tensors than layers.
@@ -117,7 +120,7 @@ def assemble(
     device: torch.device,
     bits: WeightBits | None = None,
 ) -> Decoder:
-    """The decoder of `config` with stored weights, which fit it; see `load_model`."""
+    """Return the decoder of `config` with stored weights. They must fit; see `load_model`."""
     with torch.device("meta"):
         model = Decoder(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

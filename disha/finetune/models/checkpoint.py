@@ -1,4 +1,4 @@
-"""Opening base models on disk, whichever way they are stored."""
+"""Opens base models on disk: a Hugging Face folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def open_model(path: Path) -> ModelCheckpoint:
     """Open the folder or GGUF file at `path`, without reading weights.
 
     Raises:
-        CheckpointError: it is missing, damaged, or neither.
+        CheckpointError: there is nothing at `path`, it is damaged, or it is of another format.
     """
     if path.is_dir():
         return FolderCheckpoint(path)

@@ -7,9 +7,9 @@ Modules and parameters have the names of the usual checkpoints
     h   = h + down(silu(gate x) * up x)                         with x = rmsnorm(h)
     out = head(rmsnorm(h))
 
-The configuration can add what some families have: biases, an RMSNorm of every query and key head
-before rotation (Qwen3), and a sliding window (Mistral), so that a token attends to the last
-`window` tokens only, itself among them.
+The configuration can add what only some families have: biases; an RMSNorm of every query and key
+head before rotation (Qwen3); and a sliding window (Mistral). With a window, a token attends only to
+the last `window` tokens, including itself.
 
 Batches are padded on the right. Attention is causal, so no real token sees the padding, and no mask
 is needed.
@@ -35,7 +35,7 @@ from disha.finetune.models.rope import Rotation, rotary_frequencies
 __all__ = ["IGNORED", "Decoder", "DecoderConfig", "KeyValueCache"]
 
 LARGEST_SIZE = 1 << 20
-"""Larger than in any model, and small enough that torch can make every weight."""
+"""The limit of every size. No real model reaches it, and torch can still make such weights."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,16 @@ class DecoderConfig:
         rope_base: base of the rotary frequencies.
         norm_epsilon: added to the mean square in RMSNorm.
         tied_head: whether the output head is the token embedding.
-        rope_factors: head_dim / 2 numbers that the rotary frequencies are divided by, if they are.
+        rope_factors: the head_dim / 2 numbers that divide the rotary frequencies; None for none.
         qkv_bias: whether the projections of queries, keys and values have a bias.
-        output_bias: whether the projection of what attention returns has one.
-        feed_forward_bias: whether the feed-forward layers have them.
+        output_bias: whether the output projection of attention has a bias.
+        feed_forward_bias: whether the feed-forward layers have biases.
         head_norm: whether every query and key head is normalised before rotation.
-        window: to how many tokens a token attends in the layers with a sliding window.
+        window: how many tokens a token attends to in the layers with a sliding window.
         windowed_layers: the numbers of these layers.
 
     Raises:
-        CheckpointError: a size is not positive or beyond reason, or sizes don't go together.
+        CheckpointError: a size is not positive, is far too large, or contradicts another size.
     """
 
     vocabulary: int
@@ -126,7 +126,7 @@ class KeyValueCache:
         config: the model's sizes.
         batch: number of sequences.
         capacity: most tokens per sequence.
-        dtype: of the keys and values.
+        dtype: the number format of the keys and values.
         device: where they are kept.
     """
 
@@ -146,7 +146,7 @@ class KeyValueCache:
 
     @property
     def length(self) -> int:
-        """Tokens held per sequence."""
+        """The number of tokens held per sequence."""
         return self._length
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,10 +184,10 @@ class Attention(nn.Module):
 
         Args:
             x: the normalised residual stream.
-            rotation: at the tokens' positions.
-            seen: which token may attend to which, (time, keys) or (batch, 1, time, keys); None
-                means to all before it, and that the cache held nothing.
-            cache: where keys and values are added.
+            rotation: the rotation at the tokens' positions.
+            seen: which token may attend to which, (time, keys) or (batch, 1, time, keys).
+                None means every token to itself and all before it; the cache must then be empty.
+            cache: the keys and values are added to it.
         """
         q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
@@ -250,21 +250,21 @@ class DecoderBody(nn.Module):
         cache: KeyValueCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (batch, time, hidden) of tokens (batch, time).
+        """Return the hidden states (batch, time, hidden) of tokens (batch, time).
 
         Args:
             tokens: token ids.
-            cache: what came before; `tokens` are added to it.
-            positions: (batch, time) the place of each token in its own text, where several texts
-                stand in one row: every 0 begins a text, and no text attends to another.
+            cache: the tokens before these; `tokens` are added to it.
+            positions: (batch, time) the place of each token in its own text, for rows that hold
+                several texts. Each 0 begins a text, and no text attends to another.
 
         Raises:
-            ValueError: positions are given, and the cache already holds tokens.
+            ValueError: positions are given, but the cache already holds tokens.
         """
         x = self.embed_tokens(tokens)
         start, time = (0 if cache is None else cache.length), tokens.shape[1]
         if positions is not None and start:
-            raise ValueError("rows of several texts can't go on from a cache; pass them whole")
+            raise ValueError("rows of several texts can't continue a cache; pass them complete")
         rotation = self._rotation(start, time, positions, x)
         full, windowed = self._seen(start, time, positions, x.device)
         for number, layer in enumerate(self.layers):
@@ -288,9 +288,9 @@ class DecoderBody(nn.Module):
     def _seen(
         self, start: int, time: int, positions: Tensor | None, device: torch.device
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What tokens may attend to, in layers without and with a sliding window.
+        """Return the masks of layers without and with a sliding window.
 
-        None means all tokens before, which needs no mask and is fastest.
+        None means all earlier tokens. This needs no mask and is fastest.
         """
         if positions is not None:
             full = _same_text(positions)
@@ -307,7 +307,7 @@ class DecoderBody(nn.Module):
 
 
 def _same_text(positions: Tensor) -> Tensor:
-    """Which token (batch, 1, time, time) may attend to which: those before it in its own text."""
+    """Return a mask (batch, 1, time, time): a token sees the earlier ones of its own text."""
     text = (positions == 0).cumsum(dim=-1)
     return (text.unsqueeze(-1) == text.unsqueeze(-2)).tril().unsqueeze(1)
 
@@ -316,7 +316,7 @@ class Decoder(nn.Module):
     """A language model of one of the families above.
 
     Args:
-        config: sizes and constants. With `config.tied_head` the head's weight *is* the embedding.
+        config: sizes and constants. With `config.tied_head`, head and embedding are one tensor.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -337,24 +337,24 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Logits (batch, time, vocabulary) of tokens (batch, time).
+        """Return the logits (batch, time, vocabulary) of tokens (batch, time).
 
-        With a cache, `tokens` continue what it holds, and are added to it. `positions` are those
-        of `DecoderBody.forward`, for rows of several texts.
+        `tokens` continue the tokens in the cache, and are added to it. `positions` are for rows
+        of several texts; see `DecoderBody.forward`.
         """
         return self.lm_head(self.model(tokens, cache, positions))  # type: ignore[no-any-return]
 
     def summed_loss(
         self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None
     ) -> Tensor:
-        """Cross-entropy summed over the positions that have a label, in nats and float32.
+        """Return the cross-entropy, summed over positions with a label, in nats and float32.
 
-        The vocabulary is much larger than any other size, so logits are computed there only.
+        Only these positions get logits, as the vocabulary is much larger than any other size.
 
         Args:
             tokens: (batch, time) token ids.
             labels: (batch, time) the token that should follow each, or `IGNORED`.
-            positions: (batch, time) as `DecoderBody.forward` takes them, for packed rows.
+            positions: (batch, time) for packed rows; see `DecoderBody.forward`.
         """
         supervised = labels != IGNORED
         logits = self.lm_head(self.model(tokens, positions=positions)[supervised])

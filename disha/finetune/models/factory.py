@@ -1,4 +1,4 @@
-"""Models that a function of the user's makes: ``--model module:function``."""
+"""Models that the user's own function makes: ``--model module:function``."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def load_factory(spec: str) -> tuple[nn.Module, object | None]:
         spec: module:function, such as ``my_models:make_gpt2``; the function takes no arguments.
 
     Returns:
-        The model; and the tokenizer, of whatever kind, or None.
+        The model; and the tokenizer, as the function returns it, or None.
 
     Raises:
-        SettingsError: `spec` is written otherwise, or there is no such module or function.
-        CheckpointError: the module can't be imported, or the function raises or returns
-            something else.
+        SettingsError: `spec` is not module:function, or there is no such module or function.
+        CheckpointError: the module can't be imported, or the function fails or does not return
+            a model.
     """
     name, _, attribute = spec.partition(":")
     if not (name and attribute) or name.startswith("."):
@@ -54,14 +54,14 @@ def load_factory(spec: str) -> tuple[nn.Module, object | None]:
 
 
 def logits_for(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The logits (batch, time, vocabulary) that any language model returns for tokens.
+    """Return the logits (batch, time, vocabulary) that any language model gives for tokens.
 
     Args:
-        model: called with nothing but the tokens.
+        model: any language model; the tokens are its only argument.
         tokens: (batch, time) token ids.
 
     Raises:
-        CheckpointError: the model fails on them, or returns none.
+        CheckpointError: the model fails on the tokens, or returns no logits.
     """
     try:
         output = model(tokens)
@@ -76,10 +76,10 @@ def logits_for(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def tensor_of(output: object) -> Tensor:
-    """The tensor in what a model returned: the output itself, or its ``.logits``.
+    """Return the tensor in a model's output: the output itself, or its ``.logits``.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the output is no tensor, and has none as ``.logits``.
     """
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor):
@@ -92,13 +92,14 @@ def tensor_of(output: object) -> Tensor:
 
 @contextmanager
 def explaining_failures(spec: str | None) -> Iterator[None]:
-    """Say in one line how a user's model fails meanwhile, such as on rows that don't fit it.
+    """Report in one line if a user's model fails in the block, such as on rows that don't fit it.
 
     Args:
-        spec: module:function that made it; None for a decoder, whose errors stay as they are.
+        spec: the module:function that made the model; None for the built-in decoder, whose errors
+            stay as they are.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: the model fails.
     """
     try:
         yield
@@ -158,8 +159,8 @@ def _model_and_tokenizer(made: object, spec: str) -> tuple[nn.Module, object | N
         else:
             found = f"a {type(made).__name__}"
         raise CheckpointError(
-            f"--model {spec}: the function returned {found}, not an nn.Module, or a pair of an "
-            "nn.Module and a tokenizer"
+            f"--model {spec}: the function returned {found}; it must return an nn.Module, or a "
+            "pair of an nn.Module and a tokenizer"
         )
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
@@ -171,7 +172,7 @@ def _model_and_tokenizer(made: object, spec: str) -> tuple[nn.Module, object | N
 
 
 def _failed(error: BaseException) -> str:
-    """What an exception of the user's code was, and where it came from."""
+    """Describe an exception of the user's code, and where it came from."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -1,7 +1,7 @@
-"""What each family's ``config.json`` means: which keys there are, and what is computed by default.
+"""How to read the ``config.json`` of each family: its keys and their defaults.
 
-Defaults are those of the transformers library, for which the files are written. A key that would
-change what is computed, in a way that the decoder does not follow, is an error that names it.
+Defaults are those of the transformers library, as the files are written for it. If a key asks for
+something that the decoder does not compute, an error names the key.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ SUPPORTED = "Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3"
 
 @dataclass(frozen=True)
 class Family:
-    """What one family of models computes, and its defaults for keys that a file leaves out.
+    """The features of one family of models, and its defaults for keys that a file leaves out.
 
     Args:
         name: `model_type` in config.json, and `general.architecture` in GGUF files.
         causal: the class name in `architectures`.
-        context: `max_position_embeddings` by default.
-        kv_heads: `num_key_value_heads` by default; None for as many as there are heads.
-        head_dim: `head_dim` by default; None for the width divided among the heads.
-        window: `sliding_window` by default; None if the family has no sliding windows.
+        context: the default of `max_position_embeddings`.
+        kv_heads: the default of `num_key_value_heads`; None for the number of heads.
+        head_dim: the default of `head_dim`; None for the hidden size divided by the heads.
+        window: the default of `sliding_window`; None if the family has no sliding windows.
         window_by: the key that turns the sliding window on; None if it is always on.
         qkv_bias: whether q, k and v always have a bias.
         has_attention_bias: whether `attention_bias` gives q, k, v and o a bias.
-        has_mlp_bias: whether `mlp_bias` gives the feed-forward layers one.
+        has_mlp_bias: whether `mlp_bias` gives the feed-forward layers a bias.
         head_norm: whether query and key heads are normalised.
     """
 
@@ -105,15 +105,15 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def family_of(name: object, path: Path, families: Mapping[str, Family] = FAMILIES) -> Family:
-    """The family of a `model_type` or GGUF architecture.
+    """Return the family of a `model_type` or GGUF architecture.
 
     Args:
-        name: what the file says.
+        name: the name in the file.
         path: the file; for messages.
-        families: those that are supported, by name.
+        families: the supported families, by name.
 
     Raises:
-        CheckpointError: it is none of these.
+        CheckpointError: the name is none of these.
     """
     if not isinstance(name, str) or name not in families:
         raise CheckpointError(
@@ -124,15 +124,15 @@ def family_of(name: object, path: Path, families: Mapping[str, Family] = FAMILIE
 
 
 def config_from_json(values: Mapping[str, Any], path: Path) -> DecoderConfig:
-    """The decoder that a ``config.json`` describes.
+    """Return the sizes and constants of the decoder that a ``config.json`` describes.
 
     Args:
-        values: its contents.
+        values: the file's contents.
         path: the file; for messages.
 
     Raises:
-        CheckpointError: another architecture, a key that is missing or of the wrong type, or one
-            that asks for what the decoder does not compute.
+        CheckpointError: the architecture is not supported, a key is missing or of the wrong type,
+            or a key asks for something that the decoder does not compute.
     """
     keys, family = Fields(values, path), family_of(values.get("model_type"), path)
     _check_supported(keys, family)
@@ -155,7 +155,7 @@ def config_from_json(values: Mapping[str, Any], path: Path) -> DecoderConfig:
         feed_forward_bias=family.has_mlp_bias and keys.flag("mlp_bias"),
         head_norm=family.head_norm,
     )
-    # Lists are made only now that the sizes have been checked.
+    # These lists are as long as the sizes say, so they are made after the sizes are checked.
     window, windowed_layers = _windows(keys, family, config.layers)
     return replace(
         config,
@@ -178,7 +178,7 @@ def _check_supported(keys: Fields, family: Family) -> None:
 
 
 def _kv_heads(keys: Fields, family: Family, heads: int) -> int:
-    # A null means as many as heads, and a key left out the family's default.
+    # A null means as many as heads. A missing key means the family's default.
     if "num_key_value_heads" in keys.values or family.kv_heads is None:
         return keys.integer("num_key_value_heads", heads)
     return family.kv_heads
@@ -197,11 +197,11 @@ def _head_dim(keys: Fields, family: Family, hidden: int, heads: int) -> int:
 
 
 def _windows(keys: Fields, family: Family, layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """How far a sliding window reaches, and the layers that have one."""
+    """Return the size of the sliding window, and the layers that have one."""
     window = _window(keys, family)
     kinds = keys.get("layer_types")
     if kinds is None:
-        # Mistral has it in every layer; Qwen's key counts the first layers, which lack it.
+        # Mistral has a window in every layer. Qwen's key counts the first layers without one.
         first = 0 if family.window_by is None else max(0, keys.integer("max_window_layers", 28))
         return window, () if window is None else tuple(range(first, layers))
     if (
@@ -214,7 +214,7 @@ def _windows(keys: Fields, family: Family, layers: int) -> tuple[int | None, tup
         )
     windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == SLIDING)
     if windowed and window is None:
-        raise keys.refused("layer_types", kinds, "and the sliding window is not turned on")
+        raise keys.refused("layer_types", kinds, "the sliding window is not turned on")
     if family.window_by is None and len(windowed) != (0 if window is None else layers):
         raise keys.refused(
             "layer_types", kinds, f"{family.name} has the same attention in all layers"
@@ -231,7 +231,7 @@ def _window(keys: Fields, family: Family) -> int | None:
 
 
 def _rope(keys: Fields) -> Fields:
-    """The keys of the rotary embedding, in the newer spelling or the older one."""
+    """Return the keys of the rotary embedding, in the newer spelling or the older one."""
     key = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
     found = keys.get(key) or {}
     if not isinstance(found, dict) or any(isinstance(one, dict) for one in found.values()):
@@ -247,7 +247,7 @@ def _rope(keys: Fields) -> Fields:
 
 
 def _rope_factors(keys: Fields, config: DecoderConfig) -> tuple[float, ...] | None:
-    """What the rotary frequencies are divided by, if they are."""
+    """Return the numbers that divide the rotary frequencies; None for none."""
     rope = _rope(keys)
     if rope.get("rope_type") == "default":
         return None

@@ -22,9 +22,9 @@ class Fields:
     """Values by their keys.
 
     Args:
-        values: what the file says.
+        values: the file's values.
         path: the file; for messages.
-        prefix: what all keys begin with in the file.
+        prefix: the beginning of all keys in the file.
         remedy: what to do if a key is missing.
     """
 
@@ -34,7 +34,7 @@ class Fields:
     remedy: str = "get the model's folder again, as the library that made it wrote it"
 
     def get(self, key: str, default: object = None) -> Any:
-        """Return a value as it is; the default for null, or if the key is missing."""
+        """Return a value unchecked; the default if it is null or the key is missing."""
         value = self.values.get(self.prefix + key)
         return default if value is None else value
 
@@ -42,7 +42,7 @@ class Fields:
         """Return a value that must be an integer.
 
         Raises:
-            CheckpointError: it is not, or is missing and has no default.
+            CheckpointError: it is not an integer, or is missing and has no default.
         """
         value = self._required(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -53,19 +53,19 @@ class Fields:
         """Return a value that must be a finite number.
 
         Raises:
-            CheckpointError: it is not, or is missing and has no default.
+            CheckpointError: it is not a finite number, or is missing and has no default.
         """
         value = self._required(key, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise self._mistyped(key, "a number", value)
-        if not abs(value) <= sys.float_info.max:  # a whole number in JSON can be larger
+        if not abs(value) <= sys.float_info.max:  # an integer in JSON can be larger
             raise CheckpointError(
-                f"{self.path}: {self.prefix}{key} must be finite, found a number beyond floats"
+                f"{self.path}: {self.prefix}{key} must be finite, found one too large for a float"
             )
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """Return a value that must be true or false, which is the default.
+        """Return a value that must be true or false; false if it is missing.
 
         Raises:
             CheckpointError: it is neither.
@@ -76,7 +76,7 @@ class Fields:
         return value
 
     def require_neutral(self, neutral: Mapping[str, tuple[object, ...]]) -> None:
-        """Check that no key asks for what the decoder does not compute.
+        """Check that no key asks for something that the decoder does not compute.
 
         Args:
             neutral: keys of related models, with the values that change nothing.
@@ -90,7 +90,7 @@ class Fields:
                 raise self.refused(key, value, f"only {allowed[0]!r} is supported")
 
     def refused(self, key: str, value: object, *why: str) -> CheckpointError:
-        """Return the error for a value that the decoder can't follow."""
+        """Return the error for a value that the decoder does not support."""
         return CheckpointError(
             f"{self.path} asks for {self.prefix}{key} = {value!r}, which is not supported, and "
             f"ignoring it would give another model; {'; '.join(why or (WAY_OUT,))}"

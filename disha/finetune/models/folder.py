@@ -1,7 +1,7 @@
-"""Reading a model from a folder as Hugging Face libraries write it.
+"""Reads a model from a folder in the layout of Hugging Face libraries.
 
-``config.json`` says what the model is. Its weights are in ``model.safetensors``, or in shards with
-a ``model.safetensors.index.json``.
+``config.json`` describes the model. Its weights are in ``model.safetensors``, or in several files
+that ``model.safetensors.index.json`` lists.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = ("F16", "BF16", "F32", "F64")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-"""Constants that older libraries stored beside the weights; they follow from config.json."""
+"""Constants that older libraries stored with the weights. They are computed from config.json."""
 
 
 class FolderCheckpoint(ModelCheckpoint):
@@ -36,8 +36,8 @@ class FolderCheckpoint(ModelCheckpoint):
         path: the folder.
 
     Raises:
-        CheckpointError: the folder or a file of it is missing, damaged or contradicts another, or
-            the weights are pickles.
+        CheckpointError: the folder or one of its files is missing or damaged, two files
+            contradict each other, or the weights are pickles.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class FolderCheckpoint(ModelCheckpoint):
             raise CheckpointError(str(error)) from error
 
     def config(self) -> DecoderConfig:
-        """The model's sizes and constants.
+        """Return the model's sizes and constants.
 
         Raises:
             CheckpointError: one is missing, of the wrong type, or not supported.
@@ -65,17 +65,17 @@ class FolderCheckpoint(ModelCheckpoint):
         return config_from_json(self.description, self.path / CONFIG)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows `first` to `last`, exclusive, of the tensor called `name`, memory-mapped."""
+        """Return rows `first` to `last` (exclusive) of the tensor `name`, memory-mapped."""
         try:
             return self.stored.tensor(name)[first:last]
         except disha.DishaError as error:
             raise CheckpointError(str(error)) from error
 
     def check_tensors(self, config: DecoderConfig) -> None:
-        """Check that the tensors fit, are dense, and that a tied head is the embedding.
+        """Check that the tensors fit, are dense, and that a tied head equals the embedding.
 
         Raises:
-            CheckpointError: they don't, or it is not.
+            CheckpointError: one of these is not true.
         """
         dtypes = {stored.dtype for stored in self.stored.tensors.values()}
         if not dtypes <= {*DTYPES}:

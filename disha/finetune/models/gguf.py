@@ -1,8 +1,8 @@
-"""Reading a model from a GGUF file: architectures llama (Llama, Mistral, SmolLM2), qwen2, qwen3.
+"""Reads a model from a GGUF file: architectures llama (Llama, Mistral, SmolLM2), qwen2, qwen3.
 
-For llama, GGUF keeps the rows of the query and key projections in the order of interleaved rotary
-embedding (pairs 2i, 2i + 1); the decoder, as the usual checkpoints, pairs i, i + head_dim / 2.
-Within each head: ours[half * head_dim / 2 + i] = theirs[2i + half].
+The rotary embedding rotates pairs of rows of the query and key projections. For llama, GGUF stores
+the two rows of a pair side by side: 2i and 2i + 1. The decoder pairs i and i + head_dim / 2, as the
+usual checkpoints do. Within each head: ours[half * head_dim / 2 + i] = theirs[2i + half].
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -31,7 +31,7 @@ __all__ = ["GGUFCheckpoint"]
 
 ARCHITECTURES = {family.name: family for family in (LLAMA, QWEN2, QWEN3)}
 
-# Keys of related models, with the values that change nothing. For llama.cpp, a scale of 0 is none.
+# Keys of related models, with the values that change nothing. To llama.cpp, a scale of 0 is none.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "rope.scaling.type": ("linear", "none"),
     "rope.scaling.attn_factor": (1,),
@@ -52,7 +52,7 @@ FREQUENCIES = "rope_freqs.weight"
 
 
 class GGUFCheckpoint(ModelCheckpoint):
-    """An opened GGUF file: its metadata, and where its tensors are.
+    """An open GGUF file: its metadata, and the places of its tensors.
 
     Args:
         path: the file.
@@ -83,7 +83,7 @@ class GGUFCheckpoint(ModelCheckpoint):
         self._keys.require_neutral(NEUTRAL)
 
     def config(self) -> DecoderConfig:
-        """The model's sizes and constants.
+        """Return the model's sizes and constants.
 
         Raises:
             CheckpointError: one is missing, of the wrong type, or not supported.
@@ -120,7 +120,7 @@ class GGUFCheckpoint(ModelCheckpoint):
         """Check that the file holds the tensors that its metadata call for.
 
         Raises:
-            CheckpointError: it does not.
+            CheckpointError: a tensor is missing, not expected, or of the wrong shape.
         """
         found = {name: _shape(tensor) for name, tensor in self.tensors.items()}
         shapes = self.parameter_shapes(config, len(found))
@@ -129,10 +129,10 @@ class GGUFCheckpoint(ModelCheckpoint):
         check_fit(self.path, expected, found)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows `first` to `last`, exclusive, of a parameter, dequantised to float32.
+        """Return rows `first` to `last` (exclusive) of a parameter, dequantised to float32.
 
         Raises:
-            CheckpointError: its type can't be dequantised, or the file can't be read any more.
+            CheckpointError: its type can't be dequantised, or the file is no longer readable.
         """
         numbers = torch.arange(first, last)
         if self._family is LLAMA and name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
@@ -140,12 +140,12 @@ class GGUFCheckpoint(ModelCheckpoint):
         return self._values(self._stored_name(name), numbers)
 
     def _values(self, name: str, numbers: Tensor) -> Tensor:
-        """The rows with these numbers of a tensor of the file, or the values of a vector."""
+        """Return the rows of a stored tensor with these numbers; for a vector, the values."""
         import numpy as np
         from gguf.quants import dequantize
 
         tensor = self.tensors[name]
-        # The file is mapped anew each time, so that what was read does not stay in memory.
+        # Map the file each time, so that pages that were read do not stay in memory.
         try:
             stored = np.memmap(
                 self.path,
@@ -202,7 +202,7 @@ class GGUFCheckpoint(ModelCheckpoint):
 
     @cached_property
     def _names(self) -> Mapping[str, str]:
-        """The GGUF name of each module."""
+        """The GGUF name of each module of the decoder."""
         from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
         architecture = next(a for a in MODEL_ARCH if MODEL_ARCH_NAMES[a] == self._family.name)
@@ -210,7 +210,7 @@ class GGUFCheckpoint(ModelCheckpoint):
         return {name: stored for name, (_, stored) in names.mapping.items()}
 
     def _stored_name(self, name: str) -> str:
-        """The GGUF name of a parameter."""
+        """Return the GGUF name of a parameter."""
         module, _, attribute = name.rpartition(".")
         return f"{self._names[module]}.{attribute}"
 
@@ -240,7 +240,7 @@ def _reader(path: Path) -> GGUFReader:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
     except CheckpointError:
         raise
-    # The reader lets NumPy fail on whatever damage it meets.
+    # The reader checks little: on a damaged file, NumPy fails with any of these.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
         raise _damaged(path, error) from error
 
@@ -252,12 +252,12 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 
 def _shape(tensor: ReaderTensor) -> Shape:
-    """The shape of a tensor, the slowest-varying size first."""
+    """Return the shape of a tensor in PyTorch's order; GGUF stores it reversed."""
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def _interleaved(numbers: Tensor, head_dim: int) -> Tensor:
-    """The number in GGUF's order of each row of a query or key projection."""
+    """Return where GGUF stores these rows of a query or key projection."""
     head, place = numbers // head_dim, numbers % head_dim
     half, i = place // (head_dim // 2), place % (head_dim // 2)
     return head * head_dim + 2 * i + half

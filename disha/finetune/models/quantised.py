@@ -1,8 +1,8 @@
 """Base models kept in 8 or 4 bits by bitsandbytes (QBone): the extra `quant`.
 
-The linear layers of the decoder layers become those of bitsandbytes; embeddings, norms and the
-output head stay dense. 8 bits are LLM.int8: rows with one scale each, and inputs that are rounded
-to float16 and then to 8 bits. 4 bits are nf4 in blocks of 64, with scales that are quantised too.
+Layers of bitsandbytes replace the linear layers of the decoder layers. Embeddings, norms and the
+output head stay dense. 8 bits means LLM.int8: each row has one scale, and inputs are rounded to
+float16 and then to 8 bits. 4 bits means nf4 in blocks of 64, whose scales are quantised too.
 
 Sources: Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022,
 and "QLoRA: Efficient Finetuning of Quantized LLMs", 2023.
@@ -38,23 +38,23 @@ CPU_IN, CPU_OUT = 64, 32
 def quantise_layers(
     model: Decoder, bits: WeightBits, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put quantised layers in place of the decoder layers' linear ones, still without weights.
+    """Replace the linear layers of the decoder layers by quantised ones, without weights yet.
 
     Args:
         model: a decoder without weights, on the meta device.
         bits: 8 or 4.
-        dtype: of what 4-bit layers compute.
-        device: where the model is going to be.
+        dtype: the number format that 4-bit layers compute in.
+        device: where the model will be.
 
     Raises:
         CheckpointError: a layer has sizes that 4 bits on the CPU do not allow.
         MissingPackageError: bitsandbytes is not installed.
-        SettingsError: another number of bits.
+        SettingsError: `bits` is neither 8 nor 4.
     """
     if bits not in (8, 4):
         raise SettingsError(f"a base model can be quantised to 8 or 4 bits, got {bits}")
     _bitsandbytes()
-    # Every 8-bit layer logs that it rounds inputs to float16.
+    # Otherwise every 8-bit layer logs that it rounds inputs to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for layer in model.model.layers:
         linears = [(path, one) for path, one in layer.named_modules() if type(one) is nn.Linear]
@@ -65,19 +65,19 @@ def quantise_layers(
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether `module` is one of the layers that `quantise_layers` makes."""
-    if sys.modules.get("bitsandbytes") is None:  # then there is none
+    """Return whether `module` is one of the layers that `quantise_layers` makes."""
+    if sys.modules.get("bitsandbytes") is None:  # no layer was quantised
         return False
     layers = _bitsandbytes().nn
     return isinstance(module, (layers.Linear8bitLt, layers.Linear4bit))
 
 
 def set_weight(module: nn.Module, dense: Tensor, device: torch.device) -> None:
-    """Quantise a weight, and give it to a layer.
+    """Quantise a weight, and store it in a layer.
 
     Args:
         module: a layer that `quantise_layers` made.
-        dense: (out, in) the weight, on the CPU.
+        dense: the weight (out, in), on the CPU.
         device: where the quantised weight goes.
     """
     layers = _bitsandbytes().nn

@@ -5,10 +5,10 @@
 
 Models made for long contexts divide the frequencies by factors:
 
-    linear      the same factor for all
+    linear      one factor for all frequencies
     llama3      1 where the wavelength 2 pi / f_i is short, one factor where it is long, and a
-                mixture of both between
-    GGUF        a list of factors
+                mixture of both in between
+    GGUF        the file lists one factor per frequency
 
 Sources: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021; Chen et
 al., "Extending Context Window of Large Language Models via Positional Interpolation", 2023; for
@@ -33,7 +33,7 @@ def rotary_frequencies(
     factors: Sequence[float] | None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The angle per token of each pair, (head_dim / 2), in float32."""
+    """Return the angle per token of each pair, (head_dim / 2,), in float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequencies = 1.0 / base**exponents
     return frequencies if factors is None else frequencies / torch.tensor(factors, device=device)
@@ -42,12 +42,12 @@ def rotary_frequencies(
 def llama3_factors(
     head_dim: int, base: float, factor: float, low: float, high: float, context: float
 ) -> tuple[float, ...]:
-    """What Llama 3.1 divides each frequency by.
+    """Return the factors by which Llama 3.1 divides the frequencies.
 
     Args:
         head_dim: width of one head.
-        base: of the frequencies.
-        factor: what the lowest frequencies are divided by.
+        base: base of the frequencies.
+        factor: the divisor of the lowest frequencies.
         low: wavelengths above `context / low` tokens are long.
         high: wavelengths below `context / high` tokens are short; greater than `low`.
         context: the longest sequence before scaling, in tokens.
@@ -67,7 +67,7 @@ class Rotation:
 
     @classmethod
     def at(cls, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rotation:
-        """The rotation at positions (..., time)."""
+        """Return the rotation at positions (..., time)."""
         angles = positions.float().unsqueeze(-1) * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return cls(angles.cos().to(dtype), angles.sin().to(dtype))

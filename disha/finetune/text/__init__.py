@@ -1,8 +1,8 @@
 """Text to token ids and back.
 
-- `tokenizer`: the one kind of tokenizer that the rest of the command knows
-- `from_folder`, `from_gguf`, `adopted`: where tokenizers come from
-- `templates`: what surrounds a query to make a prompt of it
-- `chat`: conversations through the model's own chat template
-- `jinja`: that template's language, run inside bounds
+- `tokenizer`: the class `Tokenizer`, which the rest of the command uses
+- `from_folder`, `from_gguf`, `adopted`: make one from files, or from the user's own tokenizer
+- `templates`: turn a query into a prompt by adding text around it
+- `chat`: encodes conversations with the model's own chat template
+- `jinja`: runs that template in a sandbox
 """

@@ -1,4 +1,4 @@
-"""Tokenizers that the user's own code has made."""
+"""Tokenizers that the user's own code makes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ if TYPE_CHECKING:
 __all__ = ["adopt"]
 
 USUAL_ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>")
-"""Usual names of the token that ends a text, which a bare tokenizer does not tell."""
+"""Usual names of the token that ends a text. A bare tokenizer does not say which one does."""
 
 
 def adopt(tokenizer: object) -> Tokenizer:
-    """Return a tokenizer that was made elsewhere as a `Tokenizer`.
+    """Convert a tokenizer to a `Tokenizer`.
+
+    A ``tokenizers.Tokenizer`` does not name its end token. It is taken to be the token that the
+    tokenizer appends to texts, or else the token with a usual name.
 
     Args:
-        tokenizer: a `Tokenizer`; a ``tokenizers.Tokenizer``, whose end token is the one that it
-            puts after texts, or the one with a usual name; or a fast tokenizer of transformers.
+        tokenizer: a `Tokenizer`, a ``tokenizers.Tokenizer``, or a fast tokenizer of transformers.
 
     Raises:
-        TokenizerError: it is none of these, or does not say which token ends a text.
+        TokenizerError: it is none of these, or its end token can't be found.
     """
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
@@ -59,7 +61,7 @@ def _bare(backend: BackendTokenizer) -> Tokenizer:
 
 
 def _appended(backend: BackendTokenizer) -> int | None:
-    """The token that the tokenizer puts after a text."""
+    """Return the token that the tokenizer appends to a text; None for none."""
     bare = backend.encode("a", add_special_tokens=False).ids
     processed = backend.encode("a").ids
     ends_bare = not bare or processed[-1:] == bare[-1:]

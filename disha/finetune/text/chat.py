@@ -1,14 +1,14 @@
-"""Conversations to token ids, through the model's own chat template.
+"""Encodes conversations to token ids, with the model's own chat template.
 
-The ids are those of ``apply_chat_template`` of transformers: all of the conversation becomes one
-text, which is then cut into tokens. So a message that spells a special token, such as
-``<|im_end|>``, contains that token.
+The ids equal those of ``apply_chat_template`` of transformers: the template writes the conversation
+as one text, which is then cut into tokens. So if a message spells a special token, such as
+``<|im_end|>``, it contains that token.
 
-The model learns what it would be asked to write: of each turn of the assistant, the text after the
-prompt for it. Some templates write a turn differently once others follow it: Qwen3's leaves its
-thoughts out, and some of Mistral's move the system's message to the last question. The model will
-not be asked to write such a turn, so it is in the text but is not learned. If that is true of the
-last turn too, the conversation is refused.
+The model learns the turns of the assistant: the text after the prompt for each turn. Some templates
+write a turn differently once other turns follow it. Qwen3's leaves out the thoughts, and some of
+Mistral's move the system message to the last question. The model is never asked to write a turn in
+that form, so such a turn stays in the text but is not learned. If no turn can be learned, the
+conversation is refused.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ CHATML = (
 
 
 def encode_chat(messages: object, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
-    """Token ids of a conversation, and which of them are learned.
+    """Return the token ids of a conversation, and which of them are learned.
 
     Messages after the assistant's last turn are left out, as they are not learned.
 
     Args:
-        messages: a list of objects with ``role`` and ``content``, as rows have it.
-        tokenizer: the model's; without a chat template, ChatML is used if it knows ChatML's tokens.
+        messages: a list of objects with ``role`` and ``content``, as in a row of data.
+        tokenizer: the model's tokenizer. If it has no chat template but knows ChatML's tokens,
+            ChatML is used.
 
     Returns:
-        The ids, and the spans of tokens, as (first, end), that the assistant wrote: its content
-        and the token that ends its turn.
+        The ids, and the learned spans of tokens as (first, end). Each span is the content of a turn
+        of the assistant and the token that ends the turn.
 
     Raises:
-        DataError: the messages are malformed, or the template can't take them. The caller adds
-            where they are from.
+        DataError: the messages are malformed, or the template refuses them. The caller adds the
+            file and row.
         TokenizerError: the chat template is damaged.
     """
     turns = _up_to_last_answer(_checked(messages))
@@ -62,27 +63,27 @@ def encode_chat(messages: object, tokenizer: Tokenizer) -> tuple[list[int], list
         for characters in _answers(turns, text, tokenizer)
         if (span := _tokens_of(characters, ids, places, tokenizer)) is not None
     ]
-    # The model has nothing to predict a text's very first token from.
+    # The first token of a text can't be learned: no token before it predicts it.
     shifted = [(max(1, first + len(begin)), end + len(begin)) for first, end in learned]
     spans = [(first, end) for first, end in shifted if first < end]
     if not spans:
         raise DataError(
-            "nothing of the conversation can be learned: the chat template writes no turn of the "
-            "assistant as it would ask for it"
+            "nothing of the conversation can be learned: the chat template writes every turn of "
+            "the assistant differently from the prompt for it"
         )
     return [*begin, *ids], spans
 
 
 def render(messages: Sequence[Message], tokenizer: Tokenizer, *, prompts: bool = False) -> str:
-    """The text that the tokenizer's chat template makes of messages.
+    """Write messages as one text, with the tokenizer's chat template.
 
     Args:
         messages: the conversation.
-        tokenizer: whose template it is.
+        tokenizer: the tokenizer that has the template.
         prompts: whether to end with the prompt for the assistant's turn.
 
     Raises:
-        DataError: the template can't take the messages, or there is none.
+        DataError: the template refuses the messages, or there is no template.
         TokenizerError: the template is damaged.
     """
     given = [
@@ -115,7 +116,7 @@ def _template(tokenizer: Tokenizer) -> str:
 
 
 def _begin(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """The begin token, if ChatML replaces a chat template, which would write it itself."""
+    """Return the begin token, for ChatML only: a model's own template writes it itself."""
     begin = tokenizer.begin
     if tokenizer.chat_template is not None or begin is None or begin in ids[:1]:
         return []
@@ -152,7 +153,7 @@ def _up_to_last_answer(messages: list[Message]) -> list[Message]:
 
 
 def _answers(messages: Sequence[Message], text: str, tokenizer: Tokenizer) -> Iterator[Span]:
-    """Where in `text` the assistant's turns are that the template writes as it asks for them."""
+    """Yield the places in `text` of the assistant's turns that can be learned."""
     for place, message in enumerate(messages):
         if message["role"] == "assistant":
             span = _answer(messages, place, text, tokenizer)
@@ -163,19 +164,19 @@ def _answers(messages: Sequence[Message], text: str, tokenizer: Tokenizer) -> It
 def _answer(
     messages: Sequence[Message], place: int, text: str, tokenizer: Tokenizer
 ) -> Span | None:
-    if place == 0:  # there is nothing that asks for it
+    if place == 0:  # no message comes before it, so there is no prompt for it
         return None
     asked = render(messages[:place], tokenizer)
     answered = render(messages[: place + 1], tokenizer)
     if not text.startswith(asked) or not text.startswith(answered):
         return None
-    # A prompt may end with what the answer has differently, such as the beginning of a thought.
+    # The end of the prompt may differ from the answer, such as where a prompt begins a thought.
     prompt = render(messages[:place], tokenizer, prompts=True)
     return _agreement(prompt, answered), len(answered)
 
 
 def _agreement(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """Return the length of the beginning that two texts share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -183,7 +184,7 @@ def _agreement(one: str, other: str) -> int:
 def _tokens_of(
     characters: Span, ids: Sequence[int], places: Sequence[Span], tokenizer: Tokenizer
 ) -> Span | None:
-    """The tokens with any of these characters, up to the last that ends a text."""
+    """Return the span of tokens with any of these characters, up to the last end token."""
     first, end = characters
     inside = [token for token, (start, stop) in enumerate(places) if stop > first and start < end]
     if not inside:

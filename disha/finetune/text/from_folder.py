@@ -1,10 +1,10 @@
-"""The tokenizer in a model folder: ``tokenizer.json``, and what the files beside it say.
+"""The tokenizer in a model folder: ``tokenizer.json`` and the settings in the files beside it.
 
-``tokenizer.json`` is used as it is: the model was trained with it. Its own post-processor decides
-whether a begin token comes before every text. The ``add_bos_token`` of ``tokenizer_config.json`` is
-for older tokenizers, and transformers ignores it too. Only one thing is in the configuration alone:
-with ``"legacy": false``, a Llama tokenizer puts a space before the first text only, not before each
-text that follows a special token.
+``tokenizer.json`` is used as it is, because the model was trained with it. Its own post-processor
+decides whether a begin token comes before every text. ``add_bos_token`` in
+``tokenizer_config.json`` is for older tokenizers and is ignored, as in transformers. The
+configuration adds one thing: with ``"legacy": false``, a Llama tokenizer puts a space before the
+first text only, not before each text that follows a special token.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def open_tokenizer(path: Path) -> Tokenizer:
     """Read the tokenizer of a model.
 
     Args:
-        path: a folder with a ``tokenizer.json`` in it, or that file; ``tokenizer_config.json``,
-            ``special_tokens_map.json``, ``generation_config.json``, ``config.json`` and
-            ``chat_template.jinja`` beside it are read if they are there.
+        path: a ``tokenizer.json``, or the folder that holds it. If the folder also has
+            ``tokenizer_config.json``, ``special_tokens_map.json``, ``generation_config.json``,
+            ``config.json`` or ``chat_template.jinja``, they are read too.
 
     Raises:
-        TokenizerError: a file is missing or damaged, or none says which token ends a text.
+        TokenizerError: a file is missing or damaged, or no file says which token ends a text.
     """
     file = path / TOKENIZER_FILE if path.is_dir() else path
     backend = _backend(file)
@@ -63,11 +63,11 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 def begin_of(backend: BackendTokenizer, source: object) -> int | None:
-    """The token id that a tokenizer's post-processor puts before every text.
+    """Return the token id that a tokenizer's post-processor puts before every text.
 
     Args:
         backend: the tokenizer.
-        source: where it came from; for messages.
+        source: where the tokenizer came from; for messages.
 
     Raises:
         TokenizerError: it puts several tokens before a text.
@@ -79,7 +79,7 @@ def begin_of(backend: BackendTokenizer, source: object) -> int | None:
     before = next((p for p in places if processed[p : p + len(bare)] == bare), 0)
     if before > 1:
         raise TokenizerError(
-            f"{source} puts {before} tokens before every text; supported is one, or none"
+            f"{source} puts {before} tokens before every text; only one, or none, is supported"
         )
     return processed[0] if before else None
 
@@ -103,7 +103,7 @@ def _json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        json.dumps(content, ensure_ascii=False).encode()  # JSON can spell halves of characters
+        json.dumps(content, ensure_ascii=False).encode()  # JSON can spell half a character
     except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{file} can't be read as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -112,7 +112,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Special tokens by name; each is given as text or as an object with its `content`."""
+    """Yield special tokens by name. A token is a text, or an object with its `content`."""
     for name, token in config.items():
         content = token.get("content") if isinstance(token, dict) else token
         if name.endswith("_token") and isinstance(content, str):
@@ -125,7 +125,7 @@ def _ends(
     generation: Mapping[str, Any],
     model: Mapping[str, Any],
 ) -> Iterator[int]:
-    """The ids that end a text; the first is the tokenizer's own, which training appends."""
+    """Yield the ids that end a text. Training appends the first, the tokenizer's own."""
     own = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
     if own is not None:
         yield own
@@ -160,9 +160,9 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _puts_space_first_only(config: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
-    """Whether it is a newer Llama tokenizer.
+    """Return whether the folder holds a newer Llama tokenizer.
 
-    Mistral's files name Llama's class too, but are used as they are.
+    Mistral's files name the same class, but their tokenizers are used as they are.
     """
     return (
         config.get("tokenizer_class") in LLAMA_CLASSES

@@ -1,12 +1,12 @@
 """The tokenizer described inside a GGUF file, of one of two kinds.
 
-- ``gpt2``: byte-level BPE. The file only names the way to cut text before merging
-  (``tokenizer.ggml.pre``); each name means what the model's own tokenizer.json does.
-- ``llama``: SentencePiece BPE. The file holds scores in place of merges: of all neighbours whose
-  joined text is a token, those with the best score merge first, the leftmost among equals. What is
-  no token becomes bytes.
+- ``gpt2``: byte-level BPE. Text is cut into pieces before tokens merge. The file only names the
+  way to cut it (``tokenizer.ggml.pre``); it is the way of the model's own tokenizer.json.
+- ``llama``: SentencePiece BPE. The file holds scores, not merges. Two neighbours can merge if their
+  joined text is a token. The pair with the best score merges first, and among equals the leftmost.
+  Text that is no token becomes bytes.
 
-Source: llama.cpp, ``src/llama-vocab.cpp``, whose defaults apply if a key is missing.
+Source: llama.cpp, ``src/llama-vocab.cpp``. Its defaults apply if a key is missing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ __all__ = ["tokenizer_from_gguf"]
 WAY_OUT = "give the model's own tokenizer with --tokenizer tokenizer.json"
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-"""The types of tokens in ``tokenizer.ggml.token_type``; 6 is a byte's. Unknown, control and
-user-defined tokens are never made by merging."""
+"""The types of tokens in ``tokenizer.ggml.token_type``; type 6, a single byte, is not needed here.
+Merging never makes unknown, control or user-defined tokens."""
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 """Control tokens that end a text, whether or not a key of the file names them."""
@@ -50,7 +50,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], path: Path) -> Tokenizer:
         path: where the file is; for messages.
 
     Raises:
-        TokenizerError: another kind of tokenizer, or a damaged description.
+        TokenizerError: the kind of tokenizer is not supported, or its description is damaged.
     """
     described = _Description(fields, path)
     kind = described.field("model")
@@ -76,7 +76,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], path: Path) -> Tokenizer:
 
 
 class _Description:
-    """What a GGUF file says about its tokenizer; each value is checked when it is used.
+    """A GGUF file's description of its tokenizer. Each value is checked when it is used.
 
     Args:
         fields: the file's metadata.
@@ -151,13 +151,13 @@ class _Description:
 
 @dataclass(frozen=True)
 class _Cut:
-    """How a model cuts text into the pieces in which tokens merge.
+    """How a model cuts text into pieces. Tokens merge only inside a piece.
 
     Args:
-        pieces: makes the step that cuts.
+        pieces: returns the step of the tokenizer that cuts.
         composed: whether characters are composed first (Unicode's NFC).
         whole_pieces: whether a piece that is a token needs no merging.
-        begins: whether every text has a begin token, unless the file says otherwise.
+        begins: whether texts have a begin token by default.
     """
 
     pieces: Callable[[], PreTokenizer]
@@ -201,13 +201,13 @@ CUTS: Mapping[str, _Cut] = {
 
 
 def _byte_level(described: _Description) -> tuple[BackendTokenizer, bool]:
-    """The tokenizer, and whether it has a begin token unless the file says otherwise."""
+    """Return the tokenizer, and whether texts have a begin token by default."""
     from tokenizers import decoders, models, normalizers
 
     name = described.field("pre")
     if name not in CUTS:
         raise TokenizerError(
-            f"{described.path} cuts text the way named {name!r} (tokenizer.ggml.pre); supported "
+            f"{described.path} cuts text in the way named {name!r} (tokenizer.ggml.pre); supported "
             f"are {', '.join(sorted(CUTS))}. Any other would give wrong token ids; {WAY_OUT}"
         )
     cut = CUTS[name]
@@ -233,7 +233,7 @@ def _merge(pair: str, path: Path) -> tuple[str, str]:
 
 
 def _sentencepiece(described: _Description) -> tuple[BackendTokenizer, bool]:
-    """The tokenizer, and that it has a begin token unless the file says otherwise."""
+    """Return the tokenizer, and True: texts have a begin token by default."""
     from tokenizers import decoders, models, normalizers
 
     _require_plain_sentencepiece(described)
@@ -274,7 +274,7 @@ def _require_plain_sentencepiece(described: _Description) -> None:
 
 
 def _merges_by_score(described: _Description) -> list[tuple[str, str]]:
-    """Every way to join two tokens into one; the best score of a joined token comes first."""
+    """Return all pairs of tokens that join to a token; the token with the best score first."""
     scores: Sequence[float] = described.items("scores", float)
     if len(scores) != len(described.tokens):
         raise TokenizerError(

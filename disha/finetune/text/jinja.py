@@ -1,6 +1,6 @@
-"""Chat templates, which are Jinja programs.
+"""Runs chat templates, which are Jinja programs, in Jinja's sandbox.
 
-A template can call and see what transformers lets it, in Jinja's sandbox.
+Templates have the same functions and variables as in transformers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["run_template"]
 
 
 def run_template(template: str, variables: Mapping[str, Any]) -> str:
-    """The text that a chat template makes.
+    """Return the text that a chat template writes.
 
     Args:
         template: the template.
-        variables: what it sees, by name.
+        variables: the template's variables, by name.
 
     Raises:
         TokenizerError: the template itself is damaged.
@@ -48,7 +48,7 @@ def _compiled(template: str) -> Any:
         ) from error
 
     class Generation(Extension):
-        """Takes what stands between ``generation`` and ``endgeneration`` as it is."""
+        """Keeps the text between ``generation`` and ``endgeneration`` as it is."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -72,7 +72,7 @@ def _compiled(template: str) -> Any:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """JSON as it is; Jinja's own filter writes it for HTML."""
+    """Return plain JSON. Jinja's own filter escapes it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 

@@ -1,4 +1,4 @@
-"""What surrounds a query to make it a prompt."""
+"""Templates: the text around a query that makes it a prompt."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 @dataclass(frozen=True)
 class Template:
-    """What surrounds a query: `before` + query + `after`, then the response.
+    """The text around a query: `before` + query + `after`. The response follows.
 
-    Names of special tokens in `before` and `after` mean those tokens; in a query they are text.
+    Names of special tokens mean those tokens in `before` and `after`, but are text in a query.
 
     Args:
         before: the text before the query.
         after: the text between the query and the response.
-        begins: whether the tokenizer's begin token comes first; a chat template that wants one
-            writes it itself.
-        trims: whether space around a query is removed.
+        begins: whether the tokenizer's begin token comes first. False for a chat template, which
+            writes its begin token itself.
+        trims: whether white space around a query is removed.
     """
 
     before: str
@@ -38,22 +38,22 @@ class Template:
 
     @property
     def setting(self) -> str:
-        r"""The setting of which `template_from` makes this template, with the same tokenizer."""
+        r"""The setting that makes `template_from` return this template, with the same tokenizer."""
         if not self.begins:
             return "chat"
         before, after = (_escaped(text) for text in (self.before, self.after))
         return f"{before}{QUERY}{after}"
 
     def parts(self, query: str, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of the text before a query, of the query, and of the text after it.
+        """Return the token ids of the text before a query, of the query, and of the text after it.
 
-        A query is cut into tokens together with the text before it, as the space between them
-        belongs to its first word. The text after it is cut alone, so that a query can lose its end
-        to fit.
+        The text before and the query are cut into tokens together, as the space between them
+        belongs to the query's first word. The text after is cut into tokens alone, so that a long
+        query can be shortened at its end.
 
         Args:
             query: any text.
-            tokenizer: the model's.
+            tokenizer: the model's tokenizer.
         """
         begin = [tokenizer.begin] if self.begins and tokenizer.begin is not None else []
         before, asked = self._asked(query.strip() if self.trims else query, tokenizer)
@@ -64,12 +64,12 @@ class Template:
         first = sum(end <= len(self.before) for _, end in places)
         if tokenizer.special.isdisjoint(ids[first:]):
             return ids[:first], ids[first:]
-        # The query spells a special token, which must remain text.
+        # The query spells a special token, which must stay text.
         asked = tokenizer.encode(query, special=False, continues=bool(self.before))
         return tokenizer.encode(self.before), asked
 
     def prompt(self, query: str, tokenizer: Tokenizer) -> list[int]:
-        """Token ids of a query in the template, ready for a response."""
+        """Return the token ids of the complete prompt: the query in the template."""
         before, asked, after = self.parts(query, tokenizer)
         return [*before, *asked, *after]
 
@@ -79,14 +79,14 @@ PLAIN = Template("### Instruction:\n", "\n\n### Response:\n")
 
 
 def template_from(setting: str, tokenizer: Tokenizer) -> Template:
-    r"""The template that the setting ``--template`` means.
+    r"""Return the template for the setting ``--template``.
 
     Args:
-        setting: ``auto`` for ChatML if the tokenizer knows its tokens, else a plain one;
-            ``chat`` for the tokenizer's own chat template; a text with ``{query}`` in it once,
-            where ``\n``, ``\t`` and ``\\`` mean a line break, a tab and a backslash; or the name
-            of a file that holds such a text, taken as it is.
-        tokenizer: the model's.
+        setting: one of these. ``auto``: ChatML if the tokenizer knows its tokens, else a plain
+            template. ``chat``: the tokenizer's own chat template. A text with ``{query}`` in it
+            once; ``\n``, ``\t`` and ``\\`` in it mean a line break, a tab and a backslash. The
+            name of a file with such a text, without these escapes.
+        tokenizer: the model's tokenizer.
 
     Raises:
         SettingsError: the setting is none of these, or the tokenizer has no chat template.
@@ -98,11 +98,11 @@ def template_from(setting: str, tokenizer: Tokenizer) -> Template:
         return _own(tokenizer)
     if QUERY not in setting and _is_file(setting):
         return _around_query(_content(Path(setting)), f"the file {setting}")
-    return _around_query(_unescaped(setting), "it")
+    return _around_query(_unescaped(setting), "the given text")
 
 
 def _own(tokenizer: Tokenizer) -> Template:
-    """The chat template's text around one message of a user, up to the response."""
+    """Return the template for the text that the chat template writes around a query."""
     if tokenizer.chat_template is None:
         raise SettingsError(
             "--template chat needs a tokenizer with a chat template, and this model's has none; "
@@ -135,7 +135,7 @@ def _around_query(text: str, source: str) -> Template:
 def _is_file(setting: str) -> bool:
     try:
         return Path(setting).is_file()
-    except (OSError, ValueError):  # too long for a name, or with characters that no name has
+    except (OSError, ValueError):  # no file can have such a name
         return False
 
 

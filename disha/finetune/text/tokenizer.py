@@ -1,4 +1,4 @@
-"""Text to token ids and back, whatever file the tokenizer came from."""
+"""The tokenizer that all commands use: text to token ids and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPACE = "▁"
 """How SentencePiece writes a space inside tokens."""
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")
-"""How it names tokens of one byte."""
+"""How SentencePiece names tokens of one byte."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Tokenizer:
     """Text to token ids and back.
 
     Args:
-        backend: the tokenizer proper.
-        end: the token id put after a text in training.
-        begin: the token id to put before every text, if the model wants one.
-        ends: the token ids any of which ends a generated text; `end` is always one.
-        chat_template: the model's own template of conversations, in Jinja, if it has one.
+        backend: the tokenizer of the tokenizers library.
+        end: the token id that training puts after a text.
+        begin: the token id to put before every text; None if the model wants none.
+        ends: the token ids that end a generated text; `end` is added to them.
+        chat_template: the model's own Jinja template for conversations; None if it has none.
         named: special tokens under the names that chat templates use, such as ``bos_token``.
     """
 
@@ -42,29 +42,29 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ends", self.ends | {self.end})
-        # A tokenizer.json can ask for a length, which is not for encode to decide.
+        # A tokenizer.json can ask to cut or pad texts, but encode must do neither.
         self.backend.no_truncation()
         self.backend.no_padding()
 
     def encode(self, text: str, *, special: bool = True, continues: bool = False) -> list[int]:
-        """Token ids of `text`, without begin or end tokens added.
+        """Return the token ids of `text`, without begin or end tokens added.
 
         Args:
             text: any text.
             special: whether names of special tokens, such as ``<|im_end|>``, mean those tokens.
-                With False they are ordinary text, as text from strangers should be.
-            continues: whether `text` continues other text. SentencePiece puts a space before a
-                text, which must not be in the middle of one.
+                With False they are ordinary text, which is right for text from strangers.
+            continues: whether `text` continues other text. SentencePiece puts a space before
+                every text; this one must not get it.
         """
         if continues and self._puts_space_first:
-            # Nothing merges with a line break, so what follows one is encoded as it stands.
+            # Nothing merges with a line break, so encode the text after one, and drop the break.
             start, both = self._ids("\n", special), self._ids(f"\n{text}", special)
             if both[: len(start)] == start:
                 return both[len(start) :]
         return self._ids(text, special)
 
     def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of `text`, and where in it the characters of each are, as (first, end).
+        """Return the token ids of `text`, and the place of each token in it, as (first, end).
 
         Names of special tokens mean those tokens.
         """
@@ -73,25 +73,26 @@ class Tokenizer:
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens."""
+        """Return the text of `ids`, without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def knows(self, *tokens: str) -> bool:
-        """Whether each of `tokens` is in the vocabulary."""
+        """Return whether all of `tokens` are in the vocabulary."""
         return all(self.backend.token_to_id(token) is not None for token in tokens)
 
     def settles(self, index: int) -> bool:
-        """Whether the text before a token can no longer change once the token has come.
+        """Return whether the text so far is final once this token has come.
 
-        SentencePiece has tokens of one byte, and the text of a run of them depends on all of them.
-        Tokens that are left out of text don't end the run.
+        SentencePiece has tokens of one byte. The text of a run of them depends on all of them, so
+        it is final only when another token follows. A special token, which has no text, does not
+        end the run.
         """
         token = self.backend.id_to_token(index)
         return token is not None and index not in self.special and not BYTE.fullmatch(token)
 
     @cached_property
     def special(self) -> frozenset[int]:
-        """The ids of special tokens, which text from strangers must not make."""
+        """The ids of special tokens. Text from strangers must not be encoded to them."""
         added = self.backend.get_added_tokens_decoder().items()
         return frozenset(index for index, token in added if token.special)
 
@@ -106,7 +107,7 @@ class Tokenizer:
 
 
 def is_text(text: str) -> bool:
-    """Whether `text` can be cut into tokens. Bytes of a command line may be no characters."""
+    """Return whether `text` is valid Unicode. Text from a command line may hold other bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -122,7 +122,7 @@ def test_packed_rows_of_different_cuts_lie_in_one_batch(tiny_folder):
 def test_packed_rows_do_not_go_on_from_a_cache(tiny_model):
     cache = cache_for(tiny_model, 8)
     tiny_model(torch.arange(4).unsqueeze(0), cache)
-    with pytest.raises(ValueError, match="can't go on from a cache"):
+    with pytest.raises(ValueError, match="can't continue a cache"):
         tiny_model(torch.arange(4).unsqueeze(0), cache, torch.arange(4).unsqueeze(0))
 
 

@@ -153,9 +153,9 @@ def test_what_is_no_function_is_named(here):
 @pytest.mark.parametrize(
     ("function", "complaint"),
     [
-        ("make_nothing", "returned a NoneType, not an nn.Module, or a pair"),
-        ("make_three", "returned a tuple of Linear, NoneType, NoneType, not"),
-        ("make_swapped", "returned a tuple of str, Linear, not"),
+        ("make_nothing", "returned a NoneType; it must return an nn.Module, or a pair"),
+        ("make_three", "returned a tuple of Linear, NoneType, NoneType; it must"),
+        ("make_swapped", "returned a tuple of str, Linear; it must"),
         ("make_with_size", r"without arguments, failed with TypeError: .*'size'"),
         ("make_failing", r"failed at .*, line \d+, with RuntimeError: .*negative"),
         ("make_leaving", r"failed at .*, line \d+, with SystemExit: no weights here"),

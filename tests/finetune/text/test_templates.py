@@ -137,13 +137,13 @@ def test_a_file_that_holds_the_text(folders, tmp_path, encoding):
 @pytest.mark.parametrize(
     ("setting", "complaint"),
     [
-        ("chatml", "must be auto, chat, a text with {query}.*it has it 0 times"),
-        ("", "it has it 0 times"),
-        ("{query} {query}", "it has it 2 times"),
-        ("missing.txt", "it has it 0 times"),
-        ("x" * 5000, "it has it 0 times"),
-        ("a\0b", "it has it 0 times"),
-        ("\udcff{query}", r"must be UTF-8 text; it is '\\udcff"),
+        ("chatml", "must be auto, chat, a text with {query}.*the given text has it 0 times"),
+        ("", "the given text has it 0 times"),
+        ("{query} {query}", "the given text has it 2 times"),
+        ("missing.txt", "the given text has it 0 times"),
+        ("x" * 5000, "the given text has it 0 times"),
+        ("a\0b", "the given text has it 0 times"),
+        ("\udcff{query}", r"must be UTF-8 text; the given text is '\\udcff"),
     ],
 )
 def test_anything_else_is_refused(folders, setting, complaint):
