@@ -1,4 +1,4 @@
-"""Adds an adapter to a model, from settings or from a file, and disables it for a while."""
+"""Adds an adapter to a model, from settings or from a file, and turns it off temporarily."""
 
 from __future__ import annotations
 

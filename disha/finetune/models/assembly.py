@@ -145,7 +145,7 @@ def assemble(
 
 
 def check_fit(path: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    """Check that a file holds the tensors that its own description calls for, and no others.
+    """Check that a file holds the tensors that its own description calls for, and no other tensors.
 
     Args:
         path: the file or folder; for messages.

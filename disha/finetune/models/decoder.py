@@ -186,7 +186,8 @@ class Attention(nn.Module):
             x: the normalised residual stream.
             rotation: the rotation at the tokens' positions.
             seen: which token may attend to which, (time, keys) or (batch, 1, time, keys).
-                None means every token to itself and all before it; the cache must then be empty.
+                With None, each token attends to itself and all tokens before it, and the cache
+                must be empty.
             cache: the keys and values are added to it.
         """
         q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)

@@ -19,7 +19,7 @@ WAY_OUT = (
 
 @dataclass(frozen=True)
 class Fields:
-    """Values by their keys.
+    """The values of a file, by key.
 
     Args:
         values: the file's values.

@@ -30,7 +30,7 @@ DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 class FolderCheckpoint(ModelCheckpoint):
-    """An opened folder: config.json, and the headers of its safetensors files.
+    """An open folder: config.json, and the headers of its safetensors files.
 
     Args:
         path: the folder.
