@@ -81,8 +81,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
         in_bf16 = model_dtype(settings.model, processes.device) == torch.bfloat16
         if (settings.training.bf16 or in_bf16) and emulates_bf16(processes.device):
             clock.say(
-                "this processor has no instructions for bfloat16: products in it take many times "
-                "as long as in float32; here, --bits fp32 without --bf16 is the fast choice"
+                "this processor has no instructions for bfloat16, so products in it are many times "
+                "slower than in float32; --bits fp32 without --bf16 is faster here"
             )
         if settings.dry_run:
             clock.say(preview(inputs, settings, processes.world_size))

@@ -253,7 +253,7 @@ class _Training:
     def _leave(self, progress: Progress) -> NoReturn:
         folder = self._save(progress)
         if not self.processes.is_main:
-            raise PeerError(f"interrupted after step {progress.step}, as the first process says")
+            raise PeerError(f"interrupted after step {progress.step}; the first process says more")
         raise KeyboardInterrupt(
             f"interrupted after step {progress.step}; {folder} is complete: the same command with "
             "--resume goes on from there"

@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_passed_over(finetune, straight):
     damaged.write_bytes(damaged.read_bytes()[:-100])
     done = finetune("--resume", **SAVING)
     assert done.code == 0, done.err
-    assert f"{damaged.parent} is passed over: training.pt is damaged" in done.out
+    assert f"{damaged.parent} is skipped: training.pt is damaged" in done.out
     assert f"resuming from {finetune.output / 'checkpoint-6'}, after step 6" in done.out
     assert result_of(finetune.output) == result_of(straight)
 
@@ -201,7 +201,7 @@ def test_what_decides_the_result_must_be_as_it_was(finetune, broken, changes):
     assert done.code == 2
     [name] = changes
     assert f"was saved with {name} " in done.complaint
-    assert "give the same again to resume" in done.complaint
+    assert "use the same settings to resume" in done.complaint
 
 
 def test_rows_must_be_as_they_were(finetune):

@@ -127,7 +127,7 @@ def _require_rows_alike(files: Sequence[RowFile], paths: Sequence[Path]) -> None
     for row in readable[1:]:
         if not row.fields.keys() & readable[0].fields.keys():
             raise DataError(
-                f"files of one split must hold like rows, but {readable[0].place} has the fields "
+                f"files of one split must share a field, but {readable[0].place} has the fields "
                 f"{_quoted(readable[0].fields)} and {row.place} has {_quoted(row.fields)}; "
                 "name one file, or move one of them to a folder of its own"
             )

@@ -106,8 +106,8 @@ class Tally:
         reasons = []
         if self.dropped:
             reasons.append(
-                f"{self.dropped} don't fit into --max_seq_length {max_length} with all that is to "
-                "be learned (raise it)"
+                f"{self.dropped} don't fit into --max_seq_length {max_length} with their complete "
+                "response or chat (raise it)"
             )
         if self.bad:
             reasons.append(f"something is wrong with {self.bad}, such as: {self.complaints[0]}")
@@ -190,7 +190,7 @@ class Encoder:
         all_tokens = (*begin, *tokenizer.encode(text, special=False), tokenizer.end)
         if len(all_tokens) < 2:
             raise BadRowError(
-                f"{row.place}: field {name!r} comes to no tokens, so there is nothing to learn"
+                f"{row.place}: field {name!r} has no tokens, so there is nothing to learn"
             )
         tokens = all_tokens[: self.max_length]
         is_cut = len(tokens) < len(all_tokens)

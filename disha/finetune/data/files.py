@@ -60,7 +60,7 @@ def read_file(path: Path, *, streaming: bool = False) -> RowFile:
     found = file_format(path)
     if found is None:
         raise DataError(
-            f"the name of {path} says no known format; it must end with {', '.join(READERS)} "
+            f"the name of {path} gives no known format; it must end with {', '.join(READERS)} "
             f"(maybe with {PACKED} after it) or {PARQUET}"
         )
     if found == PARQUET:
@@ -73,11 +73,11 @@ def read_file(path: Path, *, streaming: bool = False) -> RowFile:
 def _require_streamable(path: Path, found: str) -> None:
     if path.suffix.lower() == PACKED:
         raise DataError(
-            f"--streaming can't read {path}, as single rows of a packed file can't be read; unpack "
-            "it, or leave --streaming out"
+            f"--streaming can't read {path}, because packed files can't be read row by row; "
+            "unpack it, or leave --streaming out"
         )
     if found == ".json":
         raise DataError(
-            f"--streaming can't read {path}, as a JSON file can only be read at once; write it as "
-            "JSON lines (.jsonl), or leave --streaming out"
+            f"--streaming can't read {path}, because JSON files can't be read row by row; write it "
+            "as JSON lines (.jsonl), or leave --streaming out"
         )

@@ -76,9 +76,9 @@ def parse_split(text: str) -> list[SplitPart]:
         bounds = [] if match is None else [bound for bound in match.groups()[1:] if bound]
         if match is None or not all(map(BOUND.fullmatch, bounds)):
             raise DataError(
-                f"{text!r} is no split; it must be a name, maybe with a range of rows or percent, "
-                "as in train, train[:1000], train[10:20], train[-5%:] or train[10%:30%], or "
-                "several with + between them"
+                f"{text!r} is not a split; it must be a name, maybe with a range of rows or "
+                "percent, as in train, train[:1000], train[10:20], train[-5%:] or train[10%:30%], "
+                "or several with + between them"
             )
         parts.append(SplitPart(match[1], match[2] or "", match[3] or ""))
     return parts

@@ -209,7 +209,7 @@ def _require_like(
     for name, expected, found in zip(fields, first[:2], sample[:2], strict=True):
         if expected.shape != found.shape:
             raise BadRowError(
-                f"{sample.place}: field {name!r} has the shape {tuple(found.shape)}, which must be "
+                f"{sample.place}: field {name!r} has the shape {tuple(found.shape)}, but must have "
                 f"{tuple(expected.shape)} as in {first.place}"
             )
     if must_be_class and not sample.is_class:

@@ -86,9 +86,9 @@ class SavedState:
             saved, given = self.settings.get(name), settings.get(name)
             if saved != given:
                 raise SettingsError(
-                    f"{self.folder} was saved with {_setting(name, saved)}, but now there is "
-                    f"{_setting(name, given)}; give the same again to resume, or leave "
-                    "--resume out to begin anew"
+                    f"{self.folder} was saved with {_setting(name, saved)}, but this run has "
+                    f"{_setting(name, given)}; use the same settings to resume, or leave "
+                    "--resume out to start over"
                 )
 
 
@@ -253,10 +253,10 @@ class Checkpoints:
             fault = _fault(path)
             if fault is None:
                 return path
-            report(f"{path} is passed over: {fault}")
+            report(f"{path} is skipped: {fault}")
         if found:
             raise SettingsError(
-                f"every checkpoint in {self._folder} is damaged; leave --resume out to begin anew"
+                f"every checkpoint in {self._folder} is damaged; leave --resume out to start over"
             )
         return None
 
@@ -388,8 +388,8 @@ def _restore_optimizer(
     if trained != before:
         [name, *_] = sorted(trained ^ before)
         raise SettingsError(
-            f"{saved.folder} was saved while other parameters were trained: {name} is trained only "
-            f"{'now' if name in trained else 'there'}; give the same flags again to resume"
+            f"{saved.folder} trained other parameters than this run: only "
+            f"{'this run' if name in trained else 'it'} trains {name}; use the same flags to resume"
         )
     # A parameter that has had no gradient has no state.
     options = states.StateDictOptions(full_state_dict=True, strict=False)

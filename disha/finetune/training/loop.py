@@ -115,8 +115,8 @@ def planned_steps(settings: TrainingSettings, batches: int | None, processes: in
         return settings.max_steps
     if batches is None:
         raise SettingsError(
-            "--max_steps is needed, as only reading all rows (--streaming) would tell how many "
-            "steps an epoch has; give it, or leave --streaming out"
+            "--max_steps is needed, because with --streaming and --packing the number of "
+            "steps in an epoch is not known; give it, or leave --streaming out"
         )
     per_epoch = math.ceil(batches / (settings.gradient_accumulation_steps * processes))
     return max(1, math.ceil(settings.num_train_epochs * per_epoch))

@@ -130,7 +130,7 @@ def joined_processes() -> Iterator[Processes]:
         traceback.clear_frames(interruption.__traceback__)
         _leave()
         if not processes.is_main:
-            raise PeerError("stopped, as rank 0 says") from interruption
+            raise PeerError("stopped; rank 0 says more") from interruption
         raise
     _leave()
 
@@ -191,7 +191,7 @@ def _tell(store: Any, processes: Processes, error: Exception) -> None:
     except (RuntimeError, dist.DistError):  # the process that kept the store is gone
         first = "another process, which is gone"
     if first != note:
-        raise PeerError(f"stopped, as training failed on {first}") from error
+        raise PeerError(f"stopped, because training failed on {first}") from error
 
 
 # --- models --------------------------------------------------------------------------------------

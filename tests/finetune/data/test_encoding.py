@@ -250,7 +250,7 @@ def test_a_text_of_no_tokens_is_a_bad_row():
     encoder = Encoder(Silent(), ("query",), 160, skip_bad_rows=True)
     outcome = encoder.outcome(Row({"query": "\u0378"}, "rows.txt, line 3"))
     assert outcome.complaint == (
-        "rows.txt, line 3: field 'query' comes to no tokens, so there is nothing to learn"
+        "rows.txt, line 3: field 'query' has no tokens, so there is nothing to learn"
     )
 
 

@@ -102,7 +102,7 @@ def test_json_that_holds_no_rows_is_named(tmp_path, content, complaint):
     ],
 )
 def test_what_can_not_be_streamed_says_so(tmp_path, name, remedy):
-    with pytest.raises(DataError, match=rf"--streaming can't read .*{name}, as .*; {remedy}"):
+    with pytest.raises(DataError, match=rf"--streaming can't read .*{name}, because .*; {remedy}"):
         read_file(written(tmp_path, name, CONTENTS.get(name, b"")), streaming=True)
 
 
@@ -116,6 +116,6 @@ def test_unknown_formats(name):
 def test_an_unknown_format_is_named_with_those_known(tmp_path):
     with pytest.raises(
         DataError,
-        match=r"the name of .*rows\.xlsx says no known format; .* \.jsonl, .*\.parquet",
+        match=r"the name of .*rows\.xlsx gives no known format; .* \.jsonl, .*\.parquet",
     ):
         read_file(written(tmp_path, "rows.xlsx", b""))

@@ -91,7 +91,7 @@ def test_a_few_percent_of_few_rows_from_the_end_are_none_and_not_all():
     ],
 )
 def test_other_notations_are_refused_with_those_allowed(text):
-    with pytest.raises(DataError, match=r"is no split; .* train\[:1000\], train\[10:20\]"):
+    with pytest.raises(DataError, match=r"is not a split; .* train\[:1000\], train\[10:20\]"):
         parse_split(text)
 
 

@@ -60,8 +60,8 @@ def test_a_table_of_text_holds_numbers_too(tmp_path):
 @pytest.mark.parametrize(
     ("second", "complaint"),
     [
-        (([1, 2, 3], 0), r"line 2: field 'x' has the shape \(3,\), which must be \(2,\) as in lin"),
-        (([1, 2], [0]), r"line 2: field 'y' has the shape \(1,\), which must be \(\) as in line 1"),
+        (([1, 2, 3], 0), r"line 2: field 'x' has the shape \(3,\), but must have \(2,\) as in lin"),
+        (([1, 2], [0]), r"line 2: field 'y' has the shape \(1,\), but must have \(\) as in line 1"),
         (([[1, 2], [3]], 0), "line 2: field 'x' must be a number or a list of numbers, nested"),
         (([1, "a"], 0), "line 2: field 'x' must be a number or a list of numbers, nested"),
         (([1, None], 0), "line 2: field 'x' must be a number or a list of numbers, nested"),
@@ -94,7 +94,7 @@ def test_no_usable_row_is_refused():
 
 def test_held_out_rows_must_be_like_those_to_train_on():
     training = read(([1.0, 2.0], 1), ([1.0, 2.0], 0))
-    with pytest.raises(BadRowError, match=r"shape \(1,\), which must be \(2,\) as in training"):
+    with pytest.raises(BadRowError, match=r"shape \(1,\), but must have \(2,\) as in training"):
         read(([1.0], 1), like=training)
     with pytest.raises(BadRowError, match="field 'y' must be a class, a whole number from 0"):
         read(([1.0, 2.0], 0.5), like=training)

@@ -145,9 +145,9 @@ def test_nothing_to_resume_from(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({**SETTINGS, "seed": "1"}, "saved with seed 0, but now there is seed 1"),
-        ({"seed": "0"}, "saved with learning_rate 0.01, but now there is no learning_rate"),
-        ({**SETTINGS, "packing": "True"}, "with no packing, but now there is packing True"),
+        ({**SETTINGS, "seed": "1"}, "saved with seed 0, but this run has seed 1"),
+        ({"seed": "0"}, "saved with learning_rate 0.01, but this run has no learning_rate"),
+        ({**SETTINGS, "packing": "True"}, "with no packing, but this run has packing True"),
     ],
 )
 def test_a_setting_that_differs_is_named(three, given, message):
@@ -160,7 +160,7 @@ def test_a_setting_that_differs_is_named(three, given, message):
 def test_other_parameters_to_train_are_named(three):
     run = Run(three)
     run.objective.model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(SettingsError, match=r"model\.norm\.weight is trained only now"):
+    with pytest.raises(SettingsError, match=r"only this run trains model\.model\.norm\.weight"):
         run.restore()
 
 
@@ -227,7 +227,7 @@ def test_a_damaged_checkpoint_is_passed_over(copied, name, damage, message):
     saved = Checkpoints(copied).newest_good(said.append)
     assert saved.folder == copied / "checkpoint-2"
     [line] = said
-    assert line.startswith(f"{copied / 'checkpoint-3'} is passed over: ")
+    assert line.startswith(f"{copied / 'checkpoint-3'} is skipped: ")
     assert re.search(message, line)
 
 
