@@ -107,7 +107,7 @@ def train(
         objective: what to minimise, distributed if several processes take part.
         inputs: the batches to learn from, and the rows to measure on.
         settings: the settings of the run.
-        processes: those that take part.
+        processes: the processes that take part.
         clock: prints each phase of the work.
 
     Raises:

@@ -92,7 +92,7 @@ def recording(
         tensorboard: whether to write events too.
         after: the step after which the run resumes. Later records are removed, because those steps
             are done again. None starts a new record.
-        main: whether this process is the one that writes.
+        main: whether this process writes.
 
     Raises:
         OutputError: the files can't be written.

@@ -78,7 +78,7 @@ class Verification:
         return is_loaded_close and self.merged_difference <= self.tolerance.merged
 
     def to_json(self) -> dict[str, Any]:
-        """Return the losses and their differences, as JSON holds them."""
+        """Return the losses and their differences, ready for JSON."""
         return {
             **asdict(self),
             "loaded_difference": self.loaded_difference,

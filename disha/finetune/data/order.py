@@ -20,7 +20,7 @@ __all__ = ["permutation", "reading_order"]
 CHUNK = 65536
 
 MOST_BYTES_MIXED = 64 * 2**20
-"""How many bytes are mixed at a time; fewer than are kept, as groups take more in memory."""
+"""How many bytes are mixed at a time; fewer than are kept, because groups grow in memory."""
 
 
 def permutation(count: int, seed: int) -> array[int]:

@@ -160,7 +160,7 @@ class Checkpoints:
                 self._save_adapter(objective, folder / ADAPTER)
                 self._on_main(lambda: _complete(folder, state))
                 self._on_main(stack.close)
-        except OSError as error:  # on all processes alike
+        except OSError as error:  # every process gets this error
             self._on_main(functools.partial(self._give_up, final, error))
         self._newest = final
         self._on_main(lambda: self._remove_beyond_limit(final))

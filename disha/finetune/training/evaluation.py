@@ -47,7 +47,7 @@ def mean_loss(
     Args:
         objective: the model's objective, with or without adapters, distributed or not.
         batches: one or more. All processes get the same batches, and share the work.
-        processes: those that take part.
+        processes: the processes that take part.
         bf16: compute in bfloat16 where that is safe.
         tf32: let CUDA compute float32 products in TF32.
 

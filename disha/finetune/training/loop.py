@@ -182,7 +182,7 @@ def training_steps(
         source: the batches to learn from; the same on every process.
         settings: the settings of training.
         optimizer: from `make_optimizer`; made here if not given.
-        processes: those that take part; by default, only this one.
+        processes: the processes that take part; by default, only this one.
         evaluate: measures the held-out loss; called every `eval_steps` steps and after the last.
         eval_steps: 0 evaluates after the last step only.
         start: where to resume; by default, training starts at the beginning.
@@ -270,7 +270,7 @@ def accumulate_gradients(
         objective: what to minimise, distributed if several processes take part.
         source: the source of the batches.
         batches: the batches of all processes, before they are collated.
-        processes: those that take part; each collates and learns its own batches.
+        processes: the processes that take part; each uses its own batches.
         bf16: compute in bfloat16 where that is safe.
     """
     device = processes.device

@@ -205,12 +205,12 @@ def distribute(objective: Objective, strategy: Strategy, processes: Processes) -
 
     - ddp: every process has the complete model, and gradients are averaged.
     - fsdp: every process has a part of each parameter, layer by layer (FSDP2); the objective stays
-      the same object. Frozen parameters may be of another type than those that are trained.
+      the same object. Frozen parameters may have another type than trained ones.
 
     Args:
         objective: the objective, with its model on `processes.device`.
         strategy: ddp or fsdp.
-        processes: those that take part; a single process gets `objective` back.
+        processes: the processes that take part; a single process gets `objective` back.
 
     Raises:
         SettingsError: the model can't be sharded.
