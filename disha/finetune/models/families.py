@@ -210,7 +210,7 @@ def _windows(keys: Fields, family: Family, layers: int) -> tuple[int | None, tup
         or not set(map(str, kinds)) <= {FULL, SLIDING}
     ):
         raise keys.refused(
-            "layer_types", kinds, f"supported are {layers} entries, {FULL!r} or {SLIDING!r}"
+            "layer_types", kinds, f"supported is a list of {layers}, each {FULL!r} or {SLIDING!r}"
         )
     windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == SLIDING)
     if windowed and window is None:
