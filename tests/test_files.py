@@ -809,3 +809,47 @@ class TestSaving:
         with pytest.raises(ArgumentError, match=r"must be Unicode text, and '\\udfff'"):
             disha.save_adapter(odd, path)
         assert path.read_bytes() == old
+
+
+def test_entries_have_every_field_of_every_tensor(path):
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 6, padding_idx=3), "norm": nn.LayerNorm(6)})
+    disha.save_adapter(disha.inject_adapters(model, "embed", 4, also_train="norm.bias"), path)
+    entries = disha.inspect_adapter(path).entries()
+    assert list(entries) == ["embed.bone_block", "norm.bias"]
+    block = entries["embed.bone_block"]
+    assert block.pop("base") is not None
+    assert block == {
+        "name": "embed",
+        "method": "bone",
+        "r": 4,
+        "r_out": None,
+        "in_features": 8,
+        "out_features": 6,
+        "scale": 1.0,
+        "layout": "index out",
+        "groups": 1,
+        "padding_idx": 3,
+        "rows": [],
+        "key": "embed.bone_block",
+        "shape": (4, 6),
+        "dtype": "float32",
+    }
+    plain = {"name": "norm.bias", "key": "norm.bias", "shape": (6,), "dtype": "float32"}
+    assert entries["norm.bias"] == plain
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "fits"),
+    [
+        ((), (8, 8), True),
+        ((), (8, 9), False),
+        (((4, 8),), (8, 8), True),
+        (((4, 8),), (12, 8), True),
+        (((4, 8),), (6, 8), False),
+        (((4, 8),), (8, 8, 1), False),
+    ],
+)
+def test_a_weight_of_another_shape_is_not_the_layer_s(rows, shape, fits):
+    outputs = 4 if rows else 8
+    layer = LayerRecord("x", "bone", 2, None, 8, outputs, 1.0, None, Layout("out in"), rows)
+    assert (layer.weight_misfit((2, outputs), shape) is None) is fits

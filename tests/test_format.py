@@ -273,7 +273,9 @@ BAD_HEADERS = {
     "other r": (lambda h: first_layer(h).update(r=2), r"expected a block of shape \(2, 8\)"),
     "r_out": (lambda h: h["config"].update(r_out=5), "r_out=5 does not divide out_features=8"),
     "other r_out": (lambda h: h["config"].update(r_out=4), r"a block of shape \(3, 4\)"),
-    "no scale": (lambda h: first_layer(h).pop("scale") and None, "lacks the field 'scale'"),
+    "no scale": (
+        lambda h: first_layer(h).pop("scale") and None,
+        r"layer 'layers\.0\.attn\.q_proj' of the header lacks the field 'scale'"),
     "huge scale": (lambda h: first_layer(h).update(scale=10**400), "'scale' must be .* finite"),
     "huge scale in config": (lambda h: h["config"].update(scale=1e300), "scale must be finite"),
     "in": (lambda h: first_layer(h).update({"in": 9}), "expected 9 -> 8, found 8 -> 8"),

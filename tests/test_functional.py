@@ -480,3 +480,11 @@ def test_embeddings_are_rows_of_the_scaled_update(scale):
     found = functional.embedding_delta(indices, block, 6, scale, padding_idx=9)
     expected = float(scale) * reference.embedding_delta_weight(block, 10, 6, padding_idx=9)
     close(found, expected[indices], 1e-12)
+
+
+def test_layouts_as_text_and_the_layout_of_one_expert():
+    assert str(Layout("index out", padding_idx=3)) == "'index out' with padding_idx=3"
+    assert str(Layout("in out *kernel", groups=2)) == "'in out *kernel' of 2 groups"
+    assert str(Layout("out in")) == "'out in'"
+    assert Layout("expert in out").of_one_expert() == Layout("in out")
+    assert Layout("expert out in").of_one_expert() == Layout("out in")

@@ -445,6 +445,24 @@ def test_stacks_and_groups_in_float16_whose_shard_sums_overflow():
     assert (found.float() - expected[:, 0]).norm() < 0.01 * expected.norm()
 
 
+def test_autocast_to_float16_in_which_shard_sums_overflow():
+    x, weight = torch.full((1, 96), 4000.0), torch.randn(6, 96) / 256
+    update = make_update("bone", MATRIX, weight)
+    update = update._replace(block=update.block.detach().sign() / 1024)
+    with torch.autocast("cpu", torch.float16):
+        found = functional.adapted_linear(x, weight, None, [update])
+    expected = x @ (weight + dense(update, MATRIX, weight)).mT
+    assert (found.float() - expected).norm() < 0.01 * expected.norm()
+
+
+def test_chosen_matrices_of_a_stack_can_be_chosen_from():
+    update = make_update("bone", STACK, torch.randn(4, 6, 8))
+    first, second = torch.tensor([3, 1, 2]), torch.tensor([2, 0])
+    twice = update.at(first).at(second)
+    assert torch.equal(twice.chosen_block, update.block[first][second])
+    assert torch.equal(update.at(first).at(1).block, update.block[1])
+
+
 @pytest.mark.parametrize("name", ["2d grouped", "transposed 2d grouped"])
 @pytest.mark.parametrize("kind", SIZES)
 def test_compiled_convolutions(name, kind):
