@@ -71,7 +71,7 @@ def test_data_that_changed_meanwhile_are_named(tmp_path, settings, tiny_model):
     adapter = tmp_path / "a.safetensors"
     disha.save_adapter(disha.inject_adapters(tiny_model, "_proj$", 4), adapter)
     before = checked(Example((3, 4, 5), learned=((1, 3),)))
-    with pytest.raises(VerificationError, match="not what they were when training began"):
+    with pytest.raises(VerificationError, match="the data have changed since training began"):
         verify_in_fresh_process(settings, adapter, before, 1.0)
 
 
