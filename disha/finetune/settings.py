@@ -527,17 +527,6 @@ class FinetuneSettings:
             "quantised weights; use --strategy ddp, or --bits bf16",
         )
 
-    def changed(self, **values: Any) -> FinetuneSettings:
-        """Return these settings with other values for some, named as flags are."""
-        changes: dict[str, Any] = {}
-        for one in dataclasses.fields(self):
-            group = getattr(self, one.name)
-            if dataclasses.is_dataclass(group) and not isinstance(group, type):
-                known = {inner.name for inner in dataclasses.fields(group)}
-                of_group = {name: values.pop(name) for name in known & values.keys()}
-                changes[one.name] = dataclasses.replace(group, **of_group)
-        return dataclasses.replace(self, **changes, **values)
-
     def to_json(self) -> dict[str, Any]:
         """Return all settings by their flags' names, as JSON holds them."""
         flat: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from disha.cli.finetune import settings_from
 from disha.errors import ArgumentError
 from disha.finetune.errors import PeerError
 from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
+from tests.finetune.command_line import with_values
 
 UPSTREAM = """
     --base_model_name_or_path meta-llama/Llama-2-7b-hf
@@ -36,7 +37,8 @@ UPSTREAM = """
     --tf32 True
     --report_to none
 """
-MEANT = FinetuneSettings().changed(
+MEANT = with_values(
+    FinetuneSettings(),
     base_model_name_or_path=Path("meta-llama/Llama-2-7b-hf"),
     output_dir=Path("output/bone-llama2-7b"),
     bone_r=64,
@@ -70,7 +72,7 @@ def test_upstreams_command_means_what_it_says():
 def test_a_switch_stands_alone_or_has_a_word(name):
     plain = DEMO_SETTINGS if name == "demo" else FinetuneSettings()
     for words in (["True"], [], ["true"], ["yes"], ["1"]):
-        assert settings_from([f"--{name}", *words]) == plain.changed(**{name: True})
+        assert settings_from([f"--{name}", *words]) == with_values(plain, **{name: True})
     for word in ("False", "false", "no", "0"):
         assert settings_from([f"--{name}", word]) == FinetuneSettings()
 
@@ -90,7 +92,7 @@ def test_what_is_not_understood_is_exit_code_2(words, capsys):
 
 def test_the_demo_has_defaults_of_its_own_and_flags_take_their_place():
     assert settings_from(["--demo"]) == DEMO_SETTINGS
-    changed = DEMO_SETTINGS.changed(max_steps=3, output_dir=Path("elsewhere"))
+    changed = with_values(DEMO_SETTINGS, max_steps=3, output_dir=Path("elsewhere"))
     assert settings_from(["--max_steps", "3", "--demo", "--output_dir", "elsewhere"]) == changed
 
 
@@ -124,11 +126,17 @@ def test_a_file_gives_flags_and_those_given_besides_take_precedence(tmp_path, na
     path.write_text(FILES[name])
     config = ["--config", str(path)]
     given = settings_from(config)
-    assert given == FinetuneSettings().changed(
-        config=path, bone_r=32, learning_rate=1e-3, dataset_field=("a", "b"), bf16=True, bits="4"
+    assert given == with_values(
+        FinetuneSettings(),
+        config=path,
+        bone_r=32,
+        learning_rate=1e-3,
+        dataset_field=("a", "b"),
+        bf16=True,
+        bits="4",
     )
     others = ["--learning_rate", "2e-5", "--bf16", "False", "--dataset_field", "text"]
-    changed = given.changed(learning_rate=2e-5, bf16=False, dataset_field=("text",))
+    changed = with_values(given, learning_rate=2e-5, bf16=False, dataset_field=("text",))
     assert settings_from([*config, *others]) == changed
     assert settings_from([*others, *config]) == changed
 
@@ -136,8 +144,10 @@ def test_a_file_gives_flags_and_those_given_besides_take_precedence(tmp_path, na
 def test_a_file_can_ask_for_the_demo(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("demo = true\nmax_steps = 2\n")
-    assert settings_from(["--config", str(path)]) == DEMO_SETTINGS.changed(config=path, max_steps=2)
-    plain = FinetuneSettings().changed(config=path, max_steps=2)
+    assert settings_from(["--config", str(path)]) == with_values(
+        DEMO_SETTINGS, config=path, max_steps=2
+    )
+    plain = with_values(FinetuneSettings(), config=path, max_steps=2)
     assert settings_from(["--config", str(path), "--demo", "False"]) == plain
 
 
@@ -147,21 +157,21 @@ def test_the_settings_of_a_report_are_a_file_of_flags(tmp_path):
     path = tmp_path / "run.yaml"
     settings = {name: value for name, value in MEANT.to_json().items() if name != "config"}
     path.write_text(yaml.safe_dump(settings | {"dataset_field": ["query", "response"]}))
-    assert settings_from(["--config", str(path)]) == MEANT.changed(config=path)
+    assert settings_from(["--config", str(path)]) == with_values(MEANT, config=path)
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "run.yml", "RUN.YAML", "run.toml"])
 def test_an_empty_file_changes_nothing(tmp_path, name):
     path = tmp_path / name
     path.write_text("# nothing\n")
-    assert settings_from(["--config", str(path)]) == FinetuneSettings().changed(config=path)
+    assert settings_from(["--config", str(path)]) == with_values(FinetuneSettings(), config=path)
 
 
 @pytest.mark.parametrize("text", ["2e-5", "2.e-5", "2E-5", "+2e-5", "0.00002"])
 def test_numbers_of_yaml_are_what_everybody_means(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(f"learning-rate: {text}\ntarget: null\n")
-    expected = FinetuneSettings().changed(config=path, learning_rate=2e-5)
+    expected = with_values(FinetuneSettings(), config=path, learning_rate=2e-5)
     assert settings_from(["--config", str(path)]) == expected
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from disha.cli import main
 from disha.finetune import course
+from disha.finetune.settings import FinetuneSettings
 from tests.processes import environment
 
 ROWS: Sequence[Mapping[str, Any]] = [
@@ -70,6 +72,18 @@ def arguments(model: Path, data: Path, output: Path, /, **changes: Any):
         if value is not None:
             words += [f"--{name}", *map(str, values)]
     return words
+
+
+def with_values(settings: FinetuneSettings, **values: Any) -> FinetuneSettings:
+    """Return settings with other values for some, named as flags are."""
+    changes: dict[str, Any] = {}
+    for one in dataclasses.fields(settings):
+        group = getattr(settings, one.name)
+        if dataclasses.is_dataclass(group):
+            known = {inner.name for inner in dataclasses.fields(group)}
+            of_group = {name: values.pop(name) for name in known & values.keys()}
+            changes[one.name] = dataclasses.replace(group, **of_group)
+    return dataclasses.replace(settings, **changes, **values)
 
 
 @dataclass(frozen=True)

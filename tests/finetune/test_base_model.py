@@ -27,6 +27,7 @@ from tests.finetune.command_line import (
     losses_of,
     report_of,
     result_of,
+    with_values,
     write_rows,
 )
 
@@ -292,11 +293,11 @@ def opened(**settings):
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 def test_a_function_s_model_is_not_quantised_silently(factory, bits):
-    settings = FinetuneSettings().changed(model=factory("gpt2"), bits=bits)
+    settings = with_values(FinetuneSettings(), model=factory("gpt2"), bits=bits)
     with pytest.raises(SettingsError, match=f"--bits {bits} quantises models given by --base_mod"):
         settings.model.check()
     with pytest.raises(SettingsError, match=f"--bits {bits} quantises"):
-        settings.changed(demo=True, output_dir=Path("out")).check()
+        with_values(settings, demo=True, output_dir=Path("out")).check()
 
 
 @torch.inference_mode()

@@ -8,12 +8,13 @@ from disha.finetune.data.sources import StreamedExamples
 from disha.finetune.errors import DataError, SettingsError
 from disha.finetune.inputs import MOST_CHECKED_TRAINING_ROWS, first_rows, load_inputs
 from disha.finetune.settings import FinetuneSettings
-from tests.finetune.command_line import ROWS, write_rows
+from tests.finetune.command_line import ROWS, with_values, write_rows
 
 
 @pytest.fixture
 def settings(tmp_path, tiny_path):
-    return FinetuneSettings().changed(
+    return with_values(
+        FinetuneSettings(),
         base_model_name_or_path=tiny_path,
         output_dir=tmp_path / "out",
         data_path=write_rows(tmp_path / "rows.jsonl", [*ROWS, *ROWS]),
@@ -32,7 +33,7 @@ def settings(tmp_path, tiny_path):
     ],
 )
 def test_the_source_is_the_one_asked_for(settings, changes, examples):
-    inputs = load_inputs(settings.changed(**changes))
+    inputs = load_inputs(with_values(settings, **changes))
     assert type(inputs.source.examples) is examples
     batch = inputs.source.collate(next(iter(inputs.source.batches(1))))
     assert batch.weight > 0
@@ -48,7 +49,7 @@ def test_without_held_out_rows_the_first_training_rows_are_checked(settings):
 
 
 def test_held_out_rows_are_checked_and_not_trained_on(settings):
-    inputs = load_inputs(settings.changed(eval_fraction=0.25))
+    inputs = load_inputs(with_values(settings, eval_fraction=0.25))
     assert (inputs.checked.name, inputs.checked.held_out) == ("held-out", True)
     assert (len(inputs.checked.rows), len(inputs.source.examples)) == (20, 60)
     assert inputs.checked.tally.used == 20
@@ -56,7 +57,7 @@ def test_held_out_rows_are_checked_and_not_trained_on(settings):
 
 
 def test_checked_batches_hold_every_row_once(settings):
-    checked = load_inputs(settings.changed(eval_fraction=0.25)).checked
+    checked = load_inputs(with_values(settings, eval_fraction=0.25)).checked
     found = sum(int((batch.labels != -100).sum()) for batch in checked.batches())
     assert found == sum(example.supervised for example in checked.rows)
 
@@ -79,17 +80,18 @@ def test_the_digest_tells_other_rows(settings, change):
 
 def test_templates_are_for_two_fields_only(settings):
     assert load_inputs(settings).encoder.template is not None
-    assert load_inputs(settings.changed(dataset_field=("query",))).encoder.template is None
+    assert load_inputs(with_values(settings, dataset_field=("query",))).encoder.template is None
 
 
 def test_too_long_a_row_for_the_model_is_refused(settings):
     with pytest.raises(SettingsError, match="--max_seq_length must be at most 128"):
-        load_inputs(settings.changed(max_seq_length=129))
+        load_inputs(with_values(settings, max_seq_length=129))
 
 
 def test_rows_of_numbers_for_a_model_without_a_tokenizer(settings, tmp_path):
     rows = [{"x": [0.5 * n] * 4, "y": n % 3} for n in range(70)]
-    settings = settings.changed(
+    settings = with_values(
+        settings,
         base_model_name_or_path=None,
         model="tests.finetune.factories:classifier",
         data_path=write_rows(tmp_path / "numbers.jsonl", rows),
@@ -100,7 +102,7 @@ def test_rows_of_numbers_for_a_model_without_a_tokenizer(settings, tmp_path):
     assert len(inputs.checked.rows) == MOST_CHECKED_TRAINING_ROWS
     batches = list(inputs.checked.batches())
     assert torch.equal(torch.cat([b.targets for b in batches]), inputs.source.samples.targets[:64])
-    inputs = load_inputs(settings.changed(eval_fraction=0.1))
+    inputs = load_inputs(with_values(settings, eval_fraction=0.1))
     assert (len(inputs.checked.rows), len(inputs.source.samples)) == (7, 63)
     with pytest.raises(DataError, match="must name two fields of numbers"):
-        load_inputs(settings.changed(dataset_field=("x",)))
+        load_inputs(with_values(settings, dataset_field=("x",)))

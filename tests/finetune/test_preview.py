@@ -15,7 +15,7 @@ from disha.finetune.models.decoder import Decoder, DecoderConfig
 from disha.finetune.preview import estimate_memory, meta_decoder
 from disha.finetune.settings import FinetuneSettings
 from tests.finetune import tiny_gguf
-from tests.finetune.command_line import ROWS, write_rows
+from tests.finetune.command_line import ROWS, with_values, write_rows
 
 LAYERS = 2 * 8 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
 
@@ -97,8 +97,8 @@ CONFIG = DecoderConfig(
     norm_epsilon=1e-5,
     tied_head=False,
 )
-SETTINGS = FinetuneSettings().changed(
-    bone_r=8, per_device_train_batch_size=2, max_seq_length=32, bits="fp32"
+SETTINGS = with_values(
+    FinetuneSettings(), bone_r=8, per_device_train_batch_size=2, max_seq_length=32, bits="fp32"
 )
 
 
@@ -137,7 +137,7 @@ def kept_for_backward(settings, dtype):
 @pytest.mark.parametrize("method", ["bone", "bat"])
 @pytest.mark.parametrize("bits", ["fp32", "bf16"])
 def test_what_is_kept_is_what_autograd_keeps(method, bits):
-    settings = SETTINGS.changed(method=method, bits=bits)
+    settings = with_values(SETTINGS, method=method, bits=bits)
     dtype = torch.float32 if bits == "fp32" else torch.bfloat16
     estimated = estimate_memory(CONFIG, settings, plan_of(settings)).kept
     assert estimated == pytest.approx(kept_for_backward(settings, dtype), rel=0.05)
@@ -155,7 +155,7 @@ def test_weights_adapter_and_optimiser_are_counted():
 
 def test_checkpointing_keeps_less_and_longer_rows_more():
     def kept(**changes):
-        settings = SETTINGS.changed(**changes)
+        settings = with_values(SETTINGS, **changes)
         return estimate_memory(CONFIG, settings, plan_of(settings)).kept
 
     assert kept(gradient_checkpointing=True) < 0.6 * kept()
@@ -164,7 +164,7 @@ def test_checkpointing_keeps_less_and_longer_rows_more():
 
 @pytest.mark.parametrize(("bits", "bytes_each"), [("8", 1.0), ("4", 0.516)])
 def test_quantised_weights_count_as_packed(bits, bytes_each):
-    settings = SETTINGS.changed(bits=bits)
+    settings = with_values(SETTINGS, bits=bits)
     found = estimate_memory(CONFIG, settings, plan_of(settings)).base
     layers = [m for m in Decoder(CONFIG).model.layers.modules() if isinstance(m, nn.Linear)]
     linear = sum(m.weight.numel() for m in layers)
@@ -177,6 +177,6 @@ def test_a_70b_model_is_estimated_without_its_memory():
         CONFIG, vocabulary=128_256, hidden=8192, feed_forward=28_672, layers=80, heads=64,
         kv_heads=8, head_dim=128,
     )  # fmt: skip
-    settings = SETTINGS.changed(bits="bf16", bone_r=64)
+    settings = with_values(SETTINGS, bits="bf16", bone_r=64)
     found = estimate_memory(config, settings, plan_of(settings, config))
     assert found.base == pytest.approx(141e9, rel=0.01)

@@ -8,14 +8,18 @@ import disha
 from disha.cli.finetune import settings_from
 from disha.finetune.errors import SettingsError
 from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
+from tests.finetune.command_line import with_values
 
 
 @pytest.fixture
 def good(tmp_path, tiny_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"query": "a", "response": "b"}\n')
-    return FinetuneSettings().changed(
-        base_model_name_or_path=tiny_path, output_dir=tmp_path / "out", data_path=data
+    return with_values(
+        FinetuneSettings(),
+        base_model_name_or_path=tiny_path,
+        output_dir=tmp_path / "out",
+        data_path=data,
     )
 
 
@@ -77,7 +81,7 @@ def test_good_settings_pass_and_touch_nothing(good):
 )
 def test_bad_settings_are_named(good, changes, complaint):
     with pytest.raises(SettingsError) as caught:
-        good.changed(**changes).check()
+        with_values(good, **changes).check()
     assert str(caught.value).startswith(complaint)
     assert isinstance(caught.value, disha.DishaError)
     assert isinstance(caught.value, ValueError)
@@ -87,7 +91,7 @@ def test_bad_settings_are_named(good, changes, complaint):
 def test_two_ways_to_hold_out_contradict(good, other):
     [name] = other
     with pytest.raises(SettingsError, match=f"--{name} and --eval_fraction .* give one of them"):
-        good.changed(eval_fraction=0.1, **other).check()
+        with_values(good, eval_fraction=0.1, **other).check()
 
 
 @pytest.mark.parametrize(
@@ -103,18 +107,20 @@ def test_two_ways_to_hold_out_contradict(good, other):
 def test_what_says_where_rows_are_does_not_go_with_the_demo(changes):
     [name] = changes
     with pytest.raises(SettingsError, match=f"--{name} does not go with --demo"):
-        DEMO_SETTINGS.changed(**changes).check()
+        with_values(DEMO_SETTINGS, **changes).check()
 
 
 def test_the_demo_may_have_another_model(tmp_path, tiny_path):
     output = tmp_path / "out"
-    DEMO_SETTINGS.changed(base_model_name_or_path=tiny_path, output_dir=output).check()
+    with_values(DEMO_SETTINGS, base_model_name_or_path=tiny_path, output_dir=output).check()
     with pytest.raises(SettingsError, match="absent does not exist"):
-        DEMO_SETTINGS.changed(base_model_name_or_path=Path("absent"), output_dir=output).check()
+        with_values(
+            DEMO_SETTINGS, base_model_name_or_path=Path("absent"), output_dir=output
+        ).check()
 
 
 def test_a_folder_of_rows_is_as_good_as_a_file(good, tmp_path):
-    good.changed(data_path=tmp_path, eval_path=tmp_path).check()
+    with_values(good, data_path=tmp_path, eval_path=tmp_path).check()
 
 
 def test_a_file_where_the_output_folder_should_be(good, tmp_path):
@@ -122,7 +128,7 @@ def test_a_file_where_the_output_folder_should_be(good, tmp_path):
     taken.write_text("mine")
     for folder in (taken, taken / "deeper" / "still"):
         with pytest.raises(SettingsError, match=r"can't be a folder, because .*taken is a file"):
-            good.changed(output_dir=folder).check()
+            with_values(good, output_dir=folder).check()
     assert taken.read_text() == "mine"
 
 
@@ -205,7 +211,7 @@ def test_every_flag_is_here():
 def test_every_flag_is_spelled_with_underscores_or_dashes():
     underscored = words(**EVERYTHING)
     dashed = [part.replace("_", "-") if part[:2] == "--" else part for part in underscored]
-    expected = FinetuneSettings().changed(**EVERYTHING)
+    expected = with_values(FinetuneSettings(), **EVERYTHING)
     assert settings_from(underscored) == expected
     assert settings_from(dashed) == expected
 

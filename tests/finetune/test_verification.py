@@ -17,6 +17,7 @@ from disha.finetune.verification import (
     Verification,
     verify_in_fresh_process,
 )
+from tests.finetune.command_line import with_values
 
 GOOD = Verification(
     trained=2.0,
@@ -53,8 +54,12 @@ def test_what_the_report_holds():
 def settings(tmp_path, tiny_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"query": "a", "response": "b"}\n')
-    return FinetuneSettings().changed(
-        base_model_name_or_path=tiny_path, output_dir=tmp_path, data_path=data, max_seq_length=64
+    return with_values(
+        FinetuneSettings(),
+        base_model_name_or_path=tiny_path,
+        output_dir=tmp_path,
+        data_path=data,
+        max_seq_length=64,
     )
 
 
@@ -79,7 +84,7 @@ def test_products_in_bfloat16_may_differ_as_bfloat16_does(tmp_path, settings, ti
     """Whatever the weights are kept in: merged ones are rounded to it."""
     adapter = tmp_path / "a.safetensors"
     disha.save_adapter(disha.inject_adapters(tiny_model, "_proj$", 4), adapter)
-    settings = settings.changed(bf16=True)
+    settings = with_values(settings, bf16=True)
     rows = load_inputs(settings).checked
     found = verify_in_fresh_process(settings, adapter, rows, 5.0)
     assert found.tolerance == ROUNDED
