@@ -18,8 +18,8 @@ from disha.interop.gguf import export_gguf, write_gguf
 from disha.interop.lora_folder import CANT_EXPRESS, read_lora, write, write_lora
 from disha.interop.low_rank import LoraReport, base_weights, check_limits, low_rank_updates
 from disha.interop.peft_files import exact_targets
-from disha.interop.peft_view import PeftView, class_of, refuse_to_write
-from disha.layers import declared_slots
+from disha.interop.peft_view import PeftView, refuse_to_write
+from disha.layers import declared_slots, original_class
 from disha.model import ModelView
 from disha.state import LoadReport
 
@@ -120,7 +120,7 @@ def _unknown_to_lora(layer: nn.Module) -> str | None:
             return "its embedding has max_norm, which PEFT applies to LoRA's factor too"
         return None
     known = isinstance(layer, nn.Linear) or _is_conv1d(layer)
-    return None if known else f"PEFT's LoRA does not know a {class_of(layer).__name__}"
+    return None if known else f"PEFT's LoRA does not know a {original_class(layer).__name__}"
 
 
 def _is_conv1d(layer: nn.Module) -> bool:

@@ -32,8 +32,8 @@ from disha.interop.miss import (
     write_folder,
 )
 from disha.interop.peft_files import exact_targets, refuse_to_load
-from disha.interop.peft_view import PeftView, class_of, other_buffers, refuse_to_write
-from disha.layers import check_adapter_name
+from disha.interop.peft_view import PeftView, other_buffers, refuse_to_write
+from disha.layers import check_adapter_name, original_class
 from disha.model import ModelView
 from disha.state import LoadReport
 
@@ -192,4 +192,4 @@ def load(
 def _unknown_to_miss(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return None
-    return f"PEFT's MiSS adapts nn.Linear only, not {class_of(module).__name__}"
+    return f"PEFT's MiSS adapts nn.Linear only, not {original_class(module).__name__}"

@@ -27,12 +27,12 @@ from disha.files.contents import Contents
 from disha.files.header import AdapterHeader
 from disha.files.tensors import DTYPES
 from disha.interop.peft_files import SHOWN, is_inside, is_saved, refuse_to_load
-from disha.layers import FOREIGN_KINDS, LAYER_KINDS, is_library_forward
+from disha.layers import FOREIGN_KINDS, LAYER_KINDS, is_library_forward, original_class
 from disha.model import ModelView, join
 from disha.sharding import gathered
 from disha.text import first_few
 
-__all__ = ["PeftView", "Saved", "class_of", "other_buffers", "refuse_to_write"]
+__all__ = ["PeftView", "Saved", "other_buffers", "refuse_to_write"]
 
 READ_IN_EVALUATION = ("linear1", "linear2")
 """The layers of an `nn.TransformerEncoderLayer` whose weights its fast path reads."""
@@ -45,12 +45,6 @@ def refuse_to_write(what: str, problems: Sequence[str]) -> None:
             f"{what}, so nothing was written:\n{first_few(problems, SHOWN)}\n"
             "Leave these layers out (`exclude`), or use the merged model (merge_adapters)"
         )
-
-
-def class_of(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module, or the class that it has without adapters."""
-    cls: type[nn.Module] = getattr(type(module), "original_class", type(module))
-    return cls
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,7 @@ class PeftView:
     ) -> dict[nn.Module | None, str]:
         """Return these children of all modules of a class -> the name of their owner's class."""
         return {
-            module._modules[child]: class_of(module).__name__
+            module._modules[child]: original_class(module).__name__
             for module in self.view.names
             if isinstance(module, owner)
             for child in children
@@ -161,8 +155,8 @@ class PeftView:
             return "its weight is computed (a parametrization), which PEFT can't merge into"
         if _has_own_forward(module):
             return (
-                f"{class_of(module).__name__} has a forward of its own; PEFT adds to its output, "
-                "or replaces it (BAT), and disha adds to the output of its base class"
+                f"{original_class(module).__name__} has a forward of its own; PEFT adds to its "
+                "output, or replaces it (BAT), and disha adds to the output of its base class"
             )
         return None
 
@@ -340,7 +334,7 @@ def _own_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether the class overrides the forward of the layer class that it inherits from."""
-    cls: Any = class_of(module)
+    cls: Any = original_class(module)
     for known in cls.__mro__:
         if known in LAYER_KINDS or (known.__module__, known.__qualname__) in FOREIGN_KINDS:
             return cls.forward is not known.forward and not is_library_forward(cls)

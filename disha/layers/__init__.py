@@ -16,7 +16,14 @@ from disha.layers.kinds import (
     slot_of,
 )
 from disha.layers.linear import BatLinear, BoneLinear
-from disha.layers.opaque import ROUNDED, Quantisation, is_quantised, quantisation_of, takes_dense
+from disha.layers.opaque import (
+    ROUNDED,
+    Quantisation,
+    is_quantised,
+    original_class,
+    quantisation_of,
+    takes_dense,
+)
 from disha.layers.weights import (
     device_of_weight,
     make_block,
@@ -56,6 +63,7 @@ __all__ = [
     "make_block",
     "matrix_parameters",
     "offloading_hooks",
+    "original_class",
     "parameter_count",
     "quantisation_of",
     "read_weight",
