@@ -13,8 +13,9 @@ from torch import Tensor
 
 from disha.config import AdapterConfig, check_scale
 from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError
-from disha.files import AdapterHeader, LayerRecord, TensorRecord
+from disha.files import AdapterHeader, LayerRecord
 from disha.files.atomic import PathLike, checked_path
+from disha.files.contents import records_of
 from disha.functional import Layout
 from disha.interop.low_rank import (
     BaseWeight,
@@ -272,7 +273,7 @@ def read_lora(
         config=_config(fields, [layer for layer, _ in layers], kept),
         layers=tuple(layer for layer, _ in layers),
         also_train=tuple(kept),
-        tensors={key: TensorRecord(tuple(t.shape), t.dtype) for key, t in contents.items()},
+        tensors=records_of(contents),
         metadata={},
     )
     return header, contents

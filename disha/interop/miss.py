@@ -16,8 +16,8 @@ from torch import Tensor
 from disha.config import AdapterConfig
 from disha.errors import ArgumentTypeError
 from disha.files.atomic import PathLike, checked_path
+from disha.files.contents import records_of
 from disha.files.header import AdapterHeader, LayerRecord
-from disha.files.tensors import TensorRecord
 from disha.functional import Layout
 from disha.interop.miss_config import (
     BAT,
@@ -218,7 +218,7 @@ def contents_of(
         config=AdapterConfig(config.r, None, config.method, config.r_out, dropout=config.dropout),
         layers=tuple(layers),
         also_train=kept,
-        tensors={key: TensorRecord(tuple(t.shape), t.dtype) for key, t in tensors.items()},
+        tensors=records_of(tensors),
         metadata=dict(config.notes),
     )
     return header, tensors
