@@ -26,6 +26,7 @@ from disha.files.atomic import Write
 from disha.files.tensors import LARGEST_INDEX, LENGTH_BYTES, explained, opened
 
 __all__ = [
+    "NAMES",
     "Piece",
     "StoredTensor",
     "copy_tensor",

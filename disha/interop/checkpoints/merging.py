@@ -32,7 +32,7 @@ from disha.files.atomic import PathLike, checked_path, write_files, write_folder
 from disha.files.contents import read_contents
 from disha.files.header import AdapterFile, LayerRecord
 from disha.files.json_files import read_json
-from disha.files.pieces import Piece, copy_tensor, write_pieces, write_tensor
+from disha.files.pieces import NAMES, Piece, copy_tensor, write_pieces, write_tensor
 from disha.files.tensors import DTYPES
 from disha.functional.shards import merge_dtype
 from disha.interop.checkpoints.matching import BaseReport, Matching, matched
@@ -247,14 +247,14 @@ def _check_target(out: Path, checkpoint: Checkpoint, adapter: Path, overwrite: b
 
 
 def _why_no_file(target: Path, overwrite: bool) -> str | None:
-    """Return why a file can't take the place of what exists, or None if it can."""
+    """Return why a file can't replace the target, or None if it can."""
     if target.is_dir():
         return f"it is a folder, and a path that ends with {SUFFIX} names a file"
     return None if overwrite else "it exists; choose another name, or set `overwrite`"
 
 
 def _why_no_folder(target: Path, overwrite: bool) -> str | None:
-    """Return why a folder can't take the place of what exists, or None if it can."""
+    """Return why a folder can't replace the target, or None if it can."""
     if not target.is_dir():
         return f"it is a file; name a folder, or a path that ends with {SUFFIX}"
     if not any(target.iterdir()):
@@ -354,7 +354,7 @@ class _Merge:
         stored = self.checkpoint.tensors[name]
         dtype, nbytes = stored.dtype, stored.nbytes
         if self.dtype is not None and stored.dtype in DTYPES:
-            dtype = next(name for name, known in DTYPES.items() if known == self.dtype)
+            dtype = NAMES[self.dtype]
             nbytes = math.prod(stored.shape) * self.dtype.itemsize
         changed = name in self._layers or name in self._values or dtype != stored.dtype
 
