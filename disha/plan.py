@@ -35,6 +35,7 @@ __all__ = [
     "Target",
     "WeightRequest",
     "can_train",
+    "check_addable",
     "plan_adapters",
     "plan_injection",
     "plan_weights",
@@ -252,7 +253,7 @@ def plan_injection(
     """
     target = target_regex if isinstance(target_regex, str) else None
     config = AdapterConfig(target=target, **options)
-    _check_addable(view, adapter)
+    check_addable(view, adapter)
     candidates = as_declared(candidates_of(view), config.layouts, config.rows)
     selected = _selected(view, candidates, target_regex)
     wanted, skipped = _divided(view, selected, config)
@@ -324,7 +325,7 @@ def plan_weights(
         ArgumentError: the name is taken, or weights or parameters are missing or have other sizes.
             The message lists all of them.
     """
-    _check_addable(view, adapter)
+    check_addable(view, adapter)
     by_name = {
         name: one
         for one in candidates_of(view)
@@ -398,15 +399,24 @@ def _parameter_problem(one: ModelParameter | None, shape: tuple[int, ...]) -> st
 # --- selecting candidates ------------------------------------------------------------------------
 
 
-def _check_addable(view: ModelView, adapter: str) -> None:
-    """Raise unless an adapter of this name can be added to the model."""
+def check_addable(
+    view: ModelView,
+    adapter: str,
+    action: str = "add an adapter",
+    before_wrapping: str = "inject first, then wrap. To load into an existing adapter, pass "
+    "replace=True to load_adapter",
+) -> None:
+    """Raise unless an adapter of this name can be added to the model.
+
+    Args:
+        view: the model.
+        adapter: the name.
+        action: what was asked for, for errors.
+        before_wrapping: what to do if DDP or FSDP wraps the model.
+    """
     check_adapter_name(adapter)
-    view.refuse_inside("add an adapter")
-    view.refuse_wrapped(
-        "add an adapter",
-        "inject first, then wrap. To load into an existing adapter, pass replace=True to "
-        "load_adapter",
-    )
+    view.refuse_inside(action)
+    view.refuse_wrapped(action, before_wrapping)
     if adapter in view.adapters:
         raise ArgumentError(
             f"the model has an adapter {adapter!r} already; choose another name, or remove it "

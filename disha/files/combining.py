@@ -23,8 +23,8 @@ from disha.files.contents import (
 )
 from disha.files.header import AdapterHeader, LayerRecord
 from disha.fingerprint import same_base
-from disha.layers import check_adapter_name
 from disha.model import ModelView
+from disha.plan import check_addable
 from disha.state import finite_as
 from disha.text import counted, first_few, printable
 
@@ -114,14 +114,10 @@ def combine_adapters(
     """
     if not isinstance(weights, Mapping) or not weights:
         raise ArgumentTypeError(f"weights must be a dict of adapter -> number, got {weights!r}")
-    check_adapter_name(into)
     if r is not None:
         AdapterConfig(r)  # which checks it
     view = ModelView(model)
-    if into in view.adapters:
-        raise ArgumentError(f"the model has an adapter {into!r} already; choose another name")
-    view.refuse_inside("combine adapters")
-    view.refuse_wrapped("combine adapters", "combine first, then wrap")
+    check_addable(view, into, "combine adapters", "combine first, then wrap")
     summands = []
     for adapter, weight in weights.items():
         contents = adapter_contents(view, adapter)
