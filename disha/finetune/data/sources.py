@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import signal
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +16,7 @@ from itertools import islice
 from typing import TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from disha import DishaError
 from disha.finetune.data.batches import TextRow, TokenBatch, collate, packed
@@ -174,7 +173,7 @@ def _outcomes(rows: Rows, encoder: Encoder, seed: int, workers: int) -> Iterator
     loader = DataLoader(
         _EncodedRows(rows, encoder),
         batch_size=None,
-        sampler=_Pieces(reading_order(rows, seed)),
+        sampler=BatchSampler(reading_order(rows, seed), ENCODED_TOGETHER, drop_last=False),
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=_leave_stopping_to_training,
@@ -193,20 +192,6 @@ def _outcomes(rows: Rows, encoder: Encoder, seed: int, workers: int) -> Iterator
             f"a worker process that prepares rows has ended ({error}), maybe for lack of memory; "
             "lower --dataloader_num_workers"
         ) from error
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """The numbers of rows, a few at a time."""
-
-    order: array[int]
-
-    def __iter__(self) -> Iterator[array[int]]:
-        for start in range(0, len(self.order), ENCODED_TOGETHER):
-            yield self.order[start : start + ENCODED_TOGETHER]
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.order) / ENCODED_TOGETHER)
 
 
 @dataclass(frozen=True)
