@@ -303,7 +303,7 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     in_features = x.shape[-1]
     # u_ab = x_b + D_a x_b for all a at once: (matrices * out / r, tokens, in)
     shards = x.reshape(matrices, 1, tokens * in_features // r, r).expand(-1, count, -1, -1)
-    shards = shards.flatten(0, 1)
+    shards = shards.reshape(matrices * count, -1, r)
     moved = torch.baddbmm(shards, shards, block.reshape(matrices * count, r, r).mT)
     moved = moved.view(matrices * count, tokens, in_features)
     rows = square_tiles(weight.contiguous(), r).reshape(matrices * count, r, in_features)
@@ -311,7 +311,7 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
         output = torch.bmm(rows, moved.mT).view(*stack, count * r, tokens).mT
     else:
         output = torch.bmm(moved, rows.mT).view(*stack, count, tokens, r)
-        output = output.transpose(-3, -2).flatten(-2)
+        output = output.transpose(-3, -2).reshape(*stack, tokens, count * r)
     sums, regain = scaled_sums(x, r, x.dtype)
-    output = output + scaled(sums @ block.flatten(-3, -2).mT, regain)
+    output = output + scaled(sums @ block.reshape(*stack, count * r, r).mT, regain)
     return output[..., : weight.shape[-2]]

@@ -365,14 +365,15 @@ def adapted_linear(
         tensor([4., 4.])
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    method = method_of(updates[0].method) if len(updates) == 1 and not updates[0].rows else None
-    if method is not None and method.reduces and not updates[0].dropout:
-        # A fast path for the case of almost every layer.
+    # Almost every layer has one update of all outputs, so this case has a fast path.
+    if len(updates) != 1 or updates[0].rows or updates[0].dropout:
+        output = _linear_in_general(rows, weight, bias, updates)
+    elif (method := method_of(updates[0].method)).reduces:
         matrix = method.reduced(updates[0].block)
         sums, regain = scaled_sums(rows, matrix.shape[0], matrix.dtype, updates[0].scale)
         output = _plus_product(F.linear(rows, weight, bias), sums, matrix, regain)
     else:
-        output = _linear_in_general(rows, weight, bias, updates)
+        output = _folded_alone(rows, weight, bias, updates[0])
     return output if rows is x else output.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -408,14 +409,20 @@ def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Up
     """Return the product with the updates folded into W."""
     updates = _added_up(updates)
     if len(updates) == 1 and not updates[0].rows:
-        method, block, scale, *_ = updates[0]
-        output = method_of(method).product(x, weight, bias, block, scale)
-        if output is not None:
-            return output
+        return _folded_alone(x, weight, bias, updates[0])
     pieces = _in_pieces(x, weight, bias, updates) if any(one.rows for one in updates) else None
     if pieces is None:
         return F.linear(x, effective_weight(weight, MATRIX, updates), bias)
     return torch.cat(pieces, -1)
+
+
+def _folded_alone(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor:
+    """Return the product with one update of all outputs folded into W."""
+    method, block, scale, *_ = update
+    output = method_of(method).product(x, weight, bias, block, scale)
+    if output is not None:
+        return output
+    return F.linear(x, effective_weight(weight, MATRIX, [update]), bias)
 
 
 def _added_up(updates: Sequence[Update]) -> list[Update]:
