@@ -1,8 +1,8 @@
 """``--dry_run``: describes a run without training, and estimates its memory.
 
 The estimate needs the sizes of the model, but not its weights. Autograd keeps tensors between
-forward and backward. Their memory is counted on decoders with one and with two layers, made of
-tensors that have shapes but no values. Every further layer keeps as much as the second one.
+forward and backward. Their memory is counted for one layer and for two, with tensors that have
+shapes but no values. A model with more layers keeps as much for each of them as for the second.
 """
 
 from __future__ import annotations

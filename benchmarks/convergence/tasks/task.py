@@ -30,7 +30,7 @@ class Score:
 
 
 class Task(ABC):
-    """A pretrained model, rows to adapt it to, and a test of what it should not forget.
+    """A task: a pretrained model, rows to train it on, and a test for forgetting.
 
     Validation rows choose the learning rate; the report uses the test rows.
     """

@@ -58,7 +58,7 @@ class Row:
 
 
 def checked_text(value: object, what: str) -> str:
-    """Return `value` if it is text that can be written as UTF-8.
+    """Return `value` if it is valid text. Raise if it is something else.
 
     Args:
         value: anything.
@@ -73,8 +73,8 @@ def checked_text(value: object, what: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise BadRowError(
-            f"{what} holds half of a surrogate pair at character {error.start}, which is no valid "
-            "text; an emoji may have been cut in two"
+            f"{what} holds half of a surrogate pair at character {error.start}, so it is not "
+            "valid text; an emoji may have been cut in two"
         ) from error
     return value
 
