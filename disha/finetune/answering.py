@@ -26,7 +26,7 @@ from disha.finetune.settings import (
     require,
     require_adapter,
 )
-from disha.finetune.text.templates import Template, template_from
+from disha.finetune.text.templates import Template, given_template, template_from
 from disha.finetune.text.tokenizer import Tokenizer, is_text
 
 __all__ = [
@@ -184,12 +184,22 @@ def template_of(given: str | None, adapter: Path | None, tokenizer: Tokenizer) -
     """
     if given == "none":
         return None
-    return template_from(given or noted_template(adapter) or "auto", tokenizer)
+    if given is not None:
+        return given_template(given, tokenizer)
+    return noted_template(adapter, tokenizer) or template_from("auto", tokenizer)
 
 
-def noted_template(adapter: Path | None) -> str | None:
-    """Return the template noted in an adapter file; None without a file or a note."""
-    return None if adapter is None else disha.inspect_adapter(adapter).metadata.get(TEMPLATE_KEY)
+def noted_template(adapter: Path | None, tokenizer: Tokenizer) -> Template | None:
+    """Return the template noted in an adapter file; None without a file or a note.
+
+    Raises:
+        DishaError: the adapter file or its note can't be used.
+    """
+    note = None if adapter is None else disha.inspect_adapter(adapter).metadata.get(TEMPLATE_KEY)
+    if note is None:
+        return None
+    # The file may be a stranger's: its note is a text, and never names a file.
+    return template_from(note, tokenizer, f"the note in {adapter}")
 
 
 def prompts_of(settings: GenerateSettings) -> list[str]:

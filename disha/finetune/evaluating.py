@@ -173,8 +173,10 @@ def _encoder(settings: EvaluateSettings, base: BaseModel) -> Encoder:
             "models of text"
         )
     require_context(settings.data, base)
-    noted = noted_template(settings.adapter) if settings.data.template == "auto" else None
-    return encoder_for(settings.data, base.tokenizer, noted)
+    data, tokenizer = settings.data, base.tokenizer
+    takes_note = data.template == "auto" and len(data.dataset_field) == 2
+    noted = noted_template(settings.adapter, tokenizer) if takes_note else None
+    return encoder_for(data, tokenizer, noted)
 
 
 def _measured(

@@ -22,7 +22,7 @@ from disha.finetune.data.sources import StreamedExamples, TextBatches
 from disha.finetune.data.tensors import Samples, TensorRows, read_samples
 from disha.finetune.errors import DataError
 from disha.finetune.settings import DataSettings, FinetuneSettings, require, require_unchanged
-from disha.finetune.text.templates import template_from
+from disha.finetune.text.templates import Template, given_template
 from disha.finetune.text.tokenizer import Tokenizer
 
 __all__ = ["Checked", "Inputs", "encoder_for", "first_rows", "load_inputs", "require_context"]
@@ -132,7 +132,9 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
     return Inputs(base, dataset, encoder, source, tally, checked)
 
 
-def encoder_for(data: DataSettings, tokenizer: Tokenizer, template: str | None = None) -> Encoder:
+def encoder_for(
+    data: DataSettings, tokenizer: Tokenizer, template: Template | None = None
+) -> Encoder:
     """Return the encoder that turns rows into token ids.
 
     Args:
@@ -148,7 +150,7 @@ def encoder_for(data: DataSettings, tokenizer: Tokenizer, template: str | None =
         tokenizer,
         fields,
         data.max_seq_length,
-        template_from(template or data.template, tokenizer) if len(fields) == 2 else None,
+        (template or given_template(data.template, tokenizer)) if len(fields) == 2 else None,
         skip_bad_rows=data.skip_bad_rows,
     )
 

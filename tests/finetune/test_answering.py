@@ -15,9 +15,11 @@ from disha.finetune.answering import (
     template_of,
 )
 from disha.finetune.errors import DataError, SettingsError
-from disha.finetune.settings import ModelSettings
+from disha.finetune.evaluating import EvaluateSettings, evaluate
+from disha.finetune.settings import DataSettings, ModelSettings
 from disha.finetune.text.templates import CHATML, PLAIN
 from tests.finetune import tiny_gguf
+from tests.finetune.command_line import ROWS, write_rows
 
 PROMPT = "hello world"
 
@@ -119,6 +121,28 @@ def test_the_template_is_the_one_given_or_the_adapters_or_the_usual(adapter, tin
     assert template_of(PLAIN.setting, adapter, tiny_tokenizer) == PLAIN
     assert template_of(None, adapter, tiny_tokenizer).before == "Q: "
     assert template_of(None, None, tiny_tokenizer) == CHATML
+
+
+@pytest.mark.parametrize("note", ["prompt.txt", "{folder}/prompt.txt", "{folder}/huge.txt"])
+def test_a_note_that_names_a_file_is_not_read_as_one(
+    tmp_path, tiny_path, tiny_model, monkeypatch, note
+):
+    (tmp_path / "prompt.txt").write_text("a secret {query}")
+    with (tmp_path / "huge.txt").open("wb") as file:
+        file.truncate(40 << 30)
+    monkeypatch.chdir(tmp_path)
+    disha.inject_adapters(tiny_model, "_proj$", 4)
+    path, note = tmp_path / "adapter.safetensors", note.replace("{folder}", str(tmp_path))
+    disha.save_adapter(tiny_model, path, metadata={"template": note})
+    complaint = r"{query} in it exactly once.*; the note in .*adapter\.safetensors has it 0 times"
+    model = ModelSettings(base_model_name_or_path=tiny_path)
+    with pytest.raises(SettingsError, match=complaint):
+        open_answerer(GenerateSettings(model, prompt=("a",), adapter=path))
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS[:2])
+    with pytest.raises(SettingsError, match=complaint):
+        evaluate(
+            EvaluateSettings(model, DataSettings(data_path=rows, max_seq_length=100), adapter=path)
+        )
 
 
 def test_a_model_without_a_tokenizer_cannot_be_asked(usual):

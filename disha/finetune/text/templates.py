@@ -10,9 +10,12 @@ from disha.finetune.errors import SettingsError, TokenizerError
 from disha.finetune.text.chat import CHATML_TOKENS, render
 from disha.finetune.text.tokenizer import Tokenizer, is_text
 
-__all__ = ["CHATML", "PLAIN", "Template", "template_from"]
+__all__ = ["CHATML", "PLAIN", "Template", "given_template", "template_from"]
 
 QUERY = "{query}"
+LARGEST_FILE = 1 << 20
+"""Bytes of a file with a template."""
+
 STAND_IN = "stands-in-for-the-query"
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
@@ -78,15 +81,32 @@ CHATML = Template("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 PLAIN = Template("### Instruction:\n", "\n\n### Response:\n")
 
 
-def template_from(setting: str, tokenizer: Tokenizer) -> Template:
-    r"""Return the template for the setting ``--template``.
+def given_template(setting: str, tokenizer: Tokenizer) -> Template:
+    """Return the template for the flag ``--template``, which may also name a file.
+
+    Args:
+        setting: as for `template_from`, or the name of a file with a text that has ``{query}`` in
+            it once, without escapes. Only the user may name a file: never pass text from a file.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        SettingsError: the setting or the file can't be used, or the tokenizer has no chat template.
+        TokenizerError: the tokenizer's chat template can't be used.
+    """
+    if QUERY not in setting and _is_file(setting):
+        return _around_query(_content(Path(setting)), f"the file {setting}")
+    return template_from(setting, tokenizer)
+
+
+def template_from(setting: str, tokenizer: Tokenizer, source: str = "the given text") -> Template:
+    r"""Return the template for a setting. It reads no file, whatever the setting is.
 
     Args:
         setting: one of these. ``auto``: ChatML if the tokenizer knows its tokens, else a plain
             template. ``chat``: the tokenizer's own chat template. A text with ``{query}`` in it
-            once; ``\n``, ``\t`` and ``\\`` in it mean a line break, a tab and a backslash. The
-            name of a file with such a text, without these escapes.
+            once; ``\n``, ``\t`` and ``\\`` in it mean a line break, a tab and a backslash.
         tokenizer: the model's tokenizer.
+        source: where the setting came from; for messages.
 
     Raises:
         SettingsError: the setting is none of these, or the tokenizer has no chat template.
@@ -96,9 +116,7 @@ def template_from(setting: str, tokenizer: Tokenizer) -> Template:
         return CHATML if tokenizer.knows(*CHATML_TOKENS) else PLAIN
     if setting == "chat":
         return _own(tokenizer)
-    if QUERY not in setting and _is_file(setting):
-        return _around_query(_content(Path(setting)), f"the file {setting}")
-    return _around_query(_unescaped(setting), "the given text")
+    return _around_query(_unescaped(setting), source)
 
 
 def _own(tokenizer: Tokenizer) -> Template:
@@ -141,7 +159,11 @@ def _is_file(setting: str) -> bool:
 
 def _content(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        with file.open("rb") as opened:
+            content = opened.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
+        return content.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise SettingsError(f"--template names {file}, which can't be read: {error}") from error
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from disha.finetune.errors import SettingsError, TokenizerError
 from disha.finetune.text.from_folder import open_tokenizer
-from disha.finetune.text.templates import Template, template_from
+from disha.finetune.text.templates import LARGEST_FILE, Template, given_template, template_from
 from disha.finetune.text.tokenizer import Tokenizer
 from tests.finetune.text import tiny_tokenizers
 from tests.finetune.text.texts import texts
@@ -130,7 +130,7 @@ def test_special_tokens_of_the_text_itself_are_meant(folders):
 def test_a_file_that_holds_the_text(folders, tmp_path, encoding):
     file = tmp_path / "prompt.txt"
     file.write_text("Ask\\n:\n{query}\n", encoding=encoding)
-    template = template_from(str(file), open_tokenizer(folders["qwen2"]))
+    template = given_template(str(file), open_tokenizer(folders["qwen2"]))
     assert template == Template("Ask\\n:\n", "\n")
 
 
@@ -148,15 +148,19 @@ def test_a_file_that_holds_the_text(folders, tmp_path, encoding):
 )
 def test_anything_else_is_refused(folders, setting, complaint):
     with pytest.raises(SettingsError, match=complaint):
-        template_from(setting, open_tokenizer(folders["qwen2"]))
+        given_template(setting, open_tokenizer(folders["qwen2"]))
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(b"no place", "prompt.txt has it 0 times"), (b"\xff{query}", "which can't be read")],
+    [
+        (b"no place", "prompt.txt has it 0 times"),
+        (b"\xff{query}", "which can't be read: .*invalid start byte"),
+        (b" " * LARGEST_FILE + b"{query}", "which can't be read: it has more than 1,048,576 bytes"),
+    ],
 )
 def test_a_file_that_can_t_be_used_is_named(folders, tmp_path, content, complaint):
     file = tmp_path / "prompt.txt"
     file.write_bytes(content)
     with pytest.raises(SettingsError, match=complaint):
-        template_from(str(file), open_tokenizer(folders["qwen2"]))
+        given_template(str(file), open_tokenizer(folders["qwen2"]))
