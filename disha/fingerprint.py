@@ -9,13 +9,15 @@ and then to bfloat16. Two fingerprints belong to the same base if they share a d
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from disha.sharding import values_at
 
-__all__ = ["fingerprint", "same_base"]
+__all__ = ["fingerprint", "fingerprint_of", "same_base"]
 
 SAMPLES = 64
 HALF = 8
@@ -38,15 +40,30 @@ def fingerprint(weight: Tensor) -> str | None:
         >>> same_base(fingerprint(weight), fingerprint(weight + 1))
         False
     """
-    if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+    if weight.is_meta or not weight.is_floating_point():
         return None
-    count = min(SAMPLES, weight.numel())
-    steps = torch.arange(count, device=weight.device)
-    positions = steps * (weight.numel() - 1) // max(count - 1, 1)
+
+    def values(positions: Tensor) -> Tensor:
+        return values_at(weight.detach(), positions.to(weight.device)).cpu()
+
+    return fingerprint_of(tuple(weight.shape), values)
+
+
+def fingerprint_of(shape: tuple[int, ...], values_at: Callable[[Tensor], Tensor]) -> str | None:
+    """Return the fingerprint of a weight of which only some values are read.
+
+    Args:
+        shape: the weight's shape.
+        values_at: returns the values at flat positions (n,), on the CPU.
+    """
+    size = math.prod(shape)
+    if not size:
+        return None
+    count = min(SAMPLES, size)
     with torch.no_grad():
-        values = values_at(weight.detach(), positions).cpu()
+        values = values_at(torch.arange(count) * (size - 1) // max(count - 1, 1))
         rounded = (values.to(torch.bfloat16), values.to(torch.float16).to(torch.bfloat16))
-    return "".join(_digest(tuple(weight.shape), one) for one in rounded)
+    return "".join(_digest(shape, one) for one in rounded)
 
 
 def _digest(shape: tuple[int, ...], values: Tensor) -> str:

@@ -356,7 +356,7 @@ BAD_TENSORS = {
         lambda t: t["layers.0.attn.norm.weight"].fill_(float("inf")), "not finite.*norm"),
     "integers": (
         lambda t: t.update({"head.bone_block": torch.zeros(3, 12, dtype=torch.int32)}),
-        "dtype I32; allowed are F16, BF16, F32, F64"),
+        "dtype 'I32'; allowed are F16, BF16, F32, F64"),
 }  # fmt: skip
 
 GOOD_HEADERS = {

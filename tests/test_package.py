@@ -96,13 +96,14 @@ def test_finetune_uses_the_library_as_a_user_would():
             assert public or name.startswith("disha.finetune"), (path, name)
 
 
-def test_one_file_imports_safetensors():
+def test_no_file_imports_safetensors():
+    """That library maps the files that it reads, and who cuts a mapped file short kills us."""
     importers = {
         path.relative_to(PACKAGE).as_posix()
         for path in sources()
         if any(name.split(".")[0] == "safetensors" for name in imports_of(path)[1])
     }
-    assert importers == {"files/tensors.py"}
+    assert not importers
 
 
 def run_python(code, environment=None):

@@ -1,6 +1,5 @@
 """Files that are written without the library are those that the library would write."""
 
-import builtins
 import struct
 
 import pytest
@@ -8,15 +7,9 @@ import safetensors.torch
 import torch
 
 import disha
-from disha.files import pieces
-from disha.files.pieces import (
-    NAMES,
-    Piece,
-    copy_tensor,
-    stored_tensors,
-    tensor_writer,
-    write_pieces,
-)
+from disha.files import tensors as reading
+from disha.files.pieces import Piece, tensor_writer, write_pieces
+from disha.files.tensors import NAMES, opened
 
 
 def every_dtype():
@@ -47,10 +40,14 @@ def written(tensors, metadata, path):
 def test_every_dtype_is_read_back_by_the_library(tmp_path):
     tensors = every_dtype()
     ours = written(tensors, {"note": "ünd"}, tmp_path / "file")
+    with opened(tmp_path / "file") as file:
+        mine = {key: file.read(key) for key in file.tensors}
+        stored = file.tensors
     for key, tensor in safetensors.torch.load(ours).items():
-        assert tensor.dtype == tensors[key].dtype
-        assert torch.equal(tensor.view(torch.uint8), tensors[key].view(torch.uint8))
-    stored, _ = stored_tensors(tmp_path / "file")
+        for one in (tensor, mine.pop(key)):
+            assert one.dtype == tensors[key].dtype
+            assert torch.equal(one.view(torch.uint8), tensors[key].view(torch.uint8))
+    assert not mine
     assert all(one.start % tensors[key].element_size() == 0 for key, one in stored.items())
 
 
@@ -118,47 +115,30 @@ def test_pieces_of_unknown_dtypes_come_last(tmp_path):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-def test_stored_tensors_are_found_and_copied_byte_by_byte(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(pieces, "CHUNK", chunk)
+def test_tensors_are_found_and_read_byte_by_byte(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(reading, "CHUNK", chunk)
     tensors = {"wide": torch.arange(6.0).view(2, 3), "narrow": torch.ones(5, dtype=torch.int8)}
     whole = written(tensors, {"k": "v"}, tmp_path / "file")
-    stored, metadata = stored_tensors(tmp_path / "file")
-    assert metadata == {"k": "v"}
-    assert {name: (one.dtype, one.shape) for name, one in stored.items()} == {
-        "wide": ("F32", (2, 3)),
-        "narrow": ("I8", (5,)),
-    }
-    for name, one in stored.items():
-        expected = bytes(tensors[name].flatten().view(torch.uint8).tolist())
-        assert whole[one.start : one.start + one.nbytes] == expected
-        with open(tmp_path / "copy", "wb") as file:
-            copy_tensor(one, file)
-        assert (tmp_path / "copy").read_bytes() == expected
+    with opened(tmp_path / "file") as file:
+        assert file.metadata == {"k": "v"}
+        assert {name: (one.dtype, one.shape) for name, one in file.tensors.items()} == {
+            "wide": ("F32", (2, 3)),
+            "narrow": ("I8", (5,)),
+        }
+        for name, one in file.tensors.items():
+            expected = bytes(tensors[name].flatten().view(torch.uint8).tolist())
+            assert whole[one.start : one.start + one.nbytes] == expected
+            assert b"".join(map(bytes, file.chunks(name))) == expected
 
 
-def test_a_file_that_is_cut_off_meanwhile_is_told(tmp_path):
-    written({"a": torch.ones(4)}, {}, tmp_path / "file")
-    stored, metadata = stored_tensors(tmp_path / "file")
-    assert metadata == {}
-    with open(tmp_path / "file", "r+b") as file:
-        file.truncate(stored["a"].start + 3)
-    with (
-        open(tmp_path / "copy", "wb") as copy,
-        pytest.raises(disha.AdapterIOError, match=r"file was cut off while it was being read"),
-    ):
-        copy_tensor(stored["a"], copy)
-
-
-def test_numpy_is_not_asked_for(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without_numpy(name, *args, **kwargs):
-        if name.partition(".")[0] == "numpy":
-            raise ModuleNotFoundError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_numpy)
-    model = disha.inject_adapters(torch.nn.Sequential(torch.nn.Linear(4, 6)), "0", r=2)
-    disha.save_adapter(model, tmp_path / "file")
-    disha.remove_adapters(model)
-    assert disha.load_adapter(model, tmp_path / "file").matched
+def test_rows_and_single_values_are_those_of_the_tensor(tmp_path):
+    tensors = {"a": torch.rand(5, 2, 3), "b": torch.rand(4).bfloat16(), "c": torch.tensor(2.0)}
+    written({**tensors, "none": torch.zeros(0, 3)}, {}, tmp_path / "file")
+    with opened(tmp_path / "file") as file:
+        for name, tensor in tensors.items():
+            assert torch.equal(file.read(name), tensor)
+            at = torch.tensor([tensor.numel() - 1, 0])
+            assert torch.equal(file.values_at(name, at), tensor.take(at))
+        for first, last in ((0, 5), (1, 3), (4, 9), (7, 9), (3, 3)):
+            assert torch.equal(file.read("a", first, last), tensors["a"][first:last])
+        assert file.read("none").shape == file.read("none", 0, 2).shape == (0, 3)

@@ -17,7 +17,7 @@ from disha.files.atomic import checked_path
 from disha.files.contents import Contents, blocks_only, read_contents, write_contents
 from disha.files.header import AdapterHeader
 from disha.files.json_files import read_json
-from disha.files.tensors import explained
+from disha.files.reading import opened_file
 from disha.functional import method_of
 from disha.interop import lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
@@ -183,7 +183,7 @@ def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]
 def _form_of(path: Path) -> Form:
     """Return what a file is by its first bytes, or a folder by its configuration."""
     if not path.is_dir():
-        with explained(path), open(path, "rb") as file:
+        with opened_file(path) as file:
             return "gguf" if file.read(len(GGUF_MAGIC)) == GGUF_MAGIC else "disha"
     if not (path / CONFIG_NAME).exists():
         raise AdapterIOError(

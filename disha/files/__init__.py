@@ -4,9 +4,10 @@ A file may come from a stranger, so keys, shapes, dtypes, values and header are 
 the model changes. From bottom to top:
 
 - `atomic`: `write_files` and `write_folder`, which write files and folders completely or not at all
-- `tensors`: reads safetensors files of any content
-- `pieces`: copies and writes safetensors files as bytes, one tensor at a time
+- `reading`: opens regular files
 - `json_files`: reads JSON objects, in adapter files and in the files of other libraries
+- `tensors`: reads safetensors files of any content, one tensor at a time
+- `pieces`: writes them, one tensor at a time
 - `header`: the format of the header
 - `contents`: an adapter outside a model, read from a model or a file, and written to either
 - `adapter`: `save_adapter`, `inspect_adapter`, `load_adapter`

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from disha.files.atomic import PathLike, checked_path
-from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
+from disha.files.contents import adapter_contents, load_contents, unread_contents, write_contents
 from disha.files.header import AdapterFile, described_by
 from disha.files.tensors import opened
 from disha.layers import check_adapter_name
@@ -163,17 +164,19 @@ def load_adapter(
         ('0.bone_block',)
     """
     view = ModelView(model)
-    with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
-        check_adapter_name(adapter)
-        described, tensors = read_contents(checked_path(path), also_train=also_train, layers=layers)
-    return load_contents(
-        view,
-        described.path,
-        described,
-        tensors,
-        adapter,
-        replace=replace,
-        partial=layers is not None,
-        dtype=dtype,
-        freeze=freeze,
-    )
+    with ExitStack() as files:
+        with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
+            check_adapter_name(adapter)
+            file = files.enter_context(opened(checked_path(path)))
+            described, tensors = unread_contents(file, also_train=also_train, layers=layers)
+        return load_contents(
+            view,
+            described.path,
+            described,
+            tensors,
+            adapter,
+            replace=replace,
+            partial=layers is not None,
+            dtype=dtype,
+            freeze=freeze,
+        )

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ from disha.files.header import (
     encoded,
 )
 from disha.files.pieces import tensor_writer
-from disha.files.tensors import TensorRecord, opened
+from disha.files.tensors import TensorFile, TensorRecord, opened
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
 from disha.layers import AdaptedWeight, Block, check_adapter_name
@@ -49,6 +50,7 @@ __all__ = [
     "load_contents",
     "read_contents",
     "records_of",
+    "unread_contents",
     "write_contents",
 ]
 
@@ -216,8 +218,6 @@ def read_contents(
 ) -> tuple[AdapterFile, dict[str, Tensor]]:
     """Return the header and the tensors of a file.
 
-    The tensors are mapped into memory: a value is read from the disk when it is first used.
-
     Args:
         path: the file.
         also_train: also return the parameters that the file holds beside the blocks.
@@ -229,10 +229,47 @@ def read_contents(
         ArgumentError: `layers` is not a valid regex, or is found in no layer's name.
     """
     with opened(path) as file:
-        described = described_by(file)
-        kept = described.layers if layers is None else _chosen(described, layers)
-        described = _narrowed(described, kept, also_train)
-        return described, {key: file.read(key) for key in described.tensors}
+        described, tensors = unread_contents(file, also_train=also_train, layers=layers)
+        return described, dict(tensors)
+
+
+def unread_contents(
+    file: TensorFile, *, also_train: bool = True, layers: str | None = None
+) -> tuple[AdapterFile, Mapping[str, Tensor]]:
+    """Return the header of an open file, and its tensors, as `read_contents` does.
+
+    The tensors are read when the first of them is used, so a file that does not fit a model is
+    refused before any memory is taken for it. Until then the file must stay open.
+
+    Args:
+        file: the open file.
+        also_train: also return the parameters that the file holds beside the blocks.
+        layers: a regex, searched in the names of the layers; only matching layers are returned.
+    """
+    described = described_by(file)
+    kept = described.layers if layers is None else _chosen(described, layers)
+    described = _narrowed(described, kept, also_train)
+    return described, _Unread(file, tuple(described.tensors))
+
+
+class _Unread(Mapping[str, Tensor]):
+    """Tensors of an open file. All are read when the first is used."""
+
+    def __init__(self, file: TensorFile, keys: tuple[str, ...]) -> None:
+        self._file, self._keys = file, keys
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {key: self._file.read(key) for key in self._keys}
 
 
 def _chosen(described: AdapterFile, layers: str) -> Sequence[LayerRecord]:
@@ -431,7 +468,13 @@ def _fitting(
     }
     required = set() if partial else blocks | set(incoming.header.also_train)
     targets = {key: parameter for key, parameter in mine.items() if key in found or key in required}
-    values = {key: incoming.tensors[own] for key, own in found.items() if key in targets}
+    kept = {key: own for key, own in found.items() if key in targets}
+    records = incoming.header.tensors
+    if all(records[own].shape == targets[key].shape for key, own in kept.items()):
+        values = {key: incoming.tensors[own] for key, own in kept.items()}
+    else:  # the report says which shapes differ; the values are not read
+        zero = torch.zeros(())
+        values = {key: zero.expand(records[own].shape) for key, own in kept.items()}
     report = check_fit(targets, {**dict.fromkeys(found), **values})
     problems = [] if report.complete else [str(report)]
     for name, weight, _, layer in incoming.loaded_into(view, adapter):

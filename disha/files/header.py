@@ -413,7 +413,7 @@ def described_by(file: TensorFile) -> AdapterFile:
         config=config,
         layers=tuple(_layer(path, config, entry) for entry in fields["layers"]),
         also_train=tuple(fields["also_train"]),
-        tensors={key: file.record(key) for key in file.keys},
+        tensors={key: file.record(key) for key in file.tensors},
         metadata=fields["metadata"],
         path=path,
         format=FORMAT,

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from disha.errors import AdapterFileError, AdapterIOError
-from disha.files.tensors import explained
+from disha.errors import AdapterFileError
+from disha.files.reading import opened_file
 
 __all__ = ["LARGEST_CONFIG", "parsed_json", "read_json"]
 
@@ -27,9 +27,7 @@ def read_json(path: Path, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
         AdapterIOError: it can't be read.
         AdapterFileError: it is too large, or not a JSON object, or has a name twice.
     """
-    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
-        raise AdapterIOError(f"can't read {path}: it is not a regular file; check the path")
-    with explained(path), open(path, "rb") as file:
+    with opened_file(path) as file:
         text = file.read(largest + 1)
     if len(text) > largest:
         raise AdapterFileError(

@@ -1,30 +1,67 @@
-"""Read safetensors files of any content; no other module imports safetensors."""
+"""Read safetensors files of any content.
+
+A file starts with the length of its index (8 bytes, little-endian). The index is JSON with the
+dtype, shape and position of each tensor. The bytes of the tensors follow without gaps.
+
+The tensors are read, and never mapped into memory: whoever cuts a mapped file short kills the
+process that uses it. The `safetensors` library can only map a file or read all of it.
+
+Source: the format's description in the documentation of `safetensors`.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import safetensors
 import torch
 from torch import Tensor
 
-from disha.errors import AdapterFileError, AdapterIOError, DishaError
+from disha.errors import AdapterFileError, AdapterIOError
+from disha.files.json_files import parsed_json
+from disha.files.reading import explained, opened_file
 from disha.text import brief
 
 __all__ = [
     "DTYPES",
     "LARGEST_INDEX",
     "LENGTH_BYTES",
+    "NAMES",
+    "Index",
+    "StoredTensor",
     "TensorFile",
     "TensorRecord",
-    "explained",
+    "memory_of",
     "opened",
 ]
+
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.complex64: "C64",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+"""Dtype of torch -> its name in a file, for all dtypes that the safetensors library reads."""
 
 DTYPES = {
     "F16": torch.float16,
@@ -34,14 +71,18 @@ DTYPES = {
 }
 """Name of a dtype in a file -> the dtype, for all that adapters and base weights may have."""
 
+KNOWN = {name: dtype for dtype, name in NAMES.items()}
+
 LENGTH_BYTES = 8
-"""A safetensors file begins with the length of its index, little end first."""
 
 LARGEST_INDEX = 32 * 2**20
 """Largest index in bytes. Parsed JSON takes up to 40 times its size in memory."""
 
 MOST_DIMENSIONS = 64
 """The most dimensions that operations of torch take."""
+
+CHUNK = 1 << 20
+"""Number of bytes that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -62,94 +103,233 @@ class TensorRecord:
         return str(self.dtype).removeprefix("torch.")
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, unread.
+
+    Attributes:
+        path: the file.
+        dtype: the name of its dtype in the file, such as `"BF16"`.
+        shape: its shape.
+        start: the position of its first byte in the file.
+        nbytes: the number of its bytes.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a safetensors file says about itself.
+
+    Attributes:
+        metadata: the file's `__metadata__`.
+        tensors: name -> where the tensor is.
+        stamp: identifies the content of the file: device, number, size, and time of change.
+    """
+
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, StoredTensor]
+    stamp: tuple[int, ...]
+
+
 class TensorFile:
     """An open safetensors file. Each tensor is read on request.
 
     Args:
         path: the name of the file in errors.
         file: the open file.
+        index: its index.
     """
 
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, path: Path, file: BinaryIO, index: Index) -> None:
         self.path = path
+        self.index = index
+        self.metadata, self.tensors = index.metadata, index.tensors
         self._file = file
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The file's `__metadata__`."""
-        metadata: dict[str, str] | None = self._file.metadata()
-        return metadata or {}
-
-    @property
-    def keys(self) -> list[str]:
-        """The names of the tensors."""
-        return list(self._file.keys())
 
     def record(self, key: str) -> TensorRecord:
         """Return a tensor's shape and dtype without reading it; its dtype is one of `DTYPES`."""
-        dtype = self._file.get_slice(key).get_dtype()
-        if dtype not in DTYPES:
+        stored = self.tensors[key]
+        if stored.dtype not in DTYPES:
             raise AdapterFileError(
-                f"{self.path}: tensor {brief(key)} has dtype {dtype}; allowed are "
+                f"{self.path}: tensor {brief(key)} has dtype {brief(stored.dtype)}; allowed are "
                 f"{', '.join(DTYPES)}"
             )
-        return TensorRecord(self.shape(key), DTYPES[dtype])
+        return TensorRecord(stored.shape, DTYPES[stored.dtype])
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading it; raise if torch can't work with it."""
-        shape = tuple(self._file.get_slice(key).get_shape())
-        # If one dimension is 0, the others may be of any size, as there is no data.
-        if len(shape) > MOST_DIMENSIONS or math.prod(size or 1 for size in shape) >= 2**63:
+    def read(self, key: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Return a tensor, on the CPU.
+
+        Args:
+            key: its name.
+            first: the first row to read.
+            last: the row after the last one to read; all rows by default.
+
+        Raises:
+            AdapterFileError: its dtype is unknown, or there is no memory for it.
+            AdapterIOError: the file can't be read any more, or was cut short.
+        """
+        stored = self.tensors[key]
+        if stored.dtype not in KNOWN:
             raise AdapterFileError(
-                f"{self.path}: tensor {brief(key)} has shape {brief(shape)}; allowed are up to "
-                f"{MOST_DIMENSIONS} dimensions and less than 2**63 in all"
+                f"{self.path}: tensor {brief(key)} has the unknown dtype {brief(stored.dtype)}; "
+                f"known are {', '.join(KNOWN)}"
             )
-        return shape
+        shape, offset = stored.shape, 0
+        if shape and (first, last) != (0, None):
+            first, last, _ = slice(first, last).indices(shape[0])
+            offset = first * (stored.nbytes // max(shape[0], 1))
+            shape = (max(last - first, 0), *shape[1:])
+        tensor = self._empty(key, shape, KNOWN[stored.dtype])
+        self._fill(stored.start + offset, memory_of(tensor))
+        return tensor
 
-    def read(self, key: str) -> Tensor:
-        """Return a tensor, on the CPU."""
+    def values_at(self, key: str, positions: Tensor) -> Tensor:
+        """Return the values at flat positions, as `torch.take`, without reading the others.
+
+        Args:
+            key: the tensor's name.
+            positions: integer tensor (n,).
+        """
+        stored = self.tensors[key]
+        values = torch.empty(len(positions), dtype=KNOWN[stored.dtype])
+        size = values.element_size()
+        for value, position in zip(values, positions.tolist(), strict=True):
+            self._fill(stored.start + position * size, memory_of(value))
+        return values
+
+    def chunks(self, key: str) -> Iterator[memoryview]:
+        """Iterate over the bytes of a tensor in parts of bounded size.
+
+        A part is valid until the next one is read.
+        """
+        stored, chunk = self.tensors[key], bytearray(CHUNK)
+        for done in range(0, stored.nbytes, CHUNK):
+            part = memoryview(chunk)[: min(CHUNK, stored.nbytes - done)]
+            self._fill(stored.start + done, part)
+            yield part
+
+    def _empty(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        try:
+            return torch.empty(shape, dtype=dtype)
+        except (RuntimeError, MemoryError) as error:
+            raise AdapterFileError(
+                f"{self.path}: there is no memory for tensor {brief(key)}, which takes "
+                f"{math.prod(shape) * dtype.itemsize:,} bytes; get another version of the file, or "
+                "read it on a larger machine"
+            ) from error
+
+    def _fill(self, start: int, memory: Any) -> None:
+        """Read bytes from a position on, until the memory is full."""
+        view = memoryview(memory)
         with explained(self.path):
-            tensor: Tensor = self._file.get_tensor(key)
-            return tensor
+            self._file.seek(start)
+            done = 0
+            while done < len(view):
+                count = self._file.readinto(view[done:])  # type: ignore[attr-defined]
+                if not count:
+                    raise AdapterIOError(
+                        f"{self.path} was cut off while it was being read; get it again"
+                    )
+                done += count
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """Return the memory of a contiguous tensor on the CPU, as an object with a buffer."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr() or 1)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[TensorFile]:
+def opened(path: Path, index: Index | None = None) -> Iterator[TensorFile]:
     """Open a safetensors file for reading.
 
+    Args:
+        path: the file.
+        index: its index, if it has been read before.
+
     Raises:
-        AdapterIOError: it can't be read.
+        AdapterIOError: it can't be read, or has changed since its index was read.
         AdapterFileError: it is not a complete safetensors file.
     """
-    if path.is_dir():
-        raise AdapterIOError(f"can't read {path}: it is a folder; name the .safetensors file")
-    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
-        raise AdapterIOError(f"can't read {path}: it is not a regular file; copy it into one")
-    with explained(path):
-        with path.open("rb") as raw:
-            length = int.from_bytes(raw.read(LENGTH_BYTES), "little")
-        if LARGEST_INDEX < length <= path.stat().st_size:
-            raise AdapterFileError(
-                f"{path} has a header of {length:,} bytes; at most {LARGEST_INDEX:,} are allowed. "
-                "It is damaged, or made to do harm; get it again"
-            )
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield TensorFile(path, file)
+    with opened_file(path) as file:
+        if index is not None and index.stamp != _stamp(file):
+            raise AdapterIOError(f"{path} has changed while it was being read; start again")
+        yield TensorFile(path, file, _index(path, file) if index is None else index)
 
 
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Convert reading errors to errors of this library that name the file."""
-    try:
-        yield
-    except safetensors.SafetensorError as error:
+# --- the index -----------------------------------------------------------------------------------
+
+
+def _stamp(file: BinaryIO) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _index(path: Path, file: BinaryIO) -> Index:
+    stamp = _stamp(file)
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    first = LENGTH_BYTES + length
+    if first > size:
+        raise _incomplete(path, f"its index ends at byte {first:,}, but the file at {size:,}")
+    if length > LARGEST_INDEX:
         raise AdapterFileError(
-            f"{path} is not a complete safetensors file ({error}); it is damaged, was cut off, or "
-            "is another kind of file. Get it again"
-        ) from error
-    except OSError as error:
-        if isinstance(error, DishaError):
-            raise
-        raise AdapterIOError(
-            f"can't read {path}: {error.strerror or error}; check the path"
-        ) from error
+            f"{path} has a header of {length:,} bytes; at most {LARGEST_INDEX:,} are allowed. "
+            "It is damaged, or made to do harm; get it again"
+        )
+    try:
+        entries = parsed_json(f"{path}: the index", file.read(length).decode(), strict=True)
+    except (UnicodeDecodeError, AdapterFileError) as error:
+        raise _incomplete(path, str(error)) from error
+    metadata = entries.pop("__metadata__", {})
+    if type(metadata) is not dict or not all(type(one) is str for one in metadata.values()):
+        raise _incomplete(path, "its metadata is not an object of text")
+    tensors = {name: _stored(path, name, entry, first) for name, entry in entries.items()}
+    _check_positions(path, tensors.values(), first, size)
+    return Index(metadata, tensors, stamp)
+
+
+def _stored(path: Path, name: str, entry: Any, first: int) -> StoredTensor:
+    fields = entry if type(entry) is dict else {}
+    dtype: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    ends: Any = fields.get("data_offsets")
+    if type(dtype) is not str or not _are_sizes(shape) or not _are_sizes(ends) or len(ends) != 2:
+        raise _incomplete(path, f"the entry of {brief(name)} is {brief(entry)}")
+    # If one dimension is 0, the others may be of any size, as there is no data.
+    if len(shape) > MOST_DIMENSIONS or math.prod(size or 1 for size in shape) >= 2**63:
+        raise AdapterFileError(
+            f"{path}: tensor {brief(name)} has shape {brief(tuple(shape))}; allowed are up to "
+            f"{MOST_DIMENSIONS} dimensions and less than 2**63 in all"
+        )
+    begin, end = ends
+    if dtype in KNOWN and end - begin != math.prod(shape) * KNOWN[dtype].itemsize:
+        raise _incomplete(path, f"shape and size of {brief(name)} disagree")
+    return StoredTensor(path, dtype, tuple(shape), first + begin, end - begin)
+
+
+def _are_sizes(value: Any) -> bool:
+    return type(value) is list and all(type(one) is int and 0 <= one < 2**64 for one in value)
+
+
+def _check_positions(path: Path, tensors: Iterable[StoredTensor], first: int, size: int) -> None:
+    """Raise unless each byte behind the index belongs to one tensor."""
+    position = first
+    for one in sorted(tensors, key=lambda one: (one.start, one.nbytes)):
+        if one.start != position or one.nbytes < 0:
+            raise _incomplete(path, f"bytes {position:,} to {one.start:,} are in no tensor, or two")
+        position += one.nbytes
+    if position != size:
+        raise _incomplete(path, f"its tensors end at byte {position:,}, but the file at {size:,}")
+
+
+def _incomplete(path: Path, problem: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{path} is not a complete safetensors file ({problem}); it is damaged, was cut off, or "
+        "is another kind of file. Get it again"
+    )

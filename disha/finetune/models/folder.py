@@ -65,9 +65,9 @@ class FolderCheckpoint(ModelCheckpoint):
         return config_from_json(self.description, self.path / CONFIG)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Return rows `first` to `last` (exclusive) of the tensor `name`, memory-mapped."""
+        """Return rows `first` to `last` (exclusive) of the tensor `name`."""
         try:
-            return self.stored.tensor(name)[first:last]
+            return self.stored.tensor(name, first, last)
         except disha.DishaError as error:
             raise CheckpointError(str(error)) from error
 

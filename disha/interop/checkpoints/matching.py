@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -15,9 +16,8 @@ from disha.errors import AdapterFileError
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import read_contents
 from disha.files.header import AdapterFile, AdapterHeader, LayerRecord
-from disha.files.pieces import StoredTensor
-from disha.files.tensors import DTYPES
-from disha.fingerprint import fingerprint, same_base
+from disha.files.tensors import DTYPES, StoredTensor
+from disha.fingerprint import fingerprint, fingerprint_of, same_base
 from disha.interop.checkpoints.names import Renaming, nearest, possible_keys, renaming
 from disha.interop.checkpoints.reading import Checkpoint, may_tie, open_checkpoint
 from disha.model import join
@@ -267,14 +267,22 @@ class _Base:
         problem = record.weight_misfit(block, stored.shape)
         if problem is not None:
             return Finding(record.name, key, MISFIT, problem)
-        weight = values[key] if key in values else self.checkpoint.tensor(key)
-        now = fingerprint(record.adapted_part(weight))
+        now = self._fingerprint(record, key, values)
         if now is None or record.base is None:
             return Finding(record.name, key, FITS)
         if same_base(now, record.base):
             return Finding(record.name, key, SAME_BASE)
         remark = "has other values than the weight that the adapter was saved from"
         return Finding(record.name, key, OTHER_BASE, remark)
+
+    def _fingerprint(
+        self, record: LayerRecord, key: str, values: Mapping[str, Tensor]
+    ) -> str | None:
+        if key in values or record.rows:
+            weight = values[key] if key in values else self.checkpoint.tensor(key)
+            return fingerprint(record.adapted_part(weight))
+        with self.checkpoint.file_of(key) as file:
+            return fingerprint_of(file.tensors[key].shape, partial(file.values_at, key))
 
     def parameter(self, name: str, value: Tensor) -> Finding:
         """Find a parameter that is saved beside the blocks and check it."""

@@ -32,8 +32,8 @@ from disha.files.atomic import PathLike, checked_path, write_files, write_folder
 from disha.files.contents import read_contents
 from disha.files.header import AdapterFile, LayerRecord
 from disha.files.json_files import read_json
-from disha.files.pieces import NAMES, Piece, copy_tensor, write_pieces, write_tensor
-from disha.files.tensors import DTYPES
+from disha.files.pieces import Piece, write_pieces, write_tensor
+from disha.files.tensors import DTYPES, NAMES
 from disha.functional.shards import merge_dtype
 from disha.interop.checkpoints.matching import BaseReport, Matching, matched
 from disha.interop.checkpoints.reading import (
@@ -347,7 +347,7 @@ class _Merge:
         """
         metadata = {"format": "pt"}  # loaders require it
         for file in files:
-            metadata |= self.checkpoint.metadata[file]
+            metadata |= self.checkpoint.indexes[file].metadata
         write_pieces(path, {name: self._piece(name) for name in names}, metadata)
 
     def _piece(self, name: str) -> Piece:
@@ -362,7 +362,8 @@ class _Merge:
             if changed:
                 write_tensor(self._changed(name, DTYPES[dtype]), file)
             else:
-                copy_tensor(stored, file)
+                with self.checkpoint.file_of(name) as source:
+                    file.writelines(source.chunks(name))
             self._done += nbytes
             if self._progress is not None:
                 self._progress(self._done, self.total)
@@ -375,9 +376,7 @@ class _Merge:
             value = self._values[name].to(value.dtype)
         if name not in self._layers:
             return _cast(name, value, dtype)
-        # A copy, because a file does not align its tensors as memory does, and linear algebra gives
-        # the same bits only for the same alignment.
-        weight = value.to(merge_dtype(value.dtype), copy=True)
+        weight = value.to(merge_dtype(value.dtype))
         del value
         merged = self._merged(self._layers[name], weight).to(dtype)
         if not finite_as(merged, dtype):

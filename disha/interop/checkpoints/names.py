@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from disha.errors import AdapterFileError
 from disha.files.header import LayerRecord
-from disha.files.pieces import StoredTensor
+from disha.files.tensors import StoredTensor
 from disha.interop.checkpoints.reading import Checkpoint
 from disha.layers import PROJECTIONS
 from disha.model import join

@@ -1,13 +1,14 @@
 """A base checkpoint on disk: one safetensors file, or a folder as Hugging Face libraries write it.
 
-Opening it reads headers only. Each tensor is memory-mapped on request. No content is trusted: an
-index can't name a file outside the folder.
+Opening it reads headers only. Each tensor is read on request. No content is trusted: an index can't
+name a file outside the folder.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from torch import Tensor
 from disha.errors import AdapterFileError, AdapterIOError
 from disha.files.atomic import PathLike, checked_path
 from disha.files.json_files import read_json
-from disha.files.pieces import StoredTensor, stored_tensors
-from disha.files.tensors import explained, opened
+from disha.files.reading import explained
+from disha.files.tensors import Index, StoredTensor, TensorFile, opened
 from disha.text import brief
 
 __all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "may_tie", "open_checkpoint"]
@@ -42,7 +43,7 @@ class Checkpoint:
         path: the file or the folder.
         files: its safetensors files.
         tensors: name -> where the tensor is, and its shape and dtype.
-        metadata: `__metadata__` of each file.
+        indexes: what each file says about itself.
         index: the index without its list of names, or None if there is no index.
 
     Examples:
@@ -62,7 +63,7 @@ class Checkpoint:
     path: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, StoredTensor]
-    metadata: Mapping[Path, Mapping[str, str]]
+    indexes: Mapping[Path, Index]
     index: Mapping[str, Any] | None
 
     @property
@@ -75,17 +76,35 @@ class Checkpoint:
         """Size of all tensors."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor, memory-mapped: only the values that are used are read.
+    def tensor(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Return a tensor.
 
         Args:
             name: its name, one of `tensors`.
+            first: the first row to read.
+            last: the row after the last one to read; all rows by default.
 
         Raises:
-            AdapterIOError: its file can no longer be read.
+            AdapterIOError: its file can't be read any more, or has changed.
+            AdapterFileError: its dtype is unknown, or there is no memory for it.
         """
-        with opened(self.tensors[name].path) as file:
-            return file.read(name)
+        with self.file_of(name) as file:
+            return file.read(name, first, last)
+
+    def file_of(self, name: str) -> AbstractContextManager[TensorFile]:
+        """Open the file of a tensor.
+
+        Args:
+            name: the tensor's name, one of `tensors`.
+
+        Returns:
+            A context that gives the open file.
+
+        Raises:
+            AdapterIOError: it can't be read any more, or has changed.
+        """
+        path = self.tensors[name].path
+        return opened(path, self.indexes[path])
 
     def config(self) -> dict[str, Any]:
         """Return the content of config.json in the folder, or beside the file; {} if none."""
@@ -142,14 +161,13 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
 
 
 def _single(path: Path, file: Path) -> Checkpoint:
-    _require_file(file)
     if file.suffix in PICKLES:
         raise AdapterFileError(
             f"{file} is a pickle, to judge by its name, and a pickle can run any code when it is "
             "read; get the safetensors version of the checkpoint"
         )
-    tensors, metadata = stored_tensors(file)
-    return Checkpoint(path, (file,), tensors, {file: metadata}, index=None)
+    index = _index_of(file)
+    return Checkpoint(path, (file,), index.tensors, {file: index}, index=None)
 
 
 def _sharded(folder: Path) -> Checkpoint:
@@ -168,10 +186,10 @@ def _sharded(folder: Path) -> Checkpoint:
             )
     files = tuple(folder / name for name in sorted(set(weight_map.values())))
     tensors: dict[str, StoredTensor] = {}
-    metadata = {}
+    indexes = {}
     for file in files:
-        _require_file(file)
-        held, metadata[file] = stored_tensors(file)
+        indexes[file] = _index_of(file)
+        held = indexes[file].tensors
         for name in held:
             if weight_map.get(name) != file.name:
                 said = f"is in {weight_map[name]}" if name in weight_map else "does not exist"
@@ -186,7 +204,7 @@ def _sharded(folder: Path) -> Checkpoint:
             f"{path}: {missing[0]!r} is not in {weight_map[missing[0]]} ({len(missing)} such "
             "tensors); get the folder again"
         )
-    return Checkpoint(folder, files, tensors, metadata, index)
+    return Checkpoint(folder, files, tensors, indexes, index)
 
 
 def may_tie(config: Mapping[str, Any]) -> bool:
@@ -206,7 +224,6 @@ def _is_file_name(name: str) -> bool:
     return SHARD.fullmatch(name) is not None and not re.search("[\ud800-\udfff]", name)
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        problem = "is not a regular file" if path.exists() else "does not exist"
-        raise AdapterIOError(f"can't read {path}: it {problem}; check the path")
+def _index_of(path: Path) -> Index:
+    with opened(path) as file:
+        return file.index
