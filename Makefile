@@ -14,7 +14,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
 
 demo: $(VENV)/.demo ## fine-tune a language model on two CPU cores, and check the saved adapter
-	$(BIN)/disha finetune --demo --output_dir demo-output
+	$(BIN)/disha finetune --demo --output_dir demo-output --overwrite_output_dir
 
 test: $(VENV)/.dev ## run every test, on up to four cores
 	$(PYTEST)

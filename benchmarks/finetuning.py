@@ -25,6 +25,7 @@ from disha.finetune.base_model import demo_model
 from disha.finetune.data.batches import TokenBatch
 from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.sources import TextBatches
+from disha.finetune.folder_lock import FolderLock
 from disha.finetune.metrics import Metrics, recording
 from disha.finetune.models.checkpoint import open_model
 from disha.finetune.settings import TrainingSettings
@@ -45,7 +46,7 @@ def finetuning(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
 
 def loop(sizes: FinetuneSizes, device: torch.device) -> dict[str, Any]:
     """Time a step of the command's loop and a bare step, on batches of equal sizes."""
-    with tempfile.TemporaryDirectory() as folder, recording(Path(folder)) as metrics:
+    with tempfile.TemporaryDirectory() as folder, recording(FolderLock(Path(folder))) as metrics:
         steps = {"bare": bare_step(sizes, device), "loop": loop_step(sizes, device, metrics)}
         seconds = compare(steps, sizes.budget, synchronise=synchroniser(device))
     return {

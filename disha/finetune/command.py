@@ -6,7 +6,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ import disha
 from disha.finetune.adapting import base_values, inject, trained_besides
 from disha.finetune.answering import TEMPLATE_KEY, Answerer, SamplingSettings
 from disha.finetune.base_model import model_dtype
-from disha.finetune.course import Course, require_free_of_checkpoints, train
+from disha.finetune.course import Course, train
 from disha.finetune.data.encoding import Tally
 from disha.finetune.data.rows import Row
-from disha.finetune.errors import OutputError
+from disha.finetune.errors import OutputError, SettingsError
+from disha.finetune.folder_lock import FolderLock
 from disha.finetune.inputs import Inputs, first_rows, load_inputs
 from disha.finetune.models.factory import explaining_failures
 from disha.finetune.preview import preview
@@ -36,11 +37,18 @@ from disha.finetune.report import (
     write_figure,
     write_text,
 )
-from disha.finetune.settings import FinetuneSettings, require
+from disha.finetune.settings import FinetuneSettings, OutputSettings, require
+from disha.finetune.training.checkpoints import Checkpoints
 from disha.finetune.training.layers import compile_model, enable_gradient_checkpointing
 from disha.finetune.training.machine import emulates_bf16, explaining_lack_of_memory
 from disha.finetune.training.objectives import objective_for
-from disha.finetune.training.parallel import Processes, distribute, is_sharded, joined_processes
+from disha.finetune.training.parallel import (
+    Processes,
+    distribute,
+    is_sharded,
+    joined_processes,
+    undistributed,
+)
 from disha.finetune.verification import Verification, verify_in_fresh_process
 
 __all__ = ["finetune"]
@@ -60,16 +68,24 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
         settings: the settings of the run.
 
     Returns:
-        The report, as in ``report.json``; None for a dry run.
+        The report, as in ``report.json``; None for a dry run, and if there is nothing to resume.
 
     Raises:
         DishaError: the input can't be used, or the work failed.
         KeyboardInterrupt: somebody asked to stop; the message says how to resume.
     """
-    with joined_processes() as processes, explaining_lack_of_memory():
+    with joined_processes() as processes, explaining_lack_of_memory(), ExitStack() as held:
         settings.check()
-        require_free_of_checkpoints(settings)
         clock = Clock(prints=processes.is_main)
+        lock = FolderLock(settings.output.output)
+        if not settings.dry_run:
+            processes.on_main(lambda: held.enter_context(lock.held()))
+        if processes.on_main(lambda: _is_finished(settings.output)):
+            clock.say(
+                f"{lock.folder} holds a finished run, and no checkpoint to resume from: nothing "
+                "to do; --overwrite_output_dir starts over"
+            )
+            return None
         with clock.phase("reading data, opening the model"):
             inputs = load_inputs(settings)
         require(
@@ -87,11 +103,41 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
         if settings.dry_run:
             clock.say(preview(inputs, settings, processes.world_size))
             return None
-        return _run(settings, inputs, processes, clock)
+        return _run(settings, inputs, processes, clock, lock)
+
+
+def _is_finished(output: OutputSettings) -> bool:
+    """Return whether a run that resumes finds a finished one and no checkpoint.
+
+    Raises:
+        SettingsError: there are results of an earlier run, and no flag says what to do with them.
+    """
+    folder = output.output
+    if output.overwrite_output_dir or not folder.is_dir():
+        return False
+    checkpoints = Checkpoints(folder).newest_first()
+    results = [name for name in (ADAPTER, MERGED) if (folder / name).exists()]
+    if output.resume:
+        return bool(results) and not checkpoints
+    if checkpoints:
+        raise SettingsError(
+            f"--output_dir {folder} holds {checkpoints[0].name} of an earlier run; continue it "
+            "with --resume, start over with --overwrite_output_dir, or name another folder"
+        )
+    if results:
+        raise SettingsError(
+            f"--output_dir {folder} holds {results[0]} of a finished run; start over with "
+            "--overwrite_output_dir, or name another folder"
+        )
+    return False
 
 
 def _run(
-    settings: FinetuneSettings, inputs: Inputs, processes: Processes, clock: Clock
+    settings: FinetuneSettings,
+    inputs: Inputs,
+    processes: Processes,
+    clock: Clock,
+    lock: FolderLock,
 ) -> dict[str, Any]:
     with clock.phase("reading the model"):
         model = inputs.base.load(processes.device)
@@ -106,13 +152,11 @@ def _run(
         compile_model(model)
     trained = distribute(objective, settings.training.strategy, processes)
     with explaining_failures(settings.model.model), explaining_lack_of_memory():
-        course = train(trained, inputs, settings, processes, clock)
-    adapter = settings.output.output / ADAPTER
-    sharded = is_sharded(trained)
-    if processes.is_main or sharded:
-        _save(model, adapter, _notes(inputs), processes)
+        course = train(trained, inputs, settings, processes, clock, lock)
+    adapter = lock.folder / ADAPTER
+    _save(trained, adapter, _notes(inputs), processes, lock)
     # With shards, no process has the complete model.
-    samples = [] if sharded else _samples(model, base, inputs, clock)
+    samples = [] if is_sharded(trained) else _samples(model, base, inputs, clock)
     verification = None
     with _naming_adapter(adapter):
         if processes.is_main:
@@ -140,16 +184,28 @@ def _say_sizes(model: nn.Module, inputs: Inputs, clock: Clock) -> None:
     clock.say(f"{counted(len(inputs.dataset.held_out), 'row')} held out{tally.remarks}")
 
 
-def _save(model: nn.Module, adapter: Path, notes: dict[str, str], processes: Processes) -> None:
+def _save(
+    trained: nn.Module,
+    adapter: Path,
+    notes: dict[str, str],
+    processes: Processes,
+    lock: FolderLock,
+) -> None:
     """Save the adapter. If that fails, save it in another folder, so that it is not lost."""
+    model = undistributed(trained).model
+
+    def save(path: Path) -> None:
+        if is_sharded(trained):  # all processes gather it together
+            disha.save_adapter(model, path, metadata=notes)
+        else:
+            processes.on_main(lambda: disha.save_adapter(model, path, metadata=notes))
+
     try:
-        adapter.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed
-        disha.save_adapter(model, adapter, metadata=notes)
+        processes.on_main(lock.keep)
+        save(adapter)
     except OSError as error:
-        elsewhere = Path(tempfile.mkdtemp(prefix="disha-"), adapter.name)
-        if is_sharded(model):
-            elsewhere = processes.broadcast(elsewhere)
-        disha.save_adapter(model, elsewhere, metadata=notes)
+        elsewhere = processes.on_main(lambda: Path(tempfile.mkdtemp(prefix="disha-"), ADAPTER))
+        save(elsewhere)
         raise OutputError(f"{error}; the adapter was saved as {elsewhere} instead") from error
 
 
@@ -296,5 +352,6 @@ def _say_result(
             f"merged by {verification.merged_difference:.1e} (allowed: "
             f"{verification.tolerance.loaded:g} and {verification.tolerance.merged:g})"
         )
-    written = [path.name for path in sorted(settings.output.output.iterdir())]
+    paths = sorted(settings.output.output.iterdir())
+    written = [path.name for path in paths if not path.name.startswith(".")]
     clock.say(f"in {settings.output.output}: {', '.join(written)}")

@@ -21,7 +21,8 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from disha.finetune.errors import PeerError, SettingsError, TrainingError
+from disha.finetune.errors import PeerError, TrainingError
+from disha.finetune.folder_lock import FolderLock
 from disha.finetune.inputs import Inputs
 from disha.finetune.metrics import Metrics, recorded_steps, recording
 from disha.finetune.progress import Clock, showing_progress
@@ -37,7 +38,7 @@ from disha.finetune.training.loop import (
 )
 from disha.finetune.training.parallel import Processes
 
-__all__ = ["Course", "noticing_interruption", "require_free_of_checkpoints", "train"]
+__all__ = ["Course", "noticing_interruption", "train"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TOGETHER = 1.0
@@ -83,23 +84,13 @@ class Course:
         return self.tokens / seconds if seconds else None
 
 
-def require_free_of_checkpoints(settings: FinetuneSettings) -> None:
-    """Raise `SettingsError` if there are checkpoints, but no flag says what to do with them."""
-    output = settings.output
-    found = sorted(output.output.glob("checkpoint-*"))
-    if found and not (output.resume or output.overwrite_output_dir):
-        raise SettingsError(
-            f"--output_dir {output.output} holds {found[-1].name} of an earlier run; continue it "
-            "with --resume, start over with --overwrite_output_dir, or name another folder"
-        )
-
-
 def train(
     objective: nn.Module,
     inputs: Inputs,
     settings: FinetuneSettings,
     processes: Processes,
     clock: Clock,
+    lock: FolderLock,
 ) -> Course:
     """Train until the end or an interruption.
 
@@ -109,12 +100,13 @@ def train(
         settings: the settings of the run.
         processes: the processes that take part.
         clock: prints each phase of the work.
+        lock: the lock of the output folder, which the main process holds.
 
     Raises:
         DishaError: training can't continue, or a file can't be written.
         KeyboardInterrupt: somebody asked to stop; the message says how to resume.
     """
-    return _Training(objective, inputs, settings, processes, clock).run()
+    return _Training(objective, inputs, settings, processes, clock, lock).run()
 
 
 @dataclass
@@ -126,6 +118,7 @@ class _Training:
     settings: FinetuneSettings
     processes: Processes
     clock: Clock
+    lock: FolderLock
     steps: list[Step] = field(default_factory=list)
     evaluations: dict[int, float] = field(default_factory=dict)
 
@@ -153,7 +146,7 @@ class _Training:
         start = Progress() if saved is None else self._restore(saved)
         output, name = self.settings.output, self.inputs.checked.name
         with recording(
-            output.output,
+            self.lock,
             tensorboard=output.report_to == "tensorboard",
             after=None if saved is None else start.step,
             main=self.processes.is_main,

@@ -14,7 +14,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from disha.files import write_files
 from disha.finetune.errors import OutputError
+from disha.finetune.folder_lock import FolderLock, is_at
 from disha.finetune.report import write_text
 from disha.finetune.training.loop import Step
 
@@ -27,15 +29,17 @@ EVENTS = "tensorboard"
 class Metrics:
     """Records steps and evaluations as they come.
 
-    If a file can't be written, a warning says so once, and training continues without it.
+    If a file can't be written, a warning says so once, and training continues without it. If the
+    folder was deleted, it is made again with all lines recorded so far.
 
     Args:
+        lock: the lock of the run's output folder.
         lines: the file for lines of JSON, if any.
         events: TensorBoard's writer, if asked for.
     """
 
-    def __init__(self, lines: FileIO | None, events: Any = None) -> None:
-        self._lines, self._events = lines, events
+    def __init__(self, lock: FolderLock, lines: FileIO | None, events: Any = None) -> None:
+        self._lock, self._lines, self._events = lock, lines, events
 
     def record_step(self, step: Step) -> None:
         """Record an optimiser step, without the values that were not measured."""
@@ -48,7 +52,9 @@ class Metrics:
         self._record({"step": step, "eval_loss": loss}, {})
 
     def close(self) -> None:
-        """Write the remaining events to the disk."""
+        """Write the remaining events to the disk, and close the files."""
+        if self._lines is not None:
+            self._lines.close()
         with self._warning_of_failure("_events", EVENTS):
             if self._events is not None:
                 self._events.close()
@@ -58,11 +64,15 @@ class Metrics:
         if loss is not None:
             scalars |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
         line = (json.dumps(values) + "\n").encode()
+        self._lock.keep()
         with self._warning_of_failure("_lines", METRICS):
-            if self._lines is not None and self._lines.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._lines is not None:
+                self._lines = _in_place(self._lock.folder / METRICS, self._lines)
+                if self._lines.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with self._warning_of_failure("_events", EVENTS):
             if self._events is not None:
+                (self._lock.folder / EVENTS).mkdir(exist_ok=True)  # the writer dies without it
                 for name, value in scalars.items():
                     self._events.add_scalar(name, value, values["step"])
 
@@ -83,12 +93,12 @@ class Metrics:
 
 @contextmanager
 def recording(
-    folder: Path, *, tensorboard: bool = False, after: int | None = None, main: bool = True
+    lock: FolderLock, *, tensorboard: bool = False, after: int | None = None, main: bool = True
 ) -> Iterator[Metrics]:
     """Yield the record of a run. Each line reaches the disk when it is complete.
 
     Args:
-        folder: the run's output folder.
+        lock: the lock of the run's output folder.
         tensorboard: whether to write events too.
         after: the step after which the run resumes. Later records are removed, because those steps
             are done again. None starts a new record.
@@ -98,10 +108,10 @@ def recording(
         OutputError: the files can't be written.
     """
     if not main:
-        yield Metrics(None)
+        yield Metrics(lock, None)
         return
-    with _open_lines(folder / METRICS, after) as lines:
-        metrics = Metrics(lines, _open_events(folder / EVENTS, after, tensorboard))
+    with _open_lines(lock.folder / METRICS, after) as lines:
+        metrics = Metrics(lock, lines, _open_events(lock.folder / EVENTS, after, tensorboard))
         try:
             yield metrics
         finally:
@@ -112,12 +122,23 @@ def _open_lines(path: Path, after: int | None) -> FileIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if after is None:
-            return path.open("wb", buffering=0)
+            return path.open("w+b", buffering=0)
         kept = [json.dumps(values) + "\n" for values in _records(path, after)]
         write_text(path, "".join(kept))
-        return path.open("ab", buffering=0)
+        return path.open("a+b", buffering=0)
     except OSError as error:
         raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
+
+
+def _in_place(path: Path, lines: FileIO) -> FileIO:
+    """Return the open file; if it was deleted, write its content to a new one, and return that."""
+    if is_at(path, lines):
+        return lines
+    lines.seek(0)
+    content = lines.read()
+    lines.close()
+    write_files({path: lambda temporary: Path(temporary).write_bytes(content)})
+    return path.open("a+b", buffering=0)
 
 
 def _open_events(folder: Path, after: int | None, wanted: bool) -> Any:

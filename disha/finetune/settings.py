@@ -418,8 +418,7 @@ class OutputSettings:
     """What to write.
 
     Args:
-        output_dir: The folder for the results, made if missing. Files of an earlier run are
-            replaced.
+        output_dir: The folder for the results, made if missing. One run at a time can use it.
         logging_steps: Number of steps between lines that show the loss. All steps are recorded.
         save_strategy: When to save checkpoints that training can resume from: every save_steps
             steps, after every epoch, or not at all. The adapter is saved at the end in any case.
@@ -428,9 +427,10 @@ class OutputSettings:
         report_to: Also record losses and learning rates for TensorBoard, in the folder
             tensorboard.
         resume: Resume from the newest valid checkpoint in output_dir. The result is the same as
-            without an interruption.
-        overwrite_output_dir: Start over and remove the checkpoints of an earlier run in
-            output_dir.
+            without an interruption. Without a checkpoint, start at the beginning, but do nothing
+            if there is a finished adapter.
+        overwrite_output_dir: Start over, remove the checkpoints of an earlier run in output_dir,
+            and replace its results.
         merge: Also write the base model with the adapter merged into it, to the folder merged.
         verify: Load the saved adapter in a fresh process, and check that it gives the same loss.
     """

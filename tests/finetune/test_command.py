@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from disha.finetune import command
 from disha.finetune.answering import TEMPLATE_KEY
 from disha.finetune.data.dataset import split_held_out
 from disha.finetune.data.rows import Row, Rows
+from disha.finetune.folder_lock import LOCK, FolderLock
 from disha.finetune.models.folder import FolderCheckpoint
 from disha.finetune.models.gguf import GGUFCheckpoint
 from disha.finetune.text.from_gguf import tokenizer_from_gguf
@@ -38,6 +40,7 @@ from tests.finetune.command_line import (
     losses_of,
     metrics_of,
     report_of,
+    timeless,
     write_rows,
 )
 from tests.finetune.tiny_checkpoints import FAMILIES
@@ -307,7 +310,12 @@ def test_accumulated_batches_are_one_large_batch(finetune):
     """All rows in each step, so that it does not matter which share a batch."""
     finetune.good(max_steps=3, per_device_train_batch_size=40)
     expected = losses_of(finetune.output)
-    finetune.good(max_steps=3, per_device_train_batch_size=8, gradient_accumulation_steps=5)
+    finetune.good(
+        "--overwrite_output_dir",
+        max_steps=3,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=5,
+    )
     assert losses_of(finetune.output) == pytest.approx(expected, abs=1e-5)
 
 
@@ -510,8 +518,8 @@ def test_the_merged_folder_is_the_adapted_model(finetune, tiny_folder, changes):
 
 
 def test_a_run_may_merge_again_in_the_same_folder(finetune, tiny_folder):
-    for _ in range(2):
-        finetune.good("--merge", base_model_name_or_path=tiny_folder("qwen3"), max_steps=1)
+    for words in ((), ("--overwrite_output_dir",)):
+        finetune.good("--merge", *words, base_model_name_or_path=tiny_folder("qwen3"), max_steps=1)
 
 
 def test_a_model_that_is_no_folder_is_not_merged(finetune):
@@ -639,6 +647,51 @@ def test_malformed_rows_name_file_and_line(finetune, line, complaint, streaming)
     assert not (finetune.output / "adapter.safetensors").exists()
 
 
+def contents_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("words", [[], ["--resume"], ["--overwrite_output_dir"]], ids=str)
+def test_a_folder_in_use_is_exit_code_1_before_anything_is_read(finetune, monkeypatch, words):
+    def read(*_):
+        raise AssertionError("it has begun to read")
+
+    finetune.good(max_steps=2, save_strategy="steps", save_steps=1)
+    before = contents_of(finetune.output)
+    monkeypatch.setattr(command, "load_inputs", read)
+    with FolderLock(finetune.output).held():
+        done = finetune(*words)
+        assert done.code == 1
+        assert f"--output_dir {finetune.output} is in use by another run" in done.complaint
+        assert f"process {os.getpid()} on " in done.complaint
+        (finetune.output / LOCK).write_text("\x1b[2J\n")
+        assert "another run: \\x1b[2J; wait" in finetune(*words).complaint
+    assert contents_of(finetune.output) == before
+
+
+@pytest.mark.parametrize("result", ["adapter.safetensors", "merged"])
+def test_a_finished_run_is_not_replaced_unasked(finetune, plain, result):
+    (finetune.output / "merged").mkdir(parents=True)
+    if result == "adapter.safetensors":
+        (finetune.output / "merged").rmdir()
+        (finetune.output / result).write_bytes(b"of an earlier run")
+    before = contents_of(finetune.output)
+    done = finetune()
+    assert done.code == 2
+    assert f"holds {result} of a finished run; start over with --overwrite_output_dir" in (
+        done.complaint
+    )
+    done = finetune("--resume")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == (
+        f"{finetune.output} holds a finished run, and no checkpoint to resume from: nothing to do; "
+        "--overwrite_output_dir starts over\n"
+    )
+    assert contents_of(finetune.output) == before
+    finetune.good("--overwrite_output_dir")
+    assert adapter_of(finetune.output) == adapter_of(plain)
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", "{}\n"])
 def test_a_file_without_rows_is_exit_code_2(finetune, content):
     finetune.data.write_text(content)
@@ -749,7 +802,7 @@ def test_a_full_disk_leaves_the_files_of_an_earlier_run(finetune, monkeypatch, p
     finetune.good(max_steps=1)
     before = {path.name: path.read_bytes() for path in finetune.output.iterdir()}
     after_step(monkeypatch, 2, lambda: monkeypatch.setattr(place, full))
-    done = finetune(max_steps=2)
+    done = finetune("--overwrite_output_dir", max_steps=2)
     assert done.code == 1
     assert "No space left on device" in done.complaint
     monkeypatch.undo()
@@ -780,10 +833,39 @@ def after_training(monkeypatch, action):
     monkeypatch.setattr(command, "train", train_and_act)
 
 
-def test_an_output_folder_that_was_removed_is_made_again(finetune, monkeypatch):
-    after_training(monkeypatch, lambda: shutil.rmtree(finetune.output))
-    finetune.good(max_steps=1)
-    assert (finetune.output / "adapter.safetensors").is_file()
+@pytest.mark.parametrize("step", [None, 1, 3])
+def test_an_output_folder_that_was_removed_is_made_again(finetune, monkeypatch, plain, step):
+    def remove():
+        shutil.rmtree(finetune.output)
+
+    if step is None:
+        after_training(monkeypatch, remove)
+    else:
+        after_step(monkeypatch, step, remove)
+    done = finetune(save_strategy="steps", save_steps=4, report_to="tensorboard")
+    assert done.code == 0, done.err
+    assert f"{finetune.output} was deleted while this run writes to it" in done.err
+    assert adapter_of(finetune.output) == adapter_of(plain)
+    if step is None:
+        return
+    assert timeless(metrics_of(finetune.output)) == timeless(metrics_of(plain))
+    assert checkpoints_in(finetune.output) == {"checkpoint-4"}
+    assert {path.name for path in finetune.output.iterdir()} >= FILES
+
+
+def test_a_removed_folder_that_another_run_has_taken_is_left_to_it(finetune, monkeypatch):
+    other = FolderLock(finetune.output)
+    with ExitStack() as stack:
+
+        def take():
+            shutil.rmtree(finetune.output)
+            stack.enter_context(other.held())
+
+        after_step(monkeypatch, 2, take)
+        done = finetune()
+        assert done.code == 1
+        assert "is in use by another run: process " in done.err.splitlines()[-1]
+        assert [path.name for path in finetune.output.iterdir()] == [LOCK]
 
 
 def test_an_adapter_that_has_no_place_is_saved_elsewhere(finetune, monkeypatch, tmp_path):

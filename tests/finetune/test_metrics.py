@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from disha.finetune.errors import OutputError
+from disha.finetune.folder_lock import FolderLock
 from disha.finetune.metrics import recorded_steps, recording
 from disha.finetune.training.loop import Step
 
@@ -32,14 +33,14 @@ def test_metrics_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(OutputError, match=r"metrics\.jsonl can't be written"),
-        recording(tmp_path / "file"),
+        recording(FolderLock(tmp_path / "file")),
     ):
         pass
 
 
 def test_a_line_is_on_disk_when_it_is_complete(tmp_path):
     folder = tmp_path / "new"
-    with recording(folder) as metrics:
+    with recording(FolderLock(folder)) as metrics:
         metrics.record_evaluation(0, 3.5)
         metrics.record_step(step(1))
         metrics.record_step(step(2, eval_loss=2.5))
@@ -53,19 +54,19 @@ def test_a_line_is_on_disk_when_it_is_complete(tmp_path):
 
 def test_a_new_run_starts_a_new_file(tmp_path):
     for number in (1, 2):
-        with recording(tmp_path) as metrics:
+        with recording(FolderLock(tmp_path)) as metrics:
             metrics.record_step(step(number))
     assert [line["step"] for line in lines_in(tmp_path)] == [2]
 
 
 def test_going_on_cuts_off_what_is_done_again_and_what_was_cut(tmp_path):
-    with recording(tmp_path) as metrics:
+    with recording(FolderLock(tmp_path)) as metrics:
         metrics.record_evaluation(0, 3.5)
         for number in range(1, 6):
             metrics.record_step(step(number))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
-    with recording(tmp_path, after=3) as metrics:
+    with recording(FolderLock(tmp_path), after=3) as metrics:
         metrics.record_step(step(4, eval_loss=1.5))
     found = lines_in(tmp_path)
     assert [line["step"] for line in found] == [0, 1, 2, 3, 4]
@@ -73,20 +74,20 @@ def test_going_on_cuts_off_what_is_done_again_and_what_was_cut(tmp_path):
 
 
 def test_going_on_without_a_file_starts_one(tmp_path):
-    with recording(tmp_path, after=3) as metrics:
+    with recording(FolderLock(tmp_path), after=3) as metrics:
         metrics.record_step(step(4))
     assert [line["step"] for line in lines_in(tmp_path)] == [4]
 
 
 def test_other_processes_than_the_main_one_write_nothing(tmp_path):
-    with recording(tmp_path, tensorboard=True, main=False) as metrics:
+    with recording(FolderLock(tmp_path), tensorboard=True, main=False) as metrics:
         metrics.record_evaluation(0, 3.5)
         metrics.record_step(step(1))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_reads_what_was_recorded(tmp_path):
-    with recording(tmp_path, tensorboard=True) as metrics:
+    with recording(FolderLock(tmp_path), tensorboard=True) as metrics:
         metrics.record_evaluation(0, 3.5)
         metrics.record_step(step(1))
         metrics.record_step(step(2, eval_loss=2.5))
@@ -99,17 +100,17 @@ def test_tensorboard_reads_what_was_recorded(tmp_path):
 
 
 def test_tensorboard_shows_no_step_twice_where_a_run_goes_on(tmp_path):
-    with recording(tmp_path, tensorboard=True) as metrics:
+    with recording(FolderLock(tmp_path), tensorboard=True) as metrics:
         for number in range(1, 6):
             metrics.record_step(step(number))
-    with recording(tmp_path, tensorboard=True, after=3) as metrics:
+    with recording(FolderLock(tmp_path), tensorboard=True, after=3) as metrics:
         metrics.record_step(step(4))
     assert [number for number, _ in scalars_in(tmp_path, "train/loss")] == [1, 2, 3, 4]
 
 
 def test_tensorboard_shows_nothing_of_an_earlier_run_where_one_begins_anew(tmp_path):
     for last in (5, 2):
-        with recording(tmp_path, tensorboard=True) as metrics:
+        with recording(FolderLock(tmp_path), tensorboard=True) as metrics:
             for number in range(1, last + 1):
                 metrics.record_step(step(number))
     assert [number for number, _ in scalars_in(tmp_path, "train/loss")] == [1, 2]
@@ -120,11 +121,12 @@ def test_tensorboard_shows_nothing_of_an_earlier_run_where_one_begins_anew(tmp_p
 RECORD_WITHOUT_ROOM = """
 import resource, signal, sys
 from pathlib import Path
+from disha.finetune.folder_lock import FolderLock
 from disha.finetune.metrics import recording
 from disha.finetune.training.loop import Step
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with recording(Path(sys.argv[1]), tensorboard=sys.argv[2] == "True") as metrics:
+with recording(FolderLock(Path(sys.argv[1])), tensorboard=sys.argv[2] == "True") as metrics:
     for number in range(1, 2000):
         metrics.record_step(Step(number, 1, 3.0 / number, 1e-3, 1.5, 40, 200.0, 0.2 * number, None))
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
@@ -153,7 +155,7 @@ def test_without_room_training_goes_on_and_says_so_once(tmp_path, tensorboard):
 
 def test_a_full_device_is_a_full_device(tmp_path, capsys):
     os.symlink("/dev/full", tmp_path / "metrics.jsonl")
-    with recording(tmp_path) as metrics:
+    with recording(FolderLock(tmp_path)) as metrics:
         metrics.record_step(step(1))
         metrics.record_step(step(2))
     assert capsys.readouterr().err == (
@@ -164,7 +166,7 @@ def test_a_full_device_is_a_full_device(tmp_path, capsys):
 
 def test_steps_come_back_as_they_were_recorded(tmp_path):
     steps = [step(1), step(2, eval_loss=2.5), step(3)]
-    with recording(tmp_path) as metrics:
+    with recording(FolderLock(tmp_path)) as metrics:
         metrics.record_evaluation(0, 3.5)
         for one in steps:
             metrics.record_step(one)
@@ -180,12 +182,12 @@ def test_where_nothing_was_recorded_there_are_no_steps(tmp_path):
     "damaged", ["[]", '{"step": "x"}', '{"loss": 1.0}', "", '"', '{"step": 4, "loss": 1.0']
 )
 def test_what_is_damaged_ends_what_was_recorded(tmp_path, damaged):
-    with recording(tmp_path) as metrics:
+    with recording(FolderLock(tmp_path)) as metrics:
         metrics.record_step(step(1))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(damaged + "\n" + json.dumps({"step": 2}) + "\n")
     assert recorded_steps(tmp_path, 9) == [step(1)]
-    with recording(tmp_path, after=9):
+    with recording(FolderLock(tmp_path), after=9):
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -198,6 +200,6 @@ def test_events_that_can_not_be_written_are_named(tmp_path):
     (tmp_path / "tensorboard").write_text("")
     with (
         pytest.raises(OutputError, match="tensorboard can't be written"),
-        recording(tmp_path, tensorboard=True),
+        recording(FolderLock(tmp_path), tensorboard=True),
     ):
         pass

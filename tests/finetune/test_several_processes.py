@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from disha.cli import main
+from disha.finetune.folder_lock import FolderLock
 from tests.finetune.command_line import (
     FILES,
     arguments,
@@ -121,6 +122,19 @@ def test_bad_input_is_complained_of_once(tmp_path, tiny_path):
     assert "line 41 is not JSON" in told[0]
     assert "error_file: <N/A>" not in err, "torchrun knows the error too"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_complained_of_once(tmp_path, tiny_path):
+    """Only the first process asks for the lock, and all of them end."""
+    data, output = write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    with FolderLock(output).held():
+        code, out, err = finished(torchrun(arguments(tiny_path, data, output)))
+        assert code == 1
+        told = complaints_in(err)
+        assert len(told) == 1, err
+        assert f"is in use by another run: process {os.getpid()} on " in told[0]
+        assert "reading data" not in out
+    assert not output.exists()
 
 
 def test_wrong_usage_is_complained_of_once(tmp_path, tiny_path):

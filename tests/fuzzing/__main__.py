@@ -1,10 +1,11 @@
-"""`python -m tests.fuzzing`: try hostile files, kill saves, and let saves meet.
+"""`python -m tests.fuzzing`: try hostile files, kill saves, and let saves and runs meet.
 
-With the default numbers it takes ten minutes on two cores."""
+With the default numbers it takes twelve minutes on two cores."""
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -25,6 +26,8 @@ def main() -> int:
     failures = _try(arguments, numbers)
     if arguments.kills:
         failures += _kill(arguments)
+    if arguments.runs:
+        failures += _meet_runs(arguments)
     print("everything holds" if not failures else f"{failures} FAILURES, kept in {arguments.out}")
     return int(failures > 0)
 
@@ -34,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--files", type=int, default=20_000, help="how many hostile files")
     parser.add_argument("--kills", type=int, default=200, help="how many killed saves")
     parser.add_argument("--meetings", type=int, default=200, help="saves of each of two processes")
+    parser.add_argument("--runs", type=int, default=50, help="pairs of runs in one folder")
     parser.add_argument("--seed", type=int, default=0, help="another makes other files")
     parser.add_argument("--first", type=int, default=0, help="number of the first file")
     parser.add_argument("--workers", type=int, default=2, help="processes that try files")
@@ -106,6 +110,16 @@ def _kill(arguments: argparse.Namespace) -> int:
         f"{len(left)} versions; {loads} loads while two processes saved: {len(seen)} versions"
     )
     return 0
+
+
+def _meet_runs(arguments: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = (str(arguments.runs), str(arguments.seed))
+        command = [sys.executable, "-m", "tests.fuzzing.runs", folder, *numbers]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    for outcome, count in sorted(Counter(done.stdout.splitlines()).items()):
+        print(f"{count} pairs of runs, {outcome}")
+    return int(done.returncode != 0)
 
 
 if __name__ == "__main__":

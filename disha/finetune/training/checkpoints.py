@@ -110,6 +110,7 @@ class Checkpoints:
     ) -> None:
         self._folder, self._limit = folder, limit
         self._processes = processes or Processes.alone()
+        self._on_main = self._processes.on_main
         self._newest: Path | None = None  # of this run
 
     @property
@@ -206,22 +207,9 @@ class Checkpoints:
         Raises:
             OutputError: one can't be removed.
         """
-        self._on_main(lambda: self._remove(self._newest_first()))
+        self._on_main(lambda: self._remove(self.newest_first()))
 
     # --- on the main process ---------------------------------------------------------------------
-
-    def _on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on the main process. All processes return its result or raise its error."""
-        result: Any = None
-        if self._processes.is_main:
-            try:
-                result = action()
-            except (OSError, disha.DishaError) as error:
-                result = error
-        result = self._processes.broadcast(result)
-        if isinstance(result, (OSError, disha.DishaError)):
-            raise result
-        return result  # type: ignore[no-any-return]
 
     def _new_folder(self, final: Path) -> AbstractContextManager[Path]:
         """Return a context manager of a folder to fill, which takes the place of `final`."""
@@ -239,7 +227,7 @@ class Checkpoints:
 
     def _give_up(self, final: Path, error: OSError) -> None:
         """Raise an error that says why a save failed, and where training can resume."""
-        good = next((path for path in self._newest_first() if _fault(path) is None), None)
+        good = next((path for path in self.newest_first() if _fault(path) is None), None)
         cause = _cause(error)
         remedy = "make room" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
         way_on = "start again" if good is None else f"resume from {good}, the newest, by --resume"
@@ -248,7 +236,7 @@ class Checkpoints:
         ) from error
 
     def _search(self, report: Callable[[str], None]) -> Path | None:
-        found = self._newest_first()
+        found = self.newest_first()
         for path in found:
             fault = _fault(path)
             if fault is None:
@@ -260,7 +248,8 @@ class Checkpoints:
             )
         return None
 
-    def _newest_first(self) -> list[Path]:
+    def newest_first(self) -> list[Path]:
+        """Return the checkpoints in the folder, damaged ones too."""
         if not self._folder.is_dir():
             return []
         steps = {path: NAME.fullmatch(path.name) for path in self._folder.iterdir()}
@@ -269,7 +258,7 @@ class Checkpoints:
 
     def _remove_beyond_limit(self, newest: Path) -> None:
         if self._limit is not None:
-            found = self._newest_first()
+            found = self.newest_first()
             place = found.index(newest)
             self._remove(found[:place] + found[place + self._limit :])
 

@@ -14,7 +14,7 @@ import inspect
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from disha import DishaError
 from disha.finetune.errors import PeerError, SettingsError, TrainingError
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.settings import Strategy
@@ -99,6 +100,19 @@ class Processes:
         values: list[Any] = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]  # type: ignore[no-any-return]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on the main process. All processes return its result or raise its error."""
+        result: Any = None
+        if self.is_main:
+            try:
+                result = action()
+            except (OSError, DishaError) as error:
+                result = error
+        result = self.broadcast(result)
+        if isinstance(result, (OSError, DishaError)):
+            raise result
+        return result  # type: ignore[no-any-return]
 
     def barrier(self) -> None:
         """Wait until every process is here."""

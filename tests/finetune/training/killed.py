@@ -14,6 +14,7 @@ import torch
 import torch._dynamo  # which takes a second, when the first optimiser is made
 
 import disha
+from disha.finetune.folder_lock import FolderLock
 from disha.finetune.metrics import recording
 from disha.finetune.training.checkpoints import Checkpoints
 from disha.finetune.training.loop import make_optimizer, training_steps
@@ -45,7 +46,7 @@ def train(folder: Path, pause: float = 0.0, started=None) -> None:
         checkpoints.restore(saved, trained, optimizer)
         losses = list(saved.history["losses"])
     start = None if saved is None else saved.progress
-    with recording(folder, after=None if start is None else start.step) as metrics:
+    with recording(FolderLock(folder), after=None if start is None else start.step) as metrics:
         for step in training_steps(trained, SOURCE, PLAN, optimizer=optimizer, start=start):
             if started is not None:
                 started.set()
