@@ -21,7 +21,7 @@ from disha.finetune.base_model import model_dtype
 from disha.finetune.course import Course, train
 from disha.finetune.data.encoding import Tally
 from disha.finetune.data.rows import Row
-from disha.finetune.errors import OutputError, SettingsError
+from disha.finetune.errors import OutputError, SettingsError, TrainingError
 from disha.finetune.folder_lock import FolderLock
 from disha.finetune.inputs import Inputs, first_rows, load_inputs
 from disha.finetune.models.factory import explaining_failures
@@ -203,6 +203,8 @@ def _save(
     try:
         processes.on_main(lock.keep)
         save(adapter)
+    except disha.AdapterStateError as error:  # values are not finite
+        raise TrainingError(str(error)) from error
     except OSError as error:
         elsewhere = processes.on_main(lambda: Path(tempfile.mkdtemp(prefix="disha-"), ADAPTER))
         save(elsewhere)

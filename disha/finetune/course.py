@@ -21,6 +21,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
+from disha import AdapterStateError
 from disha.finetune.errors import PeerError, TrainingError
 from disha.finetune.folder_lock import FolderLock
 from disha.finetune.inputs import Inputs
@@ -257,13 +258,12 @@ class _Training:
         """If training fails, add the newest checkpoint to the message."""
         try:
             yield
-        except TrainingError as error:
+        except (TrainingError, AdapterStateError) as error:  # the latter: values are not finite
             newest = self.checkpoints.newest
-            if newest is None:
-                raise
-            raise TrainingError(
-                f"{error}. {newest} is complete: --resume goes on from there"
-            ) from error
+            way_on = (
+                "" if newest is None else f". {newest} is complete: --resume goes on from there"
+            )
+            raise TrainingError(f"{error}{way_on}") from error
 
 
 @contextmanager

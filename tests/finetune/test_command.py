@@ -766,6 +766,25 @@ def test_a_loss_that_is_no_number_stops_and_names_the_checkpoint(finetune, monke
     finetune.good("--resume", save_strategy="steps", save_steps=2)
 
 
+def test_an_adapter_that_overflows_names_the_checkpoint_before(finetune, monkeypatch):
+    def overflow():
+        monkeypatch.setattr("disha.files.contents.finite_as", lambda *_: False)
+
+    after_step(monkeypatch, 4, overflow)
+    done = finetune(save_strategy="steps", save_steps=2)
+    assert done.code == 1
+    assert "holds values that are not finite" in done.complaint
+    newest = finetune.output / "checkpoint-2"
+    assert f"{newest} is complete: --resume goes on from there" in done.complaint
+
+
+def test_a_learning_rate_beyond_all_numbers_is_exit_code_1(finetune):
+    done = finetune(learning_rate=1e39, save_strategy="steps", save_steps=1)
+    assert done.code == 1
+    assert "holds values that are not finite" in done.complaint
+    assert not (finetune.output / "adapter.safetensors").exists()
+
+
 def out_of_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
