@@ -516,6 +516,13 @@ class FinetuneSettings:
         else:
             self.data.check()
         self.output.check()
+        for name, path in (("data_path", self.data.data_path), ("eval_path", self.data.eval_path)):
+            folder = self.output.output.resolve()
+            require(
+                path is None or not folder.is_relative_to(path.resolve()),
+                f"--output_dir {self.output.output} is in --{name} {path}, so that its files would "
+                "be read as rows; name a folder elsewhere",
+            )
         require(
             not self.data.eval_steps or self.demo or self.data.has_held_out,
             "--eval_steps needs rows to measure on; give --eval_path, --eval_split or "

@@ -692,6 +692,21 @@ def test_a_finished_run_is_not_replaced_unasked(finetune, plain, result):
     assert adapter_of(finetune.output) == adapter_of(plain)
 
 
+@pytest.mark.parametrize("name", ["data_path", "eval_path"])
+@pytest.mark.parametrize("place", [".", "new/out", "link/out"])
+def test_results_do_not_go_where_rows_are_read(finetune, tmp_path, name, place):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_rows(folder / "rows.jsonl")
+    (tmp_path / "link").symlink_to(folder)
+    output = tmp_path / place if place.startswith("link") else folder / place
+    done = finetune(**{name: folder, "output_dir": output})
+    assert done.code == 2
+    assert f"--output_dir {output} is in --{name} {folder}" in done.complaint
+    assert [path.name for path in folder.iterdir()] == ["rows.jsonl"]
+    finetune.good(**{name: folder, "output_dir": tmp_path / "rows-out", "max_steps": 1})
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", "{}\n"])
 def test_a_file_without_rows_is_exit_code_2(finetune, content):
     finetune.data.write_text(content)

@@ -120,7 +120,9 @@ def test_the_demo_may_have_another_model(tmp_path, tiny_path):
 
 
 def test_a_folder_of_rows_is_as_good_as_a_file(good, tmp_path):
-    with_values(good, data_path=tmp_path, eval_path=tmp_path).check()
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    with_values(good, data_path=folder, eval_path=folder).check()
 
 
 def test_a_file_where_the_output_folder_should_be(good, tmp_path):
