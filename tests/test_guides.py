@@ -36,7 +36,7 @@ def test_every_text_block_is_the_output_of_code(path):
 class TestGuarantees:
     TEXT = (DOCS / "guarantees.md").read_text(encoding="utf-8")
     PROMISES = re.split(r"^- ", TEXT.split("## Not promised")[0], flags=re.MULTILINE)[1:]
-    TEST = re.compile(r"`(tests/\w+\.py)::(?:(\w+)::)?(\w+)`")
+    TEST = re.compile(r"`(tests/[\w/]+\.py)::(?:(\w+)::)?(\w+)`")
 
     def test_every_promise_names_a_test_that_exists(self):
         assert len(self.PROMISES) >= 30

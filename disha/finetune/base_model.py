@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 import disha
 from disha.finetune.errors import TokenizerError
 from disha.finetune.generation import context_of
+from disha.finetune.hashing import add_state
 from disha.finetune.models.checkpoint import ModelCheckpoint, open_model
 from disha.finetune.models.decoder import DecoderConfig
 from disha.finetune.models.factory import load_factory
@@ -23,9 +25,19 @@ from disha.finetune.text.from_folder import open_tokenizer
 from disha.finetune.text.from_gguf import tokenizer_from_gguf
 from disha.finetune.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
 __all__ = ["BaseModel", "demo_model", "model_dtype", "open_base_model"]
 
 BITS: Mapping[str, WeightBits] = {"8": 8, "4": 4}
+
+
+class Load(Protocol):
+    """Reads the weights of a base model."""
+
+    def __call__(self, device: torch.device, digest: Hash | None = None) -> nn.Module:
+        """Return the model on a device, and add what is stored to a hash, if one is given."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class BaseModel:
     context: int | None
     config: DecoderConfig | None
     folder: Path | None
-    load: Callable[[torch.device], nn.Module]
+    load: Load
 
 
 def open_base_model(settings: ModelSettings, default: Path | None = None) -> BaseModel:
@@ -69,8 +81,9 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
     tokenizer = _tokenizer_of(checkpoint, settings)
     _require_known_tokens(tokenizer, config.vocabulary, checkpoint.title)
 
-    def load(device: torch.device) -> nn.Module:
-        return checkpoint.load_model(model_dtype(settings, device), device, BITS.get(settings.bits))
+    def load(device: torch.device, digest: Hash | None = None) -> nn.Module:
+        dtype, bits = model_dtype(settings, device), BITS.get(settings.bits)
+        return checkpoint.load_model(dtype, device, bits, digest)
 
     return BaseModel(
         title=checkpoint.title,
@@ -120,7 +133,9 @@ def _made(settings: ModelSettings) -> BaseModel:
     if tokenizer is not None:
         _require_known_tokens(tokenizer, _vocabulary_of(model), settings.model)
 
-    def load(device: torch.device) -> nn.Module:
+    def load(device: torch.device, digest: Hash | None = None) -> nn.Module:
+        if digest is not None:
+            add_state(digest, model.state_dict())
         return (_in_bfloat16(model) if settings.bits == "bf16" else model).to(device)
 
     return BaseModel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import tempfile
@@ -139,8 +140,9 @@ def _run(
     clock: Clock,
     lock: FolderLock,
 ) -> dict[str, Any]:
+    digest = hashlib.sha256()
     with clock.phase("reading the model"):
-        model = inputs.base.load(processes.device)
+        model = inputs.base.load(processes.device, digest)
     torch.manual_seed(settings.training.seed)
     inject(model, settings.adapter)
     base = base_values(model, trained_besides(model))
@@ -152,7 +154,7 @@ def _run(
         compile_model(model)
     trained = distribute(objective, settings.training.strategy, processes)
     with explaining_failures(settings.model.model), explaining_lack_of_memory():
-        course = train(trained, inputs, settings, processes, clock, lock)
+        course = train(trained, inputs, settings, processes, clock, lock, digest.hexdigest())
     adapter = lock.folder / ADAPTER
     _save(trained, adapter, _notes(inputs), processes, lock)
     # With shards, no process has the complete model.

@@ -27,6 +27,7 @@ from disha.finetune.folder_lock import FolderLock
 from disha.finetune.inputs import Inputs
 from disha.finetune.metrics import Metrics, recorded_steps, recording
 from disha.finetune.progress import Clock, showing_progress
+from disha.finetune.resuming import Setup, batches_per_step
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.training.checkpoints import Checkpoints, SavedState
 from disha.finetune.training.evaluation import mean_loss
@@ -92,6 +93,7 @@ def train(
     processes: Processes,
     clock: Clock,
     lock: FolderLock,
+    base: str,
 ) -> Course:
     """Train until the end or an interruption.
 
@@ -102,12 +104,13 @@ def train(
         processes: the processes that take part.
         clock: prints each phase of the work.
         lock: the lock of the output folder, which the main process holds.
+        base: a hash of the base model.
 
     Raises:
         DishaError: training can't continue, or a file can't be written.
         KeyboardInterrupt: somebody asked to stop; the message says how to resume.
     """
-    return _Training(objective, inputs, settings, processes, clock, lock).run()
+    return _Training(objective, inputs, settings, processes, clock, lock, base).run()
 
 
 @dataclass
@@ -120,6 +123,7 @@ class _Training:
     processes: Processes
     clock: Clock
     lock: FolderLock
+    base: str
     steps: list[Step] = field(default_factory=list)
     evaluations: dict[int, float] = field(default_factory=dict)
 
@@ -129,21 +133,11 @@ class _Training:
         torch.manual_seed(training.seed + self.processes.rank)
         self.optimizer = make_optimizer(self.objective, training)
         self.checkpoints = Checkpoints(output.output, output.save_total_limit, self.processes)
-        # Any number of processes may resume, if each step has the same batches.
-        batches = training.gradient_accumulation_steps * self.processes.world_size
-        self.decisive = {
-            **self.settings.decisive(),
-            "gradient_accumulation_steps times processes": str(batches),
-            "rows": self.inputs.digest(),
-        }
 
     def run(self) -> Course:
         saved = self._saved()
-        planned = planned_steps(
-            self.settings.training,
-            self.inputs.source.batches_per_epoch(),
-            self.processes.world_size,
-        )
+        self.setup = self._agreed(saved)
+        planned = self.setup.steps
         start = Progress() if saved is None else self._restore(saved)
         output, name = self.settings.output, self.inputs.checked.name
         with recording(
@@ -169,8 +163,22 @@ class _Training:
             self.clock.say("no checkpoint to resume from; starting at the beginning")
         return saved
 
+    def _agreed(self, saved: SavedState | None) -> Setup:
+        """Return the setup of this run, which agrees with that of the run to resume."""
+        training, source = self.settings.training, self.inputs.source
+        before = None if saved is None else Setup.saved_as(saved.setup)
+        folder = self.settings.output.output if saved is None else saved.folder
+        size = batches_per_step(training, self.processes.world_size, before, folder)
+        # One process reads streamed files, and the others wait.
+        rows = self.processes.broadcast(self.inputs.contents() if self.processes.is_main else {})
+        contents = {"base model": self.base, **rows}
+        planned = planned_steps(training, source.batches_per_epoch(), size)
+        setup = Setup.of(self.settings, contents, size, planned)
+        if before is not None and saved is not None:
+            setup.require_agreement(before, folder, saved.progress.step)
+        return setup
+
     def _restore(self, saved: SavedState) -> Progress:
-        saved.require_agreement(self.decisive)
         self.checkpoints.restore(saved, self.objective, self.optimizer)
         self.evaluations.update({int(k): v for k, v in saved.history["evaluations"].items()})
         self.steps.extend(recorded_steps(self.settings.output.output, saved.progress.step))
@@ -215,6 +223,7 @@ class _Training:
                 evaluate=self._evaluate,
                 eval_steps=self.settings.data.eval_steps,
                 start=start,
+                batches_per_step=self.setup.batches_per_step,
                 should_stop=is_interrupted,
             ):
                 metrics.record_step(step)
@@ -240,7 +249,7 @@ class _Training:
             self.objective,
             self.optimizer,
             progress,
-            settings=self.decisive,
+            setup=vars(self.setup),
             history={"evaluations": {str(k): v for k, v in self.evaluations.items()}},
         )
 

@@ -5,7 +5,6 @@ The run itself and the fresh process that verifies it both start here, with only
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from disha.finetune.data.batches import Batch, BatchSource, batch_by_length
 from disha.finetune.data.dataset import read_dataset
 from disha.finetune.data.docstrings import docstring_pairs
 from disha.finetune.data.encoding import Encoder, Tally, encode_rows
-from disha.finetune.data.examples import Example, StoredExamples
+from disha.finetune.data.examples import StoredExamples
 from disha.finetune.data.rows import Dataset, Row
 from disha.finetune.data.sources import StreamedExamples, TextBatches
 from disha.finetune.data.tensors import Samples, TensorRows, read_samples
@@ -43,7 +42,7 @@ class Checked:
     """
 
     name: str
-    rows: Sequence[Example] | Samples
+    rows: StoredExamples | Samples
     held_out: bool
     tally: Tally
 
@@ -57,12 +56,7 @@ class Checked:
 
     def digest(self) -> str:
         """Return a hash of the rows."""
-        digest = hashlib.sha256()
-        for batch in self.batches():
-            for tensor in vars(batch).values():
-                if hasattr(tensor, "numpy"):
-                    digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
+        return self.rows.digest()
 
 
 @dataclass(frozen=True)
@@ -86,13 +80,16 @@ class Inputs:
     tally: Tally
     checked: Checked
 
-    def digest(self) -> str:
-        """Return a hash of the number of training rows, three of them, and all checked rows."""
-        rows = self.dataset.training
-        digest = hashlib.sha256(f"{len(rows)} {self.checked.digest()}".encode())
-        for index in sorted({0, len(rows) // 2, len(rows) - 1}):
-            digest.update(repr(sorted(rows[index].fields.items())).encode())
-        return digest.hexdigest()
+    def contents(self) -> dict[str, str]:
+        """Return hashes of the rows that are learned, and of those that losses are measured on.
+
+        Raises:
+            DataError: a file of streamed rows can't be read.
+        """
+        return {
+            "set of rows": self.source.digest(),
+            "set of held-out rows": self.checked.digest(),
+        }
 
 
 def load_inputs(settings: FinetuneSettings) -> Inputs:
@@ -118,7 +115,7 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
         checked = Checked("held-out", rows, True, held_out_tally)
     else:
         usable = filter(None, map(encoder.encode, dataset.training))
-        first = tuple(itertools.islice(usable, MOST_CHECKED_TRAINING_ROWS))
+        first = StoredExamples(itertools.islice(usable, MOST_CHECKED_TRAINING_ROWS))
         checked = Checked("first training rows'", first, False, Tally())
     examples: StoredExamples | StreamedExamples
     if data.streaming:

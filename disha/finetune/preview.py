@@ -67,7 +67,9 @@ def preview(inputs: Inputs, settings: FinetuneSettings, processes: int = 1) -> s
 def _steps(inputs: Inputs, settings: FinetuneSettings, processes: int) -> str:
     training = settings.training
     batches = inputs.source.batches_per_epoch()
-    steps = planned_steps(settings.training, batches, processes)
+    steps = planned_steps(
+        settings.training, batches, settings.training.gradient_accumulation_steps * processes
+    )
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
     line = f"{counted(steps, 'step')} of {counted(rows, 'row')}"
     if batches is not None:

@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
@@ -541,15 +541,42 @@ class FinetuneSettings:
             flat.update(vars(value) if dataclasses.is_dataclass(value) else {name: value})
         return {k: str(v) if isinstance(v, Path) else v for k, v in flat.items()}
 
-    def decisive(self) -> dict[str, str]:
-        """Return the settings that must not change to resume, because they affect the result.
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that have an effect on what is learned, beyond rounding."""
+        return {k: v for k, v in self.to_json().items() if k not in {*HARMLESS, *ROUNDING}}
 
-        The division of batches among processes is left out: only their total per step matters.
-        """
-        groups = (self.model, self.adapter, self.data, self.training)
-        values = {name: value for group in groups for name, value in vars(group).items()}
-        del values["dataloader_num_workers"], values["gradient_accumulation_steps"]
-        return {name: str(value) for name, value in (values | {"demo": self.demo}).items()}
+
+# --- resuming ------------------------------------------------------------------------------------
+
+# When a run resumes, a setting must be as before, unless one of these says otherwise.
+
+HARMLESS = (
+    *("eval_steps", "dataloader_num_workers", "config", "dry_run", "debug"),
+    *(one.name for one in dataclasses.fields(OutputSettings)),
+)
+"""Settings that may change, because they don't affect what is learned."""
+
+ROUNDING = ("strategy", "gradient_checkpointing", "compile")
+"""Settings that may change, because they affect what is learned by rounding only."""
+
+FINDING: Mapping[str, tuple[str, ...]] = {
+    "base model": ("base_model_name_or_path", "demo"),
+    "set of rows": (
+        *("data_path", "dataset_split", "dataset_field", "template", "tokenizer"),
+        *("skip_bad_rows", "eval_fraction", "demo"),
+    ),
+    "set of held-out rows": (
+        *("eval_path", "eval_split", "eval_fraction", "data_path", "dataset_field", "template"),
+        *("tokenizer", "skip_bad_rows", "demo"),
+    ),
+}
+"""What must be the same -> the settings that name it, which may name the same in another way."""
+
+RATES = ("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio")
+"""Settings that may change if the steps already done keep their learning rates."""
+
+MAY_CHANGE = frozenset({*itertools.chain(*FINDING.values()), *RATES, "gradient_accumulation_steps"})
+"""All other settings that count and that may change; each has a rule of its own."""
 
 
 DEMO_SETTINGS = FinetuneSettings(

@@ -7,6 +7,8 @@ from torch import nn
 
 from tests.finetune import tiny_checkpoints, tiny_gguf
 
+SEED = 3
+
 
 def gpt2():
     """A model and a tokenizer of transformers."""
@@ -14,7 +16,7 @@ def gpt2():
 
     sizes = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}
     special = {"bos_token_id": tiny_checkpoints.BEGIN, "eos_token_id": tiny_checkpoints.END}
-    torch.manual_seed(3)
+    torch.manual_seed(SEED)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_gguf.TOKENS), **sizes, **special))
     backend = tiny_checkpoints.tokenizer(begin=False)
     return model, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")

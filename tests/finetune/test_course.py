@@ -16,7 +16,6 @@ from disha.finetune import course
 from disha.finetune.course import noticing_interruption
 from tests.finetune.command_line import (
     FILES,
-    ROWS,
     adapter_of,
     arguments,
     interrupted_after,
@@ -160,75 +159,7 @@ def test_where_checkpoints_lie_a_run_does_not_begin_unasked(finetune, straight):
     assert adapter_of(finetune.output) == adapter_of(straight)
 
 
-# --- what must be as it was -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def broken(tmp_path_factory, tiny_path):
-    """The rows and the output folder of a run that was killed; not to be changed."""
-    folder = tmp_path_factory.mktemp("broken")
-    data = write_rows(folder / "rows.jsonl")
-    words = arguments(tiny_path, data, folder / "out", **SAVING)
-    killed_after(4, lambda: main(words))
-    return data, folder / "out"
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"learning_rate": 1e-3},
-        {"seed": 1},
-        {"bone_r": 4},
-        {"init_weights": "bat"},
-        {"max_steps": 13},
-        {"per_device_train_batch_size": 2},
-        {"gradient_accumulation_steps": 2},
-        {"max_seq_length": 64},
-        {"dataset_split": "train[:30]"},
-        {"dataset_field": ["original_question", "response"]},
-        {"packing": True},
-        {"bits": "bf16"},
-        {"bf16": True},
-        {"adapter_dropout": 0.0},
-        {"eval_steps": 4},
-        {"lr_scheduler_type": "constant"},
-    ],
-    ids=lambda changes: " ".join(changes),
-)
-def test_what_decides_the_result_must_be_as_it_was(finetune, broken, changes):
-    data, output = broken
-    done = finetune("--resume", data_path=data, output_dir=output, **{**SAVING, **changes})
-    assert done.code == 2
-    [name] = changes
-    assert f"was saved with {name} " in done.complaint
-    assert "use the same settings to resume" in done.complaint
-
-
-def test_rows_must_be_as_they_were(finetune):
-    killed_after(4, lambda: finetune(**SAVING))
-    write_rows(finetune.data, [*ROWS[:-1], {"query": "other", "response": "hello"}])
-    done = finetune("--resume", **SAVING)
-    assert done.code == 2
-    assert "was saved with rows " in done.complaint
-    write_rows(finetune.data, ROWS[:-1])
-    assert finetune("--resume", **SAVING).code == 2
-    write_rows(finetune.data)
-    finetune.good("--resume", **SAVING)
-
-
-def test_what_decides_nothing_may_be_other_than_it_was(finetune, straight, tmp_path):
-    killed_after(4, lambda: finetune(**SAVING))
-    moved = tmp_path / "moved"
-    finetune.output.rename(moved)
-    others = {
-        "logging_steps": 5,
-        "save_steps": 4,
-        "save_total_limit": 1,
-        "report_to": "tensorboard",
-    }
-    finetune.good("--resume", output_dir=moved, **{**SAVING, **others})
-    assert result_of(moved) == result_of(straight)
-    assert checkpoints_in(moved) == ["checkpoint-12"]
+# --- what was written before ---------------------------------------------------------------------
 
 
 def test_resuming_what_has_ended_writes_the_same_again(finetune, straight):

@@ -52,6 +52,9 @@ class BatchSource(Protocol[T]):
     def batches_per_epoch(self) -> int | None:
         """How many batches an epoch has; None if all rows must be read to know."""
 
+    def digest(self) -> str:
+        """Return a hash of all rows."""
+
     def weight(self, batch: Sequence[T]) -> int:
         """How many terms the loss of a batch has."""
 

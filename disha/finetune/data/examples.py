@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,15 @@ class StoredExamples(Sequence[Example]):
         bounds = self._spans.piece(place)
         learned = tuple(zip(bounds[::2], bounds[1::2], strict=True))
         return Example(tuple(self._tokens.piece(place)), learned)
+
+    def digest(self) -> str:
+        """Return a hash of all examples."""
+        digest = hashlib.sha256()
+        for pieces in (self._tokens, self._spans):
+            digest.update(f"{len(pieces.ends)} {len(pieces.numbers)}".encode())
+            digest.update(pieces.ends)
+            digest.update(pieces.numbers)
+        return digest.hexdigest()
 
     def shuffled(self, seed: int) -> Iterator[Example]:
         """Yield the examples in an order that `seed` decides."""

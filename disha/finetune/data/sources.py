@@ -7,8 +7,10 @@ of an epoch, the earlier rows are encoded again to find out which batches they m
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,8 +25,12 @@ from disha.finetune.data.batches import TextRow, TokenBatch, collate, packed
 from disha.finetune.data.encoding import Encoder, Outcome, Tally
 from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.order import permutation, reading_order
+from disha.finetune.data.parquet import ParquetRows
 from disha.finetune.data.rows import Rows
+from disha.finetune.data.stamp import reading
+from disha.finetune.data.text_files import TextRows
 from disha.finetune.errors import TrainingError
+from disha.finetune.hashing import file_hash
 
 __all__ = ["StreamedExamples", "TextBatches"]
 
@@ -83,6 +89,14 @@ class TextBatches:
         if self.row_length is None:
             return math.ceil(len(self.examples) / self.size)
         return None if isinstance(self.examples, StreamedExamples) else self._batches_at_first
+
+    def digest(self) -> str:
+        """Return a hash of all rows.
+
+        Raises:
+            DataError: a file of streamed rows can't be read.
+        """
+        return self.examples.digest()
 
     def weight(self, batch: Sequence[TextRow]) -> int:
         """How many tokens of a batch are learned."""
@@ -153,6 +167,25 @@ class StreamedExamples:
     def __len__(self) -> int:
         """How many examples there are if every row can be used."""
         return len(self.rows)
+
+    def digest(self) -> str:
+        """Return a hash of the files, of the numbers of the rows, and of what encodes them.
+
+        The rows themselves would have to be encoded first.
+
+        Raises:
+            DataError: a file can't be read.
+        """
+        tokenizer, numbers = self.encoder.tokenizer, self.rows.numbers
+        digest = hashlib.sha256()
+        for file in self.rows.files:
+            assert isinstance(file, (ParquetRows, TextRows))  # which can be streamed
+            with reading(file.path):
+                digest.update(file_hash(file.path).encode())
+        digest.update(repr(numbers).encode() if isinstance(numbers, range) else array("q", numbers))
+        vocabulary = sorted(tokenizer.backend.get_vocab().items())
+        digest.update(repr((self.encoder.fields, tokenizer.chat_template, vocabulary)).encode())
+        return digest.hexdigest()
 
     def shuffled(self, seed: int) -> Iterator[Example]:
         """Yield the examples in an order that `seed` decides.

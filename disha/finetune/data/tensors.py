@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from disha.finetune.data.encoding import Outcome, Tally
 from disha.finetune.data.order import permutation
 from disha.finetune.data.rows import Row
 from disha.finetune.errors import BadRowError, DataError
+from disha.finetune.hashing import add_state
 
 __all__ = ["Samples", "TensorBatch", "TensorRows", "read_samples"]
 
@@ -64,6 +66,12 @@ class Samples:
         """Whether the targets are classes, rather than numbers to predict."""
         return self.targets.dtype == torch.int64
 
+    def digest(self) -> str:
+        """Return a hash of all samples."""
+        digest = hashlib.sha256()
+        add_state(digest, {"inputs": self.inputs, "targets": self.targets})
+        return digest.hexdigest()
+
     def batch(self, indices: Sequence[int]) -> TensorBatch:
         """Return a batch of the samples with these numbers."""
         chosen = torch.tensor(list(indices))
@@ -95,6 +103,10 @@ class TensorRows:
     def batches_per_epoch(self) -> int:
         """How many batches an epoch has."""
         return math.ceil(len(self.samples) / self.size)
+
+    def digest(self) -> str:
+        """Return a hash of all rows."""
+        return self.samples.digest()
 
     def weight(self, batch: Sequence[int]) -> int:
         """How many terms the summed loss of a batch has."""

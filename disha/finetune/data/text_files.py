@@ -118,6 +118,11 @@ class TextRows:
     starts: array[int] = field(default_factory=lambda: array("Q"))
     lines: array[int] = field(default_factory=lambda: array("Q"))
 
+    @property
+    def path(self) -> Path:
+        """The file's path."""
+        return self.file.path
+
     def __len__(self) -> int:
         return len(self.starts)
 

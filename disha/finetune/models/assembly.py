@@ -7,17 +7,22 @@ Layers are quantised one by one, so at most one of them is dense at any time.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from disha.finetune.errors import CheckpointError
+from disha.finetune.hashing import add_tensor
 from disha.finetune.models.decoder import Decoder, DecoderConfig
 from disha.finetune.models.quantised import WeightBits, is_quantised, quantise_layers, set_weight
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 __all__ = ["ModelCheckpoint", "Shape", "assemble", "check_fit"]
 
@@ -76,6 +81,7 @@ class ModelCheckpoint(ABC):
         dtype: torch.dtype,
         device: torch.device | None = None,
         bits: WeightBits | None = None,
+        digest: Hash | None = None,
     ) -> Decoder:
         """Return the model, with its weights read one after another.
 
@@ -83,6 +89,8 @@ class ModelCheckpoint(ABC):
             dtype: the number format of weights that are not quantised, and of products.
             device: where the weights go; the CPU by default.
             bits: 8 or 4 to quantise the linear layers of the decoder layers.
+            digest: a hash to add the model to, as it is stored: its weights before they are
+                quantised, and its constants. Where and how they are stored does not count.
 
         Raises:
             CheckpointError: the weights don't fit the configuration, or can't be read.
@@ -90,7 +98,7 @@ class ModelCheckpoint(ABC):
         """
         config = self.config()
         self.check_tensors(config)
-        return assemble(config, self, dtype, device or torch.device("cpu"), bits)
+        return assemble(config, self, dtype, device or torch.device("cpu"), bits, digest)
 
     def parameter_shapes(self, config: DecoderConfig, stored: int) -> dict[str, Shape]:
         """Return the shape of each parameter of the decoder, without a tied head.
@@ -119,8 +127,11 @@ def assemble(
     dtype: torch.dtype,
     device: torch.device,
     bits: WeightBits | None = None,
+    digest: Hash | None = None,
 ) -> Decoder:
     """Return the decoder of `config` with stored weights. They must fit; see `load_model`."""
+    if digest is not None:
+        digest.update(repr(_unusual(config)).encode())
     with torch.device("meta"):
         model = Decoder(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -135,13 +146,22 @@ def assemble(
         count = max(1, SLICE // max(1, values[0].numel()))
         for first in range(0, len(values), count):
             last = min(first + count, len(values))
-            values[first:last] = weights.rows(name, first, last)
+            rows = weights.rows(name, first, last)
+            values[first:last] = rows
+            if digest is not None:
+                add_tensor(digest, rows)
         if quantised:
             set_weight(module, values, device)
         else:
             setattr(module, attribute, nn.Parameter(values))
     model.tie_head()
     return model
+
+
+def _unusual(config: DecoderConfig) -> dict[str, Any]:
+    """Return a decoder's sizes and constants without defaults, so that new ones change no hash."""
+    given = ((one, getattr(config, one.name)) for one in dataclasses.fields(config))
+    return {one.name: value for one, value in given if value != one.default}
 
 
 def check_fit(path: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:

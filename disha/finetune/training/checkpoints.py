@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import hashlib
 import io
 import json
 import os
@@ -37,6 +36,7 @@ from torch import nn
 import disha
 from disha.files import write_folder
 from disha.finetune.errors import OutputError, SettingsError
+from disha.finetune.hashing import file_hash
 from disha.finetune.training.loop import Progress
 from disha.finetune.training.parallel import Processes, is_sharded, undistributed
 
@@ -46,9 +46,6 @@ T = TypeVar("T")
 
 ADAPTER, TRAINING, MANIFEST = "adapter.safetensors", "training.pt", "manifest.json"
 FORMAT = 1
-PIECE = 1 << 20
-"""How many bytes of a file are read at a time."""
-
 NAME = re.compile(r"checkpoint-(\d+)")
 LEFTOVER = re.compile(r"\.checkpoint-\d+\..*\.tmp")
 
@@ -60,7 +57,7 @@ class SavedState:
     Args:
         folder: the checkpoint.
         progress: how far training was.
-        settings: the caller's settings, which must be the same to resume.
+        setup: the caller's data on what the run depends on.
         history: the caller's data, such as the losses so far.
         optimizer: the optimiser's state dict, by parameter names.
         random: the random states of each process, by rank.
@@ -68,32 +65,10 @@ class SavedState:
 
     folder: Path
     progress: Progress
-    settings: Mapping[str, str]
+    setup: Mapping[str, Any]
     history: Mapping[str, Any]
     optimizer: Mapping[str, Any]
     random: tuple[Mapping[str, Any], ...]
-
-    def require_agreement(self, settings: Mapping[str, str]) -> None:
-        """Check that training resumes with the settings that it began with.
-
-        Args:
-            settings: the current ones; a setting that depends on others comes after them.
-
-        Raises:
-            SettingsError: a setting differs; the message names the first one.
-        """
-        for name in dict.fromkeys([*settings, *self.settings]):
-            saved, given = self.settings.get(name), settings.get(name)
-            if saved != given:
-                raise SettingsError(
-                    f"{self.folder} was saved with {_setting(name, saved)}, but this run has "
-                    f"{_setting(name, given)}; use the same settings to resume, or leave "
-                    "--resume out to start over"
-                )
-
-
-def _setting(name: str, value: str | None) -> str:
-    return f"no {name}" if value is None else f"{name} {value}"
 
 
 class Checkpoints:
@@ -124,7 +99,7 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         progress: Progress,
         *,
-        settings: Mapping[str, str],
+        setup: Mapping[str, Any],
         history: Mapping[str, Any],
     ) -> Path:
         """Save a checkpoint. Then, with a limit, remove the checkpoints beyond it.
@@ -136,7 +111,7 @@ class Checkpoints:
             objective: the objective to train, with an adapter in its model.
             optimizer: the objective's optimiser.
             progress: how far training is.
-            settings: the settings that must be the same to resume.
+            setup: plain data on what the run depends on.
             history: plain data to get back when resuming, such as the losses so far.
 
         Returns:
@@ -150,7 +125,7 @@ class Checkpoints:
             return final
         state = {
             "progress": dataclasses.asdict(progress),
-            "settings": dict(settings),
+            "setup": dict(setup),
             "history": dict(history),
             "optimizer": _optimizer_state(objective, optimizer),
             "random": self._processes.gather(_random_state()),
@@ -176,8 +151,11 @@ class Checkpoints:
         Raises:
             SettingsError: every checkpoint is damaged.
         """
-        self._newest = self._on_main(lambda: self._search(report))
-        return None if self._newest is None else _read(self._newest)
+        found: list[SavedState] = []  # on the main process, which need not read it again
+        self._newest = self._on_main(lambda: self._search(report, found))
+        if self._newest is None:
+            return None
+        return found[0] if found else _read(self._newest)
 
     def restore(
         self, saved: SavedState, objective: nn.Module, optimizer: torch.optim.Optimizer
@@ -235,14 +213,15 @@ class Checkpoints:
             f"{final} can't be written: {cause.strerror or cause}; {remedy}, and {way_on}"
         ) from error
 
-    def _search(self, report: Callable[[str], None]) -> Path | None:
-        found = self.newest_first()
-        for path in found:
-            fault = _fault(path)
-            if fault is None:
+    def _search(self, report: Callable[[str], None], found: list[SavedState]) -> Path | None:
+        paths = self.newest_first()
+        for path in paths:
+            try:
+                found.append(_read(path))
                 return path
-            report(f"{path} is skipped: {fault}")
-        if found:
+            except (OSError, _DamagedError) as error:
+                report(f"{path} is skipped: {_words(error)}")
+        if paths:
             raise SettingsError(
                 f"every checkpoint in {self._folder} is damaged; leave --resume out to start over"
             )
@@ -291,7 +270,7 @@ def _complete(folder: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()  # because torch.save hides why a file can't be written
     torch.save(state, buffer)
     (folder / TRAINING).write_bytes(buffer.getbuffer())
-    files = {name: _digest(folder / name) for name in (ADAPTER, TRAINING)}
+    files = {name: file_hash(folder / name) for name in (ADAPTER, TRAINING)}
     manifest = json.dumps({"format": FORMAT, "files": files}, indent=2)
     (folder / MANIFEST).write_text(f"{manifest}\n", encoding="utf-8")
 
@@ -303,37 +282,35 @@ def _cause(error: OSError) -> OSError:
     return error
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _fault(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None."""
     try:
         _read(folder)
-    except OSError as error:
-        return f"{error.filename} can't be read: {error.strerror}"
-    except _DamagedError as error:
-        return str(error)
+    except (OSError, _DamagedError) as error:
+        return _words(error)
     return None
+
+
+def _words(error: OSError | _DamagedError) -> str:
+    return (
+        f"{error.filename} can't be read: {error.strerror}"
+        if isinstance(error, OSError)
+        else str(error)
+    )
 
 
 def _read(folder: Path) -> SavedState:
     """Read a checkpoint, after checking its hashes."""
     hashes = _hashes(folder)
     for name in (ADAPTER, TRAINING):
-        if _digest(folder / name) != hashes.get(name):
+        if file_hash(folder / name) != hashes.get(name):
             raise _DamagedError(f"{name} is damaged: its SHA-256 is not that of the manifest")
     try:
         state = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
         return SavedState(
             folder=folder,
             progress=Progress(**state["progress"]),
-            settings=state["settings"],
+            setup=state["setup"],
             history=state["history"],
             optimizer=state["optimizer"],
             random=tuple(state["random"]),

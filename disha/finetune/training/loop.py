@@ -5,7 +5,8 @@ processes. So several small batches give the gradient of one large batch, whatev
 
 With A batches to accumulate and N processes, a step has A * N batches, or fewer at the end of an
 epoch. Process k takes every Nth batch from the kth on. So N processes that accumulate A batches do
-what one process does that accumulates A * N.
+what one process does that accumulates A * N. A run that another number of processes resumes keeps
+the batches of its steps.
 """
 
 from __future__ import annotations
@@ -100,13 +101,13 @@ class Step:
         return Progress(self.step, self.epoch, self.batches, self.seconds)
 
 
-def planned_steps(settings: TrainingSettings, batches: int | None, processes: int = 1) -> int:
+def planned_steps(settings: TrainingSettings, batches: int | None, batches_per_step: int) -> int:
     """Return how many optimiser steps training has.
 
     Args:
         settings: how many epochs or steps are asked for.
         batches: how many batches an epoch has, for all processes; None if not known.
-        processes: how many processes share them.
+        batches_per_step: how many of them a step has.
 
     Raises:
         SettingsError: `batches` is not known, and `max_steps` is not set.
@@ -118,7 +119,7 @@ def planned_steps(settings: TrainingSettings, batches: int | None, processes: in
             "--max_steps is needed, because with --streaming and --packing the number of "
             "steps in an epoch is not known; give it, or leave --streaming out"
         )
-    per_epoch = math.ceil(batches / (settings.gradient_accumulation_steps * processes))
+    per_epoch = math.ceil(batches / batches_per_step)
     return max(1, math.ceil(settings.num_train_epochs * per_epoch))
 
 
@@ -172,6 +173,7 @@ def training_steps(
     evaluate: Callable[[], float] | None = None,
     eval_steps: int = 0,
     start: Progress | None = None,
+    batches_per_step: int | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[Step]:
     """Train, yielding after every optimiser step.
@@ -186,6 +188,8 @@ def training_steps(
         evaluate: measures the held-out loss; called every `eval_steps` steps and after the last.
         eval_steps: 0 evaluates after the last step only.
         start: where to resume; by default, training starts at the beginning.
+        batches_per_step: how many batches a step has, on all processes; by default, as many as the
+            settings say.
         should_stop: called once in every step. If it returns true on any process, that step is the
             last on all of them. The loss is then measured only if the step was due for it.
 
@@ -199,8 +203,8 @@ def training_steps(
     trainable = _trainable(objective)
     processes = processes or Processes.alone(trainable[0].device)
     start = start or Progress()
-    steps = planned_steps(settings, source.batches_per_epoch(), processes.world_size)
-    size = settings.gradient_accumulation_steps * processes.world_size
+    size = batches_per_step or settings.gradient_accumulation_steps * processes.world_size
+    steps = planned_steps(settings, source.batches_per_epoch(), size)
     portions = _portions(source, size, start)
     seconds = start.seconds
     with computing_in_tf32(settings.tf32), explaining_lack_of_memory():

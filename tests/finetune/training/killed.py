@@ -21,7 +21,7 @@ from disha.finetune.training.loop import make_optimizer, training_steps
 from tests.finetune.training.tiny import PackedPairs, examples, objective, plan
 
 PLAN = plan(max_steps=90, warmup_ratio=0.2)
-SETTINGS = {"seed": "1"}
+SETUP = {"seed": 1}
 SOURCE = PackedPairs(examples(22), 2, 1)
 """Eleven rows of two texts, six batches, three steps an epoch."""
 
@@ -42,7 +42,7 @@ def train(folder: Path, pause: float = 0.0, started=None) -> None:
     saved = checkpoints.newest_good(print)
     losses = []
     if saved is not None:
-        saved.require_agreement(SETTINGS)
+        assert saved.setup == SETUP
         checkpoints.restore(saved, trained, optimizer)
         losses = list(saved.history["losses"])
     start = None if saved is None else saved.progress
@@ -54,9 +54,7 @@ def train(folder: Path, pause: float = 0.0, started=None) -> None:
             metrics.record_step(step)
             if step.step % 2 == 0:
                 history = {"losses": losses}
-                checkpoints.save(
-                    trained, optimizer, step.progress, settings=SETTINGS, history=history
-                )
+                checkpoints.save(trained, optimizer, step.progress, setup=SETUP, history=history)
             time.sleep(pause)
     (folder / "losses.json").write_text(json.dumps(losses))
     disha.save_adapter(trained.model, folder / "adapter.safetensors")

@@ -91,12 +91,14 @@ def test_the_loss_is_the_mean_over_learned_tokens():
     ],
 )
 def test_number_of_steps(changes, batches, processes, steps):
-    assert planned_steps(plan(**changes), batches, processes) == steps
+    chosen = plan(**changes)
+    size = chosen.gradient_accumulation_steps * processes
+    assert planned_steps(chosen, batches, size) == steps
 
 
 def test_the_number_of_steps_has_to_come_from_somewhere():
     with pytest.raises(SettingsError, match="--max_steps is needed"):
-        planned_steps(plan(), None)
+        planned_steps(plan(), None, 1)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])

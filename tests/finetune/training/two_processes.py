@@ -31,7 +31,7 @@ from tests.finetune.training.tiny import objective, plan, source
 
 STRATEGIES = ("ddp", "fsdp")
 ALONE = Processes.alone(torch.device("cpu"))
-SETTINGS = {"seed": "0"}
+SETUP = {"seed": 0}
 
 
 def together():
@@ -211,7 +211,7 @@ def trained(shared, checkpoint, saved=None, choices=None, processes=None):
         losses.append(step.loss)
         if step.step == 3:
             history = {"losses": losses}
-            checkpoint.save(shared, optimizer, step.progress, settings=SETTINGS, history=history)
+            checkpoint.save(shared, optimizer, step.progress, setup=SETUP, history=history)
     return losses
 
 
