@@ -1,13 +1,13 @@
 """Write files and folders completely or not at all.
 
-New content is written to a temporary folder beside its target, synced to the disk, and renamed to
-the target. A temporary folder is locked while its writer lives. So the next write to the same
-target can recognise the leftovers of a killed writer, and clears them. Without locks (Windows, some
-network file systems), nothing is cleared.
+Each target gets a *draft*: a temporary folder beside it. The new content is written there as `new`,
+synced to the disk, and renamed to the target. The draft is locked while its writer lives. So the
+next write to the same target recognises the draft of a killed writer, and clears it. Without locks
+(Windows, some network file systems), nothing is cleared.
 
-Replacing a folder, or a set of files, takes more than one rename. The last target is then first
-moved to `old`, beside `new`. A writer that is killed in between leaves a complete `new` and no
-target. In that case, the next write first moves `new` to the target.
+Replacing a folder, or a set of files, takes more than one rename. So the last target is first moved
+*away*, to `old` in its draft. If the writer is killed before `new` is in its place, the next write
+finishes the replacement.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,18 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 from disha.errors import AdapterIOError, ArgumentTypeError, DishaError
+from disha.files.reading import Found, explained, found_at, walked
 
-__all__ = ["PathLike", "Write", "checked_path", "write_files", "write_folder"]
+__all__ = [
+    "PathLike",
+    "Write",
+    "checked_path",
+    "clear_drafts",
+    "remove_folder",
+    "resolved",
+    "write_files",
+    "write_folder",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -51,6 +61,18 @@ def checked_path(path: object) -> Path:
     except (OSError, ValueError) as error:
         raise AdapterIOError(f"{str(path)[:80]!r} can't be a file here: {error}") from error
     return Path(path)
+
+
+def resolved(path: PathLike) -> Path:
+    """Return a checked path as an absolute one without symbolic links.
+
+    Raises:
+        AdapterIOError: the system can't tell.
+    """
+    path = checked_path(path)
+    with explained(path):
+        # Without `strict`, a link that can't be read would count as the file.
+        return Path(os.path.realpath(path, strict=found_at(path) is not None))
 
 
 def write_files(files: Mapping[PathLike, Write]) -> None:
@@ -78,12 +100,12 @@ def write_files(files: Mapping[PathLike, Write]) -> None:
         ...     path.read_text()
         'done'
     """
-    targets = [_resolved(path) for path in files]
-    with _replacing(targets, _check_file, take_away=len(targets) > 1) as temporaries:
-        for temporary, write in zip(temporaries, files.values(), strict=True):
-            write(str(temporary.new))
-            _set_permissions(temporary)
-            _sync(temporary.new)
+    targets = [resolved(path) for path in files]
+    with _replacing(targets, _check_file, take_away=len(targets) > 1) as drafts:
+        for draft, write in zip(drafts, files.values(), strict=True):
+            write(str(draft.new))
+            _set_permissions(draft)
+            _sync(draft.new)
 
 
 @contextmanager
@@ -114,45 +136,59 @@ def write_folder(target: PathLike, overwrite: bool = False) -> Iterator[Path]:
     def check(path: Path) -> None:
         _check_folder(path, overwrite)
 
-    with _replacing([_resolved(target)], check, take_away=overwrite) as [temporary]:
-        temporary.new.mkdir()
-        yield temporary.new
-        if temporary.target.exists():
-            temporary.new.chmod(temporary.target.stat().st_mode & 0o777)
-        for folder, _, names in os.walk(temporary.new):
+    with _replacing([resolved(target)], check, take_away=overwrite) as [draft]:
+        draft.new.mkdir()
+        yield draft.new
+        if found_at(draft.target):
+            draft.new.chmod(draft.target.stat().st_mode & 0o777)
+        for folder, _, names in walked(draft.new):
             for name in names:
                 _sync(Path(folder, name))
             _sync_names(Path(folder))
 
 
-def _resolved(path: PathLike) -> Path:
-    return Path(os.path.realpath(checked_path(path)))
+def remove_folder(folder: PathLike) -> None:
+    """Remove a folder, completely or not at all.
+
+    If the process is killed meanwhile, `clear_drafts` removes the rest.
+
+    Raises:
+        AdapterIOError: it can't be removed, and is unchanged.
+    """
+    draft = _Draft(resolved(folder), secrets.token_hex(8))
+    try:
+        os.rename(draft.target, draft.folder)
+    except OSError as error:
+        raise AdapterIOError(f"can't remove {folder}: {error.strerror or error}") from error
+    _discard([draft])
 
 
 def _check_file(target: Path) -> None:
-    if target.is_dir():
+    found = found_at(target)
+    if found == "folder":
         raise AdapterIOError(f"can't save to {target}: it is a folder; name a file in it")
-    if target.exists() and not target.is_file():
+    if found == "other":
         raise AdapterIOError(f"can't save to {target}: it is not a regular file; name another")
-    _check_writable(target)
+    _check_writable(target, found)
 
 
 def _check_folder(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
+    found = found_at(target)
+    if found not in ("folder", None):
         raise AdapterIOError(f"can't save to {target}: it is a file; name a folder")
-    _check_writable(target)
-    if not overwrite and target.exists() and any(target.iterdir()):
+    _check_writable(target, found)
+    if not overwrite and found and os.listdir(target):
         raise AdapterIOError(
             f"can't save to {target}: it is not empty; name another folder, or allow overwriting"
         )
 
 
-def _check_writable(target: Path) -> None:
-    if not target.parent.is_dir():
+def _check_writable(target: Path, found: Found | None) -> None:
+    if found_at(target.parent) != "folder":
         raise AdapterIOError(
             f"can't save to {target}: the folder {target.parent} does not exist; create it first"
         )
-    if target.exists() and not os.access(target, os.W_OK):
+    if found and not os.access(target, os.W_OK):
         raise AdapterIOError(
             f"can't save to {target}: it is read-only; allow writing, or name another"
         )
@@ -162,8 +198,8 @@ def _check_writable(target: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Temporary:
-    """The temporary folder of one target; writers of several targets share one key."""
+class _Draft:
+    """The temporary folder of one target; the drafts of one write share a key."""
 
     target: Path
     key: str
@@ -183,13 +219,13 @@ class _Temporary:
         return self.folder / "old"
 
     @property
-    def between(self) -> bool:
-        """Whether the target is missing because it was moved away."""
-        return os.path.lexists(self.old) and not os.path.lexists(self.target)
+    def is_target_away(self) -> bool:
+        """Whether the target was moved away, and nothing is in its place."""
+        return _is_there(self.old) and not _is_there(self.target)
 
 
 LONGEST_NAME = 200
-"""Longest name of a target, in bytes. File systems allow 255, and temporary names add 22."""
+"""Longest name of a target, in bytes. File systems allow 255, and drafts add 22."""
 
 
 def _prefix(target: Path) -> str:
@@ -202,83 +238,110 @@ def _prefix(target: Path) -> str:
 @contextmanager
 def _replacing(
     targets: Sequence[Path], check: Callable[[Path], None], take_away: bool
-) -> Iterator[list[_Temporary]]:
-    """Yield a temporary folder for each target, whose `new` replaces the target at the end.
+) -> Iterator[list[_Draft]]:
+    """Yield a draft for each target, whose `new` replaces the target at the end.
 
     Args:
         targets: paths without symbolic links.
         check: raises if a target can't be replaced.
         take_away: move the last target away before the first one is replaced.
     """
-    _clear_leftovers(targets)
     key = secrets.token_hex(8)
-    temporaries = [_Temporary(target, key) for target in targets]
-    last, placed = temporaries[-1], list[Path]()
-    with ExitStack() as locks:
-        try:
-            for target in targets:
-                check(target)
-            for temporary in temporaries:
-                locks.callback(_make_locked(temporary))
-            yield temporaries
-            if take_away and last.target.exists():
+    drafts = [_Draft(target, key) for target in targets]
+    last, placed, locks = drafts[-1], list[Path](), list[int]()
+    needed = False  # by the next write
+    try:
+        clear_drafts(targets)
+        for target in targets:
+            check(target)
+        for draft in drafts:
+            _make_locked(draft, locks)
+        yield drafts
+        needed = True
+        if take_away:
+            with suppress(FileNotFoundError):  # there may be none
                 os.rename(last.target, last.old)
-                _sync_names(last.target.parent)
-            for temporary in temporaries:
-                os.replace(temporary.new, temporary.target)
-                placed.append(temporary.target)
-                _sync_names(temporary.target.parent)
-        except BaseException as error:
-            _put_back(temporaries)
-            if isinstance(error, DishaError) or not isinstance(error, OSError):
-                raise
-            raise AdapterIOError(
-                f"can't save to {last.target}: {error.strerror or error}; "
-                f"{_outcome(temporaries, placed)}"
-            ) from error
-        finally:
-            if not last.between:  # otherwise the next write needs these folders
-                for temporary in temporaries:
-                    shutil.rmtree(temporary.folder, ignore_errors=True)
+            _sync_names(last.target.parent)
+        for draft in drafts:
+            os.replace(draft.new, draft.target)
+            placed.append(draft.target)
+            _sync_names(draft.target.parent)
+        needed = False
+    except BaseException as error:
+        needed = needed and not _settle(drafts, placed)
+        if isinstance(error, DishaError) or not isinstance(error, OSError):
+            raise
+        raise AdapterIOError(
+            f"can't save to {last.target}: {error.strerror or error}; "
+            f"{_outcome(placed, last.target if needed else None)}"
+        ) from error
+    finally:
+        if not needed:
+            _discard(drafts)
+        for lock in locks:
+            with suppress(OSError):
+                os.close(lock)
 
 
-def _put_back(temporaries: Sequence[_Temporary]) -> None:
-    """Put the last target back if it was moved away and no target is replaced yet."""
-    last = temporaries[-1]
-    if last.between and all(temporary.new.exists() for temporary in temporaries):
-        with suppress(OSError):
+def _settle(drafts: Sequence[_Draft], placed: list[Path]) -> bool:
+    """Put the last target back, or place the rest if another is in place already.
+
+    Returns:
+        Whether it is certain that all targets are old, or all are new.
+    """
+    last = drafts[-1]
+    try:
+        if last.is_target_away and all(_is_there(draft.new) for draft in drafts):
             os.rename(last.old, last.target)
+        elif last.is_target_away:
+            _place(drafts, placed)
+        return True
+    except OSError:
+        return False
 
 
-def _outcome(temporaries: Sequence[_Temporary], placed: Sequence[Path]) -> str:
-    if not placed and not temporaries[-1].between:
+def _place(drafts: Iterable[_Draft], placed: list[Path]) -> None:
+    """Replace the targets that are not replaced yet, and add them to `placed`."""
+    for draft in drafts:
+        if _is_there(draft.new):
+            os.replace(draft.new, draft.target)
+            placed.append(draft.target)
+
+
+def _outcome(placed: Sequence[Path], away: Path | None) -> str:
+    if not placed and away is None:
         return "what was there is unchanged"
     new = f"{', '.join(map(str, placed))} already replaced" if placed else "nothing replaced"
-    gone = f", {temporaries[-1].target} missing" if temporaries[-1].between else ""
-    return f"{new}{gone}; save again"
+    return f"{new}{f', {away} missing' if away else ''}; save again"
 
 
-def _make_locked(temporary: _Temporary) -> Callable[[], None]:
-    """Make a temporary folder and lock it; return a function that unlocks it."""
+def _make_locked(draft: _Draft, locks: list[int]) -> None:
+    """Make the folder of a draft and lock it; add the descriptor that holds the lock to `locks`."""
     # No other user may read new content before it has the permissions of the old content.
-    mode = 0o700 if temporary.target.exists() else 0o777
+    mode = 0o700 if found_at(draft.target) else 0o777
     while True:
-        temporary.folder.mkdir(mode)
+        draft.folder.mkdir(mode)
         if fcntl is None:
-            return lambda: None
-        # Before it is locked, another writer may think it is a leftover and clear it.
+            return
+        # Before it is locked, another writer may think that its own is dead, and clear it.
         try:
-            descriptor = _opened(temporary.folder)
+            locks.append(_opened(draft.folder))
         except FileNotFoundError:
             continue
         except OSError:
-            temporary.folder.rmdir()
+            draft.folder.rmdir()  # rmtree would have to open it
             raise
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if temporary.folder.exists():
-            return lambda: os.close(descriptor)
-        os.close(descriptor)
+            fcntl.flock(locks[-1], fcntl.LOCK_EX)
+        if _is_there(draft.folder):
+            return
+
+
+def _discard(drafts: Iterable[_Draft]) -> None:
+    """Remove drafts, as far as the system allows. The next write removes the rest."""
+    for draft in drafts:
+        with suppress(OSError):  # even so, rmtree raises some errors
+            shutil.rmtree(draft.folder, ignore_errors=True)
 
 
 def _opened(folder: Path) -> int:
@@ -286,8 +349,12 @@ def _opened(folder: Path) -> int:
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
 
-def _clear_leftovers(targets: Sequence[Path]) -> None:
-    """Remove the leftovers of killed writers of these targets, or finish their replacement."""
+def clear_drafts(targets: Sequence[Path]) -> None:
+    """Finish the replacement of these targets by killed writers, and remove their drafts.
+
+    Args:
+        targets: paths without symbolic links. Targets of one write must be given together.
+    """
     for target in targets if fcntl is not None else ():
         pattern = re.compile(re.escape(_prefix(target)) + r"([0-9a-f]{16})\.tmp")
         names: list[str] = []
@@ -295,33 +362,39 @@ def _clear_leftovers(targets: Sequence[Path]) -> None:
             names = os.listdir(target.parent)
         for match in filter(None, map(pattern.fullmatch, names)):
             with suppress(OSError):  # a file of another user, or gone already
-                _clear([_Temporary(one, match[1]) for one in targets], _Temporary(target, match[1]))
+                _clear([_Draft(one, match[1]) for one in targets], _Draft(target, match[1]))
 
 
-def _clear(temporaries: Sequence[_Temporary], leftover: _Temporary) -> None:
-    """Clear the leftover of one target; first finish the replacement if it was complete."""
+def _clear(drafts: Sequence[_Draft], leftover: _Draft) -> None:
+    """Clear one of the drafts of a killed writer; first finish the replacement if it had begun."""
     descriptor = _opened(leftover.folder)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its writer is alive
-        if temporaries[-1].between and all(one.folder.is_dir() for one in temporaries):
-            for one in temporaries:
-                if os.path.lexists(one.new):
-                    os.replace(one.new, one.target)
+        if drafts[-1].is_target_away and all(_is_there(draft.folder) for draft in drafts):
+            _place(drafts, [])
         shutil.rmtree(leftover.folder)
     finally:
         os.close(descriptor)
 
 
-def _set_permissions(temporary: _Temporary) -> None:
+def _set_permissions(draft: _Draft) -> None:
     """Give a new file the permissions and the owner of the one it replaces."""
-    if not temporary.target.exists():  # some writers create files that only their owner can read
-        os.chmod(temporary.new, temporary.folder.stat().st_mode & 0o666)
+    if not found_at(draft.target):  # some writers create files that only their owner can read
+        os.chmod(draft.new, draft.folder.stat().st_mode & 0o666)
         return
-    old, new = temporary.target.stat(), temporary.new.stat()
+    old, new = draft.target.stat(), draft.new.stat()
     if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
         with suppress(OSError):  # only root may give a file away
-            os.chown(temporary.new, old.st_uid, old.st_gid)
-    os.chmod(temporary.new, old.st_mode & 0o777)
+            os.chown(draft.new, old.st_uid, old.st_gid)
+    os.chmod(draft.new, old.st_mode & 0o777)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something of that name; raise if the system can't tell."""
+    with suppress(FileNotFoundError):
+        os.lstat(path)
+        return True
+    return False
 
 
 def _sync(path: Path) -> None:

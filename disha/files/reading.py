@@ -1,4 +1,4 @@
-"""Open files from strangers: only regular files, with errors that name the file."""
+"""Look at paths and open files from strangers, with errors that name the path."""
 
 from __future__ import annotations
 
@@ -7,11 +7,36 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from disha.errors import AdapterIOError, DishaError
 
-__all__ = ["explained", "opened_file"]
+__all__ = ["Found", "explained", "found_at", "opened_file", "walked"]
+
+Found = Literal["file", "folder", "other"]
+
+
+def found_at(path: Path) -> Found | None:
+    """Return what is at a path. Links are followed.
+
+    Raises:
+        AdapterIOError: the system can't tell.
+    """
+    with explained(path):
+        try:
+            mode = os.stat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def walked(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Return `os.walk` of a folder that raises where something can't be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    return os.walk(folder, onerror=fail)
 
 
 @contextmanager
@@ -23,7 +48,7 @@ def opened_file(path: Path) -> Iterator[BinaryIO]:
             `OSError` of the body.
     """
     with explained(path):
-        if path.is_dir():
+        if found_at(path) == "folder":
             raise AdapterIOError(f"can't read {path}: it is a folder; name a file")
         with open(path, "rb", buffering=0, opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

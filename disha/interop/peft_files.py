@@ -18,9 +18,17 @@ from typing import Any
 from torch import Tensor
 
 from disha.errors import AdapterFileError, AdapterIOError
-from disha.files.atomic import PathLike, checked_path, write_files, write_folder
+from disha.files.atomic import (
+    PathLike,
+    checked_path,
+    clear_drafts,
+    resolved,
+    write_files,
+    write_folder,
+)
 from disha.files.json_files import read_json
 from disha.files.pieces import tensor_writer
+from disha.files.reading import found_at
 from disha.files.tensors import DTYPES, opened
 from disha.state import finite_as
 from disha.text import brief, first_few
@@ -80,7 +88,8 @@ def write_peft_files(
     write_tensors = tensor_writer(prefixed, {"format": "pt"})
     # PEFT looks for the configuration first, so it takes its place last.
     files = {WEIGHTS_NAME: write_tensors, CONFIG_NAME: write_config}
-    if folder.is_dir():
+    if found_at(folder) == "folder":
+        clear_drafts([resolved(folder)])
         write_files({folder / name: write for name, write in files.items()})
         return
     with write_folder(folder) as new:
@@ -98,10 +107,10 @@ def read_peft_files(folder: PathLike) -> tuple[Path, Fields, dict[str, Tensor]]:
         AdapterFileError: it does not hold an adapter in PEFT's layout.
     """
     path = checked_path(folder)
-    if not path.is_dir():
+    if found_at(path) != "folder":
         raise AdapterIOError(f"can't read {path}: it is not a folder; name one with {CONFIG_NAME}")
     fields = Fields(path / CONFIG_NAME, read_json(path / CONFIG_NAME))
-    if not (path / WEIGHTS_NAME).exists() and (path / "adapter_model.bin").exists():
+    if found_at(path / WEIGHTS_NAME) is None and found_at(path / "adapter_model.bin"):
         raise AdapterFileError(
             f"{path} has its tensors in adapter_model.bin, a pickle, which can run any code and is "
             "not read; load it in PEFT if you trust it, and save it again as safetensors"

@@ -1,6 +1,6 @@
-"""`python -m tests.fuzzing`: try hostile files, kill saves, and let saves and runs meet.
+"""`python -m tests.fuzzing`: hostile files, killed saves, meeting saves and runs, failing files.
 
-With the default numbers it takes twelve minutes on two cores."""
+With the default numbers it takes twenty minutes on two cores."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from disha.tables import table
 from tests.fuzzing.crafting import RECIPES, craft
+from tests.fuzzing.faults import CODES
+from tests.fuzzing.operations import JOBS, Trials
 from tests.fuzzing.saving import kill_saves, meet
 from tests.fuzzing.workers import Outcome, try_files
 
@@ -28,6 +32,8 @@ def main() -> int:
         failures += _kill(arguments)
     if arguments.runs:
         failures += _meet_runs(arguments)
+    if arguments.faults:
+        failures += sum(map(_break, JOBS))
     print("everything holds" if not failures else f"{failures} FAILURES, kept in {arguments.out}")
     return int(failures > 0)
 
@@ -38,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=200, help="how many killed saves")
     parser.add_argument("--meetings", type=int, default=200, help="saves of each of two processes")
     parser.add_argument("--runs", type=int, default=50, help="pairs of runs in one folder")
+    parser.add_argument(
+        "--faults",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let each operation on files fail, in everything that reads or writes them",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another makes other files")
     parser.add_argument("--first", type=int, default=0, help="number of the first file")
     parser.add_argument("--workers", type=int, default=2, help="processes that try files")
@@ -120,6 +132,25 @@ def _meet_runs(arguments: argparse.Namespace) -> int:
     for outcome, count in sorted(Counter(done.stdout.splitlines()).items()):
         print(f"{count} pairs of runs, {outcome}")
     return int(done.returncode != 0)
+
+
+def _break(name: str) -> int:
+    """Let every operation of a job fail with every code, once or lastingly, or be the last."""
+    with tempfile.TemporaryDirectory() as folder:
+        trials = Trials(JOBS[name], Path(folder))
+        kinds = [(code, lasting) for code in CODES for lasting in (False, True)]
+        ways = [partial(trials.fail, code=code, lasting=lasting) for code, lasting in kinds]
+        ways.append(trials.kill)
+        tried = [partial(way, at) for at in range(trials.operations) for way in ways]
+        failures = 0
+        for one in tqdm(tried, desc=name, unit="", leave=False):
+            try:
+                one()
+            except Exception:
+                failures += 1
+                traceback.print_exc()
+    print(f"{name}: {trials.operations} operations, {len(tried):,} trials, {failures} failures")
+    return failures
 
 
 if __name__ == "__main__":

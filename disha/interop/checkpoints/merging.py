@@ -28,11 +28,18 @@ from disha.errors import (
     ArgumentTypeError,
     MergeError,
 )
-from disha.files.atomic import PathLike, checked_path, write_files, write_folder
+from disha.files.atomic import (
+    PathLike,
+    checked_path,
+    resolved,
+    write_files,
+    write_folder,
+)
 from disha.files.contents import read_contents
 from disha.files.header import AdapterFile, LayerRecord
 from disha.files.json_files import read_json
 from disha.files.pieces import Piece, write_pieces, write_tensor
+from disha.files.reading import explained, found_at, walked
 from disha.files.tensors import DTYPES, NAMES
 from disha.functional.shards import merge_dtype
 from disha.interop.checkpoints.matching import BaseReport, Matching, matched
@@ -227,16 +234,16 @@ def _check_arguments(scale: object, dtype: object) -> None:
 
 
 def _check_target(out: Path, checkpoint: Checkpoint, adapter: Path, overwrite: bool) -> None:
-    target = Path(os.path.realpath(out))
-    sources = [Path(os.path.realpath(one)) for one in (checkpoint.path, *checkpoint.files, adapter)]
+    target = resolved(out)
+    sources = [resolved(one) for one in (checkpoint.path, *checkpoint.files, adapter)]
     around = [source for source in sources if target in (source, *source.parents)]
     if around:
         problem: str | None = f"it is or contains {around[0]}, which is an input"
     elif checkpoint.folder is not None and sources[0] in target.parents:
         problem = f"it is inside the base, {checkpoint.folder}"
-    elif not target.parent.is_dir():
+    elif found_at(target.parent) != "folder":
         raise AdapterIOError(f"can't write to {out}: create the folder {target.parent} first")
-    elif not target.exists():
+    elif found_at(target) is None:
         problem = None
     elif out.suffix == SUFFIX:
         problem = _why_no_file(target, overwrite)
@@ -248,20 +255,22 @@ def _check_target(out: Path, checkpoint: Checkpoint, adapter: Path, overwrite: b
 
 def _why_no_file(target: Path, overwrite: bool) -> str | None:
     """Return why a file can't replace the target, or None if it can."""
-    if target.is_dir():
+    if found_at(target) == "folder":
         return f"it is a folder, and a path that ends with {SUFFIX} names a file"
     return None if overwrite else "it exists; choose another name, or set `overwrite`"
 
 
 def _why_no_folder(target: Path, overwrite: bool) -> str | None:
     """Return why a folder can't replace the target, or None if it can."""
-    if not target.is_dir():
+    if found_at(target) != "folder":
         return f"it is a file; name a folder, or a path that ends with {SUFFIX}"
-    if not any(target.iterdir()):
+    with explained(target):
+        is_empty = not os.listdir(target)
+    if is_empty:
         return None
     if not overwrite:
         return "it is not empty; choose another folder, or set `overwrite`"
-    if any((target / name).is_file() for name in (SINGLE, INDEX)):
+    if any(found_at(target / name) == "file" for name in (SINGLE, INDEX)):
         return None
     return (
         f"it holds no checkpoint (no {SINGLE} or {INDEX}), and everything in it would be deleted; "
@@ -455,29 +464,31 @@ def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], set[str]]:
     if checkpoint.folder is None:
         return copied, left_out
     written = {*(file.name for file in checkpoint.files)} | ({INDEX} if checkpoint.index else set())
-    for parent, folders, files in os.walk(checkpoint.folder):
-        below = Path(parent).relative_to(checkpoint.folder)
-        for name in [*folders]:
-            if name.startswith(".") or (Path(parent) / name).is_symlink():
-                left_out.add(f"{(below / name).as_posix()}/")
-                folders.remove(name)
-        for name in files:
-            path, relative = Path(parent, name), (below / name).as_posix()
-            if _is_copied(path, checkpoint.folder):
-                copied[relative] = path
-            elif relative not in written:
-                left_out.add(relative)
+    with explained(checkpoint.folder):
+        for parent, folders, files in walked(checkpoint.folder):
+            below = Path(parent).relative_to(checkpoint.folder)
+            for name in [*folders]:
+                if name.startswith(".") or os.path.islink(Path(parent, name)):
+                    left_out.add(f"{(below / name).as_posix()}/")
+                    folders.remove(name)
+            for name in files:
+                path, relative = Path(parent, name), (below / name).as_posix()
+                if _is_copied(path, checkpoint.folder):
+                    copied[relative] = path
+                elif relative not in written:
+                    left_out.add(relative)
     return copied, left_out
 
 
 def _is_copied(path: Path, folder: Path) -> bool:
     """Whether a file beside the weights belongs in the merged checkpoint."""
-    if path.name.startswith(".") or path.name.lower().endswith(WEIGHTS) or not path.is_file():
+    if path.name.startswith(".") or path.name.lower().endswith(WEIGHTS):
+        return False
+    if found_at(path) != "file":
         return False
     # A link can point to any file of this machine, which must not be published with the weights.
     # In the cache of huggingface_hub, all files are links to blobs.
-    home = Path(os.path.realpath(folder))
-    target = Path(os.path.realpath(path))
+    home, target = resolved(folder), resolved(path)
     blobs = home.parent.parent / "blobs"
     return home in target.parents or blobs in target.parents
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from disha.errors import AdapterFileError, AdapterIOError
 from disha.files.atomic import PathLike, checked_path
 from disha.files.json_files import read_json
-from disha.files.reading import explained
+from disha.files.reading import explained, found_at
 from disha.files.tensors import Index, StoredTensor, TensorFile, opened
 from disha.text import brief
 
@@ -109,7 +109,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """Return the content of config.json in the folder, or beside the file; {} if none."""
         path = (self.folder or self.path.parent) / CONFIG
-        return read_json(path) if path.is_file() else {}
+        return read_json(path) if found_at(path) == "file" else {}
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
@@ -140,11 +140,11 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         (2, 3)
     """
     path = checked_path(path)
-    if not path.is_dir():
+    if found_at(path) != "folder":
         return _single(path, path)
-    if (path / SINGLE).is_file():  # first, as transformers looks for it
+    if found_at(path / SINGLE) == "file":  # first, as transformers looks for it
         return _single(path, path / SINGLE)
-    if (path / INDEX).is_file():
+    if found_at(path / INDEX) == "file":
         return _sharded(path)
     with explained(path):
         pickled = sorted(one.name for one in path.iterdir() if one.suffix in PICKLES)
