@@ -6,6 +6,7 @@ from disha.check import CheckReport, check_adapters
 from disha.checkpointing import InputGradients, enable_input_gradients
 from disha.config import AdapterConfig
 from disha.control import (
+    adapters_active,
     adapters_disabled,
     route_adapters,
     set_active_adapters,
@@ -76,6 +77,7 @@ __all__ = [
     "__version__",
     "adapter_parameters",
     "adapter_state_dict",
+    "adapters_active",
     "adapters_disabled",
     "check_adapters",
     "combine_adapters",

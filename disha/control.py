@@ -1,4 +1,8 @@
-"""Activate, disable, scale and route adapters. None of this changes requires_grad."""
+"""Activate, disable, scale and route adapters. None of this changes requires_grad.
+
+The contexts (`adapters_active`, `adapters_disabled`, `route_adapters`) hold for the thread or the
+asyncio task that enters them. The other functions change the model for all threads.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ from contextlib import contextmanager
 from torch import nn
 
 from disha.config import check_scale
+from disha.contexts import Group, entered, groups_of
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.model import ModelView
 from disha.routing import Route
 
 __all__ = [
+    "adapters_active",
     "adapters_disabled",
     "route_adapters",
     "set_active_adapters",
@@ -43,6 +49,15 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         >>> model.disha.active
         ('a', 'b')
     """
+    view = ModelView(model)
+    wanted = _checked(view, names)
+    view.refuse_merged("change the active adapters")
+    for _, layer in view.layers:
+        layer.disha.activate(wanted)
+
+
+def _checked(view: ModelView, names: object) -> tuple[str, ...]:
+    """Return the adapters that `names` lists, each of which the model has."""
     wanted = (names,) if isinstance(names, str) else names
     if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
         raise ArgumentTypeError(
@@ -50,21 +65,54 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         )
     if len(set(wanted)) != len(wanted):
         raise ArgumentError(f"names lists an adapter twice: {list(wanted)}")
-    view = ModelView(model)
     for name in wanted:
         view.require(name)
-    view.refuse_merged("change the active adapters")
-    for _, layer in view.layers:
-        layer.disha.activate(tuple(wanted))
+    return tuple(wanted)
+
+
+@contextmanager
+def adapters_active(model: nn.Module, names: str | Sequence[str]) -> Iterator[None]:
+    """Run the body with exactly these adapters acting, in this thread or asyncio task only.
+
+    Several threads can use one model with different adapters at the same time. The context covers
+    tasks that are started inside it, can be nested, and leaves nothing behind when it ends.
+
+    Args:
+        model: a model with adapters.
+        names: one name or several; an empty list for none.
+
+    Raises:
+        ArgumentError: a name is unknown, or given twice.
+        ArgumentTypeError: `names` is neither a str nor a sequence of str.
+        MergeError: adapters are merged.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4, adapter="a")
+        >>> model = disha.inject_adapters(model, "all-linear", r=2, adapter="b", init="kaiming")
+        >>> x = torch.randn(2, 8)
+        >>> with disha.adapters_active(model, "a"):
+        ...     with_a = model(x)
+        >>> torch.equal(with_a, model(x))  # "b" is the active one
+        False
+    """
+    view = ModelView(model)
+    wanted = _checked(view, names)
+    view.refuse_merged("choose the acting adapters")
+    with entered(_groups(view), wanted):
+        yield
 
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Run the body with all adapters off, so adapted layers compute the same as their base.
 
-    The context can be nested. When it ends, even by an error, it restores the former state.
-    Parameters that were trained with an adapter (`also_train`) belong to the model and keep their
-    values.
+    This holds for the thread or asyncio task that enters it, and for tasks that are started inside.
+    Inside it, `adapters_active` and `route_adapters` have no effect. It can be nested, and leaves
+    nothing behind when it ends. Parameters that were trained with an adapter (`also_train`) belong
+    to the model and keep their values.
 
     Args:
         model: a model with adapters.
@@ -86,15 +134,12 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """
     view = ModelView(model)
     view.refuse_merged("disable adapters")
-    layers = [layer for _, layer in view.layers]
-    before = [layer.disha.enabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.disha.set_enabled(False)
+    with entered(_groups(view), None):
         yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.disha.set_enabled(enabled)
+
+
+def _groups(view: ModelView) -> frozenset[Group]:
+    return groups_of(layer.disha for _, layer in view.layers)
 
 
 def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") -> None:
@@ -130,7 +175,8 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
 def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> Iterator[None]:
     """Run the body with a chosen adapter for each sample of a batch.
 
-    The result equals running the samples one by one. The active adapters do not matter.
+    The result equals running the samples one by one. The active adapters do not matter. This holds
+    for the thread or asyncio task that enters it, and for tasks that are started inside.
 
     Every adapted layer must get the samples along the leading dimension of its input, with an equal
     part for each: (batch, ...) or (batch * n, ...). An `nn.MultiheadAttention` with
@@ -175,15 +221,8 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
     view.refuse_merged("route adapters")
     _refuse_stacks(view)
     _refuse_sequences_first(view)
-    layers = [layer for _, layer in view.layers]
-    before = [layer.disha.route for layer in layers]
-    try:
-        for layer in layers:
-            layer.disha.route = route
+    with entered(_groups(view), route):
         yield
-    finally:
-        for layer, earlier in zip(layers, before, strict=True):
-            layer.disha.route = earlier
 
 
 def _refuse_stacks(view: ModelView) -> None:

@@ -21,6 +21,7 @@ from types import FunctionType, GetSetDescriptorType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch._C._dynamo.eval_frame as _frames
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,6 +39,7 @@ __all__ = [
     "called_from",
     "computed",
     "effective",
+    "start_no_graph",
 ]
 
 
@@ -137,19 +139,22 @@ class EffectiveWeight(Tensor):
         return computed(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-try:
-    from torch._C._dynamo import eval_frame as _frames
-except ImportError:
-    pass
-else:
-    # When the compiler leaves a function to Python, it still tries to compile the functions that it
-    # calls. An effective weight can't be the input of a graph, so no graph may start at a rule.
+def start_no_graph(function: Any) -> None:
+    """Keep the compiler from starting a graph at a function, or at one that it calls.
+
+    When the compiler leaves a function to Python, it still tries to compile the functions that it
+    calls. But an effective weight can't be the input of a graph. As a part of another function,
+    this one is still compiled.
+
+    Args:
+        function: the function.
+    """
     if hasattr(_frames, "set_code_exec_strategy"):
-        _skip = _frames._FrameAction.SKIP
-        _frames.set_code_exec_strategy(
-            vars(EffectiveWeight)["__torch_function__"].__func__.__code__,
-            _frames._FrameExecStrategy(_skip, _skip),
-        )
+        skip = _frames._FrameAction.SKIP
+        _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, skip))
+
+
+start_no_graph(vars(EffectiveWeight)["__torch_function__"].__func__)
 
 
 def effective(
@@ -932,7 +937,6 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {
     Tensor.__rmatmul__: _rmatmul,
     F.embedding: _embedding,
     F.multi_head_attention_forward: _attention,
-    torch._grouped_mm: _grouped(torch._grouped_mm),
     # From transformers, by name, because it exists only after that is imported.
     "transformers::grouped_mm_fallback": _grouped(_grouped_of_transformers),
     F.conv1d: _conv(F.conv1d),
@@ -942,6 +946,8 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.conv_transpose2d: _conv(F.conv_transpose2d),
     F.conv_transpose3d: _conv(F.conv_transpose3d),
 }
+if hasattr(torch, "_grouped_mm"):  # from torch 2.8 on
+    PRODUCTS[torch._grouped_mm] = _grouped(torch._grouped_mm)
 for _owner in (Tensor, torch):
     PRODUCTS |= {
         _owner.matmul: _matmul,

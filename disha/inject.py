@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from disha import freezing
-from disha.errors import ArgumentError
+from disha.contexts import LOOSE, OPEN, Group
+from disha.errors import ArgumentError, ModeError
 from disha.layers import (
     CHILD_NAME,
     AdaptedLayer,
@@ -162,12 +163,16 @@ def apply_plan(
         module: [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
         for module, layers in by_module.items()
     }
+    own = (layer.disha.group for _, layer in view.layers if layer.disha.group is not LOOSE)
+    group = next(own, None) or Group()
     with ExitStack() as undo:
         undo.callback(_guard_encoders, view)  # runs last, when the layers are as before
         for module, layers in by_module.items():
             undo.callback(adapt(module, [one.slot for one in layers]))
             adapters = module._modules[CHILD_NAME]
             assert isinstance(adapters, Adapters)
+            if not len(adapters):
+                group.take(adapters, former=adapters.group)
             undo.callback(adapters.discard, plan.adapter)
             adapters.add(plan.adapter, blocks[module])
         for _, adapted in view.layers if activate else ():
@@ -198,7 +203,8 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
         ArgumentError: there is no such adapter, or something changed a layer's class after it was
             adapted (a parametrization, for example).
         TargetError: DDP or FSDP wraps the model.
-        ModeError: adapters are merged (`MergeError`), disabled or routed.
+        ModeError: adapters are merged (`MergeError`); or this thread is in a context of the model,
+            or another one is in a context that names the adapter.
 
     The model is unchanged whenever this raises.
 
@@ -219,6 +225,7 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     if adapter is not None:
         view.require(adapter)
     removed = view.adapters if adapter is None else [adapter]
+    _refuse_used(view, removed)
     layers = view.layers
     for name, layer in layers:
         if set(layer.disha) <= set(removed):
@@ -240,6 +247,18 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
             freezing.restore_flags(module)
         undo.pop_all()
     return model
+
+
+def _refuse_used(view: ModelView, removed: Sequence[str]) -> None:
+    """Raise if another thread or task is in a context that names one of the adapters."""
+    groups = {layer.disha.group for _, layer in view.layers}
+    for context in list(OPEN):
+        used = sorted(context.names.intersection(removed))
+        if used and any(context.covers(group) for group in groups):
+            raise ModeError(
+                f"can't remove adapter {used[0]!r} while another thread or task uses it, inside "
+                f"{context.function}; remove it when those have ended"
+            )
 
 
 def _adapters_as_now(layer: AdaptedLayer) -> Callable[[], None]:

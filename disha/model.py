@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from disha.contexts import OPEN, deciding
 from disha.errors import ArgumentError, ArgumentTypeError, ModeError, TargetError
 from disha.layers import (
     CHILD_NAME,
@@ -284,24 +285,20 @@ class ModelView:
         refuse_merged((layer for _, layer in self.layers), action)
 
     def refuse_inside(self, action: str) -> None:
-        """Raise if adapters are merged, or the model is in adapters_disabled or route_adapters.
+        """Raise if adapters are merged, or this thread or task is in a context of the model.
 
         Args:
             action: the action to refuse, such as "load an adapter".
 
         Raises:
             MergeError: adapters are merged.
-            ModeError: the layers would change before the context ends and restores them.
+            ModeError: the context would not cover new layers.
         """
         self.refuse_merged(action)
-        layers = [layer for _, layer in self.layers]
-        context = None
-        if any(not layer.disha.enabled for layer in layers):
-            context = "adapters_disabled"
-        elif any(layer.disha.route is not None for layer in layers):
-            context = "route_adapters"
+        contexts = (deciding(layer.disha.group) for _, layer in self.layers) if OPEN else ()
+        context = next(filter(None, contexts), None)
         if context is not None:
-            raise ModeError(f"can't {action} inside {context}; leave it first")
+            raise ModeError(f"can't {action} inside {context.function}; leave it first")
 
     # --- wrappers and shards ---------------------------------------------------------------------
 

@@ -5,10 +5,12 @@ Every promise in `guarantees.md` names a test.
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
 
+import disha
 from disha.layers import kinds
 from tests.pages import DOCS, ROOT, Page
 
@@ -31,6 +33,15 @@ def test_every_text_block_is_the_output_of_code(path):
     page = Page(path)
     assert page.text.count("```text") == sum(block.output is not None for block in page.blocks)
     assert any(block.output for block in page.blocks)
+
+
+def test_the_serving_page_says_of_every_function_what_it_is_safe_beside():
+    page = (DOCS / "guides" / "serving.md").read_text(encoding="utf-8")
+    rows = page.split("## What is safe beside a forward")[1].splitlines()
+    cells = [row.split("|")[1] for row in rows if row.startswith("| `")]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    functions = {name for name in disha.__all__ if inspect.isfunction(getattr(disha, name))}
+    assert named - {"replace", "activate"} == functions
 
 
 class TestGuarantees:

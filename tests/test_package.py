@@ -18,7 +18,7 @@ LAYERS = [
     {"errors"},
     {"sharding"},
     {"functional", "freezing", "tables", "fingerprint", "routing"},
-    {"config", "effective"},
+    {"config", "effective", "contexts"},
     {"layers"},
     {"model"},
     {"candidates"},

@@ -110,6 +110,7 @@ def load_adapter(
     replace: bool = False,
     dtype: torch.dtype | None = None,
     freeze: bool = True,
+    activate: bool = True,
 ) -> LoadReport:
     """Load an adapter file into a model, injecting the layers that it describes.
 
@@ -132,6 +133,8 @@ def load_adapter(
             (hot swap). Layers and shapes must agree, and no `requires_grad` flag changes.
         dtype: dtype of the blocks; the file's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
+        activate: make a new adapter the only active one. With False, nothing changes for threads
+            that use the model meanwhile.
 
     Returns:
         A `LoadReport` of the keys that were loaded.
@@ -179,4 +182,5 @@ def load_adapter(
             partial=layers is not None,
             dtype=dtype,
             freeze=freeze,
+            activate=activate,
         )

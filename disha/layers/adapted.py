@@ -154,7 +154,7 @@ class AdaptedLayer(nn.Module):
         state = f"active={list(self.disha.active)}"
         if self.disha.merged is not None:
             state += f", merged={list(self.disha.merged.adapters)}"
-        elif not self.disha.enabled:
+        elif self.disha.acts() == ():
             state += ", disabled"
         return ", ".join(filter(None, (super().extra_repr(), state)))
 

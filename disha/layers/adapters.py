@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
+from disha.contexts import LOOSE, OPEN, Acts, Group, deciding
 from disha.effective import Routed
 from disha.errors import ArgumentError, ArgumentTypeError
+from disha.functional import Update
+from disha.layers import compiled
 from disha.layers.blocks import Block
 from disha.routing import Route
 
@@ -64,15 +66,16 @@ class Adapters(nn.Module):
 
     active: tuple[str, ...]
     live: dict[str, tuple[Block, ...]]
-    """Parameter -> the blocks that act on it."""
-    enabled: bool
+    """Parameter -> the blocks of the active adapters."""
     merged: Merged | None
-    route: Route | None
+    group: Group
+    """The layers that contexts cover together with this one."""
 
     def __init__(self) -> None:
         super().__init__()
         # Here and below, this writes to __dict__, because assigning through nn.Module is slow.
-        vars(self).update(active=(), live={}, enabled=True, merged=None, route=None)
+        vars(self).update(active=(), live={}, merged=None)
+        LOOSE.take(self)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
@@ -89,7 +92,7 @@ class Adapters(nn.Module):
     def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], Block]:
         """Return (adapter, name of the weight) -> block, of one adapter or of all."""
         found: dict[tuple[str, str], Block] = {}
-        for own, child in self._modules.items():
+        for own, child in list(self._modules.items()):  # another thread may add one
             if adapter is not None and own != adapter:
                 continue
             if isinstance(child, Block):
@@ -105,7 +108,6 @@ class Adapters(nn.Module):
         blocks = list(blocks)
         for block in blocks:
             vars(block)["training"] = self.training
-            block.set_enabled(self.enabled)
         child: nn.Module = blocks[0]
         if len(blocks) > 1 or blocks[0].slot.name:
             child = nn.ModuleDict({block.slot.name or "weight": block for block in blocks})
@@ -120,41 +122,59 @@ class Adapters(nn.Module):
 
     def activate(self, adapters: tuple[str, ...]) -> None:
         """Make exactly these adapters act; names that this layer lacks are ignored."""
+        vars(self).update(active=adapters, live=self._live(adapters))
+
+    def _live(self, adapters: tuple[str, ...]) -> dict[str, tuple[Block, ...]]:
         live: dict[str, tuple[Block, ...]] = {}
         for adapter in adapters:
             for block in self.blocks(adapter).values() if adapter in self else ():
                 name = block.slot.parameter
                 live[name] = (*live.get(name, ()), block)
-        vars(self).update(active=adapters, live=live)
+        return live
 
-    def set_enabled(self, enabled: bool) -> None:
-        """Switch all adapters of the layer off or on again."""
-        self.enabled = enabled
-        for block in self.blocks().values():
-            block.set_enabled(enabled)
+    def acts(self, compiling: bool = False) -> Acts | None:
+        """What acts on the layer here, or None for the active adapters.
 
-    def acting(self, parameter: str) -> tuple[Block, ...]:
-        """The blocks that act on a parameter for all samples."""
-        # In a graph, `enabled` acts through the blocks' scale: reading it here would recompile.
-        if not is_compiling() and not self.enabled:
-            return ()
-        if self.merged is not None or self.route is not None:
-            return ()
-        return self.live.get(parameter, ())
-
-    def routed(self, parameter: str) -> Routed | None:
-        """The updates of single samples, or None if samples are not routed."""
-        if self.route is None or self.merged is not None or not self.enabled:
+        Args:
+            compiling: whether compiled code asks. It also gets None while adapters are disabled,
+                which acts through the scales of its `updates`.
+        """
+        if compiling:
+            acts: Acts | None = getattr(compiled, self.group.name)
+            return acts
+        context = deciding(self.group) if OPEN else None
+        if context is None:
             return None
-        updates = {}
-        for adapter in self.route.adapters:
-            blocks = self.blocks(adapter).values() if adapter in self else ()
-            updates[adapter] = tuple(b.update() for b in blocks if b.slot.parameter == parameter)
-        return Routed(self.route, updates)
+        return () if context.acts is None else context.acts
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy made inside adapters_disabled or route_adapters does not belong to that context.
-        return {**self.__dict__, "enabled": True, "route": None}
+    def acting(self, parameter: str, names: tuple[str, ...] | None) -> tuple[Block, ...]:
+        """The blocks that act on a parameter for all samples.
+
+        Args:
+            parameter: the parameter.
+            names: the adapters; None for the active ones.
+        """
+        live = self.live if names is None else self._live(names)
+        return live.get(parameter, ())
+
+    def routed(self, parameter: str, route: Route, compiling: bool) -> Routed:
+        """The updates of single samples; `compiling` as for `acts`."""
+        updates = {
+            adapter: self.updates(self._live((adapter,)).get(parameter, ()), compiling)
+            for adapter in route.adapters
+        }
+        return Routed(route, updates)
+
+    def updates(
+        self, blocks: Iterable[Block], compiling: bool, on_meta: bool = False
+    ) -> tuple[Update, ...]:
+        """The updates of blocks of this layer; `compiling` as for `acts`."""
+        group = self.group if compiling else None
+        return tuple([block.update(on_meta, group) for block in blocks])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.group.take(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Raise: the layer that holds the adapters applies them."""

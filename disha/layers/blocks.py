@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from disha.config import AdapterConfig
+from disha.contexts import Group
 from disha.errors import ModeError
 from disha.functional import Layout, Rows, Update
+from disha.layers import compiled
 
 __all__ = ["Block", "Slot", "block_name"]
 
@@ -80,8 +81,8 @@ class Block(nn.Module):
         parameter_name: the block's name in state dicts and files.
         dropout: probability of zeroing each of the block's inputs in training.
         scale: the runtime scale s. Change it with `set_scale`.
-        scale_tensor: s as a 0-dim tensor, 0 while disabled. Compiled code reads it, so that neither
-            scaling nor disabling recompiles. Not part of the state dict.
+        scale_tensor: s as a 0-dim tensor. Compiled code reads it, so scaling compiles nothing
+            again. Not part of the state dict.
     """
 
     slot: Slot
@@ -91,7 +92,6 @@ class Block(nn.Module):
     config: AdapterConfig
     r: int
     scale: float
-    enabled: bool
     dropout: float
     scale_tensor: Tensor
 
@@ -115,7 +115,6 @@ class Block(nn.Module):
             config=config,
             r=r,
             scale=float(config.scale),
-            enabled=True,
             dropout=config.dropout,
         )
         with _lasting():
@@ -135,11 +134,13 @@ class Block(nn.Module):
         """Size of the output shard of a tile, else None."""
         return self.config.r_out
 
-    def update(self, on_meta: bool = False) -> Update:
+    def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
         """Return the update for products with the weight, with the current scale and dropout.
 
         Args:
             on_meta: whether the weight is on the meta device; then the block may be there too.
+            group: in compiled code, the group of the layer. Then the scale is a tensor, so neither
+                scaling nor disabling compiles the graph again.
 
         Raises:
             ModeError: the block has no values here, or they can't be trained.
@@ -157,12 +158,11 @@ class Block(nn.Module):
                 "block must load it: inject first, then offload"
             )
         dropout = own["dropout"] if own["training"] else 0.0
-        if is_compiling():
-            # A graph reads a tensor, so scaling and disabling do not recompile it.
-            return Update(
-                own["method"], values, own["_buffers"]["scale_tensor"], dropout, own["rows"]
-            )
-        return Update(own["method"], values, own["scale"], dropout, own["rows"])
+        scale = own["scale"]
+        if group is not None:
+            scale = own["_buffers"]["scale_tensor"]
+            scale = scale * getattr(compiled, compiled.factor_name(group.name, scale.device))
+        return Update(own["method"], values, scale, dropout, own["rows"])
 
     def _from_hook(self) -> Tensor:
         """Return the block after its device hook has loaded it."""
@@ -220,12 +220,6 @@ class Block(nn.Module):
         self.dropout = config.dropout
         self.set_scale(config.scale)
 
-    def set_enabled(self, enabled: bool) -> None:
-        """Make compiled graphs use the block's scale (True) or a scale of 0 (False)."""
-        if enabled != self.enabled:
-            self.enabled = enabled
-            self._write_scale()
-
     def extra_repr(self) -> str:
         """Return the block's description in a model's printout."""
         tile = "" if self.r_out is None else f", r_out={self.r_out}"
@@ -238,7 +232,6 @@ class Block(nn.Module):
 
     def _new_scale_tensor(self) -> Tensor:
         # 0-dim, so it never changes a result's dtype; at least float32, so it is not rounded.
-        value = self.scale if self.enabled else 0.0
         block = self.block
         dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
         device = block.device
@@ -248,17 +241,12 @@ class Block(nn.Module):
                 # A tensor on meta has no value, and torch.full takes longer.
                 return torch.empty((), dtype=dtype, device=device)
             device = scale.device  # the block is offloaded, and will be loaded to this device
-        return torch.full((), value, dtype=dtype, device=device)
+        return torch.full((), self.scale, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._write_scale()  # follows the device, keeps its own dtype, survives to_empty()
         return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # A copy made inside adapters_disabled does not belong to that context.
-        self.set_enabled(True)
 
     def _load_from_state_dict(
         self,

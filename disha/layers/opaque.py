@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from disha import functional
@@ -25,8 +26,10 @@ from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import Layout, Update, method_names, method_of
 from disha.layers import bitsandbytes
+from disha.layers.adapters import Adapters
 from disha.layers.blocks import Slot
 from disha.layers.hooks import add_first_hook, remove_first_hook
+from disha.routing import Route
 from disha.sharding import imported_class
 
 __all__ = [
@@ -336,9 +339,13 @@ def remove_hook(module: nn.Module) -> None:
 
 
 def _add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    adapters = module.disha
-    blocks = adapters.acting("weight")
-    routed = adapters.routed("weight")
+    adapters: Adapters = module.disha
+    if adapters.merged is not None:
+        return output
+    compiling = is_compiling()
+    acts = adapters.acts(compiling)
+    routed = adapters.routed("weight", acts, compiling) if isinstance(acts, Route) else None
+    blocks = () if isinstance(acts, Route) else adapters.acting("weight", acts)
     if not blocks and routed is None:
         return output
     slot = next(iter(adapters.blocks().values())).slot
@@ -354,8 +361,8 @@ def _add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if routed is not None:
         sampled = input.dim() >= (1 if looks_up else 2)
         return routed.added(output, input, slot.shape, delta_of, sampled)
-    for block in blocks:
-        output = output + delta_of(input, block.update(input.is_meta)).to(output.dtype)
+    for update in adapters.updates(blocks, compiling, input.is_meta):
+        output = output + delta_of(input, update).to(output.dtype)
     return output
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from disha import functional
+from disha.contexts import OPEN
 from disha.effective import (
     MOVES,
     PLAIN,
@@ -16,11 +17,13 @@ from disha.effective import (
     Routed,
     called_from,
     effective,
+    start_no_graph,
 )
 from disha.errors import ModeError
-from disha.layers.adapters import CHILD_NAME
+from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Block
 from disha.layers.weights import base_reader
+from disha.routing import Route
 from disha.sharding import is_sharded
 
 __all__ = [
@@ -47,26 +50,28 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         adapters: Any = layer._modules.get(CHILD_NAME)
         if adapters is None:
             return base
-        # The same as `Adapters.acting`, but inline, because every forward runs this.
+        # Partly the same as `Adapters.acts`, but inline, because every forward runs this.
         state = adapters.__dict__
         if state["merged"] is not None:
             return base
-        # In a graph, `enabled` acts through the blocks' scale: reading it here would recompile.
-        if not is_compiling() and (not state["enabled"] or sys._getframe(1).f_code is BY_NAME):
+        compiling = is_compiling()
+        if not compiling and sys._getframe(1).f_code is BY_NAME:
             return base
-        if state["route"] is not None:
-            return _routed_weight(adapters, name, base)
-        blocks = state["live"].get(name)
-        if blocks is None:
+        acts = adapters.acts(compiling) if compiling or OPEN else None
+        if isinstance(acts, Route):
+            return _routed_weight(adapters, acts, name, base, compiling)
+        blocks = state["live"].get(name) if acts is None else adapters.acting(name, acts)
+        if not blocks:
             return base
         try:
             if type(base) not in PLAIN:
-                return _weight_of_another_type(base, blocks)
+                return _weight_of_another_type(adapters, base, blocks, compiling)
             if base.is_meta:
-                return _weight_on_meta(base, blocks)
-            updates = (
-                (blocks[0].update(),) if len(blocks) == 1 else tuple([b.update() for b in blocks])
-            )
+                return _weight_on_meta(adapters, base, blocks, compiling)
+            if compiling or len(blocks) > 1:
+                updates = adapters.updates(blocks, compiling)
+            else:
+                updates = (blocks[0].update(),)
             return effective(base, blocks[0].slot.layout, updates)
         except (KeyError, ModeError):
             # FSDP and accelerate read the weight while its block is absent, to replace or move it.
@@ -77,6 +82,8 @@ def weight_property(original: type[nn.Module], name: str) -> property:
             # nn.Module would return the plain parameter, and the adapter would have no effect.
             raise RuntimeError(f"the update of {name} failed: {error}") from error
 
+    start_no_graph(read)
+
     def write(layer: nn.Module, value: Any) -> None:
         layer.__dict__[name] = value
 
@@ -86,31 +93,35 @@ def weight_property(original: type[nn.Module], name: str) -> property:
     return property(read, write, delete)
 
 
-def _routed_weight(adapters: Any, name: str, base: Any) -> Any:
+def _routed_weight(adapters: Adapters, route: Route, name: str, base: Any, compiling: bool) -> Any:
     blocks = tuple(one for one in adapters.blocks().values() if one.slot.parameter == name)
     if not blocks:
         return base
     if type(base) not in PLAIN:
-        weight = _weight_of_another_type(base, blocks)
+        weight = _weight_of_another_type(adapters, base, blocks, compiling)
         if isinstance(weight, EffectiveWeight):
-            weight.routed = Routed(adapters.route, {})  # so that computing it raises
+            weight.routed = Routed(route, {})  # so that computing it raises
         return weight
     if base.is_meta:
-        return _weight_on_meta(base, blocks)
-    return effective(base, blocks[0].slot.layout, (), adapters.routed(name))
+        return _weight_on_meta(adapters, base, blocks, compiling)
+    return effective(base, blocks[0].slot.layout, (), adapters.routed(name, route, compiling))
 
 
-def _weight_on_meta(base: Tensor, blocks: tuple[Block, ...]) -> Any:
+def _weight_on_meta(
+    adapters: Adapters, base: Tensor, blocks: tuple[Block, ...], compiling: bool
+) -> Any:
     """Return the effective weight of a weight on meta: with all of its model, or offloaded.
 
     This does not run the hook of a block: accelerate reads the weight before it loads the block.
     """
     here = all("forward" not in block.__dict__ and block.block.is_meta for block in blocks)
-    updates = tuple(block.update(on_meta=True) for block in blocks) if here else ()
+    updates = adapters.updates(blocks, compiling, on_meta=True) if here else ()
     return effective(base, blocks[0].slot.layout, updates, absent=not here)
 
 
-def _weight_of_another_type(base: Any, blocks: tuple[Block, ...]) -> Any:
+def _weight_of_another_type(
+    adapters: Adapters, base: Any, blocks: tuple[Block, ...], compiling: bool
+) -> Any:
     """Return the value of an adapted weight that is not a plain tensor.
 
     Between its passes, FSDP replaces parameters by shards and looks them up by name; it gets W. For
@@ -120,12 +131,12 @@ def _weight_of_another_type(base: Any, blocks: tuple[Block, ...]) -> Any:
         if called_from("torch.distributed.fsdp"):
             return base
         if all(is_sharded(block.block) for block in blocks):
-            updates = tuple(block.update() for block in blocks)
+            updates = adapters.updates(blocks, compiling)
             return effective(base, blocks[0].slot.layout, updates)
         raise ModeError(
             "an adapter can't act: its weight is a DTensor, but its block is not, because the "
             "model was sharded after the adapter was injected (for example by parallelize_module); "
             "wrap it with fully_shard instead, or merge the adapter first"
         )
-    updates = tuple(block.update() for block in blocks)
+    updates = adapters.updates(blocks, compiling)
     return functional.effective_weight(base, blocks[0].slot.layout, updates)

@@ -121,4 +121,4 @@ def _adapters_of(module: nn.Module) -> list[Any]:
     blocks = [
         (name, block.scale, block.dropout, block.config) for name, block in held.blocks().items()
     ]
-    return [held.active, held.enabled, held.merged, held.route, blocks]
+    return [held.active, held.acts(), held.merged, blocks]

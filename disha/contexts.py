@@ -1,0 +1,204 @@
+"""Contexts: what acts for the current thread or task, instead of the active adapters.
+
+`adapters_disabled`, `adapters_active` and `route_adapters` write nothing on layers. Each adds a
+`Context` to a context variable, which belongs to a thread or an asyncio task. A layer asks for the
+context that covers its group.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeAlias
+from weakref import WeakSet, WeakValueDictionary
+
+import torch
+from torch.autograd import graph as autograd
+
+from disha.errors import ModeError
+from disha.routing import Route
+
+__all__ = ["LOOSE", "OPEN", "Acts", "Context", "Group", "deciding", "entered", "groups_of"]
+
+Acts: TypeAlias = Route | tuple[str, ...]
+"""What acts: an adapter for each sample, or these adapters for all samples."""
+
+_NUMBERS = itertools.count()
+_LOCK = threading.RLock()
+
+
+class Group:
+    """Layers that every context covers together: usually all adapted layers of a model.
+
+    Layers refer to their group, so compiled code that is shared by several layers of a model has
+    one name to ask for (`disha.layers.compiled`). A copy of a model has a group of its own.
+
+    Attributes:
+        name: its name, which no other group of the process has.
+        lineage: the group itself, and the groups that its layers were in before.
+        members: the adapters of its layers.
+    """
+
+    def __init__(self, lineage: tuple[Group, ...] = ()) -> None:
+        self.name = f"group_{next(_NUMBERS)}"
+        self.lineage = (self, *lineage)
+        self.members: WeakSet[Any] = WeakSet()
+        NAMED[self.name] = self
+
+    def take(self, adapters: Any, former: Group | None = None) -> None:
+        """Make the adapters of a layer a member, and no longer one of its former group."""
+        with _LOCK:
+            self.members.add(adapters)
+            if former is not None:
+                former.members.discard(adapters)
+            vars(adapters)["group"] = self
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return "LOOSE" if self is LOOSE else (Group, ())
+
+
+NAMED: WeakValueDictionary[str, Group] = WeakValueDictionary()
+"""Name -> group."""
+
+LOOSE = Group()
+"""The group of layers that were made one by one, such as `BoneLinear(8, 16, r=4)`."""
+
+
+class Context:
+    """One entered context.
+
+    Attributes:
+        groups: the layers that it covers.
+        acts: what acts on them; None if all adapters are disabled.
+        outer: the contexts around it, in the same thread or task.
+        thread: the thread that entered it.
+        over: whether it has ended. It may have ended in another task than it began.
+    """
+
+    def __init__(self, groups: frozenset[Group], acts: Acts | None) -> None:
+        self.groups = groups
+        self.acts = acts
+        self.outer = _still_open()
+        self.thread = threading.get_ident()
+        self.over: bool = False
+
+    @property
+    def function(self) -> str:
+        """The function that makes such a context."""
+        if isinstance(self.acts, Route):
+            return "route_adapters"
+        return "adapters_disabled" if self.acts is None else "adapters_active"
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The adapters that it names."""
+        acts = self.acts
+        return frozenset(acts.adapters if isinstance(acts, Route) else acts or ())
+
+    def covers(self, group: Group) -> bool:
+        """Whether the layers of a group are covered."""
+        return not self.over and not self.groups.isdisjoint(group.lineage)
+
+
+_ENTERED: ContextVar[tuple[Context, ...]] = ContextVar("disha_contexts", default=())
+
+OPEN: set[Context] = set()
+"""The contexts that are open in any thread. While there is none, layers need not ask for theirs."""
+
+
+@contextmanager
+def entered(groups: frozenset[Group], acts: Acts | None) -> Iterator[None]:
+    """Run the body with other adapters acting, in this thread or task and in tasks it starts.
+
+    Args:
+        groups: the layers.
+        acts: what acts on them; None if all adapters are disabled.
+    """
+    context = Context(groups, acts)
+    try:
+        OPEN.add(context)
+        _ENTERED.set((*context.outer, context))
+        yield
+    finally:
+        context.over = True  # first, because from here on nothing sees the context
+        OPEN.discard(context)
+        _ENTERED.set(_still_open())
+
+
+def _still_open() -> tuple[Context, ...]:
+    """Return the contexts of this thread or task, from the outermost inwards."""
+    return tuple([one for one in _ENTERED.get() if not one.over])
+
+
+def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
+    """Return groups that hold exactly these layers.
+
+    If a group also holds other layers, these layers move to a new group. Contexts that are open
+    already cover it too, by its lineage. Compiled code then compiles once more.
+
+    Args:
+        layers: the adapters of the layers.
+    """
+    with _LOCK:
+        covered: dict[Group, set[Any]] = {}
+        for adapters in layers:
+            covered.setdefault(adapters.group, set()).add(adapters)
+        return frozenset(_exactly(group, members) for group, members in covered.items())
+
+
+def _exactly(group: Group, members: set[Any]) -> Group:
+    if len(members) >= len(group.members):
+        return group
+    part = Group(group.lineage)
+    for adapters in members:
+        part.take(adapters, former=group)
+    return part
+
+
+def deciding(group: Group) -> Context | None:
+    """Return the context that decides what acts on a group here, or None for the active adapters.
+
+    One that disables decides. Otherwise, the one that was entered last does.
+
+    Raises:
+        ModeError: a layer runs in a thread of autograd, and its context can't be known.
+    """
+    contexts = _ENTERED.get() or _of_backward(group)
+    found = None
+    for context in contexts:
+        if context.covers(group):
+            if context.acts is None:
+                return context
+            found = context
+    return found
+
+
+_BACKWARD = autograd._engine_run_backward.__code__
+
+
+def _of_backward(group: Group) -> tuple[Context, ...]:
+    """Return the contexts of the thread that called `backward`, if this is a thread of autograd.
+
+    Activation checkpointing computes layers again in the backward pass. On an accelerator, that
+    happens in a thread of autograd, which has no context variables.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return ()
+    if not isinstance(threading.current_thread(), threading._DummyThread):
+        return ()
+    around = [one for one in list(OPEN) if one.covers(group)]
+    if not around:
+        return ()
+    chain = max(((*one.outer, one) for one in around), key=len)
+    waiting = [key for key, frame in sys._current_frames().items() if frame.f_code is _BACKWARD]
+    if waiting == [chain[-1].thread] and set(around) <= set(chain):
+        return chain
+    raise ModeError(
+        "a layer is computed again in the backward pass (activation checkpointing), while other "
+        f"threads or tasks are inside {around[0].function}, so it is unknown which adapters acted "
+        "in forward; do not train while others use contexts of the same model"
+    )

@@ -1,0 +1,56 @@
+"""What compiled code reads of the contexts of a thread or task: attributes of this module.
+
+`torch.compile` can't trace a context variable. But it reads an attribute of a module again on every
+call, as an input of the graph, and calls this module's `__getattr__` for it. Two attributes exist
+for each group of layers:
+
+    <group>                what acts on the layers (`disha.contexts.Acts`); None for the active
+                           adapters, and while adapters are disabled
+    <group>_on_<device>    a tensor that multiplies the scale: 0 while adapters are disabled,
+                           otherwise 1. So disabling compiles nothing again
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disha.contexts import NAMED, OPEN, deciding
+
+__all__ = ["factor_name"]
+
+_FACTORS: dict[tuple[str, bool], Tensor] = {}
+
+
+def factor_name(group: str, device: torch.device) -> str:
+    """Return the attribute with the factor of a group on a device.
+
+    Args:
+        group: the group's name.
+        device: the device.
+    """
+    return f"{group}_on_{device.type}_{device.index or 0}"
+
+
+def __getattr__(name: str) -> Any:
+    group_name, _, device = name.partition("_on_")
+    group = NAMED.get(group_name)
+    if group is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    context = deciding(group) if OPEN else None
+    if device:
+        return _factor(name, device, disables=context is not None and context.acts is None)
+    return None if context is None else context.acts
+
+
+def _factor(name: str, device: str, disables: bool) -> Tensor | float:
+    # An exported program (of torch 2.6) can't take a tensor from here, and keeps the value anyway.
+    if getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)():
+        return float(not disables)
+    key = name, disables
+    if key not in _FACTORS:
+        with torch.inference_mode(False):
+            _FACTORS[key] = torch.full((), float(not disables), device=device.replace("_", ":"))
+    return _FACTORS[key]
