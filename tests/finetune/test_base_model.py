@@ -179,7 +179,7 @@ def test_what_a_function_draws_at_random_is_the_same_in_every_process(made, fine
     assert done.code == 0, done.err
     first = adapter_of(finetune.output)
     torch.rand(3)
-    assert made("unseeded", rows=CLASSES, max_steps=2).code == 0
+    assert made("unseeded", "--overwrite_output_dir", rows=CLASSES, max_steps=2).code == 0
     assert adapter_of(finetune.output) == first
 
 
