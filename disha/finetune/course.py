@@ -245,6 +245,7 @@ class _Training:
         return output.save_strategy == "epoch" and step.ends_epoch
 
     def _save(self, progress: Progress) -> Path:
+        self.processes.on_main(self.lock.keep)
         return self.checkpoints.save(
             self.objective,
             self.optimizer,

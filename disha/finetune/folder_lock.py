@@ -46,6 +46,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._path = folder / LOCK
+        self._is_wanted = False
         self._file: FileIO | None = None
         self._made: list[Path] = []
 
@@ -57,18 +58,22 @@ class FolderLock:
             OutputError: another run holds it, or the folder can't be written.
         """
         self._take()
+        self._is_wanted = True
         try:
             yield
         finally:
+            self._is_wanted = False
             self._release()
 
     def keep(self) -> None:
-        """If the folder was deleted, make it again and lock it. Do nothing if it is not held.
+        """If the folder was deleted, make it again and lock it. Do nothing outside `held`.
+
+        Call it before writing.
 
         Raises:
             OutputError: another run has taken the folder meanwhile, or it can't be written.
         """
-        if self._file is None or is_at(self._path, self._file):
+        if not self._is_wanted or (self._file is not None and is_at(self._path, self._file)):
             return
         if not self.folder.exists():
             _warn(
@@ -137,10 +142,10 @@ class FolderLock:
                 folder.rmdir()
 
     def _close(self) -> None:
-        assert self._file is not None
-        _held.discard(self._file)
-        self._file.close()
-        self._file = None
+        if self._file is not None:
+            _held.discard(self._file)
+            self._file.close()
+            self._file = None
 
 
 def _note() -> str:
@@ -155,7 +160,7 @@ def is_at(path: Path, file: FileIO) -> bool:
     """Return whether an open file is the one at a path."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -43,13 +43,11 @@ class Metrics:
 
     def record_step(self, step: Step) -> None:
         """Record an optimiser step, without the values that were not measured."""
-        values = {k: v for k, v in dataclasses.asdict(step).items() if v is not None}
-        names = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
-        self._record(values, {f"train/{name}": values[name] for name in names})
+        self._record({k: v for k, v in dataclasses.asdict(step).items() if v is not None})
 
     def record_evaluation(self, step: int, loss: float) -> None:
         """Record the held-out loss before the first step."""
-        self._record({"step": step, "eval_loss": loss}, {})
+        self._record({"step": step, "eval_loss": loss})
 
     def close(self) -> None:
         """Write the remaining events to the disk, and close the files."""
@@ -59,22 +57,36 @@ class Metrics:
             if self._events is not None:
                 self._events.close()
 
-    def _record(self, values: dict[str, Any], scalars: dict[str, float]) -> None:
-        loss = values.get("eval_loss")
-        if loss is not None:
-            scalars |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+    def _record(self, values: dict[str, Any]) -> None:
         line = (json.dumps(values) + "\n").encode()
-        self._lock.keep()
         with self._warning_of_failure("_lines", METRICS):
             if self._lines is not None:
-                self._lines = _in_place(self._lock.folder / METRICS, self._lines)
+                self._lock.keep()
+                self._lines = self._in_place(self._lines)
                 if self._lines.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with self._warning_of_failure("_events", EVENTS):
-            if self._events is not None:
-                (self._lock.folder / EVENTS).mkdir(exist_ok=True)  # the writer dies without it
-                for name, value in scalars.items():
-                    self._events.add_scalar(name, value, values["step"])
+            self._add_events(values)
+
+    def _add_events(self, values: dict[str, Any]) -> None:
+        if self._events is not None:
+            for name, value in _scalars(values).items():
+                self._events.add_scalar(name, value, values["step"])
+
+    def _in_place(self, lines: FileIO) -> FileIO:
+        """Return the open file; if it was deleted, record everything again, and return the new."""
+        path = self._lock.folder / METRICS
+        if is_at(path, lines):
+            return lines
+        lines.seek(0)
+        content = lines.read()
+        lines.close()
+        write_files({path: lambda temporary: Path(temporary).write_bytes(content)})
+        if self._events is not None:
+            self._events = _open_events(self._lock.folder / EVENTS, None, True)
+            for line in content.splitlines():
+                self._add_events(json.loads(line))
+        return path.open("a+b", buffering=0)
 
     @contextmanager
     def _warning_of_failure(self, attribute: str, name: str) -> Iterator[None]:
@@ -89,6 +101,15 @@ class Metrics:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, float]:
+    """Return what TensorBoard shows of a record."""
+    names = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
+    scalars = {f"train/{name}": values[name] for name in names if name in values}
+    if (loss := values.get("eval_loss")) is not None:
+        scalars |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+    return scalars
 
 
 @contextmanager
@@ -128,17 +149,6 @@ def _open_lines(path: Path, after: int | None) -> FileIO:
         return path.open("a+b", buffering=0)
     except OSError as error:
         raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
-
-
-def _in_place(path: Path, lines: FileIO) -> FileIO:
-    """Return the open file; if it was deleted, write its content to a new one, and return that."""
-    if is_at(path, lines):
-        return lines
-    lines.seek(0)
-    content = lines.read()
-    lines.close()
-    write_files({path: lambda temporary: Path(temporary).write_bytes(content)})
-    return path.open("a+b", buffering=0)
 
 
 def _open_events(folder: Path, after: int | None, wanted: bool) -> Any:

@@ -529,11 +529,15 @@ def test_a_model_that_is_no_folder_is_not_merged(finetune):
     assert not finetune.output.exists()
 
 
-def test_tensorboard_reads_losses_and_rates(finetune):
+def events_of(output):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    return EventAccumulator(str(output / "tensorboard")).Reload()
+
+
+def test_tensorboard_reads_losses_and_rates(finetune):
     finetune.good(report_to="tensorboard", eval_fraction=0.2, eval_steps=4)
-    events = EventAccumulator(str(finetune.output / "tensorboard")).Reload()
+    events = events_of(finetune.output)
     lines = metrics_of(finetune.output)
     for tag, name in (("train/loss", "loss"), ("train/learning_rate", "learning_rate")):
         found = {event.step: event.value for event in events.Scalars(tag)}
@@ -868,6 +872,7 @@ def after_training(monkeypatch, action):
 
 
 @pytest.mark.parametrize("step", [None, 1, 3])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_output_folder_that_was_removed_is_made_again(finetune, monkeypatch, plain, step):
     def remove():
         shutil.rmtree(finetune.output)
@@ -885,10 +890,16 @@ def test_an_output_folder_that_was_removed_is_made_again(finetune, monkeypatch, 
     assert timeless(metrics_of(finetune.output)) == timeless(metrics_of(plain))
     assert checkpoints_in(finetune.output) == {"checkpoint-4"}
     assert {path.name for path in finetune.output.iterdir()} >= FILES
+    events = events_of(finetune.output).Scalars("train/loss")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_removed_folder_that_another_run_has_taken_is_left_to_it(finetune, monkeypatch):
+@pytest.mark.parametrize("saving", [{}, {"save_strategy": "steps", "save_steps": 4}], ids=str)
+def test_a_removed_folder_that_another_run_has_taken_is_left_to_it(
+    finetune, monkeypatch, tmp_path, plain, saving
+):
     other = FolderLock(finetune.output)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with ExitStack() as stack:
 
         def take():
@@ -896,23 +907,33 @@ def test_a_removed_folder_that_another_run_has_taken_is_left_to_it(finetune, mon
             stack.enter_context(other.held())
 
         after_step(monkeypatch, 2, take)
-        done = finetune()
-        assert done.code == 1
-        assert "is in use by another run: process " in done.err.splitlines()[-1]
+        done = finetune(**saving)
         assert [path.name for path in finetune.output.iterdir()] == [LOCK]
+    assert done.code == 1
+    warning, complaint = done.err.splitlines()
+    assert warning.startswith("disha: warning: metrics.jsonl can't be written: --output_dir ")
+    assert f"is in use by another run: process {os.getpid()} on" in complaint
+    if not saving:
+        [saved] = tmp_path.glob("disha-*/adapter.safetensors")
+        assert f"the adapter was saved as {saved} instead" in complaint
+        assert saved.read_bytes() == adapter_of(plain)
 
 
-def test_an_adapter_that_has_no_place_is_saved_elsewhere(finetune, monkeypatch, tmp_path):
+@pytest.mark.parametrize("step", [None, 2])
+def test_an_adapter_that_has_no_place_is_saved_elsewhere(finetune, monkeypatch, tmp_path, step):
     def block():
         shutil.rmtree(finetune.output)
         finetune.output.write_text("")
 
-    after_training(monkeypatch, block)
+    if step is None:
+        after_training(monkeypatch, block)
+    else:
+        after_step(monkeypatch, step, block)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    done = finetune(max_steps=1)
+    done = finetune(max_steps=4)
     [saved] = tmp_path.glob("disha-*/adapter.safetensors")
-    assert done.code != 0
-    assert f"the adapter was saved as {saved} instead" in done.complaint
+    assert done.code == 1
+    assert f"the adapter was saved as {saved} instead" in done.err.splitlines()[-1]
     assert disha.inspect_adapter(saved).layers
 
 

@@ -140,6 +140,10 @@ def test_a_folder_that_another_run_has_taken_is_left_to_it(tmp_path):
             with pytest.raises(OutputError, match="is in use by another run: process"):
                 lock.keep()
             assert is_taken(lock.folder)
+            with pytest.raises(OutputError, match="is in use by another run: process"):
+                lock.keep()
+        lock.keep()
+        assert is_taken(lock.folder), "it is free again"
 
 
 def test_what_is_not_held_is_not_kept(tmp_path):
