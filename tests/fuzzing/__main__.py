@@ -1,4 +1,4 @@
-"""`python -m tests.fuzzing`: hostile files, killed saves, meeting saves and runs, failing files.
+"""`python -m tests.fuzzing`: hostile files and templates, saves and runs that meet, failing files.
 
 With the default numbers it takes twenty minutes on two cores."""
 
@@ -34,6 +34,9 @@ def main() -> int:
         failures += _meet_runs(arguments)
     if arguments.faults:
         failures += sum(map(_break, JOBS))
+    # In a process of its own: one that has forked the others would count their memory too.
+    templates = [sys.executable, "-m", "tests.finetune.text.hostile_templates"]
+    failures += subprocess.run(templates, check=False).returncode
     print("everything holds" if not failures else f"{failures} FAILURES, kept in {arguments.out}")
     return int(failures > 0)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.rows import Row, checked_text
-from disha.finetune.errors import BadRowError, DataError
+from disha.finetune.errors import BadRowError, DataError, TokenizerError
 from disha.finetune.text.chat import encode_chat
 from disha.finetune.text.templates import Template
 from disha.finetune.text.tokenizer import Tokenizer
@@ -211,6 +211,8 @@ class Encoder:
             ids, learned = encode_chat(messages, self.tokenizer)
         except DataError as error:
             raise BadRowError(f"{row.place}: {error}") from error
+        except TokenizerError as error:  # no row can be used
+            raise TokenizerError(f"{row.place}: {error}") from error
         if len(ids) > self.max_length:
             return Outcome()
         return Outcome(Example(tuple(ids), tuple(learned)))

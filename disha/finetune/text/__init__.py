@@ -4,5 +4,5 @@
 - `from_folder`, `from_gguf`, `adopted`: make one from files, or from the user's own tokenizer
 - `templates`: turn a query into a prompt by adding text around it
 - `chat`: encodes conversations with the model's own chat template
-- `jinja`: runs that template in a sandbox
+- `jinja`: runs that template in a process with limits, whose main module is `rendering`
 """

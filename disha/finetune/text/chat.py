@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from disha.finetune.errors import DataError
-from disha.finetune.text.jinja import run_template
+from disha.finetune.text.jinja import Form, Rendered, run_template
 from disha.finetune.text.tokenizer import Tokenizer
 
 __all__ = ["encode_chat", "render"]
@@ -55,12 +55,13 @@ def encode_chat(messages: object, tokenizer: Tokenizer) -> tuple[list[int], list
         TokenizerError: the chat template is damaged.
     """
     turns = _up_to_last_answer(_checked(messages))
-    text = render(turns, tokenizer)
+    rendered = _rendered(turns, tokenizer, [form for one in _answered(turns) for form in one])
+    text = rendered.text
     ids, places = tokenizer.encode_with_places(text)
     begin = _begin(ids, tokenizer)
     learned = [
         span
-        for characters in _answers(turns, text, tokenizer)
+        for characters in _answers(turns, rendered)
         if (span := _tokens_of(characters, ids, places, tokenizer)) is not None
     ]
     # The first token of a text can't be learned: no token before it predicts it.
@@ -86,22 +87,30 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, prompts: bool =
         DataError: the template refuses the messages, or there is no template.
         TokenizerError: the template is damaged.
     """
+    return _rendered(messages, tokenizer, prompts=prompts).text
+
+
+def _rendered(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    others: Sequence[Form] = (),
+    *,
+    prompts: bool = False,
+) -> Rendered:
     given = [
         {key: value for key, value in message.items() if value is not None} for message in messages
     ]
-    text = run_template(
-        _template(tokenizer),
-        {
-            **tokenizer.named,
-            "messages": given,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": prompts,
-        },
-    )
-    if not text.strip():
+    variables = {
+        **tokenizer.named,
+        "messages": given,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": prompts,
+    }
+    rendered = run_template(_template(tokenizer), variables, tokenizer.source, others)
+    if not rendered.text.strip():
         raise DataError("the model's chat template makes no text of the messages")
-    return text
+    return rendered
 
 
 def _template(tokenizer: Tokenizer) -> str:
@@ -152,33 +161,25 @@ def _up_to_last_answer(messages: list[Message]) -> list[Message]:
     return messages[: answers[-1] + 1]
 
 
-def _answers(messages: Sequence[Message], text: str, tokenizer: Tokenizer) -> Iterator[Span]:
-    """Yield the places in `text` of the assistant's turns that can be learned."""
+def _answered(messages: Sequence[Message]) -> Iterator[tuple[Form, Form, Form]]:
+    """Yield, for each turn of the assistant, the forms before it, with it, and asking for it.
+
+    If no message comes before a turn, there is no prompt for it.
+    """
     for place, message in enumerate(messages):
-        if message["role"] == "assistant":
-            span = _answer(messages, place, text, tokenizer)
-            if span is not None:
-                yield span
+        if message["role"] == "assistant" and place > 0:
+            yield (place, False), (place + 1, False), (place, True)
 
 
-def _answer(
-    messages: Sequence[Message], place: int, text: str, tokenizer: Tokenizer
-) -> Span | None:
-    if place == 0:  # no message comes before it, so there is no prompt for it
-        return None
-    asked = render(messages[:place], tokenizer)
-    answered = render(messages[: place + 1], tokenizer)
-    if not text.startswith(asked) or not text.startswith(answered):
-        return None
-    # The end of the prompt may differ from the answer, such as where a prompt begins a thought.
-    prompt = render(messages[:place], tokenizer, prompts=True)
-    return _agreement(prompt, answered), len(answered)
-
-
-def _agreement(one: str, other: str) -> int:
-    """Return the length of the beginning that two texts share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+def _answers(messages: Sequence[Message], rendered: Rendered) -> Iterator[Span]:
+    """Yield the places in the text of the assistant's turns that can be learned."""
+    for before, after, asking in _answered(messages):
+        forms = [rendered.others[form] for form in (before, after)]
+        if all(shared == length for length, shared in forms):
+            end, _ = rendered.others[after]
+            # The end of the prompt may differ from the answer, such as where it begins a thought.
+            _, shared = rendered.others[asking]
+            yield min(shared, end), end
 
 
 def _tokens_of(

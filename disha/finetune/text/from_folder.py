@@ -59,6 +59,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
         ends=frozenset(ends),
         chat_template=_chat_template(folder, config),
         named=named,
+        source=folder,
     )
 
 

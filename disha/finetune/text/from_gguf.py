@@ -72,6 +72,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], path: Path) -> Tokenizer:
         ends=described.ends(),
         chat_template=template if isinstance(template, str) else None,
         named=described.named(),
+        source=path,
     )
 
 

@@ -31,6 +31,7 @@ class Tokenizer:
         ends: the token ids that end a generated text; `end` is added to them.
         chat_template: the model's own Jinja template for conversations; None if it has none.
         named: special tokens under the names that chat templates use, such as ``bos_token``.
+        source: the file or folder that it came from; for messages.
     """
 
     backend: BackendTokenizer
@@ -39,6 +40,7 @@ class Tokenizer:
     ends: frozenset[int] = frozenset()
     chat_template: str | None = None
     named: Mapping[str, str] = field(default_factory=dict)
+    source: object = "the given tokenizer"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ends", self.ends | {self.end})

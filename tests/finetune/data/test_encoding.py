@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from disha.finetune.data.encoding import Encoder, Tally, encode_rows
 from disha.finetune.data.rows import Row
-from disha.finetune.errors import BadRowError, DataError
+from disha.finetune.errors import BadRowError, DataError, TokenizerError
 from disha.finetune.text.chat import encode_chat
 from disha.finetune.text.templates import CHATML, Template
 from disha.finetune.text.tokenizer import Tokenizer
@@ -156,6 +157,16 @@ def test_chat_messages_go_through_the_chat_template(tiny_tokenizer):
     example = chats(tiny_tokenizer, 64).encode(chat_row(*MESSAGES, *MESSAGES))
     ids, spans = encode_chat([*MESSAGES, *MESSAGES], tiny_tokenizer)
     assert (example.tokens, example.learned) == (tuple(ids), tuple(spans))
+
+
+def test_a_hostile_chat_template_ends_the_run_and_is_named(tiny_tokenizer):
+    hostile = dataclasses.replace(tiny_tokenizer, chat_template="{{ 'x' * 9999999999 }}")
+    encoder = chats(hostile, 64, skip_bad_rows=True)
+    complaint = (
+        r"here: the chat template of .*tiny\.gguf needs more than 256 MiB .*; use --template"
+    )
+    with pytest.raises(TokenizerError, match=complaint):
+        encode_rows([chat_row(*MESSAGES)], encoder)
 
 
 def test_a_chat_too_long_is_left_out(tiny_tokenizer):

@@ -89,6 +89,14 @@ def test_a_chat_template_must_write_the_query_once(folders, repeats):
         template_from("chat", tokenizer)
 
 
+@pytest.mark.parametrize("origin", ["qwen2", "tokenizer.json"])
+def test_a_hostile_chat_template_is_named(folders, origin):
+    path = folders["qwen2"] if origin == "qwen2" else folders["qwen2"] / origin
+    tokenizer = dataclasses.replace(open_tokenizer(path), chat_template="{{ 'x' * 9999999999 }}")
+    with pytest.raises(TokenizerError, match=r"the chat template of .*qwen2 needs more than 256 M"):
+        template_from("chat", tokenizer)
+
+
 def test_a_text_around_the_query(folders):
     tokenizer = open_tokenizer(folders["qwen2"])
     template = template_from(r"Q: {query}\n\tA:\\n", tokenizer)
