@@ -25,7 +25,8 @@ from disha import (
     DishaError,
     MergeError,
 )
-from disha.files.json_files import LARGEST_CONFIG, read_json
+from disha.files.json_files import read_json
+from disha.files.reading import LARGEST_TEXT
 from disha.functional import PATTERNS
 from disha.interop.checkpoints import (
     MergedCheckpoint,
@@ -781,7 +782,7 @@ class TestHostileCheckpoints:
         "shard",
         [
             *("../adapter.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "x.bin"),
-            *("x\0.safetensors", "..\\adapter.safetensors", "\ud800.safetensors", 3, None, ["x"]),
+            *("x\0.safetensors", "..\\adapter.safetensors", 3, None, ["x"]),
         ],
     )
     def test_a_shard_outside_of_the_folder_or_no_name_at_all(self, setting, shard):
@@ -830,6 +831,7 @@ class TestHostileCheckpoints:
             ("[]", "must be a JSON object; it is a list"),
             ("{}", "weight_map"),
             ('{"weight_map": []}', "weight_map"),
+            ('{"weight_map": {"a": "\\ud800.safetensors"}}', "half of a surrogate pair"),
             ('{"weight_map": {}}', "weight_map"),
             ('{"weight_map": ' + "9" * 10_000 + "}", "not valid JSON"),
         ],
@@ -840,7 +842,7 @@ class TestHostileCheckpoints:
         self.refuse(setting, AdapterFileError, match)
 
     def test_an_index_that_is_too_large(self, setting, monkeypatch):
-        monkeypatch.setattr(reading_module, "LARGEST_LIST", 100)
+        monkeypatch.setattr(reading_module, "LARGEST_INDEX", 100)
         self.refuse(setting, AdapterFileError, "larger than 100 bytes")
 
     def test_a_header_that_only_the_library_reads(self, tmp_path):
@@ -853,7 +855,7 @@ class TestHostileCheckpoints:
 
     def test_a_configuration_that_is_too_large(self, tmp_path):
         setting = Setting(tmp_path, Layered(), "embed")
-        (setting.base / "config.json").write_bytes(b" " * (LARGEST_CONFIG + 1))
+        (setting.base / "config.json").write_bytes(b" " * (LARGEST_TEXT + 1))
         with pytest.raises(AdapterFileError, match="larger than 16,777,216 bytes"):
             setting.merge()
         assert setting.listing() == ["adapter.safetensors", "base"]

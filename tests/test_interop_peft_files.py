@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 
 import disha
 from disha import AdapterIOError, ArgumentTypeError, DishaError
-from disha.files.json_files import LARGEST_CONFIG
+from disha.files.reading import LARGEST_TEXT
 from disha.interop import lora
 from disha.interop import peft as miss
 from disha.interop.peft_files import LONGEST_NAME, anchored, exact_targets
@@ -73,7 +73,7 @@ REFUSED = {
     "deep JSON": (config('{"a":' * 100_000 + "1" + "}" * 100_000), "not valid JSON"),
     "long number": (config('{"r":' + "9" * 10_000 + "}"), "not valid JSON"),
     "a field twice": (config('{"r": 4, "r": 5}'), "'r' comes twice"),
-    "endless JSON": (config(" " * (LARGEST_CONFIG + 1)), "larger than 16,777,216 bytes"),
+    "endless JSON": (config(" " * (LARGEST_TEXT + 1)), "larger than 16,777,216 bytes"),
     "a list": (config("[]"), "must be a JSON object; it is a list"),
     "no type": (fields(peft_type=...), "peft_type"),
     "another type": (fields(peft_type="LOHA"), "peft_type"),

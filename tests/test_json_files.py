@@ -34,11 +34,15 @@ def test_as_many_bytes_as_are_allowed(path):
         ("[" * 100_000, "is not valid JSON: .*; get the file again$"),
         ('{"a": 1, "b": 2, "a": 1}', "'a' comes twice"),
         ('{"a": {"b": 1, "b": 2}}', "'b' comes twice"),
+        ('{"a": "\\ud800"}', "a text in it holds half of a surrogate pair"),
+        ('{"a": [' + "[]," * 1_000_000 + "[]]}", "it has more than 1,000,000 lists and objects"),
+        ('{"a": ' + "9" * 100_000 + "}", "is not valid JSON: .*limit"),
+        (b'{"a": "\xff"}', "is not valid JSON: 'utf-8' codec"),
         ("[1]", "must be a JSON object; it is a list; get the file again"),
     ],
 )
 def test_what_is_no_object_is_refused(path, text, says):
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(AdapterFileError, match=rf"config\.json .*{says}"):
         read_json(path)
 
@@ -47,5 +51,5 @@ def test_what_is_not_there_or_no_file(path):
     with pytest.raises(AdapterIOError, match=r"config\.json"):
         read_json(path)
     os.mkfifo(path)  # which nobody writes into
-    with pytest.raises(AdapterIOError, match="it is not a regular file"):
+    with pytest.raises(AdapterIOError, match="it is a pipe, not a regular file; check the path"):
         read_json(path)

@@ -4,7 +4,7 @@ A file may come from a stranger, so keys, shapes, dtypes, values and header are 
 the model changes. From bottom to top:
 
 - `atomic`: `write_files` and `write_folder`, which write files and folders completely or not at all
-- `reading`: opens regular files
+- `reading`: opens regular files, and reads small ones whole
 - `json_files`: reads JSON objects, in adapter files and in the files of other libraries
 - `tensors`: reads safetensors files of any content, one tensor at a time
 - `pieces`: writes them, one tensor at a time
@@ -20,6 +20,8 @@ from disha.files.atomic import write_files, write_folder
 from disha.files.combining import combine_adapters
 from disha.files.contents import AdapterFileWarning
 from disha.files.header import FORMAT, AdapterFile, AdapterHeader, LayerRecord, TensorRecord
+from disha.files.json_files import read_json
+from disha.files.reading import explained, opened_file, read_text
 
 __all__ = [
     "FORMAT",
@@ -29,8 +31,12 @@ __all__ = [
     "LayerRecord",
     "TensorRecord",
     "combine_adapters",
+    "explained",
     "inspect_adapter",
     "load_adapter",
+    "opened_file",
+    "read_json",
+    "read_text",
     "save_adapter",
     "write_files",
     "write_folder",

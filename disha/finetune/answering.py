@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import disha
+from disha.files import read_text
 from disha.finetune.adapting import with_adapter, without_adapter
 from disha.finetune.base_model import open_base_model
 from disha.finetune.errors import DataError, SettingsError
@@ -72,7 +73,8 @@ class GenerateSettings:
 
     Args:
         prompt: The texts to answer, each in quotes.
-        prompt_file: A file with one text to answer per line, in place of prompt.
+        prompt_file: A file with one text to answer per line, in place of prompt. It may be a pipe,
+            such as /dev/stdin.
         adapter: The adapter file, such as output/adapter.safetensors. Without it, the base model
             answers.
         template: The text around a prompt, as for fine-tuning: a text with {query} in it, chat,
@@ -215,12 +217,10 @@ def prompts_of(settings: GenerateSettings) -> list[str]:
                 raise DataError(f"--prompt must be UTF-8 text, got {prompt!a}")
         return list(settings.prompt)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason}") from error
-    except OSError as error:
-        raise DataError(f"--prompt_file {path} can't be read: {error.strerror}") from error
-    prompts = [line for line in lines if line.strip()]
+        text = read_text(path, pipes=True)
+    except disha.DishaError as error:
+        raise DataError(f"--prompt_file: {error}") from error
+    prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise DataError(f"{path} holds no prompt; it must hold one per line")
     return prompts

@@ -217,7 +217,7 @@ def test_what_moves_the_cursor_is_shown_escaped(ask, monkeypatch):
     [
         ([], "give exactly one"),
         (["--prompt", "a", "--prompt_file", "x"], "give exactly one"),
-        (["--prompt_file", "absent.txt"], "--prompt_file absent.txt can't be read: No such file"),
+        (["--prompt_file", "absent.txt"], "--prompt_file: can't read absent.txt: No such file"),
         (["--prompt", "a", "--max_new_tokens", 0], "--max_new_tokens must be at least 1"),
         (["--prompt", "a", "--temperature", -1], "--temperature must be at least 0"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature must be at least 0"),

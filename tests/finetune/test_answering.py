@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +158,11 @@ def test_prompts_come_from_the_command_line_or_a_file(usual, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffone\r\n\n two \n".encode())
     assert prompts_of(changed(usual, prompt_file=path)) == ["one", " two "]
+
+
+def test_prompts_come_from_a_pipe(usual):
+    reading, writing = os.pipe()
+    os.write(writing, b"one\ntwo\n")
+    os.close(writing)
+    assert prompts_of(changed(usual, prompt_file=Path(f"/dev/fd/{reading}"))) == ["one", "two"]
+    os.close(reading)

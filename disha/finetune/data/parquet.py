@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import disha
 from disha.finetune.data.rows import Row
-from disha.finetune.data.stamp import Stamp, reading
+from disha.finetune.data.stamp import Stamp, opened
 from disha.finetune.errors import DataError
 
 __all__ = ["Group", "ParquetRows"]
@@ -54,9 +54,10 @@ class ParquetRows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        stamp = Stamp.of(path)
-        with _opened(path) as file:
-            metadata = file.metadata
+        with opened(path) as file:
+            stamp = Stamp.of(file)
+        with _opened(path, stamp) as table:
+            metadata = table.metadata
             groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         self._groups = [Group(path, stamp, i, one.total_byte_size) for i, one in enumerate(groups)]
         self._ends = list(accumulate(group.num_rows for group in groups))
@@ -84,8 +85,7 @@ class ParquetRows:
 def _table(group: Group) -> Any:
     """Return the rows of a group, from memory or else from the file."""
     if group not in _kept:
-        group.stamp.require_unchanged(group.path)
-        with _opened(group.path) as file:
+        with _opened(group.path, group.stamp) as file:
             # pyarrow's own threads would not survive a fork.
             _kept[group] = file.read_row_group(group.number, use_threads=False)
         while len(_kept) > 1 and sum(table.nbytes for table in _kept.values()) > MOST_BYTES_KEPT:
@@ -95,13 +95,17 @@ def _table(group: Group) -> Any:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, stamp: Stamp) -> Iterator[Any]:
     pyarrow, parquet = _pyarrow()
-    try:
-        with reading(path), parquet.ParquetFile(path) as file:
-            yield file
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} can't be read as Parquet: {error}") from error
+    with opened(path, stamp) as file:
+        try:
+            with parquet.ParquetFile(file) as table:
+                yield table
+        except (pyarrow.ArrowException, OSError) as error:
+            if getattr(error, "errno", None):  # the system's own
+                raise
+            why = " ".join(str(error).split())
+            raise DataError(f"{path} can't be read as Parquet: {why}") from error
 
 
 def _value(scalar: Any) -> Any:

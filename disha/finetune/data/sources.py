@@ -27,7 +27,7 @@ from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.order import permutation, reading_order
 from disha.finetune.data.parquet import ParquetRows
 from disha.finetune.data.rows import Rows
-from disha.finetune.data.stamp import reading
+from disha.finetune.data.stamp import opened
 from disha.finetune.data.text_files import TextRows
 from disha.finetune.errors import TrainingError
 from disha.finetune.hashing import file_hash
@@ -180,7 +180,7 @@ class StreamedExamples:
         digest = hashlib.sha256()
         for file in self.rows.files:
             assert isinstance(file, (ParquetRows, TextRows))  # which can be streamed
-            with reading(file.path):
+            with opened(file.path):
                 digest.update(file_hash(file.path).encode())
         digest.update(repr(numbers).encode() if isinstance(numbers, range) else array("q", numbers))
         vocabulary = sorted(tokenizer.backend.get_vocab().items())

@@ -98,7 +98,7 @@ def find_files(path: Path) -> Mapping[str, Sequence[Path]]:
     Raises:
         DataError: the path does not exist, or holds no data file.
     """
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return {name: [path] for name in ("train", _split_of(path.name)) if name}
     if not path.exists():
         raise DataError(f"there is no data file {path}")

@@ -1,26 +1,19 @@
-"""Reads data files, and notices if one changes during a run."""
+"""Opens data files, and notices if one changes during a run."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
+from disha import DishaError
+from disha.files import opened_file
 from disha.finetune.errors import DataError
 
-__all__ = ["Stamp", "reading"]
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn the system's errors about reading a file into `DataError`."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise DataError(f"there is no data file {path}") from error
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+__all__ = ["Stamp", "opened"]
 
 
 @dataclass(frozen=True)
@@ -31,21 +24,42 @@ class Stamp:
     modified: int
 
     @classmethod
-    def of(cls, path: Path) -> Stamp:
-        """Return the current stamp of a file."""
-        with reading(path):
-            status = path.stat()
+    def of(cls, file: FileIO) -> Stamp:
+        """Return the current stamp of an open file."""
+        status = os.fstat(file.fileno())
         return cls(status.st_size, status.st_mtime_ns)
 
-    def require_unchanged(self, path: Path) -> None:
-        """Check that the file has not changed.
 
-        Raises:
-            DataError: it has.
-        """
-        now = Stamp.of(path)
-        if now != self:
-            raise DataError(
-                f"{path} was changed while it was being read (from {self.size} to {now.size} "
-                "bytes, or at the same size); start again, and leave data as they are during a run"
-            )
+@contextmanager
+def opened(path: Path, stamp: Stamp | None = None) -> Iterator[FileIO]:
+    """Open a data file for reading, without a buffer.
+
+    Args:
+        path: the file.
+        stamp: the stamp that it must have, if it has been opened before.
+
+    Raises:
+        DataError: it has another stamp, is not a regular file, or can't be read. Also raised for
+            such errors of the body.
+    """
+    try:
+        with opened_file(path) as file:
+            if stamp is not None:
+                _require_unchanged(path, stamp, Stamp.of(file))
+            yield file
+    except DataError:
+        raise
+    except DishaError as error:
+        raise DataError(str(error)) from error
+    except MemoryError as error:
+        raise DataError(
+            f"{path} does not fit in memory; read it with --streaming, or give a smaller file"
+        ) from error
+
+
+def _require_unchanged(path: Path, before: Stamp, now: Stamp) -> None:
+    if now != before:
+        raise DataError(
+            f"{path} was changed while it was being read (from {before.size} to {now.size} "
+            "bytes, or at the same size); start again, and leave data as they are during a run"
+        )

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from disha.finetune.data.rows import Row, RowFile
-from disha.finetune.data.stamp import Stamp, reading
+from disha.finetune.data.stamp import Stamp, opened
 from disha.finetune.errors import BadRowError, DataError
 
 __all__ = ["TextFile", "TextRows", "csv_rows", "json_line_rows", "json_rows", "text_line_rows"]
@@ -55,11 +55,11 @@ class TextFile:
         Raises:
             DataError: it can't be read.
         """
-        stamp = Stamp.of(path)
-        if streaming:
+        with opened(path) as file:
+            stamp = Stamp.of(file)
+            content = None if streaming else file.read()
+        if content is None:
             return cls(path, stamp, None)
-        with reading(path):
-            content = path.read_bytes()
         if path.suffix.lower() == ".gz":
             try:
                 content = gzip.decompress(content)
@@ -94,9 +94,8 @@ class TextFile:
         if self.content is not None:
             yield io.BytesIO(self.content)
             return
-        self.stamp.require_unchanged(self.path)
-        with reading(self.path), self.path.open("rb") as file:
-            yield file
+        with opened(self.path, self.stamp) as file:
+            yield io.BufferedReader(file)
 
 
 # --- rows of text files --------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class FolderCheckpoint(ModelCheckpoint):
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path
         self.title = path.resolve().name
-        if not (path / CONFIG).is_file():
+        if not (path / CONFIG).exists():
             files = sorted(path.glob("*.gguf")) if path.is_dir() else []
             found = f", such as {files[0]}" if files else ""
             raise CheckpointError(

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from disha import DishaError
+from disha.files import opened_file
 from disha.finetune.errors import CheckpointError
 from disha.finetune.models.assembly import ModelCheckpoint, Shape, check_fit
 from disha.finetune.models.decoder import DecoderConfig
@@ -223,23 +225,21 @@ def _reader(path: Path) -> GGUFReader:
             f"{path} is a folder; the base model must be one GGUF file, such as "
             f"{path / 'model.gguf'}, or a folder with config.json"
         )
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no file {path}; the base model must be a GGUF file or a folder with "
+            "config.json"
+        )
     try:
-        with path.open("rb") as file:
+        with opened_file(path) as file:
             start = file.read(4)
         if start != b"GGUF":
             raise CheckpointError(
                 f"{path} is not a GGUF file: it begins with {start!r} instead of b'GGUF'"
             )
         return GGUFReader(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"there is no file {path}; the base model must be a GGUF file or a folder with "
-            "config.json"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
-    except CheckpointError:
-        raise
+    except DishaError as error:
+        raise CheckpointError(str(error)) from error
     # The reader checks little: on a damaged file, NumPy fails with any of these.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
         raise _damaged(path, error) from error

@@ -9,11 +9,13 @@ first text only, not before each text that follows a special token.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from disha import DishaError
+from disha.files import read_json, read_text
 from disha.finetune.errors import TokenizerError
 from disha.finetune.text.tokenizer import SPACE, Tokenizer
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["begin_of", "open_tokenizer"]
 
 TOKENIZER_FILE = "tokenizer.json"
+
+LARGEST_TOKENIZER = 64 * 2**20
+"""Largest size of a tokenizer.json in bytes. One of 262,000 tokens has 33 MB."""
+
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
@@ -88,28 +94,33 @@ def begin_of(backend: BackendTokenizer, source: object) -> int | None:
 def _backend(file: Path) -> BackendTokenizer:
     from tokenizers import Tokenizer as BackendTokenizer
 
-    if not file.is_file():
+    if not file.exists():
         raise TokenizerError(
             f"there is no tokenizer at {file}; a {TOKENIZER_FILE} is needed, as "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes it"
         )
+    with _explained():
+        content = read_text(file, LARGEST_TOKENIZER)
     try:
-        return BackendTokenizer.from_file(str(file))
+        return BackendTokenizer.from_str(content)
     except Exception as error:  # the package raises bare Exception for what it can't read
         raise TokenizerError(f"{file} can't be read as a tokenizer: {error}") from error
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not file.exists():
         return {}
+    with _explained():
+        return read_json(file)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Convert errors of reading a file to `TokenizerError`."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        json.dumps(content, ensure_ascii=False).encode()  # JSON can spell half a character
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{file} can't be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{file} must hold a JSON object, got {type(content).__name__}")
-    return content
+        yield
+    except DishaError as error:
+        raise TokenizerError(str(error)) from error
 
 
 def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -137,11 +148,9 @@ def _ends(
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{file} can't be read: {error}") from error
+    if file.exists():
+        with _explained():
+            return read_text(file)
     template = config.get("chat_template")
     if template is None or isinstance(template, str):
         return template

@@ -19,7 +19,7 @@ from disha.errors import AdapterFileError, AdapterIOError
 from disha.files.atomic import PathLike, checked_path
 from disha.files.json_files import read_json
 from disha.files.reading import explained, found_at
-from disha.files.tensors import Index, StoredTensor, TensorFile, opened
+from disha.files.tensors import LARGEST_INDEX, Index, StoredTensor, TensorFile, opened
 from disha.text import brief
 
 __all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "may_tie", "open_checkpoint"]
@@ -27,9 +27,6 @@ __all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "may_tie", "open_checkpoin
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-
-LARGEST_LIST = 100_000_000
-"""Largest size of an index in bytes, equal to that of a safetensors header."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
@@ -109,7 +106,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """Return the content of config.json in the folder, or beside the file; {} if none."""
         path = (self.folder or self.path.parent) / CONFIG
-        return read_json(path) if found_at(path) == "file" else {}
+        return read_json(path) if found_at(path) else {}
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
@@ -142,9 +139,9 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     path = checked_path(path)
     if found_at(path) != "folder":
         return _single(path, path)
-    if found_at(path / SINGLE) == "file":  # first, as transformers looks for it
+    if found_at(path / SINGLE):  # first, as transformers looks for it
         return _single(path, path / SINGLE)
-    if found_at(path / INDEX) == "file":
+    if found_at(path / INDEX):
         return _sharded(path)
     with explained(path):
         pickled = sorted(one.name for one in path.iterdir() if one.suffix in PICKLES)
@@ -172,14 +169,14 @@ def _single(path: Path, file: Path) -> Checkpoint:
 
 def _sharded(folder: Path) -> Checkpoint:
     path = folder / INDEX
-    index = read_json(path, LARGEST_LIST)
+    index = read_json(path, LARGEST_INDEX)
     weight_map = index.pop("weight_map", None)
     if not isinstance(weight_map, dict) or not weight_map:
         raise AdapterFileError(
             f"{path}: weight_map must map names of tensors to files, and maps none"
         )
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_file_name(shard):
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise AdapterFileError(
                 f"{path}: the file of {name!r} is {brief(shard)}; allowed are names of "
                 ".safetensors files in the same folder"
@@ -218,10 +215,6 @@ def may_tie(config: Mapping[str, Any]) -> bool:
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     ties = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
     return any(one is not False for one in ties) or (not ties and "model_type" in config)
-
-
-def _is_file_name(name: str) -> bool:
-    return SHARD.fullmatch(name) is not None and not re.search("[\ud800-\udfff]", name)
 
 
 def _index_of(path: Path) -> Index:

@@ -129,7 +129,7 @@ def test_chat_templates_that_can_t_be_used_are_named(tmp_path, template, complai
 def test_a_chat_template_that_is_no_text_is_named(tmp_path):
     tiny_tokenizers.qwen2().write(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(TokenizerError, match=r"chat_template\.jinja can't be read"):
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja is not UTF-8 text"):
         open_tokenizer(tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_a_damaged_file_beside_it_is_named(tmp_path, content):
     tiny_tokenizers.qwen2().write(tmp_path)
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(
-        TokenizerError, match=r"generation_config\.json (can't be read as|must hold a) JSON"
+        TokenizerError, match=r"generation_config\.json (is not valid JSON|must be a JSON object)"
     ):
         open_tokenizer(tmp_path)
 
