@@ -10,7 +10,14 @@ __all__ = ["brief", "counted", "first_few", "printable"]
 LONGEST = 10_000
 """Largest number of characters in one message."""
 
-_brief = reprlib.Repr()
+
+class _Brief(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write the digits of an int of thousands of digits.
+        return super().repr_int(x, level) if x.bit_length() <= 64 else "an int beyond 64 bits"
+
+
+_brief = _Brief()
 _brief.maxstring = _brief.maxother = 200
 
 

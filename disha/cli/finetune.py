@@ -5,17 +5,23 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from disha.cli.dispatcher import FAILED
 from disha.cli.flags import parsed
-from disha.errors import ArgumentError
+from disha.errors import ArgumentError, DishaError
+from disha.files.reading import read_text
 from disha.finetune.errors import PeerError
 from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
+from disha.text import brief
 
 __all__ = ["run", "settings_from"]
+
+LARGEST_CONFIG = 32 * 2**10
+"""Largest size of a file of flags in bytes. PyYAML reads about that much in a second."""
 
 DESCRIPTION = """Fine-tune a model with Bone or BAT adapters.
 
@@ -68,26 +74,34 @@ def _parsed(words: Sequence[str], defaults: FinetuneSettings) -> FinetuneSetting
 def _words_in(path: Path, known: Collection[str]) -> list[str]:
     """Return the flags in a YAML or TOML file as words of a command line."""
     words: list[str] = []
+    seen = set[str]()
     for key, value in _contents(path).items():
-        name = str(key).replace("-", "_")
+        name = (key if isinstance(key, str) else brief(key)).replace("-", "_")
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise ArgumentError(f"--config {path} holds {name!r}, which is not a flag{hint}")
+        if name in seen:
+            raise ArgumentError(f"--config {path} holds {name} twice; leave one of them out")
+        seen.add(name)
         values = value if isinstance(value, list) else [value]
-        if not all(isinstance(one, (str, int, float, bool, type(None))) for one in values):
+        if not all(map(_is_plain, values)):
             raise ArgumentError(
                 f"--config {path}: {name} must be a text, a number, true or false, or a list of "
-                f"these, got {value!r}"
+                f"these, got {brief(value)}"
             )
         if value is not None:
             words += [f"--{name}", *map(str, values)]
     return words
 
 
-def _contents(path: Path) -> Mapping[Any, Any]:
-    import yaml
+def _is_plain(value: object) -> bool:
+    if isinstance(value, int):
+        return value.bit_length() <= 64
+    return value is None or isinstance(value, (str, float))
 
+
+def _contents(path: Path) -> Mapping[Any, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -96,11 +110,12 @@ def _contents(path: Path) -> Mapping[Any, Any]:
     if suffix not in (".yaml", ".yml", ".toml"):
         raise ArgumentError(f"--config {path} must end with .yaml, .yml or .toml")
     try:
-        text = path.read_text(encoding="utf-8")
-        found = tomllib.loads(text) if suffix == ".toml" else yaml.safe_load(text) or {}
-    except OSError as error:
-        raise ArgumentError(f"--config {path} can't be read: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
+        text = read_text(path, LARGEST_CONFIG)
+    except DishaError as error:
+        raise ArgumentError(f"--config: {error}") from error
+    try:
+        found = tomllib.loads(text) if suffix == ".toml" else _yaml(text)
+    except Exception as error:  # PyYAML raises nearly anything for a value of the wrong form
         reason = " ".join(str(error).split())
         raise ArgumentError(f"--config {path} is not {suffix[1:].upper()}: {reason}") from error
     if not isinstance(found, Mapping):
@@ -109,3 +124,18 @@ def _contents(path: Path) -> Mapping[Any, Any]:
             f"{type(found).__name__}"
         )
     return found
+
+
+def _yaml(text: str) -> Any:
+    """Return what YAML means. Raise if a key comes twice, which PyYAML lets pass."""
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    node = loader.get_single_node()
+    if isinstance(node, yaml.MappingNode):
+        keys = Counter(str(key.value) for key, _ in node.value)
+        twice = next((key for key, count in keys.items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice!r} comes twice")
+    found = None if node is None else loader.construct_document(node)
+    return {} if found is None else found
