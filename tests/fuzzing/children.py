@@ -11,7 +11,9 @@ from typing import Any
 __all__ = ["CONTEXT", "in_child"]
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.fuzzing.workers", "tests.fuzzing.saving"])
+CONTEXT.set_forkserver_preload(
+    ["tests.fuzzing.workers", "tests.fuzzing.saving", "tests.fuzzing.doors"]
+)
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:

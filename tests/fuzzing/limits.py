@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["Usage", "limit_process", "limited"]
+__all__ = ["Usage", "limit_process", "limited", "limited_to"]
 
 SECONDS = 2.0
 """Of processor time, so that a busy machine is no hang."""
@@ -65,7 +65,7 @@ class Usage:
 
 @contextlib.contextmanager
 def limited(size: int, usage: Usage) -> Iterator[None]:
-    """Run the body with limits, those on time only in a process that was made to die of them.
+    """Run the body with limits in proportion to a file.
 
     Args:
         size: size of the file that it is about, in bytes.
@@ -74,9 +74,25 @@ def limited(size: int, usage: Usage) -> Iterator[None]:
     Raises:
         AssertionError: it took more memory than it may.
     """
+    with limited_to(SECONDS + SECONDS_FOR_MEGABYTE * size / 1e6, FREE + TIMES_SIZE * size, usage):
+        yield
+
+
+@contextlib.contextmanager
+def limited_to(seconds: float, memory: int, usage: Usage) -> Iterator[None]:
+    """Run the body with limits, those on time only in a process that was made to die of them.
+
+    Args:
+        seconds: of processor time.
+        memory: bytes beyond what was there.
+        usage: where to note what it took, if that is the most.
+
+    Raises:
+        AssertionError: it took more memory than it may.
+    """
     resident, start = _reset_peak(), time.process_time()
     if _may_die:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS + SECONDS_FOR_MEGABYTE * size / 1e6)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         signal.setitimer(signal.ITIMER_REAL, SECONDS_WAITING)
     try:
         yield
@@ -86,7 +102,7 @@ def limited(size: int, usage: Usage) -> Iterator[None]:
         peak = _peak_now() - resident
         usage.seconds = max(usage.seconds, time.process_time() - start)
         usage.memory = max(usage.memory, peak)
-    assert peak <= FREE + TIMES_SIZE * size, f"took {peak:,} bytes for a file of {size:,}"
+    assert peak <= memory, f"took {peak:,} bytes, and may take {memory:,}"
 
 
 def _reset_peak() -> int:

@@ -31,6 +31,15 @@ __all__ = ["TextFile", "TextRows", "csv_rows", "json_line_rows", "json_rows", "t
 LONGEST_FIELD = 2**31 - 1
 """For a field of a CSV file; the csv module's own limit, for the whole process, is 128 KiB."""
 
+PIECE = 2**20
+UNPACKED_FREELY = 64 * 2**20
+LARGEST_RATIO = 100
+"""How many bytes each byte of a packed file may give, beyond `UNPACKED_FREELY`. Text gives 3 to 20.
+A file that was made to do harm gives a thousand."""
+
+LONGEST_LINE = 64 * 2**20
+"""In bytes. A line is in memory whole, whatever --streaming says."""
+
 Parse: TypeAlias = Callable[[str], Mapping[str, Any]]
 
 
@@ -57,14 +66,12 @@ class TextFile:
         """
         with opened(path) as file:
             stamp = Stamp.of(file)
-            content = None if streaming else file.read()
-        if content is None:
-            return cls(path, stamp, None)
-        if path.suffix.lower() == ".gz":
-            try:
-                content = gzip.decompress(content)
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{path} is damaged and can't be unpacked: {error}") from error
+            if streaming:
+                content = None
+            elif path.suffix.lower() == ".gz":
+                content = _unpacked(file, path)
+            else:
+                content = file.read()
         return cls(path, stamp, content)
 
     def read(self, start: int, end: int | None) -> bytes:
@@ -83,7 +90,12 @@ class TextFile:
                 raise DataError(f"{self.path} is UTF-16, and must be UTF-8; save it as UTF-8")
             start = len(mark) if mark == codecs.BOM_UTF8 else 0
             file.seek(start)
-            for line in file:
+            while line := file.readline(LONGEST_LINE + 1):
+                if len(line) > LONGEST_LINE:
+                    raise DataError(
+                        f"{self.path} has a line of more than {LONGEST_LINE:,} bytes; write a row "
+                        "to a line of its own"
+                    )
                 yield start, line
                 start += len(line)
 
@@ -96,6 +108,22 @@ class TextFile:
             return
         with opened(self.path, self.stamp) as file:
             yield io.BufferedReader(file)
+
+
+def _unpacked(file: BinaryIO, path: Path) -> bytes:
+    content = bytearray()
+    try:
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            while piece := unpacked.read(PIECE):
+                content += piece
+                if len(content) > UNPACKED_FREELY + LARGEST_RATIO * file.tell():
+                    raise DataError(
+                        f"{path} unpacks to more than {LARGEST_RATIO} times its size; unpack it "
+                        "yourself if you trust it"
+                    )
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged and can't be unpacked: {error}") from error
+    return bytes(content)
 
 
 # --- rows of text files --------------------------------------------------------------------------
