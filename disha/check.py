@@ -5,8 +5,7 @@ The model runs on the user's inputs. The report has one entry for each adapted w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from disha.merge import merge, unmerge
 from disha.model import ModelView
 from disha.tables import table
 from disha.text import counted
+from disha.undo import Undo
 
 __all__ = ["CheckReport", "CheckedWeight", "check_adapters"]
 
@@ -143,18 +143,45 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport
         raise ArgumentError(
             "there is nothing to check: no adapter is active; activate one with set_active_adapters"
         )
-    blocks = [block for *_, block in active]
-    with _evaluated(view), _random_blocks(blocks), torch.random.fork_rng(_devices(view)):
-        seed = torch.initial_seed() % 2**31
+    with torch.random.fork_rng(_devices(view)), Undo(view) as undo:
+        modes = [(module, module.training) for module in view.all_modules()]
+        flags = [(block.block, block.block.requires_grad) for *_, block in active]
+        report = _checked(view, undo, active, lambda: _tensors(model(*inputs, **kwargs)))
+        undo.put_back()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
+    return report
 
-        def run() -> list[Tensor]:
-            torch.manual_seed(seed)
-            return _tensors(model(*inputs, **kwargs))
 
-        with _reads_noted(blocks) as read:
-            gradients, outputs = _gradients(run, blocks)
+def _checked(
+    view: ModelView,
+    undo: Undo,
+    active: list[tuple[str, str, AdaptedWeight, Block]],
+    outputs_of: Callable[[], list[Tensor]],
+) -> CheckReport:
+    """Return the report of a model, which this changes.
+
+    Args:
+        view: the model.
+        undo: it undoes the changes.
+        active: (weight's name, adapter, weight, block) of each active block.
+        outputs_of: runs the model.
+    """
+    blocks, seed = [block for *_, block in active], torch.initial_seed() % 2**31
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(seed)
+        return outputs_of()
+
+    view.model.eval()
+    with torch.inference_mode(False), torch.enable_grad():
+        _randomise(blocks, undo)
+        read, gradients, outputs = _read_and_gradients(run, blocks)
         found = []
-        merges, refusal = _merges(view, run, outputs, [weight for _, _, weight, _ in active])
+        weights = [weight for _, _, weight, _ in active]
+        merges, refusal = _merges(view, undo, run, outputs, weights)
         for (name, adapter, weight, block), gradient in zip(active, gradients, strict=True):
             acts = gradient or _changes(run, block, outputs)
             own = None if merges is None else merges.get(id(weight.layer), True)
@@ -178,43 +205,18 @@ def _devices(view: ModelView) -> list[torch.device]:
     return [device for device in devices if device.type == "cuda"]
 
 
-@contextmanager
-def _evaluated(view: ModelView) -> Iterator[None]:
-    """Put a model into evaluation mode, with gradients enabled."""
-    added = [part for _, layer in view.layers for part in layer.disha.modules()]
-    modes = [(module, module.training) for module in (*view.names, *added)]
-    view.model.eval()
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _random_blocks(blocks: list[Block]) -> Iterator[None]:
+def _randomise(blocks: list[Block], undo: Undo) -> None:
     """Give blocks random values, and make them require gradients."""
-    kept = [(b.block, b.block.detach().clone(), b.block.requires_grad) for b in blocks]
     generator = torch.Generator().manual_seed(0)
-    try:
-        with torch.no_grad():
-            for parameter, *_ in kept:
-                values = torch.randn(parameter.shape, generator=generator) * SIZE
-                parameter.copy_(values)
-        for parameter, *_ in kept:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, values, flag in kept:
-            with torch.no_grad():
-                parameter.copy_(values)
-            parameter.requires_grad_(flag)
+    for block in blocks:
+        undo.write(block.block, torch.randn(block.block.shape, generator=generator) * SIZE)
+        block.block.requires_grad_(True)
 
 
-@contextmanager
-def _reads_noted(blocks: list[Block]) -> Iterator[set[Block]]:
-    """Collect the blocks whose updates the model reads."""
+def _read_and_gradients(
+    run: Callable[[], list[Tensor]], blocks: list[Block]
+) -> tuple[set[Block], list[bool], list[Tensor]]:
+    """Return the blocks that the model reads, and what `_gradients` returns."""
     read: set[Block] = set()
 
     def noting(block: Block) -> Any:
@@ -226,14 +228,15 @@ def _reads_noted(blocks: list[Block]) -> Iterator[set[Block]]:
 
     for block in blocks:
         block.__dict__["update"] = noting(block)
-    try:
-        yield read
-    finally:
-        for block in blocks:
-            block.__dict__.pop("update", None)
+    gradients, outputs = _gradients(run, blocks)
+    for block in blocks:
+        del block.__dict__["update"]
+    return read, gradients, outputs
 
 
-def _gradients(run: Any, blocks: list[Block]) -> tuple[list[bool], list[Tensor]]:
+def _gradients(
+    run: Callable[[], list[Tensor]], blocks: list[Block]
+) -> tuple[list[bool], list[Tensor]]:
     """Return which blocks get a gradient from a random sum of the outputs, and the outputs."""
     outputs = run()
     if not outputs:
@@ -254,21 +257,23 @@ def _gradients(run: Any, blocks: list[Block]) -> tuple[list[bool], list[Tensor]]
     return nonzero, [output.detach() for output in outputs]
 
 
-def _changes(run: Any, block: Block, outputs: list[Tensor]) -> bool:
+def _changes(run: Callable[[], list[Tensor]], block: Block, outputs: list[Tensor]) -> bool:
     """Whether the outputs change when a block changes."""
     parameter = block.block
     kept = parameter.detach().clone()
     with torch.no_grad():
-        try:
-            parameter.add_(50 * SIZE)
-            changed = run()
-        finally:
-            parameter.copy_(kept)
+        parameter.add_(50 * SIZE)
+        changed = run()
+        parameter.copy_(kept)
     return any(not torch.equal(a, b) for a, b in zip(changed, outputs, strict=True))
 
 
 def _merges(
-    view: ModelView, run: Any, outputs: list[Tensor], weights: list[AdaptedWeight]
+    view: ModelView,
+    undo: Undo,
+    run: Callable[[], list[Tensor]],
+    outputs: list[Tensor],
+    weights: list[AdaptedWeight],
 ) -> tuple[dict[int, bool] | None, str]:
     """Return layer -> whether the output stays the same when merged, or why merging is refused.
 
@@ -276,23 +281,19 @@ def _merges(
     """
     with torch.no_grad():
         try:
-            merge(view, untie=True)
+            merge(view, undo, untie=True)
         except DishaError as error:
             return None, str(error)
-        try:
-            same = _alike(run(), outputs)
-        finally:
-            unmerge(view)
+        same = _alike(run(), outputs)
+        unmerge(view, undo)
         if same:
             return {}, ""
         found: dict[int, bool] = {}
         for layer in dict.fromkeys(weight.layer for weight in weights):
             layer_view = ModelView(layer)
-            merge(layer_view, untie=True)
-            try:
-                found[id(layer)] = _alike(run(), outputs)
-            finally:
-                unmerge(layer_view)
+            merge(layer_view, undo, untie=True)
+            found[id(layer)] = _alike(run(), outputs)
+            unmerge(layer_view, undo)
     return found, ""
 
 

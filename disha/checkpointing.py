@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from disha.errors import ArgumentError
 from disha.model import ModelView, require_model
+from disha.undo import Undo
 
 __all__ = ["InputGradients", "enable_input_gradients"]
 
@@ -61,17 +62,19 @@ def enable_input_gradients(
         >>> embedding.weight.grad is None
         True
     """
-    modules = ModelView(model).names
+    view = ModelView(model)
     if after is None:
-        return InputGradients([m for m in modules if isinstance(m, _EMBEDDINGS)], model)
+        with Undo(view):
+            return InputGradients([m for m in view.names if isinstance(m, _EMBEDDINGS)], model)
     chosen: list[Any] = list(after) if isinstance(after, (list, tuple)) else [after]
     for module in chosen:
-        if require_model(module, "after") not in modules:
+        if require_model(module, "after") not in view.names:
             raise ArgumentError(
                 f"after={type(module).__name__} is not a module of the model; give one of its "
                 "modules, such as model.embed_tokens"
             )
-    return InputGradients(chosen, None)
+    with Undo(view):
+        return InputGradients(chosen, None)
 
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)

@@ -16,6 +16,7 @@ from disha.contexts import Group, entered, groups_of
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.model import ModelView
 from disha.routing import Route
+from disha.undo import Undo
 
 __all__ = [
     "adapters_active",
@@ -52,8 +53,10 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     view = ModelView(model)
     wanted = _checked(view, names)
     view.refuse_merged("change the active adapters")
-    for _, layer in view.layers:
-        layer.disha.activate(wanted)
+    adapters = [layer.disha for _, layer in view.layers]
+    with Undo(view, adapters):
+        for one in adapters:
+            one.activate(wanted)
 
 
 def _checked(view: ModelView, names: object) -> tuple[str, ...]:
@@ -165,10 +168,11 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
     """
     check_scale(scale)
     view = ModelView(model)
-    weights = view.require(adapter)
+    blocks = [weight.blocks[adapter] for _, weight in view.require(adapter)]
     view.refuse_merged("change an adapter's scale")
-    for _, weight in weights:
-        weight.blocks[adapter].set_scale(scale)
+    with Undo(view, blocks):
+        for block in blocks:
+            block.set_scale(scale)
 
 
 @contextmanager

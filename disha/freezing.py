@@ -5,14 +5,13 @@ What a module remembers is in its `__dict__`, so copies and pickles of the model
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 
 __all__ = [
-    "as_now",
+    "attributes_of",
     "claim",
     "claimed",
     "is_claimed",
@@ -24,43 +23,30 @@ __all__ = [
 _ATTRIBUTE = "_disha_training"
 
 
-@dataclass
-class _Memory:
-    flags: dict[str, bool] = field(default_factory=dict)
-    """Parameter name -> its requires_grad before disha first changed it."""
-    claims: dict[str, dict[str, bool]] = field(default_factory=dict)
-    """Adapter -> name of a parameter that trains with it -> its requires_grad without it."""
+class _Memory(NamedTuple):
+    """What a module remembers. It is replaced and never changed, so it can be put back.
 
-    def copied(self) -> _Memory:
-        """Return a copy that later changes do not reach."""
-        return _Memory(dict(self.flags), {key: dict(names) for key, names in self.claims.items()})
+    Attributes:
+        flags: parameter name -> its requires_grad before disha first changed it.
+        claims: adapter -> name of a parameter that trains with it -> its requires_grad without it.
+    """
+
+    flags: Mapping[str, bool] = {}
+    claims: Mapping[str, Mapping[str, bool]] = {}
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
+def attributes_of(module: nn.Module) -> dict[str, Any]:
     """Return the module's real `__dict__`, even if the user's class shows another."""
     attributes: dict[str, Any] = nn.Module.__dict__["__dict__"].__get__(module)
     return attributes
 
 
 def _memory(module: nn.Module) -> _Memory:
-    memory: _Memory = _attributes(module).setdefault(_ATTRIBUTE, _Memory())
+    memory: _Memory = attributes_of(module).get(_ATTRIBUTE, _NOTHING)
     return memory
 
 
-def as_now(module: nn.Module) -> Callable[[], None]:
-    """Return a function that restores the module's flags and its memory as they are now."""
-    memory: _Memory | None = _attributes(module).get(_ATTRIBUTE)
-    before = None if memory is None else memory.copied()
-    flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
-
-    def undo() -> None:
-        _attributes(module).pop(_ATTRIBUTE, None)
-        if before is not None:
-            _attributes(module)[_ATTRIBUTE] = before
-        for parameter, flag in flags:
-            parameter.requires_grad = flag
-
-    return undo
+_NOTHING = _Memory()
 
 
 def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
@@ -68,14 +54,17 @@ def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
     parameter = module._parameters[name]
     if parameter is None or parameter.requires_grad == flag:
         return
-    _memory(module).flags.setdefault(name, parameter.requires_grad)
+    flags, claims = _memory(module)
+    if name not in flags:
+        flags = {**flags, name: parameter.requires_grad}
+        attributes_of(module)[_ATTRIBUTE] = _Memory(flags, claims)
     parameter.requires_grad = flag  # lazy parameters do not have requires_grad_()
 
 
 def restore_flags(module: nn.Module) -> None:
     """Restore the first flags of the module's parameters, and forget everything."""
-    memory: _Memory | None = _attributes(module).pop(_ATTRIBUTE, None)
-    for name, flag in memory.flags.items() if memory else ():
+    memory: _Memory = attributes_of(module).pop(_ATTRIBUTE, _NOTHING)
+    for name, flag in memory.flags.items():
         parameter = module._parameters.get(name)
         if parameter is not None:
             parameter.requires_grad = flag
@@ -91,24 +80,26 @@ def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> Non
         flag_without: its requires_grad after the adapter is removed.
     """
     set_requires_grad(module, name, True)
-    _memory(module).claims.setdefault(adapter, {})[name] = flag_without
+    flags, claims = _memory(module)
+    own = {**claims.get(adapter, {}), name: flag_without}
+    attributes_of(module)[_ATTRIBUTE] = _Memory(flags, {**claims, adapter: own})
 
 
 def release(module: nn.Module, adapter: str) -> None:
     """Stop training the module's parameters that an adapter claims, and forget the claims."""
-    memory: _Memory | None = _attributes(module).get(_ATTRIBUTE)
-    claims = memory.claims.pop(adapter, {}) if memory is not None else {}
-    for name, flag in claims.items():
-        set_requires_grad(module, name, flag)
+    flags, claims = _memory(module)
+    if adapter in claims:
+        others = {own: names for own, names in claims.items() if own != adapter}
+        attributes_of(module)[_ATTRIBUTE] = _Memory(flags, others)
+        for name, flag in claims[adapter].items():
+            set_requires_grad(module, name, flag)
 
 
 def claimed(module: nn.Module, adapter: str) -> tuple[str, ...]:
     """Return the names of the module's parameters that an adapter trains."""
-    memory: _Memory | None = _attributes(module).get(_ATTRIBUTE)
-    return () if memory is None else tuple(memory.claims.get(adapter, ()))
+    return tuple(_memory(module).claims.get(adapter, ()))
 
 
 def is_claimed(module: nn.Module, name: str) -> bool:
     """Whether any adapter trains a parameter of the module."""
-    memory: _Memory | None = _attributes(module).get(_ATTRIBUTE)
-    return memory is not None and any(name in names for names in memory.claims.values())
+    return any(name in names for names in _memory(module).claims.values())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ from disha.layers import (
 from disha.model import ModelView
 from disha.plan import Plan, PlannedLayer, Target, can_train, plan_injection
 from disha.text import counted, first_few
+from disha.undo import Undo
 
 __all__ = [
     "adapter_parameters",
@@ -122,9 +122,10 @@ def inject_adapters(
     """
     arguments = locals()
     view = ModelView(arguments.pop("model"))
-    plan = plan_injection(view, strict=True, **arguments)
-    apply_plan(view, plan)
-    _warn_of_skipped(plan)
+    with Undo(view):
+        plan = plan_injection(view, strict=True, **arguments)
+        apply_plan(view, plan)
+        _warn_of_skipped(plan)
     return model
 
 
@@ -140,48 +141,31 @@ def _warn_of_skipped(plan: Plan) -> None:
         )
 
 
-def apply_plan(
-    view: ModelView,
-    plan: Plan,
-    *,
-    activate: bool = True,
-) -> ExitStack:
-    """Carry out a plan that was just made for this model, completely or not at all.
+def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
+    """Carry out a plan that was just made for this model. Call it inside `Undo`.
 
     Args:
         view: the model.
         plan: the plan.
         activate: make the new adapter the only active one.
-
-    Returns:
-        A stack that undoes the plan when it is closed. Drop it to keep the adapter.
     """
     by_module: dict[nn.Module, list[PlannedLayer]] = {}
     for layer in plan.layers:
         by_module.setdefault(layer.module, []).append(layer)
-    blocks = {
-        module: [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
-        for module, layers in by_module.items()
-    }
     own = (layer.disha.group for _, layer in view.layers if layer.disha.group is not LOOSE)
     group = next(own, None) or Group()
-    with ExitStack() as undo:
-        undo.callback(_guard_encoders, view)  # runs last, when the layers are as before
-        for module, layers in by_module.items():
-            undo.callback(adapt(module, [one.slot for one in layers]))
-            adapters = module._modules[CHILD_NAME]
-            assert isinstance(adapters, Adapters)
-            if not len(adapters):
-                group.take(adapters, former=adapters.group)
-            undo.callback(adapters.discard, plan.adapter)
-            adapters.add(plan.adapter, blocks[module])
-        for _, adapted in view.layers if activate else ():
-            adapters = adapted.disha
-            undo.callback(adapters.activate, adapters.active)
-            adapters.activate((plan.adapter,))
-        _guard_encoders(view)
-        _set_flags(view, plan, undo)
-        return undo.pop_all()
+    for module, layers in by_module.items():
+        blocks = [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
+        adapt(module, [one.slot for one in layers])
+        adapters = module._modules[CHILD_NAME]
+        assert isinstance(adapters, Adapters)
+        if not len(adapters):
+            group.take(adapters, former=adapters.group)
+        adapters.add(plan.adapter, blocks)
+    for _, adapted in view.layers if activate else ():
+        adapted.disha.activate((plan.adapter,))
+    _guard_encoders(view)
+    _set_flags(view, plan)
 
 
 def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
@@ -230,22 +214,18 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     for name, layer in layers:
         if set(layer.disha) <= set(removed):
             refuse_changed_class(layer, name)
-    with ExitStack() as undo:
-        undo.callback(_guard_encoders, view)  # runs last, when the layers are as before
+    with Undo(view):
         for _, layer in layers:
-            undo.callback(_adapters_as_now(layer))
             for own in removed:
                 layer.disha.discard(own)
             if not len(layer.disha):
                 restore(layer)
         _guard_encoders(view)
         for module in view.names:
-            undo.callback(freezing.as_now(module))
             for own in removed:
                 freezing.release(module, own)
         for module in () if view.layers else view.names:
             freezing.restore_flags(module)
-        undo.pop_all()
     return model
 
 
@@ -259,23 +239,6 @@ def _refuse_used(view: ModelView, removed: Sequence[str]) -> None:
                 f"can't remove adapter {used[0]!r} while another thread or task uses it, inside "
                 f"{context.function}; remove it when those have ended"
             )
-
-
-def _adapters_as_now(layer: AdaptedLayer) -> Callable[[], None]:
-    """Return a function that restores the current adapters of a layer."""
-    adapters = layer.disha
-    children, active = dict(adapters._modules), adapters.active
-    slots = [block.slot for block in adapters.blocks().values()]
-
-    def undo() -> None:
-        if CHILD_NAME not in layer._modules:
-            adapt(layer, slots)
-            layer._modules[CHILD_NAME] = adapters
-        adapters._modules.clear()
-        adapters._modules.update(children)
-        adapters.activate(active)
-
-    return undo
 
 
 def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
@@ -324,14 +287,14 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     view = ModelView(model)
     if not view.layers:
         raise ArgumentError("the model has no adapter, so nothing would be left to train")
-    view.reshard()
-    for one in view.parameters:
-        if can_train(one.value):
-            trains = freezing.is_claimed(one.module, one.attribute)
-            freezing.set_requires_grad(one.module, one.attribute, trains)
-    for _, layer in view.layers:
-        for block in layer.disha.blocks().values():
-            block.block.requires_grad_(True)
+    with Undo(view):
+        for one in view.parameters:
+            if can_train(one.value):
+                trains = freezing.is_claimed(one.module, one.attribute)
+                freezing.set_requires_grad(one.module, one.attribute, trains)
+        for _, layer in view.layers:
+            for block in layer.disha.blocks().values():
+                block.block.requires_grad_(True)
 
 
 def _guard_encoders(view: ModelView) -> None:
@@ -346,10 +309,8 @@ def _guard_encoders(view: ModelView) -> None:
             release_encoder(module)
 
 
-def _set_flags(view: ModelView, plan: Plan, undo: ExitStack) -> None:
+def _set_flags(view: ModelView, plan: Plan) -> None:
     """Set requires_grad as planned, and remember which parameters train with the adapter."""
-    for module in {one.module for one in view.parameters}:
-        undo.callback(freezing.as_now(module))
     also_train = set(plan.also_train)
     for one in view.parameters:
         if not can_train(one.value):

@@ -7,11 +7,9 @@ merged one is in use, so unmerging is exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError
 from disha.functional import without_autocast
@@ -26,6 +24,7 @@ from disha.layers import (
     takes_dense,
 )
 from disha.model import ModelView, join
+from disha.undo import Undo
 
 __all__ = ["merge", "merge_adapters", "unmerge", "unmerge_adapters"]
 
@@ -78,34 +77,42 @@ def merge_adapters(
         >>> torch.equal(model.base_weight, weight)
         True
     """
-    merge(ModelView(model), adapter, untie=untie, dense=dense)
+    view = ModelView(model)
+    with Undo(view) as undo:
+        merge(view, undo, adapter, untie=untie, dense=dense)
 
 
 def merge(
     view: ModelView,
+    undo: Undo,
     adapter: str | Sequence[str] | None = None,
     *,
     untie: bool = False,
     dense: bool = False,
 ) -> None:
-    """Do as `merge_adapters`."""
+    """Do as `merge_adapters`, inside `undo`. If a `DishaError` is raised, nothing has changed."""
     view.refuse_inside("merge adapters")
     _refuse_sharded(view, "merge adapters")
-    chosen = _chosen(view, adapter)
-    weights = [
-        (join(name, weight.slot.parameter), weight)
-        for name, layer in view.layers
-        for weight in _changed_weights(layer, chosen.get(layer, ()))
-    ]
-    shared = [_check_mergeable(view, name, weight, untie, dense) for name, weight in weights]
     # Inference mode is off, because tensors that are made in it can never be trained.
-    with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
+    with torch.inference_mode(False), torch.no_grad():
+        chosen = _chosen(view, adapter)
+        weights = [
+            (join(name, weight.slot.parameter), weight)
+            for name, layer in view.layers
+            for weight in _changed_weights(layer, chosen.get(layer, ()))
+        ]
+        shared = [_check_mergeable(view, name, weight, untie, dense) for name, weight in weights]
+        merged = [
+            _merged(name, weight, chosen[weight.layer], is_shared)
+            for (name, weight), is_shared in zip(weights, shared, strict=True)
+        ]
+        originals: dict[AdaptedLayer, dict[str, Original]] = {}
+        for (_, weight), (original, new) in zip(weights, merged, strict=True):
+            attribute = weight.slot.parameter
+            originals.setdefault(weight.layer, {})[attribute] = original
+            undo.replace(weight.layer, attribute, new)
         for _, layer in view.layers:
-            undo.callback(_unmerge_layer, layer)
-            layer.disha.merged = Merged(chosen.get(layer, ()))
-        for (name, weight), is_shared in zip(weights, shared, strict=True):
-            _merge_weight(name, weight, is_shared)
-        undo.pop_all()
+            layer.disha.merged = Merged(chosen.get(layer, ()), originals.get(layer, {}))
 
 
 def unmerge_adapters(model: nn.Module) -> None:
@@ -131,18 +138,28 @@ def unmerge_adapters(model: nn.Module) -> None:
         >>> torch.equal(layer.base_weight, original)
         True
     """
-    unmerge(ModelView(model))
+    view = ModelView(model)
+    with Undo(view) as undo:
+        unmerge(view, undo)
 
 
-def unmerge(view: ModelView) -> None:
-    """Do as `unmerge_adapters`."""
+def unmerge(view: ModelView, undo: Undo) -> None:
+    """Do as `unmerge_adapters`, inside `undo`."""
     layers = [layer for _, layer in view.layers]
     if any(layer.disha.merged is not None for layer in layers):
         _refuse_sharded(view, "unmerge adapters")
     for layer in layers:
         _refuse_offloaded(layer)
+    restored = [
+        (layer, name, _restored(layer, name, original))
+        for layer in layers
+        if layer.disha.merged is not None
+        for name, original in layer.disha.merged.originals.items()
+    ]
+    for one in restored:
+        undo.replace(*one)
     for layer in layers:
-        _unmerge_layer(layer)
+        layer.disha.merged = None
 
 
 def _refuse_offloaded(layer: AdaptedLayer) -> None:
@@ -273,49 +290,37 @@ def _quantised_problem(
     return None
 
 
-def _merge_weight(name: str, weight: AdaptedWeight, shared: bool) -> None:
-    layer, attribute, parameter = weight.layer, weight.slot.parameter, weight.parameter
-    merged_now = layer.disha.merged
+def _merged(
+    name: str, weight: AdaptedWeight, adapters: tuple[str, ...], shared: bool
+) -> tuple[Original, Tensor]:
+    """Return the original of a weight, and what replaces it."""
+    parameter = weight.parameter
     assert parameter is not None
-    assert merged_now is not None
     with without_autocast(parameter.device):
-        merged = weight.merged(merged_now.adapters)
+        merged = weight.merged(adapters)
     if not torch.isfinite(merged).all():
-        adapters = ", ".join(map(repr, merged_now.adapters))
         raise MergeError(
-            f"merging {adapters} into {name} gives values that are not finite; check the "
-            "adapter's blocks and its scale"
+            f"merging {', '.join(map(repr, adapters))} into {name} gives values that are not "
+            "finite; check the adapter's blocks and its scale"
         )
     if weight.quantisation is not None:
         original = Original(parameter=parameter, dense=True)
     else:
         original = Original(parameter.data, parameter if shared else None)
-    layer.disha.merged = replace(
-        merged_now, originals={**merged_now.originals, attribute: original}
-    )
     if original.parameter is not None:
-        replacement = nn.Parameter(merged, requires_grad=parameter.requires_grad)
-        layer._parameters[attribute] = replacement
-    else:
-        # Swapping the data keeps the parameter object and costs one copy of the weight, not two.
-        parameter.data = merged
+        merged = nn.Parameter(merged, requires_grad=parameter.requires_grad)
+    return original, merged
 
 
-def _unmerge_layer(layer: AdaptedLayer) -> None:
-    merged = layer.disha.merged
-    if merged is None:
-        return
-    for name, original in merged.originals.items():
-        now = layer._parameters[name]
-        assert now is not None
-        if original.parameter is not None and original.dense:
-            layer._parameters[name] = _moved(original.parameter, now.device)
-        elif original.parameter is not None:
-            layer._parameters[name] = original.parameter
-        elif original.data is not None:
-            # The weight may have moved since, so the original moves to its device and dtype.
-            now.data = original.data.to(device=now.device, dtype=now.dtype)
-    layer.disha.merged = None
+def _restored(layer: AdaptedLayer, name: str, original: Original) -> Tensor:
+    """Return what replaces a merged weight."""
+    now = layer._parameters[name]
+    assert now is not None
+    if original.parameter is not None:
+        return _moved(original.parameter, now.device) if original.dense else original.parameter
+    assert original.data is not None
+    # The weight may have moved since, so the original moves to its device and dtype.
+    return original.data.to(device=now.device, dtype=now.dtype)
 
 
 def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

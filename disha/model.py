@@ -98,6 +98,13 @@ def require_model(model: object, argument: str = "model") -> nn.Module:
     return model
 
 
+def _with_children(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    for child in list(module._modules.values()):  # another thread may add one
+        if child is not None:
+            yield from _with_children(child)
+
+
 class ModelParameter(NamedTuple):
     """A parameter of a model, with all of its clean names.
 
@@ -226,6 +233,14 @@ class ModelView:
     def parameters_by_name(self) -> dict[str, ModelParameter]:
         """Every clean name of a parameter -> the parameter."""
         return {name: one for one in self.parameters for name in one.names}
+
+    def all_modules(self) -> Iterator[nn.Module]:
+        """Iterate over all modules, those of adapters included, each once."""
+        for module in self.names:
+            yield module
+            adapters = module._modules.get(CHILD_NAME)
+            if isinstance(adapters, Adapters):
+                yield from _with_children(adapters)
 
     # --- adapters --------------------------------------------------------------------------------
 

@@ -14,15 +14,15 @@ from disha.errors import AdapterStateError, ArgumentTypeError
 from disha.functional import method_of
 from disha.layers import AdaptedLayer, AdaptedWeight, Block, kept_packed, weight_shape
 from disha.model import ModelView, clean_key, join
-from disha.sharding import local_part, obstacle_to_write, write
+from disha.sharding import local_part, obstacle_to_write
 from disha.text import first_few
+from disha.undo import Undo
 
 __all__ = [
     "LoadReport",
     "adapter_state_dict",
     "adapter_tensors",
     "check_fit",
-    "copy_values",
     "finite_as",
     "load_adapter_state_dict",
 ]
@@ -193,22 +193,24 @@ def load_adapter_state_dict(
         ('disha.default.bone_block',)
     """
     view = ModelView(model)
-    with view.ranks().agreeing(f"load a state dict as adapter {adapter!r}"):
-        if not isinstance(state, Mapping):
-            raise ArgumentTypeError(
-                f"state must be a dict of key -> tensor, got {type(state).__name__}"
-            )
-        view.refuse_merged("load an adapter")
-        expected = _in_state_dict(view, adapter)
-        found = _under_model_keys(state, expected)
-        report = check_fit(expected, found)
-        failed = not report.complete if strict else report.wrong_shape or report.wrong_value
-        if failed:
-            raise AdapterStateError(
-                f"the state does not fit the model's adapter {adapter!r}; nothing was loaded:\n"
-                f"{report}"
-            )
-    copy_values({key: expected[key] for key in report.matched}, found)
+    with Undo(view) as undo:
+        with view.ranks().agreeing(f"load a state dict as adapter {adapter!r}"):
+            if not isinstance(state, Mapping):
+                raise ArgumentTypeError(
+                    f"state must be a dict of key -> tensor, got {type(state).__name__}"
+                )
+            view.refuse_merged("load an adapter")
+            expected = _in_state_dict(view, adapter)
+            found = _under_model_keys(state, expected)
+            report = check_fit(expected, found)
+            failed = not report.complete if strict else report.wrong_shape or report.wrong_value
+            if failed:
+                raise AdapterStateError(
+                    f"the state does not fit the model's adapter {adapter!r}; nothing was loaded:\n"
+                    f"{report}"
+                )
+        for key in report.matched:
+            undo.write(expected[key], found[key])
     return report
 
 
@@ -270,10 +272,3 @@ def finite_as(value: Tensor, dtype: torch.dtype) -> bool:
         return True
     # This needs one pass and no tensor of that size. NaN is both the minimum and the maximum.
     return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(value))
-
-
-def copy_values(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values into parameters in place. They must have been checked."""
-    with torch.no_grad():
-        for key, parameter in targets.items():
-            write(parameter, values[key])

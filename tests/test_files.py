@@ -23,11 +23,10 @@ from disha import (
     MergeError,
 )
 from disha.config import AdapterConfig
-from disha.files import AdapterHeader, LayerRecord, TensorRecord, contents
+from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.contents import adapter_contents, blocks_only, load_contents, read_contents
 from disha.files.header import block_misfits
 from disha.functional import Layout
-from disha.layers import Block
 from disha.model import ModelView
 from tests.adapter_files import base, rewritten, trained
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
@@ -382,40 +381,6 @@ class TestReplace:
         with pytest.raises(AdapterFileError, match=r"unexpected: head.bone_block"):
             disha.load_adapter(other, path, replace=True)
         assert_unchanged(other, before)
-
-
-class TestInterrupted:
-    """A load that is interrupted while it changes the model leaves the model as it was."""
-
-    @pytest.mark.parametrize("replacing", [False, True])
-    @pytest.mark.parametrize(
-        ("owner", "name", "moment"),
-        [
-            *((contents, "copy_values", moment) for moment in (0, 3, 6)),
-            *((Block, "reconfigure", moment) for moment in (0, 4)),
-        ],
-    )
-    def test_at_any_moment(self, path, monkeypatch, owner, name, moment, replacing):
-        model = trained(scale=0.5, dropout=0.25)
-        with torch.no_grad():
-            model.layers[0]["attn"].norm.weight.add_(0.5)
-        disha.save_adapter(model, path)
-        other = trained() if replacing else base()
-        before, right, calls = snapshot(other), getattr(owner, name), []
-
-        def interrupted(*arguments):
-            right(*arguments)
-            calls.append(name)
-            if len(calls) == moment + 1:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(owner, name, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            disha.load_adapter(other, path, replace=replacing)
-        assert_unchanged(other, before)
-        if replacing:
-            block = other.head.disha["default"]
-            assert (block.config.dropout, block.dropout, block.scale) == (0.0, 0.0, 1.0)
 
 
 class TestSomeLayers:

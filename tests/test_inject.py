@@ -494,39 +494,6 @@ class TestRefusals:
         with pytest.raises(disha.AdapterFileError, match=r"head: the model has no such layer$"):
             disha.load_adapter(nn.Linear(4, 4), tmp_path / "a")
 
-    @pytest.mark.parametrize("adapter", [None, "a"])
-    @pytest.mark.parametrize(
-        ("owner", "name"),
-        [
-            (disha.layers.Adapters, "discard"),
-            (disha.inject, "restore"),
-            (disha.inject.freezing, "release"),
-            (disha.inject.freezing, "restore_flags"),
-        ],
-    )
-    def test_an_interrupted_removal_changes_nothing(
-        self, model, tokens, monkeypatch, owner, name, adapter
-    ):
-        disha.inject_adapters(model, "v_proj", 2, adapter="a", also_train="norm", init="kaiming")
-        if adapter is None:
-            disha.inject_adapters(model, "q_proj|head", 2, adapter="b", init="kaiming")
-        before, expected = snapshot(model), model(tokens)
-        original, calls = getattr(owner, name), []
-
-        def interrupted(*arguments):
-            calls.append(arguments)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return original(*arguments)
-
-        monkeypatch.setattr(owner, name, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            disha.remove_adapters(model, adapter)
-        monkeypatch.undo()
-        assert_unchanged(model, before)
-        assert torch.equal(model(tokens), expected)
-        disha.remove_adapters(model, adapter)
-
     def test_failure_half_way_undoes_the_first_half(self, model, monkeypatch):
         original = disha.inject.adapt
 

@@ -389,6 +389,14 @@ class TestLayoutsOfTheUser:
         assert len(w) == 1
         assert w[0].filename == __file__
 
+    @pytest.mark.filterwarnings("error")
+    def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was(self):
+        model = Raw()
+        before = snapshot(model)
+        with pytest.raises(UserWarning, match="can't be adapted"):
+            disha.inject_adapters(model, ".", 2)
+        assert_unchanged(model, before)
+
     def test_declared_they_are_adapted(self):
         model, x = Raw().double(), torch.randn(3, 4).double()
         disha.inject_adapters(model, ".", 2, layouts={"mix": "expert out in"})

@@ -21,7 +21,7 @@ LAYERS = [
     {"config", "effective", "contexts"},
     {"layers"},
     {"model"},
-    {"candidates"},
+    {"candidates", "undo"},
     {"plan", "control", "merge", "state", "summary", "checkpointing"},
     {"inject", "check"},
     {"files"},

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,9 +36,10 @@ from disha.inject import apply_plan
 from disha.layers import AdaptedWeight, Block, check_adapter_name
 from disha.model import ModelView, join
 from disha.plan import Plan, WeightRequest, plan_weights
-from disha.sharding import gathered
-from disha.state import LoadReport, adapter_tensors, check_fit, copy_values, finite_as
+from disha.sharding import gathered, write
+from disha.state import LoadReport, adapter_tensors, check_fit, finite_as
 from disha.text import counted, first_few, printable
+from disha.undo import Undo
 
 __all__ = [
     "AdapterFileWarning",
@@ -362,7 +362,7 @@ def load_contents(
         freeze: freeze all parameters that belong to no adapter.
         activate: make the new adapter the only active one.
     """
-    with ExitStack() as undo:
+    with Undo(view) as undo:
         with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
             check_dtype(dtype)
@@ -375,21 +375,19 @@ def load_contents(
                 values = _fitting(view, incoming, adapter, partial)
             else:
                 plan, values = _planned(view, incoming, adapter, dtype, freeze)
-                undo.push(apply_plan(view, plan, activate=activate))
+                apply_plan(view, plan, activate=activate)
             targets = adapter_tensors(view, adapter)
         blocks = {incoming.keys[layer.key] for layer in header.layers}
         for key, value in values.items():
-            target = {key: targets[key]}
-            if taken or key not in blocks:  # a new block has no values to put back
-                undo.callback(copy_values, target, {key: targets[key].detach().clone()})
-            copy_values(target, {key: value})
+            if taken or key not in blocks:
+                undo.write(targets[key], value)
+            else:  # a new block has no values to put back
+                with torch.no_grad():
+                    write(targets[key], value)
         for _, _, block, layer in incoming.loaded_into(view, adapter):
-            undo.callback(block.set_scale, block.scale)
-            undo.callback(block.reconfigure, block.config)
             block.reconfigure(header.config)
             block.set_scale(layer.scale)
         _warn_of_other_base(view, incoming, adapter)
-        undo.pop_all()
     # Everything fits: the rest has raised.
     return LoadReport(
         matched=tuple(values), missing=(), unexpected=(), wrong_shape=(), wrong_value=()

@@ -129,8 +129,8 @@ class _Recurrent(nn.Module):
         """Do nothing: a computed weight can't be part of a flat one."""
 
 
-def adapt(module: nn.Module, slots: Iterable[Slot]) -> Callable[[], None]:
-    """Move a module to the class that adapts the slots' parameters; return a function to undo it.
+def adapt(module: nn.Module, slots: Iterable[Slot]) -> None:
+    """Move a module to the class that adapts the slots' parameters, and give it `Adapters`.
 
     Args:
         module: the module, already adapted or not.
@@ -146,7 +146,7 @@ def adapt(module: nn.Module, slots: Iterable[Slot]) -> Callable[[], None]:
         original, is_opaque = before.original_class, before.is_opaque  # type: ignore[attr-defined]
         names = [*before.adapted_parameters, *names]  # type: ignore[attr-defined]
         if set(names) <= set(before.adapted_parameters):  # type: ignore[attr-defined]
-            return lambda: None
+            return
         refuse_changed_class(module, "it")
     cls = adapted_class(original, tuple(dict.fromkeys(names)), is_opaque)
     try:
@@ -157,14 +157,13 @@ def adapt(module: nn.Module, slots: Iterable[Slot]) -> Callable[[], None]:
             f"({error}); leave it out with exclude="
         ) from error
     if CHILD_NAME in module._modules:
-        return lambda: _set_class(module, before)
+        return
     adapters = Adapters()
     vars(adapters)["training"] = module.training
     # Written to _modules, because the user's class may guard its attributes.
     module._modules[CHILD_NAME] = adapters
     if is_opaque:
         opaque.attach_hook(module)
-    return lambda: restore(module)
 
 
 def restore(layer: nn.Module) -> None:

@@ -36,15 +36,15 @@ def read_weight(module: nn.Module, name: str) -> Any:
     parametrizations = module._modules.get("parametrizations")
     found = None if parametrizations is None else parametrizations._modules.get(name)
     trained = [] if found is None else [part for part in found.modules() if part.training]
-    for part in trained:
-        part.training = False
     try:
+        for part in trained:
+            vars(part)["training"] = False
         if opaque.original_class(module) is not type(module):
             return base_reader(opaque.original_class(module), name)(module)
         return getattr(module, name, None)
     finally:
         for part in trained:
-            part.training = True
+            vars(part)["training"] = True  # without a Python call, which could be interrupted
 
 
 def base_reader(original: type[nn.Module], name: str) -> Callable[[Any], Any]:
