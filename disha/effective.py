@@ -143,8 +143,7 @@ def start_no_graph(function: Any) -> None:
     """Keep the compiler from starting a graph at a function, or at one that it calls.
 
     When the compiler leaves a function to Python, it still tries to compile the functions that it
-    calls. But an effective weight can't be the input of a graph. As a part of another function,
-    this one is still compiled.
+    calls. As a part of another function, this one is still compiled.
 
     Args:
         function: the function.
@@ -154,6 +153,7 @@ def start_no_graph(function: Any) -> None:
         _frames.set_code_exec_strategy(function.__code__, _frames._FrameExecStrategy(skip, skip))
 
 
+# An effective weight can't be the input of a graph.
 start_no_graph(vars(EffectiveWeight)["__torch_function__"].__func__)
 
 

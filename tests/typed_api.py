@@ -82,6 +82,8 @@ def controlling(model: nn.Module, x: Tensor) -> None:
     disha.set_active_adapters(model, "a")
     disha.set_active_adapters(model, ["a", "b"])
     disha.set_adapter_scale(model, 0.5, adapter="a")
+    with disha.adapters_active(model, ["a", "b"]) as nothing:
+        assert_type(nothing, None)
     with disha.adapters_disabled(model) as nothing:
         assert_type(nothing, None)
     with disha.route_adapters(model, ["a", None]) as nothing:

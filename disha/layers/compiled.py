@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from disha.contexts import NAMED, OPEN, deciding
+from disha.effective import start_no_graph
 
 __all__ = ["factor_name"]
 
@@ -43,6 +44,9 @@ def __getattr__(name: str) -> Any:
     if device:
         return _factor(name, device, disables=context is not None and context.acts is None)
     return None if context is None else context.acts
+
+
+start_no_graph(__getattr__)
 
 
 def _factor(name: str, device: str, disables: bool) -> Tensor | float:

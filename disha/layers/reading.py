@@ -17,7 +17,6 @@ from disha.effective import (
     Routed,
     called_from,
     effective,
-    start_no_graph,
 )
 from disha.errors import ModeError
 from disha.layers.adapters import CHILD_NAME, Adapters
@@ -81,8 +80,6 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         except AttributeError as error:
             # nn.Module would return the plain parameter, and the adapter would have no effect.
             raise RuntimeError(f"the update of {name} failed: {error}") from error
-
-    start_no_graph(read)
 
     def write(layer: nn.Module, value: Any) -> None:
         layer.__dict__[name] = value
