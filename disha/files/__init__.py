@@ -16,7 +16,7 @@ the model changes. From bottom to top:
 """
 
 from disha.files.adapter import inspect_adapter, load_adapter, save_adapter
-from disha.files.atomic import write_files, write_folder
+from disha.files.atomic import clear_drafts, write_files, write_folder
 from disha.files.combining import combine_adapters
 from disha.files.contents import AdapterFileWarning
 from disha.files.header import FORMAT, AdapterFile, AdapterHeader, LayerRecord, TensorRecord
@@ -30,6 +30,7 @@ __all__ = [
     "AdapterHeader",
     "LayerRecord",
     "TensorRecord",
+    "clear_drafts",
     "combine_adapters",
     "explained",
     "inspect_adapter",

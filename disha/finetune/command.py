@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import disha
+from disha.files import clear_drafts
 from disha.finetune.adapting import base_values, inject, trained_besides
 from disha.finetune.answering import TEMPLATE_KEY, Answerer, SamplingSettings
 from disha.finetune.base_model import model_dtype
@@ -25,6 +26,7 @@ from disha.finetune.data.rows import Row
 from disha.finetune.errors import OutputError, SettingsError, TrainingError
 from disha.finetune.folder_lock import FolderLock
 from disha.finetune.inputs import Inputs, first_rows, load_inputs
+from disha.finetune.metrics import METRICS
 from disha.finetune.models.factory import explaining_failures
 from disha.finetune.preview import preview
 from disha.finetune.progress import Clock, counted
@@ -56,6 +58,9 @@ __all__ = ["finetune"]
 
 ADAPTER = "adapter.safetensors"
 MERGED = "merged"
+LOSSES, RATES = "loss.png", "learning_rate.png"
+ANSWERS = "samples.md"
+REPORT = "report.json"
 SAMPLES = 3
 SAMPLE_TOKENS = 48
 
@@ -81,6 +86,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
         lock = FolderLock(settings.output.output)
         if not settings.dry_run:
             processes.on_main(lambda: held.enter_context(lock.held()))
+            processes.on_main(lambda: _clear_drafts(lock.folder.resolve()))
         if processes.on_main(lambda: _is_finished(settings.output)):
             clock.say(
                 f"{lock.folder} holds a finished run, and no checkpoint to resume from: nothing "
@@ -105,6 +111,12 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
             clock.say(preview(inputs, settings, processes.world_size))
             return None
         return _run(settings, inputs, processes, clock, lock)
+
+
+def _clear_drafts(folder: Path) -> None:
+    """Remove what a killed run has left of results that it was writing."""
+    for name in (ADAPTER, MERGED, LOSSES, RATES, ANSWERS, REPORT, METRICS):
+        clear_drafts([folder / name])
 
 
 def _is_finished(output: OutputSettings) -> bool:
@@ -167,7 +179,7 @@ def _run(
         report = _report(settings, model, inputs, course, verification, samples, clock)
         if processes.is_main:
             text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-            write_text(settings.output.output / "report.json", text)
+            write_text(lock.folder / REPORT, text)
     if verification is not None:
         verification.require_agreement(adapter)
     _say_result(settings, inputs, course, verification, clock)
@@ -266,10 +278,10 @@ def _write_results(
 ) -> None:
     folder, adapter, checked = settings.output.output, settings.adapter, inputs.checked.name
     title = f"{adapter.title} adapters, r = {adapter.bone_r}, on {inputs.base.title}"
-    write_figure(folder / "loss.png", plot_losses(course.steps, course.evaluations, title, checked))
-    write_figure(folder / "learning_rate.png", plot_learning_rates(course.steps, title))
+    write_figure(folder / LOSSES, plot_losses(course.steps, course.evaluations, title, checked))
+    write_figure(folder / RATES, plot_learning_rates(course.steps, title))
     if samples:
-        write_text(folder / "samples.md", samples_page(samples, checked))
+        write_text(folder / ANSWERS, samples_page(samples, checked))
 
 
 def _merge_and_verify(

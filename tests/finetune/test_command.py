@@ -696,6 +696,21 @@ def test_a_finished_run_is_not_replaced_unasked(finetune, plain, result):
     assert adapter_of(finetune.output) == adapter_of(plain)
 
 
+def test_what_a_killed_run_was_writing_goes_when_the_next_begins(finetune):
+    finetune.good(max_steps=1)
+    before = contents_of(finetune.output)
+    names = {*FILES, "merged"}
+    for name in names:
+        draft = finetune.output / f".{name}.0123456789abcdef.tmp"
+        draft.mkdir()
+        (draft / "new").write_bytes(b"a part of it")
+    assert contents_of(finetune.output) != before
+    for words in ([], ["--resume"]):
+        finetune(*words)
+        assert contents_of(finetune.output) == before
+        assert {path.name for path in finetune.output.iterdir()} == FILES
+
+
 @pytest.mark.parametrize("name", ["data_path", "eval_path"])
 @pytest.mark.parametrize("place", [".", "new/out", "link/out"])
 def test_results_do_not_go_where_rows_are_read(finetune, tmp_path, name, place):
