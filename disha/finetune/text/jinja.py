@@ -162,13 +162,18 @@ def _started() -> subprocess.Popen[bytes]:
             "chat templates run in a Python process of their own, and there is no interpreter to "
             "start; name one with multiprocessing.set_executable"
         )
-    process = subprocess.Popen(
-        [python, "-S", rendering.__file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C in a terminal is for this process alone
-    )
+    try:
+        process = subprocess.Popen(
+            [python, "-S", rendering.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal is for this process alone
+        )
+    except OSError as error:
+        raise TokenizerError(
+            f"chat templates run in a process of their own, which can't be started: {error}"
+        ) from error
     _write(process, (sys.path, MEBIBYTES << 20))
     return process
 
@@ -203,6 +208,6 @@ def _read(process: subprocess.Popen[bytes], length: int) -> bytes:
 def _write(process: subprocess.Popen[bytes], content: object) -> None:
     assert process.stdin is not None
     # Of a process that has ended, reading finds the code.
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         pickle.dump(content, process.stdin)
         process.stdin.flush()

@@ -38,6 +38,10 @@ def _main() -> None:
     import jinja2.sandbox  # noqa: F401  before memory is limited
 
     _limit_memory(memory)
+    if hasattr(signal, "setitimer"):
+        # The process that asks may ignore or block the timer's signal, and so would this one.
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     while True:
         try:
             kind, content = _answer(*pickle.load(requests))

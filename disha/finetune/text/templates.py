@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from disha import DishaError
+from disha.files import read_text
 from disha.finetune.errors import SettingsError, TokenizerError
 from disha.finetune.text.chat import CHATML_TOKENS, render
 from disha.finetune.text.tokenizer import Tokenizer, is_text
@@ -159,13 +161,9 @@ def _is_file(setting: str) -> bool:
 
 def _content(file: Path) -> str:
     try:
-        with file.open("rb") as opened:
-            content = opened.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
-        return content.decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--template names {file}, which can't be read: {error}") from error
+        return read_text(file, LARGEST_FILE)
+    except DishaError as error:
+        raise SettingsError(f"--template: {error}") from error
 
 
 def _unescaped(text: str) -> str:

@@ -131,6 +131,12 @@ def test_without_an_interpreter_the_remedy_is_said(monkeypatch, no_renderer, nam
         run("any")
 
 
+def test_a_process_that_can_not_be_started_is_named(monkeypatch, no_renderer, tmp_path):
+    monkeypatch.setattr(jinja, "get_executable", lambda: str(tmp_path / "python"))
+    with pytest.raises(TokenizerError, match=r"can't be started: .*No such file .*python"):
+        run("any")
+
+
 CONVERSATION = [
     {"role": "user", "content": "a question é"},
     {"role": "assistant", "content": "<think>\nwell\n</think>\n\nan answer"},
@@ -236,6 +242,22 @@ def test_an_interrupted_answer_is_not_taken_for_the_next(monkeypatch):
             assert run("{{ x }}", x=seconds) == str(seconds)
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signal_that_is_ignored_and_blocked_stops_a_template(monkeypatch, no_renderer):
+    monkeypatch.setattr(jinja, "SECONDS", 0.1)
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+    try:
+        run("any")  # the renderer starts
+        timer = threading.Timer(30, process().kill)
+        timer.start()
+        with pytest.raises(TokenizerError, match=r"takes more than 0\.1 s"):
+            run(FOREVER)
+        timer.cancel()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+        signal.signal(signal.SIGPROF, before)
 
 
 def test_threads_get_their_own_texts():

@@ -163,8 +163,8 @@ def test_anything_else_is_refused(folders, setting, complaint):
     ("content", "complaint"),
     [
         (b"no place", "prompt.txt has it 0 times"),
-        (b"\xff{query}", "which can't be read: .*invalid start byte"),
-        (b" " * LARGEST_FILE + b"{query}", "which can't be read: it has more than 1,048,576 bytes"),
+        (b"\xff{query}", r"--template: .*prompt\.txt is not UTF-8 text"),
+        (b" " * LARGEST_FILE + b"{query}", r"--template: .*prompt\.txt is larger than 1,048,576 b"),
     ],
 )
 def test_a_file_that_can_t_be_used_is_named(folders, tmp_path, content, complaint):
