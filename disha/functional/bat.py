@@ -28,6 +28,7 @@ from disha.functional.shards import (
     merge_dtype,
     merged_weight,
     pad_to_multiple,
+    regained,
     scaled,
     scaled_sums,
     shard_count,
@@ -242,7 +243,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> T
     r = block.shape[-1]
     sums, regain = scaled_sums(x, r, x.dtype)
     # D (out / r, r, r) as (out, r): row a r + i is row i of D_a
-    return output.addmm_(sums, block.reshape(-1, r)[: weight.shape[0]].T, alpha=regain)
+    return output.addmm_(sums, block.reshape(-1, r)[: weight.shape[0]].T, alpha=float(regain))
 
 
 def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
@@ -313,5 +314,5 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
         output = torch.bmm(moved, rows.mT).view(*stack, count, tokens, r)
         output = output.transpose(-3, -2).reshape(*stack, tokens, count * r)
     sums, regain = scaled_sums(x, r, x.dtype)
-    output = output + scaled(sums @ block.reshape(*stack, count * r, r).mT, regain)
+    output = output + regained(sums @ block.reshape(*stack, count * r, r).mT, regain)
     return output[..., : weight.shape[-2]]

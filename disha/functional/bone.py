@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from disha.functional.shards import Scale, scaled, scaled_sums, shard_count, tiled
+from disha.functional.shards import Scale, regained, scaled, scaled_sums, shard_count, tiled
 
 __all__ = [
     "bone_delta",
@@ -53,7 +53,7 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
     """
     block = tiled(block, out_features)
     sums, regain = scaled_sums(x, block.shape[-2], block.dtype, scale)
-    return scaled(sums @ block, regain)
+    return regained(sums @ block, regain)
 
 
 def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Tensor:
@@ -207,4 +207,4 @@ def routed_bone_delta(
     each = x.shape[:-1].numel() // samples
     sums, regain = scaled_sums(x, r, table.dtype)
     product = sums.reshape(samples, each, r) @ table[choices]
-    return scaled(product, regain).reshape(*x.shape[:-1], out_features)
+    return regained(product, regain).reshape(*x.shape[:-1], out_features)

@@ -33,6 +33,7 @@ from disha.functional.shards import (
     added,
     merged_weight,
     pad_to_multiple,
+    regained,
     scaled,
     scaled_sums,
     tiled,
@@ -253,7 +254,7 @@ def _reduced_product(
     plain = chosen is None or is_compiling() or torch._C._are_functorch_transforms_active()
     # Backward gathers again, so it does not keep one matrix for each token.
     output = product(sums, matrix) if plain else checkpoint(product, sums, matrix, **KEEP_NOTHING)
-    output = scaled(output, regain)
+    output = regained(output, regain)
     return tiled(output, out_features) if multiply is F.linear else output
 
 
@@ -395,11 +396,11 @@ def _linear_in_general(
     return reduce(added, deltas, output)
 
 
-def _plus_product(output: Tensor, sums: Tensor, matrix: Tensor, regain: float) -> Tensor:
+def _plus_product(output: Tensor, sums: Tensor, matrix: Tensor, regain: Scale) -> Tensor:
     """Return output + sums @ matrix * regain, in one operation where possible."""
     one_dtype = output.dtype == sums.dtype == matrix.dtype
-    if not one_dtype or matrix.shape[1] != output.shape[1]:
-        return added(output, tiled(scaled(sums @ matrix, regain), output.shape[1]))
+    if not one_dtype or matrix.shape[1] != output.shape[1] or isinstance(regain, Tensor):
+        return added(output, tiled(regained(sums @ matrix, regain), output.shape[1]))
     if is_compiling() or torch._C._are_functorch_transforms_active():
         return torch.addmm(output, sums, matrix, alpha=regain)
     return output.addmm_(sums, matrix, alpha=regain)

@@ -19,6 +19,7 @@ __all__ = [
     "merge_dtype",
     "merged_weight",
     "pad_to_multiple",
+    "regained",
     "scaled",
     "scaled_sums",
     "shard_count",
@@ -98,12 +99,12 @@ def scaled(x: Tensor, scale: Scale) -> Tensor:
 
 def scaled_sums(
     x: Tensor, r: int, dtype: torch.dtype, scale: Scale = 1.0, dim: int = -1
-) -> tuple[Tensor, float]:
-    """Return c s S(x), and the factor 1 / c, by which the caller multiplies the product.
+) -> tuple[Tensor, Scale]:
+    """Return f S(x), and the factor s / f, by which the caller multiplies the product (`regained`).
 
-    A float16 sum of n shards can overflow where the layer's output does not. In float16, c is the
-    largest power of two that is at most 1 / n, which changes no digit of the sums. Otherwise it
-    is 1.
+    A float16 sum of n shards, or s times it, can overflow where the layer's output does not. So in
+    float16, f = c min(1, |s|) with the sign of s, where c is the largest power of two that is at
+    most 1 / n, which changes no digit of the sums. In other dtypes, f is s.
 
     Args:
         x: input (..., in), or (..., in, *positions) with another `dim`.
@@ -118,7 +119,20 @@ def scaled_sums(
         sums = shard_sum(x, r, dtype, dim)
         return sums if not isinstance(scale, Tensor) and scale == 1.0 else sums * scale, 1.0
     c = float(2.0 ** -(shard_count(x.shape[dim], r) - 1).bit_length())
-    return (shard_sum(x, r, torch.float32, dim) * (scale * c)).to(dtype), 1.0 / c
+    size = scale.abs().clamp(min=1.0) if isinstance(scale, Tensor) else max(1.0, abs(scale))
+    return (shard_sum(x, r, torch.float32, dim) * (scale / size * c)).to(dtype), size / c
+
+
+def regained(product: Tensor, factor: Scale) -> Tensor:
+    """Return a product of `scaled_sums`, times the factor that these have given.
+
+    Args:
+        product: the product.
+        factor: the factor; a tensor of it may be too large for float16.
+    """
+    if isinstance(factor, Tensor):
+        return (product.float() * factor).to(product.dtype)
+    return scaled(product, factor)
 
 
 def tiled(block: Tensor, out_features: int) -> Tensor:
