@@ -108,7 +108,26 @@ def container(data):
         raw[key] = (values[begin:end], tuple(entry["shape"]))
         position = end
     need(position == len(values), "bytes left over, or too few")
+    said = metadata.get("disha_checksum")
+    if said is not None:
+        found = checksum(metadata["disha"], {key: entries[key]["dtype"] for key in raw}, raw)
+        need(said == found, "the checksum is wrong")
     return metadata["disha"], {key: entries[key]["dtype"] for key in raw}, raw
+
+
+def checksum(header, dtypes, raw):
+    parts = [(header, b"")]
+    for key in sorted(raw):
+        values, shape = raw[key]
+        parts.append((f"{dtypes[key]} {in_brackets(shape)} {key}", values))
+    digest = hashlib.sha256()
+    for text, values in parts:
+        digest.update(struct.pack("<Q", len(text.encode())) + text.encode() + values)
+    return digest.hexdigest()
+
+
+def in_brackets(sizes):
+    return "(" + ", ".join(map(str, sizes)) + ("," if len(sizes) == 1 else "") + ")"
 
 
 def numbers(raw, dtype, shape):
@@ -414,9 +433,10 @@ def fingerprint(weight):
     with numpy.errstate(over="ignore"):
         single = numpy.array([values[place] for place in places]).astype("<f4")
         half = single.astype("<f2").astype("<f4")
-    sizes = "(" + ", ".join(map(str, weight.shape)) + ("," if weight.ndim == 1 else "") + ")"
     digests = [
-        hashlib.sha256(sizes.encode() + to_bfloat16(form).tobytes()).hexdigest()[:8]
+        hashlib.sha256(
+            in_brackets(weight.shape).encode() + to_bfloat16(form).tobytes()
+        ).hexdigest()[:8]
         for form in (single, half)
     ]
     return "".join(digests)

@@ -52,16 +52,16 @@ def test_numbers_of_a_tensor(monkeypatch, chunk):
     monkeypatch.setattr(statistics, "CHUNK", chunk)
     values = torch.tensor([[3.0, 0.0, -4.0], [0.0, 0.0, 12.0]], dtype=torch.float16)
     one = tensor_statistics(values)
-    assert (one.norm, one.largest, one.zeros, one.infinite) == (13.0, 12.0, 3, 0)
+    assert (one.norm, one.largest, one.zeros, one.not_finite) == (13.0, 12.0, 3, 0)
     assert one.rms == pytest.approx(13 / math.sqrt(6))
     values[0, 0], values[0, 1] = float("nan"), float("-inf")
     one = tensor_statistics(values)
-    assert (one.norm, one.rms, one.largest, one.zeros, one.infinite) == (None, None, None, 2, 2)
+    assert (one.norm, one.rms, one.largest, one.zeros, one.not_finite) == (None, None, None, 2, 2)
 
 
 def test_an_empty_tensor_has_no_norm_but_zero():
     one = tensor_statistics(torch.empty(0, 3))
-    assert (one.norm, one.rms, one.largest, one.zeros, one.infinite) == (0.0, 0.0, 0.0, 0, 0)
+    assert (one.norm, one.rms, one.largest, one.zeros, one.not_finite) == (0.0, 0.0, 0.0, 0, 0)
 
 
 def test_squares_do_not_overflow_in_the_tensors_own_dtype():

@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> None:
         return
     for number, prompt in enumerate(prompts):
         if len(prompts) > 1:
-            print(f"{'' if number == 0 else chr(10)}> {prompt}")
+            print(f"{'' if number == 0 else chr(10)}> {_fit(prompt)}")
         if settings.compare:
             _print_side_by_side(answerer.base_answer(prompt), answerer.answer(prompt))
         else:

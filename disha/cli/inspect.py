@@ -81,7 +81,7 @@ def _statistics_table(
             "x".join(map(str, described.tensors[key].shape)),
             *(number(one, 4) for one in (found.norm, found.rms, found.largest, found.delta_norm)),
             f"{found.zeros:,}",
-            f"{found.infinite:,}",
+            f"{found.not_finite:,}",
         )
         for key, found in statistics.items()
     ]

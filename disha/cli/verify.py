@@ -71,11 +71,15 @@ def run(arguments: Sequence[str]) -> int:
     except disha.AdapterFileError as error:
         checks.append(Check("structure", False, "; ".join(str(error).splitlines())))
     else:
-        checks += _checks_of_contents(described)
-        if flags.base is not None:
-            report = verify_against(flags.base, flags.file)
-            summary = str(report).splitlines()[-1].partition(": ")[2]
-            checks.append(Check("base", report.ok, summary))
+        try:
+            checks += _checks_of_contents(described)
+        except disha.AdapterFileError as error:
+            checks.append(Check("values", False, str(error)))
+        else:
+            if flags.base is not None:
+                report = verify_against(flags.base, flags.file)
+                summary = str(report).splitlines()[-1].partition(": ")[2]
+                checks.append(Check("base", report.ok, summary))
     sound = all(check.passed for check in checks)
     rows = [(one.check, "ok" if one.passed else "WRONG", one.remark) for one in checks]
     lines = [table(("check", "found", "remark"), rows)]
@@ -108,6 +112,6 @@ def _checks_of_contents(described: disha.AdapterFile) -> Iterator[Check]:
         f"{counted(described.parameters, 'parameter')}",
     )
     tensors = shown(statistics_of(described), len(described.tensors), "reading tensors")
-    broken = [f"{key} ({found.infinite:,})" for key, found in tensors if found.infinite]
+    broken = [f"{key} ({found.not_finite:,})" for key, found in tensors if found.not_finite]
     remark = f"not finite in {', '.join(broken[:5])}" if broken else "all finite"
     yield Check("values", not broken, remark + (", ..." if len(broken) > 5 else ""))

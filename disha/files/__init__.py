@@ -8,6 +8,7 @@ the model changes. From bottom to top:
 - `json_files`: reads JSON objects, in adapter files and in the files of other libraries
 - `tensors`: reads safetensors files of any content, one tensor at a time
 - `pieces`: writes them, one tensor at a time
+- `checksum`: shows whether a bit of a file has flipped
 - `header`: the format of the header
 - `contents`: an adapter outside a model, read from a model or a file, and written to either
 - `adapter`: `save_adapter`, `inspect_adapter`, `load_adapter`

@@ -73,7 +73,7 @@ def save_adapter(
 
 
 def inspect_adapter(path: PathLike) -> AdapterFile:
-    """Return the header of an adapter file, without reading any tensor.
+    """Return the header of an adapter file, without reading any tensor or checking its checksum.
 
     Args:
         path: the file.

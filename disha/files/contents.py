@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from disha.config import check_dtype, compile_regex
 from disha.errors import AdapterFileError, AdapterStateError, ArgumentError, ArgumentTypeError
 from disha.files.atomic import write_files
+from disha.files.checksum import CHECKSUM_KEY, HEADER_KEY, check_values, checksum
 from disha.files.header import (
-    HEADER_KEY,
     AdapterFile,
     AdapterHeader,
     LayerRecord,
@@ -210,7 +210,9 @@ def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tens
         ArgumentError: a name or a note is not Unicode text, or names and notes are too large for a
             safetensors file.
     """
-    write_files({path: tensor_writer(tensors, {HEADER_KEY: encoded(header)})})
+    text = encoded(header)
+    metadata = {HEADER_KEY: text, CHECKSUM_KEY: checksum(text, tensors)}
+    write_files({path: tensor_writer(tensors, metadata)})
 
 
 def read_contents(
@@ -269,7 +271,9 @@ class _Unread(Mapping[str, Tensor]):
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        return {key: self._file.read(key) for key in self._keys}
+        tensors = {key: self._file.read(key) for key in self._keys}
+        check_values(self._file, tensors)
+        return tensors
 
 
 def _chosen(described: AdapterFile, layers: str) -> Sequence[LayerRecord]:

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from disha.files.checksum import check_values
 from disha.files.header import AdapterFile
 from disha.files.statistics import chunks
 from disha.files.tensors import opened
+from disha.text import printable
 
 __all__ = ["FieldDifference", "TensorDifference", "header_differences", "tensor_differences"]
 
@@ -31,7 +33,7 @@ class FieldDifference:
     second: Any
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.first} | {self.second}"
+        return printable(f"{self.field}: {self.first} | {self.second}")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def tensor_differences(first: AdapterFile, second: AdapterFile) -> Iterator[Tens
         second: the header of the other file.
 
     Raises:
+        AdapterFileError: a file is damaged.
         AdapterIOError: a file can't be read any more.
 
     Examples:
@@ -113,6 +116,8 @@ def tensor_differences(first: AdapterFile, second: AdapterFile) -> Iterator[Tens
     both = {**other, **one}
     blocks = {layer.key for layer in (*first.layers, *second.layers)}
     with opened(first.path) as a, opened(second.path) as b:
+        check_values(a)
+        check_values(b)
         for key in dict.fromkeys((*one, *other)):
             name = both[key]["name"]
             if key not in one or key not in other:

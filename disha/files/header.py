@@ -19,6 +19,7 @@ from torch import Tensor
 from disha import functional
 from disha.config import LARGEST_SCALE, AdapterConfig
 from disha.errors import AdapterFileError, ArgumentError, DishaError
+from disha.files.checksum import HEADER_KEY
 from disha.files.json_files import parsed_json
 from disha.files.tensors import TensorFile, TensorRecord
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Rows
@@ -29,7 +30,6 @@ from disha.text import brief, counted, first_few, printable
 
 __all__ = [
     "FORMAT",
-    "HEADER_KEY",
     "AdapterFile",
     "AdapterHeader",
     "LayerRecord",
@@ -41,9 +41,6 @@ __all__ = [
 
 FORMAT = 1
 """The newest file format that this library writes and reads."""
-
-HEADER_KEY = "disha"
-"""The only metadata key. The library safetensors writes several keys in changing order."""
 
 MOST_LAYERS = 100_000
 """The largest number of layers that a header may list."""
@@ -251,8 +248,9 @@ class AdapterFile(AdapterHeader):
             lines.append(f"also trained: {printable(', '.join(self.also_train))}")
         lines += [printable(f"{key}: {value}") for key, value in self.metadata.items()]
         lines.append(
-            f"{self.path}: format {self.format}, {counted(len(self.layers), 'layer')}, "
-            f"{counted(self.parameters, 'parameter')}, {counted(self.nbytes, 'byte')}"
+            f"{printable(str(self.path))}: format {self.format}, "
+            f"{counted(len(self.layers), 'layer')}, {counted(self.parameters, 'parameter')}, "
+            f"{counted(self.nbytes, 'byte')}"
         )
         return "\n".join(lines)
 

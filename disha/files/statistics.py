@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from disha import functional
+from disha.files.checksum import check_values
 from disha.files.header import AdapterFile, LayerRecord
 from disha.files.tensors import opened
 
@@ -28,7 +29,7 @@ class TensorStatistics:
         rms: root of the mean square, or None if values are not finite.
         largest: largest absolute value, or None if values are not finite.
         zeros: number of values that are zero.
-        infinite: number of values that are not finite.
+        not_finite: number of values that are NaN or infinite.
         delta_norm: the Frobenius norm of s * dW of a block; None if values are not finite, or if dW
             depends on W, which the file does not contain.
     """
@@ -37,7 +38,7 @@ class TensorStatistics:
     rms: float | None
     largest: float | None
     zeros: int
-    infinite: int
+    not_finite: int
     delta_norm: float | None = None
 
 
@@ -50,10 +51,12 @@ def statistics_of(described: AdapterFile) -> Iterator[tuple[str, TensorStatistic
         described: the header of the file.
 
     Raises:
+        AdapterFileError: the file is damaged.
         AdapterIOError: the file can't be read any more.
     """
     records = {layer.key: layer for layer in described.layers}
     with opened(described.path) as file:
+        check_values(file)
         for key in (*records, *described.also_train):
             yield key, tensor_statistics(file.read(key), records.get(key))
 
@@ -78,21 +81,21 @@ def tensor_statistics(tensor: Tensor, record: LayerRecord | None = None) -> Tens
         >>> tensor_statistics(torch.tensor([3.0, -4.0, 0.0, 0.0])).norm
         5.0
     """
-    squares, largest, zeros, infinite = 0.0, 0.0, 0, 0
+    squares, largest, zeros, not_finite = 0.0, 0.0, 0, 0
     for chunk in chunks(tensor):
-        infinite += int((~chunk.isfinite()).sum())
+        not_finite += int((~chunk.isfinite()).sum())
         zeros += int((chunk == 0).sum())
         wide = chunk.double()
         squares += float(wide.square().sum())
         largest = max(largest, float(wide.abs().max()))
-    if infinite:
-        return TensorStatistics(None, None, None, zeros, infinite)
+    if not_finite:
+        return TensorStatistics(None, None, None, zeros, not_finite)
     return TensorStatistics(
         norm=math.sqrt(squares),
         rms=math.sqrt(squares / max(tensor.numel(), 1)),
         largest=largest,
         zeros=zeros,
-        infinite=0,
+        not_finite=0,
         delta_norm=None if record is None else delta_norm(record, tensor),
     )
 

@@ -73,7 +73,7 @@ def test_statistics(run, files):
     assert one["norm"] == pytest.approx(float(block.norm()))
     assert one["largest"] == float(block.abs().max())
     assert one["delta_norm"] == pytest.approx(2 * float(block.norm()))  # 16 inputs, r = 4
-    assert (one["zeros"], one["infinite"]) == (0, 0)
+    assert (one["zeros"], one["not_finite"]) == (0, 0)
     assert found["also_train"][0]["stats"]["norm"] == pytest.approx(12**0.5)
     told = run("inspect", path, "--stats").out
     row = next(line for line in told.splitlines() if line.startswith(DOWN)).split()
@@ -89,7 +89,7 @@ def test_numbers_that_json_lacks_are_null(run, files):
     write_contents(path, header, tensors)
     one = run("inspect", path, "--stats", "--json").json["layers"][0]["stats"]
     assert one["norm"] is one["rms"] is one["largest"] is one["delta_norm"] is None
-    assert one["infinite"] == 1
+    assert one["not_finite"] == 1
     assert run("inspect", path, "--stats").out.splitlines()[1].endswith("1")
 
 
