@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.sparse import SparseSemiStructuredTensor
 
 from disha import functional
 from disha.errors import ArgumentError
@@ -194,7 +195,7 @@ class Candidate:
         # Any floating-point dtype will do: a user's hook may cast the weight before each forward.
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             return "its weight is not a floating-point tensor"
-        if weight.layout is not torch.strided:
+        if weight.layout is not torch.strided or isinstance(weight, SparseSemiStructuredTensor):
             return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
         if is_sharded(weight):
             return (

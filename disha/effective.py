@@ -747,10 +747,23 @@ def _embedding(
         return NotImplemented
 
     def look_up(indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
-        return F.embedding(indices, table, padding_idx, None, 2.0, scale_grad_by_freq, sparse)
+        own = sparse and table is weight.base  # a computed weight needs a dense gradient
+        return F.embedding(indices, table, padding_idx, None, 2.0, scale_grad_by_freq, own)
 
     output = _product(look_up, input, weight, None, input.dim() >= 1)
     return output if max_norm is None else _renormed(output, max_norm, norm_type)
+
+
+def _embedding_bag(input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    before, after = args[:SPARSE], args[SPARSE + 1 :]
+    if len(args) > SPARSE:
+        return _compute_first(F.embedding_bag, (input, weight, *before, False, *after), kwargs)
+    return _compute_first(F.embedding_bag, (input, weight, *args), {**kwargs, "sparse": False})
+
+
+SPARSE = 5
+"""The position of `sparse` among the arguments after the weight. A computed weight needs a dense
+gradient."""
 
 
 def _renormed(output: Tensor, max_norm: float, norm_type: float) -> Tensor:
@@ -936,6 +949,7 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {
     Tensor.__matmul__: _matmul,
     Tensor.__rmatmul__: _rmatmul,
     F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
     F.multi_head_attention_forward: _attention,
     # From transformers, by name, because it exists only after that is imported.
     "transformers::grouped_mm_fallback": _grouped(_grouped_of_transformers),

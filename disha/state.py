@@ -219,10 +219,16 @@ def _under_model_keys(
 ) -> dict[str, Tensor]:
     """Return the state with each key replaced by the model's key for the same parameter."""
     model_keys = {clean_key(key): key for key in expected}
-    return {
-        str(key) if key in expected else model_keys.get(clean_key(str(key)), str(key)): value
-        for key, value in state.items()
-    }
+    given: dict[str, str] = {}
+    for key in map(str, state):
+        own = key if key in expected else model_keys.get(clean_key(key), key)
+        if own in given:
+            raise AdapterStateError(
+                f"the state has {given[own]!r} and {key!r}, which are one parameter of the model; "
+                "nothing was loaded. Leave out one of them"
+            )
+        given[own] = key
+    return dict(zip(given, state.values(), strict=True))
 
 
 def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> LoadReport:

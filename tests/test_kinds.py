@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from transformers.pytorch_utils import Conv1D
 
 import disha
@@ -143,6 +145,22 @@ def test_sparse_gradients_of_an_embedding_stay_sparse():
     layer(torch.tensor([1, 5])).sum().backward()
     assert layer.weight.grad.is_sparse
     assert layer.disha["default"].block.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, partial(nn.EmbeddingBag, mode="sum")])
+@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_layers_that_ask_for_sparse_gradients_train(make, method, freeze):
+    layer, exact = (make(7, 4, sparse=sparse) for sparse in (True, False))
+    exact.load_state_dict(layer.state_dict())
+    for one in (layer, exact):
+        disha.inject_adapters(one, "^$", 2, method=method, freeze=freeze)
+        perturb(one)
+        one(torch.tensor([[1, 5]])).square().sum().backward()
+    for found, expected in zip(layer.parameters(), exact.parameters(), strict=True):
+        assert (found.grad is None) == (expected.grad is None)
+        if expected.grad is not None:
+            close(found.grad.to_dense(), expected.grad)
 
 
 class DoublingConv(nn.Conv2d):
@@ -474,6 +492,17 @@ class TestLayoutsOfTheUser:
         layer.weight = nn.Parameter(layer.weight.detach().to_sparse(), requires_grad=False)
         with pytest.raises(TargetError, match="its weight is sparse"):
             disha.inject_adapters(nn.Sequential(layer), "0", 2)
+
+    def test_weights_of_sparse_kernels_are_skipped(self):
+        """They are strided by their own account, but no operation of ours works on them."""
+        packed = torch.ones(4, 4).half()
+        weight = SparseSemiStructuredTensorCUTLASS(packed.shape, packed, *[None] * 4)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model[1].weight = nn.Parameter(weight, requires_grad=False)
+        [skipped] = disha.plan_adapters(model, ".", 2).skipped
+        assert (skipped.name, skipped.reason.split(";")[0]) == ("1", "its weight is sparse")
+        with pytest.warns(UserWarning, match="1: its weight is sparse"):
+            disha.inject_adapters(model, ".", 2)
 
     def test_adapters_of_peft_are_left_alone(self):
         peft = pytest.importorskip("peft", reason="peft is not installed")

@@ -71,6 +71,19 @@ class TestLoad:
         assert torch.equal(other(tokens), adapted(tokens))
 
     @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_two_keys_of_one_parameter_are_refused(self, adapted, prefix, strict):
+        own = disha.adapter_state_dict(adapted)
+        key = next(iter(own))
+        before = snapshot(adapted)
+        for state in ({**own, prefix + key: own[key]}, {prefix + key: own[key], **own}):
+            with pytest.raises(AdapterStateError, match="are one parameter") as caught:
+                disha.load_adapter_state_dict(adapted, state, strict=strict)
+            assert repr(key) in str(caught.value)
+            assert repr(prefix + key) in str(caught.value)
+        assert_unchanged(adapted, before)
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
     def test_keys_of_a_wrapped_model(self, adapted, tokens, prefix):
         state = {prefix + key: value for key, value in disha.adapter_state_dict(adapted).items()}
         other = fresh()
