@@ -171,8 +171,9 @@ class TensorFile:
             last: the row after the last one to read; all rows by default.
 
         Raises:
-            AdapterFileError: its dtype is unknown, or there is no memory for it.
-            AdapterIOError: the file can't be read any more, or was cut short.
+            AdapterFileError: its dtype is unknown.
+            AdapterIOError: the file can't be read any more, or was cut short, or there is no memory
+                for the tensor.
         """
         stored = self.tensors[key]
         if stored.dtype not in KNOWN:
@@ -218,8 +219,8 @@ class TensorFile:
         try:
             return torch.empty(shape, dtype=dtype)
         except (RuntimeError, MemoryError) as error:
-            raise AdapterFileError(
-                f"{self.path}: there is no memory for tensor {brief(key)}, which takes "
+            raise AdapterIOError(
+                f"can't read {self.path}: there is no memory for tensor {brief(key)}, which takes "
                 f"{math.prod(shape) * dtype.itemsize:,} bytes; get another version of the file, or "
                 "read it on a larger machine"
             ) from error

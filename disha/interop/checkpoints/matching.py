@@ -14,9 +14,9 @@ from torch import Tensor
 
 from disha.errors import AdapterFileError
 from disha.files.atomic import PathLike, checked_path
-from disha.files.contents import read_contents
+from disha.files.contents import unread_contents
 from disha.files.header import AdapterFile, AdapterHeader, LayerRecord
-from disha.files.tensors import DTYPES, StoredTensor
+from disha.files.tensors import DTYPES, StoredTensor, opened
 from disha.fingerprint import fingerprint, fingerprint_of, same_base
 from disha.interop.checkpoints.names import Renaming, nearest, possible_keys, renaming
 from disha.interop.checkpoints.reading import Checkpoint, may_tie, open_checkpoint
@@ -195,7 +195,8 @@ def verify_against(
         (True, Finding(name='0', key='0.weight', state='same base', remark=''))
     """
     path = checked_path(adapter_path)
-    return matched(open_checkpoint(base), *read_contents(path, also_train=also_train)).report
+    with opened(path) as file:
+        return matched(open_checkpoint(base), *unread_contents(file, also_train=also_train)).report
 
 
 def matched(
@@ -206,19 +207,22 @@ def matched(
     Args:
         checkpoint: the base.
         adapter: the adapter's header.
-        tensors: its tensors.
+        tensors: its tensors. None is read before one of them fits.
     """
     base = _Base(checkpoint, adapter.layers, adapter.also_train)
-    beside = [base.parameter(name, tensors[name]) for name in adapter.also_train]
+    beside = [
+        base.parameter(name, adapter.tensors[name].shape, tensors) for name in adapter.also_train
+    ]
     keys = {one.name: one.key for one in beside if one.key and one.state == FITS}
     # A layer may adapt one of the parameters that are saved beside the blocks.
     values = {key: tensors[name] for name, key in keys.items()}
     layers = []
     for record in adapter.layers:
-        block = tensors[record.key]
-        found = base.layer(record, tuple(block.shape), values)
-        if found.state not in (MISSING, MISFIT) and not finite_as(block, block.dtype):
-            found = replace(found, state=NOT_FINITE, remark="the adapter's block")
+        found = base.layer(record, adapter.tensors[record.key].shape, values)
+        if found.state not in (MISSING, MISFIT):
+            block = tensors[record.key]
+            if not finite_as(block, block.dtype):
+                found = replace(found, state=NOT_FINITE, remark="the adapter's block")
         layers.append(found)
     return Matching(
         report=BaseReport(adapter.path, checkpoint.path, tuple(layers), tuple(beside)),
@@ -284,18 +288,26 @@ class _Base:
         with self.checkpoint.file_of(key) as file:
             return fingerprint_of(file.tensors[key].shape, partial(file.values_at, key))
 
-    def parameter(self, name: str, value: Tensor) -> Finding:
-        """Find a parameter that is saved beside the blocks and check it."""
+    def parameter(
+        self, name: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor]
+    ) -> Finding:
+        """Find a parameter that is saved beside the blocks and check it.
+
+        Args:
+            name: the parameter.
+            shape: its shape in the adapter.
+            tensors: the adapter's tensors.
+        """
         key = self.rename(name)
         if key is None or key not in self.checkpoint.tensors:
             return self._missing(name, name)
         stored = self.checkpoint.tensors[key]
         if stored.dtype not in DTYPES:
             return Finding(name, key, MISFIT, _packed(stored))
-        if stored.shape != tuple(value.shape):
-            remark = f"is {stored.shape} there and {tuple(value.shape)} in the adapter"
+        if stored.shape != shape:
+            remark = f"is {stored.shape} there and {shape} in the adapter"
             return Finding(name, key, MISFIT, remark)
-        if not finite_as(value, DTYPES[stored.dtype]):
+        if not finite_as(tensors[name], DTYPES[stored.dtype]):
             return Finding(name, key, NOT_FINITE, f"the adapter's values, as {stored.dtype}")
         return Finding(name, key, FITS)
 

@@ -35,12 +35,12 @@ from disha.files.atomic import (
     write_files,
     write_folder,
 )
-from disha.files.contents import read_contents
+from disha.files.contents import unread_contents
 from disha.files.header import AdapterFile, LayerRecord
 from disha.files.json_files import read_json
 from disha.files.pieces import Piece, write_pieces, write_tensor
 from disha.files.reading import explained, found_at, walked
-from disha.files.tensors import DTYPES, NAMES
+from disha.files.tensors import DTYPES, NAMES, opened
 from disha.functional.shards import merge_dtype
 from disha.interop.checkpoints.matching import BaseReport, Matching, matched
 from disha.interop.checkpoints.reading import (
@@ -194,9 +194,11 @@ def merge_into_checkpoint(
     adapter_path, out = checked_path(adapter_path), checked_path(out)
     checkpoint = open_checkpoint(base)
     _check_target(out, checkpoint, adapter_path, overwrite)
-    adapter, tensors = read_contents(adapter_path, also_train=also_train)
-    found = matched(checkpoint, adapter, tensors)
-    _check_fit(found.report, force)
+    with opened(adapter_path) as file:
+        adapter, unread = unread_contents(file, also_train=also_train)
+        found = matched(checkpoint, adapter, unread)
+        _check_fit(found.report, force)
+        tensors = dict(unread)
     _check_untied(checkpoint, adapter, force)
     merge = _Merge(checkpoint, adapter, tensors, found, scale, dtype, progress)
     if out.suffix == SUFFIX:

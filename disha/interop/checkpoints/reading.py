@@ -82,8 +82,9 @@ class Checkpoint:
             last: the row after the last one to read; all rows by default.
 
         Raises:
-            AdapterIOError: its file can't be read any more, or has changed.
-            AdapterFileError: its dtype is unknown, or there is no memory for it.
+            AdapterIOError: its file can't be read any more, or has changed, or there is no memory
+                for the tensor.
+            AdapterFileError: its dtype is unknown.
         """
         with self.file_of(name) as file:
             return file.read(name, first, last)
