@@ -504,7 +504,7 @@ class TestRefused:
     def test_values_that_are_not_finite_in_the_adapter(self, setting):
         tensors = load_file(setting.adapter)
         with safe_open(setting.adapter, "pt") as file:
-            metadata = file.metadata()
+            metadata = {"disha": file.metadata()["disha"]}  # a checksum would be wrong
         tensors["head.bone_block"][0, 0] = float("nan")
         save_file(tensors, setting.adapter, metadata)
         self.refuse(setting, AdapterFileError, "head: not finite")
