@@ -29,7 +29,7 @@ from disha.finetune.metrics import Metrics, recorded_steps, recording
 from disha.finetune.progress import Clock, showing_progress
 from disha.finetune.resuming import Setup, batches_per_step
 from disha.finetune.settings import FinetuneSettings
-from disha.finetune.training.checkpoints import Checkpoints, SavedState
+from disha.finetune.training.checkpoints import Checkpoints, SavedState, usable
 from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.loop import (
     Progress,
@@ -166,21 +166,25 @@ class _Training:
     def _agreed(self, saved: SavedState | None) -> Setup:
         """Return the setup of this run, which agrees with that of the run to resume."""
         training, source = self.settings.training, self.inputs.source
-        before = None if saved is None else Setup.saved_as(saved.setup)
         folder = self.settings.output.output if saved is None else saved.folder
-        size = batches_per_step(training, self.processes.world_size, before, folder)
+        with usable(folder):
+            before = None if saved is None else Setup.saved_as(saved.setup)
+            size = batches_per_step(training, self.processes.world_size, before, folder)
         # One process reads streamed files, and the others wait.
         rows = self.processes.broadcast(self.inputs.contents() if self.processes.is_main else {})
         contents = {"base model": self.base, **rows}
         planned = planned_steps(training, source.batches_per_epoch(), size)
         setup = Setup.of(self.settings, contents, size, planned)
         if before is not None and saved is not None:
-            setup.require_agreement(before, folder, saved.progress.step)
+            with usable(folder):
+                setup.require_agreement(before, folder, saved.progress.step)
         return setup
 
     def _restore(self, saved: SavedState) -> Progress:
         self.checkpoints.restore(saved, self.objective, self.optimizer)
-        self.evaluations.update({int(k): v for k, v in saved.history["evaluations"].items()})
+        with usable(saved.folder):
+            evaluations = saved.history["evaluations"].items()
+            self.evaluations.update({int(step): float(loss) for step, loss in evaluations})
         self.steps.extend(recorded_steps(self.settings.output.output, saved.progress.step))
         self.clock.say(f"resuming from {saved.folder}, after step {saved.progress.step}")
         return saved.progress

@@ -65,7 +65,11 @@ class Setup:
     @classmethod
     def saved_as(cls, data: Mapping[str, Any]) -> Setup:
         """Return a setup from the plain data in a checkpoint."""
-        return cls(**{one.name: data[one.name] for one in dataclasses.fields(cls)})
+        found = cls(**{one.name: data[one.name] for one in dataclasses.fields(cls)})
+        counts = (found.batches_per_step, found.steps)
+        if not all(type(one) is int and one > 0 for one in counts):
+            raise ValueError(f"its counts must be positive integers, and are {counts}")
+        return found
 
     def require_agreement(self, saved: Setup, folder: Path, done: int) -> None:
         """Check that a run with this setup can resume.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 
@@ -11,7 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from disha.cli import main
+from disha.finetune.errors import SettingsError
+from disha.finetune.resuming import Setup, batches_per_step
 from disha.finetune.settings import FinetuneSettings
+from disha.finetune.training.checkpoints import usable
 from tests.finetune.command_line import ROWS, arguments, killed_after, losses_of, write_rows
 from tests.finetune.resuming_table import DONE, REFUSED, SAME, TABLE, USUAL, markdown
 from tests.pages import DOCS
@@ -103,3 +107,22 @@ def test_every_flag_has_a_row():
 
 def test_the_docs_show_the_table():
     assert markdown() in (DOCS / "guides" / "resuming.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("wrong", [None, 3, -1, "x", [3], {}, {"x": []}, 0.5, float("nan")])
+def test_a_setup_of_wrong_types_is_named(tmp_path, wrong):
+    settings = FinetuneSettings()
+    setup = Setup.of(settings, {"base model": "a"}, 4, 10)
+    refused = {}
+    for name in (field.name for field in dataclasses.fields(Setup)):
+        data = {**dataclasses.asdict(setup), name: wrong}
+        try:
+            with usable(tmp_path):
+                saved = Setup.saved_as(data)
+                batches_per_step(settings.training, 1, saved, tmp_path)
+                setup.require_agreement(saved, tmp_path, 3)
+        except SettingsError as error:
+            refused[name] = str(error)
+    right = {"batches_per_step", "steps"} if wrong == 3 else set()
+    assert {"settings", "batches_per_step", "steps"} - right <= refused.keys()
+    assert all(str(tmp_path) in said for said in refused.values())

@@ -20,18 +20,19 @@ import errno
 import functools
 import io
 import json
+import math
 import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import disha
 from disha.files import write_folder
@@ -40,7 +41,7 @@ from disha.finetune.hashing import file_hash
 from disha.finetune.training.loop import Progress
 from disha.finetune.training.parallel import Processes, is_sharded, undistributed
 
-__all__ = ["Checkpoints", "SavedState"]
+__all__ = ["Checkpoints", "SavedState", "usable"]
 
 T = TypeVar("T")
 
@@ -174,10 +175,12 @@ class Checkpoints:
             SettingsError: the parameters to train are not the same as before.
             AdapterFileError: the adapter does not fit this model.
         """
-        _restore_optimizer(saved, objective, optimizer)
+        with usable(saved.folder):
+            _restore_optimizer(saved, objective, optimizer)
         disha.load_adapter(undistributed(objective).model, saved.folder / ADAPTER, replace=True)
         if len(saved.random) == self._processes.world_size:
-            _restore_random_state(saved.random[self._processes.rank])
+            with usable(saved.folder):
+                _restore_random_state(saved.random[self._processes.rank])
 
     def clear(self) -> None:
         """Remove all checkpoints of an earlier run, before a new run begins.
@@ -307,6 +310,7 @@ def _read(folder: Path) -> SavedState:
             raise _DamagedError(f"{name} is damaged: its SHA-256 is not that of the manifest")
     try:
         state = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+        _check_types(state)
         return SavedState(
             folder=folder,
             progress=Progress(**state["progress"]),
@@ -319,6 +323,37 @@ def _read(folder: Path) -> SavedState:
         raise
     except Exception as error:  # torch.load raises anything
         raise _DamagedError(f"{TRAINING} can't be used: {error}") from error
+
+
+def _check_types(state: Mapping[str, Any]) -> None:
+    """Raise unless the outer parts of a state have their types; `usable` finds the rest."""
+    progress = Progress(**state["progress"])
+    counts = (progress.step, progress.epoch, progress.batches)
+    if not all(type(one) is int and one >= 0 for one in counts):
+        raise ValueError(f"its counts must be integers from 0, and are {counts}")
+    if type(progress.seconds) is not float or not 0 <= progress.seconds < math.inf:
+        raise ValueError(f"its time must be a number of seconds, and is {progress.seconds!r}")
+    parts = [state[name] for name in ("setup", "history", "optimizer")]
+    if not all(isinstance(one, dict) for one in [*parts, *state["random"]]):
+        raise ValueError("its parts must be dictionaries")
+
+
+@contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """Convert whatever goes wrong with the values of a checkpoint to a `SettingsError`.
+
+    Args:
+        folder: the checkpoint.
+    """
+    try:
+        yield
+    except (OSError, disha.DishaError):
+        raise
+    except Exception as error:  # values of a wrong type raise anything
+        raise SettingsError(
+            f"{folder / TRAINING} can't be used: {type(error).__name__}: {error}; delete the "
+            "folder to resume from the one before, or leave --resume out to start over"
+        ) from error
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -359,7 +394,14 @@ def _restore_optimizer(
         )
     # A parameter that has had no gradient has no state.
     options = states.StateDictOptions(full_state_dict=True, strict=False)
+    own = [{**group} for group in optimizer.param_groups]
     states.set_optimizer_state_dict(objective, optimizer, dict(saved.optimizer), options=options)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)  # those of this run, which the caller has compared
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if not isinstance(value, Tensor) or value.shape not in ((), parameter.shape):
+                raise ValueError(f"{name} of the optimiser does not fit its parameter")
 
 
 def _random_state() -> dict[str, Any]:

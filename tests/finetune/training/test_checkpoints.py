@@ -436,3 +436,48 @@ def test_leftovers_of_killed_saves_are_cleared_by_the_next(copied):
         ".other.tmp",
         *(f"checkpoint-{step}" for step in (1, 2, 3, 4)),
     ]
+
+
+WRONG = [None, -1, 3, "x", [], {}, 0.5, float("nan"), torch.zeros(3), torch.zeros(3, 2, 1)]
+
+
+def places(value, before=()):
+    """Iterate over the ways to each part of a state; of many that are alike, to a few."""
+    yield before
+    inner = value if isinstance(value, dict) else {}
+    if isinstance(value, (list, tuple)):
+        inner = dict(enumerate(value))
+    for key in [*inner][:5]:
+        yield from places(inner[key], (*before, key))
+
+
+def with_another(value, place, new):
+    """Return a copy of a state in which one part is another."""
+    if not place:
+        return new
+    first, *rest = place
+    if isinstance(value, dict):
+        return {**value, first: with_another(value[first], rest, new)}
+    changed = [*value]
+    changed[first] = with_another(value[first], rest, new)
+    return type(value)(changed)
+
+
+def test_a_part_of_a_wrong_type_is_named_or_does_no_harm(copied):
+    """Each part of a training.pt in turn gets one of the wrong values."""
+    shutil.rmtree(copied / "checkpoint-1")
+    shutil.rmtree(copied / "checkpoint-2")
+    path = copied / "checkpoint-3" / "training.pt"
+    state = torch.load(path, weights_only=True)
+    found = []
+    for number, place in enumerate(places(state)):
+        holding(with_another(state, place, WRONG[number % len(WRONG)]))(path)
+        run = Run(copied)
+        try:
+            saved = run.restore(report=lambda line: None)
+            run.train(saved.progress, steps=1, save=False)
+        except SettingsError:
+            found.append(place)
+        except TypeError:
+            assert place[0] == "history"  # whose types the caller checks
+    assert len([place for place in found if place[0:1] == ("optimizer",)]) > 8
