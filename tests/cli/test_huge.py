@@ -71,7 +71,7 @@ def test_each_reader_refuses_it_at_once(tmp_path):
     model = nn.Sequential(nn.Linear(64, 32))
     save_file(model.state_dict(), tmp_path / "base")
     disha.save_adapter(disha.inject_adapters(model, ".", 4), tmp_path / "small")
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parent.parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r})\n{SCRIPT}", *COMMANDS],
         cwd=tmp_path, capture_output=True, text=True, check=False,
