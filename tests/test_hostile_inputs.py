@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import os
 import socket
+import struct
 
 import pytest
 
@@ -185,3 +186,104 @@ def test_a_line_without_end(tmp_path):
     sparse(2**36, b'{"query": "')(tmp_path / "rows.jsonl")
     told = in_child(refusal, "streamed data", tmp_path / "rows.jsonl")
     assert "has a line of more than 67,108,864 bytes" in told
+
+
+# --- GGUF ----------------------------------------------------------------------------------------
+
+
+def text(value):
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def gguf(*values, tensors=(), rest=b"", counts=None):
+    """Return a GGUF file of values as (key, type, bytes)."""
+    count = counts or (len(tensors), len(values))
+    pairs = b"".join(text(key) + struct.pack("<I", kind) + value for key, kind, value in values)
+    return b"GGUF" + struct.pack("<IQQ", 3, *count) + pairs + b"".join(tensors) + rest
+
+
+def array(kind, count, items=b""):
+    return ("a", 9, struct.pack("<IQ", kind, count) + items)
+
+
+def tensor(name, shape, kind=0, offset=0):
+    sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return text(name) + sizes + struct.pack("<IQ", kind, offset)
+
+
+NUMBER, TEXT = 4, 8
+ALIGNMENT = ("general.alignment", NUMBER, struct.pack("<I", 2**30))
+GGUF = {
+    "numbers without end": (gguf(array(NUMBER, 2**40)), "are missing"),
+    "texts without end": (gguf(array(TEXT, 2**40)), "are missing"),
+    "as many as the file has bytes": (gguf(array(TEXT, 9, bytes(71))), "are missing"),
+    "more bytes than a number holds": (gguf(array(12, 2**63)), "are missing"),
+    "a text without end": (gguf(rest=struct.pack("<Q", 2**62), counts=(0, 1)), "are missing"),
+    "arrays in arrays": (
+        gguf(array(9, 1, struct.pack("<IQ", 9, 1) * 5_000)),
+        "it has arrays in an array",
+    ),
+    "padding of 10^9": (
+        gguf(ALIGNMENT, tensors=[tensor("a", [])]),
+        "general.alignment is 1073741824",
+    ),
+    "padding of nothing": (gguf(("general.alignment", NUMBER, bytes(4))), "general.alignment is 0"),
+    "values without end": (gguf(counts=(0, 2**60)), "it claims 1,152,921,504,606,846,976 values"),
+    "tensors without end": (gguf(counts=(2**60, 0)), "and 1,152,921,504,606,846,976 tensors"),
+    "50,000 keys": (
+        gguf(*((f"k{i}", NUMBER, bytes(4)) for i in range(50_000))),
+        "it claims 50,000 values",
+    ),
+    "a key twice": (gguf(*[("a", NUMBER, bytes(4))] * 2), "'a' comes twice"),
+    "a tensor twice": (gguf(tensors=[tensor("a", [])] * 2, rest=bytes(99)), "'a' comes twice"),
+    "a tensor beyond the file": (
+        gguf(tensors=[tensor("a", [2**40])]),
+        "behind the end of the file",
+    ),
+    "a tensor of 2^120 numbers": (gguf(tensors=[tensor("a", [2**60] * 2)]), "behind the end"),
+    "a tensor far away": (gguf(tensors=[tensor("a", [1], 0, 2**63)]), "behind the end"),
+    "dimensions without end": (gguf(rest=text("a") + b"\xff" * 99, counts=(1, 0)), "dimensions"),
+    "a header of 40 MB": (
+        lambda: gguf(array(NUMBER, 10**7, bytes(4 * 10**7))),
+        "more than 33,554,432 bytes",
+    ),
+    "numbers of the largest header": (
+        lambda: gguf(array(0, 33 * 10**6, bytes(33 * 10**6))),
+        "architecture None",
+    ),
+    "texts of the largest header": (
+        lambda: gguf(array(TEXT, 3 * 10**6, text("é") * 3 * 10**6)),
+        "architecture None",
+    ),
+    "tensors of the largest header": (
+        lambda: gguf(tensors=[tensor(str(i), [0] * 4) for i in range(100_000)], rest=bytes(99)),
+        "architecture None",
+    ),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "its version is 50331648"),
+    "no text": (gguf(("a", TEXT, struct.pack("<Q", 1) + b"\xff")), "can't decode byte"),
+    "an unknown type": (gguf(("a", 77, bytes(99))), "unknown type 77"),
+}
+"""Hostile GGUF -> what is said of it."""
+
+
+@pytest.mark.parametrize("which", GGUF)
+def test_hostile_gguf(tmp_path, which):
+    content, says = GGUF[which]
+    holding(content() if callable(content) else content)(tmp_path / "model.gguf")
+    assert says in in_child(refusal, "base model", tmp_path / "model.gguf")
+
+
+def test_sizes_that_fill_memory_are_refused_before_lists_of_that_length_are_made(tmp_path):
+    sizes = {"block_count": 1, "embedding_length": 8, "feed_forward_length": 8, "context_length": 8}
+    values = {**sizes, "attention.head_count": 1, "attention.key_length": 2**30}
+    for key in ("value_length", "rope.dimension_count"):
+        values[key if "." in key else f"attention.{key}"] = 2**30
+    numbers = [(f"llama.{key}", NUMBER, struct.pack("<I", one)) for key, one in values.items()]
+    floats = {"attention.layer_norm_rms_epsilon": 1e-5, "rope.scaling.factor": 2.0}
+    numbers += [(f"llama.{key}", 6, struct.pack("<f", one)) for key, one in floats.items()]
+    architecture = ("general.architecture", TEXT, text("llama"))
+    embedding = tensor("token_embd.weight", [8, 8])
+    content = gguf(architecture, *numbers, tensors=[embedding], rest=bytes(999))
+    holding(content)(tmp_path / "model.gguf")
+    told = in_child(refusal, "base model", tmp_path / "model.gguf")
+    assert "the model's head_dim must be at most 1048576" in told

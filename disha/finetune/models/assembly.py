@@ -28,6 +28,9 @@ __all__ = ["ModelCheckpoint", "Shape", "assemble", "check_fit"]
 
 Shape = tuple[int, ...]
 
+MOST_LAYERS = 1000
+"""Real models have up to 130. Each takes time and memory even without weights."""
+
 SLICE = 1 << 20
 """How many values are read at a time: 4 MiB in float32."""
 
@@ -109,12 +112,17 @@ class ModelCheckpoint(ABC):
                 it has tensors; such a decoder is refused before it is made.
 
         Raises:
-            CheckpointError: there are fewer tensors than layers.
+            CheckpointError: there are fewer tensors than layers, or far more layers than any model
+                has.
         """
         if config.layers > stored:
             raise CheckpointError(
                 f"{self.path} claims {config.layers} layers, but holds {stored} tensors only; it "
                 "is damaged, or was converted wrongly"
+            )
+        if config.layers > MOST_LAYERS:
+            raise CheckpointError(
+                f"{self.path} claims {config.layers} layers; at most {MOST_LAYERS} are allowed"
             )
         with torch.device("meta"):
             model = Decoder(config)

@@ -9,8 +9,8 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +21,15 @@ from torch import Tensor
 from disha import DishaError
 from disha.files import opened_file
 from disha.finetune.errors import CheckpointError
-from disha.finetune.models.assembly import ModelCheckpoint, Shape, check_fit
+from disha.finetune.models.assembly import ModelCheckpoint, check_fit
 from disha.finetune.models.decoder import DecoderConfig
 from disha.finetune.models.families import LLAMA, QWEN2, QWEN3, family_of
 from disha.finetune.models.fields import Fields
+from disha.finetune.models.gguf_header import Header, StoredTensor, damaged, read_header
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["GGUFCheckpoint"]
 
@@ -66,12 +68,8 @@ class GGUFCheckpoint(ModelCheckpoint):
 
     def __init__(self, path: Path) -> None:
         self.path, self.title = path, path.stem
-        reader = _reader(path)
-        try:
-            self.fields = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, IndexError) as error:
-            raise _damaged(path, error) from error
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        header = _header(path)
+        self.fields, self.tensors = header.values, header.tensors
         self._family = family_of(self.fields.get("general.architecture"), path, ARCHITECTURES)
         self._keys = Fields(
             self.fields, path, f"{self._family.name}.", "convert the model to GGUF again"
@@ -99,7 +97,7 @@ class GGUFCheckpoint(ModelCheckpoint):
                     f"{self.path} has {keys.prefix}{key} = {keys.get(key)} but heads of width "
                     f"{head_dim}; only models where the two are equal are supported"
                 )
-        return DecoderConfig(
+        config = DecoderConfig(
             vocabulary=self._vocabulary(),
             hidden=hidden,
             feed_forward=keys.integer("feed_forward_length"),
@@ -111,12 +109,13 @@ class GGUFCheckpoint(ModelCheckpoint):
             rope_base=keys.number("rope.freq_base", 10000.0),
             norm_epsilon=keys.number("attention.layer_norm_rms_epsilon"),
             tied_head="output.weight" not in self.tensors,
-            rope_factors=self._rope_factors(head_dim),
             qkv_bias=self._family.qkv_bias or "blk.0.attn_q.bias" in self.tensors,
             output_bias="blk.0.attn_output.bias" in self.tensors,
             feed_forward_bias="blk.0.ffn_gate.bias" in self.tensors,
             head_norm=self._family.head_norm,
         )
+        # They are as many as a size says, so they are made after the sizes are checked.
+        return replace(config, rope_factors=self._rope_factors(head_dim))
 
     def check_tensors(self, config: DecoderConfig) -> None:
         """Check that the file holds the tensors that its metadata call for.
@@ -124,7 +123,7 @@ class GGUFCheckpoint(ModelCheckpoint):
         Raises:
             CheckpointError: a tensor is missing, not expected, or of the wrong shape.
         """
-        found = {name: _shape(tensor) for name, tensor in self.tensors.items()}
+        found = {name: tensor.shape for name, tensor in self.tensors.items()}
         shapes = self.parameter_shapes(config, len(found))
         found.pop(FREQUENCIES, None)
         expected = {self._stored_name(name): shape for name, shape in shapes.items()}
@@ -143,33 +142,37 @@ class GGUFCheckpoint(ModelCheckpoint):
 
     def _values(self, name: str, numbers: Tensor) -> Tensor:
         """Return the rows of a stored tensor with these numbers; for a vector, the values."""
-        import numpy as np
         from gguf.quants import dequantize
 
         tensor = self.tensors[name]
-        # Map the file each time, so that pages that were read do not stay in memory.
+        is_vector = len(tensor.shape) == 1  # stored as one row
+        rows = self._rows(tensor, torch.tensor([0]) if is_vector else numbers)
         try:
-            stored = np.memmap(
-                self.path,
-                tensor.data.dtype,
-                "r",
-                offset=int(tensor.data_offset),
-                shape=tensor.data.shape,
-            )
-        except (OSError, ValueError) as error:
-            raise _damaged(self.path, error) from error
-        chosen, kind = numbers.numpy(), tensor.tensor_type
-        try:
-            if len(tensor.shape) == 1:  # a quantised vector is one row
-                values = dequantize(stored, kind)[chosen]
-            else:
-                values = dequantize(stored[chosen], kind)
+            values = torch.from_numpy(dequantize(rows, tensor.kind))
         except NotImplementedError as error:
             raise CheckpointError(
-                f"{self.path}: tensor {name} is of type {kind.name}, which can't be dequantised; "
-                "use a file of another type, such as Q8_0 or F16"
+                f"{self.path}: tensor {name} is of type {tensor.kind.name}, which can't be "
+                "dequantised; use a file of another type, such as Q8_0 or F16"
             ) from error
-        return torch.from_numpy(np.asarray(values))  # a copy, not the file's
+        return values[0][numbers] if is_vector else values
+
+    def _rows(self, tensor: StoredTensor, numbers: Tensor) -> NDArray[np.uint8]:
+        """Return the bytes of the rows of a stored tensor with these numbers."""
+        import numpy as np
+
+        count = 1 if len(tensor.shape) == 1 else tensor.shape[0]
+        first, last = int(numbers.min()), int(numbers.max()) + 1
+        content = np.empty((last - first, tensor.nbytes // count), np.uint8)
+        try:
+            with opened_file(self.path) as file:
+                file.seek(tensor.start + first * content.shape[1])
+                read = file.readinto(content.data)
+        except DishaError as error:
+            raise CheckpointError(str(error)) from error
+        if read != content.nbytes:
+            raise damaged(self.path, EOFError("it was cut while it was being read"))
+        chosen: NDArray[np.uint8] = content[(numbers - first).numpy()]
+        return chosen
 
     def _rope_factors(self, head_dim: int) -> tuple[float, ...] | None:
         keys = self._keys
@@ -182,9 +185,9 @@ class GGUFCheckpoint(ModelCheckpoint):
             return None if factor == 1.0 else (factor,) * (head_dim // 2)
         if factor != 1.0:
             raise keys.refused(f"rope.scaling.factor beside {FREQUENCIES}", factor)
-        if _shape(listed) != (head_dim // 2,):
+        if listed.shape != (head_dim // 2,):
             raise CheckpointError(
-                f"{self.path}: {FREQUENCIES} has shape {_shape(listed)}, but heads of width "
+                f"{self.path}: {FREQUENCIES} has shape {listed.shape}, but heads of width "
                 f"{head_dim} call for {(head_dim // 2,)}; convert the model to GGUF again"
             )
         return tuple(self._values(FREQUENCIES, torch.arange(head_dim // 2)).tolist())
@@ -196,7 +199,7 @@ class GGUFCheckpoint(ModelCheckpoint):
                 f"{self.path} has no tensor token_embd.weight with a row for each token; it is not "
                 "a model"
             )
-        return _shape(embedding)[0]
+        return embedding.shape[0]
 
     @cached_property
     def _head_dim(self) -> int:
@@ -217,9 +220,7 @@ class GGUFCheckpoint(ModelCheckpoint):
         return f"{self._names[module]}.{attribute}"
 
 
-def _reader(path: Path) -> GGUFReader:
-    from gguf import GGUFReader
-
+def _header(path: Path) -> Header:
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a folder; the base model must be one GGUF file, such as "
@@ -230,30 +231,7 @@ def _reader(path: Path) -> GGUFReader:
             f"there is no file {path}; the base model must be a GGUF file or a folder with "
             "config.json"
         )
-    try:
-        with opened_file(path) as file:
-            start = file.read(4)
-        if start != b"GGUF":
-            raise CheckpointError(
-                f"{path} is not a GGUF file: it begins with {start!r} instead of b'GGUF'"
-            )
-        return GGUFReader(path)
-    except DishaError as error:
-        raise CheckpointError(str(error)) from error
-    # The reader checks little: on a damaged file, NumPy fails with any of these.
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is damaged or cut short (GGUF reader: {error}); download or convert it again"
-    )
-
-
-def _shape(tensor: ReaderTensor) -> Shape:
-    """Return the shape of a tensor in PyTorch's order; GGUF stores it reversed."""
-    return tuple(int(size) for size in reversed(tensor.shape))
+    return read_header(path)
 
 
 def _interleaved(numbers: Tensor, head_dim: int) -> Tensor:

@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader
 
 from disha import DishaError
 from disha.finetune.errors import CheckpointError
 from disha.finetune.models.gguf import GGUFCheckpoint
+from disha.finetune.models.gguf_header import read_header
 from tests.finetune import tiny_checkpoints, tiny_gguf
 
 
@@ -59,6 +61,27 @@ def test_defaults_of_keys_that_may_be_absent(tmp_path):
     )
     config = GGUFCheckpoint(path).config()
     assert (config.rope_base, config.head_dim) == (10000.0, 16)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
+def test_the_header_is_read_as_by_the_package(tmp_path, kind):
+    metadata = {
+        "a.flag": True,
+        "a.number": 1.1,
+        "a.text": "é\n",
+        "a.numbers": [1, -(2**31), 2**31 - 1],
+        "a.parts": [0.5, -1e30],
+        "a.flags": [True, False],
+    }
+    state = tiny_gguf.random_state(tied=False)
+    path = tiny_gguf.write_gguf(tmp_path / "a.gguf", state, kind=Kind[kind], metadata=metadata)
+    header, reader = read_header(path), GGUFReader(path)
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    assert header.values == {k: v for k, v in values.items() if not k.startswith("GGUF.")}
+    assert {name: (t.kind, t.shape, t.start, t.nbytes) for name, t in header.tensors.items()} == {
+        t.name: (t.tensor_type, tuple(t.shape.tolist()[::-1]), t.data_offset, t.n_bytes)
+        for t in reader.tensors
+    }
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -273,7 +296,7 @@ def test_a_file_that_vanishes_before_it_is_read_is_named(tmp_path):
     path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True))
     checkpoint = GGUFCheckpoint(path)
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"tiny\.gguf is damaged or cut short .*No such file"):
+    with pytest.raises(CheckpointError, match=r"can't read .*tiny\.gguf: No such file"):
         checkpoint.load_model(torch.float32)
 
 
