@@ -14,7 +14,7 @@ from disha.cli.dispatcher import FAILED
 from disha.cli.flags import parsed
 from disha.errors import ArgumentError, DishaError
 from disha.files.reading import read_text
-from disha.finetune.errors import PeerError
+from disha.finetune.errors import OutputError, PeerError, TrainingError
 from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
 from disha.text import brief
 
@@ -46,6 +46,9 @@ def run(arguments: Sequence[str]) -> None:
     except PeerError as error:
         # The process that failed has printed the reason.
         raise SystemExit(FAILED) from error
+    except OutputError as error:
+        # The paths were checked at the start, so what fails later is not the input.
+        raise TrainingError(str(error)) from error
 
 
 def settings_from(arguments: Sequence[str]) -> FinetuneSettings:

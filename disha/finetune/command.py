@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from disha.finetune.base_model import model_dtype
 from disha.finetune.course import Course, train
 from disha.finetune.data.encoding import Tally
 from disha.finetune.data.rows import Row
-from disha.finetune.errors import OutputError, SettingsError, TrainingError
+from disha.finetune.errors import OutputError, SettingsError, TrainingError, VerificationError
 from disha.finetune.folder_lock import FolderLock
 from disha.finetune.inputs import Inputs, first_rows, load_inputs
 from disha.finetune.metrics import METRICS
@@ -170,9 +170,15 @@ def _run(
     adapter = lock.folder / ADAPTER
     _save(trained, adapter, _notes(inputs), processes, lock)
     # With shards, no process has the complete model.
-    samples = [] if is_sharded(trained) else _samples(model, base, inputs, clock)
+    sharded = is_sharded(trained)
+    samples = [] if sharded else _samples(model, base, inputs, clock)
     verification = None
-    with _naming_adapter(adapter):
+
+    def save_again() -> None:
+        lock.keep()
+        disha.save_adapter(model, adapter, metadata=_notes(inputs))
+
+    with _naming_adapter(adapter, None if sharded else save_again):
         if processes.is_main:
             _write_results(course, inputs, settings, samples)
             verification = _merge_and_verify(adapter, course, inputs, settings, clock)
@@ -180,9 +186,9 @@ def _run(
         if processes.is_main:
             text = json.dumps(report, indent=2, allow_nan=False) + "\n"
             write_text(lock.folder / REPORT, text)
-    if verification is not None:
-        verification.require_agreement(adapter)
-    _say_result(settings, inputs, course, verification, clock)
+        if verification is not None:
+            verification.require_agreement(adapter)
+        _say_result(settings, inputs, course, verification, clock)
     processes.barrier()
     return report
 
@@ -226,12 +232,18 @@ def _save(
 
 
 @contextmanager
-def _naming_adapter(adapter: Path) -> Iterator[None]:
-    """If writing fails, add to the error that the adapter is complete."""
+def _naming_adapter(adapter: Path, save_again: Callable[[], None] | None) -> Iterator[None]:
+    """If writing fails, add to the error where the adapter is. If it was deleted, save it again."""
     try:
         yield
-    except OSError as error:
-        raise OutputError(f"{error}; the adapter is complete in {adapter}") from error
+    except (OSError, VerificationError) as error:
+        deleted = not adapter.exists()
+        if not deleted and isinstance(error, VerificationError):
+            raise
+        if deleted and save_again is not None:
+            save_again()
+        state = "is complete in" if adapter.exists() else "was deleted too:"
+        raise OutputError(f"{error}; the adapter {state} {adapter}") from error
 
 
 def _notes(inputs: Inputs) -> dict[str, str]:
