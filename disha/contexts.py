@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeAlias
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary, ref
 
 import torch
 from torch.autograd import graph as autograd
@@ -22,7 +22,17 @@ from torch.autograd import graph as autograd
 from disha.errors import ModeError
 from disha.routing import Route
 
-__all__ = ["LOOSE", "OPEN", "Acts", "Context", "Group", "deciding", "entered", "groups_of"]
+__all__ = [
+    "LOOSE",
+    "OPEN",
+    "Acts",
+    "Context",
+    "Group",
+    "deciding",
+    "entered",
+    "groups_of",
+    "open_contexts",
+]
 
 Acts: TypeAlias = Route | tuple[str, ...]
 """What acts: an adapter for each sample, or these adapters for all samples."""
@@ -82,7 +92,7 @@ class Context:
     def __init__(self, groups: frozenset[Group], acts: Acts | None) -> None:
         self.groups = groups
         self.acts = acts
-        self.outer = _still_open()
+        self.outer = _here()
         self.thread = threading.get_ident()
         self.over: bool = False
 
@@ -101,12 +111,14 @@ class Context:
 
     def covers(self, group: Group) -> bool:
         """Whether the layers of a group are covered."""
-        return not self.over and not self.groups.isdisjoint(group.lineage)
+        return not self.groups.isdisjoint(group.lineage)
 
 
-_ENTERED: ContextVar[tuple[Context, ...]] = ContextVar("disha_contexts", default=())
+_Reference: TypeAlias = "ref[Context]"
 
-OPEN: set[Context] = set()
+_ENTERED: ContextVar[tuple[_Reference, ...]] = ContextVar("disha_contexts", default=())
+
+OPEN: set[_Reference] = set()
 """The contexts that are open in any thread. While there is none, layers need not ask for theirs."""
 
 
@@ -119,19 +131,30 @@ def entered(groups: frozenset[Group], acts: Acts | None) -> Iterator[None]:
         acts: what acts on them; None if all adapters are disabled.
     """
     context = Context(groups, acts)
+    # Only this function keeps the context. So it ends even if the lines below are interrupted.
+    OPEN.add(reference := ref(context, OPEN.discard))
     try:
-        OPEN.add(context)
-        _ENTERED.set((*context.outer, context))
+        _ENTERED.set((*_ENTERED.get(), reference))
         yield
     finally:
         context.over = True  # first, because from here on nothing sees the context
-        OPEN.discard(context)
-        _ENTERED.set(_still_open())
+        OPEN.discard(reference)
+        _ENTERED.set(tuple([one for one in _ENTERED.get() if one in OPEN]))
 
 
-def _still_open() -> tuple[Context, ...]:
+def open_contexts() -> list[Context]:
+    """Return the contexts that are open in any thread."""
+    return _alive(tuple(OPEN))
+
+
+def _here() -> tuple[Context, ...]:
     """Return the contexts of this thread or task, from the outermost inwards."""
-    return tuple([one for one in _ENTERED.get() if not one.over])
+    return tuple(_alive(_ENTERED.get()))
+
+
+def _alive(references: Iterable[_Reference]) -> list[Context]:
+    found = [reference() for reference in references]
+    return [context for context in found if context is not None and not context.over]
 
 
 def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
@@ -167,7 +190,7 @@ def deciding(group: Group) -> Context | None:
     Raises:
         ModeError: a layer runs in a thread of autograd, and its context can't be known.
     """
-    contexts = _ENTERED.get() or _of_backward(group)
+    contexts = _here() or _of_backward(group)
     found = None
     for context in contexts:
         if context.covers(group):
@@ -190,7 +213,7 @@ def _of_backward(group: Group) -> tuple[Context, ...]:
         return ()
     if not isinstance(threading.current_thread(), threading._DummyThread):
         return ()
-    around = [one for one in list(OPEN) if one.covers(group)]
+    around = [one for one in open_contexts() if one.covers(group)]
     if not around:
         return ()
     chain = max(((*one.outer, one) for one in around), key=len)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from disha import freezing
-from disha.contexts import LOOSE, OPEN, Group
+from disha.contexts import LOOSE, Group, open_contexts
 from disha.errors import ArgumentError, ModeError
 from disha.layers import (
     CHILD_NAME,
@@ -232,7 +232,7 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
 def _refuse_used(view: ModelView, removed: Sequence[str]) -> None:
     """Raise if another thread or task is in a context that names one of the adapters."""
     groups = {layer.disha.group for _, layer in view.layers}
-    for context in list(OPEN):
+    for context in open_contexts():
         used = sorted(context.names.intersection(removed))
         if used and any(context.covers(group) for group in groups):
             raise ModeError(

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType, FunctionType, MethodType
 from typing import Any
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import disha
+from disha import contexts
 
 __all__ = ["OPERATIONS", "Operation", "Outcome", "interrupt"]
 
@@ -200,6 +201,11 @@ def _copied(cls: type[nn.Module], adapters: tuple[str, ...], merged: bool) -> nn
     return copy.deepcopy(_prototype(cls, adapters, merged))
 
 
+def _inside(context: AbstractContextManager[None], model: nn.Module) -> None:
+    with context:
+        model(TOKENS)
+
+
 FIRST: dict[str, Run] = {
     "inject": lambda model, _: _random_inject(model, "a"),
     "load": lambda model, folder: disha.load_adapter(model, folder / FILE, "a"),
@@ -227,6 +233,9 @@ OTHER: dict[str, Run] = {
     "save": lambda model, folder: disha.save_adapter(model, folder / FILE, "a"),
     "activate": lambda model, _: disha.set_active_adapters(model, ["b", "a"]),
     "scale": lambda model, _: disha.set_adapter_scale(model, 3.0, "a"),
+    "disable": lambda model, _: _inside(disha.adapters_disabled(model), model),
+    "choose": lambda model, _: _inside(disha.adapters_active(model, "b"), model),
+    "route": lambda model, _: _inside(disha.route_adapters(model, ["a", "b"]), model),
     "train only adapters": lambda model, _: disha.mark_only_adapters_trainable(model),
     "input gradients": lambda model, _: disha.enable_input_gradients(model),
     "check": lambda model, _: disha.check_adapters(model, TOKENS),
@@ -277,6 +286,7 @@ def _described(model: nn.Module, folder: Path) -> dict[str, Any]:
     state["keys"] = list(model.state_dict())
     state["files"] = {name: Path(folder, name).read_bytes() for name in _files(folder)}
     state["thread"] = (
+        len(contexts.OPEN),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
