@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import socket
 import struct
@@ -69,6 +70,7 @@ ALLOWED = {
     ("convert", "folder"): "is a folder without adapter_config.json",
     ("checkpoint", "folder"): "holds neither model.safetensors",
     ("base model", "folder"): "holds no config.json",
+    ("tokenizer of GGUF", "folder"): "is a folder; the base model must be one GGUF file",
     ("tokenizer", "folder"): "there is no tokenizer at",
 }
 """What a door says that does not say "not a regular file"."""
@@ -287,3 +289,116 @@ def test_sizes_that_fill_memory_are_refused_before_lists_of_that_length_are_made
     holding(content)(tmp_path / "model.gguf")
     told = in_child(refusal, "base model", tmp_path / "model.gguf")
     assert "the model's head_dim must be at most 1048576" in told
+
+
+# --- tokenizers ----------------------------------------------------------------------------------
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+SPECIAL = {"<s>": {"id": "<s>", "ids": [0] * 10**5, "tokens": ["<s>"] * 10**5}}
+
+
+def split(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def sequence(name, *steps):
+    return {"type": "Sequence", name: list(steps)}
+
+
+def template(pieces, special):
+    whole = {"single": pieces, "pair": pieces, "special_tokens": special}
+    return {"type": "TemplateProcessing", **whole}
+
+
+TEXT_PIECE = {"Sequence": {"id": "A", "type_id": 0}}
+MERGED = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]] * 1_100_000}
+TOKENIZERS = {
+    "a growing normaliser": (
+        {"normalizer": sequence("normalizers", *[REPLACE] * 30)},
+        "makes a text 1073741824 times as long",
+    ),
+    "a long replacement": (
+        {"normalizer": {**REPLACE, "content": "a" * 10**6}},
+        "makes a text 1000000 times as long",
+    ),
+    "before each character": (
+        {"normalizer": {**REPLACE, "pattern": {"Regex": "b*"}, "content": "a" * 99}},
+        "makes a text 100 times as long",
+    ),
+    "a regex": ({"pre_tokenizer": split("(a+)+$")}, "may try too many ways to match"),
+    "a regex of three": ({"pre_tokenizer": split("a*a*a*b")}, "may try too many ways to match"),
+    "a regex of a normaliser": (
+        {"normalizer": {**REPLACE, "pattern": {"Regex": "(a|a)*b"}, "content": ""}},
+        "may try too many ways to match",
+    ),
+    "bytes of bytes": (
+        {"pre_tokenizer": sequence("pretokenizers", *[BYTES] * 30)},
+        "has ByteLevel 30 times",
+    ),
+    "steps without end": (
+        {"normalizer": sequence("normalizers", *[{"type": "NFC"}] * 10_000)},
+        "has 10000 steps",
+    ),
+    "a template": (
+        {"post_processor": template([{"SpecialToken": {"id": "<s>", "type_id": 0}}], SPECIAL)},
+        "puts 100000 tokens around every text",
+    ),
+    "a text again and again": (
+        {"post_processor": template([TEXT_PIECE] * 10**4, {})},
+        "puts 159984 tokens around every text",
+    ),
+    "a growing decoder": (
+        {"decoder": sequence("decoders", *[REPLACE] * 30)},
+        "makes a text 1073741824 times as long",
+    ),
+    "padding of 10^9": (
+        {
+            "padding": {
+                "strategy": {"Fixed": 10**9},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "a",
+            }
+        },
+        "which token ends a text",  # the padding is left out
+    ),
+    "items without end": ({"model": MERGED}, "lists more than 2,000,000 items"),
+    "numbers without end": ({"normalizer": [1] * 3 * 10**6}, "lists more than 2,000,000 items"),
+    "deep": ({"normalizer": json.loads("[" * 500 + "]" * 500)}, "can't be read as a tokenizer"),
+}
+"""What a tokenizer.json holds -> what is said of it."""
+
+
+@pytest.mark.parametrize("which", TOKENIZERS)
+def test_hostile_tokenizers(tmp_path, which):
+    parts, says = TOKENIZERS[which]
+    holding(json.dumps(json.loads(TOKENIZER) | parts))(tmp_path / "tokenizer.json")
+    assert says in in_child(refusal, "tokenizer", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        (["a" * 10**6], "a token of 1,000,000 characters"),
+        (
+            [chr(256 + letter) * length for letter in range(5) for length in range(1, 1001)],
+            "join in more than 2,000,000 ways",
+        ),
+    ],
+)
+def test_hostile_vocabularies(tmp_path, tokens, says):
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), *tokens]
+    texts = b"".join(map(text, tokens))
+    count = len(tokens)
+    values = [
+        ("general.architecture", TEXT, text("llama")),
+        ("tokenizer.ggml.model", TEXT, text("llama")),
+        ("tokenizer.ggml.tokens", 9, struct.pack("<IQ", TEXT, count) + texts),
+        ("tokenizer.ggml.token_type", 9, struct.pack(f"<IQ{count}i", 5, count, *[1] * count)),
+        ("tokenizer.ggml.scores", 9, struct.pack(f"<IQ{count}f", 6, count, *[0.0] * count)),
+    ]
+    holding(gguf(*values))(tmp_path / "model.gguf")
+    assert says in in_child(refusal, "tokenizer of GGUF", tmp_path / "model.gguf")

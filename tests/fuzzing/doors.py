@@ -11,7 +11,9 @@ from disha.cli import convert, finetune
 from disha.finetune.answering import GenerateSettings, prompts_of
 from disha.finetune.data.dataset import open_rows
 from disha.finetune.models.checkpoint import open_model
+from disha.finetune.models.gguf import GGUFCheckpoint
 from disha.finetune.text.from_folder import open_tokenizer
+from disha.finetune.text.from_gguf import tokenizer_from_gguf
 from tests.fuzzing.limits import Usage, limit_process, limited_to
 
 __all__ = ["DOORS", "MEMORY", "refusal"]
@@ -27,6 +29,7 @@ DOORS: Mapping[str, Callable[[Path], object]] = {
     "checkpoint": disha.interop.checkpoints.open_checkpoint,
     "base model": lambda path: open_model(path).config(),
     "tokenizer": open_tokenizer,
+    "tokenizer of GGUF": lambda path: tokenizer_from_gguf(GGUFCheckpoint(path).fields, path),
     "--config": lambda path: finetune.settings_from(["--config", str(path)]),
     "--prompt_file": lambda path: prompts_of(GenerateSettings(prompt_file=path)),
     "data": lambda path: open_rows(path, "train", streaming=False),

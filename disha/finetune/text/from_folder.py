@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from disha import DishaError
 from disha.files import read_json, read_text
 from disha.finetune.errors import TokenizerError
+from disha.finetune.text.bounds import require_bounded
 from disha.finetune.text.tokenizer import SPACE, Tokenizer
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ __all__ = ["begin_of", "open_tokenizer"]
 
 TOKENIZER_FILE = "tokenizer.json"
 
-LARGEST_TOKENIZER = 64 * 2**20
-"""Largest size of a tokenizer.json in bytes. One of 262,000 tokens has 33 MB."""
+LARGEST_TOKENIZER, MOST_ITEMS = 64 * 2**20, 2_000_000
+"""Largest size of a tokenizer.json in bytes, and most items. One of 262,000 tokens has 33 MB and
+1,300,000 items."""
 
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
@@ -101,10 +103,19 @@ def _backend(file: Path) -> BackendTokenizer:
         )
     with _explained():
         content = read_text(file, LARGEST_TOKENIZER)
+    if content.count(",") > MOST_ITEMS:
+        raise TokenizerError(
+            f"{file} lists more than {MOST_ITEMS:,} items; no tokenizer needs them"
+        )
     try:
-        return BackendTokenizer.from_str(content)
+        backend = BackendTokenizer.from_str(content)
     except Exception as error:  # the package raises bare Exception for what it can't read
         raise TokenizerError(f"{file} can't be read as a tokenizer: {error}") from error
+    # The file can ask to cut texts, or to pad them to any length.
+    backend.no_truncation()
+    backend.no_padding()
+    require_bounded(backend, file)
+    return backend
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ WAY_OUT = "give the model's own tokenizer with --tokenizer tokenizer.json"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 """The types of tokens in ``tokenizer.ggml.token_type``; type 6, a single byte, is not needed here.
 Merging never makes unknown, control or user-defined tokens."""
+
+LONGEST_TOKEN, MOST_MERGES = 1024, 2_000_000
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 """Control tokens that end a text, even if no key of the file names them."""
@@ -287,12 +290,24 @@ def _merges_by_score(described: _Description) -> list[tuple[str, str]]:
         for token, kind, score in zip(described.tokens, described.types, scores, strict=True)
         if kind in (NORMAL, USER_DEFINED, UNUSED)
     }
-    splits = [
+    longest = max(map(len, mergeable), default=0)
+    if longest > LONGEST_TOKEN:
+        raise TokenizerError(
+            f"{described.path} has a token of {longest:,} characters; at most {LONGEST_TOKEN:,} "
+            "are allowed"
+        )
+    all_splits = (
         (token[:place], token[place:])
         for token in mergeable
         for place in range(1, len(token))
         if token[:place] in mergeable and token[place:] in mergeable
-    ]
+    )
+    splits = list(islice(all_splits, MOST_MERGES + 1))
+    if len(splits) > MOST_MERGES:
+        raise TokenizerError(
+            f"{described.path} has tokens that join in more than {MOST_MERGES:,} ways; real ones "
+            "join in less than one million"
+        )
     return sorted(splits, key=lambda pair: (-mergeable["".join(pair)], -len(pair[0])))
 
 
