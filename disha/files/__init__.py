@@ -3,7 +3,7 @@
 A file may come from a stranger, so keys, shapes, dtypes, values and header are all checked before
 the model changes. From bottom to top:
 
-- `atomic`: `write_files` and `write_folder`, which write files and folders completely or not at all
+- `atomic`: `write_files`, `write_folder` and `remove_folder`, which act completely or not at all
 - `reading`: opens regular files, and reads small ones whole
 - `json_files`: reads JSON objects, in adapter files and in the files of other libraries
 - `tensors`: reads safetensors files of any content, one tensor at a time
@@ -17,12 +17,12 @@ the model changes. From bottom to top:
 """
 
 from disha.files.adapter import inspect_adapter, load_adapter, save_adapter
-from disha.files.atomic import clear_drafts, write_files, write_folder
+from disha.files.atomic import clear_drafts, remove_folder, write_files, write_folder
 from disha.files.combining import combine_adapters
 from disha.files.contents import AdapterFileWarning
 from disha.files.header import FORMAT, AdapterFile, AdapterHeader, LayerRecord, TensorRecord
 from disha.files.json_files import read_json
-from disha.files.reading import explained, opened_file, read_text
+from disha.files.reading import explained, found_at, opened_file, read_text
 
 __all__ = [
     "FORMAT",
@@ -34,11 +34,13 @@ __all__ = [
     "clear_drafts",
     "combine_adapters",
     "explained",
+    "found_at",
     "inspect_adapter",
     "load_adapter",
     "opened_file",
     "read_json",
     "read_text",
+    "remove_folder",
     "save_adapter",
     "write_files",
     "write_folder",

@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,39 +248,36 @@ def _replacing(
     """
     key = secrets.token_hex(8)
     drafts = [_Draft(target, key) for target in targets]
-    last, placed, locks = drafts[-1], list[Path](), list[int]()
+    last, placed = drafts[-1], list[Path]()
     needed = False  # by the next write
-    try:
-        clear_drafts(targets)
-        for target in targets:
-            check(target)
-        for draft in drafts:
-            _make_locked(draft, locks)
-        yield drafts
-        needed = True
-        if take_away:
-            with suppress(FileNotFoundError):  # there may be none
+    with ExitStack() as locks:
+        try:
+            clear_drafts(targets)
+            for target in targets:
+                check(target)
+            for draft in drafts:
+                _make_locked(draft, locks)
+            yield drafts
+            needed = True
+            if take_away and _is_there(last.target):
                 os.rename(last.target, last.old)
-            _sync_names(last.target.parent)
-        for draft in drafts:
-            os.replace(draft.new, draft.target)
-            placed.append(draft.target)
-            _sync_names(draft.target.parent)
-        needed = False
-    except BaseException as error:
-        needed = needed and not _settle(drafts, placed)
-        if isinstance(error, DishaError) or not isinstance(error, OSError):
-            raise
-        raise AdapterIOError(
-            f"can't save to {last.target}: {error.strerror or error}; "
-            f"{_outcome(placed, last.target if needed else None)}"
-        ) from error
-    finally:
-        if not needed:
-            _discard(drafts)
-        for lock in locks:
-            with suppress(OSError):
-                os.close(lock)
+                _sync_names(last.target.parent)
+            for draft in drafts:
+                os.replace(draft.new, draft.target)
+                placed.append(draft.target)
+                _sync_names(draft.target.parent)
+            needed = False
+        except BaseException as error:
+            needed = needed and not _settle(drafts, placed)
+            if isinstance(error, DishaError) or not isinstance(error, OSError):
+                raise
+            raise AdapterIOError(
+                f"can't save to {last.target}: {error.strerror or error}; "
+                f"{_outcome(placed, last.target if needed else None)}"
+            ) from error
+        finally:
+            if not needed:
+                _discard(drafts)
 
 
 def _settle(drafts: Sequence[_Draft], placed: list[Path]) -> bool:
@@ -315,8 +312,8 @@ def _outcome(placed: Sequence[Path], away: Path | None) -> str:
     return f"{new}{f', {away} missing' if away else ''}; save again"
 
 
-def _make_locked(draft: _Draft, locks: list[int]) -> None:
-    """Make the folder of a draft and lock it; add the descriptor that holds the lock to `locks`."""
+def _make_locked(draft: _Draft, locks: ExitStack) -> None:
+    """Make the folder of a draft, and lock it until the end of `locks`."""
     # No other user may read new content before it has the permissions of the old content.
     mode = 0o700 if found_at(draft.target) else 0o777
     while True:
@@ -325,16 +322,22 @@ def _make_locked(draft: _Draft, locks: list[int]) -> None:
             return
         # Before it is locked, another writer may think that its own is dead, and clear it.
         try:
-            locks.append(_opened(draft.folder))
+            descriptor = _opened(draft.folder)
         except FileNotFoundError:
             continue
         except OSError:
             draft.folder.rmdir()  # rmtree would have to open it
             raise
+        locks.callback(_close, descriptor)
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(locks[-1], fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         if _is_there(draft.folder):
             return
+
+
+def _close(descriptor: int) -> None:
+    with suppress(OSError):  # it is closed even so
+        os.close(descriptor)
 
 
 def _discard(drafts: Iterable[_Draft]) -> None:
@@ -349,12 +352,16 @@ def _opened(folder: Path) -> int:
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
 
-def clear_drafts(targets: Sequence[Path]) -> None:
-    """Finish the replacement of these targets by killed writers, and remove their drafts.
+def clear_drafts(paths: Iterable[PathLike]) -> None:
+    """Finish the replacement of files or folders by killed writers, and remove their drafts.
 
     Args:
-        targets: paths without symbolic links. Targets of one write must be given together.
+        paths: the targets. Those of one write must be given together.
+
+    Raises:
+        AdapterIOError: the system can't tell where the paths lead.
     """
+    targets = [resolved(path) for path in paths]
     for target in targets if fcntl is not None else ():
         pattern = re.compile(re.escape(_prefix(target)) + r"([0-9a-f]{16})\.tmp")
         names: list[str] = []

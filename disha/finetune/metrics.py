@@ -51,8 +51,9 @@ class Metrics:
 
     def close(self) -> None:
         """Write the remaining events to the disk, and close the files."""
-        if self._lines is not None:
-            self._lines.close()
+        with self._warning_of_failure("_lines", METRICS):
+            if self._lines is not None:
+                self._lines.close()
         with self._warning_of_failure("_events", EVENTS):
             if self._events is not None:
                 self._events.close()

@@ -22,7 +22,6 @@ from disha.files.atomic import (
     PathLike,
     checked_path,
     clear_drafts,
-    resolved,
     write_files,
     write_folder,
 )
@@ -89,7 +88,7 @@ def write_peft_files(
     # PEFT looks for the configuration first, so it takes its place last.
     files = {WEIGHTS_NAME: write_tensors, CONFIG_NAME: write_config}
     if found_at(folder) == "folder":
-        clear_drafts([resolved(folder)])
+        clear_drafts([folder])
         write_files({folder / name: write for name, write in files.items()})
         return
     with write_folder(folder) as new:

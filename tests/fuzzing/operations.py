@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,13 +18,18 @@ from typing import Any
 from unittest import mock
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import nn
 
 import disha
 from disha.cli import main
+from disha.finetune.report import write_figure, write_text
+from disha.finetune.training.checkpoints import Checkpoints
+from disha.finetune.training.loop import Progress, make_optimizer, training_steps
 from disha.interop import lora, peft
 from disha.interop.checkpoints import merge_into_checkpoint, verify_against
+from tests.finetune.training.tiny import PLAN, blocks, objective, source
 from tests.fuzzing.faults import Faults, Killed
 
 __all__ = ["JOBS", "Job", "Trials"]
@@ -68,6 +74,16 @@ def write_inputs(folder: Path) -> None:
     peft.export(adapted(2), folder / "peft")
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files in a folder by name, without those of drafts."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return {
+        name: path.read_bytes()
+        for name, path in sorted(found.items())
+        if path.is_file() and ".tmp/" not in name
+    }
+
+
 @dataclass(frozen=True)
 class Job:
     """One use of files.
@@ -76,12 +92,14 @@ class Job:
         run: does it in a folder; returns what must be the same every time.
         before: fills the folder.
         writes: whether it changes the folder.
+        contents: returns the files that it writes.
         points: at how many of its operations the regular tests break it.
     """
 
     run: Callable[[Path], Any]
     before: Callable[[Path], object] = write_inputs
     writes: bool = True
+    contents: Callable[[Path], dict[str, bytes]] = contents
     points: int = 12
 
 
@@ -185,6 +203,65 @@ JOBS = {
 }
 
 
+# --- fine-tuning --------------------------------------------------------------------------------
+
+
+@functools.cache
+def training() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return an objective and its optimiser, after a step."""
+    trained = objective()
+    optimizer = make_optimizer(trained, PLAN)
+    next(training_steps(trained, source(), PLAN, optimizer=optimizer))
+    return trained, optimizer
+
+
+def save_checkpoint(folder: Path, step: int = 3, limit: int | None = 1) -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    Checkpoints(folder, limit).save(
+        *training(), Progress(step), setup={"seed": 0}, history={"losses": [step]}
+    )
+
+
+def checkpoints(folder: Path) -> None:
+    """Save three checkpoints, and damage the last."""
+    for step in (1, 2, 3):
+        save_checkpoint(folder, step, limit=None)
+    os.truncate(folder / "checkpoint-3" / "training.pt", 100)
+
+
+def resumed(folder: Path) -> object:
+    checkpoints = Checkpoints(folder)
+    saved = checkpoints.newest_good(lambda line: None)
+    assert saved is not None
+    trained = objective()
+    checkpoints.restore(saved, trained, make_optimizer(trained, PLAN))
+    return saved.progress, [block.tolist() for block in blocks(trained)]
+
+
+def figure(*losses: float) -> Figure:
+    drawn = Figure()
+    drawn.add_subplot().plot(losses)
+    return drawn
+
+
+JOBS |= {
+    "Checkpoints.save": Job(
+        save_checkpoint, checkpoints, contents=lambda folder: contents(folder / "checkpoint-3")
+    ),
+    "Checkpoints.restore": Job(resumed, checkpoints, writes=False),
+    "Checkpoints.clear": Job(lambda folder: Checkpoints(folder).clear(), save_checkpoint),
+    "write_text": Job(
+        lambda folder: write_text(folder / "report.json", "{}"),
+        lambda folder: write_text(folder / "report.json", "[]"),
+    ),
+    "write_figure": Job(
+        lambda folder: write_figure(folder / "loss.png", figure(1, 2)),
+        lambda folder: write_figure(folder / "loss.png", figure(2, 1)),
+    ),
+}
+
+
 # --- trials --------------------------------------------------------------------------------------
 
 
@@ -201,11 +278,11 @@ class Trials:
         self._template = folder / "template"
         self._template.mkdir()
         job.before(self._template)
-        self._old = _contents(self._template)
+        self._old = job.contents(self._template)
         with self._copy() as folder:
             with Faults(folder)() as faults:
                 self._result = job.run(folder)
-            self._new = _contents(folder)
+            self._new = job.contents(folder)
         self.operations = len(faults.done)
         """How many operations on files the job has."""
         assert self.operations
@@ -233,7 +310,7 @@ class Trials:
                 says = str(error)
             what = f"{errno.errorcode[code]} at {faults.failed}: {says}"
             if not lasting:
-                left = _contents(folder)
+                left = self._job.contents(folder)
                 assert left == self._new or (says and left == self._old), what
                 # A draft stays only if it is the draft that can't be removed.
                 assert left == self._new or not _drafts(folder), what
@@ -260,23 +337,13 @@ class Trials:
         assert any(there.issuperset(whole.values()) for whole in (self._old, self._new)), what
         with mock.patch.object(os, "fsync"):
             assert self._job.run(folder) == self._result, what
-        assert _contents(folder) == self._new, what
+        assert self._job.contents(folder) == self._new, what
         assert not _drafts(folder), what
 
     @contextlib.contextmanager
     def _copy(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=self._folder) as name:
             yield Path(shutil.copytree(self._template, Path(name, "copy")))
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    """Return the files in a folder by name, without those of drafts."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    return {
-        name: path.read_bytes()
-        for name, path in sorted(found.items())
-        if path.is_file() and ".tmp/" not in name
-    }
 
 
 def _drafts(folder: Path) -> list[Path]:

@@ -7,35 +7,33 @@
   tensors and plain data only
 - ``manifest.json``: the SHA-256 of both
 
-A checkpoint is written completely or not at all. If a save is killed, the next one removes what it
-left. Optimiser states are gathered, so any number of processes can resume, with any strategy. The
-files of `torch.distributed.checkpoint` are not used, because their metadata is a pickle, which can
-run code.
+A checkpoint is written completely or not at all. If a save is killed, the next one, or resuming,
+finishes it or removes what it left. Optimiser states are gathered, so any number of processes can
+resume, with any strategy. The files of `torch.distributed.checkpoint` are not used, because their
+metadata is a pickle, which can run code.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import io
 import json
 import math
 import os
 import random
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import disha
-from disha.files import write_folder
+from disha.files import clear_drafts, found_at, remove_folder, write_folder
 from disha.finetune.errors import OutputError, SettingsError
 from disha.finetune.hashing import file_hash
 from disha.finetune.training.loop import Progress
@@ -48,7 +46,8 @@ T = TypeVar("T")
 ADAPTER, TRAINING, MANIFEST = "adapter.safetensors", "training.pt", "manifest.json"
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(\d+)")
-LEFTOVER = re.compile(r"\.checkpoint-\d+\..*\.tmp")
+DRAFT = re.compile(r"\.(checkpoint-\d+)\..*\.tmp")
+"""A temporary folder of `disha.files`, which a killed process has left."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class Checkpoints:
                 self._on_main(lambda: _complete(folder, state))
                 self._on_main(stack.close)
         except OSError as error:  # every process gets this error
-            self._on_main(functools.partial(self._give_up, final, error))
+            self._give_up(final, error)
         self._newest = final
         self._on_main(lambda: self._remove_beyond_limit(final))
         return final
@@ -195,7 +194,7 @@ class Checkpoints:
     def _new_folder(self, final: Path) -> AbstractContextManager[Path]:
         """Return a context manager of a folder to fill, which takes the place of `final`."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._clear_leftovers()
+        self._finish_saves()
         # A folder that is already there is damaged, or belongs to an earlier run.
         return write_folder(final, overwrite=True)
 
@@ -206,10 +205,9 @@ class Checkpoints:
         else:
             self._on_main(lambda: disha.save_adapter(model, path))
 
-    def _give_up(self, final: Path, error: OSError) -> None:
+    def _give_up(self, final: Path, error: OSError) -> NoReturn:
         """Raise an error that says why a save failed, and where training can resume."""
-        good = next((path for path in self.newest_first() if _fault(path) is None), None)
-        cause = _cause(error)
+        good, cause = self._newest, _cause(error)
         remedy = "make room" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
         way_on = "start again" if good is None else f"resume from {good}, the newest, by --resume"
         raise OutputError(
@@ -217,13 +215,16 @@ class Checkpoints:
         ) from error
 
     def _search(self, report: Callable[[str], None], found: list[SavedState]) -> Path | None:
+        self._finish_saves()
         paths = self.newest_first()
         for path in paths:
             try:
-                found.append(_read(path))
+                # Not skipped if the system can't read it: it may be good, and would be replaced.
+                with _explained(f"{path} can't be read", "; fix that, or delete it"):
+                    found.append(_read(path))
                 return path
-            except (OSError, _DamagedError) as error:
-                report(f"{path} is skipped: {_words(error)}")
+            except _DamagedError as error:
+                report(f"{path} is skipped: {error}")
         if paths:
             raise SettingsError(
                 f"every checkpoint in {self._folder} is damaged; leave --resume out to start over"
@@ -232,11 +233,20 @@ class Checkpoints:
 
     def newest_first(self) -> list[Path]:
         """Return the checkpoints in the folder, damaged ones too."""
-        if not self._folder.is_dir():
-            return []
-        steps = {path: NAME.fullmatch(path.name) for path in self._folder.iterdir()}
-        found = {path: int(match[1]) for path, match in steps.items() if match and path.is_dir()}
+        steps = {path: NAME.fullmatch(path.name) for path in self._listed()}
+        found = {
+            path: int(match[1])
+            for path, match in steps.items()
+            if match and found_at(path) == "folder"
+        }
         return sorted(found, key=lambda path: found[path], reverse=True)
+
+    def _listed(self) -> list[Path]:
+        with _explained(f"{self._folder} can't be read"):
+            try:
+                return [self._folder / name for name in os.listdir(self._folder)]
+            except FileNotFoundError:
+                return []
 
     def _remove_beyond_limit(self, newest: Path) -> None:
         if self._limit is not None:
@@ -245,20 +255,16 @@ class Checkpoints:
             self._remove(found[:place] + found[place + self._limit :])
 
     def _remove(self, checkpoints: Iterable[Path]) -> None:
-        """Remove checkpoints. If this is killed, the remains do not count as checkpoints."""
-        self._clear_leftovers()
+        self._finish_saves()
         for path in checkpoints:
-            try:
-                os.rename(path, path.with_name(f".{path.name}.old.tmp"))
-            except OSError as error:
-                raise OutputError(f"{path} can't be removed: {error.strerror}") from error
-        self._clear_leftovers()
+            with _explained(f"{path} can't be removed"):
+                remove_folder(path)
 
-    def _clear_leftovers(self) -> None:
-        if self._folder.is_dir():
-            for path in self._folder.iterdir():
-                if LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
+    def _finish_saves(self) -> None:
+        """Finish the saves of killed processes, or remove what they have left."""
+        drafts = [DRAFT.fullmatch(path.name) for path in self._listed()]
+        for name in {match[1] for match in drafts if match}:
+            clear_drafts([self._folder / name])
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -278,6 +284,16 @@ def _complete(folder: Path, state: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(f"{manifest}\n", encoding="utf-8")
 
 
+@contextmanager
+def _explained(problem: str, remedy: str = "") -> Iterator[None]:
+    """Raise an `OSError` of the block as an `OutputError` with the cause."""
+    try:
+        yield
+    except OSError as error:
+        cause = _cause(error)
+        raise OutputError(f"{problem}: {cause.strerror or cause}{remedy}") from error
+
+
 def _cause(error: OSError) -> OSError:
     """Return the system's own error, which the given error may wrap."""
     while isinstance(error.__cause__, OSError):
@@ -285,31 +301,18 @@ def _cause(error: OSError) -> OSError:
     return error
 
 
-def _fault(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
-    try:
-        _read(folder)
-    except (OSError, _DamagedError) as error:
-        return _words(error)
-    return None
-
-
-def _words(error: OSError | _DamagedError) -> str:
-    return (
-        f"{error.filename} can't be read: {error.strerror}"
-        if isinstance(error, OSError)
-        else str(error)
-    )
-
-
 def _read(folder: Path) -> SavedState:
     """Read a checkpoint, after checking its hashes."""
-    hashes = _hashes(folder)
-    for name in (ADAPTER, TRAINING):
-        if file_hash(folder / name) != hashes.get(name):
-            raise _DamagedError(f"{name} is damaged: its SHA-256 is not that of the manifest")
     try:
-        state = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+        hashes = _hashes(folder)
+        for name in (ADAPTER, TRAINING):
+            if file_hash(folder / name) != hashes.get(name):
+                raise _DamagedError(f"{name} is damaged: its SHA-256 is not that of the manifest")
+        content = io.BytesIO((folder / TRAINING).read_bytes())  # torch.load hides errors of reading
+    except FileNotFoundError as error:
+        raise _DamagedError(f"{error.filename} can't be read: {error.strerror}") from error
+    try:
+        state = torch.load(content, map_location="cpu", weights_only=True)
         _check_types(state)
         return SavedState(
             folder=folder,
@@ -319,8 +322,6 @@ def _read(folder: Path) -> SavedState:
             optimizer=state["optimizer"],
             random=tuple(state["random"]),
         )
-    except OSError:
-        raise
     except Exception as error:  # torch.load raises anything
         raise _DamagedError(f"{TRAINING} can't be used: {error}") from error
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import itertools
@@ -29,6 +30,7 @@ from tests.finetune.training.tiny import (
     same,
     source,
 )
+from tests.fuzzing.faults import Faults, Killed
 
 SETUP = {"seed": 0, "learning_rate": 0.01}
 
@@ -74,6 +76,13 @@ class Run:
 
 def saved_steps(folder):
     return sorted(int(path.name.split("-")[1]) for path in folder.iterdir())
+
+
+def is_good(folder):
+    try:
+        return checkpoints._read(folder) is not None
+    except checkpoints._DamagedError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -246,10 +255,10 @@ def test_any_changed_byte_is_noticed(copied, name, data):
     changed[place] ^= data.draw(st.integers(1, 255))
     path.write_bytes(changed)
     try:
-        assert checkpoints._fault(copied / "checkpoint-3") is not None
+        assert not is_good(copied / "checkpoint-3")
     finally:
         path.write_bytes(whole)
-    assert checkpoints._fault(copied / "checkpoint-3") is None
+    assert is_good(copied / "checkpoint-3")
 
 
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(copied):
@@ -261,7 +270,7 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(copied):
     assert run.train(saved.progress, steps=2) == expected
     assert saved_steps(copied) == [1, 2, 3, 4]
     assert Run(copied).restore().progress.step == 4
-    assert checkpoints._fault(copied / "checkpoint-3") is None
+    assert is_good(copied / "checkpoint-3")
 
 
 # --- which are kept ------------------------------------------------------------------------------
@@ -290,7 +299,7 @@ def test_the_oldest_goes_only_once_the_newest_is_complete(tmp_path, monkeypatch)
 
 def saved_steps_of_good(folder):
     paths = folder.glob("checkpoint-*")
-    return sorted(int(path.name.split("-")[1]) for path in paths if not checkpoints._fault(path))
+    return sorted(int(path.name.split("-")[1]) for path in paths if is_good(path))
 
 
 def test_a_limit_removes_what_this_run_has_gone_back_behind(copied):
@@ -424,6 +433,48 @@ def test_a_save_that_dies_anywhere_leaves_a_whole_checkpoint(copied, monkeypatch
     assert call > 8
     assert survivors == {3, 4}
     assert saved_steps(copied) == [4]  # and nothing is left of those that died
+
+
+@pytest.mark.parametrize("then", ["resume", "save the next step"])
+def test_a_save_killed_while_it_replaces_a_damaged_one_is_not_lost(copied, tmp_path, then):
+    """Once the new one is complete, it is there after what comes next."""
+    cut(copied / "checkpoint-3" / "training.pt")
+    run, survivors = Run(copied), []
+    progress = run.restore(lambda line: None).progress
+
+    def save_until(at, folder):
+        run.checkpoints, faults = Checkpoints(folder), Faults(folder, at)
+        with contextlib.suppress(Killed), faults():
+            run.save(Progress(3, progress.epoch, progress.batches))
+        return faults.done
+
+    done = save_until(None, shutil.copytree(copied, tmp_path / "whole"))
+    renames = [at for at, operation in enumerate(done) if operation.startswith(("rena", "repl"))]
+    for at in [moment for rename in renames for moment in (rename, rename + 1)]:
+        folder = shutil.copytree(copied, tmp_path / str(at))
+        save_until(at, folder)
+        if then != "resume":
+            run.checkpoints = Checkpoints(folder)
+            run.save(Progress(4, progress.epoch, progress.batches))
+            shutil.rmtree(folder / "checkpoint-4")
+        survivors.append(Checkpoints(folder).newest_good(lambda line: None).progress.step)
+        assert saved_steps(folder) == [1, 2, 3]  # and nothing is left of the one that died
+    assert set(survivors) == {2, 3}
+    assert survivors == sorted(survivors)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_can_not_be_read_is_not_passed_over(copied, code):
+    """It may be good, and training from an earlier one would replace it."""
+    faults = Faults(copied)
+    with faults():
+        Checkpoints(copied).newest_good(pytest.fail)
+    opening = [at for at, done in enumerate(faults.done) if done.startswith("open ")]
+    assert len(opening) > 3
+    says = "checkpoint-3 can't be read: .*; fix that, or delete it"
+    for at in opening:
+        with Faults(copied, at, code)(), pytest.raises(OutputError, match=says):
+            Checkpoints(copied).newest_good(pytest.fail)
 
 
 def test_leftovers_of_killed_saves_are_cleared_by_the_next(copied):
