@@ -92,9 +92,9 @@ def _answer(
         text = compiled.render(given)
         lengths = b""
         for count, asks in others:
-            messages = given["messages"][:count]
+            form = {"messages": given["messages"][:count], "add_generation_prompt": asks}
             _allow(seconds)
-            other = compiled.render(given, messages=messages, add_generation_prompt=asks)
+            other = text if given == given | form else compiled.render(given | form)
             lengths += LENGTHS.pack(len(other), _shared(text, other))
         return RENDERED, lengths + text.encode()
     except MemoryError:

@@ -160,7 +160,7 @@ def test_templates_write_what_jinja_itself_writes(smollm_checkpoint, name):
 
     variables = {"messages": CONVERSATION, "add_generation_prompt": False}
     variables |= {"bos_token": "<s>", "eos_token": ""}
-    forms = [(3, False), (3, True), (1, True)]
+    forms = [(3, False), (4, False), (3, True), (1, True)]
     rendered = run_template(template, variables, "here", forms)
     assert rendered.text == expected(4, False)
     for form, (length, shared) in rendered.others.items():
