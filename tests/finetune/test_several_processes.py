@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from disha.cli import main
 from disha.finetune.folder_lock import FolderLock
+from disha.finetune.training.checkpoints import Checkpoints
 from tests.finetune.command_line import (
     FILES,
     arguments,
@@ -20,6 +22,7 @@ from tests.finetune.command_line import (
     report_of,
     write_rows,
 )
+from tests.finetune.together import run_together
 from tests.processes import TORCHRUN, ended, started
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
@@ -110,6 +113,83 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_end(
     assert main(arguments(tiny_path, data, straight, **by_one)) == 0
     assert [line["step"] for line in metrics_of(output)] == list(range(201))
     assert losses_of(output) == pytest.approx(losses_of(straight), rel=1e-3)
+
+
+# --- other processes than before -----------------------------------------------------------------
+
+DONE = 2
+WAYS = {"one": (1, "ddp"), **{f"{s} {n}": (n, s) for s in ("ddp", "fsdp") for n in (2, 3)}}
+"""Name -> how many processes, and by which strategy."""
+
+
+@pytest.fixture(scope="module")
+def run_by(tmp_path_factory, tiny_path):
+    """Return a folder with the files of a run on some processes; not to be changed."""
+    made = {}
+
+    def run(way):
+        if way not in made:
+            folder = made[way] = tmp_path_factory.mktemp("run")
+            write_rows(folder / "rows.jsonl")
+            run_on(way, tiny_path, folder)
+        return made[way]
+
+    return run
+
+
+def run_on(way, model, folder, *words, **changes):
+    """Run with two batches on each process, unless said otherwise, and a checkpoint half-way."""
+    processes, strategy = WAYS[way]
+    changes = {
+        "bone_r": 4,
+        "max_steps": 2 * DONE,
+        "save_strategy": "steps",
+        "save_steps": DONE,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        **changes,
+    }
+    run = arguments(model, folder / "rows.jsonl", folder / "out", strategy=strategy, **changes)
+    run_together(processes, [*run, *words], folder / "log.txt")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changes"),
+    [
+        ("one", "ddp 2", {}),
+        ("one", "fsdp 3", {}),
+        ("one", "ddp 2", {"gradient_accumulation_steps": 1}),
+        ("ddp 2", "one", {}),
+        ("ddp 2", "fsdp 2", {}),
+        ("ddp 2", "ddp 3", {}),
+        ("fsdp 3", "one", {}),
+        ("fsdp 3", "ddp 2", {"gradient_accumulation_steps": 3}),
+    ],
+)
+def test_other_processes_go_on_with_the_same_batches(
+    tmp_path, tiny_path, run_by, before, after, changes
+):
+    """Two batches a step on three processes, and four on three, can't be divided equally."""
+    straight = run_by(before) / "out"
+    folder = shutil.copytree(straight.parent, tmp_path / "moved")
+    output = folder / "out"
+    shutil.rmtree(output / f"checkpoint-{2 * DONE}")
+    (output / "adapter.safetensors").unlink()
+    run_on(after, tiny_path, folder, "--resume", **changes)
+    assert report_of(output)["training"]["resumed_from"] == str(output / f"checkpoint-{DONE}")
+    found, expected = metrics_of(output), metrics_of(straight)
+    for name in ("step", "epoch", "tokens", "learning_rate"):
+        assert [line.get(name) for line in found] == [line.get(name) for line in expected]
+    assert losses_of(output) == pytest.approx(losses_of(straight), rel=1e-5)
+    found, expected = (load_file(one / "adapter.safetensors") for one in (output, straight))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    # The checkpoint that this run has saved goes on in the same way.
+    saved = Checkpoints(output).newest_good(pytest.fail)
+    assert saved.progress.step == 2 * DONE
+    assert saved.setup["batches_per_step"] == 2 * WAYS[before][0]
+
+
+# --- mistakes ------------------------------------------------------------------------------------
 
 
 def test_bad_input_is_complained_of_once(tmp_path, tiny_path):
