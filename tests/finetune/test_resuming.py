@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from disha.cli import main
+from disha.finetune import command
 from disha.finetune.errors import SettingsError
 from disha.finetune.resuming import Setup, batches_per_step
 from disha.finetune.settings import FinetuneSettings
@@ -25,6 +26,15 @@ CASES = [
     for number, row in enumerate(TABLE)
     for name, case in row.cases.items()
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_plots_and_samples():
+    """They take most of the time of so short a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_samples", lambda *arguments: [])
+        patch.setattr(command, "_write_results", lambda *arguments: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -186,6 +186,36 @@ def test_nor_where_rows_are_parquet_in_a_folder_and_some_are_held_out(tmp_path, 
     assert order(TextBatches(helped, 4, 7)) == order(TextBatches(alone, 4, 7))
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_their_hash_is_that_of_the_files_and_the_numbers_of_the_rows(tmp_path, encoder, suffix):
+    def hash_of(name, rows, split="train", **options):
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        elif suffix == "csv":
+            lines = ["query,response", *(",".join(row.values()) for row in rows)]
+            path.write_text("\n".join(lines))
+        else:
+            write(path, rows)
+        opened = open_rows(path, split, streaming=True)
+        return StreamedExamples(opened, dataclasses.replace(encoder, **options), 2).digest()
+
+    expected = hash_of("one", ROWS)
+    assert hash_of("two", ROWS) == expected
+    assert (
+        len(
+            {
+                expected,
+                hash_of("one", [*ROWS[:9], {"query": "a", "response": "b"}, *ROWS[10:]]),
+                hash_of("one", ROWS, "train[:329]"),
+                hash_of("one", ROWS, "train[1:]+train[:1]"),
+                hash_of("one", ROWS, fields=FIELDS[::-1]),
+            }
+        )
+        == 5
+    )
+
+
 def test_every_epoch_has_its_own_order_of_the_same_rows(path, encoder):
     source = plain(path, encoder)
     first, second = order(source, 1), order(source, 2)
