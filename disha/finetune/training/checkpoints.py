@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import disha
 from disha.files import clear_drafts, found_at, remove_folder, write_folder
@@ -399,10 +399,12 @@ def _restore_optimizer(
     states.set_optimizer_state_dict(objective, optimizer, dict(saved.optimizer), options=options)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)  # those of this run, which the caller has compared
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if not isinstance(value, Tensor) or value.shape not in ((), parameter.shape):
-                raise ValueError(f"{name} of the optimiser does not fit its parameter")
+    for parameter, values in optimizer.state.items():  # AdamW would read beyond their end
+        moment = (parameter.shape, parameter.dtype)
+        expected = {"step": ((), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
+        found = {name: (value.shape, value.dtype) for name, value in values.items()}
+        if found != expected:
+            raise ValueError(f"a state of the optimiser is {found}, but must be {expected}")
 
 
 def _random_state() -> dict[str, Any]:

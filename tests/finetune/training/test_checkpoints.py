@@ -514,6 +514,25 @@ def with_another(value, place, new):
     return type(value)(changed)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("exp_avg", torch.tensor(1.0)),
+        ("exp_avg", torch.ones(3)),
+        ("exp_avg_sq", torch.tensor(1.0)),
+        ("exp_avg_sq", torch.ones(3)),
+        ("step", torch.ones(3)),
+    ],
+)
+def test_a_moment_that_adamw_would_read_beyond_is_refused(copied, name, value):
+    path = copied / "checkpoint-3" / "training.pt"
+    state = torch.load(path, weights_only=True)
+    next(iter(state["optimizer"]["state"].values()))[name] = value
+    holding(state)(path)
+    with pytest.raises(SettingsError, match=r"training\.pt can't be used: .*must be"):
+        Run(copied).restore()
+
+
 def test_a_part_of_a_wrong_type_is_named_or_does_no_harm(copied):
     """Each part of a training.pt in turn gets one of the wrong values."""
     shutil.rmtree(copied / "checkpoint-1")
