@@ -44,6 +44,7 @@ from tests.finetune.command_line import (
     write_rows,
 )
 from tests.finetune.tiny_checkpoints import FAMILIES
+from tests.fuzzing.faults import CODES, Faults
 from tests.processes import environment
 
 # --- one whole run, through a process of its own as a user starts it ------------------------------
@@ -872,6 +873,26 @@ def test_a_full_disk_for_a_checkpoint_names_the_one_before(finetune, monkeypatch
     assert "checkpoint-4 can't be written: No space left on device; make room" in done.complaint
     assert "checkpoint-2, the newest" in done.complaint
     assert checkpoints_in(finetune.output) == {"checkpoint-2"}
+
+
+def test_an_error_at_any_operation_is_one_line(finetune, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for an adapter that has no place
+    flags = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = Faults(finetune.output)
+    with whole():
+        finetune.good(**flags)
+    codes = set()
+    for turn, at in enumerate(range(20, len(whole.done), len(whole.done) // 7)):
+        shutil.rmtree(finetune.output, ignore_errors=True)  # there may be none
+        with Faults(finetune.output, at, CODES[turn % len(CODES)])():
+            done = finetune(**flags)
+        if done.code:
+            assert os.strerror(CODES[turn % len(CODES)]) in done.complaint
+            assert not [*finetune.output.rglob("*.tmp")]
+        else:
+            assert disha.inspect_adapter(finetune.output / "adapter.safetensors").layers
+        codes.add(done.code)
+    assert 1 in codes
 
 
 def after_training(monkeypatch, action):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from disha.finetune.errors import OutputError
 from disha.finetune.folder_lock import FolderLock
 from disha.finetune.metrics import recorded_steps, recording
 from disha.finetune.training.loop import Step
+from tests.fuzzing.faults import Faults
 
 
 def step(number, eval_loss=None):
@@ -50,6 +52,27 @@ def test_a_line_is_on_disk_when_it_is_complete(tmp_path):
     assert "eval_loss" not in first
     assert second["eval_loss"] == 2.5
     assert {"loss", "learning_rate", "tokens_per_second", "seconds"} <= second.keys()
+
+
+def test_an_error_at_any_operation_is_ours_or_a_warning(tmp_path, capsys):
+    def record(folder, at=None):
+        faults = Faults(folder, at, errno.EIO)
+        lock = FolderLock(folder)
+        with lock.held(), faults(), recording(lock) as metrics:
+            metrics.record_step(step(1))
+        return faults.done
+
+    refused = 0
+    for at in range(len(record(tmp_path / "whole"))):
+        folder = tmp_path / str(at)
+        try:
+            record(folder, at)
+        except OutputError:
+            refused += 1
+        else:
+            is_there = len(lines_in(folder)) == 1
+            assert is_there or "metrics.jsonl can't be written: Input" in capsys.readouterr().err
+    assert refused
 
 
 def test_a_new_run_starts_a_new_file(tmp_path):
