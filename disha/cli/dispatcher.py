@@ -5,7 +5,7 @@
 | 0 | done; for `diff`: nothing differs, for `verify`: the file is sound |
 | 1 | for `diff`: something differs, for `verify`: the file is not sound; for commands that write: the work failed, for example because the disk is full |
 | 2 | wrong usage, or the input can't be used; for `inspect`, `diff` and `verify`: also any other failure |
-| 130 | interrupted |
+| 128 + n | stopped by signal n: 130 by Ctrl-C (SIGINT), 143 by SIGTERM, 129 by SIGHUP |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -25,12 +26,13 @@ from disha.files import AdapterFileWarning
 from disha.text import printable
 from disha.version import __version__
 
-__all__ = ["COMMANDS", "DONE", "FAILED", "INTERRUPTED", "NO", "TROUBLE", "Command", "main"]
+__all__ = ["COMMANDS", "DONE", "FAILED", "NO", "SIGNALLED", "TROUBLE", "Command", "main"]
 
 DONE = 0
 NO = FAILED = 1
 TROUBLE = 2
-INTERRUPTED = 130
+SIGNALLED = 128
+"""What is added to the number of a signal, as shells do."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as request:
         return request.code if isinstance(request.code, int) else DONE
     except KeyboardInterrupt as interruption:
+        number = getattr(interruption, "number", signal.SIGINT)
+        if argv is None:  # the process ends now, and more signals do not change its exit code
+            for one in (number, signal.SIGINT):
+                signal.signal(one, signal.SIG_IGN)
         _complain(str(interruption) or "interrupted; every file that was written is complete")
-        return INTERRUPTED
+        return SIGNALLED + number
     except BrokenPipeError:
         # The reader has closed the pipe, as `| head` does. Python must not write the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ Needs the extra ``finetune``. Everything here uses the library through ``import 
 user's program would. From bottom to top:
 
 - `settings`: what the commands can be told, which are their flags
+- `stopping`: signals that ask the process to stop
 - `models`: the built-in decoder, and where weights come from
 - `text`: tokenizers, templates, chats
 - `data`: from files of rows to batches

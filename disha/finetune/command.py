@@ -41,6 +41,7 @@ from disha.finetune.report import (
     write_text,
 )
 from disha.finetune.settings import FinetuneSettings, OutputSettings, require
+from disha.finetune.stopping import Interrupted, listening, raising
 from disha.finetune.training.checkpoints import Checkpoints
 from disha.finetune.training.layers import compile_model, enable_gradient_checkpointing
 from disha.finetune.training.machine import emulates_bf16, explaining_lack_of_memory
@@ -78,9 +79,14 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
 
     Raises:
         DishaError: the input can't be used, or the work failed.
-        KeyboardInterrupt: somebody asked to stop; the message says how to resume.
+        Interrupted: a signal asked to stop; the message says how to go on.
     """
-    with joined_processes() as processes, explaining_lack_of_memory(), ExitStack() as held:
+    with (
+        listening(),
+        joined_processes() as processes,
+        explaining_lack_of_memory(),
+        ExitStack() as held,
+    ):
         settings.check()
         clock = Clock(prints=processes.is_main)
         lock = FolderLock(settings.output.output)
@@ -165,13 +171,12 @@ def _run(
     if settings.training.compile:
         compile_model(model)
     trained = distribute(objective, settings.training.strategy, processes)
-    with explaining_failures(settings.model.model), explaining_lack_of_memory():
-        course = train(trained, inputs, settings, processes, clock, lock, digest.hexdigest())
     adapter = lock.folder / ADAPTER
-    _save(trained, adapter, _notes(inputs), processes, lock)
-    # With shards, no process has the complete model.
+    with raising(False):  # no signal comes between training and saving
+        with explaining_failures(settings.model.model), explaining_lack_of_memory():
+            course = train(trained, inputs, settings, processes, clock, lock, digest.hexdigest())
+        _save(trained, adapter, _notes(inputs), processes, lock)
     sharded = is_sharded(trained)
-    samples = [] if sharded else _samples(model, base, inputs, clock)
     verification = None
 
     def save_again() -> None:
@@ -179,6 +184,9 @@ def _run(
         disha.save_adapter(model, adapter, metadata=_notes(inputs))
 
     with _naming_adapter(adapter, None if sharded else save_again):
+        processes.check_signals()
+        # With shards, no process has the complete model.
+        samples = [] if sharded else _samples(model, base, inputs, clock)
         if processes.is_main:
             _write_results(course, inputs, settings, samples)
             verification = _merge_and_verify(adapter, course, inputs, settings, clock)
@@ -233,9 +241,15 @@ def _save(
 
 @contextmanager
 def _naming_adapter(adapter: Path, save_again: Callable[[], None] | None) -> Iterator[None]:
-    """If writing fails, add to the error where the adapter is. If it was deleted, save it again."""
+    """If writing fails or a signal comes, add to the message where the adapter is.
+
+    If it was deleted, save it again.
+    """
     try:
         yield
+    except Interrupted as interruption:
+        told = f"interrupted after training; the adapter is complete in {adapter}"
+        raise Interrupted(interruption.number, told) from interruption
     except (OSError, VerificationError) as error:
         deleted = not adapter.exists()
         if not deleted and isinstance(error, VerificationError):

@@ -1,22 +1,20 @@
 """Training from the first to the last step: evaluations, records, checkpoints, and resuming.
 
-Ctrl-C finishes the current step and saves a checkpoint, because a step that is interrupted in the
-middle would leave blocks half updated. A second Ctrl-C stops at once.
+A signal such as Ctrl-C cuts the step or the evaluation that is under way. A checkpoint is saved as
+if that had not begun. So the run that resumes does it again, and comes to the same result. Signals
+are held while weights are updated, and while a step is recorded.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -26,10 +24,17 @@ from disha.finetune.errors import PeerError, TrainingError
 from disha.finetune.folder_lock import FolderLock
 from disha.finetune.inputs import Inputs
 from disha.finetune.metrics import Metrics, recorded_steps, recording
-from disha.finetune.progress import Clock, showing_progress
+from disha.finetune.progress import Clock, ShowStep, showing_progress
 from disha.finetune.resuming import Setup, batches_per_step
 from disha.finetune.settings import FinetuneSettings
-from disha.finetune.training.checkpoints import Checkpoints, SavedState, usable
+from disha.finetune.stopping import Interrupted, forget_signal
+from disha.finetune.training.checkpoints import (
+    Checkpoints,
+    SavedState,
+    random_state,
+    restore_random_state,
+    usable,
+)
 from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.loop import (
     Progress,
@@ -40,12 +45,7 @@ from disha.finetune.training.loop import (
 )
 from disha.finetune.training.parallel import Processes
 
-__all__ = ["Course", "noticing_interruption", "train"]
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TOGETHER = 1.0
-"""Seconds in which several signals count as one. Under torchrun, one Ctrl-C sends two signals: one
-from the terminal, and one from torchrun."""
+__all__ = ["Course", "train"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def train(
     lock: FolderLock,
     base: str,
 ) -> Course:
-    """Train until the end or an interruption.
+    """Train until the end or an interruption. Call it while signals are held.
 
     Args:
         objective: what to minimise, distributed if several processes take part.
@@ -108,9 +108,17 @@ def train(
 
     Raises:
         DishaError: training can't continue, or a file can't be written.
-        KeyboardInterrupt: somebody asked to stop; the message says how to resume.
+        Interrupted: a signal asked to stop; the message says how to resume.
     """
-    return _Training(objective, inputs, settings, processes, clock, lock, base).run()
+    with processes.interruptible():
+        training = _Training(objective, inputs, settings, processes, clock, lock, base)
+    try:
+        course = training.run()
+    except Interrupted as interruption:
+        training.leave(interruption)
+    # If a signal came after the last step, the run ends as usual.
+    forget_signal()
+    return course
 
 
 @dataclass
@@ -126,6 +134,11 @@ class _Training:
     base: str
     steps: list[Step] = field(default_factory=list)
     evaluations: dict[int, float] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
+    unmeasured: Step | None = None
+    """The last step, while the loss after it is not measured yet."""
+    random: Mapping[str, Any] = field(default_factory=dict)
+    """The random state after the last step."""
 
     def __post_init__(self) -> None:
         output, training = self.settings.output, self.settings.training
@@ -136,14 +149,17 @@ class _Training:
 
     def run(self) -> Course:
         saved = self._saved()
-        self.setup = self._agreed(saved)
+        with self.processes.interruptible():  # reading all rows again may take long
+            self.setup = self._agreed(saved)
         planned = self.setup.steps
-        start = Progress() if saved is None else self._restore(saved)
+        if saved is not None:
+            self._restore(saved)
+        self.random = random_state()
         output, name = self.settings.output, self.inputs.checked.name
         with recording(
             self.lock,
             tensorboard=output.report_to == "tensorboard",
-            after=None if saved is None else start.step,
+            after=None if saved is None else self._recorded,
             main=self.processes.is_main,
         ) as metrics:
             if saved is None:
@@ -151,8 +167,14 @@ class _Training:
                     self.evaluations[0] = self._evaluate()
                 metrics.record_evaluation(0, self.evaluations[0])
             with self.clock.phase("training, with evaluations"):
-                end = self._train(start, planned, metrics)
-        return Course(tuple(self.steps), self.evaluations, end, saved.folder if saved else None)
+                self._train(planned, metrics)
+        folder = None if saved is None else saved.folder
+        return Course(tuple(self.steps), self.evaluations, self.progress, folder)
+
+    @property
+    def _recorded(self) -> int:
+        """The last step that is recorded, when a run resumes."""
+        return self.progress.step - (self.unmeasured is not None)
 
     def _saved(self) -> SavedState | None:
         if not self.settings.output.resume:
@@ -180,24 +202,27 @@ class _Training:
                 setup.require_agreement(before, folder, saved.progress.step)
         return setup
 
-    def _restore(self, saved: SavedState) -> Progress:
+    def _restore(self, saved: SavedState) -> None:
         self.checkpoints.restore(saved, self.objective, self.optimizer)
+        self.progress = saved.progress
         with usable(saved.folder):
+            unmeasured = saved.history.get("unmeasured")
+            self.unmeasured = None if unmeasured is None else Step(**unmeasured)
             evaluations = saved.history["evaluations"].items()
             self.evaluations.update({int(step): float(loss) for step, loss in evaluations})
-        self.steps.extend(recorded_steps(self.settings.output.output, saved.progress.step))
+        self.steps.extend(recorded_steps(self.settings.output.output, self._recorded))
         self.clock.say(f"resuming from {saved.folder}, after step {saved.progress.step}")
-        return saved.progress
 
     def _evaluate(self) -> float:
         checked, training = self.inputs.checked, self.settings.training
-        found = mean_loss(
-            self.objective,
-            checked.batches(),
-            processes=self.processes,
-            bf16=training.bf16,
-            tf32=training.tf32,
-        )
+        with self.processes.interruptible():
+            found = mean_loss(
+                self.objective,
+                checked.batches(),
+                processes=self.processes,
+                bf16=training.bf16,
+                tf32=training.tf32,
+            )
         if not math.isfinite(found.loss):
             raise TrainingError(
                 f"the {checked.name} loss is {found.loss}, which must be finite; use --bits fp32 "
@@ -205,42 +230,43 @@ class _Training:
             )
         return found.loss
 
-    def _train(self, start: Progress, planned: int, metrics: Metrics) -> Progress:
-        progress = start
+    def _train(self, planned: int, metrics: Metrics) -> None:
         with (
             showing_progress(
                 planned,
                 self.settings.output.logging_steps,
-                first=start.step,
+                first=self._recorded,
                 checked=self.inputs.checked.name,
                 shown=self.processes.is_main,
             ) as show,
-            noticing_interruption(prints=self.processes.is_main) as is_interrupted,
             self._naming_checkpoint(),
         ):
-            for step in training_steps(
+            following = training_steps(
                 self.objective,
                 self.inputs.source,
                 self.settings.training,
                 optimizer=self.optimizer,
                 processes=self.processes,
-                evaluate=self._evaluate,
-                eval_steps=self.settings.data.eval_steps,
-                start=start,
+                start=self.progress,
                 batches_per_step=self.setup.batches_per_step,
-                should_stop=is_interrupted,
-            ):
-                metrics.record_step(step)
-                show(step)
-                self.steps.append(step)
-                if step.eval_loss is not None:
-                    self.evaluations[step.step] = step.eval_loss
-                progress = step.progress
-                if self._is_due(step):
-                    self._save(progress)
-        if progress.step < planned:
-            self._leave(progress)
-        return progress
+            )
+            before_resuming = [] if self.unmeasured is None else [self.unmeasured]
+            for step in itertools.chain(before_resuming, following):
+                self._complete(step, planned, metrics, show)
+
+    def _complete(self, step: Step, planned: int, metrics: Metrics, show: ShowStep) -> None:
+        """Measure the loss after a step if that is due, record the step, and save it if due."""
+        self.progress, self.random = step.progress, random_state()
+        every = self.settings.data.eval_steps
+        if step.step == planned or (every > 0 and step.step % every == 0):
+            self.unmeasured = step
+            loss = self.evaluations[step.step] = self._evaluate()
+            step, self.unmeasured = replace(step, eval_loss=loss), None
+        metrics.record_step(step)
+        show(step)
+        self.steps.append(step)
+        if self._is_due(step):
+            self._save()
 
     def _is_due(self, step: Step) -> bool:
         output = self.settings.output
@@ -248,24 +274,38 @@ class _Training:
             return step.step % output.save_steps == 0
         return output.save_strategy == "epoch" and step.ends_epoch
 
-    def _save(self, progress: Progress) -> Path:
+    def _save(self) -> Path:
         self.processes.on_main(self.lock.keep)
+        unmeasured = self.unmeasured
         return self.checkpoints.save(
             self.objective,
             self.optimizer,
-            progress,
+            self.progress,
             setup=vars(self.setup),
-            history={"evaluations": {str(k): v for k, v in self.evaluations.items()}},
+            history={
+                "evaluations": {str(k): v for k, v in self.evaluations.items()},
+                "unmeasured": None if unmeasured is None else asdict(unmeasured),
+            },
         )
 
-    def _leave(self, progress: Progress) -> NoReturn:
-        folder = self._save(progress)
+    def leave(self, interruption: Interrupted) -> NoReturn:
+        """Save a checkpoint after the last complete step, and say how to resume from it."""
+        step, number = self.progress.step, interruption.number
+        if step == 0:
+            told = "interrupted before the end of the first step; run the same command again"
+        else:
+            if self.processes.is_main:
+                line = "\nsaving a checkpoint; press Ctrl-C again to stop at once"
+                print(line, file=sys.stderr, flush=True)
+            self.optimizer.zero_grad(set_to_none=True)
+            restore_random_state(self.random)
+            told = (
+                f"interrupted after step {step}; {self._save()} is complete: the same command with "
+                "--resume goes on from there"
+            )
         if not self.processes.is_main:
-            raise PeerError(f"interrupted after step {progress.step}; the first process says more")
-        raise KeyboardInterrupt(
-            f"interrupted after step {progress.step}; {folder} is complete: the same command with "
-            "--resume goes on from there"
-        )
+            raise PeerError(f"interrupted after step {step}; the first process says more")
+        raise Interrupted(number, told) from interruption
 
     @contextmanager
     def _naming_checkpoint(self) -> Iterator[None]:
@@ -278,32 +318,3 @@ class _Training:
                 "" if newest is None else f". {newest} is complete: --resume goes on from there"
             )
             raise TrainingError(f"{error}{way_on}") from error
-
-
-@contextmanager
-def noticing_interruption(*, prints: bool = True) -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether Ctrl-C was pressed, or the process was told to end.
-
-    A second signal raises KeyboardInterrupt.
-
-    Args:
-        prints: whether this process prints what a second signal does.
-    """
-    requested: list[float] = []
-
-    def request(number: int, frame: FrameType | None) -> None:
-        requested.append(time.monotonic())
-        if requested[-1] - requested[0] > TOGETHER:
-            raise KeyboardInterrupt
-        if prints and len(requested) == 1:
-            line = "\nstopping after this step; press Ctrl-C again to stop at once"
-            print(line, file=sys.stderr, flush=True)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    # Other threads can't handle signals.
-    before = {n: signal.signal(n, request) for n in SIGNALS} if in_main_thread else {}
-    try:
-        yield lambda: bool(requested)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

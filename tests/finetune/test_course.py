@@ -6,14 +6,12 @@ import hashlib
 import json
 import random
 import signal
-import threading
 import time
 
 import pytest
 
 from disha.cli import main
-from disha.finetune import course
-from disha.finetune.course import noticing_interruption
+from disha.finetune.stopping import SIGNALS
 from tests.finetune.command_line import (
     FILES,
     adapter_of,
@@ -89,27 +87,32 @@ def test_so_it_does_whatever_the_way_of_training(finetune, tmp_path, changes):
     assert result_of(finetune.output) == result_of(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_interrupted_a_run_leaves_a_checkpoint_to_go_on_from(finetune, straight, number):
     done = interrupted_after(4, lambda: finetune(**SAVING), number)
-    assert done.code == 130
-    checkpoint = finetune.output / "checkpoint-5"
+    assert done.code == 128 + number
+    checkpoint = finetune.output / "checkpoint-4"
     assert done.err.splitlines()[1:] == [
-        "stopping after this step; press Ctrl-C again to stop at once",
-        f"disha: interrupted after step 5; {checkpoint} is complete: the same command with "
+        "saving a checkpoint; press Ctrl-C again to stop at once",
+        f"disha: interrupted after step 4; {checkpoint} is complete: the same command with "
         "--resume goes on from there",
     ]
-    assert [line["step"] for line in metrics_of(finetune.output)] == [0, 1, 2, 3, 4, 5]
+    assert [line["step"] for line in metrics_of(finetune.output)] == [0, 1, 2, 3, 4]
     report = finetune.good("--resume", **SAVING)
     assert report["training"]["resumed_from"] == str(checkpoint)
     assert result_of(finetune.output) == result_of(straight)
+
+
+def test_evaluations_at_their_steps_and_after_the_last(straight):
+    measured = [line["step"] for line in metrics_of(straight) if "eval_loss" in line]
+    assert measured == [0, 5, 10, 12]
 
 
 def test_a_run_without_checkpoints_saves_one_when_it_is_interrupted(finetune, straight):
     changes = {**SAVING, "save_strategy": "no"}
     done = interrupted_after(4, lambda: finetune(**changes))
     assert done.code == 130
-    assert checkpoints_in(finetune.output) == ["checkpoint-5"]
+    assert checkpoints_in(finetune.output) == ["checkpoint-4"]
     finetune.good("--resume", **changes)
     assert adapter_of(finetune.output) == adapter_of(straight)
 
@@ -198,50 +201,6 @@ def test_metrics_have_every_step_once(finetune, straight):
     assert timeless(lines) == timeless(metrics_of(straight))
 
 
-# --- signals --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_request_is_noted_and_the_second_stops(number, capsys, monkeypatch):
-    with noticing_interruption() as is_interrupted:
-        assert not is_interrupted()
-        signal.raise_signal(number)
-        assert is_interrupted()
-        assert "stopping after this step; press Ctrl-C again" in capsys.readouterr().err
-        signal.raise_signal(number)  # the same, sent on by torchrun
-        later = time.monotonic() + 2 * course.TOGETHER
-        monkeypatch.setattr(time, "monotonic", lambda: later)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-
-
-def test_signals_mean_afterwards_what_they_meant_before():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(ZeroDivisionError), noticing_interruption():
-        raise ZeroDivisionError
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def test_in_another_thread_nothing_is_noticed_and_nothing_fails():
-    found = []
-
-    def notice():
-        with noticing_interruption() as is_interrupted:
-            found.append(is_interrupted())
-
-    thread = threading.Thread(target=notice)
-    thread.start()
-    thread.join()
-    assert found == [False]
-
-
-def test_of_several_processes_one_says_that_it_stops(capsys):
-    with noticing_interruption(prints=False) as is_interrupted:
-        signal.raise_signal(signal.SIGINT)
-        assert is_interrupted()
-    assert capsys.readouterr() == ("", "")
-
-
 # --- processes of their own -----------------------------------------------------------------------
 
 KILLS = 5
@@ -283,7 +242,7 @@ def test_a_process_killed_at_random_moments_comes_to_the_same_end(tmp_path, tiny
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_is_exit_code_130_and_leaves_nothing_half_written(tmp_path, tiny_path, number):
+def test_a_signal_gives_its_exit_code_and_leaves_nothing_half_written(tmp_path, tiny_path, number):
     data, output = write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
     process = started(arguments(tiny_path, data, output, max_steps=100_000))
     try:
@@ -292,7 +251,7 @@ def test_ctrl_c_is_exit_code_130_and_leaves_nothing_half_written(tmp_path, tiny_
         _, said = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     [told] = [line for line in said.splitlines() if line.startswith("disha")]
     assert told.startswith("disha: interrupted after step ")
     assert "Traceback" not in said

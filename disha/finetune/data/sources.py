@@ -31,6 +31,7 @@ from disha.finetune.data.stamp import opened
 from disha.finetune.data.text_files import TextRows
 from disha.finetune.errors import TrainingError
 from disha.finetune.hashing import file_hash
+from disha.finetune.stopping import SIGNALS
 
 __all__ = ["StreamedExamples", "TextBatches"]
 
@@ -246,11 +247,12 @@ class _EncodedRows(Dataset[Sequence[Outcome] | DishaError]):
 
 
 def _leave_stopping_to_training(worker: int) -> None:
-    """Ignore Ctrl-C, which every process gets, and end at SIGTERM as usual.
+    """Ignore signals such as Ctrl-C, which every process gets, and end at SIGTERM as usual.
 
-    Workers start while training handles both signals, and would inherit its handlers.
+    Workers start while training handles these signals, and would inherit its handler.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

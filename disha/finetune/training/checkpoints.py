@@ -31,6 +31,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint import state_dict as states
 
 import disha
 from disha.files import clear_drafts, found_at, remove_folder, write_folder
@@ -39,7 +40,7 @@ from disha.finetune.hashing import file_hash
 from disha.finetune.training.loop import Progress
 from disha.finetune.training.parallel import Processes, is_sharded, undistributed
 
-__all__ = ["Checkpoints", "SavedState", "usable"]
+__all__ = ["Checkpoints", "SavedState", "random_state", "restore_random_state", "usable"]
 
 T = TypeVar("T")
 
@@ -128,7 +129,7 @@ class Checkpoints:
             "setup": dict(setup),
             "history": dict(history),
             "optimizer": _optimizer_state(objective, optimizer),
-            "random": self._processes.gather(_random_state()),
+            "random": self._processes.gather(random_state()),
         }
         try:
             with ExitStack() as stack:
@@ -179,7 +180,7 @@ class Checkpoints:
         disha.load_adapter(undistributed(objective).model, saved.folder / ADAPTER, replace=True)
         if len(saved.random) == self._processes.world_size:
             with usable(saved.folder):
-                _restore_random_state(saved.random[self._processes.rank])
+                restore_random_state(saved.random[self._processes.rank])
 
     def clear(self) -> None:
         """Remove all checkpoints of an earlier run, before a new run begins.
@@ -373,8 +374,6 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def _optimizer_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """Return the optimiser's state dict by parameter names, gathered on the main process."""
-    from torch.distributed.checkpoint import state_dict as states
-
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     return states.get_optimizer_state_dict(objective, optimizer, options=options)
 
@@ -382,8 +381,6 @@ def _optimizer_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> 
 def _restore_optimizer(
     saved: SavedState, objective: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    from torch.distributed.checkpoint import state_dict as states
-
     named = undistributed(objective).named_parameters()
     trained = {name for name, parameter in named if parameter.requires_grad}
     before = {name for group in saved.optimizer["param_groups"] for name in group["params"]}
@@ -407,7 +404,7 @@ def _restore_optimizer(
             raise ValueError(f"a state of the optimiser is {found}, but must be {expected}")
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
     """Return the states of this process's generators, on the CPU and on its own GPU."""
     on_gpu = torch.cuda.is_available()
     return {
@@ -417,7 +414,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _restore_random_state(state: Mapping[str, Any]) -> None:
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Set the generators to states from `random_state`."""
     random.setstate(state["python"])
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():

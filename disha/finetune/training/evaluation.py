@@ -53,6 +53,7 @@ def mean_loss(
 
     Raises:
         DataError: there is no batch, or no batch has a term.
+        Interrupted: a signal asked one of the processes to stop.
     """
     inner = undistributed(objective)
     was_training = inner.training
@@ -73,6 +74,7 @@ def _mean_loss(
     processes = processes or Processes.alone(device)
     total, terms = torch.zeros((), dtype=torch.float64, device=device), 0
     for group in _groups(batches, processes.world_size):
+        processes.check_signals()
         is_own = processes.rank < len(group)
         # A process without its own batch computes too, because sharded models compute together.
         batch = group[processes.rank] if is_own else group[0]

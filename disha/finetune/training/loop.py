@@ -91,7 +91,7 @@ class Step:
     tokens: int
     tokens_per_second: float
     seconds: float
-    eval_loss: float | None
+    eval_loss: float | None = None
     batches: int = 0
     ends_epoch: bool = False
 
@@ -170,11 +170,8 @@ def training_steps(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     processes: Processes | None = None,
-    evaluate: Callable[[], float] | None = None,
-    eval_steps: int = 0,
     start: Progress | None = None,
     batches_per_step: int | None = None,
-    should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[Step]:
     """Train, yielding after every optimiser step.
 
@@ -185,19 +182,17 @@ def training_steps(
         settings: the settings of training.
         optimizer: from `make_optimizer`; made here if not given.
         processes: the processes that take part; by default, only this one.
-        evaluate: measures the held-out loss; called every `eval_steps` steps and after the last.
-        eval_steps: 0 evaluates after the last step only.
         start: where to resume; by default, training starts at the beginning.
         batches_per_step: how many batches a step has, on all processes; by default, as many as the
             settings say.
-        should_stop: called once in every step. If it returns true on any process, that step is the
-            last on all of them. The loss is then measured only if the step was due for it.
 
     Raises:
         SettingsError: the number of steps is not known, or there is nothing to train.
         DataError: there are no rows.
         TrainingError: memory runs out, or a loss or gradient is not finite; the weights then stay
             as they were before that step.
+        Interrupted: a signal asked one of the processes to stop. The weights stay as they were
+            before the step that was under way; random numbers may have been drawn for it.
     """
     optimizer = make_optimizer(objective, settings) if optimizer is None else optimizer
     trainable = _trainable(objective)
@@ -213,24 +208,23 @@ def training_steps(
             started = time.perf_counter()
             if not objective.training:  # asked first, because setting it takes milliseconds
                 objective.train()
-            portion = next(portions)
-            rate = learning_rate(settings, number - 1, steps)
-            share = accumulate_gradients(
-                objective, source, portion.batches, processes, bf16=settings.bf16
-            )
-            norm = nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm or math.inf)
-            # A step waits for the GPU only here.
-            own_loss, total_norm = torch.stack((share.loss, gathered(norm).double())).tolist()
-            wants_to_stop = should_stop is not None and should_stop()
-            loss, tokens, stops = processes.sum([own_loss, share.tokens, float(wants_to_stop)])
+            with processes.interruptible():
+                portion = next(portions)
+                share = accumulate_gradients(
+                    objective, source, portion.batches, processes, bf16=settings.bf16
+                )
+                norm = nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm or math.inf)
+                # A step waits for the GPU only here.
+                own_loss, total_norm = torch.stack((share.loss, gathered(norm).double())).tolist()
+            loss, tokens = processes.sum([own_loss, share.tokens])
             _require_finite(number, loss, total_norm)
+            rate = learning_rate(settings, number - 1, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             took = time.perf_counter() - started
             seconds += took
-            is_due = number == steps or (eval_steps > 0 and number % eval_steps == 0)
             yield Step(
                 step=number,
                 epoch=portion.epoch,
@@ -240,12 +234,9 @@ def training_steps(
                 tokens=int(tokens),
                 tokens_per_second=tokens / took,
                 seconds=seconds,
-                eval_loss=evaluate() if evaluate is not None and is_due else None,
                 batches=portion.end,
                 ends_epoch=portion.ends_epoch,
             )
-            if stops:
-                return
 
 
 class Share(NamedTuple):
@@ -276,6 +267,9 @@ def accumulate_gradients(
         batches: the batches of all processes, before they are collated.
         processes: the processes that take part; each uses its own batches.
         bf16: compute in bfloat16 where that is safe.
+
+    Raises:
+        Interrupted: a signal asked one of the processes to stop.
     """
     device = processes.device
     terms = max(1, sum(map(source.weight, batches)))
@@ -283,6 +277,7 @@ def accumulate_gradients(
     passes = math.ceil(len(batches) / processes.world_size)
     loss, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for number in range(passes):
+        processes.check_signals()
         is_own = number < len(own)
         # A process without its own batch computes too, because the others wait for it. Its result
         # is not counted.

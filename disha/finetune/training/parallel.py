@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from disha import DishaError
 from disha.finetune.errors import PeerError, SettingsError, TrainingError
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.settings import Strategy
+from disha.finetune.stopping import Interrupted, noted_signal, raising
 from disha.finetune.training.layers import repeated_layers
 from disha.finetune.training.objectives import Objective
 
@@ -117,6 +119,20 @@ class Processes:
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.gather(None)
+
+    def check_signals(self) -> None:
+        """Raise `Interrupted` on every process if a signal asked one of them to stop."""
+        number = noted_signal()
+        [asked] = self.sum([float(number is not None)])
+        if asked:
+            raise Interrupted(number or signal.SIGTERM)
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Let a signal raise inside the block, unless there are several processes.
+
+        Several ones must stop at the same place, which is where they call `check_signals`.
+        """
+        return raising(self.world_size == 1)
 
 
 @contextmanager

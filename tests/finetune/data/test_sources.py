@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
-from disha.finetune.course import noticing_interruption
 from disha.finetune.data.dataset import open_rows
 from disha.finetune.data.encoding import Encoder, Outcome, Tally, encode_rows
 from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.sources import StreamedExamples, TextBatches
 from disha.finetune.errors import BadRowError, DataError, TrainingError
+from disha.finetune.stopping import SIGNALS, listening, noted_signal
 from disha.finetune.text.templates import CHATML
 
 MAX_LENGTH = 40
@@ -372,9 +372,9 @@ class Interrupting(Encoder):
 
 def test_ctrl_c_is_left_to_training(path, tiny_tokenizer, capfd):
     encoder = Interrupting(tiny_tokenizer, FIELDS, 160, CHATML)
-    with noticing_interruption() as interrupted:
+    with listening():
         assert len(order(plain(path, encoder, workers=2))) == 83
-    assert not interrupted()
+        assert noted_signal() is None
     assert capfd.readouterr().err == ""
 
 
@@ -384,7 +384,7 @@ class Revealing:
     max_length = 160
 
     def outcome(self, row):
-        found = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        found = tuple(map(signal.getsignal, SIGNALS))
         return Outcome(complaint=str(found))
 
     def require_allowed(self, outcome):
@@ -392,7 +392,8 @@ class Revealing:
 
 
 def test_processes_that_prepare_rows_can_be_told_to_end(path):
-    usual = str((signal.SIG_IGN, signal.SIG_DFL))
+    wanted = (signal.SIG_DFL if n == signal.SIGTERM else signal.SIG_IGN for n in SIGNALS)
+    usual = str(tuple(wanted))
     source = TextBatches(StreamedExamples(opened(path), Revealing(), workers=1), 4, 7)
-    with noticing_interruption(), pytest.raises(BadRowError, match=re.escape(usual)):
+    with listening(), pytest.raises(BadRowError, match=re.escape(usual)):
         next(source.batches(1))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import get_scheduler
 import disha
 from disha.finetune.data.batches import collate
 from disha.finetune.errors import DataError, SettingsError, TrainingError
+from disha.finetune.stopping import Interrupted, listening, raising
 from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.loop import (
     Progress,
@@ -188,20 +190,27 @@ def test_packed_rows_are_learned_like_rows_of_their_own():
     assert step.gradient_norm == pytest.approx(other.gradient_norm, rel=1e-4)
 
 
-def test_evaluations_at_their_steps_and_after_the_last():
-    losses = iter([3.0, 2.0, 1.0])
-    steps = list(
-        training_steps(
-            objective(), source(), plan(max_steps=5), eval_steps=2, evaluate=lambda: next(losses)
-        )
-    )
-    assert [step.eval_loss for step in steps] == [None, 3.0, None, 2.0, 1.0]
+def test_a_signal_cuts_the_step_that_is_under_way():
+    trained, rows, collated = objective(), source(), []
+    choices = plan(gradient_accumulation_steps=2)
 
+    class Signalling(type(rows)):
+        def collate(self, batch):
+            collated.append(batch)
+            if len(collated) == 3:  # the first of two in the second step
+                signal.raise_signal(signal.SIGTERM)
+            return super().collate(batch)
 
-def test_who_wants_to_stop_gets_the_step_that_is_under_way():
-    wishes = iter([False, True])
-    steps = training_steps(objective(), source(), plan(), should_stop=lambda: next(wishes))
-    assert [step.step for step in steps] == [1, 2]
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with listening(), raising(False):
+        steps = training_steps(trained, Signalling(rows.examples, 2, 0), choices)
+        next(steps)
+        learned = [parameter.detach().clone() for parameter in trained.parameters()]
+        with pytest.raises(Interrupted):
+            next(steps)
+    signal.signal(signal.SIGTERM, before)
+    assert len(collated) == 3
+    assert all(map(torch.equal, trained.parameters(), learned))
 
 
 def recorded_norms(monkeypatch, choices):
@@ -334,11 +343,9 @@ def test_the_mode_is_set_when_it_has_to_be_and_not_in_every_step():
     set_mode = trained.train
     trained.train = lambda mode=True: calls.append(mode) or set_mode(mode)
 
-    def evaluate():
-        trained.eval()
-        return 1.0
-
-    list(training_steps(trained, source(), plan(max_steps=5), eval_steps=2, evaluate=evaluate))
+    for step in training_steps(trained, source(), plan(max_steps=5)):
+        if step.step in (2, 4, 5):
+            trained.eval()
     assert modes == [True] * 10
     assert calls == [True, False, True, False, True, False]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 import disha
 from disha.finetune.data.batches import collate
 from disha.finetune.errors import OutputError, SettingsError, TrainingError
+from disha.finetune.stopping import Interrupted, listening, raising
 from disha.finetune.training import checkpoints
 from disha.finetune.training.checkpoints import Checkpoints
 from disha.finetune.training.evaluation import mean_loss
@@ -289,19 +291,36 @@ def check_a_loss_that_is_not_finite_on_one_process_stops_both(folder):
     assert all(map(torch.equal, gathered_blocks(inner), before))
 
 
-def check_one_process_that_wants_to_stop_stops_both(folder):
-    calls = itertools.count(1)
+def check_a_signal_to_one_process_stops_both_before_the_same_batch(folder):
+    choices = two_plan()
+    for strategy in STRATEGIES:
+        batches = itertools.count(1)
 
-    def wants_to_stop():
-        return together().rank == 1 and next(calls) == 2
+        class Signalling(type(source())):
+            def collate(self, batch, batches=batches):
+                if next(batches) == 3 and together().rank == 1:  # the first of two in step 2
+                    signal.raise_signal(signal.SIGTERM)
+                return super().collate(batch)
 
-    shared = distribute(objective(), "ddp", together())
-    steps = list(
-        training_steps(
-            shared, source(), two_plan(), processes=together(), should_stop=wants_to_stop
-        )
-    )
-    assert [step.step for step in steps] == [1, 2]
+        shared = distribute(objective(), strategy, together())
+        optimizer, done = make_optimizer(shared, choices), []
+        with listening(), raising(False), pytest.raises(Interrupted) as raised:
+            done.extend(
+                step.progress
+                for step in training_steps(
+                    shared,
+                    Signalling(source(16).examples, 2, 0),
+                    choices,
+                    optimizer=optimizer,
+                    processes=together(),
+                )
+            )
+        assert raised.value.number == signal.SIGTERM
+        assert next(batches) == 4
+        [progress] = done
+        checkpoint = Checkpoints(folder / strategy, None, together())
+        checkpoint.save(shared, optimizer, progress, setup=SETUP, history={})
+        assert checkpoint.newest_good(pytest.fail).progress.step == 1
 
 
 def check_differing_models_are_refused(folder):
