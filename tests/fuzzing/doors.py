@@ -44,9 +44,10 @@ def refusal(door: str, path: Path) -> str:
     Call it in a process that may die of it.
     """
     limit_process(sys.stderr)
-    try:
-        with limited_to(SECONDS, MEMORY, Usage()):
+    told = ""
+    with limited_to(SECONDS, MEMORY, Usage()):
+        try:
             DOORS[door](path)
-    except disha.DishaError as error:
-        return str(error)
-    return ""
+        except disha.DishaError as error:
+            told = str(error)
+    return told

@@ -42,7 +42,9 @@ much."""
 MOST_VALUES, MOST_TENSORS, MOST_DIMENSIONS = 10_000, 100_000, 4
 
 NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-"""Type of a number -> its format in the module struct."""
+"""Type of a number -> NumPy's character for it."""
+
+LENGTH = struct.Struct("<Q")
 
 TEXT, ARRAY = 8, 9
 
@@ -163,8 +165,12 @@ class _Parts:
         return self._numbers(1, form)[0]
 
     def text(self) -> str:
-        length = self.number("Q")
-        return str(self._bytes(length), "utf-8")
+        self._require(LENGTH.size)
+        first = self.place + LENGTH.size
+        last = first + LENGTH.unpack_from(self.content, self.place)[0]
+        self._require(last - self.place)
+        self.place = last
+        return str(self.content[first:last], "utf-8")
 
     def value(self) -> Any:
         kind = self.number("I")
@@ -176,15 +182,15 @@ class _Parts:
         if dimensions > MOST_DIMENSIONS:
             raise ValueError(f"a tensor has {dimensions:,} dimensions, more than {MOST_DIMENSIONS}")
         shape = self._numbers(dimensions, "Q")
-        return self.number("I"), shape[::-1], self.number("Q")
+        return self.number("I"), tuple(shape[::-1]), self.number("Q")
 
     def _array(self) -> list[Any]:
         kind, count = self.number("I"), self.number("Q")
         if kind == ARRAY:
             raise ValueError("it has arrays in an array, which no key of a model has")
-        return list(self._items(kind, count))
+        return self._items(kind, count)
 
-    def _items(self, kind: int, count: int) -> Any:
+    def _items(self, kind: int, count: int) -> list[Any]:
         if kind in NUMBERS:
             return self._numbers(count, NUMBERS[kind])
         if kind != TEXT:
@@ -192,13 +198,14 @@ class _Parts:
         self._require(count)  # each text has a length, at least
         return [self.text() for _ in range(count)]
 
-    def _numbers(self, count: int, form: str) -> tuple[Any, ...]:
-        return struct.unpack(f"<{count}{form}", self._bytes(count * struct.calcsize(f"<{form}")))
+    def _numbers(self, count: int, form: str) -> list[Any]:
+        import numpy as np
 
-    def _bytes(self, count: int) -> bytes:
-        self._require(count)
-        self.place += count
-        return self.content[self.place - count : self.place]
+        kind = np.dtype(f"<{form}")
+        self._require(count * kind.itemsize)
+        start, self.place = self.place, self.place + count * kind.itemsize
+        numbers: list[Any] = np.frombuffer(self.content[start : self.place], kind).tolist()
+        return numbers
 
     def _require(self, count: int) -> None:
         if count > len(self.content) - self.place:
