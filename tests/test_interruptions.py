@@ -7,12 +7,12 @@ import dataclasses
 
 import pytest
 
-from tests.fuzzing.interrupting import OPERATIONS, interrupt
+from tests.fuzzing.interrupting import KINDS, OPERATIONS, interrupt
 
 TRIES = 10
 
 
-@pytest.mark.parametrize("kind", ["call", "line"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_model_and_its_files_are_as_before_or_as_after(name, kind):
     outcome = interrupt(OPERATIONS[name], kind, TRIES)

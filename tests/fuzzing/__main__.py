@@ -1,6 +1,7 @@
-"""`python -m tests.fuzzing`: hostile files and templates, saves and runs that meet, failing files.
+"""`python -m tests.fuzzing`: hostile files and templates, saves and runs that meet, failing files,
+and operations on models that are interrupted.
 
-With the default numbers it takes twenty minutes on two cores."""
+With the default numbers it takes an hour on two cores."""
 
 from __future__ import annotations
 
@@ -16,8 +17,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from disha.tables import table
+from tests.fuzzing.children import CONTEXT
 from tests.fuzzing.crafting import RECIPES, craft
 from tests.fuzzing.faults import CODES
+from tests.fuzzing.interrupting import KINDS, OPERATIONS, interrupt_by_name
 from tests.fuzzing.operations import JOBS, Trials
 from tests.fuzzing.saving import kill_saves, meet
 from tests.fuzzing.workers import Outcome, try_files
@@ -34,6 +37,8 @@ def main() -> int:
         failures += _meet_runs(arguments)
     if arguments.faults:
         failures += sum(map(_break, JOBS))
+    if arguments.interruptions != 0:
+        failures += _interrupt(arguments)
     # In a process of its own: one that has forked the others would count their memory too.
     templates = [sys.executable, "-m", "tests.finetune.text.hostile_templates"]
     failures += subprocess.run(templates, check=False).returncode
@@ -53,9 +58,14 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="let each operation on files fail, in everything that reads or writes them",
     )
+    parser.add_argument(
+        "--interruptions",
+        type=int,
+        help="at how many points each operation on a model is interrupted; at all by default",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another makes other files")
     parser.add_argument("--first", type=int, default=0, help="number of the first file")
-    parser.add_argument("--workers", type=int, default=2, help="processes that try files")
+    parser.add_argument("--workers", type=int, default=2, help="processes that try or interrupt")
     parser.add_argument("--out", type=Path, default=Path("fuzz-output"), help="for what fails")
     return parser
 
@@ -135,6 +145,25 @@ def _meet_runs(arguments: argparse.Namespace) -> int:
     for outcome, count in sorted(Counter(done.stdout.splitlines()).items()):
         print(f"{count} pairs of runs, {outcome}")
     return int(done.returncode != 0)
+
+
+def _interrupt(arguments: argparse.Namespace) -> int:
+    jobs = [(name, kind, arguments.interruptions) for name in OPERATIONS for kind in KINDS]
+    rows, failures = [], 0
+    with CONTEXT.Pool(arguments.workers, maxtasksperchild=1) as pool:
+        found = pool.imap(interrupt_by_name, jobs)
+        bar = tqdm(found, total=len(jobs), desc="interrupted operations", unit="")
+        for (name, kind, _), outcome in zip(jobs, bar, strict=True):
+            failures += len(outcome.failures)
+            for failure in outcome.failures:
+                tqdm.write(f"{name}: {failure}")
+            after = outcome.tried - outcome.before - len(outcome.failures)
+            numbers = (outcome.points, outcome.tried, outcome.before, after, len(outcome.failures))
+            rows.append((name, kind, *(f"{number:,}" for number in numbers)))
+    print(
+        table(("operation", "before a", "points", "tried", "as before", "as after", "half"), rows)
+    )
+    return failures
 
 
 def _break(name: str) -> int:

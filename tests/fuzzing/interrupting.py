@@ -27,7 +27,10 @@ from torch import Tensor, nn
 import disha
 from disha import contexts
 
-__all__ = ["OPERATIONS", "Operation", "Outcome", "interrupt"]
+__all__ = ["KINDS", "OPERATIONS", "Operation", "Outcome", "interrupt", "interrupt_by_name"]
+
+KINDS = ("call", "line")
+"""What comes after an interruption: the body of any function, or a line of the library."""
 
 ERRORS = (KeyboardInterrupt, MemoryError)
 OWN = str(Path(disha.__file__).parent)
@@ -402,8 +405,8 @@ def interrupt(operation: Operation, kind: str = "call", tries: int | None = None
 
     Args:
         operation: the operation.
-        kind: of the points: `"call"`, as any function is entered, or `"line"`, before a line of the
-            library runs. Torch itself would not survive an interruption before some of its lines.
+        kind: one of `KINDS`. Not all lines, because torch itself does not survive an interruption
+            before some of its own.
         tries: at how many points, as far apart as possible; at all by default.
     """
     states = {}
@@ -431,6 +434,12 @@ def interrupt(operation: Operation, kind: str = "call", tries: int | None = None
         if found not in ("before", "after"):
             failures.append(f"{error.__name__} at {kind} {tracer.at}, {tracer.where}: {found}")
     return Outcome(points, tries, before, tuple(failures))
+
+
+def interrupt_by_name(job: tuple[str, str, int | None]) -> Outcome:
+    """Interrupt the operation of a name, as `interrupt` does with the other arguments."""
+    name, kind, tries = job
+    return interrupt(OPERATIONS[name], kind, tries)
 
 
 @contextmanager
