@@ -7,17 +7,18 @@ import dataclasses
 
 import pytest
 
-from tests.fuzzing.interrupting import KINDS, OPERATIONS, interrupt
+from tests.fuzzing.interrupting import OPERATIONS, interrupt
 
 TRIES = 10
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name, one in OPERATIONS.items() for kind in one.kinds]
+)
 def test_the_model_and_its_files_are_as_before_or_as_after(name, kind):
     outcome = interrupt(OPERATIONS[name], kind, TRIES)
     assert not outcome.failures, "\n".join(outcome.failures)
-    assert outcome.points > 500
+    assert outcome.points > 100
     assert outcome.tried == TRIES
     assert outcome.before > 0
 

@@ -102,7 +102,13 @@ class _LinearWithAdapter(AdaptedLinear):
         layer.weight = linear.weight
         layer.register_parameter("bias", linear._parameters["bias"])  # may be None
         layer.train(linear.training)
-        layer._add_first_adapter(adapter, config, freeze)
+        flags = [(p, p.requires_grad) for p in linear.parameters()]
+        try:
+            layer._add_first_adapter(adapter, config, freeze)
+        except BaseException:
+            for parameter, flag in flags:
+                parameter.requires_grad = flag
+            raise
         return layer
 
     def _add_first_adapter(self, adapter: str, config: AdapterConfig, freeze: bool) -> None:

@@ -20,7 +20,7 @@ from disha.tables import table
 from tests.fuzzing.children import CONTEXT
 from tests.fuzzing.crafting import RECIPES, craft
 from tests.fuzzing.faults import CODES
-from tests.fuzzing.interrupting import KINDS, OPERATIONS, interrupt_by_name
+from tests.fuzzing.interrupting import OPERATIONS, interrupt_by_name
 from tests.fuzzing.operations import JOBS, Trials
 from tests.fuzzing.saving import kill_saves, meet
 from tests.fuzzing.workers import Outcome, try_files
@@ -148,7 +148,11 @@ def _meet_runs(arguments: argparse.Namespace) -> int:
 
 
 def _interrupt(arguments: argparse.Namespace) -> int:
-    jobs = [(name, kind, arguments.interruptions) for name in OPERATIONS for kind in KINDS]
+    jobs = [
+        (name, kind, arguments.interruptions)
+        for name, operation in OPERATIONS.items()
+        for kind in operation.kinds
+    ]
     rows, failures = [], 0
     with CONTEXT.Pool(arguments.workers, maxtasksperchild=1) as pool:
         found = pool.imap(interrupt_by_name, jobs)

@@ -46,11 +46,13 @@ class Operation:
         name: its name in reports.
         make: makes the model, from before the operation. `FILE` in the folder is an adapter of it.
         run: the operation, with the model and the folder.
+        kinds: what it survives an interruption before, of `KINDS`.
     """
 
     name: str
     make: Callable[[], nn.Module]
     run: Run
+    kinds: Sequence[str] = KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +194,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {key: value + 1 for key, value in disha.adapter_state_dict(model, "a").items()}
 
 
+def _inside(context: AbstractContextManager[None], model: nn.Module) -> None:
+    with context:
+        model(TOKENS)
+
+
 def _on(
     cls: type[nn.Module], adapters: tuple[str, ...], runs: dict[str, Run], merged: bool = False
 ) -> Iterator[Operation]:
@@ -214,6 +221,10 @@ FIRST: dict[str, Run] = {
     "load": lambda model, folder: disha.load_adapter(model, folder / FILE, "a"),
 }
 """Operations on a model without adapters."""
+
+FROM_LINEAR: dict[str, Run] = {
+    "from a linear layer": lambda model, _: disha.BoneLinear.from_linear(model.first, r=2)
+}
 
 SPECIAL: dict[str, Run] = {
     "inject another": lambda model, _: _inject(model, "c", freeze=False),
@@ -245,6 +256,13 @@ OTHER: dict[str, Run] = {
 }
 """Operations on such a model that are the same in all layers."""
 
+CONTEXTS: dict[str, Run] = {
+    "disable": lambda model, _: _inside(disha.adapters_disabled(model), model),
+    "act": lambda model, _: _inside(disha.adapters_active(model, "a"), model),
+    "route": lambda model, _: _inside(disha.route_adapters(model, ["a", None]), model),
+}
+"""Contexts. The first line that ends one can be interrupted, as in any context of Python."""
+
 MERGE: dict[str, Run] = {
     "merge": lambda model, _: disha.merge_adapters(model, untie=True, dense=True)
 }
@@ -256,7 +274,10 @@ def _operations() -> Iterator[Operation]:
     for cls in (Plain, Various, Computed):
         yield from _on(cls, (), FIRST)
         yield from _on(cls, both, SPECIAL)
+    yield from _on(Plain, (), FROM_LINEAR)
     yield from _on(Plain, both, OTHER)
+    for operation in _on(Plain, both, CONTEXTS):
+        yield dataclasses.replace(operation, kinds=("call",))
     for cls in (Plain, Various):
         yield from _on(cls, both, MERGE)
         yield from _on(cls, both, UNMERGE, merged=True)
