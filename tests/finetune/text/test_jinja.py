@@ -166,8 +166,8 @@ def test_templates_write_what_jinja_itself_writes(smollm_checkpoint, name):
     for form, (length, shared) in rendered.others.items():
         other = expected(*form)
         assert len(other) == length
-        assert other[:shared] == rendered.text[:shared]
-        assert other[shared : shared + 1] != rendered.text[shared : shared + 1]
+        assert rendered.text.startswith(other[:shared])
+        assert shared == length or not rendered.text.startswith(other[: shared + 1])
 
 
 def test_no_template_takes_more_than_two_seconds_or_500_megabytes():
