@@ -158,10 +158,11 @@ class Block(nn.Module):
                 "block must load it: inject first, then offload"
             )
         dropout = own["dropout"] if own["training"] else 0.0
-        scale = own["scale"]
-        if group is not None:
-            scale = own["_buffers"]["scale_tensor"]
-            scale = scale * getattr(compiled, compiled.factor_name(group.name, scale.device))
+        if group is None:
+            scale = own["scale"]
+        else:
+            tensor = own["_buffers"]["scale_tensor"]
+            scale = tensor * getattr(compiled, compiled.factor_name(group.name, tensor.device))
         return Update(own["method"], values, scale, dropout, own["rows"])
 
     def _from_hook(self) -> Tensor:
