@@ -44,10 +44,9 @@ def refusal(door: str, path: Path) -> str:
     Call it in a process that may die of it.
     """
     limit_process(sys.stderr)
-    told = ""
-    with limited_to(SECONDS, MEMORY, Usage()):
-        try:
+    try:
+        with limited_to(SECONDS, MEMORY, Usage()):
             DOORS[door](path)
-        except disha.DishaError as error:
-            told = str(error)
-    return told
+    except disha.DishaError as error:
+        return str(error)
+    return ""

@@ -102,7 +102,8 @@ def limited_to(seconds: float, memory: int, usage: Usage) -> Iterator[None]:
         peak = _peak_now() - resident
         usage.seconds = max(usage.seconds, time.process_time() - start)
         usage.memory = max(usage.memory, peak)
-    assert peak <= memory, f"took {peak:,} bytes, and may take {memory:,}"
+        # Also of what is refused: it leaves the body by its error.
+        assert peak <= memory, f"took {peak:,} bytes, and may take {memory:,}"
 
 
 def _reset_peak() -> int:
