@@ -230,7 +230,7 @@ def _check_only_its_own(
         if "layers" in options and not re.search(PART, layer["name"]):
             continue
         held = _block(model, layer["name"], adapter)
-        key = f"{layer['name']}.{said['config']['method']}_block".lstrip(".")
+        key = f"{layer['name']}.{said['config'].get('method', 'bone')}_block".lstrip(".")
         expected[id(held.block)] = (key, tensors[key])
         assert held.scale == float(layer["scale"]), f"{key}: another scale"
     if options.get("also_train", True):
