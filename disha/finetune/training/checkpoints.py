@@ -138,6 +138,7 @@ class Checkpoints:
                 self._on_main(lambda: _complete(folder, state))
                 self._on_main(stack.close)
         except OSError as error:  # every process gets this error
+            self._processes.barrier()  # the main process has removed the new folder
             self._give_up(final, error)
         self._newest = final
         self._on_main(lambda: self._remove_beyond_limit(final))
