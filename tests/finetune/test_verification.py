@@ -7,7 +7,7 @@ import pytest
 
 import disha
 from disha.finetune.data.encoding import Tally
-from disha.finetune.data.examples import Example
+from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.errors import VerificationError
 from disha.finetune.inputs import Checked, load_inputs
 from disha.finetune.settings import FinetuneSettings
@@ -64,7 +64,7 @@ def settings(tmp_path, tiny_path):
 
 
 def checked(*examples):
-    return Checked("held-out", examples, True, Tally())
+    return Checked("held-out", StoredExamples(examples), True, Tally())
 
 
 def test_a_fresh_process_that_fails_is_quoted(tmp_path, settings):
