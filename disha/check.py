@@ -279,22 +279,27 @@ def _merges(
 
     The dict is empty if the output stays the same with all layers merged.
     """
-    with torch.no_grad():
-        try:
-            merge(view, undo, untie=True)
-        except DishaError as error:
-            return None, str(error)
-        same = _alike(run(), outputs)
-        unmerge(view, undo)
-        if same:
-            return {}, ""
-        found: dict[int, bool] = {}
-        for layer in dict.fromkeys(weight.layer for weight in weights):
-            layer_view = ModelView(layer)
-            merge(layer_view, undo, untie=True)
-            found[id(layer)] = _alike(run(), outputs)
-            unmerge(layer_view, undo)
+    try:
+        merge(view, undo, untie=True)
+    except DishaError as error:
+        return None, str(error)
+    same = _merged_alike(run, outputs)
+    unmerge(view, undo)
+    if same:
+        return {}, ""
+    found: dict[int, bool] = {}
+    for layer in dict.fromkeys(weight.layer for weight in weights):
+        layer_view = ModelView(layer)
+        merge(layer_view, undo, untie=True)
+        found[id(layer)] = _merged_alike(run, outputs)
+        unmerge(layer_view, undo)
     return found, ""
+
+
+def _merged_alike(run: Callable[[], list[Tensor]], outputs: list[Tensor]) -> bool:
+    # Not around merging: its inference mode would then end by disabling gradients.
+    with torch.no_grad():
+        return _alike(run(), outputs)
 
 
 def _alike(outputs: list[Tensor], expected: list[Tensor]) -> bool:
