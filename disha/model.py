@@ -238,9 +238,8 @@ class ModelView:
         """Iterate over all modules, those of adapters included, each once."""
         for module in self.names:
             yield module
-            adapters = module._modules.get(CHILD_NAME)
-            if isinstance(adapters, Adapters):
-                yield from _with_children(adapters)
+            if isinstance(module, AdaptedLayer) and CHILD_NAME in module._modules:
+                yield from _with_children(module.disha)
 
     # --- adapters --------------------------------------------------------------------------------
 

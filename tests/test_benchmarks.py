@@ -497,7 +497,7 @@ def test_a_bare_step_updates_the_blocks_as_a_step_of_the_loop_does():
     cpu = torch.device("cpu")
     for make in (
         lambda: finetuning.bare_step(TINY.finetune, cpu),
-        lambda: finetuning.loop_step(TINY.finetune, cpu, Metrics(None)),
+        lambda: finetuning.loop_step(TINY.finetune, cpu, Metrics(None, None)),
     ):
         seen = []
         original = torch.optim.AdamW.step
