@@ -203,9 +203,14 @@ def killed_after(step: int, run: Callable[[], Any]) -> None:
 
 def interrupted_after(step: int, run: Callable[[], Done], number: int = signal.SIGINT) -> Done:
     """Run, and send a signal after a step; the next one notices."""
-    with pytest.MonkeyPatch.context() as patch:
-        after_step(patch, step, lambda: signal.raise_signal(number))
-        return run()
+    # A test run that was started in the background has been told to ignore Ctrl-C.
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            after_step(patch, step, lambda: signal.raise_signal(number))
+            return run()
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
 
 
 def started(words: Sequence[str], **options: Any) -> subprocess.Popen[str]:
