@@ -51,12 +51,14 @@ class Group:
         name: its name, which no other group of the process has.
         lineage: the group itself, and the groups that its layers were in before.
         members: the adapters of its layers.
+        factors: (device, whether adapters are disabled) -> what compiled code multiplies scales by.
     """
 
     def __init__(self, lineage: tuple[Group, ...] = ()) -> None:
         self.name = f"group_{next(_NUMBERS)}"
         self.lineage = (self, *lineage)
         self.members: WeakSet[Any] = WeakSet()
+        self.factors: dict[tuple[str, bool], torch.Tensor] = {}
         NAMED[self.name] = self
 
     def take(self, adapters: Any, former: Group | None = None) -> None:

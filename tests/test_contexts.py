@@ -339,12 +339,16 @@ class TestServing:
 
 
 class TestCompiled:
-    def test_disabling_in_one_thread_compiles_nothing_and_others_see_nothing(self):
+    def compiled(self):
+        """Return a model, compiled too, the counter of its graphs, and `outputs_of` it."""
         model = net()
         expected = outputs_of(model)
         torch._dynamo.reset()
         counter = CompileCounter()
-        graph = torch.compile(model, backend=counter, fullgraph=True)
+        return model, torch.compile(model, backend=counter, fullgraph=True), counter, expected
+
+    def test_disabling_in_one_thread_compiles_nothing_and_others_see_nothing(self):
+        model, graph, counter, expected = self.compiled()
         assert close(graph(X), expected["c"])
         with ThreadPoolExecutor(1) as pool, disha.adapters_disabled(model):
             assert close(graph(X), expected[None])
@@ -370,11 +374,7 @@ class TestCompiled:
         assert counter.frame_count == 1
 
     def test_every_set_of_acting_adapters_compiles_once(self):
-        model = net()
-        expected = outputs_of(model)
-        torch._dynamo.reset()
-        counter = CompileCounter()
-        graph = torch.compile(model, backend=counter, fullgraph=True)
+        model, graph, counter, expected = self.compiled()
         for _ in range(3):
             for name in "abc":
                 with disha.adapters_active(model, name):

@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.contexts import NAMED, OPEN, deciding
+from disha.contexts import NAMED, OPEN, Group, deciding
 from disha.effective import start_no_graph
 
 __all__ = ["factor_name"]
-
-_FACTORS: dict[tuple[str, bool], Tensor] = {}
 
 
 def factor_name(group: str, device: torch.device) -> str:
@@ -42,19 +40,20 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     context = deciding(group) if OPEN else None
     if device:
-        return _factor(name, device, disables=context is not None and context.acts is None)
+        return _factor(group, device, disables=context is not None and context.acts is None)
     return None if context is None else context.acts
 
 
 start_no_graph(__getattr__)
 
 
-def _factor(name: str, device: str, disables: bool) -> Tensor | float:
+def _factor(group: Group, device: str, disables: bool) -> Tensor | float:
     # An exported program (of torch 2.6) can't take a tensor from here, and keeps the value anyway.
     if getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)():
         return float(not disables)
-    key = name, disables
-    if key not in _FACTORS:
+    key = device, disables
+    if key not in group.factors:
         with torch.inference_mode(False):
-            _FACTORS[key] = torch.full((), float(not disables), device=device.replace("_", ":"))
-    return _FACTORS[key]
+            factor = torch.full((), float(not disables), device=device.replace("_", ":"))
+        group.factors[key] = factor
+    return group.factors[key]
