@@ -284,7 +284,7 @@ def _settle(drafts: Sequence[_Draft], placed: list[Path]) -> bool:
     """Put the last target back, or place the rest if another is in place already.
 
     Returns:
-        Whether it is certain that all targets are old, or all are new.
+        True if all targets are old, or all are new. False if that is unknown.
     """
     last = drafts[-1]
     try:

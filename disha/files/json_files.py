@@ -76,7 +76,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_deeper(content: object, levels: int) -> bool:
-    """Return whether there are more than so many lists and objects inside each other."""
+    """Whether lists and objects are nested deeper than this number of levels."""
     inside = [content]
     for _ in range(levels + 1):
         whole = [part for part in inside if isinstance(part, (dict, list))]

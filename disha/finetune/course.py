@@ -1,8 +1,8 @@
 """Training from the first to the last step: evaluations, records, checkpoints, and resuming.
 
-A signal such as Ctrl-C cuts the step or the evaluation that is under way. A checkpoint is saved as
-if that had not begun. So the run that resumes does it again, and comes to the same result. Signals
-are held while weights are updated, and while a step is recorded.
+A signal such as Ctrl-C stops the current step or evaluation. The checkpoint is that of the last
+complete step. The resumed run repeats what was stopped, and comes to the same result. Signals wait
+while weights are updated, and while a step is recorded.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ class StreamedExamples:
         return len(self.rows)
 
     def digest(self) -> str:
-        """Return a hash of the files, of the numbers of the rows, and of what encodes them.
+        """Return a hash of the files, the row numbers, and the settings that encode the rows.
 
         The rows themselves would have to be encoded first.
 

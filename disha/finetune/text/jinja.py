@@ -28,7 +28,7 @@ from disha.finetune.text import rendering
 __all__ = ["Form", "Rendered", "end_renderer", "run_template"]
 
 Form: TypeAlias = tuple[int, bool]
-"""Another form of a conversation: its first so many messages, and whether it asks for an answer."""
+"""A form of a conversation: the number of its messages, and whether it asks for an answer."""
 
 SECONDS, SECONDS_FOR_MEGABYTE = 1.0, 5.0
 """Processor time for one text, and more for each megabyte of variables: Llama 3.2's template looks

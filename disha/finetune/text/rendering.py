@@ -80,7 +80,7 @@ def _answer(
 ) -> tuple[bytes, bytes]:
     """Render a conversation, and measure how its other forms begin with the same text.
 
-    A form has the first so many messages, and asks for an answer or does not.
+    A form is a number of messages, from the first on, with or without the request for an answer.
     """
     kind = DAMAGED
     try:
