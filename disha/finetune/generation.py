@@ -1,8 +1,7 @@
 """Continues texts with a language model, token by token.
 
-The built-in decoder keeps the keys and values of earlier tokens. Any other model runs on the
-complete text for every token. At temperature 0, the next token is the most likely one. At a
-temperature T above 0, it is drawn from
+`Memory` keeps what a model has computed of the text so far. At temperature 0, the next token is the
+most likely one. At a temperature T above 0, it is drawn from
 
     p = softmax(logits / T)
 
@@ -14,28 +13,99 @@ Source of `top_p`: Holtzman et al., "The Curious Case of Neural Text Degeneratio
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from disha.finetune.errors import CheckpointError, DataError
 from disha.finetune.models.decoder import Decoder, KeyValueCache
-from disha.finetune.models.factory import logits_for
+from disha.finetune.models.factory import called, tensor_of
 from disha.finetune.text.tokenizer import Tokenizer
 
-__all__ = ["complete", "context_of", "generate", "likely_tokens", "stream_text"]
+__all__ = ["Memory", "complete", "context_of", "generate", "likely_tokens", "stream_text"]
 
 CONTEXT_NAMES = ("context", "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 """Names under which configurations store the longest sequence of a model."""
+
+CACHES = ("cache", "past_key_values", "cache_params")
+"""Names of the argument of a model that takes its cache. Models of transformers return the cache
+under the same name."""
 
 REPLACEMENT = "\ufffd"
 """The character that a tokenizer writes for an incomplete character."""
 
 Choose: TypeAlias = Callable[[Tensor], Tensor]
 """Chooses the next tokens (rows,) from logits (rows, vocabulary)."""
+
+
+class Memory:
+    """A text that a model has read, and what the model has computed of it.
+
+    The built-in decoder keeps keys and values, and models of transformers keep what their own cache
+    holds. Any other model reads the complete text again for every token. A memory holds for the
+    model as it is: with another adapter, or without one, use another memory.
+
+    Args:
+        model: the language model, with or without adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = getattr(model, "_orig_mod", model)  # the module inside torch.compile's
+        taken = inspect.signature(self._model.forward).parameters
+        self._cache_name = next((name for name in CACHES if name in taken), "")
+        options = {"use_cache": bool(self._cache_name), "logits_to_keep": 1}
+        self._options = {name: value for name, value in options.items() if name in taken}
+        self._text: Tensor | None = None
+        self._cache: Any = None
+
+    def logits_after(self, tokens: Tensor) -> Tensor:
+        """Read further tokens (rows, time), and return the logits (rows, vocabulary) after them.
+
+        Raises:
+            CheckpointError: the model fails, or returns no logits.
+        """
+        text, cache = self._text, self._cache
+        self._text = self._cache = None  # nothing half-read is left if this is interrupted
+        text = tokens if text is None else torch.cat((text, tokens), dim=1)
+        pieces: Sequence[Tensor] = [tokens if cache is not None else text]
+        if cache is not None and getattr(self._model, "_is_stateful", False):
+            # Given several tokens at once, some recurrent models would begin a new text.
+            pieces = torch.split(tokens, 1, dim=1)
+        for piece in pieces:
+            logits, cache = self._read(piece, cache)
+        self._text, self._cache = text, cache
+        return logits
+
+    def unread(self, text: Sequence[int]) -> Sequence[int]:
+        """Return the tokens of a text that are still to be read, at least one.
+
+        What the memory shares with the beginning of the text stays; the rest is forgotten.
+        """
+        known = [] if self._text is None else self._text[0].tolist()
+        pairs = enumerate(zip(known, text[:-1], strict=False))
+        end = min(len(known), len(text) - 1)
+        shared = next((place for place, (one, other) in pairs if one != other), end)
+        if shared == len(known):
+            return text[shared:]
+        if self._text is not None and isinstance(self._cache, KeyValueCache):
+            self._text = self._text[:, :shared]
+            self._cache.cut(shared)
+            return text[shared:]
+        self._text = self._cache = None  # other caches can't always go back
+        return text
+
+    def _read(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Return the logits after tokens that follow those in the cache, and the cache."""
+        if isinstance(self._model, Decoder):
+            cache = cache or KeyValueCache()
+            return self._model(tokens, cache, logits_to_keep=1)[:, -1], cache
+        given = {} if cache is None else {self._cache_name: cache}
+        output = called(self._model, tokens, **given, **self._options)
+        return tensor_of(output)[:, -1], getattr(output, self._cache_name, None)
 
 
 def generate(
@@ -48,6 +118,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int | None = None,
+    memory: Memory | None = None,
 ) -> Iterator[int]:
     """Yield the tokens that continue a text, each as soon as it is known.
 
@@ -62,6 +133,8 @@ def generate(
         top_k: how many of the most likely tokens to draw from; None for all.
         top_p: draw from the most likely tokens that together have this probability.
         seed: makes the result reproducible; None uses PyTorch's global random numbers.
+        memory: an earlier text of this model, such as the turns before. What `prompt_ids` shares
+            with it is not computed again. Afterwards it holds this text, without the last token.
 
     Raises:
         DataError: the prompt is empty, or leaves no room in the context of the model.
@@ -76,7 +149,7 @@ def generate(
         chances, ids = likely_tokens(logits[0].cpu(), temperature, top_k, top_p)
         return ids[torch.multinomial(chances, 1, generator=random_numbers)]
 
-    for [token] in _continued(model, [prompt_ids], max_new_tokens, choose):
+    for [token] in _continued(model, [prompt_ids], max_new_tokens, choose, memory):
         if token in ends:
             return
         yield token
@@ -174,16 +247,23 @@ def context_of(model: nn.Module) -> int | None:
 
 @torch.no_grad()
 def _continued(
-    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Choose
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    choose: Choose,
+    memory: Memory | None = None,
 ) -> Iterator[list[int]]:
     """Yield the next token of each of several texts of the same length, until there is no room."""
     room = _room(model, prompts, max_new_tokens)
     parameter = next(model.parameters(), torch.empty(0))
+    if memory is None:
+        memory = Memory(model)
+    else:
+        prompts = [memory.unread(prompts[0])]
     tokens = torch.tensor([list(prompt) for prompt in prompts], device=parameter.device)
-    logits_after = _logits_of(model, rows=len(prompts), capacity=len(prompts[0]) + room)
     with _evaluating(model):
         for _ in range(room):
-            logits = logits_after(tokens)
+            logits = memory.logits_after(tokens)
             if logits.isnan().any():
                 raise CheckpointError(
                     "the model returns NaN as logits; its weights or its adapter's are damaged, or "
@@ -192,29 +272,6 @@ def _continued(
             chosen = choose(logits)
             yield chosen.tolist()
             tokens = chosen.to(tokens).unsqueeze(-1)
-
-
-def _logits_of(model: nn.Module, *, rows: int, capacity: int) -> Callable[[Tensor], Tensor]:
-    """Return a function that adds tokens (rows, time) and returns the logits (rows, vocabulary)."""
-    plain = getattr(model, "_orig_mod", model)  # the module inside torch.compile's wrapper
-    if isinstance(plain, Decoder):
-        weight = plain.model.embed_tokens.weight
-        cache = KeyValueCache(
-            plain.config, batch=rows, capacity=capacity, dtype=weight.dtype, device=weight.device
-        )
-
-        def after_cached(tokens: Tensor) -> Tensor:
-            logits: Tensor = plain.lm_head(plain.model(tokens, cache)[:, -1])
-            return logits
-
-        return after_cached
-    seen: list[Tensor] = []
-
-    def after_all(tokens: Tensor) -> Tensor:
-        seen.append(tokens)
-        return logits_for(model, torch.cat(seen, dim=1))[:, -1]
-
-    return after_all
 
 
 def _room(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:

@@ -5,10 +5,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import disha
 from disha.finetune.errors import CheckpointError, DataError
-from disha.finetune.generation import complete, context_of, generate, likely_tokens, stream_text
+from disha.finetune.generation import (
+    Memory,
+    complete,
+    context_of,
+    generate,
+    likely_tokens,
+    stream_text,
+)
 from disha.finetune.models.folder import FolderCheckpoint
 from disha.finetune.text.tokenizer import Tokenizer
 from tests.finetune import tiny_checkpoints, tiny_gguf
@@ -66,6 +74,70 @@ def test_models_of_transformers_are_run_as_they_are(family):
     reference, model = family
     assert context_of(reference) == tiny_gguf.CONTEXT
     assert made(reference) == made(model)
+
+
+@pytest.mark.parametrize("kind", [*tiny_checkpoints.OTHERS, "smollm2", "qwen3"])
+def test_a_memory_gives_what_the_whole_text_gives(tiny_folder, kind):
+    model, read = watched(tiny_folder, kind)
+    memory, text = Memory(model), []
+    for piece in ([5, 60, 70, 8], [9], [200, 131, 44], [7, 7], [12]):
+        text += piece
+        expected = logits_after(model, text)
+        read.clear()
+        found = memory.logits_after(torch.tensor([piece]))[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        # In transformers, RWKV's state goes wrong if it has several rows, so it is not used.
+        assert sum(read) == len(text if kind == "rwkv" else piece)
+
+
+@pytest.mark.parametrize("kind", ["smollm2", "mamba", "mixtral", "rwkv"])
+def test_a_memory_serves_the_turns_of_a_conversation(tiny_folder, kind):
+    model, read = watched(tiny_folder, kind)
+    memory = Memory(model)
+    text = [*PROMPT]
+    for turn in ([], [9, 8, 7], [200]):
+        text += turn
+        expected = made(model, text, 6)
+        read.clear()
+        assert made(model, text, 6, memory=memory) == expected
+        new = 5 + (len(turn) + 1 if turn else len(PROMPT))
+        assert sum(read) == new or kind == "rwkv"
+        text += expected
+    for other in (text[:4], [*text[:9], 3, 4], [*text[:9], 3, 4], [6]):
+        assert made(model, other, 6, memory=memory) == made(model, other, 6)
+
+
+def test_an_interrupted_memory_begins_again(tiny_folder):
+    model, _ = watched(tiny_folder, "mixtral")
+    memory = Memory(model)
+    expected = made(model, PROMPT, 6)
+    made(model, PROMPT, 6, memory=memory)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with model.model.layers[1].register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        made(model, [*PROMPT, 9], 6, memory=memory)
+    assert made(model, PROMPT, 6, memory=memory) == expected
+
+
+def watched(tiny_folder, kind):
+    """A model, and a list of how many tokens each call has read."""
+    folder = tiny_folder(kind)
+    if kind in tiny_checkpoints.FAMILIES:
+        model = FolderCheckpoint(folder).load_model(torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    read = []
+    embedding = next(one for one in model.modules() if isinstance(one, nn.Embedding))
+    embedding.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape[1]))
+    return model.eval(), read
+
+
+@torch.no_grad()
+def logits_after(model, text):
+    output = model(torch.tensor([text]))
+    return getattr(output, "logits", output)[0, -1]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,10 @@ from tests.finetune.tiny_gguf import (
 )
 
 FAMILIES = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "smollm2")
+"""Those that the built-in decoder reads."""
+
+OTHERS = ("gemma3", "glm", "gpt_oss", "mamba", "mixtral", "phi", "qwen3_moe", "rwkv")
+"""Those that need transformers."""
 
 WINDOW = 12
 
@@ -70,6 +74,27 @@ _CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 32},
     "smollm2": {"model_type": "llama", "tie_word_embeddings": True},
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": WINDOW},
+    "glm": {"model_type": "glm", "head_dim": 16},
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+    "mamba": {"model_type": "mamba", "state_size": 4},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+    "phi": {"model_type": "phi"},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
+    "rwkv": {"model_type": "rwkv", "context_length": CONTEXT, "attention_hidden_size": 64},
 }
 _BEGIN_EVERY_TEXT = ("llama2", "llama3", "mistral")
 
@@ -81,7 +106,7 @@ def write_folder(
 
     Args:
         path: the folder; made if it is not there.
-        family: one of `FAMILIES`.
+        family: one of `FAMILIES` or `OTHERS`.
         shard_size: the most that one safetensors file holds, such as "50KB"; one file if None.
         seed: of the weights.
         changes: keys of config.json to add or replace.

@@ -120,28 +120,10 @@ class DecoderConfig:
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, with room for `capacity` tokens.
+    """Keys and values of the tokens seen so far, of every layer. It grows as needed."""
 
-    Args:
-        config: the model's sizes.
-        batch: number of sequences.
-        capacity: most tokens per sequence.
-        dtype: the number format of the keys and values.
-        device: where they are kept.
-    """
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
         self._length = 0
 
     @property
@@ -152,13 +134,23 @@ class KeyValueCache:
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add one layer's keys and values (batch, kv_heads, time, head_dim); return all of them."""
         end = self._length + keys.shape[2]
-        self._keys[layer, :, :, self._length : end] = keys
-        self._values[layer, :, :, self._length : end] = values
-        return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
+        held = self._held.get(layer)
+        if held is None or held.shape[3] < end:
+            grown = keys.new_empty(2, *keys.shape[:2], 2 * end, keys.shape[3])
+            if held is not None:
+                grown[:, :, :, : self._length] = held[:, :, :, : self._length]
+            held = self._held[layer] = grown
+        held[0, :, :, self._length : end] = keys
+        held[1, :, :, self._length : end] = values
+        return held[0, :, :, :end], held[1, :, :, :end]
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` as seen, once every layer has added them."""
         self._length += tokens
+
+    def cut(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
+        self._length = min(length, self._length)
 
 
 class Attention(nn.Module):
@@ -337,13 +329,18 @@ class Decoder(nn.Module):
         tokens: Tensor,
         cache: KeyValueCache | None = None,
         positions: Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """Return the logits (batch, time, vocabulary) of tokens (batch, time).
 
-        `tokens` continue the tokens in the cache, and are added to it. `positions` are for rows
-        of several texts; see `DecoderBody.forward`.
+        Args:
+            tokens: token ids. They continue the tokens in the cache, and are added to it.
+            cache: the tokens before these.
+            positions: for rows of several texts; see `DecoderBody.forward`.
+            logits_to_keep: of how many of the last tokens to return logits; 0 for all.
         """
-        return self.lm_head(self.model(tokens, cache, positions))  # type: ignore[no-any-return]
+        hidden = self.model(tokens, cache, positions)
+        return self.lm_head(hidden[:, -logits_to_keep:])  # type: ignore[no-any-return]
 
     def summed_loss(
         self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from disha import DishaError
 from disha.finetune.errors import CheckpointError, SettingsError
 
-__all__ = ["explaining_failures", "load_factory", "logits_for", "tensor_of"]
+__all__ = ["called", "explaining_failures", "load_factory", "tensor_of"]
 
 
 def load_factory(spec: str) -> tuple[nn.Module, object | None]:
@@ -53,26 +53,26 @@ def load_factory(spec: str) -> tuple[nn.Module, object | None]:
     return _model_and_tokenizer(made, spec)
 
 
-def logits_for(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the logits (batch, time, vocabulary) that any language model gives for tokens.
+def called(model: nn.Module, tokens: Tensor, **options: Any) -> Any:
+    """Return what any language model gives for tokens.
 
     Args:
-        model: any language model; the tokens are its only argument.
+        model: the model.
         tokens: (batch, time) token ids.
+        options: further arguments that the model takes.
 
     Raises:
-        CheckpointError: the model fails on the tokens, or returns no logits.
+        CheckpointError: the model fails on the tokens.
     """
     try:
-        output = model(tokens)
+        return model(tokens, **options)
     except (DishaError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a user's own code can raise anything
         raise CheckpointError(
-            f"the model given by --model {_failed(error)}; a language model is called with token "
-            f"ids (batch, time) alone, here of shape {tuple(tokens.shape)}"
+            f"the model {_failed(error)}; a language model is called with token ids (batch, time), "
+            f"here of shape {tuple(tokens.shape)}"
         ) from error
-    return tensor_of(output)
 
 
 def tensor_of(output: object) -> Tensor:
@@ -84,8 +84,8 @@ def tensor_of(output: object) -> Tensor:
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor):
         raise CheckpointError(
-            f"the model given by --model returned a {type(output).__name__}; it must return a "
-            "tensor, or an object that has one as .logits"
+            f"the model returned a {type(output).__name__}; it must return a tensor, or an object "
+            "that has one as .logits"
         )
     return found
 

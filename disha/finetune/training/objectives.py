@@ -92,7 +92,7 @@ class LogitsObjective(Objective):
         logits = tensor_of(self.model(batch.tokens, **self._options))
         if logits.shape[:-1] != batch.labels.shape:
             raise SettingsError(
-                f"the model given by --model returns shape {tuple(logits.shape)} for tokens of "
+                f"the model returns shape {tuple(logits.shape)} for tokens of "
                 f"shape {tuple(batch.labels.shape)}; logits (batch, time, vocabulary) are expected"
             )
         supervised = batch.labels != IGNORED
@@ -141,7 +141,7 @@ class TensorObjective(Objective):
         _require_shape(outputs, targets, (*targets.shape[:1], *classes, *targets.shape[1:]))
         if batch.classes > outputs.shape[1]:
             raise SettingsError(
-                f"the model given by --model has outputs for {outputs.shape[1]} classes, but there "
+                f"the model has outputs for {outputs.shape[1]} classes, but there "
                 f"is a target {batch.classes - 1}; classes are numbered from 0"
             )
         return F.cross_entropy(outputs.float(), targets, reduction="sum")
@@ -158,7 +158,7 @@ def _require_shape(outputs: Tensor, targets: Tensor, expected: tuple[Any, ...]) 
     if tuple(outputs.shape) != expected:
         shape = ", ".join(map(str, expected))
         raise SettingsError(
-            f"the model given by --model returns shape {tuple(outputs.shape)} where targets of "
+            f"the model returns shape {tuple(outputs.shape)} where targets of "
             f"shape {tuple(targets.shape)} and type {targets.dtype} need ({shape}); give it a "
             "method summed_loss(inputs, targets) to use a loss of its own"
         )

@@ -24,12 +24,6 @@ def random_tokens(batch, time, seed=0):
     return torch.randint(3, len(tiny_gguf.TOKENS), (batch, time), generator=generator)
 
 
-def cache_for(model, capacity):
-    return KeyValueCache(
-        model.config, batch=1, capacity=capacity, dtype=torch.float32, device=torch.device("cpu")
-    )
-
-
 @torch.inference_mode()
 def test_logits_equal_transformers_on_the_demos_model(smollm, smollm_reference, smollm_tokenizer):
     tokens = torch.tensor([smollm_tokenizer.encode(TEXT * 4)])
@@ -100,7 +94,7 @@ def test_packed_rows_compute_what_separate_rows_do(tiny_folder, family, lengths,
     model = FolderCheckpoint(tiny_folder(family)).load_model(torch.float32)
     texts = [random_tokens(1, length, seed) for seed, length in enumerate(lengths)]
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-    cache = cache_for(model, sum(lengths)) if cached else None
+    cache = KeyValueCache() if cached else None
     with torch.inference_mode():
         packed = model(torch.cat(texts, dim=1), cache, positions)
         separate = torch.cat([model(text) for text in texts], dim=1)
@@ -120,7 +114,7 @@ def test_packed_rows_of_different_cuts_lie_in_one_batch(tiny_folder):
 
 @torch.inference_mode()
 def test_packed_rows_do_not_go_on_from_a_cache(tiny_model):
-    cache = cache_for(tiny_model, 8)
+    cache = KeyValueCache()
     tiny_model(torch.arange(4).unsqueeze(0), cache)
     with pytest.raises(ValueError, match="can't continue a cache"):
         tiny_model(torch.arange(4).unsqueeze(0), cache, torch.arange(4).unsqueeze(0))
@@ -140,7 +134,7 @@ def test_plain_rows_need_no_mask(tiny_folder, monkeypatch, family, length):
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
     model(random_tokens(1, length))
-    model(random_tokens(1, length), cache_for(model, length))
+    model(random_tokens(1, length), KeyValueCache())
     assert masks == [(None, True)] * 4
 
 
@@ -159,7 +153,7 @@ def test_the_compiler_sees_one_graph(tiny_folder, family):
 def test_cached_steps_of_other_families(tiny_folder, family):
     model = FolderCheckpoint(tiny_folder(family)).load_model(torch.float32)
     tokens = random_tokens(1, 50)
-    cache = cache_for(model, 50)
+    cache = KeyValueCache()
     pieces = [model(piece, cache) for piece in tokens.split([7, 1, 1, 20, 1, 14, 6], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-4, atol=1e-4)
 
@@ -167,7 +161,7 @@ def test_cached_steps_of_other_families(tiny_folder, family):
 @torch.inference_mode()
 def test_cached_steps_give_the_logits_of_one_pass(tiny_model):
     tokens = torch.arange(3, 23).unsqueeze(0)
-    cache = cache_for(tiny_model, 20)
+    cache = KeyValueCache()
     pieces = [tiny_model(piece, cache) for piece in tokens.split([7, 1, 1, 5, 6], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), tiny_model(tokens))
     assert cache.length == 20

@@ -12,9 +12,9 @@ from transformers import GPT2LMHeadModel
 import disha
 from disha.finetune.errors import CheckpointError, SettingsError
 from disha.finetune.models.factory import (
+    called,
     explaining_failures,
     load_factory,
-    logits_for,
     tensor_of,
 )
 
@@ -185,11 +185,11 @@ def test_logits_are_a_tensor_or_an_attribute():
 
 def test_what_a_model_fails_with_on_tokens_is_named():
     tokens = torch.zeros(2, 3, dtype=torch.int64)
-    assert logits_for(nn.Embedding(4, 5), tokens).shape == (2, 3, 5)
+    assert called(nn.Embedding(4, 5), tokens).shape == (2, 3, 5)
     with pytest.raises(
         CheckpointError, match=r"failed at .*, with RuntimeError: .* shape \(2, 3\)"
     ):
-        logits_for(nn.Linear(4, 5), tokens)
+        called(nn.Linear(4, 5), tokens)
 
 
 def test_lack_of_memory_is_not_the_model_s_mistake():
@@ -198,7 +198,7 @@ def test_lack_of_memory_is_not_the_model_s_mistake():
             raise torch.OutOfMemoryError("too large")
 
     with pytest.raises(torch.OutOfMemoryError):
-        logits_for(Large(), torch.zeros(1, 1))
+        called(Large(), torch.zeros(1, 1))
 
 
 def test_how_a_users_model_fails_is_said_in_one_line():
