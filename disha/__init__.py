@@ -1,19 +1,11 @@
 """disha: dimension-sharded adapters (Bone, tile, BAT) for any PyTorch model."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from disha.check import CheckReport, check_adapters
-from disha.checkpointing import InputGradients, enable_input_gradients
-from disha.config import AdapterConfig
-from disha.control import (
-    adapters_active,
-    adapters_disabled,
-    route_adapters,
-    set_active_adapters,
-    set_adapter_scale,
-)
 from disha.errors import (
     AdapterFileError,
+    AdapterFileWarning,
     AdapterIOError,
     AdapterStateError,
     ArgumentError,
@@ -25,30 +17,39 @@ from disha.errors import (
     ModeError,
     TargetError,
 )
-from disha.files import (
-    AdapterFile,
-    AdapterFileWarning,
-    combine_adapters,
-    inspect_adapter,
-    load_adapter,
-    save_adapter,
-)
-from disha.functional import Geometry
-from disha.inject import (
-    adapter_parameters,
-    inject_adapters,
-    mark_only_adapters_trainable,
-    remove_adapters,
-)
-from disha.layers import AdaptedLayer, BatLinear, BoneLinear, register_layer_kind
-from disha.merge import merge_adapters, unmerge_adapters
-from disha.plan import Plan, plan_adapters
-from disha.state import LoadReport, adapter_state_dict, load_adapter_state_dict
-from disha.summary import Summary, summary
 from disha.version import __version__
 
 if TYPE_CHECKING:
     from disha import interop as interop
+    from disha.check import CheckReport, check_adapters
+    from disha.checkpointing import InputGradients, enable_input_gradients
+    from disha.config import AdapterConfig
+    from disha.control import (
+        adapters_active,
+        adapters_disabled,
+        route_adapters,
+        set_active_adapters,
+        set_adapter_scale,
+    )
+    from disha.files import (
+        AdapterFile,
+        combine_adapters,
+        inspect_adapter,
+        load_adapter,
+        save_adapter,
+    )
+    from disha.functional import Geometry
+    from disha.inject import (
+        adapter_parameters,
+        inject_adapters,
+        mark_only_adapters_trainable,
+        remove_adapters,
+    )
+    from disha.layers import AdaptedLayer, BatLinear, BoneLinear, register_layer_kind
+    from disha.merge import merge_adapters, unmerge_adapters
+    from disha.plan import Plan, plan_adapters
+    from disha.state import LoadReport, adapter_state_dict, load_adapter_state_dict
+    from disha.summaries import Summary, summary
 
 __all__ = [
     "AdaptedLayer",
@@ -99,13 +100,37 @@ __all__ = [
     "unmerge_adapters",
 ]
 
+HOMES = (
+    "check",
+    "checkpointing",
+    "config",
+    "control",
+    "files",
+    "functional",
+    "inject",
+    "layers",
+    "merge",
+    "plan",
+    "state",
+    "summaries",
+)
+"""The modules with the public names beyond errors. They import torch, which takes a second."""
+
 
 if not TYPE_CHECKING:  # a type checker would take any misspelt name for one of these
 
     def __getattr__(name: str) -> Any:
-        """Import `disha.interop` when it is asked for: most programs never do."""
-        if name == "interop":
-            import importlib
+        """Import all public names when the first is used, or a part such as `disha.interop`."""
+        if name in __all__:
+            for home in HOMES:
+                module = import_module(f"disha.{home}")
+                public = set(__all__).intersection(module.__all__)
+                globals().update({one: getattr(module, one) for one in public})
+            return globals()[name]
+        try:
+            return import_module(f"disha.{name}")
+        except ModuleNotFoundError as error:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from error
 
-            return importlib.import_module("disha.interop")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, "functional", "interop"})

@@ -1,6 +1,6 @@
-"""The errors that disha raises on purpose.
+"""The errors that disha raises on purpose, and its warning.
 
-Each is a `DishaError`, so one `except` catches them all. Each is also the built-in error that
+Each error is a `DishaError`, so one `except` catches them all. Each is also the built-in error that
 Python users expect for its cause. Messages say what was asked, what was found, what is allowed
 and what to do.
 """
@@ -11,6 +11,7 @@ from disha.text import printable
 
 __all__ = [
     "AdapterFileError",
+    "AdapterFileWarning",
     "AdapterIOError",
     "AdapterStateError",
     "ArgumentError",
@@ -191,4 +192,22 @@ class MergeError(ModeError):
         ...
         disha.errors.MergeError: can't remove adapters while adapters are merged (now: 'default');
         call unmerge_adapters(model) first
+    """
+
+
+class AdapterFileWarning(UserWarning):
+    """An adapter does not belong to the base, or to the base of the adapters it is combined with.
+
+    Examples:
+        >>> import pathlib, tempfile, warnings
+        >>> from torch import nn
+        >>> import disha
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4)
+        >>> with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as w:
+        ...     warnings.simplefilter("always")
+        ...     disha.save_adapter(model, pathlib.Path(folder, "adapter.safetensors"))
+        ...     base = nn.Sequential(nn.Linear(8, 4))  # other random weights
+        ...     _ = disha.load_adapter(base, pathlib.Path(folder, "adapter.safetensors"))
+        >>> [warning.category.__name__ for warning in w]
+        ['AdapterFileWarning']
     """

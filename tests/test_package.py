@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import disha
 
 PACKAGE = Path(disha.__file__).parent
@@ -22,7 +24,7 @@ LAYERS = [
     {"layers"},
     {"model"},
     {"candidates", "undo"},
-    {"plan", "control", "merge", "state", "summary", "checkpointing"},
+    {"plan", "control", "merge", "state", "summaries", "checkpointing"},
     {"inject", "check"},
     {"files"},
     {"interop"},
@@ -89,10 +91,10 @@ def test_nothing_inside_imports_the_package_root():
 
 
 def test_finetune_uses_the_library_as_a_user_would():
-    """Save for the atomic writer of `disha.files`."""
+    """Save for the atomic writer of `disha.files`, and for the errors, which bring in no torch."""
     for path in (PACKAGE / "finetune").rglob("*.py"):
         for name in imports_of(path)[0]:
-            public = name.removeprefix("disha.") in ("disha", "files", *disha.__all__)
+            public = name.removeprefix("disha.") in ("disha", "errors", "files", *disha.__all__)
             assert public or name.startswith("disha.finetune"), (path, name)
 
 
@@ -119,6 +121,7 @@ import sys, json
 import torch
 before = set(sys.modules)
 import disha
+disha.inject_adapters
 print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
 """
     new = {
@@ -129,16 +132,24 @@ print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - befor
 
 
 def test_import_takes_less_than_a_tenth_of_a_second_beyond_torch():
-    """On a machine that is slow or busy, an eighth of what torch takes."""
+    """On a machine that is slow or busy, an eighth of what torch takes.
+
+    The first import compiles the files, as the installation of a package does.
+    """
     code = """
 import json, time
 begun = time.process_time()
 import torch
 start = time.process_time()
 import disha
+disha.inject_adapters
 print(json.dumps([start - begun, time.process_time() - start]))
 """
-    unwatched = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
+    unwatched = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("COVERAGE_", "PYTHONDONTWRITEBYTECODE"))
+    }
     # The least of five: what the code costs, not what else the machine is doing.
     torch_itself, beyond = map(
         min, zip(*(run_python(code, unwatched) for _ in range(5)), strict=True)
@@ -160,7 +171,40 @@ print(json.dumps([before, names, hasattr(disha, "interops")]))
 
 
 def test_import_warns_of_nothing():
-    subprocess.run([sys.executable, "-W", "error", "-c", "import torch, disha"], check=True)
+    code = "import torch, disha; disha.inject_adapters"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_import_brings_in_torch_only_when_a_name_that_needs_it_is_used():
+    code = """
+import sys, json
+import disha
+from disha import DishaError
+before = ["torch" in sys.modules, {*disha.__all__, "functional", "interop"} <= {*dir(disha)}]
+disha.AdapterConfig
+print(json.dumps([*before, "torch" in sys.modules, hasattr(disha, "inject_adapterz")]))
+"""
+    assert run_python(code) == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from disha import *",
+        "import disha.summaries; from disha import *",
+        "import disha; disha.functional; from disha import *",
+        "from disha.inject import inject_adapters; from disha import *",
+    ],
+)
+def test_every_public_name_is_what_it_is_whatever_was_imported_before(code):
+    code += """
+import json, pickle
+import disha
+names = [name for name in disha.__all__ if name != "__version__"]
+same = [pickle.loads(pickle.dumps(globals()[name])) is getattr(disha, name) for name in names]
+print(json.dumps([all(same), disha.summary.__module__, callable(disha.summary)]))
+"""
+    assert run_python(code) == [True, "disha.summaries", True]
 
 
 def test_version_is_the_distributions():

@@ -23,7 +23,7 @@ from disha.interop.low_rank import LoraLayer, LoraReport
 from disha.interop.peft import BaseShapes, PeftFolder
 from disha.layers import Block
 from disha.plan import PlannedLayer, SkippedModule
-from disha.summary import LayerSummary
+from disha.summaries import LayerSummary
 
 Shape = tuple[int, ...]
 

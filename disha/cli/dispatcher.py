@@ -21,8 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from disha.errors import DishaError
-from disha.files import AdapterFileWarning
+from disha.errors import AdapterFileWarning, DishaError
 from disha.text import printable
 from disha.version import __version__
 

@@ -19,7 +19,6 @@ the model changes. From bottom to top:
 from disha.files.adapter import inspect_adapter, load_adapter, save_adapter
 from disha.files.atomic import clear_drafts, remove_folder, write_files, write_folder
 from disha.files.combining import combine_adapters
-from disha.files.contents import AdapterFileWarning
 from disha.files.header import FORMAT, AdapterFile, AdapterHeader, LayerRecord, TensorRecord
 from disha.files.json_files import read_json
 from disha.files.reading import explained, found_at, opened_file, read_text
@@ -27,7 +26,6 @@ from disha.files.reading import explained, found_at, opened_file, read_text
 __all__ = [
     "FORMAT",
     "AdapterFile",
-    "AdapterFileWarning",
     "AdapterHeader",
     "LayerRecord",
     "TensorRecord",

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from disha import functional
 from disha.config import AdapterConfig, check_scale
-from disha.errors import ArgumentError, ArgumentTypeError
+from disha.errors import AdapterFileWarning, ArgumentError, ArgumentTypeError
 from disha.files.contents import (
-    AdapterFileWarning,
     Contents,
     Source,
     adapter_contents,

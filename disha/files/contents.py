@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from disha.config import check_dtype, compile_regex
-from disha.errors import AdapterFileError, AdapterStateError, ArgumentError, ArgumentTypeError
+from disha.errors import (
+    AdapterFileError,
+    AdapterFileWarning,
+    AdapterStateError,
+    ArgumentError,
+    ArgumentTypeError,
+)
 from disha.files.atomic import write_files
 from disha.files.checksum import CHECKSUM_KEY, HEADER_KEY, check_values, checksum
 from disha.files.header import (
@@ -42,7 +48,6 @@ from disha.text import counted, first_few, printable
 from disha.undo import Undo
 
 __all__ = [
-    "AdapterFileWarning",
     "Contents",
     "Source",
     "adapter_contents",
@@ -62,24 +67,6 @@ Contents = tuple[AdapterHeader, dict[str, Tensor]]
 """An adapter outside a model: its header, and its tensors by key."""
 
 Header = TypeVar("Header", bound=AdapterHeader)
-
-
-class AdapterFileWarning(UserWarning):
-    """An adapter does not belong to the base, or to the base of the adapters it is combined with.
-
-    Examples:
-        >>> import pathlib, tempfile, warnings
-        >>> from torch import nn
-        >>> import disha
-        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4)
-        >>> with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as w:
-        ...     warnings.simplefilter("always")
-        ...     disha.save_adapter(model, pathlib.Path(folder, "adapter.safetensors"))
-        ...     base = nn.Sequential(nn.Linear(8, 4))  # other random weights
-        ...     _ = disha.load_adapter(base, pathlib.Path(folder, "adapter.safetensors"))
-        >>> [warning.category.__name__ for warning in w]
-        ['AdapterFileWarning']
-    """
 
 
 # --- out of a model ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ end it with exit code 1.
 
 from __future__ import annotations
 
-from disha import DishaError
+from disha.errors import DishaError
 
 __all__ = [
     "BadInputError",

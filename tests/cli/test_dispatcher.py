@@ -16,7 +16,7 @@ import pytest
 import disha
 from disha.cli import COMMANDS
 from disha.cli.dispatcher import Command
-from disha.files import AdapterFileWarning
+from disha.errors import AdapterFileWarning
 from disha.finetune.settings import FinetuneSettings
 from tests.cli.conftest import Done
 
@@ -248,6 +248,7 @@ def test_a_package_that_a_run_needs_later_is_missed_at_its_beginning(tmp_path, p
 def test_what_only_one_command_needs_is_imported_when_it_runs(files):
     code = (
         "import json, sys, disha\n"
+        "disha.inject_adapters\n"
         "before = set(sys.modules)\n"
         "from disha.cli import main\n"
         "dispatching = set(sys.modules) - before\n"
