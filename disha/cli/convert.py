@@ -23,7 +23,7 @@ from disha.interop import lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
 from disha.interop.checkpoints.matching import refuse_tied
 from disha.interop.gguf import MODEL_TYPES
-from disha.interop.low_rank import LoraReport
+from disha.interop.low_rank import SERVED_RANKS, LoraReport
 from disha.interop.peft_files import CONFIG_NAME
 from disha.model import join
 from disha.text import counted
@@ -55,12 +55,16 @@ Form = Literal["disha", "peft", "lora", "gguf"]
 ONLY_FOR: Mapping[str, tuple[Form, ...]] = {
     "rank": ("lora", "gguf"),
     "max_error": ("lora", "gguf"),
+    "pad_rank": ("lora",),
     "architecture": ("gguf",),
     "heads": ("gguf",),
     "kv_heads": ("gguf",),
     "dropout": ("peft",),
 }
 """Flags that only some targets use."""
+
+SERVED_BY_DEFAULT = 16
+"""The largest rank that vLLM takes without --max-lora-rank."""
 
 GGUF_MAGIC = b"GGUF"
 FOLDERS: dict[str, Form] = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}
@@ -81,6 +85,8 @@ class ConvertFlags(Flags):
         dropout: Dropout to write for peft, in place of the adapter's. PEFT's BAT has none, so
             give 0.0 there.
         max_error: Largest relative error of a layer's update, such as 0.1; more is refused.
+        pad_rank: Pad the rank of each layer as LoRA with zeros to one that vLLM allows: 8, 16, 32,
+            64, 128, 256, 320 or 512. The update stays the same.
         architecture: GGUF's name of the base's architecture; by default that of its config.json,
             or llama.
         heads: Query heads of the base, for gguf; by default those of its config.json.
@@ -96,6 +102,7 @@ class ConvertFlags(Flags):
     rank: Annotated[int | None, tyro.conf.arg(metavar="R")] = None
     dropout: Annotated[float | None, tyro.conf.arg(metavar="P")] = None
     max_error: Annotated[float | None, tyro.conf.arg(metavar="PART")] = None
+    pad_rank: bool = False
     architecture: Annotated[str | None, tyro.conf.arg(metavar="NAME", aliases=("--arch",))] = None
     heads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     kv_heads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -105,7 +112,8 @@ class ConvertFlags(Flags):
     def check(self) -> None:
         """Raise if a flag is given that the target does not use, or if the result exists."""
         for name, targets in ONLY_FOR.items():
-            if getattr(self, name) is not None and self.to not in targets:
+            given = getattr(self, name) is not None and getattr(self, name) is not False
+            if given and self.to not in targets:
                 raise ArgumentError(
                     f"--{name.replace('_', '-')} has no effect with --to {self.to}; leave it out"
                 )
@@ -125,11 +133,16 @@ def run(arguments: Sequence[str]) -> None:
         peft.write_folder(flags.out, *contents, dropout=flags.dropout)
     elif flags.to == "lora":
         options = _lora_options(flags, contents[0], base)
-        report = lora.write_lora(flags.out, *contents, **options)
+        report = lora.write_lora(flags.out, *contents, pad=flags.pad_rank, **options)
     else:
         options = {**_lora_options(flags, contents[0], base), **_gguf_options(flags, base)}
         report = lora.write_gguf(flags.out, *contents, **options)
-    summary = f"{flags.source} ({form}) -> {flags.out} ({flags.to})"
+    notes = (
+        _notes_on_servers(report, flags.pad_rank)
+        if report is not None and flags.to == "lora"
+        else []
+    )
+    summary = "\n".join([*notes, f"{flags.source} ({form}) -> {flags.out} ({flags.to})"])
     layers = counted(len(contents[0].layers), "layer")
     show(
         flags.json,
@@ -141,8 +154,28 @@ def run(arguments: Sequence[str]) -> None:
             "to": flags.to,
             "layers": _layer_fields(contents[0], report),
             "error": report.error if report else 0.0,
+            "notes": notes,
         },
     )
+
+
+def _notes_on_servers(report: LoraReport, padded: bool) -> list[str]:
+    """Return what a user of vLLM or SGLang has to know about a LoRA."""
+    notes = []
+    largest = max((layer.rank for layer in report.layers), default=0)
+    allowed = next((rank for rank in SERVED_RANKS if rank >= largest), None)
+    if allowed is None:
+        notes.append(f"vLLM takes ranks up to {SERVED_RANKS[-1]}, and this LoRA has {largest}")
+    elif largest > SERVED_BY_DEFAULT:
+        notes.append(f"rank {largest}: start vLLM with --max-lora-rank {allowed}")
+    if padded:
+        notes.append("the ranks are padded with zeros")
+    if report.also_train:
+        notes.append(
+            "vLLM and SGLang refuse a LoRA with parameters that were trained beside it; leave them "
+            "out with --no-also-train, or merge the adapter (disha merge)"
+        )
+    return notes
 
 
 def _layer_fields(header: AdapterHeader, report: LoraReport | None) -> list[dict[str, Any]]:
@@ -173,8 +206,15 @@ def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]
         contents: Contents = read_contents(path, also_train=not flags.no_also_train)
     elif form == "lora":
         contents = lora.read_lora(path, also_train=not flags.no_also_train)
+        saved = contents[0].also_train
         if base is not None:
-            refuse_tied(base, path, contents[0].also_train)
+            refuse_tied(base, path, saved)
+        elif any(contents[1][name].dim() > 1 for name in saved):
+            raise ArgumentError(
+                f"{path} holds {', '.join(saved)}, trained beside the LoRA. PEFT may have untied "
+                "them from other parameters, and only the base shows whether; give --base "
+                "CHECKPOINT, or leave them out with --no-also-train"
+            )
     else:
         contents = _read_peft(path, base, not flags.no_also_train)
     return form, blocks_only(*contents) if flags.no_also_train else contents

@@ -32,6 +32,8 @@ def export(
     adapter: str = "default",
     rank: int | None = None,
     max_error: float | None = None,
+    *,
+    pad: bool = False,
 ) -> LoraReport:
     """Write an adapter as LoRA: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -48,12 +50,15 @@ def export(
         adapter: the adapter's name.
         rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
         max_error: largest ||dW - B A|| / ||dW|| of a layer.
+        pad: pad the rank of every layer with zeros to 8, 16, 32, 64, 128, 256, 320 or 512: the
+            values that vLLM allows for its `--max-lora-rank`. The update stays the same.
 
     Returns:
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: LoRA can't express the adapter, or its error is above `max_error`.
+        ConversionError: LoRA can't express the adapter, its error is above `max_error`, or `pad`
+            is set and a rank is above 512.
         ArgumentError: there is no such adapter, `rank` or `max_error` is out of range, or BAT
             lacks `rank`.
         ArgumentTypeError: one of them is not a number.
@@ -91,6 +96,7 @@ def export(
     updates = low_rank_updates(
         header, tensors, rank=rank, max_error=max_error, base=base_weights(view, adapter)
     )
+    updates = tuple(one.padded() for one in updates) if pad else updates
     beside = saved.copies()
     with ranks.agreeing(action):
         if ranks.writes:

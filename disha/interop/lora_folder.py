@@ -59,6 +59,7 @@ def write_lora(
     *,
     rank: int | None = None,
     max_error: float | None = None,
+    pad: bool = False,
     base: BaseWeight | None = None,
     progress: Progress = iter,
 ) -> LoraReport:
@@ -74,6 +75,7 @@ def write_lora(
         tensors: its tensors.
         rank: largest rank of a layer.
         max_error: largest relative error of a layer.
+        pad: pad the rank of every layer as `export` does.
         base: returns the base weights; only BAT needs it.
         progress: receives the layers, and yields each before it is converted.
 
@@ -81,8 +83,8 @@ def write_lora(
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: LoRA can't express the adapter, its error is above `max_error`, or a layer
-            is a convolution.
+        ConversionError: LoRA can't express the adapter, its error is above `max_error`, a layer
+            is a convolution, or `pad` is set and a rank is above 512.
         ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or `base`.
         ArgumentTypeError: one of them is not a number.
         AdapterStateError: the adapter holds values that are not finite.
@@ -120,11 +122,22 @@ def write_lora(
     updates = low_rank_updates(
         header, tensors, rank=rank, max_error=max_error, base=base, progress=progress
     )
+    updates = tuple(one.padded() for one in updates) if pad else updates
     beside = {name: tensors[name] for name in header.also_train}
     modules = {name.rpartition(".")[0] for name in beside}
-    targets = exact_targets(layer.name for layer in header.layers)
+    targets = _targets([layer.name for layer in header.layers])
     write(target, header, updates, targets, beside, modules)
     return LoraReport.of(target, updates, beside)
+
+
+def _targets(names: Sequence[str]) -> list[str] | str:
+    """Return `target_modules` for the layers of an adapter whose model is unknown.
+
+    SGLang refuses a regex, so it is a list of full names. PEFT reads them as endings of names: if
+    one is the ending of a longer name, PEFT adapts that module too, with an update of zero. A
+    number alone ends many names, so then it is a regex.
+    """
+    return exact_targets(names) if any(map(str.isdecimal, names)) else sorted(names)
 
 
 def write(

@@ -11,6 +11,7 @@ Source: Hu et al., "LoRA", arXiv 2106.09685; Eckart and Young, 1936, for the tru
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,6 +39,7 @@ from disha.tables import table
 from disha.text import counted, first_few, printable
 
 __all__ = [
+    "SERVED_RANKS",
     "BaseWeight",
     "LoraLayer",
     "LoraReport",
@@ -64,6 +66,9 @@ PATTERNS = ("out in", "in out", "out in *kernel", "index out")
 
 LARGEST_FACTORS, FACTORS_PER_VALUE = 2**27, 64
 """Limit on the values of all A together: a constant, plus so many for each value of the blocks."""
+
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM allows for its largest rank, --max-lora-rank."""
 
 LARGEST_EXACT = 2048
 """Matrices up to this size get all their singular values, larger ones only the leading ones."""
@@ -96,6 +101,22 @@ class LowRankUpdate:
     def error(self) -> float:
         """Relative error, ||dW - B A|| / ||dW||."""
         return _ratio(self.lost, self.norm)
+
+    def padded(self) -> LowRankUpdate:
+        """Return the same update with the next rank of `SERVED_RANKS`, by zeros in A and B.
+
+        Raises:
+            ConversionError: its rank is above all of them.
+        """
+        rank = next((one for one in SERVED_RANKS if one >= self.rank), None)
+        if rank is None:
+            raise ConversionError(
+                f"{self.record.name} has rank {self.rank}, and the ranks to pad to end at "
+                f"{SERVED_RANKS[-1]}; give a smaller `rank`, or do not pad"
+            )
+        more = rank - self.rank
+        a = torch.cat([self.a, self.a.new_zeros(more, *self.a.shape[1:])])
+        return dataclasses.replace(self, a=a, b=torch.nn.functional.pad(self.b, (0, more)))
 
 
 @dataclass(frozen=True)
@@ -433,6 +454,8 @@ def layer_of_factors(
 ) -> tuple[LayerRecord, Tensor] | None:
     """Return the layer and the block with these factors, or None if no method has such a block.
 
+    Rows of zeros at the end of A, as in a padded update, are left out if there is none with them.
+
     Args:
         name: the layer's name.
         a: A (r, in); of a convolution (r * positions, in, *kernel).
@@ -443,9 +466,20 @@ def layer_of_factors(
     fits = a.dim() == b.dim() >= 2 and a.shape[0] == b.shape[1] and b.shape[2:].numel() == 1
     if not fits or not a.numel():
         return None
+    rows = a.flatten(1).any(dim=1).nonzero().flatten().tolist()
+    for rank in (a.shape[0], rows[-1] + 1 if rows else 0):
+        found = _layer_of_rank(name, a[:rank], b[:, :rank], layout, scale)
+        if found is not None:
+            return found
+    return None
+
+
+def _layer_of_rank(
+    name: str, a: Tensor, b: Tensor, layout: Layout, scale: float
+) -> tuple[LayerRecord, Tensor] | None:
     kernel = a.shape[2:]
     r, rest = divmod(a.shape[0], kernel.numel())
-    if rest:
+    if rest or not r:
         return None
     matrices = b.reshape(-1, r, *kernel).movedim((0, 1), (-2, -1))  # (*kernel, out, r)
     for method in METHODS.values():

@@ -73,6 +73,7 @@ def test_to_lora_and_back(run, files):
             {"name": name, "method": "bone", "r": 4, "rank": 4, "error": 0.0} for name in (Q, DOWN)
         ],
         "error": 0.0,
+        "notes": [],
     }
     assert "exact" in run("convert", a, files.path / "again", "--to", "lora").out
     assert contents(files.path / "again") == contents(folder)
@@ -259,6 +260,36 @@ def test_a_tied_parameter_that_peft_saves_alone_is_refused(run, files, form):
         assert run(*given, "--overwrite", "--no-also-train").code == 0
 
 
+def test_a_saved_matrix_of_a_lora_needs_the_base(run, files):
+    """Without the base, nothing shows whether PEFT has untied the matrix from another parameter."""
+    base = nn.ModuleDict({"embed": nn.Embedding(12, 8), "q": nn.Linear(8, 8)})
+    folder, out = files.path / "folder", files.path / "out"
+    lora.export(disha.inject_adapters(base, "q", 4, also_train="embed"), folder)
+    refused = run("convert", folder, out, "--to", "disha")
+    assert (refused.code, out.exists()) == (2, False)
+    assert "embed.weight" in refused.complaint
+    assert "--base" in refused.complaint
+    assert run("convert", folder, out, "--to", "disha", "--no-also-train").code == 0
+
+
+def test_servers_are_told_the_rank(run, files):
+    base = nn.ModuleDict({"q": nn.Linear(48, 48), "norm": nn.LayerNorm(48)})
+    a, out = files.path / "a", files.path / "lora"
+    disha.save_adapter(disha.inject_adapters(base, "q", 20, also_train="norm"), a)
+    given = ("convert", a, out, "--to", "lora", "--overwrite")
+    done = run(*given)
+    assert "rank 20: start vLLM with --max-lora-rank 32\n" in done.out
+    assert "vLLM and SGLang refuse a LoRA with parameters" in done.out
+    done = run(*given, "--pad-rank", "--no-also-train", "--json").json
+    assert done["layers"][0]["rank"] == 32
+    assert done["notes"] == [
+        "rank 32: start vLLM with --max-lora-rank 32",
+        "the ranks are padded with zeros",
+    ]
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 32
+    assert run(*given[:-1], "--overwrite", "--no-also-train").out.count("vLLM") == 1
+
+
 def test_what_is_there_stays_unless_told(run, files):
     a, out = files.adapter(), files.path / "out"
     out.write_text("mine")
@@ -313,6 +344,7 @@ def test_a_folder_that_is_no_adapter(run, files, content, says):
         ("a", ("--to", "lora", "--rank", "0"), "rank must be at least 1"),
         ("a", ("--to", "peft", "--rank", "2"), "--rank has no effect with --to peft"),
         ("a", ("--to", "lora", "--kv-heads", "2"), "--kv-heads has no effect with --to lora"),
+        ("a", ("--to", "peft", "--pad-rank"), "--pad-rank has no effect with --to peft"),
         ("a", ("--to", "lora", "--dropout", "0"), "--dropout has no effect with --to lora"),
     ],
 )
