@@ -78,14 +78,14 @@ ZOO = [
 setup(
     name="disha-torch",
     version=VERSION,
-    description="Fine-tune any PyTorch model with small adapters: Bone (MiSS), tile, BAT (DiSHA)",
+    description="Fine-tune any PyTorch model with small adapters: MiSS (Bone), tile, BAT (DiSHA)",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords=[
-        *("adapters", "Bone", "BAT", "DiSHA", "fine-tuning", "LoRA", "low-rank adaptation"),
-        *("MiSS", "parameter-efficient fine-tuning", "PEFT", "PyTorch"),
+        *("MiSS", "adapters", "Bone", "BAT", "DiSHA", "fine-tuning", "LoRA"),
+        *("low-rank adaptation", "parameter-efficient fine-tuning", "PEFT", "PyTorch"),
     ],
     packages=find_packages(include=["disha", "disha.*"]),
     package_data={"disha": ["py.typed"]},

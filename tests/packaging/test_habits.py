@@ -208,8 +208,9 @@ def test_the_citation_says_what_the_package_and_the_readme_do():
     paper = citation["preferred-citation"]
     assert paper["title"] in readme
     assert paper["url"] in readme
-    (author,) = paper["authors"]
-    assert f"{author['given-names']} {author['family-names']}" in readme
+    assert paper["authors"]
+    for author in paper["authors"]:
+        assert f"{author['given-names']} {author['family-names']}" in readme
 
 
 # --- CONTRIBUTING.md -----------------------------------------------------------------------------
