@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from disha.cli.flags import parsed
+from disha.cli.noted import parsed_with_base
 from disha.cli.output import show, shown
 from disha.finetune.evaluating import EvaluateSettings, Measured, evaluate
 from disha.tables import table
@@ -16,15 +16,15 @@ __all__ = ["run"]
 DESCRIPTION = """Measure a model on rows: loss, perplexity, answers that are exactly right.
 
 examples:
-  disha evaluate --base_model_name_or_path path/to/model --adapter out/adapter.safetensors \\
-      --data_path held_out.jsonl --compare
+  disha evaluate --adapter out/adapter.safetensors --data_path held_out.jsonl --compare
   disha evaluate --base_model_name_or_path model.gguf --data_path test.jsonl --exact_match"""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Measure, with the given command-line arguments."""
-    settings = parsed(EvaluateSettings, "evaluate", arguments, DESCRIPTION, EvaluateSettings())
-    found = evaluate(settings, shown)
+    settings, suiting = parsed_with_base(EvaluateSettings, "evaluate", arguments, DESCRIPTION)
+    with suiting:
+        found = evaluate(settings, shown)
     tally = found.tally
     measured = [("model", found.model)]
     if found.base is not None:

@@ -7,15 +7,17 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from disha.cli.dispatcher import FAILED
 from disha.cli.flags import parsed
+from disha.cli.noted import base_of
 from disha.errors import ArgumentError, DishaError
 from disha.files.reading import read_text
 from disha.finetune.errors import OutputError, PeerError, TrainingError
-from disha.finetune.settings import DEMO_SETTINGS, FinetuneSettings
+from disha.finetune.settings import DEMO_SETTINGS, AdapterSettings, FinetuneSettings
 from disha.text import brief
 
 __all__ = ["run", "settings_from"]
@@ -28,7 +30,8 @@ DESCRIPTION = """Fine-tune a model with Bone or BAT adapters.
 examples:
   disha finetune --demo
   disha finetune --base_model_name_or_path path/to/model --data_path rows.jsonl --output_dir out
-  disha finetune --config run.yaml --learning_rate 1e-4"""
+  disha finetune --config run.yaml --learning_rate 1e-4
+  disha finetune --adapter out/adapter.safetensors --data_path more.jsonl --output_dir more"""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -64,7 +67,22 @@ def settings_from(arguments: Sequence[str]) -> FinetuneSettings:
         # If a flag is given twice, the last value counts.
         words = [*_words_in(given.config, given.to_json().keys() - {"config"}), *words]
         given = _parsed(words, FinetuneSettings())
-    return _parsed(words, DEMO_SETTINGS) if given.demo else given
+    defaults = DEMO_SETTINGS if given.demo else FinetuneSettings()
+    if given.adapter.adapter is not None:
+        defaults = _with_those_of(given.adapter.adapter, defaults, given)
+    return _parsed(words, defaults)
+
+
+def _with_those_of(
+    adapter: Path, defaults: FinetuneSettings, given: FinetuneSettings
+) -> FinetuneSettings:
+    """Return defaults to go on from an adapter file: its own settings, and the base it notes."""
+    is_named = given.demo or given.model.is_named
+    return replace(
+        defaults,
+        adapter=AdapterSettings.of_file(adapter),
+        model=defaults.model if is_named else base_of(adapter) or defaults.model,
+    )
 
 
 def _parsed(words: Sequence[str], defaults: FinetuneSettings) -> FinetuneSettings:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from disha.cli.flags import parsed
+from disha.cli.noted import parsed_with_base
 from disha.cli.output import printable_on, show
 from disha.finetune.answering import Answerer, GenerateSettings, open_answerer, prompts_of
 
@@ -15,18 +15,18 @@ __all__ = ["run"]
 DESCRIPTION = """Let a model answer, with or without an adapter.
 
 examples:
-  disha generate --base_model_name_or_path path/to/model --adapter out/adapter.safetensors \\
-      --prompt 'What is a shard?'
+  disha generate --adapter out/adapter.safetensors --prompt 'What is a shard?'
   disha generate --base_model_name_or_path model.gguf --adapter out/adapter.safetensors \\
       --prompt_file prompts.txt --compare"""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Generate, with the given command-line arguments."""
-    settings = parsed(GenerateSettings, "generate", arguments, DESCRIPTION, GenerateSettings())
+    settings, suiting = parsed_with_base(GenerateSettings, "generate", arguments, DESCRIPTION)
     settings.check()
     prompts = prompts_of(settings)
-    answerer = open_answerer(settings)
+    with suiting:
+        answerer = open_answerer(settings)
     if settings.json:
         answers = [_fields(answerer, prompt, settings.compare) for prompt in prompts]
         show(True, "", {"answers": answers})

@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 import tyro
 
 import disha
-from disha.cli.flags import FileArgument, Flags, parsed
+from disha.cli.flags import Flags, parsed
+from disha.cli.noted import base_of
 from disha.cli.output import advancing, require_free, show
 from disha.config import BLOCK_DTYPES
+from disha.errors import ArgumentError
 
 __all__ = ["run"]
 
@@ -23,6 +25,7 @@ time, so memory holds only one of them. Any loader of the base reads the result.
 
 examples:
   disha merge path/to/model adapter.safetensors path/to/merged-model
+  disha merge out/adapter.safetensors path/to/merged-model
   disha merge model.safetensors adapter.safetensors merged.safetensors
   disha merge path/to/model adapter.safetensors path/to/half --scale 0.5 --dtype bfloat16"""
 
@@ -32,9 +35,10 @@ class MergeFlags(Flags):
     """The arguments of `disha merge`.
 
     Args:
-        base: The checkpoint: a safetensors file, or a folder as Hugging Face libraries write it.
-        adapter: The adapter file.
-        out: The folder to write, or one file if it ends with .safetensors.
+        paths: The checkpoint BASE: a safetensors file, or a folder as Hugging Face libraries write
+            it. By default the base that the adapter file notes, if disha finetune has saved it.
+            Then the adapter file ADAPTER. Then OUT, the folder to write, or one file if it ends
+            with .safetensors.
         no_also_train: Ignore the parameters saved beside the blocks, and keep those of the base.
         scale: Runtime scale s of all layers, in place of the adapter's own.
         dtype: Number format of all floating-point tensors. With own, each keeps its format.
@@ -43,9 +47,9 @@ class MergeFlags(Flags):
         overwrite: Replace an existing checkpoint, with everything in its folder.
     """
 
-    base: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
-    adapter: FileArgument
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    paths: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[BASE] ADAPTER OUT")
+    ]
     no_also_train: bool = False
     scale: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
     dtype: Literal["own", "float16", "bfloat16", "float32", "float64"] = "own"
@@ -56,12 +60,13 @@ class MergeFlags(Flags):
 def run(arguments: Sequence[str]) -> None:
     """Merge an adapter into a checkpoint, with the given command-line arguments."""
     flags = parsed(MergeFlags, "merge", arguments, DESCRIPTION)
-    require_free(flags.out, flags.overwrite)
+    base, adapter, out = _paths(flags.paths)
+    require_free(out, flags.overwrite)
     with advancing("merging") as progress:
         merged = disha.interop.checkpoints.merge_into_checkpoint(
-            flags.base,
-            flags.adapter,
-            flags.out,
+            base,
+            adapter,
+            out,
             also_train=not flags.no_also_train,
             scale=flags.scale,
             dtype=BLOCK_DTYPES.get(flags.dtype),
@@ -81,3 +86,20 @@ def run(arguments: Sequence[str]) -> None:
             "bytes": merged.nbytes,
         },
     )
+
+
+def _paths(paths: tuple[Path, ...]) -> tuple[Path, Path, Path]:
+    """Return the base, the adapter, and where to write."""
+    if not 2 <= len(paths) <= 3:
+        raise ArgumentError(
+            f"disha merge takes [BASE] ADAPTER OUT, got {len(paths)} paths; see disha merge --help"
+        )
+    if len(paths) == 3:
+        return paths
+    adapter, out = paths
+    noted = base_of(adapter)
+    if noted is None:
+        raise ArgumentError(
+            f"{adapter} does not note its base; give it first: disha merge BASE {adapter} {out}"
+        )
+    return noted.base_model, adapter, out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import disha
+from disha.finetune.errors import SettingsError
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.settings import AdapterSettings
 
@@ -19,7 +22,7 @@ __all__ = [
     "base_values",
     "inject",
     "plan",
-    "trained_besides",
+    "refusing_other_base",
     "with_adapter",
     "without_adapter",
 ]
@@ -28,13 +31,32 @@ ALL_PROJECTIONS = r"\.(q|k|v|o|gate|up|down)_proj$"
 """The names of the linear layers of a decoder layer."""
 
 
-def inject(model: nn.Module, settings: AdapterSettings) -> None:
-    """Inject the adapter, with float32 blocks.
+def inject(model: nn.Module, settings: AdapterSettings) -> dict[str, Tensor]:
+    """Inject the adapter with float32 blocks, new or from the file that the settings name.
+
+    Returns:
+        The base model's values of the parameters that are trained beside the adapter.
 
     Raises:
-        DishaError: the target matches no layer, or the settings don't fit a layer.
+        DishaError: the target matches no layer; or the settings, or the file, do not fit the
+            model; or the adapter belongs to another base.
     """
-    disha.inject_adapters(model, **_arguments(model, settings))
+    if settings.adapter is None:
+        disha.inject_adapters(model, **_arguments(model, settings))
+        return base_values(model, _trained_besides(model))
+    with refusing_other_base():
+        return _loaded(model, settings.adapter, torch.float32)
+
+
+@contextmanager
+def refusing_other_base() -> Iterator[None]:
+    """Raise `SettingsError` if the block loads an adapter that belongs to another base."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", disha.AdapterFileWarning)
+            yield
+    except disha.AdapterFileWarning as warning:
+        raise SettingsError(str(warning)) from warning
 
 
 def plan(model: nn.Module, settings: AdapterSettings) -> disha.Plan:
@@ -47,6 +69,8 @@ def plan(model: nn.Module, settings: AdapterSettings) -> disha.Plan:
 
 
 def _arguments(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
+    if settings.adapter is not None:
+        return _arguments_of_file(settings.adapter)
     return {
         "target_regex": settings.target
         or (ALL_PROJECTIONS if isinstance(model, Decoder) else "all-linear"),
@@ -55,6 +79,23 @@ def _arguments(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
         "method": settings.method_name,
         "also_train": settings.also_train,
         "dropout": settings.adapter_dropout,
+        "dtype": torch.float32,
+    }
+
+
+def _arguments_of_file(path: Path) -> dict[str, Any]:
+    """Return arguments that name the layers of a file one by one."""
+    described = disha.inspect_adapter(path)
+    names = {f"^{re.escape(layer.name)}$": layer for layer in described.layers}
+    return {
+        "target_regex": "|".join(names),
+        "r": described.config.r,
+        "r_out": described.config.r_out,
+        "rank_pattern": {name: layer.r for name, layer in names.items()},
+        "rows": {name: layer.rows for name, layer in names.items() if layer.rows},
+        "method": described.config.method,
+        "also_train": [f"^{re.escape(name)}$" for name in described.also_train],
+        "dropout": described.config.dropout,
         "dtype": torch.float32,
     }
 
@@ -74,15 +115,21 @@ def with_adapter(
     model.eval()
     if adapter is None:
         return model, {}
-    known = dict(model.named_parameters())
-    values = base_values(model, known.keys() & set(disha.inspect_adapter(adapter).also_train))
-    disha.load_adapter(model, adapter)
+    values = _loaded(model, adapter)
     if merge:
         disha.merge_adapters(model, untie=True, dense=True)
     return model, values
 
 
-def trained_besides(model: nn.Module) -> list[str]:
+def _loaded(model: nn.Module, adapter: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Load an adapter, and return the base model's values of the parameters that it replaces."""
+    known = dict(model.named_parameters())
+    values = base_values(model, known.keys() & set(disha.inspect_adapter(adapter).also_train))
+    disha.load_adapter(model, adapter, dtype=dtype)
+    return values
+
+
+def _trained_besides(model: nn.Module) -> list[str]:
     """Return the names of the parameters that are trained beside the adapter's own."""
     own = set(map(id, disha.adapter_parameters(model)))
     named = model.named_parameters()

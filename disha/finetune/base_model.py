@@ -50,6 +50,7 @@ class BaseModel:
         context: the longest sequence it takes, in tokens; None for no limit.
         config: the sizes of the built-in decoder; None for any other model.
         folder: the checkpoint's folder; None for a single file, and for any other model.
+        path: the file or folder; None for a model that a function makes.
         load: reads the weights onto a device.
     """
 
@@ -58,6 +59,7 @@ class BaseModel:
     context: int | None
     config: DecoderConfig | None
     folder: Path | None
+    path: Path | None
     load: Load
 
 
@@ -91,6 +93,7 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
         context=config.context,
         config=config,
         folder=checkpoint.folder,
+        path=path,
         load=load,
     )
 
@@ -144,6 +147,7 @@ def _made(settings: ModelSettings) -> BaseModel:
         context=context_of(model),
         config=None,
         folder=None,
+        path=None,
         load=load,
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import disha
 from disha.files import clear_drafts
-from disha.finetune.adapting import base_values, inject, trained_besides
+from disha.finetune.adapting import inject
 from disha.finetune.answering import TEMPLATE_KEY, Answerer, SamplingSettings
 from disha.finetune.base_model import model_dtype
 from disha.finetune.course import Course, train
@@ -28,6 +28,7 @@ from disha.finetune.folder_lock import FolderLock
 from disha.finetune.inputs import Inputs, first_rows, load_inputs
 from disha.finetune.metrics import METRICS
 from disha.finetune.models.factory import explaining_failures
+from disha.finetune.noted_base import BASE_KEY, base_note
 from disha.finetune.preview import preview
 from disha.finetune.progress import Clock, counted
 from disha.finetune.report import (
@@ -162,8 +163,7 @@ def _run(
     with clock.phase("reading the model"):
         model = inputs.base.load(processes.device, digest)
     torch.manual_seed(settings.training.seed)
-    inject(model, settings.adapter)
-    base = base_values(model, trained_besides(model))
+    base = inject(model, settings.adapter)
     _say_sizes(model, inputs, clock)
     objective = objective_for(model, has_tokenizer=inputs.base.tokenizer is not None)
     if settings.training.gradient_checkpointing:
@@ -172,16 +172,17 @@ def _run(
         compile_model(model)
     trained = distribute(objective, settings.training.strategy, processes)
     adapter = lock.folder / ADAPTER
+    notes = _notes(settings, inputs, adapter)
     with raising(False):  # no signal comes between training and saving
         with explaining_failures(settings.model.model), explaining_lack_of_memory():
             course = train(trained, inputs, settings, processes, clock, lock, digest.hexdigest())
-        _save(trained, adapter, _notes(inputs), processes, lock)
+        _save(trained, adapter, notes, processes, lock)
     sharded = is_sharded(trained)
     verification = None
 
     def save_again() -> None:
         lock.keep()
-        disha.save_adapter(model, adapter, metadata=_notes(inputs))
+        disha.save_adapter(model, adapter, metadata=notes)
 
     with _naming_adapter(adapter, None if sharded else save_again):
         processes.check_signals()
@@ -260,9 +261,11 @@ def _naming_adapter(adapter: Path, save_again: Callable[[], None] | None) -> Ite
         raise OutputError(f"{error}; the adapter {state} {adapter}") from error
 
 
-def _notes(inputs: Inputs) -> dict[str, str]:
+def _notes(settings: FinetuneSettings, inputs: Inputs, adapter: Path) -> dict[str, str]:
     """Return the notes for the adapter file: the base model, and the template for queries."""
     notes = {"base_model": inputs.base.title}
+    if settings.output.note_base:
+        notes[BASE_KEY] = base_note(settings.model, inputs.base.path, adapter)
     if inputs.encoder is not None and inputs.encoder.template is not None:
         notes[TEMPLATE_KEY] = inputs.encoder.template.setting
     return notes

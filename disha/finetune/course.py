@@ -22,6 +22,7 @@ from torch import nn
 from disha import AdapterStateError
 from disha.finetune.errors import PeerError, TrainingError
 from disha.finetune.folder_lock import FolderLock
+from disha.finetune.hashing import file_hash
 from disha.finetune.inputs import Inputs
 from disha.finetune.metrics import Metrics, recorded_steps, recording
 from disha.finetune.progress import Clock, ShowStep, showing_progress
@@ -194,7 +195,9 @@ class _Training:
             size = batches_per_step(training, self.processes.world_size, before, folder)
         # One process reads streamed files, and the others wait.
         rows = self.processes.broadcast(self.inputs.contents() if self.processes.is_main else {})
-        contents = {"base model": self.base, **rows}
+        start = self.settings.adapter.adapter
+        first = "new" if start is None else file_hash(start)
+        contents = {"base model": self.base, "adapter to start from": first, **rows}
         planned = planned_steps(training, source.batches_per_epoch(), size)
         setup = Setup.of(self.settings, contents, size, planned)
         if before is not None and saved is not None:

@@ -13,7 +13,6 @@ from torch import nn
 
 import disha
 from disha.finetune.adapting import with_adapter, without_adapter
-from disha.finetune.answering import noted_template
 from disha.finetune.base_model import BaseModel, open_base_model
 from disha.finetune.data.batches import batch_by_length
 from disha.finetune.data.dataset import open_rows
@@ -173,10 +172,7 @@ def _encoder(settings: EvaluateSettings, base: BaseModel) -> Encoder:
             "models of text"
         )
     require_context(settings.data, base)
-    data, tokenizer = settings.data, base.tokenizer
-    takes_note = data.template == "auto" and len(data.dataset_field) == 2
-    noted = noted_template(settings.adapter, tokenizer) if takes_note else None
-    return encoder_for(data, tokenizer, noted)
+    return encoder_for(settings.data, base.tokenizer, settings.adapter)
 
 
 def _measured(

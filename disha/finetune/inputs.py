@@ -8,8 +8,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from disha.finetune.answering import noted_template
 from disha.finetune.base_model import BaseModel, demo_model, open_base_model
 from disha.finetune.data.batches import Batch, BatchSource, batch_by_length
 from disha.finetune.data.dataset import read_dataset
@@ -109,7 +111,7 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
     if base.tokenizer is None:
         return _of_numbers(settings, base, dataset)
     require_context(data, base)
-    encoder = encoder_for(data, base.tokenizer)
+    encoder = encoder_for(data, base.tokenizer, settings.adapter.adapter)
     if len(dataset.held_out):
         rows, held_out_tally = encode_rows(dataset.held_out, encoder)
         checked = Checked("held-out", rows, True, held_out_tally)
@@ -129,27 +131,29 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
     return Inputs(base, dataset, encoder, source, tally, checked)
 
 
-def encoder_for(
-    data: DataSettings, tokenizer: Tokenizer, template: Template | None = None
-) -> Encoder:
+def encoder_for(data: DataSettings, tokenizer: Tokenizer, adapter: Path | None) -> Encoder:
     """Return the encoder that turns rows into token ids.
 
     Args:
         data: the settings of the data.
         tokenizer: the model's tokenizer.
-        template: a template to use instead of the one in `data`.
+        adapter: an adapter file. If it notes a template, that one is used for `auto`.
 
     Raises:
-        SettingsError: the template can't be used.
+        DishaError: the template or the adapter file can't be used.
     """
-    fields = data.dataset_field
     return Encoder(
         tokenizer,
-        fields,
+        data.dataset_field,
         data.max_seq_length,
-        (template or given_template(data.template, tokenizer)) if len(fields) == 2 else None,
+        _template(data, tokenizer, adapter) if len(data.dataset_field) == 2 else None,
         skip_bad_rows=data.skip_bad_rows,
     )
+
+
+def _template(data: DataSettings, tokenizer: Tokenizer, adapter: Path | None) -> Template:
+    noted = noted_template(adapter, tokenizer) if data.template == "auto" else None
+    return noted or given_template(data.template, tokenizer)
 
 
 def require_context(data: DataSettings, base: BaseModel) -> None:

@@ -26,6 +26,7 @@ from disha.finetune.errors import SettingsError
 __all__ = [
     "DEMO_SETTINGS",
     "AdapterSettings",
+    "Bits",
     "Count",
     "DataSettings",
     "FinetuneSettings",
@@ -152,6 +153,10 @@ TITLES = {"bone": "Bone", "bat": "BAT"}
 """Name of a method -> how the literature writes it, where that differs."""
 
 
+Bits: TypeAlias = Literal["bf16", "fp32", "8", "4"]
+"""How a base model is stored."""
+
+
 # --- groups --------------------------------------------------------------------------------------
 
 
@@ -174,7 +179,7 @@ class ModelSettings:
     base_model_name_or_path: Path | None = None
     model: str | None = None
     tokenizer: Path | None = None
-    bits: Literal["bf16", "fp32", "8", "4"] = "fp32"
+    bits: Bits = "fp32"
 
     @property
     def base_model(self) -> Path:
@@ -223,6 +228,8 @@ class AdapterSettings:
     """The adapter to train.
 
     Args:
+        adapter: An adapter file to go on from, with the same data or other data. Its r, method and
+            layers are those of the file.
         bone_r: The adapter's r: a layer gets r x out_features parameters. BAT has out_features x
             r, rounded up to complete blocks, and a tile r x bone_r_out.
         init_weights: True for Bone, bat for BAT.
@@ -236,6 +243,7 @@ class AdapterSettings:
         adapter_dropout: Part of the adapters' inputs that training drops at random.
     """
 
+    adapter: Path | None = None
     bone_r: Count = 64
     init_weights: Literal["True", "bat"] = "True"
     method: MethodName | None = None
@@ -255,8 +263,32 @@ class AdapterSettings:
         title = TITLES.get(self.method_name, self.method_name)
         return title if self.bone_r_out is None else f"{title} (tile)"
 
+    @classmethod
+    def of_file(cls, path: Path) -> AdapterSettings:
+        """Return the settings with which the adapter in a file is trained further.
+
+        The regexes only record how the layers were chosen. The file lists the layers by name.
+
+        Raises:
+            DishaError: the file can't be read.
+        """
+        config = disha.inspect_adapter(path).config
+        return cls(
+            adapter=path,
+            bone_r=config.r,
+            init_weights="bat" if config.method == "bat" else "True",
+            method=None if config.method in ("bone", "bat") else config.method,
+            bone_r_out=config.r_out,
+            target=config.target,
+            also_train="|".join(config.also_train) or None,
+            adapter_dropout=config.dropout,
+        )
+
     def check(self) -> None:
         """Raise `SettingsError` if settings contradict each other or a regex is invalid."""
+        if self.adapter is not None:
+            self._require_that_of(self.adapter)
+            return  # a regex in a file from a stranger could take hours to compile
         require(
             self.init_weights == "True" or self.method in (None, self.init_weights),
             f"--init_weights {self.init_weights} and --method {self.method} contradict each other; "
@@ -274,6 +306,25 @@ class AdapterSettings:
                 raise SettingsError(
                     f"--{name} must be a regular expression, got {pattern!r}: {error}"
                 ) from error
+
+    def _require_that_of(self, path: Path) -> None:
+        """Raise `SettingsError` unless these are the settings of the adapter in a file."""
+        found = AdapterSettings.of_file(path)
+        method = "init_weights" if self.method is None else "method"
+        pairs = {
+            one.name: (getattr(self, one.name), getattr(found, one.name))
+            for one in dataclasses.fields(self)
+            if one.name not in ("init_weights", "method")
+        }
+        for name, (ours, theirs) in {
+            **pairs,
+            method: (self.method_name, found.method_name),
+        }.items():
+            require(
+                ours == theirs,
+                f"--{name} {ours} contradicts --adapter {path}, which has {theirs}; leave out "
+                f"--{name}, or --adapter to train a new adapter",
+            )
 
 
 @dataclass(frozen=True)
@@ -433,6 +484,8 @@ class OutputSettings:
             and replace its results.
         merge: Also write the base model with the adapter merged into it, to the folder merged.
         verify: Load the saved adapter in a fresh process, and check that it gives the same loss.
+        note_base: Note in the adapter file where the base model is, so that disha generate,
+            evaluate and merge find it. The note is a path from the file's folder, or a name.
     """
 
     output_dir: Path | None = None
@@ -445,6 +498,7 @@ class OutputSettings:
     overwrite_output_dir: Switch = False
     merge: Switch = False
     verify: Switch = False
+    note_base: Switch = True
 
     @property
     def output(self) -> Path:
@@ -561,6 +615,7 @@ ROUNDING = ("strategy", "gradient_checkpointing", "compile")
 
 FINDING: Mapping[str, tuple[str, ...]] = {
     "base model": ("base_model_name_or_path", "demo"),
+    "adapter to start from": ("adapter",),
     "set of rows": (
         *("data_path", "dataset_split", "dataset_field", "template", "tokenizer"),
         *("skip_bad_rows", "eval_fraction", "demo"),

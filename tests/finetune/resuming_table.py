@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import disha
 from disha.finetune.hashing import file_hash
+from disha.finetune.models.checkpoint import open_model
 from tests.finetune import factories
 from tests.finetune.command_line import write_rows
 
@@ -137,6 +139,16 @@ def in_two_files(folder: Path, patch: pytest.MonkeyPatch) -> None:
     path.with_name("model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def another_start(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Change one value of the adapter that training started from."""
+    path = folder / "start.safetensors"
+    model = open_model(folder / "model").load_model(torch.float32)
+    disha.load_adapter(model, path)
+    with torch.no_grad():
+        next(disha.adapter_parameters(model)).view(-1)[0] += 1
+    disha.save_adapter(model, path)
+
+
 def another_seed(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(factories, "SEED", 4)
 
@@ -185,6 +197,7 @@ def refused(name: str, value: Any, **others: Any) -> Case:
 STREAMED = {"streaming": True}
 BY_FRACTION = {"eval_path": None, "eval_fraction": 0.2}
 BY_FUNCTION = {"base_model_name_or_path": None, "model": "tests.finetune.factories:gpt2"}
+GOING_ON = {"adapter": "{folder}/start.safetensors"}
 CONSTANT = {"lr_scheduler_type": "constant"}
 BY_EPOCHS = {"max_steps": None, "num_train_epochs": 0.5}
 ROWS_DIFFER = "was saved with another set of rows: "
@@ -199,11 +212,12 @@ TABLE = [
             "nothing": Case(),
             "streamed": Case(always=STREAMED),
             "function": Case(always=BY_FUNCTION),
+            "going on": Case(always=GOING_ON),
         },
     ),
     Row(
         "files and folders have moved: `--output_dir`, `--base_model_name_or_path`, "
-        "`--tokenizer`, `--data_path`, `--eval_path`, `--config`",
+        "`--adapter`, `--tokenizer`, `--data_path`, `--eval_path`, `--config`",
         SAME,
         {
             "renamed": Case(
@@ -214,6 +228,13 @@ TABLE = [
                     "output_dir": "{folder}/other-out",
                 },
                 do=renamed,
+            ),
+            "renamed start": Case(
+                {"adapter": "{folder}/other.safetensors"},
+                GOING_ON,
+                do=lambda folder, patch: (folder / "start.safetensors").rename(
+                    folder / "other.safetensors"
+                ),
             ),
             "tokenizer": Case({"tokenizer": "{folder}/model"}),
             "config": Case(
@@ -246,7 +267,8 @@ TABLE = [
     ),
     Row(
         "what is measured, shown or saved: `--eval_steps`, `--logging_steps`, `--save_strategy`, "
-        "`--save_steps`, `--save_total_limit`, `--report_to`, `--merge`, `--verify`, `--debug`",
+        "`--save_steps`, `--save_total_limit`, `--report_to`, `--merge`, `--verify`, "
+        "`--note_base`, `--debug`",
         SAME,
         {
             "output": Case(
@@ -259,6 +281,7 @@ TABLE = [
                     "report_to": "tensorboard",
                     "merge": True,
                     "verify": True,
+                    "note_base": False,
                     "debug": True,
                 }
             )
@@ -355,6 +378,17 @@ TABLE = [
             ),
             "function": Case(always=BY_FUNCTION, do=another_seed, says=BASE_DIFFERS),
             "model": refused("model", BY_FUNCTION["model"], base_model_name_or_path=None),
+        },
+    ),
+    Row(
+        "the adapter to start from",
+        REFUSED,
+        {
+            "value": Case(
+                always=GOING_ON, do=another_start, says="saved with another adapter to start from"
+            ),
+            "none before": Case(GOING_ON, says="was saved with target None, but "),
+            "none now": Case({"adapter": None}, GOING_ON, says="but this run has target None"),
         },
     ),
     Row(

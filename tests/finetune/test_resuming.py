@@ -11,12 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import disha
 from disha.cli import main
 from disha.finetune import command
+from disha.finetune.adapting import ALL_PROJECTIONS
 from disha.finetune.errors import SettingsError
+from disha.finetune.models.checkpoint import open_model
 from disha.finetune.resuming import Setup, batches_per_step
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.training.checkpoints import usable
+from tests.conftest import perturb
 from tests.finetune.command_line import ROWS, arguments, killed_after, losses_of, write_rows
 from tests.finetune.resuming_table import DONE, REFUSED, SAME, TABLE, USUAL, markdown
 from tests.pages import DOCS
@@ -49,6 +53,7 @@ def run(tmp_path_factory, tiny_folder):
             shutil.copytree(tiny_folder("llama3"), folder / "model")
             write_rows(folder / "rows.jsonl", ROWS[:32])
             write_rows(folder / "held-out.jsonl", ROWS[32:])
+            write_start(folder)
             words = words_of(folder, flags)
             if stops:
                 killed_after(DONE + 1, lambda: main(words))
@@ -57,6 +62,14 @@ def run(tmp_path_factory, tiny_folder):
         return made[key]
 
     return run
+
+
+def write_start(folder):
+    """Write an adapter that training may go on from."""
+    model = open_model(folder / "model").load_model(torch.float32)
+    disha.inject_adapters(model, ALL_PROJECTIONS, 4)
+    perturb(model, size=0.01)
+    disha.save_adapter(model, folder / "start.safetensors")
 
 
 def words_of(folder, flags):

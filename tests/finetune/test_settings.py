@@ -189,6 +189,7 @@ EVERYTHING = {
     "overwrite_output_dir": True,
     "merge": True,
     "verify": True,
+    "note_base": False,
     "dry_run": True,
     "debug": True,
 }
@@ -204,7 +205,7 @@ def words(**values):
 
 
 def test_every_flag_is_here():
-    elsewhere = {"model", "config", "demo"}
+    elsewhere = {"model", "adapter", "config", "demo"}
     assert EVERYTHING.keys() | elsewhere == FinetuneSettings().to_json().keys()
     plain = FinetuneSettings().to_json()
     assert all(str(value) != str(plain[name]) for name, value in EVERYTHING.items())
