@@ -14,7 +14,6 @@ GGUF = [
 ]
 CLI = [
     "tqdm>=4.66",
-    "tyro>=1.0",
 ]
 FINETUNE = [
     *CLI,

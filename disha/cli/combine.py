@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 import disha
 from disha.cli.flags import Flags, parsed
@@ -41,10 +38,8 @@ class CombineFlags(Flags):
         overwrite: Replace an existing file.
     """
 
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    adapter: Annotated[
-        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE=WEIGHT")
-    ] = ()
+    out: Path
+    adapter: tuple[str, ...] = ()
     no_also_train: bool = False
     overwrite: bool = False
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from disha.cli.flags import Flags, parsed
 from disha.cli.output import require_free, show, shown
@@ -95,17 +93,17 @@ class ConvertFlags(Flags):
         overwrite: Replace an existing file or folder.
     """
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    to: Form
-    base: Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
-    rank: Annotated[int | None, tyro.conf.arg(metavar="R")] = None
-    dropout: Annotated[float | None, tyro.conf.arg(metavar="P")] = None
-    max_error: Annotated[float | None, tyro.conf.arg(metavar="PART")] = None
+    source: Path
+    out: Path
+    to: Form = field(kw_only=True)
+    base: Path | None = None
+    rank: int | None = None
+    dropout: float | None = None
+    max_error: float | None = None
     pad_rank: bool = False
-    architecture: Annotated[str | None, tyro.conf.arg(metavar="NAME", aliases=("--arch",))] = None
-    heads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    kv_heads: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    architecture: str | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
     no_also_train: bool = False
     overwrite: bool = False
 

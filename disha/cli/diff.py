@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import disha
 from disha.cli.dispatcher import DONE, NO
-from disha.cli.flags import FileArgument, Flags, parsed
+from disha.cli.flags import Flags, parsed
 from disha.cli.output import number, show, shown
 from disha.files.differences import (
     FieldDifference,
@@ -39,8 +40,8 @@ class DiffFlags(Flags):
         second: Another one.
     """
 
-    first: FileArgument
-    second: FileArgument
+    first: Path
+    second: Path
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import signal
@@ -21,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from disha.errors import AdapterFileWarning, DishaError
+from disha.cli.meanings import COMMAND_WORDS, nearest
+from disha.errors import AdapterFileWarning, ArgumentError, DishaError
 from disha.text import printable
 from disha.version import __version__
 
@@ -84,7 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = TROUBLE
     try:
         # Only the first argument is read here. The others belong to the command.
-        name = _parser().parse_args(arguments[:1]).command
+        name = arguments[0] if arguments else "--help"
+        if name in ("-h", "--help", "--version"):
+            print(f"disha {__version__}" if name == "--version" else _help())
+            return DONE
+        if name not in COMMANDS:
+            near = nearest(name, COMMANDS, COMMAND_WORDS)
+            hint = "" if near is None else f"did you mean {near}? "
+            raise ArgumentError(f"{name!r} is not a command; {hint}disha --help lists all")
         command = COMMANDS[name]
         failed = TROUBLE if command.answers else FAILED
         with _short_warnings():
@@ -110,8 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if "--debug" in arguments:
             traceback.print_exc()
+        package = str(error.name).partition(".")[0]
         _complain(
-            f"this command needs the package {error.name}, which is not installed; run: "
+            f"this command needs the package {package}, which is not installed; run: "
             f'pip install "disha-torch[{command.extra}]"'
         )
         return TROUBLE
@@ -121,18 +129,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failed
 
 
-def _parser() -> argparse.ArgumentParser:
+def _help() -> str:
     listed = "\n".join(f"  {name:12}{command.summary}" for name, command in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="disha",
-        usage="disha COMMAND [flags]",
-        description="Dimension-sharded adapters (Bone, BAT) for PyTorch models.",
-        epilog=f"commands:\n{listed}\n\n'disha COMMAND --help' shows details and examples.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"disha {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="what to do")
-    return parser
+    return f"""usage: disha COMMAND [flags]
+
+Dimension-sharded adapters (Bone, BAT) for PyTorch models.
+
+commands:
+{listed}
+
+'disha COMMAND --help' shows details and examples. 'disha --version' shows the version."""
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:

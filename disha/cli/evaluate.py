@@ -16,8 +16,8 @@ __all__ = ["run"]
 DESCRIPTION = """Measure a model on rows: loss, perplexity, answers that are exactly right.
 
 examples:
-  disha evaluate --adapter out/adapter.safetensors --data_path held_out.jsonl --compare
-  disha evaluate --base_model_name_or_path model.gguf --data_path test.jsonl --exact_match"""
+  disha evaluate --adapter out/adapter.safetensors --data held_out.jsonl --compare
+  disha evaluate --base model.gguf --data test.jsonl --exact_match"""
 
 
 def run(arguments: Sequence[str]) -> None:

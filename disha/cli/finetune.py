@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections import Counter
@@ -13,11 +12,11 @@ from typing import Any
 
 from disha.cli.dispatcher import FAILED
 from disha.cli.flags import parsed
+from disha.cli.meanings import FLAG_WORDS, long_name, nearest
 from disha.cli.noted import base_of
 from disha.errors import ArgumentError, DishaError
-from disha.files.reading import read_text
 from disha.finetune.errors import OutputError, PeerError, TrainingError
-from disha.finetune.settings import DEMO_SETTINGS, AdapterSettings, FinetuneSettings
+from disha.finetune.settings import DEMO_SETTINGS, FIRST, AdapterSettings, FinetuneSettings
 from disha.text import brief
 
 __all__ = ["run", "settings_from"]
@@ -29,15 +28,17 @@ DESCRIPTION = """Fine-tune a model with Bone or BAT adapters.
 
 examples:
   disha finetune --demo
-  disha finetune --base_model_name_or_path path/to/model --data_path rows.jsonl --output_dir out
-  disha finetune --config run.yaml --learning_rate 1e-4
-  disha finetune --adapter out/adapter.safetensors --data_path more.jsonl --output_dir more"""
+  disha finetune --base path/to/model --data rows.jsonl --output out
+  disha finetune --config run.yaml --lr 1e-4
+  disha finetune --adapter out/adapter.safetensors --data more.jsonl --output more"""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Fine-tune, with the given command-line arguments."""
     settings = settings_from(arguments)
-    # These take seconds to import, and the help does not need them.
+    if "RANK" not in os.environ:  # of several processes, those that work together also complain so
+        settings.check()
+    # These take seconds to import. Neither the help nor complaints about flags need them.
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from disha.finetune.command import finetune
@@ -58,8 +59,8 @@ def settings_from(arguments: Sequence[str]) -> FinetuneSettings:
     """Return the settings of command-line `arguments`, which replace those of a config file.
 
     Raises:
-        SystemExit: the arguments are invalid, or ask for help.
-        ArgumentError: the config file can't be used.
+        SystemExit: the arguments ask for help.
+        ArgumentError: the arguments are invalid, or the config file can't be used.
     """
     words = list(arguments)
     given = _parsed(words, FinetuneSettings())
@@ -86,7 +87,7 @@ def _with_those_of(
 
 
 def _parsed(words: Sequence[str], defaults: FinetuneSettings) -> FinetuneSettings:
-    return parsed(FinetuneSettings, "finetune", words, DESCRIPTION, defaults)
+    return parsed(FinetuneSettings, "finetune", words, DESCRIPTION, defaults, FIRST)
 
 
 # --- the config file -----------------------------------------------------------------------------
@@ -97,10 +98,10 @@ def _words_in(path: Path, known: Collection[str]) -> list[str]:
     words: list[str] = []
     seen = set[str]()
     for key, value in _contents(path).items():
-        name = (key if isinstance(key, str) else brief(key)).replace("-", "_")
+        name = long_name(key if isinstance(key, str) else brief(key), known)
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            near = nearest(name, known, FLAG_WORDS)
+            hint = "" if near is None else f"; did you mean {near}?"
             raise ArgumentError(f"--config {path} holds {name!r}, which is not a flag{hint}")
         if name in seen:
             raise ArgumentError(f"--config {path} holds {name} twice; leave one of them out")
@@ -112,7 +113,7 @@ def _words_in(path: Path, known: Collection[str]) -> list[str]:
                 f"these, got {brief(value)}"
             )
         if value is not None:
-            words += [f"--{name}", *map(str, values)]
+            words += [f"--{name}", *map(str, values)] if value is values else [f"--{name}={value}"]
     return words
 
 
@@ -127,6 +128,8 @@ def _contents(path: Path) -> Mapping[Any, Any]:
         import tomllib
     else:
         import tomli as tomllib
+    from disha.files import read_text
+
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".toml"):
         raise ArgumentError(f"--config {path} must end with .yaml, .yml or .toml")

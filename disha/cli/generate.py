@@ -16,7 +16,7 @@ DESCRIPTION = """Let a model answer, with or without an adapter.
 
 examples:
   disha generate --adapter out/adapter.safetensors --prompt 'What is a shard?'
-  disha generate --base_model_name_or_path model.gguf --adapter out/adapter.safetensors \\
+  disha generate --base model.gguf --adapter out/adapter.safetensors \\
       --prompt_file prompts.txt --compare"""
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import disha
-from disha.cli.flags import FileArgument, Flags, parsed
+from disha.cli.flags import Flags, parsed
 from disha.cli.output import number, show, shown
 from disha.files.statistics import TensorStatistics, statistics_of
 from disha.tables import table
@@ -34,7 +35,7 @@ class InspectFlags(Flags):
             alone determines it.
     """
 
-    file: FileArgument
+    file: Path
     stats: bool = False
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 import disha
 from disha.cli.flags import Flags, parsed
@@ -47,11 +45,9 @@ class MergeFlags(Flags):
         overwrite: Replace an existing checkpoint, with everything in its folder.
     """
 
-    paths: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[BASE] ADAPTER OUT")
-    ]
+    paths: tuple[Path, ...]
     no_also_train: bool = False
-    scale: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
+    scale: float | None = None
     dtype: Literal["own", "float16", "bfloat16", "float32", "float64"] = "own"
     force: bool = False
     overwrite: bool = False

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 import disha
 from disha.cli.dispatcher import DONE, NO
-from disha.cli.flags import FileArgument, Flags, parsed
+from disha.cli.flags import Flags, parsed
 from disha.cli.output import show, shown
 from disha.files.statistics import statistics_of
 from disha.interop.checkpoints import verify_against
@@ -42,8 +39,8 @@ class VerifyFlags(Flags):
             it.
     """
 
-    file: FileArgument
-    base: Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
+    file: Path
+    base: Path | None = None
 
 
 @dataclass(frozen=True)

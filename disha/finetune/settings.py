@@ -17,14 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
-import tyro
-from tyro.constructors import PrimitiveConstructorSpec
-
 import disha
 from disha.finetune.errors import SettingsError
 
 __all__ = [
     "DEMO_SETTINGS",
+    "FIRST",
     "AdapterSettings",
     "Bits",
     "Count",
@@ -111,43 +109,7 @@ def require_unchanged(settings: object, names: tuple[str, ...], complaint: str) 
         require(not changed, f"--{name} {complaint}")
 
 
-WORDS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-
-
-def _switch(words: list[str]) -> bool:
-    word = words[0].lower() if words else "true"
-    if word not in WORDS:
-        raise ValueError(f"True or False is expected, not {words[0]!r}")
-    return WORDS[word]
-
-
-Switch: TypeAlias = Annotated[
-    bool,
-    PrimitiveConstructorSpec(
-        nargs=(0, 1),
-        metavar="[True|False]",
-        instance_from_str=_switch,
-        is_instance=lambda value: isinstance(value, bool),
-        str_from_instance=lambda value: [str(value)],
-    ),
-    tyro.conf.FlagConversionOff,
-]
-"""A bool given as `--packing`, or with a word, as in the original script: `--bf16 True`."""
-
-METHODS = disha.functional.METHODS
-
-MethodName: TypeAlias = Annotated[
-    str,
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{" + ",".join(METHODS) + "}",
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: value in METHODS,
-        str_from_instance=lambda value: [value],
-        choices=tuple(METHODS),
-    ),
-]
-"""The name of a method of the table."""
+Switch: TypeAlias = bool
 
 TITLES = {"bone": "Bone", "bat": "BAT"}
 """Name of a method -> how the literature writes it, where that differs."""
@@ -232,8 +194,8 @@ class AdapterSettings:
             layers are those of the file.
         bone_r: The adapter's r: a layer gets r x out_features parameters. BAT has out_features x
             r, rounded up to complete blocks, and a tile r x bone_r_out.
-        init_weights: True for Bone, bat for BAT.
-        method: The same as init_weights, by the library's names.
+        init_weights: True for Bone, bat for BAT, as in the original script.
+        method: The adapter's method: bone (also called miss) or bat. The default is bone.
         bone_r_out: Train a tile of this many columns, repeated over the outputs (upstream's
             "mini"). It must divide the outputs of every layer.
         target: Regular expression for the names of the layers to adapt, or all-linear. The
@@ -246,7 +208,7 @@ class AdapterSettings:
     adapter: Path | None = None
     bone_r: Count = 64
     init_weights: Literal["True", "bat"] = "True"
-    method: MethodName | None = None
+    method: str | None = None
     bone_r_out: Count | None = None
     target: str | None = None
     also_train: str | None = None
@@ -254,8 +216,12 @@ class AdapterSettings:
 
     @property
     def method_name(self) -> str:
-        """The library's name of the method."""
-        return self.method or ("bat" if self.init_weights == "bat" else "bone")
+        """The library's name of the method. Raises `SettingsError` if there is none."""
+        name = self.method or ("bat" if self.init_weights == "bat" else "bone")
+        try:
+            return disha.functional.method_of(name).name
+        except disha.ArgumentError as error:
+            raise SettingsError(f"--method: {error}") from error
 
     @property
     def title(self) -> str:
@@ -290,14 +256,15 @@ class AdapterSettings:
             self._require_that_of(self.adapter)
             return  # a regex in a file from a stranger could take hours to compile
         require(
-            self.init_weights == "True" or self.method in (None, self.init_weights),
+            self.init_weights == "True" or self.method is None or self.method_name == "bat",
             f"--init_weights {self.init_weights} and --method {self.method} contradict each other; "
             "give one of them",
         )
-        require(
-            self.bone_r_out is None or METHODS[self.method_name].tiles,
-            f"--bone_r_out does not go with {self.title}; leave it out, or train Bone",
-        )
+        if self.method is not None or self.bone_r_out is not None:  # asks torch
+            require(
+                self.bone_r_out is None or disha.functional.METHODS[self.method_name].tiles,
+                f"--bone_r_out does not go with {self.title}; leave it out, or train Bone",
+            )
         for name in ("target", "also_train"):
             pattern = getattr(self, name)
             try:
@@ -598,6 +565,13 @@ class FinetuneSettings:
     def decisive(self) -> dict[str, Any]:
         """Return the settings that have an effect on what is learned, beyond rounding."""
         return {k: v for k, v in self.to_json().items() if k not in {*HARMLESS, *ROUNDING}}
+
+
+FIRST = (
+    *("base_model_name_or_path", "data_path", "output_dir", "bone_r", "method", "learning_rate"),
+    *("num_train_epochs", "per_device_train_batch_size", "max_seq_length", "resume"),
+)
+"""The flags that matter most. The help shows them first."""
 
 
 # --- resuming ------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,12 +44,6 @@ class Done:
         assert self.err.startswith("disha")
         assert self.err.count("\n") == 1, self.err
         return self.err
-
-    @property
-    def usage(self) -> str:
-        """The explanation of wrong usage on stderr, without the box around it."""
-        assert self.out == ""
-        return " ".join(re.sub("[\u2500-\u257f]|-{3,}", " ", self.err).split())
 
 
 @pytest.fixture

@@ -367,5 +367,5 @@ def test_wrong_usage(run, files, flags, says):
     before = files.names()
     done = run("convert", files.path / "a", files.path / "out", *flags)
     assert done.code == 2
-    assert says in done.usage
+    assert says in done.complaint
     assert files.names() == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -17,7 +18,7 @@ import disha
 from disha.cli import COMMANDS
 from disha.cli.dispatcher import Command
 from disha.errors import AdapterFileWarning
-from disha.finetune.settings import FinetuneSettings
+from disha.finetune.settings import FIRST, FinetuneSettings
 from tests.cli.conftest import Done
 
 MODEL_COMMANDS = ("finetune", "generate", "evaluate")
@@ -55,22 +56,39 @@ def test_help_of_finetune_names_its_flags(run):
     told = run("finetune", "--help").out
     for flag in FinetuneSettings().to_json():
         assert f"--{flag} " in told
-    for group in ("model", "adapter", "data", "training", "output"):
-        assert f"{group} options" in told
+    groups = re.findall(r"^(\S.*):$", told, re.MULTILINE)
+    rest = ["model", "adapter", "data", "training", "output", "general"]
+    assert groups == ["examples", "most used", *rest]
+    first = re.findall(r"^  .*--(\w+)", told.split("most used:")[1].split("\nmodel:")[0], re.M)
+    assert first == list(FIRST)
+    assert len(FIRST) == 10
+    assert max(map(len, told.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("given", [[], ["finetun"], ["--nonsense"]])
-def test_wrong_usage_is_exit_code_2(run, given):
-    done = run(*given)
+def test_without_a_command_the_help_is_shown(run):
+    assert run() == run("--help")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("finetun", "finetune"),
+        ("fine-tune", "finetune"),
+        ("train", "finetune"),
+        ("chat", "generate"),
+        ("eval", "evaluate"),
+        ("export", "convert"),
+        ("fuse", "merge"),
+        ("show", "inspect"),
+        ("--nonsense", None),
+        ("xyz", None),
+    ],
+)
+def test_an_unknown_command_names_the_one_that_is_meant(run, word, meant):
+    done = run(word, "x")
+    hint = "" if meant is None else f"did you mean {meant}? "
     assert done.code == 2
-    assert "disha: error:" in done.err
-
-
-def test_wrong_usage_of_a_command_names_the_nearest(run, files):
-    done = run("inspect", files.adapter(), "--stat")
-    assert done.code == 2
-    assert "Unrecognized options: --stat " in done.usage
-    assert "Perhaps you meant: --stats" in done.usage
+    assert done.complaint == f"disha: {word!r} is not a command; {hint}disha --help lists all\n"
 
 
 def test_of_several_processes_the_first_complains_of_wrong_usage(run, files, monkeypatch):
@@ -80,11 +98,9 @@ def test_of_several_processes_the_first_complains_of_wrong_usage(run, files, mon
 
 @pytest.mark.parametrize("name", MODEL_COMMANDS)
 def test_a_wrong_value_is_named_with_its_flag(run, name):
-    assert "invalid choice '7' for argument '--bits'" in run(name, "--bits", "7").usage
+    assert "--bits must be one of bf16, fp32, 8, 4, got '7'" in run(name, "--bits", "7").complaint
     flag = "--top_k" if name == "generate" else "--max_seq_length"
-    said = run(name, flag, "many").usage
-    assert f"Error parsing {flag}" in said
-    assert "'many'" in said
+    assert f"{flag} must be a whole number, got 'many'" in run(name, flag, "many").complaint
 
 
 @pytest.mark.parametrize("name", MODEL_COMMANDS)
@@ -212,20 +228,21 @@ def test_what_no_one_reads_is_no_complaint(files):
 
 MISSING = """
 import sys
-sys.modules["tyro"] = None  # Python's mark of a module that must not be imported
+sys.modules["torch"] = None  # Python's mark of a module that must not be imported
 from disha.cli import COMMANDS, main
-print([main([name]) for name in COMMANDS])
+flags = ["--base", ".", "--data", ".", "--output", sys.argv[1]]
+print([main([name, *(flags if name == "finetune" else [])]) for name in COMMANDS])
 main(["--help"])
 """
 
 
-def test_without_the_extra_the_install_line_is_given():
-    done = python(MISSING)
+def test_without_the_extra_the_install_line_is_given(tmp_path):
+    done = python(MISSING, tmp_path)
     lines = dict(zip(COMMANDS, done.stderr.splitlines(), strict=True))
     assert done.stdout.startswith(f"{[2] * len(COMMANDS)}")
     for name, line in lines.items():
         extra = "finetune" if name in MODEL_COMMANDS else "cli"
-        assert "needs the package tyro, which is not installed" in line
+        assert "needs the package torch, which is not installed" in line
         assert f'pip install "disha-torch[{extra}]"' in line
 
 

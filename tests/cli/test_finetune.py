@@ -83,17 +83,30 @@ def test_a_switch_alone_leaves_what_follows(tmp_path):
 
 
 @pytest.mark.parametrize("words", ["--bf16 maybe", "--bone_r 1.5", "--init_weights miss", "--x"])
-def test_what_is_not_understood_is_exit_code_2(words, capsys):
-    with pytest.raises(SystemExit) as caught:
-        settings_from(words.split())
-    assert caught.value.code == 2
-    assert words.split()[-1] in capsys.readouterr().err
+def test_what_is_not_understood_is_exit_code_2(run, words):
+    done = run("finetune", *words.split())
+    assert done.code == 2
+    assert words.split()[-1] in done.complaint
 
 
 def test_the_demo_has_defaults_of_its_own_and_flags_take_their_place():
     assert settings_from(["--demo"]) == DEMO_SETTINGS
     changed = with_values(DEMO_SETTINGS, max_steps=3, output_dir=Path("elsewhere"))
     assert settings_from(["--max_steps", "3", "--demo", "--output_dir", "elsewhere"]) == changed
+
+
+def test_short_names_mean_the_long_ones(tmp_path):
+    short = "--base m --data d --output o --r 8 --lr 1e-3 --epochs 2 --batch-size 3"
+    long = (
+        "--base_model_name_or_path m --data_path d --output_dir o --bone_r 8 --learning_rate 1e-3 "
+        "--num_train_epochs 2 --per-device-train-batch-size 3"
+    )
+    given = settings_from(short.split())
+    assert given == settings_from(long.split()) != FinetuneSettings()
+    assert settings_from([*short.split(), "--learning_rate", "1"]).training.learning_rate == 1
+    path = tmp_path / "run.yaml"
+    path.write_text("base: m\ndata: d\noutput: o\nr: 8\nlr: 1e-3\nepochs: 2\nbatch-size: 3\n")
+    assert settings_from(["--config", str(path)]) == with_values(given, config=path)
 
 
 # --- flags from a file ---------------------------------------------------------------------------
@@ -195,6 +208,8 @@ def test_numbers_of_yaml_are_what_everybody_means(tmp_path, text):
         (b"\xff", "run.yaml", "is not UTF-8 text"),
         ("bone_r: 4\nbits: 8\nbone_r: 8", "run.yaml", "is not YAML: 'bone_r' comes twice"),
         ("bone_r: 4\nbone-r: 8", "run.yaml", "holds bone_r twice; leave one of them out"),
+        ("lr: 4\nlearning_rate: 8", "run.yaml", "holds learning_rate twice; leave one of them"),
+        ("lora_rank: 4", "run.yaml", "'lora_rank', which is not a flag; did you mean r?"),
         ("bone_r: 4", "run.json", "must end with .yaml, .yml or .toml"),
     ],
 )
@@ -224,7 +239,7 @@ def test_a_wrong_value_in_a_file_is_wrong_usage(run, tmp_path, text, complaint):
     path.write_text(text)
     done = run("finetune", "--config", path)
     assert done.code == 2
-    assert complaint in done.usage
+    assert complaint in done.complaint
 
 
 # --- several processes ---------------------------------------------------------------------------
@@ -235,6 +250,7 @@ def test_the_failure_of_another_process_is_told_there(run, monkeypatch):
         raise PeerError("rank 1 failed")
 
     monkeypatch.setattr("disha.finetune.command.finetune", fail)
+    monkeypatch.setattr(FinetuneSettings, "check", lambda settings: None)
     done = run("finetune")
     assert (done.code, done.out, done.err) == (1, "", "")
     with pytest.raises(SystemExit):

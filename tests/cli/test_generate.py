@@ -241,7 +241,7 @@ def test_bad_input_is_one_line_and_exit_code_2(ask, flags, complaint):
 def test_wrong_usage(ask, flags):
     done = ask("--prompt", "a", *flags)
     assert done.code == 2
-    assert flags[0] in done.usage
+    assert flags[0] in done.complaint
 
 
 @pytest.mark.parametrize("flag", ["--compare", "--merge"])

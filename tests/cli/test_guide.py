@@ -11,6 +11,7 @@ import pytest
 import disha
 from disha.cli.finetune import settings_from
 from disha.cli.flags import parsed
+from disha.cli.meanings import SHORT
 from disha.finetune.answering import GenerateSettings
 from disha.finetune.evaluating import EvaluateSettings
 from disha.finetune.settings import FinetuneSettings
@@ -39,7 +40,7 @@ def test_command(number):
     name = re.search(r"\bdisha (\w+)", command)[1]
     code, said = run_in_shell(command, TINY.get(name, ()))
     assert code == 0, said
-    output = re.search(r"--output_dir (\S+)", command)
+    output = re.search(r"--output(?:_dir)? (\S+)", command)
     if output and "--dry_run" not in command:
         written = disha.inspect_adapter(Path(output[1]) / "adapter.safetensors")
         assert written.config.method == ("bat" if "output/bat" in command else "bone")
@@ -51,7 +52,15 @@ def test_the_commands_are_there():
 
 
 def test_flags_that_are_named_exist():
-    known = {"help", "nproc-per-node", "to", "base", "force"}  # of other commands
+    known = {
+        "help",
+        "nproc-per-node",
+        "to",
+        "base",
+        "force",
+        "lora_rank",
+        *SHORT,
+    }  # of other commands
     known |= set(FinetuneSettings().to_json())
     known |= {*vars(GenerateSettings()), *vars(EvaluateSettings())}
     named = set(re.findall(r"--([a-z][a-z0-9_-]+)", TEXT))

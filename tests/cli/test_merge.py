@@ -119,7 +119,7 @@ def test_bad_input(run, files, base, adapter, flags):
 def test_wrong_usage(run, flags):
     done = run("merge", "base", "a", "out", *flags)
     assert done.code == 2
-    assert flags[1] in done.usage
+    assert flags[1] in done.complaint
 
 
 # --- progress ------------------------------------------------------------------------------------

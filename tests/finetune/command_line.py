@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -100,11 +99,6 @@ class Done:
         assert self.err.startswith("disha"), self.err
         assert self.err.count("\n") == 1, self.err
         return self.err
-
-    @property
-    def usage(self) -> str:
-        """The explanation of wrong usage on stderr, without the box around it."""
-        return " ".join(re.sub("[\u2500-\u257f]|-{3,}", " ", self.err).split())
 
 
 class Runner:

@@ -749,7 +749,7 @@ def test_a_file_without_rows_is_exit_code_2(finetune, content):
         (["--report_to", "wandb"], "tensorboard"),
         (["--lr_scheduler_type", "sine"], "cosine"),
         (["--strategy", "zero"], "fsdp"),
-        (["--bf16", "maybe"], "True or False is expected"),
+        (["--bf16", "maybe"], "--bf16 must be True or False, got 'maybe'"),
         (["--max_steps", "1.5"], "max_steps"),
         (["--learning_rate", "fast"], "learning_rate"),
         (["--seed"], "seed"),
@@ -760,7 +760,7 @@ def test_a_file_without_rows_is_exit_code_2(finetune, content):
 def test_wrong_usage_is_exit_code_2_and_names_the_nearest(finetune, given, complaint):
     done = finetune(*given)
     assert done.code == 2
-    assert complaint in done.usage
+    assert complaint in done.complaint
     assert not finetune.output.exists()
 
 

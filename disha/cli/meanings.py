@@ -1,0 +1,116 @@
+"""Short names of flags, and what people mean by words that are no commands or flags.
+
+Other tools have other names for the same settings. So an unknown word is looked up in a table
+first, and compared by its letters only then: `--rank` means `--r`, not `--tf32`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+
+__all__ = ["COMMAND_WORDS", "FLAG_WORDS", "SHORT", "long_name", "nearest"]
+
+SHORT: Mapping[str, str] = {
+    "base": "base_model_name_or_path",
+    "data": "data_path",
+    "output": "output_dir",
+    "r": "bone_r",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "arch": "architecture",
+}
+"""The short name of a flag -> its name."""
+
+COMMAND_WORDS: Mapping[str, str] = {
+    "finetune": "train training tune sft fit lora run",
+    "generate": "chat ask talk answer infer inference predict sample complete prompt",
+    "evaluate": "eval test score benchmark measure perplexity",
+    "convert": "export import save",
+    "merge": "fuse apply bake",
+    "combine": "add sum mix average blend",
+    "inspect": "info show print cat ls list describe",
+    "diff": "compare cmp",
+    "verify": "check validate",
+}
+"""A command -> words of other tools that mean it."""
+
+FLAG_WORDS: Mapping[str, str] = {
+    "base": "model_name_or_path model_name model_path model_id model_dir pretrained checkpoint_dir",
+    "data": "dataset train_file train_data train_path dataset_name files",
+    "output": "out out_dir save_dir save_path",
+    "r": "rank lora_r lora_rank network_dim dim",
+    "rank": "r lora_r",
+    "method": "peft_type adapter_type algorithm",
+    "lr": "step_size max_lr",
+    "epochs": "passes num_epochs",
+    "max_steps": "steps iters iterations",
+    "batch_size": "batch bs micro_batch_size train_batch_size",
+    "gradient_accumulation_steps": "accumulate grad_accum grad_accumulation",
+    "max_seq_length": "max_length max_len cutoff_len block_size context_length seq_len",
+    "adapter_dropout": "dropout lora_dropout",
+    "dropout": "adapter_dropout lora_dropout",
+    "target": "target_modules lora_target layers lora_layers",
+    "also_train": "modules_to_save unfreeze",
+    "lr_scheduler_type": "scheduler lr_scheduler schedule lr_decay",
+    "warmup_ratio": "warmup warmup_steps",
+    "weight_decay": "wd decay",
+    "max_grad_norm": "clip grad_clip gradient_clip_val",
+    "bf16": "fp16 half amp precision mixed_precision",
+    "bits": "quantize quantization",
+    "bits 4": "load_in_4bit qlora",
+    "bits 8": "load_in_8bit",
+    "resume": "continue checkpoint resume_from resume_from_checkpoint",
+    "overwrite_output_dir": "overwrite force",
+    "overwrite": "force overwrite_output_dir",
+    "eval_path": "val_data validation_file valid_file dev_file eval_dataset",
+    "eval_fraction": "val_size val_split validation_split_percentage test_size",
+    "eval_steps": "eval_every eval_interval",
+    "logging_steps": "log_every log_interval",
+    "save_steps": "save_every save_interval",
+    "save_total_limit": "keep keep_checkpoints",
+    "report_to": "logger wandb tensorboard log_with",
+    "dataloader_num_workers": "workers num_workers",
+    "dataset_field": "fields columns text_field dataset_text_field",
+    "dataset_split": "split train_split",
+    "template": "prompt_template chat_template",
+    "gradient_checkpointing": "checkpointing recompute",
+    "strategy": "fsdp ddp deepspeed",
+    "dry_run": "preview plan",
+    "max_new_tokens": "max_tokens n_predict length",
+    "temperature": "temp",
+    "prompt": "text question query message",
+    "prompt_file": "prompts input",
+    "adapter": "lora lora_path adapter_path adapter_name_or_path peft",
+    "merge": "fuse",
+}
+"""A flag, and its value where a name implies one -> names that other tools have for it."""
+
+
+def long_name(word: str, known: Collection[str]) -> str:
+    """Return the name of a flag that is spelled with dashes, or by its short name."""
+    name = word.replace("-", "_")
+    return name if name in known or SHORT.get(name) not in known else SHORT[name]
+
+
+def nearest(word: str, known: Collection[str], meanings: Mapping[str, str]) -> str | None:
+    """Return what an unknown word means: by the table, else by its letters; None if unclear.
+
+    Args:
+        word: the word.
+        known: all words that are allowed.
+        meanings: what is allowed somewhere -> the words that people may say for it.
+    """
+    names = {
+        said: meaning
+        for meaning, words in meanings.items()
+        if long_name(meaning.split()[0], known) in known
+        for said in words.split()
+    }
+    names |= {one: one for one in (*known, *SHORT) if long_name(one, known) in known}
+    said = word.replace("-", "_").lower()
+    if said in names:
+        return names[said]
+    near = difflib.get_close_matches(said, names, n=1, cutoff=0.7)
+    return names[near[0]] if near else None
