@@ -19,6 +19,7 @@ from disha.finetune.settings import AdapterSettings
 
 __all__ = [
     "ALL_PROJECTIONS",
+    "arguments",
     "base_values",
     "inject",
     "plan",
@@ -42,7 +43,7 @@ def inject(model: nn.Module, settings: AdapterSettings) -> dict[str, Tensor]:
             model; or the adapter belongs to another base.
     """
     if settings.adapter is None:
-        disha.inject_adapters(model, **_arguments(model, settings))
+        disha.inject_adapters(model, **arguments(model, settings))
         return base_values(model, _trained_besides(model))
     with refusing_other_base():
         return _loaded(model, settings.adapter, torch.float32)
@@ -65,10 +66,11 @@ def plan(model: nn.Module, settings: AdapterSettings) -> disha.Plan:
     Raises:
         DishaError: the target matches no layer, or the settings don't fit a layer.
     """
-    return disha.plan_adapters(model, **_arguments(model, settings))
+    return disha.plan_adapters(model, **arguments(model, settings))
 
 
-def _arguments(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
+def arguments(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
+    """Return the arguments that add such an adapter to a model, with new blocks."""
     if settings.adapter is not None:
         return _arguments_of_file(settings.adapter)
     return {

@@ -16,7 +16,6 @@ from disha.finetune.errors import TokenizerError
 from disha.finetune.generation import context_of
 from disha.finetune.hashing import add_state
 from disha.finetune.models.checkpoint import ModelCheckpoint, open_model
-from disha.finetune.models.decoder import DecoderConfig
 from disha.finetune.models.factory import load_factory
 from disha.finetune.models.quantised import WeightBits
 from disha.finetune.settings import ModelSettings
@@ -37,7 +36,11 @@ class Load(Protocol):
     """Reads the weights of a base model."""
 
     def __call__(self, device: torch.device, digest: Hash | None = None) -> nn.Module:
-        """Return the model on a device, and add what is stored to a hash, if one is given."""
+        """Return the model on a device, and add what is stored to a hash, if one is given.
+
+        The meta device means without values: no weight is read. A model that a user's function has
+        made keeps its values.
+        """
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,6 @@ class BaseModel:
         title: the model's name, for people to read.
         tokenizer: its tokenizer; None for a model that takes no text.
         context: the longest sequence it takes, in tokens; None for no limit.
-        config: the sizes of the built-in decoder; None for any other model.
         folder: the checkpoint's folder; None for a single file, and for any other model.
         path: the file or folder; None for a model that a function makes.
         load: reads the weights onto a device.
@@ -57,7 +59,6 @@ class BaseModel:
     title: str
     tokenizer: Tokenizer | None
     context: int | None
-    config: DecoderConfig | None
     folder: Path | None
     path: Path | None
     load: Load
@@ -91,7 +92,6 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
         title=checkpoint.title,
         tokenizer=tokenizer,
         context=config.context,
-        config=config,
         folder=checkpoint.folder,
         path=path,
         load=load,
@@ -102,7 +102,7 @@ def model_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
     """Return the number format of weights that are not quantised, and of products."""
     if settings.quantised:
         # All CUDA devices multiply bfloat16 faster than float32; few processors do.
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
     return torch.bfloat16 if settings.bits == "bf16" else torch.float32
 
 
@@ -139,13 +139,13 @@ def _made(settings: ModelSettings) -> BaseModel:
     def load(device: torch.device, digest: Hash | None = None) -> nn.Module:
         if digest is not None:
             add_state(digest, model.state_dict())
-        return (_in_bfloat16(model) if settings.bits == "bf16" else model).to(device)
+        stored = _in_bfloat16(model) if settings.bits == "bf16" else model
+        return stored if device.type == "meta" else stored.to(device)
 
     return BaseModel(
         title=settings.model,
         tokenizer=tokenizer,
         context=context_of(model),
-        config=None,
         folder=None,
         path=None,
         load=load,

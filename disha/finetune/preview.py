@@ -1,39 +1,45 @@
-"""``--dry_run``: describes a run without training, and estimates its memory.
-
-The estimate needs the sizes of the model, but not its weights. Autograd keeps tensors between
-forward and backward. Their memory is counted for one layer and for two, with tensors that have
-shapes but no values. A model with more layers keeps as much for each of them as for the second.
-"""
+"""``--dry_run``: describes a run without training: layers, an example, steps, memory and time."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import itertools
+import statistics
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import disha
-from disha.finetune.adapting import ALL_PROJECTIONS, plan
+from disha.finetune.adapting import plan
+from disha.finetune.data.batches import Batch, TokenBatch
+from disha.finetune.estimate import estimate, operations_per_second
 from disha.finetune.inputs import Inputs
-from disha.finetune.models.decoder import Decoder, DecoderConfig
 from disha.finetune.progress import counted
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.training.loop import planned_steps
 
-__all__ = ["MemoryEstimate", "estimate_memory", "meta_decoder", "preview"]
+__all__ = ["collapsed", "preview"]
 
-QUANTISED_BYTES = {"8": 1.0, "4": 0.5 + 0.127 / 8}
-"""Bytes per weight of a quantised layer. For 4 bits, this includes the scales of the blocks."""
+WIDTH = 100
+LONGEST_NAME = 50
+"""How many characters of a name are shown, the last ones."""
 
-ADAM_BYTES = 3 * 4
-"""Bytes per trained value: its gradient and two moments, in float32."""
+LONGEST_EXAMPLE = 600
+"""About how many characters of the example are shown."""
+
+MOST_GROUPS, MOST_REMARKS, MOST_RUNS, MOST_SPANS = 14, 4, 3, 6
+"""How many of these are shown: groups of layers, remarks on layers, runs of numbers, spans."""
+
+SAMPLED_BATCHES = 16
+"""How many batches tell how long rows are."""
 
 
 def preview(inputs: Inputs, settings: FinetuneSettings, processes: int = 1) -> str:
-    """Return what would be adapted and trained, in how many steps and in how much memory.
+    """Return what would be adapted and learned, in how many steps, in how much memory and time.
+
+    It fits a screen of 40 lines of 100 columns.
 
     Args:
         inputs: the inputs of the run.
@@ -43,189 +49,177 @@ def preview(inputs: Inputs, settings: FinetuneSettings, processes: int = 1) -> s
     Raises:
         DishaError: the adapter does not fit the model.
     """
-    config = inputs.base.config
-    model = meta_decoder(config) if config else inputs.base.load(torch.device("cpu"))
+    model = inputs.base.load(torch.device("meta"))
     planned = plan(model, settings.adapter)
-    rows, held_out = len(inputs.dataset.training), len(inputs.dataset.held_out)
-    lines = [
-        str(planned),
-        _steps(inputs, settings, processes),
-        f"{counted(rows, 'row')} to train on; {held_out:,} held out{inputs.tally.remarks}",
-    ]
-    if config is None:
-        lines.append("memory: not estimated for a model given by --model")
-    else:
-        found = estimate_memory(config, settings, planned)
-        lines.append(
-            f"memory of each process: about {_gib(found.total)}: base model {_gib(found.base)}, "
-            f"adapter {_gib(found.adapter)}, gradients and optimiser {_gib(found.optimiser)}, "
-            f"kept for backward {_gib(found.kept)} at {settings.data.max_seq_length} tokens a row"
-        )
-    return "\n".join(lines)
-
-
-def _steps(inputs: Inputs, settings: FinetuneSettings, processes: int) -> str:
-    training = settings.training
-    batches = inputs.source.batches_per_epoch()
-    steps = planned_steps(
-        settings.training, batches, settings.training.gradient_accumulation_steps * processes
+    training, batches = settings.training, inputs.source.batches_per_epoch()
+    accumulated = training.gradient_accumulation_steps * processes
+    steps = planned_steps(training, batches, accumulated)
+    rows = counted(training.per_device_train_batch_size * accumulated, "row")
+    passes = (
+        "" if batches is None else f", {steps * accumulated / batches:.2f} passes over the data"
     )
-    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
-    line = f"{counted(steps, 'step')} of {counted(rows, 'row')}"
-    if batches is not None:
-        epochs = steps * training.gradient_accumulation_steps * processes / batches
-        line += f", {epochs:.2f} passes over the data"
-    return line
+    remarks = [
+        f"{counted(len(inputs.dataset.training), 'row')} to train on; "
+        f"{len(inputs.dataset.held_out):,} held out{inputs.tally.remarks}",
+        f"{counted(steps, 'step')} of {rows}{passes}",
+        *_costs(model, inputs, settings, steps),
+    ]
+    return "\n".join([*_layers(planned), *_example(inputs), *itertools.chain(*map(_fit, remarks))])
+
+
+def _fit(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, max_lines=3, placeholder=" ...", subsequent_indent="  ")
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+def _layers(planned: disha.Plan) -> Iterator[str]:
+    groups: dict[Any, list[Any]] = {}
+    for one in planned.layers:
+        name = tuple("#" if part.isdigit() else part for part in one.name.split("."))
+        groups.setdefault((name, one.r, one.in_features, one.out_features), []).append(one)
+    rows = [("layers", "number", "r", "in -> out", "parameters")]
+    rows += [
+        (
+            _last(collapsed([one.name for one in group]) or "(the model)"),
+            f"{len(group):,}",
+            f"{r:,}",
+            f"{in_features} -> {out_features}",
+            f"{sum(one.parameters for one in group):,}",
+        )
+        for (_, r, in_features, out_features), group in groups.items()
+    ]
+    shown = rows[: 1 + MOST_GROUPS]
+    title, number, size, shape, last = (max(map(len, x)) for x in zip(*shown, strict=True))
+    for row in shown:
+        yield (
+            f"{row[0]:{title}}  {row[1]:>{number}}  {row[2]:>{size}}  {row[3]:{shape}}  "
+            f"{row[4]:>{last}}"
+        )
+    if len(rows) > len(shown):
+        yield f"and {counted(len(rows) - len(shown), 'more group')} of layers"
+    remarks = [
+        *(f"skipped {one.name} ({one.type_name}): {one.reason}" for one in planned.skipped),
+        *(f"not adapted {one.name} {one.shape}: its layout is unknown" for one in planned.unknown),
+        *(f"one shared parameter: {', '.join(names)}" for names in planned.tied),
+        *(f"also trained: {name}" for name in planned.also_train),
+    ]
+    yield from (textwrap.shorten(remark, WIDTH) for remark in remarks[:MOST_REMARKS])
+    if len(remarks) > MOST_REMARKS:
+        yield f"and {len(remarks) - MOST_REMARKS:,} more"
+    yield (
+        f"{counted(len(planned.layers), 'layer')}, {counted(planned.added, 'parameter')}; "
+        f"trainable {planned.trainable:,} of {planned.total:,} ({planned.percent:.3f}%)"
+    )
+
+
+def _last(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"...{name[3 - LONGEST_NAME :]}"
+
+
+def collapsed(names: Sequence[str]) -> str:
+    """Return one name for names that differ in numbers only.
+
+    Args:
+        names: names of layers.
+
+    Examples:
+        >>> from disha.finetune.preview import collapsed
+        >>> collapsed(["layers.0.q", "layers.1.q", "layers.2.q", "layers.5.q"])
+        'layers.0-2,5.q'
+    """
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(parts[0] if len(set(parts)) == 1 else _ranges(parts) for parts in columns)
+
+
+def _ranges(parts: Iterable[str]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(set(map(int, parts))):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    shown = ["-".join(map(str, run)) for run in runs]
+    return ",".join(shown if len(runs) <= MOST_RUNS else [*shown[:2], "...", shown[-1]])
+
+
+# --- an example ----------------------------------------------------------------------------------
+
+
+def _example(inputs: Inputs) -> Iterator[str]:
+    """Show the first row as the model gets it, with what it learns in double brackets."""
+    usable = map(inputs.encoder.encode, inputs.dataset.training) if inputs.encoder else iter(())
+    example = next(filter(None, usable), None)
+    if example is None or inputs.encoder is None:
+        return
+    tokens = counted(len(example.tokens), "token")
+    yield f"the first row, {tokens}; the {example.supervised:,} in [[ ]] are learned:"
+    pieces = []
+    bounds = [0, *itertools.chain(*example.learned[:MOST_SPANS]), len(example.tokens)]
+    for number, (first, end) in enumerate(itertools.pairwise(bounds)):
+        ids = list(example.tokens[first:end])
+        text = inputs.encoder.tokenizer.backend.decode(ids, skip_special_tokens=False)
+        text = _middle_cut(text, LONGEST_EXAMPLE // len(bounds))
+        pieces.append(f"[[{text}]]" if number % 2 else text)
+    yield textwrap.indent(textwrap.fill("".join(pieces), WIDTH - 2, drop_whitespace=False), "  ")
+
+
+def _middle_cut(text: str, limit: int) -> str:
+    """Return a text with what can't be printed escaped; of a long one, both ends."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}[... {len(text):,} characters ...]{text[-limit // 2 :]}"
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
+
+
+# --- memory and time -----------------------------------------------------------------------------
+
+
+def _costs(
+    model: nn.Module, inputs: Inputs, settings: FinetuneSettings, steps: int
+) -> Iterator[str]:
+    batch, part, shape = _batch(inputs, settings)
+    found = estimate(model, settings, batch, has_tokenizer=inputs.encoder is not None)
+    if isinstance(found, str):
+        yield f"memory and time: not known, because the model needs values to run: {found}"
+        return
+    yield (
+        f"memory of each process: about {_gib(found.total)}: base model {_gib(found.base)}, "
+        f"adapter {_gib(found.adapter)}, optimiser {_gib(found.optimiser)}, and at most "
+        f"{_gib(found.batch)} for a batch of {shape}"
+    )
+    operations = found.operations * part * settings.training.gradient_accumulation_steps
+    if operations:
+        speed = operations_per_second(settings)
+        yield (
+            f"time: about {operations / speed:.2g} s a step, "
+            f"{_duration(steps * operations / speed)} in all: {operations / 1e9:,.3g} billion "
+            f"operations at the {speed / 1e9:,.0f} billion/s of a matrix product, timed just now"
+        )
+
+
+def _batch(inputs: Inputs, settings: FinetuneSettings) -> tuple[Batch, float, str]:
+    """Return the largest batch, what part of it an average batch is, and its shape in words."""
+    batches = itertools.islice(inputs.source.batches(1), SAMPLED_BATCHES)
+    sampled: list[Any] = [inputs.source.collate(batch) for batch in batches]
+    if inputs.encoder is None:
+        return sampled[0], 1.0, f"shape {tuple(sampled[0].inputs.shape)}"
+    rows, time = settings.training.per_device_train_batch_size, settings.data.max_seq_length
+    tokens = torch.zeros(rows, time, dtype=torch.int64)
+    places = torch.arange(time).expand(rows, time) if settings.data.packing else None
+    mean = statistics.mean(batch.tokens.numel() for batch in sampled)
+    full = TokenBatch(tokens, tokens, places, rows * time, rows * time)
+    return full, mean / (rows * time), f"{counted(rows, 'row')} of {time} tokens"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes that training takes on each process.
-
-    Args:
-        base: the base model's weights.
-        adapter: the adapter's parameters.
-        optimiser: the gradients and the optimiser's moments of all trained parameters.
-        kept: the tensors that autograd keeps from forward to backward, for a batch of full length.
-    """
-
-    base: int
-    adapter: int
-    optimiser: int
-    kept: int
-
-    @property
-    def total(self) -> int:
-        """The sum. Temporary memory of single operations is not included."""
-        return self.base + self.adapter + self.optimiser + self.kept
-
-
-def estimate_memory(
-    config: DecoderConfig, settings: FinetuneSettings, plan: disha.Plan
-) -> MemoryEstimate:
-    """Estimate the memory of a run.
-
-    Args:
-        config: the decoder's sizes.
-        settings: the settings of the run. Batch size, length, number formats and checkpointing
-            change the result.
-        plan: the plan that `disha.plan_adapters` returns for such a model.
-    """
-    dtype = torch.float32 if settings.model.bits == "fp32" else torch.bfloat16
-    return MemoryEstimate(
-        base=_base_bytes(meta_decoder(config, dtype), settings),
-        adapter=plan.added * 4,
-        optimiser=plan.trainable * ADAM_BYTES,
-        kept=_kept_bytes(config, settings, dtype),
-    )
-
-
-def meta_decoder(config: DecoderConfig, dtype: torch.dtype = torch.float32) -> Decoder:
-    """Return a decoder that has shapes but no values."""
-    with torch.device("meta"), _created_in(dtype):
-        return Decoder(config)
-
-
-def _base_bytes(model: Decoder, settings: FinetuneSettings) -> int:
-    total = sum(parameter.nbytes for parameter in model.parameters())
-    if not settings.model.quantised:
-        return total
-    weights = [m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
-    packed = QUANTISED_BYTES[settings.model.bits] * sum(weight.numel() for weight in weights)
-    return total - sum(weight.nbytes for weight in weights) + int(packed)
-
-
-def _kept_bytes(config: DecoderConfig, settings: FinetuneSettings, dtype: torch.dtype) -> int:
-    rows, time = settings.training.per_device_train_batch_size, settings.data.max_seq_length
-    one, two = (_kept_by(config, layers, settings, dtype) for layers in (1, 2))
-    layer, outside = two - one, 2 * one - two
-    if not settings.training.gradient_checkpointing:
-        return outside + config.layers * layer
-    return outside + layer + config.layers * rows * time * config.hidden * dtype.itemsize
-
-
-def _kept_by(
-    config: DecoderConfig, layers: int, settings: FinetuneSettings, dtype: torch.dtype
-) -> int:
-    """Return the bytes that a decoder of `layers` layers keeps, all projections adapted."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    r = settings.adapter.bone_r
-    windowed = tuple(layer for layer in config.windowed_layers if layer < layers)
-    config = dataclasses.replace(config, layers=layers, windowed_layers=windowed)
-    sizes = (settings.training.per_device_train_batch_size, settings.data.max_seq_length)
-    with FakeTensorMode(), _created_in(dtype):
-        model = Decoder(config).requires_grad_(False)
-        adapted = disha.plan_adapters(model, ALL_PROJECTIONS, r).layers
-        for layer in adapted:
-            _add_block(layer.module, layer.r, layer.out_features)
-        kept = _Kept(model, r)
-        if not disha.functional.METHODS[settings.adapter.method_name].reduces:
-            # Such a method keeps its inputs, not the sums of their shards.
-            for layer in adapted:
-                layer.module.register_forward_pre_hook(kept.note_input)
-        tokens = torch.zeros(sizes, dtype=torch.int64)
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=settings.training.bf16),
-            torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor),
-        ):
-            logits = model.lm_head(model.model(tokens)).float()
-            nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
-    return kept.nbytes
-
-
-def _add_block(layer: nn.Module, r: int, out_features: int) -> None:
-    """Add a Bone block to a layer without values.
-
-    A layer adapted by the library would compute its complete weight here.
-    """
-    block = nn.Parameter(torch.zeros(r, out_features, dtype=torch.float32))
-    layer.register_parameter("block", block)
-
-    def add_update(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        delta = disha.functional.bone_delta(inputs[0], block, out_features)
-        return output + delta.to(output.dtype)
-
-    layer.register_forward_hook(add_update)
-
-
-@contextmanager
-def _created_in(dtype: torch.dtype) -> Iterator[None]:
-    """Create parameters in `dtype` within the block."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-class _Kept:
-    """The memory behind the tensors that autograd saves, each counted once."""
-
-    def __init__(self, model: Decoder, r: int) -> None:
-        self._r = r
-        self._sums = 0
-        self._parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-        self._found: dict[int, torch.UntypedStorage] = {}  # held, so that no address is reused
-
-    @property
-    def nbytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._found.values()) - self._sums
-
-    def note_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = self.note(inputs[0])
-        self._sums += x.nbytes // x.shape[-1] * self._r
-
-    def note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._parameters:
-            self._found[storage._cdata] = storage
-        return tensor

@@ -45,9 +45,10 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     def say(self, line: str) -> None:
-        """Print a line."""
+        """Print a line, with what the output can't encode escaped."""
         if self._prints:
-            print(line, flush=True)
+            encoding = sys.stdout.encoding or "utf-8"
+            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

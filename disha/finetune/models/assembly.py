@@ -90,7 +90,7 @@ class ModelCheckpoint(ABC):
 
         Args:
             dtype: the number format of weights that are not quantised, and of products.
-            device: where the weights go; the CPU by default.
+            device: where the weights go; the CPU by default. On the meta device, no weight is read.
             bits: 8 or 4 to quantise the linear layers of the decoder layers.
             digest: a hash to add the model to, as it is stored: its weights before they are
                 quantised, and its constants. Where and how they are stored does not count.
@@ -142,6 +142,8 @@ def assemble(
         digest.update(repr(_unusual(config)).encode())
     with torch.device("meta"):
         model = Decoder(config)
+    if device.type == "meta":
+        return model.to(dtype)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     if bits is not None:
         quantise_layers(model, bits, dtype, device)
