@@ -364,9 +364,11 @@ def _report(
             "before": course.before,
             "after": course.after,
             "by_step": course.evaluations,
+            "saved_step": course.progress.step if course.best is None else course.best,
         },
         "training": {
             "steps": course.progress.step,
+            "stopped_early": course.stopped_early,
             "seconds": course.progress.seconds,
             "tokens": course.tokens,
             "tokens_per_second": course.tokens_per_second,

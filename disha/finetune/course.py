@@ -17,23 +17,26 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from disha import AdapterStateError
 from disha.finetune.errors import PeerError, TrainingError
+from disha.finetune.evaluating import exact_answers, first_questions, perplexity_of
 from disha.finetune.folder_lock import FolderLock
 from disha.finetune.hashing import file_hash
 from disha.finetune.inputs import Inputs
 from disha.finetune.metrics import Metrics, recorded_steps, recording
-from disha.finetune.progress import Clock, ShowStep, showing_progress
+from disha.finetune.progress import Clock, ShowStep, counted, showing_progress
 from disha.finetune.resuming import Setup, batches_per_step
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.stopping import Interrupted, forget_signal
 from disha.finetune.training.checkpoints import (
     Checkpoints,
     SavedState,
+    adapter_values,
     random_state,
     restore_random_state,
+    set_adapter_values,
     usable,
 )
 from disha.finetune.training.evaluation import mean_loss
@@ -44,9 +47,12 @@ from disha.finetune.training.loop import (
     planned_steps,
     training_steps,
 )
-from disha.finetune.training.parallel import Processes
+from disha.finetune.training.parallel import Processes, undistributed
 
 __all__ = ["Course", "train"]
+
+MOST_ANSWERS, MOST_TOKENS = 64, 128
+"""How many held-out rows are answered for `--metric_for_best_model exact_match`, and how long."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,16 @@ class Course:
         evaluations: the loss on the checked rows, by the number of steps done before it.
         progress: how far training came, including the steps before a resume.
         resumed_from: the checkpoint that this run resumed from, if any.
+        best: the step of the adapter that the model has now, if it is not that of the last step.
+        stopped_early: whether measurements did not get better for too long.
     """
 
     steps: tuple[Step, ...]
     evaluations: Mapping[int, float]
     progress: Progress
     resumed_from: Path | None
+    best: int | None
+    stopped_early: bool
 
     @property
     def before(self) -> float:
@@ -72,8 +82,8 @@ class Course:
 
     @property
     def after(self) -> float:
-        """The loss on the checked rows after training."""
-        return self.evaluations[max(self.evaluations)]
+        """The loss on the checked rows after training, with the adapter that is saved."""
+        return self.evaluations[max(self.evaluations) if self.best is None else self.best]
 
     @property
     def tokens(self) -> int:
@@ -135,6 +145,10 @@ class _Training:
     base: str
     steps: list[Step] = field(default_factory=list)
     evaluations: dict[int, float] = field(default_factory=dict)
+    exact_matches: dict[int, float] = field(default_factory=dict)
+    """The part of exact answers, by steps as in `evaluations`, if that decides what is best."""
+    best: Mapping[str, Tensor] | None = None
+    """The adapter of the best step, if it is to be kept."""
     progress: Progress = field(default_factory=Progress)
     unmeasured: Step | None = None
     """The last step, while the loss after it is not measured yet."""
@@ -165,12 +179,13 @@ class _Training:
         ) as metrics:
             if saved is None:
                 with self.clock.phase(f"measuring the {name} loss before training"):
-                    self.evaluations[0] = self._evaluate()
-                metrics.record_evaluation(0, self.evaluations[0])
+                    metrics.record_evaluation(0, **self._measure(0))
             with self.clock.phase("training, with evaluations"):
                 self._train(planned, metrics)
         folder = None if saved is None else saved.folder
-        return Course(tuple(self.steps), self.evaluations, self.progress, folder)
+        best = self._take_best()
+        early = self.progress.step < planned
+        return Course(tuple(self.steps), self.evaluations, self.progress, folder, best, early)
 
     @property
     def _recorded(self) -> int:
@@ -206,15 +221,79 @@ class _Training:
         return setup
 
     def _restore(self, saved: SavedState) -> None:
-        self.checkpoints.restore(saved, self.objective, self.optimizer)
+        best = self.checkpoints.restore(saved, self.objective, self.optimizer)
+        if self.settings.training.load_best_model_at_end:
+            self.best = best
         self.progress = saved.progress
         with usable(saved.folder):
             unmeasured = saved.history.get("unmeasured")
             self.unmeasured = None if unmeasured is None else Step(**unmeasured)
-            evaluations = saved.history["evaluations"].items()
-            self.evaluations.update({int(step): float(loss) for step, loss in evaluations})
+            for name in ("evaluations", "exact_matches"):
+                found = saved.history.get(name, {}).items()
+                getattr(self, name).update({int(step): float(value) for step, value in found})
         self.steps.extend(recorded_steps(self.settings.output.output, self._recorded))
         self.clock.say(f"resuming from {saved.folder}, after step {saved.progress.step}")
+
+    def _measure(self, step: int) -> dict[str, float]:
+        """Measure the model after a step, and keep its adapter if it is the best one so far."""
+        training, measured = self.settings.training, {"eval_loss": self._evaluate()}
+        if training.metric_for_best_model == "exact_match":
+            measured["eval_exact_match"] = self.exact_matches[step] = self._exact_match()
+        self.evaluations[step] = measured["eval_loss"]
+        if training.load_best_model_at_end and self._best_step == step:
+            self.best = adapter_values(self.objective)
+        return measured
+
+    def _exact_match(self) -> float:
+        """Return the part of the first held-out rows that the model answers exactly."""
+        encoder, processes = self.inputs.encoder, self.processes
+        assert encoder is not None
+        model = undistributed(self.objective).model
+        with processes.interruptible():
+            questions = first_questions(self.inputs.dataset.held_out, encoder, MOST_ANSWERS)
+            own = questions[processes.rank :: processes.world_size]
+            exact = exact_answers(
+                model, encoder.tokenizer, own, max_new_tokens=MOST_TOKENS, size=MOST_ANSWERS
+            )
+        [total] = processes.sum([exact])
+        return total / len(questions)
+
+    @property
+    def _best_step(self) -> int:
+        """The first of the steps with the best measurement."""
+        if self.settings.training.metric_for_best_model == "exact_match":
+            return max(self.exact_matches, key=self.exact_matches.__getitem__)
+        return min(self.evaluations, key=self.evaluations.__getitem__)
+
+    @property
+    def _stops_early(self) -> bool:
+        """Whether the measurements after the best one are as many as patience allows."""
+        patience = self.settings.training.early_stopping_patience
+        worse = sum(step > self._best_step for step in self.evaluations)
+        return patience is not None and worse >= patience
+
+    def _take_best(self) -> int | None:
+        """Give the model the adapter of the best step. Return the step, if it is not the last."""
+        settings, best, last = self.settings.training, self._best_step, self.progress.step
+        if last < self.setup.steps:
+            waited = counted(settings.early_stopping_patience or 0, "measurement")
+            self.clock.say(
+                f"stopped early after step {last}: {waited} without a better value than the "
+                f"{self._figure(best)} of step {best}"
+            )
+        if self.best is None or best == last:
+            return None
+        set_adapter_values(self.objective, self.best)
+        self.clock.say(f"the adapter is that of step {best}: {self._figure(best)}")
+        return best
+
+    def _figure(self, step: int) -> str:
+        """Return what was measured after a step, in words."""
+        metric, loss = self.settings.training.metric_for_best_model, self.evaluations[step]
+        if metric == "exact_match":
+            return f"{self.exact_matches[step]:.1%} of answers exact"
+        value = perplexity_of(loss) if metric == "perplexity" else loss
+        return f"{self.inputs.checked.name} {metric} {value:.4f}"
 
     def _evaluate(self) -> float:
         checked, training = self.inputs.checked, self.settings.training
@@ -254,7 +333,8 @@ class _Training:
                 batches_per_step=self.setup.batches_per_step,
             )
             before_resuming = [] if self.unmeasured is None else [self.unmeasured]
-            for step in itertools.chain(before_resuming, following):
+            steps = itertools.chain(before_resuming, following)
+            while not self._stops_early and (step := next(steps, None)) is not None:
                 self._complete(step, planned, metrics, show)
 
     def _complete(self, step: Step, planned: int, metrics: Metrics, show: ShowStep) -> None:
@@ -263,8 +343,7 @@ class _Training:
         every = self.settings.data.eval_steps
         if step.step == planned or (every > 0 and step.step % every == 0):
             self.unmeasured = step
-            loss = self.evaluations[step.step] = self._evaluate()
-            step, self.unmeasured = replace(step, eval_loss=loss), None
+            step, self.unmeasured = replace(step, **self._measure(step.step)), None  # type: ignore[arg-type]
         metrics.record_step(step)
         show(step)
         self.steps.append(step)
@@ -280,6 +359,7 @@ class _Training:
     def _save(self) -> Path:
         self.processes.on_main(self.lock.keep)
         unmeasured = self.unmeasured
+        is_other = self.best is not None and self._best_step != self.progress.step
         return self.checkpoints.save(
             self.objective,
             self.optimizer,
@@ -287,8 +367,10 @@ class _Training:
             setup=vars(self.setup),
             history={
                 "evaluations": {str(k): v for k, v in self.evaluations.items()},
+                "exact_matches": {str(k): v for k, v in self.exact_matches.items()},
                 "unmeasured": None if unmeasured is None else asdict(unmeasured),
             },
+            best=self.best if is_other else None,
         )
 
     def leave(self, interruption: Interrupted) -> NoReturn:

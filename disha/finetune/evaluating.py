@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -32,10 +33,21 @@ from disha.finetune.settings import (
     require_adapter,
     require_unchanged,
 )
+from disha.finetune.text.tokenizer import Tokenizer
 from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.objectives import objective_for
 
-__all__ = ["EvaluateSettings", "Measured", "Measurement", "Watch", "evaluate"]
+__all__ = [
+    "EvaluateSettings",
+    "Measured",
+    "Measurement",
+    "Question",
+    "Watch",
+    "evaluate",
+    "exact_answers",
+    "first_questions",
+    "perplexity_of",
+]
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,12 @@ class Measured:
     @property
     def perplexity(self) -> float:
         """The exponential of the loss."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity_of(self.loss)
+
+
+def perplexity_of(loss: float) -> float:
+    """Return the exponential of a loss."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -144,24 +161,25 @@ def evaluate(
     rows = open_rows(data.data, data.dataset_split, streaming=data.streaming)
     base = open_base_model(settings.model)
     encoder = _encoder(settings, base)
-    tally, used, examples = Tally(), [], []
+    tally, examples, questions = Tally(), [], []
     for row in rows:
         outcome = encoder.outcome(row)
         encoder.require_allowed(outcome)
         tally.add(outcome)
         if outcome.example is not None:
-            used.append(row)
             examples.append(outcome.example)
+            if settings.exact_match:
+                questions.append(Question.of(row, outcome.example, encoder))
     tally.require_used(data.max_seq_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, values = with_adapter(base.load(device), settings.adapter, merge=settings.merge)
-    measured = _measured(model, settings, encoder, used, examples, watch)
+    measured = _measured(model, settings, encoder, examples, questions, watch)
     if not settings.compare:
         return Measurement(measured, None, tally)
     if settings.merge:
         disha.unmerge_adapters(model)
     with without_adapter(model, values):
-        alone = _measured(model, settings, encoder, used, examples, watch)
+        alone = _measured(model, settings, encoder, examples, questions, watch)
     return Measurement(measured, alone, tally)
 
 
@@ -179,24 +197,81 @@ def _measured(
     model: nn.Module,
     settings: EvaluateSettings,
     encoder: Encoder,
-    rows: Sequence[Row],
     examples: Sequence[Example],
+    questions: Sequence[Question],
     watch: Watch,
 ) -> Measured:
     objective = objective_for(model, has_tokenizer=True)
     size = settings.per_device_eval_batch_size
     batches = math.ceil(len(examples) / size)
     found = mean_loss(objective, watch(batch_by_length(examples, size), batches, "measuring"))
-    if not settings.exact_match:
-        return Measured(found.loss, found.terms, None)
-    # Sort by length, as prompts of the same length are answered together.
-    places = sorted(range(len(examples)), key=lambda place: len(examples[place].prompt))
-    groups = [places[first : first + size] for first in range(0, len(places), size)]
-    exact, tokenizer = 0, encoder.tokenizer
-    for group in watch(groups, len(groups), "answering"):
-        prompts = [examples[place].prompt for place in group]
-        made = complete(model, prompts, max_new_tokens=settings.max_new_tokens, ends=tokenizer.ends)
-        for place, ids in zip(group, made, strict=True):
-            response = rows[place].text(settings.data.dataset_field[1])
-            exact += tokenizer.decode(ids).strip() == response.strip()
+    exact = None
+    if settings.exact_match:
+        exact = exact_answers(
+            model,
+            encoder.tokenizer,
+            questions,
+            max_new_tokens=settings.max_new_tokens,
+            size=size,
+            watch=watch,
+        )
     return Measured(found.loss, found.terms, exact)
+
+
+# --- exact answers -------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    """A prompt as token ids, and the response to it."""
+
+    prompt: tuple[int, ...]
+    response: str
+
+    @classmethod
+    def of(cls, row: Row, example: Example, encoder: Encoder) -> Question:
+        """Return the question of a row with a query and a response."""
+        return cls(example.prompt, row.text(encoder.fields[1]))
+
+
+def first_questions(rows: Iterable[Row], encoder: Encoder, most: int) -> list[Question]:
+    """Return the questions of the first usable rows.
+
+    Args:
+        rows: rows with a query and a response.
+        encoder: turns them into token ids.
+        most: how many to return at most.
+    """
+    encoded = ((row, encoder.encode(row)) for row in rows)
+    found = (Question.of(row, one, encoder) for row, one in encoded if one is not None)
+    return list(itertools.islice(found, most))
+
+
+def exact_answers(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    size: int,
+    watch: Watch = lambda items, total, label: items,
+) -> int:
+    """Count the answers that equal the response, apart from white space around it.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        questions: what to ask.
+        max_new_tokens: most tokens of an answer.
+        size: how many are asked together.
+        watch: shows progress.
+    """
+    # Sort by length, as prompts of the same length are answered together.
+    ordered = sorted(questions, key=lambda question: len(question.prompt))
+    groups = [ordered[first : first + size] for first in range(0, len(ordered), size)]
+    exact = 0
+    for group in watch(groups, len(groups), "answering"):
+        prompts = [question.prompt for question in group]
+        made = complete(model, prompts, max_new_tokens=max_new_tokens, ends=tokenizer.ends)
+        for question, ids in zip(group, made, strict=True):
+            exact += tokenizer.decode(ids).strip() == question.response.strip()
+    return exact

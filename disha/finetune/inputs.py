@@ -179,6 +179,11 @@ def _of_numbers(settings: FinetuneSettings, base: BaseModel, dataset: Dataset) -
         f"is for text, but {base.title} came without a tokenizer; leave it out, or let the "
         "function return a pair of the model and a tokenizer",
     )
+    require(
+        training.metric_for_best_model != "exact_match",
+        f"--metric_for_best_model exact_match compares texts, but {base.title} came without a "
+        "tokenizer; use loss",
+    )
     if len(data.dataset_field) != 2:
         raise DataError(
             f"{base.title} came without a tokenizer, so --dataset_field must name two fields of "

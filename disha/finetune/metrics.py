@@ -45,9 +45,9 @@ class Metrics:
         """Record an optimiser step, without the values that were not measured."""
         self._record({k: v for k, v in dataclasses.asdict(step).items() if v is not None})
 
-    def record_evaluation(self, step: int, loss: float) -> None:
-        """Record the held-out loss before the first step."""
-        self._record({"step": step, "eval_loss": loss})
+    def record_evaluation(self, step: int, eval_loss: float, **others: float) -> None:
+        """Record what was measured before the first step, by its names in `Step`."""
+        self._record({"step": step, "eval_loss": eval_loss, **others})
 
     def close(self) -> None:
         """Write the remaining events to the disk, and close the files."""
@@ -110,6 +110,8 @@ def _scalars(values: dict[str, Any]) -> dict[str, float]:
     scalars = {f"train/{name}": values[name] for name in names if name in values}
     if (loss := values.get("eval_loss")) is not None:
         scalars |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+    if (exact := values.get("eval_exact_match")) is not None:
+        scalars["eval/exact_match"] = exact
     return scalars
 
 
@@ -174,7 +176,8 @@ def recorded_steps(folder: Path, last: int) -> list[Step]:
         OutputError: they can't be read.
     """
     names = {field.name for field in dataclasses.fields(Step)}
-    records = ({"eval_loss": None, **values} for values in _records(folder / METRICS, last))
+    unmeasured = {"eval_loss": None, "eval_exact_match": None}
+    records = ({**unmeasured, **values} for values in _records(folder / METRICS, last))
     return [Step(**values) for values in records if values.keys() == names]
 
 

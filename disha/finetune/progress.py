@@ -113,4 +113,8 @@ def _numbers(step: Step) -> str:
 
 
 def _evaluated(before: str, step: Step, checked: str) -> str:
-    return "" if step.eval_loss is None else f"{before}{checked} loss {step.eval_loss:.4f}"
+    if step.eval_loss is None:
+        return ""
+    exact = step.eval_exact_match
+    answers = "" if exact is None else f", {exact:.1%} of answers exact"
+    return f"{before}{checked} loss {step.eval_loss:.4f}{answers}"

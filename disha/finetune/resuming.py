@@ -58,7 +58,7 @@ class Setup:
         steps: int,
     ) -> Setup:
         """Return the setup of a run with these settings."""
-        found, defaults = settings.decisive(), FinetuneSettings().decisive()
+        found, defaults = settings.decisive(), FinetuneSettings().to_json()
         changed = tuple(name for name in found if found[name] != defaults[name])
         return cls(found, changed, contents, batches_per_step, steps)
 

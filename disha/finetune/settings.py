@@ -380,6 +380,7 @@ class DataSettings:
 
 ScheduleName = Literal["cosine", "linear", "constant"]
 Strategy = Literal["ddp", "fsdp"]
+MetricName = Literal["loss", "perplexity", "exact_match"]
 
 
 @dataclass(frozen=True)
@@ -406,6 +407,12 @@ class TrainingSettings:
         compile: Compile the model with torch.compile.
         strategy: How several processes (torchrun) share the work. With ddp, each has the complete
             model; with fsdp, each has a part of it.
+        load_best_model_at_end: Save the adapter of the best measured step, not of the last step.
+        early_stopping_patience: Stop after this many measurements in a row that are not better
+            than the best one.
+        metric_for_best_model: What is best: the lowest loss or perplexity of the held-out rows, or
+            the most answers that equal the response (of the first 64 held-out rows, with at most
+            128 tokens each).
     """
 
     num_train_epochs: Positive = 1.0
@@ -429,6 +436,16 @@ class TrainingSettings:
     gradient_checkpointing: Switch = False
     compile: Switch = False
     strategy: Strategy = "ddp"
+    load_best_model_at_end: Switch = False
+    early_stopping_patience: Count | None = None
+    metric_for_best_model: MetricName = "loss"
+
+    @property
+    def comparing(self) -> str | None:
+        """The flag that compares measurements; None if no flag does."""
+        if self.load_best_model_at_end:
+            return "--load_best_model_at_end"
+        return None if self.early_stopping_patience is None else "--early_stopping_patience"
 
 
 @dataclass(frozen=True)
@@ -549,11 +566,39 @@ class FinetuneSettings:
             "--eval_steps needs rows to measure on; give --eval_path, --eval_split or "
             "--eval_fraction too",
         )
+        self._check_comparison()
         require(
             not (self.model.quantised and self.training.strategy == "fsdp"),
             f"--bits {self.model.bits} does not go with --strategy fsdp, which can't shard "
             "quantised weights; use --strategy ddp, or --bits bf16",
         )
+
+    def _check_comparison(self) -> None:
+        flag, metric = self.training.comparing, self.training.metric_for_best_model
+        if flag is None:
+            require_unchanged(
+                self.training,
+                ("metric_for_best_model",),
+                "says what is best for --load_best_model_at_end and --early_stopping_patience; "
+                "give one of them too",
+            )
+            return
+        require(
+            self.data.eval_steps > 0 and (self.demo or self.data.has_held_out),
+            f"{flag} compares measurements of held-out rows, and there are none; give "
+            "--eval_steps, and --eval_path, --eval_split or --eval_fraction",
+        )
+        if metric == "exact_match":
+            require(
+                len(self.data.dataset_field) == 2,
+                "--metric_for_best_model exact_match compares with a response; --dataset_field "
+                "must name two fields",
+            )
+            require(
+                self.training.strategy != "fsdp",
+                "--metric_for_best_model exact_match does not go with --strategy fsdp, where no "
+                "process has the complete model to answer with; use loss, or --strategy ddp",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return all settings by their flags' names, as JSON holds them."""
@@ -564,7 +609,10 @@ class FinetuneSettings:
 
     def decisive(self) -> dict[str, Any]:
         """Return the settings that have an effect on what is learned, beyond rounding."""
-        return {k: v for k, v in self.to_json().items() if k not in {*HARMLESS, *ROUNDING}}
+        harmless = {*HARMLESS, *ROUNDING}
+        if self.training.comparing is not None:
+            harmless.remove("eval_steps")
+        return {k: v for k, v in self.to_json().items() if k not in harmless}
 
 
 FIRST = (

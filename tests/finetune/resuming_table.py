@@ -197,6 +197,7 @@ def refused(name: str, value: Any, **others: Any) -> Case:
 STREAMED = {"streaming": True}
 BY_FRACTION = {"eval_path": None, "eval_fraction": 0.2}
 BY_FUNCTION = {"base_model_name_or_path": None, "model": "tests.finetune.factories:gpt2"}
+BEST = {"eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.05}
 GOING_ON = {"adapter": "{folder}/start.safetensors"}
 CONSTANT = {"lr_scheduler_type": "constant"}
 BY_EPOCHS = {"max_steps": None, "num_train_epochs": 0.5}
@@ -213,6 +214,7 @@ TABLE = [
             "streamed": Case(always=STREAMED),
             "function": Case(always=BY_FUNCTION),
             "going on": Case(always=GOING_ON),
+            "best": Case(always=BEST),
         },
     ),
     Row(
@@ -266,7 +268,8 @@ TABLE = [
         },
     ),
     Row(
-        "what is measured, shown or saved: `--eval_steps`, `--logging_steps`, `--save_strategy`, "
+        "what is measured, shown or saved: `--eval_steps` if no flag compares measurements, "
+        "`--logging_steps`, `--save_strategy`, "
         "`--save_steps`, `--save_total_limit`, `--report_to`, `--merge`, `--verify`, "
         "`--note_base`, `--debug`",
         SAME,
@@ -378,6 +381,20 @@ TABLE = [
             ),
             "function": Case(always=BY_FUNCTION, do=another_seed, says=BASE_DIFFERS),
             "model": refused("model", BY_FUNCTION["model"], base_model_name_or_path=None),
+        },
+    ),
+    Row(
+        "which step is the best, and when to stop early: `--load_best_model_at_end`, "
+        "`--early_stopping_patience`, `--metric_for_best_model`, and then `--eval_steps`",
+        REFUSED,
+        {
+            "best": refused("load_best_model_at_end", True, eval_steps=1),
+            "no best": Case({"load_best_model_at_end": False}, BEST, says="use the same settings"),
+            "patience": refused("early_stopping_patience", 9, eval_steps=1),
+            "metric": Case(
+                {"metric_for_best_model": "perplexity"}, BEST, says="with metric_for_best_model "
+            ),
+            "measurements": Case({"eval_steps": 2}, BEST, says="with eval_steps 1, but this "),
         },
     ),
     Row(

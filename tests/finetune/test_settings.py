@@ -23,6 +23,14 @@ def good(tmp_path, tiny_path):
     )
 
 
+ANSWERS = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "exact_match",
+    "eval_fraction": 0.1,
+    "eval_steps": 5,
+}
+
+
 def test_good_settings_pass_and_touch_nothing(good):
     good.check()
     assert not good.output.output.exists()
@@ -44,6 +52,13 @@ def test_good_settings_pass_and_touch_nothing(good):
         ({"eval_fraction": 1.5}, "--eval_fraction must be at least 0 and less than 1"),
         ({"eval_steps": -5}, "--eval_steps must be at least 0"),
         ({"eval_steps": 5}, "--eval_steps needs rows to measure on"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end compares measurements of"),
+        ({"early_stopping_patience": 2}, "--early_stopping_patience compares measurements of"),
+        ({"early_stopping_patience": 2, "eval_fraction": 0.1}, "there are none; give --eval_steps"),
+        ({"early_stopping_patience": 0}, "--early_stopping_patience must be at least 1"),
+        ({"metric_for_best_model": "perplexity"}, "--metric_for_best_model says what is best"),
+        ({**ANSWERS, "dataset_field": ("text",)}, "--dataset_field must name two fields"),
+        ({**ANSWERS, "strategy": "fsdp"}, "exact_match does not go with --strategy fsdp"),
         ({"max_steps": 0}, "--max_steps must be at least 1, or -1"),
         ({"max_steps": -2}, "--max_steps must be at least 1, or -1"),
         ({"max_seq_length": 1}, "--max_seq_length must be at least 2"),
@@ -178,6 +193,9 @@ EVERYTHING = {
     "gradient_checkpointing": True,
     "compile": True,
     "strategy": "fsdp",
+    "load_best_model_at_end": True,
+    "early_stopping_patience": 3,
+    "metric_for_best_model": "perplexity",
     "output_dir": Path("out"),
     "logging_steps": 2,
     "eval_steps": 4,

@@ -3,9 +3,10 @@
 ``output_dir/checkpoint-<step>/`` holds
 
 - ``adapter.safetensors``: the adapter, as `disha.save_adapter` writes it
+- ``best.safetensors``: the adapter of the best step so far, if it is kept and is another one
 - ``training.pt``: optimiser state by parameter name, place in the data, random states, history;
   tensors and plain data only
-- ``manifest.json``: the SHA-256 of both
+- ``manifest.json``: the SHA-256 of the others
 
 A checkpoint is written completely or not at all. If a save is killed, the next one, or resuming,
 finishes it or removes what it left. Optimiser states are gathered, so any number of processes can
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 
 import disha
@@ -40,11 +41,20 @@ from disha.finetune.hashing import file_hash
 from disha.finetune.training.loop import Progress
 from disha.finetune.training.parallel import Processes, is_sharded, undistributed
 
-__all__ = ["Checkpoints", "SavedState", "random_state", "restore_random_state", "usable"]
+__all__ = [
+    "Checkpoints",
+    "SavedState",
+    "adapter_values",
+    "random_state",
+    "restore_random_state",
+    "set_adapter_values",
+    "usable",
+]
 
 T = TypeVar("T")
 
 ADAPTER, TRAINING, MANIFEST = "adapter.safetensors", "training.pt", "manifest.json"
+BEST = "best.safetensors"
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(\d+)")
 DRAFT = re.compile(r"\.(checkpoint-\d+)\..*\.tmp")
@@ -102,6 +112,7 @@ class Checkpoints:
         *,
         setup: Mapping[str, Any],
         history: Mapping[str, Any],
+        best: Mapping[str, Tensor] | None = None,
     ) -> Path:
         """Save a checkpoint. Then, with a limit, remove the checkpoints beyond it.
 
@@ -114,6 +125,7 @@ class Checkpoints:
             progress: how far training is.
             setup: plain data on what the run depends on.
             history: plain data to get back when resuming, such as the losses so far.
+            best: from `adapter_values`, another adapter to keep with this one.
 
         Returns:
             The folder of the checkpoint.
@@ -135,6 +147,9 @@ class Checkpoints:
             with ExitStack() as stack:
                 folder = self._on_main(lambda: stack.enter_context(self._new_folder(final)))
                 self._save_adapter(objective, folder / ADAPTER)
+                if best is not None:
+                    with _holding(objective, best):
+                        self._save_adapter(objective, folder / BEST)
                 self._on_main(lambda: _complete(folder, state))
                 self._on_main(stack.close)
         except OSError as error:  # every process gets this error
@@ -161,7 +176,7 @@ class Checkpoints:
 
     def restore(
         self, saved: SavedState, objective: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
+    ) -> dict[str, Tensor]:
         """Restore the model and the optimiser from `saved`.
 
         The random states are restored too, if the number of processes is the same. Otherwise they
@@ -172,16 +187,25 @@ class Checkpoints:
             objective: the objective to train, distributed or not; its adapter has the same shape.
             optimizer: a new optimiser, from `make_optimizer`.
 
+        Returns:
+            The values of the best adapter so far, or else of the adapter itself.
+
         Raises:
             SettingsError: the parameters to train are not the same as before.
             AdapterFileError: the adapter does not fit this model.
         """
         with usable(saved.folder):
             _restore_optimizer(saved, objective, optimizer)
-        disha.load_adapter(undistributed(objective).model, saved.folder / ADAPTER, replace=True)
+        model = undistributed(objective).model
+        kept = BEST if found_at(saved.folder / BEST) == "file" else ADAPTER
+        disha.load_adapter(model, saved.folder / kept, replace=True)
+        best = adapter_values(objective)
+        if kept != ADAPTER:
+            disha.load_adapter(model, saved.folder / ADAPTER, replace=True)
         if len(saved.random) == self._processes.world_size:
             with usable(saved.folder):
                 restore_random_state(saved.random[self._processes.rank])
+        return best
 
     def clear(self) -> None:
         """Remove all checkpoints of an earlier run, before a new run begins.
@@ -281,7 +305,8 @@ def _complete(folder: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()  # because torch.save hides why a file can't be written
     torch.save(state, buffer)
     (folder / TRAINING).write_bytes(buffer.getbuffer())
-    files = {name: file_hash(folder / name) for name in (ADAPTER, TRAINING)}
+    written = sorted(path.name for path in folder.iterdir())
+    files = {name: file_hash(folder / name) for name in written}
     manifest = json.dumps({"format": FORMAT, "files": files}, indent=2)
     (folder / MANIFEST).write_text(f"{manifest}\n", encoding="utf-8")
 
@@ -307,7 +332,7 @@ def _read(folder: Path) -> SavedState:
     """Read a checkpoint, after checking its hashes."""
     try:
         hashes = _hashes(folder)
-        for name in (ADAPTER, TRAINING):
+        for name in {ADAPTER, TRAINING, *hashes}:
             if file_hash(folder / name) != hashes.get(name):
                 raise _DamagedError(f"{name} is damaged: its SHA-256 is not that of the manifest")
         content = io.BytesIO((folder / TRAINING).read_bytes())  # torch.load hides errors of reading
@@ -371,6 +396,28 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 # --- state ---------------------------------------------------------------------------------------
+
+
+def adapter_values(objective: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the values that are trained; if they are sharded, of this process's part."""
+    state = disha.adapter_state_dict(undistributed(objective).model)
+    return {name: value.clone() for name, value in state.items()}
+
+
+def set_adapter_values(objective: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Set the values that are trained to those from `adapter_values`."""
+    disha.load_adapter_state_dict(undistributed(objective).model, values)
+
+
+@contextmanager
+def _holding(objective: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the trained parameters other values during the block."""
+    own = adapter_values(objective)
+    try:
+        set_adapter_values(objective, values)
+        yield
+    finally:
+        set_adapter_values(objective, own)
 
 
 def _optimizer_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> Any:

@@ -79,6 +79,7 @@ class Step:
         tokens_per_second: the speed of this step.
         seconds: time spent training so far, without evaluations.
         eval_loss: the held-out loss after this step, if it was measured.
+        eval_exact_match: the part of answers that equal the response, if it was measured.
         batches: batches of this epoch that are done.
         ends_epoch: whether the epoch has no more batches.
     """
@@ -92,6 +93,7 @@ class Step:
     tokens_per_second: float
     seconds: float
     eval_loss: float | None = None
+    eval_exact_match: float | None = None
     batches: int = 0
     ends_epoch: bool = False
 
