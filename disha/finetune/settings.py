@@ -609,10 +609,10 @@ class FinetuneSettings:
 
     def decisive(self) -> dict[str, Any]:
         """Return the settings that have an effect on what is learned, beyond rounding."""
-        harmless = {*HARMLESS, *ROUNDING}
+        decisive = {k: v for k, v in self.to_json().items() if k not in {*HARMLESS, *ROUNDING}}
         if self.training.comparing is not None:
-            harmless.remove("eval_steps")
-        return {k: v for k, v in self.to_json().items() if k not in harmless}
+            decisive["eval_steps"] = self.data.eval_steps
+        return decisive
 
 
 FIRST = (
