@@ -14,6 +14,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 MODULES = (
     "disha",
     "disha.functional",
+    "disha.integrations.transformers",
     "disha.interop.checkpoints",
     "disha.interop.lora",
     "disha.interop.peft",

@@ -31,7 +31,8 @@ __all__ = ["run"]
 DESCRIPTION = """Convert an adapter to the format of another library, or back to an adapter file.
 
 SOURCE is an adapter file of disha, or a folder that PEFT has saved: MiSS, Bone, or a LoRA that is
-a Bone adapter. The command finds out which it is.
+a Bone adapter. The command finds out which it is. It may also be a checkpoint of transformers'
+Trainer that holds an adapter file (see disha.integrations.transformers).
 
 --to sets the format of OUT:
   disha  an adapter file
@@ -63,6 +64,9 @@ ONLY_FOR: Mapping[str, tuple[Form, ...]] = {
 
 SERVED_BY_DEFAULT = 16
 """The largest rank that vLLM takes without --max-lora-rank."""
+
+ADAPTER_NAME = "adapter.safetensors"
+"""The adapter file in a checkpoint of a trainer, and in the output folder of disha finetune."""
 
 GGUF_MAGIC = b"GGUF"
 FOLDERS: dict[str, Form] = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}
@@ -195,6 +199,8 @@ def _layer_fields(header: AdapterHeader, report: LoraReport | None) -> list[dict
 def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]:
     """Return the form of the source, and the adapter in it."""
     path = checked_path(flags.source)
+    in_checkpoint = path / ADAPTER_NAME
+    path = in_checkpoint if in_checkpoint.is_file() else path
     form = _form_of(path)
     if form == "gguf":
         raise ArgumentError(
@@ -225,8 +231,8 @@ def _form_of(path: Path) -> Form:
             return "gguf" if file.read(len(GGUF_MAGIC)) == GGUF_MAGIC else "disha"
     if not (path / CONFIG_NAME).exists():
         raise AdapterIOError(
-            f"{path} is a folder without {CONFIG_NAME}; name an adapter file, or a folder that "
-            "PEFT has saved"
+            f"{path} is a folder without {CONFIG_NAME} and {ADAPTER_NAME}; name an adapter file, a "
+            "folder that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"
         )
     method = read_json(path / CONFIG_NAME).get("peft_type")
     if not isinstance(method, str) or method not in FOLDERS:
