@@ -30,7 +30,7 @@ from disha.finetune.metrics import Metrics, recording
 from disha.finetune.models.checkpoint import open_model
 from disha.finetune.settings import TrainingSettings
 from disha.finetune.training.loop import training_steps
-from disha.finetune.training.objectives import DecoderObjective
+from disha.finetune.training.objectives import TextObjective
 
 __all__ = ["bare_step", "end_to_end", "finetuning", "loop", "loop_step"]
 
@@ -82,11 +82,11 @@ def end_to_end(title: str, flags: Sequence[str], steps: int) -> dict[str, Any]:
     }
 
 
-def _objective(sizes: FinetuneSizes, device: torch.device) -> DecoderObjective:
+def _objective(sizes: FinetuneSizes, device: torch.device) -> TextObjective:
     model = open_model(demo_model()).load_model(torch.float32, device)
     model.model.layers = model.model.layers[: sizes.layers]
     disha.inject_adapters(model, r"\.(q|k|v|o|gate|up|down)_proj$", R)
-    return DecoderObjective(model).train()
+    return TextObjective(model).train()
 
 
 def _source(sizes: FinetuneSizes) -> TextBatches:

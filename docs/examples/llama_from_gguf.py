@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import disha
 from disha.finetune.base_model import demo_model
@@ -45,7 +46,9 @@ def main(argv=None):
     print(f"trainable {found.trainable:,} of {found.total:,} parameters ({found.percent:.1f}%)")
     optimizer, losses = torch.optim.AdamW(disha.adapter_parameters(model), lr=2e-3), []
     for _ in range(options.steps):
-        loss = sum(model.summed_loss(text[:, :-1], text[:, 1:]) for text in texts)
+        loss = sum(
+            F.cross_entropy(model(text)[0, :-1], text[0, 1:], reduction="sum") for text in texts
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.convergence.tasks.prose import passages
 from benchmarks.convergence.tasks.task import Batch, Score, Task
 from disha.finetune.base_model import demo_model
-from disha.finetune.models.decoder import IGNORED
+from disha.finetune.data.examples import IGNORED
 from disha.finetune.models.gguf import GGUFCheckpoint
 from disha.finetune.text.from_gguf import tokenizer_from_gguf
 from disha.finetune.text.tokenizer import Tokenizer
@@ -71,7 +71,9 @@ class LanguageTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy of an answer's token."""
         tokens, labels = batch
-        return model.summed_loss(tokens, labels) / (labels != IGNORED).sum()  # type: ignore[operator,no-any-return]
+        answered = labels != IGNORED
+        logits = model.lm_head(model.model(tokens)[answered])  # type: ignore[operator]
+        return F.cross_entropy(logits.float(), labels[answered])
 
     def validation_loss(self, model: nn.Module) -> float:
         """Return the loss of the validation rows."""

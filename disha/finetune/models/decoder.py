@@ -28,11 +28,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from disha.finetune.data.examples import IGNORED
 from disha.finetune.errors import CheckpointError
 from disha.finetune.models.rope import Rotation, rotary_frequencies
 
-__all__ = ["IGNORED", "Decoder", "DecoderConfig", "KeyValueCache"]
+__all__ = ["Decoder", "DecoderConfig", "KeyValueCache"]
 
 LARGEST_SIZE = 1 << 20
 """The limit of every size. No real model reaches it, and torch can still make such weights."""
@@ -324,6 +323,10 @@ class Decoder(nn.Module):
         if self.config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the head, as models of `transformers` do."""
+        return self.lm_head
+
     def forward(
         self,
         tokens: Tensor,
@@ -341,19 +344,3 @@ class Decoder(nn.Module):
         """
         hidden = self.model(tokens, cache, positions)
         return self.lm_head(hidden[:, -logits_to_keep:])  # type: ignore[no-any-return]
-
-    def summed_loss(
-        self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None
-    ) -> Tensor:
-        """Return the cross-entropy, summed over positions with a label, in nats and float32.
-
-        Only these positions get logits, as the vocabulary is much larger than any other size.
-
-        Args:
-            tokens: (batch, time) token ids.
-            labels: (batch, time) the token that should follow each, or `IGNORED`.
-            positions: (batch, time) for packed rows; see `DecoderBody.forward`.
-        """
-        supervised = labels != IGNORED
-        logits = self.lm_head(self.model(tokens, positions=positions)[supervised])
-        return F.cross_entropy(logits.float(), labels[supervised], reduction="sum")

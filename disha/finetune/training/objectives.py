@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from disha.finetune.data.batches import TokenBatch
-from disha.finetune.data.examples import IGNORED
 from disha.finetune.errors import SettingsError
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.models.factory import tensor_of
+from disha.finetune.training.cross_entropy import output_head, summed_cross_entropy
 
-__all__ = ["DecoderObjective", "LogitsObjective", "Objective", "TensorObjective", "objective_for"]
+__all__ = ["Objective", "TensorObjective", "TextObjective", "objective_for"]
 
 T = TypeVar("T", bound="Objective")
 
@@ -54,29 +54,23 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-class DecoderObjective(Objective):
-    """Cross-entropy of the tokens to learn, for the built-in decoder."""
-
-    model: Decoder
-
-    def forward(self, batch: TokenBatch) -> Tensor:
-        """The loss summed over the positions that have a label, in nats."""
-        return self.model.summed_loss(batch.tokens, batch.labels, batch.positions)
-
-
-class LogitsObjective(Objective):
+class TextObjective(Objective):
     """Cross-entropy of the tokens to learn, for any causal language model.
 
     The model is called with token ids (batch, time) and returns logits (batch, time, vocabulary),
     or an object that has them as `logits`. It gets no mask: padding is on the right, where no real
-    token of a causal model sees it.
+    token of a causal model sees it. If its output head is known, the logits are not kept.
+
+    Args:
+        model: the model, with or without adapters, not yet compiled or distributed.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        taken = inspect.signature(model.forward).parameters
         # By default, transformers models keep keys and values for generation.
-        takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self._options = {"use_cache": False} if takes_use_cache else {}
+        self._options = {"use_cache": False} if "use_cache" in taken else {}
+        self._head = output_head(model, self._options)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """The loss summed over the positions that have a label, in nats.
@@ -84,21 +78,24 @@ class LogitsObjective(Objective):
         Raises:
             SettingsError: the batch is packed, or the model returns no such logits.
         """
+        options: dict[str, Any] = dict(self._options)
         if batch.positions is not None:
-            raise SettingsError(
-                "--packing needs a model that keeps the texts of a row apart, as those given by "
-                "--base_model_name_or_path do; leave it out"
-            )
-        logits = tensor_of(self.model(batch.tokens, **self._options))
+            if not isinstance(self.model, Decoder):
+                raise SettingsError(
+                    "--packing needs a model that keeps the texts of a row apart, as those given "
+                    "by --base_model_name_or_path do; leave it out"
+                )
+            options["positions"] = batch.positions
+        if self._head is not None:
+            hidden, trained = self._head.hidden(batch.tokens, options), self._head.trained
+            return summed_cross_entropy(hidden, batch.labels, self._head.logits, trained).float()
+        logits = tensor_of(self.model(batch.tokens, **options))
         if logits.shape[:-1] != batch.labels.shape:
             raise SettingsError(
                 f"the model returns shape {tuple(logits.shape)} for tokens of "
                 f"shape {tuple(batch.labels.shape)}; logits (batch, time, vocabulary) are expected"
             )
-        supervised = batch.labels != IGNORED
-        return F.cross_entropy(
-            logits[supervised].float(), batch.labels[supervised], reduction="sum"
-        )
+        return summed_cross_entropy(logits, batch.labels, lambda logits: logits).float()
 
 
 class TensorObjective(Objective):
@@ -149,9 +146,8 @@ class TensorObjective(Objective):
 
 def objective_for(model: nn.Module, has_tokenizer: bool) -> Objective:
     """Return the objective of a model. A model with a tokenizer learns from text."""
-    if isinstance(model, Decoder):
-        return DecoderObjective(model)
-    return LogitsObjective(model) if has_tokenizer else TensorObjective(model)
+    is_of_text = has_tokenizer or isinstance(model, Decoder)
+    return TextObjective(model) if is_of_text else TensorObjective(model)
 
 
 def _require_shape(outputs: Tensor, targets: Tensor, expected: tuple[Any, ...]) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from disha.finetune.data.batches import batch_by_length, collate, first_fit, packed
 from disha.finetune.data.examples import IGNORED, Example
+from disha.finetune.training.objectives import TextObjective
 
 OFF = IGNORED
 
@@ -79,13 +80,10 @@ def test_packed_texts_lose_what_they_lose_alone(tiny_model):
     for length in (5, 17, 9, 3, 12, 8):
         tokens = torch.randint(3, 200, (length,), generator=generator).tolist()
         made.append(Example(tuple(tokens), ((2, length),)))
-    model = tiny_model.double()
+    objective = TextObjective(tiny_model.double())
     batch = collate([made[:3], made[3:]], positions=True)
-    together = model.summed_loss(batch.tokens, batch.labels, batch.positions)
-    alone = 0.0
-    for example in made:
-        one = collate([[example]])
-        alone += model.summed_loss(one.tokens, one.labels, one.positions)
+    together = objective(batch)
+    alone = sum(objective(collate([[example]])) for example in made)
     torch.testing.assert_close(together, alone)  # both are float32, whatever the model's dtype
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import disha
 from disha.finetune.errors import CheckpointError
-from disha.finetune.models.decoder import IGNORED, KeyValueCache
+from disha.finetune.models.decoder import KeyValueCache
 from disha.finetune.models.folder import FolderCheckpoint
 from disha.finetune.models.gguf import GGUFCheckpoint
 from tests.finetune import tiny_checkpoints, tiny_gguf
@@ -172,20 +172,6 @@ def test_padding_on_the_right_changes_no_real_position(tiny_model):
     tokens = torch.arange(10, 22).unsqueeze(0)
     padded = nn.functional.pad(tokens, (0, 9))
     torch.testing.assert_close(tiny_model(padded)[:, :12], tiny_model(tokens))
-
-
-@torch.inference_mode()
-def test_summed_loss_counts_labelled_positions_only(tiny_model):
-    tokens = torch.arange(40).reshape(2, 20)
-    labels = torch.full_like(tokens, IGNORED)
-    labels[0, 3:7] = torch.tensor([9, 8, 7, 6])
-    labels[1, 19] = 11
-    chances = tiny_model(tokens).log_softmax(-1)
-    expected = -sum(
-        chances[row, place, labels[row, place]]
-        for row, place in (labels != IGNORED).nonzero().tolist()
-    )
-    torch.testing.assert_close(tiny_model.summed_loss(tokens, labels), expected)
 
 
 def test_a_tied_head_is_the_embedding(smollm):

@@ -15,7 +15,7 @@ from disha.finetune.training.layers import (
     repeated_layers,
 )
 from disha.finetune.training.loop import training_steps
-from disha.finetune.training.objectives import LogitsObjective
+from disha.finetune.training.objectives import TextObjective
 from tests.finetune.training.tiny import batch_of, blocks, examples, objective, plan, same, source
 
 
@@ -119,7 +119,7 @@ def test_a_copy_of_a_checkpointed_model_calls_its_own_layers():
 def test_models_of_transformers_are_asked_for_their_own_checkpointing(gpt2):
     disha.inject_adapters(gpt2, r"attn\.c_attn$", 4)
     gpt2.train()
-    plain, checkpointed = LogitsObjective(copy.deepcopy(gpt2)), LogitsObjective(gpt2)
+    plain, checkpointed = TextObjective(copy.deepcopy(gpt2)), TextObjective(gpt2)
     enable_gradient_checkpointing(gpt2)
     batch = batch_of(examples(8))
     gradients = []

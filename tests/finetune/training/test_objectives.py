@@ -13,9 +13,8 @@ import disha
 from disha.finetune.data.batches import collate
 from disha.finetune.errors import BadInputError, SettingsError
 from disha.finetune.training.objectives import (
-    DecoderObjective,
-    LogitsObjective,
     TensorObjective,
+    TextObjective,
     objective_for,
 )
 from tests.finetune.training.tiny import batch_of, decoder, examples
@@ -49,9 +48,9 @@ def gpt2():
 @pytest.mark.parametrize(
     ("model", "has_tokenizer", "kind"),
     [
-        (decoder(), True, DecoderObjective),
-        (decoder(), False, DecoderObjective),
-        (nn.Linear(2, 2), True, LogitsObjective),
+        (decoder(), True, TextObjective),
+        (decoder(), False, TextObjective),
+        (nn.Linear(2, 2), True, TextObjective),
         (nn.Linear(2, 2), False, TensorObjective),
     ],
 )
@@ -61,15 +60,15 @@ def test_every_kind_of_model_has_its_objective(model, has_tokenizer, kind):
     assert found.model is model
 
 
-def test_a_model_that_returns_logits_learns_as_our_decoder_does():
+def test_a_model_that_names_no_head_learns_as_our_decoder_does():
     model, batch = decoder(), batch_of(examples(5))
-    loss = LogitsObjective(model)(batch)
-    torch.testing.assert_close(loss, DecoderObjective(model)(batch), rtol=1e-5, atol=0)
+    loss = TextObjective(nn.Sequential(model))(batch)
+    torch.testing.assert_close(loss, TextObjective(model)(batch), rtol=1e-5, atol=0)
 
 
 def test_padding_changes_nothing_for_a_model_of_transformers(gpt2):
     """Right padding is behind everything that counts, so that no mask is needed."""
-    objective, rows = LogitsObjective(gpt2), examples(5)
+    objective, rows = TextObjective(gpt2), examples(5)
     assert len({len(row.tokens) for row in rows}) > 1
     apart = sum(objective(batch_of([row])) for row in rows)
     torch.testing.assert_close(objective(batch_of(rows)), apart, rtol=1e-5, atol=0)
@@ -83,20 +82,20 @@ def test_the_loss_is_that_of_transformers(gpt2):
     labels = torch.full_like(tokens, -100)
     labels[:, first:end] = tokens[:, first:end]
     expected = gpt2(tokens, labels=labels).loss * batch.weight
-    torch.testing.assert_close(LogitsObjective(gpt2)(batch), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(TextObjective(gpt2)(batch), expected, rtol=1e-5, atol=0)
 
 
 def test_keys_and_values_are_not_kept_while_training(gpt2):
     outputs = []
     hook = gpt2.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    LogitsObjective(gpt2)(batch_of(examples(1)))
+    TextObjective(gpt2)(batch_of(examples(1)))
     hook.remove()
     assert outputs[0].past_key_values is None
 
 
 def test_packed_rows_are_refused_where_nothing_keeps_texts_apart(gpt2):
     with pytest.raises(SettingsError, match="--packing needs a model that keeps the texts"):
-        LogitsObjective(gpt2)(collate([examples(2)], positions=True))
+        TextObjective(gpt2)(collate([examples(2)], positions=True))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,7 @@ def test_packed_rows_are_refused_where_nothing_keeps_texts_apart(gpt2):
 )
 def test_what_is_no_logits_is_named(output, message):
     with pytest.raises(BadInputError, match=message):
-        LogitsObjective(Returning(output))(batch_of(examples(1)))
+        TextObjective(Returning(output))(batch_of(examples(1)))
 
 
 def test_integer_targets_are_classes():

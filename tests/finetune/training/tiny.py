@@ -15,7 +15,7 @@ from disha.finetune.data.order import permutation
 from disha.finetune.data.sources import TextBatches
 from disha.finetune.models.decoder import Decoder, DecoderConfig
 from disha.finetune.settings import TrainingSettings
-from disha.finetune.training.objectives import DecoderObjective
+from disha.finetune.training.objectives import TextObjective
 
 PLAN = TrainingSettings(
     gradient_accumulation_steps=2, learning_rate=1e-2, weight_decay=0.01, warmup_ratio=0.1
@@ -98,7 +98,7 @@ def objective(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     layers: int = 2,
-) -> DecoderObjective:
+) -> TextObjective:
     """A decoder with adapters in float32, whose blocks are not zero."""
     model = disha.inject_adapters(
         decoder(seed, dtype, layers),
@@ -111,7 +111,7 @@ def objective(
     with torch.no_grad():
         for block in disha.adapter_parameters(model):
             block.normal_(std=0.05)
-    return DecoderObjective(model)
+    return TextObjective(model)
 
 
 def blocks(model: torch.nn.Module) -> list[torch.Tensor]:
