@@ -98,11 +98,12 @@ def objective(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     layers: int = 2,
+    target: str = "_proj$",
 ) -> TextObjective:
     """A decoder with adapters in float32, whose blocks are not zero."""
     model = disha.inject_adapters(
         decoder(seed, dtype, layers),
-        "_proj$",
+        target,
         4,
         method=method,
         dropout=dropout,

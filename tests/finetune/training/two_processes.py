@@ -100,6 +100,11 @@ def check_bat_and_a_frozen_base_in_bf16(folder):
     assert_same_curve("fsdp", folder, 13, method="bat")
 
 
+def check_an_adapted_head(folder):
+    for strategy in STRATEGIES:
+        assert_same_curve(strategy, folder, 9, target="lm_head|q_proj$")
+
+
 def check_gradient_checkpointing(folder):
     for strategy in STRATEGIES:
         assert_same_curve(strategy, folder, 9, prepare=enable_gradient_checkpointing)
