@@ -87,10 +87,10 @@ def estimate(
     adapter = sum(parameter.nbytes for parameter in disha.adapter_parameters(model))
     if settings.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    objective = objective_for(model, has_tokenizer=has_tokenizer)
     optimiser = sum(parameter.numel() for parameter in trained) * ADAM_BYTES
     is_empty = any(parameter.is_meta for parameter in model.parameters())
     _make_runnable(model)
+    objective = objective_for(model, has_tokenizer=has_tokenizer)
     try:
         measured = _run(objective, batch, settings, real=False)
     except Exception as error:  # a model's own code can need values, and raise anything

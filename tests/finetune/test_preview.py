@@ -372,7 +372,7 @@ def test_an_estimate_that_needs_the_values_of_a_file_says_so(finetune, monkeypat
     def forward(self, tokens, *_, **__):
         return tokens.sum().item()
 
-    monkeypatch.setattr(Decoder, "summed_loss", forward)
+    monkeypatch.setattr(Decoder, "forward", forward)
     done = finetune("--dry_run")
     assert done.code == 0
     assert "memory and time: not known, because the model needs values to run" in done.out

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from disha.finetune.data.examples import IGNORED
+from disha.finetune.models.decoder import Decoder
 from disha.finetune.models.factory import tensor_of
 
 __all__ = ["OutputHead", "output_head", "summed_cross_entropy"]
@@ -168,8 +169,8 @@ class OutputHead:
 def output_head(model: nn.Module, options: Mapping[str, Any]) -> OutputHead | None:
     """Return the head of a model, if it is known what the model does with the head's logits.
 
-    This is proven with two tokens: the head returns known numbers, and the model must return what
-    is expected of them.
+    For the built-in decoder it is. For others it is proven with two tokens: the head returns known
+    numbers, and the model must return what is expected of them.
 
     Args:
         model: any language model, neither compiled nor distributed yet.
@@ -178,6 +179,8 @@ def output_head(model: nn.Module, options: Mapping[str, Any]) -> OutputHead | No
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Module):
         return None
+    if isinstance(model, Decoder):
+        return OutputHead(model, _unchanged)
     was_training, device = model.training, next(model.parameters()).device
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     forward, known = head.forward, list[Tensor]()
@@ -204,8 +207,12 @@ def output_head(model: nn.Module, options: Mapping[str, Any]) -> OutputHead | No
     return None
 
 
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
+
+
 def _tails(model: nn.Module) -> Iterator[Logits]:
-    yield lambda logits: logits
+    yield _unchanged
     for name, tail in TAILS.items():
         value = getattr(getattr(model, "config", None), name, None)
         if value is not None:
