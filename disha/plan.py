@@ -26,7 +26,7 @@ from disha.layers import Slot, check_adapter_name, is_quantised, parameter_count
 from disha.model import ModelParameter, ModelView
 from disha.sharding import imported_class
 from disha.tables import WIDEST, table
-from disha.text import brief, counted, first_few, printable
+from disha.text import brief, counted, first_few, grouped, printable
 
 __all__ = [
     "Plan",
@@ -536,9 +536,10 @@ def _hits(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
 def _nothing_to_adapt(
     target: Target, candidates: list[Candidate], skipped: list[SkippedModule], method: str
 ) -> str:
-    asked = repr(target) if isinstance(target, str) else "the predicate"
+    asked = f"target_regex={target!r}" if isinstance(target, str) else "the predicate"
     if skipped:
-        shown = first_few([f"{s.name} ({s.type_name}): {s.reason}" for s in skipped], 5, "; ")
+        reasons = grouped((f"{s.name} ({s.type_name})", s.reason) for s in skipped)
+        shown = first_few(reasons, 5, "; ")
         return f"{asked} selects only modules that can't be adapted: {shown}"
     adaptable = [one.name for one in candidates if one.obstacle(method) is None]
     if not adaptable:
@@ -564,13 +565,13 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
 
 
 def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
-    shown = first_few([f"{s.name or '(the model)'}: {s.reason}" for s in misfits], 10, "; ")
-    remedy = "Choose a smaller r"
+    shown = first_few(grouped((s.name or "(the model)", s.reason) for s in misfits), 3, "; ")
+    remedy = "Choose a smaller `r`"
     if config.r_out is not None:
-        remedy += ", or an r_out that divides the outputs of all"
+        remedy += ", or an `r_out` that divides the outputs of all"
     return (
-        f"{shown}. {remedy}, give these layers their own r with rank_pattern=, or leave them out "
-        "with exclude="
+        f"{shown}. {remedy}, give these layers their own r (`rank_pattern`), "
+        "or leave them out (`exclude`)"
     )
 
 

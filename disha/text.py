@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["brief", "counted", "first_few", "printable"]
+__all__ = ["brief", "counted", "first_few", "grouped", "printable"]
 
 LONGEST = 10_000
 """Largest number of characters in one message."""
@@ -96,3 +96,23 @@ def first_few(items: Sequence[str], limit: int, separator: str = "\n") -> str:
     """
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []
     return separator.join([*items[:limit], *more])
+
+
+def grouped(reasons: Iterable[tuple[str, str]]) -> list[str]:
+    """Return one text for all names that have the same reason.
+
+    Args:
+        reasons: names with their reasons.
+
+    Examples:
+        >>> from disha.text import grouped
+        >>> grouped([("a", "too small"), ("b", "empty"), ("c", "too small")])
+        ['a and 1 more: too small', 'b: empty']
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        names.setdefault(reason, []).append(name)
+    return [
+        f"{same[0]}{f' and {len(same) - 1:,} more' if same[1:] else ''}: {reason}"
+        for reason, same in names.items()
+    ]

@@ -16,11 +16,12 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from disha.cli.meanings import COMMAND_WORDS, nearest
+from disha.cli.meanings import COMMAND_WORDS, in_flags, nearest
 from disha.errors import AdapterFileWarning, ArgumentError, DishaError
 from disha.text import printable
 from disha.version import __version__
@@ -44,11 +45,18 @@ class Command:
         summary: what it does, for the help.
         extra: the extra of the distribution that it needs.
         answers: whether it answers a question: exit code 1 then means "no" and never a failure.
+        flags: arguments of the library that errors name -> the flags that set them.
     """
 
     summary: str
     extra: str = "cli"
     answers: bool = False
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+
+def _flags(same: str, **others: str) -> dict[str, str]:
+    """Return arguments -> flags, from the flags named as their arguments are, and from others."""
+    return {name.replace("-", "_"): f"--{name}" for name in same.split()} | others
 
 
 COMMANDS = {
@@ -57,10 +65,30 @@ COMMANDS = {
     "verify": Command(
         "check an adapter file, and whether it belongs to a base checkpoint", answers=True
     ),
-    "convert": Command("turn an adapter into one for PEFT, LoRA runtimes or llama.cpp, or back"),
+    "convert": Command(
+        "turn an adapter into one for PEFT, LoRA runtimes or llama.cpp, or back",
+        flags=_flags(
+            "rank base max-error pad-rank architecture heads kv-heads dropout",
+            also_train="--no-also-train",
+            exclude="disha finetune --exclude",
+        ),
+    ),
     "combine": Command("write the weighted sum of adapters, exactly"),
-    "merge": Command("write a base checkpoint with an adapter merged into it"),
-    "finetune": Command("fine-tune a model with Bone or BAT adapters", extra="finetune"),
+    "merge": Command(
+        "write a base checkpoint with an adapter merged into it",
+        flags=_flags("force overwrite dtype scale", also_train="--no-also-train"),
+    ),
+    "finetune": Command(
+        "fine-tune a model with Bone or BAT adapters",
+        extra="finetune",
+        flags=_flags(
+            "method exclude rank_pattern also_train",
+            target_regex="--target",
+            r="--bone_r",
+            r_out="--bone_r_out",
+            dropout="--adapter_dropout",
+        ),
+    ),
     "generate": Command("let a model answer, with or without an adapter", extra="finetune"),
     "evaluate": Command(
         "measure a model on rows: loss, perplexity, exact answers", extra="finetune"
@@ -82,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     failed = TROUBLE
+    command = Command("")
     try:
         # Only the first argument is read here. The others belong to the command.
         name = arguments[0] if arguments else "--help"
@@ -94,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ArgumentError(f"{name!r} is not a command; {hint}disha --help lists all")
         command = COMMANDS[name]
         failed = TROUBLE if command.answers else FAILED
-        with _short_warnings():
+        with _short_warnings(command):
             return _run(name, arguments[1:])
     except SystemExit as request:
         return request.code if isinstance(request.code, int) else DONE
@@ -112,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DishaError, OSError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        _complain(str(error))
+        is_library = type(error).__module__ == DishaError.__module__
+        _complain(in_flags(str(error), command.flags) if is_library else str(error))
         return TROUBLE if _is_bad_input(error) else failed
     except ModuleNotFoundError as error:
         if "--debug" in arguments:
@@ -159,16 +189,19 @@ def _is_bad_input(error: Exception) -> bool:
 
 
 @contextmanager
-def _short_warnings() -> Iterator[None]:
-    """Show warnings about adapter files in one line, without the line of code."""
+def _short_warnings(command: Command) -> Iterator[None]:
+    """Show warnings of the library in one line, without the line of code."""
+    package = str(Path(__file__).parents[1])
     with warnings.catch_warnings():
         show_others = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *place: object) -> None:
-            if issubclass(category, AdapterFileWarning):
-                _complain(f"warning: {message}")
+        def show(
+            message: Warning | str, category: type[Warning], file: str, *place: object
+        ) -> None:
+            if issubclass(category, AdapterFileWarning) or file.startswith(package):
+                _complain(f"warning: {in_flags(str(message), command.flags)}")
             else:
-                show_others(message, category, *place)  # type: ignore[arg-type]
+                show_others(message, category, file, *place)  # type: ignore[arg-type]
 
         warnings.showwarning = show  # type: ignore[assignment]
         warnings.simplefilter("always", AdapterFileWarning)

@@ -1,4 +1,4 @@
-"""Short names of flags, and what people mean by words that are no commands or flags.
+"""Short names of flags, what people mean by unknown words, and flags in place of arguments.
 
 Other tools have other names for the same settings. So an unknown word is looked up in a table
 first, and compared by its letters only then: `--rank` means `--r`, not `--tf32`.
@@ -7,9 +7,10 @@ first, and compared by its letters only then: `--rank` means `--r`, not `--tf32`
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 
-__all__ = ["COMMAND_WORDS", "FLAG_WORDS", "SHORT", "long_name", "nearest"]
+__all__ = ["COMMAND_WORDS", "FLAG_WORDS", "SHORT", "in_flags", "long_name", "nearest"]
 
 SHORT: Mapping[str, str] = {
     "base": "base_model_name_or_path",
@@ -51,7 +52,10 @@ FLAG_WORDS: Mapping[str, str] = {
     "max_seq_length": "max_length max_len cutoff_len block_size context_length seq_len",
     "adapter_dropout": "dropout lora_dropout",
     "dropout": "adapter_dropout lora_dropout",
+    "bone_r_out": "r_out tile mini",
     "target": "target_modules lora_target layers lora_layers",
+    "exclude": "exclude_modules ignore skip",
+    "rank_pattern": "ranks r_pattern",
     "also_train": "modules_to_save unfreeze",
     "lr_scheduler_type": "scheduler lr_scheduler schedule lr_decay",
     "warmup_ratio": "warmup warmup_steps",
@@ -114,3 +118,28 @@ def nearest(word: str, known: Collection[str], meanings: Mapping[str, str]) -> s
         return names[said]
     near = difflib.get_close_matches(said, names, n=1, cutoff=0.7)
     return names[near[0]] if near else None
+
+
+ARGUMENT = re.compile(
+    r"^(?P<first>\w+)(?= must | matches | ['\"])|`(?P<quoted>\w+)`"
+    r"|(?<![\w/.-])(?P<name>\w+)=(?P<switch>True\b|False\b)?"
+)
+"""How messages of the library write arguments: r must be, `r`, r=8, overwrite=True."""
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Return a message of the library with flags in place of arguments.
+
+    Args:
+        message: the message.
+        flags: an argument -> the flag that sets it.
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        name = found["first"] or found["quoted"] or found["name"]
+        if name not in flags:
+            return found[0]
+        has_value = found["name"] and re.match(r"[\w'\"-]", message[found.end() :])
+        return flags[name] + (" " if has_value else "")
+
+    return ARGUMENT.sub(flag, message)

@@ -79,6 +79,8 @@ def arguments(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
         "r": settings.bone_r,
         "r_out": settings.bone_r_out,
         "method": settings.method_name,
+        "exclude": settings.exclude,
+        "rank_pattern": settings.ranks,
         "also_train": settings.also_train,
         "dropout": settings.adapter_dropout,
         "dtype": torch.float32,

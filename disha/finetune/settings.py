@@ -91,8 +91,18 @@ def require(condition: bool, complaint: str) -> None:
 def given(value: Path | None, flag: str) -> Path:
     """Return a path that must be given; raise `SettingsError` if it is not."""
     if value is None:
-        raise SettingsError(f"{flag} is missing; give it, or try --demo")
+        raise SettingsError(f"{flag} is missing; give it too")
     return value
+
+
+def _require_regex(name: str, pattern: str) -> None:
+    """Raise `SettingsError` unless the value of a flag is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise SettingsError(
+            f"--{name} must be a regular expression, got {pattern!r}: {error}"
+        ) from error
 
 
 def require_adapter(adapter: Path | None, *, compare: bool, merge: bool) -> None:
@@ -201,6 +211,10 @@ class AdapterSettings:
         target: Regular expression for the names of the layers to adapt, or all-linear. The
             default is all seven projections of each decoder layer, or all linear layers of any
             other model.
+        exclude: Regular expression for the names of layers that target selects but that stay as
+            they are.
+        rank_pattern: Another r for some layers, each as regex=r, such as v_proj=16 mlp=32. The
+            first regex that matches a layer counts.
         also_train: Regular expression for the names of other parameters to train, such as norm.
         adapter_dropout: Part of the adapters' inputs that training drops at random.
     """
@@ -211,6 +225,8 @@ class AdapterSettings:
     method: str | None = None
     bone_r_out: Count | None = None
     target: str | None = None
+    exclude: str | None = None
+    rank_pattern: tuple[str, ...] = ()
     also_train: str | None = None
     adapter_dropout: Part = 0.0
 
@@ -229,6 +245,20 @@ class AdapterSettings:
         title = TITLES.get(self.method_name, self.method_name)
         return title if self.bone_r_out is None else f"{title} (tile)"
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Regex -> r, of rank_pattern. Raises `SettingsError` if a pair is not regex=r."""
+        ranks: dict[str, int] = {}
+        for pair in self.rank_pattern:
+            regex, _, r = pair.rpartition("=")
+            require(
+                bool(regex) and r.isdecimal() and int(r) >= 1 and regex not in ranks,
+                f"--rank_pattern must be pairs regex=r, such as v_proj=16 mlp=32, got {pair!r}; "
+                "give each regex once, and an r of at least 1",
+            )
+            ranks[regex] = int(r)
+        return ranks
+
     @classmethod
     def of_file(cls, path: Path) -> AdapterSettings:
         """Return the settings with which the adapter in a file is trained further.
@@ -246,6 +276,8 @@ class AdapterSettings:
             method=None if config.method in ("bone", "bat") else config.method,
             bone_r_out=config.r_out,
             target=config.target,
+            exclude="|".join(config.exclude) or None,
+            rank_pattern=tuple(f"{regex}={r}" for regex, r in config.rank_pattern.items()),
             also_train="|".join(config.also_train) or None,
             adapter_dropout=config.dropout,
         )
@@ -263,16 +295,12 @@ class AdapterSettings:
         if self.method is not None or self.bone_r_out is not None:  # asks torch
             require(
                 self.bone_r_out is None or disha.functional.METHODS[self.method_name].tiles,
-                f"--bone_r_out does not go with {self.title}; leave it out, or train Bone",
+                f"--bone_r_out does not go with --method {self.method_name}; leave one of them out",
             )
-        for name in ("target", "also_train"):
-            pattern = getattr(self, name)
-            try:
-                re.compile(pattern or "")
-            except re.error as error:
-                raise SettingsError(
-                    f"--{name} must be a regular expression, got {pattern!r}: {error}"
-                ) from error
+        for name in ("target", "exclude", "also_train"):
+            _require_regex(name, getattr(self, name) or "")
+        for regex in self.ranks:
+            _require_regex("rank_pattern", regex)
 
     def _require_that_of(self, path: Path) -> None:
         """Raise `SettingsError` unless these are the settings of the adapter in a file."""
@@ -289,8 +317,8 @@ class AdapterSettings:
         }.items():
             require(
                 ours == theirs,
-                f"--{name} {ours} contradicts --adapter {path}, which has {theirs}; leave out "
-                f"--{name}, or --adapter to train a new adapter",
+                f"--{name} {ours} contradicts --adapter {path}, which has {theirs or 'none'}; "
+                f"leave out --{name}, or --adapter to train a new adapter",
             )
 
 

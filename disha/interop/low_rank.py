@@ -374,7 +374,7 @@ def _check_finite(updates: Sequence[LowRankUpdate]) -> None:
     if broken:
         raise AdapterStateError(
             f"the factors of {listed(broken)} are not finite in the dtype of their blocks; nothing "
-            "was written. Load the adapter in a wider dtype first (load_adapter(..., dtype=))"
+            "was written. Load the adapter in a wider dtype first (load_adapter with `dtype`)"
         )
 
 

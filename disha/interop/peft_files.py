@@ -197,7 +197,7 @@ def unusable(tensors: Mapping[str, Tensor]) -> list[str]:
             problems.append(
                 f"{name}: has dtype {value.dtype}; allowed are {', '.join(DTYPES)}. If it is a "
                 "buffer of a saved module, load the folder into the model, or "
-                "leave out `also_train` parameters"
+                "pass also_train=False"
             )
         elif not finite_as(value, value.dtype):
             problems.append(f"{name}: holds values that are not finite (NaN or infinity)")

@@ -18,6 +18,7 @@ import disha
 from disha.cli import COMMANDS
 from disha.cli.dispatcher import Command
 from disha.errors import AdapterFileWarning
+from disha.finetune.errors import SettingsError
 from disha.finetune.settings import FIRST, FinetuneSettings
 from tests.cli.conftest import Done
 
@@ -207,6 +208,23 @@ def test_warnings_of_the_library_are_one_line_and_others_as_ever(run, command):
     with pytest.warns(FutureWarning, match="old"):
         done = run("it")
     assert (done.code, done.err) == (0, "disha: warning: the base is another\n")
+
+
+def test_errors_and_warnings_of_the_library_name_flags(run, command):
+    def warn_and_fail(arguments):
+        warnings.warn_explicit("pass exclude=", UserWarning, disha.__file__, 1)
+        raise disha.TargetError("r=8 is too large (`exclude`)")
+
+    command(warn_and_fail, flags={"r": "--bone_r", "exclude": "--exclude"})
+    done = run("it")
+    first, second = done.err.splitlines()
+    assert (done.code, first) == (2, "disha: warning: pass --exclude")
+    assert second == "disha: --bone_r 8 is too large (--exclude)"
+
+
+def test_errors_of_a_command_itself_stay_as_they_are(run, command):
+    command(raising(SettingsError("--output r=8 exists")), flags={"r": "--bone_r"})
+    assert run("it").complaint == "disha: --output r=8 exists\n"
 
 
 def test_what_no_one_reads_is_no_complaint(files):

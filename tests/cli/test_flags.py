@@ -11,7 +11,7 @@ import pytest
 
 from disha.cli import COMMANDS
 from disha.cli.flags import Flags, parsed
-from disha.cli.meanings import COMMAND_WORDS, FLAG_WORDS, SHORT, long_name, nearest
+from disha.cli.meanings import COMMAND_WORDS, FLAG_WORDS, SHORT, in_flags, long_name, nearest
 from disha.errors import ArgumentError
 from disha.finetune.settings import FinetuneSettings
 
@@ -191,3 +191,29 @@ def test_all_meanings_are_flags_of_some_command_and_no_word_hides_a_flag():
         assert nearest(short, {name}, {}) == short
         assert long_name(short, {name}) == long_name(name, {name}) == name
         assert long_name(short, {name, short}) == short
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("r must be at least 1, got 0", "--r must be at least 1, got 0"),
+        ("a: r=9 is larger than in=8", "a: --r 9 is larger than in=8"),
+        ("exclude 'x' matches nothing", "--ex 'x' matches nothing"),
+        ("exclude='x' matches nothing", "--ex 'x' matches nothing"),
+        ("leave it out with exclude=", "leave it out with --ex"),
+        ("leave it out (`exclude`, `other`)", "leave it out (--ex, `other`)"),
+        ("pass force=True, or not", "pass --force, or not"),
+        ("runs/r=8 exists; r is its name", "runs/r=8 exists; r is its name"),
+        ("the r must be exclude", "the r must be exclude"),
+    ],
+)
+def test_errors_of_the_library_are_told_in_flags(message, said):
+    assert in_flags(message, {"r": "--r", "exclude": "--ex", "force": "--force"}) == said
+
+
+def test_flags_in_place_of_arguments_are_flags_of_the_command(run):
+    for name, command in COMMANDS.items():
+        told = run(name, "--help").out
+        for flag in command.flags.values():
+            if flag.startswith("--"):
+                assert f"{flag} " in told, (name, flag)

@@ -79,7 +79,7 @@ def test_another_base_is_refused_unless_forced(run, files):
     before = files.names()
     done = run("merge", base, adapter, out)
     assert done.code == 2
-    assert "merge with `force`" in done.complaint
+    assert "merge with --force" in done.complaint
     assert files.names() == before
     assert run("merge", base, adapter, out, "--force").code == 0
 

@@ -410,8 +410,8 @@ TABLE = [
     ),
     Row(
         "other settings that affect what is learned: `--model`, `--bits`, `--bone_r`, "
-        "`--init_weights`, "
-        "`--method`, `--bone_r_out`, `--target`, `--also_train`, `--adapter_dropout`, "
+        "`--init_weights`, `--method`, `--bone_r_out`, `--target`, `--exclude`, `--rank_pattern`, "
+        "`--also_train`, `--adapter_dropout`, "
         "`--max_seq_length`, `--packing`, `--streaming`, `--per_device_train_batch_size`, "
         "`--gradient_accumulation_steps`, `--weight_decay`, `--max_grad_norm`, `--seed`, `--bf16`, "
         "`--tf32`",
@@ -425,6 +425,8 @@ TABLE = [
                 "method": "bat",
                 "bone_r_out": 2,
                 "target": "q_proj$",
+                "exclude": "q_proj$",
+                "rank_pattern": "v_proj=2",
                 "also_train": "norm",
                 "adapter_dropout": 0.1,
                 "max_seq_length": 64,

@@ -29,6 +29,17 @@ def test_a_decoder_is_adapted_in_all_projections(tiny_model):
     assert len(found) == 2 * len(PROJECTIONS)
 
 
+def test_layers_are_left_out_or_have_another_r(tiny_model):
+    settings = AdapterSettings(
+        bone_r=4, exclude="mlp", rank_pattern=("v_proj=2", r"0\.self_attn=8")
+    )
+    inject(tiny_model, settings)
+    ranks = {row.name: row.r for row in disha.summary(tiny_model).layers}
+    assert {name.rpartition(".")[2] for name in ranks} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for name, r in ranks.items():
+        assert r == (2 if "v_proj" in name else 8 if "0.self_attn" in name else 4), name
+
+
 def test_any_other_model_is_adapted_in_all_linear_layers():
     model = nn.Sequential(nn.Linear(4, 6), nn.Conv1d(6, 6, 1), nn.Linear(6, 2))
     inject(model, AdapterSettings(bone_r=2))

@@ -764,6 +764,32 @@ def test_wrong_usage_is_exit_code_2_and_names_the_nearest(finetune, given, compl
     assert not finetune.output.exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"bone_r": 1000}, "q_proj and 11 more: --bone_r 1000 is larger than in_features=64"),
+        ({"bone_r_out": 7}, "or an --bone_r_out that divides the outputs of all"),
+        ({"target": "qproj"}, "--target 'qproj' selects no layer that can be adapted; the nearest"),
+        ({"target": "norm"}, "4 more: no layer kind adapts RMSNorm"),
+        ({"exclude": "zzz"}, "--exclude 'zzz' matches no module that the target selects"),
+        ({"exclude": "."}, "selects only modules that can't be adapted: "),
+        ({"rank_pattern": "zzz=4"}, "--rank_pattern 'zzz' matches none of the targets"),
+        ({"rank_pattern": "v_proj=1000"}, "--bone_r 1000 is larger than in_features=64"),
+        ({"also_train": "zzz"}, "--also_train 'zzz' matches no parameter"),
+        ({"method": "lora"}, "--method: unknown method 'lora'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_the_model_is_said_in_flags(finetune, given, complaint):
+    done = finetune(**given)
+    assert done.code == 2
+    assert complaint in done.complaint
+    assert len(done.complaint) < 500
+    for argument in ("r=", "rank_pattern=", "exclude=", "target_regex", "`"):
+        assert argument not in done.complaint
+    assert not (finetune.output / "adapter.safetensors").exists()
+
+
 def test_another_architecture_is_exit_code_2(finetune, tmp_path):
     model = tiny_gguf.write_gguf(
         tmp_path / "m.gguf", tiny_gguf.random_state(tied=True), architecture="gptneox"

@@ -36,6 +36,9 @@ def test_good_settings_pass_and_touch_nothing(good):
     assert not good.output.output.exists()
 
 
+PAIRS = "--rank_pattern must be pairs regex=r, such as v_proj=16 mlp=32, got "
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -85,9 +88,32 @@ def test_good_settings_pass_and_touch_nothing(good):
         ({"resume": True, "overwrite_output_dir": True}, "--resume goes on from checkpoints that"),
         ({"adapter_dropout": 1.0}, "--adapter_dropout must be at least 0 and less than 1, got 1.0"),
         ({"bone_r_out": 0}, "--bone_r_out must be at least 1, got 0"),
-        ({"bone_r_out": 8, "init_weights": "bat"}, "--bone_r_out does not go with BAT"),
+        ({"bone_r_out": 8, "init_weights": "bat"}, "--bone_r_out does not go with --method bat"),
         ({"init_weights": "bat", "method": "bone"}, "--init_weights bat and --method bone"),
         ({"target": "("}, "--target must be a regular expression, got '('"),
+        ({"exclude": "["}, "--exclude must be a regular expression, got '['"),
+        ({"rank_pattern": ("(=8",)}, "--rank_pattern must be a regular expression, got '('"),
+        (
+            {"rank_pattern": ("a",)},
+            PAIRS + "'a'",
+        ),
+        (
+            {"rank_pattern": ("a=0",)},
+            PAIRS + "'a=0'",
+        ),
+        (
+            {"rank_pattern": ("=2",)},
+            PAIRS + "'=2'",
+        ),
+        (
+            {"rank_pattern": ("a=1.5",)},
+            PAIRS + "'a=1.5'",
+        ),
+        (
+            {"rank_pattern": ("a=1", "a=2")},
+            PAIRS + "'a=2'",
+        ),
+        ({"method": "lora"}, "--method: unknown method 'lora'; allowed are 'bone', 'bat'"),
         ({"also_train": "["}, "--also_train must be a regular expression, got '['"),
         ({"model": "m:f"}, "--model and --base_model_name_or_path both say where"),
         ({"base_model_name_or_path": None, "model": "m"}, "--model must be module:function"),
@@ -170,6 +196,8 @@ EVERYTHING = {
     "method": "bat",
     "bone_r_out": 16,
     "target": "q_proj",
+    "exclude": "mlp",
+    "rank_pattern": ("v_proj=8", "o_proj=4"),
     "also_train": "norm",
     "adapter_dropout": 0.1,
     "data_path": Path("d.jsonl"),

@@ -434,5 +434,5 @@ def refuse_tied(checkpoint: Checkpoint, source: Path, names: Iterable[str]) -> N
             f"{source} can't be converted: {', '.join(tied)} may be tied to another parameter of "
             f"the base, which PEFT does not change, because config.json of {checkpoint.path} does "
             "not set tie_word_embeddings to false. Load the folder into a model where they are "
-            "untied (disha.interop), or leave out `also_train` parameters"
+            "untied (disha.interop), or pass also_train=False"
         )
