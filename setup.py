@@ -32,9 +32,11 @@ QUANT = [
     "torchao>=0.18",
 ]
 PEERS = [
+    "accelerate>=1.1",
     "loralib>=0.1.2",
     "lycoris-lora>=4.1",
     "peft>=0.21",
+    "pytorch-lightning>=2.4",
     "transformers>=5",
 ]
 DOCS = [

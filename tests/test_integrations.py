@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from pytorch_lightning import LightningModule
+from pytorch_lightning import Trainer as LightningTrainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -22,6 +28,8 @@ from transformers import (
 )
 
 import disha
+from disha.integrations import lightning
+from disha.integrations.accelerate import keep_adapter_only
 from disha.integrations.transformers import AdapterCheckpoints
 
 SIZES = {
@@ -186,3 +194,128 @@ def test_a_quantised_model_trains(options, tmp_path):
 def test_a_plain_model_is_refused():
     with pytest.raises(disha.ArgumentError, match="default"):
         AdapterCheckpoints(llama())
+
+
+# --- Accelerate ----------------------------------------------------------------------------------
+
+
+def net():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    return disha.inject_adapters(model, "0|2", r=4, also_train="1")
+
+
+def with_accelerator(model, *, prepare_first):
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    if not prepare_first:
+        keep_adapter_only(accelerator, model)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    if prepare_first:
+        keep_adapter_only(accelerator, model)
+    return accelerator, prepared, optimizer
+
+
+def step(model, optimizer, accelerator):
+    loss = model(torch.randn(8, 16)).square().mean()
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("prepare_first", [False, True])
+def test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit(tmp_path, prepare_first):
+    model = net()
+    accelerator, prepared, optimizer = with_accelerator(model, prepare_first=prepare_first)
+    for number in range(4):
+        if number == 2:
+            accelerator.save_state(tmp_path)
+        step(prepared, optimizer, accelerator)
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == {"adapter.safetensors"}
+
+    again = net()
+    accelerator, prepared, optimizer = with_accelerator(again, prepare_first=prepare_first)
+    accelerator.load_state(tmp_path)
+    for _ in range(2):
+        step(prepared, optimizer, accelerator)
+    assert_same(again, model)
+
+
+def test_accelerate_saves_other_models_as_before(tmp_path):
+    model, head = net(), nn.Linear(4, 2)
+    accelerator = Accelerator(cpu=True)
+    keep_adapter_only(accelerator, model)
+    accelerator.prepare(head, model)
+    before = {key: value.clone() for key, value in head.state_dict().items()}
+    accelerator.save_state(tmp_path)
+    with torch.no_grad():
+        head.weight.zero_()
+    accelerator.load_state(tmp_path)
+    assert all(torch.equal(head.state_dict()[key], value) for key, value in before.items())
+    with pytest.raises(disha.ArgumentError, match="other"):
+        keep_adapter_only(accelerator, model, "other")
+
+
+# --- Lightning -----------------------------------------------------------------------------------
+
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+        torch.manual_seed(2)
+        self.data = [(torch.randn(16), torch.randn(4)) for _ in range(16)]
+
+    def training_step(self, batch):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def validation_step(self, batch):
+        self.log("loss", self.training_step(batch))
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def train_dataloader(self):
+        return DataLoader(self.data, batch_size=4)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def fitted(module, folder, epochs, resume=None):
+    keeps = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, monitor="loss", mode="min")
+    trainer = LightningTrainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[keeps, lightning.AdapterCheckpoints()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, ckpt_path=resume)
+    return trainer
+
+
+def test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit(tmp_path):
+    whole, part, rest = Module(), Module(), Module()
+    trainer = fitted(whole, tmp_path / "whole", 3)
+    fitted(part, tmp_path / "part", 2)
+    fitted(rest, tmp_path / "rest", 3, resume=tmp_path / "part" / "epoch=1.ckpt")
+    assert_same(rest, whole)
+    kept = torch.load(tmp_path / "whole" / "epoch=2.ckpt", weights_only=False)["state_dict"]
+    assert kept.keys() == disha.adapter_state_dict(whole).keys()
+
+    with torch.no_grad():
+        for block in disha.adapter_parameters(whole):
+            block.zero_()
+    [measured] = trainer.test(whole, ckpt_path="best", verbose=False)
+    best = float(trainer.checkpoint_callback.best_model_score)
+    assert measured["loss"] == pytest.approx(best)
+
+
+def test_a_module_without_the_adapter_is_refused_by_lightning(tmp_path):
+    module = Module()
+    disha.remove_adapters(module)
+    with pytest.raises(disha.ArgumentError, match="default"):
+        fitted(module, tmp_path, 1)

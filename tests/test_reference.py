@@ -14,6 +14,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 MODULES = (
     "disha",
     "disha.functional",
+    "disha.integrations.accelerate",
+    "disha.integrations.lightning",
     "disha.integrations.transformers",
     "disha.interop.checkpoints",
     "disha.interop.lora",

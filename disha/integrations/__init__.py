@@ -1,4 +1,6 @@
 """Small bridges to other libraries. Each module imports its library; nothing else imports it.
 
+- `accelerate`: states of its `Accelerator`
+- `lightning`: checkpoints of its `Trainer`
 - `transformers`: checkpoints of its `Trainer`
 """

@@ -1,0 +1,72 @@
+"""States of an `Accelerator` of `accelerate` that hold the adapter and not the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+import disha
+
+__all__ = ["ADAPTER_NAME", "keep_adapter_only"]
+
+ADAPTER_NAME = "adapter.safetensors"
+"""The name of the adapter file in the folder of a state."""
+
+
+def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str = "default") -> None:
+    """Let `save_state` write the adapter in place of the model, and `load_state` read it.
+
+    Call it once, before or after `accelerator.prepare`. Optimisers, schedulers and random states
+    are saved and loaded as before, so that training resumes bit for bit. It needs one or several
+    processes with the complete model on each; FSDP and DeepSpeed save in ways of their own.
+
+    Args:
+        accelerator: the accelerator.
+        model: the model with the adapter, as it is before `prepare`.
+        adapter: the adapter's name.
+
+    Raises:
+        ArgumentError: the model has no such adapter.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from accelerate import Accelerator
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.integrations.accelerate import keep_adapter_only
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4)
+        >>> accelerator = Accelerator(cpu=True)
+        >>> keep_adapter_only(accelerator, model)
+        >>> model = accelerator.prepare(model)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = accelerator.save_state(folder)
+        ...     accelerator.load_state(folder)
+        ...     sorted(path.name for path in pathlib.Path(folder).glob("*.safetensors"))
+        ['adapter.safetensors']
+    """
+    disha.adapter_state_dict(model, adapter)
+
+    def place_in(models: list[nn.Module]) -> int | None:
+        found = (
+            place for place, one in enumerate(models) if accelerator.unwrap_model(one) is model
+        )
+        return next(found, None)
+
+    def save(models: list[nn.Module], weights: list[Mapping[str, Any]], folder: str) -> None:
+        place = place_in(models)
+        if place is not None and place < len(weights):
+            weights.pop(place)
+        disha.save_adapter(model, Path(folder) / ADAPTER_NAME, adapter)
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        place = place_in(models)
+        if place is not None:
+            models.pop(place)
+        disha.load_adapter(model, Path(folder) / ADAPTER_NAME, adapter, replace=True)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

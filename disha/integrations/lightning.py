@@ -1,0 +1,55 @@
+"""Checkpoints of Lightning that hold the adapter and not the base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+import disha
+
+__all__ = ["AdapterCheckpoints"]
+
+
+class AdapterCheckpoints(Callback):
+    """Keeps the base out of the checkpoints of `Trainer`.
+
+    Resuming (`trainer.fit(..., ckpt_path=...)`) and the best checkpoint
+    (`trainer.test(..., ckpt_path="best")`) load the adapter into the module, which has to have it.
+    For a file of the adapter alone, call `disha.save_adapter`.
+
+    Args:
+        adapter: the name of the adapter to keep.
+
+    Examples:
+        >>> from torch import nn
+        >>> from pytorch_lightning import LightningModule, Trainer
+        >>> import disha
+        >>> from disha.integrations.lightning import AdapterCheckpoints
+        >>> module = LightningModule()
+        >>> module.net = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4)
+        >>> checkpoint = {"state_dict": module.state_dict()}
+        >>> AdapterCheckpoints().on_save_checkpoint(Trainer(logger=False), module, checkpoint)
+        >>> list(checkpoint["state_dict"])
+        ['net.0.disha.default.bone_block']
+    """
+
+    def __init__(self, adapter: str = "default") -> None:
+        self._adapter = adapter
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the module be loaded from a checkpoint without the base.
+
+        Raises:
+            ArgumentError: the module has no such adapter.
+        """
+        disha.adapter_state_dict(pl_module, self._adapter)
+        pl_module.strict_loading = False
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the adapter's part of the state dict."""
+        kept = disha.adapter_state_dict(pl_module, self._adapter)
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: state[key] for key in kept}
