@@ -31,13 +31,16 @@ QUANT = [
     "bitsandbytes>=0.49",
     "torchao>=0.18",
 ]
-PEERS = [
+TRANSFORMERS = [
     "accelerate>=1.1",
+    "transformers>=5",
+]
+PEERS = [
+    *TRANSFORMERS,
     "loralib>=0.1.2",
     "lycoris-lora>=4.1",
     "peft>=0.21",
     "pytorch-lightning>=2.4",
-    "transformers>=5",
 ]
 DOCS = [
     "mkdocs>=1.6,<2",
@@ -97,6 +100,7 @@ setup(
         "finetune": FINETUNE,
         "gguf": GGUF,
         "quant": QUANT,
+        "transformers": TRANSFORMERS,
         "dev": DEV,
         "docs": DOCS,
         "zoo": ZOO,

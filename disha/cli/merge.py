@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import disha
 from disha.cli.flags import Flags, parsed
 from disha.cli.noted import base_of
 from disha.cli.output import advancing, require_free, show
 from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError
+from disha.finetune.merging import merge_into_base
+from disha.finetune.models.hub_cache import located
 
 __all__ = ["run"]
 
@@ -33,10 +34,10 @@ class MergeFlags(Flags):
     """The arguments of `disha merge`.
 
     Args:
-        paths: The checkpoint BASE: a safetensors file, or a folder as Hugging Face libraries write
-            it. By default the base that the adapter file notes, if disha finetune has saved it.
-            Then the adapter file ADAPTER. Then OUT, the folder to write, or one file if it ends
-            with .safetensors.
+        paths: The checkpoint BASE: a safetensors file, a folder as Hugging Face libraries write it,
+            or the name of a model in their local cache. By default the base that the adapter file
+            notes, if disha finetune has saved it. Then the adapter file ADAPTER. Then OUT, the
+            folder to write, or one file if it ends with .safetensors.
         no_also_train: Ignore the parameters saved beside the blocks, and keep those of the base.
         scale: Runtime scale s of all layers, in place of the adapter's own.
         dtype: Number format of all floating-point tensors. With own, each keeps its format.
@@ -59,8 +60,8 @@ def run(arguments: Sequence[str]) -> None:
     base, adapter, out = _paths(flags.paths)
     require_free(out, flags.overwrite)
     with advancing("merging") as progress:
-        merged = disha.interop.checkpoints.merge_into_checkpoint(
-            base,
+        merged = merge_into_base(
+            located(base),
             adapter,
             out,
             also_train=not flags.no_also_train,

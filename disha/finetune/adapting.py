@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import disha
 from disha.finetune.errors import SettingsError
 from disha.finetune.models.decoder import Decoder
+from disha.finetune.progress import counted
 from disha.finetune.settings import AdapterSettings
 
 __all__ = [
@@ -32,8 +33,15 @@ ALL_PROJECTIONS = r"\.(q|k|v|o|gate|up|down)_proj$"
 """The names of the linear layers of a decoder layer."""
 
 
-def inject(model: nn.Module, settings: AdapterSettings) -> dict[str, Tensor]:
+def inject(
+    model: nn.Module, settings: AdapterSettings, say: Callable[[str], None] = print
+) -> dict[str, Tensor]:
     """Inject the adapter with float32 blocks, new or from the file that the settings name.
+
+    Args:
+        model: the base model.
+        settings: the adapter.
+        say: told which weights the default target leaves out.
 
     Returns:
         The base model's values of the parameters that are trained beside the adapter.
@@ -43,7 +51,11 @@ def inject(model: nn.Module, settings: AdapterSettings) -> dict[str, Tensor]:
             model; or the adapter belongs to another base.
     """
     if settings.adapter is None:
-        disha.inject_adapters(model, **arguments(model, settings))
+        given = arguments(model, settings)
+        unfit = len(given["exclude"]) - (settings.exclude is not None)
+        if unfit:
+            say(f"r does not fit {counted(unfit, 'weight')}, left out; --dry_run names them")
+        disha.inject_adapters(model, **given)
         return base_values(model, _trained_besides(model))
     with refusing_other_base():
         return _loaded(model, settings.adapter, torch.float32)
@@ -66,11 +78,24 @@ def plan(model: nn.Module, settings: AdapterSettings) -> disha.Plan:
     Raises:
         DishaError: the target matches no layer, or the settings don't fit a layer.
     """
-    return disha.plan_adapters(model, **arguments(model, settings))
+    return disha.plan_adapters(model, **_asked(model, settings))
 
 
 def arguments(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
-    """Return the arguments that add such an adapter to a model, with new blocks."""
+    """Return the arguments that add such an adapter to a model, with new blocks.
+
+    The default target leaves out weights that r does not fit, if it fits others: some models have
+    small matrices, such as Mamba's for the length of a step, beside large ones.
+    """
+    asked = _asked(model, settings)
+    if settings.target is not None or settings.adapter is not None or isinstance(model, Decoder):
+        return asked
+    found = disha.plan_adapters(model, **asked)
+    unfit = [one.name for one in found.skipped if one.is_weight] if found.layers else []
+    return {**asked, "exclude": [*asked["exclude"], *(f"^{re.escape(name)}$" for name in unfit)]}
+
+
+def _asked(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
     if settings.adapter is not None:
         return _arguments_of_file(settings.adapter)
     return {
@@ -79,7 +104,7 @@ def arguments(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
         "r": settings.bone_r,
         "r_out": settings.bone_r_out,
         "method": settings.method_name,
-        "exclude": settings.exclude,
+        "exclude": [] if settings.exclude is None else [settings.exclude],
         "rank_pattern": settings.ranks,
         "also_train": settings.also_train,
         "dropout": settings.adapter_dropout,

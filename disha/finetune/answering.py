@@ -149,8 +149,7 @@ class Answerer:
         if self.template is not None:
             ids = self.template.prompt(prompt, self.tokenizer)
         else:
-            begin = [] if self.tokenizer.begin is None else [self.tokenizer.begin]
-            ids = begin + self.tokenizer.encode(prompt, special=False)
+            ids = [*self.tokenizer.begin, *self.tokenizer.encode(prompt, special=False)]
         tokens = generate(self.model, ids, ends=self.tokenizer.ends, **vars(self.sampling))
         yield from stream_text(self.tokenizer, tokens)
 

@@ -12,15 +12,18 @@ import torch
 from torch import nn
 
 import disha
-from disha.finetune.errors import TokenizerError
-from disha.finetune.generation import context_of
+from disha.finetune.errors import TokenizerError, UnsupportedModelError
+from disha.finetune.generation import context_of, text_config
 from disha.finetune.hashing import add_state
 from disha.finetune.models.checkpoint import ModelCheckpoint, open_model
 from disha.finetune.models.factory import load_factory
+from disha.finetune.models.folder import FolderCheckpoint
+from disha.finetune.models.hub_cache import located, name_in_cache
 from disha.finetune.models.quantised import WeightBits
+from disha.finetune.models.with_transformers import open_with_transformers
 from disha.finetune.settings import ModelSettings
 from disha.finetune.text.adopted import adopt
-from disha.finetune.text.from_folder import open_tokenizer
+from disha.finetune.text.from_folder import TOKENIZER_FILE, open_tokenizer
 from disha.finetune.text.from_gguf import tokenizer_from_gguf
 from disha.finetune.text.tokenizer import Tokenizer
 
@@ -78,9 +81,14 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
     """
     if settings.model is not None:
         return _made(settings)
-    path = settings.base_model_name_or_path or default or settings.base_model
-    checkpoint = open_model(path)
-    config = checkpoint.config()
+    takes_default = default is not None and not settings.is_named
+    checkpoint = open_model(default if takes_default and default else settings.base_model)
+    try:
+        config = checkpoint.config()
+    except UnsupportedModelError as error:
+        if not isinstance(checkpoint, FolderCheckpoint):
+            raise
+        return _of_transformers(checkpoint, settings, error)
     tokenizer = _tokenizer_of(checkpoint, settings)
     _require_known_tokens(tokenizer, config.vocabulary, checkpoint.title)
 
@@ -93,9 +101,43 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
         tokenizer=tokenizer,
         context=config.context,
         folder=checkpoint.folder,
-        path=path,
+        path=_lasting(checkpoint.path),
         load=load,
     )
+
+
+def _of_transformers(
+    checkpoint: FolderCheckpoint, settings: ModelSettings, reason: UnsupportedModelError
+) -> BaseModel:
+    """Return a model that the built-in decoder does not read."""
+    folder = checkpoint.path
+    opened = open_with_transformers(folder, checkpoint.description, reason)
+    if settings.tokenizer is not None or (folder / TOKENIZER_FILE).exists():
+        tokenizer = open_tokenizer(settings.tokenizer or folder)
+    else:
+        tokenizer = adopt(opened.tokenizer())
+    _require_known_tokens(tokenizer, _vocabulary_of(opened), checkpoint.title)
+
+    def load(device: torch.device, digest: Hash | None = None) -> nn.Module:
+        if device.type == "meta":
+            return opened.outline()
+        dtype, bits = model_dtype(settings, device), BITS.get(settings.bits)
+        return opened.load_model(dtype, device, bits, digest)
+
+    return BaseModel(
+        title=checkpoint.title,
+        tokenizer=tokenizer,
+        context=context_of(opened),
+        folder=folder,
+        path=_lasting(folder),
+        load=load,
+    )
+
+
+def _lasting(path: Path) -> Path:
+    """Return the name of a model in the cache, as its folder changes with every download."""
+    name = name_in_cache(path)
+    return Path(name) if name is not None and located(Path(name)) == path else path
 
 
 def model_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
@@ -167,8 +209,8 @@ def _in_bfloat16(model: nn.Module) -> nn.Module:
     return model
 
 
-def _vocabulary_of(model: nn.Module) -> int | None:
-    found = getattr(getattr(model, "config", None), "vocab_size", None)
+def _vocabulary_of(model: object) -> int | None:
+    found = getattr(text_config(model), "vocab_size", None)
     return found if type(found) is int else None
 
 
@@ -180,7 +222,7 @@ def _require_known_tokens(tokenizer: Tokenizer, vocabulary: int | None, title: s
     if vocabulary is None:
         return
     made = tokenizer.backend.get_vocab_size(with_added_tokens=False)
-    around = max(tokenizer.end, tokenizer.begin or 0)
+    around = max(tokenizer.end, 0, *tokenizer.begin)
     if max(made, around + 1) > vocabulary:
         raise TokenizerError(
             f"the tokenizer has {max(made, around + 1)} tokens, but {title} knows {vocabulary}; "

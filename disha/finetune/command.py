@@ -26,6 +26,7 @@ from disha.finetune.data.rows import Row
 from disha.finetune.errors import OutputError, SettingsError, TrainingError, VerificationError
 from disha.finetune.folder_lock import FolderLock
 from disha.finetune.inputs import Inputs, first_rows, load_inputs
+from disha.finetune.merging import merge_into_base
 from disha.finetune.metrics import METRICS
 from disha.finetune.models.factory import explaining_failures
 from disha.finetune.noted_base import BASE_KEY, base_note
@@ -163,7 +164,7 @@ def _run(
     with clock.phase("reading the model"):
         model = inputs.base.load(processes.device, digest)
     torch.manual_seed(settings.training.seed)
-    base = inject(model, settings.adapter)
+    base = inject(model, settings.adapter, clock.say)
     _say_sizes(model, inputs, clock)
     objective = objective_for(model, has_tokenizer=inputs.base.tokenizer is not None)
     if settings.training.gradient_checkpointing:
@@ -320,7 +321,7 @@ def _merge_and_verify(
     if output.merge:
         assert inputs.base.folder is not None
         with clock.phase("merging into a copy of the base model"):
-            disha.interop.checkpoints.merge_into_checkpoint(
+            merge_into_base(
                 inputs.base.folder,
                 adapter,
                 output.output / MERGED,

@@ -18,6 +18,7 @@ __all__ = [
     "SettingsError",
     "TokenizerError",
     "TrainingError",
+    "UnsupportedModelError",
     "VerificationError",
 ]
 
@@ -32,6 +33,10 @@ class SettingsError(BadInputError):
 
 class CheckpointError(BadInputError):
     """A model file is missing, damaged or not supported."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """A model is one that the built-in decoder does not compute."""
 
 
 class TokenizerError(BadInputError):

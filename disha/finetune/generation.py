@@ -26,7 +26,15 @@ from disha.finetune.models.decoder import Decoder, KeyValueCache
 from disha.finetune.models.factory import called, tensor_of
 from disha.finetune.text.tokenizer import Tokenizer
 
-__all__ = ["Memory", "complete", "context_of", "generate", "likely_tokens", "stream_text"]
+__all__ = [
+    "Memory",
+    "complete",
+    "context_of",
+    "generate",
+    "likely_tokens",
+    "stream_text",
+    "text_config",
+]
 
 CONTEXT_NAMES = ("context", "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 """Names under which configurations store the longest sequence of a model."""
@@ -238,11 +246,18 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
-def context_of(model: nn.Module) -> int | None:
+def context_of(model: object) -> int | None:
     """Return how many tokens a model's configuration allows; None if it sets no limit."""
-    config = getattr(model, "config", None)
+    config = text_config(model)
     found = [getattr(config, name, None) for name in CONTEXT_NAMES]
     return next((size for size in found if type(size) is int and size > 0), None)
+
+
+def text_config(model: object) -> object:
+    """Return a model's configuration, of one that also takes images the part for text."""
+    config = getattr(model, "config", None)
+    of_text = getattr(config, "get_text_config", None)
+    return config if of_text is None else of_text()
 
 
 @torch.no_grad()

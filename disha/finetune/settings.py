@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import disha
 from disha.finetune.errors import SettingsError
+from disha.finetune.models.hub_cache import located
 
 __all__ = [
     "DEMO_SETTINGS",
@@ -138,8 +139,9 @@ class ModelSettings:
 
     Args:
         base_model_name_or_path: The model: a folder with config.json, safetensors files and
-            tokenizer.json, or a GGUF file. Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5 and
-            Qwen3 are supported.
+            tokenizer.json; a GGUF file; or the name of a model in the local cache of Hugging Face,
+            such as Qwen/Qwen3-0.6B. Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3 are
+            built in. Other language models in folders need the extra transformers.
         model: Any other model, as module:function. The function takes no arguments and returns an
             nn.Module, or a pair of a module and a tokenizer.
         tokenizer: A tokenizer.json, or a folder with one, to use in place of the model's own.
@@ -155,8 +157,14 @@ class ModelSettings:
 
     @property
     def base_model(self) -> Path:
-        """The file or folder. Raises `SettingsError` if not given."""
-        return given(self.base_model_name_or_path, "--base_model_name_or_path path/to/model")
+        """The file or folder.
+
+        Raises:
+            SettingsError: it is not given.
+            CheckpointError: it names a model in the cache that is not complete.
+        """
+        named = given(self.base_model_name_or_path, "--base_model_name_or_path path/to/model")
+        return located(named)
 
     @property
     def is_named(self) -> bool:
@@ -171,11 +179,13 @@ class ModelSettings:
     def check(self) -> None:
         """Raise `SettingsError` if a setting is missing or contradicts another."""
         if self.model is None:
+            path = self.base_model
             require(
-                self.base_model.exists(),
-                f"--base_model_name_or_path {self.base_model} does not exist; it must be a folder "
-                "with config.json, safetensors files and tokenizer.json, or a GGUF file (models "
-                "are not downloaded)",
+                path.exists(),
+                f"--base_model_name_or_path {path} does not exist; it must be a folder with "
+                "config.json, safetensors files and tokenizer.json, a GGUF file, or the name of a "
+                f"model in the local cache (models are not downloaded; to get one, run: hf "
+                f"download {path.as_posix()})",
             )
             return
         require(

@@ -118,8 +118,12 @@ class Runner:
 
     def __call__(self, *words: str, **changes: Any) -> Done:
         """Run with other flags than the usual, and more words."""
+        return self.other(*arguments(self.model, self.data, self.output, **changes), *words)
+
+    def other(self, *words: object) -> Done:
+        """Run any command of `disha`."""
         self._capsys.readouterr()
-        code = main([*arguments(self.model, self.data, self.output, **changes), *words])
+        code = main([str(word) for word in words])
         return Done(code, *self._capsys.readouterr())
 
     def good(self, *words: str, **changes: Any) -> dict[str, Any]:

@@ -260,7 +260,7 @@ from disha.finetune.text.tokenizer import Tokenizer
 from tests.finetune import tiny_checkpoints
 
 def tokenizer():
-    return Tokenizer(tiny_checkpoints.tokenizer(begin=False), end=2, begin=None)
+    return Tokenizer(tiny_checkpoints.tokenizer(begin=False), end=2)
 
 def make_llama():
     return tiny_checkpoints.random_model("llama3"), tokenizer()

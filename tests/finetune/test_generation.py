@@ -24,8 +24,8 @@ from tests.finetune.text import tiny_tokenizers
 from tests.finetune.text.texts import texts
 
 PROMPT = [5, 60, 70, 8, 200, 131, 44, 9]
-BYTE_LEVEL = Tokenizer(tiny_tokenizers.qwen3().backend, end=2, begin=None)
-SENTENCEPIECE = Tokenizer(tiny_tokenizers.mistral().backend, end=2, begin=1)
+BYTE_LEVEL = Tokenizer(tiny_tokenizers.qwen3().backend, end=2)
+SENTENCEPIECE = Tokenizer(tiny_tokenizers.mistral().backend, end=2, begin=(1,))
 EITHER = pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE])
 
 

@@ -186,8 +186,7 @@ class Encoder:
         name, tokenizer = self.fields[0], self.tokenizer
         text = row.text(name)
         _require_content(text, row, name)
-        begin = [] if tokenizer.begin is None else [tokenizer.begin]
-        all_tokens = (*begin, *tokenizer.encode(text, special=False), tokenizer.end)
+        all_tokens = (*tokenizer.begin, *tokenizer.encode(text, special=False), tokenizer.end)
         if len(all_tokens) < 2:
             raise BadRowError(
                 f"{row.place}: field {name!r} has no tokens, so there is nothing to learn"

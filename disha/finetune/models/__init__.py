@@ -10,5 +10,7 @@ From bottom to top:
 - `assembly`: builds a decoder from stored weights, in bounded memory
 - `folder`, `gguf`: read a model from a Hugging Face folder, or from a GGUF file
 - `checkpoint`: opens a model from either
+- `hub_cache`: finds a model in the local cache of Hugging Face by its name
+- `with_transformers`: any other language model, through the library transformers
 - `factory`: any other model, made by the user's own function
 """

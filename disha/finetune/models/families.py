@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from disha.finetune.errors import CheckpointError
+from disha.finetune.errors import CheckpointError, UnsupportedModelError
 from disha.finetune.models.decoder import DecoderConfig
 from disha.finetune.models.fields import WAY_OUT, Fields
 from disha.finetune.models.rope import llama3_factors
@@ -113,10 +113,10 @@ def family_of(name: object, path: Path, families: Mapping[str, Family] = FAMILIE
         families: the supported families, by name.
 
     Raises:
-        CheckpointError: the name is none of these.
+        UnsupportedModelError: the name is none of these.
     """
     if not isinstance(name, str) or name not in families:
-        raise CheckpointError(
+        raise UnsupportedModelError(
             f"{path} holds a model of architecture {name!r}; supported are "
             f"{', '.join(map(repr, families))} ({SUPPORTED}); {WAY_OUT}"
         )
@@ -131,8 +131,9 @@ def config_from_json(values: Mapping[str, Any], path: Path) -> DecoderConfig:
         path: the file; for messages.
 
     Raises:
-        CheckpointError: the architecture is not supported, a key is missing or of the wrong type,
-            or a key asks for something that the decoder does not compute.
+        CheckpointError: a key is missing or of the wrong type.
+        UnsupportedModelError: the architecture is another one, or a key asks for something that
+            the decoder does not compute.
     """
     keys, family = Fields(values, path), family_of(values.get("model_type"), path)
     _check_supported(keys, family)
@@ -170,9 +171,10 @@ def _check_supported(keys: Fields, family: Family) -> None:
     if not isinstance(classes, list) or family.causal not in classes:
         raise keys.refused("architectures", classes, f"supported is {family.causal!r}")
     if keys.get("quantization_config") is not None:
-        raise CheckpointError(
+        raise UnsupportedModelError(
             f"{keys.path} has a quantization_config: its weights are quantised already. Use "
-            "the model's folder in bf16 or fp32; --bits 8 or --bits 4 quantise it"
+            "the model's folder in bf16 or fp32, where --bits 8 or --bits 4 quantise it, or "
+            "install transformers (pip install 'disha-torch[transformers]')"
         )
     keys.require_neutral(NEUTRAL)
 
@@ -239,9 +241,7 @@ def _rope(keys: Fields) -> Fields:
     inside = Fields({"rope_theta": keys.get("rope_theta"), **found}, keys.path)
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise keys.refused(
-            key, found, "supported are rope_type 'default', 'linear' and 'llama3'", WAY_OUT
-        )
+        raise keys.refused(key, found, "supported are rope_type 'default', 'linear' and 'llama3'")
     inside.require_neutral({"partial_rotary_factor": (1,)})
     return Fields({**inside.values, "rope_type": kind}, keys.path)
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disha.finetune.errors import CheckpointError
+from disha.finetune.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["WAY_OUT", "Fields"]
 
 WAY_OUT = (
-    "any other model can be given as --model module:function, a function that returns an nn.Module"
+    "folders of other language models need transformers (pip install 'disha-torch[transformers]'); "
+    "any model can be given as --model module:function, a function that returns an nn.Module"
 )
 
 
@@ -89,11 +90,11 @@ class Fields:
             if value not in allowed:
                 raise self.refused(key, value, f"only {allowed[0]!r} is supported")
 
-    def refused(self, key: str, value: object, *why: str) -> CheckpointError:
+    def refused(self, key: str, value: object, *why: str) -> UnsupportedModelError:
         """Return the error for a value that the decoder does not support."""
-        return CheckpointError(
+        return UnsupportedModelError(
             f"{self.path} asks for {self.prefix}{key} = {value!r}, which is not supported, and "
-            f"ignoring it would give another model; {'; '.join(why or (WAY_OUT,))}"
+            f"ignoring it would give another model; {'; '.join((*why, WAY_OUT))}"
         )
 
     def _required(self, key: str, default: object) -> object:

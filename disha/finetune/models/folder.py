@@ -18,6 +18,7 @@ from disha.finetune.models.assembly import SLICE, ModelCheckpoint, Shape, check_
 from disha.finetune.models.decoder import DecoderConfig
 from disha.finetune.models.families import config_from_json
 from disha.finetune.models.fields import WAY_OUT
+from disha.finetune.models.hub_cache import name_in_cache
 
 __all__ = ["FolderCheckpoint"]
 
@@ -42,7 +43,8 @@ class FolderCheckpoint(ModelCheckpoint):
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path
-        self.title = path.resolve().name
+        name = name_in_cache(path)
+        self.title = name or path.resolve().name
         if not (path / CONFIG).exists():
             files = sorted(path.glob("*.gguf")) if path.is_dir() else []
             found = f", such as {files[0]}" if files else ""
@@ -54,7 +56,8 @@ class FolderCheckpoint(ModelCheckpoint):
             self.stored = disha.interop.checkpoints.open_checkpoint(path)
             self.description = self.stored.config()
         except disha.DishaError as error:
-            raise CheckpointError(str(error)) from error
+            remedy = "" if name is None else f"; to complete the download, run: hf download {name}"
+            raise CheckpointError(f"{error}{remedy}") from error
 
     def config(self) -> DecoderConfig:
         """Return the model's sizes and constants.

@@ -24,7 +24,14 @@ from disha.finetune.errors import CheckpointError, SettingsError
 if TYPE_CHECKING:
     from disha.finetune.models.decoder import Decoder
 
-__all__ = ["WeightBits", "is_quantised", "quantise_layers", "set_weight"]
+__all__ = [
+    "FOUR_BIT",
+    "WeightBits",
+    "is_quantised",
+    "quantise_layers",
+    "require_bitsandbytes",
+    "set_weight",
+]
 
 WeightBits = Literal[8, 4]
 
@@ -53,9 +60,7 @@ def quantise_layers(
     """
     if bits not in (8, 4):
         raise SettingsError(f"a base model can be quantised to 8 or 4 bits, got {bits}")
-    _bitsandbytes()
-    # Otherwise every 8-bit layer logs that it rounds inputs to float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    require_bitsandbytes()
     for layer in model.model.layers:
         linears = [(path, one) for path, one in layer.named_modules() if type(one) is nn.Linear]
         for path, linear in linears:
@@ -68,7 +73,7 @@ def is_quantised(module: nn.Module) -> bool:
     """Return whether `module` is one of the layers that `quantise_layers` makes."""
     if sys.modules.get("bitsandbytes") is None:  # no layer was quantised
         return False
-    layers = _bitsandbytes().nn
+    layers = require_bitsandbytes().nn
     return isinstance(module, (layers.Linear8bitLt, layers.Linear4bit))
 
 
@@ -80,7 +85,7 @@ def set_weight(module: nn.Module, dense: Tensor, device: torch.device) -> None:
         dense: the weight (out, in), on the CPU.
         device: where the quantised weight goes.
     """
-    layers = _bitsandbytes().nn
+    layers = require_bitsandbytes().nn
     if isinstance(module, layers.Linear4bit):
         weight = layers.Params4bit(dense, requires_grad=False, module=module, **FOUR_BIT)
     else:
@@ -97,7 +102,7 @@ def _check_sizes(path: str, linear: nn.Linear) -> None:
 
 
 def _quantised(linear: nn.Linear, bits: WeightBits, dtype: torch.dtype) -> nn.Linear:
-    layers = _bitsandbytes().nn
+    layers = require_bitsandbytes().nn
     sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
     if bits == 8:
         made = layers.Linear8bitLt(*sizes, bias, has_fp16_weights=False, device="meta")
@@ -106,7 +111,14 @@ def _quantised(linear: nn.Linear, bits: WeightBits, dtype: torch.dtype) -> nn.Li
     return made  # type: ignore[no-any-return]
 
 
-def _bitsandbytes() -> Any:
+def require_bitsandbytes() -> Any:
+    """Return the library bitsandbytes.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    # Otherwise every 8-bit layer logs that it rounds inputs to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:

@@ -57,7 +57,7 @@ def _bare(backend: BackendTokenizer) -> Tokenizer:
                 "disha.finetune.text.tokenizer.Tokenizer(backend, end, begin)"
             )
         end = found[0]
-    return Tokenizer(backend, end, begin_of(backend, "the tokenizer"))
+    return Tokenizer(backend, end, begin_of(backend))
 
 
 def _appended(backend: BackendTokenizer) -> int | None:
@@ -78,7 +78,7 @@ def _of_transformers(tokenizer: Any, backend: BackendTokenizer) -> Tokenizer:
     return Tokenizer(
         backend,
         end,
-        begin_of(backend, "the tokenizer"),
+        begin_of(backend),
         chat_template=template if isinstance(template, str) else None,
         named={
             name: str(token)

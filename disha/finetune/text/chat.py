@@ -124,12 +124,11 @@ def _template(tokenizer: Tokenizer) -> str:
     return CHATML
 
 
-def _begin(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """Return the begin token, for ChatML only: a model's own template writes it itself."""
+def _begin(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the begin tokens, for ChatML only: a model's own template writes them itself."""
     begin = tokenizer.begin
-    if tokenizer.chat_template is not None or begin is None or begin in ids[:1]:
-        return []
-    return [begin]
+    is_written = tokenizer.chat_template is not None or tuple(ids[: len(begin)]) == begin
+    return () if is_written else begin
 
 
 def _checked(messages: object) -> list[Message]:

@@ -23,7 +23,7 @@ from disha.finetune.text.tokenizer import SPACE, Tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BackendTokenizer
 
-__all__ = ["begin_of", "open_tokenizer"]
+__all__ = ["TOKENIZER_FILE", "begin_of", "open_tokenizer"]
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -63,7 +63,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(
         backend,
         ends[0],
-        begin_of(backend, file),
+        begin_of(backend),
         ends=frozenset(ends),
         chat_template=_chat_template(folder, config),
         named=named,
@@ -71,26 +71,14 @@ def open_tokenizer(path: Path) -> Tokenizer:
     )
 
 
-def begin_of(backend: BackendTokenizer, source: object) -> int | None:
-    """Return the token id that a tokenizer's post-processor puts before every text.
-
-    Args:
-        backend: the tokenizer.
-        source: where the tokenizer came from; for messages.
-
-    Raises:
-        TokenizerError: it puts several tokens before a text.
-    """
+def begin_of(backend: BackendTokenizer) -> tuple[int, ...]:
+    """Return the token ids that a tokenizer's post-processor puts before every text."""
     backend.encode_special_tokens = False
     bare = backend.encode("a", add_special_tokens=False).ids
     processed = backend.encode("a").ids
     places = range(len(processed) - len(bare) + 1)
     before = next((p for p in places if processed[p : p + len(bare)] == bare), 0)
-    if before > 1:
-        raise TokenizerError(
-            f"{source} puts {before} tokens before every text; only one, or none, is supported"
-        )
-    return processed[0] if before else None
+    return tuple(processed[:before])
 
 
 def _backend(file: Path) -> BackendTokenizer:

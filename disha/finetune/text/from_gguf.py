@@ -64,9 +64,9 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], path: Path) -> Tokenizer:
         )
     backend, begins = KINDS[kind](described)
     end = described.token_id("eos_token_id")
-    begin = None
+    begin: tuple[int, ...] = ()
     if fields.get("tokenizer.ggml.add_bos_token", begins):
-        begin = described.token_id("bos_token_id")
+        begin = (described.token_id("bos_token_id"),)
     template = fields.get("tokenizer.chat_template")
     return Tokenizer(
         backend,

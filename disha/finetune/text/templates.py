@@ -60,9 +60,9 @@ class Template:
             query: any text.
             tokenizer: the model's tokenizer.
         """
-        begin = [tokenizer.begin] if self.begins and tokenizer.begin is not None else []
+        begin = tokenizer.begin if self.begins else ()
         before, asked = self._asked(query.strip() if self.trims else query, tokenizer)
-        return begin + before, asked, tokenizer.encode(self.after, continues=True)
+        return [*begin, *before], asked, tokenizer.encode(self.after, continues=True)
 
     def _asked(self, query: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         ids, places = tokenizer.encode_with_places(self.before + query)

@@ -27,7 +27,7 @@ class Tokenizer:
     Args:
         backend: the tokenizer of the tokenizers library.
         end: the token id that training puts after a text.
-        begin: the token id to put before every text; None if the model wants none.
+        begin: the token ids to put before every text.
         ends: the token ids that end a generated text; `end` is added to them.
         chat_template: the model's own Jinja template for conversations; None if it has none.
         named: special tokens under the names that chat templates use, such as ``bos_token``.
@@ -36,7 +36,7 @@ class Tokenizer:
 
     backend: BackendTokenizer
     end: int
-    begin: int | None
+    begin: tuple[int, ...] = ()
     ends: frozenset[int] = frozenset()
     chat_template: str | None = None
     named: Mapping[str, str] = field(default_factory=dict)

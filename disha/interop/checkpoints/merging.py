@@ -39,7 +39,7 @@ from disha.files.contents import unread_contents
 from disha.files.header import AdapterFile, LayerRecord
 from disha.files.json_files import read_json
 from disha.files.pieces import Piece, write_pieces, write_tensor
-from disha.files.reading import explained, found_at, walked
+from disha.files.reading import explained, found_at
 from disha.files.tensors import DTYPES, NAMES, opened
 from disha.functional.shards import merge_dtype
 from disha.interop.checkpoints.matching import BaseReport, Matching, matched
@@ -60,12 +60,6 @@ SHOWN = 20
 """How many problems an error lists."""
 
 SUFFIX = ".safetensors"
-
-WEIGHTS = (
-    *(SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"),
-    *(".onnx_data", ".npz", ".tflite", ".index.json"),
-)
-"""Endings of the names of weight files and their indexes. They are not merged, so not copied."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of tensors written so far, and the total."""
@@ -429,7 +423,7 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 def _write_folder(folder: Path, merge: _Merge) -> tuple[set[str], set[str]]:
     """Fill an empty folder with the checkpoint; return the names written and left out."""
     checkpoint = merge.checkpoint
-    others, left_out = _other_files(checkpoint)
+    others, left_out = checkpoint.other_files()
     for name, source in others.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if source.name == CONFIG and merge.dtype is not None:
@@ -457,42 +451,6 @@ def _index(former: Mapping[str, Any], merge: _Merge) -> dict[str, Any]:
     tensors = merge.checkpoint.tensors
     weight_map = {name: tensors[name].path.name for name in sorted(tensors)}
     return {**former, "metadata": metadata, "weight_map": weight_map}
-
-
-def _other_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], set[str]]:
-    """Return the other files of the folder to copy, by name, and the names of those left out."""
-    copied: dict[str, Path] = {}
-    left_out: set[str] = set()
-    if checkpoint.folder is None:
-        return copied, left_out
-    written = {*(file.name for file in checkpoint.files)} | ({INDEX} if checkpoint.index else set())
-    with explained(checkpoint.folder):
-        for parent, folders, files in walked(checkpoint.folder):
-            below = Path(parent).relative_to(checkpoint.folder)
-            for name in [*folders]:
-                if name.startswith(".") or os.path.islink(Path(parent, name)):
-                    left_out.add(f"{(below / name).as_posix()}/")
-                    folders.remove(name)
-            for name in files:
-                path, relative = Path(parent, name), (below / name).as_posix()
-                if _is_copied(path, checkpoint.folder):
-                    copied[relative] = path
-                elif relative not in written:
-                    left_out.add(relative)
-    return copied, left_out
-
-
-def _is_copied(path: Path, folder: Path) -> bool:
-    """Whether a file beside the weights belongs in the merged checkpoint."""
-    if path.name.startswith(".") or path.name.lower().endswith(WEIGHTS):
-        return False
-    if found_at(path) != "file":
-        return False
-    # A link can point to any file of this machine, which must not be published with the weights.
-    # In the cache of huggingface_hub, all files are links to blobs.
-    home, target = resolved(folder), resolved(path)
-    blobs = home.parent.parent / "blobs"
-    return home in target.parents or blobs in target.parents
 
 
 def _with_dtype(fields: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -6,6 +6,7 @@ name a file outside the folder.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -16,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from disha.errors import AdapterFileError, AdapterIOError
-from disha.files.atomic import PathLike, checked_path
+from disha.files.atomic import PathLike, checked_path, resolved
 from disha.files.json_files import read_json
-from disha.files.reading import explained, found_at
+from disha.files.reading import explained, found_at, walked
 from disha.files.tensors import LARGEST_INDEX, Index, StoredTensor, TensorFile, opened
 from disha.text import brief
 
@@ -29,6 +30,24 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHTS = (
+    *(
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".pkl",
+        ".gguf",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".ot",
+    ),
+    *(".onnx_data", ".npz", ".tflite", ".index.json"),
+)
+"""Endings of the names of weight files and their indexes. They are not merged, so not copied."""
+
 SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 
 
@@ -108,6 +127,48 @@ class Checkpoint:
         """Return the content of config.json in the folder, or beside the file; {} if none."""
         path = (self.folder or self.path.parent) / CONFIG
         return read_json(path) if found_at(path) else {}
+
+    def other_files(self) -> tuple[dict[str, Path], set[str]]:
+        """Return the files beside the weights, by name, and the names of those that stay out.
+
+        Weights in other formats, hidden files, and links that lead out of the folder do not belong
+        in a copy of the checkpoint.
+
+        Raises:
+            AdapterIOError: the folder can't be read.
+        """
+        copied: dict[str, Path] = {}
+        left_out: set[str] = set()
+        if self.folder is None:
+            return copied, left_out
+        written = {*(file.name for file in self.files)} | ({INDEX} if self.index else set())
+        with explained(self.folder):
+            for parent, folders, files in walked(self.folder):
+                below = Path(parent).relative_to(self.folder)
+                for name in [*folders]:
+                    if name.startswith(".") or os.path.islink(Path(parent, name)):
+                        left_out.add(f"{(below / name).as_posix()}/")
+                        folders.remove(name)
+                for name in files:
+                    path, relative = Path(parent, name), (below / name).as_posix()
+                    if _is_copied(path, self.folder):
+                        copied[relative] = path
+                    elif relative not in written:
+                        left_out.add(relative)
+        return copied, left_out
+
+
+def _is_copied(path: Path, folder: Path) -> bool:
+    """Whether a file beside the weights belongs in a copy of the checkpoint."""
+    if path.name.startswith(".") or path.name.lower().endswith(WEIGHTS):
+        return False
+    if found_at(path) != "file":
+        return False
+    # A link can point to any file of this machine, which must not be published with the weights.
+    # In the cache of huggingface_hub, all files are links to blobs.
+    home, target = resolved(folder), resolved(path)
+    blobs = home.parent.parent / "blobs"
+    return home in target.parents or blobs in target.parents
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:

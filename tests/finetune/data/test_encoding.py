@@ -64,7 +64,7 @@ def test_special_tokens_in_a_row_are_text(smollm_tokenizer):
 
 
 def test_begin_token_comes_first(smollm_tokenizer):
-    with_begin = Tokenizer(smollm_tokenizer.backend, smollm_tokenizer.end, begin=7)
+    with_begin = Tokenizer(smollm_tokenizer.backend, smollm_tokenizer.end, begin=(7,))
     example = pairs(with_begin, 64).encode(pair("a", "b"))
     without = pairs(smollm_tokenizer, 64).encode(pair("a", "b"))
     assert example.tokens == (7, *without.tokens)
@@ -126,7 +126,7 @@ def test_a_text_is_learned_as_a_whole_but_for_its_first_token(smollm_tokenizer):
     assert example.tokens.count(smollm_tokenizer.end) == 1
     assert smollm_tokenizer.decode(example.tokens[:-1]) == "It <|im_end|> is."
     assert learned(example) == [example.tokens[1:]]
-    with_begin = Tokenizer(smollm_tokenizer.backend, smollm_tokenizer.end, begin=7)
+    with_begin = Tokenizer(smollm_tokenizer.backend, smollm_tokenizer.end, begin=(7,))
     assert texts(with_begin, 64).encode(text_row("It <|im_end|> is.")).tokens == (
         7,
         *example.tokens,
@@ -253,7 +253,7 @@ def test_an_encoder_can_be_copied_to_other_processes(tiny_tokenizer):
 
 def test_a_text_of_no_tokens_is_a_bad_row():
     class Silent:
-        end, begin = 1, None
+        end, begin = 1, ()
 
         def encode(self, text, *, special):
             return []

@@ -11,7 +11,7 @@ from tests.finetune.text import tiny_tokenizers
 
 
 def test_ours_is_taken_as_it_is():
-    tokenizer = Tokenizer(tiny_tokenizers.qwen2().backend, end=2, begin=None)
+    tokenizer = Tokenizer(tiny_tokenizers.qwen2().backend, end=2)
     assert adopt(tokenizer) is tokenizer
 
 
@@ -19,7 +19,7 @@ def test_ours_is_taken_as_it_is():
 def test_a_fast_tokenizer_of_transformers(tmp_path, family):
     theirs = AutoTokenizer.from_pretrained(str(tiny_tokenizers.FAMILIES[family]().write(tmp_path)))
     ours = adopt(theirs)
-    put_before = [] if ours.begin is None else [ours.begin]
+    put_before = list(ours.begin)
     assert theirs("the answer")["input_ids"] == put_before + ours.encode("the answer")
     assert ours.end == theirs.eos_token_id
     assert ours.chat_template == theirs.chat_template
@@ -35,7 +35,7 @@ def test_a_fast_tokenizer_without_an_end_is_refused():
 
 def test_a_bare_tokenizer_with_one_usual_end():
     ours = adopt(tiny_tokenizers.mistral().backend)
-    assert (ours.begin, ours.end, ours.chat_template) == (1, 2, None)
+    assert (ours.begin, ours.end, ours.chat_template) == ((1,), 2, None)
 
 
 def test_a_bare_tokenizer_that_ends_texts_itself():
@@ -44,7 +44,7 @@ def test_a_bare_tokenizer_that_ends_texts_itself():
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
     )
     ours = adopt(backend)
-    assert (ours.begin, ours.end) == (None, 0)
+    assert (ours.begin, ours.end) == ((), 0)
 
 
 def test_a_bare_tokenizer_with_several_usual_ends_is_refused():

@@ -163,7 +163,7 @@ def test_chatml_stands_in_for_a_missing_template(folders):
         "<|im_start|>user\nwhat is<|im_end|>\n<|im_start|>assistant\nthe answer<|im_end|>\n"
     )
     assert learned(TWO_TURNS, tokenizer) == ["the answer<|im_end|>", "no more<|im_end|>"]
-    beginning = dataclasses.replace(tokenizer, begin=0)
+    beginning = dataclasses.replace(tokenizer, begin=(0,))
     assert encode_chat(TWO_TURNS[:2], beginning)[0] == [0, *ids]
     assert learned(TWO_TURNS, beginning) == learned(TWO_TURNS, tokenizer)
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from disha.finetune.errors import TokenizerError
 from disha.finetune.text.from_folder import open_tokenizer
+from disha.finetune.text.templates import template_from
 from tests.finetune.text import tiny_tokenizers
 from tests.finetune.text.texts import texts
 
@@ -36,7 +37,7 @@ def test_text_equals_that_of_transformers(family, text):
 
 def test_begin_and_end_equal_those_of_transformers(family):
     ours, theirs = family
-    put_before = [] if ours.begin is None else [ours.begin]
+    put_before = list(ours.begin)
     assert theirs("the answer")["input_ids"] == put_before + ours.encode("the answer")
     assert ours.end == theirs.eos_token_id
     assert ours.chat_template == theirs.chat_template
@@ -51,11 +52,11 @@ def test_names_of_special_tokens_equal_those_of_transformers(family):
 @pytest.mark.parametrize(
     ("family", "begin", "end", "ends"),
     [
-        ("smollm2", None, 2, {2}),
-        ("qwen3", None, 2, {0, 2}),
-        ("llama3", 0, 4, {1, 4}),
-        ("llama2", 1, 2, {2}),
-        ("mistral", 1, 2, {2}),
+        ("smollm2", (), 2, {2}),
+        ("qwen3", (), 2, {0, 2}),
+        ("llama3", (0,), 4, {1, 4}),
+        ("llama2", (1,), 2, {2}),
+        ("mistral", (1,), 2, {2}),
     ],
 )
 def test_begin_and_ends_of_each_family(tmp_path, family, begin, end, ends):
@@ -65,7 +66,7 @@ def test_begin_and_ends_of_each_family(tmp_path, family, begin, end, ends):
 
 def test_the_file_itself_can_be_named(tmp_path):
     tiny_tokenizers.llama3().write(tmp_path)
-    assert open_tokenizer(tmp_path / "tokenizer.json").begin == 0
+    assert open_tokenizer(tmp_path / "tokenizer.json").begin == (0,)
     assert open_tokenizer(tmp_path / "tokenizer.json").chat_template is not None
 
 
@@ -155,10 +156,13 @@ def test_a_damaged_file_beside_it_is_named(tmp_path, content):
         open_tokenizer(tmp_path)
 
 
-def test_several_begin_tokens_are_refused(tmp_path):
+def test_several_tokens_may_come_before_every_text(tmp_path):
+    """As GLM's [gMASK] and <sop>."""
     family = tiny_tokenizers.mistral()
     family.backend.post_processor = TemplateProcessing(
         single="<s> <unk> $A", special_tokens=[("<s>", 1), ("<unk>", 0)]
     )
-    with pytest.raises(TokenizerError, match="puts 2 tokens before every text"):
-        open_tokenizer(family.write(tmp_path))
+    tokenizer = open_tokenizer(family.write(tmp_path))
+    assert tokenizer.begin == (1, 0)
+    prompt = template_from("Q: {query}", tokenizer).prompt("the answer", tokenizer)
+    assert prompt == family.backend.encode("Q: the answer").ids

@@ -14,7 +14,7 @@ from disha.finetune.text.tokenizer import Tokenizer
 from tests.finetune.text import tiny_tokenizers
 from tests.finetune.text.texts import texts
 
-SMOLLM2 = Tokenizer(tiny_tokenizers.smollm2().backend, end=2, begin=None)
+SMOLLM2 = Tokenizer(tiny_tokenizers.smollm2().backend, end=2)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_auto_is_plain_elsewhere(folders):
     tokenizer = open_tokenizer(folders["mistral"])
     template = template_from("auto", tokenizer)
     assert template.prompt("the answer", tokenizer) == [
-        tokenizer.begin,
+        *tokenizer.begin,
         *tokenizer.encode("### Instruction:\nthe answer\n\n### Response:\n"),
     ]
 

@@ -9,8 +9,8 @@ from disha.finetune.text.tokenizer import Tokenizer
 from tests.finetune.text import tiny_tokenizers
 from tests.finetune.text.texts import texts
 
-BYTE_LEVEL = Tokenizer(tiny_tokenizers.llama3().backend, end=4, begin=0)
-SENTENCEPIECE = Tokenizer(tiny_tokenizers.mistral().backend, end=2, begin=1)
+BYTE_LEVEL = Tokenizer(tiny_tokenizers.llama3().backend, end=4, begin=(0,))
+SENTENCEPIECE = Tokenizer(tiny_tokenizers.mistral().backend, end=2, begin=(1,))
 EITHER = pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE])
 
 
@@ -66,8 +66,8 @@ def test_tokens_that_settle_what_came_before():
 
 
 def test_the_end_token_is_one_of_those_that_end_a_text():
-    assert Tokenizer(BYTE_LEVEL.backend, end=4, begin=None).ends == {4}
-    assert Tokenizer(BYTE_LEVEL.backend, end=4, begin=None, ends=frozenset({1})).ends == {1, 4}
+    assert Tokenizer(BYTE_LEVEL.backend, end=4).ends == {4}
+    assert Tokenizer(BYTE_LEVEL.backend, end=4, ends=frozenset({1})).ends == {1, 4}
 
 
 def test_the_length_of_texts_is_not_limited():
@@ -75,7 +75,7 @@ def test_the_length_of_texts_is_not_limited():
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
     text = "the answer is that there is not one"
-    tokenizer = Tokenizer(backend, end=2, begin=None)
+    tokenizer = Tokenizer(backend, end=2)
     assert tokenizer.encode(text) == tiny_tokenizers.smollm2().backend.encode(text).ids
 
 
