@@ -89,7 +89,14 @@ class EvaluateSettings:
         self.data.check()
         require_unchanged(
             self.data,
-            ("packing", "eval_path", "eval_split", "eval_fraction", "eval_steps"),
+            (
+                "packing",
+                "group_by_length",
+                "eval_path",
+                "eval_split",
+                "eval_fraction",
+                "eval_steps",
+            ),
             "is for disha finetune; disha evaluate measures the rows of --data_path that "
             "--dataset_split names",
         )

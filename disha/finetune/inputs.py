@@ -127,7 +127,7 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
         examples, tally = encode_rows(dataset.training, encoder)
     row_length = data.max_seq_length if data.packing else None
     size = settings.training.per_device_train_batch_size
-    source = TextBatches(examples, size, settings.training.seed, row_length)
+    source = TextBatches(examples, size, settings.training.seed, row_length, data.group_by_length)
     return Inputs(base, dataset, encoder, source, tally, checked)
 
 
@@ -175,7 +175,7 @@ def _of_numbers(settings: FinetuneSettings, base: BaseModel, dataset: Dataset) -
     data, training = settings.data, settings.training
     require_unchanged(
         data,
-        ("packing", "streaming"),
+        ("packing", "group_by_length", "streaming"),
         f"is for text, but {base.title} came without a tokenizer; leave it out, or let the "
         "function return a pair of the model and a tokenizer",
     )

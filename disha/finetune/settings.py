@@ -358,6 +358,8 @@ class DataSettings:
             whose response does not fit is left out and counted.
         packing: Put several short rows into one of max_seq_length. They do not attend to each
             other.
+        group_by_length: Put rows of similar length into a batch, which saves padding. The batches
+            come in random order.
         streaming: Read rows from disk when they are needed, for files larger than memory.
         dataloader_num_workers: Processes that prepare rows ahead of training, with streaming
             only.
@@ -375,6 +377,7 @@ class DataSettings:
     eval_steps: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 0
     max_seq_length: Annotated[int, Range("at least 2", lambda value: value >= 2)] = 512
     packing: Switch = False
+    group_by_length: Switch = True
     streaming: Switch = False
     dataloader_num_workers: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 0
     skip_bad_rows: Switch = False

@@ -412,7 +412,8 @@ TABLE = [
         "other settings that affect what is learned: `--model`, `--bits`, `--bone_r`, "
         "`--init_weights`, `--method`, `--bone_r_out`, `--target`, `--exclude`, `--rank_pattern`, "
         "`--also_train`, `--adapter_dropout`, "
-        "`--max_seq_length`, `--packing`, `--streaming`, `--per_device_train_batch_size`, "
+        "`--max_seq_length`, `--packing`, `--group_by_length`, `--streaming`, "
+        "`--per_device_train_batch_size`, "
         "`--gradient_accumulation_steps`, `--weight_decay`, `--max_grad_norm`, `--seed`, `--bf16`, "
         "`--tf32`",
         REFUSED,
@@ -431,6 +432,7 @@ TABLE = [
                 "adapter_dropout": 0.1,
                 "max_seq_length": 64,
                 "packing": True,
+                "group_by_length": False,
                 "streaming": True,
                 "per_device_train_batch_size": 2,
                 "gradient_accumulation_steps": 2,

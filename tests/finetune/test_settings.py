@@ -209,6 +209,7 @@ EVERYTHING = {
     "eval_fraction": 0.1,
     "max_seq_length": 99,
     "packing": True,
+    "group_by_length": False,
     "streaming": True,
     "dataloader_num_workers": 2,
     "skip_bad_rows": True,

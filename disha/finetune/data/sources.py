@@ -37,7 +37,7 @@ __all__ = ["StreamedExamples", "TextBatches"]
 
 T = TypeVar("T")
 
-SORTED_BATCHES = 16
+SORTED_BATCHES = 50
 """How many batches are sorted by length together while shuffling."""
 
 PACKED_TOGETHER = 1024
@@ -51,8 +51,9 @@ ENCODED_TOGETHER = 64
 class TextBatches:
     """Batches of examples, shuffled again in every epoch.
 
-    Without packing, examples are sorted by length within windows of a few batches, so that examples
-    of similar length share a batch with little padding. Then the batches of a window are shuffled.
+    Without packing, examples may be sorted by length within windows of some batches, so that
+    examples of similar length share a batch with little padding. Then the batches of a window are
+    shuffled.
     With packing, examples that are close together in the shuffled order share rows. So the contents
     of rows change from epoch to epoch, and the number of rows changes a little.
 
@@ -62,12 +63,14 @@ class TextBatches:
         seed: decides the order.
         row_length: pack examples into rows of at most this many tokens; an example may have one
             token more. None gives each example a row of its own.
+        by_length: sort by length, where rows are not packed.
     """
 
     examples: StoredExamples | StreamedExamples
     size: int
     seed: int
     row_length: int | None = None
+    by_length: bool = True
 
     def batches(self, epoch: int) -> Iterator[Sequence[TextRow]]:
         """Yield the batches of an epoch, counted from 1.
@@ -78,7 +81,8 @@ class TextBatches:
         seed = self.seed + epoch
         examples = self.examples.shuffled(seed)
         if self.row_length is None:
-            return _batches_by_length(examples, self.size, seed)
+            together = SORTED_BATCHES if self.by_length else 1
+            return _batches_by_length(examples, self.size, together, seed)
         return _packed_batches(examples, self.row_length, self.size, seed)
 
     def batches_per_epoch(self) -> int | None:
@@ -113,13 +117,13 @@ class TextBatches:
 
 
 def _batches_by_length(
-    examples: Iterable[Example], size: int, seed: int
+    examples: Iterable[Example], size: int, together: int, seed: int
 ) -> Iterator[Sequence[TextRow]]:
-    together = size * SORTED_BATCHES
-    for number, window in enumerate(_windows(examples, together)):
+    window_size = size * together
+    for number, window in enumerate(_windows(examples, window_size)):
         window.sort(key=lambda example: len(example.tokens))
         parts = [window[i : i + size] for i in range(0, len(window), size)]
-        for part in permutation(len(parts), seed + number * together):
+        for part in permutation(len(parts), seed + number * window_size):
             yield [(example,) for example in parts[part]]
 
 

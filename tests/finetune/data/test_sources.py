@@ -101,7 +101,16 @@ def real_size(source):
 
 def test_shuffling_pads_little():
     source = shuffled(some_examples(400, 160))
-    assert real_size(source) / padded_size(source) > 0.9
+    assert real_size(source) / padded_size(source) > 0.95
+
+
+def test_without_grouping_the_batches_are_the_shuffled_rows_as_they_come():
+    examples = StoredExamples(some_examples(103, 160))
+    source = TextBatches(examples, 4, 7, by_length=False)
+    found = [sorted(row[0].tokens for row in batch) for batch in source.batches(2)]
+    order = [example.tokens for example in examples.shuffled(9)]
+    assert found == [sorted(order[start : start + 4]) for start in range(0, 103, 4)]
+    assert real_size(source) / padded_size(source) < 0.7
 
 
 def test_packing_fills_rows():
