@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
+from itertools import chain
 from typing import Any
 
 from disha.cli.noted import parsed_with_base
 from disha.cli.output import printable_on, show
 from disha.finetune.answering import Answerer, GenerateSettings, open_answerer, prompts_of
+from disha.finetune.conversation import Conversation
+from disha.finetune.errors import DataError
+from disha.text import counted
 
 __all__ = ["run"]
 
@@ -16,17 +21,27 @@ DESCRIPTION = """Let a model answer, with or without an adapter.
 
 examples:
   disha generate --adapter out/adapter.safetensors --prompt 'What is a shard?'
+  disha generate --adapter out/adapter.safetensors  # a conversation, on a terminal
   disha generate --base model.gguf --adapter out/adapter.safetensors \\
       --prompt_file prompts.txt --compare"""
+
+
+COMMANDS = """/base   the base model's answer to the last question; the conversation does not change
+/reset  forget all turns
+/help   show this
+/quit   end, as does Ctrl-D"""
 
 
 def run(arguments: Sequence[str]) -> None:
     """Generate, with the given command-line arguments."""
     settings, suiting = parsed_with_base(GenerateSettings, "generate", arguments, DESCRIPTION)
     settings.check()
-    prompts = prompts_of(settings)
+    prompts = [] if settings.converses else prompts_of(settings)
     with suiting:
         answerer = open_answerer(settings)
+    if settings.converses:
+        _converse(Conversation(answerer), has_base=bool(settings.adapter and not settings.merge))
+        return
     if settings.json:
         answers = [_fields(answerer, prompt, settings.compare) for prompt in prompts]
         show(True, "", {"answers": answers})
@@ -38,6 +53,53 @@ def run(arguments: Sequence[str]) -> None:
             _print_side_by_side(answerer.base_answer(prompt), answerer.answer(prompt))
         else:
             _print_as_it_comes(answerer.answer(prompt))
+
+
+def _converse(conversation: Conversation, *, has_base: bool) -> None:
+    """Read questions and commands from the terminal until the end."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  lets `input` edit lines and repeat earlier ones
+    print("Ctrl-C stops an answer; /help shows the commands.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n/quit or Ctrl-D ends the conversation")
+            continue
+        except UnicodeDecodeError:
+            line = "\udcff"  # which is refused as a question
+        if line == "/quit":
+            return
+        try:
+            _respond(conversation, line, has_base)
+        except KeyboardInterrupt:
+            print("\n(stopped)")
+        except DataError as error:
+            print(f"disha: {_fit(str(error))}", file=sys.stderr)
+
+
+def _respond(conversation: Conversation, line: str, has_base: bool) -> None:
+    if line == "/reset":
+        conversation.reset()
+        print("(all turns are forgotten)")
+    elif line == "/base" and not has_base:
+        print("(there is no base model to compare with: no --adapter is given, or it is merged)")
+    elif line == "/base":
+        with closing(conversation.base_answer()) as pieces:
+            _print_as_it_comes(pieces)
+    elif line.startswith("/"):
+        print("" if line == "/help" else f"({_fit(line)} is no command)\n", end="")
+        print(COMMANDS)
+    elif line:
+        with closing(conversation.ask(line)) as pieces:
+            first = next(pieces, "")
+            if conversation.forgotten:
+                turns = counted(conversation.forgotten, "turn")
+                print(f"(the model's context is full; forgotten: the oldest {turns})")
+            _print_as_it_comes(chain([first], pieces))
 
 
 def _fields(answerer: Answerer, prompt: str, compare: bool) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from disha.files import read_text
 from disha.finetune.adapting import with_adapter, without_adapter
 from disha.finetune.base_model import open_base_model
 from disha.finetune.errors import DataError, SettingsError
-from disha.finetune.generation import generate, stream_text
+from disha.finetune.generation import Memory, generate, stream_text
 from disha.finetune.settings import (
     Count,
     ModelSettings,
@@ -45,6 +46,9 @@ TEMPLATE_KEY = "template"
 """The key under which an adapter file notes the template that it was trained with."""
 
 
+STANDARD_INPUT = Path("/dev/stdin")
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """The choice of the next token.
@@ -72,13 +76,14 @@ class GenerateSettings:
     """All settings of `disha generate`. Flags may be spelled with underscores or dashes.
 
     Args:
-        prompt: The texts to answer, each in quotes.
-        prompt_file: A file with one text to answer per line, in place of prompt. It may be a pipe,
-            such as /dev/stdin.
+        prompt: The texts to answer, each in quotes. Without prompt and prompt_file, standard input
+            has one per line; on a terminal, it is a conversation.
+        prompt_file: A file with one text to answer per line, in place of prompt. It may be a pipe.
         adapter: The adapter file, such as output/adapter.safetensors. Without it, the base model
             answers.
         template: The text around a prompt, as for fine-tuning: a text with {query} in it, chat,
-            auto, or none for the prompt alone. The default is the adapter's own.
+            auto, or none for the prompt alone. The default is the adapter's own; without an
+            adapter, a conversation uses chat where the tokenizer has a chat template.
         compare: Show the answers of the base model beside those with the adapter.
         merge: Merge the adapter into the weights first. The texts are the same, at the base
             model's speed.
@@ -97,6 +102,11 @@ class GenerateSettings:
     json: Switch = False
     debug: Switch = False
 
+    @property
+    def converses(self) -> bool:
+        """Whether somebody types the prompts, on a terminal."""
+        return not self.prompt and self.prompt_file is None and sys.stdin.isatty()
+
     def check(self) -> None:
         """Check everything that can be checked without reading the model.
 
@@ -112,9 +122,14 @@ class GenerateSettings:
                 "temperature above 0, such as 0.7",
             )
         require(
-            bool(self.prompt) != (self.prompt_file is not None),
+            not (self.prompt and self.prompt_file),
             "the texts to answer come from --prompt 'a text' or --prompt_file; give exactly one",
         )
+        for name in ("compare", "json"):
+            require(
+                not (self.converses and getattr(self, name)),
+                f"--{name} is not for a conversation, where /base compares; give --prompt 'a text'",
+            )
         require_adapter(self.adapter, compare=self.compare, merge=self.merge)
         require(
             not (self.compare and self.merge),
@@ -140,18 +155,42 @@ class Answerer:
     sampling: SamplingSettings
     base: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def answer(self, prompt: str) -> Iterator[str]:
-        """Yield the answer to `prompt` piece by piece.
+    def prompt(self, query: str) -> list[int]:
+        """Return the token ids of a query in the template."""
+        if self.template is not None:
+            return self.template.prompt(query, self.tokenizer)
+        return [*self.tokenizer.begin, *self.tokenizer.encode(query, special=False)]
+
+    def continuation(
+        self, ids: Sequence[int], answer: list[int] | None = None, memory: Memory | None = None
+    ) -> Generator[str]:
+        """Yield the text that continues token ids piece by piece.
+
+        Args:
+            ids: the prompt.
+            answer: a list to add the tokens of the text to.
+            memory: what the model has read before; see `generate`.
 
         Raises:
             DataError: the prompt leaves no room for an answer.
         """
-        if self.template is not None:
-            ids = self.template.prompt(prompt, self.tokenizer)
-        else:
-            ids = [*self.tokenizer.begin, *self.tokenizer.encode(prompt, special=False)]
-        tokens = generate(self.model, ids, ends=self.tokenizer.ends, **vars(self.sampling))
-        yield from stream_text(self.tokenizer, tokens)
+        ends, sampling = self.tokenizer.ends, vars(self.sampling)
+
+        def tokens() -> Iterator[int]:
+            for token in generate(self.model, ids, ends=ends, memory=memory, **sampling):
+                if answer is not None:
+                    answer.append(token)
+                yield token
+
+        yield from stream_text(self.tokenizer, tokens())
+
+    def answer(self, query: str) -> Iterator[str]:
+        """Yield the answer to a query piece by piece.
+
+        Raises:
+            DataError: the query leaves no room for an answer.
+        """
+        return self.continuation(self.prompt(query))
 
     def base_answer(self, prompt: str) -> Iterator[str]:
         """Yield the answer of the model without its adapter."""
@@ -172,12 +211,16 @@ def open_answerer(settings: GenerateSettings) -> Answerer:
             "text; let the function return a pair of the model and a tokenizer, or give --tokenizer"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    template = template_of(settings.template, settings.adapter, base.tokenizer)
+    # Only the tokenizer's own template knows how it writes several turns.
+    default = "chat" if settings.converses and base.tokenizer.chat_template else "auto"
+    template = template_of(settings.template, settings.adapter, base.tokenizer, default)
     model, values = with_adapter(base.load(device), settings.adapter, merge=settings.merge)
     return Answerer(model, base.tokenizer, template, settings.sampling, values)
 
 
-def template_of(given: str | None, adapter: Path | None, tokenizer: Tokenizer) -> Template | None:
+def template_of(
+    given: str | None, adapter: Path | None, tokenizer: Tokenizer, default: str = "auto"
+) -> Template | None:
     """Return the given template, else the adapter's, else the default.
 
     Raises:
@@ -187,7 +230,7 @@ def template_of(given: str | None, adapter: Path | None, tokenizer: Tokenizer) -
         return None
     if given is not None:
         return given_template(given, tokenizer)
-    return noted_template(adapter, tokenizer) or template_from("auto", tokenizer)
+    return noted_template(adapter, tokenizer) or template_from(default, tokenizer)
 
 
 def noted_template(adapter: Path | None, tokenizer: Tokenizer) -> Template | None:
@@ -209,17 +252,19 @@ def prompts_of(settings: GenerateSettings) -> list[str]:
     Raises:
         DataError: the file can't be read or holds no prompt, or a prompt is not valid text.
     """
-    path = settings.prompt_file
-    if path is None:
+    if settings.prompt and settings.prompt_file is None:
         for prompt in settings.prompt:
             if not is_text(prompt):
                 raise DataError(f"--prompt must be UTF-8 text, got {prompt!a}")
         return list(settings.prompt)
+    path = settings.prompt_file or STANDARD_INPUT
     try:
         text = read_text(path, pipes=True)
     except disha.DishaError as error:
         raise DataError(f"--prompt_file: {error}") from error
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise DataError(f"{path} holds no prompt; it must hold one per line")
+        raise DataError(
+            f"{path} holds no prompt; it must hold one per line, or give --prompt 'a text'"
+        )
     return prompts

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import pty
+import select
+import signal
+import subprocess
 import sys
+import termios
+import time
 
 import pytest
 import torch
@@ -13,6 +21,7 @@ import disha
 from disha.cli import main
 from disha.cli.generate import _print_side_by_side
 from tests.conftest import perturb
+from tests.processes import environment
 
 PROMPT = "say yellow 3"
 
@@ -209,13 +218,118 @@ def test_what_moves_the_cursor_is_shown_escaped(ask, monkeypatch):
     assert ask("--prompt", PROMPT, "--json").json["answers"][0]["answer"] == "a\x1b[2Jb\tc\nd"
 
 
+# --- standard input and conversations -------------------------------------------------------------
+
+
+def started(models, *flags, **options):
+    base, adapter = models / "model", models / "adapter.safetensors"
+    words = ["generate", "--base_model_name_or_path", base, "--adapter", adapter, *flags]
+    words = [sys.executable, "-m", "disha", *map(str, words)]
+    return subprocess.Popen(words, env=environment(), **options)
+
+
+def test_prompts_come_from_standard_input_one_per_line(models):
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = started(models, text=True, **pipe)
+    out, err = process.communicate("say hello 1\n\nsay well 2\n")
+    assert (process.returncode, err) == (0, "")
+    assert out == "> say hello 1\nhello hello\n\n> say well 2\nwell well\n"
+
+
+class Terminal:
+    """A real terminal of a process, at which somebody types."""
+
+    def __init__(self, models, *flags):
+        self.ours, theirs = pty.openpty()
+
+        def take_over():
+            os.setsid()
+            fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        self.process = started(models, *flags, preexec_fn=take_over, **ends)
+        os.close(theirs)
+
+    def reads(self, expected):
+        """Wait for a text on the screen, and return all that came with it."""
+        seen, end = "", time.monotonic() + 120
+        while expected not in seen:
+            ready, _, _ = select.select([self.ours], [], [], end - time.monotonic())
+            assert ready, f"{expected!r} did not come, but {seen!r}"
+            seen += os.read(self.ours, 4096).decode()
+        return seen.replace("\r\n", "\n").replace("\x1b[?2004h", "").replace("\x1b[?2004l\r", "")
+
+    def types(self, text, expected="\n> "):
+        os.write(self.ours, text.encode())
+        return self.reads(expected)
+
+    def ends(self):
+        code = self.process.wait(timeout=60)
+        os.close(self.ours)
+        return code
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+def test_a_conversation_at_a_terminal(models):
+    terminal = Terminal(models)
+    terminal.reads("> ")
+    assert "say yellow 3\nyellow yellow\n> " in terminal.types("say yellow 3\n")
+    assert "/base\nyellow\n> " in terminal.types("/base\n")
+    assert "say well 2\n" in terminal.types("say well 2\n")
+    assert "all turns are forgotten" in terminal.types("/reset\n")
+    assert "disha: there is no question yet" in terminal.types("/base\n")
+    assert "/quit   end, as does Ctrl-D" in terminal.types("/help\n")
+    assert "(/bsae is no command)" in terminal.types("/bsae\n")
+    assert "leaves no room for an answer" in terminal.types("long " * 200 + "\n")
+    assert "say hello 1\nhello hello\n> " in terminal.types("say hello 1\n")
+    assert "/quit or Ctrl-D ends the conversation" in terminal.types("\x03")
+    terminal.types("\n")
+    os.write(terminal.ours, b"\x04")
+    assert terminal.ends() == 0
+
+
+SLOW = """
+import time
+import disha.finetune.models.decoder as decoder
+
+forward = decoder.Decoder.forward
+def slow(self, *inputs, **named):
+    time.sleep(0.2)
+    return forward(self, *inputs, **named)
+decoder.Decoder.forward = slow
+from disha.cli import main
+raise SystemExit(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+def test_ctrl_c_stops_an_answer_and_not_the_program(models, monkeypatch):
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda words, **options: popen([sys.executable, "-c", SLOW, *words[3:]], **options),
+    )
+    terminal = Terminal(models)
+    terminal.reads("> ")
+    terminal.types("say yellow 3\n", "yellow 3\r\ny")
+    shown = terminal.types("\x03")
+    assert "(stopped)\n> " in shown
+    assert "yellow yellow" not in f"y{shown}"
+    terminal.types("/reset\n")
+    assert "say well 2\nwell well\n> " in terminal.types("say well 2\n")
+    os.write(terminal.ours, b"/quit\n")
+    assert terminal.ends() == 0
+
+
 # --- what can't be done --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ([], "give exactly one"),
+        ([], "/dev/stdin holds no prompt"),
         (["--prompt", "a", "--prompt_file", "x"], "give exactly one"),
         (["--prompt_file", "absent.txt"], "--prompt_file: can't read absent.txt: No such file"),
         (["--prompt", "a", "--max_new_tokens", 0], "--max_new_tokens must be at least 1"),
