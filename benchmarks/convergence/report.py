@@ -249,7 +249,8 @@ def _advice(shown: Mapping[str, TaskFindings]) -> str:
         span = low if low == high else f"{low} to {high}"
         text += f" Bone's best rate was {span} times LoRA's"
         text += "." if low == high == "1" else ", so do not reuse a learning rate from LoRA."
-    return text + "\n"
+    text += " Larger models and longer runs need lower rates: [which rate when]"
+    return f"{text}(choosing.md#learning-rate).\n"
 
 
 def _protocol(study: Study) -> str:

@@ -61,6 +61,7 @@ FLAG_WORDS: Mapping[str, str] = {
     "warmup_ratio": "warmup warmup_steps",
     "weight_decay": "wd decay",
     "max_grad_norm": "clip grad_clip gradient_clip_val",
+    "optimizer": "optim optimiser",
     "bf16": "fp16 half amp precision mixed_precision",
     "bits": "quantize quantization",
     "bits 4": "load_in_4bit qlora",

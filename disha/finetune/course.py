@@ -43,10 +43,10 @@ from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.loop import (
     Progress,
     Step,
-    make_optimizer,
     planned_steps,
     training_steps,
 )
+from disha.finetune.training.optimizers import make_optimizer
 from disha.finetune.training.parallel import Processes, undistributed
 
 __all__ = ["Course", "train"]

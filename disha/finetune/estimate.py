@@ -26,6 +26,7 @@ from disha.finetune.data.batches import Batch
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.training.layers import enable_gradient_checkpointing, repeated_layers
 from disha.finetune.training.objectives import Objective, objective_for
+from disha.finetune.training.optimizers import state_bytes
 
 __all__ = ["Estimate", "Measuring", "estimate", "operations_per_second"]
 
@@ -34,9 +35,6 @@ PRODUCT = 1024
 
 QUANTISED_BYTES = {"8": 1.0, "4": 0.5 + 0.127 / 8}
 """Bytes per weight of a quantised layer. For 4 bits, this includes the scales of the blocks."""
-
-ADAM_BYTES = 2 * 4
-"""Bytes per trained value: two moments in float32."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def estimate(
     adapter = sum(parameter.nbytes for parameter in disha.adapter_parameters(model))
     if settings.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    optimiser = sum(parameter.numel() for parameter in trained) * ADAM_BYTES
+    optimiser = sum(state_bytes(settings.training.optimizer, one) for one in trained)
     is_empty = any(parameter.is_meta for parameter in model.parameters())
     _make_runnable(model)
     objective = objective_for(model, has_tokenizer=has_tokenizer)

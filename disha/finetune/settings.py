@@ -31,6 +31,7 @@ __all__ = [
     "FinetuneSettings",
     "ModelSettings",
     "NotNegative",
+    "OptimizerName",
     "OutputSettings",
     "Range",
     "ScheduleName",
@@ -420,6 +421,7 @@ class DataSettings:
 
 
 ScheduleName = Literal["cosine", "linear", "constant"]
+OptimizerName = Literal["adamw", "sgd", "adafactor"]
 Strategy = Literal["ddp", "fsdp"]
 MetricName = Literal["loss", "perplexity", "exact_match"]
 
@@ -434,11 +436,15 @@ class TrainingSettings:
         per_device_train_batch_size: Rows per batch.
         gradient_accumulation_steps: Batches per optimiser step, on each process. The result is
             that of one large batch.
-        learning_rate: The highest learning rate.
+        optimizer: How gradients become steps. adamw keeps two numbers per trained one; sgd, with
+            momentum 0.9, one, and needs much higher rates; adafactor almost none.
+        learning_rate: The highest learning rate. The default is for hundreds of steps or more. A
+            model of 7B parameters on 100,000 rows needs a tenth of it, and a short run on a small
+            one takes three times as much. See docs/choosing.md, Learning rate.
         lr_scheduler_type: The learning rate after the warm-up: down to zero as a cosine or a
             line, or constant.
         warmup_ratio: Part of the steps in which the learning rate rises.
-        weight_decay: AdamW's weight decay.
+        weight_decay: The optimiser's weight decay.
         max_grad_norm: Scale gradients down to this norm. With 0, they are not scaled.
         seed: Sets the order of the rows and which rows are held out.
         bf16: Compute in bfloat16 where that is safe (autocast), whatever --bits says.
@@ -466,6 +472,7 @@ class TrainingSettings:
     ] = -1
     per_device_train_batch_size: Count = 4
     gradient_accumulation_steps: Count = 1
+    optimizer: OptimizerName = "adamw"
     learning_rate: Positive = 2e-4
     lr_scheduler_type: ScheduleName = "cosine"
     warmup_ratio: Part = 0.03
@@ -612,6 +619,11 @@ class FinetuneSettings:
             not (self.model.quantised and self.training.strategy == "fsdp"),
             f"--bits {self.model.bits} does not go with --strategy fsdp, which can't shard "
             "quantised weights; use --strategy ddp, or --bits bf16",
+        )
+        require(
+            not (self.training.optimizer == "adafactor" and self.training.strategy == "fsdp"),
+            "--optimizer adafactor does not go with --strategy fsdp, because it needs complete "
+            "rows and columns; use --strategy ddp, or --optimizer adamw",
         )
 
     def _check_comparison(self) -> None:

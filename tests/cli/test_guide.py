@@ -91,3 +91,21 @@ def test_the_readmes_commands_are_understood():
 def test_links_lead_somewhere():
     for link in re.findall(r"\]\(([\w.-]+\.md)", TEXT):
         assert (GUIDE.parent / link).exists(), link
+
+
+def test_the_advice_on_learning_rates_has_the_numbers_of_their_sources():
+    docs = GUIDE.parent
+    choosing = (docs / "choosing.md").read_text(encoding="utf-8")
+    section = choosing.split("\n## Learning rate\n")[1].split("\n## ")[0]
+    examples, measured, default, author = map(
+        float,
+        re.findall(r"^\| a.* \| (\S+) \|", section.replace("| tiny", "| a tiny"), re.MULTILINE),
+    )
+    evidence = (docs / "evidence.md").read_text(encoding="utf-8")
+    assert measured == float(re.search(r"^\| Bone \| .*? \| (\S+) \|", evidence, re.MULTILINE)[1])
+    assert default == FinetuneSettings().training.learning_rate
+    assert author == settings_from(shlex.split(COMMANDS[0])[2:]).training.learning_rate
+    for page in ("index.md", "../README.md"):
+        assert examples == float(re.search(r"lr=(\S+)\)", (docs / page).read_text("utf-8"))[1])
+    for page in ("index.md", "../README.md", "finetuning.md", "evidence.md"):
+        assert "choosing.md#learning-rate" in (docs / page).read_text("utf-8"), page

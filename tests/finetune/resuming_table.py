@@ -414,8 +414,8 @@ TABLE = [
         "`--also_train`, `--adapter_dropout`, "
         "`--max_seq_length`, `--packing`, `--group_by_length`, `--streaming`, "
         "`--per_device_train_batch_size`, "
-        "`--gradient_accumulation_steps`, `--weight_decay`, `--max_grad_norm`, `--seed`, `--bf16`, "
-        "`--tf32`",
+        "`--gradient_accumulation_steps`, `--optimizer`, `--weight_decay`, `--max_grad_norm`, "
+        "`--seed`, `--bf16`, `--tf32`",
         REFUSED,
         {
             name: refused(name, value)
@@ -436,6 +436,7 @@ TABLE = [
                 "streaming": True,
                 "per_device_train_batch_size": 2,
                 "gradient_accumulation_steps": 2,
+                "optimizer": "sgd",
                 "weight_decay": 0.1,
                 "max_grad_norm": 0.5,
                 "seed": 1,

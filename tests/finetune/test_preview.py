@@ -21,8 +21,9 @@ from disha.finetune.estimate import Measuring, estimate
 from disha.finetune.models.decoder import Decoder, DecoderConfig
 from disha.finetune.preview import _example, collapsed
 from disha.finetune.report import peak_memory
-from disha.finetune.settings import FinetuneSettings
+from disha.finetune.settings import FinetuneSettings, TrainingSettings
 from disha.finetune.training.objectives import objective_for
+from disha.finetune.training.optimizers import make_optimizer
 from tests.finetune import tiny_gguf
 from tests.finetune.command_line import ROWS, with_values, write_rows
 from tests.processes import environment
@@ -251,6 +252,7 @@ STEP = """
 import resource, sys, torch
 from disha.finetune.adapting import inject
 from disha.finetune.training.objectives import objective_for
+from disha.finetune.training.optimizers import make_optimizer
 from tests.finetune.test_preview import LARGE, SETTINGS, Decoder, batch_of
 
 def peak():
@@ -289,6 +291,19 @@ def test_weights_adapter_and_optimiser_are_counted():
     blocks = sum(p.nbytes for p in disha.adapter_parameters(model))
     assert (found.base, found.adapter, found.optimiser) == (base, blocks, 2 * blocks)
     assert found.total == base + 3 * blocks + found.batch
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor"])
+def test_what_another_optimiser_keeps_is_counted(name):
+    model = Decoder(CONFIG)
+    inject(model, SETTINGS.adapter)
+    optimizer = make_optimizer(model, TrainingSettings(optimizer=name))
+    for block in disha.adapter_parameters(model):
+        block.grad = torch.ones_like(block)
+    optimizer.step()
+    state = [one for kept in optimizer.state.values() for one in kept.values()]
+    moments = sum(one.nbytes for one in state if one.dim() > 0)
+    assert estimated(optimizer=name).optimiser == moments
 
 
 def test_operations_are_those_of_the_products():

@@ -123,6 +123,10 @@ PAIRS = "--rank_pattern must be pairs regex=r, such as v_proj=16 mlp=32, got "
             {"base_model_name_or_path": None, "model": "m:f", "bits": "8"},
             "--bits 8 quantises models",
         ),
+        (
+            {"optimizer": "adafactor", "strategy": "fsdp"},
+            "--optimizer adafactor does not go with --strategy fsdp",
+        ),
         ({"bits": "4", "strategy": "fsdp"}, "--bits 4 does not go with --strategy fsdp"),
     ],
 )
@@ -217,6 +221,7 @@ EVERYTHING = {
     "max_steps": 3,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 8,
+    "optimizer": "sgd",
     "learning_rate": 2e-5,
     "lr_scheduler_type": "linear",
     "warmup_ratio": 0.05,

@@ -39,6 +39,7 @@ from disha.files import clear_drafts, found_at, remove_folder, write_folder
 from disha.finetune.errors import OutputError, SettingsError
 from disha.finetune.hashing import file_hash
 from disha.finetune.training.loop import Progress
+from disha.finetune.training.optimizers import expected_state
 from disha.finetune.training.parallel import Processes, is_sharded, undistributed
 
 __all__ = [
@@ -444,9 +445,8 @@ def _restore_optimizer(
     states.set_optimizer_state_dict(objective, optimizer, dict(saved.optimizer), options=options)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)  # those of this run, which the caller has compared
-    for parameter, values in optimizer.state.items():  # AdamW would read beyond their end
-        moment = (parameter.shape, parameter.dtype)
-        expected = {"step": ((), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
+    for parameter, values in optimizer.state.items():  # a fused step would read beyond their end
+        expected = expected_state(optimizer, parameter)
         found = {name: (value.shape, value.dtype) for name, value in values.items()}
         if found != expected:
             raise ValueError(f"a state of the optimiser is {found}, but must be {expected}")

@@ -1,4 +1,4 @@
-"""The training loop: AdamW over all trainable parameters, with exact gradient accumulation.
+"""The training loop: an optimiser of all trainable parameters, with exact gradient accumulation.
 
 The loss of a step is the mean over the terms (learned tokens, say) of *all* its batches, on all
 processes. So several small batches give the gradient of one large batch, whatever their lengths.
@@ -26,6 +26,7 @@ from disha.finetune.data.batches import BatchSource
 from disha.finetune.errors import DataError, SettingsError, TrainingError
 from disha.finetune.settings import ScheduleName, TrainingSettings
 from disha.finetune.training.machine import computing_in_tf32, explaining_lack_of_memory
+from disha.finetune.training.optimizers import make_optimizer, trained
 from disha.finetune.training.parallel import Processes, deferred_reduction, gathered
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "Step",
     "accumulate_gradients",
     "learning_rate",
-    "make_optimizer",
     "planned_steps",
     "training_steps",
 ]
@@ -149,22 +149,6 @@ def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
     return peak * DECAYS[settings.lr_scheduler_type]((steps - step) / (steps - warmup))
 
 
-def make_optimizer(objective: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """Return AdamW over the parameters that require gradients. Call it after `distribute`.
-
-    Raises:
-        SettingsError: no parameter requires gradients.
-    """
-    trainable = _trainable(objective)
-    if not trainable:
-        raise SettingsError(
-            "no parameter of the model requires gradients; there is nothing to train"
-        )
-    return torch.optim.AdamW(
-        trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-
-
 def training_steps(
     objective: nn.Module,
     source: BatchSource[Any],
@@ -197,7 +181,7 @@ def training_steps(
             before the step that was under way; random numbers may have been drawn for it.
     """
     optimizer = make_optimizer(objective, settings) if optimizer is None else optimizer
-    trainable = _trainable(objective)
+    trainable = trained(objective)
     processes = processes or Processes.alone(trainable[0].device)
     start = start or Progress()
     size = batches_per_step or settings.gradient_accumulation_steps * processes.world_size
@@ -319,10 +303,6 @@ def _portions(source: BatchSource[Any], size: int, start: Progress) -> Iterator[
         if end == 0:
             raise DataError("there is no row to train on; look at --data_path and --dataset_split")
         end = 0
-
-
-def _trainable(objective: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in objective.parameters() if parameter.requires_grad]
 
 
 def _require_finite(step: int, loss: float, norm: float) -> None:

@@ -16,6 +16,7 @@ import disha
 from disha.finetune.data.batches import collate
 from disha.finetune.errors import DataError, SettingsError, TrainingError
 from disha.finetune.stopping import Interrupted, listening, raising
+from disha.finetune.training import optimizers
 from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.loop import (
     Progress,
@@ -224,7 +225,7 @@ def recorded_norms(monkeypatch, choices):
             grads = [p.grad for group in self.param_groups for p in group["params"]]
             norms.append(float(nn.utils.get_total_norm(grads)))
 
-    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    monkeypatch.setitem(optimizers.KINDS, "adamw", Recorded)
     steps = list(training_steps(objective(), source(), choices))
     return [step.gradient_norm for step in steps], norms
 
