@@ -305,6 +305,25 @@ def test_what_only_one_command_needs_is_imported_when_it_runs(files):
     assert not others & {"gguf", "matplotlib", "numpy", "tokenizers", "peft", "transformers"}
 
 
+HELPFUL = """
+import json, sys
+from disha.cli import main
+codes = [main(words.split()) for words in json.loads(sys.argv[1])]
+print(json.dumps([codes, [name for name in ("torch", "rich", "yaml") if name in sys.modules]]))
+"""
+
+
+def test_help_and_complaints_about_flags_come_without_torch():
+    """Torch takes more than a second to import, and these take less than a tenth of it."""
+    good = ["", "--help", "--version", "finetune --help"]
+    bad = ["trian", "finetune --rank 8", "finetune --bone_r many", "finetune", "finetune --lr 0"]
+    done = python(HELPFUL, json.dumps([*good, *bad]))
+    codes, imported = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [0] * len(good) + [2] * len(bad)
+    assert imported == []
+    assert len(done.stderr.splitlines()) == len(bad)
+
+
 # --- as a program --------------------------------------------------------------------------------
 
 
