@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,7 +22,7 @@ from disha.finetune.errors import CheckpointError, UnsupportedModelError
 from disha.finetune.settings import ModelSettings
 from disha.finetune.training.objectives import objective_for
 from tests.finetune import tiny_checkpoints
-from tests.finetune.command_line import report_of
+from tests.finetune.command_line import killed_after, report_of, result_of
 
 CPU = torch.device("cpu")
 JOINED = ("mixtral", "qwen3_moe")
@@ -93,7 +94,7 @@ def test_weights_that_r_does_not_fit_are_left_out_and_named(finetune, tiny_folde
     other = {"output_dir": finetune.output.with_name("other"), "max_steps": 1}
     asked = finetune(base_model_name_or_path=folder, target="dt_proj|in_proj", **other)
     assert asked.code == 2
-    assert "r=8 is larger than in_features=4" in asked.complaint
+    assert "--bone_r 8 is larger than in_features=4" in asked.complaint
     less = finetune(base_model_name_or_path=folder, exclude="dt_proj|x_proj", **other)
     assert "left out" not in less.out
     layers = disha.inspect_adapter(other["output_dir"] / "adapter.safetensors").layers
@@ -109,6 +110,24 @@ def tensors_of(folder):
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama2", {"attention_bias": True, "mlp_bias": True}),
+        ("llama2", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
+        ("llama3", {"rope_parameters": {"rope_type": "yarn", "factor": 3.0, "rope_theta": 1e4}}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+        ("qwen3", {"attention_bias": True}),
+    ],
+)
+@torch.no_grad()
+def test_what_the_built_in_decoder_does_not_compute_is_computed(tmp_path, family, changes):
+    reference = tiny_checkpoints.random_model(family, **changes)
+    base = opened(tiny_checkpoints.write_folder(tmp_path / "model", family, **changes))
+    tokens = torch.arange(3, 63).reshape(2, 30)
+    torch.testing.assert_close(base.load(CPU)(tokens).logits, reference(tokens).logits)
+
+
 @pytest.mark.parametrize("family", tiny_checkpoints.OTHERS)
 @torch.no_grad()
 def test_padding_changes_no_loss(tiny_folder, family):
@@ -120,7 +139,10 @@ def test_padding_changes_no_loss(tiny_folder, family):
         ids = tuple(torch.randint(3, 200, (length,), generator=generator).tolist())
         rows.append([Example(ids, ((2, length),))])
     together = objective(collate(rows))
-    alone = sum(objective(collate([row])) for row in rows)
+    alone = sum(
+        F.cross_entropy(model(one.tokens).logits[0], one.labels[0], reduction="sum")
+        for one in (collate([row]) for row in rows)
+    )
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
@@ -155,6 +177,22 @@ def test_a_model_that_quantised_layers_break_is_refused(finetune, tiny_folder):
     done = finetune(base_model_name_or_path=tiny_folder("mamba"), bits="4")
     assert done.code == 2
     assert "does not work in 4 bits (give --bits bf16)" in done.complaint
+
+
+def test_a_run_goes_on_to_the_same_end(finetune, tiny_folder, tmp_path):
+    folder = tiny_folder("mixtral")
+    usual = {"base_model_name_or_path": folder, "save_strategy": "steps", "save_steps": 2}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finetune.good("--gradient_checkpointing", output_dir=whole, **usual)
+    killed_after(3, lambda: finetune("--gradient_checkpointing", output_dir=parts, **usual))
+    finetune.good("--gradient_checkpointing", "--resume", output_dir=parts, **usual)
+    assert result_of(parts) == result_of(whole)
+
+
+def test_rows_are_not_packed(finetune, tiny_folder):
+    done = finetune("--packing", base_model_name_or_path=tiny_folder("phi"))
+    assert done.code == 2
+    assert "as the built-in Llama, Mistral, Qwen2 and Qwen3 do; leave it out" in done.complaint
 
 
 # --- what can't be read ---------------------------------------------------------------------------

@@ -55,11 +55,8 @@ class DecoderConfig:
         tied_head: whether the output head is the token embedding.
         rope_factors: the head_dim / 2 numbers that divide the rotary frequencies; None for none.
         qkv_bias: whether the projections of queries, keys and values have a bias.
-        output_bias: whether the output projection of attention has a bias.
-        feed_forward_bias: whether the feed-forward layers have biases.
         head_norm: whether every query and key head is normalised before rotation.
-        window: how many tokens a token attends to in the layers with a sliding window.
-        windowed_layers: the numbers of these layers.
+        window: how many tokens a token attends to; None for all tokens before it.
 
     Raises:
         CheckpointError: a size is not positive, is far too large, or contradicts another size.
@@ -78,11 +75,8 @@ class DecoderConfig:
     tied_head: bool
     rope_factors: tuple[float, ...] | None = None
     qkv_bias: bool = False
-    output_bias: bool = False
-    feed_forward_bias: bool = False
     head_norm: bool = False
     window: int | None = None
-    windowed_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = ("vocabulary", "hidden", "feed_forward", "layers", "heads", "kv_heads", "head_dim")
@@ -112,7 +106,7 @@ class DecoderConfig:
                 f"the model's rotary frequencies must be divided by {self.head_dim // 2} finite "
                 f"numbers greater than 0, got {self.rope_factors[:4]}"
             )
-        if self.windowed_layers and not (self.window is not None and self.window > 0):
+        if self.window is not None and self.window < 1:
             raise CheckpointError(
                 f"the model's sliding window must be greater than 0 tokens, got {self.window}"
             )
@@ -163,7 +157,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden, queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden, bias=config.output_bias)
+        self.o_proj = nn.Linear(queries, config.hidden, bias=False)
         norms = config.head_dim, config.norm_epsilon
         self.q_norm = nn.RMSNorm(*norms) if config.head_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(*norms) if config.head_norm else nn.Identity()
@@ -198,10 +192,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        hidden, wide, bias = config.hidden, config.feed_forward, config.feed_forward_bias
-        self.gate_proj = nn.Linear(hidden, wide, bias=bias)
-        self.up_proj = nn.Linear(hidden, wide, bias=bias)
-        self.down_proj = nn.Linear(wide, hidden, bias=bias)
+        self.gate_proj = nn.Linear(config.hidden, config.feed_forward, bias=False)
+        self.up_proj = nn.Linear(config.hidden, config.feed_forward, bias=False)
+        self.down_proj = nn.Linear(config.feed_forward, config.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x (..., hidden)."""
@@ -258,9 +251,8 @@ class DecoderBody(nn.Module):
         if positions is not None and start:
             raise ValueError("rows of several texts can't continue a cache; pass them complete")
         rotation = self._rotation(start, time, positions, x)
-        full, windowed = self._seen(start, time, positions, x.device)
-        for number, layer in enumerate(self.layers):
-            seen = windowed if number in self.config.windowed_layers else full
+        seen = self._seen(start, time, positions, x.device)
+        for layer in self.layers:
             x = layer(x, rotation, seen, cache)
         if cache is not None:
             cache.advance(time)
@@ -279,11 +271,8 @@ class DecoderBody(nn.Module):
 
     def _seen(
         self, start: int, time: int, positions: Tensor | None, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the masks of layers without and with a sliding window.
-
-        None means all earlier tokens. This needs no mask and is fastest.
-        """
+    ) -> Tensor | None:
+        """Return the mask; None for all earlier tokens, which needs no mask and is fastest."""
         if positions is not None:
             full = _same_text(positions)
         elif start:
@@ -291,11 +280,11 @@ class DecoderBody(nn.Module):
         else:
             full = None
         window = self.config.window
-        if not self.config.windowed_layers or window is None or start + time <= window:
-            return full, full
+        if window is None or start + time <= window:
+            return full
         near = torch.ones(time, start + time, dtype=torch.bool, device=device)
         near = near.tril(start).triu(start - window + 1)
-        return full, near if full is None else full & near
+        return near if full is None else full & near
 
 
 def _same_text(positions: Tensor) -> Tensor:

@@ -32,10 +32,7 @@ class Family:
         kv_heads: the default of `num_key_value_heads`; None for the number of heads.
         head_dim: the default of `head_dim`; None for the hidden size divided by the heads.
         window: the default of `sliding_window`; None if the family has no sliding windows.
-        window_by: the key that turns the sliding window on; None if it is always on.
-        qkv_bias: whether q, k and v always have a bias.
-        has_attention_bias: whether `attention_bias` gives q, k, v and o a bias.
-        has_mlp_bias: whether `mlp_bias` gives the feed-forward layers a bias.
+        qkv_bias: whether q, k and v have a bias.
         head_norm: whether query and key heads are normalised.
     """
 
@@ -45,44 +42,26 @@ class Family:
     kv_heads: int | None = None
     head_dim: int | None = None
     window: int | None = None
-    window_by: str | None = None
     qkv_bias: bool = False
-    has_attention_bias: bool = False
-    has_mlp_bias: bool = False
     head_norm: bool = False
 
 
-LLAMA = Family(
-    "llama", "LlamaForCausalLM", context=2048, has_attention_bias=True, has_mlp_bias=True
-)
+LLAMA = Family("llama", "LlamaForCausalLM", context=2048)
 MISTRAL = Family("mistral", "MistralForCausalLM", context=131072, kv_heads=8, window=4096)
-QWEN2 = Family(
-    "qwen2",
-    "Qwen2ForCausalLM",
-    context=32768,
-    kv_heads=32,
-    window=4096,
-    window_by="use_sliding_window",
-    qkv_bias=True,
-)
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", context=32768, kv_heads=32, qkv_bias=True)
 QWEN3 = Family(
-    "qwen3",
-    "Qwen3ForCausalLM",
-    context=32768,
-    kv_heads=32,
-    head_dim=128,
-    window=4096,
-    window_by="use_sliding_window",
-    has_attention_bias=True,
-    head_norm=True,
+    "qwen3", "Qwen3ForCausalLM", context=32768, kv_heads=32, head_dim=128, head_norm=True
 )
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
-# Keys of related models, with the values that change nothing.
+# Keys of unusual or related models, with the values that change nothing.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
     "partial_rotary_factor": (1,),
     "attention_multiplier": (1,),
     "embedding_multiplier": (1,),
@@ -100,8 +79,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "no_rope_layers": (None,),
     "attention_chunk_size": (None,),
 }
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def family_of(name: object, path: Path, families: Mapping[str, Family] = FAMILIES) -> Family:
@@ -138,7 +115,6 @@ def config_from_json(values: Mapping[str, Any], path: Path) -> DecoderConfig:
     keys, family = Fields(values, path), family_of(values.get("model_type"), path)
     _check_supported(keys, family)
     hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
-    attention_bias = family.has_attention_bias and keys.flag("attention_bias")
     config = DecoderConfig(
         vocabulary=keys.integer("vocab_size"),
         hidden=hidden,
@@ -151,19 +127,12 @@ def config_from_json(values: Mapping[str, Any], path: Path) -> DecoderConfig:
         rope_base=_rope(keys).number("rope_theta", 10000.0),
         norm_epsilon=keys.number("rms_norm_eps", 1e-6),
         tied_head=keys.flag("tie_word_embeddings"),
-        qkv_bias=family.qkv_bias or attention_bias,
-        output_bias=attention_bias,
-        feed_forward_bias=family.has_mlp_bias and keys.flag("mlp_bias"),
+        qkv_bias=family.qkv_bias,
         head_norm=family.head_norm,
+        window=_window(keys, family),
     )
-    # These lists are as long as the sizes say, so they are made after the sizes are checked.
-    window, windowed_layers = _windows(keys, family, config.layers)
-    return replace(
-        config,
-        rope_factors=_rope_factors(keys, config),
-        window=window,
-        windowed_layers=windowed_layers,
-    )
+    # They are as many as a size says, so they are made after the sizes are checked.
+    return replace(config, rope_factors=_rope_factors(keys, config))
 
 
 def _check_supported(keys: Fields, family: Family) -> None:
@@ -198,38 +167,16 @@ def _head_dim(keys: Fields, family: Family, hidden: int, heads: int) -> int:
     return hidden // heads
 
 
-def _windows(keys: Fields, family: Family, layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """Return the size of the sliding window, and the layers that have one."""
-    window = _window(keys, family)
-    kinds = keys.get("layer_types")
-    if kinds is None:
-        # Mistral has a window in every layer. Qwen's key counts the first layers without one.
-        first = 0 if family.window_by is None else max(0, keys.integer("max_window_layers", 28))
-        return window, () if window is None else tuple(range(first, layers))
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != layers
-        or not set(map(str, kinds)) <= {FULL, SLIDING}
-    ):
-        raise keys.refused(
-            "layer_types", kinds, f"supported is a list of {layers}, each {FULL!r} or {SLIDING!r}"
-        )
-    windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == SLIDING)
-    if windowed and window is None:
-        raise keys.refused("layer_types", kinds, "the sliding window is not turned on")
-    if family.window_by is None and len(windowed) != (0 if window is None else layers):
-        raise keys.refused(
-            "layer_types", kinds, f"{family.name} has the same attention in all layers"
-        )
-    return window, windowed
-
-
 def _window(keys: Fields, family: Family) -> int | None:
-    on = family.window is not None and (family.window_by is None or keys.flag(family.window_by))
+    """Return the size of the sliding window that all layers have; None for no window."""
     default = None if "sliding_window" in keys.values else family.window
-    if not on or keys.get("sliding_window", default) is None:
-        return None
-    return keys.integer("sliding_window", default)
+    found = None if family.window is None else keys.get("sliding_window", default)
+    window = None if found is None else keys.integer("sliding_window", default)
+    kind = "full_attention" if window is None else "sliding_attention"
+    kinds = keys.get("layer_types", [])
+    if not isinstance(kinds, list) or any(one != kind for one in kinds):
+        raise keys.refused("layer_types", kinds, f"supported is {kind!r} in all layers")
+    return window
 
 
 def _rope(keys: Fields) -> Fields:
@@ -240,8 +187,8 @@ def _rope(keys: Fields) -> Fields:
         raise keys.refused(key, found, "supported is one object for all layers")
     inside = Fields({"rope_theta": keys.get("rope_theta"), **found}, keys.path)
     kind = found.get("rope_type", found.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise keys.refused(key, found, "supported are rope_type 'default', 'linear' and 'llama3'")
+    if kind not in ("default", "llama3"):
+        raise keys.refused(key, found, "supported are rope_type 'default' and 'llama3'")
     inside.require_neutral({"partial_rotary_factor": (1,)})
     return Fields({**inside.values, "rope_type": kind}, keys.path)
 
@@ -252,8 +199,6 @@ def _rope_factors(keys: Fields, config: DecoderConfig) -> tuple[float, ...] | No
     if rope.get("rope_type") == "default":
         return None
     factor = rope.number("factor")
-    if rope.get("rope_type") == "linear":
-        return (factor,) * (config.head_dim // 2)
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     original = "original_max_position_embeddings"
     context = keys.number(original, rope.number(original, config.context))

@@ -53,6 +53,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 
 FREQUENCIES = "rope_freqs.weight"
+LINEAR = ("rope.scaling.factor", "rope.scale_linear")
 
 
 class GGUFCheckpoint(ModelCheckpoint):
@@ -109,9 +110,7 @@ class GGUFCheckpoint(ModelCheckpoint):
             rope_base=keys.number("rope.freq_base", 10000.0),
             norm_epsilon=keys.number("attention.layer_norm_rms_epsilon"),
             tied_head="output.weight" not in self.tensors,
-            qkv_bias=self._family.qkv_bias or "blk.0.attn_q.bias" in self.tensors,
-            output_bias="blk.0.attn_output.bias" in self.tensors,
-            feed_forward_bias="blk.0.ffn_gate.bias" in self.tensors,
+            qkv_bias=self._family.qkv_bias,
             head_norm=self._family.head_norm,
         )
         # They are as many as a size says, so they are made after the sizes are checked.
@@ -175,16 +174,11 @@ class GGUFCheckpoint(ModelCheckpoint):
         return chosen
 
     def _rope_factors(self, head_dim: int) -> tuple[float, ...] | None:
-        keys = self._keys
-        older = keys.number("rope.scale_linear", 1.0) or 1.0
-        factor = keys.number("rope.scaling.factor", older) or 1.0
-        if keys.get("rope.scaling.type") == "none":
-            factor = 1.0
+        if self._keys.get("rope.scaling.type") != "none":
+            self._keys.require_neutral(dict.fromkeys(LINEAR, (1, 0)))
         listed = self.tensors.get(FREQUENCIES)
         if listed is None:
-            return None if factor == 1.0 else (factor,) * (head_dim // 2)
-        if factor != 1.0:
-            raise keys.refused(f"rope.scaling.factor beside {FREQUENCIES}", factor)
+            return None
         if listed.shape != (head_dim // 2,):
             raise CheckpointError(
                 f"{self.path}: {FREQUENCIES} has shape {listed.shape}, but heads of width "

@@ -5,7 +5,6 @@
 
 Models made for long contexts divide the frequencies by factors:
 
-    linear      one factor for all frequencies
     llama3      1 where the wavelength 2 pi / f_i is short, one factor where it is long, and a
                 mixture of both in between
     GGUF        the file lists one factor per frequency

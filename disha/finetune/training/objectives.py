@@ -82,8 +82,8 @@ class TextObjective(Objective):
         if batch.positions is not None:
             if not isinstance(self.model, Decoder):
                 raise SettingsError(
-                    "--packing needs a model that keeps the texts of a row apart, as those given "
-                    "by --base_model_name_or_path do; leave it out"
+                    "--packing needs a model that keeps the texts of a row apart, as the built-in "
+                    "Llama, Mistral, Qwen2 and Qwen3 do; leave it out"
                 )
             options["positions"] = batch.positions
         if self._head is not None:

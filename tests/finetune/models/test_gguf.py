@@ -6,7 +6,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 
 from disha import DishaError
-from disha.finetune.errors import CheckpointError
+from disha.finetune.errors import CheckpointError, UnsupportedModelError
 from disha.finetune.models.gguf import GGUFCheckpoint
 from disha.finetune.models.gguf_header import read_header
 from tests.finetune import tiny_checkpoints, tiny_gguf
@@ -187,32 +187,33 @@ def test_a_converted_model_of_every_family_computes_the_same(tmp_path, family):
     torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=0.0, atol=1e-4)
 
 
-@torch.inference_mode()
-def test_biases_of_a_converted_llama_are_rotated_too(tmp_path):
+def test_biases_that_the_decoder_has_not_are_refused(tmp_path):
     biased = {"attention_bias": True, "mlp_bias": True}
     path = tiny_checkpoints.write_gguf(tmp_path / "tiny.gguf", "smollm2", **biased)
-    reference = tiny_checkpoints.random_model("smollm2", **biased)
-    tokens = torch.arange(40).unsqueeze(0)
-    model = GGUFCheckpoint(path).load_model(torch.float32)
-    torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=0.0, atol=1e-4)
+    with pytest.raises(CheckpointError, match=r"not expected: blk\.0\.attn_k\.bias"):
+        GGUFCheckpoint(path).load_model(torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("metadata", "divisor"),
+    ("metadata", "complaint"),
     [
-        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 4.0),
-        ({"llama.rope.scaling.factor": 4.0}, 4.0),
-        ({"llama.rope.scale_linear": 2.0}, 2.0),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, "factor = 4.0"),
+        ({"llama.rope.scaling.factor": 4.0}, "factor = 4.0"),
+        ({"llama.rope.scale_linear": 2.0}, "scale_linear = 2.0"),
         ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
         ({"llama.rope.scaling.type": "linear"}, None),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}, None),
     ],
 )
-def test_linear_scaling_of_rotary_frequencies(tmp_path, metadata, divisor):
+def test_linear_scaling_of_rotary_frequencies_is_refused(tmp_path, metadata, complaint):
     path = tiny_gguf.write_gguf(
         tmp_path / "tiny.gguf", tiny_gguf.random_state(tied=True), metadata=metadata
     )
-    expected = None if divisor is None else (divisor,) * 8
-    assert GGUFCheckpoint(path).config().rope_factors == expected
+    if complaint is None:
+        assert GGUFCheckpoint(path).config().rope_factors is None
+        return
+    with pytest.raises(UnsupportedModelError, match=f"{complaint}, which is not supported"):
+        GGUFCheckpoint(path).config()
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_linear_scaling_of_rotary_frequencies(tmp_path, metadata, divisor):
                 "extra": {"rope_freqs.weight": torch.ones(8)},
                 "metadata": {"llama.rope.scaling.factor": 2.0},
             },
-            r"factor beside rope_freqs\.weight = 2\.0, which is not supported",
+            r"factor = 2\.0, which is not supported",
         ),
     ],
 )
