@@ -77,6 +77,23 @@ def steps(model, folder):
     yield "scaled to nothing"
 
 
+@pytest.mark.parametrize("case", ["bone", "tile"])
+def test_swapping_in_an_adapter_of_smaller_r_or_fewer_layers_compiles_nothing(
+    case, tokens, tmp_path
+):
+    model, graph, counter = compiled(case)
+    for number, target in enumerate((CASES[case]["target_regex"], "head", "up")):
+        small = Mixed().double().eval()
+        small.load_state_dict(model.state_dict(), strict=False)
+        disha.inject_adapters(small, **{**CASES[case], "r": 1, "target_regex": target})
+        perturb(small)
+        disha.save_adapter(small, tmp_path / str(number))
+        disha.load_adapter(model, tmp_path / str(number), "b", replace=True)
+        disha.set_active_adapters(model, "b")
+        close(graph(tokens), small(tokens))
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_no_change_compiles_again(case, grad, tokens, tmp_path):

@@ -28,6 +28,7 @@ from disha.files.contents import adapter_contents, blocks_only, load_contents, r
 from disha.files.header import block_misfits
 from disha.functional import Layout
 from disha.model import ModelView
+from disha.state import adapter_tensors
 from tests.adapter_files import base, rewritten, trained
 from tests.conftest import Layered, Shared, Tied, assert_unchanged, perturb, snapshot
 
@@ -260,8 +261,10 @@ class TestContents:
         model = trained(also_train=None)
         found = {layer.key: tensors[layer.key] for layer in some.layers}
         load_contents(ModelView(model), "elsewhere", some, found, replace=True, partial=True)
-        with pytest.raises(AdapterFileError, match=f"missing: {header.layers[0].key}"):
-            load_contents(ModelView(model), "elsewhere", some, found, replace=True)
+        first = adapter_tensors(ModelView(model), "default")[header.layers[0].key]
+        assert torch.equal(first, tensors[header.layers[0].key])
+        load_contents(ModelView(model), "elsewhere", some, found, replace=True)
+        assert not first.any()
 
     @pytest.mark.parametrize(
         ("layout", "shape", "expected"),
@@ -349,6 +352,33 @@ class TestReplace:
         with pytest.raises(AdapterFileError, match=r"wrong shape: head.bone_block is \(3, 12\)"):
             disha.load_adapter(other, path, replace=True)
         assert_unchanged(other, before)
+
+    @pytest.mark.parametrize("r", [1, 2, 3, 6])
+    @pytest.mark.parametrize("options", [{}, {"r_out": 4}, {"rank_pattern": {"head": 1}}], ids=str)
+    @pytest.mark.parametrize("target", ["proj|head", "head"])
+    def test_a_smaller_r_and_fewer_layers_have_the_same_effect(
+        self, path, tokens, r, options, target
+    ):
+        small = trained(r=r, target_regex=target, scale=0.7, **options)
+        disha.save_adapter(small, path)
+        tile = {"r_out": options["r_out"]} if "r_out" in options else {}
+        model = trained(r=6, also_train=None, **tile)
+        disha.load_adapter(model, path, replace=True, also_train=False)
+        plain = base()
+        disha.load_adapter(plain, path, also_train=False)
+        torch.testing.assert_close(model(tokens), plain(tokens))
+        disha.save_adapter(model, path)
+        again = base()
+        disha.load_adapter(again, path)
+        assert torch.equal(again(tokens), model(tokens))
+
+    def test_refuses_an_r_that_does_not_divide_the_models(self, path):
+        disha.save_adapter(trained(r=4), path)
+        with pytest.raises(AdapterFileError, match="r is 4 in the file and 6 in the model"):
+            disha.load_adapter(trained(r=6), path, replace=True)
+        disha.save_adapter(trained(r=2, method="bat"), path)
+        with pytest.raises(AdapterFileError, match="r is 2 in the file and 4 in the model"):
+            disha.load_adapter(trained(r=4, method="bat"), path, replace=True)
 
     def test_refuses_a_layer_of_another_width(self, path):
         wide = disha.inject_adapters(nn.Sequential(nn.Linear(32, 16)), "0", 4)

@@ -127,10 +127,12 @@ def load_adapter(
         path: the file.
         adapter: the name that the adapter gets in this model.
         layers: a regex, searched in the names of the layers; only matching layers are loaded. All
-            by default. With `replace=True`, the other layers do not change.
+            by default. With `replace=True`, the layers that do not match stay as they are.
         also_train: also set the parameters that the file holds beside the blocks.
         replace: if the model has an adapter of that name, copy the file's values into it, in place
-            (hot swap). Layers and shapes must agree, and no `requires_grad` flag changes.
+            (hot swap). The shapes must agree, but a file with a smaller r fits too, if that r
+            divides the model's and the method can widen a block without loss (Bone, tile). Layers
+            that the file lacks get zeros. No `requires_grad` flag changes.
         dtype: dtype of the blocks; the file's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
         activate: make a new adapter the only active one. With False, nothing changes for threads

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from disha import functional
 from disha.config import check_dtype, compile_regex
 from disha.errors import (
     AdapterFileError,
@@ -363,6 +365,7 @@ def load_contents(
             taken = adapter in view.adapters
             _check_taken(adapter, taken, replace, dtype)
             if taken:
+                incoming = _as_wide_as(view, incoming, adapter)
                 values = _fitting(view, incoming, adapter, partial)
             else:
                 plan, values = _planned(view, incoming, adapter, dtype, freeze)
@@ -375,8 +378,13 @@ def load_contents(
             else:  # a new block has no values to put back
                 with torch.no_grad():
                     write(targets[key], value)
+        if taken and not partial:
+            for name, weight in view.require(adapter):
+                block = weight.blocks[adapter]
+                if join(name, block.parameter_name) not in values:
+                    undo.write(block.block, torch.zeros_like(block.block))
         for _, _, block, layer in incoming.loaded_into(view, adapter):
-            block.reconfigure(header.config)
+            block.reconfigure(incoming.header.config)
             block.set_scale(layer.scale)
         _warn_of_other_base(view, incoming, adapter)
     # Everything fits: the rest has raised.
@@ -446,16 +454,42 @@ def _planned(
     return plan, values
 
 
+def _as_wide_as(view: ModelView, incoming: _Incoming, adapter: str) -> _Incoming:
+    """Return an adapter with the shard sizes of the model's adapter, where that is exact.
+
+    A layer that fits apart from its r is widened, if the model's r is a multiple.
+    """
+    header, held = incoming.header, None
+    records, layers = dict(header.tensors), {layer.key: layer for layer in header.layers}
+    blocks: dict[str, Tensor] = {}
+    for name, weight, block, layer in incoming.loaded_into(view, adapter):
+        mine = _record(name, adapter, weight, with_base=False)
+        wider = dataclasses.replace(layer, r=mine.r)
+        if layer.r == mine.r or _differences(name, wider, mine):
+            continue
+        narrow = incoming.tensors[layer.key]
+        widened = functional.widened(layer.method, layer.layout, narrow, layer.r, mine.r)
+        if widened is not None:
+            layers[layer.key], blocks[layer.key], held = wider, widened, block.config
+            records[layer.key] = dataclasses.replace(records[layer.key], shape=tuple(widened.shape))
+    if held is None:
+        return incoming
+    config = header.config.changed(r=held.r, rank_pattern=held.rank_pattern)
+    header = dataclasses.replace(
+        header, config=config, layers=tuple(layers.values()), tensors=records
+    )
+    # The other tensors may be unread, and stay so until all shapes are known to fit.
+    tensors = ChainMap(blocks, incoming.tensors)  # type: ignore[arg-type]
+    return dataclasses.replace(incoming, header=header, tensors=tensors)
+
+
 def _fitting(
     view: ModelView, incoming: _Incoming, adapter: str, partial: bool
 ) -> dict[str, Tensor]:
     """Return the values that fit the model's adapter of that name, by the model's keys."""
     mine = adapter_tensors(view, adapter)
     found = {incoming.keys[key]: key for key in incoming.tensors}
-    blocks = {
-        join(name, weight.blocks[adapter].parameter_name) for name, weight in view.require(adapter)
-    }
-    required = set() if partial else blocks | set(incoming.header.also_train)
+    required = set() if partial else set(incoming.header.also_train)
     targets = {key: parameter for key, parameter in mine.items() if key in found or key in required}
     kept = {key: own for key, own in found.items() if key in targets}
     records = incoming.header.tensors
