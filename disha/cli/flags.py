@@ -150,7 +150,7 @@ def _add(group: argparse._ArgumentGroup, one: _Argument, *, worded: bool) -> Non
     elif one.default is not None and one.default is not False and one.default != ():
         shown = " ".join(map(str, one.default)) if listed else str(one.default)
         text += f" (default: {shown})".replace("%", "%%")
-    names = [*(short for short, name in SHORT.items() if name == one.name), one.name]
+    names = [*(short for short, long in SHORT.items() if one.name in long.split()), one.name]
     options = {
         "dest": one.name,
         "default": argparse.SUPPRESS,

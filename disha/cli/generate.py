@@ -6,14 +6,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from disha.cli.noted import parsed_with_base
 from disha.cli.output import printable_on, show
-from disha.finetune.answering import Answerer, GenerateSettings, open_answerer, prompts_of
-from disha.finetune.conversation import Conversation
 from disha.finetune.errors import DataError
+from disha.finetune.settings import GenerateSettings
 from disha.text import counted
+
+if TYPE_CHECKING:
+    from disha.finetune.answering import Answerer
+    from disha.finetune.conversation import Conversation
 
 __all__ = ["run"]
 
@@ -36,6 +39,10 @@ def run(arguments: Sequence[str]) -> None:
     """Generate, with the given command-line arguments."""
     settings, suiting = parsed_with_base(GenerateSettings, "generate", arguments, DESCRIPTION)
     settings.check()
+    # These take seconds to import. Neither the help nor complaints about flags need them.
+    from disha.finetune.answering import open_answerer, prompts_of
+    from disha.finetune.conversation import Conversation
+
     prompts = [] if settings.converses else prompts_of(settings)
     with suiting:
         answerer = open_answerer(settings)

@@ -19,10 +19,10 @@ SHORT: Mapping[str, str] = {
     "r": "bone_r",
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size per_device_eval_batch_size",
     "arch": "architecture",
 }
-"""The short name of a flag -> its name."""
+"""The short name of a flag -> its name, which is another one in some commands."""
 
 COMMAND_WORDS: Mapping[str, str] = {
     "finetune": "train training tune sft fit lora run",
@@ -96,7 +96,8 @@ FLAG_WORDS: Mapping[str, str] = {
 def long_name(word: str, known: Collection[str]) -> str:
     """Return the name of a flag that is spelled with dashes, or by its short name."""
     name = word.replace("-", "_")
-    return name if name in known or SHORT.get(name) not in known else SHORT[name]
+    long = (one for one in SHORT.get(name, "").split() if one in known)
+    return name if name in known else next(long, name)
 
 
 def nearest(word: str, known: Collection[str], meanings: Mapping[str, str]) -> str | None:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from disha.cli.flags import parsed
 from disha.finetune.noted_base import noted_base
-from disha.finetune.settings import ModelSettings
+from disha.finetune.settings import GenerateSettings, ModelSettings
 from disha.text import printable
 
 if TYPE_CHECKING:
-    from disha.finetune.answering import GenerateSettings
     from disha.finetune.evaluating import EvaluateSettings
 
 __all__ = ["base_of", "parsed_with_base"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +15,13 @@ from disha.finetune.adapting import with_adapter, without_adapter
 from disha.finetune.base_model import open_base_model
 from disha.finetune.errors import DataError, SettingsError
 from disha.finetune.generation import Memory, generate, stream_text
-from disha.finetune.settings import (
-    Count,
-    ModelSettings,
-    NotNegative,
-    Range,
-    Seed,
-    Switch,
-    check_ranges,
-    require,
-    require_adapter,
-)
+from disha.finetune.settings import GenerateSettings, SamplingSettings
 from disha.finetune.text.templates import Template, given_template, template_from
 from disha.finetune.text.tokenizer import Tokenizer, is_text
 
 __all__ = [
     "TEMPLATE_KEY",
     "Answerer",
-    "GenerateSettings",
-    "SamplingSettings",
     "noted_template",
     "open_answerer",
     "prompts_of",
@@ -47,94 +33,6 @@ TEMPLATE_KEY = "template"
 
 
 STANDARD_INPUT = Path("/dev/stdin")
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """The choice of the next token.
-
-    Args:
-        max_new_tokens: Most tokens to generate.
-        temperature: With 0, take the most likely token each time. Above 0, enable sampling:
-            higher is more random.
-        top_p: Sample from the most likely tokens that together have this probability.
-        top_k: Sample from this many most likely tokens.
-        seed: Makes sampling reproducible.
-    """
-
-    max_new_tokens: Count = 256
-    temperature: NotNegative = 0.0
-    top_p: Annotated[float, Range("greater than 0 and at most 1", lambda value: 0 < value <= 1)] = (
-        1.0
-    )
-    top_k: Count | None = None
-    seed: Seed = 0
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """All settings of `disha generate`. Flags may be spelled with underscores or dashes.
-
-    Args:
-        prompt: The texts to answer, each in quotes. Without prompt and prompt_file, standard input
-            has one per line; on a terminal, it is a conversation.
-        prompt_file: A file with one text to answer per line, in place of prompt. It may be a pipe.
-        adapter: The adapter file, such as output/adapter.safetensors. Without it, the base model
-            answers.
-        template: The text around a prompt, as for fine-tuning: a text with {query} in it, chat,
-            auto, or none for the prompt alone. The default is the adapter's own; without an
-            adapter, a conversation uses chat where the tokenizer has a chat template.
-        compare: Show the answers of the base model beside those with the adapter.
-        merge: Merge the adapter into the weights first. The texts are the same, at the base
-            model's speed.
-        json: Print one JSON object, for scripts.
-        debug: Show where an error came from.
-    """
-
-    model: ModelSettings = field(default_factory=ModelSettings)
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    prompt: tuple[str, ...] = ()
-    prompt_file: Path | None = None
-    adapter: Path | None = None
-    template: str | None = None
-    compare: Switch = False
-    merge: Switch = False
-    json: Switch = False
-    debug: Switch = False
-
-    @property
-    def converses(self) -> bool:
-        """Whether somebody types the prompts, on a terminal."""
-        return not self.prompt and self.prompt_file is None and sys.stdin.isatty()
-
-    def check(self) -> None:
-        """Check everything that can be checked without reading the model.
-
-        Raises:
-            SettingsError: a setting is missing, out of range, or contradicts another.
-        """
-        check_ranges(self)
-        self.model.check()
-        for name, plain in (("top_k", None), ("top_p", 1.0)):
-            require(
-                self.sampling.temperature > 0 or getattr(self.sampling, name) == plain,
-                f"--{name} limits sampling, but --temperature 0 disables sampling; give a "
-                "temperature above 0, such as 0.7",
-            )
-        require(
-            not (self.prompt and self.prompt_file),
-            "the texts to answer come from --prompt 'a text' or --prompt_file; give exactly one",
-        )
-        for name in ("compare", "json"):
-            require(
-                not (self.converses and getattr(self, name)),
-                f"--{name} is not for a conversation, where /base compares; give --prompt 'a text'",
-            )
-        require_adapter(self.adapter, compare=self.compare, merge=self.merge)
-        require(
-            not (self.compare and self.merge),
-            "--compare needs the base model, which --merge overwrites; leave one of them out",
-        )
 
 
 @dataclass(frozen=True)

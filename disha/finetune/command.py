@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import disha
 from disha.files import clear_drafts
 from disha.finetune.adapting import inject
-from disha.finetune.answering import TEMPLATE_KEY, Answerer, SamplingSettings
+from disha.finetune.answering import TEMPLATE_KEY, Answerer
 from disha.finetune.base_model import model_dtype
 from disha.finetune.course import Course, train
 from disha.finetune.data.encoding import Tally
@@ -42,7 +42,7 @@ from disha.finetune.report import (
     write_figure,
     write_text,
 )
-from disha.finetune.settings import FinetuneSettings, OutputSettings, require
+from disha.finetune.settings import FinetuneSettings, OutputSettings, SamplingSettings, require
 from disha.finetune.stopping import Interrupted, listening, raising
 from disha.finetune.training.checkpoints import Checkpoints
 from disha.finetune.training.layers import compile_model, enable_gradient_checkpointing

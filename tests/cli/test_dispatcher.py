@@ -248,8 +248,13 @@ MISSING = """
 import sys
 sys.modules["torch"] = None  # Python's mark of a module that must not be imported
 from disha.cli import COMMANDS, main
-flags = ["--base", ".", "--data", ".", "--output", sys.argv[1]]
-print([main([name, *(flags if name == "finetune" else [])]) for name in COMMANDS])
+base = ["--base", "."]
+flags = {
+    "finetune": [*base, "--data", ".", "--output", sys.argv[1]],
+    "generate": [*base, "--prompt", "a"],
+    "evaluate": [*base, "--data", "."],
+}
+print([main([name, *flags.get(name, [])]) for name in COMMANDS])
 main(["--help"])
 """
 
@@ -315,8 +320,15 @@ print(json.dumps([codes, [name for name in ("torch", "rich", "yaml") if name in 
 
 def test_help_and_complaints_about_flags_come_without_torch():
     """Torch takes more than a second to import, and these take less than a tenth of it."""
-    good = ["", "--help", "--version", "finetune --help"]
-    bad = ["trian", "finetune --rank 8", "finetune --bone_r many", "finetune", "finetune --lr 0"]
+    good = ["", "--help", "--version", "finetune --help", "generate --help"]
+    bad = [
+        "trian",
+        "finetune --rank 8",
+        "finetune --bone_r many",
+        "finetune",
+        "finetune --lr 0",
+        "generate",
+    ]
     done = python(HELPFUL, json.dumps([*good, *bad]))
     codes, imported = json.loads(done.stdout.splitlines()[-1])
     assert codes == [0] * len(good) + [2] * len(bad)

@@ -181,13 +181,13 @@ def test_all_meanings_are_flags_of_some_command_and_no_word_hides_a_flag():
     flags = {
         *FinetuneSettings().to_json(),
         *("json", "prompt", "prompt_file", "adapter", "temperature", "max_new_tokens"),
-        *("rank", "overwrite", "dropout", "architecture"),
+        *("rank", "overwrite", "dropout", "architecture", "per_device_eval_batch_size"),
     }
     assert {long_name(meaning.split()[0], flags) for meaning in FLAG_WORDS} <= flags
-    assert set(SHORT.values()) <= flags
+    assert set(" ".join(SHORT.values()).split()) <= flags
     assert set(COMMAND_WORDS) == set(COMMANDS)
     assert not set(" ".join(COMMAND_WORDS.values()).split()) & set(COMMANDS)
-    for short, name in SHORT.items():
+    for short, name in ((one, name) for one, long in SHORT.items() for name in long.split()):
         assert nearest(short, {name}, {}) == short
         assert long_name(short, {name}) == long_name(name, {name}) == name
         assert long_name(short, {name, short}) == short

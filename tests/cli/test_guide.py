@@ -12,9 +12,8 @@ import disha
 from disha.cli.finetune import settings_from
 from disha.cli.flags import parsed
 from disha.cli.meanings import SHORT
-from disha.finetune.answering import GenerateSettings
 from disha.finetune.evaluating import EvaluateSettings
-from disha.finetune.settings import FinetuneSettings
+from disha.finetune.settings import FinetuneSettings, GenerateSettings
 from tests.cli.documented import GUIDE, prepared_guide, run_in_shell, shell_commands
 
 TEXT = GUIDE.read_text(encoding="utf-8")

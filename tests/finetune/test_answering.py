@@ -10,15 +10,13 @@ import torch
 import disha
 from disha.finetune.answering import (
     Answerer,
-    GenerateSettings,
-    SamplingSettings,
     open_answerer,
     prompts_of,
     template_of,
 )
 from disha.finetune.errors import DataError, SettingsError
 from disha.finetune.evaluating import EvaluateSettings, evaluate
-from disha.finetune.settings import DataSettings, ModelSettings
+from disha.finetune.settings import DataSettings, GenerateSettings, ModelSettings, SamplingSettings
 from disha.finetune.text.templates import CHATML, PLAIN
 from tests.finetune import tiny_gguf
 from tests.finetune.command_line import ROWS, write_rows

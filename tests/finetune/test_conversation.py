@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import disha
-from disha.finetune.answering import Answerer, SamplingSettings
+from disha.finetune.answering import Answerer
 from disha.finetune.conversation import Conversation
 from disha.finetune.errors import DataError
 from disha.finetune.generation import generate
+from disha.finetune.settings import SamplingSettings
 from disha.finetune.text.templates import CHATML, PLAIN, Template, template_from
 from tests.conftest import perturb
 from tests.finetune import tiny_gguf

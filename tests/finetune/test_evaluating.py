@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from disha.finetune.answering import Answerer, SamplingSettings
+from disha.finetune.answering import Answerer
 from disha.finetune.errors import SettingsError
 from disha.finetune.evaluating import EvaluateSettings, Measured, evaluate
-from disha.finetune.settings import DataSettings, ModelSettings
+from disha.finetune.settings import DataSettings, ModelSettings, SamplingSettings
 from disha.finetune.text.templates import template_from
 from tests.finetune.command_line import ROWS, adapter_of, report_of, write_rows
 
