@@ -103,6 +103,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
             return None
         with clock.phase("reading data, opening the model"):
             inputs = load_inputs(settings)
+        for path, count in zip(settings.data.data_path, inputs.drawn, strict=False):
+            clock.say(f"an epoch draws {counted(count, 'row')} of {path}")
         require(
             not settings.output.merge or inputs.base.folder is not None,
             "--merge writes a checkpoint as a folder like that of the base model, but "
@@ -282,15 +284,16 @@ def _samples(
     with clock.phase("sampling"):
         sampling = SamplingSettings(max_new_tokens=SAMPLE_TOKENS)
         answerer = Answerer(model.eval(), encoder.tokenizer, encoder.template, sampling, base)
-        query, response = encoder.fields
+        rows = list(itertools.islice(_uncut_rows(inputs), SAMPLES))
+        asked = [[row.text(name) for name in encoder.fields_of(row)] for row in rows]
         return [
             Sample(
-                row.text(query),
-                "".join(answerer.base_answer(row.text(query))),
-                "".join(answerer.answer(row.text(query))),
-                row.text(response),
+                query,
+                "".join(answerer.base_answer(query)),
+                "".join(answerer.answer(query)),
+                response,
             )
-            for row in itertools.islice(_uncut_rows(inputs), SAMPLES)
+            for query, response in asked
         ]
 
 

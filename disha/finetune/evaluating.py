@@ -16,7 +16,7 @@ import disha
 from disha.finetune.adapting import with_adapter, without_adapter
 from disha.finetune.base_model import BaseModel, open_base_model
 from disha.finetune.data.batches import batch_by_length
-from disha.finetune.data.dataset import open_rows
+from disha.finetune.data.dataset import training_rows
 from disha.finetune.data.encoding import Encoder, Tally
 from disha.finetune.data.examples import Example
 from disha.finetune.data.rows import Row
@@ -90,6 +90,7 @@ class EvaluateSettings:
         require_unchanged(
             self.data,
             (
+                "data_weights",
                 "packing",
                 "group_by_length",
                 "eval_path",
@@ -102,7 +103,7 @@ class EvaluateSettings:
         )
         require_adapter(self.adapter, compare=self.compare, merge=self.merge)
         require(
-            not self.exact_match or len(self.data.dataset_field) == 2,
+            not self.exact_match or len(self.data.dataset_field) != 1,
             "--exact_match compares with a response; --dataset_field must name two fields",
         )
 
@@ -165,7 +166,7 @@ def evaluate(
     """
     settings.check()
     data = settings.data
-    rows = open_rows(data.data, data.dataset_split, streaming=data.streaming)
+    rows = training_rows(data)
     base = open_base_model(settings.model)
     encoder = _encoder(settings, base)
     tally, examples, questions = Tally(), [], []
@@ -237,7 +238,7 @@ class Question(NamedTuple):
     @classmethod
     def of(cls, row: Row, example: Example, encoder: Encoder) -> Question:
         """Return the question of a row with a query and a response."""
-        return cls(example.prompt, row.text(encoder.fields[1]))
+        return cls(example.prompt, row.text(encoder.fields_of(row)[1]))
 
 
 def first_questions(rows: Iterable[Row], encoder: Encoder, most: int) -> list[Question]:

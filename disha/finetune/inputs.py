@@ -73,6 +73,7 @@ class Inputs:
         tally: how many training rows were used, cut or left out; if rows are streamed, training
             counts them.
         checked: the rows to compare losses on.
+        drawn: how many rows an epoch draws from each data set, if they have weights.
     """
 
     base: BaseModel
@@ -81,6 +82,7 @@ class Inputs:
     source: BatchSource[Any]
     tally: Tally
     checked: Checked
+    drawn: Sequence[int] = ()
 
     def contents(self) -> dict[str, str]:
         """Return hashes of the rows that are learned, and of those that losses are measured on.
@@ -121,14 +123,17 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
         checked = Checked("first training rows'", first, False, Tally())
     examples: StoredExamples | StreamedExamples
     if data.streaming:
-        examples = StreamedExamples(dataset.training, encoder, data.dataloader_num_workers)
+        examples = StreamedExamples(
+            dataset.training, encoder, data.dataloader_num_workers, data.data_weights
+        )
         tally = examples.tally
     else:
-        examples, tally = encode_rows(dataset.training, encoder)
+        examples, tally = encode_rows(dataset.training, encoder, data.data_weights)
     row_length = data.max_seq_length if data.packing else None
     size = settings.training.per_device_train_batch_size
     source = TextBatches(examples, size, settings.training.seed, row_length, data.group_by_length)
-    return Inputs(base, dataset, encoder, source, tally, checked)
+    drawn = examples.drawn if data.data_weights else ()
+    return Inputs(base, dataset, encoder, source, tally, checked, drawn)
 
 
 def encoder_for(data: DataSettings, tokenizer: Tokenizer, adapter: Path | None) -> Encoder:
@@ -144,9 +149,9 @@ def encoder_for(data: DataSettings, tokenizer: Tokenizer, adapter: Path | None) 
     """
     return Encoder(
         tokenizer,
-        data.dataset_field,
+        data.dataset_field[:2],
         data.max_seq_length,
-        _template(data, tokenizer, adapter) if len(data.dataset_field) == 2 else None,
+        _template(data, tokenizer, adapter) if len(data.dataset_field) > 1 else None,
         skip_bad_rows=data.skip_bad_rows,
     )
 
@@ -175,7 +180,7 @@ def _of_numbers(settings: FinetuneSettings, base: BaseModel, dataset: Dataset) -
     data, training = settings.data, settings.training
     require_unchanged(
         data,
-        ("packing", "group_by_length", "streaming"),
+        ("packing", "group_by_length", "streaming", "data_weights"),
         f"is for text, but {base.title} came without a tokenizer; leave it out, or let the "
         "function return a pair of the model and a tokenizer",
     )
@@ -184,7 +189,7 @@ def _of_numbers(settings: FinetuneSettings, base: BaseModel, dataset: Dataset) -
         f"--metric_for_best_model exact_match compares texts, but {base.title} came without a "
         "tokenizer; use loss",
     )
-    if len(data.dataset_field) != 2:
+    if len(data.dataset_field) == 1:
         raise DataError(
             f"{base.title} came without a tokenizer, so --dataset_field must name two fields of "
             f"numbers, the input and the target, got {' '.join(data.dataset_field)}"

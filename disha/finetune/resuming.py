@@ -98,7 +98,10 @@ class Setup:
 
     def value_of(self, name: str) -> str:
         """Return a setting and its value, for messages."""
-        return f"{name} {self.settings[name]}" if name in self.settings else f"no {name}"
+        if name not in self.settings:
+            return f"no {name}"
+        value = self.settings[name]
+        return f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
     def _agrees_in(self, name: str, saved: Setup) -> bool:
         if name in self.settings and name in saved.settings:

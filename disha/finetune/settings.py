@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args, get_type_hints
 
 import disha
 from disha.finetune.errors import SettingsError
@@ -28,6 +28,7 @@ __all__ = [
     "AdapterSettings",
     "Bits",
     "Count",
+    "DataSet",
     "DataSettings",
     "FinetuneSettings",
     "GenerateSettings",
@@ -336,22 +337,33 @@ class AdapterSettings:
             )
 
 
+class DataSet(NamedTuple):
+    """One of the data sets to train on: where it is, which of its rows, and their fields."""
+
+    path: Path
+    split: str
+    fields: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """The rows to train on, and the rows to measure on.
 
     Args:
         data_path: The rows to train on: a file of JSON lines, JSON, CSV, Parquet or plain text, or
-            a folder of such files.
+            a folder of such files; or several data sets of this kind.
+        data_weights: For several data sets, the part of an epoch's rows that each gives, such as
+            2 1. Without weights, an epoch has every row once.
         dataset_split: Which rows of data_path, as in train[:100000], train[10%:] or
             train[:10%]+train[90%:]. In a folder, files whose name begins with a split's name
-            belong to that split.
+            belong to that split. For several data sets, one split for all or one for each.
         dataset_field: The names of two fields of a row, the query and the response to learn; or
-            of one field, a text or a list of chat messages.
+            of one field, a text or a list of chat messages. For several data sets, also two names
+            for each.
         template: The text around a query: a text with {query} in it; chat, for the template that
             comes with the tokenizer; or auto, for ChatML where the model knows it and a plain
             template elsewhere.
-        eval_path: Rows to measure the held-out loss on, as in data_path.
+        eval_path: Rows to measure the held-out loss on, with the fields of the (first) data_path.
         eval_split: Which rows of eval_path, or of data_path if that is not given, as in
             dataset_split.
         eval_fraction: Part of data_path's rows to hold out instead, such as 0.05. The seed
@@ -371,8 +383,9 @@ class DataSettings:
             the first.
     """
 
-    data_path: Path | None = None
-    dataset_split: str = "train"
+    data_path: tuple[Path, ...] = ()
+    data_weights: tuple[float, ...] = ()
+    dataset_split: tuple[str, ...] = ("train",)
     dataset_field: tuple[str, ...] = ("query", "response")
     template: str = "auto"
     eval_path: Path | None = None
@@ -387,9 +400,14 @@ class DataSettings:
     skip_bad_rows: Switch = False
 
     @property
-    def data(self) -> Path:
-        """The file or folder to train on. Raises `SettingsError` if not given."""
-        return given(self.data_path, "--data_path rows.jsonl")
+    def sets(self) -> list[DataSet]:
+        """The data sets to train on."""
+        count, fields = len(self.data_path), self.dataset_field
+        splits = self.dataset_split * (count if len(self.dataset_split) == 1 else 1)
+        own = [fields] * count
+        if len(fields) > 2:
+            own = [fields[2 * place : 2 * place + 2] for place in range(count)]
+        return [DataSet(*one) for one in zip(self.data_path, splits, own, strict=True)]
 
     @property
     def has_held_out(self) -> bool:
@@ -398,16 +416,15 @@ class DataSettings:
 
     def check(self) -> None:
         """Raise `SettingsError` if a setting is missing or contradicts another."""
-        fields = self.dataset_field
-        require(
-            len(fields) in (1, 2),
-            f"--dataset_field must be one or two names, got {' '.join(fields)}",
-        )
-        require(
-            len(set(fields)) == len(fields),
-            f"--dataset_field needs two different fields, got {fields[0]!r} twice",
-        )
-        for name, path in (("data_path", self.data), ("eval_path", self.eval_path)):
+        given(self.data_path[0] if self.data_path else None, "--data_path rows.jsonl")
+        self._check_counts(len(self.data_path))
+        for one in self.sets:
+            require(
+                len(set(one.fields)) == len(one.fields),
+                f"--dataset_field needs two different fields, got {one.fields[0]!r} twice",
+            )
+        paths = [("data_path", path) for path in self.data_path]
+        for name, path in (*paths, ("eval_path", self.eval_path)):
             require(
                 path is None or path.exists(),
                 f"--{name} {path} does not exist; it must be a file or a folder of rows",
@@ -420,6 +437,33 @@ class DataSettings:
         require(
             not self.dataloader_num_workers or self.streaming,
             "--dataloader_num_workers prepares rows that --streaming reads; give both or none",
+        )
+
+    def _check_counts(self, sets: int) -> None:
+        """Raise `SettingsError` unless weights, splits and fields fit the number of data sets."""
+        fields, weights = self.dataset_field, self.data_weights
+        several = f", or two for each of the {sets} data sets" if sets > 1 else ""
+        require(
+            len(fields) in (1, 2, 2 * sets),
+            f"--dataset_field must be one or two names{several}, got {' '.join(fields)}",
+        )
+        require(
+            len(self.dataset_split) in (1, sets),
+            f"--dataset_split must be one split, or one for each of {sets} data sets, got "
+            f"{' '.join(self.dataset_split)}",
+        )
+        shown = " ".join(f"{weight:g}" for weight in weights)
+        require(
+            len(weights) in (0, sets),
+            f"--data_weights must be one number for each of {sets} data sets, got {shown}",
+        )
+        require(
+            all(0 <= weight < math.inf for weight in weights),
+            f"--data_weights must be at least 0, got {shown}",
+        )
+        require(
+            not weights or 0 < sum(weights) < math.inf,
+            f"--data_weights must not all be 0, and their sum must be finite, got {shown}",
         )
 
 
@@ -596,7 +640,14 @@ class FinetuneSettings:
             self.model.check()
         self.adapter.check()
         if self.demo:
-            names = ("data_path", "eval_path", "eval_split", "eval_fraction", "dataset_split")
+            names = (
+                "data_path",
+                "data_weights",
+                "eval_path",
+                "eval_split",
+                "eval_fraction",
+                "dataset_split",
+            )
             require_unchanged(
                 self.data,
                 (*names, "dataset_field", "streaming"),
@@ -605,7 +656,8 @@ class FinetuneSettings:
         else:
             self.data.check()
         self.output.check()
-        for name, path in (("data_path", self.data.data_path), ("eval_path", self.data.eval_path)):
+        paths = [("data_path", path) for path in self.data.data_path]
+        for name, path in (*paths, ("eval_path", self.data.eval_path)):
             folder = self.output.output.resolve()
             require(
                 path is None or not folder.is_relative_to(path.resolve()),
@@ -646,7 +698,7 @@ class FinetuneSettings:
         )
         if metric == "exact_match":
             require(
-                len(self.data.dataset_field) == 2,
+                len(self.data.dataset_field) != 1,
                 "--metric_for_best_model exact_match compares with a response; --dataset_field "
                 "must name two fields",
             )
@@ -661,7 +713,7 @@ class FinetuneSettings:
         flat: dict[str, Any] = {}
         for name, value in vars(self).items():
             flat.update(vars(value) if dataclasses.is_dataclass(value) else {name: value})
-        return {k: str(v) if isinstance(v, Path) else v for k, v in flat.items()}
+        return {k: _plain(v) for k, v in flat.items()}
 
     def decisive(self) -> dict[str, Any]:
         """Return the settings that have an effect on what is learned, beyond rounding."""
@@ -767,6 +819,13 @@ FIRST = (
     *("num_train_epochs", "per_device_train_batch_size", "max_seq_length", "resume"),
 )
 """The flags that matter most. The help shows them first."""
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with paths as texts."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 # --- resuming ------------------------------------------------------------------------------------

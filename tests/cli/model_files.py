@@ -65,6 +65,8 @@ def write_guide_files(folder: Path) -> None:
     tokens = {"vocab_size": len(tiny_gguf.TOKENS), "bos_token_id": 1, "eos_token_id": 2}
     GPT2LMHeadModel(GPT2Config(**sizes, **tokens)).save_pretrained(folder / "gpt2")
     tiny_checkpoints.write_tokenizer(folder / "gpt2")
+    extra = [{"asked": f"say {word} again", "answered": f"{word} {word}"} for word in WORDS]
+    write_rows(folder / "extra.jsonl", extra)
     classifier = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     save_file(classifier.state_dict(), folder / "classifier.safetensors")
     numbers = [

@@ -52,7 +52,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]] = ROWS) -> Path:
     return path
 
 
-def arguments(model: Path, data: Path, output: Path, /, **changes: Any):
+def arguments(model: Path, data: Path | None, output: Path, /, **changes: Any):
     """The words of a short run, after `disha`. A flag with the value None is left out."""
     flags = {
         "base_model_name_or_path": model,

@@ -197,6 +197,7 @@ def refused(name: str, value: Any, **others: Any) -> Case:
 STREAMED = {"streaming": True}
 BY_FRACTION = {"eval_path": None, "eval_fraction": 0.2}
 BY_FUNCTION = {"base_model_name_or_path": None, "model": "tests.finetune.factories:gpt2"}
+WEIGHTED = {"data_path": ["{folder}/rows.jsonl", "{folder}/more.jsonl"], "data_weights": [1, 3]}
 BEST = {"eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.05}
 GOING_ON = {"adapter": "{folder}/start.safetensors"}
 CONSTANT = {"lr_scheduler_type": "constant"}
@@ -215,6 +216,7 @@ TABLE = [
             "function": Case(always=BY_FUNCTION),
             "going on": Case(always=GOING_ON),
             "best": Case(always=BEST),
+            "weights": Case(always=WEIGHTED),
         },
     ),
     Row(
@@ -413,11 +415,16 @@ TABLE = [
         "`--init_weights`, `--method`, `--bone_r_out`, `--target`, `--exclude`, `--rank_pattern`, "
         "`--also_train`, `--adapter_dropout`, "
         "`--max_seq_length`, `--packing`, `--group_by_length`, `--streaming`, "
-        "`--per_device_train_batch_size`, "
+        "`--per_device_train_batch_size`, `--data_weights`, "
         "`--gradient_accumulation_steps`, `--optimizer`, `--weight_decay`, `--max_grad_norm`, "
         "`--seed`, `--bf16`, `--tf32`",
         REFUSED,
         {
+            "data_weights": Case(
+                {"data_weights": [1, 2]}, WEIGHTED, says="data_weights 1.0 3.0, but this run has "
+            ),
+        }
+        | {
             name: refused(name, value)
             for name, value in {
                 "bits": "bf16",

@@ -141,7 +141,9 @@ def test_a_note_that_names_a_file_is_not_read_as_one(
     rows = write_rows(tmp_path / "rows.jsonl", ROWS[:2])
     with pytest.raises(SettingsError, match=complaint):
         evaluate(
-            EvaluateSettings(model, DataSettings(data_path=rows, max_seq_length=100), adapter=path)
+            EvaluateSettings(
+                model, DataSettings(data_path=(rows,), max_seq_length=100), adapter=path
+            )
         )
 
 

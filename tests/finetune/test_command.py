@@ -95,7 +95,7 @@ def test_the_fresh_process_agrees(finished):
 def test_the_report_says_what_was_done(finished):
     output, data, _ = finished
     report = report_of(output)
-    assert report["settings"]["data_path"] == str(data)
+    assert report["settings"]["data_path"] == [str(data)]
     assert report["data"]["training"]["rows"] == 30
     assert report["data"]["held_out"]["rows"] == 10
     assert report["training"]["steps"] == 6

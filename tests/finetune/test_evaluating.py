@@ -20,7 +20,7 @@ def settings(model, data, **changes):
     of_data = {name: changes.pop(name) for name in list(changes) if hasattr(DataSettings, name)}
     return EvaluateSettings(
         model=ModelSettings(base_model_name_or_path=model),
-        data=DataSettings(data_path=data, max_seq_length=100, **of_data),
+        data=DataSettings(data_path=(data,), max_seq_length=100, **of_data),
         max_new_tokens=TOKENS,
         **changes,
     )
@@ -71,7 +71,7 @@ def usual(tmp_path, tiny_path):
     rows = write_rows(tmp_path / "eval.jsonl", ROWS[::4])
     return EvaluateSettings(
         ModelSettings(base_model_name_or_path=tiny_path),
-        DataSettings(data_path=rows, max_seq_length=96),
+        DataSettings(data_path=(rows,), max_seq_length=96),
         max_new_tokens=24,
     )
 
@@ -83,7 +83,7 @@ def changed(usual, **changes):
 @pytest.fixture
 def trained(finetune, usual):
     """An adapter of a run that measured on the same rows."""
-    finetune.good(max_steps=4, eval_path=usual.data.data_path)
+    finetune.good(max_steps=4, eval_path=usual.data.data_path[0])
     assert adapter_of(finetune.output)
     return finetune.output
 

@@ -17,7 +17,7 @@ def settings(tmp_path, tiny_path):
         FinetuneSettings(),
         base_model_name_or_path=tiny_path,
         output_dir=tmp_path / "out",
-        data_path=write_rows(tmp_path / "rows.jsonl", [*ROWS, *ROWS]),
+        data_path=(write_rows(tmp_path / "rows.jsonl", [*ROWS, *ROWS]),),
         max_seq_length=96,
         max_steps=1,
     )
@@ -74,7 +74,7 @@ def test_checked_batches_hold_every_row_once(settings):
 def test_the_digest_tells_other_rows(settings, change):
     before = load_inputs(settings).contents()
     assert load_inputs(settings).contents() == before
-    write_rows(settings.data.data, change([*ROWS, *ROWS]))
+    write_rows(settings.data.data_path[0], change([*ROWS, *ROWS]))
     assert load_inputs(settings).contents()["set of rows"] != before["set of rows"]
 
 
@@ -94,7 +94,7 @@ def test_rows_of_numbers_for_a_model_without_a_tokenizer(settings, tmp_path):
         settings,
         base_model_name_or_path=None,
         model="tests.finetune.factories:classifier",
-        data_path=write_rows(tmp_path / "numbers.jsonl", rows),
+        data_path=(write_rows(tmp_path / "numbers.jsonl", rows),),
         dataset_field=("x", "y"),
     )
     inputs = load_inputs(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 
@@ -53,6 +54,7 @@ def run(tmp_path_factory, tiny_folder):
             shutil.copytree(tiny_folder("llama3"), folder / "model")
             write_rows(folder / "rows.jsonl", ROWS[:32])
             write_rows(folder / "held-out.jsonl", ROWS[32:])
+            write_rows(folder / "more.jsonl", ROWS[:8])
             write_start(folder)
             words = words_of(folder, flags)
             if stops:
@@ -74,7 +76,7 @@ def write_start(folder):
 
 def words_of(folder, flags):
     flags = {
-        name: value.replace("{folder}", str(folder)) if isinstance(value, str) else value
+        name: json.loads(json.dumps(value).replace("{folder}", str(folder)))
         for name, value in {**USUAL, **flags}.items()
     }
     return arguments(folder / "model", folder / "rows.jsonl", folder / "out", **flags)

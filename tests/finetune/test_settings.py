@@ -19,7 +19,7 @@ def good(tmp_path, tiny_path):
         FinetuneSettings(),
         base_model_name_or_path=tiny_path,
         output_dir=tmp_path / "out",
-        data_path=data,
+        data_path=(data,),
     )
 
 
@@ -74,12 +74,17 @@ PAIRS = "--rank_pattern must be pairs regex=r, such as v_proj=16 mlp=32, got "
         ({"seed": -1}, "--seed must be from 0"),
         ({"base_model_name_or_path": None}, "--base_model_name_or_path path/to/model is missing"),
         ({"output_dir": None}, "--output_dir FOLDER is missing"),
-        ({"data_path": None}, "--data_path rows.jsonl is missing"),
-        ({"data_path": Path("absent.jsonl")}, "--data_path absent.jsonl does not exist"),
+        ({"data_path": ()}, "--data_path rows.jsonl is missing"),
+        ({"data_path": (Path("absent.jsonl"),)}, "--data_path absent.jsonl does not exist"),
         ({"eval_path": Path("absent.jsonl")}, "--eval_path absent.jsonl does not exist"),
         ({"demo": True}, "--data_path does not go with --demo"),
         ({"dataset_field": ("query", "query")}, "--dataset_field needs two different fields"),
         ({"dataset_field": ("a", "b", "c")}, "--dataset_field must be one or two names, got a b c"),
+        ({"data_weights": (1.0, 2.0)}, "--data_weights must be one number for each of 1 data set"),
+        ({"data_weights": (-1.0,)}, "--data_weights must be at least 0, got -1"),
+        ({"data_weights": (float("nan"),)}, "--data_weights must be at least 0, got nan"),
+        ({"data_weights": (0.0,)}, "--data_weights must not all be 0, and their sum must be"),
+        ({"dataset_split": ("a", "b")}, "--dataset_split must be one split, or one for each of 1"),
         ({"dataset_field": ()}, "--dataset_field must be one or two names"),
         ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0, got -1"),
         ({"dataloader_num_workers": 1}, "--dataloader_num_workers prepares rows that --streaming"),
@@ -149,7 +154,7 @@ def test_two_ways_to_hold_out_contradict(good, other):
     "changes",
     [
         {"dataset_field": ("a", "b")},
-        {"dataset_split": "train[:5]"},
+        {"dataset_split": ("train[:5]",)},
         {"eval_fraction": 0.5},
         {"eval_split": "test"},
         {"streaming": True},
@@ -173,7 +178,7 @@ def test_the_demo_may_have_another_model(tmp_path, tiny_path):
 def test_a_folder_of_rows_is_as_good_as_a_file(good, tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()
-    with_values(good, data_path=folder, eval_path=folder).check()
+    with_values(good, data_path=(folder,), eval_path=folder).check()
 
 
 def test_a_file_where_the_output_folder_should_be(good, tmp_path):
@@ -204,10 +209,11 @@ EVERYTHING = {
     "rank_pattern": ("v_proj=8", "o_proj=4"),
     "also_train": "norm",
     "adapter_dropout": 0.1,
-    "data_path": Path("d.jsonl"),
-    "dataset_split": "train[:100000]",
+    "data_path": (Path("d.jsonl"), Path("d.csv")),
+    "dataset_split": ("train[:100000]",),
     "dataset_field": ("instruction", "output"),
     "template": "Q: {query}\\nA: ",
+    "data_weights": (2.0, 1.5),
     "eval_path": Path("e.jsonl"),
     "eval_split": "test[:10%]",
     "eval_fraction": 0.1,

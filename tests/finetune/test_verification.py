@@ -58,7 +58,7 @@ def settings(tmp_path, tiny_path):
         FinetuneSettings(),
         base_model_name_or_path=tiny_path,
         output_dir=tmp_path,
-        data_path=data,
+        data_path=(data,),
         max_seq_length=64,
     )
 

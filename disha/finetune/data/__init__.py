@@ -7,6 +7,7 @@ From bottom to top:
 - `text_files`, `parquet`, `files`: data files of every format as rows
 - `splits`: the notation for splits, and which files belong to which
 - `order`: the order of rows, set by the seed
+- `mixing`: several data sets with weights as one order of rows
 - `dataset`: finds the training rows and the held-out rows that the settings ask for
 - `docstrings`: the demo's rows, made from the installed Python standard library
 - `examples`: a row as token ids, and which of them count in the loss

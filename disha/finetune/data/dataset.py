@@ -13,7 +13,7 @@ from disha.finetune.data.splits import find_files, parse_split, split_name
 from disha.finetune.errors import DataError
 from disha.finetune.settings import DataSettings
 
-__all__ = ["open_rows", "read_dataset", "split_held_out"]
+__all__ = ["open_rows", "read_dataset", "split_held_out", "training_rows"]
 
 
 def read_dataset(settings: DataSettings, seed: int) -> Dataset:
@@ -27,13 +27,37 @@ def read_dataset(settings: DataSettings, seed: int) -> Dataset:
         DataError: a file can't be read, or a split is unknown or has no rows.
         MissingPackageError: a package for a file's format is not installed.
     """
-    training = open_rows(settings.data, settings.dataset_split, streaming=settings.streaming)
-    if settings.eval_path is None and settings.eval_split is None:
-        return split_held_out(training, settings.eval_fraction, seed)
-    held_out = open_rows(
-        settings.eval_path or settings.data, settings.eval_split, streaming=settings.streaming
-    )
-    return Dataset(training, held_out)
+    training = _opened(settings)
+    if settings.eval_path is not None:
+        held_out = [
+            open_rows(settings.eval_path, settings.eval_split, streaming=settings.streaming)
+        ]
+    elif settings.eval_split is not None:
+        held_out = _opened(settings, settings.eval_split)
+    else:
+        parts = [split_held_out(rows, settings.eval_fraction, seed) for rows in training]
+        training = [part.training for part in parts]
+        held_out = [part.held_out for part in parts]
+    names = [one.fields for one in settings.sets]
+    return Dataset(Rows.joined(training, names), Rows.joined(held_out, names))
+
+
+def training_rows(settings: DataSettings) -> Rows:
+    """Return the rows of all data sets that the settings name.
+
+    Raises:
+        DataError: a file can't be read, or a split is unknown or has no rows.
+        MissingPackageError: a package for a file's format is not installed.
+    """
+    return Rows.joined(_opened(settings), [one.fields for one in settings.sets])
+
+
+def _opened(settings: DataSettings, split: str | None = None) -> list[Rows]:
+    """Return the rows of each data set, of its own split or of another one."""
+    return [
+        open_rows(one.path, split or one.split, streaming=settings.streaming)
+        for one in settings.sets
+    ]
 
 
 def open_rows(path: Path, split: str | None, *, streaming: bool) -> Rows:

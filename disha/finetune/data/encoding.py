@@ -9,11 +9,11 @@ The fields of a row decide which tokens count in the loss:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from disha.finetune.data.examples import Example, StoredExamples
-from disha.finetune.data.rows import Row, checked_text
+from disha.finetune.data.rows import Row, Rows, checked_text
 from disha.finetune.errors import BadRowError, DataError, TokenizerError
 from disha.finetune.text.chat import encode_chat
 from disha.finetune.text.templates import Template
@@ -136,6 +136,10 @@ class Encoder:
     template: Template | None = None
     skip_bad_rows: bool = False
 
+    def fields_of(self, row: Row) -> tuple[str, ...]:
+        """Return the names of a row's fields to learn."""
+        return row.names or self.fields
+
     def encode(self, row: Row) -> Example | None:
         """Return a row as token ids, or None if it does not fit or is bad and may be skipped.
 
@@ -149,11 +153,12 @@ class Encoder:
     def outcome(self, row: Row) -> Outcome:
         """Encode a row. If something is wrong with it, return a complaint instead of raising."""
         try:
-            if len(self.fields) == 2:
-                return self._pair(row)
-            if isinstance(row[self.fields[0]], str):
-                return self._text(row)
-            return self._chat(row)
+            names = self.fields_of(row)
+            if len(names) == 2:
+                return self._pair(row, *names)
+            if isinstance(row[names[0]], str):
+                return self._text(row, *names)
+            return self._chat(row, *names)
         except BadRowError as error:
             return Outcome(complaint=str(error))
 
@@ -166,11 +171,11 @@ class Encoder:
         if outcome.complaint is not None and not self.skip_bad_rows:
             raise BadRowError(outcome.complaint)
 
-    def _pair(self, row: Row) -> Outcome:
+    def _pair(self, row: Row, query_name: str, response_name: str) -> Outcome:
         if self.template is None:
             raise DataError("two fields need a template to put the query in")
-        query, response = (row.text(name) for name in self.fields)
-        _require_content(response, row, self.fields[1])
+        query, response = row.text(query_name), row.text(response_name)
+        _require_content(response, row, response_name)
         answer = self.tokenizer.encode(response, special=False, continues=True)
         answer.append(self.tokenizer.end)
         before, asked, after = self.template.parts(query, self.tokenizer)
@@ -182,9 +187,8 @@ class Encoder:
         learned = (max(1, len(prompt)), len(tokens))
         return Outcome(Example(tokens, (learned,)), is_cut=len(asked) > room)
 
-    def _text(self, row: Row) -> Outcome:
-        name, tokenizer = self.fields[0], self.tokenizer
-        text = row.text(name)
+    def _text(self, row: Row, name: str) -> Outcome:
+        tokenizer, text = self.tokenizer, row.text(name)
         _require_content(text, row, name)
         all_tokens = (*tokenizer.begin, *tokenizer.encode(text, special=False), tokenizer.end)
         if len(all_tokens) < 2:
@@ -195,8 +199,8 @@ class Encoder:
         is_cut = len(tokens) < len(all_tokens)
         return Outcome(Example(tokens, ((1, len(tokens)),)), is_cut)
 
-    def _chat(self, row: Row) -> Outcome:
-        messages, what = row[self.fields[0]], f"{row.place}: field {self.fields[0]!r}"
+    def _chat(self, row: Row, name: str) -> Outcome:
+        messages, what = row[name], f"{row.place}: field {name!r}"
         if not isinstance(messages, list):
             raise BadRowError(
                 f"{what} must be text or a list of chat messages, found {type(messages).__name__} "
@@ -217,12 +221,15 @@ class Encoder:
         return Outcome(Example(tuple(ids), tuple(learned)))
 
 
-def encode_rows(rows: Iterable[Row], encoder: Encoder) -> tuple[StoredExamples, Tally]:
+def encode_rows(
+    rows: Iterable[Row], encoder: Encoder, weights: Sequence[float] = ()
+) -> tuple[StoredExamples, Tally]:
     """Turn rows into token ids.
 
     Args:
         rows: any number of rows, or none.
         encoder: turns each row into token ids.
+        weights: the weights of the data sets that the rows are from, if they have weights.
 
     Returns:
         The usable rows, in order, and a tally of all rows.
@@ -231,13 +238,15 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> tuple[StoredExamples, 
         BadRowError: something is wrong with a row, and `encoder.skip_bad_rows` is False.
         DataError: there are rows, but none can be used.
     """
-    examples, tally = StoredExamples(), Tally()
-    for row in rows:
-        outcome = encoder.outcome(row)
-        encoder.require_allowed(outcome)
-        tally.add(outcome)
-        if outcome.example is not None:
-            examples.append(outcome.example)
+    examples, tally = StoredExamples(weights=weights), Tally()
+    for part in rows.parts() if isinstance(rows, Rows) else [rows]:
+        for row in part:
+            outcome = encoder.outcome(row)
+            encoder.require_allowed(outcome)
+            tally.add(outcome)
+            if outcome.example is not None:
+                examples.append(outcome.example)
+        examples.end_part()
     tally.require_used(encoder.max_length)
     return examples, tally
 

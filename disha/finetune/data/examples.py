@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
+from disha.finetune.data.mixing import drawn, mixed_order
 from disha.finetune.data.order import permutation
 
 __all__ = ["IGNORED", "Example", "StoredExamples"]
@@ -45,10 +46,12 @@ class StoredExamples(Sequence[Example]):
 
     Args:
         examples: the first examples.
+        weights: the weights of the data sets that they are from, if they have weights.
     """
 
-    def __init__(self, examples: Iterable[Example] = ()) -> None:
+    def __init__(self, examples: Iterable[Example] = (), *, weights: Sequence[float] = ()) -> None:
         self._tokens, self._spans = _Pieces(), _Pieces()
+        self._weights, self._sizes = weights, list[int]()
         for example in examples:
             self.append(example)
 
@@ -56,6 +59,15 @@ class StoredExamples(Sequence[Example]):
         """Add an example at the end."""
         self._tokens.append(example.tokens)
         self._spans.append([bound for span in example.learned for bound in span])
+
+    def end_part(self) -> None:
+        """Note that the examples of a data set are complete."""
+        self._sizes.append(len(self) - sum(self._sizes))
+
+    @property
+    def drawn(self) -> list[int]:
+        """How many examples an epoch draws, from each data set if they have weights."""
+        return drawn(self._sizes, self._weights) if self._weights else [len(self)]
 
     def __len__(self) -> int:
         return len(self._tokens.ends)
@@ -81,11 +93,19 @@ class StoredExamples(Sequence[Example]):
             digest.update(f"{len(pieces.ends)} {len(pieces.numbers)}".encode())
             digest.update(pieces.ends)
             digest.update(pieces.numbers)
+        if self._weights:
+            digest.update(repr(self._sizes).encode())
         return digest.hexdigest()
 
     def shuffled(self, seed: int) -> Iterator[Example]:
-        """Yield the examples in an order that `seed` decides."""
-        return (self[index] for index in permutation(len(self), seed))
+        """Yield the examples that an epoch draws, in an order that `seed` decides."""
+        if not self._weights:
+            return (self[index] for index in permutation(len(self), seed))
+        sizes = self._sizes
+        order = mixed_order(
+            sizes, self._weights, seed, lambda place, seed: permutation(sizes[place], seed)
+        )
+        return (self[index] for index in order)
 
 
 class _Pieces:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, Protocol, overload
 
 from disha.finetune.errors import BadRowError
@@ -26,11 +26,13 @@ class Row:
         fields: its values by field name.
         place: where it is from, as in "rows.jsonl, line 7"; for messages.
         complaint: why it can't be read; None if it can.
+        names: the names of the fields to learn, if its data set has its own.
     """
 
     fields: Mapping[str, Any]
     place: str
     complaint: str | None = None
+    names: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
         """Return the value of a field.
@@ -95,12 +97,45 @@ class Rows(Sequence[Row]):
     Args:
         files: the files, in order.
         numbers: which rows, counted through all files; all rows if not given.
+        names: for each file, the names of its fields to learn, if data sets have their own.
+        sizes: how many of the rows each data set has, if there are several.
     """
 
-    def __init__(self, files: Sequence[RowFile], numbers: Sequence[int] | None = None) -> None:
-        self.files = files
+    def __init__(
+        self,
+        files: Sequence[RowFile],
+        numbers: Sequence[int] | None = None,
+        names: Sequence[tuple[str, ...]] = (),
+        sizes: Sequence[int] = (),
+    ) -> None:
+        self.files, self.names = files, names
         self._ends = list(accumulate(map(len, files)))
         self.numbers = range(self._ends[-1] if files else 0) if numbers is None else numbers
+        self.sizes = sizes or (len(self),)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows], names: Sequence[tuple[str, ...]]) -> Rows:
+        """Return the rows of several data sets, one after the other.
+
+        Args:
+            parts: the rows of each.
+            names: the names of the fields to learn, for each.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        numbers, start = array("q"), 0
+        for part in parts:
+            numbers.extend(start + number for number in part.numbers)
+            start += sum(map(len, part.files))
+        of_files = [own for part, own in zip(parts, names, strict=True) for _ in part.files]
+        of_files = of_files if len(set(names)) > 1 else []
+        files = [file for part in parts for file in part.files]
+        return cls(files, numbers, of_files, [len(part) for part in parts])
+
+    def parts(self) -> list[Rows]:
+        """Return the rows of each data set."""
+        ends = list(accumulate(self.sizes, initial=0))
+        return [self[first:end] for first, end in pairwise(ends)]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -113,19 +148,25 @@ class Rows(Sequence[Row]):
 
     def __getitem__(self, index: int | slice) -> Row | Rows:
         if isinstance(index, slice):
-            return Rows(self.files, self.numbers[index])
+            return Rows(self.files, self.numbers[index], self.names)
         file, number = self.find(index)
-        return file[number]
+        if not self.names:
+            return file[number]
+        return replace(file[number], names=self.names[self._place(index)])
 
     def find(self, index: int) -> tuple[RowFile, int]:
         """Return the file that holds a row, and the number of the row in that file."""
-        number = self.numbers[index]
-        place = bisect_right(self._ends, number)
-        return self.files[place], number - (self._ends[place] - len(self.files[place]))
+        place = self._place(index)
+        start = self._ends[place] - len(self.files[place])
+        return self.files[place], self.numbers[index] - start
+
+    def _place(self, index: int) -> int:
+        return bisect_right(self._ends, self.numbers[index])
 
     def select(self, indices: Iterable[int]) -> Rows:
         """Return the rows with these numbers, in the given order."""
-        return Rows(self.files, array("q", (self.numbers[index] for index in indices)))
+        numbers = array("q", (self.numbers[index] for index in indices))
+        return Rows(self.files, numbers, self.names)
 
 
 @dataclass(frozen=True)

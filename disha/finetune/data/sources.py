@@ -24,6 +24,7 @@ from disha import DishaError
 from disha.finetune.data.batches import TextRow, TokenBatch, collate, packed
 from disha.finetune.data.encoding import Encoder, Outcome, Tally
 from disha.finetune.data.examples import Example, StoredExamples
+from disha.finetune.data.mixing import drawn, mixed_order
 from disha.finetune.data.order import permutation, reading_order
 from disha.finetune.data.parquet import ParquetRows
 from disha.finetune.data.rows import Rows
@@ -92,7 +93,7 @@ class TextBatches:
         an epoch has fewer if a row can't be used.
         """
         if self.row_length is None:
-            return math.ceil(len(self.examples) / self.size)
+            return math.ceil(sum(self.examples.drawn) / self.size)
         return None if isinstance(self.examples, StreamedExamples) else self._batches_at_first
 
     def digest(self) -> str:
@@ -161,17 +162,20 @@ class StreamedExamples:
         rows: the rows to read.
         encoder: turns a row into an example.
         workers: how many processes encode rows ahead; with 0, this process encodes them.
+        weights: the weights of the data sets that the rows are from, if they have weights.
         tally: how many rows were used, cut or left out in the latest epoch.
     """
 
     rows: Rows
     encoder: Encoder
     workers: int = 0
+    weights: Sequence[float] = ()
     tally: Tally = field(default_factory=Tally)
 
-    def __len__(self) -> int:
-        """How many examples there are if every row can be used."""
-        return len(self.rows)
+    @property
+    def drawn(self) -> list[int]:
+        """How many examples an epoch draws, if every row can be used, as in `StoredExamples`."""
+        return drawn(self.rows.sizes, self.weights) if self.weights else [len(self.rows)]
 
     def digest(self) -> str:
         """Return a hash of the files, the row numbers, and the settings that encode the rows.
@@ -189,29 +193,44 @@ class StreamedExamples:
                 digest.update(file_hash(file.path).encode())
         digest.update(repr(numbers).encode() if isinstance(numbers, range) else array("q", numbers))
         vocabulary = sorted(tokenizer.backend.get_vocab().items())
-        digest.update(repr((self.encoder.fields, tokenizer.chat_template, vocabulary)).encode())
+        fields = self.rows.names or self.encoder.fields
+        sizes = self.rows.sizes if self.weights else ()
+        digest.update(repr((fields, tokenizer.chat_template, vocabulary, sizes)).encode())
         return digest.hexdigest()
 
     def shuffled(self, seed: int) -> Iterator[Example]:
-        """Yield the examples in an order that `seed` decides.
+        """Yield the examples that an epoch draws, in an order that `seed` decides.
 
         Raises:
             DataError: a row can't be read or used, or no row can.
         """
         self.tally.clear()
-        for outcome in _outcomes(self.rows, self.encoder, seed, self.workers):
+        for outcome in _outcomes(self.rows, self.encoder, self._order(seed), self.workers):
             self.encoder.require_allowed(outcome)
             self.tally.add(outcome)
             if outcome.example is not None:
                 yield outcome.example
         self.tally.require_used(self.encoder.max_length)
 
+    def _order(self, seed: int) -> array[int]:
+        if not self.weights:
+            return reading_order(self.rows, seed)
+        parts = self.rows.parts()
+        return mixed_order(
+            self.rows.sizes,
+            self.weights,
+            seed,
+            lambda place, seed: reading_order(parts[place], seed),
+        )
 
-def _outcomes(rows: Rows, encoder: Encoder, seed: int, workers: int) -> Iterator[Outcome]:
+
+def _outcomes(
+    rows: Rows, encoder: Encoder, order: Sequence[int], workers: int
+) -> Iterator[Outcome]:
     loader = DataLoader(
         _EncodedRows(rows, encoder),
         batch_size=None,
-        sampler=BatchSampler(reading_order(rows, seed), ENCODED_TOGETHER, drop_last=False),
+        sampler=BatchSampler(order, ENCODED_TOGETHER, drop_last=False),
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=_leave_stopping_to_training,

@@ -144,7 +144,7 @@ def read_samples(
         first = _Sample(like.inputs[0], like.targets[0], like.are_classes, "training")
     for row in rows:
         try:
-            sample = _sample(row, fields)
+            sample = _sample(row, row.names or fields)
             first = first or sample
             _require_like(
                 first, sample, fields, must_be_class=like is not None and like.are_classes
@@ -177,7 +177,7 @@ class _Sample(NamedTuple):
     place: str
 
 
-def _sample(row: Row, fields: tuple[str, str]) -> _Sample:
+def _sample(row: Row, fields: tuple[str, ...]) -> _Sample:
     inputs, target = (_value(row, name) for name in fields)
     is_class = isinstance(target, int) and not isinstance(target, bool)
     return _Sample(

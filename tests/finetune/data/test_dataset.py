@@ -29,7 +29,7 @@ def numbers(rows):
 
 
 def settings(path, **changes):
-    return DataSettings(data_path=path, dataset_field=("n",), **changes)
+    return DataSettings(data_path=(path,), dataset_field=("n",), **changes)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -89,7 +89,9 @@ def test_nothing_is_held_out_unless_asked(folder):
 
 
 def test_a_part_is_held_out_of_the_split(folder):
-    dataset = read_dataset(settings(folder, dataset_split="train[:8]", eval_fraction=0.25), seed=0)
+    dataset = read_dataset(
+        settings(folder, dataset_split=("train[:8]",), eval_fraction=0.25), seed=0
+    )
     assert len(dataset.held_out) == 2
     assert sorted(numbers(dataset.training) + numbers(dataset.held_out)) == list(range(8))
     other = [
@@ -101,7 +103,7 @@ def test_a_part_is_held_out_of_the_split(folder):
 
 def test_another_split_is_held_out(folder):
     dataset = read_dataset(
-        settings(folder, dataset_split="train[:-2]", eval_split="train[-2:]"), seed=0
+        settings(folder, dataset_split=("train[:-2]",), eval_split="train[-2:]"), seed=0
     )
     assert numbers(dataset.training) == list(range(10))
     assert numbers(dataset.held_out) == [10, 11]
