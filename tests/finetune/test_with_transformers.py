@@ -189,6 +189,51 @@ def test_a_run_goes_on_to_the_same_end(finetune, tiny_folder, tmp_path):
     assert result_of(parts) == result_of(whole)
 
 
+def test_joined_experts_are_merged_as_asked(finetune, tmp_path, tiny_folder):
+    folder, out = tiny_folder("qwen3_moe"), tmp_path / "merged"
+    finetune.good(base_model_name_or_path=folder, max_steps=2)
+    adapter = finetune.output / "adapter.safetensors"
+    merge = ("merge", folder, adapter, out)
+    assert finetune.other(*merge, "--scale", 0.5, "--dtype", "bfloat16").code == 0
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    disha.load_adapter(model, adapter)
+    disha.set_adapter_scale(model, 0.5)
+    disha.merge_adapters(model)
+    found = AutoModelForCausalLM.from_pretrained(out)
+    assert found.dtype == torch.bfloat16
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert "not empty" in finetune.other(*merge).complaint
+
+    other = tiny_checkpoints.write_folder(tmp_path / "other", "qwen3_moe", seed=7)
+    merge = ("merge", other, adapter, tmp_path / "wrong")
+    refused = finetune.other(*merge)
+    assert refused.code == 2
+    assert "saved from other base weights" in refused.complaint
+    assert finetune.other(*merge, "--force").code == 0
+    assert "must be a folder" in finetune.other(*merge[:3], tmp_path / "x.safetensors").complaint
+
+
+def test_older_files_of_a_tokenizer_are_read(finetune, tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder("phi"), tmp_path / "model")
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "GPT2Tokenizer", "unk_token": "<|im_start|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, expected = opened(folder).tokenizer, opened(tiny_folder("phi")).tokenizer
+    assert ours.encode("hello world, say 3") == expected.encode("hello world, say 3")
+    assert (ours.end, ours.chat_template) == (expected.end, expected.chat_template)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    done = finetune(base_model_name_or_path=folder)
+    assert done.code == 2
+    assert "makes no tokens of a text, as its files are missing" in done.complaint
+
+
 def test_rows_are_not_packed(finetune, tiny_folder):
     done = finetune("--packing", base_model_name_or_path=tiny_folder("phi"))
     assert done.code == 2

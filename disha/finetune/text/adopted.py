@@ -74,6 +74,11 @@ def _of_transformers(tokenizer: Any, backend: BackendTokenizer) -> Tokenizer:
         raise TokenizerError(
             "the tokenizer does not say which token ends a text; set its eos_token"
         )
+    if not backend.encode("a", add_special_tokens=False).ids:  # transformers makes an empty one
+        raise TokenizerError(
+            "the tokenizer makes no tokens of a text, as its files are missing; put tokenizer.json "
+            "or the files that it is made from into the model's folder"
+        )
     template = tokenizer.chat_template
     return Tokenizer(
         backend,
