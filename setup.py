@@ -27,6 +27,14 @@ FINETUNE = [
     "tokenizers>=0.20",
     "tomli>=2.0; python_version < '3.11'",
 ]
+REPORTS = [
+    "alembic>=1.13",  # these two let MLflow write to its default place, a file of SQLite
+    "mlflow-skinny>=3",
+    "sqlalchemy>=2",
+    "tensorboard>=2.16",
+    "trackio>=0.20",
+    "wandb>=0.20",
+]
 QUANT = [
     "bitsandbytes>=0.49",
     "torchao>=0.18",
@@ -53,6 +61,7 @@ DEV = [
     *FINETUNE,
     *PEERS,
     *QUANT,
+    *REPORTS,
     "build>=1.2",
     "griffelib>=2",
     "hypothesis>=6.100",
@@ -100,6 +109,7 @@ setup(
         "finetune": FINETUNE,
         "gguf": GGUF,
         "quant": QUANT,
+        "reports": REPORTS,
         "transformers": TRANSFORMERS,
         "dev": DEV,
         "docs": DOCS,

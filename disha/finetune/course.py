@@ -173,7 +173,8 @@ class _Training:
         output, name = self.settings.output, self.inputs.checked.name
         with recording(
             self.lock,
-            tensorboard=output.report_to == "tensorboard",
+            reports=output.reports,
+            settings=self.settings.to_json(),
             after=None if saved is None else self._recorded,
             main=self.processes.is_main,
         ) as metrics:

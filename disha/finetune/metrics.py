@@ -1,4 +1,4 @@
-"""The record of each step of a run: lines of JSON, and events for TensorBoard."""
+"""The record of each step of a run: lines of JSON, and reports to other programs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -18,12 +18,12 @@ from disha.files import write_files
 from disha.finetune.errors import OutputError
 from disha.finetune.folder_lock import FolderLock, is_at
 from disha.finetune.report import write_text
+from disha.finetune.reports import EVENTS, Report, open_reports
 from disha.finetune.training.loop import Step
 
 __all__ = ["METRICS", "Metrics", "recorded_steps", "recording"]
 
 METRICS = "metrics.jsonl"
-EVENTS = "tensorboard"
 
 
 class Metrics:
@@ -35,11 +35,17 @@ class Metrics:
     Args:
         lock: the lock of the run's output folder.
         lines: the file for lines of JSON, if any.
-        events: TensorBoard's writer, if asked for.
+        reports: the open reports, by their names.
     """
 
-    def __init__(self, lock: FolderLock, lines: FileIO | None, events: Any = None) -> None:
-        self._lock, self._lines, self._events = lock, lines, events
+    def __init__(
+        self,
+        lock: FolderLock,
+        lines: FileIO | None,
+        reports: Mapping[str, Report] | None = None,
+    ) -> None:
+        self._lock, self._lines = lock, lines
+        self._reports = dict(reports or {})
 
     def record_step(self, step: Step) -> None:
         """Record an optimiser step, without the values that were not measured."""
@@ -50,29 +56,26 @@ class Metrics:
         self._record({"step": step, "eval_loss": eval_loss, **others})
 
     def close(self) -> None:
-        """Write the remaining events to the disk, and close the files."""
-        with self._warning_of_failure("_lines", METRICS):
+        """Close the file, and send what remains to the reports."""
+        with self._warning_of_failure(METRICS):
             if self._lines is not None:
                 self._lines.close()
-        with self._warning_of_failure("_events", EVENTS):
-            if self._events is not None:
-                self._events.close()
+        for name, report in list(self._reports.items()):
+            with self._warning_of_failure(name):
+                report.close()
 
     def _record(self, values: dict[str, Any]) -> None:
         line = (json.dumps(values) + "\n").encode()
-        with self._warning_of_failure("_lines", METRICS):
+        with self._warning_of_failure(METRICS):
             if self._lines is not None:
                 self._lock.keep()
                 self._lines = self._in_place(self._lines)
                 if self._lines.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with self._warning_of_failure("_events", EVENTS):
-            self._add_events(values)
-
-    def _add_events(self, values: dict[str, Any]) -> None:
-        if self._events is not None:
-            for name, value in _scalars(values).items():
-                self._events.add_scalar(name, value, values["step"])
+        for name, report in list(self._reports.items()):
+            if values["step"] > report.reported:
+                with self._warning_of_failure(name):
+                    report.log(_scalars(values), values["step"])
 
     def _in_place(self, lines: FileIO) -> FileIO:
         """Return the open file; if it was deleted, record everything again, and return the new."""
@@ -83,21 +86,27 @@ class Metrics:
         content = lines.read()
         lines.close()
         write_files({path: lambda temporary: Path(temporary).write_bytes(content)})
-        if self._events is not None:
-            self._events = _open_events(self._lock.folder / EVENTS, None, True)
-            for line in content.splitlines():
-                self._add_events(json.loads(line))
+        if EVENTS in self._reports:
+            self._reports |= open_reports([EVENTS], self._lock.folder, {})
+            for values in map(json.loads, content.splitlines()):
+                self._reports[EVENTS].log(_scalars(values), values["step"])
         return path.open("a+b", buffering=0)
 
     @contextmanager
-    def _warning_of_failure(self, attribute: str, name: str) -> Iterator[None]:
+    def _warning_of_failure(self, name: str) -> Iterator[None]:
         """If the block can't write, print a warning, and do not write there again."""
         try:
             yield
-        except OSError as error:
-            setattr(self, attribute, None)
+        except Exception as error:  # the libraries of reports raise anything
+            if name != METRICS:
+                del self._reports[name]
+            elif isinstance(error, OSError):
+                self._lines = None
+            else:
+                raise
+            reason = getattr(error, "strerror", None) or error
             print(
-                f"disha: warning: {name} can't be written: {error.strerror or error}; training "
+                f"disha: warning: {name} can't be written: {reason}; training "
                 "continues, but is no longer recorded there",
                 file=sys.stderr,
                 flush=True,
@@ -105,7 +114,7 @@ class Metrics:
 
 
 def _scalars(values: dict[str, Any]) -> dict[str, float]:
-    """Return what TensorBoard shows of a record."""
+    """Return what reports show of a record."""
     names = ("loss", "learning_rate", "gradient_norm", "tokens_per_second")
     scalars = {f"train/{name}": values[name] for name in names if name in values}
     if (loss := values.get("eval_loss")) is not None:
@@ -117,13 +126,19 @@ def _scalars(values: dict[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def recording(
-    lock: FolderLock, *, tensorboard: bool = False, after: int | None = None, main: bool = True
+    lock: FolderLock,
+    *,
+    reports: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    after: int | None = None,
+    main: bool = True,
 ) -> Iterator[Metrics]:
     """Yield the record of a run. Each line reaches the disk when it is complete.
 
     Args:
         lock: the lock of the run's output folder.
-        tensorboard: whether to write events too.
+        reports: the names of the reports to write too.
+        settings: the settings of the run, for the reports.
         after: the step after which the run resumes. Later records are removed, because those steps
             are done again. None starts a new record.
         main: whether this process writes.
@@ -134,8 +149,12 @@ def recording(
     if not main:
         yield Metrics(lock, None)
         return
-    with _open_lines(lock.folder / METRICS, after) as lines:
-        metrics = Metrics(lock, lines, _open_events(lock.folder / EVENTS, after, tensorboard))
+    path = lock.folder / METRICS
+    before = () if after is None else _records(path, sys.maxsize)
+    recorded = max((values["step"] for values in before), default=-1)
+    with _open_lines(path, after) as lines:
+        opened = open_reports(reports, lock.folder, settings or {}, after=after, recorded=recorded)
+        metrics = Metrics(lock, lines, opened)
         try:
             yield metrics
         finally:
@@ -152,21 +171,6 @@ def _open_lines(path: Path, after: int | None) -> FileIO:
         return path.open("a+b", buffering=0)
     except OSError as error:
         raise OutputError(f"{path} can't be written: {error.strerror or error}") from error
-
-
-def _open_events(folder: Path, after: int | None, wanted: bool) -> Any:
-    try:
-        if after is None:
-            # TensorBoard would show an earlier run and this one as a single run.
-            for path in folder.glob("events.out.tfevents.*"):
-                path.unlink()
-        if not wanted:
-            return None
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(folder), purge_step=0 if after is None else after + 1)
-    except OSError as error:
-        raise OutputError(f"{folder} can't be written: {error.strerror or error}") from error
 
 
 def recorded_steps(folder: Path, last: int) -> list[Step]:

@@ -8,6 +8,7 @@ model or data.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 import os
@@ -467,6 +468,9 @@ class DataSettings:
         )
 
 
+REPORTS = ("tensorboard", "wandb", "trackio", "mlflow")
+"""The programs that runs are reported to, which are also the names of their packages."""
+
 ScheduleName = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "sgd", "adafactor"]
 Strategy = Literal["ddp", "fsdp"]
@@ -554,8 +558,8 @@ class OutputSettings:
             steps, after every epoch, or not at all. The adapter is saved at the end in any case.
         save_steps: Steps between checkpoints, with save_strategy steps.
         save_total_limit: Number of checkpoints to keep, the newest ones. All by default.
-        report_to: Also record losses and learning rates for TensorBoard, in the folder
-            tensorboard.
+        report_to: Also send settings, losses and learning rates to these programs, with commas
+            between them: tensorboard (in the folder tensorboard), wandb, trackio, mlflow.
         resume: Resume from the newest valid checkpoint in output_dir. The result is the same as
             without an interruption. Without a checkpoint, start at the beginning, but do nothing
             if there is a finished adapter.
@@ -572,7 +576,7 @@ class OutputSettings:
     save_strategy: Literal["steps", "epoch", "no"] = "no"
     save_steps: Count = 500
     save_total_limit: Count | None = None
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: str = "none"
     resume: Switch = False
     overwrite_output_dir: Switch = False
     merge: Switch = False
@@ -584,8 +588,24 @@ class OutputSettings:
         """The folder for the results. Raises `SettingsError` if not given."""
         return given(self.output_dir, "--output_dir FOLDER")
 
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """The names of the reports, each once."""
+        names = dict.fromkeys(name.strip() for name in self.report_to.split(","))
+        return tuple(name for name in names if name not in ("", "none"))
+
     def check(self) -> None:
         """Raise `SettingsError` if settings contradict each other or the folder can't be used."""
+        for name in self.reports:
+            require(
+                name in REPORTS,
+                f"--report_to must be none, or of {', '.join(REPORTS)}, got {name!r:.60}",
+            )
+            require(
+                importlib.util.find_spec(name) is not None,
+                f"--report_to {name} needs the package {name}, which is not installed; run: "
+                f"pip install {name}",
+            )
         folder = self.output
         existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
         require(

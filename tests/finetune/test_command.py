@@ -746,7 +746,7 @@ def test_a_file_without_rows_is_exit_code_2(finetune, content):
         (["--init_weights", "svd"], "bat"),
         (["--method", "lora"], "bone"),
         (["--save_strategy", "sometimes"], "epoch"),
-        (["--report_to", "wandb"], "tensorboard"),
+        (["--report_to", "comet"], "none, or of tensorboard, wandb, trackio, mlflow, got 'comet'"),
         (["--lr_scheduler_type", "sine"], "cosine"),
         (["--strategy", "zero"], "fsdp"),
         (["--bf16", "maybe"], "--bf16 must be True or False, got 'maybe'"),

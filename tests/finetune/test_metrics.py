@@ -103,14 +103,14 @@ def test_going_on_without_a_file_starts_one(tmp_path):
 
 
 def test_other_processes_than_the_main_one_write_nothing(tmp_path):
-    with recording(FolderLock(tmp_path), tensorboard=True, main=False) as metrics:
+    with recording(FolderLock(tmp_path), reports=["tensorboard"], main=False) as metrics:
         metrics.record_evaluation(0, 3.5)
         metrics.record_step(step(1))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_reads_what_was_recorded(tmp_path):
-    with recording(FolderLock(tmp_path), tensorboard=True) as metrics:
+    with recording(FolderLock(tmp_path), reports=["tensorboard"]) as metrics:
         metrics.record_evaluation(0, 3.5)
         metrics.record_step(step(1))
         metrics.record_step(step(2, eval_loss=2.5))
@@ -123,17 +123,17 @@ def test_tensorboard_reads_what_was_recorded(tmp_path):
 
 
 def test_tensorboard_shows_no_step_twice_where_a_run_goes_on(tmp_path):
-    with recording(FolderLock(tmp_path), tensorboard=True) as metrics:
+    with recording(FolderLock(tmp_path), reports=["tensorboard"]) as metrics:
         for number in range(1, 6):
             metrics.record_step(step(number))
-    with recording(FolderLock(tmp_path), tensorboard=True, after=3) as metrics:
+    with recording(FolderLock(tmp_path), reports=["tensorboard"], after=3) as metrics:
         metrics.record_step(step(4))
     assert [number for number, _ in scalars_in(tmp_path, "train/loss")] == [1, 2, 3, 4]
 
 
 def test_tensorboard_shows_nothing_of_an_earlier_run_where_one_begins_anew(tmp_path):
     for last in (5, 2):
-        with recording(FolderLock(tmp_path), tensorboard=True) as metrics:
+        with recording(FolderLock(tmp_path), reports=["tensorboard"]) as metrics:
             for number in range(1, last + 1):
                 metrics.record_step(step(number))
     assert [number for number, _ in scalars_in(tmp_path, "train/loss")] == [1, 2]
@@ -149,7 +149,8 @@ from disha.finetune.metrics import recording
 from disha.finetune.training.loop import Step
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with recording(FolderLock(Path(sys.argv[1])), tensorboard=sys.argv[2] == "True") as metrics:
+reports = ["tensorboard"] if sys.argv[2] == "True" else []
+with recording(FolderLock(Path(sys.argv[1])), reports=reports) as metrics:
     for number in range(1, 2000):
         metrics.record_step(Step(number, 1, 3.0 / number, 1e-3, 1.5, 40, 200.0, 0.2 * number, None))
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
@@ -223,6 +224,6 @@ def test_events_that_can_not_be_written_are_named(tmp_path):
     (tmp_path / "tensorboard").write_text("")
     with (
         pytest.raises(OutputError, match="tensorboard can't be written"),
-        recording(FolderLock(tmp_path), tensorboard=True),
+        recording(FolderLock(tmp_path), reports=["tensorboard"]),
     ):
         pass
