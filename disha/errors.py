@@ -76,8 +76,8 @@ class TargetError(ArgumentError):
         >>> disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "q_proj", r=4)
         Traceback (most recent call last):
         ...
-        disha.errors.TargetError: 'q_proj' selects no layer that can be adapted; the nearest names
-        are '0'
+        disha.errors.TargetError: target_regex='q_proj' selects no layer that can be adapted; the
+        nearest names are '0'
     """
 
 

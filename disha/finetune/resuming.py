@@ -97,11 +97,11 @@ class Setup:
         self._require_same_rates(saved, folder, done)
 
     def value_of(self, name: str) -> str:
-        """Return a setting and its value, for messages."""
+        """Return a flag and its value, for messages."""
         if name not in self.settings:
-            return f"no {name}"
+            return f"no --{name}"
         value = self.settings[name]
-        return f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
     def _agrees_in(self, name: str, saved: Setup) -> bool:
         if name in self.settings and name in saved.settings:
@@ -163,7 +163,7 @@ def batches_per_step(
     if asked != saved.batches_per_step:
         raise SettingsError(
             f"{folder} was saved with {saved.value_of(name)} and {saved.batches_per_step} batches "
-            f"in a step, but this run has {name} {settings.gradient_accumulation_steps} and "
+            f"in a step, but this run has --{name} {settings.gradient_accumulation_steps} and "
             f"{asked}; use the same settings {REMEDY}"
         )
     return asked

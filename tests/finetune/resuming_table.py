@@ -191,7 +191,7 @@ def with_setting(name: str, value: Any, *, changed: bool):
 
 def refused(name: str, value: Any, **others: Any) -> Case:
     """A flag that must be as it was."""
-    return Case({name: value, **others}, says=f"was saved with {name} .*use the same settings")
+    return Case({name: value, **others}, says=f"was saved with --{name} .*use the same settings")
 
 
 STREAMED = {"streaming": True}
@@ -338,8 +338,8 @@ TABLE = [
             "streamed": Case(always=STREAMED, do=in_data(one_replaced), says=ROWS_DIFFER),
             "split": Case(
                 {"dataset_split": "train[:30]"},
-                says=rf"{ROWS_DIFFER}.*dataset_split train\[:30\] instead of dataset_split train; "
-                "use the same set of rows to resume",
+                says=rf"{ROWS_DIFFER}.*--dataset_split train\[:30\] instead of "
+                "--dataset_split train; use the same set of rows to resume",
             ),
             "field": Case(
                 {"dataset_field": ["original_question", "response"]},
@@ -394,9 +394,9 @@ TABLE = [
             "no best": Case({"load_best_model_at_end": False}, BEST, says="use the same settings"),
             "patience": refused("early_stopping_patience", 9, eval_steps=1),
             "metric": Case(
-                {"metric_for_best_model": "perplexity"}, BEST, says="with metric_for_best_model "
+                {"metric_for_best_model": "perplexity"}, BEST, says="with --metric_for_best_model "
             ),
-            "measurements": Case({"eval_steps": 2}, BEST, says="with eval_steps 1, but this "),
+            "measurements": Case({"eval_steps": 2}, BEST, says="with --eval_steps 1, but this "),
         },
     ),
     Row(
@@ -406,8 +406,8 @@ TABLE = [
             "value": Case(
                 always=GOING_ON, do=another_start, says="saved with another adapter to start from"
             ),
-            "none before": Case(GOING_ON, says="was saved with target None, but "),
-            "none now": Case({"adapter": None}, GOING_ON, says="but this run has target None"),
+            "none before": Case(GOING_ON, says="was saved with --target None, but "),
+            "none now": Case({"adapter": None}, GOING_ON, says="but this run has --target None"),
         },
     ),
     Row(
@@ -459,7 +459,9 @@ TABLE = [
         REFUSED,
         {
             "steps": refused("max_steps", 7),
-            "epochs": Case({"num_train_epochs": 1}, BY_EPOCHS, says="saved with num_train_epochs"),
+            "epochs": Case(
+                {"num_train_epochs": 1}, BY_EPOCHS, says="saved with --num_train_epochs"
+            ),
             "rate": refused("learning_rate", 1e-3),
             "schedule": refused("lr_scheduler_type", "linear"),
             "warm-up": refused("warmup_ratio", 0.5),
@@ -476,15 +478,15 @@ TABLE = [
             "newer": Case(
                 always={"adapter_dropout": 0.1},
                 do=without("adapter_dropout"),
-                says="with no adapter_dropout, but this run has adapter_dropout 0.1",
+                says="with no --adapter_dropout, but this run has --adapter_dropout 0.1",
             ),
             "older": Case(
                 do=with_setting("novel", 3, changed=True),
-                says="with novel 3, but this run has no novel",
+                says="with --novel 3, but this run has no --novel",
             ),
             "default": Case(
                 do=with_setting("weight_decay", 0.01, changed=False),
-                says="with weight_decay 0.01, but this run has weight_decay 0.0",
+                says="with --weight_decay 0.01, but this run has --weight_decay 0.0",
             ),
         },
     ),
