@@ -24,10 +24,10 @@ from tests.finetune.command_line import (
 )
 from tests.finetune.together import run_together
 
-STEPS = 16
+STEPS = 20
 USUAL = {
     "max_steps": STEPS,
-    "learning_rate": 0.1,
+    "learning_rate": 0.03,
     "lr_scheduler_type": "constant",
     "warmup_ratio": 0,
     "eval_steps": 2,
