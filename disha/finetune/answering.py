@@ -82,7 +82,7 @@ class Answerer:
 
         yield from stream_text(self.tokenizer, tokens())
 
-    def answer(self, query: str) -> Iterator[str]:
+    def answer(self, query: str) -> Generator[str]:
         """Yield the answer to a query piece by piece.
 
         Raises:
@@ -90,7 +90,7 @@ class Answerer:
         """
         return self.continuation(self.prompt(query))
 
-    def base_answer(self, prompt: str) -> Iterator[str]:
+    def base_answer(self, prompt: str) -> Generator[str]:
         """Yield the answer of the model without its adapter."""
         with without_adapter(self.model, self.base):
             yield from self.answer(prompt)

@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ MERGED = "merged"
 LOSSES, RATES = "loss.png", "learning_rate.png"
 ANSWERS = "samples.md"
 REPORT = "report.json"
-SAMPLES = 3
 SAMPLE_TOKENS = 48
+SAMPLE_SECONDS = 30.0
+"""About how long all samples may take together."""
 
 
 def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
@@ -190,7 +192,8 @@ def _run(
     with _naming_adapter(adapter, None if sharded else save_again):
         processes.check_signals()
         # With shards, no process has the complete model.
-        samples = [] if sharded else _samples(model, base, inputs, clock)
+        is_asked = processes.is_main and not sharded
+        samples = _samples(model, base, inputs, settings, clock) if is_asked else []
         if processes.is_main:
             _write_results(course, inputs, settings, samples)
             verification = _merge_and_verify(adapter, course, inputs, settings, clock)
@@ -275,26 +278,39 @@ def _notes(settings: FinetuneSettings, inputs: Inputs, adapter: Path) -> dict[st
 
 
 def _samples(
-    model: nn.Module, base: Mapping[str, Tensor], inputs: Inputs, clock: Clock
+    model: nn.Module,
+    base: Mapping[str, Tensor],
+    inputs: Inputs,
+    settings: FinetuneSettings,
+    clock: Clock,
 ) -> list[Sample]:
     """Return answers before and after training, if rows have a query and a response."""
-    encoder = inputs.encoder
-    if encoder is None or encoder.template is None:
+    encoder, count = inputs.encoder, settings.output.samples
+    if encoder is None or encoder.template is None or not count:
         return []
     with clock.phase("sampling"):
         sampling = SamplingSettings(max_new_tokens=SAMPLE_TOKENS)
         answerer = Answerer(model.eval(), encoder.tokenizer, encoder.template, sampling, base)
-        rows = list(itertools.islice(_uncut_rows(inputs), SAMPLES))
-        asked = [[row.text(name) for name in encoder.fields_of(row)] for row in rows]
-        return [
-            Sample(
-                query,
-                "".join(answerer.base_answer(query)),
-                "".join(answerer.answer(query)),
-                response,
+        samples = []
+        for row in clock.watched(itertools.islice(_uncut_rows(inputs), count), count, "sampling"):
+            query, response = (row.text(name) for name in encoder.fields_of(row))
+            before, after = (
+                "".join(_timely(answer(query), SAMPLE_SECONDS / (2 * count)))
+                for answer in (answerer.base_answer, answerer.answer)
             )
-            for query, response in asked
-        ]
+            samples.append(Sample(query, before, after, response))
+        return samples
+
+
+def _timely(pieces: Generator[str], seconds: float) -> Iterator[str]:
+    """Yield the pieces of an answer until so much time is over."""
+    end = time.monotonic() + seconds
+    with closing(pieces):  # the base's answer turns the adapter off until then
+        for piece in pieces:
+            yield piece
+            if time.monotonic() > end:
+                yield " [... stopped, as it took too long]"
+                return
 
 
 def _uncut_rows(inputs: Inputs) -> Iterator[Row]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -18,11 +18,14 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeRemainingColumn,
+    track,
 )
 
 from disha.finetune.training.loop import Step
 
 __all__ = ["Clock", "ShowStep", "counted", "showing_progress"]
+
+T = TypeVar("T")
 
 ShowStep: TypeAlias = Callable[[Step], None]
 """Shows an optimiser step."""
@@ -49,6 +52,12 @@ class Clock:
         if self._prints:
             encoding = sys.stdout.encoding or "utf-8"
             print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+    def watched(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
+        """Yield items, and move a bar if this is a terminal."""
+        hidden = not (self._prints and sys.stdout.isatty())
+        console = Console(file=sys.stdout)
+        yield from track(items, label, total, console=console, transient=True, disable=hidden)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

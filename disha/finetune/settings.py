@@ -560,6 +560,8 @@ class OutputSettings:
         save_total_limit: Number of checkpoints to keep, the newest ones. All by default.
         report_to: Also send settings, losses and learning rates to these programs, with commas
             between them: tensorboard (in the folder tensorboard), wandb, trackio, mlflow.
+        samples: Number of rows whose queries are answered after training, with and without the
+            adapter, each in at most 48 tokens, and all in about 30 seconds. With 0, none.
         resume: Resume from the newest valid checkpoint in output_dir. The result is the same as
             without an interruption. Without a checkpoint, start at the beginning, but do nothing
             if there is a finished adapter.
@@ -577,6 +579,7 @@ class OutputSettings:
     save_steps: Count = 500
     save_total_limit: Count | None = None
     report_to: str = "none"
+    samples: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 3
     resume: Switch = False
     overwrite_output_dir: Switch = False
     merge: Switch = False

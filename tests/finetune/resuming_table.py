@@ -272,7 +272,7 @@ TABLE = [
     Row(
         "what is measured, shown or saved: `--eval_steps` if no flag compares measurements, "
         "`--logging_steps`, `--save_strategy`, "
-        "`--save_steps`, `--save_total_limit`, `--report_to`, `--merge`, `--verify`, "
+        "`--save_steps`, `--save_total_limit`, `--report_to`, `--samples`, `--merge`, `--verify`, "
         "`--note_base`, `--debug`",
         SAME,
         {
@@ -284,6 +284,7 @@ TABLE = [
                     "save_steps": 4,
                     "save_total_limit": 1,
                     "report_to": "tensorboard",
+                    "samples": 3,
                     "merge": True,
                     "verify": True,
                     "note_base": False,

@@ -473,6 +473,21 @@ def test_a_template_of_ones_own_surrounds_queries(finetune, plain):
     assert metadata[TEMPLATE_KEY] == r"Q: {query}\nA: "
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_as_many_samples_as_asked_for(finetune, count):
+    report = finetune.good(samples=count)
+    assert len(report["samples"]) == count
+    assert (finetune.output / "samples.md").exists() == bool(count)
+    assert ("sampling" in report["phase_seconds"]) == bool(count)
+
+
+def test_samples_do_not_take_long(finetune, monkeypatch):
+    monkeypatch.setattr(command, "SAMPLE_SECONDS", 0.0)
+    for sample in finetune.good()["samples"]:
+        for answer in (sample["before"], sample["after"]):
+            assert not answer or answer.endswith("[... stopped, as it took too long]")
+
+
 def test_samples_are_of_prompts_that_fit(finetune, tmp_path):
     rows = [*ROWS[:20], *({**row, "query": "hello world " * 400} for row in ROWS[20:])]
     data = write_rows(tmp_path / "long.jsonl", rows)

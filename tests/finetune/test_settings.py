@@ -249,6 +249,7 @@ EVERYTHING = {
     "save_steps": 7,
     "save_total_limit": 1,
     "report_to": "tensorboard",
+    "samples": 1,
     "resume": True,
     "overwrite_output_dir": True,
     "merge": True,
