@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from disha.cli.noted import parsed_with_base
 from disha.cli.output import show, shown
-from disha.finetune.evaluating import EvaluateSettings, Measured, evaluate
+from disha.finetune.settings import EvaluateSettings
 from disha.tables import table
 from disha.text import counted
+
+if TYPE_CHECKING:
+    from disha.finetune.evaluating import Measured
 
 __all__ = ["run"]
 
@@ -23,6 +26,9 @@ examples:
 def run(arguments: Sequence[str]) -> None:
     """Measure, with the given command-line arguments."""
     settings, suiting = parsed_with_base(EvaluateSettings, "evaluate", arguments, DESCRIPTION)
+    settings.check()
+    from disha.finetune.evaluating import evaluate  # takes seconds to import
+
     with suiting:
         found = evaluate(settings, shown)
     tally = found.tally

@@ -8,19 +8,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from disha.cli.flags import parsed
 from disha.finetune.noted_base import noted_base
-from disha.finetune.settings import GenerateSettings, ModelSettings
+from disha.finetune.settings import EvaluateSettings, GenerateSettings, ModelSettings
 from disha.text import printable
-
-if TYPE_CHECKING:
-    from disha.finetune.evaluating import EvaluateSettings
 
 __all__ = ["base_of", "parsed_with_base"]
 
-T = TypeVar("T", "GenerateSettings", "EvaluateSettings")
+T = TypeVar("T", GenerateSettings, EvaluateSettings)
 
 
 def parsed_with_base(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,22 +22,12 @@ from disha.finetune.data.rows import Row
 from disha.finetune.errors import SettingsError
 from disha.finetune.generation import complete
 from disha.finetune.inputs import encoder_for, require_context
-from disha.finetune.settings import (
-    Count,
-    DataSettings,
-    ModelSettings,
-    Switch,
-    check_ranges,
-    require,
-    require_adapter,
-    require_unchanged,
-)
+from disha.finetune.settings import EvaluateSettings
 from disha.finetune.text.tokenizer import Tokenizer
 from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.objectives import objective_for
 
 __all__ = [
-    "EvaluateSettings",
     "Measured",
     "Measurement",
     "Question",
@@ -48,64 +37,6 @@ __all__ = [
     "first_questions",
     "perplexity_of",
 ]
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """All settings of `disha evaluate`. Flags may be spelled with underscores or dashes.
-
-    Args:
-        adapter: The adapter file, such as output/adapter.safetensors. Without it, the base model
-            is measured.
-        compare: Measure the base model too.
-        merge: Merge the adapter into the weights first.
-        exact_match: Also generate an answer to every query, and count the answers that equal the
-            response, apart from white space around it.
-        max_new_tokens: Most tokens of a generated answer.
-        per_device_eval_batch_size: Rows per batch.
-        json: Print one JSON object, for scripts.
-        debug: Show where an error came from.
-    """
-
-    model: ModelSettings = field(default_factory=ModelSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    adapter: Path | None = None
-    compare: Switch = False
-    merge: Switch = False
-    exact_match: Switch = False
-    max_new_tokens: Count = 128
-    per_device_eval_batch_size: Count = 16
-    json: Switch = False
-    debug: Switch = False
-
-    def check(self) -> None:
-        """Check everything that can be checked without reading the model or the rows.
-
-        Raises:
-            SettingsError: a setting is missing, out of range, or contradicts another.
-        """
-        check_ranges(self)
-        self.model.check()
-        self.data.check()
-        require_unchanged(
-            self.data,
-            (
-                "data_weights",
-                "packing",
-                "group_by_length",
-                "eval_path",
-                "eval_split",
-                "eval_fraction",
-                "eval_steps",
-            ),
-            "is for disha finetune; disha evaluate measures the rows of --data_path that "
-            "--dataset_split names",
-        )
-        require_adapter(self.adapter, compare=self.compare, merge=self.merge)
-        require(
-            not self.exact_match or len(self.data.dataset_field) != 1,
-            "--exact_match compares with a response; --dataset_field must name two fields",
-        )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ __all__ = [
     "Count",
     "DataSet",
     "DataSettings",
+    "EvaluateSettings",
     "FinetuneSettings",
     "GenerateSettings",
     "ModelSettings",
@@ -746,7 +747,7 @@ class FinetuneSettings:
         return decisive
 
 
-# --- generate -------------------------------------------------------------------------------------
+# --- generate and evaluate ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -797,10 +798,10 @@ class GenerateSettings:
     prompt_file: Path | None = None
     adapter: Path | None = None
     template: str | None = None
-    compare: bool = False
-    merge: bool = False
-    json: bool = False
-    debug: bool = False
+    compare: Switch = False
+    merge: Switch = False
+    json: Switch = False
+    debug: Switch = False
 
     @property
     def converses(self) -> bool:
@@ -834,6 +835,64 @@ class GenerateSettings:
         require(
             not (self.compare and self.merge),
             "--compare needs the base model, which --merge overwrites; leave one of them out",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """All settings of `disha evaluate`. Flags may be spelled with underscores or dashes.
+
+    Args:
+        adapter: The adapter file, such as output/adapter.safetensors. Without it, the base model
+            is measured.
+        compare: Measure the base model too.
+        merge: Merge the adapter into the weights first.
+        exact_match: Also generate an answer to every query, and count the answers that equal the
+            response, apart from white space around it.
+        max_new_tokens: Most tokens of a generated answer.
+        per_device_eval_batch_size: Rows per batch.
+        json: Print one JSON object, for scripts.
+        debug: Show where an error came from.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    adapter: Path | None = None
+    compare: Switch = False
+    merge: Switch = False
+    exact_match: Switch = False
+    max_new_tokens: Count = 128
+    per_device_eval_batch_size: Count = 16
+    json: Switch = False
+    debug: Switch = False
+
+    def check(self) -> None:
+        """Check everything that can be checked without reading the model or the rows.
+
+        Raises:
+            SettingsError: a setting is missing, out of range, or contradicts another.
+        """
+        check_ranges(self)
+        self.model.check()
+        self.data.check()
+        require_unchanged(
+            self.data,
+            (
+                "data_weights",
+                "packing",
+                "group_by_length",
+                "eval_path",
+                "eval_split",
+                "eval_fraction",
+                "eval_steps",
+            ),
+            "is for disha finetune; disha evaluate measures the rows of --data_path that "
+            "--dataset_split names",
+        )
+        require_adapter(self.adapter, compare=self.compare, merge=self.merge)
+        require(
+            not self.exact_match or len(self.data.dataset_field) != 1,
+            "--exact_match compares with a response; --dataset_field must name two fields",
         )
 
 

@@ -321,6 +321,7 @@ print(json.dumps([codes, [name for name in ("torch", "rich", "yaml") if name in 
 def test_help_and_complaints_about_flags_come_without_torch():
     """Torch takes more than a second to import, and these take less than a tenth of it."""
     good = ["", "--help", "--version", "finetune --help", "generate --help"]
+    good += ["evaluate --help"]
     bad = [
         "trian",
         "finetune --rank 8",

@@ -12,8 +12,7 @@ import disha
 from disha.cli.finetune import settings_from
 from disha.cli.flags import parsed
 from disha.cli.meanings import SHORT
-from disha.finetune.evaluating import EvaluateSettings
-from disha.finetune.settings import FinetuneSettings, GenerateSettings
+from disha.finetune.settings import EvaluateSettings, FinetuneSettings, GenerateSettings
 from tests.cli.documented import GUIDE, prepared_guide, run_in_shell, shell_commands
 
 TEXT = GUIDE.read_text(encoding="utf-8")

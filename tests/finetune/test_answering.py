@@ -15,8 +15,14 @@ from disha.finetune.answering import (
     template_of,
 )
 from disha.finetune.errors import DataError, SettingsError
-from disha.finetune.evaluating import EvaluateSettings, evaluate
-from disha.finetune.settings import DataSettings, GenerateSettings, ModelSettings, SamplingSettings
+from disha.finetune.evaluating import evaluate
+from disha.finetune.settings import (
+    DataSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    ModelSettings,
+    SamplingSettings,
+)
 from disha.finetune.text.templates import CHATML, PLAIN
 from tests.finetune import tiny_gguf
 from tests.finetune.command_line import ROWS, write_rows

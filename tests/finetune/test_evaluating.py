@@ -8,8 +8,8 @@ import pytest
 
 from disha.finetune.answering import Answerer
 from disha.finetune.errors import SettingsError
-from disha.finetune.evaluating import EvaluateSettings, Measured, evaluate
-from disha.finetune.settings import DataSettings, ModelSettings, SamplingSettings
+from disha.finetune.evaluating import Measured, evaluate
+from disha.finetune.settings import DataSettings, EvaluateSettings, ModelSettings, SamplingSettings
 from disha.finetune.text.templates import template_from
 from tests.finetune.command_line import ROWS, adapter_of, report_of, write_rows
 
