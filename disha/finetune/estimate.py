@@ -170,10 +170,23 @@ class Measuring(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return kwargs["out"] if "out" in kwargs else args[0]
         if self._real:
             return tree_map_only(Tensor, self._noted, function(*args, **kwargs))
+        if function is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True  # models ask whether a mask holds everywhere, and it does in full rows
+        if function._schema.name == "aten::_grouped_mm":  # absent from torch 2.6
+            return self._grouped(*args, **kwargs)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta")}
         args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
         return tree_map_only(Tensor, self._untouched, function(*args, **kwargs))
+
+    def _grouped(self, a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any) -> Tensor:
+        """Return a product of experts. Torch gives its shape without values for bfloat16 only."""
+        groups = [len(offsets)] if offsets is not None and a.dim() == b.dim() == 2 else []
+        if a.dim() == b.dim() == 3:
+            groups = [len(a)]
+        made = a.new_empty(*groups, a.shape[-2], b.shape[-1])
+        self.operations += 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+        return self._noted(made)
 
     def _untouched(self, shape: Tensor) -> Tensor:
         return self._noted(torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype))

@@ -383,6 +383,13 @@ def test_a_language_model_of_ones_own_is_estimated(finetune):
     assert "for a batch of 4 rows of 96 tokens time: about" in shown
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "mixtral", "gpt_oss"])
+def test_models_of_transformers_are_estimated_without_values(finetune, tiny_folder, kind):
+    shown = finetune("--dry_run", base_model_name_or_path=tiny_folder(kind), bone_r=4).out
+    assert "memory of each process: about" in shown
+    assert "time: about" in shown
+
+
 def test_an_estimate_that_needs_the_values_of_a_file_says_so(finetune, monkeypatch):
     def forward(self, tokens, *_, **__):
         return tokens.sum().item()
