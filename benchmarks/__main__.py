@@ -19,6 +19,7 @@ from benchmarks.protocol import slow_dtypes
 from benchmarks.results import describe, write_results
 from benchmarks.routed import routed
 from benchmarks.settings import FULL, QUICK, Profile
+from benchmarks.side_by_side import side_by_side
 from benchmarks.start_up import start_up
 from benchmarks.whole_model import model_step
 
@@ -35,6 +36,7 @@ TABLES: Mapping[str, Measure] = {
     "routed": routed,
     "experts": experts,
     "finetuning": finetuning,
+    "side_by_side": side_by_side,
 }
 
 

@@ -8,6 +8,7 @@ other files with their score.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.markdown import bytes_text, count_text, ratio_text, seconds_text
 from benchmarks.plots import plots
 from benchmarks.protocol import Spread, paired_ratios
 from benchmarks.results import ResultsError, read_results
+from benchmarks.side_by_side import CONTESTANTS
 from benchmarks.targets import Outcome, candidate_floor, judge, over_base, size_title
 
 __all__ = ["LOOP_LIMIT", "main", "page"]
@@ -91,6 +93,7 @@ def page(files: Mapping[Path, Results], drawn: Sequence[str] = ()) -> str:
         "routed": _routed,
         "experts": _experts,
         "finetuning": _finetuning,
+        "side_by_side": _side_by_side,
     }
     there = [name for name in sections if name in _names(files)]
     used = list(dict.fromkeys(id(_of(name, files)) for name in there))
@@ -409,6 +412,56 @@ A step of the command's loop (accumulation, clipping, schedule, AdamW, checks, m
 bare step (forward, backward, AdamW), with {loop["layers"]} layers and {loop["batch"]} sequences
 of {loop["length"]} tokens: **{spread_text(ratio)}**, limit {ratio_text(LOOP_LIMIT)}: {met}.
 """
+
+
+def _side_by_side(results: Results) -> str:
+    contests, (padding,), (loss,) = (
+        [case for case in results["tables"]["side_by_side"] if case["what"] == what]
+        for what in ("contest", "padding", "vocabulary")
+    )
+    first, rows = contests[0], []
+    for case in contests:
+        for name, took in case["contestants"].items():
+            ratios = [
+                spread_text(_over_lora(case, name, field))
+                for field in ("seconds_per_step", "peak_bytes")
+            ]
+            peak = bytes_text(statistics.median(took["peak_bytes"]))
+            start = seconds_text(statistics.median(took["first_step"]))
+            speed = f"{statistics.median(took['tokens_per_second']):,.0f}"
+            rows.append([case["dtype"], CONTESTANTS[name], *ratios, speed, peak, start])
+    header = ("weights", "", "step / LoRA", "memory / LoRA", "tokens / s", "peak memory")
+    filled = [
+        [f"{size} rows", *(f"{100 * part:.1f}%" for part in parts.values())]
+        for size, parts in padding["parts"].items()
+    ]
+    peaks = {name: bytes_text(peak) for name, peak in loss["peak_bytes"].items()}
+    faster = Spread.of(paired_ratios(loss["seconds"], "parts", "whole"))
+    orders = list(next(iter(padding["parts"].values())))
+    return f"""## The whole job
+
+`disha finetune` with its defaults, and a script that a user would write with the Trainer of
+`transformers` and PEFT ([its text](../benchmarks/trainer_script.py)). All train {first["model"]} on
+the same {first["rows"]} rows of at most {first["length"]} tokens, {first["batch"]} in a batch. MiSS
+has r = {first["r"]} and {first["trained"]["miss"]:,} trained parameters; LoRA has rank
+{first["lora_rank"]} and {first["trained"]["lora"]:,}. *As they come* means
+`--group_by_length False`: then the batches have as much padding as those of Trainer. The last
+column is the time from the start of the process to the end of its first step. Medians and quartiles
+of {len(first["contestants"]["disha"]["first_step"])} rounds.
+
+{table((*header, "first step"), rows)}
+What makes the difference, besides the adapters: the logits of the whole vocabulary are not kept,
+and less of a batch is padding. For {loss["tokens"]:,} tokens and {loss["words"]:,} words, the loss
+and its gradient allocate {peaks["parts"]} instead of {peaks["whole"]}, in {spread_text(faster)} of
+the time. Of the demo's {padding["rows"]:,} rows of at most {padding["length"]} tokens, this part of
+a batch is padding:
+
+{table(("batch", *orders), filled)}"""
+
+
+def _over_lora(case: Case, name: str, field: str) -> Spread:
+    values = {other: took[field] for other, took in case["contestants"].items()}
+    return Spread.of(paired_ratios(values, name, "peft_lora"))
 
 
 def _left_out(cases: Sequence[Case]) -> str:

@@ -110,6 +110,33 @@ class FinetuneSizes:
 
 
 @dataclass(frozen=True)
+class SideBySide:
+    """What `disha finetune` and the scripts of others train.
+
+    Args:
+        steps: optimizer steps of each.
+        batch: rows in a batch.
+        length: most tokens in a row.
+        rounds: how often each trains.
+        words: of the vocabulary whose loss is measured.
+        tokens: that the loss is measured on.
+        dtypes: of the model.
+        contestants: who takes part.
+        is_tiny: whether the model is a tiny one.
+    """
+
+    steps: int
+    batch: int
+    length: int
+    rounds: int
+    words: int
+    tokens: int
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    contestants: tuple[str, ...] = ("disha", "disha_padded", "peft_miss", "peft_lora")
+    is_tiny: bool = False
+
+
+@dataclass(frozen=True)
 class Profile:
     """All settings of a run of the benchmarks. A budget is for each case of a table."""
 
@@ -135,6 +162,7 @@ class Profile:
     expert_models: tuple[ExpertModel, ...]
     expert_budget: Budget
     finetune: FinetuneSizes
+    side_by_side: SideBySide
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -209,6 +237,7 @@ FULL = Profile(
         steps=20,
         runs=FINETUNE_RUNS,
     ),
+    side_by_side=SideBySide(steps=8, batch=4, length=256, rounds=3, words=128_000, tokens=1024),
 )
 
 QUICK = Profile(
@@ -244,5 +273,15 @@ QUICK = Profile(
         budget=Budget(2.0, least_rounds=2, most_rounds=5, warm_up=1),
         steps=1,
         runs={"Bone": FINETUNE_RUNS["Bone"]},
+    ),
+    side_by_side=SideBySide(
+        steps=3,
+        batch=2,
+        length=64,
+        rounds=1,
+        words=4000,
+        tokens=300,
+        dtypes=("float32",),
+        is_tiny=True,
     ),
 )

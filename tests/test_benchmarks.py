@@ -271,6 +271,7 @@ TINY = dataclasses.replace(
     finetune=dataclasses.replace(
         QUICK.finetune, length=8, accumulation=2, budget=Budget(0.0, 2, 2, 1)
     ),
+    side_by_side=dataclasses.replace(QUICK.side_by_side, contestants=("disha", "peft_lora")),
 )
 RUN = {
     "what": "run",
@@ -310,12 +311,25 @@ def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, c
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"] == torch.__version__
 
+    contest, padding, loss = found["tables"]["side_by_side"]
+    tokens = []
+    for took in contest["contestants"].values():
+        tokens.append(took["seconds_per_step"][0] * took["tokens_per_second"][0])
+        assert min(took["first_step"]) > 0
+        assert min(took["peak_bytes"]) > 1e8
+    assert tokens[0] == pytest.approx(tokens[1], rel=1e-3)  # the same rows, in as many steps
+    assert contest["trained"]["miss"] == contest["trained"]["lora"]
+    for parts in padding["parts"].values():
+        assert parts["by length"] < min(parts["as they come"], 0.05)
+    assert loss["peak_bytes"]["parts"] < loss["peak_bytes"]["whole"]
+
     assert report.main([str(path), "--docs", str(docs)]) == 0
     text = (docs / "performance.md").read_text()
     assert sorted(file.name for file in (docs / "assets").iterdir()) == [
         "few_tokens.png", "layer_step.png", "memory.png", "model_step.png",
     ]  # fmt: skip
     for line in ("| disha BAT |", "| PEFT MiSS |", "## Routed batches", "| 7B, Bone |",
+                 "| float32 | Trainer, PEFT LoRA | 1.000 | 1.000 |",
                  "| Mixtral, 4 experts of 64 x 16, 8 tokens, grouped_mm |",
                  "| Bone | 60 | 3.837 | 2.914 | 9,953,280 | 2 GiB |"):  # fmt: skip
         assert line in text
