@@ -304,7 +304,7 @@ from disha.finetune.text.templates import PLAIN
 from disha.finetune.data.sources import StreamedExamples, TextBatches
 
 class Bytes:
-    begin, end, special = None, 0, frozenset()
+    begin, end, special = (), 0, frozenset()
     def encode(self, text, special=True, continues=False):
         return list(text.encode()[:40])
     def encode_with_places(self, text):
