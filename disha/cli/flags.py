@@ -12,6 +12,7 @@ import argparse
 import inspect
 import os
 import re
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import partial
@@ -29,6 +30,9 @@ T = TypeVar("T")
 
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 FLAG = re.compile(r"--(?P<name>[A-Za-z][\w-]*)(?P<value>=.*)?", re.DOTALL)
+FIRST_TELLS = 10.0
+"""How many seconds other processes give the first one to tell what is wrong."""
+
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "True|False", Path: "PATH"}
 
 
@@ -257,6 +261,11 @@ PLAIN = {
 
 
 def _wrong_usage(complaint: str) -> BaseException:
-    """Return the error. Under torchrun all processes make it, so only the first one tells it."""
-    first = os.environ.get("RANK", "0") == "0"
-    return ArgumentError(complaint) if first else SystemExit(2)
+    """Return the error. Under torchrun all processes make it, so only the first one tells it.
+
+    torchrun stops all others when one ends, so the first one must be the one that ends.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return ArgumentError(complaint)
+    time.sleep(FIRST_TELLS)
+    return SystemExit(2)

@@ -68,8 +68,8 @@ from pathlib import Path
 from disha.finetune.folder_lock import FolderLock
 
 with FolderLock(Path(sys.argv[1])).held():
-    if os.fork():
-        print(os.getpid(), flush=True)
+    if not os.fork():  # it prints once it has closed its copies
+        print(os.getppid(), flush=True)
     signal.pause()
 """
 

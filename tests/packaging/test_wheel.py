@@ -141,7 +141,7 @@ def test_example_of_the_readme(example, installed, tmp_path):
 def test_the_command_says_what_it_needs(installed, tmp_path):
     command = installed.python.with_name("disha")
     done = subprocess.run(
-        [command, "inspect", "adapter.safetensors"],
+        [command, "merge", "base", "adapter.safetensors", "merged"],
         cwd=tmp_path, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
