@@ -43,7 +43,6 @@ __all__ = [
     "ScheduleName",
     "Seed",
     "Strategy",
-    "Switch",
     "TrainingSettings",
     "check_ranges",
     "given",
@@ -126,8 +125,6 @@ def require_unchanged(settings: object, names: tuple[str, ...], complaint: str) 
         changed = getattr(settings, name) != getattr(type(settings)(), name)
         require(not changed, f"--{name} {complaint}")
 
-
-Switch: TypeAlias = bool
 
 TITLES = {"bone": "Bone", "bat": "BAT"}
 """Name of a method -> how the literature writes it, where that differs."""
@@ -395,11 +392,11 @@ class DataSettings:
     eval_fraction: Part = 0.0
     eval_steps: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 0
     max_seq_length: Annotated[int, Range("at least 2", lambda value: value >= 2)] = 512
-    packing: Switch = False
-    group_by_length: Switch = True
-    streaming: Switch = False
+    packing: bool = False
+    group_by_length: bool = True
+    streaming: bool = False
     dataloader_num_workers: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 0
-    skip_bad_rows: Switch = False
+    skip_bad_rows: bool = False
 
     @property
     def sets(self) -> list[DataSet]:
@@ -531,12 +528,12 @@ class TrainingSettings:
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
     seed: Seed = 0
-    bf16: Switch = False
-    tf32: Switch = False
-    gradient_checkpointing: Switch = False
-    compile: Switch = False
+    bf16: bool = False
+    tf32: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
     strategy: Strategy = "ddp"
-    load_best_model_at_end: Switch = False
+    load_best_model_at_end: bool = False
     early_stopping_patience: Count | None = None
     metric_for_best_model: MetricName = "loss"
 
@@ -581,11 +578,11 @@ class OutputSettings:
     save_total_limit: Count | None = None
     report_to: str = "none"
     samples: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 3
-    resume: Switch = False
-    overwrite_output_dir: Switch = False
-    merge: Switch = False
-    verify: Switch = False
-    note_base: Switch = True
+    resume: bool = False
+    overwrite_output_dir: bool = False
+    merge: bool = False
+    verify: bool = False
+    note_base: bool = True
 
     @property
     def output(self) -> Path:
@@ -649,9 +646,9 @@ class FinetuneSettings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
     config: Path | None = None
-    demo: Switch = False
-    dry_run: Switch = False
-    debug: Switch = False
+    demo: bool = False
+    dry_run: bool = False
+    debug: bool = False
 
     def check(self) -> None:
         """Check everything that can be checked without reading the model or the data.
@@ -798,10 +795,10 @@ class GenerateSettings:
     prompt_file: Path | None = None
     adapter: Path | None = None
     template: str | None = None
-    compare: Switch = False
-    merge: Switch = False
-    json: Switch = False
-    debug: Switch = False
+    compare: bool = False
+    merge: bool = False
+    json: bool = False
+    debug: bool = False
 
     @property
     def converses(self) -> bool:
@@ -858,13 +855,13 @@ class EvaluateSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     adapter: Path | None = None
-    compare: Switch = False
-    merge: Switch = False
-    exact_match: Switch = False
+    compare: bool = False
+    merge: bool = False
+    exact_match: bool = False
     max_new_tokens: Count = 128
     per_device_eval_batch_size: Count = 16
-    json: Switch = False
-    debug: Switch = False
+    json: bool = False
+    debug: bool = False
 
     def check(self) -> None:
         """Check everything that can be checked without reading the model or the rows.
