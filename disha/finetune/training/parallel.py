@@ -51,6 +51,9 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FAILURE = "disha/failure"
 """The store's key for the note of the first process that failed."""
 
+FIRST_TELLS = 2.0
+"""How many seconds other processes give the one that failed first to tell why."""
+
 LAST_WAIT = 0.2
 """Seconds to wait after the last collective, so that gloo's threads can end."""
 
@@ -221,6 +224,8 @@ def _tell(store: Any, processes: Processes, error: Exception) -> None:
     except (RuntimeError, dist.DistError):  # the process that kept the store is gone
         first = "another process, which is gone"
     if first != note:
+        # torchrun stops all others when one ends, so the first one needs time to say why.
+        time.sleep(FIRST_TELLS)
         raise PeerError(f"stopped, because training failed on {first}") from error
 
 
