@@ -11,6 +11,7 @@ from typing import Any, Literal
 from disha.cli.flags import Flags, parsed
 from disha.cli.output import require_free, show, shown
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError
+from disha.files import ADAPTER_NAME
 from disha.files.atomic import checked_path
 from disha.files.contents import Contents, blocks_only, read_contents, write_contents
 from disha.files.header import AdapterHeader
@@ -64,9 +65,6 @@ ONLY_FOR: Mapping[str, tuple[Form, ...]] = {
 
 SERVED_BY_DEFAULT = 16
 """The largest rank that vLLM takes without --max-lora-rank."""
-
-ADAPTER_NAME = "adapter.safetensors"
-"""The adapter file in a checkpoint of a trainer, and in the output folder of disha finetune."""
 
 GGUF_MAGIC = b"GGUF"
 FOLDERS: dict[str, Form] = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}

@@ -16,7 +16,7 @@ the model changes. From bottom to top:
 - `statistics` and `differences`: statistics of the tensors in a file, and differences of two files
 """
 
-from disha.files.adapter import inspect_adapter, load_adapter, save_adapter
+from disha.files.adapter import ADAPTER_NAME, inspect_adapter, load_adapter, save_adapter
 from disha.files.atomic import clear_drafts, remove_folder, write_files, write_folder
 from disha.files.combining import combine_adapters
 from disha.files.header import FORMAT, AdapterFile, AdapterHeader, LayerRecord, TensorRecord
@@ -24,6 +24,7 @@ from disha.files.json_files import read_json
 from disha.files.reading import explained, found_at, opened_file, read_text
 
 __all__ = [
+    "ADAPTER_NAME",
     "FORMAT",
     "AdapterFile",
     "AdapterHeader",

@@ -16,7 +16,10 @@ from disha.layers import check_adapter_name
 from disha.model import ModelView
 from disha.state import LoadReport
 
-__all__ = ["inspect_adapter", "load_adapter", "save_adapter"]
+__all__ = ["ADAPTER_NAME", "inspect_adapter", "load_adapter", "save_adapter"]
+
+ADAPTER_NAME = "adapter.safetensors"
+"""The name of the adapter file in output folders and checkpoints."""
 
 
 def save_adapter(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import disha
-from disha.files import clear_drafts
+from disha.files import ADAPTER_NAME, clear_drafts
 from disha.finetune.adapting import inject
 from disha.finetune.answering import TEMPLATE_KEY, Answerer
 from disha.finetune.base_model import model_dtype
@@ -60,7 +60,6 @@ from disha.finetune.verification import Verification, verify_in_fresh_process
 
 __all__ = ["finetune"]
 
-ADAPTER = "adapter.safetensors"
 MERGED = "merged"
 LOSSES, RATES = "loss.png", "learning_rate.png"
 ANSWERS = "samples.md"
@@ -127,7 +126,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
 
 def _clear_drafts(folder: Path) -> None:
     """Remove what a killed run has left of results that it was writing."""
-    for name in (ADAPTER, MERGED, LOSSES, RATES, ANSWERS, REPORT, METRICS):
+    for name in (ADAPTER_NAME, MERGED, LOSSES, RATES, ANSWERS, REPORT, METRICS):
         clear_drafts([folder / name])
 
 
@@ -141,7 +140,7 @@ def _is_finished(output: OutputSettings) -> bool:
     if output.overwrite_output_dir or not folder.is_dir():
         return False
     checkpoints = Checkpoints(folder).newest_first()
-    results = [name for name in (ADAPTER, MERGED) if (folder / name).exists()]
+    results = [name for name in (ADAPTER_NAME, MERGED) if (folder / name).exists()]
     if output.resume:
         return bool(results) and not checkpoints
     if checkpoints:
@@ -176,7 +175,7 @@ def _run(
     if settings.training.compile:
         compile_model(model)
     trained = distribute(objective, settings.training.strategy, processes)
-    adapter = lock.folder / ADAPTER
+    adapter = lock.folder / ADAPTER_NAME
     notes = _notes(settings, inputs, adapter)
     with raising(False):  # no signal comes between training and saving
         with explaining_failures(settings.model.model), explaining_lack_of_memory():
@@ -241,7 +240,7 @@ def _save(
     except disha.AdapterStateError as error:  # values are not finite
         raise TrainingError(str(error)) from error
     except OSError as error:
-        elsewhere = processes.on_main(lambda: Path(tempfile.mkdtemp(prefix="disha-"), ADAPTER))
+        elsewhere = processes.on_main(lambda: Path(tempfile.mkdtemp(prefix="disha-"), ADAPTER_NAME))
         save(elsewhere)
         raise OutputError(f"{error}; the adapter was saved as {elsewhere} instead") from error
 

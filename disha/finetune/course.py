@@ -1,8 +1,8 @@
 """Training from the first to the last step: evaluations, records, checkpoints, and resuming.
 
 A signal such as Ctrl-C stops the current step or evaluation. The checkpoint is that of the last
-complete step. The resumed run repeats what was stopped, and comes to the same result. Signals wait
-while weights are updated, and while a step is recorded.
+complete step. The resumed run repeats the step or evaluation that was stopped, and comes to the
+same result. Signals wait while weights are updated, and while a step is recorded.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Course:
         evaluations: the loss on the checked rows, by the number of steps done before it.
         progress: how far training came, including the steps before a resume.
         resumed_from: the checkpoint that this run resumed from, if any.
-        best: the step of the adapter that the model has now, if it is not that of the last step.
+        best: the best step, if the model now has its adapter and not that of the last step.
         stopped_early: whether measurements did not get better for too long.
     """
 

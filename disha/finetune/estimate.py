@@ -139,7 +139,7 @@ def _run(
 
 
 class Measuring(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the memory of what operations make within the block, and what matrix products take.
+    """Counts memory and arithmetic within the block: of all new tensors, and of matrix products.
 
     Args:
         real: whether operations compute. If not, what they make has its shape and no values: plain

@@ -102,13 +102,11 @@ def evaluate(
     encoder = _encoder(settings, base)
     tally, examples, questions = Tally(), [], []
     for row in rows:
-        outcome = encoder.outcome(row)
-        encoder.require_allowed(outcome)
-        tally.add(outcome)
-        if outcome.example is not None:
-            examples.append(outcome.example)
+        example = encoder.counted(encoder.outcome(row), tally)
+        if example is not None:
+            examples.append(example)
             if settings.exact_match:
-                questions.append(Question.of(row, outcome.example, encoder))
+                questions.append(Question.of(row, example, encoder))
     tally.require_used(data.max_seq_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, values = with_adapter(base.load(device), settings.adapter, merge=settings.merge)

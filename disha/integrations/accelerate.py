@@ -10,11 +10,9 @@ from accelerate import Accelerator
 from torch import nn
 
 import disha
+from disha.files import ADAPTER_NAME
 
-__all__ = ["ADAPTER_NAME", "keep_adapter_only"]
-
-ADAPTER_NAME = "adapter.safetensors"
-"""The name of the adapter file in the folder of a state."""
+__all__ = ["keep_adapter_only"]
 
 
 def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str = "default") -> None:

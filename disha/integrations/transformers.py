@@ -16,13 +16,10 @@ from transformers import TrainerCallback
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 import disha
-from disha.files import write_files
+from disha.files import ADAPTER_NAME, write_files
 from disha.files.pieces import tensor_writer
 
-__all__ = ["ADAPTER_NAME", "AdapterCheckpoints"]
-
-ADAPTER_NAME = "adapter.safetensors"
-"""The name of the adapter file in a checkpoint."""
+__all__ = ["AdapterCheckpoints"]
 
 NO_MODEL = {
     "model_type": f"adapter of disha: load {ADAPTER_NAME} with disha.load_adapter",

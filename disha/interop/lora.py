@@ -93,10 +93,10 @@ def export(
         saved = peft.saved(header.also_train, names, biases=False)
         problems = peft.obstacles(names, _unknown_to_lora, exporting=True)
         refuse_to_write(CANT_EXPRESS, problems + list(saved.problems))
+    weights = base_weights(view, adapter)
     updates = low_rank_updates(
-        header, tensors, rank=rank, max_error=max_error, base=base_weights(view, adapter)
+        header, tensors, rank=rank, max_error=max_error, pad=pad, base=weights
     )
-    updates = tuple(one.padded() for one in updates) if pad else updates
     beside = saved.copies()
     with ranks.agreeing(action):
         if ranks.writes:

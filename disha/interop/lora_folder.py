@@ -120,9 +120,8 @@ def write_lora(
     ]
     refuse_to_write(CANT_EXPRESS, problems)
     updates = low_rank_updates(
-        header, tensors, rank=rank, max_error=max_error, base=base, progress=progress
+        header, tensors, rank=rank, max_error=max_error, pad=pad, base=base, progress=progress
     )
-    updates = tuple(one.padded() for one in updates) if pad else updates
     beside = {name: tensors[name] for name in header.also_train}
     modules = {name.rpartition(".")[0] for name in beside}
     targets = _targets([layer.name for layer in header.layers])

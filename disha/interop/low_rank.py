@@ -226,6 +226,7 @@ def low_rank_updates(
     *,
     rank: int | None = None,
     max_error: float | None = None,
+    pad: bool = False,
     base: BaseWeight | None = None,
     progress: Progress = iter,
 ) -> tuple[LowRankUpdate, ...]:
@@ -236,11 +237,13 @@ def low_rank_updates(
         tensors: its tensors.
         rank: largest rank of a layer. None means the exact factors, which BAT does not have.
         max_error: largest relative error of a layer.
+        pad: pad the rank of every layer with zeros to the next of `SERVED_RANKS`.
         base: returns the base weights; only BAT needs it.
         progress: receives the layers, and yields each before it is converted.
 
     Raises:
-        ConversionError: a layer has no low-rank factors, or its error is above `max_error`.
+        ConversionError: a layer has no low-rank factors, its error is above `max_error`, or its
+            rank can't be padded.
         ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or `base`.
         ArgumentTypeError: one of them is not a number.
         AdapterFileError: a block does not have its layer's shape, or the header names sizes so
@@ -252,7 +255,7 @@ def low_rank_updates(
     updates = [_update(one, tensors[one.key], rank, base) for one in progress(header.layers)]
     _check_finite(updates)
     _check_error(updates, max_error)
-    return tuple(updates)
+    return tuple(update.padded() if pad else update for update in updates)
 
 
 def check_limits(rank: int | None, max_error: float | None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from disha.finetune import command
 from disha.finetune.base_model import demo_model
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.models.gguf import GGUFCheckpoint
@@ -36,6 +37,15 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def without_plots_and_samples():
+    """They take most of the time of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_samples", lambda *arguments: [])
+        patch.setattr(command, "_write_results", lambda *arguments: None)
+        yield
 
 
 @pytest.fixture(scope="session")

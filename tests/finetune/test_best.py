@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from disha.cli import main
-from disha.finetune import command
 from disha.finetune.course import MOST_ANSWERS, MOST_TOKENS
 from tests.finetune.command_line import (
     ROWS,
@@ -23,6 +22,8 @@ from tests.finetune.command_line import (
     write_rows,
 )
 from tests.finetune.together import run_together
+
+pytestmark = pytest.mark.usefixtures("without_plots_and_samples")
 
 STEPS = 20
 USUAL = {
@@ -76,15 +77,6 @@ def slow_end(losses, patience):
         if waited == patience:
             return step
     return max(losses)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_plots_and_samples():
-    """They take most of the time of so short a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_samples", lambda *arguments: [])
-        patch.setattr(command, "_write_results", lambda *arguments: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from torch import nn
 
 import disha
 from disha.cli import main
-from disha.finetune import command
 from disha.finetune.adapting import ALL_PROJECTIONS
 from disha.finetune.errors import SettingsError
 from disha.finetune.models.checkpoint import open_model
@@ -26,20 +25,13 @@ from tests.finetune.command_line import ROWS, arguments, killed_after, losses_of
 from tests.finetune.resuming_table import DONE, REFUSED, SAME, TABLE, USUAL, markdown
 from tests.pages import DOCS
 
+pytestmark = pytest.mark.usefixtures("without_plots_and_samples")
+
 CASES = [
     pytest.param(row.outcome, case, id=f"{row.outcome}-{number}-{name}")
     for number, row in enumerate(TABLE)
     for name, case in row.cases.items()
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_plots_and_samples():
-    """They take most of the time of so short a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_samples", lambda *arguments: [])
-        patch.setattr(command, "_write_results", lambda *arguments: None)
-        yield
 
 
 @pytest.fixture(scope="module")

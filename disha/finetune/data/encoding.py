@@ -116,7 +116,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns a row into token ids. It counts nothing, so copies of it can work in parallel.
+    """Turns a row into token ids. It keeps no count, so copies of it can work in parallel.
 
     If a row is too long, the end of its query is cut off. A response is never cut: if it leaves no
     room for a query, the row is left out. A text that is too long loses its end. A chat that is too
@@ -170,6 +170,16 @@ class Encoder:
         """
         if outcome.complaint is not None and not self.skip_bad_rows:
             raise BadRowError(outcome.complaint)
+
+    def counted(self, outcome: Outcome, tally: Tally) -> Example | None:
+        """Count a row in a tally, and return it as token ids, or None if it can't be used.
+
+        Raises:
+            BadRowError: the row is bad, and `skip_bad_rows` is False.
+        """
+        self.require_allowed(outcome)
+        tally.add(outcome)
+        return outcome.example
 
     def _pair(self, row: Row, query_name: str, response_name: str) -> Outcome:
         if self.template is None:
@@ -241,11 +251,9 @@ def encode_rows(
     examples, tally = StoredExamples(weights=weights), Tally()
     for part in rows.parts() if isinstance(rows, Rows) else [rows]:
         for row in part:
-            outcome = encoder.outcome(row)
-            encoder.require_allowed(outcome)
-            tally.add(outcome)
-            if outcome.example is not None:
-                examples.append(outcome.example)
+            example = encoder.counted(encoder.outcome(row), tally)
+            if example is not None:
+                examples.append(example)
         examples.end_part()
     tally.require_used(encoder.max_length)
     return examples, tally

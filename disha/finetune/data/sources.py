@@ -206,10 +206,9 @@ class StreamedExamples:
         """
         self.tally.clear()
         for outcome in _outcomes(self.rows, self.encoder, self._order(seed), self.workers):
-            self.encoder.require_allowed(outcome)
-            self.tally.add(outcome)
-            if outcome.example is not None:
-                yield outcome.example
+            example = self.encoder.counted(outcome, self.tally)
+            if example is not None:
+                yield example
         self.tally.require_used(self.encoder.max_length)
 
     def _order(self, seed: int) -> array[int]:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 
 import disha
-from disha.files import clear_drafts, found_at, remove_folder, write_folder
+from disha.files import ADAPTER_NAME, clear_drafts, found_at, remove_folder, write_folder
 from disha.finetune.errors import OutputError, SettingsError
 from disha.finetune.hashing import file_hash
 from disha.finetune.training.loop import Progress
@@ -54,7 +54,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-ADAPTER, TRAINING, MANIFEST = "adapter.safetensors", "training.pt", "manifest.json"
+TRAINING, MANIFEST = "training.pt", "manifest.json"
 BEST = "best.safetensors"
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -147,7 +147,7 @@ class Checkpoints:
         try:
             with ExitStack() as stack:
                 folder = self._on_main(lambda: stack.enter_context(self._new_folder(final)))
-                self._save_adapter(objective, folder / ADAPTER)
+                self._save_adapter(objective, folder / ADAPTER_NAME)
                 if best is not None:
                     with _holding(objective, best):
                         self._save_adapter(objective, folder / BEST)
@@ -198,11 +198,11 @@ class Checkpoints:
         with usable(saved.folder):
             _restore_optimizer(saved, objective, optimizer)
         model = undistributed(objective).model
-        kept = BEST if found_at(saved.folder / BEST) == "file" else ADAPTER
+        kept = BEST if found_at(saved.folder / BEST) == "file" else ADAPTER_NAME
         disha.load_adapter(model, saved.folder / kept, replace=True)
         best = adapter_values(objective)
-        if kept != ADAPTER:
-            disha.load_adapter(model, saved.folder / ADAPTER, replace=True)
+        if kept != ADAPTER_NAME:
+            disha.load_adapter(model, saved.folder / ADAPTER_NAME, replace=True)
         if len(saved.random) == self._processes.world_size:
             with usable(saved.folder):
                 restore_random_state(saved.random[self._processes.rank])
@@ -333,7 +333,7 @@ def _read(folder: Path) -> SavedState:
     """Read a checkpoint, after checking its hashes."""
     try:
         hashes = _hashes(folder)
-        for name in {ADAPTER, TRAINING, *hashes}:
+        for name in {ADAPTER_NAME, TRAINING, *hashes}:
             if file_hash(folder / name) != hashes.get(name):
                 raise _DamagedError(f"{name} is damaged: its SHA-256 is not that of the manifest")
         content = io.BytesIO((folder / TRAINING).read_bytes())  # torch.load hides errors of reading

@@ -396,7 +396,7 @@ class Revealing:
         found = tuple(map(signal.getsignal, SIGNALS))
         return Outcome(complaint=str(found))
 
-    def require_allowed(self, outcome):
+    def counted(self, outcome, tally):
         raise BadRowError(outcome.complaint)
 
 
