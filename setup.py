@@ -45,6 +45,7 @@ TRANSFORMERS = [
 ]
 PEERS = [
     *TRANSFORMERS,
+    "diffusers>=0.35",
     "loralib>=0.1.2",
     "lycoris-lora>=4.1",
     "peft>=0.21",

@@ -91,7 +91,7 @@ def export(
     with ranks.agreeing(action):
         peft, names = PeftView(view), [layer.name for layer in header.layers]
         saved = peft.saved(header.also_train, names, biases=False)
-        problems = peft.obstacles(names, _unknown_to_lora, exporting=True)
+        problems = peft.obstacles(names, unknown_to_lora, exporting=True)
         refuse_to_write(CANT_EXPRESS, problems + list(saved.problems))
     weights = base_weights(view, adapter)
     updates = low_rank_updates(
@@ -111,7 +111,7 @@ def _base_name(model: nn.Module) -> str | None:
     return path if isinstance(path, str) and path else None
 
 
-def _unknown_to_lora(layer: nn.Module) -> str | None:
+def unknown_to_lora(layer: nn.Module) -> str | None:
     """Return why PEFT's LoRA has no layer that does the same, or None if it has."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if layer.groups != 1:

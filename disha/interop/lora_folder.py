@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,18 @@ from disha.interop.peft_files import (
 from disha.interop.peft_view import other_buffers, refuse_to_write
 from disha.text import counted
 
-__all__ = ["CANT_EXPRESS", "read_lora", "write", "write_lora"]
+__all__ = [
+    "CANT_EXPRESS",
+    "CONV",
+    "Alphas",
+    "alpha_of",
+    "contents_of_layers",
+    "factors_of",
+    "read_lora",
+    "scaling_of",
+    "write",
+    "write_lora",
+]
 
 LOOKUP, IN_OUT, CONV = "index out", "in out", "out in *kernel"
 """The layouts that have their own names, fields or shapes in a LoRA folder."""
@@ -159,19 +170,12 @@ def write(
         modules_to_save: the modules that these belong to.
         base_name: the name or path of the base, if it is known.
     """
-    ranks = {update.record.name: update.rank for update in updates}
-    alphas = {update.record.name: _alpha(update) for update in updates}
-    # The values of most layers are the default; the patterns list the other layers.
-    r, alpha = commonest((ranks[name], alphas[name]) for name in ranks)
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {anchored(name): own for name, own in ranks.items() if own != r},
-        "alpha_pattern": {anchored(name): own for name, own in alphas.items() if own != alpha},
+        **scaling_of(updates),
         "target_modules": targets,
         "modules_to_save": sorted(modules_to_save) or None,
         "lora_dropout": header.config.dropout,
@@ -181,11 +185,32 @@ def write(
         "use_rslora": False,
         "use_dora": False,
     }
-    factors = {key: factor for update in updates for key, factor in _factors(update)}
+    factors = {key: factor for update in updates for key, factor in factors_of(update)}
     write_peft_files(folder, config, {**factors, **beside})
 
 
-def _alpha(update: LowRankUpdate) -> float:
+def scaling_of(
+    updates: Sequence[LowRankUpdate], key_of: Callable[[str], str] = anchored
+) -> dict[str, Any]:
+    """Return the fields of PEFT's configuration that set the rank and the scale of every layer.
+
+    Args:
+        updates: the factors of the layers.
+        key_of: returns the key of `rank_pattern` and `alpha_pattern` for the name of a layer.
+    """
+    ranks = {update.record.name: update.rank for update in updates}
+    alphas = {update.record.name: alpha_of(update) for update in updates}
+    # The values of most layers are the default; the patterns list the other layers.
+    r, alpha = commonest((ranks[name], alphas[name]) for name in ranks)
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {key_of(name): own for name, own in ranks.items() if own != r},
+        "alpha_pattern": {key_of(name): own for name, own in alphas.items() if own != alpha},
+    }
+
+
+def alpha_of(update: LowRankUpdate) -> float:
     """Return lora_alpha = s * rank, so that PEFT scales by s.
 
     Some runtimes read 0 as 1, so a scale of 0 makes B zero instead.
@@ -194,7 +219,7 @@ def _alpha(update: LowRankUpdate) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _factors(update: LowRankUpdate) -> Iterator[tuple[str, Tensor]]:
+def factors_of(update: LowRankUpdate) -> Iterator[tuple[str, Tensor]]:
     """Yield the keys and factors of a layer, as PEFT's layer of that class has them."""
     name, a, b = update.record.name, update.a, update.b
     if not update.record.scale:
@@ -261,7 +286,7 @@ def read_lora(
     factors = {key: tensor for key, tensor in tensors.items() if key.endswith(_FACTORS)}
     refuse_to_load(path, other_buffers(known, beside if also_train else {}))
     refuse_to_load(path, unusable({**factors, **kept}))
-    alphas = _Alphas(fields)
+    alphas = Alphas(fields)
     found = {
         name: layer_of_factors(
             name,
@@ -279,11 +304,27 @@ def read_lora(
             f"{len(without)} of {counted(len(pairs), 'layer')} ({listed(without)}); use this LoRA "
             "with PEFT, or merge it there"
         )
-    layers = [one for one in found.values() if one is not None]
-    contents = {layer.key: block for layer, block in layers} | kept
+    return contents_of_layers(fields, [one for one in found.values() if one is not None], kept)
+
+
+def contents_of_layers(
+    fields: Fields, found: Sequence[tuple[LayerRecord, Tensor]], kept: Mapping[str, Tensor]
+) -> tuple[AdapterHeader, dict[str, Tensor]]:
+    """Return the header and the tensors of an adapter that was a LoRA.
+
+    Args:
+        fields: the configuration of the LoRA.
+        found: its layers with their blocks.
+        kept: parameters beside them, by name.
+
+    Raises:
+        AdapterFileError: the configuration has a wrong value.
+    """
+    layers = [layer for layer, _ in found]
+    contents = {layer.key: block for layer, block in found} | dict(kept)
     header = AdapterHeader(
-        config=_config(fields, [layer for layer, _ in layers], kept),
-        layers=tuple(layer for layer, _ in layers),
+        config=_config(fields, layers, kept),
+        layers=tuple(layers),
         also_train=tuple(kept),
         tensors=records_of(contents),
         metadata={},
@@ -427,7 +468,7 @@ _PLAIN_NAME = re.compile(r"\^?((?:[\w\-.]|\\\W)+)")
 """A regex that matches one name: an anchor, letters, dots, and escaped characters."""
 
 
-class _Alphas:
+class Alphas:
     """The lora_alpha of each layer, as PEFT finds it.
 
     PEFT reads the keys of `alpha_pattern` as regexes for the end of a name. Only those that are
