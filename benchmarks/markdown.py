@@ -6,13 +6,33 @@ from collections.abc import Sequence
 
 from benchmarks.protocol import Spread
 
-__all__ = ["bytes_text", "count_text", "ratio_text", "seconds_text", "spread_text", "table"]
+__all__ = [
+    "box",
+    "bytes_text",
+    "count_text",
+    "folded",
+    "ratio_text",
+    "seconds_text",
+    "spread_text",
+    "table",
+]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table: the first column is aligned to the left, the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def box(title: str, text: str) -> str:
+    """Return a part of a page that stands out, also where the page is read without its site."""
+    title = f'<p class="admonition-title">{title}</p>'
+    return f'<div class="admonition abstract" markdown="1">\n{title}\n\n{text}\n</div>\n'
+
+
+def folded(title: str, text: str) -> str:
+    """Return a part of a page that opens on a click."""
+    return f'<details markdown="1"><summary>{title}</summary>\n\n{text}\n</details>\n'
 
 
 def count_text(count: int, noun: str) -> str:

@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import math
 import random
 import re
 import shutil
@@ -43,6 +44,7 @@ from benchmarks.convergence.tasks.language import LanguageTask
 from benchmarks.convergence.tasks.prose import passages
 from benchmarks.convergence.tasks.task import batch_order
 from benchmarks.convergence.training import cosine, effective_rank, train
+from benchmarks.convergence.verdict import verdict
 from benchmarks.protocol import Budget
 from disha.finetune.models.decoder import Decoder, DecoderConfig
 
@@ -389,7 +391,7 @@ class TestSweep:
             written = report.write(study, file, costs_file, docs)
             pages.append({path.name: path.read_bytes() for path in written})
         assert pages[0] == pages[1]
-        assert len(pages[0]) == 4
+        assert len(pages[0]) == 5
         text = pages[0]["evidence.md"].decode()
         loss = finding(cells[0], study, read_runs(file)).mean("loss")
         assert f"{loss.value:.3f} ± {loss.deviation:.3f}" in text
@@ -464,6 +466,116 @@ def assert_same_picture(found, expected):
     numbers = [[float(number) for number in NUMBER.findall(svg)] for svg in (found, expected)]
     found, expected = torch.tensor(numbers, dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=0, atol=1.5e-6)
+
+
+class TestVerdict:
+    """Every sentence of the box is computed again, from the files and with scipy."""
+
+    BOX = (ROOT / "docs" / "evidence.md").read_text().split("</div>")[0]
+
+    @staticmethod
+    def best_runs(task, method):
+        """The three seeds of the main comparison, read from the file itself."""
+        chosen = TASKS[task]
+        cell = {"task": task, "method": method, "r": chosen.r, "r_out": None, "layers": "all",
+                "dtype": "float32"}  # fmt: skip
+        runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+        runs = [run for run in runs if run["cell"] == cell]
+        first = [run for run in runs if run["seed"] == 0 and run["validation"][-1] is not None]
+        rate = min(first, key=lambda run: run["validation"][-1])["rate"]
+        return sorted((run for run in runs if run["rate"] == rate), key=lambda run: run["seed"])
+
+    @classmethod
+    def figures(cls, method, what):
+        """Mean ratio, its interval, and in how many tasks the method is clearly lower, higher."""
+        from scipy import stats
+
+        costs_of = {
+            one["task"]: one for one in json.loads(costs.COSTS.read_text())["tables"]["costs"]
+        }
+        ratios, lower, higher = [], 0, 0
+        for task in TASKS:
+            if what == "time of a step":
+                seconds = [
+                    torch.tensor(costs_of[task]["seconds"][name]) for name in (method, "lora")
+                ]
+                ratios.append((seconds[0].double() / seconds[1].double()).quantile(0.5).item())
+            elif what == "memory of a step":
+                peaks = costs_of[task]["peak_bytes"]
+                ratios.append(peaks[method] / peaks["lora"])
+            else:
+                mine, others = (
+                    [run["loss"] if what == "test loss" else run["forgetting"][1]
+                     for run in cls.best_runs(task, name)]
+                    for name in (method, "lora")
+                )  # fmt: skip
+                ratios.append(sum(mine) / sum(others))
+                if stats.ttest_rel(mine, others).pvalue < 0.05:
+                    lower, higher = lower + (ratios[-1] < 1), higher + (ratios[-1] > 1)
+        logs = torch.tensor(ratios, dtype=torch.float64).log()
+        half = stats.t.ppf(0.975, len(logs) - 1) * logs.std().item() / len(logs) ** 0.5
+        mean = logs.mean().item()
+        return *(math.exp(mean + shift) for shift in (0, -half, half)), lower, higher
+
+    @pytest.mark.parametrize(
+        ("line", "what", "sides"),
+        [
+            ("Quality", "test loss", ("better", "worse")),
+            ("Speed", "time of a step", ("faster", "slower")),
+            ("Memory", "memory of a step", ("less", "more")),
+            ("Forgetting", "forgetting", ("less", "more")),
+        ],
+    )
+    def test_a_line_says_what_the_files_say(self, line, what, sides):
+        (said,) = re.findall(rf"^- \*\*{line}\. .*$", self.BOX, re.MULTILINE)
+        found = {name: self.figures(name, what) for name in ("bone", "bat")}
+        words = {
+            METHODS[name].title: "no clear difference" if low <= 1 <= high
+            else f"clearly {sides[mean > 1]}"
+            for name, (mean, low, high, *_) in found.items()
+        }  # fmt: skip
+        told = "; ".join(f"{name}: {word}" for name, word in words.items())
+        if len(set(words.values())) == 1:
+            told = f"{' and '.join(words)}: {words['Bone']}"
+        assert said.startswith(f"- **{line}. {told}.** ")
+        for name, (mean, low, high, lower, higher) in found.items():
+            title = METHODS[name].title
+            assert f"{title} {mean:.2f} ({low:.2f} to {high:.2f})" in said
+            if what in ("test loss", "forgetting"):
+                assert f"{title} clearly lower in {lower} and higher in {higher}" in said
+
+    def test_it_names_its_limits(self):
+        text = " ".join(self.BOX.split())
+        steps = max(self.best_runs(task, "lora")[0]["steps"][-1] for task in TASKS)
+        assert f"over {len(TASKS)} tasks" in text
+        assert f"(at most {steps} steps)" in text
+
+    @pytest.mark.parametrize(("factor", "word"), [(0.5, "better"), (2.0, "worse")])
+    def test_another_result_gives_another_sentence(self, factor, word):
+        found = self.findings(factor)
+        text = verdict(found)
+        assert f"**Quality. Bone: clearly {word}.**" in text
+        assert "Bone clearly lower in 2" in text if factor < 1 else "higher in 2" in text
+        assert "**Speed: not measured.**" in text
+        assert "**Memory: not measured.**" in text
+        assert verdict({}) == ""
+
+    @staticmethod
+    def findings(factor):
+        """Two tasks in which the loss of Bone is LoRA's times a factor."""
+        found = {}
+        for task in ("digits", "packages"):
+            cells = [Cell(task, name, 8) for name in ("bone", "lora")]
+            study = Study(tuple(cells), {(task, c.method): (1e-3,) for c in cells}, seeds=(0, 1))
+            results = {}
+            for cell in cells:
+                for seed, loss in enumerate((1.0, 1.1)):
+                    scaled = loss * (factor if cell.method == "bone" else 1)
+                    ((run, record),) = results_of(cell, {1e-3: 1.0}, seed).items()
+                    more = {"steps": [0, 5], "forgetting": [1.0, 1.5]}
+                    results[run] = {**record, "loss": scaled, **more}
+            found[task] = task_findings(cells, study, results, None)
+        return found
 
 
 COMMAND = "python -m benchmarks.convergence.report"

@@ -11,8 +11,9 @@ from typing import Any
 from benchmarks.convergence.findings import Finding, TaskFindings
 from benchmarks.convergence.methods import METHODS
 from benchmarks.convergence.tasks import TASKS
+from benchmarks.convergence.verdict import COMPARED, RATIOS, Overall, ratios
 
-__all__ = ["curves", "gradients", "rates"]
+__all__ = ["compared", "curves", "gradients", "rates"]
 
 STYLES: Mapping[str, tuple[str, str]] = {
     "bone": ("tab:blue", "-"),
@@ -30,6 +31,37 @@ FINE = {"bone", "bat", "lora"}
 """The methods whose seeds are shown as a band. More bands would hide each other."""
 HASHED = re.compile(r'(?<=["#])[mp][0-9a-f]{10}(?=["\)])')
 """The names that matplotlib gives to markers and clip paths."""
+
+
+def compared(found: Mapping[str, TaskFindings]) -> bytes:
+    """Plot every ratio of the verdict: a panel for each, a dot for each task, the mean on top."""
+    figure = _figure(8.0, 4.2)
+    for place, what in enumerate(RATIOS):
+        axes = figure.add_subplot(2, 2, place + 1)
+        for row, method in enumerate(COMPARED):
+            one = ratios(found, method, what)
+            if not one:
+                continue
+            overall, colour = Overall.of(list(one.values())), STYLES[method][0]
+            if len(one) > 1:
+                axes.plot([overall.low, overall.high], [row, row], color=colour, linewidth=2)
+            axes.plot(overall.value, row, "D", color=colour, markersize=7)
+            for task, ratio in one.items():
+                axes.plot(ratio, row + 0.25, MARKS[list(TASKS).index(task)], color="tab:gray",
+                          markersize=4, label=TASKS[task].title if row == 0 else None)  # fmt: skip
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_ylim(len(COMPARED) - 0.4, -0.5)
+        axes.set_yticks(range(len(COMPARED)), [METHODS[name].title for name in COMPARED])
+        axes.set_title(f"{what} / LoRA", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3, axis="x")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=7)
+    return _svg(figure)
+
+
+MARKS = "os^v"
+"""How the tasks are marked, in their order."""
 
 
 def curves(task: str, found: TaskFindings) -> bytes:
@@ -86,9 +118,10 @@ def _panels(
     found: Mapping[str, TaskFindings], draw: Callable[..., None], across: str, up: str
 ) -> bytes:
     """Return a picture with a panel for each task, in which `draw` draws each method."""
-    figure = _figure(4.6 * len(found), 3.8)
+    rows = math.ceil(len(found) / 2)
+    figure = _figure(9.2, 3.8 * rows)
     for place, (task, one) in enumerate(found.items()):
-        axes = figure.add_subplot(1, len(found), place + 1)
+        axes = figure.add_subplot(rows, 2, place + 1)
         for name, method in one.findings.items():
             colour, line = STYLES[name]
             draw(axes, method, color=colour, linestyle=line, label=METHODS[name].title)

@@ -14,7 +14,7 @@ from benchmarks.convergence.runs import Cell, Run
 
 __all__ = ["Costs", "Finding", "Mean", "TaskFindings", "differ", "finding", "task_findings"]
 
-STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+STUDENT_95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445}
 """Two-sided 95% quantiles of Student's t by degrees of freedom."""
 
 

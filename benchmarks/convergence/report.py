@@ -27,7 +27,8 @@ from benchmarks.convergence.plan import STUDY, Results, Study, main_cell
 from benchmarks.convergence.runs import RESULTS, Cell, read_runs
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.training import HEAD_RATE
-from benchmarks.markdown import bytes_text, seconds_text, table
+from benchmarks.convergence.verdict import verdict
+from benchmarks.markdown import bytes_text, folded, seconds_text, table
 
 __all__ = ["main", "write"]
 
@@ -68,6 +69,7 @@ def write(study: Study, results_file: Path, costs_file: Path, docs: Path) -> lis
     shown = {task: one for task, one in found.items() if "lora" in one.findings}
     pictures = {PICTURES.format(task): curves.curves(task, one) for task, one in shown.items()}
     if shown:
+        pictures[PICTURES.format("verdict")] = curves.compared(shown)
         pictures[PICTURES.format("rates")] = curves.rates(shown)
         pictures[PICTURES.format("gradients")] = curves.gradients(shown)
     for name, svg in pictures.items():
@@ -112,33 +114,23 @@ def _page(
 ) -> str:
     parts = [
         "# Evidence\n",
-        "Convergence compared with LoRA variants. Does Bone converge faster than LoRA, and is BAT "
-        "better than Bone? `python -m benchmarks.convergence.report` writes this page from the "
-        "results of `python -m benchmarks.convergence`. The models are small and the training is "
-        "short, on two processor cores. It shows what happened here, not what happens at seven "
-        "billion parameters.\n",
-        _headlines(found, shown),
+        "How well adapters learn, compared with the variants of LoRA.\n",
+        verdict(shown),
+        f"![Bone and BAT compared with LoRA]({PICTURES.format('verdict')})\n" if shown else "",
+        _incomplete(found, shown),
         _start_with(shown),
-        "## What was done\n",
-        _protocol(study),
+        _sensitivity(shown) if shown else "",
         *(_task(task, one) for task, one in shown.items()),
     ]
     if shown:
-        parts += [_sensitivity(shown), _gradients(), _ablations(study, results)]
-    parts.append(_provenance(results, costs))
+        parts += [_gradients(), _ablations(study, results)]
+    parts += ["## What was done\n", _protocol(study), _provenance(results, costs)]
     return "\n".join(part for part in parts if part)
 
 
-def _headlines(found: Mapping[str, TaskFindings], shown: Mapping[str, TaskFindings]) -> str:
-    lines = ["## In short\n"]
-    for task, one in shown.items():
-        sentences = [
-            _faster(one),
-            _lower(one, "bone", "lora"),
-            _lower(one, "bat", "bone"),
-            _step_costs(one),
-        ]
-        lines.append(f"- **{TASKS[task].title}.** {' '.join(filter(None, sentences))}")
+def _incomplete(found: Mapping[str, TaskFindings], shown: Mapping[str, TaskFindings]) -> str:
+    """List what is missing from the page, and why."""
+    lines = []
     for task, one in found.items():
         if task not in shown:
             lines.append(f"- **{TASKS[task].title}.** Not finished yet.")
@@ -148,7 +140,17 @@ def _headlines(found: Mapping[str, TaskFindings], shown: Mapping[str, TaskFindin
         ):
             names = ", ".join(METHODS[name].title for name in methods)
             lines += [f"- {what}, {TASKS[task].title}: {names}."] if names else []
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _in_short(found: TaskFindings) -> str:
+    sentences = [
+        _faster(found),
+        _lower(found, "bone", "lora"),
+        _lower(found, "bat", "bone"),
+        _step_costs(found),
+    ]
+    return " ".join(filter(None, sentences)) + "\n"
 
 
 def _faster(found: TaskFindings) -> str:
@@ -303,10 +305,18 @@ def _task(name: str, found: TaskFindings) -> str:
         f"(tile: r_out = {task.r_out}, and the r with equal parameters). The validation loss is "
         f"measured every {task.evaluate_every} steps. It starts at {lora.curve[0]:.3f}; with LoRA "
         f"it ends at {lora.curve[-1]:.3f}.\n",
+        _in_short(found),
         f"![Validation loss of {task.title}]({PICTURES.format(name)})\n",
-        table(header, rows),
-        "**Lowest** and *second-lowest* test loss of the adapters. = means tied with the lowest.\n",
-        table(more, [_more(method, found) for method in found.findings]),
+        folded(
+            "Loss, rate, time and memory of each method",
+            table(header, rows)
+            + "\n**Lowest** and *second-lowest* test loss of the adapters. = means tied with the "
+            "lowest.\n",
+        ),
+        folded(
+            "Gradient, rank and size of the update, forgetting",
+            table(more, [_more(method, found) for method in found.findings]),
+        ),
     ])  # fmt: skip
 
 
@@ -366,9 +376,10 @@ def _sensitivity(shown: Mapping[str, TaskFindings]) -> str:
         "## How much the learning rate matters\n",
         "The final validation loss at every learning rate that was tried, with the first seed.\n",
         f"![Validation loss by learning rate]({PICTURES.format('rates')})\n",
-        '<details markdown="1"><summary>The same as tables</summary>\n',
-        *(_rate_table(task, found) for task, found in shown.items()),
-        "</details>\n",
+        folded(
+            "The same as tables",
+            "\n".join(_rate_table(task, found) for task, found in shown.items()),
+        ),
     ])  # fmt: skip
 
 
@@ -415,7 +426,7 @@ def _ablations(study: Study, results: Results) -> str:
             ]  # fmt: skip
             header = ["method", "r", "r_out", "layers", "blocks", "parameters", "rate", "test loss",
                       TASKS[task].exact_name]  # fmt: skip
-            parts.append(f"{TASKS[task].title}:\n\n{table(header, rows)}")
+            parts.append(folded(TASKS[task].title, table(header, rows)))
     if not parts:
         return ""
     about = (
@@ -434,6 +445,8 @@ def _sizes(cell: Cell) -> list[str]:
 def _provenance(results: Results, costs: Mapping[str, Any]) -> str:
     seconds = sum(record["seconds"] for record in results.values())
     text = (
+        "`python -m benchmarks.convergence.report` writes this page from the results of "
+        "`python -m benchmarks.convergence`; no number is typed by hand. "
         f"{len(results)} runs, {seconds / 3600:.1f} hours on one core that other work shared. "
         "Each run is a line of `benchmarks/results/convergence.jsonl`."
     )
