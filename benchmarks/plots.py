@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.candidates import BASE, CANDIDATES
+from benchmarks.compared import SHOWN, Row, rows
 from benchmarks.targets import candidate_floor, over_base, size_title
 
 __all__ = ["plots"]
@@ -14,6 +15,7 @@ __all__ = ["plots"]
 Case = Mapping[str, Any]
 
 OURS, THEIRS, PLAIN = "tab:blue", "tab:gray", "black"
+MARKS = {"bone": ("D", OURS), "bat": ("s", "tab:purple"), "peft_miss": ("o", THEIRS)}
 
 
 def plots(tables: Mapping[str, Sequence[Case]]) -> dict[str, bytes]:
@@ -23,6 +25,8 @@ def plots(tables: Mapping[str, Sequence[Case]]) -> dict[str, bytes]:
         tables: of a file of results.
     """
     drawn = {}
+    if rows(tables):
+        drawn["compared.png"] = _compared(rows(tables))
     for table, title in (
         ("layer_step", "training step of one layer"),
         ("model_step", "training step of the language model"),
@@ -35,6 +39,33 @@ def plots(tables: Mapping[str, Sequence[Case]]) -> dict[str, bytes]:
     if counted:
         drawn["memory.png"] = _memory(counted[0])
     return drawn
+
+
+def _compared(found: Sequence[Row]) -> bytes:
+    """Plot each figure that is compared with PEFT's LoRA: a dot for a candidate, its quartiles."""
+    figure = _figure(7.8, 1.0 + 0.42 * len(found))
+    axes = figure.add_subplot()
+    for place, row in enumerate(found):
+        if place and row.line != found[place - 1].line:
+            axes.axhline(place - 0.5, color="lightgray", linewidth=0.8)
+        for name, ratio in row.ratios.items():
+            mark, colour = MARKS[name]
+            height = place + 0.2 * (list(SHOWN).index(name) - 1)  # so that none hides another
+            axes.plot([ratio.low, ratio.high], [height, height], color=colour, linewidth=1.5)
+            axes.plot(ratio.median, height, mark, color=colour, markersize=6)
+    for name in SHOWN:
+        mark, colour = MARKS[name]
+        axes.plot([], [], mark, color=colour, label=CANDIDATES[name].title)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    labels = [f"{row.line}: {row.label}" for row in found]
+    axes.set_yticks(range(len(found)), labels)
+    axes.tick_params(labelsize=9)
+    axes.grid(alpha=0.3, axis="x")
+    axes.set_xlabel("ratio to PEFT LoRA; lower is better", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(SHOWN), fontsize=9)
+    return _png(figure)
 
 
 def _bars(table: str, cases: Sequence[Case], label: str) -> bytes:

@@ -16,7 +16,17 @@ from typing import Any
 
 from benchmarks import cost_model
 from benchmarks.candidates import BASE, CANDIDATES, METHOD_TITLES
-from benchmarks.markdown import bytes_text, count_text, ratio_text, seconds_text, spread_text, table
+from benchmarks.compared import lines, rows
+from benchmarks.markdown import (
+    box,
+    bytes_text,
+    count_text,
+    folded,
+    ratio_text,
+    seconds_text,
+    spread_text,
+    table,
+)
 from benchmarks.plots import plots
 from benchmarks.protocol import Spread, paired_ratios
 from benchmarks.results import ResultsError, read_results
@@ -101,32 +111,42 @@ def page(files: Mapping[Path, Results], drawn: Sequence[str] = ()) -> str:
     tables = {name: _of(name, files)["tables"][name] for name in there}
     others = {path: one for path, one in files.items() if id(one) not in numbers}
     runs = [next(one for one in files.values() if id(one) == key) for key in used]
-    parts = [_head(runs), _summary(tables)]
+    parts = [_head(runs), _summary(tables, drawn)]
     for name in there:
         results = _of(name, files)
-        image = f"![{name}]({ASSETS}/{name}.png)\n" if f"{name}.png" in drawn else ""
         run = f"*Run {numbers[id(results)]}.* " if len(numbers) > 1 else ""
         text = sections[name](results).replace("\n\n", f"\n\n{run}", 1)
-        parts += [text, image, _left_out(tables[name])]
-    parts += [_on_paper(), _targets(judge(tables)), _elsewhere(others)]
+        if f"{name}.png" in drawn:
+            about, listed = text.split("\n|", 1)
+            text = f"{about}\n![{name}]({ASSETS}/{name}.png)\n\n{folded('Tables', '|' + listed)}"
+        parts += [text, _left_out(tables[name])]
+    parts += [_on_paper(), _runs(runs), _elsewhere(others), _targets(judge(tables))]
     return "\n".join(filter(None, parts))
 
 
 def _head(measured: Sequence[Results]) -> str:
     quick = any(results["profile"] != "full" for results in measured)
     warning = " **This is a quick run of small sizes: its times are noise.**" if quick else ""
-    runs = "".join(f"{number}. {_run(results)}\n" for number, results in enumerate(measured, 1))
-    return f"""# Performance
+    return f"# Performance\n\nSpeed and memory, compared with other libraries.{warning}\n"
 
-Speed and memory, compared with the frozen base and with other libraries.
-`python -m benchmarks.report` writes this page from the results of `python -m benchmarks`; no number
-is typed by hand.{warning}
 
-The runs:
+def _summary(tables: Mapping[str, Sequence[Case]], drawn: Sequence[str]) -> str:
+    """Return the lines and the picture that answer most questions, and how to read the rest."""
+    found = rows(tables)
+    listed = "\n".join(f"- {line}" for line in lines(found))
+    text = f"{listed}\n\n{ABOUT_LINES}"
+    parts = [box("In short: time and memory / those of PEFT's LoRA", text)] if found else []
+    if "compared.png" in drawn:
+        parts.append(f"![Time and memory, compared with PEFT's LoRA]({ASSETS}/compared.png)\n")
+    return "\n".join([*parts, folded("How to read the tables", HOW_TO_READ)])
 
-{runs}
-How to read the tables:
 
+ABOUT_LINES = """\
+A figure is a ratio to PEFT's LoRA with as many trained parameters: one half is half the time, or
+half the memory. In brackets are the quartiles of the rounds. The whole job is `disha finetune`
+against the Trainer of `transformers` with PEFT, on the same rows of text.
+"""
+HOW_TO_READ = """\
 - Times are ratios to the *frozen base*: the same layer or model without an adapter. Nothing in it
   is trained, but gradients pass through it.
 - The *floor* is the same ratio, counted in multiply-adds of the products alone.
@@ -137,6 +157,16 @@ How to read the tables:
 - Before it is timed, each candidate must change the output and get gradients. Candidates of the
   same method must return the same.
 """
+
+
+def _runs(measured: Sequence[Results]) -> str:
+    listed = "".join(f"{number}. {_run(results)}\n" for number, results in enumerate(measured, 1))
+    return f"""## The runs
+
+`python -m benchmarks.report` writes this page from the results of `python -m benchmarks`; no number
+is typed by hand.
+
+{listed}"""
 
 
 def _run(results: Results) -> str:
@@ -157,30 +187,6 @@ def _machine(results: Results) -> str:
         f"{results['date'][:10]}, {device}{machine['processor']} ({machine['instructions']}), "
         f"{count_text(machine['cores'], 'core')}, {bytes_text(machine['memory_bytes'])} of memory"
     )
-
-
-def _summary(tables: Mapping[str, Sequence[Case]]) -> str:
-    """Return the main figures as sentences."""
-    lines = []
-    for case in tables.get("model_step", ()):
-        ratios = [
-            f"{CANDIDATES[name].title} {over_base(case, name).median:.2f}"
-            for name in ("bone", "peft_lora", "bat")
-            if name in case["seconds"]
-        ]
-        lines.append(
-            f"- A training step of {case['model']} ({case['dtype']}), frozen = 1: "
-            f"{', '.join(ratios)}."
-        )
-    for case in tables.get("memory", ()):
-        if case["what"] == "counted":
-            kept = [
-                f"{CANDIDATES[name].title} {bytes_text(case['kept_bytes'][name])}"
-                for name in (BASE, "bone", "peft_lora", "bat")
-                if name in case["kept_bytes"]
-            ]
-            lines.append(f"- Kept for the backward pass of four layers: {', '.join(kept)}.")
-    return "## In short\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 # --- one section for each table ------------------------------------------------------------------
@@ -515,11 +521,7 @@ def _targets(outcomes: Sequence[Outcome]) -> str:
 
 Limits that this project sets itself. Without a unit, a figure is a ratio of times or of bytes.
 
-<details markdown="1"><summary>{_score(outcomes)}</summary>
-
-{listed}
-</details>
-"""
+{folded(_score(outcomes), listed)}"""
 
 
 def _score(outcomes: Sequence[Outcome]) -> str:

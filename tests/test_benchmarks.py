@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -326,7 +327,7 @@ def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, c
     assert report.main([str(path), "--docs", str(docs)]) == 0
     text = (docs / "performance.md").read_text()
     assert sorted(file.name for file in (docs / "assets").iterdir()) == [
-        "few_tokens.png", "layer_step.png", "memory.png", "model_step.png",
+        "compared.png", "few_tokens.png", "layer_step.png", "memory.png", "model_step.png",
     ]  # fmt: skip
     for line in ("| disha BAT |", "| PEFT MiSS |", "## Routed batches", "| 7B, Bone |",
                  "| float32 | Trainer, PEFT LoRA | 1.000 | 1.000 |",
@@ -443,6 +444,57 @@ def test_the_page_is_what_the_kept_results_give(tmp_path):
     assert report.main([*map(str, kept), "--docs", str(tmp_path)]) == 0
     (written,) = tmp_path.glob("*.md")
     assert written.read_text() == (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_the_lines_on_top_say_what_the_files_say():
+    """Each figure is computed again from the files, with NumPy."""
+    tables = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("2*.json"), reverse=True):
+        tables = {**json.loads(path.read_text())["tables"], **tables}
+    text = (ROOT / "docs" / "performance.md").read_text().split("</div>")[0]
+
+    def times(values, name, other="peft_lora"):
+        ratios = np.array(values[name]) / np.array(values[other])
+        low, middle, high = np.percentile(ratios, [25, 50, 75])
+        return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+    def counted(values, name):
+        return f"{values[name] / values['peft_lora']:.2f}"
+
+    def field(name):
+        return {who: took[name] for who, took in job["contestants"].items()}
+
+    job, layers, start = (tables[name][0] for name in ("side_by_side", "memory", "model_step"))
+    experts = next(case for case in tables["experts"] if case["implementation"] == "grouped_mm")
+    one = next(case for case in tables["few_tokens"] if case["tokens"] == 1)
+    (many,) = (c for c in tables["routed"] if (c["adapters"], c["tokens"]) == (16, 16))
+    (llama,) = (case for case in tables["start_up"] if "7B Llama" in case["what"])
+    for name, said in {
+        "Memory in training": [
+            f"Whole job: Bone {times(field('peak_bytes'), 'disha')}",
+            f"PEFT MiSS {times(field('peak_bytes'), 'peft_miss')}",
+            f"by 4 layers: Bone {counted(layers['kept_bytes'], 'bone')}",
+            f"BAT {counted(layers['kept_bytes'], 'bat')}",
+        ],
+        "Time of a training step": [
+            f"Whole job: Bone {times(field('seconds_per_step'), 'disha')}",
+            f"padded as by Trainer: Bone {times(field('seconds_per_step'), 'disha_padded')}",
+            f"Model alone: Bone {times(start['seconds'], 'bone')}",
+            f"BAT {times(start['seconds'], 'bat')}",
+        ],
+        f"{experts['model']}, {experts['experts']} experts": [
+            f"Step: Bone {times(experts['seconds'], 'bone')}",
+            f"Kept for backward: Bone {counted(experts['kept_bytes'], 'bone')}",
+        ],
+        "Serving unmerged": [
+            f"one token: Bone {times(one['seconds'], 'bone')}",
+            f"16 adapters: Bone {times(many['seconds'], 'bone_routed', 'peft_lora_routed')}",
+        ],
+        "Start": [f"7B Llama: Bone {times(llama['seconds'], 'bone')}"],
+    }.items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"- **{name}.**"))
+        assert [part for part in said if part not in line] == []
+    assert text.count("- **") == 5
 
 
 def test_every_target_has_a_case_in_the_full_run():
