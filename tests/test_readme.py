@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 import pytest
@@ -30,26 +31,43 @@ def test_example(example, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == output
 
 
-def test_it_fits_two_screens_and_has_two_pictures():
-    assert len(TEXT.splitlines()) <= 110
+def test_it_fits_two_screens_and_has_one_picture():
+    assert len(TEXT.splitlines()) <= 100
     pictures = [link for link in links_of(TEXT) if link.endswith((".svg", ".png"))]
-    assert pictures == ["docs/assets/shards.svg", "docs/assets/memory.png"]
+    assert pictures == ["docs/assets/compared.png"]
 
 
 def test_its_figures_are_those_of_the_kept_results():
-    zoo, performance, demo = (
-        (README.parent / "docs" / name).read_text(encoding="utf-8")
-        for name in ("features.md", "performance.md", "finetuning.md")
+    zoo, performance, evidence, demo = (
+        " ".join((README.parent / "docs" / name).read_text(encoding="utf-8").split())
+        for name in ("features.md", "performance.md", "evidence.md", "finetuning.md")
     )
     text = " ".join(TEXT.split())
     ran, held = re.search(r"Of (\d+) architectures, (\d+) pass", text).groups()
-    assert f"Of {ran} architectures, {held} pass" in " ".join(zoo.split())
-    figures = r"keeps ([\d.]+ MiB) when frozen, ([\d.]+ MiB) with Bone, and ([\d.]+ MiB) with LoRA"
-    frozen, bone, lora = re.search(figures, text).groups()
-    kept = f"frozen base {frozen}, disha Bone {bone}, PEFT LoRA {lora}"
-    assert kept in performance
+    assert f"Of {ran} architectures, {held} pass" in zoo
+    (job,) = re.findall(r"peaks at ([\d.]+) times the memory", text)
+    assert f"**Memory in training.** Whole job: Bone {job} (" in performance
+    bone, lora = re.search(r"keep ([\d.]+ MiB); with LoRA they keep ([\d.]+ MiB)", text).groups()
+    assert f"| disha Bone | {bone} |" in performance
+    assert f"| PEFT LoRA | {lora} |" in performance
+    assert "no clear difference to LoRA" in text
+    assert "**Quality. Bone and BAT: no clear difference.**" in evidence
+    assert "over 4 tasks" in evidence
     before, after = re.search(r"from ([\d.]+) to ([\d.]+) in about 7", text).groups()
-    assert f"from {before} to {after}" in " ".join(demo.split())
+    assert f"from {before} to {after}" in demo
+
+
+def test_every_figure_has_its_command():
+    why = TEXT.split("## Why")[1].split("## Use")[0]
+    commands = re.findall(r"\(`((?:make|python -m) [^`]+)`\)", why)
+    targets = (README.parent / "Makefile").read_text(encoding="utf-8")
+    for command in commands:
+        words = command.split()
+        if words[0] == "make":
+            assert f"\n{words[1]}:" in targets
+        else:
+            assert importlib.util.find_spec(words[2]) is not None
+    assert len(commands) == 4
 
 
 def test_every_link_leads_somewhere():
