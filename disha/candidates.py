@@ -13,8 +13,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.sparse import SparseSemiStructuredTensor
 
 from disha import functional
+from disha.config import AdapterConfig
 from disha.errors import ArgumentError
-from disha.functional import Geometry, Layout, Rows
+from disha.functional import Geometry, Layout, Rows, Update
 from disha.layers import (
     CHILD_NAME,
     AdaptedLayer,
@@ -30,7 +31,7 @@ from disha.layers import (
     weight_shape,
 )
 from disha.model import ModelView, join
-from disha.sharding import is_sharded
+from disha.sharding import Split, split_of
 
 __all__ = ["Candidate", "UnknownLayout", "as_declared", "candidates_of"]
 
@@ -197,11 +198,35 @@ class Candidate:
             return "its weight is not a floating-point tensor"
         if weight.layout is not torch.strided or isinstance(weight, SparseSemiStructuredTensor):
             return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
-        if is_sharded(weight):
-            return (
-                "its weight is a DTensor of a tensor-parallel plan, which adapters do not support"
-            )
+        split = split_of(weight)
+        if split is not None and split.obstacle is not None:
+            return split.obstacle
         return slot.layout.misfit(weight.shape) or self._impossible_rows()
+
+    def misfit(self, config: AdapterConfig, r: int) -> str | None:
+        """Return why a block of that size does not fit the weight, or None if it does."""
+        problem = functional.misfit(config.method, self.layout, self.geometry, r, config.r_out)
+        split = None if self.opaque else split_of(read_weight(self.module, self.attribute))
+        return problem if split is None else problem or self._uncut(config, r, split)
+
+    def _uncut(self, config: AdapterConfig, r: int, split: Split) -> str | None:
+        """Return why a block can't be cut like a tensor-parallel weight, or None if it can."""
+        placed = f"its weight is a DTensor placed as {split.placements}"
+        if config.dropout:
+            return f"{placed}, of which each rank would drop other inputs; use dropout=0"
+        shape = functional.block_shape(
+            config.method, self.layout, self.shape, r, config.r_out, self.rows
+        )
+        update = Update(config.method, torch.empty(shape, device="meta"), rows=self.rows)
+        parts = split.parts
+        cuts = [functional.update_of_part(update, self.layout, self.shape, part) for part in parts]
+        if None not in cuts:
+            return None
+        ends = " and ".join(f"{first}:{stop}" for first, stop in parts[cuts.index(None)])
+        return (
+            f"{placed}, and a {config.method!r} block of r={r} can't be cut at the edges of a "
+            f"rank's part ({ends}); choose an r that divides it, or another method"
+        )
 
     def _impossible_rows(self) -> str | None:
         out_features = self.layout.geometry(self.shape).out_features

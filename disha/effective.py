@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType, GetSetDescriptorType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch._C._dynamo.eval_frame as _frames
@@ -29,7 +29,7 @@ from disha import functional
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Product, Reduced, Update, adapted_linear
 from disha.routing import Route
-from disha.sharding import is_sharded
+from disha.sharding import Split, is_sharded, split_of
 
 __all__ = [
     "MOVES",
@@ -39,6 +39,7 @@ __all__ = [
     "called_from",
     "computed",
     "effective",
+    "effective_part",
     "start_no_graph",
 ]
 
@@ -167,7 +168,7 @@ def effective(
     """Return the effective weight of a weight.
 
     Args:
-        base: W; a DTensor needs blocks that are DTensors.
+        base: W; for a DTensor, every rank has all of each block.
         layout: its layout.
         updates: the updates that act on all samples.
         routed: the updates of single samples.
@@ -220,7 +221,42 @@ def computed(weight: EffectiveWeight) -> Tensor:
             "the adapter's dropout can't act here: an operation needs one effective weight for "
             "any input; use dropout=0, or exclude the weight"
         )
+    if isinstance(weight, ShardedWeight):
+        return weight.computed()
     return functional.effective_weight(weight.base, weight.axes, weight.updates)
+
+
+def effective_part(
+    local: Tensor, split: Split, layout: Layout, updates: Sequence[Update], sums: Sequence[bool]
+) -> EffectiveWeight:
+    """Return the effective weight of this rank's part of a weight.
+
+    Args:
+        local: this rank's part of W.
+        split: how W is cut.
+        layout: the layout of W.
+        updates: the updates of all of W.
+        sums: along which dimensions of the mesh the gradients of the blocks are summed.
+
+    Raises:
+        ModeError: an update can't be cut in the same way, or has dropout.
+    """
+    own: list[Update] = []
+    for update in updates:
+        if update.dropout:
+            raise ModeError(
+                "the adapter's dropout can't act here: each rank would drop other inputs of a "
+                "tensor-parallel weight; use dropout=0"
+            )
+        update = update._replace(block=split.summed(update.block, sums))
+        some = functional.update_of_part(update, layout, split.shape, split.part)
+        if some is None:
+            raise ModeError(
+                f"an adapter can't act: its weight is placed as {split.placements}, and its block "
+                "can't be cut in the same way; inject after the weight is placed"
+            )
+        own += some
+    return effective(local, layout.of_part(split.part), tuple(own))
 
 
 class WeightOnMeta(EffectiveWeight):
@@ -261,8 +297,65 @@ class WeightOnMeta(EffectiveWeight):
 class ShardedWeight(EffectiveWeight):
     """An effective weight of a DTensor: an empty wrapper, because a DTensor can't have an alias.
 
-    Metadata and writes go to W. Everything else first computes W + sum of s dW in DTensors.
+    Metadata and writes go to W. A linear layer adds up products of each rank with its part of W and
+    of the update. Everything else first computes the part of W + sum of s dW of each rank.
     """
+
+    @property
+    def cut(self) -> Split:
+        """How W is cut."""
+        split = split_of(self.base)
+        assert split is not None
+        return split
+
+    def computed(self) -> Tensor:
+        """Return W + sum of s dW as a DTensor that is placed like W."""
+        return self.cut.whole(computed(self.to_local()))
+
+    def to_local(self, *, grad_placements: Sequence[Any] | None = None) -> EffectiveWeight:
+        """Return the effective weight of this rank's part.
+
+        Args:
+            grad_placements: how the gradient of the part is placed; like W by default.
+        """
+        split, base = self.cut, cast(Any, self.base)
+        placed = split.placements if grad_placements is None else grad_placements
+        local = base.to_local(grad_placements=grad_placements)
+        sums = [not placement.is_replicate() for placement in placed]
+        return effective_part(local, split, self.axes, self.updates, sums)
+
+    def full_tensor(self, **options: Any) -> Tensor:
+        """Return all of W + sum of s dW. Collective.
+
+        Args:
+            options: those of `DTensor.full_tensor`.
+        """
+        full: Tensor = cast(Any, self.computed()).full_tensor(**options)
+        return full
+
+    def redistribute(self, *args: Any, **options: Any) -> Tensor:
+        """Return W + sum of s dW, placed in another way. Collective.
+
+        Args:
+            args: those of `DTensor.redistribute`.
+            options: those of `DTensor.redistribute`.
+        """
+        placed: Tensor = cast(Any, self.computed()).redistribute(*args, **options)
+        return placed
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product of a DTensor with W, plus those of its parts with the update."""
+        split = self.cut
+        x, local_x, placements, sums = split.input_of(x)
+        local = effective_part(
+            cast(Any, self.base).to_local(), split, self.axes, self.updates, sums
+        )
+        output = F.linear(x, self.base, bias)
+        for update in local.updates:
+            delta = functional.update_product(F.linear, local_x, local.base, local.axes, update)
+            delta = delta.to(output.dtype)
+            output = output + split.whole(delta, placements, output.shape)
+        return output
 
     @classmethod
     def __torch_function__(
@@ -272,8 +365,8 @@ class ShardedWeight(EffectiveWeight):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run operations on metadata and writes on W; compute first for all others."""
-        if func in METADATA or func in WRITES:
+        """Run operations on metadata and writes on W, and products; compute first for others."""
+        if func in METADATA or func in WRITES or func is F.linear:
             return super().__torch_function__(func, types, args, kwargs)
         return _compute_first(func, args, kwargs or {})
 
@@ -623,6 +716,11 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     if weight.axes.pattern != "out in":
         return NotImplemented
+    if isinstance(weight, ShardedWeight):
+        reduces = all(functional.method_of(update.method).reduces for update in weight.updates)
+        if weight.routed is not None or not reduces or not is_sharded(input):
+            return NotImplemented
+        return weight.linear(input, bias)
     if weight.routed is None:
         return adapted_linear(input, weight.base, bias, weight.updates)
     return _routed_linear(input, weight, bias)

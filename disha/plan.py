@@ -263,7 +263,7 @@ def plan_injection(
     layers, misfits = [], []
     for one in wanted:
         r = config.rank_of(*one.names)
-        problem = _misfit(one, config, r)
+        problem = one.misfit(config, r)
         if problem is None:
             layers.append(_planned(one, config, r))
         else:
@@ -376,7 +376,7 @@ def _request_problem(
         return f"expected the layout {request.layout}, found {one.layout} in the model"
     if request.geometry != one.geometry:
         return f"expected {_sizes(request.geometry)}, found {_sizes(one.geometry)} in the model"
-    return _misfit(one, config, request.r)
+    return one.misfit(config, request.r)
 
 
 def _sizes(geometry: Geometry) -> str:
@@ -576,11 +576,6 @@ def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
 
 
 # --- planned layers and parameters ---------------------------------------------------------------
-
-
-def _misfit(one: Candidate, config: AdapterConfig, r: int) -> str | None:
-    """Return why a block does not fit a weight, or None if it does."""
-    return functional.misfit(config.method, one.layout, one.geometry, r, config.r_out)
 
 
 def _planned(

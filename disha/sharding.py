@@ -4,28 +4,42 @@ FSDP2 (`fully_shard`) turns parameters into DTensors, of which each rank holds a
 tensor is collective: all ranks of its device mesh must take part, in the same order. So no rank may
 raise an error alone while the others wait for it. Code that can fail runs inside `Ranks.agreeing`,
 which raises the error on all ranks.
+
+A tensor-parallel plan (`parallelize_module`) also turns weights into DTensors, but these stay
+sharded in a forward. `Split` says how. Each rank then computes with its part of W and with the part
+of the update that belongs to it:
+
+    cut along     the rank's update              its product
+    outputs       the columns of D               a shard of the outputs
+    inputs        D, its rows rotated            a term of the sum over the ranks
+
+Every rank holds all of D, and `Split.summed` adds up its gradients.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from disha import errors
-from disha.errors import ArgumentError, DishaError
+from disha.errors import ArgumentError, DishaError, ModeError
 
 __all__ = [
     "Ranks",
+    "Split",
     "gathered",
     "imported_class",
     "is_sharded",
     "local_part",
     "obstacle_to_write",
+    "split_of",
     "values_at",
     "write",
 ]
@@ -129,26 +143,171 @@ def write(parameter: Tensor, values: Tensor) -> None:
     local_part(parameter.detach()).copy_(local_part(values))
 
 
-def _in_chunks(tensor: Tensor) -> bool:
+def _in_chunks(tensor: Any) -> bool:
     """Whether `_local_ranges` gives the shards: not if FSDP is combined with tensor parallelism."""
-    sharded: Any = tensor
-    return all(type(p).__name__ in ("Shard", "Replicate") for p in sharded.placements)
+    return all(type(p).__name__ in ("Shard", "Replicate") for p in tensor.placements)
 
 
-def _local_ranges(tensor: Tensor) -> list[tuple[int, int]]:
-    """Return the start and stop of this rank's part, for each dimension."""
-    sharded: Any = tensor
-    mesh = sharded.device_mesh
+def _local_ranges(tensor: Any, coordinates: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """Return the start and stop of a rank's part, for each dimension; of this rank by default."""
+    mesh = tensor.device_mesh
+    coordinates = mesh.get_coordinate() if coordinates is None else coordinates
     ranges = [(0, size) for size in tensor.shape]
-    for dim, (coordinate, placement) in enumerate(
-        zip(mesh.get_coordinate(), sharded.placements, strict=True)
-    ):
+    for dim, (coordinate, placement) in enumerate(zip(coordinates, tensor.placements, strict=True)):
         if placement.is_shard():
             start, stop = ranges[placement.dim]
             step = -(-(stop - start) // mesh.size(dim))
             first = min(start + coordinate * step, stop)
             ranges[placement.dim] = (first, min(first + step, stop))
     return ranges
+
+
+Part = tuple[tuple[int, int], ...]
+"""The first index and the one after the last, for each dimension."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a tensor-parallel plan has cut a weight.
+
+    Attributes:
+        device_mesh: its mesh of ranks.
+        placements: how it is placed along each dimension of the mesh.
+        shape: its shape as a whole.
+    """
+
+    device_mesh: Any
+    placements: tuple[Any, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why no adapter can act on such a weight, or None."""
+        if _in_chunks(self):
+            return None
+        return (
+            f"its weight is a DTensor placed as {self.placements}, and adapters act only on "
+            "weights that are placed as Shard or Replicate"
+        )
+
+    @property
+    def part(self) -> Part:
+        """This rank's part."""
+        return tuple(_local_ranges(self))
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts of all ranks."""
+        sizes = (range(size) for size in self.device_mesh.shape)
+        return [tuple(_local_ranges(self, own)) for own in product(*sizes)]
+
+    @property
+    def cuts(self) -> tuple[bool, ...]:
+        """Along which dimensions of the mesh the weight is cut."""
+        return tuple(placement.is_shard() for placement in self.placements)
+
+    def whole(
+        self, local: Tensor, placements: Sequence[Any] | None = None, shape: Sequence[int] = ()
+    ) -> Tensor:
+        """Return the DTensor of which each rank has a part.
+
+        Args:
+            local: this rank's part.
+            placements: how it is placed; like the weight by default.
+            shape: the shape of the whole; the weight's by default.
+        """
+        from torch.distributed.tensor import DTensor
+
+        size = torch.Size(shape or self.shape)
+        stride = torch.empty(size, device="meta").stride()
+        placed = self.placements if placements is None else placements
+        whole: Tensor = DTensor.from_local(
+            local, self.device_mesh, placed, run_check=False, shape=size, stride=stride
+        )
+        return whole
+
+    def summed(self, block: Tensor, sums: Sequence[bool]) -> Tensor:
+        """Return a block that all ranks hold, with a gradient that is summed over ranks.
+
+        Args:
+            block: D, the same on all ranks; a DTensor or not.
+            sums: for each dimension of the mesh, whether to sum along it. Along the others, the
+                gradients are the same.
+
+        Raises:
+            ModeError: D is sharded.
+        """
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        everywhere = [Replicate()] * len(self.placements)
+        whole: Any = block
+        if not is_sharded(block):
+            if not (block.requires_grad and torch.is_grad_enabled()):
+                return block
+            whole = DTensor.from_local(block, self.device_mesh, everywhere, run_check=False)
+        if list(whole.placements) != everywhere:
+            raise ModeError(
+                f"an adapter can't act: its block is placed as {tuple(whole.placements)} beside a "
+                "tensor-parallel weight, and must be Replicate; inject after parallelize_module"
+            )
+        partial = [Partial() if one else Replicate() for one in sums]
+        # In backward, this redistribution sums the gradients.
+        whole = whole.redistribute(placements=everywhere)
+        local: Tensor = whole.to_local(grad_placements=partial)
+        return local
+
+    def input_of(self, x: Any) -> tuple[Any, Tensor, list[Any], list[bool]]:
+        """Return the input of a linear layer as its weight needs it.
+
+        Args:
+            x: the input (..., in), a DTensor on the same mesh.
+
+        Returns:
+            The input; this rank's part of it; how this rank's product with the update is placed;
+            and along which dimensions of the mesh the gradients of D are summed.
+        """
+        from torch.distributed.tensor import Partial, Replicate, Shard
+
+        plan: list[tuple[Any, Any, Any, bool]] = []
+        last = x.dim() - 1
+        for weight, own in zip(self.placements, x.placements, strict=True):
+            if weight.is_shard(0):  # each rank has some outputs
+                plan.append((Replicate(), Partial(), Shard(last), True))
+            elif weight.is_shard():  # each rank has some inputs
+                plan.append((Shard(last), Shard(last), Partial(), True))
+            elif own.is_shard() and not own.is_shard(last):  # each rank has some samples
+                plan.append((own, own, own, True))
+            else:
+                plan.append((Replicate(), Replicate(), Replicate(), False))
+        wanted, gradients, outputs, sums = map(list, zip(*plan, strict=True))
+        x = x.redistribute(placements=wanted)
+        return x, x.to_local(grad_placements=gradients), outputs, sums
+
+    def agree_on(self, block: Tensor) -> None:
+        """Give all ranks the values that the first one has. Collective.
+
+        Args:
+            block: a block that was drawn at random.
+        """
+        for dim in range(self.device_mesh.ndim):
+            group = self.device_mesh.get_group(dim)
+            source = torch.distributed.get_global_rank(group, 0)
+            torch.distributed.broadcast(block.detach(), source, group=group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Split:
+        return self  # its ranks can't be copied
+
+
+def split_of(tensor: object) -> Split | None:
+    """Return how a weight is cut, or None if it is not a DTensor.
+
+    Args:
+        tensor: the weight.
+    """
+    if not is_sharded(tensor):
+        return None
+    sharded: Any = tensor
+    return Split(sharded.device_mesh, tuple(sharded.placements), tuple(sharded.shape))
 
 
 class Ranks:

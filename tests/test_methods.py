@@ -384,6 +384,41 @@ def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
         assert found[0].rows == ()
 
 
+@pytest.mark.parametrize("part", [((0, 3), (0, 4), (0, 7)), ((1, 3), (4, 8), (2, 4)), None])
+@pytest.mark.parametrize("pattern", ["out in", "in out", "index out", "expert in out"])
+@with_every_block
+def test_the_updates_of_a_part_of_a_weight(name, pattern, part):
+    """A method that reduces can be cut anywhere; None stands for one that every method can."""
+    method, r, r_out = BLOCKS[name]
+    layout = Layout(pattern, padding_idx=3 if pattern == "index out" else None)
+    shape = (3, 8, 8)[3 - len(layout.axes) :]
+    part = ((1, 2), (0, r), (r, 8)) if part is None else part
+    part = tuple(
+        (start, min(stop, size))
+        for (start, stop), size in zip(part[-len(shape) :], shape, strict=True)
+    )
+    weight = torch.randn(shape, dtype=torch.float64)
+    block = torch.randn(functional.block_shape(method, layout, shape, r, r_out), dtype=weight.dtype)
+    update = Update(method, block)
+    found = functional.update_of_part(update, layout, shape, part)
+    if found is None:
+        assert not METHODS[method].reduces
+        assert part[-1] != (r, 8)
+        return
+    own = tuple(slice(*ends) for ends in part)
+    whole = functional.effective_weight(weight, layout, [update])
+    cut = functional.effective_weight(weight[own], layout.of_part(part), found)
+    torch.testing.assert_close(cut, whole[own], rtol=1e-12, atol=1e-12)
+
+
+def test_a_kernel_is_not_cut():
+    update, layout = Update("bone", torch.zeros(4, 2, 3)), Layout("out in *kernel")
+    whole = ((0, 4), (0, 6), (0, 3))
+    assert functional.update_of_part(update, layout, (4, 6, 3), whole) == [update]
+    for part in (((0, 2), *whole[1:]), (*whole[:2], (0, 1))):
+        assert functional.update_of_part(update, layout, (4, 6, 3), part) is None
+
+
 @pytest.mark.parametrize(
     ("method", "layout", "block", "weight"),
     [
@@ -438,6 +473,9 @@ ASKED: dict[str, Callable[[str], object]] = {
         X, W, None, [Update(name, D[:, :1], rows=((0, 1),))]
     ),
     "reduced_updates": lambda name: functional.reduced_updates(updated(name), MATRIX, 4),
+    "update_of_part": lambda name: functional.update_of_part(
+        *updated(name), MATRIX, (4, 8), ((0, 4), (4, 8))
+    ),
     "update_of_rows": lambda name: functional.update_of_rows(*updated(name), 0, 2, 4),
     "adapted_stack": lambda name: functional.adapted_stack(*STACKED, updated(name)),
     "adapted_grouped": lambda name: functional.adapted_grouped(

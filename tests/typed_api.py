@@ -242,6 +242,8 @@ def multiplying(x: Tensor, weight: Tensor, block: Tensor, ends: Tensor) -> None:
     ]
     assert_type(tensors, list[Tensor])
     assert_type(functional.reduced_updates(updates, matrix, 16), list[Reduced])
+    part = ((0, 2), (0, 8))
+    assert_type(functional.update_of_part(updates[0], matrix, (4, 8), part), list[Update] | None)
     assert_type(functional.update_of_rows(updates[0], 0, 2, 16), list[Update] | None)
 
 

@@ -56,6 +56,7 @@ from disha.functional.products import (
     adapted_stack,
     effective_weight,
     reduced_updates,
+    update_of_part,
     update_of_rows,
     update_product,
 )
@@ -110,6 +111,7 @@ __all__ = [
     "shard_sum",
     "stack_of",
     "take_rows",
+    "update_of_part",
     "update_of_rows",
     "update_product",
     "weighted_sum",

@@ -156,6 +156,18 @@ class Layout:
         """Return the layout of the matrix of one expert: this one without the axis `expert`."""
         return replace(self, pattern=" ".join(axis for axis in self.axes if axis != "expert"))
 
+    def of_part(self, part: Sequence[tuple[int, int]]) -> Layout:
+        """Return the layout of a part of a weight, where `padding_idx` has another index, or none.
+
+        Args:
+            part: the first index and the one after the last, for each dimension.
+        """
+        if self.padding_idx is None:
+            return self
+        start, stop = part[0]
+        inside = start <= self.padding_idx < stop
+        return replace(self, padding_idx=self.padding_idx - start if inside else None)
+
     def misfit(self, shape: Sequence[int]) -> str | None:
         """Return why a weight of a shape can't have this layout, or None if it can.
 

@@ -166,6 +166,17 @@ class Method:
         """
         return None
 
+    def of_inputs(self, block: Tensor, start: int, stop: int, in_features: int) -> Tensor | None:
+        """Return the block of the inputs start to stop, or None if it can't be cut there.
+
+        Args:
+            block: D of all inputs.
+            start: the first input.
+            stop: the input after the last one.
+            in_features: number of all inputs.
+        """
+        return None
+
     def widened(self, block: Tensor, r: int, wider: int) -> Tensor | None:
         """Return the block for a larger shard size with the same dW, or None if there is none.
 
@@ -197,6 +208,10 @@ class _Bone(Method):
 
     def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
         return tiled(block, out_features)[..., start:stop]
+
+    def of_inputs(self, block: Tensor, start: int, stop: int, in_features: int) -> Tensor | None:
+        offset = start % block.shape[-2]
+        return block.roll(-offset, -2) if offset else block  # D'[j] = D[(start + j) mod r]
 
     def widened(self, block: Tensor, r: int, wider: int) -> Tensor | None:
         return None if wider % r else torch.cat([block] * (wider // r), -2)  # D'[j] = D[j mod r]
@@ -232,6 +247,10 @@ class _Bat(Method):
         if start % r or (stop % r and stop != out_features):
             return None
         return block[..., start // r : shard_count(stop, r), :, :]
+
+    def of_inputs(self, block: Tensor, start: int, stop: int, in_features: int) -> Tensor | None:
+        r = block.shape[-1]
+        return None if start % r or (stop % r and stop != in_features) else block
 
 
 METHODS: dict[str, Method] = {method.name: method for method in (_Bone(), _Bat())}

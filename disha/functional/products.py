@@ -49,6 +49,7 @@ __all__ = [
     "adapted_stack",
     "effective_weight",
     "reduced_updates",
+    "update_of_part",
     "update_of_rows",
     "update_product",
 ]
@@ -338,6 +339,43 @@ def update_of_rows(update: Update, start: int, stop: int, out_features: int) -> 
             found.append(update._replace(block=block, rows=own))
         before += last - first
     return found
+
+
+def update_of_part(
+    update: Update, layout: Layout, shape: Sequence[int], part: Sequence[tuple[int, int]]
+) -> list[Update] | None:
+    """Return the updates of a part of a weight, or None if a block can't be cut there.
+
+    Args:
+        update: the update of the whole weight.
+        layout: the weight's layout.
+        shape: the weight's shape.
+        part: the first index and the one after the last, for each dimension.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Layout, Update, update_of_part
+        >>> update, layout = Update("bone", torch.tensor([[1.0], [2.0]])), Layout("out in")
+        >>> update_of_part(update, layout, (1, 6), [(0, 1), (3, 6)])[0].block.T
+        tensor([[2., 1.]])
+    """
+    ends = dict(zip(layout.axes, zip(part, shape, strict=True), strict=False))
+    cut = {axis: own for axis, (own, size) in ends.items() if own != (0, size)}
+    if layout.has_kernel:
+        whole = all(own == (0, size) for own, size in zip(part, shape, strict=True))
+        return [update] if whole else None
+    if "expert" in cut:
+        update = update.at(slice(*cut["expert"]))
+    geometry = layout.geometry(shape)
+    for axis in cut.keys() & {"in", "index"}:
+        method = method_of(update.method)
+        block = method.of_inputs(update.block, *cut[axis], geometry.in_features)
+        if block is None:
+            return None
+        update = update._replace(block=block)
+    if "out" not in cut:
+        return [update]
+    return update_of_rows(update, *cut["out"], geometry.out_features)
 
 
 # --- one matrix ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from disha.contexts import Group
 from disha.errors import ModeError
 from disha.functional import Layout, Rows, Update
 from disha.layers import compiled
+from disha.sharding import Split
 
 __all__ = ["Block", "Slot", "block_name"]
 
@@ -74,6 +75,7 @@ class Block(nn.Module):
         r: shard size at this weight.
         device: its device.
         dtype: its dtype.
+        split: how a tensor-parallel plan has cut the weight.
 
     Attributes:
         rows: the slot's rows.
@@ -94,6 +96,8 @@ class Block(nn.Module):
     scale: float
     dropout: float
     scale_tensor: Tensor
+    split: Split | None = None
+    """How a tensor-parallel plan has cut the weight before the block was made."""
 
     def __init__(
         self,
@@ -104,6 +108,7 @@ class Block(nn.Module):
         r: int,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        split: Split | None = None,
     ) -> None:
         super().__init__()
         # nn.Module's assignment is slow: one costs as much as this whole update of __dict__.
@@ -117,6 +122,8 @@ class Block(nn.Module):
             scale=float(config.scale),
             dropout=config.dropout,
         )
+        if split is not None:
+            vars(self)["split"] = split
         with _lasting():
             values = torch.empty(tuple(shape), device=device, dtype=dtype)
             self._parameters[self.parameter_name] = nn.Parameter(values)
@@ -209,6 +216,8 @@ class Block(nn.Module):
             # A block of fewer than two dimensions has no fan-in, so it counts as one row.
             rows = values if values.dim() >= 2 else values.view(1, -1)
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
+            if self.split is not None:
+                self.split.agree_on(values)
 
     def set_scale(self, scale: float) -> None:
         """Set the runtime scale."""

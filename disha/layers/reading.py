@@ -17,13 +17,14 @@ from disha.effective import (
     Routed,
     called_from,
     effective,
+    effective_part,
 )
 from disha.errors import ModeError
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Block
 from disha.layers.weights import base_reader
 from disha.routing import Route
-from disha.sharding import is_sharded
+from disha.sharding import is_sharded, split_of
 
 __all__ = [
     "weight_property",
@@ -67,6 +68,8 @@ def weight_property(original: type[nn.Module], name: str) -> property:
                 return _weight_of_another_type(adapters, base, blocks, compiling)
             if base.is_meta:
                 return _weight_on_meta(adapters, base, blocks, compiling)
+            if blocks[0].split is not None:
+                return _weight_of_this_rank(adapters, base, blocks, compiling)
             if compiling or len(blocks) > 1:
                 updates = adapters.updates(blocks, compiling)
             else:
@@ -101,7 +104,25 @@ def _routed_weight(adapters: Adapters, route: Route, name: str, base: Any, compi
         return weight
     if base.is_meta:
         return _weight_on_meta(adapters, base, blocks, compiling)
+    if blocks[0].split is not None:
+        raise ModeError(
+            "samples can't be routed through a tensor-parallel weight; use one adapter at a time, "
+            "or exclude the weight"
+        )
     return effective(base, blocks[0].slot.layout, (), adapters.routed(name, route, compiling))
+
+
+def _weight_of_this_rank(
+    adapters: Adapters, base: Tensor, blocks: tuple[Block, ...], compiling: bool
+) -> Any:
+    """Return the effective weight of a rank's part of a tensor-parallel weight.
+
+    In some forwards, `transformers` replaces DTensors by their local tensors.
+    """
+    split = blocks[0].split
+    assert split is not None
+    updates = adapters.updates(blocks, compiling)
+    return effective_part(base, split, blocks[0].slot.layout, updates, split.cuts)
 
 
 def _weight_on_meta(
@@ -127,13 +148,14 @@ def _weight_of_another_type(
     if is_sharded(base):
         if called_from("torch.distributed.fsdp"):
             return base
-        if all(is_sharded(block.block) for block in blocks):
+        if all(is_sharded(block.block) or block.split == split_of(base) for block in blocks):
             updates = adapters.updates(blocks, compiling)
             return effective(base, blocks[0].slot.layout, updates)
         raise ModeError(
             "an adapter can't act: its weight is a DTensor, but its block is not, because the "
             "model was sharded after the adapter was injected (for example by parallelize_module); "
-            "wrap it with fully_shard instead, or merge the adapter first"
+            "inject after parallelize_module, wrap it with fully_shard instead, or merge the "
+            "adapter first"
         )
     updates = adapters.updates(blocks, compiling)
     return functional.effective_weight(base, blocks[0].slot.layout, updates)

@@ -15,6 +15,7 @@ from disha.layers import opaque
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Block, Slot
 from disha.layers.opaque import DENSE_DTYPES
+from disha.sharding import split_of
 
 __all__ = [
     "base_reader",
@@ -98,15 +99,16 @@ def make_block(
     shape = functional.block_shape(
         config.method, slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
     )
+    split = None
     if slot.opaque:  # never read
         device, own = opaque.device_of(module), torch.float32
     else:
         weight = read_weight(module, slot.parameter)
+        split = split_of(weight)
         device, own = device_of_weight(module, weight), weight.dtype
         own = own if own in DENSE_DTYPES else torch.float32
-    return Block(
-        shape, slot=slot, config=config, r=r, device=device, dtype=dtype or config.dtype or own
-    )
+    dtype = dtype or config.dtype or own
+    return Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
 
 
 def device_of_weight(module: nn.Module, weight: Tensor) -> torch.device:

@@ -22,7 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import disha
 from disha import (
@@ -378,6 +382,37 @@ def check_two_dimensional_meshes(folder):
         parallelize_module(layer, mesh["inner"], ColwiseParallel())
         fully_shard(layer, mesh=mesh["outer"])
         assert fingerprint(layer.weight) == expected
+
+
+def check_tensor_parallel_models(folder):
+    """Parallelize, inject, shard: training and files are those of one process."""
+    mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("outer", "inner"))
+    for method in ("bone", "bat"):
+        models = []
+        for plan in ({}, {"up": ColwiseParallel(), "down": RowwiseParallel()}):
+            torch.manual_seed(0)
+            model = Model(hidden=8).double()
+            for block in model.blocks if plan else ():
+                parallelize_module(block, mesh["inner"], plan)
+            disha.inject_adapters(model, "up|down|head", 2, method=method)
+            perturb(model)
+            models.append(model)
+        plain, model = models
+        sharded(model, mesh=mesh["outer"])
+        expected, gradients = (train(one, batch()) for one in models)
+        for loss, other in zip(expected[0], gradients[0], strict=True):
+            close(other, loss)
+        for step, other in zip(expected[1], gradients[1], strict=True):
+            for name, gradient in step.items():
+                close(other[name], gradient)
+        path = folder / method
+        disha.save_adapter(model, path)
+        torch.manual_seed(0)
+        loaded = Model(hidden=8).double()
+        disha.load_adapter(loaded, path)
+        close(loaded(batch()), plain(batch()))
+        disha.load_adapter(model, path, replace=True)
+        close(model(batch()), plain(batch()))
 
 
 def check_control(folder):

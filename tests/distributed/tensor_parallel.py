@@ -1,23 +1,31 @@
-"""Tensor parallelism on two ranks: it acts, or it raises, before injecting and after."""
+"""Tensor parallelism on two ranks: it equals one process, or it raises."""
 
 from __future__ import annotations
-
-import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor import (
+    DTensor,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
+    SequenceParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils.checkpoint import checkpoint
 
 import disha
-from disha import AdaptedLayer, MergeError, ModeError, TargetError
+from disha import AdaptedLayer, ArgumentError, MergeError, ModeError, TargetError
 from tests.conftest import perturb, snapshot
 from tests.distributed.harness import assert_same, blocks, close, main
 from tests.processes import RANKS
@@ -62,38 +70,214 @@ def inputs() -> torch.Tensor:
     return torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def check_injecting_into_parallel_weights_is_refused(folder):
-    for method in METHODS:
-        for target in ("up", "down", "up|down"):
-            model = parallel(fresh())
-            expected = model(inputs())
-            with pytest.raises(TargetError, match="is a DTensor of a tensor-parallel plan"):
-                disha.inject_adapters(model, target, 2, method=method)
-            assert not any(isinstance(module, AdaptedLayer) for module in model.modules())
-            close(model(inputs()), expected)
-
-
-def check_injecting_beside_parallel_weights(folder):
-    """The weights that have no plan are adapted, and a warning names those that have one."""
-    for method in METHODS:
-        model = parallel(fresh())
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            disha.inject_adapters(model, "all-linear", 2, method=method)
-        (warning,) = (one for one in caught if "DTensor" in str(one.message))
-        assert "selects 2 weights that can't be adapted: up: " in str(warning.message)
-        assert [name for name, one in model.named_modules() if isinstance(one, AdaptedLayer)] == [
-            "head"
-        ]
+def pair(
+    r: int, *, target: str = "all-linear", plan=PLAN, make=fresh, **options
+) -> tuple[nn.Module, nn.Module]:
+    """Return a plain and a tensor-parallel model with the same adapter; no block is zero."""
+    models = make(), parallelize_module(make(), mesh(), {name: own() for name, own in plan.items()})
+    for model in models:
+        disha.inject_adapters(model, target, r, **options)
         perturb(model)
-        plain = adapted("head", method)
-        close(model(inputs()), plain(inputs()))
-        for of in (model, plain):
-            of(inputs()).square().sum().backward()
-        for block, expected in zip(
-            disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
-        ):
-            close(block.grad, expected.grad)
+    return models
+
+
+def check_training_equals_one_process(folder):
+    """An r divides what each rank holds of the inputs, or does not; BAT needs one that does."""
+    cases = ((2, {}), (5, {}), (3, {"r_out": 2}), (2, {"method": "bat"}), (3, {"method": "bat"}))
+    for r, options in cases:
+        models = pair(r, **options)
+        optimizers = [
+            torch.optim.AdamW(disha.adapter_parameters(model), lr=0.05) for model in models
+        ]
+        for _ in range(3):
+            losses, gradients = [], []
+            for model, optimizer in zip(models, optimizers, strict=True):
+                x = inputs().requires_grad_()
+                optimizer.zero_grad()
+                loss = model(x).square().sum()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss)
+                gradients.append([x.grad, *(p.grad for p in disha.adapter_parameters(model))])
+            close(losses[1], losses[0])
+            for expected, gradient in zip(*gradients, strict=True):
+                close(gradient, expected)
+        for expected, block in zip(*map(blocks, models), strict=True):
+            close(block, expected)
+        for index, model in enumerate(models):
+            disha.save_adapter(model, folder / f"{index}")
+        files = [disha.inspect_adapter(folder / name) for name in "01"]
+        assert files[0].layers == files[1].layers
+        assert files[0].config == files[1].config
+
+
+def check_files_are_those_of_one_process(folder):
+    """One goes into a plain model and back; an adapter drawn at random is the same on all ranks."""
+    for method in METHODS:
+        plain, model = pair(2, method=method)
+        disha.save_adapter(model, folder / f"{method}-parallel")
+        disha.save_adapter(plain, folder / f"{method}-{dist.get_rank()}")
+        dist.barrier()
+        saved = (folder / f"{method}-parallel").read_bytes()
+        assert saved == (folder / f"{method}-{dist.get_rank()}").read_bytes()
+        loaded = parallel(fresh())
+        disha.load_adapter(loaded, folder / f"{method}-parallel")
+        close(loaded(inputs()), plain(inputs()))
+        with torch.no_grad():
+            next(disha.adapter_parameters(loaded)).zero_()
+        disha.load_adapter(loaded, folder / f"{method}-{dist.get_rank()}", replace=True)
+        close(loaded(inputs()), plain(inputs()))
+    model = parallel(fresh())
+    torch.manual_seed(dist.get_rank())
+    disha.inject_adapters(model, "up|down", 2, init="kaiming")
+    everywhere: list = [None] * RANKS
+    dist.all_gather_object(everywhere, blocks(model))
+    assert_same(*everywhere)
+
+
+class Sequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(12, 8, padding_idx=7)
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        return self.out(self.down(torch.tanh(self.up(self.norm(self.embed(tokens))))))
+
+
+def check_sequence_parallel_and_embeddings(folder):
+    """The norm gets a part of each sequence. The table is cut along the inputs or the outputs."""
+
+    def make() -> Sequence:
+        torch.manual_seed(0)
+        return Sequence().double()
+
+    tokens = torch.randint(12, (2, 4), generator=torch.Generator().manual_seed(1))
+    tokens[0, 0] = 7
+    for embedding in (RowwiseParallel, ColwiseParallel):
+        plan = {
+            "embed": lambda style=embedding: style(
+                input_layouts=Replicate(), output_layouts=Shard(1)
+            ),
+            "norm": SequenceParallel,
+            "up": lambda: ColwiseParallel(input_layouts=Shard(1)),
+            "down": lambda: RowwiseParallel(output_layouts=Shard(1)),
+            "out": lambda: ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+        }
+        for r, method in ((4, "bone"), (2, "bat")):
+            plain, model = pair(r, target="embed|up|down|out", plan=plan, make=make, method=method)
+            expected, output = plain(tokens), model(tokens)
+            close(output, expected)
+            for one in (expected, output):
+                one.square().sum().backward()
+            for block, other in zip(
+                disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
+            ):
+                close(block.grad, other.grad)
+
+
+def check_shards_of_other_sizes(folder):
+    """Two ranks have 4 and 3 of 7 outputs, and 3 and 2 of 5 inputs."""
+    for shape, placement in (((7, 6), Shard(0)), ((6, 5), Shard(1))):
+        torch.manual_seed(0)
+        weight = torch.randn(shape, dtype=torch.float64)
+        x = torch.randn(4, shape[1], dtype=torch.float64)
+        models = [nn.Linear(shape[1], shape[0], bias=False).double() for _ in range(2)]
+        models[0].weight = nn.Parameter(weight)
+        models[1].weight = nn.Parameter(distribute_tensor(weight, mesh(), [placement]))
+        for model in models:
+            disha.inject_adapters(model, "", 3)
+            perturb(model)
+        expected = models[0](x)
+        output = models[1](DTensor.from_local(x, mesh(), [Replicate()])).full_tensor()
+        close(output, expected)
+        for one in (expected, output):
+            one.square().sum().backward()
+        close(models[1].disha["default"].block.grad, models[0].disha["default"].block.grad)
+
+
+def check_whatever_reads_a_parallel_weight_sees_the_update(folder):
+    """Experts as DTensors: code takes the local part, the whole, or computes with the DTensor."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(4, 6, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    for method, dim in (("bone", 0), ("bone", 1), ("bone", 2), ("bat", 0)):
+        owner = nn.Module()
+        owner.experts = nn.Parameter(distribute_tensor(weight, mesh(), [Shard(dim)]))
+        layouts = {"experts": "expert out in"}
+        disha.inject_adapters(owner, "experts", 2, layouts=layouts, method=method)
+        perturb(owner)
+        block = next(disha.adapter_parameters(owner))
+        plain = nn.Module()
+        plain.experts = nn.Parameter(weight)
+        disha.inject_adapters(plain, "experts", 2, layouts=layouts, method=method)
+        perturb(plain)
+        dense = (plain.experts * 1).detach()
+        close(owner.experts.full_tensor(), dense)
+        local = owner.experts.to_local()
+        close(local * 1, dense.chunk(RANKS, dim)[dist.get_rank()])
+        if dim == 0:
+            products = [x @ local[index].T for index in range(2)]
+            sum(product.square().sum() for product in products).backward()
+            everything = [x @ plain.experts[index].T for index in range(4)]
+            sum(product.square().sum() for product in everything).backward()
+            close(block.grad, next(disha.adapter_parameters(plain)).grad)
+
+
+def check_states_and_copies(folder):
+    plain, model = pair(2)
+    x = inputs()
+    disha.set_adapter_scale(model, 0.5)
+    disha.set_adapter_scale(plain, 0.5)
+    close(model(x), plain(x))
+    with disha.adapters_disabled(model), disha.adapters_disabled(plain):
+        close(model(x), plain(x))
+    assert disha.check_adapters(model, x).ok
+    with torch.no_grad():
+        close(model(x), plain(x))
+    close(checkpoint(model, x, use_reentrant=False), plain(x))
+    compiled = torch.compile(model, backend="eager")
+    close(compiled(x), plain(x))
+    disha.remove_adapters(model)
+    close(model(x), fresh()(x))
+
+
+def check_a_forward_communicates_as_without_adapters(folder):
+    counts = []
+    for model in (pair(3)[1], parallel(fresh())):
+        with CommDebugMode() as communication:
+            model(inputs())
+        counts.append(communication.get_comm_counts())
+    assert counts[0] == counts[1]
+    assert sum(counts[0].values()) == 1
+
+
+def check_what_can_not_act_is_refused(folder):
+    uneven = r"a 'bat' block of r=4 can't be cut at the edges of a rank's part \(0:6 and 0:8\)"
+    refused = {
+        uneven: {"r": 4, "method": "bat"},
+        "would drop other inputs; use dropout=0": {"r": 2, "dropout": 0.1},
+    }
+    for message, options in refused.items():
+        model = parallel(fresh())
+        expected = model(inputs())
+        with pytest.raises(ArgumentError, match=message):
+            disha.inject_adapters(model, "up|down", **options)
+        assert not any(isinstance(module, AdaptedLayer) for module in model.modules())
+        close(model(inputs()), expected)
+    weight = nn.Linear(4, 4)
+    weight.weight = nn.Parameter(
+        DTensor.from_local(torch.zeros(2, 4), mesh(), [_StridedShard(0, split_factor=2)])
+    )
+    with pytest.raises(TargetError, match="placed as Shard or Replicate"):
+        disha.inject_adapters(nn.Sequential(weight), "0", 2)
+    _, model = pair(2)
+    with disha.route_adapters(model, ["default", None] * 2), pytest.raises(ModeError):
+        model(inputs())
+    with pytest.raises(MergeError, match="sharded parameters"):
+        disha.merge_adapters(model)
 
 
 def check_parallelizing_beside_adapted_weights(folder):
@@ -162,8 +346,8 @@ def check_a_refused_injection_changes_nothing(folder):
     model = parallel(fresh())
     before = snapshot(model)
     values = before.pop("values")
-    with pytest.raises(TargetError):
-        disha.inject_adapters(model, "up", 2)
+    with pytest.raises(ArgumentError):
+        disha.inject_adapters(model, "up", 4, method="bat")
     after = snapshot(model)
     after.pop("values")
     assert after == before

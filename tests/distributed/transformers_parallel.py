@@ -1,0 +1,99 @@
+"""Tensor and expert parallelism of `transformers` on two ranks: it equals one process."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from transformers.distributed import DistributedConfig
+
+import disha
+from tests.conftest import perturb
+from tests.distributed.harness import main
+from tests.processes import RANKS
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def base(folder, model):
+    """Return the folder of a model that rank 0 has saved."""
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / "base")
+    dist.barrier()
+    return folder / "base"
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+
+
+def mixtral():
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+
+
+def assert_equals_one_process(folder, parallel, r, method):
+    """Train and infer: in inference, `transformers` computes with local tensors."""
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    for model in (parallel, plain):
+        disha.inject_adapters(model, "all-linear", r, method=method)
+        perturb(model)
+    tokens = torch.randint(1, 32, (2, 6), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(parallel(tokens).logits, plain(tokens).logits)
+    for model in (parallel, plain):
+        model(tokens, labels=tokens).loss.backward()
+    blocks = zip(disha.adapter_parameters(parallel), disha.adapter_parameters(plain), strict=True)
+    for block, expected in blocks:
+        torch.testing.assert_close(block.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+def check_tensor_parallel(folder):
+    path = base(folder, llama())
+    for r, method in ((3, "bone"), (4, "bat")):
+        parallel = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+        assert_equals_one_process(path, parallel, r, method)
+
+
+def check_expert_parallel(folder):
+    path = base(folder, mixtral())
+    for r, method in ((3, "bone"), (4, "bat")):
+        config = DistributedConfig(tp_size=RANKS, ep_size=RANKS)
+        parallel = AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
+        assert_equals_one_process(path, parallel, r, method)
+
+
+def check_packed_experts_are_refused(folder):
+    """Without expert parallelism, each rank holds a part of gate and one of up."""
+    path = base(folder, mixtral())
+    model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+    with pytest.raises(disha.TargetError, match="placed as Shard or Replicate"):
+        disha.inject_adapters(model, "gate_up_proj", 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        disha.inject_adapters(model, "all-linear", 4)
+    assert any(
+        "experts.gate_up_proj: its weight is a DTensor" in str(one.message) for one in caught
+    )
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    main(globals())
