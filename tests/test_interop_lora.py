@@ -472,6 +472,38 @@ def test_arguments(tmp_path, options, kind, message):
         lora.export(ours, tmp_path / "lora", **options)
 
 
+@pytest.mark.parametrize("options", [{"also_train": "norm"}, {"method": "bat"}], ids=str)
+def test_in_memory_it_is_what_the_files_hold_and_peft_takes_it(tmp_path, options):
+    rank = 5 if "method" in options else None
+    base = tiny_llama()
+    model = adapted(base, **options)
+    lora.export(model, tmp_path, rank=rank)
+    tensors, config = lora.export_tensors(model, rank=rank)
+    assert config == json.loads((tmp_path / "adapter_config.json").read_text())
+    stored = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors.keys() == stored.keys()
+    assert all(torch.equal(tensors[key], value) for key, value in stored.items())
+
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig.from_peft_type(**config))
+    report = peft.set_peft_model_state_dict(theirs, tensors)
+    assert not report.unexpected_keys
+    filed = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(output(theirs, TOKENS), output(filed, TOKENS))
+    before = snapshot(model)
+    for tensor in tensors.values():
+        tensor.zero_()  # shares no memory with the model
+    assert_unchanged(model, before)
+
+
+def test_in_memory_it_refuses_as_the_files_do():
+    with pytest.raises(disha.ArgumentError, match="no exact low rank"):
+        lora.export_tensors(adapted(tiny_llama(), method="bat"))
+    with pytest.raises(disha.ArgumentError, match="max_error"):
+        lora.export_tensors(adapted(tiny_llama()), max_error=-1)
+    with pytest.raises(disha.ArgumentError, match="no adapter 'other'"):
+        lora.export_tensors(adapted(tiny_llama()), "other")
+
+
 def test_the_report_is_frozen(tmp_path):
     report = lora.export(adapted(Layered(), "q_proj", 4), tmp_path)
     with pytest.raises(FrozenInstanceError):

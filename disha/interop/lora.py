@@ -1,29 +1,45 @@
 """LoRA: export a model's adapter as a folder in PEFT's layout, and load such a folder.
 
 Most LoRA runtimes read this layout. Bone and tile become LoRA without loss: B holds the block's
-own values, and lora_alpha the runtime scale. BAT is truncated to a rank. `write_lora` and
-`read_lora` convert an adapter without its model. `write_gguf` and `export_gguf` write a file for
-llama.cpp.
+own values, and lora_alpha the runtime scale. BAT is truncated to a rank. `export_tensors` gives the
+same without a file. `write_lora` and `read_lora` convert an adapter without its model. `write_gguf`
+and `export_gguf` write a file for llama.cpp.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import adapter_contents, load_contents
 from disha.functional import Layout
 from disha.interop.gguf import export_gguf, write_gguf
-from disha.interop.lora_folder import CANT_EXPRESS, read_lora, write, write_lora
-from disha.interop.low_rank import LoraReport, base_weights, check_limits, low_rank_updates
-from disha.interop.peft_files import exact_targets
+from disha.interop.lora_folder import CANT_EXPRESS, as_peft, read_lora, write_lora
+from disha.interop.low_rank import (
+    LoraReport,
+    LowRankUpdate,
+    base_weights,
+    check_limits,
+    low_rank_updates,
+)
+from disha.interop.peft_files import PREFIX, exact_targets, write_peft_files
 from disha.interop.peft_view import PeftView, refuse_to_write
 from disha.layers import declared_slots, original_class
 from disha.model import ModelView
 from disha.state import LoadReport
 
-__all__ = ["export", "export_gguf", "load", "read_lora", "write_gguf", "write_lora"]
+__all__ = [
+    "export",
+    "export_gguf",
+    "export_tensors",
+    "load",
+    "read_lora",
+    "write_gguf",
+    "write_lora",
+]
 
 
 def export(
@@ -87,8 +103,75 @@ def export(
     with ranks.agreeing(action):
         check_limits(rank, max_error)
         target = checked_path(folder)
-    header, tensors = adapter_contents(view, adapter)
+    updates, beside, files = _converted(view, adapter, rank, max_error, pad)
     with ranks.agreeing(action):
+        if ranks.writes:
+            write_peft_files(target, *files)
+    return LoraReport.of(target, updates, beside)
+
+
+def export_tensors(
+    model: nn.Module,
+    adapter: str = "default",
+    rank: int | None = None,
+    max_error: float | None = None,
+    *,
+    pad: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an adapter as LoRA, in memory: what `export` writes into its two files.
+
+    This hands the weights over to a runtime during training, such as to the server that generates
+    the rollouts of reinforcement learning. PEFT takes them by `set_peft_model_state_dict`, requests
+    of vLLM as `lora_tensors` and `peft_config`, and SGLang by `load_lora_adapter_from_tensors`.
+
+    If the model is sharded, call this on all ranks; each gets all tensors.
+
+    Args:
+        model: a model with adapters.
+        adapter: the adapter's name.
+        rank: largest rank of a layer, as for `export`.
+        max_error: largest relative error of a layer, as for `export`.
+        pad: pad the ranks, as for `export`.
+
+    Returns:
+        The tensors by PEFT's keys, on the CPU and not shared with the model: A (rank, in) as
+        `base_model.model.<layer>.lora_A.weight` and B (out, rank) as `...lora_B.weight`; and the
+        configuration, as in `adapter_config.json`.
+
+    Raises:
+        ConversionError: as for `export`.
+        ArgumentError: there is no such adapter, or an argument does not fit, as for `export`.
+        ArgumentTypeError: `rank` or `max_error` is not a number.
+        AdapterStateError: the adapter holds values that are not finite.
+
+    Source: Kang, arXiv 2409.15371; Hu et al., "LoRA", arXiv 2106.09685.
+
+    Examples:
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import lora
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4, init="kaiming")
+        >>> tensors, config = lora.export_tensors(model)
+        >>> for key, tensor in tensors.items():
+        ...     print(key, tuple(tensor.shape))
+        base_model.model.0.lora_A.weight (4, 8)
+        base_model.model.0.lora_B.weight (16, 4)
+        >>> config["r"], config["lora_alpha"]
+        (4, 4)
+    """
+    view = ModelView(model)
+    with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
+        check_limits(rank, max_error)
+    _, _, (config, tensors) = _converted(view, adapter, rank, max_error, pad)
+    return {PREFIX + key: tensor for key, tensor in tensors.items()}, config
+
+
+def _converted(
+    view: ModelView, adapter: str, rank: int | None, max_error: float | None, pad: bool
+) -> tuple[tuple[LowRankUpdate, ...], dict[str, Tensor], tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Return an adapter's updates, what trained beside it, and both in PEFT's form."""
+    header, tensors = adapter_contents(view, adapter)
+    with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
         peft, names = PeftView(view), [layer.name for layer in header.layers]
         saved = peft.saved(header.also_train, names, biases=False)
         problems = peft.obstacles(names, unknown_to_lora, exporting=True)
@@ -97,12 +180,9 @@ def export(
     updates = low_rank_updates(
         header, tensors, rank=rank, max_error=max_error, pad=pad, base=weights
     )
-    beside = saved.copies()
-    with ranks.agreeing(action):
-        if ranks.writes:
-            targets = exact_targets(names, peft.modules)
-            write(target, header, updates, targets, beside, saved.modules, _base_name(model))
-    return LoraReport.of(target, updates, beside)
+    beside, targets = saved.copies(), exact_targets(names, peft.modules)
+    form = as_peft(header, updates, targets, beside, saved.modules, _base_name(view.model))
+    return updates, beside, form
 
 
 def _base_name(model: nn.Module) -> str | None:

@@ -46,11 +46,11 @@ __all__ = [
     "CONV",
     "Alphas",
     "alpha_of",
+    "as_peft",
     "contents_of_layers",
     "factors_of",
     "read_lora",
     "scaling_of",
-    "write",
     "write_lora",
 ]
 
@@ -136,7 +136,7 @@ def write_lora(
     beside = {name: tensors[name] for name in header.also_train}
     modules = {name.rpartition(".")[0] for name in beside}
     targets = _targets([layer.name for layer in header.layers])
-    write(target, header, updates, targets, beside, modules)
+    write_peft_files(target, *as_peft(header, updates, targets, beside, modules))
     return LoraReport.of(target, updates, beside)
 
 
@@ -150,19 +150,17 @@ def _targets(names: Sequence[str]) -> list[str] | str:
     return exact_targets(names) if any(map(str.isdecimal, names)) else sorted(names)
 
 
-def write(
-    folder: Path,
+def as_peft(
     header: AdapterHeader,
     updates: Sequence[LowRankUpdate],
     targets: list[str] | str,
     beside: Mapping[str, Tensor],
     modules_to_save: Iterable[str],
     base_name: str | None = None,
-) -> None:
-    """Write a LoRA folder.
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a LoRA as PEFT's configuration, and its tensors by PEFT's keys without the prefix.
 
     Args:
-        folder: the folder.
         header: the adapter's header.
         updates: the factors of its layers.
         targets: `target_modules` that select the layers.
@@ -186,7 +184,7 @@ def write(
         "use_dora": False,
     }
     factors = {key: factor for update in updates for key, factor in factors_of(update)}
-    write_peft_files(folder, config, {**factors, **beside})
+    return config, {**factors, **beside}
 
 
 def scaling_of(

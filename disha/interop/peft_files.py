@@ -34,6 +34,7 @@ from disha.text import brief, first_few
 
 __all__ = [
     "CONFIG_NAME",
+    "PREFIX",
     "Fields",
     "anchored",
     "exact_targets",
