@@ -122,7 +122,9 @@ class EffectiveWeight(Tensor):
     ) -> Any:
         """Run an operation by the tables of this module."""
         rule = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))
-        if rule is not None:
+        if rule is not None and kwargs and "out" in kwargs:
+            _refuse_to_lose_gradients(args, kwargs)
+        elif rule is not None:
             result = rule(*args, **kwargs) if kwargs else rule(*args)
             if result is not NotImplemented:
                 return result
@@ -409,6 +411,22 @@ def _compute_first(
         for name, value in kwargs.items()
     }
     return func(*(_computed_inside(value) for value in args), **named)
+
+
+def _refuse_to_lose_gradients(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise if a product of a weight that trains goes into `out=`, of which there is no gradient.
+
+    This is how code with a gradient of its own multiplies, such as the loss of the trainers of trl.
+    """
+    operands = [*args, *(value for name, value in kwargs.items() if name != "out")]
+    for one in operands:
+        if isinstance(one, EffectiveWeight) and any(up.block.requires_grad for up in one.updates):
+            raise ModeError(
+                f"a product with an adapted weight of shape {tuple(one.shape)} can't go into out=, "
+                "because its block would get no gradient. If a trainer computes its loss from the "
+                "weight of the output head, as those of trl do, leave the head out "
+                "(exclude='lm_head'); in your own code, use weight.clone()"
+            )
 
 
 def _computed_inside(value: Any) -> Any:

@@ -522,6 +522,16 @@ class TestFacts:
         assert torch.equal(parameter, torch.ones(3, 4))
         assert torch.equal(layer.disha["default"].block, blocks)
 
+    def test_a_product_into_out_acts_unless_a_gradient_would_be_lost(self):
+        layer, weight = self.weight()
+        x, out = torch.randn(5, 4), torch.empty(5, 2)
+        with torch.no_grad(), pytest.raises(ModeError, match=r"no gradient.*exclude='lm_head'"):
+            torch.mm(x, weight[1:].to(torch.float32).t(), out=out)  # as the loss of trl does
+        expected = torch.mm(x, weight[1:].t()).detach()
+        layer.disha["default"].block.requires_grad_(False)
+        torch.mm(x, layer.weight[1:].t(), out=out)
+        torch.testing.assert_close(out, expected)
+
     def test_a_parameter_made_of_it_is_refused_or_dense(self):
         layer, weight = self.weight()
         assert type(nn.Parameter(weight.clone()).data) is torch.Tensor
