@@ -51,8 +51,8 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FAILURE = "disha/failure"
 """The store's key for the note of the first process that failed."""
 
-FIRST_TELLS = 2.0
-"""How many seconds other processes give the one that failed first to tell why."""
+FIRST_TELLS = 10.0
+"""How many seconds other processes give the one that failed first to tell why, and to end."""
 
 LAST_WAIT = 0.2
 """Seconds to wait after the last collective, so that gloo's threads can end."""
@@ -224,9 +224,20 @@ def _tell(store: Any, processes: Processes, error: Exception) -> None:
     except (RuntimeError, dist.DistError):  # the process that kept the store is gone
         first = "another process, which is gone"
     if first != note:
-        # torchrun stops all others when one ends, so the first one needs time to say why.
-        time.sleep(FIRST_TELLS)
+        _wait_for_first()
         raise PeerError(f"stopped, because training failed on {first}") from error
+
+
+def _wait_for_first() -> None:
+    """Wait until torchrun stops this process, which it does once another one has ended.
+
+    If this process ended before the one that failed first, torchrun would stop that one before it
+    has said why.
+    """
+    with raising(False):
+        end = time.monotonic() + FIRST_TELLS
+        while noted_signal() is None and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 # --- models --------------------------------------------------------------------------------------
