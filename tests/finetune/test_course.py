@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import signal
 import time
 
@@ -64,6 +65,15 @@ def test_killed_and_resumed_a_run_comes_to_the_same_end(finetune, straight, step
     expected = str(finetune.output / f"checkpoint-{last}") if last else None
     assert report["training"]["resumed_from"] == expected
     assert report["training"]["steps"] == STEPS
+    assert checkpoints_in(finetune.output) == ["checkpoint-12", "checkpoint-9"]
+
+
+def test_killed_between_saving_and_removing_a_run_leaves_no_checkpoint_too_many(finetune, straight):
+    shutil.copytree(straight, finetune.output)
+    shutil.copytree(straight / "checkpoint-9", finetune.output / "checkpoint-6")
+    (finetune.output / "adapter.safetensors").unlink()
+    finetune.good("--resume", **SAVING)
+    assert result_of(finetune.output) == result_of(straight)
     assert checkpoints_in(finetune.output) == ["checkpoint-12", "checkpoint-9"]
 
 

@@ -157,7 +157,7 @@ class Checkpoints:
             self._processes.barrier()  # the main process has removed the new folder
             self._give_up(final, error)
         self._newest = final
-        self._on_main(lambda: self._remove_beyond_limit(final))
+        self._on_main(lambda: self._remove_beyond_limit(final, later=True))
         return final
 
     def newest_good(self, report: Callable[[str], None]) -> SavedState | None:
@@ -181,7 +181,8 @@ class Checkpoints:
         """Restore the model and the optimiser from `saved`.
 
         The random states are restored too, if the number of processes is the same. Otherwise they
-        stay as the caller has set them.
+        stay as the caller has set them. Older checkpoints beyond the limit are removed: a run that
+        was killed just after it saved has left one too many.
 
         Args:
             saved: what `newest_good` returned.
@@ -206,6 +207,7 @@ class Checkpoints:
         if len(saved.random) == self._processes.world_size:
             with usable(saved.folder):
                 restore_random_state(saved.random[self._processes.rank])
+        self._on_main(lambda: self._remove_beyond_limit(saved.folder))
         return best
 
     def clear(self) -> None:
@@ -275,11 +277,12 @@ class Checkpoints:
             except FileNotFoundError:
                 return []
 
-    def _remove_beyond_limit(self, newest: Path) -> None:
+    def _remove_beyond_limit(self, newest: Path, *, later: bool = False) -> None:
+        """Keep as many checkpoints as wanted up to `newest`, and remove later ones if asked."""
         if self._limit is not None:
             found = self.newest_first()
             place = found.index(newest)
-            self._remove(found[:place] + found[place + self._limit :])
+            self._remove(found[: place if later else 0] + found[place + self._limit :])
 
     def _remove(self, checkpoints: Iterable[Path]) -> None:
         self._finish_saves()
