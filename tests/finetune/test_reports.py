@@ -59,6 +59,9 @@ def wandb_records(path):
 
 def wandb_rows(folder):
     """What all files of wandb hold: the settings, and (name, step, value) of each number."""
+    import wandb
+
+    wandb.teardown()  # its other process may still be writing
     settings, rows, runs = {}, [], set()
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for record in wandb_records(path):

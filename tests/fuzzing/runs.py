@@ -66,9 +66,10 @@ class Run:
 
     def require_reason(self, other: Run) -> None:
         """Check that the exit code and what was printed agree."""
-        code, text = self.end(), self.said.read_text()
+        code = self.end()
         if code == KILLED:
             return
+        text = self.said.read_text()
         reasons = [reason.format(other=other.process.pid) for reason in REFUSALS.get(code, ())]
         assert any(reason in text for reason in reasons), (code, other.process.pid, text)
         complaints = [line for line in text.splitlines() if line.startswith("disha:")]
@@ -115,7 +116,7 @@ def meet_runs(folder: Path, times: int, seed: int = 0) -> Iterator[str]:
         yield f"{order}: {_meet(order, words, place, rng.uniform(0, took))}"
         assert result_of(place / "out") == expected, order
         left = {path.name for path in (place / "out").iterdir()}
-        assert left == FILES | {"checkpoint-24", "checkpoint-30"}, order
+        assert left == FILES | {"checkpoint-24", "checkpoint-30"}, (order, left)
 
 
 def _meet(order: str, words: list[str], place: Path, pause: float) -> str:
