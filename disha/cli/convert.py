@@ -21,8 +21,9 @@ from disha.functional import method_of
 from disha.interop import lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
 from disha.interop.checkpoints.matching import refuse_tied
+from disha.interop.experts import ExpertForm
 from disha.interop.gguf import MODEL_TYPES
-from disha.interop.low_rank import SERVED_RANKS, LoraReport
+from disha.interop.low_rank import SERVED_RANKS, LoraReport, is_stack
 from disha.interop.peft_files import CONFIG_NAME
 from disha.model import join
 from disha.text import counted
@@ -41,12 +42,15 @@ Trainer that holds an adapter file (see disha.integrations.transformers).
   lora   a LoRA folder in PEFT's layout, which most runtimes read
   gguf   the LoRA file of llama.cpp, for models of the Llama family
 
-As LoRA, Bone and tile are exact. BAT is truncated to --rank, and the error is reported.
+As LoRA, Bone and tile are exact. BAT is truncated to --rank, and the error is reported. Stacked
+experts of a mixture stay stacked, as PEFT reads them, and vLLM for GPT-OSS. With --experts separate
+each expert has its own LoRA, as SGLang reads them, and vLLM for Mixtral and Qwen-MoE.
 
 examples:
   disha convert adapter.safetensors for-peft --to peft
   disha convert for-peft adapter.safetensors --to disha --base path/to/model
   disha convert adapter.safetensors for-vllm --to lora
+  disha convert mixtral.safetensors for-vllm --to lora --experts separate --base path/to/model
   disha convert bat.safetensors as-lora --to lora --base path/to/model --rank 32 --max-error 0.1
   disha convert adapter.safetensors adapter.gguf --to gguf --base path/to/model"""
 
@@ -56,6 +60,7 @@ ONLY_FOR: Mapping[str, tuple[Form, ...]] = {
     "rank": ("lora", "gguf"),
     "max_error": ("lora", "gguf"),
     "pad_rank": ("lora",),
+    "experts": ("lora",),
     "architecture": ("gguf",),
     "heads": ("gguf",),
     "kv_heads": ("gguf",),
@@ -80,13 +85,15 @@ class ConvertFlags(Flags):
         out: The result: a folder for peft and lora, a file for disha and gguf.
         to: The form of the result.
         base: The base: needed to read peft, and to write BAT as LoRA. For gguf, its config.json
-            gives the numbers of heads.
+            gives the numbers of heads; for experts that are separate or read from a LoRA, the type
+            of the model.
         rank: Largest rank of a layer as LoRA; needed for BAT.
         dropout: Dropout to write for peft, in place of the adapter's. PEFT's BAT has none, so
             give 0.0 there.
         max_error: Largest relative error of a layer's update, such as 0.1; more is refused.
-        pad_rank: Pad the rank of each layer as LoRA with zeros to one that vLLM allows: 8, 16, 32,
-            64, 128, 256, 320 or 512. The update stays the same.
+        pad_rank: Pad the rank of all layers as LoRA with zeros to the same one that vLLM allows: 8,
+            16, 32, 64, 128, 256, 320 or 512. The update stays the same.
+        experts: How to write stacks of experts as LoRA: stacked (the default) or separate.
         architecture: GGUF's name of the base's architecture; by default that of its config.json,
             or llama.
         heads: Query heads of the base, for gguf; by default those of its config.json.
@@ -103,6 +110,7 @@ class ConvertFlags(Flags):
     dropout: float | None = None
     max_error: float | None = None
     pad_rank: bool = False
+    experts: ExpertForm | None = None
     architecture: str | None = None
     heads: int | None = None
     kv_heads: int | None = None
@@ -133,12 +141,19 @@ def run(arguments: Sequence[str]) -> None:
         peft.write_folder(flags.out, *contents, dropout=flags.dropout)
     elif flags.to == "lora":
         options = _lora_options(flags, contents[0], base)
-        report = lora.write_lora(flags.out, *contents, pad=flags.pad_rank, **options)
+        report = lora.write_lora(
+            flags.out,
+            *contents,
+            pad=flags.pad_rank,
+            experts=flags.experts or "stacked",
+            model_type=_model_type(base),
+            **options,
+        )
     else:
         options = {**_lora_options(flags, contents[0], base), **_gguf_options(flags, base)}
         report = lora.write_gguf(flags.out, *contents, **options)
     notes = (
-        _notes_on_servers(report, flags.pad_rank)
+        _notes_on_servers(report, contents[0], flags)
         if report is not None and flags.to == "lora"
         else []
     )
@@ -159,7 +174,7 @@ def run(arguments: Sequence[str]) -> None:
     )
 
 
-def _notes_on_servers(report: LoraReport, padded: bool) -> list[str]:
+def _notes_on_servers(report: LoraReport, header: AdapterHeader, flags: ConvertFlags) -> list[str]:
     """Return what a user of vLLM or SGLang has to know about a LoRA."""
     notes = []
     largest = max((layer.rank for layer in report.layers), default=0)
@@ -168,8 +183,20 @@ def _notes_on_servers(report: LoraReport, padded: bool) -> list[str]:
         notes.append(f"vLLM takes ranks up to {SERVED_RANKS[-1]}, and this LoRA has {largest}")
     elif largest > SERVED_BY_DEFAULT:
         notes.append(f"rank {largest}: start vLLM with --max-lora-rank {allowed}")
-    if padded:
+    if flags.pad_rank:
         notes.append("the ranks are padded with zeros")
+    elif len({layer.rank for layer in report.layers}) > 1:
+        notes.append("SGLang reads one rank for all layers: pad them with --pad-rank")
+    if len({layer.scale for layer in header.layers}) > 1:
+        notes.append(
+            "SGLang reads one scale for all layers, and these have several; write them into the "
+            "blocks first (disha combine)"
+        )
+    if any(is_stack(layer) for layer in header.layers) and flags.experts is None:
+        notes.append(
+            "the experts are stacked, as PEFT reads them, and vLLM for GPT-OSS; SGLang, and vLLM "
+            "for other models, need --experts separate"
+        )
     if report.also_train:
         notes.append(
             "vLLM and SGLang refuse a LoRA with parameters that were trained beside it; leave them "
@@ -207,7 +234,9 @@ def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]
     if form == "disha":
         contents: Contents = read_contents(path, also_train=not flags.no_also_train)
     elif form == "lora":
-        contents = lora.read_lora(path, also_train=not flags.no_also_train)
+        contents = lora.read_lora(
+            path, model_type=_model_type(base), also_train=not flags.no_also_train
+        )
         saved = contents[0].also_train
         if base is not None:
             refuse_tied(base, path, saved)
@@ -278,6 +307,12 @@ def _lora_options(
         "base": weights,
         "progress": partial(shown, total=len(header.layers), what="converting"),
     }
+
+
+def _model_type(base: Checkpoint | None) -> str | None:
+    """Return the model type in the config.json of a base."""
+    kind = None if base is None else base.config().get("model_type")
+    return kind if isinstance(kind, str) else None
 
 
 def _gguf_options(flags: ConvertFlags, base: Checkpoint | None) -> dict[str, Any]:

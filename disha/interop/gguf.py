@@ -321,6 +321,12 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
             f"beside the blocks ({listed(header.also_train)}); convert the merged model "
             "(merge_adapters)"
         )
+    stacks = [layer.name for layer in header.layers if layer.layout.expert_dim is not None]
+    if stacks:
+        raise ConversionError(
+            f"LoRA of stacks of experts can't be written as GGUF ({listed(stacks)}); leave them "
+            "out (`exclude`), or convert the merged model (merge_adapters, disha merge)"
+        )
     names = {layer.name: _gguf_name(layer) for layer in header.layers}
     unknown = [name for name, found in names.items() if found is None]
     if unknown:

@@ -8,27 +8,45 @@ and `export_gguf` write a file for llama.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from disha.files import LayerRecord
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import adapter_contents, load_contents
 from disha.functional import Layout
+from disha.interop.experts import (
+    DOWN,
+    SEPARATE_BEFORE,
+    ExpertForm,
+    checked_form,
+    misread,
+    taken_for_experts,
+)
 from disha.interop.gguf import export_gguf, write_gguf
-from disha.interop.lora_folder import CANT_EXPRESS, as_peft, read_lora, write_lora
+from disha.interop.lora_folder import (
+    CANT_EXPRESS,
+    as_peft,
+    expert_updates,
+    read_lora,
+    targets_of,
+    write_lora,
+)
 from disha.interop.low_rank import (
     LoraReport,
     LowRankUpdate,
     base_weights,
     check_limits,
+    is_stack,
     low_rank_updates,
 )
-from disha.interop.peft_files import PREFIX, exact_targets, write_peft_files
+from disha.interop.peft_files import PREFIX, write_peft_files
 from disha.interop.peft_view import PeftView, refuse_to_write
 from disha.layers import declared_slots, original_class
-from disha.model import ModelView
+from disha.model import ModelView, join
 from disha.state import LoadReport
 
 __all__ = [
@@ -50,6 +68,7 @@ def export(
     max_error: float | None = None,
     *,
     pad: bool = False,
+    experts: str = "stacked",
 ) -> LoraReport:
     """Write an adapter as LoRA: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -57,6 +76,11 @@ def export(
     B = D^T, lora_alpha = s r. BAT is truncated to its largest singular values. PEFT's `LoraModel`
     then computes what the adapter computes here; if it would not, this raises. Parameters that were
     trained beside the adapter go into `modules_to_save`, with everything else in their modules.
+
+    Stacks of experts (`experts.gate_up_proj` and `experts.down_proj` of `transformers`) are exact
+    too, and never truncated. PEFT reads them stacked, and has no dropout for them, so then
+    `lora_dropout` is 0. vLLM reads them stacked for GPT-OSS, and separate for Mixtral, Qwen2-MoE,
+    Qwen3-MoE and OLMoE. SGLang reads them separate.
 
     If the model is sharded, call this on all ranks; the first one writes.
 
@@ -66,17 +90,21 @@ def export(
         adapter: the adapter's name.
         rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
         max_error: largest ||dW - B A|| / ||dW|| of a layer.
-        pad: pad the rank of every layer with zeros to 8, 16, 32, 64, 128, 256, 320 or 512: the
-            values that vLLM allows for its `--max-lora-rank`. The update stays the same.
+        pad: pad the rank of every layer with zeros to the same of 8, 16, 32, 64, 128, 256, 320
+            and 512: the values that vLLM allows for its `--max-lora-rank`. The update stays the
+            same.
+        experts: `"stacked"` writes each stack of experts as one LoRA, `"separate"` one for each
+            projection of each expert.
 
     Returns:
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: LoRA can't express the adapter, its error is above `max_error`, or `pad`
-            is set and a rank is above 512.
-        ArgumentError: there is no such adapter, `rank` or `max_error` is out of range, or BAT
-            lacks `rank`.
+        ConversionError: LoRA can't express the adapter, its error is above `max_error`, `pad` is
+            set and a rank is above 512, or the names of separate experts are unknown for this
+            type of model.
+        ArgumentError: there is no such adapter, `rank`, `max_error` or `experts` is out of range,
+            or BAT lacks `rank`.
         ArgumentTypeError: one of them is not a number.
         AdapterStateError: the adapter holds values that are not finite.
         AdapterIOError: the folder can't be written.
@@ -102,8 +130,9 @@ def export(
     ranks, action = view.ranks(), f"export adapter {adapter!r} as LoRA"
     with ranks.agreeing(action):
         check_limits(rank, max_error)
-        target = checked_path(folder)
-    updates, beside, files = _converted(view, adapter, rank, max_error, pad)
+        target, form = checked_path(folder), checked_form(experts)
+    limits = {"rank": rank, "max_error": max_error, "pad": pad}
+    updates, beside, files = _converted(view, adapter, form, **limits)
     with ranks.agreeing(action):
         if ranks.writes:
             write_peft_files(target, *files)
@@ -117,6 +146,7 @@ def export_tensors(
     max_error: float | None = None,
     *,
     pad: bool = False,
+    experts: str = "stacked",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return an adapter as LoRA, in memory: what `export` writes into its two files.
 
@@ -132,6 +162,7 @@ def export_tensors(
         rank: largest rank of a layer, as for `export`.
         max_error: largest relative error of a layer, as for `export`.
         pad: pad the ranks, as for `export`.
+        experts: how to write stacks of experts, as for `export`.
 
     Returns:
         The tensors by PEFT's keys, on the CPU and not shared with the model: A (rank, in) as
@@ -162,33 +193,65 @@ def export_tensors(
     view = ModelView(model)
     with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
         check_limits(rank, max_error)
-    _, _, (config, tensors) = _converted(view, adapter, rank, max_error, pad)
+        form = checked_form(experts)
+    limits = {"rank": rank, "max_error": max_error, "pad": pad}
+    _, _, (config, tensors) = _converted(view, adapter, form, **limits)
     return {PREFIX + key: tensor for key, tensor in tensors.items()}, config
 
 
 def _converted(
-    view: ModelView, adapter: str, rank: int | None, max_error: float | None, pad: bool
+    view: ModelView, adapter: str, form: ExpertForm, **limits: Any
 ) -> tuple[tuple[LowRankUpdate, ...], dict[str, Tensor], tuple[dict[str, Any], dict[str, Tensor]]]:
     """Return an adapter's updates, what trained beside it, and both in PEFT's form."""
     header, tensors = adapter_contents(view, adapter)
     with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
         peft, names = PeftView(view), [layer.name for layer in header.layers]
         saved = peft.saved(header.also_train, names, biases=False)
-        problems = peft.obstacles(names, unknown_to_lora, exporting=True)
+        stacks = [layer for layer in header.layers if is_stack(layer)]
+        modules = [name for name in names if name not in {stack.name for stack in stacks}]
+        problems = peft.obstacles(modules, unknown_to_lora, exporting=True)
+        if form == "stacked":
+            problems += _misread_stacks(view, stacks)
+            problems += taken_for_experts(modules) if _joins_experts(view) else []
         refuse_to_write(CANT_EXPRESS, problems + list(saved.problems))
     weights = base_weights(view, adapter)
-    updates = low_rank_updates(
-        header, tensors, rank=rank, max_error=max_error, pad=pad, base=weights
-    )
-    beside, targets = saved.copies(), exact_targets(names, peft.modules)
-    form = as_peft(header, updates, targets, beside, saved.modules, _base_name(view.model))
-    return updates, beside, form
+    updates = low_rank_updates(header, tensors, base=weights, **limits)
+    beside = saved.copies()
+    written = expert_updates(updates, form, _model_type(view.model))
+    targets = targets_of(written, peft.modules, view.parameters_by_name)
+    name = _base_name(view.model)
+    return updates, beside, as_peft(header, written, targets, beside, saved.modules, name)
 
 
 def _base_name(model: nn.Module) -> str | None:
     """Return where a model of `transformers` came from."""
     path = getattr(getattr(model, "config", None), "_name_or_path", None)
     return path if isinstance(path, str) and path else None
+
+
+def _model_type(model: nn.Module) -> str | None:
+    """Return the type of a model of `transformers`."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind if isinstance(kind, str) and kind else None
+
+
+def _joins_experts(view: ModelView) -> bool:
+    """Whether a model has experts that `transformers` joins to stacks as it loads them."""
+    return any(
+        slot.name == DOWN and slot.layout == SEPARATE_BEFORE
+        for module in view.names
+        for slot in declared_slots(module)
+    )
+
+
+def _misread_stacks(view: ModelView, stacks: Sequence[LayerRecord]) -> list[str]:
+    """Return the stacks of experts that PEFT would read in another way, each with the reason."""
+    found = []
+    for stack in stacks:
+        owner = view.modules[stack.name.rpartition(".")[0]]
+        why = misread(owner, stack.name, stack.layout)
+        found += [] if why is None else [f"{stack.name}: {why}"]
+    return found
 
 
 def unknown_to_lora(layer: nn.Module) -> str | None:
@@ -230,9 +293,9 @@ def load(
     """Load a LoRA that is a Bone adapter, such as `export` writes, into a model.
 
     If every A is [I_r I_r ... I_r], the LoRA is Bone with D = B^T, without loss. Other LoRAs have
-    no block and raise an error. Parameters in `modules_to_save` become parameters trained beside
-    the adapter. Buffers there must have the model's values. Keys of `alpha_pattern` must be names
-    or endings of names, not regexes.
+    no block and raise an error. Experts may be stacked or separate, as `export` writes them.
+    Parameters in `modules_to_save` become parameters trained beside the adapter. Buffers there must
+    have the model's values. Keys of `alpha_pattern` must be names or endings of names, not regexes.
 
     Args:
         model: the base model, or one that has other adapters.
@@ -270,7 +333,11 @@ def load(
     with view.ranks().agreeing(f"load a LoRA as adapter {adapter!r}"):
         path, peft = checked_path(folder), PeftView(view)
         contents = read_lora(
-            path, layouts=_layouts(view), also_train=also_train, buffers=peft.buffers()
+            path,
+            layouts=_layouts(view),
+            model_type=_model_type(view.model),
+            also_train=also_train,
+            buffers=peft.buffers(),
         )
         header, tensors = peft.under_first_names(path, contents)
     return load_contents(
@@ -279,11 +346,10 @@ def load(
 
 
 def _layouts(view: ModelView) -> dict[str, Layout]:
-    """Return the layouts of the modules' own weights, by the names of the modules."""
+    """Return the layouts of the weights, by their names in adapter files."""
     return {
-        name: slot.layout
+        join(name, slot.name): slot.layout
         for module, names in view.names.items()
         for slot in declared_slots(module)
-        if not slot.name
         for name in names
     }

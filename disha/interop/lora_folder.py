@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from disha.files import AdapterHeader, LayerRecord
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import records_of
 from disha.functional import Layout
+from disha.interop import experts as expert_forms
 from disha.interop.low_rank import (
     BaseWeight,
     LoraReport,
     LowRankUpdate,
     Progress,
     commonest,
+    is_stack,
     layer_of_factors,
     listed,
     low_rank_updates,
@@ -48,7 +50,9 @@ __all__ = [
     "alpha_of",
     "as_peft",
     "contents_of_layers",
+    "expert_updates",
     "factors_of",
+    "factors_of_all",
     "read_lora",
     "scaling_of",
     "write_lora",
@@ -71,6 +75,8 @@ def write_lora(
     rank: int | None = None,
     max_error: float | None = None,
     pad: bool = False,
+    experts: str = "stacked",
+    model_type: str | None = None,
     base: BaseWeight | None = None,
     progress: Progress = iter,
 ) -> LoraReport:
@@ -87,6 +93,9 @@ def write_lora(
         rank: largest rank of a layer.
         max_error: largest relative error of a layer.
         pad: pad the rank of every layer as `export` does.
+        experts: `"stacked"` or `"separate"`, as for `export`.
+        model_type: type of the model, `model_type` of its configuration; needed for experts that
+            are written separately.
         base: returns the base weights; only BAT needs it.
         progress: receives the layers, and yields each before it is converted.
 
@@ -95,8 +104,10 @@ def write_lora(
 
     Raises:
         ConversionError: LoRA can't express the adapter, its error is above `max_error`, a layer
-            is a convolution, or `pad` is set and a rank is above 512.
-        ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or `base`.
+            is a convolution, `pad` is set and a rank is above 512, or the names of separate
+            experts of this `model_type` are unknown.
+        ArgumentError: `rank`, `max_error` or `experts` is out of range, or BAT lacks `rank` or
+            `base`.
         ArgumentTypeError: one of them is not a number.
         AdapterStateError: the adapter holds values that are not finite.
         AdapterIOError: the folder can't be written; what was there is unchanged.
@@ -114,7 +125,7 @@ def write_lora(
         >>> report.layers
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
-    target = checked_path(folder)
+    target, form = checked_path(folder), expert_forms.checked_form(experts)
     problems = []
     for layer in header.layers:
         if layer.layout.pattern == CONV:
@@ -124,6 +135,11 @@ def write_lora(
             )
         if not layer.name:
             problems.append("(the model): PEFT adapts layers within a model, not the model itself")
+    stacks = [one for one in header.layers if is_stack(one)]
+    if form == "stacked" and any(one.layout == expert_forms.SEPARATE_BEFORE for one in stacks):
+        problems += expert_forms.taken_for_experts(
+            one.name for one in header.layers if one not in stacks
+        )
     problems += [
         f"{name}: it belongs to the model itself, not to a module in it"
         for name in header.also_train
@@ -135,25 +151,73 @@ def write_lora(
     )
     beside = {name: tensors[name] for name in header.also_train}
     modules = {name.rpartition(".")[0] for name in beside}
-    targets = _targets([layer.name for layer in header.layers])
-    write_peft_files(target, *as_peft(header, updates, targets, beside, modules))
+    written = expert_updates(updates, form, model_type)
+    files = as_peft(header, written, targets_of(written), beside, modules)
+    write_peft_files(target, *files)
     return LoraReport.of(target, updates, beside)
 
 
-def _targets(names: Sequence[str]) -> list[str] | str:
-    """Return `target_modules` for the layers of an adapter whose model is unknown.
+def expert_updates(
+    updates: Sequence[LowRankUpdate], form: expert_forms.ExpertForm, model_type: str | None
+) -> Sequence[LowRankUpdate]:
+    """Return the updates with experts in one of the two forms.
 
-    SGLang refuses a regex, so it is a list of full names. PEFT reads them as endings of names: if
-    one is the ending of a longer name, PEFT adapts that module too, with an update of zero. A
-    number alone ends many names, so then it is a regex.
+    Raises:
+        ConversionError: the names of separate experts of this `model_type` are unknown.
     """
-    return exact_targets(names) if any(map(str.isdecimal, names)) else sorted(names)
+    if form == "stacked" or not any(is_stack(update.record) for update in updates):
+        return updates
+    family = expert_forms.family_of(model_type, "what separate experts are called")
+    return expert_forms.separated(updates, family)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """How PEFT finds the layers of a LoRA.
+
+    Attributes:
+        modules: `target_modules`.
+        parameters: `target_parameters`.
+    """
+
+    modules: list[str] | str
+    parameters: list[str]
+
+
+def targets_of(
+    updates: Sequence[LowRankUpdate],
+    modules: Collection[str] | None = None,
+    parameters: Collection[str] | None = None,
+) -> Targets:
+    """Return what selects the layers of these updates.
+
+    SGLang refuses a regex, so modules of an unknown model are a list of full names. PEFT reads them
+    as endings of names: if one is the ending of a longer name, PEFT adapts that module too, with an
+    update of zero. A number alone ends many names, so then it is a regex. Single experts are known
+    by the names of their projections.
+
+    Args:
+        updates: the updates, as they are written.
+        modules: names of all modules of the model, if it is known.
+        parameters: names of all its parameters.
+    """
+    names = [update.record.name for update in updates]
+    stacks = {update.record.name for update in updates if is_stack(update.record)}
+    single = {name for name in names if expert_forms.single_expert(name)}
+    others = [name for name in names if name not in stacks | single]
+    found: list[str] | str = sorted(others)
+    if single:
+        found = sorted({*others, *(name.rpartition(".")[2] for name in single)})
+    elif others and (modules is not None or any(map(str.isdecimal, others))):
+        found = exact_targets(others, modules)
+    ends = exact_targets(stacks, parameters) if stacks and parameters is not None else []
+    return Targets(found, ends if isinstance(ends, list) and ends else sorted(stacks))
 
 
 def as_peft(
     header: AdapterHeader,
     updates: Sequence[LowRankUpdate],
-    targets: list[str] | str,
+    targets: Targets,
     beside: Mapping[str, Tensor],
     modules_to_save: Iterable[str],
     base_name: str | None = None,
@@ -163,7 +227,7 @@ def as_peft(
     Args:
         header: the adapter's header.
         updates: the factors of its layers.
-        targets: `target_modules` that select the layers.
+        targets: what selects the layers.
         beside: the tensors that are saved beside the factors.
         modules_to_save: the modules that these belong to.
         base_name: the name or path of the base, if it is known.
@@ -174,17 +238,18 @@ def as_peft(
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         **scaling_of(updates),
-        "target_modules": targets,
+        "target_modules": targets.modules,
+        **({"target_parameters": targets.parameters} if targets.parameters else {}),
         "modules_to_save": sorted(modules_to_save) or None,
-        "lora_dropout": header.config.dropout,
+        # PEFT has no dropout for parameters.
+        "lora_dropout": 0.0 if targets.parameters else header.config.dropout,
         "fan_in_fan_out": any(update.record.layout.pattern == IN_OUT for update in updates),
         "bias": "none",
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
     }
-    factors = {key: factor for update in updates for key, factor in factors_of(update)}
-    return config, {**factors, **beside}
+    return config, {**factors_of_all(updates), **beside}
 
 
 def scaling_of(
@@ -217,9 +282,26 @@ def alpha_of(update: LowRankUpdate) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def factors_of(update: LowRankUpdate) -> Iterator[tuple[str, Tensor]]:
-    """Yield the keys and factors of a layer, as PEFT's layer of that class has them."""
-    name, a, b = update.record.name, update.a, update.b
+def factors_of_all(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
+    """Return the factors of all layers by their keys in a folder, without PEFT's prefix."""
+    stacks = expert_forms.stack_names(one.record.name for one in updates if is_stack(one.record))
+    return {
+        key: factor
+        for update in updates
+        for key, factor in factors_of(update, stacks.get(update.record.name))
+    }
+
+
+def factors_of(update: LowRankUpdate, name: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the keys and factors of a layer, as PEFT's layer of that class has them.
+
+    Args:
+        update: the update of the layer.
+        name: the name of its factors; by default the layer's.
+    """
+    name, a, b = name or update.record.name, update.a, update.b
+    if is_stack(update.record):
+        a, b = expert_forms.stack_factors(update)
     if not update.record.scale:
         b = b.new_zeros(b.shape)
     if update.record.layout.pattern == LOOKUP:
@@ -237,6 +319,7 @@ def read_lora(
     folder: PathLike,
     *,
     layouts: Mapping[str, Layout] | None = None,
+    model_type: str | None = None,
     also_train: bool = True,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> tuple[AdapterHeader, dict[str, Tensor]]:
@@ -249,6 +332,9 @@ def read_lora(
         folder: the folder.
         layouts: the layouts of the model's weights, by the names of their modules. A folder with
             `fan_in_fan_out` needs them, because the field applies to only some of its layers.
+        model_type: type of the model, `model_type` of its configuration. Experts need it, because a
+            LoRA does not say how the model stacks them; for experts that are stacked in the folder
+            too, `layouts` will do.
         also_train: also return the parameters that the folder holds beside the factors.
         buffers: the model's buffers. Those of the folder must have the same values, and are left
             out.
@@ -260,7 +346,8 @@ def read_lora(
         AdapterIOError: the folder can't be read.
         AdapterFileError: it does not hold a LoRA in PEFT's layout, or has other buffers than the
             model, or values that are not finite.
-        ConversionError: the LoRA is not a Bone adapter, or its layouts are unknown.
+        ConversionError: the LoRA is not a Bone adapter, or its layouts, or how its experts are
+            stacked, are unknown.
 
     Examples:
         >>> import tempfile
@@ -284,25 +371,69 @@ def read_lora(
     factors = {key: tensor for key, tensor in tensors.items() if key.endswith(_FACTORS)}
     refuse_to_load(path, other_buffers(known, beside if also_train else {}))
     refuse_to_load(path, unusable({**factors, **kept}))
-    alphas = Alphas(fields)
     found = {
-        name: layer_of_factors(
-            name,
-            pair.a,
-            pair.b,
-            layout=pair.layout or _matrix_layout(fields, name, layouts),
-            scale=alphas.scale(name, pair.rank),
-        )
-        for name, pair in pairs.items()
+        layer.name: layer_of_factors(layer.name, layer.a, layer.b, layer.layout, layer.scale)
+        for layer in _layers(fields, pairs, layouts, model_type)
     }
     without = [name for name, one in found.items() if one is None]
     if without:
         raise ConversionError(
             f"{path} is not a Bone adapter: lora_A must be [I I ... I], and it is not in "
-            f"{len(without)} of {counted(len(pairs), 'layer')} ({listed(without)}); use this LoRA "
+            f"{len(without)} of {counted(len(found), 'layer')} ({listed(without)}); use this LoRA "
             "with PEFT, or merge it there"
         )
     return contents_of_layers(fields, [one for one in found.values() if one is not None], kept)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a folder says of one layer: its factors, as `layer_of_factors` takes them."""
+
+    name: str
+    a: Tensor
+    b: Tensor
+    layout: Layout
+    scale: float
+
+
+def _layers(
+    fields: Fields,
+    pairs: Mapping[str, _Pair],
+    layouts: Mapping[str, Layout] | None,
+    model_type: str | None,
+) -> Iterator[_Layer]:
+    """Yield every layer of a folder, experts as stacks.
+
+    Raises:
+        ConversionError: how experts are stacked is unknown.
+        AdapterFileError: experts are missing, or differ in shape or scale.
+    """
+    alphas, parameters = Alphas(fields), fields.names("target_parameters")
+    ranks = NamedValues(fields, "r", "rank_pattern", PEFT_RANK) if parameters else None
+    stacks, single = {}, {}
+    for name, pair in pairs.items():
+        stack = expert_forms.stacked(name, parameters)
+        if stack is not None and ranks is not None:
+            rank = _rank(fields, ranks, stack)
+            stacks[stack] = expert_forms.matrices_of(stack, pair.a, pair.b, rank)
+        elif expert_forms.single_expert(name):
+            single[name] = (pair.a, pair.b)
+        else:
+            scale = alphas.scale(name, pair.rank)
+            layout = pair.layout or _matrix_layout(fields, name, layouts)
+            home = expert_forms.at_home(name, model_type)
+            yield _Layer(home, pair.a, pair.b, layout, scale)
+    for name, found in {**stacks, **expert_forms.joined(single, model_type)}.items():
+        scales = {alphas.scale(key, found.a.shape[1]) for key in found.keys}
+        if len(scales) > 1:
+            raise AdapterFileError(
+                f"{fields.path}: the experts of {name} have {len(scales)} scales, and an adapter "
+                "has one for all of them; use this LoRA with PEFT, or merge it there"
+            )
+        known = (layouts or {}).get(name)
+        if known is None:
+            known = expert_forms.family_of(model_type, "the layout of stacked experts").layout
+        yield _Layer(name, found.a, found.b, known, scales.pop())
 
 
 def contents_of_layers(
@@ -399,14 +530,13 @@ def _paired(
 # --- the configuration ---------------------------------------------------------------------------
 
 
-PEFT_ALPHA = 8
-"""PEFT's lora_alpha if a configuration has none."""
+PEFT_ALPHA, PEFT_RANK = 8, 8
+"""PEFT's lora_alpha and r if a configuration has none."""
 
 _CHANGE_THE_SUM = (
     "use_dora",
     "lora_bias",
     "layer_replication",
-    "target_parameters",
     "trainable_token_indices",
     "alora_invocation_tokens",
     "arrow_config",
@@ -466,38 +596,65 @@ _PLAIN_NAME = re.compile(r"\^?((?:[\w\-.]|\\\W)+)")
 """A regex that matches one name: an anchor, letters, dots, and escaped characters."""
 
 
-class Alphas:
-    """The lora_alpha of each layer, as PEFT finds it.
+class NamedValues:
+    """A setting of each layer, as PEFT finds it: a field, and patterns with other values.
 
-    PEFT reads the keys of `alpha_pattern` as regexes for the end of a name. Only those that are
-    plain names are read here.
+    PEFT reads the keys of patterns as regexes for the end of a name. Only those that are plain
+    names are read here.
+
+    Args:
+        fields: the configuration.
+        field: the field.
+        pattern: the field with the patterns.
+        default: PEFT's value if a configuration has none.
     """
 
-    def __init__(self, fields: Fields) -> None:
-        self.fields = fields
-        self._default = fields.get("lora_alpha", PEFT_ALPHA)
-        patterns = fields.get("alpha_pattern") or {}
+    def __init__(self, fields: Fields, field: str, pattern: str, default: int) -> None:
+        self._default = fields.get(field, default)
+        patterns = fields.get(pattern) or {}
         if not isinstance(patterns, dict):
-            raise fields.wrong("alpha_pattern", "an object of name -> alpha")
-        self._alphas: dict[str, tuple[int, Any]] = {}
+            raise fields.wrong(pattern, f"an object of name -> {field}")
+        self._ends: dict[str, tuple[int, Any]] = {}
         self._anchored: dict[str, tuple[int, Any]] = {}
-        for number, (key, alpha) in enumerate(patterns.items()):
+        for number, (key, value) in enumerate(patterns.items()):
             name = _PLAIN_NAME.fullmatch(key)
             if name is None:
                 raise fields.wrong(
-                    "alpha_pattern", f"an object of plain names, not regexes such as {key[:80]!r}"
+                    pattern, f"an object of plain names, not regexes such as {key[:80]!r}"
                 )
-            alphas = self._anchored if key.startswith("^") else self._alphas
-            alphas.setdefault(re.sub(r"\\(\W)", r"\1", name[1]), (number, alpha))
+            values = self._anchored if key.startswith("^") else self._ends
+            values.setdefault(re.sub(r"\\(\W)", r"\1", name[1]), (number, value))
+
+    def of(self, name: str) -> Any:
+        """Return the value of a layer, unchecked."""
+        known = [self._ends[end] for end in name_ends(name) if end in self._ends]
+        known += [self._anchored[name]] if name in self._anchored else []
+        # As in PEFT, the first key that matches applies.
+        return min(known, key=lambda one: one[0], default=(0, self._default))[1]
+
+
+class Alphas:
+    """The scale of each layer, by its lora_alpha."""
+
+    def __init__(self, fields: Fields) -> None:
+        self.fields = fields
+        self._values = NamedValues(fields, "lora_alpha", "alpha_pattern", PEFT_ALPHA)
 
     def scale(self, name: str, rank: int) -> float:
         """Return the scale s of a layer."""
-        known = [self._alphas[end] for end in name_ends(name) if end in self._alphas]
-        known += [self._anchored[name]] if name in self._anchored else []
-        # As in PEFT, the first key that matches applies.
-        _, alpha = min(known, key=lambda one: one[0], default=(0, self._default))
+        alpha = self._values.of(name)
         try:
             check_scale(alpha)
         except (ArgumentError, ArgumentTypeError) as error:
             raise AdapterFileError(f"{self.fields.path}: lora_alpha: {error}") from error
         return float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+
+def _rank(fields: Fields, ranks: NamedValues, name: str) -> int:
+    """Return the rank of a stack, which the shapes of its factors do not tell."""
+    rank = ranks.of(name)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < 2**31:
+        raise AdapterFileError(
+            f"{fields.path}: the rank of {name} must be an integer of at least 1; it is {rank!r}"
+        )
+    return rank

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ __all__ = [
     "base_weights",
     "check_limits",
     "commonest",
+    "is_stack",
     "layer_of_factors",
     "listed",
     "low_rank_updates",
@@ -62,7 +64,10 @@ Progress = Callable[[Sequence[LayerRecord]], Iterable[LayerRecord]]
 """Yields the layers one by one, as tqdm does."""
 
 PATTERNS = ("out in", "in out", "out in *kernel", "index out")
-"""The layouts of the weights that LoRA can adapt."""
+"""The layouts of the weights that LoRA can adapt, beside stacks of experts."""
+
+_STACK = re.compile(r"(?:.+\.)?experts\.(?:gate_up_proj|down_proj)")
+"""The names of stacks of experts that LoRA formats have a place for."""
 
 LARGEST_FACTORS, FACTORS_PER_VALUE = 2**27, 64
 """Limit on the values of all A together: a constant, plus so many for each value of the blocks."""
@@ -80,8 +85,9 @@ class LowRankUpdate:
 
     Attributes:
         record: the layer.
-        a: A (rank, in); of a convolution (rank, in, *kernel), of an embedding (rank, rows).
-        b: B (out, rank).
+        a: A (rank, in); of a convolution (rank, in, *kernel), of an embedding (rank, rows), of a
+            stack of experts (expert, rank, in).
+        b: B (out, rank); of a stack of experts (expert, out, rank).
         norm: Frobenius norm of s dW.
         lost: Frobenius norm of s (dW - B A).
     """
@@ -95,27 +101,18 @@ class LowRankUpdate:
     @property
     def rank(self) -> int:
         """Rank of the factors."""
-        return self.a.shape[0]
+        return self.b.shape[-1]
 
     @property
     def error(self) -> float:
         """Relative error, ||dW - B A|| / ||dW||."""
         return _ratio(self.lost, self.norm)
 
-    def padded(self) -> LowRankUpdate:
-        """Return the same update with the next rank of `SERVED_RANKS`, by zeros in A and B.
-
-        Raises:
-            ConversionError: its rank is above all of them.
-        """
-        rank = next((one for one in SERVED_RANKS if one >= self.rank), None)
-        if rank is None:
-            raise ConversionError(
-                f"{self.record.name} has rank {self.rank}, and the ranks to pad to end at "
-                f"{SERVED_RANKS[-1]}; give a smaller `rank`, or do not pad"
-            )
-        more = rank - self.rank
-        a = torch.cat([self.a, self.a.new_zeros(more, *self.a.shape[1:])])
+    def padded(self, rank: int) -> LowRankUpdate:
+        """Return the same update with a larger rank, by zeros in A and B."""
+        more, dim = rank - self.rank, self.b.dim() - 2
+        zeros = self.a.narrow(dim, 0, 1).repeat_interleave(more, dim).zero_()
+        a = torch.cat([self.a, zeros], dim)
         return dataclasses.replace(self, a=a, b=torch.nn.functional.pad(self.b, (0, more)))
 
 
@@ -237,7 +234,8 @@ def low_rank_updates(
         tensors: its tensors.
         rank: largest rank of a layer. None means the exact factors, which BAT does not have.
         max_error: largest relative error of a layer.
-        pad: pad the rank of every layer with zeros to the next of `SERVED_RANKS`.
+        pad: pad the rank of every layer with zeros to the smallest of `SERVED_RANKS` that none is
+            above. SGLang reads one rank for all layers.
         base: returns the base weights; only BAT needs it.
         progress: receives the layers, and yields each before it is converted.
 
@@ -255,7 +253,28 @@ def low_rank_updates(
     updates = [_update(one, tensors[one.key], rank, base) for one in progress(header.layers)]
     _check_finite(updates)
     _check_error(updates, max_error)
-    return tuple(update.padded() if pad else update for update in updates)
+    return tuple(_padded(updates) if pad else updates)
+
+
+def _padded(updates: Sequence[LowRankUpdate]) -> list[LowRankUpdate]:
+    """Return the updates with one rank of `SERVED_RANKS`.
+
+    Raises:
+        ConversionError: a rank is above all of them.
+    """
+    largest = max(updates, key=lambda update: update.rank)
+    rank = next((one for one in SERVED_RANKS if one >= largest.rank), None)
+    if rank is None:
+        raise ConversionError(
+            f"{largest.record.name} has rank {largest.rank}, and the ranks to pad to end at "
+            f"{SERVED_RANKS[-1]}; give a smaller `rank`, or do not pad"
+        )
+    return [update.padded(rank) for update in updates]
+
+
+def is_stack(layer: LayerRecord) -> bool:
+    """Whether a layer is a stack of experts that LoRA formats have a place for."""
+    return layer.layout.expert_dim is not None and _STACK.fullmatch(layer.name) is not None
 
 
 def check_limits(rank: int | None, max_error: float | None) -> None:
@@ -270,12 +289,17 @@ def check_limits(rank: int | None, max_error: float | None) -> None:
 
 def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
     """Raise if LoRA can't adapt a layer, or if a block is not one for its layer."""
-    without = [one.name for one in header.layers if one.layout.pattern not in PATTERNS or one.rows]
+    without = [
+        one.name
+        for one in header.layers
+        if one.rows or not (is_stack(one) or one.layout.pattern in PATTERNS)
+    ]
     if without:
         raise ConversionError(
             f"LoRA can't express {len(without)} of {counted(len(header.layers), 'layer')} "
             f"({listed(without)}): it adapts all rows of linear layers, convolutions that are not "
-            "transposed, and embeddings. Leave the others out of the adapter (`exclude`)"
+            "transposed, embeddings, experts.gate_up_proj and experts.down_proj. Leave the others "
+            "out of the adapter (`exclude`)"
         )
     for layer in header.layers:
         misfit = layer.block_misfit(tuple(tensors[layer.key].shape))
@@ -285,7 +309,8 @@ def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
     sizes = {}
     for layer in header.layers:
         positions = math.prod(layer.geometry(tuple(tensors[layer.key].shape)).stack)
-        sizes[layer.name] = layer.r * layer.in_features * positions**2
+        copies = positions if is_stack(layer) else positions**2
+        sizes[layer.name] = layer.r * layer.in_features * copies
     values = sum(tensors[layer.key].numel() for layer in header.layers)
     if sum(sizes.values()) > LARGEST_FACTORS + FACTORS_PER_VALUE * values:
         worst = max(sizes, key=sizes.__getitem__)
@@ -299,6 +324,8 @@ def _update(
     layer: LayerRecord, block: Tensor, rank: int | None, base: BaseWeight | None
 ) -> LowRankUpdate:
     factors = _factors(layer, block)
+    if is_stack(layer):
+        return _stacked(layer, factors, rank)
     if factors is None:
         return _truncated(layer, block, rank, base)
     a, b = factors
@@ -309,6 +336,27 @@ def _update(
     both_b, both_a = torch.cat([b, -cut_b], dim=1), torch.cat([a.flatten(1), cut_a])
     lost = abs(layer.scale) * _difference_norm(both_b, both_a)
     return LowRankUpdate(layer, cut_a.reshape(-1, *a.shape[1:]), cut_b, norm, lost)
+
+
+def _stacked(
+    layer: LayerRecord, factors: tuple[Tensor, Tensor] | None, rank: int | None
+) -> LowRankUpdate:
+    """Return the update of a stack of experts, which is never truncated."""
+    if factors is None:
+        raise ConversionError(
+            f"{layer.name} is a stack of experts, and a {layer.method} update of it is not "
+            "low-rank; nothing was written. Merge the adapter (merge_adapters, disha merge), or "
+            "train Bone for the experts"
+        )
+    a, b = factors
+    if rank is not None and rank < layer.r:
+        raise ConversionError(
+            f"{layer.name} is a stack of experts with r={layer.r}, and stacks are not truncated to "
+            f"a rank such as {rank}; nothing was written. Leave out `rank`, or give at least "
+            f"{layer.r}"
+        )
+    norm = abs(layer.scale) * _product_norm(b.flatten(0, 1), a[0])
+    return LowRankUpdate(layer, a, b, norm, 0.0)
 
 
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -461,32 +509,49 @@ def layer_of_factors(
 
     Args:
         name: the layer's name.
-        a: A (r, in); of a convolution (r * positions, in, *kernel).
-        b: B (out, r); of a convolution (out, r * positions, 1, ...).
+        a: A (r, in); of a convolution (r * positions, in, *kernel), of a stack of experts
+            (expert, r, in).
+        b: B (out, r); of a convolution (out, r * positions, 1, ...), of a stack of experts
+            (expert, out, r).
         layout: the layout of the layer's weight.
         scale: runtime scale s.
     """
-    fits = a.dim() == b.dim() >= 2 and a.shape[0] == b.shape[1] and b.shape[2:].numel() == 1
-    if not fits or not a.numel():
+    if not a.numel() or not _fit(a, b, layout):
         return None
-    rows = a.flatten(1).any(dim=1).nonzero().flatten().tolist()
-    for rank in (a.shape[0], rows[-1] + 1 if rows else 0):
-        found = _layer_of_rank(name, a[:rank], b[:, :rank], layout, scale)
+    of_stack = layout.expert_dim is not None
+    ranks = a[0] if of_stack else a
+    rows = ranks.flatten(1).any(dim=1).nonzero().flatten().tolist()
+    for rank in (ranks.shape[0], rows[-1] + 1 if rows else 0):
+        cut = a[:, :rank] if of_stack else a[:rank]
+        found = _layer_of_rank(name, cut, b.narrow(-1 if of_stack else 1, 0, rank), layout, scale)
         if found is not None:
             return found
     return None
 
 
+def _fit(a: Tensor, b: Tensor, layout: Layout) -> bool:
+    """Whether two tensors have the shapes of factors."""
+    if layout.expert_dim is not None:
+        return a.dim() == b.dim() == 3 and a.shape[:2] == (b.shape[0], b.shape[2])
+    return a.dim() == b.dim() >= 2 and a.shape[0] == b.shape[1] and b.shape[2:].numel() == 1
+
+
 def _layer_of_rank(
     name: str, a: Tensor, b: Tensor, layout: Layout, scale: float
 ) -> tuple[LayerRecord, Tensor] | None:
-    kernel = a.shape[2:]
-    r, rest = divmod(a.shape[0], kernel.numel())
-    if rest or not r:
+    if layout.expert_dim is not None:
+        r, inputs, out, matrices = a.shape[1], a.shape[2], b.shape[1], b
+    else:
+        kernel = a.shape[2:]
+        r, rest = divmod(a.shape[0], kernel.numel())
+        if rest:
+            return None
+        inputs, out = a.shape[1], b.shape[0]
+        matrices = b.reshape(-1, r, *kernel).movedim((0, 1), (-2, -1)) if r else b
+    if not r:
         return None
-    matrices = b.reshape(-1, r, *kernel).movedim((0, 1), (-2, -1))  # (*kernel, out, r)
     for method in METHODS.values():
-        block = method.from_lora_b(matrices)
+        block = method.from_lora_b(matrices)  # from (*stack, out, r)
         if block is None:
             continue
         block = functional.kept_block(method.name, layout, block).contiguous()
@@ -495,8 +560,8 @@ def _layer_of_rank(
             method=method.name,
             r=r,
             r_out=None,
-            in_features=a.shape[1],
-            out_features=b.shape[0],
+            in_features=inputs,
+            out_features=out,
             scale=scale,
             base=None,
             layout=layout,

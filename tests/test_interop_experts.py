@@ -1,0 +1,390 @@
+"""Experts as LoRA: stacked, as the real `peft` computes with them, and separate, as servers do.
+
+`python -m tests.runtimes` shows the separate form to the code of vLLM and SGLang; the tables of
+names and shapes here are those that it has accepted.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import warnings
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import disha
+from disha.cli import main
+from disha.files.contents import adapter_contents
+from disha.functional import Layout
+from disha.interop import lora
+from disha.model import ModelView
+from tests.conftest import perturb
+from tests.test_experts import EXPERTS, INNER, VOCABULARY, WIDTH, build
+
+ONLY_EXPERTS = r"\bexperts\.(gate_up|down)_proj$"
+WITH_ATTENTION = r"self_attn\.(q|k|v|o)_proj$|" + ONLY_EXPERTS
+TOKENS = torch.arange(24).view(2, 12) % VOCABULARY
+
+STACKED = ("Mixtral", "Qwen3-MoE", "GPT-OSS", "DeepSeek-V3", "OLMoE")
+SEPARATE = ("Mixtral", "Qwen3-MoE", "GPT-OSS")
+
+
+def adapted(base, target=WITH_ATTENTION, r=3, **options):
+    model = disha.inject_adapters(copy.deepcopy(base), target, r, **options)
+    perturb(model, size=0.2)
+    return model
+
+
+def config_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def tensors_of(folder):
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+def rewrite(folder, config=None, tensors=None):
+    """Change the fields of a folder, and its tensors."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(config_of(folder) | (config or {})))
+    if tensors is not None:
+        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def check_in_peft(base, folder, ours):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*missing adapter keys.*")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
+    with torch.no_grad():
+        expected, plain = ours(TOKENS).logits, base(TOKENS).logits
+        assert not torch.allclose(expected, plain, atol=1e-1)
+        torch.testing.assert_close(theirs(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+    return theirs
+
+
+def check_same_adapter(base, folder, ours):
+    again = copy.deepcopy(base)
+    lora.load(again, folder)
+    (header, blocks), (found, same) = (adapter_contents(ModelView(one)) for one in (ours, again))
+    by_name = {layer.name: layer for layer in found.layers}
+    assert blocks.keys() == same.keys()
+    assert all(torch.equal(same[key], block) for key, block in blocks.items())
+    for layer in header.layers:
+        other = by_name[layer.name]
+        assert (other.layout, other.r, other.method) == (layer.layout, layer.r, layer.method)
+        assert other.scale == pytest.approx(layer.scale)
+
+
+# --- stacked: PEFT's target_parameters -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_peft_computes_with_stacks_what_the_adapter_does(tmp_path, name):
+    base = build(name, "eager")
+    ours = adapted(base, ONLY_EXPERTS, rank_pattern={"down": 5}, scale=0.5)
+    report = lora.export(ours, tmp_path)
+    assert report.error == 0
+    assert {layer.rank for layer in report.layers} == {3, 5}
+    check_in_peft(base, tmp_path, ours)
+    check_same_adapter(base, tmp_path, ours)
+
+
+def test_what_peft_trains_further_comes_back_if_it_is_still_bone(tmp_path):
+    base = build("Mixtral", "eager")
+    ours = adapted(base)
+    lora.export(ours, tmp_path / "ours")
+    theirs = check_in_peft(base, tmp_path / "ours", ours)
+    theirs.save_pretrained(tmp_path / "theirs")
+    check_same_adapter(base, tmp_path / "theirs", ours)
+    with torch.no_grad():
+        for key, factor in theirs.named_parameters():
+            if "experts.base_layer.lora_A" in key:
+                factor[0, 0] += 1  # one value of the first expert
+    theirs.save_pretrained(tmp_path / "other")
+    with pytest.raises(disha.ConversionError, match=r"is not a Bone adapter.*experts\.gate_up"):
+        lora.load(copy.deepcopy(base), tmp_path / "other")
+
+
+@pytest.mark.parametrize("last", ["gate_up_proj", "down_proj"])
+def test_one_stack_of_a_layer_alone(tmp_path, last):
+    base = build("Qwen3-MoE", "eager")
+    ours = adapted(base, rf"experts\.{last}$")
+    lora.export(ours, tmp_path)
+    assert config_of(tmp_path)["target_parameters"] == [last]
+    assert "base_model.model.model.layers.0.mlp.experts.lora_A.weight" in tensors_of(tmp_path)
+    check_in_peft(base, tmp_path, ours)
+    check_same_adapter(base, tmp_path, ours)
+
+
+def test_some_layers_only(tmp_path):
+    base = build("Mixtral", "eager", num_hidden_layers=2)
+    ours = adapted(base, r"layers\.1\.mlp\.experts\.|layers\.0\.self_attn\.q_proj")
+    lora.export(ours, tmp_path)
+    owner = "model.layers.1.mlp.experts"
+    names = [f"{owner}.down_proj", f"{owner}.gate_up_proj"]
+    assert config_of(tmp_path)["target_parameters"] == names
+    check_in_peft(base, tmp_path, ours)
+
+
+def test_peft_has_no_dropout_for_experts(tmp_path):
+    base = build("Mixtral", "eager")
+    ours = adapted(base, dropout=0.1)
+    lora.export(ours, tmp_path)
+    assert config_of(tmp_path)["lora_dropout"] == 0
+    check_in_peft(base, tmp_path, ours)
+
+
+def test_modules_that_peft_takes_for_experts_are_refused(tmp_path):
+    """PEFT silently computed something else for the shared experts of such models."""
+    base = build("DeepSeek-V3", "eager")
+    ours = adapted(base, "shared_experts|" + ONLY_EXPERTS)
+    taken = r"shared_experts\.up_proj: PEFT takes a target"
+    with pytest.raises(disha.ConversionError, match=taken):
+        lora.export(ours, tmp_path / "lora")
+    with pytest.raises(disha.ConversionError, match=taken):
+        lora.write_lora(tmp_path / "lora", *adapter_contents(ModelView(ours)))
+    lora.export(ours, tmp_path / "lora", experts="separate")
+    check_same_adapter(base, tmp_path / "lora", ours)
+
+
+def test_stacks_whose_axes_peft_would_mistake_are_refused(tmp_path):
+    ours = adapted(build("Llama-4", "eager"), ONLY_EXPERTS)
+    with pytest.raises(disha.ConversionError, match="take its inputs for its outputs"):
+        lora.export(ours, tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- separate: the names of vLLM and SGLang ------------------------------------------------------
+
+BLOCKS = {"Mixtral": "block_sparse_moe", "Qwen3-MoE": "mlp", "GPT-OSS": "mlp"}
+PROJECTIONS = {"gate_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH), "down_proj": (WIDTH, INNER)}
+OLD_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def accepted(name, rank):
+    """Names and shapes of the factors of experts that the code of vLLM and SGLang has taken."""
+    table = {}
+    for expert in range(EXPERTS):
+        for projection, (out, inputs) in PROJECTIONS.items():
+            last = OLD_NAMES[projection] if name == "Mixtral" else projection
+            key = f"base_model.model.model.layers.0.{BLOCKS[name]}.experts.{expert}.{last}"
+            table[f"{key}.lora_A.weight"] = (rank, inputs)
+            table[f"{key}.lora_B.weight"] = (out, rank)
+    return table
+
+
+@pytest.mark.parametrize("name", SEPARATE)
+def test_separate_experts_have_the_names_that_servers_read(tmp_path, name):
+    base = build(name, "eager")
+    ours = adapted(base, rank_pattern={"down": 5}, scale=0.5)
+    lora.export(ours, tmp_path, experts="separate", pad=True)
+    tensors, config = tensors_of(tmp_path), config_of(tmp_path)
+    shapes = {key: tuple(one.shape) for key, one in tensors.items() if ".experts." in key}
+    assert shapes == accepted(name, 8)
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (8, 4, {})
+    assert "target_parameters" not in config
+    ends = {one.rpartition(".")[2] for one in config["target_modules"]}
+    last = set(OLD_NAMES.values() if name == "Mixtral" else PROJECTIONS)
+    assert ends == {"q_proj", "k_proj", "v_proj", "o_proj"} | last
+    check_same_adapter(base, tmp_path, ours)
+    if name != "GPT-OSS":  # PEFT itself reads such folders, but not for GPT-OSS
+        check_in_peft(base, tmp_path, ours)
+
+
+@pytest.mark.parametrize("name", SEPARATE)
+def test_gate_and_up_get_their_own_rows(tmp_path, name):
+    """In GPT-OSS they take turns in the stack; in all others, gate is the first half."""
+    ours = adapted(build(name, "eager"), ONLY_EXPERTS)
+    lora.export(ours, tmp_path, experts="separate")
+    experts = ours.model.layers[0].mlp.experts
+    delta = experts.delta_weight(experts.disha["default"].gate_up_proj)
+    delta = delta.mT if name == "GPT-OSS" else delta
+    halves = (delta[:, ::2], delta[:, 1::2]) if name == "GPT-OSS" else delta.chunk(2, dim=1)
+    tensors = tensors_of(tmp_path)
+    prefix = f"base_model.model.model.layers.0.{BLOCKS[name]}.experts"
+    for projection, rows in zip(("gate_proj", "up_proj"), halves, strict=True):
+        last = OLD_NAMES[projection] if name == "Mixtral" else projection
+        for expert in range(EXPERTS):
+            a, b = (tensors[f"{prefix}.{expert}.{last}.lora_{one}.weight"] for one in "AB")
+            torch.testing.assert_close(b @ a, rows[expert])
+
+
+def test_servers_need_both_stacks(tmp_path):
+    ours = adapted(build("Mixtral", "eager"), r"experts\.down_proj$")
+    with pytest.raises(disha.ConversionError, match="gate_up_proj is not; vLLM and SGLang read"):
+        lora.export(ours, tmp_path / "lora", experts="separate")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experts", ["stacked", "separate"])
+def test_updates_of_experts_are_never_truncated(tmp_path, experts):
+    base = build("Mixtral", "eager")
+    for options, rank, says in (({"method": "bat"}, 4, "not low-rank"), ({}, 2, "not truncated")):
+        ours = adapted(base, ONLY_EXPERTS, **options)
+        with pytest.raises(disha.ConversionError, match=f"is a stack of experts.*{says}"):
+            lora.export(ours, tmp_path / "lora", rank=rank, experts=experts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_above_those_of_servers_are_not_padded(tmp_path):
+    ours = adapted(build("Mixtral", "eager", width=520), r"experts\.gate_up_proj$", 513)
+    with pytest.raises(disha.ConversionError, match="the ranks to pad to end at 512"):
+        lora.export(ours, tmp_path / "lora", pad=True)
+
+
+def test_padded_ranks_are_all_the_same(tmp_path):
+    """SGLang reads one rank for all layers; each was padded to its own."""
+    base = build("Mixtral", "eager")
+    ours = adapted(base, rank_pattern={"q_proj": 9})
+    report = lora.export(ours, tmp_path, pad=True)
+    assert {layer.rank for layer in report.layers} == {16}
+    assert config_of(tmp_path)["rank_pattern"] == {}
+    check_in_peft(base, tmp_path, ours)
+    check_same_adapter(base, tmp_path, ours)
+
+
+def test_arguments(tmp_path):
+    ours = adapted(build("Llama-4", "eager"), ONLY_EXPERTS)
+    with pytest.raises(disha.ArgumentError, match="'stacked' or 'separate', got 'each'"):
+        lora.export(ours, tmp_path / "lora", experts="each")
+    with pytest.raises(disha.ConversionError, match="which is 'llama4_text'; known are mixtral"):
+        lora.export(ours, tmp_path / "lora", experts="separate")
+    contents = adapter_contents(ModelView(ours))
+    with pytest.raises(disha.ConversionError, match="unknown here; known are mixtral"):
+        lora.write_lora(tmp_path / "lora", *contents, experts="separate")
+    with pytest.raises(disha.ConversionError, match="has the layout 'expert in out'"):
+        lora.write_lora(tmp_path / "lora", *contents, experts="separate", model_type="mixtral")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_for_other_experts_is_refused(tmp_path):
+    ours = adapted(build("Mixtral", "eager"))
+    for form in ("stacked", "separate"):
+        lora.export(ours, tmp_path / form, experts=form)
+        for other in ({"num_local_experts": 2}, {"intermediate_size": 2 * INNER}):
+            base = build("Mixtral", "eager", **other)
+            before = {name: value.clone() for name, value in base.state_dict().items()}
+            with pytest.raises(disha.AdapterFileError, match=r"experts\.gate_up_proj"):
+                lora.load(base, tmp_path / form)
+            assert all(torch.equal(base.state_dict()[name], was) for name, was in before.items())
+            assert not any(".disha." in name for name in base.state_dict())
+
+
+def without_expert(tensors):
+    return {key: one for key, one in tensors.items() if ".experts.2." not in key}
+
+
+def with_other_a(tensors):
+    """The first A of one expert is another one, as after training a LoRA."""
+    key = next(key for key in tensors if ".experts.1." in key and "lora_A" in key)
+    return {**tensors, key: tensors[key].flip(0).contiguous()}
+
+
+def without_up(tensors):
+    return {key: one for key, one in tensors.items() if ".w3." not in key}
+
+
+def with_other_rank(tensors):
+    names = [key for key in tensors if ".experts.1.w2." in key]
+    return {
+        **tensors,
+        **{key: tensors[key].narrow(int("lora_B" in key), 0, 2).contiguous() for key in names},
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "config", "change", "says"),
+    [
+        ("separate", {}, without_expert, r"but not for 2;"),
+        ("separate", {}, with_other_a, "is not a Bone adapter"),
+        ("separate", {}, without_up, "experts of a mixtral model have w1 and w3, w2, or all"),
+        ("separate", {}, with_other_rank, "have factors of shapes"),
+        ("separate", {"alpha_pattern": {"1.w2": 5}}, dict, "have 2 scales"),
+        ("stacked", {"r": 5}, dict, r"for rank 5 these must be \(5 \* experts, in\)"),
+        ("stacked", {"r": "3"}, dict, "must be an integer of at least 1; it is '3'"),
+        ("stacked", {"target_parameters": ["experts.weight"]}, dict, "is a parameter that PEFT's"),
+        ("stacked", {"target_parameters": "experts"}, dict, "target_parameters must be a list"),
+    ],
+)
+def test_folders_that_are_refused(tmp_path, form, config, change, says):
+    base = build("Mixtral", "eager")
+    lora.export(adapted(base, ONLY_EXPERTS), tmp_path, experts=form)
+    rewrite(tmp_path, config, change(tensors_of(tmp_path)))
+    with pytest.raises((disha.ConversionError, disha.AdapterFileError), match=says):
+        lora.load(base, tmp_path)
+    assert not any(".disha." in name for name in base.state_dict())
+
+
+# --- without the model ---------------------------------------------------------------------------
+
+
+def test_without_the_model_the_folder_is_the_same(tmp_path):
+    ours = adapted(build("GPT-OSS", "eager"), ONLY_EXPERTS)
+    for form in ("stacked", "separate"):
+        lora.export(ours, tmp_path / "model", experts=form)
+        contents = adapter_contents(ModelView(ours))
+        lora.write_lora(tmp_path / "file", *contents, experts=form, model_type="gpt_oss")
+        expected, found = tensors_of(tmp_path / "model"), tensors_of(tmp_path / "file")
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], one) for key, one in expected.items())
+
+
+def test_the_command_writes_experts_and_reads_them(tmp_path, capsys):
+    base = build("Mixtral", "eager")
+    base.save_pretrained(tmp_path / "base")
+    ours = adapted(base)
+    path = tmp_path / "mine.safetensors"
+    disha.save_adapter(ours, path)
+
+    def convert(*arguments):
+        capsys.readouterr()
+        code = main(["convert", *map(str, arguments)])
+        return code, "".join(capsys.readouterr())
+
+    folder, back, given = tmp_path / "lora", tmp_path / "back", ("--base", tmp_path / "base")
+    code, said = convert(path, folder, "--to", "lora")
+    assert code == 0
+    assert "SGLang, and vLLM for other models, need --experts separate" in said
+    check_in_peft(base, folder, ours)
+    code, said = convert(folder, back, "--to", "disha")
+    assert code == 2
+    assert "--base" in said
+    code, said = convert(path, folder, "--to", "lora", "--experts", "separate", "--overwrite")
+    assert code == 2
+    assert "--base" in said
+    for form in ("stacked", "separate"):
+        to_lora = ("--to", "lora", "--experts", form, "--overwrite", *given)
+        assert convert(path, folder, *to_lora)[0] == 0
+        assert convert(folder, back, "--to", "disha", "--overwrite", *given)[0] == 0
+        again = copy.deepcopy(base)
+        disha.load_adapter(again, back)
+        assert torch.equal(again(TOKENS).logits, ours(TOKENS).logits)
+    assert "no effect" in convert(path, back, "--to", "disha", "--experts", "separate")[1]
+
+
+def test_gguf_has_no_experts(tmp_path):
+    ours = adapted(build("Mixtral", "eager"), ONLY_EXPERTS)
+    contents = adapter_contents(ModelView(ours))
+    with pytest.raises(disha.ConversionError, match=r"stacks of experts .*experts\.gate_up_proj"):
+        lora.write_gguf(tmp_path / "lora.gguf", *contents, heads=2, kv_heads=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_stacks_have_no_place_in_a_lora(tmp_path):
+    ours = adapted(nn.Sequential(nn.Bilinear(8, 8, 3)), "0")
+    header, tensors = adapter_contents(ModelView(ours))
+    assert header.layers[0].layout == Layout("expert out in")
+    for name in ("0", "experts.weight"):
+        layer = dataclasses.replace(header.layers[0], name=name)
+        changed = dataclasses.replace(header, layers=(layer,))
+        named = {layer.key: tensors[header.layers[0].key]}
+        with pytest.raises(disha.ConversionError, match="LoRA can't express 1 of 1 layer"):
+            lora.write_lora(tmp_path / "lora", changed, named)
