@@ -52,6 +52,7 @@ PEERS = [
     "pytorch-lightning>=2.4",
 ]
 DOCS = [
+    "latex2mathml>=3.77",
     "mkdocs>=1.6,<2",
     "mkdocs-material>=9.6",
     "mkdocstrings-python>=2",
@@ -68,6 +69,9 @@ DEV = [
     "hypothesis>=6.100",
     "mutmut>=3.8; sys_platform != 'win32'",
     "mypy>=1.15",
+    "onnx>=1.17",
+    "onnxruntime>=1.20",
+    "onnxscript>=0.5",
     "packaging>=24",
     "pre-commit>=4",
     "pytest>=8",

@@ -24,6 +24,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+SPACE = "\N{NO-BREAK SPACE}"
+"""Keeps quartiles on one line, where a narrow column has two."""
+
+
 def box(title: str, text: str) -> str:
     """Return a part of a page that stands out, also where the page is read without its site."""
     title = f'<p class="admonition-title">{title}</p>'
@@ -50,7 +54,7 @@ def spread_text(spread: Spread) -> str:
     if spread.low == spread.high:
         return ratio_text(spread.median)
     low, high = ratio_text(spread.low), ratio_text(spread.high)
-    return f"{ratio_text(spread.median)} ({low} to {high})"
+    return f"{ratio_text(spread.median)} ({low}{SPACE}to{SPACE}{high})"
 
 
 def seconds_text(seconds: float) -> str:

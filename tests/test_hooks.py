@@ -1,4 +1,4 @@
-"""Links to code and out of docs/ hold in the repository and on the site."""
+"""What the hooks of the site do: links to code and out of docs/, formulas, the version."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from mkdocs.config import load_config
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from docs.hooks import outside
+import disha
+from docs.hooks import formulas, outside, version
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,24 @@ def test_what_pages_link_to_comes_onto_the_site(config):
     }
     source = added.get_file_from_path("source/tests/reference.py.txt")
     assert source.content_string == (outside.ROOT / "tests/reference.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ('<span class="arithmatex">\\(a &lt; b\\)</span>', ["inline", "<mo>&#x0003C;</mo>"]),
+        ('<div class="arithmatex">\\[\nD_{i \\bmod r}\n\\]</div>', ["block", "<mi>D</mi>", "mod"]),
+    ],
+)
+def test_a_formula_becomes_mathml(config, found, expected):
+    typeset = formulas.on_page_content(found, page=None, config=config, files=Files([]))
+    for part in expected:
+        assert part in typeset
+    assert "arithmatex" not in typeset
+    assert "\\" not in typeset
+
+
+def test_the_version_is_that_of_the_library(config):
+    assert (
+        version.on_config(config).copyright == f"{config.site_name} {disha.__version__}, Apache-2.0"
+    )

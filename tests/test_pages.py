@@ -1,4 +1,4 @@
-"""The built site, opened in headless Chromium: what a reader on a desk or a phone gets."""
+"""The built site in headless Chromium: what a reader at a desk, a tablet or a phone gets."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+import disha
+
 ROOT = Path(__file__).parent.parent
-PHONE = 390
-"""Width of a phone's screen, in pixels."""
+DESK, TABLET, PHONE = WIDTHS = 1400, 1024, 390
+"""Widths of screens, in pixels."""
 SECONDS = 20
 FLAGS = (
     "--headless=new",
@@ -38,34 +40,65 @@ FLAGS = (
     "--disable-sync",
 )
 LOOK = """
+for (const one of document.querySelectorAll("details")) one.open = true;
 const text = "article :is(h1, p, li, td, dd, pre code)";
 const sizes = [...document.querySelectorAll(text)]
   .filter(one => one.offsetParent !== null)
   .map(one => parseFloat(getComputedStyle(one).fontSize));
+const right = one => one.getBoundingClientRect().right;
+const isCut = one => {
+  for (let box = one; box.tagName !== "ARTICLE"; box = box.parentElement) {
+    const flow = getComputedStyle(box).overflowX;
+    if (flow === "auto" || flow === "scroll") return false;
+    if (flow !== "visible" && right(one) > right(box) + 1) return true;
+  }
+  return right(one) > innerWidth + 1;
+};
+const shown = [...document.querySelectorAll("article :is(table, pre, img, .formula)")];
+const scrolls = box => box !== null && box.scrollWidth > box.clientWidth + 1;
 return {
   width: document.documentElement.scrollWidth,
   smallest: Math.min(...sizes),
-  broken: [...document.images].filter(one => !one.naturalWidth).map(one => one.src),
-  images: document.images.length,
+  cut: shown.filter(isCut).map(one => one.outerHTML.slice(0, 200)),
+  scrolling: shown.filter(one => scrolls(one.closest(".md-typeset__scrollwrap"))).length,
 };
+"""
+IMAGES = """
+const images = [...document.images];
+return [images.length, images.filter(one => !one.naturalWidth).map(one => one.src)];
 """
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What was seen of a page at phone width.
+class Look:
+    """What was seen of a page at one width, with all that is folded open.
 
     Attributes:
         width: of the whole page, in pixels.
         smallest: smallest size of its text, in pixels.
+        cut: tables, code, pictures and formulas of which a part can't be seen.
+        scrolling: how many tables scroll within themselves.
+    """
+
+    width: int
+    smallest: float
+    cut: list[str]
+    scrolling: int
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What was seen of a page.
+
+    Attributes:
+        looks: width of the screen -> what was seen.
         images: how many it has.
         broken: those that did not load.
         errors: what the console says of it.
         requests: the addresses that were asked for.
     """
 
-    width: int
-    smallest: float
+    looks: dict[int, Look]
     images: int
     broken: list[str]
     errors: list[str]
@@ -118,15 +151,14 @@ def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
 
 @pytest.fixture(scope="module")
 def visits(browser, address, site) -> dict[str, Visit]:
-    """Every page, seen at phone width."""
-    resize(browser, PHONE)
+    """Every page, loaded once and seen at every width."""
     pages = sorted(path.parent.relative_to(site) for path in site.rglob("index.html"))
     return {str(page): visit(browser, urljoin(address, f"{page}/")) for page in pages}
 
 
 @pytest.fixture
 def desk(browser, address) -> webdriver.Chrome:
-    resize(browser, 1280)
+    resize(browser, DESK)
     browser.get(address)
     return browser
 
@@ -137,8 +169,13 @@ def resize(browser, width):
 
 
 def visit(browser, url):
-    browser.get(url)
-    seen = browser.execute_script(LOOK)
+    looks = {}
+    for width in WIDTHS:
+        resize(browser, width)
+        if width == DESK:
+            browser.get(url)
+        looks[width] = Look(**browser.execute_script(LOOK))
+    images, broken = browser.execute_script(IMAGES)
     errors = [entry["message"] for entry in browser.get_log("browser")]
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requests = [
@@ -146,7 +183,7 @@ def visit(browser, url):
         for event in events
         if event["method"] == "Network.requestWillBeSent"
     ]
-    return Visit(**seen, errors=errors, requests=requests)
+    return Visit(looks, images, broken, errors, requests)
 
 
 def wait_for(browser, condition):
@@ -165,12 +202,27 @@ def test_all_pages_are_visited(visits):
     assert pages | {"changelog"} <= visits.keys()
 
 
-def test_no_page_scrolls_sideways_on_a_phone(visits):
-    assert {page: seen.width for page, seen in visits.items() if seen.width > PHONE} == {}
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_page_scrolls_sideways(visits, width):
+    wide = {page: seen.looks[width].width for page, seen in visits.items()}
+    assert {page: found for page, found in wide.items() if found > width} == {}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_cut(visits, width):
+    cut = {page: seen.looks[width].cut for page, seen in visits.items()}
+    assert {page: found for page, found in cut.items() if found} == {}
+
+
+def test_every_table_fits_on_a_desk(visits):
+    scrolling = {page: seen.looks[DESK].scrolling for page, seen in visits.items()}
+    assert {page: count for page, count in scrolling.items() if count} == {}
+    assert visits["features"].looks[PHONE].scrolling >= 4
 
 
 def test_text_is_readable_on_a_phone(visits):
-    assert {page: seen.smallest for page, seen in visits.items() if seen.smallest < 12} == {}
+    smallest = {page: seen.looks[PHONE].smallest for page, seen in visits.items()}
+    assert {page: size for page, size in smallest.items() if size < 12} == {}
 
 
 def test_images_load(visits):
@@ -217,6 +269,17 @@ def leads(site, places, page, link):
     return target.is_file() and (not fragment or html.escape(fragment) in places[target])
 
 
+def test_formulas_are_typeset(site):
+    pages = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    assert pages[site / "mathematics" / "index.html"].count("<math ") >= 30
+    assert [path for path, text in pages.items() if "arithmatex" in text] == []
+
+
+def test_every_page_shows_the_version(site):
+    text = " ".join((site / "glossary" / "index.html").read_text(encoding="utf-8").split())
+    assert f"disha {disha.__version__}, Apache-2.0" in text
+
+
 # --- what a page can do --------------------------------------------------------------------------
 
 
@@ -242,6 +305,20 @@ def results_of(browser, word):
     field.send_keys(word)
     found = (By.CSS_SELECTOR, "a.md-search-result__link")
     return wait_for(browser, lambda one: one.find_elements(*found))
+
+
+GROUPS = {"Start": "", "Guides": "guides/recipes/", "Reference": "cli/", "Evidence": "evidence/"}
+"""A group of the navigation -> one of its pages, none of a group inside it."""
+
+
+def test_four_groups_of_at_most_eight_entries(desk, address):
+    tabs = desk.find_elements(By.CSS_SELECTOR, ".md-tabs__link")
+    assert [tab.text for tab in tabs] == list(GROUPS)
+    for page in GROUPS.values():
+        desk.get(urljoin(address, page))
+        links = desk.find_elements(By.CSS_SELECTOR, ".md-sidebar--primary .md-nav__link")
+        shown = {one.text for one in links if one.is_displayed() and one.text}
+        assert 3 <= len(shown - set(GROUPS)) <= 8, shown
 
 
 def test_code_is_copied(desk, address):
