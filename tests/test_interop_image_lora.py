@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import disha
-from disha.files.contents import adapter_contents
+from disha.files.contents import adapter_contents, read_contents
 from disha.interop import image_lora, lora
 from disha.model import ModelView
 from tests.conftest import assert_unchanged, perturb, snapshot
@@ -501,6 +501,69 @@ def test_all_models_or_none(tmp_path):
         assert_unchanged(model, before[name])
     with pytest.raises(disha.DishaError, match="to_q"):
         image_lora.load({"unet": FLUX.model(), "text_encoder": text_encoder()}, path)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command_converts_both_ways(tmp_path, capsys):
+    from disha.cli import main
+
+    adapter, back = tmp_path / "adapter.safetensors", tmp_path / "back.safetensors"
+    disha.save_adapter(adapted(UNET.model(), BLOCKS, scale=0.5), adapter)
+    expected = read_contents(adapter)
+    for form in ("diffusers", "kohya", "comfyui"):
+        out = tmp_path / f"{form}.safetensors"
+        assert main(["convert", str(adapter), str(out), "--to", form]) == 0
+        assert f"({form})" in capsys.readouterr().out
+        command = ["convert", str(out), str(back), "--to", "disha", "--overwrite"]
+        assert main(command) == 0
+        header, tensors = read_contents(back)
+        scale = 1.0 if form != "diffusers" else 0.5  # there, B has the scale
+        assert tensors.keys() == expected[1].keys()
+        assert all(torch.equal(tensors[key], scale * expected[1][key]) for key in tensors)
+        assert {layer.scale for layer in header.layers} == {0.5 / scale}
+
+
+def test_the_command_asks_for_a_component(tmp_path, capsys):
+    from disha.cli import main
+
+    path, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
+    models = {"unet": adapted(UNET.model(), "to_q"), "text_encoder": adapted(text_encoder(), "fc1")}
+    image_lora.export(models, path)
+    command = ["convert", str(path), str(out), "--to", "disha"]
+    assert main(command) == 2
+    assert "holds unet, text_encoder, and" in capsys.readouterr().err
+    assert main([*command, "--component", "text_encoder"]) == 0
+    back = text_encoder()
+    disha.load_adapter(back, out)
+    assert torch.equal(back(TOKENS)[0], models["text_encoder"](TOKENS)[0])
+    disha.save_adapter(adapted(nn.Sequential(nn.Linear(8, 8)), "0"), out)
+    command = ["convert", str(out), str(tmp_path / "x"), "--to", "diffusers"]
+    assert main(command) == 2
+    assert "do not show which component" in capsys.readouterr().err
+    assert main([*command, "--component", "unet"]) == 0
+    command = ["convert", str(out), str(tmp_path / "y"), "--to", "lora", "--component", "unet"]
+    assert main(command) == 2
+    assert "--component has no effect" in capsys.readouterr().err
+
+
+def test_the_command_cuts_bat_to_a_rank_with_a_base(tmp_path, capsys):
+    from disha.cli import main
+
+    base, path = UNET.model(), tmp_path / "bat.safetensors"
+    base.save_pretrained(tmp_path / "unet")
+    ours = adapted(base, "to_q|conv1", 4, method="bat")
+    disha.save_adapter(ours, path)
+    out = tmp_path / "lora.safetensors"
+    command = ["convert", str(path), str(out), "--to", "diffusers"]
+    assert main(command) == 2
+    assert "give --rank R" in capsys.readouterr().err
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    assert main([*command, "--rank", "16", "--base", str(weights)]) == 0
+    theirs = copy.deepcopy(base)
+    theirs.load_lora_adapter(str(out), prefix="unet")
+    close(UNET.run(theirs.eval()), UNET.run(ours), 1e-4)
 
 
 # --- the models themselves -----------------------------------------------------------------------

@@ -18,12 +18,13 @@ from disha.files.header import AdapterHeader
 from disha.files.json_files import read_json
 from disha.files.reading import opened_file
 from disha.functional import method_of
-from disha.interop import lora, peft
+from disha.interop import image_lora, lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
 from disha.interop.checkpoints.matching import refuse_tied
 from disha.interop.experts import ExpertForm
 from disha.interop.gguf import MODEL_TYPES
-from disha.interop.low_rank import SERVED_RANKS, LoraReport, is_stack
+from disha.interop.image_names import Component, component_of
+from disha.interop.low_rank import SERVED_RANKS, BaseWeight, LoraReport, is_stack
 from disha.interop.peft_files import CONFIG_NAME
 from disha.model import join
 from disha.text import counted
@@ -32,15 +33,18 @@ __all__ = ["run"]
 
 DESCRIPTION = """Convert an adapter to the format of another library, or back to an adapter file.
 
-SOURCE is an adapter file of disha, or a folder that PEFT has saved: MiSS, Bone, or a LoRA that is
-a Bone adapter. The command finds out which it is. It may also be a checkpoint of transformers'
-Trainer that holds an adapter file (see disha.integrations.transformers).
+SOURCE is an adapter file of disha, a folder that PEFT has saved (MiSS, Bone, or a LoRA that is a
+Bone adapter), or such a LoRA of an image model. The command finds out which it is. It may also be
+a checkpoint of transformers' Trainer that holds an adapter file (see
+disha.integrations.transformers).
 
 --to sets the format of OUT:
   disha  an adapter file
   peft   a folder of PEFT's MiSS
   lora   a LoRA folder in PEFT's layout, which most runtimes read
   gguf   the LoRA file of llama.cpp, for models of the Llama family
+  diffusers, kohya, comfyui
+         a LoRA file for an image model, with the keys that these programs read
 
 As LoRA, Bone and tile are exact. BAT is truncated to --rank, and the error is reported. Stacked
 experts of a mixture stay stacked, as PEFT reads them, and vLLM for GPT-OSS. With --experts separate
@@ -52,13 +56,16 @@ examples:
   disha convert adapter.safetensors for-vllm --to lora
   disha convert mixtral.safetensors for-vllm --to lora --experts separate --base path/to/model
   disha convert bat.safetensors as-lora --to lora --base path/to/model --rank 32 --max-error 0.1
-  disha convert adapter.safetensors adapter.gguf --to gguf --base path/to/model"""
+  disha convert adapter.safetensors adapter.gguf --to gguf --base path/to/model
+  disha convert unet.safetensors style.safetensors --to comfyui"""
 
-Form = Literal["disha", "peft", "lora", "gguf"]
+Form = Literal["disha", "peft", "lora", "gguf", "diffusers", "kohya", "comfyui"]
+
+IMAGES: tuple[Form, ...] = ("diffusers", "kohya", "comfyui")
 
 ONLY_FOR: Mapping[str, tuple[Form, ...]] = {
-    "rank": ("lora", "gguf"),
-    "max_error": ("lora", "gguf"),
+    "rank": ("lora", "gguf", *IMAGES),
+    "max_error": ("lora", "gguf", *IMAGES),
     "pad_rank": ("lora",),
     "experts": ("lora",),
     "architecture": ("gguf",),
@@ -82,7 +89,7 @@ class ConvertFlags(Flags):
 
     Args:
         source: The adapter: a file, or a folder that PEFT has saved.
-        out: The result: a folder for peft and lora, a file for disha and gguf.
+        out: The result: a folder for peft and lora, a file for all others.
         to: The form of the result.
         base: The base: needed to read peft, and to write BAT as LoRA. For gguf, its config.json
             gives the numbers of heads; for experts that are separate or read from a LoRA, the type
@@ -98,6 +105,8 @@ class ConvertFlags(Flags):
             or llama.
         heads: Query heads of the base, for gguf; by default those of its config.json.
         kv_heads: Key and value heads of the base, for gguf; by default those of its config.json.
+        component: For a LoRA file of an image model: which component of the pipeline the adapter
+            is for, or is to be read. By default the names of the layers, or the file, show it.
         no_also_train: Leave out the parameters saved beside the blocks.
         overwrite: Replace an existing file or folder.
     """
@@ -114,6 +123,7 @@ class ConvertFlags(Flags):
     architecture: str | None = None
     heads: int | None = None
     kv_heads: int | None = None
+    component: Component | None = None
     no_also_train: bool = False
     overwrite: bool = False
 
@@ -149,6 +159,8 @@ def run(arguments: Sequence[str]) -> None:
             model_type=_model_type(base),
             **options,
         )
+    elif flags.to in IMAGES:
+        report = _write_image_lora(flags, contents, base)
     else:
         options = {**_lora_options(flags, contents[0], base), **_gguf_options(flags, base)}
         report = lora.write_gguf(flags.out, *contents, **options)
@@ -172,6 +184,17 @@ def run(arguments: Sequence[str]) -> None:
             "notes": notes,
         },
     )
+
+
+def _write_image_lora(
+    flags: ConvertFlags, contents: Contents, base: Checkpoint | None
+) -> LoraReport:
+    names = [layer.name for layer in contents[0].layers]
+    component = component_of(names) if flags.component is None else flags.component
+    options = _lora_options(flags, contents[0], base)
+    weights = options.pop("base")
+    bases: dict[str, BaseWeight] = {} if weights is None else {component: weights}
+    return image_lora.write_file(flags.out, {component: contents}, flags.to, bases=bases, **options)
 
 
 def _notes_on_servers(report: LoraReport, header: AdapterHeader, flags: ConvertFlags) -> list[str]:
@@ -227,6 +250,13 @@ def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]
     in_checkpoint = path / ADAPTER_NAME
     path = in_checkpoint if in_checkpoint.is_file() else path
     form = _form_of(path)
+    if form in IMAGES:
+        return form, _one_component(flags, image_lora.read_file(path))
+    if flags.component is not None and flags.to not in IMAGES:
+        raise ArgumentError(
+            f"--component has no effect, because neither {path} nor {flags.out} is a LoRA file of "
+            "an image model; leave it out"
+        )
     if form == "gguf":
         raise ArgumentError(
             f"{path} is GGUF, which can be written but not read; convert its original adapter"
@@ -251,11 +281,24 @@ def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]
     return form, blocks_only(*contents) if flags.no_also_train else contents
 
 
+def _one_component(flags: ConvertFlags, found: Mapping[str, Contents]) -> Contents:
+    component = next(iter(found)) if len(found) == 1 else ""
+    component = component if flags.component is None else flags.component
+    if component not in found:
+        raise ArgumentError(
+            f"{flags.source} holds {', '.join(found)}, and an adapter file is for one model; give "
+            "--component with one of these names"
+        )
+    return found[component]
+
+
 def _form_of(path: Path) -> Form:
     """Return what a file is by its first bytes, or a folder by its configuration."""
     if not path.is_dir():
         with opened_file(path) as file:
-            return "gguf" if file.read(len(GGUF_MAGIC)) == GGUF_MAGIC else "disha"
+            if file.read(len(GGUF_MAGIC)) == GGUF_MAGIC:
+                return "gguf"
+        return image_lora.form_of(path) or "disha"
     if not (path / CONFIG_NAME).exists():
         raise AdapterIOError(
             f"{path} is a folder without {CONFIG_NAME} and {ADAPTER_NAME}; name an adapter file, a "
