@@ -4,8 +4,9 @@
     python -m tests.packaging.newcomer
 
 The steps start from the wheel in `dist/`: make an environment, install, adapt a model, train it,
-export the adapter; then, in another process and folder, load and merge it. What the user writes is
-in `docs/examples/newcomer`: `train.py` and `serve.py`, beside a model.
+save the adapter; then, in another process and folder, load it, export it as a LoRA and merge it;
+then adapt a mixture of experts, and check that adapter. What the user writes is in
+`docs/examples/newcomer`: `train.py`, `serve.py` and `experts.py`, beside a model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "docs" / "examples" / "newcomer"
-SCRIPTS = ("train.py", "serve.py")
+SCRIPTS = ("train.py", "serve.py", "experts.py")
 SECTIONS = Path(__file__).with_name("sections.py")
 ADAPTER = "ring.safetensors"
 
@@ -48,11 +49,13 @@ class Walked:
         seconds: step -> how long it took.
         trained: the loss of the model that was trained, and its logits.
         served: the same of the model that loaded and merged the adapter elsewhere.
+        experts: the same of the model with experts.
     """
 
     seconds: dict[str, float]
     trained: tuple[float, list[list[float]]]
     served: tuple[float, list[list[float]]]
+    experts: tuple[float, list[list[float]]]
 
 
 def install(wheel: Path, folder: Path) -> Installed:
@@ -74,7 +77,7 @@ def walk(python: Path, folder: Path) -> Walked:
     for script in SCRIPTS:
         place = folder / Path(script).stem
         shutil.copytree(EXAMPLE, place, ignore=shutil.ignore_patterns("__pycache__"))
-        if results:
+        if script == "serve.py":
             shutil.move(folder / "train" / ADAPTER, place)
         run(str(python), str(SECTIONS), script, "results.json", cwd=place)
         found = json.loads((place / "results.json").read_text(encoding="utf-8"))

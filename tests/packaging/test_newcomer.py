@@ -1,4 +1,4 @@
-"""A newcomer comes from the wheel to an adapter that works elsewhere, in fifteen lines of code."""
+"""A newcomer comes from the wheel to an adapter that works elsewhere, in some twenty lines."""
 
 import pytest
 
@@ -10,8 +10,8 @@ def walked(installed, tmp_path_factory):
     return newcomer.walk(installed.python, tmp_path_factory.mktemp("newcomer"))
 
 
-def test_it_takes_at_most_fifteen_lines():
-    assert 10 <= newcomer.lines_of_code() <= 15
+def test_it_takes_some_twenty_lines():
+    assert 15 <= newcomer.lines_of_code() <= 22
 
 
 def test_training_has_worked(walked):
@@ -28,7 +28,8 @@ def test_every_step_is_timed(installed, walked):
     steps = {**installed.seconds, **walked.seconds}
     assert {step.partition(": ")[2] or step for step in steps} == {
         *("make an environment", "install", "import"),
-        *("adapt", "train", "export", "load elsewhere", "merge"),
+        *("adapt", "train", "save", "load elsewhere", "export", "merge"),
+        *("adapt experts", "check"),
     }
     assert all(value > 0 for value in steps.values())
 

@@ -6,5 +6,8 @@ import disha
 model = pretrained()
 disha.load_adapter(model, "ring.safetensors")
 
+# export
+disha.interop.lora.export(model, "as-lora")
+
 # merge
 disha.merge_adapters(model)

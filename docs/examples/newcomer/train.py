@@ -13,5 +13,5 @@ for _ in range(100):
     torch.nn.functional.cross_entropy(model(points), labels).backward()
     optimizer.step()
 
-# export
+# save
 disha.save_adapter(model, "ring.safetensors")
