@@ -21,12 +21,12 @@ from disha.text import printable
 from tests.conftest import Layered, assert_unchanged, perturb, snapshot
 from tests.fuzzing import limits
 from tests.fuzzing.carrier import Draft, Raw, Tensor
-from tests.fuzzing.children import CONTEXT
 from tests.fuzzing.crafting import RECIPES, Case, craft
 from tests.fuzzing.limits import Usage, limited
 from tests.fuzzing.subject import ADAPTERS, adapted, bits, plain, seed_files, state_of
 from tests.fuzzing.trial import Bench
 from tests.fuzzing.workers import try_files
+from tests.processes import FORKED
 from tests.test_format import sparse
 
 
@@ -130,7 +130,7 @@ class TestWhatTheTrialsSee:
 
     def test_memory_out_of_proportion(self):
         # In a process of its own: of a large one, the system may take back as much meanwhile.
-        process = CONTEXT.Process(target=take_too_much)
+        process = FORKED.Process(target=take_too_much)
         process.start()
         process.join()
         assert process.exitcode == 0
@@ -138,7 +138,7 @@ class TestWhatTheTrialsSee:
     @pytest.mark.parametrize(("act", "how"), [("turn", "SIGPROF"), ("sleep", "SIGALRM")])
     def test_a_hang(self, tmp_path, act, how):
         stacks = tmp_path / "stacks"
-        process = CONTEXT.Process(target=hang, args=(act, str(stacks)))
+        process = FORKED.Process(target=hang, args=(act, str(stacks)))
         process.start()
         process.join()
         assert signal.Signals(-process.exitcode).name == how

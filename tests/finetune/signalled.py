@@ -1,14 +1,9 @@
-"""Runs of the command in processes of their own, each of which sends itself signals.
-
-They are started by a server that has imported everything (multiprocessing's forkserver), so that a
-start takes milliseconds.
-"""
+"""Runs of the command in processes of their own, each of which sends itself signals."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -26,9 +21,7 @@ import disha.cli.finetune  # noqa: F401
 from disha.cli import main
 from disha.finetune import course, stopping
 from tests.finetune.command_line import Done
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+from tests.processes import FORKED
 
 Place = tuple[str, str, int]
 """The module and the name of a function, and the number of the call that a signal comes before."""
@@ -54,7 +47,7 @@ def run(
         options: those of `_run`.
     """
     log.mkdir(exist_ok=True)
-    process = CONTEXT.Process(target=_run, args=(words, log, number, places), kwargs=options)
+    process = FORKED.Process(target=_run, args=(words, log, number, places), kwargs=options)
     process.start()
     process.join(LONGEST)
     is_hanging = process.exitcode is None

@@ -1,11 +1,7 @@
-"""The command on several processes, without the seconds that torchrun takes to start each.
-
-They are forked from a server that has imported everything (multiprocessing's forkserver).
-"""
+"""The command on several processes, without the seconds that torchrun takes to start each."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -18,6 +14,7 @@ import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 
 from disha.cli import main
+from tests.processes import FORKED
 
 SECONDS = 240
 
@@ -30,13 +27,11 @@ def run_together(count: int, words: Sequence[str], log: Path) -> None:
         words: what follows `disha`.
         log: the file for all that they print.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = [
-        context.Process(target=_run_one, args=(rank, count, port, list(words), log))
+        FORKED.Process(target=_run_one, args=(rank, count, port, list(words), log))
         for rank in range(count)
     ]
     for process in started:

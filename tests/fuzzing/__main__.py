@@ -17,13 +17,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from disha.tables import table
-from tests.fuzzing.children import CONTEXT
 from tests.fuzzing.crafting import RECIPES, craft
 from tests.fuzzing.faults import CODES
 from tests.fuzzing.interrupting import OPERATIONS, interrupt_by_name
 from tests.fuzzing.operations import JOBS, Trials
 from tests.fuzzing.saving import kill_saves, meet
 from tests.fuzzing.workers import Outcome, try_files
+from tests.processes import FORKED
 
 
 def main() -> int:
@@ -154,7 +154,7 @@ def _interrupt(arguments: argparse.Namespace) -> int:
         for kind in operation.kinds
     ]
     rows, failures = [], 0
-    with CONTEXT.Pool(arguments.workers, maxtasksperchild=1) as pool:
+    with FORKED.Pool(arguments.workers, maxtasksperchild=1) as pool:
         found = pool.imap(interrupt_by_name, jobs)
         bar = tqdm(found, total=len(jobs), desc="interrupted operations", unit="")
         for (name, kind, _), outcome in zip(jobs, bar, strict=True):

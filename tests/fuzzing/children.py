@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-__all__ = ["CONTEXT", "in_child"]
+from tests.processes import FORKED
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["tests.fuzzing.workers", "tests.fuzzing.saving", "tests.fuzzing.doors"]
-)
+__all__ = ["in_child"]
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -26,8 +22,8 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     Raises:
         AssertionError: it raised, or the process died.
     """
-    ours, theirs = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_report, args=(theirs, function, arguments))
+    ours, theirs = FORKED.Pipe(duplex=False)
+    process = FORKED.Process(target=_report, args=(theirs, function, arguments))
     process.start()
     theirs.close()
     try:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import disha
-from tests.fuzzing.children import CONTEXT
+from tests.processes import FORKED
 
 __all__ = [
     "entries",
@@ -93,8 +93,8 @@ def _start_saving(
         times: how many saves; None for no end.
         first: return only after the first of them.
     """
-    ours, theirs = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_save_in_turn, args=(path, numbers, times, first, theirs))
+    ours, theirs = FORKED.Pipe(duplex=False)
+    process = FORKED.Process(target=_save_in_turn, args=(path, numbers, times, first, theirs))
     process.start()
     assert ours.recv() == "saving"
     return process

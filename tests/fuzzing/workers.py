@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from tests.fuzzing.children import CONTEXT
 from tests.fuzzing.crafting import LARGE, craft
 from tests.fuzzing.limits import Usage, limit_process
 from tests.fuzzing.trial import Bench, Results
+from tests.processes import FORKED
 
 __all__ = ["Outcome", "try_files"]
 
@@ -88,9 +88,9 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        self.connection, theirs = CONTEXT.Pipe(duplex=False)
+        self.connection, theirs = FORKED.Pipe(duplex=False)
         arguments = (theirs, self.left, self.seed, self.large, self.folder)
-        self.process = CONTEXT.Process(target=_work, args=arguments, daemon=True)
+        self.process = FORKED.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
 

@@ -1,8 +1,4 @@
-"""A training that goes on from its checkpoints, to be killed. Run by `test_killed.py`.
-
-It is started by a server that has imported everything (multiprocessing's forkserver), so that a
-start takes milliseconds.
-"""
+"""A training that goes on from its checkpoints, to be killed. Run by `test_killed.py`."""
 
 from __future__ import annotations
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import time
 
 import pytest
 
 from tests.finetune.training import killed
+from tests.processes import FORKED
 
 KILLS = 20
 PAUSE = 0.01
@@ -33,13 +33,11 @@ def straight(tmp_path_factory):
 
 
 def test_killed_at_random_moments_training_comes_to_the_same_end(tmp_path, straight):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([killed.__name__])
     moments = random.Random(0)
     kills = 0
     while not (tmp_path / "adapter.safetensors").exists():
-        started = context.Event()
-        process = context.Process(target=killed.train, args=(tmp_path, PAUSE, started))
+        started = FORKED.Event()
+        process = FORKED.Process(target=killed.train, args=(tmp_path, PAUSE, started))
         process.start()
         if kills < KILLS:
             assert started.wait(60)
