@@ -16,7 +16,7 @@ from disha.finetune.adapting import with_adapter, without_adapter
 from disha.finetune.base_model import BaseModel, open_base_model
 from disha.finetune.data.batches import batch_by_length
 from disha.finetune.data.dataset import training_rows
-from disha.finetune.data.encoding import Encoder, Tally
+from disha.finetune.data.encoding import Encoder, Tally, encode_rows
 from disha.finetune.data.examples import Example
 from disha.finetune.data.rows import Row
 from disha.finetune.errors import SettingsError
@@ -100,14 +100,10 @@ def evaluate(
     rows = training_rows(data)
     base = open_base_model(settings.model)
     encoder = _encoder(settings, base)
-    tally, examples, questions = Tally(), [], []
-    for row in rows:
-        example = encoder.counted(encoder.outcome(row), tally)
-        if example is not None:
-            examples.append(example)
-            if settings.exact_match:
-                questions.append(Question.of(row, example, encoder))
-    tally.require_used(data.max_seq_length)
+    examples, tally = encode_rows(
+        rows, encoder, workers=data.dataloader_num_workers, on_disk=data.streaming
+    )
+    questions = first_questions(rows, encoder, len(rows)) if settings.exact_match else []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, values = with_adapter(base.load(device), settings.adapter, merge=settings.merge)
     measured = _measured(model, settings, encoder, examples, questions, watch)
@@ -164,11 +160,6 @@ class Question(NamedTuple):
     prompt: tuple[int, ...]
     response: str
 
-    @classmethod
-    def of(cls, row: Row, example: Example, encoder: Encoder) -> Question:
-        """Return the question of a row with a query and a response."""
-        return cls(example.prompt, row.text(encoder.fields_of(row)[1]))
-
 
 def first_questions(rows: Iterable[Row], encoder: Encoder, most: int) -> list[Question]:
     """Return the questions of the first usable rows.
@@ -179,7 +170,11 @@ def first_questions(rows: Iterable[Row], encoder: Encoder, most: int) -> list[Qu
         most: how many to return at most.
     """
     encoded = ((row, encoder.encode(row)) for row in rows)
-    found = (Question.of(row, one, encoder) for row, one in encoded if one is not None)
+    found = (
+        Question(one.prompt, row.text(encoder.fields_of(row)[1]))
+        for row, one in encoded
+        if one is not None
+    )
     return list(itertools.islice(found, most))
 
 

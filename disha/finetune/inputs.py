@@ -18,8 +18,8 @@ from disha.finetune.data.dataset import read_dataset
 from disha.finetune.data.docstrings import docstring_pairs
 from disha.finetune.data.encoding import Encoder, Tally, encode_rows
 from disha.finetune.data.examples import StoredExamples
-from disha.finetune.data.rows import Dataset, Row
-from disha.finetune.data.sources import StreamedExamples, TextBatches
+from disha.finetune.data.rows import Dataset, Rows
+from disha.finetune.data.sources import TextBatches
 from disha.finetune.data.tensors import Samples, TensorRows, read_samples
 from disha.finetune.errors import DataError
 from disha.finetune.settings import DataSettings, FinetuneSettings, require, require_unchanged
@@ -70,8 +70,7 @@ class Inputs:
         dataset: the rows as they were read.
         encoder: turns rows into token ids; None for a model that takes no text.
         source: the batches to train on.
-        tally: how many training rows were used, cut or left out; if rows are streamed, training
-            counts them.
+        tally: how many training rows were used, cut or left out.
         checked: the rows to compare losses on.
         drawn: how many rows an epoch draws from each data set, if they have weights.
     """
@@ -85,11 +84,7 @@ class Inputs:
     drawn: Sequence[int] = ()
 
     def contents(self) -> dict[str, str]:
-        """Return hashes of the rows that are learned, and of those that losses are measured on.
-
-        Raises:
-            DataError: a file of streamed rows can't be read.
-        """
+        """Return hashes of the rows that are learned, and of those that losses are measured on."""
         return {
             "set of rows": self.source.digest(),
             "set of held-out rows": self.checked.digest(),
@@ -121,14 +116,13 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
         usable = filter(None, map(encoder.encode, dataset.training))
         first = StoredExamples(itertools.islice(usable, MOST_CHECKED_TRAINING_ROWS))
         checked = Checked("first training rows'", first, False, Tally())
-    examples: StoredExamples | StreamedExamples
-    if data.streaming:
-        examples = StreamedExamples(
-            dataset.training, encoder, data.dataloader_num_workers, data.data_weights
-        )
-        tally = examples.tally
-    else:
-        examples, tally = encode_rows(dataset.training, encoder, data.data_weights)
+    examples, tally = encode_rows(
+        dataset.training,
+        encoder,
+        data.data_weights,
+        workers=data.dataloader_num_workers,
+        on_disk=data.streaming,
+    )
     row_length = data.max_seq_length if data.packing else None
     size = settings.training.per_device_train_batch_size
     source = TextBatches(examples, size, settings.training.seed, row_length, data.group_by_length)
@@ -170,7 +164,7 @@ def require_context(data: DataSettings, base: BaseModel) -> None:
     )
 
 
-def first_rows(dataset: Dataset) -> Sequence[Row]:
+def first_rows(dataset: Dataset) -> Rows:
     """Return the rows to take samples from: held-out rows, or training rows if there are none."""
     return dataset.held_out if len(dataset.held_out) else dataset.training
 

@@ -55,13 +55,11 @@ def preview(inputs: Inputs, settings: FinetuneSettings, processes: int = 1) -> s
     accumulated = training.gradient_accumulation_steps * processes
     steps = planned_steps(training, batches, accumulated)
     rows = counted(training.per_device_train_batch_size * accumulated, "row")
-    passes = (
-        "" if batches is None else f", {steps * accumulated / batches:.2f} passes over the data"
-    )
+    passes = f"{steps * accumulated / batches:.2f} passes over the data"
     remarks = [
         f"{counted(len(inputs.dataset.training), 'row')} to train on; "
         f"{len(inputs.dataset.held_out):,} held out{inputs.tally.remarks}",
-        f"{counted(steps, 'step')} of {rows}{passes}",
+        f"{counted(steps, 'step')} of {rows}, {passes}",
         *_costs(model, inputs, settings, steps),
     ]
     return "\n".join([*_layers(planned), *_example(inputs), *itertools.chain(*map(_fit, remarks))])

@@ -375,9 +375,8 @@ class DataSettings:
             other.
         group_by_length: Put rows of similar length into a batch, which saves padding. The batches
             come in random order.
-        streaming: Read rows from disk when they are needed, for files larger than memory.
-        dataloader_num_workers: Processes that prepare rows ahead of training, with streaming
-            only.
+        streaming: Keep the tokens of the rows in a temporary file, for data larger than memory.
+        dataloader_num_workers: Processes that turn rows into tokens before training.
         skip_bad_rows: Leave out rows that can't be used and count them, instead of stopping at
             the first.
     """
@@ -433,10 +432,6 @@ class DataSettings:
                 not self.eval_fraction or getattr(self, other) is None,
                 f"--{other} and --eval_fraction both say what to hold out; give one of them",
             )
-        require(
-            not self.dataloader_num_workers or self.streaming,
-            "--dataloader_num_workers prepares rows that --streaming reads; give both or none",
-        )
 
     def _check_counts(self, sets: int) -> None:
         """Raise `SettingsError` unless weights, splits and fields fit the number of data sets."""
@@ -912,7 +907,7 @@ def _plain(value: Any) -> Any:
 # When a run resumes, a setting must be as before, unless one of these says otherwise.
 
 HARMLESS = (
-    *("eval_steps", "dataloader_num_workers", "config", "dry_run", "debug"),
+    *("eval_steps", "streaming", "dataloader_num_workers", "config", "dry_run", "debug"),
     *(one.name for one in dataclasses.fields(OutputSettings)),
 )
 """Settings that may change, because they don't affect what is learned."""

@@ -194,7 +194,6 @@ def refused(name: str, value: Any, **others: Any) -> Case:
     return Case({name: value, **others}, says=f"was saved with --{name} .*use the same settings")
 
 
-STREAMED = {"streaming": True}
 BY_FRACTION = {"eval_path": None, "eval_fraction": 0.2}
 BY_FUNCTION = {"base_model_name_or_path": None, "model": "tests.finetune.factories:gpt2"}
 WEIGHTED = {"data_path": ["{folder}/rows.jsonl", "{folder}/more.jsonl"], "data_weights": [1, 3]}
@@ -212,7 +211,6 @@ TABLE = [
         SAME,
         {
             "nothing": Case(),
-            "streamed": Case(always=STREAMED),
             "function": Case(always=BY_FUNCTION),
             "going on": Case(always=GOING_ON),
             "best": Case(always=BEST),
@@ -294,9 +292,9 @@ TABLE = [
         },
     ),
     Row(
-        "`--dataloader_num_workers`",
+        "`--streaming`, `--dataloader_num_workers`",
         SAME,
-        {"workers": Case({"dataloader_num_workers": 1}, STREAMED)},
+        {"workers": Case({"streaming": True, "dataloader_num_workers": 1})},
     ),
     Row(
         "`--max_steps`, `--num_train_epochs`, `--learning_rate`, `--lr_scheduler_type`, "
@@ -336,7 +334,6 @@ TABLE = [
             "fewer": Case(do=in_data(lambda rows: rows[:-1]), says=ROWS_DIFFER),
             "more": Case(do=in_data(lambda rows: [*rows, rows[0]]), says=ROWS_DIFFER),
             "order": Case(do=in_data(lambda rows: rows[::-1]), says=ROWS_DIFFER),
-            "streamed": Case(always=STREAMED, do=in_data(one_replaced), says=ROWS_DIFFER),
             "split": Case(
                 {"dataset_split": "train[:30]"},
                 says=rf"{ROWS_DIFFER}.*--dataset_split train\[:30\] instead of "
@@ -353,11 +350,6 @@ TABLE = [
             "tokenizer": Case(
                 do=in_json("tokenizer.json", lambda it: it["model"]["merges"].pop(0)),
                 says=ROWS_DIFFER,
-            ),
-            "streamed tokenizer": Case(
-                always=STREAMED,
-                do=in_json("tokenizer.json", lambda it: it["added_tokens"][-1].update(content="!")),
-                says="was saved with another set of ",
             ),
         },
     ),
@@ -415,7 +407,7 @@ TABLE = [
         "other settings that affect what is learned: `--model`, `--bits`, `--bone_r`, "
         "`--init_weights`, `--method`, `--bone_r_out`, `--target`, `--exclude`, `--rank_pattern`, "
         "`--also_train`, `--adapter_dropout`, "
-        "`--max_seq_length`, `--packing`, `--group_by_length`, `--streaming`, "
+        "`--max_seq_length`, `--packing`, `--group_by_length`, "
         "`--per_device_train_batch_size`, `--data_weights`, "
         "`--gradient_accumulation_steps`, `--optimizer`, `--weight_decay`, `--max_grad_norm`, "
         "`--seed`, `--bf16`, `--tf32`",
@@ -441,7 +433,6 @@ TABLE = [
                 "max_seq_length": 64,
                 "packing": True,
                 "group_by_length": False,
-                "streaming": True,
                 "per_device_train_batch_size": 2,
                 "gradient_accumulation_steps": 2,
                 "optimizer": "sgd",

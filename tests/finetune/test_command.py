@@ -289,7 +289,6 @@ def plain(tmp_path_factory, tiny_path):
     "changes",
     [
         {},
-        {"streaming": True},
         {"streaming": True, "dataloader_num_workers": 2},
         {"save_strategy": "steps", "save_steps": 2},
         {"report_to": "tensorboard", "logging_steps": 3},
@@ -634,7 +633,6 @@ def test_an_unknown_name_in_a_file_of_flags_is_exit_code_2(finetune, tmp_path):
         ({"output_dir": None}, "--output_dir FOLDER is missing"),
         ({"data_path": None}, "--data_path rows.jsonl is missing"),
         ({"base_model_name_or_path": None}, "--base_model_name_or_path path/to/model is missing"),
-        ({"streaming": True, "packing": True, "max_steps": None}, "--max_steps is needed"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -656,11 +654,10 @@ def test_bad_input_is_one_line_and_exit_code_2(finetune, changes, complaint):
         ('{"query": "\\ud800", "response": "b"}', "half of a surrogate pair"),
     ],
 )
-@pytest.mark.parametrize("streaming", [False, True])
-def test_malformed_rows_name_file_and_line(finetune, line, complaint, streaming):
+def test_malformed_rows_name_file_and_line(finetune, line, complaint):
     with finetune.data.open("a") as file:
         file.write(f"\n{line}\n")
-    done = finetune(streaming=streaming, max_steps=20)
+    done = finetune(max_steps=20)
     assert done.code == 2
     assert f"{finetune.data}, line 42" in done.complaint
     assert complaint in done.complaint

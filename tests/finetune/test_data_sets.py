@@ -53,7 +53,7 @@ def rows_of(tiny_path, tmp_path, epoch, changes):
     ]
 
 
-@pytest.mark.parametrize("way", [{}, {"packing": True}, {"streaming": True}], ids=str)
+@pytest.mark.parametrize("way", [{}, {"packing": True}], ids=str)
 def test_without_weights_an_epoch_has_every_row_once(finetune, tmp_path, sets, way):
     finetune.good(output_dir=tmp_path / "one", max_steps=None, **way)
     steps = {"max_steps": report_of(tmp_path / "one")["training"]["steps"]}
@@ -64,7 +64,7 @@ def test_without_weights_an_epoch_has_every_row_once(finetune, tmp_path, sets, w
 
 @pytest.mark.parametrize(
     "way",
-    [{}, {"packing": True}, {"streaming": True}, {"streaming": True, "packing": True}],
+    [{}, {"packing": True}, {"streaming": True}],
     ids=str,
 )
 def test_weights_are_the_parts_of_an_epoch(tiny_path, tmp_path, sets, way):
@@ -79,14 +79,6 @@ def test_weights_are_the_parts_of_an_epoch(tiny_path, tmp_path, sets, way):
         often = collections.Counter(text for text in texts if "yellow" in text or "hollow" in text)
         assert len(often) == 16
         assert set(often.values()) == {1, 2}
-
-
-def test_streamed_rows_come_in_the_order_of_rows_in_memory(tiny_path, tmp_path, sets):
-    changes = flags(sets, data_weights=[2, 1])
-    in_memory = rows_of(tiny_path, tmp_path, 1, changes)
-    for workers in (0, 2):
-        more = {"streaming": True, "dataloader_num_workers": workers}
-        assert rows_of(tiny_path, tmp_path, 1, {**changes, **more}) == in_memory
 
 
 def test_what_is_drawn_is_told(finetune, sets):

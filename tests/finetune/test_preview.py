@@ -59,7 +59,7 @@ def test_layers_and_parameters_are_those_of_the_run(finetune):
         ({"max_steps": None, "gradient_accumulation_steps": 5}, "2 steps of 20 rows, 1.00 passes"),
         ({"eval_fraction": 0.25}, "30 rows to train on; 10 held out"),
         ({"dataset_split": "train[:50%]"}, "20 rows to train on; 0 held out"),
-        ({"streaming": True, "packing": True}, "6 steps of 4 rows\n"),
+        ({"streaming": True}, "6 steps of 4 rows, 0.60 passes over the data"),
     ],
 )
 def test_steps_and_rows_are_told(finetune, changes, expected):

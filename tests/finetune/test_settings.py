@@ -87,7 +87,6 @@ PAIRS = "--rank_pattern must be pairs regex=r, such as v_proj=16 mlp=32, got "
         ({"dataset_split": ("a", "b")}, "--dataset_split must be one split, or one for each of 1"),
         ({"dataset_field": ()}, "--dataset_field must be one or two names"),
         ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0, got -1"),
-        ({"dataloader_num_workers": 1}, "--dataloader_num_workers prepares rows that --streaming"),
         ({"save_steps": 0}, "--save_steps must be at least 1, got 0"),
         ({"save_total_limit": 0}, "--save_total_limit must be at least 1, got 0"),
         ({"resume": True, "overwrite_output_dir": True}, "--resume goes on from checkpoints that"),

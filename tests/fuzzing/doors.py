@@ -33,8 +33,7 @@ DOORS: Mapping[str, Callable[[Path], object]] = {
     "tokenizer of GGUF": lambda path: tokenizer_from_gguf(GGUFCheckpoint(path).fields, path),
     "--config": lambda path: finetune.settings_from(["--config", str(path)]),
     "--prompt_file": lambda path: prompts_of(GenerateSettings(prompt_file=path)),
-    "data": lambda path: open_rows(path, "train", streaming=False),
-    "streamed data": lambda path: open_rows(path, "train", streaming=True),
+    "data": lambda path: list(open_rows(path, "train")),
 }
 """Name of a door -> what opens a path there."""
 

@@ -49,8 +49,8 @@ class BatchSource(Protocol[T]):
     def batches(self, epoch: int) -> Iterator[Sequence[T]]:
         """Yield the batches of an epoch before they are collated. Epochs count from 1."""
 
-    def batches_per_epoch(self) -> int | None:
-        """How many batches an epoch has; None if all rows must be read to know."""
+    def batches_per_epoch(self) -> int:
+        """How many batches an epoch has."""
 
     def digest(self) -> str:
         """Return a hash of all rows."""
@@ -121,9 +121,10 @@ def collate(rows: Sequence[TextRow], *, positions: bool = False) -> TokenBatch:
 
 def batch_by_length(examples: Sequence[Example], size: int) -> Iterator[TokenBatch]:
     """Yield batches of `size`, longest first, for little padding and an early memory peak."""
-    ordered = sorted(examples, key=lambda example: len(example.tokens), reverse=True)
+    lengths = [len(example.tokens) for example in examples]
+    ordered = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     for start in range(0, len(ordered), size):
-        yield collate([[example] for example in ordered[start : start + size]])
+        yield collate([[examples[index]] for index in ordered[start : start + size]])
 
 
 def packed(examples: Sequence[Example], capacity: int) -> list[TextRow]:

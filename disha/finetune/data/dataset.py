@@ -29,9 +29,7 @@ def read_dataset(settings: DataSettings, seed: int) -> Dataset:
     """
     training = _opened(settings)
     if settings.eval_path is not None:
-        held_out = [
-            open_rows(settings.eval_path, settings.eval_split, streaming=settings.streaming)
-        ]
+        held_out = [open_rows(settings.eval_path, settings.eval_split)]
     elif settings.eval_split is not None:
         held_out = _opened(settings, settings.eval_split)
     else:
@@ -54,19 +52,15 @@ def training_rows(settings: DataSettings) -> Rows:
 
 def _opened(settings: DataSettings, split: str | None = None) -> list[Rows]:
     """Return the rows of each data set, of its own split or of another one."""
-    return [
-        open_rows(one.path, split or one.split, streaming=settings.streaming)
-        for one in settings.sets
-    ]
+    return [open_rows(one.path, split or one.split) for one in settings.sets]
 
 
-def open_rows(path: Path, split: str | None, *, streaming: bool) -> Rows:
+def open_rows(path: Path, split: str | None) -> Rows:
     """Return rows of a data file, or of a folder of data files.
 
     Args:
         path: the file or folder.
         split: which rows, as in ``train[:1000]``; None takes the only split.
-        streaming: leave rows on disk until they are asked for.
 
     Raises:
         DataError: a file can't be read, the split is unknown or has no rows, or the files of a
@@ -76,10 +70,7 @@ def open_rows(path: Path, split: str | None, *, streaming: bool) -> Rows:
     files = find_files(path)
     parts = parse_split(_only_split(path, files) if split is None else split)
     names = [_known(part.name, path, files) for part in parts]
-    opened = {
-        name: [read_file(file, streaming=streaming) for file in files[name]]
-        for name in dict.fromkeys(names)
-    }
+    opened = {name: [read_file(file) for file in files[name]] for name in dict.fromkeys(names)}
     numbers: dict[str, range] = {}
     count = 0
     for name, members in opened.items():
@@ -144,7 +135,7 @@ def _known(name: str, path: Path, files: Mapping[str, Sequence[Path]]) -> str:
 
 def _require_rows_alike(files: Sequence[RowFile], paths: Sequence[Path]) -> None:
     """Check that the files of a split have rows, and that their first rows share a field."""
-    firsts = [file[0] for file in files if len(file)]
+    firsts = [next(iter(file)) for file in files if len(file)]
     if not firsts:
         raise DataError(f"{' and '.join(map(str, paths))} hold{'s' * (len(paths) == 1)} no rows")
     readable = [row for row in firsts if row.complaint is None]

@@ -9,17 +9,27 @@ The fields of a row decide which tokens count in the loss:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from disha import DishaError
 from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.rows import Row, Rows, checked_text
-from disha.finetune.errors import BadRowError, DataError, TokenizerError
+from disha.finetune.errors import BadRowError, DataError, TokenizerError, TrainingError
+from disha.finetune.stopping import SIGNALS
 from disha.finetune.text.chat import encode_chat
 from disha.finetune.text.templates import Template
 from disha.finetune.text.tokenizer import Tokenizer
 
 __all__ = ["Encoder", "Outcome", "Tally", "encode_rows"]
+
+T = TypeVar("T")
 
 MOST_COMPLAINTS = 5
 
@@ -89,11 +99,6 @@ class Tally:
         else:
             self.used += 1
             self.cut += outcome.is_cut
-
-    def clear(self) -> None:
-        """Count from 0 again."""
-        self.used = self.cut = self.dropped = self.bad = 0
-        self.complaints.clear()
 
     def require_used(self, max_length: int) -> None:
         """Check that some rows could be used, if there were any.
@@ -232,7 +237,12 @@ class Encoder:
 
 
 def encode_rows(
-    rows: Iterable[Row], encoder: Encoder, weights: Sequence[float] = ()
+    rows: Rows,
+    encoder: Encoder,
+    weights: Sequence[float] = (),
+    *,
+    workers: int = 0,
+    on_disk: bool = False,
 ) -> tuple[StoredExamples, Tally]:
     """Turn rows into token ids.
 
@@ -240,6 +250,8 @@ def encode_rows(
         rows: any number of rows, or none.
         encoder: turns each row into token ids.
         weights: the weights of the data sets that the rows are from, if they have weights.
+        workers: how many processes encode rows; with 0, this process encodes them.
+        on_disk: keep the tokens in a temporary file.
 
     Returns:
         The usable rows, in order, and a tally of all rows.
@@ -247,11 +259,13 @@ def encode_rows(
     Raises:
         BadRowError: something is wrong with a row, and `encoder.skip_bad_rows` is False.
         DataError: there are rows, but none can be used.
+        TrainingError: a process that encodes rows has ended.
+        OutputError: the temporary file can't be written.
     """
-    examples, tally = StoredExamples(weights=weights), Tally()
-    for part in rows.parts() if isinstance(rows, Rows) else [rows]:
-        for row in part:
-            example = encoder.counted(encoder.outcome(row), tally)
+    examples, tally = StoredExamples(weights=weights, on_disk=on_disk), Tally()
+    for part in rows.parts():
+        for outcome in _outcomes(part, encoder, workers):
+            example = encoder.counted(outcome, tally)
             if example is not None:
                 examples.append(example)
         examples.end_part()
@@ -262,3 +276,72 @@ def encode_rows(
 def _require_content(text: str, row: Row, name: str) -> None:
     if not text.strip():
         raise BadRowError(f"{row.place}: field {name!r} is empty, so there is nothing to learn")
+
+
+# --- processes that encode rows ------------------------------------------------------------------
+
+ENCODED_TOGETHER = 64
+"""How many rows a process encodes before it hands them over."""
+
+
+def _outcomes(rows: Rows, encoder: Encoder, workers: int) -> Iterator[Outcome]:
+    loader = DataLoader(
+        _EncodedRows(rows, encoder),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_leave_stopping_to_training,
+        # Without its own generator, the loader would draw from training's random state.
+        generator=torch.Generator(),
+    )
+    try:
+        for piece in loader:
+            if isinstance(piece, DishaError):
+                raise piece
+            yield from piece
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a worker process that prepares rows has ended ({error}), maybe for lack of memory; "
+            "lower --dataloader_num_workers"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _EncodedRows(IterableDataset[Sequence[Outcome] | DishaError]):
+    """The outcomes of rows, some together. Of several processes, each encodes every nth piece.
+
+    An error is the last item, and not raised, because an exception from another process loses its
+    message on the way here.
+    """
+
+    rows: Rows
+    encoder: Encoder
+
+    def __iter__(self) -> Iterator[Sequence[Outcome] | DishaError]:
+        worker, remaining = get_worker_info(), iter(self.rows)
+        count, own = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        try:
+            for number in itertools.count():
+                piece = list(itertools.islice(remaining, ENCODED_TOGETHER))
+                if not piece:
+                    return
+                if number % count == own:
+                    yield [self.encoder.outcome(row) for row in piece]
+        except DishaError as error:
+            yield error
+
+
+def _leave_stopping_to_training(worker: int) -> None:
+    """Ignore signals such as Ctrl-C, which every process gets, and end at SIGTERM as usual.
+
+    Workers start while training handles these signals, and would inherit its handler.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _unchanged(piece: T) -> T:
+    return piece

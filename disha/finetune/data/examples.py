@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from disha.finetune.data.mixing import drawn, mixed_order
-from disha.finetune.data.order import permutation
+from disha.finetune.data.order import drawn, mixed_order, permutation
+from disha.finetune.errors import OutputError
 
 __all__ = ["IGNORED", "Example", "StoredExamples"]
 
@@ -47,16 +48,27 @@ class StoredExamples(Sequence[Example]):
     Args:
         examples: the first examples.
         weights: the weights of the data sets that they are from, if they have weights.
+        on_disk: keep the tokens in a temporary file.
     """
 
-    def __init__(self, examples: Iterable[Example] = (), *, weights: Sequence[float] = ()) -> None:
-        self._tokens, self._spans = _Pieces(), _Pieces()
+    def __init__(
+        self,
+        examples: Iterable[Example] = (),
+        *,
+        weights: Sequence[float] = (),
+        on_disk: bool = False,
+    ) -> None:
+        self._tokens, self._spans = _Pieces(on_disk), _Pieces()
         self._weights, self._sizes = weights, list[int]()
         for example in examples:
             self.append(example)
 
     def append(self, example: Example) -> None:
-        """Add an example at the end."""
+        """Add an example at the end.
+
+        Raises:
+            OutputError: the temporary file can't be written.
+        """
         self._tokens.append(example.tokens)
         self._spans.append([bound for span in example.learned for bound in span])
 
@@ -70,7 +82,7 @@ class StoredExamples(Sequence[Example]):
         return drawn(self._sizes, self._weights) if self._weights else [len(self)]
 
     def __len__(self) -> int:
-        return len(self._tokens.ends)
+        return len(self._tokens.ends) - 1
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -90,33 +102,48 @@ class StoredExamples(Sequence[Example]):
         """Return a hash of all examples."""
         digest = hashlib.sha256()
         for pieces in (self._tokens, self._spans):
-            digest.update(f"{len(pieces.ends)} {len(pieces.numbers)}".encode())
             digest.update(pieces.ends)
-            digest.update(pieces.numbers)
+            for index in range(len(self)):
+                digest.update(pieces.piece(index))
         if self._weights:
             digest.update(repr(self._sizes).encode())
         return digest.hexdigest()
 
     def shuffled(self, seed: int) -> Iterator[Example]:
         """Yield the examples that an epoch draws, in an order that `seed` decides."""
-        if not self._weights:
-            return (self[index] for index in permutation(len(self), seed))
-        sizes = self._sizes
-        order = mixed_order(
-            sizes, self._weights, seed, lambda place, seed: permutation(sizes[place], seed)
-        )
+        if self._weights:
+            order = mixed_order(self._sizes, self._weights, seed)
+        else:
+            order = permutation(len(self), seed)
         return (self[index] for index in order)
 
 
 class _Pieces:
-    """Many sequences of numbers in one array."""
+    """Many sequences of numbers in one array, or in a temporary file."""
 
-    def __init__(self) -> None:
-        self.numbers, self.ends = array("i"), array("q")
+    def __init__(self, on_disk: bool = False) -> None:
+        self._file = tempfile.TemporaryFile() if on_disk else None  # noqa: SIM115
+        self._numbers, self.ends = array("i"), array("q", [0])
 
     def append(self, piece: Sequence[int]) -> None:
-        self.numbers.extend(piece)
-        self.ends.append(len(self.numbers))
+        numbers = array("i", piece)
+        if self._file is None:
+            self._numbers.extend(numbers)
+        else:
+            try:
+                self._file.write(numbers)
+            except OSError as error:
+                raise OutputError(
+                    f"the tokens that --streaming keeps in a file in {tempfile.gettempdir()} can't "
+                    f"be written: {error.strerror}; set TMPDIR to a folder with room"
+                ) from error
+        self.ends.append(self.ends[-1] + len(numbers))
 
     def piece(self, index: int) -> array[int]:
-        return self.numbers[self.ends[index - 1] if index else 0 : self.ends[index]]
+        first, end = self.ends[index], self.ends[index + 1]
+        if self._file is None:
+            return self._numbers[first:end]
+        piece = array("i")
+        self._file.seek(first * piece.itemsize)
+        piece.frombytes(self._file.read((end - first) * piece.itemsize))
+        return piece

@@ -1,26 +1,24 @@
-"""The order of rows, set by a seed.
+"""The order of rows, set by a seed; with weights, of several data sets mixed into one.
 
-Rows of Parquet files can only be read in groups. If their groups don't all fit in memory, they come
-in random order, and only groups that fit in memory together are mixed with each other. In any other
-case, all rows are mixed.
+With the weights w, a data set gives the part w / (w1 + w2 + ...) of an epoch's rows. An epoch has
+as many rows as the data sets with a weight above 0 have together. Every epoch draws anew: a data
+set that has more rows than that gives a random part of them, and one that has fewer is repeated, in
+another order each time.
 """
 
 from __future__ import annotations
 
+import random
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, count
 
 import torch
 
-from disha.finetune.data.parquet import Group, ParquetRows
-from disha.finetune.data.rows import Rows
-
-__all__ = ["permutation", "reading_order"]
+__all__ = ["drawn", "mixed_order", "permutation"]
 
 CHUNK = 65536
-
-MOST_BYTES_MIXED = 64 * 2**20
-"""How many bytes are mixed at a time; fewer than are kept, because groups grow in memory."""
 
 
 def permutation(count: int, seed: int) -> array[int]:
@@ -32,44 +30,38 @@ def permutation(count: int, seed: int) -> array[int]:
     return order
 
 
-def reading_order(rows: Rows, seed: int) -> array[int]:
-    """Return the numbers of rows in a random order, set by `seed`, that reads each group once."""
-    if not any(isinstance(file, ParquetRows) for file in rows.files):
-        return permutation(len(rows), seed)
-    groups = _rows_by_group(rows)
-    if sum(map(_size, groups)) <= MOST_BYTES_MIXED:
-        return permutation(len(rows), seed)
-    order = array("q")
-    for mixed in _mixed_groups(groups, seed):
-        together = array("q")
-        for group in mixed:
-            together.extend(groups[group])
-        order.extend(together[index] for index in permutation(len(together), seed + len(order)))
-    return order
+def drawn(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Return how many rows an epoch draws from each data set.
+
+    Args:
+        sizes: how many rows each has. One without rows counts as if its weight were 0.
+        weights: their weights, at least 0.
+    """
+    shares = [weight if size else 0.0 for size, weight in zip(sizes, weights, strict=True)]
+    total = sum(size for size, share in zip(sizes, shares, strict=True) if share)
+    return [max(1, round(total * (share / sum(shares)))) if share else 0 for share in shares]
 
 
-def _rows_by_group(rows: Rows) -> Mapping[Group | None, array[int]]:
-    """Return the rows of each group; None stands for rows that can be read alone."""
-    groups: dict[Group | None, array[int]] = {}
-    for index in range(len(rows)):
-        file, number = rows.find(index)
-        group = file.group(number) if isinstance(file, ParquetRows) else None
-        groups.setdefault(group, array("q")).append(index)
-    return groups
+def mixed_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> array[int]:
+    """Return the numbers of the rows that an epoch draws, counted through all data sets.
+
+    Args:
+        sizes: how many rows each data set has.
+        weights: their weights.
+        seed: decides which rows are drawn, and their order.
+    """
+    ends = list(accumulate(drawn(sizes, weights)))
+    starts = accumulate(sizes[:-1], initial=0)
+    streams = [
+        _endless(start, size, f"{seed} {place}")
+        for place, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    ]
+    chosen = permutation(ends[-1], seed)
+    return array("q", (next(streams[bisect_right(ends, index)]) for index in chosen))
 
 
-def _mixed_groups(
-    groups: Mapping[Group | None, Sequence[int]], seed: int
-) -> Iterator[list[Group | None]]:
-    names, mixed = list(groups), list[Group | None]()
-    for index in permutation(len(names), seed):
-        group = names[index]
-        if mixed and sum(map(_size, mixed)) + _size(group) > MOST_BYTES_MIXED:
-            yield mixed
-            mixed = []
-        mixed.append(group)
-    yield mixed
-
-
-def _size(group: Group | None) -> int:
-    return 0 if group is None else group.size
+def _endless(start: int, size: int, seed: str) -> Iterator[int]:
+    """Yield the rows of a data set again and again, each time in another order."""
+    for turn in count():
+        own_seed = random.Random(f"{seed} {turn}").getrandbits(62)
+        yield from (start + index for index in permutation(size, own_seed))

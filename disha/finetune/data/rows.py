@@ -1,17 +1,17 @@
-"""Rows, and sequences of rows in memory or on disk.
+"""Rows, in memory or on disk, which are read one after another.
 
-A row that can't be read stays in its sequence and raises when its fields are asked for. So the
-reader of a sequence decides whether to stop or to count bad rows.
+A row that can't be read stays among the others and raises when its fields are asked for. So the
+reader decides whether to stop or to count bad rows.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
-from typing import Any, Protocol, overload
+from itertools import accumulate, islice, pairwise
+from typing import Any, Protocol
 
 from disha.finetune.errors import BadRowError
 
@@ -87,11 +87,11 @@ class RowFile(Protocol):
     def __len__(self) -> int:
         """How many rows there are."""
 
-    def __getitem__(self, index: int, /) -> Row:
-        """Return a row by its number, from 0."""
+    def __iter__(self) -> Iterator[Row]:
+        """Read the rows."""
 
 
-class Rows(Sequence[Row]):
+class Rows:
     """Rows of one or several files. Slicing and selecting read and copy no row.
 
     Args:
@@ -108,10 +108,10 @@ class Rows(Sequence[Row]):
         names: Sequence[tuple[str, ...]] = (),
         sizes: Sequence[int] = (),
     ) -> None:
-        self.files, self.names = files, names
-        self._ends = list(accumulate(map(len, files)))
-        self.numbers = range(self._ends[-1] if files else 0) if numbers is None else numbers
-        self.sizes = sizes or (len(self),)
+        self.files, self._names = files, names
+        self._starts = list(accumulate(map(len, files), initial=0))
+        self._numbers = range(self._starts[-1]) if numbers is None else numbers
+        self._sizes = sizes or (len(self),)
 
     @classmethod
     def joined(cls, parts: Sequence[Rows], names: Sequence[tuple[str, ...]]) -> Rows:
@@ -125,7 +125,7 @@ class Rows(Sequence[Row]):
             return parts[0]
         numbers, start = array("q"), 0
         for part in parts:
-            numbers.extend(start + number for number in part.numbers)
+            numbers.extend(start + number for number in part._numbers)
             start += sum(map(len, part.files))
         of_files = [own for part, own in zip(parts, names, strict=True) for _ in part.files]
         of_files = of_files if len(set(names)) > 1 else []
@@ -134,39 +134,31 @@ class Rows(Sequence[Row]):
 
     def parts(self) -> list[Rows]:
         """Return the rows of each data set."""
-        ends = list(accumulate(self.sizes, initial=0))
+        ends = list(accumulate(self._sizes, initial=0))
         return [self[first:end] for first, end in pairwise(ends)]
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
+    def __iter__(self) -> Iterator[Row]:
+        """Read the rows. A file is read again only if an earlier row of it is to come."""
+        reader: Iterator[Row] = iter(())
+        current, following = -1, 0
+        for number in self._numbers:
+            place = bisect_right(self._starts, number) - 1
+            if place != current or number < following:
+                reader, current, following = iter(self.files[place]), place, self._starts[place]
+            row = next(islice(reader, number - following, None))
+            following = number + 1
+            yield replace(row, names=self._names[place]) if self._names else row
 
-    @overload
-    def __getitem__(self, index: slice) -> Rows: ...
-
-    def __getitem__(self, index: int | slice) -> Row | Rows:
-        if isinstance(index, slice):
-            return Rows(self.files, self.numbers[index], self.names)
-        file, number = self.find(index)
-        if not self.names:
-            return file[number]
-        return replace(file[number], names=self.names[self._place(index)])
-
-    def find(self, index: int) -> tuple[RowFile, int]:
-        """Return the file that holds a row, and the number of the row in that file."""
-        place = self._place(index)
-        start = self._ends[place] - len(self.files[place])
-        return self.files[place], self.numbers[index] - start
-
-    def _place(self, index: int) -> int:
-        return bisect_right(self._ends, self.numbers[index])
+    def __getitem__(self, part: slice) -> Rows:
+        return Rows(self.files, self._numbers[part], self._names)
 
     def select(self, indices: Iterable[int]) -> Rows:
         """Return the rows with these numbers, in the given order."""
-        numbers = array("q", (self.numbers[index] for index in indices))
-        return Rows(self.files, numbers, self.names)
+        numbers = array("q", (self._numbers[index] for index in indices))
+        return Rows(self.files, numbers, self._names)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def opened(path: Path, stamp: Stamp | None = None) -> Iterator[FileIO]:
         raise DataError(str(error)) from error
     except MemoryError as error:
         raise DataError(
-            f"{path} does not fit in memory; read it with --streaming, or give a smaller file"
+            f"{path} does not fit in memory; write its rows as JSON lines (.jsonl)"
         ) from error
 
 

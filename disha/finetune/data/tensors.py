@@ -14,7 +14,7 @@ from torch import Tensor
 
 from disha.finetune.data.encoding import Outcome, Tally
 from disha.finetune.data.order import permutation
-from disha.finetune.data.rows import Row
+from disha.finetune.data.rows import Row, Rows
 from disha.finetune.errors import BadRowError, DataError
 from disha.finetune.hashing import add_state
 
@@ -118,7 +118,7 @@ class TensorRows:
 
 
 def read_samples(
-    rows: Sequence[Row],
+    rows: Rows,
     fields: tuple[str, str],
     *,
     skip_bad_rows: bool = False,

@@ -1,9 +1,7 @@
-"""Reads rows of text files by an index.
+"""Reads rows of text files, one after another, so that a file may be larger than memory.
 
-The index says where each row begins. It is made in one pass when a file is opened, and takes 16
-bytes a row. Then any row can be read at any time, and only that row is read. A row keeps exactly
-its own fields and values. Column readers, such as pyarrow's, would give it the fields of all other
-rows, guess dates, and refuse the file because of one row of another type.
+A row keeps exactly its own fields and values. Column readers, such as pyarrow's, would give it the
+fields of all other rows, guess dates, and refuse the file because of one row of another type.
 """
 
 from __future__ import annotations
@@ -14,10 +12,7 @@ import gzip
 import io
 import json
 import zlib
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -26,181 +21,139 @@ from disha.finetune.data.rows import Row, RowFile
 from disha.finetune.data.stamp import Stamp, opened
 from disha.finetune.errors import BadRowError, DataError
 
-__all__ = ["TextFile", "TextRows", "csv_rows", "json_line_rows", "json_rows", "text_line_rows"]
+__all__ = ["TextRows", "csv_rows", "json_line_rows", "json_rows", "text_line_rows"]
 
 LONGEST_FIELD = 2**31 - 1
 """For a field of a CSV file; the csv module's own limit, for the whole process, is 128 KiB."""
 
-PIECE = 2**20
 UNPACKED_FREELY = 64 * 2**20
 LARGEST_RATIO = 100
 """How many bytes each byte of a packed file may give, beyond `UNPACKED_FREELY`. Text gives 3 to 20.
 A file that was made to do harm gives a thousand."""
 
 LONGEST_LINE = 64 * 2**20
-"""In bytes. A line is in memory whole, whatever --streaming says."""
+"""In bytes. A line is in memory whole."""
 
-Parse: TypeAlias = Callable[[str], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """A file of UTF-8 text, with or without a byte-order mark.
-
-    Args:
-        path: the file.
-        stamp: the file's stamp when it was opened.
-        content: its bytes, unpacked; None leaves them on disk.
-    """
-
-    path: Path
-    stamp: Stamp
-    content: bytes | None
-
-    @classmethod
-    def open(cls, path: Path, *, streaming: bool) -> TextFile:
-        """Open a file, and unpack it if its name ends with .gz; streaming leaves it on disk.
-
-        Raises:
-            DataError: it can't be read.
-        """
-        with opened(path) as file:
-            stamp = Stamp.of(file)
-            if streaming:
-                content = None
-            elif path.suffix.lower() == ".gz":
-                content = _unpacked(file, path)
-            else:
-                content = file.read()
-        return cls(path, stamp, content)
-
-    def read(self, start: int, end: int | None) -> bytes:
-        """Return the bytes from `start` up to `end`; None means the end of the file."""
-        if self.content is not None:
-            return self.content[start:end]
-        with self._opened() as file:
-            file.seek(start)
-            return file.read(-1 if end is None else end - start)
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield every line with the place of its first byte. Only a line feed ends a line."""
-        with self._opened() as file:
-            mark = file.read(len(codecs.BOM_UTF8))
-            if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise DataError(f"{self.path} is UTF-16, and must be UTF-8; save it as UTF-8")
-            start = len(mark) if mark == codecs.BOM_UTF8 else 0
-            file.seek(start)
-            while line := file.readline(LONGEST_LINE + 1):
-                if len(line) > LONGEST_LINE:
-                    raise DataError(
-                        f"{self.path} has a line of more than {LONGEST_LINE:,} bytes; write a row "
-                        "to a line of its own"
-                    )
-                yield start, line
-                start += len(line)
-
-    @contextmanager
-    def _opened(self) -> Iterator[BinaryIO]:
-        # Each row opens the file again. An open file would share its position with forked
-        # processes, and can't be sent to other processes.
-        if self.content is not None:
-            yield io.BytesIO(self.content)
-            return
-        with opened(self.path, self.stamp) as file:
-            yield io.BufferedReader(file)
+Records: TypeAlias = Callable[[Iterable[bytes]], Iterator[tuple[int, Any]]]
+"""Cuts lines into records, and yields each with the number of its first line, from 1."""
 
 
-def _unpacked(file: BinaryIO, path: Path) -> bytes:
-    content = bytearray()
-    try:
-        with gzip.GzipFile(fileobj=file) as unpacked:
-            while piece := unpacked.read(PIECE):
-                content += piece
-                if len(content) > UNPACKED_FREELY + LARGEST_RATIO * file.tell():
-                    raise DataError(
-                        f"{path} unpacks to more than {LARGEST_RATIO} times its size; unpack it "
-                        "yourself if you trust it"
-                    )
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged and can't be unpacked: {error}") from error
-    return bytes(content)
-
-
-# --- rows of text files --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
 class TextRows:
-    """The rows of a text file.
+    """The rows of a file of UTF-8 text, with or without a byte-order mark.
 
     Args:
-        file: the file.
-        parse: turns a row's text into fields, or raises `BadRowError`.
-        starts: the place of each row's first byte.
-        lines: the number of each row's first line, from 1.
+        path: the file; it is unpacked if its name ends with .gz.
+        records: cuts its lines into records, one for each row.
+        fields: turns a record into fields, or raises `BadRowError`.
+
+    Raises:
+        DataError: the file can't be read.
     """
 
-    file: TextFile
-    parse: Parse
-    starts: array[int] = field(default_factory=lambda: array("Q"))
-    lines: array[int] = field(default_factory=lambda: array("Q"))
-
-    @property
-    def path(self) -> Path:
-        """The file's path."""
-        return self.file.path
+    def __init__(
+        self, path: Path, records: Records, fields: Callable[[Any], Mapping[str, Any]]
+    ) -> None:
+        self._path, self._records, self._fields = path, records, fields
+        with opened(path) as file:
+            self._stamp = Stamp.of(file)
+            self._count = sum(1 for _ in records(_lines(_unpacked(file, path), path)))
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return self._count
 
-    def __getitem__(self, index: int) -> Row:
-        """Return a row by its number, from 0."""
-        following = index + 1
-        end = self.starts[following] if following < len(self) else None
-        place = f"{self.file.path}, line {self.lines[index]}"
-        record = self.file.read(self.starts[index], end)
+    def __iter__(self) -> Iterator[Row]:
+        with opened(self._path, self._stamp) as file:
+            for number, record in self._records(_lines(_unpacked(file, self._path), self._path)):
+                yield self._row(f"{self._path}, line {number}", record)
+
+    def _row(self, place: str, record: Any) -> Row:
         try:
-            return Row(self.parse(record.decode()), place)
-        except UnicodeDecodeError as error:
-            return Row({}, place, f"{place} is not UTF-8 text ({error.reason})")
+            return Row(self._fields(record), place)
+        except UnicodeError as error:
+            return Row({}, place, f"{place} is not UTF-8 text ({getattr(error, 'reason', error)})")
         except BadRowError as error:
             return Row({}, place, f"{place} {error}")
 
-    def add(self, start: int, line: int) -> None:
-        """Note where a row begins."""
-        self.starts.append(start)
-        self.lines.append(line)
 
-
-def json_line_rows(file: TextFile) -> TextRows:
+def json_line_rows(path: Path) -> TextRows:
     """Return a row for every line that is not blank; each line is a JSON object."""
-    return _line_rows(file, _json_fields)
+    return TextRows(path, _filled_lines, _json_fields)
 
 
-def text_line_rows(file: TextFile) -> TextRows:
+def text_line_rows(path: Path) -> TextRows:
     """Return a row for every line that is not blank, with its text in the field `text`."""
-    return _line_rows(file, _text_fields)
+    return TextRows(path, _filled_lines, _text_fields)
 
 
-def _line_rows(file: TextFile, parse: Parse) -> TextRows:
-    rows = TextRows(file, parse)
-    for number, (start, line) in enumerate(file.lines(), 1):
-        if line.strip():
-            rows.add(start, number)
-    return rows
+def csv_rows(path: Path, delimiter: str) -> TextRows:
+    """Return a row for every record after the first one, which names the fields.
+
+    Raises:
+        DataError: there is no first record, or it can't be used.
+    """
+    return TextRows(path, partial(_csv_records, path=path, delimiter=delimiter), _csv_fields)
 
 
-def _first_line(record: str) -> str:
-    return record.split("\n", 1)[0]  # blank lines may follow
+# --- lines ---------------------------------------------------------------------------------------
 
 
-def _text_fields(record: str) -> Mapping[str, Any]:
-    return {"text": _first_line(record).rstrip("\r")}
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yield every line. Only a line feed ends a line."""
+    is_first = True
+    while line := file.readline(LONGEST_LINE + 1):
+        if is_first and line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{path} is UTF-16, and must be UTF-8; save it as UTF-8")
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"{path} has a line of more than {LONGEST_LINE:,} bytes; write a row to a line of "
+                "its own"
+            )
+        yield line.removeprefix(codecs.BOM_UTF8) if is_first else line
+        is_first = False
 
 
-def _json_fields(record: str) -> Mapping[str, Any]:
+def _unpacked(file: io.FileIO, path: Path) -> BinaryIO:
+    """Return what is in a file, unpacked if its name ends with .gz."""
+    return io.BufferedReader(_Unpacking(file, path) if path.suffix.lower() == ".gz" else file)
+
+
+class _Unpacking(io.RawIOBase):
+    """The content of a packed file, as long as it is not far larger than the file."""
+
+    def __init__(self, file: io.FileIO, path: Path) -> None:
+        self._file, self._path, self._size = file, path, 0
+        self._content = gzip.GzipFile(fileobj=file)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            piece = self._content.read(len(buffer))
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{self._path} is damaged and can't be unpacked: {error}") from error
+        self._size += len(piece)
+        if self._size > UNPACKED_FREELY + LARGEST_RATIO * self._file.tell():
+            raise DataError(
+                f"{self._path} unpacks to more than {LARGEST_RATIO} times its size; unpack it "
+                "yourself if you trust it"
+            )
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def _filled_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _text_fields(line: bytes) -> Mapping[str, Any]:
+    return {"text": line.decode().removesuffix("\n").rstrip("\r")}
+
+
+def _json_fields(line: bytes) -> Mapping[str, Any]:
+    text = line.decode()
     try:
-        value = json.loads(_first_line(record))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRowError(f"is not JSON ({error}); every line must hold one JSON object") from error
     if not isinstance(value, dict):
@@ -210,33 +163,33 @@ def _json_fields(record: str) -> Mapping[str, Any]:
     return value
 
 
-def csv_rows(file: TextFile, delimiter: str) -> TextRows:
-    """Return a row for every record after the first one, which names the fields.
+# --- records of CSV files ------------------------------------------------------------------------
 
-    Raises:
-        DataError: there is no first record, or it can't be used.
-    """
-    starts = array("Q")  # of all lines
 
-    def decoded() -> Iterator[str]:
-        for start, line in file.lines():
-            starts.append(start)
-            # A row that is not UTF-8 raises when it is read.
-            yield line.decode("utf-8", "surrogateescape")
+def _csv_records(
+    lines: Iterable[bytes], path: Path, delimiter: str
+) -> Iterator[tuple[int, tuple[Sequence[str], Sequence[str] | csv.Error]]]:
+    """Yield records with the names of their fields, or what is wrong with a record."""
+    # A row that is not UTF-8 is bad only for itself.
+    decoded = (line.decode("utf-8", "surrogateescape") for line in lines)
+    reader = csv.reader(decoded, delimiter=delimiter, strict=True)
+    header = _header(reader, path)
+    while True:
+        first, record = reader.line_num + 1, _next(reader)
+        if record is None:
+            return
+        if isinstance(record, csv.Error) or not _is_blank(record):
+            yield first, (header, record)
 
-    with _fields_of_any_length():
-        reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
-        rows = TextRows(file, partial(_csv_fields, _header(reader, file.path), delimiter))
-        while True:
-            line = reader.line_num
-            try:
-                is_row = not _is_blank(next(reader))
-            except StopIteration:
-                return rows
-            except csv.Error:
-                is_row = True  # it raises when it is read
-            if is_row:
-                rows.add(starts[line], line + 1)
+
+def _next(reader: Iterator[list[str]]) -> list[str] | csv.Error | None:
+    limit = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        return error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _header(reader: Iterator[list[str]], path: Path) -> tuple[str, ...]:
@@ -257,45 +210,34 @@ def _is_blank(record: Sequence[str]) -> bool:
     return not record or (len(record) == 1 and not record[0].strip())
 
 
-def _csv_fields(header: tuple[str, ...], delimiter: str, record: str) -> Mapping[str, Any]:
-    lines = io.StringIO(record, newline="\n")
-    try:
-        with _fields_of_any_length():
-            values = next(csv.reader(lines, delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        raise BadRowError(f"can't be read: {error}") from error
+def _csv_fields(record: tuple[Sequence[str], Sequence[str] | csv.Error]) -> Mapping[str, Any]:
+    header, values = record
+    if isinstance(values, csv.Error):
+        raise BadRowError(f"can't be read: {values}")
+    "".join(values).encode()
     if len(values) != len(header):
         raise BadRowError(f"has {len(values)} fields, where the header names {len(header)}")
     return dict(zip(header, values, strict=True))
 
 
-@contextmanager
-def _fields_of_any_length() -> Iterator[None]:
-    limit = csv.field_size_limit(LONGEST_FIELD)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
-
-
 # --- rows of JSON files --------------------------------------------------------------------------
 
 
-def json_rows(file: TextFile) -> RowFile:
+def json_rows(path: Path) -> RowFile:
     """Return a row for every object of a list, or for every line if each holds an object.
 
     Raises:
         DataError: the file holds something else.
     """
-    path = file.path
-    content = file.read(0, None).removeprefix(codecs.BOM_UTF8)
+    with opened(path) as file:
+        content = _unpacked(file, path).read().removeprefix(codecs.BOM_UTF8)
     try:
         value = json.loads(content.decode())
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason})") from error
     except (ValueError, RecursionError) as error:
         if _begins_with_json_line(content):
-            return json_line_rows(file)
+            return json_line_rows(path)
         raise DataError(
             f"{path} is not JSON ({error}); it must hold a list of objects, or an object per line"
         ) from error

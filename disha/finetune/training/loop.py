@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.finetune.data.batches import BatchSource
-from disha.finetune.errors import DataError, SettingsError, TrainingError
+from disha.finetune.errors import DataError, TrainingError
 from disha.finetune.settings import ScheduleName, TrainingSettings
 from disha.finetune.training.machine import computing_in_tf32, explaining_lack_of_memory
 from disha.finetune.training.optimizers import make_optimizer, trained
@@ -103,24 +103,16 @@ class Step:
         return Progress(self.step, self.epoch, self.batches, self.seconds)
 
 
-def planned_steps(settings: TrainingSettings, batches: int | None, batches_per_step: int) -> int:
+def planned_steps(settings: TrainingSettings, batches: int, batches_per_step: int) -> int:
     """Return how many optimiser steps training has.
 
     Args:
         settings: how many epochs or steps are asked for.
-        batches: how many batches an epoch has, for all processes; None if not known.
+        batches: how many batches an epoch has, for all processes.
         batches_per_step: how many of them a step has.
-
-    Raises:
-        SettingsError: `batches` is not known, and `max_steps` is not set.
     """
     if settings.max_steps > 0:
         return settings.max_steps
-    if batches is None:
-        raise SettingsError(
-            "--max_steps is needed, because with --streaming and --packing the number of "
-            "steps in an epoch is not known; give it, or leave --streaming out"
-        )
     per_epoch = math.ceil(batches / batches_per_step)
     return max(1, math.ceil(settings.num_train_epochs * per_epoch))
 
@@ -173,7 +165,7 @@ def training_steps(
             settings say.
 
     Raises:
-        SettingsError: the number of steps is not known, or there is nothing to train.
+        SettingsError: there is nothing to train.
         DataError: there are no rows.
         TrainingError: memory runs out, or a loss or gradient is not finite; the weights then stay
             as they were before that step.

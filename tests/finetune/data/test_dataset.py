@@ -32,7 +32,6 @@ def settings(path, **changes):
     return DataSettings(data_path=(path,), dataset_field=("n",), **changes)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("split", "wanted"),
     [
@@ -43,34 +42,34 @@ def settings(path, **changes):
         ("testing[:2]", [100, 101]),
     ],
 )
-def test_splits_of_a_folder(folder, split, wanted, streaming):
-    assert numbers(open_rows(folder, split, streaming=streaming)) == wanted
+def test_splits_of_a_folder(folder, split, wanted):
+    assert numbers(open_rows(folder, split)) == wanted
 
 
 def test_only_the_splits_named_are_read(folder):
     (folder / "validation.json").write_text("no JSON")
-    assert len(open_rows(folder, "train", streaming=True)) == 12
+    assert len(open_rows(folder, "train")) == 12
 
 
 def test_an_unknown_split_is_named_with_those_there(folder):
     with pytest.raises(DataError, match=r"has no split 'trian'; it has: 'test', 'train'"):
-        open_rows(folder, "trian", streaming=False)
+        open_rows(folder, "trian")
 
 
 def test_a_split_without_rows_is_named(folder):
     with pytest.raises(DataError, match=r"split 'test\[3:\]' .* leaves no rows: 'test' has 3 rows"):
-        open_rows(folder, "test[3:]", streaming=False)
+        open_rows(folder, "test[3:]")
 
 
 def test_files_without_rows_are_named(tmp_path):
     path = write(tmp_path / "a.jsonl", [])
     with pytest.raises(DataError, match=r"a\.jsonl holds no rows"):
-        open_rows(path, "train", streaming=False)
+        open_rows(path, "train")
     write(tmp_path / "b.jsonl", [])
     with pytest.raises(DataError, match=r"a\.jsonl and .*b\.jsonl hold no rows"):
-        open_rows(tmp_path, "train", streaming=False)
+        open_rows(tmp_path, "train")
     write(tmp_path / "c.jsonl", [7])
-    assert numbers(open_rows(tmp_path, "train", streaming=False)) == [7]
+    assert numbers(open_rows(tmp_path, "train")) == [7]
 
 
 def test_files_of_different_fields_are_named(folder):
@@ -79,7 +78,7 @@ def test_files_of_different_fields_are_named(folder):
         DataError,
         match=r"but .*notes\.jsonl, line 1 has the fields 'note' and .*train-1.* has 'n'; name one",
     ):
-        open_rows(folder, "train", streaming=False)
+        open_rows(folder, "train")
 
 
 def test_nothing_is_held_out_unless_asked(folder):

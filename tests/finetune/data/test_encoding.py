@@ -2,14 +2,35 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
 
+import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet as pq
 
+from disha.finetune.data.dataset import open_rows
 from disha.finetune.data.encoding import Encoder, Tally, encode_rows
-from disha.finetune.data.rows import Row
-from disha.finetune.errors import BadRowError, DataError, TokenizerError
+from disha.finetune.data.rows import Row, Rows
+from disha.finetune.errors import (
+    BadRowError,
+    DataError,
+    OutputError,
+    TokenizerError,
+    TrainingError,
+)
+from disha.finetune.stopping import SIGNALS, listening
 from disha.finetune.text.chat import encode_chat
 from disha.finetune.text.templates import CHATML, Template
 from disha.finetune.text.tokenizer import Tokenizer
@@ -73,7 +94,7 @@ def test_begin_token_comes_first(smollm_tokenizer):
 
 def test_a_long_query_loses_its_end_and_the_response_stays(smollm_tokenizer):
     rows = [pair("one two three " * 30, "Yes, it is."), pair("a", "b")]
-    examples, tally = encode_rows(rows, pairs(smollm_tokenizer, 40))
+    examples, tally = encode_rows(Rows([rows]), pairs(smollm_tokenizer, 40))
     assert (tally.cut, tally.dropped, tally.bad) == (1, 0, 0)
     cut = examples[0]
     assert len(cut.tokens) == 40
@@ -85,7 +106,7 @@ def test_a_long_query_loses_its_end_and_the_response_stays(smollm_tokenizer):
 
 def test_a_row_whose_response_does_not_fit_is_counted(smollm_tokenizer):
     rows = [pair("a", "word " * 60), pair("a", "b")]
-    examples, tally = encode_rows(rows, pairs(smollm_tokenizer, 40))
+    examples, tally = encode_rows(Rows([rows]), pairs(smollm_tokenizer, 40))
     assert (len(examples), tally.cut, tally.dropped) == (1, 0, 1)
 
 
@@ -136,7 +157,7 @@ def test_a_text_is_learned_as_a_whole_but_for_its_first_token(smollm_tokenizer):
 def test_a_long_text_loses_its_end(smollm_tokenizer):
     row = text_row("one two three " * 30)
     whole = texts(smollm_tokenizer, 512).encode(row)
-    examples, tally = encode_rows([row, text_row("short")], texts(smollm_tokenizer, 10))
+    examples, tally = encode_rows(Rows([[row, text_row("short")]]), texts(smollm_tokenizer, 10))
     assert examples[0].tokens == whole.tokens[:10]
     assert examples[0].learned == ((1, 10),)
     assert (tally.cut, tally.dropped) == (1, 0)
@@ -166,13 +187,13 @@ def test_a_hostile_chat_template_ends_the_run_and_is_named(tiny_tokenizer):
         r"here: the chat template of .*tiny\.gguf needs more than 256 MiB .*; use --template"
     )
     with pytest.raises(TokenizerError, match=complaint):
-        encode_rows([chat_row(*MESSAGES)], encoder)
+        encode_rows(Rows([[chat_row(*MESSAGES)]]), encoder)
 
 
 def test_a_chat_too_long_is_left_out(tiny_tokenizer):
     length = len(encode_chat(MESSAGES, tiny_tokenizer)[0])
     rows = [chat_row(*MESSAGES), chat_row(*MESSAGES, *MESSAGES)]
-    examples, tally = encode_rows(rows, chats(tiny_tokenizer, length))
+    examples, tally = encode_rows(Rows([rows]), chats(tiny_tokenizer, length))
     assert (len(examples), tally.cut, tally.dropped) == (1, 0, 1)
 
 
@@ -191,7 +212,7 @@ def test_a_bad_pair_is_named(tiny_tokenizer, row, complaint):
     with pytest.raises(BadRowError, match=complaint):
         encoder.encode(row)
     with pytest.raises(BadRowError, match=complaint):
-        encode_rows([pair("a", "b"), row], encoder)
+        encode_rows(Rows([[pair("a", "b"), row]]), encoder)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +241,7 @@ def test_bad_rows_are_counted_when_they_may_be_skipped(tiny_tokenizer):
         pair("a", "b" * 99),
     )
     encoder = pairs(tiny_tokenizer, 64, skip_bad_rows=True)
-    examples, tally = encode_rows([bad[0], good, long, *bad[1:], good], encoder)
+    examples, tally = encode_rows(Rows([[bad[0], good, long, *bad[1:], good]]), encoder)
     assert len(examples) == tally.used == 2
     assert (tally.bad, tally.dropped, tally.rows) == (9, 1, 12)
     assert tally.complaints == [
@@ -237,11 +258,11 @@ def test_rows_of_which_none_can_be_used_are_refused_with_the_reasons(tiny_tokeni
         match=r"none of the 3 rows can be used: 2 don't fit into --max_seq_length 50 .* \(raise it"
         r"\); something is wrong with 1, such as: here: field 'response' must be text",
     ):
-        encode_rows(rows, encoder)
+        encode_rows(Rows([rows]), encoder)
 
 
 def test_no_rows_are_no_examples(tiny_tokenizer):
-    examples, tally = encode_rows((), pairs(tiny_tokenizer, 64))
+    examples, tally = encode_rows(Rows([[]]), pairs(tiny_tokenizer, 64))
     assert (len(examples), tally.rows) == (0, 0)
 
 
@@ -272,3 +293,170 @@ def test_what_is_said_of_rows_that_were_not_used_as_they_are():
         "; 1 of them cut to fit; 1,200 left out as too long; 2 left out as unusable, such as: "
         "rows, line 2 is not JSON"
     )
+
+
+# --- many rows -----------------------------------------------------------------------------------
+
+MANY = [
+    {"query": f"hello {number}", "response": "world " * (number * 7 % 13 + 1)}
+    for number in range(330)
+]
+
+
+def written(path, rows=MANY):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def many(tmp_path):
+    return open_rows(written(tmp_path / "rows.jsonl"), "train")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_neither_workers_nor_a_temporary_file_change_anything(
+    many, tiny_tokenizer, workers, on_disk
+):
+    encoder = pairs(tiny_tokenizer, 160)
+    alone, tally = encode_rows(many, encoder)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    helped, counted = encode_rows(many, encoder, workers=workers, on_disk=on_disk)
+    assert torch.equal(torch.rand(3), expected)  # the random state of training is left alone
+    assert (list(helped), helped.digest(), counted) == (list(alone), alone.digest(), tally)
+    assert list(helped.shuffled(5)) == list(alone.shuffled(5))
+    assert tally == Tally(330)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_nor_where_rows_are_in_other_files(tmp_path, tiny_tokenizer, suffix):
+    table = pa.Table.from_pylist(MANY)
+    path = tmp_path / f"rows.{suffix}"
+    (pq.write_table if suffix == "parquet" else pa_csv.write_csv)(table, path)
+    written(tmp_path / "rows.jsonl")
+    one, other = (
+        encode_rows(open_rows(path, "train[10%:]"), pairs(tiny_tokenizer, 160), workers=2)[0]
+        for path in (path, tmp_path / "rows.jsonl")
+    )
+    assert list(one) == list(other)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_row_is_raised_in_one_clear_line_or_counted(tmp_path, tiny_tokenizer, workers):
+    path = written(tmp_path / "rows.jsonl", [*MANY[:50], {"query": 3}, *MANY[50:60]])
+    complaint = f"{path}, line 51: field 'query' must be text, found int 3"
+    rows = open_rows(path, "train")
+    with pytest.raises(BadRowError) as caught:
+        encode_rows(rows, pairs(tiny_tokenizer, 160), workers=workers)
+    assert str(caught.value) == complaint
+    skipping = pairs(tiny_tokenizer, 160, skip_bad_rows=True)
+    _, tally = encode_rows(rows, skipping, workers=workers)
+    assert tally == Tally(60, bad=1, complaints=[complaint])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_changes_meanwhile_stops_it(many, tmp_path, tiny_tokenizer, workers):
+    os.utime(tmp_path / "rows.jsonl", ns=(1, 1))
+    with pytest.raises(DataError, match=r"rows\.jsonl was changed while it was being read"):
+        encode_rows(many, pairs(tiny_tokenizer, 160), workers=workers)
+
+
+def test_a_temporary_file_that_can_not_be_written_says_so(many, tiny_tokenizer, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    with pytest.raises(OutputError, match="No space left on device; set TMPDIR to a folder"):
+        encode_rows(many, pairs(tiny_tokenizer, 160), on_disk=True)
+
+
+READ_A_LARGE_FILE = """
+import sys
+from pathlib import Path
+import pyarrow.parquet
+from disha.finetune.data.dataset import open_rows
+from disha.finetune.data.encoding import Encoder, encode_rows
+from disha.finetune.text.templates import PLAIN
+from disha.finetune.data.sources import TextBatches
+
+class Bytes:
+    begin, end, special = (), 0, frozenset()
+    def encode(self, text, special=True, continues=False):
+        return list(text.encode())
+    def encode_with_places(self, text):
+        return self.encode(text), [(i, i + 1) for i in range(len(text))]
+
+def peak():
+    line, = (l for l in open("/proc/self/status") if l.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+before = peak()
+encoder = Encoder(Bytes(), ("query", "response"), 9999, PLAIN)
+for path in sys.argv[1:]:
+    examples, _ = encode_rows(open_rows(Path(path), "train[:90%]"), encoder, on_disk=True)
+    count = sum(len(batch) for batch in TextBatches(examples, 2, seed=0).batches(1))
+    print(count, peak() - before)
+"""
+
+
+def test_large_files_take_little_memory(tmp_path):
+    paths = [tmp_path / f"rows.{suffix}" for suffix in ("jsonl", "csv", "parquet")]
+    for path in paths:
+        write_large_file(path, path.suffix.removeprefix("."), 5_000)
+        assert path.stat().st_size > 24e6  # so that the tokens have 96 MB
+    finished = subprocess.run(
+        [sys.executable, "-c", READ_A_LARGE_FILE, *map(str, paths)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for line in finished.stdout.splitlines():
+        examples, growth = map(int, line.split())
+        assert examples == 4_500
+        assert growth < 40e6
+
+
+def write_large_file(path, suffix, count):
+    text = "some words, " * 400
+    if suffix == "parquet":
+        rows = [{"query": text, "response": "b"}] * count
+        options = {"compression": "none", "use_dictionary": False, "row_group_size": 200}
+        pq.write_table(pa.Table.from_pylist(rows), path, **options)
+        return
+    row = {"jsonl": f'{{"query": "{text}", "response": "b"}}\n', "csv": f'"{text}",b\n'}[suffix]
+    with path.open("w") as file:
+        file.write("query,response\n" if suffix == "csv" else "")
+        file.writelines(row for _ in range(count))
+
+
+class EndsItself:
+    """Encodes nothing: the process that tries is killed, as one that takes too much memory is."""
+
+    def outcome(self, row):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_was_killed_is_told_of_in_one_line(many):
+    with pytest.raises(
+        TrainingError, match=r"a worker process that prepares rows has ended .*lower --data"
+    ):
+        encode_rows(many, EndsItself(), workers=1)
+
+
+class Revealing(EndsItself):
+    """Complains of how the process that encodes takes signals."""
+
+    def outcome(self, row):
+        os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does for all processes
+        found = tuple(map(signal.getsignal, SIGNALS))
+        raise BadRowError(str(found))
+
+
+def test_processes_that_prepare_rows_leave_ctrl_c_to_training_and_can_be_told_to_end(many):
+    wanted = (signal.SIG_DFL if n == signal.SIGTERM else signal.SIG_IGN for n in SIGNALS)
+    usual = str(tuple(wanted))
+    with listening(), pytest.raises(BadRowError, match=re.escape(usual)):
+        encode_rows(many, Revealing(), workers=1)

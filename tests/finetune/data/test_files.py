@@ -47,20 +47,13 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
     assert fields(read_file(written(tmp_path, name, CONTENTS[name]))) == ROWS
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.NDJSON", "rows.csv", "rows.tsv"])
-def test_so_does_streaming(tmp_path, name):
-    assert fields(read_file(written(tmp_path, name, CONTENTS[name]), streaming=True)) == ROWS
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_so_does_parquet(tmp_path, streaming):
+def test_so_does_parquet(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
-    assert fields(read_file(tmp_path / "rows.parquet", streaming=streaming)) == ROWS
+    assert fields(read_file(tmp_path / "rows.parquet")) == ROWS
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_plain_text_is_a_row_per_line(tmp_path, streaming):
-    rows = read_file(written(tmp_path, "rows.txt", "one\n\n  two \r\nthree"), streaming=streaming)
+def test_plain_text_is_a_row_per_line(tmp_path):
+    rows = read_file(written(tmp_path, "rows.txt", "one\n\n  two \r\nthree"))
     assert fields(rows) == [{"text": "one"}, {"text": "  two "}, {"text": "three"}]
 
 
@@ -71,7 +64,7 @@ def test_a_json_object_without_a_list_is_a_row(tmp_path):
 
 
 def test_rows_of_json_know_their_place(tmp_path):
-    rows = read_file(written(tmp_path, "rows.json", json.dumps([{"a": 1}, 3])))
+    rows = list(read_file(written(tmp_path, "rows.json", json.dumps([{"a": 1}, 3]))))
     assert rows[0].place.endswith("rows.json, row 1")
     with pytest.raises(BadRowError, match=r"rows\.json, row 2 holds a JSON int; every row must"):
         rows[1]["a"]
@@ -91,19 +84,6 @@ def test_rows_of_json_know_their_place(tmp_path):
 def test_json_that_holds_no_rows_is_named(tmp_path, content, complaint):
     with pytest.raises(DataError, match=complaint):
         read_file(written(tmp_path, "rows.json", content))
-
-
-@pytest.mark.parametrize(
-    ("name", "remedy"),
-    [
-        ("rows.json", r"write it as JSON lines \(\.jsonl\), or leave --streaming out"),
-        ("rows.jsonl.gz", "unpack it, or leave --streaming out"),
-        ("rows.json.gz", "unpack it, or leave --streaming out"),
-    ],
-)
-def test_what_can_not_be_streamed_says_so(tmp_path, name, remedy):
-    with pytest.raises(DataError, match=rf"--streaming can't read .*{name}, because .*; {remedy}"):
-        read_file(written(tmp_path, name, CONTENTS.get(name, b"")), streaming=True)
 
 
 @pytest.mark.parametrize(

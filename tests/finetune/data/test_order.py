@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import pyarrow as pa
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet as pq
 
-from disha.finetune.data import order, parquet
-from disha.finetune.data.order import permutation, reading_order
-from disha.finetune.data.parquet import ParquetRows
-from disha.finetune.data.rows import Row, Rows
+from disha.finetune.data.order import drawn, mixed_order, permutation
 
 
 @given(st.integers(0, 300), st.integers(0, 2**62))
@@ -33,52 +30,62 @@ def test_the_random_state_of_training_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.fixture
-def tables(tmp_path):
-    """Two files of ten groups of ten rows; a group takes about 12 kilobytes."""
-    for number in range(2):
-        table = pa.table({"n": range(100), "text": [f"{n:03}" * 333 for n in range(100)]})
-        pq.write_table(
-            table,
-            tmp_path / f"{number}.parquet",
-            row_group_size=10,
-            use_dictionary=False,
-            compression="none",
-        )
-    return Rows([ParquetRows(tmp_path / f"{number}.parquet") for number in range(2)])
+@pytest.mark.parametrize(
+    ("sizes", "weights", "expected"),
+    [
+        ((30, 10), (1, 1), [20, 20]),
+        ((30, 10), (3, 1), [30, 10]),
+        ((30, 10), (0.5, 1.5), [10, 30]),
+        ((30, 10), (1, 0), [30, 0]),
+        ((30, 0), (1, 5), [30, 0]),
+        ((9, 1), (1e-9, 1), [1, 10]),
+        ((5,), (7,), [5]),
+        ((0, 0), (1, 1), [0, 0]),
+        ((4, 4), (1e307, 1e307), [4, 4]),
+    ],
+)
+def test_a_weight_is_the_part_of_an_epochs_rows(sizes, weights, expected):
+    assert drawn(sizes, weights) == expected
 
 
-def test_rows_that_can_be_read_alone_are_mixed_without_bounds():
-    assert reading_order(Rows([[Row({}, "here")] * 30]), 5) == permutation(30, 5)
+def in_order(sizes, weights, seed):
+    return list(mixed_order(sizes, weights, seed))
 
 
-def test_so_are_few_blocks(tables):
-    assert reading_order(tables, 5) == permutation(200, 5)
+SETS = st.lists(
+    st.tuples(st.integers(0, 12), st.sampled_from([0, 0.3, 1, 2, 5])), min_size=1, max_size=4
+).filter(lambda sets: any(size and weight for size, weight in sets))
 
 
-def test_many_blocks_are_mixed_some_at_a_time(tables, monkeypatch):
-    monkeypatch.setattr(order, "MOST_BYTES_MIXED", 40_000)
-    numbers = reading_order(tables[20:], 5)
-    assert sorted(numbers) == list(range(180))
-    assert numbers == reading_order(tables[20:], 5) != reading_order(tables[20:], 6)
-    together = [numbers[start : start + 30] for start in range(0, 180, 30)]
-    for part in together:
-        assert len({number // 10 for number in part}) == 3
-        assert len({number // 10 for number in part[:10]}) > 1
-    assert [min(part) for part in together] != sorted(min(part) for part in together)
+@given(SETS, st.integers(0, 99))
+def test_every_row_comes_as_often_as_its_data_set_is_repeated(sets, seed):
+    sizes, weights = zip(*sets, strict=True)
+    order = in_order(sizes, weights, seed)
+    starts = accumulate(sizes, initial=0)
+    for start, size, count in zip(starts, sizes, drawn(sizes, weights), strict=False):
+        own = [index - start for index in order if start <= index < start + size]
+        assert len(own) == count
+        # Each turn has all rows before any comes again; only the last turn may end early.
+        turns = [own[first : first + size] for first in range(0, count, size or 1)]
+        assert all(sorted(turn) == list(range(size)) for turn in turns[:-1])
+        assert all(len(set(turn)) == len(turn) for turn in turns)
+    assert len(order) == sum(drawn(sizes, weights))
 
 
-def test_every_block_is_read_once_in_that_order(tables, monkeypatch):
-    monkeypatch.setattr(order, "MOST_BYTES_MIXED", 40_000)
-    monkeypatch.setattr(parquet, "MOST_BYTES_KEPT", 45_000)
-    read = []
-    plain_read = pq.ParquetFile.read_row_group
+def test_the_seed_decides_the_order_and_which_rows_are_drawn():
+    def of(seed):
+        return in_order((40, 40), (1, 3), seed)
 
-    def noted_read(self, number, **options):
-        read.append(number)
-        return plain_read(self, number, **options)
+    assert of(1) == of(1)
+    assert set(of(1)) != set(of(2))
+    # The data sets are mixed, and not one after the other; each has an order of its own.
+    order = of(1)
+    assert 3 < sum(index >= 40 for index in order[:10]) < 10
+    assert [i for i in order if i < 40] != [i - 40 for i in order if i >= 40][:20]
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", noted_read)
-    for index in reading_order(tables, 1):
-        assert tables[index]["n"] == index % 100
-    assert sorted(read) == sorted(2 * list(range(10)))
+
+def test_the_parts_of_an_epoch_are_close_to_the_weights_everywhere():
+    order = in_order((1000, 1000), (1, 3), 5)
+    for first in range(0, 2000, 500):
+        part = sum(index >= 1000 for index in order[first : first + 500]) / 500
+        assert part == pytest.approx(0.75, abs=0.07)

@@ -32,14 +32,6 @@ def test_joined_and_sliced_rows_are_as_lists_are(parts, data):
     assert names(joined[wanted][again]) == plain[wanted][again]
 
 
-def test_rows_from_the_end_and_beyond():
-    rows = Rows([listed("a", "b", "c")])
-    assert rows[-1]["name"] == "c"
-    for beyond in (3, -4):
-        with pytest.raises(IndexError):
-            rows[beyond]
-
-
 def test_rows_pickle():
     rows = Rows([listed("a"), listed("b", "c")])[1:]
     assert names(pickle.loads(pickle.dumps(rows))) == ["b", "c"]

@@ -52,7 +52,7 @@ def test_inputs_of_any_shape():
 def test_a_table_of_text_holds_numbers_too(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('x,y\n"[1, 2]",1\n"[3, 4.5]",0\n')
-    samples = read_samples(open_rows(path, "train", streaming=False), FIELDS)
+    samples = read_samples(open_rows(path, "train"), FIELDS)
     assert (samples.inputs.tolist(), samples.targets.tolist()) == ([[1, 2], [3, 4.5]], [1, 0])
     assert samples.are_classes
 
@@ -131,4 +131,4 @@ def test_rows_from_a_file_are_named_by_file_and_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"x": x, "y": 1}) for x in ([1], [2, 3])))
     with pytest.raises(BadRowError, match=r"rows\.jsonl, line 2: field 'x' .*rows\.jsonl, line 1"):
-        read_samples(open_rows(path, "train", streaming=True), FIELDS)
+        read_samples(open_rows(path, "train"), FIELDS)

@@ -4,37 +4,34 @@ import csv
 import gzip
 import io
 import json
-import multiprocessing
 import os
-import pickle
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disha.finetune.data.rows import Rows
-from disha.finetune.data.text_files import TextFile, csv_rows, json_line_rows, text_line_rows
+from disha.finetune.data.text_files import csv_rows, json_line_rows, text_line_rows
 from disha.finetune.errors import BadRowError, DataError
 
 TEXT = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from('\r\n\x0c\x1e\u2028",;\t')))
 LINE_ENDS = st.sampled_from(["\n", "\r\n", "\n\n", "\n \r\n"])
 
 
-@pytest.fixture(params=[False, True], ids=["in memory", "on disk"])
-def opened(request, tmp_path):
+@pytest.fixture
+def opened(tmp_path):
     def opened(content):
         path = tmp_path / "rows"
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return TextFile.open(path, streaming=request.param)
+        return path
 
     return opened
 
 
-def in_memory(tmp_path_factory, content):
+def anywhere(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "rows"
     path.write_bytes(content.encode())
-    return TextFile.open(path, streaming=False)
+    return path
 
 
 def fields(rows):
@@ -50,7 +47,7 @@ def complaint(row):
 @given(st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("\r\n \u2028\x0c"))))
 def test_any_text_is_rows_of_its_lines(tmp_path_factory, text):
     text = text.removeprefix("\ufeff")
-    rows = text_line_rows(in_memory(tmp_path_factory, text))
+    rows = text_line_rows(anywhere(tmp_path_factory, text))
     lines = text.split("\n")
     filled = [i for i, line in enumerate(lines, 1) if line.encode().strip()]
     assert [row["text"] for row in rows] == [lines[i - 1].rstrip("\r") for i in filled]
@@ -61,7 +58,7 @@ def test_any_text_is_rows_of_its_lines(tmp_path_factory, text):
 def test_any_objects_are_read_from_lines(tmp_path_factory, objects, line_end, ascii, is_ended):
     lines = [json.dumps(one, ensure_ascii=ascii) for one in objects]
     text = line_end.join(lines) + line_end * is_ended
-    assert fields(json_line_rows(in_memory(tmp_path_factory, text))) == objects
+    assert fields(json_line_rows(anywhere(tmp_path_factory, text))) == objects
 
 
 @given(
@@ -82,25 +79,16 @@ def test_any_table_is_read_as_the_csv_module_writes_it(
     text = written.getvalue()
     if text.startswith("\ufeff"):
         return
-    rows = csv_rows(in_memory(tmp_path_factory, text), delimiter)
+    rows = csv_rows(anywhere(tmp_path_factory, text), delimiter)
     assert fields(rows) == [dict(zip(header, record, strict=True)) for record in table]
 
 
 def test_places_count_lines_and_not_rows(opened):
     table = 'query,response\n\n"one\ntwo\n\nthree",a\r\nshort,b\n  \n\n"x\ny",c'
-    rows = csv_rows(opened("\ufeff" + table), ",")
+    rows = list(csv_rows(opened("\ufeff" + table), ","))
     assert [row["response"] for row in rows] == ["a", "b", "c"]
     assert [row["query"] for row in rows] == ["one\ntwo\n\nthree", "short", "x\ny"]
     assert [int(re.search(r"line (\d+)$", row.place)[1]) for row in rows] == [3, 7, 10]
-
-
-def test_rows_can_be_had_in_any_order_and_after_pickling(opened):
-    lines = [json.dumps({"query": "é" * number}) for number in range(50)]
-    rows = Rows([json_line_rows(opened("\n".join(lines)))])
-    assert len(rows[49]["query"]) == 49
-    assert len(rows[-20]["query"]) == 30
-    again = pickle.loads(pickle.dumps(rows))
-    assert [len(row["query"]) for row in again] == list(range(50))
 
 
 GOOD = '{"query": "a"}'
@@ -118,7 +106,7 @@ GOOD = '{"query": "a"}'
 )
 def test_a_bad_line_is_named_and_the_others_are_good(opened, lines, wanted):
     encoded = [line if isinstance(line, bytes) else line.encode() for line in lines]
-    rows = Rows([json_line_rows(opened(b"\n".join([*encoded, GOOD.encode()])))])
+    rows = list(json_line_rows(opened(b"\n".join([*encoded, GOOD.encode()]))))
     assert re.search(wanted, complaint(rows[-2]))
     assert rows[-1]["query"] == "a"
 
@@ -133,22 +121,22 @@ def test_a_bad_line_is_named_and_the_others_are_good(opened, lines, wanted):
     ],
 )
 def test_a_bad_record_is_named_and_the_others_are_good(opened, record, wanted):
-    rows = csv_rows(opened(b"query,response\n" + record + b"\ngood,row\n"), ",")
+    rows = list(csv_rows(opened(b"query,response\n" + record + b"\ngood,row\n"), ","))
     assert re.search(wanted, complaint(rows[0]))
     assert dict(rows[1].fields) == {"query": "good", "response": "row"}
     assert len(rows) == 2
 
 
 def test_a_quote_that_never_ends_is_named(opened):
-    rows = csv_rows(opened('query,response\na,b\n"c,d\ne,f\n'), ",")
+    rows = list(csv_rows(opened('query,response\na,b\n"c,d\ne,f\n'), ","))
     assert rows[0]["query"] == "a"
     assert re.search("rows, line 3 can't be read: unexpected end of data", complaint(rows[1]))
 
 
 def test_long_fields_are_read_and_the_limit_of_others_stays(opened):
     limit = csv.field_size_limit()
-    rows = csv_rows(opened("query,response\na," + "b" * 300_000), ",")
-    assert len(rows[0]["response"]) == 300_000
+    [row] = csv_rows(opened("query,response\na," + "b" * 300_000), ",")
+    assert len(row["response"]) == 300_000
     assert csv.field_size_limit() == limit
 
 
@@ -169,6 +157,7 @@ def test_a_header_that_can_not_be_used_is_named(opened, content, wanted):
 # --- bytes ---------------------------------------------------------------------------------------
 
 CONTENT = b"one\r\ntwo\n\n\x0cthree\x1e\xe2\x80\xa8and on"
+LINES = [{"text": line} for line in ("one", "two", "\x0cthree\x1e\u2028and on")]
 
 
 def written(tmp_path, content):
@@ -177,41 +166,27 @@ def written(tmp_path, content):
     return path
 
 
-def test_lines_end_at_line_feeds_only_and_know_their_place(opened):
-    file = opened(CONTENT)
-    lines = list(file.lines())
-    assert [line for _, line in lines] == [
-        b"one\r\n",
-        b"two\n",
-        b"\n",
-        b"\x0cthree\x1e\xe2\x80\xa8and on",
-    ]
-    for start, line in lines:
-        assert file.read(start, start + len(line)) == line
-    assert file.read(0, None) == CONTENT
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_line(opened):
-    assert list(opened(b"\xef\xbb\xbfone\ntwo").lines()) == [(3, b"one\n"), (7, b"two")]
+def test_lines_end_at_line_feeds_only_and_a_byte_order_mark_is_no_part_of_them(opened):
+    assert fields(text_line_rows(opened(CONTENT))) == LINES
+    assert fields(text_line_rows(opened(b"\xef\xbb\xbf" + CONTENT))) == LINES
 
 
 def test_utf_16_is_named(opened):
     with pytest.raises(DataError, match="rows is UTF-16, and must be UTF-8; save it as UTF"):
-        list(opened("one".encode("utf-16")).lines())
+        text_line_rows(opened("one".encode("utf-16")))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_what_can_not_be_read_is_named(tmp_path, streaming):
+def test_what_can_not_be_read_is_named(tmp_path):
     with pytest.raises(DataError, match=r"can't read .*absent\.txt: No such file"):
-        TextFile.open(tmp_path / "absent.txt", streaming=streaming)
+        text_line_rows(tmp_path / "absent.txt")
     with pytest.raises(DataError, match="it is a folder, not a regular file"):
-        list(TextFile.open(tmp_path, streaming=streaming).lines())
+        text_line_rows(tmp_path)
 
 
 def test_packed_files_are_unpacked(tmp_path):
     path = tmp_path / "rows.txt.gz"
     path.write_bytes(gzip.compress(CONTENT))
-    assert TextFile.open(path, streaming=False).content == CONTENT
+    assert fields(text_line_rows(path)) == LINES
 
 
 @pytest.mark.parametrize(
@@ -221,7 +196,7 @@ def test_a_damaged_packed_file_is_named(tmp_path, content):
     path = tmp_path / "rows.txt.gz"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"rows\.txt\.gz is damaged and can't be unpacked"):
-        TextFile.open(path, streaming=False)
+        text_line_rows(path)
 
 
 def grown(path):
@@ -241,41 +216,15 @@ def replaced(path):
 @pytest.mark.parametrize("change", [grown, touched, replaced])
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path, change):
     path = written(tmp_path, CONTENT)
-    file = TextFile.open(path, streaming=True)
-    assert file.read(0, 3) == b"one"
+    rows = text_line_rows(path)
     change(path)
     with pytest.raises(DataError, match=r"rows\.txt was changed while it was being read"):
-        file.read(0, 3)
-    with pytest.raises(DataError, match=r"rows\.txt was changed while it was being read"):
-        list(file.lines())
+        list(rows)
 
 
 def test_a_file_that_vanishes_is_named(tmp_path):
     path = written(tmp_path, CONTENT)
-    file = TextFile.open(path, streaming=True)
+    rows = text_line_rows(path)
     path.unlink()
     with pytest.raises(DataError, match="No such file"):
-        file.read(0, 3)
-
-
-def read_often(file, start, wanted, results):
-    results.put(all(file.read(start, start + 4096) == wanted for _ in range(2000)))
-
-
-def test_processes_that_fork_do_not_disturb_each_other(tmp_path):
-    content = b"".join(bytes([number]) * 4096 for number in range(4))
-    file = TextFile.open(written(tmp_path, content), streaming=True)
-    forking = multiprocessing.get_context("fork")
-    results = forking.SimpleQueue()
-    readers = [
-        forking.Process(
-            target=read_often,
-            args=(file, part * 4096, bytes([part]) * 4096, results),
-        )
-        for part in range(4)
-    ]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
-    assert [results.get() for _ in readers] == [True] * 4
+        list(rows)
