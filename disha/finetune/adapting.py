@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import disha
 from disha.finetune.errors import SettingsError
 from disha.finetune.models.decoder import Decoder
-from disha.finetune.progress import counted
 from disha.finetune.settings import AdapterSettings
+from disha.text import counted
 
 __all__ = [
     "ALL_PROJECTIONS",

@@ -32,7 +32,7 @@ from disha.finetune.metrics import METRICS
 from disha.finetune.models.factory import explaining_failures
 from disha.finetune.noted_base import BASE_KEY, base_note
 from disha.finetune.preview import preview
-from disha.finetune.progress import Clock, counted
+from disha.finetune.progress import Clock
 from disha.finetune.report import (
     Sample,
     environment,
@@ -57,6 +57,7 @@ from disha.finetune.training.parallel import (
     undistributed,
 )
 from disha.finetune.verification import Verification, verify_in_fresh_process
+from disha.text import counted
 
 __all__ = ["finetune"]
 

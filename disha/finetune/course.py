@@ -26,7 +26,7 @@ from disha.finetune.folder_lock import FolderLock
 from disha.finetune.hashing import file_hash
 from disha.finetune.inputs import Inputs
 from disha.finetune.metrics import Metrics, recorded_steps, recording
-from disha.finetune.progress import Clock, ShowStep, counted, showing_progress
+from disha.finetune.progress import Clock, ShowStep, showing_progress
 from disha.finetune.resuming import Setup, batches_per_step
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.stopping import Interrupted, forget_signal
@@ -48,6 +48,7 @@ from disha.finetune.training.loop import (
 )
 from disha.finetune.training.optimizers import make_optimizer
 from disha.finetune.training.parallel import Processes, undistributed
+from disha.text import counted
 
 __all__ = ["Course", "train"]
 

@@ -16,9 +16,10 @@ from disha.finetune.adapting import plan
 from disha.finetune.data.batches import Batch, TokenBatch
 from disha.finetune.estimate import estimate, operations_per_second
 from disha.finetune.inputs import Inputs
-from disha.finetune.progress import counted
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.training.loop import planned_steps
+from disha.tables import table
+from disha.text import counted, first_few, printable
 
 __all__ = ["collapsed", "preview"]
 
@@ -77,8 +78,7 @@ def _layers(planned: disha.Plan) -> Iterator[str]:
     for one in planned.layers:
         name = tuple("#" if part.isdigit() else part for part in one.name.split("."))
         groups.setdefault((name, one.r, one.in_features, one.out_features), []).append(one)
-    rows = [("layers", "number", "r", "in -> out", "parameters")]
-    rows += [
+    rows = [
         (
             _last(collapsed([one.name for one in group]) or "(the model)"),
             f"{len(group):,}",
@@ -88,24 +88,17 @@ def _layers(planned: disha.Plan) -> Iterator[str]:
         )
         for (_, r, in_features, out_features), group in groups.items()
     ]
-    shown = rows[: 1 + MOST_GROUPS]
-    title, number, size, shape, last = (max(map(len, x)) for x in zip(*shown, strict=True))
-    for row in shown:
-        yield (
-            f"{row[0]:{title}}  {row[1]:>{number}}  {row[2]:>{size}}  {row[3]:{shape}}  "
-            f"{row[4]:>{last}}"
-        )
-    if len(rows) > len(shown):
-        yield f"and {counted(len(rows) - len(shown), 'more group')} of layers"
+    yield table(("layers", "number", "r", "in -> out", "parameters"), rows[:MOST_GROUPS])
+    if len(rows) > MOST_GROUPS:
+        yield f"and {counted(len(rows) - MOST_GROUPS, 'more group')} of layers"
     remarks = [
         *(f"skipped {one.name} ({one.type_name}): {one.reason}" for one in planned.skipped),
         *(f"not adapted {one.name} {one.shape}: its layout is unknown" for one in planned.unknown),
         *(f"one shared parameter: {', '.join(names)}" for names in planned.tied),
         *(f"also trained: {name}" for name in planned.also_train),
     ]
-    yield from (textwrap.shorten(remark, WIDTH) for remark in remarks[:MOST_REMARKS])
-    if len(remarks) > MOST_REMARKS:
-        yield f"and {len(remarks) - MOST_REMARKS:,} more"
+    if remarks:
+        yield first_few([textwrap.shorten(remark, WIDTH) for remark in remarks], MOST_REMARKS)
     yield (
         f"{counted(len(planned.layers), 'layer')}, {counted(planned.added, 'parameter')}; "
         f"trainable {planned.trainable:,} of {planned.total:,} ({planned.percent:.3f}%)"
@@ -158,18 +151,9 @@ def _example(inputs: Inputs) -> Iterator[str]:
     for number, (first, end) in enumerate(itertools.pairwise(bounds)):
         ids = list(example.tokens[first:end])
         text = inputs.encoder.tokenizer.backend.decode(ids, skip_special_tokens=False)
-        text = _middle_cut(text, LONGEST_EXAMPLE // len(bounds))
+        text = printable(text, LONGEST_EXAMPLE // len(bounds))
         pieces.append(f"[[{text}]]" if number % 2 else text)
     yield textwrap.indent(textwrap.fill("".join(pieces), WIDTH - 2, drop_whitespace=False), "  ")
-
-
-def _middle_cut(text: str, limit: int) -> str:
-    """Return a text with what can't be printed escaped; of a long one, both ends."""
-    if len(text) > limit:
-        text = f"{text[: limit // 2]}[... {len(text):,} characters ...]{text[-limit // 2 :]}"
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
-    )
 
 
 # --- memory and time -----------------------------------------------------------------------------

@@ -11,29 +11,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    track,
-)
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from disha.finetune.training.loop import Step
 
-__all__ = ["Clock", "ShowStep", "counted", "showing_progress"]
+__all__ = ["Clock", "ShowStep", "showing_progress"]
 
 T = TypeVar("T")
 
 ShowStep: TypeAlias = Callable[[Step], None]
 """Shows an optimiser step."""
-
-
-def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless the number is 1."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class Clock:
@@ -55,9 +42,8 @@ class Clock:
 
     def watched(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Yield items, and move a bar if this is a terminal."""
-        hidden = not (self._prints and sys.stdout.isatty())
-        console = Console(file=sys.stdout)
-        yield from track(items, label, total, console=console, transient=True, disable=hidden)
+        hidden = None if self._prints else True  # None: off a terminal
+        yield from tqdm(items, label, total, leave=False, file=sys.stdout, disable=hidden)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -101,18 +87,14 @@ def showing_progress(
     if not sys.stdout.isatty():
         yield print_line
         return
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(file=sys.stdout)
-    with Progress(*columns, TextColumn("{task.fields[numbers]}"), console=console) as bar:
-        task = bar.add_task("training", total=steps, completed=first, numbers="")
+    with tqdm(desc="training", total=steps, initial=first, file=sys.stdout) as bar:
 
         def move_bar(step: Step) -> None:
             if is_due(step):
-                bar.update(task, numbers=_numbers(step))
+                bar.set_postfix_str(_numbers(step), refresh=False)
             if step.eval_loss is not None:
-                evaluated = _evaluated(f"step {step.step}: ", step, checked)
-                console.print(evaluated, highlight=False)
-            bar.update(task, completed=step.step)
+                bar.write(_evaluated(f"step {step.step}: ", step, checked), file=sys.stdout)
+            bar.update(step.step - bar.n)
 
         yield move_bar
 

@@ -20,6 +20,7 @@ from disha.finetune.errors import CheckpointError
 from disha.finetune.hashing import add_tensor
 from disha.finetune.models.decoder import Decoder, DecoderConfig
 from disha.finetune.models.quantised import WeightBits, is_quantised, quantise_layers, set_weight
+from disha.text import first_few
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
@@ -194,15 +195,12 @@ def check_fit(path: Path, expected: Mapping[str, Shape], found: Mapping[str, Sha
             if name in found and found[name] != shape
         ],
     }
-    complaints = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+    complaints = [
+        f"{what}: {first_few(names, LISTED, ', ')}" for what, names in problems.items() if names
+    ]
     if complaints:
         raise CheckpointError(
             f"{path} does not hold the tensors that its own configuration calls for; "
             f"{'; '.join(complaints)}. It is damaged, was converted wrongly, or is "
             "of a kind that is not supported"
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

@@ -144,7 +144,7 @@ def test_every_kind_of_misfit_is_in_one_message(tmp_path):
 
 
 def test_long_lists_are_cut(tmp_path):
-    with pytest.raises(CheckpointError, match=r"missing: 0, 1, 2, 3 and 5 more\. It"):
+    with pytest.raises(CheckpointError, match=r"missing: 0, 1, 2, 3, and 5 more\. It"):
         check_fit(tmp_path, {str(name): (1,) for name in range(9)}, {})
 
 
