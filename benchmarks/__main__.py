@@ -21,6 +21,7 @@ from benchmarks.routed import routed
 from benchmarks.settings import FULL, QUICK, Profile
 from benchmarks.side_by_side import side_by_side
 from benchmarks.start_up import start_up
+from benchmarks.switching import switching
 from benchmarks.whole_model import model_step
 
 __all__ = ["TABLES", "main"]
@@ -34,6 +35,7 @@ TABLES: Mapping[str, Measure] = {
     "memory": memory,
     "start_up": start_up,
     "routed": routed,
+    "switching": switching,
     "experts": experts,
     "finetuning": finetuning,
     "side_by_side": side_by_side,

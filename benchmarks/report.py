@@ -101,6 +101,7 @@ def page(files: Mapping[Path, Results], drawn: Sequence[str] = ()) -> str:
         "memory": _memory,
         "start_up": _start_up,
         "routed": _routed,
+        "switching": _switching,
         "experts": _experts,
         "finetuning": _finetuning,
         "side_by_side": _side_by_side,
@@ -350,6 +351,26 @@ def _routed(results: Results) -> str:
         "Times are ratios to the same batch through the frozen base. PEFT routes by "
         "`adapter_names`.\n\n" + table(["", *header], rows)
     )
+
+
+def _switching(results: Results) -> str:
+    rows = []
+    for case in results["tables"]["switching"]:
+        for turn, seconds in case["turns"].items():
+            spread, quarter = Spread.of(seconds), len(seconds) // 4
+            growth = Spread.of(seconds[-quarter:]).median / Spread.of(seconds[:quarter]).median
+            rows.append([turn, str(len(seconds)), seconds_text(spread.median), f"{growth:.2f}"])
+    one = results["tables"]["switching"][0]
+    about = (
+        "## One adapter after another\n\n"
+        f"`load_adapter(model, file, replace=True)` in a model of {one['layers']} layers of "
+        f"{one['width']} x {one['width']}, for files with r of "
+        f"{', '.join(map(str, one['ranks']))} in turn. Every second file adapts half of the "
+        f"layers. The adapter in the model has r = {one['r']} and stays as it is, so compiled code "
+        "is not compiled again.\n"
+    )
+    header = ["turn", "files", "one switch, median", "last quarter / first quarter"]
+    return "\n".join([about, table(header, rows)])
 
 
 def _experts(results: Results) -> str:

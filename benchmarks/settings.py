@@ -159,6 +159,7 @@ class Profile:
     routed_width: int
     routed_tokens: tuple[int, ...]
     routed_budget: Budget
+    switched_adapters: int
     expert_models: tuple[ExpertModel, ...]
     expert_budget: Budget
     finetune: FinetuneSizes
@@ -222,6 +223,7 @@ FULL = Profile(
     routed_width=1024,
     routed_tokens=(1, 32),
     routed_budget=Budget(8.0, least_rounds=5, most_rounds=100),
+    switched_adapters=64,
     expert_models=(
         ExpertModel("Mixtral", 512, 1024, 8, 2, 64, 512, *_MIXTRAL),
         ExpertModel("Qwen3Moe", 512, 256, 32, 4, 32, 512, *_QWEN3),
@@ -263,6 +265,7 @@ QUICK = Profile(
     routed_width=256,
     routed_tokens=(1,),
     routed_budget=Budget(1.0, least_rounds=2, most_rounds=10),
+    switched_adapters=8,
     expert_models=(ExpertModel("Mixtral", 128, 256, 4, 2, 16, 64, *_MIXTRAL, batched=True),),
     expert_budget=Budget(2.0, least_rounds=2, most_rounds=5),
     finetune=FinetuneSizes(

@@ -265,6 +265,7 @@ TINY = dataclasses.replace(
     start_up_budget=Budget(0.0, 1, 1, 0),
     routed_width=32,
     routed_budget=Budget(0.0, 1, 1, 0),
+    switched_adapters=4,
     expert_models=(
         ExpertModel("Mixtral", 64, 16, 4, 2, 4, 8, "intermediate_size", "num_local_experts"),
     ),
@@ -330,6 +331,7 @@ def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, c
         "compared.png", "few_tokens.png", "layer_step.png", "memory.png", "model_step.png",
     ]  # fmt: skip
     for line in ("| disha BAT |", "| PEFT MiSS |", "## Routed batches", "| 7B, Bone |",
+                 "| second | 4 | ",
                  "| float32 | Trainer, PEFT LoRA | 1.000 | 1.000 |",
                  "| Mixtral, 4 experts of 64 x 16, 8 tokens, grouped_mm |",
                  "| Bone | 60 | 3.837 | 2.914 | 9,953,280 | 2 GiB |"):  # fmt: skip
