@@ -43,8 +43,12 @@ TRANSFORMERS = [
     "accelerate>=1.1",
     "transformers>=5",
 ]
-PEERS = [
+TRL = [
     *TRANSFORMERS,
+    "trl>=1.16",
+]
+PEERS = [
+    *TRL,
     "diffusers>=0.35",
     "loralib>=0.1.2",
     "lycoris-lora>=4.1",
@@ -116,6 +120,7 @@ setup(
         "quant": QUANT,
         "reports": REPORTS,
         "transformers": TRANSFORMERS,
+        "trl": TRL,
         "dev": DEV,
         "docs": DOCS,
         "zoo": ZOO,

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from pytorch_lightning import LightningModule
 from pytorch_lightning import Trainer as LightningTrainer
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -194,6 +196,16 @@ def test_a_quantised_model_trains(options, tmp_path):
 def test_a_plain_model_is_refused():
     with pytest.raises(disha.ArgumentError, match="default"):
         AdapterCheckpoints(llama())
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_trainers_that_save_in_ways_of_their_own_are_refused_by_name(tmp_path, monkeypatch, kind):
+    """Both need a GPU, so here a trainer is told that it has them."""
+    model = adapted(llama)
+    Accelerator(cpu=True)  # from here on, its state is that of all others
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
+    with pytest.raises(disha.ArgumentError, match=rf"{kind.value}.*call disha\.save_adapter"):
+        AdapterCheckpoints(model).on_init_end(None, None, None, model=model)
 
 
 # --- Accelerate ----------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ MODULES = (
     "disha.integrations.accelerate",
     "disha.integrations.lightning",
     "disha.integrations.transformers",
+    "disha.integrations.trl",
     "disha.interop.checkpoints",
     "disha.interop.lora",
     "disha.interop.peft",

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
@@ -29,6 +31,10 @@ NO_MODEL = {
 ignores the type, but refuses a quantisation without a method. Without this, it would return a model
 of random weights."""
 
+QUANTISED = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+"""What tells trainers that a model is quantised. They know adapters of PEFT only: `Trainer` refuses
+the model, and the trainers of `trl` cast all trainable parameters to bfloat16."""
+
 
 class AdapterCheckpoints(TrainerCallback):
     """Makes `Trainer` save, resume and choose the adapter alone.
@@ -42,7 +48,8 @@ class AdapterCheckpoints(TrainerCallback):
     - `from_pretrained` of a checkpoint raises, and does not return a model without the adapter.
 
     `model.safetensors` in a checkpoint holds the same values under the keys of the model's state
-    dict, because `Trainer` reads these.
+    dict, because `Trainer` reads these. The trainer refuses to start with FSDP and with DeepSpeed,
+    which save the base in any case.
 
     Args:
         model: a model of `transformers` with adapters.
@@ -69,18 +76,33 @@ class AdapterCheckpoints(TrainerCallback):
 
     def __init__(self, model: nn.Module, adapter: str = "default") -> None:
         kept = disha.adapter_state_dict(model, adapter)
-        self._was_quantised = getattr(model, "is_quantized", False)
-        if self._was_quantised:
-            # Trainer refuses it, because it knows adapters of PEFT only.
-            model.is_quantized = False  # type: ignore[assignment]
-        # Trainer warns of other missing keys than these when it loads a checkpoint.
-        model._keys_to_ignore_on_save = set(model.state_dict()) - set(kept)  # type: ignore[assignment]
+        self._quantised = [flag for flag in QUANTISED if getattr(model, flag, False)]
+        for flag in self._quantised:
+            setattr(model, flag, False)
+        # Trainer warns of other missing keys than these when it loads a checkpoint. Blocks never
+        # count as missing, so that a checkpoint of the base can be loaded too.
+        base = {key for key in model.state_dict() if ".disha." not in key}
+        model._keys_to_ignore_on_save = base - set(kept)  # type: ignore[assignment]
         model.save_pretrained = _Saving(model, adapter)  # type: ignore[assignment]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Let the model be quantised again, once the trainer has accepted it."""
-        if self._was_quantised:
-            given["model"].is_quantized = True
+        """Let the model be quantised again. Refuse what would not be trained, or not be saved.
+
+        Raises:
+            ArgumentError: FSDP or DeepSpeed shards the model, or a trainer of `trl` would not train
+                an adapter on the output head.
+        """
+        for flag in self._quantised:
+            setattr(given["model"], flag, True)
+        kind = AcceleratorState().distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise disha.ArgumentError(
+                f"with {kind.value}, Trainer saves and resumes in a way of its own, and writes the "
+                "base too; leave out AdapterCheckpoints, and call disha.save_adapter on all ranks "
+                "after training"
+            )
+        if any(cls.__module__.startswith("trl.") for cls in type(args).__mro__):
+            refuse_adapted_head(given["model"])
 
 
 class _Saving:
@@ -99,3 +121,23 @@ class _Saving:
             tensors = {key: value.to("cpu").contiguous() for key, value in state.items()}
             write_files({folder / SAFE_WEIGHTS_NAME: tensor_writer(tensors, {"format": "pt"})})
             (folder / CONFIG_NAME).write_text(json.dumps(NO_MODEL))
+
+
+def refuse_adapted_head(model: Any) -> None:
+    """Raise if an adapter is on the output head, where the trainers of `trl` can't train it.
+
+    They compute the loss and its gradients from the weight of the head themselves.
+
+    Args:
+        model: a model of `transformers`.
+
+    Raises:
+        ArgumentError: an adapter is on the output head.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, disha.AdaptedLayer):
+        raise disha.ArgumentError(
+            "an adapter is on the output head, and the trainers of trl compute the loss from the "
+            "head's weight in a way that gives the adapter no gradient; leave the head out, such "
+            "as with exclude='lm_head'"
+        )

@@ -1,0 +1,150 @@
+"""Trainers of `trl` that use the trained model itself as the reference, with its adapter off.
+
+`trl` compares the trained model with a frozen reference. For a model without PEFT, it loads the
+base a second time for that. The trainers of this module run the one model again, without the
+adapter. In all else they are those of `trl`, and their results are those of `trl` with PEFT.
+
+`SFTTrainer` needs no reference, so use it as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import trl
+from torch import Tensor, nn
+
+import disha
+from disha.errors import ArgumentError
+from disha.files.contents import adapter_contents, load_contents
+from disha.freezing import is_claimed
+from disha.integrations.transformers import refuse_adapted_head
+from disha.model import ModelView
+
+__all__ = ["DPOTrainer", "GRPOTrainer"]
+
+Names: TypeAlias = Sequence[str] | None
+UNFIT = {
+    "sync_ref_model": "writes into a second model, and here the reference is the trained model "
+    "itself; leave it out",
+    "use_vllm": "sends vLLM the weights without the adapter's update; pass a rollout_func that "
+    "sends it the adapter (disha.interop.lora.export_tensors)",
+}
+"""Settings of `trl` that are refused -> why, and what to do."""
+
+
+class _Reference(nn.Module):
+    """Stands for a frozen model: a call runs the trained model with these adapters acting.
+
+    It has no parameters, so there is nothing in it that `trl` could move, shard or copy.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[str]) -> None:
+        super().__init__()
+        self.config = model.config
+        vars(self).update(model=model, adapters=adapters)  # the model is not a child of it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. `trl` replaces `forward` of a reference, so this does not use it."""
+        own = vars(self)
+        with disha.adapters_active(own["model"], own["adapters"]):
+            return own["model"](*args, **kwargs)
+
+    def state_dict(self, *args: Any, **named: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Return what the results depend on. `trl` stores some results under a hash of it."""
+        model: nn.Module = vars(self)["model"]
+        state = {key: value for key, value in model.state_dict().items() if ".disha." not in key}
+        for adapter in vars(self)["adapters"]:
+            state |= disha.adapter_state_dict(model, adapter)
+        return state
+
+
+def _ready(model: nn.Module, args: Any) -> ModelView:
+    """Return a view of a model that can be trained as the settings ask, or raise."""
+    view = ModelView(model)
+    if not view.adapters:
+        raise ArgumentError("the model has no adapter; call inject_adapters first")
+    refuse_adapted_head(model)
+    for one in view.parameters:
+        if is_claimed(one.module, one.attribute):
+            raise ArgumentError(
+                f"{one.name} trains beside the adapter, so with adapters off it would change the "
+                "reference; inject without also_train"
+            )
+    for setting, reason in UNFIT.items():
+        if getattr(args, setting, False):
+            raise ArgumentError(f"{setting}=True {reason}")
+    for _, weight in view.weights if getattr(args, "disable_dropout", True) else ():
+        for block in weight.blocks.values():
+            block.dropout = 0.0  # trl does this for the dropout of torch
+    return view
+
+
+def _reference(view: ModelView, adapters: Names) -> _Reference:
+    """Return the reference with these adapters, or with copies of those that act now."""
+    active = {name for _, layer in view.layers for name in layer.disha.active}
+    names = [adapters] if isinstance(adapters, str) else list(adapters or ())
+    load = partial(load_contents, view, "the model", replace=True, freeze=False, activate=False)
+    for name in sorted(active) if adapters is None else ():
+        header, tensors = adapter_contents(view, name)
+        if any(tensor.any() for tensor in tensors.values()):  # else it is new, and does nothing
+            names.append(f"{name}_reference")
+            load(header, tensors, names[-1])
+    for name in names:
+        if name in active:
+            raise ArgumentError(
+                f"adapter {name!r} is active and trains, so it can't be the reference; load it "
+                "again under another name, with activate=False"
+            )
+        for block in disha.adapter_parameters(view.model, name):
+            block.requires_grad_(False)
+    return _Reference(view.model, names)
+
+
+class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
+    """`trl.DPOTrainer` for a model with adapters, without a second model for the reference.
+
+    The reference is the model as it is when the trainer is made. If the adapter is new, that is the
+    base. If it has been trained before, that is the base with a frozen copy of it.
+
+    Args:
+        model: a model with adapters, but without `also_train` and with no adapter on its head.
+        args: a `trl.DPOConfig`.
+        reference: the adapters that act in the reference instead; `[]` for the base.
+        named: other arguments of `trl.DPOTrainer`.
+
+    Raises:
+        ArgumentError: the model or a setting does not fit.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: Any = None, *, reference: Names = None, **named: Any
+    ) -> None:
+        super().__init__(model, _reference(_ready(model, args), reference), args, **named)
+
+
+class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
+    """`trl.GRPOTrainer` for a model with adapters. Completions are generated with the adapter.
+
+    There is a reference only if `args.beta` is not 0. The arguments are as in `DPOTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reward_funcs: Any = None,
+        args: Any = None,
+        *,
+        reference: Names = None,
+        **named: Any,
+    ) -> None:
+        args = trl.GRPOConfig() if args is None else copy.copy(args)
+        view, beta = _ready(model, args), args.beta
+        held = _reference(view, reference) if beta else None
+        args.beta = 0.0  # with another value, trl would load a reference
+        super().__init__(model, reward_funcs, args, **named)
+        args.beta = self.beta = beta
+        self.ref_model = held

@@ -1,0 +1,381 @@
+"""Trainers of `trl` on models with adapters, compared with the same trainers on models of PEFT."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+from types import FunctionType, ModuleType
+
+import datasets
+import peft
+import pytest
+import torch
+import trl
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import disha
+from disha.integrations.transformers import AdapterCheckpoints
+from disha.integrations.trl import DPOTrainer, GRPOTrainer
+from tests.test_integrations import FILES, assert_same
+
+WORDS = [f"w{number}" for number in range(61)]
+TARGETS = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+SETTINGS = {
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "logging_steps": 1,
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    datasets.disable_progress_bars()
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    yield
+    datasets.enable_progress_bars()
+    if before is None:
+        del os.environ["TQDM_DISABLE"]
+
+
+def tokenizer():
+    names = ["<pad>", "<eos>", "<unk>", *WORDS]
+    words = Tokenizer(
+        models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.2}
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **options}))
+
+
+def adapted(**options):
+    return disha.inject_adapters(llama(), "|".join(TARGETS), r=4, **options)
+
+
+def rows(*columns):
+    random.seed(0)
+    words = [" ".join(random.choices(WORDS, k=5)) for _ in range(16 * len(columns))]
+    return datasets.Dataset.from_dict(
+        {name: words[number :: len(columns)] for number, name in enumerate(columns)}
+    )
+
+
+# --- SFTTrainer ----------------------------------------------------------------------------------
+
+
+def tuned(model, folder, steps, resume=None, **options):
+    settings = trl.SFTConfig(folder, max_steps=steps, save_steps=2, **{**SETTINGS, **options})
+    data = rows("text")
+    trainer = trl.SFTTrainer(
+        model,
+        settings,
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        processing_class=tokenizer(),
+        callbacks=[AdapterCheckpoints(model)],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_sft_keeps_the_adapter_only_and_resumes_bit_for_bit(tmp_path, caplog):
+    whole, part, rest = (adapted(also_train="norm") for _ in range(3))
+    tuned(whole, tmp_path / "whole", 4)
+    tuned(part, tmp_path / "part", 2)
+    disha.inject_adapters(rest, "q_proj", r=2, adapter="other")  # a checkpoint does not have it
+    disha.set_active_adapters(rest, "default")
+    for block in disha.adapter_parameters(rest, "other"):
+        block.requires_grad_(False)
+    with caplog.at_level(logging.WARNING):
+        tuned(rest, tmp_path / "part", 4, resume=True)
+    assert "missing keys" not in caplog.text
+    disha.remove_adapters(rest, "other")
+    assert_same(rest, whole)
+    assert all(bool(block.any()) for block in disha.adapter_parameters(whole))
+    names = {file.name for file in (tmp_path / "whole" / "checkpoint-4").iterdir()}
+    assert names >= FILES
+    assert not {name for name in names - FILES if "model" in name}
+
+
+def test_sft_loads_the_best(tmp_path):
+    model = adapted()
+    trainer = tuned(
+        model,
+        tmp_path,
+        4,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # the loss falls, so that the last is not the best
+    )
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = adapted()
+    disha.load_adapter(best, tmp_path / "checkpoint-2" / "adapter.safetensors", replace=True)
+    assert_same(model, best)
+
+
+def quantised(folder):
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = LlamaForCausalLM.from_pretrained(folder, quantization_config=settings, device_map="cpu")
+    return disha.inject_adapters(model, "|".join(TARGETS), r=4, dtype=torch.float32)
+
+
+def test_sft_of_a_quantised_base_keeps_the_dtype_of_the_blocks(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    model = quantised(tmp_path / "base")
+    tuned(model, tmp_path / "run", 4)
+    assert model.is_quantized
+    assert model.is_loaded_in_4bit
+    blocks = list(disha.adapter_parameters(model))
+    assert {block.dtype for block in blocks} == {torch.float32}
+    assert all(bool(block.any()) for block in blocks)
+    again = quantised(tmp_path / "base")
+    disha.load_adapter(
+        again, tmp_path / "run" / "checkpoint-4" / "adapter.safetensors", replace=True
+    )
+    assert_same(again, model)
+
+
+@pytest.mark.parametrize("method", ["bone", "tile", "bat"])
+def test_an_adapter_on_the_head_is_refused(tmp_path, method):
+    options = {"method": "bone", "r_out": 4} if method == "tile" else {"method": method}
+    model = disha.inject_adapters(llama(), "lm_head", r=4, **options)
+    with pytest.raises(disha.ArgumentError, match="exclude='lm_head'"):
+        tuned(model, tmp_path, 1)
+    with pytest.raises(disha.ArgumentError, match="exclude='lm_head'"):
+        preferring(model, tmp_path)
+
+
+# --- DPOTrainer ----------------------------------------------------------------------------------
+
+
+def preferring(model, folder, kind=DPOTrainer, named=None, **options):
+    settings = trl.DPOConfig(folder, **{**SETTINGS, "beta": 0.5, "max_steps": 2, **options})
+    data = rows("prompt", "chosen", "rejected")
+    return kind(
+        model,
+        args=settings,
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        processing_class=tokenizer(),
+        **(named or {}),
+    )
+
+
+def with_peft():
+    return {"peft_config": peft.MissConfig(r=4, target_modules=list(TARGETS))}
+
+
+def blocks_of(model, mark=".disha"):
+    """Name of a layer -> its block, in a model of disha or of PEFT."""
+    found = {name.removeprefix("base_model.model."): one for name, one in model.named_parameters()}
+    return {name.split(mark)[0]: one for name, one in found.items() if mark in name}
+
+
+def assert_agree(ours, theirs):
+    """Everything that was logged and the final blocks are those of a trainer on a PEFT model."""
+    assert len(ours.state.log_history) == len(theirs.state.log_history) > 3
+    for found, expected in zip(ours.state.log_history, theirs.state.log_history, strict=True):
+        assert found.keys() == expected.keys()
+        for name in found:
+            if not any(word in name for word in ("time", "second", "flos")):
+                assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+    found = blocks_of(ours.model)
+    expected = blocks_of(theirs.model, ".miss_block.default")
+    assert found.keys() == expected.keys()
+    for name, block in found.items():
+        torch.testing.assert_close(block, expected[name], atol=1e-5, rtol=1e-4)
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"precompute_ref_log_probs": True}], ids=str
+)
+def test_dpo_equals_peft(tmp_path, options):
+    ours = preferring(adapted(dropout=0.1), tmp_path, **EVALUATED, **options)
+    ours.train()
+    theirs = preferring(llama(), tmp_path, trl.DPOTrainer, with_peft(), **EVALUATED, **options)
+    theirs.train()
+    assert_agree(ours, theirs)
+    assert ours.state.log_history[0]["rewards/margins"] == 0
+    assert ours.state.log_history[-2]["eval_rewards/margins"] != 0
+
+
+def trained_before(model):
+    """Give the blocks the values that training would have given them."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name in sorted(blocks_of(model)) or sorted(blocks_of(model, ".miss_block.default")):
+            block = {**blocks_of(model), **blocks_of(model, ".miss_block.default")}[name]
+            block.copy_(torch.randn(block.shape) / 20)
+    return model
+
+
+def peft_trained_before():
+    config = with_peft()["peft_config"]
+    return trained_before(peft.get_peft_model(llama(), config))
+
+
+def test_after_sft_the_reference_is_the_model_as_it_was(tmp_path):
+    """As with PEFT, for which trl makes a copy of the adapter."""
+    model = trained_before(adapted())
+    ours = preferring(model, tmp_path, **EVALUATED)
+    theirs = preferring(peft_trained_before(), tmp_path, trl.DPOTrainer, **EVALUATED)
+    with torch.no_grad():  # trl copies parameters by names that MiSS has not
+        for name, block in blocks_of(theirs.model, ".miss_block.ref").items():
+            block.copy_(blocks_of(theirs.model, ".miss_block.default")[name])
+    for trainer in (ours, theirs):
+        trainer.train()
+    kept = {name: block for name, block in model.named_parameters() if "default_reference" in name}
+    assert not any(block.requires_grad for block in kept.values())
+    assert ours.state.log_history[0]["rewards/margins"] == 0
+    disha.remove_adapters(model, "default_reference")
+    assert_agree(ours, theirs)
+
+
+def test_the_reference_after_sft_can_be_the_base_or_any_adapter(tmp_path):
+    model = trained_before(adapted())
+    theirs = preferring(peft_trained_before(), tmp_path, trl.DPOTrainer, **EVALUATED)
+    theirs.model.delete_adapter("ref")  # then trl switches the adapter off
+    theirs.train()
+    disha.save_adapter(model, tmp_path / "sft.safetensors")
+    ours = preferring(model, tmp_path, named={"reference": []}, **EVALUATED)
+    ours.train()
+    assert_agree(ours, theirs)
+
+    model = trained_before(adapted())
+    first = preferring(model, tmp_path, **EVALUATED)
+    first.train()
+    again = trained_before(adapted())
+    disha.load_adapter(again, tmp_path / "sft.safetensors", "sft", activate=False)
+    named = preferring(again, tmp_path, named={"reference": "sft"}, **EVALUATED)
+    named.train()
+    first_losses = [one.get("loss") for one in first.state.log_history]
+    assert [one.get("loss") for one in named.state.log_history] == first_losses
+    with pytest.raises(disha.ArgumentError, match="'default' is active and trains"):
+        preferring(again, tmp_path, named={"reference": "default"})
+
+
+def test_precomputed_results_depend_on_the_reference(tmp_path):
+    """trl stores them under a hash of the reference."""
+    model = trained_before(adapted())
+    found = {}
+    for names in ([], None):
+        trainer = preferring(
+            model, tmp_path, named={"reference": names}, precompute_ref_log_probs=True
+        )
+        found[names is None] = trainer.train_dataset["ref_chosen_logps"]
+        fresh = trainer.compute_ref_log_probs(
+            trainer.ref_model, next(iter(trainer.get_train_dataloader()))
+        )
+        assert torch.isfinite(torch.cat(fresh)).all()
+    assert found[True] != found[False]
+
+
+# --- GRPOTrainer ---------------------------------------------------------------------------------
+
+
+def reward(completions, **unused):
+    return [len(set(one.split())) + one.count("1") / 10 for one in completions]
+
+
+def rewarded(model, folder, kind=GRPOTrainer, named=None, **options):
+    own = {"num_generations": 2, "max_completion_length": 5, "max_steps": 2}
+    settings = trl.GRPOConfig(folder, **{**SETTINGS, **own, **options})
+    data = rows("prompt")
+    return kind(
+        model,
+        reward,
+        args=settings,
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        processing_class=tokenizer(),
+        **(named or {}),
+    )
+
+
+def test_grpo_equals_peft(tmp_path):
+    """Also the completions: they are generated with the adapter."""
+    options = {"beta": 0.5, "num_iterations": 2, **EVALUATED}
+    ours = rewarded(adapted(), tmp_path, **options)
+    ours.train()
+    theirs = rewarded(llama(), tmp_path, trl.GRPOTrainer, with_peft(), **options)
+    theirs.train()
+    assert_agree(ours, theirs)
+    assert ours.args.beta == ours.beta == 0.5
+    assert ours.state.log_history[1]["kl"] > 0
+
+
+def test_grpo_needs_no_reference_without_beta(tmp_path):
+    trainer = rewarded(trained_before(adapted()), tmp_path)
+    assert trainer.ref_model is None
+    assert {layer.adapter for layer in disha.summary(trainer.model).layers} == {"default"}
+
+
+# --- both ----------------------------------------------------------------------------------------
+
+
+def tables(start):
+    """The memory of all tensors of the embedding's size that an object leads to."""
+    found, seen, left = set(), set(), [start]
+    while left:
+        one = left.pop()
+        if id(one) in seen or isinstance(one, (type, ModuleType)):
+            continue
+        seen.add(id(one))
+        if issubclass(type(one), torch.Tensor) and one.shape == (64, 64):
+            found.add(one.untyped_storage().data_ptr())
+        function = type(one) is FunctionType
+        left += one.__closure__ or () if function else gc.get_referents(one)
+    return found
+
+
+@pytest.mark.parametrize("make", [preferring, rewarded])
+def test_the_base_is_in_memory_once(tmp_path, make):
+    model = trained_before(adapted())
+    trainer = make(model, tmp_path, beta=0.5, save_strategy="no", max_steps=1)
+    trainer.train()
+    assert trainer.ref_model is not None
+    assert not list(trainer.ref_model.parameters())
+    assert len(tables(model)) == 10
+    assert tables(trainer) == tables(model)
+
+
+@pytest.mark.parametrize("make", [preferring, rewarded])
+def test_what_does_not_fit_is_refused(tmp_path, make):
+    with pytest.raises(disha.ArgumentError, match="no adapter; call inject_adapters"):
+        make(llama(), tmp_path)
+    with pytest.raises(disha.ArgumentError, match=r"norm.*inject without also_train"):
+        make(adapted(also_train="norm"), tmp_path)
+    with pytest.raises(disha.ArgumentError, match="sync_ref_model=True writes"):
+        make(adapted(), tmp_path, sync_ref_model=True, beta=0.5)
+    with pytest.raises(disha.ArgumentError, match="no adapter 'sft'"):
+        make(adapted(), tmp_path, named={"reference": "sft"}, beta=0.5)
+    if make is rewarded:
+        with pytest.raises(disha.ArgumentError, match=r"use_vllm=True sends.*rollout_func"):
+            make(adapted(), tmp_path, use_vllm=True)
