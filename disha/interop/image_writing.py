@@ -1,7 +1,7 @@
 """Write LoRA files of image models without the models.
 
 - `diffusers`: the scale is multiplied into B, because some ways to load a file ignore any other
-  scale: `load_lora_adapter` of a model does not read the configuration in the metadata of a file.
+  scale: `load_lora_adapter` reads the configuration in the metadata only with `use_safetensors`.
 - `kohya`, `comfyui`: each layer has a tensor `alpha`, and its update is alpha / rank B A.
 """
 
