@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from disha.cli.noted import parsed_with_base
@@ -13,6 +14,7 @@ from disha.text import counted
 
 if TYPE_CHECKING:
     from disha.finetune.evaluating import Measured
+    from disha.finetune.scales import AtScale
 
 __all__ = ["run"]
 
@@ -20,7 +22,9 @@ DESCRIPTION = """Measure a model on rows: loss, perplexity, answers that are exa
 
 examples:
   disha evaluate --adapter out/adapter.safetensors --data held_out.jsonl --compare
-  disha evaluate --base model.gguf --data test.jsonl --exact_match"""
+  disha evaluate --base model.gguf --data test.jsonl --exact_match
+  disha evaluate --adapter out/adapter.safetensors --data held_out.jsonl \\
+      --scales 0,0.25,0.5,0.75,1 --retain other.jsonl --plot scales.png"""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -28,6 +32,7 @@ def run(arguments: Sequence[str]) -> None:
     settings, suiting = parsed_with_base(EvaluateSettings, "evaluate", arguments, DESCRIPTION)
     settings.check()
     from disha.finetune.evaluating import evaluate  # takes seconds to import
+    from disha.finetune.scales import best_scale
 
     with suiting:
         found = evaluate(settings, shown)
@@ -46,18 +51,46 @@ def run(arguments: Sequence[str]) -> None:
     ]
     tokens = counted(found.model.tokens, "token")
     counts = f"{counted(tally.used, 'row')}, {tokens} to predict{tally.remarks}"
+    if settings.plot is not None:
+        from disha.finetune.report import plot_scales, write_figure
+
+        write_figure(settings.plot, plot_scales(found.scales))
+    best = best_scale(found.scales) if found.scales else None
+    parts = [
+        table(("", "loss", "perplexity", "exact"), rows),
+        *_by_scale(found.scales, best),
+        counts,
+    ]
     show(
         settings.json,
-        "\n".join([table(("", "loss", "perplexity", "exact"), rows), counts]),
+        "\n".join(parts),
         {
             "model": _fields(found.model),
             "base": found.base and _fields(found.base),
+            "scales": [asdict(one) for one in found.scales],
+            "best_scale": best and best.scale,
             "rows": tally.used,
             "cut": tally.cut,
             "dropped": tally.dropped,
             "bad": tally.bad,
         },
     )
+
+
+def _by_scale(found: Sequence[AtScale], best: AtScale | None) -> list[str]:
+    """Return the losses at each scale as a table, and the best scale; nothing without scales."""
+    if best is None:
+        return []
+    rows = [
+        (
+            f"{one.scale:g}",
+            *(f"{loss:.4f}" for loss in (one.loss, one.retained) if loss is not None),
+        )
+        for one in found
+    ]
+    header = ("scale", "loss", "loss on --retain")[: len(rows[0])]
+    what = "loss" if best.retained is None else "sum of both losses"
+    return [table(header, rows), f"best scale: {best.scale:g}, with the lowest {what}"]
 
 
 def _fields(found: Measured) -> dict[str, Any]:

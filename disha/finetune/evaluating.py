@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -22,9 +22,10 @@ from disha.finetune.data.rows import Row
 from disha.finetune.errors import SettingsError
 from disha.finetune.generation import complete
 from disha.finetune.inputs import encoder_for, require_context
+from disha.finetune.scales import AtScale, at_scales
 from disha.finetune.settings import EvaluateSettings
 from disha.finetune.text.tokenizer import Tokenizer
-from disha.finetune.training.evaluation import mean_loss
+from disha.finetune.training.evaluation import Evaluation, mean_loss
 from disha.finetune.training.objectives import objective_for
 
 __all__ = [
@@ -72,11 +73,13 @@ class Measurement:
         model: measurements of the model, with the adapter if there is one.
         base: measurements of the base model alone; None if not requested.
         tally: how many rows were used, cut or left out.
+        scales: the losses at each scale of the adapter that was asked for.
     """
 
     model: Measured
     base: Measured | None
     tally: Tally
+    scales: tuple[AtScale, ...] = ()
 
 
 Watch: TypeAlias = Callable[[Iterable[Any], int, str], Iterable[Any]]
@@ -107,13 +110,14 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, values = with_adapter(base.load(device), settings.adapter, merge=settings.merge)
     measured = _measured(model, settings, encoder, examples, questions, watch)
+    scales = tuple(_at_scales(model, settings, encoder, examples, watch))
     if not settings.compare:
-        return Measurement(measured, None, tally)
+        return Measurement(measured, None, tally, scales)
     if settings.merge:
         disha.unmerge_adapters(model)
     with without_adapter(model, values):
         alone = _measured(model, settings, encoder, examples, questions, watch)
-    return Measurement(measured, alone, tally)
+    return Measurement(measured, alone, tally, scales)
 
 
 def _encoder(settings: EvaluateSettings, base: BaseModel) -> Encoder:
@@ -134,10 +138,7 @@ def _measured(
     questions: Sequence[Question],
     watch: Watch,
 ) -> Measured:
-    objective = objective_for(model, has_tokenizer=True)
-    size = settings.per_device_eval_batch_size
-    batches = math.ceil(len(examples) / size)
-    found = mean_loss(objective, watch(batch_by_length(examples, size), batches, "measuring"))
+    found = _loss(model, settings, examples, watch)
     exact = None
     if settings.exact_match:
         exact = exact_answers(
@@ -145,10 +146,48 @@ def _measured(
             encoder.tokenizer,
             questions,
             max_new_tokens=settings.max_new_tokens,
-            size=size,
+            size=settings.per_device_eval_batch_size,
             watch=watch,
         )
     return Measured(found.loss, found.terms, exact)
+
+
+def _loss(
+    model: nn.Module, settings: EvaluateSettings, examples: Sequence[Example], watch: Watch
+) -> Evaluation:
+    objective = objective_for(model, has_tokenizer=True)
+    size = settings.per_device_eval_batch_size
+    batches = math.ceil(len(examples) / size)
+    return mean_loss(objective, watch(batch_by_length(examples, size), batches, "measuring"))
+
+
+def _at_scales(
+    model: nn.Module,
+    settings: EvaluateSettings,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    watch: Watch,
+) -> Iterator[AtScale]:
+    """Measure the model at the scales of the settings, also on the rows to retain."""
+    if settings.adapter is None or not settings.at_scales:
+        return
+    retained = None
+    if settings.retain is not None:
+        data = replace(settings.data, data_path=(settings.retain,), dataset_split=("train",))
+        others, _ = encode_rows(
+            training_rows(data),
+            encoder,
+            workers=data.dataloader_num_workers,
+            on_disk=data.streaming,
+        )
+
+        def retained() -> float:
+            return _loss(model, settings, others, watch).loss
+
+    def loss() -> float:
+        return _loss(model, settings, examples, watch).loss
+
+    yield from at_scales(model, settings.adapter, settings.at_scales, loss, retained)
 
 
 # --- exact answers -------------------------------------------------------------------------------

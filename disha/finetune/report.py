@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 
 import disha
 from disha.files import write_files
+from disha.finetune.scales import AtScale, best_scale
 from disha.finetune.training.loop import Step
 
 __all__ = ["Sample", "environment", "peak_memory", "plot_learning_rates", "plot_losses"]
-__all__ += ["samples_page", "write_figure", "write_text"]
+__all__ += ["plot_scales", "samples_page", "write_figure", "write_text"]
 
 T = TypeVar("T")
 
@@ -149,6 +150,28 @@ def plot_learning_rates(steps: Sequence[Step], title: str) -> Figure:
         label="gradient norm",
     )
     axes.legend(handles=[*rates, *curve])
+    return figure
+
+
+def plot_scales(found: Sequence[AtScale]) -> Figure:
+    """Plot the losses at each scale of an adapter, and mark the best scale.
+
+    Args:
+        found: the losses; on rows to retain at all scales or at none.
+    """
+    found = sorted(found, key=lambda one: one.scale)
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel="scale of the adapter", ylabel="loss (nats per token)")
+    scales = [one.scale for one in found]
+    axes.plot(scales, [one.loss for one in found], marker="o", label="rows of the task")
+    others = [one.retained for one in found if one.retained is not None]
+    if others:
+        axes.plot(scales, others, marker="s", label="rows to retain")
+    best = best_scale(found).scale
+    axes.axvline(best, color="tab:gray", linestyle="--", label=f"best scale: {best:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure
 
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args, get
 import disha
 from disha.finetune.errors import SettingsError
 from disha.finetune.models.hub_cache import located
+from disha.text import brief
 
 __all__ = [
     "DEMO_SETTINGS",
@@ -841,6 +842,11 @@ class EvaluateSettings:
         merge: Merge the adapter into the weights first.
         exact_match: Also generate an answer to every query, and count the answers that equal the
             response, apart from white space around it.
+        scales: Measure the loss at these scales of the adapter too, with commas: 0,0.5,1. At 0 it
+            is off, at 1 as trained.
+        retain: Rows that the model should stay good at, in the same form. With --scales, the loss
+            on them is measured too.
+        plot: Draw the losses at the scales into this PNG file.
         max_new_tokens: Most tokens of a generated answer.
         per_device_eval_batch_size: Rows per batch.
         json: Print one JSON object, for scripts.
@@ -853,10 +859,31 @@ class EvaluateSettings:
     compare: bool = False
     merge: bool = False
     exact_match: bool = False
+    scales: str = ""
+    retain: Path | None = None
+    plot: Path | None = None
     max_new_tokens: Count = 128
     per_device_eval_batch_size: Count = 16
     json: bool = False
     debug: bool = False
+
+    @property
+    def at_scales(self) -> tuple[float, ...]:
+        """The scales to measure at.
+
+        Raises:
+            SettingsError: one of them is not a finite number.
+        """
+        words = [word.strip() for word in self.scales.split(",")] if self.scales else []
+        try:
+            found = tuple(map(float, words))
+        except ValueError:
+            found = (math.nan,)
+        require(
+            all(map(math.isfinite, found)),
+            f"--scales must be numbers with commas, such as 0,0.5,1, got {brief(self.scales)}",
+        )
+        return found
 
     def check(self) -> None:
         """Check everything that can be checked without reading the model or the rows.
@@ -885,6 +912,20 @@ class EvaluateSettings:
         require(
             not self.exact_match or len(self.data.dataset_field) != 1,
             "--exact_match compares with a response; --dataset_field must name two fields",
+        )
+        for flag, given in (("retain", self.retain), ("plot", self.plot)):
+            require(
+                given is None or bool(self.at_scales),
+                f"--{flag} is for the losses at several scales; give --scales 0,0.5,1 too",
+            )
+        require(
+            not self.at_scales or self.adapter is not None,
+            "--scales needs an adapter; give --adapter adapter.safetensors too",
+        )
+        require(
+            not (self.at_scales and self.merge),
+            "--scales changes the scale of the adapter, which can't be done once it is merged; "
+            "leave --merge out",
         )
 
 

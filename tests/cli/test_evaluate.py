@@ -169,6 +169,47 @@ def test_progress_is_told_of_batches_and_answers(measure, monkeypatch):
     assert seen == [("measuring", 3, 3), ("answering", 3, 3)]
 
 
+def test_each_scale_is_measured_on_both_rows_and_the_best_is_named(measure, models, tmp_path):
+    others = [{"query": row["query"], "response": "other"} for row in rows_of(models)[:4]]
+    retain = write_rows(tmp_path / "other.jsonl", others)
+    flags = ("--scales", "0,0.5,1", "--retain", retain, "--plot", tmp_path / "scales.png")
+    found = measure(*flags, "--json").json
+    assert [one["scale"] for one in found["scales"]] == [0, 0.5, 1]
+    held_out = rows_of(models)
+    for scale, adapter in ((0, None), (2, models / "adapter.safetensors")):
+        for name, rows in (("loss", held_out), ("retained", others)):
+            total, count = losses(models / "model", rows, adapter)
+            assert found["scales"][scale][name] == pytest.approx(total / count, rel=1e-4, abs=1e-5)
+    assert found["scales"][2]["loss"] == found["model"]["loss"]
+    sums = {one["scale"]: one["loss"] + one["retained"] for one in found["scales"]}
+    assert found["best_scale"] == min(sums, key=sums.get)
+    assert (tmp_path / "scales.png").read_bytes().startswith(b"\x89PNG")
+
+    lines = measure(*flags).out.splitlines()
+    assert lines[2].split("  ")[0] == "scale"
+    assert lines[4].split() == [
+        "0.5",
+        *(f"{found['scales'][1][n]:.4f}" for n in ("loss", "retained")),
+    ]
+    assert lines[6] == f"best scale: {found['best_scale']:g}, with the lowest sum of both losses"
+
+
+def test_scales_are_parts_of_the_adapters_own(measure, models, tmp_path):
+    from disha.finetune.models.checkpoint import open_model
+
+    model = open_model(models / "model").load_model(torch.float32)
+    disha.load_adapter(model, models / "adapter.safetensors")
+    disha.set_adapter_scale(model, 0.5)
+    half = tmp_path / "half.safetensors"
+    disha.save_adapter(model, half)
+    found = measure("--scales", "1,2", "--json", adapter=half).json
+    whole = measure("--scales", "0.5,1", "--json").json
+    pairs = zip(found["scales"], whole["scales"], strict=True)
+    assert all(one["loss"] == pytest.approx(other["loss"], abs=1e-5) for one, other in pairs)
+    assert found["best_scale"] == 2
+    assert found["scales"][0]["loss"] == found["model"]["loss"]
+
+
 # --- what can't be done --------------------------------------------------------------------------
 
 
@@ -186,6 +227,12 @@ def test_progress_is_told_of_batches_and_answers(measure, monkeypatch):
         (["--max_seq_length", 5], "none of the 10 rows can be used"),
         (["--template", "no query"], "--template must be auto, chat, a text"),
         (["--adapter", "absent.safetensors"], "absent.safetensors"),
+        (["--scales", "0,half"], "--scales must be numbers with commas, such as 0,0.5,1, got"),
+        (["--scales", "0,inf"], "--scales must be numbers"),
+        (["--scales", "0,1", "--merge"], "leave --merge out"),
+        (["--retain", "rows.jsonl"], "--retain is for the losses at several scales"),
+        (["--plot", "scales.png"], "--plot is for the losses at several scales"),
+        (["--scales", "0,1", "--retain", "absent.jsonl"], "absent.jsonl"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(measure, flags, complaint):
@@ -194,11 +241,11 @@ def test_bad_input_is_one_line_and_exit_code_2(measure, flags, complaint):
     assert complaint in done.complaint
 
 
-@pytest.mark.parametrize("flag", ["--compare", "--merge"])
-def test_what_needs_an_adapter_says_so(measure, flag):
-    done = measure(flag, adapter=None)
+@pytest.mark.parametrize("flags", [["--compare"], ["--merge"], ["--scales", "0,1"]])
+def test_what_needs_an_adapter_says_so(measure, flags):
+    done = measure(*flags, adapter=None)
     assert done.code == 2
-    assert f"{flag} needs an adapter" in done.complaint
+    assert f"{flags[0]} needs an adapter" in done.complaint
 
 
 def test_rows_must_be_given(run, models):

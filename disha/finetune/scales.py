@@ -1,0 +1,77 @@
+"""How the scale of an adapter trades what it learned against what the base could do.
+
+At scale 0 the model is the base, at 1 it is as trained. In between, and beyond, it has a part of
+the update. `disha evaluate --scales` measures the model at each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+import disha
+from disha.finetune.errors import SettingsError
+
+__all__ = ["AtScale", "at_scales", "best_scale"]
+
+
+@dataclass(frozen=True)
+class AtScale:
+    """The losses of a model whose adapter has a scale.
+
+    Args:
+        scale: factor on the update; 1 as trained.
+        loss: on the rows of the task.
+        retained: on the rows that the model should stay good at; None without such rows.
+    """
+
+    scale: float
+    loss: float
+    retained: float | None
+
+    @property
+    def total(self) -> float:
+        """The sum of both losses."""
+        return self.loss + (self.retained or 0.0)
+
+
+def at_scales(
+    model: nn.Module,
+    adapter: Path,
+    scales: Sequence[float],
+    loss: Callable[[], float],
+    retained: Callable[[], float] | None,
+) -> Iterator[AtScale]:
+    """Measure a model at each scale of its adapter. At the end, the adapter has its own scale.
+
+    Args:
+        model: a model with the adapter, which is not merged.
+        adapter: the adapter's file.
+        scales: factors on the update.
+        loss: measures the model on the rows of the task.
+        retained: measures it on other rows.
+
+    Raises:
+        SettingsError: the adapter has several scales.
+    """
+    own = {layer.scale for layer in disha.inspect_adapter(adapter).layers}
+    if len(own) > 1:
+        raise SettingsError(
+            f"--scales multiplies the scale of the adapter, but the layers of {adapter} have "
+            f"{len(own)} different scales; leave --scales out"
+        )
+    (whole,) = own
+    try:
+        for scale in scales:
+            disha.set_adapter_scale(model, scale * whole)
+            yield AtScale(scale, loss(), None if retained is None else retained())
+    finally:
+        disha.set_adapter_scale(model, whole)
+
+
+def best_scale(found: Sequence[AtScale]) -> AtScale:
+    """Return the one with the lowest sum of losses; of equal ones, that with the lowest scale."""
+    return min(found, key=lambda one: (one.total, one.scale))
