@@ -19,7 +19,6 @@ FORKED.set_forkserver_preload(
     [
         "tests.finetune.signalled",
         "tests.finetune.together",
-        "tests.finetune.training.killed",
         "tests.fuzzing.doors",
         "tests.fuzzing.saving",
         "tests.fuzzing.workers",

@@ -262,6 +262,8 @@ class Terminal:
 
     def types(self, text, expected="\n> "):
         os.write(self.ours, text.encode())
+        while not select.select([self.ours], [], [], 20)[0]:
+            os.write(self.ours, text.encode())  # a terminal that changes its mode forgets its input
         return self.reads(expected)
 
     def presses_ctrl_c(self):

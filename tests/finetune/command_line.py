@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ import pytest
 from disha.cli import main
 from disha.finetune import course
 from disha.finetune.settings import FinetuneSettings
-from tests.processes import environment
 
 ROWS: Sequence[Mapping[str, Any]] = [
     {
@@ -209,22 +206,3 @@ def interrupted_after(step: int, run: Callable[[], Done], number: int = signal.S
             return run()
     finally:
         signal.signal(signal.SIGINT, ctrl_c)
-
-
-def started(words: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """Start `python -m disha` as a process of its own, which hears of Ctrl-C."""
-    # A process started in the background may have been told to ignore it.
-    code = (
-        "import runpy, signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "sys.argv[0] = 'disha'\n"
-        "runpy.run_module('disha', run_name='__main__')\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        **options,
-    )

@@ -30,6 +30,20 @@ LONGEST = 60.0
 """Seconds after which a process hangs."""
 
 
+def begun(
+    words: Sequence[str],
+    log: Path,
+    number: int = signal.SIGKILL,
+    places: Sequence[Place] = (),
+    **options: Any,
+) -> Any:
+    """Begin to run the command in a process, and return the process; the arguments as of `run`."""
+    log.mkdir(exist_ok=True)
+    process = FORKED.Process(target=_run, args=(words, log, number, places), kwargs=options)
+    process.start()
+    return process
+
+
 def run(
     words: Sequence[str],
     log: Path,
@@ -46,9 +60,7 @@ def run(
         places: where it comes.
         options: those of `_run`.
     """
-    log.mkdir(exist_ok=True)
-    process = FORKED.Process(target=_run, args=(words, log, number, places), kwargs=options)
-    process.start()
+    process = begun(words, log, number, places, **options)
     process.join(LONGEST)
     is_hanging = process.exitcode is None
     process.kill()

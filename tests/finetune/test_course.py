@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -22,10 +23,10 @@ from tests.finetune.command_line import (
     metrics_of,
     report_of,
     result_of,
-    started,
     timeless,
     write_rows,
 )
+from tests.finetune.signalled import begun
 
 STEPS = 12
 SAVING = {
@@ -224,27 +225,25 @@ def lines_of(output):
 def wait_for(process, condition):
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive()
         assert time.monotonic() < deadline, "training did not start"
         time.sleep(0.005)
 
 
 def test_a_process_killed_at_random_moments_comes_to_the_same_end(tmp_path, tiny_path):
     data = write_rows(tmp_path / "rows.jsonl")
-    changes = {**SAVING, "max_steps": 150, "save_steps": 1, "eval_steps": 50}
+    changes = {**SAVING, "max_steps": 60, "save_steps": 1, "eval_steps": 20}
     straight, output = tmp_path / "straight", tmp_path / "out"
     assert main(arguments(tiny_path, data, straight, **changes)) == 0
     words = [*arguments(tiny_path, data, output, **changes), "--resume"]
     moments = random.Random(0)
     for kill in range(KILLS):
-        process = started(words)
-        try:
-            wait_for(process, lambda least=4 * kill: lines_of(output) > least + 3)
-            time.sleep(moments.uniform(0, 0.1))
-        finally:
-            process.kill()
-            process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process = begun(words, tmp_path / "log")
+        wait_for(process, lambda least=4 * kill: lines_of(output) > least + 3)
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not (output / "adapter.safetensors").exists()
     assert main(words) == 0
     assert report_of(output)["training"]["resumed_from"] is not None
@@ -254,14 +253,16 @@ def test_a_process_killed_at_random_moments_comes_to_the_same_end(tmp_path, tiny
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_gives_its_exit_code_and_leaves_nothing_half_written(tmp_path, tiny_path, number):
     data, output = write_rows(tmp_path / "rows.jsonl"), tmp_path / "out"
-    process = started(arguments(tiny_path, data, output, max_steps=100_000))
+    words = arguments(tiny_path, data, output, max_steps=100_000)
+    process = begun(words, tmp_path / "log", number)
     try:
         wait_for(process, lambda: lines_of(output) > 3)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        os.kill(process.pid, number)
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == 128 + number
+    assert process.exitcode == 128 + number
+    said = (tmp_path / "log" / "err").read_text()
     [told] = [line for line in said.splitlines() if line.startswith("disha")]
     assert told.startswith("disha: interrupted after step ")
     assert "Traceback" not in said

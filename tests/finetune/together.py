@@ -19,8 +19,8 @@ from tests.processes import FORKED
 SECONDS = 240
 
 
-def run_together(count: int, words: Sequence[str], log: Path) -> None:
-    """Run the command on `count` processes, which must go well.
+def run_together(count: int, words: Sequence[str], log: Path) -> str:
+    """Run the command on `count` processes, which must go well, and return what they print.
 
     Args:
         count: how many.
@@ -40,6 +40,7 @@ def run_together(count: int, words: Sequence[str], log: Path) -> None:
         process.join(SECONDS)
         process.kill()
     assert [process.exitcode for process in started] == [0] * count, log.read_text()
+    return log.read_text()
 
 
 def _run_one(rank: int, count: int, port: int, words: list[str], log: Path) -> None:
