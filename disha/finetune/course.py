@@ -37,7 +37,6 @@ from disha.finetune.training.checkpoints import (
     random_state,
     restore_random_state,
     set_adapter_values,
-    usable,
 )
 from disha.finetune.training.evaluation import mean_loss
 from disha.finetune.training.loop import (
@@ -207,9 +206,8 @@ class _Training:
         """Return the setup of this run, which agrees with that of the run to resume."""
         training, source = self.settings.training, self.inputs.source
         folder = self.settings.output.output if saved is None else saved.folder
-        with usable(folder):
-            before = None if saved is None else Setup.saved_as(saved.setup)
-            size = batches_per_step(training, self.processes.world_size, before, folder)
+        before = None if saved is None else Setup(**saved.setup)
+        size = batches_per_step(training, self.processes.world_size, before, folder)
         # One process reads streamed files, and the others wait.
         rows = self.processes.broadcast(self.inputs.contents() if self.processes.is_main else {})
         start = self.settings.adapter.adapter
@@ -218,8 +216,7 @@ class _Training:
         planned = planned_steps(training, source.batches_per_epoch(), size)
         setup = Setup.of(self.settings, contents, size, planned)
         if before is not None and saved is not None:
-            with usable(folder):
-                setup.require_agreement(before, folder, saved.progress.step)
+            setup.require_agreement(before, folder, saved.progress.step)
         return setup
 
     def _restore(self, saved: SavedState) -> None:
@@ -227,12 +224,10 @@ class _Training:
         if self.settings.training.load_best_model_at_end:
             self.best = best
         self.progress = saved.progress
-        with usable(saved.folder):
-            unmeasured = saved.history.get("unmeasured")
-            self.unmeasured = None if unmeasured is None else Step(**unmeasured)
-            for name in ("evaluations", "exact_matches"):
-                found = saved.history.get(name, {}).items()
-                getattr(self, name).update({int(step): float(value) for step, value in found})
+        unmeasured = saved.history["unmeasured"]
+        self.unmeasured = None if unmeasured is None else Step(**unmeasured)
+        self.evaluations.update(saved.history["evaluations"])
+        self.exact_matches.update(saved.history["exact_matches"])
         self.steps.extend(recorded_steps(self.settings.output.output, self._recorded))
         self.clock.say(f"resuming from {saved.folder}, after step {saved.progress.step}")
 
@@ -368,8 +363,8 @@ class _Training:
             self.progress,
             setup=vars(self.setup),
             history={
-                "evaluations": {str(k): v for k, v in self.evaluations.items()},
-                "exact_matches": {str(k): v for k, v in self.exact_matches.items()},
+                "evaluations": dict(self.evaluations),
+                "exact_matches": dict(self.exact_matches),
                 "unmeasured": None if unmeasured is None else asdict(unmeasured),
             },
             best=self.best if is_other else None,

@@ -62,15 +62,6 @@ class Setup:
         changed = tuple(name for name in found if found[name] != defaults[name])
         return cls(found, changed, contents, batches_per_step, steps)
 
-    @classmethod
-    def saved_as(cls, data: Mapping[str, Any]) -> Setup:
-        """Return a setup from the plain data in a checkpoint."""
-        found = cls(**{one.name: data[one.name] for one in dataclasses.fields(cls)})
-        counts = (found.batches_per_step, found.steps)
-        if not all(type(one) is int and one > 0 for one in counts):
-            raise ValueError(f"its counts must be positive integers, and are {counts}")
-        return found
-
     def require_agreement(self, saved: Setup, folder: Path, done: int) -> None:
         """Check that a run with this setup can resume.
 

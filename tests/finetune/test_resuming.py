@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -15,11 +14,8 @@ from torch import nn
 import disha
 from disha.cli import main
 from disha.finetune.adapting import ALL_PROJECTIONS
-from disha.finetune.errors import SettingsError
 from disha.finetune.models.checkpoint import open_model
-from disha.finetune.resuming import Setup, batches_per_step
 from disha.finetune.settings import FinetuneSettings
-from disha.finetune.training.checkpoints import usable
 from tests.conftest import perturb
 from tests.finetune.command_line import ROWS, arguments, killed_after, losses_of, write_rows
 from tests.finetune.resuming_table import DONE, REFUSED, SAME, TABLE, USUAL, markdown
@@ -124,22 +120,3 @@ def test_every_flag_has_a_row():
 
 def test_the_docs_show_the_table():
     assert markdown() in (DOCS / "guides" / "resuming.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("wrong", [None, 3, -1, "x", [3], {}, {"x": []}, 0.5, float("nan")])
-def test_a_setup_of_wrong_types_is_named(tmp_path, wrong):
-    settings = FinetuneSettings()
-    setup = Setup.of(settings, {"base model": "a"}, 4, 10)
-    refused = {}
-    for name in (field.name for field in dataclasses.fields(Setup)):
-        data = {**dataclasses.asdict(setup), name: wrong}
-        try:
-            with usable(tmp_path):
-                saved = Setup.saved_as(data)
-                batches_per_step(settings.training, 1, saved, tmp_path)
-                setup.require_agreement(saved, tmp_path, 3)
-        except SettingsError as error:
-            refused[name] = str(error)
-    right = {"batches_per_step", "steps"} if wrong == 3 else set()
-    assert {"settings", "batches_per_step", "steps"} - right <= refused.keys()
-    assert all(str(tmp_path) in said for said in refused.values())

@@ -20,7 +20,6 @@ import dataclasses
 import errno
 import io
 import json
-import math
 import os
 import random
 import re
@@ -39,7 +38,6 @@ from disha.files import ADAPTER_NAME, clear_drafts, found_at, remove_folder, wri
 from disha.finetune.errors import OutputError, SettingsError
 from disha.finetune.hashing import file_hash
 from disha.finetune.training.loop import Progress
-from disha.finetune.training.optimizers import expected_state
 from disha.finetune.training.parallel import Processes, is_sharded, undistributed
 
 __all__ = [
@@ -49,7 +47,6 @@ __all__ = [
     "random_state",
     "restore_random_state",
     "set_adapter_values",
-    "usable",
 ]
 
 T = TypeVar("T")
@@ -196,8 +193,7 @@ class Checkpoints:
             SettingsError: the parameters to train are not the same as before.
             AdapterFileError: the adapter does not fit this model.
         """
-        with usable(saved.folder):
-            _restore_optimizer(saved, objective, optimizer)
+        _restore_optimizer(saved, objective, optimizer)
         model = undistributed(objective).model
         kept = BEST if found_at(saved.folder / BEST) == "file" else ADAPTER_NAME
         disha.load_adapter(model, saved.folder / kept, replace=True)
@@ -205,8 +201,7 @@ class Checkpoints:
         if kept != ADAPTER_NAME:
             disha.load_adapter(model, saved.folder / ADAPTER_NAME, replace=True)
         if len(saved.random) == self._processes.world_size:
-            with usable(saved.folder):
-                restore_random_state(saved.random[self._processes.rank])
+            restore_random_state(saved.random[self._processes.rank])
         self._on_main(lambda: self._remove_beyond_limit(saved.folder))
         return best
 
@@ -344,7 +339,6 @@ def _read(folder: Path) -> SavedState:
         raise _DamagedError(f"{error.filename} can't be read: {error.strerror}") from error
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
-        _check_types(state)
         return SavedState(
             folder=folder,
             progress=Progress(**state["progress"]),
@@ -355,37 +349,6 @@ def _read(folder: Path) -> SavedState:
         )
     except Exception as error:  # torch.load raises anything
         raise _DamagedError(f"{TRAINING} can't be used: {error}") from error
-
-
-def _check_types(state: Mapping[str, Any]) -> None:
-    """Raise unless the outer parts of a state have their types; `usable` finds the rest."""
-    progress = Progress(**state["progress"])
-    counts = (progress.step, progress.epoch, progress.batches)
-    if not all(type(one) is int and one >= 0 for one in counts):
-        raise ValueError(f"its counts must be integers from 0, and are {counts}")
-    if type(progress.seconds) is not float or not 0 <= progress.seconds < math.inf:
-        raise ValueError(f"its time must be a number of seconds, and is {progress.seconds!r}")
-    parts = [state[name] for name in ("setup", "history", "optimizer")]
-    if not all(isinstance(one, dict) for one in [*parts, *state["random"]]):
-        raise ValueError("its parts must be dictionaries")
-
-
-@contextmanager
-def usable(folder: Path) -> Iterator[None]:
-    """Convert whatever goes wrong with the values of a checkpoint to a `SettingsError`.
-
-    Args:
-        folder: the checkpoint.
-    """
-    try:
-        yield
-    except (OSError, disha.DishaError):
-        raise
-    except Exception as error:  # values of a wrong type raise anything
-        raise SettingsError(
-            f"{folder / TRAINING} can't be used: {type(error).__name__}: {error}; delete the "
-            "folder to resume from the one before, or leave --resume out to start over"
-        ) from error
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -448,11 +411,6 @@ def _restore_optimizer(
     states.set_optimizer_state_dict(objective, optimizer, dict(saved.optimizer), options=options)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)  # those of this run, which the caller has compared
-    for parameter, values in optimizer.state.items():  # a fused step would read beyond their end
-        expected = expected_state(optimizer, parameter)
-        found = {name: (value.shape, value.dtype) for name, value in values.items()}
-        if found != expected:
-            raise ValueError(f"a state of the optimiser is {found}, but must be {expected}")
 
 
 def random_state() -> dict[str, Any]:

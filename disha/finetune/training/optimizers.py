@@ -1,9 +1,8 @@
-"""The optimisers of torch that the command offers, and what each keeps of a parameter."""
+"""The optimisers of torch that the command offers, and how much each keeps of a parameter."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from disha.finetune.errors import SettingsError
 from disha.finetune.settings import OptimizerName, TrainingSettings
 
-__all__ = ["expected_state", "make_optimizer", "state_bytes", "trained"]
+__all__ = ["make_optimizer", "state_bytes", "trained"]
 
 KINDS: Mapping[OptimizerName, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -53,32 +52,10 @@ def trained(objective: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in objective.parameters() if parameter.requires_grad]
 
 
-def expected_state(
-    optimizer: torch.optim.Optimizer, parameter: Tensor
-) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return the shape and dtype of each tensor that an optimiser keeps of a parameter.
-
-    Args:
-        optimizer: from `make_optimizer`.
-        parameter: the parameter.
-    """
-    name = next(name for name, kind in KINDS.items() if type(optimizer) is kind)
-    shapes = _moments(name, parameter.shape)
-    state = {key: (torch.Size(shape), parameter.dtype) for key, shape in shapes.items()}
-    return state if name == "sgd" else {"step": (torch.Size(), torch.float32), **state}
-
-
 def state_bytes(name: OptimizerName, parameter: Tensor) -> int:
     """Return how many bytes an optimiser keeps of a parameter."""
-    count = sum(math.prod(shape) for shape in _moments(name, parameter.shape).values())
+    count = parameter.numel() * (2 if name == "adamw" else 1)
+    if name == "adafactor" and parameter.dim() > 1:  # the means of rows and of columns
+        *_, rows, columns = parameter.shape
+        count = parameter.numel() // columns + parameter.numel() // rows
     return count * parameter.element_size()
-
-
-def _moments(name: OptimizerName, shape: Sequence[int]) -> dict[str, Sequence[int]]:
-    if name == "sgd":
-        return {"momentum_buffer": shape}
-    if name == "adamw":
-        return {"exp_avg": shape, "exp_avg_sq": shape}
-    if len(shape) < 2:
-        return {"variance": shape}
-    return {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}

@@ -8,7 +8,7 @@ from torch import nn
 
 from disha.finetune.errors import SettingsError
 from disha.finetune.settings import OptimizerName
-from disha.finetune.training.optimizers import expected_state, make_optimizer, state_bytes
+from disha.finetune.training.optimizers import make_optimizer, state_bytes
 from tests.finetune.training.test_checkpoints import Run
 from tests.finetune.training.tiny import plan, source
 
@@ -36,12 +36,10 @@ def stepped(name, rate=1e-2):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_kept_is_what_is_expected_and_counted(name):
+def test_what_is_kept_is_counted(name):
     model, optimizer = stepped(name)
     assert set(optimizer.state) == set(model.blocks)
     for block, state in optimizer.state.items():
-        found = {key: (value.shape, value.dtype) for key, value in state.items()}
-        assert found == expected_state(optimizer, block)
         moments = sum(value.nbytes for key, value in state.items() if key != "step")
         assert moments == state_bytes(name, block)
 
@@ -82,15 +80,6 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_to_the_bit(name, tmp_path
     assert resumed.train(resumed.restore().progress, save=False) == expected
     pairs = zip(straight.objective.parameters(), resumed.objective.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "adamw"])
-def test_a_checkpoint_of_another_form_is_named(name, tmp_path):
-    first = Run(tmp_path, source(13), plan(optimizer=name))
-    first.train(steps=1)
-    other = Run(tmp_path, source(13), plan())
-    with pytest.raises(SettingsError, match="can't be used: "):
-        other.restore()
 
 
 def test_the_loss_falls_with_each():
