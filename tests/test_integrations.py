@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -15,6 +16,7 @@ from accelerate.utils import DistributedType
 from pytorch_lightning import LightningModule
 from pytorch_lightning import Trainer as LightningTrainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 import disha
+from disha.cli import main
 from disha.integrations import lightning
 from disha.integrations.accelerate import keep_adapter_only
 from disha.integrations.transformers import AdapterCheckpoints
@@ -68,7 +71,7 @@ def rows():
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def trained(model, folder, steps, resume=None, callbacks=(), **options):
+def trained(model, folder, steps, resume=None, callbacks=(), keep=AdapterCheckpoints, **options):
     arguments = TrainingArguments(
         folder,
         max_steps=steps,
@@ -86,7 +89,7 @@ def trained(model, folder, steps, resume=None, callbacks=(), **options):
         arguments,
         train_dataset=data,
         eval_dataset=data[:4],
-        callbacks=[AdapterCheckpoints(model), *callbacks],
+        callbacks=[*([] if keep is None else [keep(model)]), *callbacks],
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -191,6 +194,31 @@ def test_a_quantised_model_trains(options, tmp_path):
     tokens = rows()[0]["input_ids"][None]
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_of_the_whole_model_is_no_adapter_but_gives_one(tmp_path, capsys, sharded):
+    """As `Trainer` saves it without the callback; `disha convert` says what to do."""
+    model = adapted(tied)
+    trained(model, tmp_path, 2, keep=None)
+    checkpoint = tmp_path / "checkpoint-2"
+    tensors = load_file(checkpoint / "model.safetensors")
+    if sharded:
+        (checkpoint / "model.safetensors").rename(checkpoint / "model-1.safetensors")
+        index = {"weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    out = tmp_path / "adapter.safetensors"
+    assert main(["convert", str(checkpoint), str(out), "--to", "disha"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    count, blocks = len(tensors), len(disha.summary(model).layers)
+    assert f"complete model of {count} tensors, with {blocks} blocks such as model." in said
+    assert "not the scale and the layouts" in said
+    assert "call inject_adapters as for the training, load these tensors" in said
+    assert not out.exists()
+
+    again = adapted(tied)
+    again.load_state_dict(tensors, strict=False)
+    assert_same(again, model)
 
 
 def test_a_plain_model_is_refused():

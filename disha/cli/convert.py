@@ -21,13 +21,14 @@ from disha.functional import method_of
 from disha.interop import image_lora, lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
 from disha.interop.checkpoints.matching import refuse_tied
+from disha.interop.checkpoints.reading import INDEX, SINGLE
 from disha.interop.experts import ExpertForm
 from disha.interop.gguf import MODEL_TYPES
 from disha.interop.image_names import Component, component_of
 from disha.interop.low_rank import SERVED_RANKS, BaseWeight, LoraReport, is_stack
 from disha.interop.peft_files import CONFIG_NAME
 from disha.model import join
-from disha.text import counted
+from disha.text import counted, printable
 
 __all__ = ["run"]
 
@@ -300,6 +301,7 @@ def _form_of(path: Path) -> Form:
                 return "gguf"
         return image_lora.form_of(path) or "disha"
     if not (path / CONFIG_NAME).exists():
+        _refuse_whole_model(path)
         raise AdapterIOError(
             f"{path} is a folder without {CONFIG_NAME} and {ADAPTER_NAME}; name an adapter file, a "
             "folder that PEFT has saved, or a checkpoint saved with AdapterCheckpoints"
@@ -310,6 +312,22 @@ def _form_of(path: Path) -> Form:
             f"{path} holds an adapter of peft_type {method!r}; allowed are {', '.join(FOLDERS)}"
         )
     return FOLDERS[method]
+
+
+def _refuse_whole_model(folder: Path) -> None:
+    """Raise if a folder is a checkpoint of `Trainer` that holds the blocks among all weights."""
+    if not any((folder / name).exists() for name in (SINGLE, INDEX)):
+        return
+    tensors = open_checkpoint(folder).tensors
+    blocks = [name for name in tensors if ".disha." in name]
+    if blocks:
+        raise AdapterFileError(
+            f"{folder} holds a complete model of {counted(len(tensors), 'tensor')}, with "
+            f"{counted(len(blocks), 'block')} such as {printable(blocks[0])}, but not the scale "
+            "and the layouts of the adapter. Build the model, call inject_adapters as for the "
+            "training, load these tensors (load_state_dict), and call disha.save_adapter. With "
+            "AdapterCheckpoints, later checkpoints hold an adapter file"
+        )
 
 
 def _read_peft(path: Path, base: Checkpoint | None, also_train: bool) -> Contents:
