@@ -24,6 +24,7 @@ ALLOWED = {
 LEFT_OUT = (
     *("disha/cli", "disha/finetune", "disha/__main__.py", "disha/interop/gguf.py"),
     *("benchmarks", "docs", "tests/cli", "tests/finetune", "tests/llamacpp", "tests/packaging"),
+    "tests/runtimes",
     *("tests/test_examples.py", "tests/test_feature_table.py", "tests/test_guides.py"),
     *("tests/test_pages.py", "tests/test_readme.py", "tests/test_typing.py"),
 )

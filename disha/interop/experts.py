@@ -34,6 +34,7 @@ from disha.text import counted
 __all__ = [
     "DOWN",
     "SEPARATE_BEFORE",
+    "SERVED_TARGETS",
     "ExpertForm",
     "Matrices",
     "at_home",
@@ -42,6 +43,7 @@ __all__ = [
     "joined",
     "matrices_of",
     "misread",
+    "refuse_beside",
     "separated",
     "single_expert",
     "stack_factors",
@@ -54,6 +56,9 @@ ExpertForm = Literal["stacked", "separate"]
 """The two forms of LoRA for experts."""
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+SERVED_TARGETS = ("gate_proj", "up_proj", "down_proj")
+"""The `target_modules` of single experts."""
 
 _OLD_TARGETS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """The names that `taken_for_experts` is about; in models whose stacks have this layout:"""
@@ -201,6 +206,20 @@ def taken_for_experts(modules: Iterable[str]) -> list[str]:
 
 
 # --- writing: separate ---------------------------------------------------------------------------
+
+
+def refuse_beside(also_train: Sequence[str]) -> None:
+    """Raise if parameters were trained beside separate experts, which are for servers only.
+
+    Raises:
+        ConversionError: some were.
+    """
+    if also_train:
+        raise ConversionError(
+            f"vLLM and SGLang refuse a LoRA with parameters that were trained beside it "
+            f"({listed(also_train)}); leave them out (--no-also-train for the command), or merge "
+            "the adapter (disha merge)"
+        )
 
 
 def separated(updates: Sequence[LowRankUpdate], family: Family) -> list[LowRankUpdate]:

@@ -24,6 +24,7 @@ from disha.interop.experts import (
     ExpertForm,
     checked_form,
     misread,
+    refuse_beside,
     taken_for_experts,
 )
 from disha.interop.gguf import export_gguf, write_gguf
@@ -210,6 +211,8 @@ def _converted(
         stacks = [layer for layer in header.layers if is_stack(layer)]
         modules = [name for name in names if name not in {stack.name for stack in stacks}]
         problems = peft.obstacles(modules, unknown_to_lora, exporting=True)
+        if form == "separate" and stacks:
+            refuse_beside(header.also_train)
         if form == "stacked":
             problems += _misread_stacks(view, stacks)
             problems += taken_for_experts(modules) if _joins_experts(view) else []

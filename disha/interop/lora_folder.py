@@ -136,6 +136,8 @@ def write_lora(
         if not layer.name:
             problems.append("(the model): PEFT adapts layers within a model, not the model itself")
     stacks = [one for one in header.layers if is_stack(one)]
+    if form == "separate" and stacks:
+        expert_forms.refuse_beside(header.also_train)
     if form == "stacked" and any(one.layout == expert_forms.SEPARATE_BEFORE for one in stacks):
         problems += expert_forms.taken_for_experts(
             one.name for one in header.layers if one not in stacks
@@ -193,8 +195,8 @@ def targets_of(
 
     SGLang refuses a regex, so modules of an unknown model are a list of full names. PEFT reads them
     as endings of names: if one is the ending of a longer name, PEFT adapts that module too, with an
-    update of zero. A number alone ends many names, so then it is a regex. Single experts are known
-    by the names of their projections.
+    update of zero. A number alone ends many names, so then it is a regex. SGLang knows single
+    experts by the usual names of their projections, whatever their keys are.
 
     Args:
         updates: the updates, as they are written.
@@ -207,7 +209,7 @@ def targets_of(
     others = [name for name in names if name not in stacks | single]
     found: list[str] | str = sorted(others)
     if single:
-        found = sorted({*others, *(name.rpartition(".")[2] for name in single)})
+        found = sorted({*others, *expert_forms.SERVED_TARGETS})
     elif others and (modules is not None or any(map(str.isdecimal, others))):
         found = exact_targets(others, modules)
     ends = exact_targets(stacks, parameters) if stacks and parameters is not None else []

@@ -1,0 +1,1 @@
+"""What vLLM and SGLang make of exported adapters: `python -m tests.runtimes`."""
