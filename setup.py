@@ -115,6 +115,7 @@ setup(
     install_requires=["torch>=2.6", "safetensors>=0.4.3", "einops>=0.7"],
     extras_require={
         "cli": CLI,
+        "deepspeed": ["deepspeed>=0.17"],
         "finetune": FINETUNE,
         "gguf": GGUF,
         "quant": QUANT,

@@ -31,7 +31,7 @@ from disha.layers import (
     weight_shape,
 )
 from disha.model import ModelView, join
-from disha.sharding import Split, split_of
+from disha.sharding import Split, is_partitioned, split_of
 
 __all__ = ["Candidate", "UnknownLayout", "as_declared", "candidates_of"]
 
@@ -193,6 +193,11 @@ class Candidate:
         weight = read_weight(module, slot.parameter)
         if isinstance(weight, UninitializedParameter):
             return "its weight is not initialised yet; run the model once before injecting"
+        if is_partitioned(weight):
+            return (
+                "its weight is partitioned by DeepSpeed ZeRO-3 (deepspeed.zero.Init), under which "
+                "adapters can't act; use ZeRO-2 or fully_shard"
+            )
         # Any floating-point dtype will do: a user's hook may cast the weight before each forward.
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             return "its weight is not a floating-point tensor"

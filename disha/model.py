@@ -24,13 +24,13 @@ from disha.layers import (
     Adapters,
     refuse_merged,
 )
-from disha.sharding import Ranks, imported_class, is_sharded
+from disha.sharding import Ranks, imported_class, is_partitioned, is_sharded
 
 __all__ = ["ModelParameter", "ModelView", "clean_key", "join", "require_model"]
 
 
 class _Wrapper(NamedTuple):
-    """A class of torch that wraps a module.
+    """A class of torch or DeepSpeed that wraps a module.
 
     Attributes:
         module: where the class is defined.
@@ -65,6 +65,7 @@ _WRAPPERS = (
         "torch.nn.parallel.distributed", "DistributedDataParallel", "module", distributes=True
     ),
     _Wrapper("torch.nn.parallel.data_parallel", "DataParallel", "module", distributes=True),
+    _Wrapper("deepspeed.runtime.engine", "DeepSpeedEngine", "module", distributes=True),
     _Wrapper(_FSDP, "FullyShardedDataParallel", "_fsdp_wrapped_module", True, True),
     _Wrapper(_FSDP, "FSDPModule", "", True, True),
 )
@@ -341,11 +342,11 @@ class ModelView:
 
     @property
     def sharded(self) -> nn.Module | None:
-        """A module that FSDP manages or that has a sharded parameter, or None."""
+        """A module that FSDP manages or that has a sharded or partitioned parameter, or None."""
         classes = [one.cls for one in _WRAPPERS if one.shards and one.cls is not None]
         for module in self.names:
             if isinstance(module, tuple(classes)) or any(
-                map(is_sharded, module._parameters.values())
+                is_sharded(one) or is_partitioned(one) for one in module._parameters.values()
             ):
                 return module
         return None

@@ -36,6 +36,7 @@ __all__ = [
     "Split",
     "gathered",
     "imported_class",
+    "is_partitioned",
     "is_sharded",
     "local_part",
     "obstacle_to_write",
@@ -58,6 +59,15 @@ def is_sharded(tensor: object) -> bool:
     """Whether a tensor is a DTensor, distributed over a device mesh."""
     cls = imported_class("torch.distributed.tensor", "DTensor")
     return cls is not None and isinstance(tensor, cls)
+
+
+def is_partitioned(tensor: object) -> bool:
+    """Whether DeepSpeed ZeRO-3 manages a parameter, whose values are absent most of the time.
+
+    Args:
+        tensor: the parameter.
+    """
+    return hasattr(tensor, "ds_id")
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from disha.errors import AdapterStateError, ArgumentTypeError
 from disha.functional import method_of
 from disha.layers import AdaptedLayer, AdaptedWeight, Block, kept_packed, weight_shape
 from disha.model import ModelView, clean_key, join
-from disha.sharding import local_part, obstacle_to_write
+from disha.sharding import is_partitioned, local_part, obstacle_to_write
 from disha.text import first_few
 from disha.undo import Undo
 
@@ -120,7 +120,8 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
 
     Raises:
         ArgumentError: there is no such adapter.
-        AdapterStateError: FullyShardedDataParallel has flattened a block.
+        AdapterStateError: FullyShardedDataParallel has flattened a block, or DeepSpeed ZeRO-3 has
+            partitioned it.
         MergeError: an adapter is merged into an `also_train` parameter.
     """
     view.reshard()
@@ -142,6 +143,12 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
 
 def _refuse_flattened(name: str, weight: AdaptedWeight, block: Block) -> None:
     parameter = block._parameters.get(block.parameter_name)
+    if parameter is not None and is_partitioned(parameter) and not parameter.numel():
+        raise AdapterStateError(
+            f"the block of {name or 'the model'} has no values here, because DeepSpeed ZeRO-3 has "
+            "partitioned it; use ZeRO-2 or fully_shard, or call this inside "
+            "deepspeed.zero.GatheredParameters(list(model.parameters()))"
+        )
     axes = len(weight_shape(weight.layer, block.slot))
     block_axes = method_of(block.method).block_axes
     if parameter is None or parameter.dim() < block_axes or axes < 2:

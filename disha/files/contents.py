@@ -365,6 +365,7 @@ def load_contents(
             taken = adapter in view.adapters
             _check_taken(adapter, taken, replace, dtype)
             if taken:
+                adapter_tensors(view, adapter)  # raises if the blocks have no values here
                 incoming = _as_wide_as(view, incoming, adapter)
                 values = _fitting(view, incoming, adapter, partial)
             else:

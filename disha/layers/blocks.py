@@ -20,7 +20,7 @@ from disha.contexts import Group
 from disha.errors import ModeError
 from disha.functional import Layout, Rows, Update
 from disha.layers import compiled
-from disha.sharding import Split
+from disha.sharding import Split, is_partitioned
 
 __all__ = ["Block", "Slot", "block_name"]
 
@@ -153,6 +153,8 @@ class Block(nn.Module):
             ModeError: the block has no values here, or they can't be trained.
         """
         own = self.__dict__
+        if type(own["_parameters"]) is not dict:
+            self._refuse_partitioned()
         # A device hook (accelerate's) replaces forward, and loads the block to its device.
         values = (
             self._from_hook() if "forward" in own else own["_parameters"][own["parameter_name"]]
@@ -171,6 +173,18 @@ class Block(nn.Module):
             tensor = own["_buffers"]["scale_tensor"]
             scale = tensor * getattr(compiled, compiled.factor_name(group.name, tensor.device))
         return Update(own["method"], values, scale, dropout, own["rows"])
+
+    def _refuse_partitioned(self) -> None:
+        """Raise if DeepSpeed ZeRO-3 manages the block.
+
+        It gathers parameters only where their own module runs, and its linear layers give an update
+        no gradient.
+        """
+        if is_partitioned(self.block):
+            raise ModeError(
+                "an adapter can't act while DeepSpeed ZeRO-3 partitions its block, which it would "
+                "not gather for the weight's layer; use ZeRO-2 or fully_shard"
+            )
 
     def _from_hook(self) -> Tensor:
         """Return the block after its device hook has loaded it."""

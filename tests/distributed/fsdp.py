@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -345,6 +346,24 @@ def check_checkpoints_of_torch(folder):
         options=StateDictOptions(strict=False),
     )
     assert_same(blocks(model), [2 * block for block in blocks(source)])
+
+
+def check_adapters_in_checkpoints_of_torch(folder):
+    """Saved from two ranks, they load on one rank and on two, in place."""
+    path = folder / "checkpoint"
+    dcp.save(disha.adapter_state_dict(sharded(adapted(seed=5))), checkpoint_id=path)
+    source, plain, model = adapted(seed=5), adapted(), sharded(adapted())
+    dcp.load(disha.adapter_state_dict(plain), checkpoint_id=path, no_dist=True)
+    assert_same(blocks(plain), blocks(source))
+    dcp.load(disha.adapter_state_dict(model), checkpoint_id=path)
+    assert_same(blocks(model), blocks(source))
+
+    alone = folder / f"alone{rank()}"
+    dcp.save(disha.adapter_state_dict(source), checkpoint_id=alone, no_dist=True)
+    dist.barrier()
+    model = sharded(adapted())
+    dcp.load(disha.adapter_state_dict(model), checkpoint_id=folder / "alone0")
+    assert_same(blocks(model), blocks(source))
 
 
 def check_fingerprints(folder):
