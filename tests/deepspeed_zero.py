@@ -1,4 +1,4 @@
-"""`python -m tests.deepspeed_zero FOLDER`: DeepSpeed ZeRO-2 and ZeRO-3 in one process, on the CPU.
+"""`python -m tests.deepspeed_zero FOLDER`: DeepSpeed ZeRO-1 to ZeRO-3 in one process, on the CPU.
 
 ZeRO-3 partitions parameters in one process too. `tests/test_deepspeed.py` runs this in a process of
 its own, because DeepSpeed replaces functions of torch.
@@ -48,9 +48,9 @@ def engine_of(model: nn.Module, stage: int) -> nn.Module:
     return engine
 
 
-def trains_with_zero_2(folder: Path) -> None:
+def trains_with(stage: int, folder: Path) -> None:
     plain = disha.inject_adapters(fresh(), "all-linear", 4)
-    engine = engine_of(copy.deepcopy(plain), 2)
+    engine = engine_of(copy.deepcopy(plain), stage)
     optimizer = torch.optim.SGD(disha.adapter_parameters(plain), lr=0.5)
     x, target = torch.randn(8, 16), torch.randint(4, (8,))
     for _ in range(3):
@@ -103,7 +103,8 @@ def refused_with_zero_3(folder: Path) -> None:
 
 if __name__ == "__main__":
     deepspeed.init_distributed("gloo")
-    trains_with_zero_2(Path(sys.argv[1]))
+    trains_with(1, Path(sys.argv[1]))
+    trains_with(2, Path(sys.argv[1]))
     refused_inside_zero_init(Path(sys.argv[1]))
     refused_with_zero_3(Path(sys.argv[1]))
     print("all of it passed")

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -83,7 +83,7 @@ class Page:
         self.path = path
         self.text = path.read_text(encoding="utf-8")
         self.blocks = blocks_of(self.text)
-        self.namespace: dict[str, Any] = {"__name__": "__main__"}
+        self.main = ModuleType("__main__")
 
     def run(self) -> Iterator[tuple[Block, str]]:
         """Run the blocks in their order; yield each with what it printed."""
@@ -98,8 +98,13 @@ class Page:
             Path(block.script).write_text(block.code, encoding="utf-8")
             return ""
         lines = "\n" * (block.line - 1) + block.code  # so that tracebacks name the page's lines
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            exec(compile(lines, str(self.path), "exec"), self.namespace)
+        before = sys.modules["__main__"]
+        sys.modules["__main__"] = self.main  # where compiled code looks names up
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                exec(compile(lines, str(self.path), "exec"), vars(self.main))
+        finally:
+            sys.modules["__main__"] = before
         return said.getvalue()
 
     def rewritten(self) -> str:

@@ -97,6 +97,12 @@ def _routed_weight(adapters: Adapters, route: Route, name: str, base: Any, compi
     blocks = tuple(one for one in adapters.blocks().values() if one.slot.parameter == name)
     if not blocks:
         return base
+    if type(base) not in PLAIN and not is_sharded(base):
+        raise ModeError(
+            f"samples can't be routed while the weight is a {type(base).__name__}: it would be one "
+            "effective weight for all samples; export with strict=True, or use one adapter at a "
+            "time"
+        )
     if type(base) not in PLAIN:
         weight = _weight_of_another_type(adapters, base, blocks, compiling)
         if isinstance(weight, EffectiveWeight):
