@@ -49,7 +49,7 @@ TRL = [
 ]
 PEERS = [
     *TRL,
-    "diffusers>=0.35",
+    "diffusers>=0.41",
     "loralib>=0.1.2",
     "lycoris-lora>=4.1",
     "peft>=0.21",
