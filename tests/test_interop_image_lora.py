@@ -254,11 +254,15 @@ def test_flux_of_kohya_through_the_converter_of_diffusers(tmp_path, ranks):
 
 def test_a_whole_flux_as_kohya_and_back(tmp_path):
     base, path = FLUX.model(), tmp_path / "lora.safetensors"
-    ours = adapted(base, FLUX_BLOCKS, scale=0.7, rank_pattern={"to_k|add_v": 4})
-    image_lora.export(ours, path, "kohya")
-    back = copy.deepcopy(base)
-    image_lora.load(back, path)
-    assert torch.equal(FLUX.run(back), FLUX.run(ours))
+    for ours in (
+        adapted(base, FLUX_BLOCKS, scale=0.7, rank_pattern={"to_k|add_v": 4}),
+        disha.inject_adapters(copy.deepcopy(base), FLUX_BLOCKS, 2),  # untrained: B is zero
+    ):
+        image_lora.export(ours, path, "kohya")
+        back = copy.deepcopy(base)
+        image_lora.load(back, path)
+        assert len(blocks_of(back)) == len(blocks_of(ours))
+        assert torch.equal(FLUX.run(back), FLUX.run(ours))
 
 
 def test_what_kohya_can_not_hold(tmp_path):
@@ -423,6 +427,7 @@ def test_wrong_arguments(tmp_path):
 
 # --- bad files -----------------------------------------------------------------------------------
 
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 KEY = "lora_unet_down_blocks_0_resnets_0_conv1"
 A, B = torch.eye(2).repeat(1, 4), torch.randn(8, 2)
 
@@ -437,6 +442,8 @@ A, B = torch.eye(2).repeat(1, 4), torch.randn(8, 2)
         ({"unet.a.processor.to_q_lora.down.weight": A}, "old versions of diffusers"),
         ({"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": A}, "unknown keys .*input_blocks"),
         ({"diffusion_model.blocks.0.lora_A.weight": A}, "unknown keys .*another architecture"),
+        ({f"{QKV}.lora_down.weight": A, f"{QKV}.lora_up.weight": B}, "B has 8 rows; in Flux, it"),
+        ({"base_model.model.a.lora_A.weight": A}, "is a file of a folder .* name the folder"),
         ({f"{KEY}.lora_down.weight": A}, "has only .*lora_down.weight, and a LoRA has two factors"),
         ({"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B.T}, r"shapes \(2, 8\) and \(2, 8\)"),
         ({"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B * torch.nan}, "not finite"),

@@ -32,6 +32,7 @@ __all__ = [
     "ALPHA",
     "CLASSES",
     "COMPONENTS",
+    "FLUX_ROWS",
     "FORMS",
     "METADATA",
     "Component",
@@ -136,6 +137,9 @@ _FLUX = {
     "single_transformer_blocks": ("single_blocks", _SINGLE),
 }
 """Flux: blocks in diffusers -> blocks in the original, and there: layer -> its parts here."""
+
+FLUX_ROWS = {3: 3, 4: 7}
+"""Number of layers that Flux joins -> rows of their weight, for each column: proj_mlp has 4."""
 
 
 def check_form(form: object) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -22,10 +23,18 @@ from disha.files.contents import Contents
 from disha.files.json_files import parsed_json
 from disha.files.tensors import TensorFile, opened
 from disha.functional import Layout
-from disha.interop.image_names import ALPHA, COMPONENTS, METADATA, Form, in_model, layers_of
+from disha.interop.image_names import (
+    ALPHA,
+    COMPONENTS,
+    FLUX_ROWS,
+    METADATA,
+    Form,
+    in_model,
+    layers_of,
+)
 from disha.interop.lora_folder import CONV, Alphas, contents_of_layers
 from disha.interop.low_rank import layer_of_factors, listed
-from disha.interop.peft_files import Fields, refuse_to_load, unusable
+from disha.interop.peft_files import PREFIX, Fields, refuse_to_load, unusable
 from disha.text import brief, counted, first_few
 
 __all__ = ["form_of", "read_components", "read_file"]
@@ -112,20 +121,20 @@ def read_components(path: Path, modules: Mapping[str, Collection[str]]) -> dict[
         found, text = _factors(file), file.metadata.get(METADATA)
     settings = {} if text is None else parsed_json(f"{path}: {METADATA}", text, strict=True)
     layers: dict[str, list[tuple[LayerRecord, Tensor]]] = {}
-    fields: dict[str, Fields] = {}
+    fields: dict[str, Fields] = {
+        component: _fields(path, settings, component) for component in COMPONENTS
+    }
+    alphas = {component: Alphas(own) for component, own in fields.items() if own.values}
     others: list[str] = []
     for pair in found:
         component = pair.component
-        start = f"{component}."
-        own = {key.removeprefix(start): settings[key] for key in settings if key.startswith(start)}
-        fields.setdefault(component, Fields(path, own))
         for name, a, b in _split(pair):
             layer = layer_of_factors(
                 in_model(component, name, modules.get(component)),
                 a,
                 b,
                 Layout(CONV if a.dim() > 2 else "out in"),
-                _scale(fields[component], pair),
+                _scale(path, pair, alphas.get(component)),
             )
             if layer is None:
                 others.append(f"{component}.{name}")
@@ -202,6 +211,11 @@ def _factors(file: TensorFile) -> list[_Pair]:
                 f"{key}: the factors have the shapes {tuple(a.shape)} and {tuple(b.shape)}; they "
                 "must be (rank, in, ...) and (out, rank, ...)"
             )
+        elif len(names) > 1 and (a.dim(), b.shape[0]) != (2, FLUX_ROWS[len(names)] * a.shape[1]):
+            problems.append(
+                f"{key}: B has {b.shape[0]} rows; in Flux, it has "
+                f"{FLUX_ROWS[len(names)]} times the {a.shape[1]} columns of A"
+            )
         if alpha is not None and alpha.numel() != 1:
             problems.append(f"{key}: alpha must be one number; its shape is {tuple(alpha.shape)}")
         pairs.append(_Pair(key, component, names, a, b, alpha))
@@ -223,6 +237,10 @@ def _refuse_unknown(path: Path, unknown: Sequence[str]) -> None:
             f"{path} has keys of old versions of diffusers ({shown}); load it in diffusers, and "
             "save it again"
         )
+    if all(key.startswith(PREFIX) for key in unknown):
+        raise AdapterFileError(
+            f"{path} is a file of a folder that PEFT has saved ({shown}); name the folder"
+        )
     raise AdapterFileError(
         f"{path} has unknown keys ({shown}); known are {', '.join(COMPONENTS)} with names of "
         "diffusers, and lora_unet_, lora_te_, lora_te1_ and lora_te2_ with those of diffusers, or "
@@ -230,16 +248,22 @@ def _refuse_unknown(path: Path, unknown: Sequence[str]) -> None:
     )
 
 
-def _scale(fields: Fields, pair: _Pair) -> float:
+def _fields(path: Path, settings: Mapping[str, Any], component: str) -> Fields:
+    start = f"{component}."
+    own = {key.removeprefix(start): settings[key] for key in settings if key.startswith(start)}
+    return Fields(path, own)
+
+
+def _scale(path: Path, pair: _Pair, alphas: Alphas | None) -> float:
     """Return the scale of a layer: by its alpha, or by the configuration in the metadata, or 1."""
     rank = pair.a.shape[0]
     if pair.alpha is None:
-        return Alphas(fields).scale(pair.names[0], rank) if fields.values else 1.0
+        return 1.0 if alphas is None else alphas.scale(pair.names[0], rank)
     alpha = float(pair.alpha)
     try:
         check_scale(alpha)
     except (ArgumentError, ArgumentTypeError) as error:
-        raise AdapterFileError(f"{fields.path}: {pair.key}{ALPHA}: {error}") from error
+        raise AdapterFileError(f"{path}: {pair.key}{ALPHA}: {error}") from error
     return alpha / rank
 
 
@@ -252,12 +276,14 @@ def _split(pair: _Pair) -> Iterator[tuple[str, Tensor, Tensor]]:
     if len(pair.names) == 1:
         yield pair.names[0], a, pair.b
         return
-    starts = [row for row in range(a.shape[0]) if a[row, 0]] + [a.shape[0]]
-    for number, name in enumerate(pair.names):
-        part = pair.b[number * size : None if number == 3 else (number + 1) * size]
-        if part.any():
-            first = int(part.any(dim=0).nonzero()[0])
-            start = max([row for row in starts if row <= first], default=0)
-            own = slice(start, min(row for row in starts if row > first))
-            inside = not part[:, own.stop :].any()
-            yield (name, a[own], part[:, own]) if inside else (name, a, part)
+    starts = [0, *a[:, 0].nonzero().flatten().tolist(), a.shape[0]]
+    for name, part in zip(
+        pair.names, pair.b.tensor_split((size, 2 * size, 3 * size)), strict=False
+    ):
+        columns = part.any(dim=0).nonzero().flatten().tolist()
+        if columns or not pair.b.any():
+            first, last = (columns[0], columns[-1]) if columns else (0, 0)
+            start = max(row for row in starts if row <= first)
+            stop = min(row for row in starts if row > first)
+            own = slice(start, stop) if last < stop else slice(None)
+            yield name, a[own], part[:, own]
