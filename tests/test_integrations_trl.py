@@ -143,15 +143,17 @@ def quantised(folder):
     return disha.inject_adapters(model, "|".join(TARGETS), r=4, dtype=torch.float32)
 
 
-def test_sft_of_a_quantised_base_keeps_the_dtype_of_the_blocks(tmp_path):
+def test_over_a_quantised_base_blocks_train_and_keep_their_dtype(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     model = quantised(tmp_path / "base")
-    tuned(model, tmp_path / "run", 4)
+    tuned(model, tmp_path / "run", 2)
+    preferring(model, tmp_path / "run", keep=True, max_steps=4, save_steps=4).train()
     assert model.is_quantized
     assert model.is_loaded_in_4bit
     blocks = list(disha.adapter_parameters(model))
     assert {block.dtype for block in blocks} == {torch.float32}
     assert all(bool(block.any()) for block in blocks)
+    disha.remove_adapters(model, "default_reference")
     again = quantised(tmp_path / "base")
     disha.load_adapter(
         again, tmp_path / "run" / "checkpoint-4" / "adapter.safetensors", replace=True
@@ -172,7 +174,7 @@ def test_an_adapter_on_the_head_is_refused(tmp_path, method):
 # --- DPOTrainer ----------------------------------------------------------------------------------
 
 
-def preferring(model, folder, kind=DPOTrainer, named=None, **options):
+def preferring(model, folder, kind=DPOTrainer, named=None, keep=False, **options):
     settings = trl.DPOConfig(folder, **{**SETTINGS, "beta": 0.5, "max_steps": 2, **options})
     data = rows("prompt", "chosen", "rejected")
     return kind(
@@ -181,6 +183,7 @@ def preferring(model, folder, kind=DPOTrainer, named=None, **options):
         train_dataset=data,
         eval_dataset=data.select(range(4)),
         processing_class=tokenizer(),
+        callbacks=[AdapterCheckpoints(model)] if keep else [],
         **(named or {}),
     )
 
@@ -279,6 +282,17 @@ def test_the_reference_after_sft_can_be_the_base_or_any_adapter(tmp_path):
     assert [one.get("loss") for one in named.state.log_history] == first_losses
     with pytest.raises(disha.ArgumentError, match="'default' is active and trains"):
         preferring(again, tmp_path, named={"reference": "default"})
+
+
+def test_dpo_resumes_bit_for_bit_after_sft(tmp_path):
+    whole, part, rest = (trained_before(adapted()) for _ in range(3))
+    options = {"keep": True, "save_steps": 1}
+    preferring(whole, tmp_path / "whole", **options).train()
+    preferring(part, tmp_path / "part", **options, max_steps=1).train()
+    preferring(rest, tmp_path / "part", **options).train(resume_from_checkpoint=True)
+    assert_same(rest, whole)
+    held = disha.inspect_adapter(tmp_path / "part" / "checkpoint-2" / "adapter.safetensors")
+    assert len(held.tensors) == len(blocks_of(adapted()))
 
 
 def test_precomputed_results_depend_on_the_reference(tmp_path):
