@@ -22,9 +22,8 @@ import disha
 from benchmarks.protocol import compare, synchroniser
 from benchmarks.settings import FinetuneSizes, Profile, R
 from disha.finetune.base_model import demo_model
-from disha.finetune.data.batches import TokenBatch
+from disha.finetune.data.batches import TextBatches, TokenBatch
 from disha.finetune.data.examples import Example, StoredExamples
-from disha.finetune.data.sources import TextBatches
 from disha.finetune.folder_lock import FolderLock
 from disha.finetune.metrics import Metrics, recording
 from disha.finetune.models.checkpoint import open_model

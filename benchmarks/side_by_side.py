@@ -36,9 +36,9 @@ from benchmarks.memory import allocated_peak
 from benchmarks.protocol import Budget, compare, synchroniser
 from benchmarks.settings import Profile, R, SideBySide
 from disha.finetune.base_model import demo_model
+from disha.finetune.data.batches import TextBatches
 from disha.finetune.data.docstrings import docstring_pairs
 from disha.finetune.data.examples import Example, StoredExamples
-from disha.finetune.data.sources import TextBatches
 from disha.finetune.models.checkpoint import open_model
 from disha.finetune.text.from_gguf import tokenizer_from_gguf
 from disha.finetune.text.tokenizer import Tokenizer

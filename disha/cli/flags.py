@@ -12,7 +12,6 @@ import argparse
 import inspect
 import os
 import re
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 from disha.cli.meanings import FLAG_WORDS, SHORT, long_name, nearest
 from disha.errors import ArgumentError
+from disha.finetune.stopping import wait_for_first
 from disha.text import brief
 
 __all__ = ["Flags", "parsed"]
@@ -30,9 +30,6 @@ T = TypeVar("T")
 
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 FLAG = re.compile(r"--(?P<name>[A-Za-z][\w-]*)(?P<value>=.*)?", re.DOTALL)
-FIRST_TELLS = 10.0
-"""How many seconds other processes give the first one to tell what is wrong."""
-
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "True|False", Path: "PATH"}
 
 
@@ -261,11 +258,8 @@ PLAIN = {
 
 
 def _wrong_usage(complaint: str) -> BaseException:
-    """Return the error. Under torchrun all processes make it, so only the first one tells it.
-
-    torchrun stops all others when one ends, so the first one must be the one that ends.
-    """
+    """Return the error. Under torchrun all processes make it, so only the first one tells it."""
     if os.environ.get("RANK", "0") == "0":
         return ArgumentError(complaint)
-    time.sleep(FIRST_TELLS)
+    wait_for_first()
     return SystemExit(2)

@@ -7,7 +7,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -185,11 +185,7 @@ def _run(
     sharded = is_sharded(trained)
     verification = None
 
-    def save_again() -> None:
-        lock.keep()
-        disha.save_adapter(model, adapter, metadata=notes)
-
-    with _naming_adapter(adapter, None if sharded else save_again):
+    with _naming_adapter(adapter):
         processes.check_signals()
         # With shards, no process has the complete model.
         is_asked = processes.is_main and not sharded
@@ -247,23 +243,17 @@ def _save(
 
 
 @contextmanager
-def _naming_adapter(adapter: Path, save_again: Callable[[], None] | None) -> Iterator[None]:
-    """If writing fails or a signal comes, add to the message where the adapter is.
-
-    If it was deleted, save it again.
-    """
+def _naming_adapter(adapter: Path) -> Iterator[None]:
+    """If writing fails or a signal comes, add to the message where the adapter is."""
     try:
         yield
     except Interrupted as interruption:
         told = f"interrupted after training; the adapter is complete in {adapter}"
         raise Interrupted(interruption.number, told) from interruption
     except (OSError, VerificationError) as error:
-        deleted = not adapter.exists()
-        if not deleted and isinstance(error, VerificationError):
+        if adapter.exists() and isinstance(error, VerificationError):
             raise
-        if deleted and save_again is not None:
-            save_again()
-        state = "is complete in" if adapter.exists() else "was deleted too:"
+        state = "is complete in" if adapter.exists() else "was deleted:"
         raise OutputError(f"{error}; the adapter {state} {adapter}") from error
 
 

@@ -13,13 +13,12 @@ from typing import Any
 
 from disha.finetune.answering import noted_template
 from disha.finetune.base_model import BaseModel, demo_model, open_base_model
-from disha.finetune.data.batches import Batch, BatchSource, batch_by_length
+from disha.finetune.data.batches import Batch, BatchSource, TextBatches, batch_by_length
 from disha.finetune.data.dataset import read_dataset
 from disha.finetune.data.docstrings import docstring_pairs
 from disha.finetune.data.encoding import Encoder, Tally, encode_rows
 from disha.finetune.data.examples import StoredExamples
 from disha.finetune.data.rows import Dataset, Rows
-from disha.finetune.data.sources import TextBatches
 from disha.finetune.data.tensors import Samples, TensorRows, read_samples
 from disha.finetune.errors import DataError
 from disha.finetune.settings import DataSettings, FinetuneSettings, require, require_unchanged

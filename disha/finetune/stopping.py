@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-__all__ = ["SIGNALS", "Interrupted", "forget_signal", "listening", "noted_signal", "raising"]
+__all__ = [
+    "SIGNALS",
+    "Interrupted",
+    "forget_signal",
+    "listening",
+    "noted_signal",
+    "raising",
+    "wait_for_first",
+]
 
 SIGNALS = tuple(
     getattr(signal, name)
@@ -35,6 +43,9 @@ program that calls this one stays too."""
 TOGETHER = 1.0
 """Seconds in which several signals count as one. Under torchrun, one Ctrl-C sends two signals: one
 from the terminal, and one from torchrun. A terminal that is closed may send two as well."""
+
+FIRST_TELLS = 10.0
+"""How many seconds other processes give the one that failed first to tell why."""
 
 FAREWELL = b"\ndisha: stopped at once; every file that was written is complete\n"
 
@@ -110,6 +121,18 @@ def raising(allowed: bool) -> Iterator[None]:
 def noted_signal() -> int | None:
     """Return the number of the signal that asked the process to stop, or None."""
     return _state.number
+
+
+def wait_for_first() -> None:
+    """Wait until torchrun stops this process, which it does once another one has ended.
+
+    If this process ended before the one that failed first, torchrun would stop that one before it
+    has said why.
+    """
+    with raising(False):
+        end = time.monotonic() + FIRST_TELLS
+        while noted_signal() is None and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 def forget_signal() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import disha
-from disha.cli import COMMANDS, flags
+from disha.cli import COMMANDS
 from disha.cli.dispatcher import Command
 from disha.errors import AdapterFileWarning
 from disha.finetune.errors import SettingsError
@@ -94,7 +94,7 @@ def test_an_unknown_command_names_the_one_that_is_meant(run, word, meant):
 
 def test_of_several_processes_the_first_complains_of_wrong_usage(run, files, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(flags, "FIRST_TELLS", 0.0)
+    monkeypatch.setattr("disha.finetune.stopping.FIRST_TELLS", 0.0)
     assert run("inspect", files.adapter(), "--stat") == Done(2, "", "")
 
 

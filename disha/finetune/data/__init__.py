@@ -11,7 +11,6 @@ From bottom to top:
 - `docstrings`: the demo's rows, made from the installed Python standard library
 - `examples`: a row as token ids, and which of them count in the loss
 - `encoding`: turns rows into examples
-- `batches`: puts examples into batches, padded or packed
-- `sources`: the batches of every epoch
+- `batches`: puts examples into batches, padded or packed; the batches of every epoch
 - `tensors`: rows of numbers and their batches, for models that take no text
 """

@@ -151,9 +151,7 @@ class Encoder:
         Raises:
             BadRowError: something is wrong with the row, and `skip_bad_rows` is False.
         """
-        outcome = self.outcome(row)
-        self.require_allowed(outcome)
-        return outcome.example
+        return self.counted(self.outcome(row), Tally())
 
     def outcome(self, row: Row) -> Outcome:
         """Encode a row. If something is wrong with it, return a complaint instead of raising."""
@@ -167,22 +165,14 @@ class Encoder:
         except BadRowError as error:
             return Outcome(complaint=str(error))
 
-    def require_allowed(self, outcome: Outcome) -> None:
-        """Check that the row is good, or that bad rows may be skipped.
-
-        Raises:
-            BadRowError: the row is bad, and `skip_bad_rows` is False.
-        """
-        if outcome.complaint is not None and not self.skip_bad_rows:
-            raise BadRowError(outcome.complaint)
-
     def counted(self, outcome: Outcome, tally: Tally) -> Example | None:
         """Count a row in a tally, and return it as token ids, or None if it can't be used.
 
         Raises:
             BadRowError: the row is bad, and `skip_bad_rows` is False.
         """
-        self.require_allowed(outcome)
+        if outcome.complaint is not None and not self.skip_bad_rows:
+            raise BadRowError(outcome.complaint)
         tally.add(outcome)
         return outcome.example
 

@@ -29,7 +29,7 @@ from disha import DishaError
 from disha.finetune.errors import PeerError, SettingsError, TrainingError
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.settings import Strategy
-from disha.finetune.stopping import Interrupted, noted_signal, raising
+from disha.finetune.stopping import Interrupted, noted_signal, raising, wait_for_first
 from disha.finetune.training.layers import repeated_layers
 from disha.finetune.training.objectives import Objective
 
@@ -50,9 +50,6 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 FAILURE = "disha/failure"
 """The store's key for the note of the first process that failed."""
-
-FIRST_TELLS = 10.0
-"""How many seconds other processes give the one that failed first to tell why, and to end."""
 
 LAST_WAIT = 0.2
 """Seconds to wait after the last collective, so that gloo's threads can end."""
@@ -224,20 +221,8 @@ def _tell(store: Any, processes: Processes, error: Exception) -> None:
     except (RuntimeError, dist.DistError):  # the process that kept the store is gone
         first = "another process, which is gone"
     if first != note:
-        _wait_for_first()
+        wait_for_first()
         raise PeerError(f"stopped, because training failed on {first}") from error
-
-
-def _wait_for_first() -> None:
-    """Wait until torchrun stops this process, which it does once another one has ended.
-
-    If this process ended before the one that failed first, torchrun would stop that one before it
-    has said why.
-    """
-    with raising(False):
-        end = time.monotonic() + FIRST_TELLS
-        while noted_signal() is None and time.monotonic() < end:
-            time.sleep(0.05)
 
 
 # --- models --------------------------------------------------------------------------------------

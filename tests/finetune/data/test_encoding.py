@@ -380,7 +380,7 @@ import pyarrow.parquet
 from disha.finetune.data.dataset import open_rows
 from disha.finetune.data.encoding import Encoder, encode_rows
 from disha.finetune.text.templates import PLAIN
-from disha.finetune.data.sources import TextBatches
+from disha.finetune.data.batches import TextBatches
 
 class Bytes:
     begin, end, special = (), 0, frozenset()

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 
 import disha
-from disha.finetune.data.batches import TokenBatch, collate
+from disha.finetune.data.batches import TextBatches, TokenBatch, collate
 from disha.finetune.data.examples import Example, StoredExamples
 from disha.finetune.data.order import permutation
-from disha.finetune.data.sources import TextBatches
 from disha.finetune.models.decoder import Decoder, DecoderConfig
 from disha.finetune.settings import TrainingSettings
 from disha.finetune.training.objectives import TextObjective

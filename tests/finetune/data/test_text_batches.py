@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disha.finetune.data.batches import TextBatches
 from disha.finetune.data.examples import Example, StoredExamples
-from disha.finetune.data.sources import TextBatches
 
 MAX_LENGTH = 40
 
