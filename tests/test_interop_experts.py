@@ -25,6 +25,7 @@ from disha.interop import lora
 from disha.model import ModelView
 from tests.conftest import perturb
 from tests.test_experts import EXPERTS, INNER, VOCABULARY, WIDTH, build
+from tests.test_interop_lora import tiny_llama
 
 ONLY_EXPERTS = r"\bexperts\.(gate_up|down)_proj$"
 WITH_ATTENTION = r"self_attn\.(q|k|v|o)_proj$|" + ONLY_EXPERTS
@@ -121,6 +122,18 @@ def test_one_stack_of_a_layer_alone(tmp_path, last):
     check_same_adapter(base, tmp_path, ours)
 
 
+def test_stacks_have_the_names_that_vllm_reads_for_gpt_oss(tmp_path):
+    ours = adapted(build("GPT-OSS", "eager"), ONLY_EXPERTS)
+    lora.export(ours, tmp_path, pad=True)
+    owner = "base_model.model.model.layers.0.mlp.experts"
+    assert {key: tuple(one.shape) for key, one in tensors_of(tmp_path).items()} == {
+        f"{owner}.base_layer.lora_A.weight": (8 * EXPERTS, WIDTH),
+        f"{owner}.base_layer.lora_B.weight": (2 * INNER, 8 * EXPERTS),
+        f"{owner}.lora_A.weight": (8 * EXPERTS, INNER),
+        f"{owner}.lora_B.weight": (WIDTH, 8 * EXPERTS),
+    }
+
+
 def test_some_layers_only(tmp_path):
     base = build("Mixtral", "eager", num_hidden_layers=2)
     ours = adapted(base, r"layers\.1\.mlp\.experts\.|layers\.0\.self_attn\.q_proj")
@@ -163,6 +176,7 @@ def test_stacks_whose_axes_peft_would_mistake_are_refused(tmp_path):
 
 BLOCKS = {"Mixtral": "block_sparse_moe", "Qwen3-MoE": "mlp", "GPT-OSS": "mlp"}
 PROJECTIONS = {"gate_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH), "down_proj": (WIDTH, INNER)}
+DENSE = ((24, 16), (24, 16), (16, 24))
 OLD_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -233,6 +247,27 @@ def test_servers_refuse_what_was_trained_beside(tmp_path):
         contents = adapter_contents(ModelView(ours))
         lora.write_lora(tmp_path / "lora", *contents, experts="separate", model_type="mixtral")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_dense_layers_have_the_names_that_servers_read(tmp_path, tied):
+    base = tiny_llama(tie_word_embeddings=tied)
+    ours = adapted(base, r"layers\.0\." if tied else r"layers\.0\.|embed_tokens|lm_head", 4)
+    lora.export(ours, tmp_path, pad=True)
+    sizes = {"q": (16, 16), "k": (8, 16), "v": (8, 16), "o": (16, 16)}
+    layers = {f"self_attn.{name}_proj": size for name, size in sizes.items()}
+    layers |= {f"mlp.{name}": size for name, size in zip(PROJECTIONS, DENSE, strict=True)}
+    names = {f"model.layers.0.{name}": size for name, size in layers.items()}
+    names |= {} if tied else {"lm_head": (20, 16)}
+    expected = {}
+    for name, (out, inputs) in names.items():
+        expected[f"base_model.model.{name}.lora_A.weight"] = (8, inputs)
+        expected[f"base_model.model.{name}.lora_B.weight"] = (out, 8)
+    if not tied:
+        embedding = "base_model.model.model.embed_tokens.lora_embedding"
+        expected |= {f"{embedding}_A": (8, 20), f"{embedding}_B": (16, 8)}
+    assert {key: tuple(one.shape) for key, one in tensors_of(tmp_path).items()} == expected
+    assert isinstance(config_of(tmp_path)["target_modules"], list)
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -381,6 +416,12 @@ def test_the_command_writes_experts_and_reads_them(tmp_path, capsys):
         again = copy.deepcopy(base)
         disha.load_adapter(again, back)
         assert torch.equal(again(TOKENS).logits, ours(TOKENS).logits)
+    other = build("Mixtral", "eager", num_local_experts=2)
+    other.save_pretrained(tmp_path / "other")
+    code, said = convert(*(path, tmp_path / "no", "--to", "lora", "--base", tmp_path / "other"))
+    assert code == 2
+    assert f"is for {EXPERTS} experts of width {WIDTH}, and the base has 2" in said
+    assert not (tmp_path / "no").exists()
     assert "no effect" in convert(path, back, "--to", "disha", "--experts", "separate")[1]
 
 

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from disha.cli.flags import Flags, parsed
 from disha.cli.output import require_free, show, shown
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError
@@ -79,6 +81,9 @@ ONLY_FOR: Mapping[str, tuple[Form, ...]] = {
 SERVED_BY_DEFAULT = 16
 """The largest rank that vLLM takes without --max-lora-rank."""
 
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""The fields of a config.json that count the experts of a layer."""
+
 GGUF_MAGIC = b"GGUF"
 FOLDERS: dict[str, Form] = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}
 """PEFT's name of a method -> the form of a folder that holds an adapter of it."""
@@ -145,6 +150,7 @@ def run(arguments: Sequence[str]) -> None:
     flags.check()
     base = None if flags.base is None else open_checkpoint(flags.base)
     form, contents = _read(flags, base)
+    _refuse_other_experts(*contents, base)
     report = None
     if flags.to == "disha":
         write_contents(flags.out, *contents)
@@ -368,6 +374,24 @@ def _lora_options(
         "base": weights,
         "progress": partial(shown, total=len(header.layers), what="converting"),
     }
+
+
+def _refuse_other_experts(
+    header: AdapterHeader, tensors: Mapping[str, Tensor], base: Checkpoint | None
+) -> None:
+    """Raise if the config.json of the base says that it has other experts than the adapter."""
+    config = {} if base is None else base.config()
+    known = [config[name] for name in EXPERT_COUNTS if isinstance(config.get(name), int)]
+    for layer in header.layers:
+        if is_stack(layer) and known:
+            count, shape = known[0], tuple(tensors[layer.key].shape)
+            inner = layer.in_features if layer.name.endswith("gate_up_proj") else layer.out_features
+            width = config.get("hidden_size", inner)
+            if (shape[0], inner) != (count, width):
+                raise ArgumentError(
+                    f"{layer.name} is for {shape[0]} experts of width {inner}, and the base has "
+                    f"{count} of width {width}; give the base that the adapter is for"
+                )
 
 
 def _model_type(base: Checkpoint | None) -> str | None:

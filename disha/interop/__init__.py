@@ -9,10 +9,10 @@ None of these libraries is imported: their files are read and written here.
 
 Every conversion passes through an adapter without its model: a header and tensors, as in
 `disha.files.contents`. One module per format reads and writes them: `miss` (with `miss_config`),
-`lora_folder` (with `low_rank`, which computes the factors), `gguf`, and for image models
-`image_writing` and `image_reading` (with `image_names`). `peft`, `lora` and `image_lora` take an
-adapter out of a model, or put one into it. `peft_files` reads and writes the two files of a PEFT
-folder. `peft_view` tells, for LoRA and MiSS, what PEFT would do with a model.
+`lora_folder` (with `low_rank`, which computes the factors, and `experts`), `gguf`, and for image
+models `image_writing` and `image_reading` (with `image_names`). `peft`, `lora` and `image_lora`
+take an adapter out of a model, or put one into it. `peft_files` reads and writes the two files of a
+PEFT folder. `peft_view` tells, for LoRA and MiSS, what PEFT would do with a model.
 """
 
 from disha.interop import checkpoints, image_lora, lora, peft

@@ -218,7 +218,7 @@ def _converted(
             problems += taken_for_experts(modules) if _joins_experts(view) else []
         refuse_to_write(CANT_EXPRESS, problems + list(saved.problems))
     weights = base_weights(view, adapter)
-    updates = low_rank_updates(header, tensors, base=weights, **limits)
+    updates = low_rank_updates(header, tensors, stacks=True, base=weights, **limits)
     beside = saved.copies()
     written = expert_updates(updates, form, _model_type(view.model))
     targets = targets_of(written, peft.modules, view.parameters_by_name)

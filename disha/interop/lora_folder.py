@@ -149,7 +149,14 @@ def write_lora(
     ]
     refuse_to_write(CANT_EXPRESS, problems)
     updates = low_rank_updates(
-        header, tensors, rank=rank, max_error=max_error, pad=pad, base=base, progress=progress
+        header,
+        tensors,
+        rank=rank,
+        max_error=max_error,
+        pad=pad,
+        stacks=True,
+        base=base,
+        progress=progress,
     )
     beside = {name: tensors[name] for name in header.also_train}
     modules = {name.rpartition(".")[0] for name in beside}

@@ -224,6 +224,7 @@ def low_rank_updates(
     rank: int | None = None,
     max_error: float | None = None,
     pad: bool = False,
+    stacks: bool = False,
     base: BaseWeight | None = None,
     progress: Progress = iter,
 ) -> tuple[LowRankUpdate, ...]:
@@ -236,6 +237,7 @@ def low_rank_updates(
         max_error: largest relative error of a layer.
         pad: pad the rank of every layer with zeros to the smallest of `SERVED_RANKS` that none is
             above. SGLang reads one rank for all layers.
+        stacks: whether the format has a place for stacks of experts.
         base: returns the base weights; only BAT needs it.
         progress: receives the layers, and yields each before it is converted.
 
@@ -249,7 +251,7 @@ def low_rank_updates(
         AdapterStateError: an update is not finite, or its factors are not in the block's dtype.
     """
     check_limits(rank, max_error)
-    _check_layers(header, tensors)
+    _check_layers(header, tensors, stacks)
     updates = [_update(one, tensors[one.key], rank, base) for one in progress(header.layers)]
     _check_finite(updates)
     _check_error(updates, max_error)
@@ -287,19 +289,19 @@ def check_limits(rank: int | None, max_error: float | None) -> None:
             raise ArgumentError(f"max_error must be at least 0, got {max_error}")
 
 
-def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
+def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor], stacks: bool) -> None:
     """Raise if LoRA can't adapt a layer, or if a block is not one for its layer."""
     without = [
         one.name
         for one in header.layers
-        if one.rows or not (is_stack(one) or one.layout.pattern in PATTERNS)
+        if one.rows or not ((stacks and is_stack(one)) or one.layout.pattern in PATTERNS)
     ]
+    experts = ", experts.gate_up_proj and experts.down_proj" if stacks else ""
     if without:
         raise ConversionError(
             f"LoRA can't express {len(without)} of {counted(len(header.layers), 'layer')} "
             f"({listed(without)}): it adapts all rows of linear layers, convolutions that are not "
-            "transposed, embeddings, experts.gate_up_proj and experts.down_proj. Leave the others "
-            "out of the adapter (`exclude`)"
+            f"transposed, embeddings{experts}. Leave the others out of the adapter (`exclude`)"
         )
     for layer in header.layers:
         misfit = layer.block_misfit(tuple(tensors[layer.key].shape))
