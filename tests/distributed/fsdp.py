@@ -144,6 +144,31 @@ def check_mixed_precision(folder):
     assert saved(model, folder / "a") == saved(plain, folder / f"plain{rank()}")
 
 
+def check_a_bfloat16_base_with_float32_blocks(folder):
+    """The blocks, their gradients and the file stay in float32."""
+
+    def make():
+        torch.manual_seed(0)
+        model = Model().to(torch.bfloat16)
+        disha.inject_adapters(model, "up|down|head|conv", 3, dtype=torch.float32)
+        perturb(model)
+        return model
+
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for options, tolerance in (({}, 1e-5), ({"mp_policy": half}, 0.05)):
+        plain, model = make(), sharded(make(), **options)
+        loss_of(model, own_part(batch())).backward()
+        loss_of(plain, batch()).backward()
+        for block, expected in zip(
+            disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
+        ):
+            assert block.dtype == block.grad.dtype == torch.float32
+            error = (whole(block.grad) - expected.grad).norm() / expected.grad.norm()
+            assert error < tolerance
+        name = f"{len(options)}"
+        assert saved(model, folder / name) == saved(plain, folder / f"{name}plain{rank()}")
+
+
 def check_saved_file_is_that_of_the_plain_model(folder):
     for index, case in enumerate(ADAPTERS):
         plain = adapted(case)
