@@ -19,6 +19,7 @@ MODULES = (
     "disha.integrations.transformers",
     "disha.integrations.trl",
     "disha.interop.checkpoints",
+    "disha.interop.image_lora",
     "disha.interop.lora",
     "disha.interop.peft",
 )
