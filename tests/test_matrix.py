@@ -65,6 +65,7 @@ def test_all_legs_left_out_is_an_error(monkeypatch, capsys):
         ("disha/files/adapter.py", True),
         ("disha/finetune", False),
         ("disha/cli/merge.py", False),
+        ("disha/integrations/trl.py", False),
         ("tests/cli", False),
         ("tests/packaging", False),
         ("tests/test_kinds.py", False),  # transformers
