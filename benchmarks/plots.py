@@ -43,7 +43,7 @@ def plots(tables: Mapping[str, Sequence[Case]]) -> dict[str, bytes]:
 
 def _compared(found: Sequence[Row]) -> bytes:
     """Plot each figure that is compared with PEFT's LoRA: a dot for a candidate, its quartiles."""
-    figure = _figure(7.8, 1.0 + 0.42 * len(found))
+    figure = _figure(5.8, 1.0 + 0.5 * len(found))
     axes = figure.add_subplot()
     for place, row in enumerate(found):
         if place and row.line != found[place - 1].line:
@@ -59,7 +59,7 @@ def _compared(found: Sequence[Row]) -> bytes:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    labels = [f"{row.line}: {row.label}" for row in found]
+    labels = [f"{row.line}:\n{row.label}" for row in found]
     axes.set_yticks(range(len(found)), labels)
     axes.tick_params(labelsize=9)
     axes.grid(alpha=0.3, axis="x")
