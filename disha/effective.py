@@ -1076,8 +1076,7 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.conv_transpose2d: _conv(F.conv_transpose2d),
     F.conv_transpose3d: _conv(F.conv_transpose3d),
 }
-if hasattr(torch, "_grouped_mm"):  # from torch 2.8 on
-    PRODUCTS[torch._grouped_mm] = _grouped(torch._grouped_mm)
+PRODUCTS[torch._grouped_mm] = _grouped(torch._grouped_mm)
 for _owner in (Tensor, torch):
     PRODUCTS |= {
         _owner.matmul: _matmul,

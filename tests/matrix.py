@@ -30,7 +30,7 @@ class Leg:
 
 
 LEGS = (
-    Leg("oldest", "3.10", ("torch>=2.6,<2.7", "safetensors>=0.4.3,<0.4.4", "einops>=0.7,<0.8")),
+    Leg("oldest", "3.10", ("torch>=2.11,<2.12", "safetensors>=0.4.3,<0.4.4", "einops>=0.7,<0.8")),
     Leg("newest", "3.13", ("torch", "safetensors", "einops")),
 )
 

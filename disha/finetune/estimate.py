@@ -172,7 +172,7 @@ class Measuring(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return tree_map_only(Tensor, self._noted, function(*args, **kwargs))
         if function is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True  # models ask whether a mask holds everywhere, and it does in full rows
-        if function._schema.name == "aten::_grouped_mm":  # absent from torch 2.6
+        if function._schema.name == "aten::_grouped_mm":
             return self._grouped(*args, **kwargs)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta")}
