@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test coverage lint format hooks docs build bench zoo clean
+.PHONY: help demo test coverage lint format hooks docs build bench zoo evidence evidence-report \
+	clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 22
 
 demo: $(VENV)/.demo ## fine-tune a language model on two CPU cores, and check the saved adapter
 	$(BIN)/disha finetune --demo --output_dir demo-output --overwrite_output_dir
@@ -47,6 +48,14 @@ bench: $(VENV)/.dev ## measure speed and memory on this machine: an hour on two 
 
 zoo: $(VENV)/.zoo ## try adapters in hundreds of models of four libraries: 20 minutes on two idle cores
 	$(BIN)/python -m benchmarks.zoo --out bench-output/zoo.json
+
+evidence: $(VENV)/.dev ## do what the study of convergence still lacks: hours; it can be stopped at any time
+	$(BIN)/python -m benchmarks.convergence
+	$(BIN)/python -m benchmarks.convergence.costs
+
+evidence-report: $(VENV)/.dev ## write the pages on convergence and performance from the kept results
+	$(BIN)/python -m benchmarks.convergence.report
+	$(BIN)/python -m benchmarks.report $$(ls -r benchmarks/results/2*.json) --docs docs
 
 clean: ## delete everything that these targets made
 	rm -rf $(VENV) .venv-* build dist site *.egg-info demo-output bench-output fuzz-output mutants \

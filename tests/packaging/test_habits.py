@@ -246,7 +246,7 @@ def contributed():
     with patch.dict(LAYER_KINDS), patch.dict(METHODS):
         page = Page(ROOT / "CONTRIBUTING.md")
         printed = [(block, said) for block, said in page.run() if block.language == "python"]
-        yield page.namespace, printed
+        yield vars(page.main), printed
 
 
 def test_the_layer_kind_and_the_method_work_and_print_what_they_say(contributed):
