@@ -384,6 +384,18 @@ def test_the_base_is_in_memory_once(tmp_path, make):
 def test_what_does_not_fit_is_refused(tmp_path, make):
     with pytest.raises(disha.ArgumentError, match="no adapter; call inject_adapters"):
         make(llama(), tmp_path)
+    with pytest.raises(disha.ArgumentError, match="peft_config adds an adapter of PEFT"):
+        make(adapted(), tmp_path, named={"peft_config": peft.LoraConfig()})
+    with pytest.raises(disha.ArgumentError, match="ref_model is a second model"):
+        make(adapted(), tmp_path, named={"ref_model": llama()})
+    model = adapted()
+    disha.set_active_adapters(model, [])
+    with pytest.raises(disha.ArgumentError, match=r"no adapter .* is active \(default\)"):
+        make(model, tmp_path)
+    merged = adapted()
+    disha.merge_adapters(merged)
+    with pytest.raises(disha.MergeError, match="can't train while adapters are merged"):
+        make(merged, tmp_path)
     with pytest.raises(disha.ArgumentError, match=r"norm.*inject without also_train"):
         make(adapted(also_train="norm"), tmp_path)
     with pytest.raises(disha.ArgumentError, match="sync_ref_model=True writes"):

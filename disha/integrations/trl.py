@@ -10,7 +10,7 @@ adapter. In all else they are those of `trl`, and their results are those of `tr
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -34,6 +34,13 @@ UNFIT = {
     "sends it the adapter (disha.interop.lora.export_tensors)",
 }
 """Settings of `trl` that are refused -> why, and what to do."""
+
+UNFIT_ARGUMENTS = {
+    "peft_config": "adds an adapter of PEFT, and the model has one of disha, which would be frozen",
+    "ref_model": "is a second model, and here the reference is the trained model itself; name the "
+    "adapters that act in it with `reference`, or use the trainer of trl",
+}
+"""Arguments of `trl` that are refused -> why, and what to do."""
 
 
 class _Reference(nn.Module):
@@ -62,11 +69,20 @@ class _Reference(nn.Module):
         return state
 
 
-def _ready(model: nn.Module, args: Any) -> ModelView:
+def _ready(model: nn.Module, args: Any, named: Mapping[str, Any]) -> ModelView:
     """Return a view of a model that can be trained as the settings ask, or raise."""
     view = ModelView(model)
     if not view.adapters:
         raise ArgumentError("the model has no adapter; call inject_adapters first")
+    view.refuse_merged("train")
+    if not any(layer.disha.active for _, layer in view.layers):
+        raise ArgumentError(
+            f"no adapter of the model is active ({', '.join(view.adapters)}), so none would train; "
+            "call set_active_adapters first"
+        )
+    for argument, reason in UNFIT_ARGUMENTS.items():
+        if named.get(argument) is not None:
+            raise ArgumentError(f"{argument} {reason}")
     refuse_adapted_head(model)
     for one in view.parameters:
         if is_claimed(one.module, one.attribute):
@@ -123,7 +139,8 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
     def __init__(
         self, model: nn.Module, args: Any = None, *, reference: Names = None, **named: Any
     ) -> None:
-        super().__init__(model, _reference(_ready(model, args), reference), args, **named)
+        reference_model = _reference(_ready(model, args, named), reference)
+        super().__init__(model, reference_model, args, **named)
 
 
 class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
@@ -142,7 +159,7 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         **named: Any,
     ) -> None:
         args = trl.GRPOConfig() if args is None else copy.copy(args)
-        view, beta = _ready(model, args), args.beta
+        view, beta = _ready(model, args, named), args.beta
         held = _reference(view, reference) if beta else None
         args.beta = 0.0  # with another value, trl would load a reference
         super().__init__(model, reward_funcs, args, **named)
