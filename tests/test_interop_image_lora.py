@@ -550,6 +550,11 @@ def test_the_command_asks_for_a_component(tmp_path, capsys):
     assert main(command) == 2
     assert "do not show which component" in capsys.readouterr().err
     assert main([*command, "--component", "unet"]) == 0
+    # Both text encoders have layers of these names, so the names don't show which one it is.
+    for second, code in ((False, 0), (True, 2)):
+        disha.save_adapter(adapted(text_encoder(projection=second), "fc1"), out)
+        assert main(["convert", str(out), str(tmp_path / f"{second}"), "--to", "kohya"]) == code
+    assert "do not show which component" in capsys.readouterr().err
     command = ["convert", str(out), str(tmp_path / "y"), "--to", "lora", "--component", "unet"]
     assert main(command) == 2
     assert "--component has no effect" in capsys.readouterr().err

@@ -182,6 +182,10 @@ def _factors(file: TensorFile) -> list[_Pair]:
             are not finite.
         ConversionError: the file holds another method than LoRA.
     """
+    if "disha" in file.metadata:
+        raise AdapterFileError(
+            f"{file.path} is an adapter file of disha, not a LoRA; load it with disha.load_adapter"
+        )
     parts: dict[str, dict[str, str]] = {}
     unknown = []
     for key in file.tensors:
