@@ -51,10 +51,6 @@ def run(arguments: Sequence[str]) -> None:
     ]
     tokens = counted(found.model.tokens, "token")
     counts = f"{counted(tally.used, 'row')}, {tokens} to predict{tally.remarks}"
-    if settings.plot is not None:
-        from disha.finetune.report import plot_scales, write_figure
-
-        write_figure(settings.plot, plot_scales(found.scales))
     best = best_scale(found.scales) if found.scales else None
     parts = [
         table(("", "loss", "perplexity", "exact"), rows),
@@ -75,6 +71,10 @@ def run(arguments: Sequence[str]) -> None:
             "bad": tally.bad,
         },
     )
+    if settings.plot is not None:
+        from disha.finetune.report import plot_scales, write_figure
+
+        write_figure(settings.plot, plot_scales(found.scales))
 
 
 def _by_scale(found: Sequence[AtScale], best: AtScale | None) -> list[str]:

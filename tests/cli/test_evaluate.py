@@ -193,6 +193,10 @@ def test_each_scale_is_measured_on_both_rows_and_the_best_is_named(measure, mode
     ]
     assert lines[6] == f"best scale: {found['best_scale']:g}, with the lowest sum of both losses"
 
+    failed = measure("--scales", "0,1", "--plot", tmp_path)
+    assert failed.code == 2
+    assert "best scale" in failed.out
+
 
 def test_scales_are_parts_of_the_adapters_own(measure, models, tmp_path):
     from disha.finetune.models.checkpoint import open_model
