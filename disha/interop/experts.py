@@ -138,11 +138,14 @@ def family_of(model_type: str | None, what: str) -> Family:
     """
     family = FAMILIES.get(model_type or "")
     if family is None:
-        found = "is unknown here" if model_type is None else f"is {model_type!r}"
+        found, remedy = f"is {model_type!r}", ""
+        if model_type is None:
+            found = "is unknown here"
+            remedy = "Give `model_type` (--base CHECKPOINT for the command). "
         raise ConversionError(
             f"{what} depends on the type of the model, which {found}; known are "
-            f"{', '.join(FAMILIES)}. Give `model_type` (--base CHECKPOINT for the command), or "
-            "work with the model itself (disha.interop.lora.export and load)"
+            f"{', '.join(FAMILIES)}. {remedy}For other types, use stacked experts and the model "
+            "itself (disha.interop.lora.export and load), or merge the adapter (disha merge)"
         )
     return family
 

@@ -81,7 +81,7 @@ def export(
     Stacks of experts (`experts.gate_up_proj` and `experts.down_proj` of `transformers`) are exact
     too, and never truncated. PEFT reads them stacked, and has no dropout for them, so then
     `lora_dropout` is 0. vLLM reads them stacked for GPT-OSS, and separate for Mixtral, Qwen2-MoE,
-    Qwen3-MoE and OLMoE. SGLang reads them separate.
+    Qwen3-MoE, OLMoE and DeepSeek-V3. SGLang reads them separate.
 
     If the model is sharded, call this on all ranks; the first one writes.
 

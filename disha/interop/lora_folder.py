@@ -130,8 +130,8 @@ def write_lora(
     for layer in header.layers:
         if layer.layout.pattern == CONV:
             problems.append(
-                f"{layer.name} is a convolution, and its groups and padding are unknown here; load "
-                "the adapter into the model and export from there (disha.interop.lora.export)"
+                f"{layer.name} is a convolution, and its groups and padding are unknown here: load "
+                "the adapter into the model, and export from there (disha.interop.lora.export)"
             )
         if not layer.name:
             problems.append("(the model): PEFT adapts layers within a model, not the model itself")
