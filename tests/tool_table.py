@@ -1,0 +1,333 @@
+"""Write docs/tools.md from the tests: a tool's feature is ticked where its tests ran and passed.
+
+    python -m tests.tool_table
+
+It also runs `python -m tests.runtimes` and `python -m tests.llamacpp`, which first download and
+compile for some minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "tools.md"
+
+INTRODUCTION = """\
+# Beside other tools
+
+`python -m tests.tool_table` writes this page from the tests; do not edit it. ✓ means that every
+test of the feature ran with the real library and passed, and *refused* that these tests show an
+error that names the tool. An empty cell means that a test failed, or that there is no such feature.
+"""
+
+REFUSED = "refused"
+TICK = "✓"
+
+Features = Mapping[str, tuple[str, ...]]
+"""Feature -> its tests, as `module::function` or `module::function[parameters]`. A feature whose
+first test is `REFUSED` is one that the library refuses."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page.
+
+    Args:
+        text: what stands above the table.
+        columns: the features.
+        rows: tool -> its features.
+    """
+
+    text: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, Features]
+
+    def tests(self) -> Iterator[str]:
+        """Yield the names of all tests."""
+        for features in self.rows.values():
+            for tests in features.values():
+                yield from (test for test in tests if test != REFUSED)
+
+    def render(self, passed: Mapping[str, bool]) -> str:
+        """Return the text and the table as markdown.
+
+        Args:
+            passed: `module::function[parameters]` of each test -> whether it passed.
+        """
+        lines = [_line(["tool", *self.columns]), _line(["---", *[":-:"] * len(self.columns)])]
+        for tool, features in self.rows.items():
+            cells = [_cell(features.get(column, ()), passed) for column in self.columns]
+            lines.append(_line([tool, *cells]))
+        return "\n".join([self.text, *lines]) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(tests: tuple[str, ...], passed: Mapping[str, bool]) -> str:
+    shown = [test for test in tests if test != REFUSED]
+    if not shown or not all(_passed(test, passed) for test in shown):
+        return ""
+    return REFUSED if REFUSED in tests else TICK
+
+
+def _passed(test: str, passed: Mapping[str, bool]) -> bool:
+    """Return whether a test ran and passed, in each of its forms."""
+    found = [one for name, one in passed.items() if name == test or name.startswith(f"{test}[")]
+    return bool(found) and all(found)
+
+
+TRAINER = "test_integrations"
+TRL = "test_integrations_trl"
+FSDP = "test_distributed::test_on_two_ranks[tests.distributed.fsdp-check_{}]"
+DDP = "test_distributed::test_on_two_ranks[tests.distributed.ddp-check_{}]"
+TENSOR = "test_tensor_parallel::test_on_two_ranks[check_{}]"
+OF_TRANSFORMERS = "test_transformers_parallel::test_on_two_ranks[check_{}]"
+PEFT = "test_interop_peft"
+LORA = "test_interop_lora"
+EXPERTS = "test_interop_experts"
+IMAGES = "test_interop_image_lora"
+SERVERS = "runtimes.test_runtimes"
+LLAMA_CPP = "llamacpp.test_llamacpp"
+LEAVING = "test_leaving_pytorch"
+
+STATES = f"{TRAINER}::test_states_of_accelerate_hold_the_adapter_and_resume_bit_for_bit"
+LIGHTNING = f"{TRAINER}::test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit"
+CHECKPOINTS = f"{TRAINER}::test_checkpoints_hold_the_adapter_and_resume_bit_for_bit"
+SFT = f"{TRL}::test_sft_keeps_the_adapter_only_and_resumes_bit_for_bit"
+SAVES_ITSELF = f"{TRAINER}::test_trainers_that_save_in_ways_of_their_own_are_refused_by_name"
+
+TABLES = (
+    Table(
+        """\
+## Training
+
+*Adapter only* means that a checkpoint holds the adapter and not the base. *As one process* means
+that two processes train and save what one does.
+""",
+        (
+            *("trains", "quantised base", "adapter only", "resumes bit for bit", "best is loaded"),
+            "as one process",
+        ),
+        {
+            "Trainer of transformers": {
+                "trains": (CHECKPOINTS,),
+                "quantised base": (f"{TRAINER}::test_a_quantised_model_trains",),
+                "adapter only": (CHECKPOINTS, f"{TRAINER}::test_a_checkpoint_is_no_model"),
+                "resumes bit for bit": (CHECKPOINTS,),
+                "best is loaded": (f"{TRAINER}::test_the_best_is_loaded_at_the_end",),
+            },
+            "Trainer with FSDP or DeepSpeed, checkpoints of the adapter": {
+                "adapter only": (REFUSED, SAVES_ITSELF),
+            },
+            "SFTTrainer of trl": {
+                "trains": (SFT,),
+                "quantised base": (
+                    f"{TRL}::test_over_a_quantised_base_blocks_train_and_keep_their_dtype",
+                ),
+                "adapter only": (SFT,),
+                "resumes bit for bit": (SFT,),
+                "best is loaded": (f"{TRL}::test_sft_loads_the_best",),
+            },
+            "DPOTrainer of trl, as with PEFT": {
+                "trains": (
+                    f"{TRL}::test_dpo_equals_peft",
+                    f"{TRL}::test_the_base_is_in_memory_once",
+                ),
+            },
+            "GRPOTrainer of trl, as with PEFT": {
+                "trains": (
+                    f"{TRL}::test_grpo_equals_peft",
+                    f"{TRL}::test_the_base_is_in_memory_once",
+                ),
+            },
+            "Lightning": {
+                "trains": (LIGHTNING,),
+                "adapter only": (LIGHTNING,),
+                "resumes bit for bit": (LIGHTNING,),
+                "best is loaded": (LIGHTNING,),
+            },
+            "Accelerate": {
+                "trains": (STATES,),
+                "adapter only": (STATES,),
+                "resumes bit for bit": (STATES,),
+            },
+            "DDP": {
+                "trains": (DDP.format("training"),),
+                "adapter only": (DDP.format("saving"),),
+                "as one process": (DDP.format("training"),),
+            },
+            "FSDP2": {
+                "trains": (FSDP.format("training"),),
+                "adapter only": (FSDP.format("saved_file_is_that_of_the_plain_model"),),
+                "as one process": (
+                    FSDP.format("training"),
+                    FSDP.format("saved_file_is_that_of_the_plain_model"),
+                ),
+            },
+            "tensor parallel": {
+                "trains": (TENSOR.format("training_equals_one_process"),),
+                "adapter only": (TENSOR.format("files_are_those_of_one_process"),),
+                "as one process": (
+                    TENSOR.format("training_equals_one_process"),
+                    TENSOR.format("files_are_those_of_one_process"),
+                ),
+            },
+            "tensor parallel plans of transformers": {
+                "trains": (OF_TRANSFORMERS.format("tensor_parallel"),),
+                "as one process": (OF_TRANSFORMERS.format("tensor_parallel"),),
+            },
+            "DeepSpeed ZeRO-2": {
+                "trains": ("test_deepspeed::test_the_real_one",),
+                "as one process": ("test_deepspeed::test_the_real_one",),
+            },
+            "DeepSpeed ZeRO-3": {
+                "trains": (
+                    REFUSED,
+                    "test_deepspeed::test_a_partitioned_weight_is_refused_at_injection",
+                    "test_deepspeed::test_the_real_one",
+                ),
+            },
+        },
+    ),
+    Table(
+        """\
+## Reading an adapter
+
+*Read* means that the tool's own code reads what this library writes. *Same result* means that it
+then computes what the adapted model computes. *Back* means that this library reads it again.
+""",
+        ("read", "same result", "experts", "back"),
+        {
+            "PEFT, as MiSS": {
+                "read": (f"{PEFT}::test_peft_computes_what_we_export",),
+                "same result": (f"{PEFT}::test_peft_computes_what_we_export",),
+                "back": (f"{PEFT}::test_round_trips_by_way_of_peft_change_nothing",),
+            },
+            "PEFT, as LoRA": {
+                "read": (f"{LORA}::test_llama_under_peft_computes_the_same",),
+                "same result": (f"{LORA}::test_llama_under_peft_computes_the_same",),
+                "experts": (f"{EXPERTS}::test_peft_computes_with_stacks_what_the_adapter_does",),
+                "back": (
+                    f"{EXPERTS}::test_what_peft_trains_further_comes_back_if_it_is_still_bone",
+                ),
+            },
+            "vLLM, the code that reads a LoRA": {
+                "read": (f"{SERVERS}::test_a_llama_in_vllm",),
+                "experts": (
+                    f"{SERVERS}::test_separate_experts_in_vllm",
+                    f"{SERVERS}::test_stacked_experts_of_gpt_oss_in_vllm",
+                ),
+            },
+            "SGLang, the code that reads a LoRA": {
+                "read": (f"{SERVERS}::test_a_llama_in_sglang",),
+                "experts": (f"{SERVERS}::test_separate_experts_in_sglang",),
+            },
+            "llama.cpp": {
+                "read": (f"{LLAMA_CPP}::test_adapters_act_as_ours",),
+                "same result": (
+                    f"{LLAMA_CPP}::test_adapters_act_as_ours",
+                    f"{LLAMA_CPP}::test_the_next_token_moves_as_ours_does",
+                ),
+                "experts": (REFUSED, f"{EXPERTS}::test_gguf_has_no_experts"),
+            },
+            "diffusers": {
+                "read": (f"{IMAGES}::test_diffusers_loads_it_and_computes_the_same",),
+                "same result": (f"{IMAGES}::test_diffusers_loads_it_and_computes_the_same",),
+                "back": (f"{IMAGES}::test_one_file_for_a_pipeline",),
+            },
+            "kohya, by the converters of diffusers": {
+                "read": (
+                    f"{IMAGES}::test_kohya_through_the_converter_of_diffusers",
+                    f"{IMAGES}::test_flux_of_kohya_through_the_converter_of_diffusers",
+                ),
+                "back": (f"{IMAGES}::test_a_whole_flux_as_kohya_and_back",),
+            },
+            "ComfyUI, by a table of its keys": {
+                "read": (
+                    f"{IMAGES}::test_comfyui_knows_every_key_of_a_unet",
+                    f"{IMAGES}::test_comfyui_knows_every_key_of_a_transformer",
+                ),
+            },
+        },
+    ),
+    Table(
+        """\
+## Leaving PyTorch
+
+*Any adapter* means that one program takes blocks as inputs, and so serves every adapter of its
+shapes.
+""",
+        ("not merged", "merged", "any adapter"),
+        {
+            "`torch.export`": {
+                "not merged": (f"{LEAVING}::test_an_unmerged_model_is_exported",),
+                "merged": (f"{LEAVING}::test_a_merged_model_is_exported_as_a_plain_one",),
+                "any adapter": (
+                    f"{LEAVING}.TestBlocksAsInputs::test_one_program_serves_any_adapter",
+                ),
+            },
+            "ONNX, run by onnxruntime": {
+                "not merged": (f"{LEAVING}::test_an_unmerged_model_is_exported",),
+                "merged": (f"{LEAVING}::test_a_merged_model_is_exported_as_a_plain_one",),
+                "any adapter": (
+                    f"{LEAVING}.TestBlocksAsInputs::test_one_onnx_file_serves_any_adapter",
+                ),
+            },
+            "AOTInductor": {
+                "any adapter": (
+                    f"{LEAVING}.TestBlocksAsInputs::test_one_compiled_package_serves_any_adapter",
+                ),
+            },
+        },
+    ),
+)
+
+
+def render(passed: Mapping[str, bool]) -> str:
+    """Return the whole page."""
+    return "\n".join([INTRODUCTION, *(table.render(passed) for table in TABLES)])
+
+
+def results_of(report: Path) -> dict[str, bool]:
+    """Return the tests of a report in the format of JUnit, and whether each ran and passed."""
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        module = case.get("classname", "").removeprefix("tests.")
+        found[f"{module}::{case.get('name')}"] = not list(case.iter("failure")) and not any(
+            list(case.iter(what)) for what in ("error", "skipped")
+        )
+    return found
+
+
+def main() -> int:
+    """Run the tests and write the page; return the worst exit status."""
+    tests = [test for table in TABLES for test in table.tests()]
+    modules = {test.partition("::")[0].partition(".Test")[0] for test in tests}
+    files = sorted(f"tests/{module}.py" for module in modules if "." not in module)
+    programs = [["pytest", "-q", "-n", "2", *files], ["tests.runtimes"], ["tests.llamacpp"]]
+    passed: dict[str, bool] = {}
+    status = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number, words in enumerate(programs):
+            report = Path(folder, f"{number}.xml")
+            environment = {**os.environ, "PYTEST_ADDOPTS": f"--junitxml={report}"}
+            done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=environment)
+            status = max(status, done.returncode)
+            if report.exists():
+                passed |= results_of(report)
+    PAGE.write_text(render(passed), encoding="utf-8")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
