@@ -125,7 +125,7 @@ setup(
         "dev": DEV,
         "docs": DOCS,
         "zoo": ZOO,
-        "llamacpp": [*FINETUNE, "llama-cpp-python>=0.3.30", "pytest>=8"],
+        "llamacpp": [*FINETUNE, "hypothesis>=6.100", "llama-cpp-python>=0.3.30", "pytest>=8"],
     },
     entry_points={"console_scripts": ["disha = disha.cli:main"]},
     classifiers=[
