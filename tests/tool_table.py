@@ -186,9 +186,8 @@ that two processes train and save what one does.
                 "trains": (OF_TRANSFORMERS.format("tensor_parallel"),),
                 "as one process": (OF_TRANSFORMERS.format("tensor_parallel"),),
             },
-            "DeepSpeed ZeRO-2": {
+            "DeepSpeed ZeRO-2, one process": {
                 "trains": ("test_deepspeed::test_the_real_one",),
-                "as one process": ("test_deepspeed::test_the_real_one",),
             },
             "DeepSpeed ZeRO-3": {
                 "trains": (
