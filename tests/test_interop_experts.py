@@ -386,6 +386,14 @@ def test_without_the_model_the_folder_is_the_same(tmp_path):
         assert all(torch.equal(found[key], one) for key, one in expected.items())
 
 
+@pytest.mark.parametrize("model_type", [None, "llama4_text"])
+def test_stacks_that_peft_may_transpose_are_refused_without_the_model(tmp_path, model_type):
+    contents = adapter_contents(ModelView(adapted(build("GPT-OSS", "eager"), ONLY_EXPERTS)))
+    with pytest.raises(disha.ConversionError, match=r"is_transposed.*name the base"):
+        lora.write_lora(tmp_path / "lora", *contents, model_type=model_type)
+    assert not (tmp_path / "lora").exists()
+
+
 def test_the_command_writes_experts_and_reads_them(tmp_path, capsys):
     base = build("Mixtral", "eager")
     base.save_pretrained(tmp_path / "base")

@@ -43,6 +43,7 @@ __all__ = [
     "joined",
     "matrices_of",
     "misread",
+    "misread_unseen",
     "refuse_beside",
     "separated",
     "single_expert",
@@ -189,6 +190,23 @@ def misread(owner: nn.Module, name: str, layout: Layout) -> str | None:
     if order not in ([GATE_UP, DOWN], [name.rpartition(".")[2]]):
         return f"its module has its parameters in the order {', '.join(order)}"
     return None
+
+
+def misread_unseen(stacks: Mapping[str, Layout], model_type: str | None) -> list[str]:
+    """Return the stacks that PEFT may read in another way, each with the reason, without the model.
+
+    Args:
+        stacks: stack -> its layout.
+        model_type: type of the model, or None if it is unknown.
+    """
+    family = FAMILIES.get(model_type or "")
+    return [
+        f"{name}: its layout is {layout.pattern!r}, which PEFT knows only if the module says so "
+        "(is_transposed), as that of gpt_oss does; name the base (--base for the command), or "
+        "export from the model (disha.interop.lora.export)"
+        for name, layout in stacks.items()
+        if layout.in_first and (family is None or family.layout != layout)
+    ]
 
 
 def taken_for_experts(modules: Iterable[str]) -> list[str]:

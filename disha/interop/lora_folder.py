@@ -138,6 +138,9 @@ def write_lora(
     stacks = [one for one in header.layers if is_stack(one)]
     if form == "separate" and stacks:
         expert_forms.refuse_beside(header.also_train)
+    if form == "stacked":
+        layouts = {one.name: one.layout for one in stacks}
+        problems += expert_forms.misread_unseen(layouts, model_type)
     if form == "stacked" and any(one.layout == expert_forms.SEPARATE_BEFORE for one in stacks):
         problems += expert_forms.taken_for_experts(
             one.name for one in header.layers if one not in stacks
