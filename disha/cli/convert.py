@@ -98,8 +98,8 @@ class ConvertFlags(Flags):
         out: The result: a folder for peft and lora, a file for all others.
         to: The form of the result.
         base: The base: needed to read peft, and to write BAT as LoRA. For gguf, its config.json
-            gives the numbers of heads; for experts that are separate or read from a LoRA, the type
-            of the model.
+            gives the numbers of heads; for experts that are separate, of GPT-OSS, or read from a
+            LoRA, the type of the model.
         rank: Largest rank of a layer as LoRA; needed for BAT.
         dropout: Dropout to write for peft, in place of the adapter's. PEFT's BAT has none, so
             give 0.0 there.
