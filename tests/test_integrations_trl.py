@@ -24,6 +24,7 @@ from transformers import (
 import disha
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.integrations.trl import DPOTrainer, GRPOTrainer
+from disha.layers import Block
 from tests.test_integrations import FILES, assert_same
 
 WORDS = [f"w{number}" for number in range(61)]
@@ -378,6 +379,28 @@ def test_the_base_is_in_memory_once(tmp_path, make):
     assert not list(trainer.ref_model.parameters())
     assert len(tables(model)) == 10
     assert tables(trainer) == tables(model)
+
+
+@pytest.mark.parametrize("make", [preferring, rewarded])
+def test_a_trainer_that_fails_leaves_the_model_as_it_was(tmp_path, make):
+    model = trained_before(adapted(dropout=0.5))
+    names = set(model.state_dict())
+    for wrong, error in (
+        ({"reference": 5}, disha.ArgumentTypeError),
+        ({"callbacks": [object]}, Exception),
+        ({"no_such_argument": 1}, TypeError),
+    ):
+        with pytest.raises(error):
+            make(model, tmp_path, named=wrong, beta=0.5)
+        assert set(model.state_dict()) == names
+        assert {block.dropout for block in blocks_in(model)} == {0.5}
+    make(model, tmp_path, beta=0.5)
+    with pytest.raises(disha.ArgumentError, match=r"'default_reference', and .*remove_adapters"):
+        make(model, tmp_path, beta=0.5)
+
+
+def blocks_in(model):
+    return [one for one in model.modules() if isinstance(one, Block)]
 
 
 @pytest.mark.parametrize("make", [preferring, rewarded])

@@ -18,11 +18,12 @@ import trl
 from torch import Tensor, nn
 
 import disha
-from disha.errors import ArgumentError
+from disha.errors import ArgumentError, ArgumentTypeError
 from disha.files.contents import adapter_contents, load_contents
 from disha.freezing import is_claimed
 from disha.integrations.transformers import refuse_adapted_head
 from disha.model import ModelView
+from disha.undo import Undo
 
 __all__ = ["DPOTrainer", "GRPOTrainer"]
 
@@ -102,13 +103,25 @@ def _ready(model: nn.Module, args: Any, named: Mapping[str, Any]) -> ModelView:
 def _reference(view: ModelView, adapters: Names) -> _Reference:
     """Return the reference with these adapters, or with copies of those that act now."""
     active = {name for _, layer in view.layers for name in layer.disha.active}
-    names = [adapters] if isinstance(adapters, str) else list(adapters or ())
+    names = [adapters] if isinstance(adapters, str) else adapters or ()
+    if not isinstance(names, Sequence):
+        raise ArgumentTypeError(
+            f"reference must be a list of adapter names, got {type(names).__name__}"
+        )
+    names = list(names)
     load = partial(load_contents, view, "the model", replace=True, freeze=False, activate=False)
     for name in sorted(active) if adapters is None else ():
         header, tensors = adapter_contents(view, name)
         if any(tensor.any() for tensor in tensors.values()):  # else it is new, and does nothing
-            names.append(f"{name}_reference")
-            load(header, tensors, names[-1])
+            copied = f"{name}_reference"
+            if copied in view.adapters:
+                raise ArgumentError(
+                    f"the reference is a copy of adapter {name!r} under the name {copied!r}, and "
+                    "the model has such an adapter; remove it (remove_adapters), or name the "
+                    "adapters of the reference yourself"
+                )
+            names.append(copied)
+            load(header, tensors, copied)
     for name in names:
         if name in active:
             raise ArgumentError(
@@ -134,13 +147,17 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
 
     Raises:
         ArgumentError: the model or a setting does not fit.
+        ArgumentTypeError: `reference` is not a list of names.
+
+    If this raises, the model is as before.
     """
 
     def __init__(
         self, model: nn.Module, args: Any = None, *, reference: Names = None, **named: Any
     ) -> None:
-        reference_model = _reference(_ready(model, args, named), reference)
-        super().__init__(model, reference_model, args, **named)
+        with Undo(ModelView(model)):
+            reference_model = _reference(_ready(model, args, named), reference)
+            super().__init__(model, reference_model, args, **named)
 
 
 class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
@@ -159,9 +176,10 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         **named: Any,
     ) -> None:
         args = trl.GRPOConfig() if args is None else copy.copy(args)
-        view, beta = _ready(model, args, named), args.beta
-        held = _reference(view, reference) if beta else None
-        args.beta = 0.0  # with another value, trl would load a reference
-        super().__init__(model, reward_funcs, args, **named)
+        with Undo(ModelView(model)):
+            view, beta = _ready(model, args, named), args.beta
+            held = _reference(view, reference) if beta else None
+            args.beta = 0.0  # with another value, trl would load a reference
+            super().__init__(model, reward_funcs, args, **named)
         args.beta = self.beta = beta
         self.ref_model = held
