@@ -410,11 +410,17 @@ def test_what_no_form_can_hold(tmp_path, layer, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
+class TinyUNet(nn.Sequential):
+    pass
+
+
 def test_wrong_arguments(tmp_path):
     path, ours = tmp_path / "lora.safetensors", adapted(nn.Sequential(nn.Linear(8, 8)), "0")
+    unet = adapted(TinyUNet(nn.Linear(8, 8)), "0")
     for models, options, message in (
         ({"unet": ours}, {"form": "a1111"}, "unknown form 'a1111'; allowed are diffusers, kohya"),
         ({"vae": ours}, {}, "no component 'vae'; allowed are unet, transformer"),
+        ({"transformer": unet}, {}, "a TinyUNet is no transformer.*; call it unet"),
         (ours, {}, "a Sequential does not show which component it is"),
         ({"unet": ours}, {"adapter": "style"}, "no adapter 'style'"),
         ({"scheduler": None}, {}, "holds no nn.Module"),

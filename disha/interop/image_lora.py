@@ -193,12 +193,9 @@ def _components(models: object) -> dict[str, nn.Module]:
     """Return the models by the names of their components."""
     if isinstance(models, nn.Module):
         models = ModelView(models).modules.get("", models)  # without wrappers
-        classes = {cls.__name__ for cls in original_class(models).__mro__}
-        if classes & {"CLIPTextModel", "CLIPTextModelWithProjection"}:
-            return {"text_encoder": models}
-        for component, word in (("unet", "UNet"), ("transformer", "Transformer")):
-            if any(word in name for name in classes):
-                return {component: models}
+        component = _component_of(models)
+        if component is not None:
+            return {component: models}
         raise ArgumentError(
             f"a {original_class(models).__name__} does not show which component it is; give "
             f"{{component: model}}, with {', '.join(map(repr, COMPONENTS))} as components"
@@ -214,8 +211,23 @@ def _components(models: object) -> dict[str, nn.Module]:
     return found
 
 
+def _component_of(model: nn.Module) -> str | None:
+    """Return the component that the class of a model tells."""
+    classes = {cls.__name__ for cls in original_class(model).__mro__}
+    if classes & {"CLIPTextModel", "CLIPTextModelWithProjection"}:
+        return "text_encoder"
+    for component, word in (("unet", "UNet"), ("transformer", "Transformer")):
+        if any(word in name for name in classes):
+            return component
+    return None
+
+
 def _check_class(form: str, component: str, model: nn.Module) -> None:
-    cls = original_class(model)
+    cls, told = original_class(model), _component_of(model)
+    if told is not None and not component.startswith(told):
+        raise ConversionError(
+            f"a {cls.__name__} is no {component}, so no program would find its keys; call it {told}"
+        )
     if form in CLASSES and {one.__name__ for one in cls.__mro__}.isdisjoint(CLASSES[form]):
         raise ConversionError(
             f"the keys that {form} reads are not known for a {cls.__name__} ({component}); known "
