@@ -102,7 +102,7 @@ def read_file(path: PathLike) -> dict[str, Contents]:
         >>> unet = disha.inject_adapters(unet, "conv_in", r=2, init="kaiming")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "lora.safetensors")
-        ...     _ = image_lora.export({"unet": unet}, path, "comfyui")
+        ...     _ = image_lora.export({"unet": unet}, path)
         ...     header, tensors = image_lora.read_file(path)["unet"]
         >>> [(layer.name, layer.r) for layer in header.layers]
         [('conv_in', 2)]
