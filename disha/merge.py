@@ -271,15 +271,15 @@ def _quantised_problem(
     weight: AdaptedWeight, quantisation: Quantisation, dense: bool
 ) -> str | None:
     """Return why nothing can be merged into a quantised weight and what to do, or None."""
-    unmerged = "leave its adapters unmerged, where they act just as well"
+    unmerged = "leave its adapters unmerged"
     if quantisation.read is None:
         return f"and can't be read as numbers; {unmerged}"
     if quantisation is ROUNDED:
         return f"and its layer would not compute the same with a merged weight; {unmerged}"
     if not dense:
         return (
-            "so its values are too coarse for an update; pass dense=True to let the layer compute "
-            f"with a dense merged weight until unmerge_adapters, or {unmerged}"
+            "so its values are too coarse for an update; pass dense=True to compute with "
+            f"a dense merged weight until unmerge_adapters, or {unmerged}"
         )
     if weight.parameter is None or not takes_dense(weight.layer):
         kind = weight.layer.original_class.__name__

@@ -12,6 +12,9 @@ __all__ = ["WIDEST", "table"]
 WIDEST = 200
 """Largest number of characters in a cell. All cells of a column are as wide as its widest one."""
 
+LAST = 500
+"""The same for the last column, which is not padded."""
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a table with aligned columns: numbers to the right, everything else to the left.
@@ -27,7 +30,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         a      1
         bc    23
     """
-    cells = [[printable(str(cell), WIDEST) for cell in row] for row in rows]
+    limits = [WIDEST] * (len(header) - 1) + [LAST]
+    cells = [list(map(printable, map(str, row), limits)) for row in rows]
     columns = list(zip(header, *cells, strict=True))
     widths = [max(map(len, column)) for column in columns]
     numeric = [i > 0 and all(map(_is_number, column[1:])) for i, column in enumerate(columns)]
