@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,13 @@ from torch import nn
 
 import disha
 from benchmarks.protocol import synchroniser
-from benchmarks.settings import Profile
+from benchmarks.settings import Profile, R
 
 __all__ = ["switching"]
 
 LAYERS = 8
-R = 64
-RANKS = (64, 32, 16, 8)
-"""Ranks of the files, in turn: all divide `R`, the rank of the adapter in the model."""
+PARTS = (1, 2, 4, 8)
+"""What the rank of the loaded adapter is divided by to give those of the files, in turn."""
 
 
 def switching(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
@@ -29,11 +29,13 @@ def switching(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
     The files have several ranks, and every second one adapts half of the layers only.
     """
     width, adapters = profile.routed_width, profile.switched_adapters
-    model = disha.inject_adapters(_base(width, device), "all-linear", r=R)
+    r = min(R, width // 4)
+    ranks = [r // part for part in PARTS]
+    model = disha.inject_adapters(_base(width, device), "all-linear", r=r)
     wait = synchroniser(device) or (lambda: None)
     x = torch.randn(4, width, device=device)
     with tempfile.TemporaryDirectory() as folder:
-        files = [_file(Path(folder), number, width) for number in range(adapters)]
+        files = [_file(Path(folder), number, width, ranks) for number in range(adapters)]
         seconds = []
         for file in itertools.islice(itertools.cycle(files), 2 * adapters):
             start = time.perf_counter()
@@ -47,8 +49,8 @@ def switching(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
             "layers": LAYERS,
             "width": width,
             "dtype": "float32",
-            "r": R,
-            "ranks": RANKS,
+            "r": r,
+            "ranks": ranks,
             "turns": {"first": seconds[:adapters], "second": seconds[adapters:]},
             "left_out": {},
         }
@@ -60,9 +62,9 @@ def _base(width: int, device: torch.device) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(width, width, device=device) for _ in range(LAYERS)))
 
 
-def _file(folder: Path, number: int, width: int) -> Path:
+def _file(folder: Path, number: int, width: int, ranks: Sequence[int]) -> Path:
     target = "all-linear" if number % 2 else rf"[0-{LAYERS // 2 - 1}]"
-    r = RANKS[number // 2 % len(RANKS)]
+    r = ranks[number // 2 % len(ranks)]
     model = _base(width, torch.device("cpu"))
     disha.inject_adapters(model, target, r=r, init="kaiming")
     path = folder / f"{number}.safetensors"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -263,6 +264,7 @@ def converting(model: nn.Module, folder: Path) -> None:
     report = disha.interop.lora.export(model, folder, rank=8, max_error=0.1)
     assert_type(report, LoraReport)
     assert_type(report.layers, tuple[LoraLayer, ...])
+    assert_type(lora.export_tensors(model), tuple[dict[str, Tensor], dict[str, Any]])
     assert_type(lora.load(model, folder), disha.LoadReport)
     assert_type(lora.read_lora(folder), tuple[AdapterHeader, dict[str, Tensor]])
     assert_type(lora.write_lora(folder, header, tensors), LoraReport)

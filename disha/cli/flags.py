@@ -21,7 +21,6 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 from disha.cli.meanings import FLAG_WORDS, SHORT, long_name, nearest
 from disha.errors import ArgumentError
-from disha.finetune.stopping import wait_for_first
 from disha.text import brief
 
 __all__ = ["Flags", "parsed"]
@@ -261,5 +260,7 @@ def _wrong_usage(complaint: str) -> BaseException:
     """Return the error. Under torchrun all processes make it, so only the first one tells it."""
     if os.environ.get("RANK", "0") == "0":
         return ArgumentError(complaint)
+    from disha.finetune.stopping import wait_for_first  # imports torch
+
     wait_for_first()
     return SystemExit(2)

@@ -99,11 +99,6 @@ def test_number_of_steps(changes, batches, processes, steps):
     assert planned_steps(chosen, batches, size) == steps
 
 
-def test_the_number_of_steps_has_to_come_from_somewhere():
-    with pytest.raises(SettingsError, match="--max_steps is needed"):
-        planned_steps(plan(), None, 1)
-
-
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 def test_steps_are_recorded(name):
     rows, choices = source(13), plan(num_train_epochs=2.0, lr_scheduler_type=name)
