@@ -114,11 +114,12 @@ def _reference(view: ModelView, adapters: Names) -> _Reference:
         header, tensors = adapter_contents(view, name)
         if any(tensor.any() for tensor in tensors.values()):  # else it is new, and does nothing
             copied = f"{name}_reference"
-            if copied in view.adapters:
+            there = disha.adapter_parameters(view.model, copied) if copied in view.adapters else ()
+            if any(block.requires_grad for block in there):
                 raise ArgumentError(
                     f"the reference is a copy of adapter {name!r} under the name {copied!r}, and "
-                    "the model has such an adapter; remove it (remove_adapters), or name the "
-                    "adapters of the reference yourself"
+                    "the model has such an adapter, which trains; remove it, or name the adapters "
+                    "of the reference yourself"
                 )
             names.append(copied)
             load(header, tensors, copied)
