@@ -250,10 +250,12 @@ def _inject(model: nn.Module, target: Any, result: Result, without: set[str] | N
             disha.inject_adapters(model, target, R, **options)
             return True
         except disha.DishaError as error:
-            named = _named(model, str(error)) - excluded
-            if named - low and isinstance(error, disha.ArgumentError):
-                low |= named - low
+            skipped = disha.plan_adapters(model, target, R, **options).skipped
+            too_small = {one.name for one in skipped if one.reason.startswith("r=")} - low
+            if too_small and isinstance(error, disha.ArgumentError):
+                low |= too_small
                 continue
+            named = _named(model, str(error)) - excluded
             result.refused.append(f"inject_adapters: {_text(error)}")
             if not named:
                 result.fail("refused", f"inject_adapters: {_text(error)}")
