@@ -232,6 +232,7 @@ class AdapterFile(AdapterHeader):
     nbytes: int
 
     def __str__(self) -> str:
+        is_scaled = any(layer.scale != 1 for layer in self.layers)
         rows = [
             (
                 layer.name or "(the model)",
@@ -240,10 +241,12 @@ class AdapterFile(AdapterHeader):
                 f"{layer.in_features} -> {layer.out_features}",
                 "x".join(map(str, self.tensors[layer.key].shape)),
                 self.tensors[layer.key].dtype_name,
+                *([f"{layer.scale:g}"] if is_scaled else []),
             )
             for layer in self.layers
         ]
-        lines = [table(("layer", "method", "r", "in -> out", "block", "dtype"), rows)]
+        scale = ["scale"] if is_scaled else []  # usually 1 everywhere
+        lines = [table(("layer", "method", "r", "in -> out", "block", "dtype", *scale), rows)]
         if self.also_train:
             lines.append(f"also trained: {printable(', '.join(self.also_train))}")
         lines += [printable(f"{key}: {value}") for key, value in self.metadata.items()]

@@ -15,6 +15,13 @@ def test_the_table_is_the_librarys(run, files):
     assert done.out == f"{disha.inspect_adapter(path)}\n"
 
 
+def test_a_scale_is_shown_if_it_is_not_1(run, files):
+    usual, scaled = run("inspect", files.adapter()), run("inspect", files.adapter(scale=0.25))
+    assert "scale" not in usual.out.splitlines()[0]
+    header, first, *_ = scaled.out.splitlines()
+    assert (header.split()[-1], first.split()[-1]) == ("scale", "0.25")
+
+
 def test_no_tensor_is_read_unless_asked_for(run, files, monkeypatch):
     from disha.files.tensors import TensorFile
 
