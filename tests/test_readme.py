@@ -53,7 +53,7 @@ def test_its_figures_are_those_of_the_kept_results():
     assert "no clear difference to LoRA" in text
     assert "**Quality. Bone and BAT: no clear difference.**" in evidence
     assert "over 4 tasks" in evidence
-    before, after = re.search(r"from ([\d.]+) to ([\d.]+) in about 7", text).groups()
+    before, after = re.search(r"from ([\d.]+) to ([\d.]+) in about 8", text).groups()
     assert f"from {before} to {after}" in demo
 
 

@@ -326,7 +326,7 @@ def kept_slowly(logits, temperature, top_k, top_p):
     for index, weight in ranked:
         kept.append((index, weight / total))
         together += weight / total
-        if together >= top_p:
+        if together >= top_p < 1:  # 1 keeps all, whatever is lost in rounding
             break
     return kept
 
