@@ -187,7 +187,7 @@ def _at_scales(
     def loss() -> float:
         return _loss(model, settings, examples, watch).loss
 
-    yield from at_scales(model, settings.adapter, settings.at_scales, loss, retained)
+    yield from at_scales(model, settings.at_scales, loss, retained)
 
 
 # --- exact answers -------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
@@ -40,7 +39,6 @@ class AtScale:
 
 def at_scales(
     model: nn.Module,
-    adapter: Path,
     scales: Sequence[float],
     loss: Callable[[], float],
     retained: Callable[[], float] | None,
@@ -49,7 +47,6 @@ def at_scales(
 
     Args:
         model: a model with the adapter, which is not merged.
-        adapter: the adapter's file.
         scales: factors on the update.
         loss: measures the model on the rows of the task.
         retained: measures it on other rows.
@@ -57,11 +54,11 @@ def at_scales(
     Raises:
         SettingsError: the adapter has several scales.
     """
-    own = {layer.scale for layer in disha.inspect_adapter(adapter).layers}
+    own = {layer.scale for layer in disha.summary(model).layers}
     if len(own) > 1:
         raise SettingsError(
-            f"--scales multiplies the scale of the adapter, but the layers of {adapter} have "
-            f"{len(own)} different scales; leave --scales out"
+            f"--scales multiplies the scale of the adapter, but its layers have {len(own)} "
+            "different scales; leave --scales out"
         )
     (whole,) = own
     try:

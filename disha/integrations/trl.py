@@ -70,9 +70,8 @@ class _Reference(nn.Module):
         return state
 
 
-def _ready(model: nn.Module, args: Any, named: Mapping[str, Any]) -> ModelView:
-    """Return a view of a model that can be trained as the settings ask, or raise."""
-    view = ModelView(model)
+def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any]) -> None:
+    """Make a model ready for training as the settings ask, or raise."""
     if not view.adapters:
         raise ArgumentError("the model has no adapter; call inject_adapters first")
     view.refuse_merged("train")
@@ -84,7 +83,7 @@ def _ready(model: nn.Module, args: Any, named: Mapping[str, Any]) -> ModelView:
     for argument, reason in UNFIT_ARGUMENTS.items():
         if named.get(argument) is not None:
             raise ArgumentError(f"{argument} {reason}")
-    refuse_adapted_head(model)
+    refuse_adapted_head(view.model)
     for one in view.parameters:
         if is_claimed(one.module, one.attribute):
             raise ArgumentError(
@@ -97,7 +96,6 @@ def _ready(model: nn.Module, args: Any, named: Mapping[str, Any]) -> ModelView:
     for _, weight in view.weights if getattr(args, "disable_dropout", True) else ():
         for block in weight.blocks.values():
             block.dropout = 0.0  # trl does this for the dropout of torch
-    return view
 
 
 def _reference(view: ModelView, adapters: Names) -> _Reference:
@@ -156,8 +154,10 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
     def __init__(
         self, model: nn.Module, args: Any = None, *, reference: Names = None, **named: Any
     ) -> None:
-        with Undo(ModelView(model)):
-            reference_model = _reference(_ready(model, args, named), reference)
+        view = ModelView(model)
+        with Undo(view):
+            _make_ready(view, args, named)
+            reference_model = _reference(view, reference)
             super().__init__(model, reference_model, args, **named)
 
 
@@ -177,8 +177,9 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
         **named: Any,
     ) -> None:
         args = trl.GRPOConfig() if args is None else copy.copy(args)
-        with Undo(ModelView(model)):
-            view, beta = _ready(model, args, named), args.beta
+        view, beta = ModelView(model), args.beta
+        with Undo(view):
+            _make_ready(view, args, named)
             held = _reference(view, reference) if beta else None
             args.beta = 0.0  # with another value, trl would load a reference
             super().__init__(model, reward_funcs, args, **named)
