@@ -62,7 +62,7 @@ SERVED_TARGETS = ("gate_proj", "up_proj", "down_proj")
 """The `target_modules` of single experts."""
 
 _OLD_TARGETS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""The names that `taken_for_experts` is about; in models whose stacks have this layout:"""
+"""The targets that PEFT takes for projections of experts: see `taken_for_experts`."""
 
 SEPARATE_BEFORE = Layout("expert out in")
 """The layout of stacks that `transformers` joins from single experts as it loads a model."""
@@ -289,8 +289,7 @@ def _single_experts(update: LowRankUpdate, family: Family) -> Iterator[LowRankUp
 def _named(update: LowRankUpdate, name: str) -> LowRankUpdate:
     layout = update.record.layout
     layout = layout if layout.expert_dim is None else Layout("out in")
-    record = dataclasses.replace(update.record, name=name, layout=layout)
-    return dataclasses.replace(update, record=record)
+    return update.with_record(name=name, layout=layout)
 
 
 def _renamed(name: str, old: str, new: str) -> str:

@@ -25,6 +25,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from disha.errors import ArgumentError
 from disha.text import brief, first_few
 
@@ -43,6 +45,7 @@ __all__ = [
     "flux_key",
     "in_file",
     "in_model",
+    "joined_rows",
     "kohya_key",
     "layers_of",
     "readable",
@@ -138,8 +141,8 @@ _FLUX = {
 }
 """Flux: blocks in diffusers -> blocks in the original, and there: layer -> its parts here."""
 
-FLUX_ROWS = {3: 3, 4: 7}
-"""Number of layers that Flux joins -> rows of their weight, for each column: proj_mlp has 4."""
+FLUX_ROWS = (1, 1, 1, 4)
+"""Rows of q, k, v and proj_mlp, which Flux joins, for each column of the joined weight."""
 
 
 def check_form(form: object) -> None:
@@ -154,6 +157,16 @@ def check_component(name: object) -> None:
         raise ArgumentError(
             f"an image LoRA has no component {brief(name)}; allowed are {', '.join(COMPONENTS)}"
         )
+
+
+def joined_rows(a: Tensor, count: int) -> list[int]:
+    """Return how many rows of B belong to each of the layers that Flux joins.
+
+    Args:
+        a: A (rank, in) of the joined layers.
+        count: how many layers are joined.
+    """
+    return [rows * a.shape[1] for rows in FLUX_ROWS[:count]]
 
 
 # --- from names in a model to keys ---------------------------------------------------------------
@@ -220,7 +233,7 @@ def kohya_key(component: str, name: str, components: Collection[str]) -> str:
 def flux_key(name: str) -> tuple[str, tuple[str, ...]] | None:
     """Return the key that holds a layer of Flux, and the names of all layers that are joined there.
 
-    None means that there is no such key.
+    The result is None if there is no such key.
 
     Examples:
         >>> from disha.interop.image_names import flux_key
@@ -245,7 +258,7 @@ def flux_key(name: str) -> tuple[str, tuple[str, ...]] | None:
 def layers_of(key: str) -> tuple[str, tuple[str, ...]] | None:
     """Return the component of a key (without the factor), and the names of the layers joined there.
 
-    None means that the key is unknown.
+    The result is None if the key is unknown.
 
     Examples:
         >>> from disha.interop.image_names import layers_of

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from disha.config import check_scale
@@ -30,6 +31,7 @@ from disha.interop.image_names import (
     METADATA,
     Form,
     in_model,
+    joined_rows,
     layers_of,
 )
 from disha.interop.lora_folder import CONV, Alphas, contents_of_layers
@@ -89,8 +91,7 @@ def read_file(path: PathLike) -> dict[str, Contents]:
 
     Raises:
         AdapterIOError: the file can't be read.
-        AdapterFileError: it is damaged, or has keys or shapes that no form has, or values that are
-            not finite.
+        AdapterFileError: it is damaged, a key or a shape is unknown, or a value is not finite.
         ConversionError: it holds another method than LoRA, or a LoRA that is not a Bone adapter.
 
     Examples:
@@ -215,10 +216,10 @@ def _factors(file: TensorFile) -> list[_Pair]:
                 f"{key}: the factors have the shapes {tuple(a.shape)} and {tuple(b.shape)}; they "
                 "must be (rank, in, ...) and (out, rank, ...)"
             )
-        elif len(names) > 1 and (a.dim(), b.shape[0]) != (2, FLUX_ROWS[len(names)] * a.shape[1]):
+        elif len(names) > 1 and (a.dim(), b.shape[0]) != (2, sum(joined_rows(a, len(names)))):
             problems.append(
                 f"{key}: B has {b.shape[0]} rows; in Flux, it has "
-                f"{FLUX_ROWS[len(names)]} times the {a.shape[1]} columns of A"
+                f"{sum(FLUX_ROWS[: len(names)])} times the {a.shape[1]} columns of A"
             )
         if alpha is not None and alpha.numel() != 1:
             problems.append(f"{key}: alpha must be one number; its shape is {tuple(alpha.shape)}")
@@ -276,14 +277,13 @@ def _split(pair: _Pair) -> Iterator[tuple[str, Tensor, Tensor]]:
 
     Either they share all rows of A, or each has rows for itself, which begin with a 1.
     """
-    a, size = pair.a, pair.a.shape[1]
+    a = pair.a
     if len(pair.names) == 1:
         yield pair.names[0], a, pair.b
         return
     starts = [0, *a[:, 0].nonzero().flatten().tolist(), a.shape[0]]
-    for name, part in zip(
-        pair.names, pair.b.tensor_split((size, 2 * size, 3 * size)), strict=False
-    ):
+    rows = joined_rows(a, len(pair.names))
+    for name, part in zip(pair.names, torch.split(pair.b, rows), strict=True):
         columns = part.any(dim=0).nonzero().flatten().tolist()
         if columns or not pair.b.any():
             first, last = (columns[0], columns[-1]) if columns else (0, 0)

@@ -27,6 +27,7 @@ from disha.interop.image_names import (
     check_form,
     flux_key,
     in_file,
+    joined_rows,
     kohya_key,
     readable,
 )
@@ -178,7 +179,7 @@ def write_updates(
         ConversionError: the readers of the form don't know a layer.
     """
     named = {
-        component: [_renamed(one, f"{component}.{one.record.name}") for one in own]
+        component: [one.with_record(name=f"{component}.{one.record.name}") for one in own]
         for component, own in updates.items()
     }
     unknown = [
@@ -211,18 +212,13 @@ def write_updates(
     return LoraReport.of(path, [one for own in named.values() for one in own])
 
 
-def _renamed(update: LowRankUpdate, name: str) -> LowRankUpdate:
-    return dataclasses.replace(update, record=dataclasses.replace(update.record, name=name))
-
-
 def _scaled(update: LowRankUpdate) -> LowRankUpdate:
     """Return the same update with scale 1: s B in place of B, in float32 if B's dtype rounds it."""
     product = update.b.double() * update.record.scale
     b = product.to(update.b.dtype)
     if not torch.equal(b.double(), product):
         b = product.to(torch.promote_types(update.b.dtype, torch.float32))
-    record = dataclasses.replace(update.record, scale=1.0)
-    return dataclasses.replace(update, record=record, b=b)
+    return dataclasses.replace(update.with_record(scale=1.0), b=b)
 
 
 def _settings(
@@ -232,7 +228,9 @@ def _settings(
     key_of: Callable[[str], str] = anchored
     if component.startswith("text_encoder"):  # the start of these names depends on the version
         key_of = re.escape
-        updates = [_renamed(one, one.record.name.removeprefix("text_model.")) for one in updates]
+        updates = [
+            one.with_record(name=one.record.name.removeprefix("text_model.")) for one in updates
+        ]
     fields = {
         **scaling_of(updates, key_of),
         "target_modules": sorted(one.record.name for one in updates),
@@ -297,7 +295,7 @@ def _join(key: str, parts: Sequence[LowRankUpdate | None]) -> LowRankUpdate:
     if len(parts) == 1:
         return given[0]
     size = given[0].a.shape[1]
-    rows = [size, size, size, 4 * size][: len(parts)]  # a part that is not adapted has rows too
+    rows = joined_rows(given[0].a, len(parts))  # a part that is not adapted has rows too
     shapes = [(one.b.shape[0], one.a.shape[1]) for one in given]
     fits = shapes == [(row, size) for row, one in zip(rows, parts, strict=True) if one is not None]
     if not fits or len({one.record.scale for one in given}) > 1:

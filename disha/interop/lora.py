@@ -21,7 +21,6 @@ from disha.functional import Layout
 from disha.interop.experts import (
     DOWN,
     SEPARATE_BEFORE,
-    ExpertForm,
     checked_form,
     misread,
     refuse_beside,
@@ -91,9 +90,9 @@ def export(
         adapter: the adapter's name.
         rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
         max_error: largest ||dW - B A|| / ||dW|| of a layer.
-        pad: pad the rank of every layer with zeros to the same of 8, 16, 32, 64, 128, 256, 320
-            and 512: the values that vLLM allows for its `--max-lora-rank`. The update stays the
-            same.
+        pad: pad the ranks of all layers with zeros to one value: the smallest of 8, 16, 32, 64,
+            128, 256, 320 and 512 that is large enough. These are what vLLM allows for its
+            `--max-lora-rank`. The update stays the same.
         experts: `"stacked"` writes each stack of experts as one LoRA, `"separate"` one for each
             projection of each expert.
 
@@ -130,10 +129,9 @@ def export(
     view = ModelView(model)
     ranks, action = view.ranks(), f"export adapter {adapter!r} as LoRA"
     with ranks.agreeing(action):
-        check_limits(rank, max_error)
-        target, form = checked_path(folder), checked_form(experts)
+        target = checked_path(folder)
     limits = {"rank": rank, "max_error": max_error, "pad": pad}
-    updates, beside, files = _converted(view, adapter, form, **limits)
+    updates, beside, files = _converted(view, adapter, experts, **limits)
     with ranks.agreeing(action):
         if ranks.writes:
             write_peft_files(target, *files)
@@ -191,21 +189,28 @@ def export_tensors(
         >>> config["r"], config["lora_alpha"]
         (4, 4)
     """
-    view = ModelView(model)
-    with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
-        check_limits(rank, max_error)
-        form = checked_form(experts)
     limits = {"rank": rank, "max_error": max_error, "pad": pad}
-    _, _, (config, tensors) = _converted(view, adapter, form, **limits)
+    _, _, (config, tensors) = _converted(ModelView(model), adapter, experts, **limits)
     return {PREFIX + key: tensor for key, tensor in tensors.items()}, config
 
 
 def _converted(
-    view: ModelView, adapter: str, form: ExpertForm, **limits: Any
+    view: ModelView, adapter: str, experts: str, **limits: Any
 ) -> tuple[tuple[LowRankUpdate, ...], dict[str, Tensor], tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Return an adapter's updates, what trained beside it, and both in PEFT's form."""
+    """Return an adapter's updates, what trained beside it, and both in PEFT's form.
+
+    Args:
+        view: the model.
+        adapter: the adapter's name.
+        experts: as for `export`.
+        limits: `rank`, `max_error` and `pad`, as for `export`.
+    """
+    ranks, action = view.ranks(), f"export adapter {adapter!r} as LoRA"
+    with ranks.agreeing(action):
+        check_limits(limits["rank"], limits["max_error"])
+        form = checked_form(experts)
     header, tensors = adapter_contents(view, adapter)
-    with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
+    with ranks.agreeing(action):
         peft, names = PeftView(view), [layer.name for layer in header.layers]
         saved = peft.saved(header.also_train, names, biases=False)
         stacks = [layer for layer in header.layers if is_stack(layer)]

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -107,6 +107,10 @@ class LowRankUpdate:
     def error(self) -> float:
         """Relative error, ||dW - B A|| / ||dW||."""
         return _ratio(self.lost, self.norm)
+
+    def with_record(self, **changes: Any) -> LowRankUpdate:
+        """Return the same factors for a layer of which these fields are different."""
+        return dataclasses.replace(self, record=dataclasses.replace(self.record, **changes))
 
     def padded(self, rank: int) -> LowRankUpdate:
         """Return the same update with a larger rank, by zeros in A and B."""
