@@ -48,7 +48,7 @@ class Overall:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 1, so that there is a difference."""
+        """Whether 1 is outside the interval, which shows a difference."""
         return not self.low <= 1.0 <= self.high
 
     def __str__(self) -> str:
@@ -120,11 +120,11 @@ def verdict(shown: Tasks) -> str:
         f"""{listed}
 
 A figure is the mean ratio to LoRA over {count_text(len(shown), "task")}, with its 95% interval. A
-difference is clear if the interval leaves out 1; in one task, if a paired test over the seeds says
-so. Quality is the loss on test rows. Forgetting is the measure of what the base could do that each
-task has, taken after training. Lower is better everywhere. The models are small, the training is
-short (at most {_most_steps(shown)} steps), and each method has its own best learning rate. Nothing
-here was measured on large models.
+difference is clear if 1 is outside the interval. In one task, it is clear if a paired test over the
+seeds says so. Quality is the loss on test rows. Forgetting is measured after training, on something
+that the base could do. Lower is better everywhere. The models are small, the training is short (at
+most {_most_steps(shown)} steps), and each method has its own best learning rate. Nothing here was
+measured on large models.
 """,
     )
 
