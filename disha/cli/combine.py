@@ -16,8 +16,8 @@ __all__ = ["run"]
 
 DESCRIPTION = """Write the weighted sum of adapters: dW = sum of w * s * dW of each, exactly.
 
-All adapters must have one method and belong to one model. If an adapter lacks a layer, it counts as
-zero there. Bone blocks of different r get the least common multiple of their r. No model is needed.
+All adapters must have the same method and belong to the same model. If an adapter lacks a layer,
+its dW is zero there. Bone blocks of different r get the least common multiple. No model is needed.
 
 examples:
   disha combine --adapter chat.safetensors=0.3 --adapter code.safetensors=0.7 both.safetensors
@@ -33,8 +33,8 @@ class CombineFlags(Flags):
         out: The adapter file to write.
         adapter: An adapter file and its weight, such as a.safetensors=0.3. Repeat it for each
             adapter.
-        no_also_train: Leave out the parameters saved beside the blocks. Without this flag, adapters
-            that have any are refused.
+        no_also_train: Leave out the parameters that were saved with the blocks. Without this flag,
+            an adapter with such parameters is refused.
         overwrite: Replace an existing file.
     """
 

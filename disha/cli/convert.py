@@ -36,10 +36,11 @@ __all__ = ["run"]
 
 DESCRIPTION = """Convert an adapter to the format of another library, or back to an adapter file.
 
-SOURCE is an adapter file of disha, a folder that PEFT has saved (MiSS, Bone, or a LoRA that is a
-Bone adapter), or such a LoRA of an image model. The command finds out which it is. It may also be
-a checkpoint of transformers' Trainer that holds an adapter file (see
-disha.integrations.transformers).
+SOURCE is one of these; the command finds out which:
+  - an adapter file of disha
+  - a folder that PEFT has saved: MiSS, Bone, or a LoRA that is a Bone adapter
+  - a LoRA file of an image model that is a Bone adapter
+  - a checkpoint of transformers' Trainer with an adapter file (disha.integrations.transformers)
 
 --to sets the format of OUT:
   disha  an adapter file
@@ -49,9 +50,9 @@ disha.integrations.transformers).
   diffusers, kohya, comfyui
          a LoRA file for an image model, with the keys that these programs read
 
-As LoRA, Bone and tile are exact. BAT is truncated to --rank, and the error is reported. Stacked
-experts of a mixture stay stacked, as PEFT reads them, and vLLM for GPT-OSS. With --experts separate
-each expert has its own LoRA, as SGLang reads them, and vLLM for Mixtral and Qwen-MoE.
+Bone and tile are exact as LoRA. BAT is truncated to --rank, and the error is reported. A stack of
+experts becomes one LoRA, which PEFT reads, and vLLM for GPT-OSS. With --experts separate, each
+expert gets its own LoRA, which SGLang reads, and vLLM for Mixtral and Qwen-MoE.
 
 examples:
   disha convert adapter.safetensors for-peft --to peft
@@ -97,23 +98,24 @@ class ConvertFlags(Flags):
         source: The adapter: a file, or a folder that PEFT has saved.
         out: The result: a folder for peft and lora, a file for all others.
         to: The form of the result.
-        base: The base: needed to read peft, and to write BAT as LoRA. For gguf, its config.json
-            gives the numbers of heads; for experts that are separate, of GPT-OSS, or read from a
-            LoRA, the type of the model.
-        rank: Largest rank of a layer as LoRA; needed for BAT.
-        dropout: Dropout to write for peft, in place of the adapter's. PEFT's BAT has none, so
-            give 0.0 there.
-        max_error: Largest relative error of a layer's update, such as 0.1; more is refused.
-        pad_rank: Pad the rank of all layers as LoRA with zeros to the same one that vLLM allows: 8,
-            16, 32, 64, 128, 256, 320 or 512. The update stays the same.
+        base: The checkpoint of the base. It is needed to read peft, to write BAT as LoRA, to write
+            experts of GPT-OSS or separate experts, and to read experts from a LoRA. For gguf, its
+            config.json gives the numbers of heads.
+        rank: Largest rank of a layer as LoRA. BAT needs it.
+        dropout: Dropout to write for peft, instead of the adapter's. PEFT's BAT has no dropout, so
+            give 0.0 for BAT.
+        max_error: Largest relative error of a layer's update, such as 0.1. A larger error is
+            refused.
+        pad_rank: Give all layers the same rank as LoRA, one that vLLM allows: 8, 16, 32, 64, 128,
+            256, 320 or 512. The rest is zeros, so the update stays the same.
         experts: How to write stacks of experts as LoRA: stacked (the default) or separate.
-        architecture: GGUF's name of the base's architecture; by default that of its config.json,
-            or llama.
+        architecture: GGUF's name for the architecture of the base; by default that of its
+            config.json, or llama.
         heads: Query heads of the base, for gguf; by default those of its config.json.
         kv_heads: Key and value heads of the base, for gguf; by default those of its config.json.
-        component: For a LoRA file of an image model: which component of the pipeline the adapter
-            is for, or is to be read. By default the names of the layers, or the file, show it.
-        no_also_train: Leave out the parameters saved beside the blocks.
+        component: For a LoRA file of an image model: the component of the pipeline to read, or the
+            one that the adapter is for. By default, the file or the names of the layers show it.
+        no_also_train: Leave out the parameters that were saved with the blocks.
         overwrite: Replace an existing file or folder.
     """
 

@@ -23,7 +23,7 @@ __all__ = ["run"]
 
 DESCRIPTION = """Show what differs between two adapter files: configuration, layers, numbers.
 
-Exit code 0: nothing differs; 1: something does; 2: a file can't be read.
+The exit code is 0 if nothing differs, 1 if something does, and 2 if a file can't be read.
 
 examples:
   disha diff before.safetensors after.safetensors

@@ -66,14 +66,14 @@ COMMANDS = {
         "check an adapter file, and whether it belongs to a base checkpoint", answers=True
     ),
     "convert": Command(
-        "turn an adapter into one for PEFT, LoRA runtimes or llama.cpp, or back",
+        "convert an adapter for PEFT, LoRA runtimes or llama.cpp, or back",
         flags=_flags(
             "rank base max-error pad-rank architecture heads kv-heads dropout",
             also_train="--no-also-train",
             exclude="disha finetune --exclude",
         ),
     ),
-    "combine": Command("write the weighted sum of adapters, exactly"),
+    "combine": Command("write the weighted sum of adapters"),
     "merge": Command(
         "write a base checkpoint with an adapter merged into it",
         flags=_flags("force overwrite dtype scale", also_train="--no-also-train"),
@@ -89,7 +89,7 @@ COMMANDS = {
             dropout="--adapter_dropout",
         ),
     ),
-    "generate": Command("let a model answer, with or without an adapter", extra="finetune"),
+    "generate": Command("answer prompts, with or without an adapter", extra="finetune"),
     "evaluate": Command(
         "measure a model on rows: loss, perplexity, exact answers", extra="finetune"
     ),
@@ -163,7 +163,7 @@ def _help() -> str:
     listed = "\n".join(f"  {name:12}{command.summary}" for name, command in COMMANDS.items())
     return f"""usage: disha COMMAND [flags]
 
-Dimension-sharded adapters (Bone, BAT) for PyTorch models.
+Dimension-sharded adapters (Bone, tile, BAT) for PyTorch models.
 
 commands:
 {listed}

@@ -24,7 +24,7 @@ __all__ = ["run", "settings_from"]
 LARGEST_CONFIG = 32 * 2**10
 """Largest size of a file of flags in bytes. PyYAML reads about that much in a second."""
 
-DESCRIPTION = """Fine-tune a model with Bone or BAT adapters.
+DESCRIPTION = """Fine-tune a model with a Bone, tile or BAT adapter.
 
 examples:
   disha finetune --demo

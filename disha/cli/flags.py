@@ -147,7 +147,7 @@ def _add(group: argparse._ArgumentGroup, one: _Argument, *, worded: bool) -> Non
         return
     if one.default is MISSING:
         text += " (required)"
-    elif one.default is not None and one.default is not False and one.default != ():
+    elif one.default is not None and one.default is not False and one.default not in ((), ""):
         shown = " ".join(map(str, one.default)) if listed else str(one.default)
         text += f" (default: {shown})".replace("%", "%%")
     names = [*(short for short, long in SHORT.items() if one.name in long.split()), one.name]

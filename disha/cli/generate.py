@@ -1,4 +1,4 @@
-"""``disha generate``: let a model answer, with and without an adapter."""
+"""``disha generate``: answer prompts with a model, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-DESCRIPTION = """Let a model answer, with or without an adapter.
+DESCRIPTION = """Answer prompts with a model, with or without an adapter.
 
 examples:
   disha generate --adapter out/adapter.safetensors --prompt 'What is a shard?'

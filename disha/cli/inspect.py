@@ -17,7 +17,7 @@ __all__ = ["run"]
 
 DESCRIPTION = """Show what an adapter file holds: its layers, their sizes, and its notes.
 
-No tensor is read without --stats.
+Tensors are read only with --stats.
 
 examples:
   disha inspect adapter.safetensors
@@ -31,8 +31,8 @@ class InspectFlags(Flags):
 
     Args:
         file: The adapter file.
-        stats: Also read the tensors and show their norms, and the norm of dW where the block
-            alone determines it.
+        stats: Also read the tensors and show their norms. For Bone and tile, show the norm of dW
+            too.
     """
 
     file: Path

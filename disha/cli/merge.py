@@ -19,8 +19,8 @@ __all__ = ["run"]
 
 DESCRIPTION = """Write a copy of a base checkpoint with an adapter merged into its weights.
 
-W becomes W + s * dW, computed in float32 and rounded once. Tensors are read and written one at a
-time, so memory holds only one of them. Any loader of the base reads the result.
+W becomes W + s * dW, computed in float32 and rounded once. Only one tensor is in memory at a time.
+The result loads wherever the base loads.
 
 examples:
   disha merge path/to/model adapter.safetensors path/to/merged-model
@@ -34,12 +34,14 @@ class MergeFlags(Flags):
     """The arguments of `disha merge`.
 
     Args:
-        paths: The checkpoint BASE: a safetensors file, a folder as Hugging Face libraries write it,
-            or the name of a model in their local cache. By default the base that the adapter file
-            notes, if disha finetune has saved it. Then the adapter file ADAPTER. Then OUT, the
-            folder to write, or one file if it ends with .safetensors.
-        no_also_train: Ignore the parameters saved beside the blocks, and keep those of the base.
-        scale: Runtime scale s of all layers, in place of the adapter's own.
+        paths: Three paths: BASE, ADAPTER and OUT. BASE is a checkpoint: a safetensors file, a
+            folder as Hugging Face libraries write it, or the name of a model in their local cache.
+            It can be left out if the adapter file notes its base, as disha finetune does. ADAPTER
+            is the adapter file. OUT is the folder to write, or one file if it ends with
+            .safetensors.
+        no_also_train: Ignore the parameters that were saved with the blocks, and keep those of the
+            base.
+        scale: The scale s of all layers, instead of the adapter's own.
         dtype: Number format of all floating-point tensors. With own, each keeps its format.
         force: Merge even if the adapter was saved from other base weights, or if embeddings may
             be tied.

@@ -17,11 +17,13 @@ from disha.text import counted
 
 __all__ = ["run"]
 
-DESCRIPTION = """Check that an adapter file is complete, that its header and its tensors agree, and
-that all values are finite. With --base, also check that every layer fits a checkpoint, and that
-its weights are those that the adapter was saved from.
+DESCRIPTION = """Check an adapter file, and whether it belongs to a base checkpoint.
 
-Exit code 0: the file is sound; 1: it is not; 2: it could not be checked.
+The file must be complete, its header and its tensors must agree, and all values must be finite.
+With --base, every layer must fit the checkpoint, and the checkpoint must be the one that the
+adapter was saved from.
+
+The exit code is 0 if the file is sound, 1 if it is not, and 2 if it could not be checked.
 
 examples:
   disha verify adapter.safetensors

@@ -60,7 +60,7 @@ class Course:
     """The result of training.
 
     Args:
-        steps: the optimiser steps; of steps before a resume, those that were recorded.
+        steps: the optimizer steps; of steps before a resume, those that were recorded.
         evaluations: the loss on the checked rows, by the number of steps done before it.
         progress: how far training came, including the steps before a resume.
         resumed_from: the checkpoint that this run resumed from, if any.

@@ -44,7 +44,7 @@ class Estimate:
     Args:
         base: bytes of the base model's weights.
         adapter: bytes of the adapter's parameters.
-        optimiser: bytes of the optimiser's moments of all trained parameters.
+        optimizer: bytes of the optimizer's moments of all trained parameters.
         batch: bytes of all other tensors of a batch, forward and backward, at their peak: what is
             kept for backward, gradients, and temporary tensors.
         operations: multiplications and additions of a batch.
@@ -52,14 +52,14 @@ class Estimate:
 
     base: int
     adapter: int
-    optimiser: int
+    optimizer: int
     batch: int
     operations: int
 
     @property
     def total(self) -> int:
         """All bytes."""
-        return self.base + self.adapter + self.optimiser + self.batch
+        return self.base + self.adapter + self.optimizer + self.batch
 
 
 def estimate(
@@ -85,7 +85,7 @@ def estimate(
     adapter = sum(parameter.nbytes for parameter in disha.adapter_parameters(model))
     if settings.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    optimiser = sum(state_bytes(settings.training.optimizer, one) for one in trained)
+    optimizer = sum(state_bytes(settings.training.optimizer, one) for one in trained)
     is_empty = any(parameter.is_meta for parameter in model.parameters())
     _make_runnable(model)
     objective = objective_for(model, has_tokenizer=has_tokenizer)
@@ -95,7 +95,7 @@ def estimate(
         if is_empty:
             return f"{type(error).__name__}: {error}"
         measured = _run(objective, batch, settings, real=True)
-    return Estimate(base, adapter, optimiser, *measured)
+    return Estimate(base, adapter, optimizer, *measured)
 
 
 def _base_bytes(model: nn.Module, settings: FinetuneSettings) -> int:

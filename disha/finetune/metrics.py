@@ -48,7 +48,7 @@ class Metrics:
         self._reports = dict(reports or {})
 
     def record_step(self, step: Step) -> None:
-        """Record an optimiser step, without the values that were not measured."""
+        """Record an optimizer step, without the values that were not measured."""
         self._record({k: v for k, v in dataclasses.asdict(step).items() if v is not None})
 
     def record_evaluation(self, step: int, eval_loss: float, **others: float) -> None:

@@ -169,7 +169,7 @@ def _costs(
         return
     yield (
         f"memory of each process: about {_gib(found.total)}: base model {_gib(found.base)}, "
-        f"adapter {_gib(found.adapter)}, optimiser {_gib(found.optimiser)}, and at most "
+        f"adapter {_gib(found.adapter)}, optimizer {_gib(found.optimizer)}, and at most "
         f"{_gib(found.batch)} for a batch of {shape}"
     )
     operations = found.operations * part * settings.training.gradient_accumulation_steps

@@ -20,7 +20,7 @@ __all__ = ["Clock", "ShowStep", "showing_progress"]
 T = TypeVar("T")
 
 ShowStep: TypeAlias = Callable[[Step], None]
-"""Shows an optimiser step."""
+"""Shows an optimizer step."""
 
 
 class Clock:

@@ -100,7 +100,7 @@ def plot_losses(
     """Plot the training loss of each step, and the loss measured on fixed rows.
 
     Args:
-        steps: the optimiser steps.
+        steps: the optimizer steps.
         evaluations: the measured losses, by the number of steps done before.
         title: what was trained.
         checked: the name of the rows of the evaluations, such as "held-out".
@@ -134,7 +134,7 @@ def plot_learning_rates(steps: Sequence[Step], title: str) -> Figure:
     """Plot the learning rate and the gradient's norm of each step.
 
     Args:
-        steps: the optimiser steps.
+        steps: the optimizer steps.
         title: what was trained.
     """
     numbers = [step.step for step in steps]
@@ -178,7 +178,7 @@ def plot_scales(found: Sequence[AtScale]) -> Figure:
 def _axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlabel="optimiser step", ylabel=ylabel, title=title)
+    axes.set(xlabel="optimizer step", ylabel=ylabel, title=title)
     axes.margins(x=0.04, y=0.1)
     axes.grid(alpha=0.3)
     return figure, axes

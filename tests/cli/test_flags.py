@@ -45,6 +45,17 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Named:
+    """One name.
+
+    Args:
+        name: A name.
+    """
+
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class Plain(Flags):
     """Some arguments.
 
@@ -71,6 +82,10 @@ def told(capsys):
 
 def test_a_text_of_several_lines_is_one_paragraph_with_its_default(told):
     assert "How fast, and why. (default: 0.5)" in told(Settings, "x", ["-h"], "", Settings())
+
+
+def test_an_empty_default_is_not_shown(told):
+    assert "(default" not in told(Named, "x", ["-h"], "")
 
 
 def test_defaults_are_those_of_the_object_given(told):

@@ -163,7 +163,7 @@ def result_of(output: Path) -> dict[str, Any]:
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
-    """Let something happen right after an optimiser step, before a checkpoint is saved."""
+    """Let something happen right after an optimizer step, before a checkpoint is saved."""
     showing = course.showing_progress
 
     @contextmanager

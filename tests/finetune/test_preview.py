@@ -285,18 +285,18 @@ def test_a_real_step_takes_the_memory_that_was_estimated():
     assert found == pytest.approx(int(done.stdout), rel=0.25)
 
 
-def test_weights_adapter_and_optimiser_are_counted():
+def test_weights_adapter_and_optimizer_are_counted():
     found = estimated()
     model = Decoder(CONFIG)
     base = sum(p.nbytes for p in model.parameters())
     inject(model, SETTINGS.adapter)
     blocks = sum(p.nbytes for p in disha.adapter_parameters(model))
-    assert (found.base, found.adapter, found.optimiser) == (base, blocks, 2 * blocks)
+    assert (found.base, found.adapter, found.optimizer) == (base, blocks, 2 * blocks)
     assert found.total == base + 3 * blocks + found.batch
 
 
 @pytest.mark.parametrize("name", ["sgd", "adafactor"])
-def test_what_another_optimiser_keeps_is_counted(name):
+def test_what_another_optimizer_keeps_is_counted(name):
     model = Decoder(CONFIG)
     inject(model, SETTINGS.adapter)
     optimizer = make_optimizer(model, TrainingSettings(optimizer=name))
@@ -305,7 +305,7 @@ def test_what_another_optimiser_keeps_is_counted(name):
     optimizer.step()
     state = [one for kept in optimizer.state.values() for one in kept.values()]
     moments = sum(one.nbytes for one in state if one.dim() > 0)
-    assert estimated(optimizer=name).optimiser == moments
+    assert estimated(optimizer=name).optimizer == moments
 
 
 def test_operations_are_those_of_the_products():

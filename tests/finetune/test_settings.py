@@ -89,7 +89,7 @@ PAIRS = "--rank_pattern must be pairs regex=r, such as v_proj=16 mlp=32, got "
         ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be at least 0, got -1"),
         ({"save_steps": 0}, "--save_steps must be at least 1, got 0"),
         ({"save_total_limit": 0}, "--save_total_limit must be at least 1, got 0"),
-        ({"resume": True, "overwrite_output_dir": True}, "--resume goes on from checkpoints that"),
+        ({"resume": True, "overwrite_output_dir": True}, "--resume continues from checkpoints"),
         ({"adapter_dropout": 1.0}, "--adapter_dropout must be at least 0 and less than 1, got 1.0"),
         ({"bone_r_out": 0}, "--bone_r_out must be at least 1, got 0"),
         ({"bone_r_out": 8, "init_weights": "bat"}, "--bone_r_out does not go with --method bat"),

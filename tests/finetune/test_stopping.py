@@ -51,7 +51,7 @@ PHASES = {
     # batch have two calls of a layer, and a step has two batches.
     "the second batch of a step": ((*LAYER, 2 + 4 + 3), 1),
     "the backward of a step": (("torch", "Tensor.backward", 2), 1),
-    # The first call is on resuming, where the optimiser gets its state.
+    # The first call is on resuming, where the optimizer gets its state.
     "updating the weights": (("torch.optim", "AdamW.step", 2), 2),
     "an evaluation": ((*LAYER, 1), 2),
     "recording a step": (("disha.finetune.metrics", "Metrics.record_step", 2), 3),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch._dynamo  # which takes a second, when the first optimiser is made
+import torch._dynamo  # which takes a second, when the first optimizer is made
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 

@@ -208,7 +208,7 @@ JOBS = {
 
 @functools.cache
 def training() -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return an objective and its optimiser, after a step."""
+    """Return an objective and its optimizer, after a step."""
     trained = objective()
     optimizer = make_optimizer(trained, PLAN)
     next(training_steps(trained, source(), PLAN, optimizer=optimizer))

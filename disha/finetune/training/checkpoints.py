@@ -4,12 +4,12 @@
 
 - ``adapter.safetensors``: the adapter, as `disha.save_adapter` writes it
 - ``best.safetensors``: the adapter of the best step so far, if it is kept and is another one
-- ``training.pt``: optimiser state by parameter name, place in the data, random states, history;
+- ``training.pt``: optimizer state by parameter name, place in the data, random states, history;
   tensors and plain data only
 - ``manifest.json``: the SHA-256 of the others
 
 A checkpoint is written completely or not at all. If a save is killed, the next one, or resuming,
-finishes it or removes what it left. Optimiser states are gathered, so any number of processes can
+finishes it or removes what it left. Optimizer states are gathered, so any number of processes can
 resume, with any strategy. The files of `torch.distributed.checkpoint` are not used, because their
 metadata is a pickle, which can run code.
 """
@@ -68,7 +68,7 @@ class SavedState:
         progress: how far training was.
         setup: the caller's data on what the run depends on.
         history: the caller's data, such as the losses so far.
-        optimizer: the optimiser's state dict, by parameter names.
+        optimizer: the optimizer's state dict, by parameter names.
         random: the random states of each process, by rank.
     """
 
@@ -119,7 +119,7 @@ class Checkpoints:
 
         Args:
             objective: the objective to train, with an adapter in its model.
-            optimizer: the objective's optimiser.
+            optimizer: the objective's optimizer.
             progress: how far training is.
             setup: plain data on what the run depends on.
             history: plain data to get back when resuming, such as the losses so far.
@@ -175,7 +175,7 @@ class Checkpoints:
     def restore(
         self, saved: SavedState, objective: nn.Module, optimizer: torch.optim.Optimizer
     ) -> dict[str, Tensor]:
-        """Restore the model and the optimiser from `saved`.
+        """Restore the model and the optimizer from `saved`.
 
         The random states are restored too, if the number of processes is the same. Otherwise they
         stay as the caller has set them. Older checkpoints beyond the limit are removed: a run that
@@ -184,7 +184,7 @@ class Checkpoints:
         Args:
             saved: what `newest_good` returned.
             objective: the objective to train, distributed or not; its adapter has the same shape.
-            optimizer: a new optimiser, from `make_optimizer`.
+            optimizer: a new optimizer, from `make_optimizer`.
 
         Returns:
             The values of the best adapter so far, or else of the adapter itself.
@@ -388,7 +388,7 @@ def _holding(objective: nn.Module, values: Mapping[str, Tensor]) -> Iterator[Non
 
 
 def _optimizer_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    """Return the optimiser's state dict by parameter names, gathered on the main process."""
+    """Return the optimizer's state dict by parameter names, gathered on the main process."""
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     return states.get_optimizer_state_dict(objective, optimizer, options=options)
 

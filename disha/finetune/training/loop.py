@@ -1,4 +1,4 @@
-"""The training loop: an optimiser of all trainable parameters, with exact gradient accumulation.
+"""The training loop: an optimizer of all trainable parameters, with exact gradient accumulation.
 
 The loss of a step is the mean over the terms (learned tokens, say) of *all* its batches, on all
 processes. So several small batches give the gradient of one large batch, whatever their lengths.
@@ -53,7 +53,7 @@ class Progress:
     """How far training is, and where in the data the next step begins.
 
     Args:
-        step: how many optimiser steps are done.
+        step: how many optimizer steps are done.
         epoch: the pass over the examples, from 1.
         batches: how many batches of this epoch are done, on all processes.
         seconds: time spent training, without evaluations.
@@ -67,7 +67,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one optimiser step did, on all processes together.
+    """What one optimizer step did, on all processes together.
 
     Args:
         step: its number, from 1.
@@ -104,7 +104,7 @@ class Step:
 
 
 def planned_steps(settings: TrainingSettings, batches: int, batches_per_step: int) -> int:
-    """Return how many optimiser steps training has.
+    """Return how many optimizer steps training has.
 
     Args:
         settings: how many epochs or steps are asked for.
@@ -151,7 +151,7 @@ def training_steps(
     start: Progress | None = None,
     batches_per_step: int | None = None,
 ) -> Iterator[Step]:
-    """Train, yielding after every optimiser step.
+    """Train, yielding after every optimizer step.
 
     Args:
         objective: what to minimise, distributed if several processes take part. Its parameters that

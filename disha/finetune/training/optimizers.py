@@ -1,4 +1,4 @@
-"""The optimisers of torch that the command offers, and how much each keeps of a parameter."""
+"""The optimizers of torch that the command offers, and how much each keeps of a parameter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONS: Mapping[OptimizerName, Mapping[str, Any]] = {
 
 
 def make_optimizer(objective: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """Return an optimiser of the parameters that require gradients. Call it after `distribute`.
+    """Return an optimizer of the parameters that require gradients. Call it after `distribute`.
 
     Raises:
         SettingsError: no parameter requires gradients.
@@ -53,7 +53,7 @@ def trained(objective: nn.Module) -> list[nn.Parameter]:
 
 
 def state_bytes(name: OptimizerName, parameter: Tensor) -> int:
-    """Return how many bytes an optimiser keeps of a parameter."""
+    """Return how many bytes an optimizer keeps of a parameter."""
     count = parameter.numel() * (2 if name == "adamw" else 1)
     if name == "adafactor" and parameter.dim() > 1:  # the means of rows and of columns
         *_, rows, columns = parameter.shape

@@ -110,13 +110,13 @@ def test_adapters_on_it_learn(tiny_folder, bits, method):
     assert len(trained) == 2 * len(PROJECTIONS)
     before = {name: v.clone() for name, v in model.named_parameters() if not v.requires_grad}
     tokens = torch.randint(3, 260, (4, 16), generator=torch.Generator().manual_seed(1))
-    optimiser = torch.optim.AdamW(trained, lr=1e-2)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
     losses = []
     for _ in range(8):
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(model.get_parameter(name), v) for name, v in before.items())

@@ -160,7 +160,7 @@ def test_the_steps_are_those_of_adamw_by_hand():
 
 @pytest.mark.parametrize("split", [1, 3, 4, 6])
 def test_training_goes_on_where_it_is_told_to(split):
-    """Without dropout, model and optimiser are all there is besides the place in the data."""
+    """Without dropout, model and optimizer are all there is besides the place in the data."""
     straight, parted = objective(), objective()
     choices, rows = plan(num_train_epochs=2.0), source(13)
     expected = [step.loss for step in training_steps(straight, rows, choices)]
