@@ -20,25 +20,32 @@ from benchmarks.convergence import costs, report
 from benchmarks.convergence.findings import Mean, differ, finding, task_findings
 from benchmarks.convergence.methods import (
     FULL,
+    IDENTITY,
     LARGEST_DIFFERENCE,
     METHODS,
     adapt,
     adapter_parameters,
     ranks,
+    set_scale,
     updates,
 )
 from benchmarks.convergence.plan import (
+    GRID,
+    LONG,
+    LONGER,
     MOST_EXTENSIONS,
     RATES,
     STUDY,
     Study,
     best_rate,
+    compared,
     main_cell,
+    runs_left,
     wanted,
 )
 from benchmarks.convergence.runs import RESULTS, Cell, Run, read_runs, write_run
 from benchmarks.convergence.sweep import sweep, time_left
-from benchmarks.convergence.tasks import TASKS, arithmetic, docstrings, packages
+from benchmarks.convergence.tasks import TASKS, arithmetic, docstrings, documentation, packages
 from benchmarks.convergence.tasks.digits import Digits, ViT
 from benchmarks.convergence.tasks.language import LanguageTask
 from benchmarks.convergence.tasks.prose import passages
@@ -133,6 +140,44 @@ class TestMethods:
         torch.testing.assert_close(model.blocks[1].up(x), expected, atol=1e-4, rtol=1e-4)
         assert found.norm() > 0.1
 
+    @pytest.mark.parametrize("method", [name for name in METHODS if name != FULL])
+    def test_a_scale_multiplies_the_update(self, method):
+        torch.manual_seed(0)
+        base = ViT().requires_grad_(False)
+        model, name = copy.deepcopy(base), "blocks.1.up"
+        adapt(model, TASKS["digits"].layers["all"], None, main_cell("digits", method))
+        start = updates(model, base, [name])[name]
+        with torch.no_grad():
+            for parameter in adapter_parameters(model, None):
+                if parameter.dim() > 1:  # not DoRA's magnitudes, which act at every scale
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        whole = updates(model, base, [name])[name]
+        assert (whole - start).norm() > 0.1
+        if method in ("pissa", "olora", "dora"):
+            set_scale(model, 0.5)  # the base is changed, or the update is normalised
+            assert (updates(model, base, [name])[name] - whole).norm() > 0.1
+        else:
+            for scale in (0.0, 0.25):
+                set_scale(model, scale)
+                found = updates(model, base, [name])[name]
+                torch.testing.assert_close(found, scale * whole, atol=1e-5, rtol=1e-4)
+        set_scale(model, 1.0)
+        torch.testing.assert_close(updates(model, base, [name])[name], whole)
+
+    def test_lora_from_identity_begins_with_the_gradient_of_bone(self):
+        torch.manual_seed(0)
+        base, x = nn.Sequential(nn.Linear(12, 12)).requires_grad_(False), torch.randn(5, 12)
+        gradients = []
+        for method, r in (("bone", 4), (IDENTITY, 8)):  # rank 4 costs as much as Bone's r = 8
+            model = copy.deepcopy(base)
+            adapt(model, "0", None, Cell("digits", method, r))
+            model(x).square().sum().backward()
+            gradients.append([p.grad for p in adapter_parameters(model, None)])
+        (bone,), (of_a, of_b) = gradients
+        torch.testing.assert_close(of_b.T, bone)
+        assert of_a.shape == (4, 12)
+        assert not of_a.any()
+
     def test_a_count_that_is_off_is_refused(self, monkeypatch):
         bone = METHODS["bone"]
 
@@ -148,6 +193,15 @@ class TestMethods:
         assert ranks(layers, 20 * 12) == {"0": 3, "1": 3, "2": 2, "3": 2, "4": 2}
         assert ranks(layers, 40 * 10, factors=2) == dict.fromkeys(layers, 2)
         assert ranks(layers, 20 * 10 + 50, beside=True) == dict.fromkeys(layers, 2)
+
+
+class Tokens(documentation.Documentation):
+    """The longer task without its rows."""
+
+
+def replace_end(token):
+    """A tokenizer that only knows the token of the end."""
+    return type("Tokenizer", (), {"end": token})()
 
 
 class TestTasks:
@@ -167,8 +221,12 @@ class TestTasks:
             assert (int(answer), int(answer) >= 0) == (expected, True)
         assert kinds == {"bags", "gets", "loses"}
 
-    @pytest.mark.parametrize("module", [arithmetic, docstrings], ids=["arithmetic", "docstrings"])
-    def test_rows_are_held_out(self, module):
+    @pytest.mark.parametrize("module", [arithmetic, docstrings, documentation], ids=str)
+    def test_rows_are_held_out(self, module, monkeypatch):
+        if module is documentation:  # one package, so that it takes no time
+            monkeypatch.setattr(module, "PACKAGES", ("numpy",))
+            monkeypatch.setattr(module, "TRAINING_ROWS", 100)
+            monkeypatch.setattr(module, "_rows", module._rows.__wrapped__)
         parts = [{tuple(ids) for ids, _ in part} for part in module._rows()]
         assert all(len(part) >= 24 for part in parts)
         assert len(set.union(*parts)) == sum(map(len, parts))
@@ -205,6 +263,43 @@ class TestTasks:
         assert task._score(model, rows).exact == 1
         right[0][-2] = (right[0][-2] + 1) % 64
         assert task._score(model, rows).exact == 0.5
+        tokens = Tokens()._score(model, rows)
+        assert 0 < tokens.exact < 1
+        assert tokens.exact * 6 == pytest.approx(round(tokens.exact * 6))
+
+    def test_text_of_the_base_is_drawn_from_its_probabilities(self, monkeypatch):
+        torch.manual_seed(0)
+        monkeypatch.setattr(documentation, "OWN_TEXTS", 200)
+        monkeypatch.setattr(documentation, "LONGEST", 2)
+        monkeypatch.setattr(documentation, "demo_tokenizer", lambda: replace_end(3))
+        model = sizes_of("arithmetic").eval()
+        model.lm_head.weight.data *= 20
+        task = Tokens()
+        task.base = lambda: model
+        texts = documentation.own_text.__wrapped__(task)
+        assert {len(text) for text in texts} == {3}
+        assert {text[0] for text in texts} == {3}
+        with torch.no_grad():
+            chances = model(torch.tensor([[3]]))[0, -1].softmax(-1)
+        expected = [int(chances.argmax()), round(200 * float(chances.max()))]
+        ((likely, count),) = Counter(text[1] for text in texts).most_common(1)
+        assert likely == expected[0]
+        assert abs(count - expected[1]) < 25
+        assert task.forgotten(model, model)[0] == task.forgotten(model, model)[1]
+
+    def test_products_are_computed_in_the_precision_of_the_task(self):
+        model, rows = sizes_of("arithmetic"), [([3, 5, 9, 2, 6], 3), ([7, 1, 4], 1)]
+        batch = Tokens().batch_of(rows, CPU)
+        seen = []
+        hook = model.model.register_forward_pre_hook(
+            lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+        )
+        losses = [task.loss(model, batch) for task in (TASKS["arithmetic"], Tokens())]
+        hook.remove()
+        assert seen == [False, True]
+        assert losses[1].dtype == torch.float32
+        torch.testing.assert_close(*losses, atol=0.05, rtol=0.01)
+        assert losses[0] != losses[1]
 
     def test_the_loss_of_a_batch_is_that_of_its_answers(self):
         torch.manual_seed(0)
@@ -256,6 +351,15 @@ class TestTraining:
         assert torch.equal(seen["bone"][0], seen["lora"][0])
         assert seen["bone"][1] == seen["lora"][1]
 
+    def test_the_scale_draws_a_curve_from_the_base_to_the_trained(self, tiny):
+        tiny.scales = (0.0, 0.5, 1.0)
+        found = train(Run(Cell("digits", "lora", 8), 1e-2, 0), CPU, tiny)
+        base = tiny.base()
+        (_, *at_zero), (middle, *_), (_, *at_one) = found["scales"]
+        assert at_zero == pytest.approx([tiny.test(base).loss, found["forgetting"][0]])
+        assert at_one == pytest.approx([found["loss"], found["forgetting"][1]])
+        assert middle == 0.5
+
     def test_divergence_is_told(self, tiny):
         found = train(Run(Cell("digits", FULL, 8), 1e30, 0), CPU, tiny)
         assert found["validation"][-1] is None
@@ -304,11 +408,47 @@ class TestPlan:
             extensions += 1
         assert extensions == MOST_EXTENSIONS
 
+    def test_a_follower_takes_the_rate_of_its_leader_once(self):
+        follower = replace(CELL, r=2)
+        study = replace(SMALL, cells=(CELL, follower), leaders={follower: CELL})
+        assert (study.least_runs(CELL), study.least_runs(follower)) == (6, 1)
+        assert {run.cell for run in wanted(study, {})} == {CELL}
+        assert runs_left(study, {}) == 7
+        results = results_of(CELL, {1e-3: 2.0, 3e-3: 1.0, 1e-2: 1.5, 3e-2: 2.5})
+        assert wanted(study, results) == [
+            Run(follower, 3e-3, 0), Run(CELL, 3e-3, 1), Run(CELL, 3e-3, 2)
+        ]  # fmt: skip
+        results |= results_of(follower, {3e-3: 4.0})
+        assert [run.seed for run in wanted(study, results)] == [1, 2]
+        assert runs_left(study, results) == 2
+        assert finding(follower, study, results).mean("loss").value == 4.0
+
+    def test_every_search_comes_before_the_other_seeds(self):
+        other = replace(CELL, method="lora")
+        rates = {("digits", "bone"): (1e-3,), ("digits", "lora"): (1e-2,)}
+        study = replace(SMALL, cells=(CELL, other), rates=rates)
+        results = results_of(CELL, {1e-3: 2.0})
+        assert wanted(study, results)[0] == Run(other, 1e-2, 0)
+        results |= results_of(other, {1e-2: 2.0})
+        assert [run.seed for run in wanted(study, results)] == [1, 2, 1, 2]
+
+    def test_a_best_rate_below_a_grid_of_any_steps_is_looked_beyond(self):
+        study = replace(SMALL, rates={("digits", "bone"): GRID})
+        losses = dict(zip(GRID, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True))
+        assert wanted(study, results_of(CELL, losses)) == [Run(CELL, 1e-5, 0)]
+
     def test_the_study_is_what_it_says(self):
         assert len(set(STUDY.cells)) == len(STUDY.cells)
         for task in TASKS:
-            assert {c.method for c in STUDY.cells if c == main_cell(task, c.method)} == set(METHODS)
-        assert all(len(rates) >= 4 and set(rates) <= set(RATES) for rates in STUDY.rates.values())
+            main = {c.method for c in STUDY.cells if c == main_cell(task, c.method)}
+            assert main == set(compared(task))
+        assert {*LONGER} == {"bone", "bat", "lora", "rslora", "dora", IDENTITY}
+        assert {STUDY.rates[LONG, method] for method in LONGER} == {GRID}
+        assert {c.r for c in STUDY.cells if c.task == LONG and c.method == "bone"} == {
+            8, 32, 64, 128
+        }  # fmt: skip
+        assert all(len(rates) >= 4 and set(rates) <= {*RATES, *GRID}
+                   for rates in STUDY.rates.values())  # fmt: skip
         assert len(STUDY.seeds) == 3
         assert len({Run(cell, 1e-3, 0).title for cell in STUDY.cells}) == len(STUDY.cells)
 
@@ -475,15 +615,21 @@ class TestVerdict:
 
     @staticmethod
     def best_runs(task, method):
-        """The three seeds of the main comparison, read from the file itself."""
+        """The seeds of the main comparison, of the file itself: three, unless it lacks some."""
         chosen = TASKS[task]
         cell = {"task": task, "method": method, "r": chosen.r, "r_out": None, "layers": "all",
                 "dtype": "float32"}  # fmt: skip
         runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
         runs = [run for run in runs if run["cell"] == cell]
         first = [run for run in runs if run["seed"] == 0 and run["validation"][-1] is not None]
-        rate = min(first, key=lambda run: run["validation"][-1])["rate"]
+        rate = min(first, key=lambda run: run["validation"][-1])["rate"] if first else None
         return sorted((run for run in runs if run["rate"] == rate), key=lambda run: run["seed"])
+
+    @classmethod
+    def tasks(cls):
+        """The tasks of which Bone, BAT and LoRA have all their runs."""
+        needed = ("bone", "bat", "lora")
+        return [t for t in TASKS if all(len(cls.best_runs(t, name)) == 3 for name in needed)]
 
     @classmethod
     def figures(cls, method, what):
@@ -494,7 +640,9 @@ class TestVerdict:
             one["task"]: one for one in json.loads(costs.COSTS.read_text())["tables"]["costs"]
         }
         ratios, lower, higher = [], 0, 0
-        for task in TASKS:
+        for task in cls.tasks():
+            if task not in costs_of and what in ("time of a step", "memory of a step"):
+                continue
             if what == "time of a step":
                 seconds = [
                     torch.tensor(costs_of[task]["seconds"][name]) for name in (method, "lora")
@@ -546,8 +694,9 @@ class TestVerdict:
 
     def test_it_names_its_limits(self):
         text = " ".join(self.BOX.split())
-        steps = max(self.best_runs(task, "lora")[0]["steps"][-1] for task in TASKS)
-        assert f"over {len(TASKS)} tasks" in text
+        tasks = self.tasks()
+        steps = max(self.best_runs(task, "lora")[0]["steps"][-1] for task in tasks)
+        assert f"over {len(tasks)} tasks" in text
         assert f"(at most {steps} steps)" in text
 
     @pytest.mark.parametrize(("factor", "word"), [(0.5, "better"), (2.0, "worse")])
@@ -606,7 +755,7 @@ class TestReport:
 
     def test_every_kept_run_is_of_the_study(self):
         strangers = [run.title for run in read_runs(RESULTS)
-                     if run.cell not in STUDY.cells or run.rate not in RATES]  # fmt: skip
+                     if run.cell not in STUDY.cells or run.rate not in (*RATES, *GRID)]  # fmt: skip
         assert strangers == []
 
     def test_numbers_come_from_files(self, tmp_path):

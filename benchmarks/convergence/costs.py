@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.convergence.methods import METHODS, adapt
-from benchmarks.convergence.plan import main_cell
+from benchmarks.convergence.methods import adapt
+from benchmarks.convergence.plan import compared, main_cell
 from benchmarks.convergence.runs import RESULTS
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.tasks.task import Task, batch_order
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in asked.tasks:
         if name not in {one["task"] for one in measured}:
             print(f"{name} ...", flush=True)
-            measured.append(costs(TASKS[name], list(METHODS), BUDGET, device))
+            measured.append(costs(TASKS[name], compared(name), BUDGET, device))
             write_results(file, results)
     print(f"costs: {file}")
     return 0

@@ -24,6 +24,7 @@ STYLES: Mapping[str, tuple[str, str]] = {
     "pissa": ("tab:orange", "--"),
     "olora": ("tab:olive", "--"),
     "dora": ("tab:red", "--"),
+    "lora_identity": ("tab:brown", "-."),
     "loha": ("tab:pink", "--"),
     "full": ("tab:green", ":"),
 }
@@ -60,7 +61,7 @@ def compared(found: Mapping[str, TaskFindings]) -> bytes:
     return _svg(figure)
 
 
-MARKS = "os^v"
+MARKS = "os^vP"
 """How the tasks are marked, in their order."""
 
 

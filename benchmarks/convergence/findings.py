@@ -174,7 +174,7 @@ def differ(one: Sequence[float], other: Sequence[float]) -> bool:
 def finding(cell: Cell, study: Study, results: Results) -> Finding | None:
     """Return the finding of a cell; None if it is not finished, or diverged at its best rate."""
     rate, records = _at_best(cell, study, results)
-    if len(records) < len(study.seeds) or any(map(_diverged, records)):
+    if len(records) < len(study.seeds_of(cell)) or any(map(_diverged, records)):
         return None
     return Finding(cell, rate, tried(cell, study.seeds[0], results), records)
 
@@ -186,7 +186,7 @@ def _at_best(
     rate = best_rate(cell, study, results)
     if rate is None:
         return math.nan, ()
-    runs = (Run(cell, rate, seed) for seed in study.seeds)
+    runs = (Run(cell, rate, seed) for seed in study.seeds_of(cell))
     return rate, tuple(results[run] for run in runs if run in results)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 import disha
 from benchmarks.convergence.runs import Cell
 
-__all__ = ["FULL", "LARGEST_DIFFERENCE", "METHODS", "Method", "adapt", "adapter_parameters",
-           "budget", "ranks", "tile_r", "updates"]  # fmt: skip
+__all__ = ["FULL", "IDENTITY", "LARGEST_DIFFERENCE", "METHODS", "Method", "adapt",
+           "adapter_parameters", "budget", "ranks", "set_scale", "tile_r",
+           "updates"]  # fmt: skip
 
 LARGEST_DIFFERENCE = 0.03
 """The largest relative difference from Bone's number of parameters."""
@@ -93,6 +95,24 @@ def updates(model: nn.Module, base: nn.Module, names: Sequence[str]) -> dict[str
         name: _effective_weight(model.get_submodule(name)) - base.get_submodule(name).weight
         for name in names
     }
+
+
+def set_scale(model: nn.Module, scale: float) -> None:
+    """Multiply every adapter's update by a scale: 1 as trained, 0 for none.
+
+    DoRA keeps its trained magnitudes at any scale, so that it is not the base at 0.
+
+    Args:
+        model: adapted by any method but full fine-tuning.
+        scale: for all layers.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    of_peft = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not of_peft:
+        disha.set_adapter_scale(model, scale)
+    for layer in of_peft:
+        layer.set_scale("default", scale)
 
 
 def _effective_weight(layer: nn.Module) -> Tensor:
@@ -184,6 +204,15 @@ def _lora(**settings: Any) -> Adapt:
     return adapt
 
 
+def _lora_identity(model: nn.Module, layers: Layers, cell: Cell) -> None:
+    """LoRA that starts where Bone does: A = [I I ... I], B = 0. Unlike Bone, it trains A."""
+    _lora()(model, layers, cell)
+    for name in layers:
+        a = model.get_submodule(name).lora_A["default"].weight  # type: ignore[index,union-attr]
+        rank, width = a.shape
+        a.data = torch.eye(rank).repeat(1, math.ceil(width / rank))[:, :width].contiguous()
+
+
 def _loha(model: nn.Module, layers: Layers, cell: Cell) -> None:
     from peft import LoHaConfig, inject_adapter_in_model
 
@@ -203,7 +232,7 @@ def _in_config(chosen: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-FULL = "full"
+FULL, IDENTITY = "full", "lora_identity"
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -221,6 +250,12 @@ METHODS: Mapping[str, Method] = {
         Method("pissa", "PiSSA", "peft, alpha = rank", _lora(init_lora_weights="pissa")),
         Method("olora", "OLoRA", "peft, alpha = rank", _lora(init_lora_weights="olora")),
         Method("dora", "DoRA", "peft, alpha = rank", _lora(use_dora=True)),
+        Method(
+            IDENTITY,
+            "LoRA from identity",
+            "peft, alpha = rank, A starts as [I I ... I] and B at zero",
+            _lora_identity,
+        ),
         Method("loha", "LoHa", "peft, alpha = rank", _loha),
         Method(FULL, "full fine-tuning", "the weights of the same layers", _full),
     )

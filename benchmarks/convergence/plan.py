@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.convergence.methods import FULL, METHODS
+from benchmarks.convergence.methods import FULL, IDENTITY, METHODS
 from benchmarks.convergence.runs import Cell, Run
 from benchmarks.convergence.tasks import TASKS
 
-__all__ = ["SEEDS", "STUDY", "Results", "Study", "best_rate", "final_loss", "main_cell", "wanted"]
+__all__ = ["GRID", "LONGER", "SEEDS", "STUDY", "Results", "Study", "best_rate", "compared",
+           "final_loss", "main_cell", "runs_left", "tried", "wanted"]  # fmt: skip
 
 Results = Mapping[Run, Mapping[str, Any]]
 
@@ -29,11 +31,22 @@ class Study:
         cells: in the order in which they are done.
         rates: (task, method) -> at least four neighbouring learning rates.
         seeds: the first is used to search the learning rate.
+        leaders: cell -> the cell whose best learning rate it takes. It is run with the first seed.
     """
 
     cells: tuple[Cell, ...]
     rates: Mapping[tuple[str, str], tuple[float, ...]]
     seeds: tuple[int, ...] = SEEDS
+    leaders: Mapping[Cell, Cell] = field(default_factory=dict)
+
+    def seeds_of(self, cell: Cell) -> tuple[int, ...]:
+        """Return the seeds of a cell's final runs."""
+        return self.seeds[:1] if cell in self.leaders else self.seeds
+
+    def least_runs(self, cell: Cell) -> int:
+        """Return how many runs a cell needs if its search is not extended."""
+        searched = 1 if cell in self.leaders else len(self.rates[cell.task, cell.method])
+        return searched + len(self.seeds_of(cell)) - 1
 
 
 def final_loss(record: Mapping[str, Any]) -> float:
@@ -53,24 +66,32 @@ def tried(cell: Cell, seed: int, results: Results) -> dict[float, float]:
 
 def best_rate(cell: Cell, study: Study, results: Results) -> float | None:
     """Return the learning rate that a finished search has found, or None before that."""
+    cell = study.leaders.get(cell, cell)
     return None if _search(cell, study, results) else _best(cell, study, results)
 
 
 def wanted(study: Study, results: Results) -> list[Run]:
     """Return the missing runs that are known to be needed so far, in order.
 
-    First come a cell's learning rates. If the best is at an edge, the next one beyond it follows.
-    Then come the other seeds at the best rate.
+    First come the learning rates of every cell. If the best is at an edge, the next one beyond it
+    follows. Then come the other seeds at the best rates.
     """
-    runs = []
+    searches, repeats = [], []
     for cell in study.cells:
-        searched = _search(cell, study, results)
-        runs += searched or [
-            run
-            for seed in study.seeds[1:]
-            if (run := Run(cell, _best(cell, study, results), seed)) not in results
-        ]
-    return runs
+        searched = [] if cell in study.leaders else _search(cell, study, results)
+        searches += searched
+        if not searched and (rate := best_rate(cell, study, results)) is not None:
+            runs = [Run(cell, rate, seed) for seed in study.seeds_of(cell)]
+            searches += [run for run in runs[:1] if run not in results]
+            repeats += [run for run in runs[1:] if run not in results]
+    return searches + repeats
+
+
+def runs_left(study: Study, results: Results) -> int:
+    """Return how many runs are missing, if no search is extended further."""
+    known = Counter(run.cell for run in wanted(study, results))
+    there = Counter(run.cell for run in results)
+    return sum(max(known[c], study.least_runs(c) - there[c]) for c in study.cells)
 
 
 def _best(cell: Cell, study: Study, results: Results) -> float:
@@ -86,10 +107,10 @@ def _search(cell: Cell, study: Study, results: Results) -> list[Run]:
     if missing or len(start) == 1:
         return missing
     best, extended = _best(cell, study, results), len(found) - len(start)
-    step = {min(found): -1, max(found): 1}.get(best, 0)
-    if step == 0 or extended >= MOST_EXTENSIONS:
+    if extended >= MOST_EXTENSIONS or min(found) < best < max(found):
         return []
-    return [Run(cell, RATES[RATES.index(best) + step], seed)]
+    lower, higher = ([rate for rate in RATES if rate < best], [r for r in RATES if r > best])
+    return [Run(cell, lower[-1] if best == min(found) else higher[0], seed)]
 
 
 # --- the study -----------------------------------------------------------------------------------
@@ -114,27 +135,38 @@ LOWEST: Mapping[str, Mapping[str, float]] = {
     "arithmetic": {"bone": 1e-4, "tile": 1e-4, "bat": 1e-4, FULL: 1e-5, "": 3e-4},
     "docstrings": {"bone": 1e-4, "tile": 1e-4, "bat": 1e-4, FULL: 1e-5, "": 3e-4},
 }
+LONG = "documentation"
+"""The task of the longer study."""
+GRID = (2e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+"""One grid for all methods there: the paper's rate for all, peft's, and what each needs."""
+LONGER = ("bone", "lora", "bat", "rslora", "dora", IDENTITY)
+RANKS = (8, 32, 128)
+
+
+def compared(task: str) -> tuple[str, ...]:
+    """Return the methods of a task's main comparison, in the order in which they are run."""
+    return LONGER if task == LONG else tuple(name for name in METHODS if name != IDENTITY)
 
 
 def _rates(tasks: Iterable[str]) -> dict[tuple[str, str], tuple[float, ...]]:
     return {
-        (task, method): _grid(LOWEST[task].get(method, LOWEST[task][""]))
+        (task, method): GRID if task == LONG else _grid(LOWEST[task].get(method, LOWEST[task][""]))
         for task in tasks
-        for method in METHODS
+        for method in compared(task)
     }
 
 
-COMPARED = ("bone", "bat", "lora")
+SIZED = ("bone", "bat", "lora")
 
 
 def _sizes(task: str, shares: Iterable[float]) -> list[Cell]:
     sizes = [round(share * TASKS[task].r) for share in shares]
-    return [Cell(task, method, r) for r in sizes for method in COMPARED]
+    return [Cell(task, method, r) for r in sizes for method in SIZED]
 
 
 def _parts(task: str) -> list[Cell]:
     parts = [part for part in TASKS[task].layers if part != "all"]
-    return [Cell(task, name, TASKS[task].r, layers=part) for part in parts for name in COMPARED]
+    return [Cell(task, name, TASKS[task].r, layers=part) for part in parts for name in SIZED]
 
 
 def _tiles(task: str) -> list[Cell]:
@@ -145,17 +177,26 @@ def _half(task: str) -> list[Cell]:
     return [Cell(task, name, TASKS[task].r, dtype="bfloat16") for name in ("bone", "bat")]
 
 
+def _ranks() -> dict[Cell, Cell]:
+    """Return the cells of other r in the longer study, each with the one that chooses its rate."""
+    return {
+        Cell(LONG, method, r): main_cell(LONG, method) for r in RANKS for method in ("bone", "lora")
+    }
+
+
 TILES = {"digits": (16, 64)}
 
 STUDY = Study(
     cells=(
-        *(main_cell(task, method) for task in TASKS for method in METHODS),
+        *(main_cell(task, method) for task in TASKS for method in compared(task)),
         # All ablations where a run takes seconds. Only one, half of r, where it takes a minute.
         *_sizes("digits", (0.5, 2, 4)),
         *_parts("digits"),
         *_tiles("digits"),
         *_half("digits"),
         *_sizes("packages", (0.5,)),
+        *_ranks(),
     ),
     rates=_rates(TASKS),
+    leaders=_ranks(),
 )

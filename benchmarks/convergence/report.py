@@ -27,7 +27,7 @@ from benchmarks.convergence.plan import STUDY, Results, Study, main_cell
 from benchmarks.convergence.runs import RESULTS, Cell, read_runs
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.training import HEAD_RATE
-from benchmarks.convergence.verdict import verdict
+from benchmarks.convergence.verdict import COMPARED, verdict
 from benchmarks.markdown import bytes_text, folded, seconds_text, table
 
 __all__ = ["main", "write"]
@@ -66,7 +66,7 @@ def write(study: Study, results_file: Path, costs_file: Path, docs: Path) -> lis
     """
     results, costs = read_runs(results_file), _read_costs(costs_file)
     found = _found(study, results, costs)
-    shown = {task: one for task, one in found.items() if "lora" in one.findings}
+    shown = {task: one for task, one in found.items() if _is_complete(one)}
     pictures = {PICTURES.format(task): curves.curves(task, one) for task, one in shown.items()}
     if shown:
         pictures[PICTURES.format("verdict")] = curves.compared(shown)
@@ -96,6 +96,11 @@ def _found(study: Study, results: Results, costs: Mapping[str, Any]) -> dict[str
         )
         for task in dict.fromkeys(cell.task for cell in study.cells)
     }
+
+
+def _is_complete(found: TaskFindings) -> bool:
+    """Whether the methods of the verdict are finished, and there is LoRA's to compare with."""
+    return "lora" in found.findings and set(COMPARED).isdisjoint(found.unfinished)
 
 
 def _is_main(cell: Cell) -> bool:
@@ -416,6 +421,7 @@ def _ablations(study: Study, results: Results) -> str:
             one
             for cell in study.cells
             if cell.task == task and cell.method in ("bone", "tile", "bat", "lora")
+            and cell not in study.leaders
             and (one := finding(cell, study, results)) is not None
         ]  # fmt: skip
         if not all(_is_main(one.cell) for one in found):

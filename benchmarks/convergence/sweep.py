@@ -120,6 +120,7 @@ def time_left(study: Study, seconds: dict[Run, float], workers: int) -> float:
     left = 0.0
     for cell in study.cells:
         there = sum(run.cell == cell for run in seconds)
-        needed = len(study.rates[cell.task, cell.method]) + len(study.seeds) - 1
-        left += max(0, needed - there) * usual.get(cell.task, max(usual.values(), default=0.0))
+        left += max(0, study.least_runs(cell) - there) * usual.get(
+            cell.task, max(usual.values(), default=0.0)
+        )
     return left / workers

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.convergence.methods import adapt, adapter_parameters, updates
+from benchmarks.convergence.methods import adapt, adapter_parameters, set_scale, updates
 from benchmarks.convergence.runs import Run
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.tasks.task import Task, batch_order
@@ -36,7 +36,9 @@ def train(run: Run, device: torch.device, task: Task | None = None) -> dict[str,
     Returns:
         `steps` and `validation`: the curve; `gradient_norms` of the first steps; `loss`, `exact`:
         of the test rows; `forgetting`: before and after; `effective_rank`, `relative_norm` of dW;
-        `parameters`; `seconds` of the whole run. A number that is not finite is None.
+        `parameters`; `seconds` of the whole run; where the task has scales, `scales`: for each,
+        the scale, the test loss, and the measure of forgetting. A number that is not finite is
+        None.
     """
     task = task or TASKS[run.cell.task]
     started = time.perf_counter()
@@ -109,13 +111,25 @@ def _results(task: Task, model: nn.Module, base: nn.Module, names: list[str]) ->
     changes = updates(model, base, examined)
     ranks = [effective_rank(change) for change in changes.values()]
     norms = [float(dw.norm() / base.get_submodule(n).weight.norm()) for n, dw in changes.items()]
-    return {
+    found = {} if not task.scales else {"scales": _by_scale(task, model, base)}
+    return found | {
         "loss": _finite(score.loss),
         "exact": score.exact,
         "forgetting": [_finite(before), _finite(after)],
         "effective_rank": sum(ranks) / len(ranks),
         "relative_norm": sum(norms) / len(norms),
     }
+
+
+def _by_scale(task: Task, model: nn.Module, base: nn.Module) -> list[list[float | None]]:
+    """Return scale, test loss and forgetting for every scale of the task."""
+    found = []
+    for scale in task.scales:
+        set_scale(model, scale)
+        measured = task.test(model).loss, task.forgotten(model, base)[1]
+        found.append([scale, *map(_finite, measured)])
+    set_scale(model, 1.0)
+    return found
 
 
 def effective_rank(matrix: Tensor) -> float:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from benchmarks.convergence.tasks.arithmetic import Arithmetic
 from benchmarks.convergence.tasks.digits import Digits
 from benchmarks.convergence.tasks.docstrings import Docstrings
+from benchmarks.convergence.tasks.documentation import Documentation
 from benchmarks.convergence.tasks.packages import Packages
 from benchmarks.convergence.tasks.task import Task
 
 __all__ = ["TASKS", "Task"]
 
 TASKS: Mapping[str, Task] = {
-    task.name: task for task in (Digits(), Packages(), Arithmetic(), Docstrings())
+    task.name: task for task in (Digits(), Packages(), Arithmetic(), Docstrings(), Documentation())
 }

@@ -1,4 +1,4 @@
-"""What both tasks of the language model share: SmolLM2-135M, prompts and answers."""
+"""What the tasks of the language model share: SmolLM2-135M, prompts and answers."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ class LanguageTask(Task):
         "feed-forward": r"\.(gate|up|down)_proj$",
     }
     examined = r"layers\.(0|15|29)\."
+    precision: ClassVar[torch.dtype] = torch.float32
+    """In which products are computed. Weights and adapters are float32."""
+    whole_answers: ClassVar[bool] = True
+    """Whether `exact` counts whole answers; otherwise their tokens."""
 
     @abstractmethod
     def rows(self) -> Rows:
@@ -72,8 +76,7 @@ class LanguageTask(Task):
         """Return the cross-entropy of an answer's token."""
         tokens, labels = batch
         answered = labels != IGNORED
-        logits = model.lm_head(model.model(tokens)[answered])  # type: ignore[operator]
-        return F.cross_entropy(logits.float(), labels[answered])
+        return F.cross_entropy(self._logits(model, tokens, answered), labels[answered])
 
     def validation_loss(self, model: nn.Module) -> float:
         """Return the loss of the validation rows."""
@@ -94,6 +97,13 @@ class LanguageTask(Task):
         rows = [(ids, 1) for ids in texts]
         return self._score(base, rows).loss, self._score(model, rows).loss
 
+    def _logits(self, model: nn.Module, tokens: Tensor, answered: Tensor) -> Tensor:
+        """Return float32 logits (answered tokens, vocabulary)."""
+        low = self.precision != torch.float32
+        with torch.autocast(tokens.device.type, self.precision if low else None, enabled=low):
+            logits = model.lm_head(model.model(tokens)[answered])  # type: ignore[operator]
+        return logits.float()  # type: ignore[no-any-return]
+
     def _score(self, model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> Score:
         device, summed, counted, right = next(model.parameters()).device, 0.0, 0, 0
         rows = sorted(rows, key=lambda row: len(row[0]))
@@ -101,13 +111,13 @@ class LanguageTask(Task):
             for start in range(0, len(rows), AT_ONCE):
                 tokens, labels = self.batch_of(rows[start : start + AT_ONCE], device)
                 answered = labels != IGNORED
-                logits = model.lm_head(model.model(tokens)[answered])  # type: ignore[operator]
+                logits = self._logits(model, tokens, answered)
                 summed += float(F.cross_entropy(logits, labels[answered], reduction="sum"))
                 counted += int(answered.sum())
                 agrees = torch.ones_like(labels, dtype=torch.bool)
                 agrees[answered] = logits.argmax(-1) == labels[answered]
-                right += int(agrees.all(1).sum())
-        return Score(summed / counted, right / len(rows))
+                right += int((agrees.all(1) if self.whole_answers else agrees[answered]).sum())
+        return Score(summed / counted, right / (len(rows) if self.whole_answers else counted))
 
 
 @lru_cache(maxsize=1)

@@ -54,6 +54,8 @@ class Task(ABC):
     """A regex of the layers whose updates are examined for rank and size."""
     head: ClassVar[str | None] = None
     """The name of a new layer that every method trains too, or None."""
+    scales: ClassVar[tuple[float, ...]] = ()
+    """The runtime scales at which a trained adapter is tested, from 0 to 1; none by default."""
 
     @abstractmethod
     def pretrained(self) -> nn.Module:
