@@ -1,4 +1,8 @@
-"""The tables of one linear layer: a training step, and a forward of few tokens."""
+"""The tables of one linear layer: a training step, and a forward of few tokens.
+
+Beside a training step, the rates of its products and of copying are measured, and the pieces of
+Bone's step alone.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,9 @@ from benchmarks.candidates import (
     check_same_results,
     missing_package,
 )
+from benchmarks.cost_model import Linear
 from benchmarks.protocol import Budget, compare, synchroniser
+from benchmarks.rates import bone_pieces, measured_rates
 from benchmarks.settings import LayerSize, Profile, R
 from benchmarks.steps import trainable
 
@@ -29,8 +35,22 @@ def layer_step(profile: Profile, device: torch.device) -> list[Case]:
     """Measure forward and backward of one layer, the gradient of its input included."""
     return [
         _measure(size, profile.layer_step_budget, device, _training_step)
+        | _beside(size, profile.rates_budget, device)
         for size in profile.layer_steps
     ]
+
+
+def _beside(size: LayerSize, budget: Budget, device: torch.device) -> Case:
+    """Return the rates for a size, and the times of Bone's pieces."""
+    width, tokens, r, dtype = size.width, size.tokens, _shard_size(size), size.dtype
+    return {
+        "rates": measured_rates([Linear(width, width)], tokens, r, dtype, device, budget),
+        "pieces": bone_pieces(width, tokens, r, dtype, device, budget),
+    }
+
+
+def _shard_size(size: LayerSize) -> int:
+    return min(R, size.width // 8)
 
 
 def few_tokens(profile: Profile, device: torch.device) -> list[Case]:
@@ -72,14 +92,14 @@ def _measure(
     plain = nn.Linear(size.width, size.width, bias=False, device=device, dtype=size.dtype)
     plain.requires_grad_(False)
     x = torch.randn(size.tokens, size.width, device=device, dtype=size.dtype)
-    layers, left_out = build_layers(plain, x, min(R, size.width // 8), CANDIDATES.values())
+    layers, left_out = build_layers(plain, x, _shard_size(size), CANDIDATES.values())
     runs = {name: make(layer, x) for name, layer in layers.items()}
     seconds = compare(runs, budget, synchronise=synchroniser(device))
     return {
         "width": size.width,
         "tokens": size.tokens,
         "dtype": str(size.dtype).removeprefix("torch."),
-        "r": min(R, size.width // 8),
+        "r": _shard_size(size),
         "parameters": parameter_counts(layers),
         "seconds": seconds,
         "left_out": left_out,

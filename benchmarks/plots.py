@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.candidates import BASE, CANDIDATES
 from benchmarks.compared import SHOWN, Row, rows
-from benchmarks.targets import candidate_floor, over_base, size_title
+from benchmarks.targets import candidate_floor, over_base, roofline_floor, size_title
 
 __all__ = ["plots"]
 
@@ -84,13 +84,14 @@ def _bars(table: str, cases: Sequence[Case], label: str) -> bytes:
             color=[_colour(name) for name in names],
         )
         for row, name in enumerate(names):
-            floor = candidate_floor(table, case, CANDIDATES[name].method)
-            if floor is not None:
-                axes.plot([floor, floor], [row - 0.4, row + 0.4], color="tab:red")
+            for floor_of, style in ((candidate_floor, "-"), (roofline_floor, ":")):
+                floor = floor_of(table, case, CANDIDATES[name].method)
+                if floor is not None:
+                    axes.plot([floor, floor], [row - 0.4, row + 0.4], style, color="tab:red")
         axes.invert_yaxis()
         axes.set_xlim(left=0.9)
         axes.set_title(size_title(case), fontsize=9)
-        axes.set_xlabel(label + "\nred: arithmetic floor", fontsize=8)
+        axes.set_xlabel(label + "\nred: multiply-adds; dotted: roofline", fontsize=8)
         axes.tick_params(labelsize=8)
     return _png(figure)
 

@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost_model
+import torch
+
+from benchmarks import cost_model, roofline
 from benchmarks.candidates import BASE, CANDIDATES, METHOD_TITLES
 from benchmarks.compared import lines, rows
 from benchmarks.markdown import (
@@ -31,7 +33,14 @@ from benchmarks.plots import plots
 from benchmarks.protocol import Spread, paired_ratios
 from benchmarks.results import ResultsError, read_results
 from benchmarks.side_by_side import CONTESTANTS
-from benchmarks.targets import Outcome, candidate_floor, judge, over_base, size_title
+from benchmarks.targets import (
+    Outcome,
+    candidate_floor,
+    judge,
+    over_base,
+    roofline_floor,
+    size_title,
+)
 
 __all__ = ["LOOP_LIMIT", "main", "page"]
 
@@ -150,7 +159,10 @@ against the Trainer of `transformers` with PEFT, on the same rows of text.
 HOW_TO_READ = """\
 - Times are ratios to the *frozen base*: the same layer or model without an adapter. Nothing in it
   is trained, but gradients pass through it.
-- The *floor* is the same ratio, counted in multiply-adds of the products alone.
+- *Multiply-adds* is the same ratio, counted in multiply-adds of the products alone.
+- The *roofline* is the least that this ratio can be on the machine of the run. It counts each
+  product and each pass over memory, at rates measured beside the steps
+  ([how](../benchmarks/roofline.py)). It is absent from runs without such rates.
 - All candidates have as many trained parameters as Bone with r = 64. For square layers that is
   LoRA of rank 32. Adapters have the dtype of the base.
 - All candidates run in one process, in rounds, in a new random order each round. A ratio is taken
@@ -194,16 +206,20 @@ def _machine(results: Results) -> str:
 
 
 def _ratios(name: str, cases: Sequence[Case], title: Callable[[Case], str] = size_title) -> str:
-    """Return a table of candidates by cases, with floors and the time of the base."""
+    """Return a table of candidates by cases, with both floors and the time of the base."""
     header = ["", *(title(case) for case in cases)]
     rows = [
         ["frozen base", *(seconds_text(Spread.of(case["seconds"][BASE]).median) for case in cases)]
     ]
-    for method, method_title in METHOD_TITLES.items():
-        floors = [candidate_floor(name, case, method) for case in cases]
-        if any(floor is not None for floor in floors):
-            texts = [NOTHING if floor is None else f"*{ratio_text(floor)}*" for floor in floors]
-            rows.append([f"*floor {method_title}*", *texts])
+    for floor_title, floor_of in (
+        ("multiply-adds", candidate_floor),
+        ("roofline", roofline_floor),
+    ):
+        for method, method_title in METHOD_TITLES.items():
+            floors = [floor_of(name, case, method) for case in cases]
+            if any(floor is not None for floor in floors):
+                texts = [NOTHING if one is None else f"*{ratio_text(one)}*" for one in floors]
+                rows.append([f"*{floor_title} {method_title}*", *texts])
     for candidate in dict.fromkeys(one for case in cases for one in case["seconds"]):
         if candidate != BASE:
             rows.append([CANDIDATES[candidate].title, *_over_base(candidate, cases)])
@@ -242,13 +258,119 @@ def _timed(name: str, title: str, about: str, results: Results) -> str:
 
 def _layer_step(results: Results) -> str:
     about = "Forward and backward, including the gradient of the input."
-    return _timed("layer_step", "Training step of one linear layer", about, results)
+    cases = [case for case in results["tables"]["layer_step"] if "rates" in case]
+    if cases:
+        about += f"\n\n{_least(cases)}"
+    times = _timed("layer_step", "Training step of one linear layer", about, results)
+    return times + (_pieces(cases) + _rates(cases) if cases else "")
+
+
+def _least(cases: Sequence[Case]) -> str:
+    """Return what no implementation can beat, in words."""
+
+    def floors(method: str, of: Sequence[Case]) -> str:
+        found = (roofline_floor("layer_step", case, method) for case in of)
+        return _range([floor for floor in found if floor is not None])
+
+    products = [case["rates"]["layers"][0]["products"] for case in cases]
+    narrow = [one[name] / one["x W^T"] for one in products for name in NARROW]
+    copies = [case["rates"][where] for case in cases for where in ("cached", "memory")]
+    floors_in_products = (candidate_floor("layer_step", case, "bone") for case in cases)
+    counted = [floor for floor in floors_in_products if floor is not None]
+    said = (
+        "No implementation that keeps the update apart from the weight can beat the *roofline*: "
+        f"{floors('bone', cases)} for Bone, {floors('bat', cases)} for BAT. Multiply-adds alone "
+        f"would allow Bone {_range(counted)}. But its narrow products run at "
+        f"{_range(narrow, _percent)} of the rate of the base's product. And the output and the "
+        "gradient of the input, to which it adds, must be read and written again, at "
+        f"{_range(copies, _billions)} GB/s."
+    )
+    single = [case for case in cases if case["dtype"] == "float32"]
+    if single:
+        said += (
+            " In float32, an implementation that adds dW to the weight in each pass, as BAT does, "
+            f"could reach {floors(roofline.FORMED, single)}. In 16 bits that would round small "
+            "updates away."
+        )
+    return said
+
+
+NARROW = ("S D", "dY D^T", "S^T dY")
+
+
+def _range(values: Sequence[float], text: Callable[[float], str] = ratio_text) -> str:
+    low, high = text(min(values)), text(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.0f}%"
+
+
+def _pieces(cases: Sequence[Case]) -> str:
+    """Return where the time of Bone's step goes: each piece alone, and its floor."""
+    columns = []
+    for case in cases:
+        width, tokens, r = case["width"], case["tokens"], case["r"]
+        ((layer, rates),) = roofline.read_rates(case["rates"]).items()
+        itemsize = getattr(torch, case["dtype"]).itemsize
+        terms = [
+            *roofline.input_terms(width, tokens, "bone", r, itemsize),
+            *roofline.layer_terms(layer, tokens, "bone", r, itemsize),
+        ]
+        least = {term.name: roofline.seconds([term], rates) for term in terms}
+        alone = {name: statistics.median(taken) for name, taken in case["pieces"].items()}
+        step = [
+            bone - frozen
+            for bone, frozen in zip(case["seconds"]["bone"], case["seconds"][BASE], strict=True)
+        ]
+        whole = statistics.median(step)
+        columns.append(
+            [
+                *(f"{_ms(alone[name])} (*{_ms(least[name])}*)" for name in alone),
+                f"{_ms(whole - sum(alone.values()))} (*0*)",
+                f"{_ms(whole)} (*{_ms(sum(least.values()))}*)",
+            ]
+        )
+    names = [*cases[0]["pieces"], "the rest", "Bone step - frozen step"]
+    rows = [[name, *(column[i] for column in columns)] for i, name in enumerate(names)]
+    return (
+        "\nWhat Bone adds to the step, in milliseconds: each piece timed alone, and its *floor*. "
+        "The rest is calls, allocation, and data that is no longer in a cache.\n\n"
+        + table(["", *map(size_title, cases)], rows)
+    )
+
+
+def _billions(count: float) -> str:
+    return f"{count / 1e9:.0f}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"
+
+
+def _rates(cases: Sequence[Case]) -> str:
+    names = list(cases[0]["rates"]["layers"][0]["products"])
+    rows = [
+        [name, *(_billions(case["rates"]["layers"][0]["products"][name]) for case in cases)]
+        for name in names
+    ]
+    rows += [
+        [f"copying {where}", *(_billions(case["rates"][key]) for case in cases)]
+        for key, where in (("cached", "within a cache"), ("memory", "more than the caches hold"))
+    ]
+    return (
+        "\nThe rates: 10^9 multiply-adds per second of each product, and GB read and written per "
+        "second.\n\n" + table(["", *map(size_title, cases)], rows)
+    )
 
 
 def _few_tokens(results: Results) -> str:
     about = (
         "Without gradients, as in decoding. Each candidate has its own copy of the weights, so "
-        "that none finds them in the cache because another has just read them."
+        "that none finds them in the cache because another has just read them. The roofline is "
+        "bytes here: the weight and the adapter are read once each. It takes the base's own "
+        "product as it is. BAT computes another one, and can be below."
     )
     cases = results["tables"]["few_tokens"]
     if any(over_base(case, "bone").median < 1 for case in cases if "bone" in case["seconds"]):
@@ -266,7 +388,7 @@ def _model_step(results: Results) -> str:
     about = (
         "SmolLM2-135M, with all seven projections of every layer adapted; sequences of equal "
         "length, loss on every token. The output of the embedding requires a gradient in all "
-        "candidates. The floor counts the projections, the head and causal attention."
+        "candidates. Multiply-adds are those of the projections, the head and causal attention."
     )
     return _timed("model_step", "Training step of a language model", about, results)
 
@@ -520,8 +642,8 @@ def _on_paper() -> str:
     return f"""## Large models, on paper
 
 Models with the sizes of Llama 2, all projections adapted with r = {PREDICTED["r"]} in 16 bits, one
-sequence of {PREDICTED["length"]:,} tokens. Nothing here is measured. The step is the floor; *kept*
-is what the adapters keep for the backward pass, without recomputing activations.
+sequence of {PREDICTED["length"]:,} tokens. Nothing here is measured. The step is in multiply-adds;
+*kept* is what the adapters keep for the backward pass, without recomputing activations.
 
 {table(header, rows)}"""
 

@@ -143,6 +143,7 @@ class Profile:
     name: str
     layer_steps: tuple[LayerSize, ...]
     layer_step_budget: Budget
+    rates_budget: Budget
     few_tokens: tuple[LayerSize, ...]
     few_tokens_budget: Budget
     model_steps: tuple[ModelRun, ...]
@@ -199,7 +200,8 @@ FULL = Profile(
         LayerSize(4096, 512, torch.bfloat16),
         LayerSize(1024, 1024, torch.bfloat16),
     ),
-    layer_step_budget=Budget(60.0, least_rounds=7, most_rounds=100),
+    layer_step_budget=Budget(50.0, least_rounds=7, most_rounds=100),
+    rates_budget=Budget(4.0, least_rounds=7, most_rounds=40),
     few_tokens=tuple(
         LayerSize(2048, tokens, dtype)
         for dtype in (torch.float32, torch.bfloat16)
@@ -210,7 +212,7 @@ FULL = Profile(
         ModelRun(torch.float32, batch=1, length=512, layers=30),
         ModelRun(torch.bfloat16, batch=2, length=512, layers=30),
     ),
-    model_step_budget=Budget(170.0, least_rounds=5, most_rounds=40, warm_up=0),
+    model_step_budget=Budget(125.0, least_rounds=5, most_rounds=40, warm_up=0),
     memory_layers=4,
     memory_width=1024,
     memory_tokens=512,
@@ -249,6 +251,7 @@ QUICK = Profile(
         LayerSize(512, 256, torch.bfloat16),
     ),
     layer_step_budget=Budget(4.0, least_rounds=3, most_rounds=20),
+    rates_budget=Budget(0.5, least_rounds=2, most_rounds=10, warm_up=1),
     few_tokens=(LayerSize(512, 1, torch.float32), LayerSize(512, 8, torch.bfloat16)),
     few_tokens_budget=Budget(2.0, least_rounds=5, most_rounds=30),
     model_steps=(ModelRun(torch.float32, batch=1, length=64, layers=2),),

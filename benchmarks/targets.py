@@ -10,12 +10,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks import cost_model
+import torch
+
+from benchmarks import cost_model, roofline
 from benchmarks.candidates import BASE, CANDIDATES, METHOD_TITLES
 from benchmarks.markdown import count_text
 from benchmarks.protocol import Spread, paired_ratios
 
-__all__ = ["TARGETS", "Outcome", "Target", "candidate_floor", "judge", "over_base", "size_title"]
+__all__ = [
+    "TARGETS",
+    "Outcome",
+    "Target",
+    "candidate_floor",
+    "judge",
+    "over_base",
+    "roofline_floor",
+    "size_title",
+]
 
 Case = Mapping[str, Any]
 
@@ -96,6 +107,34 @@ def candidate_floor(table: str, case: Case, method: str) -> float | None:
     return floor(layer, case["tokens"], method, case["r"])
 
 
+def roofline_floor(table: str, case: Case, method: str) -> float | None:
+    """Return the least time of a method / that of the frozen base, None if it is not known.
+
+    Args:
+        table: the case's.
+        case: which gives the sizes, and for a training step the rates.
+        method: one of the cost model's or the roofline's.
+    """
+    r, tokens = case["r"], case["tokens"]
+    if table == "few_tokens":
+        layer = cost_model.Linear(case["width"], case["width"])
+        known = method in cost_model.METHODS
+        return roofline.few_tokens_floor(layer, method, r) if known else None
+    if "rates" not in case or method not in (*roofline.METHODS, roofline.FORMED):
+        return None
+    rates = roofline.read_rates(case["rates"])
+    itemsize = getattr(torch, case["dtype"]).itemsize
+    if table == "model_step":
+        model = _decoder(case)
+        if not rates.keys() >= set(model.linears):
+            return None
+        added = roofline.decoder_seconds(model, tokens, method, r, itemsize, rates)
+    else:
+        ((layer, own),) = rates.items()
+        added = roofline.layer_seconds(layer, tokens, method, r, itemsize, own)
+    return 1 + added / min(case["seconds"][BASE])
+
+
 def _decoder(case: Case) -> cost_model.Decoder:
     return replace(cost_model.SMOLLM2_135M, layers=case["layers"])  # a quick run keeps fewer
 
@@ -116,15 +155,16 @@ def _compared(
 
 
 def _floored(table: str, where: Mapping[str, Any], name: str, limit: float) -> Target:
-    """Return the target of a candidate's step / its own floor."""
+    """Return the target of a candidate's step / its own roofline floor."""
 
     def figure(case: Case) -> Spread:
-        floor = candidate_floor(table, case, CANDIDATES[name].method)
-        assert floor is not None
+        floor = roofline_floor(table, case, CANDIDATES[name].method)
+        if floor is None:
+            raise KeyError("rates")
         ratios = paired_ratios(case["seconds"], name, BASE)
         return Spread.of([ratio / floor for ratio in ratios])
 
-    title = f"{METHOD_TITLES[name]} step / its floor, {size_title(where)}"
+    title = f"{METHOD_TITLES[name]} step / its roofline floor, {size_title(where)}"
     return Target(title, table, where, figure, limit)
 
 
@@ -169,18 +209,18 @@ MEMORY = {"what": "counted", "layers": 4, "width": 1024, "tokens": 512}
 
 
 def _layer_targets() -> Iterable[Target]:
-    for where in (STEPS[0], STEPS[2]):
-        yield _floored("layer_step", where, "bone", 1.05)
     for where in STEPS:
-        for peer in ("peft_lora", "loralib", "peft_miss"):
-            yield _compared("layer_step", where, ("bone", peer), 1.0, strict=True)
-    for where in STEPS:
-        if where["tokens"] >= 1024:
-            yield _floored("layer_step", where, "bat", 1.1)
+        yield from _step_targets("layer_step", where)
         if where["dtype"] == "bfloat16":
             yield _compared("layer_step", where, ("bat", "peft_bat"), 0.80)
-    for name, limit in (("bone", 1.15), ("bat", 1.75)):
-        yield _compared("layer_step", STEPS[3], (name, BASE), limit)
+
+
+def _step_targets(table: str, where: Mapping[str, Any]) -> Iterable[Target]:
+    """Yield what holds for each training step."""
+    for name, limit in (("bone", 1.08), ("bat", 1.12)):
+        yield _floored(table, where, name, limit)
+    for peer in ("peft_lora", "loralib", "peft_miss"):
+        yield _compared(table, where, ("bone", peer), 1.0, strict=True)
 
 
 def _few_token_targets() -> Iterable[Target]:
@@ -200,9 +240,7 @@ def _few_token_targets() -> Iterable[Target]:
 
 def _model_targets() -> Iterable[Target]:
     for where, bat_limit in zip(WHOLE, (0.88, 0.80), strict=True):
-        yield _floored("model_step", where, "bone", 1.05)
-        yield _compared("model_step", where, ("bone", "peft_lora"), 1.0, strict=True)
-        yield _compared("model_step", where, ("bone", "peft_miss"), 1.0)
+        yield from _step_targets("model_step", where)
         yield _compared("model_step", where, ("bat", "peft_bat"), bat_limit)
 
 
@@ -216,6 +254,28 @@ def _memory_targets() -> Iterable[Target]:
         ("BAT keeps / PEFT BAT", _bytes("bat", lambda case: case["kept_bytes"]["peft_bat"]), 1 / 3),
     ):
         yield Target(f"{text}, 4 layers", "memory", MEMORY, figure, limit)
+
+
+def _job_targets() -> Iterable[Target]:
+    for dtype in ("float32", "bfloat16"):
+        where = {"what": "contest", "model": "SmolLM2-135M", "dtype": dtype}
+        for field, peer, limit in (
+            ("seconds_per_step", "peft_miss", 1.0),
+            ("seconds_per_step", "peft_lora", 1.0),
+            ("peak_bytes", "peft_lora", 0.8),
+        ):
+            what = "step" if field == "seconds_per_step" else "peak memory"
+            title = f"whole job: {what} / Trainer, {CANDIDATES[peer].title}, {dtype}"
+            figure, is_time = _job(field, peer), field == "seconds_per_step"
+            yield Target(title, "side_by_side", where, figure, limit, strict=is_time)
+
+
+def _job(field: str, to: str) -> Callable[[Case], Spread]:
+    def figure(case: Case) -> Spread:
+        values = {name: took[field] for name, took in case["contestants"].items()}
+        return Spread.of(paired_ratios(values, "disha", to))
+
+    return figure
 
 
 def _start_up_targets() -> Iterable[Target]:
@@ -235,5 +295,6 @@ TARGETS: tuple[Target, ...] = (
     *_few_token_targets(),
     *_model_targets(),
     *_memory_targets(),
+    *_job_targets(),
     *_start_up_targets(),
 )

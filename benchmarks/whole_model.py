@@ -16,8 +16,10 @@ from benchmarks.candidates import (
     check_same_results,
     missing_package,
 )
+from benchmarks.cost_model import Linear
 from benchmarks.layers import parameter_counts
 from benchmarks.protocol import compare, synchroniser
+from benchmarks.rates import measured_rates
 from benchmarks.settings import ModelRun, Profile, R
 from benchmarks.steps import CandidateError, TrainingStep, check_gradients, require_gradient
 from disha.finetune.inputs import demo_model
@@ -26,7 +28,7 @@ from disha.finetune.models.gguf import GGUFCheckpoint
 
 __all__ = ["COMPARED", "model_step", "projections", "read_model"]
 
-COMPARED = (BASE, "bone", "bat", "peft_miss", "peft_bat", "peft_lora")
+COMPARED = (BASE, "bone", "bat", "peft_miss", "peft_bat", "peft_lora", "loralib")
 
 
 def projections(model: Decoder) -> list[str]:
@@ -72,6 +74,11 @@ def _measure(run: ModelRun, profile: Profile, device: torch.device) -> dict[str,
         losses[name] = _checked_loss(name, models[name], steps[name])
     check_same_results(losses, run.dtype)
     seconds = compare(steps, profile.model_step_budget, synchronise=synchroniser(device))
+    sizes = [
+        Linear(layer.in_features, layer.out_features)
+        for layer in map(base.get_submodule, projections(base))
+    ]
+    rates = measured_rates(sizes, ids[:, 1:].numel(), R, run.dtype, device, profile.rates_budget)
     return {
         "model": "SmolLM2-135M",
         "layers": run.layers,
@@ -82,6 +89,7 @@ def _measure(run: ModelRun, profile: Profile, device: torch.device) -> dict[str,
         "r": R,
         "parameters": parameter_counts(models),
         "seconds": seconds,
+        "rates": rates,
         "left_out": left_out,
     }
 
