@@ -215,13 +215,13 @@ def computed(weight: EffectiveWeight) -> Tensor:
     """
     if weight.routed is not None:
         raise ModeError(
-            "samples can't be routed here: an operation needs one effective weight for all "
+            "samples can't be routed here: this operation needs one computed weight for all "
             "samples; use one adapter at a time, or exclude the weight"
         )
     if any(update.dropout for update in weight.updates):
         raise ModeError(
-            "the adapter's dropout can't act here: an operation needs one effective weight for "
-            "any input; use dropout=0, or exclude the weight"
+            "the adapter's dropout can't act here: it drops inputs, and this operation needs a "
+            "computed weight; use dropout=0, or exclude the weight"
         )
     if isinstance(weight, ShardedWeight):
         return weight.computed()

@@ -281,7 +281,7 @@ class TestRefusals:
         disha.inject_adapters(model, target, 2)
         with (
             disha.route_adapters(model, ["default", None, None]),
-            pytest.raises(ModeError, match=r"can't be routed here.*one effective weight"),
+            pytest.raises(ModeError, match=r"can't be routed here.*one computed weight"),
         ):
             model(x)
         with disha.adapters_disabled(model), disha.route_adapters(model, ["default", None, None]):

@@ -285,7 +285,7 @@ def test_updates_of_experts_are_never_truncated(tmp_path, experts):
 
 def test_ranks_above_those_of_servers_are_not_padded(tmp_path):
     ours = adapted(build("Mixtral", "eager", width=520), r"experts\.gate_up_proj$", 513)
-    with pytest.raises(disha.ConversionError, match="the ranks to pad to end at 512"):
+    with pytest.raises(disha.ConversionError, match="ranks are padded to at most 512"):
         lora.export(ours, tmp_path / "lora", pad=True)
 
 

@@ -709,7 +709,7 @@ def test_padded_ranks_are_those_that_servers_allow(tmp_path, r, padded):
 
 def test_ranks_beyond_those_of_servers_are_not_padded(tmp_path):
     ours = adapted(nn.Sequential(nn.Linear(600, 4)), "0", 513)
-    with refused(tmp_path, "the ranks to pad to end at 512"):
+    with refused(tmp_path, "ranks are padded to at most 512"):
         lora.export(ours, tmp_path / "lora", pad=True)
     assert lora.export(ours, tmp_path / "lora").layers[0].rank == 513
 

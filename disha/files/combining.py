@@ -246,8 +246,7 @@ def _widened(name: str, parts: Sequence[_Part], r: int) -> list[Tensor]:
         if block is None:
             raise ArgumentError(
                 f"layer {name!r}: {method.name} blocks can't be added with r={r}: "
-                f"{_listing(parts)}; a method that can change r needs a multiple of every r, other "
-                "methods need one r"
+                f"{_listing(parts)}; give an r that is a multiple of each, or adapters of equal r"
             )
         blocks.append(block)
     return blocks

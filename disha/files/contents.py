@@ -174,7 +174,7 @@ def _check_one_method(adapter: str, layers: Iterable[LayerRecord]) -> None:
     if len(methods) > 1:
         raise AdapterStateError(
             f"adapter {adapter!r} has blocks of different methods, {sorted(methods, key=str)} as "
-            "(method, r_out), and a file holds one method; give each an adapter name of its own"
+            "(method, r_out), and a file holds one method; give each method its own adapter"
         )
 
 
@@ -271,8 +271,7 @@ def _chosen(described: AdapterFile, layers: str) -> Sequence[LayerRecord]:
     if not kept:
         names = first_few([layer.name for layer in described.layers], 10, ", ")
         raise ArgumentError(
-            f"layers={layers!r} is found in the name of no layer in {described.path}; these are "
-            f"{names}"
+            f"layers={layers!r} matches none of the layers in {described.path}, which are {names}"
         )
     return kept
 

@@ -127,7 +127,7 @@ def _limited(file: BinaryIO, path: Path, largest: int) -> bytes:
     content = file.read(largest + 1)
     if len(content) > largest:
         raise AdapterFileError(
-            f"{path} is larger than {largest:,} bytes, which no such file should be; check the path"
+            f"{path} is larger than {largest:,} bytes, too large for such a file; check the path"
         )
     return content
 

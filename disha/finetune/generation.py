@@ -299,8 +299,8 @@ def _room(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: in
     longest = max(map(len, prompts))
     if longest >= context:
         raise DataError(
-            f"a prompt of {longest} tokens leaves no room for an answer in the {context} that the "
-            "model takes; shorten it"
+            f"a prompt of {longest} tokens leaves no room for an answer: the model takes at most "
+            f"{context} tokens; shorten the prompt"
         )
     return min(max_new_tokens, context - longest)
 

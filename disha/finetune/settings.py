@@ -822,7 +822,7 @@ class GenerateSettings:
             )
         require(
             not (self.prompt and self.prompt_file),
-            "the texts to answer come from --prompt 'a text' or --prompt_file; give exactly one",
+            "--prompt and --prompt_file both give the texts to answer; leave one of them out",
         )
         for name in ("compare", "json"):
             require(

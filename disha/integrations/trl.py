@@ -115,9 +115,9 @@ def _reference(view: ModelView, adapters: Names) -> _Reference:
             there = disha.adapter_parameters(view.model, copied) if copied in view.adapters else ()
             if any(block.requires_grad for block in there):
                 raise ArgumentError(
-                    f"the reference is a copy of adapter {name!r} under the name {copied!r}, and "
-                    "the model has such an adapter, which trains; remove it, or name the adapters "
-                    "of the reference yourself"
+                    f"the reference is a copy of adapter {name!r} under the name {copied!r}, but "
+                    "the model has an adapter of that name, and it trains; remove it, or name the "
+                    "adapters of the reference yourself"
                 )
             names.append(copied)
             load(header, tensors, copied)

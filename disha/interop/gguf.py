@@ -339,8 +339,8 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
     known = {name: found for name, found in names.items() if found is not None}
     if base.tied_head and "output" in known.values():
         raise ConversionError(
-            "lm_head is adapted and shares its weight with the embedding, so GGUF has no output "
-            "head to adapt; leave it out (`exclude`)"
+            "lm_head is adapted, but it shares its weight with the embedding, and the GGUF file of "
+            "such a model has no output head; leave lm_head out (`exclude`)"
         )
     if base.tied_head is not False and "token_embd" in known.values():
         raise ConversionError(

@@ -226,7 +226,8 @@ def _check_class(form: str, component: str, model: nn.Module) -> None:
     cls, told = original_class(model), _component_of(model)
     if told is not None and not component.startswith(told):
         raise ConversionError(
-            f"a {cls.__name__} is no {component}, so no program would find its keys; call it {told}"
+            f"a {cls.__name__} is not a {component}, so no program would find its keys; name the "
+            f"component {told}"
         )
     if form in CLASSES and {one.__name__ for one in cls.__mro__}.isdisjoint(CLASSES[form]):
         raise ConversionError(

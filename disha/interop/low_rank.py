@@ -272,7 +272,7 @@ def _padded(updates: Sequence[LowRankUpdate]) -> list[LowRankUpdate]:
     rank = next((one for one in SERVED_RANKS if one >= largest.rank), None)
     if rank is None:
         raise ConversionError(
-            f"{largest.record.name} has rank {largest.rank}, and the ranks to pad to end at "
+            f"{largest.record.name} has rank {largest.rank}, and ranks are padded to at most "
             f"{SERVED_RANKS[-1]}; give a smaller `rank`, or do not pad"
         )
     return [update.padded(rank) for update in updates]

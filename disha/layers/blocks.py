@@ -192,8 +192,8 @@ class Block(nn.Module):
             values: Tensor = self()
         except KeyError as error:
             raise ModeError(
-                f"an adapter can't act: a hook must load its block, but has no values ({error}). "
-                "If accelerate has loaded a checkpoint without the adapter, inject afterwards"
+                f"an adapter can't act: a hook loads its block, but has no values ({error}). "
+                "If accelerate has loaded a checkpoint without the adapter, inject after that"
             ) from error
         taken_away = self._parameters.get(self.parameter_name) is not values
         if taken_away and self.training and values.requires_grad and torch.is_grad_enabled():

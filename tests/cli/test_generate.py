@@ -339,7 +339,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(models, monkeypatch):
     ("flags", "complaint"),
     [
         ([], "/dev/stdin holds no prompt"),
-        (["--prompt", "a", "--prompt_file", "x"], "give exactly one"),
+        (["--prompt", "a", "--prompt_file", "x"], "leave one of them out"),
         (["--prompt_file", "absent.txt"], "--prompt_file: can't read absent.txt: No such file"),
         (["--prompt", "a", "--max_new_tokens", 0], "--max_new_tokens must be at least 1"),
         (["--prompt", "a", "--temperature", -1], "--temperature must be at least 0"),

@@ -59,7 +59,7 @@ def test_an_answer_goes_on_as_long_as_the_model_takes_it(tiny_model, tiny_tokeni
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tiny_model, tiny_tokenizer):
-    with pytest.raises(DataError, match="leaves no room for an answer in the 128"):
+    with pytest.raises(DataError, match=r"leaves no room for an answer.*at most 128"):
         list(answerer(tiny_model, tiny_tokenizer).answer("z" * 128))
 
 

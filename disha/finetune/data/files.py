@@ -56,7 +56,7 @@ def read_file(path: Path) -> RowFile:
     if found is None:
         texts = ", ".join(name for name in READERS if name != PARQUET)
         raise DataError(
-            f"the name of {path} gives no known format; it must end with {texts} "
-            f"(maybe with {PACKED} after it) or {PARQUET}"
+            f"the name of {path} must end with {PARQUET}, or with {texts} (and may then have "
+            f"{PACKED} after it)"
         )
     return READERS[found](path)

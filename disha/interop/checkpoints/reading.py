@@ -222,8 +222,8 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
 def _single(path: Path, file: Path) -> Checkpoint:
     if file.suffix in PICKLES:
         raise AdapterFileError(
-            f"{file} is a pickle, to judge by its name, and a pickle can run any code when it is "
-            "read; get the safetensors version of the checkpoint"
+            f"{file} has the name of a pickle, and a pickle can run any code when it is read; get "
+            "the safetensors version of the checkpoint"
         )
     index = _index_of(file)
     return Checkpoint(path, (file,), index.tensors, {file: index}, index=None)

@@ -96,6 +96,6 @@ def test_unknown_formats(name):
 def test_an_unknown_format_is_named_with_those_known(tmp_path):
     with pytest.raises(
         DataError,
-        match=r"the name of .*rows\.xlsx gives no known format; .* \.jsonl, .*\.parquet",
+        match=r"the name of .*rows\.xlsx must end with \.parquet, .* \.jsonl,",
     ):
         read_file(written(tmp_path, "rows.xlsx", b""))
