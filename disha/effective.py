@@ -16,7 +16,7 @@ use `base` and `updates` itself. In compiled code, a rule is not dispatched agai
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType, GetSetDescriptorType, ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -477,28 +477,36 @@ def _same_blocks(one: EffectiveWeight, other: EffectiveWeight) -> bool:
     return same and len(one.updates) == len(other.updates)
 
 
-_OPERATORS = (
-    "setitem iadd isub imul itruediv idiv ifloordiv imod ipow iand ior ixor ilshift irshift"
-)
-_OPERATOR_NAMES = frozenset(f"__{name}__" for name in _OPERATORS.split())
-WRITES: dict[Any, Callable[..., Any]] = {}
-for _owner in (Tensor, torch, torch.nn.init):
-    for _name in dir(_owner):
-        _func = getattr(_owner, _name, None)
-        if callable(_func) and (
-            (_name.endswith("_") and not _name.endswith("__")) or _name in _OPERATOR_NAMES
-        ):
-            WRITES[_func] = _write(_func)
-for _name in dir(Tensor):
-    if isinstance(getattr(Tensor, _name), GetSetDescriptorType):
-        WRITES[getattr(Tensor, _name).__set__] = _write(getattr(Tensor, _name).__set__)
-
-
 def _set_data(weight: Any, value: Any) -> None:
     # `weight.data = weight.data.half()` casts W without adding an update to it.
     _base_of(weight).data = _base_of(value)
 
 
+_OPERATORS = (
+    "setitem iadd isub imul itruediv idiv ifloordiv imod ipow iand ior ixor ilshift irshift"
+)
+_OPERATOR_NAMES = frozenset(f"__{name}__" for name in _OPERATORS.split())
+
+
+def _is_name_of_write(name: str) -> bool:
+    """Whether an operation with this name writes into its first argument, as `copy_` does."""
+    return (name.endswith("_") and not name.endswith("__")) or name in _OPERATOR_NAMES
+
+
+def _all_writes() -> Iterator[Callable[..., Any]]:
+    """Yield every operation of torch that writes into its first argument."""
+    for owner in (Tensor, torch, torch.nn.init):
+        for name in filter(_is_name_of_write, dir(owner)):
+            found = getattr(owner, name, None)
+            if callable(found):
+                yield found
+    for name in dir(Tensor):
+        found = getattr(Tensor, name)
+        if isinstance(found, GetSetDescriptorType):  # as in `weight.grad = ...`
+            yield found.__set__
+
+
+WRITES: dict[Any, Callable[..., Any]] = {func: _write(func) for func in _all_writes()}
 WRITES[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
 
 
@@ -522,14 +530,14 @@ _QUESTIONS = (
     "is_contiguous is_inference is_conj is_neg is_pinned is_shared get_device storage_offset "
     "dim_order __len__ __hash__ is_coalesced has_names _is_view is_same_size"
 )
-METADATA: dict[Any, Callable[..., Any]] = {}
-for _name in _PROPERTIES.split():
-    if hasattr(Tensor, _name):
-        METADATA[getattr(Tensor, _name).__get__] = _ask_base(getattr(Tensor, _name).__get__)
-for _name in _QUESTIONS.split():
-    for _owner in (Tensor, torch):
-        if hasattr(_owner, _name):
-            METADATA[getattr(_owner, _name)] = _ask_base(getattr(_owner, _name))
+
+
+def _existing(names: str, *owners: Any) -> Iterator[Any]:
+    """Yield the attributes with these names that this version of torch has."""
+    for name in names.split():
+        for owner in owners:
+            if hasattr(owner, name):
+                yield getattr(owner, name)
 
 
 def _data_ptr(weight: Any) -> int:
@@ -540,7 +548,11 @@ def _data_ptr(weight: Any) -> int:
     return weight.addressed.data_ptr()  # type: ignore[no-any-return]
 
 
-METADATA[Tensor.data_ptr] = _data_ptr
+METADATA: dict[Any, Callable[..., Any]] = {
+    **{one.__get__: _ask_base(one.__get__) for one in _existing(_PROPERTIES, Tensor)},
+    **{func: _ask_base(func) for func in _existing(_QUESTIONS, Tensor, torch)},
+    Tensor.data_ptr: _data_ptr,
+}
 
 
 # --- views ---------------------------------------------------------------------------------------
@@ -721,9 +733,9 @@ for _owner in (Tensor, torch):
         _owner.index_select: _index_select,
         _owner.select: _select,
     }
+_CASTS = "type type_as float double half bfloat16 contiguous"
+VIEWS |= {func: _cast(func) for func in _existing(_CASTS, Tensor)}
 VIEWS[Tensor.to] = _to
-for _name in ("type", "type_as", "float", "double", "half", "bfloat16", "contiguous"):
-    VIEWS[getattr(Tensor, _name)] = _cast(getattr(Tensor, _name))
 
 
 # --- products ------------------------------------------------------------------------------------
