@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling, is_exporting
 
 from disha.errors import ArgumentError
 
@@ -116,6 +117,10 @@ def scaled_sums(
     casts = dtype != torch.float64 and autocasts(x.device)
     product_dtype = torch.get_autocast_dtype(x.device.type) if casts else dtype
     if product_dtype != torch.float16:
+        if isinstance(scale, Tensor) and is_compiling() and not is_exporting():
+            # One loop multiplies and sums. After a sum, it would be a loop of its own on a CPU.
+            wide = x.to(torch.promote_types(x.dtype, dtype))
+            return shard_sum(wide * scale, r, dtype, dim), 1.0
         sums = shard_sum(x, r, dtype, dim)
         return sums if not isinstance(scale, Tensor) and scale == 1.0 else sums * scale, 1.0
     c = float(2.0 ** -(shard_count(x.shape[dim], r) - 1).bit_length())
