@@ -5,10 +5,20 @@ Graphs are counted by a backend that runs them as they are.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from unittest import mock
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch._functorch import config as functorch_config
+from torch._inductor import config, cpu_vec_isa
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.utils import run_and_get_code
 
 import disha
 from tests.conftest import perturb
@@ -121,3 +131,59 @@ def test_gradients_are_the_eager_ones(case, tokens):
     expected = torch.autograd.grad((model(tokens) * cotangent).sum(), blocks)
     close(torch.autograd.grad((graph(tokens) * cotangent).sum(), blocks), expected)
     assert counter.frame_count == 1
+
+
+# --- the code that inductor generates -----------------------------------------------------------
+
+
+def generated(model, x):
+    """Count the calls in the C++ code of a training step: fused loops, and products.
+
+    The loops are written but not compiled, which takes seconds; so the step computes nothing.
+    """
+    torch._dynamo.reset()
+    graph = torch.compile(model, fullgraph=True)
+    with (
+        functorch_config.patch(enable_autograd_cache=False),
+        config.patch(fx_graph_cache=False),
+        mock.patch.object(AsyncCompile, "cpp_pybinding", return_value=mock.Mock()),
+        mock.patch.object(cpu_vec_isa, "pick_vec_isa", return_value=cpu_vec_isa.invalid_vec_isa),
+    ):
+        _, codes = run_and_get_code(lambda: graph(x).sum().backward())
+    calls = {"loops": r"^ +cpp_fused_\w+\(", "products": r"^ +extern_kernels\.\w+\("}
+    text = "\n".join(codes)
+    return Counter({name: len(re.findall(call, text, re.M)) for name, call in calls.items()})
+
+
+def test_bone_adds_the_fewest_kernels_to_a_linear_layer():
+    x = torch.randn(6, 256, requires_grad=True)
+    layer = nn.Sequential(nn.Linear(256, 24)).requires_grad_(False)
+    frozen = generated(layer, x)
+    disha.inject_adapters(layer, "0", r=16)
+    # Forward: the sum of the shards times s, and the product with D that adds into W x.
+    # Backward: dS and dD, and the gradient of the input from dS, which dY W adds to.
+    assert generated(layer, x) - frozen == {"loops": 2, "products": 3}
+
+
+def test_bat_multiplies_in_the_dtype_of_the_weight():
+    """In float32, the products of a 16-bit weight with its block take several times as long."""
+    layer = nn.Sequential(nn.Linear(8, 8, bias=False, dtype=torch.bfloat16))
+    disha.inject_adapters(layer, "0", r=2, method="bat", dtype=torch.float32)
+    perturb(layer)
+    dtypes = []
+
+    def note(graph, inputs):
+        products = ("mm", "bmm", "addmm", "baddbmm")
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and node.name.split("_")[0] in products:
+                dtypes.append(node.meta["val"].dtype)
+        return graph
+
+    x = torch.randn(6, 8, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    output = torch.compile(layer, backend=aot_autograd(fw_compiler=note))(x)
+    output.sum().backward()
+    assert dtypes.count(torch.bfloat16) == len(dtypes) >= 4
+    disha.merge_adapters(layer)
+    exact = F.linear(x.double(), layer[0].weight.double())
+    torch.testing.assert_close(output.double(), exact, rtol=2e-2, atol=2e-2)

@@ -139,8 +139,8 @@ def bat_linear(
 
     Products are computed in the dtype of the operands. In 16 bits, W + W D is rounded once, and
     the other part of dW, D itself, is added to the output. W must be frozen. The result is None
-    where `bat_forward` is needed: for transforms of `torch.func`, forward-mode derivatives,
-    compiled code, and operands of several dtypes.
+    where `bat_forward` is needed: for transforms of `torch.func`, forward-mode derivatives, and
+    operands of several dtypes. Compiled code forms all of W_eff, in one loop.
 
     Args:
         x: input (..., in).
@@ -166,6 +166,8 @@ def bat_linear(
     block = scaled(block, scale)
     if block.dtype is torch.float32 and weight.dtype is not torch.float32:
         block = block.to(weight.dtype)  # W_eff is rounded to 16 bits anyway
+    if is_compiling() and x.dtype is weight.dtype is block.dtype:
+        return F.linear(x, _traced(weight, block), bias)
     if not _applies(x, weight, bias, block):
         return None
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -193,7 +195,6 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> b
         and (weight.is_contiguous() or weight.mT.is_contiguous())
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and not is_compiling()
     )
 
 
@@ -279,6 +280,19 @@ def _effective(weight: Tensor, block: Tensor, add_block: bool) -> Tensor:
     # The result has the strides of W, so a block of zeros changes no bit of the layer's output.
     effective = product.view(count * r, -1)[: weight.shape[0], : weight.shape[1]]
     return effective.contiguous() if weight.is_contiguous() else effective.mT.contiguous().mT
+
+
+def _traced(weight: Tensor, block: Tensor) -> Tensor:
+    """Return W_eff as one product and one expression, which a compiler makes one loop.
+
+    The product W D is in W's dtype, the sum W + W D + D in at least float32.
+    """
+    tiles, r = square_tiles(weight, block.shape[-1]), block.shape[-1]
+    dtype = merge_dtype(weight.dtype)
+    start, product = (torch.unflatten(one, -2, (r, -1)) for one in (tiles, tiles @ block))
+    total = start.to(dtype) + (product.to(dtype) + block.unsqueeze(-2).to(dtype))
+    effective = total.to(weight.dtype).flatten(-4, -3).flatten(-2)
+    return effective[: weight.shape[0], : weight.shape[1]]
 
 
 def _is_wide(weight: Tensor) -> bool:
