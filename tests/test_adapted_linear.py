@@ -74,15 +74,13 @@ def test_weights_that_lie_in_memory_by_their_columns(method, sizes, tokens):
     strided=st.booleans(),
     scale=st.floats(-2, 2),
     slab=st.integers(1, 200),
-    w_first=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_layout_scale_and_order(method, sizes, lead, strided, scale, slab, w_first, seed):
+def test_any_shape_layout_scale_and_order(method, sizes, lead, strided, scale, slab, seed):
     x, weight, bias, block = case_of(method, sizes, lead=lead, seed=seed)
     x = strided_copy(x) if strided else x
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bat, "SLAB_BYTES", slab)
-        patch.setattr(bat, "W_FIRST_TOKENS", 0 if w_first else 10**6)
         check(method, (x, weight, bias, block), scale)
 
 
