@@ -162,7 +162,7 @@ HOW_TO_READ = """\
 - *Multiply-adds* is the same ratio, counted in multiply-adds of the products alone.
 - The *roofline* is the least that this ratio can be on the machine of the run. It counts each
   product and each pass over memory, at rates measured beside the steps
-  ([how](../benchmarks/roofline.py)). It is absent from runs without such rates.
+  ([how](../benchmarks/roofline.py)). Runs without such rates have it for few tokens only.
 - All candidates have as many trained parameters as Bone with r = 64. For square layers that is
   LoRA of rank 32. Adapters have the dtype of the base.
 - All candidates run in one process, in rounds, in a new random order each round. A ratio is taken
@@ -578,8 +578,11 @@ def _side_by_side(results: Results) -> str:
             peak = bytes_text(statistics.median(took["peak_bytes"]))
             start = seconds_text(statistics.median(took["first_step"]))
             speed = f"{statistics.median(took['tokens_per_second']):,.0f}"
-            rows.append([case["dtype"], CONTESTANTS[name], *ratios, speed, peak, start])
+            parts = [seconds_text(statistics.median(took[part])) for part in PARTS if part in took]
+            rows.append([case["dtype"], CONTESTANTS[name], *ratios, speed, peak, start, *parts])
+    parts = [part for part in PARTS if part in first["contestants"]["disha"]]
     header = ("weights", "", "step / LoRA", "memory / LoRA", "tokens / s", "peak memory")
+    about = EVALUATED.format(first["held_out"]) if parts else ""
     filled = [
         [f"{size} rows", *(f"{100 * part:.1f}%" for part in parts.values())]
         for size, parts in padding["parts"].items()
@@ -594,11 +597,11 @@ def _side_by_side(results: Results) -> str:
 the same {first["rows"]} rows of at most {first["length"]} tokens, {first["batch"]} in a batch. MiSS
 has r = {first["r"]} and {first["trained"]["miss"]:,} trained parameters; LoRA has rank
 {first["lora_rank"]} and {first["trained"]["lora"]:,}. *As they come* means
-`--group_by_length False`: then the batches have as much padding as those of Trainer. The last
-column is the time from the start of the process to the end of its first step. Medians and quartiles
-of {len(first["contestants"]["disha"]["first_step"])} rounds.
+`--group_by_length False`: then the batches have as much padding as those of Trainer. *First step*
+is the time from the start of the process to the end of its first step.{about} Medians and quartiles
+of {count_text(len(first["contestants"]["disha"]["first_step"]), "round")}.
 
-{table((*header, "first step"), rows)}
+{table((*header, "first step", *parts), rows)}
 What makes the difference, besides the adapters: the logits of the whole vocabulary are not kept,
 and less of a batch is padding. For {loss["tokens"]:,} tokens and {loss["words"]:,} words, the loss
 and its gradient allocate {peaks["parts"]} instead of {peaks["whole"]}, in {spread_text(faster)} of
@@ -606,6 +609,13 @@ the time. Of the demo's {padding["rows"]:,} rows of at most {padding["length"]} 
 a batch is padding:
 
 {table(("batch", *orders), filled)}"""
+
+
+PARTS = ("evaluation", "saving")
+EVALUATED = """ *Evaluation*
+is the time of the loss on {} other rows, in batches of the default size. `disha finetune` also
+evaluates before its first step, and that time is part of *first step*. *Saving* is the time to
+write the adapter."""
 
 
 def _over_lora(case: Case, name: str, field: str) -> Spread:

@@ -118,6 +118,7 @@ class SideBySide:
         batch: rows in a batch.
         length: most tokens in a row.
         rounds: how often each trains.
+        held_out: rows that the loss is measured on, beside those that are trained on.
         words: of the vocabulary whose loss is measured.
         tokens: that the loss is measured on.
         dtypes: of the model.
@@ -129,6 +130,7 @@ class SideBySide:
     batch: int
     length: int
     rounds: int
+    held_out: int
     words: int
     tokens: int
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -241,7 +243,9 @@ FULL = Profile(
         steps=20,
         runs=FINETUNE_RUNS,
     ),
-    side_by_side=SideBySide(steps=8, batch=4, length=256, rounds=3, words=128_000, tokens=1024),
+    side_by_side=SideBySide(
+        steps=8, batch=4, length=256, rounds=2, held_out=16, words=128_000, tokens=1024
+    ),
 )
 
 QUICK = Profile(
@@ -285,6 +289,7 @@ QUICK = Profile(
         batch=2,
         length=64,
         rounds=1,
+        held_out=2,
         words=4000,
         tokens=300,
         dtypes=("float32",),

@@ -1,12 +1,14 @@
 """The table of the whole job: `disha finetune` beside a script with Trainer and PEFT.
 
 Every contestant trains the same model on the same rows, once each, in a process of its own. Rounds
-of all contestants follow each other, in a new random order each. A process is stopped after its
-last step. What is reported of it:
+of all contestants follow each other, in a new random order each. What is reported of a process:
 
 - the time of a step: seconds per token after the first step, times the mean tokens of a step
-- the peak of its resident memory
+- the peak of its resident memory, to the end of its last step
 - the time from its start to the end of its first step
+- the time of one evaluation: the loss on the same held-out rows. `disha finetune` evaluates before
+  the first step too, so this is part of its time to the first step
+- the time to save the adapter
 
 Two other cases are counts of the parts that make the difference: the padding in batches, and the
 memory of the loss of a large vocabulary.
@@ -25,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +38,7 @@ from torch import Tensor, nn
 from benchmarks.memory import allocated_peak
 from benchmarks.protocol import Budget, compare, synchroniser
 from benchmarks.settings import Profile, R, SideBySide
+from disha.files import ADAPTER_NAME
 from disha.finetune.base_model import demo_model
 from disha.finetune.data.batches import TextBatches
 from disha.finetune.data.docstrings import docstring_pairs
@@ -66,7 +70,7 @@ def side_by_side(profile: Profile, device: torch.device) -> list[dict[str, Any]]
         folder = Path(name)
         model = _write_model(folder / "model", tokenizer, is_tiny=sizes.is_tiny)
         pairs, lengths = _pairs(tokenizer)
-        rows = _write_rows(folder / "rows.jsonl", pairs, lengths, sizes)
+        rows = _write_rows(folder, pairs, lengths, sizes)
         cases = [_contest(folder, model, rows, dtype, sizes) for dtype in sizes.dtypes]
     return [*cases, _padding(lengths, sizes), _vocabulary(sizes, device)]
 
@@ -124,16 +128,26 @@ def _pairs(tokenizer: Tokenizer) -> tuple[list[dict[str, str]], list[int]]:
     return pairs, [len(ids.ids) + 1 for ids in tokenizer.backend.encode_batch(texts)]
 
 
+class _Rows(NamedTuple):
+    """Files of the rows to train on, and of those to measure the loss on."""
+
+    training: Path
+    held_out: Path
+
+
 def _write_rows(
-    path: Path, pairs: Sequence[Mapping[str, str]], lengths: Sequence[int], sizes: SideBySide
-) -> Path:
-    """Write as many rows as are trained on. None is so long that it would be cut."""
+    folder: Path, pairs: Sequence[Mapping[str, str]], lengths: Sequence[int], sizes: SideBySide
+) -> _Rows:
+    """Write as many rows as are used. None is so long that it would be cut."""
     fitting = (
-        pair for pair, length in zip(pairs, lengths, strict=True) if length < sizes.length - 8
+        json.dumps(pair) + "\n"
+        for pair, length in zip(pairs, lengths, strict=True)
+        if length < sizes.length - 8
     )
-    chosen = [pair for pair, _ in zip(fitting, range(sizes.steps * sizes.batch), strict=False)]
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in chosen))
-    return path
+    rows = _Rows(folder / "training.jsonl", folder / "held_out.jsonl")
+    for path, count in zip(rows, (sizes.steps * sizes.batch, sizes.held_out), strict=True):
+        path.write_text("".join(islice(fitting, count)))
+    return rows
 
 
 # --- the contest ---------------------------------------------------------------------------------
@@ -146,10 +160,12 @@ class _Measured(NamedTuple):
     tokens_per_second: float
     first_step: float
     peak_bytes: int
+    evaluation: float
+    saving: float
 
 
 def _contest(
-    folder: Path, model: _Model, rows: Path, dtype: str, sizes: SideBySide
+    folder: Path, model: _Model, rows: _Rows, dtype: str, sizes: SideBySide
 ) -> dict[str, Any]:
     r = min(R, 8) if sizes.is_tiny else R
     lora = max(1, round(r * model.outputs / (model.inputs + model.outputs)))
@@ -162,7 +178,7 @@ def _contest(
             own.mkdir()
             rank = lora if name == "peft_lora" else r
             command = _command(name, own, model.folder, rows, dtype, rank, sizes)
-            found[name].append(_measure(command, own / "metrics.jsonl", sizes.steps))
+            found[name].append(_measure(command, own, sizes.steps))
     return {
         "what": "contest",
         "model": "SmolLM2-135M" if not sizes.is_tiny else "tiny",
@@ -171,6 +187,7 @@ def _contest(
         "batch": sizes.batch,
         "steps": sizes.steps,
         "length": sizes.length,
+        "held_out": sizes.held_out,
         "r": r,
         "lora_rank": lora,
         "trained": {"miss": r * model.outputs, "lora": lora * (model.inputs + model.outputs)},
@@ -183,54 +200,71 @@ def _contest(
 
 
 def _command(
-    name: str, folder: Path, model: Path, rows: Path, dtype: str, r: int, sizes: SideBySide
+    name: str, folder: Path, model: Path, rows: _Rows, dtype: str, r: int, sizes: SideBySide
 ) -> list[str]:
     if name.startswith("peft"):
-        plan = {"model": str(model), "rows": str(rows), "dtype": dtype, "r": r}
-        plan |= {"batch": sizes.batch, "method": name.removeprefix("peft_")}
+        plan = {"model": str(model), "dtype": dtype, "r": r, "batch": sizes.batch}
+        plan |= {"rows": str(rows.training), "held_out": str(rows.held_out)}
+        plan["method"] = name.removeprefix("peft_")
         (folder / "plan.json").write_text(json.dumps(plan))
         return [sys.executable, "-m", "benchmarks.trainer_script", str(folder)]
     flags = {
         "base_model_name_or_path": model,
-        "data_path": rows,
+        "data_path": rows.training,
+        "eval_path": rows.held_out,
         "output_dir": folder,
         "bits": {"float32": "fp32", "bfloat16": "bf16"}[dtype],
         "bone_r": r,
         "template": r"{query}\n",
         "per_device_train_batch_size": sizes.batch,
         "max_seq_length": sizes.length,
+        "samples": 0,
         "group_by_length": name == "disha",
     }
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     return [sys.executable, "-m", "disha", "finetune", *words]
 
 
-def _measure(command: Sequence[str], metrics: Path, steps: int) -> _Measured:
-    """Run a process until its last step is written."""
+def _measure(command: Sequence[str], folder: Path, steps: int) -> _Measured:
+    """Run a process to its end, and read what it has written."""
+    metrics = folder / "metrics.jsonl"
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
-    started, first_step = time.perf_counter(), None
+    started, first_step, peak = time.perf_counter(), None, 0
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, env=os.environ | threads, stdout=said, stderr=said)
         done: list[dict[str, Any]] = []
         while len(done) < steps:
             time.sleep(PAUSE)
-            if process.poll() is not None:
-                break
+            ended = process.poll() is not None
+            peak = max(peak, _peak(process.pid))
             lines = metrics.read_text().splitlines() if metrics.exists() else []
             records = [json.loads(line) for line in lines if line.endswith("}")]
             done = [one for one in records if "tokens" in one]
             if done and first_step is None:
                 first_step = time.perf_counter() - started
-        peak = _peak(process.pid)
-        process.kill()
-        process.wait()
-        if len(done) < steps or first_step is None:
+            if ended:
+                break
+        if process.wait() or len(done) < steps or first_step is None:
             said.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed: {said.read().decode()[-2000:]}")
     tokens = [one["tokens"] for one in done]
     seconds = [one["tokens"] / one["tokens_per_second"] for one in done]
     speed = sum(tokens[1:]) / sum(seconds[1:])
-    return _Measured(statistics.mean(tokens) / speed, speed, first_step, peak)
+    step = statistics.mean(tokens) / speed
+    return _Measured(step, speed, first_step, peak, *_evaluation_and_saving(folder))
+
+
+def _evaluation_and_saving(folder: Path) -> tuple[float, float]:
+    """Return the seconds of one evaluation, and of saving the adapter."""
+    times, report = folder / "times.json", folder / "report.json"
+    if times.exists():  # a script has written them
+        found = json.loads(times.read_text())
+        return found["evaluation"], found["saving"]
+    phases = json.loads(report.read_text())["phase_seconds"]
+    (evaluation,) = (taken for name, taken in phases.items() if "loss before training" in name)
+    # The adapter takes its name when it is complete. The last line before it is that of a step.
+    complete = (folder / ADAPTER_NAME).stat().st_ctime
+    return evaluation, complete - (folder / "metrics.jsonl").stat().st_mtime
 
 
 def _peak(process: int) -> int:

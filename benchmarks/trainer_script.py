@@ -1,7 +1,8 @@
 """What a user would write to train an adapter of PEFT with the Trainer of `transformers`.
 
-`python -m benchmarks.trainer_script FOLDER` reads `FOLDER/plan.json`, and writes a line of
-`metrics.jsonl` for each step. `benchmarks.side_by_side` compares it with `disha finetune`.
+`python -m benchmarks.trainer_script FOLDER` reads `FOLDER/plan.json`. It writes a line of
+`metrics.jsonl` for each step, and `times.json` at the end. `benchmarks.side_by_side` compares it
+with `disha finetune`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ def main(folder: Path) -> None:
         answer.append(tokenizer.eos_token_id)
         return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
-    rows = [encode(json.loads(line)) for line in Path(plan["rows"]).read_text().splitlines()]
+    rows, held_out = (
+        [encode(json.loads(line)) for line in Path(plan[name]).read_text().splitlines()]
+        for name in ("rows", "held_out")
+    )
     metrics = Metrics(folder / "metrics.jsonl")
 
     def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -94,9 +98,14 @@ def main(folder: Path) -> None:
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    trainer = Trainer(model, arguments, collate, rows, callbacks=[metrics])
+    trainer = Trainer(model, arguments, collate, rows, held_out, callbacks=[metrics])
     trainer.train()
+    started = time.perf_counter()
+    trainer.evaluate()
+    evaluated = time.perf_counter()
     model.save_pretrained(folder / "adapter")
+    times = {"evaluation": evaluated - started, "saving": time.perf_counter() - evaluated}
+    (folder / "times.json").write_text(json.dumps(times))
 
 
 if __name__ == "__main__":

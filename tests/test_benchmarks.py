@@ -388,7 +388,8 @@ def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, c
     tokens = []
     for took in contest["contestants"].values():
         tokens.append(took["seconds_per_step"][0] * took["tokens_per_second"][0])
-        assert min(took["first_step"]) > 0
+        assert min(took["first_step"]) > min(took["evaluation"]) > 0
+        assert 0 < min(took["saving"]) < 5
         assert min(took["peak_bytes"]) > 1e8
     assert tokens[0] == pytest.approx(tokens[1], rel=1e-3)  # the same rows, in as many steps
     assert contest["trained"]["miss"] == contest["trained"]["lora"]
@@ -406,7 +407,7 @@ def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, c
     ]  # fmt: skip
     for line in ("| disha BAT |", "| PEFT MiSS |", "## Routed batches", "| 7B, Bone |",
                  "| second | 4 | ", "| *roofline BAT* |", "| the rest |", "| dY^T X |",
-                 "| float32 | Trainer, PEFT LoRA | 1.000 | 1.000 |",
+                 "| float32 | Trainer, PEFT LoRA | 1.000 | 1.000 |", "| evaluation | saving |",
                  "| Mixtral, 4 experts of 64 x 16, 8 tokens, grouped_mm |",
                  "| Bone | 60 | 3.837 | 2.914 | 9,953,280 | 2 GiB |"):  # fmt: skip
         assert line in text
