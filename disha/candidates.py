@@ -179,18 +179,25 @@ class Candidate:
                 "(preload_module_classes), and would look for the block there; inject first, then "
                 "offload"
             )
-        if slot.opaque:  # never read
-            quantisation = quantisation_of(module, stored_weight(module, slot.parameter))
-            unreadable = quantisation is not None and quantisation.read is None
-            if unreadable and functional.method_of(method).reads_weight:
-                assert quantisation is not None
-                others = functional.method_names(lambda one: not one.reads_weight)
-                return (
-                    f"its weight is quantised ({quantisation.name}) and can't be read as numbers, "
-                    f"as method {method!r} requires; methods without this need: {others}"
-                )
-            return self._impossible_rows()
-        weight = read_weight(module, slot.parameter)
+        found = self._opaque_obstacle(method) if slot.opaque else self._dense_obstacle()
+        return found or self._rows_obstacle()
+
+    def _opaque_obstacle(self, method: str) -> str | None:
+        """Return why `method` can't adapt an opaque weight, which is not read here."""
+        quantisation = quantisation_of(self.module, stored_weight(self.module, self.attribute))
+        if quantisation is None or quantisation.read is not None:
+            return None
+        if not functional.method_of(method).reads_weight:
+            return None
+        others = functional.method_names(lambda one: not one.reads_weight)
+        return (
+            f"its weight is quantised ({quantisation.name}) and can't be read as numbers, as "
+            f"method {method!r} requires; methods without this need: {others}"
+        )
+
+    def _dense_obstacle(self) -> str | None:
+        """Return why no method can adapt a weight that is not opaque."""
+        weight = read_weight(self.module, self.attribute)
         if isinstance(weight, UninitializedParameter):
             return "its weight is not initialised yet; run the model once before injecting"
         if is_partitioned(weight):
@@ -206,15 +213,21 @@ class Candidate:
         split = split_of(weight)
         if split is not None and split.obstacle is not None:
             return split.obstacle
-        return slot.layout.misfit(weight.shape) or self._impossible_rows()
+        return self.layout.misfit(weight.shape)
+
+    def _rows_obstacle(self) -> str | None:
+        """Return why the weight can't have these rows."""
+        out_features = self.layout.geometry(self.shape).out_features
+        beyond = [rows for rows in self.rows if rows[1] > out_features]
+        return f"rows {beyond[0]} are out of range: it has {out_features} rows" if beyond else None
 
     def misfit(self, config: AdapterConfig, r: int) -> str | None:
         """Return why a block of that size does not fit the weight, or None if it does."""
         problem = functional.misfit(config.method, self.layout, self.geometry, r, config.r_out)
         split = None if self.opaque else split_of(read_weight(self.module, self.attribute))
-        return problem if split is None else problem or self._uncut(config, r, split)
+        return problem if split is None else problem or self._cut_misfit(config, r, split)
 
-    def _uncut(self, config: AdapterConfig, r: int, split: Split) -> str | None:
+    def _cut_misfit(self, config: AdapterConfig, r: int, split: Split) -> str | None:
         """Return why a block can't be cut like a tensor-parallel weight, or None if it can."""
         placed = f"its weight is a DTensor placed as {split.placements}"
         if config.dropout:
@@ -232,11 +245,6 @@ class Candidate:
             f"{placed}, and a {config.method!r} block of r={r} can't be cut at the edges of a "
             f"rank's part ({ends}); choose an r that divides it, or another method"
         )
-
-    def _impossible_rows(self) -> str | None:
-        out_features = self.layout.geometry(self.shape).out_features
-        beyond = [rows for rows in self.rows if rows[1] > out_features]
-        return f"rows {beyond[0]} are out of range: it has {out_features} rows" if beyond else None
 
 
 def candidates_of(view: ModelView) -> list[Candidate]:
@@ -281,7 +289,7 @@ def as_declared(
     found: dict[Candidate, None] = {}  # a set in order: several slots may become one weight
     for one in candidates:
         if not one.opaque and one.attribute in matrix_parameters(one.module):
-            pattern = _first_hit(layouts, one.parameter_names)
+            pattern = _first_match(layouts, one.parameter_names)
             if pattern is not None:
                 one = one.laid_out(functional.layout_of(layouts[pattern]))
                 misfit = one.layout.misfit(one.shape)
@@ -291,12 +299,12 @@ def as_declared(
                         f"{misfit}; give it a layout with as many axes"
                     )
         if one.slot is not None:
-            pattern = _first_hit(rows, one.parameter_names)
+            pattern = _first_match(rows, one.parameter_names)
             one = one if pattern is None else one.in_rows(rows[pattern])
         found[one] = None
     return list(found)
 
 
-def _first_hit(patterns: Iterable[str], names: Sequence[str]) -> str | None:
+def _first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
     """Return the first pattern that is found in any of the names, or None."""
     return next((p for p in patterns if any(re.search(p, name) for name in names)), None)

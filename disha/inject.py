@@ -65,16 +65,16 @@ def inject_adapters(
 
     Args:
         model: any model, compiled or not, but not yet wrapped by DDP or FSDP.
-        target_regex: a regex that is searched (`re.search`) in the dotted names of modules and of
-            their weights; or a predicate `(name, module) -> bool`; or `"all-linear"`: every linear
-            weight, including attention, recurrent layers and experts, but not an output head that
-            is tied to an embedding.
+        target_regex: a regex, a predicate `(name, module) -> bool`, or `"all-linear"`. A regex is
+            searched (`re.search`) in the dotted names of modules and of their weights.
+            `"all-linear"` is every linear weight, including attention, recurrent layers and
+            experts, but not an output head that is tied to an embedding.
         r: shard size, at most the in_features of every target.
         method: a key of `disha.functional.METHODS`: `"bone"` (also called `"miss"`), or `"bat"`,
             whose update is not low-rank and takes more time.
         layouts: regex of names -> layout, for parameters whose layout is unknown, such as
             `{"mixer.weight_in": "expert out in"}`. The regex is searched in the names of
-            parameters; the name of a module stands for its `weight`.
+            parameters and of modules; the name of a module means its `weight`.
         rows: regex of names -> ranges (first, stop) of outputs. Only these rows are adapted:
             `{"c_attn": [(0, 768), (1536, 2304)]}` adapts q and v of a fused qkv.
         r_out: size of the output shard, which must divide the out_features of every target. Bone
@@ -87,11 +87,11 @@ def inject_adapters(
         dtype: dtype of the blocks. By default that of the weight, or float32 for a quantised one.
         init: `"zeros"` (the adapter changes nothing until it is trained), or `"kaiming"` (random
             blocks, which act immediately).
-        freeze: freeze all parameters that belong to no adapter and are not matched by `also_train`.
+        freeze: freeze all parameters, except those of adapters and those that `also_train` matches.
             `remove_adapters` restores their flags.
         also_train: regex, or several, of parameter names (such as `"norm.*weight"`) to train and
             save with the adapter. These stay parameters of the model: unlike blocks, they act
-            whichever adapter is active. So each can belong to one adapter only.
+            whichever adapter is active. So each of them can belong to only one adapter.
 
     Returns:
         `model` itself.
@@ -105,7 +105,7 @@ def inject_adapters(
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
     Warns:
-        UserWarning: the target also selects weights that can't be adapted; it names them.
+        UserWarning: the target also selects weights that can't be adapted. The warning names them.
 
     The model is unchanged whenever this raises.
 
@@ -152,8 +152,7 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
     by_module: dict[nn.Module, list[PlannedLayer]] = {}
     for layer in plan.layers:
         by_module.setdefault(layer.module, []).append(layer)
-    own = (layer.disha.group for _, layer in view.layers if layer.disha.group is not LOOSE)
-    group = next(own, None) or Group()
+    group = _group_of(view)
     for module, layers in by_module.items():
         blocks = [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
         adapt(module, [one.slot for one in layers])
@@ -166,6 +165,12 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
         adapted.disha.activate((plan.adapter,))
     _guard_encoders(view)
     _set_flags(view, plan)
+
+
+def _group_of(view: ModelView) -> Group:
+    """Return the group of the model's layers, which contexts cover together, or a new one."""
+    groups = (layer.disha.group for _, layer in view.layers)
+    return next((group for group in groups if group is not LOOSE), None) or Group()
 
 
 def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
@@ -316,7 +321,7 @@ def _set_flags(view: ModelView, plan: Plan) -> None:
         if not can_train(one.value):
             continue
         if one.name in also_train:
-            without = one.value.requires_grad and not plan.freeze
-            freezing.claim(one.module, plan.adapter, one.attribute, without)
+            flag_without = one.value.requires_grad and not plan.freeze
+            freezing.claim(one.module, plan.adapter, one.attribute, flag_without)
         elif plan.freeze and not freezing.is_claimed(one.module, one.attribute):
             freezing.set_requires_grad(one.module, one.attribute, False)

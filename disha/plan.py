@@ -1,7 +1,8 @@
 """Plan an injection: which weights get which blocks, and what else is trained. Changes nothing.
 
 A plan starts from the `Candidate`s of a model. A target or a file selects some of them. Each of
-these becomes a `PlannedLayer`, or the plan gives the reason why it can't.
+these becomes a `PlannedLayer`, or the plan says why it can't. Functions whose names end with
+`problem` return this reason, or None if there is no problem.
 """
 
 from __future__ import annotations
@@ -256,10 +257,12 @@ def plan_injection(
     check_addable(view, adapter)
     candidates = as_declared(candidates_of(view), config.layouts, config.rows)
     selected = _selected(view, candidates, target_regex)
-    wanted, skipped = _divided(view, selected, config)
+    wanted, skipped = _wanted_and_skipped(view, selected, config)
     if not wanted:
-        raise TargetError(_nothing_to_adapt(target_regex, candidates, skipped, config.method))
-    _check_all_used(config, wanted)
+        raise TargetError(
+            _nothing_selected_message(target_regex, candidates, skipped, config.method)
+        )
+    _refuse_unused_settings(config, wanted)
     layers, misfits = [], []
     for one in wanted:
         r = config.rank_of(*one.names)
@@ -326,20 +329,16 @@ def plan_weights(
             The message lists all of them.
     """
     check_addable(view, adapter)
-    by_name = {
-        name: one
-        for one in candidates_of(view)
-        for name in (one.names if one.slot else one.parameter_names)  # the file has the layout
-    }
+    by_name = {name: one for one in candidates_of(view) for name in _names_in_files(one)}
     problems, layers = [], []
     for request in requests:
-        candidate = by_name.get(request.name)
-        asked = None if candidate is None else _as_requested(candidate, request)
-        problem = _request_problem(request, asked, config)
-        if problem is None and asked is not None:
-            layers.append(_planned(asked, config, request.r, request.dtype))
-        else:
+        found = by_name.get(request.name)
+        one = None if found is None else _as_requested(found, request)
+        problem = _request_problem(request, one, config)
+        if one is None or problem is not None:
             problems.append(f"{printable(request.name, WIDEST) or '(the model)'}: {problem}")
+        else:
+            layers.append(_planned(one, config, request.r, request.dtype))
     for full, shape in also_train.items():
         problem = _parameter_problem(view.parameters_by_name.get(full), shape)
         if problem is not None:
@@ -353,6 +352,14 @@ def plan_weights(
         raise ArgumentError(message)
     trained = tuple(view.parameters_by_name[full].name for full in also_train)
     return _counted_plan(view, adapter, config, freeze, layers, trained)
+
+
+def _names_in_files(one: Candidate) -> tuple[str, ...]:
+    """Return the names by which a file may ask for a candidate.
+
+    A parameter of unknown layout can be asked for too, because the file has its layout.
+    """
+    return one.parameter_names if one.slot is None else one.names
 
 
 def _as_requested(one: Candidate, request: WeightRequest) -> Candidate:
@@ -393,7 +400,7 @@ def _parameter_problem(one: ModelParameter | None, shape: tuple[int, ...]) -> st
         return f"expected shape {shape}, found {found} in the model"
     if one.value.is_meta:
         return "it is on the meta device; give the model its weights first"
-    return _untrainable(one)
+    return _training_problem(one)
 
 
 # --- selecting candidates ------------------------------------------------------------------------
@@ -427,17 +434,7 @@ def check_addable(
 def _selected(view: ModelView, candidates: list[Candidate], target: Target) -> list[Candidate]:
     """Return the candidates that a target selects."""
     if target == ALL_LINEAR:
-        added = _modules_added_by_peft(view)
-        tables = (one for one in candidates if isinstance(one.module, _TABLES))
-        tied = {id(one.parameter) for one in tables} - {id(None)}
-        return [
-            one
-            for one in candidates
-            if one.slot is not None
-            and one.slot.linear
-            and id(one.parameter) not in tied
-            and one.module not in added
-        ]
+        return _all_linear(view, candidates)
     matches = _matcher(target)
     modules = {module for module, names in view.names.items() if matches(names, module)}
     # nn.MultiheadAttention itself reads the weight of its child `out_proj`.
@@ -447,6 +444,21 @@ def _selected(view: ModelView, candidates: list[Candidate], target: Target) -> l
         for one in candidates
         if (one.module in modules or matches(one.names, one.module))
         and (one.attribute or _has_parameters(one.module))
+    ]
+
+
+def _all_linear(view: ModelView, candidates: list[Candidate]) -> list[Candidate]:
+    """Return the linear weights, without output heads that are tied to an embedding."""
+    added = _modules_added_by_peft(view)
+    tables = (one for one in candidates if isinstance(one.module, _TABLES))
+    embeddings = {id(one.parameter) for one in tables} - {id(None)}
+    return [
+        one
+        for one in candidates
+        if one.slot is not None
+        and one.slot.linear
+        and id(one.parameter) not in embeddings
+        and one.module not in added
     ]
 
 
@@ -482,12 +494,12 @@ def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
     }
 
 
-def _divided(
+def _wanted_and_skipped(
     view: ModelView, selected: list[Candidate], config: AdapterConfig
 ) -> tuple[list[Candidate], list[SkippedModule]]:
-    """Divide the selected candidates into weights to adapt, and skipped ones with reasons."""
-    # The output projection of torch's attention can be named by the attention's name, too.
-    owners: dict[nn.Module, tuple[str, ...]] = {
+    """Return those of the selected candidates that can be adapted, and the others with reasons."""
+    # `exclude` may also name the output projection of torch's attention by the attention's name.
+    attentions: dict[nn.Module, tuple[str, ...]] = {
         module.out_proj: names
         for module, names in view.names.items()
         if isinstance(module, nn.MultiheadAttention)
@@ -495,21 +507,21 @@ def _divided(
     used: set[str] = set()
     wanted, skipped = [], []
     for one in selected:
-        names = (*one.names, *one.module_names, *owners.get(one.module, ()))
-        hits = _hits(config.exclude, names)
-        used |= hits
-        reason = "excluded" if hits else one.obstacle(config.method)
+        names = (*one.names, *one.module_names, *attentions.get(one.module, ()))
+        excluding = _matching(config.exclude, names)
+        used |= excluding
+        reason = "excluded" if excluding else one.obstacle(config.method)
         if reason is None:
             wanted.append(one)
         else:
-            is_weight = bool(one.attribute) and not hits
+            is_weight = bool(one.attribute) and not excluding
             skipped.append(SkippedModule(one.name, one.type_name, reason, is_weight))
-    _refuse_idle("exclude", config.exclude, used, "no module that the target selects")
+    _refuse_unused("exclude", config.exclude, used, "no module that the target selects")
     return wanted, skipped
 
 
-def _check_all_used(config: AdapterConfig, wanted: list[Candidate]) -> None:
-    """Raise if a regex that sets something for some weights matches none of them."""
+def _refuse_unused_settings(config: AdapterConfig, wanted: list[Candidate]) -> None:
+    """Raise if a regex of `rank_pattern`, `layouts` or `rows` matches none of the weights."""
     names = [name for one in wanted for name in one.names]
     parameters = [name for one in wanted for name in one.parameter_names]
     for argument, patterns, searched in (
@@ -517,25 +529,27 @@ def _check_all_used(config: AdapterConfig, wanted: list[Candidate]) -> None:
         ("layouts", config.layouts, parameters),
         ("rows", config.rows, parameters),
     ):
-        _refuse_idle(argument, patterns, _hits(patterns, searched), "none of the targets")
+        _refuse_unused(argument, patterns, _matching(patterns, searched), "none of the targets")
 
 
-def _refuse_idle(argument: str, patterns: Iterable[str], used: set[str], nothing: str) -> None:
-    idle = [pattern for pattern in patterns if pattern not in used]
-    if idle:
+def _refuse_unused(argument: str, patterns: Iterable[str], used: set[str], nothing: str) -> None:
+    """Raise if a pattern is not used; `nothing` says what it should have matched."""
+    unused = [pattern for pattern in patterns if pattern not in used]
+    if unused:
         raise ArgumentError(
-            f"{argument} {', '.join(map(repr, idle))} matches {nothing}; correct or remove it"
+            f"{argument} {', '.join(map(repr, unused))} matches {nothing}; correct or remove it"
         )
 
 
-def _hits(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
+def _matching(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
     """Return the patterns that are found in any of the names."""
     return {p for p in patterns if any(re.search(p, name) for name in names)}
 
 
-def _nothing_to_adapt(
+def _nothing_selected_message(
     target: Target, candidates: list[Candidate], skipped: list[SkippedModule], method: str
 ) -> str:
+    """Return the message of the error for a target that selects nothing that can be adapted."""
     asked = f"target_regex={target!r}" if isinstance(target, str) else "the predicate"
     if skipped:
         reasons = grouped((f"{s.name} ({s.type_name})", s.reason) for s in skipped)
@@ -565,6 +579,7 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
 
 
 def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
+    """Return the message of the error for weights that r or r_out does not fit."""
     shown = first_few(grouped((s.name or "(the model)", s.reason) for s in misfits), 3, "; ")
     remedy = "Choose a smaller `r`"
     if config.r_out is not None:
@@ -619,19 +634,19 @@ def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
     matched: list[str] = []
     used: set[str] = set()
     for one in view.parameters if config.also_train else ():
-        hits = _hits(config.also_train, one.names)
-        used |= hits
-        if not hits:
+        matching = _matching(config.also_train, one.names)
+        used |= matching
+        if not matching:
             continue
-        problem = _untrainable(one)
+        problem = _training_problem(one)
         if problem is not None:
             raise ArgumentError(f"also_train matches {one.name}, which {problem}")
         matched.append(one.name)
-    _refuse_idle("also_train", config.also_train, used, "no parameter")
+    _refuse_unused("also_train", config.also_train, used, "no parameter")
     return tuple(matched)
 
 
-def _untrainable(one: ModelParameter) -> str | None:
+def _training_problem(one: ModelParameter) -> str | None:
     """Return why a parameter can't be trained with a new adapter, or None."""
     if is_quantised(one.value):
         return "is quantised and can't be trained with an adapter"
@@ -661,10 +676,10 @@ def _counted_plan(
             continue
         count = parameter_count(one.value)
         total += count
-        stays = one.value.requires_grad and (
-            not freeze or freezing.is_claimed(one.module, one.attribute)
-        )
-        trainable += count if stays or one.name in trained else 0
+        claimed = freezing.is_claimed(one.module, one.attribute)
+        stays_trainable = one.value.requires_grad and (claimed or not freeze)
+        if stays_trainable or one.name in trained:
+            trainable += count
     return Plan(
         adapter=adapter,
         config=config,

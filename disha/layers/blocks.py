@@ -30,12 +30,12 @@ class Slot:
     """A weight of a module that adapters can have: a parameter, or some rows of one.
 
     Attributes:
-        name: its name within its module in targets and files; empty for `weight`.
+        name: its name below its module, in targets and files; empty for `weight`.
         parameter: the attribute of the module that holds it.
         layout: the parameter's layout.
         rows: the adapted outputs; empty for all.
-        linear: whether `"all-linear"` selects it.
-        opaque: whether the update is added to the module's output, and the weight is not replaced.
+        linear: whether the target `"all-linear"` selects it.
+        opaque: whether the weight is opaque, so the update is added to the output of the module.
         shape: the weight's shape if the parameter does not show it, else None.
     """
 

@@ -1,8 +1,8 @@
-"""What compiled code reads of the contexts of a thread or task: attributes of this module.
+"""The contexts of a thread or task, as attributes of this module, which compiled code reads.
 
 `torch.compile` can't trace a context variable. But it reads an attribute of a module again on every
-call, as an input of the graph, and calls this module's `__getattr__` for it. Two attributes exist
-for each group of layers:
+call, as an input of the graph, and calls this module's `__getattr__` for it. Each group of layers
+has two attributes:
 
     <group>                what acts on the layers (`disha.contexts.Acts`); None for the active
                            adapters, and while adapters are disabled
