@@ -7,6 +7,7 @@ import math
 import random
 import re
 import shutil
+import statistics
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ import torch
 from torch import nn
 
 from benchmarks.convergence import __main__ as command
-from benchmarks.convergence import costs, report
-from benchmarks.convergence.findings import Mean, differ, finding, task_findings
+from benchmarks.convergence import costs, curves, longer, report
+from benchmarks.convergence.findings import Costs, Mean, differ, finding, task_findings
 from benchmarks.convergence.methods import (
     FULL,
     IDENTITY,
@@ -707,6 +708,10 @@ class TestVerdict:
         assert "Bone clearly lower in 2" in text if factor < 1 else "higher in 2" in text
         assert "**Speed: not measured.**" in text
         assert "**Memory: not measured.**" in text
+        measured = {"bone": Costs(1.0, 0.5, 1), "lora": Costs(2.0, 1.0, 2)}
+        found["digits"] = replace(found["digits"], costs=measured)
+        (speed,) = re.findall(r"Speed.*", verdict(found))
+        assert speed.endswith("Bone 0.50 (one task). Measured in 1 task.")
         assert verdict({}) == ""
 
     @staticmethod
@@ -725,6 +730,176 @@ class TestVerdict:
                     results[run] = {**record, "loss": scaled, **more}
             found[task] = task_findings(cells, study, results, None)
         return found
+
+
+class TestLonger:
+    """Every sentence on the longer training is computed again, from the records of its runs."""
+
+    STUDY = replace(STUDY, cells=tuple(cell for cell in STUDY.cells if cell.task == LONG))
+
+    @classmethod
+    def made_up(cls, most, best_of_bone=3e-4):
+        """The first runs of the study, from a formula."""
+        results, best = {}, {"bone": best_of_bone, "lora": 1e-3}
+        while len(results) < most and (left := wanted(cls.STUDY, results)):
+            run = left[0]
+            away = math.log10(run.rate / best.get(run.cell.method, 3e-4))
+            loss = 2.4 + away**2 / 10 + random.Random(run.title).random() / 50
+            grown = [0.0, 0.02, 0.1, 0.2, 0.3 + away / 10]
+            scales = [
+                [scale, 3.3 - (3.3 - loss) * scale, 3.4 + more]
+                for scale, more in zip((0.0, 0.25, 0.5, 0.75, 1.0), grown, strict=True)
+            ]
+            ((_, record),) = results_of(run.cell, {run.rate: loss}).items()
+            results[run] = {**record, "scales": scales, "forgetting": [3.4, scales[-1][2]]}
+        return results
+
+    @staticmethod
+    def sentences(results):
+        """What the page must say, by plain arithmetic over the records."""
+        from scipy.stats import ttest_rel
+
+        main = {}  # method -> rate -> seed -> record
+        for run, record in results.items():
+            if run.cell == main_cell(LONG, run.cell.method):
+                main.setdefault(run.cell.method, {}).setdefault(run.rate, {})[run.seed] = record
+        first = {
+            name: {rate: seeds[0].get("loss", math.inf) for rate, seeds in rates.items()}
+            for name, rates in main.items()
+        }
+        both = sorted(set(first.get("bone", ())) & set(first.get("lora", ())))
+        lower = [f"{rate:g}" for rate in both if first["bone"][rate] < first["lora"][rate]]
+        higher = [f"{rate:g}" for rate in both if f"{rate:g}" not in lower]
+        said = []
+        if both:
+            parts = [("lower than LoRA's at ", lower), ("not at ", higher)]
+            if not lower:
+                parts = [("not lower than LoRA's at ", higher)]
+            told = ", and ".join(
+                words + " and ".join(filter(None, [", ".join(some[:-1]), some[-1]]))
+                for words, some in parts
+                if some
+            )
+            said.append(f"**With one rate for all, Bone's test loss is {told}.**")
+        for rate in {2e-5, 1e-4} & set(both):
+            losses = {METHODS[name].title: rates[rate] for name, rates in first.items()
+                      if rate in rates}  # fmt: skip
+            best = min(losses, key=losses.get)
+            said.append(f"At {rate:g}, the rate of")
+            said.append(f"{best} is lowest with {losses[best]:.3f} (")
+        own = {name: best_rate(main_cell(LONG, name), STUDY, results) for name in main}
+        seeds = {name: main[name][rate] for name, rate in own.items() if rate is not None}
+
+        def gap(one, other):
+            shared = sorted(set(one) & set(other))
+            pairs = [[values[seed] for seed in shared] for values in (one, other)]
+            mean = sum(a - b for a, b in zip(*pairs, strict=True)) / len(shared)
+            text = f"{abs(mean):.3f} {'lower' if mean < 0 else 'higher'} than"
+            if len(shared) < 2:
+                return text, "with one seed"
+            clear = ttest_rel(*pairs).pvalue < 0.05
+            return text, "beyond noise" if clear else "within noise"
+
+        def losses(name):
+            return {seed: record["loss"] for seed, record in seeds[name].items()}
+
+        if {"bone", "lora"} <= set(seeds):
+            text, noise = gap(losses("bone"), losses("lora"))
+            said.append(f"**There, Bone is {text} LoRA, {noise}.**")
+            ends = {
+                name: sum(one["forgetting"][1] for one in found.values()) / len(found)
+                for name, found in seeds.items()
+            }
+            least = min(ends, key=ends.get)
+            base = next(iter(results.values()))["forgetting"][0]
+            said.append(
+                f"The least forgetful is {METHODS[least].title} ({ends[least] - base:+.3f})."
+            )
+            fine = torch.linspace(0, 1, 1601, dtype=torch.float64)
+
+            def within(record):
+                scales, loss, elsewhere = (
+                    torch.tensor(values, dtype=torch.float64)
+                    for values in zip(*record["scales"], strict=True)
+                )
+                place = torch.searchsorted(scales, fine).clamp(1, len(scales) - 1)
+                share = (fine - scales[place - 1]) / (scales[place] - scales[place - 1])
+                loss, elsewhere = (torch.lerp(v[place - 1], v[place], share)
+                                   for v in (loss, elsewhere))  # fmt: skip
+                return loss[elsewhere <= ends[least] + 1e-9].min().item()
+
+            equal = [{seed: within(one) for seed, one in seeds[name].items()}
+                     for name in ("bone", "lora")]  # fmt: skip
+            text, noise = gap(*equal)
+            said.append(f"**There, Bone is {text} LoRA, {noise}.**")
+        if IDENTITY in seeds:
+            for other in ("bone", "lora"):
+                text, noise = gap(losses(IDENTITY), losses(other))
+                said.append(f"is {text} {METHODS[other].title}, {noise}")
+        spreads = [statistics.stdev(losses(name).values()) for name in seeds
+                   if len(seeds[name]) > 1]  # fmt: skip
+        if spreads:
+            said.append(f"The standard deviation between seeds is at most {max(spreads):.3f};")
+        sized = {
+            (run.cell.method, run.cell.r): record["loss"] for run, record in results.items()
+            if run.seed == 0 and run.rate == own.get(run.cell.method)
+        }  # fmt: skip
+        sizes = [r for r in (8, 32, 64, 128) if {("bone", r), ("lora", r)} <= set(sized)]
+        if len(sizes) > 1:
+            won = [str(r) for r in sizes if sized["bone", r] < sized["lora", r]]
+            where = " and ".join(filter(None, [", ".join(won[:-1]), *won[-1:]]))
+            said.append(f"**Bone is lower than LoRA at r = {where}.**" if won
+                        else "**Bone is not lower than LoRA at any r.**")  # fmt: skip
+            ends = " to ".join(f"{sized['bone', r]:.3f}" for r in (sizes[0], sizes[-1]))
+            said.append(f"Test loss from r = {sizes[0]} to r = {sizes[-1]}: Bone from {ends};")
+        return said
+
+    @pytest.mark.parametrize(
+        ("most", "sentences"), [(0, 0), (3, 0), (7, 5), (10, 8), (12, 8), (32, 12), (99, 13)]
+    )
+    def test_a_sentence_says_what_the_runs_say(self, most, sentences):
+        results = self.made_up(most)
+        text = longer.longer(longer.of_results(self.STUDY, results), "picture.svg")
+        said = self.sentences(results)
+        assert len(said) == sentences
+        for sentence in said:
+            assert sentence in text
+        left = 48 - len(results)
+        missing = f"**Of 48 runs, {left} are missing.**"
+        assert (missing in text, "missing" in text) == (left > 0, left > 0)
+        assert ("picture.svg" in text) == (most > 0)
+
+    def test_the_page_says_what_the_kept_runs_say(self):
+        page = (ROOT / "docs" / "evidence.md").read_text()
+        results = {run: one for run, one in read_runs(RESULTS).items() if run.cell.task == LONG}
+        for sentence in self.sentences(results):
+            assert sentence in page
+        left = runs_left(self.STUDY, results)
+        assert (f", {left} are missing.**" in page) == (left > 0)
+
+    def test_a_diverged_run_is_shown_as_such(self):
+        results = self.made_up(10)
+        run = Run(main_cell(LONG, "bone"), 3e-3, 0)
+        results[run] = {"validation": [9.0, None], "steps": [0, 10], "seconds": 1.0}
+        found = longer.of_results(self.STUDY, results)
+        assert "| diverged |" in longer.longer(found, "picture.svg")
+        assert curves.longer(found).startswith(b"<?xml")
+
+    def test_other_runs_give_other_sentences(self):
+        texts = [longer.longer(longer.of_results(self.STUDY, self.made_up(99, best)), "")
+                 for best in (1e-4, 1e-1)]  # fmt: skip
+        assert "lower than LoRA's at 2e-05, 0.0001 and 0.0003, and not at" in texts[0]
+        assert "test loss is not lower than LoRA's at 2e-05" in texts[1]
+
+    @pytest.mark.parametrize(
+        ("limit", "loss"), [(1.0, 3.0), (1.25, 2.5), (2.0, 1.0), (0.5, math.inf)]
+    )
+    def test_loss_at_equal_forgetting_is_read_off_the_curve(self, limit, loss):
+        points = [longer.Point(0.0, 3.0, 1.0), longer.Point(0.5, 2.0, 1.5),
+                  longer.Point(1.0, 1.0, 1.2)]  # fmt: skip
+        if limit == 1.25:  # the end of the curve forgets less than its middle
+            points[-1] = longer.Point(1.0, 1.0, 1.9)
+        assert longer.at_forgetting(points, limit) == pytest.approx(loss)
 
 
 COMMAND = "python -m benchmarks.convergence.report"
@@ -774,8 +949,9 @@ class TestReport:
         assert f"{before:.3f} ±" not in page.read_text()
         assert f"{after:.3f} ±" in page.read_text()
 
-    def test_no_measured_number_is_typed_into_the_text(self):
-        tree = ast.parse(Path(report.__file__).read_text())
+    @pytest.mark.parametrize("module", [report, longer], ids=["report", "longer"])
+    def test_no_measured_number_is_typed_into_the_text(self, module):
+        tree = ast.parse(Path(module.__file__).read_text())
         texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
                  and isinstance(node.value, str)]  # fmt: skip
         assert [text for text in texts if re.search(r"\d\.\d", text)] == []

@@ -15,5 +15,7 @@ Each run is added to the file of results when it ends, so the study continues wh
     costs.py     seconds and bytes of a step, measured on a quiet machine
     findings.py  what the results say, as numbers
     curves.py    the same as pictures
+    longer.py    what the longer training says: one rate for all, r, forgetting against learning
+    verdict.py   the box on top of the page
     report.py    the same as a page
 """

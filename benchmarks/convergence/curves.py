@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.convergence.findings import Finding, TaskFindings
+from benchmarks.convergence.longer import Longer
 from benchmarks.convergence.methods import METHODS
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.verdict import COMPARED, RATIOS, Overall, ratios
 
-__all__ = ["compared", "curves", "gradients", "rates"]
+__all__ = ["compared", "curves", "gradients", "longer", "rates"]
 
 STYLES: Mapping[str, tuple[str, str]] = {
     "bone": ("tab:blue", "-"),
@@ -88,6 +89,34 @@ def curves(task: str, found: TaskFindings) -> bytes:
         if panel == 0:
             axes.legend(fontsize=7, ncols=2)
     figure.suptitle(TASKS[task].title, fontsize=10)
+    return _svg(figure)
+
+
+def longer(found: Longer) -> bytes:
+    """Plot the longer training: loss over steps, over rates, and over forgetting."""
+    figure = _figure(12.0, 4.0)
+    steps, tried, scales = (figure.add_subplot(1, 3, panel + 1) for panel in range(3))
+    for name, records in found.records.items():
+        style = {"color": STYLES[name][0], "linestyle": STYLES[name][1]}
+        known = [(r, loss) for r in found.rates if (loss := found.loss(name, r)) is not None]
+        tried.plot(*_columns([one for one in known if one[1] < math.inf]), marker="o",
+                   markersize=3, label=METHODS[name].title, **style)  # fmt: skip
+        if name not in found.own:
+            continue
+        record = records[found.own[name]]
+        steps.plot(record["steps"], record["validation"], **style)
+        points = [(point.elsewhere - found.base, point.loss) for point in found.curve(name)]
+        scales.plot(*_columns(points), marker="o", markersize=3, **style)
+    for axes, across, up in (
+        (steps, "steps, at its own rate", "validation loss"),
+        (tried, "learning rate", "test loss"),
+        (scales, "forgetting, at scales from 0 to 1", "test loss"),
+    ):
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        axes.grid(alpha=0.3)
+    tried.set_xscale("log")
+    tried.legend(fontsize=7)
     return _svg(figure)
 
 

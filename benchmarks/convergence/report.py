@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence import curves
+from benchmarks.convergence import curves, longer
 from benchmarks.convergence.costs import COSTS
 from benchmarks.convergence.findings import (
     Finding,
@@ -72,10 +72,13 @@ def write(study: Study, results_file: Path, costs_file: Path, docs: Path) -> lis
         pictures[PICTURES.format("verdict")] = curves.compared(shown)
         pictures[PICTURES.format("rates")] = curves.rates(shown)
         pictures[PICTURES.format("gradients")] = curves.gradients(shown)
+    long = longer.of_results(study, results)
+    if long.there:
+        pictures[PICTURES.format("longer")] = curves.longer(long)
     for name, svg in pictures.items():
         (docs / name).parent.mkdir(parents=True, exist_ok=True)
         (docs / name).write_bytes(svg)
-    (docs / PAGE).write_text(_page(study, results, costs, found, shown), encoding="utf-8")
+    (docs / PAGE).write_text(_page(study, results, costs, found, shown, long), encoding="utf-8")
     return [docs / name for name in (PAGE, *pictures)]
 
 
@@ -116,6 +119,7 @@ def _page(
     costs: Mapping[str, Any],
     found: Mapping[str, TaskFindings],
     shown: Mapping[str, TaskFindings],
+    long: longer.Longer,
 ) -> str:
     parts = [
         "# Evidence\n",
@@ -124,6 +128,7 @@ def _page(
         f"![Bone and BAT compared with LoRA]({PICTURES.format('verdict')})\n" if shown else "",
         _incomplete(found, shown),
         _start_with(shown),
+        longer.longer(long, PICTURES.format("longer")) if long.there + long.missing else "",
         _sensitivity(shown) if shown else "",
         *(_task(task, one) for task, one in shown.items()),
     ]
@@ -205,7 +210,10 @@ def _start_with(shown: Mapping[str, TaskFindings]) -> str:
     rows = []
     for name in methods:
         rates = [one.findings[name].rate for one in shown.values() if name in one.findings]
-        ranks = [one.ranked.index(name) + 1 for one in shown.values() if name in one.ranked]
+        ranks = [
+            str(one.ranked.index(name) + 1) if name in one.ranked else NOTHING
+            for one in shown.values()
+        ]
         close = sum(
             name in one.ranked and not one.apart(name, one.ranked[0]) for one in shown.values()
         )
@@ -213,8 +221,8 @@ def _start_with(shown: Mapping[str, TaskFindings]) -> str:
             METHODS[name].title,
             f"{min(rates):g} to {max(rates):g}" if len(set(rates)) > 1 else f"{rates[0]:g}",
             f"{statistics.geometric_mean(rates):.1g}",
-            ", ".join(map(str, ranks)) or NOTHING,
-            str(close) if ranks else NOTHING,
+            ", ".join(ranks) if {*ranks} != {NOTHING} else NOTHING,
+            str(close) if {*ranks} != {NOTHING} else NOTHING,
         ])  # fmt: skip
         if costed:
             ratios = [one.costs[name].ratio for one in shown.values() if name in one.costs]
@@ -246,6 +254,10 @@ def _advice(shown: Mapping[str, TaskFindings]) -> str:
         "widely ties more easily. Start with the cheapest of these that your runtime can serve, at "
         "the mean rate of the table. Then try a third of that rate, and three times that rate."
     )
+    partly = [METHODS[name].title for name in METHODS if name in names
+              and not all(name in one.ranked for one in shown.values())]  # fmt: skip
+    if partly:
+        text += f" Not every task has {', '.join(partly)}."
     ratios = [
         one.findings["bone"].rate / one.findings["lora"].rate
         for one in shown.values()

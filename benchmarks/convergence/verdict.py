@@ -151,7 +151,10 @@ def _line(
     )
     figures = ", ".join(f"{METHODS[one].title} {ratio}" for one, ratio in overall.items())
     said = f"**{name}. {found}.** {what.capitalize()} / LoRA's: {figures}."
-    return said if what in COSTS else f"{said} {_by_task(shown, methods, what)}"
+    if what not in COSTS:
+        return f"{said} {_by_task(shown, methods, what)}"
+    tasks = max(map(len, measured.values()))
+    return said if tasks == len(shown) else f"{said} Measured in {count_text(tasks, 'task')}."
 
 
 def _by_task(shown: Tasks, methods: Sequence[str], what: str) -> str:
