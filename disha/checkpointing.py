@@ -21,9 +21,9 @@ def enable_input_gradients(
 ) -> InputGradients:
     """Make the inputs of a model's layers require gradients, for reentrant checkpointing.
 
-    `torch.utils.checkpoint.checkpoint(..., use_reentrant=True)` gives its parameters gradients only
-    if one of its inputs requires them. If the first layers of a model are frozen, no input does:
-    torch warns, and the blocks in the checkpointed part get no gradients. After this call,
+    With `torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`, parameters get gradients only
+    if one of the inputs requires them. If the first layers of a model are frozen, no input requires
+    them: torch warns, and the blocks in the checkpointed part get no gradients. After this call,
 
     - the output of every `nn.Embedding` and `nn.EmbeddingBag` of the model, and
     - every floating-point tensor that is passed to the model itself

@@ -45,15 +45,15 @@ class AdapterConfig:
     """The settings of an adapter: everything but its name and the values in its blocks.
 
     Args:
-        r: shard size, at least 1; a block has r rows.
-        target: the regex that is searched in module names, or `"all-linear"`; None if a predicate
-            chose the targets.
+        r: shard size, at least 1.
+        target: the regex that is searched in names, or `"all-linear"`; None if a predicate chose
+            the targets.
         method: a key of `disha.functional.METHODS`, such as `"bone"` (also called `"miss"`) or
             `"bat"`.
         r_out: size of the output shard, which makes Bone a tile, or None.
         exclude: a regex, or several, of module names to leave out, or None.
         rank_pattern: regex of module names -> r, or None. The first match wins.
-        layouts: regex of parameter names -> layout; the name of a module stands for its `weight`.
+        layouts: regex of parameter names -> layout; the name of a module means its `weight`.
         rows: regex of names -> ranges (first, stop) of the outputs to adapt.
         dropout: probability of zeroing each input of the adapter in training.
         scale: factor on the update when the adapter is injected.

@@ -43,11 +43,12 @@ def merge_adapters(
     merged weights. Operations that would mix merged and unmerged adapters raise.
 
     Args:
-        model: the complete model. This can't notice a weight shared with a module outside it.
+        model: the complete model. If a weight is shared with a module outside of it, this is not
+            noticed.
         adapter: the adapter, or several, to merge; the active ones by default.
         untie: if a weight is shared with another module (such as an output head tied to an
             embedding), give the adapted layer its own merged weight instead of raising.
-            `unmerge_adapters` ties it again.
+            `unmerge_adapters` shares it again.
         dense: if a weight is quantised, let its layer compute with a dense merged weight,
             W dequantised + sum of s * dW, instead of raising. The layer is then a plain linear
             layer, in memory and in `state_dict()`. The weight has the dtype in which the layer

@@ -83,8 +83,8 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     `model.load_state_dict(state, strict=False)` work with the result.
 
     As in `model.state_dict()`, a wrapper adds its part to the keys. The tensors of a sharded model
-    are DTensors, of which each rank has its shard. `save_adapter` writes clean names and gathered
-    tensors instead.
+    are DTensors, and each rank has its shard of them. `save_adapter` writes clean names and
+    gathered tensors instead.
 
     Args:
         model: a model with adapters.

@@ -240,7 +240,7 @@ def test_servers_need_both_stacks(tmp_path):
 
 def test_servers_refuse_what_was_trained_beside(tmp_path):
     ours = adapted(build("Mixtral", "eager"), also_train="norm")
-    refused = pytest.raises(disha.ConversionError, match=r"trained beside it \(.*norm\.weight")
+    refused = pytest.raises(disha.ConversionError, match=r"trained with it \(.*norm\.weight")
     with refused:
         lora.export(ours, tmp_path / "lora", experts="separate")
     with refused:

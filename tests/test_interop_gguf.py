@@ -310,7 +310,7 @@ def test_away_from_the_model_embeddings_are_refused(tmp_path):
 
 def test_what_was_trained_beside_is_refused(tmp_path):
     model = adapted(decoder(), "q_proj", also_train="norm")
-    with refused(tmp_path, "were trained beside the blocks", model):
+    with refused(tmp_path, "were trained with the blocks", model):
         lora.export_gguf(model, tmp_path / "lora.gguf")
 
 

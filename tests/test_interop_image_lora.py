@@ -398,7 +398,7 @@ def test_bat_is_cut_to_a_rank(tmp_path):
         (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), {}, "padding_mode='circular'"),
         (nn.ConvTranspose2d(8, 8, 3), {}, "does not know a ConvTranspose2d"),
         (nn.Embedding(8, 8), {}, "'index out'"),
-        (nn.Linear(8, 8), {"also_train": "norm"}, r"trained beside the blocks \(norm.bias"),
+        (nn.Linear(8, 8), {"also_train": "norm"}, r"trained with the blocks \(norm.bias"),
     ],
 )
 def test_what_no_form_can_hold(tmp_path, layer, options, message):

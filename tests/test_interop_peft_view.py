@@ -1,4 +1,4 @@
-"""A model as PEFT sees it: what is refused, and what is saved beside the blocks."""
+"""A model as PEFT sees it: what is refused, and what is saved with the blocks."""
 
 import copy
 from typing import NamedTuple

@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> None:
     for summand in summands:
         if summand.header.also_train:
             raise disha.ArgumentError(
-                f"{summand.source} holds parameters beside its blocks, such as "
+                f"{summand.source} holds parameters besides its blocks, such as "
                 f"{summand.header.also_train[0]}, which can't be added up like updates; give "
                 "--no-also-train to leave them out"
             )

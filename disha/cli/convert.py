@@ -231,7 +231,7 @@ def _notes_on_servers(report: LoraReport, header: AdapterHeader, flags: ConvertF
         )
     if report.also_train:
         notes.append(
-            "vLLM and SGLang refuse a LoRA with parameters that were trained beside it; leave them "
+            "vLLM and SGLang refuse a LoRA with parameters that were trained with it; leave them "
             "out with --no-also-train, or merge the adapter (disha merge)"
         )
     return notes
@@ -281,7 +281,7 @@ def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]
             refuse_tied(base, path, saved)
         elif any(contents[1][name].dim() > 1 for name in saved):
             raise ArgumentError(
-                f"{path} holds {', '.join(saved)}, trained beside the LoRA. PEFT may have untied "
+                f"{path} holds {', '.join(saved)}, trained with the LoRA. PEFT may have untied "
                 "them from other parameters, and only the base shows whether; give --base "
                 "CHECKPOINT, or leave them out with --no-also-train"
             )

@@ -131,7 +131,7 @@ def load_adapter(
         adapter: the name that the adapter gets in this model.
         layers: a regex, searched in the names of the layers; only matching layers are loaded. All
             by default. With `replace=True`, the layers that do not match stay as they are.
-        also_train: also set the parameters that the file holds beside the blocks.
+        also_train: also set the parameters that the file holds besides the blocks.
         replace: if the model has an adapter of that name, copy the file's values into it, in place
             (hot swap). The shapes must agree, but a file with a smaller r fits too, if that r
             divides the model's and the method can widen a block without loss (Bone, tile). Layers

@@ -88,12 +88,12 @@ def combine_adapters(
         into: the new adapter's name.
         r: shard size of the new blocks, a multiple of every adapter's r; the least common multiple
             by default. The r of BAT blocks can't change.
-        also_train: False to combine only the blocks of adapters that have parameters beside them.
+        also_train: False to combine only the blocks of adapters that have other parameters too.
             Such parameters are values, not updates, so they have no sum.
 
     Raises:
         ArgumentError: an adapter is unknown, the name is taken, a weight is not finite, blocks
-            can't be added, their sum is not finite, or an adapter has parameters beside its blocks
+            can't be added, their sum is not finite, or an adapter has parameters besides its blocks
             and `also_train` is set.
         ArgumentTypeError: the weights are not a dict of numbers.
         AdapterStateError: an adapter holds values that are not finite, or blocks of several
@@ -143,7 +143,7 @@ def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Conte
 
     Raises:
         ArgumentError: there is no adapter, a weight is not finite, blocks can't be added, their sum
-            is not finite, or an adapter has parameters beside its blocks.
+            is not finite, or an adapter has parameters besides its blocks.
         ArgumentTypeError: a weight is not a number.
 
     Warns:
@@ -178,7 +178,7 @@ def _refuse_other_parameters(summand: Summand) -> None:
     names = summand.header.also_train
     if names:
         raise ArgumentError(
-            f"{summand.source} holds parameters beside its blocks ({first_few(names, 3, ', ')}). "
+            f"{summand.source} holds parameters besides its blocks ({first_few(names, 3, ', ')}). "
             "These are values, not updates, so they have no weighted sum; leave out `also_train`"
         )
 

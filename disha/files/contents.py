@@ -211,7 +211,7 @@ def read_contents(
 
     Args:
         path: the file.
-        also_train: also return the parameters that the file holds beside the blocks.
+        also_train: also return the parameters that the file holds besides the blocks.
         layers: a regex, searched in the names of the layers; only matching layers are returned.
 
     Raises:
@@ -234,7 +234,7 @@ def unread_contents(
 
     Args:
         file: the open file.
-        also_train: also return the parameters that the file holds beside the blocks.
+        also_train: also return the parameters that the file holds besides the blocks.
         layers: a regex, searched in the names of the layers; only matching layers are returned.
     """
     described = described_by(file)
@@ -277,7 +277,7 @@ def _chosen(described: AdapterFile, layers: str) -> Sequence[LayerRecord]:
 
 
 def _narrowed(header: Header, layers: Sequence[LayerRecord], also_train: bool) -> Header:
-    """Return a header of these layers only, with or without the parameters beside the blocks."""
+    """Return a header of these layers only, with or without the parameters besides the blocks."""
     beside = header.also_train if also_train else ()
     return dataclasses.replace(
         header,
@@ -289,7 +289,7 @@ def _narrowed(header: Header, layers: Sequence[LayerRecord], also_train: bool) -
 
 
 def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Contents:
-    """Return an adapter without the parameters beside its blocks.
+    """Return an adapter without the parameters besides its blocks.
 
     Args:
         header: the adapter's header.

@@ -38,7 +38,7 @@ class FieldDifference:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How a block, or a parameter saved beside the blocks, differs.
+    """How a block, or a parameter saved with the blocks, differs.
 
     Attributes:
         name: the name of the layer or the parameter.

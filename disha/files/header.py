@@ -168,7 +168,7 @@ class AdapterHeader:
     Attributes:
         config: the adapter's configuration.
         layers: the adapted layers, in the order of the model.
-        also_train: names of the parameters saved beside the blocks.
+        also_train: names of the parameters saved with the blocks.
         tensors: key -> shape and dtype, of all tensors.
         metadata: notes that the user gave to `save_adapter`.
     """
@@ -206,7 +206,7 @@ class AdapterFile(AdapterHeader):
     Attributes:
         config: the adapter's configuration.
         layers: the adapted layers, in the order of the model.
-        also_train: names of the parameters saved beside the blocks.
+        also_train: names of the parameters saved with the blocks.
         tensors: key -> shape and dtype, of all tensors.
         metadata: notes that the user gave to `save_adapter`.
         path: the file.

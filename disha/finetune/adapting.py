@@ -44,7 +44,7 @@ def inject(
         say: told which weights the default target leaves out.
 
     Returns:
-        The base model's values of the parameters that are trained beside the adapter.
+        The base model's values of the parameters that are trained with the adapter.
 
     Raises:
         DishaError: the target matches no layer; or the settings, or the file, do not fit the
@@ -159,7 +159,7 @@ def _loaded(model: nn.Module, adapter: Path, dtype: torch.dtype | None = None) -
 
 
 def _trained_besides(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that are trained beside the adapter's own."""
+    """Return the names of the parameters that are trained with the adapter's own."""
     own = set(map(id, disha.adapter_parameters(model)))
     named = model.named_parameters()
     return [name for name, p in named if p.requires_grad and id(p) not in own]
@@ -177,7 +177,7 @@ def without_adapter(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[
 
     Args:
         model: the model, with an adapter that is not merged.
-        values: the base model's values of the parameters that are trained beside the adapter.
+        values: the base model's values of the parameters that are trained with the adapter.
     """
     adapted = base_values(model, values)
     _set_values(model, values)

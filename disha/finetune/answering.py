@@ -44,7 +44,7 @@ class Answerer:
         tokenizer: its tokenizer.
         template: the text around a prompt; None for the prompt alone.
         sampling: how the next token is chosen.
-        base: the base model's values of the parameters that are trained beside the adapter.
+        base: the base model's values of the parameters that are trained with the adapter.
     """
 
     model: nn.Module

@@ -70,7 +70,8 @@ class Method:
             of a convolution is kept as a small weight, with r in the place of `in`.
         reads_weight: whether dW depends on the values of W.
         reduces: whether dW x = S(x) R for a matrix R (r, out), which `reduced` computes from the
-            block. R acts as a smaller weight: any product of x with dW equals that of S(x) with R.
+            block. R acts as a smaller weight: the product of x with dW equals the product of S(x)
+            with R.
         tiles: whether a block can have an output shard r_out.
         additive: whether dW is linear in D. If so, combining adapters adds up their blocks, which
             gives wrong numbers for a method that is not linear.
@@ -143,8 +144,8 @@ class Method:
     ) -> Tensor | None:
         """Return (W + s dW) x + b in a way that takes less memory or time; None for the default.
 
-        The default computes W + s dW, one matrix at a time, and multiplies by it. It is not called
-        if the method `reduces`.
+        The default computes W + s dW, one matrix at a time, and multiplies by it. If the method
+        `reduces`, this is not called.
 
         Args:
             x: input (..., in), or (experts, n, in).

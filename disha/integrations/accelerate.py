@@ -16,11 +16,11 @@ __all__ = ["keep_adapter_only"]
 
 
 def keep_adapter_only(accelerator: Accelerator, model: nn.Module, adapter: str = "default") -> None:
-    """Let `save_state` write the adapter in place of the model, and `load_state` read it.
+    """Let `save_state` write the adapter instead of the model, and `load_state` read it.
 
     Call it once, before or after `accelerator.prepare`. Optimizers, schedulers and random states
-    are saved and loaded as before, so that training resumes bit for bit. It needs one or several
-    processes with the complete model on each; FSDP and DeepSpeed save in ways of their own.
+    are saved and loaded as before, so that training resumes bit for bit. Each process must have the
+    complete model: FSDP and DeepSpeed save in other ways.
 
     Args:
         accelerator: the accelerator.

@@ -15,8 +15,8 @@ class AdapterCheckpoints(Callback):
     """Keeps the base out of the checkpoints of `Trainer`.
 
     Resuming (`trainer.fit(..., ckpt_path=...)`) and the best checkpoint
-    (`trainer.test(..., ckpt_path="best")`) load the adapter into the module, which has to have it.
-    For a file of the adapter alone, call `disha.save_adapter`.
+    (`trainer.test(..., ckpt_path="best")`) load the adapter into the module, which must have this
+    adapter. To write a file of the adapter alone, call `disha.save_adapter`.
 
     Args:
         adapter: the name of the adapter to keep.

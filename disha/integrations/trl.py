@@ -135,8 +135,8 @@ def _reference(view: ModelView, adapters: Names) -> _Reference:
 class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
     """`trl.DPOTrainer` for a model with adapters, without a second model for the reference.
 
-    The reference is the model as it is when the trainer is made. If the adapter is new, that is the
-    base. If it has been trained before, that is the base with a frozen copy of it.
+    The reference is the model at the time when the trainer is made. If the adapter is new, that is
+    the base. If the adapter was trained before, that is the base with a frozen copy of the adapter.
 
     Args:
         model: a model with adapters, but without `also_train` and with no adapter on its head.

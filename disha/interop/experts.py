@@ -230,14 +230,14 @@ def taken_for_experts(modules: Iterable[str]) -> list[str]:
 
 
 def refuse_beside(also_train: Sequence[str]) -> None:
-    """Raise if parameters were trained beside separate experts, which are for servers only.
+    """Raise if parameters were trained with separate experts, which are for servers only.
 
     Raises:
         ConversionError: some were.
     """
     if also_train:
         raise ConversionError(
-            f"vLLM and SGLang refuse a LoRA with parameters that were trained beside it "
+            f"vLLM and SGLang refuse a LoRA with parameters that were trained with it "
             f"({listed(also_train)}); leave them out (--no-also-train for the command), or merge "
             "the adapter (disha merge)"
         )

@@ -157,7 +157,7 @@ def export_gguf(
 
     Raises:
         ConversionError: the GGUF file of the base model has no such layer, parameters were trained
-            beside the blocks, or the error of a layer is above `max_error`.
+            with the blocks, or the error of a layer is above `max_error`.
         ArgumentError: an argument is out of range, unknown, or missing.
         ArgumentTypeError: an argument is of the wrong type.
         MissingPackageError: `gguf` is not installed.
@@ -235,7 +235,7 @@ def write_gguf(
 
     Raises:
         ConversionError: the GGUF file of the base model has no such layer, parameters were trained
-            beside the blocks, or the error of a layer is above `max_error`.
+            with the blocks, or the error of a layer is above `max_error`.
         ArgumentError: an argument is out of range, unknown, or missing.
         ArgumentTypeError: an argument is of the wrong type.
         MissingPackageError: `gguf` is not installed.
@@ -318,7 +318,7 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
     if header.also_train:
         raise ConversionError(
             f"a LoRA for llama.cpp holds updates of layers only, and parameters were trained "
-            f"beside the blocks ({listed(header.also_train)}); convert the merged model "
+            f"with the blocks ({listed(header.also_train)}); convert the merged model "
             "(merge_adapters)"
         )
     stacks = [layer.name for layer in header.layers if layer.layout.expert_dim is not None]

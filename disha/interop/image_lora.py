@@ -62,7 +62,7 @@ def export(
     Raises:
         ConversionError: a reader of this form does not know the model or a layer, or would compute
             something else (a grouped or dilated convolution, an embedding); parameters were trained
-            beside the blocks; or the error of a layer is above `max_error`.
+            with the blocks; or the error of a layer is above `max_error`.
         ArgumentError: no model has the adapter, a component or the form is unknown, a limit is out
             of range, or BAT lacks `rank`.
         ArgumentTypeError: an argument is of the wrong type.

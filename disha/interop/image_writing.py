@@ -80,7 +80,7 @@ def write_file(
 
     Raises:
         ConversionError: a reader of this form does not know a layer, or has no place for it;
-            parameters were trained beside the blocks; or an error is above `max_error`.
+            parameters were trained with the blocks; or an error is above `max_error`.
         ArgumentError: a component or the form is unknown, a limit is out of range, or BAT lacks
             `rank` or `bases`.
         ArgumentTypeError: an argument is of the wrong type.
@@ -132,7 +132,7 @@ def updates_of(
         if header.also_train:
             raise ConversionError(
                 f"an image LoRA holds updates of layers only, and parameters of the {component} "
-                f"were trained beside the blocks ({listed(header.also_train)}); leave them out "
+                f"were trained with the blocks ({listed(header.also_train)}); leave them out "
                 "(--no-also-train), or use the merged model (merge_adapters)"
             )
         other = [one for one in header.layers if one.layout.pattern not in ("out in", CONV)]

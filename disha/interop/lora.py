@@ -75,7 +75,7 @@ def export(
     dW = B A. Bone and tile are exact, in the dtype of their blocks: A = [I_r I_r ... I_r],
     B = D^T, lora_alpha = s r. BAT is truncated to its largest singular values. PEFT's `LoraModel`
     then computes what the adapter computes here; if it would not, this raises. Parameters that were
-    trained beside the adapter go into `modules_to_save`, with everything else in their modules.
+    trained with the adapter go into `modules_to_save`, with everything else in their modules.
 
     Stacks of experts (`experts.gate_up_proj` and `experts.down_proj` of `transformers`) are exact
     too, and never truncated. PEFT reads them stacked, and has no dropout for them, so then
@@ -197,7 +197,7 @@ def export_tensors(
 def _converted(
     view: ModelView, adapter: str, experts: str, **limits: Any
 ) -> tuple[tuple[LowRankUpdate, ...], dict[str, Tensor], tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Return an adapter's updates, what trained beside it, and both in PEFT's form.
+    """Return an adapter's updates, what trained with it, and both in PEFT's form.
 
     Args:
         view: the model.
@@ -302,14 +302,14 @@ def load(
 
     If every A is [I_r I_r ... I_r], the LoRA is Bone with D = B^T, without loss. Other LoRAs have
     no block and raise an error. Experts may be stacked or separate, as `export` writes them.
-    Parameters in `modules_to_save` become parameters trained beside the adapter. Buffers there must
+    Parameters in `modules_to_save` become parameters trained with the adapter. Buffers there must
     have the model's values. Keys of `alpha_pattern` must be names or endings of names, not regexes.
 
     Args:
         model: the base model, or one that has other adapters.
         folder: the folder.
         adapter: the name that the adapter gets in this model.
-        also_train: also set the parameters that the folder holds beside the blocks.
+        also_train: also set the parameters that the folder holds besides the blocks.
         replace: if the model has an adapter of that name, copy the folder's values into it.
         dtype: dtype of the blocks; B's by default.
         freeze: freeze all parameters that belong to no adapter.

@@ -119,7 +119,7 @@ class PeftFolder:
         return dataclasses.replace(self, tensors=kept)
 
     def _name_in_base(self, key: str) -> str | None:
-        """Return the name in the base of a tensor beside the blocks; None if PEFT ignores it."""
+        """Return the name in the base of a tensor that is no block; None if PEFT ignores it."""
         module, _, last = key.rpartition(".")
         if self.config.bias == "none" or last != "bias":
             return key
@@ -173,7 +173,7 @@ def contents_of(
         base_shapes: name of a parameter of the base -> its shape: a dict, or a function that
             returns None for a name that the base does not have. A linear layer's weight is
             (out, in).
-        also_train: also take the parameters that the folder holds beside the blocks.
+        also_train: also take the parameters that the folder holds besides the blocks.
 
     Raises:
         AdapterFileError: the folder does not fit the base, or contradicts itself; the message
@@ -329,7 +329,7 @@ def write_folder(
     Raises:
         AdapterIOError: it can't be written; what was there is unchanged.
         ConversionError: PEFT's MiSS can't express it, or parameters other than biases of the
-            adapted layers were trained beside it; the message lists every reason. Nothing is
+            adapted layers were trained with it; the message lists every reason. Nothing is
             written.
 
     Examples:
@@ -419,7 +419,7 @@ def peft_config(
         header: the adapter's header.
         dropout: written in place of its dropout.
         targets: `target_modules` that select its layers.
-        saved: what is saved beside the blocks.
+        saved: what is saved with the blocks.
         notes: written in place of those in the header.
 
     Raises:
@@ -461,7 +461,7 @@ def write(
         header: the adapter's header.
         tensors: its tensors.
         config: the configuration.
-        beside: name in the model -> the values of what is saved beside the blocks.
+        beside: name in the model -> the values of what is saved with the blocks.
     """
     stored = {f"{layer.name}.{config.block_name}": tensors[layer.key] for layer in header.layers}
     layers = {join(layer.name, "bias"): layer.name for layer in header.layers}

@@ -5,7 +5,7 @@
 
 - A folder does not say how large a layer's input is, so `contents_of` asks for the shapes of the
   base's weights.
-- Only `export` can write parameters that were trained beside the blocks. PEFT saves complete
+- Only `export` can write parameters that were trained with the blocks. PEFT saves complete
   modules, and an adapter file does not say what else a module contains.
 
 `export` and `write_folder` refuse what PEFT can't store, before they write anything: layers other
@@ -61,7 +61,7 @@ def export(
 
     `PeftModel.from_pretrained(base, folder)` of PEFT 0.18 and later reads it. `target_modules`
     in the configuration selects the adapted layers and no other module of this model. Parameters
-    that were trained beside the adapter become `modules_to_save`, or `bias`. Bone is also exactly a
+    that were trained with the adapter become `modules_to_save`, or `bias`. Bone is also exactly a
     LoRA, which `disha.interop.lora` writes.
 
     The folder keeps the dtype of the blocks. PEFT casts blocks of 16 bits to float32 when it
@@ -135,13 +135,13 @@ def load(
     The folder's tensors say which layers are adapted. A list in `target_modules` must agree with
     them; regexes and other fields that select layers are not evaluated. Every other field of
     `adapter_config.json` means what it means in PEFT, or is refused. `modules_to_save` and `bias`
-    become parameters trained beside the adapter. BAT gets no dropout, because PEFT's BAT has none.
+    become parameters trained with the adapter. BAT gets no dropout, because PEFT's BAT has none.
 
     Args:
         model: the base model, or one that has other adapters.
         folder: the folder, written by PEFT's `save_pretrained` or by `export`.
         adapter: the name that the adapter gets in this model.
-        also_train: also set the parameters that the folder holds beside the blocks.
+        also_train: also set the parameters that the folder holds besides the blocks.
         replace: if the model has an adapter of that name, copy the folder's values into it.
         dtype: dtype of the blocks; the folder's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.

@@ -5,7 +5,7 @@ no effect if the target is never called, or is called under another name. The re
 target's class changes the output of its base class. This module can't detect user code that reads
 a layer's weight instead of calling the layer.
 
-PEFT saves complete modules, buffers included, for parameters that were trained beside an adapter.
+PEFT saves complete modules, buffers included, for parameters that were trained with an adapter.
 An adapter sets parameters only, so the buffers must equal the model's.
 """
 
@@ -49,7 +49,7 @@ def refuse_to_write(what: str, problems: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """How PEFT saves what was trained beside the blocks.
+    """How PEFT saves what was trained with the blocks.
 
     Attributes:
         bias: `"none"`, `"all"`, or `"only"` for biases of the adapted layers.
@@ -169,10 +169,10 @@ class PeftView:
             return "it is a parameter, and PEFT can only replace modules"
         return "the model has no such layer"
 
-    # --- exporting what was trained beside the layers --------------------------------------------
+    # --- exporting what was trained with the layers ----------------------------------------------
 
     def saved(self, also_train: Sequence[str], layers: Sequence[str], *, biases: bool) -> Saved:
-        """Return how PEFT saves parameters that were trained beside an adapter.
+        """Return how PEFT saves parameters that were trained with an adapter.
 
         Args:
             also_train: names of the parameters.
@@ -238,7 +238,7 @@ class PeftView:
             if is_inside(name, saved)
         ]
 
-    # --- loading what was trained beside the layers ----------------------------------------------
+    # --- loading what was trained with the layers ------------------------------------------------
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the values of every buffer in a state dict, under each of its names."""

@@ -34,7 +34,7 @@ def without_state(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_path):
-    """The folder of a run: BAT, with norms trained beside it."""
+    """The folder of a run: BAT, with norms trained with it."""
     folder = tmp_path_factory.mktemp("trained")
     write_rows(folder / "rows.jsonl")
     flags = {"init_weights": "bat", "also_train": "layernorm", "bone_r": 4, "template": "{query}:"}

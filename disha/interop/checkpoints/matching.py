@@ -54,7 +54,7 @@ HINTS = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """The result for one layer, or for one parameter that is saved beside the blocks.
+    """The result for one layer, or for one parameter that is saved with the blocks.
 
     Attributes:
         name: its name in the adapter file.
@@ -83,7 +83,7 @@ class BaseReport:
         adapter: the adapter file.
         base: the checkpoint.
         layers: the result for each layer.
-        also_train: the result for each parameter that is saved beside the blocks.
+        also_train: the result for each parameter that is saved with the blocks.
 
     Examples:
         >>> import tempfile, pathlib
@@ -153,7 +153,7 @@ class Matching:
     Attributes:
         report: whether they fit.
         weights: layer -> the tensor that has its weight.
-        keys: parameter that is saved beside the blocks -> the tensor that it replaces.
+        keys: parameter that is saved with the blocks -> the tensor that it replaces.
     """
 
     report: BaseReport
@@ -172,7 +172,7 @@ def verify_against(
     Args:
         base: one safetensors file, or a folder as Hugging Face libraries write it.
         adapter_path: the adapter file.
-        also_train: also compare the parameters saved beside the blocks.
+        also_train: also compare the parameters saved with the blocks.
 
     Raises:
         AdapterIOError: a file can't be read.
@@ -214,7 +214,7 @@ def matched(
         base.parameter(name, adapter.tensors[name].shape, tensors) for name in adapter.also_train
     ]
     keys = {one.name: one.key for one in beside if one.key and one.state == FITS}
-    # A layer may adapt one of the parameters that are saved beside the blocks.
+    # A layer may adapt one of the parameters that are saved with the blocks.
     values = {key: tensors[name] for name, key in keys.items()}
     layers = []
     for record in adapter.layers:
@@ -291,7 +291,7 @@ class _Base:
     def parameter(
         self, name: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor]
     ) -> Finding:
-        """Find a parameter that is saved beside the blocks and check it.
+        """Find a parameter that is saved with the blocks and check it.
 
         Args:
             name: the parameter.

@@ -72,7 +72,7 @@ class MergedCheckpoint:
     Attributes:
         path: the folder or the file.
         layers: the adapter's layers, all merged.
-        replaced: tensors that were replaced by parameters saved beside the blocks.
+        replaced: tensors that were replaced by parameters saved with the blocks.
         files: names of the files written.
         left_out: names of the base's files that were not copied: other weights, links that lead
             out of the base, and hidden files.
@@ -129,7 +129,7 @@ def merge_into_checkpoint(
     """Write a copy of a base checkpoint with an adapter merged into its weights.
 
     W becomes W + s * dW, computed in float32 (float64 for float64 weights) and rounded once: bit
-    for bit what `merge_adapters` computes. Parameters saved beside the blocks replace the base's.
+    for bit what `merge_adapters` computes. Parameters saved with the blocks replace the base's.
     Each tensor is read, merged and written before the next, so memory holds one of them.
 
     The copy has the same tensor names, shards and other files as the base, except for weights in
@@ -144,7 +144,7 @@ def merge_into_checkpoint(
         out: the folder to write. If it ends with `.safetensors`, the file to write, which then
             holds all tensors. Its parent must exist. In a folder, a base that is one file becomes
             `model.safetensors`.
-        also_train: also merge the parameters saved beside the blocks.
+        also_train: also merge the parameters saved with the blocks.
         scale: runtime scale s of all layers, in place of the adapter's own.
         dtype: dtype of all floating-point tensors of 16 bits and more, and in `config.json`; by
             default each keeps its own.
