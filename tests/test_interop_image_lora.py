@@ -420,7 +420,7 @@ def test_wrong_arguments(tmp_path):
     for models, options, message in (
         ({"unet": ours}, {"form": "a1111"}, "unknown form 'a1111'; allowed are diffusers, kohya"),
         ({"vae": ours}, {}, "no component 'vae'; allowed are unet, transformer"),
-        ({"transformer": unet}, {}, "a TinyUNet is no transformer.*; call it unet"),
+        ({"transformer": unet}, {}, "a TinyUNet is not a transformer.*; name the component unet"),
         (ours, {}, "a Sequential does not show which component it is"),
         ({"unet": ours}, {"adapter": "style"}, "no adapter 'style'"),
         ({"scheduler": None}, {}, "holds no nn.Module"),
