@@ -398,7 +398,7 @@ def test_a_trainer_that_fails_leaves_the_model_as_it_was(tmp_path, make):
         make(model, tmp_path, beta=0.5)
     for block in disha.adapter_parameters(model, "default_reference"):
         block.requires_grad_(True)
-    with pytest.raises(disha.ArgumentError, match=r"'default_reference', and .* which trains"):
+    with pytest.raises(disha.ArgumentError, match=r"'default_reference', but .* and it trains"):
         make(model, tmp_path, beta=0.5)
 
 

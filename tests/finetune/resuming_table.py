@@ -487,7 +487,7 @@ TABLE = [
         REFUSED,
         {
             "demo": Case({"demo": True}, says="does not go with --demo"),
-            "overwriting": Case({"overwrite_output_dir": True}, says="--resume goes on from"),
+            "overwriting": Case({"overwrite_output_dir": True}, says="--resume continues from"),
         },
     ),
 ]
