@@ -1100,3 +1100,21 @@ for _owner in (Tensor, torch):
     }
 
 RULES: dict[Any, Callable[..., Any]] = {**WRITES, **METADATA, **VIEWS, **PRODUCTS}
+
+
+def _dispatch_private_functions() -> None:
+    """Let compiled code pass torch's private functions to the rules, as Python does.
+
+    The compiler looks a function up in torch's list of those that a subclass may override. Private
+    ones, such as that of grouped products, are not listed, so compiled code would use W alone.
+    """
+    listed = torch.overrides.get_overridable_functions()[torch]
+    names = (name for name in dir(torch._C._VariableFunctions) if not name.startswith("__"))
+    functions = {getattr(torch, name) for name in names if name[0] == "_" and hasattr(torch, name)}
+    listed.extend(functions.difference(listed))
+    compiler = sys.modules.get("torch._dynamo.variables.torch")
+    if compiler is not None:  # it keeps a copy of the list
+        compiler.get_overridable_functions().update(functions)
+
+
+_dispatch_private_functions()
