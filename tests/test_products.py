@@ -538,3 +538,15 @@ def test_routed_bone_blocks_in_float16_whose_shard_sums_overflow():
     x = torch.full((2, 96), 4000.0, dtype=torch.float16)
     found = functional.routed_bone_delta(x, blocks, [1.0, 0.5], torch.tensor([0, 1]))
     close(found, torch.tensor([[375.0], [187.5]]).half().expand(2, 6))
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_autocast_leaves_grouped_products_in_their_dtype(method):
+    x, weight = torch.randn(5, 8), torch.randn(2, 4, 8)
+    block = torch.randn(2, 4, 4) if method == "bone" else torch.randn(2, 1, 4, 4)
+    ends, updates = torch.tensor([2, 5], dtype=torch.int32), [Update(method, block)]
+    multiply = torch._grouped_mm
+    expected = functional.adapted_grouped(multiply, x, weight, ends, updates)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert multiply(x, weight.mT, offs=ends).dtype == torch.float32
+        assert torch.equal(functional.adapted_grouped(multiply, x, weight, ends, updates), expected)

@@ -37,6 +37,7 @@ from disha.functional.shards import (
     scaled,
     scaled_sums,
     tiled,
+    without_autocast,
 )
 
 __all__ = [
@@ -580,11 +581,12 @@ def adapted_grouped(
 def _one_by_one(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence[Update]) -> Tensor:
     """Return the grouped product, computed by one product for each matrix that has rows."""
     outputs, start = [], 0
-    for index, end in enumerate(offsets.tolist()):
-        if end > start or not x.shape[0]:
-            own = [update.at(index) for update in updates]
-            outputs.append(adapted_linear(x[start:end], weight[index], None, own))
-        start = end
+    with without_autocast(x.device):  # autocast leaves grouped products alone
+        for index, end in enumerate(offsets.tolist()):
+            if end > start or not x.shape[0]:
+                own = [update.at(index) for update in updates]
+                outputs.append(adapted_linear(x[start:end], weight[index], None, own))
+            start = end
     if start < x.shape[0]:  # rows of no matrix
         like = outputs[0] if outputs else x
         outputs.append(like.new_zeros(x.shape[0] - start, weight.shape[-2]))
