@@ -877,6 +877,12 @@ class TestLonger:
         left = runs_left(self.STUDY, results)
         assert (f", {left} are missing.**" in page) == (left > 0)
 
+    @pytest.mark.parametrize(("most", "complete"), [(41, False), (42, True)])
+    def test_the_verdict_takes_it_in_once_its_methods_are_finished(self, most, complete):
+        cells = [cell for cell in self.STUDY.cells if cell == main_cell(LONG, cell.method)]
+        found = task_findings(cells, self.STUDY, self.made_up(most), None)
+        assert report._is_complete(found) is complete
+
     def test_a_diverged_run_is_shown_as_such(self):
         results = self.made_up(10)
         run = Run(main_cell(LONG, "bone"), 3e-3, 0)

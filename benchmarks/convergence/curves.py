@@ -116,6 +116,7 @@ def longer(found: Longer) -> bytes:
         axes.set_ylabel(up)
         axes.grid(alpha=0.3)
     tried.set_xscale("log")
+    tried.set_ylim(top=min(tried.get_ylim()[1], found.untrained))  # else one bad run flattens it
     tried.legend(fontsize=7)
     return _svg(figure)
 

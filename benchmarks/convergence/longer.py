@@ -79,9 +79,16 @@ class Longer:
     @property
     def base(self) -> float:
         """The base's loss on its own text."""
-        one = next(record for tried in self.records.values() for record in tried.values()
-                   if "forgetting" in record)  # fmt: skip
-        return float(one["forgetting"][0])
+        return float(next(one["forgetting"][0] for one in self._all if "forgetting" in one))
+
+    @property
+    def untrained(self) -> float:
+        """The validation loss before training."""
+        return float(self._all[0]["validation"][0])
+
+    @property
+    def _all(self) -> list[Record]:
+        return [record for tried in self.records.values() for record in tried.values()]
 
     def loss(self, method: str, rate: float) -> float | None:
         """Return the test loss of a run: inf if it diverged, None if it is missing."""
