@@ -54,7 +54,7 @@ def inject(
         given = arguments(model, settings)
         unfit = len(given["exclude"]) - (settings.exclude is not None)
         if unfit:
-            say(f"r does not fit {counted(unfit, 'weight')}, left out; --dry_run names them")
+            say(f"left out {counted(unfit, 'weight')} that r does not fit; --dry_run names them")
         disha.inject_adapters(model, **given)
         return base_values(model, _trained_besides(model))
     with refusing_other_base():

@@ -340,7 +340,7 @@ def _merge_and_verify(
             )
     if not output.verify:
         return None
-    with clock.phase("verifying the file in a fresh process"):
+    with clock.phase("verifying the file in a new process"):
         return verify_in_fresh_process(settings, adapter, inputs.checked, course.after)
 
 
@@ -405,7 +405,7 @@ def _say_result(
     )
     if verification is not None:
         clock.say(
-            f"fresh process: loaded adapter differs by {verification.loaded_difference:.1e}, "
+            f"new process: loaded adapter differs by {verification.loaded_difference:.1e}, "
             f"merged by {verification.merged_difference:.1e} (allowed: "
             f"{verification.tolerance.loaded:g} and {verification.tolerance.merged:g})"
         )

@@ -178,7 +178,7 @@ def _costs(
         yield (
             f"time: about {operations / speed:.2g} s a step, "
             f"{_duration(steps * operations / speed)} in all: {operations / 1e9:,.3g} billion "
-            f"operations at the {speed / 1e9:,.0f} billion/s of a matrix product, timed just now"
+            f"operations, at {speed / 1e9:,.0f} billion/s, the speed of a matrix product just now"
         )
 
 

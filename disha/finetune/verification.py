@@ -90,7 +90,7 @@ class Verification:
         """Raise `VerificationError` if a difference exceeds its tolerance."""
         if not self.agrees:
             raise VerificationError(
-                f"{adapter}, loaded in a fresh process, does not give the trained model's loss "
+                f"{adapter}, loaded in a new process, does not give the trained model's loss "
                 f"{self.trained:.6f}: loaded {self.loaded:.6f} (tolerance "
                 f"{self.tolerance.loaded:g}), merged {self.merged:.6f} (tolerance "
                 f"{self.tolerance.merged:g}); do not use this file, and report this as a bug"
@@ -117,7 +117,7 @@ def verify_in_fresh_process(
     if finished.returncode != 0:
         last_words = finished.stderr.decode().strip().splitlines()[-1:] or ["no message"]
         raise VerificationError(
-            f"the fresh process to verify {adapter} failed with code {finished.returncode}: "
+            f"the new process that verifies {adapter} failed with code {finished.returncode}: "
             f"{last_words[0]}"
         )
     found = json.loads(finished.stdout.splitlines()[-1])

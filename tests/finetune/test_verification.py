@@ -39,7 +39,7 @@ def test_differences_are_distances_from_the_trained_model():
 
 @pytest.mark.parametrize("changes", [{"loaded": 2.001}, {"merged": 1.9}, {"loaded": float("nan")}])
 def test_a_disagreement_names_file_losses_and_tolerance(changes):
-    with pytest.raises(VerificationError, match=r"a\.safetensors, loaded in a fresh") as caught:
+    with pytest.raises(VerificationError, match=r"a\.safetensors, loaded in a new") as caught:
         replace(GOOD, **changes).require_agreement(Path("a.safetensors"))
     assert "2.000000" in str(caught.value)
     assert "tolerance 0.0001" in str(caught.value)

@@ -90,7 +90,7 @@ def test_weights_that_r_does_not_fit_are_left_out_and_named(finetune, tiny_folde
     assert dry.code == 0
     assert "skipped backbone.layers.1.mixer.dt_proj (Linear): r=8 is larger" in dry.out
     wet = finetune(base_model_name_or_path=folder, max_steps=1)
-    assert "r does not fit 2 weights, left out; --dry_run names them" in wet.out
+    assert "left out 2 weights that r does not fit; --dry_run names them" in wet.out
     other = {"output_dir": finetune.output.with_name("other"), "max_steps": 1}
     asked = finetune(base_model_name_or_path=folder, target="dt_proj|in_proj", **other)
     assert asked.code == 2
