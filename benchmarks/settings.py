@@ -97,6 +97,7 @@ class FinetuneSizes:
         length: tokens in each sequence.
         budget: of measuring the loop.
         steps: optimizer steps of each run of the command.
+        held_out: rows that a run measures the loss on.
         runs: title -> the flags of the command.
     """
 
@@ -106,6 +107,7 @@ class FinetuneSizes:
     length: int
     budget: Budget
     steps: int
+    held_out: int
     runs: Mapping[str, tuple[str, ...]]
 
 
@@ -233,14 +235,15 @@ FULL = Profile(
         ExpertModel("Qwen3Moe", 512, 256, 32, 4, 32, 512, *_QWEN3),
         ExpertModel("Mixtral", 256, 512, 8, 2, 32, 128, *_MIXTRAL, batched=True),
     ),
-    expert_budget=Budget(25.0, least_rounds=9, most_rounds=60),
+    expert_budget=Budget(20.0, least_rounds=7, most_rounds=60),
     finetune=FinetuneSizes(
         layers=30,
         batch=4,
         accumulation=1,
         length=128,
-        budget=Budget(150.0, least_rounds=10, most_rounds=40, warm_up=1),
-        steps=20,
+        budget=Budget(60.0, least_rounds=10, most_rounds=40, warm_up=1),
+        steps=10,
+        held_out=32,
         runs=FINETUNE_RUNS,
     ),
     side_by_side=SideBySide(
@@ -282,6 +285,7 @@ QUICK = Profile(
         length=32,
         budget=Budget(2.0, least_rounds=2, most_rounds=5, warm_up=1),
         steps=1,
+        held_out=2,
         runs={"Bone": FINETUNE_RUNS["Bone"]},
     ),
     side_by_side=SideBySide(

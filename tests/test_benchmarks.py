@@ -376,7 +376,7 @@ def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, c
     monkeypatch.setattr(command, "slow_dtypes", lambda dtypes, device: {})
     monkeypatch.setattr(whole_model, "read_model", tiny_model)
     monkeypatch.setattr(finetuning, "loop", lambda sizes, device: loop)
-    monkeypatch.setattr(finetuning, "end_to_end", lambda title, flags, steps: RUN)
+    monkeypatch.setattr(finetuning, "end_to_end", lambda title, flags, sizes: RUN)
     path, docs = tmp_path / "out" / "results.json", tmp_path / "docs"
     assert command.main(["--quick", "--device", "cpu", "--out", str(path)]) == 0
     found = results.read_results(path)
