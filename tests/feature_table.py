@@ -39,52 +39,53 @@ QUANTISATIONS = {
 INTRODUCTION = """\
 # What works where
 
-`python -m tests.feature_table` writes this page from the tests; do not edit it. ✓ means that every
-test of the feature ran and passed for that row, in every variant and dtype. An empty cell means
-that a test failed or does not exist.
+These tables show which features work for which layers and models. ✓ means that every test of the
+feature ran and passed for that row, in every variant and dtype. An empty cell means that a test
+failed or does not exist. `python -m tests.feature_table` writes this page from the tests; do not
+edit it.
 """
 
 LAYERS = """\
 ## Layer kinds
 
-A subclass of one of these classes counts as its class, and keeps its own forward.
-`disha.register_layer_kind` adds further kinds.
+Subclasses of these classes work too, and keep their own forward. `disha.register_layer_kind` adds
+more kinds.
 """
 
 LAYOUTS = """\
 ## Layouts
 
-Every layout with every method, in modules that use the weight in different ways. *Routing* means
-that it works, or that it is refused because one weight serves the whole batch.
+This table has every layout with every method, in modules that use the weight in different ways.
+*Routing* means that routing works, or that it is refused because one weight serves the whole batch.
 """
 
 ATTENTION = """\
 ## Attention
 
-`nn.MultiheadAttention`, with all four projections adapted.
+This table is for `nn.MultiheadAttention`, with all four projections adapted.
 """
 
 QUANTISED = """\
 ## Quantised linear layers
 
-Merging is dense: until it is unmerged, the layer computes with a merged weight in full precision.
+Merging is dense: the layer computes with a merged weight in full precision until it is unmerged.
 """
 
 MODELS = """\
 ## Whole models
 
-Tiny models with random weights, and every possible layer adapted. *Trains* means that the block of
-every layer has changed after three steps.
+These models are tiny and have random weights. Every possible layer is adapted. *Trains* means that
+the block of every layer has changed after three steps.
 """
 
 LIBRARIES = """\
 ## Whole libraries
 
 `make zoo` builds a small random model of each architecture in {libraries}.
-It adapts every possible layer, runs the model, then merges, unmerges, saves, removes and loads the
-adapter. Of {ran} architectures, {held} pass. The other {refused} refuse one step and say why: a
-weight under a parametrization can't be merged. No adapter was inactive or wrong. Another {not_run}
-architectures do not run in a small form.
+It adapts every possible layer and runs the model. Then it merges, unmerges, saves, removes and
+loads the adapter. Of {ran} architectures, {held} pass. The other {refused} refuse one step and say
+why: a weight under a parametrization can't be merged. Every adapter acted, and none gave a wrong
+result. Another {not_run} architectures do not run in a small form.
 """
 
 

@@ -23,9 +23,10 @@ PAGE = ROOT / "docs" / "tools.md"
 INTRODUCTION = """\
 # Beside other tools
 
-`python -m tests.tool_table` writes this page from the tests; do not edit it. ✓ means that every
-test of the feature ran with the real library and passed, and *refused* that these tests show an
-error that names the tool. An empty cell means that a test failed, or that there is no such feature.
+These tables show which other tools work with `disha`. ✓ means that every test of the feature ran
+with the real library and passed. *Refused* means that the tests show an error that names the tool.
+An empty cell means that a test failed, or that there is no such feature.
+`python -m tests.tool_table` writes this page from the tests; do not edit it.
 """
 
 REFUSED = "refused"
@@ -112,7 +113,7 @@ TABLES = (
 ## Training
 
 *Adapter only* means that a checkpoint holds the adapter and not the base. *As one process* means
-that two processes train and save what one does.
+that two processes train and save the same as one.
 """,
         (
             *("trains", "quantised base", "adapter only", "resumes bit for bit", "best is loaded"),
@@ -202,8 +203,8 @@ that two processes train and save what one does.
         """\
 ## Reading an adapter
 
-*Read* means that the tool's own code reads what this library writes. *Same result* means that it
-then computes what the adapted model computes. *Back* means that this library reads it again.
+*Read* means that the tool's own code reads what `disha` writes. *Same result* means that the tool
+then computes the same as the adapted model. *Back* means that `disha` reads the file back.
 """,
         ("read", "same result", "experts", "back"),
         {
@@ -263,8 +264,8 @@ then computes what the adapted model computes. *Back* means that this library re
         """\
 ## Leaving PyTorch
 
-*Any adapter* means that one program takes blocks as inputs, and so serves every adapter of its
-shapes.
+*Any adapter* means that one program takes the blocks as inputs, so it serves every adapter of the
+same shapes.
 """,
         ("not merged", "merged", "any adapter"),
         {
