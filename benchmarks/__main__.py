@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.compiled import compiled
+from benchmarks.devices import devices
 from benchmarks.experts import experts
 from benchmarks.finetuning import finetuning
 from benchmarks.layers import few_tokens, layer_step
@@ -39,6 +41,8 @@ TABLES: Mapping[str, Measure] = {
     "experts": experts,
     "finetuning": finetuning,
     "side_by_side": side_by_side,
+    "compiled": compiled,
+    "devices": devices,
 }
 
 

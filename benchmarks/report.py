@@ -19,6 +19,8 @@ import torch
 from benchmarks import cost_model, roofline
 from benchmarks.candidates import BASE, CANDIDATES, METHOD_TITLES
 from benchmarks.compared import lines, rows
+from benchmarks.compiled import COMPILED
+from benchmarks.devices import FACTS, NOT_ASKED
 from benchmarks.markdown import (
     box,
     bytes_text,
@@ -116,6 +118,8 @@ def page(files: Mapping[Path, Results], drawn: Sequence[str] = ()) -> str:
         "experts": _experts,
         "finetuning": _finetuning,
         "side_by_side": _side_by_side,
+        "compiled": _compiled,
+        "devices": _devices,
     }
     there = [name for name in sections if name in _names(files)]
     used = list(dict.fromkeys(id(_of(name, files)) for name in there))
@@ -624,6 +628,115 @@ write the adapter."""
 def _over_lora(case: Case, name: str, field: str) -> Spread:
     values = {other: took[field] for other, took in case["contestants"].items()}
     return Spread.of(paired_ratios(values, name, "peft_lora"))
+
+
+def _compiled(results: Results) -> str:
+    cases = results["tables"]["compiled"]
+    rows = []
+    for case in (case for case in cases if case["what"] == "counted"):
+        frozen = case["counts"][BASE]
+        for name, counts in case["counts"].items():
+            rows.append(
+                [
+                    f"{case['layout']}, {CANDIDATES[name].title}",
+                    *(_beyond(name, counts, frozen, what) for what in ("loops", "products")),
+                    NOTHING if name == BASE else ratio_text(counts["bytes"] / frozen["bytes"]),
+                    *(str(counts[what]) for what in ("graphs", "breaks")),
+                ]
+            )
+    header = ("", "loops", "products", "bytes / frozen", "compilations", "graph breaks")
+    parts = ["## Compiled models\n\nA training step compiled by `torch.compile` with inductor.\n"]
+    if rows:
+        parts.append(f"{ABOUT_COUNTS}\n{table(header, rows)}")
+    timed = [case for case in cases if case["what"] == "timed"]
+    if timed:
+        parts.append(f"{ABOUT_COMPILED}\n{_compiled_times(timed)}")
+    return "\n".join(parts)
+
+
+ABOUT_COUNTS = """\
+Small whole models, one for each layout. *Loops* are the pieces of C++ that inductor fuses, and
+*products* its calls of products and convolutions, both counted in the generated code. An adapter
+has the number that it adds to the frozen model. *Bytes* are those that all of these read and write,
+as inductor counts them. Each step runs twice, and adapters of disha have another scale the second
+time; one compilation means that this compiles nothing again. Layouts without a row for PEFT are
+those that it does not adapt or torch can't compile.
+"""
+ABOUT_COMPILED = """\
+Times of the compiled step: as a ratio to the same candidate's eager step, to the compiled step of
+the frozen base, and to the compiled step of PEFT's LoRA.
+"""
+
+
+def _beyond(name: str, counts: Mapping[str, int], frozen: Mapping[str, int], what: str) -> str:
+    return str(counts[what]) if name == BASE else f"{counts[what] - frozen[what]:+d}"
+
+
+def _compiled_times(cases: Sequence[Case]) -> str:
+    rows = []
+    for case in cases:
+        seconds, layers = case["seconds"], case.get("layers")
+        size = size_title(case) + (f", {count_text(layers, 'layer')}" if layers else "")
+        for name in (name for name in seconds if not name.endswith(COMPILED)):
+            others = (name, BASE + COMPILED, f"peft_lora{COMPILED}")
+            rows.append(
+                [
+                    f"{size}, {CANDIDATES[name].title}",
+                    *(
+                        spread_text(Spread.of(paired_ratios(seconds, name + COMPILED, other)))
+                        if other in seconds and other != name + COMPILED
+                        else NOTHING
+                        for other in others
+                    ),
+                ]
+            )
+    return table(("", "/ eager", "/ frozen", "/ PEFT LoRA"), rows)
+
+
+def _devices(results: Results) -> str:
+    cases = results["tables"]["devices"]
+    titles = {"bone": "Bone", "bat": "BAT"}
+    rows = [
+        [f"{case['layout']}, {titles[case['method']]}"]
+        + [_fact_text(case["facts"][fact]) for fact in FACTS]
+        for case in cases
+    ]
+    listed = "".join(f"- *{fact}*: {meaning}\n" for fact, meaning in FACTS.items())
+    return f"""## Devices, without one
+
+{UNSEEN if results["device"] == "cpu" else ""}{ABOUT_DEVICES}
+{listed}
+{folded(_facts_title(cases), table(("", *FACTS), rows))}
+{ABOUT_GRAPHS}"""
+
+
+UNSEEN = """\
+Nobody has seen the paths of disha for GPUs on a GPU: none was at hand, and the times of this run
+are those of a CPU. """
+ABOUT_DEVICES = """\
+What can be checked without a GPU is checked on a device that only pretends: to torch it is a device
+of its own, but its memory is the host's, and the CPU computes. So this says nothing about speed,
+and nothing about kernels that only GPUs have. Each small model runs in float32, in bfloat16, in
+bfloat16 with blocks in float32, and under autocast.
+"""
+ABOUT_GRAPHS = """\
+One case waits for the device by design: BAT on experts that are multiplied in groups needs on the
+host how many rows each expert has. A CUDA graph can't record it. Compiled, or multiplied in
+batches, it does not wait. A CUDA graph keeps the scale, the active adapters and the route of the
+samples as they were while it was recorded, so record again after a change. Compiled code reads the
+scale from the device.
+"""
+
+
+def _facts_title(cases: Sequence[Case]) -> str:
+    facts = [fact for case in cases for fact in case["facts"].values() if fact != NOT_ASKED]
+    return f"{facts.count('')} of {len(facts)} facts hold"
+
+
+def _fact_text(broken: str) -> str:
+    return {"": "\N{CHECK MARK}", NOT_ASKED: NOTHING}.get(
+        broken, f"**no**: `{' '.join(broken.split())[:80]}`"
+    )
 
 
 def _left_out(cases: Sequence[Case]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.layouts import LAYOUTS
 from benchmarks.protocol import Budget
 
 __all__ = [
@@ -169,6 +170,12 @@ class Profile:
     expert_budget: Budget
     finetune: FinetuneSizes
     side_by_side: SideBySide
+    compiled_layouts: tuple[str, ...]
+    compiled_width: int
+    compiled_candidates: tuple[str, ...]
+    compiled_layers: tuple[LayerSize, ...]
+    compiled_models: tuple[ModelRun, ...]
+    compiled_budget: Budget
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -249,6 +256,15 @@ FULL = Profile(
     side_by_side=SideBySide(
         steps=8, batch=4, length=256, rounds=2, held_out=16, words=128_000, tokens=1024
     ),
+    compiled_layouts=tuple(name for name, whole in LAYOUTS.items() if whole.compiles),
+    compiled_width=256,
+    compiled_candidates=("frozen", "bone", "bat", "peft_miss", "peft_bat", "peft_lora"),
+    compiled_layers=(
+        LayerSize(1024, 1024, torch.float32),
+        LayerSize(1024, 1024, torch.bfloat16),
+    ),
+    compiled_models=(ModelRun(torch.float32, batch=1, length=256, layers=2),),
+    compiled_budget=Budget(20.0, least_rounds=7, most_rounds=60),
 )
 
 QUICK = Profile(
@@ -299,4 +315,10 @@ QUICK = Profile(
         dtypes=("float32",),
         is_tiny=True,
     ),
+    compiled_layouts=("linear (out in)",),
+    compiled_width=128,
+    compiled_candidates=("frozen", "bone", "peft_miss"),
+    compiled_layers=(LayerSize(256, 64, torch.float32),),
+    compiled_models=(),
+    compiled_budget=Budget(1.0, least_rounds=2, most_rounds=10),
 )

@@ -26,7 +26,7 @@ from disha.finetune.inputs import demo_model
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.models.gguf import GGUFCheckpoint
 
-__all__ = ["COMPARED", "model_step", "projections", "read_model"]
+__all__ = ["COMPARED", "model_step", "projections", "read_model", "token_loss"]
 
 COMPARED = (BASE, "bone", "bat", "peft_miss", "peft_bat", "peft_lora", "loralib")
 
@@ -69,7 +69,7 @@ def _measure(run: ModelRun, profile: Profile, device: torch.device) -> dict[str,
             continue
         models[name] = adapted_model(CANDIDATES[name], base, projections(base), R)
         models[name].model.embed_tokens.register_forward_hook(require_gradient)
-        loss = partial(_loss, models[name], tokens, labels)
+        loss = partial(token_loss, models[name], tokens, labels)
         steps[name] = TrainingStep(models[name], loss)
         losses[name] = _checked_loss(name, models[name], steps[name])
     check_same_results(losses, run.dtype)
@@ -94,7 +94,8 @@ def _measure(run: ModelRun, profile: Profile, device: torch.device) -> dict[str,
     }
 
 
-def _loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+def token_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of a language model on every token."""
     return F.cross_entropy(model(tokens).float().flatten(0, 1), labels.flatten())
 
 

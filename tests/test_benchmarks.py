@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import candidates, finetuning, report, results, roofline, steps, whole_model
+from benchmarks import (
+    candidates,
+    compiled,
+    finetuning,
+    report,
+    results,
+    roofline,
+    steps,
+    whole_model,
+)
 from benchmarks.candidates import BASE, CANDIDATES, lora_rank
 from benchmarks.cost_model import (
     METHODS,
@@ -26,6 +35,7 @@ from benchmarks.cost_model import (
     step_floor,
     step_macs,
 )
+from benchmarks.devices import FACTS, NOT_ASKED
 from benchmarks.layers import build_layers
 from benchmarks.memory import allocated_peak, fresh_growth, stack
 from benchmarks.memory import kept_bytes as measured_kept_bytes
@@ -345,7 +355,18 @@ TINY = dataclasses.replace(
         QUICK.finetune, length=8, accumulation=2, budget=Budget(0.0, 2, 2, 1)
     ),
     side_by_side=dataclasses.replace(QUICK.side_by_side, contestants=("disha", "peft_lora")),
+    compiled_width=64,
+    compiled_candidates=("frozen", "bone", "peft_lora"),
+    compiled_layers=(LayerSize(32, 8, torch.float32),),
+    compiled_models=(ModelRun(torch.float32, batch=1, length=8, layers=1),),
+    compiled_budget=Budget(0.0, 2, 2, 0),
 )
+DEVICES = {
+    "layout": "experts, grouped",
+    "method": "bat",
+    "facts": {**dict.fromkeys(FACTS, ""), "unsynchronised": "aten._to_copy", "routed": NOT_ASKED},
+    "left_out": {},
+}
 RUN = {
     "what": "run",
     "title": "Bone",
@@ -374,7 +395,12 @@ def tiny_model(dtype, device):
 def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, capsys, loop):
     monkeypatch.setattr(command, "QUICK", TINY)
     monkeypatch.setattr(command, "slow_dtypes", lambda dtypes, device: {})
-    monkeypatch.setattr(whole_model, "read_model", tiny_model)
+    for module in (whole_model, compiled):
+        monkeypatch.setattr(module, "read_model", tiny_model)
+    monkeypatch.setattr(compiled, "compile_model", lambda model: model)  # takes seconds
+    monkeypatch.setattr(compiled, "COUNTED", (BASE, "bone"))
+    measured = {**command.TABLES, "devices": lambda profile, device: [DEVICES]}
+    monkeypatch.setattr(command, "TABLES", measured)
     monkeypatch.setattr(finetuning, "loop", lambda sizes, device: loop)
     monkeypatch.setattr(finetuning, "end_to_end", lambda title, flags, sizes: RUN)
     path, docs = tmp_path / "out" / "results.json", tmp_path / "docs"
