@@ -247,7 +247,8 @@ TABLE = [
     ),
     Row(
         "the same rows or weights, named or stored in another way: `--dataset_split`, "
-        "`--dataset_field`, `--template`, `--eval_split`, `--skip_bad_rows`, sharded weights",
+        "`--dataset_field`, `--template`, `--eval_split`, `--skip_bad_rows`, weights in one or in "
+        "several files",
         SAME,
         {
             "split": Case({"dataset_split": "train[:50%]+train[50%:]"}),
@@ -268,8 +269,8 @@ TABLE = [
         },
     ),
     Row(
-        "what is measured, shown or saved: `--eval_steps` if no flag compares measurements, "
-        "`--logging_steps`, `--save_strategy`, "
+        "what is measured, shown or saved: `--eval_steps` (without the flags for the best step, "
+        "see below), `--logging_steps`, `--save_strategy`, "
         "`--save_steps`, `--save_total_limit`, `--report_to`, `--samples`, `--merge`, `--verify`, "
         "`--note_base`, `--debug`",
         SAME,
@@ -298,7 +299,7 @@ TABLE = [
     ),
     Row(
         "`--max_steps`, `--num_train_epochs`, `--learning_rate`, `--lr_scheduler_type`, "
-        "`--warmup_ratio`, if the steps already done keep their learning rates; for example, more "
+        "`--warmup_ratio`, if the steps already done keep their learning rates. An example is more "
         "steps at a constant rate",
         SAME,
         {
@@ -308,7 +309,8 @@ TABLE = [
         },
     ),
     Row(
-        "the version of `disha`, if a setting that only one version has is at its default",
+        "the version of `disha`, if all settings that only one of the versions has are at their "
+        "defaults",
         SAME,
         {
             "newer": Case(do=without("packing")),
@@ -362,7 +364,7 @@ TABLE = [
         },
     ),
     Row(
-        "the base model: any value of a weight, or a constant such as the epsilon of a norm",
+        "the base model: any weight, or a constant such as the epsilon of a norm",
         REFUSED,
         {
             "embedding": Case(do=in_weight("model.embed_tokens.weight"), says=BASE_DIFFERS),
@@ -380,7 +382,8 @@ TABLE = [
     ),
     Row(
         "which step is the best, and when to stop early: `--load_best_model_at_end`, "
-        "`--early_stopping_patience`, `--metric_for_best_model`, and then `--eval_steps`",
+        "`--early_stopping_patience`, `--metric_for_best_model`, and `--eval_steps` with one of "
+        "these",
         REFUSED,
         {
             "best": refused("load_best_model_at_end", True, eval_steps=1),
@@ -493,8 +496,8 @@ TABLE = [
 ]
 
 PROCESSES = Row(
-    "the number of processes, with the same `--gradient_accumulation_steps` or one that gives as "
-    "many batches in a step",
+    "the number of processes; `--gradient_accumulation_steps` stays, or changes so that a step has "
+    "as many batches as before",
     ROUNDED,
     {},
 )
