@@ -28,6 +28,7 @@ from torch import Tensor
 from disha import functional
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Product, Reduced, Update, adapted_linear
+from disha.functional.routed import linear_of_groups, with_bone_of_groups
 from disha.routing import Route
 from disha.sharding import Split, is_sharded, split_of
 
@@ -62,6 +63,31 @@ class Routed(NamedTuple):
     updates: Mapping[str, tuple[Update, ...]]
     batch: int = 0
 
+    @property
+    def of_all(self) -> tuple[Update, ...] | None:
+        """The updates of all samples, if they have the same adapter or none; or else None."""
+        if not self.route.is_uniform:
+            return None
+        return self.updates.get(self.route.names[0] or "", ())
+
+    def check(self, input: Tensor, shape: Sequence[int] | None, has_samples: bool) -> None:
+        """Raise unless an input has samples, as many as the route has names, or a multiple.
+
+        Args:
+            input: the input, samples first.
+            shape: the weight's shape, for errors.
+            has_samples: whether the leading dimension of the input is the samples.
+
+        Raises:
+            ArgumentError: it does not.
+        """
+        if not has_samples:
+            raise ArgumentError(
+                "route_adapters needs samples along the leading dimension of each input, and a "
+                f"weight of shape {tuple(shape or ())} got an input of shape {tuple(input.shape)}"
+            )
+        self.route.parts(input.shape[0])
+
     def added(
         self,
         output: Tensor,
@@ -82,13 +108,8 @@ class Routed(NamedTuple):
         Raises:
             ArgumentError: the input has no samples, or the number of names does not fit.
         """
-        if not has_samples:
-            raise ArgumentError(
-                "route_adapters needs samples along the leading dimension of each input, and a "
-                f"weight of shape {tuple(shape or ())} got an input of shape {tuple(input.shape)}"
-            )
+        self.check(input, shape, has_samples)
         size, device = input.shape[0], input.device
-        self.route.parts(size)
         for adapter, updates in self.updates.items():
             rows = self.route.rows(adapter, size, device)
             for update in updates:
@@ -834,6 +855,12 @@ def _product(
             multiply, input, base, bias, layout, weight.updates, groups
         )
 
+    routed.check(input, base.shape, has_samples)
+    if routed.of_all is not None:
+        return functional.adapted_product(
+            multiply, input, base, bias, layout, routed.of_all, groups
+        )
+
     def delta_of(x: Tensor, update: Update) -> Tensor:
         return functional.update_product(multiply, x, base, layout, update, groups)
 
@@ -908,50 +935,97 @@ RENORM_EPSILON = 1e-7
 # --- routed samples ------------------------------------------------------------------------------
 
 
+FEW_ROWS = 8
+"""Samples of fewer rows are sorted by adapter, so that each adapter adds one product.
+
+Sorting costs passes over the output; not to sort costs one product for each sample.
+"""
+
+
 def _routed_linear(input: Tensor, weight: EffectiveWeight, bias: Tensor | None) -> Tensor:
     routed, base = weight.routed, weight.base
     assert routed is not None
+    if not routed.batch:
+        return _routed_rows(input, base, bias, weight.axes, routed)
+    # Samples come second, or are flattened so.
+    first = input.reshape(-1, routed.batch, input.shape[-1]).transpose(0, 1)
+    output = _routed_rows(first, base, bias, weight.axes, routed)
+    return output.transpose(0, 1).contiguous().view(*input.shape[:-1], output.shape[-1])
+
+
+def _routed_rows(
+    input: Tensor, base: Tensor, bias: Tensor | None, layout: Layout, routed: Routed
+) -> Tensor:
+    """Return a linear product in which each sample, samples first, has its own updates."""
+    routed.check(input, base.shape, has_samples=input.dim() >= 2)
+    if routed.of_all is not None or not input.shape[0]:
+        return adapted_linear(input, base, bias, routed.of_all or ())
+    every = [update for updates in routed.updates.values() for update in updates]
+    if not all(functional.method_of(update.method).reduces for update in every):
+        return _linear_by_adapter(input, base, bias, routed)
     output = F.linear(input, base, bias)
-    if routed.batch:  # samples come second, or are flattened so
-        first = input.reshape(-1, routed.batch, input.shape[-1]).transpose(0, 1)
-        plain = effective(base, weight.axes, (), routed._replace(batch=0))
-        zeros = output.new_zeros(*first.shape[:-1], output.shape[-1])
-        updates = _routed_updates(zeros, first, plain)
-        return output + updates.transpose(0, 1).reshape(output.shape)
-    return _routed_updates(output, input, weight)
-
-
-def _routed_updates(output: Tensor, input: Tensor, weight: EffectiveWeight) -> Tensor:
-    """Return an output plus the updates of a linear product, in one product if possible."""
-    routed, base = weight.routed, weight.base
-    assert routed is not None
-    alike = _alike(routed, weight) if input.dim() >= 2 else None
+    alike = _alike(routed, layout, base.shape[0])
     if alike is None:
         return routed.added(
             output,
             input,
             base.shape,
-            lambda x, update: functional.update_product(F.linear, x, base, weight.axes, update),
-            has_samples=input.dim() >= 2,
+            lambda x, update: functional.update_product(F.linear, x, base, layout, update),
+            has_samples=True,
         )
-    routed.route.parts(input.shape[0])
-    choices = routed.route.choices(list(routed.updates), input.device)
-    blocks, scales = [one.matrix for one in alike], [one.scale for one in alike]
-    delta = functional.routed_bone_delta(input, blocks, scales, choices)
-    return output + delta.to(output.dtype)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        choices = routed.route.choices(list(alike), input.device)
+        blocks, scales = zip(*((one.matrix, one.scale) for one in alike.values()), strict=True)
+        delta = functional.routed_bone_delta(input, blocks, scales, choices)
+        return output + delta.to(output.dtype)
+    return _with_alike(output, input, routed.route, alike)
 
 
-def _alike(routed: Routed, weight: EffectiveWeight) -> list[Reduced] | None:
-    """Return the shard-sum updates of several adapters if all have one size and no tiles."""
-    found = []
-    for updates in routed.updates.values():
-        small = functional.reduced_updates(updates, weight.axes, weight.base.shape[0])
-        reduces = all(functional.method_of(update.method).reduces for update in updates)
-        if len(small) != 1 or not reduces or small[0].dropout:
+def _linear_by_adapter(input: Tensor, base: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
+    """Return a linear product whose samples are sorted by adapter, and put back afterwards."""
+    route, size, device = routed.route, input.shape[0], input.device
+    groups = route.sorted_groups(size)
+    lies_sorted = groups == route.runs(size)
+    if not lies_sorted:
+        input = input.index_select(0, route.order(size, device))
+    each = [(routed.updates.get(one.adapter or "", ()), one.stop - one.start) for one in groups]
+    output = linear_of_groups(input, base, bias, each)
+    if lies_sorted:
+        return output
+    return output.index_select(0, route.order(size, device, inverse=True))
+
+
+def _with_alike(
+    output: Tensor, input: Tensor, route: Route, alike: Mapping[str, Reduced]
+) -> Tensor:
+    """Return an output plus the shard-sum updates of each sample."""
+    size = input.shape[0]
+    rows, outputs = (one.reshape(size, -1, one.shape[-1]) for one in (input, output))
+    groups, order = route.runs(size), None
+    few = rows.shape[1] * route.parts(size) < FEW_ROWS and len(groups) > len(alike)
+    if few or torch.is_grad_enabled() or not outputs.is_contiguous():
+        groups, order = route.sorted_groups(size), route.order(size, input.device)
+    each = [
+        (
+            (one.matrix, one.scale) if (one := alike.get(group.adapter or "")) else None,
+            group.stop - group.start,
+        )
+        for group in groups
+    ]
+    return with_bone_of_groups(outputs, rows, each, order).reshape(output.shape)
+
+
+def _alike(routed: Routed, layout: Layout, out_features: int) -> dict[str, Reduced] | None:
+    """Return the shard-sum update of each adapter, if all have one size and no tiles."""
+    found: dict[str, Reduced] = {}
+    for adapter, updates in routed.updates.items():
+        small = functional.reduced_updates(updates, layout, out_features)
+        if len(small) > 1 or any(one.dropout for one in small):
             return None
-        found += small
-    sizes = {(one.matrix.shape, one.matrix.dtype) for one in found}
-    if len(found) < 2 or len(sizes) > 1 or found[0].matrix.shape[-1] != weight.base.shape[0]:
+        if small:
+            found[adapter] = small[0]
+    sizes = {(one.matrix.shape, one.matrix.dtype) for one in found.values()}
+    if len(sizes) != 1 or next(iter(sizes))[0][-1] != out_features:
         return None
     return found
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +13,15 @@ from torch import Tensor
 from disha.errors import ArgumentError
 from disha.text import counted
 
-__all__ = ["Route"]
+__all__ = ["Group", "Route"]
+
+
+class Group(NamedTuple):
+    """Entries `start` to `stop` of a leading dimension, which go through one adapter, or none."""
+
+    adapter: str | None
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,47 @@ class Route:
                 "name for each sample of the batch"
             )
         return size // samples
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all samples have the same adapter, or none."""
+        return len(set(self.names)) == 1
+
+    def runs(self, size: int) -> list[Group]:
+        """Return the groups along a leading dimension as the samples lie: an adapter may recur."""
+        return self._groups(self.names, self.parts(size))
+
+    def sorted_groups(self, size: int) -> list[Group]:
+        """Return the groups after a sort by adapter: each adapter once, samples without one last.
+
+        The sort is `order`.
+        """
+        return self._groups([self.names[i] for i in self._sorted], self.parts(size))
+
+    def order(self, size: int, device: torch.device, inverse: bool = False) -> Tensor:
+        """Return the indices along a leading dimension that sort it by adapter, or undo that."""
+        parts, samples = self.parts(size), self._sorted
+        if inverse:
+            samples = tuple(sorted(range(len(samples)), key=samples.__getitem__))
+        indices = (range(sample * parts, (sample + 1) * parts) for sample in samples)
+        return self._on_device(tuple(i for part in indices for i in part), device)
+
+    @property
+    def _sorted(self) -> tuple[int, ...]:
+        place = {adapter: index for index, adapter in enumerate(self.adapters)}
+        order = sorted(
+            range(len(self.names)), key=lambda i: place.get(self.names[i] or "", len(place))
+        )
+        return tuple(order)
+
+    @staticmethod
+    def _groups(names: Sequence[str | None], parts: int) -> list[Group]:
+        groups, start = [], 0
+        for name, same in groupby(names):
+            stop = start + parts * len(list(same))
+            groups.append(Group(name, start, stop))
+            start = stop
+        return groups
 
     def rows(self, adapter: str, size: int, device: torch.device) -> Tensor:
         """Return the indices along a leading dimension that go through an adapter."""

@@ -310,8 +310,10 @@ class TestRoute:
         x = torch.randn(2 * len(names), *positions, 7, dtype=torch.float64, requires_grad=True)
         with disha.route_adapters(layer, names):
             routed = layer(x)
-        for share in (0.0, 1e6):  # BAT in a product per adapter, and in one that reads W once
+        # BAT in a product per adapter, in one that reads W once, and in one for each r outputs
+        for share, slab in ((0.0, 2**22), (1e6, 2**22), (1e6, 1)):
             monkeypatch.setattr("disha.functional.bat.STREAMED_SHARE", share)
+            monkeypatch.setattr("disha.functional.bat.SLAB_BYTES", slab)
             with torch.no_grad(), disha.route_adapters(layer, names):
                 assert torch.allclose(layer(x), routed, rtol=0, atol=1e-12)
         cotangent = torch.randn_like(routed)
@@ -326,6 +328,42 @@ class TestRoute:
         exact = torch.autograd.grad((expected * cotangent).sum(), [x, *blocks])
         for one, other in zip(found, exact, strict=True):
             assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    def test_one_adapter_for_all_samples_is_the_same_as_without_routing(self, method):
+        model = Several()
+        for adapter in "ab":
+            disha.inject_adapters(model, ".", 2, method=method, adapter=adapter)
+        perturb(model)
+        for adapter in ("a", "b"):
+            disha.set_active_adapters(model, adapter)
+            with disha.route_adapters(model, [adapter] * 5):
+                routed = model(self.tokens)
+            assert torch.equal(routed, model(self.tokens))
+        with disha.route_adapters(model, [None] * 5), disha.adapters_disabled(model):
+            base = model(self.tokens)
+        with disha.route_adapters(model, [None] * 5):
+            assert torch.equal(model(self.tokens), base)
+
+    @pytest.mark.parametrize("gradients", [True, False])
+    @pytest.mark.parametrize("rows", [1, 9])
+    @pytest.mark.parametrize("methods", [("bone", "bone"), ("bat", "bat"), ("bone", "bat")])
+    def test_adapters_that_differ(self, methods, rows, gradients):
+        layers = nn.Sequential(nn.Linear(7, 6), nn.Linear(6, 5)).double()
+        for adapter, method, target, r in zip(
+            "abc", (*methods, "bone"), "01.", (2, 2, 3), strict=True
+        ):
+            disha.inject_adapters(layers, target, r, method=method, adapter=adapter)
+        perturb(layers)
+        names = ["b", "a", None, "a", "b", "c"]
+        for kept in (names, [name for name in names if name != "c"]):
+            x = torch.randn(len(kept), rows, 7, dtype=torch.float64)
+            with torch.set_grad_enabled(gradients):
+                with disha.route_adapters(layers, kept):
+                    routed = layers(x)
+                for name, sample, output in zip(kept, x, routed, strict=True):
+                    disha.set_active_adapters(layers, [] if name is None else name)
+                    assert torch.allclose(layers(sample), output, rtol=0, atol=1e-12)
 
     def test_an_empty_batch(self):
         layer = nn.Linear(7, 6)

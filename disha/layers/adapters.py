@@ -92,9 +92,11 @@ class Adapters(nn.Module):
     def blocks(self, adapter: str | None = None) -> dict[tuple[str, str], Block]:
         """Return (adapter, name of the weight) -> block, of one adapter or of all."""
         found: dict[tuple[str, str], Block] = {}
-        for own, child in list(self._modules.items()):  # another thread may add one
-            if adapter is not None and own != adapter:
-                continue
+        if adapter is None:
+            children = list(self._modules.items())  # another thread may add one
+        else:
+            children = [(adapter, self._modules.get(adapter))]
+        for own, child in children:
             if isinstance(child, Block):
                 found[own, child.slot.name] = child
             elif child is not None:
@@ -102,6 +104,14 @@ class Adapters(nn.Module):
                     assert isinstance(block, Block)
                     found[own, block.slot.name] = block
         return found
+
+    def some(self, parameter: str) -> tuple[Block, ...]:
+        """The blocks on a parameter of the first adapter that has any."""
+        for adapter in list(self._modules):  # another thread may add one
+            found = self._live((adapter,)).get(parameter)
+            if found:
+                return found
+        return ()
 
     def add(self, adapter: str, blocks: Iterable[Block]) -> None:
         """Add blocks under a name that `check_adapter_name` allows. They are not active yet."""

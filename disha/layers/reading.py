@@ -94,7 +94,7 @@ def weight_property(original: type[nn.Module], name: str) -> property:
 
 
 def _routed_weight(adapters: Adapters, route: Route, name: str, base: Any, compiling: bool) -> Any:
-    blocks = tuple(one for one in adapters.blocks().values() if one.slot.parameter == name)
+    blocks = adapters.some(name)
     if not blocks:
         return base
     if type(base) not in PLAIN and not is_sharded(base):

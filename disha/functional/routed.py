@@ -1,0 +1,134 @@
+"""Products of a batch in which each sample has its own updates: one product for several groups.
+
+A group is a number of rows that share their updates. The cheapest way depends on the methods:
+
+- all of them reduce: W x of all rows at once, and S(x) of all rows; each group adds S(x) R;
+- the method has a product of groups, which is faster for few rows: all rows at once;
+- otherwise, one product for each group, as if the groups ran one by one.
+
+Source: arXiv 2409.15371, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from disha.functional.methods import method_of
+from disha.functional.products import Update, adapted_linear
+from disha.functional.shards import Scale, regained, scaled, scaled_sums
+
+__all__ = ["linear_of_groups", "with_bone_of_groups"]
+
+
+def linear_of_groups(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: Sequence[tuple[Sequence[Update], int]],
+) -> Tensor:
+    """Return (W + sum of s dW) x + b, with the updates of each group.
+
+    Args:
+        x: input (n, ..., in), the entries of one group after those of another.
+        weight: W (out, in).
+        bias: b (out,), or None.
+        groups: the updates of each group, and its number of entries of the leading dimension.
+
+    Returns:
+        Tensor (n, ..., out).
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional import Update
+        >>> from disha.functional.routed import linear_of_groups
+        >>> groups = [([Update("bat", torch.eye(2)[None])], 1), ([], 1)]
+        >>> linear_of_groups(torch.ones(2, 2), torch.eye(2), None, groups)
+        tensor([[3., 3.],
+                [1., 1.]])
+    """
+    output = _at_once(x, weight, bias, groups)
+    if output is not None:
+        return output
+    parts = torch.split(x, [size for _, size in groups])
+    each = zip(parts, groups, strict=True)
+    return torch.cat([adapted_linear(own, weight, bias, updates) for own, (updates, _) in each])
+
+
+def _at_once(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: Sequence[tuple[Sequence[Update], int]],
+) -> Tensor | None:
+    """Return the product of all groups, if their method has a way that applies here."""
+    updates = [update for own, _ in groups for update in own]
+    methods = {update.method for update in updates}
+    plain = not any(update.rows or update.dropout for update in updates)
+    if len(methods) != 1 or not plain or any(len(own) > 1 for own, _ in groups):
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    of_entry = rows.shape[0] // max(1, x.shape[0])
+    given = [
+        (own[0].block if own else None, own[0].scale if own else 1.0, size * of_entry)
+        for own, size in groups
+    ]
+    output = method_of(methods.pop()).product_of_groups(rows, weight, bias, given)
+    return None if output is None else output.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def with_bone_of_groups(
+    output: Tensor,
+    x: Tensor,
+    groups: Sequence[tuple[tuple[Tensor, Scale] | None, int]],
+    order: Tensor | None = None,
+) -> Tensor:
+    """Return an output plus s S(x) R, with the R and s of each group.
+
+    Args:
+        output: (n, rows, out). Without gradients, it is changed in place; it must be contiguous
+            if there is no order.
+        x: input (n, rows, in).
+        groups: R (r, out) of each group with its scale, or None, and its number of entries of the
+            leading dimension. All R have one shape and dtype.
+        order: indices along the leading dimension that put the entries of one group after those
+            of another; None if they lie so, and no gradient is needed.
+
+    Examples:
+        >>> import torch
+        >>> from disha.functional.routed import with_bone_of_groups
+        >>> groups = [((torch.ones(1, 2), 3.0), 1), (None, 1)]
+        >>> with torch.no_grad():
+        ...     with_bone_of_groups(torch.zeros(2, 1, 2), torch.ones(2, 1, 2), groups)[:, 0]
+        tensor([[6., 6.],
+                [0., 0.]])
+    """
+    first = next(own[0] for own, _ in groups if own is not None)
+    sums, regain = scaled_sums(x, first.shape[0], first.dtype)
+    sizes = [size for _, size in groups]
+    matrices = [None if own is None else scaled(*own) for own, _ in groups]
+    if order is None:
+        each = zip(matrices, torch.split(output, sizes), torch.split(sums, sizes), strict=True)
+        for matrix, rows, own in each:
+            if matrix is not None:
+                _add(rows.view(-1, rows.shape[-1]), own.flatten(0, 1), matrix, regain)
+        return output
+    parts = torch.split(sums.index_select(0, order), sizes)
+    deltas = [
+        own.new_zeros(*own.shape[:-1], first.shape[1]) if matrix is None else own @ matrix
+        for own, matrix in zip(parts, matrices, strict=True)
+    ]
+    delta = regained(torch.cat(deltas), regain).to(output.dtype)
+    if torch.is_grad_enabled():
+        return output.index_add(0, order, delta)
+    return output.index_add_(0, order, delta)
+
+
+def _add(rows: Tensor, sums: Tensor, matrix: Tensor, regain: Scale) -> None:
+    """Add a product to rows of an output, in place."""
+    if rows.dtype == sums.dtype == matrix.dtype and not isinstance(regain, Tensor):
+        rows.addmm_(sums, matrix, alpha=regain)
+    else:
+        rows += regained(sums @ matrix, regain).to(rows.dtype)
