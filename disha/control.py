@@ -168,7 +168,7 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
     """
     check_scale(scale)
     view = ModelView(model)
-    blocks = [weight.blocks[adapter] for _, weight in view.require(adapter)]
+    blocks = [weight.block(adapter) for _, weight in view.require(adapter)]
     view.refuse_merged("change an adapter's scale")
     with Undo(view, blocks):
         for block in blocks:

@@ -9,7 +9,7 @@ targets match the same modules, and files hold the same names, whether a model i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -104,6 +104,12 @@ def _with_children(module: nn.Module) -> Iterator[nn.Module]:
     for child in list(module._modules.values()):  # another thread may add one
         if child is not None:
             yield from _with_children(child)
+
+
+def _blocks_on_each_weight(layer: AdaptedLayer) -> Iterable[tuple[str, str]]:
+    """Return (adapter, weight) of blocks of a layer: at least one for each adapted weight."""
+    one = len(layer.adapted_parameters) == 1  # then every adapter has a block on that weight
+    return layer.disha.blocks(next(iter(layer.disha), None) if one else None)
 
 
 class ModelParameter(NamedTuple):
@@ -242,6 +248,20 @@ class ModelView:
             if isinstance(module, AdaptedLayer) and CHILD_NAME in module._modules:
                 yield from _with_children(module.disha)
 
+    def modules_of(self, adapter: object) -> Iterator[nn.Module]:
+        """Iterate over all modules but those inside other adapters, each once.
+
+        Args:
+            adapter: the adapter, which the model may lack.
+        """
+        for module in self.names:
+            yield module
+            if isinstance(module, AdaptedLayer) and CHILD_NAME in module._modules:
+                yield module.disha
+                own = module.disha._modules.get(adapter) if isinstance(adapter, str) else None
+                if own is not None:
+                    yield from _with_children(own)
+
     # --- adapters --------------------------------------------------------------------------------
 
     @property
@@ -259,13 +279,21 @@ class ModelView:
         return [
             (join(layer_name, name), AdaptedWeight(layer, name))
             for layer_name, layer in self.layers
-            for name in dict.fromkeys(name for _, name in layer.disha.blocks())
+            for name in dict.fromkeys(name for _, name in _blocks_on_each_weight(layer))
         ]
 
     @property
     def adapters(self) -> list[str]:
         """The names of all adapters, in the order of the layers."""
         return list(dict.fromkeys(name for _, layer in self.layers for name in layer.disha))
+
+    def has(self, adapter: str) -> bool:
+        """Whether a weight has an adapter.
+
+        Args:
+            adapter: the adapter's name.
+        """
+        return any(adapter in layer.disha for _, layer in self.layers)
 
     def require(self, adapter: str) -> list[tuple[str, AdaptedWeight]]:
         """Return the weights that have an adapter, with their clean names.
@@ -281,7 +309,11 @@ class ModelView:
             raise ArgumentTypeError(
                 f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
             )
-        weights = [(name, weight) for name, weight in self.weights if adapter in weight.blocks]
+        weights = [
+            (join(layer_name, name), AdaptedWeight(layer, name))
+            for layer_name, layer in self.layers
+            for _, name in layer.disha.blocks(adapter)
+        ]
         if not weights:
             known = self.adapters
             found = f"it has {', '.join(map(repr, known))}" if known else "it has none"
@@ -366,7 +398,15 @@ class ModelView:
     def ranks(self) -> Ranks:
         """Reshard the modules, and return the ranks that hold the shards."""
         self.reshard()
-        return Ranks(self.all_parameters())
+        # Adapters can't be added to a sharded model, so all of them are sharded, or none.
+        first = [next(iter(layer.disha), None) for _, layer in self.layers]
+        blocks = [
+            block.block
+            for (_, layer), adapter in zip(self.layers, first, strict=True)
+            if adapter is not None
+            for block in layer.disha.blocks(adapter).values()
+        ]
+        return Ranks([*(one.value for one in self.parameters), *blocks])
 
     def all_parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over all parameters, those of blocks included, each once."""

@@ -273,7 +273,8 @@ def plan_injection(
             misfits.append(SkippedModule(one.name, one.type_name, problem, True))
     if misfits and strict:
         raise ArgumentError(_misfit_message(misfits, config))
-    plan = _counted_plan(view, adapter, config, freeze, layers, _also_trained(view, config))
+    trained = _also_trained(view, config)
+    plan = _counted_plan(view, adapter, config, freeze, layers, trained, with_others=not strict)
     return replace(
         plan,
         skipped=(*skipped, *misfits),
@@ -351,7 +352,7 @@ def plan_weights(
             message += f"\nthe names nearest to {brief(absent)} are {nearest}"
         raise ArgumentError(message)
     trained = tuple(view.parameters_by_name[full].name for full in also_train)
-    return _counted_plan(view, adapter, config, freeze, layers, trained)
+    return _counted_plan(view, adapter, config, freeze, layers, trained, with_others=False)
 
 
 def _names_in_files(one: Candidate) -> tuple[str, ...]:
@@ -424,7 +425,7 @@ def check_addable(
     check_adapter_name(adapter)
     view.refuse_inside(action)
     view.refuse_wrapped(action, before_wrapping)
-    if adapter in view.adapters:
+    if view.has(adapter):
         raise ArgumentError(
             f"the model has an adapter {adapter!r} already; choose another name, or remove it "
             f"with remove_adapters(model, {adapter!r})"
@@ -664,9 +665,19 @@ def _counted_plan(
     freeze: bool,
     layers: Sequence[PlannedLayer],
     also_train: tuple[str, ...],
+    *,
+    with_others: bool,
 ) -> Plan:
-    """Return a plan, with its parameters counted."""
-    blocks = [block.block for _, layer in view.layers for block in layer.disha.blocks().values()]
+    """Return a plan, with its parameters counted.
+
+    The blocks of other adapters are left out unless `with_others` is set: there may be many, and
+    only a plan that is shown needs the numbers.
+    """
+    blocks = [
+        block.block
+        for _, layer in (view.layers if with_others else ())
+        for block in layer.disha.blocks().values()
+    ]
     added = sum(layer.parameters for layer in layers)
     trainable = added + sum(block.numel() for block in blocks if block.requires_grad)
     total = added + sum(block.numel() for block in blocks)

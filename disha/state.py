@@ -127,7 +127,7 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
     view.reshard()
     tensors = {}
     for name, weight in view.require(adapter):
-        block = weight.blocks[adapter]
+        block = weight.block(adapter)
         _refuse_flattened(name, weight, block)
         tensors[join(name, block.parameter_name)] = block.block
     for module, (name, *_) in view.names.items():

@@ -106,7 +106,7 @@ def adapter_contents(
     with ranks.agreeing(action):
         _check_one_method(adapter, layers)
         _check_still_finite(adapter, tensors)
-    config = weights[0][1].blocks[adapter].config
+    config = weights[0][1].block(adapter).config
     blocks = {layer.key for layer in layers}
     header = AdapterHeader(
         config=config.changed(scale=layers[0].scale),
@@ -126,7 +126,7 @@ def records_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
 def _record(
     name: str, adapter: str, weight: AdaptedWeight, *, with_base: bool = True
 ) -> LayerRecord:
-    block, geometry = weight.blocks[adapter], weight.geometry
+    block, geometry = weight.block(adapter), weight.geometry
     return LayerRecord(
         name=name,
         method=block.method,
@@ -321,7 +321,7 @@ class _Incoming:
         """Iterate over the model's weights for which the adapter has a block."""
         layers = {self.keys[layer.key]: layer for layer in self.header.layers}
         for name, weight in view.require(adapter):
-            block = weight.blocks[adapter]
+            block = weight.block(adapter)
             layer = layers.get(join(name, block.parameter_name))
             if layer is not None:
                 yield name, weight, block, layer
@@ -354,14 +354,14 @@ def load_contents(
         freeze: freeze all parameters that belong to no adapter.
         activate: make the new adapter the only active one.
     """
-    with Undo(view) as undo:
+    with Undo(view, view.modules_of(adapter)) as undo:
         with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
             check_dtype(dtype)
             view.refuse_inside("load an adapter")
             incoming = _Incoming(source, header, tensors, _model_keys(view, header))
             _check_consistent(incoming)
-            taken = adapter in view.adapters
+            taken = view.has(adapter)
             _check_taken(adapter, taken, replace, dtype)
             if taken:
                 adapter_tensors(view, adapter)  # raises if the blocks have no values here
@@ -380,7 +380,7 @@ def load_contents(
                     write(targets[key], value)
         if taken and not partial:
             for name, weight in view.require(adapter):
-                block = weight.blocks[adapter]
+                block = weight.block(adapter)
                 if join(name, block.parameter_name) not in values:
                     undo.write(block.block, torch.zeros_like(block.block))
         for _, _, block, layer in incoming.loaded_into(view, adapter):

@@ -87,7 +87,7 @@ def export(
     """
     given = _components(models)
     views = {component: ModelView(model) for component, model in given.items()}
-    having = {name: view for name, view in views.items() if adapter in view.adapters}
+    having = {name: view for name, view in views.items() if view.has(adapter)}
     if not having:
         next(iter(views.values())).require(adapter)  # raises
     ranks, action = next(iter(having.values())).ranks(), f"export adapter {adapter!r} as {form}"

@@ -177,10 +177,23 @@ class AdaptedWeight:
         found = self.layer.disha.blocks()
         return {adapter: block for (adapter, name), block in found.items() if name == self.name}
 
+    def block(self, adapter: str) -> Block:
+        """Return the weight's block of an adapter, without a look at the others.
+
+        Args:
+            adapter: the adapter's name.
+
+        Raises:
+            KeyError: the weight has none.
+        """
+        return self.layer.disha.blocks(adapter)[adapter, self.name]
+
     @cached_property
     def slot(self) -> Slot:
         """The place of the weight, from its first adapter."""
-        return next(iter(self.blocks.values())).slot
+        adapters = self.layer.disha
+        found = (adapters.blocks(one).get((one, self.name)) for one in list(adapters))
+        return next(block for block in found if block is not None).slot
 
     @property
     def parameter(self) -> nn.Parameter | None:
