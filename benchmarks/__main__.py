@@ -16,6 +16,7 @@ from benchmarks.devices import devices
 from benchmarks.experts import experts
 from benchmarks.finetuning import finetuning
 from benchmarks.layers import few_tokens, layer_step
+from benchmarks.loaded import loaded
 from benchmarks.memory import memory
 from benchmarks.protocol import slow_dtypes
 from benchmarks.results import describe, write_results
@@ -37,6 +38,7 @@ TABLES: Mapping[str, Measure] = {
     "memory": memory,
     "start_up": start_up,
     "routed": routed,
+    "loaded": loaded,
     "switching": switching,
     "experts": experts,
     "finetuning": finetuning,

@@ -114,6 +114,7 @@ def page(files: Mapping[Path, Results], drawn: Sequence[str] = ()) -> str:
         "memory": _memory,
         "start_up": _start_up,
         "routed": _routed,
+        "loaded": _loaded,
         "switching": _switching,
         "experts": _experts,
         "finetuning": _finetuning,
@@ -464,7 +465,11 @@ def _routed(results: Results) -> str:
         f"{count_text(case['adapters'], 'adapter')}, {count_text(case['tokens'], 'token')}"
         for case in cases
     ]
-    ways = {"routed": "one batch", "one_by_one": "adapter by adapter"}
+    ways = {
+        "routed": "one batch",
+        "one_by_one": "adapter by adapter",
+        "one_adapter": "one adapter for all",
+    }
     rows = [
         [f"{CANDIDATES[name].title}, {text}", *_over_base(f"{name}_{way}", cases)]
         for name in ("bone", "bat", "peft_lora")
@@ -479,6 +484,35 @@ def _routed(results: Results) -> str:
         "Times are ratios to the same batch through the frozen base. PEFT routes by "
         "`adapter_names`.\n\n" + table(["", *header], rows)
     )
+
+
+def _loaded(results: Results) -> str:
+    rows = []
+    for case in results["tables"]["loaded"]:
+        load, resident = case["load_seconds"], case["resident_bytes"]
+        part = max(1, len(load) // 10)
+        rows.append([
+            count_text(case["adapters"], "adapter"),
+            bytes_text(case["block_bytes"]),
+            "not told" if resident is None else bytes_text(resident),
+            *(seconds_text(Spread.of(some).median) for some in (load[:part], load[-part:])),
+            *(
+                spread_text(Spread.of(paired_ratios(case["seconds"], many, one)))
+                for many, one in (("active_of_many", "active_of_one"),
+                                  ("routed_of_many", "routed_of_one"))
+            ),
+        ])  # fmt: skip
+    one = results["tables"]["loaded"][0]
+    about = (
+        "## Many loaded adapters\n\n"
+        f"A model of {one['layers']} layers of {one['width']} x {one['width']}, {one['dtype']}, "
+        f"into which adapters with r = {one['r']} are loaded from a file, in a new process. Times "
+        "are the medians of the first and of the last tenth. Forwards are compared with those of a "
+        "model that holds one adapter.\n"
+    )
+    header = ["loaded", "blocks", "resident growth", "load one, at first", "load one, at last",
+              "forward / of one", "routed forward / of one"]  # fmt: skip
+    return "\n".join([about, table(header, rows)])
 
 
 def _switching(results: Results) -> str:

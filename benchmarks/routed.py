@@ -21,39 +21,44 @@ from benchmarks.steps import CandidateError, fill, trainable
 
 __all__ = ["routed"]
 
-SAMPLES = 16
-ADAPTERS = (1, 4, 16)
 LAYERS = 4
 SCALE = 0.02
 
 
 def routed(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
-    """Compare a batch that is routed to 1, 4 and 16 adapters with running adapter by adapter.
+    """Compare a batch that is routed to several adapters with two other ways to run it.
 
-    Adapter by adapter means one forward for each adapter, with its own samples. The time includes
-    setting the route, switching the adapter, and PEFT's `adapter_names`.
+    Adapter by adapter means one forward for each adapter, with its own samples. One adapter for
+    all means a model with a single adapter and without a route. The time includes setting the
+    route, switching the adapter, and PEFT's `adapter_names`.
     """
     return [
         _measure(profile, adapters, tokens, device)
         for tokens in profile.routed_tokens
-        for adapters in ADAPTERS
+        for adapters in profile.routed_adapters
     ]
 
 
 def _measure(profile: Profile, adapters: int, tokens: int, device: torch.device) -> dict[str, Any]:
     width = profile.routed_width
     r = min(R, width // 8)
-    names = [f"a{sample % adapters}" for sample in range(SAMPLES)]
+    samples = profile.routed_samples
+    names = [f"a{sample % adapters}" for sample in range(samples)]
     torch.manual_seed(0)
-    x = torch.randn(SAMPLES, tokens, width, device=device)
+    x = torch.randn(samples, tokens, width, device=device)
 
     runs: dict[str, Run] = {BASE: _plain(_base(width, device), x)}
     left_out = {}
     for method in ("bone", "bat"):
         runs |= _disha(_base(width, device), method, r, names, x)
+        one = disha.inject_adapters(_base(width, device), "all-linear", r, method=method)
+        fill(trainable(one), SCALE)
+        runs[f"{method}_one_adapter"] = _plain(one, x)
     why = missing_package(CANDIDATES["peft_lora"])
     if why is None:
         runs |= _peft(_base(width, device), r, names, x)
+        one, _ = _peft_model(_base(width, device), r, names[:1])
+        runs["peft_lora_one_adapter"] = _plain(one, x)
     else:
         left_out["peft_lora"] = why
     for name in runs:
@@ -62,8 +67,8 @@ def _measure(profile: Profile, adapters: int, tokens: int, device: torch.device)
             _check(name, runs[name](), one_by_one(), names)
     return {
         "adapters": adapters,
-        "samples": SAMPLES,
-        "tokens": tokens * SAMPLES,
+        "samples": samples,
+        "tokens": tokens * samples,
         "layers": LAYERS,
         "width": width,
         "dtype": "float32",
@@ -102,10 +107,26 @@ def _disha(
     return {f"{method}_routed": all_at_once, f"{method}_one_by_one": switch}
 
 
-def _peft(model: nn.Module, r: int, names: Sequence[str], x: Tensor) -> dict[str, Run]:
+def _peft(model: nn.Sequential, r: int, names: Sequence[str], x: Tensor) -> dict[str, Run]:
+    peft, switch = _peft_model(model, r, names)
+
+    def all_at_once() -> Tensor:
+        with torch.no_grad():
+            return peft(x, adapter_names=list(names))
+
+    return {
+        "peft_lora_routed": all_at_once,
+        "peft_lora_one_by_one": _one_by_one(switch, peft, names, x),
+    }
+
+
+def _peft_model(
+    model: nn.Sequential, r: int, names: Sequence[str]
+) -> tuple[nn.Module, Callable[[str], object]]:
+    """Return a model of PEFT with these adapters, and the function that activates one."""
     from peft import LoraConfig, get_peft_model
 
-    width = x.shape[-1]
+    width = model[0].in_features
     rank = lora_rank([(width, width)], r)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[str(i) for i in range(LAYERS)])
     adapters = list(dict.fromkeys(names))
@@ -116,15 +137,7 @@ def _peft(model: nn.Module, r: int, names: Sequence[str], x: Tensor) -> dict[str
         parameter.requires_grad_("lora_" in name)
     fill(trainable(peft), SCALE)
     peft.eval()
-
-    def all_at_once() -> Tensor:
-        with torch.no_grad():
-            return peft(x, adapter_names=list(names))
-
-    return {
-        "peft_lora_routed": all_at_once,
-        "peft_lora_one_by_one": _one_by_one(peft.set_adapter, peft, names, x),
-    }
+    return peft, peft.set_adapter
 
 
 def _one_by_one(

@@ -163,8 +163,11 @@ class Profile:
     adapter_layers: tuple[int, ...]
     start_up_budget: Budget
     routed_width: int
+    routed_samples: int
+    routed_adapters: tuple[int, ...]
     routed_tokens: tuple[int, ...]
     routed_budget: Budget
+    loaded_adapters: int
     switched_adapters: int
     expert_models: tuple[ExpertModel, ...]
     expert_budget: Budget
@@ -234,8 +237,11 @@ FULL = Profile(
     adapter_layers=(4, 16, 64),
     start_up_budget=Budget(10.0, least_rounds=5, most_rounds=20, warm_up=1),
     routed_width=1024,
+    routed_samples=64,
+    routed_adapters=(1, 8, 64),
     routed_tokens=(1, 32),
     routed_budget=Budget(8.0, least_rounds=5, most_rounds=100),
+    loaded_adapters=1000,
     switched_adapters=64,
     expert_models=(
         ExpertModel("Mixtral", 512, 1024, 8, 2, 64, 512, *_MIXTRAL),
@@ -289,8 +295,11 @@ QUICK = Profile(
     adapter_layers=(2, 4),
     start_up_budget=Budget(3.0, least_rounds=1, most_rounds=3, warm_up=1),
     routed_width=256,
+    routed_samples=8,
+    routed_adapters=(1, 4),
     routed_tokens=(1,),
     routed_budget=Budget(1.0, least_rounds=2, most_rounds=10),
+    loaded_adapters=20,
     switched_adapters=8,
     expert_models=(ExpertModel("Mixtral", 128, 256, 4, 2, 16, 64, *_MIXTRAL, batched=True),),
     expert_budget=Budget(2.0, least_rounds=2, most_rounds=5),

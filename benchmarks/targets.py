@@ -290,11 +290,47 @@ def _start_up_targets() -> Iterable[Target]:
             yield Target(text, "start_up", where, _seconds(name), limit, strict=True)
 
 
+def _adapter_targets() -> Iterable[Target]:
+    for tokens in (64, 2048):
+        for name in ("bone", "bat"):
+            for adapters in (1, 8, 64):
+                alone = adapters == 1
+                other, limit = ("one_adapter", 1.05) if alone else ("one_by_one", 1.0)
+                text = "without a route" if alone else "adapter by adapter"
+                yield Target(
+                    f"{METHOD_TITLES[name]} batch of {count_text(tokens, 'token')}, "
+                    f"{count_text(adapters, 'adapter')} / {text}",
+                    "routed",
+                    {"adapters": adapters, "samples": 64, "tokens": tokens},
+                    _over(f"{name}_routed", f"{name}_{other}"),
+                    limit,
+                )
+    for title, figure, limit in (
+        ("1,000 loaded adapters: last load / first", _last_load_over_first, 1.5),
+        ("1,000 loaded adapters: forward / of one", _over("active_of_many", "active_of_one"), 1.05),
+        ("1,000 loaded adapters: resident growth / blocks", _resident_over_blocks, 2.0),
+    ):
+        yield Target(title, "loaded", {"adapters": 1000}, figure, limit)
+
+
+def _last_load_over_first(case: Case) -> Spread:
+    seconds, part = case["load_seconds"], len(case["load_seconds"]) // 10
+    first = Spread.of(seconds[:part]).median
+    return Spread.of([one / first for one in seconds[-part:]])
+
+
+def _resident_over_blocks(case: Case) -> Spread:
+    if case["resident_bytes"] is None:
+        raise KeyError("resident_bytes")
+    return Spread.of([case["resident_bytes"] / case["block_bytes"]])
+
+
 TARGETS: tuple[Target, ...] = (
     *_layer_targets(),
     *_few_token_targets(),
     *_model_targets(),
     *_memory_targets(),
     *_job_targets(),
+    *_adapter_targets(),
     *_start_up_targets(),
 )

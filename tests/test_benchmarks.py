@@ -346,6 +346,7 @@ TINY = dataclasses.replace(
     start_up_budget=Budget(0.0, 1, 1, 0),
     routed_width=32,
     routed_budget=Budget(0.0, 1, 1, 0),
+    loaded_adapters=3,
     switched_adapters=4,
     expert_models=(
         ExpertModel("Mixtral", 64, 16, 4, 2, 4, 8, "intermediate_size", "num_local_experts"),
@@ -598,7 +599,7 @@ def test_the_lines_on_top_say_what_the_files_say():
     job, layers, start = (tables[name][0] for name in ("side_by_side", "memory", "model_step"))
     experts = next(case for case in tables["experts"] if case["implementation"] == "grouped_mm")
     one = next(case for case in tables["few_tokens"] if case["tokens"] == 1)
-    (many,) = (c for c in tables["routed"] if (c["adapters"], c["tokens"]) == (16, 16))
+    many = max(tables["routed"], key=lambda case: (case["adapters"], -case["tokens"]))
     (llama,) = (case for case in tables["start_up"] if "7B Llama" in case["what"])
     for name, said in {
         "Memory in training": [
@@ -619,7 +620,8 @@ def test_the_lines_on_top_say_what_the_files_say():
         ],
         "Serving unmerged": [
             f"one token: Bone {times(one['seconds'], 'bone')}",
-            f"16 adapters: Bone {times(many['seconds'], 'bone_routed', 'peft_lora_routed')}",
+            f"{many['adapters']} adapters: Bone "
+            + times(many["seconds"], "bone_routed", "peft_lora_routed"),
         ],
         "Start": [f"7B Llama: Bone {times(llama['seconds'], 'bone')}"],
     }.items():
@@ -644,6 +646,13 @@ def test_every_target_has_a_case_in_the_full_run():
             assert where["width"] == FULL.memory_width
         elif target.table == "side_by_side":
             assert where["dtype"] in FULL.side_by_side.dtypes
+        elif target.table == "routed":
+            assert (where["adapters"], where["samples"]) in {
+                (adapters, FULL.routed_samples) for adapters in FULL.routed_adapters
+            }
+            assert where["tokens"] // where["samples"] in FULL.routed_tokens
+        elif target.table == "loaded":
+            assert where["adapters"] == FULL.loaded_adapters
         else:
             assert target.table == "start_up"
             assert where["layers"] in (FULL.many_layers, 224)

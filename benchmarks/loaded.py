@@ -1,0 +1,112 @@
+"""The table of loaded adapters: what a model costs that holds many, of which few act.
+
+The adapters are loaded in a new process, which has no freed memory to reuse. Its growth is the
+operating system's, from the first adapter to the last.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import disha
+from benchmarks.protocol import Budget, Run, compare
+from benchmarks.settings import Profile
+
+__all__ = ["loaded", "measure"]
+
+LAYERS, WIDTH, R, SAMPLES = 8, 256, 8, 4
+BUDGET = Budget(2.0, least_rounds=5, most_rounds=300)
+
+
+def loaded(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
+    """Load many adapters into one model: time of each, resident size, and forwards afterwards."""
+    sizes = map(str, (profile.loaded_adapters, torch.get_num_threads()))
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.loaded", *sizes],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    return [json.loads(done.stdout.splitlines()[-1])]
+
+
+def measure(adapters: int) -> dict[str, Any]:
+    """Return the case of a model on the CPU that holds this many adapters."""
+    few, many = _base(), _base()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "adapter.safetensors")
+        disha.save_adapter(disha.inject_adapters(_base(), "all-linear", R, init="kaiming"), path)
+        for model in (few, many):
+            disha.load_adapter(model, path, adapter="a0")
+        before, load_seconds = _resident_bytes(), []
+        for number in range(1, adapters):
+            start = time.perf_counter()
+            disha.load_adapter(many, path, adapter=f"a{number}", activate=False)
+            load_seconds.append(time.perf_counter() - start)
+    after = _resident_bytes()
+    x = torch.randn(SAMPLES, WIDTH)
+    runs = {}
+    for who, model in (("one", few), ("many", many)):
+        runs[f"active_of_{who}"] = _active(model, x)
+        runs[f"routed_of_{who}"] = _routed(model, x)
+    own = sum(block.nbytes for block in disha.adapter_parameters(many, "a0"))
+    return {
+        "adapters": adapters,
+        "layers": LAYERS,
+        "width": WIDTH,
+        "dtype": "float32",
+        "r": R,
+        "block_bytes": own * (adapters - 1),
+        "resident_bytes": None if before is None or after is None else after - before,
+        "load_seconds": load_seconds,
+        "seconds": compare(runs, BUDGET),
+        "left_out": {},
+    }
+
+
+def _base() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
+    return nn.Sequential(*layers).requires_grad_(False).eval()
+
+
+def _active(model: nn.Module, x: Tensor) -> Run:
+    def run() -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    return run
+
+
+def _routed(model: nn.Module, x: Tensor) -> Run:
+    names = ["a0", None] * (len(x) // 2)
+
+    def run() -> Tensor:
+        with torch.no_grad(), disha.route_adapters(model, names):
+            return model(x)
+
+    return run
+
+
+def _resident_bytes() -> int | None:
+    """Return the resident size of this process; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = next((line for line in lines if line.startswith("VmRSS:")), None)
+    return None if found is None else int(found.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    count, threads = map(int, sys.argv[1:])
+    torch.set_num_threads(threads)
+    print(json.dumps(measure(count)))
