@@ -22,12 +22,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from disha.functional.bone import embedding_delta
 from disha.functional.layouts import Layout, Rows, place_rows
-from disha.functional.methods import delta_weight, matrix_block, method_of
+from disha.functional.methods import METHODS, delta_weight, matrix_block, method_of
 from disha.functional.shards import (
     Scale,
     added,
@@ -253,7 +255,7 @@ def _reduced_product(
         own = matrix if chosen is None else matrix[chosen]
         return multiply(sums, layout.weight(own.mT), None)
 
-    plain = chosen is None or is_compiling() or torch._C._are_functorch_transforms_active()
+    plain = chosen is None or is_compiling() or transforms_active()
     # Backward gathers again, so it does not keep one matrix for each token.
     output = product(sums, matrix) if plain else checkpoint(product, sums, matrix, **KEEP_NOTHING)
     output = regained(output, regain)
@@ -408,13 +410,38 @@ def adapted_linear(
     # Almost every layer has one update of all outputs, so this case has a fast path.
     if len(updates) != 1 or updates[0].rows or updates[0].dropout:
         output = _linear_in_general(rows, weight, bias, updates)
-    elif (method := method_of(updates[0].method)).reduces:
+    elif (method := METHODS.get(updates[0].method) or method_of(updates[0].method)).reduces:
         matrix = method.reduced(updates[0].block)
-        sums, regain = scaled_sums(rows, matrix.shape[0], matrix.dtype, updates[0].scale)
-        output = _plus_product(F.linear(rows, weight, bias), sums, matrix, regain)
+        output = _linear_and_reduced(rows, weight, bias, matrix, updates[0].scale)
     else:
         output = _folded_alone(rows, weight, bias, updates[0])
     return output if rows is x else output.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_and_reduced(
+    x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor, scale: Scale
+) -> Tensor:
+    """Return W x + b + s S(x) R for x (n, in)."""
+    (tokens, inputs), r, dtype = x.shape, matrix.shape[0], matrix.dtype
+    if (
+        x.dtype != dtype
+        or dtype == torch.float16
+        or inputs % r
+        or isinstance(scale, Tensor)
+        or any_autocast()
+    ):
+        sums, regain = scaled_sums(x, r, dtype, scale)
+        return _plus_product(F.linear(x, weight, bias), sums, matrix, regain)
+    # W x and S(x) read the same view. So in backward, the gradient of S(x) is added to that of W x
+    # as it is, and not repeated in memory first.
+    shards = x.view(tokens, inputs // r, r)
+    sums = shards.sum(1)
+    if scale != 1.0:
+        sums = sums * scale
+    output = F.linear(shards.view(tokens, inputs), weight, bias)
+    if matrix.shape[1] == output.shape[1] and not transforms_active():
+        return output.addmm_(sums, matrix)
+    return _plus_product(output, sums, matrix, 1.0)
 
 
 def _linear_in_general(
@@ -440,7 +467,7 @@ def _plus_product(output: Tensor, sums: Tensor, matrix: Tensor, regain: Scale) -
     one_dtype = output.dtype == sums.dtype == matrix.dtype
     if not one_dtype or matrix.shape[1] != output.shape[1] or isinstance(regain, Tensor):
         return added(output, tiled(regained(sums @ matrix, regain), output.shape[1]))
-    if is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_compiling() or transforms_active():
         return torch.addmm(output, sums, matrix, alpha=regain)
     return output.addmm_(sums, matrix, alpha=regain)
 

@@ -32,6 +32,9 @@ __all__ = [
 
 Scale = float | Tensor
 
+FEW_TILES = 4
+"""So few tiles are concatenated, because the gradient then adds them up several times as fast."""
+
 
 def shard_count(features: int, r: int) -> int:
     """Return ceil(features / r), the number of shards of r that cover a dimension.
@@ -160,7 +163,10 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
         )
     # repeat(block, "... r_out -> ... (tiles r_out)"), but without einops: compiled graphs would
     # guard its cache of shapes.
-    return block.repeat(*(1,) * (block.dim() - 1), out_features // r_out)
+    tiles = out_features // r_out
+    if tiles <= FEW_TILES:
+        return torch.cat([block] * tiles, -1)
+    return block.repeat(*(1,) * (block.dim() - 1), tiles)
 
 
 def merge_dtype(dtype: torch.dtype) -> torch.dtype:
