@@ -3,8 +3,8 @@
 Adapting keeps the module. The same object moves to a subclass of its own class, which has one
 property for each adapted parameter. So hooks, other references, `isinstance` checks, parameter
 objects and state-dict keys do not change. The module's own forward runs unchanged, but reads an
-effective weight (`disha.effective`). The module has one more child, `disha`, which holds the
-blocks.
+effective weight (`disha.effective`). Only `nn.Linear` has a shorter forward that returns the same
+(`linear_forward`). The module has one more child, `disha`, which holds the blocks.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from disha.layers import opaque
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Slot
-from disha.layers.reading import weight_property
+from disha.layers.reading import linear_forward, weight_property
 
 __all__ = [
     "AdaptedLinear",
@@ -95,9 +95,18 @@ def reset_parameters(layer: AdaptedLayer) -> None:
 class AdaptedLinear(AdaptedLayer, nn.Linear):
     """An `nn.Linear` with adapters; `inject_adapters` gives this class to linear layers."""
 
+    has_own_reading: ClassVar[bool] = False
+    """Whether a user's subclass computes the weight or the bias."""
+
     original_class = nn.Linear
     adapted_parameters = ("weight",)
     reset_parameters = reset_parameters
+    forward = linear_forward
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = cls.weight is not AdaptedLinear.weight or hasattr(cls, "bias")
+        cls.has_own_reading = own
 
 
 AdaptedLinear.weight = weight_property(nn.Linear, "weight")  # type: ignore[assignment]
