@@ -226,7 +226,7 @@ FULL = Profile(
         ModelRun(torch.float32, batch=1, length=512, layers=30),
         ModelRun(torch.bfloat16, batch=2, length=512, layers=30),
     ),
-    model_step_budget=Budget(125.0, least_rounds=5, most_rounds=40, warm_up=0),
+    model_step_budget=Budget(105.0, least_rounds=5, most_rounds=40, warm_up=0),
     memory_layers=4,
     memory_width=1024,
     memory_tokens=512,
