@@ -985,14 +985,9 @@ def _linear_by_adapter(input: Tensor, base: Tensor, bias: Tensor | None, routed:
     """Return a linear product whose samples are sorted by adapter, and put back afterwards."""
     route, size, device = routed.route, input.shape[0], input.device
     groups = route.sorted_groups(size)
-    lies_sorted = groups == route.runs(size)
-    if not lies_sorted:
-        input = input.index_select(0, route.order(size, device))
+    order = None if groups == route.runs(size) else route.order(size, device)
     each = [(routed.updates.get(one.adapter or "", ()), one.stop - one.start) for one in groups]
-    output = linear_of_groups(input, base, bias, each)
-    if lies_sorted:
-        return output
-    return output.index_select(0, route.order(size, device, inverse=True))
+    return linear_of_groups(input, base, bias, each, order)
 
 
 def _with_alike(

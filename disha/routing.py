@@ -73,12 +73,10 @@ class Route:
         """
         return self._groups([self.names[i] for i in self._sorted], self.parts(size))
 
-    def order(self, size: int, device: torch.device, inverse: bool = False) -> Tensor:
-        """Return the indices along a leading dimension that sort it by adapter, or undo that."""
-        parts, samples = self.parts(size), self._sorted
-        if inverse:
-            samples = tuple(sorted(range(len(samples)), key=samples.__getitem__))
-        indices = (range(sample * parts, (sample + 1) * parts) for sample in samples)
+    def order(self, size: int, device: torch.device) -> Tensor:
+        """Return the indices along a leading dimension that sort it by adapter."""
+        parts = self.parts(size)
+        indices = (range(sample * parts, (sample + 1) * parts) for sample in self._sorted)
         return self._on_device(tuple(i for part in indices for i in part), device)
 
     @property

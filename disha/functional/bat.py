@@ -356,6 +356,7 @@ def bat_of_groups(
     weight: Tensor,
     bias: Tensor | None,
     groups: Sequence[tuple[Tensor | None, Scale, int]],
+    order: Tensor | None = None,
 ) -> Tensor | None:
     """Return W_eff x + b for groups of few rows with a block each, which read W together.
 
@@ -363,23 +364,26 @@ def bat_of_groups(
     the groups have so many rows that one product for each group is as fast.
 
     Args:
-        x: input (n, in), the rows of one group after those of another.
+        x: input (n, rows, in).
         weight: W (out, in).
         bias: b (out,), or None.
-        groups: the block D (ceil(out / r), r, r) of each group, or None, its scale, and its
-            number of rows.
+        groups: the block D (ceil(out / r), r, r) of each group, or None, its scale, and its part
+            of n.
+        order: indices along n that put the entries of one group after those of another; None if
+            they lie so.
 
     Returns:
-        Tensor (n, out), or None.
+        Tensor (n, rows, out), or None.
 
     Examples:
         >>> import torch
         >>> from disha.functional.bat import bat_of_groups
         >>> groups = [(torch.eye(2)[None], 1.0, 1), (None, 1.0, 1)]
         >>> with torch.no_grad():
-        ...     bat_of_groups(torch.ones(2, 2), torch.eye(2), None, groups)
-        tensor([[3., 3.],
-                [1., 1.]])
+        ...     bat_of_groups(torch.ones(2, 1, 2), torch.eye(2), None, groups)
+        tensor([[[3., 3.]],
+        <BLANKLINE>
+                [[1., 1.]]])
     """
     blocks = [None if block is None else scaled(block, scale) for block, scale, _ in groups]
     own = [block for block in blocks if block is not None]
@@ -388,20 +392,21 @@ def bat_of_groups(
     if torch.is_grad_enabled() or autocasts(x.device) or not alike:
         return None
     r = shape[-1]
-    if x.shape[0] >= len(own) * r * STREAMED_SHARE:
+    entries, of_entry = x.shape[:2]
+    if entries * of_entry >= len(own) * r * STREAMED_SHARE:
         return None
-    padded, sizes = pad_to_multiple(x, r, dim=-1), [rows for _, _, rows in groups]
-    output = _streamed_groups(
-        padded, weight, list(zip(blocks, torch.split(padded, sizes), strict=True))
-    )
-    sums, regain = scaled_sums(x, r, x.dtype)
-    for block, rows, part in zip(
-        blocks, torch.split(output, sizes), torch.split(sums, sizes), strict=True
-    ):
+    rows = (x if order is None else x.index_select(0, order)).flatten(0, 1)
+    padded, sizes = pad_to_multiple(rows, r, dim=-1), [size * of_entry for _, _, size in groups]
+    parts = zip(blocks, torch.split(padded, sizes), strict=True)
+    output = _streamed_groups(padded, weight, list(parts))
+    sums, regain = scaled_sums(rows, r, x.dtype)
+    each = zip(blocks, torch.split(output, sizes), torch.split(sums, sizes), strict=True)
+    for block, some, part in each:
         if block is not None:
-            rows.addmm_(part, block.reshape(-1, r).T, alpha=float(regain))
+            some.addmm_(part, block.reshape(-1, r).T, alpha=float(regain))
     output = output[:, : weight.shape[0]]
-    return output if bias is None else output + bias
+    output = (output if bias is None else output + bias).reshape(entries, of_entry, -1)
+    return output if order is None else torch.empty_like(output).index_copy_(0, order, output)
 
 
 def _streamed_groups(

@@ -162,16 +162,19 @@ class Method:
         weight: Tensor,
         bias: Tensor | None,
         groups: Sequence[tuple[Tensor | None, Scale, int]],
+        order: Tensor | None,
     ) -> Tensor | None:
-        """Return (W + s dW) x + b where groups of rows have a block each; None for the default.
+        """Return (W + s dW) x + b where groups have a block each; None for the default.
 
         The default computes one product for each group. It is not called if the method `reduces`.
 
         Args:
-            x: input (n, in), the rows of one group after those of another.
+            x: input (n, rows, in).
             weight: W (out, in).
             bias: b (out,), or None.
-            groups: the block D of each group, or None, its scale, and its number of rows.
+            groups: the block D of each group, or None, its scale, and its part of n.
+            order: indices along n that put the entries of one group after those of another; None
+                if they lie so.
         """
         return None
 
@@ -268,8 +271,9 @@ class _Bat(Method):
         weight: Tensor,
         bias: Tensor | None,
         groups: Sequence[tuple[Tensor | None, Scale, int]],
+        order: Tensor | None,
     ) -> Tensor | None:
-        return bat_of_groups(x, weight, bias, groups)
+        return bat_of_groups(x, weight, bias, groups, order)
 
     def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
         r = block.shape[-1]

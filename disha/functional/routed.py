@@ -28,14 +28,17 @@ def linear_of_groups(
     weight: Tensor,
     bias: Tensor | None,
     groups: Sequence[tuple[Sequence[Update], int]],
+    order: Tensor | None = None,
 ) -> Tensor:
     """Return (W + sum of s dW) x + b, with the updates of each group.
 
     Args:
-        x: input (n, ..., in), the entries of one group after those of another.
+        x: input (n, ..., in).
         weight: W (out, in).
         bias: b (out,), or None.
         groups: the updates of each group, and its number of entries of the leading dimension.
+        order: indices along the leading dimension that put the entries of one group after those
+            of another; None if they lie so.
 
     Returns:
         Tensor (n, ..., out).
@@ -49,12 +52,26 @@ def linear_of_groups(
         tensor([[3., 3.],
                 [1., 1.]])
     """
-    output = _at_once(x, weight, bias, groups)
+    output = _at_once(x, weight, bias, groups, order)
     if output is not None:
         return output
-    parts = torch.split(x, [size for _, size in groups])
-    each = zip(parts, groups, strict=True)
-    return torch.cat([adapted_linear(own, weight, bias, updates) for own, (updates, _) in each])
+    sizes, updates = [size for _, size in groups], [own for own, _ in groups]
+    if order is None:
+        each = zip(torch.split(x, sizes), updates, strict=True)
+        return torch.cat([adapted_linear(part, weight, bias, own) for part, own in each])
+    places, parts = torch.split(order, sizes), []
+    for rows, own in zip(places, updates, strict=True):
+        part = adapted_linear(x.index_select(0, rows), weight, bias, own)
+        parts.append(part)
+        if torch.is_grad_enabled():
+            continue
+        if output is None:
+            output = part.new_empty(len(x), *part.shape[1:])
+        output.index_copy_(0, rows, parts.pop())
+    if output is not None:
+        return output
+    together = torch.cat(parts)
+    return torch.empty_like(together).index_copy(0, order, together)
 
 
 def _at_once(
@@ -62,6 +79,7 @@ def _at_once(
     weight: Tensor,
     bias: Tensor | None,
     groups: Sequence[tuple[Sequence[Update], int]],
+    order: Tensor | None,
 ) -> Tensor | None:
     """Return the product of all groups, if their method has a way that applies here."""
     updates = [update for own, _ in groups for update in own]
@@ -69,13 +87,12 @@ def _at_once(
     plain = not any(update.rows or update.dropout for update in updates)
     if len(methods) != 1 or not plain or any(len(own) > 1 for own, _ in groups):
         return None
-    rows = x.reshape(-1, x.shape[-1])
-    of_entry = rows.shape[0] // max(1, x.shape[0])
     given = [
-        (own[0].block if own else None, own[0].scale if own else 1.0, size * of_entry)
-        for own, size in groups
+        (own[0].block if own else None, own[0].scale if own else 1.0, size) for own, size in groups
     ]
-    output = method_of(methods.pop()).product_of_groups(rows, weight, bias, given)
+    entries = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+    method = method_of(methods.pop())
+    output = method.product_of_groups(entries, weight, bias, given, order)
     return None if output is None else output.reshape(*x.shape[:-1], weight.shape[0])
 
 
