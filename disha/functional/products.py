@@ -439,9 +439,11 @@ def _linear_and_reduced(
     if scale != 1.0:
         sums = sums * scale
     output = F.linear(shards.view(tokens, inputs), weight, bias)
-    if matrix.shape[1] == output.shape[1] and not transforms_active():
+    if transforms_active():
+        return _plus_product(output, sums, matrix, 1.0)
+    if matrix.shape[1] == output.shape[1]:
         return output.addmm_(sums, matrix)
-    return _plus_product(output, sums, matrix, 1.0)
+    return output.add_(tiled(sums @ matrix, output.shape[1]))
 
 
 def _linear_in_general(
