@@ -264,13 +264,13 @@ FULL = Profile(
     ),
     compiled_layouts=tuple(name for name, whole in LAYOUTS.items() if whole.compiles),
     compiled_width=256,
-    compiled_candidates=("frozen", "bone", "bat", "peft_miss", "peft_bat", "peft_lora"),
+    compiled_candidates=("frozen", "bone", "bat", "peft_miss", "peft_lora"),
     compiled_layers=(
         LayerSize(1024, 1024, torch.float32),
         LayerSize(1024, 1024, torch.bfloat16),
     ),
-    compiled_models=(ModelRun(torch.float32, batch=1, length=256, layers=2),),
-    compiled_budget=Budget(20.0, least_rounds=7, most_rounds=60),
+    compiled_models=(ModelRun(torch.float32, batch=1, length=64, layers=2),),
+    compiled_budget=Budget(20.0, least_rounds=5, most_rounds=60, warm_up=1),
 )
 
 QUICK = Profile(
