@@ -45,7 +45,7 @@ __all__ = [
     "bat_streamed",
 ]
 
-SLAB_BYTES = 2**22
+SLAB_BYTES = 2**23
 """Largest part of W_eff, or of the weight's gradient, in memory at once; at least one block."""
 
 STREAMED_SHARE = 0.75
