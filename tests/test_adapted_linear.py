@@ -442,6 +442,27 @@ def test_a_subclass_that_computes_a_parameter_computes_it_in_its_forward(name):
         torch.testing.assert_close(layer(x), expected)
 
 
+def test_a_declared_layout_is_that_of_the_forward():
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer)
+    disha.inject_adapters(model, "0", r=2, init="kaiming", layouts={"0": "in out"})
+    x, dense = torch.randn(3, 6), layer.base_weight + layer.delta_weight(layer.disha["default"])
+    torch.testing.assert_close(layer(x), F.linear(x, dense, layer.bias))
+
+
+def test_a_forward_that_replaces_that_of_torch_runs(monkeypatch):
+    layer, x = disha.BoneLinear(8, 4, r=4, init="kaiming"), torch.randn(3, 8)
+    own = layer(x)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * F.linear(x, self.weight))
+    torch.testing.assert_close(layer(x), 2 * (own - layer.bias))
+
+
+def test_symbolic_tracing_of_a_layer_sees_its_update():
+    model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 4)), "0", r=4, init="kaiming")
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
 def test_a_forward_kept_from_before_removal_is_that_of_the_plain_layer():
     layer = disha.inject_adapters(nn.Linear(8, 4), "all-linear", r=4, init="kaiming")
     kept, x = layer.forward, torch.randn(3, 8)

@@ -35,6 +35,9 @@ __all__ = [
 BY_NAME = nn.Module.get_parameter.__code__
 """The code of `get_parameter`, which reads the attribute but needs the parameter itself."""
 
+LINEAR_FORWARD = nn.Linear.forward
+"""The forward of torch. If another one replaces it in the class, that one runs."""
+
 
 def weight_property(original: type[nn.Module], name: str) -> property:
     """Return the property that reads a parameter as an effective weight.
@@ -99,23 +102,30 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     """Return what the forward of `nn.Linear` returns, by fewer calls of Python where it can.
 
     For few tokens, these calls take longer than the product with the update. So if one block acts
-    on a plain weight, this computes what `F.linear` of the effective weight would, without one.
+    on a plain weight and input, this computes what `F.linear` of the effective weight would,
+    without one. In all other cases it runs the forward of `nn.Linear`.
 
     Args:
         layer: an adapted `nn.Linear`.
         input: x (..., in).
     """
     parameters, adapters = layer._parameters, layer._modules.get(CHILD_NAME)
-    if is_compiling() or adapters is None or OPEN or layer.has_own_reading:
+    patched = nn.Linear.forward is not LINEAR_FORWARD
+    if patched or is_compiling() or adapters is None or OPEN or layer.has_own_reading:
         return nn.Linear.forward(layer, input)
     base, state = parameters.get("weight"), adapters.__dict__
     blocks = state["live"].get("weight", ())
-    alone = len(blocks) == 1 and state["merged"] is None and blocks[0].split is None
-    if alone and type(base) in PLAIN and not base.is_meta:
+    alone = len(blocks) == 1 and state["merged"] is None and _is_usual(blocks[0])
+    if alone and type(base) in PLAIN and type(input) in PLAIN and not base.is_meta:
         # Not by `layer.bias`, which takes one more call.
         bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
         return adapted_linear(input, base, bias, (blocks[0].update(),))
     return nn.Linear.forward(layer, input)
+
+
+def _is_usual(block: Block) -> bool:
+    """Whether the block's weight has the usual layout of a linear layer, and all of it is here."""
+    return block.split is None and block.slot.layout.pattern == "out in"
 
 
 def _routed_weight(adapters: Adapters, route: Route, name: str, base: Any, compiling: bool) -> Any:
