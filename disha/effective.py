@@ -984,7 +984,7 @@ def _routed_rows(
 def _linear_by_adapter(input: Tensor, base: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
     """Return a linear product whose samples are sorted by adapter, and put back afterwards."""
     route, size, device = routed.route, input.shape[0], input.device
-    groups = route.sorted_groups(size)
+    groups = route.sorted_runs(size)
     order = None if groups == route.runs(size) else route.order(size, device)
     each = [(routed.updates.get(one.adapter or "", ()), one.stop - one.start) for one in groups]
     return linear_of_groups(input, base, bias, each, order)
@@ -999,7 +999,7 @@ def _with_alike(
     groups, order = route.runs(size), None
     few = rows.shape[1] * route.parts(size) < FEW_ROWS and len(groups) > len(alike)
     if few or torch.is_grad_enabled() or not outputs.is_contiguous():
-        groups, order = route.sorted_groups(size), route.order(size, input.device)
+        groups, order = route.sorted_runs(size), route.order(size, input.device)
     each = [
         (
             (one.matrix, one.scale) if (one := alike.get(group.adapter or "")) else None,

@@ -13,10 +13,10 @@ from torch import Tensor
 from disha.errors import ArgumentError
 from disha.text import counted
 
-__all__ = ["Group", "Route"]
+__all__ = ["Route", "Run"]
 
 
-class Group(NamedTuple):
+class Run(NamedTuple):
     """Entries `start` to `stop` of a leading dimension, which go through one adapter, or none."""
 
     adapter: str | None
@@ -62,16 +62,16 @@ class Route:
         """Whether all samples have the same adapter, or none."""
         return len(set(self.names)) == 1
 
-    def runs(self, size: int) -> list[Group]:
-        """Return the groups along a leading dimension as the samples lie: an adapter may recur."""
-        return self._groups(self.names, self.parts(size))
+    def runs(self, size: int) -> list[Run]:
+        """Return the runs along a leading dimension as the samples lie: an adapter may recur."""
+        return self._runs_of(self.names, self.parts(size))
 
-    def sorted_groups(self, size: int) -> list[Group]:
-        """Return the groups after a sort by adapter: each adapter once, samples without one last.
+    def sorted_runs(self, size: int) -> list[Run]:
+        """Return the runs after a sort by adapter: each adapter once, samples without one last.
 
         The sort is `order`.
         """
-        return self._groups([self.names[i] for i in self._sorted], self.parts(size))
+        return self._runs_of([self.names[i] for i in self._sorted], self.parts(size))
 
     def order(self, size: int, device: torch.device) -> Tensor:
         """Return the indices along a leading dimension that sort it by adapter."""
@@ -88,13 +88,13 @@ class Route:
         return tuple(order)
 
     @staticmethod
-    def _groups(names: Sequence[str | None], parts: int) -> list[Group]:
-        groups, start = [], 0
+    def _runs_of(names: Sequence[str | None], parts: int) -> list[Run]:
+        runs, start = [], 0
         for name, same in groupby(names):
             stop = start + parts * len(list(same))
-            groups.append(Group(name, start, stop))
+            runs.append(Run(name, start, stop))
             start = stop
-        return groups
+        return runs
 
     def rows(self, adapter: str, size: int, device: torch.device) -> Tensor:
         """Return the indices along a leading dimension that go through an adapter."""
