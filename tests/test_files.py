@@ -253,7 +253,7 @@ class TestContents:
         with pytest.raises(ArgumentError) as caught:
             read_contents(path, layers="none")
         names = ", ".join(map(str, range(10)))
-        assert str(caught.value).endswith(f"; these are {names}{rest}")
+        assert str(caught.value).endswith(f", which are {names}{rest}")
 
     def test_layers_that_the_contents_lack_are_left_alone_only_if_asked(self):
         header, tensors = adapter_contents(ModelView(trained(also_train=None)))
@@ -450,7 +450,9 @@ class TestSomeLayers:
         with pytest.raises(AdapterFileError, match="unexpected"):
             disha.load_adapter(model, path, layers=f"^{names[1]}$", replace=True)
 
-    @pytest.mark.parametrize(("layers", "match"), [("nothing", "no layer"), ("(", "valid regex")])
+    @pytest.mark.parametrize(
+        ("layers", "match"), [("nothing", "none of the layers"), ("(", "valid regex")]
+    )
     def test_a_regex_without_a_layer(self, saved, layers, match):
         _, path = saved
         model = base()

@@ -102,7 +102,9 @@ class FolderLock:
             try:
                 self._make_folder()
                 file = FileIO(self._path, "a+")
-            except FileNotFoundError:  # another run may have just removed the folder, empty
+            except (FileNotFoundError, FileExistsError):
+                # Another run may have just removed the empty folder. If it does so within mkdir,
+                # the folder first exists and then does not.
                 if attempt == ATTEMPTS - 1:
                     raise
                 continue

@@ -378,12 +378,11 @@ def bat_of_groups(
     Examples:
         >>> import torch
         >>> from disha.functional.bat import bat_of_groups
-        >>> groups = [(torch.eye(2)[None], 1.0, 1), (None, 1.0, 1)]
+        >>> groups = [(torch.eye(4)[None], 1.0, 1), (None, 1.0, 1)]
         >>> with torch.no_grad():
-        ...     bat_of_groups(torch.ones(2, 1, 2), torch.eye(2), None, groups)
-        tensor([[[3., 3.]],
-        <BLANKLINE>
-                [[1., 1.]]])
+        ...     bat_of_groups(torch.ones(2, 1, 4), torch.eye(4), None, groups)[:, 0]
+        tensor([[3., 3., 3., 3.],
+                [1., 1., 1., 1.]])
     """
     blocks = [None if block is None else scaled(block, scale) for block, scale, _ in groups]
     own = [block for block in blocks if block is not None]

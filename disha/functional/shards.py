@@ -164,7 +164,9 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
     # repeat(block, "... r_out -> ... (tiles r_out)"), but without einops: compiled graphs would
     # guard its cache of shapes.
     tiles = out_features // r_out
-    if tiles <= FEW_TILES:
+    # On a CPU, torch can't concatenate float16 under autocast.
+    halves = block.dtype == torch.float16 and autocasts(block.device)
+    if tiles <= FEW_TILES and not halves:
         return torch.cat([block] * tiles, -1)
     return block.repeat(*(1,) * (block.dim() - 1), tiles)
 
