@@ -36,14 +36,7 @@ from disha.functional.shards import (
     without_autocast,
 )
 
-__all__ = [
-    "SLAB_BYTES",
-    "bat_delta_weight",
-    "bat_forward",
-    "bat_linear",
-    "bat_of_groups",
-    "bat_streamed",
-]
+__all__ = ["SLAB_BYTES", "bat_delta_weight", "bat_forward", "bat_linear", "bat_streamed"]
 
 SLAB_BYTES = 2**23
 """Largest part of W_eff, or of the weight's gradient, in memory at once; at least one block."""
@@ -349,84 +342,3 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     sums, regain = scaled_sums(x, r, x.dtype)
     output = output + regained(sums @ block.reshape(*stack, count * r, r).mT, regain)
     return output[..., : weight.shape[-2]]
-
-
-def bat_of_groups(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    groups: Sequence[tuple[Tensor | None, Scale, int]],
-    order: Tensor | None = None,
-) -> Tensor | None:
-    """Return W_eff x + b for groups of few rows with a block each, which read W together.
-
-    As `bat_streamed`, this never forms W_eff. It is None where that does not apply, or where
-    the groups have so many rows that one product for each group is as fast.
-
-    Args:
-        x: input (n, rows, in).
-        weight: W (out, in).
-        bias: b (out,), or None.
-        groups: the block D (ceil(out / r), r, r) of each group, or None, its scale, and its part
-            of n.
-        order: indices along n that put the entries of one group after those of another; None if
-            they lie so.
-
-    Returns:
-        Tensor (n, rows, out), or None.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional.bat import bat_of_groups
-        >>> groups = [(torch.eye(4)[None], 1.0, 1), (None, 1.0, 1)]
-        >>> with torch.no_grad():
-        ...     bat_of_groups(torch.ones(2, 1, 4), torch.eye(4), None, groups)[:, 0]
-        tensor([[3., 3., 3., 3.],
-                [1., 1., 1., 1.]])
-    """
-    blocks = [None if block is None else scaled(block, scale) for block, scale, _ in groups]
-    own = [block for block in blocks if block is not None]
-    shape = own[0].shape
-    alike = all(block.shape == shape and _applies(x, weight, bias, block) for block in own)
-    if torch.is_grad_enabled() or autocasts(x.device) or not alike:
-        return None
-    r = shape[-1]
-    entries, of_entry = x.shape[:2]
-    if entries * of_entry >= len(own) * r * STREAMED_SHARE:
-        return None
-    rows = (x if order is None else x.index_select(0, order)).flatten(0, 1)
-    padded, sizes = pad_to_multiple(rows, r, dim=-1), [size * of_entry for _, _, size in groups]
-    parts = zip(blocks, torch.split(padded, sizes), strict=True)
-    output = _streamed_groups(padded, weight, list(parts))
-    sums, regain = scaled_sums(rows, r, x.dtype)
-    each = zip(blocks, torch.split(output, sizes), torch.split(sums, sizes), strict=True)
-    for block, some, part in each:
-        if block is not None:
-            some.addmm_(part, block.reshape(-1, r).T, alpha=float(regain))
-    output = output[:, : weight.shape[0]]
-    output = (output if bias is None else output + bias).reshape(entries, of_entry, -1)
-    return output if order is None else torch.empty_like(output).index_copy_(0, order, output)
-
-
-def _streamed_groups(
-    x: Tensor, weight: Tensor, groups: Sequence[tuple[Tensor | None, Tensor]]
-) -> Tensor:
-    """Return y_a = sum over b of W_ab (I + D_a) x_b, with the D of each group of rows of x."""
-    count, r, _ = next(block.shape for block, _ in groups if block is not None)
-    tokens, in_features = x.shape
-    rows = square_tiles(weight.contiguous(), r).view(count, r, in_features)
-    each = max(1, min(count, SLAB_BYTES // (x.numel() * x.element_size())))
-    moved, output = x.new_empty(each, tokens, in_features), x.new_empty(tokens, count, r)
-    for first in range(0, count, each):
-        here = slice(first, min(first + each, count))
-        some, start = moved[: here.stop - first], 0
-        for block, part in groups:
-            shards = part.view(1, -1, r).expand(len(some), -1, -1)
-            out = some[:, start : start + len(part)].view(shards.shape)
-            if block is None:
-                out.copy_(shards)
-            else:
-                torch.baddbmm(shards, shards, block[here].mT, out=out)
-            start += len(part)
-        output[:, here] = torch.bmm(some, rows[here].mT).transpose(0, 1)
-    return output.view(tokens, count * r)

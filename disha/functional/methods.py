@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from disha.errors import ArgumentError
-from disha.functional.bat import bat_delta_weight, bat_linear, bat_of_groups, bat_streamed
+from disha.functional.bat import bat_delta_weight, bat_linear, bat_streamed
 from disha.functional.bone import bone_delta_weight, bone_lora_factors
 from disha.functional.layouts import Geometry, Layout, Rows, place_rows
 from disha.functional.shards import (
@@ -156,28 +156,6 @@ class Method:
         """
         return None
 
-    def product_of_groups(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        groups: Sequence[tuple[Tensor | None, Scale, int]],
-        order: Tensor | None,
-    ) -> Tensor | None:
-        """Return (W + s dW) x + b where groups have a block each; None for the default.
-
-        The default computes one product for each group. It is not called if the method `reduces`.
-
-        Args:
-            x: input (n, rows, in).
-            weight: W (out, in).
-            bias: b (out,), or None.
-            groups: the block D of each group, or None, its scale, and its part of n.
-            order: indices along n that put the entries of one group after those of another; None
-                if they lie so.
-        """
-        return None
-
     def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
         """Return the block of the outputs start to stop, or None if it can't be cut there.
 
@@ -264,16 +242,6 @@ class _Bat(Method):
         if x.shape[-2] != 1:
             return None
         return bat_streamed(x, weight.to(x.dtype), scaled(block, scale).to(x.dtype))
-
-    def product_of_groups(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        groups: Sequence[tuple[Tensor | None, Scale, int]],
-        order: Tensor | None,
-    ) -> Tensor | None:
-        return bat_of_groups(x, weight, bias, groups, order)
 
     def of_outputs(self, block: Tensor, start: int, stop: int, out_features: int) -> Tensor | None:
         r = block.shape[-1]

@@ -3,7 +3,6 @@
 A group is a number of rows that share their updates. The cheapest way depends on the methods:
 
 - all of them reduce: W x of all rows at once, and S(x) of all rows; each group adds S(x) R;
-- the method has a product of groups, which is faster for few rows: all rows at once;
 - otherwise, one product for each group, as if the groups ran one by one.
 
 Source: arXiv 2409.15371, section 3.
@@ -16,7 +15,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from disha.functional.methods import method_of
 from disha.functional.products import Update, adapted_linear
 from disha.functional.shards import Scale, regained, scaled, scaled_sums
 
@@ -52,48 +50,26 @@ def linear_of_groups(
         tensor([[3., 3.],
                 [1., 1.]])
     """
-    output = _at_once(x, weight, bias, groups, order)
-    if output is not None:
-        return output
     sizes, updates = [size for _, size in groups], [own for own, _ in groups]
     if order is None:
         each = zip(torch.split(x, sizes), updates, strict=True)
         return torch.cat([adapted_linear(part, weight, bias, own) for part, own in each])
-    places, parts = torch.split(order, sizes), []
-    for rows, own in zip(places, updates, strict=True):
-        part = adapted_linear(x.index_select(0, rows), weight, bias, own)
-        parts.append(part)
-        if torch.is_grad_enabled():
-            continue
+    places = torch.split(order, sizes)
+    parts = (
+        adapted_linear(x.index_select(0, rows), weight, bias, own)
+        for rows, own in zip(places, updates, strict=True)
+    )
+    if torch.is_grad_enabled():
+        together = torch.cat(list(parts))
+        return torch.empty_like(together).index_copy(0, order, together)
+    # Without gradients, one output at a time is in memory beside the whole.
+    output: Tensor | None = None
+    for rows, part in zip(places, parts, strict=True):
         if output is None:
             output = part.new_empty(len(x), *part.shape[1:])
-        output.index_copy_(0, rows, parts.pop())
-    if output is not None:
-        return output
-    together = torch.cat(parts)
-    return torch.empty_like(together).index_copy(0, order, together)
-
-
-def _at_once(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    groups: Sequence[tuple[Sequence[Update], int]],
-    order: Tensor | None,
-) -> Tensor | None:
-    """Return the product of all groups, if their method has a way that applies here."""
-    updates = [update for own, _ in groups for update in own]
-    methods = {update.method for update in updates}
-    plain = not any(update.rows or update.dropout for update in updates)
-    if len(methods) != 1 or not plain or any(len(own) > 1 for own, _ in groups):
-        return None
-    given = [
-        (own[0].block if own else None, own[0].scale if own else 1.0, size) for own, size in groups
-    ]
-    entries = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
-    method = method_of(methods.pop())
-    output = method.product_of_groups(entries, weight, bias, given, order)
-    return None if output is None else output.reshape(*x.shape[:-1], weight.shape[0])
+        output.index_copy_(0, rows, part)
+    assert output is not None
+    return output
 
 
 def with_bone_of_groups(
