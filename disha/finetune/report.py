@@ -218,6 +218,10 @@ def environment() -> dict[str, Any]:
 
 def peak_memory() -> int | None:
     """Return this process's peak resident memory so far, in bytes; None if unknown."""
+    # On Linux, `getrusage` also counts what the process that started this one had then.
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", _text_of("/proc/self/status"), re.MULTILINE)
+    if found:
+        return int(found[1]) * 1024
     if sys.platform == "win32":
         return None
     import resource
@@ -227,9 +231,10 @@ def peak_memory() -> int | None:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.+)$", _text_of("/proc/cpuinfo"), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _text_of(path: str) -> str:
+    """Return the text of a file of Linux's; empty elsewhere."""
+    return Path(path).read_text() if Path(path).exists() else ""

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -50,6 +52,16 @@ def test_environment_is_json_with_versions_and_machine():
     found = json.loads(json.dumps(environment()))
     assert {"python", "disha", "torch", "gguf", "tokenizers"} <= found["versions"].keys()
     assert found["machine"]["threads"] >= 1
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    """Not that of the process that started it."""
+    kept = bytearray(b"1") * 2**29
+    code = "from disha.finetune.report import peak_memory; print(peak_memory())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    own = peak_memory()
+    assert own > len(kept)
+    assert int(told.stdout) < own - len(kept) / 2
 
 
 def test_peak_memory_is_in_bytes():
