@@ -259,8 +259,13 @@ def _tokens_per_second(results: Results, cases: Sequence[Case]) -> str:
 
 def _timed(name: str, title: str, about: str, results: Results) -> str:
     cases = results["tables"][name]
-    times = _ratios(name, cases) + _tokens_per_second(results, cases)
+    parts = [cases[first : first + COLUMNS] for first in range(0, len(cases), COLUMNS)]
+    times = "\n".join(_ratios(name, part) + _tokens_per_second(results, part) for part in parts)
     return f"## {title}\n\n{about}\n\n{times}"
+
+
+COLUMNS = 4
+"""Most cases in one table of times: more would not fit on a screen."""
 
 
 def _layer_step(results: Results) -> str:
