@@ -257,7 +257,8 @@ def _at_rate(found: Longer, method: str, rate: float) -> str:
     if loss is None:
         return NOTHING
     text = _text(loss)
-    return f"**{text}**" if found.ranked(rate)[0][1] == method else text
+    ranked = found.ranked(rate)
+    return f"**{text}**" if len(ranked) > 1 and ranked[0][1] == method else text
 
 
 def _own(found: Longer, method: str) -> str:
