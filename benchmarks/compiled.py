@@ -23,7 +23,7 @@ from benchmarks.layouts import LAYOUTS, Whole
 from benchmarks.protocol import compare, synchroniser
 from benchmarks.settings import LayerSize, ModelRun, Profile, R
 from benchmarks.steps import TrainingStep, check_gradients, fill, require_gradient, trainable
-from benchmarks.whole_model import projections, read_model, token_loss
+from benchmarks.whole_model import language_model, projections, token_loss
 
 __all__ = ["COMPILED", "COUNTED", "compile_model", "compiled", "counted", "generated"]
 
@@ -227,12 +227,7 @@ def _layer(size: LayerSize, profile: Profile, device: torch.device) -> dict[str,
 
 
 def _model(run: ModelRun, profile: Profile, device: torch.device) -> dict[str, Any]:
-    base = read_model(run.dtype, device)
-    base.model.layers = base.model.layers[: run.layers]
-    generator = torch.Generator().manual_seed(0)
-    shape = (run.batch, run.length + 1)
-    ids = torch.randint(base.config.vocabulary, shape, generator=generator).to(device)
-    tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    base, tokens, labels = language_model(run, device)
     base.model.embed_tokens.register_forward_hook(require_gradient)
 
     def make(model: nn.Module, called: nn.Module) -> TrainingStep:

@@ -24,7 +24,7 @@ from benchmarks.cost_model import Linear
 from benchmarks.protocol import Budget, compare, synchroniser
 from benchmarks.rates import bone_pieces, measured_rates
 from benchmarks.settings import LayerSize, Profile, R
-from benchmarks.steps import trainable
+from benchmarks.steps import forward, trainable
 
 __all__ = ["build_layers", "few_tokens", "layer_step", "parameter_counts"]
 
@@ -56,7 +56,7 @@ def _shard_size(size: LayerSize) -> int:
 def few_tokens(profile: Profile, device: torch.device) -> list[Case]:
     """Measure the forward of one layer for few tokens, without gradients."""
     return [
-        _measure(size, profile.few_tokens_budget, device, _forward) for size in profile.few_tokens
+        _measure(size, profile.few_tokens_budget, device, forward) for size in profile.few_tokens
     ]
 
 
@@ -68,16 +68,6 @@ def _training_step(layer: nn.Module, x: Tensor) -> Callable[[], object]:
         for leaf in leaves:
             leaf.grad = None
         layer(x).backward(cotangent)
-
-    return run
-
-
-def _forward(layer: nn.Module, x: Tensor) -> Callable[[], object]:
-    layer.eval()
-
-    def run() -> None:
-        with torch.no_grad():
-            layer(x)
 
     return run
 

@@ -1,4 +1,4 @@
-"""A small whole model for each layout of weights, for tables of what happens in every layout."""
+"""Small whole models, one for each layout of weights. Some tables have a row for each of them."""
 
 from __future__ import annotations
 

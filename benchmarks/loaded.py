@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import disha
+from benchmarks.memory import status_bytes
 from benchmarks.protocol import Budget, Run, compare
 from benchmarks.settings import Profile
+from benchmarks.steps import forward, frozen_stack
 
 __all__ = ["loaded", "measure"]
 
@@ -48,16 +50,16 @@ def measure(adapters: int) -> dict[str, Any]:
         disha.save_adapter(disha.inject_adapters(_base(), "all-linear", R, init="kaiming"), path)
         for model in (few, many):
             disha.load_adapter(model, path, adapter="a0")
-        before, load_seconds = _resident_bytes(), []
+        before, load_seconds = status_bytes("VmRSS"), []
         for number in range(1, adapters):
             start = time.perf_counter()
             disha.load_adapter(many, path, adapter=f"a{number}", activate=False)
             load_seconds.append(time.perf_counter() - start)
-    after = _resident_bytes()
+    after = status_bytes("VmRSS")
     x = torch.randn(SAMPLES, WIDTH)
     runs = {}
     for who, model in (("one", few), ("many", many)):
-        runs[f"active_of_{who}"] = _active(model, x)
+        runs[f"active_of_{who}"] = forward(model, x)
         runs[f"routed_of_{who}"] = _routed(model, x)
     own = sum(block.nbytes for block in disha.adapter_parameters(many, "a0"))
     return {
@@ -75,17 +77,7 @@ def measure(adapters: int) -> dict[str, Any]:
 
 
 def _base() -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
-    return nn.Sequential(*layers).requires_grad_(False).eval()
-
-
-def _active(model: nn.Module, x: Tensor) -> Run:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return model(x)
-
-    return run
+    return frozen_stack(LAYERS, WIDTH, torch.device("cpu"))
 
 
 def _routed(model: nn.Module, x: Tensor) -> Run:
@@ -96,14 +88,6 @@ def _routed(model: nn.Module, x: Tensor) -> Run:
             return model(x)
 
     return run
-
-
-def _resident_bytes() -> int | None:
-    """Return the resident size of this process; None where the system does not tell."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    found = next((line for line in lines if line.startswith("VmRSS:")), None)
-    return None if found is None else int(found.split()[1]) * 1024
 
 
 if __name__ == "__main__":

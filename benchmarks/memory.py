@@ -24,7 +24,7 @@ from benchmarks.candidates import CANDIDATES, adapted_model, missing_package
 from benchmarks.settings import Profile, R
 from benchmarks.steps import TrainingStep
 
-__all__ = ["allocated_peak", "kept_bytes", "memory", "resident_growth", "stack"]
+__all__ = ["allocated_peak", "kept_bytes", "memory", "resident_growth", "stack", "status_bytes"]
 
 STEPS = 3
 
@@ -171,17 +171,27 @@ def resident_growth(name: str, layers: int, width: int, tokens: int) -> int:
     step = _step(adapted, torch.randn(tokens, width).requires_grad_())
     _step(adapted, torch.randn(8, width).requires_grad_())()  # first-time set-up
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     for _ in range(STEPS):
         step()
-    return _status("VmHWM") - before
+    after = status_bytes("VmHWM")
+    assert before is not None
+    assert after is not None
+    return after - before
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+def status_bytes(field: str, process: int | str = "self") -> int | None:
+    """Return what Linux tells of a process's memory; None where nothing is told.
+
+    Args:
+        field: "VmRSS", what is resident now, or "VmHWM", the most so far. Unlike `getrusage`, this
+            does not count what the process had that started this one.
+        process: its number, or this one.
+    """
+    status = Path(f"/proc/{process}/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = next((line for line in lines if line.startswith(f"{field}:")), None)
+    return None if found is None else int(found.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ _libraries: list[torch.library.Library] = []
 
 
 class _Handle(ctypes.Structure):
-    """The beginning of what a DLPack capsule holds."""
+    """The first fields of the structure in a DLPack capsule."""
 
     _fields_ = (("data", ctypes.c_void_p), ("device", ctypes.c_int32), ("index", ctypes.c_int32))
 

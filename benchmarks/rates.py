@@ -24,7 +24,7 @@ from disha.functional.shards import shard_sum
 __all__ = ["bone_pieces", "measured_rates"]
 
 CACHED_COPY, MEMORY_COPY = 2**21, 2**27
-"""Bytes of what is copied. The smaller fits any processor's last cache, the larger none."""
+"""Bytes to copy. The first number fits in the cache of any processor, the second in none."""
 
 CACHED_COPIES = 16
 """Copies of the smaller in a run. Only the first finds it in memory."""
@@ -52,13 +52,14 @@ def measured_rates(
         "cached" and "memory", bytes per second of copying, and "layers": the sizes "in" and "out",
         and "products", name -> multiply-adds per second.
     """
-    sizes = list(dict.fromkeys(layers))
-    macs: dict[str, float] = {}
     runs: dict[str, Run] = {}
-    for layer in sizes:
-        for name, count, run in _products(layer, tokens, r, dtype, device):
-            key = f"{layer.in_features} {layer.out_features} {name}"
-            macs[key], runs[f"{key} {len(runs)}"] = count, run
+    products: dict[Linear, dict[str, tuple[float, list[str]]]] = {}
+    for layer in dict.fromkeys(layers):
+        of_layer = products[layer] = {}
+        for name, macs, run in _products(layer, tokens, r, dtype, device):
+            key = f"product {len(runs)}"
+            of_layer.setdefault(name, (macs, []))[1].append(key)
+            runs[key] = run
     copies = {"cached": (CACHED_COPY, CACHED_COPIES), "memory": (MEMORY_COPY, 1)}
     for name, (size, times) in copies.items():
         runs[f"{name} copy"] = _copier(size, times, device)
@@ -66,9 +67,6 @@ def measured_rates(
         name: min(taken)
         for name, taken in compare(runs, budget, synchronise=synchroniser(device)).items()
     }
-
-    def rate(key: str) -> float:
-        return macs[key] / min(fastest[run] for run in fastest if run.rpartition(" ")[0] == key)
 
     return {
         **{
@@ -80,12 +78,11 @@ def measured_rates(
                 "in": layer.in_features,
                 "out": layer.out_features,
                 "products": {
-                    key.removeprefix(f"{layer.in_features} {layer.out_features} "): rate(key)
-                    for key in macs
-                    if key.startswith(f"{layer.in_features} {layer.out_features} ")
+                    name: macs / min(fastest[key] for key in keys)
+                    for name, (macs, keys) in of_layer.items()
                 },
             }
-            for layer in sizes
+            for layer, of_layer in products.items()
         ],
     }
 

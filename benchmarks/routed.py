@@ -17,7 +17,7 @@ from benchmarks.candidates import (
 )
 from benchmarks.protocol import Run, compare, synchroniser
 from benchmarks.settings import Profile, R
-from benchmarks.steps import CandidateError, fill, trainable
+from benchmarks.steps import CandidateError, fill, forward, frozen_stack, trainable
 
 __all__ = ["routed"]
 
@@ -47,18 +47,21 @@ def _measure(profile: Profile, adapters: int, tokens: int, device: torch.device)
     torch.manual_seed(0)
     x = torch.randn(samples, tokens, width, device=device)
 
-    runs: dict[str, Run] = {BASE: _plain(_base(width, device), x)}
+    def base() -> nn.Sequential:
+        return frozen_stack(LAYERS, width, device)
+
+    runs: dict[str, Run] = {BASE: forward(base(), x)}
     left_out = {}
     for method in ("bone", "bat"):
-        runs |= _disha(_base(width, device), method, r, names, x)
-        one = disha.inject_adapters(_base(width, device), "all-linear", r, method=method)
+        runs |= _disha(base(), method, r, names, x)
+        one = disha.inject_adapters(base(), "all-linear", r, method=method)
         fill(trainable(one), SCALE)
-        runs[f"{method}_one_adapter"] = _plain(one, x)
+        runs[f"{method}_one_adapter"] = forward(one, x)
     why = missing_package(CANDIDATES["peft_lora"])
     if why is None:
-        runs |= _peft(_base(width, device), r, names, x)
-        one, _ = _peft_model(_base(width, device), r, names[:1])
-        runs["peft_lora_one_adapter"] = _plain(one, x)
+        runs |= _peft(base(), r, names, x)
+        one, _ = _peft_model(base(), r, names[:1])
+        runs["peft_lora_one_adapter"] = forward(one, x)
     else:
         left_out["peft_lora"] = why
     for name in runs:
@@ -76,20 +79,6 @@ def _measure(profile: Profile, adapters: int, tokens: int, device: torch.device)
         "seconds": compare(runs, profile.routed_budget, synchronise=synchroniser(device)),
         "left_out": left_out,
     }
-
-
-def _base(width: int, device: torch.device) -> nn.Sequential:
-    torch.manual_seed(1)
-    layers = (nn.Linear(width, width, bias=False, device=device) for _ in range(LAYERS))
-    return nn.Sequential(*layers).requires_grad_(False).eval()
-
-
-def _plain(model: nn.Module, x: Tensor) -> Run:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return model(x)
-
-    return run
 
 
 def _disha(

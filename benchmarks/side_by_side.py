@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.memory import allocated_peak
+from benchmarks.memory import allocated_peak, status_bytes
 from benchmarks.protocol import Budget, compare, synchroniser
 from benchmarks.settings import Profile, R, SideBySide
 from disha.files import ADAPTER_NAME
@@ -236,7 +235,7 @@ def _measure(command: Sequence[str], folder: Path, steps: int) -> _Measured:
         while len(done) < steps:
             time.sleep(PAUSE)
             ended = process.poll() is not None
-            peak = max(peak, _peak(process.pid))
+            peak = max(peak, status_bytes("VmHWM", process.pid) or 0)
             lines = metrics.read_text().splitlines() if metrics.exists() else []
             records = [json.loads(line) for line in lines if line.endswith("}")]
             done = [one for one in records if "tokens" in one]
@@ -265,14 +264,6 @@ def _evaluation_and_saving(folder: Path) -> tuple[float, float]:
     # The adapter takes its name when it is complete. The last line before it is that of a step.
     complete = (folder / ADAPTER_NAME).stat().st_ctime
     return evaluation, complete - (folder / "metrics.jsonl").stat().st_mtime
-
-
-def _peak(process: int) -> int:
-    """Return the peak of a process's resident memory, which only Linux tells of others."""
-    # The peak that `wait` returns would count what this process had when it began the other.
-    status = Path(f"/proc/{process}/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
 
 
 # --- what makes the difference -------------------------------------------------------------------

@@ -12,6 +12,8 @@ __all__ = [
     "TrainingStep",
     "check_gradients",
     "fill",
+    "forward",
+    "frozen_stack",
     "require_gradient",
     "trainable",
 ]
@@ -39,6 +41,36 @@ def fill(parameters: Iterable[nn.Parameter], scale: float) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def frozen_stack(layers: int, width: int, device: torch.device) -> nn.Sequential:
+    """Return square linear layers without biases, frozen and in evaluation.
+
+    Args:
+        layers: how many.
+        width: of each.
+        device: where.
+    """
+    torch.manual_seed(1)
+    stack = (nn.Linear(width, width, bias=False, device=device) for _ in range(layers))
+    return nn.Sequential(*stack).requires_grad_(False).eval()
+
+
+def forward(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Return a call of the model without gradients.
+
+    Args:
+        model: set to evaluation.
+        x: its input.
+    """
+    model.eval()
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            output: Tensor = model(x)
+        return output
+
+    return run
 
 
 class TrainingStep:

@@ -26,7 +26,7 @@ from disha.finetune.inputs import demo_model
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.models.gguf import GGUFCheckpoint
 
-__all__ = ["COMPARED", "model_step", "projections", "read_model", "token_loss"]
+__all__ = ["COMPARED", "language_model", "model_step", "projections", "read_model", "token_loss"]
 
 COMPARED = (BASE, "bone", "bat", "peft_miss", "peft_bat", "peft_lora", "loralib")
 
@@ -54,13 +54,19 @@ def read_model(dtype: torch.dtype, device: torch.device) -> Decoder:
     return GGUFCheckpoint(demo_model()).load_model(dtype, device)
 
 
-def _measure(run: ModelRun, profile: Profile, device: torch.device) -> dict[str, Any]:
+def language_model(run: ModelRun, device: torch.device) -> tuple[Decoder, Tensor, Tensor]:
+    """Return the language model of a run, and random tokens with the ones that follow them."""
     base = read_model(run.dtype, device)
     base.model.layers = base.model.layers[: run.layers]
     generator = torch.Generator().manual_seed(0)
     shape = (run.batch, run.length + 1)
     ids = torch.randint(base.config.vocabulary, shape, generator=generator).to(device)
     tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return base, tokens, labels
+
+
+def _measure(run: ModelRun, profile: Profile, device: torch.device) -> dict[str, Any]:
+    base, tokens, labels = language_model(run, device)
     models, steps, losses, left_out = {}, {}, {}, {}
     for name in COMPARED:
         why = missing_package(CANDIDATES[name])
@@ -78,7 +84,7 @@ def _measure(run: ModelRun, profile: Profile, device: torch.device) -> dict[str,
         Linear(layer.in_features, layer.out_features)
         for layer in map(base.get_submodule, projections(base))
     ]
-    rates = measured_rates(sizes, ids[:, 1:].numel(), R, run.dtype, device, profile.rates_budget)
+    rates = measured_rates(sizes, labels.numel(), R, run.dtype, device, profile.rates_budget)
     return {
         "model": "SmolLM2-135M",
         "layers": run.layers,

@@ -92,23 +92,15 @@ class Routed(NamedTuple):
         self,
         output: Tensor,
         input: Tensor,
-        shape: Sequence[int] | None,
         delta_of: Callable[[Tensor, Update], Tensor],
-        has_samples: bool,
     ) -> Tensor:
         """Return an output plus, for each sample, the updates of its own adapter.
 
         Args:
             output: the product with W alone, samples first.
-            input: the input, samples first.
-            shape: the weight's shape, for errors.
+            input: the input, samples first, which `check` allows.
             delta_of: (input, update) -> what the update adds.
-            has_samples: whether the leading dimension of the input is the samples.
-
-        Raises:
-            ArgumentError: the input has no samples, or the number of names does not fit.
         """
-        self.check(input, shape, has_samples)
         size, device = input.shape[0], input.device
         for adapter, updates in self.updates.items():
             rows = self.route.rows(adapter, size, device)
@@ -864,7 +856,7 @@ def _product(
     def delta_of(x: Tensor, update: Update) -> Tensor:
         return functional.update_product(multiply, x, base, layout, update, groups)
 
-    return routed.added(multiply(input, base, bias), input, base.shape, delta_of, has_samples)
+    return routed.added(multiply(input, base, bias), input, delta_of)
 
 
 def _grouped_of_transformers(*args: Any, **kwargs: Any) -> Tensor:
@@ -969,9 +961,7 @@ def _routed_rows(
         return routed.added(
             output,
             input,
-            base.shape,
             lambda x, update: functional.update_product(F.linear, x, base, layout, update),
-            has_samples=True,
         )
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         choices = routed.route.choices(list(alike), input.device)

@@ -122,7 +122,7 @@ def inject_adapters(
     """
     arguments = locals()
     view = ModelView(arguments.pop("model"))
-    with Undo(view, view.modules_of(adapter)):
+    with Undo(view, view.all_modules(adapter)):
         plan = plan_injection(view, strict=True, **arguments)
         apply_plan(view, plan)
         _warn_of_skipped(plan)
@@ -219,7 +219,7 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     for name, layer in layers:
         if set(layer.disha) <= set(removed):
             refuse_changed_class(layer, name)
-    with Undo(view, None if adapter is None else view.modules_of(adapter)):
+    with Undo(view, view.all_modules(adapter)):
         for _, layer in layers:
             for own in removed:
                 layer.disha.discard(own)

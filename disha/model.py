@@ -241,26 +241,24 @@ class ModelView:
         """Every clean name of a parameter -> the parameter."""
         return {name: one for one in self.parameters for name in one.names}
 
-    def all_modules(self) -> Iterator[nn.Module]:
-        """Iterate over all modules, those of adapters included, each once."""
-        for module in self.names:
-            yield module
-            if isinstance(module, AdaptedLayer) and CHILD_NAME in module._modules:
-                yield from _with_children(module.disha)
-
-    def modules_of(self, adapter: object) -> Iterator[nn.Module]:
-        """Iterate over all modules but those inside other adapters, each once.
+    def all_modules(self, adapter: object = None) -> Iterator[nn.Module]:
+        """Iterate over all modules, those of adapters included, each once.
 
         Args:
-            adapter: the adapter, which the model may lack.
+            adapter: leave out what is inside other adapters than this one, which the model may
+                lack; None for all adapters.
         """
         for module in self.names:
             yield module
-            if isinstance(module, AdaptedLayer) and CHILD_NAME in module._modules:
-                yield module.disha
-                own = module.disha._modules.get(adapter) if isinstance(adapter, str) else None
-                if own is not None:
-                    yield from _with_children(own)
+            if not isinstance(module, AdaptedLayer) or CHILD_NAME not in module._modules:
+                continue
+            if adapter is None:
+                yield from _with_children(module.disha)
+                continue
+            yield module.disha
+            own = module.disha._modules.get(adapter) if isinstance(adapter, str) else None
+            if own is not None:
+                yield from _with_children(own)
 
     # --- adapters --------------------------------------------------------------------------------
 

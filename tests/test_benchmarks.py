@@ -396,8 +396,7 @@ def tiny_model(dtype, device):
 def test_the_commands_measure_every_table_and_report_it(tmp_path, monkeypatch, capsys, loop):
     monkeypatch.setattr(command, "QUICK", TINY)
     monkeypatch.setattr(command, "slow_dtypes", lambda dtypes, device: {})
-    for module in (whole_model, compiled):
-        monkeypatch.setattr(module, "read_model", tiny_model)
+    monkeypatch.setattr(whole_model, "read_model", tiny_model)
     monkeypatch.setattr(compiled, "compile_model", lambda model: model)  # takes seconds
     monkeypatch.setattr(compiled, "COUNTED", (BASE, "bone"))
     measured = {**command.TABLES, "devices": lambda profile, device: [DEVICES]}

@@ -354,7 +354,7 @@ def load_contents(
         freeze: freeze all parameters that belong to no adapter.
         activate: make the new adapter the only active one.
     """
-    with Undo(view, view.modules_of(adapter)) as undo:
+    with Undo(view, view.all_modules(adapter)) as undo:
         with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
             check_dtype(dtype)

@@ -461,7 +461,7 @@ def write(
         header: the adapter's header.
         tensors: its tensors.
         config: the configuration.
-        beside: name in the model -> the values of what is saved with the blocks.
+        beside: parameters that are saved with the blocks: name in the model -> values.
     """
     stored = {f"{layer.name}.{config.block_name}": tensors[layer.key] for layer in header.layers}
     layers = {join(layer.name, "bias"): layer.name for layer in header.layers}

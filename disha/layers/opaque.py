@@ -359,8 +359,8 @@ def _add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
         return _delta(module, slot, x, update)
 
     if routed is not None:
-        sampled = input.dim() >= (1 if looks_up else 2)
-        return routed.added(output, input, slot.shape, delta_of, sampled)
+        routed.check(input, slot.shape, has_samples=input.dim() >= (1 if looks_up else 2))
+        return routed.added(output, input, delta_of)
     for update in adapters.updates(blocks, compiling, input.is_meta):
         output = output + delta_of(input, update).to(output.dtype)
     return output
