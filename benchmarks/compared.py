@@ -118,7 +118,7 @@ def _padded_job(tables: Tables) -> Row | None:
         return None
     took = {name: one["seconds_per_step"] for name, one in case["contestants"].items()}
     names = {**CONTESTANTS, "bone": "disha_padded", "peft_miss": "-"}
-    return Row(TIME, "whole job, padded as by Trainer", _compared(took, names))
+    return Row(TIME, "whole job, with Trainer's padding", _compared(took, names))
 
 
 def _kept(tables: Tables) -> Row | None:

@@ -38,9 +38,9 @@ SCALE = 0.1
 
 FACTS: Mapping[str, str] = {
     "placed": "every tensor that an operation gets or returns is on the device, numbers excepted",
-    "typed": "the output has the dtype of the frozen model's, each gradient that of its block",
+    "typed": "the output has the dtype of the frozen model's output; a gradient, that of its block",
     "unsynchronised": "nothing in forward or backward waits for the device or copies from it",
-    "repeated": "a step on other values, with a CUDA graph in mind, runs the same operations",
+    "repeated": "a step on other values runs the same operations, as a CUDA graph requires",
     "equal": "outputs and gradients are those of the CPU",
     "compiled": "in the graphs of a compiled step, every tensor is on the device",
     "lives": "loading, an optimizer's step, merging, exact unmerging and saving work there",

@@ -144,7 +144,12 @@ def page(files: Mapping[Path, Results], drawn: Sequence[str] = ()) -> str:
 def _head(measured: Sequence[Results]) -> str:
     quick = any(results["profile"] != "full" for results in measured)
     warning = " **This is a quick run of small sizes: its times are noise.**" if quick else ""
-    return f"# Performance\n\nSpeed and memory, compared with other libraries.{warning}\n"
+    return f"# Speed and memory\n\n{ABOUT_PAGE}{warning}\n"
+
+
+ABOUT_PAGE = """\
+This page compares the speed and the memory of `disha` with those of other adapter libraries. The
+box has the answer in short. The sections below it show how each figure was measured."""
 
 
 def _summary(tables: Mapping[str, Sequence[Case]], drawn: Sequence[str]) -> str:
@@ -152,30 +157,33 @@ def _summary(tables: Mapping[str, Sequence[Case]], drawn: Sequence[str]) -> str:
     found = rows(tables)
     listed = "\n".join(f"- {line}" for line in lines(found))
     text = f"{listed}\n\n{ABOUT_LINES}"
-    parts = [box("In short: time and memory / those of PEFT's LoRA", text)] if found else []
+    title = "In short: time and memory, divided by those of PEFT's LoRA"
+    parts = [box(title, text)] if found else []
     if "compared.png" in drawn:
         parts.append(f"![Time and memory, compared with PEFT's LoRA]({ASSETS}/compared.png)\n")
     return "\n".join([*parts, folded("How to read the tables", HOW_TO_READ)])
 
 
 ABOUT_LINES = """\
-A figure is a ratio to PEFT's LoRA with as many trained parameters: one half is half the time, or
-half the memory. In brackets are the quartiles of the rounds. The whole job is `disha finetune`
-against the Trainer of `transformers` with PEFT, on the same rows of text.
+Each figure is divided by that of PEFT's LoRA with as many trained parameters. So 0.5 means half the
+time, or half the memory. Brackets have the quartiles of the rounds. The whole job is
+`disha finetune` against the Trainer of `transformers` with PEFT, on the same rows of text.
 """
 HOW_TO_READ = """\
-- Times are ratios to the *frozen base*: the same layer or model without an adapter. Nothing in it
-  is trained, but gradients pass through it.
+- If the page has several runs, each section names its run. [A list](#the-runs) is at the end.
+- Times are divided by those of the *frozen base*: the same layer or model without an adapter.
+  Nothing in it is trained, but gradients pass through it.
 - *Multiply-adds* is the same ratio, counted in multiply-adds of the products alone.
-- The *roofline* is the least that this ratio can be on the machine of the run. It counts each
-  product and each pass over memory, at rates measured beside the steps
-  ([how](../benchmarks/roofline.py)). Runs without such rates have it for few tokens only.
+- The *roofline* is the lowest ratio that the machine of the run allows. It adds up the time of each
+  product and of each pass over memory, at speeds that were measured beside the steps
+  ([how](../benchmarks/roofline.py)). In a run without these speeds, only the tables of few tokens
+  have a roofline.
 - All candidates have as many trained parameters as Bone with r = 64. For square layers that is
   LoRA of rank 32. Adapters have the dtype of the base.
-- All candidates run in one process, in rounds, in a new random order each round. A ratio is taken
+- All candidates run in one process, in rounds. Each round has a new random order. A ratio is taken
   within one round. The tables show the median over the rounds, and the quartiles in brackets.
-- Before it is timed, each candidate must change the output and get gradients. Candidates of the
-  same method must return the same.
+- Before the timing, each candidate must change the output and get gradients. Candidates of the same
+  method must return the same output.
 """
 
 
@@ -291,18 +299,18 @@ def _least(cases: Sequence[Case]) -> str:
     counted = [floor for floor in floors_in_products if floor is not None]
     said = (
         "No implementation that keeps the update apart from the weight can beat the *roofline*: "
-        f"{floors('bone', cases)} for Bone, {floors('bat', cases)} for BAT. Multiply-adds alone "
-        f"would allow Bone {_range(counted)}. But its narrow products run at "
-        f"{_range(narrow, _percent)} of the rate of the base's product. And the output and the "
-        "gradient of the input, to which it adds, must be read and written again, at "
+        f"{floors('bone', cases)} for Bone, {floors('bat', cases)} for BAT. By multiply-adds "
+        f"alone, Bone could reach {_range(counted)}. But its narrow products run at "
+        f"{_range(narrow, _percent)} of the speed of the base's product. Bone also adds to the "
+        "output and to the gradient of the input, so both are read and written again, at "
         f"{_range(copies, _billions)} GB/s."
     )
     single = [case for case in cases if case["dtype"] == "float32"]
     if single:
         said += (
             " In float32, an implementation that adds dW to the weight in each pass, as BAT does, "
-            f"could reach {floors(roofline.FORMED, single)}. In 16 bits that would round small "
-            "updates away."
+            f"could reach {floors(roofline.FORMED, single)}. In 16 bits, it would lose small "
+            "updates to rounding."
         )
     return said
 
@@ -347,8 +355,9 @@ def _pieces(cases: Sequence[Case]) -> str:
     names = [*cases[0]["pieces"], "the rest", "Bone step - frozen step"]
     rows = [[name, *(column[i] for column in columns)] for i, name in enumerate(names)]
     return (
-        "\nWhat Bone adds to the step, in milliseconds: each piece timed alone, and its *floor*. "
-        "The rest is calls, allocation, and data that is no longer in a cache.\n\n"
+        "\nWhat Bone adds to the step, in milliseconds: each piece timed alone, and in brackets "
+        "its *floor*, the least time that the measured speeds allow. *The rest* is calls, "
+        "allocation, and data that is no longer in a cache.\n\n"
         + table(["", *map(size_title, cases)], rows)
     )
 
@@ -372,22 +381,23 @@ def _rates(cases: Sequence[Case]) -> str:
         for key, where in (("cached", "within a cache"), ("memory", "more than the caches hold"))
     ]
     return (
-        "\nThe rates: 10^9 multiply-adds per second of each product, and GB read and written per "
-        "second.\n\n" + table(["", *map(size_title, cases)], rows)
+        "\nThe measured speeds: for products, 10^9 multiply-adds per second; for copying, GB that "
+        "are read and written per second.\n\n" + table(["", *map(size_title, cases)], rows)
     )
 
 
 def _few_tokens(results: Results) -> str:
     about = (
-        "Without gradients, as in decoding. Each candidate has its own copy of the weights, so "
-        "that none finds them in the cache because another has just read them. The roofline is "
-        "bytes here: the weight and the adapter are read once each. It takes the base's own "
-        "product as it is. BAT computes another one, and can be below."
+        "Without gradients, as in decoding. Each candidate has its own copy of the weights. So no "
+        "candidate finds them in the cache because another one has just read them. Here the "
+        "roofline counts bytes: the weight and the adapter are read once each. It takes the time "
+        "of the base's own product as it is. BAT computes another product, so it can be below the "
+        "roofline."
     )
     cases = results["tables"]["few_tokens"]
     if any(over_base(case, "bone").median < 1 for case in cases if "bone" in case["seconds"]):
         about += f"\n\n{LESS_THAN_FROZEN}"
-    return _timed("few_tokens", "Forward of few tokens", about, results)
+    return _timed("few_tokens", "Forward pass of a few tokens", about, results)
 
 
 LESS_THAN_FROZEN = (
@@ -414,9 +424,9 @@ def _memory(results: Results) -> str:
         )
         if case["what"] == "counted":
             parts.append(
-                f"{sizes}. *Kept*: what autograd saves for the backward pass, without parameters. "
-                "*Peak*: the most that is allocated at once in a step, beyond the parameters. Both "
-                "are counted, not timed.\n"
+                f"{sizes}. *Kept* is what autograd saves for the backward pass. *Peak* is the most "
+                "memory that a step has allocated at one time. Both are counted in bytes, without "
+                "the parameters.\n"
             )
             rows = [
                 [
@@ -429,7 +439,9 @@ def _memory(results: Results) -> str:
             ]
             parts.append(table(("", "kept", "peak", "peak beyond frozen"), rows))
         elif case["resident_bytes"]:
-            parts.append(f"Growth of a new process at its peak: {sizes}.\n")
+            parts.append(
+                f"How much the resident memory of a new process grows up to its peak: {sizes}.\n"
+            )
             rows = [
                 [CANDIDATES[name].title, bytes_text(growth)]
                 for name, growth in case["resident_bytes"].items()
@@ -511,9 +523,9 @@ def _loaded(results: Results) -> str:
     about = (
         "## Many loaded adapters\n\n"
         f"A model of {one['layers']} layers of {one['width']} x {one['width']}, {one['dtype']}, "
-        f"into which adapters with r = {one['r']} are loaded from a file, in a new process. Times "
-        "are the medians of the first and of the last tenth. Forwards are compared with those of a "
-        "model that holds one adapter.\n"
+        f"into which adapters with r = {one['r']} are loaded from a file, in a new process. *At "
+        "first* and *at last* are medians over the first and over the last tenth of the adapters. "
+        "The time of a forward is divided by that of a model with one adapter.\n"
     )
     header = ["loaded", "blocks", "resident growth", "load one, at first", "load one, at last",
               "forward / of one", "routed forward / of one"]  # fmt: skip
@@ -529,7 +541,7 @@ def _switching(results: Results) -> str:
             rows.append([turn, str(len(seconds)), seconds_text(spread.median), f"{growth:.2f}"])
     one = results["tables"]["switching"][0]
     about = (
-        "## One adapter after another\n\n"
+        "## Swapping adapters\n\n"
         f"`load_adapter(model, file, replace=True)` in a model of {one['layers']} layers of "
         f"{one['width']} x {one['width']}, for files with r of "
         f"{', '.join(map(str, one['ranks']))} in turn. Every second file adapts half of the "
@@ -599,13 +611,14 @@ def _finetuning(results: Results) -> str:
     return f"""## The fine-tuning command
 
 `disha finetune` with SmolLM2-135M-Instruct, r = 64, on the demo's docstrings of the standard
-library. The loss is that of {held_out} held-out functions, in nats per token. The runs are short:
-they show that every way of training lowers the loss, not by how much.
+library. The loss is that of {held_out} held-out functions, in nats per token. The runs are short.
+They show that every way of training lowers the loss, but not which way lowers it most.
 
 {table(header, rows)}
-A step of the command's loop (accumulation, clipping, schedule, AdamW, checks, metrics on disk) / a
-bare step (forward, backward, AdamW), with {loop["layers"]} layers and {loop["batch"]} sequences
-of {loop["length"]} tokens: **{spread_text(ratio)}**, limit {ratio_text(LOOP_LIMIT)}: {met}.
+What does the command's loop cost? A step of it has accumulation, clipping, a schedule, AdamW,
+checks, and metrics on disk. It takes **{spread_text(ratio)}** times as long as a bare step
+(forward, backward, AdamW), with {loop["layers"]} layers and {loop["batch"]} sequences of
+{loop["length"]} tokens. The limit of {ratio_text(LOOP_LIMIT)} is {met}.
 """
 
 
@@ -638,21 +651,22 @@ def _side_by_side(results: Results) -> str:
     orders = list(next(iter(padding["parts"].values())))
     return f"""## The whole job
 
-`disha finetune` with its defaults, and a script that a user would write with the Trainer of
-`transformers` and PEFT ([its text](../benchmarks/trainer_script.py)). All train {first["model"]} on
-the same {first["rows"]} rows of at most {first["length"]} tokens, {first["batch"]} in a batch. MiSS
-has r = {first["r"]} and {first["trained"]["miss"]:,} trained parameters; LoRA has rank
-{first["lora_rank"]} and {first["trained"]["lora"]:,}. *As they come* means
-`--group_by_length False`: then the batches have as much padding as those of Trainer. *First step*
-is the time from the start of the process to the end of its first step.{about} Medians and quartiles
-of {count_text(len(first["contestants"]["disha"]["first_step"]), "round")}.
+This table sets `disha finetune` with its defaults beside a script that a user would write with the
+Trainer of `transformers` and PEFT ([its text](../benchmarks/trainer_script.py)). All train
+{first["model"]} on the same {first["rows"]} rows of at most {first["length"]} tokens,
+{first["batch"]} in a batch. MiSS has r = {first["r"]} and {first["trained"]["miss"]:,} trained
+parameters; LoRA has rank {first["lora_rank"]} and {first["trained"]["lora"]:,}. *As they come*
+means `--group_by_length False`: the batches then have as much padding as those of Trainer. *First
+step* is the time from the start of the process to the end of its first step.{about} The figures are
+medians and quartiles of {count_text(len(first["contestants"]["disha"]["first_step"]), "round")}.
 
 {table((*header, "first step", *parts), rows)}
-What makes the difference, besides the adapters: the logits of the whole vocabulary are not kept,
-and less of a batch is padding. For {loss["tokens"]:,} tokens and {loss["words"]:,} words, the loss
-and its gradient allocate {peaks["parts"]} instead of {peaks["whole"]}, in {spread_text(faster)} of
-the time. Of the demo's {padding["rows"]:,} rows of at most {padding["length"]} tokens, this part of
-a batch is padding:
+Besides the adapters, two things make the difference. First, `disha finetune` does not keep the
+logits of the whole vocabulary. For {loss["tokens"]:,} tokens and {loss["words"]:,} words, the loss
+and its gradient allocate {peaks["parts"]} instead of {peaks["whole"]}, and take
+{spread_text(faster)} times as long. Second, its batches have less padding. This is the part of a
+batch that is padding, for the demo's {padding["rows"]:,} rows of at most {padding["length"]}
+tokens:
 
 {table(("batch", *orders), filled)}"""
 
@@ -695,11 +709,11 @@ def _compiled(results: Results) -> str:
 
 ABOUT_COUNTS = """\
 Small whole models, one for each layout. *Loops* are the pieces of C++ that inductor fuses, and
-*products* its calls of products and convolutions, both counted in the generated code. An adapter
-has the number that it adds to the frozen model. *Bytes* are those that all of these read and write,
-as inductor counts them. Each step runs twice, and adapters of disha have another scale the second
-time; one compilation means that this compiles nothing again. Layouts without a row for PEFT are
-those that it does not adapt or torch can't compile.
+*products* its calls of products and convolutions, both counted in the generated code. The row of an
+adapter says how many it adds to those of the frozen model. *Bytes* are those that all of these read
+and write, as inductor counts them. Each step runs twice, and adapters of disha have another scale
+the second time. One compilation means that the new scale compiles nothing again. A layout has no
+row for PEFT if PEFT does not adapt it, or if torch can't compile it.
 """
 ABOUT_COMPILED = """\
 Times of the compiled step: as a ratio to the same candidate's eager step, to the compiled step of
@@ -741,7 +755,7 @@ def _devices(results: Results) -> str:
         for case in cases
     ]
     listed = "".join(f"- *{fact}*: {meaning}\n" for fact, meaning in FACTS.items())
-    return f"""## Devices, without one
+    return f"""## What was checked without a GPU
 
 {UNSEEN if results["device"] == "cpu" else ""}{ABOUT_DEVICES}
 {listed}
@@ -750,20 +764,19 @@ def _devices(results: Results) -> str:
 
 
 UNSEEN = """\
-Nobody has seen the paths of disha for GPUs on a GPU: none was at hand, and the times of this run
-are those of a CPU. """
+This run had no GPU, and all its times are those of a CPU. """
 ABOUT_DEVICES = """\
-What can be checked without a GPU is checked on a device that only pretends: to torch it is a device
-of its own, but its memory is the host's, and the CPU computes. So this says nothing about speed,
-and nothing about kernels that only GPUs have. Each small model runs in float32, in bfloat16, in
+Some facts about devices are checked on a pretended device. To torch it is a separate device, but
+its memory is that of the host, and the CPU computes. So this section says nothing about speed, and
+nothing about kernels that only GPUs have. Each small model runs in float32, in bfloat16, in
 bfloat16 with blocks in float32, and under autocast.
 """
 ABOUT_GRAPHS = """\
-One case waits for the device by design: BAT on experts that are multiplied in groups needs on the
-host how many rows each expert has. A CUDA graph can't record it. Compiled, or multiplied in
-batches, it does not wait. A CUDA graph keeps the scale, the active adapters and the route of the
-samples as they were while it was recorded, so record again after a change. Compiled code reads the
-scale from the device.
+One case waits for the device by design: BAT on experts in a grouped product. There the host must
+know how many rows each expert has, so a CUDA graph can't record the product. Compiled code and
+batched products do not wait. A CUDA graph keeps the scale, the active adapters and the route of the
+samples as they were when it was recorded. So record it again after a change. Compiled code reads
+the scale from the device.
 """
 
 
@@ -804,11 +817,12 @@ def _on_paper() -> str:
                 ]
             )
     header = ("model", "trained", "adapter and optimizer", "kept by adapters", "step / frozen")
-    return f"""## Large models, on paper
+    return f"""## Large models: calculated, not measured
 
-Models with the sizes of Llama 2, all projections adapted with r = {PREDICTED["r"]} in 16 bits, one
-sequence of {PREDICTED["length"]:,} tokens. Nothing here is measured. The step is in multiply-adds;
-*kept* is what the adapters keep for the backward pass, without recomputing activations.
+The models have the sizes of Llama 2. All projections are adapted with r = {PREDICTED["r"]} in 16
+bits, and a step has one sequence of {PREDICTED["length"]:,} tokens. The step is counted in
+multiply-adds. *Kept* is what the adapters keep for the backward pass, without recomputing
+activations.
 
 {table(header, rows)}"""
 
@@ -827,7 +841,8 @@ def _targets(outcomes: Sequence[Outcome]) -> str:
     listed = table(("figure", "limit", "measured", ""), rows)
     return f"""## Targets
 
-Limits that this project sets itself. Without a unit, a figure is a ratio of times or of bytes.
+These are limits that this project sets itself. A figure without a unit is a ratio of times or of
+bytes.
 
 {folded(_score(outcomes), listed)}"""
 

@@ -609,7 +609,7 @@ def test_the_lines_on_top_say_what_the_files_say():
         ],
         "Time of a training step": [
             f"Whole job: Bone {times(field('seconds_per_step'), 'disha')}",
-            f"padded as by Trainer: Bone {times(field('seconds_per_step'), 'disha_padded')}",
+            f"with Trainer's padding: Bone {times(field('seconds_per_step'), 'disha_padded')}",
             f"Model alone: Bone {times(start['seconds'], 'bone')}",
             f"BAT {times(start['seconds'], 'bat')}",
         ],

@@ -45,12 +45,14 @@ def test_its_figures_are_those_of_the_kept_results():
     text = " ".join(TEXT.split())
     ran, held = re.search(r"Of (\d+) architectures, (\d+) pass", text).groups()
     assert f"Of {ran} architectures, {held} pass" in zoo
+    (refused,) = re.findall(r"the other (\d+) refuse to merge", text)
+    assert f"The other {refused} refuse one step" in zoo
     (job,) = re.findall(r"peaks at ([\d.]+) times the memory", text)
     assert f"**Memory in training.** Whole job: Bone {job} (" in performance
     bone, lora = re.search(r"keep ([\d.]+ MiB); with LoRA they keep ([\d.]+ MiB)", text).groups()
     assert f"| disha Bone | {bone} |" in performance
     assert f"| PEFT LoRA | {lora} |" in performance
-    assert "no clear difference to LoRA" in text
+    assert "no clear difference from LoRA" in text
     assert "**Quality. Bone and BAT: no clear difference.**" in evidence
     assert "over 4 tasks" in evidence
     before, after = re.search(r"from ([\d.]+) to ([\d.]+) in about 8", text).groups()

@@ -34,6 +34,7 @@ __all__ = ["main", "write"]
 
 PAGE, PICTURES = "evidence.md", "assets/evidence-{}.svg"
 NOTHING = "-"
+HOW = "How it was measured"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,8 +123,10 @@ def _page(
     long: longer.Longer,
 ) -> str:
     parts = [
-        "# Evidence\n",
-        "How well adapters learn, compared with the variants of LoRA.\n",
+        "# How well it learns\n",
+        "This page compares how well Bone, tile, BAT, LoRA and its variants learn the same tasks. "
+        "Read it before you choose a method and a learning rate. The box has the answer in short, "
+        f"and [the last sections](#{HOW.lower().replace(' ', '-')}) say how it was measured.\n",
         verdict(shown),
         f"![Bone and BAT compared with LoRA]({PICTURES.format('verdict')})\n" if shown else "",
         _incomplete(found, shown),
@@ -134,7 +137,7 @@ def _page(
     ]
     if shown:
         parts += [_gradients(), _ablations(study, results)]
-    parts += ["## What was done\n", _protocol(study), _provenance(results, costs)]
+    parts += [f"## {HOW}\n", _protocol(study), _provenance(results, costs)]
     return "\n".join(part for part in parts if part)
 
 
@@ -231,8 +234,10 @@ def _start_with(shown: Mapping[str, TaskFindings]) -> str:
               "tasks where best or tied"]  # fmt: skip
     if costed:
         header.append("step / LoRA, by task")
+    tasks = "; ".join(TASKS[task].title for task in shown)
     return "\n".join([
         "## Which method and learning rate to start with\n",
+        f"*By task* means one number for each task, in this order: {tasks}.\n",
         table(header, rows),
         _advice(shown),
     ])  # fmt: skip
@@ -277,17 +282,17 @@ def _protocol(study: Study) -> str:
         "- **Equal parameters.** Every method has as many trained parameters as Bone, within "
         f"{LARGEST_DIFFERENCE:.0%}. Where one rank for all layers would miss that, the first "
         "layers get one more. Full fine-tuning of the same layers is shown for reference.",
-        "- **Equal training.** The same rows in the same order, the same number of steps, AdamW "
-        "without weight decay or clipping, a short warm-up and a cosine to zero, no dropout. New "
-        f"heads train at {HEAD_RATE:g} with every method.",
+        "- **Equal training.** Every method gets the same rows in the same order, and the same "
+        "number of steps. All use AdamW without weight decay, clipping or dropout, with a short "
+        f"warm-up and a cosine to zero. New heads train at {HEAD_RATE:g} with every method.",
         "- **Each method has its own learning rate.** At least four rates are tried, a factor of "
-        "about three apart; if the best is at an edge, the next one beyond it too. The rate is "
-        "chosen by the final loss on validation rows with one seed, and then run with "
-        f"{len(study.seeds)} seeds. The tables report the loss on test rows, which are used for no "
-        "choice.",
+        "about three apart. If the best rate is the lowest or the highest, the next one beyond it "
+        "is tried too. The rate is chosen by the final loss on validation rows with one seed, and "
+        f"then run with {len(study.seeds)} seeds. The tables report the loss on test rows. No "
+        "choice depends on these rows.",
         "- **Noise.** Tables show the mean over seeds and the standard deviation of a seed. Two "
-        "methods differ if a paired t-test over seeds says so at 95%. With three seeds that takes "
-        "a clear difference; among many pairs, some pass by chance.",
+        "methods differ if a paired t-test over seeds says so at 95%. With three seeds, only a "
+        "large difference passes this test. Among many pairs, some pass by chance.",
         "- **Steps to a loss** are counted on the mean validation curve of the seeds. LoRA's "
         "improvement goes from its validation loss before training to its last.",
         "- **Settings of the methods.** "
@@ -297,8 +302,8 @@ def _protocol(study: Study) -> str:
         "base weight. It is read from the outputs for unit vectors, in the same way for every "
         "library. Its effective rank is the exponential of the entropy of its normalised singular "
         "values (Roy and Vetterli, 2007). Rank and size are means over layers.",
-        "- **Forgetting** is the last column of each second table: how well the model does what "
-        "the base could do, before and after training. Lower means less forgotten.",
+        "- **Forgetting** is the last column of each second table. It measures something that the "
+        "base could do, before and after training. Lower means that the model forgot less.",
         "- **Seconds and memory** are measured separately, with all methods in one process, "
         "because the training runs share the machine.",
     ]
@@ -318,17 +323,17 @@ def _task(name: str, found: TaskFindings) -> str:
     lora = found.findings["lora"]
     return "\n".join([
         f"## {task.title}\n",
-        f"{task.about} Training takes {task.steps} steps of {task.batch} rows, with r = {task.r} "
-        f"(tile: r_out = {task.r_out}, and the r with equal parameters). The validation loss is "
-        f"measured every {task.evaluate_every} steps. It starts at {lora.curve[0]:.3f}; with LoRA "
-        f"it ends at {lora.curve[-1]:.3f}.\n",
+        f"{task.about} Training takes {task.steps} steps of {task.batch} rows, with r = {task.r}. "
+        f"A tile has r_out = {task.r_out}, and the r that gives it as many parameters. The "
+        f"validation loss is measured every {task.evaluate_every} steps. It starts at "
+        f"{lora.curve[0]:.3f}; with LoRA it ends at {lora.curve[-1]:.3f}.\n",
         _in_short(found),
         f"![Validation loss of {task.title}]({PICTURES.format(name)})\n",
         folded(
             "Loss, rate, time and memory of each method",
             table(header, rows)
-            + "\n**Lowest** and *second-lowest* test loss of the adapters. = means tied with the "
-            "lowest.\n",
+            + "\nBold marks the **lowest** test loss of the adapters, italics the "
+            "*second-lowest*. = means tied with the lowest.\n",
         ),
         folded(
             "Gradient, rank and size of the update, forgetting",
@@ -391,7 +396,8 @@ def _number(value: int | None) -> str:
 def _sensitivity(shown: Mapping[str, TaskFindings]) -> str:
     return "\n".join([
         "## How much the learning rate matters\n",
-        "The final validation loss at every learning rate that was tried, with the first seed.\n",
+        "The picture shows the final validation loss at every learning rate that was tried, with "
+        "the first seed.\n",
         f"![Validation loss by learning rate]({PICTURES.format('rates')})\n",
         folded(
             "The same as tables",
@@ -420,8 +426,9 @@ def _tried(one: Finding, rate: float) -> str:
 def _gradients() -> str:
     return "\n".join([
         "## The first gradients\n",
-        "The norm of the gradient of all trained parameters, at the best rate. A larger norm is "
-        "not better: methods are parametrised differently, and AdamW makes equal steps.\n",
+        "The picture shows the norm of the gradient of all trained parameters, at the best rate. A "
+        "larger norm is not better, because methods are parametrised differently, and AdamW makes "
+        "equal steps.\n",
         f"![Gradient norms]({PICTURES.format('gradients')})\n",
     ])  # fmt: skip
 

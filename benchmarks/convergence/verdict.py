@@ -83,6 +83,8 @@ RATIOS: Mapping[str, Callable[[TaskFindings, str], float]] = {
 """What is compared -> the ratio of a method to LoRA in a task. Lower is better in all."""
 KEYS = {"test loss": "loss", "forgetting": "forgetting"}
 """What was measured of each seed's model -> its key in the results."""
+IN_ONE_TASK = {"test loss": ("better", "worse"), "forgetting": ("less forgetful", "more forgetful")}
+"""The same -> what a method is whose figure is lower than LoRA's, and higher."""
 COSTS = ("time of a step", "memory of a step")
 
 
@@ -119,12 +121,12 @@ def verdict(shown: Tasks) -> str:
         f"Verdict: {_titles(methods)} compared with LoRA, at equal parameters",
         f"""{listed}
 
-A figure is the mean ratio to LoRA over {count_text(len(shown), "task")}, with its 95% interval. A
-difference is clear if 1 is outside the interval. In one task, it is clear if a paired test over the
-seeds says so. Quality is the loss on test rows. Forgetting is measured after training, on something
-that the base could do. Lower is better everywhere. The models are small, the training is short (at
-most {_most_steps(shown)} steps), and each method has its own best learning rate. Nothing here was
-measured on large models.
+Each figure is the geometric mean over {count_text(len(shown), "task")}, with its 95% interval in
+brackets. A difference is clear if 1 is outside the interval. In a single task, it is clear if a
+paired test over the seeds says so. Quality is the loss on test rows. Forgetting is measured after
+training, on something that the base could do. Lower is better everywhere. The models are small, the
+training is short (at most {_most_steps(shown)} steps), and each method has its own best learning
+rate. Nothing here was measured on large models.
 """,
     )
 
@@ -150,7 +152,7 @@ def _line(
         for word in dict.fromkeys(words.values())
     )
     figures = ", ".join(f"{METHODS[one].title} {ratio}" for one, ratio in overall.items())
-    said = f"**{name}. {found}.** {what.capitalize()} / LoRA's: {figures}."
+    said = f"**{name}. {found}.** {what.capitalize()}, divided by LoRA's: {figures}."
     if what not in COSTS:
         return f"{said} {_by_task(shown, methods, what)}"
     tasks = max(map(len, measured.values()))
@@ -162,8 +164,11 @@ def _by_task(shown: Tasks, methods: Sequence[str], what: str) -> str:
     said = []
     for name in methods:
         lower, higher, tasks = _counts(shown, name, KEYS[what])
-        said.append(f"{METHODS[name].title} clearly lower in {lower} and higher in {higher}")
-    return f"Of {count_text(tasks, 'task')}, {', '.join(said)}."
+        less, more = IN_ONE_TASK[what]
+        counts = f"is clearly {less} in {lower or 'none'} and clearly {more} in {higher or 'none'}"
+        told = counts if lower + higher else "differs clearly in none"
+        said.append(f"{METHODS[name].title} {told}")
+    return f"Of {count_text(tasks, 'task')}, {'; '.join(said)}."
 
 
 def _titles(methods: Sequence[str]) -> str:
