@@ -39,10 +39,10 @@ QUANTISATIONS = {
 INTRODUCTION = """\
 # What works where
 
-These tables show which features work for which layers and models. ✓ means that every test of the
-feature ran and passed for that row, in every variant and dtype. An empty cell means that a test
-failed or does not exist. `python -m tests.feature_table` writes this page from the tests; do not
-edit it.
+These tables show which features work for which layers and models. Look here for your layer or your
+model. ✓ means that every test of the feature ran and passed for that row, in every variant and
+dtype. An empty cell means that a test failed or does not exist. `python -m tests.feature_table`
+writes this page from the tests; do not edit it.
 """
 
 LAYERS = """\
@@ -56,7 +56,8 @@ LAYOUTS = """\
 ## Layouts
 
 This table has every layout with every method, in modules that use the weight in different ways.
-*Routing* means that routing works, or that it is refused because one weight serves the whole batch.
+*Routing* means that each sample can have its own adapter, or that this is refused because one
+weight serves the whole batch.
 """
 
 ATTENTION = """\
@@ -68,7 +69,8 @@ This table is for `nn.MultiheadAttention`, with all four projections adapted.
 QUANTISED = """\
 ## Quantised linear layers
 
-Merging is dense: the layer computes with a merged weight in full precision until it is unmerged.
+*Dense merge* means that the layer computes with a merged weight in full precision until it is
+unmerged.
 """
 
 MODELS = """\

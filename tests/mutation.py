@@ -2,7 +2,7 @@
 
 Changes the core in thousands of small ways, one at a time, and counts the changes (mutants) that
 the tests notice, by module. The default pattern takes every third or so: an hour on two cores.
-Quote a pattern: `'*'` is all of them, `'disha.functional.fused.*'` those of one module.
+Quote a pattern: `'*'` is all of them, `'disha.functional.bat.*'` those of one module.
 """
 
 from __future__ import annotations

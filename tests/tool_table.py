@@ -23,10 +23,11 @@ PAGE = ROOT / "docs" / "tools.md"
 INTRODUCTION = """\
 # Beside other tools
 
-These tables show which other tools work with `disha`. ✓ means that every test of the feature ran
-with the real library and passed. *Refused* means that the tests show an error that names the tool.
-An empty cell means that a test failed, or that there is no such feature.
-`python -m tests.tool_table` writes this page from the tests; do not edit it.
+These tables show which other tools work with `disha`. Read them before you build on one of these
+tools. ✓ means that every test of the feature ran with the real library and passed. *Refused* means
+that `disha` raises an error that names the tool, and that tests show this. An empty cell means that
+no test shows the feature. `python -m tests.tool_table` writes this page from the tests; do not edit
+it.
 """
 
 REFUSED = "refused"
@@ -203,8 +204,9 @@ that two processes train and save the same as one.
         """\
 ## Reading an adapter
 
-*Read* means that the tool's own code reads what `disha` writes. *Same result* means that the tool
-then computes the same as the adapted model. *Back* means that `disha` reads the file back.
+*Read* means that the tool's own code reads the adapter that `disha` writes. *Same result* means
+that the tool then computes the same as the adapted model. *Back* means that `disha` reads the file
+back.
 """,
         ("read", "same result", "experts", "back"),
         {
