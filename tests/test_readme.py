@@ -32,7 +32,7 @@ def test_example(example, tmp_path, monkeypatch, capsys):
 
 
 def test_it_fits_two_screens_and_has_one_picture():
-    assert len(TEXT.splitlines()) <= 100
+    assert len(TEXT.splitlines()) <= 90
     pictures = [link for link in links_of(TEXT) if link.endswith((".svg", ".png"))]
     assert pictures == ["docs/assets/compared.png"]
 

@@ -28,7 +28,7 @@ from benchmarks.markdown import count_text, folded, table
 
 __all__ = ["Longer", "Point", "at_forgetting", "longer", "of_results"]
 
-ONE_RATES = {2e-5: "the rate of the paper", 1e-4: "the rate of peft's own comparison"}
+ONE_RATES = {2e-5: "the rate of the paper", 1e-4: "the rate of PEFT's own comparison"}
 NOTHING = ""
 STEPS = 400
 """Steps in which the scale goes from 0 to 1, between the scales that were measured."""
