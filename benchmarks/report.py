@@ -166,7 +166,8 @@ def _summary(tables: Mapping[str, Sequence[Case]], drawn: Sequence[str]) -> str:
 
 ABOUT_LINES = """\
 Each figure is divided by that of PEFT's LoRA with as many trained parameters. So 0.5 means half the
-time, or half the memory. Brackets have the quartiles of the rounds. The whole job is
+time, or half the memory. Brackets have the quartiles of the rounds. Bone and BAT are
+[methods](choosing.md#method) of `disha`; MiSS is PEFT's name for Bone. The whole job is
 `disha finetune` against the Trainer of `transformers` with PEFT, on the same rows of text.
 """
 HOW_TO_READ = """\

@@ -124,7 +124,8 @@ def _page(
 ) -> str:
     parts = [
         "# How well it learns\n",
-        "This page compares how well Bone, tile, BAT, LoRA and its variants learn the same tasks. "
+        "This page compares how well [Bone, tile and BAT](choosing.md#method), LoRA and its "
+        "variants learn the same tasks. "
         "Read it before you choose a method and a learning rate. The box has the answer in short, "
         f"and [the last sections](#{HOW.lower().replace(' ', '-')}) say how it was measured.\n",
         verdict(shown),
