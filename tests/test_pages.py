@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import html
-import http.server
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,27 +14,27 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 from mkdocs.config import load_config
+from PIL import Image
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 import disha
+from tests.screens import (
+    DESK,
+    PAGES,
+    PHONE,
+    PROGRAMS,
+    WIDTHS,
+    build,
+    chrome,
+    pictures,
+    resize,
+    served,
+)
 
 ROOT = Path(__file__).parent.parent
-DESK, TABLET, PHONE = WIDTHS = 1400, 1024, 390
-"""Widths of screens, in pixels."""
 SECONDS = 20
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 LOOK = """
 for (const one of document.querySelectorAll("details")) one.open = true;
 const text = "article :is(h1, p, li, td, dd, pre code)";
@@ -109,45 +104,23 @@ class Visit:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stderr
+    build(ROOT, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def address(site) -> Iterator[str]:
-    class Silent(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    serve = functools.partial(Silent, directory=str(site))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    with served(site) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if None in (chromium, driver):
+def browser() -> Iterator[webdriver.Chrome]:
+    if None in map(shutil.which, PROGRAMS):
         without = "no browser: these tests need `chromium` and `chromedriver` on the PATH"
         (pytest.fail if os.environ.get("GITHUB_ACTIONS") else pytest.skip)(without)
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
+    with chrome() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +135,6 @@ def desk(browser, address) -> webdriver.Chrome:
     resize(browser, DESK)
     browser.get(address)
     return browser
-
-
-def resize(browser, width):
-    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width == PHONE}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
 def visit(browser, url):
@@ -279,6 +247,14 @@ def test_formulas_are_typeset(site):
 def test_every_page_shows_the_version(site):
     text = " ".join((site / "glossary" / "index.html").read_text(encoding="utf-8").split())
     assert f"disha {disha.__version__}, Apache-2.0" in text
+
+
+def test_pictures_of_pages_are_as_wide_as_the_screens(browser, address, tmp_path):
+    paths = list(pictures(browser, address, tmp_path))
+    assert len({path.name for path in paths}) == len(PAGES) * len(WIDTHS)
+    for path in paths:
+        assert path.stem.endswith(f"-{Image.open(path).width}")
+        assert len(Image.open(path).convert("RGB").getcolors(1 << 24)) > 10
 
 
 # --- what a page can do --------------------------------------------------------------------------
