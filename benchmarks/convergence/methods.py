@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -92,7 +93,7 @@ def updates(model: nn.Module, base: nn.Module, names: Sequence[str]) -> dict[str
         names: of layers.
     """
     return {
-        name: _effective_weight(model.get_submodule(name)) - base.get_submodule(name).weight
+        name: _effective_weight(model.get_submodule(name)) - base.get_submodule(name).weight.float()
         for name in names
     }
 
@@ -116,16 +117,15 @@ def set_scale(model: nn.Module, scale: float) -> None:
 
 
 def _effective_weight(layer: nn.Module) -> Tensor:
-    """Return the matrix of a linear layer, from its outputs for all unit vectors.
+    """Return the float32 matrix of a linear layer, from its outputs for all unit vectors.
 
     This does not depend on how the layer works, so it treats every library alike.
     """
-    width, dtype = _sizes(layer)[0], next(layer.parameters()).dtype
+    layer = copy.deepcopy(layer).float()
     device = next(layer.parameters()).device
     with torch.inference_mode():
-        units = torch.eye(width, device=device, dtype=dtype)
-        nothing = torch.zeros(1, width, device=device, dtype=dtype)
-        return (layer(units) - layer(nothing)).T.float()
+        units = torch.eye(_sizes(layer)[0], device=device)
+        return (layer(units) - layer(torch.zeros_like(units[:1]))).T
 
 
 def _check_count(model: nn.Module, head: str | None, layers: Layers, cell: Cell) -> None:

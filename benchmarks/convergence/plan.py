@@ -74,7 +74,7 @@ def wanted(study: Study, results: Results) -> list[Run]:
     """Return the missing runs that are known to be needed so far, in order.
 
     First come the learning rates of every cell. If the best is at an edge, the next one beyond it
-    follows. Then come the other seeds at the best rates.
+    follows. Then comes every other seed, for all cells at their best rates.
     """
     searches, repeats = [], []
     for cell in study.cells:
@@ -84,7 +84,7 @@ def wanted(study: Study, results: Results) -> list[Run]:
             runs = [Run(cell, rate, seed) for seed in study.seeds_of(cell)]
             searches += [run for run in runs[:1] if run not in results]
             repeats += [run for run in runs[1:] if run not in results]
-    return searches + repeats
+    return searches + sorted(repeats, key=lambda run: study.seeds.index(run.seed))
 
 
 def runs_left(study: Study, results: Results) -> int:
@@ -137,8 +137,8 @@ LOWEST: Mapping[str, Mapping[str, float]] = {
 }
 LONG = "documentation"
 """The task of the longer study."""
-GRID = (2e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-"""One grid for all methods there: the paper's rate for all, peft's, and what each needs."""
+GRID = (2e-5, 1e-4, 3e-4, 1e-3)
+"""One grid for all methods there begins with the paper's rate for all, and peft's."""
 LONGER = ("bone", "lora", "bat", "rslora", "dora", IDENTITY)
 RANKS = (8, 32, 128)
 

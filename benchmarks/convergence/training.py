@@ -110,7 +110,10 @@ def _results(task: Task, model: nn.Module, base: nn.Module, names: list[str]) ->
     examined = [name for name in names if re.search(task.examined, name)]
     changes = updates(model, base, examined)
     ranks = [effective_rank(change) for change in changes.values()]
-    norms = [float(dw.norm() / base.get_submodule(n).weight.norm()) for n, dw in changes.items()]
+    norms = [
+        float(dw.norm() / base.get_submodule(name).weight.float().norm())
+        for name, dw in changes.items()
+    ]
     found = {} if not task.scales else {"scales": _by_scale(task, model, base)}
     return found | {
         "loss": _finite(score.loss),

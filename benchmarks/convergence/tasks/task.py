@@ -59,7 +59,7 @@ class Task(ABC):
 
     @abstractmethod
     def pretrained(self) -> nn.Module:
-        """Return the base model, always the same, on the CPU in float32."""
+        """Return the base model, always the same, on the CPU."""
 
     @abstractmethod
     def training_rows(self) -> Sequence[Any]:
