@@ -36,6 +36,7 @@ from disha.interop.checkpoints import (
 )
 from disha.interop.checkpoints import reading as reading_module
 from tests.conftest import Layered, perturb
+from tests.test_experts import build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -1053,6 +1054,104 @@ class TestTransformers:
         model = self.tiny("llama", tie_word_embeddings=True, pad_token_id=None)
         with pytest.raises(MergeError, match="tied to an output head"):
             self.merged(tmp_path, model, model, model, "embed_tokens")
+
+
+SINGLE_EXPERTS = ("Mixtral", "Qwen3-MoE", "DeepSeek-V3", "OLMoE")
+"""Models whose checkpoints store experts one by one."""
+
+
+class TestExpertsStoredOneByOne:
+    """`transformers` joins them as it loads the model, so the adapter names their stacks."""
+
+    @staticmethod
+    def saved(tmp_path, name, dtype=torch.float32, **arguments):
+        """A model of which the base and an adapter are saved."""
+        model = build(name, "eager").to(dtype)
+        model.save_pretrained(tmp_path / "base", max_shard_size="4KB")
+        assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+        stored = open_checkpoint(tmp_path / "base").tensors
+        assert any(".experts.0." in key for key in stored)
+        disha.inject_adapters(model, r"experts\.\w+_proj$|o_proj", 3, **arguments)
+        perturb(model)
+        disha.save_adapter(model, tmp_path / "adapter.safetensors")
+        return model
+
+    @pytest.mark.parametrize("method", ["bone", "bat"])
+    @pytest.mark.parametrize("name", SINGLE_EXPERTS)
+    def test_merging_writes_what_transformers_writes(self, tmp_path, name, method):
+        dtype = torch.bfloat16 if name == "Mixtral" else torch.float32
+        model = self.saved(tmp_path, name, dtype, method=method)
+        report = verify_against(tmp_path / "base", tmp_path / "adapter.safetensors")
+        assert {one.state for one in report.layers} == {"same base"}
+        merge_into_checkpoint(
+            tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged"
+        )
+        disha.merge_adapters(model)
+        model.save_pretrained(tmp_path / "expected", state_dict=base_state(model))
+        assert_same_bits(tensors_in(tmp_path / "merged"), tensors_in(tmp_path / "expected"))
+        assert not torch.equal(*(
+            next(value for key, value in tensors_in(tmp_path / folder).items() if ".1.w3" in key
+                 or ".1.up_proj" in key)
+            for folder in ("base", "merged")
+        ))  # fmt: skip
+
+    def test_a_stack_that_is_saved_beside_the_blocks(self, tmp_path):
+        model = self.saved(tmp_path, "Qwen3-MoE")
+        disha.remove_adapters(model)
+        disha.inject_adapters(model, "o_proj", 3, also_train=r"experts\.gate_up_proj")
+        with torch.no_grad():
+            model.model.layers[0].mlp.experts.gate_up_proj.add_(1)
+        disha.save_adapter(model, tmp_path / "adapter.safetensors")
+        merge_into_checkpoint(
+            tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged"
+        )
+        before, after = tensors_in(tmp_path / "base"), tensors_in(tmp_path / "merged")
+        for key, value in before.items():
+            expected = value + (".experts." in key and "down" not in key)
+            torch.testing.assert_close(after[key], expected, rtol=0, atol=0)
+
+    def test_other_experts_are_another_base(self, tmp_path):
+        self.saved(tmp_path, "OLMoE")
+        state = tensors_in(tmp_path / "base")
+        key = next(key for key in state if ".experts.3.gate_proj" in key)
+        save_file(state | {key: state[key] + 1}, tmp_path / "other.safetensors")
+        report = verify_against(tmp_path / "other.safetensors", tmp_path / "adapter.safetensors")
+        assert [one.name for one in report.other_base] == [
+            "model.layers.0.mlp.experts.gate_up_proj"
+        ]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda state, key: state.pop(key),
+            lambda state, key: state.update({key: state[key][:-1].clone()}),
+            lambda state, key: state.update({key: state[key].half()}),
+            lambda state, key: state.update({key: state[key].flatten().clone()}),
+            lambda state, key: state.update({key.replace(".0.", ".99999."): state.pop(key)}),
+        ],
+        ids=["missing", "rows", "dtype", "dimensions", "number"],
+    )
+    def test_experts_that_do_not_go_together_are_no_stack(self, tmp_path, change):
+        self.saved(tmp_path, "Qwen3-MoE")
+        state = tensors_in(tmp_path / "base")
+        change(state, next(key for key in state if ".experts.0.down_proj" in key))
+        save_file(state, tmp_path / "other.safetensors")
+        report = verify_against(tmp_path / "other.safetensors", tmp_path / "adapter.safetensors")
+        assert [one.name for one in report.missing] == ["model.layers.0.mlp.experts.down_proj"]
+
+    def test_quantised_experts_are_named(self, tmp_path):
+        self.saved(tmp_path, "Qwen3-MoE")
+        state = {
+            key: value.to(torch.float8_e4m3fn) if ".experts." in key else value
+            for key, value in tensors_in(tmp_path / "base").items()
+        }
+        save_file(state, tmp_path / "other.safetensors")
+        report = verify_against(tmp_path / "other.safetensors", tmp_path / "adapter.safetensors")
+        assert [one.name.rpartition(".")[2] for one in report.misfits] == [
+            "gate_up_proj",
+            "down_proj",
+        ]
+        assert all("quantised or packed" in one.remark for one in report.misfits)
 
 
 MEMORY = """

@@ -20,6 +20,7 @@ from disha.files.tensors import DTYPES, StoredTensor, opened
 from disha.fingerprint import fingerprint, fingerprint_of, same_base
 from disha.interop.checkpoints.names import Renaming, nearest, possible_keys, renaming
 from disha.interop.checkpoints.reading import Checkpoint, may_tie, open_checkpoint
+from disha.interop.checkpoints.stacks import Stack, stacks_of
 from disha.model import join
 from disha.state import finite_as
 from disha.tables import table
@@ -58,7 +59,8 @@ class Finding:
 
     Attributes:
         name: its name in the adapter file.
-        key: the tensor of the checkpoint, or None if there is none.
+        key: the tensor of the checkpoint, or None if there is none. For a stack of experts that
+            the checkpoint stores one by one, the name of the stack in the model.
         state: `"same base"`, `"fits"` (there is no fingerprint to compare), `"other base"`,
             `"missing"`, `"does not fit"` or `"not finite"`.
         remark: the details; empty if all is well.
@@ -152,13 +154,15 @@ class Matching:
 
     Attributes:
         report: whether they fit.
-        weights: layer -> the tensor that has its weight.
-        keys: parameter that is saved with the blocks -> the tensor that it replaces.
+        weights: layer -> the tensor, or the stack, that has its weight.
+        keys: parameter that is saved with the blocks -> the tensor, or the stack, that it replaces.
+        stacks: the stacks of the checkpoint.
     """
 
     report: BaseReport
     weights: Mapping[str, str]
     keys: Mapping[str, str]
+    stacks: Mapping[str, Stack]
 
 
 def verify_against(
@@ -228,6 +232,7 @@ def matched(
         report=BaseReport(adapter.path, checkpoint.path, tuple(layers), tuple(beside)),
         weights={one.name: one.key for one in layers if one.key},
         keys=keys,
+        stacks=base.stacks,
     )
 
 
@@ -247,8 +252,10 @@ class _Base:
         self, checkpoint: Checkpoint, layers: Sequence[LayerRecord], also_train: Iterable[str]
     ) -> None:
         self.checkpoint = checkpoint
+        self.stacks = stacks_of(checkpoint)
+        self.stored: Mapping[str, StoredTensor | Stack] = {**self.stacks, **checkpoint.tensors}
         wanted = [*map(possible_keys, layers), *((key,) for key in also_train)]
-        self.rename: Renaming = renaming(checkpoint, wanted)
+        self.rename: Renaming = renaming(checkpoint.path, self.stored, wanted)
         self._hints = HINTS
 
     def layer(
@@ -262,10 +269,10 @@ class _Base:
             values: tensors that replace some of the checkpoint's.
         """
         renamed = (self.rename(key) for key in possible_keys(record) if key)
-        key = next((key for key in renamed if key and key in self.checkpoint.tensors), None)
+        key = next((key for key in renamed if key and key in self.stored), None)
         if key is None:
             return self._missing(record.name, join(record.name, "weight"))
-        stored = self.checkpoint.tensors[key]
+        stored = self.stored[key]
         if stored.dtype not in DTYPES:
             return Finding(record.name, key, MISFIT, _packed(stored))
         problem = record.weight_misfit(block, stored.shape)
@@ -283,10 +290,24 @@ class _Base:
         self, record: LayerRecord, key: str, values: Mapping[str, Tensor]
     ) -> str | None:
         if key in values or record.rows:
-            weight = values[key] if key in values else self.checkpoint.tensor(key)
+            weight = values[key] if key in values else self.tensor(key)
             return fingerprint(record.adapted_part(weight))
+        stored = self.stored[key]
+        if isinstance(stored, Stack):
+            return fingerprint_of(stored.shape, partial(stored.values_at, self.checkpoint))
         with self.checkpoint.file_of(key) as file:
-            return fingerprint_of(file.tensors[key].shape, partial(file.values_at, key))
+            return fingerprint_of(stored.shape, partial(file.values_at, key))
+
+    def tensor(self, key: str) -> Tensor:
+        """Return a tensor or a stack of the checkpoint.
+
+        Args:
+            key: its name.
+        """
+        stored = self.stored[key]
+        if isinstance(stored, Stack):
+            return stored.tensor(self.checkpoint)
+        return self.checkpoint.tensor(key)
 
     def parameter(
         self, name: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor]
@@ -299,9 +320,9 @@ class _Base:
             tensors: the adapter's tensors.
         """
         key = self.rename(name)
-        if key is None or key not in self.checkpoint.tensors:
+        if key is None or key not in self.stored:
             return self._missing(name, name)
-        stored = self.checkpoint.tensors[key]
+        stored = self.stored[key]
         if stored.dtype not in DTYPES:
             return Finding(name, key, MISFIT, _packed(stored))
         if stored.shape != shape:
@@ -321,7 +342,7 @@ class _Base:
         return Finding(name, None, MISSING, remark)
 
 
-def _packed(stored: StoredTensor) -> str:
+def _packed(stored: StoredTensor | Stack) -> str:
     return (
         f"is stored as {stored.dtype} {stored.shape}: quantised or packed; give the original "
         "checkpoint"
@@ -355,10 +376,10 @@ def base_shapes(
         >>> shape("0.weight"), shape("1.weight")
         ((2, 3), None)
     """
-    rename = _Base(checkpoint, (), names).rename
+    base = _Base(checkpoint, (), names)
 
     def shape(name: str) -> tuple[int, ...] | None:
-        stored = checkpoint.tensors.get(rename(name) or "")
+        stored = base.stored.get(base.rename(name) or "")
         return None if stored is None else stored.shape
 
     return shape
@@ -404,7 +425,7 @@ def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str
                 f"{f'{found.key}: ' if found.key else ''}{found.remark}. Give the base that the "
                 "adapter was trained on"
             )
-        return checkpoint.tensor(found.key)
+        return base.tensor(found.key)
 
     return weight
 

@@ -1,7 +1,8 @@
 """Merge an adapter into a checkpoint on disk, one tensor at a time.
 
 Every merged weight equals the result of `merge_adapters` in memory, bit for bit. Every other tensor
-is copied byte by byte. Memory holds only the adapter and one tensor of the base.
+is copied byte by byte. Memory holds only the adapter and one tensor of the base, or the matrix of
+one expert.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from disha.interop.checkpoints.reading import (
     may_tie,
     open_checkpoint,
 )
+from disha.interop.checkpoints.stacks import Part
 from disha.state import finite_as
 from disha.text import counted, first_few, printable
 
@@ -339,6 +341,14 @@ class _Merge:
         self._layers: dict[str, list[LayerRecord]] = {}
         for record in adapter.layers:
             self._layers.setdefault(found.weights[record.name], []).append(record)
+        self._stacks = {
+            name: stack
+            for name, stack in found.stacks.items()
+            if name in self._layers or name in self._values
+        }
+        self._parts: dict[str, Part] = {}
+        for name, stack in self._stacks.items():
+            self._parts |= stack.parts(name)
         self._done = 0
         self.total = sum(self._piece(name).nbytes for name in checkpoint.tensors)
 
@@ -361,7 +371,8 @@ class _Merge:
         if self.dtype is not None and stored.dtype in DTYPES:
             dtype = NAMES[self.dtype]
             nbytes = math.prod(stored.shape) * self.dtype.itemsize
-        changed = name in self._layers or name in self._values or dtype != stored.dtype
+        acts = any(name in some for some in (self._layers, self._values, self._parts))
+        changed = acts or dtype != stored.dtype
 
         def write(file: BinaryIO) -> None:
             if changed:
@@ -376,28 +387,48 @@ class _Merge:
         return Piece(dtype, stored.shape, nbytes, write)
 
     def _changed(self, name: str, dtype: torch.dtype) -> Tensor:
-        value = self.checkpoint.tensor(name)
-        if name in self._values:
-            value = self._values[name].to(value.dtype)
-        if name not in self._layers:
+        part = self._parts.get(name)
+        if part is None:
+            return self._changed_whole(name, name, self.checkpoint.tensor(name), dtype)
+        # Rows of an expert's matrix, which is changed as a whole.
+        matrix = self._stacks[part.stack].matrix(self.checkpoint, part.expert)[None]
+        one = slice(part.expert, part.expert + 1)
+        changed = self._changed_whole(part.stack, name, matrix, dtype, one)
+        return changed[0, part.first : part.last].contiguous()
+
+    def _changed_whole(
+        self, key: str, name: str, value: Tensor, dtype: torch.dtype, experts: Any = ...
+    ) -> Tensor:
+        """Return the new values of a tensor, or of one expert of a stack.
+
+        Args:
+            key: the tensor or the stack.
+            name: the tensor that is written, for errors.
+            value: the values of the base; (1, out, in) for an expert.
+            dtype: of the result.
+            experts: the index of that expert in the stack.
+        """
+        if key in self._values:
+            value = self._values[key][experts].to(value.dtype)
+        if key not in self._layers:
             return _cast(name, value, dtype)
         weight = value.to(merge_dtype(value.dtype))
         del value
-        merged = self._merged(self._layers[name], weight).to(dtype)
+        merged = self._merged(self._layers[key], weight, experts).to(dtype)
         if not finite_as(merged, dtype):
-            names = ", ".join(repr(record.name) for record in self._layers[name])
+            names = ", ".join(repr(record.name) for record in self._layers[key])
             raise MergeError(
                 f"merging {names} into {name} gives values that are not finite in {dtype}; nothing "
                 "was written. Check the adapter's blocks and its scale, and the base"
             )
         return merged
 
-    def _merged(self, layers: Iterable[LayerRecord], weight: Tensor) -> Tensor:
+    def _merged(self, layers: Iterable[LayerRecord], weight: Tensor, experts: Any) -> Tensor:
         """Return W + sum of s dW: exactly what `merge_adapters` computes before it rounds."""
         deltas = (
             (
                 functional.delta_weight(
-                    one.method, one.layout, self._tensors[one.key], weight, one.rows
+                    one.method, one.layout, self._tensors[one.key][experts], weight, one.rows
                 ),
                 one.scale if self._scale is None else self._scale,
             )

@@ -11,13 +11,13 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from disha.errors import AdapterFileError
 from disha.files.header import LayerRecord
 from disha.files.tensors import StoredTensor
-from disha.interop.checkpoints.reading import Checkpoint
 from disha.layers import PROJECTIONS
 from disha.model import join
 
@@ -61,38 +61,38 @@ def possible_keys(record: LayerRecord) -> tuple[str, ...]:
     return (*own, join(owner, PACKED if record.rows else f"{last}_weight"))
 
 
-def renaming(checkpoint: Checkpoint, wanted: Sequence[tuple[str, ...]]) -> Renaming:
-    """Return the renaming that finds all weights in the checkpoint, or else most of them.
+def renaming(path: Path, stored: Collection[str], wanted: Sequence[tuple[str, ...]]) -> Renaming:
+    """Return the renaming that finds all weights in a checkpoint, or else most of them.
 
     Unchanged names win: a prefix must find more weights than they do.
 
     Args:
-        checkpoint: the checkpoint.
+        path: the checkpoint, for errors.
+        stored: the names in it.
         wanted: the possible names of each weight.
 
     Raises:
         AdapterFileError: several prefixes find all of them, and the unchanged names do not.
     """
-    tensors = checkpoint.tensors
     numbers: dict[str, set[int]] = defaultdict(set)
     for number, keys in enumerate(wanted):
         for key in filter(None, keys):
             numbers[key].add(number)
     found: dict[Renaming, set[int]] = defaultdict(set)
-    for key in tensors:
+    for key in stored:
         for new, rest in _splits(key):
             if rest in numbers:
                 found[Renaming(new=new)] |= numbers[rest]
     for key in numbers:
         for old, rest in _splits(key):
-            if old and rest in tensors:
+            if old and rest in stored:
                 found[Renaming(old=old)] |= numbers[key]
     complete = [one for one in found if len(found[one]) == len(wanted)]
     if Renaming() in complete or not complete:
         return max([Renaming(), *found], key=lambda one: len(found.get(one, ())))
     if len(complete) > 1:
         raise AdapterFileError(
-            f"it is unclear which tensors of {checkpoint.path} the adapter changes: those "
+            f"it is unclear which tensors of {path} the adapter changes: those "
             f"{', or those '.join(str(one) for one in complete[:3])}. Load the adapter into the "
             "model, and merge there (merge_adapters)"
         )
