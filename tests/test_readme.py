@@ -55,8 +55,11 @@ def test_its_figures_are_those_of_the_kept_results():
     assert "no clear difference from LoRA" in text
     assert "**Quality. Bone and BAT: no clear difference.**" in evidence
     assert "over 4 tasks" in evidence
-    before, after = re.search(r"from ([\d.]+) to ([\d.]+) in about 8", text).groups()
+    before, after, minutes = re.search(
+        r"from ([\d.]+) to ([\d.]+) in about (\d+) minutes", text
+    ).groups()
     assert f"from {before} to {after}" in demo
+    assert f"the demo takes about {minutes} minutes" in demo
 
 
 def test_every_figure_has_its_command():
