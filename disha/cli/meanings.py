@@ -39,7 +39,7 @@ COMMAND_WORDS: Mapping[str, str] = {
 
 FLAG_WORDS: Mapping[str, str] = {
     "base": "model_name_or_path model_name model_path model_id model_dir pretrained checkpoint_dir",
-    "data": "dataset train_file train_data train_path dataset_name files",
+    "data": "dataset train_file train_data train_path dataset_name files eval_path",
     "output": "out out_dir save_dir save_path",
     "r": "rank lora_r lora_rank network_dim dim",
     "rank": "r lora_r",
@@ -78,7 +78,7 @@ FLAG_WORDS: Mapping[str, str] = {
     "report_to": "logger wandb tensorboard log_with",
     "dataloader_num_workers": "workers num_workers",
     "dataset_field": "fields columns text_field dataset_text_field",
-    "dataset_split": "split train_split",
+    "dataset_split": "split train_split eval_split",
     "template": "prompt_template chat_template",
     "gradient_checkpointing": "checkpointing recompute",
     "strategy": "fsdp ddp deepspeed",
@@ -118,7 +118,7 @@ def nearest(word: str, known: Collection[str], meanings: Mapping[str, str]) -> s
     said = word.replace("-", "_").lower()
     if said in names:
         return names[said]
-    near = difflib.get_close_matches(said, names, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(said, names, n=1, cutoff=0.75)
     return names[near[0]] if near else None
 
 

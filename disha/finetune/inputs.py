@@ -21,7 +21,7 @@ from disha.finetune.data.examples import StoredExamples
 from disha.finetune.data.rows import Dataset, Rows
 from disha.finetune.data.tensors import Samples, TensorRows, read_samples
 from disha.finetune.errors import DataError
-from disha.finetune.settings import DataSettings, FinetuneSettings, require, require_unchanged
+from disha.finetune.settings import FinetuneSettings, RowSettings, require, require_unchanged
 from disha.finetune.text.templates import Template, given_template
 from disha.finetune.text.tokenizer import Tokenizer
 
@@ -129,7 +129,7 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
     return Inputs(base, dataset, encoder, source, tally, checked, drawn)
 
 
-def encoder_for(data: DataSettings, tokenizer: Tokenizer, adapter: Path | None) -> Encoder:
+def encoder_for(data: RowSettings, tokenizer: Tokenizer, adapter: Path | None) -> Encoder:
     """Return the encoder that turns rows into token ids.
 
     Args:
@@ -149,12 +149,12 @@ def encoder_for(data: DataSettings, tokenizer: Tokenizer, adapter: Path | None) 
     )
 
 
-def _template(data: DataSettings, tokenizer: Tokenizer, adapter: Path | None) -> Template:
+def _template(data: RowSettings, tokenizer: Tokenizer, adapter: Path | None) -> Template:
     noted = noted_template(adapter, tokenizer) if data.template == "auto" else None
     return noted or given_template(data.template, tokenizer)
 
 
-def require_context(data: DataSettings, base: BaseModel) -> None:
+def require_context(data: RowSettings, base: BaseModel) -> None:
     """Raise `SettingsError` if rows may be longer than the model takes."""
     require(
         base.context is None or data.max_seq_length <= base.context,

@@ -40,6 +40,7 @@ __all__ = [
     "OptimizerName",
     "OutputSettings",
     "Range",
+    "RowSettings",
     "SamplingSettings",
     "ScheduleName",
     "Seed",
@@ -345,63 +346,41 @@ class DataSet(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """The rows to train on, and the rows to measure on.
+class RowSettings:
+    """The rows, and how they become tokens.
 
     Args:
-        data_path: The rows to train on, or to measure with disha evaluate: a file of JSON lines,
-            JSON, CSV, Parquet or plain text, or a folder of such files. Several files or folders
-            are several data sets.
-        data_weights: For several data sets, how many of an epoch's rows come from each, as weights:
-            with 2 1, two thirds come from the first. Without weights, an epoch has every row once.
+        data_path: The rows: a file of JSON lines, JSON, CSV, Parquet or plain text, or a folder of
+            such files. Several files or folders are several data sets.
         dataset_split: Which rows of data_path to use, as in train[:100000], train[10%:] or
-            train[:10%]+train[90%:]. In a folder, a file belongs to the split with whose name its
-            own name begins. For several data sets, one split for all or one for each.
+            train[:10%]+train[90%:]. In a folder, the name of a file begins with the name of its
+            split. With several data sets, give one split for all of them, or one for each.
         dataset_field: Two names of fields of a row: the query, and the response to learn. Or the
-            name of one field, with a text or a list of chat messages. For several data sets, also
-            two names for each.
+            name of one field, with a text or a list of chat messages. With several data sets, you
+            can also give two names for each.
         template: The text around a query: a text with {query} in it, or a file with one; chat for
             the template of the tokenizer; auto for ChatML if the model knows it, and a plain
             template otherwise.
-        eval_path: Rows to measure the held-out loss on. Their fields are those of the (first)
-            data_path.
-        eval_split: Which rows to hold out, in the notation of dataset_split: of eval_path, or of
-            data_path if eval_path is not given.
-        eval_fraction: Hold out a random part of the rows of data_path instead, such as 0.05. The
-            seed decides which rows.
-        eval_steps: Measure the held-out loss every N steps, and before and after training. With 0,
-            only before and after.
         max_seq_length: Largest number of tokens of a row. A query that is too long is cut at its
             end. A row whose response does not fit is left out and counted.
-        packing: Join several short rows into one of at most max_seq_length tokens. They do not
-            attend to each other.
-        group_by_length: Put rows of similar length into a batch, which saves padding. The batches
-            come in random order.
         streaming: Keep the tokens of the rows in a temporary file, for data larger than memory.
-        dataloader_num_workers: Processes that turn rows into tokens before training.
+        dataloader_num_workers: Processes that turn rows into tokens.
         skip_bad_rows: Leave out rows that can't be used and count them, instead of stopping at
             the first.
     """
 
     data_path: tuple[Path, ...] = ()
-    data_weights: tuple[float, ...] = ()
     dataset_split: tuple[str, ...] = ("train",)
     dataset_field: tuple[str, ...] = ("query", "response")
     template: str = "auto"
-    eval_path: Path | None = None
-    eval_split: str | None = None
-    eval_fraction: Part = 0.0
-    eval_steps: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 0
     max_seq_length: Annotated[int, Range("at least 2", lambda value: value >= 2)] = 512
-    packing: bool = False
-    group_by_length: bool = True
     streaming: bool = False
     dataloader_num_workers: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 0
     skip_bad_rows: bool = False
 
     @property
     def sets(self) -> list[DataSet]:
-        """The data sets to train on."""
+        """The data sets that the rows are from."""
         count, fields = len(self.data_path), self.dataset_field
         splits = self.dataset_split * (count if len(self.dataset_split) == 1 else 1)
         own = [fields] * count
@@ -410,9 +389,9 @@ class DataSettings:
         return [DataSet(*one) for one in zip(self.data_path, splits, own, strict=True)]
 
     @property
-    def has_held_out(self) -> bool:
-        """Whether rows are held out to measure on."""
-        return self.eval_path is not None or self.eval_split is not None or self.eval_fraction > 0
+    def paths(self) -> list[tuple[str, Path]]:
+        """The files and folders of rows, each after the name of its flag."""
+        return [("data_path", path) for path in self.data_path]
 
     def check(self) -> None:
         """Raise `SettingsError` if a setting is missing or contradicts another."""
@@ -423,21 +402,15 @@ class DataSettings:
                 len(set(one.fields)) == len(one.fields),
                 f"--dataset_field needs two different fields, got {one.fields[0]!r} twice",
             )
-        paths = [("data_path", path) for path in self.data_path]
-        for name, path in (*paths, ("eval_path", self.eval_path)):
+        for name, path in self.paths:
             require(
-                path is None or path.exists(),
+                path.exists(),
                 f"--{name} {path} does not exist; it must be a file or a folder of rows",
-            )
-        for other in ("eval_path", "eval_split"):
-            require(
-                not self.eval_fraction or getattr(self, other) is None,
-                f"--{other} and --eval_fraction both say what to hold out; give one of them",
             )
 
     def _check_counts(self, sets: int) -> None:
-        """Raise `SettingsError` unless weights, splits and fields fit the number of data sets."""
-        fields, weights = self.dataset_field, self.data_weights
+        """Raise `SettingsError` unless splits and fields fit the number of data sets."""
+        fields = self.dataset_field
         several = f", or two for each of the {sets} data sets" if sets > 1 else ""
         require(
             len(fields) in (1, 2, 2 * sets),
@@ -448,6 +421,61 @@ class DataSettings:
             f"--dataset_split must be one split, or one for each of {sets} data sets, got "
             f"{' '.join(self.dataset_split)}",
         )
+
+
+@dataclass(frozen=True)
+class DataSettings(RowSettings):
+    """The rows to train on, and the rows to measure on.
+
+    Args:
+        data_weights: For several data sets, how many of an epoch's rows come from each, as weights:
+            with 2 1, two thirds come from the first. Without weights, an epoch has every row once.
+        eval_path: Rows to measure the held-out loss on. Their fields are those of the (first)
+            data_path.
+        eval_split: Which rows to hold out, in the notation of dataset_split: of eval_path, or of
+            data_path if eval_path is not given.
+        eval_fraction: Hold out a random part of the rows of data_path instead, such as 0.05. The
+            seed decides which rows.
+        eval_steps: Measure the held-out loss every N steps, and before and after training. With 0,
+            only before and after.
+        packing: Join several short rows into one of at most max_seq_length tokens. They do not
+            attend to each other.
+        group_by_length: Put rows of similar length into a batch, which saves padding. The batches
+            come in random order.
+    """
+
+    data_weights: tuple[float, ...] = ()
+    eval_path: Path | None = None
+    eval_split: str | None = None
+    eval_fraction: Part = 0.0
+    eval_steps: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 0
+    packing: bool = False
+    group_by_length: bool = True
+
+    @property
+    def paths(self) -> list[tuple[str, Path]]:
+        """The files and folders of rows, each after the name of its flag."""
+        measured = [] if self.eval_path is None else [("eval_path", self.eval_path)]
+        return [*super().paths, *measured]
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether rows are held out to measure on."""
+        return self.eval_path is not None or self.eval_split is not None or self.eval_fraction > 0
+
+    def check(self) -> None:
+        """Raise `SettingsError` if a setting is missing or contradicts another."""
+        super().check()
+        for other in ("eval_path", "eval_split"):
+            require(
+                not self.eval_fraction or getattr(self, other) is None,
+                f"--{other} and --eval_fraction both say what to hold out; give one of them",
+            )
+
+    def _check_counts(self, sets: int) -> None:
+        """Raise `SettingsError` unless weights, splits and fields fit the number of data sets."""
+        super()._check_counts(sets)
+        weights = self.data_weights
         shown = " ".join(f"{weight:g}" for weight in weights)
         require(
             len(weights) in (0, sets),
@@ -661,27 +689,21 @@ class FinetuneSettings:
             self.model.check()
         self.adapter.check()
         if self.demo:
-            names = (
-                "data_path",
-                "data_weights",
-                "eval_path",
-                "eval_split",
-                "eval_fraction",
-                "dataset_split",
-            )
             require_unchanged(
                 self.data,
-                (*names, "dataset_field", "streaming"),
+                (
+                    *("data_path", "data_weights", "dataset_split", "dataset_field", "streaming"),
+                    *("eval_path", "eval_split", "eval_fraction"),
+                ),
                 "does not go with --demo, which has its own data; leave one of the two out",
             )
         else:
             self.data.check()
         self.output.check()
-        paths = [("data_path", path) for path in self.data.data_path]
-        for name, path in (*paths, ("eval_path", self.data.eval_path)):
-            folder = self.output.output.resolve()
+        folder = self.output.output.resolve()
+        for name, path in self.data.paths:
             require(
-                path is None or not folder.is_relative_to(path.resolve()),
+                not folder.is_relative_to(path.resolve()),
                 f"--output_dir {self.output.output} is in --{name} {path}, so its files would be "
                 "read as rows; name a folder elsewhere",
             )
@@ -859,7 +881,7 @@ class EvaluateSettings:
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
-    data: DataSettings = field(default_factory=DataSettings)
+    data: RowSettings = field(default_factory=RowSettings)
     adapter: Path | None = None
     compare: bool = False
     merge: bool = False
@@ -899,20 +921,6 @@ class EvaluateSettings:
         check_ranges(self)
         self.model.check()
         self.data.check()
-        require_unchanged(
-            self.data,
-            (
-                "data_weights",
-                "packing",
-                "group_by_length",
-                "eval_path",
-                "eval_split",
-                "eval_fraction",
-                "eval_steps",
-            ),
-            "is for disha finetune; disha evaluate measures the rows of --data_path that "
-            "--dataset_split names",
-        )
         require_adapter(self.adapter, compare=self.compare, merge=self.merge)
         require(
             not self.exact_match or len(self.data.dataset_field) != 1,

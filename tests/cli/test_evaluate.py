@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import disha
+from disha.finetune.settings import DataSettings, RowSettings
 from tests.cli.model_files import write_rows
 
 
@@ -243,6 +246,28 @@ def test_bad_input_is_one_line_and_exit_code_2(measure, flags, complaint):
     done = measure(*flags)
     assert done.code == 2
     assert complaint in done.complaint
+
+
+OF_TRAINING = {one.name for one in dataclasses.fields(DataSettings)} - {
+    one.name for one in dataclasses.fields(RowSettings)
+}
+
+
+def test_the_help_lists_no_flag_that_only_training_follows(run):
+    listed = set(re.findall(r"^ +--(\w+)", run("evaluate", "--help").out, re.MULTILINE))
+    assert {"packing", "eval_path", "data_weights"} <= OF_TRAINING
+    assert listed & OF_TRAINING == set()
+    assert {"data", "dataset_split", "streaming", "scales", "bits"} <= listed
+
+
+@pytest.mark.parametrize("name", sorted(OF_TRAINING))
+def test_a_flag_that_only_training_follows_is_unknown(measure, name):
+    done = measure(f"--{name}", 1)
+    assert done.code == 2
+    assert f"evaluate has no flag --{name}; " in done.complaint
+    near = {"eval_path": "--data", "eval_split": "--dataset_split"}.get(name)
+    assert (f"did you mean {near}?" if near else "--help shows all") in done.complaint
+    assert ("did you mean" in done.complaint) == (near is not None)
 
 
 @pytest.mark.parametrize("flags", [["--compare"], ["--merge"], ["--scales", "0,1"]])

@@ -17,10 +17,10 @@ from disha.finetune.answering import (
 from disha.finetune.errors import DataError, SettingsError
 from disha.finetune.evaluating import evaluate
 from disha.finetune.settings import (
-    DataSettings,
     EvaluateSettings,
     GenerateSettings,
     ModelSettings,
+    RowSettings,
     SamplingSettings,
 )
 from disha.finetune.text.templates import CHATML, PLAIN
@@ -148,7 +148,7 @@ def test_a_note_that_names_a_file_is_not_read_as_one(
     with pytest.raises(SettingsError, match=complaint):
         evaluate(
             EvaluateSettings(
-                model, DataSettings(data_path=(rows,), max_seq_length=100), adapter=path
+                model, RowSettings(data_path=(rows,), max_seq_length=100), adapter=path
             )
         )
 

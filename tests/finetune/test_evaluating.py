@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
 from disha.finetune.answering import Answerer
 from disha.finetune.errors import SettingsError
 from disha.finetune.evaluating import Measured, evaluate
-from disha.finetune.settings import DataSettings, EvaluateSettings, ModelSettings, SamplingSettings
+from disha.finetune.settings import EvaluateSettings, ModelSettings, RowSettings, SamplingSettings
 from disha.finetune.text.templates import template_from
 from tests.finetune.command_line import ROWS, adapter_of, report_of, write_rows
 
@@ -17,10 +16,10 @@ TOKENS = 6
 
 
 def settings(model, data, **changes):
-    of_data = {name: changes.pop(name) for name in list(changes) if hasattr(DataSettings, name)}
+    of_data = {name: changes.pop(name) for name in list(changes) if hasattr(RowSettings, name)}
     return EvaluateSettings(
         model=ModelSettings(base_model_name_or_path=model),
-        data=DataSettings(data_path=(data,), max_seq_length=100, **of_data),
+        data=RowSettings(data_path=(data,), max_seq_length=100, **of_data),
         max_new_tokens=TOKENS,
         **changes,
     )
@@ -50,28 +49,12 @@ def test_answers_that_are_exactly_right_are_counted(tiny_path, data, size):
     assert found.base is None
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"packing": True},
-        {"eval_fraction": 0.5},
-        {"eval_split": "test"},
-        {"eval_path": Path(__file__)},
-        {"eval_steps": 5},
-    ],
-)
-def test_flags_that_only_training_follows_are_refused(tiny_path, data, given):
-    (name,) = given
-    with pytest.raises(SettingsError, match=f"--{name} is for disha finetune; disha evaluate"):
-        settings(tiny_path, data, **given).check()
-
-
 @pytest.fixture
 def usual(tmp_path, tiny_path):
     rows = write_rows(tmp_path / "eval.jsonl", ROWS[::4])
     return EvaluateSettings(
         ModelSettings(base_model_name_or_path=tiny_path),
-        DataSettings(data_path=(rows,), max_seq_length=96),
+        RowSettings(data_path=(rows,), max_seq_length=96),
         max_new_tokens=24,
     )
 

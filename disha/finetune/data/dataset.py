@@ -11,7 +11,7 @@ from disha.finetune.data.order import permutation
 from disha.finetune.data.rows import Dataset, RowFile, Rows
 from disha.finetune.data.splits import find_files, parse_split, split_name
 from disha.finetune.errors import DataError
-from disha.finetune.settings import DataSettings
+from disha.finetune.settings import DataSettings, RowSettings
 
 __all__ = ["open_rows", "read_dataset", "split_held_out", "training_rows"]
 
@@ -40,7 +40,7 @@ def read_dataset(settings: DataSettings, seed: int) -> Dataset:
     return Dataset(Rows.joined(training, names), Rows.joined(held_out, names))
 
 
-def training_rows(settings: DataSettings) -> Rows:
+def training_rows(settings: RowSettings) -> Rows:
     """Return the rows of all data sets that the settings name.
 
     Raises:
@@ -50,7 +50,7 @@ def training_rows(settings: DataSettings) -> Rows:
     return Rows.joined(_opened(settings), [one.fields for one in settings.sets])
 
 
-def _opened(settings: DataSettings, split: str | None = None) -> list[Rows]:
+def _opened(settings: RowSettings, split: str | None = None) -> list[Rows]:
     """Return the rows of each data set, of its own split or of another one."""
     return [open_rows(one.path, split or one.split) for one in settings.sets]
 
