@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -15,15 +16,15 @@ import disha
 from disha.finetune.adapting import with_adapter, without_adapter
 from disha.finetune.base_model import BaseModel, open_base_model
 from disha.finetune.data.batches import batch_by_length
-from disha.finetune.data.dataset import training_rows
+from disha.finetune.data.dataset import read_rows
 from disha.finetune.data.encoding import Encoder, Tally, encode_rows
-from disha.finetune.data.examples import Example
-from disha.finetune.data.rows import Row
+from disha.finetune.data.examples import Example, StoredExamples
+from disha.finetune.data.rows import Row, Rows
 from disha.finetune.errors import SettingsError
 from disha.finetune.generation import complete
 from disha.finetune.inputs import encoder_for, require_context
 from disha.finetune.scales import AtScale, at_scales
-from disha.finetune.settings import EvaluateSettings
+from disha.finetune.settings import EvaluateSettings, RowSettings
 from disha.finetune.text.tokenizer import Tokenizer
 from disha.finetune.training.evaluation import Evaluation, mean_loss
 from disha.finetune.training.objectives import objective_for
@@ -99,18 +100,20 @@ def evaluate(
         DishaError: a file can't be used, or the model, adapter and rows do not fit together.
     """
     settings.check()
-    data = settings.data
-    rows = training_rows(data)
+    rows = read_rows(settings.data)
     base = open_base_model(settings.model)
     encoder = _encoder(settings, base)
-    examples, tally = encode_rows(
-        rows, encoder, workers=data.dataloader_num_workers, on_disk=data.streaming
-    )
+    examples, tally = _encoded(rows, encoder, settings.data)
+    retained = None
+    if settings.retain is not None:
+        data = replace(settings.data, data_path=(settings.retain,), dataset_split=("train",))
+        retained, _ = _encoded(read_rows(data), encoder, data)
     questions = first_questions(rows, encoder, len(rows)) if settings.exact_match else []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, values = with_adapter(base.load(device), settings.adapter, merge=settings.merge)
+    # An adapter that can't be scaled is refused here, before the longer work.
+    scales = tuple(_at_scales(model, settings, examples, retained, watch))
     measured = _measured(model, settings, encoder, examples, questions, watch)
-    scales = tuple(_at_scales(model, settings, encoder, examples, watch))
     if not settings.compare:
         return Measurement(measured, None, tally, scales)
     if settings.merge:
@@ -128,6 +131,11 @@ def _encoder(settings: EvaluateSettings, base: BaseModel) -> Encoder:
         )
     require_context(settings.data, base)
     return encoder_for(settings.data, base.tokenizer, settings.adapter)
+
+
+def _encoded(rows: Rows, encoder: Encoder, settings: RowSettings) -> tuple[StoredExamples, Tally]:
+    workers, on_disk = settings.dataloader_num_workers, settings.streaming
+    return encode_rows(rows, encoder, workers=workers, on_disk=on_disk)
 
 
 def _measured(
@@ -164,30 +172,19 @@ def _loss(
 def _at_scales(
     model: nn.Module,
     settings: EvaluateSettings,
-    encoder: Encoder,
     examples: Sequence[Example],
+    retained: Sequence[Example] | None,
     watch: Watch,
 ) -> Iterator[AtScale]:
     """Measure the model at the scales of the settings, also on the rows to retain."""
-    if settings.adapter is None or not settings.at_scales:
+    if not settings.at_scales:
         return
-    retained = None
-    if settings.retain is not None:
-        data = replace(settings.data, data_path=(settings.retain,), dataset_split=("train",))
-        others, _ = encode_rows(
-            training_rows(data),
-            encoder,
-            workers=data.dataloader_num_workers,
-            on_disk=data.streaming,
-        )
 
-        def retained() -> float:
-            return _loss(model, settings, others, watch).loss
+    def loss(rows: Sequence[Example]) -> float:
+        return _loss(model, settings, rows, watch).loss
 
-    def loss() -> float:
-        return _loss(model, settings, examples, watch).loss
-
-    yield from at_scales(model, settings.at_scales, loss, retained)
+    of_retained = None if retained is None else partial(loss, retained)
+    yield from at_scales(model, settings.at_scales, partial(loss, examples), of_retained)
 
 
 # --- exact answers -------------------------------------------------------------------------------

@@ -217,6 +217,28 @@ def test_scales_are_parts_of_the_adapters_own(measure, models, tmp_path):
     assert found["scales"][0]["loss"] == found["model"]["loss"]
 
 
+def test_what_scales_need_is_found_out_before_anything_is_measured(
+    measure, models, tmp_path, monkeypatch
+):
+    from disha.finetune.models.checkpoint import open_model
+
+    monkeypatch.setattr("disha.cli.evaluate.shown", None)  # measuring would call it
+    unfit = write_rows(tmp_path / "unfit.jsonl", [{"query": "a"}])
+    done = measure("--scales", "0,1", "--retain", unfit)
+    assert done.code == 2
+    assert "no field 'response'" in done.complaint
+
+    model = open_model(models / "model").load_model(torch.float32)
+    disha.load_adapter(model, models / "adapter.safetensors")
+    block = next(module for module in model.modules() if hasattr(module, "disha")).disha["default"]
+    block.set_scale(0.5)
+    mixed = tmp_path / "mixed.safetensors"
+    disha.save_adapter(model, mixed)
+    done = measure("--scales", "0,1", adapter=mixed)
+    assert done.code == 2
+    assert "its layers have 2 different scales; leave --scales out" in done.complaint
+
+
 # --- what can't be done --------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from disha.finetune.data.splits import find_files, parse_split, split_name
 from disha.finetune.errors import DataError
 from disha.finetune.settings import DataSettings, RowSettings
 
-__all__ = ["open_rows", "read_dataset", "split_held_out", "training_rows"]
+__all__ = ["open_rows", "read_dataset", "read_rows", "split_held_out"]
 
 
 def read_dataset(settings: DataSettings, seed: int) -> Dataset:
@@ -40,7 +40,7 @@ def read_dataset(settings: DataSettings, seed: int) -> Dataset:
     return Dataset(Rows.joined(training, names), Rows.joined(held_out, names))
 
 
-def training_rows(settings: RowSettings) -> Rows:
+def read_rows(settings: RowSettings) -> Rows:
     """Return the rows of all data sets that the settings name.
 
     Raises:
