@@ -1,6 +1,6 @@
-"""The command line, `disha COMMAND`: `dispatcher` runs the command, each in a module of its name.
+"""The command line `disha COMMAND`. Each command is a module of this package, with its name.
 
-What only one command needs is imported when that command runs.
+`dispatcher` imports the module of a command only to run it, so that every command starts fast.
 """
 
 from disha.cli.dispatcher import COMMANDS, main

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import disha
 from disha.cli.flags import Flags, parsed
-from disha.cli.output import require_free, show, shown
+from disha.cli.output import require_free, show, with_progress
 from disha.files.combining import Summand, combine_contents
 from disha.files.contents import read_contents, write_contents
 
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> None:
     require_free(flags.out, flags.overwrite)
     summands = [
         Summand(path, read_contents(path, also_train=not flags.no_also_train), weight)
-        for path, weight in shown(weights, len(weights), "reading")
+        for path, weight in with_progress(weights, len(weights), "reading")
     ]
     for summand in summands:
         if summand.header.also_train:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from disha.cli.flags import Flags, parsed
-from disha.cli.output import require_free, show, shown
+from disha.cli.output import require_free, show, with_progress
 from disha.errors import AdapterFileError, AdapterIOError, ArgumentError
 from disha.files import ADAPTER_NAME
 from disha.files.atomic import checked_path
@@ -36,7 +36,7 @@ __all__ = ["run"]
 
 DESCRIPTION = """Convert an adapter to the format of another library, or back to an adapter file.
 
-SOURCE is one of these; the command finds out which:
+SOURCE is one of these. The command finds out which:
   - an adapter file of disha
   - a folder that PEFT has saved: MiSS, Bone, or a LoRA that is a Bone adapter
   - a LoRA file of an image model that is a Bone adapter
@@ -63,11 +63,11 @@ examples:
   disha convert adapter.safetensors adapter.gguf --to gguf --base path/to/model
   disha convert unet.safetensors style.safetensors --to comfyui"""
 
-Form = Literal["disha", "peft", "lora", "gguf", "diffusers", "kohya", "comfyui"]
+Format = Literal["disha", "peft", "lora", "gguf", "diffusers", "kohya", "comfyui"]
 
-IMAGES: tuple[Form, ...] = ("diffusers", "kohya", "comfyui")
+IMAGES: tuple[Format, ...] = ("diffusers", "kohya", "comfyui")
 
-ONLY_FOR: Mapping[str, tuple[Form, ...]] = {
+ONLY_FOR: Mapping[str, tuple[Format, ...]] = {
     "rank": ("lora", "gguf", *IMAGES),
     "max_error": ("lora", "gguf", *IMAGES),
     "pad_rank": ("lora",),
@@ -77,7 +77,7 @@ ONLY_FOR: Mapping[str, tuple[Form, ...]] = {
     "kv_heads": ("gguf",),
     "dropout": ("peft",),
 }
-"""Flags that only some targets use."""
+"""A flag that only some formats use -> these formats."""
 
 SERVED_BY_DEFAULT = 16
 """The largest rank that vLLM takes without --max-lora-rank."""
@@ -86,8 +86,8 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """The fields of a config.json that count the experts of a layer."""
 
 GGUF_MAGIC = b"GGUF"
-FOLDERS: dict[str, Form] = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}
-"""PEFT's name of a method -> the form of a folder that holds an adapter of it."""
+FOLDERS: dict[str, Format] = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}
+"""PEFT's name of a method -> the format of a folder that PEFT saved with this method."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class ConvertFlags(Flags):
     Args:
         source: The adapter: a file, or a folder that PEFT has saved.
         out: The result: a folder for peft and lora, a file for all others.
-        to: The form of the result.
+        to: The format of the result.
         base: The checkpoint of the base. It is needed to read peft, to write BAT as LoRA, to write
             experts of GPT-OSS or separate experts, and to read experts from a LoRA. For gguf, its
             config.json gives the numbers of heads.
@@ -121,7 +121,7 @@ class ConvertFlags(Flags):
 
     source: Path
     out: Path
-    to: Form = field(kw_only=True)
+    to: Format = field(kw_only=True)
     base: Path | None = None
     rank: int | None = None
     dropout: float | None = None
@@ -136,7 +136,7 @@ class ConvertFlags(Flags):
     overwrite: bool = False
 
     def check(self) -> None:
-        """Raise if a flag is given that the target does not use, or if the result exists."""
+        """Raise if a flag is given that the format does not use, or if the result exists."""
         for name, targets in ONLY_FOR.items():
             given = getattr(self, name) is not None and getattr(self, name) is not False
             if given and self.to not in targets:
@@ -151,7 +151,7 @@ def run(arguments: Sequence[str]) -> None:
     flags = parsed(ConvertFlags, "convert", arguments, DESCRIPTION)
     flags.check()
     base = None if flags.base is None else open_checkpoint(flags.base)
-    form, contents = _read(flags, base)
+    source_format, contents = _read(flags, base)
     _refuse_other_experts(*contents, base)
     report = None
     if flags.to == "disha":
@@ -178,14 +178,14 @@ def run(arguments: Sequence[str]) -> None:
         if report is not None and flags.to == "lora"
         else []
     )
-    summary = "\n".join([*notes, f"{flags.source} ({form}) -> {flags.out} ({flags.to})"])
+    summary = "\n".join([*notes, f"{flags.source} ({source_format}) -> {flags.out} ({flags.to})"])
     layers = counted(len(contents[0].layers), "layer")
     show(
         flags.json,
         f"{report}\n{summary}" if report else f"{summary}: {layers}, exact",
         {
             "source": str(flags.source),
-            "from": form,
+            "from": source_format,
             "path": str(flags.out),
             "to": flags.to,
             "layers": _layer_fields(contents[0], report),
@@ -207,7 +207,7 @@ def _write_image_lora(
 
 
 def _notes_on_servers(report: LoraReport, header: AdapterHeader, flags: ConvertFlags) -> list[str]:
-    """Return what a user of vLLM or SGLang has to know about a LoRA."""
+    """Return what a user of vLLM or SGLang must know about a LoRA."""
     notes = []
     largest = max((layer.rank for layer in report.layers), default=0)
     allowed = next((rank for rank in SERVED_RANKS if rank >= largest), None)
@@ -253,26 +253,26 @@ def _layer_fields(header: AdapterHeader, report: LoraReport | None) -> list[dict
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]:
-    """Return the form of the source, and the adapter in it."""
+def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Format, Contents]:
+    """Return the format of the source, and the adapter in it."""
     path = checked_path(flags.source)
     in_checkpoint = path / ADAPTER_NAME
     path = in_checkpoint if in_checkpoint.is_file() else path
-    form = _form_of(path)
-    if form in IMAGES:
-        return form, _one_component(flags, image_lora.read_file(path))
+    source_format = _format_of(path)
+    if source_format in IMAGES:
+        return source_format, _one_component(flags, image_lora.read_file(path))
     if flags.component is not None and flags.to not in IMAGES:
         raise ArgumentError(
             f"--component has no effect, because neither {path} nor {flags.out} is a LoRA file of "
             "an image model; leave it out"
         )
-    if form == "gguf":
+    if source_format == "gguf":
         raise ArgumentError(
             f"{path} is GGUF, which can be written but not read; convert its original adapter"
         )
-    if form == "disha":
+    if source_format == "disha":
         contents: Contents = read_contents(path, also_train=not flags.no_also_train)
-    elif form == "lora":
+    elif source_format == "lora":
         contents = lora.read_lora(
             path, model_type=_model_type(base), also_train=not flags.no_also_train
         )
@@ -287,7 +287,7 @@ def _read(flags: ConvertFlags, base: Checkpoint | None) -> tuple[Form, Contents]
             )
     else:
         contents = _read_peft(path, base, not flags.no_also_train)
-    return form, blocks_only(*contents) if flags.no_also_train else contents
+    return source_format, blocks_only(*contents) if flags.no_also_train else contents
 
 
 def _one_component(flags: ConvertFlags, found: Mapping[str, Contents]) -> Contents:
@@ -301,8 +301,8 @@ def _one_component(flags: ConvertFlags, found: Mapping[str, Contents]) -> Conten
     return found[component]
 
 
-def _form_of(path: Path) -> Form:
-    """Return what a file is by its first bytes, or a folder by its configuration."""
+def _format_of(path: Path) -> Format:
+    """Return the format of a file by its first bytes, or of a folder by its configuration."""
     if not path.is_dir():
         with opened_file(path) as file:
             if file.read(len(GGUF_MAGIC)) == GGUF_MAGIC:
@@ -374,7 +374,7 @@ def _lora_options(
         "rank": flags.rank,
         "max_error": flags.max_error,
         "base": weights,
-        "progress": partial(shown, total=len(header.layers), what="converting"),
+        "progress": partial(with_progress, total=len(header.layers), what="converting"),
     }
 
 

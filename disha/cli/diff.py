@@ -10,7 +10,7 @@ from typing import Any
 import disha
 from disha.cli.dispatcher import DONE, NO
 from disha.cli.flags import Flags, parsed
-from disha.cli.output import number, show, shown
+from disha.cli.output import number, show, with_progress
 from disha.files.differences import (
     FieldDifference,
     TensorDifference,
@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     first, second = disha.inspect_adapter(flags.first), disha.inspect_adapter(flags.second)
     fields = header_differences(first, second)
     count = len({*first.tensors, *second.tensors})
-    tensors = list(shown(tensor_differences(first, second), count, "comparing"))
+    tensors = list(with_progress(tensor_differences(first, second), count, "comparing"))
     same = not fields and all(one.same for one in tensors)
     show(
         flags.json,

@@ -32,20 +32,22 @@ DONE = 0
 NO = FAILED = 1
 TROUBLE = 2
 SIGNALLED = 128
-"""What is added to the number of a signal, as shells do."""
+"""The exit code after a signal is this number plus that of the signal, as in shells."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command, which is `run(arguments)` in the module `disha.cli.<its name>`.
+    """One command. Its work is the function `run(arguments)` in the module `disha.cli.<its name>`.
 
-    `run` returns an exit code, or None for 0.
+    The function returns an exit code, or None for 0.
 
     Args:
         summary: what it does, for the help.
         extra: the extra of the distribution that it needs.
-        answers: whether it answers a question: exit code 1 then means "no" and never a failure.
-        flags: arguments of the library that errors name -> the flags that set them.
+        answers: whether it answers a question. Then its exit code 1 means "no", and never a
+            failure.
+        flags: an argument of the library -> the flag that sets it. Errors of the library name
+            arguments, and the command names flags instead.
     """
 
     summary: str
@@ -55,7 +57,12 @@ class Command:
 
 
 def _flags(same: str, **others: str) -> dict[str, str]:
-    """Return arguments -> flags, from the flags named as their arguments are, and from others."""
+    """Return the flags of arguments, as `Command.flags` holds them.
+
+    Args:
+        same: the flags that have the names of their arguments, separated by spaces.
+        others: an argument -> its flag with another name.
+    """
     return {name.replace("-", "_"): f"--{name}" for name in same.split()} | others
 
 
@@ -129,13 +136,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return request.code if isinstance(request.code, int) else DONE
     except KeyboardInterrupt as interruption:
         number = getattr(interruption, "number", signal.SIGINT)
-        if argv is None:  # the process ends now, and more signals do not change its exit code
+        if argv is None:  # the process ends now; another signal must not change its exit code
             for one in (number, signal.SIGINT):
                 signal.signal(one, signal.SIG_IGN)
         _complain(str(interruption) or "interrupted; every file that was written is complete")
         return SIGNALLED + number
     except BrokenPipeError:
-        # The reader has closed the pipe, as `| head` does. Python must not write the rest at exit.
+        # The reader has closed the pipe, as `| head` does. Python must not write the rest when it
+        # ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return failed
     except (DishaError, OSError) as error:
@@ -178,13 +186,13 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _is_bad_input(error: Exception) -> bool:
-    """Return whether the user can fix it: a value, a missing package, or a wrong path."""
+    """Return whether the user can correct it: a value, a missing package, or a wrong path."""
     if isinstance(error, (ValueError, TypeError, ImportError)):
         return True
     cause: BaseException = error
     while isinstance(cause.__cause__, OSError):
         cause = cause.__cause__
-    # A DishaError without a system error as its cause is about a path, such as that of a folder.
+    # A DishaError that no system error has caused is about a path, such as that of a folder.
     return isinstance(error, OSError) and isinstance(cause, (DishaError, *BAD_PATH))
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from disha.cli.noted import parsed_with_base
-from disha.cli.output import show, shown
+from disha.cli.output import show, with_progress
 from disha.finetune.settings import EvaluateSettings
 from disha.tables import table
 from disha.text import counted
@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> None:
     from disha.finetune.scales import best_scale
 
     with suiting:
-        found = evaluate(settings, shown)
+        found = evaluate(settings, with_progress)
     tally = found.tally
     measured = [("model", found.model)]
     if found.base is not None:

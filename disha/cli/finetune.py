@@ -22,7 +22,7 @@ from disha.text import brief
 __all__ = ["run", "settings_from"]
 
 LARGEST_CONFIG = 32 * 2**10
-"""Largest size of a file of flags in bytes. PyYAML reads about that much in a second."""
+"""Largest size of a file of flags, in bytes. PyYAML needs about a second for that much."""
 
 DESCRIPTION = """Fine-tune a model with a Bone, tile or BAT adapter.
 
@@ -36,9 +36,11 @@ examples:
 def run(arguments: Sequence[str]) -> None:
     """Fine-tune, with the given command-line arguments."""
     settings = settings_from(arguments)
-    if "RANK" not in os.environ:  # of several processes, those that work together also complain so
+    # Under torchrun, `finetune` checks them once the processes have joined. Then one process
+    # reports a mistake for all of them.
+    if "RANK" not in os.environ:
         settings.check()
-    # These take seconds to import. Neither the help nor complaints about flags need them.
+    # These take seconds to import. The help and errors about flags do not need them.
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from disha.finetune.command import finetune
@@ -51,7 +53,7 @@ def run(arguments: Sequence[str]) -> None:
         # The process that failed has printed the reason.
         raise SystemExit(FAILED) from error
     except OutputError as error:
-        # The paths were checked at the start, so what fails later is not the input.
+        # The paths were checked at the start, so a later failure is not one of the input.
         raise TrainingError(str(error)) from error
 
 
@@ -70,14 +72,14 @@ def settings_from(arguments: Sequence[str]) -> FinetuneSettings:
         given = _parsed(words, FinetuneSettings())
     defaults = DEMO_SETTINGS if given.demo else FinetuneSettings()
     if given.adapter.adapter is not None:
-        defaults = _with_those_of(given.adapter.adapter, defaults, given)
+        defaults = _going_on_from(given.adapter.adapter, defaults, given)
     return _parsed(words, defaults)
 
 
-def _with_those_of(
+def _going_on_from(
     adapter: Path, defaults: FinetuneSettings, given: FinetuneSettings
 ) -> FinetuneSettings:
-    """Return defaults to go on from an adapter file: its own settings, and the base it notes."""
+    """Return the defaults for training an adapter file further: its settings, and its base."""
     is_named = given.demo or given.model.is_named
     return replace(
         defaults,
@@ -151,7 +153,7 @@ def _contents(path: Path) -> Mapping[Any, Any]:
 
 
 def _yaml(text: str) -> Any:
-    """Return what YAML means. Raise if a key comes twice, which PyYAML lets pass."""
+    """Read YAML. Raise if a key comes twice, which PyYAML accepts."""
     import yaml
 
     loader = yaml.SafeLoader(text)

@@ -1,9 +1,12 @@
-"""Parse the arguments of a command, which are the fields of a dataclass; its docstring is the help.
+"""Parse the arguments of a command.
 
-A field that is a dataclass itself is a group of flags. A field without a default is positional, or
-a required flag if it is keyword-only. Commands without positional arguments take words after
-every flag: `--bf16 True`, `--dataset_field query response`. The others take a bool without a word,
-and a list by repeating its flag, because a positional argument may follow.
+The arguments are the fields of a dataclass, and its docstring is the help. A field that is itself a
+dataclass is a group of flags. A field without a default is a positional argument, or a required
+flag if it is keyword-only.
+
+In a command without positional arguments, values may follow every flag: `--bf16 True`,
+`--dataset_field query response`. In other commands, a positional argument may follow a flag. So
+there a switch takes no value, and a list takes one value each time that its flag is given.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ def parsed(
     Raises:
         ArgumentError: the arguments are invalid.
         SystemExit: they ask for help, which is printed; or they are invalid, and another process
-            says so.
+            reports it.
     """
     known = list(_arguments_of(flags, default))
     positional = [one.name.upper() for one in known if one.positional]
@@ -109,7 +112,7 @@ class _Argument:
 
 
 def _arguments_of(kind: type, values: Any, group: str = GENERAL) -> Iterator[_Argument]:
-    """Yield the arguments of a dataclass; `values` is an object of it, or None."""
+    """Yield the arguments of a dataclass. An object of it in `values` gives the defaults."""
     types, texts = get_type_hints(kind), _texts_of(kind)
     for one in fields(kind):
         default = one.default if values is None else getattr(values, one.name)
@@ -135,7 +138,7 @@ def _texts_of(kind: type) -> dict[str, str]:
 
 
 def _add(group: argparse._ArgumentGroup, one: _Argument, *, worded: bool) -> None:
-    """Add an argument to a parser. With `worded`, words may follow every flag."""
+    """Add an argument to a parser. With `worded`, values may follow every flag."""
     listed = get_origin(one.type) is tuple
     type_ = get_args(one.type)[0] if listed else one.type
     allowed = get_args(type_) if get_origin(type_) is Literal else ()
@@ -201,7 +204,7 @@ def _spelled(
         words: the words.
         command: the name of the command.
         known: the names of its flags.
-        joint: what joins the words of a name there: a dash or an underscore.
+        joint: what joins the words of a flag's name: a dash or an underscore.
 
     Raises:
         ArgumentError: a flag is not known.
@@ -253,11 +256,11 @@ PLAIN = {
     "the following arguments are required: ": "this is missing: ",
     "unrecognized arguments: ": "this is not understood: ",
 }
-"""What argparse says -> the same, plainly."""
+"""What argparse says -> the same in plain words."""
 
 
 def _wrong_usage(complaint: str) -> BaseException:
-    """Return the error. Under torchrun all processes make it, so only the first one tells it."""
+    """Return the error. Under torchrun every process finds it, and only the first reports it."""
     if os.environ.get("RANK", "0") == "0":
         return ArgumentError(complaint)
     from disha.finetune.stopping import wait_for_first  # imports torch

@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> None:
     """Generate, with the given command-line arguments."""
     settings, suiting = parsed_with_base(GenerateSettings, "generate", arguments, DESCRIPTION)
     settings.check()
-    # These take seconds to import. Neither the help nor complaints about flags need them.
+    # These take seconds to import. The help and errors about flags do not need them.
     from disha.finetune.answering import open_answerer, prompts_of
     from disha.finetune.conversation import Conversation
 
@@ -77,7 +77,7 @@ def _converse(conversation: Conversation, *, has_base: bool) -> None:
             print("\n/quit or Ctrl-D ends the conversation")
             continue
         except UnicodeDecodeError:
-            line = "\udcff"  # which is refused as a question
+            line = "\udcff"  # no valid text, so it is refused as a question is
         if line == "/quit":
             return
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import disha
 from disha.cli.flags import Flags, parsed
-from disha.cli.output import number, show, shown
+from disha.cli.output import number, show, with_progress
 from disha.files.statistics import TensorStatistics, statistics_of
 from disha.tables import table
 
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> None:
     statistics: dict[str, TensorStatistics] = {}
     if flags.stats:
         statistics = dict(
-            shown(statistics_of(described), len(described.tensors), "reading tensors")
+            with_progress(statistics_of(described), len(described.tensors), "reading tensors")
         )
         after_table = text.splitlines()[1 + len(described.layers) :]
         text = "\n".join([_statistics_table(described, statistics), *after_table])

@@ -1,7 +1,7 @@
-"""Short names of flags, what people mean by unknown words, and flags in place of arguments.
+"""Short names of flags, the meanings of unknown words, and errors that name flags, not arguments.
 
-Other tools have other names for the same settings. So an unknown word is looked up in a table
-first, and compared by its letters only then: `--rank` means `--r`, not `--tf32`.
+Other tools have other names for the same settings. So an unknown word is first looked up in a
+table: `--rank` means `--r`, not `--tf32`. If the table does not have it, its letters are compared.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHORT: Mapping[str, str] = {
     "batch_size": "per_device_train_batch_size per_device_eval_batch_size",
     "arch": "architecture",
 }
-"""The short name of a flag -> its name, which is another one in some commands."""
+"""A short name of a flag -> its full names, with spaces between them. A command has one of them."""
 
 COMMAND_WORDS: Mapping[str, str] = {
     "finetune": "train training tune sft fit lora run",
@@ -90,18 +90,19 @@ FLAG_WORDS: Mapping[str, str] = {
     "adapter": "lora lora_path adapter_path adapter_name_or_path peft",
     "merge": "fuse",
 }
-"""A flag, and its value where a name implies one -> names that other tools have for it."""
+"""A flag -> the names that other tools and commands have for it. A value follows the flag if the
+names imply one."""
 
 
 def long_name(word: str, known: Collection[str]) -> str:
-    """Return the name of a flag that is spelled with dashes, or by its short name."""
+    """Return the full name of a flag, which may be spelled with dashes or be a short name."""
     name = word.replace("-", "_")
     long = (one for one in SHORT.get(name, "").split() if one in known)
     return name if name in known else next(long, name)
 
 
 def nearest(word: str, known: Collection[str], meanings: Mapping[str, str]) -> str | None:
-    """Return what an unknown word means: by the table, else by its letters; None if unclear.
+    """Return what an unknown word means, by the table or by its letters; None if that is unclear.
 
     Args:
         word: the word.

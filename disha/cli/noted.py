@@ -1,4 +1,4 @@
-"""Commands that take the base model from the note in an adapter file, if no flag names one."""
+"""For commands that take the base model from the note in an adapter file, if no flag names one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parsed_with_base(
 ) -> tuple[T, AbstractContextManager[None]]:
     """Return the settings of a command, and a context for its work.
 
-    If the base model is from a note, the context refuses an adapter of another base.
+    If the note names the base model, the context refuses an adapter of another base.
 
     Args:
         kind: the class of the settings.
@@ -45,7 +45,7 @@ def parsed_with_base(
 
 
 def base_of(adapter: Path) -> ModelSettings | None:
-    """Return the base that an adapter file notes, and say which it is; None without a note."""
+    """Return the base that an adapter file notes, and print which it is; None without a note."""
     found = noted_base(adapter)
     if found is not None and os.environ.get("RANK", "0") == "0":
         near = os.path.relpath(found.base_model)

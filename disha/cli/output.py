@@ -13,7 +13,7 @@ from typing import Any, TextIO, TypeVar
 from disha.errors import ArgumentError
 from disha.text import printable
 
-__all__ = ["advancing", "number", "printable_on", "require_free", "show", "shown"]
+__all__ = ["advancing", "number", "printable_on", "require_free", "show", "with_progress"]
 
 T = TypeVar("T")
 
@@ -32,15 +32,15 @@ def show(as_json: bool, text: str, fields: Mapping[str, Any]) -> None:
     """Print a result.
 
     Args:
-        as_json: print `fields`, not `text`.
-        text: for people.
-        fields: for scripts; numbers that are not finite become null.
+        as_json: whether to print `fields` instead of `text`.
+        text: the result for people.
+        fields: the result for scripts; numbers that are not finite become null.
     """
     print(json.dumps(_finite(fields), indent=2) if as_json else printable_on(sys.stdout, text))
 
 
 def printable_on(stream: TextIO, text: str) -> str:
-    """Return a text in which everything is escaped that the stream or a terminal can't show."""
+    """Return a text with everything escaped that the stream or a terminal can't show."""
     encoding = stream.encoding or "utf-8"
     return (
         printable(text, len(text), lines=True).encode(encoding, "backslashreplace").decode(encoding)
@@ -52,7 +52,7 @@ def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}g}"
 
 
-def shown(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Iterate with a progress bar, which appears after a second and only on a terminal.
 
     Args:
@@ -83,7 +83,8 @@ def advancing(what: str) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-_BAR: dict[str, Any] = {"delay": 1, "disable": None, "leave": False}  # None: off a terminal
+_BAR: dict[str, Any] = {"delay": 1, "disable": None, "leave": False}
+"""With None for `disable`, tqdm shows a bar only on a terminal."""
 
 
 def _finite(value: Any) -> Any:

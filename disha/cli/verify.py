@@ -9,7 +9,7 @@ from pathlib import Path
 import disha
 from disha.cli.dispatcher import DONE, NO
 from disha.cli.flags import Flags, parsed
-from disha.cli.output import show, shown
+from disha.cli.output import show, with_progress
 from disha.files.statistics import statistics_of
 from disha.interop.checkpoints import verify_against
 from disha.tables import table
@@ -110,7 +110,7 @@ def _checks_of_contents(described: disha.AdapterFile) -> Iterator[Check]:
         f"format {described.format}, {counted(len(described.layers), 'layer')}, "
         f"{counted(described.parameters, 'parameter')}",
     )
-    tensors = shown(statistics_of(described), len(described.tensors), "reading tensors")
+    tensors = with_progress(statistics_of(described), len(described.tensors), "reading tensors")
     broken = [f"{key} ({found.not_finite:,})" for key, found in tensors if found.not_finite]
     remark = f"not finite in {', '.join(broken[:5])}" if broken else "all finite"
     yield Check("values", not broken, remark + (", ..." if len(broken) > 5 else ""))

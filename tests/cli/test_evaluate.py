@@ -167,7 +167,7 @@ def test_progress_is_told_of_batches_and_answers(measure, monkeypatch):
         seen.append((what, total, len(found)))
         yield from found
 
-    monkeypatch.setattr("disha.cli.evaluate.shown", watch)
+    monkeypatch.setattr("disha.cli.evaluate.with_progress", watch)
     assert measure("--exact_match", "--per_device_eval_batch_size", 4).code == 0
     assert seen == [("measuring", 3, 3), ("answering", 3, 3)]
 
@@ -222,7 +222,7 @@ def test_what_scales_need_is_found_out_before_anything_is_measured(
 ):
     from disha.finetune.models.checkpoint import open_model
 
-    monkeypatch.setattr("disha.cli.evaluate.shown", None)  # measuring would call it
+    monkeypatch.setattr("disha.cli.evaluate.with_progress", None)  # measuring would call it
     unfit = write_rows(tmp_path / "unfit.jsonl", [{"query": "a"}])
     done = measure("--scales", "0,1", "--retain", unfit)
     assert done.code == 2
