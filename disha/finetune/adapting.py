@@ -82,10 +82,10 @@ def plan(model: nn.Module, settings: AdapterSettings) -> disha.Plan:
 
 
 def arguments(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
-    """Return the arguments that add such an adapter to a model, with new blocks.
+    """Return the arguments of `disha.inject_adapters` for an adapter with new blocks.
 
-    The default target leaves out weights that r does not fit, if it fits others: some models have
-    small matrices, such as Mamba's for the length of a step, beside large ones.
+    If r fits only some of the weights, the default target leaves out the others. Some models have
+    small matrices beside large ones, such as Mamba's for the length of a step.
     """
     asked = _asked(model, settings)
     if settings.target is not None or settings.adapter is not None or isinstance(model, Decoder):
@@ -113,7 +113,7 @@ def _asked(model: nn.Module, settings: AdapterSettings) -> dict[str, Any]:
 
 
 def _arguments_of_file(path: Path) -> dict[str, Any]:
-    """Return arguments that name the layers of a file one by one."""
+    """Return arguments that name each layer of an adapter file."""
     described = disha.inspect_adapter(path)
     names = {f"^{re.escape(layer.name)}$": layer for layer in described.layers}
     return {
@@ -159,7 +159,7 @@ def _loaded(model: nn.Module, adapter: Path, dtype: torch.dtype | None = None) -
 
 
 def _trained_besides(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that are trained with the adapter's own."""
+    """Return the names of the parameters of the base model that are trained with the adapter."""
     own = set(map(id, disha.adapter_parameters(model)))
     named = model.named_parameters()
     return [name for name, p in named if p.requires_grad and id(p) not in own]
@@ -173,7 +173,7 @@ def base_values(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 @contextmanager
 def without_adapter(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Turn a model into the base model while the body runs.
+    """Turn a model into the base model inside the block.
 
     Args:
         model: the model, with an adapter that is not merged.

@@ -33,6 +33,7 @@ TEMPLATE_KEY = "template"
 
 
 STANDARD_INPUT = Path("/dev/stdin")
+"""The file of prompts if no flag gives prompts."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def noted_template(adapter: Path | None, tokenizer: Tokenizer) -> Template | Non
     note = None if adapter is None else disha.inspect_adapter(adapter).metadata.get(TEMPLATE_KEY)
     if note is None:
         return None
-    # The file may be a stranger's: its note is a text, and never names a file.
+    # The file may be from a stranger. So its note is a text, and never names another file.
     return template_from(note, tokenizer, f"the note in {adapter}")
 
 

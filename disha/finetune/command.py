@@ -132,7 +132,7 @@ def _clear_drafts(folder: Path) -> None:
 
 
 def _is_finished(output: OutputSettings) -> bool:
-    """Return whether a run that resumes finds a finished one and no checkpoint.
+    """Return whether a run is to resume, and its folder holds a finished run and no checkpoint.
 
     Raises:
         SettingsError: there are results of an earlier run, and no flag says what to do with them.
@@ -274,7 +274,7 @@ def _samples(
     settings: FinetuneSettings,
     clock: Clock,
 ) -> list[Sample]:
-    """Return answers before and after training, if rows have a query and a response."""
+    """Return answers from before and after training, if the rows have a query and a response."""
     encoder, count = inputs.encoder, settings.output.samples
     if encoder is None or encoder.template is None or not count:
         return []
@@ -293,9 +293,9 @@ def _samples(
 
 
 def _timely(pieces: Generator[str], seconds: float) -> Iterator[str]:
-    """Yield the pieces of an answer until so much time is over."""
+    """Yield the pieces of an answer, and stop after this many seconds."""
     end = time.monotonic() + seconds
-    with closing(pieces):  # the base's answer turns the adapter off until then
+    with closing(pieces):  # until then, an answer of the base model keeps the adapter turned off
         for piece in pieces:
             yield piece
             if time.monotonic() > end:
@@ -304,7 +304,7 @@ def _timely(pieces: Generator[str], seconds: float) -> Iterator[str]:
 
 
 def _uncut_rows(inputs: Inputs) -> Iterator[Row]:
-    """Yield rows that fit. The model has seen only a part of the query of any other row."""
+    """Yield the rows that are not cut. Of a cut row, the model has seen only a part."""
     assert inputs.encoder is not None
     for row in first_rows(inputs.dataset):
         outcome = inputs.encoder.outcome(row)

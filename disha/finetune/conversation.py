@@ -1,4 +1,4 @@
-"""A conversation with a model: answers know the turns before, which are not computed again."""
+"""A conversation with a model. Answers depend on all earlier turns, which are read only once."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class _Turn:
 class Conversation:
     """Several turns of questions and answers.
 
-    The first prompt is that of a single question. With the tokenizer's chat template, the template
-    writes all turns. With any other template, a turn is a prompt, its answer and the end token, as
-    in training, and a line break comes between two turns. Where this would leave too little of the
-    model's context, the oldest turns are forgotten until half of it is free.
+    The first prompt is that of a single question. The tokenizer's chat template writes all turns
+    itself. With any other template, a turn is a prompt, its answer and the end token, as in
+    training, and a line break separates two turns. If the turns leave too little of the model's
+    context free, the oldest ones are forgotten until half of it is free.
 
     Args:
         answerer: the model, its template, and how tokens are chosen.
@@ -48,7 +48,7 @@ class Conversation:
     def ask(self, question: str) -> Generator[str]:
         """Yield the answer to a question piece by piece.
 
-        If it is stopped, what has come of the answer stays in the conversation. Afterwards,
+        If the answer is stopped, its part so far stays in the conversation. Afterwards,
         `forgotten` is how many of the oldest turns were forgotten for this question.
 
         Raises:

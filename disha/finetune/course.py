@@ -1,8 +1,8 @@
 """Training from the first to the last step: evaluations, records, checkpoints, and resuming.
 
-A signal such as Ctrl-C stops the current step or evaluation. The checkpoint is that of the last
-complete step. The resumed run repeats the step or evaluation that was stopped, and comes to the
-same result. Signals wait while weights are updated, and while a step is recorded.
+A signal such as Ctrl-C stops the current step or evaluation, and a checkpoint of the last complete
+step is saved. The resumed run repeats the step or evaluation that was stopped, and gets the same
+result. Signals wait while weights are updated, and while a step is recorded.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Course:
     """The result of training.
 
     Args:
-        steps: the optimizer steps; of steps before a resume, those that were recorded.
+        steps: the optimizer steps. Steps before a resume are here if they were recorded.
         evaluations: the loss on the checked rows, by the number of steps done before it.
         progress: how far training came, including the steps before a resume.
         resumed_from: the checkpoint that this run resumed from, if any.
         best: the best step, if the model now has its adapter and not that of the last step.
-        stopped_early: whether measurements did not get better for too long.
+        stopped_early: whether training stopped because measurements no longer got better.
     """
 
     steps: tuple[Step, ...]
@@ -146,7 +146,7 @@ class _Training:
     steps: list[Step] = field(default_factory=list)
     evaluations: dict[int, float] = field(default_factory=dict)
     exact_matches: dict[int, float] = field(default_factory=dict)
-    """The part of exact answers, by steps as in `evaluations`, if that decides what is best."""
+    """The fraction of exact answers, by steps as in `evaluations`, if it decides what is best."""
     best: Mapping[str, Tensor] | None = None
     """The adapter of the best step, if it is to be kept."""
     progress: Progress = field(default_factory=Progress)
@@ -190,7 +190,7 @@ class _Training:
 
     @property
     def _recorded(self) -> int:
-        """The last step that is recorded, when a run resumes."""
+        """The last step that is already recorded when a run resumes."""
         return self.progress.step - (self.unmeasured is not None)
 
     def _saved(self) -> SavedState | None:
@@ -203,7 +203,7 @@ class _Training:
         return saved
 
     def _agreed(self, saved: SavedState | None) -> Setup:
-        """Return the setup of this run, which agrees with that of the run to resume."""
+        """Return the setup of this run. Raise if it does not agree with the run to resume."""
         training, source = self.settings.training, self.inputs.source
         folder = self.settings.output.output if saved is None else saved.folder
         before = None if saved is None else Setup(**saved.setup)
@@ -242,7 +242,7 @@ class _Training:
         return measured
 
     def _exact_match(self) -> float:
-        """Return the part of the first held-out rows that the model answers exactly."""
+        """Return the fraction of the first held-out rows that the model answers exactly."""
         encoder, processes = self.inputs.encoder, self.processes
         assert encoder is not None
         model = undistributed(self.objective).model

@@ -36,7 +36,7 @@ class CheckpointError(BadInputError):
 
 
 class UnsupportedModelError(CheckpointError):
-    """A model is one that the built-in decoder does not compute."""
+    """The built-in decoder does not compute this kind of model."""
 
 
 class TokenizerError(BadInputError):

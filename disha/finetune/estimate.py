@@ -1,8 +1,8 @@
-"""Estimates the memory and time of a training step without taking one.
+"""Estimates the memory and time of a training step without training.
 
 One batch goes forward and backward through the model, adapter and loss, with tensors that have
-shapes but no values. What is alive at the same time is its memory. Its multiply-adds, and the speed
-of one matrix product on this machine, give the time.
+shapes but no values. The memory is that of the tensors that exist at the same time. The time is the
+number of multiply-adds, divided by the speed of one matrix product on this machine.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Estimate:
 def estimate(
     model: nn.Module, settings: FinetuneSettings, batch: Batch, *, has_tokenizer: bool = True
 ) -> Estimate | str:
-    """Estimate what a batch takes. It injects the adapter.
+    """Inject the adapter, and estimate what a batch takes.
 
     Args:
         model: the base model, with or without values.
@@ -74,7 +74,7 @@ def estimate(
         has_tokenizer: whether the model learns from text.
 
     Returns:
-        The estimate; or a reason why the model can't run without values, and has none.
+        The estimate. If the model has no values and can't run without them, the reason.
 
     Raises:
         DishaError: the adapter does not fit the model.
@@ -91,7 +91,7 @@ def estimate(
     objective = objective_for(model, has_tokenizer=has_tokenizer)
     try:
         measured = _run(objective, batch, settings, real=False)
-    except Exception as error:  # a model's own code can need values, and raise anything
+    except Exception as error:  # a model's own code may need values, and can raise anything
         if is_empty:
             return f"{type(error).__name__}: {error}"
         measured = _run(objective, batch, settings, real=True)
@@ -109,9 +109,9 @@ def _base_bytes(model: nn.Module, settings: FinetuneSettings) -> int:
 
 
 def _make_runnable(model: nn.Module) -> None:
-    """Put all tensors without values into one piece of memory, which is never written.
+    """Give all tensors without values the same piece of memory, which is never written.
 
-    On the meta device, operations would choose other ways than in training.
+    If they stayed on the meta device, operations would take other ways than in training.
     """
     empty = [one for one in (*model.parameters(), *model.buffers()) if one.is_meta]
     memory = torch.empty(max((one.nbytes for one in empty), default=0), dtype=torch.uint8)
@@ -139,11 +139,11 @@ def _run(
 
 
 class Measuring(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts memory and arithmetic within the block: of all new tensors, and of matrix products.
+    """Counts the memory of all new tensors and the arithmetic of matrix products inside the block.
 
     Args:
-        real: whether operations compute. If not, what they make has its shape and no values: plain
-            tensors whose memory is never touched, so that all code does as in training.
+        real: whether operations compute. If not, they make plain tensors of the right shapes,
+            whose memory is never touched. So all code does the same as in training.
     """
 
     def __init__(self, *, real: bool = False) -> None:
@@ -171,7 +171,7 @@ class Measuring(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._real:
             return tree_map_only(Tensor, self._noted, function(*args, **kwargs))
         if function is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return True  # models ask whether a mask holds everywhere, and it does in full rows
+            return True  # models ask whether a mask is True everywhere, as it is in full rows
         if function._schema.name == "aten::_grouped_mm":
             return self._grouped(*args, **kwargs)
         if "device" in kwargs:
@@ -211,7 +211,7 @@ def _without_values(tensor: Tensor) -> Tensor:
 
 
 class _AllLearned(TorchFunctionMode):
-    """Lets a mask choose everything: how much it chooses would depend on its values."""
+    """Lets every mask choose everything. What it chooses depends on values, which are not there."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -84,7 +84,7 @@ class Measurement:
 
 
 Watch: TypeAlias = Callable[[Iterable[Any], int, str], Iterable[Any]]
-"""A function that passes items on and shows progress. It gets the items, their number, a label."""
+"""A function that yields items and shows progress. It takes the items, their number and a label."""
 
 
 def evaluate(
@@ -223,7 +223,7 @@ def exact_answers(
     size: int,
     watch: Watch = lambda items, total, label: items,
 ) -> int:
-    """Count the answers that equal the response, apart from white space around it.
+    """Count the answers that equal the response, apart from surrounding white space.
 
     Args:
         model: the model.

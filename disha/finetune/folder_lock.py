@@ -30,10 +30,10 @@ LONGEST_NOTE = 500
 """How many bytes of the note of another run are shown."""
 
 ATTEMPTS = 100
-"""How often to try again if other runs remove the file or the folder in between."""
+"""How often to try. Between two steps, another run may remove the file or the folder."""
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What a file system answers that has no locks."""
+"""The errors of a file system that has no locks."""
 
 
 class FolderLock:
@@ -52,7 +52,7 @@ class FolderLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lock during the block. Folders that it made and left empty go at the end.
+        """Hold the lock during the block. Then remove the folders that it made, if they are empty.
 
         Raises:
             OutputError: another run holds it, or the folder can't be written.
@@ -66,9 +66,9 @@ class FolderLock:
             self._release()
 
     def keep(self) -> None:
-        """If the folder was deleted, make it again and lock it. Do nothing outside `held`.
+        """If the folder was deleted, make it again and lock it. Call this before writing.
 
-        Call it before writing.
+        Outside `held`, it does nothing.
 
         Raises:
             OutputError: another run has taken the folder meanwhile, or it can't be written.
@@ -176,7 +176,7 @@ _held: set[FileIO] = set()
 
 
 def _close_copies() -> None:
-    """Close what a forked process inherits: otherwise it would hold the lock after its parent."""
+    """Close the files that a forked process inherits. They would keep the lock after its parent."""
     for file in _held:
         file.close()
     _held.clear()

@@ -54,8 +54,8 @@ class Memory:
     """A text that a model has read, and what the model has computed of it.
 
     The built-in decoder keeps keys and values, and models of transformers keep what their own cache
-    holds. Any other model reads the complete text again for every token. A memory holds for the
-    model as it is: with another adapter, or without one, use another memory.
+    holds. Any other model reads the complete text again for every token. A memory belongs to the
+    model as it is: after a change of the adapter, use another memory.
 
     Args:
         model: the language model, with or without adapters.
@@ -91,7 +91,7 @@ class Memory:
     def unread(self, text: Sequence[int]) -> Sequence[int]:
         """Return the tokens of a text that are still to be read, at least one.
 
-        What the memory shares with the beginning of the text stays; the rest is forgotten.
+        The memory keeps the beginning that it shares with the text, and forgets the rest.
         """
         known = [] if self._text is None else self._text[0].tolist()
         pairs = enumerate(zip(known, text[:-1], strict=False))
@@ -254,7 +254,7 @@ def context_of(model: object) -> int | None:
 
 
 def text_config(model: object) -> object:
-    """Return a model's configuration, of one that also takes images the part for text."""
+    """Return a model's configuration. If the model also takes images, return the part for text."""
     config = getattr(model, "config", None)
     of_text = getattr(config, "get_text_config", None)
     return config if of_text is None else of_text()

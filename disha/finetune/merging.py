@@ -1,8 +1,8 @@
 """Writes a base model with an adapter merged into its weights, as a folder that loads as the base.
 
-Where the folder stores the weights as the model has them, they are merged one after another.
-transformers joins the experts of some models as it loads them, and some other weights. Then the
-whole model is loaded, merged, and saved in the form that it had.
+If the folder stores the weights as the model has them, they are merged one after another. For some
+models, transformers joins experts or other weights as it loads them. Such a model is loaded as a
+whole, merged, and saved in the form that it had.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The note in an adapter file that says where its base model is.
 
-The note holds the flags of the model as JSON. A path is noted from the folder of the adapter file,
-and begins with a dot. So it holds in a folder that is moved, and says little about the machine.
-Anything else is a name, as of the Hugging Face hub.
+The note holds the flags of the model as JSON. A path in it is relative to the folder of the adapter
+file, and begins with a dot. So the note stays right when both are moved together, and tells little
+about the machine. Any other text is a name, such as one of the Hugging Face hub.
 
-A file may be a stranger's. So its note never names a function to call, nor another machine.
+A file may be from a stranger. So a function in a note is never called, and a path in a note never
+leads to another machine.
 """
 
 from __future__ import annotations

@@ -34,13 +34,13 @@ MOST_GROUPS, MOST_REMARKS, MOST_RUNS, MOST_SPANS = 14, 4, 3, 6
 """How many of these are shown: groups of layers, remarks on layers, runs of numbers, spans."""
 
 SAMPLED_BATCHES = 16
-"""How many batches tell how long rows are."""
+"""How many batches are looked at to find out how long rows are."""
 
 
 def preview(inputs: Inputs, settings: FinetuneSettings, processes: int = 1) -> str:
-    """Return what would be adapted and learned, in how many steps, in how much memory and time.
+    """Return a text on what would be adapted and learned, and on the steps, memory and time.
 
-    It fits a screen of 40 lines of 100 columns.
+    The text fits a screen of 40 lines of 100 columns.
 
     Args:
         inputs: the inputs of the run.
@@ -183,7 +183,7 @@ def _costs(
 
 
 def _batch(inputs: Inputs, settings: FinetuneSettings) -> tuple[Batch, float, str]:
-    """Return the largest batch, what part of it an average batch is, and its shape in words."""
+    """Return the largest batch, the average size as a part of it, and its shape in words."""
     batches = itertools.islice(inputs.source.batches(1), SAMPLED_BATCHES)
     sampled: list[Any] = [inputs.source.collate(batch) for batch in batches]
     if inputs.encoder is None:

@@ -35,14 +35,14 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     def say(self, line: str) -> None:
-        """Print a line, with what the output can't encode escaped."""
+        """Print a line. Characters that the output can't encode are escaped."""
         if self._prints:
             encoding = sys.stdout.encoding or "utf-8"
             print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
     def watched(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Yield items, and move a bar if this is a terminal."""
-        hidden = None if self._prints else True  # None: off a terminal
+        hidden = None if self._prints else True  # None shows the bar only on a terminal
         yield from tqdm(items, label, total, leave=False, file=sys.stdout, disable=hidden)
 
     @contextmanager

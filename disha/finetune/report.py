@@ -218,7 +218,7 @@ def environment() -> dict[str, Any]:
 
 def peak_memory() -> int | None:
     """Return this process's peak resident memory so far, in bytes; None if unknown."""
-    # On Linux, `getrusage` also counts what the process that started this one had then.
+    # On Linux, `getrusage` also counts the memory of the process that started this one.
     found = re.search(r"^VmHWM:\s*(\d+) kB$", _text_of("/proc/self/status"), re.MULTILINE)
     if found:
         return int(found[1]) * 1024
@@ -236,5 +236,5 @@ def _processor() -> str:
 
 
 def _text_of(path: str) -> str:
-    """Return the text of a file of Linux's; empty elsewhere."""
+    """Return the text of a file that only Linux has; elsewhere, an empty text."""
     return Path(path).read_text() if Path(path).exists() else ""

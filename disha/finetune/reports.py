@@ -1,6 +1,6 @@
-"""Reports: what a run records, sent to other programs by their own libraries.
+"""Reports: the libraries of other programs send them what a run records.
 
-Each program is a row of `OPENERS`. Its library is imported only if its report is asked for, and is
+Each program is a row of `OPENERS`. Its library is imported only if its report is asked for. It is
 set up as usual, such as by ``WANDB_MODE`` or ``MLFLOW_TRACKING_URI``.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["EVENTS", "Report", "open_reports"]
 
 EVENTS = "tensorboard"
 RUNS = "reports.json"
-"""The file that holds the names of the runs in other programs, for runs that go on."""
+"""The file with the names that other programs gave to this run. A resumed run needs them."""
 
 PROJECT = "disha"
 LONGEST_VALUE = 500
@@ -35,8 +35,8 @@ class Report:
     Args:
         log: takes numbers by their names, and the step.
         close: sends what remains.
-        run: the program's name of the run; None if a folder is enough.
-        reported: the last step that was reported before, which is not to be reported again.
+        run: the program's name of the run; None if the program needs only the folder.
+        reported: the last step that is already reported. Steps up to it are not reported again.
     """
 
     log: Callable[[dict[str, float], int], object]
@@ -136,7 +136,7 @@ def _trackio(
     import trackio
 
     key = run or f"{folder.name}-{uuid.uuid4().hex[:8]}"
-    # Without settings, a run that goes on would lose those that it has.
+    # Without settings, a resumed run would lose those that it has.
     config = dict(settings)
     opened = trackio.init(project=PROJECT, name=key, config=config, resume="allow", embed=False)
     return Report(lambda scalars, step: opened.log(scalars, step=step), opened.finish, key)

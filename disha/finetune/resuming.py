@@ -135,8 +135,8 @@ def batches_per_step(
 ) -> int:
     """Return how many batches a step has, on all processes. A resumed run has as many as before.
 
-    Another number of processes shares the batches of a step in another way. The flag may stay as it
-    is, or be adapted so that each process has equally many batches.
+    If the number of processes has changed, they share the batches of a step in another way. Then
+    the flag may stay as it is, or change so that a step has as many batches as before.
 
     Args:
         settings: the settings of training.

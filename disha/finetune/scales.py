@@ -1,7 +1,7 @@
-"""How the scale of an adapter trades what it learned against what the base could do.
+"""Measures what a model has learned and what it has forgotten, at several scales of its adapter.
 
-At scale 0 the model is the base, at 1 it is as trained. In between, and beyond, it has a part of
-the update. `disha evaluate --scales` measures the model at each.
+At scale 0 the model is the base, and at scale 1 it is as trained. Any other scale multiplies the
+update. `disha evaluate --scales` measures the model at each scale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["AtScale", "at_scales", "best_scale"]
 
 @dataclass(frozen=True)
 class AtScale:
-    """The losses of a model whose adapter has a scale.
+    """The losses of a model at one scale of its adapter.
 
     Args:
         scale: factor on the update; 1 as trained.
@@ -49,7 +49,7 @@ def at_scales(
         model: a model with the adapter, which is not merged.
         scales: factors on the update.
         loss: measures the model on the rows of the task.
-        retained: measures it on other rows.
+        retained: measures it on the rows that it should stay good at; None without such rows.
 
     Raises:
         SettingsError: the adapter has several scales.
@@ -70,5 +70,5 @@ def at_scales(
 
 
 def best_scale(found: Sequence[AtScale]) -> AtScale:
-    """Return the one with the lowest sum of losses; of equal ones, that with the lowest scale."""
+    """Return the losses with the lowest sum. Of equal ones, return those of the lowest scale."""
     return min(found, key=lambda one: (one.total, one.scale))

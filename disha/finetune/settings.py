@@ -1,8 +1,8 @@
 """The settings of the fine-tuning commands, which are also their flags.
 
 Each group of settings is a frozen dataclass. Its docstring is the help of its flags, and the type
-of a field says which values are allowed. `check` finds all mistakes that show without reading a
-model or data.
+of a field says which values are allowed. `check` finds all mistakes that can be found without
+reading a model or data.
 """
 
 from __future__ import annotations
@@ -122,14 +122,14 @@ def require_adapter(adapter: Path | None, *, compare: bool, merge: bool) -> None
 
 
 def require_unchanged(settings: object, names: tuple[str, ...], complaint: str) -> None:
-    """Raise `SettingsError` if one of the named settings has another value than its default."""
+    """Raise `SettingsError` if one of the named settings does not have its default."""
     for name in names:
         changed = getattr(settings, name) != getattr(type(settings)(), name)
         require(not changed, f"--{name} {complaint}")
 
 
 TITLES = {"bone": "Bone", "bat": "BAT"}
-"""Name of a method -> how the literature writes it, where that differs."""
+"""A method -> its name in the literature, if that is written in another way."""
 
 
 Bits: TypeAlias = Literal["bf16", "fp32", "8", "4"]
@@ -163,7 +163,7 @@ class ModelSettings:
 
     @property
     def base_model(self) -> Path:
-        """The file or folder.
+        """The file or folder of the model.
 
         Raises:
             SettingsError: it is not given.
@@ -174,7 +174,7 @@ class ModelSettings:
 
     @property
     def is_named(self) -> bool:
-        """Whether a model is given. The demo brings its own."""
+        """Whether a model is given. Without one, the demo uses its own."""
         return self.base_model_name_or_path is not None or self.model is not None
 
     @property
@@ -216,8 +216,8 @@ class AdapterSettings:
     """The adapter to train.
 
     Args:
-        adapter: An adapter file to train further, on the same or on other data. r, method and
-            layers are those of the file.
+        adapter: An adapter file to train further, on the same or on other data. The file sets r,
+            the method and the layers.
         bone_r: The shard size r. For each layer, Bone has r x outputs parameters, a tile has r x
             bone_r_out, and BAT has as many as Bone, rounded up to complete blocks.
         init_weights: True for Bone, bat for BAT, as in the original script.
@@ -247,7 +247,7 @@ class AdapterSettings:
 
     @property
     def method_name(self) -> str:
-        """The library's name of the method. Raises `SettingsError` if there is none."""
+        """The library's name of the method. Raises `SettingsError` if the method is unknown."""
         name = self.method or ("bat" if self.init_weights == "bat" else "bone")
         try:
             return disha.functional.method_of(name).name
@@ -262,7 +262,7 @@ class AdapterSettings:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Regex -> r, of rank_pattern. Raises `SettingsError` if a pair is not regex=r."""
+        """Regex -> r, from rank_pattern. Raises `SettingsError` if a pair is not regex=r."""
         ranks: dict[str, int] = {}
         for pair in self.rank_pattern:
             regex, _, r = pair.rpartition("=")
@@ -278,7 +278,8 @@ class AdapterSettings:
     def of_file(cls, path: Path) -> AdapterSettings:
         """Return the settings with which the adapter in a file is trained further.
 
-        The regexes only record how the layers were chosen. The file lists the layers by name.
+        The regexes only record how the layers were chosen. The names of the layers in the file
+        decide which layers are trained.
 
         Raises:
             DishaError: the file can't be read.
@@ -338,7 +339,7 @@ class AdapterSettings:
 
 
 class DataSet(NamedTuple):
-    """One of the data sets to train on: where it is, which of its rows, and their fields."""
+    """One of several data sets: its path, which of its rows to use, and their fields."""
 
     path: Path
     split: str
@@ -492,7 +493,7 @@ class DataSettings(RowSettings):
 
 
 REPORTS = ("tensorboard", "wandb", "trackio", "mlflow")
-"""The programs that runs are reported to, which are also the names of their packages."""
+"""The programs that runs can be reported to. Their packages have the same names."""
 
 ScheduleName = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "sgd", "adafactor"]
@@ -520,9 +521,9 @@ class TrainingSettings:
             line, or stays constant.
         warmup_ratio: Fraction of the steps, at the start, in which the learning rate rises.
         weight_decay: The optimizer's weight decay.
-        max_grad_norm: Largest norm of the gradients; larger ones are scaled down. With 0, there is
-            no limit.
-        seed: Sets the order of the rows and which rows are held out.
+        max_grad_norm: Largest norm of the gradients. Larger gradients are scaled down. With 0,
+            there is no limit.
+        seed: Decides the order of the rows, and which rows are held out.
         bf16: Compute in bfloat16 where that is safe (autocast), whatever --bits says.
         tf32: Let CUDA compute float32 products in TF32.
         gradient_checkpointing: Keep only the inputs of layers, and compute the rest again in the
@@ -566,7 +567,7 @@ class TrainingSettings:
 
     @property
     def comparing(self) -> str | None:
-        """The flag that compares measurements; None if no flag does."""
+        """The flag for which measurements are compared; None if no flag needs that."""
         if self.load_best_model_at_end:
             return "--load_best_model_at_end"
         return None if self.early_stopping_patience is None else "--early_stopping_patience"
@@ -752,14 +753,14 @@ class FinetuneSettings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return all settings by their flags' names, as JSON holds them."""
+        """Return all settings by the names of their flags, ready for JSON."""
         flat: dict[str, Any] = {}
         for name, value in vars(self).items():
             flat.update(vars(value) if dataclasses.is_dataclass(value) else {name: value})
         return {k: _plain(v) for k, v in flat.items()}
 
     def decisive(self) -> dict[str, Any]:
-        """Return the settings that have an effect on what is learned, beyond rounding."""
+        """Return the settings that change what is learned by more than rounding."""
         decisive = {k: v for k, v in self.to_json().items() if k not in {*HARMLESS, *ROUNDING}}
         if self.training.comparing is not None:
             decisive["eval_steps"] = self.data.eval_steps
@@ -796,8 +797,8 @@ class GenerateSettings:
     """All settings of `disha generate`. Flags may be spelled with underscores or dashes.
 
     Args:
-        prompt: The texts to answer, each in quotes. Without prompt and prompt_file, read one per
-            line from standard input; on a terminal, start a conversation.
+        prompt: The texts to answer, each in quotes. Without prompt and prompt_file, the texts are
+            the lines of standard input. On a terminal, a conversation starts instead.
         prompt_file: A file with one text to answer per line, instead of prompt. It may be a pipe.
         adapter: The adapter file, such as output/adapter.safetensors. Without it, the base model
             answers.
@@ -871,8 +872,8 @@ class EvaluateSettings:
             response, apart from surrounding white space.
         scales: Also measure the loss at these scales of the adapter, with commas: 0,0.5,1. At 0 the
             adapter is off, at 1 it is as trained.
-        retain: Rows that the model should stay good at, in the same form as data_path. With
-            --scales, their loss is measured too.
+        retain: A file or folder of rows on which the model should stay good, with the same fields
+            as those of data_path. With --scales, their loss is measured too.
         plot: Draw the losses at the scales into this PNG file.
         max_new_tokens: Largest number of tokens of a generated answer.
         per_device_eval_batch_size: Rows per batch.
@@ -946,7 +947,7 @@ FIRST = (
     *("base_model_name_or_path", "data_path", "output_dir", "bone_r", "method", "learning_rate"),
     *("num_train_epochs", "per_device_train_batch_size", "max_seq_length", "resume"),
 )
-"""The flags that matter most. The help shows them first."""
+"""The most used flags. The help shows them first."""
 
 
 def _plain(value: Any) -> Any:
@@ -958,16 +959,16 @@ def _plain(value: Any) -> Any:
 
 # --- resuming ------------------------------------------------------------------------------------
 
-# When a run resumes, a setting must be as before, unless one of these says otherwise.
+# When a run resumes, every setting must be as before, except for the settings listed here.
 
 HARMLESS = (
     *("eval_steps", "streaming", "dataloader_num_workers", "config", "dry_run", "debug"),
     *(one.name for one in dataclasses.fields(OutputSettings)),
 )
-"""Settings that may change, because they don't affect what is learned."""
+"""Settings that may change, because they do not affect what is learned."""
 
 ROUNDING = ("strategy", "gradient_checkpointing", "compile")
-"""Settings that may change, because they affect what is learned by rounding only."""
+"""Settings that may change, because they affect only the rounding of what is learned."""
 
 FINDING: Mapping[str, tuple[str, ...]] = {
     "base model": ("base_model_name_or_path", "demo"),
@@ -981,13 +982,13 @@ FINDING: Mapping[str, tuple[str, ...]] = {
         *("tokenizer", "skip_bad_rows", "demo"),
     ),
 }
-"""What must be the same -> the settings that name it, which may name the same in another way."""
+"""What must stay the same -> the settings that name it. They may change if it stays the same."""
 
 RATES = ("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio")
 """Settings that may change if the steps already done keep their learning rates."""
 
 MAY_CHANGE = frozenset({*itertools.chain(*FINDING.values()), *RATES, "gradient_accumulation_steps"})
-"""All other settings that count and that may change; each has a rule of its own."""
+"""The settings that affect what is learned, and may still change. Each has a rule of its own."""
 
 
 DEMO_SETTINGS = FinetuneSettings(
@@ -997,4 +998,4 @@ DEMO_SETTINGS = FinetuneSettings(
     training=TrainingSettings(max_steps=100, learning_rate=2e-4, warmup_ratio=0.05),
     output=OutputSettings(output_dir=Path("demo-output"), logging_steps=5, verify=True),
 )
-"""The defaults of ``--demo``, which other flags replace."""
+"""The defaults of ``--demo``. Other flags replace them."""

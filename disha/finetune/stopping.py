@@ -1,7 +1,7 @@
 """Signals that ask the process to stop, such as Ctrl-C.
 
-A signal raises `Interrupted`, wherever the process is. Where that would tear something, signals
-are held: they are noted, and answered later. A second signal ends the process at once.
+A signal raises `Interrupted`, wherever the process is. Where that would leave something half done,
+a signal is only noted, and raises later. A second signal ends the process at once.
 
 Python runs the handler of a signal between two of its own instructions, in the main thread. So an
 operation of PyTorch that is under way is finished first.
@@ -44,8 +44,8 @@ TOGETHER = 1.0
 """Seconds in which several signals count as one. Under torchrun, one Ctrl-C sends two signals: one
 from the terminal, and one from torchrun. A terminal that is closed may send two as well."""
 
-FIRST_TELLS = 10.0
-"""How many seconds other processes give the one that failed first to tell why."""
+LONGEST_WAIT = 10.0
+"""How many seconds a process waits for the one that failed first, which prints the reason."""
 
 FAREWELL = b"\ndisha: stopped at once; every file that was written is complete\n"
 
@@ -127,10 +127,10 @@ def wait_for_first() -> None:
     """Wait until torchrun stops this process, which it does once another one has ended.
 
     If this process ended before the one that failed first, torchrun would stop that one before it
-    has said why.
+    has printed the reason.
     """
     with raising(False):
-        end = time.monotonic() + FIRST_TELLS
+        end = time.monotonic() + LONGEST_WAIT
         while noted_signal() is None and time.monotonic() < end:
             time.sleep(0.05)
 

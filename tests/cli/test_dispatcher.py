@@ -94,7 +94,7 @@ def test_an_unknown_command_names_the_one_that_is_meant(run, word, meant):
 
 def test_of_several_processes_the_first_complains_of_wrong_usage(run, files, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("disha.finetune.stopping.FIRST_TELLS", 0.0)
+    monkeypatch.setattr("disha.finetune.stopping.LONGEST_WAIT", 0.0)
     assert run("inspect", files.adapter(), "--stat") == Done(2, "", "")
 
 
