@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import disha
-from disha.finetune.errors import CheckpointError, SettingsError
+from disha.finetune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from disha.finetune.models.decoder import Decoder
@@ -56,10 +56,7 @@ def quantise_layers(
     Raises:
         CheckpointError: a layer has sizes that 4 bits on the CPU do not allow.
         MissingPackageError: bitsandbytes is not installed.
-        SettingsError: `bits` is neither 8 nor 4.
     """
-    if bits not in (8, 4):
-        raise SettingsError(f"a base model can be quantised to 8 or 4 bits, got {bits}")
     require_bitsandbytes()
     for layer in model.model.layers:
         linears = [(path, one) for path, one in layer.named_modules() if type(one) is nn.Linear]
