@@ -125,7 +125,7 @@ def collate(rows: Sequence[TextRow], *, positions: bool = False) -> TokenBatch:
 
 
 def batch_by_length(examples: Sequence[Example], size: int) -> Iterator[TokenBatch]:
-    """Yield batches of `size`, longest first, for little padding and an early memory peak."""
+    """Yield batches of `size`, the longest first. So padding is small and the memory peak early."""
     lengths = [len(example.tokens) for example in examples]
     ordered = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     for start in range(0, len(ordered), size):
@@ -135,7 +135,7 @@ def batch_by_length(examples: Sequence[Example], size: int) -> Iterator[TokenBat
 def packed(examples: Sequence[Example], capacity: int) -> list[TextRow]:
     """Put examples into rows of at most `capacity` tokens to predict from.
 
-    An example of n tokens takes n - 1 places, because its last token predicts nothing.
+    An example of n tokens takes n - 1 places, because no token is predicted from its last one.
     """
     boxes = first_fit([len(example.tokens) - 1 for example in examples], capacity)
     return [tuple(examples[index] for index in box) for box in boxes]
@@ -186,9 +186,10 @@ PACKED_TOGETHER = 1024
 class TextBatches:
     """Batches of examples, shuffled again in every epoch.
 
-    Without packing, examples may be sorted by length within windows of some batches, so that
-    examples of similar length share a batch with little padding. Then the batches of a window are
+    Without packing, examples may be sorted by length within windows of some batches. So examples of
+    similar length share a batch, which has little padding. Then the batches of a window are
     shuffled.
+
     With packing, examples that are close together in the shuffled order share rows. So the contents
     of rows change from epoch to epoch, and the number of rows changes a little.
 
@@ -198,7 +199,7 @@ class TextBatches:
         seed: decides the order.
         row_length: pack examples into rows of at most this many tokens; an example may have one
             token more. None gives each example a row of its own.
-        by_length: sort by length, where rows are not packed.
+        by_length: sort by length, if rows are not packed.
     """
 
     examples: StoredExamples

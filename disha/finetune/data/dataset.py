@@ -51,7 +51,7 @@ def read_rows(settings: RowSettings) -> Rows:
 
 
 def _opened(settings: RowSettings, split: str | None = None) -> list[Rows]:
-    """Return the rows of each data set, of its own split or of another one."""
+    """Return the rows of each data set: of the given split, or else of its own."""
     return [open_rows(one.path, split or one.split) for one in settings.sets]
 
 
@@ -92,8 +92,8 @@ def split_held_out(rows: Rows, fraction: float, seed: int) -> Dataset:
 
     Args:
         rows: the rows to divide.
-        fraction: how much to hold out, from 0 up to but not including 1; rounded to whole rows,
-            at least one row, unless it is 0.
+        fraction: how much to hold out: at least 0, and less than 1. It is rounded to whole rows,
+            and to at least one row unless it is 0.
         seed: decides which rows.
 
     Raises:

@@ -2,8 +2,8 @@
 
 The fields of a row decide which tokens count in the loss:
 
-- two fields: the response and an end token, which follow a template that holds the query
-- one field of text: all of it
+- two fields: the response and an end token; the query stands before them in a template
+- one field of text: the whole text
 - one field of chat messages: the assistant's messages
 """
 
@@ -128,7 +128,7 @@ class Encoder:
     long is left out.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         fields: the names of the query and response fields, or of one text or chat field.
         max_length: most tokens per row.
         template: the text around a query; needed for two fields.
@@ -281,7 +281,7 @@ def _outcomes(rows: Rows, encoder: Encoder, workers: int) -> Iterator[Outcome]:
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=_leave_stopping_to_training,
-        # Without its own generator, the loader would draw from training's random state.
+        # Without its own generator, the loader would change the random state of training.
         generator=torch.Generator(),
     )
     try:
@@ -300,9 +300,9 @@ def _outcomes(rows: Rows, encoder: Encoder, workers: int) -> Iterator[Outcome]:
 
 @dataclass(frozen=True)
 class _EncodedRows(IterableDataset[Sequence[Outcome] | DishaError]):
-    """The outcomes of rows, some together. Of several processes, each encodes every nth piece.
+    """The outcomes of rows, in pieces of several rows. Each of n processes encodes every nth piece.
 
-    An error is the last item, and not raised, because an exception from another process loses its
+    An error is not raised, but is the last item. An exception that another process raises loses its
     message on the way here.
     """
 
@@ -324,9 +324,9 @@ class _EncodedRows(IterableDataset[Sequence[Outcome] | DishaError]):
 
 
 def _leave_stopping_to_training(worker: int) -> None:
-    """Ignore signals such as Ctrl-C, which every process gets, and end at SIGTERM as usual.
+    """Ignore signals such as Ctrl-C, which every process gets, but end at SIGTERM as usual.
 
-    Workers start while training handles these signals, and would inherit its handler.
+    A worker starts while training handles these signals, so it inherits the handler of training.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

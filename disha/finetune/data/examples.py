@@ -43,7 +43,7 @@ class Example:
 
 
 class StoredExamples(Sequence[Example]):
-    """Examples in arrays, which take 4 bytes a token; a tuple of numbers takes about 30.
+    """Examples in arrays. An array takes 4 bytes for a token, and a tuple of numbers about 30.
 
     Args:
         examples: the first examples.
@@ -78,7 +78,7 @@ class StoredExamples(Sequence[Example]):
 
     @property
     def drawn(self) -> list[int]:
-        """How many examples an epoch draws, from each data set if they have weights."""
+        """How many examples an epoch draws: of each data set if they have weights, else of all."""
         return drawn(self._sizes, self._weights) if self._weights else [len(self)]
 
     def __len__(self) -> int:

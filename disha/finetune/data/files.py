@@ -1,4 +1,4 @@
-"""Reads data files as rows. The ending of a file's name gives its format.
+"""Reads data files as rows. The end of a file's name says which format it has.
 
     .jsonl .ndjson    a JSON object per line
     .json             a list of JSON objects, or an object that holds one such list
@@ -6,7 +6,7 @@
     .parquet          a table
     .txt              a text per line, in the field `text`
 
-All formats but Parquet may also be packed with gzip, as in rows.jsonl.gz. Only a few rows are in
+All formats except Parquet may also be packed with gzip, as in rows.jsonl.gz. Only a few rows are in
 memory at a time, except for JSON files, which are read whole.
 """
 
@@ -35,7 +35,7 @@ PARQUET, PACKED = ".parquet", ".gz"
 
 
 def file_format(path: Path) -> str | None:
-    """Return the ending of a file's name that gives its format, or None."""
+    """Return the end of a file's name that says which format it has; None if it says nothing."""
     packed = path.suffix.lower() == PACKED
     suffix = (Path(path.stem) if packed else path).suffix.lower()
     return suffix if suffix in READERS and not (suffix == PARQUET and packed) else None

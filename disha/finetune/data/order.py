@@ -1,9 +1,9 @@
 """The order of rows, set by a seed; with weights, of several data sets mixed into one.
 
-With the weights w, a data set gives the part w / (w1 + w2 + ...) of an epoch's rows. An epoch has
-as many rows as the data sets with a weight above 0 have together. Every epoch draws anew: a data
-set that has more rows than that gives a random part of them, and one that has fewer is repeated, in
-another order each time.
+A data set with the weight w gives the part w / (w1 + w2 + ...) of an epoch's rows. An epoch has as
+many rows as the data sets with a weight above 0 have together. Every epoch draws anew. If a data
+set has more rows than it gives, each epoch draws another random part of them. If it has fewer, its
+rows are repeated, in another order each time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 __all__ = ["drawn", "mixed_order", "permutation"]
 
 CHUNK = 65536
+"""How many numbers are Python objects at a time. They take more memory than numbers in an array."""
 
 
 def permutation(count: int, seed: int) -> array[int]:
@@ -43,7 +44,7 @@ def drawn(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 def mixed_order(sizes: Sequence[int], weights: Sequence[float], seed: int) -> array[int]:
-    """Return the numbers of the rows that an epoch draws, counted through all data sets.
+    """Return the numbers of the rows that an epoch draws. They count through all data sets.
 
     Args:
         sizes: how many rows each data set has.

@@ -1,4 +1,4 @@
-"""Reads rows of Parquet files, some at a time."""
+"""Reads rows of Parquet files, a few at a time."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _row(batch: Any, index: int, place: str) -> Row:
 
 
 def _value(scalar: Any) -> Any:
-    """Return a Python value, or pyarrow's own if Python has none, as for nanoseconds."""
+    """Return a Python value. If Python has none, as for nanoseconds, return pyarrow's own."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError:

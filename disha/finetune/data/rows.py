@@ -1,7 +1,7 @@
 """Rows, in memory or on disk, which are read one after another.
 
-A row that can't be read stays among the others and raises when its fields are asked for. So the
-reader decides whether to stop or to count bad rows.
+A row that can't be read stays among the others, and raises only when its fields are asked for. So
+the reader decides whether to stop at bad rows or to count them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Row:
         fields: its values by field name.
         place: where it is from, as in "rows.jsonl, line 7"; for messages.
         complaint: why it can't be read; None if it can.
-        names: the names of the fields to learn, if its data set has its own.
+        names: the names of the fields to learn, if data sets have different ones.
     """
 
     fields: Mapping[str, Any]
@@ -97,7 +97,7 @@ class Rows:
     Args:
         files: the files, in order.
         numbers: which rows, counted through all files; all rows if not given.
-        names: for each file, the names of its fields to learn, if data sets have their own.
+        names: for each file, the names of its fields to learn, if data sets have different ones.
         sizes: how many of the rows each data set has, if there are several.
     """
 
@@ -141,7 +141,7 @@ class Rows:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[Row]:
-        """Read the rows. A file is read again only if an earlier row of it is to come."""
+        """Read the rows. A file is read again only to go back to an earlier row of it."""
         reader: Iterator[Row] = iter(())
         current, following = -1, 0
         for number in self._numbers:
@@ -163,7 +163,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows to train on, and the held-out rows to measure on (maybe none)."""
+    """The rows to train on, and the held-out rows to measure on. There may be no held-out rows."""
 
     training: Rows
     held_out: Rows

@@ -8,9 +8,9 @@
 Percentages are rounded to the nearest row, and halves to the even row, as in upstream's data
 library. So `train[:k%]` and `train[k%:]` share no row and leave none out.
 
-In a folder, a file's name begins with the name of its split, or else the name of a folder around it
-does: `train-part1.jsonl`, `test.csv`, `validation/rows.parquet`. The name of a numbered part begins
-with its split, which may have any name: `extra-00000-of-00002.parquet`. All other files belong to
+In a folder, the name of a file, or of a folder around it, begins with the name of its split:
+`train-part1.jsonl`, `test.csv`, `validation/rows.parquet`. The name of a numbered part begins with
+its split, which may have any name: `extra-00000-of-00002.parquet`. All other files belong to
 `train`.
 """
 
@@ -48,9 +48,9 @@ class SplitPart:
 
     Args:
         name: the name of the split.
-        start: the first row as written, in rows or percent, maybe with a minus; empty means the
-            beginning.
-        end: the row after the last one, as written; empty means the end.
+        start: the first row, as the user wrote it: in rows or percent, maybe with a minus. An empty
+            text means the beginning.
+        end: the row after the last one, as the user wrote it. An empty text means the end.
     """
 
     name: str

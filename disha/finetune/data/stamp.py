@@ -18,7 +18,7 @@ __all__ = ["Stamp", "opened"]
 
 @dataclass(frozen=True)
 class Stamp:
-    """A file's size in bytes and time of change in nanoseconds, which show whether it changed."""
+    """A file's size in bytes and time of change in nanoseconds. They show whether it changed."""
 
     size: int
     modified: int
@@ -39,8 +39,8 @@ def opened(path: Path, stamp: Stamp | None = None) -> Iterator[FileIO]:
         stamp: the stamp that it must have, if it has been opened before.
 
     Raises:
-        DataError: it has another stamp, is not a regular file, or can't be read. Also raised for
-            such errors of the body.
+        DataError: it has another stamp, is not a regular file, or can't be read; also if reading
+            fails inside the block.
     """
     try:
         with opened_file(path) as file:

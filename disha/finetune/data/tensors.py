@@ -30,7 +30,7 @@ class TensorBatch:
         targets: (batch,) classes, int64; or (batch, ...) numbers to predict, float32.
         size: how many samples there are.
         weight: how many terms the summed loss has: one for each class or number.
-        classes: the fewest classes that the model must have; 0 if targets are numbers.
+        classes: how many classes the model must have at least; 0 if targets are numbers.
     """
 
     inputs: Tensor
@@ -76,7 +76,7 @@ class Samples:
         """Return a batch of the samples with these numbers."""
         chosen = torch.tensor(list(indices))
         targets = self.targets[chosen]
-        # Counted here, on the CPU, so that no GPU has to wait.
+        # Count them here, on the CPU, so that the GPU never has to wait for it.
         classes = int(targets.max()) + 1 if self.are_classes else 0
         return TensorBatch(self.inputs[chosen], targets, len(chosen), targets.numel(), classes)
 
@@ -126,7 +126,7 @@ def read_samples(
 ) -> Samples:
     """Turn rows into tensors.
 
-    A field holds a number, or a list of numbers nested to any depth. It may also be that as JSON
+    A field holds a number, or a list of numbers nested to any depth, or either of these as JSON
     text. Targets are classes if every row has a whole number, written without a decimal point.
 
     Args:
@@ -200,7 +200,7 @@ def _value(row: Row, name: str) -> Any:
 
 def _numbers(value: Any, row: Row, name: str) -> Tensor:
     try:
-        # First in float64, which holds whole numbers exactly.
+        # Use float64 first, because it holds whole numbers exactly.
         numbers = torch.tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise BadRowError(

@@ -1,7 +1,7 @@
 """Reads rows of text files, one after another, so that a file may be larger than memory.
 
-A row keeps exactly its own fields and values. Column readers, such as pyarrow's, would give it the
-fields of all other rows, guess dates, and refuse the file because of one row of another type.
+A row keeps exactly its own fields and values. Readers of columns, such as pyarrow's, would give it
+the fields of all other rows, guess dates, and refuse the file because of one row of another type.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from disha.finetune.errors import BadRowError, DataError
 __all__ = ["TextRows", "csv_rows", "json_line_rows", "json_rows", "text_line_rows"]
 
 LONGEST_FIELD = 2**31 - 1
-"""For a field of a CSV file; the csv module's own limit, for the whole process, is 128 KiB."""
+"""Of a field of a CSV file. The csv module's own limit is 128 KiB, for the whole process."""
 
 UNPACKED_FREELY = 64 * 2**20
 LARGEST_RATIO = 100
@@ -32,7 +32,7 @@ LARGEST_RATIO = 100
 A file that was made to do harm gives a thousand."""
 
 LONGEST_LINE = 64 * 2**20
-"""In bytes. A line is in memory whole."""
+"""In bytes. The whole line is in memory."""
 
 Records: TypeAlias = Callable[[Iterable[bytes]], Iterator[tuple[int, Any]]]
 """Cuts lines into records, and yields each with the number of its first line, from 1."""
@@ -170,7 +170,7 @@ def _csv_records(
     lines: Iterable[bytes], path: Path, delimiter: str
 ) -> Iterator[tuple[int, tuple[Sequence[str], Sequence[str] | csv.Error]]]:
     """Yield records with the names of their fields, or what is wrong with a record."""
-    # A row that is not UTF-8 is bad only for itself.
+    # If a row is not UTF-8, only this row is bad.
     decoded = (line.decode("utf-8", "surrogateescape") for line in lines)
     reader = csv.reader(decoded, delimiter=delimiter, strict=True)
     header = _header(reader, path)

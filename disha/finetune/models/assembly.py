@@ -30,7 +30,7 @@ __all__ = ["ModelCheckpoint", "Shape", "assemble", "check_fit"]
 Shape = tuple[int, ...]
 
 MOST_LAYERS = 1000
-"""Real models have up to 130. Each takes time and memory even without weights."""
+"""Real models have up to 130 layers. A layer takes time and memory even without weights."""
 
 SLICE = 1 << 20
 """How many values are read at a time: 4 MiB in float32."""
@@ -93,8 +93,8 @@ class ModelCheckpoint(ABC):
             dtype: the number format of weights that are not quantised, and of products.
             device: where the weights go; the CPU by default. On the meta device, no weight is read.
             bits: 8 or 4 to quantise the linear layers of the decoder layers.
-            digest: a hash to add the model to, as it is stored: its weights before they are
-                quantised, and its constants. Where and how they are stored does not count.
+            digest: a hash to add the model to: its constants, and its weights before they are
+                quantised. The place and the format of the file do not change the hash.
 
         Raises:
             CheckpointError: the weights don't fit the configuration, or can't be read.
@@ -170,7 +170,10 @@ def assemble(
 
 
 def _unusual(config: DecoderConfig) -> dict[str, Any]:
-    """Return a decoder's sizes and constants without defaults, so that new ones change no hash."""
+    """Return a decoder's sizes and constants that differ from their defaults.
+
+    So a new constant does not change the hashes of older models.
+    """
     given = ((one, getattr(config, one.name)) for one in dataclasses.fields(config))
     return {one.name: value for one, value in given if value != one.default}
 

@@ -34,7 +34,7 @@ from disha.finetune.models.rope import Rotation, rotary_frequencies
 __all__ = ["Decoder", "DecoderConfig", "KeyValueCache"]
 
 LARGEST_SIZE = 1 << 20
-"""The limit of every size. No real model reaches it, and torch can still make such weights."""
+"""The limit of every size. No real model reaches it, and torch can make weights up to it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class DecoderConfig:
         rope_base: base of the rotary frequencies.
         norm_epsilon: added to the mean square in RMSNorm.
         tied_head: whether the output head is the token embedding.
-        rope_factors: the head_dim / 2 numbers that divide the rotary frequencies; None for none.
+        rope_factors: the head_dim / 2 numbers that divide the rotary frequencies; None if nothing
+            divides them.
         qkv_bias: whether the projections of queries, keys and values have a bias.
         head_norm: whether every query and key head is normalised before rotation.
         window: how many tokens a token attends to; None for all tokens before it.
@@ -272,7 +273,7 @@ class DecoderBody(nn.Module):
     def _seen(
         self, start: int, time: int, positions: Tensor | None, device: torch.device
     ) -> Tensor | None:
-        """Return the mask; None for all earlier tokens, which needs no mask and is fastest."""
+        """Return the mask; None if a token sees all earlier ones. No mask is fastest."""
         if positions is not None:
             full = _same_text(positions)
         elif start:
@@ -329,7 +330,7 @@ class Decoder(nn.Module):
             tokens: token ids. They continue the tokens in the cache, and are added to it.
             cache: the tokens before these.
             positions: for rows of several texts; see `DecoderBody.forward`.
-            logits_to_keep: of how many of the last tokens to return logits; 0 for all.
+            logits_to_keep: return the logits of this many of the last tokens; 0 for all tokens.
         """
         hidden = self.model(tokens, cache, positions)
         return self.lm_head(hidden[:, -logits_to_keep:])  # type: ignore[no-any-return]

@@ -46,7 +46,7 @@ def load_factory(spec: str) -> tuple[nn.Module, object | None]:
         function = _function(_module(name, spec), attribute, spec)
         try:
             made = function()
-        except (Exception, SystemExit) as error:  # a script's exit is not this command's
+        except (Exception, SystemExit) as error:  # a script that exits must not end the command
             raise CheckpointError(
                 f"--model {spec}: the function, called without arguments, {_failed(error)}"
             ) from error
@@ -54,12 +54,12 @@ def load_factory(spec: str) -> tuple[nn.Module, object | None]:
 
 
 def called(model: nn.Module, tokens: Tensor, **options: Any) -> Any:
-    """Return what any language model gives for tokens.
+    """Call any language model on tokens, and return its output.
 
     Args:
         model: the model.
         tokens: (batch, time) token ids.
-        options: further arguments that the model takes.
+        options: further arguments for the model.
 
     Raises:
         CheckpointError: the model fails on the tokens.
@@ -92,7 +92,7 @@ def tensor_of(output: object) -> Tensor:
 
 @contextmanager
 def explaining_failures(spec: str | None) -> Iterator[None]:
-    """Report in one line if a user's model fails in the block, such as on rows that don't fit it.
+    """Report in one line that a user's model fails in the block, such as on rows that do not fit.
 
     Args:
         spec: the module:function that made the model; None for the built-in decoder, whose errors

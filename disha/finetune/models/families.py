@@ -1,7 +1,7 @@
 """How to read the ``config.json`` of each family: its keys and their defaults.
 
-Defaults are those of the transformers library, as the files are written for it. If a key asks for
-something that the decoder does not compute, an error names the key.
+Defaults are those of the transformers library, because the files are written for it. If a key asks
+for something that the decoder does not compute, an error names the key.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ QWEN3 = Family(
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
-# Keys of unusual or related models, with the values that change nothing.
+# Keys of unusual or related models, with the values that have no effect.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0,),
@@ -131,7 +131,7 @@ def config_from_json(values: Mapping[str, Any], path: Path) -> DecoderConfig:
         head_norm=family.head_norm,
         window=_window(keys, family),
     )
-    # They are as many as a size says, so they are made after the sizes are checked.
+    # A size says how many factors there are. So they are made after the sizes are checked.
     return replace(config, rope_factors=_rope_factors(keys, config))
 
 
@@ -149,7 +149,7 @@ def _check_supported(keys: Fields, family: Family) -> None:
 
 
 def _kv_heads(keys: Fields, family: Family, heads: int) -> int:
-    # A null means as many as heads. A missing key means the family's default.
+    # With null, there are as many as heads. Without the key, the family's default holds.
     if "num_key_value_heads" in keys.values or family.kv_heads is None:
         return keys.integer("num_key_value_heads", heads)
     return family.kv_heads
@@ -194,7 +194,7 @@ def _rope(keys: Fields) -> Fields:
 
 
 def _rope_factors(keys: Fields, config: DecoderConfig) -> tuple[float, ...] | None:
-    """Return the numbers that divide the rotary frequencies; None for none."""
+    """Return the numbers that divide the rotary frequencies; None if nothing divides them."""
     rope = _rope(keys)
     if rope.get("rope_type") == "default":
         return None

@@ -20,7 +20,7 @@ WAY_OUT = (
 
 @dataclass(frozen=True)
 class Fields:
-    """The values of a file, by key.
+    """The values in a file, by key.
 
     Args:
         values: the file's values.
@@ -35,7 +35,7 @@ class Fields:
     remedy: str = "get the model's folder again, as the library that made it wrote it"
 
     def get(self, key: str, default: object = None) -> Any:
-        """Return a value unchecked; the default if it is null or the key is missing."""
+        """Return a value without a check; the default if it is null or the key is missing."""
         value = self.values.get(self.prefix + key)
         return default if value is None else value
 
@@ -80,7 +80,7 @@ class Fields:
         """Check that no key asks for something that the decoder does not compute.
 
         Args:
-            neutral: keys of related models, with the values that change nothing.
+            neutral: keys of related models, with the values that have no effect.
 
         Raises:
             CheckpointError: a key has another value.

@@ -35,7 +35,8 @@ __all__ = ["GGUFCheckpoint"]
 
 ARCHITECTURES = {family.name: family for family in (LLAMA, QWEN2, QWEN3)}
 
-# Keys of related models, with the values that change nothing. To llama.cpp, a scale of 0 is none.
+# Keys of related models, with the values that have no effect. In llama.cpp, a scale of 0 means that
+# nothing is scaled.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "rope.scaling.type": ("linear", "none"),
     "rope.scaling.attn_factor": (1,),
@@ -113,7 +114,7 @@ class GGUFCheckpoint(ModelCheckpoint):
             qkv_bias=self._family.qkv_bias,
             head_norm=self._family.head_norm,
         )
-        # They are as many as a size says, so they are made after the sizes are checked.
+        # A size says how many factors there are. So they are made after the sizes are checked.
         return replace(config, rope_factors=self._rope_factors(head_dim))
 
     def check_tensors(self, config: DecoderConfig) -> None:

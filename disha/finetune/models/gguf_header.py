@@ -6,8 +6,8 @@
     padding to a multiple of general.alignment, then the tensors
 
 All numbers are little-endian. A text is its length and its bytes. The reader of the package gguf
-believes every number, and keeps two arrays for each item of an array. This one checks each number
-against the bytes that are there, and reads arrays whole.
+trusts every number, and keeps two arrays for each item of an array. The reader here checks each
+number against the bytes that are there, and keeps one list for an array.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -36,8 +36,8 @@ VERSIONS = (2, 3)
 ALIGNMENT = 32
 
 LARGEST_HEADER = 32 * 2**20
-"""In bytes. A vocabulary of 262,000 tokens with merges takes 15 MB. In Python, it takes 9 times as
-much."""
+"""In bytes. A vocabulary of 262,000 tokens with merges takes 15 MB in a file. In Python, it takes 9
+times as much."""
 
 MOST_VALUES, MOST_TENSORS, MOST_DIMENSIONS = 10_000, 100_000, 4
 

@@ -50,7 +50,7 @@ def located(path: Path) -> Path:
 
 
 def name_in_cache(folder: Path) -> str | None:
-    """Return the name of the model whose folder in the cache this is; None for other folders."""
+    """Return the name of the model whose folder in the cache this is; None for any other folder."""
     entry = folder.absolute().parent.parent
     if folder.parent.name != "snapshots" or not entry.name.startswith("models--"):
         return None
@@ -58,7 +58,7 @@ def name_in_cache(folder: Path) -> str | None:
 
 
 def _unfinished(entry: Path) -> bool:
-    # The part of a download that was killed stays, also when another one has completed the file.
+    # A killed download leaves its part, even after another download has completed the file.
     parts = (entry / "blobs").glob("*.incomplete")
     return any(not part.with_name(part.name.split(".")[0]).exists() for part in parts)
 

@@ -1,8 +1,8 @@
 """Language models that the built-in decoder does not read, through the library transformers.
 
-`open_with_transformers` takes the folder of any causal language model that it loads from files of
-numbers. Code in the folder never runs. Weights that are missing are an error, as the library would
-make random ones.
+`open_with_transformers` takes the folder of any causal language model that the library can load
+from safetensors files. Code in the folder never runs. If weights are missing, that is an error,
+because the library would fill them with random numbers.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def open_with_transformers(
             f"{folder} holds a model of architecture {kind!r}, which is no language model to "
             "transformers; give a causal language model, or --model module:function"
         )
-    if hasattr(config, "rescale_every"):  # RWKV would change its weights in place
+    if hasattr(config, "rescale_every"):  # with it, RWKV changes its own weights in place
         config.rescale_every = 0
     return TransformersModel(folder, config)
 
@@ -198,7 +198,7 @@ def save(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def _quiet() -> None:
-    """Leave messages and progress bars to the command."""
+    """Turn off the library's messages and progress bars. The command has its own."""
     logging = importlib.import_module("transformers.utils.logging")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -210,7 +210,7 @@ def _library(name: str) -> Any:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Report in one line what transformers can't do."""
+    """If the block fails, report in one line what transformers can't do."""
     try:
         yield
     except (DishaError, OSError, MemoryError, torch.OutOfMemoryError):

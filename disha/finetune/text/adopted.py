@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["adopt"]
 
 USUAL_ENDS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>")
-"""Usual names of the token that ends a text. A bare tokenizer does not say which one does."""
+"""Usual names of the token that ends a text. A ``tokenizers.Tokenizer`` does not name its own."""
 
 
 def adopt(tokenizer: object) -> Tokenizer:

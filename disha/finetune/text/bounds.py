@@ -1,12 +1,12 @@
 """Checks that a tokenizer from a stranger takes bounded time and memory for a text.
 
-A tokenizer.json is a program of a kind: its steps rewrite a text and cut it by regexes. A step can
-make a text longer, and the next one the longer text. A regex can try more ways to match than there
-are atoms in the world. So each step is checked once, when the tokenizer is opened:
+A tokenizer.json is like a program: its steps rewrite a text and cut it by regexes. A step can make
+a text longer, and the next step can make it longer again. A regex can try so many ways to match
+that it never ends. So each step is checked once, when the tokenizer is opened:
 
-- Replacing makes a text at most 16 times as long, and no step that lengthens it comes twice.
+- Replacing makes a text at most 16 times as long. No other step that lengthens a text comes twice.
 - In a regex, only one repetition can be tried at all its lengths before something that may fail.
-  So a match takes as many tries as the text is long, and not their square or 2 to their power.
+  So the number of tries grows with the length of the text, and not with its square or faster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INSIDE = ("normalizers", "pretokenizers", "processors", "decoders")
 """Where a sequence of steps holds its steps."""
 
 ONCE = ("ByteLevel", "Metaspace", "Precompiled", "TemplateProcessing")
-"""Steps that lengthen a text by a factor of their own."""
+"""Steps that lengthen a text by a factor that is not computed here."""
 
 MOST_STEPS, LARGEST_GROWTH, LONGEST_TEMPLATE, LONGEST_CHARACTER = 32, 16, 16, 64
 
@@ -96,13 +96,13 @@ def _growth(step: Mapping[str, Any]) -> float:
         return 1 + len(step["prepend"]) / 2
     if step["type"] != "Replace":
         return 1
-    # A regex may match nothing at all, before each character.
+    # A regex may match an empty text before each character.
     replaced = 0 if _regex(step) is not None else len(step["pattern"]["String"])
     return max(1.0, len(step["content"]) / replaced if replaced else 1 + len(step["content"]))
 
 
 def _template_length(step: Mapping[str, Any]) -> int:
-    """Return how many tokens a template puts around a text; a second text counts as many."""
+    """Return how many tokens a template puts around a text. A second text counts as 16."""
     length = 0
     texts = 0
     for piece in step["single"]:
@@ -114,9 +114,9 @@ def _template_length(step: Mapping[str, Any]) -> int:
 
 
 def _longest_replacement(step: Mapping[str, Any]) -> int:
-    """Return the length of the longest text that stands for a character.
+    """Return the length of the longest text that replaces a character.
 
-    The map is the size of an index, the index, and the texts with a zero byte after each.
+    The map holds the size of an index, the index, and the texts, each with a zero byte after it.
     """
     content = base64.b64decode(step["precompiled_charsmap"])
     first = 4 + int.from_bytes(content[:4], "little")
@@ -134,7 +134,7 @@ GROUPS = ("?:", "?i:", "?>", "?=", "?!", "?<=", "?<!")
 
 
 def is_bounded(pattern: str) -> bool:
-    """Return whether a regex tries few ways to match. False for one that is not understood."""
+    """Return whether a regex tries few ways to match; False if the regex is not understood."""
     try:
         parser = _Parser(pattern)
         shapes = parser.alternatives()
@@ -155,9 +155,10 @@ class _Shape:
         optional: it may match nothing, so it never fails.
         fixed: it is one character after another.
         repeats: repetitions in it.
-        tried: those that are tried at all their lengths, as something in it may fail after them.
+        tried: the repetitions that are tried at all their lengths, because something in the part
+            may fail after them.
         choices: other choices in it.
-        chosen: those that are tried in all ways.
+        chosen: the choices that are tried in all ways, for the same reason.
     """
 
     optional: bool = False

@@ -5,9 +5,9 @@ as one text, which is then cut into tokens. So if a message spells a special tok
 ``<|im_end|>``, it contains that token.
 
 The model learns the turns of the assistant: the text after the prompt for each turn. Some templates
-write a turn differently once other turns follow it. Qwen3's leaves out the thoughts, and some of
-Mistral's move the system message to the last question. The model is never asked to write a turn in
-that form, so such a turn stays in the text but is not learned. If no turn can be learned, the
+write a turn in another form when other turns follow it. Qwen3's leaves out the thoughts, and some
+of Mistral's move the system message to the last question. The model is never asked to write a turn
+in that form, so such a turn stays in the text but is not learned. If no turn can be learned, the
 conversation is refused.
 """
 

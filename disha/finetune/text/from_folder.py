@@ -136,7 +136,7 @@ def _ends(
     generation: Mapping[str, Any],
     model: Mapping[str, Any],
 ) -> Iterator[int]:
-    """Yield the ids that end a text. Training appends the first, the tokenizer's own."""
+    """Yield the ids that end a text, the tokenizer's own first. Training appends the first one."""
     own = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
     if own is not None:
         yield own

@@ -33,7 +33,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 Merging never makes unknown, control or user-defined tokens."""
 
 LONGEST_TOKEN, MOST_MERGED = 1024, 16_000_000
-"""In characters. Those of 256,000 tokens join in 600,000 ways, of 5 million characters together."""
+"""In characters. The tokens of a vocabulary of 256,000 join in 600,000 ways, which have 5 million
+characters together."""
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")
 """Control tokens that end a text, even if no key of the file names them."""

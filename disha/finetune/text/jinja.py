@@ -1,8 +1,8 @@
 """Runs chat templates, which are Jinja programs, in a process with limits on time and memory.
 
-A template comes with a model, so it may be a stranger's. Jinja's sandbox keeps it from files and
+A template comes with a model, so it may be from a stranger. Jinja's sandbox keeps it from files and
 from Python's internals, but not from computing without end. So a small process of its own renders
-templates (`rendering`), and the system ends it at its limits. It lives as long as this process.
+templates (`rendering`), and the system ends it at its limits. Otherwise it ends with this process.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Form: TypeAlias = tuple[int, bool]
 """A form of a conversation: the number of its messages, and whether it asks for an answer."""
 
 SECONDS, SECONDS_FOR_MEGABYTE = 1.0, 5.0
-"""Processor time for one text, and more for each megabyte of variables: Llama 3.2's template looks
-at each character. On Windows, it is time on the clock."""
+"""Processor time for one text, and more for each megabyte of variables: the template of Llama 3.2
+looks at each character. On Windows, it is time on the clock."""
 
 MEBIBYTES = 256
 """Memory of the process, where the system limits it: on Linux. Elsewhere only time is limited."""
@@ -47,8 +47,8 @@ class Rendered:
 
     Args:
         text: the text.
-        others: of each other form, the length of its text, and of the beginning that it shares with
-            this text.
+        others: a form -> the length of its text, and the length of the beginning that it shares
+            with this text.
     """
 
     text: str
@@ -99,7 +99,7 @@ def run_template(
 
 @dataclass(frozen=True)
 class _Limits:
-    """Of one text: the seconds that it may take, and the bytes that it may have."""
+    """The seconds that one text may take, and the bytes that it may have."""
 
     seconds: float
     size: int
@@ -123,7 +123,7 @@ class _Renderer:
                 if self._process is None or self._process.poll() is not None:
                     self._process = _started()
                 return _asked(self._process, request, limits)
-            except BaseException:  # an answer left unread would be taken for the next one
+            except BaseException:  # the next request must not get the answer to this one
                 self._end()
                 raise
 
@@ -140,7 +140,8 @@ class _Renderer:
 
 
 _renderers: dict[int, _Renderer] = {}
-"""By the number of the process that asks. A forked one must not use the pipes of its parent."""
+"""The number of the process that asks -> its renderer. A forked process must not use its parent's
+pipes."""
 
 
 @atexit.register
@@ -155,7 +156,7 @@ def _started() -> subprocess.Popen[bytes]:
         raise disha.MissingPackageError(
             "chat templates need jinja2; run: pip install 'disha-torch[finetune]'"
         )
-    # A frozen program is no interpreter: it would start itself.
+    # The executable of a frozen program is no interpreter. It would start the program again.
     python = None if getattr(sys, "frozen", False) else get_executable()
     if not python:
         raise TokenizerError(
@@ -207,7 +208,7 @@ def _read(process: subprocess.Popen[bytes], length: int) -> bytes:
 
 def _write(process: subprocess.Popen[bytes], content: object) -> None:
     assert process.stdin is not None
-    # Of a process that has ended, reading finds the code.
+    # If the process has ended, reading its answer finds that out, with the exit code.
     with contextlib.suppress(OSError):
         pickle.dump(content, process.stdin)
         process.stdin.flush()

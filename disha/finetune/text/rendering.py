@@ -1,10 +1,10 @@
 """Renders chat templates, in a process that `jinja` starts. This file is its main module.
 
-A template is a program. The system ends this process if it takes too much time, and refuses it
-memory. So it must be small and start fast: it imports jinja2, and nothing else of this library.
+A template is a program. The system ends this process if it takes too much time, and limits its
+memory. So the process must be small and start fast: it imports jinja2, and nothing of this library.
 
-It reads pickles from its standard input: first the limit on memory, then one request after another.
-To each it answers with a letter, a length and as many bytes.
+It reads pickles from its standard input: first the paths of modules and the limit on memory, then
+one request after another. It answers each request with a letter, a length, and so many bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEADER = struct.Struct("<cQ")
 """The letter of an answer, and the number of bytes that follow."""
 
 LENGTHS = struct.Struct("<QQ")
-"""The number of characters of a text, and of those that it shares with the beginning of another."""
+"""The number of characters of a text, and of those at its beginning that another text shares."""
 
 RENDERED, FAILED, DAMAGED, NO_MEMORY = b"r", b"f", b"d", b"m"
 LONGEST_MESSAGE = 1000
@@ -66,7 +66,10 @@ def _limit_memory(memory: int) -> None:
 
 
 def _allow(seconds: float) -> None:
-    """End the process after so long, even inside one operation; with 0, let it wait."""
+    """Let the process run for so many seconds, and then end it; with 0, let it wait for a request.
+
+    The system ends it even inside one operation.
+    """
     if hasattr(signal, "setitimer"):  # processor time, so a busy machine does not count
         signal.setitimer(signal.ITIMER_PROF, seconds)
     elif seconds:
@@ -78,9 +81,9 @@ def _allow(seconds: float) -> None:
 def _answer(
     template: str, variables: bytes, others: Sequence[tuple[int, bool]], seconds: float
 ) -> tuple[bytes, bytes]:
-    """Render a conversation, and measure how its other forms begin with the same text.
+    """Render a conversation, and measure how much of its text its other forms share.
 
-    A form is a number of messages, from the first on, with or without the request for an answer.
+    A form has the first messages of the conversation, and may ask for an answer after them.
     """
     kind = DAMAGED
     try:
@@ -164,6 +167,6 @@ def _refuse(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    # Ctrl-C is for the process that asks; this one ends when its input does.
+    # Ctrl-C is for the process that asks. This process ends when its input ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _main()

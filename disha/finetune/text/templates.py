@@ -52,7 +52,7 @@ class Template:
     def parts(self, query: str, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
         """Return the token ids of the text before a query, of the query, and of the text after it.
 
-        The text before and the query are cut into tokens together, as the space between them
+        The text before and the query are cut into tokens together, because the space between them
         belongs to the query's first word. The text after is cut into tokens alone, so that a long
         query can be shortened at its end.
 

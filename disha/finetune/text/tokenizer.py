@@ -44,7 +44,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ends", self.ends | {self.end})
-        # A tokenizer.json can ask to cut or pad texts, but encode must do neither.
+        # A tokenizer.json can ask to cut or pad texts, but `encode` must do neither.
         self.backend.no_truncation()
         self.backend.no_padding()
 
@@ -56,7 +56,7 @@ class Tokenizer:
             special: whether names of special tokens, such as ``<|im_end|>``, mean those tokens.
                 With False they are ordinary text, which is right for text from strangers.
             continues: whether `text` continues other text. SentencePiece puts a space before
-                every text; this one must not get it.
+                every text, but a text that continues another must not get one.
         """
         if continues and self._puts_space_first:
             # Nothing merges with a line break, so encode the text after one, and drop the break.
@@ -83,11 +83,11 @@ class Tokenizer:
         return all(self.backend.token_to_id(token) is not None for token in tokens)
 
     def settles(self, index: int) -> bool:
-        """Return whether the text so far is final once this token has come.
+        """Return whether this token makes the text so far final.
 
         SentencePiece has tokens of one byte. The text of a run of them depends on all of them, so
-        it is final only when another token follows. A special token, which has no text, does not
-        end the run.
+        it is final only when another token follows. A special token has no text, so it does not end
+        the run.
         """
         token = self.backend.id_to_token(index)
         return token is not None and index not in self.special and not BYTE.fullmatch(token)

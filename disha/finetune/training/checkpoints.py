@@ -3,7 +3,7 @@
 ``output_dir/checkpoint-<step>/`` holds
 
 - ``adapter.safetensors``: the adapter, as `disha.save_adapter` writes it
-- ``best.safetensors``: the adapter of the best step so far, if it is kept and is another one
+- ``best.safetensors``: the adapter of the best step so far, if it is wanted and is another one
 - ``training.pt``: optimizer state by parameter name, place in the data, random states, history;
   tensors and plain data only
 - ``manifest.json``: the SHA-256 of the others
@@ -114,8 +114,8 @@ class Checkpoints:
     ) -> Path:
         """Save a checkpoint. Then, with a limit, remove the checkpoints beyond it.
 
-        Checkpoints of later steps are removed too. They are damaged, because this run has resumed
-        from an earlier one.
+        Checkpoints of later steps are removed too. They must be damaged, because this run has
+        resumed from an earlier one.
 
         Args:
             objective: the objective to train, with an adapter in its model.
@@ -166,7 +166,7 @@ class Checkpoints:
         Raises:
             SettingsError: every checkpoint is damaged.
         """
-        found: list[SavedState] = []  # on the main process, which need not read it again
+        found: list[SavedState] = []  # so that the main process does not read it twice
         self._newest = self._on_main(lambda: self._search(report, found))
         if self._newest is None:
             return None
@@ -243,7 +243,8 @@ class Checkpoints:
         paths = self.newest_first()
         for path in paths:
             try:
-                # Not skipped if the system can't read it: it may be good, and would be replaced.
+                # If the system can't read it, it is not skipped: it may be good, and a new
+                # checkpoint would replace it.
                 with _explained(f"{path} can't be read", "; fix that, or delete it"):
                     found.append(_read(path))
                 return path
@@ -273,7 +274,7 @@ class Checkpoints:
                 return []
 
     def _remove_beyond_limit(self, newest: Path, *, later: bool = False) -> None:
-        """Keep as many checkpoints as wanted up to `newest`, and remove later ones if asked."""
+        """Keep as many checkpoints up to `newest` as wanted. If asked, remove later ones too."""
         if self._limit is not None:
             found = self.newest_first()
             place = found.index(newest)
@@ -410,7 +411,7 @@ def _restore_optimizer(
     own = [{**group} for group in optimizer.param_groups]
     states.set_optimizer_state_dict(objective, optimizer, dict(saved.optimizer), options=options)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update(settings)  # those of this run, which the caller has compared
+        group.update(settings)  # those of this run; the caller has compared them with the others
 
 
 def random_state() -> dict[str, Any]:

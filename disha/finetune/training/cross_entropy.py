@@ -4,8 +4,8 @@ The output head turns each hidden state h into one logit per word. For 4,000 tok
 words, these are 2 GB, and their gradient as much again. Here the head sees a few tokens at a time.
 The gradient of h is computed with the loss, so that the logits of these tokens can go at once.
 
-Only tokens with a label are given to the head. It multiplies as often as usual: once for the
-logits, and once for the gradient of h. If the head is trained or adapted, its parameters get their
+The head gets only tokens with a label. It multiplies no more often than usual: once for the logits,
+and once for the gradient of h. If the head is trained or adapted, its parameters get their
 gradients in the same way.
 """
 
@@ -50,7 +50,7 @@ def summed_cross_entropy(
         together: how many tokens have logits at a time.
 
     Returns:
-        A scalar in float32, or in float64 if the hidden states are.
+        A scalar in float32, or in float64 if the hidden states are float64.
     """
     supervised = labels != IGNORED
     sources = (hidden[supervised], *trained)
@@ -72,7 +72,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         learns_hidden, *_ = ctx.needs_input_grad[3:]
         total = torch.zeros((), dtype=_exact(hidden), device=hidden.device)
         of_hidden = torch.empty_like(hidden) if learns_hidden else None
-        # Sums over many parts need more digits than what is summed.
+        # A sum over many parts needs more digits than each part.
         of_trained = [torch.zeros_like(one, dtype=_exact(one)) for one in trained]
         for start in range(0, len(labels), together):
             part = slice(start, start + together)
@@ -159,7 +159,7 @@ class OutputHead:
 
         def keep(hidden: Tensor) -> Tensor:
             seen.append(hidden)
-            return hidden[..., :1]  # the model may go on with it, at no cost
+            return hidden[..., :1]  # small, because the model may still compute with it
 
         with _replaced(self.module, keep):
             self._model(tokens, **options)
@@ -169,8 +169,8 @@ class OutputHead:
 def output_head(model: nn.Module, options: Mapping[str, Any]) -> OutputHead | None:
     """Return the head of a model, if it is known what the model does with the head's logits.
 
-    For the built-in decoder it is. For others it is proven with two tokens: the head returns known
-    numbers, and the model must return what is expected of them.
+    For the built-in decoder it is known. Any other model is run on two tokens. Its head returns
+    known numbers, and the model must return what it is expected to make of them.
 
     Args:
         model: any language model, neither compiled nor distributed yet.
@@ -200,7 +200,7 @@ def output_head(model: nn.Module, options: Mapping[str, Any]) -> OutputHead | No
                 with torch.no_grad():
                     found.hidden(tokens, options)
                 return found
-    except Exception:  # such a model must be called as a whole, and says then what is wrong
+    except Exception:  # then the model is called as a whole, and that call says what is wrong
         return None
     finally:
         model.train(was_training)
@@ -221,8 +221,8 @@ def _tails(model: nn.Module) -> Iterator[Logits]:
 
 @contextmanager
 def _replaced(head: nn.Module, forward: Logits) -> Iterator[None]:
-    """Let the head do something else in the block."""
-    own = vars(head).get("forward")  # the head may have its own already, such as by device hooks
+    """Replace the forward of the head inside the block."""
+    own = vars(head).get("forward")  # the head may have its own already, such as from device hooks
     head.forward = forward
     try:
         yield

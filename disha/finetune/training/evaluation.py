@@ -59,8 +59,8 @@ def mean_loss(
     was_training = inner.training
     inner.eval()
     try:
-        # Inference mode would not do: sharded parameters could not be gathered in it, and training
-        # could not use tensors that the model keeps from it, such as a table of positions.
+        # Inference mode can't be used. Sharded parameters can't be gathered in it. And if the model
+        # keeps a tensor that it made there, such as a table of positions, training can't use it.
         with torch.no_grad(), computing_in_tf32(tf32):
             return _mean_loss(inner, batches, processes, bf16)
     finally:

@@ -18,14 +18,14 @@ __all__ = ["compile_model", "enable_gradient_checkpointing", "repeated_layers"]
 
 
 OWN_WAYS = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-"""Methods of transformers models, the newer name first; they take options for checkpointing."""
+"""Methods of models of transformers, the newer name first. They take options for checkpointing."""
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """Return the stacked layers of a model, such as the layers of a decoder or the blocks of a net.
 
-    These are the members of every list of modules of one class that have parameters. A list inside
-    a layer, such as its experts, is part of that layer.
+    A stack is a list of modules that are of one class and have parameters. A list inside a layer,
+    such as its experts, is part of that layer.
     """
     if isinstance(model, Decoder):
         return list(model.model.layers)
@@ -71,7 +71,8 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 
 
 def _checkpointed(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
-    # Look it up in the class: in a copy of the layer, a bound method would be the original's.
+    # Take the method from the class. In a copy of the layer, a bound method would be that of the
+    # original.
     forward = functools.partial(type(layer).forward, layer)
     if not layer.training:
         return forward(*inputs, **named)

@@ -1,12 +1,12 @@
 """The training loop: an optimizer of all trainable parameters, with exact gradient accumulation.
 
-The loss of a step is the mean over the terms (learned tokens, say) of *all* its batches, on all
+The loss of a step is the mean over the terms, such as learned tokens, of *all* its batches, on all
 processes. So several small batches give the gradient of one large batch, whatever their lengths.
 
 With A batches to accumulate and N processes, a step has A * N batches, or fewer at the end of an
 epoch. Process k takes every Nth batch from the kth on. So N processes that accumulate A batches do
-what one process does that accumulates A * N. A run that another number of processes resumes keeps
-the batches of its steps.
+the same as one process that accumulates A * N. If another number of processes resumes a run, its
+steps keep their batches.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ __all__ = [
     "training_steps",
 ]
 
-# The fraction of the peak rate, from the fraction of the steps after warm-up that is left.
-# The cosine is written as a sine, which stays above 0 where 1 + cos would be rounded to 0.
+# The fraction of the steps after warm-up that is left -> the fraction of the peak rate.
+# The cosine is written as a sine. Its square stays above 0 where 1 + cos is rounded to 0.
 DECAYS: Mapping[ScheduleName, Callable[[float], float]] = {
     "cosine": lambda left: math.sin(math.pi / 2 * left) ** 2,
     "linear": lambda left: left,
@@ -79,7 +79,7 @@ class Step:
         tokens_per_second: the speed of this step.
         seconds: time spent training so far, without evaluations.
         eval_loss: the held-out loss after this step, if it was measured.
-        eval_exact_match: the part of answers that equal the response, if it was measured.
+        eval_exact_match: the fraction of answers that equal the response, if it was measured.
         batches: batches of this epoch that are done.
         ends_epoch: whether the epoch has no more batches.
     """
@@ -184,7 +184,7 @@ def training_steps(
         objective.train()
         for number in range(start.step + 1, steps + 1):
             started = time.perf_counter()
-            if not objective.training:  # asked first, because setting it takes milliseconds
+            if not objective.training:  # ask first, because setting the mode takes milliseconds
                 objective.train()
             with processes.interruptible():
                 portion = next(portions)
@@ -257,8 +257,8 @@ def accumulate_gradients(
     for number in range(passes):
         processes.check_signals()
         is_own = number < len(own)
-        # A process without its own batch computes too, because the others wait for it. Its result
-        # is not counted.
+        # A process without a batch of its own computes too, because the others wait for it. Its
+        # result does not count.
         batch = source.collate(own[number] if is_own else batches[0]).to(device)
         is_last = number == passes - 1
         with nullcontext() if is_last else deferred_reduction(objective):

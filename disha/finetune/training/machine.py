@@ -21,7 +21,7 @@ ALLOCATOR = ("can't allocate memory", "not enough memory")
 
 
 def emulates_bf16(device: torch.device) -> bool:
-    """Return whether products in bfloat16 are many times slower than in float32 on a device."""
+    """Return whether a device multiplies in bfloat16 many times slower than in float32."""
     return (
         device.type == "cpu"
         and platform.machine().lower() in ("x86_64", "amd64")

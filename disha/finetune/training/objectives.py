@@ -40,8 +40,8 @@ class Objective(nn.Module):
         """Set training mode, or evaluation mode, but leave running statistics as they were.
 
         An adapter file holds no statistics of normalisation layers, so training uses those of the
-        base model. Also, if each batch used its own statistics, several small batches would not
-        give the same gradient as one large batch.
+        base model. If each batch used its own statistics, several small batches would also not give
+        the same gradient as one large batch.
         """
         super().train(mode)
         for module in self.modules():
@@ -73,7 +73,7 @@ class TextObjective(Objective):
         self._head = output_head(model, self._options)
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """The loss summed over the positions that have a label, in nats.
+        """Return the loss summed over the positions that have a label, in nats.
 
         Raises:
             SettingsError: the batch is packed, or the model returns no such logits.
@@ -117,7 +117,7 @@ class TensorObjective(Objective):
         self._dtype = next(types, torch.float32)
 
     def forward(self, batch: Any) -> Tensor:
-        """The summed loss of `batch.inputs` and `batch.targets`.
+        """Return the summed loss of `batch.inputs` and `batch.targets`.
 
         Raises:
             SettingsError: the model's outputs don't fit the targets, or a target is not one of the

@@ -1,4 +1,4 @@
-"""The optimizers of torch that the command offers, and how much each keeps of a parameter."""
+"""The optimizers of torch that the command offers, and how much memory each keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS: Mapping[OptimizerName, type[torch.optim.Optimizer]] = {
 OPTIONS: Mapping[OptimizerName, Mapping[str, Any]] = {
     "adamw": {"fused": True},
     "sgd": {"momentum": 0.9},
-    # Blocks begin at zero. With torch's own eps, a step would be a thousandth of the rate there.
+    # Blocks begin at zero. With torch's own eps, their steps would be a thousandth of the rate.
     "adafactor": {"eps": (None, 1.0)},
 }
 
@@ -53,7 +53,7 @@ def trained(objective: nn.Module) -> list[nn.Parameter]:
 
 
 def state_bytes(name: OptimizerName, parameter: Tensor) -> int:
-    """Return how many bytes an optimizer keeps of a parameter."""
+    """Return how many bytes an optimizer keeps for a parameter."""
     count = parameter.numel() * (2 if name == "adamw" else 1)
     if name == "adafactor" and parameter.dim() > 1:  # the means of rows and of columns
         *_, rows, columns = parameter.shape

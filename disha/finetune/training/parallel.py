@@ -2,9 +2,9 @@
 
 Without torchrun there is one process, which does not use `torch.distributed`.
 
-A failure on one process stops all of them, with one message, from the process that failed first.
-That process leaves a note in the store that torchrun's processes share. Once it is gone, the
-collectives of the others fail. They find the note and print nothing.
+A failure on one process stops all of them, and only the process that failed first prints a message.
+It leaves a note in the store that torchrun's processes share. When it has ended, the collectives of
+the others fail. They find the note and print nothing.
 """
 
 from __future__ import annotations
@@ -130,14 +130,14 @@ class Processes:
     def interruptible(self) -> AbstractContextManager[None]:
         """Let a signal raise inside the block, unless there are several processes.
 
-        Several ones must stop at the same place, which is where they call `check_signals`.
+        Several processes must stop at the same place, which is where they call `check_signals`.
         """
         return raising(self.world_size == 1)
 
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Join the processes that torchrun has started; without torchrun, be the only one.
+    """Join the processes that torchrun has started. Without torchrun, this is the only process.
 
     Do all work inside this context, so that a failure on one process stops all.
 
@@ -153,7 +153,7 @@ def joined_processes() -> Iterator[Processes]:
     try:
         yield processes
     except Exception as error:
-        # The group is not destroyed: that would hang if others wait for something else.
+        # The group is not destroyed. That hangs if other processes wait for something else.
         _tell(store, processes, error)
         raise
     except KeyboardInterrupt as interruption:  # raised on all processes after the same step
@@ -214,7 +214,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _tell(store: Any, processes: Processes, error: Exception) -> None:
-    """Leave a note of the first failure, or raise if another process has left one."""
+    """Leave a note that this process failed first; raise if another process has left one."""
     note = f"rank {processes.rank}: {error}"
     try:
         first = store.compare_set(FAILURE, "", note).decode()
@@ -323,7 +323,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def deferred_reduction(objective: nn.Module) -> AbstractContextManager[None]:
-    """Keep gradients in each process inside the block. The next backward outside reduces them."""
+    """Keep gradients in each process inside the block. The next backward after it reduces them."""
     if isinstance(objective, nn.parallel.DistributedDataParallel):
         return objective.no_sync()
     set_sync = getattr(objective, "set_requires_gradient_sync", None)
