@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from typing import Protocol, TypeAlias, TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from disha.finetune.data.examples import IGNORED, Example, StoredExamples
 from disha.finetune.data.order import permutation
+from disha.finetune.data.rows import pieces
 
 __all__ = [
     "Batch",
@@ -244,7 +244,7 @@ def _batches_by_length(
     examples: Iterable[Example], size: int, together: int, seed: int
 ) -> Iterator[Sequence[TextRow]]:
     window_size = size * together
-    for number, window in enumerate(_windows(examples, window_size)):
+    for number, window in enumerate(pieces(examples, window_size)):
         window.sort(key=lambda example: len(example.tokens))
         parts = [window[i : i + size] for i in range(0, len(window), size)]
         for part in permutation(len(parts), seed + number * window_size):
@@ -255,7 +255,7 @@ def _packed_batches(
     examples: Iterable[Example], row_length: int, size: int, seed: int
 ) -> Iterator[Sequence[TextRow]]:
     waiting: list[TextRow] = []
-    for number, window in enumerate(_windows(examples, PACKED_TOGETHER)):
+    for number, window in enumerate(pieces(examples, PACKED_TOGETHER)):
         rows = packed(window, row_length)
         waiting.extend(rows[index] for index in permutation(len(rows), seed + number))
         while len(waiting) >= size:
@@ -263,9 +263,3 @@ def _packed_batches(
             del waiting[:size]
     if waiting:
         yield waiting
-
-
-def _windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    remaining = iter(items)
-    while window := list(islice(remaining, size)):
-        yield window

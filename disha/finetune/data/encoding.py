@@ -9,7 +9,6 @@ The fields of a row decide which tokens count in the loss:
 
 from __future__ import annotations
 
-import itertools
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from disha import DishaError
 from disha.finetune.data.examples import Example, StoredExamples
-from disha.finetune.data.rows import Row, Rows, checked_text
+from disha.finetune.data.rows import Row, Rows, checked_text, pieces
 from disha.finetune.errors import BadRowError, DataError, TokenizerError, TrainingError
 from disha.finetune.stopping import SIGNALS
 from disha.finetune.text.chat import encode_chat
@@ -310,13 +309,10 @@ class _EncodedRows(IterableDataset[Sequence[Outcome] | DishaError]):
     encoder: Encoder
 
     def __iter__(self) -> Iterator[Sequence[Outcome] | DishaError]:
-        worker, remaining = get_worker_info(), iter(self.rows)
+        worker = get_worker_info()
         count, own = (1, 0) if worker is None else (worker.num_workers, worker.id)
         try:
-            for number in itertools.count():
-                piece = list(itertools.islice(remaining, ENCODED_TOGETHER))
-                if not piece:
-                    return
+            for number, piece in enumerate(pieces(self.rows, ENCODED_TOGETHER)):
                 if number % count == own:
                     yield [self.encoder.outcome(row) for row in piece]
         except DishaError as error:

@@ -11,11 +11,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice, pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from disha.finetune.errors import BadRowError
 
-__all__ = ["Dataset", "Row", "RowFile", "Rows", "checked_text"]
+__all__ = ["Dataset", "Row", "RowFile", "Rows", "checked_text", "pieces"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,13 @@ def checked_text(value: object, what: str) -> str:
             "valid text; an emoji may have been cut in two"
         ) from error
     return value
+
+
+def pieces(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield items, such as rows, in lists of `size`. The last list may be shorter."""
+    remaining = iter(items)
+    while piece := list(islice(remaining, size)):
+        yield piece
 
 
 class RowFile(Protocol):

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
 
 import torch
 from torch import nn
 
 from disha.finetune.data.batches import Batch
+from disha.finetune.data.rows import pieces
 from disha.finetune.errors import DataError
 from disha.finetune.training.machine import computing_in_tf32
 from disha.finetune.training.objectives import Objective
 from disha.finetune.training.parallel import Processes, undistributed
 
 __all__ = ["Evaluation", "mean_loss"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def _mean_loss(
     device = next(objective.parameters()).device
     processes = processes or Processes.alone(device)
     total, terms = torch.zeros((), dtype=torch.float64, device=device), 0
-    for group in _groups(batches, processes.world_size):
+    for group in pieces(batches, processes.world_size):
         processes.check_signals()
         is_own = processes.rank < len(group)
         # A process without its own batch computes too, because sharded models compute together.
@@ -87,9 +84,3 @@ def _mean_loss(
         raise DataError("there is nothing to measure the loss on; give rows with a response")
     [summed] = processes.sum([float(total)])
     return Evaluation(summed / terms, terms)
-
-
-def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    remaining = iter(items)
-    while group := list(islice(remaining, size)):
-        yield group
