@@ -26,7 +26,7 @@ from disha.finetune.data.batches import Batch
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.training.layers import enable_gradient_checkpointing, repeated_layers
 from disha.finetune.training.objectives import Objective, objective_for
-from disha.finetune.training.optimizers import state_bytes
+from disha.finetune.training.optimizers import state_bytes, trained
 
 __all__ = ["Estimate", "Measuring", "estimate", "operations_per_second"]
 
@@ -81,11 +81,10 @@ def estimate(
     """
     base = _base_bytes(model, settings)
     disha.inject_adapters(model, **arguments(model, settings.adapter))
-    trained = [p for p in model.parameters() if p.requires_grad]
     adapter = sum(parameter.nbytes for parameter in disha.adapter_parameters(model))
     if settings.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    optimizer = sum(state_bytes(settings.training.optimizer, one) for one in trained)
+    optimizer = sum(state_bytes(settings.training.optimizer, one) for one in trained(model))
     is_empty = any(parameter.is_meta for parameter in model.parameters())
     _make_runnable(model)
     objective = objective_for(model, has_tokenizer=has_tokenizer)
@@ -128,13 +127,13 @@ def _run(
     objective: Objective, batch: Any, settings: FinetuneSettings, *, real: bool
 ) -> tuple[int, int]:
     """Run a batch forward and backward; return its memory and its operations."""
-    trained = [p for p in objective.parameters() if p.requires_grad]
+    parameters = trained(objective)
     objective.train()
     measuring = Measuring(real=real)
     with _AllLearned(), measuring:
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.training.bf16):
             loss = objective(batch)
-        torch.autograd.grad(loss, trained, allow_unused=True)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
     return measuring.peak, measuring.operations
 
 

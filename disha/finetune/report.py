@@ -38,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         AdapterIOError: the file can't be written. An earlier file stays as it was.
     """
-    write_files({path: lambda temporary: _write_text(Path(temporary), text)})
+    write_files({path: lambda temporary: Path(temporary).write_text(text, encoding="utf-8")})
 
 
 def write_figure(path: Path, figure: Figure) -> None:
@@ -48,10 +48,6 @@ def write_figure(path: Path, figure: Figure) -> None:
         AdapterIOError: the file can't be written. An earlier file stays as it was.
     """
     write_files({path: lambda temporary: figure.savefig(temporary, format="png")})
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 # --- samples -------------------------------------------------------------------------------------
@@ -106,7 +102,7 @@ def plot_losses(
         checked: the name of the rows of the evaluations, such as "held-out".
     """
     numbers, losses = [step.step for step in steps], [step.loss for step in steps]
-    figure, axes = _axes(title, "loss (nats per token)")
+    figure, axes = _axes("optimizer step", "loss (nats per token)", title)
     axes.plot(numbers, losses, color="tab:blue", alpha=0.3, label="training loss, each step")
     axes.plot(
         numbers,
@@ -138,7 +134,7 @@ def plot_learning_rates(steps: Sequence[Step], title: str) -> Figure:
         title: what was trained.
     """
     numbers = [step.step for step in steps]
-    figure, axes = _axes(title, "learning rate")
+    figure, axes = _axes("optimizer step", "learning rate", title)
     rates = axes.plot(numbers, [step.learning_rate for step in steps], label="learning rate")
     norms = axes.twinx()
     norms.set_ylabel("gradient norm, before clipping")
@@ -160,9 +156,7 @@ def plot_scales(found: Sequence[AtScale]) -> Figure:
         found: the losses; on rows to retain at all scales or at none.
     """
     found = sorted(found, key=lambda one: one.scale)
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(xlabel="scale of the adapter", ylabel="loss (nats per token)")
+    figure, axes = _axes("scale of the adapter", "loss (nats per token)")
     scales = [one.scale for one in found]
     axes.plot(scales, [one.loss for one in found], marker="o", label="rows of the task")
     others = [one.retained for one in found if one.retained is not None]
@@ -170,15 +164,14 @@ def plot_scales(found: Sequence[AtScale]) -> Figure:
         axes.plot(scales, others, marker="s", label="rows to retain")
     best = best_scale(found).scale
     axes.axvline(best, color="tab:gray", linestyle="--", label=f"best scale: {best:g}")
-    axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
-def _axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
+def _axes(xlabel: str, ylabel: str, title: str = "") -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlabel="optimizer step", ylabel=ylabel, title=title)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.margins(x=0.04, y=0.1)
     axes.grid(alpha=0.3)
     return figure, axes

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from disha import DishaError
-from disha.files import read_text, write_files
+from disha.files import read_text
 from disha.finetune.errors import OutputError
+from disha.finetune.report import write_text
 
 __all__ = ["EVENTS", "Report", "open_reports"]
 
@@ -84,7 +85,7 @@ def open_reports(
         opened[name] = Report(report.log, report.close, report.run, reported)
     runs |= {name: report.run for name, report in opened.items() if report.run}
     if runs:
-        write_files({path: lambda temporary: Path(temporary).write_text(json.dumps(runs))})
+        write_text(path, json.dumps(runs))
     return opened
 
 

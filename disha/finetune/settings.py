@@ -114,11 +114,13 @@ def _require_regex(name: str, pattern: str) -> None:
         ) from error
 
 
-def require_adapter(adapter: Path | None, *, compare: bool, merge: bool) -> None:
-    """Raise `SettingsError` if a flag needs an adapter and there is none."""
-    flag = "--compare" if compare else "--merge"
-    required = adapter is None and (compare or merge)
-    require(not required, f"{flag} needs an adapter; give --adapter adapter.safetensors too")
+def require_adapter(adapter: Path | None, **flags: object) -> None:
+    """Raise `SettingsError` if one of these flags is given, but no adapter."""
+    for name, value in flags.items():
+        require(
+            adapter is not None or not value,
+            f"--{name} needs an adapter; give --adapter adapter.safetensors too",
+        )
 
 
 def require_unchanged(settings: object, names: tuple[str, ...], complaint: str) -> None:
@@ -922,20 +924,16 @@ class EvaluateSettings:
         check_ranges(self)
         self.model.check()
         self.data.check()
-        require_adapter(self.adapter, compare=self.compare, merge=self.merge)
+        require_adapter(self.adapter, compare=self.compare, merge=self.merge, scales=self.at_scales)
         require(
             not self.exact_match or len(self.data.dataset_field) != 1,
             "--exact_match compares with a response; --dataset_field must name two fields",
         )
-        for flag, given in (("retain", self.retain), ("plot", self.plot)):
+        for flag, value in (("retain", self.retain), ("plot", self.plot)):
             require(
-                given is None or bool(self.at_scales),
+                value is None or bool(self.at_scales),
                 f"--{flag} is for the losses at several scales; give --scales 0,0.5,1 too",
             )
-        require(
-            not self.at_scales or self.adapter is not None,
-            "--scales needs an adapter; give --adapter adapter.safetensors too",
-        )
         require(
             not (self.at_scales and self.merge),
             "--scales changes the scale of the adapter, which can't be done once it is merged; "

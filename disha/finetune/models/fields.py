@@ -90,11 +90,11 @@ class Fields:
             if value not in allowed:
                 raise self.refused(key, value, f"only {allowed[0]!r} is supported")
 
-    def refused(self, key: str, value: object, *why: str) -> UnsupportedModelError:
+    def refused(self, key: str, value: object, allowed: str) -> UnsupportedModelError:
         """Return the error for a value that the decoder does not support."""
         return UnsupportedModelError(
             f"{self.path} asks for {self.prefix}{key} = {value!r}, which is not supported, and "
-            f"ignoring it would give another model; {'; '.join((*why, WAY_OUT))}"
+            f"ignoring it would give another model; {allowed}; {WAY_OUT}"
         )
 
     def _required(self, key: str, default: object) -> object:
