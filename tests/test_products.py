@@ -236,6 +236,21 @@ def test_a_product_of_stacks(kinds, count, dropout, rows):
     check(found, expected, [x, *[update.block for update in updates]])
 
 
+@pytest.mark.parametrize("sizes", [(1, 3), (4, 1)], ids=str)
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("kinds", [["bone"], ["bat"], ["bone", "bat"]])
+def test_a_product_of_stacks_broadcasts(kinds, count, sizes):
+    inputs, matrices = sizes
+    x = torch.randn(inputs, count, 7, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(matrices, 6, 7, dtype=torch.float64)
+    updates = [make_update(kind, STACK, weight) for kind in kinds]
+    expected = x @ weight.mT
+    for update in updates:
+        expected = expected + x @ dense(update, STACK, weight).mT
+    found = functional.adapted_stack(x, weight, updates)
+    check(found, expected, [x, *[update.block for update in updates]])
+
+
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_stack_of_bat_in_sixteen_bits(dtype, count):

@@ -532,7 +532,7 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
     """Return x (W + sum of s dW)^T, with one product for each matrix of a stack.
 
     Args:
-        x: input (experts, n, in).
+        x: input (experts, n, in), or (1, n, in) for all experts.
         weight: W (experts, out, in).
         updates: the blocks.
 
@@ -547,12 +547,15 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
         tensor([4.])
     """
     _, folded, _ = _divided(updates, STACK, weight.shape[-2])
-    if len(folded) == len(updates) == 1 and not folded[0].rows:
+    if folded and x.shape[0] == 1:
+        x = x.expand(weight.shape[0], -1, -1)
+    each_has_one = bool(folded) and x.shape[0] == weight.shape[0]
+    if each_has_one and len(folded) == len(updates) == 1 and not folded[0].rows:
         method, _, scale, *_ = folded[0]
         output = method_of(method).product(x, weight, None, folded[0].chosen_block, scale)
         if output is not None:
             return output
-    if folded and len(x) and not is_compiling():
+    if each_has_one and not is_compiling():
         # One matrix at a time saves no dense weight for backward.
         each = [[update.at(index) for update in updates] for index in range(len(x))]
         parts = zip(x.unbind(0), weight.unbind(0), each, strict=True)
