@@ -2,7 +2,7 @@
 
 Reading an adapted parameter gives one. Tables list what each operation does with it:
 
-    METADATA   shape, dtype, device ...               those of W; nothing is computed
+    METADATA   shape, dtype, new_zeros, ones_like ... those of W; nothing is computed
     VIEWS      transposes, rows, items of a stack     an effective weight
     PRODUCTS   linear, matmul, conv, embedding ...    W's own product plus the updates'
     WRITES     copy_, __setitem__, nn.init ...        done to W
@@ -134,6 +134,9 @@ class EffectiveWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run an operation by the tables of this module."""
+        if kwargs and not args and "input" in kwargs:  # torch's name of the first argument
+            args = (kwargs["input"],)
+            kwargs = {name: value for name, value in kwargs.items() if name != "input"}
         rule = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))
         if rule is not None and kwargs and "out" in kwargs:
             _refuse_to_lose_gradients(args, kwargs)
@@ -541,7 +544,9 @@ _PROPERTIES = (
 _QUESTIONS = (
     "dim size stride numel nelement ndimension element_size is_floating_point is_complex is_signed "
     "is_contiguous is_inference is_conj is_neg is_pinned is_shared get_device storage_offset "
-    "dim_order __len__ __hash__ is_coalesced has_names _is_view is_same_size"
+    "dim_order __len__ __hash__ is_coalesced has_names _is_view is_same_size result_type "
+    "new_empty new_empty_strided new_full new_ones new_tensor new_zeros "
+    "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"
 )
 
 
@@ -618,6 +623,10 @@ def _transpose(weight: Any, dim0: int = 0, dim1: int = 1) -> Any:
     return _viewed(weight, torch.transpose(weight.base, -2, -1), layout)
 
 
+def _swapaxes(weight: Any, axis0: int, axis1: int) -> Any:
+    return _transpose(weight, axis0, axis1)
+
+
 def _t(weight: Any) -> Any:
     return _transpose(weight) if weight.base.dim() == 2 else NotImplemented
 
@@ -626,12 +635,17 @@ def _mt(weight: Any) -> Any:
     return _transpose(weight, -2, -1) if weight.base.dim() >= 2 else NotImplemented
 
 
+_INDEX_DTYPES = (torch.int64, torch.int32)
+"""The dtypes of a tensor of indices. To torch, uint8 and bool are masks."""
+
+
 def _item(weight: Any, index: Any) -> Any:
     """Return one or several matrices of a stack, rows of a matrix, or looked-up rows."""
     layout, base = weight.axes, weight.base
-    counts = isinstance(index, (int, Tensor)) and not isinstance(index, (bool, EffectiveWeight))
-    if isinstance(index, Tensor) and (index.dtype == torch.bool or index.is_floating_point()):
-        counts = False  # a mask
+    if isinstance(index, Tensor):
+        counts = index.dtype in _INDEX_DTYPES and not isinstance(index, EffectiveWeight)
+    else:
+        counts = isinstance(index, int) and not isinstance(index, bool)
     if layout.expert_dim == 0 and counts:
         one = isinstance(index, int) or index.dim() == 0
         if not one and index.dim() != 1:
@@ -641,7 +655,8 @@ def _item(weight: Any, index: Any) -> Any:
     if layout.expert_dim == 0 and isinstance(index, slice):
         return _mapped(weight, base[index], layout, lambda u: [u.at(index)])
     if layout.pattern == "index out" and isinstance(index, Tensor) and counts:
-        return _embedding(index, weight)
+        # Unlike a lookup, an index may count from the end.
+        return _embedding(torch.where(index < 0, index + base.shape[0], index), weight)
     if layout.pattern == "out in" and isinstance(index, slice):
         start, stop, step = index.indices(base.shape[0])
         return _rows(weight, start, stop) if step == 1 and stop > start else NotImplemented
@@ -659,12 +674,13 @@ def _rows(weight: Any, start: int, stop: int) -> Any:
 
 
 def _split(weight: Any, split_size: Any, dim: int = 0) -> Any:
-    parts = [len(part) for part in weight.base.split(split_size, 0)]
-    return _in_parts(weight, parts, dim)
+    sizes = [part.shape[dim] for part in weight.base.split(split_size, dim)]
+    return _in_parts(weight, sizes, dim)
 
 
 def _chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
-    return _in_parts(weight, [len(part) for part in weight.base.chunk(chunks, 0)], dim)
+    sizes = [part.shape[dim] for part in weight.base.chunk(chunks, dim)]
+    return _in_parts(weight, sizes, dim)
 
 
 def _in_parts(weight: Any, sizes: Sequence[int], dim: int) -> Any:
@@ -693,9 +709,10 @@ def _select(weight: Any, dim: int, index: int) -> Any:
 
 def _cast(func: Callable[..., Any]) -> Callable[..., Any]:
     def cast(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        named = {name: _base_of(value) for name, value in kwargs.items()}
+        base = func(_base_of(weight), *map(_base_of, args), **named)
         if not isinstance(weight, EffectiveWeight):
-            return NotImplemented
-        base = func(weight.base, *map(_base_of, args), **kwargs)
+            return base  # another tensor, cast like this weight
         if not isinstance(base, Tensor):
             return base  # `type()` without arguments
         if not base.is_floating_point() or base.device != weight.base.device:
@@ -739,7 +756,8 @@ for _owner in (Tensor, torch):
     VIEWS |= {
         _owner.t: _t,
         _owner.transpose: _transpose,
-        _owner.swapaxes: _transpose,
+        _owner.swapaxes: _swapaxes,
+        _owner.swapdims: _transpose,
         _owner.split: _split,
         _owner.chunk: _chunk,
         _owner.unbind: _unbind,
@@ -779,6 +797,14 @@ def _matmul(input: Any, other: Any) -> Any:
     if other.axes.pattern == "expert in out" and input.dim() == 3 and other.routed is None:
         return functional.adapted_stack(input, turned.base, turned.updates)
     return NotImplemented
+
+
+def _mm(input: Any, mat2: Any) -> Any:
+    return _matmul(input, mat2)
+
+
+def _mv(input: Any, vec: Any) -> Any:
+    return _matmul(input, vec)
 
 
 def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
@@ -1151,9 +1177,9 @@ PRODUCTS[torch._grouped_mm] = _grouped(torch._grouped_mm)
 for _owner in (Tensor, torch):
     PRODUCTS |= {
         _owner.matmul: _matmul,
-        _owner.mm: _matmul,
-        _owner.bmm: _matmul,
-        _owner.mv: _matmul,
+        _owner.mm: _mm,
+        _owner.bmm: _mm,
+        _owner.mv: _mv,
         _owner.addmm: _addmm,
         _owner.baddbmm: _baddbmm,
     }

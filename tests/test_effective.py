@@ -437,6 +437,28 @@ class TestFacts:
         assert weight.element_size() == 4
 
     @pytest.mark.parametrize(
+        "ask",
+        [
+            lambda w: w.new_zeros(2),
+            lambda w: w.new_tensor([1.0, 2.0]),
+            lambda w: torch.ones_like(w),
+            lambda w: torch.full_like(input=w, fill_value=2.0),
+            lambda w: torch.ones(2).type_as(w),
+            lambda w: torch.ones(2).to(w),
+            lambda w: torch.ones(2).to(tensor=w),
+            lambda w: torch.result_type(torch.ones(2), w),
+        ],
+    )
+    def test_what_only_asks_for_the_dtype_computes_nothing(self, ask):
+        """A computed weight can't have dropout, so computing one would raise."""
+        layer = disha.BoneLinear(4, 3, r=2, dropout=0.5, dtype=torch.float64)
+        found, expected = ask(layer.weight), ask(layer.base_weight)
+        assert getattr(found, "dtype", found) == torch.float64
+        if isinstance(found, torch.Tensor):
+            assert type(found) is torch.Tensor
+            assert torch.equal(found, expected)
+
+    @pytest.mark.parametrize(
         "view",
         [
             lambda w: w.T,
@@ -444,6 +466,10 @@ class TestFacts:
             lambda w: w.t(),
             lambda w: w.transpose(0, 1),
             lambda w: w.transpose(-1, -2),
+            lambda w: w.swapaxes(axis0=0, axis1=1),
+            lambda w: w.swapdims(dim0=0, dim1=1),
+            lambda w: torch.t(input=w),
+            lambda w: torch.transpose(input=w, dim0=0, dim1=1),
             lambda w: w[1:3],
             lambda w: w.chunk(3)[1],
             lambda w: w.split([1, 2])[1],
@@ -460,6 +486,46 @@ class TestFacts:
         seen = view(weight)
         assert type(seen) is type(weight)
         torch.testing.assert_close(seen + 0, view(dense))
+
+    @pytest.mark.parametrize(
+        "cut",
+        [
+            lambda w: w.split([1, 3], dim=1),
+            lambda w: w.split([3, 1], dim=-1),
+            lambda w: torch.split(w, 2, 1),
+            lambda w: w.chunk(2, dim=1),
+        ],
+    )
+    def test_columns_are_computed(self, cut):
+        layer, weight = self.weight()
+        dense = layer.merged_weight(["default"])
+        for found, expected in zip(cut(weight), cut(dense), strict=True):
+            torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize(
+        "multiply",
+        [
+            lambda x, w: torch.mm(input=x, mat2=w.T),
+            lambda x, w: x.mm(mat2=w.T),
+            lambda x, w: torch.mv(w, vec=x[0]),
+            lambda x, w: torch.mv(input=w, vec=x[0]),
+            lambda x, w: torch.matmul(input=x, other=w.T),
+            lambda x, w: torch.addmm(input=torch.ones(3), mat1=x, mat2=w.T),
+        ],
+    )
+    def test_products_by_keywords(self, multiply):
+        layer, weight = self.weight()
+        x, dense = torch.randn(2, 4), layer.merged_weight(["default"])
+        torch.testing.assert_close(multiply(x, weight), multiply(x, dense))
+
+    @pytest.mark.parametrize("index", [[-1, 2, -6], [0, 5]])
+    def test_rows_of_a_table_count_from_the_end_too(self, index):
+        layer = disha.inject_adapters(nn.Embedding(6, 3), "", r=2, init="kaiming")
+        dense = layer.merged_weight(["default"])
+        at = torch.tensor(index)
+        torch.testing.assert_close(layer.weight[at], dense[at])
+        mask = torch.tensor([1, 0, 1, 0, 0, 1], dtype=torch.bool)
+        torch.testing.assert_close(layer.weight[mask], dense[mask])
 
     def test_a_parameter_by_its_name_is_the_parameter(self):
         model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 3)), "0", 2)
