@@ -143,7 +143,7 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport
         raise ArgumentError(
             "there is nothing to check: no adapter is active; activate one with set_active_adapters"
         )
-    with torch.random.fork_rng(_devices(view)), Undo(view) as undo:
+    with Undo(view) as undo:
         modes = [(module, module.training) for module in view.all_modules()]
         flags = [(block.block, block.block.requires_grad) for *_, block in active]
         report = _checked(view, undo, active, lambda: _tensors(model(*inputs, **kwargs)))
@@ -169,11 +169,13 @@ def _checked(
         active: (weight's name, adapter, weight, block) of each active block.
         outputs_of: runs the model.
     """
-    blocks, seed = [block for *_, block in active], torch.initial_seed() % 2**31
+    blocks = [block for *_, block in active]
 
     def run() -> list[Tensor]:
-        torch.manual_seed(seed)
-        return outputs_of()
+        # All runs start from the same random state, and none changes it.
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices):
+            return outputs_of()
 
     view.model.eval()
     with torch.inference_mode(False), torch.enable_grad():
@@ -198,11 +200,6 @@ def _remark(read: bool, acts: bool, gradient: bool) -> str:
     if not gradient:
         return "it acts, but a detach or a custom function stops its gradient"
     return ""
-
-
-def _devices(view: ModelView) -> list[torch.device]:
-    devices = {parameter.device for parameter in view.all_parameters()}
-    return [device for device in devices if device.type == "cuda"]
 
 
 def _randomise(blocks: list[Block], undo: Undo) -> None:
@@ -241,7 +238,8 @@ def _gradients(
     outputs = run()
     if not outputs:
         raise ArgumentError(
-            "the model returns no floating-point tensor, so the effect of an adapter can't be seen"
+            "the model returns no floating-point tensor, so the effect of an adapter can't be "
+            "seen; check the part of the model that returns one"
         )
     generator = torch.Generator().manual_seed(1)
     total: Any = 0.0

@@ -110,6 +110,19 @@ def test_random_states_come_back():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_random_layers_get_the_same_numbers_in_each_run():
+    model = disha.inject_adapters(Model(lambda layer, x: layer(x) + torch.rand(4)), "layer", 2)
+    assert disha.check_adapters(model, torch.randn(3, 4)).ok
+
+
+def test_no_other_device_is_seeded(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", 2)
+    disha.check_adapters(model, torch.randn(3, 4))
+    assert not seeded
+
+
 def test_what_is_refused():
     x, model = torch.randn(3, 4), disha.inject_adapters(nn.Sequential(nn.Linear(4, 4)), "0", 2)
     merged = copy.deepcopy(model)

@@ -496,7 +496,8 @@ def _cut(layer: LayerRecord, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # so that every export gives the same file
+            # So that every export gives the same file. torch.manual_seed would seed GPUs too.
+            torch.default_generator.manual_seed(0)
             u, s, v = torch.svd_lowrank(matrix, q=2 * rank, niter=4)
             vh = v.mT
     root = s[:rank].sqrt()
