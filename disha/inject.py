@@ -24,7 +24,7 @@ from disha.layers import (
     restore,
 )
 from disha.model import ModelView
-from disha.plan import Plan, PlannedLayer, Target, can_train, plan_injection
+from disha.plan import Plan, PlannedLayer, Target, plan_injection
 from disha.text import counted, first_few
 from disha.undo import Undo
 
@@ -291,12 +291,14 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
     """
     view = ModelView(model)
     if not view.layers:
-        raise ArgumentError("the model has no adapter, so nothing would be left to train")
+        raise ArgumentError(
+            "the model has no adapter, so nothing would be left to train; call inject_adapters "
+            "first"
+        )
     with Undo(view):
         for one in view.parameters:
-            if can_train(one.value):
-                trains = freezing.is_claimed(one.module, one.attribute)
-                freezing.set_requires_grad(one.module, one.attribute, trains)
+            trains = freezing.is_claimed(one.module, one.attribute)
+            freezing.set_requires_grad(one.module, one.attribute, trains)
         for _, layer in view.layers:
             for block in layer.disha.blocks().values():
                 block.block.requires_grad_(True)
@@ -318,8 +320,6 @@ def _set_flags(view: ModelView, plan: Plan) -> None:
     """Set requires_grad as planned, and remember which parameters train with the adapter."""
     also_train = set(plan.also_train)
     for one in view.parameters:
-        if not can_train(one.value):
-            continue
         if one.name in also_train:
             flag_without = one.value.requires_grad and not plan.freeze
             freezing.claim(one.module, plan.adapter, one.attribute, flag_without)

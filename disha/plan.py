@@ -35,7 +35,6 @@ __all__ = [
     "SkippedModule",
     "Target",
     "WeightRequest",
-    "can_train",
     "check_addable",
     "plan_adapters",
     "plan_injection",
@@ -625,11 +624,6 @@ def _tied(view: ModelView, layers: Iterable[PlannedLayer]) -> tuple[tuple[str, .
     )
 
 
-def can_train(parameter: nn.Parameter) -> bool:
-    """Whether a parameter has a dtype that can be trained and saved."""
-    return parameter.dtype in BLOCK_DTYPES.values()
-
-
 def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
     """Return the clean names of the parameters that `also_train` matches by any of their names."""
     matched: list[str] = []
@@ -651,7 +645,7 @@ def _training_problem(one: ModelParameter) -> str | None:
     """Return why a parameter can't be trained with a new adapter, or None."""
     if is_quantised(one.value):
         return "is quantised and can't be trained with an adapter"
-    if not can_train(one.value):
+    if one.value.dtype not in BLOCK_DTYPES.values():
         return f"has dtype {one.value.dtype} and can't be trained with an adapter"
     if freezing.is_claimed(one.module, one.attribute):
         return "is already trained with another adapter, and can belong to only one"

@@ -520,6 +520,18 @@ def test_everything_behind_a_parameter_that_can_not_train_is_frozen(model):
     assert trained == {"inner.head.disha.default.bone_block", *norms}
 
 
+def test_complex_parameters_are_frozen_too(model):
+    """As in layers that multiply a spectrum. They can't train with an adapter."""
+    model.spectrum = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    disha.inject_adapters(model, "head", 2)
+    assert not model.spectrum.requires_grad
+    model.spectrum.requires_grad_(True)
+    disha.mark_only_adapters_trainable(model)
+    assert not model.spectrum.requires_grad
+    disha.remove_adapters(model)
+    assert model.spectrum.requires_grad
+
+
 def test_failure_at_the_very_end_undoes_all(monkeypatch):
     def fail(*_):
         raise RuntimeError("interrupted")
