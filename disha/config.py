@@ -249,7 +249,7 @@ def check_scale(scale: Any, name: str = "scale") -> None:
     check_number(name, scale)
     if not abs(scale) <= LARGEST_SCALE:
         raise ArgumentError(
-            f"{name} must be finite and at most {LARGEST_SCALE:.3g}, got {str(scale)[:40]}"
+            f"{name} must be finite and at most {LARGEST_SCALE:.3g}, got {brief(scale)}"
         )
 
 

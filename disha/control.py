@@ -211,15 +211,18 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
         >>> torch.allclose(routed[1], model(x)[1])  # "b" is the active one
         True
     """
-    names = tuple(names_per_sample) if isinstance(names_per_sample, Sequence) else None
-    if names is None or isinstance(names_per_sample, str):
+    names: object = names_per_sample
+    if (
+        not isinstance(names, Sequence)
+        or isinstance(names, str)
+        or not all(name is None or isinstance(name, str) for name in names)
+    ):
         raise ArgumentTypeError(
-            f"names_per_sample must be a list with a name or None for each sample, got "
-            f"{names_per_sample!r}"
+            f"names_per_sample must be a list with a name or None for each sample, got {names!r}"
         )
     if not names:
         raise ArgumentError("names_per_sample is empty; give a name or None for each sample")
-    view, route = ModelView(model), Route(names)
+    view, route = ModelView(model), Route(tuple(names))
     for name in route.adapters:
         view.require(name)
     view.refuse_merged("route adapters")

@@ -144,6 +144,8 @@ class TestScale:
             (float("inf"), "a", ArgumentError),
             (1e300, "a", ArgumentError),
             (10**400, "a", ArgumentError),
+            # Python does not write so many digits.
+            pytest.param(10**5000, "a", ArgumentError, id="5000 digits"),
             ("1", "a", ArgumentTypeError),
             (1.0, "c", ArgumentError),
         ],
@@ -263,7 +265,8 @@ class TestRoute:
             ([], ArgumentError, "is empty"),
             ("a", ArgumentTypeError, "must be a list"),
             (None, ArgumentTypeError, "must be a list"),
-            ([1], ArgumentTypeError, "name must be a str"),
+            ([1], ArgumentTypeError, "a name or None for each sample"),
+            ([["a"]], ArgumentTypeError, "a name or None for each sample"),
         ],
     )
     def test_refusals(self, names, kind, says):
