@@ -1005,3 +1005,11 @@ def test_from_linear_refuses_an_adapted_layer(cls, kind):
 def test_holder_of_adapters_is_not_callable():
     with pytest.raises(TypeError, match="can't be called"):
         born("bone").disha(torch.randn(2, 10))
+
+
+def test_a_layer_whose_weight_is_not_adapted_says_what_is():
+    layer = disha.inject_adapters(nn.MultiheadAttention(8, 2), "^q_proj$", 2)
+    for ask in (layer.geometry, lambda: layer.merged_weight(["default"])):
+        with pytest.raises(AttributeError, match=r"weights of this MultiheadAttention are q_proj"):
+            ask()
+    assert not hasattr(layer, "base_weight")

@@ -74,15 +74,31 @@ class AdaptedLayer(nn.Module):
         """The original of `weight`, also while merged; dequantised if it is quantised.
 
         Raises:
-            AttributeError: none of the layer's adapted weights is its `weight`.
+            AttributeError: the layer's `weight` is not adapted.
         """
-        if not any(name == "" for _, name in self.disha.blocks()):
-            raise AttributeError("this layer has other adapted weights than `weight`")
-        return AdaptedWeight(self, "").base
+        return self._own_weight().base
+
+    def _own_weight(self) -> AdaptedWeight:
+        """Return the adapted `weight` of the layer.
+
+        Raises:
+            AttributeError: it is not adapted, or the layer has none.
+        """
+        names = dict.fromkeys(name for _, name in self.disha.blocks())
+        if "" not in names:
+            raise AttributeError(
+                f"the adapted weights of this {self.original_class.__qualname__} are "
+                f"{', '.join(names)}, not `weight`; their blocks are in layer.disha[adapter]"
+            )
+        return AdaptedWeight(self, "")
 
     def geometry(self) -> Geometry:
-        """Return the sizes of `weight` that its blocks depend on."""
-        return AdaptedWeight(self, "").geometry
+        """Return the sizes of `weight` that its blocks depend on.
+
+        Raises:
+            AttributeError: the layer's `weight` is not adapted.
+        """
+        return self._own_weight().geometry
 
     def delta_weight(self, block: Block) -> Tensor:
         """Return dW of a block of this layer, without its scale: a tensor of the weight's shape.
@@ -97,8 +113,11 @@ class AdaptedLayer(nn.Module):
 
         Args:
             adapters: their names; an adapter that the layer lacks adds nothing.
+
+        Raises:
+            AttributeError: the layer's `weight` is not adapted.
         """
-        return AdaptedWeight(self, "").merged(adapters)
+        return self._own_weight().merged(adapters)
 
     def __delattr__(self, name: str) -> None:
         replaced = name in self.adapted_parameters and name in self._parameters
