@@ -135,7 +135,8 @@ def load_adapter(
         replace: if the model has an adapter of that name, copy the file's values into it, in place
             (hot swap). The shapes must agree, but a file with a smaller r fits too, if that r
             divides the model's and the method can widen a block without loss (Bone, tile). Layers
-            that the file lacks get zeros. No `requires_grad` flag changes.
+            that the file lacks get zeros. `also_train` parameters that the file lacks keep their
+            values. No `requires_grad` flag changes.
         dtype: dtype of the blocks; the file's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
         activate: make a new adapter the only active one. With False, nothing changes for threads

@@ -366,7 +366,7 @@ def load_contents(
             if taken:
                 adapter_tensors(view, adapter)  # raises if the blocks have no values here
                 incoming = _as_wide_as(view, incoming, adapter)
-                values = _fitting(view, incoming, adapter, partial)
+                values = _fitting(view, incoming, adapter)
             else:
                 plan, values = _planned(view, incoming, adapter, dtype, freeze)
                 apply_plan(view, plan, activate=activate)
@@ -483,14 +483,11 @@ def _as_wide_as(view: ModelView, incoming: _Incoming, adapter: str) -> _Incoming
     return dataclasses.replace(incoming, header=header, tensors=tensors)
 
 
-def _fitting(
-    view: ModelView, incoming: _Incoming, adapter: str, partial: bool
-) -> dict[str, Tensor]:
+def _fitting(view: ModelView, incoming: _Incoming, adapter: str) -> dict[str, Tensor]:
     """Return the values that fit the model's adapter of that name, by the model's keys."""
     mine = adapter_tensors(view, adapter)
     found = {incoming.keys[key]: key for key in incoming.tensors}
-    required = set() if partial else set(incoming.header.also_train)
-    targets = {key: parameter for key, parameter in mine.items() if key in found or key in required}
+    targets = {key: parameter for key, parameter in mine.items() if key in found}
     kept = {key: own for key, own in found.items() if key in targets}
     records = incoming.header.tensors
     if all(records[own].shape == targets[key].shape for key, own in kept.items()):
