@@ -3,4 +3,5 @@
 - `accelerate`: states of its `Accelerator`
 - `lightning`: checkpoints of its `Trainer`
 - `transformers`: checkpoints of its `Trainer`
+- `trl`: its trainers, with the trained model as their reference
 """
