@@ -354,6 +354,15 @@ def test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit(tmp_pa
     assert measured["loss"] == pytest.approx(best)
 
 
+def test_a_checkpoint_of_another_adapter_is_refused_by_lightning(tmp_path):
+    smaller = Module()
+    disha.remove_adapters(smaller)
+    disha.inject_adapters(smaller, "net.0", r=4, also_train="1")
+    fitted(smaller, tmp_path, 1)
+    with pytest.raises(disha.AdapterStateError, match=r"lacks 1 of 4 tensors .*net\.2\.disha"):
+        fitted(Module(), tmp_path, 2, resume=tmp_path / "epoch=0.ckpt")
+
+
 def test_a_module_without_the_adapter_is_refused_by_lightning(tmp_path):
     module = Module()
     disha.remove_adapters(module)

@@ -7,6 +7,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 import disha
+from disha.text import counted, first_few
 
 __all__ = ["AdapterCheckpoints"]
 
@@ -15,8 +16,8 @@ class AdapterCheckpoints(Callback):
     """Keeps the base out of the checkpoints of `Trainer`.
 
     Resuming (`trainer.fit(..., ckpt_path=...)`) and the best checkpoint
-    (`trainer.test(..., ckpt_path="best")`) load the adapter into the module, which must have this
-    adapter. To write a file of the adapter alone, call `disha.save_adapter`.
+    (`trainer.test(..., ckpt_path="best")`) load the adapter into the module, which must have the
+    same adapter. To write a file of the adapter alone, call `disha.save_adapter`.
 
     Args:
         adapter: the name of the adapter to keep.
@@ -53,3 +54,20 @@ class AdapterCheckpoints(Callback):
         kept = disha.adapter_state_dict(pl_module, self._adapter)
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: state[key] for key in kept}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Check that the checkpoint has the adapter, because Lightning ignores missing keys.
+
+        Raises:
+            AdapterStateError: it lacks a part of the adapter.
+        """
+        wanted = disha.adapter_state_dict(pl_module, self._adapter)
+        missing = [key for key in wanted if key not in checkpoint["state_dict"]]
+        if missing:
+            raise disha.AdapterStateError(
+                f"the checkpoint lacks {len(missing)} of {counted(len(wanted), 'tensor')} of "
+                f"adapter {self._adapter!r} ({first_few(missing, 3, ', ')}), so they would not be "
+                "loaded; inject the adapter as it was when the checkpoint was saved"
+            )
