@@ -28,7 +28,7 @@ from torch import Tensor
 from disha import functional
 from disha.errors import ArgumentError, ModeError
 from disha.functional import Layout, Product, Reduced, Update, adapted_linear
-from disha.functional.routed import linear_of_groups, with_bone_of_groups
+from disha.functional.routed import linear_of_runs, with_bone_of_runs
 from disha.routing import Route
 from disha.sharding import Split, is_sharded, split_of
 
@@ -71,7 +71,7 @@ class Routed(NamedTuple):
         return self.updates.get(self.route.names[0] or "", ())
 
     def check(self, input: Tensor, shape: Sequence[int] | None, has_samples: bool) -> None:
-        """Raise unless an input has samples, as many as the route has names, or a multiple.
+        """Raise unless an input has samples, and their number is a multiple of that of the names.
 
         Args:
             input: the input, samples first.
@@ -161,8 +161,8 @@ class EffectiveWeight(Tensor):
 def start_no_graph(function: Any) -> None:
     """Keep the compiler from starting a graph at a function, or at one that it calls.
 
-    When the compiler leaves a function to Python, it still tries to compile the functions that it
-    calls. As a part of another function, this one is still compiled.
+    When the compiler leaves a function to Python, it still tries to compile the functions that this
+    one calls. If compiled code calls the function, it is compiled as a part of that code as before.
 
     Args:
         function: the function.
@@ -263,7 +263,7 @@ def effective_part(
     for update in updates:
         if update.dropout:
             raise ModeError(
-                "the adapter's dropout can't act here: each rank would drop other inputs of a "
+                "the adapter's dropout can't act here: each rank would drop different inputs of a "
                 "tensor-parallel weight; use dropout=0"
             )
         update = update._replace(block=split.summed(update.block, sums))
@@ -421,7 +421,7 @@ def called_from(module: str) -> bool:
 def _compute_first(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Run an operation with the computed weight. It writes into W if that is its `out=`."""
+    """Run an operation with the computed weight. If `out=` is the weight, it writes into W."""
     named = {
         name: _base_of(value) if name == "out" else _computed_inside(value)
         for name, value in kwargs.items()
@@ -430,9 +430,10 @@ def _compute_first(
 
 
 def _refuse_to_lose_gradients(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise if a product of a weight that trains goes into `out=`, of which there is no gradient.
+    """Raise if a product of a weight whose block trains goes into `out=`, which has no gradient.
 
-    This is how code with a gradient of its own multiplies, such as the loss of the trainers of trl.
+    Code that computes its gradients itself multiplies in this way. An example is the loss of the
+    trainers of trl.
     """
     operands = [*args, *(value for name, value in kwargs.items() if name != "out")]
     for one in operands:
@@ -477,7 +478,10 @@ def _write(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
-    """Return the values to write: W for the same effective weight, so no update acts twice."""
+    """Return the values to write. Where these have the same updates, W is written in their place.
+
+    Otherwise the updates would be written into W, and would then act a second time.
+    """
     if not isinstance(written, EffectiveWeight):
         return sources
     return tuple(
@@ -956,7 +960,7 @@ RENORM_EPSILON = 1e-7
 FEW_ROWS = 8
 """Samples of fewer rows are sorted by adapter, so that each adapter adds one product.
 
-Sorting costs passes over the output; not to sort costs one product for each sample.
+Sorting costs passes over the output. Without sorting, each sample costs one product.
 """
 
 
@@ -965,7 +969,7 @@ def _routed_linear(input: Tensor, weight: EffectiveWeight, bias: Tensor | None) 
     assert routed is not None
     if not routed.batch:
         return _routed_rows(input, base, bias, weight.axes, routed)
-    # Samples come second, or are flattened so.
+    # Samples are the second dimension, or the first two dimensions are flattened.
     first = input.reshape(-1, routed.batch, input.shape[-1]).transpose(0, 1)
     output = _routed_rows(first, base, bias, weight.axes, routed)
     return output.transpose(0, 1).contiguous().view(*input.shape[:-1], output.shape[-1])
@@ -1000,10 +1004,10 @@ def _routed_rows(
 def _linear_by_adapter(input: Tensor, base: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
     """Return a linear product whose samples are sorted by adapter, and put back afterwards."""
     route, size, device = routed.route, input.shape[0], input.device
-    groups = route.sorted_runs(size)
-    order = None if groups == route.runs(size) else route.order(size, device)
-    each = [(routed.updates.get(one.adapter or "", ()), one.stop - one.start) for one in groups]
-    return linear_of_groups(input, base, bias, each, order)
+    runs = route.sorted_runs(size)
+    order = None if runs == route.runs(size) else route.order(size, device)
+    each = [(routed.updates.get(run.adapter or "", ()), run.stop - run.start) for run in runs]
+    return linear_of_runs(input, base, bias, each, order)
 
 
 def _with_alike(
@@ -1012,22 +1016,22 @@ def _with_alike(
     """Return an output plus the shard-sum updates of each sample."""
     size = input.shape[0]
     rows, outputs = (one.reshape(size, -1, one.shape[-1]) for one in (input, output))
-    groups, order = route.runs(size), None
-    few = rows.shape[1] * route.parts(size) < FEW_ROWS and len(groups) > len(alike)
+    runs, order = route.runs(size), None
+    few = rows.shape[1] * route.parts(size) < FEW_ROWS and len(runs) > len(alike)
     if few or torch.is_grad_enabled() or not outputs.is_contiguous():
-        groups, order = route.sorted_runs(size), route.order(size, input.device)
+        runs, order = route.sorted_runs(size), route.order(size, input.device)
     each = [
         (
-            (one.matrix, one.scale) if (one := alike.get(group.adapter or "")) else None,
-            group.stop - group.start,
+            (one.matrix, one.scale) if (one := alike.get(run.adapter or "")) else None,
+            run.stop - run.start,
         )
-        for group in groups
+        for run in runs
     ]
-    return with_bone_of_groups(outputs, rows, each, order).reshape(output.shape)
+    return with_bone_of_runs(outputs, rows, each, order).reshape(output.shape)
 
 
 def _alike(routed: Routed, layout: Layout, out_features: int) -> dict[str, Reduced] | None:
-    """Return the shard-sum update of each adapter, if all have one size and no tiles."""
+    """Return the shard-sum update of each adapter if all have one size and no tiles, else None."""
     found: dict[str, Reduced] = {}
     for adapter, updates in routed.updates.items():
         small = functional.reduced_updates(updates, layout, out_features)

@@ -1,9 +1,10 @@
-"""Products of a batch in which each sample has its own updates: one product for several groups.
+"""Products of a batch in which each sample has its own updates.
 
-A group is a number of rows that share their updates. The cheapest way depends on the methods:
+A run is a part of the leading dimension whose entries share their updates. The cheapest way depends
+on the methods:
 
-- all of them reduce: W x of all rows at once, and S(x) of all rows; each group adds S(x) R;
-- otherwise, one product for each group, as if the groups ran one by one.
+- all of them reduce: W x of all runs at once, and S(x) of all runs; each run adds S(x) R;
+- otherwise: one product for each run, as if the runs were separate batches.
 
 Source: arXiv 2409.15371, section 3.
 """
@@ -18,25 +19,25 @@ from torch import Tensor
 from disha.functional.products import Update, adapted_linear
 from disha.functional.shards import Scale, regained, scaled, scaled_sums
 
-__all__ = ["linear_of_groups", "with_bone_of_groups"]
+__all__ = ["linear_of_runs", "with_bone_of_runs"]
 
 
-def linear_of_groups(
+def linear_of_runs(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    groups: Sequence[tuple[Sequence[Update], int]],
+    runs: Sequence[tuple[Sequence[Update], int]],
     order: Tensor | None = None,
 ) -> Tensor:
-    """Return (W + sum of s dW) x + b, with the updates of each group.
+    """Return (W + sum of s dW) x + b, with the updates of each run.
 
     Args:
         x: input (n, ..., in).
         weight: W (out, in).
         bias: b (out,), or None.
-        groups: the updates of each group, and its number of entries of the leading dimension.
-        order: indices along the leading dimension that put the entries of one group after those
-            of another; None if they lie so.
+        runs: the updates of each run, and its number of entries.
+        order: indices along the leading dimension that sort its entries by run; None if they are
+            sorted already.
 
     Returns:
         Tensor (n, ..., out).
@@ -44,13 +45,13 @@ def linear_of_groups(
     Examples:
         >>> import torch
         >>> from disha.functional import Update
-        >>> from disha.functional.routed import linear_of_groups
-        >>> groups = [([Update("bat", torch.eye(2)[None])], 1), ([], 1)]
-        >>> linear_of_groups(torch.ones(2, 2), torch.eye(2), None, groups)
+        >>> from disha.functional.routed import linear_of_runs
+        >>> runs = [([Update("bat", torch.eye(2)[None])], 1), ([], 1)]
+        >>> linear_of_runs(torch.ones(2, 2), torch.eye(2), None, runs)
         tensor([[3., 3.],
                 [1., 1.]])
     """
-    sizes, updates = [size for _, size in groups], [own for own, _ in groups]
+    sizes, updates = [size for _, size in runs], [own for own, _ in runs]
     if order is None:
         each = zip(torch.split(x, sizes), updates, strict=True)
         return torch.cat([adapted_linear(part, weight, bias, own) for part, own in each])
@@ -62,7 +63,7 @@ def linear_of_groups(
     if torch.is_grad_enabled():
         together = torch.cat(list(parts))
         return torch.empty_like(together).index_copy(0, order, together)
-    # Without gradients, one output at a time is in memory beside the whole.
+    # Without gradients, the output of one run at a time is in memory beside the whole output.
     output: Tensor | None = None
     for rows, part in zip(places, parts, strict=True):
         if output is None:
@@ -72,36 +73,36 @@ def linear_of_groups(
     return output
 
 
-def with_bone_of_groups(
+def with_bone_of_runs(
     output: Tensor,
     x: Tensor,
-    groups: Sequence[tuple[tuple[Tensor, Scale] | None, int]],
+    runs: Sequence[tuple[tuple[Tensor, Scale] | None, int]],
     order: Tensor | None = None,
 ) -> Tensor:
-    """Return an output plus s S(x) R, with the R and s of each group.
+    """Return an output plus s S(x) R, with the R and s of each run.
 
     Args:
         output: (n, rows, out). Without gradients, it is changed in place; it must be contiguous
             if there is no order.
         x: input (n, rows, in).
-        groups: R (r, out) of each group with its scale, or None, and its number of entries of the
-            leading dimension. All R have one shape and dtype.
-        order: indices along the leading dimension that put the entries of one group after those
-            of another; None if they lie so, and no gradient is needed.
+        runs: R (r, out) of each run with its scale, or None, and its number of entries. All R have
+            one shape and dtype.
+        order: indices along the leading dimension that sort its entries by run; None if they are
+            sorted already, and no gradient is needed.
 
     Examples:
         >>> import torch
-        >>> from disha.functional.routed import with_bone_of_groups
-        >>> groups = [((torch.ones(1, 2), 3.0), 1), (None, 1)]
+        >>> from disha.functional.routed import with_bone_of_runs
+        >>> runs = [((torch.ones(1, 2), 3.0), 1), (None, 1)]
         >>> with torch.no_grad():
-        ...     with_bone_of_groups(torch.zeros(2, 1, 2), torch.ones(2, 1, 2), groups)[:, 0]
+        ...     with_bone_of_runs(torch.zeros(2, 1, 2), torch.ones(2, 1, 2), runs)[:, 0]
         tensor([[6., 6.],
                 [0., 0.]])
     """
-    first = next(own[0] for own, _ in groups if own is not None)
+    first = next(own[0] for own, _ in runs if own is not None)
     sums, regain = scaled_sums(x, first.shape[0], first.dtype)
-    sizes = [size for _, size in groups]
-    matrices = [None if own is None else scaled(*own) for own, _ in groups]
+    sizes = [size for _, size in runs]
+    matrices = [None if own is None else scaled(*own) for own, _ in runs]
     if order is None:
         each = zip(matrices, torch.split(output, sizes), torch.split(sums, sizes), strict=True)
         for matrix, rows, own in each:
