@@ -30,7 +30,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The result of a load; each key is in one of the lists.
+    """The result of a load. Each key is in one of the tuples.
 
     Attributes:
         matched: keys that fit. Their values were loaded, unless the load failed.
@@ -53,10 +53,10 @@ class LoadReport:
     """
 
     matched: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    wrong_shape: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
-    wrong_value: tuple[tuple[str, str], ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    wrong_shape: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    wrong_value: tuple[tuple[str, str], ...] = ()
 
     @property
     def complete(self) -> bool:

@@ -55,6 +55,7 @@ __all__ = [
     "adapter_contents",
     "blocks_only",
     "load_contents",
+    "narrowed",
     "read_contents",
     "records_of",
     "unread_contents",
@@ -239,7 +240,7 @@ def unread_contents(
     """
     described = described_by(file)
     kept = described.layers if layers is None else _chosen(described, layers)
-    described = _narrowed(described, kept, also_train)
+    described = narrowed(described, kept, described.also_train if also_train else ())
     return described, _Unread(file, tuple(described.tensors))
 
 
@@ -276,15 +277,21 @@ def _chosen(described: AdapterFile, layers: str) -> Sequence[LayerRecord]:
     return kept
 
 
-def _narrowed(header: Header, layers: Sequence[LayerRecord], also_train: bool) -> Header:
-    """Return a header of these layers only, with or without the parameters besides the blocks."""
-    beside = header.also_train if also_train else ()
+def narrowed(header: Header, layers: Sequence[LayerRecord], also_train: Sequence[str]) -> Header:
+    """Return a header of a part of an adapter.
+
+    Args:
+        header: the adapter's header.
+        layers: the layers of the part.
+        also_train: the parameters besides its blocks.
+    """
+    keys = (*(layer.key for layer in layers), *also_train)
     return dataclasses.replace(
         header,
         config=header.config if also_train else header.config.changed(also_train=[]),
         layers=tuple(layers),
-        also_train=beside,
-        tensors={key: header.tensors[key] for key in (*(one.key for one in layers), *beside)},
+        also_train=tuple(also_train),
+        tensors={key: header.tensors[key] for key in keys},
     )
 
 
@@ -295,7 +302,7 @@ def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Content
         header: the adapter's header.
         tensors: its tensors.
     """
-    without = _narrowed(header, header.layers, also_train=False)
+    without = narrowed(header, header.layers, ())
     return without, {key: tensors[key] for key in without.tensors}
 
 
@@ -387,10 +394,7 @@ def load_contents(
             block.reconfigure(incoming.header.config)
             block.set_scale(layer.scale)
         _warn_of_other_base(view, incoming, adapter)
-    # Everything fits: the rest has raised.
-    return LoadReport(
-        matched=tuple(values), missing=(), unexpected=(), wrong_shape=(), wrong_value=()
-    )
+    return LoadReport(matched=tuple(values))  # if a key did not fit, this has raised
 
 
 def _check_consistent(incoming: _Incoming) -> None:

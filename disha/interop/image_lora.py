@@ -186,7 +186,7 @@ def load(
                 view, target, header, tensors, adapter, dtype=dtype, freeze=freeze
             )
             matched += [f"{component}.{key}" for key in report.matched]
-    return LoadReport(tuple(matched), missing=(), unexpected=(), wrong_shape=(), wrong_value=())
+    return LoadReport(tuple(matched))
 
 
 def _components(models: object) -> dict[str, nn.Module]:
@@ -212,7 +212,7 @@ def _components(models: object) -> dict[str, nn.Module]:
 
 
 def _component_of(model: nn.Module) -> str | None:
-    """Return the component that the class of a model tells."""
+    """Return the component that a model must be by its class, or None if the class does not say."""
     classes = {cls.__name__ for cls in original_class(model).__mro__}
     if classes & {"CLIPTextModel", "CLIPTextModelWithProjection"}:
         return "text_encoder"

@@ -11,7 +11,6 @@ An adapter sets parameters only, so the buffers must equal the model's.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import ConversionError
-from disha.files.contents import Contents
-from disha.files.header import AdapterHeader
+from disha.files.contents import Contents, narrowed
 from disha.files.tensors import DTYPES
 from disha.interop.peft_files import SHOWN, is_inside, is_saved, refuse_to_load
 from disha.layers import FOREIGN_KINDS, LAYER_KINDS, is_library_forward, original_class
@@ -143,7 +141,7 @@ class PeftView:
         return found
 
     def _obstacle(self, name: str, module: nn.Module) -> str | None:
-        """Return why PEFT's layer would not act like ours in place of a module, or None."""
+        """Return why PEFT's layer would not act as an adapted module does, or None."""
         if not name:
             return "PEFT adapts layers within a model, not the model itself"
         if module in self._read:
@@ -279,16 +277,8 @@ class PeftView:
             elif names[0] == name:
                 kept.append(name)
         refuse_to_load(path, problems)
-        return _narrowed(header, tensors, kept)
-
-
-def _narrowed(
-    header: AdapterHeader, tensors: Mapping[str, Tensor], also_train: Sequence[str]
-) -> Contents:
-    keys = [layer.key for layer in header.layers] + list(also_train)
-    records = {key: header.tensors[key] for key in keys}
-    narrowed = dataclasses.replace(header, also_train=tuple(also_train), tensors=records)
-    return narrowed, {key: tensors[key] for key in keys}
+        header = narrowed(header, header.layers, kept)
+        return header, {key: tensors[key] for key in header.tensors}
 
 
 def other_buffers(buffers: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
