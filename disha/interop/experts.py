@@ -37,9 +37,9 @@ __all__ = [
     "SERVED_TARGETS",
     "ExpertForm",
     "Matrices",
-    "at_home",
     "checked_form",
     "family_of",
+    "in_model",
     "joined",
     "matrices_of",
     "misread",
@@ -77,7 +77,8 @@ class Family:
 
     Attributes:
         layout: layout of both stacks.
-        block: the module with the experts in the names of single experts; `mlp` in stacked ones.
+        block: the module that holds the experts, in the names of single experts. In the names of
+            stacks, it is `mlp`.
         gate: name of an expert's gate projection.
         up: name of its up projection.
         down: name of its down projection.
@@ -212,8 +213,8 @@ def misread_unseen(stacks: Mapping[str, Layout], model_type: str | None) -> list
 def taken_for_experts(modules: Iterable[str]) -> list[str]:
     """Return the modules that PEFT takes for projections of experts, each with the reason.
 
-    PEFT reads a target of that name in a model with stacks of experts as a target of the stack: so
-    it loads LoRA from before `transformers` stacked the experts.
+    In a model with stacks of experts, PEFT reads a target of such a name as a target of the stack.
+    In this way, it loads LoRA from the time before `transformers` stacked the experts.
 
     Args:
         modules: the adapted modules of a model that has such stacks.
@@ -293,7 +294,7 @@ def _named(update: LowRankUpdate, name: str) -> LowRankUpdate:
 
 
 def _renamed(name: str, old: str, new: str) -> str:
-    """Return a name with another name for its module `mlp`."""
+    """Return a dotted name in which the part `old` is replaced by `new`."""
     return ".".join(new if part == old else part for part in name.split("."))
 
 
@@ -365,12 +366,17 @@ def matrices_of(name: str, a: Tensor, b: Tensor, rank: int) -> Matrices:
 
 
 def single_expert(name: str) -> bool:
-    """Whether it is the name of a matrix of a single expert."""
+    """Whether this is the name of one matrix of one expert."""
     return _SINGLE.fullmatch(name) is not None
 
 
-def at_home(name: str, model_type: str | None) -> str:
-    """Return the name in the model of a layer beside single experts."""
+def in_model(name: str, model_type: str | None) -> str:
+    """Return the name in the model of a layer of a LoRA with single experts.
+
+    Args:
+        name: the name in the LoRA.
+        model_type: type of the model, or None if it is unknown.
+    """
     family = FAMILIES.get(model_type or "")
     return name if family is None else _renamed(name, family.block, "mlp")
 
@@ -406,17 +412,17 @@ def joined(
                 f"{owner} has {', '.join(projections)}; experts of a {model_type} model have "
                 f"{family.gate} and {family.up}, {family.down}, or all three"
             )
-        home = at_home(owner, model_type)
+        name = in_model(owner, model_type)
         if gate is not None and up is not None:
             if gate.a.shape != up.a.shape or not torch.equal(gate.a, up.a):
                 raise ConversionError(
-                    f"{owner}: {family.gate} and {family.up} have other lora_A, so that their "
+                    f"{owner}: {family.gate} and {family.up} have different lora_A, so their "
                     f"{GATE_UP} is not a Bone adapter; use this LoRA with PEFT, or merge it there"
                 )
             b = family.joined(gate.b, up.b)
-            found[f"{home}.{GATE_UP}"] = Matrices(gate.a, b, gate.keys + up.keys)
+            found[f"{name}.{GATE_UP}"] = Matrices(gate.a, b, gate.keys + up.keys)
         if down is not None:
-            found[f"{home}.{DOWN}"] = down
+            found[f"{name}.{DOWN}"] = down
     return found
 
 
@@ -434,6 +440,9 @@ def _stack(
     shapes = {(tuple(pairs[key][0].shape), tuple(pairs[key][1].shape)) for key in keys}
     if len(shapes) > 1 or any(len(shape) != 2 for one in shapes for shape in one):
         shown = [f"{one[0]} and {one[1]}" for one in sorted(shapes)]
-        raise AdapterFileError(f"the experts of {owner} have factors of shapes {listed(shown)}")
+        raise AdapterFileError(
+            f"the experts of {owner} have factors of shapes {listed(shown)}; a stack needs one "
+            "rank for all of them. Use this LoRA with PEFT, or merge it there"
+        )
     a, b = (torch.stack([pairs[key][index] for key in keys]) for index in (0, 1))
     return Matrices(a, b, keys)

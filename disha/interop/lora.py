@@ -225,22 +225,16 @@ def _converted(
     weights = base_weights(view, adapter)
     updates = low_rank_updates(header, tensors, stacks=True, base=weights, **limits)
     beside = saved.copies()
-    written = expert_updates(updates, form, _model_type(view.model))
+    written = expert_updates(updates, form, _from_config(view.model, "model_type"))
     targets = targets_of(written, peft.modules, view.parameters_by_name)
-    name = _base_name(view.model)
+    name = _from_config(view.model, "_name_or_path")
     return updates, beside, as_peft(header, written, targets, beside, saved.modules, name)
 
 
-def _base_name(model: nn.Module) -> str | None:
-    """Return where a model of `transformers` came from."""
-    path = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return path if isinstance(path, str) and path else None
-
-
-def _model_type(model: nn.Module) -> str | None:
-    """Return the type of a model of `transformers`."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return kind if isinstance(kind, str) and kind else None
+def _from_config(model: nn.Module, field: str) -> str | None:
+    """Return a text in the configuration of a model of `transformers`, or None if it has none."""
+    value = getattr(getattr(model, "config", None), field, None)
+    return value if isinstance(value, str) and value else None
 
 
 def _joins_experts(view: ModelView) -> bool:
@@ -343,7 +337,7 @@ def load(
         contents = read_lora(
             path,
             layouts=_layouts(view),
-            model_type=_model_type(view.model),
+            model_type=_from_config(view.model, "model_type"),
             also_train=also_train,
             buffers=peft.buffers(),
         )

@@ -205,8 +205,9 @@ def targets_of(
 
     SGLang refuses a regex, so modules of an unknown model are a list of full names. PEFT reads them
     as endings of names: if one is the ending of a longer name, PEFT adapts that module too, with an
-    update of zero. A number alone ends many names, so then it is a regex. SGLang knows single
-    experts by the usual names of their projections, whatever their keys are.
+    update of zero. Many names end with a number, so if one of the full names is only a number, the
+    result is a regex. SGLang knows single experts by the usual names of their projections, whatever
+    their keys are.
 
     Args:
         updates: the updates, as they are written.
@@ -433,8 +434,8 @@ def _layers(
         else:
             scale = alphas.scale(name, pair.rank)
             layout = pair.layout or _matrix_layout(fields, name, layouts)
-            home = expert_forms.at_home(name, model_type)
-            yield _Layer(home, pair.a, pair.b, layout, scale)
+            own = expert_forms.in_model(name, model_type)
+            yield _Layer(own, pair.a, pair.b, layout, scale)
     for name, found in {**stacks, **expert_forms.joined(single, model_type)}.items():
         scales = {alphas.scale(key, found.a.shape[1]) for key in found.keys}
         if len(scales) > 1:
@@ -475,7 +476,7 @@ def contents_of_layers(
 
 @dataclass(frozen=True)
 class _Pair:
-    """The factors of one layer, and whether it is an embedding, by their keys."""
+    """The factors of one layer. Their keys show whether it is an embedding."""
 
     a: Tensor
     b: Tensor
@@ -525,7 +526,9 @@ def _paired(
                 "modules_to_save names; a LoRA with other tensors is not a Bone adapter"
             )
     if not factors:
-        raise AdapterFileError(f"{path} holds no lora_A and lora_B")
+        raise AdapterFileError(
+            f"{path} holds no lora_A and lora_B; name a folder in which PEFT has saved a LoRA"
+        )
     pairs = {}
     for name, found in factors.items():
         if set(found) not in (set(_MATRIX), set(_EMBEDDING)):
