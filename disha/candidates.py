@@ -147,7 +147,7 @@ class Candidate:
 
     @property
     def is_meta(self) -> bool:
-        """Whether the weight has no values, even when its module runs."""
+        """Whether the weight has no values, not even while its module runs."""
         look = stored_weight if self.opaque else read_weight
         weight = look(self.module, self.attribute)
         return isinstance(weight, Tensor) and device_of_weight(self.module, weight).type == "meta"
@@ -231,7 +231,7 @@ class Candidate:
         """Return why a block can't be cut like a tensor-parallel weight, or None if it can."""
         placed = f"its weight is a DTensor placed as {split.placements}"
         if config.dropout:
-            return f"{placed}, of which each rank would drop other inputs; use dropout=0"
+            return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
         shape = functional.block_shape(
             config.method, self.layout, self.shape, r, config.r_out, self.rows
         )
@@ -243,7 +243,7 @@ class Candidate:
         ends = " and ".join(f"{first}:{stop}" for first, stop in parts[cuts.index(None)])
         return (
             f"{placed}, and a {config.method!r} block of r={r} can't be cut at the edges of a "
-            f"rank's part ({ends}); choose an r that divides it, or another method"
+            f"rank's part ({ends}); choose an r that divides these, or another method"
         )
 
 

@@ -22,8 +22,8 @@ def enable_input_gradients(
     """Make the inputs of a model's layers require gradients, for reentrant checkpointing.
 
     With `torch.utils.checkpoint.checkpoint(..., use_reentrant=True)`, parameters get gradients only
-    if one of the inputs requires them. If the first layers of a model are frozen, no input requires
-    them: torch warns, and the blocks in the checkpointed part get no gradients. After this call,
+    if one of the inputs requires gradients. If the first layers of a model are frozen, no input
+    does: torch warns, and the blocks in the checkpointed part get no gradients. After this call,
 
     - the output of every `nn.Embedding` and `nn.EmbeddingBag` of the model, and
     - every floating-point tensor that is passed to the model itself

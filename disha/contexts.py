@@ -51,7 +51,8 @@ class Group:
         name: its name, which no other group of the process has.
         lineage: the group itself, and the groups that its layers were in before.
         members: the adapters of its layers.
-        factors: (device, whether adapters are disabled) -> what compiled code multiplies scales by.
+        factors: (device, whether adapters are disabled) -> the factor by which compiled code
+            multiplies scales.
     """
 
     def __init__(self, lineage: tuple[Group, ...] = ()) -> None:
@@ -62,7 +63,7 @@ class Group:
         NAMED[self.name] = self
 
     def take(self, adapters: Any, former: Group | None = None) -> None:
-        """Make the adapters of a layer a member, and no longer one of its former group."""
+        """Add the adapters of a layer as a member, and remove them from their former group."""
         with _LOCK:
             self.members.add(adapters)
             if former is not None:
@@ -88,7 +89,7 @@ class Context:
         acts: what acts on them; None if all adapters are disabled.
         outer: the contexts around it, in the same thread or task.
         thread: the thread that entered it.
-        over: whether it has ended. It may have ended in another task than it began.
+        over: whether it has ended. It can end in another task than the one that entered it.
     """
 
     def __init__(self, groups: frozenset[Group], acts: Acts | None) -> None:
@@ -121,7 +122,7 @@ _Reference: TypeAlias = "ref[Context]"
 _ENTERED: ContextVar[tuple[_Reference, ...]] = ContextVar("disha_contexts", default=())
 
 OPEN: set[_Reference] = set()
-"""The contexts that are open in any thread. While there is none, layers need not ask for theirs."""
+"""The contexts that are open in any thread. While there are none, layers do not look for theirs."""
 
 
 @contextmanager
@@ -187,7 +188,7 @@ def _exactly(group: Group, members: set[Any]) -> Group:
 def deciding(group: Group) -> Context | None:
     """Return the context that decides what acts on a group here, or None for the active adapters.
 
-    One that disables decides. Otherwise, the one that was entered last does.
+    A context that disables adapters decides. If there is none, the context entered last decides.
 
     Raises:
         ModeError: a layer runs in a thread of autograd, and its context can't be known.

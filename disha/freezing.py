@@ -1,6 +1,6 @@
 """Set `requires_grad` flags, remember the former ones, and let parameters train with an adapter.
 
-What a module remembers is in its `__dict__`, so copies and pickles of the model have it too.
+A module keeps what it remembers in its `__dict__`, so copies and pickles of the model have it too.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _NOTHING = _Memory()
 
 
 def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
-    """Set requires_grad of the module's own parameter `name`, remembering what it was."""
+    """Set requires_grad of the module's own parameter `name`, and remember the first value."""
     parameter = module._parameters[name]
     if parameter is None or parameter.requires_grad == flag:
         return

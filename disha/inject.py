@@ -88,7 +88,7 @@ def inject_adapters(
         init: `"zeros"` (the adapter changes nothing until it is trained), or `"kaiming"` (random
             blocks, which act immediately).
         freeze: freeze all parameters, except those of adapters and those that `also_train` matches.
-            `remove_adapters` restores their flags.
+            `remove_adapters` restores their `requires_grad` flags.
         also_train: regex, or several, of parameter names (such as `"norm.*weight"`) to train and
             save with the adapter. These stay parameters of the model: unlike blocks, they act
             whichever adapter is active. So each of them can belong to only one adapter.

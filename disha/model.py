@@ -108,8 +108,10 @@ def _with_children(module: nn.Module) -> Iterator[nn.Module]:
 
 def _blocks_on_each_weight(layer: AdaptedLayer) -> Iterable[tuple[str, str]]:
     """Return (adapter, weight) of blocks of a layer: at least one for each adapted weight."""
-    one = len(layer.adapted_parameters) == 1  # then every adapter has a block on that weight
-    return layer.disha.blocks(next(iter(layer.disha), None) if one else None)
+    if len(layer.adapted_parameters) > 1:
+        return layer.disha.blocks()
+    # Every adapter has a block on the only weight, so those of one adapter are enough.
+    return layer.disha.blocks(next(iter(layer.disha), None))
 
 
 class ModelParameter(NamedTuple):

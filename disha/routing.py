@@ -63,13 +63,16 @@ class Route:
         return len(set(self.names)) == 1
 
     def runs(self, size: int) -> list[Run]:
-        """Return the runs along a leading dimension as the samples lie: an adapter may recur."""
+        """Return the runs along a leading dimension, in the order of the samples.
+
+        An adapter may have several runs.
+        """
         return self._runs_of(self.names, self.parts(size))
 
     def sorted_runs(self, size: int) -> list[Run]:
-        """Return the runs after a sort by adapter: each adapter once, samples without one last.
+        """Return the runs after sorting by adapter: one for each, and one without adapter last.
 
-        The sort is `order`.
+        `order` returns the indices that sort.
         """
         return self._runs_of([self.names[i] for i in self._sorted], self.parts(size))
 

@@ -133,9 +133,15 @@ def obstacle_to_write(parameter: Tensor, values: Tensor) -> str | None:
     if not is_sharded(values):
         if _in_chunks(parameter):
             return None
-        return f"is not sharded, but the parameter is as {target.placements}: shard it likewise"
+        return (
+            f"is not sharded, but the parameter is sharded as {target.placements}: shard it in the "
+            "same way"
+        )
     if (source.device_mesh, source.placements) != (target.device_mesh, target.placements):
-        return f"is sharded as {source.placements}, must be as {target.placements} on its mesh"
+        return (
+            f"is sharded as {source.placements}, must be sharded as {target.placements} on the "
+            "parameter's mesh"
+        )
     return None
 
 
@@ -154,7 +160,7 @@ def write(parameter: Tensor, values: Tensor) -> None:
 
 
 def _in_chunks(tensor: Any) -> bool:
-    """Whether `_local_ranges` gives the shards: not if FSDP is combined with tensor parallelism."""
+    """Whether `_local_ranges` knows the shards: not if FSDP shards a tensor-parallel weight."""
     return all(type(p).__name__ in ("Shard", "Replicate") for p in tensor.placements)
 
 

@@ -1,4 +1,4 @@
-"""Text for messages: makes untrusted text safe to print, counts nouns, and shortens lists."""
+"""Text for messages: make untrusted text safe to print, count nouns, and shorten lists."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _brief.maxstring = _brief.maxother = 200
 
 
 def printable(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
-    r"""Return a text with unprintable characters escaped; of a long one, the middle is left out.
+    r"""Return a text that is safe to print.
 
-    So a name in a file can't move the cursor of a terminal, hide other text, or fill the screen.
+    Unprintable characters are escaped, and the middle of a long text is left out. So a name in a
+    file can't move the cursor of a terminal, hide other text, or fill the screen.
 
     Args:
         text: any text.

@@ -1,4 +1,4 @@
-"""Undo: an operation changes a model completely or not at all, also if it is interrupted."""
+"""Undo: an operation changes a model completely or not at all, even if it is interrupted."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Undo"]
 
 
 class Undo:
-    """A context that makes a model as it was if its body raises.
+    """A context that restores a model if its body raises.
 
     An exception can come at any point: Ctrl-C raises KeyboardInterrupt, and any call can raise
     MemoryError. So everything that an operation may change is noted first: classes, attributes,
     children, hooks, flags, and whether gradients are enabled. It is put back by plain assignments,
-    which do not depend on how far the operation came. Nothing else is touched, because other
-    threads may be in forward.
+    which do not depend on how far the operation got. Nothing else is touched, because other threads
+    may be in forward.
 
     This is a class, because an interruption can leave the body of a generator (`contextmanager`)
     waiting. The garbage collector would then undo the operation, much later.
@@ -96,9 +96,9 @@ class Undo:
             write(parameter, values)
 
     def replace(self, module: nn.Module, name: str, new: Tensor) -> None:
-        """Replace a parameter of a module by a new one; or only its data, if `new` is no parameter.
+        """Replace a parameter of a module by a new one, or only its data if `new` is no parameter.
 
-        The latter keeps the parameter object, and costs one copy of the weight instead of two.
+        Replacing the data keeps the parameter object, and takes one copy of the weight, not two.
         """
         now = module._parameters[name]
         assert now is not None
@@ -123,7 +123,7 @@ class Undo:
         self._view.reshard()
         self.put_back()
         for module, cls, former in zip(self._modules, self._classes, self._attributes, strict=True):
-            if type(module) is not cls:  # some classes can't be assigned, not even again
+            if type(module) is not cls:  # some classes can't be assigned, even to their objects
                 object.__setattr__(module, "__class__", cls)
             attributes = attributes_of(module)
             for name in _attributes(module).keys() - former.keys():
@@ -166,7 +166,7 @@ def _dicts(module: nn.Module) -> list[dict[Any, Any]]:
 
 
 def _refill(own: dict[Any, Any], items: dict[Any, Any]) -> None:
-    """Make a dict hold these items, in this order; but leave it alone if it does."""
+    """Make a dict hold these items, in this order. A dict that does so already is left alone."""
     if list(own) != list(items) or any(own[key] is not value for key, value in items.items()):
         own.clear()
         own.update(items)

@@ -7,10 +7,10 @@ the model changes. From bottom to top:
 - `reading`: opens regular files, and reads small ones whole
 - `json_files`: reads JSON objects, in adapter files and in the files of other libraries
 - `tensors`: reads safetensors files of any content, one tensor at a time
-- `pieces`: writes them, one tensor at a time
+- `pieces`: writes safetensors files, one tensor at a time
 - `checksum`: shows whether a bit of a file has flipped
 - `header`: the format of the header
-- `contents`: an adapter outside a model, read from a model or a file, and written to either
+- `contents`: an adapter outside a model; takes it from a model or a file, and puts it into either
 - `adapter`: `save_adapter`, `inspect_adapter`, `load_adapter`
 - `combining`: `combine_adapters`, and the same for files
 - `statistics` and `differences`: statistics of the tensors in a file, and differences of two files

@@ -78,8 +78,8 @@ def resolved(path: PathLike) -> Path:
 def write_files(files: Mapping[PathLike, Write]) -> None:
     """Write one or several files. No target is replaced before all new files are complete.
 
-    Several files are replaced in the given order, and the last one is absent meanwhile. So give the
-    file last by which a reader finds the others. Then a killed process never leaves this file
+    Several files are replaced in the given order, and the last one is absent meanwhile. So put last
+    the file from which a reader learns of the others. Then a killed process never leaves this file
     beside files of another save.
 
     Args:
@@ -249,7 +249,7 @@ def _replacing(
     key = secrets.token_hex(8)
     drafts = [_Draft(target, key) for target in targets]
     last, placed = drafts[-1], list[Path]()
-    needed = False  # by the next write
+    needed = False  # whether the next write needs the drafts, to finish this one
     with ExitStack() as locks:
         try:
             clear_drafts(targets)
@@ -336,14 +336,14 @@ def _make_locked(draft: _Draft, locks: ExitStack) -> None:
 
 
 def _close(descriptor: int) -> None:
-    with suppress(OSError):  # it is closed even so
+    with suppress(OSError):  # it is closed nevertheless
         os.close(descriptor)
 
 
 def _discard(drafts: Iterable[_Draft]) -> None:
     """Remove drafts, as far as the system allows. The next write removes the rest."""
     for draft in drafts:
-        with suppress(OSError):  # even so, rmtree raises some errors
+        with suppress(OSError):  # rmtree raises some errors in spite of `ignore_errors`
             shutil.rmtree(draft.folder, ignore_errors=True)
 
 
@@ -353,7 +353,7 @@ def _opened(folder: Path) -> int:
 
 
 def clear_drafts(paths: Iterable[PathLike]) -> None:
-    """Finish the replacement of files or folders by killed writers, and remove their drafts.
+    """Finish replacements of files or folders that killed writers began, and remove their drafts.
 
     Args:
         paths: the targets. Those of one write must be given together.

@@ -115,7 +115,7 @@ def combine_adapters(
     if not isinstance(weights, Mapping) or not weights:
         raise ArgumentTypeError(f"weights must be a dict of adapter -> number, got {weights!r}")
     if r is not None:
-        AdapterConfig(r)  # which checks it
+        AdapterConfig(r)  # checks r
     view = ModelView(model)
     check_addable(view, into, "combine adapters", "combine first, then wrap")
     summands = []

@@ -133,7 +133,7 @@ def _limited(file: BinaryIO, path: Path, largest: int) -> bytes:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Open a pipe although nothing writes to it. Reading waits as usual."""
+    """Open a file at once, even a pipe that nothing writes to yet. Reading waits as usual."""
     if not hasattr(os, "O_NONBLOCK"):  # Windows has no pipes among its files
         return os.open(path, flags)
     descriptor = os.open(path, flags | os.O_NONBLOCK)

@@ -3,8 +3,8 @@
 A file starts with the length of its index (8 bytes, little-endian). The index is JSON with the
 dtype, shape and position of each tensor. The bytes of the tensors follow without gaps.
 
-The tensors are read, and never mapped into memory: whoever cuts a mapped file short kills the
-process that uses it. The `safetensors` library can only map a file or read all of it.
+The tensors are read, and never mapped into memory. If a mapped file is cut short, the process that
+uses it is killed. The `safetensors` library can only map a file or read all of it.
 
 Source: the format's description in the documentation of `safetensors`.
 """

@@ -5,9 +5,9 @@ W is cut into r x r tiles W_ab (outputs a, inputs b), and dW_ab = W_ab D_a + D_a
 
 `bat_forward` forms W_eff = W + s dW and uses plain autograd, which saves W_eff for the backward
 pass. `bat_linear` computes the same but saves only x, W and D. It forms W_eff one slab (a range of
-blocks D_a) at a time, once in forward and again in backward. There it forms the gradient of the
-weight, from which it computes dD, in the same way. `bat_streamed` never forms W_eff, which is
-faster for few tokens.
+blocks D_a) at a time, once in forward and again in backward. In backward, it also forms the
+gradient of the weight one slab at a time, and computes dD from it. `bat_streamed` never forms
+W_eff, which is faster for few tokens.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
 def _slabs(weight: Tensor, block: Tensor) -> Iterator[tuple[slice, slice]]:
     """Cut a layer into slabs (blocks D_a, rows of W) of at most SLAB_BYTES.
 
-    Slabs lower the peak and also save time: what is computed of one stays in the cache.
+    Slabs lower the peak of memory. They also save time, because one slab stays in the cache.
     """
     blocks, r = block.shape[:2]
     out_features, in_features = weight.shape
@@ -283,7 +283,7 @@ def _part(scratch: Tensor | None, shape: Sequence[int]) -> Tensor | None:
 
 
 def _effective(weight: Tensor, block: Tensor, scratch: Tensor | None, add_block: bool) -> Tensor:
-    """Return rows of W_eff; without `add_block` only W_ab + W_ab D_a, without the last D_a."""
+    """Return rows of W_eff: W_ab + W_ab D_a + D_a, or without the last D_a if not `add_block`."""
     count, r, _ = block.shape
     tiles = square_tiles(weight.contiguous(), r)
     if add_block:

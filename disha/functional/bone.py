@@ -147,7 +147,7 @@ def embedding_delta(
 ) -> Tensor:
     """Return what a Bone (or tile) block adds to an embedding's output: s * D[i mod r].
 
-    A one-hot input's shard sum is one-hot at (index mod r), so that y = W[i] + s * D[i mod r].
+    The shard sum of a one-hot input is one-hot at (index mod r). So y = W[i] + s * D[i mod r].
 
     Args:
         indices: integer tensor (...) of row numbers, none negative.

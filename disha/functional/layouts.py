@@ -128,7 +128,7 @@ class Layout:
         return self.axes.index(inputs) < self.axes.index("out")
 
     def inputs_named(self, count: int) -> str:
-        """Return the number of inputs with its name for users of such a weight.
+        """Return the number of inputs, in the words that users of such a weight know.
 
         Args:
             count: the number.
@@ -138,7 +138,7 @@ class Layout:
         return f"{'num_embeddings' if self.pattern == 'index out' else 'in_features'}={count}"
 
     def outputs_named(self, count: int) -> str:
-        """Return the number of outputs with its name for users of such a weight.
+        """Return the number of outputs, in the words that users of such a weight know.
 
         Args:
             count: the number.
@@ -157,7 +157,7 @@ class Layout:
         return replace(self, pattern=" ".join(axis for axis in self.axes if axis != "expert"))
 
     def of_part(self, part: Sequence[tuple[int, int]]) -> Layout:
-        """Return the layout of a part of a weight, where `padding_idx` has another index, or none.
+        """Return the layout of a part of a weight: there, `padding_idx` is another row, or none.
 
         Args:
             part: the first index and the one after the last, for each dimension.
@@ -206,8 +206,8 @@ class Layout:
         """Return the shape of a weight with these sizes: the inverse of `geometry`.
 
         Args:
-            geometry: the sizes. A file can claim a stack of any length: `misfit` says whether the
-                shape that results can be a weight's.
+            geometry: the sizes. A file can claim a stack of any length, so the result may have a
+                wrong number of axes: `misfit` says whether it can be a weight's shape.
         """
         inputs, out, stack = geometry.in_features, geometry.out_features, geometry.stack
         if self.has_kernel:

@@ -419,7 +419,7 @@ def delta_weight(
         )
     own = matrix_block(method, layout, block)
     matrices = layout.matrices(layout.part(weight, rows)) if chosen.reads_weight else None
-    if chosen.reduces:  # dW has the numbers of R
+    if chosen.reduces:  # dW only repeats the values of R, so it needs no wider dtype
         delta = chosen.delta(own, geometry, matrices)
     else:
         dtype = merge_dtype(torch.promote_types(weight.dtype, block.dtype))

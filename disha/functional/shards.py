@@ -33,7 +33,7 @@ __all__ = [
 Scale = float | Tensor
 
 FEW_TILES = 4
-"""So few tiles are concatenated, because the gradient then adds them up several times as fast."""
+"""Up to this number, tiles are concatenated, because the gradient then adds them up much faster."""
 
 
 def shard_count(features: int, r: int) -> int:
@@ -104,7 +104,7 @@ def scaled(x: Tensor, scale: Scale) -> Tensor:
 def scaled_sums(
     x: Tensor, r: int, dtype: torch.dtype, scale: Scale = 1.0, dim: int = -1
 ) -> tuple[Tensor, Scale]:
-    """Return f S(x), and the factor s / f, by which the caller multiplies the product (`regained`).
+    """Return f S(x), and the factor s / f, which the product must be multiplied by (`regained`).
 
     A float16 sum of n shards, or s times it, can overflow where the layer's output does not. So in
     float16, f = c min(1, |s|) with the sign of s, where c is the largest power of two that is at
@@ -132,11 +132,11 @@ def scaled_sums(
 
 
 def regained(product: Tensor, factor: Scale) -> Tensor:
-    """Return a product of `scaled_sums`, times the factor that these have given.
+    """Return the product of `scaled_sums` with a block, multiplied by their factor.
 
     Args:
         product: the product.
-        factor: the factor; a tensor of it may be too large for float16.
+        factor: the factor. As a tensor, it may be too large for float16.
     """
     if isinstance(factor, Tensor):
         return (product.float() * factor).to(product.dtype)

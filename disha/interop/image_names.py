@@ -116,7 +116,7 @@ _WORDS = re.compile(
     "|up_blocks|mid_block|conv_in|conv_out|linear_1|linear_2|proj_in|proj_out|to_q|to_k|to_v|to_out"
     r"|text_model|self_attn|q_proj|k_proj|v_proj|out_proj|[a-z]+\d*|\d+"
 )
-"""The parts of names in UNets and in CLIP, some of which have a `_` of their own."""
+"""The parts of names in UNets and in CLIP. Some of them contain a `_` themselves."""
 
 _DOUBLE = {
     "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -139,10 +139,11 @@ _FLUX = {
     "transformer_blocks": ("double_blocks", _DOUBLE),
     "single_transformer_blocks": ("single_blocks", _SINGLE),
 }
-"""Flux: blocks in diffusers -> blocks in the original, and there: layer -> its parts here."""
+"""Flux: name of the blocks in diffusers -> their name in the original model, and there: layer ->
+the layers of diffusers that it joins."""
 
 FLUX_ROWS = (1, 1, 1, 4)
-"""Rows of q, k, v and proj_mlp, which Flux joins, for each column of the joined weight."""
+"""How many rows q, k, v and proj_mlp have, which Flux joins: multiples of the weight's columns."""
 
 
 def check_form(form: object) -> None:
@@ -180,7 +181,7 @@ def component_of(names: Sequence[str]) -> Component:
     """
     for component in COMPONENTS:
         if all(readable("comfyui", component, name) for name in names):
-            # Both text encoders have layers of these names; only one has them without this word.
+            # Both text encoders have layers of these names. Without this word, it is the first.
             if names[0].startswith("text_model."):
                 break
             return component
@@ -205,9 +206,10 @@ def readable(form: str, component: str, name: str) -> bool:
 
 
 def in_file(component: str, name: str) -> str:
-    """Return the name of a layer in a file. There, names of text encoders start with one word.
+    """Return the name of a layer in a file.
 
-    Recent versions of `transformers` leave this word out of some models.
+    In files, names in text encoders start with `text_model.`. In some models of recent versions of
+    `transformers`, they do not.
     """
     if component.startswith("text_encoder") and re.fullmatch(_CLIP, name):
         return f"text_model.{name.removeprefix('text_model.')}"

@@ -273,9 +273,9 @@ def _scale(path: Path, pair: _Pair, alphas: Alphas | None) -> float:
 
 
 def _split(pair: _Pair) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield name, A and B of the layers under one key; only those that change, if it has several.
+    """Yield name, A and B of the layers under one key. Of several, only those with an update.
 
-    Either they share all rows of A, or each has rows for itself, which begin with a 1.
+    The layers share all rows of A, or each has its own rows. The first of these begins with a 1.
     """
     a = pair.a
     if len(pair.names) == 1:

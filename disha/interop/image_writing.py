@@ -63,8 +63,8 @@ def write_file(
 
     The checks that need the model are left out: this assumes that convolutions have one group, no
     dilation, and padding with zeros, as in the UNets of `diffusers`. In the form `"kohya"`, a
-    transformer must be Flux; it needs a layer in `single_transformer_blocks`, because Stable
-    Diffusion 3 has the other names too.
+    transformer must be Flux, and have a layer in `single_transformer_blocks`: Flux shares its other
+    names with Stable Diffusion 3.
 
     Args:
         path: the file to write.
@@ -289,7 +289,7 @@ def _joined(updates: Sequence[LowRankUpdate]) -> dict[str, LowRankUpdate]:
 def _join(key: str, parts: Sequence[LowRankUpdate | None]) -> LowRankUpdate:
     """Return one update for layers with the same input, whose outputs follow one another.
 
-    Layers with the same A share it. Otherwise, each has rows of A and columns of B for itself.
+    Layers with the same A share it. Otherwise, each has its own rows of A and columns of B.
     """
     given = [one for one in parts if one is not None]
     if len(parts) == 1:

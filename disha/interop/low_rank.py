@@ -239,8 +239,8 @@ def low_rank_updates(
         tensors: its tensors.
         rank: largest rank of a layer. None means the exact factors, which BAT does not have.
         max_error: largest relative error of a layer.
-        pad: pad the rank of every layer with zeros to the smallest of `SERVED_RANKS` that none is
-            above. SGLang reads one rank for all layers.
+        pad: pad the rank of every layer with zeros to one value: the smallest of `SERVED_RANKS`
+            that is large enough for all. SGLang reads one rank for all layers.
         stacks: whether the format has a place for stacks of experts.
         base: returns the base weights; only BAT needs it.
         progress: receives the layers, and yields each before it is converted.
@@ -294,7 +294,7 @@ def check_limits(rank: int | None, max_error: float | None) -> None:
 
 
 def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor], stacks: bool) -> None:
-    """Raise if LoRA can't adapt a layer, or if a block is not one for its layer."""
+    """Raise if LoRA can't adapt a layer, or if a block does not fit its layer."""
     without = [
         one.name
         for one in header.layers
@@ -322,7 +322,8 @@ def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor], stacks: 
         worst = max(sizes, key=sizes.__getitem__)
         raise AdapterFileError(
             f"the factors A would have {sum(sizes.values()):,} values, {sizes[worst]:,} of them in "
-            f"{worst}, but the blocks have only {values:,}: the sizes in the header can't be right"
+            f"{worst}, but the blocks have only {values:,}: the sizes in the header can't be "
+            "right; get the file again"
         )
 
 
@@ -465,7 +466,7 @@ def _product_norm(b: Tensor, a: Tensor) -> float:
 
 
 def _difference_norm(b: Tensor, a: Tensor) -> float:
-    """Return ||B A|| where terms cancel: squaring would lose half the digits, QR loses none."""
+    """Return ||B A|| where terms cancel. Squaring would lose half of the digits; QR loses none."""
     return _norm(_triangle(b) @ _triangle(a.T).T)
 
 
@@ -512,7 +513,7 @@ def layer_of_factors(
 ) -> tuple[LayerRecord, Tensor] | None:
     """Return the layer and the block with these factors, or None if no method has such a block.
 
-    Rows of zeros at the end of A, as in a padded update, are left out if there is none with them.
+    If there is no such block, rows of zeros at the end of A are left out, as a padded update has.
 
     Args:
         name: the layer's name.

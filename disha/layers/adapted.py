@@ -146,7 +146,7 @@ class AdaptedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A class with its own way of saving (in PyTorch Geometric) may read an effective weight.
+        # A class that saves in its own way (as in PyTorch Geometric) may read an effective weight.
         for name in self.adapted_parameters:
             parameter = self._parameters.get(name)
             saved = destination.get(prefix + name)
@@ -197,7 +197,7 @@ class AdaptedWeight:
         return {adapter: block for (adapter, name), block in found.items() if name == self.name}
 
     def block(self, adapter: str) -> Block:
-        """Return the weight's block of an adapter, without a look at the others.
+        """Return the weight's block of an adapter, without looking at the others.
 
         Args:
             adapter: the adapter's name.

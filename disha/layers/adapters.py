@@ -106,7 +106,7 @@ class Adapters(nn.Module):
         return found
 
     def some(self, parameter: str) -> tuple[Block, ...]:
-        """The blocks on a parameter of the first adapter that has any."""
+        """The blocks on a parameter, of the first adapter that has any."""
         for adapter in list(self._modules):  # another thread may add one
             found = self._live((adapter,)).get(parameter)
             if found:
@@ -146,8 +146,8 @@ class Adapters(nn.Module):
         """What acts on the layer here, or None for the active adapters.
 
         Args:
-            compiling: whether compiled code asks. It also gets None while adapters are disabled,
-                which acts through the scales of its `updates`.
+            compiling: whether compiled code asks. It gets None also while adapters are disabled,
+                because disabling then acts through the scales of `updates`.
         """
         if compiling:
             acts: Acts | None = getattr(compiled, self.group.name)

@@ -45,7 +45,7 @@ def is_8bit(module: nn.Module | None, weight: Any) -> bool:
 
 
 def is_library_class(module: nn.Module | None) -> bool:
-    """Whether a module is a layer of bitsandbytes for quantised weights, quantised yet or not."""
+    """Whether a module is a layer of bitsandbytes for quantised weights, even before quantising."""
     names = ("Linear4bit", "Linear8bitLt", "Embedding4bit", "Embedding8bit")
     return isinstance(module, _classes(*names))
 
@@ -67,7 +67,7 @@ def parameter_count(parameter: Tensor) -> int:
 
 
 def read_4bit(module: nn.Module, weight: Any) -> Tensor:
-    """Return the dense weight in the layer's compute dtype, or else in its former dtype."""
+    """Return the dense weight in the layer's compute dtype, or in its former dtype without one."""
     kernels = sys.modules["bitsandbytes.functional"]
     data, state = _unpacked(kernels, weight)
     compute_dtype = getattr(module, "compute_dtype", None)
@@ -171,11 +171,11 @@ class _KernelOutput(torch.autograd.Function):
         return grad_input, grad_bias, None, None, None
 
 
-# --- the base class before a layer's own class ---------------------------------------------------
+# --- a base class of adapted layers --------------------------------------------------------------
 
 
 class BitsandbytesLayer(nn.Module):
-    """A base class before the class of an adapted linear layer of bitsandbytes."""
+    """The first base class of an adapted linear layer of bitsandbytes, before the layer's own."""
 
     disha: Any
 

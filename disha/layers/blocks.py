@@ -111,7 +111,7 @@ class Block(nn.Module):
         split: Split | None = None,
     ) -> None:
         super().__init__()
-        # nn.Module's assignment is slow: one costs as much as this whole update of __dict__.
+        # Assigning through nn.Module is slow: one assignment takes as long as this whole update.
         vars(self).update(
             slot=slot,
             rows=slot.rows,

@@ -29,7 +29,7 @@ _CLASSES: dict[_Key, type[AdaptedLayer]] = {}
 def adapted_class(
     original: type[nn.Module], parameters: tuple[str, ...], is_opaque: bool
 ) -> type[AdaptedLayer]:
-    """Return the adapted class for `original`; there is one for each combination of arguments."""
+    """Return the adapted class for `original`. Each combination of arguments has one class."""
     key = (original, parameters, is_opaque)
     if key not in _CLASSES:
         namespace: dict[str, Any] = {
@@ -55,7 +55,7 @@ def adapted_class(
 
 
 def _reduced(layer: Any, protocol: Any) -> Any:
-    """Pickle a layer with the arguments that make its class, because no module has that class."""
+    """Pickle a layer with the arguments that make its class, which no Python module contains."""
     made: Any = next(cls for cls in type(layer).__mro__ if "made_on_the_fly" in vars(cls))
     reduced = super(made, layer).__reduce_ex__(protocol)
     if made is not type(layer):
@@ -114,7 +114,10 @@ _CLASSES[nn.Linear, ("weight",), False] = AdaptedLinear
 
 
 class _Recurrent(nn.Module):
-    """A base class before `nn.RNN`, `nn.LSTM` and `nn.GRU`, which keep a list of their weights."""
+    """The first base class of adapted `nn.RNN`, `nn.LSTM` and `nn.GRU`, before their own class.
+
+    Their own class keeps a list of the plain weights.
+    """
 
     _flat_weights_names: list[str]
 
@@ -132,7 +135,7 @@ class _Recurrent(nn.Module):
         nn.Module.__setattr__(self, name, value)  # torch's would write into the list as well
 
     def _update_flat_weights(self) -> None:
-        """Do nothing: there is no list that could be out of date."""
+        """Do nothing: no list of weights is kept that could be out of date."""
 
     def flatten_parameters(self) -> None:
         """Do nothing: a computed weight can't be part of a flat one."""

@@ -223,7 +223,7 @@ def weight_for(method: str, module: nn.Module, slot: Slot, weight: Any, like: Te
         module: the module.
         slot: the weight.
         weight: the stored, opaque weight.
-        like: a tensor with the device and dtype for the result that has only a shape.
+        like: its device and dtype are those of a result that has only a shape.
     """
     assert slot.shape is not None
     if method_of(method).reads_weight:
@@ -288,11 +288,11 @@ def _own_weight(module: nn.Module) -> Tensor | None:
     return module._parameters.get("weight", module._buffers.get("weight"))
 
 
-# --- base classes before a module's own class ----------------------------------------------------
+# --- base classes of adapted modules -------------------------------------------------------------
 
 
 class _OpaqueLayer(nn.Module):
-    """A base class before the class of a module with an opaque weight."""
+    """A base class of an adapted module with an opaque weight, before the module's own."""
 
     def __dir__(self) -> list[str]:
         # jit.trace reads every listed attribute, and must not read a weight.
@@ -301,7 +301,7 @@ class _OpaqueLayer(nn.Module):
 
 
 class _ListsItself(nn.Module):
-    """A base class that adds the adapters to a `state_dict` without children, such as HQQ's."""
+    """A base class that adds the adapters to a `state_dict` that leaves children out (HQQ's)."""
 
     disha: Any
 
@@ -318,7 +318,7 @@ class _ListsItself(nn.Module):
 
 
 def leading_bases(original: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-    """Return the base classes before a module's own when its opaque weight is adapted."""
+    """Return the base classes of an adapted module with an opaque weight, before its own."""
     if bitsandbytes.is_library_forward(original):
         return (bitsandbytes.BitsandbytesLayer, _OpaqueLayer)
     lists_itself = original.state_dict is not nn.Module.state_dict

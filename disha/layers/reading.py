@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 BY_NAME = nn.Module.get_parameter.__code__
-"""The code of `get_parameter`, which reads the attribute but needs the parameter itself."""
+"""The code of `get_parameter`, which reads the attribute and must get the parameter itself."""
 
 LINEAR_FORWARD = nn.Linear.forward
-"""The forward of torch. If another one replaces it in the class, that one runs."""
+"""The forward of torch. If user code replaces it in `nn.Linear`, the replacement runs."""
 
 
 def weight_property(original: type[nn.Module], name: str) -> property:
@@ -99,11 +99,11 @@ def weight_property(original: type[nn.Module], name: str) -> property:
 
 
 def linear_forward(layer: Any, input: Tensor) -> Tensor:
-    """Return what the forward of `nn.Linear` returns, by fewer calls of Python where it can.
+    """Return what the forward of `nn.Linear` returns, with fewer Python calls where it can.
 
     For few tokens, these calls take longer than the product with the update. So if one block acts
-    on a plain weight and input, this computes what `F.linear` of the effective weight would,
-    without one. In all other cases it runs the forward of `nn.Linear`.
+    on a plain weight and input, this computes what `F.linear` of the effective weight would, but
+    makes no effective weight. In all other cases it runs the forward of `nn.Linear`.
 
     Args:
         layer: an adapted `nn.Linear`.
@@ -117,7 +117,7 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     blocks = state["live"].get("weight", ())
     alone = len(blocks) == 1 and state["merged"] is None and _is_usual(blocks[0])
     if alone and type(base) in PLAIN and type(input) in PLAIN and not base.is_meta:
-        # Not by `layer.bias`, which takes one more call.
+        # `layer.bias` takes one more call.
         bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
         return adapted_linear(input, base, bias, (blocks[0].update(),))
     return nn.Linear.forward(layer, input)

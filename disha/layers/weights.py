@@ -31,7 +31,7 @@ __all__ = [
 def read_weight(module: nn.Module, name: str) -> Any:
     """Return a weight of a module without updates, or None if it has none of that name.
 
-    In training, torch's spectral_norm improves its estimate at each read of the weight. Only the
+    In training, torch's spectral_norm improves its estimate whenever the weight is read. Only the
     module's own forward should do that. So this reads in evaluation mode, which changes nothing.
     """
     parametrizations = module._modules.get("parametrizations")
