@@ -173,7 +173,8 @@ def _checked(
 
     def run() -> list[Tensor]:
         # All runs start from the same random state, and none changes it.
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        devices = range(torch.cuda.device_count()) if started else ()
         with torch.random.fork_rng(devices):
             return outputs_of()
 
