@@ -431,12 +431,13 @@ class DataSettings(RowSettings):
     """The rows to train on, and the rows to measure on.
 
     Args:
-        data_weights: For several data sets, how many of an epoch's rows come from each, as weights:
-            with 2 1, two thirds come from the first. Without weights, an epoch has every row once.
+        data_weights: With several data sets, how many of an epoch's rows come from each, as
+            weights. With 2 1, two thirds come from the first. Without weights, an epoch has every
+            row once.
         eval_path: Rows to measure the held-out loss on. Their fields are those of the (first)
             data_path.
-        eval_split: Which rows to hold out, in the notation of dataset_split: of eval_path, or of
-            data_path if eval_path is not given.
+        eval_split: Which rows to hold out, in the notation of dataset_split. They are rows of
+            eval_path, or of data_path if eval_path is not given.
         eval_fraction: Hold out a random part of the rows of data_path instead, such as 0.05. The
             seed decides which rows.
         eval_steps: Measure the held-out loss every N steps, and before and after training. With 0,
@@ -632,7 +633,7 @@ class OutputSettings:
         for name in self.reports:
             require(
                 name in REPORTS,
-                f"--report_to must be none, or of {', '.join(REPORTS)}, got {name!r:.60}",
+                f"--report_to must be none, or some of {', '.join(REPORTS)}, got {name!r:.60}",
             )
             require(
                 importlib.util.find_spec(name) is not None,

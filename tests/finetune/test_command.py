@@ -758,7 +758,7 @@ def test_a_file_without_rows_is_exit_code_2(finetune, content):
         (["--init_weights", "svd"], "bat"),
         (["--method", "lora"], "bone"),
         (["--save_strategy", "sometimes"], "epoch"),
-        (["--report_to", "comet"], "none, or of tensorboard, wandb, trackio, mlflow, got 'comet'"),
+        (["--report_to", "comet"], "some of tensorboard, wandb, trackio, mlflow, got 'comet'"),
         (["--lr_scheduler_type", "sine"], "cosine"),
         (["--strategy", "zero"], "fsdp"),
         (["--bf16", "maybe"], "--bf16 must be True or False, got 'maybe'"),

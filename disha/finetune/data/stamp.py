@@ -60,6 +60,6 @@ def opened(path: Path, stamp: Stamp | None = None) -> Iterator[FileIO]:
 def _require_unchanged(path: Path, before: Stamp, now: Stamp) -> None:
     if now != before:
         raise DataError(
-            f"{path} was changed while it was being read (from {before.size} to {now.size} "
-            "bytes, or at the same size); start again, and leave data as they are during a run"
+            f"{path} was changed while it was being read ({before.size} bytes before, {now.size} "
+            "bytes now); start again, and do not change data during a run"
         )

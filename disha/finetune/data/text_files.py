@@ -105,8 +105,8 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
             raise DataError(f"{path} is UTF-16, and must be UTF-8; save it as UTF-8")
         if len(line) > LONGEST_LINE:
             raise DataError(
-                f"{path} has a line of more than {LONGEST_LINE:,} bytes; write a row to a line of "
-                "its own"
+                f"{path} has a line of more than {LONGEST_LINE:,} bytes; write each row on its own "
+                "line"
             )
         yield line.removeprefix(codecs.BOM_UTF8) if is_first else line
         is_first = False

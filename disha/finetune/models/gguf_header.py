@@ -145,7 +145,7 @@ def _placed(
         raise ValueError(f"{name!r:.60} has rows of {shape[-1]}, not a multiple of {block}")
     nbytes = math.prod(shape) // block * block_bytes
     if first + offset + nbytes > size:
-        raise ValueError(f"{name!r:.60} ends behind the end of the file")
+        raise ValueError(f"{name!r:.60} ends after the end of the file")
     return StoredTensor(known, shape, first + offset, nbytes)
 
 

@@ -113,7 +113,7 @@ class TransformersModel:
         if getattr(self.config, "quantization_config", None) is not None:
             raise CheckpointError(
                 f"{self.folder} has a quantization_config: its weights are quantised already, so "
-                f"--bits {bits} can't quantise them; give --bits bf16, which leaves them so"
+                f"--bits {bits} can't quantise them; give --bits bf16, which keeps them as they are"
             )
         require_bitsandbytes()
         if bits == 8:

@@ -233,7 +233,7 @@ class Checkpoints:
         """Raise an error that says why a save failed, and where training can resume."""
         good, cause = self._newest, _cause(error)
         remedy = "make room" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
-        way_on = "start again" if good is None else f"resume from {good}, the newest, by --resume"
+        way_on = "start again" if good is None else f"resume from {good}, the newest, with --resume"
         raise OutputError(
             f"{final} can't be written: {cause.strerror or cause}; {remedy}, and {way_on}"
         ) from error

@@ -393,7 +393,7 @@ def test_a_full_disk_while_the_adapter_is_written(copied, monkeypatch):
     run = Run(copied)
     saved = run.restore()
     monkeypatch.setattr(disha, "save_adapter", full)
-    with pytest.raises(OutputError, match=r"resume from .*checkpoint-3, the newest, by --resume"):
+    with pytest.raises(OutputError, match=r"resume from .*checkpoint-3, the newest, with --resume"):
         run.train(saved.progress, steps=1)
     assert saved_steps(copied) == [1, 2, 3]
 
