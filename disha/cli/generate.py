@@ -77,7 +77,7 @@ def _converse(conversation: Conversation, *, has_base: bool) -> None:
             print("\n/quit or Ctrl-D ends the conversation")
             continue
         except UnicodeDecodeError:
-            line = "\udcff"  # no valid text, so it is refused as a question is
+            line = "\udcff"  # not valid text, so it is refused as a question
         if line == "/quit":
             return
         try:

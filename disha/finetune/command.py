@@ -304,7 +304,7 @@ def _timely(pieces: Generator[str], seconds: float) -> Iterator[str]:
 
 
 def _uncut_rows(inputs: Inputs) -> Iterator[Row]:
-    """Yield the rows that are not cut. Of a cut row, the model has seen only a part."""
+    """Yield the rows that are not cut. The model has seen only a part of a cut row."""
     assert inputs.encoder is not None
     for row in first_rows(inputs.dataset):
         outcome = inputs.encoder.outcome(row)

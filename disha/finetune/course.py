@@ -106,7 +106,7 @@ def train(
     lock: FolderLock,
     base: str,
 ) -> Course:
-    """Train until the end or an interruption. Call it while signals are held.
+    """Train until the end or an interruption. Call this inside `raising(False)`.
 
     Args:
         objective: what to minimise, distributed if several processes take part.

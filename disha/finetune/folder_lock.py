@@ -4,7 +4,7 @@ The operating system holds the lock on a file in the folder, and frees it when t
 even if it is killed. The file says who holds it. It is removed at the end of the run.
 
 A lock acts between all processes of a machine, and between machines where the network file system
-supports it, as NFS does. Where a file system has no locks, a warning says so.
+supports it, as NFS does. If a file system has no locks, a warning says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes a base model with an adapter merged into its weights, as a folder that loads as the base.
+"""Writes a base model with an adapter merged into it, as a folder that loads like the base.
 
 If the folder stores the weights as the model has them, they are merged one after another. For some
 models, transformers joins experts or other weights as it loads them. Such a model is loaded as a

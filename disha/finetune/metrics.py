@@ -52,7 +52,7 @@ class Metrics:
         self._record({k: v for k, v in dataclasses.asdict(step).items() if v is not None})
 
     def record_evaluation(self, step: int, eval_loss: float, **others: float) -> None:
-        """Record what was measured before the first step, by its names in `Step`."""
+        """Record what was measured before the first step, under its names in `Step`."""
         self._record({"step": step, "eval_loss": eval_loss, **others})
 
     def close(self) -> None:

@@ -80,7 +80,7 @@ def _noted_path(path: Path | None, adapter: Path) -> str | None:
         relative = os.path.relpath(path.absolute(), adapter.parent.resolve())
     except ValueError:  # another drive of Windows
         return None
-    # A path inside the folder needs the dot too, so that it is no name.
+    # A path inside the folder needs the dot too, so that it is not taken for a name.
     return f"./{Path(relative).as_posix()}"
 
 

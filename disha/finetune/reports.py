@@ -47,7 +47,7 @@ class Report:
 
 
 Opener: TypeAlias = Callable[[Path, Mapping[str, Any], "str | None", "int | None"], Report]
-"""Opens a report: the output folder, the settings, the run to go on with, and after which step."""
+"""Opens a report. It takes the output folder, the settings, and the run and step to go on from."""
 
 
 def open_reports(

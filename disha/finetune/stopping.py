@@ -1,6 +1,6 @@
 """Signals that ask the process to stop, such as Ctrl-C.
 
-A signal raises `Interrupted`, wherever the process is. Where that would leave something half done,
+A signal raises `Interrupted`, wherever the process is. If that would leave something half done,
 a signal is only noted, and raises later. A second signal ends the process at once.
 
 Python runs the handler of a signal between two of its own instructions, in the main thread. So an

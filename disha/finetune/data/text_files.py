@@ -24,7 +24,7 @@ from disha.finetune.errors import BadRowError, DataError
 __all__ = ["TextRows", "csv_rows", "json_line_rows", "json_rows", "text_line_rows"]
 
 LONGEST_FIELD = 2**31 - 1
-"""Of a field of a CSV file. The csv module's own limit is 128 KiB, for the whole process."""
+"""The limit of a field of a CSV file. The csv module has a lower one, for the whole process."""
 
 UNPACKED_FREELY = 64 * 2**20
 LARGEST_RATIO = 100

@@ -168,7 +168,7 @@ def _head_dim(keys: Fields, family: Family, hidden: int, heads: int) -> int:
 
 
 def _window(keys: Fields, family: Family) -> int | None:
-    """Return the size of the sliding window that all layers have; None for no window."""
+    """Return the size of the sliding window that all layers have; None if they have none."""
     default = None if "sliding_window" in keys.values else family.window
     found = None if family.window is None else keys.get("sliding_window", default)
     window = None if found is None else keys.integer("sliding_window", default)

@@ -61,7 +61,7 @@ def _bare(backend: BackendTokenizer) -> Tokenizer:
 
 
 def _appended(backend: BackendTokenizer) -> int | None:
-    """Return the token that the tokenizer appends to a text; None for none."""
+    """Return the token that the tokenizer appends to a text; None if it appends none."""
     bare = backend.encode("a", add_special_tokens=False).ids
     processed = backend.encode("a").ids
     ends_bare = not bare or processed[-1:] == bare[-1:]

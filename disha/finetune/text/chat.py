@@ -161,7 +161,7 @@ def _up_to_last_answer(messages: list[Message]) -> list[Message]:
 
 
 def _answered(messages: Sequence[Message]) -> Iterator[tuple[Form, Form, Form]]:
-    """Yield, for each turn of the assistant, the forms before it, with it, and asking for it.
+    """Yield three forms for each turn of the assistant: before it, with it, and asking for it.
 
     If no message comes before a turn, there is no prompt for it.
     """

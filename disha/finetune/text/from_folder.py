@@ -28,8 +28,8 @@ __all__ = ["TOKENIZER_FILE", "begin_of", "open_tokenizer"]
 TOKENIZER_FILE = "tokenizer.json"
 
 LARGEST_TOKENIZER, MOST_ITEMS = 64 * 2**20, 2_000_000
-"""Largest size of a tokenizer.json in bytes, and most items. One of 262,000 tokens has 33 MB and
-1,300,000 items."""
+"""Largest size of a tokenizer.json in bytes, and most items. A vocabulary of 262,000 tokens takes
+33 MB and 1,300,000 items."""
 
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 

@@ -38,7 +38,7 @@ MEBIBYTES = 256
 """Memory of the process, where the system limits it: on Linux. Elsewhere only time is limited."""
 
 FREE_BYTES, TIMES_VARIABLES = 1 << 18, 16
-"""Bytes of a text, and more for each byte of variables."""
+"""The largest size of a text in bytes, and what each byte of variables adds to it."""
 
 
 @dataclass(frozen=True)

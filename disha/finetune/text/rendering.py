@@ -4,7 +4,7 @@ A template is a program. The system ends this process if it takes too much time,
 memory. So the process must be small and start fast: it imports jinja2, and nothing of this library.
 
 It reads pickles from its standard input: first the paths of modules and the limit on memory, then
-one request after another. It answers each request with a letter, a length, and so many bytes.
+one request after another. The answer to each is a letter, a length, and that many bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _main() -> None:
 
     _limit_memory(memory)
     if hasattr(signal, "setitimer"):
-        # The process that asks may ignore or block the timer's signal, and so would this one.
+        # If the process that asks ignores or blocks the timer's signal, this one inherits that.
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     while True:
@@ -66,9 +66,9 @@ def _limit_memory(memory: int) -> None:
 
 
 def _allow(seconds: float) -> None:
-    """Let the process run for so many seconds, and then end it; with 0, let it wait for a request.
+    """Let the process compute for this many seconds. With 0, let it wait for a request.
 
-    The system ends it even inside one operation.
+    Then the system ends it, even inside one operation.
     """
     if hasattr(signal, "setitimer"):  # processor time, so a busy machine does not count
         signal.setitimer(signal.ITIMER_PROF, seconds)
