@@ -1,8 +1,8 @@
 """What must be as before when a run resumes, and what may change.
 
 A resumed run ends as the new command would have ended without an interruption. So a change is
-refused if the steps already done would have been different. `disha.finetune.settings` declares
-which settings those are.
+refused if the steps already done would have been different. Every setting must be as before, except
+for those in `HARMLESS`, `ROUNDING` and `MAY_CHANGE`.
 
 Checkpoints of other versions may have other settings. A setting that only one of the two versions
 has does not matter if it has its default.
@@ -11,24 +11,48 @@ has does not matter if it has its default.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from disha.finetune.errors import SettingsError
-from disha.finetune.settings import (
-    FINDING,
-    MAY_CHANGE,
-    RATES,
-    FinetuneSettings,
-    TrainingSettings,
-)
+from disha.finetune.settings import FinetuneSettings, OutputSettings, TrainingSettings
 from disha.finetune.training.loop import learning_rate
 
 __all__ = ["Setup", "batches_per_step"]
 
 REMEDY = "to resume, or leave --resume out to start over"
+
+HARMLESS = (
+    *("eval_steps", "streaming", "dataloader_num_workers", "config", "dry_run", "debug"),
+    *(one.name for one in dataclasses.fields(OutputSettings)),
+)
+"""Settings that may change, because they do not affect what is learned."""
+
+ROUNDING = ("strategy", "gradient_checkpointing", "compile")
+"""Settings that may change, because they affect only the rounding of what is learned."""
+
+FINDING: Mapping[str, tuple[str, ...]] = {
+    "base model": ("base_model_name_or_path", "demo"),
+    "adapter to start from": ("adapter",),
+    "set of rows": (
+        *("data_path", "dataset_split", "dataset_field", "template", "tokenizer"),
+        *("skip_bad_rows", "eval_fraction", "demo"),
+    ),
+    "set of held-out rows": (
+        *("eval_path", "eval_split", "eval_fraction", "data_path", "dataset_field", "template"),
+        *("tokenizer", "skip_bad_rows", "demo"),
+    ),
+}
+"""What must stay the same -> the settings that name it. They may change if it stays the same."""
+
+RATES = ("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio")
+"""Settings that may change if the steps already done keep their learning rates."""
+
+MAY_CHANGE = frozenset({*itertools.chain(*FINDING.values()), *RATES, "gradient_accumulation_steps"})
+"""The settings that affect what is learned, and may still change. Each has a rule of its own."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +82,7 @@ class Setup:
         steps: int,
     ) -> Setup:
         """Return the setup of a run with these settings."""
-        found, defaults = settings.decisive(), FinetuneSettings().to_json()
+        found, defaults = _that_count(settings), FinetuneSettings().to_json()
         changed = tuple(name for name in found if found[name] != defaults[name])
         return cls(found, changed, contents, batches_per_step, steps)
 
@@ -128,6 +152,15 @@ class Setup:
         chosen = {name: self.settings[name] for name in RATES if name in self.settings}
         plan = dataclasses.replace(TrainingSettings(), **chosen)
         return [learning_rate(plan, step, self.steps) for step in range(done)]
+
+
+def _that_count(settings: FinetuneSettings) -> dict[str, Any]:
+    """Return the settings that change what is learned by more than rounding."""
+    found = {k: v for k, v in settings.to_json().items() if k not in {*HARMLESS, *ROUNDING}}
+    if settings.training.comparing is not None:
+        # It comes last, so that an error names the flag that makes it count before it.
+        found["eval_steps"] = settings.data.eval_steps
+    return found
 
 
 def batches_per_step(

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args, get_type_hints
@@ -762,13 +762,6 @@ class FinetuneSettings:
             flat.update(vars(value) if dataclasses.is_dataclass(value) else {name: value})
         return {k: _plain(v) for k, v in flat.items()}
 
-    def decisive(self) -> dict[str, Any]:
-        """Return the settings that change what is learned by more than rounding."""
-        decisive = {k: v for k, v in self.to_json().items() if k not in {*HARMLESS, *ROUNDING}}
-        if self.training.comparing is not None:
-            decisive["eval_steps"] = self.data.eval_steps
-        return decisive
-
 
 # --- generate and evaluate ------------------------------------------------------------------------
 
@@ -954,40 +947,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_plain, value))
     return str(value) if isinstance(value, Path) else value
-
-
-# --- resuming ------------------------------------------------------------------------------------
-
-# When a run resumes, every setting must be as before, except for the settings listed here.
-
-HARMLESS = (
-    *("eval_steps", "streaming", "dataloader_num_workers", "config", "dry_run", "debug"),
-    *(one.name for one in dataclasses.fields(OutputSettings)),
-)
-"""Settings that may change, because they do not affect what is learned."""
-
-ROUNDING = ("strategy", "gradient_checkpointing", "compile")
-"""Settings that may change, because they affect only the rounding of what is learned."""
-
-FINDING: Mapping[str, tuple[str, ...]] = {
-    "base model": ("base_model_name_or_path", "demo"),
-    "adapter to start from": ("adapter",),
-    "set of rows": (
-        *("data_path", "dataset_split", "dataset_field", "template", "tokenizer"),
-        *("skip_bad_rows", "eval_fraction", "demo"),
-    ),
-    "set of held-out rows": (
-        *("eval_path", "eval_split", "eval_fraction", "data_path", "dataset_field", "template"),
-        *("tokenizer", "skip_bad_rows", "demo"),
-    ),
-}
-"""What must stay the same -> the settings that name it. They may change if it stays the same."""
-
-RATES = ("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio")
-"""Settings that may change if the steps already done keep their learning rates."""
-
-MAY_CHANGE = frozenset({*itertools.chain(*FINDING.values()), *RATES, "gradient_accumulation_steps"})
-"""The settings that affect what is learned, and may still change. Each has a rule of its own."""
 
 
 DEMO_SETTINGS = FinetuneSettings(
