@@ -203,7 +203,7 @@ class ModelSettings:
         )
         module, _, function = self.model.partition(":")
         require(
-            bool(module and function),
+            bool(module and function) and not module.startswith("."),
             f"--model must be module:function, such as my_models:make_gpt2, got {self.model!r}",
         )
         require(

@@ -120,8 +120,10 @@ PAIRS = "--rank_pattern must be pairs regex=r, such as v_proj=16 mlp=32, got "
         ({"method": "lora"}, "--method: unknown method 'lora'; allowed are 'bone', 'bat'"),
         ({"also_train": "["}, "--also_train must be a regular expression, got '['"),
         ({"model": "m:f"}, "--model and --base_model_name_or_path both say where"),
-        ({"base_model_name_or_path": None, "model": "m"}, "--model must be module:function"),
-        ({"base_model_name_or_path": None, "model": ":f"}, "--model must be module:function"),
+        *(
+            ({"base_model_name_or_path": None, "model": model}, "--model must be module:function")
+            for model in ("", "m", ":f", "m:", ".m:f")
+        ),
         ({"base_model_name_or_path": Path("absent")}, "--base_model_name_or_path absent does not"),
         (
             {"base_model_name_or_path": None, "model": "m:f", "bits": "8"},

@@ -27,21 +27,18 @@ def load_factory(spec: str) -> tuple[nn.Module, object | None]:
     Modules of the current directory come before installed ones.
 
     Args:
-        spec: module:function, such as ``my_models:make_gpt2``; the function takes no arguments.
+        spec: module:function, such as ``my_models:make_gpt2``, as `ModelSettings.check` demands.
+            The function takes no arguments.
 
     Returns:
         The model; and the tokenizer, as the function returns it, or None.
 
     Raises:
-        SettingsError: `spec` is not module:function, or there is no such module or function.
+        SettingsError: there is no such module or function.
         CheckpointError: the module can't be imported, or the function fails or does not return
             a model.
     """
     name, _, attribute = spec.partition(":")
-    if not (name and attribute) or name.startswith("."):
-        raise SettingsError(
-            f"--model must be module:function, such as my_models:make_gpt2, got {spec!r}"
-        )
     with _current_directory_first():
         function = _function(_module(name, spec), attribute, spec)
         try:

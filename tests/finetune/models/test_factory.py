@@ -108,12 +108,6 @@ def test_installed_modules_and_packages_of_modules_are_found_too(here):
     assert isinstance(load_factory("torch.nn:Identity")[0], nn.Identity)
 
 
-@pytest.mark.parametrize("spec", ["", "models", ":make", "models:", ".models:make"])
-def test_what_is_not_module_and_function_is_refused(spec):
-    with pytest.raises(SettingsError, match=r"must be module:function, .* got "):
-        load_factory(spec)
-
-
 @pytest.mark.parametrize("name", ["absent_module", "absent_package.inner", f"{MODULE}.inner"])
 def test_a_module_that_is_not_there_is_named(here, name):
     with pytest.raises(SettingsError, match=r"there is no module '.*neither installed nor in the"):
