@@ -66,6 +66,8 @@ LOSSES, RATES = "loss.png", "learning_rate.png"
 ANSWERS = "samples.md"
 REPORT = "report.json"
 SAMPLE_TOKENS = 48
+"""Largest number of tokens of the answer in a sample."""
+
 SAMPLE_SECONDS = 30.0
 """About how long all samples may take together."""
 

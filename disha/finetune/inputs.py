@@ -28,7 +28,10 @@ from disha.finetune.text.tokenizer import Tokenizer
 __all__ = ["Checked", "Inputs", "encoder_for", "first_rows", "load_inputs", "require_context"]
 
 MOST_CHECKED_TRAINING_ROWS = 64
+"""How many training rows losses are compared on if no rows are held out."""
+
 CHECKED_BATCH = 16
+"""How many rows are in a batch when losses are compared."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ RUNS = "reports.json"
 
 PROJECT = "disha"
 LONGEST_VALUE = 500
+"""How many characters of a setting are sent to MLflow."""
 
 
 @dataclass(frozen=True)

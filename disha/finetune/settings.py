@@ -73,7 +73,7 @@ class Range:
 Count: TypeAlias = Annotated[int, Range("at least 1", lambda value: value >= 1)]
 NotNegative: TypeAlias = Annotated[float, Range("at least 0", lambda value: 0 <= value < math.inf)]
 Positive: TypeAlias = Annotated[float, Range("greater than 0", lambda value: 0 < value < math.inf)]
-Part: TypeAlias = Annotated[
+Fraction: TypeAlias = Annotated[
     float, Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
 ]
 Seed: TypeAlias = Annotated[int, Range("from 0 to 2^62 - 1", lambda value: 0 <= value < 2**62)]
@@ -245,7 +245,7 @@ class AdapterSettings:
     exclude: str | None = None
     rank_pattern: tuple[str, ...] = ()
     also_train: str | None = None
-    adapter_dropout: Part = 0.0
+    adapter_dropout: Fraction = 0.0
 
     @property
     def method_name(self) -> str:
@@ -451,7 +451,7 @@ class DataSettings(RowSettings):
     data_weights: tuple[float, ...] = ()
     eval_path: Path | None = None
     eval_split: str | None = None
-    eval_fraction: Part = 0.0
+    eval_fraction: Fraction = 0.0
     eval_steps: Annotated[int, Range("at least 0", lambda value: value >= 0)] = 0
     packing: bool = False
     group_by_length: bool = True
@@ -555,7 +555,7 @@ class TrainingSettings:
     optimizer: OptimizerName = "adamw"
     learning_rate: Positive = 2e-4
     lr_scheduler_type: ScheduleName = "cosine"
-    warmup_ratio: Part = 0.03
+    warmup_ratio: Fraction = 0.03
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
     seed: Seed = 0

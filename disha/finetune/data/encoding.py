@@ -31,6 +31,7 @@ __all__ = ["Encoder", "Outcome", "Tally", "encode_rows"]
 T = TypeVar("T")
 
 MOST_COMPLAINTS = 5
+"""How many complaints about bad rows a tally keeps."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ ALIASES = {
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
 }
 NAMES = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+"""A word that a name may begin with -> the split that it means."""
 
 NUMBERED_PART = re.compile(r"([\w.-]+?)-\d+-of-\d+")
 LEADING_WORD = re.compile(r"[a-z]+", re.IGNORECASE)

@@ -27,6 +27,8 @@ LONGEST_FIELD = 2**31 - 1
 """The limit of a field of a CSV file. The csv module has a lower one, for the whole process."""
 
 UNPACKED_FREELY = 64 * 2**20
+"""How many bytes any packed file may give."""
+
 LARGEST_RATIO = 100
 """How many bytes each byte of a packed file may give, beyond `UNPACKED_FREELY`. Text gives 3 to 20.
 A file that was made to do harm gives a thousand."""

@@ -55,6 +55,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 FREQUENCIES = "rope_freqs.weight"
 LINEAR = ("rope.scaling.factor", "rope.scale_linear")
+"""The newer and the older key of a factor that divides all positions."""
 
 
 class GGUFCheckpoint(ModelCheckpoint):

@@ -33,6 +33,8 @@ ONCE = ("ByteLevel", "Metaspace", "Precompiled", "TemplateProcessing")
 """Steps that lengthen a text by a factor that is not computed here."""
 
 MOST_STEPS, LARGEST_GROWTH, LONGEST_TEMPLATE, LONGEST_CHARACTER = 32, 16, 16, 64
+"""Most steps; how many times as long replacing may make a text; most tokens that a template may put
+around it; most bytes that may replace a character."""
 
 
 def require_bounded(backend: BackendTokenizer, source: object) -> None:
@@ -129,8 +131,13 @@ MOST_CHOICES = 6
 """Most optional parts, alternatives and short ranges before something that may fail."""
 
 PLAIN = "dDwWsShHnrtfvae"
+"""Letters that mean one character after a backslash."""
+
 ANCHORS = "bBAzZG"
+"""Letters that mean a place in the text after a backslash."""
+
 GROUPS = ("?:", "?i:", "?>", "?=", "?!", "?<=", "?<!")
+"""How a group begins that only groups, or that looks ahead or back."""
 
 
 def is_bounded(pattern: str) -> bool:

@@ -27,12 +27,13 @@ Span = tuple[int, int]
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 ROLES = ("system", "developer", "user", "assistant", "tool")
-CHATML = (
+CHATML_PROGRAM = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+"""ChatML as a chat template, for tokenizers that know its tokens and have no chat template."""
 
 
 def encode_chat(messages: object, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
@@ -121,7 +122,7 @@ def _template(tokenizer: Tokenizer) -> str:
             "the model's tokenizer has no chat template and does not know ChatML's tokens; put a "
             "chat_template.jinja beside its tokenizer.json, or give rows of two fields"
         )
-    return CHATML
+    return CHATML_PROGRAM
 
 
 def _begin(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
