@@ -14,8 +14,8 @@ from disha.cli.dispatcher import FAILED
 from disha.cli.flags import parsed
 from disha.cli.meanings import FLAG_WORDS, long_name, nearest
 from disha.cli.noted import base_of
-from disha.errors import ArgumentError, DishaError
-from disha.finetune.errors import OutputError, PeerError, TrainingError
+from disha.errors import ArgumentError
+from disha.finetune.errors import OutputError, PeerError, TrainingError, raised_as
 from disha.finetune.settings import DEMO_SETTINGS, FIRST, AdapterSettings, FinetuneSettings
 from disha.text import brief
 
@@ -135,10 +135,8 @@ def _contents(path: Path) -> Mapping[Any, Any]:
     suffix = path.suffix.lower()
     if suffix not in (".yaml", ".yml", ".toml"):
         raise ArgumentError(f"--config {path} must end with .yaml, .yml or .toml")
-    try:
+    with raised_as(ArgumentError, "--config: "):
         text = read_text(path, LARGEST_CONFIG)
-    except DishaError as error:
-        raise ArgumentError(f"--config: {error}") from error
     try:
         found = tomllib.loads(text) if suffix == ".toml" else _yaml(text)
     except Exception as error:  # PyYAML raises nearly anything for a value of the wrong form

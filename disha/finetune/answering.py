@@ -13,7 +13,7 @@ import disha
 from disha.files import read_text
 from disha.finetune.adapting import with_adapter, without_adapter
 from disha.finetune.base_model import open_base_model
-from disha.finetune.errors import DataError, SettingsError
+from disha.finetune.errors import DataError, SettingsError, raised_as
 from disha.finetune.generation import Memory, generate, stream_text
 from disha.finetune.settings import GenerateSettings, SamplingSettings
 from disha.finetune.text.templates import Template, given_template, template_from
@@ -157,10 +157,8 @@ def prompts_of(settings: GenerateSettings) -> list[str]:
                 raise DataError(f"--prompt must be UTF-8 text, got {prompt!a}")
         return list(settings.prompt)
     path = settings.prompt_file or STANDARD_INPUT
-    try:
+    with raised_as(DataError, "--prompt_file: "):
         text = read_text(path, pipes=True)
-    except disha.DishaError as error:
-        raise DataError(f"--prompt_file: {error}") from error
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise DataError(

@@ -6,6 +6,9 @@ end it with exit code 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from disha.errors import DishaError
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "TrainingError",
     "UnsupportedModelError",
     "VerificationError",
+    "raised_as",
 ]
 
 
@@ -65,3 +69,17 @@ class PeerError(TrainingError):
 
 class VerificationError(DishaError, RuntimeError):
     """The saved adapter does not give the trained model's loss in a fresh process."""
+
+
+@contextmanager
+def raised_as(kind: type[DishaError], before: str = "") -> Iterator[None]:
+    """Raise errors of the library in the block as errors of another kind.
+
+    Args:
+        kind: the kind.
+        before: text to put before the message, such as the flag that is wrong.
+    """
+    try:
+        yield
+    except DishaError as error:
+        raise kind(f"{before}{error}") from error

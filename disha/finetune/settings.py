@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args, get_type_hints
 
 import disha
-from disha.finetune.errors import SettingsError
+from disha.finetune.errors import SettingsError, raised_as
 from disha.finetune.models.hub_cache import located
 from disha.text import brief
 
@@ -251,10 +251,8 @@ class AdapterSettings:
     def method_name(self) -> str:
         """The library's name of the method. Raises `SettingsError` if the method is unknown."""
         name = self.method or ("bat" if self.init_weights == "bat" else "bone")
-        try:
+        with raised_as(SettingsError, "--method: "):
             return disha.functional.method_of(name).name
-        except disha.ArgumentError as error:
-            raise SettingsError(f"--method: {error}") from error
 
     @property
     def title(self) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import disha
-from disha.finetune.errors import CheckpointError
+from disha.finetune.errors import CheckpointError, raised_as
 from disha.finetune.models.assembly import SLICE, ModelCheckpoint, Shape, check_fit
 from disha.finetune.models.decoder import DecoderConfig
 from disha.finetune.models.families import config_from_json
@@ -69,10 +69,8 @@ class FolderCheckpoint(ModelCheckpoint):
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Return rows `first` to `last` (exclusive) of the tensor `name`."""
-        try:
+        with raised_as(CheckpointError):
             return self.stored.tensor(name, first, last)
-        except disha.DishaError as error:
-            raise CheckpointError(str(error)) from error
 
     def check_tensors(self, config: DecoderConfig) -> None:
         """Check that the tensors fit, are dense, and that a tied head equals the embedding.

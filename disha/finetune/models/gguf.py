@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from disha import DishaError
 from disha.files import opened_file
-from disha.finetune.errors import CheckpointError
+from disha.finetune.errors import CheckpointError, raised_as
 from disha.finetune.models.assembly import ModelCheckpoint, check_fit
 from disha.finetune.models.decoder import DecoderConfig
 from disha.finetune.models.families import LLAMA, QWEN2, QWEN3, family_of
@@ -164,12 +163,9 @@ class GGUFCheckpoint(ModelCheckpoint):
         count = 1 if len(tensor.shape) == 1 else tensor.shape[0]
         first, last = int(numbers.min()), int(numbers.max()) + 1
         content = np.empty((last - first, tensor.nbytes // count), np.uint8)
-        try:
-            with opened_file(self.path) as file:
-                file.seek(tensor.start + first * content.shape[1])
-                read = file.readinto(content.data)
-        except DishaError as error:
-            raise CheckpointError(str(error)) from error
+        with raised_as(CheckpointError), opened_file(self.path) as file:
+            file.seek(tensor.start + first * content.shape[1])
+            read = file.readinto(content.data)
         if read != content.nbytes:
             raise damaged(self.path, EOFError("it was cut while it was being read"))
         chosen: NDArray[np.uint8] = content[(numbers - first).numpy()]

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from disha import DishaError
 from disha.files import opened_file
-from disha.finetune.errors import CheckpointError
+from disha.finetune.errors import CheckpointError, raised_as
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -85,12 +84,9 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: the file can't be read, is not GGUF, or is damaged.
     """
-    try:
-        with opened_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            content = file.read(LARGEST_HEADER)
-    except DishaError as error:
-        raise CheckpointError(str(error)) from error
+    with raised_as(CheckpointError), opened_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(LARGEST_HEADER)
     if content[: len(MAGIC)] != MAGIC:
         raise CheckpointError(
             f"{path} is not a GGUF file: it begins with {content[:4]!r} instead of {MAGIC!r}"

@@ -20,7 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from disha import DishaError
-from disha.finetune.errors import CheckpointError, TokenizerError, UnsupportedModelError
+from disha.finetune.errors import (
+    CheckpointError,
+    TokenizerError,
+    UnsupportedModelError,
+    raised_as,
+)
 from disha.finetune.hashing import add_state
 from disha.finetune.models.quantised import FOUR_BIT, WeightBits, require_bitsandbytes
 
@@ -103,11 +108,9 @@ class TransformersModel:
         Raises:
             TokenizerError: it can't be read.
         """
-        try:
-            with _explained(f"the tokenizer of {self.folder} can't be read"):
-                return _library("AutoTokenizer").from_pretrained(self.folder, **LOCAL)
-        except CheckpointError as error:
-            raise TokenizerError(str(error)) from error
+        problem = f"the tokenizer of {self.folder} can't be read"
+        with raised_as(TokenizerError), _explained(problem):
+            return _library("AutoTokenizer").from_pretrained(self.folder, **LOCAL)
 
     def _quantised_to(self, bits: WeightBits, dtype: torch.dtype | str) -> Any:
         if getattr(self.config, "quantization_config", None) is not None:

@@ -10,13 +10,11 @@ first text only, not before each text that follows a special token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from disha import DishaError
 from disha.files import read_json, read_text
-from disha.finetune.errors import TokenizerError
+from disha.finetune.errors import TokenizerError, raised_as
 from disha.finetune.text.bounds import require_bounded
 from disha.finetune.text.tokenizer import SPACE, Tokenizer
 
@@ -89,7 +87,7 @@ def _backend(file: Path) -> BackendTokenizer:
             f"there is no tokenizer at {file}; a {TOKENIZER_FILE} is needed, as "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes it"
         )
-    with _explained():
+    with raised_as(TokenizerError):
         content = read_text(file, LARGEST_TOKENIZER)
     if content.count(",") > MOST_ITEMS:
         raise TokenizerError(
@@ -109,17 +107,8 @@ def _backend(file: Path) -> BackendTokenizer:
 def _json(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
-    with _explained():
+    with raised_as(TokenizerError):
         return read_json(file)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Convert errors of reading a file to `TokenizerError`."""
-    try:
-        yield
-    except DishaError as error:
-        raise TokenizerError(str(error)) from error
 
 
 def _named(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -148,7 +137,7 @@ def _ends(
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
-        with _explained():
+        with raised_as(TokenizerError):
             return read_text(file)
     template = config.get("chat_template")
     if template is None or isinstance(template, str):

@@ -6,9 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from disha import DishaError
 from disha.files import read_text
-from disha.finetune.errors import SettingsError, TokenizerError
+from disha.finetune.errors import SettingsError, TokenizerError, raised_as
 from disha.finetune.text.chat import CHATML_TOKENS, render
 from disha.finetune.text.tokenizer import Tokenizer, is_text
 
@@ -160,10 +159,8 @@ def _is_file(setting: str) -> bool:
 
 
 def _content(file: Path) -> str:
-    try:
+    with raised_as(SettingsError, "--template: "):
         return read_text(file, LARGEST_FILE)
-    except DishaError as error:
-        raise SettingsError(f"--template: {error}") from error
 
 
 def _unescaped(text: str) -> str:
