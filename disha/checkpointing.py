@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from disha.errors import ArgumentError
 from disha.model import ModelView, require_model
@@ -126,16 +127,17 @@ def _mark_output(module: nn.Module, inputs: Any, output: Any) -> Any:
     return _marked(output)
 
 
-def _mark_inputs(
-    module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return tuple(map(_marked, inputs)), {name: _marked(value) for name, value in named.items()}
+def _mark_inputs(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    return _marked((inputs, named))
 
 
 def _marked(value: Any) -> Any:
-    if type(value) in (tuple, list):
-        return type(value)(map(_marked, value))
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+    """Mark all tensors in lists, dicts, named tuples, and outputs of models of transformers."""
+    return tree_map_only(Tensor, _marked_tensor, value)
+
+
+def _marked_tensor(value: Tensor) -> Tensor:
+    if not value.is_floating_point() or value.requires_grad:
         return value
     if not torch.is_grad_enabled() or value.is_inference():
         return value

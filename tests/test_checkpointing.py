@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -160,6 +161,38 @@ class TestInputGradients:
         assert first.requires_grad
         assert second.requires_grad
         assert not mask.requires_grad
+
+    def test_after_a_module_whose_output_has_names(self):
+        outputs = pytest.importorskip("transformers.modeling_outputs")
+
+        class Named(nn.Module):
+            def forward(self, x):
+                output = outputs.BaseModelOutput(last_hidden_state=x, hidden_states=(x * 2,))
+                return {"here": x + 1, "inside": Point(x * 3, [output])}
+
+        class Point(NamedTuple):
+            first: torch.Tensor
+            rest: list
+
+        model = nn.Sequential(Named())
+        disha.enable_input_gradients(model, model[0])
+        found = model(torch.randn(2))
+        point = found["inside"]
+        assert type(point) is Point
+        [output] = point.rest
+        assert type(output) is outputs.BaseModelOutput
+        for one in (found["here"], point.first, output[0], output.hidden_states[0]):
+            assert one.requires_grad
+
+    def test_a_dict_that_the_model_gets(self):
+        class FromDict(nn.Linear):
+            def forward(self, batch):
+                assert batch["x"].requires_grad
+                return super().forward(batch["x"])
+
+        model = FromDict(2, 2)
+        disha.enable_input_gradients(model)
+        model({"x": torch.randn(2)})
 
     def test_values_and_flags_stay(self):
         model = adapted()
