@@ -299,7 +299,8 @@ def _merged(
     assert parameter is not None
     with without_autocast(parameter.device):
         merged = weight.merged(adapters)
-    if not torch.isfinite(merged).all():
+    # isfinite lacks some dtypes of 8 bits.
+    if not torch.isfinite(merged.float() if merged.itemsize == 1 else merged).all():
         raise MergeError(
             f"merging {', '.join(map(repr, adapters))} into {name} gives values that are not "
             "finite; check the adapter's blocks and its scale"

@@ -101,10 +101,10 @@ def values_at(tensor: Tensor, positions: Tensor) -> Tensor:
     Returns:
         Tensor (n,).
     """
-    if not is_sharded(tensor):
-        return torch.take(tensor, positions)
-    if not _in_chunks(tensor):
-        return torch.take(gathered(tensor), positions)
+    if not is_sharded(tensor) or not _in_chunks(tensor):
+        whole = gathered(tensor)
+        # Not torch.take, which lacks the dtypes of 8 bits.
+        return whole[torch.unravel_index(positions.to(whole.device), whole.shape)]
     sharded: Any = tensor
     local, mesh = sharded.to_local(), sharded.device_mesh
     indices = list(torch.unravel_index(positions.to(local.device), tensor.shape))

@@ -21,6 +21,13 @@ def test_same_values_same_fingerprint_whatever_the_dtype_and_strides(shape, seed
     assert not same_base(fingerprint(values[None]), mark)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_have_the_fingerprint_of_their_values(dtype):
+    values = torch.randn(6, 5).to(dtype)
+    assert fingerprint(values) == fingerprint(values.float())
+    assert fingerprint(values.T) == fingerprint(values.float().T)
+
+
 def test_every_value_of_a_small_weight_counts():
     values = torch.zeros(8, 8)
     assert values.numel() == SAMPLES

@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import disha
-from disha import BatLinear, BoneLinear, DishaError
+from disha import BatLinear, BoneLinear, DishaError, MergeError
 from disha.layers import AdaptedLinear
 from tests import reference
 
@@ -945,6 +946,44 @@ def test_block_over_a_weight_of_an_untrainable_dtype_is_float32():
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     inject(layer, "bone")
     assert layer.disha["default"].block.dtype == torch.float32
+
+
+class Cast(nn.Module):
+    """Casts the weight of its layer."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.layer = nn.Linear(16, 8, bias=False)
+        weight = self.layer.weight.detach().to(dtype)
+        self.layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(x, self.layer.weight.to(x.dtype))
+
+
+@pytest.mark.parametrize("kind", ["bone", "bat"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_weight_of_eight_bits_that_is_cast_where_it_is_read(dtype, kind, tmp_path):
+    model, x = Cast(dtype), torch.randn(3, 16)
+    plain, layer = copy.deepcopy(model), model.layer
+    before = layer.weight.float()
+    fill(inject(model, kind))
+    close(model(x), oracle(layer, x), 1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the file has the fingerprint of these 8 bits
+        disha.save_adapter(model, tmp_path / "a.safetensors")
+        disha.load_adapter(plain, tmp_path / "a.safetensors")
+    assert torch.equal(plain(x), model(x))
+    merged = layer.merged_weight(["default"])
+    assert merged.dtype == dtype
+    disha.merge_adapters(model)
+    assert torch.equal(layer.weight.float(), merged.float())
+    disha.unmerge_adapters(model)
+    assert torch.equal(layer.base_weight.float(), before)
+    with torch.no_grad():
+        layer.disha["default"].block.fill_(float("nan"))
+    with pytest.raises(MergeError, match="not finite"):
+        disha.merge_adapters(model)
 
 
 class KeywordOnly(nn.Linear):

@@ -79,7 +79,7 @@ def bat_delta_weight(weight: Tensor, block: Tensor) -> Tensor:
             f"a BAT block for a weight of shape {tuple(weight.shape)} and r={r} has shape "
             f"{expected}, got {tuple(block.shape)}"
         )
-    dtype = merge_dtype(torch.promote_types(weight.dtype, block.dtype))
+    dtype = merge_dtype(weight.dtype, block.dtype)
     tiles, block = square_tiles(weight.to(dtype), r), block.to(dtype)
     with without_autocast(weight.device):
         product = torch.unflatten(tiles @ block, -2, (r, -1))  # (..., a, i, b, j)

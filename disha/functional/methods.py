@@ -422,7 +422,7 @@ def delta_weight(
     if chosen.reduces:  # dW only repeats the values of R, so it needs no wider dtype
         delta = chosen.delta(own, geometry, matrices)
     else:
-        dtype = merge_dtype(torch.promote_types(weight.dtype, block.dtype))
+        dtype = merge_dtype(weight.dtype, block.dtype)
         matrices = None if matrices is None else matrices.to(dtype)
         with without_autocast(weight.device):
             delta = chosen.delta(own.to(dtype), geometry, matrices)

@@ -171,9 +171,13 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
     return block.repeat(*(1,) * (block.dim() - 1), tiles)
 
 
-def merge_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which updates are added to a weight of that dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def merge_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype in which updates are added to a weight.
+
+    Args:
+        dtypes: that of the weight; also that of the block, if the update is computed from both.
+    """
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def merged_weight(weight: Tensor, deltas: Iterable[tuple[Tensor, Scale]]) -> Tensor:
