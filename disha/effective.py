@@ -134,10 +134,11 @@ class EffectiveWeight(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run an operation by the tables of this module."""
-        if kwargs and not args and "input" in kwargs:  # torch's name of the first argument
+        rule = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))
+        if rule is not None and kwargs and not args and "input" in kwargs:
+            # So torch calls the first argument of all functions in the tables.
             args = (kwargs["input"],)
             kwargs = {name: value for name, value in kwargs.items() if name != "input"}
-        rule = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))
         if rule is not None and kwargs and "out" in kwargs:
             _refuse_to_lose_gradients(args, kwargs)
         elif rule is not None:
@@ -581,8 +582,7 @@ METADATA: dict[Any, Callable[..., Any]] = {
 
 
 def _viewed(weight: EffectiveWeight, base: Tensor, layout: Layout) -> EffectiveWeight:
-    absent = getattr(weight, "absent", False)
-    return effective(base, layout, weight.updates, weight.routed, absent)
+    return effective(base, layout, weight.updates, weight.routed)
 
 
 def _mapped(

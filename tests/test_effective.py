@@ -511,9 +511,11 @@ class TestFacts:
             lambda x, w: torch.mv(input=w, vec=x[0]),
             lambda x, w: torch.matmul(input=x, other=w.T),
             lambda x, w: torch.addmm(input=torch.ones(3), mat1=x, mat2=w.T),
+            lambda x, w: F.normalize(input=w),
+            lambda x, w: torch.where(condition=w > 0, input=w, other=torch.zeros(())),
         ],
     )
-    def test_products_by_keywords(self, multiply):
+    def test_by_keywords(self, multiply):
         layer, weight = self.weight()
         x, dense = torch.randn(2, 4), layer.merged_weight(["default"])
         torch.testing.assert_close(multiply(x, weight), multiply(x, dense))
