@@ -161,10 +161,6 @@ class Candidate:
         assert self.slot is not None
         return replace(self, slot=replace(self.slot, rows=rows))
 
-    def or_laid_out(self, layout: Layout) -> Candidate:
-        """Return the candidate with this layout if its own is unknown."""
-        return self if self.unknown is None else self.laid_out(layout)
-
     def obstacle(self, method: str) -> str | None:
         """Return why `method` can't adapt it, or None if it can."""
         module, slot = self.module, self.slot

@@ -364,7 +364,8 @@ def _names_in_files(one: Candidate) -> tuple[str, ...]:
 
 def _as_requested(one: Candidate, request: WeightRequest) -> Candidate:
     """Return the weight with the rows of the file, and with its layout if none is known."""
-    one = one.or_laid_out(request.layout)
+    if one.unknown is not None:
+        one = one.laid_out(request.layout)
     return one.in_rows(request.rows) if request.rows and one.slot is not None else one
 
 
