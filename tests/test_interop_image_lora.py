@@ -470,6 +470,7 @@ def test_files_that_can_not_be_read(tmp_path, tensors, message):
     with pytest.raises(disha.DishaError, match=message) as caught:
         image_lora.read_file(path)
     assert str(path) in str(caught.value)
+    assert ("PEFT" in str(caught.value)) == ("folder" in message)
 
 
 def test_a_layer_without_alpha_has_the_scale_1_as_in_diffusers(tmp_path):

@@ -41,6 +41,9 @@ from disha.text import brief, counted, first_few
 
 __all__ = ["form_of", "read_components", "read_file"]
 
+READERS = "the programs that it is made for"
+"""What reads LoRA files of image models, for errors."""
+
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _ENDS = {".lora_down.weight": _A, ".lora_up.weight": _B, _A: _A, _B: _B, ALPHA: ALPHA}
 """The ends of keys -> what they are."""
@@ -203,6 +206,7 @@ def _factors(file: TensorFile) -> list[_Pair]:
             for key, own in parts.items()
             if not {_A, _B} <= own.keys()
         ],
+        READERS,
     )
     pairs, problems = [], []
     for key, own in parts.items():
@@ -224,7 +228,7 @@ def _factors(file: TensorFile) -> list[_Pair]:
         if alpha is not None and alpha.numel() != 1:
             problems.append(f"{key}: alpha must be one number; its shape is {tuple(alpha.shape)}")
         pairs.append(_Pair(key, component, names, a, b, alpha))
-    refuse_to_load(file.path, problems)
+    refuse_to_load(file.path, problems, READERS)
     return pairs
 
 

@@ -205,11 +205,17 @@ def unusable(tensors: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def refuse_to_load(path: Path, problems: Sequence[str]) -> None:
-    """Raise `AdapterFileError` with all problems of a folder, if there are any."""
+def refuse_to_load(path: Path, problems: Sequence[str], reader: str = "PEFT") -> None:
+    """Raise `AdapterFileError` with all problems of a folder or a file, if there are any.
+
+    Args:
+        path: the folder or the file.
+        problems: its problems.
+        reader: what it is made for.
+    """
     if problems:
         raise AdapterFileError(
-            f"{path} can't be loaded with the same results as in PEFT; nothing changed:\n"
+            f"{path} can't be loaded with the same results as in {reader}; nothing changed:\n"
             + first_few(problems, SHOWN)
         )
 
