@@ -60,7 +60,7 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
 
 def _checked(view: ModelView, names: object) -> tuple[str, ...]:
-    """Return the adapters that `names` lists, each of which the model has."""
+    """Return the adapters that `names` lists. Raise unless the model has all of them."""
     wanted = (names,) if isinstance(names, str) else names
     if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
         raise ArgumentTypeError(

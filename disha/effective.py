@@ -46,7 +46,7 @@ __all__ = [
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
-"""The classes of weights of which an effective weight is an alias."""
+"""The classes of weights that an effective weight can be an alias of."""
 
 
 class Routed(NamedTuple):
@@ -978,7 +978,7 @@ def _routed_linear(input: Tensor, weight: EffectiveWeight, bias: Tensor | None) 
 def _routed_rows(
     input: Tensor, base: Tensor, bias: Tensor | None, layout: Layout, routed: Routed
 ) -> Tensor:
-    """Return a linear product in which each sample, samples first, has its own updates."""
+    """Return a linear product in which each sample has its own updates. Samples come first."""
     routed.check(input, base.shape, has_samples=input.dim() >= 2)
     if routed.of_all is not None or not input.shape[0]:
         return adapted_linear(input, base, bias, routed.of_all or ())
@@ -1195,7 +1195,7 @@ def _dispatch_private_functions() -> None:
     """Let compiled code pass torch's private functions to the rules, as Python does.
 
     The compiler looks a function up in torch's list of those that a subclass may override. Private
-    ones, such as that of grouped products, are not listed, so compiled code would use W alone.
+    ones, such as the grouped product, are not listed, so compiled code would use W alone.
     """
     listed = torch.overrides.get_overridable_functions()[torch]
     names = (name for name in dir(torch._C._VariableFunctions) if not name.startswith("__"))

@@ -50,7 +50,7 @@ def fingerprint(weight: Tensor) -> str | None:
 
 
 def fingerprint_of(shape: tuple[int, ...], values_at: Callable[[Tensor], Tensor]) -> str | None:
-    """Return the fingerprint of a weight of which only some values are read.
+    """Return the fingerprint of a weight, and read only some of its values.
 
     Args:
         shape: the weight's shape.

@@ -1,9 +1,9 @@
 """Sharded tensors: gather them, write into them, and let all ranks fail together.
 
-FSDP2 (`fully_shard`) turns parameters into DTensors, of which each rank holds a shard. Gathering a
-tensor is collective: all ranks of its device mesh must take part, in the same order. So no rank may
-raise an error alone while the others wait for it. Code that can fail runs inside `Ranks.agreeing`,
-which raises the error on all ranks.
+FSDP2 (`fully_shard`) turns parameters into DTensors. Each rank holds a shard of a DTensor.
+Gathering it is collective: all ranks of its device mesh must take part, in the same order. So no
+rank may raise an error alone while the others wait for it. Code that can fail runs inside
+`Ranks.agreeing`, which raises the error on all ranks.
 
 A tensor-parallel plan (`parallelize_module`) also turns weights into DTensors, but these stay
 sharded in a forward. `Split` says how. Each rank then computes with its part of W and with the part
@@ -225,7 +225,7 @@ class Split:
     def whole(
         self, local: Tensor, placements: Sequence[Any] | None = None, shape: Sequence[int] = ()
     ) -> Tensor:
-        """Return the DTensor of which each rank has a part.
+        """Return the whole DTensor, given the part of each rank.
 
         Args:
             local: this rank's part.

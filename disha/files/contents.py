@@ -461,7 +461,7 @@ def _planned(
 def _as_wide_as(view: ModelView, incoming: _Incoming, adapter: str) -> _Incoming:
     """Return an adapter with the shard sizes of the model's adapter, where that is exact.
 
-    A layer that fits apart from its r is widened, if the model's r is a multiple.
+    A layer with another r that fits otherwise is widened, if the model's r is a multiple of its r.
     """
     header, held = incoming.header, None
     records, layers = dict(header.tensors), {layer.key: layer for layer in header.layers}

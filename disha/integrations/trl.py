@@ -87,8 +87,8 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any]) -> None:
     for one in view.parameters:
         if is_claimed(one.module, one.attribute):
             raise ArgumentError(
-                f"{one.name} trains beside the adapter, so with adapters off it would change the "
-                "reference; inject without also_train"
+                f"{one.name} trains with the adapter, so it would change the reference, in which "
+                "adapters are off; inject without also_train"
             )
     for setting, reason in UNFIT.items():
         if getattr(args, setting, False):

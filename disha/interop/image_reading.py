@@ -57,7 +57,7 @@ _OLD_DIFFUSERS = re.compile(r"(_lora|\.lora|\.lora_linear_layer)\.(down|up)\.wei
 def form_of(path: PathLike) -> Form | None:
     """Return the form of a LoRA file of image models, or None if a file is no such LoRA.
 
-    Other methods than LoRA count too, so that reading them says what they are.
+    Files of other methods than LoRA count too: reading them raises an error that names the method.
 
     Args:
         path: a safetensors file.

@@ -241,7 +241,7 @@ def as_peft(
         header: the adapter's header.
         updates: the factors of its layers.
         targets: what selects the layers.
-        beside: the tensors that are saved beside the factors.
+        beside: the tensors that are saved besides the factors.
         modules_to_save: the modules that these belong to.
         base_name: the name or path of the base, if it is known.
     """
@@ -348,7 +348,7 @@ def read_lora(
         model_type: type of the model, `model_type` of its configuration. Experts need it, because a
             LoRA does not say how the model stacks them; for experts that are stacked in the folder
             too, `layouts` will do.
-        also_train: also return the parameters that the folder holds beside the factors.
+        also_train: also return the parameters that the folder holds besides the factors.
         buffers: the model's buffers. Those of the folder must have the same values, and are left
             out.
 
@@ -457,7 +457,7 @@ def contents_of_layers(
     Args:
         fields: the configuration of the LoRA.
         found: its layers with their blocks.
-        kept: parameters beside them, by name.
+        kept: the parameters besides its blocks, by name.
 
     Raises:
         AdapterFileError: the configuration has a wrong value.
@@ -511,7 +511,7 @@ _BASE_WEIGHT = ".base_layer.weight"
 def _paired(
     path: Path, tensors: Mapping[str, Tensor], saved: Sequence[str]
 ) -> tuple[dict[str, _Pair], dict[str, Tensor]]:
-    """Return the factors of each layer, and the tensors beside them."""
+    """Return the factors of each layer, and the tensors besides them."""
     factors: dict[str, dict[str, Tensor]] = {}
     beside: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

@@ -64,7 +64,7 @@ Progress = Callable[[Sequence[LayerRecord]], Iterable[LayerRecord]]
 """Yields the layers one by one, as tqdm does."""
 
 PATTERNS = ("out in", "in out", "out in *kernel", "index out")
-"""The layouts of the weights that LoRA can adapt, beside stacks of experts."""
+"""The layouts of the weights that LoRA can adapt, besides stacks of experts."""
 
 _STACK = re.compile(r"(?:.+\.)?experts\.(?:gate_up_proj|down_proj)")
 """The names of stacks of experts that LoRA formats have a place for."""
@@ -109,7 +109,7 @@ class LowRankUpdate:
         return _ratio(self.lost, self.norm)
 
     def with_record(self, **changes: Any) -> LowRankUpdate:
-        """Return the same factors for a layer of which these fields are different."""
+        """Return the same factors for the layer with these fields changed."""
         return dataclasses.replace(self, record=dataclasses.replace(self.record, **changes))
 
     def padded(self, rank: int) -> LowRankUpdate:
@@ -147,7 +147,7 @@ class LoraReport:
         path: the folder or file.
         layers: every layer, with its relative error.
         error: the relative error of all updates together.
-        also_train: names of the tensors written beside the factors.
+        also_train: names of the tensors written besides the factors.
     """
 
     path: Path
