@@ -323,6 +323,7 @@ def _size(tensor: Tensor) -> float:
 def _tensors(output: Any) -> list[Tensor]:
     """Return the floating-point tensors in the output of a model, of any type."""
     if isinstance(output, Tensor):
+        output = output.values() if output.is_nested else output
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):
         return [one for value in output.values() for one in _tensors(value)]

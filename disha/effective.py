@@ -24,6 +24,7 @@ import torch
 import torch._C._dynamo.eval_frame as _frames
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nested._internal.nested_tensor import NestedTensor
 
 from disha import functional
 from disha.errors import ArgumentError, ModeError
@@ -41,6 +42,7 @@ __all__ = [
     "computed",
     "effective",
     "effective_part",
+    "is_usual",
     "start_no_graph",
 ]
 
@@ -776,10 +778,21 @@ VIEWS[Tensor.to] = _to
 # --- products ------------------------------------------------------------------------------------
 
 
+def is_usual(input: Tensor) -> bool:
+    """Whether an input is a dense tensor, neither nested nor sparse.
+
+    For others, the weight is computed, so torch's product does what it does with a plain weight.
+
+    Args:
+        input: the input of a product.
+    """
+    return input.layout is torch.strided and not input.is_nested
+
+
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
         return NotImplemented
-    if weight.axes.pattern != "out in":
+    if weight.axes.pattern != "out in" or not is_usual(input):
         return NotImplemented
     if isinstance(weight, ShardedWeight):
         reduces = all(functional.method_of(update.method).reduces for update in weight.updates)
@@ -795,6 +808,8 @@ def _matmul(input: Any, other: Any) -> Any:
     """Multiply x @ W for a weight whose inputs come first, or W @ x if they come last."""
     if isinstance(input, EffectiveWeight):
         return NotImplemented if isinstance(other, EffectiveWeight) else _weight_first(input, other)
+    if not is_usual(input):
+        return NotImplemented
     turned = _transpose(other, -2, -1)
     if other.axes.pattern == "in out":
         return _linear(input, turned)
@@ -816,7 +831,7 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     if layout.pattern == "out in" and x.dim() == 1:
         return _linear(x, weight)
     matrix, stack = layout.pattern == "out in", layout.pattern == "expert out in" and x.dim() == 3
-    if not (matrix or stack) or weight.routed is not None:
+    if not (matrix or stack) or weight.routed is not None or not is_usual(x):
         return NotImplemented
     if all(functional.method_of(update.method).reduces for update in updates):
 
@@ -921,6 +936,8 @@ def _embedding(
     sparse: bool = False,
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or weight.axes.pattern != "index out":
+        return NotImplemented
+    if not is_usual(input):
         return NotImplemented
 
     def look_up(indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
@@ -1207,3 +1224,24 @@ def _dispatch_private_functions() -> None:
 
 
 _dispatch_private_functions()
+
+
+def _come_before_nested_tensors() -> None:
+    """Let a nested tensor leave an operation to an effective weight.
+
+    Torch asks the arguments from left to right. A nested tensor would run the operation itself,
+    with W alone, because it does not look at the types of other arguments.
+    """
+    ask: Any = vars(NestedTensor)["__torch_function__"].__func__
+
+    def defer(
+        cls: Any, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if any(issubclass(one, EffectiveWeight) for one in types):
+            return NotImplemented
+        return ask(cls, func, types, args, kwargs)
+
+    NestedTensor.__torch_function__ = classmethod(defer)  # type: ignore[assignment]
+
+
+_come_before_nested_tensors()

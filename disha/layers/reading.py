@@ -18,6 +18,7 @@ from disha.effective import (
     called_from,
     effective,
     effective_part,
+    is_usual,
 )
 from disha.errors import ModeError
 from disha.functional import adapted_linear
@@ -116,7 +117,8 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     base, state = parameters.get("weight"), adapters.__dict__
     blocks = state["live"].get("weight", ())
     alone = len(blocks) == 1 and state["merged"] is None and _is_usual(blocks[0])
-    if alone and type(base) in PLAIN and type(input) in PLAIN and not base.is_meta:
+    plain = type(base) in PLAIN and type(input) in PLAIN
+    if alone and plain and not base.is_meta and is_usual(input):
         # `layer.bias` takes one more call.
         bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
         return adapted_linear(input, base, bias, (blocks[0].update(),))
