@@ -197,7 +197,7 @@ def _remark(read: bool, acts: bool, gradient: bool) -> str:
     if not read:
         return "the model does not use this weight, or not with these inputs"
     if not acts:
-        return "the model reads this weight, but the result does not reach the output"
+        return "the model reads this weight, but the update does not reach the output"
     if not gradient:
         return "it acts, but a detach or a custom function stops its gradient"
     return ""

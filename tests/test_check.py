@@ -35,6 +35,11 @@ class Rounded(torch.autograd.Function):
         return None
 
 
+@torch.jit.script
+def scripted(x: torch.Tensor, weight: torch.Tensor):
+    return torch.nn.functional.linear(x, weight)
+
+
 USES = {
     "as it should": (lambda layer, x: layer(x), (True, True, True, True), ""),
     "in a dict": (lambda layer, x: {"out": [layer(x)]}, (True, True, True, True), ""),
@@ -42,7 +47,7 @@ USES = {
     "in vain": (
         lambda layer, x: x + 0 * layer(x),
         (True, False, False, True),
-        "the result does not reach the output",
+        "the update does not reach the output",
     ),
     "detached": (
         lambda layer, x: layer(x).detach() + x,
@@ -53,6 +58,16 @@ USES = {
         lambda layer, x: Rounded.apply(layer(x)),
         (True, True, False, True),
         "stops its gradient",
+    ),
+    "as W alone": (  # torch does not ask the arguments of a scripted function
+        lambda layer, x: scripted(x, layer.weight),
+        (True, False, False, False),
+        "the update does not reach the output",
+    ),
+    "copied for a scripted function": (
+        lambda layer, x: scripted(x, layer.weight.clone()),
+        (True, True, True, True),
+        "",
     ),
     "by its class": (
         lambda layer, x: layer(x) * (2 if layer.disha.merged is None else 1),
