@@ -42,7 +42,6 @@ __all__ = [
     "computed",
     "effective",
     "effective_part",
-    "is_usual",
     "start_no_graph",
 ]
 
@@ -778,13 +777,10 @@ VIEWS[Tensor.to] = _to
 # --- products ------------------------------------------------------------------------------------
 
 
-def is_usual(input: Tensor) -> bool:
+def _is_dense(input: Tensor) -> bool:
     """Whether an input is a dense tensor, neither nested nor sparse.
 
     For others, the weight is computed, so torch's product does what it does with a plain weight.
-
-    Args:
-        input: the input of a product.
     """
     return input.layout is torch.strided and not input.is_nested
 
@@ -792,7 +788,7 @@ def is_usual(input: Tensor) -> bool:
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, EffectiveWeight) or isinstance(bias, EffectiveWeight):
         return NotImplemented
-    if weight.axes.pattern != "out in" or not is_usual(input):
+    if weight.axes.pattern != "out in" or not _is_dense(input):
         return NotImplemented
     if isinstance(weight, ShardedWeight):
         reduces = all(functional.method_of(update.method).reduces for update in weight.updates)
@@ -808,7 +804,7 @@ def _matmul(input: Any, other: Any) -> Any:
     """Multiply x @ W for a weight whose inputs come first, or W @ x if they come last."""
     if isinstance(input, EffectiveWeight):
         return NotImplemented if isinstance(other, EffectiveWeight) else _weight_first(input, other)
-    if not is_usual(input):
+    if not _is_dense(input):
         return NotImplemented
     turned = _transpose(other, -2, -1)
     if other.axes.pattern == "in out":
@@ -831,7 +827,7 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     if layout.pattern == "out in" and x.dim() == 1:
         return _linear(x, weight)
     matrix, stack = layout.pattern == "out in", layout.pattern == "expert out in" and x.dim() == 3
-    if not (matrix or stack) or weight.routed is not None or not is_usual(x):
+    if not (matrix or stack) or weight.routed is not None or not _is_dense(x):
         return NotImplemented
     if all(functional.method_of(update.method).reduces for update in updates):
 
@@ -937,7 +933,7 @@ def _embedding(
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or weight.axes.pattern != "index out":
         return NotImplemented
-    if not is_usual(input):
+    if not _is_dense(input):
         return NotImplemented
 
     def look_up(indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:

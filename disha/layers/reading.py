@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -18,7 +19,6 @@ from disha.effective import (
     called_from,
     effective,
     effective_part,
-    is_usual,
 )
 from disha.errors import ModeError
 from disha.functional import adapted_linear
@@ -117,8 +117,9 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     base, state = parameters.get("weight"), adapters.__dict__
     blocks = state["live"].get("weight", ())
     alone = len(blocks) == 1 and state["merged"] is None and _is_usual(blocks[0])
-    plain = type(base) in PLAIN and type(input) in PLAIN
-    if alone and plain and not base.is_meta and is_usual(input):
+    plain = type(base) in PLAIN and type(input) in PLAIN and not base.is_meta
+    # Nested and sparse inputs take the usual way. Not a function, because every forward runs this.
+    if alone and plain and input.layout is torch.strided and not input.is_nested:
         # `layer.bias` takes one more call.
         bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
         return adapted_linear(input, base, bias, (blocks[0].update(),))
