@@ -1,8 +1,9 @@
 """Keep an `nn.TransformerEncoder` with adapted layers from making padded batches nested.
 
 In evaluation, torch turns a padded batch into nested tensors if the *first* layer seems to have a
-fused path. An adapted layer has no fused path, and fails on nested tensors. So this module turns
-nesting off for the encoder. A hook fills the padding of the output with torch's values.
+fused path. An adapted layer has no fused path, and torch's attention needs that path for nested
+tensors. So this module turns nesting off for the encoder. A hook fills the padding of the output
+with torch's values.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     blocks = state["live"].get("weight", ())
     alone = len(blocks) == 1 and state["merged"] is None and _is_usual(blocks[0])
     plain = type(base) in PLAIN and type(input) in PLAIN and not base.is_meta
-    # Nested and sparse inputs take the usual way. Not a function, because every forward runs this.
+    # Nested and sparse inputs go to nn.Linear. This is no function, to save a call per forward.
     if alone and plain and input.layout is torch.strided and not input.is_nested:
         # `layer.bias` takes one more call.
         bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401
