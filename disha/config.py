@@ -192,7 +192,9 @@ class AdapterConfig:
                 f"known are {_listing(sorted(known))}"
             )
         if "r" not in values:
-            raise ArgumentError("the adapter configuration lacks the field 'r'")
+            raise ArgumentError(
+                "the adapter configuration lacks the field 'r'; give the shard size"
+            )
         for name in ("exclude", "also_train"):
             if not isinstance(values.get(name, []), list):
                 raise ArgumentTypeError(

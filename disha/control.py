@@ -67,7 +67,7 @@ def _checked(view: ModelView, names: object) -> tuple[str, ...]:
             f"names must be an adapter's name or a list of names, got {names!r}"
         )
     if len(set(wanted)) != len(wanted):
-        raise ArgumentError(f"names lists an adapter twice: {list(wanted)}")
+        raise ArgumentError(f"names lists an adapter twice: {list(wanted)}; name each once")
     for name in wanted:
         view.require(name)
     return tuple(wanted)

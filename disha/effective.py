@@ -85,7 +85,8 @@ class Routed(NamedTuple):
         if not has_samples:
             raise ArgumentError(
                 "route_adapters needs samples along the leading dimension of each input, and a "
-                f"weight of shape {tuple(shape or ())} got an input of shape {tuple(input.shape)}"
+                f"weight of shape {tuple(shape or ())} got an input of shape {tuple(input.shape)}; "
+                "pass a batch, or use one adapter at a time"
             )
         self.route.parts(input.shape[0])
 
@@ -1071,7 +1072,8 @@ def _attention(query: Any, *args: Any, **kwargs: Any) -> Any:
         if query.dim() != 3:
             raise ArgumentError(
                 "route_adapters needs samples, but an attention got a query without a batch "
-                f"dimension, of shape {tuple(query.shape)}"
+                f"dimension, of shape {tuple(query.shape)}; pass a batch, or use one adapter at a "
+                "time"
             )
         batch = query.shape[1]
         args = tuple(_in_batch(value, batch) for value in args)

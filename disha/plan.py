@@ -636,7 +636,9 @@ def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
             continue
         problem = _training_problem(one)
         if problem is not None:
-            raise ArgumentError(f"also_train matches {one.name}, which {problem}")
+            raise ArgumentError(
+                f"also_train matches {one.name}, which {problem}; give a regex that leaves it out"
+            )
         matched.append(one.name)
     _refuse_unused("also_train", config.also_train, used, "no parameter")
     return tuple(matched)

@@ -423,7 +423,9 @@ def described_by(file: TensorFile) -> AdapterFile:
     _check_keys(described)
     problems = block_misfits(described)
     if problems:
-        raise AdapterFileError(f"{path} contradicts itself:\n{first_few(problems, 20)}")
+        raise AdapterFileError(
+            f"{path} contradicts itself; get the file again:\n{first_few(problems, 20)}"
+        )
     return described
 
 
@@ -432,7 +434,7 @@ def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if text is None:
         raise AdapterFileError(
             f"{path} is a safetensors file without a {HEADER_KEY!r} entry in its metadata: it "
-            "was not written by disha.save_adapter"
+            "was not written by disha.save_adapter; name an adapter file"
         )
     header = parsed_json(f"{path}: the header", text, strict=True)
     version = header.get("format")
