@@ -551,10 +551,21 @@ _PROPERTIES = (
 _QUESTIONS = (
     "dim size stride numel nelement ndimension element_size is_floating_point is_complex is_signed "
     "is_contiguous is_inference is_conj is_neg is_pinned is_shared get_device storage_offset "
-    "dim_order __len__ __hash__ is_coalesced has_names _is_view is_same_size result_type "
+    "dim_order __len__ __hash__ is_coalesced has_names _is_view is_same_size result_type"
+)
+_CREATIONS = (
     "new_empty new_empty_strided new_full new_ones new_tensor new_zeros "
     "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"
 )
+
+
+def _create(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the rule of an operation that makes a tensor like its first argument."""
+
+    def create(like: Any, *args: Any, **kwargs: Any) -> Any:
+        return _compute_first(func, (_base_of(like), *args), kwargs)  # others are values
+
+    return create
 
 
 def _existing(names: str, *owners: Any) -> Iterator[Any]:
@@ -576,6 +587,7 @@ def _data_ptr(weight: Any) -> int:
 METADATA: dict[Any, Callable[..., Any]] = {
     **{one.__get__: _ask_base(one.__get__) for one in _existing(_PROPERTIES, Tensor)},
     **{func: _ask_base(func) for func in _existing(_QUESTIONS, Tensor, torch)},
+    **{func: _create(func) for func in _existing(_CREATIONS, Tensor, torch)},
     Tensor.data_ptr: _data_ptr,
 }
 

@@ -487,6 +487,13 @@ class TestFacts:
         assert type(seen) is type(weight)
         torch.testing.assert_close(seen + 0, view(dense))
 
+    def test_values_of_a_new_tensor_have_the_update(self):
+        layer, weight = self.weight()
+        dense = layer.merged_weight(["default"])
+        with pytest.warns(UserWarning, match="To copy construct from a tensor"):
+            found = weight.new_tensor(weight)
+        torch.testing.assert_close(found, dense)
+
     @pytest.mark.parametrize(
         "cut",
         [
