@@ -5,6 +5,7 @@ The model runs on the user's inputs. The report has one entry for each adapted w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from disha.layers import AdaptedWeight, Block
 from disha.merge import merge, unmerge
 from disha.model import ModelView
 from disha.tables import table
-from disha.text import counted
+from disha.text import counted, printable
 from disha.undo import Undo
 
 __all__ = ["CheckReport", "CheckedWeight", "check_adapters"]
@@ -86,16 +87,20 @@ class CheckReport:
         return not self.problems
 
     def __str__(self) -> str:
+        counts = Counter(one.remark for one in self.weights if one.remark)
+        shared = [remark for remark, count in counts.items() if count > 1]
+        short = {remark: f"[{number}]" for number, remark in enumerate(shared, 1)}
         rows = [
             (one.name or "(the model)", one.adapter, *map(_word, (one.read, one.acts)),
-             _word(one.gradient), _word(one.merges), one.remark)
+             _word(one.gradient), _word(one.merges), short.get(one.remark, one.remark))
             for one in self.weights
         ]  # fmt: skip
         header = ("weight", "adapter", "read", "acts", "gradient", "merges", "")
         good = len(self.weights) - len(self.problems)
         verb = "is" if good == 1 else "are"
         total = counted(len(self.weights), "block")
-        return f"{table(header, rows)}\n{good:,} of {total} {verb} in order"
+        notes = [f"{mark} {printable(remark)}" for remark, mark in short.items()]
+        return "\n".join([table(header, rows), *notes, f"{good:,} of {total} {verb} in order"])
 
 
 def _word(value: bool | None) -> str:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import disha
-from disha import ArgumentError, MergeError, ModeError
+from disha import ArgumentError, CheckReport, MergeError, ModeError
+from disha.check import CheckedWeight
 from tests.conftest import assert_unchanged, snapshot
 
 
@@ -153,3 +154,19 @@ def test_what_is_refused():
     disha.set_active_adapters(model, [])
     with pytest.raises(ArgumentError, match="no adapter is active; activate one"):
         disha.check_adapters(model, x)
+
+
+def test_a_remark_on_several_weights_is_printed_once():
+    remark = "a reason that several weights share"
+    report = CheckReport((
+        CheckedWeight("a", "default", True, True, True, None, remark),
+        CheckedWeight("b", "default", True, True, False, None, "its own reason"),
+        CheckedWeight("c", "default", True, True, True, None, remark),
+    ))  # fmt: skip
+    rows = str(report).splitlines()
+    assert [row.split(maxsplit=6)[6:] for row in rows[1:4]] == [
+        ["[1]"],
+        ["its own reason"],
+        ["[1]"],
+    ]
+    assert rows[4:] == [f"[1] {remark}", "2 of 3 blocks are in order"]
