@@ -1,8 +1,8 @@
 """Writes a base model with an adapter merged into it, as a folder that loads like the base.
 
-If the folder stores the weights as the model has them, they are merged one after another. For some
-models, transformers joins experts or other weights as it loads them. Such a model is loaded as a
-whole, merged, and saved in the form that it had.
+Weights are merged one after another, where the folder stores them as the model has them, or stores
+experts one by one. For some models, transformers splits or renames other weights as it loads them.
+Such a model is loaded as a whole, merged, and saved in the form that it had.
 """
 
 from __future__ import annotations
@@ -59,19 +59,21 @@ def merge_into_base(
         )
     except disha.AdapterFileError:
         checkpoint = disha.interop.checkpoints.open_checkpoint(base)
-        if not _is_in_parts(checkpoint, adapter):
+        if not _is_converted(checkpoint, adapter):
             raise
     if out.suffix == ".safetensors":
         raise SettingsError(
-            f"{base} stores some of the adapter's layers in parts, so the merged model must be a "
-            f"folder; name one in place of {out}"
+            f"{base} stores some of the adapter's layers under other names or in other parts, so "
+            f"the merged model must be a folder; name one in place of {out}"
         )
     missing = UnsupportedModelError(
-        f"{base} stores some of the adapter's layers in parts, and transformers, which joins them, "
-        "is not installed; run: pip install 'disha-torch[transformers]'"
+        f"{base} stores some of the adapter's layers under other names or in other parts, and "
+        "transformers, which converts them, is not installed; run: pip install "
+        "'disha-torch[transformers]'"
     )
     opened = open_with_transformers(base, checkpoint.config(), missing)
-    model = opened.load_model(dtype or "auto", torch.device("cpu"))
+    # Merged in float32, so that a weight is rounded once to another dtype.
+    model = opened.load_model("auto" if dtype is None else torch.float32, torch.device("cpu"))
     names = list(model.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", disha.AdapterFileWarning)
@@ -80,6 +82,7 @@ def merge_into_base(
     if scale is not None:
         disha.set_adapter_scale(model, scale)
     disha.merge_adapters(model)
+    model.to(dtype)
     state = model.state_dict()
     others, left_out = checkpoint.other_files()
     if dtype is not None or "quantization_config" in checkpoint.config():
@@ -101,8 +104,8 @@ def merge_into_base(
     )
 
 
-def _is_in_parts(checkpoint: disha.interop.checkpoints.Checkpoint, adapter: Path) -> bool:
-    """Return whether the base is a model of transformers that joins weights as it loads them."""
+def _is_converted(checkpoint: disha.interop.checkpoints.Checkpoint, adapter: Path) -> bool:
+    """Return whether transformers converts weights of the adapter as it loads the base."""
     kind = checkpoint.config().get("model_type", FAMILIES)
     is_other = checkpoint.folder is not None and isinstance(kind, str) and kind not in FAMILIES
     return is_other and bool(

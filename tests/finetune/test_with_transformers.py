@@ -189,29 +189,37 @@ def test_a_run_goes_on_to_the_same_end(finetune, tiny_folder, tmp_path):
     assert result_of(parts) == result_of(whole)
 
 
-def test_joined_experts_are_merged_as_asked(finetune, tmp_path, tiny_folder):
-    folder, out = tiny_folder("qwen3_moe"), tmp_path / "merged"
+@pytest.mark.parametrize(
+    ("kind", "other_base"),
+    [
+        ("qwen3_moe", "other values than the weight"),
+        ("sarvam_moe", "saved from other base weights"),  # transformers has to load it
+    ],
+)
+def test_weights_that_are_stored_in_parts_are_merged_as_asked(finetune, tmp_path, kind, other_base):
+    folder = tiny_checkpoints.write_folder(tmp_path / "base", kind)
+    out = tmp_path / "merged"
     finetune.good(base_model_name_or_path=folder, max_steps=2)
     adapter = finetune.output / "adapter.safetensors"
     merge = ("merge", folder, adapter, out)
     assert finetune.other(*merge, "--scale", 0.5, "--dtype", "bfloat16").code == 0
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     disha.load_adapter(model, adapter)
     disha.set_adapter_scale(model, 0.5)
     disha.merge_adapters(model)
+    model.bfloat16()  # rounded once
     found = AutoModelForCausalLM.from_pretrained(out)
     assert found.dtype == torch.bfloat16
     for name, value in found.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     assert "not empty" in finetune.other(*merge).complaint
 
-    other = tiny_checkpoints.write_folder(tmp_path / "other", "qwen3_moe", seed=7)
+    other = tiny_checkpoints.write_folder(tmp_path / "other", kind, seed=7)
     merge = ("merge", other, adapter, tmp_path / "wrong")
     refused = finetune.other(*merge)
     assert refused.code == 2
-    assert "saved from other base weights" in refused.complaint
+    assert other_base in refused.complaint
     assert finetune.other(*merge, "--force").code == 0
-    assert "must be a folder" in finetune.other(*merge[:3], tmp_path / "x.safetensors").complaint
 
 
 def test_older_files_of_a_tokenizer_are_read(finetune, tmp_path, tiny_folder):
@@ -258,19 +266,23 @@ def test_without_transformers_the_extra_is_named(finetune, tiny_folder, without_
     assert "pip install 'disha-torch[transformers]'" in done.complaint
 
 
-def test_without_transformers_joined_experts_are_not_merged(
-    finetune, tiny_folder, tmp_path, monkeypatch
-):
-    folder, output = tiny_folder("mixtral"), tmp_path / "output"
+@pytest.mark.parametrize("kind", ["mixtral", "sarvam_moe"])
+def test_only_experts_are_merged_without_transformers(finetune, tmp_path, monkeypatch, kind):
+    folder, output = tiny_checkpoints.write_folder(tmp_path / "base", kind), tmp_path / "output"
     assert finetune(base_model_name_or_path=folder, output_dir=output, max_steps=1).code == 0
+    adapter, out = output / "adapter.safetensors", tmp_path / "merged"
+    if kind == "sarvam_moe":
+        one_file = finetune.other("merge", folder, adapter, tmp_path / "x.safetensors")
+        assert "must be a folder" in one_file.complaint
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name)
     )
-    done = finetune.other("merge", folder, output / "adapter.safetensors", tmp_path / "merged")
-    assert done.code == 2
-    assert "pip install 'disha-torch[transformers]'" in done.complaint
-    assert not (tmp_path / "merged").exists()
+    done = finetune.other("merge", folder, adapter, out)
+    assert done.code == (0 if kind == "mixtral" else 2)
+    assert out.exists() == (kind == "mixtral")
+    needed = "pip install 'disha-torch[transformers]'" in done.err
+    assert needed == (kind == "sarvam_moe")
 
 
 @pytest.mark.parametrize(

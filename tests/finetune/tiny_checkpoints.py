@@ -95,6 +95,15 @@ _CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 64,
     },
     "rwkv": {"model_type": "rwkv", "context_length": CONTEXT, "attention_hidden_size": 64},
+    # transformers splits its query_key_value and renames its attention.
+    "sarvam_moe": {
+        "model_type": "sarvam_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+    },
 }
 _BEGIN_EVERY_TEXT = ("llama2", "llama3", "mistral")
 
@@ -106,7 +115,7 @@ def write_folder(
 
     Args:
         path: the folder; made if it is not there.
-        family: one of `FAMILIES` or `OTHERS`.
+        family: one of `FAMILIES` or `OTHERS`, or `sarvam_moe`.
         shard_size: the most that one safetensors file holds, such as "50KB"; one file if None.
         seed: of the weights.
         changes: keys of config.json to add or replace.
