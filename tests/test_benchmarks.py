@@ -726,7 +726,8 @@ def test_the_page_says_whether_the_loop_keeps_its_limit(loop, slower, verdict):
     timed = {**loop, "seconds": {"bare": [1.0, 1.0], "loop": [slower, slower]}}
     found = results.describe("full", torch.device("cpu"))
     text = page_of(found | {"tables": {"finetuning": [timed, RUN]}})
-    assert f"**{slower:.3f}**, limit 1.053: {verdict}." in text
+    assert f"It takes **{slower:.3f}** times as long" in text
+    assert f"The limit of 1.053 is {verdict}." in text
 
 
 def test_every_way_of_training_has_lowered_the_loss():

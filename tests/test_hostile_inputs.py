@@ -239,10 +239,10 @@ GGUF = {
     "a tensor twice": (gguf(tensors=[tensor("a", [])] * 2, rest=bytes(99)), "'a' comes twice"),
     "a tensor beyond the file": (
         gguf(tensors=[tensor("a", [2**40])]),
-        "behind the end of the file",
+        "ends after the end of the file",
     ),
-    "a tensor of 2^120 numbers": (gguf(tensors=[tensor("a", [2**60] * 2)]), "behind the end"),
-    "a tensor far away": (gguf(tensors=[tensor("a", [1], 0, 2**63)]), "behind the end"),
+    "a tensor of 2^120 numbers": (gguf(tensors=[tensor("a", [2**60] * 2)]), "after the end"),
+    "a tensor far away": (gguf(tensors=[tensor("a", [1], 0, 2**63)]), "after the end"),
     "dimensions without end": (gguf(rest=text("a") + b"\xff" * 99, counts=(1, 0)), "dimensions"),
     "a header of 40 MB": (
         lambda: gguf(array(NUMBER, 10**7, bytes(4 * 10**7))),

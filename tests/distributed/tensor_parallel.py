@@ -271,7 +271,7 @@ def check_what_can_not_act_is_refused(folder):
     uneven = r"a 'bat' block of r=4 can't be cut at the edges of a rank's part \(0:6 and 0:8\)"
     refused = {
         uneven: {"r": 4, "method": "bat"},
-        "would drop other inputs; use dropout=0": {"r": 2, "dropout": 0.1},
+        "would drop different inputs of it; use dropout=0": {"r": 2, "dropout": 0.1},
     }
     for message, options in refused.items():
         model = parallel(fresh())

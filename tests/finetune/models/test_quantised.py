@@ -10,7 +10,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
 import disha
-from disha.finetune.errors import CheckpointError, SettingsError
+from disha.finetune.errors import CheckpointError
 from disha.finetune.generation import generate
 from disha.finetune.models.checkpoint import open_model
 from tests.finetune import tiny_checkpoints
@@ -148,8 +148,3 @@ def test_sizes_that_the_library_gets_wrong_are_refused(tmp_path, changes, compla
     with pytest.raises(CheckpointError, match=complaint):
         load(path, 4)
     assert load(path, 8).config.layers == 2
-
-
-def test_other_bits_are_refused(tiny_folder):
-    with pytest.raises(SettingsError, match="8 or 4 bits, got 3"):
-        load(tiny_folder("smollm2"), 3)
