@@ -2,6 +2,6 @@
 
 python -m benchmarks                 measures, and writes a file of results
 python -m benchmarks.report FILES    writes docs/performance.md from such files
-python -m benchmarks.convergence     trains every method on four tasks
+python -m benchmarks.convergence     trains the methods on five tasks
 python -m benchmarks.zoo             tries adapters in hundreds of architectures
 """

@@ -225,8 +225,8 @@ def _missing(found: Longer) -> str:
         return ""
     return (
         f"**Of {count_text(found.there + found.missing, 'run')}, {found.missing} are missing.** "
-        "`make evidence` does them. Until then, this part is provisional, and the verdict leaves "
-        "it out.\n"
+        "`make evidence` does them. Until then, this part is provisional. The verdict includes it "
+        "when Bone, BAT and LoRA are finished.\n"
     )
 
 

@@ -229,8 +229,11 @@ def _start_with(shown: Mapping[str, TaskFindings]) -> str:
             str(close) if {*ranks} != {NOTHING} else NOTHING,
         ])  # fmt: skip
         if costed:
-            ratios = [one.costs[name].ratio for one in shown.values() if name in one.costs]
-            rows[-1].append(", ".join(f"{ratio:.2f}" for ratio in ratios) or NOTHING)
+            ratios = [
+                f"{one.costs[name].ratio:.2f}" if name in one.costs else NOTHING
+                for one in shown.values()
+            ]
+            rows[-1].append(", ".join(ratios))
     header = ["method", "best learning rates", "geometric mean", "rank by test loss, by task",
               "tasks where best or tied"]  # fmt: skip
     if costed:
