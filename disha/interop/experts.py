@@ -33,8 +33,11 @@ from disha.text import counted
 
 __all__ = [
     "DOWN",
+    "FAMILIES",
+    "GATE_UP",
     "SEPARATE_BEFORE",
     "SERVED_TARGETS",
+    "SINGLE",
     "ExpertForm",
     "Matrices",
     "checked_form",
@@ -45,6 +48,7 @@ __all__ = [
     "misread",
     "misread_unseen",
     "refuse_beside",
+    "renamed",
     "separated",
     "single_expert",
     "stack_factors",
@@ -265,14 +269,14 @@ def separated(updates: Sequence[LowRankUpdate], family: Family) -> list[LowRankU
         if is_stack(update.record):
             found += _single_experts(update, family)
         else:
-            name = _renamed(update.record.name, "mlp", family.block)
+            name = renamed(update.record.name, "mlp", family.block)
             found.append(_named(update, name))
     return found
 
 
 def _single_experts(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:
     owner, _, last = update.record.name.rpartition(".")
-    owner = _renamed(owner, "mlp", family.block)
+    owner = renamed(owner, "mlp", family.block)
     if update.record.layout != family.layout:
         raise ConversionError(
             f"{update.record.name} has the layout {update.record.layout}, and models of this type "
@@ -293,8 +297,14 @@ def _named(update: LowRankUpdate, name: str) -> LowRankUpdate:
     return update.with_record(name=name, layout=layout)
 
 
-def _renamed(name: str, old: str, new: str) -> str:
-    """Return a dotted name in which the part `old` is replaced by `new`."""
+def renamed(name: str, old: str, new: str) -> str:
+    """Return a dotted name in which the part `old` is replaced by `new`.
+
+    Args:
+        name: the name.
+        old: a part of it, between dots.
+        new: what replaces that part.
+    """
     return ".".join(new if part == old else part for part in name.split("."))
 
 
@@ -316,7 +326,8 @@ class Matrices:
     keys: tuple[str, ...]
 
 
-_SINGLE = re.compile(r"((?:.+\.)?experts)\.(\d{1,6})\.(\w+)")
+SINGLE = re.compile(r"((?:.+\.)?experts)\.(\d{1,6})\.(\w+)")
+"""The name of a matrix of one expert: the module of the experts, the number, the projection."""
 
 
 def stacked(name: str, targets: Collection[str]) -> str | None:
@@ -367,7 +378,7 @@ def matrices_of(name: str, a: Tensor, b: Tensor, rank: int) -> Matrices:
 
 def single_expert(name: str) -> bool:
     """Whether this is the name of one matrix of one expert."""
-    return _SINGLE.fullmatch(name) is not None
+    return SINGLE.fullmatch(name) is not None
 
 
 def in_model(name: str, model_type: str | None) -> str:
@@ -378,7 +389,7 @@ def in_model(name: str, model_type: str | None) -> str:
         model_type: type of the model, or None if it is unknown.
     """
     family = FAMILIES.get(model_type or "")
-    return name if family is None else _renamed(name, family.block, "mlp")
+    return name if family is None else renamed(name, family.block, "mlp")
 
 
 def joined(
@@ -396,7 +407,7 @@ def joined(
     """
     layers: dict[str, dict[str, dict[int, str]]] = {}
     for name in pairs:
-        match = _SINGLE.fullmatch(name)
+        match = SINGLE.fullmatch(name)
         if match is not None:
             owner, expert, projection = match.groups()
             layers.setdefault(owner, {}).setdefault(projection, {})[int(expert)] = name

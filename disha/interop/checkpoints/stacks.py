@@ -9,7 +9,6 @@ so this module gives the checkpoint the names of its stacks too.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from disha.files.tensors import StoredTensor
 from disha.interop.checkpoints.reading import Checkpoint
-from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE
+from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE, renamed
 
 __all__ = ["Part", "Stack", "stacks_of"]
 
-_SINGLE = re.compile(r"(?P<experts>(?:.+\.)?experts)\.(?P<expert>\d{1,6})\.(?P<name>\w+)\.weight")
+_WEIGHT = ".weight"
 _FAMILIES = {one.gate: one for one in FAMILIES.values() if one.layout == SEPARATE_BEFORE}
 
 
@@ -125,14 +124,16 @@ def stacks_of(checkpoint: Checkpoint) -> dict[str, Stack]:
     """
     modules: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
     for key in checkpoint.tensors:
-        if (match := _SINGLE.fullmatch(key)) is not None:
-            modules[match["experts"]][match["name"]][int(match["expert"])] = key
+        match = SINGLE.fullmatch(key.removesuffix(_WEIGHT)) if key.endswith(_WEIGHT) else None
+        if match is not None:
+            module, expert, projection = match.groups()
+            modules[module][projection][int(expert)] = key
     found = {}
     for module, projections in modules.items():
         family = next((one for gate, one in _FAMILIES.items() if gate in projections), None)
         if family is None:
             continue
-        home = ".".join("mlp" if part == family.block else part for part in module.split("."))
+        home = renamed(module, family.block, "mlp")
         for last, names in ((GATE_UP, (family.gate, family.up)), (DOWN, (family.down,))):
             stack = _stack(checkpoint.tensors, [projections.get(name, {}) for name in names])
             if stack is not None:
