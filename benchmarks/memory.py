@@ -181,7 +181,7 @@ def resident_growth(name: str, layers: int, width: int, tokens: int) -> int:
 
 
 def status_bytes(field: str, process: int | str = "self") -> int | None:
-    """Return what Linux tells of a process's memory; None where nothing is told.
+    """Return a figure of a process's memory in bytes; None if the system does not report it.
 
     Args:
         field: "VmRSS", what is resident now, or "VmHWM", the most so far. Unlike `getrusage`, this

@@ -165,7 +165,7 @@ def start_no_graph(function: Any) -> None:
     """Keep the compiler from starting a graph at a function, or at one that it calls.
 
     When the compiler leaves a function to Python, it still tries to compile the functions that this
-    one calls. If compiled code calls the function, it is compiled as a part of that code as before.
+    one calls. This setting stops that. Compiled code that calls the function still includes it.
 
     Args:
         function: the function.

@@ -32,7 +32,7 @@ HARMLESS = (
 """Settings that may change, because they do not affect what is learned."""
 
 ROUNDING = ("strategy", "gradient_checkpointing", "compile")
-"""Settings that may change, because they affect only the rounding of what is learned."""
+"""Settings that may change, because only the rounding of the results depends on them."""
 
 FINDING: Mapping[str, tuple[str, ...]] = {
     "base model": ("base_model_name_or_path", "demo"),
