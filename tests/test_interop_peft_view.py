@@ -247,6 +247,41 @@ def test_peft_gets_what_was_trained_beside(case, form, tmp_path):
     assert adapter_contents(ModelView(again))[0].also_train == (more or names)
 
 
+class Around(nn.Module):
+    """A module with a parameter of its own and a module in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+        self.inner = nn.Sequential(nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.inner(x * self.gain)
+
+
+def around():
+    model = net()
+    model.head = Around().double()
+    return model
+
+
+@in_both_formats
+@pytest.mark.parametrize("make", [net, around])
+def test_a_saved_module_may_have_modules_in_it(tmp_path, form, make):
+    torch.manual_seed(0)
+    base = make()
+    model = disha.inject_adapters(copy.deepcopy(base), r"layers\.", 2, also_train=r"^head\.")
+    perturb_all(model, adapter_contents(ModelView(model))[0].also_train)
+    expected = output(model, net)
+    form.export(model, tmp_path)
+    rewrite(tmp_path, modules_to_save=["head"])  # as PEFT writes it; `Around` has it already
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    close(output(theirs, net), expected)
+    again = copy.deepcopy(base)
+    form.load(again, tmp_path)
+    close(output(again, net), expected)
+
+
 @in_both_formats
 def test_weights_that_two_modules_share_are_saved_with_both(tmp_path, form):
     model = Tied().double()

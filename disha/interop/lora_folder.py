@@ -33,7 +33,7 @@ from disha.interop.peft_files import (
     Fields,
     anchored,
     exact_targets,
-    is_saved,
+    has_saved,
     name_ends,
     read_peft_files,
     refuse_to_load,
@@ -518,7 +518,7 @@ def _paired(
         end = next((end for end in _FACTORS if key.endswith(end)), None)
         if end is not None:
             factors.setdefault(key.removesuffix(end), {})[end] = tensor
-        elif is_saved(key.rpartition(".")[0], saved):
+        elif has_saved(key, saved):
             beside[key] = tensor
         elif not key.endswith(_BASE_WEIGHT):
             raise AdapterFileError(

@@ -7,7 +7,7 @@ PEFT calls a tile "mini", and BAT "bat". The blocks have the same values and sha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from disha.interop.miss_config import (
 from disha.interop.peft_files import (
     CONFIG_NAME,
     exact_targets,
+    has_saved,
     is_saved,
     name_ends,
     read_peft_files,
@@ -128,10 +129,10 @@ class PeftFolder:
             return join(layer, last)
         # PEFT writes a bias in a saved module three times: under the module's own name, and under
         # the names of the two copies in PEFT's wrapper.
-        for above in _modules_above(key):
-            outer, _, copy = above.rpartition(".")
-            is_copy = copy in ("original_module", "modules_to_save")
-            if is_copy and is_saved(outer, self.config.modules_to_save):
+        parts = key.split(".")
+        for place, part in enumerate(parts[:-1]):
+            is_copy = part in ("original_module", "modules_to_save")
+            if is_copy and is_saved(".".join(parts[:place]), self.config.modules_to_save):
                 return None
         return key
 
@@ -270,9 +271,8 @@ def _contradictions(folder: PeftFolder) -> list[str]:
         for name in beside
         if not _accounted_for(config, name, blocks)
     ]
-    modules = {module for name in beside for module in _modules_above(name)}
     for entry in config.modules_to_save:
-        if not any(is_saved(module, [entry]) for module in modules):
+        if not any(has_saved(name, [entry]) for name in beside):
             problems.append(f"modules_to_save has {entry!r}, but no tensor belongs to it")
     if config.bias != "none" and not any(_is_bias(name) for name in beside):
         problems.append(
@@ -283,7 +283,7 @@ def _contradictions(folder: PeftFolder) -> list[str]:
 
 
 def _accounted_for(config: PeftConfig, name: str, blocks: Mapping[str, Tensor]) -> bool:
-    if any(is_saved(module, config.modules_to_save) for module in _modules_above(name)):
+    if has_saved(name, config.modules_to_save):
         return True
     if not _is_bias(name) or config.bias == "none":
         return False
@@ -292,12 +292,6 @@ def _accounted_for(config: PeftConfig, name: str, blocks: Mapping[str, Tensor]) 
 
 def _is_bias(name: str) -> bool:
     return name.rpartition(".")[2] == "bias"
-
-
-def _modules_above(name: str) -> Iterable[str]:
-    """Return the names of the modules that a parameter is in."""
-    parts = name.split(".")
-    return (".".join(parts[:end]) for end in range(1, len(parts)))
 
 
 # --- writing -------------------------------------------------------------------------------------

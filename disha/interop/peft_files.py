@@ -38,6 +38,7 @@ __all__ = [
     "Fields",
     "anchored",
     "exact_targets",
+    "has_saved",
     "is_inside",
     "is_saved",
     "name_ends",
@@ -232,6 +233,12 @@ def name_ends(name: str) -> Iterable[str]:
 def is_saved(name: str, modules_to_save: Iterable[str]) -> bool:
     """Whether PEFT saves the module of that name: the name ends with an entry."""
     return name.endswith(tuple(modules_to_save))
+
+
+def has_saved(name: str, modules_to_save: Iterable[str]) -> bool:
+    """Whether a tensor of that name is in a module that PEFT saves, at any depth."""
+    # "head." is in the name if the name of a module around the tensor ends with "head".
+    return any(f"{one}." in name for one in modules_to_save)
 
 
 def is_inside(name: str, modules_to_save: Iterable[str]) -> bool:
