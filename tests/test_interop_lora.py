@@ -667,6 +667,10 @@ def test_sizes_that_only_a_hostile_file_has(tmp_path):
     layers = tuple(replace(layer, in_features=2**31 - 1) for layer in header.layers)
     with refused(tmp_path, "the sizes in the header can't be", kind=disha.AdapterFileError):
         lora.write_lora(tmp_path / "lora", replace(header, layers=layers), tensors)
+    header, tensors = adapter_contents(ModelView(adapted(Layered(), "q_proj", 4, r_out=4)))
+    layers = tuple(replace(layer, out_features=2**31 - 4) for layer in header.layers)
+    with refused(tmp_path, "the factors B would have", kind=disha.AdapterFileError):
+        lora.write_lora(tmp_path / "lora", replace(header, layers=layers), tensors)
 
 
 # --- and back ------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import torch
 
 import disha
 from disha.files import statistics
-from disha.files.statistics import statistics_of, tensor_statistics
+from disha.files.header import LayerRecord
+from disha.files.statistics import delta_norm, statistics_of, tensor_statistics
+from disha.functional import Layout
 from disha.model import ModelView
 from tests.adapter_files import every_kind, save
 
@@ -30,6 +32,13 @@ def test_the_norm_of_the_update_is_that_of_the_whole_matrix(tmp_path, injected):
         assert norm == pytest.approx(0.7 * float(delta.detach().norm()), rel=1e-12)
         compared += 1
     assert compared == 10
+
+
+def test_the_norm_takes_no_memory_for_the_inputs_that_a_header_claims():
+    layout = Layout("index out", padding_idx=2**40 - 3)
+    record = LayerRecord("a", "bone", 2, None, 2**40 - 1, 1, 1.0, base=None, layout=layout)
+    norm = delta_norm(record, torch.tensor([[3.0], [4.0]]))
+    assert norm == math.sqrt(2**39 * 9 + (2**39 - 2) * 16)
 
 
 def test_what_a_block_of_bat_does_is_not_known_without_its_weight(tmp_path):

@@ -125,9 +125,10 @@ def delta_norm(record: LayerRecord, block: Tensor) -> float | None:
         return None
     matrices = functional.matrix_block(record.method, record.layout, block.detach().double())
     by_shard_row = matrices.square().sum(-1).view(-1, record.r).sum(0)
-    ones = torch.ones(record.in_features, dtype=torch.float64, device=block.device)
+    # Not a sum over the inputs: their number is only in the header, and can be huge.
+    rows = torch.arange(record.r, device=block.device)
+    counts = (record.in_features - rows + record.r - 1) // record.r
     if record.layout.padding_idx is not None:
-        ones[record.layout.padding_idx] = 0.0
-    counts = functional.shard_sum(ones, record.r)
+        counts[record.layout.padding_idx % record.r] -= 1
     tiles = record.out_features // (record.r_out or record.out_features)
-    return abs(record.scale) * math.sqrt(tiles * float(by_shard_row @ counts))
+    return abs(record.scale) * math.sqrt(tiles * float(by_shard_row @ counts.double()))

@@ -70,7 +70,8 @@ _STACK = re.compile(r"(?:.+\.)?experts\.(?:gate_up_proj|down_proj)")
 """The names of stacks of experts that LoRA formats have a place for."""
 
 LARGEST_FACTORS, FACTORS_PER_VALUE = 2**27, 64
-"""Limit on the values of all A together: a constant, plus so many for each value of the blocks."""
+"""Limit on the values of all A together, and of all B: a constant, plus so many for each value of
+the blocks."""
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM allows for its largest rank, --max-lora-rank."""
@@ -311,20 +312,23 @@ def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor], stacks: 
         misfit = layer.block_misfit(tuple(tensors[layer.key].shape))
         if misfit is not None:
             raise AdapterFileError(f"{layer.name}: {misfit}")
-    # The size of the input is only a number in the header: a small file can name a huge one.
-    sizes = {}
+    # The size of the input is only a number in the header, and so is that of the output of a tile:
+    # a small file can name huge ones.
+    of_a, of_b = {}, {}
     for layer in header.layers:
         positions = math.prod(layer.geometry(tuple(tensors[layer.key].shape)).stack)
         copies = positions if is_stack(layer) else positions**2
-        sizes[layer.name] = layer.r * layer.in_features * copies
+        of_a[layer.name] = layer.r * layer.in_features * copies
+        of_b[layer.name] = layer.r * layer.out_features * positions
     values = sum(tensors[layer.key].numel() for layer in header.layers)
-    if sum(sizes.values()) > LARGEST_FACTORS + FACTORS_PER_VALUE * values:
-        worst = max(sizes, key=sizes.__getitem__)
-        raise AdapterFileError(
-            f"the factors A would have {sum(sizes.values()):,} values, {sizes[worst]:,} of them in "
-            f"{worst}, but the blocks have only {values:,}: the sizes in the header can't be "
-            "right; get the file again"
-        )
+    for factor, sizes in (("A", of_a), ("B", of_b)):
+        if sum(sizes.values()) > LARGEST_FACTORS + FACTORS_PER_VALUE * values:
+            worst = max(sizes, key=sizes.__getitem__)
+            raise AdapterFileError(
+                f"the factors {factor} would have {sum(sizes.values()):,} values, "
+                f"{sizes[worst]:,} of them in {worst}, but the blocks have only {values:,}: the "
+                "sizes in the header can't be right; get the file again"
+            )
 
 
 def _update(
