@@ -25,7 +25,8 @@ from disha import (
 from disha.config import AdapterConfig
 from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.contents import adapter_contents, blocks_only, load_contents, read_contents
-from disha.files.header import block_misfits
+from disha.files.header import block_misfits, described_by
+from disha.files.tensors import opened
 from disha.functional import Layout
 from disha.model import ModelView
 from disha.state import adapter_tensors
@@ -512,6 +513,13 @@ class TestLayout:
 
 
 class TestInspect:
+    def test_a_file_that_is_deleted_meanwhile(self, path):
+        disha.save_adapter(trained(), path)
+        size = path.stat().st_size
+        with opened(path) as file:
+            path.unlink()
+            assert described_by(file).nbytes == size
+
     def test_says_what_is_in_the_file(self, path):
         model = trained(rank_pattern={"head": 2})
         disha.save_adapter(model, path, metadata={"task": "docs"})

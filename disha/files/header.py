@@ -418,7 +418,7 @@ def described_by(file: TensorFile) -> AdapterFile:
         metadata=fields["metadata"],
         path=path,
         format=FORMAT,
-        nbytes=path.stat().st_size,
+        nbytes=file.index.size,
     )
     _check_keys(described)
     problems = block_misfits(described)

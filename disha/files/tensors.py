@@ -136,6 +136,11 @@ class Index:
     tensors: Mapping[str, StoredTensor]
     stamp: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        """The size of the file in bytes."""
+        return self.stamp[2]
+
 
 class TensorFile:
     """An open safetensors file. Each tensor is read on request.
