@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import gguf
 import pytest
@@ -269,6 +270,15 @@ def test_layers_without_a_place_in_the_file_are_refused(tmp_path):
     adapted(model, "extra|q_proj")
     with refused(tmp_path, r"no place for 1 of 3 layers \(extra\)", model):
         lora.export_gguf(model, tmp_path / "lora.gguf")
+
+
+def test_layers_with_one_name_in_the_file_are_refused(tmp_path):
+    header, tensors = adapter_contents(ModelView(adapted(decoder(), "0.mlp.up_proj")))
+    (layer,) = header.layers
+    other = replace(layer, name=layer.name.removeprefix("model."))
+    both = replace(header, layers=(layer, other))
+    with refused(tmp_path, r"up_proj, layers\.0\.mlp\.up_proj have the same names in GGUF"):
+        lora.write_gguf(tmp_path / "a.gguf", both, {**tensors, other.key: tensors[layer.key]})
 
 
 @pytest.mark.parametrize(("target", "what"), [("lm_head", "lm_head"), ("embed", "the embedding")])

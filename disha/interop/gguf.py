@@ -11,6 +11,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -337,6 +338,13 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
             "'model.'"
         )
     known = {name: found for name, found in names.items() if found is not None}
+    counts = Counter(known.values())
+    twice = [name for name, found in known.items() if counts[found] > 1]
+    if twice:
+        raise ConversionError(
+            f"{listed(twice)} have the same names in GGUF, so one would replace another; leave out "
+            "those that the model's GGUF file does not have (`exclude`)"
+        )
     if base.tied_head and "output" in known.values():
         raise ConversionError(
             "lm_head is adapted, but it shares its weight with the embedding, and the GGUF file of "
