@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 import disha
-from disha import AdapterIOError, ArgumentTypeError, DishaError
+from disha import AdapterIOError, ArgumentTypeError, ConversionError, DishaError
 from disha.files.reading import LARGEST_TEXT
 from disha.interop import lora
 from disha.interop import peft as miss
@@ -161,6 +161,12 @@ def test_exact_regexes_of_odd_names():
         pattern = re.compile(exact_targets(names))
     assert all(pattern.fullmatch(name) for name in names)
     assert not any(pattern.fullmatch(name) for name in ("a.c", "aab.c", "x", "a.", "a.b.", "b"))
+
+
+def test_names_that_only_a_hostile_file_has():
+    re.compile(exact_targets([".".join("a" * parts) for parts in range(1, 101)]))
+    with pytest.raises(ConversionError, match=r"has 3,000 parts; names with at most 100 can be"):
+        exact_targets(["b", ".".join("a" * 3000)])
 
 
 def test_regexes_of_large_models_are_short():

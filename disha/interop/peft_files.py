@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from disha.errors import AdapterFileError, AdapterIOError
+from disha.errors import AdapterFileError, AdapterIOError, ConversionError
 from disha.files.atomic import (
     PathLike,
     checked_path,
@@ -59,6 +59,9 @@ LONGEST_NAME = 1_000
 
 MOST_SAVED = 10_000
 """Limit on the number of entries in `modules_to_save`. Each is compared with many names."""
+
+MOST_PARTS = 100
+"""Most parts of a name in a regex. `_regex` calls itself for each part."""
 
 SHOWN = 20
 """How many problems an error lists."""
@@ -267,6 +270,9 @@ def exact_targets(
         adapted: names of the layers.
         modules: names of all modules of the model, if it is known.
 
+    Raises:
+        ConversionError: a name has too many parts, as only names in hostile files have.
+
     Examples:
         >>> from disha.interop.peft_files import exact_targets
         >>> exact_targets(["0.q", "1.q"], ["0", "0.q", "0.k", "1", "1.q", "1.k"])
@@ -281,7 +287,14 @@ def exact_targets(
         for targets in ({name.rpartition(".")[2] for name in wanted}, wanted):
             if {one for one in modules if not targets.isdisjoint(name_ends(one))} == wanted:
                 return sorted(targets)
-    return _regex(sorted(name.split(".") for name in wanted))
+    names = sorted(name.split(".") for name in wanted)
+    deepest = max(names, key=len)
+    if len(deepest) > MOST_PARTS:
+        raise ConversionError(
+            f"the name {brief('.'.join(deepest))} has {len(deepest):,} parts; names with at most "
+            f"{MOST_PARTS} can be written into target_modules. Get another version of the adapter"
+        )
+    return _regex(names)
 
 
 def _regex(names: list[list[str]]) -> str:
