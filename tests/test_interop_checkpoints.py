@@ -1095,6 +1095,19 @@ class TestExpertsStoredOneByOne:
             for folder in ("base", "merged")
         ))  # fmt: skip
 
+    def test_a_stack_that_is_stored_as_a_whole_too(self, tmp_path):
+        self.saved(tmp_path, "Qwen3-MoE")
+        state, stack = tensors_in(tmp_path / "base"), "model.layers.0.mlp.experts.down_proj"
+        single = [key for key in state if key.startswith("model.layers.0.") and ".down_p" in key]
+        assert all(".experts." in key for key in single)
+        state[stack] = torch.stack([state[key] for key in sorted(single)])
+        save_file(state, tmp_path / "other.safetensors")
+        out = tmp_path / "merged.safetensors"
+        merge_into_checkpoint(tmp_path / "other.safetensors", tmp_path / "adapter.safetensors", out)
+        after = tensors_in(out)
+        assert not torch.equal(after[stack], state[stack])
+        assert all(torch.equal(after[key], state[key]) for key in single)
+
     def test_a_stack_that_is_saved_beside_the_blocks(self, tmp_path):
         model = self.saved(tmp_path, "Qwen3-MoE")
         disha.remove_adapters(model)

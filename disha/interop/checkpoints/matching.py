@@ -252,7 +252,9 @@ class _Base:
         self, checkpoint: Checkpoint, layers: Sequence[LayerRecord], also_train: Iterable[str]
     ) -> None:
         self.checkpoint = checkpoint
-        self.stacks = stacks_of(checkpoint)
+        # A stack that is stored as one tensor too is that tensor. Its single matrices stay.
+        stacks = stacks_of(checkpoint)
+        self.stacks = {name: stacks[name] for name in stacks if name not in checkpoint.tensors}
         self.stored: Mapping[str, StoredTensor | Stack] = {**self.stacks, **checkpoint.tensors}
         wanted = [*map(possible_keys, layers), *((key,) for key in also_train)]
         self.rename: Renaming = renaming(checkpoint.path, self.stored, wanted)
