@@ -35,6 +35,7 @@ from disha.interop.checkpoints import (
     verify_against,
 )
 from disha.interop.checkpoints import reading as reading_module
+from disha.interop.checkpoints.stacks import Stack
 from tests.conftest import Layered, perturb
 from tests.test_experts import build
 
@@ -1094,6 +1095,24 @@ class TestExpertsStoredOneByOne:
                  or ".1.up_proj" in key)
             for folder in ("base", "merged")
         ))  # fmt: skip
+
+    @pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
+    def test_each_matrix_is_computed_once(self, tmp_path, monkeypatch, name):
+        self.saved(tmp_path, name)
+        arguments = (tmp_path / "base", tmp_path / "adapter.safetensors")
+        merge_into_checkpoint(*arguments, tmp_path / "merged")  # gate and up in different shards
+        computed, matrix = [], Stack.matrix
+
+        def counted(stack, checkpoint, expert):
+            computed.append(stack.names[expert])
+            return matrix(stack, checkpoint, expert)
+
+        monkeypatch.setattr(Stack, "matrix", counted)
+        merge_into_checkpoint(*arguments, tmp_path / "merged.safetensors")
+        assert computed
+        assert len(set(computed)) == len(computed)
+        same = tensors_in(tmp_path / "merged")
+        assert_same_bits(tensors_in(tmp_path / "merged.safetensors"), same)
 
     def test_a_stack_that_is_stored_as_a_whole_too(self, tmp_path):
         self.saved(tmp_path, "Qwen3-MoE")

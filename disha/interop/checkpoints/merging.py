@@ -349,6 +349,9 @@ class _Merge:
         self._parts: dict[str, Part] = {}
         for name, stack in self._stacks.items():
             self._parts |= stack.parts(name)
+        # The new matrix of at most one expert: of gate and up, which are written one after the
+        # other, only one is written.
+        self._half_written: dict[tuple[str, int], Tensor] = {}
         self._done = 0
         self.total = sum(self._piece(name).nbytes for name in checkpoint.tensors)
 
@@ -391,10 +394,14 @@ class _Merge:
         if part is None:
             return self._changed_whole(name, name, self.checkpoint.tensor(name), dtype)
         # Rows of an expert's matrix, which is changed as a whole.
-        matrix = self._stacks[part.stack].matrix(self.checkpoint, part.expert)[None]
-        one = slice(part.expert, part.expert + 1)
-        changed = self._changed_whole(part.stack, name, matrix, dtype, one)
-        return changed[0, part.first : part.last].contiguous()
+        changed = self._half_written.pop((part.stack, part.expert), None)
+        if changed is None:
+            matrix = self._stacks[part.stack].matrix(self.checkpoint, part.expert)[None]
+            one = slice(part.expert, part.expert + 1)
+            changed = self._changed_whole(part.stack, name, matrix, dtype, one)[0]
+            if part.last - part.first < len(changed):
+                self._half_written = {(part.stack, part.expert): changed}
+        return changed[part.first : part.last].contiguous()
 
     def _changed_whole(
         self, key: str, name: str, value: Tensor, dtype: torch.dtype, experts: Any = ...
