@@ -36,7 +36,7 @@ from disha.interop.checkpoints import (
 )
 from disha.interop.checkpoints import reading as reading_module
 from disha.interop.checkpoints.stacks import Stack
-from tests.conftest import Layered, perturb
+from tests.conftest import Layered, Tied, perturb
 from tests.test_experts import build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -544,6 +544,23 @@ class TestRefused:
             self.refuse(setting, MergeError, "tie_word_embeddings to false")
         setting.merge(force=tied)
         assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
+
+    @pytest.mark.parametrize("what", ["saved with the blocks", "adapted"])
+    def test_an_embedding_that_is_stored_twice(self, tmp_path, what):
+        if what == "adapted":
+            model, says = Layered(), r"head\.weight and embed\.weight"
+            model.head.weight.data = model.embed.weight.data.clone()
+            setting = Setting(tmp_path, model, "head")
+        else:
+            says = r"embed\.weight and head\.weight"
+            setting = Setting(tmp_path, Tied(), "q_proj", also_train="embed")
+        config = {"model_type": "llama", "vocab_size": 12}
+        (setting.base / "config.json").write_text(json.dumps(config))
+        self.refuse(setting, MergeError, f"{says} hold the same values")
+        setting.merge(force=True)
+        for change in ({"tie_word_embeddings": False}, {"vocab_size": 7}):
+            (setting.base / "config.json").write_text(json.dumps(config | change))
+            setting.merge(overwrite=True)
 
     def test_the_configuration_beside_a_single_file_counts(self, tmp_path):
         setting = Setting(tmp_path, Layered(), "embed", shards=1)

@@ -43,8 +43,8 @@ class MergeFlags(Flags):
             base.
         scale: The scale s of all layers, instead of the adapter's own.
         dtype: Number format of all floating-point tensors. With own, each keeps its format.
-        force: Merge even if the adapter was saved from other base weights, or if embeddings may
-            be tied.
+        force: Merge even if the adapter was saved from other base weights, or if embeddings or
+            output heads may be tied.
         overwrite: Replace an existing checkpoint, with everything in its folder.
     """
 

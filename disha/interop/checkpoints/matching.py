@@ -5,7 +5,8 @@ Merging, verifying and converting all use this module, so they find each layer i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,12 @@ from disha.files.header import AdapterFile, AdapterHeader, LayerRecord
 from disha.files.tensors import DTYPES, StoredTensor, opened
 from disha.fingerprint import fingerprint, fingerprint_of, same_base
 from disha.interop.checkpoints.names import Renaming, nearest, possible_keys, renaming
-from disha.interop.checkpoints.reading import Checkpoint, may_tie, open_checkpoint
+from disha.interop.checkpoints.reading import (
+    Checkpoint,
+    may_tie,
+    open_checkpoint,
+    vocabulary_sizes,
+)
 from disha.interop.checkpoints.stacks import Stack, stacks_of
 from disha.model import join
 from disha.state import finite_as
@@ -34,6 +40,7 @@ __all__ = [
     "base_weights",
     "matched",
     "refuse_tied",
+    "stored_twice",
     "verify_against",
 ]
 
@@ -48,6 +55,10 @@ FINE = (SAME_BASE, FITS)
 
 HINTS = 5
 """For how many missing names a report lists similar ones."""
+
+MOST_COPIES = 4
+"""How many tensors can be one parameter: the embeddings of encoder and decoder, and output heads.
+More tensors of one shape belong to the layers of a model."""
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -297,8 +308,7 @@ class _Base:
         stored = self.stored[key]
         if isinstance(stored, Stack):
             return fingerprint_of(stored.shape, partial(stored.values_at, self.checkpoint))
-        with self.checkpoint.file_of(key) as file:
-            return fingerprint_of(stored.shape, partial(file.values_at, key))
+        return _fingerprint(self.checkpoint, key)
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor or a stack of the checkpoint.
@@ -344,11 +354,41 @@ class _Base:
         return Finding(name, None, MISSING, remark)
 
 
+def _fingerprint(checkpoint: Checkpoint, key: str) -> str | None:
+    """Return the fingerprint of a tensor in the files."""
+    with checkpoint.file_of(key) as file:
+        return fingerprint_of(checkpoint.tensors[key].shape, partial(file.values_at, key))
+
+
 def _packed(stored: StoredTensor | Stack) -> str:
     return (
         f"is stored as {stored.dtype} {stored.shape}: quantised or packed; give the original "
         "checkpoint"
     )
+
+
+# --- parameters that are stored twice ------------------------------------------------------------
+
+
+def stored_twice(checkpoint: Checkpoint, changed: Collection[str]) -> list[tuple[str, str]]:
+    """Return matrices that merging changes, each with an equal matrix that it does not change.
+
+    Args:
+        checkpoint: the base.
+        changed: the names of the tensors that merging changes.
+    """
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    for name, stored in checkpoint.tensors.items():
+        if len(stored.shape) == 2:
+            alike[stored.dtype, stored.shape].append(name)
+    found: list[tuple[str, str]] = []
+    for names in alike.values():
+        ours = [name for name in names if name in changed]
+        if ours and len(names) <= MOST_COPIES:
+            values = {name: _fingerprint(checkpoint, name) for name in names}
+            others = [name for name in names if name not in changed]
+            found += [(a, b) for a in ours for b in others if values[a] == values[b]]
+    return found
 
 
 # --- for conversions -----------------------------------------------------------------------------
@@ -447,8 +487,7 @@ def refuse_tied(checkpoint: Checkpoint, source: Path, names: Iterable[str]) -> N
         AdapterFileError: one has the shape of an embedding that may be tied.
     """
     config, names = checkpoint.config(), list(names)
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    sizes = {part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)}
+    sizes = vocabulary_sizes(config)
     shape = base_shapes(checkpoint, names)
     shapes = {name: shape(name) or () for name in names}
     tied = [name for name in names if len(shapes[name]) == 2 and shapes[name][0] in sizes]

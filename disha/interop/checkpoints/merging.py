@@ -43,7 +43,7 @@ from disha.files.pieces import Piece, write_pieces, write_tensor
 from disha.files.reading import explained, found_at
 from disha.files.tensors import DTYPES, NAMES, opened
 from disha.functional.shards import merge_dtype
-from disha.interop.checkpoints.matching import BaseReport, Matching, matched
+from disha.interop.checkpoints.matching import BaseReport, Matching, matched, stored_twice
 from disha.interop.checkpoints.reading import (
     CONFIG,
     INDEX,
@@ -51,6 +51,7 @@ from disha.interop.checkpoints.reading import (
     Checkpoint,
     may_tie,
     open_checkpoint,
+    vocabulary_sizes,
 )
 from disha.interop.checkpoints.stacks import Part
 from disha.state import finite_as
@@ -165,7 +166,8 @@ def merge_into_checkpoint(
             because a layer is missing, has another shape, is quantised, or has other weights than
             the adapter was saved from. The message lists these layers.
         ArgumentError: `out` exists, is inside the base, or contains the base.
-        MergeError: a merged weight would not be finite, or an adapted embedding may be tied.
+        MergeError: a merged weight would not be finite, or an embedding or an output head that
+            would change may be tied to another tensor.
 
     Examples:
         >>> import tempfile, pathlib
@@ -195,7 +197,7 @@ def merge_into_checkpoint(
         found = matched(checkpoint, adapter, unread)
         _check_fit(found.report, force)
         tensors = dict(unread)
-    _check_untied(checkpoint, adapter, force)
+    _check_untied(checkpoint, adapter, found, force)
     merge = _Merge(checkpoint, adapter, tensors, found, scale, dtype, progress)
     if out.suffix == SUFFIX:
         write_files({out: partial(merge.write, checkpoint.tensors, checkpoint.files)})
@@ -299,14 +301,28 @@ def _check_fit(report: BaseReport, force: bool) -> None:
     )
 
 
-def _check_untied(checkpoint: Checkpoint, adapter: AdapterFile, force: bool) -> None:
+def _check_untied(
+    checkpoint: Checkpoint, adapter: AdapterFile, found: Matching, force: bool
+) -> None:
+    if force:
+        return
     embeddings = [repr(one.name) for one in adapter.layers if one.layout.pattern == "index out"]
-    if embeddings and not force and may_tie(checkpoint.config()):
+    if embeddings and may_tie(checkpoint.config()):
         raise MergeError(
             f"{first_few(embeddings, SHOWN, ', ')} may be tied to an output head, which merging "
             f"would change too: {CONFIG} of {checkpoint.path} does not set tie_word_embeddings to "
             "false. Untie them and save that model first, or merge with `force`"
         )
+    for name, other in stored_twice(checkpoint, {*found.weights.values(), *found.keys.values()}):
+        config = checkpoint.config()
+        rows = checkpoint.tensors[name].shape[0]
+        if may_tie(config) and rows in vocabulary_sizes(config):
+            raise MergeError(
+                f"{name} and {other} hold the same values, and may be one parameter: {CONFIG} of "
+                f"{checkpoint.path} does not set tie_word_embeddings to false. Merging would "
+                f"change {name} only. If they are tied, leave {other} out of the base, as "
+                "save_pretrained does. If they are not, set it to false. Or merge with `force`"
+            )
 
 
 # --- tensors -------------------------------------------------------------------------------------
@@ -349,8 +365,8 @@ class _Merge:
         self._parts: dict[str, Part] = {}
         for name, stack in self._stacks.items():
             self._parts |= stack.parts(name)
-        # The new matrix of at most one expert: of gate and up, which are written one after the
-        # other, only one is written.
+        # The new matrix of an expert of which gate is written and up is not, or the other way
+        # round. A file has one after the other, so there is at most one.
         self._half_written: dict[tuple[str, int], Tensor] = {}
         self._done = 0
         self.total = sum(self._piece(name).nbytes for name in checkpoint.tensors)

@@ -23,7 +23,15 @@ from disha.files.reading import explained, found_at, walked
 from disha.files.tensors import LARGEST_INDEX, Index, StoredTensor, TensorFile, opened
 from disha.text import brief
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "Checkpoint", "may_tie", "open_checkpoint"]
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "may_tie",
+    "open_checkpoint",
+    "vocabulary_sizes",
+]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -274,9 +282,23 @@ def may_tie(config: Mapping[str, Any]) -> bool:
     Args:
         config: the content of the file.
     """
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    ties = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    ties = [one["tie_word_embeddings"] for one in _parts(config) if "tie_word_embeddings" in one]
     return any(one is not False for one in ties) or (not ties and "model_type" in config)
+
+
+def vocabulary_sizes(config: Mapping[str, Any]) -> set[int]:
+    """Return how many rows the embeddings of a model can have, by its config.json.
+
+    Args:
+        config: the content of the file.
+    """
+    sizes = (one.get("vocab_size") for one in _parts(config))
+    return {size for size in sizes if isinstance(size, int)}
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a configuration, and those in it, such as of the language model in a larger one."""
+    return [config, *(part for part in config.values() if isinstance(part, dict))]
 
 
 def _index_of(path: Path) -> Index:
