@@ -939,6 +939,11 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
         ({"config": {"use_dora": True}}, disha.ConversionError, "uses use_dora"),
         ({"config": {"bias": "all"}}, disha.ConversionError, "uses bias"),
         (
+            {"config": {"init_lora_weights": "pissa_niter_4"}},
+            disha.ConversionError,
+            "uses init_lora_weights='pissa_niter_4'",
+        ),
+        (
             {"config": {"lora_alpha": "8"}},
             disha.AdapterFileError,
             "lora_alpha: .* must be a number",

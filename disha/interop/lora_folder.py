@@ -41,7 +41,7 @@ from disha.interop.peft_files import (
     write_peft_files,
 )
 from disha.interop.peft_view import other_buffers, refuse_to_write
-from disha.text import counted
+from disha.text import brief, counted
 
 __all__ = [
     "CANT_EXPRESS",
@@ -563,6 +563,10 @@ _CHANGE_THE_SUM = (
 """PEFT's settings that make a layer compute something other than W x + s B A x."""
 
 
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq")
+"""Starts of the values of `init_lora_weights` that let PEFT change W, also when it loads a LoRA."""
+
+
 def _check_settings(fields: Fields) -> None:
     peft_type = fields.get("peft_type")
     if peft_type != "LORA":
@@ -571,6 +575,9 @@ def _check_settings(fields: Fields) -> None:
             "disha.interop.peft.load reads PEFT's MiSS and Bone"
         )
     more = [name for name in _CHANGE_THE_SUM if fields.get(name)]
+    init = fields.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
+        more.append(f"init_lora_weights={brief(init)}")
     if fields.get("bias", "none") != "none":
         more.append("bias")
     if more:
