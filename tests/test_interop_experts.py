@@ -349,10 +349,15 @@ def with_other_rank(tensors):
     }
 
 
+def without_rank(tensors):
+    return {key: one.narrow(int("lora_B" in key), 0, 0) for key, one in tensors.items()}
+
+
 @pytest.mark.parametrize(
     ("form", "config", "change", "says"),
     [
         ("separate", {}, without_expert, r"but not for 2;"),
+        ("separate", {}, without_rank, "is not a Bone adapter"),
         ("separate", {}, with_other_a, "is not a Bone adapter"),
         ("separate", {}, without_up, "experts of a mixtral model have w1 and w3, w2, or all"),
         ("separate", {}, with_other_rank, "have factors of shapes"),

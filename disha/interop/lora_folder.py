@@ -432,7 +432,7 @@ def _layers(
         elif expert_forms.single_expert(name):
             single[name] = (pair.a, pair.b)
         else:
-            scale = alphas.scale(name, pair.rank)
+            scale = alphas.scale(name, pair.a.shape[0] if pair.a.dim() else 0)
             layout = pair.layout or _matrix_layout(fields, name, layouts)
             own = expert_forms.in_model(name, model_type)
             yield _Layer(own, pair.a, pair.b, layout, scale)
@@ -481,11 +481,6 @@ class _Pair:
     a: Tensor
     b: Tensor
     embedding: bool
-
-    @property
-    def rank(self) -> int:
-        """The number of rows of A, or 1 if A is empty or a scalar, and so not a factor."""
-        return self.a.shape[0] if self.a.dim() and self.a.numel() else 1
 
     @property
     def layout(self) -> Layout | None:
@@ -663,8 +658,8 @@ class Alphas:
         self._values = NamedValues(fields, "lora_alpha", "alpha_pattern", PEFT_ALPHA)
 
     def scale(self, name: str, rank: int) -> float:
-        """Return the scale s of a layer."""
-        alpha = self._values.of(name)
+        """Return the scale s of a layer. Rank 0, of an empty A that is no factor, counts as 1."""
+        alpha, rank = self._values.of(name), max(rank, 1)
         try:
             check_scale(alpha)
         except (ArgumentError, ArgumentTypeError) as error:
