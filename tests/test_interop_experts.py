@@ -353,11 +353,17 @@ def without_rank(tensors):
     return {key: one.narrow(int("lora_B" in key), 0, 0) for key, one in tensors.items()}
 
 
+def with_another_spelling(tensors):
+    names = [key for key in tensors if ".experts.1.w2." in key]
+    return {**tensors, **{key.replace(".1.", ".01."): 2 * tensors[key] for key in names}}
+
+
 @pytest.mark.parametrize(
     ("form", "config", "change", "says"),
     [
         ("separate", {}, without_expert, r"but not for 2;"),
         ("separate", {}, without_rank, "is not a Bone adapter"),
+        ("separate", {}, with_another_spelling, r"experts\.01\.w2"),
         ("separate", {}, with_other_a, "is not a Bone adapter"),
         ("separate", {}, without_up, "experts of a mixtral model have w1 and w3, w2, or all"),
         ("separate", {}, with_other_rank, "have factors of shapes"),

@@ -37,9 +37,9 @@ __all__ = [
     "GATE_UP",
     "SEPARATE_BEFORE",
     "SERVED_TARGETS",
-    "SINGLE",
     "ExpertForm",
     "Matrices",
+    "by_expert",
     "checked_form",
     "family_of",
     "in_model",
@@ -326,7 +326,7 @@ class Matrices:
     keys: tuple[str, ...]
 
 
-SINGLE = re.compile(r"((?:.+\.)?experts)\.(\d{1,6})\.(\w+)")
+_SINGLE = re.compile(r"((?:.+\.)?experts)\.(0|[1-9][0-9]{0,5})\.(\w+)")
 """The name of a matrix of one expert: the module of the experts, the number, the projection."""
 
 
@@ -378,7 +378,22 @@ def matrices_of(name: str, a: Tensor, b: Tensor, rank: int) -> Matrices:
 
 def single_expert(name: str) -> bool:
     """Whether this is the name of one matrix of one expert."""
-    return SINGLE.fullmatch(name) is not None
+    return _SINGLE.fullmatch(name) is not None
+
+
+def by_expert(names: Iterable[str]) -> dict[str, dict[str, dict[int, str]]]:
+    """Return module of the experts -> projection -> number of the expert -> name.
+
+    Args:
+        names: names of layers. Those that are not of single experts are left out.
+    """
+    found: dict[str, dict[str, dict[int, str]]] = {}
+    for name in names:
+        match = _SINGLE.fullmatch(name)
+        if match is not None:
+            owner, expert, projection = match.groups()
+            found.setdefault(owner, {}).setdefault(projection, {})[int(expert)] = name
+    return found
 
 
 def in_model(name: str, model_type: str | None) -> str:
@@ -405,12 +420,7 @@ def joined(
         ConversionError: the type of the model is unknown, or it has no such projections.
         AdapterFileError: experts are missing, or their factors differ in shape.
     """
-    layers: dict[str, dict[str, dict[int, str]]] = {}
-    for name in pairs:
-        match = SINGLE.fullmatch(name)
-        if match is not None:
-            owner, expert, projection = match.groups()
-            layers.setdefault(owner, {}).setdefault(projection, {})[int(expert)] = name
+    layers = by_expert(pairs)
     if not layers:
         return {}
     family = family_of(model_type, "how to stack single experts")

@@ -9,7 +9,6 @@ so this module gives the checkpoint the names of its stacks too.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from disha.files.tensors import StoredTensor
 from disha.interop.checkpoints.reading import Checkpoint
-from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, SINGLE, renamed
+from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, by_expert, renamed
 
 __all__ = ["Part", "Stack", "stacks_of"]
 
@@ -122,12 +121,8 @@ def stacks_of(checkpoint: Checkpoint) -> dict[str, Stack]:
     Args:
         checkpoint: the checkpoint.
     """
-    modules: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
-    for key in checkpoint.tensors:
-        match = SINGLE.fullmatch(key.removesuffix(_WEIGHT)) if key.endswith(_WEIGHT) else None
-        if match is not None:
-            module, expert, projection = match.groups()
-            modules[module][projection][int(expert)] = key
+    weights = (key for key in checkpoint.tensors if key.endswith(_WEIGHT))
+    modules = by_expert(key.removesuffix(_WEIGHT) for key in weights)
     found = {}
     for module, projections in modules.items():
         family = next((one for gate, one in _FAMILIES.items() if gate in projections), None)
@@ -144,11 +139,11 @@ def stacks_of(checkpoint: Checkpoint) -> dict[str, Stack]:
 def _stack(
     tensors: Mapping[str, StoredTensor], projections: Sequence[Mapping[int, str]]
 ) -> Stack | None:
-    """Return the stack of some projections, each expert -> tensor; None if they are not one."""
+    """Return the stack of some projections, each expert -> layer; None if they are not one."""
     count = len(projections[0])
     if not count or any(set(one) != set(range(count)) for one in projections):
         return None
-    names = tuple(tuple(one[expert] for one in projections) for expert in range(count))
+    names = tuple(tuple(one[expert] + _WEIGHT for one in projections) for expert in range(count))
     kinds = {tuple((tensors[key].dtype, tensors[key].shape) for key in some) for some in names}
     (kind, *others) = kinds
     alike = not others and len({(dtype, shape[1:]) for dtype, shape in kind}) == 1
