@@ -462,6 +462,14 @@ A, B = torch.eye(2).repeat(1, 4), torch.randn(8, 2)
             {"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B, "unet.a.alpha": B[0, 0] / 0},
             "unet.a.alpha",
         ),
+        (
+            {
+                "unet.a.lora_A.weight": A,
+                "unet.a.lora_B.weight": B,
+                "unet.a.alpha": torch.tensor(1 + 2j),
+            },
+            "alpha must be one number, and real; .* its dtype torch.complex64",
+        ),
     ],
 )
 def test_files_that_can_not_be_read(tmp_path, tensors, message):

@@ -225,8 +225,11 @@ def _factors(file: TensorFile) -> list[_Pair]:
                 f"{key}: B has {b.shape[0]} rows; in Flux, it has "
                 f"{sum(FLUX_ROWS[: len(names)])} times the {a.shape[1]} columns of A"
             )
-        if alpha is not None and alpha.numel() != 1:
-            problems.append(f"{key}: alpha must be one number; its shape is {tuple(alpha.shape)}")
+        if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
+            problems.append(
+                f"{key}: alpha must be one number, and real; its shape is {tuple(alpha.shape)} and "
+                f"its dtype {alpha.dtype}"
+            )
         pairs.append(_Pair(key, component, names, a, b, alpha))
     refuse_to_load(file.path, problems, READERS)
     return pairs
