@@ -383,6 +383,17 @@ def test_folders_that_are_refused(tmp_path, form, config, change, says):
     assert not any(".disha." in name for name in base.state_dict())
 
 
+def test_a_stack_that_a_folder_has_in_both_forms_is_refused(tmp_path):
+    ours = adapted(build("Mixtral", "eager"), ONLY_EXPERTS)
+    for form in ("stacked", "separate"):
+        lora.export(ours, tmp_path / form, experts=form)
+    both = tensors_of(tmp_path / "stacked") | tensors_of(tmp_path / "separate")
+    rewrite(tmp_path / "stacked", {}, both)
+    says = r"several tensors, under different names, for .*experts\.gate_up_proj\.bone_block"
+    with pytest.raises(disha.AdapterFileError, match=says):
+        lora.load(build("Mixtral", "eager"), tmp_path / "stacked")
+
+
 # --- without the model ---------------------------------------------------------------------------
 
 

@@ -470,6 +470,23 @@ A, B = torch.eye(2).repeat(1, 4), torch.randn(8, 2)
             },
             "alpha must be one number, and real; .* its dtype torch.complex64",
         ),
+        (
+            {
+                "unet.a.lora_A.weight": A,
+                "unet.a.lora_B.weight": B,
+                "unet.a.lora_up.weight": 2 * B,
+            },
+            "unet.a.lora_B.weight and unet.a.lora_up.weight are the same factor of one layer",
+        ),
+        (
+            {
+                "unet.conv_in.lora_A.weight": A,
+                "unet.conv_in.lora_B.weight": B,
+                "lora_unet_conv_in.lora_down.weight": A,
+                "lora_unet_conv_in.lora_up.weight": 2 * B,
+            },
+            "several tensors, under different names, for conv_in.bone_block",
+        ),
     ],
 )
 def test_files_that_can_not_be_read(tmp_path, tensors, message):

@@ -944,6 +944,14 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
             "uses init_lora_weights='pissa_niter_4'",
         ),
         (
+            {
+                "config": {"modules_to_save": ["q_proj"]},
+                "tensors": {f"{FIRST}.bone_block": torch.ones(4, 8)},
+            },
+            disha.AdapterFileError,
+            r"several tensors, under different names, for layers\.0\.attn\.q_proj\.bone_block",
+        ),
+        (
             {"config": {"lora_alpha": "8"}},
             disha.AdapterFileError,
             "lora_alpha: .* must be a number",

@@ -191,24 +191,24 @@ def _factors(file: TensorFile) -> list[_Pair]:
             f"{file.path} is an adapter file of disha, not a LoRA; load it with disha.load_adapter"
         )
     parts: dict[str, dict[str, str]] = {}
-    unknown = []
+    unknown, problems = [], []
     for key in file.tensors:
         end = next((end for end in _ENDS if key.endswith(end)), None)
         if end is None or layers_of(key.removesuffix(end)) is None:
             unknown.append(key)
-        else:
-            parts.setdefault(key.removesuffix(end), {})[_ENDS[end]] = key
+            continue
+        own = parts.setdefault(key.removesuffix(end), {})
+        first = own.setdefault(_ENDS[end], key)
+        if first != key:
+            problems.append(f"{first} and {key} are the same factor of one layer")
     _refuse_unknown(file.path, unknown)
-    refuse_to_load(
-        file.path,
-        [
-            f"{key}: has only {', '.join(own.values())}, and a LoRA has two factors"
-            for key, own in parts.items()
-            if not {_A, _B} <= own.keys()
-        ],
-        READERS,
-    )
-    pairs, problems = [], []
+    problems += [
+        f"{key}: has only {', '.join(own.values())}, and a LoRA has two factors"
+        for key, own in parts.items()
+        if not {_A, _B} <= own.keys()
+    ]
+    refuse_to_load(file.path, problems, READERS)
+    pairs = []
     for key, own in parts.items():
         tensors = {stored: file.read(stored) for stored in own.values()}
         a, b = tensors[own[_A]], tensors[own[_B]]

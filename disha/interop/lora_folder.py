@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -384,18 +385,18 @@ def read_lora(
     factors = {key: tensor for key, tensor in tensors.items() if key.endswith(_FACTORS)}
     refuse_to_load(path, other_buffers(known, beside if also_train else {}))
     refuse_to_load(path, unusable({**factors, **kept}))
-    found = {
-        layer.name: layer_of_factors(layer.name, layer.a, layer.b, layer.layout, layer.scale)
+    found = [
+        (layer.name, layer_of_factors(layer.name, layer.a, layer.b, layer.layout, layer.scale))
         for layer in _layers(fields, pairs, layouts, model_type)
-    }
-    without = [name for name, one in found.items() if one is None]
+    ]
+    without = [name for name, one in found if one is None]
     if without:
         raise ConversionError(
             f"{path} is not a Bone adapter: lora_A must be [I I ... I], and it is not in "
             f"{len(without)} of {counted(len(found), 'layer')} ({listed(without)}); use this LoRA "
             "with PEFT, or merge it there"
         )
-    return contents_of_layers(fields, [one for one in found.values() if one is not None], kept)
+    return contents_of_layers(fields, [one for _, one in found if one is not None], kept)
 
 
 @dataclass(frozen=True)
@@ -423,12 +424,13 @@ def _layers(
     """
     alphas, parameters = Alphas(fields), fields.names("target_parameters")
     ranks = NamedValues(fields, "r", "rank_pattern", PEFT_RANK) if parameters else None
-    stacks, single = {}, {}
+    stacks: list[tuple[str, expert_forms.Matrices]] = []
+    single: dict[str, tuple[Tensor, Tensor]] = {}
     for name, pair in pairs.items():
         stack = expert_forms.stacked(name, parameters)
         if stack is not None and ranks is not None:
             rank = _rank(fields, ranks, stack)
-            stacks[stack] = expert_forms.matrices_of(stack, pair.a, pair.b, rank)
+            stacks.append((stack, expert_forms.matrices_of(stack, pair.a, pair.b, rank)))
         elif expert_forms.single_expert(name):
             single[name] = (pair.a, pair.b)
         else:
@@ -436,7 +438,7 @@ def _layers(
             layout = pair.layout or _matrix_layout(fields, name, layouts)
             own = expert_forms.in_model(name, model_type)
             yield _Layer(own, pair.a, pair.b, layout, scale)
-    for name, found in {**stacks, **expert_forms.joined(single, model_type)}.items():
+    for name, found in (*stacks, *expert_forms.joined(single, model_type).items()):
         scales = {alphas.scale(key, found.a.shape[1]) for key in found.keys}
         if len(scales) > 1:
             raise AdapterFileError(
@@ -460,9 +462,16 @@ def contents_of_layers(
         kept: the parameters besides its blocks, by name.
 
     Raises:
-        AdapterFileError: the configuration has a wrong value.
+        AdapterFileError: the configuration has a wrong value, or there are two updates of a layer.
     """
     layers = [layer for layer, _ in found]
+    keys = Counter([*(layer.key for layer in layers), *kept])
+    twice = [key for key, times in keys.items() if times > 1]
+    if twice:
+        raise AdapterFileError(
+            f"{fields.path} has several tensors, under different names, for {listed(twice)}; get "
+            "another version of the LoRA"
+        )
     contents = {layer.key: block for layer, block in found} | dict(kept)
     header = AdapterHeader(
         config=_config(fields, layers, kept),
