@@ -11,13 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.config import check_scale
-from disha.errors import (
-    AdapterFileError,
-    ArgumentError,
-    ArgumentTypeError,
-    ConversionError,
-)
+from disha.errors import AdapterFileError, ConversionError
 from disha.files import LayerRecord
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import Contents
@@ -34,7 +28,7 @@ from disha.interop.image_names import (
     joined_rows,
     layers_of,
 )
-from disha.interop.lora_folder import CONV, Alphas, contents_of_layers
+from disha.interop.lora_folder import CONV, Alphas, checked_alpha, contents_of_layers
 from disha.interop.low_rank import layer_of_factors, listed
 from disha.interop.peft_files import PREFIX, Fields, refuse_to_load, unusable
 from disha.text import brief, counted, first_few
@@ -271,12 +265,7 @@ def _scale(path: Path, pair: _Pair, alphas: Alphas | None) -> float:
     rank = pair.a.shape[0]
     if pair.alpha is None:
         return 1.0 if alphas is None else alphas.scale(pair.names[0], rank)
-    alpha = float(pair.alpha)
-    try:
-        check_scale(alpha)
-    except (ArgumentError, ArgumentTypeError) as error:
-        raise AdapterFileError(f"{path}: {pair.key}{ALPHA}: {error}") from error
-    return alpha / rank
+    return checked_alpha(f"{path}: {pair.key}{ALPHA}", float(pair.alpha)) / rank
 
 
 def _split(pair: _Pair) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -243,7 +243,7 @@ def _under_own_names(component: str, updates: Sequence[LowRankUpdate]) -> dict[s
     return {
         f"{component}.{in_file(component, one.record.name)}{end}": factor
         for one in updates
-        for end, factor in _factors(one).items()
+        for end, factor in factors_of(one).items()
     }
 
 
@@ -256,18 +256,10 @@ def _as_in_kohya(
         keyed = {kohya_key(component, one.record.name, known): one for one in updates}
     tensors: dict[str, Tensor] = {}
     for key, one in keyed.items():
-        a, b = _factors(one).values()
+        a, b = factors_of(one).values()
         tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
         tensors[f"{key}{ALPHA}"] = _alpha(one)
     return tensors
-
-
-def _factors(update: LowRankUpdate) -> dict[str, Tensor]:
-    """Return the factors by the ends of their keys, as `diffusers` names them."""
-    return {
-        key.removeprefix(update.record.name): factor.contiguous()
-        for key, factor in factors_of(update)
-    }
 
 
 def _alpha(update: LowRankUpdate) -> Tensor:

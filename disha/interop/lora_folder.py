@@ -50,6 +50,7 @@ __all__ = [
     "Alphas",
     "alpha_of",
     "as_peft",
+    "checked_alpha",
     "contents_of_layers",
     "expert_updates",
     "factors_of",
@@ -61,6 +62,11 @@ __all__ = [
 
 LOOKUP, IN_OUT, CONV = "index out", "in out", "out in *kernel"
 """The layouts that have their own names, fields or shapes in a LoRA folder."""
+
+_MATRIX = (".lora_A.weight", ".lora_B.weight")
+_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+_FACTORS = (*_MATRIX, *_EMBEDDING)
+"""The ends of the keys of factors."""
 
 CANT_EXPRESS = "PEFT's LoRA would not compute what this adapter does"
 
@@ -300,30 +306,27 @@ def factors_of_all(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
     """Return the factors of all layers by their keys in a folder, without PEFT's prefix."""
     stacks = expert_forms.stack_names(one.record.name for one in updates if is_stack(one.record))
     return {
-        key: factor
+        stacks.get(update.record.name, update.record.name) + end: factor
         for update in updates
-        for key, factor in factors_of(update, stacks.get(update.record.name))
+        for end, factor in factors_of(update).items()
     }
 
 
-def factors_of(update: LowRankUpdate, name: str | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield the keys and factors of a layer, as PEFT's layer of that class has them.
+def factors_of(update: LowRankUpdate) -> dict[str, Tensor]:
+    """Return A and B of a layer by the ends of their keys, as PEFT's layer of that class has them.
 
     Args:
         update: the update of the layer.
-        name: the name of its factors; by default the layer's.
     """
-    name, a, b = name or update.record.name, update.a, update.b
+    a, b = update.a, update.b
     if is_stack(update.record):
         a, b = expert_forms.stack_factors(update)
     if not update.record.scale:
         b = b.new_zeros(b.shape)
     if update.record.layout.pattern == LOOKUP:
-        yield f"{name}.lora_embedding_A", a
-        yield f"{name}.lora_embedding_B", b
-    else:
-        yield f"{name}.lora_A.weight", a
-        yield f"{name}.lora_B.weight", b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
+        return dict(zip(_EMBEDDING, (a, b), strict=True))
+    b = b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
+    return dict(zip(_MATRIX, (a, b), strict=True))
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -503,11 +506,6 @@ class _Pair:
         return Layout(CONV) if self.a.dim() > 2 else None
 
 
-_MATRIX = (".lora_A.weight", ".lora_B.weight")
-_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-_FACTORS = (*_MATRIX, *_EMBEDDING)
-"""The ends of the keys of factors."""
-
 _BASE_WEIGHT = ".base_layer.weight"
 """The end of the key of an embedding's frozen weight, which PEFT may save beside its factors."""
 
@@ -668,12 +666,26 @@ class Alphas:
 
     def scale(self, name: str, rank: int) -> float:
         """Return the scale s of a layer. Rank 0, of an empty A that is no factor, counts as 1."""
-        alpha, rank = self._values.of(name), max(rank, 1)
-        try:
-            check_scale(alpha)
-        except (ArgumentError, ArgumentTypeError) as error:
-            raise AdapterFileError(f"{self.fields.path}: lora_alpha: {error}") from error
-        return float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+        rank = max(rank, 1)
+        alpha = checked_alpha(f"{self.fields.path}: lora_alpha", self._values.of(name))
+        return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+
+def checked_alpha(where: str, alpha: Any) -> float:
+    """Return an alpha from a file.
+
+    Args:
+        where: where it comes from, for the error.
+        alpha: any value.
+
+    Raises:
+        AdapterFileError: it is not a number, or too large.
+    """
+    try:
+        check_scale(alpha)
+    except (ArgumentError, ArgumentTypeError) as error:
+        raise AdapterFileError(f"{where}: {error}") from error
+    return float(alpha)
 
 
 def _rank(fields: Fields, ranks: NamedValues, name: str) -> int:

@@ -39,20 +39,9 @@ CONFIG = "config.json"
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS = (
-    *(
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".pkl",
-        ".gguf",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".ot",
-    ),
-    *(".onnx_data", ".npz", ".tflite", ".index.json"),
+    *PICKLES,
+    *(".safetensors", ".index.json", ".gguf", ".onnx", ".onnx_data"),
+    *(".h5", ".msgpack", ".ot", ".npz", ".tflite"),
 )
 """Endings of the names of weight files and their indexes. They are not merged, so not copied."""
 
