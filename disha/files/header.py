@@ -20,7 +20,7 @@ from disha import functional
 from disha.config import LARGEST_SCALE, AdapterConfig
 from disha.errors import AdapterFileError, ArgumentError, DishaError
 from disha.files.checksum import HEADER_KEY
-from disha.files.json_files import parsed_json
+from disha.files.json_files import is_size, parsed_json
 from disha.files.tensors import TensorFile, TensorRecord
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Rows
 from disha.layers import block_name
@@ -310,10 +310,6 @@ class _Field:
     required: bool = True
 
 
-def _is_size(value: Any, _: object = None) -> bool:
-    return type(value) is int and 1 <= value < 2**31
-
-
 def _is_text(value: Any, _: object = None) -> bool:
     return type(value) is str
 
@@ -328,7 +324,7 @@ def _are_rows(value: Any, _: object = None) -> bool:
     return all(first < stop for first, stop in value)
 
 
-_SIZE = _Field("an integer from 1 to 2^31 - 1", _is_size)
+_SIZE = _Field("an integer from 1 to 2^31 - 1", lambda value, _: is_size(value))
 
 _HEADER = {
     "config": _Field("an object", lambda value, _: type(value) is dict),
@@ -360,7 +356,7 @@ _LAYER = {
     ),
     "groups": _Field(
         f"{_SIZE.allowed}, with the layout 'in out *kernel' only",
-        lambda value, layer: _is_size(value) and layer["layout"] == "in out *kernel",
+        lambda value, layer: is_size(value) and layer["layout"] == "in out *kernel",
         required=False,
     ),
     "padding_idx": _Field(

@@ -11,7 +11,7 @@ from typing import Any
 from disha.errors import AdapterFileError
 from disha.files.reading import LARGEST_TEXT, read_bytes
 
-__all__ = ["parsed_json", "read_json"]
+__all__ = ["is_size", "parsed_json", "read_json"]
 
 MOST_LEVELS = 100
 """Most lists and objects inside each other. Python can't show thousands of them."""
@@ -65,6 +65,15 @@ def parsed_json(what: str, text: str | bytes, *, strict: bool = False) -> dict[s
             f"{what} must be a JSON object; it is a {type(content).__name__}; get the file again"
         )
     return content
+
+
+def is_size(value: object) -> bool:
+    """Whether a value of JSON is an integer from 1 to 2^31 - 1. `true` is no integer.
+
+    Args:
+        value: any value.
+    """
+    return type(value) is int and 1 <= value < 2**31
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, Con
 from disha.files import AdapterHeader, LayerRecord
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import records_of
+from disha.files.json_files import is_size
 from disha.functional import Layout
 from disha.interop import experts as expert_forms
 from disha.interop.low_rank import (
@@ -690,8 +691,8 @@ def checked_alpha(where: str, alpha: Any) -> float:
 
 def _rank(fields: Fields, ranks: NamedValues, name: str) -> int:
     """Return the rank of a stack, which the shapes of its factors do not tell."""
-    rank = ranks.of(name)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < 2**31:
+    rank: int = ranks.of(name)
+    if not is_size(rank):
         raise AdapterFileError(
             f"{fields.path}: the rank of {name} must be an integer of at least 1; it is {rank!r}"
         )

@@ -25,7 +25,7 @@ from disha.files.atomic import (
     write_files,
     write_folder,
 )
-from disha.files.json_files import read_json
+from disha.files.json_files import is_size, read_json
 from disha.files.pieces import tensor_writer
 from disha.files.reading import found_at
 from disha.files.tensors import DTYPES, opened
@@ -161,8 +161,8 @@ class Fields:
 
     def size(self, field: str, default: int) -> int:
         """Return a field that must be a size."""
-        value = self.get(field, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        value: int = self.get(field, default)
+        if not is_size(value):
             raise self.wrong(field, "an integer of at least 1")
         return value
 
