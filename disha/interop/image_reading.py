@@ -14,6 +14,7 @@ from torch import Tensor
 from disha.errors import AdapterFileError, ConversionError
 from disha.files import LayerRecord
 from disha.files.atomic import PathLike, checked_path
+from disha.files.checksum import HEADER_KEY
 from disha.files.contents import Contents
 from disha.files.json_files import parsed_json
 from disha.files.tensors import TensorFile, opened
@@ -28,7 +29,7 @@ from disha.interop.image_names import (
     joined_rows,
     layers_of,
 )
-from disha.interop.lora_folder import CONV, Alphas, checked_alpha, contents_of_layers
+from disha.interop.lora_folder import CONV, MATRIX, Alphas, checked_alpha, contents_of_layers
 from disha.interop.low_rank import layer_of_factors, listed
 from disha.interop.peft_files import PREFIX, Fields, refuse_to_load, unusable
 from disha.text import brief, counted, first_few
@@ -38,7 +39,7 @@ __all__ = ["form_of", "read_components", "read_file"]
 READERS = "the programs that it is made for"
 """What reads LoRA files of image models, for errors."""
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_A, _B = MATRIX
 _ENDS = {".lora_down.weight": _A, ".lora_up.weight": _B, _A: _A, _B: _B, ALPHA: ALPHA}
 """The ends of keys -> what they are."""
 
@@ -62,7 +63,7 @@ def form_of(path: PathLike) -> Form | None:
     """
     with opened(checked_path(path)) as file:
         keys = list(file.tensors)
-        if "disha" in file.metadata:
+        if HEADER_KEY in file.metadata:
             return None
     if not any(
         key.endswith(tuple(_ENDS)) or _OTHER_METHODS.search(key) or _OLD_DIFFUSERS.search(key)
@@ -180,7 +181,7 @@ def _factors(file: TensorFile) -> list[_Pair]:
             are not finite.
         ConversionError: the file holds another method than LoRA.
     """
-    if "disha" in file.metadata:
+    if HEADER_KEY in file.metadata:
         raise AdapterFileError(
             f"{file.path} is an adapter file of disha, not a LoRA; load it with disha.load_adapter"
         )

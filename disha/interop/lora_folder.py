@@ -48,6 +48,7 @@ from disha.text import brief, counted
 __all__ = [
     "CANT_EXPRESS",
     "CONV",
+    "MATRIX",
     "Alphas",
     "alpha_of",
     "as_peft",
@@ -64,9 +65,9 @@ __all__ = [
 LOOKUP, IN_OUT, CONV = "index out", "in out", "out in *kernel"
 """The layouts that have their own names, fields or shapes in a LoRA folder."""
 
-_MATRIX = (".lora_A.weight", ".lora_B.weight")
+MATRIX = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-_FACTORS = (*_MATRIX, *_EMBEDDING)
+_FACTORS = (*MATRIX, *_EMBEDDING)
 """The ends of the keys of factors."""
 
 CANT_EXPRESS = "PEFT's LoRA would not compute what this adapter does"
@@ -327,7 +328,7 @@ def factors_of(update: LowRankUpdate) -> dict[str, Tensor]:
     if update.record.layout.pattern == LOOKUP:
         return dict(zip(_EMBEDDING, (a, b), strict=True))
     b = b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
-    return dict(zip(_MATRIX, (a, b), strict=True))
+    return dict(zip(MATRIX, (a, b), strict=True))
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -534,13 +535,13 @@ def _paired(
         )
     pairs = {}
     for name, found in factors.items():
-        if set(found) not in (set(_MATRIX), set(_EMBEDDING)):
+        if set(found) not in (set(MATRIX), set(_EMBEDDING)):
             raise AdapterFileError(
                 f"{path}: {name} has {', '.join(sorted(found))}; a layer has "
-                f"{' and '.join(_MATRIX)}, an embedding {' and '.join(_EMBEDDING)}. Save the LoRA "
+                f"{' and '.join(MATRIX)}, an embedding {' and '.join(_EMBEDDING)}. Save the LoRA "
                 "again"
             )
-        ends = _MATRIX if _MATRIX[0] in found else _EMBEDDING
+        ends = MATRIX if MATRIX[0] in found else _EMBEDDING
         pairs[name] = _Pair(found[ends[0]], found[ends[1]], ends is _EMBEDDING)
     return pairs, beside
 
