@@ -410,6 +410,15 @@ def test_what_no_form_can_hold(tmp_path, layer, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_model_itself_has_no_key(tmp_path):
+    model = disha.inject_adapters(nn.Linear(8, 8), "all-linear", 2)
+    contents = adapter_contents(ModelView(model))
+    for form in ("diffusers", "kohya", "comfyui"):
+        with pytest.raises(disha.ConversionError, match="has no key for 1 layer"):
+            image_lora.write_file(tmp_path / "lora.safetensors", {"unet": contents}, form)
+    assert list(tmp_path.iterdir()) == []
+
+
 class TinyUNet(nn.Sequential):
     pass
 
@@ -450,6 +459,7 @@ A, B = torch.eye(2).repeat(1, 4), torch.randn(8, 2)
         ({"diffusion_model.blocks.0.lora_A.weight": A}, "unknown keys .*another architecture"),
         ({f"{QKV}.lora_down.weight": A, f"{QKV}.lora_up.weight": B}, "B has 8 rows; in Flux, it"),
         ({"base_model.model.a.lora_A.weight": A}, "is a file of a folder .* name the folder"),
+        ({"unet..lora_A.weight": A, "unet..lora_B.weight": B}, r"unknown keys .*unet\.\.lora_A"),
         ({f"{KEY}.lora_down.weight": A}, "has only .*lora_down.weight, and a LoRA has two factors"),
         ({"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B.T}, r"shapes \(2, 8\) and \(2, 8\)"),
         ({"unet.a.lora_A.weight": A, "unet.a.lora_B.weight": B * torch.nan}, "not finite"),

@@ -194,7 +194,7 @@ def component_of(names: Sequence[str]) -> Component:
 def readable(form: str, component: str, name: str) -> bool:
     """Whether the readers of a form look for a layer of that name."""
     if form == "diffusers":
-        return True
+        return name != ""  # the model itself is no layer
     if component.startswith("text_encoder"):
         return re.fullmatch(_CLIP, name) is not None
     if component == "unet":
@@ -268,8 +268,9 @@ def layers_of(key: str) -> tuple[str, tuple[str, ...]] | None:
         ('text_encoder', ('text_model.encoder.layers.0.self_attn.q_proj',))
     """
     for component in COMPONENTS:
-        if key.startswith(f"{component}."):
-            return component, (key.removeprefix(f"{component}."),)
+        name = key.removeprefix(f"{component}.")
+        if name not in ("", key):
+            return component, (name,)
     kohya = re.fullmatch(rf"lora_({'|'.join(_KOHYA)})_(\w+)", key)
     if kohya is None:
         return None
