@@ -252,6 +252,17 @@ def test_flux_of_kohya_through_the_converter_of_diffusers(tmp_path, ranks):
     assert all(torch.equal(back[name], again[name]) for name in again)
 
 
+@pytest.mark.parametrize("rank", [2, 3])
+def test_layers_that_flux_joins_are_not_rounded_to_the_dtype_of_the_first(tmp_path, rank):
+    bone_file(tmp_path / "flux", {f"{SINGLE}.attn.to_q": 2, f"{SINGLE}.attn.to_k": rank})
+    header, blocks = image_lora.read_file(tmp_path / "flux")["transformer"]
+    blocks = {key: b.bfloat16() if "to_q" in key else b.float() for key, b in blocks.items()}
+    image_lora.write_file(tmp_path / "kohya", {"transformer": (header, blocks)}, "kohya")
+    back = image_lora.read_file(tmp_path / "kohya")["transformer"][1]
+    assert back.keys() == blocks.keys()
+    assert all(torch.equal(back[key], block.float()) for key, block in blocks.items())
+
+
 def test_a_whole_flux_as_kohya_and_back(tmp_path):
     base, path = FLUX.model(), tmp_path / "lora.safetensors"
     for ours in (

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -297,8 +298,9 @@ def _join(key: str, parts: Sequence[LowRankUpdate | None]) -> LowRankUpdate:
             + ", or write the form 'comfyui' or 'diffusers'"
         )
     shared = all(torch.equal(one.a, given[0].a) for one in given)
-    a = given[0].a if shared else torch.cat([one.a for one in given])
-    b = given[0].b.new_zeros(sum(rows), a.shape[0])
+    dtype = reduce(torch.promote_types, [one.b.dtype for one in given])  # rounds none of them
+    a = (given[0].a if shared else torch.cat([one.a for one in given])).to(dtype)
+    b = given[0].b.new_zeros(sum(rows), a.shape[0], dtype=dtype)
     column = 0
     for one, place in zip(parts, torch.split(b, rows), strict=True):
         if one is not None:
