@@ -673,6 +673,19 @@ def test_sizes_that_only_a_hostile_file_has(tmp_path):
         lora.write_lora(tmp_path / "lora", replace(header, layers=layers), tensors)
 
 
+@pytest.mark.parametrize("size", ["in_features", "out_features"])
+def test_small_tiles_of_a_model_with_70b_parameters_are_no_hostile_file(size):
+    header, tensors = adapter_contents(ModelView(adapted(Layered(), "q_proj", 4, r_out=4)))
+    layer, block = header.layers[0], next(iter(tensors.values()))
+    sizes = [8192] * 6 + [28672]  # q, k, v, o, gate, up and down of one of 80 layers
+    layers = tuple(
+        replace(layer, name=f"{place}.{index}", r=128, **{"in_features": 8192, size: number})
+        for place in range(80) for index, number in enumerate(sizes)
+    )  # fmt: skip
+    blocks = {one.key: block.new_zeros(128, 4) for one in layers}
+    low_rank._check_layers(replace(header, layers=layers), blocks, stacks=False)
+
+
 # --- and back ------------------------------------------------------------------------------------
 
 
