@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from disha.errors import AdapterFileWarning, ArgumentError, DishaError
 from disha.text import printable
 from disha.version import __version__
 
-__all__ = ["COMMANDS", "DONE", "FAILED", "NO", "SIGNALLED", "TROUBLE", "Command", "main"]
+__all__ = ["COMMANDS", "DONE", "FAILED", "NO", "SIGNALLED", "TROUBLE", "Command", "debugging"]
+__all__ += ["main"]
 
 DONE = 0
 NO = FAILED = 1
@@ -102,6 +104,9 @@ COMMANDS = {
     ),
 }
 
+debugging = ContextVar("debugging", default=False)
+"""Whether an error shows where it came from. A command sets it when it has parsed its flags."""
+
 BAD_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 """System errors that mean a wrong path, not a failure during the work."""
 
@@ -118,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     failed = TROUBLE
     command = Command("")
+    debugging.set("--debug" in arguments)  # until the command has parsed its flags
     try:
         # Only the first argument is read here. The others belong to the command.
         name = arguments[0] if arguments else "--help"
@@ -147,13 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return failed
     except (DishaError, OSError) as error:
-        if "--debug" in arguments:
+        if debugging.get():
             traceback.print_exc()
         is_library = type(error).__module__ == DishaError.__module__
         _complain(in_flags(str(error), command.flags) if is_library else str(error))
         return TROUBLE if _is_bad_input(error) else failed
     except ModuleNotFoundError as error:
-        if "--debug" in arguments:
+        if debugging.get():
             traceback.print_exc()
         package = str(error.name).partition(".")[0]
         _complain(

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from disha.cli.dispatcher import debugging
 from disha.cli.meanings import FLAG_WORDS, SHORT, long_name, nearest
 from disha.errors import ArgumentError
 from disha.text import brief
@@ -92,6 +93,7 @@ def parsed(
     names = {"help", *(one.name for one in known if not one.positional)}
     words = _spelled(arguments, name, names, "-" if positional else "_")
     given = vars(parser.parse_intermixed_args(list(words)))
+    debugging.set(given.get("debug", False))
     return _filled(flags, given, default)
 
 

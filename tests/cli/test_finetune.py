@@ -242,6 +242,24 @@ def test_a_wrong_value_in_a_file_is_wrong_usage(run, tmp_path, text, complaint):
     assert complaint in done.complaint
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "shown"),
+    [
+        ("debug: true", [], True),
+        ("debug: false", ["--debug"], True),
+        ("debug: true", ["--debug", "False"], False),
+        ("bone_r: 8", ["--debug", "no"], False),
+    ],
+)
+def test_debug_has_the_value_that_the_flag_or_the_file_gives(run, tmp_path, text, words, shown):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    done = run("finetune", "--config", path, *words)
+    assert done.code == 2
+    assert ("Traceback" in done.err) is shown
+    assert "--base_model_name_or_path path/to/model is missing" in done.err
+
+
 # --- several processes ---------------------------------------------------------------------------
 
 
