@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def settings_from(arguments: Sequence[str]) -> FinetuneSettings:
     given = _parsed(words, FinetuneSettings())
     if given.config is not None:
         # If a flag is given twice, the last value counts.
-        words = [*_words_in(given.config, given.to_json().keys() - {"config"}), *words]
+        words = [*_words_in(given.config), *words]
         given = _parsed(words, FinetuneSettings())
     defaults = DEMO_SETTINGS if given.demo else FinetuneSettings()
     if given.adapter.adapter is not None:
@@ -95,9 +95,11 @@ def _parsed(words: Sequence[str], defaults: FinetuneSettings) -> FinetuneSetting
 # --- the config file -----------------------------------------------------------------------------
 
 
-def _words_in(path: Path, known: Collection[str]) -> list[str]:
+def _words_in(path: Path) -> list[str]:
     """Return the flags in a YAML or TOML file as words of a command line."""
     words: list[str] = []
+    known = FinetuneSettings().to_json()
+    del known["config"]
     seen = set[str]()
     for key, value in _contents(path).items():
         name = long_name(key if isinstance(key, str) else brief(key), known)
@@ -114,9 +116,19 @@ def _words_in(path: Path, known: Collection[str]) -> list[str]:
                 f"--config {path}: {name} must be a text, a number, true or false, or a list of "
                 f"these, got {brief(value)}"
             )
+        if value is values and len(values) != 1 and not isinstance(known[name], tuple):
+            raise ArgumentError(
+                f"--config {path}: {name} must be one value, got the list {brief(value)}"
+            )
         if value is not None:
-            words += [f"--{name}", *map(str, values)] if value is values else [f"--{name}={value}"]
+            said = list(map(_word, values))
+            words += [f"--{name}", *said] if value is values else [f"--{name}={said[0]}"]
     return words
+
+
+def _word(value: object) -> str:
+    """Return a value as a word. PyYAML reads `no` as False, as in `save_strategy: no`."""
+    return "no" if value is False else str(value)
 
 
 def _is_plain(value: object) -> bool:

@@ -199,6 +199,8 @@ def test_numbers_of_yaml_are_what_everybody_means(tmp_path, text):
         ("bone_r:\n  a: 4", "run.yaml", "bone_r must be a text, a number, true or false, or a"),
         ("dataset_field: [[a]]", "run.yaml", r"dataset_field must be a text, .* got \[\['a'\]\]"),
         ("target: 2024-01-01", "run.yaml", "target must be a text"),
+        ("target: [q_proj, v_proj]", "run.yaml", "target must be one value, got the list"),
+        ("packing: []", "run.yaml", r"packing must be one value, got the list \[\]"),
         ("- bone_r", "run.yaml", "must hold flags by their names, as in `bone_r: 64`, got list"),
         ("bone_r", "run.yaml", "must hold flags by their names, .* got str"),
         ("bone_r: [", "run.yaml", "is not YAML: "),
@@ -258,6 +260,15 @@ def test_debug_has_the_value_that_the_flag_or_the_file_gives(run, tmp_path, text
     assert done.code == 2
     assert ("Traceback" in done.err) is shown
     assert "--base_model_name_or_path path/to/model is missing" in done.err
+
+
+def test_a_no_of_yaml_is_a_no(tmp_path):
+    """PyYAML reads it as false."""
+    path = tmp_path / "run.yaml"
+    path.write_text("save_strategy: no\npacking: no\ninit_weights: yes\n")
+    given = settings_from(["--config", str(path)])
+    assert (given.output.save_strategy, given.data.packing) == ("no", False)
+    assert given.adapter.init_weights == "True"
 
 
 # --- several processes ---------------------------------------------------------------------------
