@@ -148,7 +148,8 @@ def _add(group: argparse._ArgumentGroup, one: _Argument, *, worded: bool) -> Non
     options: dict[str, Any]
     if one.positional:
         options = {"nargs": "*"} if listed else {}
-        group.add_argument(one.name, metavar=one.name.upper(), type=Path, help=text, **options)
+        read = partial(_read, Path, ())
+        group.add_argument(one.name, metavar=one.name.upper(), type=read, help=text, **options)
         return
     if one.default is MISSING:
         text += " (required)"
@@ -186,6 +187,8 @@ def _read(type_: Any, allowed: Collection[str], word: str) -> Any:
         if word.lower() not in SWITCHES:
             raise _wrong_value("True or False", word)
         return SWITCHES[word.lower()]
+    if type_ is Path and not word:  # for Python, it is the current folder
+        raise _wrong_value("a path", word)
     try:
         return type_(word)
     except ValueError:
@@ -247,7 +250,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line."""
 
     def error(self, message: str) -> NoReturn:
-        said = re.sub(r"^argument (?:--[\w-]+/)*(--[\w-]+): ", r"\1 ", message)
+        said = re.sub(r"^argument (?:--[\w-]+/)*([\w-]+): ", r"\1 ", message)
         for theirs, plain in PLAIN.items():
             said = said.replace(theirs, plain)
         raise _wrong_usage(f"{said}; disha {self.prog} --help says more")

@@ -148,6 +148,23 @@ def test_what_is_missing_is_named(words, complaint):
         parsed(Plain, "x", words.split(), "")
 
 
+def test_an_empty_text_is_no_path(run, files):
+    """A shell writes it for a variable that is not set."""
+    adapter = files.adapter()
+    done = run("merge", files.base(), adapter, "", "--overwrite")
+    assert (done.code, done.complaint) == (
+        2,
+        "disha: PATHS must be a path, got ''; disha merge --help says more\n",
+    )
+    for words in (["--base", ""], ["--base="]):
+        done = run("verify", adapter, *words)
+        assert (done.code, done.complaint) == (
+            2,
+            "disha: --base must be a path, got ''; disha verify --help says more\n",
+        )
+    assert files.names() == {"a.safetensors", "base", "base/model.safetensors"}
+
+
 def test_a_value_may_look_like_a_flag():
     words = ["--names", "--a text with spaces", "-1", "--rate=-1"]
     given = parsed(Settings, "x", words, "", Settings())
