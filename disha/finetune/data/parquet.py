@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import disha
-from disha.finetune.data.rows import Row
+from disha.finetune.data.rows import Row, require_names_once
 from disha.finetune.data.stamp import Stamp, opened
 from disha.finetune.errors import DataError
 
@@ -26,7 +26,7 @@ class ParquetRows:
         path: the file.
 
     Raises:
-        DataError: it can't be read.
+        DataError: it can't be read, or two of its columns have one name.
         MissingPackageError: pyarrow is not installed.
     """
 
@@ -36,6 +36,7 @@ class ParquetRows:
             self._stamp = Stamp.of(file)
         with self._opened() as table:
             self._count: int = table.metadata.num_rows
+            require_names_once(table.schema_arrow.names, path)
 
     def __len__(self) -> int:
         return self._count
@@ -72,12 +73,15 @@ def _row(batch: Any, index: int, place: str) -> Row:
 
 
 def _value(scalar: Any) -> Any:
-    """Return a Python value. If Python has none, as for nanoseconds, return pyarrow's own."""
+    """Return a Python value. If Python has none, as for nanoseconds, return pyarrow's own.
+
+    Python also lacks times of a zone that the system does not know.
+    """
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
         raise
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, LookupError):
         return scalar
 
 

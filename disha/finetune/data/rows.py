@@ -11,11 +11,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice, pairwise
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from disha.finetune.errors import BadRowError
+from disha.finetune.errors import BadRowError, DataError
 
-__all__ = ["Dataset", "Row", "RowFile", "Rows", "checked_text", "pieces"]
+__all__ = ["Dataset", "Row", "RowFile", "Rows", "checked_text", "pieces", "require_names_once"]
 
 T = TypeVar("T")
 
@@ -81,6 +82,18 @@ def checked_text(value: object, what: str) -> str:
             "valid text; an emoji may have been cut in two"
         ) from error
     return value
+
+
+def require_names_once(names: Sequence[str], path: Path) -> None:
+    """Raise `DataError` if two fields of a file have one name.
+
+    Args:
+        names: the names of its fields.
+        path: the file; for messages.
+    """
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path} has several fields named {twice!r}; give each its own name")
 
 
 def pieces(items: Iterable[T], size: int) -> Iterator[list[T]]:

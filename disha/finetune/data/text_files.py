@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from disha.finetune.data.rows import Row, RowFile
+from disha.finetune.data.rows import Row, RowFile, require_names_once
 from disha.finetune.data.stamp import Stamp, opened
 from disha.finetune.errors import BadRowError, DataError
 
@@ -202,9 +202,7 @@ def _header(reader: Iterator[list[str]], path: Path) -> tuple[str, ...]:
         raise DataError(f"{path}, line 1 can't be read as names of fields: {error}") from error
     if not header:
         raise DataError(f"{path} holds no rows; its first line must name the fields")
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise DataError(f"{path} has several fields named {twice!r}; give each its own name")
+    require_names_once(header, path)
     return header
 
 

@@ -58,6 +58,20 @@ def test_a_damaged_group_is_named(tmp_path):
         list(ParquetRows(path))
 
 
+def test_two_columns_of_one_name_are_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["query", "response", "query"]), path)
+    with pytest.raises(DataError, match=r"rows\.parquet has several fields named 'query'; give"):
+        ParquetRows(path)
+
+
+def test_a_time_of_an_unknown_zone_is_no_bad_row(tmp_path):
+    moments = pa.array([0], pa.timestamp("s", tz="Nowhere/At_All"))
+    pq.write_table(pa.table({"query": ["a"], "when": moments}), tmp_path / "rows.parquet")
+    [row] = ParquetRows(tmp_path / "rows.parquet")
+    assert row.text("query") == "a"
+
+
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path):
     path = written(tmp_path / "rows.parquet", [{"n": 1}])
     rows = ParquetRows(path)
