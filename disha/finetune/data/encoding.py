@@ -25,6 +25,7 @@ from disha.finetune.stopping import SIGNALS
 from disha.finetune.text.chat import encode_chat
 from disha.finetune.text.templates import Template
 from disha.finetune.text.tokenizer import Tokenizer
+from disha.text import brief
 
 __all__ = ["Encoder", "Outcome", "Tally", "encode_rows"]
 
@@ -209,7 +210,7 @@ class Encoder:
         if not isinstance(messages, list):
             raise BadRowError(
                 f"{what} must be text or a list of chat messages, found {type(messages).__name__} "
-                f"{messages!r:.60}"
+                f"{brief(messages):.60}"
             )
         for number, message in enumerate(messages, 1):
             content = message.get("content") if isinstance(message, dict) else None

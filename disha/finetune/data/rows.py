@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from disha.finetune.errors import BadRowError, DataError
+from disha.text import brief
 
 __all__ = ["Dataset", "Row", "RowFile", "Rows", "checked_text", "pieces", "require_names_once"]
 
@@ -73,7 +74,7 @@ def checked_text(value: object, what: str) -> str:
         BadRowError: it is not such text.
     """
     if not isinstance(value, str):
-        raise BadRowError(f"{what} must be text, found {type(value).__name__} {value!r:.60}")
+        raise BadRowError(f"{what} must be text, found {type(value).__name__} {brief(value):.60}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -17,6 +17,7 @@ from disha.finetune.data.order import permutation
 from disha.finetune.data.rows import Row, Rows
 from disha.finetune.errors import BadRowError, DataError
 from disha.finetune.hashing import add_state
+from disha.text import brief
 
 __all__ = ["Samples", "TensorBatch", "TensorRows", "read_samples"]
 
@@ -194,7 +195,7 @@ def _value(row: Row, name: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise BadRowError(
             f"{row.place}: field {name!r} must be a number or a list of numbers, "
-            f"found {value!r:.60}"
+            f"found {brief(value):.60}"
         ) from error
 
 
@@ -205,12 +206,12 @@ def _numbers(value: Any, row: Row, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise BadRowError(
             f"{row.place}: field {name!r} must be a number or a list of numbers, nested lists all "
-            f"of one length, found {value!r:.60}"
+            f"of one length, found {brief(value):.60}"
         ) from error
     if not numbers.numel() or not bool(torch.isfinite(numbers.float()).all()):
         raise BadRowError(
             f"{row.place}: field {name!r} must hold finite numbers, at least one, found "
-            f"{value!r:.60}"
+            f"{brief(value):.60}"
         )
     return numbers
 

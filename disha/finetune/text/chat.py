@@ -19,6 +19,7 @@ from typing import Any
 from disha.finetune.errors import DataError
 from disha.finetune.text.jinja import Form, Rendered, run_template
 from disha.finetune.text.tokenizer import Tokenizer
+from disha.text import brief
 
 __all__ = ["encode_chat", "render"]
 
@@ -134,7 +135,7 @@ def _begin(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _checked(messages: object) -> list[Message]:
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"a conversation must be a list of messages, got {messages!r:.60}")
+        raise DataError(f"a conversation must be a list of messages, got {brief(messages):.60}")
     for number, message in enumerate(messages, start=1):
         _check(message, f"message {number} of the conversation")
     return messages
@@ -142,13 +143,15 @@ def _checked(messages: object) -> list[Message]:
 
 def _check(message: object, which: str) -> None:
     if not isinstance(message, Mapping):
-        raise DataError(f"{which} must be an object with role and content, got {message!r:.60}")
+        raise DataError(
+            f"{which} must be an object with role and content, got {brief(message):.60}"
+        )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise DataError(f"{which} must have a role of {', '.join(ROLES)}; got {role!r:.60}")
+        raise DataError(f"{which} must have a role of {', '.join(ROLES)}; got {brief(role):.60}")
     calls_tools = role == "assistant" and message.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls_tools):
-        raise DataError(f"{which} must have a text as its content, got {content!r:.60}")
+        raise DataError(f"{which} must have a text as its content, got {brief(content):.60}")
 
 
 def _up_to_last_answer(messages: list[Message]) -> list[Message]:

@@ -23,6 +23,7 @@ from pyarrow import parquet as pq
 from disha.finetune.data.dataset import open_rows
 from disha.finetune.data.encoding import Encoder, Tally, encode_rows
 from disha.finetune.data.rows import Row, Rows
+from disha.finetune.data.tensors import read_samples
 from disha.finetune.errors import (
     BadRowError,
     DataError,
@@ -232,6 +233,21 @@ def test_a_bad_pair_is_named(tiny_tokenizer, row, complaint):
 def test_a_bad_chat_is_named(tiny_tokenizer, value, complaint):
     with pytest.raises(BadRowError, match=complaint):
         chats(tiny_tokenizer, 64).encode(Row({"messages": value}, "here"))
+
+
+def test_values_of_any_depth_are_bad_rows(tiny_tokenizer):
+    """A file is read with fewer functions under way than a row is encoded with."""
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    messages = [{"role": "user", "content": deep}, {"role": "assistant", "content": "b"}]
+    for value in (deep, messages, [{"role": deep, "content": "a"}], [{"role": "user"}, deep]):
+        row = Row({"query": value, "response": "b"}, "here")
+        for names in (("query", "response"), ("query",)):
+            encoder = Encoder(tiny_tokenizer, names, 64, CHATML)
+            assert encoder.outcome(row).complaint.startswith("here: ")
+        with pytest.raises(BadRowError, match="must be a number or a list of numbers"):
+            read_samples(Rows([[row]]), ("query", "response"))
 
 
 def test_bad_rows_are_counted_when_they_may_be_skipped(tiny_tokenizer):
