@@ -17,6 +17,9 @@ QUERY = "{query}"
 LARGEST_FILE = 1 << 20
 """Bytes of a file with a template."""
 
+NAMES = ("auto", "chat")
+"""The settings that are neither a text nor a file."""
+
 STAND_IN = "stands-in-for-the-query"
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
@@ -94,7 +97,7 @@ def given_template(setting: str, tokenizer: Tokenizer) -> Template:
         SettingsError: the setting or the file can't be used, or the tokenizer has no chat template.
         TokenizerError: the tokenizer's chat template can't be used.
     """
-    if QUERY not in setting and _is_file(setting):
+    if QUERY not in setting and setting not in NAMES and _is_file(setting):
         return _around_query(_content(Path(setting)), f"the file {setting}")
     return template_from(setting, tokenizer)
 

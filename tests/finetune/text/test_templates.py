@@ -40,6 +40,16 @@ def test_auto_is_chatml_where_the_tokenizer_knows_it(folders):
     )
 
 
+@pytest.mark.parametrize("name", ["auto", "chat"])
+def test_a_file_does_not_take_the_name_of_a_template(folders, tmp_path, monkeypatch, name):
+    tokenizer = open_tokenizer(folders["smollm2"])
+    expected = given_template(name, tokenizer)
+    (tmp_path / name).write_text("Q: {query} A:")
+    monkeypatch.chdir(tmp_path)
+    assert given_template(name, tokenizer) == expected
+    assert given_template(f"./{name}", tokenizer).before == "Q: "
+
+
 def test_auto_is_plain_elsewhere(folders):
     tokenizer = open_tokenizer(folders["mistral"])
     template = template_from("auto", tokenizer)
