@@ -132,7 +132,8 @@ class Checkpoints:
             OutputError: it can't be written; earlier checkpoints stay as they are.
         """
         final = self._folder / f"checkpoint-{progress.step}"
-        if final == self._newest:
+        # Somebody may have deleted it since.
+        if final == self._newest and self._on_main(lambda: found_at(final) == "folder"):
             return final
         state = {
             "progress": dataclasses.asdict(progress),

@@ -319,6 +319,14 @@ def test_saving_a_step_again_changes_nothing(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoint-1").iterdir()}
 
 
+def test_a_step_whose_checkpoint_was_deleted_is_saved_again(tmp_path):
+    run = Run(tmp_path)
+    run.train(steps=1)
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    assert run.save(Progress(1, 1, 2)) == tmp_path / "checkpoint-1"
+    assert is_good(tmp_path / "checkpoint-1")
+
+
 def test_checkpoints_of_an_earlier_run_can_be_removed(copied):
     (copied / "adapter.safetensors").touch()
     (copied / "checkpoint-notes").mkdir()
