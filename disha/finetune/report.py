@@ -171,7 +171,8 @@ def plot_scales(found: Sequence[AtScale]) -> Figure:
 def _axes(xlabel: str, ylabel: str, title: str = "") -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, parse_math=False)  # the name of a model may have dollar signs
     axes.margins(x=0.04, y=0.1)
     axes.grid(alpha=0.3)
     return figure, axes
@@ -194,8 +195,11 @@ def _running_means(values: Sequence[float]) -> list[float]:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions of the main packages, and a description of the machine."""
-    versions = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
+    """Return the versions of the main packages, and a description of the machine.
+
+    A version is None if the package is not installed, or does not say its version.
+    """
+    versions = {name: _version(name) for name in REPORTED_PACKAGES}
     has_cuda = torch.cuda.is_available()
     return {
         "versions": {"python": platform.python_version(), "disha": disha.__version__, **versions},
@@ -221,6 +225,13 @@ def peak_memory() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

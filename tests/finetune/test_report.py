@@ -54,6 +54,19 @@ def test_environment_is_json_with_versions_and_machine():
     assert found["machine"]["threads"] >= 1
 
 
+def test_a_package_without_a_version_is_no_error(monkeypatch):
+    """A run without GGUF files does not need gguf, and the report comes after training."""
+    monkeypatch.setattr(report, "REPORTED_PACKAGES", ("torch", "not-installed-at-all"))
+    versions = environment()["versions"]
+    assert versions["torch"]
+    assert versions["not-installed-at-all"] is None
+
+
+def test_the_name_of_a_model_is_no_formula(tmp_path):
+    write_figure(tmp_path / "plot.png", plot_learning_rates([], r"on $\nonsense{$"))
+    assert Image.open(tmp_path / "plot.png").width >= 800
+
+
 def test_peak_memory_is_that_of_the_process_alone():
     """Not that of the process that started it."""
     kept = bytearray(b"1") * 2**29
