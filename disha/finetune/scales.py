@@ -6,6 +6,7 @@ update. `disha evaluate --scales` measures the model at each scale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -70,5 +71,8 @@ def at_scales(
 
 
 def best_scale(found: Sequence[AtScale]) -> AtScale:
-    """Return the losses with the lowest sum. Of equal ones, return those of the lowest scale."""
-    return min(found, key=lambda one: (one.total, one.scale))
+    """Return the losses with the lowest sum. Of equal ones, return those of the lowest scale.
+
+    A sum that is not a number, as of a scale that overflows, is the highest.
+    """
+    return min(found, key=lambda one: (math.isnan(one.total), one.total, one.scale))

@@ -8,6 +8,7 @@ import pytest
 from disha.finetune.answering import Answerer
 from disha.finetune.errors import SettingsError
 from disha.finetune.evaluating import Measured, evaluate
+from disha.finetune.scales import AtScale, best_scale
 from disha.finetune.settings import EvaluateSettings, ModelSettings, RowSettings, SamplingSettings
 from disha.finetune.text.templates import template_from
 from tests.finetune.command_line import ROWS, adapter_of, report_of, write_rows
@@ -95,6 +96,11 @@ def test_a_model_without_a_tokenizer_is_refused(usual):
     model = ModelSettings(model="tests.finetune.factories:classifier")
     with pytest.raises(SettingsError, match="measures models of text"):
         evaluate(changed(usual, model=model))
+
+
+def test_a_scale_whose_loss_is_no_number_is_not_the_best():
+    found = [AtScale(9.0, math.nan, None), AtScale(1.0, 2.0, None), AtScale(2.0, 3.0, math.nan)]
+    assert best_scale(found).scale == 1.0
 
 
 def test_a_perplexity_beyond_numbers_is_infinite():
