@@ -132,6 +132,7 @@ class _Pieces:
         else:
             try:
                 self._file.write(numbers)
+                self._file.flush()  # otherwise, a full disk would show when a piece is read
             except OSError as error:
                 raise OutputError(
                     f"the tokens that --streaming keeps in a file in {tempfile.gettempdir()} can't "

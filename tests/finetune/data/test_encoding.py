@@ -379,12 +379,17 @@ def test_a_file_that_changes_meanwhile_stops_it(many, tmp_path, tiny_tokenizer, 
         encode_rows(many, pairs(tiny_tokenizer, 160), workers=workers)
 
 
-def test_a_temporary_file_that_can_not_be_written_says_so(many, tiny_tokenizer, monkeypatch):
-    class Full(io.BytesIO):
-        def write(self, content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("operation", ["write", "flush"])
+def test_a_temporary_file_that_can_not_be_written_says_so(
+    many, tiny_tokenizer, monkeypatch, operation
+):
+    """A buffered file is full only when its buffer is."""
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full = type("Full", (io.BytesIO,), {operation: refuse})
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(OutputError, match="No space left on device; set TMPDIR to a folder"):
         encode_rows(many, pairs(tiny_tokenizer, 160), on_disk=True)
 
