@@ -405,7 +405,8 @@ def _model_type(base: Checkpoint | None) -> str | None:
 def _gguf_options(flags: ConvertFlags, base: Checkpoint | None) -> dict[str, Any]:
     config = {} if base is None else base.config()
     heads = config.get("num_attention_heads") if flags.heads is None else flags.heads
-    kv_heads = config.get("num_key_value_heads", heads if config else None)
+    # Without the key, and with null, there are as many as heads.
+    kv_heads = config.get("num_key_value_heads") or (heads if config else None)
     tied = config.get("tie_word_embeddings")
     return {
         "architecture": flags.architecture or _architecture(config),

@@ -181,6 +181,16 @@ def test_to_gguf_as_the_library_writes_it(run, files, method):
         assert again.read_bytes() == out.read_bytes()
 
 
+@pytest.mark.parametrize("told", [{}, {"num_key_value_heads": None}], ids=str)
+def test_without_a_number_of_kv_heads_there_are_as_many_as_heads(run, files, told):
+    a = files.adapter(target_regex="q_proj")
+    base = files.base(config={"model_type": "llama", "num_attention_heads": 2, **told})
+    one, other = files.path / "one.gguf", files.path / "other.gguf"
+    assert run("convert", a, one, "--to", "gguf", "--base", base).code == 0
+    assert run("convert", a, other, "--to", "gguf", "--heads", 2, "--kv-heads", 2).code == 0
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_the_architecture_is_the_bases_unless_given(run, files):
     a, out = files.adapter(target_regex="q_proj"), files.path / "a.gguf"
     base = files.base(config={**HEADS, "model_type": "gpt2"})
