@@ -159,7 +159,8 @@ def prompts_of(settings: GenerateSettings) -> list[str]:
     path = settings.prompt_file or STANDARD_INPUT
     with raised_as(DataError, "--prompt_file: "):
         text = read_text(path, pipes=True)
-    prompts = [line for line in text.splitlines() if line.strip()]
+    # Only a line feed ends a line, as in a file of rows.
+    prompts = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise DataError(
             f"{path} holds no prompt; it must hold one per line, or give --prompt 'a text'"

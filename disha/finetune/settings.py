@@ -821,7 +821,8 @@ class GenerateSettings:
     @property
     def converses(self) -> bool:
         """Whether somebody types the prompts, on a terminal."""
-        return not self.prompt and self.prompt_file is None and sys.stdin.isatty()
+        is_asked = not self.prompt and self.prompt_file is None
+        return is_asked and sys.stdin is not None and sys.stdin.isatty()
 
     def check(self) -> None:
         """Check everything that can be checked without reading the model.

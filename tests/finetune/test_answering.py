@@ -162,8 +162,14 @@ def test_a_model_without_a_tokenizer_cannot_be_asked(usual):
 def test_prompts_come_from_the_command_line_or_a_file(usual, tmp_path):
     assert prompts_of(usual) == ["say hello"]
     path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffone\r\n\n two \n".encode())
-    assert prompts_of(changed(usual, prompt_file=path)) == ["one", " two "]
+    path.write_bytes("\ufeffone\r\n\n two \nthree\u2028\x0c3".encode())
+    assert prompts_of(changed(usual, prompt_file=path)) == ["one", " two ", "three\u2028\x0c3"]
+
+
+def test_without_a_standard_input_nobody_types(usual, monkeypatch):
+    """Python has none if it was closed, as by `<&-`."""
+    monkeypatch.setattr("sys.stdin", None)
+    assert not changed(usual, prompt=()).converses
 
 
 def test_prompts_come_from_a_pipe(usual):
