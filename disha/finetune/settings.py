@@ -361,7 +361,7 @@ class RowSettings:
             can also give two names for each.
         template: The text around a query: a text with {query} in it, or a file with one; chat for
             the template of the tokenizer; auto for ChatML if the model knows it, and a plain
-            template otherwise.
+            template otherwise. Chat messages always use the template of the tokenizer.
         max_seq_length: Largest number of tokens of a row. A query that is too long is cut at its
             end. A row whose response does not fit is left out and counted.
         streaming: Keep the tokens of the rows in a temporary file, for data larger than memory.
@@ -403,6 +403,11 @@ class RowSettings:
                 len(set(one.fields)) == len(one.fields),
                 f"--dataset_field needs two different fields, got {one.fields[0]!r} twice",
             )
+        require(
+            self.template in ("auto", "chat") or len(self.dataset_field) > 1,
+            "--template is the text around a query, but --dataset_field names one field, which "
+            "holds no query; leave one of them out",
+        )
         for name, path in self.paths:
             require(
                 path.exists(),

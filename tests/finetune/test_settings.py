@@ -80,6 +80,10 @@ PAIRS = "--rank_pattern must be pairs regex=r, such as v_proj=16 mlp=32, got "
         ({"demo": True}, "--data_path does not go with --demo"),
         ({"dataset_field": ("query", "query")}, "--dataset_field needs two different fields"),
         ({"dataset_field": ("a", "b", "c")}, "--dataset_field must be one or two names, got a b c"),
+        (
+            {"dataset_field": ("text",), "template": "Q: {query} A:"},
+            "--template is the text around a query, but --dataset_field names one field",
+        ),
         ({"data_weights": (1.0, 2.0)}, "--data_weights must be one number for each of 1 data set"),
         ({"data_weights": (-1.0,)}, "--data_weights must be at least 0, got -1"),
         ({"data_weights": (float("nan"),)}, "--data_weights must be at least 0, got nan"),
