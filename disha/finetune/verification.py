@@ -115,7 +115,8 @@ def verify_in_fresh_process(
     module = "disha.finetune.verification"
     finished = subprocess.run([sys.executable, "-m", module], input=request, capture_output=True)
     if finished.returncode != 0:
-        last_words = finished.stderr.decode().strip().splitlines()[-1:] or ["no message"]
+        said = finished.stderr.decode(errors="replace")
+        last_words = said.strip().splitlines()[-1:] or ["no message"]
         raise VerificationError(
             f"the new process that verifies {adapter} failed with code {finished.returncode}: "
             f"{last_words[0]}"
@@ -154,6 +155,7 @@ def _measured(settings: FinetuneSettings, adapter: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    asked_settings, asked_adapter, threads = pickle.load(sys.stdin.buffer)
+    *asked, threads = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(threads)
-    print(json.dumps(_measured(asked_settings, asked_adapter)))
+    answers, sys.stdout = sys.stdout, sys.stderr  # a user's own model may print
+    print(json.dumps(_measured(*asked)), file=answers)

@@ -40,7 +40,11 @@ def regressor():
 
 
 def unseeded():
-    """A model with random weights, and with statistics that training must not change."""
+    """A model with random weights, and with statistics that training must not change.
+
+    Its function prints something, which must not mix with what the command prints for itself.
+    """
+    print("making the model", end=" ")
     return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
 
 
