@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,17 @@ class Verification:
         return is_loaded_close and self.merged_difference <= self.tolerance.merged
 
     def to_json(self) -> dict[str, Any]:
-        """Return the losses and their differences, ready for JSON."""
-        return {
+        """Return the losses and their differences, ready for JSON. What is not finite is None."""
+        found = {
             **asdict(self),
             "loaded_difference": self.loaded_difference,
             "merged_difference": self.merged_difference,
             "agrees": self.agrees,
         }
+        is_lost = {
+            name: isinstance(one, float) and not isfinite(one) for name, one in found.items()
+        }
+        return {name: None if is_lost[name] else one for name, one in found.items()}
 
     def require_agreement(self, adapter: Path) -> None:
         """Raise `VerificationError` if a difference exceeds its tolerance."""

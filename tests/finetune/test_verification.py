@@ -52,6 +52,14 @@ def test_what_the_report_holds():
     assert found["tolerance"] == {"loaded": 1e-4, "merged": 1e-3}
 
 
+def test_a_loss_that_is_no_number_is_null_in_the_report():
+    """The report is written before the command says that the losses disagree."""
+    found = replace(GOOD, loaded=float("nan")).to_json()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert (found["loaded"], found["loaded_difference"], found["agrees"]) == (None, None, False)
+    assert found["merged"] == GOOD.merged
+
+
 @pytest.fixture
 def settings(tmp_path, tiny_path):
     data = tmp_path / "rows.jsonl"
