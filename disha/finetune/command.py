@@ -187,7 +187,7 @@ def _run(
     sharded = is_sharded(trained)
     verification = None
 
-    with _naming_adapter(adapter):
+    with _naming_adapter(adapter), explaining_lack_of_memory():
         processes.check_signals()
         # With shards, no process has the complete model.
         is_asked = processes.is_main and not sharded
@@ -246,13 +246,17 @@ def _save(
 
 @contextmanager
 def _naming_adapter(adapter: Path) -> Iterator[None]:
-    """If writing fails or a signal comes, add to the message where the adapter is."""
+    """If the work after training fails or a signal comes, add to the message where the adapter is.
+
+    Raises:
+        OutputError: the work failed. The input was good enough to train, so it is not to blame.
+    """
     try:
         yield
     except Interrupted as interruption:
         told = f"interrupted after training; the adapter is complete in {adapter}"
         raise Interrupted(interruption.number, told) from interruption
-    except (OSError, VerificationError) as error:
+    except (OSError, disha.DishaError) as error:
         if adapter.exists() and isinstance(error, VerificationError):
             raise
         state = "is complete in" if adapter.exists() else "was deleted:"

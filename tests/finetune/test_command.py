@@ -1040,6 +1040,21 @@ def test_a_result_that_can_not_be_written_says_where_the_adapter_is(finetune, mo
     assert disha.inspect_adapter(adapter).layers
 
 
+@pytest.mark.parametrize("error", [disha.MergeError("tied"), torch.OutOfMemoryError("x")], ids=str)
+def test_work_after_training_that_fails_says_where_the_adapter_is(
+    finetune, monkeypatch, tiny_folder, error
+):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(command, "merge_into_base", fail)
+    done = finetune("--merge", base_model_name_or_path=tiny_folder("qwen3"), max_steps=1, samples=0)
+    assert done.code == 1
+    adapter = finetune.output / "adapter.safetensors"
+    assert f"the adapter is complete in {adapter}" in done.complaint
+    assert disha.inspect_adapter(adapter).layers
+
+
 def test_a_disagreement_is_exit_code_1_and_reported(finetune, monkeypatch):
     def disagree(settings, adapter, checked, trained):
         tolerance = Tolerance(loaded=1e-4, merged=1e-3)
