@@ -109,12 +109,9 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
             inputs = load_inputs(settings)
         for path, count in zip(settings.data.data_path, inputs.drawn, strict=False):
             clock.say(f"an epoch draws {counted(count, 'row')} of {path}")
-        require(
-            not settings.output.merge or inputs.base.folder is not None,
-            "--merge writes a checkpoint as a folder like that of the base model, but "
-            f"{inputs.base.title} is not a folder; leave it out, and export the adapter with disha "
-            "convert",
-        )
+        output = settings.output
+        if output.merge:
+            _require_place_to_merge(inputs, lock.folder)
         in_bf16 = model_dtype(settings.model, processes.device) == torch.bfloat16
         if (settings.training.bf16 or in_bf16) and emulates_bf16(processes.device):
             clock.say(
@@ -131,6 +128,22 @@ def _clear_drafts(folder: Path) -> None:
     """Remove what a killed run has left of results that it was writing."""
     for name in (ADAPTER_NAME, MERGED, LOSSES, RATES, ANSWERS, REPORT, METRICS):
         clear_drafts([folder / name])
+
+
+def _require_place_to_merge(inputs: Inputs, output: Path) -> None:
+    """Raise `SettingsError` if the base model is no folder, or holds the output folder."""
+    folder = inputs.base.folder
+    if folder is None:
+        raise SettingsError(
+            "--merge writes a checkpoint as a folder like that of the base model, but "
+            f"{inputs.base.title} is not a folder; leave it out, and export the adapter with disha "
+            "convert"
+        )
+    require(
+        not output.resolve().is_relative_to(folder.resolve()),
+        f"--merge can't write to --output_dir {output}, because it is in the folder of the base "
+        f"model, {folder}; name a folder elsewhere",
+    )
 
 
 def _is_finished(output: OutputSettings) -> bool:

@@ -544,6 +544,16 @@ def test_a_model_that_is_no_folder_is_not_merged(finetune):
     assert not finetune.output.exists()
 
 
+def test_nothing_is_merged_into_the_folder_of_the_base_model(finetune, tmp_path):
+    folder = tiny_checkpoints.write_folder(tmp_path / "model", "qwen3")
+    before = contents_of(folder)
+    for output in (folder, folder / "out"):
+        done = finetune("--merge", base_model_name_or_path=folder, output_dir=output)
+        assert done.code == 2
+        assert f"--merge can't write to --output_dir {output}, because it is in" in done.complaint
+    assert contents_of(folder) == before
+
+
 def events_of(output):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
