@@ -112,6 +112,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
         output = settings.output
         if output.merge:
             _require_place_to_merge(inputs, lock.folder)
+        if output.save_strategy == "no" and output.save_steps != OutputSettings().save_steps:
+            clock.say("--save_steps acts only with --save_strategy steps, which is not given")
         in_bf16 = model_dtype(settings.model, processes.device) == torch.bfloat16
         if (settings.training.bf16 or in_bf16) and emulates_bf16(processes.device):
             clock.say(
@@ -184,7 +186,7 @@ def _run(
         model = inputs.base.load(processes.device, digest)
     torch.manual_seed(settings.training.seed)
     base = inject(model, settings.adapter, clock.say)
-    _say_sizes(model, inputs, clock)
+    _say_sizes(model, inputs, processes, clock)
     objective = objective_for(model, has_tokenizer=inputs.base.tokenizer is not None)
     if settings.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -219,7 +221,7 @@ def _run(
     return report
 
 
-def _say_sizes(model: nn.Module, inputs: Inputs, clock: Clock) -> None:
+def _say_sizes(model: nn.Module, inputs: Inputs, processes: Processes, clock: Clock) -> None:
     parameters, checked = disha.summary(model), inputs.checked
     clock.say(
         f"training {parameters.trainable:,} of {parameters.total:,} parameters "
@@ -228,6 +230,11 @@ def _say_sizes(model: nn.Module, inputs: Inputs, clock: Clock) -> None:
     clock.say(f"{counted(len(inputs.dataset.training), 'row')} to train on{inputs.tally.remarks}")
     tally = checked.tally if checked.held_out else Tally()
     clock.say(f"{counted(len(inputs.dataset.held_out), 'row')} held out{tally.remarks}")
+    if processes.is_main and (shared := inputs.shared_rows()):
+        clock.say(
+            f"rows to train on that are also held out: {shared:,}; their loss says little about "
+            "new rows"
+        )
 
 
 def _save(

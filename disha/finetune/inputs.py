@@ -92,6 +92,17 @@ class Inputs:
             "set of held-out rows": self.checked.digest(),
         }
 
+    def shared_rows(self) -> int:
+        """Return how many of the rows to train on are held-out rows too, with the same tokens.
+
+        Rows of numbers are not counted.
+        """
+        rows, source = self.checked.rows, self.source
+        if isinstance(rows, Samples) or not isinstance(source, TextBatches):
+            return 0
+        held_out = set(rows.hashes()) if self.checked.held_out else set()
+        return sum(one in held_out for one in source.examples.hashes()) if held_out else 0
+
 
 def load_inputs(settings: FinetuneSettings) -> Inputs:
     """Read the data and the tokenizer, and open the model, so that mistakes show up early.

@@ -439,8 +439,8 @@ class DataSettings(RowSettings):
             row once.
         eval_path: Rows to measure the held-out loss on. Their fields are those of the (first)
             data_path.
-        eval_split: Which rows to hold out, in the notation of dataset_split. They are rows of
-            eval_path, or of data_path if eval_path is not given.
+        eval_split: Which rows to measure on, in the notation of dataset_split. They are rows of
+            eval_path, or of data_path if eval_path is not given. Let dataset_split name others.
         eval_fraction: Hold out a random part of the rows of data_path instead, such as 0.05. The
             seed decides which rows.
         eval_steps: Measure the held-out loss every N steps, and before and after training. With 0,

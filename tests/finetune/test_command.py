@@ -389,6 +389,13 @@ def test_rows_to_measure_on_from_a_file_of_their_own(finetune, tmp_path):
     assert report["loss"]["measured_on"] == "held-out"
 
 
+def test_rows_that_are_also_trained_on_are_spoken_of(finetune):
+    done = finetune(eval_split="train[:3]", max_steps=1, save_steps=2)
+    assert done.code == 0, done.err
+    assert "rows to train on that are also held out: 3; their loss says little" in done.out
+    assert "--save_steps acts only with --save_strategy steps, which is not given" in done.out
+
+
 def test_rows_to_measure_on_from_another_split(finetune, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()

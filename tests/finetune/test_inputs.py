@@ -45,6 +45,13 @@ def test_held_out_rows_are_checked_and_not_trained_on(settings):
     assert first_rows(inputs.dataset) is inputs.dataset.held_out
 
 
+def test_rows_that_are_trained_on_and_held_out_are_counted(settings, tmp_path):
+    assert load_inputs(settings).shared_rows() == 0
+    assert load_inputs(with_values(settings, eval_split="train[:5]")).shared_rows() == 10
+    other = write_rows(tmp_path / "other.jsonl", [{**ROWS[0], "response": "never"}])
+    assert load_inputs(with_values(settings, eval_path=other)).shared_rows() == 0
+
+
 def test_checked_batches_hold_every_row_once(settings):
     checked = load_inputs(with_values(settings, eval_fraction=0.25)).checked
     found = sum(int((batch.labels != -100).sum()) for batch in checked.batches())

@@ -109,6 +109,10 @@ class StoredExamples(Sequence[Example]):
             digest.update(repr(self._sizes).encode())
         return digest.hexdigest()
 
+    def hashes(self) -> Iterator[int]:
+        """Yield a number for each example, which is the same for the same tokens."""
+        return (hash(self._tokens.piece(index).tobytes()) for index in range(len(self)))
+
     def shuffled(self, seed: int) -> Iterator[Example]:
         """Yield the examples that an epoch draws, in an order that `seed` decides."""
         if self._weights:
