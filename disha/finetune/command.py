@@ -105,8 +105,9 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any] | None:
                 "to do; --overwrite_output_dir starts over"
             )
             return None
+        now = processes.on_main(lambda: _now(settings.output))
         with clock.phase("reading data, opening the model"):
-            inputs = load_inputs(settings)
+            inputs = load_inputs(settings, now)
         for path, count in zip(settings.data.data_path, inputs.drawn, strict=False):
             clock.say(f"an epoch draws {counted(count, 'row')} of {path}")
         output = settings.output
@@ -130,6 +131,12 @@ def _clear_drafts(folder: Path) -> None:
     """Remove what a killed run has left of results that it was writing."""
     for name in (ADAPTER_NAME, MERGED, LOSSES, RATES, ANSWERS, REPORT, METRICS):
         clear_drafts([folder / name])
+
+
+def _now(output: OutputSettings) -> float:
+    """Return the time that the chat template sees: the present, or that of the run to resume."""
+    earlier = Checkpoints(output.output).earlier_now() if output.resume else None
+    return time.time() if earlier is None else earlier
 
 
 def _require_place_to_merge(inputs: Inputs, output: Path) -> None:
@@ -367,7 +374,7 @@ def _merge_and_verify(
     if not output.verify:
         return None
     with clock.phase("verifying the file in a new process"):
-        return verify_in_fresh_process(settings, adapter, inputs.checked, course.after)
+        return verify_in_fresh_process(settings, adapter, inputs, course.after)
 
 
 def _report(

@@ -368,6 +368,7 @@ class _Training:
                 "unmeasured": None if unmeasured is None else asdict(unmeasured),
             },
             best=self.best if is_other else None,
+            now=self.inputs.now,
         )
 
     def leave(self, interruption: Interrupted) -> NoReturn:

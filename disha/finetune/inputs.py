@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Inputs:
         tally: how many training rows were used, cut or left out.
         checked: the rows to compare losses on.
         drawn: how many rows an epoch draws from each data set, if they have weights.
+        now: the time that the chat template sees, in seconds since 1970; None for the present.
     """
 
     base: BaseModel
@@ -84,6 +85,7 @@ class Inputs:
     tally: Tally
     checked: Checked
     drawn: Sequence[int] = ()
+    now: float | None = None
 
     def contents(self) -> dict[str, str]:
         """Return hashes of the rows that are learned, and of those that losses are measured on."""
@@ -104,8 +106,12 @@ class Inputs:
         return sum(one in held_out for one in source.examples.hashes()) if held_out else 0
 
 
-def load_inputs(settings: FinetuneSettings) -> Inputs:
+def load_inputs(settings: FinetuneSettings, now: float | None = None) -> Inputs:
     """Read the data and the tokenizer, and open the model, so that mistakes show up early.
+
+    Args:
+        settings: the settings of the run.
+        now: the time that the chat template sees, in seconds since 1970; None for the present.
 
     Raises:
         DataError: a data file is damaged, or no row can be used.
@@ -121,7 +127,7 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
     if base.tokenizer is None:
         return _of_numbers(settings, base, dataset)
     require_context(data, base)
-    encoder = encoder_for(data, base.tokenizer, settings.adapter.adapter)
+    encoder = encoder_for(data, replace(base.tokenizer, now=now), settings.adapter.adapter)
     if len(dataset.held_out):
         rows, held_out_tally = encode_rows(dataset.held_out, encoder)
         checked = Checked("held-out", rows, True, held_out_tally)
@@ -140,7 +146,7 @@ def load_inputs(settings: FinetuneSettings) -> Inputs:
     size = settings.training.per_device_train_batch_size
     source = TextBatches(examples, size, settings.training.seed, row_length, data.group_by_length)
     drawn = examples.drawn if data.data_weights else ()
-    return Inputs(base, dataset, encoder, source, tally, checked, drawn)
+    return Inputs(base, dataset, encoder, source, tally, checked, drawn, now)
 
 
 def encoder_for(data: RowSettings, tokenizer: Tokenizer, adapter: Path | None) -> Encoder:

@@ -19,7 +19,7 @@ import torch
 
 import disha
 from disha.finetune.errors import VerificationError
-from disha.finetune.inputs import Checked, load_inputs
+from disha.finetune.inputs import Inputs, load_inputs
 from disha.finetune.report import peak_memory
 from disha.finetune.settings import FinetuneSettings
 from disha.finetune.training.evaluation import mean_loss
@@ -103,20 +103,20 @@ class Verification:
 
 
 def verify_in_fresh_process(
-    settings: FinetuneSettings, adapter: Path, checked: Checked, trained_loss: float
+    settings: FinetuneSettings, adapter: Path, inputs: Inputs, trained_loss: float
 ) -> Verification:
     """Recompute the loss of the run's checked rows in a new Python process.
 
     Args:
         settings: the settings of the run.
         adapter: the adapter file that the run saved.
-        checked: the rows to compare losses on.
+        inputs: the inputs of the run, with the rows to compare losses on.
         trained_loss: the trained model's loss on them.
 
     Raises:
         VerificationError: the process failed, or found other rows.
     """
-    request = pickle.dumps((settings, adapter, torch.get_num_threads()))
+    request = pickle.dumps((settings, adapter, inputs.now, torch.get_num_threads()))
     module = "disha.finetune.verification"
     finished = subprocess.run([sys.executable, "-m", module], input=request, capture_output=True)
     if finished.returncode != 0:
@@ -127,7 +127,7 @@ def verify_in_fresh_process(
             f"{last_words[0]}"
         )
     found = json.loads(finished.stdout.splitlines()[-1])
-    if found.pop("rows") != checked.digest():
+    if found.pop("rows") != inputs.checked.digest():
         raise VerificationError(
             f"{adapter} can't be verified: the data have changed since training began; do not "
             "change the files during a run"
@@ -137,9 +137,9 @@ def verify_in_fresh_process(
     return Verification(trained=trained_loss, tolerance=tolerance, **found)
 
 
-def _measured(settings: FinetuneSettings, adapter: Path) -> dict[str, Any]:
+def _measured(settings: FinetuneSettings, adapter: Path, now: float | None) -> dict[str, Any]:
     """Return the losses that the fresh process measures."""
-    inputs = load_inputs(settings)
+    inputs = load_inputs(settings, now)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = inputs.base.load(device)
     disha.load_adapter(model, adapter)

@@ -1073,7 +1073,7 @@ def test_work_after_training_that_fails_says_where_the_adapter_is(
 
 
 def test_a_disagreement_is_exit_code_1_and_reported(finetune, monkeypatch):
-    def disagree(settings, adapter, checked, trained):
+    def disagree(settings, adapter, inputs, trained):
         tolerance = Tolerance(loaded=1e-4, merged=1e-3)
         return Verification(trained, trained + 1, trained, tolerance, None)
 

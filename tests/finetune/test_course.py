@@ -14,8 +14,10 @@ import pytest
 
 from disha.cli import main
 from disha.finetune.stopping import SIGNALS
+from tests.finetune import tiny_checkpoints
 from tests.finetune.command_line import (
     FILES,
+    ROWS,
     adapter_of,
     arguments,
     interrupted_after,
@@ -112,6 +114,30 @@ def test_interrupted_a_run_leaves_a_checkpoint_to_go_on_from(finetune, straight,
     report = finetune.good("--resume", **SAVING)
     assert report["training"]["resumed_from"] == str(checkpoint)
     assert result_of(finetune.output) == result_of(straight)
+
+
+def test_a_chat_template_that_writes_the_date_goes_on_on_another_day(
+    finetune, tmp_path, monkeypatch
+):
+    folder = tiny_checkpoints.write_folder(tmp_path / "model", "llama3")
+    (folder / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for message in messages %}"
+        "{{ message['role'] }}: {{ message['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    roles = {"query": "user", "response": "assistant"}
+    chats = [
+        {"messages": [{"role": role, "content": row[name]} for name, role in roles.items()]}
+        for row in ROWS
+    ]
+    changes = {"base_model_name_or_path": folder, "dataset_field": "messages", "max_steps": 4}
+    changes["data_path"] = write_rows(tmp_path / "chats.jsonl", chats)
+    assert interrupted_after(2, lambda: finetune(**changes)).code == 130
+    later = time.time() + 3 * 86400
+    monkeypatch.setattr(time, "time", lambda: later)
+    report = finetune.good("--resume", "--verify", **changes)
+    assert report["training"]["resumed_from"] is not None
+    assert report["verification"]["agrees"]
 
 
 def test_evaluations_at_their_steps_and_after_the_last(straight):

@@ -4,6 +4,7 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,13 +74,14 @@ def settings(tmp_path, tiny_path):
     )
 
 
-def checked(*examples):
-    return Checked("held-out", StoredExamples(examples), True, Tally())
+def inputs(*examples):
+    rows = Checked("held-out", StoredExamples(examples), True, Tally())
+    return SimpleNamespace(checked=rows, now=None)
 
 
 def test_a_fresh_process_that_fails_is_quoted(tmp_path, settings):
     with pytest.raises(VerificationError, match=r"failed with code 1: .*absent\.safetensors"):
-        verify_in_fresh_process(settings, tmp_path / "absent.safetensors", checked(), 1.0)
+        verify_in_fresh_process(settings, tmp_path / "absent.safetensors", inputs(), 1.0)
 
 
 def answering(monkeypatch, **found):
@@ -92,7 +94,7 @@ def answering(monkeypatch, **found):
 def test_data_that_changed_meanwhile_are_named(tmp_path, settings, monkeypatch):
     answering(monkeypatch, rows="others")
     with pytest.raises(VerificationError, match="the data have changed since training began"):
-        verify_in_fresh_process(settings, tmp_path / "a.safetensors", checked(), 5.0)
+        verify_in_fresh_process(settings, tmp_path / "a.safetensors", inputs(), 5.0)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_products_in_bfloat16_may_differ_as_bfloat16_does(
     tmp_path, settings, monkeypatch, changes, tolerance
 ):
     """Whatever the weights are kept in: merged ones are rounded to it."""
-    answering(monkeypatch, rows=checked().digest())
+    answering(monkeypatch, rows=inputs().checked.digest())
     settings = with_values(settings, **changes)
-    found = verify_in_fresh_process(settings, tmp_path / "a.safetensors", checked(), 5.0)
+    found = verify_in_fresh_process(settings, tmp_path / "a.safetensors", inputs(), 5.0)
     assert found.tolerance == tolerance

@@ -109,7 +109,9 @@ def _rendered(
         "documents": None,
         "add_generation_prompt": prompts,
     }
-    rendered = run_template(_template(tokenizer), variables, tokenizer.source, others)
+    rendered = run_template(
+        _template(tokenizer), variables, tokenizer.source, others, tokenizer.now
+    )
     if not rendered.text.strip():
         raise DataError("the model's chat template makes no text of the messages")
     return rendered

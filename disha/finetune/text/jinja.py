@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.spawn import get_executable
@@ -56,7 +57,11 @@ class Rendered:
 
 
 def run_template(
-    template: str, variables: Mapping[str, Any], source: object, others: Sequence[Form] = ()
+    template: str,
+    variables: Mapping[str, Any],
+    source: object,
+    others: Sequence[Form] = (),
+    now: float | None = None,
 ) -> Rendered:
     """Render a chat template.
 
@@ -65,6 +70,7 @@ def run_template(
         variables: the template's variables, by name.
         source: where the template came from; for messages.
         others: other forms of the conversation to compare the text with.
+        now: the time that the template sees, in seconds since 1970; by default, the present.
 
     Raises:
         TokenizerError: the template itself is damaged, or passes a limit.
@@ -82,7 +88,8 @@ def run_template(
     )
     renderer = _renderers.setdefault(os.getpid(), _Renderer())
     try:
-        kind, content = renderer.ask((template, given, others), limits)
+        moment = time.time() if now is None else now
+        kind, content = renderer.ask((template, given, others, moment), limits)
     except _LimitError as error:
         raise TokenizerError(
             f"the chat template of {source} {error}; use --template auto or a text with {{query}} "

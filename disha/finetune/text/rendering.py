@@ -79,18 +79,23 @@ def _allow(seconds: float) -> None:
 
 
 def _answer(
-    template: str, variables: bytes, others: Sequence[tuple[int, bool]], seconds: float
+    template: str,
+    variables: bytes,
+    others: Sequence[tuple[int, bool]],
+    now: float,
+    seconds: float,
 ) -> tuple[bytes, bytes]:
     """Render a conversation, and measure how much of its text its other forms share.
 
-    A form has the first messages of the conversation, and may ask for an answer after them.
+    A form has the first messages of the conversation, and may ask for an answer after them. The
+    template sees the time `now`, in seconds since 1970.
     """
     kind = DAMAGED
     try:
         _allow(seconds)
         compiled = _compiled(template)
         kind = FAILED
-        given = pickle.loads(variables)
+        given = pickle.loads(variables) | {"strftime_now": datetime.fromtimestamp(now).strftime}
         _allow(seconds)
         text = compiled.render(given)
         lengths = b""
@@ -129,7 +134,10 @@ def _compiled(template: str) -> Any:
 
 
 def environment() -> Any:
-    """Return the environment of templates, with the same functions as in transformers."""
+    """Return the environment of templates, with the same functions as in transformers.
+
+    `strftime_now` is a variable of each text, because the caller says what time it is.
+    """
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -151,7 +159,6 @@ def environment() -> Any:
     )
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _refuse
-    made.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return made
 
 

@@ -32,6 +32,8 @@ class Tokenizer:
         chat_template: the model's own Jinja template for conversations; None if it has none.
         named: special tokens under the names that chat templates use, such as ``bos_token``.
         source: the file or folder that it came from; for messages.
+        now: the time that the chat template sees, in seconds since 1970; None for the present. Some
+            templates write today's date.
     """
 
     backend: BackendTokenizer
@@ -41,6 +43,7 @@ class Tokenizer:
     chat_template: str | None = None
     named: Mapping[str, str] = field(default_factory=dict)
     source: object = "the given tokenizer"
+    now: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ends", self.ends | {self.end})

@@ -6,7 +6,7 @@
 - ``best.safetensors``: the adapter of the best step so far, if it is wanted and is another one
 - ``training.pt``: optimizer state by parameter name, place in the data, random states, history;
   tensors and plain data only
-- ``manifest.json``: the SHA-256 of the others
+- ``manifest.json``: the SHA-256 of the others, and the time that the chat template saw
 
 A checkpoint is written completely or not at all. If a save is killed, the next one, or resuming,
 finishes it or removes what it left. Optimizer states are gathered, so any number of processes can
@@ -24,7 +24,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -111,6 +111,7 @@ class Checkpoints:
         setup: Mapping[str, Any],
         history: Mapping[str, Any],
         best: Mapping[str, Tensor] | None = None,
+        now: float | None = None,
     ) -> Path:
         """Save a checkpoint. Then, with a limit, remove the checkpoints beyond it.
 
@@ -124,6 +125,7 @@ class Checkpoints:
             setup: plain data on what the run depends on.
             history: plain data to get back when resuming, such as the losses so far.
             best: from `adapter_values`, another adapter to keep with this one.
+            now: the time that the chat template sees, for `earlier_now`.
 
         Returns:
             The folder of the checkpoint.
@@ -149,7 +151,7 @@ class Checkpoints:
                 if best is not None:
                     with _holding(objective, best):
                         self._save_adapter(objective, folder / BEST)
-                self._on_main(lambda: _complete(folder, state))
+                self._on_main(lambda: _complete(folder, state, now))
                 self._on_main(stack.close)
         except OSError as error:  # every process gets this error
             self._processes.barrier()  # the main process has removed the new folder
@@ -267,6 +269,17 @@ class Checkpoints:
         }
         return sorted(found, key=lambda path: found[path], reverse=True)
 
+    def earlier_now(self) -> float | None:
+        """Return the time that the chat template saw in the run to resume; None if unknown.
+
+        It is needed before the rows are read, so it is in the manifest, which is small.
+        """
+        for path in self.newest_first():
+            with suppress(_DamagedError, OSError):
+                now = _manifest(path).get("now")
+                return now if isinstance(now, float) else None
+        return None
+
     def _listed(self) -> list[Path]:
         with _explained(f"{self._folder} can't be read"):
             try:
@@ -301,14 +314,14 @@ class _DamagedError(disha.DishaError):
     """A file of a checkpoint is not as it was written."""
 
 
-def _complete(folder: Path, state: Mapping[str, Any]) -> None:
+def _complete(folder: Path, state: Mapping[str, Any], now: float | None) -> None:
     """Write the state of training and the manifest beside the adapter."""
     buffer = io.BytesIO()  # because torch.save hides why a file can't be written
     torch.save(state, buffer)
     (folder / TRAINING).write_bytes(buffer.getbuffer())
     written = sorted(path.name for path in folder.iterdir())
     files = {name: file_hash(folder / name) for name in written}
-    manifest = json.dumps({"format": FORMAT, "files": files}, indent=2)
+    manifest = json.dumps({"format": FORMAT, "files": files, "now": now}, indent=2)
     (folder / MANIFEST).write_text(f"{manifest}\n", encoding="utf-8")
 
 
@@ -332,7 +345,7 @@ def _cause(error: OSError) -> OSError:
 def _read(folder: Path) -> SavedState:
     """Read a checkpoint, after checking its hashes."""
     try:
-        hashes = _hashes(folder)
+        hashes = _manifest(folder)["files"]
         for name in {ADAPTER_NAME, TRAINING, *hashes}:
             if file_hash(folder / name) != hashes.get(name):
                 raise _DamagedError(f"{name} is damaged: its SHA-256 is not that of the manifest")
@@ -353,15 +366,15 @@ def _read(folder: Path) -> SavedState:
         raise _DamagedError(f"{TRAINING} can't be used: {error}") from error
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, hashes = manifest["format"], dict(manifest["files"])
+        version, files = manifest["format"], dict(manifest["files"])
     except (ValueError, TypeError, KeyError) as error:
         raise _DamagedError(f"{MANIFEST} is damaged") from error
     if version != FORMAT:
         raise _DamagedError(f"its format is {version!r}, and this version reads {FORMAT}")
-    return hashes
+    return {**manifest, "files": files}
 
 
 # --- state ---------------------------------------------------------------------------------------

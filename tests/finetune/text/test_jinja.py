@@ -83,6 +83,13 @@ def test_today_can_be_asked_for():
     assert run("{{ strftime_now('%Y') }}") in years
 
 
+def test_the_time_that_a_template_sees_can_be_given():
+    for day in (1, 20, 3):
+        now = datetime(2031, 5, day, 12).timestamp()
+        rendered = run_template("{{ strftime_now('%d %b %Y') }}", {}, "here", now=now)
+        assert rendered.text == f"{day:02} May 2031"
+
+
 def test_a_template_can_refuse():
     with pytest.raises(DataError, match=r"can't take the messages: roles must alternate"):
         run("{{ raise_exception('roles must alternate') }}")

@@ -319,6 +319,20 @@ def test_saving_a_step_again_changes_nothing(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "checkpoint-1").iterdir()}
 
 
+def test_the_time_that_templates_saw_is_known_before_the_rest_is_read(copied):
+    assert Checkpoints(copied).earlier_now() is None
+    run = Run(copied)
+    run.restore()
+    history = {"losses": run.losses}
+    run.checkpoints.save(
+        run.objective, run.optimizer, Progress(4, 1, 7), setup=SETUP, history=history, now=12.5
+    )
+    assert Checkpoints(copied).earlier_now() == 12.5
+    (copied / "checkpoint-9").mkdir()  # damaged
+    assert Checkpoints(copied).earlier_now() == 12.5
+    assert Checkpoints(copied / "absent").earlier_now() is None
+
+
 def test_a_step_whose_checkpoint_was_deleted_is_saved_again(tmp_path):
     run = Run(tmp_path)
     run.train(steps=1)

@@ -269,7 +269,7 @@ def check_two_processes_go_on_where_one_was(folder):
 
 
 def check_a_full_disk_is_told_to_both(folder):
-    def full(path, content):
+    def full(*written):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for strategy in STRATEGIES:
