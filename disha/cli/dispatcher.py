@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 import traceback
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from disha.cli.meanings import COMMAND_WORDS, in_flags, nearest
 from disha.errors import AdapterFileWarning, ArgumentError, DishaError
-from disha.text import printable
+from disha.text import printable, silence, tell
 from disha.version import __version__
 
 __all__ = ["COMMANDS", "DONE", "FAILED", "NO", "SIGNALLED", "TROUBLE", "Command", "debugging"]
@@ -150,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader has closed the pipe, as `| head` does. Python must not write the rest when it
         # ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return failed
     except (DishaError, OSError) as error:
         if debugging.get():
@@ -224,4 +223,4 @@ def _short_warnings(command: Command) -> Iterator[None]:
 
 def _complain(message: str) -> None:
     line = "; ".join(message.splitlines()).replace(":; ", ": ")  # a list follows a colon
-    print(f"disha: {printable(line)}", file=sys.stderr)
+    tell(f"disha: {printable(line)}", sys.stderr)

@@ -47,7 +47,7 @@ from disha.finetune.training.loop import (
 )
 from disha.finetune.training.optimizers import make_optimizer
 from disha.finetune.training.parallel import Processes, undistributed
-from disha.text import counted
+from disha.text import counted, tell
 
 __all__ = ["Course", "train"]
 
@@ -378,8 +378,7 @@ class _Training:
             told = "interrupted before the end of the first step; run the same command again"
         else:
             if self.processes.is_main:
-                line = "\nsaving a checkpoint; press Ctrl-C again to stop at once"
-                print(line, file=sys.stderr, flush=True)
+                tell("\nsaving a checkpoint; press Ctrl-C again to stop at once", sys.stderr)
             self.optimizer.zero_grad(set_to_none=True)
             restore_random_state(self.random)
             told = (

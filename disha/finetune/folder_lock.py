@@ -21,6 +21,7 @@ from io import FileIO
 from pathlib import Path
 
 from disha.finetune.errors import OutputError
+from disha.text import tell
 
 __all__ = ["LOCK", "FolderLock", "is_at"]
 
@@ -167,7 +168,7 @@ def is_at(path: Path, file: FileIO) -> bool:
 
 
 def _warn(message: str) -> None:
-    print(f"disha: warning: {message}", file=sys.stderr, flush=True)
+    tell(f"disha: warning: {message}", sys.stderr)
 
 
 # --- the system's locks --------------------------------------------------------------------------

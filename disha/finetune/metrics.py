@@ -20,6 +20,7 @@ from disha.finetune.folder_lock import FolderLock, is_at
 from disha.finetune.report import write_text
 from disha.finetune.reports import EVENTS, Report, open_reports
 from disha.finetune.training.loop import Step
+from disha.text import tell
 
 __all__ = ["METRICS", "Metrics", "recorded_steps", "recording"]
 
@@ -105,11 +106,10 @@ class Metrics:
             else:
                 raise
             reason = getattr(error, "strerror", None) or error
-            print(
+            tell(
                 f"disha: warning: {name} can't be written: {reason}; training "
                 "continues, but is no longer recorded there",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeAlias, TypeVar
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from disha.finetune.training.loop import Step
+from disha.text import tell
 
 __all__ = ["Clock", "ShowStep", "showing_progress"]
 
@@ -38,7 +39,7 @@ class Clock:
         """Print a line. Characters that the output can't encode are escaped."""
         if self._prints:
             encoding = sys.stdout.encoding or "utf-8"
-            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            tell(line.encode(encoding, "backslashreplace").decode(encoding), sys.stdout)
 
     def watched(self, items: Iterable[T], total: int, label: str) -> Iterator[T]:
         """Yield items, and move a bar if this is a terminal."""
@@ -79,7 +80,7 @@ def showing_progress(
             # Step and seconds include the part of the run before a resume.
             left = step.seconds / step.step * (steps - step.step)
             line = f"step {step.step}/{steps}: {_numbers(step)}, {left:.0f} s left"
-            print(line + _evaluated(", ", step, checked), flush=True)
+            tell(line + _evaluated(", ", step, checked), sys.stdout)
 
     if not shown:
         yield lambda step: None
@@ -93,7 +94,8 @@ def showing_progress(
             if is_due(step):
                 bar.set_postfix_str(_numbers(step), refresh=False)
             if step.eval_loss is not None:
-                bar.write(_evaluated(f"step {step.step}: ", step, checked), file=sys.stdout)
+                with suppress(OSError):  # a bar itself bears a closed terminal
+                    bar.write(_evaluated(f"step {step.step}: ", step, checked), file=sys.stdout)
             bar.update(step.step - bar.n)
 
         yield move_bar

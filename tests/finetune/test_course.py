@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import random
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -138,6 +141,34 @@ def test_a_chat_template_that_writes_the_date_goes_on_on_another_day(
     report = finetune.good("--resume", "--verify", **changes)
     assert report["training"]["resumed_from"] is not None
     assert report["verification"]["agrees"]
+
+
+class Gone(io.StringIO):
+    """Standard output or error of a closed terminal, or a pipe whose reader has ended."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.code, self.nowhere = code, open(os.devnull, "w")  # noqa: SIM115
+
+    def write(self, text):
+        raise OSError(self.code, os.strerror(self.code))
+
+    def fileno(self):
+        return self.nowhere.fileno()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EPIPE])
+def test_a_closed_terminal_stops_no_run_and_loses_no_step(
+    tmp_path, finetune, straight, monkeypatch, code
+):
+    """`tee` ends at Ctrl-C too, and a closed terminal sends SIGHUP."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Gone(code))
+    words = arguments(finetune.model, finetune.data, finetune.output, **SAVING)
+    assert interrupted_after(4, lambda: main(words), signal.SIGHUP) == 128 + signal.SIGHUP
+    assert checkpoints_in(finetune.output) == ["checkpoint-3", "checkpoint-4"]
+    assert main([*words, "--resume"]) == 0
+    assert result_of(finetune.output) == result_of(straight)
 
 
 def test_evaluations_at_their_steps_and_after_the_last(straight):
