@@ -25,6 +25,7 @@ from disha.finetune.models.decoder import DecoderConfig
 from disha.finetune.models.families import LLAMA, QWEN2, QWEN3, family_of
 from disha.finetune.models.fields import Fields
 from disha.finetune.models.gguf_header import Header, StoredTensor, damaged, read_header
+from disha.text import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +70,8 @@ class GGUFCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.title = path, path.stem
+        # The adapter file notes the title, and its notes must be Unicode.
+        self.path, self.title = path, printable(path.stem)
         header = _header(path)
         self.fields, self.tensors = header.values, header.tensors
         self._family = family_of(self.fields.get("general.architecture"), path, ARCHITECTURES)

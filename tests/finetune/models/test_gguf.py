@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -39,6 +42,11 @@ def test_configuration_is_the_files(tiny_checkpoint):
     assert (config.context, config.vocabulary) == (128, len(tiny_gguf.TOKENS))
     assert config.rope_base == 5000.0
     assert config.norm_epsilon == pytest.approx(1e-5)
+
+
+def test_a_title_is_text_whatever_the_bytes_of_the_name(tiny_path, tmp_path):
+    path = shutil.copy(tiny_path, tmp_path / os.fsdecode(b"m\xff\x1b.gguf"))
+    assert GGUFCheckpoint(path).title == r"m\udcff\x1b"
 
 
 def test_weights_are_in_the_dtype_asked_for(tiny_checkpoint):
