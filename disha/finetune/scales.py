@@ -1,7 +1,8 @@
 """Measures what a model has learned and what it has forgotten, at several scales of its adapter.
 
 At scale 0 the model is the base, and at scale 1 it is as trained. Any other scale multiplies the
-update. `disha evaluate --scales` measures the model at each scale.
+update. Parameters that were saved with the blocks act at every scale. `disha evaluate --scales`
+measures the model at each scale.
 """
 
 from __future__ import annotations

@@ -871,7 +871,7 @@ class EvaluateSettings:
         exact_match: Also generate an answer to every query, and count the answers that equal the
             response, apart from surrounding white space.
         scales: Also measure the loss at these scales of the adapter, with commas: 0,0.5,1. At 0 the
-            adapter is off, at 1 it is as trained.
+            adapter is off, at 1 it is as trained. Parameters saved with it act at every scale.
         retain: A file or folder of rows on which the model should stay good, with the same fields
             as those of data_path. With --scales, their loss is measured too.
         plot: Draw the losses at the scales into this PNG file.
