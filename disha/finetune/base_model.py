@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -97,7 +97,7 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
 
     return BaseModel(
         title=checkpoint.title,
-        tokenizer=tokenizer,
+        tokenizer=replace(tokenizer, vocabulary=config.vocabulary),
         context=config.context,
         folder=checkpoint.folder,
         path=_lasting(checkpoint.path),
@@ -115,7 +115,8 @@ def _of_transformers(
         tokenizer = open_tokenizer(settings.tokenizer or folder)
     else:
         tokenizer = adopt(opened.tokenizer())
-    _require_known_tokens(tokenizer, _vocabulary_of(opened), checkpoint.title)
+    vocabulary = _vocabulary_of(opened)
+    _require_known_tokens(tokenizer, vocabulary, checkpoint.title)
 
     def load(device: torch.device, digest: Hash | None = None) -> nn.Module:
         if device.type == "meta":
@@ -125,7 +126,7 @@ def _of_transformers(
 
     return BaseModel(
         title=checkpoint.title,
-        tokenizer=tokenizer,
+        tokenizer=replace(tokenizer, vocabulary=vocabulary),
         context=context_of(opened),
         folder=folder,
         path=_lasting(folder),
@@ -219,7 +220,8 @@ def _vocabulary_of(model: object) -> int | None:
 def _require_known_tokens(tokenizer: Tokenizer, vocabulary: int | None, title: str) -> None:
     """Raise if the model has no embedding for an ordinary token, or for the begin or end token.
 
-    Tokens added to the tokenizer do not count: some models lack embeddings for those never used.
+    Other tokens added to the tokenizer do not count here: some models lack embeddings for those
+    never used. A text that has one is refused when it is cut into tokens.
     """
     if vocabulary is None:
         return

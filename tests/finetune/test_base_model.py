@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer as BackendTokenizer
 from torch import nn
 
 import disha
@@ -19,7 +20,9 @@ from disha.finetune.errors import (
 )
 from disha.finetune.models.decoder import Decoder
 from disha.finetune.settings import FinetuneSettings, ModelSettings
-from tests.finetune import tiny_gguf
+from disha.finetune.text.chat import encode_chat
+from disha.finetune.text.templates import PLAIN
+from tests.finetune import tiny_checkpoints, tiny_gguf
 from tests.finetune.command_line import (
     Done,
     adapter_of,
@@ -59,6 +62,28 @@ def test_another_tokenizer_takes_the_place_of_the_models_own(tiny_path, tiny_fol
     settings = ModelSettings(base_model_name_or_path=tiny_path, tokenizer=tiny_folder("qwen3"))
     assert open_base_model(settings).tokenizer.chat_template is not None
     assert open_base_model(ModelSettings(base_model_name_or_path=tiny_path)).tokenizer is not None
+
+
+@pytest.mark.parametrize("family", ["llama3", "phi"])
+def test_a_token_that_the_model_has_no_embedding_for_is_named(finetune, tmp_path, family):
+    """As after adding tokens to the tokenizer, but not to the embedding."""
+    folder = tiny_checkpoints.write_folder(tmp_path / "model", family)
+    file = str(folder / "tokenizer.json")
+    backend = BackendTokenizer.from_file(file)
+    backend.add_special_tokens(["<|new|>"])
+    backend.save(file)
+    tokenizer = open_base_model(ModelSettings(base_model_name_or_path=folder)).tokenizer
+    assert tokenizer.knows("<|im_end|>")
+    assert not tokenizer.knows("<|new|>")
+    before, asked, _ = PLAIN.parts("<|new|>", tokenizer)  # it is text
+    assert tokenizer.known([*before, *asked])
+    with pytest.raises(TokenizerError, match=r"'<\|new\|>' is token"):
+        encode_chat([{"role": "assistant", "content": "<|new|>"}], tokenizer)
+    done = finetune(base_model_name_or_path=folder, template="<|new|>{query}")
+    assert done.code == 2
+    new, known = backend.token_to_id("<|new|>"), len(tiny_gguf.TOKENS)
+    assert f"'<|new|>' is token {new}, but the model knows {known} tokens only" in done.complaint
+    finetune.good(base_model_name_or_path=folder, max_steps=1)
 
 
 @pytest.mark.parametrize(

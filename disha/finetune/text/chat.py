@@ -54,13 +54,13 @@ def encode_chat(messages: object, tokenizer: Tokenizer) -> tuple[list[int], list
     Raises:
         DataError: the messages are malformed, or the template refuses them. The caller adds the
             file and row.
-        TokenizerError: the chat template is damaged.
+        TokenizerError: the chat template is damaged, or the model does not know one of the tokens.
     """
     turns = _up_to_last_answer(_checked(messages))
     rendered = _rendered(turns, tokenizer, [form for one in _answered(turns) for form in one])
     text = rendered.text
     ids, places = tokenizer.encode_with_places(text)
-    begin = _begin(ids, tokenizer)
+    begin = _begin(tokenizer.known(ids), tokenizer)
     learned = [
         span
         for characters in _answers(turns, rendered)

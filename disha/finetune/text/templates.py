@@ -70,7 +70,7 @@ class Template:
         ids, places = tokenizer.encode_with_places(self.before + query)
         first = sum(end <= len(self.before) for _, end in places)
         if tokenizer.special.isdisjoint(ids[first:]):
-            return ids[:first], ids[first:]
+            return tokenizer.known(ids[:first]), tokenizer.known(ids[first:])
         # The query spells a special token, which must stay text.
         asked = tokenizer.encode(query, special=False, continues=bool(self.before))
         return tokenizer.encode(self.before), asked

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from disha.finetune.errors import TokenizerError
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BackendTokenizer
 
@@ -34,6 +36,8 @@ class Tokenizer:
         source: the file or folder that it came from; for messages.
         now: the time that the chat template sees, in seconds since 1970; None for the present. Some
             templates write today's date.
+        vocabulary: how many tokens the model knows; None if that is not known. A tokenizer may have
+            added tokens beyond them.
     """
 
     backend: BackendTokenizer
@@ -44,6 +48,7 @@ class Tokenizer:
     named: Mapping[str, str] = field(default_factory=dict)
     source: object = "the given tokenizer"
     now: float | None = None
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ends", self.ends | {self.end})
@@ -71,19 +76,35 @@ class Tokenizer:
     def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the token ids of `text`, and the place of each token in it, as (first, end).
 
-        Names of special tokens mean those tokens.
+        Names of special tokens mean those tokens. The model may not know them; see `known`.
         """
         self.backend.encode_special_tokens = False
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
+
+    def known(self, ids: list[int]) -> list[int]:
+        """Return token ids that the model has embeddings for.
+
+        Raises:
+            TokenizerError: it has none for one of them.
+        """
+        unknown = min(self._unknown.intersection(ids), default=None) if self._unknown else None
+        if unknown is not None:
+            raise TokenizerError(
+                f"{self.backend.id_to_token(unknown)!r} is token {unknown}, but the model knows "
+                f"{self.vocabulary} tokens only; give another --template or --tokenizer, or "
+                "enlarge the embedding of the model"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def knows(self, *tokens: str) -> bool:
-        """Return whether all of `tokens` are in the vocabulary."""
-        return all(self.backend.token_to_id(token) is not None for token in tokens)
+        """Return whether all of `tokens` are in the vocabulary, and the model knows them."""
+        ids = [self.backend.token_to_id(token) for token in tokens]
+        return all(index is not None and index not in self._unknown for index in ids)
 
     def settles(self, index: int) -> bool:
         """Return whether this token makes the text so far final.
@@ -108,7 +129,15 @@ class Tokenizer:
 
     def _ids(self, text: str, special: bool) -> list[int]:
         self.backend.encode_special_tokens = not special
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.known(self.backend.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _unknown(self) -> frozenset[int]:
+        """The ids of added tokens that the model has no embedding for."""
+        if self.vocabulary is None:
+            return frozenset()
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(index for index in added if index >= self.vocabulary)
 
 
 def is_text(text: str) -> bool:

@@ -409,6 +409,8 @@ class Bytes:
         return list(text.encode())
     def encode_with_places(self, text):
         return self.encode(text), [(i, i + 1) for i in range(len(text))]
+    def known(self, ids):
+        return ids
 
 def peak():
     line, = (l for l in open("/proc/self/status") if l.startswith("VmHWM"))
