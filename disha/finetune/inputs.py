@@ -58,10 +58,6 @@ class Checked:
         else:
             yield from batch_by_length(self.rows, CHECKED_BATCH)
 
-    def digest(self) -> str:
-        """Return a hash of the rows."""
-        return self.rows.digest()
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -91,7 +87,7 @@ class Inputs:
         """Return hashes of the rows that are learned, and of those that losses are measured on."""
         return {
             "set of rows": self.source.digest(),
-            "set of held-out rows": self.checked.digest(),
+            "set of held-out rows": self.checked.rows.digest(),
         }
 
     def shared_rows(self) -> int:

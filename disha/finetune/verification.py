@@ -127,7 +127,7 @@ def verify_in_fresh_process(
             f"{last_words[0]}"
         )
     found = json.loads(finished.stdout.splitlines()[-1])
-    if found.pop("rows") != inputs.checked.digest():
+    if found.pop("rows") != inputs.checked.rows.digest():
         raise VerificationError(
             f"{adapter} can't be verified: the data have changed since training began; do not "
             "change the files during a run"
@@ -152,7 +152,7 @@ def _measured(settings: FinetuneSettings, adapter: Path, now: float | None) -> d
     loaded = loss()
     disha.merge_adapters(model, untie=True, dense=settings.model.quantised)
     return {
-        "rows": inputs.checked.digest(),
+        "rows": inputs.checked.rows.digest(),
         "loaded": loaded,
         "merged": loss(),
         "peak_memory_bytes": peak_memory(),

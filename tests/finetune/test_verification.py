@@ -104,7 +104,7 @@ def test_products_in_bfloat16_may_differ_as_bfloat16_does(
     tmp_path, settings, monkeypatch, changes, tolerance
 ):
     """Whatever the weights are kept in: merged ones are rounded to it."""
-    answering(monkeypatch, rows=inputs().checked.digest())
+    answering(monkeypatch, rows=inputs().checked.rows.digest())
     settings = with_values(settings, **changes)
     found = verify_in_fresh_process(settings, tmp_path / "a.safetensors", inputs(), 5.0)
     assert found.tolerance == tolerance
