@@ -67,12 +67,11 @@ class BaseModel:
     load: Load
 
 
-def open_base_model(settings: ModelSettings, default: Path | None = None) -> BaseModel:
+def open_base_model(settings: ModelSettings) -> BaseModel:
     """Open the model that settings name.
 
     Args:
         settings: which model, and how to store it.
-        default: the file or folder to open instead; None opens the one that the settings name.
 
     Raises:
         CheckpointError: the model can't be read.
@@ -81,7 +80,7 @@ def open_base_model(settings: ModelSettings, default: Path | None = None) -> Bas
     """
     if settings.model is not None:
         return _made(settings)
-    checkpoint = open_model(settings.base_model if default is None else default)
+    checkpoint = open_model(settings.base_model)
     try:
         config = checkpoint.config()
     except UnsupportedModelError as error:

@@ -18,7 +18,7 @@ from disha.finetune.data.dataset import read_dataset
 from disha.finetune.data.docstrings import docstring_pairs
 from disha.finetune.data.encoding import Encoder, Tally, encode_rows
 from disha.finetune.data.examples import StoredExamples
-from disha.finetune.data.rows import Dataset, Rows
+from disha.finetune.data.rows import Dataset, Rows, pieces
 from disha.finetune.data.tensors import Samples, TensorRows, read_samples
 from disha.finetune.errors import DataError
 from disha.finetune.settings import FinetuneSettings, RowSettings, require, require_unchanged
@@ -53,8 +53,7 @@ class Checked:
     def batches(self) -> Iterator[Batch]:
         """Yield the rows in batches."""
         if isinstance(self.rows, Samples):
-            for start in range(0, len(self.rows), CHECKED_BATCH):
-                yield self.rows.batch(range(start, min(start + CHECKED_BATCH, len(self.rows))))
+            yield from map(self.rows.batch, pieces(range(len(self.rows)), CHECKED_BATCH))
         else:
             yield from batch_by_length(self.rows, CHECKED_BATCH)
 
@@ -118,8 +117,10 @@ def load_inputs(settings: FinetuneSettings, now: float | None = None) -> Inputs:
     """
     data = settings.data
     dataset = docstring_pairs() if settings.demo else read_dataset(data, settings.training.seed)
-    default = demo_model() if settings.demo and not settings.model.is_named else None
-    base = open_base_model(settings.model, default)
+    model = settings.model
+    if settings.demo and not model.is_named:
+        model = replace(model, base_model_name_or_path=demo_model())
+    base = open_base_model(model)
     if base.tokenizer is None:
         return _of_numbers(settings, base, dataset)
     require_context(data, base)

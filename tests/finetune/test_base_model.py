@@ -54,10 +54,6 @@ def test_a_folder_and_a_file_are_opened_and_then_read(tiny_folder, tiny_path):
         assert next(base.load(CPU).parameters()).dtype == torch.float32
 
 
-def test_the_default_is_opened_where_none_is_named(tiny_path):
-    assert open_base_model(ModelSettings(), tiny_path).title
-
-
 def test_another_tokenizer_takes_the_place_of_the_models_own(tiny_path, tiny_folder):
     settings = ModelSettings(base_model_name_or_path=tiny_path, tokenizer=tiny_folder("qwen3"))
     assert open_base_model(settings).tokenizer.chat_template is not None
