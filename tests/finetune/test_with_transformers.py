@@ -289,6 +289,7 @@ def test_only_experts_are_merged_without_transformers(finetune, tmp_path, monkey
     ("changes", "complaint"),
     [
         ({"model_type": "unheard_of"}, "architecture 'unheard_of', which transformers .* not know"),
+        ({"model_type": ["llama"]}, r"architecture \['llama'\], which transformers .* not know"),
         (
             {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "code.Model"}},
             "the code that comes with it is never run",

@@ -171,7 +171,7 @@ def open_with_transformers(
         raise reason
     _quiet()
     kind = described.get("model_type")
-    if kind not in _library("CONFIG_MAPPING"):
+    if not isinstance(kind, str) or kind not in _library("CONFIG_MAPPING"):
         own = " (the code that comes with it is never run)" if "auto_map" in described else ""
         raise CheckpointError(
             f"{folder} holds a model of architecture {kind!r:.60}, which transformers "

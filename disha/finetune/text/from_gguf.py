@@ -57,7 +57,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], path: Path) -> Tokenizer:
         TokenizerError: the kind of tokenizer is not supported, or its description is damaged.
     """
     described = _Description(fields, path)
-    kind = described.field("model")
+    kind = described.text("model")
     if kind not in KINDS:
         raise TokenizerError(
             f"{path} has a tokenizer of kind {kind!r}; supported are 'gpt2' (byte-level BPE) and "
@@ -105,6 +105,15 @@ class _Description:
             raise TokenizerError(
                 f"{self.path} lacks the metadata key tokenizer.ggml.{key}; convert the model to "
                 f"GGUF again with its tokenizer, or {WAY_OUT}"
+            )
+        return value
+
+    def text(self, key: str) -> str:
+        value = self.field(key)
+        if not isinstance(value, str):
+            raise TokenizerError(
+                f"{self.path} has tokenizer.ggml.{key} = {value!r:.60}, which is no text; the file "
+                "is damaged"
             )
         return value
 
@@ -209,7 +218,7 @@ def _byte_level(described: _Description) -> tuple[BackendTokenizer, bool]:
     """Return the tokenizer, and whether texts have a begin token by default."""
     from tokenizers import decoders, models, normalizers
 
-    name = described.field("pre")
+    name = described.text("pre")
     if name not in CUTS:
         raise TokenizerError(
             f"{described.path} cuts text in the way named {name!r} (tokenizer.ggml.pre); supported "
