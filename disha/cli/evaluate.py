@@ -33,8 +33,10 @@ def run(arguments: Sequence[str]) -> None:
     settings.check()
     from disha.finetune.evaluating import evaluate  # takes seconds to import
     from disha.finetune.scales import best_scale
+    from disha.finetune.training.machine import FEWER_BITS, explaining_lack_of_memory
 
-    with suiting:
+    remedy = f"lower --per_device_eval_batch_size or --max_seq_length, or {FEWER_BITS}"
+    with suiting, explaining_lack_of_memory(remedy):
         found = evaluate(settings, with_progress)
     tally = found.tally
     measured = [("model", found.model)]

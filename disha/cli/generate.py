@@ -42,21 +42,28 @@ def run(arguments: Sequence[str]) -> None:
     # These take seconds to import. The help and errors about flags do not need them.
     from disha.finetune.answering import open_answerer, prompts_of
     from disha.finetune.conversation import Conversation
+    from disha.finetune.training.machine import FEWER_BITS, explaining_lack_of_memory
 
     prompts = [] if settings.converses else prompts_of(settings)
-    with suiting:
-        answerer = open_answerer(settings)
-    if settings.converses:
-        _converse(Conversation(answerer), has_base=bool(settings.adapter and not settings.merge))
-        return
-    if settings.json:
-        answers = [_fields(answerer, prompt, settings.compare) for prompt in prompts]
-        show(True, "", {"answers": answers})
-        return
+    with explaining_lack_of_memory(f"shorten the prompt, or {FEWER_BITS}"):
+        with suiting:
+            answerer = open_answerer(settings)
+        if settings.converses:
+            has_base = bool(settings.adapter and not settings.merge)
+            _converse(Conversation(answerer), has_base=has_base)
+        elif settings.json:
+            answers = [_fields(answerer, prompt, settings.compare) for prompt in prompts]
+            show(True, "", {"answers": answers})
+        else:
+            _answer_all(answerer, prompts, settings.compare)
+
+
+def _answer_all(answerer: Answerer, prompts: Sequence[str], compare: bool) -> None:
+    """Print the answer to each prompt, and above it the prompt, if there are several."""
     for number, prompt in enumerate(prompts):
         if len(prompts) > 1:
             print(f"{'' if number == 0 else chr(10)}> {_fit(prompt)}")
-        if settings.compare:
+        if compare:
             _print_side_by_side(answerer.base_answer(prompt), answerer.answer(prompt))
         else:
             _print_as_it_comes(answerer.answer(prompt))

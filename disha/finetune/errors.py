@@ -60,7 +60,7 @@ class OutputError(DishaError, OSError):
 
 
 class TrainingError(DishaError, RuntimeError):
-    """Training can't continue, such as when the loss is not finite."""
+    """The work can't go on, such as when the loss is not finite, or memory runs out."""
 
 
 class PeerError(TrainingError):

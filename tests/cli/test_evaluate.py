@@ -201,6 +201,16 @@ def test_each_scale_is_measured_on_both_rows_and_the_best_is_named(measure, mode
     assert "best scale" in failed.out
 
 
+def test_lack_of_memory_is_one_line(measure, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("disha.finetune.evaluating.mean_loss", fail)
+    done = measure()
+    assert done.code == 1
+    assert "not enough memory on the GPU; lower --per_device_eval_batch_size" in done.complaint
+
+
 def test_scales_are_parts_of_the_adapters_own(measure, models, tmp_path):
     from disha.finetune.models.checkpoint import open_model
 

@@ -130,6 +130,16 @@ def test_max_new_tokens_ends_the_answer(ask, models):
     assert said == tokenizer.decode(tokens[:3]) + "\n"
 
 
+def test_lack_of_memory_is_one_line(ask, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("disha.finetune.answering.generate", fail)
+    done = ask("--prompt", PROMPT, "--json")
+    assert done.code == 1
+    assert "there is not enough memory on the GPU; shorten the prompt, or keep" in done.complaint
+
+
 # --- the template --------------------------------------------------------------------------------
 
 

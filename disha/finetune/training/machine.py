@@ -11,7 +11,7 @@ import torch
 from disha import DishaError
 from disha.finetune.errors import TrainingError
 
-__all__ = ["computing_in_tf32", "emulates_bf16", "explaining_lack_of_memory"]
+__all__ = ["FEWER_BITS", "computing_in_tf32", "emulates_bf16", "explaining_lack_of_memory"]
 
 WITHOUT_BF16 = ("DEFAULT", "NO AVX", "AVX2")
 """Torch's names for x86 processors that have no fast products in bfloat16."""
@@ -44,9 +44,21 @@ def computing_in_tf32(enabled: bool) -> Iterator[None]:
         products.allow_tf32, convolutions.allow_tf32 = before
 
 
+FEWER_BITS = "keep the model in fewer --bits (bf16, 8 or 4)"
+
+TRAINING = (
+    "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps, for the same "
+    f"result) or --max_seq_length, give --gradient_checkpointing, or {FEWER_BITS}"
+)
+"""What to do if memory runs out in training."""
+
+
 @contextmanager
-def explaining_lack_of_memory() -> Iterator[None]:
-    """Say which flags to lower if memory runs out inside the block.
+def explaining_lack_of_memory(remedy: str = TRAINING) -> Iterator[None]:
+    """Say what to do if memory runs out inside the block.
+
+    Args:
+        remedy: what to do.
 
     Raises:
         TrainingError: memory runs out.
@@ -58,11 +70,7 @@ def explaining_lack_of_memory() -> Iterator[None]:
         if isinstance(error, DishaError) or not (is_out or _is_of_allocator(error)):
             raise
         where = "on the GPU" if isinstance(error, torch.OutOfMemoryError) else "on this machine"
-        raise TrainingError(
-            f"there is not enough memory {where}; lower --per_device_train_batch_size (and raise "
-            "--gradient_accumulation_steps, for the same result) or --max_seq_length, give "
-            "--gradient_checkpointing, or keep the model in fewer --bits (bf16, 8 or 4)"
-        ) from error
+        raise TrainingError(f"there is not enough memory {where}; {remedy}") from error
 
 
 def _is_of_allocator(error: Exception) -> bool:
