@@ -16,8 +16,9 @@ its split, which may have any name: `extra-00000-of-00002.parquet`. All other fi
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,11 +105,9 @@ def find_files(path: Path) -> Mapping[str, Sequence[Path]]:
     if not path.exists():
         raise DataError(f"there is no data file {path}")
     splits: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
-        parts = file.relative_to(path).parts
-        is_hidden = any(part.startswith(".") for part in parts)
-        if not is_hidden and file_format(file) is not None and file.is_file():
-            names = filter(None, map(_split_of, reversed(parts)))
+    for file in sorted(_files_in(path)):
+        if file_format(file) is not None and file.is_file():
+            names = filter(None, map(_split_of, reversed(file.relative_to(path).parts)))
             splits.setdefault(next(names, "train"), []).append(file)
     if not splits:
         raise DataError(
@@ -116,6 +115,22 @@ def find_files(path: Path) -> Mapping[str, Sequence[Path]]:
             ".parquet or .txt"
         )
     return splits
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder that are not hidden, also those behind links to other folders."""
+    root, seen = folder.resolve(), set[Path]()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        here = Path(name)
+        real = here.resolve()
+        # A link that stays in the folder would give the same files again, or have no end.
+        is_double = real.is_relative_to(root) and real != root / here.relative_to(folder)
+        if is_double or real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [one for one in folders if not one.startswith(".")]
+        yield from (here / one for one in files if not one.startswith("."))
 
 
 def _split_of(name: str) -> str | None:

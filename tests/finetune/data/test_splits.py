@@ -162,6 +162,23 @@ def test_a_file_is_training_data_and_what_its_name_says(tmp_path):
         assert find_files(path) == {split: [path] for split in splits}
 
 
+def test_a_link_to_another_folder_is_followed_and_each_file_comes_once(tmp_path):
+    folder, elsewhere = tmp_path / "rows", tmp_path / "large-disk"
+    for place in (folder / "more", elsewhere):
+        place.mkdir(parents=True)
+        (place / "part.jsonl").touch()
+    (folder / "test").symlink_to(elsewhere)
+    (folder / "again").symlink_to(folder / "more")
+    (elsewhere / "loop").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    (folder / ".hidden").symlink_to(elsewhere)
+    (folder / "broken").symlink_to(tmp_path / "absent")
+    assert find_files(folder) == {
+        "train": [folder / "more" / "part.jsonl"],
+        "test": [folder / "test" / "part.jsonl"],
+    }
+
+
 def test_an_empty_folder_is_named_with_what_it_should_hold(tmp_path):
     (tmp_path / "README.md").touch()
     with pytest.raises(DataError, match=r"holds no data files; their names must end with \.jsonl"):
