@@ -210,10 +210,15 @@ def _remark(read: bool, acts: bool, gradient: bool) -> str:
 
 def _randomise(blocks: list[Block], undo: Undo) -> None:
     """Give blocks random values, and make them require gradients."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for block in blocks:
-        undo.write(block.block, torch.randn(block.block.shape, generator=generator) * SIZE)
+        undo.write(block.block, _random(block.block.shape, generator) * SIZE)
         block.block.requires_grad_(True)
+
+
+def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Return random values on the CPU, also if the user has set another default device."""
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def _read_and_gradients(
@@ -247,11 +252,11 @@ def _gradients(
             "the model returns no floating-point tensor, so the effect of an adapter can't be "
             "seen; check the part of the model that returns one"
         )
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     total: Any = 0.0
     for output in outputs:
         if output.requires_grad:
-            weights = torch.randn(output.shape, generator=generator).to(output)
+            weights = _random(output.shape, generator).to(output)
             total = total + (output * weights).sum()
     parameters = [block.block for block in blocks]
     if not isinstance(total, Tensor):

@@ -60,7 +60,7 @@ def fingerprint_of(shape: tuple[int, ...], values_at: Callable[[Tensor], Tensor]
     if not size:
         return None
     count = min(SAMPLES, size)
-    values = values_at(torch.arange(count) * (size - 1) // max(count - 1, 1))
+    values = values_at(torch.arange(count, device="cpu") * (size - 1) // max(count - 1, 1))
     rounded = (values.to(torch.bfloat16), values.to(torch.float16).to(torch.bfloat16))
     return "".join(_digest(shape, one) for one in rounded)
 

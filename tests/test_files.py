@@ -164,6 +164,23 @@ class TestRoundTrip:
         assert torch.equal(torch.load(f"{path}.out"), model(tokens))
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_another_default_device_changes_nothing(path, tokens, device):
+    model, expected = trained(), path.with_name("expected")
+    disha.save_adapter(model, expected)
+    other = base()
+    with torch.device(device):
+        disha.save_adapter(model, path)
+        disha.load_adapter(other, path)
+        disha.load_adapter(other, path, replace=True)
+        disha.combine_adapters(other, {"default": 1.0}, "sum", also_train=False)
+        assert disha.check_adapters(other, tokens).ok
+        disha.merge_adapters(other)
+        disha.unmerge_adapters(other)
+    assert path.read_bytes() == expected.read_bytes()
+    assert torch.equal(other(tokens), model(tokens))
+
+
 class TwoNames(nn.Module):
     """One linear layer under two names, in the order asked for."""
 

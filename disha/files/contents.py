@@ -497,7 +497,7 @@ def _fitting(view: ModelView, incoming: _Incoming, adapter: str) -> dict[str, Te
     if all(records[own].shape == targets[key].shape for key, own in kept.items()):
         values = {key: incoming.tensors[own] for key, own in kept.items()}
     else:  # the report says which shapes differ; the values are not read
-        zero = torch.zeros(())
+        zero = torch.zeros((), device="cpu")
         values = {key: zero.expand(records[own].shape) for key, own in kept.items()}
     report = check_fit(targets, {**dict.fromkeys(found), **values})
     problems = [] if report.complete else [str(report)]

@@ -203,7 +203,7 @@ class TensorFile:
             positions: integer tensor (n,).
         """
         stored = self.tensors[key]
-        values = torch.empty(len(positions), dtype=KNOWN[stored.dtype])
+        values = torch.empty(len(positions), dtype=KNOWN[stored.dtype], device="cpu")
         size = values.element_size()
         for value, position in zip(values, positions.tolist(), strict=True):
             self._fill(stored.start + position * size, memory_of(value))
@@ -222,7 +222,7 @@ class TensorFile:
 
     def _empty(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         try:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         except (RuntimeError, MemoryError) as error:
             raise AdapterIOError(
                 f"can't read {self.path}: there is no memory for tensor {brief(key)}, which takes "

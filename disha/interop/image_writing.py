@@ -265,7 +265,7 @@ def _as_in_kohya(
 
 def _alpha(update: LowRankUpdate) -> Tensor:
     """Return alpha in float32, as usual, unless that rounds it."""
-    alpha = torch.tensor(alpha_of(update), dtype=torch.float64)
+    alpha = torch.tensor(alpha_of(update), dtype=torch.float64, device="cpu")
     return alpha.float() if alpha.float().double() == alpha else alpha
 
 

@@ -108,7 +108,7 @@ class Stack:
                 size = math.prod(one.shape)
                 if 0 <= rest < size:
                     with checkpoint.file_of(name) as file:
-                        values.append(file.values_at(name, torch.tensor([rest])))
+                        values.append(file.values_at(name, torch.tensor([rest], device="cpu")))
                 rest -= size
         return torch.cat(values)
 
