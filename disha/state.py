@@ -92,6 +92,7 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
 
     Raises:
         ArgumentError: there is no such adapter.
+        AdapterStateError: the model's `state_dict` lacks some of its parameters.
 
     Examples:
         >>> from torch import nn
@@ -105,11 +106,25 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
 
 
 def _in_state_dict(view: ModelView, adapter: str) -> dict[str, Tensor]:
-    """Return the parameters of an adapter under their keys in the model's state dict."""
-    owned = {id(parameter) for parameter in adapter_tensors(view, adapter).values()}
+    """Return the parameters of an adapter under their keys in the model's state dict.
+
+    Raises:
+        AdapterStateError: the state dict does not have all of them.
+    """
+    tensors = adapter_tensors(view, adapter)
+    owned = {id(parameter) for parameter in tensors.values()}
     with kept_packed(view.names):
         state = view.model.state_dict(keep_vars=True)
-    return {key: value for key, value in state.items() if id(value) in owned}
+    found = {key: value for key, value in state.items() if id(value) in owned}
+    present = {id(value) for value in found.values()}
+    absent = [key for key, parameter in tensors.items() if id(parameter) not in present]
+    if absent:
+        raise AdapterStateError(
+            f"the model's state_dict(keep_vars=True) lacks {first_few(absent, 3, ', ')}, for "
+            "example because a class of the model has a state_dict of its own; use save_adapter "
+            "and load_adapter, which do not call it"
+        )
+    return found
 
 
 def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:

@@ -61,6 +61,18 @@ class TestFilter:
         with pytest.raises(AdapterStateError, match=says):
             disha.adapter_state_dict(model)
 
+    def test_a_state_dict_of_its_own_that_lacks_the_parameters(self):
+        class Copying(nn.Sequential):
+            def state_dict(self, *args, **kwargs):
+                return {key: value.clone() for key, value in super().state_dict().items()}
+
+        model = disha.inject_adapters(Copying(nn.Linear(4, 6)), "0", 2)
+        says = r"lacks 0\.bone_block.*state_dict of its own.*use save_adapter and load_adapter"
+        with pytest.raises(AdapterStateError, match=says):
+            disha.adapter_state_dict(model)
+        with pytest.raises(AdapterStateError, match=says):
+            disha.load_adapter_state_dict(model, model.state_dict(), strict=False)
+
 
 class TestLoad:
     def test_round_trip(self, adapted, tokens):
