@@ -148,6 +148,16 @@ def test_sparse_gradients_of_an_embedding_stay_sparse():
 
 
 @pytest.mark.parametrize("make", [nn.Embedding, partial(nn.EmbeddingBag, mode="sum")])
+def test_resetting_a_table_keeps_its_padding_zero(make):
+    layer = make(7, 4, padding_idx=2)
+    disha.inject_adapters(layer, "^$", 2, init="kaiming")
+    before = layer.base_weight.detach().clone()
+    layer.reset_parameters()
+    assert not layer.base_weight[2].any()
+    assert layer.base_weight[[0, 1, 3, 4, 5, 6]].ne(before[[0, 1, 3, 4, 5, 6]]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, partial(nn.EmbeddingBag, mode="sum")])
 @pytest.mark.parametrize("method", ["bone", "bat"])
 @pytest.mark.parametrize("freeze", [True, False])
 def test_layers_that_ask_for_sparse_gradients_train(make, method, freeze):

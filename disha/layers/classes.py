@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from disha.contexts import entered
 from disha.errors import ArgumentError
 from disha.layers import opaque
 from disha.layers.adapted import AdaptedLayer, refuse_merged
@@ -87,7 +88,9 @@ def reset_parameters(layer: AdaptedLayer) -> None:
         reset(layer)
         return
     refuse_merged([layer], "reset parameters")
-    reset(layer)  # writes into an effective weight go to W
+    # The layer must read W: of a computed weight, `weight[padding_idx].fill_(0)` changes a copy.
+    with entered(frozenset([adapters.group]), None):
+        reset(layer)
     for block in adapters.blocks().values():
         block.reset_parameters()
 
