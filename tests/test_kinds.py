@@ -396,6 +396,35 @@ class Raw(nn.Module):
         return torch.einsum("ni,eoi->no", self.proj(x), self.mix)
 
 
+class Memory(nn.Module):
+    """Its parameters have the names of methods of a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.randn(6, 8))
+        self.values = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x):
+        return (x @ self.keys.T).softmax(-1) @ self.values
+
+
+def test_parameters_that_are_named_like_methods_of_a_dict(tmp_path):
+    layouts = {"keys": "out in", "values": "in out"}
+    model, x = nn.Sequential(Memory()).double(), torch.randn(3, 8).double()
+    fresh = copy.deepcopy(model)
+    disha.inject_adapters(model, "0", 2, layouts=layouts)
+    perturb(model)
+    blocks = model[0].disha["default"]
+    assert [tuple(blocks[name].block.shape) for name in layouts] == [(2, 6), (2, 4)]
+    assert disha.check_adapters(model, x).ok
+    disha.save_adapter(model, tmp_path / "a")
+    disha.load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(fresh(x), model(x))
+    fresh.load_state_dict(model.state_dict())
+    disha.merge_adapters(fresh)
+    close(fresh(x), model(x))
+
+
 class TestLayoutsOfTheUser:
     def test_unknown_layouts_are_listed_with_the_way_to_adapt_them(self):
         plan = disha.plan_adapters(Raw(), "all-linear", 2)

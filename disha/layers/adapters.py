@@ -120,7 +120,9 @@ class Adapters(nn.Module):
             vars(block)["training"] = self.training
         child: nn.Module = blocks[0]
         if len(blocks) > 1 or blocks[0].slot.name:
-            child = nn.ModuleDict({block.slot.name or "weight": block for block in blocks})
+            child = nn.ModuleDict()
+            # Not by the dict's own functions: they refuse names of its methods, such as "keys".
+            child._modules.update({block.slot.name or "weight": block for block in blocks})
             child.train(self.training)
         self._modules[adapter] = child
         self.activate(self.active)
