@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import disha
 from disha.functional import Update, adapted_linear, bat, method_of, shards
 from tests import reference
+from tests.conftest import perturb
 from tests.test_functional import SIZES, make_block, name_of, random_sizes, strided_copy
 
 METHODS = ("bone", "tile", "bat")
@@ -428,6 +429,28 @@ def test_the_forward_of_a_layer_is_the_product_with_its_weight(dtype, tiles):
     dense = F.linear(x.double(), layer.weight.double() * 1, layer.bias.double())
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(layer(x).double(), dense, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_new_adapter_changes_no_bit_for_inputs_of_any_strides(dtype, method):
+    layer = nn.Linear(1024, 32, dtype=dtype)
+    inputs = [
+        torch.randn(2, 1024, 3, dtype=dtype).transpose(1, 2),
+        torch.randn(3, 2, 1024, dtype=dtype).transpose(0, 1),
+        torch.randn(2, 3, 2048, dtype=dtype)[..., ::2],
+        torch.randn(1, 1, 1024, dtype=dtype).expand(2, 3, -1),
+        torch.randn(2, 2, 3, 1024, dtype=dtype).transpose(0, 2),
+        torch.randn(2, 2, 3, 1024, dtype=dtype),
+    ]
+    before = [layer(x) for x in inputs]
+    disha.inject_adapters(layer, "", 16, method=method)
+    for x, expected in zip(inputs, before, strict=True):
+        assert torch.equal(layer(x), expected)
+    perturb(layer)
+    for x in inputs:
+        close = {"rtol": 0.05, "atol": 0.2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(layer(x), layer(x.contiguous()), **close)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])

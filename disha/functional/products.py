@@ -406,6 +406,10 @@ def adapted_linear(
         >>> adapted_linear(torch.ones(2), torch.eye(2), None, updates)
         tensor([4., 4.])
     """
+    late: Tensor | None = None
+    if x.dim() > 2 and bias is not None and not is_compiling() and not x.is_contiguous():
+        # For such an input, torch adds the bias after the product, which can round differently.
+        bias, late = None, bias
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # Almost every layer has one update of all outputs, so this case has a fast path.
     if len(updates) != 1 or updates[0].rows or updates[0].dropout:
@@ -415,6 +419,8 @@ def adapted_linear(
         output = _linear_and_reduced(rows, weight, bias, matrix, updates[0].scale)
     else:
         output = _folded_alone(rows, weight, bias, updates[0])
+    if late is not None:
+        output = added(output, late)
     return output if rows is x else output.reshape(*x.shape[:-1], weight.shape[0])
 
 
