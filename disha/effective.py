@@ -712,9 +712,14 @@ def _in_parts(weight: Any, sizes: Sequence[int], dim: int) -> Any:
 
 
 def _unbind(weight: Any, dim: int = 0) -> Any:
-    if dim or weight.axes.expert_dim != 0:
+    layout = weight.axes
+    if dim or layout.expert_dim != 0:
         return NotImplemented
-    return tuple(_item(weight, index) for index in range(weight.base.shape[0]))
+    if weight.routed is not None or not weight.updates:
+        return tuple(_item(weight, index) for index in range(weight.base.shape[0]))
+    each = zip(*(update.each() for update in weight.updates), strict=True)
+    item, bases = layout.of_one_expert(), weight.base.unbind(0)
+    return tuple(effective(base, item, own) for base, own in zip(bases, each, strict=True))
 
 
 def _index_select(weight: Any, dim: int, index: Tensor) -> Any:

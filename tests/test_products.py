@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from disha import functional
+from disha.effective import effective
 from disha.functional import Layout, Update
 from tests import reference
 
@@ -249,6 +251,33 @@ def test_a_product_of_stacks_broadcasts(kinds, count, sizes):
         expected = expected + x @ dense(update, STACK, weight).mT
     found = functional.adapted_stack(x, weight, updates)
     check(found, expected, [x, *[update.block for update in updates]])
+
+
+class Selections(TorchDispatchMode):
+    """Counts the gradients of whole blocks that are made for a single matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.select_backward.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["bone", "bat"])
+def test_backward_makes_no_gradient_of_the_whole_block_for_each_matrix(kind):
+    x, weight = torch.randn(3, 4, 8), torch.randn(3, 8, 8)
+    update, ends = make_update(kind, STACK, weight), torch.tensor([4, 8, 12], dtype=torch.int32)
+    stack = effective(weight, STACK, (update,))
+    for output in (
+        functional.adapted_stack(x, weight, [update]),
+        functional.adapted_grouped(torch._grouped_mm, x.flatten(0, 1), weight, ends, [update]),
+        torch.cat([F.linear(*pair) for pair in zip(x, stack.unbind(0), strict=True)]),
+    ):
+        with Selections() as selections:
+            output.square().sum().backward()
+        assert not selections.count
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -106,6 +106,13 @@ class Update(NamedTuple):
             return self._replace(chosen=index if self.chosen is None else self.chosen[index])
         return self._replace(block=self.chosen_block[index], chosen=None)
 
+    def each(self) -> list[Update]:
+        """Return the updates of all matrices of a stack, one by one.
+
+        Backward makes one gradient of the whole block. For `at` it makes one for each matrix.
+        """
+        return [self._replace(block=block, chosen=None) for block in self.chosen_block.unbind(0)]
+
 
 class Reduced(NamedTuple):
     """What updates add to a product if their method `reduces`: s S(x) R.
@@ -563,7 +570,7 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
             return output
     if each_has_one and not is_compiling():
         # One matrix at a time saves no dense weight for backward.
-        each = [[update.at(index) for update in updates] for index in range(len(x))]
+        each = zip(*(update.each() for update in updates), strict=True)
         parts = zip(x.unbind(0), weight.unbind(0), each, strict=True)
         return torch.stack([adapted_linear(one, matrix, None, own) for one, matrix, own in parts])
 
@@ -619,11 +626,11 @@ def adapted_grouped(
 def _one_by_one(x: Tensor, weight: Tensor, offsets: Tensor, updates: Sequence[Update]) -> Tensor:
     """Return the grouped product, computed by one product for each matrix that has rows."""
     outputs, start = [], 0
+    each = list(zip(*(update.each() for update in updates), strict=True))
     with without_autocast(x.device):  # autocast leaves grouped products alone
         for index, end in enumerate(offsets.tolist()):
             if end > start or not x.shape[0]:
-                own = [update.at(index) for update in updates]
-                outputs.append(adapted_linear(x[start:end], weight[index], None, own))
+                outputs.append(adapted_linear(x[start:end], weight[index], None, each[index]))
             start = end
     if start < x.shape[0]:  # rows of no matrix
         like = outputs[0] if outputs else x
