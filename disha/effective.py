@@ -951,12 +951,12 @@ def _embedding(
 ) -> Any:
     if not isinstance(weight, EffectiveWeight) or weight.axes.pattern != "index out":
         return NotImplemented
-    if not _is_dense(input):
+    if not _is_dense(input) or scale_grad_by_freq:  # which also scales the gradient of the block
         return NotImplemented
 
     def look_up(indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
         own = sparse and table is weight.base  # a computed weight needs a dense gradient
-        return F.embedding(indices, table, padding_idx, None, 2.0, scale_grad_by_freq, own)
+        return F.embedding(indices, table, padding_idx, None, 2.0, False, own)
 
     output = _product(look_up, input, weight, None, input.dim() >= 1)
     return output if max_norm is None else _renormed(output, max_norm, norm_type)

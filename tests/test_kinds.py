@@ -157,6 +157,19 @@ def test_resetting_a_table_keeps_its_padding_zero(make):
     assert layer.base_weight[[0, 1, 3, 4, 5, 6]].ne(before[[0, 1, 3, 4, 5, 6]]).any(dim=1).all()
 
 
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_gradients_that_are_scaled_by_frequency(method):
+    layer = nn.Embedding(7, 4, scale_grad_by_freq=True).double()
+    disha.inject_adapters(layer, "^$", 2, method=method)
+    perturb(layer)
+    block = layer.disha["default"].block
+    x, cotangent = torch.tensor([1, 1, 1, 3, 2]), torch.randn(5, 4).double()
+    (layer(x) * cotangent).sum().backward()
+    dense = layer.base_weight + layer.delta_weight(layer.disha["default"])
+    exact = nn.functional.embedding(x, dense, scale_grad_by_freq=True)
+    close(block.grad, torch.autograd.grad((exact * cotangent).sum(), block)[0])
+
+
 @pytest.mark.parametrize("make", [nn.Embedding, partial(nn.EmbeddingBag, mode="sum")])
 @pytest.mark.parametrize("method", ["bone", "bat"])
 @pytest.mark.parametrize("freeze", [True, False])
