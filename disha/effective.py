@@ -584,11 +584,17 @@ def _data_ptr(weight: Any) -> int:
     return weight.addressed.data_ptr()  # type: ignore[no-any-return]
 
 
+def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """`torch.autograd.grad`: the gradient of a weight is that of W."""
+    return _compute_first(torch.autograd.grad, (outputs, _base_of(inputs), *args), kwargs)
+
+
 METADATA: dict[Any, Callable[..., Any]] = {
     **{one.__get__: _ask_base(one.__get__) for one in _existing(_PROPERTIES, Tensor)},
     **{func: _ask_base(func) for func in _existing(_QUESTIONS, Tensor, torch)},
     **{func: _create(func) for func in _existing(_CREATIONS, Tensor, torch)},
     Tensor.data_ptr: _data_ptr,
+    torch.autograd.grad: _gradients,
 }
 
 
