@@ -879,8 +879,28 @@ def _addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 
 def _baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     if isinstance(input, EffectiveWeight) or (beta, alpha) != (1, 1):
         return NotImplemented
+    product = _biased_stack(input, batch1, batch2)
+    if product is not NotImplemented:
+        return product
     product = _matmul(batch1, batch2)
-    return product if product is NotImplemented else input + product
+    return product if product is NotImplemented else input.to(product.dtype) + product
+
+
+def _biased_stack(bias: Tensor, x: Any, weight: Any) -> Any:
+    """Return `baddbmm` plus the updates through shard sums. So zero blocks change no bit."""
+    if isinstance(x, EffectiveWeight) or not _is_dense(x):
+        return NotImplemented
+    if weight.axes.pattern != "expert in out" or weight.routed is not None:
+        return NotImplemented
+    if not all(functional.method_of(update.method).reduces for update in weight.updates):
+        return NotImplemented
+
+    def multiply(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        w = torch.transpose(w, -2, -1)
+        return torch.bmm(x, w) if bias is None else torch.baddbmm(bias, x, w)
+
+    turned = _transpose(weight, -2, -1)
+    return functional.adapted_product(multiply, x, turned.base, bias, turned.axes, turned.updates)
 
 
 def _grouped(multiply: Callable[..., Tensor]) -> Callable[..., Any]:

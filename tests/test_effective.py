@@ -667,3 +667,23 @@ class TestFacts:
             copied = clone(layer.weight)
         assert type(copied) is torch.Tensor
         torch.testing.assert_close(copied, layer.merged_weight(["default"]))
+
+
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_a_product_of_stacks_with_a_bias(method):
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.mix = nn.Parameter(torch.randn(3, 640, 4))
+    x, bias = torch.randn(3, 5, 640), torch.randn(3, 1, 4)
+    before = torch.baddbmm(bias, x, model.mix)
+    disha.inject_adapters(model, "mix", 4, method=method, layouts={"mix": "expert in out"})
+    if method == "bone":
+        assert torch.equal(torch.baddbmm(bias, x, model.mix), before)
+    perturb(model)
+    dense = (model.mix + 0).detach()
+    found, expected = torch.baddbmm(bias, x, model.mix), torch.baddbmm(bias, x, dense)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    turned = torch.baddbmm(bias.mT, dense.mT, x.mT)
+    torch.testing.assert_close(found.mT, turned, rtol=1e-3, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = torch.baddbmm(bias, x, model.mix), torch.baddbmm(bias, x, dense)
+    assert found.dtype == expected.dtype == torch.bfloat16
