@@ -24,6 +24,8 @@ import torch
 import torch._C._dynamo.eval_frame as _frames
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import eager_transforms, vmap
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nested._internal.nested_tensor import NestedTensor
 
 from disha import functional
@@ -299,11 +301,16 @@ class WeightOnMeta(EffectiveWeight):
     ) -> Any:
         """Run operations on metadata or between tensors on meta; refuse all others."""
         if func not in METADATA and not called_from(MOVES):
-            cls._refuse_other_devices((*args, *(kwargs or {}).values()))
+            cls.refuse_other_devices((*args, *(kwargs or {}).values()))
         return super().__torch_function__(func, types, args, kwargs)
 
     @staticmethod
-    def _refuse_other_devices(given: Sequence[Any]) -> None:
+    def refuse_other_devices(given: Sequence[Any]) -> None:
+        """Raise unless the arguments of an operation are all on meta, and the blocks too.
+
+        Args:
+            given: the arguments.
+        """
         tensors = [one for one in given if isinstance(one, Tensor)]
         absent = any(isinstance(one, WeightOnMeta) and one.absent for one in tensors)
         if absent or not all(one.is_meta for one in tensors):
@@ -1286,3 +1293,48 @@ def _come_before_nested_tensors() -> None:
 
 
 _come_before_nested_tensors()
+
+
+def _compute_where_nothing_asks() -> None:
+    """Give computed weights to custom autograd functions, and to the transforms of `torch.func`.
+
+    Otherwise, a function would give the block no gradient, and a transform would see W alone.
+    """
+    owner: Any = torch.autograd.Function
+    apply_plain = vars(owner)["apply"].__func__
+
+    # The compiler recognises it by its name.
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        if any(isinstance(one, EffectiveWeight) for one in given):
+            if any(isinstance(one, WeightOnMeta) for one in given):
+                WeightOnMeta.refuse_other_devices(given)
+            args = tuple(_computed_alone(one) for one in args)
+            kwargs = {name: _computed_alone(one) for name, one in kwargs.items()}
+        return apply_plain(cls, *args, **kwargs)
+
+    owner.apply = classmethod(apply)
+    for module, name in ((vmap, "_add_batch_dim"), (eager_transforms, "_wrap_for_grad")):
+        setattr(module, name, _wrapping_computed(getattr(module, name)))
+
+
+def _computed_alone(value: Any) -> Any:
+    return computed(value) if isinstance(value, EffectiveWeight) else value
+
+
+def _wrapping_computed(wrap: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of a transform that wraps an argument, for computed weights."""
+
+    def wrapped(tensor: Any, *args: Any) -> Any:
+        if isinstance(tensor, EffectiveWeight):
+            if torch.compiler.is_compiling():
+                tensor = computed(tensor)
+            else:  # outside of the transform, which has begun
+                with temporarily_pop_interpreter_stack():
+                    tensor = computed(tensor)
+        return wrap(tensor, *args)
+
+    return wrapped
+
+
+_compute_where_nothing_asks()
