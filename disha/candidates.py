@@ -15,9 +15,9 @@ from torch.sparse import SparseSemiStructuredTensor
 from disha import functional
 from disha.config import AdapterConfig
 from disha.errors import ArgumentError
+from disha.freezing import attributes_of
 from disha.functional import Geometry, Layout, Rows, Update
 from disha.layers import (
-    CHILD_NAME,
     AdaptedLayer,
     Slot,
     declared_slots,
@@ -167,8 +167,9 @@ class Candidate:
         if slot is None:
             unknown = self.unknown
             return f"no layer kind adapts {self.type_name}" if unknown is None else unknown.reason
-        if hasattr(module, CHILD_NAME) and not isinstance(module, AdaptedLayer):
-            return f"it has its own attribute {CHILD_NAME!r}, which adapters would replace"
+        taken = None if isinstance(module, AdaptedLayer) else _taken_name(module)
+        if taken not in (None, self.attribute):
+            return f"it has its own attribute {taken!r}, which adapters would replace"
         if self.preloaded:
             return (
                 "accelerate loads its weight together with all others of an outer module "
@@ -241,6 +242,21 @@ class Candidate:
             f"{placed}, and a {config.method!r} block of r={r} can't be cut at the edges of a "
             f"rank's part ({ends}); choose an r that divides these, or another method"
         )
+
+
+def _taken_name(module: nn.Module) -> str | None:
+    """Return an attribute of a module whose name the adapted class needs, or None."""
+    # Not by hasattr, which would run a property of the user's class.
+    own = {*attributes_of(module), *module._parameters, *module._buffers, *module._modules}
+    return next((n for n in sorted(_ADDED) if n in own or hasattr(type(module), n)), None)
+
+
+_ADDED = {
+    name
+    for name in {*vars(AdaptedLayer), *AdaptedLayer.__annotations__}.difference(dir(nn.Module))
+    if not name.startswith("_")
+}
+"""The public names that adapting adds to a module."""
 
 
 def candidates_of(view: ModelView) -> list[Candidate]:

@@ -1005,6 +1005,57 @@ def test_subclass_takes_a_keyword_only_input():
     close(layer(x=x), oracle(layer, x), 1e-5)
 
 
+class FromBase(nn.Linear):
+    """Has a parameter with the name of an attribute of adapted layers."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.base_weight = nn.Parameter(torch.randn_like(self.weight))
+
+    def forward(self, x):
+        return F.linear(x, self.base_weight + self.weight)
+
+
+class Shaped(nn.Linear):
+    """Has a method with the name of a method of adapted layers."""
+
+    def geometry(self):
+        return 2.0
+
+    def forward(self, x):
+        return super().forward(x) * self.geometry()
+
+
+@pytest.mark.parametrize(("cls", "name"), [(FromBase, "base_weight"), (Shaped, "geometry")])
+def test_module_with_a_name_that_adapting_adds_is_refused(cls, name):
+    model, x = nn.Sequential(cls(10, 9)), torch.randn(3, 10)
+    expected = model(x)
+    with pytest.raises(DishaError, match=f"its own attribute '{name}'"):
+        disha.inject_adapters(model, "^0$", 2)
+    assert type(model[0]) is cls
+    assert torch.equal(model(x), expected)
+
+
+class Glass(nn.Module):
+    """Has attributes with the names of those that tell adapted classes apart."""
+
+    original_class = "window"
+
+    @property
+    def is_opaque(self):
+        return False
+
+    def forward(self, x):
+        return x
+
+
+def test_a_module_beside_the_layers_may_have_such_names():
+    model, x = nn.Sequential(nn.Linear(10, 9), Glass()), torch.randn(3, 10)
+    expected = model(x)
+    assert torch.equal(disha.inject_adapters(model, "all-linear", 2)(x), expected)
+    disha.remove_adapters(model)
+
+
 def test_module_with_an_attribute_of_our_name_is_refused():
     layer = nn.Linear(10, 9)
     layer.disha = "mine"

@@ -26,7 +26,7 @@ from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import Layout, Update, method_names, method_of
 from disha.layers import bitsandbytes
-from disha.layers.adapters import Adapters
+from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Slot
 from disha.layers.hooks import add_first_hook, remove_first_hook
 from disha.routing import Route
@@ -236,9 +236,9 @@ def weight_for(method: str, module: nn.Module, slot: Slot, weight: Any, like: Te
 
 def opaque_slot(module: nn.Module) -> Slot | None:
     """Return the slot of a module whose weight is opaque, or None if it is not."""
-    if getattr(type(module), "is_opaque", False):  # adapted, and perhaps dense by now
-        adapters: Any = module._modules["disha"]
-        slot: Slot = next(iter(adapters.blocks().values())).slot
+    adapters = module._modules.get(CHILD_NAME)
+    if isinstance(adapters, Adapters) and getattr(type(module), "is_opaque", False):
+        slot = next(iter(adapters.blocks().values())).slot  # perhaps dense by now
         return replace(slot, rows=())
     sizes = _sizes_of(module)
     if sizes is None or quantisation_of(module, _own_weight(module)) is None:
@@ -275,7 +275,9 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, or the one that it had before it was adapted."""
-    cls: type[nn.Module] = getattr(type(module), "original_class", type(module))
+    cls: type[nn.Module] = type(module)
+    if isinstance(module._modules.get(CHILD_NAME), Adapters):
+        cls = getattr(cls, "original_class", cls)
     return cls
 
 
