@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from disha import functional
 from disha.effective import EffectiveWeight, called_from
-from disha.errors import ArgumentError, MergeError, ModeError
+from disha.errors import MergeError, ModeError
 from disha.functional import Geometry
 from disha.layers import opaque
 from disha.layers.adapters import Adapters
 from disha.layers.blocks import Block, Slot
-from disha.layers.reading import weight_property
+from disha.layers.reading import TO_COMPUTED, refuse_change, weight_property
 from disha.layers.weights import read_weight, stored_weight, weight_shape
 
 __all__ = [
@@ -123,11 +123,7 @@ class AdaptedLayer(nn.Module):
         replaced = name in self.adapted_parameters and name in self._parameters
         # FullyShardedDataParallel replaces parameters by views of one flat parameter.
         if replaced and not called_from("torch.distributed.fsdp"):
-            raise ArgumentError(
-                f"the {name} of an adapted {self.original_class.__qualname__} can't be replaced by "
-                "a computed one, such as a parametrization: its adapters would no longer act; "
-                "remove the adapters first, and add them again afterwards"
-            )
+            refuse_change(self, name, TO_COMPUTED)
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

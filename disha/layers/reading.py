@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
 
 from disha import functional
 from disha.contexts import OPEN
@@ -20,7 +23,7 @@ from disha.effective import (
     effective,
     effective_part,
 )
-from disha.errors import ModeError
+from disha.errors import ArgumentError, ModeError
 from disha.functional import adapted_linear
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Block
@@ -29,12 +32,22 @@ from disha.routing import Route
 from disha.sharding import is_sharded, split_of
 
 __all__ = [
+    "TO_COMPUTED",
     "linear_forward",
+    "refuse_change",
     "weight_property",
 ]
 
 BY_NAME = nn.Module.get_parameter.__code__
 """The code of `get_parameter`, which reads the attribute and must get the parameter itself."""
+
+WEIGHT_NORM = inspect.unwrap(WeightNorm.apply).__code__
+"""The code of the old weight_norm, which replaces the parameter by two others."""
+
+PARAMETRIZES = parametrize.register_parametrization.__code__
+UNPARAMETRIZES = parametrize.remove_parametrizations.__code__
+"""The code of two functions that write what they read into a parameter. Reading refuses them,
+because when they change the class of the module, it is too late."""
 
 LINEAR_FORWARD = nn.Linear.forward
 """The forward of torch. If user code replaces it in `nn.Linear`, the replacement runs."""
@@ -61,8 +74,14 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         if state["merged"] is not None:
             return base
         compiling = is_compiling()
-        if not compiling and sys._getframe(1).f_code is BY_NAME:
-            return base
+        if not compiling:
+            reader = sys._getframe(1).f_code
+            if reader is BY_NAME or reader is WEIGHT_NORM:
+                return base
+            if reader is PARAMETRIZES and name in parameters:
+                refuse_change(layer, name, TO_COMPUTED)
+            if reader is UNPARAMETRIZES:
+                refuse_change(layer, name, FROM_COMPUTED)
         acts = adapters.acts(compiling) if compiling or OPEN else None
         if isinstance(acts, Route):
             return _routed_weight(adapters, acts, name, base, compiling)
@@ -97,6 +116,25 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         del layer.__dict__[name]
 
     return property(read, write, delete)
+
+
+def refuse_change(layer: Any, name: str, change: str) -> NoReturn:
+    """Raise because a change of a parameter would take the adapters of a layer away.
+
+    Args:
+        layer: the layer.
+        name: the parameter's name.
+        change: one of the changes below.
+    """
+    raise ArgumentError(
+        f"the {name} of an adapted {layer.original_class.__qualname__} can't {change}: its "
+        "adapters would no longer act; remove the adapters first, and add them again afterwards"
+    )
+
+
+TO_COMPUTED = "be replaced by a computed one, such as a parametrization"
+FROM_COMPUTED = "lose its parametrization"
+"""Changes that `refuse_change` refuses."""
 
 
 def linear_forward(layer: Any, input: Tensor) -> Tensor:
