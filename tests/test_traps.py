@@ -131,6 +131,21 @@ def test_a_class_that_can_not_change_is_refused():
     assert_unchanged(model, before)
 
 
+class Tagged(nn.Linear):
+    """Its subclasses need an argument."""
+
+    def __init_subclass__(cls, *, tag, **options):
+        super().__init_subclass__(**options)
+
+
+def test_a_class_that_can_not_be_derived_from_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), Tagged(4, 3))
+    before = snapshot(model)
+    with pytest.raises(ArgumentError, match=r"Tagged can't be adapted.*argument: 'tag'.*exclude="):
+        disha.inject_adapters(model, "all-linear", 2)
+    assert_unchanged(model, before)
+
+
 class TestLazy:
     def model(self):
         torch.manual_seed(0)

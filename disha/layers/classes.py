@@ -163,9 +163,8 @@ def adapt(module: nn.Module, slots: Iterable[Slot]) -> None:
         if set(names) <= set(before.adapted_parameters):  # type: ignore[attr-defined]
             return
         refuse_changed_class(module, "it")
-    cls = adapted_class(original, tuple(dict.fromkeys(names)), is_opaque)
     try:
-        _set_class(module, cls)
+        _set_class(module, adapted_class(original, tuple(dict.fromkeys(names)), is_opaque))
     except TypeError as error:
         raise ArgumentError(
             f"{original.__name__} can't be adapted: Python does not let its class change "
