@@ -558,7 +558,8 @@ _PROPERTIES = (
 _QUESTIONS = (
     "dim size stride numel nelement ndimension element_size is_floating_point is_complex is_signed "
     "is_contiguous is_inference is_conj is_neg is_pinned is_shared get_device storage_offset "
-    "dim_order __len__ __hash__ is_coalesced has_names _is_view is_same_size result_type"
+    "dim_order __len__ __hash__ is_coalesced has_names _is_view is_same_size result_type "
+    "register_hook register_post_accumulate_grad_hook retain_grad"
 )
 _CREATIONS = (
     "new_empty new_empty_strided new_full new_ones new_tensor new_zeros "

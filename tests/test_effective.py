@@ -641,6 +641,18 @@ class TestFacts:
         with pytest.raises((RuntimeError, TypeError)):
             nn.Linear(4, 3).weight = layer.weight
 
+    def test_hooks_are_those_of_the_base(self):
+        layer, seen = disha.inject_adapters(nn.Linear(4, 3), "", 2, freeze=False), []
+        handle = layer.weight.register_hook(lambda gradient: seen.append(gradient.shape))
+        layer.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight))
+        layer.weight.retain_grad()
+        layer(torch.randn(2, 4)).sum().backward()
+        assert seen[0] == (3, 4)
+        assert seen[1] is layer.base_weight
+        handle.remove()
+        layer(torch.randn(2, 4)).sum().backward()
+        assert len(seen) == 3
+
     @pytest.mark.parametrize(
         "write",
         [
