@@ -536,8 +536,19 @@ def _all_writes() -> Iterator[Callable[..., Any]]:
             yield found.__set__
 
 
+def _set_requires_grad(weight: Any, requires_grad: bool = True) -> Any:
+    if called_from("torch.nn.parameter"):
+        raise ArgumentError(
+            f"a parameter can't be made of an adapted weight (of shape {tuple(weight.shape)}), "
+            "because it would hide the adapters; make it of weight.clone(), the computed weight, "
+            "or of layer.base_weight"
+        )
+    return _base_of(weight).requires_grad_(requires_grad)
+
+
 WRITES: dict[Any, Callable[..., Any]] = {func: _write(func) for func in _all_writes()}
 WRITES[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
+WRITES[Tensor.requires_grad_] = _set_requires_grad
 
 
 # --- metadata ------------------------------------------------------------------------------------

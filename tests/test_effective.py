@@ -638,6 +638,9 @@ class TestFacts:
     def test_a_parameter_made_of_it_is_refused_or_dense(self):
         layer, weight = self.weight()
         assert type(nn.Parameter(weight.clone()).data) is torch.Tensor
+        for view in (weight, weight.data, weight.detach(), weight[:2]):
+            with pytest.raises(ArgumentError, match=r"weight\.clone\(\).*layer\.base_weight"):
+                nn.Parameter(view)
         with pytest.raises((RuntimeError, TypeError)):
             nn.Linear(4, 3).weight = layer.weight
 
