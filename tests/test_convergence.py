@@ -810,6 +810,23 @@ class TestLonger:
         if {"bone", "lora"} <= set(seeds):
             text, noise = gap(losses("bone"), losses("lora"))
             said.append(f"**There, Bone is {text} LoRA, {noise}.**")
+
+            def leader(gap):
+                return f"{'Bone' if gap > 0 else 'LoRA'} leads by {abs(gap):.3f}"
+
+            means = [statistics.fmean(losses(name).values()) for name in ("bone", "lora")]
+            orders = {2e-5: ["bone", "lora"], 1e-4: ["bat", "bone", "lora"]}
+            for rate in {2e-5, 1e-4} & set(both):
+                pair = [first[name][rate] for name in ("bone", "lora")]
+                said.append(f"Here, {leader(pair[1] - pair[0])} at this rate; each at its own "
+                            f"rate, {leader(means[1] - means[0])}.")  # fmt: skip
+                theirs = [name for name in orders[rate] if rate in first.get(name, ())]
+                same = sorted(theirs, key=lambda name: first[name][rate]) == theirs
+                said.append(f"{', '.join(METHODS[name].title for name in theirs)}.** "
+                            f"The order is {'the same' if same else 'another'} here.")  # fmt: skip
+            grown = [main[name][1e-4][0]["forgetting"] for name in ("bone", "lora")]
+            grown = " and ".join(f"{after - before:+.3f}" for before, after in grown)
+            said.append(f"Here, it is {grown} at this rate.")
             ends = {
                 name: sum(one["forgetting"][1] for one in found.values()) / len(found)
                 for name, found in seeds.items()
@@ -859,7 +876,7 @@ class TestLonger:
         return said
 
     @pytest.mark.parametrize(
-        ("most", "sentences"), [(0, 0), (3, 0), (6, 5), (8, 8), (10, 8), (26, 12), (99, 13)]
+        ("most", "sentences"), [(0, 0), (3, 0), (6, 5), (8, 13), (10, 13), (26, 17), (99, 18)]
     )
     def test_a_sentence_says_what_the_runs_say(self, most, sentences):
         results = self.made_up(most)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -28,12 +28,52 @@ from benchmarks.markdown import count_text, folded, table
 
 __all__ = ["Longer", "Point", "at_forgetting", "longer", "of_results"]
 
-ONE_RATES = {2e-5: "the rate of the paper", 1e-4: "the rate of PEFT's own comparison"}
 NOTHING = ""
 STEPS = 400
 """Steps in which the scale goes from 0 to 1, between the scales that were measured."""
 
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A comparison by others, with one learning rate for all methods.
+
+    Args:
+        source: who reports it.
+        link: where.
+        rate: the learning rate.
+        what: model and task.
+        correct: method -> correct answers, in percent.
+        forgetting: method -> its forgetting, in a measure of its own; empty if not reported.
+    """
+
+    source: str
+    link: str
+    rate: float
+    what: str
+    correct: Mapping[str, float]
+    forgetting: Mapping[str, float] = field(default_factory=dict)
+
+
+REPORTED = (
+    Reported(
+        "the paper",
+        "citing.md",
+        2e-5,
+        "a Llama with 7B parameters on GSM8K",
+        {"lora": 40.75, "bone": 48.16},
+    ),
+    Reported(
+        "PEFT's own comparison",
+        "https://github.com/huggingface/peft/tree/main/method_comparison",
+        1e-4,
+        "a Llama with 3B parameters on GSM8K",
+        {"lora": 47.84, "bone": 48.67, "bat": 50.42},
+        {"lora": 0.050, "bone": 0.197},
+    ),
+)
+"""Figures of others, with larger models than those of this study."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +256,7 @@ def longer(found: Longer, picture: str) -> str:
     if found.there:
         parts += [f"![The longer training]({picture})\n", _one_rate(found)]
     if "bone" in found.own and "lora" in found.own:
-        parts += [_forgetting(found), _sizes(found), _identity(found)]
+        parts += [_reported(found), _forgetting(found), _sizes(found), _identity(found)]
     return "\n".join(part for part in parts if part)
 
 
@@ -239,7 +279,7 @@ def _one_rate(found: Longer) -> str:
     header = ["method", *(f"{rate:g}" for rate in found.rates), "at its own rate"]
     sentences = [
         _leads(found),
-        *(_at_one(found, rate, what) for rate, what in ONE_RATES.items()),
+        *(_at_one(found, one.rate, f"the rate of {one.source}") for one in REPORTED),
         _at_own(found),
         _noise(found),
     ]
@@ -338,6 +378,68 @@ def _noise(found: Longer) -> str:
         f"The standard deviation between seeds is at most {found.noise:.3f}; where there is one "
         "seed, a difference of that size says nothing."
     )
+
+
+# --- beside what others report -------------------------------------------------------------------
+
+
+def _reported(found: Longer) -> str:
+    """Compare figures of others with the runs at the same rate, where Bone and LoRA have one."""
+    known = [one for one in REPORTED if {"bone", "lora"} <= _methods_at(found, one.rate)]
+    if not known:
+        return ""
+    methods = ("lora", "bone", "bat")
+    rows = [row for one in known for row in _beside(found, one, methods)]
+    points = "\n".join(f"- {_point(found, one)}" for one in known)
+    return "\n".join([
+        "### Beside what others report\n",
+        "Others also train all methods with one rate, and with larger models. They count correct "
+        "answers, so higher is better. This study has the test loss, so lower is better.\n",
+        f"{points}\n",
+        table(["one rate for all", *(METHODS[name].title for name in methods)], rows),
+    ])  # fmt: skip
+
+
+def _methods_at(found: Longer, rate: float) -> set[str]:
+    return {name for loss, name in found.ranked(rate) if math.isfinite(loss)}
+
+
+def _beside(found: Longer, one: Reported, methods: Sequence[str]) -> list[list[str]]:
+    theirs = (f"{one.correct[name]:.2f}%" if name in one.correct else NOTHING for name in methods)
+    losses = {name: loss for loss, name in found.ranked(one.rate)}
+    ours = (_text(losses[name]) if name in losses else NOTHING for name in methods)
+    return [
+        [f"{one.rate:g}: [{one.source}]({one.link}), {one.what}", *theirs],
+        [f"{one.rate:g}: here", *ours],
+    ]
+
+
+def _point(found: Longer, one: Reported) -> str:
+    """Say whether the order is the same, and what own rates and forgetting change."""
+    losses = {name: loss for loss, name in found.ranked(one.rate)}
+    theirs = [name for name in sorted(one.correct, key=one.correct.__getitem__, reverse=True)
+              if name in losses]  # fmt: skip
+    same = theirs == [name for name in losses if name in theirs]
+    sentences = [
+        f"**At {one.rate:g}, {one.source} has this order, the best first: "
+        f"{', '.join(METHODS[name].title for name in theirs)}.** "
+        f"The order is {'the same' if same else 'another'} here.",
+        f"Here, {_leader(losses['lora'] - losses['bone'])} at this rate; each at its own rate, "
+        f"{_leader(found.at_own('lora') - found.at_own('bone'))}.",
+    ]
+    if one.forgetting:
+        ours = (found.records[name][one.rate]["forgetting"][1] for name in ("bone", "lora"))
+        bone, lora = (f"{loss - found.base:+.3f}" for loss in ours)
+        sentences.append(
+            "Forgetting, in a measure of its own, is there "
+            f"{one.forgetting['bone']:.3f} for Bone and {one.forgetting['lora']:.3f} for LoRA. "
+            f"Here, it is {bone} and {lora} at this rate."
+        )
+    return " ".join(sentences)
+
+
+def _leader(gap: float) -> str:
+    return f"{'Bone' if gap > 0 else 'LoRA'} leads by {abs(gap):.3f}"
 
 
 # --- forgetting ----------------------------------------------------------------------------------
