@@ -236,10 +236,11 @@ def weight_for(method: str, module: nn.Module, slot: Slot, weight: Any, like: Te
 
 def opaque_slot(module: nn.Module) -> Slot | None:
     """Return the slot of a module whose weight is opaque, or None if it is not."""
-    adapters = module._modules.get(CHILD_NAME)
-    if isinstance(adapters, Adapters) and getattr(type(module), "is_opaque", False):
-        slot = next(iter(adapters.blocks().values())).slot  # perhaps dense by now
-        return replace(slot, rows=())
+    if getattr(type(module), "is_opaque", False):  # perhaps a class of the user has that name too
+        adapters = module._modules.get(CHILD_NAME)
+        if isinstance(adapters, Adapters):
+            slot = next(iter(adapters.blocks().values())).slot  # perhaps dense by now
+            return replace(slot, rows=())
     sizes = _sizes_of(module)
     if sizes is None or quantisation_of(module, _own_weight(module)) is None:
         return None
@@ -276,8 +277,8 @@ def device_of(module: nn.Module) -> torch.device | None:
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, or the one that it had before it was adapted."""
     cls: type[nn.Module] = type(module)
-    if isinstance(module._modules.get(CHILD_NAME), Adapters):
-        cls = getattr(cls, "original_class", cls)
+    if hasattr(cls, "original_class") and isinstance(module._modules.get(CHILD_NAME), Adapters):
+        cls = cls.original_class
     return cls
 
 
