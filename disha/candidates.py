@@ -248,14 +248,14 @@ def _taken_name(module: nn.Module) -> str | None:
     """Return an attribute of a module whose name the adapted class needs, or None."""
     # Not by hasattr, which would run a property of the user's class.
     own = {*attributes_of(module), *module._parameters, *module._buffers, *module._modules}
-    return next((n for n in sorted(_ADDED) if n in own or hasattr(type(module), n)), None)
+    return next((n for n in _ADDED if n in own or hasattr(type(module), n)), None)
 
 
-_ADDED = {
+_ADDED = sorted(
     name
     for name in {*vars(AdaptedLayer), *AdaptedLayer.__annotations__}.difference(dir(nn.Module))
     if not name.startswith("_")
-}
+)
 """The public names that adapting adds to a module."""
 
 

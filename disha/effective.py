@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import FunctionType, GetSetDescriptorType, ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -1321,17 +1322,12 @@ def _compute_where_nothing_asks() -> None:
         if any(isinstance(one, EffectiveWeight) for one in given):
             if any(isinstance(one, WeightOnMeta) for one in given):
                 WeightOnMeta.refuse_other_devices(given)
-            args = tuple(_computed_alone(one) for one in args)
-            kwargs = {name: _computed_alone(one) for name, one in kwargs.items()}
+            return _compute_first(partial(apply_plain, cls), args, kwargs)
         return apply_plain(cls, *args, **kwargs)
 
     owner.apply = classmethod(apply)
     for module, name in ((vmap, "_add_batch_dim"), (eager_transforms, "_wrap_for_grad")):
         setattr(module, name, _wrapping_computed(getattr(module, name)))
-
-
-def _computed_alone(value: Any) -> Any:
-    return computed(value) if isinstance(value, EffectiveWeight) else value
 
 
 def _wrapping_computed(wrap: Callable[..., Any]) -> Callable[..., Any]:

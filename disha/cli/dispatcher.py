@@ -26,8 +26,17 @@ from disha.errors import AdapterFileWarning, ArgumentError, DishaError
 from disha.text import printable, silence, tell
 from disha.version import __version__
 
-__all__ = ["COMMANDS", "DONE", "FAILED", "NO", "SIGNALLED", "TROUBLE", "Command", "debugging"]
-__all__ += ["main"]
+__all__ = [
+    "COMMANDS",
+    "DONE",
+    "FAILED",
+    "NO",
+    "SIGNALLED",
+    "TROUBLE",
+    "Command",
+    "debugging",
+    "main",
+]
 
 DONE = 0
 NO = FAILED = 1

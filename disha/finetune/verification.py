@@ -86,10 +86,10 @@ class Verification:
             "merged_difference": self.merged_difference,
             "agrees": self.agrees,
         }
-        is_lost = {
-            name: isinstance(one, float) and not isfinite(one) for name, one in found.items()
+        return {
+            name: None if isinstance(one, float) and not isfinite(one) else one
+            for name, one in found.items()
         }
-        return {name: None if is_lost[name] else one for name, one in found.items()}
 
     def require_agreement(self, adapter: Path) -> None:
         """Raise `VerificationError` if a difference exceeds its tolerance."""

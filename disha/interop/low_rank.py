@@ -70,9 +70,9 @@ _STACK = re.compile(r"(?:.+\.)?experts\.(?:gate_up_proj|down_proj)")
 """The names of stacks of experts that LoRA formats have a place for."""
 
 LARGEST_FACTORS, FACTORS_PER_VALUE = 2**30, 64
-"""Limit on the values of all A together, and of all B: a constant, plus so many for each value of
-the blocks. A tile has few values and large factors, so the constant is enough for those of a model
-with 70B parameters and r = 128."""
+"""All A together may have so many values: the first number, plus the second for each value of the
+blocks. The same holds for all B. A tile has few values and large factors, so the first number is
+large enough for the tiles of a model with 70B parameters and r = 128."""
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM allows for its largest rank, --max-lora-rank."""

@@ -1,8 +1,8 @@
 """Checks that a tokenizer from a stranger takes bounded time and memory for a text.
 
 A tokenizer.json is like a program: its steps rewrite a text and cut it by regexes. Each step can
-make the text longer. A regex can try so many ways to match that it never ends. So each step is
-checked once, when the tokenizer is opened:
+make the text longer. A bad regex never ends, because it tries too many ways to match. So each step
+is checked once, when the tokenizer is opened:
 
 - Replacing makes a text at most 16 times as long. No other step that lengthens a text comes twice.
 - In a regex, only one repetition can be tried at all its lengths before something that may fail.

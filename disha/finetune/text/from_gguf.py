@@ -112,8 +112,8 @@ class _Description:
         value = self.field(key)
         if not isinstance(value, str):
             raise TokenizerError(
-                f"{self.path} has tokenizer.ggml.{key} = {value!r:.60}, which is no text; the file "
-                "is damaged"
+                f"{self.path} has tokenizer.ggml.{key} = {value!r:.60}, which is not text; the "
+                "file is damaged"
             )
         return value
 

@@ -134,8 +134,8 @@ def test_user_defined_tokens_are_whole(tmp_path):
     ("metadata", "complaint"),
     [
         ({"tokenizer.ggml.model": "bert"}, "kind 'bert'; supported are 'gpt2'.*'llama'"),
-        ({"tokenizer.ggml.model": ["gpt2"]}, r"model = \['gpt2'\], which is no text"),
-        ({"tokenizer.ggml.pre": ["qwen2"]}, r"pre = \['qwen2'\], which is no text"),
+        ({"tokenizer.ggml.model": ["gpt2"]}, r"model = \['gpt2'\], which is not text"),
+        ({"tokenizer.ggml.pre": ["qwen2"]}, r"pre = \['qwen2'\], which is not text"),
         ({"tokenizer.ggml.pre": "deepseek-llm"}, "named 'deepseek-llm'.*supported are gpt-2, llam"),
         ({"tokenizer.ggml.pre": "default"}, "named 'default'.*--tokenizer tokenizer.json"),
         ({"tokenizer.ggml.pre": None}, r"lacks the metadata key tokenizer\.ggml\.pre"),
