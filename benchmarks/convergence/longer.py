@@ -135,10 +135,11 @@ class Longer:
         record = self.records.get(method, {}).get(rate)
         return None if record is None else _loss(record)
 
-    def ranked(self, rate: float) -> list[tuple[float, str]]:
-        """Return (loss, method) at one rate for all, the lowest first."""
+    def losses(self, rate: float) -> dict[str, float]:
+        """Return method -> test loss at one rate for all, the lowest first."""
         known = ((self.loss(method, rate), method) for method in self.records)
-        return sorted((loss, method) for loss, method in known if loss is not None)
+        ranked = sorted((loss, method) for loss, method in known if loss is not None)
+        return {method: loss for loss, method in ranked}
 
     def at_own(self, method: str) -> float:
         """Return the mean test loss at a method's own rate, over the seeds that are there."""
@@ -297,8 +298,8 @@ def _at_rate(found: Longer, method: str, rate: float) -> str:
     if loss is None:
         return NOTHING
     text = _text(loss)
-    ranked = found.ranked(rate)
-    return f"**{text}**" if len(ranked) > 1 and ranked[0][1] == method else text
+    ranked = list(found.losses(rate))
+    return f"**{text}**" if len(ranked) > 1 and ranked[0] == method else text
 
 
 def _own(found: Longer, method: str) -> str:
@@ -322,7 +323,7 @@ def _lowest(losses: Mapping[str, float]) -> str:
 
 def _at_one(found: Longer, rate: float, what: str) -> str:
     """Say who is lowest at one rate for all."""
-    losses = {name: loss for loss, name in found.ranked(rate)}
+    losses = found.losses(rate)
     if not {"bone", "lora"} <= set(losses):
         return ""
     return f"At {rate:g}, {what}, {_lowest(losses)}."
@@ -401,12 +402,12 @@ def _reported(found: Longer) -> str:
 
 
 def _methods_at(found: Longer, rate: float) -> set[str]:
-    return {name for loss, name in found.ranked(rate) if math.isfinite(loss)}
+    return {name for name, loss in found.losses(rate).items() if math.isfinite(loss)}
 
 
 def _beside(found: Longer, one: Reported, methods: Sequence[str]) -> list[list[str]]:
     theirs = (f"{one.correct[name]:.2f}%" if name in one.correct else NOTHING for name in methods)
-    losses = {name: loss for loss, name in found.ranked(one.rate)}
+    losses = found.losses(one.rate)
     ours = (_text(losses[name]) if name in losses else NOTHING for name in methods)
     return [
         [f"{one.rate:g}: [{one.source}]({one.link}), {one.what}", *theirs],
@@ -416,7 +417,7 @@ def _beside(found: Longer, one: Reported, methods: Sequence[str]) -> list[list[s
 
 def _point(found: Longer, one: Reported) -> str:
     """Say whether the order is the same, and what own rates and forgetting change."""
-    losses = {name: loss for loss, name in found.ranked(one.rate)}
+    losses = found.losses(one.rate)
     theirs = [name for name in sorted(one.correct, key=one.correct.__getitem__, reverse=True)
               if name in losses]  # fmt: skip
     same = theirs == [name for name in losses if name in theirs]
