@@ -58,7 +58,8 @@ def compared(found: Mapping[str, TaskFindings]) -> bytes:
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3, axis="x")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=7)
+    columns = min(len(labels), 3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7)
     return _svg(figure)
 
 
