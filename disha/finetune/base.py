@@ -1,0 +1,162 @@
+"""The base model and its tokenizer, as `transformers` loads them, and the note that finds them.
+
+A base is a folder, a GGUF file, or a name such as `Qwen/Qwen3-0.6B`. An adapter file notes its
+base as JSON. A path in the note is relative to the folder of the adapter file and begins with a
+dot, so the note stays right when both are moved together. Any other text is a name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import disha
+from disha.errors import ArgumentError, MissingPackageError
+
+__all__ = ["BASE_KEY", "BITS", "base_note", "best_device", "is_gguf", "load_base", "noted_base"]
+
+BITS = ("bf16", "fp32", "8", "4")
+BASE_KEY = "base"
+"""The key of the note in an adapter file."""
+NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
+
+
+def load_base(
+    name: str, bits: str = "fp32", device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a base model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a folder, a GGUF file, or a name in the cache of Hugging Face.
+        bits: how weights are stored: `bf16`, `fp32`, or quantised to `8` or `4` bits.
+        device: where the weights go; None leaves it to `transformers`.
+
+    Raises:
+        ArgumentError: there is no such model, it is not a causal language model, or a GGUF file
+            is to be quantised.
+        MissingPackageError: 8 and 4 bits need bitsandbytes.
+    """
+    source, file = _source(name)
+    options: dict[str, Any] = {"dtype": _dtype(bits, device)}
+    if device is not None:
+        options["device_map"] = {"": device}
+    if file:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    if bits in ("8", "4"):
+        options["quantization_config"] = _quantisation(name, bits, device)
+    try:
+        if not file:
+            _require_causal(AutoConfig.from_pretrained(source), name)
+        tokenizer = AutoTokenizer.from_pretrained(source, **file)
+        model = AutoModelForCausalLM.from_pretrained(source, **file, **options)
+    except OSError as error:
+        raise ArgumentError(f"can't load the base {name}: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def best_device() -> torch.device:
+    """Return this process's accelerator, or the processor if there is none."""
+    kind = torch.accelerator.current_accelerator()
+    if kind is None:
+        return torch.device("cpu")
+    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def is_gguf(name: str) -> bool:
+    """Return whether a base is a GGUF file."""
+    return name.lower().endswith(".gguf")
+
+
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    """Return the folder or name that `from_pretrained` takes for a base, and the file in it."""
+    path = Path(name)
+    if is_gguf(name) and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise ArgumentError(f"the base {name} must be a folder, a GGUF file or a name")
+    if not path.is_dir() and not NAME.fullmatch(name):
+        raise ArgumentError(f"there is no file or folder {name} to load the base from")
+    return name, {}
+
+
+def _dtype(bits: str, device: torch.device | None) -> torch.dtype:
+    if bits in ("8", "4"):
+        # Accelerators multiply bfloat16 faster than float32; few processors do.
+        return torch.float32 if (device or best_device()).type == "cpu" else torch.bfloat16
+    return torch.bfloat16 if bits == "bf16" else torch.float32
+
+
+def _quantisation(name: str, bits: str, device: torch.device | None) -> BitsAndBytesConfig:
+    if is_gguf(name):
+        raise ArgumentError(f"a GGUF file can't be quantised to {bits} bits; use bf16 or fp32")
+    try:
+        import bitsandbytes as bitsandbytes
+    except ImportError as error:
+        raise MissingPackageError(
+            f'{bits} bits need the package bitsandbytes; run: pip install "disha-torch[quant]"'
+        ) from error
+    if bits == "8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_dtype(bits, device),
+    )
+
+
+def _require_causal(config: Any, name: str) -> None:
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    classes = config.architectures or [known.get(config.model_type)]
+    if config.model_type not in known or set(classes).isdisjoint(known.values()):
+        raise ArgumentError(f"{name} is not a causal language model: it is {classes[0]}")
+
+
+def base_note(name: str, bits: str, adapter: Path) -> str:
+    """Return the note of a base for an adapter file."""
+    path = Path(name)
+    if path.exists():
+        relative = os.path.relpath(path.absolute(), adapter.parent.resolve())
+        name = f"./{Path(relative).as_posix()}"
+    return json.dumps({"base_model_name_or_path": name, "bits": bits})
+
+
+def noted_base(adapter: Path) -> tuple[str, str] | None:
+    """Return the base that an adapter file notes, and its bits; None without a note.
+
+    Raises:
+        DishaError: the file can't be read, or its note leads nowhere.
+    """
+    text = disha.inspect_adapter(adapter).metadata.get(BASE_KEY)
+    if text is None:
+        return None
+    try:
+        note = json.loads(text)
+        name, bits = note["base_model_name_or_path"], note.get("bits", "fp32")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArgumentError(f"{adapter} notes no base that can be used; give --base") from error
+    if not isinstance(name, str) or bits not in BITS:
+        raise ArgumentError(f"{adapter} notes no base that can be used; give --base")
+    if not name.startswith("./"):
+        return name, bits
+    path = Path(os.path.normpath(adapter.parent.resolve() / name))
+    if not path.exists():
+        raise ArgumentError(f"{adapter} notes the base {path}, which is not there; give --base")
+    return str(path), bits
