@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from disha import freezing
+from disha import freezing, running_statistics
 from disha.contexts import LOOSE, Group, open_contexts
 from disha.errors import ArgumentError, ModeError
 from disha.layers import (
@@ -152,6 +152,7 @@ def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
     by_module: dict[nn.Module, list[PlannedLayer]] = {}
     for layer in plan.layers:
         by_module.setdefault(layer.module, []).append(layer)
+    running_statistics.remember(view)
     group = _group_of(view)
     for module, layers in by_module.items():
         blocks = [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
@@ -177,9 +178,9 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     """Remove one adapter, or all; return the same model.
 
     A layer without adapters gets its former class and state-dict keys back. When the model has no
-    adapter left, every `requires_grad` flag is as it was before the first injection. Parameters
-    that were trained with the adapter (`also_train`) keep their values. No other adapter becomes
-    active.
+    adapter left, every `requires_grad` flag and the running statistics of batch norms are as they
+    were before the first injection. Parameters that were trained with the adapter (`also_train`)
+    keep their values. No other adapter becomes active.
 
     Args:
         model: a model with adapters.
@@ -219,7 +220,7 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     for name, layer in layers:
         if set(layer.disha) <= set(removed):
             refuse_changed_class(layer, name)
-    with Undo(view, view.all_modules(adapter)):
+    with Undo(view, view.all_modules(adapter)) as undo:
         for _, layer in layers:
             for own in removed:
                 layer.disha.discard(own)
@@ -229,8 +230,11 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
         for module in view.names:
             for own in removed:
                 freezing.release(module, own)
-        for module in () if view.layers else view.names:
-            freezing.restore_flags(module)
+        if not view.layers:
+            for module in view.names:
+                freezing.restore_flags(module)
+            running_statistics.put_back(view, undo)
+            running_statistics.forget(view)
     return model
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from disha import freezing
+from disha import freezing, running_statistics
 from disha.errors import AdapterStateError, ArgumentTypeError
 from disha.functional import method_of
 from disha.layers import AdaptedLayer, AdaptedWeight, Block, kept_packed, weight_shape
@@ -79,8 +79,8 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     """Return the part of `model.state_dict()` that belongs to an adapter.
 
     Keys and tensors are those of the state dict, and the tensors share memory with the model.
-    `also_train` parameters are included. So `torch.save` and
-    `model.load_state_dict(state, strict=False)` work with the result.
+    `also_train` parameters and the running statistics of batch norms that training has changed are
+    included. So `torch.save` and `model.load_state_dict(state, strict=False)` work with the result.
 
     As in `model.state_dict()`, a wrapper adds its part to the keys. The tensors of a sharded model
     are DTensors, and each rank has its shard of them. `save_adapter` writes clean names and
@@ -101,17 +101,17 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
         >>> {key: tuple(value.shape) for key, value in disha.adapter_state_dict(model).items()}
         {'0.disha.default.bone_block': (4, 16)}
     """
-    found = _in_state_dict(ModelView(model), adapter)
-    return {key: parameter.detach() for key, parameter in found.items()}
+    view = ModelView(model)
+    found = _in_state_dict(view, adapter_tensors(view, adapter))
+    return {key: tensor.detach() for key, tensor in found.items()}
 
 
-def _in_state_dict(view: ModelView, adapter: str) -> dict[str, Tensor]:
-    """Return the parameters of an adapter under their keys in the model's state dict.
+def _in_state_dict(view: ModelView, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of the model under their keys in its state dict.
 
     Raises:
         AdapterStateError: the state dict does not have all of them.
     """
-    tensors = adapter_tensors(view, adapter)
     owned = {id(parameter) for parameter in tensors.values()}
     with kept_packed(view.names):
         state = view.model.state_dict(keep_vars=True)
@@ -127,11 +127,12 @@ def _in_state_dict(view: ModelView, adapter: str) -> dict[str, Tensor]:
     return found
 
 
-def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of an adapter under their keys in files.
+def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter under their keys in files.
 
     The key of a block is `<layer>.bone_block` or `<layer>.bat_block`; that of an `also_train`
-    parameter is its clean name. Each parameter appears once, even if its module has several names.
+    parameter or of a changed running statistic is its clean name. Each tensor appears once, even if
+    its module has several names.
 
     Raises:
         ArgumentError: there is no such adapter.
@@ -140,7 +141,7 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
         MergeError: an adapter is merged into an `also_train` parameter.
     """
     view.reshard()
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, weight in view.require(adapter):
         block = weight.block(adapter)
         _refuse_flattened(name, weight, block)
@@ -153,7 +154,7 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, nn.Parameter]:
                 view.refuse_merged(f"use {join(name, attribute)} as part of the adapter")
             if parameter is not None:
                 tensors[join(name, attribute)] = parameter
-    return tensors
+    return tensors | running_statistics.changed_statistics(view)
 
 
 def _refuse_flattened(name: str, weight: AdaptedWeight, block: Block) -> None:
@@ -222,7 +223,15 @@ def load_adapter_state_dict(
                     f"state must be a dict of key -> tensor, got {type(state).__name__}"
                 )
             view.refuse_merged("load an adapter")
-            expected = _in_state_dict(view, adapter)
+            statistics = running_statistics.statistics(view)
+            names = {clean_key(key) for key in map(str, state)}
+            given = {name: value for name, value in statistics.items() if name in names}
+            parameters = {
+                key: value
+                for key, value in adapter_tensors(view, adapter).items()
+                if key not in statistics
+            }
+            expected = _in_state_dict(view, parameters | given)
             found = _under_model_keys(state, expected)
             report = check_fit(expected, found)
             failed = not report.complete if strict else report.wrong_shape or report.wrong_value
@@ -233,6 +242,8 @@ def load_adapter_state_dict(
                 )
         for key in report.matched:
             undo.write(expected[key], found[key])
+        if strict:  # the state is complete, so the other statistics were the base's
+            running_statistics.put_back(view, undo, given)
     return report
 
 
@@ -266,8 +277,9 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> Lo
             wrong_value.append((key, f"is a {_layout(value)} tensor, must be dense"))
         elif value.shape != parameter.shape:
             wrong_shape.append((key, tuple(value.shape), tuple(parameter.shape)))
-        elif not value.is_floating_point():
-            wrong_value.append((key, f"has dtype {value.dtype}, must be floating-point"))
+        elif value.is_floating_point() != parameter.is_floating_point():
+            due = "floating-point" if parameter.is_floating_point() else "an integer"
+            wrong_value.append((key, f"has dtype {value.dtype}, must be {due}"))
         elif value.is_meta:
             wrong_value.append((key, "is on the meta device and has no values"))
         elif parameter.is_meta:

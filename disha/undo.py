@@ -137,7 +137,14 @@ class Undo:
         torch.set_grad_enabled(self._gradients)
 
 
-_ATTRIBUTES = ("training", "_disha_training", "_disha_nests", "use_nested_tensor", "_flat_weights")
+_ATTRIBUTES = (
+    "training",
+    "_disha_training",
+    "_disha_statistics",
+    "_disha_nests",
+    "use_nested_tensor",
+    "_flat_weights",
+)
 """What an operation may change of the attributes of the model's own modules."""
 
 _DICTS = (

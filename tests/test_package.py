@@ -23,6 +23,7 @@ LAYERS = [
     {"layers"},
     {"model"},
     {"candidates", "undo"},
+    {"running_statistics"},
     {"plan", "control", "merge", "state", "summaries", "checkpointing"},
     {"inject", "check"},
     {"files"},

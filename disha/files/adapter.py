@@ -30,6 +30,9 @@ def save_adapter(
 ) -> None:
     """Write an adapter, and nothing else of the model, to one safetensors file.
 
+    The adapter is its blocks, the parameters of `also_train`, and the running statistics of batch
+    and instance norms that training has changed since the first injection.
+
     The file is written completely or not at all: an existing file stays until the new one is
     complete. Saving the same adapter twice gives the same bytes, also from a wrapped or sharded
     model. A merged adapter can be saved too, as merging does not change its blocks.
@@ -131,12 +134,14 @@ def load_adapter(
         adapter: the name that the adapter gets in this model.
         layers: a regex, searched in the names of the layers; only matching layers are loaded. All
             by default. With `replace=True`, the layers that do not match stay as they are.
-        also_train: also set the parameters that the file holds besides the blocks.
+        also_train: also set the parameters and the running statistics of batch norms that the file
+            holds besides the blocks.
         replace: if the model has an adapter of that name, copy the file's values into it, in place
             (hot swap). The shapes must agree, but a file with a smaller r fits too, if that r
             divides the model's and the method can widen a block without loss (Bone, tile). Layers
-            that the file lacks get zeros. `also_train` parameters that the file lacks keep their
-            values. No `requires_grad` flag changes.
+            that the file lacks get zeros, and running statistics the values of the base.
+            `also_train` parameters that the file lacks keep their values. No `requires_grad` flag
+            changes.
         dtype: dtype of the blocks; the file's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
         activate: make a new adapter the only active one. With False, nothing changes for threads

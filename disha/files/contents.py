@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from disha import functional
+from disha import functional, running_statistics
 from disha.config import check_dtype, compile_regex
 from disha.errors import (
     AdapterFileError,
@@ -161,7 +161,7 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return dict(metadata)
 
 
-def _check_has_values(adapter: str, parameters: Mapping[str, nn.Parameter]) -> None:
+def _check_has_values(adapter: str, parameters: Mapping[str, Tensor]) -> None:
     meta = [key for key, parameter in parameters.items() if parameter.is_meta]
     if meta:
         raise AdapterStateError(
@@ -377,7 +377,7 @@ def load_contents(
             else:
                 plan, values = _planned(view, incoming, adapter, dtype, freeze)
                 apply_plan(view, plan, activate=activate)
-            targets = adapter_tensors(view, adapter)
+            targets = running_statistics.statistics(view) | adapter_tensors(view, adapter)
         blocks = {incoming.keys[layer.key] for layer in header.layers}
         for key, value in values.items():
             if taken or key not in blocks:
@@ -386,6 +386,7 @@ def load_contents(
                 with torch.no_grad():
                     write(targets[key], value)
         if taken and not partial:
+            running_statistics.put_back(view, undo, values)
             for name, weight in view.require(adapter):
                 block = weight.block(adapter)
                 if join(name, block.parameter_name) not in values:
@@ -425,6 +426,10 @@ def _model_keys(view: ModelView, header: AdapterHeader) -> dict[str, str]:
     first = {name: aliases[0] for aliases in view.names.values() for name in aliases}
     parameters = view.parameters_by_name
     keys = {key: parameters[key].name if key in parameters else key for key in header.also_train}
+    for key in header.also_train:
+        if key not in parameters:  # a running statistic
+            module, _, own = key.rpartition(".")
+            keys[key] = join(first.get(module, module), own)
     for layer in header.layers:
         module, _, below = layer.name.rpartition(".")
         own = first.get(layer.name) or join(first.get(module, module), below)
@@ -448,12 +453,21 @@ def _planned(
         )
         for layer in header.layers
     ]
-    beside = {key: header.tensors[key].shape for key in header.also_train}
+    statistics = running_statistics.statistics(view)
+    beside = {
+        key: header.tensors[key].shape
+        for key in header.also_train
+        if incoming.keys[key] not in statistics
+    }
     try:
         plan = plan_weights(view, adapter, header.config, requests, beside, freeze)
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
     values = {incoming.keys[key]: tensor for key, tensor in incoming.tensors.items()}
+    given = {key: value for key, value in values.items() if key in statistics}
+    report = check_fit({key: statistics[key] for key in given}, given)
+    if not report.complete:
+        raise AdapterFileError(f"{incoming.source} does not fit the model:\n{report}")
     _check_finite(view, incoming, values, dtype)
     return plan, values
 
@@ -489,7 +503,7 @@ def _as_wide_as(view: ModelView, incoming: _Incoming, adapter: str) -> _Incoming
 
 def _fitting(view: ModelView, incoming: _Incoming, adapter: str) -> dict[str, Tensor]:
     """Return the values that fit the model's adapter of that name, by the model's keys."""
-    mine = adapter_tensors(view, adapter)
+    mine = running_statistics.statistics(view) | adapter_tensors(view, adapter)
     found = {incoming.keys[key]: key for key in incoming.tensors}
     targets = {key: parameter for key, parameter in mine.items() if key in found}
     kept = {key: own for key, own in found.items() if key in targets}
@@ -527,7 +541,7 @@ def _check_finite(
     broken = []
     for key, own in incoming.keys.items():
         target = dtype or values[own].dtype
-        if key in incoming.header.also_train:
+        if own in view.parameters_by_name:
             target = view.parameters_by_name[own].value.dtype
         if not finite_as(values[own], target):
             broken.append(f"{key} (as {target})")

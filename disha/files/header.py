@@ -168,7 +168,7 @@ class AdapterHeader:
     Attributes:
         config: the adapter's configuration.
         layers: the adapted layers, in the order of the model.
-        also_train: names of the parameters saved with the blocks.
+        also_train: names of the parameters and running statistics saved with the blocks.
         tensors: key -> shape and dtype, of all tensors.
         metadata: notes that the user gave to `save_adapter`.
     """
@@ -206,7 +206,7 @@ class AdapterFile(AdapterHeader):
     Attributes:
         config: the adapter's configuration.
         layers: the adapted layers, in the order of the model.
-        also_train: names of the parameters saved with the blocks.
+        also_train: names of the parameters and running statistics saved with the blocks.
         tensors: key -> shape and dtype, of all tensors.
         metadata: notes that the user gave to `save_adapter`.
         path: the file.
@@ -469,6 +469,12 @@ def _check_keys(described: AdapterFile) -> None:
     if times > 1:
         raise _unfit(f"{described.path}: the header lists {brief(key)} {times} times")
     problems = [f"missing {brief(key)}" for key in listed if key not in described.tensors]
+    problems += [
+        f"{brief(layer.key)} is not floating-point"
+        for layer in described.layers
+        if layer.key in described.tensors
+        and not described.tensors[layer.key].dtype.is_floating_point
+    ]
     problems += [
         f"not described {brief(key)}" for key in sorted(described.tensors) if key not in listed
     ]

@@ -30,6 +30,7 @@ from disha.text import brief
 
 __all__ = [
     "DTYPES",
+    "HELD",
     "LARGEST_INDEX",
     "LENGTH_BYTES",
     "NAMES",
@@ -70,6 +71,9 @@ DTYPES = {
     "F64": torch.float64,
 }
 """Name of a dtype in a file -> the dtype, for all that adapters and base weights may have."""
+
+HELD = {**DTYPES, "I64": torch.int64}
+"""The same for all that an adapter file may have: running statistics count batches."""
 
 KNOWN = {name: dtype for dtype, name in NAMES.items()}
 
@@ -158,14 +162,14 @@ class TensorFile:
         self._file = file
 
     def record(self, key: str) -> TensorRecord:
-        """Return a tensor's shape and dtype without reading it; its dtype is one of `DTYPES`."""
+        """Return a tensor's shape and dtype without reading it; its dtype is one of `HELD`."""
         stored = self.tensors[key]
-        if stored.dtype not in DTYPES:
+        if stored.dtype not in HELD:
             raise AdapterFileError(
                 f"{self.path}: tensor {brief(key)} has dtype {brief(stored.dtype)}; allowed are "
-                f"{', '.join(DTYPES)}"
+                f"{', '.join(HELD)}"
             )
-        return TensorRecord(stored.shape, DTYPES[stored.dtype])
+        return TensorRecord(stored.shape, HELD[stored.dtype])
 
     def read(self, key: str, first: int = 0, last: int | None = None) -> Tensor:
         """Return a tensor, on the CPU.

@@ -178,7 +178,7 @@ class PeftView:
             biases: whether biases can be saved alone, without the rest of their modules.
         """
         known = self.view.parameters_by_name
-        trained = {alias for name in also_train for alias in known[name].names}
+        trained = {alias for name in also_train if name in known for alias in known[name].names}
         adapted = {self.view.modules[name]: name for name in layers if name in self.view.modules}
         problems: list[str] = []
         modules: list[str] = []
@@ -208,6 +208,11 @@ class PeftView:
                 inside_saved.update(inside)
                 tensors |= {join(name, key): state[key] for name in names for key in state}
         tensors |= {key: known[key].value for key in bias}
+        problems += [
+            f"{name}: PEFT saves running statistics only with a module whose parameters all train"
+            for name in also_train
+            if name not in known and name not in tensors
+        ]
         of_layers = {join(layer, "bias") for layer in layers}
         return Saved(
             bias="none" if not bias else "only" if of_layers.issuperset(bias) else "all",

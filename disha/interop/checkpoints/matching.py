@@ -17,7 +17,7 @@ from disha.errors import AdapterFileError
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import unread_contents
 from disha.files.header import AdapterFile, AdapterHeader, LayerRecord
-from disha.files.tensors import DTYPES, StoredTensor, opened
+from disha.files.tensors import DTYPES, HELD, StoredTensor, opened
 from disha.fingerprint import fingerprint, fingerprint_of, same_base
 from disha.interop.checkpoints.names import Renaming, nearest, possible_keys, renaming
 from disha.interop.checkpoints.reading import (
@@ -335,12 +335,12 @@ class _Base:
         if key is None or key not in self.stored:
             return self._missing(name, name)
         stored = self.stored[key]
-        if stored.dtype not in DTYPES:
+        if stored.dtype not in HELD:
             return Finding(name, key, MISFIT, _packed(stored))
         if stored.shape != shape:
             remark = f"is {stored.shape} there and {shape} in the adapter"
             return Finding(name, key, MISFIT, remark)
-        if not finite_as(tensors[name], DTYPES[stored.dtype]):
+        if not finite_as(tensors[name], HELD[stored.dtype]):
             return Finding(name, key, NOT_FINITE, f"the adapter's values, as {stored.dtype}")
         return Finding(name, key, FITS)
 

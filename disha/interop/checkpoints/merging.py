@@ -41,7 +41,7 @@ from disha.files.header import AdapterFile, LayerRecord
 from disha.files.json_files import read_json
 from disha.files.pieces import Piece, write_pieces, write_tensor
 from disha.files.reading import explained, found_at
-from disha.files.tensors import DTYPES, NAMES, opened
+from disha.files.tensors import DTYPES, HELD, NAMES, opened
 from disha.functional.shards import merge_dtype
 from disha.interop.checkpoints.matching import BaseReport, Matching, matched, stored_twice
 from disha.interop.checkpoints.reading import (
@@ -395,7 +395,7 @@ class _Merge:
 
         def write(file: BinaryIO) -> None:
             if changed:
-                write_tensor(self._changed(name, DTYPES[dtype]), file)
+                write_tensor(self._changed(name, HELD[dtype]), file)
             else:
                 with self.checkpoint.file_of(name) as source:
                     file.writelines(source.chunks(name))

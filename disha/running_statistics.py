@@ -1,0 +1,83 @@
+"""Running statistics: the buffers that batch and instance norms update in training.
+
+Training an adapter changes them although nothing asks for it, and the model in eval mode computes
+with them. So those that have changed since the first injection belong to the adapter, like the
+parameters of `also_train`. The base's values stay in the `__dict__` of each norm, so copies and
+pickles of the model have them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+from torch import Tensor, nn
+
+from disha.freezing import attributes_of
+from disha.model import ModelView, join
+from disha.undo import Undo
+
+__all__ = ["changed_statistics", "forget", "put_back", "remember", "statistics"]
+
+_ATTRIBUTE = "_disha_statistics"
+
+
+def statistics(view: ModelView) -> dict[str, Tensor]:
+    """Return the running statistics of all norms under their clean names."""
+    return {
+        join(name, own): buffer
+        for module, (name, *_) in view.names.items()
+        for own, buffer in _own(module).items()
+    }
+
+
+def remember(view: ModelView) -> None:
+    """Keep the values of the norms that keep none yet."""
+    for module in view.names:
+        own, attributes = _own(module), attributes_of(module)
+        if own and _ATTRIBUTE not in attributes:
+            attributes[_ATTRIBUTE] = {name: value.detach().clone() for name, value in own.items()}
+
+
+def _kept(view: ModelView) -> dict[str, Tensor]:
+    return {
+        join(name, own): former
+        for module, (name, *_) in view.names.items()
+        for own, former in attributes_of(module).get(_ATTRIBUTE, {}).items()
+        if own in _own(module)
+    }
+
+
+def changed_statistics(view: ModelView) -> dict[str, Tensor]:
+    """Return the statistics that are no longer those of the base."""
+    now = statistics(view)
+    return {
+        name: now[name]
+        for name, former in _kept(view).items()
+        if former.is_meta or not torch.equal(now[name], former.to(now[name]))
+    }
+
+
+def put_back(view: ModelView, undo: Undo, but: Container[str] = ()) -> None:
+    """Give the norms the kept values, except for the statistics named in `but`."""
+    changed = changed_statistics(view)
+    for name, former in _kept(view).items():
+        if name in changed and name not in but and not former.is_meta:
+            undo.write(changed[name], former)
+
+
+def forget(view: ModelView) -> None:
+    """Drop the kept values."""
+    for module in view.names:
+        attributes_of(module).pop(_ATTRIBUTE, None)
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers in the state dict of a norm, or nothing if the module is none."""
+    if module._buffers.get("running_mean") is None:
+        return {}
+    return {
+        name: buffer
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }

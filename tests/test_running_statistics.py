@@ -1,0 +1,173 @@
+"""What training does to batch and instance norms is part of the adapter."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import disha
+
+ROOT = Path(__file__).parent.parent
+
+
+class Bert(nn.Module):
+    """A small encoder in the style of BERT, with a head that trains with the adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.classifier(self.encoder(self.embed(ids)).mean(1))
+
+
+def resnet():
+    return pytest.importorskip("torchvision").models.resnet18(num_classes=3)
+
+
+def small(norm=nn.BatchNorm2d):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), norm(4, affine=True, track_running_stats=True), nn.Flatten(),
+        nn.Linear(144, 2),
+    )  # fmt: skip
+
+
+def instance():
+    return small(nn.InstanceNorm2d)
+
+
+def images(count=5, size=8, seed=3):
+    return 2 + 3 * torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs_of(name):
+    if name == "Bert":
+        return torch.arange(24).view(4, 6) % 11
+    return images(4, 32) if name == "Resnet" else images()
+
+
+def made(name):
+    torch.manual_seed(0)
+    return {"Bert": Bert, "Resnet": resnet, "instance": instance, "small": small}[name]()
+
+
+def train(model, x, steps=3):
+    model.train()
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def adapted(model):
+    return disha.inject_adapters(model, r"0|3", r=2)
+
+
+def trained(model=None):
+    return train(adapted(small() if model is None else model), images())
+
+
+@pytest.mark.parametrize("name", ["Resnet", "Bert", "instance"])
+def test_a_fresh_process_computes_the_same(name, tmp_path):
+    target, beside = {
+        "Resnet": (r"conv\d|fc", {}),
+        "Bert": ("linear|out_proj|in_proj", {"also_train": "classifier"}),
+        "instance": ("0|3", {}),
+    }[name]
+    x, model = inputs_of(name), disha.inject_adapters(made(name), target, r=2, **beside)
+    train(model, x)
+    disha.save_adapter(model, tmp_path / "a.safetensors")
+    torch.save(made(name).state_dict(), tmp_path / "base.pt")
+    code = f"""
+import sys, torch, disha
+from tests.test_running_statistics import inputs_of, made
+model = made({name!r})
+model.load_state_dict(torch.load("base.pt"))
+disha.load_adapter(model, "a.safetensors")
+with torch.no_grad():
+    torch.save(model.eval()(inputs_of({name!r})), "logits.pt")
+"""
+    path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=path)
+    with torch.no_grad():
+        expected = model(x)
+    assert expected.isfinite().all()
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_inspect_names_what_training_has_changed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    disha.save_adapter(trained(), path)
+    found = disha.inspect_adapter(path)
+    names = ("1.num_batches_tracked", "1.running_mean", "1.running_var")
+    assert found.also_train == names
+    assert all(name in str(found) for name in names)
+
+
+def test_a_model_that_was_never_in_train_has_none(tmp_path):
+    path = tmp_path / "a.safetensors"
+    model = adapted(small().eval())
+    model(images())
+    disha.save_adapter(model, path)
+    assert disha.inspect_adapter(path).also_train == ()
+
+
+def test_removing_puts_the_old_ones_back():
+    before = copy.deepcopy(small().state_dict())
+    model = disha.remove_adapters(trained())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any("statistics" in name for name in vars(model[1]))
+
+
+def test_what_fails_changes_no_statistic(tmp_path):
+    path = tmp_path / "a.safetensors"
+    disha.save_adapter(trained(), path)
+    wider = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(144, 2))
+    before = copy.deepcopy(wider.state_dict())
+    with pytest.raises(disha.AdapterFileError, match=r"1\.running_mean"):
+        disha.load_adapter(wider, path)
+    assert wider.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in wider.state_dict().items())
+    assert "_disha_statistics" not in vars(wider[1])
+
+
+def test_state_dicts_carry_them():
+    model = trained()
+    state = {key: value.clone() for key, value in disha.adapter_state_dict(model).items()}
+    fresh = adapted(small())
+    untrained = {key: value.clone() for key, value in disha.adapter_state_dict(fresh).items()}
+    assert disha.load_adapter_state_dict(fresh, state).complete
+    assert torch.equal(fresh.eval()(images()), model(images()))
+    assert disha.load_adapter_state_dict(fresh, untrained).complete  # as before the training
+    assert torch.equal(fresh(images()), small().eval()(images()))
+
+
+def test_replacing_swaps_them(tmp_path):
+    disha.save_adapter(adapted(small()), tmp_path / "untrained.safetensors")
+    model = trained()
+    disha.save_adapter(model, tmp_path / "trained.safetensors")
+    expected = model(images())
+    disha.load_adapter(model, tmp_path / "untrained.safetensors", replace=True)
+    assert torch.equal(model(images()), small().eval()(images()))
+    disha.load_adapter(model, tmp_path / "trained.safetensors", replace=True)
+    assert torch.equal(model(images()), expected)
+
+
+def test_also_train_false_leaves_them_out(tmp_path):
+    disha.save_adapter(trained(), tmp_path / "a.safetensors")
+    model = small()
+    disha.load_adapter(model, tmp_path / "a.safetensors", also_train=False)
+    assert torch.equal(model[1].running_mean, torch.zeros(4))
