@@ -64,7 +64,7 @@ def made(name):
 def train(model, x, steps=3):
     model.train()
     trained = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    optimizer = torch.optim.SGD(trained, lr=1e-6)
     for _ in range(steps):
         optimizer.zero_grad()
         model(x).square().mean().backward()
