@@ -69,7 +69,6 @@ DEV = [
     *QUANT,
     *REPORTS,
     "build>=1.2",
-    "griffelib>=2",
     "hypothesis>=6.100",
     "mutmut>=3.8; sys_platform != 'win32'",
     "mypy>=1.15",

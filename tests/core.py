@@ -26,8 +26,8 @@ LEFT_OUT = (
     *("disha/__main__.py", "disha/interop/gguf.py"),
     *("benchmarks", "docs", "tests/cli", "tests/finetune", "tests/llamacpp", "tests/packaging"),
     "tests/runtimes",
-    *("tests/test_examples.py", "tests/test_feature_table.py", "tests/test_guides.py"),
-    *("tests/test_pages.py", "tests/test_readme.py", "tests/test_typing.py"),
+    *("tests/test_examples.py", "tests/test_guides.py", "tests/test_pages.py"),
+    "tests/test_readme.py",
 )
 
 EXTRAS_INSIDE = ("disha.cli", "disha.finetune")

@@ -26,8 +26,6 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["DOCS", "README", "ROOT", "Block", "Page", "blocks_of", "links_of"]
-
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 BLOCK = re.compile(
@@ -42,14 +40,7 @@ SECONDS = 240
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code.
-
-    Args:
-        language: `python` or `sh`.
-        code: what stands in it.
-        output: what the page says that it prints; None if it does not say.
-        line: of the page, where the code begins.
-    """
+    """A block of code, what the page says that it prints, and the line where it begins."""
 
     language: str
     code: str
@@ -74,6 +65,18 @@ def blocks_of(text: str) -> list[Block]:
 def links_of(text: str) -> list[str]:
     """Return where the links and pictures of a page lead, code left out."""
     return LINK.findall(re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def tables_of(text: str) -> list[list[list[str]]]:
+    """Return the tables of a page, each as its lines of cells without the rule."""
+    tables, lines = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            lines.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif lines:
+            tables.append([lines[0], *lines[2:]])
+            lines = []
+    return tables
 
 
 class Page:

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import disha
 
 PACKAGE = Path(disha.__file__).parent
@@ -100,16 +98,6 @@ def test_finetune_uses_the_library_as_a_user_would():
             assert public or name.startswith("disha.finetune"), (path, name)
 
 
-def test_no_file_imports_safetensors():
-    """That library maps the files that it reads, and who cuts a mapped file short kills us."""
-    importers = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in sources()
-        if any(name.split(".")[0] == "safetensors" for name in imports_of(path)[1])
-    }
-    assert not importers
-
-
 def run_python(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
@@ -131,19 +119,6 @@ print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - befor
     assert new <= {"disha", "safetensors", "einops", "packaging"}
 
 
-def test_interop_is_there_without_an_import_of_its_own():
-    code = """
-import sys, json
-import disha
-before = "disha.interop" in sys.modules
-parts = (disha.interop.checkpoints, disha.interop.lora, disha.interop.peft)
-names = [part.__name__ for part in parts]
-print(json.dumps([before, names, hasattr(disha, "interops")]))
-"""
-    names = [f"disha.interop.{name}" for name in ("checkpoints", "lora", "peft")]
-    assert run_python(code) == [False, names, False]
-
-
 def test_import_warns_of_nothing():
     code = "import torch, disha; disha.inject_adapters"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
@@ -161,26 +136,6 @@ print(json.dumps([*before, "torch" in sys.modules, hasattr(disha, "inject_adapte
     assert run_python(code) == [False, True, True, False]
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "from disha import *",
-        "import disha.summaries; from disha import *",
-        "import disha; disha.functional; from disha import *",
-        "from disha.inject import inject_adapters; from disha import *",
-    ],
-)
-def test_every_public_name_is_what_it_is_whatever_was_imported_before(code):
-    code += """
-import json, pickle
-import disha
-names = [name for name in disha.__all__ if name != "__version__"]
-same = [pickle.loads(pickle.dumps(globals()[name])) is getattr(disha, name) for name in names]
-print(json.dumps([all(same), disha.summary.__module__, callable(disha.summary)]))
-"""
-    assert run_python(code) == [True, "disha.summaries", True]
-
-
 def test_version_is_the_distributions():
     assert disha.__version__ == importlib.metadata.version("disha-torch")
     assert re.fullmatch(r"\d+\.\d+\.\d+", disha.__version__)
@@ -192,13 +147,3 @@ def test_requirements_are_ranges():
     assert {re.split(r"[<>=!~ ]", r)[0] for r in core} == {"torch", "safetensors", "einops"}
     for requirement in requirements:
         assert "==" not in requirement.split(";")[0], requirement
-
-
-def test_public_names_are_all_documented():
-    for name in disha.__all__:
-        if name != "__version__":
-            assert getattr(disha, name).__doc__, name
-
-
-def test_types_are_shipped():
-    assert (PACKAGE / "py.typed").exists()

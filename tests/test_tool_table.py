@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.test_feature_table import tables_of
+from tests.pages import tables_of
 from tests.tool_table import PAGE, REFUSED, ROOT, TABLES, TICK, render, results_of
 
 
