@@ -220,7 +220,7 @@ class Candidate:
 
     def misfit(self, config: AdapterConfig, r: int) -> str | None:
         """Return why a block of that size does not fit the weight, or None if it does."""
-        problem = functional.misfit(config.method, self.layout, self.geometry, r, config.r_out)
+        problem = self.layout.reason_against(self.geometry, r, config.r_out)
         split = None if self.opaque else split_of(read_weight(self.module, self.attribute))
         return problem if split is None else problem or self._cut_misfit(config, r, split)
 
@@ -229,10 +229,9 @@ class Candidate:
         placed = f"its weight is a DTensor placed as {split.placements}"
         if config.dropout:
             return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
-        shape = functional.block_shape(
-            config.method, self.layout, self.shape, r, config.r_out, self.rows
-        )
-        update = Update(config.method, torch.empty(shape, device="meta"), rows=self.rows)
+        method = functional.method_of(config.method)
+        shape = method.block_shape(self.layout, self.shape, r, config.r_out, self.rows)
+        update = Update(method, torch.empty(shape, device="meta"), rows=self.rows)
         parts = split.parts
         cuts = [functional.update_of_part(update, self.layout, self.shape, part) for part in parts]
         if None not in cuts:

@@ -203,7 +203,7 @@ def effective(
         >>> from disha.effective import effective
         >>> from disha.functional import Layout, Update
         >>> W, D = torch.zeros(3, 4), torch.ones(2, 3)
-        >>> weight = effective(W, Layout("out in"), (Update("bone", D),))
+        >>> weight = effective(W, Layout("out in"), (Update(functional.method_of("bone"), D),))
         >>> torch.nn.functional.linear(torch.ones(4), weight)
         tensor([4., 4., 4.])
         >>> weight.sum()
@@ -835,7 +835,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if weight.axes.pattern != "out in" or not _is_dense(input):
         return NotImplemented
     if isinstance(weight, ShardedWeight):
-        reduces = all(functional.method_of(update.method).reduces for update in weight.updates)
+        reduces = all(update.method.reduces for update in weight.updates)
         if weight.routed is not None or not reduces or not is_sharded(input):
             return NotImplemented
         return weight.linear(input, bias)
@@ -873,7 +873,7 @@ def _weight_first(weight: EffectiveWeight, x: Tensor) -> Any:
     matrix, stack = layout.pattern == "out in", layout.pattern == "expert out in" and x.dim() == 3
     if not (matrix or stack) or weight.routed is not None or not _is_dense(x):
         return NotImplemented
-    if all(functional.method_of(update.method).reduces for update in updates):
+    if all(update.method.reduces for update in updates):
 
         def multiply(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
             return torch.matmul(w, x.mT)
@@ -912,7 +912,7 @@ def _biased_stack(bias: Tensor, x: Any, weight: Any) -> Any:
         return NotImplemented
     if weight.axes.pattern != "expert in out" or weight.routed is not None:
         return NotImplemented
-    if not all(functional.method_of(update.method).reduces for update in weight.updates):
+    if not all(update.method.reduces for update in weight.updates):
         return NotImplemented
 
     def multiply(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -1060,7 +1060,7 @@ def _routed_rows(
     if routed.of_all is not None or not input.shape[0]:
         return adapted_linear(input, base, bias, routed.of_all or ())
     every = [update for updates in routed.updates.values() for update in updates]
-    if not all(functional.method_of(update.method).reduces for update in every):
+    if not all(update.method.reduces for update in every):
         return _linear_by_adapter(input, base, bias, routed)
     output = F.linear(input, base, bias)
     alike = _alike(routed, layout, base.shape[0])

@@ -600,7 +600,8 @@ def _planned(
     """Return a weight with the block that it will get."""
     assert one.slot is not None
     geometry = one.geometry
-    shape = functional.block_shape(config.method, one.layout, one.shape, r, config.r_out, one.rows)
+    method = functional.method_of(config.method)
+    shape = method.block_shape(one.layout, one.shape, r, config.r_out, one.rows)
     return PlannedLayer(
         name=one.name,
         type_name=one.type_name,

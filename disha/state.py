@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from disha import freezing, running_statistics
 from disha.errors import AdapterStateError, ArgumentTypeError
-from disha.functional import method_of
 from disha.layers import AdaptedLayer, AdaptedWeight, Block, kept_packed, weight_shape
 from disha.model import ModelView, clean_key, join
 from disha.sharding import is_partitioned, local_part, obstacle_to_write
@@ -166,7 +165,7 @@ def _refuse_flattened(name: str, weight: AdaptedWeight, block: Block) -> None:
             "deepspeed.zero.GatheredParameters(list(model.parameters()))"
         )
     axes = len(weight_shape(weight.layer, block.slot))
-    block_axes = method_of(block.method).block_axes
+    block_axes = block.method.block_axes
     if parameter is None or parameter.dim() < block_axes or axes < 2:
         raise AdapterStateError(
             f"the block of {name or 'the model'} or its weight is missing or flattened. If the "

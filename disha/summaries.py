@@ -102,7 +102,7 @@ def summary(model: nn.Module) -> Summary:
         LayerSummary(
             name=name,
             adapter=adapter,
-            method=block.method,
+            method=block.method.name,
             r=block.r,
             r_out=block.r_out,
             parameters=block.block.numel(),

@@ -82,8 +82,8 @@ def updates(adapted, adapter="default", blocks=None):
         key = f"{module}.{block.slot.parameter}"
         layout = block.slot.layout
         delta = reference.layout_delta_weight(
-            block.method, layout.pattern, values, weight.base.detach().double(), block.slot.rows,
-            layout.groups, layout.padding_idx,
+            block.method.name, layout.pattern, values, weight.base.detach().double(),
+            block.slot.rows, layout.groups, layout.padding_idx,
         )  # fmt: skip
         found[key] = found[key] + delta if key in found else delta
     return found

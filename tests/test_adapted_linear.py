@@ -34,7 +34,7 @@ def case_of(method, sizes, dtype=torch.float64, lead=(3,), seed=0, bias=True):
 
 
 def product(method, x, weight, bias, block, scale=1.0):
-    return adapted_linear(x, weight, bias, [Update(name_of(method), block, scale)])
+    return adapted_linear(x, weight, bias, [Update(method_of(name_of(method)), block, scale)])
 
 
 def check(method, case, scale, tolerance=1e-10):
@@ -198,7 +198,7 @@ def test_what_is_kept_for_backward(method, sizes):
     case = case_of(method, sizes, lead=(2, 10))
     x, weight, bias, block = case
     scale = 0.5 if method != "bat" else 1.0
-    updates = [Update(name_of(method), block, scale)]
+    updates = [Update(method_of(name_of(method)), block, scale)]
     kept = kept_by(lambda: adapted_linear(x, weight, bias, updates))
     own = {tensor.untyped_storage().data_ptr() for tensor in (weight, bias, block)}
     extra = {address: size for address, size in kept.items() if address not in own}
@@ -225,7 +225,9 @@ class TestBatProduct:
 
     def test_one_block(self, monkeypatch):
         x, weight, bias, block = case_of("bat", (8, 12, 4, 3))
-        count, output = self.used(monkeypatch, x, weight, bias, Update("bat", block, 0.5))
+        count, output = self.used(
+            monkeypatch, x, weight, bias, Update(method_of("bat"), block, 0.5)
+        )
         assert count == 1
         expected = reference.linear(x, weight, bias, [(block, 0.5)])
         torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
@@ -233,7 +235,9 @@ class TestBatProduct:
     def test_under_autocast(self, monkeypatch):
         x, weight, bias, block = case_of("bat", (8, 12, 4, 3), torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
-            count, output = self.used(monkeypatch, x, weight, bias, Update("bat", block, 0.5))
+            count, output = self.used(
+                monkeypatch, x, weight, bias, Update(method_of("bat"), block, 0.5)
+            )
         assert count == 1
         assert output.dtype == torch.bfloat16
 
@@ -242,7 +246,8 @@ class TestBatProduct:
         sizes = (8, 12, 4, 3)
         x, weight, bias, _ = case_of("bat", sizes, torch.bfloat16)
         updates = [
-            Update("bat", make_block("bat", sizes, torch.float32), 0.5) for _ in range(count)
+            Update(method_of("bat"), make_block("bat", sizes, torch.float32), 0.5)
+            for _ in range(count)
         ]
         used, output = self.used(monkeypatch, x, weight, bias, *updates)
         assert used == 1
@@ -257,11 +262,11 @@ class TestBatProduct:
             block = block.detach().float().requires_grad_()
             weight, bias = weight.float(), bias.detach().float()
             x = x.detach().bfloat16().float().double()
-        update = Update("bat", block, 0.5)
+        update = Update(method_of("bat"), block, 0.5)
         if why == "other dtype":
             weight, bias = weight.double(), bias.double()
             block = block.detach().bfloat16().requires_grad_()
-            update = Update("bat", block, 0.5)
+            update = Update(method_of("bat"), block, 0.5)
         if why == "transform":
             count, output = 0, torch.func.vmap(
                 lambda one: self.used(monkeypatch, one, weight, bias, update)[1]
@@ -280,7 +285,7 @@ class TestAutocast:
     def test_autocast_of_a_float32_layer(self, method):
         x, weight, bias, block = case_of(method, (64, 48, 8, 12), torch.float32, lead=(5, 9))
         with torch.autocast("cpu", torch.bfloat16):
-            output = adapted_linear(x, weight, bias, [Update(method, block)])
+            output = adapted_linear(x, weight, bias, [Update(method_of(method), block)])
             assert output.dtype == F.linear(x, weight, bias).dtype
         output.float().square().sum().backward()
         assert x.grad.dtype == block.grad.dtype == torch.float32
@@ -305,7 +310,7 @@ class TestAutocast:
 
     def test_a_backward_inside_autocast_is_not_rounded(self):
         x, weight, bias, block = case_of("bat", (8, 12, 4, 3), torch.float32)
-        output = adapted_linear(x, weight, bias, [Update("bat", block)])
+        output = adapted_linear(x, weight, bias, [Update(method_of("bat"), block)])
         outside = torch.autograd.grad(output.sum(), [x, block], retain_graph=True)
         with torch.autocast("cpu", torch.bfloat16):
             inside = torch.autograd.grad(output.sum(), [x, block])
@@ -369,7 +374,9 @@ class TestFloat16:
             )
         scale = torch.tensor(0.5) if "plain" in way else 0.5  # a tensor's is not fused
         with torch.autocast("cpu", torch.float16, enabled="autocast" in way):
-            output = adapted_linear(x, weight, bias, [Update(name_of(method), block, scale)])
+            output = adapted_linear(
+                x, weight, bias, [Update(method_of(name_of(method)), block, scale)]
+            )
         assert output.dtype == torch.float16
         expected = reference.linear(*wide[:3], [(wide[3], 0.5)])
         assert (output.double() - expected).norm() < 0.01 * expected.norm()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from disha import functional
 from disha.errors import DishaError
-from disha.functional import Layout
+from disha.functional import Layout, method_of
 from tests import reference
 
 MATRIX = Layout("out in")
@@ -65,7 +65,7 @@ def name_of(method):
 
 
 def delta_weight(method, weight, block):
-    return functional.delta_weight(name_of(method), MATRIX, block, weight)
+    return method_of(name_of(method)).delta_weight(MATRIX, block, weight)
 
 
 def check_against_oracle(method, case, scale, tolerance):
@@ -440,17 +440,17 @@ ON_META = {
     "bat_delta_weight": lambda block: functional.bat_delta_weight(
         torch.empty(6, 7, device=META), block.view(3, 2, 2)
     ),
-    "convolution": lambda block: functional.delta_weight(
-        "bone", Layout("out in *kernel"), block.view(6, 2, 1), torch.empty(6, 7, 1, device=META)
+    "convolution": lambda block: method_of("bone").delta_weight(
+        Layout("out in *kernel"), block.view(6, 2, 1), torch.empty(6, 7, 1, device=META)
     ),
-    "embedding": lambda block: functional.delta_weight(
-        "bone", Layout("index out", padding_idx=3), block, torch.empty(7, 6, device=META)
+    "embedding": lambda block: method_of("bone").delta_weight(
+        Layout("index out", padding_idx=3), block, torch.empty(7, 6, device=META)
     ),
-    "rows": lambda block: functional.delta_weight(
-        "bone", MATRIX, block, torch.empty(9, 7, device=META), rows=((1, 4), (5, 8))
+    "rows": lambda block: method_of("bone").delta_weight(
+        MATRIX, block, torch.empty(9, 7, device=META), rows=((1, 4), (5, 8))
     ),
     "weighted_sum": lambda block: functional.weighted_sum([(block, 0.5)]),
-    "widened": lambda block: functional.widened("bone", MATRIX, block, 2, 4),
+    "widened": lambda block: method_of("bone").wider_block(MATRIX, block, 2, 4),
 }
 
 

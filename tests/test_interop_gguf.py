@@ -70,7 +70,7 @@ def updates(path):
 def delta(layer):
     """s dW of a layer, (out, in) and in float64."""
     block = layer.disha["default"]
-    if block.method == "bat":
+    if block.method.name == "bat":
         dense = bat_delta_weight(layer.base_weight.detach().double(), block.block.detach().double())
     else:
         dense = layer.delta_weight(block).detach().double()

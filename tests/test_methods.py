@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ from torch import nn
 import disha
 from disha import functional
 from disha.errors import ArgumentError, ArgumentTypeError, DishaError
-from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update
+from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update, method_of
 from tests import reference
 
 LAYOUTS = {pattern: (Layout(pattern), reference.shape_of(pattern)) for pattern in PATTERNS} | {
@@ -59,7 +61,7 @@ class Case(NamedTuple):
     @property
     def delta(self):
         """DW as the table has it."""
-        return functional.delta_weight(self.method, self.layout, self.block, self.weight, self.rows)
+        return method_of(self.method).delta_weight(self.layout, self.block, self.weight, self.rows)
 
     @property
     def expected(self):
@@ -74,7 +76,7 @@ class Case(NamedTuple):
 def case_of(kind, name, rows=(), dtype=torch.float64):
     (layout, shape), (method, r, r_out) = LAYOUTS[kind], BLOCKS[name]
     weight = torch.randn(shape, dtype=dtype)
-    block = torch.randn(functional.block_shape(method, layout, shape, r, r_out, rows), dtype=dtype)
+    block = torch.randn(method_of(method).block_shape(layout, shape, r, r_out, rows), dtype=dtype)
     return Case(method, layout, r, weight, block, rows)
 
 
@@ -145,17 +147,17 @@ def stack_of(kind):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_shapes_of_bone_blocks(kind):
     (layout, shape), expected = LAYOUTS[kind], SHAPES[kind]
-    assert functional.block_shape("bone", layout, shape, r=4) == expected(4, 6)
-    assert functional.block_shape("bone", layout, shape, r=4, r_out=3) == expected(4, 3)
+    assert method_of("bone").block_shape(layout, shape, r=4) == expected(4, 6)
+    assert method_of("bone").block_shape(layout, shape, r=4, r_out=3) == expected(4, 3)
     rows = ((0, 2), (3, 5))
-    assert functional.block_shape("bone", layout, shape, r=4, rows=rows) == expected(4, 4)
+    assert method_of("bone").block_shape(layout, shape, r=4, rows=rows) == expected(4, 4)
 
 
 @on_every_layout
 def test_shapes_of_bat_blocks_have_the_stack_in_front(kind):
     layout, shape = LAYOUTS[kind]
     for rows, outputs in (((), 6), (((0, 2), (3, 6)), 5)):
-        found = functional.block_shape("bat", layout, shape, r=4, rows=rows)
+        found = method_of("bat").block_shape(layout, shape, r=4, rows=rows)
         assert found == (*stack_of(kind), -(-outputs // 4), 4, 4)
 
 
@@ -163,18 +165,18 @@ def test_shapes_of_bat_blocks_have_the_stack_in_front(kind):
 @on_every_layout
 def test_a_kept_block_and_the_methods_own_are_inverse(kind, name):
     case = case_of(kind, name)
-    own = functional.matrix_block(case.method, case.layout, case.block)
+    own = method_of(case.method).matrix_block(case.layout, case.block)
     assert tuple(own.shape) == METHODS[case.method].shape(case.geometry, *BLOCKS[name][1:])
-    assert torch.equal(functional.kept_block(case.method, case.layout, own), case.block)
-    again = functional.kept_block(case.method, case.layout, own.clone())
-    assert torch.equal(functional.matrix_block(case.method, case.layout, again), own)
+    assert torch.equal(method_of(case.method).kept_block(case.layout, own), case.block)
+    again = method_of(case.method).kept_block(case.layout, own.clone())
+    assert torch.equal(method_of(case.method).matrix_block(case.layout, again), own)
 
 
 @with_every_block
 @on_every_layout
 def test_the_stack_is_seen_in_the_shape_of_a_block(kind, name):
     case = case_of(kind, name)
-    found = functional.stack_of(case.method, case.layout, case.block.shape)
+    found = method_of(case.method).stack_of(case.layout, case.block.shape)
     assert found == case.geometry.stack == stack_of(kind)
 
 
@@ -187,12 +189,12 @@ def has_wider_blocks(method):
 @on_every_layout
 def test_a_wider_block_has_the_same_update(kind, name, times):
     case = case_of(kind, name)
-    wider = functional.widened(case.method, case.layout, case.block, case.r, times * case.r)
+    wider = method_of(case.method).wider_block(case.layout, case.block, case.r, times * case.r)
     if not has_wider_blocks(case.method):
         assert wider is None
         return
-    shape = functional.block_shape(
-        case.method, case.layout, case.weight.shape, times * case.r, BLOCKS[name][2]
+    shape = method_of(case.method).block_shape(
+        case.layout, case.weight.shape, times * case.r, BLOCKS[name][2]
     )
     assert tuple(wider.shape) == shape
     assert torch.equal(case._replace(block=wider).delta, case.delta)
@@ -201,17 +203,17 @@ def test_a_wider_block_has_the_same_update(kind, name, times):
 @with_every_block
 def test_a_block_of_its_own_size_stays_and_no_other_multiple_exists(name):
     case = case_of("grouped transposed 2d", name)
-    args = (case.method, case.layout, case.block, case.r)
-    assert functional.widened(*args, case.r) is case.block
+    method, args = method_of(case.method), (case.layout, case.block, case.r)
+    assert method.wider_block(*args, case.r) is case.block
     if case.r > 1:
-        assert functional.widened(*args, case.r + 1) is None
+        assert method.wider_block(*args, case.r + 1) is None
 
 
 @with_every_block
 @on_every_layout
 def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
     case = case_of(kind, name)
-    factors = functional.lora_factors(case.method, case.layout, case.block, case.geometry)
+    factors = method_of(case.method).lora_factors(case.layout, case.block, case.geometry)
     if not METHODS[case.method].reduces:
         assert factors is None
         assert METHODS[case.method].from_lora_b(torch.zeros(4, 2)) is None
@@ -227,7 +229,7 @@ def test_lora_factors_multiply_to_the_update_without_loss(kind, name):
         assert not delta[..., case.layout.padding_idx].any()
         a[..., case.layout.padding_idx] = 0.0
     assert torch.equal(b @ a, delta)  # each column of A has a single 1
-    again = functional.kept_block(case.method, case.layout, METHODS[case.method].from_lora_b(b))
+    again = method_of(case.method).kept_block(case.layout, METHODS[case.method].from_lora_b(b))
     assert torch.equal(case._replace(block=again).delta, case.delta)
 
 
@@ -294,7 +296,7 @@ CONV = Layout("out in *kernel")
     ],
 )
 def test_why_a_block_does_not_fit(layout, geometry, r, r_out, says):
-    assert functional.misfit("bone", layout, geometry, r, r_out) == says
+    assert layout.reason_against(geometry, r, r_out) == says
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1, -2])
@@ -313,7 +315,7 @@ def test_rows_are_taken_and_placed(rows, dim):
 @on_every_layout
 def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
     case = case_of(kind, name, ((0, 2), (3, 5)))
-    update = Update(case.method, case.block, 0.5, rows=case.rows)
+    update = Update(method_of(case.method), case.block, 0.5, rows=case.rows)
     found = functional.reduced_updates([update], case.layout, 6)
     if not METHODS[case.method].reduces:
         assert found == []
@@ -330,14 +332,14 @@ def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
 def test_updates_of_one_shard_size_add_up():
     layout, blocks = Layout("out in"), torch.randn(3, 2, 2)
     updates = [
-        Update("bone", block, scale, rows=((2 * i, 2 * i + 2),))
+        Update(method_of("bone"), block, scale, rows=((2 * i, 2 * i + 2),))
         for i, (block, scale) in enumerate(zip(blocks, (1.0, 0.5, torch.tensor(-2.0)), strict=True))
     ]
     (one,) = functional.reduced_updates(updates, layout, 6)
     assert torch.equal(one.matrix, torch.cat([blocks[0], 0.5 * blocks[1], -2 * blocks[2]], 1))
     dropping = [updates[0], updates[1]._replace(dropout=0.5), updates[2]]
     assert len(functional.reduced_updates(dropping, layout, 6)) == 2
-    wider = Update("bone", torch.randn(3, 6))
+    wider = Update(method_of("bone"), torch.randn(3, 6))
     assert len(functional.reduced_updates([*updates, wider], layout, 6)) == 2
     (alone,) = functional.reduced_updates([wider], layout, 6)
     assert alone.matrix is wider.block
@@ -350,7 +352,7 @@ def test_updates_of_one_shard_size_add_up():
 def test_the_block_of_a_slice_of_outputs(name, start, stop):
     method, r, _ = BLOCKS[name]
     layout, weight = Layout("out in"), torch.randn(7, 7, dtype=torch.float64)
-    shape = functional.block_shape(method, layout, weight.shape, r)
+    shape = method_of(method).block_shape(layout, weight.shape, r)
     block = torch.randn(shape, dtype=torch.float64)
     found = METHODS[method].of_outputs(block, start, stop, 7)
     if method == "bat":
@@ -358,8 +360,8 @@ def test_the_block_of_a_slice_of_outputs(name, start, stop):
     if found is None:
         assert not METHODS[method].reduces  # R has a column for each output
         return
-    whole = functional.delta_weight(method, layout, block, weight)
-    part = functional.delta_weight(method, layout, found, weight[start:stop])
+    whole = method_of(method).delta_weight(layout, block, weight)
+    part = method_of(method).delta_weight(layout, found, weight[start:stop])
     torch.testing.assert_close(part, whole[start:stop], rtol=1e-12, atol=1e-12)
 
 
@@ -371,8 +373,8 @@ def test_the_block_of_a_slice_of_outputs(name, start, stop):
 def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
     (method, r, r_out), layout = BLOCKS[name], Layout("out in")
     weight = torch.randn(8, 7, dtype=torch.float64)
-    shape = functional.block_shape(method, layout, weight.shape, r, r_out, rows)
-    update = Update(method, torch.randn(shape, dtype=torch.float64), rows=rows)
+    shape = method_of(method).block_shape(layout, weight.shape, r, r_out, rows)
+    update = Update(method_of(method), torch.randn(shape, dtype=torch.float64), rows=rows)
     found = functional.update_of_rows(update, start, stop, 8)
     if found is None:
         assert not METHODS[method].reduces  # R has a column for each output
@@ -398,8 +400,8 @@ def test_the_updates_of_a_part_of_a_weight(name, pattern, part):
         for (start, stop), size in zip(part[-len(shape) :], shape, strict=True)
     )
     weight = torch.randn(shape, dtype=torch.float64)
-    block = torch.randn(functional.block_shape(method, layout, shape, r, r_out), dtype=weight.dtype)
-    update = Update(method, block)
+    block = torch.randn(method_of(method).block_shape(layout, shape, r, r_out), dtype=weight.dtype)
+    update = Update(method_of(method), block)
     found = functional.update_of_part(update, layout, shape, part)
     if found is None:
         assert not METHODS[method].reduces
@@ -412,7 +414,7 @@ def test_the_updates_of_a_part_of_a_weight(name, pattern, part):
 
 
 def test_a_kernel_is_not_cut():
-    update, layout = Update("bone", torch.zeros(4, 2, 3)), Layout("out in *kernel")
+    update, layout = Update(method_of("bone"), torch.zeros(4, 2, 3)), Layout("out in *kernel")
     whole = ((0, 4), (0, 6), (0, 3))
     assert functional.update_of_part(update, layout, (4, 6, 3), whole) == [update]
     for part in (((0, 2), *whole[1:]), (*whole[:2], (0, 1))):
@@ -433,60 +435,13 @@ def test_a_kernel_is_not_cut():
 )
 def test_a_block_of_another_weight_is_refused(method, layout, block, weight):
     with pytest.raises(ArgumentError, match=r"block .*shape"):
-        functional.delta_weight(method, layout, torch.zeros(block), torch.zeros(weight))
+        method_of(method).delta_weight(layout, torch.zeros(block), torch.zeros(weight))
 
 
 # --- a name that the table does not have ---------------------------------------------------------
 
-MATRIX, STACK = Layout("out in"), Layout("expert out in")
-X, W, D = torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(2, 4)
-STACKED = torch.zeros(2, 3, 8), torch.zeros(2, 4, 8)
-ENDS = torch.tensor([1, 3], dtype=torch.int32)
-
-
-def updated(name):
-    return [Update(name, D)]
-
-
 ASKED: dict[str, Callable[[str], object]] = {
-    "method_of": functional.method_of,
-    "block_shape": lambda name: functional.block_shape(name, MATRIX, (4, 8), 2),
-    "block_shape conv": lambda name: functional.block_shape(name, CONV, (4, 8, 1), 2),
-    "stack_of": lambda name: functional.stack_of(name, MATRIX, (2, 4)),
-    "stack_of conv": lambda name: functional.stack_of(name, CONV, (4, 2, 1)),
-    "misfit": lambda name: functional.misfit(name, MATRIX, Geometry(8, 4), 2),
-    "delta_weight": lambda name: functional.delta_weight(name, MATRIX, D, W),
-    "widened": lambda name: functional.widened(name, MATRIX, D, 2, 4),
-    "widened not": lambda name: functional.widened(name, MATRIX, D, 2, 2),
-    "lora_factors": lambda name: functional.lora_factors(name, MATRIX, D, Geometry(8, 4)),
-    "matrix_block": lambda name: functional.matrix_block(name, CONV, D[..., None]),
-    "kept_block": lambda name: functional.kept_block(name, CONV, D[None]),
-    "effective_weight": lambda name: functional.effective_weight(W, MATRIX, updated(name)),
-    "adapted_linear": lambda name: functional.adapted_linear(X, W, None, updated(name)),
-    "adapted_linear twice": lambda name: functional.adapted_linear(
-        X, W, None, [Update("bone", D), *updated(name)]
-    ),
-    "adapted_linear with dropout": lambda name: functional.adapted_linear(
-        X, W, None, [Update(name, D, dropout=0.5)]
-    ),
-    "adapted_linear in rows": lambda name: functional.adapted_linear(
-        X, W, None, [Update(name, D[:, :1], rows=((0, 1),))]
-    ),
-    "reduced_updates": lambda name: functional.reduced_updates(updated(name), MATRIX, 4),
-    "update_of_part": lambda name: functional.update_of_part(
-        *updated(name), MATRIX, (4, 8), ((0, 4), (4, 8))
-    ),
-    "update_of_rows": lambda name: functional.update_of_rows(*updated(name), 0, 2, 4),
-    "adapted_stack": lambda name: functional.adapted_stack(*STACKED, updated(name)),
-    "adapted_grouped": lambda name: functional.adapted_grouped(
-        torch._grouped_mm, X, STACKED[1], ENDS, updated(name)
-    ),
-    "adapted_product": lambda name: functional.adapted_product(
-        nn.functional.conv1d, X[..., None], W[..., None], None, CONV, updated(name)
-    ),
-    "update_product": lambda name: functional.update_product(
-        nn.functional.linear, X, W, MATRIX, *updated(name)
-    ),
+    "method_of": method_of,
     "AdapterConfig": lambda name: disha.AdapterConfig(r=2, target=None, method=name),
     "inject_adapters": lambda name: disha.inject_adapters(nn.Linear(8, 4), "", 2, method=name),
     "plan_adapters": lambda name: disha.plan_adapters(nn.Linear(8, 4), "", 2, method=name),
@@ -503,8 +458,16 @@ def test_an_unknown_method_is_refused_by_the_same_error_everywhere(function):
 def test_a_method_that_is_no_text_is_refused():
     says = rf"unknown method \['bone'\]; allowed are {functional.method_names()}"
     with pytest.raises(DishaError, match=says):
-        functional.method_of(["bone"])
+        method_of(["bone"])
 
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_of_an_update_has_the_method_of_the_table(copied):
+    update = Update(method_of("bat"), torch.zeros(2, 2, 2))
+    assert copied(update).method is METHODS["bat"]
+
+
+MATRIX, STACK = Layout("out in"), Layout("expert out in")
 
 # --- a method that nobody has told the library of ------------------------------------------------
 
@@ -578,7 +541,7 @@ class TestAThirdMethod:
     """`shape` and `delta` are enough: everything else has a default."""
 
     def block(self, method, layout, weight, rows=()):
-        shape = functional.block_shape(method, layout, weight.shape, 2, rows=rows)
+        shape = method_of(method).block_shape(layout, weight.shape, 2, rows=rows)
         return torch.randn(shape, dtype=weight.dtype)
 
     @on_every_layout
@@ -587,14 +550,14 @@ class TestAThirdMethod:
         weight = torch.randn(shape, dtype=torch.float64)
         block = self.block(third, layout, weight)
         geometry = layout.geometry(shape)
-        assert functional.stack_of(third, layout, block.shape) == geometry.stack
-        own = functional.matrix_block(third, layout, block)
+        assert method_of(third).stack_of(layout, block.shape) == geometry.stack
+        own = method_of(third).matrix_block(layout, block)
         assert tuple(own.shape) == METHODS[third].shape(geometry, 2, None)
-        assert torch.equal(functional.kept_block(third, layout, own), block)
-        assert functional.widened(third, layout, block, 2, 2) is block
-        assert functional.widened(third, layout, block, 2, 4) is None
-        assert functional.lora_factors(third, layout, block, geometry) is None
-        found = functional.delta_weight(third, layout, block, weight)
+        assert torch.equal(method_of(third).kept_block(layout, own), block)
+        assert method_of(third).wider_block(layout, block, 2, 2) is block
+        assert method_of(third).wider_block(layout, block, 2, 4) is None
+        assert method_of(third).lora_factors(layout, block, geometry) is None
+        found = method_of(third).delta_weight(layout, block, weight)
         close(found, dense_delta(third, layout, block, weight))
 
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -602,8 +565,8 @@ class TestAThirdMethod:
     def test_linear_products(self, third, rows, dropout):
         x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in ((3, 7), (6, 7), (6,)))
         block = self.block(third, MATRIX, weight, rows)
-        bone = Update("bone", torch.randn(3, 6, dtype=torch.float64), -1.0)
-        update = Update(third, block, 0.5, dropout, rows)
+        bone = Update(method_of("bone"), torch.randn(3, 6, dtype=torch.float64), -1.0)
+        update = Update(method_of(third), block, 0.5, dropout, rows)
         part = functional.take_rows(weight, rows)
         delta = torch.zeros(6, 7, dtype=torch.float64)
         chosen = [o for first, stop in rows or ((0, 6),) for o in range(first, stop)]
@@ -624,7 +587,7 @@ class TestAThirdMethod:
         block = self.block(third, STACK, weight)
         delta = 0.5 * dense_delta(third, STACK, block, weight)
         torch.manual_seed(1)
-        found = functional.adapted_stack(x, weight, [Update(third, block, 0.5, dropout)])
+        found = functional.adapted_stack(x, weight, [Update(method_of(third), block, 0.5, dropout)])
         torch.manual_seed(1)
         close(found, x @ weight.mT + nn.functional.dropout(x, dropout) @ delta.mT)
 
@@ -633,7 +596,7 @@ class TestAThirdMethod:
         block, ends = self.block(third, STACK, weight), torch.tensor([2, 2, 5], dtype=torch.int32)
         dense = weight + 0.5 * dense_delta(third, STACK, block, weight)
         expected = torch.cat([x[:2] @ dense[0].T, x[2:] @ dense[2].T])
-        update = Update(third, block, 0.5)
+        update = Update(method_of(third), block, 0.5)
         found = functional.adapted_grouped(torch._grouped_mm, x, weight, ends, [update])
         close(found, expected, 1e-5)
 

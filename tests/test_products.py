@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from disha import functional
 from disha.effective import effective
-from disha.functional import Layout, Update
+from disha.functional import Layout, Update, method_of
 from tests import reference
 
 MATRIX, STACK, INDEX = Layout("out in"), Layout("expert out in"), Layout("index out")
@@ -32,15 +32,15 @@ def close(found, expected, tolerance=1e-10):
 def make_update(kind, layout, weight, scale=0.5, dropout=0.0, rows=(), r=None):
     """Return an update with a random block that requires gradients."""
     method, own_r, r_out = SIZES[kind]
-    shape = functional.block_shape(method, layout, weight.shape, r or own_r, r_out, rows)
+    shape = method_of(method).block_shape(layout, weight.shape, r or own_r, r_out, rows)
     block = torch.randn(shape, dtype=weight.dtype).requires_grad_()
-    return Update(method, block, scale, dropout, rows)
+    return Update(method_of(method), block, scale, dropout, rows)
 
 
 def dense(update, layout, weight):
     """Return s dW of an update, by the loops."""
     delta = reference.layout_delta_weight(
-        update.method, layout.pattern, update.block, weight, update.rows,
+        update.method.name, layout.pattern, update.block, weight, update.rows,
         layout.groups, layout.padding_idx,
     )  # fmt: skip
     return update.scale * delta
@@ -588,7 +588,7 @@ def test_routed_bone_blocks_in_float16_whose_shard_sums_overflow():
 def test_autocast_leaves_grouped_products_in_their_dtype(method):
     x, weight = torch.randn(5, 8), torch.randn(2, 4, 8)
     block = torch.randn(2, 4, 4) if method == "bone" else torch.randn(2, 1, 4, 4)
-    ends, updates = torch.tensor([2, 5], dtype=torch.int32), [Update(method, block)]
+    ends, updates = torch.tensor([2, 5], dtype=torch.int32), [Update(method_of(method), block)]
     multiply = torch._grouped_mm
     expected = functional.adapted_grouped(multiply, x, weight, ends, updates)
     with torch.autocast("cpu", torch.bfloat16):

@@ -237,7 +237,7 @@ def _widened(name: str, parts: Sequence[_Part], r: int) -> list[Tensor]:
     for part in parts:
         one = part.record
         method = functional.method_of(one.method)
-        block = functional.widened(one.method, one.layout, part.tensor, one.r, r)
+        block = method.wider_block(one.layout, part.tensor, one.r, r)
         if not method.additive:
             raise ArgumentError(
                 f"layer {name!r}: {method.name} blocks can't be added, because dW is not linear in "

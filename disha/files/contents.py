@@ -130,7 +130,7 @@ def _record(
     block, geometry = weight.block(adapter), weight.geometry
     return LayerRecord(
         name=name,
-        method=block.method,
+        method=block.method.name,
         r=block.r,
         r_out=block.r_out,
         in_features=geometry.in_features,
@@ -486,7 +486,8 @@ def _as_wide_as(view: ModelView, incoming: _Incoming, adapter: str) -> _Incoming
         if layer.r == mine.r or _differences(name, wider, mine):
             continue
         narrow = incoming.tensors[layer.key]
-        widened = functional.widened(layer.method, layer.layout, narrow, layer.r, mine.r)
+        method = functional.method_of(layer.method)
+        widened = method.wider_block(layer.layout, narrow, layer.r, mine.r)
         if widened is not None:
             layers[layer.key], blocks[layer.key], held = wider, widened, block.config
             records[layer.key] = dataclasses.replace(records[layer.key], shape=tuple(widened.shape))

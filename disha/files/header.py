@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha import functional
 from disha.config import LARGEST_SCALE, AdapterConfig
 from disha.errors import AdapterFileError, ArgumentError, DishaError
 from disha.files.checksum import HEADER_KEY
@@ -116,7 +115,7 @@ class LayerRecord:
 
     def geometry(self, block: tuple[int, ...]) -> Geometry:
         """Return the sizes of the adapted weight; those of its stack come from the block."""
-        stack = functional.stack_of(self.method, self.layout, block)
+        stack = METHODS[self.method].stack_of(self.layout, block)
         return Geometry(self.in_features, self.out_features, stack)
 
     def weight_shape(self, block: tuple[int, ...]) -> tuple[int, ...]:
@@ -130,13 +129,13 @@ class LayerRecord:
         weight = self.weight_shape(block) if len(block) >= axes else ()
         if layout.misfit(weight) is not None:
             return f"a block of shape {block} does not fit the layout {layout.pattern!r}"
-        misfit = functional.misfit(self.method, layout, self.geometry(block), r, r_out)
+        misfit = layout.reason_against(self.geometry(block), r, r_out)
         if misfit is not None:
             return misfit
         count = sum(stop - first for first, stop in self.rows)
         if self.rows and count != self.out_features:
             return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"
-        expected = functional.block_shape(self.method, layout, weight, r, r_out)
+        expected = METHODS[self.method].block_shape(layout, weight, r, r_out)
         return None if block == expected else f"expected a block of shape {expected}, found {block}"
 
     def weight_misfit(self, block: tuple[int, ...], weight: tuple[int, ...]) -> str | None:

@@ -121,9 +121,10 @@ def delta_norm(record: LayerRecord, block: Tensor) -> float | None:
         >>> delta_norm(record, torch.tensor([[3.0], [4.0]]))  # dW = [3, 4, 3, 4]
         7.0710678118654755
     """
-    if not functional.method_of(record.method).reduces:
+    method = functional.method_of(record.method)
+    if not method.reduces:
         return None
-    matrices = functional.matrix_block(record.method, record.layout, block.detach().double())
+    matrices = method.matrix_block(record.layout, block.detach().double())
     by_shard_row = matrices.square().sum(-1).view(-1, record.r).sum(0)
     # Not a sum over the inputs: their number is only in the header, and can be huge.
     rows = torch.arange(record.r, device=block.device)

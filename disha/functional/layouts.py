@@ -181,6 +181,17 @@ class Layout:
             return f"{self.groups} groups do not divide its {shape[0]} input channels"
         return f"its shape {tuple(shape)} does not have the axes {self.pattern!r}"
 
+    def reason_against(self, geometry: Geometry, r: int, r_out: int | None = None) -> str | None:
+        """Return why a weight can't have a block of these sizes, or None if it can."""
+        inputs, outputs = geometry.in_features, geometry.out_features
+        if not inputs or not outputs or 0 in geometry.stack:
+            return "its weight is empty"
+        if r > inputs:
+            return f"r={r} is larger than {self.inputs_named(inputs)}"
+        if r_out is not None and outputs % r_out:
+            return f"r_out={r_out} does not divide {self.outputs_named(outputs)}"
+        return None
+
     def geometry(self, shape: Sequence[int], rows: Rows = ()) -> Geometry:
         """Return the sizes of a weight of this layout.
 

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from disha.functional.bone import embedding_delta
 from disha.functional.layouts import Layout, Rows, place_rows
-from disha.functional.methods import METHODS, delta_weight, matrix_block, method_of
+from disha.functional.methods import Method
 from disha.functional.shards import (
     Scale,
     added,
@@ -78,12 +78,12 @@ class Update(NamedTuple):
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Update
-        >>> Update("bone", torch.zeros(2, 3), scale=0.5).rows
+        >>> from disha.functional import Update, method_of
+        >>> Update(method_of("bone"), torch.zeros(2, 3), scale=0.5).rows
         ()
     """
 
-    method: str
+    method: Method
     block: Tensor
     scale: Scale = 1.0
     dropout: float = 0.0
@@ -149,13 +149,13 @@ def effective_weight(weight: Tensor, layout: Layout, updates: Sequence[Update]) 
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Layout, Update, effective_weight
-        >>> update = Update("bone", torch.ones(2, 1))
+        >>> from disha.functional import Layout, Update, effective_weight, method_of
+        >>> update = Update(method_of("bone"), torch.ones(2, 1))
         >>> effective_weight(torch.zeros(1, 3), Layout("out in"), [update])
         tensor([[1., 1., 1.]])
     """
     deltas = (
-        (delta_weight(u.method, layout, u.chosen_block, weight, u.rows), u.scale) for u in updates
+        (u.method.delta_weight(layout, u.chosen_block, weight, u.rows), u.scale) for u in updates
     )
     return merged_weight(weight, deltas) if updates else weight
 
@@ -185,10 +185,10 @@ def adapted_product(
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Layout, Update, adapted_product
+        >>> from disha.functional import Layout, Update, adapted_product, method_of
         >>> x, W, D = torch.ones(1, 4, 3), torch.zeros(1, 4, 1), torch.ones(1, 2, 1)
         >>> conv, layout = torch.nn.functional.conv1d, Layout("out in *kernel")
-        >>> adapted_product(conv, x, W, None, layout, [Update("bone", D)])
+        >>> adapted_product(conv, x, W, None, layout, [Update(method_of("bone"), D)])
         tensor([[[4., 4., 4.]]])
     """
     out_features = layout.geometry(weight.shape).out_features
@@ -221,8 +221,9 @@ def update_product(
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Layout, Update, update_product
-        >>> linear, update = torch.nn.functional.linear, Update("bone", torch.ones(2, 1))
+        >>> from disha.functional import Layout, Update, method_of, update_product
+        >>> linear = torch.nn.functional.linear
+        >>> update = Update(method_of("bone"), torch.ones(2, 1))
         >>> update_product(linear, torch.ones(4), torch.zeros(1, 4), Layout("out in"), update)
         tensor([4.])
     """
@@ -231,7 +232,7 @@ def update_product(
     if small:
         return _reduced_product(multiply, x, layout, small[0], out_features, groups)
     looks_up = layout.pattern == "index out"
-    delta = delta_weight(update.method, layout, update.chosen_block, weight, update.rows)
+    delta = update.method.delta_weight(layout, update.chosen_block, weight, update.rows)
     if looks_up:
         output = multiply(x, delta.to(weight.dtype), None) * update.scale
         return _dropped_tokens(output, update.dropout)
@@ -278,7 +279,7 @@ def _divided(
     updates: Sequence[Update], layout: Layout, out_features: int
 ) -> tuple[list[Reduced], list[Update], list[Update]]:
     """Return the updates that use shard sums, are folded into W, or need their own product."""
-    dense = [update for update in updates if not method_of(update.method).reduces]
+    dense = [update for update in updates if not update.method.reduces]
     folded = [update for update in dense if not update.dropout]
     others = [update for update in dense if update.dropout]
     return reduced_updates(updates, layout, out_features), folded, others
@@ -294,17 +295,17 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, out_features: int
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Layout, Update, reduced_updates
-        >>> updates = [Update("bone", torch.ones(1, 2), rows=((i, i + 2),)) for i in range(2)]
+        >>> from disha.functional import Layout, Update, method_of, reduced_updates
+        >>> bone, block = method_of("bone"), torch.ones(1, 2)
+        >>> updates = [Update(bone, block, rows=((i, i + 2),)) for i in range(2)]
         >>> reduced_updates(updates, Layout("out in"), 4)[0].matrix
         tensor([[1., 2., 1., 0.]])
     """
     found: dict[Hashable, Reduced] = {}
     for update in updates:
-        method = method_of(update.method)
-        if not method.reduces:
+        if not update.method.reduces:
             continue
-        matrix = method.reduced(matrix_block(update.method, layout, update.block))
+        matrix = update.method.reduced(update.method.matrix_block(layout, update.block))
         if update.rows:
             matrix = tiled(matrix, sum(stop - first for first, stop in update.rows))
             matrix = place_rows(matrix, update.rows, out_features, dim=-1)
@@ -329,13 +330,14 @@ def update_of_rows(update: Update, start: int, stop: int, out_features: int) -> 
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Update, update_of_rows
-        >>> update_of_rows(Update("bone", torch.tensor([[1.0, 2.0, 3.0]])), 1, 3, 3)[0].block
+        >>> from disha.functional import Update, method_of, update_of_rows
+        >>> bone = Update(method_of("bone"), torch.tensor([[1.0, 2.0, 3.0]]))
+        >>> update_of_rows(bone, 1, 3, 3)[0].block
         tensor([[2., 3.]])
-        >>> update_of_rows(Update("bat", torch.zeros(2, 2, 2)), 1, 3, 4) is None
+        >>> update_of_rows(Update(method_of("bat"), torch.zeros(2, 2, 2)), 1, 3, 4) is None
         True
     """
-    method, rows = method_of(update.method), update.rows or ((0, out_features),)
+    method, rows = update.method, update.rows or ((0, out_features),)
     outputs = sum(last - first for first, last in rows)
     found, before = [], 0
     for first, last in rows:
@@ -364,9 +366,9 @@ def update_of_part(
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Layout, Update, update_of_part
-        >>> update, layout = Update("bone", torch.tensor([[1.0], [2.0]])), Layout("out in")
-        >>> update_of_part(update, layout, (1, 6), [(0, 1), (3, 6)])[0].block.T
+        >>> from disha.functional import Layout, Update, method_of, update_of_part
+        >>> update = Update(method_of("bone"), torch.tensor([[1.0], [2.0]]))
+        >>> update_of_part(update, Layout("out in"), (1, 6), [(0, 1), (3, 6)])[0].block.T
         tensor([[2., 1.]])
     """
     ends = dict(zip(layout.axes, zip(part, shape, strict=True), strict=False))
@@ -378,8 +380,7 @@ def update_of_part(
         update = update.at(slice(*cut["expert"]))
     geometry = layout.geometry(shape)
     for axis in cut.keys() & {"in", "index"}:
-        method = method_of(update.method)
-        block = method.of_inputs(update.block, *cut[axis], geometry.in_features)
+        block = update.method.of_inputs(update.block, *cut[axis], geometry.in_features)
         if block is None:
             return None
         update = update._replace(block=block)
@@ -407,9 +408,9 @@ def adapted_linear(
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Update, adapted_linear
+        >>> from disha.functional import Update, adapted_linear, method_of
         >>> bone, bat = torch.ones(1, 2), torch.eye(2)[None]
-        >>> updates = [Update("bone", bone), Update("bat", bat, 0.5)]
+        >>> updates = [Update(method_of("bone"), bone), Update(method_of("bat"), bat, 0.5)]
         >>> adapted_linear(torch.ones(2), torch.eye(2), None, updates)
         tensor([4., 4.])
     """
@@ -421,7 +422,7 @@ def adapted_linear(
     # Almost every layer has one update of all outputs, so this case has a fast path.
     if len(updates) != 1 or updates[0].rows or updates[0].dropout:
         output = _linear_in_general(rows, weight, bias, updates)
-    elif (method := METHODS.get(updates[0].method) or method_of(updates[0].method)).reduces:
+    elif (method := updates[0].method).reduces:
         matrix = method.reduced(updates[0].block)
         output = _linear_and_reduced(rows, weight, bias, matrix, updates[0].scale)
     else:
@@ -501,7 +502,7 @@ def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Up
 def _folded_alone(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> Tensor:
     """Return the product with one update of all outputs folded into W."""
     method, block, scale, *_ = update
-    output = method_of(method).product(x, weight, bias, block, scale)
+    output = method.product(x, weight, bias, block, scale)
     if output is not None:
         return output
     return F.linear(x, effective_weight(weight, MATRIX, [update]), bias)
@@ -512,7 +513,7 @@ def _added_up(updates: Sequence[Update]) -> list[Update]:
     found: dict[Hashable, Update] = {}
     for update in updates:
         alike = (update.method, update.block.shape, update.block.dtype, update.rows)
-        key = alike if method_of(update.method).additive else (len(found),)
+        key = alike if update.method.additive else (len(found),)
         if key in found:
             other = found[key]
             total = scaled(other.block, other.scale) + scaled(update.block, update.scale)
@@ -554,9 +555,9 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Update, adapted_stack
+        >>> from disha.functional import Update, adapted_stack, method_of
         >>> x, W, D = torch.ones(3, 2, 4), torch.zeros(3, 5, 4), torch.ones(3, 2, 5)
-        >>> adapted_stack(x, W, [Update("bone", D)]).unique()
+        >>> adapted_stack(x, W, [Update(method_of("bone"), D)]).unique()
         tensor([4.])
     """
     _, folded, _ = _divided(updates, STACK, weight.shape[-2])
@@ -565,7 +566,7 @@ def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tenso
     each_has_one = bool(folded) and x.shape[0] == weight.shape[0]
     if each_has_one and len(folded) == len(updates) == 1 and not folded[0].rows:
         method, _, scale, *_ = folded[0]
-        output = method_of(method).product(x, weight, None, folded[0].chosen_block, scale)
+        output = method.product(x, weight, None, folded[0].chosen_block, scale)
         if output is not None:
             return output
     if each_has_one and not is_compiling():
@@ -603,13 +604,13 @@ def adapted_grouped(
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Update, adapted_grouped
+        >>> from disha.functional import Update, adapted_grouped, method_of
         >>> x, W, D = torch.ones(3, 8), torch.zeros(2, 4, 8), torch.ones(2, 2, 4)
         >>> ends = torch.tensor([1, 3], dtype=torch.int32)
-        >>> adapted_grouped(torch._grouped_mm, x, W, ends, [Update("bone", D)]).unique()
+        >>> adapted_grouped(torch._grouped_mm, x, W, ends, [Update(method_of("bone"), D)]).unique()
         tensor([8.])
     """
-    if not is_compiling() and not all(method_of(update.method).reduces for update in updates):
+    if not is_compiling() and not all(update.method.reduces for update in updates):
         return _one_by_one(x, weight, offsets, updates)
 
     def grouped(own: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:

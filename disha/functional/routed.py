@@ -44,9 +44,9 @@ def linear_of_runs(
 
     Examples:
         >>> import torch
-        >>> from disha.functional import Update
+        >>> from disha.functional import Update, method_of
         >>> from disha.functional.routed import linear_of_runs
-        >>> runs = [([Update("bat", torch.eye(2)[None])], 1), ([], 1)]
+        >>> runs = [([Update(method_of("bat"), torch.eye(2)[None])], 1), ([], 1)]
         >>> linear_of_runs(torch.ones(2, 2), torch.eye(2), None, runs)
         tensor([[3., 3.],
                 [1., 1.]])

@@ -378,7 +378,7 @@ def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
     other positions.
     """
     geometry = layer.geometry(tuple(block.shape))
-    factors = functional.lora_factors(layer.method, layer.layout, block, geometry)
+    factors = functional.method_of(layer.method).lora_factors(layer.layout, block, geometry)
     if factors is None:
         return None
     a, b = factors
@@ -403,9 +403,10 @@ def _truncated(
             "LoRA: give `rank`, and `max_error` to limit the error"
         )
     weight = block.new_empty(()).expand(layer.weight_shape(tuple(block.shape)))  # for its shape
-    if functional.method_of(layer.method).reads_weight:
+    method = functional.method_of(layer.method)
+    if method.reads_weight:
         weight = _base_weight(layer, block, base)
-    delta = functional.delta_weight(layer.method, layer.layout, block, weight)
+    delta = method.delta_weight(layer.layout, block, weight)
     if layer.layout.in_first:
         delta = delta.transpose(0, 1)  # (out, in, *kernel)
     a, b = (x.to(block.dtype).contiguous() for x in _cut(layer, delta.flatten(1), rank))
@@ -567,7 +568,7 @@ def _layer_of_rank(
         block = method.from_lora_b(matrices)  # from (*stack, out, r)
         if block is None:
             continue
-        block = functional.kept_block(method.name, layout, block).contiguous()
+        block = method.kept_block(layout, block).contiguous()
         layer = LayerRecord(
             name=name,
             method=method.name,

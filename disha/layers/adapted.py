@@ -253,7 +253,7 @@ class AdaptedWeight:
             base = opaque.weight_for(block.method, self.layer, slot, stored, values)
         else:
             base = self.base
-        return functional.delta_weight(block.method, slot.layout, values, base, slot.rows)
+        return block.method.delta_weight(slot.layout, values, base, slot.rows)
 
     def merged(self, adapters: Iterable[str]) -> Tensor:
         """Return W + sum of s * dW of the named adapters, with all rows of the parameter."""

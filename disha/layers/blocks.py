@@ -1,7 +1,7 @@
 """Block: the small module that owns one trainable block, and Slot: the weight that it adapts.
 
-A block has its values, its scale and its dropout. `disha.functional` computes its effect, by the
-name of its method.
+A block has its values, its scale and its dropout, and its method, by which
+`disha.functional` computes its effect.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from disha.config import AdapterConfig
 from disha.contexts import Group
 from disha.errors import ModeError
-from disha.functional import Layout, Rows, Update
+from disha.functional import Layout, Method, Rows, Update, method_of
 from disha.layers import compiled
 from disha.sharding import Split, is_partitioned
 
@@ -79,7 +79,7 @@ class Block(nn.Module):
 
     Attributes:
         rows: the slot's rows.
-        method: the name of the block's method.
+        method: the block's method.
         parameter_name: the block's name in state dicts and files.
         dropout: probability of zeroing each of the block's inputs in training.
         scale: the runtime scale s. Change it with `set_scale`.
@@ -89,7 +89,7 @@ class Block(nn.Module):
 
     slot: Slot
     rows: Rows
-    method: str
+    method: Method
     parameter_name: str
     config: AdapterConfig
     r: int
@@ -115,7 +115,7 @@ class Block(nn.Module):
         vars(self).update(
             slot=slot,
             rows=slot.rows,
-            method=config.method,
+            method=method_of(config.method),
             parameter_name=block_name(config.method),
             config=config,
             r=r,

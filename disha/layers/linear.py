@@ -10,7 +10,7 @@ from torch import nn
 from disha.config import AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.freezing import set_requires_grad
-from disha.functional import layout_of, misfit
+from disha.functional import layout_of
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.adapters import CHILD_NAME, Adapters, check_adapter_name
 from disha.layers.blocks import Slot
@@ -114,7 +114,7 @@ class _LinearWithAdapter(AdaptedLinear):
     def _add_first_adapter(self, adapter: str, config: AdapterConfig, freeze: bool) -> None:
         check_adapter_name(adapter)
         geometry = WEIGHT.layout.geometry((self.out_features, self.in_features))
-        problem = misfit(config.method, WEIGHT.layout, geometry, config.r, config.r_out)
+        problem = WEIGHT.layout.reason_against(geometry, config.r, config.r_out)
         if problem is not None:
             raise ArgumentError(f"{type(self).__name__}: {problem}")
         block = make_block(self, WEIGHT, config, config.r)

@@ -24,7 +24,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from disha import functional
 from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.functional import Layout, Update, method_names, method_of
+from disha.functional import Layout, Method, Update, method_names
 from disha.layers import bitsandbytes
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Slot
@@ -215,7 +215,7 @@ def _methods_that_do_not_read() -> str:
     return method_names(lambda method: not method.reads_weight)
 
 
-def weight_for(method: str, module: nn.Module, slot: Slot, weight: Any, like: Tensor) -> Tensor:
+def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like: Tensor) -> Tensor:
     """Return an opaque weight as a method needs it: its values, or only a tensor of its shape.
 
     Args:
@@ -226,7 +226,7 @@ def weight_for(method: str, module: nn.Module, slot: Slot, weight: Any, like: Te
         like: its device and dtype are those of a result that has only a shape.
     """
     assert slot.shape is not None
-    if method_of(method).reads_weight:
+    if method.reads_weight:
         return dequantised(module, weight)
     return like.new_empty(()).expand(slot.shape)
 

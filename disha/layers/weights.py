@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disha import functional
 from disha.config import AdapterConfig
+from disha.functional import method_of
 from disha.layers import opaque
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Block, Slot
@@ -96,8 +96,8 @@ def make_block(
         dtype: dtype of the block; by default the configuration's, or else the weight's, or float32
             for a quantised weight.
     """
-    shape = functional.block_shape(
-        config.method, slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
+    shape = method_of(config.method).block_shape(
+        slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
     )
     split = None
     if slot.opaque:  # never read

@@ -450,8 +450,8 @@ class _Merge:
         """Return W + sum of s dW: exactly what `merge_adapters` computes before it rounds."""
         deltas = (
             (
-                functional.delta_weight(
-                    one.method, one.layout, self._tensors[one.key][experts], weight, one.rows
+                functional.method_of(one.method).delta_weight(
+                    one.layout, self._tensors[one.key][experts], weight, one.rows
                 ),
                 one.scale if self._scale is None else self._scale,
             )
