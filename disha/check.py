@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from disha.errors import ArgumentError, DishaError
 from disha.layers import AdaptedWeight, Block
 from disha.merge import merge, unmerge
-from disha.model import ModelView
+from disha.model import ModelView, clean_key
 from disha.tables import table
-from disha.text import counted, printable
+from disha.text import counted, first_few, printable
 from disha.undo import Undo
 
 __all__ = ["CheckReport", "CheckedWeight", "check_adapters"]
@@ -61,6 +61,7 @@ class CheckReport:
 
     Attributes:
         weights: one entry for each active block.
+        untrained: parameters that require gradients, but are not in the optimizer.
 
     Examples:
         >>> import torch
@@ -75,6 +76,7 @@ class CheckReport:
     """
 
     weights: tuple[CheckedWeight, ...]
+    untrained: tuple[str, ...] = ()
 
     @property
     def problems(self) -> tuple[CheckedWeight, ...]:
@@ -83,8 +85,8 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every block acts, trains and merges."""
-        return not self.problems
+        """Whether every block acts, trains and merges, and the optimizer has all that trains."""
+        return not self.problems and not self.untrained
 
     def __str__(self) -> str:
         counts = Counter(one.remark for one in self.weights if one.remark)
@@ -100,6 +102,11 @@ class CheckReport:
         verb = "is" if good == 1 else "are"
         total = counted(len(self.weights), "block")
         notes = [f"{mark} {printable(remark)}" for remark, mark in short.items()]
+        if self.untrained:
+            notes.append(
+                f"the optimizer lacks {counted(len(self.untrained), 'parameter')} that should train "
+                f"({first_few(self.untrained, 5, ', ')}); give it adapter_parameters(model)"
+            )
         return "\n".join([table(header, rows), *notes, f"{good:,} of {total} {verb} in order"])
 
 
@@ -107,7 +114,12 @@ def _word(value: bool | None) -> str:
     return "-" if value is None else "yes" if value else "NO"
 
 
-def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport:
+def check_adapters(
+    model: nn.Module,
+    *inputs: Any,
+    optimizer: torch.optim.Optimizer | None = None,
+    **kwargs: Any,
+) -> CheckReport:
     """Run a model and report for each active block whether it acts, trains and merges.
 
     The model runs in evaluation mode: once with random values in all blocks, once merged, and once
@@ -117,6 +129,8 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport
     Args:
         model: a model with adapters, not merged.
         inputs: positional arguments for the model.
+        optimizer: the optimizer; the report names the parameters that should train but that it
+            lacks.
         kwargs: keyword arguments for the model.
 
     Returns:
@@ -157,7 +171,17 @@ def check_adapters(model: nn.Module, *inputs: Any, **kwargs: Any) -> CheckReport
             parameter.requires_grad_(flag)
         for module, training in modes:
             module.training = training
-    return report
+    return replace(report, untrained=() if optimizer is None else _untrained(model, optimizer))
+
+
+def _untrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Return the names of the parameters that require gradients, but that an optimizer lacks."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return tuple(
+        clean_key(name)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in trained
+    )
 
 
 def _checked(

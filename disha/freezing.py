@@ -100,6 +100,7 @@ def claimed(module: nn.Module, adapter: str) -> tuple[str, ...]:
     return tuple(_memory(module).claims.get(adapter, ()))
 
 
-def is_claimed(module: nn.Module, name: str) -> bool:
-    """Whether any adapter trains a parameter of the module."""
-    return any(name in names for names in _memory(module).claims.values())
+def is_claimed(module: nn.Module, name: str, adapter: str | None = None) -> bool:
+    """Whether an adapter, or any, trains a parameter of the module."""
+    claims = _memory(module).claims
+    return any(name in claims[own] for own in claims if adapter in (None, own))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -251,7 +252,9 @@ def _refuse_used(view: ModelView, removed: Sequence[str]) -> None:
 
 
 def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator[nn.Parameter]:
-    """Iterate over the blocks of all adapters, or of one, each once.
+    """Iterate over all that trains with the adapters, or with one: blocks and `also_train`.
+
+    This is what an optimizer needs and what `save_adapter` writes, each parameter once.
 
     Args:
         model: a model with adapters.
@@ -263,17 +266,19 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator
     Examples:
         >>> from torch import nn
         >>> import disha
-        >>> model = disha.inject_adapters(nn.Linear(8, 16), "all-linear", r=4)
-        >>> [tuple(block.shape) for block in disha.adapter_parameters(model)]
-        [(4, 16)]
+        >>> model = disha.inject_adapters(nn.Linear(8, 16), ".*", r=4, also_train="bias")
+        >>> [tuple(parameter.shape) for parameter in disha.adapter_parameters(model)]
+        [(4, 16), (16,)]
     """
     view = ModelView(model)
     view.reshard()
     if adapter is not None:
         view.require(adapter)
-    return (
-        block.block for _, layer in view.layers for block in layer.disha.blocks(adapter).values()
+    blocks = (block for _, layer in view.layers for block in layer.disha.blocks(adapter).values())
+    beside = (
+        one for one in view.parameters if freezing.is_claimed(one.module, one.attribute, adapter)
     )
+    return chain((block.block for block in blocks), (one.value for one in beside))
 
 
 def mark_only_adapters_trainable(model: nn.Module) -> None:

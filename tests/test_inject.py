@@ -296,6 +296,23 @@ class TestTraining:
             disha.mark_only_adapters_trainable(model)
         assert_unchanged(model, before)
 
+    def test_adapter_parameters_are_all_that_trains_and_is_saved(self, model, tokens):
+        disha.inject_adapters(model, "q_proj", 2, also_train="norm")
+        disha.inject_adapters(model, "q_proj", 2, adapter="b", also_train="head.weight")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert {id(p) for p in disha.adapter_parameters(model)} == {id(p) for p in trained}
+        of_b = list(disha.adapter_parameters(model, "b"))
+        saved = disha.adapter_state_dict(model, "b").values()
+        assert {p.data_ptr() for p in of_b} == {tensor.data_ptr() for tensor in saved}
+        blocks = torch.optim.SGD([p for p in trained if p.dim() == 2])
+        report = disha.check_adapters(model, tokens, optimizer=blocks)
+        norms = [f"layers.{n}.attn.norm.{p}" for n in range(2) for p in ("weight", "bias")]
+        assert not report.ok
+        assert list(report.untrained) == norms
+        assert "the optimizer lacks 4 parameters that should train" in str(report)
+        complete = torch.optim.SGD(disha.adapter_parameters(model))
+        assert disha.check_adapters(model, tokens, optimizer=complete).ok
+
     def test_adapter_parameters_of_one_and_of_all(self, model):
         disha.inject_adapters(model, "q_proj", 2, adapter="a")
         disha.inject_adapters(model, "head", 2, adapter="b")
@@ -314,7 +331,7 @@ class TestPlan:
         assert (plan.trainable, plan.total) == (summary.trainable, summary.total)
         assert plan.percent == summary.percent
         assert [layer.name for layer in plan.layers] == [row.name for row in summary.layers]
-        assert plan.added == sum(p.numel() for p in disha.adapter_parameters(model))
+        assert plan.added == sum(layer.parameters for layer in summary.layers)
 
     def test_counts_beside_another_adapter(self, model):
         disha.inject_adapters(model, "q_proj", 2, adapter="a", also_train="norm")

@@ -160,9 +160,8 @@ def _loaded(model: nn.Module, adapter: Path, dtype: torch.dtype | None = None) -
 
 def _trained_besides(model: nn.Module) -> list[str]:
     """Return the names of the parameters of the base model that are trained with the adapter."""
-    own = set(map(id, disha.adapter_parameters(model)))
     named = model.named_parameters()
-    return [name for name, p in named if p.requires_grad and id(p) not in own]
+    return [name for name, p in named if p.requires_grad and ".disha." not in name]
 
 
 def base_values(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
