@@ -207,6 +207,8 @@ class Candidate:
             return "its weight is not a floating-point tensor"
         if weight.layout is not torch.strided or isinstance(weight, SparseSemiStructuredTensor):
             return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
+        if not weight.numel():
+            return "its weight is empty"
         split = split_of(weight)
         if split is not None and split.obstacle is not None:
             return split.obstacle

@@ -104,8 +104,8 @@ class CheckReport:
         notes = [f"{mark} {printable(remark)}" for remark, mark in short.items()]
         if self.untrained:
             notes.append(
-                f"the optimizer lacks {counted(len(self.untrained), 'parameter')} that should train "
-                f"({first_few(self.untrained, 5, ', ')}); give it adapter_parameters(model)"
+                f"the optimizer lacks {counted(len(self.untrained), 'parameter')} that should "
+                f"train ({first_few(self.untrained, 5, ', ')}); give it adapter_parameters(model)"
             )
         return "\n".join([table(header, rows), *notes, f"{good:,} of {total} {verb} in order"])
 

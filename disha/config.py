@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -20,7 +20,9 @@ __all__ = [
     "BLOCK_DTYPES",
     "INITS",
     "AdapterConfig",
+    "AdapterOptions",
     "check_dtype",
+    "check_names",
     "check_number",
     "check_positive_int",
     "check_scale",
@@ -46,8 +48,8 @@ class AdapterConfig:
 
     Args:
         r: shard size, at least 1.
-        target: the regex that is searched in names, or `"all-linear"`; None if a predicate chose
-            the targets.
+        target: the regex, or several, that is searched in names, or `"all-linear"`; None if a
+            predicate chose the targets.
         method: a key of `disha.functional.METHODS`, such as `"bone"` (also called `"miss"`) or
             `"bat"`.
         r_out: size of the output shard, which makes Bone a tile, or None.
@@ -75,7 +77,7 @@ class AdapterConfig:
     """
 
     r: int
-    target: str | None = ALL_LINEAR
+    target: str | Sequence[str] | None = ALL_LINEAR
     method: str = "bone"
     r_out: int | None = None
     exclude: tuple[str, ...] = ()
@@ -115,6 +117,8 @@ class AdapterConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ArgumentError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         check_dtype(self.dtype)
+        if self.target is not None and not isinstance(self.target, str):
+            values["target"] = _as_tuple("target_regex", self.target)
         for name in ("exclude", "also_train"):
             values[name] = _as_tuple(name, values[name])
         for name, item in (("rank_pattern", "r"), ("layouts", "layout"), ("rows", "row ranges")):
@@ -132,7 +136,7 @@ class AdapterConfig:
     def _regexes(self) -> list[tuple[str, Iterable[str]]]:
         """Return the names of the arguments that hold regexes, each with its regexes."""
         return [
-            ("target_regex", () if self.target is None else (self.target,)),
+            ("target_regex", (self.target,) if isinstance(self.target, str) else self.target or ()),
             ("exclude", self.exclude),
             ("also_train", self.also_train),
             ("rank_pattern", self.rank_pattern),
@@ -158,6 +162,7 @@ class AdapterConfig:
         """Return the configuration as a dict of plain JSON values."""
         return {
             **vars(self),
+            "target": list(self.target) if isinstance(self.target, tuple) else self.target,
             "exclude": list(self.exclude),
             "also_train": list(self.also_train),
             "rank_pattern": dict(self.rank_pattern),
@@ -220,6 +225,42 @@ class AdapterConfig:
             ArgumentTypeError: a field is of the wrong type.
         """
         return AdapterConfig.from_json({**self.to_json(), **values})
+
+
+class AdapterOptions(TypedDict, total=False):
+    """The arguments of `inject_adapters` besides the model, the target and r."""
+
+    adapter: str
+    freeze: bool
+    method: str
+    layouts: Mapping[str, str] | None
+    rows: Mapping[str, Sequence[tuple[int, int]]] | None
+    r_out: int | None
+    exclude: str | Sequence[str] | None
+    rank_pattern: Mapping[str, int] | None
+    dropout: float
+    scale: float
+    dtype: torch.dtype | None
+    init: str
+    also_train: str | Sequence[str] | None
+
+
+HINTS = {
+    "target_modules": "target_regex",
+    "lora_alpha": "scale, which is lora_alpha / r",
+    "lora_dropout": "dropout",
+    "modules_to_save": "also_train",
+    "adapter_name": "adapter",
+}
+"""PEFT's names of arguments -> those of this library."""
+
+
+def check_names(options: Iterable[str]) -> None:
+    """Raise if an option is unknown; say what PEFT's options are called here."""
+    for name in options:
+        if name not in AdapterOptions.__annotations__:
+            known = HINTS.get(name, f"one of {', '.join(AdapterOptions.__annotations__)}")
+            raise ArgumentTypeError(f"there is no argument {name}; write {known}")
 
 
 def _listing(values: Iterable[str]) -> str:

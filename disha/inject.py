@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from disha import freezing, running_statistics
+from disha.config import AdapterOptions
 from disha.contexts import LOOSE, Group, open_contexts
 from disha.errors import ArgumentError, ModeError
 from disha.layers import (
@@ -29,33 +30,25 @@ from disha.plan import Plan, PlannedLayer, Target, plan_injection
 from disha.text import counted, first_few
 from disha.undo import Undo
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = [
     "adapter_parameters",
     "apply_plan",
+    "check_removable",
     "inject_adapters",
     "mark_only_adapters_trainable",
     "remove_adapters",
+    "take_out",
 ]
 
 
 def inject_adapters(
     model: nn.Module,
-    target_regex: Target,
-    r: int,
-    *,
-    method: str = "bone",
-    layouts: Mapping[str, str] | None = None,
-    rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
-    r_out: int | None = None,
-    adapter: str = "default",
-    exclude: str | Sequence[str] | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    dropout: float = 0.0,
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-    init: str = "zeros",
-    freeze: bool = True,
-    also_train: str | Sequence[str] | None = None,
+    target_regex: Target | None = None,
+    r: int | None = None,
+    **options: Unpack[AdapterOptions],
 ) -> nn.Module:
     """Adapt every weight whose name matches; return the same model.
 
@@ -66,11 +59,13 @@ def inject_adapters(
 
     Args:
         model: any model, compiled or not, but not yet wrapped by DDP or FSDP.
-        target_regex: a regex, a predicate `(name, module) -> bool`, or `"all-linear"`. A regex is
-            searched (`re.search`) in the dotted names of modules and of their weights.
+        target_regex: a regex, a list of them of which any may match, a predicate
+            `(name, module) -> bool`, or `"all-linear"`. A regex is searched (`re.search`) in the
+            dotted names of modules and of their weights.
             `"all-linear"` is every linear weight, including attention, recurrent layers and
             experts, but not an output head that is tied to an embedding.
-        r: shard size, at most the in_features of every target.
+        r: shard size, at most the in_features of every target. It must be given.
+        options: the arguments below, by name.
         method: a key of `disha.functional.METHODS`: `"bone"` (also called `"miss"`), or `"bat"`,
             whose update is not low-rank and takes more time.
         layouts: regex of names -> layout, for parameters whose layout is unknown, such as
@@ -121,10 +116,9 @@ def inject_adapters(
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.disha.default.bone_block', '2.disha.default.bone_block']
     """
-    arguments = locals()
-    view = ModelView(arguments.pop("model"))
-    with Undo(view, view.all_modules(adapter)):
-        plan = plan_injection(view, strict=True, **arguments)
+    view = ModelView(model)
+    plan = plan_injection(view, target_regex, r, options, strict=True)
+    with Undo(view, view.all_modules(plan.adapter)):
         apply_plan(view, plan)
         _warn_of_skipped(plan)
     return model
@@ -216,31 +210,35 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
     if adapter is not None:
         view.require(adapter)
     removed = view.adapters if adapter is None else [adapter]
-    _refuse_used(view, removed)
-    layers = view.layers
-    for name, layer in layers:
-        if set(layer.disha) <= set(removed):
-            refuse_changed_class(layer, name)
+    check_removable(view, removed)
     with Undo(view, view.all_modules(adapter)) as undo:
-        for _, layer in layers:
-            for own in removed:
-                layer.disha.discard(own)
-            if not len(layer.disha):
-                restore(layer)
-        _guard_encoders(view)
-        for module in view.names:
-            for own in removed:
-                freezing.release(module, own)
+        take_out(view, removed)
         if not view.layers:
-            for module in view.names:
-                freezing.restore_flags(module)
             running_statistics.put_back(view, undo)
             running_statistics.forget(view)
     return model
 
 
-def _refuse_used(view: ModelView, removed: Sequence[str]) -> None:
-    """Raise if another thread or task is in a context that names one of the adapters."""
+def take_out(view: ModelView, adapters: Sequence[str]) -> None:
+    """Remove adapters, and give layers without any their own class back. Call it inside `Undo`."""
+    for _, layer in view.layers:
+        for own in adapters:
+            layer.disha.discard(own)
+        if not len(layer.disha):
+            restore(layer)
+    _guard_encoders(view)
+    for module in view.names:
+        for own in adapters:
+            freezing.release(module, own)
+    for module in () if view.layers else view.names:
+        freezing.restore_flags(module)
+
+
+def check_removable(view: ModelView, removed: Sequence[str]) -> None:
+    """Raise if a class was changed, or another thread or task is in a context of an adapter."""
+    for name, layer in view.layers:
+        if set(layer.disha) <= set(removed):
+            refuse_changed_class(layer, name)
     groups = {layer.disha.group for _, layer in view.layers}
     for context in open_contexts():
         used = sorted(context.names.intersection(removed))

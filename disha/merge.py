@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from disha import running_statistics
 from disha.errors import ArgumentError, ArgumentTypeError, MergeError
 from disha.functional import without_autocast
+from disha.inject import check_removable, take_out
 from disha.layers import (
     ROUNDED,
     AdaptedLayer,
@@ -20,6 +22,7 @@ from disha.layers import (
     Merged,
     Original,
     Quantisation,
+    is_library_forward,
     offloading_hooks,
     takes_dense,
 )
@@ -35,6 +38,7 @@ def merge_adapters(
     *,
     untie: bool = False,
     dense: bool = False,
+    unload: bool = False,
 ) -> None:
     """Add adapters to the weights: W becomes W + sum of s * dW, with each dW from the original W.
 
@@ -56,6 +60,9 @@ def merge_adapters(
             given and the layer has not run yet, it is the dtype before quantising. For an 8-bit
             layer of bitsandbytes it is float32, and for torchao the tensor's dtype.
             `unmerge_adapters` restores the quantised parameter itself.
+        unload: leave a plain model. No copy of W is kept, all adapters are removed, and every
+            module has its own class and state-dict keys again; a layer of bitsandbytes that got a
+            dense weight becomes an `nn.Linear`. This can't be undone.
 
     Raises:
         ArgumentError: there is no such adapter, or no adapter is active.
@@ -77,10 +84,37 @@ def merge_adapters(
         >>> disha.unmerge_adapters(model)
         >>> torch.equal(model.base_weight, weight)
         True
+        >>> disha.merge_adapters(model, unload=True)
+        >>> type(model).__name__, list(model.state_dict())
+        ('Linear', ['weight', 'bias'])
     """
     view = ModelView(model)
+    if unload:
+        view.refuse_wrapped("unload adapters", "unload them from the model inside")
+        check_removable(view, view.adapters)
     with Undo(view) as undo:
         merge(view, undo, adapter, untie=untie, dense=dense)
+        if unload:
+            layers = [layer for _, layer in view.layers if _is_dense(layer)]
+            take_out(view, view.adapters)
+            running_statistics.forget(view)
+            for layer in layers:
+                _compute_densely(layer, undo)
+
+
+def _is_dense(layer: AdaptedLayer) -> bool:
+    """Whether a dense weight replaces a quantised one of a merged layer."""
+    merged = layer.disha.merged
+    return merged is not None and any(one.dense for one in merged.originals.values())
+
+
+def _compute_densely(layer: nn.Module, undo: Undo) -> None:
+    """Make a layer of bitsandbytes that has a dense weight an `nn.Linear`."""
+    if is_library_forward(type(layer)):
+        object.__setattr__(layer, "__class__", nn.Linear)
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        if bias is not None and weight is not None:
+            undo.replace(layer, "bias", bias.to(weight.dtype))
 
 
 def merge(

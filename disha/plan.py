@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +20,13 @@ from torch.nn.parameter import is_lazy
 
 from disha import freezing, functional
 from disha.candidates import Candidate, UnknownLayout, as_declared, candidates_of
-from disha.config import ALL_LINEAR, BLOCK_DTYPES, AdapterConfig
+from disha.config import (
+    ALL_LINEAR,
+    BLOCK_DTYPES,
+    AdapterConfig,
+    AdapterOptions,
+    check_names,
+)
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import Geometry, Layout, Rows
 from disha.layers import Slot, check_adapter_name, is_quantised, parameter_count
@@ -28,6 +34,9 @@ from disha.model import ModelParameter, ModelView
 from disha.sharding import imported_class
 from disha.tables import WIDEST, table
 from disha.text import brief, counted, first_few, grouped, printable
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "Plan",
@@ -41,7 +50,7 @@ __all__ = [
     "plan_weights",
 ]
 
-Target = str | Callable[[str, nn.Module], bool]
+Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
 # --- the plan ------------------------------------------------------------------------------------
@@ -117,6 +126,7 @@ class Plan:
         unknown: the matrix parameters of the model whose layouts are unknown.
         tied: the names of each adapted parameter that several modules share. Each of these modules
             gets its own block, which acts only when the model uses that module.
+        convolutions: the convolutions that could be adapted, but that `"all-linear"` leaves out.
 
     Examples:
         >>> from torch import nn
@@ -142,6 +152,7 @@ class Plan:
     total: int
     unknown: tuple[UnknownLayout, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
+    convolutions: tuple[str, ...] = ()
 
     @property
     def percent(self) -> float:
@@ -159,6 +170,13 @@ class Plan:
             lines.append(f"skipped {skipped.name} ({skipped.type_name}): {skipped.reason}")
         for one in self.unknown:
             lines.append(f"not adapted {one.name} {one.shape}: to adapt it, pass {one.remedy}")
+        if self.convolutions:
+            lines.append(
+                f"not adapted: {counted(len(self.convolutions), 'convolution')} "
+                f"({first_few(self.convolutions, 3, ', ')}), which {ALL_LINEAR!r} leaves out: to "
+                'adapt them, pass a predicate such as lambda name, module: "Conv" in '
+                "type(module).__name__"
+            )
         lines += [f"one shared parameter: {', '.join(names)}" for names in self.tied]
         if self.also_train:
             lines.append(f"also trained: {', '.join(self.also_train)}")
@@ -175,22 +193,9 @@ class Plan:
 
 def plan_adapters(
     model: nn.Module,
-    target_regex: Target,
-    r: int,
-    *,
-    method: str = "bone",
-    layouts: Mapping[str, str] | None = None,
-    rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
-    r_out: int | None = None,
-    adapter: str = "default",
-    exclude: str | Sequence[str] | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    dropout: float = 0.0,
-    scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-    init: str = "zeros",
-    freeze: bool = True,
-    also_train: str | Sequence[str] | None = None,
+    target_regex: Target | None = None,
+    r: int | None = None,
+    **options: Unpack[AdapterOptions],
 ) -> Plan:
     """Return what `inject_adapters` would do with the same arguments; change nothing.
 
@@ -201,19 +206,7 @@ def plan_adapters(
         model: any model.
         target_regex: the weights to adapt. All arguments are as for `inject_adapters`.
         r: shard size.
-        method: the method's name.
-        layouts: regex -> layout.
-        rows: regex -> ranges of rows.
-        r_out: size of the output shard.
-        adapter: the adapter's name.
-        exclude: regexes of names to leave out.
-        rank_pattern: regex -> r.
-        dropout: the blocks' dropout.
-        scale: runtime scale.
-        dtype: dtype of the blocks.
-        init: the initial values of the blocks.
-        freeze: whether everything else would be frozen.
-        also_train: regexes of parameters to train too.
+        options: the other arguments of `inject_adapters`.
 
     Raises:
         DishaError: as for `inject_adapters`, but not if r or r_out does not fit a weight.
@@ -228,31 +221,24 @@ def plan_adapters(
         skipped 1 (LayerNorm): no layer kind adapts LayerNorm
         adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
     """
-    arguments = locals()
-    return plan_injection(ModelView(arguments.pop("model")), strict=False, **arguments)
+    return plan_injection(ModelView(model), target_regex, r, options, strict=False)
 
 
 def plan_injection(
     view: ModelView,
-    target_regex: Target,
+    target_regex: Target | None,
+    r: int | None,
+    options: AdapterOptions,
     *,
-    adapter: str,
-    freeze: bool,
     strict: bool,
-    **options: Any,
 ) -> Plan:
-    """Return the plan of an injection.
-
-    Args:
-        view: any model.
-        target_regex: the weights to adapt.
-        adapter: the adapter's name.
-        freeze: whether everything else is frozen.
-        strict: raise if r or r_out does not fit a weight, instead of listing it as skipped.
-        options: the other arguments of `inject_adapters`, which are fields of `AdapterConfig`.
-    """
-    target = target_regex if isinstance(target_regex, str) else None
-    config = AdapterConfig(target=target, **options)
+    """Plan an injection. If r or r_out does not fit a weight, raise if `strict`, else list it."""
+    check_names(options)
+    target_regex = _checked_target(target_regex)
+    settings: Any = dict(options)
+    adapter, freeze = settings.pop("adapter", "default"), settings.pop("freeze", True)
+    target = None if callable(target_regex) else target_regex
+    config = AdapterConfig(r, target, **settings)  # type: ignore[arg-type]  # it checks r
     check_addable(view, adapter)
     candidates = as_declared(candidates_of(view), config.layouts, config.rows)
     selected = _selected(view, candidates, target_regex)
@@ -261,7 +247,7 @@ def plan_injection(
         raise TargetError(
             _nothing_selected_message(target_regex, candidates, skipped, config.method)
         )
-    _refuse_unused_settings(config, wanted)
+    _refuse_unused_settings(config, candidates, wanted)
     layers, misfits = [], []
     for one in wanted:
         r = config.rank_of(*one.names)
@@ -279,6 +265,13 @@ def plan_injection(
         skipped=(*skipped, *misfits),
         unknown=tuple(one.unknown for one in candidates if one.unknown is not None),
         tied=_tied(view, layers),
+        convolutions=tuple(
+            one.name
+            for one in (candidates if target_regex == ALL_LINEAR else ())
+            if one.slot is not None
+            and one.layout.has_kernel
+            and one.obstacle(config.method) is None
+        ),
     )
 
 
@@ -432,19 +425,32 @@ def check_addable(
         )
 
 
+def _checked_target(target: Any) -> Target:
+    several = isinstance(target, (list, tuple)) and target
+    if callable(target) or isinstance(target, str) or several:
+        return target  # type: ignore[no-any-return]
+    raise ArgumentTypeError(
+        f"target_regex must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "
+        f"(name, module) -> bool, got {target!r} of type {type(target).__name__}"
+    )
+
+
 def _selected(view: ModelView, candidates: list[Candidate], target: Target) -> list[Candidate]:
     """Return the candidates that a target selects."""
-    if target == ALL_LINEAR:
-        return _all_linear(view, candidates)
-    matches = _matcher(target)
+    parts = target if isinstance(target, (list, tuple)) else [target]
+    linear = set(_all_linear(view, candidates)) if ALL_LINEAR in parts else set()
+    matches = _matcher([part for part in parts if part != ALL_LINEAR])
     modules = {module for module, names in view.names.items() if matches(names, module)}
     # nn.MultiheadAttention itself reads the weight of its child `out_proj`.
     modules |= {m.out_proj for m in modules if isinstance(m, nn.MultiheadAttention)}
     return [
         one
         for one in candidates
-        if (one.module in modules or matches(one.names, one.module))
-        and (one.attribute or _has_parameters(one.module))
+        if one in linear
+        or (
+            (one.module in modules or matches(one.names, one.module))
+            and (one.attribute or _has_parameters(one.module))
+        )
     ]
 
 
@@ -470,16 +476,13 @@ def _has_parameters(module: nn.Module) -> bool:
     return any(parameter is not None for parameter in module._parameters.values())
 
 
-def _matcher(target: object) -> Callable[[tuple[str, ...], nn.Module], bool]:
-    """Return a function of a module's names and the module: whether the target selects it."""
-    if isinstance(target, str):
-        search = re.compile(target).search
-        return lambda names, module: any(search(name) for name in names)
-    if callable(target):
-        return lambda names, module: bool(target(names[0], module))
-    raise ArgumentTypeError(
-        f"target_regex must be a regex, {ALL_LINEAR!r} or a predicate (name, module) -> bool, "
-        f"got {target!r} of type {type(target).__name__}"
+def _matcher(parts: Sequence[Any]) -> Callable[[tuple[str, ...], nn.Module], bool]:
+    """Return a function of a module's names and the module: whether a part selects it."""
+    searches = [re.compile(part).search for part in parts if isinstance(part, str)]
+    predicates = [part for part in parts if not isinstance(part, str)]
+    return lambda names, module: (
+        any(search(name) for search in searches for name in names)
+        or any(predicate(names[0], module) for predicate in predicates)
     )
 
 
@@ -505,32 +508,32 @@ def _wanted_and_skipped(
         for module, names in view.names.items()
         if isinstance(module, nn.MultiheadAttention)
     }
-    used: set[str] = set()
     wanted, skipped = [], []
     for one in selected:
         names = (*one.names, *one.module_names, *attentions.get(one.module, ()))
         excluding = _matching(config.exclude, names)
-        used |= excluding
         reason = "excluded" if excluding else one.obstacle(config.method)
         if reason is None:
             wanted.append(one)
         else:
             is_weight = bool(one.attribute) and not excluding
             skipped.append(SkippedModule(one.name, one.type_name, reason, is_weight))
-    _refuse_unused("exclude", config.exclude, used, "no module that the target selects")
     return wanted, skipped
 
 
-def _refuse_unused_settings(config: AdapterConfig, wanted: list[Candidate]) -> None:
-    """Raise if a regex of `rank_pattern`, `layouts` or `rows` matches none of the weights."""
-    names = [name for one in wanted for name in one.names]
+def _refuse_unused_settings(
+    config: AdapterConfig, candidates: list[Candidate], wanted: list[Candidate]
+) -> None:
+    """Raise if a regex matches nothing: `exclude` and `rank_pattern` may match any module."""
+    modules = [name for one in candidates for name in (*one.names, *one.module_names)]
     parameters = [name for one in wanted for name in one.parameter_names]
-    for argument, patterns, searched in (
-        ("rank_pattern", config.rank_pattern, names),
-        ("layouts", config.layouts, parameters),
-        ("rows", config.rows, parameters),
+    for argument, patterns, searched, nothing in (
+        ("exclude", config.exclude, modules, "no module of the model"),
+        ("rank_pattern", config.rank_pattern, modules, "no module of the model"),
+        ("layouts", config.layouts, parameters, "none of the targets"),
+        ("rows", config.rows, parameters, "none of the targets"),
     ):
-        _refuse_unused(argument, patterns, _matching(patterns, searched), "none of the targets")
+        _refuse_unused(argument, patterns, _matching(patterns, searched), nothing)
 
 
 def _refuse_unused(argument: str, patterns: Iterable[str], used: set[str], nothing: str) -> None:
@@ -551,7 +554,7 @@ def _nothing_selected_message(
     target: Target, candidates: list[Candidate], skipped: list[SkippedModule], method: str
 ) -> str:
     """Return the message of the error for a target that selects nothing that can be adapted."""
-    asked = f"target_regex={target!r}" if isinstance(target, str) else "the predicate"
+    asked = "the predicate" if callable(target) else f"target_regex={target!r}"
     if skipped:
         reasons = grouped((f"{s.name} ({s.type_name})", s.reason) for s in skipped)
         shown = first_few(reasons, 5, "; ")
@@ -559,7 +562,7 @@ def _nothing_selected_message(
     adaptable = [one.name for one in candidates if one.obstacle(method) is None]
     if not adaptable:
         return f"{asked} selects nothing, because the model has no layer that can be adapted"
-    nearest = _nearest(target if isinstance(target, str) else "", adaptable)
+    nearest = _nearest("" if callable(target) else str(target), adaptable)
     if not nearest:
         return f"{asked} does not select the model itself, its only layer; pass '^$'"
     return f"{asked} selects no layer that can be adapted; the nearest names are {nearest}"

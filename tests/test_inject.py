@@ -25,6 +25,16 @@ class TestTargets:
         disha.inject_adapters(model, r"layers\.1.*(q|v)_proj", 2)
         assert adapted_names(model) == ["layers.1.attn.q_proj", "layers.1.attn.v_proj"]
 
+    def test_any_of_several_names_may_match(self, model, tmp_path):
+        disha.inject_adapters(model, ["q_proj", "^head$"], 2)
+        names = ["layers.0.attn.q_proj", "layers.1.attn.q_proj", "head"]
+        assert adapted_names(model) == names
+        disha.save_adapter(model, tmp_path / "a.safetensors")
+        file = disha.inspect_adapter(tmp_path / "a.safetensors")
+        assert file.config.target == ("q_proj", "^head$")
+        both = disha.plan_adapters(Tied(), ["all-linear", "^head$"], 2)
+        assert {layer.name for layer in both.layers} >= {"head", "layers.0.attn.q_proj"}
+
     def test_predicate_gets_name_and_module(self, model):
         disha.inject_adapters(model, lambda name, m: "layers" in name and m.bias is not None
                               if isinstance(m, nn.Linear) else False, 2)  # fmt: skip
@@ -59,6 +69,27 @@ class TestTargets:
             ("layers.0.attn.q_proj", "excluded"),
             ("layers.0.attn.v_proj", "excluded"),
         }
+
+    def test_patterns_may_name_what_the_target_leaves_out(self):
+        options = {"exclude": "head", "rank_pattern": {"embed": 1}}
+        plan = disha.plan_adapters(Tied(), "all-linear", 2, **options)
+        assert "head" not in [layer.name for layer in plan.layers]
+
+    def test_all_linear_names_the_convolutions_that_it_leaves_out(self):
+        convs = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyConv1d(8, 3)]
+        model = nn.Sequential(*convs, nn.Linear(8, 4))
+        plan = disha.plan_adapters(model, "all-linear", 2)
+        assert plan.convolutions == ("0", "1")
+        assert "not adapted: 2 convolutions (0, 1)" in str(plan)
+        all_of_them = disha.plan_adapters(model, lambda name, m: "Conv2d" in type(m).__name__, 2)
+        assert [layer.name for layer in all_of_them.layers] == ["0", "1"]
+        assert not all_of_them.convolutions
+
+    def test_an_empty_weight_is_left_out(self):
+        model = nn.Sequential(nn.Linear(8, 0), nn.Linear(8, 4))
+        with pytest.warns(UserWarning, match="0: its weight is empty"):
+            disha.inject_adapters(model, "all-linear", 4)
+        assert adapted_names(model) == ["1"]
 
     def test_rank_pattern_gives_layers_their_own_r(self, model):
         disha.inject_adapters(model, "proj", 4, rank_pattern={r"0\.attn\.q": 1, "q_proj": 3})
@@ -420,7 +451,7 @@ class TestRefusals:
             ),
             ({"exclude": "layers.7"}, "exclude 'layers.7' matches no module"),
             ({"exclude": ["q_proj", "nope"]}, "exclude 'nope' matches"),
-            ({"rank_pattern": {"mlp": 2}}, "rank_pattern 'mlp' matches none of the targets"),
+            ({"rank_pattern": {"mlp": 2}}, "rank_pattern 'mlp' matches no module of the model"),
             ({"rank_pattern": {"q_proj": 9}}, "q_proj and 1 more: r=9 is larger"),
             ({"also_train": "scale"}, "also_train 'scale' matches no parameter"),
             ({"dropout": 2}, "dropout must be"),
@@ -435,6 +466,22 @@ class TestRefusals:
         with pytest.raises(DishaError, match=says):
             disha.inject_adapters(model, "all-linear", 2, **arguments)
         assert_unchanged(model, before)
+
+    @pytest.mark.parametrize(
+        ("word", "says"),
+        [
+            (
+                {"target_modules": ["head"]},
+                "there is no argument target_modules; write target_regex",
+            ),
+            ({"lora_alpha": 4}, "write scale, which is lora_alpha / r"),
+            ({"methods": "bat"}, "write one of adapter, freeze, method,"),
+            ({}, "target_regex must be a regex, a list of them"),
+        ],
+    )
+    def test_words_of_peft_and_of_nobody(self, model, word, says):
+        with pytest.raises(ArgumentTypeError, match=says):
+            disha.inject_adapters(model, r=2, **word)
 
     def test_a_model_without_any_adaptable_layer(self):
         with pytest.raises(TargetError, match="no layer that can be adapted"):

@@ -63,6 +63,25 @@ def test_merged_computes_what_unmerged_does(model, tokens, method):
     assert torch.allclose(model(tokens), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["bone", "bat"])
+def test_a_plain_model_after_merging_in_one_call(model, tokens, method):
+    model.embed.weight.requires_grad_(False)
+    plain = snapshot(model)
+    disha.inject_adapters(model, "all-linear", 3, method=method, adapter="a", also_train="norm")
+    disha.inject_adapters(model, "head", 3, adapter="b")
+    perturb(model)
+    disha.set_active_adapters(model, "a")
+    expected = model(tokens)
+    disha.merge_adapters(model, unload=True)
+    assert torch.allclose(model(tokens), expected, atol=1e-5)
+    now = snapshot(model)
+    for key in ("classes", "objects", "parameters", "flags", "attributes"):
+        assert now[key] == plain[key], key
+    assert now["values"].keys() == plain["values"].keys()
+    assert not any(isinstance(module, disha.AdaptedLayer) for module in model.modules())
+    disha.inject_adapters(model, "all-linear", 3)
+
+
 def test_several_adapters_each_from_the_original_weight(model, tokens):
     model.double()
     disha.inject_adapters(model, "all-linear", 2, adapter="a", method="bat")

@@ -293,6 +293,13 @@ class TestEveryWay:
         same(everything(layer), values)
         assert torch.equal(layer(x), expected)
 
+    def test_a_plain_model_after_a_dense_merge(self, way, method, x):
+        layer = adapted(way, method)
+        expected = layer(x)
+        disha.merge_adapters(layer, dense=True, unload=True)
+        assert type(layer) is nn.Linear
+        close(layer(x), expected)
+
     def test_state_dict_of_a_dense_merge_is_that_of_plain_layers(self, way, method):
         model = inject(Small(way), method)
         perturb(model)

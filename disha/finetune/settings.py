@@ -291,7 +291,11 @@ class AdapterSettings:
             init_weights="bat" if config.method == "bat" else "True",
             method=None if config.method in ("bone", "bat") else config.method,
             bone_r_out=config.r_out,
-            target=config.target,
+            target=None
+            if config.target is None
+            else config.target
+            if isinstance(config.target, str)
+            else "|".join(config.target),
             exclude="|".join(config.exclude) or None,
             rank_pattern=tuple(f"{regex}={r}" for regex, r in config.rank_pattern.items()),
             also_train="|".join(config.also_train) or None,
