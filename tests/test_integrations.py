@@ -28,6 +28,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     Trainer,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -36,6 +37,10 @@ from disha.cli import main
 from disha.integrations import lightning
 from disha.integrations.accelerate import keep_adapter_only
 from disha.integrations.transformers import AdapterCheckpoints
+from tests.conftest import once
+from tests.distributed import trainer_fsdp
+from tests.distributed.harness import checks_of
+from tests.test_distributed import launch
 
 SIZES = {
     "vocab_size": 64,
@@ -226,14 +231,50 @@ def test_a_plain_model_is_refused():
         AdapterCheckpoints(llama())
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_trainers_that_save_in_ways_of_their_own_are_refused_by_name(tmp_path, monkeypatch, kind):
-    """Both need a GPU, so here a trainer is told that it has them."""
+def test_deepspeed_is_refused_by_name(monkeypatch):
+    """It needs a GPU, so here a trainer is told that it has one."""
     model = adapted(llama)
     Accelerator(cpu=True)  # from here on, its state is that of all others
+    kind = DistributedType.DEEPSPEED
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
-    with pytest.raises(disha.ArgumentError, match=rf"{kind.value}.*call disha\.save_adapter"):
+    with pytest.raises(disha.ArgumentError, match=r"DeepSpeed.*call disha\.save_adapter"):
         AdapterCheckpoints(model).on_init_end(None, None, None, model=model)
+
+
+@pytest.mark.parametrize("check", checks_of(vars(trainer_fsdp)))
+def test_with_fsdp_on_two_ranks(check, shared_folder):
+    script = trainer_fsdp.__name__
+    _, found = once(shared_folder, script, lambda folder: launch(script, folder))
+    assert check in found["passed"], found["output"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", ["_save_rng_state", "save_to_json"])
+def test_a_run_killed_while_it_saves_resumes_from_the_last_complete_checkpoint(
+    step, tmp_path, monkeypatch
+):
+    whole, part, rest = (adapted(llama) for _ in range(3))
+    trained(whole, tmp_path / "whole", 6)
+
+    def write_half(self, path):
+        if "checkpoint-4" in str(path):
+            Path(path).with_name("trainer_state.json").write_text('{"global_step": 4, "lo')
+            raise Killed
+        return write(self, path)
+
+    owner = Trainer if step == "_save_rng_state" else TrainerState
+    write = getattr(owner, step)
+    monkeypatch.setattr(owner, step, write_half)
+    with pytest.raises(Killed):
+        trained(part, tmp_path / "part", 6)
+    monkeypatch.undo()
+    trained(rest, tmp_path / "part", 6, resume=True)
+    assert_same(rest, whole)
+    assert (tmp_path / "part" / "incomplete-checkpoint-4" / "adapter.safetensors").exists()
+    assert (tmp_path / "part" / "checkpoint-4" / "trainer_state.json").exists()
 
 
 # --- Accelerate ----------------------------------------------------------------------------------

@@ -1,25 +1,30 @@
 """Checkpoints of the `Trainer` of `transformers` that hold the adapter and not the base.
 
-Without this module, `Trainer` works too, but each of its checkpoints holds the complete model, and
-it refuses a quantised model. It also works with trainers that build on `Trainer`, such as those of
-`trl`.
+It also works with trainers that build on `Trainer`, such as those of `trl`. Without this module,
+each checkpoint holds the complete model, and `Trainer` refuses a quantised model.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch import nn
-from transformers import TrainerCallback
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 import disha
-from disha.files import ADAPTER_NAME, write_files
-from disha.files.pieces import tensor_writer
+from disha.files import ADAPTER_NAME
+from disha.model import clean_key
 
 __all__ = ["AdapterCheckpoints"]
 
@@ -44,12 +49,15 @@ class AdapterCheckpoints(TrainerCallback):
     - each checkpoint, and each folder of `trainer.save_model`, holds `adapter.safetensors`, which
       `disha.load_adapter` reads, and not the base;
     - `resume_from_checkpoint` and `load_best_model_at_end` load the adapter again, bit for bit;
+    - a run that was killed while it wrote a checkpoint resumes from the one before: the next
+      trainer sets the incomplete one aside, as `incomplete-checkpoint-N`;
     - `Trainer` accepts a quantised model;
     - `from_pretrained` of a checkpoint raises, and does not return a model without the adapter.
 
     `model.safetensors` in a checkpoint holds the same values under the keys of the model's state
-    dict, because `Trainer` reads these. The trainer refuses to start with FSDP and with DeepSpeed,
-    which save the base in any case.
+    dict, because `Trainer` reads these. With FSDP, only checkpoints hold `adapter.safetensors`, so
+    call `disha.save_adapter` on all ranks after training. The trainer refuses to start with
+    DeepSpeed, which saves the base in any case.
 
     Args:
         model: a model of `transformers` with adapters.
@@ -75,34 +83,46 @@ class AdapterCheckpoints(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, adapter: str = "default") -> None:
-        kept = disha.adapter_state_dict(model, adapter)
+        self._adapter, self._kept = adapter, set(disha.adapter_state_dict(model, adapter))
         self._quantised = [flag for flag in QUANTISED if getattr(model, flag, False)]
         for flag in self._quantised:
             setattr(model, flag, False)
         # Trainer warns of other missing keys than these when it loads a checkpoint. Blocks never
         # count as missing, so that a checkpoint of the base can be loaded too.
         base = {key for key in model.state_dict() if ".disha." not in key}
-        model._keys_to_ignore_on_save = base - set(kept)  # type: ignore[assignment]
+        model._keys_to_ignore_on_save = base - self._kept  # type: ignore[assignment]
         model.save_pretrained = _Saving(model, adapter)  # type: ignore[assignment]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the model be quantised again. Refuse what would not be trained, or not be saved.
 
         Raises:
-            ArgumentError: FSDP or DeepSpeed shards the model, or a trainer of `trl` would not train
-                an adapter on the output head.
+            ArgumentError: DeepSpeed shards the model, or a trainer of `trl` would not train an
+                adapter on the output head.
         """
+        model = given["model"]
         for flag in self._quantised:
-            setattr(given["model"], flag, True)
+            setattr(model, flag, True)
         kind = AcceleratorState().distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if kind == DistributedType.DEEPSPEED:
             raise disha.ArgumentError(
-                f"with {kind.value}, Trainer saves and resumes in a way of its own, and writes the "
-                "base too; leave out AdapterCheckpoints, and call disha.save_adapter on all ranks "
-                "after training"
+                "with DeepSpeed, Trainer saves the base too, in a way of its own; leave out "
+                "AdapterCheckpoints, and call disha.save_adapter on all ranks after training"
             )
         if any(cls.__module__.startswith("trl.") for cls in type(args).__mro__):
-            refuse_adapted_head(given["model"])
+            refuse_adapted_head(model)
+        if kind == DistributedType.FSDP:
+            _leave_out_base(model, self._kept)
+        if args.should_save:
+            _set_aside_incomplete(Path(args.output_dir))
+        PartialState().wait_for_everyone()
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Write the adapter of a sharded model, for which all ranks must act together."""
+        model: nn.Module = given["model"]
+        if isinstance(model, FSDPModule):
+            folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            disha.save_adapter(model, folder / ADAPTER_NAME, self._adapter)
 
 
 class _Saving:
@@ -111,29 +131,58 @@ class _Saving:
     def __init__(self, model: nn.Module, adapter: str) -> None:
         self._model, self._adapter = model, adapter
 
-    def __call__(self, save_directory: str, is_main_process: bool = True, **unused: Any) -> None:
-        """Write the adapter into a folder."""
+    def __call__(
+        self,
+        save_directory: str,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **unused: Any,
+    ) -> None:
+        """Write the adapter into a folder. FSDP gives its state, gathered by all ranks."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        disha.save_adapter(self._model, folder / ADAPTER_NAME, self._adapter)
-        if is_main_process:
+        state = state_dict
+        if not isinstance(self._model, FSDPModule):
+            disha.save_adapter(self._model, folder / ADAPTER_NAME, self._adapter)
             state = disha.adapter_state_dict(self._model, self._adapter)
-            tensors = {key: value.to("cpu").contiguous() for key, value in state.items()}
-            write_files({folder / SAFE_WEIGHTS_NAME: tensor_writer(tensors, {"format": "pt"})})
+        if is_main_process:
+            tensors = {key: value.to("cpu").contiguous() for key, value in (state or {}).items()}
+            save_file(tensors, folder / SAFE_WEIGHTS_NAME, {"format": "pt"})
             (folder / CONFIG_NAME).write_text(json.dumps(NO_MODEL))
 
 
+def _leave_out_base(model: nn.Module, kept: Collection[str]) -> None:
+    """Keep the base out of the state dict of a sharded model, and do not miss it in loading."""
+
+    def is_base(key: str) -> bool:
+        return ".disha." not in key and clean_key(key) not in kept
+
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        # On the meta device, accelerate has not yet distributed the base.
+        if isinstance(module, FSDPModule) and not any(one.is_meta for one in state.values()):
+            for key in filter(is_base, list(state)):
+                del state[key]
+
+    def forgive(module: nn.Module, found: Any) -> None:
+        found.missing_keys[:] = [key for key in found.missing_keys if not is_base(key)]
+
+    model.register_state_dict_post_hook(drop)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_post_hook(forgive)  # type: ignore[no-untyped-call]
+
+
+def _set_aside_incomplete(output: Path) -> None:
+    """Rename checkpoints without the trainer's state, which Trainer writes last."""
+    for folder in map(Path, sort_checkpoints(str(output))):
+        try:
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        except (OSError, ValueError):
+            aside = folder.with_name(f"incomplete-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
 def refuse_adapted_head(model: Any) -> None:
-    """Raise if an adapter is on the output head, where the trainers of `trl` can't train it.
-
-    They compute the loss and its gradients from the weight of the head themselves.
-
-    Args:
-        model: a model of `transformers`.
-
-    Raises:
-        ArgumentError: an adapter is on the output head.
-    """
+    """Raise if an adapter is on the output head, whose weight the trainers of `trl` read."""
     head = model.get_output_embeddings()
     if isinstance(head, disha.AdaptedLayer):
         raise disha.ArgumentError(

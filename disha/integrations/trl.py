@@ -1,10 +1,8 @@
 """Trainers of `trl` that use the trained model itself as the reference, with its adapter off.
 
-`trl` compares the trained model with a frozen reference. For a model without PEFT, it loads the
-base a second time for that. The trainers of this module run the one model again, without the
-adapter. In all else they are those of `trl`, and their results are those of `trl` with PEFT.
-
-`SFTTrainer` needs no reference, so use it as it is.
+For a model without PEFT, `trl` loads the base a second time as the frozen reference. The trainers
+of this module run the one model again, without the adapter. In all else they are those of `trl`,
+and their results are those of `trl` with PEFT. `SFTTrainer` needs no reference: use it as it is.
 """
 
 from __future__ import annotations
@@ -45,10 +43,7 @@ UNFIT_ARGUMENTS = {
 
 
 class _Reference(nn.Module):
-    """Stands for a frozen model: a call runs the trained model with these adapters acting.
-
-    It has no parameters, so there is nothing in it that `trl` could move, shard or copy.
-    """
+    """Stands for a frozen model, without parameters: a call runs the trained model with these."""
 
     def __init__(self, model: nn.Module, adapters: Sequence[str]) -> None:
         super().__init__()
