@@ -12,24 +12,18 @@ from typing import Any
 import torch
 
 from benchmarks.compiled import compiled
-from benchmarks.devices import devices
 from benchmarks.experts import experts
-from benchmarks.finetuning import finetuning
 from benchmarks.layers import few_tokens, layer_step
-from benchmarks.loaded import loaded
+from benchmarks.many import loaded, switching
 from benchmarks.memory import memory
-from benchmarks.protocol import slow_dtypes
 from benchmarks.results import describe, write_results
 from benchmarks.routed import routed
-from benchmarks.settings import FULL, QUICK, Profile
-from benchmarks.side_by_side import side_by_side
 from benchmarks.start_up import start_up
-from benchmarks.switching import switching
 from benchmarks.whole_model import model_step
 
 __all__ = ["TABLES", "main"]
 
-Measure = Callable[[Profile, torch.device], list[dict[str, Any]]]
+Measure = Callable[[bool, torch.device], list[dict[str, Any]]]
 
 TABLES: Mapping[str, Measure] = {
     "layer_step": layer_step,
@@ -41,10 +35,7 @@ TABLES: Mapping[str, Measure] = {
     "loaded": loaded,
     "switching": switching,
     "experts": experts,
-    "finetuning": finetuning,
-    "side_by_side": side_by_side,
     "compiled": compiled,
-    "devices": devices,
 }
 
 
@@ -71,14 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
     device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    profile = QUICK if asked.quick else FULL
-    slower = slow_dtypes(profile.dtypes, device)
-    profile = profile.without(slower)
-    results = describe(profile.name, device)
-    results["slow_dtypes"] = {str(dtype): ratio for dtype, ratio in slower.items()}
+    results = describe("quick" if asked.quick else "full", device)
     for name in asked.only or TABLES:
         started = time.perf_counter()
-        results["tables"][name] = TABLES[name](profile, device)
+        results["tables"][name] = TABLES[name](asked.quick, device)
         results["table_seconds"][name] = time.perf_counter() - started
         write_results(asked.out, results)  # a run that is stopped keeps the tables it has
         print(f"{name}: {results['table_seconds'][name]:.0f} s", flush=True)

@@ -174,7 +174,7 @@ CANDIDATES: Mapping[str, Candidate] = {
     candidate.name: candidate
     for candidate in (
         Candidate(BASE, "frozen base", "frozen", _freeze),
-        Candidate("bone", "disha Bone", "bone", _bone),
+        Candidate("bone", "disha MiSS (Bone)", "bone", _bone),
         Candidate("tile", "disha tile", "other", _tile),
         Candidate("bat", "disha BAT", "bat", _bat),
         Candidate("peft_miss", "PEFT MiSS", "bone", _peft_miss, "peft"),

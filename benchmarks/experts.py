@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 import disha
 from benchmarks.candidates import BASE, CANDIDATES, lora_rank, missing_package
 from benchmarks.memory import kept_bytes
-from benchmarks.protocol import compare, synchroniser
-from benchmarks.settings import ExpertModel, Profile
+from benchmarks.protocol import Budget, compare, synchroniser
 from benchmarks.steps import TrainingStep, check_gradients, fill, require_gradient, trainable
 
 __all__ = ["experts"]
@@ -32,23 +31,61 @@ SCALE = 0.02
 PEFT = "peft_lora"
 
 
-def experts(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
+MIXTRAL = ("Mixtral", "intermediate_size", "num_local_experts")
+QWEN3 = ("Qwen3Moe", "moe_intermediate_size", "num_experts")
+
+
+class ExpertModel(NamedTuple):
+    """A mixture of experts of one layer, and one sequence of tokens.
+
+    Attributes:
+        names: the prefix of its classes in transformers, and what its configuration calls `inner`
+            and `experts`.
+        hidden: width of a token.
+        inner: width inside an expert.
+        experts: how many there are.
+        chosen: how many each token goes to.
+        r: the shard size.
+        length: number of tokens.
+        batched: whether the implementation batched_mm is measured too.
+    """
+
+    names: tuple[str, str, str]
+    hidden: int
+    inner: int
+    experts: int
+    chosen: int
+    r: int
+    length: int
+    batched: bool = False
+
+
+MODELS = (
+    ExpertModel(MIXTRAL, 512, 1024, 8, 2, 64, 512),
+    ExpertModel(QWEN3, 512, 256, 32, 4, 32, 512),
+    ExpertModel(MIXTRAL, 256, 512, 8, 2, 32, 128, batched=True),
+)
+QUICK_MODELS = (ExpertModel(MIXTRAL, 128, 256, 4, 2, 16, 64, batched=True),)
+
+
+def experts(quick: bool, device: torch.device) -> list[dict[str, Any]]:
     """Measure every model in every implementation."""
+    budget = Budget(2.0, 2, 5) if quick else Budget(20.0, 7, 60)
     return [
-        _measure(model, implementation, profile, device)
-        for model in profile.expert_models
+        _measure(model, implementation, budget, device)
+        for model in (QUICK_MODELS if quick else MODELS)
         for implementation in IMPLEMENTATIONS
         if implementation != "batched_mm" or model.batched
     ]
 
 
 def _measure(
-    size: ExpertModel, implementation: str, profile: Profile, device: torch.device
+    size: ExpertModel, implementation: str, budget: Budget, device: torch.device
 ) -> dict[str, Any]:
     base = _built(size, implementation, device)
     rank = lora_rank([(size.hidden, 2 * size.inner), (size.inner, size.hidden)], size.r)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1024, (size.batch, size.length), generator=generator).to(device)
+    ids = torch.randint(1024, (1, size.length), generator=generator).to(device)
     ways: dict[str, Callable[[nn.Module], nn.Module]] = {
         BASE: lambda model: model,
         "bone": lambda model: disha.inject_adapters(model, TARGET, size.r),
@@ -72,20 +109,20 @@ def _measure(
         step.clear()
         kept[name] = kept_bytes(model, step.loss)
     return {
-        "model": size.architecture,
+        "model": size.names[0],
         "implementation": implementation,
         "hidden": size.hidden,
         "inner": size.inner,
         "experts": size.experts,
         "chosen": size.chosen,
-        "layers": size.layers,
-        "tokens": size.batch * size.length,
+        "layers": 1,
+        "tokens": size.length,
         "dtype": "float32",
         "r": size.r,
         "lora_rank": rank,
         "parameters": parameters,
         "kept_bytes": kept,
-        "seconds": compare(steps, profile.expert_budget, synchronise=synchroniser(device)),
+        "seconds": compare(steps, budget, synchronise=synchroniser(device)),
         "left_out": left_out,
     }
 
@@ -94,18 +131,19 @@ def _built(size: ExpertModel, implementation: str, device: torch.device) -> nn.M
     """Return the model, random and frozen."""
     import transformers
 
-    config = getattr(transformers, f"{size.architecture}Config")(
+    architecture, inner, experts = size.names
+    config = getattr(transformers, f"{architecture}Config")(
         vocab_size=1024,
         hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
+        num_hidden_layers=1,
         num_attention_heads=size.hidden // 64,
         num_key_value_heads=size.hidden // 64,
         head_dim=64,
         num_experts_per_tok=size.chosen,
-        **{size.inner_name: size.inner, size.experts_name: size.experts},
+        **{inner: size.inner, experts: size.experts},
     )
     torch.manual_seed(0)
-    model: nn.Module = getattr(transformers, f"{size.architecture}ForCausalLM")._from_config(
+    model: nn.Module = getattr(transformers, f"{architecture}ForCausalLM")._from_config(
         config, experts_implementation=implementation, dtype=torch.float32
     )
     return model.to(device).requires_grad_(False).train()

@@ -13,6 +13,7 @@ __all__ = [
     "folded",
     "ratio_text",
     "seconds_text",
+    "short_text",
     "spread_text",
     "table",
 ]
@@ -22,10 +23,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table: the first column is aligned to the left, the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-SPACE = "\N{NO-BREAK SPACE}"
-"""Keeps quartiles on one line, where a narrow column has two."""
 
 
 def box(title: str, text: str) -> str:
@@ -50,11 +47,17 @@ def ratio_text(value: float) -> str:
 
 
 def spread_text(spread: Spread) -> str:
-    """Return a median with its quartiles: 1.047 (1.041 to 1.055)."""
+    """Return a median and half the distance of its quartiles: 1.047±0.007."""
+    half = (spread.high - spread.low) / 2
+    return ratio_text(spread.median) + (f"±{half:.3f}" if half else "")
+
+
+def short_text(spread: Spread) -> str:
+    """Return a median with two decimals, and its quartiles if they differ: 1.05 (1.04 to 1.06)."""
+    told = f"{spread.median:.2f}"
     if spread.low == spread.high:
-        return ratio_text(spread.median)
-    low, high = ratio_text(spread.low), ratio_text(spread.high)
-    return f"{ratio_text(spread.median)} ({low}{SPACE}to{SPACE}{high})"
+        return told
+    return f"{told} ({spread.low:.2f} to {spread.high:.2f})"
 
 
 def seconds_text(seconds: float) -> str:

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.candidates import CANDIDATES, adapted_model, missing_package
-from benchmarks.settings import Profile, R
+from benchmarks.protocol import R
 from benchmarks.steps import TrainingStep
 
 __all__ = ["allocated_peak", "kept_bytes", "memory", "resident_growth", "stack", "status_bytes"]
 
 STEPS = 3
+LAYERS, TOKENS, RESIDENT_TOKENS = 4, 512, 2048
+RESIDENT = ("frozen", "bone", "bat", "peft_miss", "peft_bat", "peft_lora", "loralib")
 
 
 def stack(layers: int, width: int, device: torch.device) -> tuple[nn.Sequential, list[str]]:
@@ -81,11 +83,12 @@ def allocated_peak(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def memory(settings: Profile, device: torch.device) -> list[dict[str, Any]]:
+def memory(quick: bool, device: torch.device) -> list[dict[str, Any]]:
     """Count what a stack of layers keeps and allocates, and measure processes that train one."""
-    model, names = stack(settings.memory_layers, settings.memory_width, device)
-    x = torch.randn(settings.memory_tokens, settings.memory_width, device=device)
-    r = min(R, settings.memory_width // 8)
+    width = 256 if quick else 1024
+    model, names = stack(LAYERS, width, device)
+    x = torch.randn(TOKENS, width, device=device)
+    r = min(R, width // 8)
     kept, peak, left_out = {}, {}, {}
     for name, candidate in CANDIDATES.items():
         why = missing_package(candidate)
@@ -101,25 +104,26 @@ def memory(settings: Profile, device: torch.device) -> list[dict[str, Any]]:
         peak[name] = allocated_peak(step, device)
     counted = {
         "what": "counted",
-        "layers": settings.memory_layers,
-        "width": settings.memory_width,
-        "tokens": settings.memory_tokens,
+        "layers": LAYERS,
+        "width": width,
+        "tokens": TOKENS,
         "dtype": "float32",
         "r": r,
         "kept_bytes": kept,
         "peak_bytes": peak,
         "left_out": left_out,
     }
-    return [counted, _resident(settings, device)]
+    return [counted, _resident(quick, device)]
 
 
 def _step(model: nn.Module, x: Tensor) -> TrainingStep:
     return TrainingStep(model, lambda: model(x).square().mean(), [x])
 
 
-def _resident(settings: Profile, device: torch.device) -> dict[str, Any]:
+def _resident(quick: bool, device: torch.device) -> dict[str, Any]:
     resident, left_out = {}, {}
-    for name in settings.resident_candidates:
+    width = 512 if quick else 2048
+    for name in RESIDENT[:3] if quick else RESIDENT:
         why = missing_package(CANDIDATES[name])
         if why is None and device.type != "cpu":
             why = "the peak of the device is counted above"
@@ -128,14 +132,12 @@ def _resident(settings: Profile, device: torch.device) -> dict[str, Any]:
         if why is not None:
             left_out[name] = why
             continue
-        resident[name] = fresh_growth(
-            name, settings.memory_layers, settings.resident_width, settings.resident_tokens
-        )
+        resident[name] = fresh_growth(name, LAYERS, width, RESIDENT_TOKENS)
     return {
         "what": "resident",
-        "layers": settings.memory_layers,
-        "width": settings.resident_width,
-        "tokens": settings.resident_tokens,
+        "layers": LAYERS,
+        "width": width,
+        "tokens": RESIDENT_TOKENS,
         "dtype": "float32",
         "r": R,
         "resident_bytes": resident,

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Budget", "Spread", "compare", "paired_ratios", "slow_dtypes", "synchroniser"]
+__all__ = ["Budget", "R", "Spread", "compare", "paired_ratios", "slow_dtypes", "synchroniser"]
 
 Run = Callable[[], object]
+
+R = 64
+"""The shard size of every table; LoRA gets the rank with as many trainable parameters."""
 
 TRIED_WIDTH = 512
 FAR_SLOWER = 10.0

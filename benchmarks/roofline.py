@@ -1,11 +1,11 @@
-"""The roofline floor: the least time that an adapter adds to a training step on a machine.
+"""The roofline: the least time that an adapter adds to a training step on a machine.
 
 Each product and each pass over memory of a method takes at least
 
     max(multiply-adds / the rate of such a product, bytes / the rate of copying)
 
-and one follows the other. The rates are measured (`benchmarks.rates`). For T tokens through a layer
-of in -> out with shard size r, in values of b bytes:
+and one follows the other. The rates are measured in the same run. For T tokens through a layer of
+in -> out with shard size r, in values of b bytes:
 
     Bone, once for each input             multiply-adds   bytes / b
       S = S(x)                                            T in + T r            read x
@@ -19,221 +19,259 @@ of in -> out with shard size r, in values of b bytes:
       G = dY^T X                          T in out        T in + T out + in out write G
       dD_a = sum over b of W_ab^T G_ab    r in out        2 in out + r out      read W and G
            + sum over b of G_ab                           in out + r out        read G
-    Bone, formed, once for each input, and then for each layer
-      S = S(x)                                            T in + T r
-      W + dW, in forward and backward                     4 in out + 2 r out    read W, write W_eff
-      dD = S^T dY                         T r out         T out + T r + r out
 
-Why each is unavoidable:
-
-- The base reads x and dY, and writes y and dX. Its products are torch's own. They return no sums of
-  their operands and call nothing on a tile of their result, so x and dY are read again, and y and
-  dX are read and written again. A pass that touches at most CACHED_BYTES is counted at the rate of
-  copying within a cache, as if it found everything there.
-- An update is added in place, by the product itself where there is one.
-- Layers that read the same x (q, k and v) share S(x), and one pass adds the sum of their dS to dX.
-- BAT keeps no W_eff from forward to backward, so it forms it twice.
-- *Formed* means that Bone adds dW to the weight, as BAT does. That needs one product in place of
-  three, and pays off for many tokens. In 16 bits, W + dW would round small updates away. So it is
-  counted for float32 alone, and apart from Bone.
-
-Not counted: calls, allocation, scales, data that is no longer in a cache, and the second way by
-which BAT adds D in 16 bits. The floor of a step is 1 + this time / the time of the frozen step.
-
-A forward of few tokens reads W once, and the adapter once. Products are faster than that. So its
-floor is 1 + bytes of the adapter / bytes of W, without any rate.
+The base reads x and dY, and writes y and dX, in products of torch's own, which return no sums of
+their operands. So x and dY are read again, and y and dX are read and written again. Layers that
+read the same x (q, k and v) share S(x). BAT keeps no W_eff from forward to backward. Calls,
+allocation and scales are not counted. The floor of a step is 1 + this time / that of the frozen
+step. A forward of few tokens reads W and the adapter once, so its floor is
+1 + bytes of the adapter / bytes of W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from math import ceil
 from typing import Any, NamedTuple
 
-from benchmarks.cost_model import Decoder, Linear, adapter_parameters
+import torch
+from torch import Tensor
 
-__all__ = [
-    "CACHED_BYTES",
-    "FORMED",
-    "METHODS",
-    "Rates",
-    "Term",
-    "decoder_seconds",
-    "few_tokens_floor",
-    "input_terms",
-    "layer_seconds",
-    "layer_terms",
-    "read_rates",
-    "seconds",
-]
+from benchmarks.protocol import Budget, Run, compare, synchroniser
+
+__all__ = ["Decoder", "Linear", "floor", "measured_rates"]
 
 CACHED_BYTES = 2**25
 """Most bytes of a pass that are counted as cached. Few processors have more cache for a process."""
+CACHED_COPY, MEMORY_COPY = 2**21, 2**27
+"""Bytes to copy. The first number fits in the cache of any processor, the second in none."""
+CACHED_COPIES = 16
+"""Copies of the smaller in a run. Only the first finds it in memory."""
 
-METHODS = ("frozen", "bone", "bat")
-FORMED = "bone, formed"
-"""Bone with dW added to the weight, as a method of the roofline."""
+
+class Linear(NamedTuple):
+    """The sizes of a linear layer."""
+
+    in_features: int
+    out_features: int
+
+    def block(self, method: str, r: int) -> int:
+        """Return the number of values in the block of a method, "bone" or "bat"."""
+        return ceil(self.out_features / r) * r * r if method == "bat" else r * self.out_features
+
+
+class Decoder(NamedTuple):
+    """The sizes of a Llama-family decoder whose seven projections are adapted."""
+
+    hidden: int
+    feed_forward: int
+    layers: int
+    keys: int
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The projections of every layer."""
+        h, f, k = self.hidden, self.feed_forward, self.keys
+        sizes = [(h, h), (h, k), (h, k), (h, h), (h, f), (h, f), (f, h)]
+        return [Linear(*size) for size in sizes] * self.layers
+
+    @property
+    def inputs(self) -> list[int]:
+        """The widths of their distinct inputs: q, k and v share one, gate and up another."""
+        return [self.hidden, self.hidden, self.hidden, self.feed_forward] * self.layers
+
+
+SMOLLM2_135M = Decoder(576, 1536, 30, 192)
 
 
 class Term(NamedTuple):
-    """A product, or a pass over memory.
+    """A product, or a pass over memory: bytes, multiply-adds, and the product's name in rates."""
 
-    Attributes:
-        name: what it computes.
-        bytes: read and written.
-        macs: multiply-adds.
-        product: the name of the product in the rates; None if there is none.
-    """
-
-    name: str
     bytes: float
     macs: float = 0
     product: str | None = None
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What a machine reaches.
-
-    Args:
-        products: name of a product -> multiply-adds per second, for one layer's sizes.
-        cached: bytes per second of copying within a cache, read and written bytes together.
-        memory: the same for more bytes than the caches hold.
-    """
+class Rates(NamedTuple):
+    """What a machine reaches: multiply-adds per second of each product, and bytes per second."""
 
     products: Mapping[str, float]
     cached: float
     memory: float
 
+    def seconds(self, terms: Iterable[Term]) -> float:
+        """Return the least time of terms that follow each other."""
+        return sum(max(self._copied(term), self._computed(term)) for term in terms)
 
-def read_rates(found: Mapping[str, Any]) -> dict[Linear, Rates]:
-    """Return the rates of each layer size, from the JSON of `benchmarks.rates`."""
-    return {
-        Linear(one["in"], one["out"]): Rates(one["products"], found["cached"], found["memory"])
-        for one in found["layers"]
+    def _copied(self, term: Term) -> float:
+        return term.bytes / (self.cached if term.bytes <= CACHED_BYTES else self.memory)
+
+    def _computed(self, term: Term) -> float:
+        return 0.0 if term.product is None else term.macs / self.products[term.product]
+
+
+def floor(table: str, case: Mapping[str, Any], method: str) -> float | None:
+    """Return the least time of a method / that of the frozen base, or None if it is not known.
+
+    Args:
+        table: "layer_step", "few_tokens" or "model_step".
+        case: of that table.
+        method: "bone" or "bat"; no other has a roofline here.
+    """
+    r, tokens = case["r"], case["tokens"]
+    if method not in ("bone", "bat"):
+        return None
+    if table == "few_tokens":
+        layer = Linear(case["width"], case["width"])
+        return 1 + layer.block(method, r) / (layer.in_features * layer.out_features)
+    if "rates" not in case:
+        return None
+    rates = {
+        Linear(one["in"], one["out"]): Rates(
+            one["products"], case["rates"]["cached"], case["rates"]["memory"]
+        )
+        for one in case["rates"]["layers"]
     }
+    itemsize = getattr(torch, case["dtype"]).itemsize
+    if table == "model_step":
+        model = smollm2(case["layers"])
+        if not rates.keys() >= set(model.linears):
+            return None
+        inputs, layers = model.inputs, model.linears
+    else:
+        inputs, layers = [case["width"]], list(rates)
+    of_passes = next(iter(rates.values()))
+    added = sum(
+        of_passes.seconds(_input_terms(width, tokens, method, r, itemsize)) for width in inputs
+    ) + sum(
+        rates[layer].seconds(_layer_terms(layer, tokens, method, r, itemsize)) for layer in layers
+    )
+    return 1 + added / min(case["seconds"]["frozen"])
 
 
-def input_terms(width: int, tokens: int, method: str, r: int, itemsize: int) -> list[Term]:
-    """Return what a method does once for each input, however many layers read it.
+def smollm2(layers: int) -> Decoder:
+    """Return SmolLM2-135M with this number of decoder layers: a quick run keeps fewer."""
+    return SMOLLM2_135M._replace(layers=layers)
 
-    Args:
-        width: values of a token.
-        tokens: how many.
-        method: one of METHODS, or FORMED.
-        r: the shard size.
-        itemsize: bytes of a value.
-    """
+
+def _input_terms(width: int, tokens: int, method: str, r: int, itemsize: int) -> list[Term]:
     x, sums = tokens * width * itemsize, tokens * r * itemsize
-    shard_sum = Term("S(x)", x + sums)
-    if method == "bone":
-        return [shard_sum, Term("dX += dS", 2 * x + sums)]
-    return [shard_sum] if method == FORMED else []
+    return [Term(x + sums), Term(2 * x + sums)] if method == "bone" else []
 
 
-def layer_terms(layer: Linear, tokens: int, method: str, r: int, itemsize: int) -> list[Term]:
-    """Return what a method does for each layer.
-
-    Args:
-        layer: its sizes.
-        tokens: rows of its input.
-        method: one of METHODS, or FORMED.
-        r: the shard size.
-        itemsize: bytes of a value.
-    """
+def _layer_terms(layer: Linear, tokens: int, method: str, r: int, itemsize: int) -> list[Term]:
+    values = layer.in_features * layer.out_features
     x, y = tokens * layer.in_features * itemsize, tokens * layer.out_features * itemsize
-    sums, weight = tokens * r * itemsize, layer.values * itemsize
-    block = adapter_parameters(layer, "bat" if method == "bat" else "bone", r) * itemsize
-    narrow, tiled = tokens * r * layer.out_features, r * layer.values
-    gradient = Term("dD = S^T dY", y + sums + block, narrow, "S^T dY")
+    sums, weight, block = (
+        tokens * r * itemsize,
+        values * itemsize,
+        layer.block(method, r) * itemsize,
+    )
+    narrow = tokens * r * layer.out_features
     if method == "bone":
         return [
-            Term("y += S D", 2 * y + sums + block, narrow, "S D"),
-            Term("dS = dY D^T", y + sums + block, narrow, "dY D^T"),
-            gradient,
+            Term(2 * y + sums + block, narrow, "S D"),
+            Term(y + sums + block, narrow, "dY D^T"),
+            Term(y + sums + block, narrow, "S^T dY"),
         ]
-    if method == "bat":
-        formed = Term("W + W D", 2 * weight + block, tiled, "W D")
-        return [
-            formed,
-            formed,
-            Term("G = dY^T X", x + y + weight, tokens * layer.values, "dY^T X"),
-            Term("W^T G", 2 * weight + block, tiled, "W^T G"),
-            Term("sum of G", weight + block),
-        ]
-    if method == FORMED:
-        formed = Term("W + dW", 2 * weight + block)
-        return [formed, formed, gradient]
-    return []
-
-
-def seconds(terms: Iterable[Term], rates: Rates) -> float:
-    """Return the least time of terms that follow each other."""
-    return sum(_seconds(term, rates) for term in terms)
-
-
-def _seconds(term: Term, rates: Rates) -> float:
-    copied = term.bytes / (rates.cached if term.bytes <= CACHED_BYTES else rates.memory)
-    computed = 0.0 if term.product is None else term.macs / rates.products[term.product]
-    return max(copied, computed)
-
-
-def layer_seconds(
-    layer: Linear, tokens: int, method: str, r: int, itemsize: int, rates: Rates
-) -> float:
-    """Return the least time that a method adds to a training step of one layer.
-
-    Args:
-        layer: its sizes.
-        tokens: rows of its input.
-        method: one of METHODS, or FORMED.
-        r: the shard size.
-        itemsize: bytes of a value.
-        rates: of these sizes.
-    """
-    terms = [
-        *input_terms(layer.in_features, tokens, method, r, itemsize),
-        *layer_terms(layer, tokens, method, r, itemsize),
+    formed = Term(2 * weight + block, r * values, "W D")
+    return [
+        formed,
+        formed,
+        Term(x + y + weight, tokens * values, "dY^T X"),
+        Term(2 * weight + block, r * values, "W^T G"),
+        Term(weight + block),
     ]
-    return seconds(terms, rates)
 
 
-def decoder_seconds(
-    model: Decoder,
+def measured_rates(
+    layers: Iterable[Linear],
     tokens: int,
-    method: str,
     r: int,
-    itemsize: int,
-    rates: Mapping[Linear, Rates],
-) -> float:
-    """Return the least time that a method adds to a training step of a whole model.
+    dtype: torch.dtype,
+    device: torch.device,
+    budget: Budget,
+) -> dict[str, Any]:
+    """Return what the machine reaches, as JSON.
 
-    The head and the attention are the base's, so they add nothing.
-
-    Args:
-        model: its sizes; all projections are adapted.
-        tokens: of a batch.
-        method: one of METHODS, or FORMED.
-        r: the shard size.
-        itemsize: bytes of a value.
-        rates: of each size of a projection.
-    """
-    any_size = next(iter(rates.values()))  # passes need no product
-    inputs = sum(
-        seconds(input_terms(width, tokens, method, r, itemsize), any_size) for width in model.inputs
-    )
-    return inputs + sum(
-        seconds(layer_terms(layer, tokens, method, r, itemsize), rates[layer])
-        for layer in model.linears
-    )
-
-
-def few_tokens_floor(layer: Linear, method: str, r: int) -> float:
-    """Return bytes of the weight and the adapter / bytes of the weight.
+    All products of a case are timed in rounds, in random order. Results go into memory that is
+    there already. The best round counts, since the rates are for a floor.
 
     Args:
-        layer: its sizes.
-        method: one of the cost model's.
+        layers: sizes; equal ones are measured once.
+        tokens: rows of the input.
         r: the shard size.
+        dtype: of all operands.
+        device: where.
+        budget: of all measurements together.
+
+    Returns:
+        "cached" and "memory", bytes per second of copying, and "layers": the sizes "in" and "out",
+        and "products", name -> multiply-adds per second.
     """
-    return 1 + adapter_parameters(layer, method, r) / layer.values
+    runs: dict[str, Run] = {}
+    products: dict[Linear, dict[str, tuple[float, list[str]]]] = {}
+    for layer in dict.fromkeys(layers):
+        of_layer = products[layer] = {}
+        for name, macs, run in _products(layer, tokens, r, dtype, device):
+            key = f"product {len(runs)}"
+            of_layer.setdefault(name, (macs, []))[1].append(key)
+            runs[key] = run
+    copies = {"cached": (CACHED_COPY, CACHED_COPIES), "memory": (MEMORY_COPY, 1)}
+    for name, (size, times) in copies.items():
+        runs[f"{name} copy"] = _copier(size, times, device)
+    taken = compare(runs, budget, synchronise=synchroniser(device))
+    fastest = {name: min(seconds) for name, seconds in taken.items()}
+    found: dict[str, Any] = {
+        name: 2 * size * times / fastest[f"{name} copy"] for name, (size, times) in copies.items()
+    }
+    found["layers"] = [
+        {
+            "in": layer.in_features,
+            "out": layer.out_features,
+            "products": {
+                name: macs / min(fastest[key] for key in keys)
+                for name, (macs, keys) in of_layer.items()
+            },
+        }
+        for layer, of_layer in products.items()
+    ]
+    return found
+
+
+def _copier(size: int, times: int, device: torch.device) -> Run:
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def run() -> None:
+        for _ in range(times):
+            target.copy_(source)
+
+    return run
+
+
+def _products(
+    layer: Linear, tokens: int, r: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, float, Run]]:
+    """Yield the name of each product, its multiply-adds, and a call that computes it."""
+    inputs, outputs = (-(-size // r) * r for size in layer)
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    x, y, weight = new(tokens, inputs), new(tokens, outputs), new(outputs, inputs)
+    block, sums = new(r, outputs), new(tokens, r)
+    tiles, blocks = weight.view(outputs // r, inputs, r), new(outputs // r, r, r)
+    to_y, to_weight, to_block, to_sums = map(torch.empty_like, (y, weight, block, sums))
+    to_tiles, to_blocks = to_weight.view(tiles.shape), torch.empty_like(blocks)
+    base, narrow = tokens * inputs * outputs, tokens * r * outputs
+    columns = sums.T.contiguous().T  # small products depend on the order of their operands
+    yield "S D", narrow, partial(torch.mm, sums, block, out=to_y)
+    yield "dY D^T", narrow, partial(torch.mm, y, block.T, out=to_sums)
+    yield "S^T dY", narrow, partial(torch.mm, sums.T, y, out=to_block)
+    yield "S^T dY", narrow, partial(torch.mm, columns.T, y, out=to_block)
+    yield "S^T dY", narrow, partial(torch.mm, y.T, sums, out=new(outputs, r))
+    yield "W D", r * inputs * outputs, partial(torch.bmm, tiles, blocks, out=to_tiles)
+    yield "dY^T X", base, partial(torch.mm, y.T, x, out=to_weight)
+    yield "W^T G", r * inputs * outputs, partial(torch.bmm, tiles.mT, to_tiles, out=to_blocks)

@@ -15,8 +15,7 @@ from benchmarks.candidates import (
     lora_rank,
     missing_package,
 )
-from benchmarks.protocol import Run, compare, synchroniser
-from benchmarks.settings import Profile, R
+from benchmarks.protocol import Budget, R, Run, compare, synchroniser
 from benchmarks.steps import CandidateError, fill, forward, frozen_stack, trainable
 
 __all__ = ["routed"]
@@ -25,24 +24,27 @@ LAYERS = 4
 SCALE = 0.02
 
 
-def routed(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
+def routed(quick: bool, device: torch.device) -> list[dict[str, Any]]:
     """Compare a batch that is routed to several adapters with two other ways to run it.
 
     Adapter by adapter means one forward for each adapter, with its own samples. One adapter for
     all means a model with a single adapter and without a route. The time includes setting the
     route, switching the adapter, and PEFT's `adapter_names`.
     """
+    sizes = (8, 256, (1,), (1, 4)) if quick else (64, 1024, (1, 32), (1, 8, 64))
+    samples, width, lengths, counts = sizes
+    budget = Budget(1.0, 2, 10) if quick else Budget(8.0, 5, 100)
     return [
-        _measure(profile, adapters, tokens, device)
-        for tokens in profile.routed_tokens
-        for adapters in profile.routed_adapters
+        _measure(samples, width, adapters, tokens, budget, device)
+        for tokens in lengths
+        for adapters in counts
     ]
 
 
-def _measure(profile: Profile, adapters: int, tokens: int, device: torch.device) -> dict[str, Any]:
-    width = profile.routed_width
+def _measure(
+    samples: int, width: int, adapters: int, tokens: int, budget: Budget, device: torch.device
+) -> dict[str, Any]:
     r = min(R, width // 8)
-    samples = profile.routed_samples
     names = [f"a{sample % adapters}" for sample in range(samples)]
     torch.manual_seed(0)
     x = torch.randn(samples, tokens, width, device=device)
@@ -76,7 +78,7 @@ def _measure(profile: Profile, adapters: int, tokens: int, device: torch.device)
         "width": width,
         "dtype": "float32",
         "r": r,
-        "seconds": compare(runs, profile.routed_budget, synchronise=synchroniser(device)),
+        "seconds": compare(runs, budget, synchronise=synchroniser(device)),
         "left_out": left_out,
     }
 

@@ -14,8 +14,6 @@ from torch import nn
 import disha
 from benchmarks.candidates import CANDIDATES, missing_package
 from benchmarks.protocol import Budget, Run, compare
-from benchmarks.settings import Profile
-from disha.finetune.models.decoder import Decoder, DecoderConfig
 
 __all__ = ["llama_7b", "start_up"]
 
@@ -23,47 +21,28 @@ FILE_R = 512
 """Large, so that an adapter has half as many bytes as its base."""
 
 
-def start_up(profile: Profile, device: torch.device) -> list[dict[str, Any]]:
+def start_up(quick: bool, device: torch.device) -> list[dict[str, Any]]:
     """Measure injection on the meta device and the CPU, and files of several sizes."""
+    many, layers = (100, (2, 4)) if quick else (1000, (4, 16, 64))
+    budget = Budget(3.0, 1, 3, 1) if quick else Budget(10.0, 5, 20, 1)
     cases = [
+        _injection(f"inject {many:,} layers, meta", lambda: _many(many, 64, "meta"), budget),
         _injection(
-            f"inject {profile.many_layers:,} layers, meta",
-            lambda: _many(profile.many_layers, 64, "meta"),
-            profile.start_up_budget,
+            f"inject {many:,} layers of 64 x 64, CPU", lambda: _many(many, 64, "cpu"), budget
         ),
-        _injection(
-            f"inject {profile.many_layers:,} layers of 64 x 64, CPU",
-            lambda: _many(profile.many_layers, 64, "cpu"),
-            profile.start_up_budget,
-        ),
-        _injection(
-            "plan and inject a 7B Llama, meta", llama_7b, profile.start_up_budget, plan=True
-        ),
+        _injection("plan and inject a 7B Llama, meta", llama_7b, budget, plan=True),
     ]
-    for layers in profile.adapter_layers:
-        cases.append(_files(layers, 1024, profile.start_up_budget))
+    cases += [_files(count, 1024, budget) for count in layers]
     # As many bytes of adapter as in one of those, over a base four times as large.
-    cases.append(_files(profile.adapter_layers[1], 4096, profile.start_up_budget))
-    return cases
+    return [*cases, _files(layers[1], 4096, budget)]
 
 
-def llama_7b() -> Decoder:
+def llama_7b() -> nn.Module:
     """Return a model with the sizes of a 7B Llama, on the meta device."""
-    config = DecoderConfig(
-        vocabulary=32000,
-        hidden=4096,
-        feed_forward=11008,
-        layers=32,
-        heads=32,
-        kv_heads=32,
-        head_dim=128,
-        context=4096,
-        rope_base=1e4,
-        norm_epsilon=1e-5,
-        tied_head=False,
-    )
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     with torch.device("meta"):
-        return Decoder(config)
+        return LlamaForCausalLM(LlamaConfig())  # type: ignore[no-any-return]
 
 
 def _many(layers: int, width: int, device: str) -> nn.Sequential:

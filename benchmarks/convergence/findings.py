@@ -4,45 +4,29 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from benchmarks.convergence.methods import FULL
-from benchmarks.convergence.plan import Results, Study, best_rate, tried
+from benchmarks.convergence.plan import LONG, Results, Study, best_rate, main_cell
 from benchmarks.convergence.runs import Cell, Run
 
-__all__ = ["Costs", "Finding", "Mean", "TaskFindings", "differ", "finding", "task_findings"]
+__all__ = ["RATIOS", "Costs", "Finding", "Longer", "Overall", "Point", "TaskFindings",
+           "at_forgetting", "differ", "finding", "longer", "ratios", "task_findings"]  # fmt: skip
 
 STUDENT_95 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445}
 """Two-sided 95% quantiles of Student's t by degrees of freedom."""
+OTHER = "lora"
+STEPS = 400
+"""Steps in which the scale goes from 0 to 1, between the scales that were measured."""
+Record = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Mean:
-    """A mean over seeds and the standard deviation of one seed's value."""
+class Costs(NamedTuple):
+    """Of a step: the median of seconds / LoRA's, taken round by round, and bytes allocated."""
 
-    value: float
-    deviation: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """Return those of at least one value."""
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        return cls(statistics.fmean(values), spread)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """The costs of a step.
-
-    Args:
-        seconds: the median.
-        ratio: the median of seconds / LoRA's seconds, taken round by round.
-        peak_bytes: allocated in a step.
-    """
-
-    seconds: float
     ratio: float
     peak_bytes: int
 
@@ -54,107 +38,39 @@ class Finding:
     Args:
         cell: what it is.
         rate: the learning rate chosen.
-        searched: learning rate -> final validation loss of the first seed; inf if it diverged.
         records: the results of each seed's run.
     """
 
     cell: Cell
     rate: float
-    searched: Mapping[float, float]
-    records: tuple[Mapping[str, Any], ...]
+    records: tuple[Record, ...]
 
-    def mean(self, key: str) -> Mean:
-        """Return the mean of a number over the runs."""
-        return Mean.of([record[key] for record in self.records])
+    def values(self, key: str) -> list[float]:
+        """Return a figure of each seed; of forgetting, that after training."""
+        found = [record[key] for record in self.records]
+        return [value[1] if key == "forgetting" else value for value in found]
 
-    @property
-    def parameters(self) -> int:
-        """The number of trained parameters."""
-        return int(self.records[0]["parameters"])
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps at which the validation loss was measured."""
-        return list(self.records[0]["steps"])
-
-    @property
-    def curve(self) -> list[float]:
-        """The validation loss at those steps, the mean over seeds."""
-        curves = [record["validation"] for record in self.records]
-        return [statistics.fmean(losses) for losses in zip(*curves, strict=True)]
-
-    @property
-    def band(self) -> tuple[list[float], list[float]]:
-        """The lowest and the highest validation loss of a seed at those steps."""
-        losses = list(zip(*(record["validation"] for record in self.records), strict=True))
-        return [min(one) for one in losses], [max(one) for one in losses]
-
-    @property
-    def early_gradient(self) -> Mean:
-        """The mean norm of the first gradients. With a new head of zeros, the first norm is 0."""
-        return Mean.of([statistics.fmean(record["gradient_norms"]) for record in self.records])
-
-    @property
-    def gradients(self) -> list[float]:
-        """The norms of the first gradients, the mean over seeds."""
-        norms = [record["gradient_norms"] for record in self.records]
-        return [statistics.fmean(one) for one in zip(*norms, strict=True)]
-
-    @property
-    def forgetting(self) -> tuple[float, Mean]:
-        """The measure of forgetting for the base, and for the adapted model."""
-        before = self.records[0]["forgetting"][0]
-        return before, Mean.of([record["forgetting"][1] for record in self.records])
-
-    def steps_to(self, loss: float) -> int | None:
-        """Return the first step with a mean validation loss of at most `loss`, or None."""
-        return next((s for s, one in zip(self.steps, self.curve, strict=True) if one <= loss), None)
+    def mean(self, key: str) -> float:
+        """Return the mean of a figure over the seeds."""
+        return statistics.fmean(self.values(key))
 
 
 @dataclass(frozen=True)
 class TaskFindings:
-    """The main comparison of one task.
-
-    Args:
-        findings: method -> finding, of the finished cells.
-        unfinished: methods whose cells are not finished.
-        diverged: methods that diverged at their best learning rate, with at least one seed.
-        costs: method -> costs, if measured.
-    """
+    """The main comparison of one task: method -> finding of a finished cell, and its costs."""
 
     findings: Mapping[str, Finding]
-    unfinished: tuple[str, ...]
-    diverged: tuple[str, ...]
     costs: Mapping[str, Costs]
 
     @property
     def ranked(self) -> list[str]:
         """The adapter methods, the lowest test loss first."""
         names = [name for name in self.findings if name != FULL]
-        return sorted(names, key=lambda name: self.findings[name].mean("loss").value)
-
-    @property
-    def goal(self) -> float:
-        """LoRA's final validation loss."""
-        return self.findings["lora"].curve[-1]
-
-    @property
-    def near_goal(self) -> float:
-        """The loss at 95% of LoRA's improvement."""
-        curve = self.findings["lora"].curve
-        return curve[-1] + 0.05 * (curve[0] - curve[-1])
-
-    def seconds_to(self, method: str, loss: float) -> float | None:
-        """Return steps to a loss times seconds of a step, or None if one of them is missing."""
-        steps = self.findings[method].steps_to(loss)
-        if steps is None or method not in self.costs:
-            return None
-        return steps * self.costs[method].seconds
+        return sorted(names, key=lambda name: self.findings[name].mean("loss"))
 
     def apart(self, one: str, other: str) -> bool:
         """Whether the test losses of two methods differ beyond noise."""
-        records = [self.findings[name].records for name in (one, other)]
-        return differ(*([record["loss"] for record in found] for found in records))
+        return differ(*(self.findings[name].values("loss") for name in (one, other)))
 
 
 def differ(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -173,48 +89,31 @@ def differ(one: Sequence[float], other: Sequence[float]) -> bool:
 
 def finding(cell: Cell, study: Study, results: Results) -> Finding | None:
     """Return the finding of a cell; None if it is not finished, or diverged at its best rate."""
-    rate, records = _at_best(cell, study, results)
-    if len(records) < len(study.seeds_of(cell)) or any(map(_diverged, records)):
-        return None
-    return Finding(cell, rate, tried(cell, study.seeds[0], results), records)
-
-
-def _at_best(
-    cell: Cell, study: Study, results: Results
-) -> tuple[float, tuple[Mapping[str, Any], ...]]:
-    """Return the best learning rate (nan while it is searched) and the results of its runs."""
     rate = best_rate(cell, study, results)
     if rate is None:
-        return math.nan, ()
-    runs = (Run(cell, rate, seed) for seed in study.seeds_of(cell))
-    return rate, tuple(results[run] for run in runs if run in results)
-
-
-def _diverged(record: Mapping[str, Any]) -> bool:
-    return record.get("loss") is None
+        return None
+    runs = [Run(cell, rate, seed) for seed in study.seeds_of(cell)]
+    records = tuple(results[run] for run in runs if run in results)
+    finished = len(records) == len(runs) and all(one.get("loss") is not None for one in records)
+    return Finding(cell, rate, records) if finished else None
 
 
 def task_findings(
-    cells: Sequence[Cell], study: Study, results: Results, measured: Mapping[str, Any] | None
+    task: str, study: Study, results: Results, measured: Mapping[str, Any] | None
 ) -> TaskFindings:
     """Return the main comparison of a task.
 
     Args:
-        cells: one for each method.
+        task: its name.
         study: what was planned.
         results: of the runs that are done.
         measured: the task's entry in the file of costs, if it has one.
     """
+    cells = [cell for cell in study.cells if cell == main_cell(task, cell.method)]
     found = {cell.method: finding(cell, study, results) for cell in cells}
-    diverged = tuple(
-        cell.method for cell in cells if any(map(_diverged, _at_best(cell, study, results)[1]))
-    )
-    missing = tuple(name for name, one in found.items() if one is None and name not in diverged)
     return TaskFindings(
-        findings={name: one for name, one in found.items() if one is not None},
-        unfinished=missing,
-        diverged=diverged,
-        costs={} if measured is None else _costs(measured),
+        {name: one for name, one in found.items() if one is not None},
+        {} if measured is None else _costs(measured),
     )
 
 
@@ -222,9 +121,177 @@ def _costs(measured: Mapping[str, Any]) -> dict[str, Costs]:
     seconds, peaks = measured["seconds"], measured["peak_bytes"]
     return {
         name: Costs(
-            seconds=statistics.median(taken),
-            ratio=statistics.median(a / b for a, b in zip(taken, seconds["lora"], strict=True)),
-            peak_bytes=peaks[name],
+            statistics.median(a / b for a, b in zip(taken, seconds[OTHER], strict=True)),
+            peaks[name],
         )
         for name, taken in seconds.items()
     }
+
+
+# --- ratios to LoRA ------------------------------------------------------------------------------
+
+
+class Overall(NamedTuple):
+    """The geometric mean of a ratio over tasks, with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Overall:
+        """Return that of the ratios of at least one task, which has no interval."""
+        logs = [math.log(value) for value in values]
+        mean = statistics.fmean(logs)
+        if len(logs) < 2:
+            return cls(math.exp(mean), 0.0, math.inf)
+        half = STUDENT_95[len(logs) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
+        return cls(*(math.exp(mean + shift) for shift in (0.0, -half, half)))
+
+    @property
+    def clear(self) -> bool:
+        """Whether 1 is outside the interval, which shows a difference."""
+        return not self.low <= 1.0 <= self.high
+
+    def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"{self.value:.2f} (one task)"
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def _of_means(key: str) -> Callable[[TaskFindings, str], float]:
+    return lambda found, name: found.findings[name].mean(key) / found.findings[OTHER].mean(key)
+
+
+RATIOS: Mapping[str, Callable[[TaskFindings, str], float]] = {
+    "test loss": _of_means("loss"),
+    "time of a step": lambda found, name: found.costs[name].ratio,
+    "memory of a step": lambda found, name: (
+        found.costs[name].peak_bytes / found.costs[OTHER].peak_bytes
+    ),
+    "forgetting": _of_means("forgetting"),
+}
+"""What is compared -> the ratio of a method to LoRA in one task; lower is better."""
+
+
+def ratios(tasks: Mapping[str, TaskFindings], method: str, what: str) -> dict[str, float]:
+    """Return task -> the ratio of a method to LoRA, for each task that has one.
+
+    Args:
+        tasks: task -> findings.
+        method: its name.
+        what: one of `RATIOS`.
+    """
+    has = "costs" if " of a step" in what else "findings"
+    both = {task: one for task, one in tasks.items() if {method, OTHER} <= set(getattr(one, has))}
+    return {task: RATIOS[what](one, method) for task, one in both.items()}
+
+
+# --- the longer training -------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """What a trained adapter does at one scale: the test loss, and that on the base's own text."""
+
+    scale: float
+    loss: float
+    elsewhere: float
+
+
+@dataclass(frozen=True)
+class Longer:
+    """The runs of the longer training.
+
+    Args:
+        records: method -> learning rate -> the first seed's results, at the main r.
+        own: method -> the finding at its own learning rate.
+        sizes: method -> r -> the first seed's test loss at the method's own rate.
+    """
+
+    records: Mapping[str, Mapping[float, Record]]
+    own: Mapping[str, Finding]
+    sizes: Mapping[str, Mapping[int, float]]
+
+    @property
+    def rates(self) -> list[float]:
+        """All learning rates that were tried."""
+        return sorted({rate for tried in self.records.values() for rate in tried})
+
+    @property
+    def base(self) -> float:
+        """The base's loss on its own text."""
+        return float(next(iter(self.own.values())).records[0]["forgetting"][0])
+
+    def loss(self, method: str, rate: float) -> float | None:
+        """Return the test loss of a run: inf if it diverged, None if it is missing."""
+        record = self.records[method].get(rate)
+        if record is None:
+            return None
+        return math.inf if record.get("loss") is None else float(record["loss"])
+
+    def losses(self, rate: float) -> dict[str, float]:
+        """Return method -> test loss at one rate for all, the lowest first."""
+        known = ((self.loss(method, rate), method) for method in self.records)
+        ranked = sorted((loss, method) for loss, method in known if loss is not None)
+        return {method: loss for loss, method in ranked}
+
+    def equal_losses(self, method: str, limit: float) -> list[float]:
+        """Return the lowest loss of each seed within a limit of forgetting, at its own rate."""
+        return [at_forgetting(points(record), limit) for record in self.own[method].records]
+
+
+def longer(study: Study, results: Results) -> Longer:
+    """Return what the results say of the longer training.
+
+    Args:
+        study: what was planned.
+        results: of the runs that are done.
+    """
+    seed = study.seeds[0]
+    of_long = {run: one for run, one in results.items() if run.cell.task == LONG}
+    own = task_findings(LONG, study, results, None).findings
+    return Longer(
+        records={
+            name: {
+                run.rate: record
+                for run, record in of_long.items()
+                if run.cell == main_cell(LONG, name) and run.seed == seed
+            }
+            for name in own
+        },
+        own=own,
+        sizes={
+            name: {
+                run.cell.r: record["loss"]
+                for run, record in sorted(of_long.items(), key=lambda one: one[0].cell.r)
+                if run.cell.method == name and run.rate == own[name].rate and run.seed == seed
+            }
+            for name in own
+        },
+    )
+
+
+def points(record: Record) -> list[Point]:
+    """Return the points of one run, with rising scales."""
+    return [Point(*point) for point in record["scales"]]
+
+
+def at_forgetting(curve: Sequence[Point], elsewhere: float) -> float:
+    """Return the lowest loss on a curve where the loss elsewhere is at most a limit.
+
+    Between two points, both losses are taken as straight lines.
+
+    Args:
+        curve: with rising scales.
+        elsewhere: the limit.
+
+    Returns:
+        inf if no point of the curve is within the limit.
+    """
+    found = math.inf
+    for one, other in pairwise(curve):
+        for step in range(STEPS + 1):
+            share = step / STEPS
+            if one.elsewhere + share * (other.elsewhere - one.elsewhere) <= elsewhere + 1e-9:
+                found = min(found, one.loss + share * (other.loss - one.loss))
+    return found

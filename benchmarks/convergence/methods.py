@@ -237,7 +237,7 @@ FULL, IDENTITY = "full", "lora_identity"
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("bone", "Bone", "disha, starts at zero", _bone),
+        Method("bone", "MiSS (Bone)", "disha, starts at zero", _bone),
         Method("tile", "tile", "disha, starts at zero", _tile),
         Method("bat", "BAT", "disha, starts at zero", _bat),
         Method("lora", "LoRA", "peft, alpha = rank", _lora()),

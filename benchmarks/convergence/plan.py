@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from benchmarks.convergence.runs import Cell, Run
 from benchmarks.convergence.tasks import TASKS
 
 __all__ = ["GRID", "LONGER", "SEEDS", "STUDY", "Results", "Study", "best_rate", "compared",
-           "final_loss", "main_cell", "runs_left", "tried", "wanted"]  # fmt: skip
+           "final_loss", "main_cell", "tried", "wanted"]  # fmt: skip
 
 Results = Mapping[Run, Mapping[str, Any]]
 
@@ -85,13 +84,6 @@ def wanted(study: Study, results: Results) -> list[Run]:
             searches += [run for run in runs[:1] if run not in results]
             repeats += [run for run in runs[1:] if run not in results]
     return searches + sorted(repeats, key=lambda run: study.seeds.index(run.seed))
-
-
-def runs_left(study: Study, results: Results) -> int:
-    """Return how many runs are missing, if no search is extended further."""
-    known = Counter(run.cell for run in wanted(study, results))
-    there = Counter(run.cell for run in results)
-    return sum(max(known[c], study.least_runs(c) - there[c]) for c in study.cells)
 
 
 def _best(cell: Cell, study: Study, results: Results) -> float:

