@@ -111,7 +111,7 @@ setup(
     packages=find_packages(include=["disha", "disha.*"]),
     package_data={"disha": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.11", "safetensors>=0.4.3", "einops>=0.7"],
+    install_requires=["torch>=2.11", "safetensors[torch]>=0.4.3", "einops>=0.7"],
     extras_require={
         "cli": CLI,
         "deepspeed": ["deepspeed>=0.17"],
