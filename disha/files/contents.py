@@ -32,18 +32,18 @@ from disha.files.checksum import CHECKSUM_KEY, HEADER_KEY, check_values, checksu
 from disha.files.header import (
     AdapterFile,
     AdapterHeader,
-    LayerRecord,
     block_misfits,
     described_by,
     encoded,
 )
 from disha.files.pieces import tensor_writer
-from disha.files.tensors import TensorFile, TensorRecord, opened
+from disha.files.tensors import TensorFile, opened
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
 from disha.layers import AdaptedWeight, Block, check_adapter_name
 from disha.model import ModelView, join
 from disha.plan import Plan, WeightRequest, plan_weights
+from disha.records import LayerRecord, records_of
 from disha.sharding import gathered, write
 from disha.state import LoadReport, adapter_tensors, check_fit, finite_as
 from disha.text import counted, first_few, printable
@@ -117,11 +117,6 @@ def adapter_contents(
         metadata=notes,
     )
     return header, tensors
-
-
-def records_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
-    """Return the shape and the dtype of each tensor."""
-    return {key: TensorRecord(tuple(t.shape), t.dtype) for key, t in tensors.items()}
 
 
 def _record(

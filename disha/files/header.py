@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from disha.config import LARGEST_SCALE, AdapterConfig
 from disha.errors import AdapterFileError, ArgumentError, DishaError
 from disha.files.checksum import HEADER_KEY
 from disha.files.json_files import is_size, parsed_json
-from disha.files.tensors import TensorFile, TensorRecord
-from disha.functional import METHODS, PATTERNS, Geometry, Layout, Rows
-from disha.layers import block_name
-from disha.model import join
+from disha.files.tensors import TensorFile
+from disha.functional import PATTERNS, Layout
+from disha.records import LayerRecord, TensorRecord
 from disha.tables import table
 from disha.text import brief, counted, first_few, printable
 
@@ -46,118 +44,6 @@ MOST_LAYERS = 100_000
 
 
 # --- what a header holds -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """One adapted weight: its name, its sizes, its block, and the fingerprint of its base.
-
-    Attributes:
-        name: the layer's name in its model. If the parameter is not the layer's `weight`, its name
-            follows (`experts.gate_up_proj`).
-        method: the block's method.
-        r: shard size.
-        r_out: size of the output shard of a tile, or None.
-        in_features: size of the layer's input.
-        out_features: size of its output; with `rows`, the number of these rows.
-        scale: factor on the update.
-        base: fingerprint of the base weight, or None if it has none.
-        layout: the axes of the base weight.
-        rows: the adapted outputs; empty for all.
-    """
-
-    name: str
-    method: str
-    r: int
-    r_out: int | None
-    in_features: int
-    out_features: int
-    scale: float
-    base: str | None
-    layout: Layout
-    rows: Rows = ()
-
-    @property
-    def key(self) -> str:
-        """The block's key in the file."""
-        return join(self.name, block_name(self.method))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields of the layer as JSON values, including those of its layout."""
-        layout = self.layout
-        return {
-            **vars(self),
-            "layout": layout.pattern,
-            "groups": layout.groups,
-            "padding_idx": layout.padding_idx,
-            "rows": [list(one) for one in self.rows],
-        }
-
-    def entry(self) -> dict[str, Any]:
-        """Return the layer's entry in a header, without fields that have their default value.
-
-        The configuration, not the entry, has the method and r_out.
-        """
-        layout = self.layout
-        fields = {
-            "name": self.name,
-            "layout": layout.pattern,
-            "r": self.r,
-            "in": self.in_features,
-            "out": self.out_features,
-            "scale": self.scale,
-            "groups": None if layout.groups == 1 else layout.groups,
-            "padding_idx": layout.padding_idx,
-            "rows": [list(one) for one in self.rows] or None,
-            "base": self.base,
-        }
-        return {name: value for name, value in fields.items() if value is not None}
-
-    def geometry(self, block: tuple[int, ...]) -> Geometry:
-        """Return the sizes of the adapted weight; those of its stack come from the block."""
-        stack = METHODS[self.method].stack_of(self.layout, block)
-        return Geometry(self.in_features, self.out_features, stack)
-
-    def weight_shape(self, block: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the adapted rows of the weight, given the shape of the block."""
-        return self.layout.shape(self.geometry(block))
-
-    def block_misfit(self, block: tuple[int, ...]) -> str | None:
-        """Return why a block of that shape can't be this layer's, or None if it can."""
-        layout, r, r_out = self.layout, self.r, self.r_out
-        axes = 2 if layout.has_kernel else METHODS[self.method].block_axes
-        weight = self.weight_shape(block) if len(block) >= axes else ()
-        if layout.misfit(weight) is not None:
-            return f"a block of shape {block} does not fit the layout {layout.pattern!r}"
-        misfit = layout.reason_against(self.geometry(block), r, r_out)
-        if misfit is not None:
-            return misfit
-        count = sum(stop - first for first, stop in self.rows)
-        if self.rows and count != self.out_features:
-            return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"
-        expected = METHODS[self.method].block_shape(layout, weight, r, r_out)
-        return None if block == expected else f"expected a block of shape {expected}, found {block}"
-
-    def weight_misfit(self, block: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
-        """Return why a weight of that shape can't be this layer's, or None if it can.
-
-        Args:
-            block: the shape of the layer's block, which fits the layer.
-            weight: the shape of the weight, all of its rows included.
-        """
-        layout, rows = self.layout, self.rows
-        if layout.misfit(weight) is None:
-            fits = layout.geometry(weight, rows) == self.geometry(block)
-            if fits and all(stop <= layout.geometry(weight).out_features for _, stop in rows):
-                return None
-        ranges = ", ".join(f"{first}:{stop}" for first, stop in rows)
-        of_rows = f" in rows {ranges}" if rows else ""
-        expected = self.weight_shape(block)
-        return f"the weight has the shape {weight}; the adapter is for {expected}{of_rows}"
-
-    def adapted_part(self, weight: Tensor) -> Tensor:
-        """Return the adapted rows of a weight."""
-        return self.layout.part(weight, self.rows)
 
 
 @dataclass(frozen=True)
@@ -185,7 +71,10 @@ class AdapterHeader:
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return key -> all JSON fields of each tensor, blocks first."""
-        named = {layer.key: layer.to_json() for layer in self.layers}
+        named = {
+            one.key: {"method": one.method, "r_out": one.r_out, **one.entry()}
+            for one in self.layers
+        }
         named |= {key: {"name": key} for key in self.also_train}
         return {
             key: {

@@ -26,6 +26,7 @@ from torch import Tensor
 from disha.errors import AdapterFileError, AdapterIOError
 from disha.files.json_files import parsed_json
 from disha.files.reading import explained, opened_file
+from disha.records import TensorRecord
 from disha.text import brief
 
 __all__ = [
@@ -37,7 +38,6 @@ __all__ = [
     "Index",
     "StoredTensor",
     "TensorFile",
-    "TensorRecord",
     "memory_of",
     "opened",
 ]
@@ -87,24 +87,6 @@ MOST_DIMENSIONS = 64
 
 CHUNK = 1 << 20
 """Number of bytes that are read at once."""
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """A tensor in a file: its shape and its dtype."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensor's data in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype's name in torch, such as `"float32"`."""
-        return str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,127 @@
+"""What a file says of an adapted weight and of its block: the record of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disha.functional import METHODS, Geometry, Layout, Rows
+from disha.layers import block_name
+from disha.model import join
+from disha.text import counted
+
+__all__ = ["LayerRecord", "TensorRecord", "records_of"]
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor in a file: its shape and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype's name in torch, such as `"float32"`."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def records_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
+    """Return the shape and the dtype of each tensor."""
+    return {key: TensorRecord(tuple(t.shape), t.dtype) for key, t in tensors.items()}
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One adapted weight: its name, its sizes, its block, and the fingerprint of its base.
+
+    Attributes:
+        name: the layer's name in its model. If the parameter is not the layer's `weight`, its name
+            follows (`experts.gate_up_proj`).
+        method: the block's method.
+        r: shard size.
+        r_out: size of the output shard of a tile, or None.
+        in_features: size of the layer's input.
+        out_features: size of its output; with `rows`, the number of these rows.
+        scale: factor on the update.
+        base: fingerprint of the base weight, or None if it has none.
+        layout: the axes of the base weight.
+        rows: the adapted outputs; empty for all.
+    """
+
+    name: str
+    method: str
+    r: int
+    r_out: int | None
+    in_features: int
+    out_features: int
+    scale: float
+    base: str | None
+    layout: Layout
+    rows: Rows = ()
+
+    @property
+    def key(self) -> str:
+        """The block's key in the file."""
+        return join(self.name, block_name(self.method))
+
+    def entry(self) -> dict[str, Any]:
+        """Return the layer's entry in a header, which has the method and r_out in another place."""
+        fields = {
+            "name": self.name,
+            "layout": self.layout.pattern,
+            "r": self.r,
+            "in": self.in_features,
+            "out": self.out_features,
+            "scale": self.scale,
+            "groups": None if self.layout.groups == 1 else self.layout.groups,
+            "padding_idx": self.layout.padding_idx,
+            "rows": [list(one) for one in self.rows] or None,
+            "base": self.base,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def geometry(self, block: tuple[int, ...]) -> Geometry:
+        """Return the sizes of the adapted weight; the block has those of its stack."""
+        stack = METHODS[self.method].stack_of(self.layout, block)
+        return Geometry(self.in_features, self.out_features, stack)
+
+    def weight_shape(self, block: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the adapted rows of the weight, given the shape of the block."""
+        return self.layout.shape(self.geometry(block))
+
+    def block_misfit(self, block: tuple[int, ...]) -> str | None:
+        """Return why a block of that shape can't be this layer's, or None if it can."""
+        layout, r, r_out = self.layout, self.r, self.r_out
+        axes = 2 if layout.has_kernel else METHODS[self.method].block_axes
+        weight = self.weight_shape(block) if len(block) >= axes else ()
+        if layout.misfit(weight) is not None:
+            return f"a block of shape {block} does not fit the layout {layout.pattern!r}"
+        misfit = layout.reason_against(self.geometry(block), r, r_out)
+        if misfit is not None:
+            return misfit
+        count = sum(stop - first for first, stop in self.rows)
+        if self.rows and count != self.out_features:
+            return f"it lists {counted(count, 'row')}, but its output has {self.out_features}"
+        expected = METHODS[self.method].block_shape(layout, weight, r, r_out)
+        return None if block == expected else f"expected a block of shape {expected}, found {block}"
+
+    def weight_misfit(self, block: tuple[int, ...], weight: tuple[int, ...]) -> str | None:
+        """Return why a weight of that shape can't be this layer's, or None if it can."""
+        layout, rows = self.layout, self.rows
+        if layout.misfit(weight) is None:
+            fits = layout.geometry(weight, rows) == self.geometry(block)
+            if fits and all(stop <= layout.geometry(weight).out_features for _, stop in rows):
+                return None
+        ranges = ", ".join(f"{first}:{stop}" for first, stop in rows)
+        of_rows = f" in rows {ranges}" if rows else ""
+        expected = self.weight_shape(block)
+        return f"the weight has the shape {weight}; the adapter is for {expected}{of_rows}"
+
+    def adapted_part(self, weight: Tensor) -> Tensor:
+        """Return the adapted rows of a weight."""
+        return self.layout.part(weight, self.rows)
