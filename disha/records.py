@@ -69,6 +69,12 @@ class LayerRecord:
         """The block's key in the file."""
         return join(self.name, block_name(self.method))
 
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields of the layer as JSON values, including those of its layout."""
+        layout = {**vars(self.layout), "layout": self.layout.pattern}
+        del layout["pattern"]
+        return {**vars(self), **layout, "rows": [list(one) for one in self.rows]}
+
     def entry(self) -> dict[str, Any]:
         """Return the layer's entry in a header, which has the method and r_out in another place."""
         fields = {

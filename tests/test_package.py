@@ -146,6 +146,6 @@ def test_version_is_the_distributions():
 def test_requirements_are_ranges():
     requirements = importlib.metadata.requires("disha-torch")
     core = [r for r in requirements if "extra ==" not in r]
-    assert {re.split(r"[[<>=!~ ]", r)[0] for r in core} == {"torch", "safetensors", "einops"}
+    assert {re.split(r"[\[<>=!~ ]", r)[0] for r in core} == {"torch", "safetensors", "einops"}
     for requirement in requirements:
         assert "==" not in requirement.split(";")[0], requirement

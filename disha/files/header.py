@@ -71,10 +71,7 @@ class AdapterHeader:
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Return key -> all JSON fields of each tensor, blocks first."""
-        named = {
-            one.key: {"method": one.method, "r_out": one.r_out, **one.entry()}
-            for one in self.layers
-        }
+        named = {layer.key: layer.to_json() for layer in self.layers}
         named |= {key: {"name": key} for key in self.also_train}
         return {
             key: {
