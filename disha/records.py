@@ -25,6 +25,11 @@ class TensorRecord:
     dtype: torch.dtype
 
     @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
     def dtype_name(self) -> str:
         """The dtype's name in torch, such as `"float32"`."""
         return str(self.dtype).removeprefix("torch.")
