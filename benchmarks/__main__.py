@@ -40,14 +40,7 @@ TABLES: Mapping[str, Measure] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the tables that the command line names.
-
-    Args:
-        arguments: of the command line; the process's by default.
-
-    Returns:
-        The exit status.
-    """
+    """Measure the tables that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, to see that everything works"

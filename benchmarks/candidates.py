@@ -68,10 +68,6 @@ def lora_rank(sizes: Iterable[tuple[int, int]], r: int) -> int:
 
     The rank is rounded down to a multiple of 8, which kernels prefer. LoRA then has slightly fewer
     parameters and slightly less work.
-
-    Args:
-        sizes: (in, out) of every adapted layer; they all get the same rank.
-        r: the shard size.
     """
     sizes = list(sizes)
     rank = sum(r * out for _, out in sizes) // sum(width + out for width, out in sizes)
@@ -204,18 +200,7 @@ def adapted_model(
     r: int,
     scale: float = MODEL_SCALE,
 ) -> nn.Module:
-    """Return a copy of `model`, adapted, its blocks filled; the base parameters are shared.
-
-    Args:
-        candidate: how.
-        model: the base model; it stays as it is but for `requires_grad`.
-        names: the linear layers to adapt.
-        r: the shard size.
-        scale: standard deviation of the blocks' values.
-
-    Raises:
-        CandidateError: what would train is a parameter of the base.
-    """
+    """Return a copy of `model`, adapted, its blocks filled; the base parameters are shared."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
     twin = copy.deepcopy(model, dict(shared))
     weight = twin.get_submodule(names[0]).weight
@@ -238,18 +223,7 @@ def adapted_layer(candidate: Candidate, layer: nn.Linear, r: int) -> nn.Module:
 
 
 def check_layer(candidate: Candidate, layer: nn.Module, plain: nn.Module, x: Tensor) -> Tensor:
-    """Return the layer's output after checking that its blocks act and learn.
-
-    Args:
-        candidate: what the layer is.
-        layer: the adapted layer, its blocks filled.
-        plain: the layer without any adapter.
-        x: input.
-
-    Raises:
-        CandidateError: the output is not finite or does not depend on the blocks, or a gradient
-            is missing, zero or not finite.
-    """
+    """Return the layer's output after checking that its blocks act and learn."""
     x = x.detach().requires_grad_()
     parameters = trainable(layer)
     output = layer(x)
@@ -270,12 +244,7 @@ def _shape(parameter: nn.Parameter) -> str:
 
 
 def check_same_results(outputs: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Raise a CandidateError if candidates of the same method differ by more than rounding.
-
-    Args:
-        outputs: candidate's name -> output, for equal inputs and blocks.
-        dtype: what they were computed in: a loss of 16 bits' logits may come in float32.
-    """
+    """Raise a CandidateError if candidates of the same method differ by more than rounding."""
     for method in ("bone", "bat"):
         names = [name for name in outputs if CANDIDATES[name].method == method]
         for name in names[1:]:

@@ -123,20 +123,7 @@ def _measure(
 def build_layers(
     plain: nn.Linear, x: Tensor, r: int, candidates: Sequence[Candidate]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Build and check every candidate that can be built, and say why the others can't.
-
-    Args:
-        plain: the layer without any adapter.
-        x: input to check them on.
-        r: the shard size.
-        candidates: what to build.
-
-    Returns:
-        name -> layer, and name -> why it is left out.
-
-    Raises:
-        CandidateError: a candidate does not compute what it should.
-    """
+    """Build and check every candidate that can be built, and say why the others can't."""
     layers, outputs, left_out = {}, {}, {}
     for candidate in candidates:
         why = missing_package(candidate)

@@ -41,12 +41,7 @@ def stack(layers: int, width: int, device: torch.device) -> tuple[nn.Sequential,
 
 
 def kept_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Return the bytes that autograd keeps at the end of a forward, without parameters.
-
-    Args:
-        model: whose parameters don't count.
-        run: the forward; what it returns must still have its graph.
-    """
+    """Return the bytes that autograd keeps at the end of a forward, without parameters."""
     storages: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -160,14 +155,7 @@ def fresh_growth(name: str, layers: int, width: int, tokens: int) -> int:
 
 
 def resident_growth(name: str, layers: int, width: int, tokens: int) -> int:
-    """Return how much this process grows at its peak, in a few training steps on the CPU.
-
-    Args:
-        name: the candidate.
-        layers: how many.
-        width: of each.
-        tokens: rows of the input.
-    """
+    """Return how much this process grows at its peak, in a few training steps on the CPU."""
     model, names = stack(layers, width, torch.device("cpu"))
     adapted = adapted_model(CANDIDATES[name], model, names, R)
     step = _step(adapted, torch.randn(tokens, width).requires_grad_())
@@ -183,13 +171,7 @@ def resident_growth(name: str, layers: int, width: int, tokens: int) -> int:
 
 
 def status_bytes(field: str, process: int | str = "self") -> int | None:
-    """Return a figure of a process's memory in bytes; None if the system does not report it.
-
-    Args:
-        field: "VmRSS", what is resident now, or "VmHWM", the most so far. Unlike `getrusage`, this
-            does not count what the process had that started this one.
-        process: its number, or this one.
-    """
+    """Return a figure of a process's memory in bytes; None if the system does not report it."""
     status = Path(f"/proc/{process}/status")
     lines = status.read_text().splitlines() if status.exists() else []
     found = next((line for line in lines if line.startswith(f"{field}:")), None)

@@ -62,13 +62,7 @@ class Spread:
 
 
 def paired_ratios(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> list[float]:
-    """Return time of `name` / time of `to`, round by round.
-
-    Args:
-        seconds: candidate -> seconds in each round, as `compare` returns them.
-        name: the candidate.
-        to: what it is compared with.
-    """
+    """Return time of `name` / time of `to`, round by round."""
     return [one / other for one, other in zip(seconds[name], seconds[to], strict=True)]
 
 
@@ -80,18 +74,7 @@ def compare(
     clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Time every run once per round, in a new random order each round.
-
-    Args:
-        runs: name -> what to time.
-        budget: when to stop.
-        synchronise: waits until the device has finished its work; None on a CPU.
-        clock: returns seconds.
-        seed: of the orders.
-
-    Returns:
-        name -> seconds in each round, warm-up excluded.
-    """
+    """Time every run once per round, in a new random order each round."""
     wait = synchronise or (lambda: None)
     order, shuffle = list(runs), random.Random(seed).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -132,14 +115,6 @@ def slow_dtypes(
 
     Its products then take many times as long, those of the frozen base too. They say nothing about
     an adapter.
-
-    Args:
-        dtypes: to try, each with one small product.
-        device: where.
-        clock: returns seconds.
-
-    Returns:
-        dtype -> time of a product / time in float32.
     """
     square = torch.randn(TRIED_WIDTH, TRIED_WIDTH, device=device)
     operands = {dtype: square.to(dtype) for dtype in (torch.float32, *dtypes)}

@@ -43,14 +43,7 @@ SHOWN = ("bone", "bat", "peft_miss")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page and its picture.
-
-    Args:
-        arguments: of the command line; the process's by default.
-
-    Returns:
-        The exit status.
-    """
+    """Write the page and its picture."""
     from benchmarks.plots import compared_picture
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
@@ -81,11 +74,7 @@ def _tables(files: Iterable[Results]) -> dict[str, Sequence[Case]]:
 
 
 def page(files: Sequence[Results]) -> str:
-    """Return the page in Markdown.
-
-    Args:
-        files: results, the newest first.
-    """
+    """Return the page in Markdown."""
     tables = _tables(files)
     there = [name for name in SECTIONS if name in tables]
     used = [one for one in files if any(_from(name, files) is one for name in there)]
@@ -150,11 +139,7 @@ class Row(NamedTuple):
 
 
 def compared(tables: Tables) -> list[Row]:
-    """Return the figures that the tables have, in the order of the page.
-
-    Args:
-        tables: of files of results.
-    """
+    """Return the figures that the tables have, in the order of the page."""
     found = []
     for line, label, name, where, figure, suffix in COMPARED:
         case = next(

@@ -36,12 +36,7 @@ class ResultsError(Exception):
 
 
 def describe(profile: str, device: torch.device) -> dict[str, Any]:
-    """Return the beginning of a file of results, without tables.
-
-    Args:
-        profile: the name of the settings.
-        device: where it computes.
-    """
+    """Return the beginning of a file of results, without tables."""
     on_gpu = device.type == "cuda"
     return {
         "format": FORMAT,
@@ -67,12 +62,7 @@ def describe(profile: str, device: torch.device) -> dict[str, Any]:
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write results as JSON, with each list of numbers on one line.
-
-    Args:
-        path: the file; the folders above it are made.
-        results: what `describe` returns, with tables.
-    """
+    """Write results as JSON, with each list of numbers on one line."""
     text = json.dumps(rounded(results), indent=1, allow_nan=False)
     text = re.sub(
         r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text
@@ -89,11 +79,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a file of results.
-
-    Raises:
-        ResultsError: it is missing, is not JSON, or has another format.
-    """
+    """Read a file of results."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

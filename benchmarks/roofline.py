@@ -112,13 +112,7 @@ class Rates(NamedTuple):
 
 
 def floor(table: str, case: Mapping[str, Any], method: str) -> float | None:
-    """Return the least time of a method / that of the frozen base, or None if it is not known.
-
-    Args:
-        table: "layer_step", "few_tokens" or "model_step".
-        case: of that table.
-        method: "bone" or "bat"; no other has a roofline here.
-    """
+    """Return the least time of a method / that of the frozen base, or None if it is not known."""
     r, tokens = case["r"], case["tokens"]
     if method not in ("bone", "bat"):
         return None
@@ -197,18 +191,6 @@ def measured_rates(
 
     All products of a case are timed in rounds, in random order. Results go into memory that is
     there already. The best round counts, since the rates are for a floor.
-
-    Args:
-        layers: sizes; equal ones are measured once.
-        tokens: rows of the input.
-        r: the shard size.
-        dtype: of all operands.
-        device: where.
-        budget: of all measurements together.
-
-    Returns:
-        "cached" and "memory", bytes per second of copying, and "layers": the sizes "in" and "out",
-        and "products", name -> multiply-adds per second.
     """
     runs: dict[str, Run] = {}
     products: dict[Linear, dict[str, tuple[float, list[str]]]] = {}

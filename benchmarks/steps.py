@@ -32,10 +32,6 @@ def fill(parameters: Iterable[nn.Parameter], scale: float) -> None:
     """Fill parameters with random values: the same values for equal shapes in equal order.
 
     Candidates of one method can then be compared with each other.
-
-    Args:
-        parameters: of a candidate.
-        scale: the standard deviation of the values.
     """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -44,25 +40,14 @@ def fill(parameters: Iterable[nn.Parameter], scale: float) -> None:
 
 
 def frozen_stack(layers: int, width: int, device: torch.device) -> nn.Sequential:
-    """Return square linear layers without biases, frozen and in evaluation.
-
-    Args:
-        layers: how many.
-        width: of each.
-        device: where.
-    """
+    """Return square linear layers without biases, frozen and in evaluation."""
     torch.manual_seed(1)
     stack = (nn.Linear(width, width, bias=False, device=device) for _ in range(layers))
     return nn.Sequential(*stack).requires_grad_(False).eval()
 
 
 def forward(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """Return a call of the model without gradients.
-
-    Args:
-        model: set to evaluation.
-        x: its input.
-    """
+    """Return a call of the model without gradients."""
     model.eval()
 
     def run() -> Tensor:
@@ -109,11 +94,7 @@ def require_gradient(module: nn.Module, inputs: object, output: Tensor) -> Tenso
 
 
 def check_gradients(name: str, model: nn.Module) -> None:
-    """Check after a step that every trained parameter has a gradient.
-
-    Raises:
-        CandidateError: a gradient is missing, zero or not finite.
-    """
+    """Check after a step that every trained parameter has a gradient."""
     for parameter in trainable(model):
         gradient = parameter.grad
         if gradient is None or not gradient.any() or not torch.isfinite(gradient).all():

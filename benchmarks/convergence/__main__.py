@@ -17,14 +17,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do the runs, and print the progress.
-
-    Args:
-        arguments: of the command line; the process's by default.
-
-    Returns:
-        The exit status: 0, or 130 when it was stopped.
-    """
+    """Do the runs, and print the progress."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
     parser.add_argument("--workers", type=int, default=default_workers(), help="runs at once")

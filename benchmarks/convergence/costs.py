@@ -33,14 +33,7 @@ RATE = 1e-5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the tasks that the file lacks, and write it.
-
-    Args:
-        arguments: of the command line; the process's by default.
-
-    Returns:
-        The exit status.
-    """
+    """Measure the tasks that the file lacks, and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence.costs")
     parser.add_argument("--out", type=Path, default=COSTS, help="the file of costs")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
@@ -61,14 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def costs(
     task: Task, methods: Sequence[str], budget: Budget, device: torch.device
 ) -> dict[str, Any]:
-    """Return the seconds of a step in each round, and the most bytes that a step allocates.
-
-    Args:
-        task: whose main comparison is measured.
-        methods: their names.
-        budget: of the timing.
-        device: where.
-    """
+    """Return the seconds of a step in each round, and the most bytes that a step allocates."""
     steps = {name: training_step(task, name, device) for name in methods}
     seconds = compare(steps, budget, synchronise=synchroniser(device))
     peaks = {name: allocated_peak(step, device) for name, step in steps.items()}

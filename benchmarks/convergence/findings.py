@@ -74,12 +74,7 @@ class TaskFindings:
 
 
 def differ(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Return whether two methods differ by a paired t-test at 95%.
-
-    Args:
-        one: a value for each seed.
-        other: values of the other method, for the same seeds, so with the same rows and order.
-    """
+    """Return whether two methods differ by a paired t-test at 95%."""
     differences = [a - b for a, b in zip(one, other, strict=True)]
     if len(differences) < 2:
         return False
@@ -101,14 +96,7 @@ def finding(cell: Cell, study: Study, results: Results) -> Finding | None:
 def task_findings(
     task: str, study: Study, results: Results, measured: Mapping[str, Any] | None
 ) -> TaskFindings:
-    """Return the main comparison of a task.
-
-    Args:
-        task: its name.
-        study: what was planned.
-        results: of the runs that are done.
-        measured: the task's entry in the file of costs, if it has one.
-    """
+    """Return the main comparison of a task."""
     cells = [cell for cell in study.cells if cell == main_cell(task, cell.method)]
     found = {cell.method: finding(cell, study, results) for cell in cells}
     return TaskFindings(
@@ -175,13 +163,7 @@ RATIOS: Mapping[str, Callable[[TaskFindings, str], float]] = {
 
 
 def ratios(tasks: Mapping[str, TaskFindings], method: str, what: str) -> dict[str, float]:
-    """Return task -> the ratio of a method to LoRA, for each task that has one.
-
-    Args:
-        tasks: task -> findings.
-        method: its name.
-        what: one of `RATIOS`.
-    """
+    """Return task -> the ratio of a method to LoRA, for each task that has one."""
     has = "costs" if " of a step" in what else "findings"
     both = {task: one for task, one in tasks.items() if {method, OTHER} <= set(getattr(one, has))}
     return {task: RATIOS[what](one, method) for task, one in both.items()}
@@ -241,12 +223,7 @@ class Longer:
 
 
 def longer(study: Study, results: Results) -> Longer:
-    """Return what the results say of the longer training.
-
-    Args:
-        study: what was planned.
-        results: of the runs that are done.
-    """
+    """Return what the results say of the longer training."""
     seed = study.seeds[0]
     of_long = {run: one for run, one in results.items() if run.cell.task == LONG}
     own = task_findings(LONG, study, results, None).findings
@@ -280,13 +257,6 @@ def at_forgetting(curve: Sequence[Point], elsewhere: float) -> float:
     """Return the lowest loss on a curve where the loss elsewhere is at most a limit.
 
     Between two points, both losses are taken as straight lines.
-
-    Args:
-        curve: with rising scales.
-        elsewhere: the limit.
-
-    Returns:
-        inf if no point of the curve is within the limit.
     """
     found = math.inf
     for one, other in pairwise(curve):

@@ -44,20 +44,7 @@ class Method:
 
 
 def adapt(model: nn.Module, targets: str, head: str | None, cell: Cell) -> list[str]:
-    """Adapt a model in place; only the adapter and the head train then.
-
-    Args:
-        model: a base model, frozen.
-        targets: a regex over names of layers.
-        head: the name of another layer that trains, or None.
-        cell: method and sizes.
-
-    Returns:
-        The names of the adapted layers.
-
-    Raises:
-        ValueError: the number of parameters is too far from Bone's.
-    """
+    """Adapt a model in place; only the adapter and the head train then."""
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -85,13 +72,7 @@ def budget(layers: Layers, r: int) -> int:
 
 
 def updates(model: nn.Module, base: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return layer's name -> its dW (out, in): the weight it computes with, minus the base's.
-
-    Args:
-        model: adapted, trained.
-        base: the model before.
-        names: of layers.
-    """
+    """Return layer's name -> its dW (out, in): the weight it computes with, minus the base's."""
     return {
         name: _effective_weight(model.get_submodule(name)) - base.get_submodule(name).weight.float()
         for name in names
@@ -102,10 +83,6 @@ def set_scale(model: nn.Module, scale: float) -> None:
     """Multiply every adapter's update by a scale: 1 as trained, 0 for none.
 
     DoRA keeps its trained magnitudes at any scale, so that it is not the base at 0.
-
-    Args:
-        model: adapted by any method but full fine-tuning.
-        scale: for all layers.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -171,14 +148,7 @@ def _full(model: nn.Module, layers: Layers, cell: Cell) -> None:
 
 
 def ranks(layers: Layers, wanted: int, factors: int = 1, beside: bool = False) -> dict[str, int]:
-    """Return layer -> rank, as equal as the number of parameters allows.
-
-    Args:
-        layers: by name.
-        wanted: how many parameters to have in all.
-        factors: how often a rank costs in + out parameters.
-        beside: whether every layer has out more parameters, whatever its rank.
-    """
+    """Return layer -> rank, as equal as the number of parameters allows."""
     costs = {name: factors * sum(_sizes(layer)) for name, layer in layers.items()}
     if beside:
         wanted -= sum(_sizes(layer)[1] for layer in layers.values())

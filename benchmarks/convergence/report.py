@@ -43,14 +43,7 @@ NOTHING = "-"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page and its pictures.
-
-    Args:
-        arguments: of the command line; the process's by default.
-
-    Returns:
-        The exit status: 1 while the study is not finished.
-    """
+    """Write the page and its pictures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence.report")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file of results")
     parser.add_argument("--costs", type=Path, default=COSTS, help="the file of costs")

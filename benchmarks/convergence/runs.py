@@ -69,11 +69,7 @@ class Run:
 
 
 def read_runs(file: Path) -> dict[Run, dict[str, Any]]:
-    """Return the results of each run, in the order of their titles.
-
-    Args:
-        file: of the results; one that does not exist holds no runs.
-    """
+    """Return the results of each run, in the order of their titles."""
     if not file.exists():
         return {}
     records = map(json.loads, file.read_text(encoding="utf-8").splitlines())
@@ -84,11 +80,6 @@ def write_run(file: Path, run: Run, found: Mapping[str, Any]) -> None:
     """Add the results of a run to the file, or replace those that it has.
 
     The file is written anew as a whole, so stopping the process never leaves half a line.
-
-    Args:
-        file: of the results.
-        run: the run.
-        found: numbers and lists of them; None where a number is not finite.
     """
     records = {**read_runs(file), run: {**asdict(run), **found}}
     lines = [

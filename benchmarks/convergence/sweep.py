@@ -35,18 +35,7 @@ def sweep(
     train_one: Train | None = None,
     say: Callable[[str], None] | None = None,
 ) -> int:
-    """Do every run that the study wants and the file lacks.
-
-    Args:
-        study: what to do.
-        file: of the results. A run is added to it when it has ended, by this process alone.
-        workers: processes that train; with 0, this process trains.
-        train_one: trains instead of `train`, for tests.
-        say: receives a line of progress after each run; prints it by default.
-
-    Returns:
-        The number of runs done.
-    """
+    """Do every run that the study wants and the file lacks."""
     train_one, say, started = train_one or _train, say or _print, time.perf_counter()
     pool = _pool(workers) if workers else None
     running: dict[Future[Mapping[str, Any]], Run] = {}
@@ -107,11 +96,6 @@ def time_left(study: Study, seconds: dict[Run, float], workers: int) -> float:
 
     It assumes that a cell needs its first learning rates and the other seeds, and that a run takes
     as long as others of its task. A task without runs counts like the slowest task.
-
-    Args:
-        study: all runs that are wanted.
-        seconds: of each run that is done.
-        workers: the number of runs at once.
     """
     usual = {
         task: statistics.median(s for run, s in seconds.items() if run.cell.task == task)

@@ -26,20 +26,7 @@ FIRST_STEPS = 10
 
 
 def train(run: Run, device: torch.device, task: Task | None = None) -> dict[str, Any]:
-    """Do a run and return its results.
-
-    Args:
-        run: what to do.
-        device: where.
-        task: used instead of the run's task, for tests.
-
-    Returns:
-        `steps` and `validation`: the curve; `gradient_norms` of the first steps; `loss`, `exact`:
-        of the test rows; `forgetting`: before and after; `effective_rank`, `relative_norm` of dW;
-        `parameters`; `seconds` of the whole run; where the task has scales, `scales`: for each,
-        the scale, the test loss, and the measure of forgetting. A number that is not finite is
-        None.
-    """
+    """Do a run and return its results."""
     task = task or TASKS[run.cell.task]
     started = time.perf_counter()
     # Always adapted on the CPU, so that the initial values are the same on every device.

@@ -615,11 +615,7 @@ def _row_counts(features: Any) -> list[int]:
 
 
 def build(model_type: str) -> Built:
-    """Build a tiny model of a type, or of its first part that can be built, and find inputs.
-
-    Raises:
-        NotRun: nothing worked; says what went wrong first.
-    """
+    """Build a tiny model of a type, or of its first part that can be built, and find inputs."""
     reasons = []
     for one in (model_type, *parts_of().get(model_type, ())):
         if one in AVOIDED:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
 from benchmarks.zoo.trial import Result
 
 __all__ = ["FAILURES", "failed", "text", "write"]
 
 FAILURES = ("silent", "wrong", "exception")
-ALL = 0.9995
-COLUMNS = ("library", "run", "held", *FAILURES, "refused", "not run", "exact", "all-linear")
+COLUMNS = ("library", "run", "held", *FAILURES, "refused", "not run", "exact")
 
 
 def failed(results: Sequence[Result]) -> list[Result]:
@@ -44,19 +42,11 @@ def text(results: Sequence[Result]) -> str:
         if chosen:
             lines += ["", f"{title}:"]
             lines += [f"  {r.library} {r.name}: {_short(r)}" for r in chosen]
-    partly = [r for r in results if r.linear_share is not None and r.linear_share < ALL]
-    if partly:
-        lines += ["", "matrices that all-linear does not reach:"]
-        lines += [
-            f"  {r.library} {r.name}: {r.linear_share:.0%}, not {', '.join(r.unreached[:3])}"
-            for r in partly
-        ]
     return "\n".join(lines)
 
 
 def _row(name: str, results: Sequence[Result]) -> tuple[str, ...]:
     ran = [r for r in results if r.status != "not run"]
-    shares = [r.linear_share for r in ran if r.linear_share is not None]
     return (
         name,
         str(len(ran)),
@@ -65,7 +55,6 @@ def _row(name: str, results: Sequence[Result]) -> tuple[str, ...]:
         str(sum(r.status == "refused" for r in ran)),
         str(len(results) - len(ran)),
         str(sum(r.exact for r in ran)),
-        f"{mean(shares):.1%}" if shares else "",
     )
 
 

@@ -32,7 +32,6 @@ SAME = 1e-6
 """The largest relative difference that fused kernels may make."""
 MERGED_SAME = 1e-4
 ROUNDING = 1e-7
-MOST_NAMED = 12
 NAMED = re.compile(r"[\w.\-]+")
 
 Outputs = list[Tensor]
@@ -54,10 +53,6 @@ class Result:
         exact: whether injecting changed no bit of the output.
         block_std: the size of the blocks' random values.
         effect: the largest change that all blocks made, relative to the largest output.
-        linear_share: part of all matrix parameters, convolutions and embeddings left out, that
-            `"all-linear"` reaches.
-        share: the same with convolutions counted, which it never reaches.
-        unreached: matrix parameters that it does not reach, some of them.
         seconds: how long it took.
     """
 
@@ -72,9 +67,6 @@ class Result:
     exact: bool = False
     block_std: float = BLOCK_STDS[0]
     effect: float = 0.0
-    linear_share: float | None = None
-    share: float | None = None
-    unreached: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     RANKS = ("held", "refused", "silent", "wrong", "exception", "not run")
@@ -91,17 +83,10 @@ class Result:
 
 
 def trial(built: Built, result: Result) -> None:
-    """Try one model, and record the outcome in `result`.
-
-    Raises:
-        NotRun: the plain model can't be used to compare: its output is not finite, or not the same
-            twice.
-    """
+    """Try one model, and record the outcome in `result`."""
     model = built.model
     before = _plain(built)
     plain = _copied(built)
-    if _measured(result, "all-linear", lambda: _measure_reach(built, result)) is _FAILED:
-        _clear(model)
     injected = _measured(result, "inject_adapters", lambda: _inject(model, ".", result))
     if injected is _FAILED or not injected:
         return
@@ -226,17 +211,7 @@ def _text(error: BaseException) -> str:
 
 
 def _inject(model: nn.Module, target: Any, result: Result, without: set[str] | None = None) -> bool:
-    """Inject. Layers that are refused get r = 1, and are left out if that is refused too.
-
-    Args:
-        model: the model.
-        target: what `inject_adapters` takes.
-        result: gets what was refused.
-        without: names of layers to leave out from the beginning.
-
-    Returns:
-        Whether there is anything with an adapter now.
-    """
+    """Inject. Layers that are refused get r = 1, and are left out if that is refused too."""
     low: set[str] = set()
     excluded: set[str] = set(without or ())
     seed()
@@ -264,12 +239,6 @@ def _inject(model: nn.Module, target: Any, result: Result, without: set[str] | N
             excluded |= named
     result.fail("refused", "inject_adapters: gave up after 60 refusals")
     return False
-
-
-def _clear(model: nn.Module) -> None:
-    if _blocks(model):
-        disha.unmerge_adapters(model)
-        disha.remove_adapters(model)
 
 
 def _these(names: set[str]) -> str:
@@ -591,81 +560,3 @@ def _sensitivity(built: Built, reference: Outputs) -> float:
     finally:
         for p, value in kept:
             p.copy_(value)
-
-
-# --- how much of the model "all-linear" reaches --------------------------------------------------
-
-
-def _measure_reach(built: Built, result: Result) -> None:
-    """Measure which part of the matrix parameters `"all-linear"` adapts, by merging.
-
-    What a merge changes is what is reached, however the library counts its layers.
-    """
-    model = built.model
-    matrices = _matrices(model)
-    trial_result = Result(result.library, result.name)
-    if not _inject(model, "all-linear", trial_result):
-        reached: dict[str, int] = {}
-    else:
-        _fill(_blocks(model), BLOCK_STDS[0])
-        try:
-            reached = _changed_by_merging(model)
-        except disha.DishaError:  # then all weights in the plan count
-            layers = {_layer(block) for block in _blocks(model)}
-            reached = {
-                n: numel for n, (numel, _) in matrices.items() if n.rpartition(".")[0] in layers
-            }
-        disha.remove_adapters(model)
-    linear = {name: numel for name, (numel, conv) in matrices.items() if not conv}
-    everything = {name: numel for name, (numel, _) in matrices.items()}
-    result.linear_share = _share(reached, linear)
-    result.share = _share(reached, everything)
-    result.unreached = [n for n in linear if reached.get(n, 0) < linear[n] // 2][:MOST_NAMED]
-
-
-def _changed_by_merging(model: nn.Module) -> dict[str, int]:
-    """Return parameters -> how many of their values merging changes."""
-    originals = {name: p.detach().clone() for name, p in _parameters(model)}
-    disha.merge_adapters(model, untie=True)
-    try:
-        return {
-            name: int((p != originals[name]).sum())
-            for name, p in _parameters(model)
-            if name in originals
-        }
-    finally:
-        disha.unmerge_adapters(model)
-
-
-def _share(reached: dict[str, int], numels: dict[str, int]) -> float | None:
-    total = sum(numels.values())
-    return (
-        sum(min(reached.get(n, 0), count) for n, count in numels.items()) / total if total else None
-    )
-
-
-def _matrices(model: nn.Module) -> dict[str, tuple[int, bool]]:
-    """Return matrix parameters -> (values, whether it is a convolution's), embeddings left out."""
-    embeddings = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        for p in module.parameters(recurse=False)
-    }
-    convolutions = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, nn.modules.conv._ConvNd)
-        for p in module.parameters(recurse=False)
-    }
-    tables = re.compile(
-        r"pos|embed|token|table|bias|_rel$|quer(y|ies)$|codebook|latent|prompt|anchor", re.I
-    )
-    return {
-        name: (p.numel(), id(p) in convolutions)
-        for name, p in model.named_parameters()
-        if p.ndim >= 2
-        and sum(size > 1 for size in p.shape) >= 2
-        and id(p) not in embeddings
-        and not tables.search(name.rpartition(".")[2])
-    }

@@ -10,12 +10,7 @@ __all__ = ["passages"]
 
 @lru_cache(maxsize=4)
 def passages(count: int, characters: int) -> tuple[str, ...]:
-    """Return passages from many topics of Python's language reference.
-
-    Args:
-        count: how many.
-        characters: about how long each is.
-    """
+    """Return passages from many topics of Python's language reference."""
     from pydoc_data.topics import topics
 
     long = [" ".join(topics[name].split()) for name in sorted(topics)]

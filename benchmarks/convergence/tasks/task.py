@@ -96,14 +96,7 @@ def _base(task: Task) -> nn.Module:
 
 
 def batch_order(rows: int, batch: int, steps: int, seed: int) -> list[list[int]]:
-    """Return the rows of every step, which depend only on the seed.
-
-    Args:
-        rows: how many there are; each comes once before any comes again.
-        batch: rows in a step.
-        steps: how many.
-        seed: of the order.
-    """
+    """Return the rows of every step, which depend only on the seed."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < steps * batch:
