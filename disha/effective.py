@@ -163,6 +163,19 @@ class EffectiveWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return computed(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
+    @property
+    def _is_param(self) -> bool:
+        """Whether it is a parameter; `nn.Parameter` sets this."""
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        raise ArgumentError(
+            f"a parameter can't be made of an adapted weight (of shape {tuple(self.shape)}), "
+            "because it would hide the adapters; make it of weight.clone(), the computed weight, "
+            "or of layer.base_weight"
+        )
+
 
 def start_no_graph(function: Any) -> None:
     """Keep the compiler from starting a graph at a function, or at one that it calls.
@@ -437,7 +450,8 @@ def _compute_first(
         name: _base_of(value) if name == "out" else _computed_inside(value)
         for name, value in kwargs.items()
     }
-    return func(*(_computed_inside(value) for value in args), **named)
+    result = func(*(_computed_inside(value) for value in args), **named)
+    return kwargs["out"] if isinstance(kwargs.get("out"), EffectiveWeight) else result
 
 
 def _refuse_to_lose_gradients(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -477,15 +491,39 @@ def _base_of(value: Any) -> Any:
 
 
 def _write(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the rule of an operation that writes into its first argument: write into W."""
+    """Return the rule of an operation that writes into its first argument: write into W.
+
+    The result is the effective weight of W as it is then.
+    """
+    reshapes = func.__name__ in _RESHAPES.split()
 
     def write(*args: Any, **kwargs: Any) -> Any:
         if args:
-            return _compute_first(func, (_base_of(args[0]), *_sources(*args)), kwargs)
-        name = next(iter(kwargs))
-        return _compute_first(func, (), {**kwargs, name: _base_of(kwargs[name])})
+            written = args[0]
+            if reshapes:
+                _refuse_to_reshape(written)
+            result = _compute_first(func, (_base_of(written), *_sources(*args)), kwargs)
+        else:
+            name, written = next(iter(kwargs.items()))
+            result = _compute_first(func, (), {**kwargs, name: _base_of(written)})
+        return result if result is None else written
 
     return write
+
+
+_RESHAPES = (
+    "as_strided_ resize_ resize_as_ set_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_"
+)
+"""Writes that change the shape of a tensor."""
+
+
+def _refuse_to_reshape(weight: Any) -> None:
+    """Raise if a weight is an effective one: its blocks would no longer fit."""
+    if isinstance(weight, EffectiveWeight):
+        raise ArgumentError(
+            f"an adapted weight (of shape {tuple(weight.shape)}) can't change its shape in place; "
+            "use the operation that returns a new tensor"
+        )
 
 
 def _sources(written: Any, *sources: Any) -> tuple[Any, ...]:
@@ -526,7 +564,7 @@ def _is_name_of_write(name: str) -> bool:
 
 def _all_writes() -> Iterator[Callable[..., Any]]:
     """Yield every operation of torch that writes into its first argument."""
-    for owner in (Tensor, torch, torch.nn.init):
+    for owner in (Tensor, torch, torch._C._nn, F, torch.nn.init):
         for name in filter(_is_name_of_write, dir(owner)):
             found = getattr(owner, name, None)
             if callable(found):
@@ -537,19 +575,8 @@ def _all_writes() -> Iterator[Callable[..., Any]]:
             yield found.__set__
 
 
-def _set_requires_grad(weight: Any, requires_grad: bool = True) -> Any:
-    if called_from("torch.nn.parameter"):
-        raise ArgumentError(
-            f"a parameter can't be made of an adapted weight (of shape {tuple(weight.shape)}), "
-            "because it would hide the adapters; make it of weight.clone(), the computed weight, "
-            "or of layer.base_weight"
-        )
-    return _base_of(weight).requires_grad_(requires_grad)
-
-
 WRITES: dict[Any, Callable[..., Any]] = {func: _write(func) for func in _all_writes()}
 WRITES[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
-WRITES[Tensor.requires_grad_] = _set_requires_grad
 
 
 # --- metadata ------------------------------------------------------------------------------------

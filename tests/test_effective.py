@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -683,6 +684,92 @@ class TestFacts:
             copied = clone(layer.weight)
         assert type(copied) is torch.Tensor
         torch.testing.assert_close(copied, layer.merged_weight(["default"]))
+
+
+SAMPLES = {
+    "Tensor": (
+        torch.full((4, 4), 0.5, dtype=torch.float64),
+        torch.ones((), dtype=torch.float64),
+        torch.ones(4, dtype=torch.float64),
+        torch.ones(1, 4, 4, dtype=torch.float64),
+        torch.eye(4, dtype=torch.int64),
+        torch.arange(4),
+        torch.eye(4, dtype=torch.bool),
+    ),
+    "Optional[Tensor]": (torch.full((4, 4), 0.5, dtype=torch.float64),),
+    "List[Optional[Tensor]]": ((torch.arange(4),),),
+    "List[int]": ([4, 4],),
+    "str": ("sum", "mean"),
+    "bool": (True,),
+    "int": (0, 1),
+}
+"""Type of an argument -> values to try."""
+
+
+def in_place(schema):
+    """Return torch's functions that a schema declares to write into their first argument."""
+    name = schema.name.removeprefix("aten::")
+    first = schema.arguments[0] if schema.arguments else None
+    if not name.endswith("_") or name.endswith("__") or str(getattr(first, "type", "")) != "Tensor":
+        return []
+    owners = (torch.Tensor, torch, torch._C._nn, F)
+    return [getattr(owner, name) for owner in owners if hasattr(owner, name)]
+
+
+def test_the_result_of_every_write_is_the_weight_as_it_is_then():
+    """Every operation of torch's schema writes into W and returns its effective weight, or raises.
+
+    The adapter must act in a product with the result.
+    """
+    x, found, schemas = torch.randn(3, 4).double(), set(), torch._C._jit_get_all_schemas()
+    for func, schema in ((func, one) for one in schemas for func in in_place(one)):
+        more = schema.arguments[1:]
+        needed = [one for one in more if not one.has_default_value()]
+        values = [SAMPLES.get(str(one.type), (0.5,)) for one in needed or more[:1]]
+        for given in itertools.islice(itertools.product(*values), 60):
+            layer = disha.BoneLinear(4, 4, r=2, init="kaiming", dtype=torch.float64)
+            try:
+                result = func(layer.weight.data, *given)
+            except (RuntimeError, TypeError, IndexError, ValueError, ArgumentError):
+                continue
+            result = layer.weight if result is None else result
+            product = F.linear(x, layer.merged_weight(["default"]))
+            assert torch.allclose(F.linear(x, result), product, equal_nan=True), schema
+            found.add(schema.name)
+    assert len(found) > 130, sorted(found)
+    assert {"aten::clamp_", "aten::elu_", "aten::index_put_", "aten::requires_grad_"} <= found
+
+
+@pytest.mark.parametrize(
+    ("written", "compiles"),
+    [
+        (lambda w: w.data.clamp_(-1, 1), False),
+        (lambda w: w.detach().clamp_(-1, 1), True),
+        (lambda w: w.detach().requires_grad_(), False),
+        (lambda w: torch.mul(w.data, 1.0, out=w.data), False),
+        (lambda w: torch._foreach_mul_([w.data], 2.0)[0], False),
+    ],
+)
+def test_a_forward_that_writes_merged_and_unmerged(written, compiles):
+    class Clipped(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, written(self.weight), self.bias)
+
+    model, x = nn.Sequential(Clipped(6, 4)).double(), torch.randn(3, 6).double()
+    disha.inject_adapters(model, "0", 2)
+    perturb(model)
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="eager") if compiles else model
+    expected = forward(x)
+    assert not torch.allclose(expected, F.linear(x, model[0].base_weight, model[0].bias))
+    assert torch.allclose(expected, F.linear(x, model[0].merged_weight(["default"]), model[0].bias))
+
+
+def test_a_weight_does_not_change_its_shape_in_place():
+    layer = disha.BoneLinear(4, 3, r=2)
+    with pytest.raises(ArgumentError, match="can't change its shape in place"):
+        layer.weight.data.t_()
+    assert layer.weight.shape == (3, 4)
 
 
 class Multiply(torch.autograd.Function):
