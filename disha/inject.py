@@ -314,7 +314,7 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
 def _guard_encoders(view: ModelView) -> None:
     """Guard those encoders of torch that contain an adapted layer, and release the others."""
     for module in view.names:
-        if not isinstance(module, nn.TransformerEncoder):
+        if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
             continue
         needed = any(isinstance(inner, AdaptedLayer) for inner in view.inside(module))
         if needed and not is_guarded(module):

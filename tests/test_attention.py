@@ -30,7 +30,12 @@ FORMS = {
 }
 METHODS = ("bone", "tile", "bat")
 PAIRS = [(name, method) for name in FORMS for method in METHODS]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+CASES = [(name, method, torch.float64) for name, method in PAIRS] + [
+    (name, METHODS[(index + shift) % 3], dtype)
+    for shift, dtype in enumerate((torch.float32, torch.bfloat16))
+    for index, name in enumerate(FORMS)
+]
+"""Every form with every method in float64, and every form once in each other dtype."""
 
 
 def tolerance(dtype):
@@ -138,8 +143,7 @@ def padding(samples, source):
     return torch.arange(source) >= lengths.unsqueeze(1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "method"), PAIRS)
+@pytest.mark.parametrize(("name", "method", "dtype"), CASES)
 class TestEveryForm:
     def test_injection_changes_no_bit(self, name, method, dtype):
         """Bit for bit where torch takes the same path: one product for q, k and v."""
@@ -170,7 +174,7 @@ class TestEveryForm:
         before = {key: value.clone() for key, value in module.state_dict().items()}
         pointers = {name: p.data_ptr() for name, p in module.named_parameters()}
         expected = module(*tensors)[0]
-        for _ in range(100):
+        for _ in range(5):
             disha.merge_adapters(module)
             merged = module(*tensors)[0]
             disha.unmerge_adapters(module)
@@ -201,25 +205,28 @@ class TestEveryForm:
         assert_unchanged(module, before)
 
 
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("masks", MASKS)
+def test_masks_and_modes(name, masks):
+    method = METHODS[(list(FORMS).index(name) + list(MASKS).index(masks)) % 3]
+    module = inject(attention(name), "^$", method, scale=0.5)
+    perturb(module)
+    assert set(blocks_of(module)) == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    plain = dense(module, attention(name), scale=0.5)
+    for need_weights in (True, False):
+        for training in (True, False):
+            q, k, v = inputs(plain)
+            options = MASKS[masks](3, 4, 5) | {"need_weights": need_weights}
+            expected, weights = plain.train(training)(q, k, v, **options)
+            output, found = module.train(training)(q, k, v, **options)
+            close(output, expected)
+            assert (found is None) == (weights is None) == (not need_weights)
+            if need_weights:
+                close(found, weights)
+
+
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 class TestEveryFormInFloat64:
-    @pytest.mark.parametrize("masks", MASKS)
-    def test_masks_and_modes(self, name, method, masks):
-        module = inject(attention(name), "^$", method, scale=0.5)
-        perturb(module)
-        assert set(blocks_of(module)) == {"q_proj", "k_proj", "v_proj", "out_proj"}
-        plain = dense(module, attention(name), scale=0.5)
-        for need_weights in (True, False):
-            for training in (True, False):
-                q, k, v = inputs(plain)
-                options = MASKS[masks](3, 4, 5) | {"need_weights": need_weights}
-                expected, weights = plain.train(training)(q, k, v, **options)
-                output, found = module.train(training)(q, k, v, **options)
-                close(output, expected)
-                assert (found is None) == (weights is None) == (not need_weights)
-                if need_weights:
-                    close(found, weights)
-
     def test_gradients_are_those_of_the_dense_merged_weight(self, name, method):
         module = inject(attention(name), "^$", method)
         perturb(module)
@@ -605,18 +612,6 @@ def encoder_layer(**options):
     return nn.TransformerEncoderLayer(8, 2, 12, **{**defaults, **options}).double()
 
 
-class NormOfChannels(nn.Module):
-    """A norm that takes (samples, positions, channels) only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(8, affine=True)
-        nn.init.ones_(self.norm.bias)
-
-    def forward(self, x):
-        return self.norm(x.transpose(1, 2)).transpose(1, 2)
-
-
 def merged_state(model):
     """Return the base state dict of an adapted model with the updates in its weights."""
     copied = copy.deepcopy(model)
@@ -630,114 +625,81 @@ MODES = {
     "no_grad": (False, torch.no_grad),
     "inference": (False, torch.inference_mode),
 }
-TARGETS = [
-    r"linear1",
-    r"linear2",
-    r"self_attn.[qkv]_proj",
-    r"out_proj",
-    r"self_attn$",
-    "all-linear",
+TARGETS = ["linear1", "linear2", r"self_attn.[qkv]_proj", "out_proj", "self_attn$", "all-linear"]
+X, CAUSAL, PADDING = torch.randn(3, 5, 8).double(), causal(5, 5), padding(3, 5)
+SEEN = {False: ~PADDING, True: ~PADDING.flip(1)}
+"""Whether the padding comes first -> the positions that count. In evaluation, torch fills the
+others with zeros if the encoder nests."""
+
+
+def encoder(layer=None, **options):
+    return nn.TransformerEncoder(layer or encoder_layer(), 2, **options)
+
+
+def transformer():
+    torch.manual_seed(0)
+    return nn.Transformer(8, 2, 2, 2, 12, dropout=0.0, batch_first=True).double()
+
+
+def padded(build, flip=False, **options):
+    seen = SEEN[flip]
+    return build, lambda m: m(X, src_key_padding_mask=~seen, **options)[seen]
+
+
+MODELS = {
+    "norm first": (lambda: encoder_layer(norm_first=True, activation="gelu"), lambda m: m(X)),
+    "norm last": (encoder_layer, lambda m: m(X)),
+    "causal": (encoder_layer, lambda m: m(X, src_mask=CAUSAL, is_causal=True)),
+    "padding": padded(lambda: encoder(norm=nn.LayerNorm(8).double())),
+    "padding first": padded(encoder, flip=True),
+    "padding, never nested": padded(lambda: encoder(enable_nested_tensor=False)),
+    "no mask": (encoder, lambda m: m(X)),
+    "both masks": padded(encoder, mask=CAUSAL),
+    "sequence first": (lambda: encoder(encoder_layer(batch_first=False)), lambda m: m(X)),
+    "transformer": (
+        transformer,
+        lambda m: m(X, X, None, None, CAUSAL, PADDING, memory_key_padding_mask=PADDING),
+    ),
+}
+CHECKS = [
+    (model, target, list(MODES)[(i + j) % 4])
+    for i, model in enumerate(MODELS)
+    for j, target in enumerate(TARGETS)
 ]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("target", TARGETS)
-class TestEncoder:
-    """In evaluation without gradients torch takes fused paths that bypass the layers."""
+@pytest.mark.parametrize(("name", "target", "mode"), CHECKS)
+def test_encoders_where_torch_takes_fused_paths_that_bypass_the_layers(name, target, mode):
+    (build, run), (training, context) = MODELS[name], MODES[mode]
+    model = disha.inject_adapters(build(), target, 2).train(training)
+    plain = build().train(training)
+    with context():
+        before, identical = run(plain), run(model)
+    perturb(model)
+    plain.load_state_dict(merged_state(model))
+    with context():
+        expected, output = run(plain), run(model)
+    assert (expected - before).abs().max() > 1e-3
+    close(identical, before, 1e-8)
+    close(output, expected, 1e-8)
 
-    def check(self, build, run, target, mode):
-        training, context = MODES[mode]
-        model = disha.inject_adapters(build(), target, 2).train(training)
-        plain = build().train(training)
-        with context():
-            before, identical = run(plain), run(model)
-        perturb(model)
-        plain.load_state_dict(merged_state(model))
-        with context():
-            expected, output = run(plain), run(model)
-        assert (expected - before).abs().max() > 1e-3
-        close(identical, before, 1e-8)
-        close(output, expected, 1e-8)
 
-    @pytest.mark.parametrize("norm_first", [True, False])
-    def test_a_layer(self, target, mode, norm_first):
-        x = torch.randn(3, 5, 8, dtype=torch.float64)
-        self.check(
-            lambda: encoder_layer(norm_first=norm_first, activation="gelu"),
-            lambda model: model(x),
-            target,
-            mode,
-        )
-
-    def test_a_layer_with_a_causal_mask(self, target, mode):
-        x, mask = torch.randn(3, 5, 8, dtype=torch.float64), causal(5, 5)
-        self.check(encoder_layer, lambda m: m(x, src_mask=mask, is_causal=True), target, mode)
-
-    @pytest.mark.parametrize("left_aligned", [True, False])
-    @pytest.mark.parametrize("enable_nested_tensor", [True, False])
-    def test_an_encoder_with_padding(self, target, mode, enable_nested_tensor, left_aligned):
-        x, mask = torch.randn(3, 5, 8, dtype=torch.float64), padding(3, 5)
-        mask = mask if left_aligned else mask.flip(1)
-        self.check(
-            lambda: nn.TransformerEncoder(
-                encoder_layer(),
-                2,
-                norm=nn.LayerNorm(8).double(),
-                enable_nested_tensor=enable_nested_tensor,
-            ),
-            lambda model: model(x, src_key_padding_mask=mask),
-            target,
-            mode,
-        )
-
-    def test_an_encoder_with_a_norm_of_its_own(self, target, mode):
-        x, mask = torch.randn(3, 5, 8, dtype=torch.float64), padding(3, 5)
-        self.check(
-            lambda: nn.TransformerEncoder(encoder_layer(), 2, norm=NormOfChannels().double()),
-            lambda model: model(x, src_key_padding_mask=mask),
-            target,
-            mode,
-        )
-
-    def test_an_encoder_without_masks(self, target, mode):
-        x = torch.randn(3, 5, 8, dtype=torch.float64)
-        self.check(
-            lambda: nn.TransformerEncoder(encoder_layer(), 2), lambda model: model(x), target, mode
-        )
-
-    def test_an_encoder_with_both_masks(self, target, mode):
-        x, mask, pad = torch.randn(3, 5, 8, dtype=torch.float64), causal(5, 5), padding(3, 5)
-        self.check(
-            lambda: nn.TransformerEncoder(encoder_layer(), 2),
-            lambda model: model(x, mask=mask, src_key_padding_mask=pad),
-            target,
-            mode,
-        )
-
-    def test_sequence_first(self, target, mode):
-        x = torch.randn(5, 3, 8, dtype=torch.float64)
-        self.check(
-            lambda: nn.TransformerEncoder(
-                encoder_layer(batch_first=False), 2, enable_nested_tensor=False
-            ),
-            lambda model: model(x),
-            target,
-            mode,
-        )
-
-    def test_a_transformer(self, target, mode):
-        x, y = torch.randn(2, 3, 5, 8, dtype=torch.float64)
-
-        def build():
-            torch.manual_seed(0)
-            return nn.Transformer(8, 2, 2, 2, 12, dropout=0.0, batch_first=True).double()
-
-        self.check(
-            build,
-            lambda model: model(x, y, tgt_mask=causal(5, 5), src_key_padding_mask=padding(3, 5)),
-            target,
-            mode,
-        )
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("build", "run"),
+    [
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), lambda m, x: m(x)),
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16), lambda m, x: m(x)),
+        (lambda: nn.MultiheadAttention(8, 2), lambda m, x: m(x, x, x)[0]),
+    ],
+)
+def test_the_dtype_under_autocast_is_that_of_the_base(build, run, dtype, grad):
+    x, model = torch.randn(2, 3, 8), build().eval()
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype):
+        expected = run(model, x).dtype
+        disha.inject_adapters(model, "all-linear", 2, dtype=torch.bfloat16)
+        assert run(model, x).dtype == expected
 
 
 class TestOwners:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from disha.errors import ArgumentError, ArgumentTypeError
+from disha.functional.shards import without_autocast
 
 __all__ = ["PATTERNS", "Geometry", "Layout", "Rows", "layout_of", "place_rows", "take_rows"]
 
@@ -339,4 +340,5 @@ def place_rows(part: Tensor, rows: Rows, size: int, dim: int = -2) -> Tensor:
         if stop > first:
             pieces.append(part.narrow(dim, taken, stop - first))
         end, taken = stop, taken + stop - first
-    return torch.cat(pieces, dim)
+    with without_autocast(part.device):  # which does not join pieces of another 16-bit dtype
+        return torch.cat(pieces, dim)

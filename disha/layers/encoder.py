@@ -1,14 +1,14 @@
-"""Keep an `nn.TransformerEncoder` with adapted layers from making padded batches nested.
+"""What torch's transformer encoders decide by asking whether their weights are plain tensors.
 
-In evaluation, torch turns a padded batch into nested tensors if the *first* layer seems to have a
-fused path. An adapted layer has no fused path, and torch's attention needs that path for nested
-tensors. So this module turns nesting off for the encoder. A hook fills the padding of the output
-with torch's values.
+In evaluation, torch runs a fused encoder layer on plain weights, but not on adapted ones. So
+
+- an adapted encoder hands no nested tensors on: only the fused layer takes them;
+- on a CPU, the fused layer returns autocast's dtype, where the norms of the other one return
+  float32. A hook gives the output of an adapted encoder layer that dtype.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -21,50 +21,47 @@ __all__ = ["guard_encoder", "is_guarded", "release_encoder"]
 _KEPT = "_disha_nests"
 """Attribute of a guarded encoder: whether torch would use nested tensors."""
 
+Encoder = nn.TransformerEncoder | nn.TransformerEncoderLayer
 
-def is_guarded(encoder: nn.TransformerEncoder) -> bool:
+
+def is_guarded(encoder: Encoder) -> bool:
     """Whether `guard_encoder` was called for it."""
-    return _KEPT in encoder.__dict__
+    return _KEPT in encoder.__dict__ or _cast_as_fused in encoder._forward_hooks.values()
 
 
-def guard_encoder(encoder: nn.TransformerEncoder) -> None:
-    """Keep an encoder from using nested tensors. Undone by `release_encoder`."""
-    encoder.__dict__[_KEPT] = encoder.use_nested_tensor
-    encoder.use_nested_tensor = False
-    add_first_hook(encoder, _fill_padding)
+def guard_encoder(encoder: Encoder) -> None:
+    """Make an encoder compute the same with adapted weights. Undone by `release_encoder`."""
+    if isinstance(encoder, nn.TransformerEncoder):
+        encoder.__dict__[_KEPT] = encoder.use_nested_tensor
+        encoder.use_nested_tensor = False
+    else:
+        add_first_hook(encoder, _cast_as_fused)
 
 
-def release_encoder(encoder: nn.TransformerEncoder) -> None:
+def release_encoder(encoder: Encoder) -> None:
     """Undo `guard_encoder`."""
-    encoder.use_nested_tensor = encoder.__dict__.pop(_KEPT)
-    remove_first_hook(encoder, _fill_padding)
+    if isinstance(encoder, nn.TransformerEncoder):
+        encoder.use_nested_tensor = encoder.__dict__.pop(_KEPT)
+    else:
+        remove_first_hook(encoder, _cast_as_fused)
 
 
-def _fill_padding(
-    encoder: nn.TransformerEncoder, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+def _cast_as_fused(
+    layer: nn.TransformerEncoderLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> Tensor:
-    """Return the output with torch's values in the padding: zeros, passed through the last norm."""
-    call = inspect.signature(nn.TransformerEncoder.forward).bind(encoder, *args, **kwargs)
-    named = call.arguments
-    padding = named.get("src_key_padding_mask")
-    if padding is None or named.get("mask") is not None or named["src"].dim() != 3:
+    """Return the output in the dtype of torch's fused layer, where torch would use that one."""
+    if layer.training or torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
         return output
-    padding = padding != 0
-    if not _torch_would_nest(encoder, padding):
-        return output
-    filler = output.new_zeros(1, 1, output.shape[-1])  # 3-d, because a norm may expect it
-    filler = filler if encoder.norm is None else encoder.norm(filler)
-    return torch.where(padding.unsqueeze(-1), filler, output)
-
-
-def _torch_would_nest(encoder: nn.TransformerEncoder, padding: Tensor) -> bool:
-    """Whether torch would turn this batch into nested sequences."""
-    if not encoder.__dict__[_KEPT] or encoder.layers[0].training:
-        return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled():
-        return False
-    if torch.compiler.is_compiling() or not torch.backends.mha.get_fastpath_enabled():
-        return False
-    if not getattr(encoder, "mask_check", True):
-        return True
-    return not bool((padding[:, :-1] & ~padding[:, 1:]).any())
+    attention: Any = layer.self_attn
+    fuses = (
+        torch.backends.mha.get_fastpath_enabled()
+        and type(layer).forward is nn.TransformerEncoderLayer.forward
+        and attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention.num_heads % 2 == 0
+        and layer.activation_relu_or_gelu
+        and layer.norm1.eps == layer.norm2.eps
+        and output.dim() == 3
+        and output.device.type == "cpu"
+    )
+    return output.to(torch.get_autocast_dtype("cpu")) if fuses else output
