@@ -20,9 +20,9 @@ Shade = Callable[[Index], str]
 
 
 def bone() -> str:
-    """Draw Bone, with a last shard that is cropped."""
+    """Draw MiSS (Bone), with a last shard that is cropped."""
     found = landing(_linear(CROPPED_IN), R)
-    canvas = _begun(330, "Bone", "dW[o, i] = D[i mod r, o]")
+    canvas = _begun(330, "MiSS (Bone)", "dW[o, i] = D[i mod r, o]")
     block = Grid(LEFT, TOP, OUT, R)
     delta = Grid(150, TOP, OUT, 16, run=(None, R))
     _pair(canvas, found, block, delta, by_place(OUT), marked=(1, 5))
@@ -182,7 +182,7 @@ def _kinds(canvas: Canvas, y: int) -> None:
     tile_place = by_place(R)
     canvas.rect(26, y - 52, WIDTH - 52, 1, kind="frozen")
     for x, found, shade, run, words in (
-        (26, landing(_linear(), R), place, (None, R), ("Bone", "repeated along", "the inputs")),
+        (26, landing(_linear(), R), place, (None, R), ("MiSS (Bone)", "repeated along", "the inputs")),
         (
             176,
             landing(_linear(), R, r_out=R),
