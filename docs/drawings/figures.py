@@ -182,7 +182,13 @@ def _kinds(canvas: Canvas, y: int) -> None:
     tile_place = by_place(R)
     canvas.rect(26, y - 52, WIDTH - 52, 1, kind="frozen")
     for x, found, shade, run, words in (
-        (26, landing(_linear(), R), place, (None, R), ("MiSS (Bone)", "repeated along", "the inputs")),
+        (
+            26,
+            landing(_linear(), R),
+            place,
+            (None, R),
+            ("MiSS (Bone)", "repeated along", "the inputs"),
+        ),
         (
             176,
             landing(_linear(), R, r_out=R),
