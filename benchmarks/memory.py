@@ -1,16 +1,12 @@
-"""The table of memory: bytes kept for backward, the peak of a training step, the resident size.
+"""The table of memory: bytes kept for backward, and the peak of a training step.
 
 Kept bytes are those of the tensors that autograd saves: each storage once, without parameters. The
 peak is the most that the allocator has given out at once in a step, beyond what was there before:
-kept tensors, gradients and temporaries. Both are counts, equal in every run. The resident size is
-the operating system's, of a new process for each candidate.
+kept tensors, gradients and temporaries. Both are counts, equal in every run.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,11 +20,9 @@ from benchmarks.candidates import CANDIDATES, adapted_model, missing_package
 from benchmarks.protocol import R
 from benchmarks.steps import TrainingStep
 
-__all__ = ["allocated_peak", "kept_bytes", "memory", "resident_growth", "stack", "status_bytes"]
+__all__ = ["allocated_peak", "kept_bytes", "memory", "stack", "status_bytes"]
 
-STEPS = 3
-LAYERS, TOKENS, RESIDENT_TOKENS = 4, 512, 2048
-RESIDENT = ("frozen", "bone", "bat", "peft_miss", "peft_bat", "peft_lora", "loralib")
+LAYERS, TOKENS = 4, 512
 
 
 def stack(layers: int, width: int, device: torch.device) -> tuple[nn.Sequential, list[str]]:
@@ -108,66 +102,11 @@ def memory(quick: bool, device: torch.device) -> list[dict[str, Any]]:
         "peak_bytes": peak,
         "left_out": left_out,
     }
-    return [counted, _resident(quick, device)]
+    return [counted]
 
 
 def _step(model: nn.Module, x: Tensor) -> TrainingStep:
     return TrainingStep(model, lambda: model(x).square().mean(), [x])
-
-
-def _resident(quick: bool, device: torch.device) -> dict[str, Any]:
-    resident, left_out = {}, {}
-    width = 512 if quick else 2048
-    for name in RESIDENT[:3] if quick else RESIDENT:
-        why = missing_package(CANDIDATES[name])
-        if why is None and device.type != "cpu":
-            why = "the peak of the device is counted above"
-        if why is None and not Path("/proc/self/clear_refs").exists():
-            why = "the resident peak is read from /proc, which only Linux has"
-        if why is not None:
-            left_out[name] = why
-            continue
-        resident[name] = fresh_growth(name, LAYERS, width, RESIDENT_TOKENS)
-    return {
-        "what": "resident",
-        "layers": LAYERS,
-        "width": width,
-        "tokens": RESIDENT_TOKENS,
-        "dtype": "float32",
-        "r": R,
-        "resident_bytes": resident,
-        "left_out": left_out,
-    }
-
-
-def fresh_growth(name: str, layers: int, width: int, tokens: int) -> int:
-    """Return `resident_growth` of a new process, which has no freed memory to reuse."""
-    sizes = map(str, (layers, width, tokens, torch.get_num_threads()))
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", name, *sizes],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    growth: int = json.loads(done.stdout.splitlines()[-1])
-    return growth
-
-
-def resident_growth(name: str, layers: int, width: int, tokens: int) -> int:
-    """Return how much this process grows at its peak, in a few training steps on the CPU."""
-    model, names = stack(layers, width, torch.device("cpu"))
-    adapted = adapted_model(CANDIDATES[name], model, names, R)
-    step = _step(adapted, torch.randn(tokens, width).requires_grad_())
-    _step(adapted, torch.randn(8, width).requires_grad_())()  # first-time set-up
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = status_bytes("VmRSS")
-    for _ in range(STEPS):
-        step()
-    after = status_bytes("VmHWM")
-    assert before is not None
-    assert after is not None
-    return after - before
 
 
 def status_bytes(field: str, process: int | str = "self") -> int | None:
@@ -176,9 +115,3 @@ def status_bytes(field: str, process: int | str = "self") -> int | None:
     lines = status.read_text().splitlines() if status.exists() else []
     found = next((line for line in lines if line.startswith(f"{field}:")), None)
     return None if found is None else int(found.split()[1]) * 1024
-
-
-if __name__ == "__main__":
-    candidate_name, *sizes, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    print(json.dumps(resident_growth(candidate_name, *map(int, sizes))))

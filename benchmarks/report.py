@@ -248,15 +248,11 @@ def _median(case: Case, name: str) -> str:
 
 def _memory(cases: Sequence[Case]) -> str:
     counted = next(case for case in cases if case["what"] == "counted")
-    resident = next(case for case in cases if case["what"] == "resident")
     rows = [
         [
             CANDIDATES[name].title,
             bytes_text(kept),
             bytes_text(counted["peak_bytes"][name]),
-            bytes_text(resident["resident_bytes"][name])
-            if name in resident["resident_bytes"]
-            else NOTHING,
         ]
         for name, kept in counted["kept_bytes"].items()
     ]
@@ -264,10 +260,9 @@ def _memory(cases: Sequence[Case]) -> str:
         f"{count_text(counted['layers'], 'layer')}, {counted['width']} wide, an activation after "
         f"each, {count_text(counted['tokens'], 'token')}, float32. *Kept* is what autograd saves "
         "for the backward pass; *peak* is the most that a step has allocated at one time, both "
-        "without the parameters. *Resident* is how much a new process grows, "
-        f"{resident['width']} wide with {count_text(resident['tokens'], 'token')}."
+        "without the parameters."
     )
-    return _section("Memory", about, table(["", "kept", "peak", "resident"], rows))
+    return _section("Memory", about, table(["", "kept", "peak"], rows))
 
 
 def _start_up(cases: Sequence[Case]) -> str:

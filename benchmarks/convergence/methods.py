@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import disha
 from benchmarks.convergence.runs import Cell
 
 __all__ = ["FULL", "IDENTITY", "LARGEST_DIFFERENCE", "METHODS", "Method", "adapt",
-           "adapter_parameters", "budget", "ranks", "set_scale", "tile_r",
-           "updates"]  # fmt: skip
+           "adapter_parameters", "budget", "ranks", "set_scale", "tile_r"]  # fmt: skip
 
 LARGEST_DIFFERENCE = 0.03
 """The largest relative difference from Bone's number of parameters."""
@@ -71,14 +69,6 @@ def budget(layers: Layers, r: int) -> int:
     return sum(r * _sizes(layer)[1] for layer in layers.values())
 
 
-def updates(model: nn.Module, base: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return layer's name -> its dW (out, in): the weight it computes with, minus the base's."""
-    return {
-        name: _effective_weight(model.get_submodule(name)) - base.get_submodule(name).weight.float()
-        for name in names
-    }
-
-
 def set_scale(model: nn.Module, scale: float) -> None:
     """Multiply every adapter's update by a scale: 1 as trained, 0 for none.
 
@@ -91,18 +81,6 @@ def set_scale(model: nn.Module, scale: float) -> None:
         disha.set_adapter_scale(model, scale)
     for layer in of_peft:
         layer.set_scale("default", scale)
-
-
-def _effective_weight(layer: nn.Module) -> Tensor:
-    """Return the float32 matrix of a linear layer, from its outputs for all unit vectors.
-
-    This does not depend on how the layer works, so it treats every library alike.
-    """
-    layer = copy.deepcopy(layer).float()
-    device = next(layer.parameters()).device
-    with torch.inference_mode():
-        units = torch.eye(_sizes(layer)[0], device=device)
-        return (layer(units) - layer(torch.zeros_like(units[:1]))).T
 
 
 def _check_count(model: nn.Module, head: str | None, layers: Layers, cell: Cell) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.convergence.methods import adapt, adapter_parameters, set_scale, updates
+from benchmarks.convergence.methods import adapt, adapter_parameters, set_scale
 from benchmarks.convergence.runs import Run
 from benchmarks.convergence.tasks import TASKS
 from benchmarks.convergence.tasks.task import Task, batch_order
@@ -22,7 +20,6 @@ __all__ = ["HEAD_RATE", "WARM_UP", "cosine", "optimizer_for", "train"]
 HEAD_RATE = 1e-3
 """The learning rate of new heads, the same for all methods."""
 WARM_UP = 0.06
-FIRST_STEPS = 10
 
 
 def train(run: Run, device: torch.device, task: Task | None = None) -> dict[str, Any]:
@@ -32,34 +29,29 @@ def train(run: Run, device: torch.device, task: Task | None = None) -> dict[str,
     # Always adapted on the CPU, so that the initial values are the same on every device.
     model = copy.deepcopy(task.base()).cpu()
     torch.manual_seed(run.seed)
-    names = adapt(model, task.layers[run.cell.layers], task.head, run.cell)
+    adapt(model, task.layers[run.cell.layers], task.head, run.cell)
     model.to(device)
-    curve, norms = _train(task, model, run, device)
+    curve = _train(task, model, run, device)
     model.eval()
     base = task.base().to(device)
     found = {
         "parameters": sum(p.numel() for p in adapter_parameters(model, task.head)),
         "steps": [step for step, _ in curve],
         "validation": [_finite(loss) for _, loss in curve],
-        "gradient_norms": [_finite(norm) for norm in norms[:FIRST_STEPS]],
     }
     if all(loss is not None for loss in found["validation"]):
-        found |= _results(task, model, base, names)
+        found |= _results(task, model, base)
     return {**found, "seconds": time.perf_counter() - started}
 
 
-def _train(
-    task: Task, model: nn.Module, run: Run, device: torch.device
-) -> tuple[list[tuple[int, float]], list[float]]:
-    """Train, and return (step, validation loss) pairs and the norm of every gradient."""
+def _train(task: Task, model: nn.Module, run: Run, device: torch.device) -> list[tuple[int, float]]:
+    """Train, and return (step, validation loss) pairs."""
     rows = task.training_rows()
     optimizer, schedule = optimizer_for(task, model, run.rate)
-    adapter = adapter_parameters(model, task.head)
-    curve, norms = [(0, task.validation_loss(model))], []
+    curve = [(0, task.validation_loss(model))]
     for step, indices in enumerate(batch_order(len(rows), task.batch, task.steps, run.seed), 1):
         loss = task.loss(model, task.batch_of([rows[i] for i in indices], device))
         loss.backward()
-        norms.append(_norm(p.grad for p in adapter if p.grad is not None))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -67,7 +59,7 @@ def _train(
             curve.append((step, task.validation_loss(model)))
             if not math.isfinite(curve[-1][1]):
                 break
-    return curve, norms
+    return curve
 
 
 def optimizer_for(
@@ -91,23 +83,14 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _results(task: Task, model: nn.Module, base: nn.Module, names: list[str]) -> dict[str, Any]:
+def _results(task: Task, model: nn.Module, base: nn.Module) -> dict[str, Any]:
     score = task.test(model)
     before, after = task.forgotten(model, base)
-    examined = [name for name in names if re.search(task.examined, name)]
-    changes = updates(model, base, examined)
-    ranks = [effective_rank(change) for change in changes.values()]
-    norms = [
-        float(dw.norm() / base.get_submodule(name).weight.float().norm())
-        for name, dw in changes.items()
-    ]
     found = {} if not task.scales else {"scales": _by_scale(task, model, base)}
     return found | {
         "loss": _finite(score.loss),
         "exact": score.exact,
         "forgetting": [_finite(before), _finite(after)],
-        "effective_rank": sum(ranks) / len(ranks),
-        "relative_norm": sum(norms) / len(norms),
     }
 
 
@@ -120,22 +103,6 @@ def _by_scale(task: Task, model: nn.Module, base: nn.Module) -> list[list[float 
         found.append([scale, *map(_finite, measured)])
     set_scale(model, 1.0)
     return found
-
-
-def effective_rank(matrix: Tensor) -> float:
-    """Return exp of the entropy of the normalised singular values: n for n equal ones, 0 for none.
-
-    Source: Roy and Vetterli, "The effective rank", 2007.
-    """
-    values = torch.linalg.svdvals(matrix.double())
-    if not values.sum() > 0:
-        return 0.0
-    shares = values / values.sum()
-    return float(torch.special.entr(shares).sum().exp())
-
-
-def _norm(gradients: Iterable[Tensor]) -> float:
-    return float(torch.stack([gradient.float().norm() for gradient in gradients]).norm())
 
 
 def _finite(value: float) -> float | None:

@@ -45,7 +45,6 @@ class LanguageTask(Task):
         "attention": r"\.[qkvo]_proj$",
         "feed-forward": r"\.(gate|up|down)_proj$",
     }
-    examined = r"layers\.(0|15|29)\."
     precision: ClassVar[torch.dtype] = torch.float32
     """Of the weights that are adapted, and of products. All else is float32, adapters too."""
     whole_answers: ClassVar[bool] = True

@@ -70,7 +70,6 @@ class Packages(Task):
         "attention": r"\.attention\..*(query|key|value|dense)$",
         "feed-forward": r"layer\.\d+\.(intermediate|output)\.dense$",
     }
-    examined = r"layer\.[025]\."
     head = "head"
 
     def pretrained(self) -> nn.Module:

@@ -50,8 +50,6 @@ class Task(ABC):
     evaluate_every: ClassVar[int]
     layers: ClassVar[Mapping[str, str]]
     """Name of a set of layers -> a regex of their names. The main comparison uses `all`."""
-    examined: ClassVar[str] = ""
-    """A regex of the layers whose updates are examined for rank and size."""
     head: ClassVar[str | None] = None
     """The name of a new layer that every method trains too, or None."""
     scales: ClassVar[tuple[float, ...]] = ()
