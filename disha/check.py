@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 from disha.errors import ArgumentError, DishaError
 from disha.layers import AdaptedWeight, Block
-from disha.merge import merge, unmerge
+from disha.merge import merge
 from disha.model import ModelView, clean_key
+from disha.sharding import write
 from disha.tables import table
 from disha.text import counted, first_few, printable
-from disha.undo import Undo
 
 __all__ = ["CheckReport", "CheckedWeight", "check_adapters"]
 
@@ -162,15 +163,8 @@ def check_adapters(
         raise ArgumentError(
             "there is nothing to check: no adapter is active; activate one with set_active_adapters"
         )
-    with Undo(view) as undo:
-        modes = [(module, module.training) for module in view.all_modules()]
-        flags = [(block.block, block.block.requires_grad) for *_, block in active]
+    with ExitStack() as undo:  # whatever the check changes comes back
         report = _checked(view, undo, active, lambda: _tensors(model(*inputs, **kwargs)))
-        undo.put_back()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, training in modes:
-            module.training = training
     return replace(report, untrained=() if optimizer is None else _untrained(model, optimizer))
 
 
@@ -186,7 +180,7 @@ def _untrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str,
 
 def _checked(
     view: ModelView,
-    undo: Undo,
+    undo: ExitStack,
     active: list[tuple[str, str, AdaptedWeight, Block]],
     outputs_of: Callable[[], list[Tensor]],
 ) -> CheckReport:
@@ -207,13 +201,17 @@ def _checked(
         with torch.random.fork_rng(devices):
             return outputs_of()
 
+    for module in view.all_modules():
+        undo.callback(setattr, module, "training", module.training)
+    view.reshard()
     view.model.eval()
     with torch.inference_mode(False), torch.enable_grad():
         _randomise(blocks, undo)
+        undo.callback(view.reshard)  # a forward gathers what is sharded
         read, gradients, outputs = _read_and_gradients(run, blocks)
         found = []
         weights = [weight for _, _, weight, _ in active]
-        merges, refusal = _merges(view, undo, run, outputs, weights)
+        merges, refusal = _merges(view, run, outputs, weights)
         for (name, adapter, weight, block), gradient in zip(active, gradients, strict=True):
             acts = gradient or _changes(run, block, outputs)
             own = None if merges is None else merges.get(id(weight.layer), True)
@@ -232,11 +230,12 @@ def _remark(read: bool, acts: bool, gradient: bool) -> str:
     return ""
 
 
-def _randomise(blocks: list[Block], undo: Undo) -> None:
+def _randomise(blocks: list[Block], undo: ExitStack) -> None:
     """Give blocks random values, and make them require gradients."""
     generator = torch.Generator("cpu").manual_seed(0)
     for block in blocks:
-        undo.write(block.block, _random(block.block.shape, generator) * SIZE)
+        undo.callback(block.block.requires_grad_, block.block.requires_grad)
+        write(block.block, _random(block.block.shape, generator) * SIZE, undo)
         block.block.requires_grad_(True)
 
 
@@ -258,11 +257,11 @@ def _read_and_gradients(
 
         return update
 
-    for block in blocks:
-        block.__dict__["update"] = noting(block)
-    gradients, outputs = _gradients(run, blocks)
-    for block in blocks:
-        del block.__dict__["update"]
+    with ExitStack() as undo:
+        for block in blocks:
+            block.__dict__["update"] = noting(block)
+            undo.callback(block.__dict__.pop, "update")
+        gradients, outputs = _gradients(run, blocks)
     return read, gradients, outputs
 
 
@@ -303,7 +302,6 @@ def _changes(run: Callable[[], list[Tensor]], block: Block, outputs: list[Tensor
 
 def _merges(
     view: ModelView,
-    undo: Undo,
     run: Callable[[], list[Tensor]],
     outputs: list[Tensor],
     weights: list[AdaptedWeight],
@@ -313,26 +311,20 @@ def _merges(
     The dict is empty if the output stays the same with all layers merged.
     """
     try:
-        merge(view, undo, untie=True)
+        if _merged_alike(view, run, outputs):
+            return {}, ""
     except DishaError as error:
         return None, str(error)
-    same = _merged_alike(run, outputs)
-    unmerge(view, undo)
-    if same:
-        return {}, ""
-    found: dict[int, bool] = {}
-    for layer in dict.fromkeys(weight.layer for weight in weights):
-        layer_view = ModelView(layer)
-        merge(layer_view, undo, untie=True)
-        found[id(layer)] = _merged_alike(run, outputs)
-        unmerge(layer_view, undo)
-    return found, ""
+    layers = dict.fromkeys(weight.layer for weight in weights)
+    return {id(layer): _merged_alike(ModelView(layer), run, outputs) for layer in layers}, ""
 
 
-def _merged_alike(run: Callable[[], list[Tensor]], outputs: list[Tensor]) -> bool:
-    # Not around merging: its inference mode would then end by disabling gradients.
-    with torch.no_grad():
-        return _alike(run(), outputs)
+def _merged_alike(view: ModelView, run: Callable[[], list[Tensor]], outputs: list[Tensor]) -> bool:
+    with ExitStack() as undo:
+        merge(view, undo, untie=True)
+        # Not around merging: its inference mode would then end by disabling gradients.
+        with torch.no_grad():
+            return _alike(run(), outputs)
 
 
 def _alike(outputs: list[Tensor], expected: list[Tensor]) -> bool:

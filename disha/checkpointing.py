@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_map_only
 
 from disha.errors import ArgumentError
 from disha.model import ModelView, require_model
-from disha.undo import Undo
 
 __all__ = ["InputGradients", "enable_input_gradients"]
 
@@ -65,8 +64,7 @@ def enable_input_gradients(
     """
     view = ModelView(model)
     if after is None:
-        with Undo(view):
-            return InputGradients([m for m in view.names if isinstance(m, _EMBEDDINGS)], model)
+        return InputGradients([m for m in view.names if isinstance(m, _EMBEDDINGS)], model)
     chosen: list[Any] = list(after) if isinstance(after, (list, tuple)) else [after]
     for module in chosen:
         if require_model(module, "after") not in view.names:
@@ -74,8 +72,7 @@ def enable_input_gradients(
                 f"after={type(module).__name__} is not a module of the model; give one of its "
                 "modules, such as model.embed_tokens"
             )
-    with Undo(view):
-        return InputGradients(chosen, None)
+    return InputGradients(chosen, None)
 
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)

@@ -14,9 +14,8 @@ from torch import nn
 from disha.config import check_scale
 from disha.contexts import Group, entered, groups_of
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.model import ModelView
+from disha.model import ModelView, all_or_nothing
 from disha.routing import Route
-from disha.undo import Undo
 
 __all__ = [
     "adapters_active",
@@ -53,10 +52,10 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     view = ModelView(model)
     wanted = _checked(view, names)
     view.refuse_merged("change the active adapters")
-    adapters = [layer.disha for _, layer in view.layers]
-    with Undo(view, adapters):
-        for one in adapters:
-            one.activate(wanted)
+    with all_or_nothing(view) as undo:
+        for _, layer in view.layers:
+            undo.callback(layer.disha.activate, layer.disha.active)
+            layer.disha.activate(wanted)
 
 
 def _checked(view: ModelView, names: object) -> tuple[str, ...]:
@@ -170,8 +169,9 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
     view = ModelView(model)
     blocks = [weight.block(adapter) for _, weight in view.require(adapter)]
     view.refuse_merged("change an adapter's scale")
-    with Undo(view, blocks):
+    with all_or_nothing(view) as undo:
         for block in blocks:
+            undo.callback(block.set_scale, block.scale)
             block.set_scale(scale)
 
 

@@ -5,7 +5,8 @@ A module keeps what it remembers in its `__dict__`, so copies and pickles of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -15,6 +16,7 @@ __all__ = [
     "claim",
     "claimed",
     "is_claimed",
+    "keep_flags",
     "release",
     "restore_flags",
     "set_requires_grad",
@@ -68,6 +70,25 @@ def restore_flags(module: nn.Module) -> None:
         parameter = module._parameters.get(name)
         if parameter is not None:
             parameter.requires_grad = flag
+
+
+def keep_flags(parameters: Iterable[tuple[nn.Module, str]], undo: ExitStack) -> None:
+    """Note the flags of parameters, and what their modules remember, in `undo`."""
+    kept = [
+        (attributes_of(module), module._parameters[name], _memory(module))
+        for module, name in parameters
+    ]
+    flags = [parameter is not None and parameter.requires_grad for _, parameter, _ in kept]
+
+    def put_back() -> None:
+        for (attributes, parameter, memory), flag in zip(kept, flags, strict=True):
+            if parameter is not None and parameter.requires_grad != flag:
+                parameter.requires_grad = flag
+            attributes.pop(_ATTRIBUTE, None)
+            if memory is not _NOTHING:
+                attributes[_ATTRIBUTE] = memory
+
+    undo.callback(put_back)
 
 
 def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:

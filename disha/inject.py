@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -21,14 +22,14 @@ from disha.layers import (
     guard_encoder,
     is_guarded,
     make_block,
+    readapt,
     refuse_changed_class,
     release_encoder,
     restore,
 )
-from disha.model import ModelView
+from disha.model import ModelView, all_or_nothing
 from disha.plan import Plan, PlannedLayer, Target, plan_injection
 from disha.text import counted, first_few
-from disha.undo import Undo
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -118,9 +119,9 @@ def inject_adapters(
     """
     view = ModelView(model)
     plan = plan_injection(view, target_regex, r, options, strict=True)
-    with Undo(view, view.all_modules(plan.adapter)):
-        apply_plan(view, plan)
-        _warn_of_skipped(plan)
+    _warn_of_skipped(plan)
+    with all_or_nothing(view) as undo:
+        apply_plan(view, plan, undo)
     return model
 
 
@@ -136,31 +137,42 @@ def _warn_of_skipped(plan: Plan) -> None:
         )
 
 
-def apply_plan(view: ModelView, plan: Plan, *, activate: bool = True) -> None:
-    """Carry out a plan that was just made for this model. Call it inside `Undo`.
-
-    Args:
-        view: the model.
-        plan: the plan.
-        activate: make the new adapter the only active one.
-    """
+def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool = True) -> None:
+    """Carry out a plan that was just made for this model. Activate the new adapter alone."""
     by_module: dict[nn.Module, list[PlannedLayer]] = {}
     for layer in plan.layers:
         by_module.setdefault(layer.module, []).append(layer)
-    running_statistics.remember(view)
+    blocks = {
+        module: [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
+        for module, layers in by_module.items()
+    }
     group = _group_of(view)
+    running_statistics.remember(view, undo)
+    _keep(view, by_module, undo)
     for module, layers in by_module.items():
-        blocks = [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
         adapt(module, [one.slot for one in layers])
         adapters = module._modules[CHILD_NAME]
         assert isinstance(adapters, Adapters)
         if not len(adapters):
             group.take(adapters, former=adapters.group)
-        adapters.add(plan.adapter, blocks)
+        adapters.add(plan.adapter, blocks[module])
     for _, adapted in view.layers if activate else ():
         adapted.disha.activate((plan.adapter,))
     _guard_encoders(view)
     _set_flags(view, plan)
+
+
+def _keep(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Note the classes and adapters of modules, what acts in the model, and all flags."""
+    freezing.keep_flags(((one.module, one.attribute) for one in view.parameters), undo)
+    undo.callback(_guard_encoders, view)
+    for _, layer in view.layers:
+        undo.callback(layer.disha.activate, layer.disha.active)
+    for module in modules:
+        if isinstance(module, AdaptedLayer):
+            undo.callback(readapt, module, type(module), module.disha, dict(module.disha._modules))
+        else:
+            undo.callback(restore, module)
 
 
 def _group_of(view: ModelView) -> Group:
@@ -211,16 +223,17 @@ def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
         view.require(adapter)
     removed = view.adapters if adapter is None else [adapter]
     check_removable(view, removed)
-    with Undo(view, view.all_modules(adapter)) as undo:
-        take_out(view, removed)
+    with all_or_nothing(view) as undo:
+        take_out(view, removed, undo)
         if not view.layers:
             running_statistics.put_back(view, undo)
-            running_statistics.forget(view)
+            running_statistics.forget(view, undo)
     return model
 
 
-def take_out(view: ModelView, adapters: Sequence[str]) -> None:
-    """Remove adapters, and give layers without any their own class back. Call it inside `Undo`."""
+def take_out(view: ModelView, adapters: Sequence[str], undo: ExitStack) -> None:
+    """Remove adapters, and give layers without any their own class back."""
+    _keep(view, [layer for _, layer in view.layers], undo)
     for _, layer in view.layers:
         for own in adapters:
             layer.disha.discard(own)
@@ -302,13 +315,15 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
             "the model has no adapter, so nothing would be left to train; call inject_adapters "
             "first"
         )
-    with Undo(view):
+    blocks = [block for _, layer in view.layers for block in layer.disha.blocks().values()]
+    with all_or_nothing(view) as undo:
+        freezing.keep_flags(((one.module, one.attribute) for one in view.parameters), undo)
         for one in view.parameters:
             trains = freezing.is_claimed(one.module, one.attribute)
             freezing.set_requires_grad(one.module, one.attribute, trains)
-        for _, layer in view.layers:
-            for block in layer.disha.blocks().values():
-                block.block.requires_grad_(True)
+        for block in blocks:
+            undo.callback(block.block.requires_grad_, block.block.requires_grad)
+            block.block.requires_grad_(True)
 
 
 def _guard_encoders(view: ModelView) -> None:

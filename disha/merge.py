@@ -7,6 +7,7 @@ merged one is in use, so unmerging is exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,7 @@ from disha.layers import (
     offloading_hooks,
     takes_dense,
 )
-from disha.model import ModelView, join
-from disha.undo import Undo
+from disha.model import ModelView, all_or_nothing, join
 
 __all__ = ["merge", "merge_adapters", "unmerge", "unmerge_adapters"]
 
@@ -92,12 +92,12 @@ def merge_adapters(
     if unload:
         view.refuse_wrapped("unload adapters", "unload them from the model inside")
         check_removable(view, view.adapters)
-    with Undo(view) as undo:
+    with all_or_nothing(view) as undo:
         merge(view, undo, adapter, untie=untie, dense=dense)
         if unload:
             layers = [layer for _, layer in view.layers if _is_dense(layer)]
-            take_out(view, view.adapters)
-            running_statistics.forget(view)
+            take_out(view, view.adapters, undo)
+            running_statistics.forget(view, undo)
             for layer in layers:
                 _compute_densely(layer, undo)
 
@@ -108,24 +108,25 @@ def _is_dense(layer: AdaptedLayer) -> bool:
     return merged is not None and any(one.dense for one in merged.originals.values())
 
 
-def _compute_densely(layer: nn.Module, undo: Undo) -> None:
+def _compute_densely(layer: nn.Module, undo: ExitStack) -> None:
     """Make a layer of bitsandbytes that has a dense weight an `nn.Linear`."""
     if is_library_forward(type(layer)):
+        undo.callback(object.__setattr__, layer, "__class__", type(layer))
         object.__setattr__(layer, "__class__", nn.Linear)
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
         if bias is not None and weight is not None:
-            undo.replace(layer, "bias", bias.to(weight.dtype))
+            _replace(layer, "bias", nn.Parameter(bias.to(weight.dtype), bias.requires_grad), undo)
 
 
 def merge(
     view: ModelView,
-    undo: Undo,
+    undo: ExitStack,
     adapter: str | Sequence[str] | None = None,
     *,
     untie: bool = False,
     dense: bool = False,
 ) -> None:
-    """Do as `merge_adapters`, inside `undo`. If a `DishaError` is raised, nothing has changed."""
+    """Do as `merge_adapters`, and note in `undo` how to take it back."""
     view.refuse_inside("merge adapters")
     _refuse_sharded(view, "merge adapters")
     # Inference mode is off, because tensors that are made in it can never be trained.
@@ -145,9 +146,26 @@ def merge(
         for (_, weight), (original, new) in zip(weights, merged, strict=True):
             attribute = weight.slot.parameter
             originals.setdefault(weight.layer, {})[attribute] = original
-            undo.replace(weight.layer, attribute, new)
+            _replace(weight.layer, attribute, new, undo)
         for _, layer in view.layers:
-            layer.disha.merged = Merged(chosen.get(layer, ()), originals.get(layer, {}))
+            _note_merged(layer, Merged(chosen.get(layer, ()), originals.get(layer, {})), undo)
+
+
+def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:
+    """Replace a parameter, or only its data if `new` is none, which takes one copy less."""
+    now = module._parameters[name]
+    assert now is not None
+    if isinstance(new, nn.Parameter):
+        undo.callback(module._parameters.__setitem__, name, now)
+        module._parameters[name] = new
+    else:
+        undo.callback(setattr, now, "data", now.data)
+        now.data = new
+
+
+def _note_merged(layer: AdaptedLayer, merged: Merged | None, undo: ExitStack) -> None:
+    undo.callback(setattr, layer.disha, "merged", layer.disha.merged)
+    layer.disha.merged = merged
 
 
 def unmerge_adapters(model: nn.Module) -> None:
@@ -174,12 +192,12 @@ def unmerge_adapters(model: nn.Module) -> None:
         True
     """
     view = ModelView(model)
-    with Undo(view) as undo:
+    with all_or_nothing(view) as undo:
         unmerge(view, undo)
 
 
-def unmerge(view: ModelView, undo: Undo) -> None:
-    """Do as `unmerge_adapters`, inside `undo`."""
+def unmerge(view: ModelView, undo: ExitStack) -> None:
+    """Do as `unmerge_adapters`, and note in `undo` how to take it back."""
     layers = [layer for _, layer in view.layers]
     if any(layer.disha.merged is not None for layer in layers):
         _refuse_sharded(view, "unmerge adapters")
@@ -191,10 +209,10 @@ def unmerge(view: ModelView, undo: Undo) -> None:
         if layer.disha.merged is not None
         for name, original in layer.disha.merged.originals.items()
     ]
-    for one in restored:
-        undo.replace(*one)
+    for layer, name, former in restored:
+        _replace(layer, name, former, undo)
     for layer in layers:
-        layer.disha.merged = None
+        _note_merged(layer, None, undo)
 
 
 def _refuse_offloaded(layer: AdaptedLayer) -> None:

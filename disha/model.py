@@ -10,6 +10,7 @@ targets match the same modules, and files hold the same names, whether a model i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -26,7 +27,14 @@ from disha.layers import (
 )
 from disha.sharding import Ranks, imported_class, is_partitioned, is_sharded
 
-__all__ = ["ModelParameter", "ModelView", "clean_key", "join", "require_model"]
+__all__ = [
+    "ModelParameter",
+    "ModelView",
+    "all_or_nothing",
+    "clean_key",
+    "join",
+    "require_model",
+]
 
 
 class _Wrapper(NamedTuple):
@@ -97,13 +105,6 @@ def require_model(model: object, argument: str = "model") -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"{argument} must be an nn.Module, got {type(model).__name__}")
     return model
-
-
-def _with_children(module: nn.Module) -> Iterator[nn.Module]:
-    yield module
-    for child in list(module._modules.values()):  # another thread may add one
-        if child is not None:
-            yield from _with_children(child)
 
 
 def _blocks_on_each_weight(layer: AdaptedLayer) -> Iterable[tuple[str, str]]:
@@ -243,24 +244,11 @@ class ModelView:
         """Every clean name of a parameter -> the parameter."""
         return {name: one for one in self.parameters for name in one.names}
 
-    def all_modules(self, adapter: object = None) -> Iterator[nn.Module]:
-        """Iterate over all modules, those of adapters included, each once.
-
-        Args:
-            adapter: leave out what is inside other adapters than this one, which the model may
-                lack; None for all adapters.
-        """
-        for module in self.names:
-            yield module
-            if not isinstance(module, AdaptedLayer) or CHILD_NAME not in module._modules:
-                continue
-            if adapter is None:
-                yield from _with_children(module.disha)
-                continue
-            yield module.disha
-            own = module.disha._modules.get(adapter) if isinstance(adapter, str) else None
-            if own is not None:
-                yield from _with_children(own)
+    def all_modules(self) -> Iterator[nn.Module]:
+        """Iterate over all modules, those of adapters included, each once."""
+        yield from self.names
+        for _, layer in self.layers:
+            yield from layer.disha.modules()
 
     # --- adapters --------------------------------------------------------------------------------
 
@@ -414,3 +402,15 @@ class ModelView:
             yield parameter.value
         for _, layer in self.layers:
             yield from layer.disha.parameters()
+
+
+@contextmanager
+def all_or_nothing(view: ModelView) -> Iterator[ExitStack]:
+    """Run the body, which notes how to take back each of its changes before it makes it.
+
+    If the body raises, all noted changes are taken back, the last one first.
+    """
+    view.reshard()
+    with ExitStack() as undo:
+        yield undo
+        undo.pop_all()

@@ -9,13 +9,14 @@ pickles of the model have them too.
 from __future__ import annotations
 
 from collections.abc import Container
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from disha.freezing import attributes_of
 from disha.model import ModelView, join
-from disha.undo import Undo
+from disha.sharding import write
 
 __all__ = ["changed_statistics", "forget", "put_back", "remember", "statistics"]
 
@@ -31,11 +32,12 @@ def statistics(view: ModelView) -> dict[str, Tensor]:
     }
 
 
-def remember(view: ModelView) -> None:
+def remember(view: ModelView, undo: ExitStack) -> None:
     """Keep the values of the norms that keep none yet."""
     for module in view.names:
         own, attributes = _own(module), attributes_of(module)
         if own and _ATTRIBUTE not in attributes:
+            undo.callback(attributes.pop, _ATTRIBUTE, None)
             attributes[_ATTRIBUTE] = {name: value.detach().clone() for name, value in own.items()}
 
 
@@ -58,18 +60,20 @@ def changed_statistics(view: ModelView) -> dict[str, Tensor]:
     }
 
 
-def put_back(view: ModelView, undo: Undo, but: Container[str] = ()) -> None:
+def put_back(view: ModelView, undo: ExitStack, but: Container[str] = ()) -> None:
     """Give the norms the kept values, except for the statistics named in `but`."""
     changed = changed_statistics(view)
     for name, former in _kept(view).items():
         if name in changed and name not in but and not former.is_meta:
-            undo.write(changed[name], former)
+            write(changed[name], former, undo)
 
 
-def forget(view: ModelView) -> None:
+def forget(view: ModelView, undo: ExitStack) -> None:
     """Drop the kept values."""
     for module in view.names:
-        attributes_of(module).pop(_ATTRIBUTE, None)
+        attributes = attributes_of(module)
+        if _ATTRIBUTE in attributes:
+            undo.callback(attributes.__setitem__, _ATTRIBUTE, attributes.pop(_ATTRIBUTE))
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:

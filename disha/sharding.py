@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -145,18 +145,17 @@ def obstacle_to_write(parameter: Tensor, values: Tensor) -> str | None:
     return None
 
 
-def write(parameter: Tensor, values: Tensor) -> None:
-    """Copy values into a parameter in place. Each rank writes the part that it holds.
+def write(parameter: Tensor, values: Tensor, undo: ExitStack | None = None) -> None:
+    """Copy values into a parameter in place, and note the former ones in `undo`.
 
-    Args:
-        parameter: sharded or not.
-        values: of the parameter's shape. For a sharded parameter, either all values, the same on
-            all ranks, or values that are sharded like the parameter.
+    A sharded parameter takes all values, the same on all ranks, or values that are sharded like it.
     """
+    if undo is not None:
+        undo.callback(write, parameter, parameter.detach().clone())
     if is_sharded(parameter) and not is_sharded(values):
         part = tuple(slice(start, stop) for start, stop in _local_ranges(parameter))
         values = values[part]
-    local_part(parameter.detach()).copy_(local_part(values))
+    local_part(parameter.detach()).copy_(local_part(values.detach()))
 
 
 def _in_chunks(tensor: Any) -> bool:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from disha import freezing, running_statistics
 from disha.errors import AdapterStateError, ArgumentTypeError
 from disha.layers import AdaptedLayer, AdaptedWeight, Block, kept_packed, weight_shape
-from disha.model import ModelView, clean_key, join
-from disha.sharding import is_partitioned, local_part, obstacle_to_write
+from disha.model import ModelView, all_or_nothing, clean_key, join
+from disha.sharding import is_partitioned, local_part, obstacle_to_write, write
 from disha.text import first_few
-from disha.undo import Undo
 
 __all__ = [
     "LoadReport",
@@ -215,7 +214,7 @@ def load_adapter_state_dict(
         ('disha.default.bone_block',)
     """
     view = ModelView(model)
-    with Undo(view) as undo:
+    with all_or_nothing(view) as undo:
         with view.ranks().agreeing(f"load a state dict as adapter {adapter!r}"):
             if not isinstance(state, Mapping):
                 raise ArgumentTypeError(
@@ -240,7 +239,7 @@ def load_adapter_state_dict(
                     f"{report}"
                 )
         for key in report.matched:
-            undo.write(expected[key], found[key])
+            write(expected[key], found[key], undo)
         if strict:  # the state is complete, so the other statistics were the base's
             running_statistics.put_back(view, undo, given)
     return report

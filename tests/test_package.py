@@ -20,7 +20,7 @@ LAYERS = [
     {"config", "effective", "contexts"},
     {"layers"},
     {"model"},
-    {"candidates", "undo", "records"},
+    {"candidates", "records"},
     {"running_statistics"},
     {"plan", "control", "state", "summaries", "checkpointing"},
     {"inject"},

@@ -26,7 +26,6 @@ from disha.model import ModelView
 from disha.plan import check_addable
 from disha.state import finite_as
 from disha.text import counted, first_few, printable
-from disha.undo import Undo
 
 __all__ = ["Summand", "combine_adapters", "combine_contents"]
 
@@ -124,12 +123,11 @@ def combine_adapters(
         contents = contents if also_train else blocks_only(*contents)
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
     header, tensors = combine_contents(summands, r)
-    with Undo(view):
-        load_contents(view, "the sum", header, tensors, into, freeze=False, activate=False)
-        for _, layer in view.require(into):
-            blocks = layer.blocks
-            trains = any(blocks[name].block.requires_grad for name in weights if name in blocks)
-            blocks[into].block.requires_grad_(trains)
+    load_contents(view, "the sum", header, tensors, into, freeze=False, activate=False)
+    for _, layer in view.require(into):
+        blocks = layer.blocks
+        trains = any(blocks[name].block.requires_grad for name in weights if name in blocks)
+        blocks[into].block.requires_grad_(trains)
 
 
 def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Contents:

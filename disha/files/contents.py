@@ -41,13 +41,12 @@ from disha.files.tensors import TensorFile, opened
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
 from disha.layers import AdaptedWeight, Block, check_adapter_name
-from disha.model import ModelView, join
+from disha.model import ModelView, all_or_nothing, join
 from disha.plan import Plan, WeightRequest, plan_weights
 from disha.records import LayerRecord, records_of
 from disha.sharding import gathered, write
 from disha.state import LoadReport, adapter_tensors, check_fit, finite_as
 from disha.text import counted, first_few, printable
-from disha.undo import Undo
 
 __all__ = [
     "Contents",
@@ -356,7 +355,7 @@ def load_contents(
         freeze: freeze all parameters that belong to no adapter.
         activate: make the new adapter the only active one.
     """
-    with Undo(view, view.all_modules(adapter)) as undo:
+    with all_or_nothing(view) as undo:
         with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
             check_dtype(dtype)
@@ -371,22 +370,21 @@ def load_contents(
                 values = _fitting(view, incoming, adapter)
             else:
                 plan, values = _planned(view, incoming, adapter, dtype, freeze)
-                apply_plan(view, plan, activate=activate)
+                apply_plan(view, plan, undo, activate=activate)
             targets = running_statistics.statistics(view) | adapter_tensors(view, adapter)
         blocks = {incoming.keys[layer.key] for layer in header.layers}
         for key, value in values.items():
-            if taken or key not in blocks:
-                undo.write(targets[key], value)
-            else:  # a new block has no values to put back
-                with torch.no_grad():
-                    write(targets[key], value)
+            is_new = not taken and key in blocks
+            write(targets[key], value, None if is_new else undo)
         if taken and not partial:
             running_statistics.put_back(view, undo, values)
             for name, weight in view.require(adapter):
                 block = weight.block(adapter)
                 if join(name, block.parameter_name) not in values:
-                    undo.write(block.block, torch.zeros_like(block.block))
+                    write(block.block, torch.zeros_like(block.block), undo)
         for _, _, block, layer in incoming.loaded_into(view, adapter):
+            undo.callback(block.set_scale, block.scale)
+            undo.callback(block.reconfigure, block.config)
             block.reconfigure(incoming.header.config)
             block.set_scale(layer.scale)
         _warn_of_other_base(view, incoming, adapter)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -21,7 +22,6 @@ from disha.files.contents import adapter_contents, load_contents
 from disha.freezing import is_claimed
 from disha.integrations.transformers import refuse_adapted_head
 from disha.model import ModelView
-from disha.undo import Undo
 
 __all__ = ["DPOTrainer", "GRPOTrainer"]
 
@@ -65,7 +65,7 @@ class _Reference(nn.Module):
         return state
 
 
-def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any]) -> None:
+def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: ExitStack) -> None:
     """Make a model ready for training as the settings ask, or raise."""
     if not view.adapters:
         raise ArgumentError("the model has no adapter; call inject_adapters first")
@@ -90,10 +90,11 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any]) -> None:
             raise ArgumentError(f"{setting}=True {reason}")
     for _, weight in view.weights if getattr(args, "disable_dropout", True) else ():
         for block in weight.blocks.values():
+            undo.callback(setattr, block, "dropout", block.dropout)
             block.dropout = 0.0  # trl does this for the dropout of torch
 
 
-def _reference(view: ModelView, adapters: Names) -> _Reference:
+def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:
     """Return the reference with these adapters, or with copies of those that act now."""
     active = {name for _, layer in view.layers for name in layer.disha.active}
     names = [adapters] if isinstance(adapters, str) else adapters or ()
@@ -115,7 +116,13 @@ def _reference(view: ModelView, adapters: Names) -> _Reference:
                     "adapters of the reference yourself"
                 )
             names.append(copied)
-            load(header, tensors, copied)
+            if copied in view.adapters:
+                former, values = adapter_contents(view, copied)
+                undo.callback(load, former, {k: one.clone() for k, one in values.items()}, copied)
+                load(header, tensors, copied)
+            else:
+                load(header, tensors, copied)
+                undo.callback(disha.remove_adapters, view.model, copied)
     for name in names:
         if name in active:
             raise ArgumentError(
@@ -123,6 +130,7 @@ def _reference(view: ModelView, adapters: Names) -> _Reference:
                 "again under another name, with activate=False"
             )
         for block in disha.adapter_parameters(view.model, name):
+            undo.callback(block.requires_grad_, block.requires_grad)
             block.requires_grad_(False)
     return _Reference(view.model, names)
 
@@ -150,10 +158,11 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[misc]
         self, model: nn.Module, args: Any = None, *, reference: Names = None, **named: Any
     ) -> None:
         view = ModelView(model)
-        with Undo(view):
-            _make_ready(view, args, named)
-            reference_model = _reference(view, reference)
+        with ExitStack() as undo:
+            _make_ready(view, args, named, undo)
+            reference_model = _reference(view, reference, undo)
             super().__init__(model, reference_model, args, **named)
+            undo.pop_all()
 
 
 class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
@@ -173,10 +182,11 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         args = trl.GRPOConfig() if args is None else copy.copy(args)
         view, beta = ModelView(model), args.beta
-        with Undo(view):
-            _make_ready(view, args, named)
-            held = _reference(view, reference) if beta else None
+        with ExitStack() as undo:
+            _make_ready(view, args, named, undo)
+            held = _reference(view, reference, undo) if beta else None
             args.beta = 0.0  # with another value, trl would load a reference
             super().__init__(model, reward_funcs, args, **named)
+            undo.pop_all()
         args.beta = self.beta = beta
         self.ref_model = held

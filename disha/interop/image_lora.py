@@ -16,6 +16,7 @@ from torch import nn
 from disha.errors import ArgumentError, ArgumentTypeError, ConversionError
 from disha.files.atomic import PathLike, checked_path
 from disha.files.contents import adapter_contents, load_contents
+from disha.inject import remove_adapters
 from disha.interop.image_names import CLASSES, COMPONENTS, check_component, check_form
 from disha.interop.image_reading import form_of, read_components, read_file
 from disha.interop.image_writing import updates_of, write_file, write_updates
@@ -25,7 +26,6 @@ from disha.interop.peft_view import PeftView, refuse_to_write
 from disha.layers import original_class
 from disha.model import ModelView
 from disha.state import LoadReport
-from disha.undo import Undo
 
 __all__ = ["export", "form_of", "load", "read_file", "write_file"]
 
@@ -178,14 +178,14 @@ def load(
         )
     matched: list[str] = []
     with ExitStack() as undo:
-        for component in contents:
-            undo.enter_context(Undo(views[component]))
         for component, (header, tensors) in contents.items():
             view = views[component]
             report = load_contents(
                 view, target, header, tensors, adapter, dtype=dtype, freeze=freeze
             )
+            undo.callback(remove_adapters, given[component], adapter)
             matched += [f"{component}.{key}" for key in report.matched]
+        undo.pop_all()
     return LoadReport(tuple(matched))
 
 

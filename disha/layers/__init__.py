@@ -4,7 +4,7 @@ from disha.layers.adapted import AdaptedLayer, AdaptedWeight, refuse_merged
 from disha.layers.adapters import CHILD_NAME, Adapters, Merged, Original, check_adapter_name
 from disha.layers.bitsandbytes import is_library_forward, kept_packed, parameter_count
 from disha.layers.blocks import Block, Slot, block_name
-from disha.layers.classes import AdaptedLinear, adapt, refuse_changed_class, restore
+from disha.layers.classes import AdaptedLinear, adapt, readapt, refuse_changed_class, restore
 from disha.layers.encoder import guard_encoder, is_guarded, release_encoder
 from disha.layers.kinds import (
     FOREIGN_KINDS,
@@ -67,6 +67,7 @@ __all__ = [
     "parameter_count",
     "quantisation_of",
     "read_weight",
+    "readapt",
     "refuse_changed_class",
     "refuse_merged",
     "register_layer_kind",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -19,6 +19,7 @@ __all__ = [
     "AdaptedLinear",
     "adapt",
     "adapted_class",
+    "readapt",
     "refuse_changed_class",
     "restore",
 ]
@@ -182,13 +183,30 @@ def adapt(module: nn.Module, slots: Iterable[Slot]) -> None:
 
 def restore(layer: nn.Module) -> None:
     """Give a module its original class back, and remove its adapters."""
-    del layer._modules[CHILD_NAME]
+    if not isinstance(layer, AdaptedLayer):
+        return
+    layer._modules.pop(CHILD_NAME, None)
     opaque.remove_hook(layer)
-    _set_class(layer, type(layer).original_class)  # type: ignore[attr-defined]
+    _set_class(layer, type(layer).original_class)
     if isinstance(layer, nn.RNNBase):
         layer.__dict__["_flat_weights"] = [
             layer._parameters.get(name) for name in layer._flat_weights_names
         ]
+
+
+def readapt(
+    module: nn.Module,
+    cls: type[nn.Module],
+    adapters: Adapters,
+    blocks: Mapping[str, nn.Module | None],
+) -> None:
+    """Give a module back its adapted class, its adapters and their blocks."""
+    if CHILD_NAME not in module._modules and cls.is_opaque:  # type: ignore[attr-defined]
+        opaque.attach_hook(module)
+    _set_class(module, cls)
+    module._modules[CHILD_NAME] = adapters
+    adapters._modules.clear()
+    adapters._modules.update(blocks)
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
