@@ -19,11 +19,9 @@ from tqdm import tqdm
 from disha.tables import table
 from tests.fuzzing.crafting import RECIPES, craft
 from tests.fuzzing.faults import CODES
-from tests.fuzzing.interrupting import OPERATIONS, interrupt_by_name
 from tests.fuzzing.operations import JOBS, Trials
 from tests.fuzzing.saving import kill_saves, meet
 from tests.fuzzing.workers import Outcome, try_files
-from tests.processes import FORKED
 
 
 def main() -> int:
@@ -37,8 +35,6 @@ def main() -> int:
         failures += _meet_runs(arguments)
     if arguments.faults:
         failures += sum(map(_break, JOBS))
-    if arguments.interruptions != 0:
-        failures += _interrupt(arguments)
     # In a process of its own: one that has forked the others would count their memory too.
     templates = [sys.executable, "-m", "tests.finetune.text.hostile_templates"]
     failures += subprocess.run(templates, check=False).returncode
@@ -57,11 +53,6 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="let each operation on files fail, in everything that reads or writes them",
-    )
-    parser.add_argument(
-        "--interruptions",
-        type=int,
-        help="at how many points each operation on a model is interrupted; at all by default",
     )
     parser.add_argument("--seed", type=int, default=0, help="another makes other files")
     parser.add_argument("--first", type=int, default=0, help="number of the first file")
@@ -145,29 +136,6 @@ def _meet_runs(arguments: argparse.Namespace) -> int:
     for outcome, count in sorted(Counter(done.stdout.splitlines()).items()):
         print(f"{count} pairs of runs, {outcome}")
     return int(done.returncode != 0)
-
-
-def _interrupt(arguments: argparse.Namespace) -> int:
-    jobs = [
-        (name, kind, arguments.interruptions)
-        for name, operation in OPERATIONS.items()
-        for kind in operation.kinds
-    ]
-    rows, failures = [], 0
-    with FORKED.Pool(arguments.workers, maxtasksperchild=1) as pool:
-        found = pool.imap(interrupt_by_name, jobs)
-        bar = tqdm(found, total=len(jobs), desc="interrupted operations", unit="")
-        for (name, kind, _), outcome in zip(jobs, bar, strict=True):
-            failures += len(outcome.failures)
-            for failure in outcome.failures:
-                tqdm.write(f"{name}: {failure}")
-            after = outcome.tried - outcome.before - len(outcome.failures)
-            numbers = (outcome.points, outcome.tried, outcome.before, after, len(outcome.failures))
-            rows.append((name, kind, *(f"{number:,}" for number in numbers)))
-    print(
-        table(("operation", "before a", "points", "tried", "as before", "as after", "half"), rows)
-    )
-    return failures
 
 
 def _break(name: str) -> int:
