@@ -59,7 +59,7 @@ class AdapterConfig:
         rows: regex of names -> ranges (first, stop) of the outputs to adapt.
         dropout: probability of zeroing each input of the adapter in training.
         scale: factor on the update when the adapter is injected.
-        dtype: dtype of the blocks; None for that of the weight.
+        dtype: dtype of the blocks; None for float32, or float64 over a float64 weight.
         init: `"zeros"` (injection changes nothing) or `"kaiming"` (uniform, as in `nn.Linear`).
         also_train: a regex, or several, of parameters to train and save with the adapter.
 

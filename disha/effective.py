@@ -1099,8 +1099,7 @@ def _routed_rows(
         )
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         choices = routed.route.choices(list(alike), input.device)
-        blocks, scales = zip(*((one.matrix, one.scale) for one in alike.values()), strict=True)
-        delta = functional.routed_bone_delta(input, blocks, scales, choices)
+        delta = functional.routed_bone_delta(input, [one.matrix for one in alike.values()], choices)
         return output + delta.to(output.dtype)
     return _with_alike(output, input, routed.route, alike)
 
@@ -1125,10 +1124,7 @@ def _with_alike(
     if few or torch.is_grad_enabled() or not outputs.is_contiguous():
         runs, order = route.sorted_runs(size), route.order(size, input.device)
     each = [
-        (
-            (one.matrix, one.scale) if (one := alike.get(run.adapter or "")) else None,
-            run.stop - run.start,
-        )
+        (one.matrix if (one := alike.get(run.adapter or "")) else None, run.stop - run.start)
         for run in runs
     ]
     return with_bone_of_runs(outputs, rows, each, order).reshape(output.shape)

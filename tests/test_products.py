@@ -564,7 +564,8 @@ def test_routed_bone_blocks(each, r):
     blocks = [torch.randn(r, 6, dtype=torch.float64).requires_grad_() for _ in range(3)]
     scales, choices = [1.0, 0.5, torch.tensor(-2.0)], torch.tensor([2, 0, 3, 1, 2])
     x = torch.randn(5 * each, 2, 7, dtype=torch.float64).requires_grad_()
-    found = functional.routed_bone_delta(x, blocks, scales, choices)
+    scaled = [scale * block for scale, block in zip(scales, blocks, strict=True)]
+    found = functional.routed_bone_delta(x, scaled, choices)
     zeros = torch.zeros(6, 7, dtype=torch.float64)
     deltas = [reference.bone_delta_weight(block, 7, 6) for block in blocks]
     deltas = [scale * delta for scale, delta in zip(scales, deltas, strict=True)] + [zeros]
@@ -578,9 +579,9 @@ def test_routed_bone_blocks(each, r):
 
 
 def test_routed_bone_blocks_in_float16_whose_shard_sums_overflow():
-    blocks = [torch.full((4, 6), 2.0**-10, dtype=torch.float16)] * 2
+    blocks = [torch.full((4, 6), value, dtype=torch.float16) for value in (2.0**-10, 2.0**-11)]
     x = torch.full((2, 96), 4000.0, dtype=torch.float16)
-    found = functional.routed_bone_delta(x, blocks, [1.0, 0.5], torch.tensor([0, 1]))
+    found = functional.routed_bone_delta(x, blocks, torch.tensor([0, 1]))
     close(found, torch.tensor([[375.0], [187.5]]).half().expand(2, 6))
 
 

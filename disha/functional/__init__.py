@@ -56,6 +56,7 @@ from disha.functional.products import (
 from disha.functional.shards import (
     Scale,
     added,
+    merge_dtype,
     merged_weight,
     shard_count,
     shard_sum,
@@ -88,6 +89,7 @@ __all__ = [
     "effective_weight",
     "embedding_delta",
     "layout_of",
+    "merge_dtype",
     "merged_weight",
     "method_names",
     "method_of",

@@ -29,10 +29,9 @@ from disha.functional.shards import (
     merge_dtype,
     merged_weight,
     pad_to_multiple,
-    regained,
     scaled,
-    scaled_sums,
     shard_count,
+    shard_sums,
     without_autocast,
 )
 
@@ -242,9 +241,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> T
     if wide:
         return output
     r = block.shape[-1]
-    sums, regain = scaled_sums(x, r, x.dtype)
+    sums, regain = shard_sums(x, r)
     # D (out / r, r, r) as (out, r): row a r + i is row i of D_a
-    return output.addmm_(sums, block.reshape(-1, r)[: weight.shape[0]].T, alpha=float(regain))
+    return output.addmm_(sums, block.reshape(-1, r)[: weight.shape[0]].T, alpha=regain)
 
 
 def _block_gradient(gradient: Tensor, weight: Tensor, r: int) -> Tensor:
@@ -339,6 +338,6 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     rows = square_tiles(weight.contiguous(), r).reshape(matrices * count, r, in_features)
     output = torch.bmm(moved, rows.mT).view(*stack, count, tokens, r)
     output = output.transpose(-3, -2).reshape(*stack, tokens, count * r)
-    sums, regain = scaled_sums(x, r, x.dtype)
-    output = output + regained(sums @ block.reshape(*stack, count * r, r).mT, regain)
+    sums, regain = shard_sums(x, r)
+    output = output + scaled(sums @ block.reshape(*stack, count * r, r).mT, regain)
     return output[..., : weight.shape[-2]]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from disha.functional.shards import Scale, regained, scaled, scaled_sums, shard_count, tiled
+from disha.functional.shards import Scale, scaled, shard_count, shard_sums, tiled
 
 __all__ = [
     "bone_delta",
@@ -38,7 +38,7 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
         scale: runtime scale s, a number or a 0-dim tensor.
 
     Returns:
-        Tensor (..., out_features), in the block's dtype, or autocast's.
+        Tensor (..., out_features), in the dtype of x, or autocast's.
 
     Raises:
         ArgumentError: the block's second size does not divide out_features.
@@ -51,9 +51,8 @@ def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) 
         >>> bone_delta(torch.ones(1, 6), torch.ones(2, 3), out_features=3)
         tensor([[6., 6., 6.]])
     """
-    block = tiled(block, out_features)
-    sums, regain = scaled_sums(x, block.shape[-2], block.dtype, scale)
-    return regained(sums @ block, regain)
+    sums, regain = shard_sums(x, block.shape[-2])
+    return scaled(sums @ scaled(tiled(block, out_features), scale).to(x.dtype), regain)
 
 
 def bone_delta_weight(block: Tensor, in_features: int, out_features: int) -> Tensor:
@@ -176,19 +175,16 @@ def embedding_delta(
     return scaled(delta, scale)
 
 
-def routed_bone_delta(
-    x: Tensor, blocks: Sequence[Tensor], scales: Sequence[Scale], choices: Tensor
-) -> Tensor:
+def routed_bone_delta(x: Tensor, blocks: Sequence[Tensor], choices: Tensor) -> Tensor:
     """Return what Bone blocks add if each sample has its own block, computed in one product.
 
     Args:
         x: input (samples * n, ..., in): each sample covers n entries of the leading dimension.
-        blocks: D of each adapter, all (r, out), of one dtype.
-        scales: runtime scale of each.
+        blocks: s D of each adapter, all (r, out), of one dtype.
         choices: (samples,), the index of each sample's block, or len(blocks) for none.
 
     Returns:
-        Tensor (samples * n, ..., out), in the blocks' dtype.
+        Tensor (samples * n, ..., out), in the dtype of x, or autocast's.
 
     Source: arXiv 2409.15371, section 3.
 
@@ -196,15 +192,14 @@ def routed_bone_delta(
         >>> import torch
         >>> from disha.functional import routed_bone_delta
         >>> blocks = [torch.ones(1, 2), torch.full((1, 2), 2.0)]
-        >>> routed_bone_delta(torch.ones(3, 2), blocks, [1.0, 1.0], torch.tensor([1, 2, 0]))
+        >>> routed_bone_delta(torch.ones(3, 2), blocks, torch.tensor([1, 2, 0]))
         tensor([[4., 4.],
                 [0., 0.],
                 [2., 2.]])
     """
     samples, (r, out_features) = choices.shape[0], blocks[0].shape
-    rows = [scaled(block, scale) for block, scale in zip(blocks, scales, strict=True)]
-    table = torch.stack([*rows, torch.zeros_like(blocks[0])])
+    table = torch.stack([*blocks, torch.zeros_like(blocks[0])])
     each = x.shape[:-1].numel() // samples
-    sums, regain = scaled_sums(x, r, table.dtype)
-    product = sums.reshape(samples, each, r) @ table[choices]
-    return regained(product, regain).reshape(*x.shape[:-1], out_features)
+    sums, regain = shard_sums(x, r)
+    product = sums.reshape(samples, each, r) @ table.to(x.dtype)[choices]
+    return scaled(product, regain).reshape(*x.shape[:-1], out_features)

@@ -35,9 +35,9 @@ from disha.functional.shards import (
     added,
     merged_weight,
     pad_to_multiple,
-    regained,
     scaled,
-    scaled_sums,
+    shard_sum,
+    shard_sums,
     tiled,
     without_autocast,
 )
@@ -118,20 +118,18 @@ class Reduced(NamedTuple):
     """What updates add to a product if their method `reduces`: s S(x) R.
 
     Attributes:
-        matrix: R (..., r, out), with the stack's axes first; of a tile (..., r, r_out).
-        scale: runtime scale s.
+        matrix: s R (..., r, out), with the stack's axes first; of a tile (..., r, r_out).
         dropout: current probability of zeroing each input.
         chosen: indices of the matrices of a stack; None for all.
 
     Examples:
         >>> import torch
         >>> from disha.functional import Reduced
-        >>> Reduced(torch.zeros(2, 3), scale=0.5, dropout=0.0).chosen is None
+        >>> Reduced(torch.zeros(2, 3), dropout=0.0).chosen is None
         True
     """
 
     matrix: Tensor
-    scale: Scale
     dropout: float
     chosen: Tensor | None = None
 
@@ -244,9 +242,9 @@ def _reduced_product(
     multiply: Product, x: Tensor, layout: Layout, small: Reduced, out_features: int, groups: int
 ) -> Tensor:
     """Return s S(x) R: the product of the shard sums with a smaller weight of the same layout."""
-    matrix, scale, dropout, chosen = small
+    matrix, dropout, chosen = small
     if layout.pattern == "index out":
-        delta = embedding_delta(x, matrix, out_features, scale, layout.padding_idx)
+        delta = embedding_delta(x, matrix, out_features, padding_idx=layout.padding_idx)
         return _dropped_tokens(delta, dropout)
     x = F.dropout(x, dropout) if dropout else x
     # A linear tile is repeated after the product, so backward keeps nothing of the larger size.
@@ -255,7 +253,8 @@ def _reduced_product(
     dim = 1 - layout.weight(matrix.mT).dim() if layout.has_kernel else -1
     if groups > 1:
         x = torch.unflatten(x, dim, (groups, x.shape[dim] // groups))
-    sums, regain = scaled_sums(x, r, matrix.dtype, scale, dim)
+    sums, regain = shard_sums(x, r, dim)
+    matrix = matrix.to(x.dtype)
     if groups > 1:
         sums = torch.flatten(sums, dim - 1, dim)
 
@@ -266,7 +265,7 @@ def _reduced_product(
     plain = chosen is None or is_compiling() or transforms_active()
     # Backward gathers again, so it does not keep one matrix for each token.
     output = product(sums, matrix) if plain else checkpoint(product, sums, matrix, **KEEP_NOTHING)
-    output = regained(output, regain)
+    output = scaled(output, regain)
     return tiled(output, out_features) if multiply is F.linear else output
 
 
@@ -309,12 +308,12 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, out_features: int
         if update.rows:
             matrix = tiled(matrix, sum(stop - first for first, stop in update.rows))
             matrix = place_rows(matrix, update.rows, out_features, dim=-1)
-        one = Reduced(matrix, update.scale, update.dropout, update.chosen)
+        one = Reduced(scaled(matrix, update.scale), update.dropout, update.chosen)
         alone = one.dropout or one.chosen is not None
         key = (len(found),) if alone else (matrix.shape[-2], matrix.dtype)
         if key in found:
-            pair = [scaled(tiled(two.matrix, out_features), two.scale) for two in (found[key], one)]
-            one = Reduced(pair[0] + pair[1], 1.0, 0.0)
+            pair = [tiled(two.matrix, out_features) for two in (found[key], one)]
+            one = Reduced(pair[0] + pair[1], 0.0)
         found[key] = one
     return list(found.values())
 
@@ -436,28 +435,17 @@ def _linear_and_reduced(
     x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor, scale: Scale
 ) -> Tensor:
     """Return W x + b + s S(x) R for x (n, in)."""
-    (tokens, inputs), r, dtype = x.shape, matrix.shape[0], matrix.dtype
-    if (
-        x.dtype != dtype
-        or dtype == torch.float16
-        or inputs % r
-        or isinstance(scale, Tensor)
-        or any_autocast()
-    ):
-        sums, regain = scaled_sums(x, r, dtype, scale)
-        return _plus_product(F.linear(x, weight, bias), sums, matrix, regain)
+    (tokens, inputs), r = x.shape, matrix.shape[0]
+    if x.dtype == torch.float16 or isinstance(scale, Tensor) or any_autocast():
+        sums, factor = shard_sums(x, r)
+        return _plus_product(F.linear(x, weight, bias), sums, scaled(matrix, scale), factor)
+    if inputs % r:
+        return _plus_product(F.linear(x, weight, bias), shard_sum(x, r), matrix, scale)
     # W x and S(x) read the same view. So in backward, the gradient of S(x) is added to that of W x
     # as it is, and not repeated in memory first.
     shards = x.view(tokens, inputs // r, r)
     sums = shards.sum(1)
-    if scale != 1.0:
-        sums = sums * scale
-    output = F.linear(shards.view(tokens, inputs), weight, bias)
-    if transforms_active():
-        return _plus_product(output, sums, matrix, 1.0)
-    if matrix.shape[1] == output.shape[1]:
-        return output.addmm_(sums, matrix)
-    return output.add_(tiled(sums @ matrix, output.shape[1]))
+    return _plus_product(F.linear(shards.view(tokens, inputs), weight, bias), sums, matrix, scale)
 
 
 def _linear_in_general(
@@ -468,24 +456,24 @@ def _linear_in_general(
     # The updates are computed before W x. So in backward, W x creates the gradient of x, and the
     # updates add to it.
     sums = []
-    for matrix, scale, dropout, _ in small:
+    for matrix, dropout, _ in small:
         dropped = F.dropout(x, dropout) if dropout else x
-        sums.append((matrix, scaled_sums(dropped, matrix.shape[0], matrix.dtype, scale)))
+        sums.append((*shard_sums(dropped, matrix.shape[0]), matrix))
     deltas = [update_product(F.linear, x, weight, MATRIX, update) for update in others]
     output = _folded(x, weight, bias, folded) if folded else F.linear(x, weight, bias)
-    for matrix, (one, regain) in sums:
+    for one, regain, matrix in sums:
         output = _plus_product(output, one, matrix, regain)
     return reduce(added, deltas, output)
 
 
-def _plus_product(output: Tensor, sums: Tensor, matrix: Tensor, regain: Scale) -> Tensor:
-    """Return output + sums @ matrix * regain, in one operation where possible."""
-    one_dtype = output.dtype == sums.dtype == matrix.dtype
-    if not one_dtype or matrix.shape[1] != output.shape[1] or isinstance(regain, Tensor):
-        return added(output, tiled(regained(sums @ matrix, regain), output.shape[1]))
+def _plus_product(output: Tensor, sums: Tensor, matrix: Tensor, factor: float) -> Tensor:
+    """Return output + sums @ matrix * factor, in one operation where possible."""
+    matrix = matrix.to(sums.dtype)
+    if output.dtype != sums.dtype or matrix.shape[1] != output.shape[1]:
+        return added(output, tiled(scaled(sums @ matrix, factor), output.shape[1]))
     if is_compiling() or transforms_active():
-        return torch.addmm(output, sums, matrix, alpha=regain)
-    return output.addmm_(sums, matrix, alpha=regain)
+        return torch.addmm(output, sums, matrix, alpha=factor)
+    return output.addmm_(sums, matrix, alpha=factor)
 
 
 def _folded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
@@ -617,8 +605,8 @@ def adapted_grouped(
         if matrices is not weight:
             # The product requires one dtype and rows of a multiple of 16 bytes, so r is padded.
             step = 16 // x.element_size()
-            own = pad_to_multiple(own.to(x.dtype), step, dim=-1)
-            matrices = pad_to_multiple(matrices.to(x.dtype), step, dim=-1).contiguous()
+            own = pad_to_multiple(own, step, dim=-1)
+            matrices = pad_to_multiple(matrices, step, dim=-1).contiguous()
         return multiply(own, torch.transpose(matrices, -2, -1), offs=offsets)
 
     return adapted_product(grouped, x, weight, None, STACK, updates)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from disha.functional.products import Update, adapted_linear
-from disha.functional.shards import Scale, regained, scaled, scaled_sums
+from disha.functional.shards import scaled, shard_sums
 
 __all__ = ["linear_of_runs", "with_bone_of_runs"]
 
@@ -76,7 +76,7 @@ def linear_of_runs(
 def with_bone_of_runs(
     output: Tensor,
     x: Tensor,
-    runs: Sequence[tuple[tuple[Tensor, Scale] | None, int]],
+    runs: Sequence[tuple[Tensor | None, int]],
     order: Tensor | None = None,
 ) -> Tensor:
     """Return an output plus s S(x) R, with the R and s of each run.
@@ -85,24 +85,24 @@ def with_bone_of_runs(
         output: (n, rows, out). Without gradients, it is changed in place; it must be contiguous
             if there is no order.
         x: input (n, rows, in).
-        runs: R (r, out) of each run with its scale, or None, and its number of entries. All R have
-            one shape and dtype.
+        runs: s R (r, out) of each run, or None, and its number of entries. All have one shape and
+            dtype.
         order: indices along the leading dimension that sort its entries by run; None if they are
             sorted already, and no gradient is needed.
 
     Examples:
         >>> import torch
         >>> from disha.functional.routed import with_bone_of_runs
-        >>> runs = [((torch.ones(1, 2), 3.0), 1), (None, 1)]
+        >>> runs = [(torch.full((1, 2), 3.0), 1), (None, 1)]
         >>> with torch.no_grad():
         ...     with_bone_of_runs(torch.zeros(2, 1, 2), torch.ones(2, 1, 2), runs)[:, 0]
         tensor([[6., 6.],
                 [0., 0.]])
     """
-    first = next(own[0] for own, _ in runs if own is not None)
-    sums, regain = scaled_sums(x, first.shape[0], first.dtype)
+    first = next(own for own, _ in runs if own is not None)
+    sums, regain = shard_sums(x, first.shape[0])
     sizes = [size for _, size in runs]
-    matrices = [None if own is None else scaled(*own) for own, _ in runs]
+    matrices = [None if own is None else own.to(x.dtype) for own, _ in runs]
     if order is None:
         each = zip(matrices, torch.split(output, sizes), torch.split(sums, sizes), strict=True)
         for matrix, rows, own in each:
@@ -114,15 +114,15 @@ def with_bone_of_runs(
         own.new_zeros(*own.shape[:-1], first.shape[1]) if matrix is None else own @ matrix
         for own, matrix in zip(parts, matrices, strict=True)
     ]
-    delta = regained(torch.cat(deltas), regain).to(output.dtype)
+    delta = scaled(torch.cat(deltas), regain).to(output.dtype)
     if torch.is_grad_enabled():
         return output.index_add(0, order, delta)
     return output.index_add_(0, order, delta)
 
 
-def _add(rows: Tensor, sums: Tensor, matrix: Tensor, regain: Scale) -> None:
+def _add(rows: Tensor, sums: Tensor, matrix: Tensor, regain: float) -> None:
     """Add a product to rows of an output, in place."""
-    if rows.dtype == sums.dtype == matrix.dtype and not isinstance(regain, Tensor):
+    if rows.dtype == sums.dtype:
         rows.addmm_(sums, matrix, alpha=regain)
     else:
-        rows += regained(sums @ matrix, regain).to(rows.dtype)
+        rows += scaled(sums @ matrix, regain).to(rows.dtype)

@@ -9,7 +9,6 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling, is_exporting
 
 from disha.errors import ArgumentError
 
@@ -20,11 +19,10 @@ __all__ = [
     "merge_dtype",
     "merged_weight",
     "pad_to_multiple",
-    "regained",
     "scaled",
-    "scaled_sums",
     "shard_count",
     "shard_sum",
+    "shard_sums",
     "tiled",
     "weighted_sum",
     "without_autocast",
@@ -101,46 +99,19 @@ def scaled(x: Tensor, scale: Scale) -> Tensor:
     return x if not isinstance(scale, Tensor) and scale == 1.0 else x * scale
 
 
-def scaled_sums(
-    x: Tensor, r: int, dtype: torch.dtype, scale: Scale = 1.0, dim: int = -1
-) -> tuple[Tensor, Scale]:
-    """Return f S(x), and the factor s / f, which the product must be multiplied by (`regained`).
+def shard_sums(x: Tensor, r: int, dim: int = -1) -> tuple[Tensor, float]:
+    """Return S(x) / f in the dtype of x, and f, by which a product with it is multiplied.
 
-    A float16 sum of n shards, or s times it, can overflow where the layer's output does not. So in
-    float16, f = c min(1, |s|) with the sign of s, where c is the largest power of two that is at
-    most 1 / n, which changes no digit of the sums. In other dtypes, f is s.
-
-    Args:
-        x: input (..., in), or (..., in, *positions) with another `dim`.
-        r: shard size.
-        dtype: dtype of the sums, and of the product unless autocast sets another.
-        scale: runtime scale s.
-        dim: the dimension to cut, counted from the end.
+    A float16 sum of n shards can overflow where the layer's output does not. So if the product is
+    in float16, f is the smallest power of two that is at least n, which changes no digit of the
+    sums. Otherwise, f is 1.
     """
-    casts = dtype != torch.float64 and autocasts(x.device)
-    product_dtype = torch.get_autocast_dtype(x.device.type) if casts else dtype
+    casts = x.dtype != torch.float64 and autocasts(x.device)
+    product_dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
     if product_dtype != torch.float16:
-        if isinstance(scale, Tensor) and is_compiling() and not is_exporting():
-            # One loop multiplies and sums. After a sum, it would be a loop of its own on a CPU.
-            wide = x.to(torch.promote_types(x.dtype, dtype))
-            return shard_sum(wide * scale, r, dtype, dim), 1.0
-        sums = shard_sum(x, r, dtype, dim)
-        return sums if not isinstance(scale, Tensor) and scale == 1.0 else sums * scale, 1.0
-    c = float(2.0 ** -(shard_count(x.shape[dim], r) - 1).bit_length())
-    size = scale.abs().clamp(min=1.0) if isinstance(scale, Tensor) else max(1.0, abs(scale))
-    return (shard_sum(x, r, torch.float32, dim) * (scale / size * c)).to(dtype), size / c
-
-
-def regained(product: Tensor, factor: Scale) -> Tensor:
-    """Return the product of `scaled_sums` with a block, multiplied by their factor.
-
-    Args:
-        product: the product.
-        factor: the factor. As a tensor, it may be too large for float16.
-    """
-    if isinstance(factor, Tensor):
-        return (product.float() * factor).to(product.dtype)
-    return scaled(product, factor)
+        return shard_sum(x, r, dim=dim), 1.0
+    f = float(2 ** (shard_count(x.shape[dim], r) - 1).bit_length())
+    return (shard_sum(x, r, torch.float32, dim) / f).to(x.dtype), f
 
 
 def tiled(block: Tensor, out_features: int) -> Tensor:

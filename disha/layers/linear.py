@@ -76,7 +76,7 @@ class _LinearWithAdapter(AdaptedLinear):
             adapter: the adapter's name.
             dropout: probability of zeroing each of the adapter's inputs in training.
             scale: runtime scale s.
-            block_dtype: dtype of the block; the weight's by default.
+            block_dtype: dtype of the block; float32 by default, or float64 over a float64 weight.
             init: `"zeros"` or `"kaiming"`.
             freeze: whether W and b stop requiring gradients.
 
@@ -163,7 +163,7 @@ class BoneLinear(_LinearWithAdapter):
         adapter: the adapter's name.
         dropout: probability of zeroing each of the adapter's inputs in training.
         scale: runtime scale s.
-        block_dtype: dtype of the block; the weight's by default.
+        block_dtype: dtype of the block; float32 by default, or float64 over a float64 weight.
         init: `"zeros"` or `"kaiming"`.
         freeze: whether W and b stop requiring gradients.
 
@@ -209,7 +209,7 @@ class BatLinear(_LinearWithAdapter):
             second product of full size, because the adapter's input then differs from the
             layer's.
         scale: runtime scale s.
-        block_dtype: dtype of the block; the weight's by default.
+        block_dtype: dtype of the block; float32 by default, or float64 over a float64 weight.
         init: `"zeros"` or `"kaiming"`.
         freeze: whether W and b stop requiring gradients.
 

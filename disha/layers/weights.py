@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from disha.config import AdapterConfig
-from disha.functional import method_of
+from disha.functional import merge_dtype, method_of
 from disha.layers import opaque
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Block, Slot
-from disha.layers.opaque import DENSE_DTYPES
 from disha.sharding import split_of
 
 __all__ = [
@@ -93,8 +92,8 @@ def make_block(
         slot: the weight.
         config: the adapter's configuration.
         r: shard size.
-        dtype: dtype of the block; by default the configuration's, or else the weight's, or float32
-            for a quantised weight.
+        dtype: dtype of the block; by default the configuration's, or else float32, or float64 for a
+            float64 weight.
     """
     shape = method_of(config.method).block_shape(
         slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
@@ -105,8 +104,7 @@ def make_block(
     else:
         weight = read_weight(module, slot.parameter)
         split = split_of(weight)
-        device, own = device_of_weight(module, weight), weight.dtype
-        own = own if own in DENSE_DTYPES else torch.float32
+        device, own = device_of_weight(module, weight), merge_dtype(weight.dtype)
     dtype = dtype or config.dtype or own
     return Block(shape, slot=slot, config=config, r=r, device=device, dtype=dtype, split=split)
 
