@@ -43,7 +43,8 @@ def load_base(
 
     Args:
         name: a folder, a GGUF file, or a name in the cache of Hugging Face.
-        bits: how weights are stored: `bf16`, `fp32`, or quantised to `8` or `4` bits.
+        bits: how weights are stored: `bf16`, `fp32`, or quantised to `8` or `4` bits; `auto` for
+            the dtype in the files.
         device: where the weights go; None leaves it to `transformers`.
 
     Raises:
@@ -96,7 +97,9 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
-def _dtype(bits: str, device: torch.device | None) -> torch.dtype:
+def _dtype(bits: str, device: torch.device | None) -> torch.dtype | str:
+    if bits == "auto":
+        return bits
     if bits in ("8", "4"):
         # Accelerators multiply bfloat16 faster than float32; few processors do.
         return torch.float32 if (device or best_device()).type == "cpu" else torch.bfloat16

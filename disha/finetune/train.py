@@ -1,0 +1,300 @@
+"""One run of `disha finetune`, from the words of a command line to the saved and proven adapter."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import re
+import shlex
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTTrainer
+
+import disha
+from disha.errors import AdapterFileWarning, ArgumentError
+from disha.files import ADAPTER_NAME
+from disha.finetune.arguments import AdapterArguments, DataArguments, TrainingArguments, parsed
+from disha.finetune.base import BASE_KEY, base_note, load_base, noted_base
+from disha.finetune.data import formed, load_rows, masks_answers, mixed
+from disha.finetune.demo import HELD_OUT, docstring_pairs
+from disha.finetune.merging import merge_base, require_mergeable
+from disha.finetune.report import MERGED, RESULTS, Outcome, prove, write_report
+from disha.integrations.transformers import AdapterCheckpoints
+
+__all__ = ["PROMPT_KEY", "run"]
+
+PROMPT_KEY = "prompt"
+"""The key of the note that says how the adapter was asked: by the chat template, or by a text."""
+
+CHECKED_ROWS = 64
+"""How many training rows stand for held-out rows where none are given."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command, and return its exit code.
+
+    Raises:
+        DishaError: the input can't be used, or the saved file is not the trained adapter.
+    """
+    adapter, data, training = parsed(argv)
+    base, bits = _base_of(adapter)
+    if adapter.merge:
+        require_mergeable(base)
+    if training.dry_run:
+        with tempfile.TemporaryDirectory() as nowhere:
+            training.output_dir = nowhere
+            _preview(_trainer(base, bits, adapter, data, training))
+        return 0
+    folder = Path(training.output_dir)
+    _require_free(folder, training)
+    trainer = _trainer(base, bits, adapter, data, training)
+    with _saying_how_to_go_on(argv, folder):
+        outcome = _trained(trainer, base, bits, folder)
+    del trainer
+    gc.collect()  # the base is loaded anew, and may fill the memory
+    proof = prove(base, bits, folder / ADAPTER_NAME, outcome)
+    if training.process_index == 0:
+        if adapter.merge:
+            merge_base(base, folder / ADAPTER_NAME, folder / MERGED)
+        write_report(folder, vars(adapter) | vars(data), outcome, proof)
+    proof.require_same()
+    return 0
+
+
+def _base_of(adapter: AdapterArguments) -> tuple[str, str]:
+    """Return the base and its bits: those of the flags, or those that the adapter file notes."""
+    if adapter.base is not None:
+        return adapter.base, adapter.bits
+    noted = None if adapter.adapter is None else noted_base(Path(adapter.adapter))
+    if noted is None:
+        raise ArgumentError("which model? name it with --base, or try --demo")
+    return noted
+
+
+# --- the output folder ---------------------------------------------------------------------------
+
+
+def _require_free(folder: Path, training: TrainingArguments) -> None:
+    if training.resume or training.overwrite_output_dir:
+        return
+    left = [path.name for path in _earlier_results(folder)]
+    if left:
+        raise ArgumentError(
+            f"--output_dir {folder} holds {left[0]} of an earlier run; go on with --resume, or "
+            "start over with --overwrite_output_dir"
+        )
+
+
+def _earlier_results(folder: Path) -> list[Path]:
+    names = [ADAPTER_NAME, MERGED, *RESULTS]
+    return [path for name in [*names, "*checkpoint-*"] for path in sorted(folder.glob(name))]
+
+
+def _clear(folder: Path) -> None:
+    for path in _earlier_results(folder):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def _saying_how_to_go_on(argv: Sequence[str], folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if _last_checkpoint(folder):
+            words = [word for word in argv if word != "--resume"]
+            print(f"\nto go on: {shlex.join(['disha', 'finetune', *words, '--resume'])}")
+        raise
+
+
+# --- model, adapter and rows ---------------------------------------------------------------------
+
+
+def _trainer(
+    base: str,
+    bits: str,
+    adapter: AdapterArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+) -> _Trainer:
+    """Return a trainer for a base with the adapter, and for the rows."""
+    sets, held_out = _read(data, training)
+    quantised = bits in ("8", "4")
+    model, tokenizer = load_base(base, bits, training.device if quantised else None)
+    if training.chat_template_path and Path(training.chat_template_path).is_file():
+        tokenizer.chat_template = Path(training.chat_template_path).read_text(encoding="utf-8")
+    rows = mixed(
+        [formed(one, data.dataset_field, tokenizer) for one in sets],
+        data.data_weights,
+        training.seed,
+    )
+    if held_out is not None:
+        held_out = formed(held_out, data.dataset_field, tokenizer)
+    elif data.eval_fraction:
+        parts = rows.train_test_split(test_size=data.eval_fraction, seed=training.seed)
+        rows, held_out = parts["train"], parts["test"]
+    if "messages" in rows.column_names and masks_answers(tokenizer):
+        training.assistant_only_loss = True
+    _adapt(model, adapter)
+    patience = training.early_stopping_patience
+    return _Trainer(
+        model,
+        training,
+        train_dataset=rows,
+        eval_dataset=held_out or rows.select(range(min(CHECKED_ROWS, len(rows)))),
+        processing_class=tokenizer,
+        callbacks=[
+            AdapterCheckpoints(model),
+            *([EarlyStoppingCallback(patience)] if patience else []),
+        ],
+        is_held_out=held_out is not None,
+    )
+
+
+def _read(data: DataArguments, training: TrainingArguments) -> tuple[list[Dataset], Dataset | None]:
+    """Return the data sets to train on, and the rows to measure on if they are apart."""
+    if training.demo and not data.data:
+        rows = Dataset.from_list([pair._asdict() for pair in docstring_pairs()])
+        return [rows.select(range(HELD_OUT, len(rows)))], rows.select(range(HELD_OUT))
+    if not data.data:
+        raise ArgumentError("which rows? name a file or a data set with --data")
+    splits = data.dataset_split * (len(data.data) if len(data.dataset_split) == 1 else 1)
+    if len(splits) != len(data.data):
+        raise ArgumentError("give one --dataset_split for all data, or one for each")
+    sets = [load_rows(one, split) for one, split in zip(data.data, splits, strict=True)]
+    if data.eval_data is None and data.eval_split is None:
+        return sets, None
+    return sets, load_rows(data.eval_data or data.data[0], data.eval_split or "train")
+
+
+def _adapt(model: PreTrainedModel, adapter: AdapterArguments) -> None:
+    """Add the adapter: a new one, or that of a file."""
+    if adapter.adapter is None:
+        settings, head = adapter.settings(), model.get_output_embeddings()
+        # trl computes the loss from the head's weight, so that an adapter on it would not train.
+        names = [name for name, module in model.named_modules() if module is head]
+        settings["exclude"] += [f"^{re.escape(name)}$" for name in names]
+        disha.inject_adapters(model, **settings)
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", AdapterFileWarning)
+            disha.load_adapter(model, adapter.adapter)
+    except AdapterFileWarning as warning:
+        raise ArgumentError(str(warning)) from warning
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    """Draws rows of similar length in an order that depends on seed and epoch alone.
+
+    So a resumed run, and one of several processes, sees the batches of one uninterrupted process.
+    """
+
+    def __init__(self, *given: Any, is_held_out: bool, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.is_held_out = is_held_out
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        return _ByLength(batch * self.args.world_size, lengths, self.args.seed)
+
+
+class _ByLength(LengthGroupedSampler):
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+def _trained(trainer: _Trainer, base: str, bits: str, folder: Path) -> Outcome:
+    """Train, save the adapter, and return what is left to prove and to report."""
+    training = trainer.args
+    print(str(disha.summary(trainer.model)).splitlines()[-1])
+    resumed_from = _checkpoint(training, folder)
+    training.eval_on_start = resumed_from is None
+    if resumed_from is None and training.process_index == 0:
+        _clear(folder)
+    trainer.train(resume_from_checkpoint=resumed_from)
+    row = trainer.train_dataset[0]
+    is_chat = "messages" in row or isinstance(row.get("prompt"), list)
+    path = folder / ADAPTER_NAME
+    notes = {BASE_KEY: base_note(base, bits, path), PROMPT_KEY: "chat" if is_chat else "text"}
+    disha.save_adapter(trainer.model, path, metadata=notes)
+    return Outcome(
+        training=training,
+        tokenizer=trainer.processing_class,
+        rows=len(trainer.train_dataset),
+        checked=trainer.eval_dataset,
+        is_held_out=trainer.is_held_out,
+        state=trainer.state,
+        loss=trainer.evaluate()["eval_loss"],
+        summary=disha.summary(trainer.model),
+        resumed_from=resumed_from,
+    )
+
+
+def _checkpoint(training: TrainingArguments, folder: Path) -> str | None:
+    """Return the checkpoint to go on from, if one is asked for and there is one."""
+    if training.resume_from_checkpoint:
+        return str(training.resume_from_checkpoint)
+    found = _last_checkpoint(folder) if training.resume else None
+    if training.resume and found is None:
+        print(f"there is no complete checkpoint in {folder}; starting at the beginning")
+    return found
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+
+
+# --- the dry run ---------------------------------------------------------------------------------
+
+
+def _preview(trainer: _Trainer) -> None:
+    """Print the plan, one example with [[ ]] around what is learned, and the number of steps."""
+    print(disha.summary(trainer.model))
+    row = trainer.train_dataset[0]
+    print(f"\none of {len(trainer.train_dataset)} rows; [[ ]] marks what is learned:")
+    print(_marked(row["input_ids"], row["labels"], trainer.processing_class))
+    print(f"\n{_steps(trainer)} steps")
+
+
+def _marked(ids: list[int], labels: list[int], tokenizer: Any) -> str:
+    text = ""
+    pairs = zip(ids, labels, strict=True)
+    for learned, run in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
+        part = tokenizer.decode([token for token, _ in run])
+        text += f"[[{part}]]" if learned else part
+    return text
+
+
+def _steps(trainer: _Trainer) -> int:
+    training = trainer.args
+    if training.max_steps > 0:
+        return training.max_steps  # type: ignore[no-any-return]
+    batches = len(trainer.get_train_dataloader())
+    in_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    return math.ceil(float(training.num_train_epochs) * in_epoch)
