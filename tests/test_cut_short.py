@@ -9,6 +9,8 @@ import itertools
 
 import pytest
 import torch
+from disha.finetune.errors import CheckpointError
+from disha.finetune.models.folder import FolderCheckpoint
 from safetensors.torch import save_file
 
 import disha
@@ -18,8 +20,6 @@ from disha.files.combining import Summand, combine_contents
 from disha.files.contents import read_contents
 from disha.files.differences import tensor_differences
 from disha.files.statistics import statistics_of
-from disha.finetune.errors import CheckpointError
-from disha.finetune.models.folder import FolderCheckpoint
 from disha.interop.checkpoints import merge_into_checkpoint, open_checkpoint, verify_against
 from tests.adapter_files import base, trained
 from tests.finetune import tiny_checkpoints

@@ -16,12 +16,12 @@ import gguf
 import pytest
 import torch
 import transformers
+from disha.finetune.models.decoder import Decoder, DecoderConfig
 from torch import nn
 
 import disha
 from disha import ConversionError
 from disha.files.contents import adapter_contents, read_contents
-from disha.finetune.models.decoder import Decoder, DecoderConfig
 from disha.functional import bat_delta_weight
 from disha.interop import lora
 from disha.interop.gguf import ARCHITECTURES, LAYER_PARTS

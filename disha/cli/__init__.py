@@ -1,7 +1,4 @@
-"""The command line `disha COMMAND`. Each command is a module of this package, with its name.
-
-`dispatcher` imports the module of a command only to run it, so that every command starts fast.
-"""
+"""The command line `disha COMMAND`. The module of a command is imported only to run it."""
 
 from disha.cli.dispatcher import COMMANDS, main
 

@@ -1,104 +1,102 @@
-"""``disha evaluate``: measure a model on rows, with and without an adapter."""
+"""``disha evaluate``: how well a model predicts rows, with and without an adapter."""
 
 from __future__ import annotations
 
+import math
+import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from disha.cli.noted import parsed_with_base
-from disha.cli.output import show, with_progress
-from disha.finetune.settings import EvaluateSettings
+import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from disha.cli.dispatcher import Parser
+from disha.cli.models import Asker, add_model_flags, opened
+from disha.cli.output import show
+from disha.errors import ArgumentError
+from disha.finetune.data import formed, load_rows, masks_answers
 from disha.tables import table
-from disha.text import counted
 
-if TYPE_CHECKING:
-    from disha.finetune.evaluating import Measured
-    from disha.finetune.scales import AtScale
+__all__ = ["main"]
 
-__all__ = ["run"]
-
-DESCRIPTION = """Measure a model on rows: loss, perplexity, answers that are exactly right.
+USAGE = """Measure a model on rows: loss, perplexity, and answers that are exactly right.
 
 examples:
-  disha evaluate --adapter out/adapter.safetensors --data held_out.jsonl --compare
-  disha evaluate --base model.gguf --data test.jsonl --exact_match
-  disha evaluate --adapter out/adapter.safetensors --data held_out.jsonl \\
-      --scales 0,0.25,0.5,0.75,1 --retain other.jsonl --plot scales.png"""
+  disha evaluate --adapter output/adapter.safetensors --data held_out.jsonl --compare
+  disha evaluate --base model.gguf --data test.jsonl --exact_match"""
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Measure, with the given command-line arguments."""
-    settings, suiting = parsed_with_base(EvaluateSettings, "evaluate", arguments, DESCRIPTION)
-    settings.check()
-    from disha.finetune.evaluating import evaluate  # takes seconds to import
-    from disha.finetune.scales import best_scale
-    from disha.finetune.training.machine import FEWER_BITS, explaining_lack_of_memory
+def main(words: Sequence[str]) -> None:
+    """Measure a model."""
+    parser = Parser("evaluate", USAGE)
+    add_model_flags(parser)
+    parser.add_argument("--data", "--data_path", required=True, help="as for disha finetune")
+    parser.add_argument("--dataset_split", default="train", help="such as train[:1000]")
+    parser.add_argument("--dataset_field", nargs="+", default=[], help="question and answer")
+    parser.add_argument("--max_length", "--max_seq_length", type=int, default=512, help="of a row")
+    parser.add_argument("--per_device_eval_batch_size", type=int, default=8, help="rows of a batch")
+    parser.add_argument("--exact_match", action="store_true", help="generate answers, and compare")
+    flags = parser.parsed(words)
+    read = load_rows(flags.data, flags.dataset_split)
+    asker = opened(flags)
+    rows = formed(read, flags.dataset_field, asker.tokenizer)
+    if flags.exact_match and "completion" not in rows.column_names:
+        raise ArgumentError("--exact_match needs rows with a question and an answer")
+    measured = {}
+    if flags.adapter is None or flags.compare:
+        measured["base"] = _measured(asker, rows, flags)
+    if flags.adapter is not None:
+        asker.load(flags)
+        measured["adapter"] = _measured(asker, rows, flags)
+    names = next(iter(measured.values()))
+    cells = [(name, *(f"{one:.5g}" for one in found.values())) for name, found in measured.items()]
+    text = f"{table(('', *names), cells)}\n{len(rows):,} rows"
+    show(flags.json, text, {**measured, "rows": len(rows)})
 
-    remedy = f"lower --per_device_eval_batch_size or --max_seq_length, or {FEWER_BITS}"
-    with suiting, explaining_lack_of_memory(remedy):
-        found = evaluate(settings, with_progress)
-    tally = found.tally
-    measured = [("model", found.model)]
-    if found.base is not None:
-        measured = [("base model", found.base), ("with the adapter", found.model)]
-    rows = [
-        (
-            name,
-            f"{one.loss:.4f}",
-            f"{one.perplexity:.4g}",
-            "-" if one.exact is None else f"{one.exact} of {tally.used}",
+
+def _measured(asker: Asker, rows: Dataset, flags: Namespace) -> dict[str, float]:
+    """Return the mean loss of a token to predict (nats), its exponential, and more if asked."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in _batches(asker, rows, flags):
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(asker.model(**batch).loss) * count
+            tokens += count
+    loss = total / max(tokens, 1)
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": tokens}
+    return found | ({"exact": _exact(asker, rows, flags)} if flags.exact_match else {})
+
+
+def _batches(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
+    """Return the rows as batches, with the labels that `trl` trains on."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = SFTConfig(
+            folder,
+            max_length=flags.max_length,
+            per_device_eval_batch_size=flags.per_device_eval_batch_size,
+            assistant_only_loss="messages" in rows.column_names and masks_answers(asker.tokenizer),
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=asker.model.device.type == "cpu",
+            report_to=[],
         )
-        for name, one in measured
-    ]
-    tokens = counted(found.model.tokens, "token")
-    counts = f"{counted(tally.used, 'row')}, {tokens} to predict{tally.remarks}"
-    best = best_scale(found.scales) if found.scales else None
-    parts = [
-        table(("", "loss", "perplexity", "exact"), rows),
-        *_by_scale(found.scales, best),
-        counts,
-    ]
-    show(
-        settings.json,
-        "\n".join(parts),
-        {
-            "model": _fields(found.model),
-            "base": found.base and _fields(found.base),
-            "scales": [asdict(one) for one in found.scales],
-            "best_scale": best and best.scale,
-            "rows": tally.used,
-            "cut": tally.cut,
-            "dropped": tally.dropped,
-            "bad": tally.bad,
-        },
-    )
-    if settings.plot is not None:
-        from disha.finetune.report import plot_scales, write_figure
-
-        write_figure(settings.plot, plot_scales(found.scales))
-
-
-def _by_scale(found: Sequence[AtScale], best: AtScale | None) -> list[str]:
-    """Return the losses at each scale as a table, and the best scale; nothing without scales."""
-    if best is None:
-        return []
-    rows = [
-        (
-            f"{one.scale:g}",
-            *(f"{loss:.4f}" for loss in (one.loss, one.retained) if loss is not None),
+        trainer = SFTTrainer(
+            asker.model, settings, train_dataset=rows, processing_class=asker.tokenizer
         )
-        for one in found
-    ]
-    header = ("scale", "loss", "loss on --retain")[: len(rows[0])]
-    what = "loss" if best.retained is None else "sum of both losses"
-    return [table(header, rows), f"best scale: {best.scale:g}, with the lowest {what}"]
+    asker.model.train(False)
+    return trainer.get_eval_dataloader(trainer.train_dataset)
 
 
-def _fields(found: Measured) -> dict[str, Any]:
-    return {
-        "loss": found.loss,
-        "perplexity": found.perplexity,
-        "tokens": found.tokens,
-        "exact": found.exact,
-    }
+def _exact(asker: Asker, rows: Dataset, flags: Namespace) -> int:
+    """Return how many answers equal the row's, apart from white space around them."""
+    exact = 0
+    for batch in rows.iter(flags.per_device_eval_batch_size):
+        answers = asker.answers(
+            batch["prompt"], max_new_tokens=flags.max_new_tokens, do_sample=False
+        )
+        for answer, given in zip(answers, batch["completion"], strict=True):
+            text = given if isinstance(given, str) else given[-1]["content"]
+            exact += answer == text.strip()
+    return exact

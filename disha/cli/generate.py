@@ -1,149 +1,149 @@
-"""``disha generate``: answer prompts with a model, with or without an adapter."""
+"""``disha generate``: answers to prompts, or a conversation."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import closing, suppress
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from disha.cli.noted import parsed_with_base
-from disha.cli.output import printable_on, show
-from disha.finetune.errors import DataError
-from disha.finetune.settings import GenerateSettings
-from disha.text import counted
+from transformers import TextStreamer, set_seed
 
-if TYPE_CHECKING:
-    from disha.finetune.answering import Answerer
-    from disha.finetune.conversation import Conversation
+from disha.cli.dispatcher import Parser
+from disha.cli.models import Asker, add_model_flags, opened
+from disha.cli.output import fit, show
+from disha.errors import ArgumentError
 
-__all__ = ["run"]
+__all__ = ["main"]
 
-DESCRIPTION = """Answer prompts with a model, with or without an adapter.
+USAGE = """Answer prompts with a model, with or without an adapter. Without --prompt, the prompts
+are the lines of standard input. On a terminal, a conversation starts instead.
 
 examples:
-  disha generate --adapter out/adapter.safetensors --prompt 'What is a shard?'
-  disha generate --adapter out/adapter.safetensors  # a conversation, on a terminal
-  disha generate --base model.gguf --adapter out/adapter.safetensors \\
-      --prompt_file prompts.txt --compare"""
+  disha generate --adapter output/adapter.safetensors --prompt 'What is a shard?'
+  disha generate --adapter output/adapter.safetensors  # a conversation, on a terminal
+  disha generate --base model.gguf --adapter output/adapter.safetensors --compare < prompts.txt"""
 
 
-COMMANDS = """/base   the base model's answer to the last question; the conversation does not change
-/reset  forget all turns
-/help   show this
-/quit   end, as does Ctrl-D"""
+def main(words: Sequence[str]) -> None:
+    """Answer prompts."""
+    parser = Parser("generate", USAGE)
+    add_model_flags(parser)
+    parser.add_argument("--prompt", nargs="+", help="the texts to answer")
+    parser.add_argument("--temperature", type=float, help="sample; higher is more random")
+    parser.add_argument("--top_k", type=int, help="sample from so many most likely tokens")
+    parser.add_argument("--top_p", type=float, help="sample from the tokens of this probability")
+    parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible")
+    flags = parser.parsed(words)
+    prompts: list[str] | None = flags.prompt or _lines()
+    if prompts is None and (flags.compare or flags.json):
+        raise ArgumentError("--compare and --json are not for a conversation; give --prompt")
+    asker = opened(flags)
+    sampling = {name: getattr(flags, name) for name in ("temperature", "top_k", "top_p")}
+    sampling = {name: value for name, value in sampling.items() if value}
+    options = {"max_new_tokens": flags.max_new_tokens, "do_sample": bool(sampling), **sampling}
+    set_seed(flags.seed)
+    bases = [asker.answers([one], **options)[0] for one in prompts or () if flags.compare]
+    if flags.adapter is not None:
+        asker.load(flags)
+    if prompts is None:
+        _converse(Conversation(asker, options))
+    elif flags.compare or flags.json:
+        answers = [asker.answers([one], **options)[0] for one in prompts]
+        _show_all(flags.json, {"prompt": prompts, "base_answer": bases, "answer": answers})
+    else:
+        _stream_all(prompts, asker, options)
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Generate, with the given command-line arguments."""
-    settings, suiting = parsed_with_base(GenerateSettings, "generate", arguments, DESCRIPTION)
-    settings.check()
-    # These take seconds to import. The help and errors about flags do not need them.
-    from disha.finetune.answering import open_answerer, prompts_of
-    from disha.finetune.conversation import Conversation
-    from disha.finetune.training.machine import FEWER_BITS, explaining_lack_of_memory
-
-    prompts = [] if settings.converses else prompts_of(settings)
-    with explaining_lack_of_memory(f"shorten the prompt, or {FEWER_BITS}"):
-        with suiting:
-            answerer = open_answerer(settings)
-        if settings.converses:
-            has_base = bool(settings.adapter and not settings.merge)
-            _converse(Conversation(answerer), has_base=has_base)
-        elif settings.json:
-            answers = [_fields(answerer, prompt, settings.compare) for prompt in prompts]
-            show(True, "", {"answers": answers})
-        else:
-            _answer_all(answerer, prompts, settings.compare)
+def _lines() -> list[str] | None:
+    """Return the lines of standard input; None on a terminal."""
+    if sys.stdin.isatty():
+        return None
+    lines = [line.strip() for line in sys.stdin if line.strip()]
+    if not lines:
+        raise ArgumentError("there is no prompt; give --prompt 'a text'")
+    return lines
 
 
-def _answer_all(answerer: Answerer, prompts: Sequence[str], compare: bool) -> None:
-    """Print the answer to each prompt, and above it the prompt, if there are several."""
-    for number, prompt in enumerate(prompts):
+def _stream_all(prompts: Sequence[str], asker: Asker, options: Mapping[str, Any]) -> None:
+    """Print each answer as it comes, and above it the prompt if there are several."""
+    for prompt in prompts:
         if len(prompts) > 1:
-            print(f"{'' if number == 0 else chr(10)}> {_fit(prompt)}")
-        if compare:
-            _print_side_by_side(answerer.base_answer(prompt), answerer.answer(prompt))
-        else:
-            _print_as_it_comes(answerer.answer(prompt))
+            print(f"> {fit(prompt)}")
+        asker.answers([prompt], streamer=Printer(asker), **options)
 
 
-def _converse(conversation: Conversation, *, has_base: bool) -> None:
-    """Read questions and commands from the terminal until the end."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  lets `input` edit lines and repeat earlier ones
-    print("Ctrl-C stops an answer; /help shows the commands.")
+def _show_all(as_json: bool, columns: Mapping[str, Sequence[str]]) -> None:
+    filled = {name: column for name, column in columns.items() if column}
+    rows = [dict(zip(filled, row, strict=True)) for row in zip(*filled.values(), strict=True)]
+    texts = ["\n".join(f"{name}: {text}" for name, text in row.items()) for row in rows]
+    show(as_json, "\n\n".join(texts), {"answers": rows})
+
+
+class Printer(TextStreamer):
+    """Prints an answer as it comes, with everything escaped that a terminal can't show."""
+
+    def __init__(self, asker: Asker) -> None:
+        super().__init__(asker.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece."""
+        print(fit(text), end="\n" if stream_end else "", flush=True)
+
+
+class Conversation:
+    """Turns of questions and answers. What the model has read stays in its cache.
+
+    Args:
+        asker: the model.
+        options: the arguments of `model.generate`.
+    """
+
+    def __init__(self, asker: Asker, options: Mapping[str, Any]) -> None:
+        self.asker, self.options = asker, options
+        self.turns: list[dict[str, str]] = []
+        self._cache: Any = None
+        self._read: list[int] = []
+
+    def ask(self, question: str) -> None:
+        """Print the answer to a question as it comes, and remember both."""
+        turns = [*self.turns, {"role": "user", "content": question}]
+        inputs = self.asker.encoded([turns])
+        while self._is_too_long(inputs) and len(turns) > 2:
+            turns = turns[2:]  # forget the oldest question and answer
+            inputs = self.asker.encoded([turns])
+        ids = inputs["input_ids"][0].tolist()
+        is_known = ids[: len(self._read)] == self._read
+        known = {"past_key_values": self._cache} if self._cache and is_known else {}
+        self._cache, self._read = None, []  # an answer that is stopped leaves half a cache
+        model: Any = self.asker.model
+        found = model.generate(
+            **inputs,
+            **known,
+            **self.options,
+            streamer=Printer(self.asker),
+            return_dict_in_generate=True,
+        )
+        whole = found.sequences[0].tolist()
+        self._cache, self._read = found.past_key_values, whole[:-1]
+        answer = str(self.asker.tokenizer.decode(whole[len(ids) :], skip_special_tokens=True))
+        self.turns = [*turns, {"role": "assistant", "content": answer}]
+
+    def _is_too_long(self, inputs: Any) -> bool:
+        limit = getattr(self.asker.model.config, "max_position_embeddings", None)
+        length = inputs["input_ids"].shape[1] + self.options["max_new_tokens"]
+        return limit is not None and length > limit
+
+
+def _converse(conversation: Conversation) -> None:
+    """Read questions from the terminal until the end."""
+    print("Ctrl-C stops an answer, and its question is forgotten. Ctrl-D ends.")
     while True:
         try:
             line = input("> ").strip()
         except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n/quit or Ctrl-D ends the conversation")
-            continue
-        except UnicodeDecodeError:
-            line = "\udcff"  # not valid text, so it is refused as a question
-        if line == "/quit":
-            return
+            return print()
         try:
-            _respond(conversation, line, has_base)
+            if line:
+                conversation.ask(line)
         except KeyboardInterrupt:
             print("\n(stopped)")
-        except DataError as error:
-            print(f"disha: {_fit(str(error))}", file=sys.stderr)
-
-
-def _respond(conversation: Conversation, line: str, has_base: bool) -> None:
-    if line == "/reset":
-        conversation.reset()
-        print("(all turns are forgotten)")
-    elif line == "/base" and not has_base:
-        print("(there is no base model to compare with: no --adapter is given, or it is merged)")
-    elif line == "/base":
-        with closing(conversation.base_answer()) as pieces:
-            _print_as_it_comes(pieces)
-    elif line.startswith("/"):
-        print("" if line == "/help" else f"({_fit(line)} is no command)\n", end="")
-        print(COMMANDS)
-    elif line:
-        with closing(conversation.ask(line)) as pieces:
-            first = next(pieces, "")
-            if conversation.forgotten:
-                turns = counted(conversation.forgotten, "turn")
-                print(f"(the model's context is full; forgotten: the oldest {turns})")
-            _print_as_it_comes(chain([first], pieces))
-
-
-def _fields(answerer: Answerer, prompt: str, compare: bool) -> dict[str, Any]:
-    answers = {"prompt": prompt, "answer": "".join(answerer.answer(prompt))}
-    if compare:
-        answers["base_answer"] = "".join(answerer.base_answer(prompt))
-    return answers
-
-
-def _print_as_it_comes(pieces: Iterable[str]) -> None:
-    for piece in pieces:
-        sys.stdout.write(_fit(piece))
-        sys.stdout.flush()
-    print()
-
-
-def _print_side_by_side(base: Iterable[str], adapted: Iterable[str]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, expand=True, show_edge=False, pad_edge=False)
-    table.add_column("base model", ratio=1)
-    table.add_column("with the adapter", ratio=1)
-    texts = (_fit("".join(pieces)).strip() for pieces in (base, adapted))
-    # "fold" breaks a word that is wider than its column. The default cuts it off.
-    table.add_row(*(Text(text, overflow="fold") for text in texts))
-    Console(file=sys.stdout).print(table)
-
-
-def _fit(text: str) -> str:
-    return printable_on(sys.stdout, text.replace("\t", "    "))

@@ -1,104 +1,69 @@
-"""``disha merge``: a base checkpoint with an adapter in its weights."""
+"""``disha merge``: a base model with an adapter in its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from disha.cli.flags import Flags, parsed
-from disha.cli.noted import base_of
-from disha.cli.output import advancing, require_free, show
+from disha.cli.dispatcher import Parser
+from disha.cli.output import require_free
 from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError
-from disha.finetune.merging import merge_into_base
-from disha.finetune.models.hub_cache import located
+from disha.interop.checkpoints import merge_into_checkpoint
 
-__all__ = ["run"]
+__all__ = ["main"]
 
-DESCRIPTION = """Write a copy of a base checkpoint with an adapter merged into its weights.
-
-W becomes W + s * dW, computed in float32 and rounded once. Only one tensor is in memory at a time.
-The result loads wherever the base loads.
+USAGE = """Write a copy of a base with an adapter merged: W becomes W + s * dW, rounded once.
+A base on disk is copied tensor by tensor; one that is only a name is loaded with transformers.
 
 examples:
   disha merge path/to/model adapter.safetensors path/to/merged-model
-  disha merge out/adapter.safetensors path/to/merged-model
-  disha merge model.safetensors adapter.safetensors merged.safetensors
-  disha merge path/to/model adapter.safetensors path/to/half --scale 0.5 --dtype bfloat16"""
+  disha merge output/adapter.safetensors path/to/merged-model
+  disha merge model.safetensors adapter.safetensors merged.safetensors"""
+
+PATHS = """[BASE] ADAPTER OUT. BASE is a safetensors file, a folder or a name; by default the one
+that the adapter file notes. OUT is a folder, or a file if it ends with .safetensors"""
 
 
-@dataclass(frozen=True)
-class MergeFlags(Flags):
-    """The arguments of `disha merge`.
-
-    Args:
-        paths: Three paths: BASE, ADAPTER and OUT. BASE is a checkpoint: a safetensors file, a
-            folder as Hugging Face libraries write it, or the name of a model in their local cache.
-            It can be left out if the adapter file notes its base, as disha finetune does. ADAPTER
-            is the adapter file. OUT is the folder to write, or one file if it ends with
-            .safetensors.
-        no_also_train: Ignore the parameters that were saved with the blocks, and keep those of the
-            base.
-        scale: The scale s of all layers, instead of the adapter's own.
-        dtype: Number format of all floating-point tensors. With own, each keeps its format.
-        force: Merge even if the adapter was saved from other base weights, or if embeddings or
-            output heads may be tied.
-        overwrite: Replace an existing checkpoint, with everything in its folder.
-    """
-
-    paths: tuple[Path, ...]
-    no_also_train: bool = False
-    scale: float | None = None
-    dtype: Literal["own", "float16", "bfloat16", "float32", "float64"] = "own"
-    force: bool = False
-    overwrite: bool = False
-
-
-def run(arguments: Sequence[str]) -> None:
-    """Merge an adapter into a checkpoint, with the given command-line arguments."""
-    flags = parsed(MergeFlags, "merge", arguments, DESCRIPTION)
-    base, adapter, out = _paths(flags.paths)
+def main(words: Sequence[str]) -> None:
+    """Merge an adapter into a base."""
+    parser = Parser("merge", USAGE)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=PATHS)
+    parser.add_argument("--scale", type=float, help="s of all layers, instead of the adapter's own")
+    parser.add_argument("--dtype", choices=BLOCK_DTYPES, help="of all weights; as they are")
+    parser.add_argument("--no_also_train", action="store_true", help="merge the blocks alone")
+    parser.add_argument("--force", action="store_true", help="also into another or a tied base")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    flags = parser.parsed(words)
+    if not 2 <= len(flags.paths) <= 3:
+        raise ArgumentError("disha merge takes [BASE] ADAPTER OUT; see disha merge --help")
+    adapter, out = map(Path, flags.paths[-2:])
     require_free(out, flags.overwrite)
-    with advancing("merging") as progress:
-        merged = merge_into_base(
-            located(base),
-            adapter,
-            out,
-            also_train=not flags.no_also_train,
-            scale=flags.scale,
-            dtype=BLOCK_DTYPES.get(flags.dtype),
-            force=flags.force,
-            overwrite=flags.overwrite,
-            progress=progress,
-        )
-    show(
-        flags.json,
-        str(merged),
-        {
-            "path": str(merged.path),
-            "layers": list(merged.layers),
-            "replaced": list(merged.replaced),
-            "files": list(merged.files),
-            "left_out": list(merged.left_out),
-            "bytes": merged.nbytes,
-        },
+    base = flags.paths[0] if len(flags.paths) == 3 else _noted(adapter)
+    if not Path(base).exists():
+        _merge_with_transformers(base, adapter, out)
+        return
+    merged = merge_into_checkpoint(
+        base,
+        adapter,
+        out,
+        also_train=not flags.no_also_train,
+        scale=flags.scale,
+        dtype=BLOCK_DTYPES.get(flags.dtype),
+        force=flags.force,
+        overwrite=flags.overwrite,
     )
+    print(merged)
 
 
-def _paths(paths: tuple[Path, ...]) -> tuple[Path, Path, Path]:
-    """Return the base, the adapter, and where to write."""
-    if not 2 <= len(paths) <= 3:
-        raise ArgumentError(
-            f"disha merge takes [BASE] ADAPTER OUT, got {len(paths)} paths; see disha merge --help"
-        )
-    if len(paths) == 3:
-        return paths
-    adapter, out = paths
-    noted = base_of(adapter)
-    if noted is None:
-        raise ArgumentError(
-            f"{adapter} does not note its base; give it first: disha merge BASE {adapter} {out}"
-        )
-    return noted.base_model, adapter, out
+def _merge_with_transformers(base: str, adapter: Path, out: Path) -> None:
+    from disha.finetune.merging import merge_base
+
+    merge_base(base, adapter, out)
+    print(f"{out}: {adapter} merged into {base}")
+
+
+def _noted(adapter: Path) -> str:
+    from disha.cli.models import noted  # transformers takes seconds to import
+
+    return noted(adapter)[0]

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from torch import nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import disha
 from disha.cli import main
-from tests.cli.model_files import ADAPTER_FLAGS, write_files
+from disha.finetune.base import base_note, load_base
 from tests.conftest import perturb
 
 
@@ -113,16 +115,46 @@ def files(tmp_path) -> Folder:
     return Folder(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory) -> Path:
-    """A folder with `model`, `train.jsonl`, `held_out.jsonl`, and the adapter trained on them.
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPECIAL = ["</s>", "<user>", "<assistant>"]
 
-    Not to be changed.
-    """
-    folder = tmp_path_factory.mktemp("models")
-    write_files(folder)
-    model, data = folder / "model", folder / "train.jsonl"
-    flags = ("--base_model_name_or_path", model, "--data_path", data, "--output_dir", folder)
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main([*("finetune", *map(str, flags)), *ADAPTER_FLAGS]) == 0
+
+def write_language_model(folder: Path) -> None:
+    """Write a tiny model of random weights that answers in small letters, and its tokenizer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {one: number for number, one in enumerate([*SPECIAL, *alphabet])}
+    bytes_only = Tokenizer(BPE(vocabulary, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, eos_token="</s>", additional_special_tokens=SPECIAL[1:]
+    )
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), num_attention_heads=2, initializer_range=0.5, **sizes
+    )
+    model = LlamaForCausalLM(config)
+    others = [number for one, number in vocabulary.items() if one not in ascii_lowercase]
+    model.generation_config = GenerationConfig(suppress_tokens=others, pad_token_id=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory) -> Path:
+    """A folder with `model`, and an adapter that notes it. Not to be changed."""
+    folder = tmp_path_factory.mktemp("language_model")
+    write_language_model(folder / "model")
+    model, _ = load_base(str(folder / "model"))
+    disha.inject_adapters(model, "all-linear", r=4, exclude="lm_head")
+    perturb(model)
+    path = folder / "adapter.safetensors"
+    disha.save_adapter(
+        model, path, metadata={"base": base_note(str(folder / "model"), "fp32", path)}
+    )
     return folder

@@ -44,11 +44,9 @@ def test_to_peft_and_back(run, files, injected):
     a, folder, back = files.adapter(**injected), files.path / "peft", files.path / "back"
     done = run("convert", a, folder, "--to", "peft")
     assert (done.code, done.err) == (0, "")
-    assert done.out == f"{a} (disha) -> {folder} (peft): 2 layers, exact\n"
+    assert done.out == f"{a} -> {folder} (peft): 2 layers\n"
     assert equal(deltas(folder, peft.load), deltas(a))
-    done = run("convert", folder, back, "--to", "disha", "--base", files.base(), "--json")
-    assert done.code == 0
-    assert (done.json["from"], done.json["to"], done.json["error"]) == ("peft", "disha", 0.0)
+    assert run("convert", folder, back, "--to", "disha", "--base", files.base()).code == 0
     assert equal(deltas(back), deltas(a))
 
 
@@ -56,29 +54,18 @@ def test_bat_leaves_its_dropout_behind_for_peft_when_asked(run, files):
     a, folder = files.adapter(method="bat", dropout=0.1), files.path / "peft"
     refused = run("convert", a, folder, "--to", "peft")
     assert (refused.code, folder.exists()) == (2, False)
-    assert "set --dropout to 0.0" in refused.complaint
+    assert "dropout" in refused.complaint
     assert run("convert", a, folder, "--to", "peft", "--dropout", 0.0).code == 0
     assert equal(deltas(folder, peft.load), deltas(a))
 
 
 def test_to_lora_and_back(run, files):
     a, folder, back = files.adapter(), files.path / "lora", files.path / "back"
-    done = run("convert", a, folder, "--to", "lora", "--json")
-    assert done.json == {
-        "source": str(a),
-        "from": "disha",
-        "path": str(folder),
-        "to": "lora",
-        "layers": [
-            {"name": name, "method": "bone", "r": 4, "rank": 4, "error": 0.0} for name in (Q, DOWN)
-        ],
-        "error": 0.0,
-        "notes": [],
-    }
+    assert run("convert", a, folder, "--to", "lora").code == 0
     assert "exact" in run("convert", a, files.path / "again", "--to", "lora").out
     assert contents(files.path / "again") == contents(folder)
     done = run("convert", folder, back, "--to", "disha")
-    assert done.out == f"{folder} (lora) -> {back} (disha): 2 layers, exact\n"
+    assert done.out == f"{folder} -> {back} (disha): 2 layers\n"
     assert equal(deltas(back), deltas(a))
 
 
@@ -111,7 +98,6 @@ def test_buffers_in_a_lora_stay_behind_if_asked(run, files):
     done = run("convert", folder, out, "--to", "disha")
     assert done.code == 2
     assert "num_batches_tracked" in done.complaint
-    assert "pass --no-also-train" in done.complaint
     assert not out.exists()
     assert run("convert", folder, out, "--to", "disha", "--no-also-train").code == 0
     assert list(read_contents(out)[1]) == ["1.bone_block"]
@@ -127,18 +113,17 @@ def test_from_peft_to_lora(run, files):
 def test_bat_is_cut_and_the_error_told(run, files):
     a, base, out = files.adapter(method="bat"), files.base(), files.path / "lora"
     given = ("convert", a, out, "--to", "lora", "--base", base, "--rank", 3)
-    found = run(*given, "--json").json
+    rows = {line.split()[0]: line.split() for line in run(*given).out.splitlines()}
     tensors = peft_tensors(out)
     for name, delta in deltas(a).items():
         product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
         lost = float((delta - product).norm() / delta.norm())
-        one = next(layer for layer in found["layers"] if layer["name"] == name)
-        assert one["error"] == pytest.approx(lost, rel=1e-4)
-        assert (one["method"], one["r"], one["rank"]) == ("bat", 4, 3)
-    assert 0.01 < found["error"] < 1
+        assert rows[name][1:4] == ["bat", "4", "3"]
+        assert 0.01 < lost < 1
+        assert float(rows[name][4]) == pytest.approx(lost, rel=1e-2)
     limited = run(*given, "--max-error", 0.01, "--overwrite")
     assert limited.code == 2
-    assert "--max-error 0.01" in limited.complaint
+    assert "0.01" in limited.complaint
 
 
 def peft_tensors(folder):
@@ -175,43 +160,37 @@ def test_to_gguf_as_the_library_writes_it(run, files, method):
         base=lambda name: weight,
     )
     assert out.read_bytes() == expected.read_bytes()
-    again = files.path / "again"
-    if method == "bone":
-        assert run("convert", a, again, "--to", "gguf", "--heads", 2, "--kv-heads", 1).code == 0
-        assert again.read_bytes() == out.read_bytes()
 
 
 @pytest.mark.parametrize("told", [{}, {"num_key_value_heads": None}], ids=str)
 def test_without_a_number_of_kv_heads_there_are_as_many_as_heads(run, files, told):
     a = files.adapter(target_regex="q_proj")
     base = files.base(config={"model_type": "llama", "num_attention_heads": 2, **told})
+    same = files.base("same", config={**HEADS, "num_key_value_heads": 2})
     one, other = files.path / "one.gguf", files.path / "other.gguf"
     assert run("convert", a, one, "--to", "gguf", "--base", base).code == 0
-    assert run("convert", a, other, "--to", "gguf", "--heads", 2, "--kv-heads", 2).code == 0
+    assert run("convert", a, other, "--to", "gguf", "--base", same).code == 0
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_the_architecture_is_the_bases_unless_given(run, files):
-    a, out = files.adapter(target_regex="q_proj"), files.path / "a.gguf"
+def test_an_architecture_that_llama_cpp_has_not_is_refused(run, files):
     base = files.base(config={**HEADS, "model_type": "gpt2"})
-    given = ("convert", a, out, "--to", "gguf", "--base", base)
-    assert "model type 'gpt2'" in run(*given).complaint
-    assert "--architecture" in run(*given).complaint
-    assert run(*given, "--arch", "llama").code == 0
-    listed = files.base("other", config={**HEADS, "model_type": ["llama"]})
-    assert run("convert", a, out, "--to", "gguf", "--base", listed, "--overwrite").code == 2
+    a, out = files.adapter(target_regex="q_proj"), files.path / "a.gguf"
+    done = run("convert", a, out, "--to", "gguf", "--base", base)
+    assert done.code == 2
+    assert "gpt2" in done.complaint
 
 
 def test_gguf_without_heads_asks_for_them(run, files):
     done = run("convert", files.adapter(), files.path / "a.gguf", "--to", "gguf")
     assert done.code == 2
-    assert "give --heads and --kv-heads" in done.complaint
+    assert "heads" in done.complaint
 
 
 def test_without_the_package_gguf_its_install_line_is_given(run, files, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     a, out = files.adapter(), files.path / "out"
-    done = run("convert", a, out, "--to", "gguf", "--heads", 2, "--kv-heads", 1)
+    done = run("convert", a, out, "--to", "gguf", "--base", files.base(config=HEADS))
     assert done.code == 2
     assert 'pip install "disha-torch[gguf]"' in done.complaint
     assert run("convert", a, out, "--to", "lora").code == 0
@@ -257,16 +236,14 @@ def test_a_tied_parameter_that_peft_saves_alone_is_refused(run, files, form):
     save_file({k: v.detach().clone() for k, v in state.items()}, files.path / "model.safetensors")
     given = ("convert", folder, out, "--to", "disha", "--base", files.path / "model.safetensors")
     for config, code in (
-        ({"model_type": "llama", "vocab_size": 12}, 2),
-        ({"text_config": {"vocab_size": 12}, "tie_word_embeddings": True}, 2),
-        ({"model_type": "llama", "vocab_size": 12, "tie_word_embeddings": False}, 0),
-        ({"model_type": "llama", "vocab_size": 99}, 0),
-        ({}, 0),
+        ({"tie_word_embeddings": True}, 2),
+        ({}, 2),
+        ({"tie_word_embeddings": False}, 0),
     ):
         (files.path / "config.json").write_text(json.dumps(config))
         done = run(*given, "--overwrite")
         assert done.code == code, done.err
-        assert ("may be tied" in done.err) == (code == 2)
+        assert ("may have untied" in done.err) == (code == 2)
         assert run(*given, "--overwrite", "--no-also-train").code == 0
 
 
@@ -282,22 +259,10 @@ def test_a_saved_matrix_of_a_lora_needs_the_base(run, files):
     assert run("convert", folder, out, "--to", "disha", "--no-also-train").code == 0
 
 
-def test_servers_are_told_the_rank(run, files):
-    base = nn.ModuleDict({"q": nn.Linear(48, 48), "norm": nn.LayerNorm(48)})
-    a, out = files.path / "a", files.path / "lora"
-    disha.save_adapter(disha.inject_adapters(base, "q", 20, also_train="norm"), a)
-    given = ("convert", a, out, "--to", "lora", "--overwrite")
-    done = run(*given)
-    assert "rank 20: start vLLM with --max-lora-rank 32\n" in done.out
-    assert "vLLM and SGLang refuse a LoRA with parameters" in done.out
-    done = run(*given, "--pad-rank", "--no-also-train", "--json").json
-    assert done["layers"][0]["rank"] == 32
-    assert done["notes"] == [
-        "rank 32: start vLLM with --max-lora-rank 32",
-        "the ranks are padded with zeros",
-    ]
-    assert json.loads((out / "adapter_config.json").read_text())["r"] == 32
-    assert run(*given[:-1], "--overwrite", "--no-also-train").out.count("vLLM") == 1
+def test_ranks_are_padded_if_asked(run, files):
+    a, out = files.adapter(), files.path / "lora"
+    assert run("convert", a, out, "--to", "lora", "--pad-rank").code == 0
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
 
 
 def test_what_is_there_stays_unless_told(run, files):
@@ -324,10 +289,8 @@ def folder_of(files, content):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "without adapter_config.json"),
-        ("[", "JSON"),
-        (json.dumps({"peft_type": "LOHA"}), "peft_type 'LOHA'; allowed are MISS, BONE, LORA"),
-        (json.dumps({"peft_type": ["MISS"]}), "peft_type"),
+        (None, "has neither adapter.safetensors nor adapter_config.json"),
+        (json.dumps({"peft_type": "LOHA"}), "is of peft_type 'LOHA', not MISS, BONE, LORA"),
         (json.dumps({"peft_type": "LORA"}), "adapter_model.safetensors"),
     ],
 )
@@ -348,14 +311,9 @@ def test_a_folder_that_is_no_adapter(run, files, content, says):
         ("peft", ("--to", "disha"), "give --base"),
         ("peft", ("--to", "disha", "--base", "absent"), "absent"),
         ("peft", ("--to", "disha", "--base", "a"), "no matrix"),
-        ("gguf", ("--to", "disha"), "is GGUF, which can be written but not read"),
         ("bat", ("--to", "lora"), "--rank"),
         ("bat", ("--to", "lora", "--rank", "2"), "--base"),
         ("a", ("--to", "lora", "--rank", "0"), "rank must be at least 1"),
-        ("a", ("--to", "peft", "--rank", "2"), "--rank has no effect with --to peft"),
-        ("a", ("--to", "lora", "--kv-heads", "2"), "--kv-heads has no effect with --to lora"),
-        ("a", ("--to", "peft", "--pad-rank"), "--pad-rank has no effect with --to peft"),
-        ("a", ("--to", "lora", "--dropout", "0"), "--dropout has no effect with --to lora"),
     ],
 )
 def test_bad_input(run, files, monkeypatch, source, flags, says):
@@ -364,7 +322,6 @@ def test_bad_input(run, files, monkeypatch, source, flags, says):
     files.adapter("a")
     files.adapter("bat", method="bat")
     run("convert", "a", "peft", "--to", "peft")
-    (files.path / "gguf").write_bytes(b"GGUF\3\0\0\0")
     before = files.names()
     done = run("convert", source, "out", *flags)
     assert done.code == 2

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import io
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import disha
-from disha.cli import output
-from tests.cli.conftest import DOWN, Q, model
+from disha.finetune.base import load_base
+from tests.cli.conftest import model
 
 
 def merged(path, scale=None, dtype=torch.float32):
@@ -46,32 +43,36 @@ def test_a_file_with_another_scale_and_dtype(run, files):
     assert same(load_file(out), merged(adapter, 0.5, torch.bfloat16))
 
 
-def test_json_keys_stay(run, files):
-    base, out = files.base(config={}), files.path / "out"
-    adapter = files.adapter(also_train="norm.weight")
-    assert run("merge", base, adapter, out, "--json").json == {
-        "path": str(out),
-        "layers": [Q, DOWN],
-        "replaced": ["norm.weight"],
-        "files": ["config.json", "model.safetensors"],
-        "left_out": [],
-        "bytes": 4 * (8 * 16 + 12 * 16 + 24),
-    }
-
-
 def test_further_parameters_are_left_alone_if_asked(run, files):
     base, adapter, out = files.base(), files.path / "a.safetensors", files.path / "out"
     trained = disha.inject_adapters(model(), target_regex="q_proj", r=4, also_train="norm.weight")
     with torch.no_grad():
         trained.norm.weight.mul_(3)
     disha.save_adapter(trained, adapter)
-    norms = []
-    for flags in ((), ("--no-also-train",)):
-        done = run("merge", base, adapter, out, "--overwrite", "--json", *flags)
-        norms.append((done.json["replaced"], load_file(out / "model.safetensors")["norm.weight"]))
-    assert [replaced for replaced, _ in norms] == [["norm.weight"], []]
-    assert torch.equal(norms[0][1], 3 * model().norm.weight)
-    assert torch.equal(norms[1][1], model().norm.weight)
+    for flags, expected in (
+        ((), 3 * model().norm.weight),
+        (("--no-also-train",), model().norm.weight),
+    ):
+        assert run("merge", base, adapter, out, "--overwrite", *flags).code == 0
+        assert torch.equal(load_file(out / "model.safetensors")["norm.weight"], expected)
+
+
+def test_the_base_that_the_file_notes_is_found(run, language_model, tmp_path):
+    adapter, out = language_model / "adapter.safetensors", tmp_path / "merged"
+    done = run("merge", adapter, out)
+    assert done.code == 0
+    assert "as" in done.err
+    found, _ = load_base(str(out))
+    expected, _ = load_base(str(language_model / "model"))
+    disha.load_adapter(expected, adapter)
+    disha.merge_adapters(expected, unload=True)
+    assert same(found.state_dict(), expected.state_dict())
+
+
+def test_a_file_without_a_note_needs_a_base(run, files):
+    done = run("merge", files.adapter(), files.path / "out")
+    assert done.code == 2
+    assert "does not note its base" in done.complaint
 
 
 def test_another_base_is_refused_unless_forced(run, files):
@@ -79,7 +80,7 @@ def test_another_base_is_refused_unless_forced(run, files):
     before = files.names()
     done = run("merge", base, adapter, out)
     assert done.code == 2
-    assert "merge with --force" in done.complaint
+    assert "merge with `force`" in done.complaint
     assert files.names() == before
     assert run("merge", base, adapter, out, "--force").code == 0
 
@@ -120,33 +121,3 @@ def test_wrong_usage(run, flags):
     done = run("merge", "base", "a", "out", *flags)
     assert done.code == 2
     assert flags[1] in done.complaint
-
-
-# --- progress ------------------------------------------------------------------------------------
-
-
-class Screen(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_shown_on_a_terminal_only(files, monkeypatch, terminal):
-    screen = Screen() if terminal else io.StringIO()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setitem(output._BAR, "delay", 0)
-    base, adapter, out = files.base(), files.adapter(), files.path / "out"
-    assert disha.cli.main(["merge", str(base), str(adapter), str(out)]) == 0
-    assert disha.cli.main(["inspect", str(adapter), "--stats"]) == 0
-    shown = screen.getvalue()
-    assert ("merging" in shown) == ("reading tensors" in shown) == terminal
-    assert shown == "" or terminal
-
-
-def test_nothing_is_shown_before_its_time(files, monkeypatch):
-    assert output._BAR["delay"] == 1
-    screen = Screen()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setitem(output._BAR, "delay", 3600)
-    assert disha.cli.main(["inspect", str(files.adapter()), "--stats"]) == 0
-    assert screen.getvalue() == ""

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import disha
-from disha.cli import convert, finetune
 from disha.finetune.answering import prompts_of
 from disha.finetune.data.dataset import open_rows
 from disha.finetune.models.checkpoint import open_model
@@ -15,6 +13,9 @@ from disha.finetune.models.gguf import GGUFCheckpoint
 from disha.finetune.settings import GenerateSettings
 from disha.finetune.text.from_folder import open_tokenizer
 from disha.finetune.text.from_gguf import tokenizer_from_gguf
+
+import disha
+from disha.cli import convert, finetune
 from tests.fuzzing.limits import Usage, limit_process, limited_to
 
 __all__ = ["DOORS", "MEMORY", "refusal"]

@@ -18,6 +18,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from disha.finetune.training.checkpoints import Checkpoints
+from disha.finetune.training.loop import Progress, make_optimizer, training_steps
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import nn
@@ -25,8 +27,6 @@ from torch import nn
 import disha
 from disha.cli import main
 from disha.finetune.report import write_figure, write_text
-from disha.finetune.training.checkpoints import Checkpoints
-from disha.finetune.training.loop import Progress, make_optimizer, training_steps
 from disha.interop import lora, peft
 from disha.interop.checkpoints import merge_into_checkpoint, verify_against
 from tests.finetune.training.tiny import PLAN, blocks, objective, source

@@ -14,11 +14,11 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-
-import disha
 from disha.finetune.inputs import demo_model
 from disha.finetune.models.gguf import GGUFCheckpoint
 from disha.finetune.text.from_gguf import tokenizer_from_gguf
+
+import disha
 from disha.interop import lora
 from tests.conftest import perturb
 from tests.finetune import tiny_gguf

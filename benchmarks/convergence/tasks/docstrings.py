@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from benchmarks.convergence.tasks.language import LanguageTask, Rows, encoded
-from disha.finetune.data.docstrings import docstring_pairs
-from disha.finetune.data.rows import Row
+from disha.finetune.demo import Pair, docstring_pairs
 
 __all__ = ["Docstrings"]
 
@@ -33,10 +32,10 @@ class Docstrings(LanguageTask):
 
 @lru_cache(maxsize=1)
 def _rows() -> Rows:
-    dataset = docstring_pairs(held_out=HELD_OUT)
-    training, held_out = (
-        [pair for row in rows if len((pair := _pair(row))[0]) <= LONGEST]
-        for rows in (dataset.training, dataset.held_out)
+    pairs = docstring_pairs()
+    held_out, training = (
+        [row for pair in part if len((row := _encoded(pair))[0]) <= LONGEST]
+        for part in (pairs[:HELD_OUT], pairs[HELD_OUT:])
     )
     return Rows(
         training,
@@ -45,5 +44,5 @@ def _rows() -> Rows:
     )
 
 
-def _pair(row: Row) -> tuple[list[int], int]:
-    return encoded(f"{row['query']}\n# Docstring:", f" {row['response']}")
+def _encoded(pair: Pair) -> tuple[list[int], int]:
+    return encoded(f"{pair.query}\n# Docstring:", f" {pair.response}")

@@ -1,0 +1,109 @@
+"""The base, the adapter and the prompts of `disha generate` and `disha evaluate`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import disha
+from disha.cli.dispatcher import Parser
+from disha.errors import AdapterFileWarning, ArgumentError
+from disha.finetune.base import BITS, best_device, load_base, noted_base
+
+__all__ = ["Asker", "add_model_flags", "noted", "opened"]
+
+Prompt = str | Sequence[dict[str, str]]
+"""A text, or the messages of a conversation."""
+
+
+def add_model_flags(parser: Parser) -> None:
+    """Add the flags that name a model, and how it answers."""
+    parser.add_argument("--adapter", type=Path, help="the adapter file")
+    parser.add_argument(
+        *("--base", "--base_model_name_or_path"),
+        metavar="MODEL",
+        help="a folder, a GGUF file or a name; by default the one that the adapter file notes",
+    )
+    parser.add_argument("--bits", choices=BITS, help="how weights are stored")
+    parser.add_argument("--compare", action="store_true", help="show the base without it too")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="the longest answer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def noted(adapter: Path) -> tuple[str, str]:
+    """Return the base that an adapter file notes, and its bits, and print which it is."""
+    found = noted_base(adapter)
+    if found is None:
+        raise ArgumentError(f"{adapter} does not note its base; name the base too")
+    near = os.path.relpath(found[0])
+    base = near if Path(near).exists() and not near.startswith(os.pardir) else found[0]
+    print(f"the base is {base}, with --bits {found[1]}, as {adapter} notes", file=sys.stderr)
+    return found
+
+
+class Asker:
+    """A model that answers prompts, by its chat template if it has one.
+
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        is_chat: whether the chat template writes the prompts.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_chat: bool
+    ) -> None:
+        self.model, self.tokenizer, self.is_chat = model, tokenizer, is_chat
+
+    def load(self, flags: Namespace) -> None:
+        """Load the adapter, which must belong to the base if its note has named this."""
+        with warnings.catch_warnings():
+            if flags.base is None:
+                warnings.simplefilter("error", AdapterFileWarning)
+            try:
+                disha.load_adapter(self.model, flags.adapter)
+            except AdapterFileWarning as warning:
+                raise ArgumentError(str(warning)) from warning
+
+    def encoded(self, prompts: Sequence[Prompt]) -> Any:
+        """Return prompts as one batch of tokens, padded on the left."""
+        tokenizer: Any = self.tokenizer
+        return tokenizer(
+            [self._text(prompt) for prompt in prompts],
+            add_special_tokens=not self.is_chat,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            return_token_type_ids=False,
+        ).to(self.model.device)
+
+    def _text(self, prompt: Prompt) -> str:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not self.is_chat:
+            return "\n".join(turn["content"] for turn in turns)
+        tokenizer: Any = self.tokenizer
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def answers(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
+        """Return the answer to each prompt; they are answered together."""
+        inputs = self.encoded(prompts)
+        model: Any = self.model
+        ids = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def opened(flags: Namespace) -> Asker:
+    """Return the base that the flags name, without the adapter."""
+    if flags.adapter is None and (flags.base is None or flags.compare):
+        raise ArgumentError("name the model with --base or --adapter; --compare needs an adapter")
+    name, bits = (flags.base, "fp32") if flags.base else noted(flags.adapter)
+    notes = {} if flags.adapter is None else disha.inspect_adapter(flags.adapter).metadata
+    model, tokenizer = load_base(name, flags.bits or bits, best_device())
+    return Asker(model, tokenizer, bool(tokenizer.chat_template) and notes.get("prompt") != "text")
