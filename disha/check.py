@@ -19,8 +19,7 @@ from disha.layers import AdaptedWeight, Block
 from disha.merge import merge
 from disha.model import ModelView, clean_key
 from disha.sharding import write
-from disha.tables import table
-from disha.text import counted, first_few, printable
+from disha.text import counted, first_few, printable, table
 
 __all__ = ["CheckReport", "CheckedWeight", "check_adapters"]
 

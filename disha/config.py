@@ -28,6 +28,7 @@ __all__ = [
     "check_scale",
     "checked_rows",
     "compile_regex",
+    "matching",
 ]
 
 INITS = ("zeros", "kaiming")
@@ -153,10 +154,9 @@ class AdapterConfig:
         Args:
             names: the dotted names of the module; a shared module has several.
         """
-        for pattern, r in self.rank_pattern.items():
-            if any(re.search(pattern, name) for name in names):
-                return r
-        return self.r
+        if not self.rank_pattern:
+            return self.r
+        return next((self.rank_pattern[p] for p in matching(self.rank_pattern, names)), self.r)
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as a dict of plain JSON values."""
@@ -261,6 +261,11 @@ def check_names(options: Iterable[str]) -> None:
         if name not in AdapterOptions.__annotations__:
             known = HINTS.get(name, f"one of {', '.join(AdapterOptions.__annotations__)}")
             raise ArgumentTypeError(f"there is no argument {name}; write {known}")
+
+
+def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
+    """Return the patterns that are found in any of the names, in order."""
+    return [p for p in patterns if any(re.search(p, name) for name in names)]
 
 
 def _listing(values: Iterable[str]) -> str:

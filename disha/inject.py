@@ -18,6 +18,8 @@ from disha.layers import (
     CHILD_NAME,
     AdaptedLayer,
     Adapters,
+    Block,
+    Slot,
     adapt,
     guard_encoder,
     is_guarded,
@@ -28,7 +30,7 @@ from disha.layers import (
     restore,
 )
 from disha.model import ModelView, all_or_nothing
-from disha.plan import Plan, PlannedLayer, Target, plan_injection
+from disha.plan import Plan, Target, plan_injection
 from disha.text import counted, first_few
 
 if TYPE_CHECKING:
@@ -139,23 +141,23 @@ def _warn_of_skipped(plan: Plan) -> None:
 
 def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool = True) -> None:
     """Carry out a plan that was just made for this model. Activate the new adapter alone."""
-    by_module: dict[nn.Module, list[PlannedLayer]] = {}
+    slots: dict[nn.Module, list[Slot]] = {}
+    blocks: dict[nn.Module, list[Block]] = {}
     for layer in plan.layers:
-        by_module.setdefault(layer.module, []).append(layer)
-    blocks = {
-        module: [make_block(module, one.slot, plan.config, one.r, one.dtype) for one in layers]
-        for module, layers in by_module.items()
-    }
+        assert layer.slot is not None
+        block = make_block(layer.module, layer.slot, plan.config, layer.r, layer.dtype)
+        slots.setdefault(layer.module, []).append(layer.slot)
+        blocks.setdefault(layer.module, []).append(block)
     group = _group_of(view)
     running_statistics.remember(view, undo)
-    _keep(view, by_module, undo)
-    for module, layers in by_module.items():
-        adapt(module, [one.slot for one in layers])
+    _keep(view, blocks, undo)
+    for module, own in blocks.items():
+        adapt(module, slots[module])
         adapters = module._modules[CHILD_NAME]
         assert isinstance(adapters, Adapters)
         if not len(adapters):
             group.take(adapters, former=adapters.group)
-        adapters.add(plan.adapter, blocks[module])
+        adapters.add(plan.adapter, own)
     for _, adapted in view.layers if activate else ():
         adapted.disha.activate((plan.adapter,))
     _guard_encoders(view)

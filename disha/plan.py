@@ -1,8 +1,8 @@
 """Plan an injection: which weights get which blocks, and what else is trained. Changes nothing.
 
-A plan starts from the `Candidate`s of a model. A target or a file selects some of them. Each of
-these becomes a `PlannedLayer`, or the plan says why it can't. Functions whose names end with
-`problem` return this reason, or None if there is no problem.
+A plan starts from a `PlannedLayer` for every weight of a model. A target or a file selects some of
+them. Each of these gets the sizes of its block, or the reason why it can't have one. Functions
+whose names start with `_reason` return such a reason, or None if there is none.
 """
 
 from __future__ import annotations
@@ -12,28 +12,44 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.sparse import SparseSemiStructuredTensor
 
-from disha import freezing, functional
-from disha.candidates import Candidate, UnknownLayout, as_declared, candidates_of
 from disha.config import (
     ALL_LINEAR,
     BLOCK_DTYPES,
     AdapterConfig,
     AdapterOptions,
     check_names,
+    matching,
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
-from disha.functional import Geometry, Layout, Rows
-from disha.layers import Slot, check_adapter_name, is_quantised, parameter_count
-from disha.model import ModelParameter, ModelView
-from disha.sharding import imported_class
-from disha.tables import WIDEST, table
-from disha.text import brief, counted, first_few, grouped, printable
+from disha.freezing import attributes_of, is_claimed
+from disha.functional import Geometry, Update, layout_of, method_names, method_of, update_of_part
+from disha.layers import (
+    AdaptedLayer,
+    Slot,
+    check_adapter_name,
+    declared_slots,
+    device_of_weight,
+    is_quantised,
+    matrix_parameters,
+    parameter_count,
+    quantisation_of,
+    read_weight,
+    slot_of,
+    stored_weight,
+    weight_shape,
+)
+from disha.model import ModelParameter, ModelView, join
+from disha.records import LayerRecord, TensorRecord
+from disha.sharding import imported_class, is_partitioned, split_of
+from disha.text import WIDEST, brief, counted, first_few, grouped, printable, table
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,9 +57,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Plan",
     "PlannedLayer",
-    "SkippedModule",
     "Target",
-    "WeightRequest",
     "check_addable",
     "plan_adapters",
     "plan_injection",
@@ -58,54 +72,119 @@ Target = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A weight that will be adapted, and the block that it will get.
+    """A weight of a model, and what is planned for it: a block, or the reason why it gets none.
+
+    A module without any weight that could be adapted has such a record too.
 
     Attributes:
-        name: its name in the model; a `weight` has the name of its module. Empty if the module is
-            the model itself.
-        type_name: the name of its module's class.
-        method: the method's name, such as `"bone"`.
-        r: shard size.
-        r_out: size of the output shard of a tile, or None.
-        in_features: size of its input.
-        out_features: size of its output.
-        parameters: number of values in the block.
-        layout: the weight's layout.
         module: the module.
-        slot: the place of the weight in the module.
-        dtype: dtype of the block, or None for that of the configuration.
+        module_names: its names in the model; a shared module has several.
+        attribute: the weight's name in the module; empty if it has none.
+        slot: the place of the weight in the module; None if its layout is unknown.
+        config: the configuration of its block.
+        r: shard size of its block.
+        dtype: dtype of its block, or None for that of the configuration.
+        reason: why it is not adapted; empty if it is.
     """
 
-    name: str
-    type_name: str
-    method: str
-    r: int
-    r_out: int | None
-    in_features: int
-    out_features: int
-    parameters: int
-    layout: str
-    module: nn.Module = field(repr=False, compare=False)
-    slot: Slot = field(repr=False, compare=False)
+    module: nn.Module = field(repr=False)
+    module_names: tuple[str, ...]
+    attribute: str = ""
+    slot: Slot | None = None
+    config: AdapterConfig | None = None
+    r: int = 0
     dtype: torch.dtype | None = None
+    reason: str = ""
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Its names in targets and files; a `weight` has the names of its module."""
+        below = self.attribute if self.slot is None else self.slot.name
+        return tuple([join(name, below) for name in self.module_names])
+
+    @property
+    def name(self) -> str:
+        """Its main name; empty if the module is the model itself."""
+        return self.names[0]
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Its names in `layouts` and `rows`, where a module's name means its `weight`."""
+        modules = self.module_names if self.attribute == "weight" else ()
+        parameters = (join(name, self.attribute) for name in self.module_names)
+        return (*self.names, *modules, *parameters)
+
+    @property
+    def type_name(self) -> str:
+        """The name of the module's class."""
+        return type(self.module).__qualname__
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a weight or another matrix that was wanted, and not excluded."""
+        return bool(self.attribute) and self.reason != EXCLUDED
+
+    @property
+    def method(self) -> str:
+        """The name of the method of its block."""
+        assert self.config is not None
+        return self.config.method
+
+    @property
+    def r_out(self) -> int | None:
+        """Size of the output shard of a tile, or None."""
+        return None if self.config is None else self.config.r_out
+
+    @property
+    def layout(self) -> str | None:
+        """The weight's layout, or None if it is unknown."""
+        return None if self.slot is None else self.slot.layout.pattern
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight, with all of its rows."""
+        if self.slot is None:
+            return tuple(self.module._parameters[self.attribute].shape)  # type: ignore[union-attr]
+        return weight_shape(self.module, self.slot)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """The sizes of the adapted rows."""
+        assert self.slot is not None
+        return self.slot.layout.geometry(self.shape, self.slot.rows)
+
+    @property
+    def in_features(self) -> int:
+        """Size of its input."""
+        return self.geometry.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of its output, or the number of its adapted rows."""
+        return self.geometry.out_features
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """The shape of its block."""
+        slot = self.slot
+        assert slot is not None
+        method = method_of(self.method)
+        return method.block_shape(slot.layout, self.shape, self.r, self.r_out, slot.rows)
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in its block."""
+        return math.prod(self.block_shape)
+
+    @property
+    def remedy(self) -> str:
+        """The argument that declares an unknown layout."""
+        axes = {2: "out in", 3: "expert out in"}.get(len(self.shape), "out in *kernel")
+        return f"layouts={{{re.escape(self.name) + '$'!r}: {axes!r}}}"
 
 
-@dataclass(frozen=True)
-class SkippedModule:
-    """A module or a weight that the target selects but that can't be adapted, and why.
-
-    Attributes:
-        name: its name in the model.
-        type_name: the name of its class.
-        reason: why it is not adapted.
-        is_weight: whether it is a weight or another matrix parameter. False if `exclude` leaves it
-            out, and for a module without such parameters.
-    """
-
-    name: str
-    type_name: str
-    reason: str
-    is_weight: bool = False
+EXCLUDED = "excluded"
+"""The reason of what `exclude` leaves out."""
 
 
 @dataclass(frozen=True)
@@ -117,16 +196,15 @@ class Plan:
         config: its configuration.
         freeze: whether all other parameters are frozen.
         layers: the weights that would be adapted.
-        skipped: what the target selects but would not be adapted, with reasons.
         also_train: clean names of the parameters to be trained and saved with the adapter.
-        added: number of parameters in the new blocks.
-        trainable: number of parameters in the model that would require gradients afterwards.
-        total: number of parameters of the model afterwards, blocks included. A quantised weight
-            counts as a dense one.
+        skipped: what the target selects but would not be adapted, each with its `reason`.
         unknown: the matrix parameters of the model whose layouts are unknown.
         tied: the names of each adapted parameter that several modules share. Each of these modules
             gets its own block, which acts only when the model uses that module.
         convolutions: the convolutions that could be adapted, but that `"all-linear"` leaves out.
+        trainable: number of parameters in the model that would require gradients afterwards.
+        total: number of parameters of the model afterwards, blocks included. A quantised weight
+            counts as a dense one.
 
     Examples:
         >>> from torch import nn
@@ -145,14 +223,18 @@ class Plan:
     config: AdapterConfig
     freeze: bool
     layers: tuple[PlannedLayer, ...]
-    skipped: tuple[SkippedModule, ...]
     also_train: tuple[str, ...]
-    added: int
-    trainable: int
-    total: int
-    unknown: tuple[UnknownLayout, ...] = ()
+    skipped: tuple[PlannedLayer, ...] = ()
+    unknown: tuple[PlannedLayer, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
     convolutions: tuple[str, ...] = ()
+    trainable: int = 0
+    total: int = 0
+
+    @property
+    def added(self) -> int:
+        """Number of parameters in the new blocks."""
+        return sum(layer.parameters for layer in self.layers)
 
     @property
     def percent(self) -> float:
@@ -166,10 +248,11 @@ class Plan:
             for p in self.layers
         ]  # fmt: skip
         lines = [table(("layer", "method", "r", "in -> out", "parameters"), rows)]
-        for skipped in self.skipped:
-            lines.append(f"skipped {skipped.name} ({skipped.type_name}): {skipped.reason}")
-        for one in self.unknown:
-            lines.append(f"not adapted {one.name} {one.shape}: to adapt it, pass {one.remedy}")
+        lines += [f"skipped {one.name} ({one.type_name}): {one.reason}" for one in self.skipped]
+        lines += [
+            f"not adapted {one.name} {one.shape}: to adapt it, pass {one.remedy}"
+            for one in self.unknown
+        ]
         if self.convolutions:
             lines.append(
                 f"not adapted: {counted(len(self.convolutions), 'convolution')} "
@@ -221,12 +304,13 @@ def plan_adapters(
         skipped 1 (LayerNorm): no layer kind adapts LayerNorm
         adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
     """
-    return plan_injection(ModelView(model), target_regex, r, options, strict=False)
+    view = ModelView(model)
+    return _counted(view, plan_injection(view, target_regex, r, options, strict=False))
 
 
 def plan_injection(
     view: ModelView,
-    target_regex: Target | None,
+    target: Target | None,
     r: int | None,
     options: AdapterOptions,
     *,
@@ -234,150 +318,160 @@ def plan_injection(
 ) -> Plan:
     """Plan an injection. If r or r_out does not fit a weight, raise if `strict`, else list it."""
     check_names(options)
-    target_regex = _checked_target(target_regex)
+    if not (callable(target) or isinstance(target, (str, list, tuple))) or not target:
+        raise ArgumentTypeError(
+            f"target_regex must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "
+            f"(name, module) -> bool, got {target!r} of type {type(target).__name__}"
+        )
     settings: Any = dict(options)
     adapter, freeze = settings.pop("adapter", "default"), settings.pop("freeze", True)
-    target = None if callable(target_regex) else target_regex
-    config = AdapterConfig(r, target, **settings)  # type: ignore[arg-type]  # it checks r
+    recorded = None if callable(target) else target
+    config = AdapterConfig(r, recorded, **settings)  # type: ignore[arg-type]  # it checks r
     check_addable(view, adapter)
-    candidates = as_declared(candidates_of(view), config.layouts, config.rows)
-    selected = _selected(view, candidates, target_regex)
-    wanted, skipped = _wanted_and_skipped(view, selected, config)
+    known = _layers_of(view, config)
+    wanted, skipped = _wanted_and_skipped(view, _selected(view, known, target), config)
     if not wanted:
-        raise TargetError(
-            _nothing_selected_message(target_regex, candidates, skipped, config.method)
-        )
-    _refuse_unused_settings(config, candidates, wanted)
-    layers, misfits = [], []
+        raise TargetError(_nothing_selected(target, known, skipped, config.method))
+    _refuse_unused_patterns(config, known, wanted)
+    layers, unfit = [], []
     for one in wanted:
-        r = config.rank_of(*one.names)
-        problem = one.misfit(config, r)
-        if problem is None:
-            layers.append(_planned(one, config, r))
+        one = replace(one, config=config, r=config.rank_of(*one.names))
+        reason = _reason_against_block(one)
+        if reason is None:
+            layers.append(one)
         else:
-            misfits.append(SkippedModule(one.name, one.type_name, problem, True))
-    if misfits and strict:
-        raise ArgumentError(_misfit_message(misfits, config))
-    trained = _also_trained(view, config)
-    plan = _counted_plan(view, adapter, config, freeze, layers, trained, with_others=not strict)
-    return replace(
-        plan,
-        skipped=(*skipped, *misfits),
-        unknown=tuple(one.unknown for one in candidates if one.unknown is not None),
-        tied=_tied(view, layers),
-        convolutions=tuple(
-            one.name
-            for one in (candidates if target_regex == ALL_LINEAR else ())
-            if one.slot is not None
-            and one.layout.has_kernel
-            and one.obstacle(config.method) is None
-        ),
+            unfit.append(replace(one, reason=reason))
+    if unfit and strict:
+        raise ArgumentError(_unfit_message(unfit, config))
+    return Plan(
+        adapter,
+        config,
+        freeze,
+        layers=tuple(layers),
+        also_train=_also_trained(view, config) if config.also_train else (),
+        skipped=(*skipped, *unfit),
+        unknown=tuple([one for one in known if one.slot is None and one.attribute]),
+        convolutions=_left_out(known, config) if target == ALL_LINEAR else (),
     )
 
 
+def _left_out(known: list[PlannedLayer], config: AdapterConfig) -> tuple[str, ...]:
+    """Return the names of the convolutions that `"all-linear"` leaves out."""
+    kernels = [one for one in known if one.slot is not None and one.slot.layout.has_kernel]
+    return tuple([one.name for one in kernels if _reason_against(one, config.method) is None])
+
+
+def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
+    """Return all weights, matrices of unknown layout, and modules without either, as declared."""
+    found: list[PlannedLayer] = []
+    for module, names in view.names.items():
+        slots = declared_slots(module)
+        own = [PlannedLayer(module, names, slot.parameter, slot) for slot in slots]
+        known = [slot.parameter for slot in slots]
+        if not any(slot.opaque for slot in slots):
+            matrices = [name for name in matrix_parameters(module) if name not in known]
+            own += [PlannedLayer(module, names, name) for name in matrices]
+        found += own or [PlannedLayer(module, names)]
+    if not config.layouts and not config.rows:
+        return found
+    # Several slots may become one weight.
+    return list(dict.fromkeys(_as_declared(one, config) for one in found))
+
+
+def _as_declared(one: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
+    """Return a weight with the layout and the rows that the user declares."""
+    pattern = next(iter(matching(config.layouts, one.parameter_names)), None)
+    opaque = one.slot is not None and one.slot.opaque
+    if pattern is not None and not opaque and one.attribute in matrix_parameters(one.module):
+        layout = layout_of(config.layouts[pattern])
+        reason = layout.misfit(one.shape)
+        if reason is not None:
+            raise ArgumentError(
+                f"layouts={{{pattern!r}: {layout.pattern!r}}} does not fit {one.name}: "
+                f"{reason}; give it a layout with as many axes"
+            )
+        one = replace(one, slot=slot_of(one.attribute, layout))
+    pattern = next(iter(matching(config.rows, one.parameter_names)), None)
+    if pattern is not None and one.slot is not None:
+        one = replace(one, slot=replace(one.slot, rows=config.rows[pattern]))
+    return one
+
+
 # --- planning by a file --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WeightRequest:
-    """A weight to adapt by name, as a file describes it.
-
-    Attributes:
-        name: its name in the model.
-        r: shard size.
-        geometry: the sizes of its adapted part.
-        layout: its layout.
-        rows: the adapted outputs; empty for all.
-        dtype: dtype of the block.
-    """
-
-    name: str
-    r: int
-    geometry: Geometry
-    layout: Layout
-    rows: Rows
-    dtype: torch.dtype
 
 
 def plan_weights(
     view: ModelView,
     adapter: str,
     config: AdapterConfig,
-    requests: Sequence[WeightRequest],
-    also_train: Mapping[str, tuple[int, ...]],
+    layers: Sequence[LayerRecord],
+    tensors: Mapping[str, TensorRecord],
+    also_train: Iterable[str],
+    *,
+    dtype: torch.dtype | None,
     freeze: bool,
 ) -> Plan:
-    """Plan an adapter for weights that a file describes by name and size.
+    """Plan an adapter for the weights that a file names; raise one error for all that do not fit.
 
-    Args:
-        view: any model.
-        adapter: the adapter's name.
-        config: its configuration. Its targets are ignored.
-        requests: the weights, each once.
-        also_train: clean names of parameters to train too -> their shapes.
-        freeze: whether everything else is frozen.
-
-    Raises:
-        ArgumentError: the name is taken, or weights or parameters are missing or have other sizes.
-            The message lists all of them.
+    Blocks get `dtype`, or that of their tensors.
     """
     check_addable(view, adapter)
-    by_name = {name: one for one in candidates_of(view) for name in _names_in_files(one)}
-    problems, layers = [], []
-    for request in requests:
-        found = by_name.get(request.name)
-        one = None if found is None else _as_requested(found, request)
-        problem = _request_problem(request, one, config)
-        if one is None or problem is not None:
-            problems.append(f"{printable(request.name, WIDEST) or '(the model)'}: {problem}")
+    known: dict[str, PlannedLayer] = {}
+    for one in _layers_of(view, AdapterConfig(config.r)):
+        # A parameter of unknown layout can be asked for too, because the file has its layout.
+        known |= dict.fromkeys(one.parameter_names if one.slot is None else one.names, one)
+    reasons, planned = [], []
+    for layer in layers:
+        tensor, found = tensors[layer.key], known.get(layer.name)
+        reason: str | None = "the model has no such layer"
+        if found is not None:
+            found = _as_recorded(found, layer, config, dtype or tensor.dtype)
+            reason = _reason_against_record(found, layer, layer.geometry(tensor.shape))
+        if found is None or reason is not None:
+            reasons.append(f"{printable(layer.name, WIDEST) or '(the model)'}: {reason}")
         else:
-            layers.append(_planned(one, config, request.r, request.dtype))
-    for full, shape in also_train.items():
-        problem = _parameter_problem(view.parameters_by_name.get(full), shape)
-        if problem is not None:
-            problems.append(f"parameter {printable(full, WIDEST)}: {problem}")
-    if problems:
-        message = f"the adapter does not fit the model; nothing changed:\n{first_few(problems, 20)}"
-        absent = next((one.name for one in requests if one.name not in by_name), None)
-        nearest = "" if absent is None else _nearest(absent, by_name)
+            planned.append(found)
+    for key in also_train:
+        reason = _reason_against_parameter(view.parameters_by_name.get(key), tensors[key].shape)
+        if reason is not None:
+            reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
+    if reasons:
+        message = f"the adapter does not fit the model; nothing changed:\n{first_few(reasons, 20)}"
+        absent = next((layer.name for layer in layers if layer.name not in known), None)
+        nearest = "" if absent is None else _nearest(absent, known)
         if nearest:
             message += f"\nthe names nearest to {brief(absent)} are {nearest}"
         raise ArgumentError(message)
-    trained = tuple(view.parameters_by_name[full].name for full in also_train)
-    return _counted_plan(view, adapter, config, freeze, layers, trained, with_others=False)
+    trained = tuple(view.parameters_by_name[key].name for key in also_train)
+    return Plan(adapter, config, freeze, tuple(planned), trained)
 
 
-def _names_in_files(one: Candidate) -> tuple[str, ...]:
-    """Return the names by which a file may ask for a candidate.
-
-    A parameter of unknown layout can be asked for too, because the file has its layout.
-    """
-    return one.parameter_names if one.slot is None else one.names
-
-
-def _as_requested(one: Candidate, request: WeightRequest) -> Candidate:
-    """Return the weight with the rows of the file, and with its layout if none is known."""
-    if one.unknown is not None:
-        one = one.laid_out(request.layout)
-    return one.in_rows(request.rows) if request.rows and one.slot is not None else one
+def _as_recorded(
+    one: PlannedLayer, layer: LayerRecord, config: AdapterConfig, dtype: torch.dtype
+) -> PlannedLayer:
+    """Return a weight with the block and the rows of the file, and its layout if none is known."""
+    slot = one.slot
+    if slot is None and one.attribute:
+        slot = slot_of(one.attribute, layer.layout)
+    if slot is not None and layer.rows:
+        slot = replace(slot, rows=layer.rows)
+    return replace(one, slot=slot, config=config, r=layer.r, dtype=dtype)
 
 
-def _request_problem(
-    request: WeightRequest, one: Candidate | None, config: AdapterConfig
-) -> str | None:
-    """Return why a requested weight can't be adapted as described, or None."""
-    if one is None:
-        return "the model has no such layer"
-    obstacle = one.obstacle(config.method)
-    if obstacle is not None:
-        return f"can't be adapted: {obstacle}"
-    if one.is_meta:
+def _reason_against_record(one: PlannedLayer, layer: LayerRecord, geometry: Geometry) -> str | None:
+    """Return why a weight can't be adapted as a file describes it."""
+    reason = _reason_against(one, one.method)
+    if reason is not None or one.slot is None:
+        return f"can't be adapted: {reason}"
+    look = stored_weight if one.slot.opaque else read_weight
+    weight = look(one.module, one.attribute)
+    if isinstance(weight, Tensor) and device_of_weight(one.module, weight).type == "meta":
         return "its weight is on the meta device; give the model its weights first"
-    if request.layout != one.layout:
-        return f"expected the layout {request.layout}, found {one.layout} in the model"
-    if request.geometry != one.geometry:
-        return f"expected {_sizes(request.geometry)}, found {_sizes(one.geometry)} in the model"
-    return one.misfit(config, request.r)
+    if layer.layout != one.slot.layout:
+        return f"expected the layout {layer.layout}, found {one.slot.layout} in the model"
+    if geometry != one.geometry:
+        return f"expected {_sizes(geometry)}, found {_sizes(one.geometry)} in the model"
+    return _reason_against_block(one)
 
 
 def _sizes(geometry: Geometry) -> str:
@@ -385,8 +479,8 @@ def _sizes(geometry: Geometry) -> str:
     return f"{stack}{geometry.in_features} -> {geometry.out_features}"
 
 
-def _parameter_problem(one: ModelParameter | None, shape: tuple[int, ...]) -> str | None:
-    """Return why a parameter can't be trained with the adapter as described, or None."""
+def _reason_against_parameter(one: ModelParameter | None, shape: tuple[int, ...]) -> str | None:
+    """Return why a parameter can't be trained with the adapter as a file describes it."""
     if one is None:
         return "the model has no such parameter"
     found = None if is_lazy(one.value) else tuple(one.value.shape)
@@ -394,10 +488,111 @@ def _parameter_problem(one: ModelParameter | None, shape: tuple[int, ...]) -> st
         return f"expected shape {shape}, found {found} in the model"
     if one.value.is_meta:
         return "it is on the meta device; give the model its weights first"
-    return _training_problem(one)
+    return _reason_against_training(one)
 
 
-# --- selecting candidates ------------------------------------------------------------------------
+# --- reasons against an adapter ------------------------------------------------------------------
+
+
+def _reason_against(one: PlannedLayer, method: str) -> str | None:
+    """Return why a method can't adapt a weight, whatever the size of the block."""
+    module, slot = one.module, one.slot
+    if slot is None and one.attribute:
+        return (
+            f"the layout of this parameter of shape {one.shape} is unknown; declare it, such as "
+            f"{one.remedy}"
+        )
+    if slot is None:
+        return f"no layer kind adapts {one.type_name}"
+    taken = None if isinstance(module, AdaptedLayer) else _taken_name(module)
+    if taken not in (None, one.attribute):
+        return f"it has its own attribute {taken!r}, which adapters would replace"
+    reason = (
+        _reason_against_reading(module, slot, method)
+        if slot.opaque
+        else _reason_against_dense(read_weight(module, one.attribute), slot)
+    )
+    if reason is None and slot.rows:
+        outputs, last = slot.layout.geometry(one.shape).out_features, slot.rows[-1]
+        if last[1] > outputs:
+            return f"rows {last} are out of range: it has {outputs} rows"
+    return reason
+
+
+def _taken_name(module: nn.Module) -> str | None:
+    """Return an attribute of a module whose name the adapted class needs, or None."""
+    # Not by hasattr, which would run a property of the user's class.
+    own = {*attributes_of(module), *module._parameters, *module._buffers, *module._modules}
+    return next((n for n in _ADDED if n in own or hasattr(type(module), n)), None)
+
+
+_ADDED = sorted(
+    name
+    for name in {*vars(AdaptedLayer), *AdaptedLayer.__annotations__}.difference(dir(nn.Module))
+    if not name.startswith("_")
+)
+"""The public names that adapting adds to a module."""
+
+
+def _reason_against_reading(module: nn.Module, slot: Slot, method: str) -> str | None:
+    """Return why a method that reads W can't adapt an opaque weight, which is not read here."""
+    quantisation = quantisation_of(module, stored_weight(module, slot.parameter))
+    if quantisation is None or quantisation.read is not None or not method_of(method).reads_weight:
+        return None
+    others = method_names(lambda one: not one.reads_weight)
+    return (
+        f"its weight is quantised ({quantisation.name}) and can't be read as numbers, as "
+        f"method {method!r} requires; methods without this need: {others}"
+    )
+
+
+def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
+    """Return why no method can adapt a weight that is not opaque."""
+    if isinstance(weight, UninitializedParameter):
+        return "its weight is not initialised yet; run the model once before injecting"
+    if is_partitioned(weight):
+        return (
+            "its weight is partitioned by DeepSpeed ZeRO-3 (deepspeed.zero.Init), under which "
+            "adapters can't act; use ZeRO-2 or fully_shard"
+        )
+    # Any floating-point dtype will do: a user's hook may cast the weight before each forward.
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return "its weight is not a floating-point tensor"
+    if weight.layout is not torch.strided or isinstance(weight, SparseSemiStructuredTensor):
+        return "its weight is sparse; store it as a dense tensor (Tensor.to_dense)"
+    if not weight.numel():
+        return "its weight is empty"
+    split = split_of(weight)
+    if split is not None and split.obstacle is not None:
+        return split.obstacle
+    return slot.layout.misfit(weight.shape)
+
+
+def _reason_against_block(one: PlannedLayer) -> str | None:
+    """Return why a weight can't have a block of the planned sizes."""
+    slot, config = one.slot, one.config
+    assert slot is not None
+    assert config is not None
+    reason = slot.layout.reason_against(one.geometry, one.r, config.r_out)
+    split = None if slot.opaque else split_of(read_weight(one.module, one.attribute))
+    if reason is not None or split is None:
+        return reason
+    placed = f"its weight is a DTensor placed as {split.placements}"
+    if config.dropout:
+        return f"{placed}, and each rank would drop different inputs of it; use dropout=0"
+    block = torch.empty(one.block_shape, device="meta")
+    update = Update(method_of(config.method), block, rows=slot.rows)
+    for part in split.parts:
+        if update_of_part(update, slot.layout, one.shape, part) is None:
+            ends = " and ".join(f"{first}:{stop}" for first, stop in part)
+            return (
+                f"{placed}, and a {config.method!r} block of r={one.r} can't be cut at the edges "
+                f"of a rank's part ({ends}); choose an r that divides these, or another method"
+            )
+    return None
+
+
+# --- selecting weights ---------------------------------------------------------------------------
 
 
 def check_addable(
@@ -407,137 +602,110 @@ def check_addable(
     before_wrapping: str = "inject first, then wrap. To load into an existing adapter, pass "
     "replace=True to load_adapter",
 ) -> None:
-    """Raise unless an adapter of this name can be added to the model.
-
-    Args:
-        view: the model.
-        adapter: the name.
-        action: what was asked for, for errors.
-        before_wrapping: what to do if DDP or FSDP wraps the model.
-    """
+    """Raise unless an adapter of this name can be added to the model."""
     check_adapter_name(adapter)
     view.refuse_inside(action)
     view.refuse_wrapped(action, before_wrapping)
-    if view.has(adapter):
+    if adapter in view.adapters:
         raise ArgumentError(
             f"the model has an adapter {adapter!r} already; choose another name, or remove it "
             f"with remove_adapters(model, {adapter!r})"
         )
 
 
-def _checked_target(target: Any) -> Target:
-    several = isinstance(target, (list, tuple)) and target
-    if callable(target) or isinstance(target, str) or several:
-        return target  # type: ignore[no-any-return]
-    raise ArgumentTypeError(
-        f"target_regex must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "
-        f"(name, module) -> bool, got {target!r} of type {type(target).__name__}"
-    )
-
-
-def _selected(view: ModelView, candidates: list[Candidate], target: Target) -> list[Candidate]:
-    """Return the candidates that a target selects."""
+def _selected(view: ModelView, known: list[PlannedLayer], target: Target) -> list[PlannedLayer]:
+    """Return what a target selects."""
     parts = target if isinstance(target, (list, tuple)) else [target]
-    linear = set(_all_linear(view, candidates)) if ALL_LINEAR in parts else set()
-    matches = _matcher([part for part in parts if part != ALL_LINEAR])
+    searches = [re.compile(one).search for one in parts if isinstance(one, str)]
+    linear = _all_linear(view, known) if ALL_LINEAR in parts else set()
+
+    def matches(names: tuple[str, ...], module: nn.Module) -> bool:
+        if callable(target):
+            return bool(target(names[0], module))
+        return any(search(name) for search in searches for name in names)
+
     modules = {module for module, names in view.names.items() if matches(names, module)}
     # nn.MultiheadAttention itself reads the weight of its child `out_proj`.
     modules |= {m.out_proj for m in modules if isinstance(m, nn.MultiheadAttention)}
-    return [
-        one
-        for one in candidates
-        if one in linear
-        or (
-            (one.module in modules or matches(one.names, one.module))
-            and (one.attribute or _has_parameters(one.module))
-        )
-    ]
+    named = [one for one in known if one.module in modules or matches(one.names, one.module)]
+    chosen = {
+        one for one in named if one.attribute or set(one.module._parameters.values()) - {None}
+    }
+    return [one for one in known if one in linear or one in chosen]
 
 
-def _all_linear(view: ModelView, candidates: list[Candidate]) -> list[Candidate]:
+def _all_linear(view: ModelView, known: list[PlannedLayer]) -> set[PlannedLayer]:
     """Return the linear weights, without output heads that are tied to an embedding."""
     added = _modules_added_by_peft(view)
-    tables = (one for one in candidates if isinstance(one.module, _TABLES))
-    embeddings = {id(one.parameter) for one in tables} - {id(None)}
-    return [
+    tables = {
+        id(one.module._parameters.get(one.attribute))
+        for one in known
+        if isinstance(one.module, (nn.Embedding, nn.EmbeddingBag))
+    } - {id(None)}
+    return {
         one
-        for one in candidates
+        for one in known
         if one.slot is not None
         and one.slot.linear
-        and id(one.parameter) not in embeddings
         and one.module not in added
-    ]
-
-
-_TABLES = (nn.Embedding, nn.EmbeddingBag)
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return any(parameter is not None for parameter in module._parameters.values())
-
-
-def _matcher(parts: Sequence[Any]) -> Callable[[tuple[str, ...], nn.Module], bool]:
-    """Return a function of a module's names and the module: whether a part selects it."""
-    searches = [re.compile(part).search for part in parts if isinstance(part, str)]
-    predicates = [part for part in parts if not isinstance(part, str)]
-    return lambda names, module: (
-        any(search(name) for search in searches for name in names)
-        or any(predicate(names[0], module) for predicate in predicates)
-    )
+        and id(one.module._parameters.get(one.attribute)) not in tables
+    }
 
 
 def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
     """Return the modules that PEFT has added beside the layers that it adapts."""
     tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
-    return {
-        inner
-        for module in view.names
-        if tuner is not None and isinstance(module, tuner)
-        for inner, name in view.inside(module).items()
-        if name and name.split(".")[0] != "base_layer"
-    }
+    added: set[nn.Module] = set()
+    for module in view.names:
+        if tuner is not None and isinstance(module, tuner):
+            inside = view.inside(module).items()
+            added |= {own for own, name in inside if name.split(".")[0] not in ("", "base_layer")}
+    return added
 
 
 def _wanted_and_skipped(
-    view: ModelView, selected: list[Candidate], config: AdapterConfig
-) -> tuple[list[Candidate], list[SkippedModule]]:
-    """Return those of the selected candidates that can be adapted, and the others with reasons."""
+    view: ModelView, selected: list[PlannedLayer], config: AdapterConfig
+) -> tuple[list[PlannedLayer], list[PlannedLayer]]:
+    """Return what can be adapted, and the others with reasons."""
     # `exclude` may also name the output projection of torch's attention by the attention's name.
-    attentions: dict[nn.Module, tuple[str, ...]] = {
+    attentions = {
         module.out_proj: names
         for module, names in view.names.items()
         if isinstance(module, nn.MultiheadAttention)
     }
     wanted, skipped = [], []
     for one in selected:
-        names = (*one.names, *one.module_names, *attentions.get(one.module, ()))
-        excluding = _matching(config.exclude, names)
-        reason = "excluded" if excluding else one.obstacle(config.method)
+        names = (*one.names, *one.module_names, *attentions.get(one.module, ()))  # type: ignore[call-overload]
+        excluded = bool(config.exclude) and matching(config.exclude, names)
+        reason = EXCLUDED if excluded else _reason_against(one, config.method)
         if reason is None:
             wanted.append(one)
         else:
-            is_weight = bool(one.attribute) and not excluding
-            skipped.append(SkippedModule(one.name, one.type_name, reason, is_weight))
+            skipped.append(replace(one, reason=reason))
     return wanted, skipped
 
 
-def _refuse_unused_settings(
-    config: AdapterConfig, candidates: list[Candidate], wanted: list[Candidate]
+def _refuse_unused_patterns(
+    config: AdapterConfig, known: list[PlannedLayer], wanted: list[PlannedLayer]
 ) -> None:
     """Raise if a regex matches nothing: `exclude` and `rank_pattern` may match any module."""
-    modules = [name for one in candidates for name in (*one.names, *one.module_names)]
-    parameters = [name for one in wanted for name in one.parameter_names]
-    for argument, patterns, searched, nothing in (
-        ("exclude", config.exclude, modules, "no module of the model"),
-        ("rank_pattern", config.rank_pattern, modules, "no module of the model"),
-        ("layouts", config.layouts, parameters, "none of the targets"),
-        ("rows", config.rows, parameters, "none of the targets"),
+    for argument, patterns, layers in (
+        ("exclude", config.exclude, known),
+        ("rank_pattern", config.rank_pattern, known),
+        ("layouts", config.layouts, wanted),
+        ("rows", config.rows, wanted),
     ):
-        _refuse_unused(argument, patterns, _matching(patterns, searched), nothing)
+        if patterns:
+            names = [name for one in layers for name in (*one.module_names, *one.parameter_names)]
+            nothing = "no module of the model" if layers is known else "none of the targets"
+            refuse_unused(argument, patterns, names, nothing)
 
 
-def _refuse_unused(argument: str, patterns: Iterable[str], used: set[str], nothing: str) -> None:
-    """Raise if a pattern is not used; `nothing` says what it should have matched."""
+def refuse_unused(
+    argument: str, patterns: Iterable[str], names: Sequence[str], nothing: str
+) -> None:
+    """Raise if a pattern matches none of the names; `nothing` says what it should have matched."""
+    used = matching(patterns, names)
     unused = [pattern for pattern in patterns if pattern not in used]
     if unused:
         raise ArgumentError(
@@ -545,21 +713,16 @@ def _refuse_unused(argument: str, patterns: Iterable[str], used: set[str], nothi
         )
 
 
-def _matching(patterns: Iterable[str], names: Sequence[str]) -> set[str]:
-    """Return the patterns that are found in any of the names."""
-    return {p for p in patterns if any(re.search(p, name) for name in names)}
-
-
-def _nothing_selected_message(
-    target: Target, candidates: list[Candidate], skipped: list[SkippedModule], method: str
+def _nothing_selected(
+    target: Target, known: list[PlannedLayer], skipped: list[PlannedLayer], method: str
 ) -> str:
     """Return the message of the error for a target that selects nothing that can be adapted."""
     asked = "the predicate" if callable(target) else f"target_regex={target!r}"
     if skipped:
-        reasons = grouped((f"{s.name} ({s.type_name})", s.reason) for s in skipped)
+        reasons = grouped((f"{one.name} ({one.type_name})", one.reason) for one in skipped)
         shown = first_few(reasons, 5, "; ")
         return f"{asked} selects only modules that can't be adapted: {shown}"
-    adaptable = [one.name for one in candidates if one.obstacle(method) is None]
+    adaptable = [one.name for one in known if _reason_against(one, method) is None]
     if not adaptable:
         return f"{asked} selects nothing, because the model has no layer that can be adapted"
     nearest = _nearest("" if callable(target) else str(target), adaptable)
@@ -582,9 +745,9 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
     return ", ".join(map(repr, best))
 
 
-def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
+def _unfit_message(unfit: list[PlannedLayer], config: AdapterConfig) -> str:
     """Return the message of the error for weights that r or r_out does not fit."""
-    shown = first_few(grouped((s.name or "(the model)", s.reason) for s in misfits), 3, "; ")
+    shown = first_few(grouped((s.name or "(the model)", s.reason) for s in unfit), 3, "; ")
     remedy = "Choose a smaller `r`"
     if config.r_out is not None:
         remedy += ", or an `r_out` that divides the outputs of all"
@@ -594,112 +757,50 @@ def _misfit_message(misfits: list[SkippedModule], config: AdapterConfig) -> str:
     )
 
 
-# --- planned layers and parameters ---------------------------------------------------------------
-
-
-def _planned(
-    one: Candidate, config: AdapterConfig, r: int, dtype: torch.dtype | None = None
-) -> PlannedLayer:
-    """Return a weight with the block that it will get."""
-    assert one.slot is not None
-    geometry = one.geometry
-    method = functional.method_of(config.method)
-    shape = method.block_shape(one.layout, one.shape, r, config.r_out, one.rows)
-    return PlannedLayer(
-        name=one.name,
-        type_name=one.type_name,
-        method=config.method,
-        r=r,
-        r_out=config.r_out,
-        in_features=geometry.in_features,
-        out_features=geometry.out_features,
-        parameters=math.prod(shape),
-        layout=one.layout.pattern,
-        module=one.module,
-        slot=one.slot,
-        dtype=dtype,
-    )
-
-
-def _tied(view: ModelView, layers: Iterable[PlannedLayer]) -> tuple[tuple[str, ...], ...]:
-    """Return the names of each planned weight that several modules share."""
-    planned = {id(layer.module._parameters.get(layer.slot.parameter)) for layer in layers}
-    return tuple(
-        one.names for one in view.parameters if len(one.names) > 1 and id(one.value) in planned
-    )
+# --- other parameters, and counts ----------------------------------------------------------------
 
 
 def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
     """Return the clean names of the parameters that `also_train` matches by any of their names."""
-    matched: list[str] = []
-    used: set[str] = set()
-    for one in view.parameters if config.also_train else ():
-        matching = _matching(config.also_train, one.names)
-        used |= matching
-        if not matching:
-            continue
-        problem = _training_problem(one)
-        if problem is not None:
+    matched = [one for one in view.parameters if matching(config.also_train, one.names)]
+    for one in matched:
+        reason = _reason_against_training(one)
+        if reason is not None:
             raise ArgumentError(
-                f"also_train matches {one.name}, which {problem}; give a regex that leaves it out"
+                f"also_train matches {one.name}, which {reason}; give a regex that leaves it out"
             )
-        matched.append(one.name)
-    _refuse_unused("also_train", config.also_train, used, "no parameter")
-    return tuple(matched)
+    names = [name for one in matched for name in one.names]
+    refuse_unused("also_train", config.also_train, names, "no parameter")
+    return tuple(one.name for one in matched)
 
 
-def _training_problem(one: ModelParameter) -> str | None:
-    """Return why a parameter can't be trained with a new adapter, or None."""
+def _reason_against_training(one: ModelParameter) -> str | None:
+    """Return why a parameter can't be trained with a new adapter."""
     if is_quantised(one.value):
         return "is quantised and can't be trained with an adapter"
     if one.value.dtype not in BLOCK_DTYPES.values():
         return f"has dtype {one.value.dtype} and can't be trained with an adapter"
-    if freezing.is_claimed(one.module, one.attribute):
+    if is_claimed(one.module, one.attribute):
         return "is already trained with another adapter, and can belong to only one"
     return None
 
 
-def _counted_plan(
-    view: ModelView,
-    adapter: str,
-    config: AdapterConfig,
-    freeze: bool,
-    layers: Sequence[PlannedLayer],
-    also_train: tuple[str, ...],
-    *,
-    with_others: bool,
-) -> Plan:
-    """Return a plan, with its parameters counted.
-
-    The blocks of other adapters are left out unless `with_others` is set: there may be many, and
-    only a plan that is shown needs the numbers.
-    """
-    blocks = [
-        block.block
-        for _, layer in (view.layers if with_others else ())
-        for block in layer.disha.blocks().values()
-    ]
-    added = sum(layer.parameters for layer in layers)
-    trainable = added + sum(block.numel() for block in blocks if block.requires_grad)
-    total = added + sum(block.numel() for block in blocks)
-    trained = set(also_train)
+def _counted(view: ModelView, plan: Plan) -> Plan:
+    """Return a plan with what only its reader needs: numbers of parameters, and tied names."""
+    planned = {id(layer.module._parameters.get(layer.attribute)) for layer in plan.layers}
+    shared = (one for one in view.parameters if len(one.names) > 1)
+    tied = tuple(one.names for one in shared if id(one.value) in planned)
+    trainable = total = plan.added
     for one in view.parameters:
         if is_lazy(one.value):
             continue
         count = parameter_count(one.value)
         total += count
-        claimed = freezing.is_claimed(one.module, one.attribute)
-        stays_trainable = one.value.requires_grad and (claimed or not freeze)
-        if stays_trainable or one.name in trained:
+        stays = not plan.freeze or is_claimed(one.module, one.attribute)
+        if one.name in plan.also_train or (stays and one.value.requires_grad):
             trainable += count
-    return Plan(
-        adapter=adapter,
-        config=config,
-        freeze=freeze,
-        layers=tuple(layers),
-        skipped=(),
-        also_train=also_train,
-        added=added,
-        trainable=trainable,
-        total=total,
-    )
+    for _, layer in view.layers:
+        for block in layer.disha.parameters():
+            total += block.numel()
+            trainable += block.numel() if block.requires_grad else 0
+    return replace(plan, tied=tied, trainable=trainable, total=total)

@@ -8,7 +8,7 @@ from torch import nn
 
 from disha.layers import parameter_count
 from disha.model import ModelView
-from disha.tables import table
+from disha.text import table
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 

@@ -7,7 +7,17 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-__all__ = ["brief", "counted", "first_few", "grouped", "printable", "silence", "tell"]
+__all__ = [
+    "WIDEST",
+    "brief",
+    "counted",
+    "first_few",
+    "grouped",
+    "printable",
+    "silence",
+    "table",
+    "tell",
+]
 
 LONGEST = 10_000
 """Largest number of characters in one message."""
@@ -146,3 +156,43 @@ def silence(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+WIDEST = 200
+"""Largest number of characters in a cell. All cells of a column are as wide as its widest one."""
+
+LAST = 500
+"""The same for the last column, which is not padded."""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table with aligned columns: numbers to the right, everything else to the left.
+
+    Args:
+        header: titles of the columns.
+        rows: the cells of each row, one per column.
+
+    Examples:
+        >>> from disha.text import table
+        >>> print(table(("name", "n"), [("a", 1), ("bc", 23)]))
+        name   n
+        a      1
+        bc    23
+    """
+    limits = [WIDEST] * (len(header) - 1) + [LAST]
+    cells = [list(map(printable, map(str, row), limits)) for row in rows]
+    columns = list(zip(header, *cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [i > 0 and all(map(_is_number, column[1:])) for i, column in enumerate(columns)]
+    lines = []
+    for row in [list(header), *cells]:
+        aligned = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "").replace("-", "").isdigit() or cell in ("", "-")

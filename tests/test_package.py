@@ -16,11 +16,11 @@ LAYERS = [
     {"text", "version"},
     {"errors"},
     {"sharding"},
-    {"functional", "freezing", "tables", "fingerprint", "routing"},
+    {"functional", "freezing", "fingerprint", "routing"},
     {"config", "effective", "contexts"},
     {"layers"},
     {"model"},
-    {"candidates", "records"},
+    {"records"},
     {"running_statistics"},
     {"plan", "control", "state", "summaries", "checkpointing"},
     {"inject"},
@@ -93,7 +93,7 @@ def test_nothing_inside_imports_the_package_root():
 
 def test_finetune_uses_the_library_as_a_user_would():
     """Save for errors, texts and tables of messages, and the name of an adapter file."""
-    plain = ("disha", "errors", "files", "tables", "text")
+    plain = ("disha", "errors", "files", "text")
     for path in (PACKAGE / "finetune").rglob("*.py"):
         for name in imports_of(path)[0]:
             public = name.removeprefix("disha.") in (*plain, *disha.__all__)

@@ -1,5 +1,5 @@
 import disha
-from disha.tables import table
+from disha.text import table
 from tests.conftest import Tied
 
 

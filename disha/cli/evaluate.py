@@ -17,7 +17,7 @@ from disha.cli.models import Asker, add_model_flags, opened
 from disha.cli.output import show
 from disha.errors import ArgumentError
 from disha.finetune.data import formed, load_rows, masks_answers
-from disha.tables import table
+from disha.text import table
 
 __all__ = ["main"]
 

@@ -42,7 +42,7 @@ from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
 from disha.layers import AdaptedWeight, Block, check_adapter_name
 from disha.model import ModelView, all_or_nothing, join
-from disha.plan import Plan, WeightRequest, plan_weights
+from disha.plan import Plan, plan_weights
 from disha.records import LayerRecord, records_of
 from disha.sharding import gathered, write
 from disha.state import LoadReport, adapter_tensors, check_fit, finite_as
@@ -435,25 +435,19 @@ def _planned(
 ) -> tuple[Plan, dict[str, Tensor]]:
     """Return the plan to inject the adapter, and its values by the model's keys."""
     header = incoming.header
-    requests = [
-        WeightRequest(
-            name=layer.name,
-            r=layer.r,
-            geometry=layer.geometry(header.tensors[layer.key].shape),
-            layout=layer.layout,
-            rows=layer.rows,
-            dtype=dtype or header.tensors[layer.key].dtype,
-        )
-        for layer in header.layers
-    ]
     statistics = running_statistics.statistics(view)
-    beside = {
-        key: header.tensors[key].shape
-        for key in header.also_train
-        if incoming.keys[key] not in statistics
-    }
+    beside = [key for key in header.also_train if incoming.keys[key] not in statistics]
     try:
-        plan = plan_weights(view, adapter, header.config, requests, beside, freeze)
+        plan = plan_weights(
+            view,
+            adapter,
+            header.config,
+            header.layers,
+            header.tensors,
+            beside,
+            dtype=dtype,
+            freeze=freeze,
+        )
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
     values = {incoming.keys[key]: tensor for key, tensor in incoming.tensors.items()}

@@ -22,8 +22,7 @@ from disha.files.json_files import is_size, parsed_json
 from disha.files.tensors import TensorFile
 from disha.functional import PATTERNS, Layout
 from disha.records import LayerRecord, TensorRecord
-from disha.tables import table
-from disha.text import brief, counted, first_few, printable
+from disha.text import brief, counted, first_few, printable, table
 
 __all__ = [
     "FORMAT",

@@ -36,8 +36,7 @@ from disha.functional import METHODS, Layout
 from disha.model import ModelView
 from disha.sharding import gathered
 from disha.state import finite_as
-from disha.tables import table
-from disha.text import counted, first_few, printable
+from disha.text import counted, first_few, printable, table
 
 __all__ = [
     "SERVED_RANKS",

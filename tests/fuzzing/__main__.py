@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from disha.tables import table
+from disha.text import table
 from tests.fuzzing.crafting import RECIPES, craft
 from tests.fuzzing.faults import CODES
 from tests.fuzzing.operations import JOBS, Trials

@@ -29,8 +29,7 @@ from disha.interop.checkpoints.reading import (
 from disha.interop.checkpoints.stacks import Stack, stacks_of
 from disha.model import join
 from disha.state import finite_as
-from disha.tables import table
-from disha.text import counted, printable
+from disha.text import counted, printable, table
 
 __all__ = [
     "BaseReport",
