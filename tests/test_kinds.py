@@ -527,7 +527,7 @@ class TestLayoutsOfTheUser:
         plan = disha.plan_adapters(model, "all-linear", 4)
         assert [one.name for one in plan.layers] == ["1"]
         assert [(one.name, one.reason) for one in plan.skipped] == [
-            ("0", "r=4 is larger than in_features=2"), ("2", "its weight is empty")
+            ("2", "its weight is empty"), ("0", "r=4 is larger than in_features=2")
         ]  # fmt: skip
         with pytest.raises(ArgumentError, match="0: r=4 is larger than in_features=2"):
             disha.inject_adapters(model, "all-linear", 4)
