@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError, DishaError
-from disha.layers import AdaptedWeight, Block
+from disha.layers import AdaptedLayer, Block
 from disha.merge import merge
-from disha.model import ModelView, clean_key
+from disha.model import ModelBlock, ModelView, clean_key
 from disha.sharding import write
 from disha.text import counted, first_few, printable, table
 
@@ -152,12 +152,7 @@ def check_adapters(
     """
     view = ModelView(model)
     view.refuse_inside("check adapters")
-    active = [
-        (name, adapter, weight, block)
-        for name, weight in view.weights
-        for adapter, block in weight.blocks.items()
-        if adapter in weight.layer.disha.active
-    ]
+    active = [one for one in view.blocks() if one.adapter in one.layer.disha.active]
     if not active:
         raise ArgumentError(
             "there is nothing to check: no adapter is active; activate one with set_active_adapters"
@@ -180,7 +175,7 @@ def _untrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str,
 def _checked(
     view: ModelView,
     undo: ExitStack,
-    active: list[tuple[str, str, AdaptedWeight, Block]],
+    active: list[ModelBlock],
     outputs_of: Callable[[], list[Tensor]],
 ) -> CheckReport:
     """Return the report of a model, which this changes.
@@ -191,7 +186,7 @@ def _checked(
         active: (weight's name, adapter, weight, block) of each active block.
         outputs_of: runs the model.
     """
-    blocks = [block for *_, block in active]
+    blocks = [one.block for one in active]
 
     def run() -> list[Tensor]:
         # All runs start from the same random state, and none changes it.
@@ -209,11 +204,10 @@ def _checked(
         undo.callback(view.reshard)  # a forward gathers what is sharded
         read, gradients, outputs = _read_and_gradients(run, blocks)
         found = []
-        weights = [weight for _, _, weight, _ in active]
-        merges, refusal = _merges(view, run, outputs, weights)
-        for (name, adapter, weight, block), gradient in zip(active, gradients, strict=True):
+        merges, refusal = _merges(view, run, outputs, [one.layer for one in active])
+        for (name, layer, adapter, block), gradient in zip(active, gradients, strict=True):
             acts = gradient or _changes(run, block, outputs)
-            own = None if merges is None else merges.get(id(weight.layer), True)
+            own = None if merges is None else merges.get(id(layer), True)
             remark = _remark(block in read, acts, gradient) or refusal
             found.append(CheckedWeight(name, adapter, block in read, acts, gradient, own, remark))
     return CheckReport(tuple(found))
@@ -303,7 +297,7 @@ def _merges(
     view: ModelView,
     run: Callable[[], list[Tensor]],
     outputs: list[Tensor],
-    weights: list[AdaptedWeight],
+    layers: list[AdaptedLayer],
 ) -> tuple[dict[int, bool] | None, str]:
     """Return layer -> whether the output stays the same when merged, or why merging is refused.
 
@@ -314,8 +308,8 @@ def _merges(
             return {}, ""
     except DishaError as error:
         return None, str(error)
-    layers = dict.fromkeys(weight.layer for weight in weights)
-    return {id(layer): _merged_alike(ModelView(layer), run, outputs) for layer in layers}, ""
+    alike = {id(one): _merged_alike(ModelView(one), run, outputs) for one in dict.fromkeys(layers)}
+    return alike, ""
 
 
 def _merged_alike(view: ModelView, run: Callable[[], list[Tensor]], outputs: list[Tensor]) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from disha.config import check_scale
 from disha.contexts import Group, entered, groups_of
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.model import ModelView, all_or_nothing
+from disha.model import ModelView, all_or_nothing, join
 from disha.routing import Route
 
 __all__ = [
@@ -167,7 +167,7 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter: str = "default") 
     """
     check_scale(scale)
     view = ModelView(model)
-    blocks = [weight.block(adapter) for _, weight in view.require(adapter)]
+    blocks = [one.block for one in view.require(adapter)]
     view.refuse_merged("change an adapter's scale")
     with all_or_nothing(view) as undo:
         for block in blocks:
@@ -234,13 +234,15 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
 
 def _refuse_stacks(view: ModelView) -> None:
     """Raise if experts are adapted: their inputs are tokens of all samples, in any order."""
-    for name, weight in view.weights:
-        if weight.slot.layout.expert_dim is not None:
-            raise ArgumentError(
-                f"route_adapters can't route samples through {name}, whose layout is "
-                f"{weight.slot.layout.pattern!r}: experts get the tokens of all samples in any "
-                "order. Leave experts out with exclude=, or use one adapter at a time"
-            )
+    for name, layer in view.layers:
+        slots = [block.slot for one in layer.adapted_parameters for block in layer.disha.some(one)]
+        for slot in slots:
+            if slot.layout.expert_dim is not None:
+                raise ArgumentError(
+                    f"route_adapters can't route samples through {join(name, slot.name)}, whose "
+                    f"layout is {slot.layout.pattern!r}: experts get the tokens of all samples in "
+                    "any order. Leave experts out with exclude=, or use one adapter at a time"
+                )
 
 
 def _refuse_sequences_first(view: ModelView) -> None:

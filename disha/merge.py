@@ -19,12 +19,15 @@ from disha.inject import check_removable, take_out
 from disha.layers import (
     ROUNDED,
     AdaptedLayer,
-    AdaptedWeight,
     Merged,
     Original,
     Quantisation,
+    Slot,
     is_library_forward,
+    merged_weight,
     offloading_hooks,
+    quantisation_of,
+    stored_weight,
     takes_dense,
 )
 from disha.model import ModelView, all_or_nothing, join
@@ -133,22 +136,21 @@ def merge(
     with torch.inference_mode(False), torch.no_grad():
         chosen = _chosen(view, adapter)
         weights = [
-            (join(name, weight.slot.parameter), weight)
+            (join(name, slot.parameter), layer, slot)
             for name, layer in view.layers
-            for weight in _changed_weights(layer, chosen.get(layer, ()))
+            for slot in _changed_slots(layer, chosen[layer])
         ]
-        shared = [_check_mergeable(view, name, weight, untie, dense) for name, weight in weights]
+        shared = [_check_mergeable(view, *weight, untie=untie, dense=dense) for weight in weights]
         merged = [
-            _merged(name, weight, chosen[weight.layer], is_shared)
-            for (name, weight), is_shared in zip(weights, shared, strict=True)
+            _merged(name, layer, slot, chosen[layer], is_shared)
+            for (name, layer, slot), is_shared in zip(weights, shared, strict=True)
         ]
-        originals: dict[AdaptedLayer, dict[str, Original]] = {}
-        for (_, weight), (original, new) in zip(weights, merged, strict=True):
-            attribute = weight.slot.parameter
-            originals.setdefault(weight.layer, {})[attribute] = original
-            _replace(weight.layer, attribute, new, undo)
-        for _, layer in view.layers:
-            _note_merged(layer, Merged(chosen.get(layer, ()), originals.get(layer, {})), undo)
+        originals: dict[AdaptedLayer, dict[str, Original]] = {layer: {} for layer in chosen}
+        for (_, layer, slot), (original, new) in zip(weights, merged, strict=True):
+            originals[layer][slot.parameter] = original
+            _replace(layer, slot.parameter, new, undo)
+        for layer, names in chosen.items():
+            _note_merged(layer, Merged(names, originals[layer]), undo)
 
 
 def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:
@@ -233,12 +235,12 @@ def _refuse_offloaded(layer: AdaptedLayer) -> None:
             )
 
 
-def _changed_weights(layer: AdaptedLayer, adapters: tuple[str, ...]) -> list[AdaptedWeight]:
-    """Return one adapted weight for each parameter that the adapters change."""
-    found: dict[str, AdaptedWeight] = {}
-    for (adapter, name), block in layer.disha.blocks().items():
+def _changed_slots(layer: AdaptedLayer, adapters: tuple[str, ...]) -> list[Slot]:
+    """Return one slot for each parameter that the adapters change."""
+    found: dict[str, Slot] = {}
+    for (adapter, _), block in layer.disha.blocks().items():
         if adapter in adapters:
-            found.setdefault(block.slot.parameter, AdaptedWeight(layer, name))
+            found.setdefault(block.slot.parameter, block.slot)
     return list(found.values())
 
 
@@ -282,31 +284,24 @@ def _chosen(
 
 
 def _check_mergeable(
-    view: ModelView, name: str, weight: AdaptedWeight, untie: bool, dense: bool
+    view: ModelView, name: str, layer: AdaptedLayer, slot: Slot, *, untie: bool, dense: bool
 ) -> bool:
-    """Raise if nothing can be merged into a weight; return whether other modules share it.
-
-    Args:
-        view: the model.
-        name: the weight's name in it.
-        weight: the weight.
-        untie: whether the weight may be untied from others.
-        dense: whether a dense weight may replace a quantised one.
-    """
-    parameter, quantisation = weight.parameter, weight.quantisation
+    """Raise if nothing can be merged into a weight; return whether other modules share it."""
+    parameter = layer._parameters.get(slot.parameter)
+    quantisation = quantisation_of(layer, stored_weight(layer, slot.parameter))
     if parameter is None and quantisation is None:
         raise MergeError(
             f"{name} is computed from other parameters (a parametrization), so nothing can be "
             "merged into it. Save the adapter, remove it and the parametrization "
             "(torch.nn.utils.parametrize.remove_parametrizations), and load it again"
         )
-    blocks = [block.block for block in weight.layer.disha.blocks().values()]
+    blocks = [block.block for block in layer.disha.blocks().values()]
     if any(tensor is not None and tensor.is_meta for tensor in (parameter, *blocks)):
         raise MergeError(
             f"{name} or its adapter is on the meta device; give the model its weights first"
         )
     known = view.parameters_by_name.get(name)
-    own = {join(alias, weight.slot.parameter) for alias in view.names[weight.layer]}
+    own = {join(alias, slot.parameter) for alias in view.names[layer]}
     others = [] if known is None else [other for other in known.names if other not in own]
     if others and not untie:
         raise MergeError(
@@ -314,14 +309,14 @@ def _check_mergeable(
             "untie=True to give this layer a weight of its own while merged"
         )
     if quantisation is not None:
-        problem = _quantised_problem(weight, quantisation, dense)
-        if problem is not None:
-            raise MergeError(f"{name} is quantised ({quantisation.name}), {problem}")
+        reason = _reason_against_quantised(layer, parameter, quantisation, dense)
+        if reason is not None:
+            raise MergeError(f"{name} is quantised ({quantisation.name}), {reason}")
     return bool(others)
 
 
-def _quantised_problem(
-    weight: AdaptedWeight, quantisation: Quantisation, dense: bool
+def _reason_against_quantised(
+    layer: AdaptedLayer, parameter: Tensor | None, quantisation: Quantisation, dense: bool
 ) -> str | None:
     """Return why nothing can be merged into a quantised weight and what to do, or None."""
     unmerged = "leave its adapters unmerged"
@@ -334,30 +329,29 @@ def _quantised_problem(
             "so its values are too coarse for an update; pass dense=True to compute with "
             f"a dense merged weight until unmerge_adapters, or {unmerged}"
         )
-    if weight.parameter is None or not takes_dense(weight.layer):
-        kind = weight.layer.original_class.__name__
+    if parameter is None or not takes_dense(layer):
         return (
-            f"and its layer is a {kind} with a forward of its own, which can't compute with a "
-            f"dense weight; {unmerged}"
+            f"and its layer is a {layer.original_class.__name__} with a forward of its own, which "
+            f"can't compute with a dense weight; {unmerged}"
         )
     return None
 
 
 def _merged(
-    name: str, weight: AdaptedWeight, adapters: tuple[str, ...], shared: bool
+    name: str, layer: AdaptedLayer, slot: Slot, adapters: tuple[str, ...], shared: bool
 ) -> tuple[Original, Tensor]:
     """Return the original of a weight, and what replaces it."""
-    parameter = weight.parameter
+    parameter = layer._parameters[slot.parameter]
     assert parameter is not None
     with without_autocast(parameter.device):
-        merged = weight.merged(adapters)
+        merged = merged_weight(layer, slot, adapters)
     # isfinite lacks some dtypes of 8 bits.
     if not torch.isfinite(merged.float() if merged.itemsize == 1 else merged).all():
         raise MergeError(
             f"merging {', '.join(map(repr, adapters))} into {name} gives values that are not "
             "finite; check the adapter's blocks and its scale"
         )
-    if weight.quantisation is not None:
+    if quantisation_of(layer, stored_weight(layer, slot.parameter)) is not None:
         original = Original(parameter=parameter, dense=True)
     else:
         original = Original(parameter.data, parameter if shared else None)

@@ -9,7 +9,7 @@ targets match the same modules, and files hold the same names, whether a model i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,13 +21,14 @@ from disha.errors import ArgumentError, ArgumentTypeError, ModeError, TargetErro
 from disha.layers import (
     CHILD_NAME,
     AdaptedLayer,
-    AdaptedWeight,
     Adapters,
+    Block,
     refuse_merged,
 )
 from disha.sharding import Ranks, imported_class, is_partitioned, is_sharded
 
 __all__ = [
+    "ModelBlock",
     "ModelParameter",
     "ModelView",
     "all_or_nothing",
@@ -107,12 +108,13 @@ def require_model(model: object, argument: str = "model") -> nn.Module:
     return model
 
 
-def _blocks_on_each_weight(layer: AdaptedLayer) -> Iterable[tuple[str, str]]:
-    """Return (adapter, weight) of blocks of a layer: at least one for each adapted weight."""
-    if len(layer.adapted_parameters) > 1:
-        return layer.disha.blocks()
-    # Every adapter has a block on the only weight, so those of one adapter are enough.
-    return layer.disha.blocks(next(iter(layer.disha), None))
+class ModelBlock(NamedTuple):
+    """A block of a model: the clean name of its weight, the layer, and the name of the adapter."""
+
+    name: str
+    layer: AdaptedLayer
+    adapter: str
+    block: Block
 
 
 class ModelParameter(NamedTuple):
@@ -261,52 +263,37 @@ class ModelView:
             if isinstance(module, AdaptedLayer) and CHILD_NAME in module._modules
         ]
 
-    @property
-    def weights(self) -> list[tuple[str, AdaptedWeight]]:
-        """The adapted weights, each once, with their clean names."""
-        return [
-            (join(layer_name, name), AdaptedWeight(layer, name))
-            for layer_name, layer in self.layers
-            for name in dict.fromkeys(name for _, name in _blocks_on_each_weight(layer))
-        ]
+    def blocks(self, adapter: str | None = None) -> list[ModelBlock]:
+        """Return the blocks of all adapters, or of one, weight by weight."""
+        found = []
+        for name, layer in self.layers:
+            own = layer.disha.blocks(adapter)
+            weights = list(dict.fromkeys(weight for _, weight in own))
+            for weight in weights:
+                found += [
+                    ModelBlock(join(name, weight), layer, other, block)
+                    for (other, at), block in own.items()
+                    if at == weight
+                ]
+        return found
 
     @property
     def adapters(self) -> list[str]:
         """The names of all adapters, in the order of the layers."""
         return list(dict.fromkeys(name for _, layer in self.layers for name in layer.disha))
 
-    def has(self, adapter: str) -> bool:
-        """Whether a weight has an adapter.
-
-        Args:
-            adapter: the adapter's name.
-        """
-        return any(adapter in layer.disha for _, layer in self.layers)
-
-    def require(self, adapter: str) -> list[tuple[str, AdaptedWeight]]:
-        """Return the weights that have an adapter, with their clean names.
-
-        Args:
-            adapter: the adapter's name.
-
-        Raises:
-            ArgumentError: no weight has it.
-            ArgumentTypeError: `adapter` is not a str.
-        """
+    def require(self, adapter: str) -> list[ModelBlock]:
+        """Return the blocks of an adapter, or raise if there are none."""
         if not isinstance(adapter, str):
             raise ArgumentTypeError(
                 f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
             )
-        weights = [
-            (join(layer_name, name), AdaptedWeight(layer, name))
-            for layer_name, layer in self.layers
-            for _, name in layer.disha.blocks(adapter)
-        ]
-        if not weights:
-            known = self.adapters
-            found = f"it has {', '.join(map(repr, known))}" if known else "it has none"
-            raise ArgumentError(f"the model has no adapter {adapter!r}; {found}")
-        return weights
+        found = self.blocks(adapter)
+        if not found:
+            known = ", ".join(map(repr, self.adapters))
+            has = f"it has {known}" if known else "it has none"
+            raise ArgumentError(f"the model has no adapter {adapter!r}; {has}")
+        return found
 
     def refuse_merged(self, action: str) -> None:
         """Raise if adapters are merged.

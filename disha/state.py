@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from disha import freezing, running_statistics
 from disha.errors import AdapterStateError, ArgumentTypeError
-from disha.layers import AdaptedLayer, AdaptedWeight, Block, kept_packed, weight_shape
+from disha.layers import AdaptedLayer, Block, kept_packed, weight_shape
 from disha.model import ModelView, all_or_nothing, clean_key, join
 from disha.sharding import is_partitioned, local_part, obstacle_to_write, write
 from disha.text import first_few
@@ -140,9 +140,8 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     """
     view.reshard()
     tensors: dict[str, Tensor] = {}
-    for name, weight in view.require(adapter):
-        block = weight.block(adapter)
-        _refuse_flattened(name, weight, block)
+    for name, layer, _, block in view.require(adapter):
+        _refuse_flattened(name, layer, block)
         tensors[join(name, block.parameter_name)] = block.block
     for module, (name, *_) in view.names.items():
         for attribute in freezing.claimed(module, adapter):
@@ -155,7 +154,7 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     return tensors | running_statistics.changed_statistics(view)
 
 
-def _refuse_flattened(name: str, weight: AdaptedWeight, block: Block) -> None:
+def _refuse_flattened(name: str, layer: AdaptedLayer, block: Block) -> None:
     parameter = block._parameters.get(block.parameter_name)
     if parameter is not None and is_partitioned(parameter) and not parameter.numel():
         raise AdapterStateError(
@@ -163,7 +162,7 @@ def _refuse_flattened(name: str, weight: AdaptedWeight, block: Block) -> None:
             "partitioned it; use ZeRO-2 or fully_shard, or call this inside "
             "deepspeed.zero.GatheredParameters(list(model.parameters()))"
         )
-    axes = len(weight_shape(weight.layer, block.slot))
+    axes = len(weight_shape(layer, block.slot))
     block_axes = block.method.block_axes
     if parameter is None or parameter.dim() < block_axes or axes < 2:
         raise AdapterStateError(

@@ -107,10 +107,9 @@ def summary(model: nn.Module) -> Summary:
             r_out=block.r_out,
             parameters=block.block.numel(),
             scale=block.scale,
-            active=adapter in weight.layer.disha.active,
+            active=adapter in layer.disha.active,
         )
-        for name, weight in view.weights
-        for adapter, block in weight.blocks.items()
+        for name, layer, adapter, block in view.blocks()
     )
     parameters = list(view.all_parameters())
     return Summary(

@@ -17,6 +17,7 @@ from torch import nn
 
 import disha
 from disha import ArgumentError, ModeError, functional
+from disha.layers import base_of
 from disha.model import ModelView
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot
@@ -75,14 +76,13 @@ def close(actual, expected, dtype=torch.float64):
 def updates(adapted, adapter="default", blocks=None):
     """Return parameter name -> dW by the oracle, as far as blocks go in float64."""
     found = {}
-    for name, weight in ModelView(adapted).weights:
-        block = weight.blocks[adapter]
+    for name, layer, _, block in ModelView(adapted).blocks(adapter):
         values = block.block.detach().double() if blocks is None else blocks[name]
-        module = next(n for n, m in adapted.named_modules() if m is weight.layer)
+        module = next(n for n, m in adapted.named_modules() if m is layer)
         key = f"{module}.{block.slot.parameter}"
         layout = block.slot.layout
         delta = reference.layout_delta_weight(
-            block.method.name, layout.pattern, values, weight.base.detach().double(),
+            block.method.name, layout.pattern, values, base_of(layer, block.slot).detach().double(),
             block.slot.rows, layout.groups, layout.padding_idx,
         )  # fmt: skip
         found[key] = found[key] + delta if key in found else delta
@@ -173,8 +173,7 @@ class PairTests:
         model, plain, x = row.adapted(method), row.plain(), row.input()
         perturb(model)
         x.requires_grad_(not row.indices)
-        weights = dict(ModelView(model).weights)
-        own = {key: weight.blocks["default"].block for key, weight in weights.items()}
+        own = {one.name: one.block.block for one in ModelView(model).blocks("default")}
         leaves = {key: block.detach().clone().requires_grad_() for key, block in own.items()}
         y = torch.randn_like(row.output(model, x))
         inputs = [x] if x.requires_grad else []

@@ -97,15 +97,11 @@ def dense(adapted, plain, scale=1.0):
 
 
 def blocks_of(module):
-    return {
-        name: weight.blocks["default"].block.detach()
-        for name, weight in ModelView(module).weights
-        if "default" in weight.blocks
-    }
+    return {one.name: one.block.block.detach() for one in ModelView(module).blocks("default")}
 
 
 def block_of(module, name, adapter="default"):
-    return dict(ModelView(module).weights)[name].blocks[adapter]
+    return next(one.block for one in ModelView(module).blocks(adapter) if one.name == name)
 
 
 def close(actual, expected, tolerance=1e-10):

@@ -46,8 +46,8 @@ def combine(*weighted, r=None, **reading):
 def updates(model, adapter):
     """Layer -> s * dW of an adapter, for the layers that it has."""
     return {
-        name: weight.blocks[adapter].scale * weight.delta_weight(weight.blocks[adapter])
-        for name, weight in ModelView(model).require(adapter)
+        name: block.scale * layer.delta_weight(block)
+        for name, layer, _, block in ModelView(model).require(adapter)
     }
 
 
@@ -95,7 +95,7 @@ class TestSum:
         for name, delta in total.items():
             expected = 0.3 * parts[0][name] - 2 * parts[1].get(name, 0 * delta)
             torch.testing.assert_close(delta, expected, rtol=0, atol=1e-12)
-        found = {weight.blocks["c"].r for _, weight in ModelView(model).require("c")}
+        found = {one.block.r for one in ModelView(model).require("c")}
         assert found == ({4} if method == "bat" else {12, 4})
 
     def test_a_larger_r_may_be_asked_for(self, tmp_path):
@@ -104,8 +104,8 @@ class TestSum:
         disha.combine_adapters(model, {"a": 1.0}, into="wide", r=12)
         header, tensors = combine((a, 1.0), r=12)
         assert {layer.r for layer in header.layers} == {12}
-        for name, weight in ModelView(model).require("wide"):
-            assert torch.equal(weight.blocks["wide"].block, tensors[f"{name}.bone_block"])
+        for name, _, _, block in ModelView(model).require("wide"):
+            assert torch.equal(block.block, tensors[f"{name}.bone_block"])
         for name, delta in updates(model, "wide").items():
             assert torch.equal(delta, updates(model, "a")[name])
 

@@ -36,7 +36,7 @@ from transformers.integrations.metal_quantization import MetalLinear
 import disha
 from disha import ArgumentError, MergeError, TargetError
 from disha.functional import bone_delta
-from disha.layers import AdaptedLayer, AdaptedWeight
+from disha.layers import AdaptedLayer, quantisation_of
 from disha.layers.opaque import opaque_slot
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot
@@ -679,7 +679,7 @@ class TestTensorSubclasses:
         layer.to("meta")
         disha.unmerge_adapters(layer)
         assert layer.weight.device.type == "meta"
-        assert AdaptedWeight(layer, "").quantisation is not None
+        assert quantisation_of(layer, layer.weight) is not None
         assert isinstance(layer.weight, nn.Parameter)
 
 

@@ -26,9 +26,9 @@ def test_the_norm_of_the_update_is_that_of_the_whole_matrix(tmp_path, injected):
     model = every_kind()
     disha.load_adapter(model, path)
     found, compared = found_in(path), 0
-    for name, weight in ModelView(model).require("default"):
+    for name, layer, _, block in ModelView(model).require("default"):
         norm = found[f"{name}.bone_block"].delta_norm
-        delta = weight.delta_weight(weight.blocks["default"])
+        delta = layer.delta_weight(block)
         assert norm == pytest.approx(0.7 * float(delta.detach().norm()), rel=1e-12)
         compared += 1
     assert compared == 10

@@ -124,10 +124,10 @@ def combine_adapters(
         summands.append(Summand(f"adapter {adapter!r}", contents, weight))
     header, tensors = combine_contents(summands, r)
     load_contents(view, "the sum", header, tensors, into, freeze=False, activate=False)
-    for _, layer in view.require(into):
-        blocks = layer.blocks
-        trains = any(blocks[name].block.requires_grad for name in weights if name in blocks)
-        blocks[into].block.requires_grad_(trains)
+    for _, layer, _, new in view.require(into):
+        blocks = layer.disha.blocks()
+        own = [blocks[name, new.slot.name] for name in weights if (name, new.slot.name) in blocks]
+        new.block.requires_grad_(any(block.block.requires_grad for block in own))
 
 
 def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Contents:

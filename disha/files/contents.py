@@ -40,8 +40,14 @@ from disha.files.pieces import tensor_writer
 from disha.files.tensors import TensorFile, opened
 from disha.fingerprint import fingerprint, same_base
 from disha.inject import apply_plan
-from disha.layers import AdaptedWeight, Block, check_adapter_name
-from disha.model import ModelView, all_or_nothing, join
+from disha.layers import (
+    base_of,
+    check_adapter_name,
+    geometry_of,
+    quantisation_of,
+    stored_weight,
+)
+from disha.model import ModelBlock, ModelView, all_or_nothing, join
 from disha.plan import Plan, plan_weights
 from disha.records import LayerRecord, records_of
 from disha.sharding import gathered, write
@@ -101,48 +107,48 @@ def adapter_contents(
         key: gathered(parameter.detach()).to("cpu", copy=True).contiguous()
         for key, parameter in parameters.items()
     }
-    weights = view.require(adapter)
-    layers = tuple(_record(name, adapter, weight) for name, weight in weights)
+    blocks = view.require(adapter)
+    layers = tuple(_record(one) for one in blocks)
     with ranks.agreeing(action):
         _check_one_method(adapter, layers)
         _check_still_finite(adapter, tensors)
-    config = weights[0][1].block(adapter).config
-    blocks = {layer.key for layer in layers}
+    keys = {layer.key for layer in layers}
     header = AdapterHeader(
-        config=config.changed(scale=layers[0].scale),
+        config=blocks[0].block.config.changed(scale=layers[0].scale),
         layers=layers,
-        also_train=tuple(sorted(key for key in tensors if key not in blocks)),
+        also_train=tuple(sorted(key for key in tensors if key not in keys)),
         tensors=records_of(tensors),
         metadata=notes,
     )
     return header, tensors
 
 
-def _record(
-    name: str, adapter: str, weight: AdaptedWeight, *, with_base: bool = True
-) -> LayerRecord:
-    block, geometry = weight.block(adapter), weight.geometry
+def _record(one: ModelBlock, *, with_base: bool = True) -> LayerRecord:
+    block, geometry = one.block, geometry_of(one.layer, one.block.slot)
     return LayerRecord(
-        name=name,
+        name=one.name,
         method=block.method.name,
         r=block.r,
         r_out=block.r_out,
         in_features=geometry.in_features,
         out_features=geometry.out_features,
         scale=block.scale,
-        base=_base_fingerprint(weight) if with_base else None,
+        base=_base_fingerprint(one) if with_base else None,
         layout=block.slot.layout,
         rows=block.slot.rows,
     )
 
 
-def _base_fingerprint(weight: AdaptedWeight) -> str | None:
+def _base_fingerprint(one: ModelBlock) -> str | None:
     """Return the fingerprint of an adapted weight's original, or None if it is quantised.
 
     The values of a quantised weight depend on the way of quantising and on some kernels, but an
     adapter that was trained on one of them fits the others.
     """
-    return fingerprint(weight.base_rows) if weight.quantisation is None else None
+    slot = one.block.slot
+    if quantisation_of(one.layer, stored_weight(one.layer, slot.parameter)) is not None:
+        return None
+    return fingerprint(slot.layout.part(base_of(one.layer, slot), slot.rows))
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -318,14 +324,13 @@ class _Incoming:
 
     def loaded_into(
         self, view: ModelView, adapter: str
-    ) -> Iterator[tuple[str, AdaptedWeight, Block, LayerRecord]]:
-        """Iterate over the model's weights for which the adapter has a block."""
+    ) -> Iterator[tuple[ModelBlock, LayerRecord]]:
+        """Iterate over the model's blocks for which the adapter has one."""
         layers = {self.keys[layer.key]: layer for layer in self.header.layers}
-        for name, weight in view.require(adapter):
-            block = weight.block(adapter)
-            layer = layers.get(join(name, block.parameter_name))
+        for one in view.require(adapter):
+            layer = layers.get(join(one.name, one.block.parameter_name))
             if layer is not None:
-                yield name, weight, block, layer
+                yield one, layer
 
 
 def load_contents(
@@ -362,7 +367,7 @@ def load_contents(
             view.refuse_inside("load an adapter")
             incoming = _Incoming(source, header, tensors, _model_keys(view, header))
             _check_consistent(incoming)
-            taken = view.has(adapter)
+            taken = adapter in view.adapters
             _check_taken(adapter, taken, replace, dtype)
             if taken:
                 adapter_tensors(view, adapter)  # raises if the blocks have no values here
@@ -378,11 +383,10 @@ def load_contents(
             write(targets[key], value, None if is_new else undo)
         if taken and not partial:
             running_statistics.put_back(view, undo, values)
-            for name, weight in view.require(adapter):
-                block = weight.block(adapter)
-                if join(name, block.parameter_name) not in values:
-                    write(block.block, torch.zeros_like(block.block), undo)
-        for _, _, block, layer in incoming.loaded_into(view, adapter):
+            for one in view.require(adapter):
+                if join(one.name, one.block.parameter_name) not in values:
+                    write(one.block.block, torch.zeros_like(one.block.block), undo)
+        for (*_, block), layer in incoming.loaded_into(view, adapter):
             undo.callback(block.set_scale, block.scale)
             undo.callback(block.reconfigure, block.config)
             block.reconfigure(incoming.header.config)
@@ -467,16 +471,16 @@ def _as_wide_as(view: ModelView, incoming: _Incoming, adapter: str) -> _Incoming
     header, held = incoming.header, None
     records, layers = dict(header.tensors), {layer.key: layer for layer in header.layers}
     blocks: dict[str, Tensor] = {}
-    for name, weight, block, layer in incoming.loaded_into(view, adapter):
-        mine = _record(name, adapter, weight, with_base=False)
+    for one, layer in incoming.loaded_into(view, adapter):
+        mine = _record(one, with_base=False)
         wider = dataclasses.replace(layer, r=mine.r)
-        if layer.r == mine.r or _differences(name, wider, mine):
+        if layer.r == mine.r or _differences(one.name, wider, mine):
             continue
         narrow = incoming.tensors[layer.key]
         method = functional.method_of(layer.method)
         widened = method.wider_block(layer.layout, narrow, layer.r, mine.r)
         if widened is not None:
-            layers[layer.key], blocks[layer.key], held = wider, widened, block.config
+            layers[layer.key], blocks[layer.key], held = wider, widened, one.block.config
             records[layer.key] = dataclasses.replace(records[layer.key], shape=tuple(widened.shape))
     if held is None:
         return incoming
@@ -503,8 +507,8 @@ def _fitting(view: ModelView, incoming: _Incoming, adapter: str) -> dict[str, Te
         values = {key: zero.expand(records[own].shape) for key, own in kept.items()}
     report = check_fit(targets, {**dict.fromkeys(found), **values})
     problems = [] if report.complete else [str(report)]
-    for name, weight, _, layer in incoming.loaded_into(view, adapter):
-        problems += _differences(name, layer, _record(name, adapter, weight, with_base=False))
+    for one, layer in incoming.loaded_into(view, adapter):
+        problems += _differences(one.name, layer, _record(one, with_base=False))
     if problems:
         raise AdapterFileError(
             f"{incoming.source} can't replace the model's adapter {adapter!r}, which it does not "
@@ -543,12 +547,12 @@ def _check_finite(
 
 def _warn_of_other_base(view: ModelView, incoming: _Incoming, adapter: str) -> None:
     other, known = [], 0
-    for name, weight, _, layer in incoming.loaded_into(view, adapter):
-        now = None if layer.base is None else _base_fingerprint(weight)
+    for one, layer in incoming.loaded_into(view, adapter):
+        now = None if layer.base is None else _base_fingerprint(one)
         if now is not None and layer.base is not None:
             known += 1
             if not same_base(now, layer.base):
-                other.append(name)
+                other.append(one.name)
     if other:
         layers = printable(first_few(other, 3, ", "))
         warnings.warn(

@@ -88,10 +88,9 @@ def _make_ready(view: ModelView, args: Any, named: Mapping[str, Any], undo: Exit
     for setting, reason in UNFIT.items():
         if getattr(args, setting, False):
             raise ArgumentError(f"{setting}=True {reason}")
-    for _, weight in view.weights if getattr(args, "disable_dropout", True) else ():
-        for block in weight.blocks.values():
-            undo.callback(setattr, block, "dropout", block.dropout)
-            block.dropout = 0.0  # trl does this for the dropout of torch
+    for *_, block in view.blocks() if getattr(args, "disable_dropout", True) else ():
+        undo.callback(setattr, block, "dropout", block.dropout)
+        block.dropout = 0.0  # trl does this for the dropout of torch
 
 
 def _reference(view: ModelView, adapters: Names, undo: ExitStack) -> _Reference:

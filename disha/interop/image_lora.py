@@ -87,7 +87,7 @@ def export(
     """
     given = _components(models)
     views = {component: ModelView(model) for component, model in given.items()}
-    having = {name: view for name, view in views.items() if view.has(adapter)}
+    having = {name: view for name, view in views.items() if adapter in view.adapters}
     if not having:
         next(iter(views.values())).require(adapter)  # raises
     ranks, action = next(iter(having.values())).ranks(), f"export adapter {adapter!r} as {form}"

@@ -33,6 +33,7 @@ from disha.errors import (
 )
 from disha.files import AdapterHeader, LayerRecord
 from disha.functional import METHODS, Layout
+from disha.layers import base_of
 from disha.model import ModelView
 from disha.sharding import gathered
 from disha.state import finite_as
@@ -211,10 +212,10 @@ def base_weights(view: ModelView, adapter: str) -> BaseWeight:
 
     That function is collective if the model is sharded.
     """
-    weights = dict(view.require(adapter))
+    weights = {one.name: one for one in view.require(adapter)}
 
     def base_weight(name: str) -> Tensor:
-        return gathered(weights[name].base.detach())
+        return gathered(base_of(weights[name].layer, weights[name].block.slot).detach())
 
     return base_weight
 

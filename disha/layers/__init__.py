@@ -1,6 +1,6 @@
 """Layers with adapters: blocks, adapted classes, the table of layer kinds, and opaque weights."""
 
-from disha.layers.adapted import AdaptedLayer, AdaptedWeight, refuse_merged
+from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.adapters import CHILD_NAME, Adapters, Merged, Original, check_adapter_name
 from disha.layers.bitsandbytes import is_library_forward, kept_packed, parameter_count
 from disha.layers.blocks import Block, Slot, block_name
@@ -25,8 +25,12 @@ from disha.layers.opaque import (
     takes_dense,
 )
 from disha.layers.weights import (
+    base_of,
+    delta_of,
     device_of_weight,
+    geometry_of,
     make_block,
+    merged_weight,
     offloading_hooks,
     read_weight,
     stored_weight,
@@ -41,7 +45,6 @@ __all__ = [
     "ROUNDED",
     "AdaptedLayer",
     "AdaptedLinear",
-    "AdaptedWeight",
     "Adapters",
     "BatLinear",
     "Block",
@@ -51,10 +54,13 @@ __all__ = [
     "Quantisation",
     "Slot",
     "adapt",
+    "base_of",
     "block_name",
     "check_adapter_name",
     "declared_slots",
+    "delta_of",
     "device_of_weight",
+    "geometry_of",
     "guard_encoder",
     "is_guarded",
     "is_library_forward",
@@ -62,6 +68,7 @@ __all__ = [
     "kept_packed",
     "make_block",
     "matrix_parameters",
+    "merged_weight",
     "offloading_hooks",
     "original_class",
     "parameter_count",

@@ -10,25 +10,20 @@ effective weight (`disha.effective`). Only `nn.Linear` has a shorter forward tha
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from disha import functional
 from disha.effective import EffectiveWeight, called_from
 from disha.errors import MergeError, ModeError
 from disha.functional import Geometry
-from disha.layers import opaque
 from disha.layers.adapters import Adapters
 from disha.layers.blocks import Block, Slot
 from disha.layers.reading import TO_COMPUTED, refuse_change, weight_property
-from disha.layers.weights import read_weight, stored_weight, weight_shape
+from disha.layers.weights import base_of, delta_of, geometry_of, merged_weight
 
 __all__ = [
     "AdaptedLayer",
-    "AdaptedWeight",
     "refuse_merged",
 ]
 
@@ -76,21 +71,17 @@ class AdaptedLayer(nn.Module):
         Raises:
             AttributeError: the layer's `weight` is not adapted.
         """
-        return self._own_weight().base
+        return base_of(self, self._own_slot())
 
-    def _own_weight(self) -> AdaptedWeight:
-        """Return the adapted `weight` of the layer.
-
-        Raises:
-            AttributeError: it is not adapted, or the layer has none.
-        """
-        names = dict.fromkeys(name for _, name in self.disha.blocks())
-        if "" not in names:
+    def _own_slot(self) -> Slot:
+        """Return the slot of the adapted `weight`, or raise AttributeError."""
+        slots = {block.slot.name: block.slot for block in self.disha.blocks().values()}
+        if "" not in slots:
             raise AttributeError(
                 f"the adapted weights of this {self.original_class.__qualname__} are "
-                f"{', '.join(names)}, not `weight`; their blocks are in layer.disha[adapter]"
+                f"{', '.join(slots)}, not `weight`; their blocks are in layer.disha[adapter]"
             )
-        return AdaptedWeight(self, "")
+        return slots[""]
 
     def geometry(self) -> Geometry:
         """Return the sizes of `weight` that its blocks depend on.
@@ -98,7 +89,7 @@ class AdaptedLayer(nn.Module):
         Raises:
             AttributeError: the layer's `weight` is not adapted.
         """
-        return self._own_weight().geometry
+        return geometry_of(self, self._own_slot())
 
     def delta_weight(self, block: Block) -> Tensor:
         """Return dW of a block of this layer, without its scale: a tensor of the weight's shape.
@@ -106,7 +97,7 @@ class AdaptedLayer(nn.Module):
         Args:
             block: one of the layer's blocks; `block.block` is D, `block.r` its shard size.
         """
-        return AdaptedWeight(self, block.slot.name).delta_weight(block)
+        return delta_of(self, block)
 
     def merged_weight(self, adapters: Iterable[str]) -> Tensor:
         """Return `weight` + sum of s * dW of the named adapters, merged or not.
@@ -117,7 +108,7 @@ class AdaptedLayer(nn.Module):
         Raises:
             AttributeError: the layer's `weight` is not adapted.
         """
-        return self._own_weight().merged(adapters)
+        return merged_weight(self, self._own_slot(), adapters)
 
     def __delattr__(self, name: str) -> None:
         replaced = name in self.adapted_parameters and name in self._parameters
@@ -172,100 +163,6 @@ class AdaptedLayer(nn.Module):
         elif self.disha.acts() == ():
             state += ", disabled"
         return ", ".join(filter(None, (super().extra_repr(), state)))
-
-
-@dataclass(frozen=True)
-class AdaptedWeight:
-    """An adapted weight of a layer, with W and the blocks of all adapters.
-
-    Attributes:
-        layer: the module.
-        name: the weight's name below the module; empty for `weight`.
-    """
-
-    layer: AdaptedLayer
-    name: str
-
-    @property
-    def blocks(self) -> dict[str, Block]:
-        """The weight's blocks by adapter."""
-        found = self.layer.disha.blocks()
-        return {adapter: block for (adapter, name), block in found.items() if name == self.name}
-
-    def block(self, adapter: str) -> Block:
-        """Return the weight's block of an adapter, without looking at the others.
-
-        Args:
-            adapter: the adapter's name.
-
-        Raises:
-            KeyError: the weight has none.
-        """
-        return self.layer.disha.blocks(adapter)[adapter, self.name]
-
-    @cached_property
-    def slot(self) -> Slot:
-        """The place of the weight, from its first adapter."""
-        adapters = self.layer.disha
-        found = (adapters.blocks(one).get((one, self.name)) for one in list(adapters))
-        return next(block for block in found if block is not None).slot
-
-    @property
-    def parameter(self) -> nn.Parameter | None:
-        """The parameter, or None if it is computed from others (a parametrization)."""
-        return self.layer._parameters.get(self.slot.parameter)
-
-    @property
-    def base(self) -> Tensor:
-        """The original parameter with all of its rows, also while merged; dequantised."""
-        name, merged = self.slot.parameter, self.layer.disha.merged
-        original = None if merged is None else merged.originals.get(name)
-        if original is not None and original.data is not None:
-            return original.data
-        stored = self.parameter
-        if self.slot.opaque:
-            return opaque.dequantised(self.layer, stored_weight(self.layer, name))
-        if original is not None and original.parameter is not None:
-            stored = original.parameter
-        weight: Tensor = read_weight(self.layer, name) if stored is None else stored
-        return weight
-
-    @property
-    def base_rows(self) -> Tensor:
-        """The adapted part of the original."""
-        return self.slot.layout.part(self.base, self.slot.rows)
-
-    @property
-    def geometry(self) -> Geometry:
-        """The sizes that blocks depend on."""
-        return self.slot.layout.geometry(weight_shape(self.layer, self.slot), self.slot.rows)
-
-    @property
-    def quantisation(self) -> opaque.Quantisation | None:
-        """How the weight is quantised, or None if it is not."""
-        return opaque.quantisation_of(self.layer, stored_weight(self.layer, self.slot.parameter))
-
-    def delta_weight(self, block: Block) -> Tensor:
-        """Return dW of a block, without its scale: a tensor of the parameter's shape."""
-        slot, values = block.slot, block.block
-        if slot.opaque:
-            stored = stored_weight(self.layer, slot.parameter)
-            base = opaque.weight_for(block.method, self.layer, slot, stored, values)
-        else:
-            base = self.base
-        return block.method.delta_weight(slot.layout, values, base, slot.rows)
-
-    def merged(self, adapters: Iterable[str]) -> Tensor:
-        """Return W + sum of s * dW of the named adapters, with all rows of the parameter."""
-        own = self.layer.disha.blocks()
-        name = self.slot.parameter
-        deltas = [
-            (self.delta_weight(block), block.scale)
-            for adapter in adapters
-            for (other, _), block in own.items()
-            if other == adapter and block.slot.parameter == name
-        ]
-        return functional.merged_weight(self.base, deltas)
 
 
 def refuse_merged(layers: Iterable[AdaptedLayer], action: str) -> None:

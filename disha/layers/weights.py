@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from disha import functional
 from disha.config import AdapterConfig
-from disha.functional import merge_dtype, method_of
+from disha.functional import Geometry, merge_dtype, method_of
 from disha.layers import opaque
-from disha.layers.adapters import CHILD_NAME, Adapters
+from disha.layers.adapters import CHILD_NAME, Adapters, Merged
 from disha.layers.blocks import Block, Slot
 from disha.sharding import split_of
 
 __all__ = [
+    "base_of",
     "base_reader",
+    "delta_of",
     "device_of_weight",
+    "geometry_of",
     "make_block",
+    "merged_weight",
     "offloading_hooks",
     "read_weight",
     "stored_weight",
@@ -69,6 +74,49 @@ def stored_weight(module: nn.Module, name: str) -> Tensor | None:
     if original is not None and original.dense:
         return original.parameter
     return module._parameters.get(name, module._buffers.get(name))
+
+
+def base_of(layer: nn.Module, slot: Slot) -> Tensor:
+    """Return the original of an adapted parameter, also while merged; dequantised if quantised."""
+    merged: Merged | None = layer.disha.merged  # type: ignore[assignment, union-attr]
+    original = None if merged is None else merged.originals.get(slot.parameter)
+    if original is not None and original.data is not None:
+        return original.data
+    if slot.opaque:
+        return opaque.dequantised(layer, stored_weight(layer, slot.parameter))
+    stored = layer._parameters.get(slot.parameter)
+    if original is not None and original.parameter is not None:
+        stored = original.parameter
+    weight: Tensor = read_weight(layer, slot.parameter) if stored is None else stored
+    return weight
+
+
+def delta_of(layer: nn.Module, block: Block) -> Tensor:
+    """Return dW of a block of a layer, without its scale: a tensor of the parameter's shape."""
+    slot, values = block.slot, block.block
+    if slot.opaque:
+        stored = stored_weight(layer, slot.parameter)
+        base = opaque.weight_for(block.method, layer, slot, stored, values)
+    else:
+        base = base_of(layer, slot)
+    return block.method.delta_weight(slot.layout, values, base, slot.rows)
+
+
+def merged_weight(layer: nn.Module, slot: Slot, adapters: Iterable[str]) -> Tensor:
+    """Return W + sum of s * dW of the named adapters, with all rows of the parameter."""
+    blocks: dict[tuple[str, str], Block] = layer.disha.blocks()  # type: ignore[operator, union-attr]
+    deltas = [
+        (delta_of(layer, block), block.scale)
+        for adapter in adapters
+        for (other, _), block in blocks.items()
+        if other == adapter and block.slot.parameter == slot.parameter
+    ]
+    return functional.merged_weight(base_of(layer, slot), deltas)
+
+
+def geometry_of(layer: nn.Module, slot: Slot) -> Geometry:
+    """Return the sizes of the adapted rows of a weight."""
+    return slot.layout.geometry(weight_shape(layer, slot), slot.rows)
 
 
 def weight_shape(module: nn.Module, slot: Slot) -> tuple[int, ...]:
