@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import warnings
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, replace
@@ -18,7 +17,7 @@ from torch import nn
 
 import disha
 from disha import AdapterFileError
-from disha.files import pieces
+from disha.files import saving
 from disha.files.contents import adapter_contents, read_contents, write_contents
 from disha.functional import METHODS, Layout, Method, bat_delta_weight, bone_delta_weight
 from disha.interop import lora, low_rank
@@ -120,19 +119,18 @@ def adapted(base, target="all-linear", r=4, **options):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("dtype", "options"),
     [
-        {},
-        {"r": 3},
-        {"r": 16},
-        {"r_out": 4},
-        {"rank_pattern": {"q_proj": 2, r"1\.mlp": 8}},
-        {"scale": -0.75},
-        {"scale": 3e4 / 7, "rank_pattern": {"down": 5}},
+        (torch.float32, {}),
+        (torch.float64, {"r": 3}),
+        (torch.float32, {"r": 16}),
+        (torch.float64, {"r_out": 4}),
+        (torch.float32, {"rank_pattern": {"q_proj": 2, r"1\.mlp": 8}}),
+        (torch.float64, {"scale": -0.75}),
+        (torch.float32, {"scale": 3e4 / 7, "rank_pattern": {"down": 5}}),
     ],
     ids=["r4", "ragged", "wide", "tile", "ranks", "scale", "scale-and-ranks"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_llama_under_peft_computes_the_same(tmp_path, dtype, options):
     base = tiny_llama().to(dtype)
     ours = adapted(base, **options)
@@ -292,6 +290,26 @@ def test_a_quantised_base(tmp_path):
     perturb(ours)
     report = lora.export(ours, tmp_path)
     assert report.error == 0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [("LlamaForCausalLM", "CAUSAL_LM"), ("GPT2LMHeadModel", "CAUSAL_LM"), ("LlamaModel", None)],
+)
+def test_the_task_and_the_name_of_the_base_are_written(tmp_path, architecture, task):
+    base = tiny_llama()
+    base.config.architectures = [architecture]
+    base.config._name_or_path = "someone/tiny-llama"
+    ours = adapted(base, "q_proj")
+    lora.export(ours, tmp_path / "lora")
+    miss.export(ours, tmp_path / "miss")
+    for folder in ("lora", "miss"):
+        found = peft.PeftConfig.from_pretrained(tmp_path / folder)
+        assert found.base_model_name_or_path == "someone/tiny-llama"
+        assert found.task_type == task
+    theirs = served(base, tmp_path / "lora")
+    assert isinstance(theirs, peft.PeftModelForCausalLM) == (task is not None)
+    torch.testing.assert_close(output(theirs, TOKENS), output(ours, TOKENS))
 
 
 # --- what was trained beside ---------------------------------------------------------------------
@@ -526,39 +544,6 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
         lora.export(ours, tmp_path / "lora")
 
 
-@pytest.mark.parametrize("method", ["bone", "bat"])
-def test_values_that_are_not_finite_are_refused_before_they_are_cut(tmp_path, method):
-    ours = adapted(Layered(), "q_proj", 4, method=method)
-    header, tensors = adapter_contents(ModelView(ours))
-    tensors[header.layers[0].key].flatten()[0] = float("nan")
-    with refused(tmp_path, "not finite", kind=disha.AdapterStateError):
-        lora.write_lora(
-            tmp_path / "lora",
-            header,
-            tensors,
-            rank=2,
-            base=lambda name: ours.get_submodule(name).base_weight,
-        )
-
-
-def test_a_base_that_is_not_finite_is_refused(tmp_path):
-    ours = adapted(Layered(), "q_proj", 4, method="bat")
-    with torch.no_grad():
-        ours.layers[1]["attn"].q_proj.weight[0, 0] = float("inf")
-    with refused(tmp_path, "or the base weight", kind=disha.AdapterStateError):
-        lora.export(ours, tmp_path / "lora", rank=2)
-
-
-def test_an_error_that_is_no_number_is_beyond_any_limit(tmp_path):
-    header, tensors = adapter_contents(ModelView(adapted(Layered().double(), "q_proj", 4)))
-    tensors = {key: tensor * 1e200 for key, tensor in tensors.items()}
-    assert math.isnan(lora.write_lora(tmp_path / "free", header, tensors, rank=2).error)
-    assert lora.write_lora(tmp_path / "exact", header, tensors, max_error=0).error == 0
-    (tmp_path / "empty").mkdir()
-    with refused(tmp_path / "empty", "would lose more than max_error=10"):
-        lora.write_lora(tmp_path / "empty" / "lora", header, tensors, rank=2, max_error=10)
-
-
 def test_names_in_reports_are_fit_to_be_printed(tmp_path):
     layer = low_rank.LoraLayer("a\x1b[2J", "bone", 4, 4, 0.0)
     report = low_rank.LoraReport(tmp_path / "\x1b", (layer,), 0.0, ("b\x1b[2J",))
@@ -575,7 +560,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pieces, "write_tensor", fail)
+    monkeypatch.setattr(saving, "save_file", fail)
     with pytest.raises(disha.AdapterIOError, match="No space left"):
         lora.export(ours, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -591,31 +576,21 @@ def test_a_file_becomes_the_same_folder(tmp_path, method):
     lora.export(ours, tmp_path / "model", rank=4)
     disha.save_adapter(ours, tmp_path / "adapter.safetensors")
     header, tensors = read_contents(tmp_path / "adapter.safetensors")
-    state, seen = base.state_dict(), []
-
-    def progress(layers):
-        for layer in layers:
-            seen.append(layer.name)
-            yield layer
-
+    state = base.state_dict()
     report = lora.write_lora(
         tmp_path / "file",
         header,
         tensors,
         rank=4,
         base=lambda name: state[f"{name}.weight"],
-        progress=progress,
     )
-    assert seen == [layer.name for layer in report.layers]
     name = "adapter_model.safetensors"
     assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
     found, expected = (
         json.loads((tmp_path / folder / "adapter_config.json").read_text())
         for folder in ("file", "model")
     )
-    # Which shorter names would do, only the model tells.
-    assert found.pop("target_modules") == sorted(seen)
-    assert len(expected.pop("target_modules")) == 8
+    assert found["target_modules"] == sorted(layer.name for layer in report.layers)
     assert found == expected
 
 
@@ -640,50 +615,6 @@ def test_away_from_the_model_some_layers_are_refused(tmp_path, layer, message):
     contents = adapter_contents(ModelView(adapted(nn.Sequential(layer), "0", 2)))
     with refused(tmp_path, message):
         lora.write_lora(tmp_path / "lora", *contents)
-
-
-def test_blocks_of_other_shapes_than_the_header_says(tmp_path):
-    header, tensors = adapter_contents(ModelView(adapted(Layered(), "q_proj", 4)))
-    first, *rest = header.layers
-    for change, says in (
-        ({"in_features": 3}, "r=4 is larger than in_features=3"),
-        ({"out_features": 7}, "expected a block of shape"),
-        ({"r_out": 3}, "r_out=3 does not divide"),
-        ({"method": "bat"}, "does not fit the layout"),
-        ({"layout": Layout("expert out in")}, "LoRA can't express"),
-        ({"rows": ((0, 8),)}, "LoRA can't express"),
-    ):
-        changed = replace(header, layers=(replace(first, **change), *rest))
-        contents = {**tensors, changed.layers[0].key: tensors[first.key]}
-        with refused(tmp_path, says, kind=(disha.AdapterFileError, disha.ConversionError)):
-            lora.write_lora(tmp_path / "lora", changed, contents, rank=4, base=lambda _: None)
-    key = first.key
-    with refused(tmp_path, "expected a block of shape", kind=disha.AdapterFileError):
-        lora.write_lora(tmp_path / "lora", header, {**tensors, key: tensors[key][:, :-1]})
-
-
-def test_sizes_that_only_a_hostile_file_has(tmp_path):
-    header, tensors = adapter_contents(ModelView(adapted(Layered(), "q_proj", 4)))
-    layers = tuple(replace(layer, in_features=2**31 - 1) for layer in header.layers)
-    with refused(tmp_path, "the sizes in the header can't be", kind=disha.AdapterFileError):
-        lora.write_lora(tmp_path / "lora", replace(header, layers=layers), tensors)
-    header, tensors = adapter_contents(ModelView(adapted(Layered(), "q_proj", 4, r_out=4)))
-    layers = tuple(replace(layer, out_features=2**31 - 4) for layer in header.layers)
-    with refused(tmp_path, "the factors B would have", kind=disha.AdapterFileError):
-        lora.write_lora(tmp_path / "lora", replace(header, layers=layers), tensors)
-
-
-@pytest.mark.parametrize("size", ["in_features", "out_features"])
-def test_small_tiles_of_a_model_with_70b_parameters_are_no_hostile_file(size):
-    header, tensors = adapter_contents(ModelView(adapted(Layered(), "q_proj", 4, r_out=4)))
-    layer, block = header.layers[0], next(iter(tensors.values()))
-    sizes = [8192] * 6 + [28672]  # q, k, v, o, gate, up and down of one of 80 layers
-    layers = tuple(
-        replace(layer, name=f"{place}.{index}", r=128, **{"in_features": 8192, size: number})
-        for place in range(80) for index, number in enumerate(sizes)
-    )  # fmt: skip
-    blocks = {one.key: block.new_zeros(128, 4) for one in layers}
-    low_rank._check_layers(replace(header, layers=layers), blocks, stacks=False)
 
 
 # --- and back ------------------------------------------------------------------------------------
@@ -837,8 +768,19 @@ def test_what_is_beside_the_factors_stays_behind_if_asked(tmp_path):
     header, tensors = lora.read_lora(tmp_path, also_train=False)
     assert (header.also_train, header.config.also_train) == ((), ())
     assert list(tensors) == ["0.bone_block"]
-    with pytest.raises(disha.AdapterFileError, match=r"num_batches_tracked.*also_train=False"):
-        lora.read_lora(tmp_path)
+
+
+def test_statistics_of_a_folder_become_those_of_the_adapter(tmp_path):
+    ours = with_trained_norm(tmp_path / "lora")
+    other = normed()
+    other[1].running_mean.add_(1)  # the folder has those of the norm that it was trained with
+    assert "1.running_mean" in lora.load(other, tmp_path / "lora").matched
+    x = torch.randn(4, 8)
+    assert torch.equal(other(x), ours(x))
+    write_contents(tmp_path / "file", *lora.read_lora(tmp_path / "lora"))
+    again = normed()
+    disha.load_adapter(again, tmp_path / "file")
+    assert torch.equal(again(x), ours(x))
 
 
 def test_transposed_layers_come_back(tmp_path):
@@ -954,7 +896,7 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
         (
             {"config": {"init_lora_weights": "pissa_niter_4"}},
             disha.ConversionError,
-            "uses init_lora_weights='pissa_niter_4'",
+            "uses init_lora_weights=pissa_niter_4",
         ),
         (
             {
@@ -971,13 +913,6 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
         ),
         ({"config": {"lora_alpha": 1e300}}, disha.AdapterFileError, "lora_alpha: .* finite"),
         (
-            {"config": {"alpha_pattern": {"(": 1}}},
-            disha.AdapterFileError,
-            "of plain names",
-        ),
-        ({"config": {"alpha_pattern": {".*q": 1}}}, disha.AdapterFileError, "of plain names"),
-        ({"config": {"alpha_pattern": 3}}, disha.AdapterFileError, "must be an object"),
-        (
             {
                 "tensors": {
                     f"{FIRST}.lora_embedding_A": torch.eye(4),
@@ -985,7 +920,7 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
                 }
             },
             disha.AdapterFileError,
-            r"q_proj has \.lora_A\.weight, .*lora_embedding_B; a layer has",
+            "has no pair of factors",
         ),
         (
             {
@@ -1000,18 +935,13 @@ FIRST = "base_model.model.layers.0.attn.q_proj"
         (
             {"tensors": {f"{FIRST}.lora_B.weight": None}},
             disha.AdapterFileError,
-            r"q_proj has \.lora_A\.weight; a layer has",
+            "has no pair of factors, .*q_proj",
         ),
-        ({"tensors": {"other": torch.ones(1)}}, disha.AdapterFileError, "must be 'base_model"),
+        ({"tensors": {"other": torch.ones(1)}}, disha.AdapterFileError, "is neither lora_A nor"),
         (
             {"tensors": {f"{FIRST}.lora_magnitude_vector": torch.ones(8)}},
             disha.AdapterFileError,
             "is neither lora_A nor lora_B",
-        ),
-        (
-            {"tensors": {f"{FIRST}.lora_A.weight": torch.ones(4, 8, dtype=torch.int32)}},
-            disha.AdapterFileError,
-            "dtype torch.int32",
         ),
         (
             {"tensors": {f"{FIRST}.lora_B.weight": torch.ones(8)}},

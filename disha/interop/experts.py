@@ -7,9 +7,9 @@ and B is (expert, out, r). Two forms of LoRA hold such factors:
 - *stacked*, PEFT's `target_parameters`. The rows of A are (expert, rank), the columns of B are
   (rank, expert). PEFT wraps a module once for each of its parameters, so if both stacks are
   adapted, the keys of the first have `base_layer` in them. vLLM reads it for GPT-OSS.
-- *separate*, a LoRA for each matrix of each expert. SGLang reads it, and vLLM does for Mixtral and
-  Qwen3-MoE. The rows of `gate_up_proj` are those of gate and up: first all of gate, or by turns
-  (GPT-OSS). Both get A, and their rows of B.
+- *separate*, a LoRA for each matrix of each expert. It is only written. SGLang reads it, and vLLM
+  does for Mixtral and Qwen3-MoE. The rows of `gate_up_proj` are those of gate and up: first all of
+  gate, or by turns (GPT-OSS). Both get A, and their rows of B.
 
 Source: PEFT 0.21, `ParamWrapper`; vLLM 0.33, `LoRAModelManager`; SGLang 0.5.23, `LoRAAdapter`.
 """
@@ -22,40 +22,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.functional import Layout
 from disha.interop.low_rank import LowRankUpdate, is_stack, listed
-from disha.text import counted
+from disha.records import LayerRecord
 
-__all__ = [
-    "DOWN",
-    "FAMILIES",
-    "GATE_UP",
-    "SEPARATE_BEFORE",
-    "SERVED_TARGETS",
-    "ExpertForm",
-    "Matrices",
-    "by_expert",
-    "checked_form",
-    "family_of",
-    "in_model",
-    "joined",
-    "matrices_of",
-    "misread",
-    "misread_unseen",
-    "refuse_beside",
-    "renamed",
-    "separated",
-    "single_expert",
-    "stack_factors",
-    "stack_names",
-    "stacked",
-    "taken_for_experts",
-]
+__all__ = ["FAMILIES", "ExpertForm"]
 
 ExpertForm = Literal["stacked", "separate"]
 """The two forms of LoRA for experts."""
@@ -102,11 +77,6 @@ class Family:
         gate, up = rearrange(gate_up, f"... {rows} r -> two ... row r", two=2)
         return gate.contiguous(), up.contiguous()
 
-    def joined(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Return the rows of `gate_up_proj`: the inverse of `split`."""
-        rows = "(row two)" if self.by_turns else "(two row)"
-        return rearrange([gate, up], f"two ... row r -> ... {rows} r").contiguous()
-
 
 _OUT_IN = Family(SEPARATE_BEFORE)
 FAMILIES: Mapping[str, Family] = {
@@ -120,15 +90,9 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def checked_form(experts: str) -> ExpertForm:
-    """Return the form, if it is one.
-
-    Raises:
-        ArgumentError: it is not.
-    """
+    """Return the form, if it is one."""
     if experts not in get_args(ExpertForm):
-        raise ArgumentError(
-            f"experts must be {' or '.join(map(repr, get_args(ExpertForm)))}, got {experts!r}"
-        )
+        raise ArgumentError(f"experts must be 'stacked' or 'separate', got {experts!r}")
     return cast("ExpertForm", experts)
 
 
@@ -138,20 +102,14 @@ def family_of(model_type: str | None, what: str) -> Family:
     Args:
         model_type: the type, or None if it is unknown.
         what: what needs it, for the error.
-
-    Raises:
-        ConversionError: it is unknown here.
     """
     family = FAMILIES.get(model_type or "")
     if family is None:
-        found, remedy = f"is {model_type!r}", ""
-        if model_type is None:
-            found = "is unknown here"
-            remedy = "Give `model_type` (--base CHECKPOINT for the command). "
         raise ConversionError(
-            f"{what} depends on the type of the model, which {found}; known are "
-            f"{', '.join(FAMILIES)}. {remedy}For other types, use stacked experts and the model "
-            "itself (disha.interop.lora.export and load), or merge the adapter (disha merge)"
+            f"{what} depends on the type of the model, which is {model_type or 'unknown here'}; "
+            f"known are {', '.join(FAMILIES)}. Give `model_type` (--base CHECKPOINT for the "
+            "command); for other types, use stacked experts and the model itself "
+            "(disha.interop.lora), or merge the adapter (disha merge)"
         )
     return family
 
@@ -180,82 +138,66 @@ def stack_factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
     return a.contiguous(), rearrange(update.b, "expert o r -> o (r expert)").contiguous()
 
 
-def misread(owner: nn.Module, name: str, layout: Layout) -> str | None:
-    """Return why PEFT would read a stack in another way, or None if it would not.
+def misread_by_peft(
+    layers: Sequence[LayerRecord], model_type: str | None, joins: bool = False
+) -> list[str]:
+    """Return the layers that PEFT would read in another way, each with the reason.
 
-    PEFT takes the inputs for the second axis if the module says `is_transposed`, and for the third
-    if it does not.
-    """
-    if bool(getattr(owner, "is_transposed", False)) != layout.in_first:
-        return (
-            f"its layout is {layout.pattern!r}, and its module does not say so (is_transposed), so "
-            "PEFT would take its inputs for its outputs"
-        )
-    order = [one for one in owner._parameters if one in (GATE_UP, DOWN)]
-    if order not in ([GATE_UP, DOWN], [name.rpartition(".")[2]]):
-        return f"its module has its parameters in the order {', '.join(order)}"
-    return None
-
-
-def misread_unseen(stacks: Mapping[str, Layout], model_type: str | None) -> list[str]:
-    """Return the stacks that PEFT may read in another way, each with the reason, without the model.
+    PEFT takes the inputs for the second axis of a stack if its module says `is_transposed`, and
+    for the third if it does not. It takes modules whose names are those of experts before
+    `transformers` stacked them for such experts, in models that join experts as they load them.
 
     Args:
-        stacks: stack -> its layout.
+        layers: the adapted layers.
         model_type: type of the model, or None if it is unknown.
+        joins: whether the model is known to join experts.
     """
+    stacks = [layer for layer in layers if is_stack(layer)]
     family = FAMILIES.get(model_type or "")
-    return [
-        f"{name}: its layout is {layout.pattern!r}, which PEFT knows only if the module says so "
-        "(is_transposed), as that of gpt_oss does; name the base (--base for the command), or "
-        "export from the model (disha.interop.lora.export)"
-        for name, layout in stacks.items()
-        if layout.in_first and (family is None or family.layout != layout)
+    problems = [
+        f"{one.name}: its layout is {one.layout.pattern!r}, and PEFT would take its inputs for its "
+        f"outputs, except in models of type gpt_oss; this one is {model_type or 'unknown'} (--base "
+        "for the command)"
+        for one in stacks
+        if one.layout.in_first and (family is None or family.layout != one.layout)
     ]
-
-
-def taken_for_experts(modules: Iterable[str]) -> list[str]:
-    """Return the modules that PEFT takes for projections of experts, each with the reason.
-
-    In a model with stacks of experts, PEFT reads a target of such a name as a target of the stack.
-    In this way, it loads LoRA from the time before `transformers` stacked the experts.
-
-    Args:
-        modules: the adapted modules of a model that has such stacks.
-    """
-    return [
-        f"{name}: PEFT takes a target of this name for a projection of the experts; write the LoRA "
-        'for a server (experts="separate"; --experts separate for the command)'
-        for name in modules
-        if name.rpartition(".")[2] in _OLD_TARGETS
+    problems += [
+        f"{one.name}: PEFT takes a target of this name for a projection of the experts; write the "
+        'LoRA for a server (experts="separate"; --experts separate for the command)'
+        for one in layers
+        if one not in stacks
+        and one.name.rpartition(".")[2] in _OLD_TARGETS
+        and (joins or any(stack.layout == SEPARATE_BEFORE for stack in stacks))
     ]
+    return problems
 
 
 # --- writing: separate ---------------------------------------------------------------------------
 
 
-def refuse_beside(also_train: Sequence[str]) -> None:
-    """Raise if parameters were trained with separate experts, which are for servers only.
+def in_form(
+    updates: Sequence[LowRankUpdate],
+    form: ExpertForm,
+    also_train: Sequence[str],
+    model_type: str | None,
+) -> list[LowRankUpdate]:
+    """Return the updates with experts in one of the two forms.
 
-    Raises:
-        ConversionError: some were.
+    Args:
+        updates: the updates of all layers.
+        form: the form.
+        also_train: the parameters that were trained with them.
+        model_type: type of the model, or None if it is unknown.
     """
+    names = {update.record.name for update in updates if is_stack(update.record)}
+    if form == "stacked" or not names:
+        return list(updates)
     if also_train:
         raise ConversionError(
             f"vLLM and SGLang refuse a LoRA with parameters that were trained with it "
             f"({listed(also_train)}); leave them out (--no-also-train for the command), or merge "
             "the adapter (disha merge)"
         )
-
-
-def separated(updates: Sequence[LowRankUpdate], family: Family) -> list[LowRankUpdate]:
-    """Return the updates with those of each expert in place of those of stacks.
-
-    Raises:
-        ConversionError: one stack of a layer is adapted, but not the other. vLLM and SGLang read
-            experts only with all their projections.
-    """
-    names = {update.record.name for update in updates if is_stack(update.record)}
     for name in sorted(names):
         owner, _, last = name.rpartition(".")
         other = f"{owner}.{DOWN if last == GATE_UP else GATE_UP}"
@@ -264,69 +206,39 @@ def separated(updates: Sequence[LowRankUpdate], family: Family) -> list[LowRankU
                 f"{name} is adapted, and {other} is not; vLLM and SGLang read separate experts "
                 "only with both. Adapt both, or merge the adapter (disha merge)"
             )
-    found: list[LowRankUpdate] = []
-    for update in updates:
-        if is_stack(update.record):
-            found += _single_experts(update, family)
-        else:
-            name = renamed(update.record.name, "mlp", family.block)
-            found.append(_named(update, name))
-    return found
+    family = family_of(model_type, "what separate experts are called")
+    return [one for update in updates for one in _separated(update, family)]
 
 
-def _single_experts(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:
-    owner, _, last = update.record.name.rpartition(".")
-    owner = renamed(owner, "mlp", family.block)
+def _separated(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]:
+    """Yield the updates of each expert in place of that of a stack."""
+    name = renamed(update.record.name, "mlp", family.block)
+    if not is_stack(update.record):
+        yield update.with_record(name=name)
+        return
     if update.record.layout != family.layout:
         raise ConversionError(
             f"{update.record.name} has the layout {update.record.layout}, and models of this type "
             f"have {family.layout}; name the base that the adapter is for"
         )
+    owner, _, last = name.rpartition(".")
     projections = {family.down: update.b}
     if last == GATE_UP:
         projections = dict(zip((family.gate, family.up), family.split(update.b), strict=True))
     for expert, a in enumerate(update.a):
         for projection, b in projections.items():
-            name = f"{owner}.{expert}.{projection}"
-            yield dataclasses.replace(_named(update, name), a=a, b=b[expert])
-
-
-def _named(update: LowRankUpdate, name: str) -> LowRankUpdate:
-    layout = update.record.layout
-    layout = layout if layout.expert_dim is None else Layout("out in")
-    return update.with_record(name=name, layout=layout)
+            one = update.with_record(name=f"{owner}.{expert}.{projection}", layout=Layout("out in"))
+            yield dataclasses.replace(one, a=a.clone(), b=b[expert])  # no two share memory
 
 
 def renamed(name: str, old: str, new: str) -> str:
-    """Return a dotted name in which the part `old` is replaced by `new`.
-
-    Args:
-        name: the name.
-        old: a part of it, between dots.
-        new: what replaces that part.
-    """
+    """Return a dotted name in which the part `old` is replaced by `new`."""
     return ".".join(new if part == old else part for part in name.split("."))
 
 
 # --- reading -------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Matrices:
-    """The factors of a stack: A (expert, rank, in) and B (expert, out, rank).
-
-    Attributes:
-        a: A.
-        b: B.
-        keys: the names that `rank_pattern` and `alpha_pattern` know it by.
-    """
-
-    a: Tensor
-    b: Tensor
-    keys: tuple[str, ...]
-
-
-_SINGLE = re.compile(r"((?:.+\.)?experts)\.(0|[1-9][0-9]{0,5})\.(\w+)")
+_SINGLE = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(\w+)")
 """The name of a matrix of one expert: the module of the experts, the number, the projection."""
 
 
@@ -336,9 +248,6 @@ def stacked(name: str, targets: Collection[str]) -> str | None:
     Args:
         name: the name, without `lora_A.weight`.
         targets: `target_parameters`.
-
-    Raises:
-        ConversionError: it is a parameter other than the two stacks of a module `experts`.
     """
     owner = name.replace(WRAPPED, "")
     depth = name.count(WRAPPED)
@@ -357,22 +266,16 @@ def stacked(name: str, targets: Collection[str]) -> str | None:
     return found[depth]
 
 
-def matrices_of(name: str, a: Tensor, b: Tensor, rank: int) -> Matrices:
-    """Return the factors of a stack from those of a PEFT folder: the inverse of `stack_factors`.
-
-    Raises:
-        AdapterFileError: they are not factors of this rank.
-    """
-    rows = a.shape[0] if a.dim() == 2 and b.dim() == 2 else 0
-    if not rows or rows % rank or b.shape[1] != rows:
+def matrices_of(name: str, a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A (expert, rank, in) and B (expert, out, rank): the inverse of `stack_factors`."""
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] % rank or b.shape[1] != a.shape[0]:
         raise AdapterFileError(
             f"{name} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}; for rank {rank} "
             f"these must be ({rank} * experts, in) and (out, {rank} * experts)"
         )
-    return Matrices(
+    return (
         rearrange(a, "(expert r) i -> expert r i", r=rank),
         rearrange(b, "o (r expert) -> expert o r", r=rank),
-        (name,),
     )
 
 
@@ -394,76 +297,3 @@ def by_expert(names: Iterable[str]) -> dict[str, dict[str, dict[int, str]]]:
             owner, expert, projection = match.groups()
             found.setdefault(owner, {}).setdefault(projection, {})[int(expert)] = name
     return found
-
-
-def in_model(name: str, model_type: str | None) -> str:
-    """Return the name in the model of a layer of a LoRA with single experts.
-
-    Args:
-        name: the name in the LoRA.
-        model_type: type of the model, or None if it is unknown.
-    """
-    family = FAMILIES.get(model_type or "")
-    return name if family is None else renamed(name, family.block, "mlp")
-
-
-def joined(
-    pairs: Mapping[str, tuple[Tensor, Tensor]], model_type: str | None
-) -> dict[str, Matrices]:
-    """Return stack -> its factors, for the single experts among these pairs.
-
-    Args:
-        pairs: name -> A and B.
-        model_type: type of the model, or None if it is unknown.
-
-    Raises:
-        ConversionError: the type of the model is unknown, or it has no such projections.
-        AdapterFileError: experts are missing, or their factors differ in shape.
-    """
-    layers = by_expert(pairs)
-    if not layers:
-        return {}
-    family = family_of(model_type, "how to stack single experts")
-    found = {}
-    for owner, projections in layers.items():
-        stacks = {last: _stack(pairs, owner, names) for last, names in projections.items()}
-        gate, up, down = (stacks.pop(one, None) for one in (family.gate, family.up, family.down))
-        if stacks or (gate is None) != (up is None):
-            raise ConversionError(
-                f"{owner} has {', '.join(projections)}; experts of a {model_type} model have "
-                f"{family.gate} and {family.up}, {family.down}, or all three"
-            )
-        name = in_model(owner, model_type)
-        if gate is not None and up is not None:
-            if gate.a.shape != up.a.shape or not torch.equal(gate.a, up.a):
-                raise ConversionError(
-                    f"{owner}: {family.gate} and {family.up} have different lora_A, so their "
-                    f"{GATE_UP} is not a Bone adapter; use this LoRA with PEFT, or merge it there"
-                )
-            b = family.joined(gate.b, up.b)
-            found[f"{name}.{GATE_UP}"] = Matrices(gate.a, b, gate.keys + up.keys)
-        if down is not None:
-            found[f"{name}.{DOWN}"] = down
-    return found
-
-
-def _stack(
-    pairs: Mapping[str, tuple[Tensor, Tensor]], owner: str, names: Mapping[int, str]
-) -> Matrices:
-    count = len(names)
-    missing = [str(expert) for expert in range(max(names) + 1) if expert not in names][:5]
-    if missing:
-        raise AdapterFileError(
-            f"{owner} has a LoRA for {counted(count, 'expert')}, but not for {listed(missing)}; an "
-            "adapter of a stack has one for each expert"
-        )
-    keys = tuple(names[expert] for expert in range(count))
-    shapes = {(tuple(pairs[key][0].shape), tuple(pairs[key][1].shape)) for key in keys}
-    if len(shapes) > 1 or any(len(shape) != 2 for one in shapes for shape in one):
-        shown = [f"{one[0]} and {one[1]}" for one in sorted(shapes)]
-        raise AdapterFileError(
-            f"the experts of {owner} have factors of shapes {listed(shown)}; a stack needs one "
-            "rank for all of them. Use this LoRA with PEFT, or merge it there"
-        )
-    a, b = (torch.stack([pairs[key][index] for key in keys]) for index in (0, 1))
-    return Matrices(a, b, keys)

@@ -8,46 +8,61 @@ and `export_gguf` write a file for llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from disha.files import LayerRecord
-from disha.files.atomic import PathLike, checked_path
-from disha.files.contents import adapter_contents, load_contents
+from disha.config import AdapterConfig, check_scale
+from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError, ConversionError
+from disha.files import AdapterHeader
+from disha.files.contents import Contents, adapter_contents, load_contents
+from disha.files.saving import PathLike, checked_path
 from disha.functional import Layout
-from disha.interop.experts import (
-    DOWN,
-    SEPARATE_BEFORE,
-    checked_form,
-    misread,
-    refuse_beside,
-    taken_for_experts,
-)
+from disha.interop import experts as stacks
 from disha.interop.gguf import export_gguf, write_gguf
-from disha.interop.lora_folder import (
-    CANT_EXPRESS,
-    as_peft,
-    expert_updates,
-    read_lora,
-    targets_of,
-    write_lora,
-)
 from disha.interop.low_rank import (
+    CONV,
+    BaseWeight,
     LoraReport,
     LowRankUpdate,
     base_weights,
     check_limits,
+    commonest,
     is_stack,
+    layer_of_factors,
+    listed,
     low_rank_updates,
 )
-from disha.interop.peft_files import PREFIX, write_peft_files
-from disha.interop.peft_view import PeftView, refuse_to_write
+from disha.interop.peft_format import (
+    PREFIX,
+    anchored,
+    exact_targets,
+    has_saved,
+    names_in,
+    notes_of,
+    of_layer,
+    read_peft_files,
+    refuse_to_write,
+    write_peft_files,
+)
+from disha.interop.peft_model import (
+    module_names,
+    obstacles,
+    saved_modules,
+    under_first_names,
+    without_buffers,
+)
 from disha.layers import declared_slots, original_class
 from disha.model import ModelView, join
+from disha.records import LayerRecord, records_of
 from disha.state import LoadReport
+from disha.text import counted
 
 __all__ = [
     "export",
@@ -58,6 +73,36 @@ __all__ = [
     "write_gguf",
     "write_lora",
 ]
+
+CANT_EXPRESS = "PEFT's LoRA would not compute what this adapter does"
+
+MATRIX = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+FACTORS = (*MATRIX, *EMBEDDING)
+"""The ends of the keys of factors."""
+
+PEFT_ALPHA, PEFT_RANK = 8, 8
+"""PEFT's lora_alpha and r if a configuration has none."""
+
+CHANGE_THE_SUM = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "monteclora_config",
+    "kasa_config",
+    "use_bdlora",
+    "use_qalora",
+)
+"""PEFT's settings that make a layer compute something other than W x + s B A x."""
+
+CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq")
+"""Starts of the values of `init_lora_weights` that let PEFT change W, also when it loads a LoRA."""
+
+
+# --- from a model --------------------------------------------------------------------------------
 
 
 def export(
@@ -127,14 +172,13 @@ def export(
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
     view = ModelView(model)
-    ranks, action = view.ranks(), f"export adapter {adapter!r} as LoRA"
-    with ranks.agreeing(action):
-        target = checked_path(folder)
     limits = {"rank": rank, "max_error": max_error, "pad": pad}
-    updates, beside, files = _converted(view, adapter, experts, **limits)
-    with ranks.agreeing(action):
+    updates, beside, config, tensors = _converted(view, adapter, experts, **limits)
+    ranks = view.ranks()
+    with ranks.agreeing(f"export adapter {adapter!r} as LoRA"):
+        target = checked_path(folder)
         if ranks.writes:
-            write_peft_files(target, *files)
+            write_peft_files(target, config, tensors)
     return LoraReport.of(target, updates, beside)
 
 
@@ -190,70 +234,46 @@ def export_tensors(
         (4, 4)
     """
     limits = {"rank": rank, "max_error": max_error, "pad": pad}
-    _, _, (config, tensors) = _converted(ModelView(model), adapter, experts, **limits)
+    _, _, config, tensors = _converted(ModelView(model), adapter, experts, **limits)
     return {PREFIX + key: tensor for key, tensor in tensors.items()}, config
 
 
 def _converted(
     view: ModelView, adapter: str, experts: str, **limits: Any
-) -> tuple[tuple[LowRankUpdate, ...], dict[str, Tensor], tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Return an adapter's updates, what trained with it, and both in PEFT's form.
-
-    Args:
-        view: the model.
-        adapter: the adapter's name.
-        experts: as for `export`.
-        limits: `rank`, `max_error` and `pad`, as for `export`.
-    """
-    ranks, action = view.ranks(), f"export adapter {adapter!r} as LoRA"
-    with ranks.agreeing(action):
-        check_limits(limits["rank"], limits["max_error"])
-        form = checked_form(experts)
+) -> tuple[list[LowRankUpdate], Collection[str], dict[str, Any], dict[str, Tensor]]:
+    """Return an adapter's updates, what trained with it, and both in PEFT's form."""
     header, tensors = adapter_contents(view, adapter)
-    with ranks.agreeing(action):
-        peft, names = PeftView(view), [layer.name for layer in header.layers]
-        saved = peft.saved(header.also_train, names, biases=False)
-        stacks = [layer for layer in header.layers if is_stack(layer)]
-        modules = [name for name in names if name not in {stack.name for stack in stacks}]
-        problems = peft.obstacles(modules, unknown_to_lora, exporting=True)
-        if form == "separate" and stacks:
-            refuse_beside(header.also_train)
+    with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
+        check_limits(limits["rank"], limits["max_error"])
+        form = stacks.checked_form(experts)
+        names = [layer.name for layer in header.layers if not is_stack(layer)]
+        saved = saved_modules(view, header.also_train, [layer.name for layer in header.layers])
+        problems = obstacles(view, names, unknown_to_lora, exporting=True) + list(saved.problems)
         if form == "stacked":
-            problems += _misread_stacks(view, stacks)
-            problems += taken_for_experts(modules) if _joins_experts(view) else []
-        refuse_to_write(CANT_EXPRESS, problems + list(saved.problems))
-    weights = base_weights(view, adapter)
-    updates = low_rank_updates(header, tensors, stacks=True, base=weights, **limits)
+            kind, joins = _model_type(view), _joins_experts(view)
+            problems += stacks.misread_by_peft(header.layers, kind, joins)
+        refuse_to_write(CANT_EXPRESS, problems)
+    updates = low_rank_updates(
+        header, tensors, stacks=True, base=base_weights(view, adapter), **limits
+    )
     beside = saved.copies()
-    written = expert_updates(updates, form, _from_config(view.model, "model_type"))
-    targets = targets_of(written, peft.modules, view.parameters_by_name)
-    name = _from_config(view.model, "_name_or_path")
-    return updates, beside, as_peft(header, written, targets, beside, saved.modules, name)
+    written = stacks.in_form(updates, form, header.also_train, _model_type(view))
+    config = _config_of(header, written, view) | {"modules_to_save": sorted(saved.modules) or None}
+    return updates, beside, config, {**_factors_of_all(written), **beside}
 
 
-def _from_config(model: nn.Module, field: str) -> str | None:
-    """Return a text in the configuration of a model of `transformers`, or None if it has none."""
-    value = getattr(getattr(model, "config", None), field, None)
-    return value if isinstance(value, str) and value else None
+def _model_type(view: ModelView) -> str | None:
+    kind = getattr(getattr(view.model, "config", None), "model_type", None)
+    return kind if isinstance(kind, str) else None
 
 
 def _joins_experts(view: ModelView) -> bool:
     """Whether a model has experts that `transformers` joins to stacks as it loads them."""
     return any(
-        slot.name == DOWN and slot.layout == SEPARATE_BEFORE
+        slot.name == stacks.DOWN and slot.layout == stacks.SEPARATE_BEFORE
         for module in view.names
         for slot in declared_slots(module)
     )
-
-
-def _misread_stacks(view: ModelView, stacks: Sequence[LayerRecord]) -> list[str]:
-    """Return the stacks of experts that PEFT would read in another way, each with the reason."""
-    found = []
-    for stack in stacks:
-        owner = view.modules[stack.name.rpartition(".")[0]]
-        why = misread(owner, stack.name, stack.layout)
-        found += [] if why is None else [f"{stack.name}: {why}"]
-    return found
 
 
 def unknown_to_lora(layer: nn.Module) -> str | None:
@@ -270,16 +290,11 @@ def unknown_to_lora(layer: nn.Module) -> str | None:
         if layer.max_norm is not None:
             return "its embedding has max_norm, which PEFT applies to LoRA's factor too"
         return None
-    known = isinstance(layer, nn.Linear) or _is_conv1d(layer)
-    return None if known else f"PEFT's LoRA does not know a {original_class(layer).__name__}"
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    """Whether it is GPT-2's Conv1D, the only class with W as (in, out) that PEFT knows."""
-    return any(
-        (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
-        for cls in type(layer).__mro__
-    )
+    # GPT-2's Conv1D is the only class with W as (in, out) that PEFT knows.
+    names = {(cls.__module__, cls.__name__) for cls in type(layer).__mro__}
+    if isinstance(layer, nn.Linear) or ("transformers.pytorch_utils", "Conv1D") in names:
+        return None
+    return f"PEFT's LoRA does not know a {original_class(layer).__name__}"
 
 
 def load(
@@ -295,7 +310,7 @@ def load(
     """Load a LoRA that is a Bone adapter, such as `export` writes, into a model.
 
     If every A is [I_r I_r ... I_r], the LoRA is Bone with D = B^T, without loss. Other LoRAs have
-    no block and raise an error. Experts may be stacked or separate, as `export` writes them.
+    no block and raise an error. Experts must be stacked.
     Parameters in `modules_to_save` become parameters trained with the adapter. Buffers there must
     have the model's values. Keys of `alpha_pattern` must be names or endings of names, not regexes.
 
@@ -333,15 +348,17 @@ def load(
     """
     view = ModelView(model)
     with view.ranks().agreeing(f"load a LoRA as adapter {adapter!r}"):
-        path, peft = checked_path(folder), PeftView(view)
-        contents = read_lora(
+        path, fields, tensors = read_peft_files(folder)
+        if not also_train:
+            tensors = {key: one for key, one in tensors.items() if key.endswith(FACTORS)}
+        contents = _contents_of(
             path,
-            layouts=_layouts(view),
-            model_type=_from_config(view.model, "model_type"),
-            also_train=also_train,
-            buffers=peft.buffers(),
+            fields,
+            without_buffers(view, path, tensors),
+            _layouts(view),
+            _model_type(view),
         )
-        header, tensors = peft.under_first_names(path, contents)
+        header, tensors = under_first_names(view, path, contents)
     return load_contents(
         view, path, header, tensors, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
@@ -355,3 +372,395 @@ def _layouts(view: ModelView) -> dict[str, Layout]:
         for slot in declared_slots(module)
         for name in names
     }
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_lora(
+    folder: PathLike,
+    header: AdapterHeader,
+    tensors: Mapping[str, Tensor],
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    pad: bool = False,
+    experts: str = "stacked",
+    model_type: str | None = None,
+    base: BaseWeight | None = None,
+) -> LoraReport:
+    """Write an adapter without its model as LoRA, as `export` does.
+
+    Two checks of `export` need the model and are left out: whether PEFT's layers act in it, and
+    whether `also_train` names every parameter of each module, as PEFT requires when it loads.
+    Convolutions are refused, because their groups and padding are unknown.
+
+    Args:
+        folder: the folder to write.
+        header: the adapter's header.
+        tensors: its tensors.
+        rank: largest rank of a layer.
+        max_error: largest relative error of a layer.
+        pad: pad the rank of every layer as `export` does.
+        experts: `"stacked"` or `"separate"`, as for `export`.
+        model_type: type of the model, `model_type` of its configuration; needed for experts that
+            are written separately.
+        base: returns the base weights; only BAT needs it.
+
+    Returns:
+        A `LoraReport`, with the rank and the error of every layer.
+
+    Raises:
+        ConversionError: LoRA can't express the adapter, its error is above `max_error`, a layer
+            is a convolution, `pad` is set and a rank is above 512, or the names of separate
+            experts of this `model_type` are unknown.
+        ArgumentError: `rank`, `max_error` or `experts` is out of range, or BAT lacks `rank` or
+            `base`.
+        ArgumentTypeError: one of them is not a number.
+        AdapterStateError: the adapter holds values that are not finite.
+        AdapterIOError: the folder can't be written; what was there is unchanged.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.files.contents import adapter_contents
+        >>> from disha.interop import lora
+        >>> from disha.model import ModelView
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4, init="kaiming")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = lora.write_lora(folder, *adapter_contents(ModelView(model)))
+        >>> report.layers
+        (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
+    """
+    target, form = checked_path(folder), stacks.checked_form(experts)
+    problems = [
+        f"{layer.name} is a convolution, and its groups and padding are unknown here: load the "
+        "adapter into the model, and export from there (disha.interop.lora.export)"
+        for layer in header.layers
+        if layer.layout.pattern == CONV
+    ]
+    if any(not layer.name for layer in header.layers):
+        problems.append("(the model): PEFT adapts layers within a model, not the model itself")
+    problems += [
+        f"{name}: it belongs to the model itself, not to a module in it"
+        for name in header.also_train
+        if "." not in name
+    ]
+    if form == "stacked":
+        problems += stacks.misread_by_peft(header.layers, model_type)
+    refuse_to_write(CANT_EXPRESS, problems)
+    updates = low_rank_updates(
+        header, tensors, rank=rank, max_error=max_error, pad=pad, stacks=True, base=base
+    )
+    written = stacks.in_form(updates, form, header.also_train, model_type)
+    beside = {name: tensors[name] for name in header.also_train}
+    config = _config_of(header, written)
+    config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in beside}) or None
+    write_peft_files(target, config, {**_factors_of_all(written), **beside})
+    return LoraReport.of(target, updates, beside)
+
+
+def _config_of(
+    header: AdapterHeader, updates: Sequence[LowRankUpdate], view: ModelView | None = None
+) -> dict[str, Any]:
+    """Return PEFT's configuration of a LoRA; of an unknown model if there is no view of it.
+
+    SGLang refuses a regex, and knows single experts by the usual names of their projections,
+    whatever their keys are.
+    """
+    names = [update.record.name for update in updates]
+    parameters = sorted(update.record.name for update in updates if is_stack(update.record))
+    single = {name for name in names if stacks.single_expert(name)}
+    others = [name for name in names if name not in single.union(parameters)]
+    targets: list[str] | str = sorted({*others, *stacks.SERVED_TARGETS})
+    if not single:
+        targets = exact_targets(others, None if view is None else module_names(view))
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        **dict.fromkeys(("task_type", "base_model_name_or_path"), None),
+        **({} if view is None else notes_of(view.model)),
+        **scaling_of(updates),
+        "target_modules": targets,
+        **({"target_parameters": parameters} if parameters else {}),
+        # PEFT has no dropout for parameters.
+        "lora_dropout": 0.0 if parameters else header.config.dropout,
+        "fan_in_fan_out": any(one.record.layout.pattern == "in out" for one in updates),
+        "bias": "none",
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def scaling_of(updates: Sequence[LowRankUpdate]) -> dict[str, Any]:
+    """Return the fields of PEFT's configuration that set the rank and the scale of every layer."""
+    ranks = {update.record.name: update.rank for update in updates}
+    alphas = {update.record.name: alpha_of(update) for update in updates}
+    # The values of most layers are the default; the patterns list the other layers.
+    r, alpha = commonest((ranks[name], alphas[name]) for name in ranks)
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {anchored(name): own for name, own in ranks.items() if own != r},
+        "alpha_pattern": {anchored(name): own for name, own in alphas.items() if own != alpha},
+    }
+
+
+def alpha_of(update: LowRankUpdate) -> float:
+    """Return lora_alpha = s * rank, so that PEFT scales by s.
+
+    Some runtimes read 0 as 1, so a scale of 0 makes B zero instead.
+    """
+    alpha = (update.record.scale or 1.0) * update.rank
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _factors_of_all(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
+    """Return the factors of all layers by their keys in a folder, without PEFT's prefix."""
+    names = stacks.stack_names(one.record.name for one in updates if is_stack(one.record))
+    return {
+        names.get(update.record.name, update.record.name) + end: factor
+        for update in updates
+        for end, factor in factors_of(update).items()
+    }
+
+
+def factors_of(update: LowRankUpdate) -> dict[str, Tensor]:
+    """Return A and B of a layer by the ends of their keys, as PEFT's layer of that class has them.
+
+    Args:
+        update: the update of the layer.
+    """
+    a, b = update.a, update.b
+    if is_stack(update.record):
+        a, b = stacks.stack_factors(update)
+    if not update.record.scale:
+        b = b.new_zeros(b.shape)
+    if update.record.layout.pattern == "index out":
+        return dict(zip(EMBEDDING, (a, b), strict=True))
+    b = b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
+    return dict(zip(MATRIX, (a, b), strict=True))
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_lora(
+    folder: PathLike,
+    *,
+    layouts: Mapping[str, Layout] | None = None,
+    model_type: str | None = None,
+    also_train: bool = True,
+) -> tuple[AdapterHeader, dict[str, Tensor]]:
+    """Read a LoRA that is a Bone adapter, without a model.
+
+    The folder's tensors say which layers are adapted, and with which rank. The scale comes from
+    `lora_alpha` and `alpha_pattern`, whose keys must be names or endings of names, not regexes.
+
+    Args:
+        folder: the folder.
+        layouts: the layouts of the model's weights, by the names of their modules. A folder with
+            `fan_in_fan_out` needs them, because the field applies to only some of its layers.
+        model_type: type of the model, `model_type` of its configuration. Experts need it, because a
+            LoRA does not say how the model stacks them; for experts that are stacked in the folder
+            too, `layouts` will do.
+        also_train: also return the parameters that the folder holds besides the factors.
+
+    Returns:
+        The adapter's header, and its tensors by key.
+
+    Raises:
+        AdapterIOError: the folder can't be read.
+        AdapterFileError: it does not hold a LoRA in PEFT's layout, or has other buffers than the
+            model, or values that are not finite.
+        ConversionError: the LoRA is not a Bone adapter, or its layouts, or how its experts are
+            stacked, are unknown.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import lora
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4, init="kaiming")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = lora.export(model, folder)
+        ...     header, tensors = lora.read_lora(folder)
+        >>> block = model[0].disha["default"].block
+        >>> header.layers[0].method, torch.equal(tensors["0.bone_block"], block)
+        ('bone', True)
+    """
+    path, fields, tensors = read_peft_files(folder)
+    if not also_train:
+        tensors = {key: one for key, one in tensors.items() if key.endswith(FACTORS)}
+    return _contents_of(path, fields, tensors, layouts, model_type)
+
+
+def _contents_of(
+    path: Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    layouts: Mapping[str, Layout] | None,
+    model_type: str | None,
+) -> Contents:
+    """Return the adapter in a folder, as `read_lora` does."""
+    _check_settings(path, fields)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    beside: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        end = next((end for end in FACTORS if key.endswith(end)), None)
+        if end is not None:
+            pairs.setdefault(key.removesuffix(end), {})[end] = tensor
+        elif has_saved(key, names_in(fields, "modules_to_save")):
+            beside[key] = tensor
+        elif not key.endswith(".base_layer.weight"):  # PEFT may save an embedding's frozen weight
+            raise AdapterFileError(
+                f"{path}: tensor {key!r} is neither lora_A nor lora_B, nor in a module that "
+                "modules_to_save names; a LoRA with other tensors is not a Bone adapter"
+            )
+    incomplete = [name for name, ends in pairs.items() if set(ends) not in map(set, _ENDS)]
+    if incomplete or not pairs:
+        raise AdapterFileError(
+            f"{path} has no pair of factors, lora_A and lora_B, for "
+            f"{listed(incomplete) or 'any layer'}; save the LoRA again"
+        )
+    layers = list(_layers(path, fields, pairs, layouts, model_type))
+    found = [layer_of_factors(name, a, b, layout, scale) for name, a, b, layout, scale in layers]
+    without = [name for (name, *_), one in zip(layers, found, strict=True) if one is None]
+    if without:
+        raise ConversionError(
+            f"{path} is not a Bone adapter: lora_A must be [I I ... I], and it is not in "
+            f"{len(without)} of {counted(len(found), 'layer')} ({listed(without)}); use this LoRA "
+            "with PEFT, or merge it there"
+        )
+    dropout = fields.get("lora_dropout", 0.0)
+    return contents_of_layers(path, [one for one in found if one is not None], beside, dropout)
+
+
+_ENDS = (MATRIX, EMBEDDING)
+
+
+def _layers(
+    path: Path,
+    fields: Mapping[str, Any],
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    layouts: Mapping[str, Layout] | None,
+    model_type: str | None,
+) -> Iterator[tuple[str, Tensor, Tensor, Layout, float]]:
+    """Yield name, A, B, layout and scale of every layer of a folder, experts as stacks."""
+    parameters = names_in(fields, "target_parameters")
+    for name, ends in pairs.items():
+        is_embedding = EMBEDDING[0] in ends
+        a, b = (ends[end] for end in (EMBEDDING if is_embedding else MATRIX))
+        stack = stacks.stacked(name, parameters)
+        if stacks.single_expert(name):
+            raise ConversionError(
+                f"{path} has a LoRA for each expert ({name}), which is for servers; load the "
+                "adapter itself, or its LoRA with stacked experts"
+            )
+        if stack is None:
+            layout = _layout(path, fields, name, a, is_embedding, layouts)
+        else:
+            rank = of_layer(fields, stack, "r", "rank_pattern", PEFT_RANK)
+            name, (a, b) = stack, stacks.matrices_of(stack, a, b, rank)
+            known = (layouts or {}).get(name)
+            layout = known or stacks.family_of(model_type, "the layout of stacked experts").layout
+        rank = a.shape[-2] if stack else len(a) if a.dim() else 1
+        yield name, a, b, layout, scale_of(path, fields, name, rank)
+
+
+def _layout(
+    path: Path,
+    fields: Mapping[str, Any],
+    name: str,
+    a: Tensor,
+    embedding: bool,
+    layouts: Mapping[str, Layout] | None,
+) -> Layout:
+    """Return the layout of a weight, of which A shows only a part."""
+    if embedding:
+        # The padding row of an embedding gets no update, so it is the only zero column of A.
+        empty = (a == 0).all(dim=0).nonzero().flatten().tolist()
+        return Layout("index out", padding_idx=empty[0] if len(empty) == 1 else None)
+    if a.dim() > 2:
+        return Layout(CONV)
+    if not fields.get("fan_in_fan_out"):
+        return Layout("out in")
+    if layouts is None:
+        raise ConversionError(
+            f"{path} has fan_in_fan_out, but does not say for which layers; load the folder into "
+            "the model (disha.interop.lora.load), and save the adapter from there"
+        )
+    return layouts.get(name, Layout("in out"))
+
+
+def scale_of(path: Path, fields: Mapping[str, Any], name: str, rank: int) -> float:
+    """Return the scale s of a layer, by its lora_alpha."""
+    alpha = of_layer(fields, name, "lora_alpha", "alpha_pattern", PEFT_ALPHA)
+    try:
+        check_scale(alpha)
+    except (ArgumentError, ArgumentTypeError) as error:
+        raise AdapterFileError(f"{path}: lora_alpha: {error}") from error
+    return float(alpha) / (math.sqrt(rank or 1) if fields.get("use_rslora") else rank or 1)
+
+
+def contents_of_layers(
+    path: Path,
+    found: Sequence[tuple[LayerRecord, Tensor]],
+    beside: Mapping[str, Tensor],
+    dropout: float,
+) -> Contents:
+    """Return the header and the tensors of an adapter that was a LoRA.
+
+    Args:
+        path: the LoRA, for errors.
+        found: its layers with their blocks.
+        beside: the parameters besides its blocks, by name.
+        dropout: its dropout.
+    """
+    layers = [layer for layer, _ in found]
+    keys = Counter([*(layer.key for layer in layers), *beside])
+    twice = [key for key, times in keys.items() if times > 1]
+    if twice:
+        raise AdapterFileError(
+            f"{path} has several tensors, under different names, for {listed(twice)}; get another "
+            "version of the LoRA"
+        )
+    contents = {layer.key: block for layer, block in found} | dict(beside)
+    config = AdapterConfig(
+        commonest(layer.r for layer in layers),
+        None,
+        layers[0].method,
+        scale=layers[0].scale,
+        dropout=dropout,
+        also_train=tuple(f"^{re.escape(name)}$" for name in beside),
+    )
+    header = AdapterHeader(
+        config=config,
+        layers=tuple(layers),
+        also_train=tuple(beside),
+        tensors=records_of(contents),
+        metadata={},
+    )
+    return header, contents
+
+
+def _check_settings(path: Path, fields: Mapping[str, Any]) -> None:
+    if fields.get("peft_type") != "LORA":
+        raise AdapterFileError(
+            f"{path} has the peft_type {fields.get('peft_type')!r}, not 'LORA'; "
+            "disha.interop.peft.load reads PEFT's MiSS and Bone"
+        )
+    more = [name for name in CHANGE_THE_SUM if fields.get(name)]
+    init = str(fields.get("init_lora_weights"))
+    if init.lower().startswith(CHANGE_THE_BASE):
+        more.append(f"init_lora_weights={init}")
+    if fields.get("bias", "none") != "none":
+        more.append("bias")
+    if more:
+        raise ConversionError(
+            f"{path} uses {', '.join(more)}, which a Bone adapter can't express; use this LoRA "
+            "with PEFT"
+        )

@@ -25,54 +25,27 @@ from torch import Tensor
 
 from disha import functional
 from disha.config import check_number, check_positive_int
-from disha.errors import (
-    AdapterFileError,
-    AdapterStateError,
-    ArgumentError,
-    ConversionError,
-)
-from disha.files import AdapterHeader, LayerRecord
+from disha.errors import AdapterFileError, ArgumentError, ConversionError
+from disha.files import AdapterHeader
 from disha.functional import METHODS, Layout
 from disha.layers import base_of
 from disha.model import ModelView
+from disha.records import LayerRecord
 from disha.sharding import gathered
-from disha.state import finite_as
 from disha.text import counted, first_few, printable, table
-
-__all__ = [
-    "SERVED_RANKS",
-    "BaseWeight",
-    "LoraLayer",
-    "LoraReport",
-    "LowRankUpdate",
-    "Progress",
-    "base_weights",
-    "check_limits",
-    "commonest",
-    "is_stack",
-    "layer_of_factors",
-    "listed",
-    "low_rank_updates",
-]
 
 T = TypeVar("T", int, tuple[int, float])
 
 BaseWeight = Callable[[str], Tensor]
 """Takes the name of a layer, returns its base weight as the model stores it."""
 
-Progress = Callable[[Sequence[LayerRecord]], Iterable[LayerRecord]]
-"""Yields the layers one by one, as tqdm does."""
+CONV = "out in *kernel"
 
-PATTERNS = ("out in", "in out", "out in *kernel", "index out")
+PATTERNS = ("out in", "in out", CONV, "index out")
 """The layouts of the weights that LoRA can adapt, besides stacks of experts."""
 
 _STACK = re.compile(r"(?:.+\.)?experts\.(?:gate_up_proj|down_proj)")
 """The names of stacks of experts that LoRA formats have a place for."""
-
-LARGEST_FACTORS, FACTORS_PER_VALUE = 2**30, 64
-"""All A together may have so many values: the first number, plus the second for each value of the
-blocks. The same holds for all B. A tile has few values and large factors, so the first number is
-large enough for the tiles of a model with 70B parameters and r = 128."""
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM allows for its largest rank, --max-lora-rank."""
@@ -98,7 +71,7 @@ class LowRankUpdate:
     a: Tensor
     b: Tensor
     norm: float
-    lost: float
+    lost: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -166,7 +139,9 @@ class LoraReport:
             LoraLayer(one.record.name, one.record.method, one.record.r, one.rank, one.error)
             for one in updates
         )
-        return cls(path, layers, _total_error(updates), tuple(also_train))
+        lost = math.hypot(*(update.lost for update in updates))
+        norm = math.hypot(*(update.norm for update in updates))
+        return cls(path, layers, _ratio(lost, norm), tuple(also_train))
 
     def __str__(self) -> str:
         rows = [
@@ -191,11 +166,6 @@ def _ratio(lost: float, norm: float) -> float:
     return lost / norm if lost and norm else 0.0
 
 
-def _total_error(updates: Sequence[LowRankUpdate]) -> float:
-    lost = math.hypot(*(update.lost for update in updates))
-    return _ratio(lost, math.hypot(*(update.norm for update in updates)))
-
-
 def commonest(values: Iterable[T]) -> T:
     """Return the value that occurs most often; if several do, the largest of them."""
     counts = Counter(values)
@@ -208,16 +178,9 @@ def listed(names: Sequence[str]) -> str:
 
 
 def base_weights(view: ModelView, adapter: str) -> BaseWeight:
-    """Return the function that returns the base weights of an adapter's layers in a model.
-
-    That function is collective if the model is sharded.
-    """
-    weights = {one.name: one for one in view.require(adapter)}
-
-    def base_weight(name: str) -> Tensor:
-        return gathered(base_of(weights[name].layer, weights[name].block.slot).detach())
-
-    return base_weight
+    """Return a function from a layer's name to its base weight; collective if sharded."""
+    found = {one.name: one for one in view.require(adapter)}
+    return lambda name: gathered(base_of(found[name].layer, found[name].block.slot).detach())
 
 
 # --- from blocks to factors ----------------------------------------------------------------------
@@ -232,52 +195,24 @@ def low_rank_updates(
     pad: bool = False,
     stacks: bool = False,
     base: BaseWeight | None = None,
-    progress: Progress = iter,
-) -> tuple[LowRankUpdate, ...]:
-    """Return the factors of every layer's update, in the dtype of its block.
+) -> list[LowRankUpdate]:
+    """Return the updates of all layers; `disha.interop.lora.write_lora` documents the rest.
 
     Args:
         header: the adapter's header.
         tensors: its tensors.
-        rank: largest rank of a layer. None means the exact factors, which BAT does not have.
+        rank: largest rank of a layer.
         max_error: largest relative error of a layer.
-        pad: pad the rank of every layer with zeros to one value: the smallest of `SERVED_RANKS`
-            that is large enough for all. SGLang reads one rank for all layers.
+        pad: pad all ranks to one of `SERVED_RANKS`.
         stacks: whether the format has a place for stacks of experts.
         base: returns the base weights; only BAT needs it.
-        progress: receives the layers, and yields each before it is converted.
-
-    Raises:
-        ConversionError: a layer has no low-rank factors, its error is above `max_error`, or its
-            rank can't be padded.
-        ArgumentError: `rank` or `max_error` is out of range, or BAT lacks `rank` or `base`.
-        ArgumentTypeError: one of them is not a number.
-        AdapterFileError: a block does not have its layer's shape, or the header names sizes so
-            large that the factors would fill the memory.
-        AdapterStateError: an update is not finite, or its factors are not in the block's dtype.
     """
     check_limits(rank, max_error)
-    _check_layers(header, tensors, stacks)
-    updates = [_update(one, tensors[one.key], rank, base) for one in progress(header.layers)]
-    _check_finite(updates)
-    _check_error(updates, max_error)
-    return tuple(_padded(updates) if pad else updates)
-
-
-def _padded(updates: Sequence[LowRankUpdate]) -> list[LowRankUpdate]:
-    """Return the updates with one rank of `SERVED_RANKS`.
-
-    Raises:
-        ConversionError: a rank is above all of them.
-    """
-    largest = max(updates, key=lambda update: update.rank)
-    rank = next((one for one in SERVED_RANKS if one >= largest.rank), None)
-    if rank is None:
-        raise ConversionError(
-            f"{largest.record.name} has rank {largest.rank}, and ranks are padded to at most "
-            f"{SERVED_RANKS[-1]}; give a smaller `rank`, or do not pad"
-        )
-    return [update.padded(rank) for update in updates]
+    _check_layouts(header, stacks)
+    updates = [_update(one, tensors[one.key], rank, base) for one in header.layers]
+    if max_error is not None:
+        _check_error(updates, max_error)
+    return _padded(updates) if pad else updates
 
 
 def is_stack(layer: LayerRecord) -> bool:
@@ -295,80 +230,61 @@ def check_limits(rank: int | None, max_error: float | None) -> None:
             raise ArgumentError(f"max_error must be at least 0, got {max_error}")
 
 
-def _check_layers(header: AdapterHeader, tensors: Mapping[str, Tensor], stacks: bool) -> None:
-    """Raise if LoRA can't adapt a layer, or if a block does not fit its layer."""
+def _check_layouts(header: AdapterHeader, stacks: bool) -> None:
     without = [
         one.name
         for one in header.layers
         if one.rows or not ((stacks and is_stack(one)) or one.layout.pattern in PATTERNS)
     ]
-    experts = ", experts.gate_up_proj and experts.down_proj" if stacks else ""
     if without:
+        experts = ", experts.gate_up_proj and experts.down_proj" if stacks else ""
         raise ConversionError(
             f"LoRA can't express {len(without)} of {counted(len(header.layers), 'layer')} "
             f"({listed(without)}): it adapts all rows of linear layers, convolutions that are not "
             f"transposed, embeddings{experts}. Leave the others out of the adapter (`exclude`)"
         )
-    for layer in header.layers:
-        misfit = layer.block_misfit(tuple(tensors[layer.key].shape))
-        if misfit is not None:
-            raise AdapterFileError(f"{layer.name}: {misfit}")
-    # The size of the input is only a number in the header, and so is that of the output of a tile:
-    # a small file can name huge ones.
-    of_a, of_b = {}, {}
-    for layer in header.layers:
-        positions = math.prod(layer.geometry(tuple(tensors[layer.key].shape)).stack)
-        copies = positions if is_stack(layer) else positions**2
-        of_a[layer.name] = layer.r * layer.in_features * copies
-        of_b[layer.name] = layer.r * layer.out_features * positions
-    values = sum(tensors[layer.key].numel() for layer in header.layers)
-    for factor, sizes in (("A", of_a), ("B", of_b)):
-        if sum(sizes.values()) > LARGEST_FACTORS + FACTORS_PER_VALUE * values:
-            worst = max(sizes, key=sizes.__getitem__)
-            raise AdapterFileError(
-                f"the factors {factor} would have {sum(sizes.values()):,} values, "
-                f"{sizes[worst]:,} of them in {worst}, but the blocks have only {values:,}: the "
-                "sizes in the header can't be right; get the file again"
-            )
+
+
+def _check_error(updates: Sequence[LowRankUpdate], max_error: float) -> None:
+    above = sorted((one.error, one.record.name) for one in updates if one.error > max_error)
+    if above:
+        worst = [f"{name}: {error:.3g}" for error, name in reversed(above)]
+        raise ConversionError(
+            f"{len(above)} of {counted(len(updates), 'layer')} would lose more than "
+            f"max_error={max_error:g} of their update ({first_few(worst, 5, ', ')}); nothing was "
+            "written. Give a larger `rank` or `max_error`"
+        )
+
+
+def _padded(updates: Sequence[LowRankUpdate]) -> list[LowRankUpdate]:
+    """Return the updates with one rank of `SERVED_RANKS`."""
+    largest = max(updates, key=lambda update: update.rank)
+    rank = next((one for one in SERVED_RANKS if one >= largest.rank), None)
+    if rank is None:
+        raise ConversionError(
+            f"{largest.record.name} has rank {largest.rank}, and ranks are padded to at most "
+            f"{SERVED_RANKS[-1]}; give a smaller `rank`, or do not pad"
+        )
+    return [update.padded(rank) for update in updates]
 
 
 def _update(
     layer: LayerRecord, block: Tensor, rank: int | None, base: BaseWeight | None
 ) -> LowRankUpdate:
     factors = _factors(layer, block)
+    is_small = factors is not None and (rank is None or rank >= factors[1].shape[-1])
+    if factors is not None and is_small:
+        a, b = factors
+        rows, columns = (b.flatten(0, 1), a[0]) if is_stack(layer) else (b, a.flatten(1))
+        return LowRankUpdate(layer, a, b, abs(layer.scale) * _product_norm(rows, columns))
     if is_stack(layer):
-        return _stacked(layer, factors, rank)
-    if factors is None:
-        return _truncated(layer, block, rank, base)
-    a, b = factors
-    norm = abs(layer.scale) * _product_norm(b, a.flatten(1))
-    if rank is None or rank >= a.shape[0]:
-        return LowRankUpdate(layer, a, b, norm, 0.0)
-    cut_a, cut_b = (x.to(block.dtype) for x in _cut_product(layer, b, a.flatten(1), rank))
-    both_b, both_a = torch.cat([b, -cut_b], dim=1), torch.cat([a.flatten(1), cut_a])
-    lost = abs(layer.scale) * _difference_norm(both_b, both_a)
-    return LowRankUpdate(layer, cut_a.reshape(-1, *a.shape[1:]), cut_b, norm, lost)
-
-
-def _stacked(
-    layer: LayerRecord, factors: tuple[Tensor, Tensor] | None, rank: int | None
-) -> LowRankUpdate:
-    """Return the update of a stack of experts, which is never truncated."""
-    if factors is None:
         raise ConversionError(
-            f"{layer.name} is a stack of experts, and a {layer.method} update of it is not "
-            "low-rank; nothing was written. Merge the adapter (merge_adapters, disha merge), or "
-            "train Bone for the experts"
+            f"{layer.name} is a stack of experts, and a {layer.method} update of it is "
+            f"{'not low-rank' if factors is None else f'not truncated to rank {rank}'}; nothing "
+            "was written. Merge the adapter (merge_adapters, disha merge), or train Bone for the "
+            "experts, without `rank`"
         )
-    a, b = factors
-    if rank is not None and rank < layer.r:
-        raise ConversionError(
-            f"{layer.name} is a stack of experts with r={layer.r}, and stacks are not truncated to "
-            f"a rank such as {rank}; nothing was written. Leave out `rank`, or give at least "
-            f"{layer.r}"
-        )
-    norm = abs(layer.scale) * _product_norm(b.flatten(0, 1), a[0])
-    return LowRankUpdate(layer, a, b, norm, 0.0)
+    return _truncated(layer, block, rank, base)
 
 
 def _factors(layer: LayerRecord, block: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -409,11 +325,11 @@ def _truncated(
     delta = method.delta_weight(layer.layout, block, weight)
     if layer.layout.in_first:
         delta = delta.transpose(0, 1)  # (out, in, *kernel)
-    a, b = (x.to(block.dtype).contiguous() for x in _cut(layer, delta.flatten(1), rank))
-    rest = delta.flatten(1) - b.to(delta.dtype) @ a.to(delta.dtype)
-    scale = abs(layer.scale)
+    wide = delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32))
+    a, b = (x.to(block.dtype).contiguous() for x in _cut(wide, rank))
+    lost = abs(layer.scale) * _norm(wide - b.to(wide.dtype) @ a.to(wide.dtype))
     a = a.reshape(-1, *delta.shape[1:])
-    return LowRankUpdate(layer, a, b, scale * _norm(delta), scale * _norm(rest))
+    return LowRankUpdate(layer, a, b, abs(layer.scale) * _norm(wide), lost)
 
 
 def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor:
@@ -429,38 +345,6 @@ def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> 
     return weight
 
 
-def _check_finite(updates: Sequence[LowRankUpdate]) -> None:
-    broken = [
-        update.record.name
-        for update in updates
-        if not all(finite_as(factor, factor.dtype) for factor in (update.a, update.b))
-    ]
-    if broken:
-        raise AdapterStateError(
-            f"the factors of {listed(broken)} are not finite in the dtype of their blocks; nothing "
-            "was written. Load the adapter in a wider dtype first (load_adapter with `dtype`)"
-        )
-
-
-def _check_error(updates: Sequence[LowRankUpdate], max_error: float | None) -> None:
-    if max_error is None:
-        return
-    # NaN is not within any limit.
-    above = [one for one in updates if not one.error <= max_error]
-    above.sort(key=lambda one: (math.isnan(one.error), one.error))
-    if above:
-        worst = [f"{one.record.name}: {one.error:.3g}" for one in reversed(above)]
-        raise ConversionError(
-            f"{len(above)} of {counted(len(updates), 'layer')} would lose more than "
-            f"max_error={max_error:g} of their update ({first_few(worst, 5, ', ')}; all layers "
-            f"together {_total_error(updates):.3g}); nothing was written. Give a larger `rank` or "
-            "`max_error`"
-        )
-
-
-# --- linear algebra ------------------------------------------------------------------------------
-
-
 def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
@@ -471,32 +355,8 @@ def _product_norm(b: Tensor, a: Tensor) -> float:
     return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
 
 
-def _difference_norm(b: Tensor, a: Tensor) -> float:
-    """Return ||B A|| where terms cancel. Squaring would lose half of the digits; QR loses none."""
-    return _norm(_triangle(b) @ _triangle(a.T).T)
-
-
-def _triangle(x: Tensor) -> Tensor:
-    r: Tensor = torch.linalg.qr(x.double(), mode="r")[1]
-    return r
-
-
-def _cut_product(layer: LayerRecord, b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the best A' (rank, in) and B' (out, rank) for B A, without forming the product."""
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    cut_a, cut_b = _cut(layer, r_b @ r_a.T, rank)
-    return (cut_a @ q_a.T).contiguous(), (q_b @ cut_b).contiguous()
-
-
-def _cut(layer: LayerRecord, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (rank, in) and B (out, rank); each has the roots of the leading singular values."""
-    if not finite_as(matrix, matrix.dtype):
-        raise AdapterStateError(
-            f"the update of {layer.name} is not finite: its block, or the base weight, holds NaN, "
-            "infinity or values that are too large; nothing was written. Use an earlier checkpoint "
-            "of the training, or another copy of the base"
-        )
     smaller = min(matrix.shape)
     rank = min(rank, smaller)
     if smaller <= LARGEST_EXACT or 4 * rank >= smaller:
@@ -519,7 +379,7 @@ def layer_of_factors(
 ) -> tuple[LayerRecord, Tensor] | None:
     """Return the layer and the block with these factors, or None if no method has such a block.
 
-    If there is no such block, rows of zeros at the end of A are left out, as a padded update has.
+    Rows of zeros at the end of A are left out, as a padded update has them.
 
     Args:
         name: the layer's name.
@@ -530,24 +390,16 @@ def layer_of_factors(
         layout: the layout of the layer's weight.
         scale: runtime scale s.
     """
-    if not a.numel() or not _fit(a, b, layout):
+    dim = 0 if layout.expert_dim is None else 1
+    if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or a.shape[dim] != b.shape[dim + 1]:
         return None
-    of_stack = layout.expert_dim is not None
-    ranks = a[0] if of_stack else a
-    rows = ranks.flatten(1).any(dim=1).nonzero().flatten().tolist()
-    for rank in (ranks.shape[0], rows[-1] + 1 if rows else 0):
-        cut = a[:, :rank] if of_stack else a[:rank]
-        found = _layer_of_rank(name, cut, b.narrow(-1 if of_stack else 1, 0, rank), layout, scale)
+    rows = a.movedim(dim, 0).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    for rank in (a.shape[dim], rows[-1] + 1 if rows else 0):
+        factors = a.narrow(dim, 0, rank), b.narrow(dim + 1, 0, rank)
+        found = _layer_of_rank(name, *factors, layout, scale) if rank else None
         if found is not None:
             return found
     return None
-
-
-def _fit(a: Tensor, b: Tensor, layout: Layout) -> bool:
-    """Whether two tensors have the shapes of factors."""
-    if layout.expert_dim is not None:
-        return a.dim() == b.dim() == 3 and a.shape[:2] == (b.shape[0], b.shape[2])
-    return a.dim() == b.dim() >= 2 and a.shape[0] == b.shape[1] and b.shape[2:].numel() == 1
 
 
 def _layer_of_rank(
@@ -558,28 +410,16 @@ def _layer_of_rank(
     else:
         kernel = a.shape[2:]
         r, rest = divmod(a.shape[0], kernel.numel())
-        if rest:
+        if rest or not r:
             return None
         inputs, out = a.shape[1], b.shape[0]
-        matrices = b.reshape(-1, r, *kernel).movedim((0, 1), (-2, -1)) if r else b
-    if not r:
-        return None
+        matrices = b.reshape(-1, r, *kernel).movedim((0, 1), (-2, -1))
     for method in METHODS.values():
         block = method.from_lora_b(matrices)  # from (*stack, out, r)
         if block is None:
             continue
         block = method.kept_block(layout, block).contiguous()
-        layer = LayerRecord(
-            name=name,
-            method=method.name,
-            r=r,
-            r_out=None,
-            in_features=inputs,
-            out_features=out,
-            scale=scale,
-            base=None,
-            layout=layout,
-        )
+        layer = LayerRecord(name, method.name, r, None, inputs, out, scale, None, layout)
         if layer.block_misfit(tuple(block.shape)) is None:
             factors = _factors(layer, block.to(a.dtype))
             if factors is not None and torch.equal(factors[0], a):

@@ -1,7 +1,8 @@
 """Adapters in PEFT folders of MiSS (PEFT's current name for Bone) and of Bone (its former name).
 
-`export` and `load` have the model, so they can check that PEFT would compute the same results.
-`write_folder`, `read_folder` and `contents_of` work without a model:
+The blocks have the same values and shapes in PEFT. `export` and `load` have the model, so they can
+check that PEFT would compute the same results. `write_folder`, `read_folder` and `contents_of` work
+without a model:
 
 - A folder does not say how large a layer's input is, so `contents_of` asks for the shapes of the
   base's weights.
@@ -15,26 +16,45 @@ with dropout. They leave out your own notes and the fingerprint of the base.
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from disha.files.atomic import PathLike, checked_path
+import torch
+from torch import Tensor, nn
+
+from disha.config import AdapterConfig
 from disha.files.contents import adapter_contents, load_contents
-from disha.interop.miss import (
-    CANT_EXPRESS,
-    BaseShapes,
-    PeftFolder,
-    contents_of,
-    inexpressible,
-    peft_config,
-    read_folder,
-    write,
-    write_folder,
+from disha.files.header import AdapterHeader
+from disha.files.saving import PathLike, checked_path
+from disha.functional import Layout
+from disha.interop.peft_format import (
+    BAT,
+    INIT_WEIGHTS,
+    PeftConfig,
+    config_of,
+    exact_targets,
+    fields_of,
+    has_saved,
+    notes_of,
+    read_peft_files,
+    refuse_to_load,
+    refuse_to_write,
+    write_peft_files,
 )
-from disha.interop.peft_files import exact_targets, refuse_to_load
-from disha.interop.peft_view import PeftView, other_buffers, refuse_to_write
+from disha.interop.peft_model import (
+    module_names,
+    obstacles,
+    saved_modules,
+    under_first_names,
+    without_buffers,
+)
 from disha.layers import check_adapter_name, original_class
-from disha.model import ModelView
+from disha.model import ModelView, join
+from disha.records import LayerRecord, records_of
+from disha.running_statistics import statistics
 from disha.state import LoadReport
 
 __all__ = [
@@ -46,6 +66,15 @@ __all__ = [
     "read_folder",
     "write_folder",
 ]
+
+BaseShapes = Mapping[str, Sequence[int]] | Callable[[str], Sequence[int] | None]
+"""Shapes of the base's parameters by name, such as "layers.0.q_proj.weight": (out, in)."""
+
+LINEAR = Layout("out in")
+
+CANT_EXPRESS = "the adapter can't be written for PEFT's MiSS (disha.interop.lora writes more)"
+
+# --- a model -------------------------------------------------------------------------------------
 
 
 def export(
@@ -61,7 +90,7 @@ def export(
 
     `PeftModel.from_pretrained(base, folder)` of PEFT 0.18 and later reads it. `target_modules`
     in the configuration selects the adapted layers and no other module of this model. Parameters
-    that were trained with the adapter become `modules_to_save`, or `bias`. Bone is also exactly a
+    that were trained with the adapter become `modules_to_save`. Bone is also exactly a
     LoRA, which `disha.interop.lora` writes.
 
     The folder keeps the dtype of the blocks. PEFT casts blocks of 16 bits to float32 when it
@@ -102,22 +131,21 @@ def export(
     """
     view = ModelView(model)
     ranks, action = view.ranks(), f"export adapter {adapter!r} to PEFT"
-    notes = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
-    with ranks.agreeing(action):
-        target = checked_path(folder)
+    given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
+    notes = notes_of(view.model) | {note: one for note, one in given.items() if one is not None}
     header, tensors = adapter_contents(view, adapter)
     with ranks.agreeing(action):
-        peft, names = PeftView(view), [layer.name for layer in header.layers]
-        saved = peft.saved(header.also_train, names, biases=True)
-        problems = inexpressible(header, dropout)
-        problems += peft.obstacles(names, _unknown_to_miss, exporting=True)
-        refuse_to_write(CANT_EXPRESS, problems + list(saved.problems))
-        targets = exact_targets(names, peft.modules)
-        config = peft_config(header, dropout, targets, saved, notes)
+        target, names = checked_path(folder), [layer.name for layer in header.layers]
+        saved = saved_modules(view, header.also_train, names)
+        problems = _inexpressible(header, dropout)
+        problems += obstacles(view, names, _unknown_to_miss, exporting=True)
+        refuse_to_write(CANT_EXPRESS, [*problems, *saved.problems])
+        targets = exact_targets(names, module_names(view))
+        fields = fields_of(header, dropout, targets, saved.modules, notes)
     beside = saved.copies()
     with ranks.agreeing(action):
         if ranks.writes:
-            write(target, header, tensors, config, beside)
+            write_peft_files(target, fields, {**_blocks(header, tensors), **beside})
 
 
 def load(
@@ -132,10 +160,9 @@ def load(
 ) -> LoadReport:
     """Load a PEFT folder of MiSS or of Bone into a model, with the same results as in PEFT.
 
-    The folder's tensors say which layers are adapted. A list in `target_modules` must agree with
-    them; regexes and other fields that select layers are not evaluated. Every other field of
-    `adapter_config.json` means what it means in PEFT, or is refused. `modules_to_save` and `bias`
-    become parameters trained with the adapter. BAT gets no dropout, because PEFT's BAT has none.
+    The folder's tensors say which layers are adapted; fields that select layers are not evaluated.
+    Modules in `modules_to_save` become parameters trained with the adapter. A folder with trained
+    biases (`bias`) is refused. BAT gets no dropout, because PEFT's BAT has none.
 
     Args:
         model: the base model, or one that has other adapters.
@@ -178,18 +205,277 @@ def load(
     view = ModelView(model)
     with view.ranks().agreeing(f"load a PEFT folder as adapter {adapter!r}"):
         check_adapter_name(adapter)
-        peft, found = PeftView(view), read_folder(folder)
-        buffers = peft.buffers()
-        problems = peft.obstacles(found.blocks, _unknown_to_miss, exporting=False)
-        refuse_to_load(found.path, problems + other_buffers(buffers, found.beside))
-        contents = contents_of(found.without(buffers), peft.shape, also_train=also_train)
-        header, tensors = peft.under_first_names(found.path, contents)
+        found = read_folder(folder)
+        refuse_to_load(found.path, obstacles(view, found.blocks, _unknown_to_miss, exporting=False))
+        if also_train:
+            kept = without_buffers(view, found.path, found.tensors)
+            found = dataclasses.replace(found, tensors=kept)
+        shapes = partial(_shape, view)
+        contents = contents_of(found, shapes, also_train=also_train)
+        header, tensors = under_first_names(view, found.path, contents)
     return load_contents(
         view, found.path, header, tensors, adapter, replace=replace, dtype=dtype, freeze=freeze
     )
+
+
+def _shape(view: ModelView, name: str) -> tuple[int, ...] | None:
+    """Return the shape of a parameter or statistic; that of a linear layer even if it is packed."""
+    module = view.modules.get(name.removesuffix(".weight"))
+    if name.endswith(".weight") and isinstance(module, nn.Linear):
+        return (module.out_features, module.in_features)
+    known = view.parameters_by_name.get(name)
+    found = statistics(view).get(name) if known is None else known.value
+    return None if found is None else tuple(found.shape)
 
 
 def _unknown_to_miss(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return None
     return f"PEFT's MiSS adapts nn.Linear only, not {original_class(module).__name__}"
+
+
+# --- without a model -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PeftFolder:
+    """What a PEFT folder holds.
+
+    Attributes:
+        path: the folder.
+        config: its configuration.
+        tensors: its tensors, under their names in the model that PEFT wraps.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import peft
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.export(model, folder)
+        ...     found = peft.read_folder(folder)
+        >>> list(found.tensors), list(found.blocks), found.config.r
+        (['0.miss_block'], ['0'], 4)
+    """
+
+    path: Path
+    config: PeftConfig
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def blocks(self) -> dict[str, Tensor]:
+        """Layer -> its block."""
+        end = f".{self.config.block_name}"
+        return {
+            key.removesuffix(end): tensor
+            for key, tensor in self.tensors.items()
+            if key.endswith(end) and key != end
+        }
+
+    @property
+    def beside(self) -> dict[str, Tensor]:
+        """Parameter or buffer of the base -> its values."""
+        layers = self.blocks
+        end = f".{self.config.block_name}"
+        return {
+            key: tensor
+            for key, tensor in self.tensors.items()
+            if key.removesuffix(end) not in layers
+        }
+
+
+def read_folder(folder: PathLike) -> PeftFolder:
+    """Return the content of a PEFT folder of MiSS or Bone, with its tensors unchecked.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        AdapterIOError: it can't be read.
+        AdapterFileError: it is not a valid folder of MiSS or Bone.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import peft
+        >>> model = nn.Sequential(nn.Linear(8, 16))
+        >>> model = disha.inject_adapters(model, "0", r=4, method="bat")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.export(model, folder)
+        ...     found = peft.read_folder(folder)
+        >>> found.config.method, tuple(found.blocks["0"].shape)
+        ('bat', (4, 4, 4))
+    """
+    path, fields, tensors = read_peft_files(folder)
+    return PeftFolder(path, config_of(path, fields), tensors)
+
+
+def contents_of(
+    folder: PeftFolder, base_shapes: BaseShapes, *, also_train: bool = True
+) -> tuple[AdapterHeader, dict[str, Tensor]]:
+    """Return the adapter in a PEFT folder, as `write_contents` and `load_contents` take it.
+
+    Args:
+        folder: what `read_folder` has read.
+        base_shapes: name of a parameter of the base -> its shape: a dict, or a function that
+            returns None for a name that the base does not have. A linear layer's weight is
+            (out, in).
+        also_train: also take the parameters that the folder holds besides the blocks.
+
+    Raises:
+        AdapterFileError: the folder does not fit the base, or contradicts itself; the message
+            lists every reason.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import peft
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.export(model, folder)
+        ...     header, tensors = peft.contents_of(peft.read_folder(folder), {"0.weight": (16, 8)})
+        >>> header.layers[0].in_features, tuple(tensors["0.bone_block"].shape)
+        (8, (4, 16))
+    """
+    shape_of = base_shapes if callable(base_shapes) else base_shapes.get
+    config, blocks = folder.config, folder.blocks
+    beside = folder.beside if also_train else {}
+    problems, layers = [], []
+    for name, block in blocks.items():
+        shape = tuple(shape_of(join(name, "weight")) or ())
+        if len(shape) != 2:
+            problems.append(f"{name}: the base has no matrix {join(name, 'weight')!r}")
+            continue
+        layer = LayerRecord(
+            name, config.method, config.r, config.r_out, shape[1], shape[0], 1.0, None, LINEAR
+        )
+        misfit = layer.block_misfit(tuple(block.shape))
+        problems += [] if misfit is None else [f"{name}: {misfit}"]
+        layers.append(layer)
+    problems += [
+        f"{name}: it is no block, and not in a module that modules_to_save names"
+        for name in beside
+        if not has_saved(name, config.modules_to_save)
+    ]
+    problems += [
+        f"{name}: {tuple(value.shape)}, the base has {shape_of(name)}"
+        for name, value in beside.items()
+        if tuple(shape_of(name) or ()) != tuple(value.shape)
+    ]
+    if not blocks:
+        problems.append(f"there is no tensor that ends in .{config.block_name}")
+    refuse_to_load(folder.path, problems)
+    tensors = {layer.key: blocks[layer.name] for layer in layers} | beside
+    header = AdapterHeader(
+        config=AdapterConfig(config.r, None, config.method, config.r_out, dropout=config.dropout),
+        layers=tuple(layers),
+        also_train=tuple(sorted(beside)),
+        tensors=records_of(tensors),
+        metadata=dict(config.notes),
+    )
+    return header, tensors
+
+
+def write_folder(
+    folder: PathLike,
+    header: AdapterHeader,
+    tensors: Mapping[str, Tensor],
+    *,
+    dropout: float | None = None,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Write an adapter without its model as a folder that PEFT loads.
+
+    `target_modules` is a regex that matches the full names of the adapted layers, so it selects no
+    other module of any base. Only `export` can check that PEFT computes the same results in each of
+    them, because it has the model.
+
+    Args:
+        folder: created if it does not exist; other files in it stay.
+        header: the adapter's header.
+        tensors: its tensors, by the header's keys.
+        dropout: written in place of the adapter's dropout.
+        base_model_name_or_path: as for `export`; by default the note of that name.
+        task_type: as for `export`; by default the note of that name.
+
+    Raises:
+        AdapterIOError: it can't be written; what was there is unchanged.
+        ConversionError: PEFT's MiSS can't express it, or parameters other than biases of the
+            adapted layers were trained with it; the message lists every reason. Nothing is
+            written.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.files.contents import adapter_contents
+        >>> from disha.interop import peft
+        >>> from disha.model import ModelView
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     header, tensors = adapter_contents(ModelView(model))
+        ...     peft.write_folder(folder, header, tensors, task_type="CAUSAL_LM")
+        ...     peft.read_folder(folder).config.target_modules
+        '0'
+    """
+    problems = _inexpressible(header, dropout) + [
+        f"parameter {name}: PEFT saves complete modules, and only the model shows what else is in "
+        "this one; load the file into the model and export from there"
+        for name in header.also_train
+    ]
+    refuse_to_write(CANT_EXPRESS, problems)
+    notes = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
+    targets = exact_targets(layer.name for layer in header.layers)
+    fields = fields_of(header, dropout, targets, (), notes)
+    write_peft_files(checked_path(folder), fields, _blocks(header, tensors))
+
+
+def _blocks(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{layer.name}.miss_block": tensors[layer.key] for layer in header.layers}
+
+
+def _inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
+    """Return the reasons why PEFT's MiSS can't express an adapter."""
+    method, problems = header.config.method, []
+    if method not in INIT_WEIGHTS:
+        problems.append(f"PEFT's MiSS knows {' and '.join(INIT_WEIGHTS)}, not {method}")
+    for layer in header.layers:
+        name, r = layer.name or "(the model)", layer.r
+        if layer.layout != LINEAR:
+            problems.append(
+                f"{name}: PEFT's MiSS adapts nn.Linear only, and the layout of this weight is "
+                f"{layer.layout.pattern!r}"
+            )
+        if layer.rows:
+            problems.append(f"{name}: PEFT's MiSS adapts all rows of a weight, not some of them")
+        if not layer.name:
+            problems.append(f"{name}: PEFT adapts layers within a model, not the model itself")
+        if layer.scale != 1.0:
+            problems.append(
+                f"{name}: PEFT's MiSS has no scale, and this layer's is {layer.scale:g}; "
+                "combine_adapters(model, {name: 1.0}, into=...) writes it into the blocks"
+            )
+        if method == BAT and (layer.in_features % r or layer.out_features % r):
+            problems.append(
+                f"{name}: PEFT's BAT needs an r that divides both sizes, and r={r} does not "
+                f"divide {layer.in_features} -> {layer.out_features}"
+            )
+    sizes = sorted({layer.r for layer in header.layers})
+    if len(sizes) > 1:
+        problems.append(
+            f"PEFT's MiSS has one r for all layers, and this adapter has "
+            f"{', '.join(map(str, sizes))}; "
+            "combine_adapters(model, {name: 1.0}, into=..., r=...) makes Bone blocks of a common "
+            "multiple"
+        )
+    drops = header.config.dropout if dropout is None else dropout
+    if method == BAT and drops:
+        problems.append(
+            f"PEFT's BAT has no dropout, and this adapter has {drops:g}; set `dropout` to 0.0 to "
+            "leave it out, which matters in training only"
+        )
+    return problems

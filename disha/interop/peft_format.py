@@ -1,0 +1,311 @@
+"""What PEFT writes and reads: the two files of a folder, the names in them, and the settings.
+
+A folder has `adapter_config.json` beside `adapter_model.safetensors`. Keys are `base_model.model.`
+and the name in the model; a block of MiSS ends with `.miss_block` (`.bone_block` up to PEFT 0.18),
+the factors of a LoRA with `.lora_A.weight` and `.lora_B.weight`. PEFT calls a tile "mini".
+
+The tensors say which layers are adapted, so the fields that select layers are not evaluated.
+Source: PEFT 0.21; 0.18 for Bone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from disha.errors import (
+    AdapterFileError,
+    AdapterIOError,
+    ArgumentError,
+    ArgumentTypeError,
+    ConversionError,
+)
+from disha.files.header import AdapterHeader
+from disha.files.saving import PathLike, checked_path, save, save_tensors
+from disha.text import brief, first_few
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+PREFIX = "base_model.model."
+"""PEFT's prefix of every name: its wrapper, and the model in it."""
+
+SHOWN = 20
+"""How many problems an error lists."""
+
+
+# --- both files ----------------------------------------------------------------------------------
+
+
+def write_peft_files(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write both files. The configuration comes last, because PEFT looks for it first.
+
+    Args:
+        folder: created if it does not exist.
+        config: the content of `adapter_config.json`.
+        tensors: key without `PREFIX` -> contiguous tensor on the CPU.
+    """
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    prefixed = {PREFIX + key: tensor for key, tensor in tensors.items()}
+    if folder.is_file():
+        raise ArgumentError(f"{folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / WEIGHTS_NAME, prefixed, {"format": "pt"})
+    save(folder / CONFIG_NAME, lambda new: new.write_text(text, encoding="utf-8"))
+
+
+def read_peft_files(folder: PathLike) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """Return the folder's path, its configuration, and its tensors without `PREFIX`."""
+    path = checked_path(folder)
+    if (path / "adapter_model.bin").exists() and not (path / WEIGHTS_NAME).exists():
+        raise AdapterFileError(
+            f"{path} has its tensors in adapter_model.bin, a pickle, which can run any code and is "
+            "not read; load it in PEFT if you trust it, and save it again as safetensors"
+        )
+    try:
+        fields = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        tensors = load_file(path / WEIGHTS_NAME)
+    except OSError as error:
+        raise AdapterIOError(f"can't read a folder of PEFT: {error}") from error
+    except (SafetensorError, ValueError) as error:
+        raise AdapterFileError(f"{path} is no complete folder of PEFT: {error}") from error
+    return path, fields, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def refuse_to_write(what: str, problems: Sequence[str]) -> None:
+    """Raise `ConversionError` with all problems of an adapter, if there are any."""
+    if problems:
+        raise ConversionError(
+            f"{what}, so nothing was written:\n{first_few(problems, SHOWN)}\n"
+            "Leave these layers out (`exclude`), or use the merged model (merge_adapters)"
+        )
+
+
+def refuse_to_load(path: Path, problems: Sequence[str]) -> None:
+    """Raise `AdapterFileError` with all problems of a folder, if there are any."""
+    if problems:
+        raise AdapterFileError(
+            f"{path} can't be loaded with the same results as in PEFT; nothing changed:\n"
+            + first_few(problems, SHOWN)
+        )
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def _name_ends(name: str) -> Iterator[str]:
+    """Yield the name, and the rest of it after each dot."""
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
+
+
+def is_saved(name: str, modules_to_save: Iterable[str]) -> bool:
+    """Whether PEFT saves the module of that name: the name ends with an entry."""
+    return name.endswith(tuple(modules_to_save))
+
+
+def has_saved(name: str, modules_to_save: Iterable[str]) -> bool:
+    """Whether a tensor of that name is in a module that PEFT saves, at any depth."""
+    # "head." is in the name if the name of a module around the tensor ends with "head".
+    return any(f"{one}." in name for one in modules_to_save)
+
+
+def is_inside(name: str, modules_to_save: Iterable[str]) -> bool:
+    """Whether PEFT skips the layer of that name because it sees it as part of a saved module."""
+    return any(f".{one}." in f".{name}." for one in modules_to_save)
+
+
+def anchored(name: str) -> str:
+    """Return the key of `rank_pattern` or `alpha_pattern` for this layer only."""
+    return "^" + re.escape(name)
+
+
+def of_layer(fields: Mapping[str, Any], name: str, field: str, pattern: str, default: Any) -> Any:
+    """Return a setting of a layer as PEFT finds it: by the first key of the pattern that matches.
+
+    Args:
+        fields: the configuration.
+        name: the layer.
+        field: the field with the value of all other layers.
+        pattern: the field with the values of some layers.
+        default: PEFT's value if the configuration has none.
+    """
+    for key, value in (fields.get(pattern) or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return fields.get(field, default)
+
+
+def exact_targets(
+    adapted: Iterable[str], modules: Collection[str] | None = None
+) -> list[str] | str:
+    r"""Return `target_modules` that select these layers: their full names.
+
+    PEFT reads the entries of a list as endings of names. If they end the names of other modules
+    too, or if the modules are unknown and a name is only a number, the result is a regex.
+
+    Args:
+        adapted: names of the layers.
+        modules: names of all modules of the model, if it is known.
+
+    Examples:
+        >>> from disha.interop.peft_format import exact_targets
+        >>> exact_targets(["0.q"], ["0", "0.q", "0.k", "1", "1.q", "1.k"])
+        ['0.q']
+        >>> exact_targets(["q", "v"], ["q", "v", "0", "0.q", "0.v"])
+        'q|v'
+    """
+    wanted = set(adapted)
+    if modules is None:
+        is_exact = not any(map(str.isdecimal, wanted))
+    else:
+        selected = {one for one in modules if not wanted.isdisjoint(_name_ends(one))}
+        is_exact = selected == wanted
+    return sorted(wanted) if is_exact else "|".join(map(re.escape, sorted(wanted)))
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+MISS, BONE = "MISS", "BONE"
+
+BAT = "bat"
+"""The method for which PEFT has no padding and no dropout."""
+
+INIT_WEIGHTS: Mapping[str, bool | str] = {"bone": True, BAT: BAT}
+"""Method -> PEFT's word for it in `init_weights`; a tile is `"mini"`."""
+
+NOTES = ("base_model_name_or_path", "revision", "task_type")
+"""Fields that say where an adapter belongs. They do not change what it computes."""
+
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""The end of a model's class in `transformers` -> PEFT's name of its task."""
+
+
+def notes_of(model: nn.Module) -> dict[str, str]:
+    """Return the `NOTES` that the configuration of a model of `transformers` gives."""
+    config: Any = getattr(model, "config", None)
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    tasks = [task for end, task in TASKS.items() if architecture.endswith(end)]
+    if architecture.endswith("ForConditionalGeneration") and config.is_encoder_decoder:
+        tasks.append("SEQ_2_SEQ_LM")
+    found = {"base_model_name_or_path": getattr(config, "_name_or_path", None)}
+    found["task_type"] = tasks[0] if tasks else None
+    return {note: value for note, value in found.items() if value and isinstance(value, str)}
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The settings in a configuration of MiSS or Bone.
+
+    Attributes:
+        legacy: whether it is a configuration of Bone, whose blocks have another name.
+        method: `"bone"` or `"bat"`.
+        r: shard size.
+        r_out: size of the output shard of a tile ("mini"), or None.
+        dropout: probability with which the adapter's input is zeroed in training.
+        target_modules: names of layers, a regex, or None if the model decides.
+        modules_to_save: endings of the names of modules that are trained and saved completely.
+        notes: `base_model_name_or_path`, `revision` and `task_type`, as far as they have a value.
+    """
+
+    legacy: bool
+    method: str
+    r: int
+    r_out: int | None = None
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def block_name(self) -> str:
+        """The last part of a block's key."""
+        return "bone_block" if self.legacy else "miss_block"
+
+
+def fields_of(
+    header: AdapterHeader,
+    dropout: float | None,
+    targets: list[str] | str,
+    saved: Iterable[str],
+    notes: Mapping[str, str | None],
+) -> dict[str, Any]:
+    """Return the fields of a configuration of MiSS, as PEFT writes them.
+
+    Args:
+        header: an adapter that MiSS can express.
+        dropout: written in place of its dropout.
+        targets: `target_modules`.
+        saved: the modules that are saved completely.
+        notes: written in place of those in the header.
+    """
+    given = {note: value for note, value in notes.items() if value is not None}
+    for note, value in given.items():
+        if not isinstance(value, str):
+            raise ArgumentTypeError(f"{note} must be a str, got {value!r}")
+    config = header.config if dropout is None else header.config.changed(dropout=dropout)
+    return {
+        "bias": "none",
+        "inference_mode": True,
+        "init_weights": INIT_WEIGHTS[config.method] if config.r_out is None else "mini",
+        "mini_r": config.r_out or 1,
+        "miss_dropout": config.dropout,
+        "modules_to_save": sorted(saved) or None,
+        "peft_type": MISS,
+        "r": header.layers[0].r,
+        "target_modules": targets,
+        **{note: given.get(note, header.metadata.get(note)) for note in NOTES},
+    }
+
+
+def config_of(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
+    """Return the configuration of MiSS or Bone in the fields of a folder."""
+    peft_type, init = fields.get("peft_type"), fields.get("init_weights", True)
+    legacy, is_tile = peft_type == BONE, init == "mini" and peft_type == MISS
+    # False means the same as True, but with random values at the start of training.
+    methods = {value: method for method, value in INIT_WEIGHTS.items()} | {False: "bone"}
+    problems = []
+    if peft_type not in (MISS, BONE):
+        problems.append(f"its peft_type is {peft_type!r} (disha.interop.lora reads 'LORA')")
+    elif not is_tile and init not in methods:
+        problems.append(f"init_weights={brief(init)} is unknown")
+    if fields.get("bias", "none") != "none":
+        problems.append(
+            f"bias={brief(fields['bias'])}: an adapter of disha trains whole modules or none of "
+            "them; merge this one in PEFT"
+        )
+    refuse_to_load(path, problems)
+    method = "bone" if is_tile else methods[init]
+    targets = fields.get("target_modules")
+    return PeftConfig(
+        legacy=legacy,
+        method=method,
+        r=fields.get("r", 64),
+        r_out=fields.get("mini_r", 1) if is_tile else None,
+        # PEFT's BAT ignores the field.
+        dropout=0.0 if legacy or method == BAT else fields.get("miss_dropout", 0.0),
+        target_modules=tuple(targets) if isinstance(targets, list) else targets,
+        modules_to_save=names_in(fields, "modules_to_save"),
+        notes={note: fields[note] for note in NOTES if fields.get(note)},
+    )
+
+
+def names_in(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Return a field that is a list of names, or null."""
+    return tuple(fields.get(name) or ())
