@@ -14,28 +14,20 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from disha.config import check_positive_int
-from disha.errors import (
-    AdapterStateError,
-    ArgumentError,
-    ConversionError,
-    MissingPackageError,
-)
-from disha.files import AdapterHeader, LayerRecord
-from disha.files.atomic import PathLike, checked_path, write_files
+from disha.errors import ArgumentError, ConversionError, MissingPackageError
+from disha.files import AdapterHeader
 from disha.files.contents import adapter_contents
+from disha.files.saving import PathLike, checked_path, save
 from disha.interop.low_rank import (
     BaseWeight,
     LoraReport,
     LowRankUpdate,
-    Progress,
     base_weights,
     check_limits,
     commonest,
@@ -45,7 +37,7 @@ from disha.interop.low_rank import (
 from disha.model import ModelView
 from disha.text import counted
 
-__all__ = ["ARCHITECTURES", "export_gguf", "write_gguf"]
+__all__ = ["ARCHITECTURES", "MODEL_TYPES", "export_gguf", "write_gguf"]
 
 ARCHITECTURES: Mapping[str, bool] = {"llama": True, "qwen2": False}
 """GGUF's name of an architecture -> whether GGUF stores the rows of q and k in another order."""
@@ -53,29 +45,18 @@ ARCHITECTURES: Mapping[str, bool] = {"llama": True, "qwen2": False}
 MODEL_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """Model type in `transformers` -> architecture in GGUF."""
 
-LAYER_PARTS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_IN_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
-_EMBEDDING = re.compile(r"(?:model\.)?embed_tokens")
-_HEAD = "lm_head"
+EMBEDDING, HEAD = "token_embd", "output"
 
 
 @dataclass(frozen=True)
 class _Base:
-    """What is known about the GGUF file of the base model.
+    """What is known about the GGUF file of the base model; None for what is not.
 
     Attributes:
         architecture: its name in GGUF.
-        heads: query heads, or None if unknown.
-        kv_heads: key and value heads, or None if unknown.
-        tied_head: whether the embedding is the output head too, or None if unknown.
+        heads: query heads.
+        kv_heads: key and value heads.
+        tied_head: whether the embedding is the output head too.
     """
 
     architecture: str
@@ -89,37 +70,18 @@ class _Base:
                 f"architecture {self.architecture!r} is unknown; LoRA can be written as GGUF for "
                 f"{', '.join(ARCHITECTURES)}"
             )
-        for name, value in (("heads", self.heads), ("kv_heads", self.kv_heads)):
-            if value is not None:
-                check_positive_int(name, value)
-
-    def interleaves(self, name: str) -> bool:
-        """Whether GGUF stores the rows of the weight of that name in another order."""
-        return ARCHITECTURES[self.architecture] and name.endswith((".attn_q", ".attn_k"))
 
     def heads_of(self, name: str) -> int | None:
-        """Return the number of heads that the rows of q or k belong to."""
-        return self.heads if name.endswith(".attn_q") else self.kv_heads
-
-    def check_rows(self, name: str, layer: LayerRecord) -> None:
-        """Raise if the rows of a weight can't be put in order.
-
-        Raises:
-            ArgumentError: its heads are not known, or don't divide the rows.
-        """
-        if not self.interleaves(name):
-            return
-        heads = self.heads_of(name)
+        """Return the heads by which GGUF orders the rows of a weight, or None if it does not."""
+        if not ARCHITECTURES[self.architecture] or not name.endswith((".attn_q", ".attn_k")):
+            return None
+        heads = self.heads if name.endswith(".attn_q") else self.kv_heads
         if heads is None:
             raise ArgumentError(
                 f"GGUF orders the rows of q and k of {self.architecture} models by heads; give "
                 "`heads` and `kv_heads` of the base model"
             )
-        if layer.out_features % (2 * heads):
-            raise ArgumentError(
-                f"{layer.name} has {layer.out_features} rows, which can't be split into {heads} "
-                "heads of an even size; give `heads` and `kv_heads` of the base model"
-            )
+        return heads
 
 
 def export_gguf(
@@ -180,25 +142,17 @@ def export_gguf(
     """
     view = ModelView(model)
     ranks, action = view.ranks(), f"export adapter {adapter!r} as GGUF"
-    with ranks.agreeing(action):
-        _package()
-        check_limits(rank, max_error)
-        target = checked_path(path)
-        base = _base_of(view, architecture, heads, kv_heads)
     header, tensors = adapter_contents(view, adapter)
     with ranks.agreeing(action):
+        target = checked_path(path)
+        check_limits(rank, max_error)
+        base = _base_of(view, architecture, heads, kv_heads)
         names = _gguf_names(header, base)
-    updates = low_rank_updates(
-        header,
-        tensors,
-        rank=rank,
-        max_error=max_error,
-        base=base_weights(view, adapter),
-    )
+    weights = base_weights(view, adapter)
+    updates = low_rank_updates(header, tensors, rank=rank, max_error=max_error, base=weights)
     with ranks.agreeing(action):
-        alpha, factors = _factors(updates, names, base)
         if ranks.writes:
-            write_files({target: partial(_write, base.architecture, alpha, factors)})
+            _write(target, updates, names, base)
     return LoraReport.of(target, updates)
 
 
@@ -214,7 +168,6 @@ def write_gguf(
     rank: int | None = None,
     max_error: float | None = None,
     base: BaseWeight | None = None,
-    progress: Progress = iter,
 ) -> LoraReport:
     """Write an adapter without its model as a GGUF file, as `export_gguf` does.
 
@@ -229,7 +182,6 @@ def write_gguf(
         rank: largest rank of a layer.
         max_error: largest relative error of a layer.
         base: returns the base weights; only BAT needs it.
-        progress: receives the layers, and yields each before it is converted.
 
     Returns:
         A `LoraReport`, with the rank and the error of every layer.
@@ -257,171 +209,112 @@ def write_gguf(
         ...     lora.write_gguf(path, *adapter_contents(ModelView(model)), tied_head=False).error
         0.0
     """
-    _package()
     target = checked_path(path)
     model = _Base(architecture, heads, kv_heads, tied_head)
     names = _gguf_names(header, model)
-    updates = low_rank_updates(
-        header, tensors, rank=rank, max_error=max_error, base=base, progress=progress
-    )
-    alpha, factors = _factors(updates, names, model)
-    write_files({target: partial(_write, architecture, alpha, factors)})
+    updates = low_rank_updates(header, tensors, rank=rank, max_error=max_error, base=base)
+    _write(target, updates, names, model)
     return LoraReport.of(target, updates)
-
-
-# --- what the base model is like -----------------------------------------------------------------
 
 
 def _base_of(
     view: ModelView, architecture: str | None, heads: int | None, kv_heads: int | None
 ) -> _Base:
-    config = getattr(view.model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if architecture is None and model_type is not None and model_type not in MODEL_TYPES:
-        raise ArgumentError(
-            f"the model type {model_type!r} is unknown; LoRA can be written as GGUF for "
-            f"{', '.join(MODEL_TYPES)}. If the model's GGUF file has the architecture "
-            f"{' or '.join(ARCHITECTURES)}, give it as `architecture`"
-        )
-    heads = _first(config, "num_attention_heads", "heads") if heads is None else heads
-    if kv_heads is None:
-        kv_heads = _first(config, "num_key_value_heads", "kv_heads") or heads
-    known = MODEL_TYPES.get(model_type or "llama", "llama")
-    return _Base(architecture or known, heads, kv_heads, _is_head_tied(view, config))
-
-
-def _first(config: Any, *names: str) -> int | None:
-    """Return the first of these attributes that a configuration has."""
-    return next((value for name in names if (value := getattr(config, name, None))), None)
-
-
-def _is_head_tied(view: ModelView, config: Any) -> bool | None:
-    """Whether the output head shares the embedding's weight; None if that is unknown."""
-    found = view.modules
-    head = found.get(_HEAD)
-    embedding = next((found[name] for name in found if _EMBEDDING.fullmatch(name)), None)
-    if head is None or embedding is None:
-        tied = getattr(config, "tie_word_embeddings", getattr(config, "tied_head", None))
-        return tied if isinstance(tied, bool) else None
-    return head._parameters.get("weight") is embedding._parameters.get("weight")
+    config: Any = getattr(view.model, "config", None)
+    model_type = getattr(config, "model_type", "llama")
+    tied = getattr(config, "tie_word_embeddings", None)
+    head = view.parameters_by_name.get("lm_head.weight")
+    if head is not None:
+        tied = len(head.names) > 1
+    heads = heads or getattr(config, "num_attention_heads", None)
+    kv_heads = kv_heads or getattr(config, "num_key_value_heads", None) or heads
+    return _Base(architecture or MODEL_TYPES.get(model_type, model_type), heads, kv_heads, tied)
 
 
 # --- names ---------------------------------------------------------------------------------------
 
 
 def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
-    """Return layer -> the name of its weight in GGUF, without `.weight`.
-
-    Raises:
-        ConversionError: a part of the adapter has no name in GGUF.
-        ArgumentError: the heads of the base model are needed, but not known.
-    """
+    """Return layer -> the name of its weight in GGUF, without `.weight`."""
     if header.also_train:
         raise ConversionError(
             f"a LoRA for llama.cpp holds updates of layers only, and parameters were trained "
             f"with the blocks ({listed(header.also_train)}); convert the merged model "
             "(merge_adapters)"
         )
-    stacks = [layer.name for layer in header.layers if layer.layout.expert_dim is not None]
-    if stacks:
-        raise ConversionError(
-            f"LoRA of stacks of experts can't be written as GGUF ({listed(stacks)}); leave them "
-            "out (`exclude`), or convert the merged model (merge_adapters, disha merge)"
-        )
-    names = {layer.name: _gguf_name(layer) for layer in header.layers}
-    unknown = [name for name, found in names.items() if found is None]
+    gguf = _package()
+    numbers = [int(one) for layer in header.layers for one in re.findall(r"\d+", layer.name)]
+    architecture = next(
+        key for key, one in gguf.MODEL_ARCH_NAMES.items() if one == base.architecture
+    )
+    known = gguf.get_tensor_name_map(architecture, max(numbers, default=0) + 1)
+    names = {layer.name: known.get_name(layer.name) for layer in header.layers}
+    counts = Counter(names.values())
+    unknown = [
+        layer.name
+        for layer in header.layers
+        if layer.layout.pattern != ("index out" if names[layer.name] == EMBEDDING else "out in")
+        or names[layer.name] is None
+        or counts[names[layer.name]] > 1
+    ]
     if unknown:
         raise ConversionError(
-            f"the GGUF file of a {base.architecture} model has no place for {len(unknown)} of "
-            f"{counted(len(names), 'layer')} ({listed(unknown)}); allowed are lm_head, "
-            f"embed_tokens and layers.<n>. with {', '.join(LAYER_PARTS)}; the last two also after "
-            "'model.'"
+            f"the GGUF file of a {base.architecture} model has no place, or one for several, for "
+            f"{len(unknown)} of {counted(len(names), 'layer')} ({listed(unknown)}); leave them out "
+            "(`exclude`), or convert the merged model (merge_adapters, disha merge)"
         )
-    known = {name: found for name, found in names.items() if found is not None}
-    counts = Counter(known.values())
-    twice = [name for name, found in known.items() if counts[found] > 1]
-    if twice:
-        raise ConversionError(
-            f"{listed(twice)} have the same names in GGUF, so one would replace another; leave out "
-            "those that the model's GGUF file does not have (`exclude`)"
-        )
-    if base.tied_head and "output" in known.values():
+    if HEAD in counts and base.tied_head:
         raise ConversionError(
             "lm_head is adapted, but it shares its weight with the embedding, and the GGUF file of "
             "such a model has no output head; leave lm_head out (`exclude`)"
         )
-    if base.tied_head is not False and "token_embd" in known.values():
+    if EMBEDDING in counts and base.tied_head is not False:
         raise ConversionError(
-            "the embedding is adapted, and llama.cpp would apply its LoRA to the output head too "
-            "if they share a weight"
-            + (
-                ", as they do here; leave it out (`exclude`)"
-                if base.tied_head
-                else "; whether they do is unknown here, so export from the model"
-            )
+            "the embedding is adapted, and llama.cpp would apply its LoRA to the output head too, "
+            "which shares its weight, or may share it as far as is known here; leave it out "
+            "(`exclude`), or export from the model"
         )
-    for layer in header.layers:
-        base.check_rows(known[layer.name], layer)
-    return known
-
-
-def _gguf_name(layer: LayerRecord) -> str | None:
-    if layer.layout.pattern == "index out":
-        return "token_embd" if _EMBEDDING.fullmatch(layer.name) else None
-    if layer.layout.pattern != "out in":
-        return None
-    if layer.name == _HEAD:
-        return "output"
-    found = _IN_LAYER.fullmatch(layer.name)
-    part = found and LAYER_PARTS.get(found[2])
-    return f"blk.{int(found[1])}.{part}" if found and part else None
+    return names
 
 
 # --- the file ------------------------------------------------------------------------------------
 
 
-def _factors(
-    updates: Sequence[LowRankUpdate], names: Mapping[str, str], base: _Base
-) -> tuple[int, dict[str, Tensor]]:
-    """Return alpha, and the tensors by their names.
+def _write(
+    path: Path, updates: Sequence[LowRankUpdate], names: Mapping[str, str], base: _Base
+) -> None:
+    """Write the file.
 
     llama.cpp multiplies by alpha / rank, with each layer's own rank, and reads an alpha of 0 as the
     rank. So alpha is the rank that most layers have, and the rest of the scale is in B.
     """
     alpha = commonest(update.rank for update in updates)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for update in updates:
-        name, layer = names[update.record.name], update.record
+        name = names[update.record.name]
         a = update.a.float()
-        b = (update.b.double() * (layer.scale * update.rank / alpha)).float()
-        if base.interleaves(name):
-            b = rearrange(b, "(h half i) r -> (h i half) r", h=base.heads_of(name), half=2)
+        b = (update.b.double() * (update.record.scale * update.rank / alpha)).float()
+        heads = base.heads_of(name)
+        if heads is not None:
+            b = rearrange(b, "(h half i) r -> (h i half) r", h=heads, half=2)
         # llama.cpp looks up rows of an embedding's A, so it is transposed.
-        tensors[f"{name}.weight.lora_a"] = a.T.contiguous() if name == "token_embd" else a
+        tensors[f"{name}.weight.lora_a"] = a.T.contiguous() if name == EMBEDDING else a
         tensors[f"{name}.weight.lora_b"] = b.contiguous()
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise AdapterStateError(
-            f"{listed(broken)} would not be finite in float32; nothing was written. Lower the "
-            "adapter's scale"
-        )
-    return alpha, tensors
 
-
-def _write(architecture: str, alpha: int, factors: Mapping[str, Tensor], path: str) -> None:
-    gguf = _package()
-    writer = gguf.GGUFWriter(path, architecture)
-    try:
+    def write(new: Path) -> None:
+        gguf = _package()
+        writer = gguf.GGUFWriter(new, base.architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-        for name, tensor in factors.items():
+        for name, tensor in tensors.items():
             writer.add_tensor(name, tensor.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    finally:
         writer.close()
+
+    save(path, write)
 
 
 def _package() -> Any:
