@@ -1,36 +1,69 @@
-"""LoRA files of image models, for `diffusers`, kohya's programs, and ComfyUI.
+"""LoRA files of image models, with the keys of `diffusers`.
 
-One file holds the adapters of a UNet or a transformer, and of text encoders. Bone and tile are
-exact, convolutions included: A has the kernel, and B is 1x1 (a LoCon). `image_names` has the keys,
-and `image_writing` and `image_reading` convert adapters without models.
+One file holds the adapters of a UNet or a transformer, and of text encoders. Its keys are
+`<component>.<name>.lora_A.weight`, with the names of components and layers in `diffusers`. The
+scale is multiplied into B. Bone and tile are exact, convolutions included: A has the kernel, and B
+is 1x1 (a LoCon).
+
+The form of kohya's programs, which ComfyUI reads too, is written and read by the converters of
+`diffusers`; they know UNets and CLIP text encoders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from disha.errors import ArgumentError, ArgumentTypeError, ConversionError
-from disha.files.atomic import PathLike, checked_path
-from disha.files.contents import adapter_contents, load_contents
+from disha.errors import (
+    AdapterFileError,
+    ArgumentError,
+    ArgumentTypeError,
+    ConversionError,
+    MissingPackageError,
+)
+from disha.files.contents import Contents, adapter_contents, load_contents
+from disha.files.saving import PathLike, checked_path, save_tensors
+from disha.functional import Layout
 from disha.inject import remove_adapters
-from disha.interop.image_names import CLASSES, COMPONENTS, check_component, check_form
-from disha.interop.image_reading import form_of, read_components, read_file
-from disha.interop.image_writing import updates_of, write_file, write_updates
-from disha.interop.lora import unknown_to_lora
-from disha.interop.low_rank import LoraReport, base_weights
-from disha.interop.peft_view import PeftView, refuse_to_write
+from disha.interop.checkpoints.base import opened
+from disha.interop.lora import contents_of_layers, factors_of, unknown_to_lora
+from disha.interop.low_rank import (
+    CONV,
+    BaseWeight,
+    LoraReport,
+    LowRankUpdate,
+    base_weights,
+    layer_of_factors,
+    listed,
+    low_rank_updates,
+)
+from disha.interop.peft_format import refuse_to_write
+from disha.interop.peft_model import obstacles
 from disha.layers import original_class
 from disha.model import ModelView
+from disha.records import LayerRecord
 from disha.state import LoadReport
+from disha.text import counted
 
 __all__ = ["export", "form_of", "load", "read_file", "write_file"]
 
+Form = Literal["diffusers", "kohya"]
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+"""The components of a pipeline that can have a LoRA, by their names in `diffusers`."""
+
 Models = nn.Module | Mapping[str, object]
 """A model, or component -> model, such as the `components` of a pipeline."""
+
+_CLIP = re.compile(r"(text_model\.)?(encoder\.layers\..*)")
+"""A layer of a CLIP text encoder. In files, all of these names start with `text_model.`."""
 
 
 def export(
@@ -43,15 +76,15 @@ def export(
 ) -> LoraReport:
     """Write the adapters of image models as one LoRA file.
 
-    dW = B A. Bone and tile are exact, in the dtype of their blocks. The scale s is kept as alpha =
-    s rank; for `diffusers`, it is multiplied into B. A convolution has rank r times the positions
-    of its kernel. BAT is truncated to its largest singular values.
+    dW = B A. Bone and tile are exact, in the dtype of their blocks. The scale s is multiplied into
+    B. A convolution has rank r times the positions of its kernel. BAT is truncated to its largest
+    singular values.
 
     Args:
         models: a UNet, a transformer or a CLIP text encoder; or component -> model, such as
             `pipe.components`. Components without this adapter are left out.
         path: the file to write.
-        form: `"diffusers"`, `"kohya"` or `"comfyui"`.
+        form: `"diffusers"`; or `"kohya"`, for UNets and CLIP text encoders.
         adapter: the adapter's name, the same in all models.
         rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
         max_error: largest ||dW - B A|| / ||dW|| of a layer.
@@ -91,31 +124,18 @@ def export(
     if not having:
         next(iter(views.values())).require(adapter)  # raises
     ranks, action = next(iter(having.values())).ranks(), f"export adapter {adapter!r} as {form}"
-    with ranks.agreeing(action):
-        check_form(form)
-        for component in having:
-            check_component(component)
-        target = checked_path(path)
     contents = {name: adapter_contents(view, adapter) for name, view in having.items()}
     with ranks.agreeing(action):
-        refuse_to_write(
-            "a LoRA would not compute what this adapter does",
-            [
-                f"{name}.{problem}"
-                for name, view in having.items()
-                for problem in PeftView(view).obstacles(
-                    [layer.name for layer in contents[name][0].layers],
-                    unknown_to_lora,
-                    exporting=True,
-                )
-            ],
-        )
+        target = checked_path(path)
         for name, view in having.items():
-            _check_class(form, name, view.modules.get("", given[name]))
+            layers = [layer.name for layer in contents[name][0].layers]
+            problems = obstacles(view, layers, unknown_to_lora, exporting=True)
+            refuse_to_write(f"a LoRA would not compute what the {name} does", problems)
+            _refuse_unloadable(name, view.modules.get("", given[name]))
     bases = {name: base_weights(view, adapter) for name, view in having.items()}
-    updates = updates_of(contents, bases, rank, max_error)
+    updates = _updates(contents, form, bases, rank, max_error)
     with ranks.agreeing(action):
-        return write_updates(target, contents, updates, form, views, writes=ranks.writes)
+        return _write(target, updates, form, writes=ranks.writes)
 
 
 def load(
@@ -166,24 +186,27 @@ def load(
         ...     image_lora.load({"unet": unet}, path).matched
         ('unet.conv_in.bone_block',)
     """
-    given = _components(models)
-    target = checked_path(path)
-    views = {component: ModelView(model) for component, model in given.items()}
-    contents = read_components(target, {name: view.modules.keys() for name, view in views.items()})
+    views = {component: ModelView(model) for component, model in _components(models).items()}
+    contents = _read(checked_path(path), {name: view.modules for name, view in views.items()})
     missing = [component for component in contents if component not in views]
     if missing:
         raise ArgumentError(
-            f"{target} holds {', '.join(contents)}, and models has no {', '.join(missing)}; give "
+            f"{path} holds {', '.join(contents)}, and models has no {', '.join(missing)}; give "
             "{component: model} for all of them, such as pipe.components"
         )
     matched: list[str] = []
     with ExitStack() as undo:
         for component, (header, tensors) in contents.items():
-            view = views[component]
             report = load_contents(
-                view, target, header, tensors, adapter, dtype=dtype, freeze=freeze
+                views[component],
+                checked_path(path),
+                header,
+                tensors,
+                adapter,
+                dtype=dtype,
+                freeze=freeze,
             )
-            undo.callback(remove_adapters, given[component], adapter)
+            undo.callback(remove_adapters, views[component].model, adapter)
             matched += [f"{component}.{key}" for key in report.matched]
         undo.pop_all()
     return LoadReport(tuple(matched))
@@ -222,21 +245,264 @@ def _component_of(model: nn.Module) -> str | None:
     return None
 
 
-def _check_class(form: str, component: str, model: nn.Module) -> None:
+def _refuse_unloadable(component: str, model: nn.Module) -> None:
     cls, told = original_class(model), _component_of(model)
     if told is not None and not component.startswith(told):
         raise ConversionError(
             f"a {cls.__name__} is not a {component}, so no program would find its keys; name the "
             f"component {told}"
         )
-    if form in CLASSES and {one.__name__ for one in cls.__mro__}.isdisjoint(CLASSES[form]):
-        raise ConversionError(
-            f"the keys that {form} reads are not known for a {cls.__name__} ({component}); known "
-            f"are {', '.join(CLASSES[form])}. Write the form 'diffusers'"
-        )
-    ours = cls.__module__.startswith("diffusers.")
-    if form == "diffusers" and ours and not hasattr(cls, "load_lora_adapter"):
+    if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):
         raise ConversionError(
             f"diffusers can't load a LoRA into a {cls.__name__} ({component}); write a folder for "
-            "PEFT (disha.interop.lora.export) and load it there, or write the form 'comfyui'"
+            "PEFT (disha.interop.lora.export) and load it there"
         )
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_file(
+    path: PathLike,
+    contents: Mapping[str, Contents],
+    form: str = "diffusers",
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    bases: Mapping[str, BaseWeight] | None = None,
+) -> LoraReport:
+    """Write adapters without their models as one LoRA file, as `export` does.
+
+    The checks that need the model are left out: this assumes that convolutions have one group, no
+    dilation, and padding with zeros, as in the UNets of `diffusers`.
+
+    Args:
+        path: the file to write.
+        contents: component -> header and tensors of its adapter.
+        form: `"diffusers"` or `"kohya"`.
+        rank: largest rank of a layer.
+        max_error: largest relative error of a layer.
+        bases: component -> the function that returns its base weights; only BAT needs it.
+
+    Returns:
+        A `LoraReport`, with the rank and the error of every layer.
+
+    Raises:
+        ConversionError: a reader of this form does not know a layer, or has no place for it;
+            parameters were trained with the blocks; or an error is above `max_error`.
+        ArgumentError: a component or the form is unknown, a limit is out of range, or BAT lacks
+            `rank` or `bases`.
+        ArgumentTypeError: an argument is of the wrong type.
+        AdapterStateError: the adapter holds values that are not finite.
+        AdapterIOError: the file can't be written; what was there is unchanged.
+
+    Examples:
+        >>> import tempfile, pathlib
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.files.contents import adapter_contents
+        >>> from disha.interop import image_lora
+        >>> from disha.model import ModelView
+        >>> unet = nn.ModuleDict({"conv_in": nn.Conv2d(4, 8, 3)})
+        >>> contents = adapter_contents(ModelView(disha.inject_adapters(unet, "conv_in", r=2)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "lora.safetensors")
+        ...     image_lora.write_file(path, {"unet": contents}, "diffusers").error
+        0.0
+    """
+    updates = _updates(contents, form, bases or {}, rank, max_error)
+    return _write(checked_path(path), updates, form)
+
+
+def _updates(
+    contents: Mapping[str, Contents],
+    form: str,
+    bases: Mapping[str, BaseWeight],
+    rank: int | None,
+    max_error: float | None,
+) -> dict[str, list[LowRankUpdate]]:
+    """Return component -> the factors of its layers."""
+    if form not in ("diffusers", "kohya"):
+        raise ArgumentError(f"unknown form {form!r}; allowed are 'diffusers' and 'kohya'")
+    for component, (header, _) in contents.items():
+        if component not in COMPONENTS:
+            raise ArgumentError(
+                f"an image LoRA has no component {component!r}; allowed are {', '.join(COMPONENTS)}"
+            )
+        if form == "kohya" and component == "transformer":
+            raise ConversionError(
+                "the converter of diffusers to kohya's form knows UNets and CLIP text encoders; "
+                "write the form 'diffusers', which ComfyUI reads for transformers"
+            )
+        other = [
+            one.name
+            for one in header.layers
+            if one.layout.pattern not in ("out in", CONV) or not one.name
+        ] + list(header.also_train)
+        if other:
+            raise ConversionError(
+                "an image LoRA holds updates of linear layers in a model, and of convolutions that "
+                f"are not transposed; the {component} has {listed(other)}. Leave them out "
+                "(`exclude`, --no-also-train), or use the merged model (merge_adapters)"
+            )
+    return {
+        name: low_rank_updates(*adapter, rank=rank, max_error=max_error, base=bases.get(name))
+        for name, adapter in contents.items()
+    }
+
+
+def _write(
+    path: Path, updates: Mapping[str, Iterable[LowRankUpdate]], form: str, *, writes: bool = True
+) -> LoraReport:
+    named = [
+        _scaled(one.with_record(name=f"{component}.{_in_file(component, one.record.name)}"))
+        for component, own in updates.items()
+        for one in own
+    ]
+    tensors = {
+        one.record.name + end: factor for one in named for end, factor in factors_of(one).items()
+    }
+    if form == "kohya":
+        tensors = _diffusers().convert_state_dict_to_kohya(tensors)
+    if writes:
+        save_tensors(path, tensors, {"format": "pt"})
+    return LoraReport.of(path, named)
+
+
+def _in_file(component: str, name: str) -> str:
+    clip = _CLIP.fullmatch(name) if component.startswith("text_encoder") else None
+    return name if clip is None else f"text_model.{clip[2]}"
+
+
+def _scaled(update: LowRankUpdate) -> LowRankUpdate:
+    """Return the same update with scale 1: s B in place of B, in float32 if B's dtype rounds it."""
+    product = update.b.double() * update.record.scale
+    b = product.to(update.b.dtype)
+    if not torch.equal(b.double(), product):
+        b = product.to(torch.promote_types(update.b.dtype, torch.float32))
+    return dataclasses.replace(update.with_record(scale=1.0), b=b)
+
+
+def _diffusers() -> Any:
+    """Return the converters of `diffusers`."""
+    try:
+        from diffusers import utils
+    except ImportError as error:
+        raise MissingPackageError(
+            "kohya's form needs the package diffusers; run: pip install diffusers"
+        ) from error
+    return utils
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def form_of(path: PathLike) -> Form | None:
+    """Return the form of a LoRA file of image models, or None if a file is no such LoRA.
+
+    Args:
+        path: a safetensors file.
+
+    Raises:
+        AdapterIOError: it can't be read.
+        AdapterFileError: it is not a complete safetensors file.
+    """
+    with opened(checked_path(path)) as file:
+        keys = list(file.keys())
+    if any(key.endswith(".lora_down.weight") for key in keys):
+        return "kohya"
+    return "diffusers" if any(key.endswith(".lora_A.weight") for key in keys) else None
+
+
+def read_file(path: PathLike) -> dict[str, Contents]:
+    """Read a LoRA file of image models whose LoRAs are Bone adapters, without the models.
+
+    It may have both forms that `export` writes; the keys show which.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Component -> the header and the tensors of its adapter.
+
+    Raises:
+        AdapterIOError: the file can't be read.
+        AdapterFileError: it is damaged, or holds something besides a LoRA of known components.
+        ConversionError: it holds a LoRA that is not a Bone adapter.
+        MissingPackageError: it has kohya's form, and `diffusers` is not installed.
+
+    Examples:
+        >>> import tempfile, pathlib
+        >>> from torch import nn
+        >>> import disha
+        >>> from disha.interop import image_lora
+        >>> unet = nn.ModuleDict({"conv_in": nn.Conv2d(4, 8, 3)})
+        >>> unet = disha.inject_adapters(unet, "conv_in", r=2, init="kaiming")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "lora.safetensors")
+        ...     _ = image_lora.export({"unet": unet}, path)
+        ...     header, tensors = image_lora.read_file(path)["unet"]
+        >>> [(layer.name, layer.r) for layer in header.layers]
+        [('conv_in', 2)]
+    """
+    return _read(checked_path(path), {})
+
+
+def _read(path: Path, modules: Mapping[str, Collection[str]]) -> dict[str, Contents]:
+    """Return component -> its adapter; `modules` has the names in its model, if they are known."""
+    with opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+    if any(key.endswith(".lora_down.weight") for key in tensors):
+        tensors = _from_kohya(tensors)
+    found: dict[str, list[tuple[LayerRecord, Tensor]]] = {}
+    others: list[str] = []
+    for key, a in tensors.items():
+        component, _, name = key.removesuffix(".lora_A.weight").partition(".")
+        b = tensors.get(f"{component}.{name}.lora_B.weight")
+        if key.endswith(".lora_B.weight"):
+            continue
+        if not key.endswith(".lora_A.weight") or component not in COMPONENTS or b is None:
+            raise AdapterFileError(
+                f"{path} has the key {key!r}, which is no factor of a LoRA of "
+                f"{', '.join(COMPONENTS)}; use the file in the program that it is made for"
+            )
+        name = _in_model(component, name, modules.get(component))
+        layer = layer_of_factors(name, a, b, Layout(CONV if a.dim() > 2 else "out in"), 1.0)
+        if layer is None:
+            others.append(f"{component}.{name}")
+        else:
+            found.setdefault(component, []).append(layer)
+    if others:
+        raise ConversionError(
+            f"{path} is not a Bone adapter: its factor A must be [I I ... I], and it is not in "
+            f"{counted(len(others), 'layer')} ({listed(others)}); use this LoRA in the program "
+            "that it is made for, or merge it there"
+        )
+    return {name: contents_of_layers(path, layers, {}, 0.0) for name, layers in found.items()}
+
+
+def _in_model(component: str, name: str, modules: Collection[str] | None) -> str:
+    """Return the name in a model: without its own, that in present versions of `transformers`."""
+    clip = _CLIP.fullmatch(name) if component.startswith("text_encoder") else None
+    if clip is None:
+        return name
+    flat = component == "text_encoder" if modules is None else clip[2] in modules
+    return clip[2] if flat else name
+
+
+def _from_kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors by the keys of `diffusers`, with alpha / rank multiplied into B."""
+    utils = _diffusers()
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import state_dict_utils
+
+    for key, b in tensors.items():
+        alpha = tensors.get(key.replace(".lora_up.weight", ".alpha"))
+        if key.endswith(".lora_up.weight") and alpha is not None and float(alpha) != b.shape[1]:
+            tensors[key] = b * (float(alpha) / b.shape[1])
+    found, _ = StableDiffusionPipeline.lora_state_dict(dict(tensors))
+    unet = {key: one for key, one in found.items() if key.startswith("unet.")}
+    text = {key: one for key, one in found.items() if key not in unet}
+    old = state_dict_utils.StateDictType.DIFFUSERS_OLD  # as the keys of text encoders are here
+    text = utils.convert_state_dict_to_peft(text, old)
+    return {**utils.convert_unet_state_dict_to_peft(unet), **text}
