@@ -1,10 +1,8 @@
-"""Adapters and base checkpoints on disk: merging without the model, and comparing."""
+"""Adapters and base checkpoints on disk: merging without the model, and whether they belong."""
 
 import json
 import os
 import shutil
-import signal
-import struct
 import subprocess
 import sys
 import textwrap
@@ -22,21 +20,18 @@ from disha import (
     AdapterIOError,
     ArgumentError,
     ArgumentTypeError,
-    DishaError,
     MergeError,
 )
-from disha.files.json_files import read_json
-from disha.files.reading import LARGEST_TEXT
-from disha.functional import PATTERNS
 from disha.interop.checkpoints import (
     MergedCheckpoint,
+    base_shapes,
+    base_weights,
     merge_into_checkpoint,
+    merging,
+    misfits,
     open_checkpoint,
-    verify_against,
 )
-from disha.interop.checkpoints import reading as reading_module
-from disha.interop.checkpoints.stacks import Stack
-from tests.conftest import Layered, Tied, perturb
+from tests.conftest import Layered, perturb
 from tests.test_experts import build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -273,22 +268,6 @@ class TestWhatIsWritten:
             assert torch.equal(found[name].view(torch.uint8), state[name].view(torch.uint8))
         assert found["infinite"].isinf().tolist() == [True, False]
 
-    def test_every_tensor_starts_at_a_multiple_of_its_size(self, setting):
-        state = tensors_in(setting.base)
-        state |= {"odd": torch.ones(3, dtype=torch.uint8), "wide": torch.ones(3, dtype=torch.int64)}
-        save_sharded(state, setting.base, 1)
-        setting.merge(dtype=torch.bfloat16)
-        [shard] = setting.out.glob("*.safetensors")
-        data = shard.read_bytes()
-        (length,) = struct.unpack("<Q", data[:8])
-        header = json.loads(data[8 : 8 + length])
-        sizes = {"I64": 8, "BF16": 2, "U8": 1}
-        assert length % 8 == 0
-        assert len(header) == len(state) + 1
-        for name, fields in header.items():
-            if name != "__metadata__":
-                assert fields["data_offsets"][0] % sizes[fields["dtype"]] == 0, name
-
     def test_the_same_bytes_again(self, setting):
         setting.merge()
         first = {path.name: path.read_bytes() for path in setting.out.iterdir()}
@@ -299,7 +278,7 @@ class TestWhatIsWritten:
         base = setting.base
         kept = ["config.json", "tokenizer.json", "tokenizer.model", "1_Pooling/config.json"]
         left = [
-            *("pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "q.GGUF"),
+            *("pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "q.gguf"),
             *("pytorch_model.bin.index.json", ".gitattributes"),
         ]
         for name in kept + left:
@@ -307,19 +286,13 @@ class TestWhatIsWritten:
             (base / name).write_text(f"{{}} {name}")
         (base / ".git").mkdir()
         (base / ".git" / "config").write_text("")
-        secret = setting.folder / "secret"
-        secret.write_text("s")
-        (base / "stolen.txt").symlink_to(secret)
-        (base / "all").symlink_to(setting.folder)
-        (base / "vocab.txt").symlink_to("tokenizer.json")
         report = setting.merge()
-        for name in [*kept, "vocab.txt"]:
+        for name in kept:
             assert (setting.out / name).read_bytes() == (base / name).read_bytes()
             assert name in report.files
-        assert set(report.left_out) == {*left, ".git/", "stolen.txt", "all/"}
-        written = {p.relative_to(setting.out).as_posix() for p in setting.out.rglob("*")}
-        assert written == {*report.files, "1_Pooling", "onnx"} - {"onnx"}
-        assert "stolen.txt" in str(report)
+        files = {p.relative_to(setting.out).as_posix() for p in setting.out.rglob("*.*")}
+        assert files == set(report.files)
+        assert files.isdisjoint(left)
 
     def test_links_of_the_cache_of_hugging_face_are_followed(self, tmp_path):
         setting = Setting(tmp_path, Layered(), shards=1)
@@ -330,8 +303,7 @@ class TestWhatIsWritten:
         for number, path in enumerate(sorted(setting.base.iterdir())):
             path.rename(blobs / f"blob{number}")
             (snapshot / path.name).symlink_to(f"../../blobs/blob{number}")
-        report = merge_into_checkpoint(snapshot, setting.adapter, setting.out)
-        assert report.left_out == ()
+        merge_into_checkpoint(snapshot, setting.adapter, setting.out)
         assert (setting.out / "config.json").read_text() == "{}"
         assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
 
@@ -358,26 +330,8 @@ class TestWhatIsWritten:
             "total_parameters": 7,
         }
 
-    def test_permissions_are_those_of_new_folders_and_files(self, setting):
-        setting.merge()
-        plain = setting.folder / "plain"
-        plain.mkdir()
-        assert setting.out.stat().st_mode == plain.stat().st_mode
-        (plain / "file").touch()
-        expected = (plain / "file").stat().st_mode
-        assert {path.stat().st_mode for path in setting.out.iterdir()} == {expected}
-
-    def test_progress_ends_with_all(self, setting):
-        steps = []
-        report = setting.merge(progress=lambda done, total: steps.append((done, total)))
-        assert len(steps) == len(tensors_in(setting.base))
-        assert steps[-1] == (report.nbytes, report.nbytes)
-        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
-
     def test_the_report_is_fit_to_be_printed(self, tmp_path):
-        report = MergedCheckpoint(tmp_path / "\x1b", ("a",), (), ("b",), ("c\x1b[2J",), 4)
-        assert "\x1b" not in str(report)
-        assert "not copied: c" in str(report)
+        assert "\x1b" not in str(MergedCheckpoint(tmp_path / "\x1b", ("a",), (), ("b",), 4))
 
 
 class TestNames:
@@ -399,7 +353,7 @@ class TestNames:
 
     def test_the_checkpoint_has_a_prefix_more(self, tmp_path):
         setting = self.merged_under(tmp_path, "", "model.", also_train="norm")
-        assert verify_against(setting.base, setting.adapter).ok
+        assert misfits(setting.base, setting.adapter) == []
 
     def test_the_checkpoint_has_a_prefix_less(self, tmp_path):
         self.merged_under(tmp_path, "net.", "")
@@ -418,30 +372,24 @@ class TestNames:
         save_sharded(
             {f"{p}.{n}": v.clone() for p in "ab" for n, v in state.items()}, setting.base, 2
         )
-        with pytest.raises(AdapterFileError, match=r"unclear.*'a'.*'b'"):
+        with pytest.raises(AdapterFileError, match=r"Several prefixes fit; it has a\.embed"):
             setting.merge()
         assert not setting.out.exists()
 
-    def test_a_missing_layer_is_named_with_what_is_near(self, setting):
+    def test_a_missing_layer_is_named_with_what_is_there(self, setting):
         state = tensors_in(setting.base)
         state["layers.1.attn.query.weight"] = state.pop("layers.1.attn.q_proj.weight")
         save_sharded(state, setting.base, 2)
-        message = r"1 missing[\s\S]*layers\.1\.attn\.q_proj: missing[\s\S]*names: layers\.1\.attn\."
+        message = r"lacks layers\.1\.attn\.q_proj\.weight; it has embed\.weight, head\.weight"
         with pytest.raises(AdapterFileError, match=message):
             setting.merge()
-
-    def test_the_nearest_names_are_looked_up_for_a_few_only(self, tmp_path):
-        setting = Setting(tmp_path, nn.Sequential(*map(nn.Linear, [3] * 9, [3] * 9)))
-        save_sharded({"transformer.wte": torch.zeros(1)}, setting.base, 1)
-        remarks = [one.remark for one in verify_against(setting.base, setting.adapter).missing]
-        assert ["similar names" in remark for remark in remarks] == [True] * 5 + [False] * 4
 
     def test_a_tied_head_that_is_stored_once_says_what_to_do(self, tmp_path):
         setting = Setting(tmp_path, Layered(), "head")
         state = tensors_in(setting.base)
         del state["head.weight"]
         save_sharded(state, setting.base, 2)
-        with pytest.raises(AdapterFileError, match=r"tied[\s\S]*untie=True"):
+        with pytest.raises(AdapterFileError, match=r"lacks head\.weight.*If a weight is tied"):
             setting.merge()
 
     def test_projections_that_are_layers_of_their_own_are_no_packed_ones(self, tmp_path):
@@ -467,7 +415,7 @@ class TestRefused:
 
     def test_other_weights_unless_forced(self, setting):
         self.change(setting, **{"head.weight": torch.randn(12, 8)})
-        self.refuse(setting, AdapterFileError, r"0 unfit, 1 from another base[\s\S]*force")
+        self.refuse(setting, AdapterFileError, "head.weight: has other values")
         setting.merge(force=True)
         expected = setting.model
         expected.head.weight.data = tensors_in(setting.base)["head.weight"].clone()
@@ -486,41 +434,24 @@ class TestRefused:
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
     def test_a_quantised_weight(self, setting, dtype):
         self.change(setting, **{"head.weight": torch.ones(12, 8).to(dtype)})
-        self.refuse(setting, AdapterFileError, "quantised or packed; give the original checkpoint")
-
-    def test_a_quantised_weight_under_other_names(self, setting):
-        state = tensors_in(setting.base)
-        del state["head.weight"]
-        save_sharded(state | {"head.qweight": torch.zeros(3)}, setting.base, 3)
-        self.refuse(setting, AdapterFileError, "similar names: head.qweight")
+        self.refuse(setting, AdapterFileError, "quantised or packed there")
 
     def test_a_parameter_beside_the_blocks_that_is_missing_or_misshapen(self, tmp_path):
         setting = Setting(tmp_path, Layered(), "proj", also_train="norm")
+        self.change(setting, **{"layers.1.attn.norm.bias": torch.zeros(9)})
+        self.refuse(setting, AdapterFileError, r"norm\.bias: \(8,\), the checkpoint has \(9,\)")
         state = tensors_in(setting.base)
         del state["layers.0.attn.norm.weight"]
-        state["layers.1.attn.norm.bias"] = torch.zeros(9)
         save_sharded(state, setting.base, 2)
-        match = r"1 missing, 1 unfit[\s\S]*norm\.weight: missing[\s\S]*\(9,\) there and \(8,\)"
-        self.refuse(setting, AdapterFileError, match)
-
-    def test_values_that_are_not_finite_in_the_adapter(self, setting):
-        tensors = load_file(setting.adapter)
-        with safe_open(setting.adapter, "pt") as file:
-            metadata = {"disha": file.metadata()["disha"]}  # a checksum would be wrong
-        tensors["head.bone_block"][0, 0] = float("nan")
-        save_file(tensors, setting.adapter, metadata)
-        self.refuse(setting, AdapterFileError, "head: not finite")
+        self.refuse(setting, AdapterFileError, r"lacks layers\.0\.attn\.norm\.weight")
 
     def test_a_merged_weight_that_is_not_finite_is_found_midway(self, tmp_path):
         setting = Setting(tmp_path, Layered().half(), "proj", shards=4)
-        written = []
-        match = r"layers\.1\.attn\.v_proj.*not finite in torch\.float16"
         with torch.no_grad():
             setting.model.layers[1]["attn"].v_proj.disha["default"].block.fill_(6e4)
         disha.save_adapter(setting.model, setting.adapter)
-        arguments = {"scale": 2.0, "progress": lambda done, total: written.append(done)}
-        self.refuse(setting, MergeError, match, **arguments)
-        assert written  # so something had been, and is gone
+        match = r"layers\.1\.attn\.v_proj.*not be finite in torch\.float16"
+        self.refuse(setting, MergeError, match, scale=2.0)
 
     def test_a_dtype_that_is_too_narrow_for_another_tensor(self, setting):
         self.change(setting, other=torch.tensor([1e5]))
@@ -545,23 +476,6 @@ class TestRefused:
         setting.merge(force=tied)
         assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
 
-    @pytest.mark.parametrize("what", ["saved with the blocks", "adapted"])
-    def test_an_embedding_that_is_stored_twice(self, tmp_path, what):
-        if what == "adapted":
-            model, says = Layered(), r"head\.weight and embed\.weight"
-            model.head.weight.data = model.embed.weight.data.clone()
-            setting = Setting(tmp_path, model, "head")
-        else:
-            says = r"embed\.weight and head\.weight"
-            setting = Setting(tmp_path, Tied(), "q_proj", also_train="embed")
-        config = {"model_type": "llama", "vocab_size": 12}
-        (setting.base / "config.json").write_text(json.dumps(config))
-        self.refuse(setting, MergeError, f"{says} hold the same values")
-        setting.merge(force=True)
-        for change in ({"tie_word_embeddings": False}, {"vocab_size": 7}):
-            (setting.base / "config.json").write_text(json.dumps(config | change))
-            setting.merge(overwrite=True)
-
     def test_the_configuration_beside_a_single_file_counts(self, tmp_path):
         setting = Setting(tmp_path, Layered(), "embed", shards=1)
         (setting.base / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
@@ -579,69 +493,7 @@ class TestRefused:
 
     def test_a_file_that_is_no_adapter(self, setting):
         setting.adapter.write_bytes(b"nothing")
-        self.refuse(setting, AdapterFileError, "not a complete safetensors file")
-
-
-class TestCraftedAdapters:
-    """Headers that lie, over a checkpoint that is what it says."""
-
-    def crafted(self, setting, **changes):
-        with safe_open(setting.adapter, "pt") as file:
-            header = json.loads(file.metadata()["disha"])
-        [layer] = header["layers"]
-        for field, value in changes.items():
-            (header["config"] if field in ("method", "r_out") else layer)[field] = value
-        tensors = load_file(setting.adapter)
-        save_file(tensors, setting.adapter, {"disha": json.dumps(header)})
-
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {"r": 4},
-            {"r": 2**31 - 1},
-            {"r_out": 5},
-            {"r_out": 4},
-            {"in": 9},
-            {"out": 2**31 - 1},
-            {"layout": "in out", "in": 8, "out": 7},
-            {"layout": "out in *kernel"},
-            {"layout": "in out *kernel"},
-            {"layout": "index out"},
-            {"layout": "expert out in"},
-            {"rows": [[4, 16]]},
-            {"method": "bone", "r": 1},
-        ],
-    )
-    @pytest.mark.parametrize("method", ["bone", "bat"])
-    def test_a_header_that_lies_is_refused(self, tmp_path, changes, method):
-        setting = Setting(tmp_path, Layered(), "head", method=method)
-        self.crafted(setting, **changes)
-        with pytest.raises(DishaError):
-            setting.merge(force=True)
-        assert not setting.out.exists()
-
-    def test_a_block_without_dimensions(self, tmp_path):
-        for layout in PATTERNS:
-            setting = Setting(tmp_path, Layered(), "head")
-            self.crafted(setting, layout=layout)
-            with safe_open(setting.adapter, "pt") as file:
-                metadata = file.metadata()
-            save_file({"head.bone_block": torch.tensor(1.0)}, setting.adapter, metadata)
-            with pytest.raises(DishaError):
-                setting.merge(force=True)
-
-    def test_a_packed_projection_of_a_tensor_without_dimensions(self, tmp_path):
-        setting = Setting(tmp_path, Zoo(), "packed.q_proj")
-        save_sharded({"packed.in_proj_weight": torch.tensor(1.0)}, tmp_path / "zero", 1)
-        setting.base = tmp_path / "zero"
-        with pytest.raises(AdapterFileError, match=r"the weight has the shape \(\)"):
-            setting.merge()
-
-    def test_a_name_of_many_dots_takes_no_time(self, tmp_path):
-        setting = Setting(tmp_path, nn.Linear(4, 3), shards=1)
-        tensors = tensors_in(setting.base)
-        save_sharded(tensors | {"." * 2_000_000: torch.zeros(1)}, setting.base, 1)
-        setting.merge()
+        self.refuse(setting, AdapterFileError, "safetensors")
 
 
 def make_folder(name, content):
@@ -666,19 +518,13 @@ def nothing(setting):
 
 
 IN_THE_WAY = {
-    "the base": (nothing, "base", True, "which is an input"),
-    "in the base": (nothing, "base/below", True, "it is inside the base"),
-    "a file in the base": (nothing, "base/x.safetensors", True, "it is inside the base"),
-    "around the base": (nothing, "", True, "it is or contains"),
-    "a shard": (nothing, "base/model-00001-of-00003.safetensors", True, "which is an input"),
-    "the adapter": (nothing, "adapter.safetensors", True, "which is an input"),
-    "a link to the base": (make_link, "merged", True, "which is an input"),
+    "the base": (nothing, "base", True, "the base is there"),
+    "in the base": (nothing, "base/below", True, "the base is there"),
+    "around the base": (nothing, "", True, "the base is there"),
+    "a link to the base": (make_link, "merged", True, "the base is there"),
     "a folder in use": (make_folder("merged", {"a": ""}), "merged", False, "set `overwrite`"),
     "no checkpoint": (make_folder("merged", {"a": ""}), "merged", True, "holds no checkpoint"),
-    "a file for a folder": (make_file("merged"), "merged", True, "it is a file"),
-    "a folder for a file": (make_folder("x.safetensors", {}), "x.safetensors", True, "is a folder"),
-    "a file": (make_file("x.safetensors"), "x.safetensors", False, "it exists"),
-    "no parent": (nothing, "a/b", True, "create the folder"),
+    "a file": (make_file("x.safetensors"), "x.safetensors", False, "exists"),
 }
 
 
@@ -688,7 +534,7 @@ class TestTarget:
         make, where, overwrite, match = IN_THE_WAY[case]
         make(setting)
         before = {path: path.stat().st_mtime_ns for path in setting.folder.rglob("*")}
-        with pytest.raises(AdapterIOError if case == "no parent" else ArgumentError, match=match):
+        with pytest.raises(ArgumentError, match=match):
             merge_into_checkpoint(
                 setting.base, setting.adapter, setting.folder / where, overwrite=overwrite
             )
@@ -714,283 +560,96 @@ class TestTarget:
         assert_same_bits(load_file(setting.out), setting.merged_in_memory())
 
 
-KILLED = """
-    import os, signal, sys
-    from disha.interop.checkpoints import merge_into_checkpoint
-
-    def progress(done, total):
-        if done > total / 2:
-            {action}
-
-    merge_into_checkpoint(*sys.argv[1:], overwrite=True, progress=progress)
-"""
-
-
 class TestFailure:
-    def run(self, setting, action):
-        code = textwrap.dedent(KILLED.format(action=action))
-        command = [sys.executable, "-c", code, setting.base, setting.adapter, setting.out]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+    @pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
+    def test_it_leaves_what_was_there(self, setting, monkeypatch, name):
+        setting.out = setting.folder / name
+        setting.merge()
+        before = tensors_in(setting.out)
 
-    def test_killed_midway_it_leaves_no_half_folder_and_the_next_clears_up(self, setting):
-        done = self.run(setting, "os.kill(os.getpid(), signal.SIGKILL)")
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert not setting.out.exists()
-        assert len(setting.listing()) == 3  # what the next one clears
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(merging, "save_file", full)
+        with pytest.raises(AdapterIOError, match="No space left"):
+            setting.merge(overwrite=True)
+        assert_same_bits(tensors_in(setting.out), before)
+        assert setting.listing() == ["adapter.safetensors", "base", name]
+
+    def test_the_next_clears_what_a_killed_one_left(self, setting):
+        (setting.folder / "merged.new").mkdir()
+        (setting.folder / "merged.new" / "half").write_text("")
         setting.merge()
         assert setting.listing() == ["adapter.safetensors", "base", "merged"]
-        first = tensors_in(setting.out)
-        self.run(setting, "os.kill(os.getpid(), signal.SIGKILL)")
-        assert_same_bits(tensors_in(setting.out), first)
+        assert not (setting.out / "half").exists()
 
-    @pytest.mark.parametrize("name", ["merged", "merged.safetensors"])
-    def test_an_interruption_leaves_nothing(self, setting, name):
-        def progress(done, total):
-            raise KeyboardInterrupt
-
-        setting.out = setting.folder / name
-        with pytest.raises(KeyboardInterrupt):
-            setting.merge(progress=progress)
-        assert setting.listing() == ["adapter.safetensors", "base"]
-
-    def test_a_base_that_shrinks_meanwhile(self, setting):
-        def progress(done, total):
-            for shard in setting.base.glob("*.safetensors"):
-                os.truncate(shard, 10)
-
-        with pytest.raises(DishaError):
-            setting.merge(progress=progress)
-        assert setting.listing() == ["adapter.safetensors", "base"]
-
-
-def as_pipe(shard):
-    shard.unlink()
-    os.mkfifo(shard)
-
-
-def cut_off(shard):
-    shard.write_bytes(shard.read_bytes()[:-1])
-
-
-def with_another(shard):
-    save_file(load_file(shard) | {"more": torch.zeros(1)}, shard)
-
-
-def with_one_of_the_next(shard):
-    later = max(shard.parent.glob("*.safetensors"))
-    save_file(load_file(shard) | dict([next(iter(load_file(later).items()))]), shard)
-
-
-class TestHostileCheckpoints:
-    def refuse(self, setting, error, match):
-        for action in (
-            lambda: open_checkpoint(setting.base),
-            lambda: verify_against(setting.base, setting.adapter),
-            setting.merge,
-        ):
-            with pytest.raises(error, match=match):
-                action()
-        assert not setting.out.exists()
-
-    def index(self, setting, change):
-        path = setting.base / "model.safetensors.index.json"
-        content = json.loads(path.read_text())
-        path.write_text(json.dumps(change(content)))
-
-    @pytest.mark.parametrize(
-        "shard",
-        [
-            *("../adapter.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "x.bin"),
-            *("x\0.safetensors", "..\\adapter.safetensors", 3, None, ["x"]),
-        ],
-    )
-    def test_a_shard_outside_of_the_folder_or_no_name_at_all(self, setting, shard):
-        self.index(
-            setting, lambda index: {"weight_map": {**index["weight_map"], "head.weight": shard}}
-        )
-        self.refuse(setting, AdapterFileError, "names of .safetensors files in the same folder")
-
-    @pytest.mark.parametrize(
-        ("change", "error", "match"),
-        [
-            (lambda shard: shard.unlink(), AdapterIOError, "No such file"),
-            (as_pipe, AdapterIOError, "not a regular file"),
-            (cut_off, AdapterFileError, "not a complete safetensors file"),
-            (with_another, AdapterFileError, "'more', which does not exist"),
-            (with_one_of_the_next, AdapterFileError, "get the folder again"),
-        ],
-    )
-    def test_a_bad_shard(self, setting, change, error, match):
-        change(min(setting.base.glob("*.safetensors")))
-        self.refuse(setting, error, match)
-
-    @pytest.mark.parametrize("length", [300, 5_000])
-    def test_a_name_that_is_too_long_for_a_file(self, setting, length):
-        name = "x" * length + ".safetensors"
-        self.index(setting, lambda index: {"weight_map": dict.fromkeys(index["weight_map"], name)})
-        self.refuse(setting, AdapterIOError, "File name too long")
-
-    def test_a_tensor_that_no_shard_has(self, setting):
-        def change(index):
-            shard = next(iter(index["weight_map"].values()))
-            return {"weight_map": {**index["weight_map"], "ghost": shard}}
-
-        self.index(setting, change)
-        self.refuse(setting, AdapterFileError, "'ghost' is not in")
-
-    @pytest.mark.parametrize(
-        ("text", "match"),
-        [
-            ("", "not valid JSON"),
-            ("{", "not valid JSON"),
-            ("[" * 200_000, "not valid JSON"),
-            (b"\xff\xfe\xfa", "not valid JSON"),
-            ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' comes twice"),
-            ('{"weight_map": {}, "weight_map": {"a": "x.safetensors"}}', "comes twice"),
-            ("[]", "must be a JSON object; it is a list"),
-            ("{}", "weight_map"),
-            ('{"weight_map": []}', "weight_map"),
-            ('{"weight_map": {"a": "\\ud800.safetensors"}}', "half of a surrogate pair"),
-            ('{"weight_map": {}}', "weight_map"),
-            ('{"weight_map": ' + "9" * 10_000 + "}", "not valid JSON"),
-        ],
-    )
-    def test_a_bad_index(self, setting, text, match):
-        path = setting.base / "model.safetensors.index.json"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        self.refuse(setting, AdapterFileError, match)
-
-    def test_an_index_that_is_too_large(self, setting, monkeypatch):
-        monkeypatch.setattr(reading_module, "LARGEST_INDEX", 100)
-        self.refuse(setting, AdapterFileError, "larger than 100 bytes")
-
-    def test_a_header_that_only_the_library_reads(self, tmp_path):
-        text = b'{"a":["F32",[1],[0,4]]}'
-        path = tmp_path / "base.safetensors"
-        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
-        assert load_file(path)["a"].tolist() == [0.0]
-        with pytest.raises(AdapterFileError, match="not a complete safetensors file"):
-            open_checkpoint(path)
-
-    def test_a_configuration_that_is_too_large(self, tmp_path):
-        setting = Setting(tmp_path, Layered(), "embed")
-        (setting.base / "config.json").write_bytes(b" " * (LARGEST_TEXT + 1))
-        with pytest.raises(AdapterFileError, match="larger than 16,777,216 bytes"):
+    def test_no_folder_to_write_into(self, setting):
+        setting.out = setting.folder / "a" / "b"
+        with pytest.raises(AdapterIOError, match="can't write"):
             setting.merge()
-        assert setting.listing() == ["adapter.safetensors", "base"]
-
-    def test_a_configuration_that_is_no_file(self, tmp_path):
-        os.mkfifo(tmp_path / "config.json")
-        with pytest.raises(AdapterIOError, match="not a regular file"):
-            read_json(tmp_path / "config.json")
-
-    def test_a_bad_configuration(self, tmp_path):
-        setting = Setting(tmp_path, Layered(), "embed")
-        (setting.base / "config.json").write_text("[" * 200_000)
-        with pytest.raises(AdapterFileError, match="not valid JSON"):
-            setting.merge()
-        with pytest.raises(AdapterFileError, match="not valid JSON"):
-            setting.merge(force=True, dtype=torch.bfloat16)
-        assert setting.listing() == ["adapter.safetensors", "base"]
-
-    def test_metadata_of_an_index_that_is_no_object(self, setting):
-        self.index(setting, lambda index: {**index, "metadata": 3})
-        setting.merge()
-        index = json.loads((setting.out / "model.safetensors.index.json").read_text())
-        assert set(index["metadata"]) == {"total_size"}
-
-    def test_pickles_are_never_opened(self, setting):
-        for path in setting.base.iterdir():
-            path.unlink()
-        (setting.base / "pytorch_model-00001-of-00002.bin").write_bytes(b"\x80")
-        self.refuse(setting, AdapterFileError, "pickle.*save_pretrained")
-        setting.base = setting.base / "pytorch_model-00001-of-00002.bin"
-        self.refuse(setting, AdapterFileError, "pickle")
-
-    def test_nothing_there(self, setting):
-        for path in setting.base.iterdir():
-            path.unlink()
-        self.refuse(setting, AdapterIOError, "holds neither")
-        setting.base = setting.folder / "nowhere"
-        self.refuse(setting, AdapterIOError, "No such file")
-        setting.base = f"a\0{setting.base}"
-        self.refuse(setting, AdapterIOError, "can't be a file here")
 
 
 class TestReading:
-    def test_tensors_are_described_without_being_read(self, setting):
+    def test_names_shapes_and_tensors(self, setting):
         state = tensors_in(setting.base)
         checkpoint = open_checkpoint(str(setting.base))
-        assert checkpoint.nbytes == sum(tensor.nbytes for tensor in state.values())
-        assert {name: stored.shape for name, stored in checkpoint.tensors.items()} == {
-            name: tuple(tensor.shape) for name, tensor in state.items()
-        }
-        assert {stored.dtype for stored in checkpoint.tensors.values()} == {"F32"}
+        assert checkpoint.files.keys() == state.keys()
+        assert all(checkpoint.shape(name) == one.shape for name, one in state.items())
         assert_same_bits({name: checkpoint.tensor(name) for name in state}, state)
 
     def test_one_file_goes_before_shards_as_in_transformers(self, setting):
         save_file({"only": torch.ones(2)}, setting.base / "model.safetensors")
-        assert list(open_checkpoint(setting.base).tensors) == ["only"]
+        assert list(open_checkpoint(setting.base).files) == ["only"]
+
+    def test_what_is_no_checkpoint(self, setting):
+        for path in (setting.folder, setting.folder / "nowhere"):
+            with pytest.raises(AdapterIOError, match=r"holds neither|can't read"):
+                open_checkpoint(path)
+        shard = next(setting.base.glob("*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-5])
+        with pytest.raises(AdapterFileError, match="is no complete safetensors file"):
+            setting.merge()
 
 
-class TestVerifying:
+class TestBelonging:
     def test_all_is_well(self, tmp_path):
         setting = Setting(tmp_path, Zoo(), "proj|embed|conv|up|packed|apart", also_train="norm")
-        report = verify_against(setting.base, setting.adapter)
-        assert report.ok
-        assert len(report.layers) == 12
-        assert {one.state for one in report.layers} == {"same base"}
-        assert {one.state for one in report.also_train} == {"fits"}
-        assert str(report).endswith(
-            "12 of 12 layers fit, 12 of them with the same fingerprint; "
-            "2 of 2 further parameters fit"
-        )
-
-    def test_parameters_beside_the_blocks_are_left_out_if_asked(self, tmp_path):
-        setting = Setting(tmp_path, Layered(), "proj", also_train="norm")
-        state = tensors_in(setting.base)
-        del state["layers.0.attn.norm.weight"]
-        save_sharded(state, setting.base, 2)
-        assert not verify_against(setting.base, setting.adapter).ok
-        report = verify_against(setting.base, setting.adapter, also_train=False)
-        assert report.ok
-        assert report.also_train == ()
+        assert misfits(setting.base, setting.adapter) == []
 
     def test_a_base_in_another_dtype_is_the_same_base(self, setting):
         state = {name: value.bfloat16() for name, value in tensors_in(setting.base).items()}
         save_sharded(state, setting.base, 2)
-        assert {one.state for one in verify_against(setting.base, setting.adapter).layers} == {
-            "same base"
-        }
-
-    def test_a_layer_without_a_fingerprint_fits(self, setting):
-        with safe_open(setting.adapter, "pt") as file:
-            header = json.loads(file.metadata()["disha"])
-        for layer in header["layers"]:
-            del layer["base"]
-        save_file(load_file(setting.adapter), setting.adapter, {"disha": json.dumps(header)})
-        report = verify_against(setting.base, setting.adapter)
-        assert report.ok
-        assert {one.state for one in report.layers} == {"fits"}
+        assert misfits(setting.base, setting.adapter) == []
 
     def test_everything_that_is_wrong_is_listed(self, setting):
         state = tensors_in(setting.base)
-        del state["layers.0.attn.q_proj.weight"]
-        state["layers.0.attn.v_proj.weight"] = torch.zeros(8, 7)
-        state["layers.1.attn.q_proj.weight"] = torch.zeros(8, 8, dtype=torch.int8)
         state["layers.1.attn.v_proj.weight"] += 1
         save_sharded(state, setting.base, 2)
-        report = verify_against(setting.base, setting.adapter)
-        assert not report.ok
-        assert [one.name for one in report.missing] == ["layers.0.attn.q_proj"]
-        assert [one.name for one in report.misfits] == [
-            "layers.0.attn.v_proj",
-            "layers.1.attn.q_proj",
-        ]
-        assert [one.name for one in report.other_base] == ["layers.1.attn.v_proj"]
-        assert "1 of 5 layers fit" in str(report)
-        assert "layers.0.attn.v_proj" in str(report)
-        assert not setting.out.exists()
+        key = "layers.1.attn.v_proj.weight"
+        values = f"{key}: has other values than the weight that the adapter was saved from"
+        assert misfits(setting.base, setting.adapter) == [values]
+        state["layers.0.attn.v_proj.weight"] = torch.zeros(8, 7)
+        state["layers.1.attn.q_proj.weight"] = torch.zeros(8, 8, dtype=torch.int8)
+        save_sharded(state, setting.base, 2)
+        shape, quantised = misfits(setting.base, setting.adapter)
+        assert shape.startswith("layers.0.attn.v_proj.weight: the weight has the shape (8, 7)")
+        assert quantised.startswith("layers.1.attn.q_proj.weight: is quantised or packed there")
+
+    def test_weights_and_shapes_by_the_names_of_the_adapter(self, tmp_path):
+        setting = Setting(tmp_path, Zoo(), "proj|packed", method="bat")
+        state = {f"model.{name}": one for name, one in tensors_in(setting.base).items()}
+        save_sharded(state, setting.base, 2)
+        checkpoint, header = open_checkpoint(setting.base), disha.inspect_adapter(setting.adapter)
+        weight = base_weights(checkpoint, header)
+        assert torch.equal(weight("proj"), state["model.proj.weight"])
+        for name in "qkv":
+            assert torch.equal(weight(f"packed.{name}_proj"), state["model.packed.in_proj_weight"])
+        shape = base_shapes(checkpoint, ["proj.weight", "proj.bias"])
+        assert (shape("proj.weight"), shape("proj.bias"), shape("other")) == ((10, 8), (10,), None)
+        state["model.proj.weight"] += 1
+        save_sharded(state, setting.base, 2)
+        with pytest.raises(AdapterFileError, match=r"proj\.weight: has other values"):
+            base_weights(open_checkpoint(setting.base), header)
 
 
 class TestTransformers:
@@ -1087,7 +746,7 @@ class TestExpertsStoredOneByOne:
         model = build(name, "eager").to(dtype)
         model.save_pretrained(tmp_path / "base", max_shard_size="4KB")
         assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
-        stored = open_checkpoint(tmp_path / "base").tensors
+        stored = open_checkpoint(tmp_path / "base").files
         assert any(".experts.0." in key for key in stored)
         disha.inject_adapters(model, r"experts\.\w+_proj$|o_proj", 3, **arguments)
         perturb(model)
@@ -1099,8 +758,7 @@ class TestExpertsStoredOneByOne:
     def test_merging_writes_what_transformers_writes(self, tmp_path, name, method):
         dtype = torch.bfloat16 if name == "Mixtral" else torch.float32
         model = self.saved(tmp_path, name, dtype, method=method)
-        report = verify_against(tmp_path / "base", tmp_path / "adapter.safetensors")
-        assert {one.state for one in report.layers} == {"same base"}
+        assert misfits(tmp_path / "base", tmp_path / "adapter.safetensors") == []
         merge_into_checkpoint(
             tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "merged"
         )
@@ -1112,24 +770,6 @@ class TestExpertsStoredOneByOne:
                  or ".1.up_proj" in key)
             for folder in ("base", "merged")
         ))  # fmt: skip
-
-    @pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
-    def test_each_matrix_is_computed_once(self, tmp_path, monkeypatch, name):
-        self.saved(tmp_path, name)
-        arguments = (tmp_path / "base", tmp_path / "adapter.safetensors")
-        merge_into_checkpoint(*arguments, tmp_path / "merged")  # gate and up in different shards
-        computed, matrix = [], Stack.matrix
-
-        def counted(stack, checkpoint, expert):
-            computed.append(stack.names[expert])
-            return matrix(stack, checkpoint, expert)
-
-        monkeypatch.setattr(Stack, "matrix", counted)
-        merge_into_checkpoint(*arguments, tmp_path / "merged.safetensors")
-        assert computed
-        assert len(set(computed)) == len(computed)
-        same = tensors_in(tmp_path / "merged")
-        assert_same_bits(tensors_in(tmp_path / "merged.safetensors"), same)
 
     def test_a_stack_that_is_stored_as_a_whole_too(self, tmp_path):
         self.saved(tmp_path, "Qwen3-MoE")
@@ -1164,43 +804,26 @@ class TestExpertsStoredOneByOne:
         state = tensors_in(tmp_path / "base")
         key = next(key for key in state if ".experts.3.gate_proj" in key)
         save_file(state | {key: state[key] + 1}, tmp_path / "other.safetensors")
-        report = verify_against(tmp_path / "other.safetensors", tmp_path / "adapter.safetensors")
-        assert [one.name for one in report.other_base] == [
-            "model.layers.0.mlp.experts.gate_up_proj"
-        ]
+        [wrong] = misfits(tmp_path / "other.safetensors", tmp_path / "adapter.safetensors")
+        assert wrong.startswith("model.layers.0.mlp.experts.gate_up_proj: has other values")
 
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda state, key: state.pop(key),
-            lambda state, key: state.update({key: state[key][:-1].clone()}),
-            lambda state, key: state.update({key: state[key].half()}),
-            lambda state, key: state.update({key: state[key].flatten().clone()}),
-            lambda state, key: state.update({key.replace(".0.", ".99999."): state.pop(key)}),
-        ],
-        ids=["missing", "rows", "dtype", "dimensions", "number"],
-    )
-    def test_experts_that_do_not_go_together_are_no_stack(self, tmp_path, change):
+    def test_quantised_and_missing_experts_are_named(self, tmp_path):
         self.saved(tmp_path, "Qwen3-MoE")
-        state = tensors_in(tmp_path / "base")
-        change(state, next(key for key in state if ".experts.0.down_proj" in key))
-        save_file(state, tmp_path / "other.safetensors")
-        report = verify_against(tmp_path / "other.safetensors", tmp_path / "adapter.safetensors")
-        assert [one.name for one in report.missing] == ["model.layers.0.mlp.experts.down_proj"]
-
-    def test_quantised_experts_are_named(self, tmp_path):
-        self.saved(tmp_path, "Qwen3-MoE")
+        path, adapter = tmp_path / "other.safetensors", tmp_path / "adapter.safetensors"
         state = {
             key: value.to(torch.float8_e4m3fn) if ".experts." in key else value
             for key, value in tensors_in(tmp_path / "base").items()
         }
-        save_file(state, tmp_path / "other.safetensors")
-        report = verify_against(tmp_path / "other.safetensors", tmp_path / "adapter.safetensors")
-        assert [one.name.rpartition(".")[2] for one in report.misfits] == [
+        save_file(state, path)
+        found = misfits(path, adapter)
+        assert [one.partition(": is quantised")[0].rpartition(".")[2] for one in found] == [
             "gate_up_proj",
             "down_proj",
         ]
-        assert all("quantised or packed" in one.remark for one in report.misfits)
+        del state[next(key for key in state if ".experts.0.down_proj" in key)]
+        save_file(state, path)
+        with pytest.raises(AdapterFileError, match=r"lacks model\.layers\.0\.mlp\.experts\.down_"):
+            misfits(path, adapter)
 
 
 MEMORY = """
@@ -1224,9 +847,9 @@ MEMORY = """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from there")
-@pytest.mark.parametrize(("method", "shards"), [("bat", 8), ("bone", 1)])
-def test_memory_stays_below_a_shard(tmp_path, method, shards):
-    """128 MiB in tensors of 2 MiB, 16 MiB a shard or all in one file; every second is merged."""
+@pytest.mark.parametrize(("method", "shards"), [("bat", 16)])
+def test_memory_is_that_of_some_shards(tmp_path, method, shards):
+    """128 MiB in tensors of 2 MiB, 8 MiB a shard; every second is merged."""
     for name, sizes, count in (("small", (64, 64), 2), ("large", (512, 1024), 64)):
         (tmp_path / name).mkdir()
         layers = [nn.Linear(*sizes, bias=False, device="meta") for _ in range(count)]
@@ -1239,6 +862,6 @@ def test_memory_stays_below_a_shard(tmp_path, method, shards):
     command = [sys.executable, "-c", code, tmp_path / "small", tmp_path / "large"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     print(f"{method}, {shards} shards: {float(done.stdout):.1f} MiB")  # shown by pytest -rP
-    assert float(done.stdout) < 16
+    assert float(done.stdout) < 40
     assert_same_bits(tensors_in(tmp_path / "large" / "merged"), setting.merged_in_memory())
     shutil.rmtree(tmp_path)  # pytest would keep it for a while

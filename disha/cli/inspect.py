@@ -8,7 +8,7 @@ from pathlib import Path
 import disha
 from disha.cli.dispatcher import DONE, FAILED, Parser
 from disha.cli.output import show
-from disha.interop.checkpoints import verify_against
+from disha.interop.checkpoints import misfits
 
 __all__ = ["main"]
 
@@ -29,9 +29,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parsed(words)
     found = disha.inspect_adapter(flags.file)
-    wrong = []
-    if flags.base is not None and not (report := verify_against(flags.base, flags.file)).ok:
-        wrong = str(report).splitlines()[:-1]
+    wrong = [] if flags.base is None else misfits(flags.base, flags.file)
     lines = [str(found), *wrong]
     if flags.base is not None:
         lines.append(f"{flags.file} {'does not belong' if wrong else 'belongs'} to {flags.base}")

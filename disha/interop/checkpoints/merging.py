@@ -1,71 +1,49 @@
-"""Merge an adapter into a checkpoint on disk, one tensor at a time.
+"""Merge an adapter into a checkpoint on disk, one shard at a time.
 
-Every merged weight equals the result of `merge_adapters` in memory, bit for bit. Every other tensor
-is copied byte by byte. Memory holds only the adapter and one tensor of the base, or the matrix of
-one expert.
+Every merged weight equals the result of `merge_adapters` in memory, bit for bit. Memory holds the
+adapter and one shard of the base.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from disha import functional
 from disha.config import check_scale
-from disha.errors import (
-    AdapterFileError,
-    AdapterIOError,
-    ArgumentError,
-    ArgumentTypeError,
-    MergeError,
-)
-from disha.files.atomic import (
-    PathLike,
-    checked_path,
-    resolved,
-    write_files,
-    write_folder,
-)
-from disha.files.contents import unread_contents
-from disha.files.header import AdapterFile, LayerRecord
-from disha.files.json_files import read_json
-from disha.files.pieces import Piece, write_pieces, write_tensor
-from disha.files.reading import explained, found_at
-from disha.files.tensors import DTYPES, HELD, NAMES, opened
+from disha.errors import AdapterIOError, ArgumentError, ArgumentTypeError, MergeError
+from disha.files.contents import Contents, read_contents
+from disha.files.saving import PathLike, checked_path
 from disha.functional.shards import merge_dtype
-from disha.interop.checkpoints.matching import BaseReport, Matching, matched, stored_twice
-from disha.interop.checkpoints.reading import (
+from disha.interop.checkpoints.base import (
     CONFIG,
     INDEX,
     SINGLE,
+    BaseOf,
     Checkpoint,
-    may_tie,
     open_checkpoint,
-    vocabulary_sizes,
+    opened,
 )
-from disha.interop.checkpoints.stacks import Part
+from disha.records import LayerRecord
 from disha.state import finite_as
-from disha.text import counted, first_few, printable
+from disha.text import counted, printable
 
 __all__ = ["MergedCheckpoint", "merge_into_checkpoint"]
 
-SHOWN = 20
-"""How many problems an error lists."""
-
 SUFFIX = ".safetensors"
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes of tensors written so far, and the total."""
+DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that `dtype` changes, and may be."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +55,10 @@ class MergedCheckpoint:
         layers: the adapter's layers, all merged.
         replaced: tensors that were replaced by parameters saved with the blocks.
         files: names of the files written.
-        left_out: names of the base's files that were not copied: other weights, links that lead
-            out of the base, and hidden files.
         nbytes: size of all tensors.
 
     Examples:
-        >>> import tempfile, pathlib
+        >>> import pathlib, tempfile
         >>> from safetensors.torch import save_file
         >>> from torch import nn
         >>> import disha
@@ -103,18 +79,14 @@ class MergedCheckpoint:
     layers: tuple[str, ...]
     replaced: tuple[str, ...]
     files: tuple[str, ...]
-    left_out: tuple[str, ...]
     nbytes: int
 
     def __str__(self) -> str:
-        lines = [
+        return (
             f"{printable(str(self.path))}: {counted(len(self.layers), 'layer')} merged, "
             f"{counted(len(self.replaced), 'tensor')} replaced, {self.nbytes:,} bytes of tensors "
             f"in {counted(len(self.files), 'file')}"
-        ]
-        if self.left_out:
-            lines.append(f"not copied: {printable(', '.join(self.left_out))}")
-        return "\n".join(lines)
+        )
 
 
 def merge_into_checkpoint(
@@ -127,13 +99,11 @@ def merge_into_checkpoint(
     dtype: torch.dtype | None = None,
     force: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
 ) -> MergedCheckpoint:
     """Write a copy of a base checkpoint with an adapter merged into its weights.
 
     W becomes W + s * dW, computed in float32 (float64 for float64 weights) and rounded once: bit
     for bit what `merge_adapters` computes. Parameters saved with the blocks replace the base's.
-    Each tensor is read, merged and written before the next, so memory holds one of them.
 
     The copy has the same tensor names, shards and other files as the base, except for weights in
     other formats, so any loader of the base reads it. It appears at `out` when it is complete. If
@@ -142,35 +112,32 @@ def merge_into_checkpoint(
     Args:
         base: one safetensors file; or a folder with a `model.safetensors`, or with shards and a
             `model.safetensors.index.json`.
-        adapter_path: the adapter file. If the base does not have some of its layers, their names
-            are also tried with a prefix added or removed.
+        adapter_path: the adapter file. The base has its weights under their names, or all of them
+            with one prefix more or less.
         out: the folder to write. If it ends with `.safetensors`, the file to write, which then
-            holds all tensors. Its parent must exist. In a folder, a base that is one file becomes
-            `model.safetensors`.
+            holds all tensors. In a folder, a base that is one file becomes `model.safetensors`.
         also_train: also merge the parameters saved with the blocks.
         scale: runtime scale s of all layers, in place of the adapter's own.
         dtype: dtype of all floating-point tensors of 16 bits and more, and in `config.json`; by
             default each keeps its own.
         force: merge even if the adapter was saved from other weights, or if an adapted embedding
-            may be tied to an output head, which then changes too.
-        overwrite: replace an existing file, or an existing folder that holds a checkpoint, with
-            everything in it.
-        progress: called after each tensor with the bytes written so far, and the total.
+            may be tied to an output head.
+        overwrite: replace an existing checkpoint.
 
     Returns:
-        What was written, and what was left out.
+        A `MergedCheckpoint`.
 
     Raises:
         AdapterIOError: a file can't be read or written.
-        AdapterFileError: the adapter file or the checkpoint is damaged; or they do not fit,
-            because a layer is missing, has another shape, is quantised, or has other weights than
-            the adapter was saved from. The message lists these layers.
-        ArgumentError: `out` exists, is inside the base, or contains the base.
-        MergeError: a merged weight would not be finite, or an embedding or an output head that
-            would change may be tied to another tensor.
+        AdapterFileError: the adapter or the checkpoint is damaged, or they don't belong together.
+        MergeError: an adapted embedding may be tied, or a merged weight is not finite.
+        ArgumentError: an argument is out of range, or something is at `out` already.
+        ArgumentTypeError: an argument is of the wrong type.
+
+    Source: arXiv 2409.15371, section 3.
 
     Examples:
-        >>> import tempfile, pathlib
+        >>> import pathlib, tempfile
         >>> from safetensors.torch import load_file, save_file
         >>> from torch import nn
         >>> import disha
@@ -191,27 +158,25 @@ def merge_into_checkpoint(
     _check_arguments(scale, dtype)
     adapter_path, out = checked_path(adapter_path), checked_path(out)
     checkpoint = open_checkpoint(base)
-    _check_target(out, checkpoint, adapter_path, overwrite)
-    with opened(adapter_path) as file:
-        adapter, unread = unread_contents(file, also_train=also_train)
-        found = matched(checkpoint, adapter, unread)
-        _check_fit(found.report, force)
-        tensors = dict(unread)
-    _check_untied(checkpoint, adapter, found, force)
-    merge = _Merge(checkpoint, adapter, tensors, found, scale, dtype, progress)
-    if out.suffix == SUFFIX:
-        write_files({out: partial(merge.write, checkpoint.tensors, checkpoint.files)})
-        files, left_out = {out.name}, set[str]()
-    else:
-        with write_folder(out, overwrite=overwrite) as folder:
-            files, left_out = _write_folder(folder, merge)
+    _check_target(out, checkpoint, overwrite)
+    contents = read_contents(adapter_path, also_train=also_train)
+    header = contents[0]
+    found = BaseOf(checkpoint, header.layers, header.also_train)
+    found.refuse(found.wrong_shapes(header) or ([] if force else found.other_values(header)))
+    if not force:
+        _refuse_tied(checkpoint, header.layers)
+    merge = _Merge(found, contents, scale, dtype)
+    with _written(out) as new:
+        if out.suffix == SUFFIX:
+            nbytes, files = merge.write(new, list(checkpoint.files)), [out.name]
+        else:
+            nbytes, files = _write_folder(new, merge)
     return MergedCheckpoint(
         path=out,
-        layers=tuple(record.name for record in adapter.layers),
-        replaced=tuple(found.keys.values()),
-        files=tuple(sorted(files)),
-        left_out=tuple(sorted(left_out)),
-        nbytes=merge.total,
+        layers=tuple(record.name for record in header.layers),
+        replaced=tuple(found.keys[name] for name in header.also_train),
+        files=tuple(files),
+        nbytes=nbytes,
     )
 
 
@@ -221,290 +186,159 @@ def merge_into_checkpoint(
 def _check_arguments(scale: object, dtype: object) -> None:
     if scale is not None:
         check_scale(scale)
-    if dtype is None:
-        return
-    if not isinstance(dtype, torch.dtype):
-        raise ArgumentTypeError(
-            f"dtype must be a torch.dtype such as torch.bfloat16, got {dtype!r} of type "
-            f"{type(dtype).__name__}"
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ArgumentTypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
+    if dtype is not None and dtype not in DENSE:
+        raise ArgumentError(
+            f"weights can't be merged in {dtype}; allowed are {', '.join(map(str, DENSE))}"
         )
-    if dtype not in DTYPES.values():
-        allowed = ", ".join(map(str, DTYPES.values()))
-        raise ArgumentError(f"weights can't be merged in {dtype}; allowed are {allowed}")
 
 
-def _check_target(out: Path, checkpoint: Checkpoint, adapter: Path, overwrite: bool) -> None:
-    target = resolved(out)
-    sources = [resolved(one) for one in (checkpoint.path, *checkpoint.files, adapter)]
-    around = [source for source in sources if target in (source, *source.parents)]
-    if around:
-        problem: str | None = f"it is or contains {around[0]}, which is an input"
-    elif checkpoint.folder is not None and sources[0] in target.parents:
-        problem = f"it is inside the base, {checkpoint.folder}"
-    elif found_at(target.parent) != "folder":
-        raise AdapterIOError(f"can't write to {out}: create the folder {target.parent} first")
-    elif found_at(target) is None:
-        problem = None
-    elif out.suffix == SUFFIX:
-        problem = _why_no_file(target, overwrite)
-    else:
-        problem = _why_no_folder(target, overwrite)
-    if problem is not None:
-        raise ArgumentError(f"can't write to {out}: {problem}")
-
-
-def _why_no_file(target: Path, overwrite: bool) -> str | None:
-    """Return why a file can't replace the target, or None if it can."""
-    if found_at(target) == "folder":
-        return f"it is a folder, and a path that ends with {SUFFIX} names a file"
-    return None if overwrite else "it exists; choose another name, or set `overwrite`"
-
-
-def _why_no_folder(target: Path, overwrite: bool) -> str | None:
-    """Return why a folder can't replace the target, or None if it can."""
-    if found_at(target) != "folder":
-        return f"it is a file; name a folder, or a path that ends with {SUFFIX}"
-    with explained(target):
-        is_empty = not os.listdir(target)
-    if is_empty:
-        return None
+def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
+    target, source = out.resolve(), checkpoint.path.resolve()
+    if target in (source, *source.parents) or source in target.parents:
+        raise ArgumentError(f"can't write to {out}: the base is there; name another place")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
     if not overwrite:
-        return "it is not empty; choose another folder, or set `overwrite`"
-    if any(found_at(target / name) == "file" for name in (SINGLE, INDEX)):
-        return None
-    return (
-        f"it holds no checkpoint (no {SINGLE} or {INDEX}), and everything in it would be deleted; "
-        "name another folder, or delete it yourself"
-    )
-
-
-def _check_fit(report: BaseReport, force: bool) -> None:
-    unfit, other = report.missing + report.misfits, () if force else report.other_base
-    if not unfit and not other:
-        return
-    found = [f"{one.name or '(the model)'}: {one.state}, {one.remark}" for one in unfit + other]
-    lines = [first_few(found, SHOWN)]
-    if report.missing:
-        lines.append(
-            "if a missing weight is tied to another one, it is stored under the other's name: load "
-            "the adapter into the model, and merge there with merge_adapters(model, untie=True)"
+        raise ArgumentError(f"{out} exists; choose another name, or set `overwrite`")
+    is_checkpoint = any((out / name).is_file() for name in (SINGLE, INDEX))
+    if out.is_dir() and (out.suffix == SUFFIX or not is_checkpoint):
+        raise ArgumentError(
+            f"{out} holds no checkpoint, and everything in it would be deleted; name another folder"
         )
-    if other:
-        lines.append(
-            "give the base that the adapter was trained on, without any merged adapter, or merge "
-            "with `force`"
-        )
-    raise AdapterFileError(
-        f"{report.adapter} does not fit {report.base} ({len(report.missing)} missing, "
-        f"{len(report.misfits)} unfit, {len(report.other_base)} from another base); nothing was "
-        "written:\n" + "\n".join(lines)
-    )
 
 
-def _check_untied(
-    checkpoint: Checkpoint, adapter: AdapterFile, found: Matching, force: bool
-) -> None:
-    if force:
-        return
-    embeddings = [repr(one.name) for one in adapter.layers if one.layout.pattern == "index out"]
-    if embeddings and may_tie(checkpoint.config()):
+def _refuse_tied(checkpoint: Checkpoint, layers: tuple[LayerRecord, ...]) -> None:
+    """Raise if an adapted embedding may be tied, as those of models are by default."""
+    embeddings = [layer.name for layer in layers if layer.layout.pattern == "index out"]
+    config = checkpoint.config() if embeddings else {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    if any(said) or (not said and "model_type" in config):
         raise MergeError(
-            f"{first_few(embeddings, SHOWN, ', ')} may be tied to an output head, which merging "
-            f"would change too: {CONFIG} of {checkpoint.path} does not set tie_word_embeddings to "
-            "false. Untie them and save that model first, or merge with `force`"
+            f"{embeddings[0]} may be tied to an output head, which merging would change too: "
+            f"{CONFIG} of {checkpoint.path} does not set tie_word_embeddings to false. Untie them "
+            "and save that model first, or merge with `force`"
         )
-    for name, other in stored_twice(checkpoint, {*found.weights.values(), *found.keys.values()}):
-        config = checkpoint.config()
-        rows = checkpoint.tensors[name].shape[0]
-        if may_tie(config) and rows in vocabulary_sizes(config):
-            raise MergeError(
-                f"{name} and {other} hold the same values, and may be one parameter: {CONFIG} of "
-                f"{checkpoint.path} does not set tie_word_embeddings to false. Merging would "
-                f"change {name} only. If they are tied, leave {other} out of the base, as "
-                "save_pretrained does. If they are not, set it to false. Or merge with `force`"
-            )
 
 
 # --- tensors -------------------------------------------------------------------------------------
 
 
 class _Merge:
-    """Computes and writes the tensors of the merged checkpoint.
-
-    Args:
-        checkpoint: the base.
-        adapter: the adapter's header.
-        tensors: its tensors.
-        found: the tensors of the checkpoint that they change.
-        scale: replaces the adapter's scale.
-        dtype: dtype of floating-point tensors.
-        progress: called with the bytes written so far, and the total.
-    """
+    """Computes and writes the tensors of the merged checkpoint."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        adapter: AdapterFile,
-        tensors: Mapping[str, Tensor],
-        found: Matching,
-        scale: float | None,
-        dtype: torch.dtype | None,
-        progress: Progress | None,
+        self, base: BaseOf, contents: Contents, scale: float | None, dtype: torch.dtype | None
     ) -> None:
-        self.checkpoint, self.dtype = checkpoint, dtype
-        self._tensors, self._scale, self._progress = tensors, scale, progress
-        self._values = {key: tensors[name] for name, key in found.keys.items()}
+        header, self._blocks = contents
+        self.base, self.dtype, self._scale = base, dtype, scale
+        self._values = {base.keys[name]: self._blocks[name] for name in header.also_train}
         self._layers: dict[str, list[LayerRecord]] = {}
-        for record in adapter.layers:
-            self._layers.setdefault(found.weights[record.name], []).append(record)
-        self._stacks = {
-            name: stack
-            for name, stack in found.stacks.items()
-            if name in self._layers or name in self._values
+        for record in header.layers:
+            self._layers.setdefault(base.keys[record.name], []).append(record)
+        # Matrix of one expert -> its stack, and the number of the expert.
+        self._parts = {
+            name: (key, expert)
+            for key in self._layers.keys() | self._values.keys()
+            for expert, names in enumerate(base.stacks.get(key, ()))
+            for name in names
         }
-        self._parts: dict[str, Part] = {}
-        for name, stack in self._stacks.items():
-            self._parts |= stack.parts(name)
-        # The new matrix of an expert of which gate is written and up is not, or the other way
-        # round. A file has one after the other, so there is at most one.
-        self._half_written: dict[tuple[str, int], Tensor] = {}
-        self._done = 0
-        self.total = sum(self._piece(name).nbytes for name in checkpoint.tensors)
 
-    def write(self, names: Iterable[str], files: Iterable[Path], path: str) -> None:
-        """Write some of the tensors to a file.
-
-        Args:
-            names: the tensors.
-            files: files of the base, whose metadata is copied.
-            path: the file.
-        """
+    def write(self, path: Path, names: list[str]) -> int:
+        """Write some tensors to a file, and return their size."""
         metadata = {"format": "pt"}  # loaders require it
-        for file in files:
-            metadata |= self.checkpoint.indexes[file].metadata
-        write_pieces(path, {name: self._piece(name) for name in names}, metadata)
+        for file in {self.base.checkpoint.files[name] for name in names}:
+            with opened(file) as source:
+                metadata |= source.metadata() or {}
+        tensors = {name: self._merged(name) for name in names}
+        save_file(tensors, path, metadata)
+        return sum(tensor.nbytes for tensor in tensors.values())
 
-    def _piece(self, name: str) -> Piece:
-        stored = self.checkpoint.tensors[name]
-        dtype, nbytes = stored.dtype, stored.nbytes
-        if self.dtype is not None and stored.dtype in DTYPES:
-            dtype = NAMES[self.dtype]
-            nbytes = math.prod(stored.shape) * self.dtype.itemsize
-        acts = any(name in some for some in (self._layers, self._values, self._parts))
-        changed = acts or dtype != stored.dtype
+    def _merged(self, name: str) -> Tensor:
+        if name not in self._parts:
+            return self._changed(name, name, self.base.checkpoint.tensor(name))
+        key, expert = self._parts[name]
+        names = self.base.stacks[key][expert]
+        rows = [self.base.checkpoint.shape(one)[0] for one in names]
+        one = slice(expert, expert + 1)
+        matrix = self._changed(key, name, self.base.matrix(names)[None], one)[0]
+        return torch.split(matrix, rows)[names.index(name)].contiguous()
 
-        def write(file: BinaryIO) -> None:
-            if changed:
-                write_tensor(self._changed(name, HELD[dtype]), file)
-            else:
-                with self.checkpoint.file_of(name) as source:
-                    file.writelines(source.chunks(name))
-            self._done += nbytes
-            if self._progress is not None:
-                self._progress(self._done, self.total)
-
-        return Piece(dtype, stored.shape, nbytes, write)
-
-    def _changed(self, name: str, dtype: torch.dtype) -> Tensor:
-        part = self._parts.get(name)
-        if part is None:
-            return self._changed_whole(name, name, self.checkpoint.tensor(name), dtype)
-        # Rows of an expert's matrix, which is changed as a whole.
-        changed = self._half_written.pop((part.stack, part.expert), None)
-        if changed is None:
-            matrix = self._stacks[part.stack].matrix(self.checkpoint, part.expert)[None]
-            one = slice(part.expert, part.expert + 1)
-            changed = self._changed_whole(part.stack, name, matrix, dtype, one)[0]
-            if part.last - part.first < len(changed):
-                self._half_written = {(part.stack, part.expert): changed}
-        return changed[part.first : part.last].contiguous()
-
-    def _changed_whole(
-        self, key: str, name: str, value: Tensor, dtype: torch.dtype, experts: Any = ...
-    ) -> Tensor:
-        """Return the new values of a tensor, or of one expert of a stack.
-
-        Args:
-            key: the tensor or the stack.
-            name: the tensor that is written, for errors.
-            value: the values of the base; (1, out, in) for an expert.
-            dtype: of the result.
-            experts: the index of that expert in the stack.
-        """
+    def _changed(self, key: str, name: str, value: Tensor, experts: Any = ...) -> Tensor:
+        """Return the new values of a tensor, or of one expert (1, out, in) of a stack."""
+        dtype = self.dtype if self.dtype is not None and value.dtype in DENSE else value.dtype
         if key in self._values:
             value = self._values[key][experts].to(value.dtype)
-        if key not in self._layers:
-            return _cast(name, value, dtype)
-        weight = value.to(merge_dtype(value.dtype))
-        del value
-        merged = self._merged(self._layers[key], weight, experts).to(dtype)
-        if not finite_as(merged, dtype):
-            names = ", ".join(repr(record.name) for record in self._layers[key])
+        changed = value
+        if key in self._layers:
+            wide = value.to(merge_dtype(value.dtype))
+            with functional.without_autocast(wide.device), torch.no_grad():
+                changed = functional.merged_weight(wide, self._deltas(key, wide, experts))
+        changed = changed.to(dtype)
+        if changed is not value and not finite_as(changed, dtype) and finite_as(value, value.dtype):
             raise MergeError(
-                f"merging {names} into {name} gives values that are not finite in {dtype}; nothing "
-                "was written. Check the adapter's blocks and its scale, and the base"
+                f"{name} would not be finite in {dtype}; nothing was written. Check the adapter's "
+                "blocks and its scale, and `dtype`"
             )
-        return merged
+        return changed
 
-    def _merged(self, layers: Iterable[LayerRecord], weight: Tensor, experts: Any) -> Tensor:
-        """Return W + sum of s dW: exactly what `merge_adapters` computes before it rounds."""
-        deltas = (
-            (
-                functional.method_of(one.method).delta_weight(
-                    one.layout, self._tensors[one.key][experts], weight, one.rows
-                ),
-                one.scale if self._scale is None else self._scale,
-            )
-            for one in layers
-        )
-        with functional.without_autocast(weight.device), torch.no_grad():
-            return functional.merged_weight(weight, deltas)
+    def _deltas(self, key: str, weight: Tensor, experts: Any) -> Iterator[tuple[Tensor, float]]:
+        for one in self._layers.get(key, ()):
+            block = self._blocks[one.key][experts]
+            method = functional.method_of(one.method)
+            delta = method.delta_weight(one.layout, block, weight, one.rows)
+            yield delta, one.scale if self._scale is None else self._scale
 
 
-def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = value.to(dtype)
-    if not finite_as(cast, dtype) and bool((value.isfinite() & ~cast.isfinite()).any()):
-        raise MergeError(
-            f"{name} has values that are not finite in {dtype}; nothing was written. Choose "
-            "another `dtype`, or leave it out"
-        )
-    return cast
+# --- files ---------------------------------------------------------------------------------------
 
 
-# --- a folder ------------------------------------------------------------------------------------
+@contextmanager
+def _written(out: Path) -> Iterator[Path]:
+    """Give a path beside `out`. What is there in the end takes the place of `out`."""
+    new = out.with_name(f"{out.name}.new")
+    try:
+        _remove(new)
+        yield new
+        _remove(out)
+        new.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise AdapterIOError(f"can't write {out}: {error}") from error
+    finally:
+        _remove(new)
 
 
-def _write_folder(folder: Path, merge: _Merge) -> tuple[set[str], set[str]]:
-    """Fill an empty folder with the checkpoint; return the names written and left out."""
-    checkpoint = merge.checkpoint
-    others, left_out = checkpoint.other_files()
-    for name, source in others.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if source.name == CONFIG and merge.dtype is not None:
-            _write_json(folder / name, _with_dtype(read_json(source), merge.dtype))
-        else:
-            shutil.copyfile(source, folder / name)
-    written = set(others)
-    for file in checkpoint.files:
-        name = SINGLE if checkpoint.folder is None else file.name
-        held = [key for key, stored in checkpoint.tensors.items() if stored.path == file]
-        merge.write(held, [file], str(folder / name))
-        written.add(name)
-    if checkpoint.index is not None:
-        _write_json(folder / INDEX, _index(checkpoint.index, merge))
-        written.add(INDEX)
-    return written, left_out
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _index(former: Mapping[str, Any], merge: _Merge) -> dict[str, Any]:
-    metadata = former.get("metadata")
-    metadata = dict(metadata) if isinstance(metadata, dict) else {}
-    metadata["total_size"] = merge.total
-    if merge.dtype is not None:
-        metadata = _with_dtype(metadata, merge.dtype)
-    tensors = merge.checkpoint.tensors
-    weight_map = {name: tensors[name].path.name for name in sorted(tensors)}
-    return {**former, "metadata": metadata, "weight_map": weight_map}
+def _write_folder(folder: Path, merge: _Merge) -> tuple[int, list[str]]:
+    """Write a folder; return the size of its tensors, and the names of its files."""
+    checkpoint, nbytes = merge.base.checkpoint, 0
+    folder.mkdir()
+    for source in checkpoint.other_files():
+        target = folder / source.relative_to(checkpoint.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    if merge.dtype is not None and (folder / CONFIG).exists():
+        _write_json(folder / CONFIG, _with_dtype(checkpoint.config(), merge.dtype))
+    shards = sorted({*checkpoint.files.values()})
+    for file in shards:
+        names = [name for name, one in checkpoint.files.items() if one == file]
+        nbytes += merge.write(folder / (SINGLE if checkpoint.folder is None else file.name), names)
+    if checkpoint.folder is not None and shards != [checkpoint.folder / SINGLE]:
+        index = json.loads((checkpoint.folder / INDEX).read_text(encoding="utf-8"))
+        metadata = {**index.get("metadata", {}), "total_size": nbytes}
+        if merge.dtype is not None:
+            metadata = _with_dtype(metadata, merge.dtype)
+        _write_json(folder / INDEX, {**index, "metadata": metadata})
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return nbytes, sorted(files)
 
 
 def _with_dtype(fields: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
