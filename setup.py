@@ -12,21 +12,6 @@ GGUF = [
     "gguf>=0.17",
     "numpy>=1.26",
 ]
-CLI = [
-    "tqdm>=4.66",
-]
-FINETUNE = [
-    *CLI,
-    *GGUF,
-    "jinja2>=3.1.6",
-    "matplotlib>=3.8",
-    "pyarrow>=15",
-    "pyyaml>=6.0",
-    "rich>=13",
-    "tensorboard>=2.16",
-    "tokenizers>=0.20",
-    "tomli>=2.0; python_version < '3.11'",
-]
 REPORTS = [
     "alembic>=1.13",  # these two let MLflow write to its default place, a file of SQLite
     "mlflow-skinny>=3",
@@ -46,6 +31,14 @@ TRANSFORMERS = [
 TRL = [
     *TRANSFORMERS,
     "trl>=1.16",
+]
+FINETUNE = [
+    *GGUF,
+    *TRL,
+    "datasets>=4.7",
+    "matplotlib>=3.8",
+    "pyyaml>=6.0",
+    "transformers>=5.24",  # reads GGUF files into plain weights
 ]
 PEERS = [
     *TRL,
@@ -113,7 +106,6 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "safetensors[torch]>=0.4.3", "einops>=0.7"],
     extras_require={
-        "cli": CLI,
         "deepspeed": ["deepspeed>=0.17"],
         "finetune": FINETUNE,
         "gguf": GGUF,
