@@ -17,8 +17,6 @@ FORKED = multiprocessing.get_context("forkserver")
 """Starts processes in milliseconds: a server that has imported everything forks them."""
 FORKED.set_forkserver_preload(
     [
-        "tests.finetune.signalled",
-        "tests.finetune.together",
         "tests.fuzzing.doors",
         "tests.fuzzing.saving",
         "tests.fuzzing.workers",

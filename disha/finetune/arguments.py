@@ -144,7 +144,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     warmup_steps: float = _flag(0.03, "steps to full learning rate; below 1, a share of all")
     max_length: int | None = _flag(512, "the most tokens of a row; longer rows are cut")
     bf16: bool | None = _flag(False, "compute in bfloat16 where that is safe")
-    gradient_checkpointing: bool | None = _flag(None, "compute again what would need memory")
+    gradient_checkpointing: bool = _flag(False, "compute again what would need memory")
     train_sampling_strategy: str = _flag(
         "group_by_length",
         "how batches are drawn; group_by_length saves padding",
@@ -165,6 +165,9 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.gradient_checkpointing:  # transformers warns of its old name
+            self.activation_checkpointing = True
+        self.gradient_checkpointing = None  # type: ignore[assignment]
         tf32 = self.tf32  # type: ignore[has-type]
         if tf32 and not is_torch_tf32_available():
             print("note: --tf32 does nothing on this machine")

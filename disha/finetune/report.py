@@ -25,8 +25,9 @@ from trl import SFTConfig, SFTTrainer
 import disha
 from disha.errors import DishaError
 from disha.finetune.base import load_base
+from disha.integrations.transformers import AdapterCheckpoints
 
-__all__ = ["MERGED", "RESULTS", "Outcome", "Proof", "prove", "write_report"]
+__all__ = ["MERGED", "RESULTS", "Outcome", "Proof", "logged", "prove", "write_report"]
 
 MERGED = "merged"
 PLOT, SAMPLES, REPORT = RESULTS = ("loss.png", "samples.md", "report.json")
@@ -54,7 +55,7 @@ class Outcome:
     @property
     def losses(self) -> dict[int, float]:
         """The measured losses by step."""
-        return _logged(self.state, "eval_loss")
+        return logged(self.state, "eval_loss")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def prove(base: str, bits: str, path: Path, outcome: Outcome) -> Proof:
         train_dataset=outcome.checked,
         eval_dataset=outcome.checked,
         processing_class=outcome.tokenizer,
+        callbacks=[AdapterCheckpoints(model)],
     )
     return Proof(
         trained=outcome.loss,
@@ -171,19 +173,20 @@ def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, pr
     if proof.samples:
         (folder / SAMPLES).write_text(_page(proof.samples), encoding="utf-8")
     steps, summary = outcome.state.global_step, outcome.summary
-    seconds = sum(_logged(outcome.state, "train_runtime").values())
+    seconds = sum(logged(outcome.state, "train_runtime").values())
     report = {
         "settings": {**settings, **outcome.training.to_sanitized_dict()},
         "versions": {"python": platform.python_version(), "disha": disha.__version__}
         | {package: importlib.metadata.version(package) for package in PACKAGES},
         "machine": _machine(outcome.training.device),
         "parameters": {"trainable": summary.trainable, "total": summary.total},
-        "rows": {"training": outcome.rows, name: len(outcome.checked)},
+        "rows": {"training": outcome.rows, "measured": len(outcome.checked)},
         "steps": steps,
         "resumed_from": outcome.resumed_from,
         "best_step": outcome.state.best_global_step,
-        "training_loss": _logged(outcome.state, "loss"),
-        f"{name}_loss": losses,
+        "measured_on": name,
+        "losses": losses,
+        "training_losses": logged(outcome.state, "loss"),
         "proof": {"trained": proof.trained, "loaded": proof.loaded},
         "seconds": seconds,
         "peak_memory_bytes": _peak_memory(),
@@ -196,7 +199,8 @@ def write_report(folder: Path, settings: Mapping[str, Any], outcome: Outcome, pr
     print(f"in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
-def _logged(state: TrainerState, name: str) -> dict[Any, float]:
+def logged(state: TrainerState, name: str) -> dict[Any, float]:
+    """Return what a run has logged under a name, by step."""
     return {one["step"]: one[name] for one in state.log_history if name in one}
 
 
@@ -204,7 +208,7 @@ def _plot(state: TrainerState, losses: Mapping[int, float], name: str) -> Figure
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    trained = _logged(state, "loss")
+    trained = logged(state, "loss")
     axes.plot(list(trained), list(trained.values()), label="training loss")
     axes.plot(list(losses), list(losses.values()), marker="o", label=f"{name} loss")
     axes.grid(alpha=0.3)

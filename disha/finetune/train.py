@@ -30,7 +30,7 @@ from disha.finetune.base import BASE_KEY, base_note, load_base, noted_base
 from disha.finetune.data import formed, load_rows, masks_answers, mixed
 from disha.finetune.demo import HELD_OUT, docstring_pairs
 from disha.finetune.merging import merge_base, require_mergeable
-from disha.finetune.report import MERGED, RESULTS, Outcome, prove, write_report
+from disha.finetune.report import MERGED, RESULTS, Outcome, logged, prove, write_report
 from disha.integrations.transformers import AdapterCheckpoints
 
 __all__ = ["PROMPT_KEY", "run"]
@@ -184,7 +184,8 @@ def _read(data: DataArguments, training: TrainingArguments) -> tuple[list[Datase
 def _adapt(model: PreTrainedModel, adapter: AdapterArguments) -> None:
     """Add the adapter: a new one, or that of a file."""
     if adapter.adapter is None:
-        settings, head = adapter.settings(), model.get_output_embeddings()
+        settings = adapter.settings()
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         # trl computes the loss from the head's weight, so that an adapter on it would not train.
         names = [name for name, module in model.named_modules() if module is head]
         settings["exclude"] += [f"^{re.escape(name)}$" for name in names]
@@ -232,12 +233,16 @@ class _ByLength(LengthGroupedSampler):
 def _trained(trainer: _Trainer, base: str, bits: str, folder: Path) -> Outcome:
     """Train, save the adapter, and return what is left to prove and to report."""
     training = trainer.args
-    print(str(disha.summary(trainer.model)).splitlines()[-1])
+    if training.process_index == 0:
+        print(str(disha.summary(trainer.model)).splitlines()[-1])
     resumed_from = _checkpoint(training, folder)
     training.eval_on_start = resumed_from is None
     if resumed_from is None and training.process_index == 0:
         _clear(folder)
     trainer.train(resume_from_checkpoint=resumed_from)
+    state = trainer.state
+    saved_step = (training.load_best_model_at_end and state.best_global_step) or state.global_step
+    losses = logged(state, "eval_loss")
     row = trainer.train_dataset[0]
     is_chat = "messages" in row or isinstance(row.get("prompt"), list)
     path = folder / ADAPTER_NAME
@@ -249,8 +254,8 @@ def _trained(trainer: _Trainer, base: str, bits: str, folder: Path) -> Outcome:
         rows=len(trainer.train_dataset),
         checked=trainer.eval_dataset,
         is_held_out=trainer.is_held_out,
-        state=trainer.state,
-        loss=trainer.evaluate()["eval_loss"],
+        state=state,
+        loss=losses[saved_step] if saved_step in losses else trainer.evaluate()["eval_loss"],
         summary=disha.summary(trainer.model),
         resumed_from=resumed_from,
     )
@@ -297,4 +302,4 @@ def _steps(trainer: _Trainer) -> int:
         return training.max_steps  # type: ignore[no-any-return]
     batches = len(trainer.get_train_dataloader())
     in_epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    return math.ceil(float(training.num_train_epochs) * in_epoch)
+    return math.ceil(training.num_train_epochs * in_epoch)  # type: ignore[no-any-return]

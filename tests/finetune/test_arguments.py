@@ -1,0 +1,92 @@
+import pytest
+import yaml
+
+from disha import ArgumentError
+from disha.finetune.arguments import parsed
+
+AUTHORS = """--base_model_name_or_path model --output_dir output/bone --bone_r 32 --init_weights bat
+--bits bf16 --data_path meta-math/MetaMathQA --dataset_split train[:100000]
+--dataset_field query response --bf16 True --num_train_epochs 1 --per_device_train_batch_size 2
+--gradient_accumulation_steps 8 --save_strategy steps --save_steps 1000 --save_total_limit 1
+--logging_steps 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --tf32 True
+--report_to none"""
+
+
+def test_the_authors_command_line(capsys):
+    adapter, data, training = parsed(AUTHORS.split())
+    assert (adapter.base, adapter.r, adapter.method, adapter.bits) == ("model", 32, "bat", "bf16")
+    assert data.data == ["meta-math/MetaMathQA"]
+    assert data.dataset_field == ["query", "response"]
+    assert training.warmup_steps == 0.03
+    assert training.save_steps == 1000
+    assert training.bf16
+    if training.use_cpu:
+        assert training.tf32 is None
+        assert "note: --tf32 does nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("--lr 0.5", "learning_rate", 0.5),
+        ("--epochs=2", "num_train_epochs", 2.0),
+        ("--batch-size 3", "per_device_train_batch_size", 3),
+        ("--max_seq_length 7", "max_length", 7),
+        ("--per-device-train-batch-size 3", "per_device_train_batch_size", 3),
+        ("--gradient_checkpointing", "gradient_checkpointing", True),
+    ],
+)
+def test_other_names_of_flags(words, name, value):
+    assert getattr(parsed(words.split())[2], name) == value
+
+
+def test_a_file_of_flags_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "run.yaml"
+    flags = {"bone_r": 16, "data": ["a.json", "b.json"], "lr": 0.5, "bf16": False, "base": None}
+    path.write_text(yaml.safe_dump(flags))
+    adapter, data, training = parsed(["--learning_rate", "0.1", "--config", str(path)])
+    assert (adapter.r, data.data, training.learning_rate) == (16, ["a.json", "b.json"], 0.1)
+    assert adapter.base is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--learning_rat 1", "no flag --learning_rat; did you mean --learning_rate?"),
+        ("--zzzz", "no flag --zzzz; --help_all shows"),
+        ("--bits 3", "invalid choice: '3'"),
+        ("--r many", "invalid int value: 'many'"),
+        ("--config", "--config needs a YAML file"),
+        ("--config nowhere.yaml", "can't be read as YAML"),
+    ],
+)
+def test_wrong_flags_raise(words, message):
+    with pytest.raises(ArgumentError, match=message.replace("?", r"\?")):
+        parsed(words.split())
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "r"])
+def test_a_file_that_holds_no_flags(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ArgumentError, match=r"run\.yaml"):
+        parsed(["--config", str(path)])
+
+
+def test_rank_pattern():
+    adapter, *_ = parsed(["--rank_pattern", "v_proj=16", "mlp=32"])
+    assert adapter.settings()["rank_pattern"] == {"v_proj": 16, "mlp": 32}
+    with pytest.raises(ArgumentError, match="needs regex=r"):
+        parsed(["--rank_pattern", "v_proj"])[0].settings()
+
+
+@pytest.mark.parametrize(("word", "shows_all"), [("--help", False), ("--help_all", True)])
+def test_help(capsys, word, shows_all):
+    with pytest.raises(SystemExit) as end:
+        parsed([word])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in ("--base, --base_model_name_or_path", "--r, --bone_r", "--learning_rate", "--demo"):
+        assert f"  {flag}" in shown
+    assert ("--neftune_noise_alpha" in shown) == shows_all
+    assert "--learning-rate" not in shown

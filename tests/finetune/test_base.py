@@ -1,0 +1,128 @@
+import json
+import os
+import sys
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, T5Config
+
+import disha
+from disha import ArgumentError, MissingPackageError
+from disha.finetune.base import BASE_KEY, base_note, best_device, load_base, noted_base
+from disha.finetune.demo import demo_words
+from tests.finetune import tiny_gguf
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.float32)]
+)
+def test_a_folder(tiny, bits, dtype):
+    model, tokenizer = load_base(str(tiny), bits)
+    assert model.dtype == dtype
+    assert not model.training
+    assert tokenizer.pad_token == tokenizer.eos_token
+
+
+@pytest.mark.parametrize("bits", ["8", "4"])
+def test_bits(tiny, bits):
+    model, _ = load_base(str(tiny), bits, torch.device("cpu"))
+    assert getattr(model, f"is_loaded_in_{bits}bit")
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_a_gguf_file_computes_what_its_weights_say(tmp_path):
+    state = tiny_gguf.random_state(tied=True)
+    path = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", state)
+    model, tokenizer = load_base(str(path), "fp32", best_device())
+    found = model.state_dict()
+    for name, values in state.items():
+        torch.testing.assert_close(found[name].cpu(), values, rtol=1e-6, atol=1e-6)
+    assert tokenizer("hello")["input_ids"]
+    with pytest.raises(ArgumentError, match="can't be quantised to 4 bits"):
+        load_base(str(path), "4")
+
+
+def test_the_demos_model_is_read_from_its_package():
+    model, tokenizer = load_base(demo_words()[1])
+    prompt = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    ids = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**ids, max_new_tokens=8, do_sample=False)[
+        0, ids["input_ids"].shape[1] :
+    ]
+    assert "Paris" in tokenizer.decode(answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "no file or folder ./nowhere"),
+        ("no/such/model", "no file or folder no/such/model"),
+        ("someone/nothing", "can't load the base someone/nothing"),
+        (__file__, "must be a folder, a GGUF file or a name"),
+    ],
+)
+def test_no_such_model(name, message):
+    with pytest.raises(ArgumentError, match=message):
+        load_base(name)
+
+
+def test_models_that_are_no_causal_language_models(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    config = BertConfig(**sizes, num_hidden_layers=1, vocab_size=8)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
+    for folder, it_is in (("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration")):
+        with pytest.raises(ArgumentError, match=f"is not a causal language model: it is {it_is}"):
+            load_base(str(tmp_path / folder))
+
+
+def test_code_in_the_folder_does_not_run(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
+    )
+    (tmp_path / "own.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_base(str(tmp_path))
+
+
+def test_bits_without_bitsandbytes(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingPackageError, match=r"disha-torch\[quant\]"):
+        load_base(str(tiny), "4")
+
+
+class TestNote:
+    def save(self, path, note):
+        model = disha.inject_adapters(torch.nn.Linear(4, 4), "all-linear", r=2)
+        disha.save_adapter(model, path, metadata={} if note is None else {BASE_KEY: note})
+        return path
+
+    def test_a_path_stays_right_when_both_are_moved(self, tmp_path):
+        base = tmp_path / "here" / "model"
+        base.mkdir(parents=True)
+        adapter = tmp_path / "here" / "out" / "adapter.safetensors"
+        adapter.parent.mkdir()
+        self.save(adapter, base_note(str(base), "4", adapter))
+        assert str(tmp_path) not in adapter.read_bytes()[:2000].decode(errors="replace")
+        os.rename(tmp_path / "here", tmp_path / "there")
+        moved = tmp_path / "there" / "out" / "adapter.safetensors"
+        assert noted_base(moved) == (str(tmp_path / "there" / "model"), "4")
+        (tmp_path / "there" / "model").rmdir()
+        with pytest.raises(ArgumentError, match="which is not there; give --base"):
+            noted_base(moved)
+
+    def test_a_name(self, tmp_path):
+        path = tmp_path / "adapter.safetensors"
+        self.save(path, base_note("Qwen/Qwen3-0.6B", "bf16", path))
+        assert noted_base(path) == ("Qwen/Qwen3-0.6B", "bf16")
+
+    def test_no_note(self, tmp_path):
+        assert noted_base(self.save(tmp_path / "adapter.safetensors", None)) is None
+
+    @pytest.mark.parametrize("note", ["{", "[]", "{}", '{"base_model_name_or_path": 1}'])
+    def test_a_note_that_says_nothing(self, tmp_path, note):
+        path = self.save(tmp_path / "adapter.safetensors", note)
+        with pytest.raises(ArgumentError, match="notes no base that can be used"):
+            noted_base(path)

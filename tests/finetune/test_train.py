@@ -1,0 +1,300 @@
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import disha
+from disha import ArgumentError
+from disha.finetune import main, train
+from disha.finetune.base import load_base, noted_base
+from tests.finetune import tiny_gguf
+from tests.finetune.conftest import Result
+from tests.finetune.tiny_models import FAMILIES, rows, write_model, write_rows
+from tests.processes import TORCHRUN, environment
+
+AUTHORS = shlex.split(
+    """--init_weights True --bits bf16 --dataset_split train[:100000]
+--dataset_field query response --bf16 True --num_train_epochs 1 --per_device_train_batch_size 2
+--gradient_accumulation_steps 8 --save_strategy steps --save_steps 1000 --save_total_limit 1
+--logging_steps 1 --learning_rate 2e-2 --weight_decay 0. --warmup_ratio 0.03 --tf32 True
+--report_to none"""
+)
+"""The command of the author's script, but for names and the learning rate."""
+
+EXACT = ["--max_steps", 8, "--num_train_epochs", 2, "--save_steps", 2, "--dropout", 0.2]
+EXACT += ["--gradient_accumulation_steps", 2, "--logging_steps", 1]
+
+
+@pytest.fixture(scope="module")
+def authors(tiny, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("authors") / "output" / "bone"
+    words = ["--base_model_name_or_path", str(tiny), "--data_path", str(data)]
+    assert main([*words, "--output_dir", str(folder), "--bone_r", "8", *AUTHORS]) == 0
+    return Result(folder)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(finetune, tmp_path_factory):
+    return finetune(tmp_path_factory.mktemp("uninterrupted"), *EXACT)
+
+
+class TestResults:
+    def test_files(self, authors):
+        names = {path.name for path in authors.folder.iterdir()}
+        assert {"adapter.safetensors", "loss.png", "samples.md", "report.json"} < names
+        assert (authors.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert (authors.folder / "samples.md").read_text().count("**With adapter**") == 3
+
+    def test_report(self, authors):
+        report = authors.report
+        assert report["steps"] == 3
+        assert report["rows"] == {"training": 48, "measured": 48}
+        assert authors.losses[3] < authors.losses[0] - 0.05
+        assert report["proof"]["loaded"] == pytest.approx(report["proof"]["trained"], abs=1e-6)
+        assert report["settings"]["r"] == 8
+        assert report["versions"]["disha"] == disha.__version__
+        assert report["seconds"] > 0
+        assert report["peak_memory_bytes"] > 1e8
+        assert set(report["samples"][0]) == {"prompt", "without", "with_adapter", "reference"}
+
+    def test_the_adapter_notes_its_base(self, authors, tiny):
+        assert noted_base(authors.adapter) == (str(tiny), "bf16")
+        assert disha.inspect_adapter(authors.adapter).metadata["prompt"] == "text"
+
+    def test_the_head_is_left_out(self, authors):
+        names = [layer.name for layer in disha.inspect_adapter(authors.adapter).layers]
+        assert len(names) == 14
+        assert "lm_head" not in names
+
+    def test_a_file_that_is_not_what_was_trained_is_an_error(self, finetune, tmp_path, monkeypatch):
+        save = disha.save_adapter
+
+        def save_other(model, path, *given, **named):
+            with torch.no_grad():
+                for block in disha.adapter_parameters(model):
+                    block += 1
+            save(model, path, *given, **named)
+            with torch.no_grad():
+                for block in disha.adapter_parameters(model):
+                    block -= 1
+
+        monkeypatch.setattr(disha, "save_adapter", save_other)
+        with pytest.raises(disha.DishaError, match="do not use the file"):
+            finetune(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, finetune, tmp_path):
+    base = write_model(tmp_path / "base", family)
+    words = ["--exclude", "router"] if family == "GptOss" else []
+    result = finetune(tmp_path / "out", "--r", 4, *words, base=base)
+    assert result.losses[6] < result.losses[0] - 0.01
+    proof = result.report["proof"]
+    assert proof["loaded"] == pytest.approx(proof["trained"], abs=1e-5)
+
+
+class TestBases:
+    def test_gguf(self, finetune, tmp_path):
+        state = tiny_gguf.random_state(tied=True)
+        base = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", state)
+        result = finetune(tmp_path / "out", base=base)
+        assert result.losses[6] < result.losses[0]
+        assert noted_base(result.adapter) == (str(base), "fp32")
+
+    @pytest.mark.parametrize("bits", ["4", "8"])
+    def test_bits(self, finetune, tmp_path, bits):
+        result = finetune(tmp_path / "out", "--bits", bits)
+        assert result.losses[6] < result.losses[0]
+        assert {block.dtype for block in result.blocks().values()} == {torch.float32}
+
+    def test_merging_onto_gguf_is_refused_before_training(self, finetune, tmp_path):
+        with pytest.raises(ArgumentError, match="can't be merged into a GGUF file"):
+            finetune(tmp_path / "out", "--merge", base=tmp_path / "tiny.gguf")
+        assert not (tmp_path / "out").exists()
+
+
+def test_merge(finetune, tmp_path, tiny):
+    result = finetune(tmp_path, "--merge")
+    merged, words = load_base(str(tmp_path / "merged"))
+    model, _ = load_base(str(tiny))
+    disha.load_adapter(model, result.adapter)
+    ids = words("say two 3", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_chat_model_learns_by_its_template(finetune, tmp_path, chatty):
+    talk = [{"from": "human", "value": "say two"}, {"from": "gpt", "value": "two"}]
+    path = write_rows(tmp_path / "talk.jsonl", [{"conversations": talk}] * 8)
+    result = finetune(tmp_path / "out", "--data", path, "--samples", 1, base=chatty)
+    assert disha.inspect_adapter(result.adapter).metadata["prompt"] == "chat"
+    assert result.report["samples"][0]["prompt"].endswith("assistant\n")
+    assert result.report["samples"][0]["reference"] == "two\n"
+
+
+def test_several_sets_and_held_out_rows(finetune, tmp_path, data):
+    more = write_rows(tmp_path / "more.jsonl", rows(8))
+    words = ["--data", data, more, "--data_weights", 1, 1, "--eval_data", more]
+    result = finetune(tmp_path / "out", *words, "--eval_split", "train[:4]")
+    assert result.report["measured_on"] == "held-out"
+    assert result.report["rows"]["measured"] == 4
+    result = finetune(tmp_path / "fraction", "--eval_fraction", 0.25)
+    assert result.report["rows"] == {"training": 36, "measured": 12}
+
+
+class TestCourse:
+    def test_best_checkpoint(self, finetune, tmp_path):
+        words = ["--eval_fraction", 0.25, "--eval_strategy", "steps", "--eval_steps", 2]
+        words += ["--save_steps", 2, "--learning_rate", 0.3, "--lr_scheduler_type", "constant"]
+        result = finetune(tmp_path, *words, "--load_best_model_at_end")
+        best = min(result.losses, key=lambda step: result.losses[step] if step else 99)
+        assert result.report["best_step"] == best
+        assert result.report["proof"]["trained"] == pytest.approx(result.losses[best], abs=1e-6)
+
+    def test_early_stopping(self, finetune, tmp_path):
+        words = ["--eval_fraction", 0.25, "--eval_strategy", "steps", "--eval_steps", 2]
+        words += ["--save_steps", 2, "--learning_rate", 3, "--lr_scheduler_type", "constant"]
+        words += ["--load_best_model_at_end", "--early_stopping_patience", 1, "--max_steps", 60]
+        assert finetune(tmp_path, *words).report["steps"] < 60
+
+    def test_an_adapter_is_trained_further(self, finetune, authors, tmp_path):
+        words = ["--adapter", authors.adapter, "--max_steps", 3]
+        result = finetune(tmp_path, *words, base=None)
+        assert result.losses[0] == pytest.approx(authors.report["proof"]["trained"], abs=1e-2)
+        assert noted_base(result.adapter) == noted_base(authors.adapter)
+        assert result.blocks().keys() == authors.blocks().keys()
+
+    def test_an_adapter_of_another_base(self, finetune, authors, tmp_path):
+        other = write_model(tmp_path / "other", seed=1)
+        with pytest.raises(ArgumentError, match="other base"):
+            finetune(tmp_path / "out", "--adapter", authors.adapter, base=other)
+
+    def test_tensorboard(self, finetune, tmp_path, monkeypatch):
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+        finetune(tmp_path / "out", "--report_to", "tensorboard", "--logging_steps", 2)
+        events = EventAccumulator(str(tmp_path / "board")).Reload()
+        assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
+        assert events.Scalars("eval/loss")
+
+    def test_dry_run_writes_nothing(self, tiny, data, tmp_path, capsys, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        words = ["--base", str(tiny), "--data", str(data), "--r", "8", "--dry_run"]
+        assert main([*words, "--num_train_epochs", "2", "--gradient_accumulation_steps", "5"]) == 0
+        shown = capsys.readouterr().out
+        assert "model.layers.0.mlp.down_proj" in shown
+        assert "[[" in shown
+        assert "6 steps" in shown
+        assert not list(tmp_path.iterdir())
+
+
+class TestOutputFolder:
+    def test_a_finished_run_is_kept(self, finetune, authors):
+        before = authors.adapter.read_bytes()
+        with pytest.raises(ArgumentError, match=r"holds adapter\.safetensors of an earlier run"):
+            finetune(authors.folder)
+        assert authors.adapter.read_bytes() == before
+
+    def test_starting_over_removes_it(self, finetune, tmp_path):
+        finetune(tmp_path, "--save_steps", 2)
+        assert finetune(tmp_path, "--max_steps", 1, "--overwrite_output_dir").report["steps"] == 1
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "none.jsonl"], "there is no file"),
+        (["--dataset_field", "question", "answer"], "have the fields query, response"),
+        (["--dataset_split", "dev"], "dev"),
+        (["--dataset_split", "train", "train"], "one for each"),
+        (["--base", "./none"], "no file or folder"),
+        (["--r", "65"], "r=65"),
+        (["--target", "nothing"], "selects no layer"),
+        (["--report_to", "nobody"], "nobody"),
+    ],
+)
+def test_bad_input(finetune, tmp_path, words, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        finetune(tmp_path / "out", *words)
+    assert not (tmp_path / "out" / "adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--base", "model"]])
+def test_what_must_be_named(words):
+    with pytest.raises(ArgumentError, match="name "):
+        main(words)
+
+
+KILLED = """
+import os, signal, sys
+from trl import SFTTrainer
+from disha.finetune import main
+step = SFTTrainer.training_step
+def killing(trainer, *given, **named):
+    if trainer.state.global_step == 5:
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    return step(trainer, *given, **named)
+SFTTrainer.training_step = killing
+main(sys.argv[2:])
+"""
+
+
+class TestResuming:
+    def flags(self, tiny, data, folder):
+        words = ["--base", tiny, "--data", data, "--r", 8, "--learning_rate", 0.01]
+        words += ["--samples", 0, "--output_dir", folder, *EXACT, "--overwrite_output_dir"]
+        return [str(word) for word in words]
+
+    def test_a_killed_run_resumes_bit_for_bit(self, tiny, data, tmp_path, uninterrupted):
+        words = self.flags(tiny, data, tmp_path)
+        command = [sys.executable, "-c", KILLED, "SIGKILL", *words]
+        killed = subprocess.run(command, env=environment(), capture_output=True)
+        assert killed.returncode == -signal.SIGKILL
+        assert main([*words, "--resume"]) == 0
+        result = Result(tmp_path)
+        assert result.report["resumed_from"].endswith("checkpoint-4")
+        assert result.report["training_losses"] == uninterrupted.report["training_losses"]
+        expected = uninterrupted.blocks()
+        for name, block in result.blocks().items():
+            assert torch.equal(block, expected[name]), name
+
+    def test_an_interrupted_run_says_how_to_go_on(self, tiny, data, tmp_path, monkeypatch, capsys):
+        def interrupted(trainer, *given, **named):
+            if trainer.state.global_step == 3:
+                raise KeyboardInterrupt
+            return step(trainer, *given, **named)
+
+        step = train.SFTTrainer.training_step
+        words = self.flags(tiny, data, tmp_path)
+        monkeypatch.setattr(train.SFTTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(words)
+        monkeypatch.setattr(train.SFTTrainer, "training_step", step)
+        shown = capsys.readouterr().out
+        said = next(line for line in shown.splitlines() if line.startswith("to go on: "))
+        command, name, *again = said.removeprefix("to go on: ").split()
+        assert (command, name) == ("disha", "finetune")
+        assert main(again) == 0
+        assert Result(tmp_path).report["resumed_from"].endswith("checkpoint-2")
+
+    def test_without_a_checkpoint_it_starts_at_the_beginning(self, finetune, tmp_path, capsys):
+        assert finetune(tmp_path, "--resume").report["resumed_from"] is None
+        assert "starting at the beginning" in capsys.readouterr().out
+
+
+def test_two_processes_give_the_losses_of_one(tiny, data, tmp_path, uninterrupted):
+    words = ["--base", tiny, "--data", data, "--bone_r", 8, "--learning_rate", 0.01]
+    words += ["--samples", 0, *EXACT, "--dropout", 0]
+    one = [*words, "--output_dir", tmp_path / "one"]
+    assert main([str(word) for word in one]) == 0
+    words += ["--output_dir", tmp_path / "two", "--per_device_train_batch_size", 2]
+    command = [sys.executable, *TORCHRUN, "-m", "disha", "finetune", *map(str, words)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected, found = (Result(tmp_path / name).report for name in ("one", "two"))
+    assert list(found["training_losses"].values()) == pytest.approx(
+        list(expected["training_losses"].values()), rel=1e-4
+    )
