@@ -31,20 +31,6 @@ from torch import Tensor
 from disha import errors
 from disha.errors import ArgumentError, DishaError, ModeError
 
-__all__ = [
-    "Ranks",
-    "Split",
-    "gathered",
-    "imported_class",
-    "is_partitioned",
-    "is_sharded",
-    "local_part",
-    "obstacle_to_write",
-    "split_of",
-    "values_at",
-    "write",
-]
-
 
 def imported_class(module: str, name: str) -> type | None:
     """Return a class of a module if the module is imported already, else None.
@@ -62,11 +48,7 @@ def is_sharded(tensor: object) -> bool:
 
 
 def is_partitioned(tensor: object) -> bool:
-    """Whether DeepSpeed ZeRO-3 manages a parameter, whose values are absent most of the time.
-
-    Args:
-        tensor: the parameter.
-    """
+    """Whether DeepSpeed ZeRO-3 manages a parameter, whose values are absent most of the time."""
     return hasattr(tensor, "ds_id")
 
 
@@ -93,13 +75,6 @@ def values_at(tensor: Tensor, positions: Tensor) -> Tensor:
     """Return the values at flat positions, as `torch.take`. Collective if the tensor is sharded.
 
     The ranks exchange only these values.
-
-    Args:
-        tensor: of any shape, floating-point.
-        positions: integer tensor (n,).
-
-    Returns:
-        Tensor (n,).
     """
     if not is_sharded(tensor) or not _in_chunks(tensor):
         whole = gathered(tensor)
@@ -224,13 +199,7 @@ class Split:
     def whole(
         self, local: Tensor, placements: Sequence[Any] | None = None, shape: Sequence[int] = ()
     ) -> Tensor:
-        """Return the whole DTensor, given the part of each rank.
-
-        Args:
-            local: this rank's part.
-            placements: how it is placed; like the weight by default.
-            shape: the shape of the whole; the weight's by default.
-        """
+        """Return the whole DTensor, given the part of each rank."""
         from torch.distributed.tensor import DTensor
 
         size = torch.Size(shape or self.shape)
@@ -242,16 +211,7 @@ class Split:
         return whole
 
     def summed(self, block: Tensor, sums: Sequence[bool]) -> Tensor:
-        """Return a block that all ranks hold, with a gradient that is summed over ranks.
-
-        Args:
-            block: D, the same on all ranks; a DTensor or not.
-            sums: for each dimension of the mesh, whether to sum along it. Along the others, the
-                gradients are the same.
-
-        Raises:
-            ModeError: D is sharded.
-        """
+        """Return a block that all ranks hold, with a gradient that is summed over ranks."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         everywhere = [Replicate()] * len(self.placements)
@@ -272,15 +232,7 @@ class Split:
         return local
 
     def input_of(self, x: Any) -> tuple[Any, Tensor, list[Any], list[bool]]:
-        """Return the input of a linear layer as its weight needs it.
-
-        Args:
-            x: the input (..., in), a DTensor on the same mesh.
-
-        Returns:
-            The input; this rank's part of it; how this rank's product with the update is placed;
-            and along which dimensions of the mesh the gradients of D are summed.
-        """
+        """Return the input of a linear layer as its weight needs it."""
         from torch.distributed.tensor import Partial, Replicate, Shard
 
         plan: list[tuple[Any, Any, Any, bool]] = []
@@ -299,11 +251,7 @@ class Split:
         return x, x.to_local(grad_placements=gradients), outputs, sums
 
     def agree_on(self, block: Tensor) -> None:
-        """Give all ranks the values that the first one has. Collective.
-
-        Args:
-            block: a block that was drawn at random.
-        """
+        """Give all ranks the values that the first one has. Collective."""
         for dim in range(self.device_mesh.ndim):
             group = self.device_mesh.get_group(dim)
             source = torch.distributed.get_global_rank(group, 0)
@@ -314,11 +262,7 @@ class Split:
 
 
 def split_of(tensor: object) -> Split | None:
-    """Return how a weight is cut, or None if it is not a DTensor.
-
-    Args:
-        tensor: the weight.
-    """
+    """Return how a weight is cut, or None if it is not a DTensor."""
     if not is_sharded(tensor):
         return None
     sharded: Any = tensor
@@ -326,11 +270,7 @@ def split_of(tensor: object) -> Split | None:
 
 
 class Ranks:
-    """The ranks that hold the shards of a model; only this process if the model is not sharded.
-
-    Args:
-        parameters: the model's parameters.
-    """
+    """The ranks that hold the shards of a model; only this process if the model is not sharded."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         sharded: list[Any] = [p for p in parameters if is_sharded(p)]
@@ -343,14 +283,7 @@ class Ranks:
 
     @contextmanager
     def agreeing(self, action: str) -> Iterator[None]:
-        """Run the body; if it raises on any rank, raise on all ranks. It must not be collective.
-
-        Args:
-            action: the action, such as "save an adapter"; it must be the same on all ranks.
-
-        Raises:
-            ArgumentError: the ranks do different things.
-        """
+        """Run the body; if it raises on any rank, raise on all ranks. It must not be collective."""
         if not self.meshes:
             yield
             return

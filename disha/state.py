@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from disha import freezing, running_statistics
 from disha.errors import AdapterStateError, ArgumentTypeError
-from disha.layers import AdaptedLayer, Block, kept_packed, weight_shape
+from disha.layers import AdaptedLayer, Block, weight_shape
 from disha.model import ModelView, all_or_nothing, clean_key, join
 from disha.sharding import is_partitioned, local_part, obstacle_to_write, write
 from disha.text import first_few
@@ -111,8 +111,7 @@ def _in_state_dict(view: ModelView, tensors: Mapping[str, Tensor]) -> dict[str, 
         AdapterStateError: the state dict does not have all of them.
     """
     owned = {id(parameter) for parameter in tensors.values()}
-    with kept_packed(view.names):
-        state = view.model.state_dict(keep_vars=True)
+    state = view.model.state_dict(keep_vars=True)
     found = {key: value for key, value in state.items() if id(value) in owned}
     present = {id(value) for value in found.values()}
     absent = [key for key, parameter in tensors.items() if id(parameter) not in present]

@@ -53,9 +53,9 @@ def check(method, case, scale, tolerance=1e-10):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("scale", [1.0, -0.7, 2.0])
-@pytest.mark.parametrize("tokens", [1, 3, 9])  # few enough for streaming, and too many
+@pytest.mark.parametrize(  # tokens: few enough for streaming, and too many
+    ("tokens", "scale", "bias"), [(1, -0.7, True), (3, 1.0, False), (9, 2.0, True)]
+)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_values_and_gradients_are_those_of_the_loops(method, sizes, tokens, scale, bias):

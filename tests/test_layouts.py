@@ -108,13 +108,23 @@ TABLE = {
     ),
 }  # fmt: skip
 PAIRS = [(name, method) for name, row in TABLE.items() for method in row.methods]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OTHER_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CELLS = [(name, method, torch.float64) for name, method in PAIRS] + [
+    (name, row.methods[(place + turn) % len(row.methods)], dtype)
+    for place, (name, row) in enumerate(TABLE.items())
+    for turn, dtype in enumerate(OTHER_DTYPES)
+]
+"""Every pair in float64, and every layout once in each other dtype."""
+
+ALONE = [(name, method) for name, method in PAIRS if TABLE[name].call is Row.call]
+EXPORTED = [(name, method) for name, method in ALONE if TABLE[name].exports]
+"""Modules that are called with their input alone, and those that torch can export."""
+
 every_pair = pytest.mark.parametrize(("name", "method"), PAIRS)
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@every_pair
+@pytest.mark.parametrize(("name", "method", "dtype"), CELLS)
 class TestEveryDtype(DtypeTests):
     table = TABLE
 
@@ -155,25 +165,6 @@ class TestEveryPair(PairTests):
         if row.compiles:
             assert counter.frame_count == compilations == 1
 
-    def test_exported_is_eager(self, name, method):
-        row = TABLE[name]
-        if not row.exports or row.call is not Row.call:
-            return
-        model, x = row.adapted(method), row.input()
-        perturb(model)
-        found = torch.export.export(model, (x,), strict=True).module()(x)
-        close(found[0] if isinstance(found, tuple) else found, row.output(model, x))
-
-    def test_traced_is_eager(self, name, method):
-        row = TABLE[name]
-        model, x = row.adapted(method).eval(), row.input()
-        if row.call is not Row.call:
-            return
-        perturb(model)
-        traced = torch.jit.trace(model[0], (x,), check_trace=False)
-        found = traced(x)
-        close(found[0] if isinstance(found, tuple) else found, row.output(model, x))
-
     @needs_fully_shard
     @pytest.mark.usefixtures("process_group")
     def test_fully_sharded(self, name, method):
@@ -191,6 +182,24 @@ class TestEveryPair(PairTests):
         output.sum().backward()
         for block, wanted in zip(disha.adapter_parameters(model), gradients, strict=True):
             close(block.grad.full_tensor(), wanted, torch.float32)
+
+
+@pytest.mark.parametrize(("name", "method"), EXPORTED)
+def test_exported_is_eager(name, method):
+    row = TABLE[name]
+    model, x = row.adapted(method), row.input()
+    perturb(model)
+    found = torch.export.export(model, (x,), strict=True).module()(x)
+    close(found[0] if isinstance(found, tuple) else found, row.output(model, x))
+
+
+@pytest.mark.parametrize(("name", "method"), ALONE)
+def test_traced_is_eager(name, method):
+    row = TABLE[name]
+    model, x = row.adapted(method).eval(), row.input()
+    perturb(model)
+    found = torch.jit.trace(model[0], (x,), check_trace=False)(x)
+    close(found[0] if isinstance(found, tuple) else found, row.output(model, x))
 
 
 class Holder(nn.Module):

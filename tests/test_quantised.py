@@ -120,6 +120,12 @@ def same(first, second):
         assert torch.equal(value, second[name]), name
 
 
+@pytest.fixture(autouse=True)
+def not_packed(monkeypatch):
+    """Keep bitsandbytes from packing weights for CPUs with AVX512-BF16."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
 class Small(nn.Module):
     """Quantised and plain layers, one of them without a bias, and a norm."""
 
@@ -558,72 +564,29 @@ def unmerged(model):
 @pytest.mark.skipif(
     not has_avx512bf16(), reason="only on CPUs with AVX512-BF16 does bitsandbytes pack weights"
 )
-@pytest.mark.parametrize("nested", [True, False])
 class TestPackedForTheCpu:
     """The first forward in eval mode packs a 4-bit weight for a kernel without gradients."""
 
-    def packed(self, nested, bias=True):
-        torch.manual_seed(0)
-        dense = nn.Linear(128, 64, bias)
-        with torch.no_grad():  # scales that differ much from row to row
-            dense.weight.mul_(torch.logspace(-1, 1, 64)[:, None])
-        layer = quantised(dense, "nf4", compress_statistics=nested)
-        weight = dense_weight(layer)
-        layer.requires_grad_(False).eval()(torch.randn(1, 128))
-        assert layer.weight.quant_state.packing_format_for_cpu
-        return layer.train(), weight
+    @pytest.fixture
+    def layer(self):
+        layer = quantised(nn.Linear(128, 64), "nf4").requires_grad_(False)
+        layer.support_avx512bf16_for_cpu = True
+        return layer
 
-    @pytest.mark.parametrize("bias", [True, False])
-    @pytest.mark.parametrize("method", METHODS)
-    def test_trains_after_an_evaluation(self, nested, bias, method):
-        layer, weight = self.packed(nested, bias)
-        inject(layer, method, r=16)
-        x, block = torch.randn(3, 2, 128, requires_grad=True), layer.disha["default"].block
-        layer(x).square().sum().backward()
-        twin = x.detach().clone().requires_grad_()
-        dense = F.linear(twin, weight, layer.bias)
-        dense.square().sum().backward()
-        close(x.grad, twin.grad, 0.02)
-        assert block.grad.abs().max() > 0
-        with torch.no_grad():
-            close(layer(x), layer(x.detach()))
-
-    def test_a_bias_can_be_trained_beside_the_adapter(self, nested):
-        layer, weight = self.packed(nested)
-        model = nn.Sequential(layer)
-        disha.inject_adapters(model, "0", 16, also_train="bias")
-        x = torch.randn(3, 2, 128)
-        output = model(x)
-        output.sum().backward()
-        assert torch.equal(layer.bias.grad, torch.full((64,), 6.0))
-        close(output, F.linear(x, weight, layer.bias), 0.02)
-
-    @pytest.mark.parametrize("method", METHODS)
-    def test_merges_and_comes_back(self, nested, method):
-        layer, weight = self.packed(nested)
-        inject(layer, method, r=16)
-        perturb(layer)
-        x = torch.randn(3, 128)
-        block = next(disha.adapter_parameters(layer))
-        expected, parameter, data = layer(x), layer.weight, layer.weight.data.clone()
-        oracle = reference.linear(x, weight, layer.bias, [(block, 1.0)])
-        close(expected, oracle, 0.02)
-        disha.merge_adapters(layer, dense=True)
-        close(layer(x), oracle, 0.02)
-        disha.unmerge_adapters(layer)
-        assert layer.weight is parameter
-        assert torch.equal(layer.weight.data, data)
-        assert torch.equal(layer(x), expected)
-
-    def test_taking_the_adapters_state_leaves_the_weight(self, nested):
-        layer, _ = self.packed(nested)
+    def test_an_adapted_weight_is_not_packed(self, layer):
         inject(layer, "bone", r=16)
-        x, data = torch.randn(3, 128), layer.weight.data.clone()
-        before = layer(x)
-        state = disha.adapter_state_dict(layer)
-        disha.load_adapter_state_dict(layer, state)
-        assert torch.equal(layer.weight.data, data)
-        assert torch.equal(layer(x), before)
+        layer.eval()(torch.randn(1, 128))
+        x = torch.randn(3, 128, requires_grad=True)
+        layer.train()(x).square().sum().backward()
+        assert x.grad.any()
+        assert layer.disha["default"].block.grad.any()
+
+    def test_a_packed_weight_is_refused(self, layer):
+        layer.eval()(torch.randn(1, 128))
+        before = type(layer)
+        with pytest.raises(disha.ModeError, match="before the model runs in evaluation mode"):
+            inject(layer, "bone", r=16)
+        assert type(layer) is before
 
 
 class TestTensorSubclasses:
@@ -1054,19 +1017,6 @@ class Masked(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
-class Kernel(nn.Module):
-    """Dense, under another name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_features, self.out_features = 8, 16
-        self.kernel = nn.Parameter(torch.randn(8, 16))
-        self.register_buffer("mask", torch.ones(8, 16, dtype=torch.uint8))
-
-    def forward(self, x):
-        return x @ (self.kernel * self.mask)
-
-
 class Window(nn.Module):
     """A block with sizes and an index, as windows of attention have."""
 
@@ -1100,7 +1050,6 @@ def lora():
         Masked,
         lambda: Masked(torch.int64),
         lambda: nn.utils.parametrizations.weight_norm(Masked()),
-        Kernel,
         Window,
         OfTensorSize,
         lora,

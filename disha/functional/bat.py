@@ -35,8 +35,6 @@ from disha.functional.shards import (
     without_autocast,
 )
 
-__all__ = ["SLAB_BYTES", "bat_delta_weight", "bat_forward", "bat_linear", "bat_streamed"]
-
 SLAB_BYTES = 2**23
 """Largest part of W_eff, or of the weight's gradient, in memory at once; at least one block."""
 
@@ -134,22 +132,6 @@ def bat_linear(
     the other part of dW, D itself, is added to the output. W must be frozen. The result is None
     where `bat_forward` is needed: for transforms of `torch.func`, forward-mode derivatives, and
     operands of several dtypes. Compiled code forms all of W_eff, in one loop.
-
-    Args:
-        x: input (..., in).
-        weight: W (out, in), frozen.
-        bias: b (out,), or None.
-        block: D (ceil(out / r), r, r), of W's dtype or float32.
-        scale: runtime scale s.
-
-    Returns:
-        Tensor (..., out), or None where this way does not apply.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional.bat import bat_linear
-        >>> bat_linear(torch.ones(1, 2), torch.eye(2), None, torch.eye(2)[None])
-        tensor([[3., 3.]])
     """
     if autocasts(x.device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -317,14 +299,6 @@ def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     """Return W_eff x for few tokens and one matrix or a stack, without forming W_eff.
 
     y_a = sum over b of W_ab (I + D_a) x_b + D_a S(x). This reads W once, in order.
-
-    Args:
-        x: input (..., tokens, in).
-        weight: W (..., out, in).
-        block: D (..., ceil(out / r), r, r).
-
-    Returns:
-        Tensor (..., tokens, out).
     """
     stack, tokens = x.shape[:-2], x.shape[-2]
     count, r, matrices = block.shape[-3], block.shape[-1], stack.numel()

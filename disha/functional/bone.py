@@ -17,15 +17,6 @@ from torch import Tensor
 
 from disha.functional.shards import Scale, scaled, shard_count, shard_sums, tiled
 
-__all__ = [
-    "bone_delta",
-    "bone_delta_weight",
-    "bone_forward",
-    "bone_lora_factors",
-    "embedding_delta",
-    "routed_bone_delta",
-]
-
 
 def bone_delta(x: Tensor, block: Tensor, out_features: int, scale: Scale = 1.0) -> Tensor:
     """Return what a Bone (or tile) block adds to the layer's output: s * S(x) D, tiled.
@@ -176,27 +167,7 @@ def embedding_delta(
 
 
 def routed_bone_delta(x: Tensor, blocks: Sequence[Tensor], choices: Tensor) -> Tensor:
-    """Return what Bone blocks add if each sample has its own block, computed in one product.
-
-    Args:
-        x: input (samples * n, ..., in): each sample covers n entries of the leading dimension.
-        blocks: s D of each adapter, all (r, out), of one dtype.
-        choices: (samples,), the index of each sample's block, or len(blocks) for none.
-
-    Returns:
-        Tensor (samples * n, ..., out), in the dtype of x, or autocast's.
-
-    Source: arXiv 2409.15371, section 3.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import routed_bone_delta
-        >>> blocks = [torch.ones(1, 2), torch.full((1, 2), 2.0)]
-        >>> routed_bone_delta(torch.ones(3, 2), blocks, torch.tensor([1, 2, 0]))
-        tensor([[4., 4.],
-                [0., 0.],
-                [2., 2.]])
-    """
+    """Return what Bone blocks add if each sample has its own block, computed in one product."""
     samples, (r, out_features) = choices.shape[0], blocks[0].shape
     table = torch.stack([*blocks, torch.zeros_like(blocks[0])])
     each = x.shape[:-1].numel() // samples

@@ -34,8 +34,6 @@ from torch import Tensor
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional.shards import without_autocast
 
-__all__ = ["PATTERNS", "Geometry", "Layout", "Rows", "layout_of", "place_rows", "take_rows"]
-
 Rows = tuple[tuple[int, int], ...]
 """Ranges (first, stop) of a weight's outputs, in order, without overlap; empty means all."""
 
@@ -129,21 +127,13 @@ class Layout:
         return self.axes.index(inputs) < self.axes.index("out")
 
     def inputs_named(self, count: int) -> str:
-        """Return the number of inputs, in the words that users of such a weight know.
-
-        Args:
-            count: the number.
-        """
+        """Return the number of inputs, in the words that users of such a weight know."""
         if self.has_kernel:
             return f"its {count} input channels per group"
         return f"{'num_embeddings' if self.pattern == 'index out' else 'in_features'}={count}"
 
     def outputs_named(self, count: int) -> str:
-        """Return the number of outputs, in the words that users of such a weight know.
-
-        Args:
-            count: the number.
-        """
+        """Return the number of outputs, in the words that users of such a weight know."""
         if self.has_kernel:
             return f"its {count} output channels"
         return f"{'embedding_dim' if self.pattern == 'index out' else 'out_features'}={count}"
@@ -158,11 +148,7 @@ class Layout:
         return replace(self, pattern=" ".join(axis for axis in self.axes if axis != "expert"))
 
     def of_part(self, part: Sequence[tuple[int, int]]) -> Layout:
-        """Return the layout of a part of a weight: there, `padding_idx` is another row, or none.
-
-        Args:
-            part: the first index and the one after the last, for each dimension.
-        """
+        """Return the layout of a part of a weight: there, `padding_idx` is another row, or none."""
         if self.padding_idx is None:
             return self
         start, stop = part[0]
@@ -170,11 +156,7 @@ class Layout:
         return replace(self, padding_idx=self.padding_idx - start if inside else None)
 
     def misfit(self, shape: Sequence[int]) -> str | None:
-        """Return why a weight of a shape can't have this layout, or None if it can.
-
-        Args:
-            shape: the weight's shape.
-        """
+        """Return why a weight of a shape can't have this layout, or None if it can."""
         axes, kernel = len(self.axes), self.has_kernel
         if len(shape) == axes or (kernel and len(shape) > axes):
             if self.pattern != "in out *kernel" or shape[0] % self.groups == 0:
@@ -194,12 +176,7 @@ class Layout:
         return None
 
     def geometry(self, shape: Sequence[int], rows: Rows = ()) -> Geometry:
-        """Return the sizes of a weight of this layout.
-
-        Args:
-            shape: the weight's shape.
-            rows: the outputs to count; all by default.
-        """
+        """Return the sizes of a weight of this layout."""
         if self.has_kernel:
             first, second, *kernel = shape
             if self.in_first:
@@ -215,12 +192,7 @@ class Layout:
         return Geometry(inputs, out, stack)
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
-        """Return the shape of a weight with these sizes: the inverse of `geometry`.
-
-        Args:
-            geometry: the sizes. A file can claim a stack of any length, so the result may have a
-                wrong number of axes: `misfit` says whether it can be a weight's shape.
-        """
+        """Return the shape of a weight with these sizes: the inverse of `geometry`."""
         inputs, out, stack = geometry.in_features, geometry.out_features, geometry.stack
         if self.has_kernel:
             if self.in_first:
@@ -229,11 +201,7 @@ class Layout:
         return (*stack, inputs, out) if self.in_first else (*stack, out, inputs)
 
     def matrices(self, weight: Tensor) -> Tensor:
-        """Return a weight as its stack of matrices (..., out, in), as a view where possible.
-
-        Args:
-            weight: a weight of this layout.
-        """
+        """Return a weight as its stack of matrices (..., out, in), as a view where possible."""
         if self.has_kernel:
             if self.in_first:
                 each = weight.shape[0] // self.groups
@@ -243,11 +211,7 @@ class Layout:
         return weight.transpose(-2, -1) if self.in_first else weight
 
     def weight(self, matrices: Tensor) -> Tensor:
-        """Return a stack of matrices (..., out, in) as a weight: the inverse of `matrices`.
-
-        Args:
-            matrices: (..., out, in), with the stack that `geometry` gives.
-        """
+        """Return a stack of matrices (..., out, in) as a weight: the inverse of `matrices`."""
         if self.has_kernel:
             if self.in_first:
                 return matrices.movedim((-2, -1), (2, 1)).flatten(0, 1)
@@ -255,12 +219,7 @@ class Layout:
         return matrices.transpose(-2, -1) if self.in_first else matrices
 
     def part(self, weight: Tensor, rows: Rows) -> Tensor:
-        """Return the part of a weight that belongs to some outputs, as a view where possible.
-
-        Args:
-            weight: a weight of this layout.
-            rows: the outputs; empty for all.
-        """
+        """Return the part of a weight that belongs to some outputs, as a view where possible."""
         return self.weight(take_rows(self.matrices(weight), rows)) if rows else weight
 
 
@@ -295,19 +254,7 @@ def layout_of(pattern: object) -> Layout:
 
 
 def take_rows(tensor: Tensor, rows: Rows, dim: int = -2) -> Tensor:
-    """Return some rows of a tensor one after another, as a view if they are one range.
-
-    Args:
-        tensor: any tensor.
-        rows: ranges (first, stop); empty for all.
-        dim: the dimension of the rows.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import take_rows
-        >>> take_rows(torch.arange(6), ((0, 2), (5, 6)), dim=0)
-        tensor([0, 1, 5])
-    """
+    """Return some rows of a tensor one after another, as a view if they are one range."""
     if not rows:
         return tensor
     parts = [tensor.narrow(dim, first, stop - first) for first, stop in rows]
@@ -315,20 +262,7 @@ def take_rows(tensor: Tensor, rows: Rows, dim: int = -2) -> Tensor:
 
 
 def place_rows(part: Tensor, rows: Rows, size: int, dim: int = -2) -> Tensor:
-    """Return a tensor with `part` in some rows and zeros elsewhere: the inverse of `take_rows`.
-
-    Args:
-        part: the rows, one range after another.
-        rows: ranges (first, stop); empty for all.
-        size: number of rows of the result.
-        dim: the dimension of the rows.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import place_rows
-        >>> place_rows(torch.tensor([1, 2, 3]), ((0, 2), (5, 6)), size=6, dim=0)
-        tensor([1, 2, 0, 0, 0, 3])
-    """
+    """Return a tensor with `part` in some rows and zeros elsewhere: the inverse of `take_rows`."""
     if not rows:
         return part
     pieces, end, taken = [], 0, 0

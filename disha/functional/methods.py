@@ -40,8 +40,6 @@ from disha.functional.shards import (
 )
 from disha.text import brief
 
-__all__ = ["METHODS", "Method", "method_names", "method_of"]
-
 
 class Method:
     """What one method does with one matrix W (out, in), and from that, with a weight of any layout.

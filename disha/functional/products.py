@@ -42,21 +42,6 @@ from disha.functional.shards import (
     without_autocast,
 )
 
-__all__ = [
-    "Product",
-    "Reduced",
-    "Update",
-    "adapted_grouped",
-    "adapted_linear",
-    "adapted_product",
-    "adapted_stack",
-    "effective_weight",
-    "reduced_updates",
-    "update_of_part",
-    "update_of_rows",
-    "update_product",
-]
-
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(input, weight, bias or None) -> the product. Everything else, such as a stride, is fixed."""
 
@@ -96,11 +81,7 @@ class Update(NamedTuple):
         return self.block if self.chosen is None else self.block[self.chosen]
 
     def at(self, index: int | slice | Tensor) -> Update:
-        """Return the update of one matrix of a stack, or of several.
-
-        Args:
-            index: index of the matrix, or of several.
-        """
+        """Return the update of one matrix of a stack, or of several."""
         if isinstance(index, Tensor) and index.dim() == 1:
             # The blocks are gathered only where they are used: there may be one for each token.
             return self._replace(chosen=index if self.chosen is None else self.chosen[index])
@@ -121,12 +102,6 @@ class Reduced(NamedTuple):
         matrix: s R (..., r, out), with the stack's axes first; of a tile (..., r, r_out).
         dropout: current probability of zeroing each input.
         chosen: indices of the matrices of a stack; None for all.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import Reduced
-        >>> Reduced(torch.zeros(2, 3), dropout=0.0).chosen is None
-        True
     """
 
     matrix: Tensor
@@ -172,22 +147,8 @@ def adapted_product(
 ) -> Tensor:
     """Return a product of x with W + sum of s dW, plus b.
 
-    Args:
-        multiply: the product: of a linear layer, a convolution, or a lookup.
-        x: input (..., in); (..., in, *positions) of a convolution, indices (...) of a lookup.
-        weight: W.
-        bias: b (out,), or None.
-        layout: W's layout.
-        updates: the blocks.
-        groups: groups of a convolution.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import Layout, Update, adapted_product, method_of
-        >>> x, W, D = torch.ones(1, 4, 3), torch.zeros(1, 4, 1), torch.ones(1, 2, 1)
-        >>> conv, layout = torch.nn.functional.conv1d, Layout("out in *kernel")
-        >>> adapted_product(conv, x, W, None, layout, [Update(method_of("bone"), D)])
-        tensor([[[4., 4., 4.]]])
+    `multiply` is that of a linear layer, with x (..., in), of a convolution, with x
+    (..., in, *positions), or of a lookup, with indices x (...).
     """
     out_features = layout.geometry(weight.shape).out_features
     small, folded, others = _divided(updates, layout, out_features)
@@ -207,24 +168,7 @@ def update_product(
     update: Update,
     groups: int = 1,
 ) -> Tensor:
-    """Return the product of x with s dW of one update, with its dropout.
-
-    Args:
-        multiply: the product.
-        x: input, as in `adapted_product`.
-        weight: W. Only its shape matters if the method does not read it.
-        layout: its layout.
-        update: the update.
-        groups: groups of a convolution.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import Layout, Update, method_of, update_product
-        >>> linear = torch.nn.functional.linear
-        >>> update = Update(method_of("bone"), torch.ones(2, 1))
-        >>> update_product(linear, torch.ones(4), torch.zeros(1, 4), Layout("out in"), update)
-        tensor([4.])
-    """
+    """Return the product of x with s dW of one update, with its dropout."""
     out_features = layout.geometry(weight.shape).out_features
     small = reduced_updates([update], layout, out_features)
     if small:
@@ -285,21 +229,7 @@ def _divided(
 
 
 def reduced_updates(updates: Sequence[Update], layout: Layout, out_features: int) -> list[Reduced]:
-    """Return what the updates add through shard sums; those of one shard size are added up.
-
-    Args:
-        updates: the updates. Those whose method does not reduce are left out.
-        layout: the weight's layout.
-        out_features: its outputs. If an update adapts some rows, its matrix is zero in the others.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import Layout, Update, method_of, reduced_updates
-        >>> bone, block = method_of("bone"), torch.ones(1, 2)
-        >>> updates = [Update(bone, block, rows=((i, i + 2),)) for i in range(2)]
-        >>> reduced_updates(updates, Layout("out in"), 4)[0].matrix
-        tensor([[1., 2., 1., 0.]])
-    """
+    """Return what the updates add through shard sums; those of one shard size are added up."""
     found: dict[Hashable, Reduced] = {}
     for update in updates:
         if not update.method.reduces:
@@ -319,23 +249,7 @@ def reduced_updates(updates: Sequence[Update], layout: Layout, out_features: int
 
 
 def update_of_rows(update: Update, start: int, stop: int, out_features: int) -> list[Update] | None:
-    """Return the updates of the outputs start to stop, or None if a block can't be cut there.
-
-    Args:
-        update: the update of the matrix.
-        start: the first output.
-        stop: the output after the last one.
-        out_features: number of all outputs.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import Update, method_of, update_of_rows
-        >>> bone = Update(method_of("bone"), torch.tensor([[1.0, 2.0, 3.0]]))
-        >>> update_of_rows(bone, 1, 3, 3)[0].block
-        tensor([[2., 3.]])
-        >>> update_of_rows(Update(method_of("bat"), torch.zeros(2, 2, 2)), 1, 3, 4) is None
-        True
-    """
+    """Return the updates of the outputs start to stop, or None if a block can't be cut there."""
     method, rows = update.method, update.rows or ((0, out_features),)
     outputs = sum(last - first for first, last in rows)
     found, before = [], 0
@@ -355,21 +269,7 @@ def update_of_rows(update: Update, start: int, stop: int, out_features: int) -> 
 def update_of_part(
     update: Update, layout: Layout, shape: Sequence[int], part: Sequence[tuple[int, int]]
 ) -> list[Update] | None:
-    """Return the updates of a part of a weight, or None if a block can't be cut there.
-
-    Args:
-        update: the update of the whole weight.
-        layout: the weight's layout.
-        shape: the weight's shape.
-        part: the first index and the one after the last, for each dimension.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import Layout, Update, method_of, update_of_part
-        >>> update = Update(method_of("bone"), torch.tensor([[1.0], [2.0]]))
-        >>> update_of_part(update, Layout("out in"), (1, 6), [(0, 1), (3, 6)])[0].block.T
-        tensor([[2., 1.]])
-    """
+    """Return the updates of a part of a weight, or None if a block can't be cut there."""
     ends = dict(zip(layout.axes, zip(part, shape, strict=True), strict=False))
     cut = {axis: own for axis, (own, size) in ends.items() if own != (0, size)}
     if layout.has_kernel:
@@ -445,7 +345,10 @@ def _linear_and_reduced(
     # as it is, and not repeated in memory first.
     shards = x.view(tokens, inputs // r, r)
     sums = shards.sum(1)
-    return _plus_product(F.linear(shards.view(tokens, inputs), weight, bias), sums, matrix, scale)
+    output = F.linear(shards.view(tokens, inputs), weight, bias)
+    if matrix.dtype != x.dtype or matrix.shape[1] != output.shape[1] or transforms_active():
+        return _plus_product(output, sums, matrix, scale)
+    return output.addmm_(sums, matrix, alpha=scale)  # here, to save a call for few tokens
 
 
 def _linear_in_general(
@@ -531,23 +434,7 @@ def _in_pieces(
 
 
 def adapted_stack(x: Tensor, weight: Tensor, updates: Sequence[Update]) -> Tensor:
-    """Return x (W + sum of s dW)^T, with one product for each matrix of a stack.
-
-    Args:
-        x: input (experts, n, in), or (1, n, in) for all experts.
-        weight: W (experts, out, in).
-        updates: the blocks.
-
-    Returns:
-        Tensor (experts, n, out).
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import Update, adapted_stack, method_of
-        >>> x, W, D = torch.ones(3, 2, 4), torch.zeros(3, 5, 4), torch.ones(3, 2, 5)
-        >>> adapted_stack(x, W, [Update(method_of("bone"), D)]).unique()
-        tensor([4.])
-    """
+    """Return x (W + sum of s dW)^T, with one product for each matrix of a stack."""
     _, folded, _ = _divided(updates, STACK, weight.shape[-2])
     if folded and x.shape[0] == 1:
         x = x.expand(weight.shape[0], -1, -1)
@@ -579,24 +466,6 @@ def adapted_grouped(
     """Return x (W_e + sum of s dW_e)^T, where each run of rows of x belongs to one matrix e.
 
     One shard sum serves all matrices, and one grouped product adds an update to all rows.
-
-    Args:
-        multiply: the grouped product, `torch._grouped_mm` or one with the same arguments.
-        x: input (n, in), ordered by matrix.
-        weight: W (experts, out, in).
-        offsets: (experts,), the end of the rows of each matrix.
-        updates: the blocks.
-
-    Returns:
-        Tensor (n, out).
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import Update, adapted_grouped, method_of
-        >>> x, W, D = torch.ones(3, 8), torch.zeros(2, 4, 8), torch.ones(2, 2, 4)
-        >>> ends = torch.tensor([1, 3], dtype=torch.int32)
-        >>> adapted_grouped(torch._grouped_mm, x, W, ends, [Update(method_of("bone"), D)]).unique()
-        tensor([8.])
     """
     if not is_compiling() and not all(update.method.reduces for update in updates):
         return _one_by_one(x, weight, offsets, updates)

@@ -19,8 +19,6 @@ from torch import Tensor
 from disha.functional.products import Update, adapted_linear
 from disha.functional.shards import scaled, shard_sums
 
-__all__ = ["linear_of_runs", "with_bone_of_runs"]
-
 
 def linear_of_runs(
     x: Tensor,
@@ -31,46 +29,19 @@ def linear_of_runs(
 ) -> Tensor:
     """Return (W + sum of s dW) x + b, with the updates of each run.
 
-    Args:
-        x: input (n, ..., in).
-        weight: W (out, in).
-        bias: b (out,), or None.
-        runs: the updates of each run, and its number of entries.
-        order: indices along the leading dimension that sort its entries by run; None if they are
-            sorted already.
-
-    Returns:
-        Tensor (n, ..., out).
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import Update, method_of
-        >>> from disha.functional.routed import linear_of_runs
-        >>> runs = [([Update(method_of("bat"), torch.eye(2)[None])], 1), ([], 1)]
-        >>> linear_of_runs(torch.ones(2, 2), torch.eye(2), None, runs)
-        tensor([[3., 3.],
-                [1., 1.]])
+    `order` are indices along the leading dimension that sort its entries by run; None if they are
+    sorted already.
     """
     sizes, updates = [size for _, size in runs], [own for own, _ in runs]
     if order is None:
         each = zip(torch.split(x, sizes), updates, strict=True)
         return torch.cat([adapted_linear(part, weight, bias, own) for part, own in each])
-    places = torch.split(order, sizes)
-    parts = (
+    parts = [
         adapted_linear(x.index_select(0, rows), weight, bias, own)
-        for rows, own in zip(places, updates, strict=True)
-    )
-    if torch.is_grad_enabled():
-        together = torch.cat(list(parts))
-        return torch.empty_like(together).index_copy(0, order, together)
-    # Without gradients, the output of one run at a time is in memory beside the whole output.
-    output: Tensor | None = None
-    for rows, part in zip(places, parts, strict=True):
-        if output is None:
-            output = part.new_empty(len(x), *part.shape[1:])
-        output.index_copy_(0, rows, part)
-    assert output is not None
-    return output
+        for rows, own in zip(torch.split(order, sizes), updates, strict=True)
+    ]
+    together = torch.cat(parts)
+    return torch.empty_like(together).index_copy(0, order, together)
 
 
 def with_bone_of_runs(
@@ -79,25 +50,9 @@ def with_bone_of_runs(
     runs: Sequence[tuple[Tensor | None, int]],
     order: Tensor | None = None,
 ) -> Tensor:
-    """Return an output plus s S(x) R, with the R and s of each run.
+    """Return an output (n, rows, out) plus S(x) s R, with the s R of each run, all of one shape.
 
-    Args:
-        output: (n, rows, out). Without gradients, it is changed in place; it must be contiguous
-            if there is no order.
-        x: input (n, rows, in).
-        runs: s R (r, out) of each run, or None, and its number of entries. All have one shape and
-            dtype.
-        order: indices along the leading dimension that sort its entries by run; None if they are
-            sorted already, and no gradient is needed.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional.routed import with_bone_of_runs
-        >>> runs = [(torch.full((1, 2), 3.0), 1), (None, 1)]
-        >>> with torch.no_grad():
-        ...     with_bone_of_runs(torch.zeros(2, 1, 2), torch.ones(2, 1, 2), runs)[:, 0]
-        tensor([[6., 6.],
-                [0., 0.]])
+    Without gradients, the output is changed in place; it must be contiguous if there is no order.
     """
     first = next(own for own, _ in runs if own is not None)
     sums, regain = shard_sums(x, first.shape[0])

@@ -12,22 +12,6 @@ from torch import Tensor
 
 from disha.errors import ArgumentError
 
-__all__ = [
-    "Scale",
-    "added",
-    "autocasts",
-    "merge_dtype",
-    "merged_weight",
-    "pad_to_multiple",
-    "scaled",
-    "shard_count",
-    "shard_sum",
-    "shard_sums",
-    "tiled",
-    "weighted_sum",
-    "without_autocast",
-]
-
 Scale = float | Tensor
 
 FEW_TILES = 4
@@ -84,18 +68,7 @@ def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None, dim: int = -1
 
 
 def scaled(x: Tensor, scale: Scale) -> Tensor:
-    """Return s x; x itself if s is the number 1.
-
-    Args:
-        x: any tensor.
-        scale: s, a number or a 0-dim tensor.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional.shards import scaled
-        >>> scaled(torch.ones(2), 0.5)
-        tensor([0.5000, 0.5000])
-    """
+    """Return s x; x itself if s is the number 1."""
     return x if not isinstance(scale, Tensor) and scale == 1.0 else x * scale
 
 
@@ -115,15 +88,7 @@ def shard_sums(x: Tensor, r: int, dim: int = -1) -> tuple[Tensor, float]:
 
 
 def tiled(block: Tensor, out_features: int) -> Tensor:
-    """Repeat a block's last dimension (r_out) until it is as long as the output.
-
-    Args:
-        block: (..., r_out).
-        out_features: size of the output.
-
-    Raises:
-        ArgumentError: r_out does not divide out_features.
-    """
+    """Repeat a block's last dimension (r_out) until it is as long as the output."""
     r_out = block.shape[-1]
     if r_out == out_features:
         return block
@@ -143,11 +108,7 @@ def tiled(block: Tensor, out_features: int) -> Tensor:
 
 
 def merge_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the dtype in which updates are added to a weight.
-
-    Args:
-        dtypes: that of the weight; also that of the block, if the update is computed from both.
-    """
+    """Return the dtype in which updates are added to a weight."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
@@ -196,37 +157,14 @@ def weighted_sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 
 
 def added(fresh: Tensor, delta: Tensor) -> Tensor:
-    """Return fresh + delta in the dtype of `fresh`; adds in place where that is safe.
-
-    Args:
-        fresh: the result of an operation that does not save it for backward. Only the caller may
-            hold it.
-        delta: the tensor to add, of the same shape.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import added
-        >>> added(torch.ones(2), torch.tensor([1.0, 2.0]))
-        tensor([2., 3.])
-    """
+    """Return fresh + delta in the dtype of `fresh`; adds in place where that is safe."""
     delta = delta.to(fresh.dtype)
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return fresh + delta if transformed or fresh._is_view() else fresh.add_(delta)
 
 
 def autocasts(device: torch.device) -> bool:
-    """Return whether autocast casts the operands of products on a device now.
-
-    Args:
-        device: where the operands are.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional.shards import autocasts
-        >>> with torch.autocast("cpu", torch.bfloat16):
-        ...     autocasts(torch.device("cpu"))
-        True
-    """
+    """Return whether autocast casts the operands of products on a device now."""
     name = device.type
     # This check takes a fifth of the time of the other one, and is enough for these devices.
     if name in ("cpu", "cuda") and not torch._C._is_any_autocast_enabled():
@@ -235,20 +173,6 @@ def autocasts(device: torch.device) -> bool:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which products are computed in their operands' own dtype.
-
-    Args:
-        device: where the operands are.
-
-    Examples:
-        >>> import torch
-        >>> from disha.functional import without_autocast
-        >>> x = torch.ones(2, 2)
-        >>> with torch.autocast("cpu", torch.bfloat16):
-        ...     with without_autocast(x.device):
-        ...         exact = x @ x
-        ...     print((x @ x).dtype, exact.dtype)
-        torch.bfloat16 torch.float32
-    """
+    """Return a context in which products are computed in their operands' own dtype."""
     # Entering autocast to switch it off takes as long as a small product.
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()

@@ -2,7 +2,7 @@
 
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.adapters import CHILD_NAME, Adapters, Merged, Original, check_adapter_name
-from disha.layers.bitsandbytes import is_library_forward, kept_packed, parameter_count
+from disha.layers.bitsandbytes import is_library_forward, parameter_count
 from disha.layers.blocks import Block, Slot, block_name
 from disha.layers.classes import AdaptedLinear, adapt, readapt, refuse_changed_class, restore
 from disha.layers.encoder import guard_encoder, is_guarded, release_encoder
@@ -65,7 +65,6 @@ __all__ = [
     "is_guarded",
     "is_library_forward",
     "is_quantised",
-    "kept_packed",
     "make_block",
     "matrix_parameters",
     "merged_weight",

@@ -1,4 +1,4 @@
-"""Support for layers of bitsandbytes: read their weights, get gradients, and merge densely.
+"""Support for layers of bitsandbytes: read their weights, and merge densely.
 
 This module does not import bitsandbytes: a user with one of its layers has already imported it.
 
@@ -10,32 +10,19 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from disha.errors import ModeError
 from disha.sharding import imported_class
-
-__all__ = [
-    "BitsandbytesLayer",
-    "is_4bit",
-    "is_8bit",
-    "is_library_class",
-    "is_library_forward",
-    "kept_packed",
-    "parameter_count",
-    "read_4bit",
-    "read_8bit",
-]
 
 
 def is_4bit(module: nn.Module | None, weight: Any) -> bool:
-    """Whether a weight is a 4-bit one."""
-    return isinstance(weight, Tensor) and _quant_state(weight) is not None
+    """Whether a weight is a 4-bit one; pickling may have lost its class."""
+    return isinstance(weight, Tensor) and getattr(weight, "quant_state", None) is not None
 
 
 def is_8bit(module: nn.Module | None, weight: Any) -> bool:
@@ -62,18 +49,18 @@ def _classes(*names: str) -> tuple[Any, ...]:
 
 def parameter_count(parameter: Tensor) -> int:
     """Return the number of values in a parameter; a packed one counts as unpacked."""
-    state = _quant_state(parameter)
+    state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else torch.Size(state.shape).numel()
 
 
 def read_4bit(module: nn.Module, weight: Any) -> Tensor:
     """Return the dense weight in the layer's compute dtype, or in its former dtype without one."""
-    kernels = sys.modules["bitsandbytes.functional"]
-    data, state = _unpacked(kernels, weight)
+    refuse_repacked(weight)
+    state = copy.copy(weight.quant_state)
     compute_dtype = getattr(module, "compute_dtype", None)
     if compute_dtype in (torch.float32, torch.bfloat16, torch.float16):
         state.dtype = compute_dtype
-    dense: Tensor = kernels.dequantize_4bit(data, state)
+    dense: Tensor = sys.modules["bitsandbytes.functional"].dequantize_4bit(weight.data, state)
     return dense
 
 
@@ -84,11 +71,6 @@ def read_8bit(module: nn.Module, weight: Any) -> Tensor:
     return dense
 
 
-def _quant_state(weight: Tensor) -> Any:
-    """Return the scales of a 4-bit weight, even if pickling has lost its class."""
-    return getattr(weight, "quant_state", None)
-
-
 def _row_scales(module: nn.Module | None, weight: Tensor) -> Tensor | None:
     scales = getattr(weight, "SCB", None)
     if scales is None:
@@ -96,82 +78,16 @@ def _row_scales(module: nn.Module | None, weight: Tensor) -> Tensor | None:
     return scales if isinstance(scales, Tensor) else None
 
 
-# --- weights that a CPU kernel has packed --------------------------------------------------------
+def refuse_repacked(weight: Any) -> None:
+    """Raise if a forward in eval mode has packed a 4-bit weight again, for a CPU's kernel.
 
-
-def _is_packed(weight: Tensor) -> bool:
-    """Whether a forward has packed a 4-bit weight in place, for a kernel.
-
-    The first forward in eval mode does this on CPUs with AVX512-BF16. The scales become a
-    transposed bfloat16 matrix.
+    That kernel has no gradients, and the library can't read the weight back exactly.
     """
-    return getattr(_quant_state(weight), "packing_format_for_cpu", False) is True
-
-
-def _unpacked(kernels: Any, weight: Tensor) -> tuple[Tensor, Any]:
-    """Return the data of a 4-bit weight and a copy of its scales, both unpacked."""
-    state = copy.copy(_quant_state(weight))
-    if not _is_packed(weight):
-        return weight.data, state
-    absmax = state.absmax.T.reshape(-1).float()
-    state.original_nested = False  # otherwise bitsandbytes quantises the scales again
-    data, state = kernels._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    state.absmax = absmax
-    return data, state
-
-
-@contextmanager
-def kept_packed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep packed weights unchanged while the body makes a state dict.
-
-    When bitsandbytes saves a packed weight, it unpacks the weight in place. It rounds the scales
-    again, or does not unpack them at all. The 4-bit entries of a state dict made in this context
-    are not usable.
-    """
-    weights = [weight for module in modules for weight in module._parameters.values()]
-    states = [_quant_state(one) for one in weights if one is not None and _is_packed(one)]
-    for state in states:
-        state.packing_format_for_cpu = False
-    try:
-        yield
-    finally:
-        for state in states:
-            state.packing_format_for_cpu = True
-
-
-class _KernelOutput(torch.autograd.Function):
-    """y = W x + b by the kernel for packed weights, with gradients: dX = dY W, db = sum of dY."""
-
-    @staticmethod
-    def forward(
-        input: Tensor,
-        bias: Tensor | None,
-        layer: nn.Module,
-        weight: Tensor,
-        run: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        return run(input)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, bias, ctx.layer, ctx.weight, _ = inputs
-        ctx.dtypes = (input.dtype, None if bias is None else bias.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
-        input_dtype, bias_dtype = ctx.dtypes
-        grad_input = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            with torch.no_grad():
-                weight = read_4bit(ctx.layer, ctx.weight)
-            grad_input = (grad.to(weight.dtype) @ weight).to(input_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=bias_dtype)
-        return grad_input, grad_bias, None, None, None
-
-
-# --- a base class of adapted layers --------------------------------------------------------------
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise ModeError(
+            "bitsandbytes has packed a 4-bit weight for this CPU; inject adapters before the model "
+            "runs in evaluation mode"
+        )
 
 
 class BitsandbytesLayer(nn.Module):
@@ -179,18 +95,21 @@ class BitsandbytesLayer(nn.Module):
 
     disha: Any
 
+    @property
+    def support_avx512bf16_for_cpu(self) -> bool:
+        """No: the weight stays as it is (see `refuse_repacked`)."""
+        return False
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the library's forward, or a plain product while a dense weight is merged in."""
+        if not self._is_dense():
+            return super().forward(*args, **kwargs)
         input: Any = args[0] if args else next(iter(kwargs.values()), None)
         weight: Any = self._parameters["weight"]
         bias: Any = self._parameters["bias"]
-        if self._is_dense():  # computed in W's dtype and returned in the input's, as in the library
-            bias = None if bias is None else bias.to(weight.dtype)
-            return F.linear(input.to(weight.dtype), weight, bias).to(input.dtype)
-        if not _is_packed(weight) or not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
-        run = super().forward
-        return _KernelOutput.apply(input, bias, self, weight, run)  # type: ignore[no-untyped-call]
+        # computed in W's dtype and returned in the input's, as in the library
+        bias = None if bias is None else bias.to(weight.dtype)
+        return F.linear(input.to(weight.dtype), weight, bias).to(input.dtype)
 
     def _is_dense(self) -> bool:
         merged = self.disha.merged

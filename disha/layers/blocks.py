@@ -22,8 +22,6 @@ from disha.functional import Layout, Method, Rows, Update, method_of
 from disha.layers import compiled
 from disha.sharding import Split, is_partitioned
 
-__all__ = ["Block", "Slot", "block_name"]
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -49,11 +47,7 @@ class Slot:
 
 
 def block_name(method: str) -> str:
-    """Return the name of a block of that method in state dicts and files.
-
-    Args:
-        method: the method.
-    """
+    """Return the name of a block of that method in state dicts and files."""
     return f"{method}_block"
 
 
@@ -142,16 +136,7 @@ class Block(nn.Module):
         return self.config.r_out
 
     def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
-        """Return the update for products with the weight, with the current scale and dropout.
-
-        Args:
-            on_meta: whether the weight is on the meta device; then the block may be there too.
-            group: in compiled code, the group of the layer. Then the scale is a tensor, so neither
-                scaling nor disabling compiles the graph again.
-
-        Raises:
-            ModeError: the block has no values here, or they can't be trained.
-        """
+        """Return the update for products with the weight, with the current scale and dropout."""
         own = self.__dict__
         if type(own["_parameters"]) is not dict:
             self._refuse_partitioned()

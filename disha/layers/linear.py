@@ -11,13 +11,10 @@ from disha.config import AdapterConfig
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.freezing import set_requires_grad
 from disha.functional import layout_of
-from disha.layers.adapted import AdaptedLayer
 from disha.layers.adapters import CHILD_NAME, Adapters, check_adapter_name
 from disha.layers.blocks import Slot
 from disha.layers.classes import AdaptedLinear
 from disha.layers.weights import make_block
-
-__all__ = ["BatLinear", "BoneLinear"]
 
 WEIGHT = Slot("", "weight", layout_of("out in"), linear=True)
 L = TypeVar("L", bound="_LinearWithAdapter")
@@ -81,7 +78,7 @@ class _LinearWithAdapter(AdaptedLinear):
             freeze: whether W and b stop requiring gradients.
 
         Raises:
-            ArgumentTypeError: `linear` is not a plain `nn.Linear`.
+            ArgumentTypeError: `linear` is not a plain `nn.Linear` with a weight of its own.
             ArgumentError: a value is out of range, or r or r_out does not fit.
 
         Examples:
@@ -102,13 +99,7 @@ class _LinearWithAdapter(AdaptedLinear):
         layer.weight = linear.weight
         layer.register_parameter("bias", linear._parameters["bias"])  # may be None
         layer.train(linear.training)
-        flags = [(p, p.requires_grad) for p in linear.parameters()]
-        try:
-            layer._add_first_adapter(adapter, config, freeze)
-        except BaseException:
-            for parameter, flag in flags:
-                parameter.requires_grad = flag
-            raise
+        layer._add_first_adapter(adapter, config, freeze)
         return layer
 
     def _add_first_adapter(self, adapter: str, config: AdapterConfig, freeze: bool) -> None:
@@ -128,21 +119,10 @@ class _LinearWithAdapter(AdaptedLinear):
 
 
 def _require_linear(cls: type[nn.Module], linear: object) -> None:
-    """Raise unless a layer is a plain `nn.Linear` that has a weight to share."""
-    if isinstance(linear, AdaptedLayer):
-        raise ArgumentError(
-            f"{cls.__name__}.from_linear got a layer that is already adapted; "
-            "use inject_adapters to add another adapter"
-        )
-    if type(linear) is not nn.Linear:
+    if type(linear) is not nn.Linear or linear._parameters.get("weight") is None:
         raise ArgumentTypeError(
-            f"{cls.__name__}.from_linear takes a plain nn.Linear, got {type(linear).__name__}; "
-            "inject_adapters adapts subclasses, with their own forward"
-        )
-    if linear._parameters.get("weight") is None:
-        raise ArgumentTypeError(
-            f"{cls.__name__}.from_linear shares the weight, but this layer computes its own from "
-            "other parameters, for example by torch.nn.utils.weight_norm; remove that first"
+            f"{cls.__name__}.from_linear takes a plain nn.Linear that has a weight of its own, got "
+            f"{type(linear).__name__}; use inject_adapters for other layers"
         )
 
 

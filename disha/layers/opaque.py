@@ -32,24 +32,6 @@ from disha.layers.hooks import add_first_hook, remove_first_hook
 from disha.routing import Route
 from disha.sharding import imported_class
 
-__all__ = [
-    "DENSE_DTYPES",
-    "QUANTISATIONS",
-    "ROUNDED",
-    "Quantisation",
-    "attach_hook",
-    "dequantised",
-    "device_of",
-    "is_quantised",
-    "leading_bases",
-    "opaque_slot",
-    "original_class",
-    "quantisation_of",
-    "remove_hook",
-    "takes_dense",
-    "weight_for",
-]
-
 DENSE_DTYPES = frozenset(BLOCK_DTYPES.values())
 _UNINITIALISED = (UninitializedParameter, UninitializedBuffer)
 
@@ -99,9 +81,8 @@ def _is_rounded(module: nn.Module | None, weight: Any) -> bool:
 def _is_packed_in_module(module: nn.Module | None, weight: Any) -> bool:
     """Whether a module packs its weight in its own tensors, as GPTQ, AWQ, HQQ and fp8 do.
 
-    Such a module has attributes with its sizes and its own forward, and no parametrization. None of
-    its tensors is a dense one as large as W. Either one of them has at least one bit for each value
-    of W, or the module has a `dequantize`.
+    Such a module has attributes with its sizes, its own forward, and tensors with at least one bit
+    for each value of W, or a `dequantize`.
     """
     sizes = None if module is None else _sizes_of(module)
     if module is None or sizes is None or _is_dense(weight):
@@ -109,11 +90,9 @@ def _is_packed_in_module(module: nn.Module | None, weight: Any) -> bool:
     plain = original_class(module).forward in (nn.Linear.forward, nn.Embedding.forward)
     if (plain and "forward" not in module.__dict__) or "parametrizations" in module._modules:
         return False
-    own, numbers = _own_tensors(module), sizes[0] * sizes[1]
-    if any(one.dtype in DENSE_DTYPES and one.numel() >= numbers for one in own):
-        return False
     return _dequantizes(module) or any(
-        _can_be_packed(one.dtype) and one.nbytes * 8 >= numbers for one in own
+        _can_be_packed(one.dtype) and one.nbytes * 8 >= sizes[0] * sizes[1]
+        for one in _own_tensors(module)
     )
 
 
@@ -148,13 +127,6 @@ def _read_dense(module: nn.Module, weight: Tensor) -> Tensor:
 
 def _read_module(module: Any, weight: Any) -> Tensor:
     dense: Tensor = module.dequantize()
-    inputs, outputs = _sizes_of(module) or (0, 0)
-    if tuple(dense.shape) != (outputs, inputs):
-        raise ArgumentError(
-            f"{original_class(module).__qualname__}.dequantize() returns a weight of shape "
-            f"{tuple(dense.shape)}, expected (out, in) = {(outputs, inputs)}; use a method that "
-            f"does not read it ({_methods_that_do_not_read()})"
-        )
     return dense
 
 
@@ -172,12 +144,7 @@ QUANTISATIONS = (
 
 
 def quantisation_of(module: nn.Module | None, weight: object) -> Quantisation | None:
-    """Return how a weight is quantised, or None if no known way recognises it.
-
-    Args:
-        module: the module that has it, if known.
-        weight: the weight, or None if the module has it under another name.
-    """
+    """Return how a weight is quantised, or None if no known way recognises it."""
     if isinstance(weight, _UNINITIALISED):
         return None
     return next((one for one in QUANTISATIONS if one.recognises(module, weight)), None)
@@ -192,11 +159,7 @@ def is_quantised(parameter: Tensor) -> bool:
 
 
 def dequantised(module: nn.Module, weight: Any) -> Tensor:
-    """Return a weight of `module` as a dense one; `weight` itself if it is dense.
-
-    Raises:
-        ArgumentError: it can't be read as numbers.
-    """
+    """Return a weight of `module` as a dense one; `weight` itself if it is dense."""
     found = quantisation_of(module, weight)
     if found is None:
         dense: Tensor = weight
@@ -205,26 +168,14 @@ def dequantised(module: nn.Module, weight: Any) -> Tensor:
         raise ArgumentError(
             f"the weight of {original_class(module).__qualname__} is quantised ({found.name}) and "
             "can't be read as numbers; use a method that does not read it "
-            f"({_methods_that_do_not_read()})"
+            f"({method_names(lambda method: not method.reads_weight)})"
         )
     with torch.no_grad():
         return found.read(module, weight)
 
 
-def _methods_that_do_not_read() -> str:
-    return method_names(lambda method: not method.reads_weight)
-
-
 def weight_for(method: Method, module: nn.Module, slot: Slot, weight: Any, like: Tensor) -> Tensor:
-    """Return an opaque weight as a method needs it: its values, or only a tensor of its shape.
-
-    Args:
-        method: the method. The weight is dequantised only if the method reads it.
-        module: the module.
-        slot: the weight.
-        weight: the stored, opaque weight.
-        like: its device and dtype are those of a result that has only a shape.
-    """
+    """Return an opaque weight's values if the method reads them, or a tensor of its shape."""
     assert slot.shape is not None
     if method.reads_weight:
         return dequantised(module, weight)
@@ -333,6 +284,7 @@ def leading_bases(original: type[nn.Module]) -> tuple[type[nn.Module], ...]:
 
 def attach_hook(module: nn.Module) -> None:
     """Make a module add the updates of its adapters to its output, before other hooks see it."""
+    bitsandbytes.refuse_repacked(_own_weight(module))
     add_first_hook(module, _add_updates)
 
 
@@ -370,12 +322,7 @@ def _add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 def _check_output(module: Any, slot: Slot, input: Any, output: Any) -> None:
-    """Raise unless the input and the output of a module are tensors of the shapes for its sizes.
-
-    Raises:
-        ArgumentTypeError: the update can't be added, because the input or output is not one tensor.
-        ArgumentError: the output has another shape, as in a linear layer with groups.
-    """
+    """Raise unless the input and the output of a module are tensors of the shapes for its sizes."""
     cls = type(module).original_class.__qualname__
     if not isinstance(output, Tensor) or not isinstance(input, Tensor):
         raise ArgumentTypeError(
