@@ -36,7 +36,7 @@ from torch import nn
 from benchmarks.memory import allocated_peak, status_bytes
 from benchmarks.protocol import R, Spread, paired_ratios, slow_dtypes
 from benchmarks.results import describe, write_results
-from benchmarks.whole_model import demo_file, projections
+from benchmarks.whole_model import demo_file, demo_model, projections
 
 __all__ = ["ADAPTER", "CONTESTANTS", "JOB", "side_by_side"]
 
@@ -104,18 +104,21 @@ def side_by_side(tiny: bool, folder: Path) -> dict[str, Any]:
 
 def _write_model(folder: Path, tiny: bool) -> None:
     """Write SmolLM2-135M as a folder, or a tiny model with its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     file = demo_file()
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     if tiny:
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        widths = {"vocab_size": 49152, "hidden_size": 16, "intermediate_size": 32}
+        heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        widths: Any = {"vocab_size": 49152, "hidden_size": 16, "intermediate_size": 32}
         LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **widths, **heads)).save_pretrained(
             folder
         )
     else:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        base = demo_model(torch.float32, torch.device("cpu"))
+        fields = {k: v for k, v in base.config.to_dict().items() if k != "quantization_config"}
+        model = LlamaForCausalLM(LlamaConfig.from_dict(fields))
+        model.load_state_dict(base.state_dict())
         model.save_pretrained(folder)
 
 
@@ -277,8 +280,8 @@ def _adapted(model: nn.Module, adapter: str, r: int) -> Any:
 
     if adapter == "miss":
         return get_peft_model(model, MissConfig(r=r, target_modules=names))
-    layers = [model.get_submodule(name) for name in names]
-    outputs, inputs = (sum(one.weight.shape[axis] for one in layers) for axis in (0, 1))
+    shapes = [tuple(model.get_parameter(f"{name}.weight").shape) for name in names]
+    outputs, inputs = map(sum, zip(*shapes, strict=True))
     rank = max(1, round(r * outputs / (inputs + outputs)))
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
 

@@ -1,4 +1,23 @@
-"""``disha convert``: adapters to and from the formats of other libraries."""
+"""Convert an adapter to the format of another library, or back to an adapter file.
+
+SOURCE is an adapter file, a folder with one (a checkpoint of Trainer), a folder that PEFT has
+saved, or a LoRA file of an image model. What is a LoRA must be a Bone adapter.
+
+--to sets the format of OUT:
+  disha             an adapter file
+  peft              a folder of PEFT's MiSS
+  lora              a LoRA folder in PEFT's layout, which most runtimes read
+  gguf              the LoRA file of llama.cpp
+  diffusers, kohya  a LoRA file for an image model
+
+Bone and tile are exact as LoRA. BAT is cut to --rank, and the error is reported.
+
+Examples:
+  disha convert adapter.safetensors for-peft --to peft
+  disha convert for-peft adapter.safetensors --to disha --base path/to/model
+  disha convert bat.safetensors as-lora --to lora --base path/to/model --rank 32 --max_error 0.1
+  disha convert adapter.safetensors adapter.gguf --to gguf --base path/to/model
+"""
 
 from __future__ import annotations
 
@@ -23,26 +42,6 @@ from disha.text import counted
 
 __all__ = ["main"]
 
-USAGE = """Convert an adapter to the format of another library, or back to an adapter file.
-
-SOURCE is an adapter file, a folder with one (a checkpoint of Trainer), a folder that PEFT has
-saved, or a LoRA file of an image model. What is a LoRA must be a Bone adapter.
-
---to sets the format of OUT:
-  disha             an adapter file
-  peft              a folder of PEFT's MiSS
-  lora              a LoRA folder in PEFT's layout, which most runtimes read
-  gguf              the LoRA file of llama.cpp
-  diffusers, kohya  a LoRA file for an image model
-
-Bone and tile are exact as LoRA. BAT is cut to --rank, and the error is reported.
-
-examples:
-  disha convert adapter.safetensors for-peft --to peft
-  disha convert for-peft adapter.safetensors --to disha --base path/to/model
-  disha convert bat.safetensors as-lora --to lora --base path/to/model --rank 32 --max_error 0.1
-  disha convert adapter.safetensors adapter.gguf --to gguf --base path/to/model"""
-
 FORMATS = ("disha", "peft", "lora", "gguf", "diffusers", "kohya")
 PEFT_CONFIG = "adapter_config.json"
 FOLDERS = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}
@@ -58,12 +57,14 @@ def main(words: Sequence[str]) -> None:
     if flags.no_also_train:
         contents = blocks_only(*contents)
     report = _write(flags, contents, base)
+    if report is not None:
+        print(fit(str(report)))
     layers = counted(len(contents[0].layers), "layer")
-    print(fit(f"{report or ''}\n{flags.source} -> {flags.out} ({flags.to}): {layers}".lstrip()))
+    print(f"{flags.source} -> {flags.out} ({flags.to}): {layers}")
 
 
 def _parser() -> Parser:
-    parser = Parser("convert", USAGE)
+    parser = Parser("convert", __doc__)
     parser.add_argument("source", type=Path, help="the adapter")
     parser.add_argument("out", type=Path, help="a folder for peft and lora, a file for all others")
     parser.add_argument("--to", choices=FORMATS, required=True, help="the format of OUT")
@@ -71,9 +72,7 @@ def _parser() -> Parser:
     parser.add_argument("--rank", type=int, help="largest rank of a layer as LoRA")
     parser.add_argument("--max_error", type=float, help="largest relative error of a layer as LoRA")
     parser.add_argument("--pad_rank", action="store_true", help="lora: one rank for all layers")
-    parser.add_argument(
-        "--experts", choices=("stacked", "separate"), default="stacked", help="lora: one or many"
-    )
+    parser.add_argument("--experts", default="stacked", help="lora: stacked or separate")
     parser.add_argument("--dropout", type=float, help="peft: instead of the adapter's")
     parser.add_argument("--component", help="image models: such as unet or text_encoder")
     parser.add_argument("--no_also_train", action="store_true", help="convert the blocks alone")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from disha.errors import ArgumentError, DishaError
+from disha.errors import AdapterFileWarning, ArgumentError, DishaError
 from disha.text import printable, silence, tell
 from disha.version import __version__
 
@@ -84,23 +84,18 @@ def _run(words: Sequence[str]) -> int:
 
 def _help() -> str:
     listed = "\n".join(f"  {name:12}{summary}" for name, summary in COMMANDS.items())
-    return f"""usage: disha COMMAND [flags]
-
-Dimension-sharded adapters (Bone, tile, BAT) for PyTorch models.
-
-commands:
-{listed}
-
-'disha COMMAND --help' shows the flags. 'disha --version' shows the version."""
+    return (
+        "usage: disha COMMAND [flags]\n\nDimension-sharded adapters (Bone, tile, BAT) for PyTorch "
+        f"models.\n\ncommands:\n{listed}\n\n'disha COMMAND --help' shows the flags of one."
+    )
 
 
 class Parser(argparse.ArgumentParser):
     """The flags of one command. Wrong usage raises, and names the flag that is meant."""
 
-    def __init__(self, name: str, usage: str) -> None:
-        super().__init__(
-            f"disha {name}", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+    def __init__(self, name: str, about: str | None) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(f"disha {name}", description=about, formatter_class=form)
         self.add_argument("--debug", action="store_true", help="show where an error came from")
 
     def parsed(self, words: Sequence[str]) -> argparse.Namespace:
@@ -133,14 +128,15 @@ def _told(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         package = str(error.name).partition(".")[0]
         return f'the package {package} is missing; run: pip install "disha-torch[finetune]"'
-    return str(error) if isinstance(error, DishaError) else f"{type(error).__name__}: {error}"
+    is_ours = isinstance(error, (DishaError, AdapterFileWarning))
+    return str(error) if is_ours else f"{type(error).__name__}: {error}"
 
 
 def _is_bad_input(error: BaseException) -> bool:
     """Return whether the user can correct it: a value, a missing package, or a wrong path."""
     while isinstance(error, OSError) and isinstance(error.__cause__, OSError):
         error = error.__cause__
-    return isinstance(error, (DishaError, ImportError, *BAD_PATH))
+    return isinstance(error, (DishaError, AdapterFileWarning, ImportError, *BAD_PATH))
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:

@@ -1,4 +1,9 @@
-"""``disha evaluate``: how well a model predicts rows, with and without an adapter."""
+"""Measure a model on rows: loss, perplexity, and answers that are exactly right.
+
+Examples:
+  disha evaluate --adapter output/adapter.safetensors --data held_out.jsonl --compare
+  disha evaluate --base model.gguf --data test.jsonl --exact_match
+"""
 
 from __future__ import annotations
 
@@ -21,16 +26,10 @@ from disha.text import table
 
 __all__ = ["main"]
 
-USAGE = """Measure a model on rows: loss, perplexity, and answers that are exactly right.
-
-examples:
-  disha evaluate --adapter output/adapter.safetensors --data held_out.jsonl --compare
-  disha evaluate --base model.gguf --data test.jsonl --exact_match"""
-
 
 def main(words: Sequence[str]) -> None:
     """Measure a model."""
-    parser = Parser("evaluate", USAGE)
+    parser = Parser("evaluate", __doc__)
     add_model_flags(parser)
     parser.add_argument("--data", "--data_path", required=True, help="as for disha finetune")
     parser.add_argument("--dataset_split", default="train", help="such as train[:1000]")
@@ -38,13 +37,15 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--max_length", "--max_seq_length", type=int, default=512, help="of a row")
     parser.add_argument("--per_device_eval_batch_size", type=int, default=8, help="rows of a batch")
     parser.add_argument("--exact_match", action="store_true", help="generate answers, and compare")
+    parser.add_argument("--compare", action="store_true", help="measure the base without it too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     flags = parser.parsed(words)
     read = load_rows(flags.data, flags.dataset_split)
     asker = opened(flags)
     rows = formed(read, flags.dataset_field, asker.tokenizer)
     if flags.exact_match and "completion" not in rows.column_names:
         raise ArgumentError("--exact_match needs rows with a question and an answer")
-    measured = {}
+    measured: dict[str, dict[str, float]] = {}
     if flags.adapter is None or flags.compare:
         measured["base"] = _measured(asker, rows, flags)
     if flags.adapter is not None:
@@ -82,20 +83,16 @@ def _batches(asker: Asker, rows: Dataset, flags: Namespace) -> Any:
             use_cpu=asker.model.device.type == "cpu",
             report_to=[],
         )
-        trainer = SFTTrainer(
-            asker.model, settings, train_dataset=rows, processing_class=asker.tokenizer
-        )
+        trainer = SFTTrainer(asker.model, settings, None, rows, processing_class=asker.tokenizer)
     asker.model.train(False)
     return trainer.get_eval_dataloader(trainer.train_dataset)
 
 
 def _exact(asker: Asker, rows: Dataset, flags: Namespace) -> int:
     """Return how many answers equal the row's, apart from white space around them."""
-    exact = 0
+    exact, options = 0, {"max_new_tokens": flags.max_new_tokens, "do_sample": False}
     for batch in rows.iter(flags.per_device_eval_batch_size):
-        answers = asker.answers(
-            batch["prompt"], max_new_tokens=flags.max_new_tokens, do_sample=False
-        )
+        answers = asker.answers(batch["prompt"], **options)
         for answer, given in zip(answers, batch["completion"], strict=True):
             text = given if isinstance(given, str) else given[-1]["content"]
             exact += answer == text.strip()

@@ -1,4 +1,13 @@
-"""``disha generate``: answers to prompts, or a conversation."""
+"""Answer prompts with a model, with or without an adapter.
+
+Without --prompt, the prompts are the lines of standard input. On a terminal, a conversation starts
+instead. Answers are written as they come.
+
+Examples:
+  disha generate --adapter output/adapter.safetensors --prompt 'What is a shard?'
+  disha generate --adapter output/adapter.safetensors  # a conversation, on a terminal
+  disha generate --base model.gguf --adapter output/adapter.safetensors < prompts.txt
+"""
 
 from __future__ import annotations
 
@@ -10,23 +19,17 @@ from transformers import TextStreamer, set_seed
 
 from disha.cli.dispatcher import Parser
 from disha.cli.models import Asker, add_model_flags, opened
-from disha.cli.output import fit, show
+from disha.cli.output import fit
 from disha.errors import ArgumentError
 
 __all__ = ["main"]
 
-USAGE = """Answer prompts with a model, with or without an adapter. Without --prompt, the prompts
-are the lines of standard input. On a terminal, a conversation starts instead.
-
-examples:
-  disha generate --adapter output/adapter.safetensors --prompt 'What is a shard?'
-  disha generate --adapter output/adapter.safetensors  # a conversation, on a terminal
-  disha generate --base model.gguf --adapter output/adapter.safetensors --compare < prompts.txt"""
+SAMPLING = ("temperature", "top_k", "top_p")
 
 
 def main(words: Sequence[str]) -> None:
     """Answer prompts."""
-    parser = Parser("generate", USAGE)
+    parser = Parser("generate", __doc__)
     add_model_flags(parser)
     parser.add_argument("--prompt", nargs="+", help="the texts to answer")
     parser.add_argument("--temperature", type=float, help="sample; higher is more random")
@@ -34,24 +37,20 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--top_p", type=float, help="sample from the tokens of this probability")
     parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible")
     flags = parser.parsed(words)
-    prompts: list[str] | None = flags.prompt or _lines()
-    if prompts is None and (flags.compare or flags.json):
-        raise ArgumentError("--compare and --json are not for a conversation; give --prompt")
+    prompts = flags.prompt or _lines()
     asker = opened(flags)
-    sampling = {name: getattr(flags, name) for name in ("temperature", "top_k", "top_p")}
-    sampling = {name: value for name, value in sampling.items() if value}
-    options = {"max_new_tokens": flags.max_new_tokens, "do_sample": bool(sampling), **sampling}
-    set_seed(flags.seed)
-    bases = [asker.answers([one], **options)[0] for one in prompts or () if flags.compare]
     if flags.adapter is not None:
         asker.load(flags)
+    set_seed(flags.seed)
+    sampling = {name: value for name in SAMPLING if (value := getattr(flags, name))}
+    options = {"max_new_tokens": flags.max_new_tokens, "do_sample": bool(sampling), **sampling}
     if prompts is None:
         _converse(Conversation(asker, options))
-    elif flags.compare or flags.json:
-        answers = [asker.answers([one], **options)[0] for one in prompts]
-        _show_all(flags.json, {"prompt": prompts, "base_answer": bases, "answer": answers})
-    else:
-        _stream_all(prompts, asker, options)
+        return
+    for prompt in prompts:
+        if len(prompts) > 1:
+            print(f"> {fit(prompt)}")
+        asker.answers([prompt], streamer=Printer(asker), **options)
 
 
 def _lines() -> list[str] | None:
@@ -62,21 +61,6 @@ def _lines() -> list[str] | None:
     if not lines:
         raise ArgumentError("there is no prompt; give --prompt 'a text'")
     return lines
-
-
-def _stream_all(prompts: Sequence[str], asker: Asker, options: Mapping[str, Any]) -> None:
-    """Print each answer as it comes, and above it the prompt if there are several."""
-    for prompt in prompts:
-        if len(prompts) > 1:
-            print(f"> {fit(prompt)}")
-        asker.answers([prompt], streamer=Printer(asker), **options)
-
-
-def _show_all(as_json: bool, columns: Mapping[str, Sequence[str]]) -> None:
-    filled = {name: column for name, column in columns.items() if column}
-    rows = [dict(zip(filled, row, strict=True)) for row in zip(*filled.values(), strict=True)]
-    texts = ["\n".join(f"{name}: {text}" for name, text in row.items()) for row in rows]
-    show(as_json, "\n\n".join(texts), {"answers": rows})
 
 
 class Printer(TextStreamer):
@@ -108,30 +92,18 @@ class Conversation:
         """Print the answer to a question as it comes, and remember both."""
         turns = [*self.turns, {"role": "user", "content": question}]
         inputs = self.asker.encoded([turns])
-        while self._is_too_long(inputs) and len(turns) > 2:
-            turns = turns[2:]  # forget the oldest question and answer
-            inputs = self.asker.encoded([turns])
         ids = inputs["input_ids"][0].tolist()
-        is_known = ids[: len(self._read)] == self._read
-        known = {"past_key_values": self._cache} if self._cache and is_known else {}
-        self._cache, self._read = None, []  # an answer that is stopped leaves half a cache
-        model: Any = self.asker.model
-        found = model.generate(
-            **inputs,
-            **known,
-            **self.options,
-            streamer=Printer(self.asker),
-            return_dict_in_generate=True,
+        is_known = self._cache is not None and ids[: len(self._read)] == self._read
+        known = {"past_key_values": self._cache} if is_known else {}
+        self._cache = None  # an answer that is stopped leaves half a cache
+        streamer = Printer(self.asker)
+        found = self.asker.model.generate(
+            **inputs, **known, **self.options, streamer=streamer, return_dict_in_generate=True
         )
         whole = found.sequences[0].tolist()
         self._cache, self._read = found.past_key_values, whole[:-1]
-        answer = str(self.asker.tokenizer.decode(whole[len(ids) :], skip_special_tokens=True))
+        answer = self.asker.tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
         self.turns = [*turns, {"role": "assistant", "content": answer}]
-
-    def _is_too_long(self, inputs: Any) -> bool:
-        limit = getattr(self.asker.model.config, "max_position_embeddings", None)
-        length = inputs["input_ids"].shape[1] + self.options["max_new_tokens"]
-        return limit is not None and length > limit
 
 
 def _converse(conversation: Conversation) -> None:
@@ -141,7 +113,8 @@ def _converse(conversation: Conversation) -> None:
         try:
             line = input("> ").strip()
         except EOFError:
-            return print()
+            print()
+            return
         try:
             if line:
                 conversation.ask(line)

@@ -1,4 +1,12 @@
-"""``disha inspect``: what an adapter file holds, and whether it belongs to a base."""
+"""Show what an adapter file holds: its layers, their sizes, and its notes.
+
+With --base, also say whether it belongs to this checkpoint; the exit code is 1 if it does not.
+
+Examples:
+  disha inspect adapter.safetensors
+  disha inspect adapter.safetensors --base path/to/model
+  disha inspect adapter.safetensors --json | jq '.layers[].name'
+"""
 
 from __future__ import annotations
 
@@ -12,18 +20,10 @@ from disha.interop.checkpoints import misfits
 
 __all__ = ["main"]
 
-USAGE = """Show what an adapter file holds: its layers, their sizes, and its notes.
-With --base, also say whether it belongs to this checkpoint; the exit code is 1 if it does not.
-
-examples:
-  disha inspect adapter.safetensors
-  disha inspect adapter.safetensors --base path/to/model
-  disha inspect adapter.safetensors --json | jq '.layers[].name'"""
-
 
 def main(words: Sequence[str]) -> int:
     """Show an adapter file."""
-    parser = Parser("inspect", USAGE)
+    parser = Parser("inspect", __doc__)
     parser.add_argument("file", type=Path, help="the adapter file")
     parser.add_argument("--base", type=Path, help="a safetensors file, or a folder of them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> int:
         "layers": [entries[layer.key] for layer in found.layers],
         "also_train": [entries[key] for key in found.also_train],
         "metadata": dict(found.metadata),
-        "misfits": None if flags.base is None else wrong,
+        "misfits": wrong,
     }
     show(flags.json, "\n".join(lines), fields)
     return FAILED if wrong else DONE

@@ -1,4 +1,14 @@
-"""``disha merge``: a base model with an adapter in its weights."""
+"""Write a copy of a base with an adapter merged: W becomes W + s * dW, rounded once.
+
+BASE is a safetensors file, a folder, or a name; without it, the one that the adapter file notes.
+A base on disk is copied tensor by tensor, and a base that is only a name is loaded with
+transformers. OUT is a folder, or a file if it ends with .safetensors.
+
+Examples:
+  disha merge path/to/model adapter.safetensors path/to/merged-model
+  disha merge output/adapter.safetensors path/to/merged-model
+  disha merge model.safetensors adapter.safetensors merged.safetensors
+"""
 
 from __future__ import annotations
 
@@ -8,45 +18,35 @@ from pathlib import Path
 from disha.cli.dispatcher import Parser
 from disha.cli.output import require_free
 from disha.config import BLOCK_DTYPES
-from disha.errors import ArgumentError
 from disha.interop.checkpoints import merge_into_checkpoint
 
 __all__ = ["main"]
 
-USAGE = """Write a copy of a base with an adapter merged: W becomes W + s * dW, rounded once.
-A base on disk is copied tensor by tensor; one that is only a name is loaded with transformers.
-
-examples:
-  disha merge path/to/model adapter.safetensors path/to/merged-model
-  disha merge output/adapter.safetensors path/to/merged-model
-  disha merge model.safetensors adapter.safetensors merged.safetensors"""
-
-PATHS = """[BASE] ADAPTER OUT. BASE is a safetensors file, a folder or a name; by default the one
-that the adapter file notes. OUT is a folder, or a file if it ends with .safetensors"""
-
 
 def main(words: Sequence[str]) -> None:
     """Merge an adapter into a base."""
-    parser = Parser("merge", USAGE)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help=PATHS)
+    parser = Parser("merge", __doc__)
+    parser.add_argument("base", nargs="?", help="the base")
+    parser.add_argument("adapter", type=Path, help="the adapter file")
+    parser.add_argument("out", type=Path, help="what to write")
     parser.add_argument("--scale", type=float, help="s of all layers, instead of the adapter's own")
     parser.add_argument("--dtype", choices=BLOCK_DTYPES, help="of all weights; as they are")
     parser.add_argument("--no_also_train", action="store_true", help="merge the blocks alone")
     parser.add_argument("--force", action="store_true", help="also into another or a tied base")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     flags = parser.parsed(words)
-    if not 2 <= len(flags.paths) <= 3:
-        raise ArgumentError("disha merge takes [BASE] ADAPTER OUT; see disha merge --help")
-    adapter, out = map(Path, flags.paths[-2:])
-    require_free(out, flags.overwrite)
-    base = flags.paths[0] if len(flags.paths) == 3 else _noted(adapter)
+    require_free(flags.out, flags.overwrite)
+    base = flags.base or _noted(flags.adapter)
     if not Path(base).exists():
-        _merge_with_transformers(base, adapter, out)
+        from disha.finetune.merging import merge_base
+
+        merge_base(base, flags.adapter, flags.out)
+        print(f"{flags.out}: {flags.adapter} merged into {base}")
         return
     merged = merge_into_checkpoint(
         base,
-        adapter,
-        out,
+        flags.adapter,
+        flags.out,
         also_train=not flags.no_also_train,
         scale=flags.scale,
         dtype=BLOCK_DTYPES.get(flags.dtype),
@@ -54,13 +54,6 @@ def main(words: Sequence[str]) -> None:
         overwrite=flags.overwrite,
     )
     print(merged)
-
-
-def _merge_with_transformers(base: str, adapter: Path, out: Path) -> None:
-    from disha.finetune.merging import merge_base
-
-    merge_base(base, adapter, out)
-    print(f"{out}: {adapter} merged into {base}")
 
 
 def _noted(adapter: Path) -> str:

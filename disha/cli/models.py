@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from argparse import Namespace
@@ -24,17 +23,12 @@ Prompt = str | Sequence[dict[str, str]]
 
 
 def add_model_flags(parser: Parser) -> None:
-    """Add the flags that name a model, and how it answers."""
+    """Add the flags that name a model, and limit its answers."""
+    names = ("--base", "--base_model_name_or_path")
     parser.add_argument("--adapter", type=Path, help="the adapter file")
-    parser.add_argument(
-        *("--base", "--base_model_name_or_path"),
-        metavar="MODEL",
-        help="a folder, a GGUF file or a name; by default the one that the adapter file notes",
-    )
-    parser.add_argument("--bits", choices=BITS, help="how weights are stored")
-    parser.add_argument("--compare", action="store_true", help="show the base without it too")
+    parser.add_argument(*names, metavar="MODEL", help="a folder, a GGUF file or a name; as noted")
+    parser.add_argument("--bits", choices=BITS, help="how weights are stored; as noted")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="the longest answer")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def noted(adapter: Path) -> tuple[str, str]:
@@ -42,9 +36,7 @@ def noted(adapter: Path) -> tuple[str, str]:
     found = noted_base(adapter)
     if found is None:
         raise ArgumentError(f"{adapter} does not note its base; name the base too")
-    near = os.path.relpath(found[0])
-    base = near if Path(near).exists() and not near.startswith(os.pardir) else found[0]
-    print(f"the base is {base}, with --bits {found[1]}, as {adapter} notes", file=sys.stderr)
+    print(f"the base is {found[0]}, with --bits {found[1]}, as {adapter} notes", file=sys.stderr)
     return found
 
 
@@ -60,49 +52,43 @@ class Asker:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_chat: bool
     ) -> None:
-        self.model, self.tokenizer, self.is_chat = model, tokenizer, is_chat
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
+        self.is_chat = is_chat
 
     def load(self, flags: Namespace) -> None:
         """Load the adapter, which must belong to the base if its note has named this."""
         with warnings.catch_warnings():
             if flags.base is None:
                 warnings.simplefilter("error", AdapterFileWarning)
-            try:
-                disha.load_adapter(self.model, flags.adapter)
-            except AdapterFileWarning as warning:
-                raise ArgumentError(str(warning)) from warning
+            disha.load_adapter(self.model, flags.adapter)
 
     def encoded(self, prompts: Sequence[Prompt]) -> Any:
         """Return prompts as one batch of tokens, padded on the left."""
-        tokenizer: Any = self.tokenizer
-        return tokenizer(
-            [self._text(prompt) for prompt in prompts],
-            add_special_tokens=not self.is_chat,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            return_token_type_ids=False,
-        ).to(self.model.device)
+        texts = [self._text(prompt) for prompt in prompts]
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        found = self.tokenizer(texts, add_special_tokens=not self.is_chat, **options)
+        found.pop("token_type_ids", None)
+        return found.to(self.model.device)
 
     def _text(self, prompt: Prompt) -> str:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not self.is_chat:
             return "\n".join(turn["content"] for turn in turns)
-        tokenizer: Any = self.tokenizer
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        options = {"tokenize": False, "add_generation_prompt": True}
+        return str(self.tokenizer.apply_chat_template(turns, **options))
 
     def answers(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
         """Return the answer to each prompt; they are answered together."""
         inputs = self.encoded(prompts)
-        model: Any = self.model
-        ids = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        ids = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def opened(flags: Namespace) -> Asker:
     """Return the base that the flags name, without the adapter."""
-    if flags.adapter is None and (flags.base is None or flags.compare):
-        raise ArgumentError("name the model with --base or --adapter; --compare needs an adapter")
+    if flags.adapter is None and flags.base is None:
+        raise ArgumentError("name the model with --base or --adapter")
     name, bits = (flags.base, "fp32") if flags.base else noted(flags.adapter)
     notes = {} if flags.adapter is None else disha.inspect_adapter(flags.adapter).metadata
     model, tokenizer = load_base(name, flags.bits or bits, best_device())

@@ -64,10 +64,8 @@ def test_batches_do_not_change_the_loss(run, language_model, rows):
 
 def test_exact_answers_are_counted(run, language_model, tmp_path):
     base = language_model / "model"
-    asked = run("generate", "--base", base, "--max_new_tokens", 6, "--json", "--prompt", "a", "bcd")
-    rows = [
-        {"query": one["prompt"], "response": f" {one['answer']}\n"} for one in asked.json["answers"]
-    ]
+    asked = ("generate", "--base", base, "--max_new_tokens", 6, "--prompt")
+    rows = [{"query": query, "response": f" {run(*asked, query).out}"} for query in ("a", "bcd")]
     data = write(tmp_path / "rows.jsonl", [*rows, {"query": "a", "response": "zzz"}])
     given = ("evaluate", "--data", data, "--exact_match", "--max_new_tokens", 6, "--json")
     assert run(*given, "--base", base).json["base"]["exact"] == 2

@@ -37,7 +37,7 @@ def test_json_has_everything_and_its_keys_stay(run, files):
             {"name": "norm.weight", "key": "norm.weight", "shape": [12], "dtype": "float32"}
         ],
         "metadata": {"task": "chat"},
-        "misfits": None,
+        "misfits": [],
     }
     assert [layer.pop("base") for layer in layers] == [one.base for one in described.layers]
     assert layers[0] == {
