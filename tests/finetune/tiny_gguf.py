@@ -6,14 +6,11 @@ rows of a Llama are put into GGUF's order here, independently of the code under 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
-from gguf import GGMLQuantizationType as Kind
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
@@ -89,67 +86,19 @@ def random_state(*, tied: bool, seed: int = 0) -> dict[str, Tensor]:
     return state
 
 
-def write_gguf(
-    path: Path,
-    state: Mapping[str, Tensor],
-    *,
-    kind: Kind = Kind.F32,
-    architecture: str = "llama",
-    metadata: Mapping[str, object] | None = None,
-    without: Iterable[str] = (),
-    extra: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Write `state` as a GGUF file.
-
-    Args:
-        path: the file.
-        state: weights under the usual names.
-        kind: how matrices are stored; vectors stay F32.
-        architecture: the one named in the file; keys of `METADATA` are put under its name.
-        metadata: keys to add or replace; None as a value leaves the key out.
-        without: GGUF names of tensors to leave out.
-        extra: tensors to add under their GGUF names.
-    """
+def write_gguf(path: Path, state: Mapping[str, Tensor], *, architecture: str = "llama") -> Path:
+    """Write weights under the usual names as a GGUF file of an architecture, in float32."""
     writer = gguf.GGUFWriter(path, architecture)
-    usual = {_under(architecture, key): value for key, value in METADATA.items()}
-    for key, value in {**usual, **(metadata or {})}.items():
-        if value is not None:
-            _add(writer, key, value)
-    tensors = {
-        _gguf_name(name): _gguf_rows(name, values) if architecture == "llama" else values
-        for name, values in state.items()
-    }
-    for name, values in {**tensors, **(extra or {})}.items():
-        if name not in set(without):
-            stored = kind if values.ndim == 2 else Kind.F32
-            writer.add_tensor(name, _stored(values, stored), raw_dtype=stored)
+    for key, value in METADATA.items():
+        _add(writer, _under(architecture, key), value)
+    for name, values in state.items():
+        rows = _gguf_rows(name, values) if architecture == "llama" else values
+        writer.add_tensor(_gguf_name(name), rows.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def as_read(values: Tensor, kind: Kind) -> Tensor:
-    """What `values` are after being stored as `kind`."""
-    return torch.from_numpy(gguf.quants.dequantize(_stored(values, kind), kind).copy()).float()
-
-
-def llama3_factors(head_dim: int, rope: Mapping[str, float]) -> Tensor:
-    """What converters write as rope_freqs.weight: by what each frequency is divided."""
-    factors = []
-    for pair in range(head_dim // 2):
-        wavelength = 2 * math.pi * rope["rope_theta"] ** (2 * pair / head_dim)
-        turns = rope["original_max_position_embeddings"] / wavelength
-        if turns > rope["high_freq_factor"]:
-            factors.append(1.0)
-        elif turns < rope["low_freq_factor"]:
-            factors.append(rope["factor"])
-        else:
-            smooth = turns - rope["low_freq_factor"]
-            smooth /= rope["high_freq_factor"] - rope["low_freq_factor"]
-            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
-    return torch.tensor(factors)
 
 
 def _under(architecture: str, key: str) -> str:
@@ -168,11 +117,6 @@ def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
-
-
-def _stored(values: Tensor, kind: Kind) -> np.ndarray:
-    array = values.contiguous().numpy()
-    return array if kind == Kind.F32 else gguf.quants.quantize(array, kind)
 
 
 def _gguf_name(name: str) -> str:

@@ -1,8 +1,8 @@
 """llama.cpp itself computes with the adapters that are written for it: `python -m tests.llamacpp`.
 
-On tiny float32 models it must come to our decoder's numbers. On the quantised SmolLM2 its kernels
-round activations too, so there its change of the logits is compared with ours, and its text with
-what our decoder finds likely.
+On tiny float32 models it must come to the numbers of `transformers`. On the quantised SmolLM2 its
+kernels round activations too, so there its change of the logits is compared with ours, and its text
+with what `transformers` finds likely.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from disha.finetune.inputs import demo_model
-from disha.finetune.models.gguf import GGUFCheckpoint
-from disha.finetune.text.from_gguf import tokenizer_from_gguf
 
 import disha
+from disha.finetune.base import load_base
+from disha.finetune.demo import demo_words
 from disha.interop import lora
 from tests.conftest import perturb
 from tests.finetune import tiny_gguf
@@ -55,7 +54,7 @@ def their_logits(model: llama_cpp.Llama, tokens: list[int]) -> torch.Tensor:
 
 def our_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
     with torch.inference_mode():
-        return model(torch.tensor([tokens]))[0].float()
+        return model(torch.tensor([tokens])).logits[0].float()
 
 
 def adapted(base, target, r, **options):
@@ -75,7 +74,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_base(tiny):
-    return GGUFCheckpoint(tiny).load_model(torch.float32).eval()
+    return load_base(str(tiny))[0]
 
 
 def check_equal(path, adapter, ours, base, scale=1.0):
@@ -143,23 +142,22 @@ def test_qwen2_keeps_the_usual_rows(tmp_path, tiny_base):
 
 @pytest.fixture(scope="module")
 def smollm():
-    return demo_model()
+    return Path(demo_words()[1])
 
 
 @pytest.fixture(scope="module")
-def checkpoint(smollm):
-    return GGUFCheckpoint(smollm)
+def loaded(smollm):
+    return load_base(str(smollm))
 
 
 @pytest.fixture(scope="module")
-def base(checkpoint):
-    return checkpoint.load_model(torch.float32).eval()
+def base(loaded):
+    return loaded[0]
 
 
 @pytest.fixture(scope="module")
-def prompts(checkpoint):
-    tokenizer = tokenizer_from_gguf(checkpoint.fields, checkpoint.path)
-    return [tokenizer.encode(text) for text in PROMPTS]
+def prompts(loaded):
+    return [loaded[1](text)["input_ids"] for text in PROMPTS]
 
 
 @pytest.fixture(scope="module")
