@@ -12,14 +12,6 @@ GGUF = [
     "gguf>=0.17",
     "numpy>=1.26",
 ]
-REPORTS = [
-    "alembic>=1.13",  # these two let MLflow write to its default place, a file of SQLite
-    "mlflow-skinny>=3",
-    "sqlalchemy>=2",
-    "tensorboard>=2.16",
-    "trackio>=0.20",
-    "wandb>=0.20",
-]
 QUANT = [
     "bitsandbytes>=0.49",
     "torchao>=0.18",
@@ -60,7 +52,6 @@ DEV = [
     *FINETUNE,
     *PEERS,
     *QUANT,
-    *REPORTS,
     "build>=1.2",
     "hypothesis>=6.100",
     "mutmut>=3.8; sys_platform != 'win32'",
@@ -68,7 +59,6 @@ DEV = [
     "onnx>=1.17",
     "onnxruntime>=1.20",
     "onnxscript>=0.5",
-    "packaging>=24",
     "pre-commit>=4",
     "pytest>=8",
     "pytest-cov>=7",
@@ -76,6 +66,7 @@ DEV = [
     "scikit-learn>=1.5",
     "selenium>=4.20",
     "setuptools>=77",
+    "tensorboard>=2.16",
     "timm>=1.0.13",
     "torch-geometric>=2.6",
     "torchvision>=0.21",
@@ -110,7 +101,6 @@ setup(
         "finetune": FINETUNE,
         "gguf": GGUF,
         "quant": QUANT,
-        "reports": REPORTS,
         "transformers": TRANSFORMERS,
         "trl": TRL,
         "dev": DEV,
