@@ -177,17 +177,11 @@ def test_a_kept_block_and_the_methods_own_are_inverse(kind, name):
     case = case_of(kind, name)
     own = method_of(case.method).matrix_block(case.layout, case.block)
     assert tuple(own.shape) == METHODS[case.method].shape(case.geometry, *BLOCKS[name][1:])
+    found = method_of(case.method).stack_of(case.layout, case.block.shape)
+    assert found == case.geometry.stack == stack_of(kind)
     assert torch.equal(method_of(case.method).kept_block(case.layout, own), case.block)
     again = method_of(case.method).kept_block(case.layout, own.clone())
     assert torch.equal(method_of(case.method).matrix_block(case.layout, again), own)
-
-
-@with_every_block
-@on_every_layout
-def test_the_stack_is_seen_in_the_shape_of_a_block(kind, name):
-    case = case_of(kind, name)
-    found = method_of(case.method).stack_of(case.layout, case.block.shape)
-    assert found == case.geometry.stack == stack_of(kind)
 
 
 def has_wider_blocks(method):

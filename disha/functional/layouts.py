@@ -126,18 +126,6 @@ class Layout:
         inputs = "index" if "index" in self.axes else "in"
         return self.axes.index(inputs) < self.axes.index("out")
 
-    def inputs_named(self, count: int) -> str:
-        """Return the number of inputs, in the words that users of such a weight know."""
-        if self.has_kernel:
-            return f"its {count} input channels per group"
-        return f"{'num_embeddings' if self.pattern == 'index out' else 'in_features'}={count}"
-
-    def outputs_named(self, count: int) -> str:
-        """Return the number of outputs, in the words that users of such a weight know."""
-        if self.has_kernel:
-            return f"its {count} output channels"
-        return f"{'embedding_dim' if self.pattern == 'index out' else 'out_features'}={count}"
-
     def turned(self) -> Layout | None:
         """Return the layout of the transposed matrices, or None if `PATTERNS` has none."""
         pattern = _TURNED.get(self.pattern)
@@ -169,10 +157,16 @@ class Layout:
         inputs, outputs = geometry.in_features, geometry.out_features
         if not inputs or not outputs or 0 in geometry.stack:
             return "its weight is empty"
+        if self.has_kernel:
+            sizes = f"its {inputs} input channels per group", f"its {outputs} output channels"
+        elif self.pattern == "index out":
+            sizes = f"num_embeddings={inputs}", f"embedding_dim={outputs}"
+        else:
+            sizes = f"in_features={inputs}", f"out_features={outputs}"
         if r > inputs:
-            return f"r={r} is larger than {self.inputs_named(inputs)}"
+            return f"r={r} is larger than {sizes[0]}"
         if r_out is not None and outputs % r_out:
-            return f"r_out={r_out} does not divide {self.outputs_named(outputs)}"
+            return f"r_out={r_out} does not divide {sizes[1]}"
         return None
 
     def geometry(self, shape: Sequence[int], rows: Rows = ()) -> Geometry:
