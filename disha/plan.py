@@ -318,7 +318,7 @@ def plan_injection(
 ) -> Plan:
     """Plan an injection. If r or r_out does not fit a weight, raise if `strict`, else list it."""
     check_names(options)
-    if not (callable(target) or isinstance(target, (str, list, tuple))) or not target:
+    if not (callable(target) or isinstance(target, (str, list, tuple))) or target in ([], ()):
         raise ArgumentTypeError(
             f"target_regex must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "
             f"(name, module) -> bool, got {target!r} of type {type(target).__name__}"
