@@ -25,8 +25,8 @@ from disha import (
 from disha.config import AdapterConfig
 from disha.files import AdapterHeader, LayerRecord, TensorRecord
 from disha.files.contents import adapter_contents, blocks_only, load_contents, read_contents
-from disha.files.header import block_misfits, described_by
-from disha.files.tensors import opened
+from disha.files.header import block_misfits
+
 from disha.functional import Layout
 from disha.model import ModelView
 from disha.state import adapter_tensors

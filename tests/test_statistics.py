@@ -9,10 +9,10 @@ import torch
 
 import disha
 from disha.files import statistics
-from disha.files.header import LayerRecord
 from disha.files.statistics import delta_norm, statistics_of, tensor_statistics
 from disha.functional import Layout
 from disha.model import ModelView
+from disha.records import LayerRecord
 from tests.adapter_files import every_kind, save
 
 

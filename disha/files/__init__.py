@@ -16,12 +16,14 @@ the model changes. From bottom to top:
 - `statistics` and `differences`: statistics of the tensors in a file, and differences of two files
 """
 
-from disha.files.adapter import ADAPTER_NAME, inspect_adapter, load_adapter, save_adapter
+from disha.files.adapter import inspect_adapter, load_adapter, save_adapter
 from disha.files.atomic import clear_drafts, remove_folder, write_files, write_folder
 from disha.files.combining import combine_adapters
-from disha.files.header import FORMAT, AdapterFile, AdapterHeader, LayerRecord, TensorRecord
+from disha.files.header import FORMAT, AdapterFile, AdapterHeader
 from disha.files.json_files import read_json
+from disha.files.opening import ADAPTER_NAME
 from disha.files.reading import explained, found_at, opened_file, read_text
+from disha.records import LayerRecord, TensorRecord
 
 __all__ = [
     "ADAPTER_NAME",

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from disha.files.atomic import PathLike, checked_path
-from disha.files.contents import adapter_contents, load_contents, unread_contents, write_contents
-from disha.files.header import AdapterFile, described_by
-from disha.files.tensors import opened
+from disha.files.contents import adapter_contents, load_contents, read_contents, write_contents
+from disha.files.header import AdapterFile
+from disha.files.opening import file_at
+from disha.files.saving import PathLike
 from disha.layers import check_adapter_name
 from disha.model import ModelView
 from disha.state import LoadReport
 
-__all__ = ["ADAPTER_NAME", "inspect_adapter", "load_adapter", "save_adapter"]
-
-ADAPTER_NAME = "adapter.safetensors"
-"""The name of the adapter file in output folders and checkpoints."""
+__all__ = ["inspect_adapter", "load_adapter", "save_adapter"]
 
 
 def save_adapter(
@@ -45,7 +42,8 @@ def save_adapter(
 
     Args:
         model: a model with adapters.
-        path: the file to write.
+        path: the file to write. For a folder (it exists, or the path ends with a slash), the file
+            is `adapter.safetensors` in it.
         adapter: the adapter's name. The file does not contain it.
         metadata: your notes, str -> str.
 
@@ -53,7 +51,7 @@ def save_adapter(
         AdapterIOError: the file can't be written. An existing file is unchanged.
         AdapterStateError: the adapter holds values that are not finite, or has no values (on the
             meta device), or its blocks differ in method or r_out.
-        ArgumentError: there is no such adapter, or the metadata is too large or not Unicode text.
+        ArgumentError: there is no such adapter.
         ArgumentTypeError: the metadata is not str -> str.
 
     Examples:
@@ -71,18 +69,25 @@ def save_adapter(
     ranks, action = view.ranks(), f"save adapter {adapter!r}"
     with ranks.agreeing(action):
         view.require(adapter)
-        target = checked_path(path)
+        target = file_at(path)
     header, tensors = adapter_contents(view, adapter, metadata)
     with ranks.agreeing(action):
         if ranks.writes:
+            _make_folder(path, target)
             write_contents(target, header, tensors)
 
 
+def _make_folder(path: PathLike, target: Path) -> None:
+    """Make the folder that the user named by a slash."""
+    if Path(path) != target:
+        target.parent.mkdir(exist_ok=True)
+
+
 def inspect_adapter(path: PathLike) -> AdapterFile:
-    """Return the header of an adapter file, without reading any tensor or checking its checksum.
+    """Return the header of an adapter file, without reading any tensor.
 
     Args:
-        path: the file.
+        path: the file, or a folder with a file `adapter.safetensors`.
 
     Raises:
         AdapterIOError: the file can't be read.
@@ -102,8 +107,7 @@ def inspect_adapter(path: PathLike) -> AdapterFile:
         >>> found.parameters, dict(found.metadata)
         (64, {'task': 'dialogue'})
     """
-    with opened(checked_path(path)) as file:
-        return described_by(file)
+    return read_contents(file_at(path))[0]
 
 
 def load_adapter(
@@ -130,7 +134,7 @@ def load_adapter(
 
     Args:
         model: the base model, or one that has other adapters.
-        path: the file.
+        path: the file, or a folder with a file `adapter.safetensors`.
         adapter: the name that the adapter gets in this model.
         layers: a regex, searched in the names of the layers; only matching layers are loaded. All
             by default. With `replace=True`, the layers that do not match stay as they are.
@@ -178,20 +182,18 @@ def load_adapter(
         ('0.bone_block',)
     """
     view = ModelView(model)
-    with ExitStack() as files:
-        with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
-            check_adapter_name(adapter)
-            file = files.enter_context(opened(checked_path(path)))
-            described, tensors = unread_contents(file, also_train=also_train, layers=layers)
-        return load_contents(
-            view,
-            described.path,
-            described,
-            tensors,
-            adapter,
-            replace=replace,
-            partial=layers is not None,
-            dtype=dtype,
-            freeze=freeze,
-            activate=activate,
-        )
+    with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
+        check_adapter_name(adapter)
+        header, tensors = read_contents(file_at(path), also_train=also_train, layers=layers)
+    return load_contents(
+        view,
+        header.path,
+        header,
+        tensors,
+        adapter,
+        replace=replace,
+        partial=layers is not None,
+        dtype=dtype,
+        freeze=freeze,
+        activate=activate,
+    )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from disha import functional
 from disha.config import AdapterConfig, check_scale
-from disha.errors import AdapterFileWarning, ArgumentError, ArgumentTypeError
+from disha.errors import ArgumentError, ArgumentTypeError
 from disha.files.contents import (
     Contents,
     Source,
@@ -20,51 +20,23 @@ from disha.files.contents import (
     load_contents,
     records_of,
 )
-from disha.files.header import AdapterHeader, LayerRecord
-from disha.fingerprint import same_base
+from disha.files.header import AdapterHeader
+from disha.functional import METHODS
 from disha.model import ModelView
 from disha.plan import check_addable
+from disha.records import LayerRecord
 from disha.state import finite_as
-from disha.text import counted, first_few, printable
+from disha.text import first_few
 
 __all__ = ["Summand", "combine_adapters", "combine_contents"]
 
 
-@dataclass(frozen=True)
-class Summand:
-    """An adapter and its weight in a sum.
-
-    Attributes:
-        source: where it came from, for errors.
-        contents: its header and all its tensors.
-        weight: w.
-    """
+class Summand(NamedTuple):
+    """An adapter, its weight w in a sum, and where it came from, for errors."""
 
     source: Source
     contents: Contents
     weight: float
-
-    @property
-    def header(self) -> AdapterHeader:
-        """The adapter's header."""
-        return self.contents[0]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One layer of one adapter."""
-
-    source: Source
-    record: LayerRecord
-    tensor: Tensor
-    weight: float
-
-    def __str__(self) -> str:
-        record = self.record
-        return (
-            f"r={record.r}, {record.in_features} -> {record.out_features}, {record.layout} with a "
-            f"block {tuple(self.tensor.shape)} in {self.source}"
-        )
 
 
 def combine_adapters(
@@ -87,8 +59,8 @@ def combine_adapters(
         into: the new adapter's name.
         r: shard size of the new blocks, a multiple of every adapter's r; the least common multiple
             by default. The r of BAT blocks can't change.
-        also_train: False to combine only the blocks of adapters that have other parameters too.
-            Such parameters are values, not updates, so they have no sum.
+        also_train: False to combine only the blocks of adapters that have other parameters or
+            running statistics too. Such parameters are values, not updates, so they have no sum.
 
     Raises:
         ArgumentError: an adapter is unknown, the name is taken, a weight is not finite, blocks
@@ -130,159 +102,47 @@ def combine_adapters(
         new.block.requires_grad_(any(block.block.requires_grad for block in own))
 
 
+class _Part(NamedTuple):
+    """One layer of one adapter."""
+
+    record: LayerRecord
+    block: Tensor
+    weight: float
+    source: Source
+
+    def __str__(self) -> str:
+        one = self.record
+        return (
+            f"r={one.r}, {one.in_features} -> {one.out_features}, {one.layout} with a block "
+            f"{tuple(self.block.shape)} in {self.source}"
+        )
+
+
 def combine_contents(summands: Sequence[Summand], r: int | None = None) -> Contents:
-    """Return the adapter that is the weighted sum of others, as `combine_adapters` does.
-
-    The result has scale 1 and no metadata.
-
-    Args:
-        summands: the adapters.
-        r: shard size of the new blocks; the least common multiple by default.
-
-    Raises:
-        ArgumentError: there is no adapter, a weight is not finite, blocks can't be added, their sum
-            is not finite, or an adapter has parameters besides its blocks.
-        ArgumentTypeError: a weight is not a number.
-
-    Warns:
-        AdapterFileWarning: the adapters were saved from different base weights.
-    """
-    if not summands:
-        raise ArgumentError("there is no adapter to combine; give at least one")
-    for summand in summands:
-        check_scale(summand.weight, "the weight of an adapter")
-        _refuse_other_parameters(summand)
-    _check_one_method(summands)
+    """Return the adapter that is the weighted sum of others, with scale 1 and no metadata."""
     parts: dict[str, list[_Part]] = {}
-    for summand in summands:
-        header, tensors = summand.contents
-        for layer in header.layers:
-            part = _Part(summand.source, layer, tensors[layer.key], summand.weight)
-            parts.setdefault(layer.name, []).append(part)
-    sums = [_sum(of_one_layer, r) for of_one_layer in parts.values()]
-    _warn_of_other_bases(parts)
-    found = {layer.key: total for layer, total in sums}
-    header = AdapterHeader(
-        config=_common_config([summand.header.config for summand in summands], sums[0][0].r),
-        layers=tuple(layer for layer, _ in sums),
-        also_train=(),
-        tensors=records_of(found),
-        metadata={},
-    )
-    return header, found
-
-
-def _refuse_other_parameters(summand: Summand) -> None:
-    names = summand.header.also_train
-    if names:
-        raise ArgumentError(
-            f"{summand.source} holds parameters besides its blocks ({first_few(names, 3, ', ')}). "
-            "These are values, not updates, so they have no weighted sum; leave out `also_train`"
-        )
-
-
-def _check_one_method(summands: Sequence[Summand]) -> None:
-    found: dict[tuple[str, int | None], str] = {}
-    for summand in summands:
-        config = summand.header.config
-        r_out = "" if config.r_out is None else f" with r_out={config.r_out}"
-        found.setdefault(
-            (config.method, config.r_out), f"{config.method}{r_out} in {summand.source}"
-        )
-    if len(found) > 1:
-        raise ArgumentError(
-            f"adapters of different methods can't be combined: {', '.join(found.values())}; an "
-            "adapter has one method and one r_out"
-        )
-
-
-def _sum(parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:
-    """Return the weighted sum of a layer's blocks."""
-    first = parts[0].record
-    r = math.lcm(*(part.record.r for part in parts)) if r is None else r
-    name = first.name or "(the model)"
-    blocks = _widened(name, parts, r)
-    alike = {
-        (one.record.in_features, one.record.out_features, one.record.layout, one.record.rows)
-        for one in parts
-    }
-    if len(alike) > 1 or len({block.shape for block in blocks}) > 1:
-        raise ArgumentError(
-            f"layer {name!r} is not the same in all adapters: {_listing(parts)}; these adapters "
-            "are for different models"
-        )
-    if r > first.in_features:
-        raise ArgumentError(
-            f"layer {name!r}: the sum needs r={r}, but the layer has only {first.in_features} "
-            f"inputs: {_listing(parts)}; export the adapters as LoRA, and combine those"
-        )
-    total = functional.weighted_sum(
-        [
-            (block, part.weight * part.record.scale)
-            for block, part in zip(blocks, parts, strict=True)
-        ]
-    )
-    if not finite_as(total, total.dtype):
-        raise ArgumentError(
-            f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
-        )
-    return replace(first, r=r, scale=1.0, base=_common_base(parts)), total
-
-
-def _widened(name: str, parts: Sequence[_Part], r: int) -> list[Tensor]:
-    """Return the blocks for shards of r."""
-    blocks = []
-    for part in parts:
-        one = part.record
-        method = functional.method_of(one.method)
-        block = method.wider_block(one.layout, part.tensor, one.r, r)
-        if not method.additive:
+    for source, (header, tensors), weight in summands:
+        check_scale(weight, "the weight of an adapter")
+        if header.also_train:
             raise ArgumentError(
-                f"layer {name!r}: {method.name} blocks can't be added, because dW is not linear in "
-                "the block; load them as several adapters instead, whose updates add up"
+                f"{source} holds parameters besides its blocks "
+                f"({first_few(header.also_train, 3, ', ')}). These are values, not updates, so "
+                "they have no weighted sum; leave out `also_train`"
             )
-        if block is None:
-            raise ArgumentError(
-                f"layer {name!r}: {method.name} blocks can't be added with r={r}: "
-                f"{_listing(parts)}; give an r that is a multiple of each, or adapters of equal r"
-            )
-        blocks.append(block)
-    return blocks
-
-
-def _listing(parts: Sequence[_Part]) -> str:
-    return "; ".join(map(str, parts))
-
-
-def _common_base(parts: Sequence[_Part]) -> str | None:
-    """Return the common fingerprint of all parts that have one; None if they differ."""
-    known = [part.record.base for part in parts if part.record.base is not None]
-    return known[0] if known and all(same_base(known[0], other) for other in known) else None
-
-
-def _warn_of_other_bases(parts: Mapping[str, Sequence[_Part]]) -> None:
-    other = [
-        name
-        for name, of_one_layer in parts.items()
-        if _common_base(of_one_layer) is None
-        and any(part.record.base is not None for part in of_one_layer)
-    ]
-    if other:
-        layers = printable(first_few(other, 3, ", "))
-        warnings.warn(
-            f"the adapters were saved from different base weights in {counted(len(other), 'layer')}"
-            f" ({layers}), so their sum fits none of them; combine adapters that were trained on "
-            "one base",
-            AdapterFileWarning,
-            stacklevel=3,
+        for one in header.layers:
+            part = _Part(one, tensors[one.key], weight, source)
+            parts.setdefault(one.name, []).append(part)
+    configs = [header.config for _, (header, _), _ in summands]
+    if len({(config.method, config.r_out) for config in configs}) > 1:
+        raise ArgumentError(
+            "adapters of different methods or r_out can't be combined; make one sum of each"
         )
-
-
-def _common_config(configs: Sequence[AdapterConfig], r: int) -> AdapterConfig:
+    sums = [_sum(name or "(the model)", of_one, r) for name, of_one in parts.items()]
+    found = {record.key: total for record, total in sums}
     first = configs[0]
     alike = all((one.target, one.exclude) == (first.target, first.exclude) for one in configs)
-    return first.changed(
-        r=r,
+    config = first.changed(
+        r=sums[0][0].r,
         target=first.target if alike else None,
         exclude=list(first.exclude) if alike else [],
         rank_pattern={},
@@ -290,3 +150,42 @@ def _common_config(configs: Sequence[AdapterConfig], r: int) -> AdapterConfig:
         dtype=None,
         also_train=[],
     )
+    layers = tuple(record for record, _ in sums)
+    return AdapterHeader(config, layers, (), records_of(found), metadata={}), found
+
+
+def _sum(name: str, parts: Sequence[_Part], r: int | None) -> tuple[LayerRecord, Tensor]:
+    """Return the weighted sum of a layer's blocks."""
+    first = parts[0].record
+    method = METHODS[first.method]
+    r = math.lcm(*(part.record.r for part in parts)) if r is None else r
+    listing = "; ".join(map(str, parts))
+    if not method.additive:
+        raise ArgumentError(
+            f"layer {name!r}: {method.name} blocks can't be added, because dW is not linear in the "
+            "block; load them as several adapters instead, whose updates add up"
+        )
+    same = {(one.in_features, one.out_features, one.layout, one.rows) for one, _, _, _ in parts}
+    if r > first.in_features:
+        raise ArgumentError(
+            f"layer {name!r}: the sum needs r={r}, but the layer has only {first.in_features} "
+            f"inputs: {listing}; export the adapters as LoRA, and combine those"
+        )
+    terms = []
+    for record, block, weight, _ in parts:
+        wide = method.wider_block(record.layout, block, record.r, r)
+        if wide is None:
+            raise ArgumentError(
+                f"layer {name!r}: {method.name} blocks can't be added with r={r}: {listing}; give "
+                "an r that is a multiple of each, or adapters of equal r"
+            )
+        terms.append((wide, weight * record.scale))
+    if len(same) > 1 or len({wide.shape for wide, _ in terms}) > 1:
+        raise ArgumentError(f"layer {name!r} is not the same in all adapters: {listing}")
+    total = functional.weighted_sum(terms)
+    if not finite_as(total, total.dtype):
+        raise ArgumentError(
+            f"layer {name!r}: the sum is not finite as {total.dtype}; give smaller weights"
+        )
+    bases = {part.record.base for part in parts}
+    return replace(first, r=r, scale=1.0, base=first.base if len(bases) == 1 else None), total

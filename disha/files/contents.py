@@ -6,19 +6,18 @@ to and from the files of other libraries.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from disha import functional, running_statistics
+from disha import running_statistics
 from disha.config import check_dtype, compile_regex
 from disha.errors import (
     AdapterFileError,
@@ -27,18 +26,11 @@ from disha.errors import (
     ArgumentError,
     ArgumentTypeError,
 )
-from disha.files.atomic import write_files
-from disha.files.checksum import CHECKSUM_KEY, HEADER_KEY, check_values, checksum
-from disha.files.header import (
-    AdapterFile,
-    AdapterHeader,
-    block_misfits,
-    described_by,
-    encoded,
-)
-from disha.files.pieces import tensor_writer
-from disha.files.tensors import TensorFile, opened
+from disha.files.header import HEADER_KEY, AdapterFile, AdapterHeader, described, encoded
+from disha.files.opening import opened
+from disha.files.saving import save_tensors
 from disha.fingerprint import fingerprint, same_base
+from disha.functional import METHODS
 from disha.inject import apply_plan
 from disha.layers import (
     base_of,
@@ -63,7 +55,6 @@ __all__ = [
     "narrowed",
     "read_contents",
     "records_of",
-    "unread_contents",
     "write_contents",
 ]
 
@@ -81,49 +72,56 @@ Header = TypeVar("Header", bound=AdapterHeader)
 
 
 def adapter_contents(
-    view: ModelView, adapter: str = "default", metadata: Mapping[str, str] | None = None
+    view: ModelView,
+    adapter: str = "default",
+    metadata: Mapping[str, str] | None = None,
+    *,
+    base: bool = True,
 ) -> Contents:
-    """Return the header of an adapter of a model, and copies of its tensors on the CPU.
+    """Return the header of an adapter of a model, and its tensors on the CPU.
 
-    If the model is sharded, all ranks must call this, and each gets the complete adapter.
-
-    Args:
-        view: a model with adapters.
-        adapter: the adapter's name.
-        metadata: notes of the user, str -> str.
-
-    Raises:
-        AdapterStateError: the adapter holds values that are not finite, or has no values (on the
-            meta device), or its blocks differ in method or r_out.
-        ArgumentError: there is no such adapter.
-        ArgumentTypeError: the metadata is not str -> str.
+    If the model is sharded, all ranks must call this, and each gets the complete adapter. Without
+    `base`, the fingerprints of the base weights are left out.
     """
     ranks, action = view.ranks(), f"take adapter {adapter!r} out of the model"
     with ranks.agreeing(action):
         notes = _checked_metadata(metadata)
-        parameters = adapter_tensors(view, adapter)
-        _check_has_values(adapter, parameters)
+        held = adapter_tensors(view, adapter)
+        meta = next((key for key, tensor in held.items() if tensor.is_meta), None)
+        if meta is not None:
+            raise AdapterStateError(
+                f"adapter {adapter!r} is on the meta device ({meta}) and has no values; give the "
+                "model values first (to_empty, load_state_dict)"
+            )
     tensors = {
-        key: gathered(parameter.detach()).to("cpu", copy=True).contiguous()
-        for key, parameter in parameters.items()
+        key: gathered(tensor.detach()).cpu().contiguous()
+        for key, tensor in held.items()
     }
     blocks = view.require(adapter)
-    layers = tuple(_record(one) for one in blocks)
+    layers = tuple(_record(one, base=base) for one in blocks)
     with ranks.agreeing(action):
-        _check_one_method(adapter, layers)
-        _check_still_finite(adapter, tensors)
+        _check_can_be_loaded(adapter, layers, tensors)
     keys = {layer.key for layer in layers}
     header = AdapterHeader(
         config=blocks[0].block.config.changed(scale=layers[0].scale),
         layers=layers,
-        also_train=tuple(sorted(key for key in tensors if key not in keys)),
+        also_train=tuple(sorted(tensors.keys() - keys)),
         tensors=records_of(tensors),
         metadata=notes,
     )
     return header, tensors
 
 
-def _record(one: ModelBlock, *, with_base: bool = True) -> LayerRecord:
+def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    notes = {} if metadata is None else metadata
+    if not isinstance(notes, Mapping) or not all(
+        isinstance(one, str) for item in notes.items() for one in item
+    ):
+        raise ArgumentTypeError(f"metadata must be a dict of str -> str, got {metadata!r}")
+    return dict(notes)
+
+
+def _record(one: ModelBlock, *, base: bool) -> LayerRecord:
     block, geometry = one.block, geometry_of(one.layer, one.block.slot)
     return LayerRecord(
         name=one.name,
@@ -133,7 +131,7 @@ def _record(one: ModelBlock, *, with_base: bool = True) -> LayerRecord:
         in_features=geometry.in_features,
         out_features=geometry.out_features,
         scale=block.scale,
-        base=_base_fingerprint(one) if with_base else None,
+        base=_base_fingerprint(one) if base else None,
         layout=block.slot.layout,
         rows=block.slot.rows,
     )
@@ -151,35 +149,15 @@ def _base_fingerprint(one: ModelBlock) -> str | None:
     return fingerprint(slot.layout.part(base_of(one.layer, slot), slot.rows))
 
 
-def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    if metadata is None:
-        return {}
-    if not isinstance(metadata, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, str) for key, value in metadata.items()
-    ):
-        raise ArgumentTypeError(f"metadata must be a dict of str -> str, got {metadata!r}")
-    return dict(metadata)
-
-
-def _check_has_values(adapter: str, parameters: Mapping[str, Tensor]) -> None:
-    meta = [key for key, parameter in parameters.items() if parameter.is_meta]
-    if meta:
-        raise AdapterStateError(
-            f"adapter {adapter!r} is on the meta device ({meta[0]}) and has no values; give the "
-            "model values first (to_empty, load_state_dict)"
-        )
-
-
-def _check_one_method(adapter: str, layers: Iterable[LayerRecord]) -> None:
+def _check_can_be_loaded(
+    adapter: str, layers: Sequence[LayerRecord], tensors: Mapping[str, Tensor]
+) -> None:
     methods = {(layer.method, layer.r_out) for layer in layers}
     if len(methods) > 1:
         raise AdapterStateError(
             f"adapter {adapter!r} has blocks of different methods, {sorted(methods, key=str)} as "
             "(method, r_out), and a file holds one method; give each method its own adapter"
         )
-
-
-def _check_still_finite(adapter: str, tensors: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in tensors.items() if not finite_as(tensor, tensor.dtype)]
     if broken:
         raise AdapterStateError(
@@ -193,100 +171,41 @@ def _check_still_finite(adapter: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_contents(path: Path, header: AdapterHeader, tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter to a file, completely or not at all.
-
-    Raises:
-        AdapterIOError: it can't be written; an existing file is unchanged.
-        ArgumentError: a name or a note is not Unicode text, or names and notes are too large for a
-            safetensors file.
-    """
-    text = encoded(header)
-    metadata = {HEADER_KEY: text, CHECKSUM_KEY: checksum(text, tensors)}
-    write_files({path: tensor_writer(tensors, metadata)})
+    """Write an adapter to a file, completely or not at all."""
+    save_tensors(path, tensors, {HEADER_KEY: encoded(header)})
 
 
 def read_contents(
     path: Path, *, also_train: bool = True, layers: str | None = None
 ) -> tuple[AdapterFile, dict[str, Tensor]]:
-    """Return the header and the tensors of a file.
+    """Return the header and the tensors of a file, which are mapped and read when used.
 
-    Args:
-        path: the file.
-        also_train: also return the parameters that the file holds besides the blocks.
-        layers: a regex, searched in the names of the layers; only matching layers are returned.
-
-    Raises:
-        AdapterIOError: the file can't be read.
-        AdapterFileError: it is not a valid adapter file.
-        ArgumentError: `layers` is not a valid regex, or is found in no layer's name.
+    Without `also_train`, only the blocks are returned; with `layers`, those of the layers in whose
+    names that regex is found.
     """
     with opened(path) as file:
-        described, tensors = unread_contents(file, also_train=also_train, layers=layers)
-        return described, dict(tensors)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header = described(path, (file.metadata() or {}).get(HEADER_KEY), tensors)
+    kept = header.layers if layers is None else _chosen(header, layers)
+    header = narrowed(header, kept, header.also_train if also_train else ())
+    return header, {key: tensors[key] for key in header.tensors}
 
 
-def unread_contents(
-    file: TensorFile, *, also_train: bool = True, layers: str | None = None
-) -> tuple[AdapterFile, Mapping[str, Tensor]]:
-    """Return the header of an open file, and its tensors, as `read_contents` does.
-
-    The tensors are read when the first of them is used, so a file that does not fit a model is
-    refused before any memory is taken for it. Until then the file must stay open.
-
-    Args:
-        file: the open file.
-        also_train: also return the parameters that the file holds besides the blocks.
-        layers: a regex, searched in the names of the layers; only matching layers are returned.
-    """
-    described = described_by(file)
-    kept = described.layers if layers is None else _chosen(described, layers)
-    described = narrowed(described, kept, described.also_train if also_train else ())
-    return described, _Unread(file, tuple(described.tensors))
-
-
-class _Unread(Mapping[str, Tensor]):
-    """Tensors of an open file. All are read when the first is used."""
-
-    def __init__(self, file: TensorFile, keys: tuple[str, ...]) -> None:
-        self._file, self._keys = file, keys
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._tensors[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    @cached_property
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {key: self._file.read(key) for key in self._keys}
-        check_values(self._file, tensors)
-        return tensors
-
-
-def _chosen(described: AdapterFile, layers: str) -> Sequence[LayerRecord]:
+def _chosen(header: AdapterFile, layers: str) -> Sequence[LayerRecord]:
     pattern = compile_regex("layers", layers)
-    kept = [layer for layer in described.layers if pattern.search(layer.name)]
+    kept = [layer for layer in header.layers if pattern.search(layer.name)]
     if not kept:
-        names = first_few([layer.name for layer in described.layers], 10, ", ")
+        names = first_few([layer.name for layer in header.layers], 10, ", ")
         raise ArgumentError(
-            f"layers={layers!r} matches none of the layers in {described.path}, which are {names}"
+            f"layers={layers!r} matches none of the layers in {header.path}, which are {names}"
         )
     return kept
 
 
 def narrowed(header: Header, layers: Sequence[LayerRecord], also_train: Sequence[str]) -> Header:
-    """Return a header of a part of an adapter.
-
-    Args:
-        header: the adapter's header.
-        layers: the layers of the part.
-        also_train: the parameters besides its blocks.
-    """
+    """Return a header of a part of an adapter."""
     keys = (*(layer.key for layer in layers), *also_train)
-    return dataclasses.replace(
+    return changed(
         header,
         config=header.config if also_train else header.config.changed(also_train=[]),
         layers=tuple(layers),
@@ -296,12 +215,7 @@ def narrowed(header: Header, layers: Sequence[LayerRecord], also_train: Sequence
 
 
 def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Contents:
-    """Return an adapter without the parameters besides its blocks.
-
-    Args:
-        header: the adapter's header.
-        tensors: its tensors.
-    """
+    """Return an adapter without the parameters besides its blocks."""
     without = narrowed(header, header.layers, ())
     return without, {key: tensors[key] for key in without.tensors}
 
@@ -311,26 +225,31 @@ def blocks_only(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> Content
 
 @dataclass(frozen=True)
 class _Incoming:
-    """An adapter to be loaded into a model.
+    """An adapter on its way into a model, under a name.
 
-    `keys` maps each of its keys to the key of the same parameter in the model. The two differ if a
-    module or a parameter has several names, and adapter and model use different ones.
+    `keys` maps each of its keys to that of the same tensor in the model, where a module or a
+    parameter can have several names.
     """
 
+    view: ModelView
+    adapter: str
     source: Source
     header: AdapterHeader
     tensors: Mapping[str, Tensor]
     keys: Mapping[str, str]
 
-    def loaded_into(
-        self, view: ModelView, adapter: str
-    ) -> Iterator[tuple[ModelBlock, LayerRecord]]:
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The tensors under the keys of the model."""
+        return {self.keys[key]: tensor for key, tensor in self.tensors.items()}
+
+    def layers(self) -> Iterator[tuple[ModelBlock, LayerRecord]]:
         """Iterate over the model's blocks for which the adapter has one."""
-        layers = {self.keys[layer.key]: layer for layer in self.header.layers}
-        for one in view.require(adapter):
-            layer = layers.get(join(one.name, one.block.parameter_name))
-            if layer is not None:
-                yield one, layer
+        records = {self.keys[layer.key]: layer for layer in self.header.layers}
+        for one in self.view.require(self.adapter):
+            key = join(one.name, one.block.parameter_name)
+            if key in records:
+                yield one, records[key]
 
 
 def load_contents(
@@ -348,62 +267,38 @@ def load_contents(
 ) -> LoadReport:
     """Put an adapter into a model; `load_adapter` documents the arguments and the errors.
 
-    Args:
-        view: the model.
-        source: where the adapter came from, for errors.
-        header: the adapter's header.
-        tensors: all tensors that the header names.
-        adapter: the name that it gets in this model.
-        replace: copy into the adapter of that name, if there is one.
-        partial: with `replace`, leave layers unchanged that the header does not name.
-        dtype: dtype of the blocks; that of the tensors by default.
-        freeze: freeze all parameters that belong to no adapter.
-        activate: make the new adapter the only active one.
+    With `partial`, a layer that the header does not name stays as it is.
     """
     with all_or_nothing(view) as undo:
         with view.ranks().agreeing(f"load a file as adapter {adapter!r}"):
             check_adapter_name(adapter)
             check_dtype(dtype)
             view.refuse_inside("load an adapter")
-            incoming = _Incoming(source, header, tensors, _model_keys(view, header))
-            _check_consistent(incoming)
             taken = adapter in view.adapters
             _check_taken(adapter, taken, replace, dtype)
+            keys = _model_keys(view, source, header)
+            incoming = _Incoming(view, adapter, source, header, tensors, keys)
             if taken:
                 adapter_tensors(view, adapter)  # raises if the blocks have no values here
-                incoming = _as_wide_as(view, incoming, adapter)
-                values = _fitting(view, incoming, adapter)
+                incoming = _as_wide_as_the_model(incoming)
             else:
-                plan, values = _planned(view, incoming, adapter, dtype, freeze)
-                apply_plan(view, plan, undo, activate=activate)
+                apply_plan(view, _planned(incoming, dtype, freeze), undo, activate=activate)
             targets = running_statistics.statistics(view) | adapter_tensors(view, adapter)
-        blocks = {incoming.keys[layer.key] for layer in header.layers}
-        for key, value in values.items():
-            is_new = not taken and key in blocks
-            write(targets[key], value, None if is_new else undo)
+            _check_fits(incoming, targets)
+        new_blocks = set() if taken else {keys[layer.key] for layer in header.layers}
+        for key, value in incoming.values.items():
+            # There are no values to put back into a new block.
+            write(targets[key], value, None if key in new_blocks else undo)
         if taken and not partial:
-            running_statistics.put_back(view, undo, values)
-            for one in view.require(adapter):
-                if join(one.name, one.block.parameter_name) not in values:
-                    write(one.block.block, torch.zeros_like(one.block.block), undo)
-        for (*_, block), layer in incoming.loaded_into(view, adapter):
+            _forget_the_rest(incoming, undo)
+        for (*_, block), layer in incoming.layers():
+            mine = {"r": block.config.r, "rank_pattern": block.config.rank_pattern}
             undo.callback(block.set_scale, block.scale)
             undo.callback(block.reconfigure, block.config)
-            block.reconfigure(incoming.header.config)
+            block.reconfigure(header.config.changed(**mine if taken else {}))
             block.set_scale(layer.scale)
-        _warn_of_other_base(view, incoming, adapter)
-    return LoadReport(matched=tuple(values))  # if a key did not fit, this has raised
-
-
-def _check_consistent(incoming: _Incoming) -> None:
-    """Raise if a block has a wrong shape, or two tensors belong to one parameter of the model."""
-    problems = block_misfits(incoming.header)
-    first: dict[str, str] = {}
-    for key, own in incoming.keys.items():
-        if first.setdefault(own, key) != key:
-            problems.append(f"{first[own]} and {key} are one parameter in the model")
-    if problems:
-        raise AdapterFileError(f"{incoming.source}: nothing was loaded:\n{first_few(problems, 20)}")
+        _warn_of_other_base(incoming)
+    return LoadReport(matched=tuple(incoming.values))  # if a key did not fit, this has raised
 
 
 def _check_taken(adapter: str, taken: bool, replace: bool, dtype: torch.dtype | None) -> None:
@@ -419,32 +314,36 @@ def _check_taken(adapter: str, taken: bool, replace: bool, dtype: torch.dtype | 
         )
 
 
-def _model_keys(view: ModelView, header: AdapterHeader) -> dict[str, str]:
+def _model_keys(view: ModelView, source: Source, header: AdapterHeader) -> dict[str, str]:
     first = {name: aliases[0] for aliases in view.names.values() for name in aliases}
     parameters = view.parameters_by_name
-    keys = {key: parameters[key].name if key in parameters else key for key in header.also_train}
+    keys = {}
     for key in header.also_train:
-        if key not in parameters:  # a running statistic
-            module, _, own = key.rpartition(".")
-            keys[key] = join(first.get(module, module), own)
+        module, _, attribute = key.rpartition(".")
+        own = join(first.get(module, module), attribute)
+        keys[key] = parameters[key].name if key in parameters else own
     for layer in header.layers:
         module, _, below = layer.name.rpartition(".")
         own = first.get(layer.name) or join(first.get(module, module), below)
         keys[layer.key] = own + layer.key[len(layer.name) :]
+    given: dict[str, str] = {}
+    for key, own in keys.items():
+        if given.setdefault(own, key) != key:
+            raise AdapterFileError(
+                f"{source}: {given[own]} and {key} are one parameter in the model; nothing was "
+                "loaded. Leave out one of them"
+            )
     return keys
 
 
-def _planned(
-    view: ModelView, incoming: _Incoming, adapter: str, dtype: torch.dtype | None, freeze: bool
-) -> tuple[Plan, dict[str, Tensor]]:
-    """Return the plan to inject the adapter, and its values by the model's keys."""
-    header = incoming.header
+def _planned(incoming: _Incoming, dtype: torch.dtype | None, freeze: bool) -> Plan:
+    view, header = incoming.view, incoming.header
     statistics = running_statistics.statistics(view)
     beside = [key for key in header.also_train if incoming.keys[key] not in statistics]
     try:
-        plan = plan_weights(
+        return plan_weights(
             view,
-            adapter,
+            incoming.adapter,
             header.config,
             header.layers,
             header.tensors,
@@ -454,111 +353,64 @@ def _planned(
         )
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
-    values = {incoming.keys[key]: tensor for key, tensor in incoming.tensors.items()}
-    given = {key: value for key, value in values.items() if key in statistics}
-    report = check_fit({key: statistics[key] for key in given}, given)
-    if not report.complete:
-        raise AdapterFileError(f"{incoming.source} does not fit the model:\n{report}")
-    _check_finite(view, incoming, values, dtype)
-    return plan, values
 
 
-def _as_wide_as(view: ModelView, incoming: _Incoming, adapter: str) -> _Incoming:
-    """Return an adapter with the shard sizes of the model's adapter, where that is exact.
-
-    A layer with another r that fits otherwise is widened, if the model's r is a multiple of its r.
-    """
-    header, held = incoming.header, None
-    records, layers = dict(header.tensors), {layer.key: layer for layer in header.layers}
-    blocks: dict[str, Tensor] = {}
-    for one, layer in incoming.loaded_into(view, adapter):
-        mine = _record(one, with_base=False)
-        wider = dataclasses.replace(layer, r=mine.r)
-        if layer.r == mine.r or _differences(one.name, wider, mine):
-            continue
-        narrow = incoming.tensors[layer.key]
-        method = functional.method_of(layer.method)
-        widened = method.wider_block(layer.layout, narrow, layer.r, mine.r)
-        if widened is not None:
-            layers[layer.key], blocks[layer.key], held = wider, widened, one.block.config
-            records[layer.key] = dataclasses.replace(records[layer.key], shape=tuple(widened.shape))
-    if held is None:
-        return incoming
-    config = header.config.changed(r=held.r, rank_pattern=held.rank_pattern)
-    header = dataclasses.replace(
-        header, config=config, layers=tuple(layers.values()), tensors=records
-    )
-    # The other tensors may be unread, and stay so until all shapes are known to fit.
-    tensors = ChainMap(blocks, incoming.tensors)  # type: ignore[arg-type]
-    return dataclasses.replace(incoming, header=header, tensors=tensors)
+def _as_wide_as_the_model(incoming: _Incoming) -> _Incoming:
+    """Return an adapter with the shard sizes of the model's adapter, where that is exact."""
+    layers = {layer.key: layer for layer in incoming.header.layers}
+    tensors = dict(incoming.tensors)
+    for (*_, block), layer in incoming.layers():
+        method = METHODS[layer.method]
+        wider = method.wider_block(layer.layout, tensors[layer.key], layer.r, block.r)
+        if wider is not None:
+            layers[layer.key], tensors[layer.key] = changed(layer, r=block.r), wider
+    header = changed(incoming.header, layers=tuple(layers.values()))
+    return changed(incoming, header=header, tensors=tensors)
 
 
-def _fitting(view: ModelView, incoming: _Incoming, adapter: str) -> dict[str, Tensor]:
-    """Return the values that fit the model's adapter of that name, by the model's keys."""
-    mine = running_statistics.statistics(view) | adapter_tensors(view, adapter)
-    found = {incoming.keys[key]: key for key in incoming.tensors}
-    targets = {key: parameter for key, parameter in mine.items() if key in found}
-    kept = {key: own for key, own in found.items() if key in targets}
-    records = incoming.header.tensors
-    if all(records[own].shape == targets[key].shape for key, own in kept.items()):
-        values = {key: incoming.tensors[own] for key, own in kept.items()}
-    else:  # the report says which shapes differ; the values are not read
-        zero = torch.zeros((), device="cpu")
-        values = {key: zero.expand(records[own].shape) for key, own in kept.items()}
-    report = check_fit(targets, {**dict.fromkeys(found), **values})
+def _check_fits(incoming: _Incoming, targets: Mapping[str, Tensor]) -> None:
+    """Raise unless the model has all keys, with these sizes, and can hold the values."""
+    values = incoming.values
+    report = check_fit({key: target for key, target in targets.items() if key in values}, values)
     problems = [] if report.complete else [str(report)]
-    for one, layer in incoming.loaded_into(view, adapter):
-        problems += _differences(one.name, layer, _record(one, with_base=False))
+    for one, theirs in incoming.layers():
+        mine = _record(one, base=False)
+        problems += [
+            f"{one.name}: {field} is {getattr(theirs, field)} in the file and {getattr(mine, field)} "
+            "in the model"
+            for field in ("method", "r", "r_out", "in_features", "out_features", "layout", "rows")
+            if getattr(theirs, field) != getattr(mine, field)
+        ]
     if problems:
         raise AdapterFileError(
-            f"{incoming.source} can't replace the model's adapter {adapter!r}, which it does not "
-            f"fit; nothing was loaded:\n{first_few(problems, 20)}"
-        )
-    return values
-
-
-def _differences(name: str, theirs: LayerRecord, mine: LayerRecord) -> list[str]:
-    return [
-        f"{name}: {field} is {getattr(theirs, field)} in the file and {getattr(mine, field)} in "
-        "the model"
-        for field in ("method", "r", "r_out", "in_features", "out_features", "layout", "rows")
-        if getattr(theirs, field) != getattr(mine, field)
-    ]
-
-
-def _check_finite(
-    view: ModelView, incoming: _Incoming, values: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> None:
-    """Raise if a value is not finite in the dtype of the parameter that gets it."""
-    broken = []
-    for key, own in incoming.keys.items():
-        target = dtype or values[own].dtype
-        if own in view.parameters_by_name:
-            target = view.parameters_by_name[own].value.dtype
-        if not finite_as(values[own], target):
-            broken.append(f"{key} (as {target})")
-    if broken:
-        raise AdapterFileError(
-            f"{incoming.source} holds values that are not finite (NaN or infinity) in "
-            f"{first_few(broken, 10, ', ')}; nothing was loaded. Get another version of the file, "
-            "or load it in a wider dtype"
+            f"{incoming.source} does not fit the model's adapter {incoming.adapter!r}; nothing was "
+            f"loaded:\n{first_few(problems, 20)}"
         )
 
 
-def _warn_of_other_base(view: ModelView, incoming: _Incoming, adapter: str) -> None:
-    other, known = [], 0
-    for one, layer in incoming.loaded_into(view, adapter):
-        now = None if layer.base is None else _base_fingerprint(one)
-        if now is not None and layer.base is not None:
-            known += 1
-            if not same_base(now, layer.base):
-                other.append(one.name)
+def _forget_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
+    """Give the base's values to the statistics and layers that the adapter lacks."""
+    running_statistics.put_back(incoming.view, undo, incoming.values)
+    loaded = {one.block for one, _ in incoming.layers()}
+    for *_, block in incoming.view.require(incoming.adapter):
+        if block not in loaded:
+            write(block.block, torch.zeros_like(block.block), undo)
+
+
+def _warn_of_other_base(incoming: _Incoming) -> None:
+    found = {
+        one.name: (layer.base, _base_fingerprint(one))
+        for one, layer in incoming.layers()
+        if layer.base is not None
+    }
+    known = {name: (one, now) for name, (one, now) in found.items() if now is not None}
+    other = [name for name, (one, now) in known.items() if not same_base(one, now)]
     if other:
         layers = printable(first_few(other, 3, ", "))
         warnings.warn(
             f"{printable(str(incoming.source))} was saved from other base weights than the model's "
-            f"in {len(other)} of {counted(known, 'layer')} ({layers}): load the base that it was "
-            "trained on, or check that the adapter is not merged into this one already",
+            f"in {len(other)} of {counted(len(known), 'layer')} ({layers}): load the base that it "
+            "was trained on, or check that the adapter is not merged into this one already",
             AdapterFileWarning,
             stacklevel=4,
         )

@@ -1,48 +1,42 @@
 """The header of an adapter file, format 1, which describes the adapter.
 
-It is JSON under one key of the safetensors metadata; docs/format.md describes its fields. From top
-to bottom: what a header holds, how it is written, and how it is read and checked.
+It is JSON under one key of the safetensors metadata; docs/format.md describes its fields.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from disha.config import LARGEST_SCALE, AdapterConfig
-from disha.errors import AdapterFileError, ArgumentError, DishaError
-from disha.files.checksum import HEADER_KEY
-from disha.files.json_files import is_size, parsed_json
-from disha.files.tensors import TensorFile
-from disha.functional import PATTERNS, Layout
-from disha.records import LayerRecord, TensorRecord
+from disha.config import AdapterConfig, check_positive_int, check_scale, checked_rows
+from disha.errors import AdapterFileError, ArgumentError, ArgumentTypeError
+from disha.files.opening import other_format
+from disha.functional import Layout, layout_of
+from disha.records import LayerRecord, TensorRecord, records_of
 from disha.text import brief, counted, first_few, printable, table
 
 __all__ = [
     "FORMAT",
+    "HEADER_KEY",
     "AdapterFile",
     "AdapterHeader",
-    "LayerRecord",
-    "TensorRecord",
     "block_misfits",
-    "described_by",
+    "described",
     "encoded",
 ]
 
 FORMAT = 1
 """The newest file format that this library writes and reads."""
 
-MOST_LAYERS = 100_000
-"""The largest number of layers that a header may list."""
-
-
-# --- what a header holds -------------------------------------------------------------------------
+HEADER_KEY = "disha"
+"""The metadata key of the header."""
 
 
 @dataclass(frozen=True)
@@ -148,15 +142,8 @@ def block_misfits(header: AdapterHeader) -> list[str]:
     return [f"{name or '(the model)'}: {misfit}" for name, misfit in found if misfit is not None]
 
 
-# --- writing -------------------------------------------------------------------------------------
-
-
 def encoded(header: AdapterHeader) -> str:
-    """Return a header as JSON. The same header always gives the same text.
-
-    Raises:
-        ArgumentError: a name or a note is not Unicode text (it has half of a surrogate pair).
-    """
+    """Return a header as JSON. The same header always gives the same text."""
     fields = {
         "format": FORMAT,
         "config": header.config.to_json(),
@@ -164,205 +151,108 @@ def encoded(header: AdapterHeader) -> str:
         "also_train": list(header.also_train),
         "metadata": dict(sorted(header.metadata.items())),
     }
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ArgumentError(
-            "names and metadata must be Unicode text, and "
-            f"{text[error.start : error.end]!a} can't be written; replace it"
-        ) from error
-    return text
-
-
-# --- what a field must be ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Field:
-    """The allowed values of a field in a JSON object.
-
-    Attributes:
-        allowed: a description, for errors.
-        fits: takes the value and the object, and returns whether the value is allowed. Types are
-            exact: `true` is not an integer.
-        required: whether the field must be present.
-    """
-
-    allowed: str
-    fits: Callable[[Any, Mapping[str, Any]], bool]
-    required: bool = True
-
-
-def _is_text(value: Any, _: object = None) -> bool:
-    return type(value) is str
-
-
-def _are_rows(value: Any, _: object = None) -> bool:
-    if type(value) is not list or not all(type(one) is list and len(one) == 2 for one in value):
-        return False
-    ends = [end for one in value for end in one]
-    in_order = all(type(end) is int for end in ends) and ends == sorted(ends)
-    if not ends or not in_order or ends[0] < 0 or ends[-1] >= 2**31:
-        return False
-    return all(first < stop for first, stop in value)
-
-
-_SIZE = _Field("an integer from 1 to 2^31 - 1", lambda value, _: is_size(value))
-
-_HEADER = {
-    "config": _Field("an object", lambda value, _: type(value) is dict),
-    "layers": _Field(
-        f"a list of 1 to {MOST_LAYERS:,} layers",
-        lambda value, _: type(value) is list and 1 <= len(value) <= MOST_LAYERS,
-    ),
-    "also_train": _Field(
-        "a list of names", lambda value, _: type(value) is list and all(map(_is_text, value))
-    ),
-    "metadata": _Field(
-        "an object of text",
-        lambda value, _: type(value) is dict and all(map(_is_text, value.values())),
-    ),
-}
-
-_LAYER = {
-    "name": _Field("text", _is_text),
-    "layout": _Field(
-        f"one of {', '.join(map(repr, PATTERNS))}",
-        lambda value, _: type(value) is str and value in PATTERNS,
-    ),
-    "r": _SIZE,
-    "in": _SIZE,
-    "out": _SIZE,
-    "scale": _Field(
-        "a number that is finite in float32",
-        lambda value, _: type(value) in (int, float) and abs(value) <= LARGEST_SCALE,
-    ),
-    "groups": _Field(
-        f"{_SIZE.allowed}, with the layout 'in out *kernel' only",
-        lambda value, layer: is_size(value) and layer["layout"] == "in out *kernel",
-        required=False,
-    ),
-    "padding_idx": _Field(
-        "an index below 'in', with the layout 'index out' only",
-        lambda value, layer: (
-            type(value) is int and 0 <= value < layer["in"] and layer["layout"] == "index out"
-        ),
-        required=False,
-    ),
-    "rows": _Field(
-        "ranges [first, stop] below 2^31, in ascending order and without overlap",
-        _are_rows,
-        required=False,
-    ),
-    "base": _Field("text", _is_text, required=False),
-}
-
-
-def _checked(where: str, found: Any, fields: Mapping[str, _Field]) -> dict[str, Any]:
-    """Return the known fields of a JSON object. Unknown fields are ignored."""
-    if type(found) is not dict:
-        raise _unfit(f"{where} must be an object; it is {brief(found)}")
-    for name, field in fields.items():
-        if name not in found and field.required:
-            raise _unfit(f"{where} lacks the field {name!r}")
-        if name in found and not field.fits(found[name], found):
-            raise _unfit(f"{where}: {name!r} must be {field.allowed}; it is {brief(found[name])}")
-    return {name: found[name] for name in fields if name in found}
-
-
-def _unfit(problem: str) -> AdapterFileError:
-    return AdapterFileError(f"{problem}; get the file again")
+    return json.dumps(fields, separators=(",", ":"))
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-def described_by(file: TensorFile) -> AdapterFile:
-    """Return the checked header of an open file.
-
-    Raises:
-        AdapterFileError: it is not a valid adapter file.
-    """
-    path = file.path
-    fields = _checked(f"{path}: the header", _parsed(path, file.metadata), _HEADER)
-    try:
-        config = AdapterConfig.from_json(fields["config"])
-    except DishaError as error:
-        raise AdapterFileError(f"{path}: {error}") from error
-    described = AdapterFile(
-        config=config,
-        layers=tuple(_layer(path, config, entry) for entry in fields["layers"]),
-        also_train=tuple(fields["also_train"]),
-        tensors={key: file.record(key) for key in file.tensors},
-        metadata=fields["metadata"],
-        path=path,
-        format=FORMAT,
-        nbytes=file.index.size,
-    )
-    _check_keys(described)
-    problems = block_misfits(described)
-    if problems:
-        raise AdapterFileError(
-            f"{path} contradicts itself; get the file again:\n{first_few(problems, 20)}"
-        )
-    return described
-
-
-def _parsed(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    text = metadata.get(HEADER_KEY)
+def described(path: Path, text: str | None, tensors: Mapping[str, Tensor]) -> AdapterFile:
+    """Return the checked header of a file, given its JSON and its tensors."""
     if text is None:
         raise AdapterFileError(
-            f"{path} is a safetensors file without a {HEADER_KEY!r} entry in its metadata: it "
+            other_format(path)
+            or f"{path} is a safetensors file without a {HEADER_KEY!r} entry in its metadata: it "
             "was not written by disha.save_adapter; name an adapter file"
         )
-    header = parsed_json(f"{path}: the header", text, strict=True)
-    version = header.get("format")
-    if type(version) is not int or version < 1:
-        found = brief(version)
-        raise _unfit(f"{path}: the header's format must be an integer from 1; it is {found}")
+    try:
+        found = _parsed(path, json.loads(text), tensors)
+    except KeyError as error:
+        raise _unfit(path, f"lacks the field {error}") from error
+    except (ValueError, RecursionError, ArgumentError, ArgumentTypeError) as error:
+        if isinstance(error, AdapterFileError):
+            raise
+        raise _unfit(path, f"is not of format {FORMAT}: {error}") from error
+    _check_keys(found)
+    problems = block_misfits(found)
+    if problems:
+        raise _unfit(path, f"contradicts its tensors:\n{first_few(problems, 20)}")
+    return found
+
+
+def _unfit(path: Path, problem: str) -> AdapterFileError:
+    return AdapterFileError(f"{path}: the header {problem}; get the file again")
+
+
+def _parsed(path: Path, found: Any, tensors: Mapping[str, Tensor]) -> AdapterFile:
+    _check_type("the header", found, dict)
+    version = found["format"]
+    check_positive_int("format", version)
     if version > FORMAT:  # it may have other fields
         raise AdapterFileError(
             f"{path} has format {brief(version)}, and this version of disha reads up to {FORMAT}; "
             "upgrade disha-torch"
         )
-    return header
-
-
-def _layer(path: Path, config: AdapterConfig, entry: Any) -> LayerRecord:
-    name = entry.get("name") if type(entry) is dict else None
-    fields = _checked(f"{path}: layer {brief(name)} of the header", entry, _LAYER)
-    return LayerRecord(
-        name=fields["name"],
-        method=config.method,
-        r=fields["r"],
-        r_out=config.r_out,
-        in_features=fields["in"],
-        out_features=fields["out"],
-        scale=float(fields["scale"]),
-        base=fields.get("base"),
-        layout=Layout(fields["layout"], fields.get("groups", 1), fields.get("padding_idx")),
-        rows=tuple((first, stop) for first, stop in fields.get("rows", ())),
+    for name, kind in (("layers", list), ("also_train", list), ("metadata", dict)):
+        _check_type(name, found[name], kind)
+    for one in (*found["also_train"], *found["metadata"].values()):
+        _check_type("a name or a note", one, str)
+    config = AdapterConfig.from_json(found["config"])
+    return AdapterFile(
+        config=config,
+        layers=tuple(_layer(config, entry) for entry in found["layers"]),
+        also_train=tuple(found["also_train"]),
+        tensors=records_of(tensors),
+        metadata=found["metadata"],
+        path=path,
+        format=FORMAT,
+        nbytes=path.stat().st_size,
     )
 
 
-def _check_keys(described: AdapterFile) -> None:
+def _layer(config: AdapterConfig, entry: Any) -> LayerRecord:
+    _check_type("a layer", entry, dict)
+    name, base, padding = entry["name"], entry.get("base"), entry.get("padding_idx")
+    groups, rows = entry.get("groups", 1), entry.get("rows")
+    _check_type("the name of a layer", name, str)
+    _check_type("base", base, (str, type(None)))
+    _check_type("padding_idx", padding, (int, type(None)))
+    for field, size in (("r", entry["r"]), ("in", entry["in"]), ("out", entry["out"])):
+        check_positive_int(field, size)
+    check_positive_int("groups", groups)
+    check_scale(entry["scale"])
+    return LayerRecord(
+        name=name,
+        method=config.method,
+        r=entry["r"],
+        r_out=config.r_out,
+        in_features=entry["in"],
+        out_features=entry["out"],
+        scale=float(entry["scale"]),
+        base=base,
+        layout=Layout(layout_of(entry["layout"]).pattern, groups, padding),
+        rows=() if rows is None else checked_rows(name, rows),
+    )
+
+
+def _check_type(what: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(f"{what} can't be {brief(value)}")
+
+
+def _check_keys(found: AdapterFile) -> None:
     """Raise unless the header lists each tensor once, and there are no other tensors."""
-    listed = Counter([*(layer.key for layer in described.layers), *described.also_train])
-    [(key, times)] = listed.most_common(1)
-    if times > 1:
-        raise _unfit(f"{described.path}: the header lists {brief(key)} {times} times")
-    problems = [f"missing {brief(key)}" for key in listed if key not in described.tensors]
-    problems += [
-        f"{brief(layer.key)} is not floating-point"
-        for layer in described.layers
-        if layer.key in described.tensors
-        and not described.tensors[layer.key].dtype.is_floating_point
+    listed = Counter([*(layer.key for layer in found.layers), *found.also_train])
+    problems = [
+        f"{brief(key)} is listed {times} times" for key, times in listed.items() if times > 1
     ]
+    problems += [f"{brief(key)} is missing" for key in listed if key not in found.tensors]
+    problems += [f"{brief(key)} is not listed" for key in found.tensors if key not in listed]
     problems += [
-        f"not described {brief(key)}" for key in sorted(described.tensors) if key not in listed
+        f"{brief(key)} has dtype {found.tensors[key].dtype_name}"
+        for key in (layer.key for layer in found.layers)
+        if key in found.tensors and not found.tensors[key].dtype.is_floating_point
     ]
-    if problems:
-        raise _unfit(
-            f"{described.path}: tensors and header disagree: {first_few(problems, 10, ', ')}"
-        )
+    if problems or not found.layers:
+        problems = problems or ["there is no layer"]
+        raise _unfit(found.path, f"contradicts its tensors: {first_few(problems, 10, ', ')}")

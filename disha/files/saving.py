@@ -44,7 +44,7 @@ def save(path: PathLike, write: Callable[[Path], object]) -> None:
         with new.open("r+b") as file:
             os.fsync(file.fileno())
         new.replace(target)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise AdapterIOError(f"can't save to {target}: {reason}; nothing was changed") from error
     finally:

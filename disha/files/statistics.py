@@ -11,8 +11,9 @@ from torch import Tensor
 
 from disha import functional
 from disha.files.checksum import check_values
-from disha.files.header import AdapterFile, LayerRecord
+from disha.files.header import AdapterFile
 from disha.files.tensors import opened
+from disha.records import LayerRecord
 
 __all__ = ["TensorStatistics", "chunks", "delta_norm", "statistics_of", "tensor_statistics"]
 
@@ -113,7 +114,7 @@ def delta_norm(record: LayerRecord, block: Tensor) -> float | None:
 
     Examples:
         >>> import torch
-        >>> from disha.files.header import LayerRecord
+        >>> from disha.records import LayerRecord
         >>> from disha.files.statistics import delta_norm
         >>> from disha.functional import Layout
         >>> linear = Layout("out in")
