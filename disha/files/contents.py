@@ -93,10 +93,7 @@ def adapter_contents(
                 f"adapter {adapter!r} is on the meta device ({meta}) and has no values; give the "
                 "model values first (to_empty, load_state_dict)"
             )
-    tensors = {
-        key: gathered(tensor.detach()).cpu().contiguous()
-        for key, tensor in held.items()
-    }
+    tensors = {key: gathered(tensor.detach()).cpu().contiguous() for key, tensor in held.items()}
     blocks = view.require(adapter)
     layers = tuple(_record(one, base=base) for one in blocks)
     with ranks.agreeing(action):

@@ -1,0 +1,104 @@
+"""A save that fails or is killed leaves the old file."""
+
+from __future__ import annotations
+
+import os
+import resource
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import disha
+from disha import AdapterIOError, ArgumentTypeError
+from disha.files.saving import save, save_tensors
+from tests.adapter_files import trained
+
+NEW = {"x": torch.ones(40_000)}
+
+
+@pytest.fixture
+def old(tmp_path):
+    """Return the path of a file that exists."""
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"x": torch.zeros(3)}, {})
+    return path
+
+
+def assert_old(path):
+    assert torch.equal(safetensors.torch.load_file(path)["x"], torch.zeros(3))
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+
+
+class TestFailed:
+    def test_a_full_disk(self, old):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            with pytest.raises(AdapterIOError, match=r"can't save to .*too large"):
+                save_tensors(old, NEW, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert_old(old)
+
+    @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
+    def test_a_writer_that_raises(self, old, error):
+        def write(new):
+            new.write_text("a part")
+            raise error
+
+        with pytest.raises((AdapterIOError, KeyboardInterrupt)):
+            save(old, write)
+        assert_old(old)
+
+    def test_a_folder_is_no_file(self, tmp_path):
+        with pytest.raises(AdapterIOError, match="Is a directory"):
+            save_tensors(tmp_path, NEW, {})
+        assert not list(tmp_path.iterdir())
+
+    def test_no_folder(self, tmp_path):
+        with pytest.raises(AdapterIOError, match="No such file"):
+            disha.save_adapter(trained(), tmp_path / "none" / "a.safetensors")
+
+    def test_what_is_no_path(self):
+        with pytest.raises(ArgumentTypeError, match="path must be"):
+            save_tensors(5, NEW, {})
+
+
+class TestSaved:
+    def test_a_left_draft_is_removed(self, old):
+        draft = old.parent / f".{old.name}.0.tmp"
+        draft.mkdir()
+        (draft / "part").write_text("of a killed save")
+        save_tensors(old, {"x": torch.zeros(3)}, {})
+        assert_old(old)
+
+    def test_permissions(self, tmp_path):
+        path, mask = tmp_path / "a.safetensors", os.umask(0o027)
+        try:
+            save_tensors(path, NEW, {})
+            assert stat.S_IMODE(path.stat().st_mode) == 0o640
+            path.chmod(0o604)
+            save_tensors(path, NEW, {})
+            assert stat.S_IMODE(path.stat().st_mode) == 0o604
+        finally:
+            os.umask(mask)
+
+    def test_a_link_stays(self, old):
+        link = old.with_name("link")
+        link.symlink_to(old)
+        save_tensors(link, NEW, {})
+        assert link.is_symlink()
+        assert torch.equal(safetensors.torch.load_file(old)["x"], NEW["x"])
+
+
+def test_killed_saves_leave_a_whole_file():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killed_saves", "20"],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert "20 killed saves, whole versions read: [1.0, 2.0]" in done.stdout
