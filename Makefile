@@ -1,5 +1,5 @@
 # `make help` lists the targets. Each makes the virtual environment that it needs on first use.
-# CONTRIBUTING.md lists the longer checks, which are commands of their own: fuzzing, mutation
+# CONTRIBUTING.md lists the longer checks, which are commands of their own: killed saves, mutation
 # testing, the oldest and newest dependencies, llama.cpp, and the study of convergence.
 PYTHON ?= python3
 VENV ?= .venv

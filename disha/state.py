@@ -246,11 +246,11 @@ def load_adapter_state_dict(
 def _under_model_keys(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the state with each key replaced by the model's key for the same parameter."""
+    """Return the state with each key replaced by the model's key for the same tensor."""
     model_keys = {clean_key(key): key for key in expected}
     given: dict[str, str] = {}
     for key in map(str, state):
-        own = key if key in expected else model_keys.get(clean_key(key), key)
+        own = model_keys.get(clean_key(key), key)
         if own in given:
             raise AdapterStateError(
                 f"the state has {given[own]!r} and {key!r}, which are one parameter of the model; "
@@ -263,29 +263,18 @@ def _under_model_keys(
 def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> LoadReport:
     """Compare tensors with their target parameters; change nothing."""
     matched, wrong_shape, wrong_value = [], [], []
-    for key, parameter in expected.items():
+    for key, target in expected.items():
+        value = found.get(key)
         if key not in found:
             continue
-        value = found[key]
         if not isinstance(value, Tensor):
             wrong_value.append((key, f"is not a tensor but a {type(value).__name__}"))
         elif value.is_nested or value.layout is not torch.strided:
-            wrong_value.append((key, f"is a {_layout(value)} tensor, must be dense"))
-        elif value.shape != parameter.shape:
-            wrong_shape.append((key, tuple(value.shape), tuple(parameter.shape)))
-        elif value.is_floating_point() != parameter.is_floating_point():
-            due = "floating-point" if parameter.is_floating_point() else "an integer"
-            wrong_value.append((key, f"has dtype {value.dtype}, must be {due}"))
-        elif value.is_meta:
-            wrong_value.append((key, "is on the meta device and has no values"))
-        elif parameter.is_meta:
-            wrong_value.append((key, "can't go into a parameter on the meta device"))
-        elif (obstacle := obstacle_to_write(parameter, value)) is not None:
-            wrong_value.append((key, obstacle))
-        elif not finite_as(value, parameter.dtype):
-            wrong_value.append(
-                (key, f"holds values that are not finite (NaN or infinity) as {parameter.dtype}")
-            )
+            wrong_value.append((key, "is a nested or sparse tensor, must be dense"))
+        elif value.shape != target.shape:
+            wrong_shape.append((key, tuple(value.shape), tuple(target.shape)))
+        elif (problem := _problem(target, value)) is not None:
+            wrong_value.append((key, problem))
         else:
             matched.append(key)
     return LoadReport(
@@ -297,8 +286,17 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> Lo
     )
 
 
-def _layout(value: Tensor) -> str:
-    return "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+def _problem(target: Tensor, value: Tensor) -> str | None:
+    """Return why a tensor can't hold a value of its shape, or None if it can."""
+    if value.is_floating_point() != target.is_floating_point():
+        due = "floating-point" if target.is_floating_point() else "an integer"
+        return f"has dtype {value.dtype}, must be {due}"
+    if value.is_meta or target.is_meta:
+        return "has no values" if value.is_meta else "can't go into a parameter on the meta device"
+    obstacle = obstacle_to_write(target, value)
+    if obstacle is None and not finite_as(value, target.dtype):
+        return f"holds values that are not finite (NaN or infinity) as {target.dtype}"
+    return obstacle
 
 
 def finite_as(value: Tensor, dtype: torch.dtype) -> bool:

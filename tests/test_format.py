@@ -285,6 +285,20 @@ class TestRefusals:
         change, says = BAD_TENSORS[name]
         self.refused(path, says, change_tensors=change)
 
+    def test_names_that_move_the_cursor_are_shown_escaped(self, path):
+        disha.save_adapter(trained(), path, metadata={"note": "\x1b[2J"})
+        assert "\x1b" not in str(disha.inspect_adapter(path))
+        self.refused(
+            path, r"\\x1b\[2J", change_header=lambda h: first_layer(h).update(name="\x1b[2J")
+        )
+
+    @pytest.mark.parametrize("key", ["embed.disha", "head.disha.other.bone_block"])
+    def test_blocks_of_another_adapter_can_not_be_listed(self, path, key):
+        self.refused(
+            path, key, change_header=lambda h: h["also_train"].append(key),
+            change_tensors=lambda t: t.update({key: torch.ones(3, 12)}),
+        )  # fmt: skip
+
     def test_unknown_fields_are_overlooked(self, path, tokens):
         model = trained()
         disha.save_adapter(model, path)

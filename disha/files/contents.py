@@ -292,7 +292,7 @@ def load_contents(
             mine = {"r": block.config.r, "rank_pattern": block.config.rank_pattern}
             undo.callback(block.set_scale, block.scale)
             undo.callback(block.reconfigure, block.config)
-            block.reconfigure(header.config.changed(**mine if taken else {}))
+            block.reconfigure(header.config.changed(**mine) if taken else header.config)
             block.set_scale(layer.scale)
         _warn_of_other_base(incoming)
     return LoadReport(matched=tuple(incoming.values))  # if a key did not fit, this has raised
