@@ -50,7 +50,8 @@ def base(dtype=torch.float32):
 
 
 def trained(dtype=torch.float32, **arguments):
-    options = {"target_regex": "proj|head", "r": 3, "also_train": r"norm\.weight", **arguments}
+    options = {"target_regex": "proj|head", "r": 3, "also_train": r"norm\.weight"}
+    options |= {"dtype": dtype, **arguments}
     model = disha.inject_adapters(base(dtype), **options)
     perturb(model)
     return model

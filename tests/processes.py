@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,16 +12,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 RANKS = 2
-FORKED = multiprocessing.get_context("forkserver")
-"""Starts processes in milliseconds: a server that has imported everything forks them."""
-FORKED.set_forkserver_preload(
-    [
-        "tests.fuzzing.doors",
-        "tests.fuzzing.saving",
-        "tests.fuzzing.workers",
-    ]
-)
-
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS))
 
 

@@ -560,7 +560,8 @@ class TestInspect:
     def test_the_whole_text(self, path):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 12)).half()
-        disha.inject_adapters(model, ".", 2, also_train="bias", rank_pattern={"1": 3})
+        options = {"also_train": "bias", "rank_pattern": {"1": 3}, "dtype": torch.float16}
+        disha.inject_adapters(model, ".", 2, **options)
         disha.save_adapter(model, path, metadata={"task": "docs"})
         assert str(disha.inspect_adapter(path)).splitlines() == [
             "layer  method  r  in -> out  block  dtype",
