@@ -373,8 +373,8 @@ def _check_fits(incoming: _Incoming, targets: Mapping[str, Tensor]) -> None:
     for one, theirs in incoming.layers():
         mine = _record(one, base=False)
         problems += [
-            f"{one.name}: {field} is {getattr(theirs, field)} in the file and {getattr(mine, field)} "
-            "in the model"
+            f"{one.name}: {field} is {getattr(theirs, field)} in the file and "
+            f"{getattr(mine, field)} in the model"
             for field in ("method", "r", "r_out", "in_features", "out_features", "layout", "rows")
             if getattr(theirs, field) != getattr(mine, field)
         ]
