@@ -1,3 +1,4 @@
+import json
 import shlex
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import disha
 from disha import ArgumentError
+from disha.cli import main as disha_command
 from disha.finetune import main, train
 from disha.finetune.base import load_base, noted_base
 from tests.finetune import tiny_gguf
@@ -88,13 +90,25 @@ class TestResults:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families(family, finetune, tmp_path):
-    base = write_model(tmp_path / "base", family)
-    words = ["--exclude", "router"] if family == "GptOss" else []
-    result = finetune(tmp_path / "out", "--r", 4, *words, base=base)
+def test_families(family, finetune, data, tmp_path, capsys):
+    def evaluated(*model):
+        assert disha_command(["evaluate", *map(str, model), "--data", str(data), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["adapter" if "adapter" in found else "base"]["loss"]
+
+    base, merged = write_model(tmp_path / "base", family), tmp_path / "merged"
+    result = finetune(tmp_path / "out", "--r", 4, base=base)
     assert result.losses[6] < result.losses[0] - 0.01
     proof = result.report["proof"]
     assert proof["loaded"] == pytest.approx(proof["trained"], abs=1e-5)
+
+    words = ["--adapter", str(result.adapter), "--prompt", "say two 3", "--max_new_tokens", "4"]
+    assert disha_command(["generate", *words]) == 0
+    assert disha_command(["merge", str(result.adapter), str(merged)]) == 0
+    capsys.readouterr()
+    loss = evaluated("--adapter", result.adapter)
+    assert loss == pytest.approx(proof["trained"], abs=0.02)
+    assert evaluated("--base", merged) == pytest.approx(loss, abs=1e-4)
 
 
 class TestBases:
