@@ -178,14 +178,7 @@ def _checked(
     active: list[ModelBlock],
     outputs_of: Callable[[], list[Tensor]],
 ) -> CheckReport:
-    """Return the report of a model, which this changes.
-
-    Args:
-        view: the model.
-        undo: it undoes the changes.
-        active: (weight's name, adapter, weight, block) of each active block.
-        outputs_of: runs the model.
-    """
+    """Return the report of a model, which this changes."""
     blocks = [one.block for one in active]
 
     def run() -> list[Tensor]:

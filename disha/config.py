@@ -340,12 +340,7 @@ def _as_dict(name: str, value: object, item: str) -> dict[Any, Any]:
 
 
 def checked_rows(name: str, ranges: object) -> Rows:
-    """Check ranges of rows and return them in order.
-
-    Raises:
-        ArgumentError: a range is empty or negative, or two overlap.
-        ArgumentTypeError: they are not a list of pairs of ints.
-    """
+    """Check ranges of rows and return them in order."""
     if not isinstance(ranges, (list, tuple)) or not ranges or not all(map(_is_pair, ranges)):
         raise ArgumentTypeError(
             f"rows of {brief(name)} must be a list of pairs (first, stop) of ints, such as "
@@ -376,16 +371,7 @@ def _check_is_str(argument: str, pattern: object) -> None:
 
 
 def compile_regex(argument: str, pattern: str) -> re.Pattern[str]:
-    """Compile a regex.
-
-    Args:
-        argument: the name of the argument, for errors.
-        pattern: the regex.
-
-    Raises:
-        ArgumentError: it does not compile.
-        ArgumentTypeError: it is not a str.
-    """
+    """Compile a regex."""
     _check_is_str(argument, pattern)
     try:
         return re.compile(pattern)

@@ -92,14 +92,7 @@ def keep_flags(parameters: Iterable[tuple[nn.Module, str]], undo: ExitStack) -> 
 
 
 def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:
-    """Train a parameter of the module with an adapter.
-
-    Args:
-        module: the module that holds the parameter.
-        adapter: the adapter.
-        name: the parameter's name in the module.
-        flag_without: its requires_grad after the adapter is removed.
-    """
+    """Train a parameter of the module with an adapter."""
     set_requires_grad(module, name, True)
     flags, claims = _memory(module)
     own = {**claims.get(adapter, {}), name: flag_without}

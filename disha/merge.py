@@ -218,11 +218,7 @@ def unmerge(view: ModelView, undo: ExitStack) -> None:
 
 
 def _refuse_offloaded(layer: AdaptedLayer) -> None:
-    """Raise if accelerate has offloaded the merged weight, and loads it for each forward.
-
-    Raises:
-        MergeError: the adapters would act on a weight that already contains them.
-    """
+    """Raise if accelerate has offloaded the merged weight, and loads it for each forward."""
     merged = layer.disha.merged if offloading_hooks(layer) else None
     for name, original in () if merged is None else merged.originals.items():
         now = layer._parameters[name]

@@ -81,11 +81,7 @@ _WRAPPERS = (
 
 
 def clean_key(key: str) -> str:
-    """Return a state-dict key without the parts that wrappers add.
-
-    Args:
-        key: the key, of a wrapped model or not.
-    """
+    """Return a state-dict key without the parts that wrappers add."""
     # A model may have its own child `module`, so that name is a wrapper's only at the start.
     added = {wrapper.child for wrapper in _WRAPPERS if wrapper.child != "module"}
     parts = [part for part in key.split(".") if part not in added]
@@ -98,11 +94,7 @@ def join(prefix: str, name: str) -> str:
 
 
 def require_model(model: object, argument: str = "model") -> nn.Module:
-    """Return `model` if it is a module.
-
-    Raises:
-        ArgumentTypeError: it is not.
-    """
+    """Return `model` if it is a module."""
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"{argument} must be an nn.Module, got {type(model).__name__}")
     return model
@@ -150,28 +142,10 @@ class ModelView:
     `layers` and `adapters` look for adapted layers among them each time, so they are always up to
     date.
 
-    Args:
-        model: any model, wrapped or not.
-
     Attributes:
         model: the model.
         names: every module -> its clean names. The first is the main one; a shared module has
             several. Adapters are left out.
-
-    Raises:
-        ArgumentTypeError: the model is not an `nn.Module`.
-
-    Examples:
-        >>> from torch import nn
-        >>> import disha
-        >>> from disha.model import ModelView
-        >>> linear = nn.Linear(4, 4)
-        >>> model = disha.inject_adapters(nn.Sequential(linear, nn.ReLU(), linear), "0", r=2)
-        >>> view = ModelView(model)
-        >>> view.names[linear], view.adapters, [name for name, _ in view.layers]
-        (('0', '2'), ['default'], ['0'])
-        >>> [parameter.names for parameter in view.parameters]
-        [('0.weight', '2.weight'), ('0.bias', '2.bias')]
     """
 
     model: nn.Module
@@ -212,11 +186,7 @@ class ModelView:
         return {name: module for module, names in self.names.items() for name in names}
 
     def inside(self, module: nn.Module) -> dict[nn.Module, str]:
-        """Return a module and all modules inside it -> their names relative to it.
-
-        Args:
-            module: a module of the model.
-        """
+        """Return a module and all modules inside it -> their names relative to it."""
         name = self.names[module][0]
         prefix = f"{name}." if name else ""
         found: dict[nn.Module, str] = {}
@@ -296,26 +266,11 @@ class ModelView:
         return found
 
     def refuse_merged(self, action: str) -> None:
-        """Raise if adapters are merged.
-
-        Args:
-            action: the action to refuse, such as "load an adapter".
-
-        Raises:
-            MergeError: the action would mix merged and unmerged adapters.
-        """
+        """Raise if adapters are merged."""
         refuse_merged((layer for _, layer in self.layers), action)
 
     def refuse_inside(self, action: str) -> None:
-        """Raise if adapters are merged, or this thread or task is in a context of the model.
-
-        Args:
-            action: the action to refuse, such as "load an adapter".
-
-        Raises:
-            MergeError: adapters are merged.
-            ModeError: the context would not cover new layers.
-        """
+        """Raise if adapters are merged, or this thread or task is in a context of the model."""
         self.refuse_merged(action)
         contexts = (deciding(layer.disha.group) for _, layer in self.layers) if OPEN else ()
         context = next(filter(None, contexts), None)
@@ -331,15 +286,7 @@ class ModelView:
         return next((one for one in self.names if isinstance(one, tuple(classes))), None)
 
     def refuse_wrapped(self, action: str, remedy: str) -> None:
-        """Raise if DDP, DataParallel or FSDP wraps the model or a part of it.
-
-        Args:
-            action: the action to refuse, such as "add an adapter".
-            remedy: what to do instead.
-
-        Raises:
-            TargetError: the wrapper would not notice that parameters are added or removed.
-        """
+        """Raise if DDP, DataParallel or FSDP wraps the model or a part of it."""
         wrapper = self.wrapper
         if wrapper is not None:
             raise TargetError(

@@ -38,18 +38,6 @@ def printable(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
 
     Unprintable characters are escaped, and the middle of a long text is left out. So a name in a
     file can't move the cursor of a terminal, hide other text, or fill the screen.
-
-    Args:
-        text: any text.
-        limit: largest number of characters of the text to keep.
-        lines: whether to keep line breaks.
-
-    Examples:
-        >>> from disha.text import printable
-        >>> printable("layers.0\x1b[2J")
-        'layers.0\\x1b[2J'
-        >>> printable("a" * 5000, limit=8)
-        'aaaa[... 4,992 characters ...]aaaa'
     """
     if len(text) > limit:
         head, tail = text[: limit - limit // 2], text[len(text) - limit // 2 :]
@@ -66,62 +54,23 @@ def _escaped(character: str) -> str:
 
 
 def brief(value: object) -> str:
-    """Return `repr` of a value in about 200 characters, however long or deep the value is.
-
-    Args:
-        value: any value.
-
-    Examples:
-        >>> from disha.text import brief
-        >>> brief(list(range(1000)))
-        '[0, 1, 2, 3, 4, 5, ...]'
-    """
+    """Return `repr` of a value in about 200 characters, however long or deep the value is."""
     return _brief.repr(value)
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number and a noun, which is plural unless the number is 1.
-
-    Args:
-        count: the number.
-        noun: the noun in the singular; its plural ends in s.
-
-    Examples:
-        >>> from disha.text import counted
-        >>> counted(1, "layer"), counted(1234, "parameter")
-        ('1 layer', '1,234 parameters')
-    """
+    """Return a number and a noun, which is plural unless the number is 1."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def first_few(items: Sequence[str], limit: int, separator: str = "\n") -> str:
-    """Return the first items as one text, with the number of the remaining ones.
-
-    Args:
-        items: the items.
-        limit: largest number of items to show.
-        separator: the text between two items.
-
-    Examples:
-        >>> from disha.text import first_few
-        >>> first_few(["a", "b", "c", "d"], 2, "; ")
-        'a; b; and 2 more'
-    """
+    """Return the first items as one text, with the number of the remaining ones."""
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []
     return separator.join([*items[:limit], *more])
 
 
 def grouped(reasons: Iterable[tuple[str, str]]) -> list[str]:
-    """Return one text for all names that have the same reason.
-
-    Args:
-        reasons: names with their reasons.
-
-    Examples:
-        >>> from disha.text import grouped
-        >>> grouped([("a", "too small"), ("b", "empty"), ("c", "too small")])
-        ['a and 1 more: too small', 'b: empty']
-    """
+    """Return one text for all names that have the same reason."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons:
         names.setdefault(reason, []).append(name)
@@ -136,10 +85,6 @@ def tell(line: str, stream: TextIO) -> None:
 
     A terminal may be closed, and a program at the end of a pipe may have ended, as `tee` does at
     Ctrl-C. That must not stop work whose result is a file.
-
-    Args:
-        line: the line.
-        stream: standard output or standard error.
     """
     try:
         print(line, file=stream, flush=True)
@@ -148,11 +93,7 @@ def tell(line: str, stream: TextIO) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Let everything that is still to be written to a stream go nowhere.
-
-    Args:
-        stream: standard output or standard error.
-    """
+    """Let everything that is still to be written to a stream go nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
@@ -166,19 +107,7 @@ LAST = 500
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table with aligned columns: numbers to the right, everything else to the left.
-
-    Args:
-        header: titles of the columns.
-        rows: the cells of each row, one per column.
-
-    Examples:
-        >>> from disha.text import table
-        >>> print(table(("name", "n"), [("a", 1), ("bc", 23)]))
-        name   n
-        a      1
-        bc    23
-    """
+    """Return a table with aligned columns: numbers to the right, everything else to the left."""
     limits = [WIDEST] * (len(header) - 1) + [LAST]
     cells = [list(map(printable, map(str, row), limits)) for row in rows]
     columns = list(zip(header, *cells, strict=True))

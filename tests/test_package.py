@@ -2,11 +2,14 @@
 
 import ast
 import importlib.metadata
+import inspect
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import disha
 
@@ -149,3 +152,13 @@ def test_requirements_are_ranges():
     assert {re.split(r"[\[<>=!~ ]", r)[0] for r in core} == {"torch", "safetensors", "einops"}
     for requirement in requirements:
         assert "==" not in requirement.split(";")[0], requirement
+
+
+@pytest.mark.parametrize("name", sorted(set(disha.__all__) - {"__version__"}))
+def test_public_names_are_documented_with_each_argument(name):
+    item = getattr(disha, name)
+    assert item.__doc__
+    if inspect.isfunction(item):
+        arguments = set(inspect.signature(item).parameters)
+        missing = [one for one in arguments if f"\n        {one}: " not in item.__doc__]
+        assert not missing

@@ -145,12 +145,7 @@ class Adapters(nn.Module):
         return live
 
     def acts(self, compiling: bool = False) -> Acts | None:
-        """What acts on the layer here, or None for the active adapters.
-
-        Args:
-            compiling: whether compiled code asks. It gets None also while adapters are disabled,
-                because disabling then acts through the scales of `updates`.
-        """
+        """What acts on the layer here, or None for the active adapters."""
         if compiling:
             acts: Acts | None = getattr(compiled, self.group.name)
             return acts
@@ -160,12 +155,7 @@ class Adapters(nn.Module):
         return () if context.acts is None else context.acts
 
     def acting(self, parameter: str, names: tuple[str, ...] | None) -> tuple[Block, ...]:
-        """The blocks that act on a parameter for all samples.
-
-        Args:
-            parameter: the parameter.
-            names: the adapters; None for the active ones.
-        """
+        """The blocks that act on a parameter for all samples."""
         live = self.live if names is None else self._live(names)
         return live.get(parameter, ())
 
@@ -200,13 +190,6 @@ def check_adapter_name(adapter: object) -> str:
 
     The name becomes part of state-dict keys, and an attribute of `Adapters`. So it must be a str
     that is not empty, has no dot and is not the name of another attribute, such as "train".
-
-    Args:
-        adapter: the name.
-
-    Raises:
-        ArgumentError: it is a str that is not allowed.
-        ArgumentTypeError: it is not a str.
     """
     if not isinstance(adapter, str):
         raise ArgumentTypeError(

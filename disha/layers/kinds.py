@@ -164,11 +164,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def declared_slots(module: nn.Module) -> list[Slot]:
-    """Return the weights of a module whose layouts are known.
-
-    Args:
-        module: the module, already adapted or not.
-    """
+    """Return the weights of a module whose layouts are known."""
     weight = module._parameters.get("weight")
     # A fast path for the usual case: a class of torch itself with a plain weight.
     plain = type(module) in LAYER_KINDS and type(weight) is nn.Parameter

@@ -133,16 +133,7 @@ def make_block(
     r: int,
     dtype: torch.dtype | None = None,
 ) -> Block:
-    """Return a new block for a weight of a module, on the weight's device.
-
-    Args:
-        module: the module, already adapted or not.
-        slot: the weight.
-        config: the adapter's configuration.
-        r: shard size.
-        dtype: dtype of the block; by default the configuration's, or else float32, or float64 for a
-            float64 weight.
-    """
+    """Return a new block for a weight of a module, on the weight's device."""
     shape = method_of(config.method).block_shape(
         slot.layout, weight_shape(module, slot), r, config.r_out, slot.rows
     )
@@ -158,12 +149,7 @@ def make_block(
 
 
 def device_of_weight(module: nn.Module, weight: Tensor) -> torch.device:
-    """Return the device of a weight, or the one to which accelerate loads it for each forward.
-
-    Args:
-        module: the module of the weight.
-        weight: its current value, between forwards.
-    """
+    """Return the device of a weight, or the one to which accelerate loads it for each forward."""
     for hook in offloading_hooks(module) if weight.is_meta else ():
         if hook.execution_device is not None and not hook.place_submodules:
             return torch.device(hook.execution_device)
