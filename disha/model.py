@@ -56,11 +56,6 @@ class _Wrapper(NamedTuple):
     distributes: bool = False
     shards: bool = False
 
-    @property
-    def cls(self) -> Any:
-        """The class if it is imported, else None; then it can't wrap any module."""
-        return imported_class(self.module, self.name)
-
 
 _FSDP = "torch.distributed.fsdp"
 _WRAPPERS = (
@@ -154,16 +149,12 @@ class ModelView:
     def __init__(self, model: nn.Module) -> None:
         self.model = require_model(model)
         self.names = {}
-        wrapped_as = {one.cls: one.child for one in _WRAPPERS if one.child and one.cls is not None}
-        self._walk(model, "", wrapped_as, on_path=set())
+        # A class that is not imported can't wrap any module.
+        found = [(imported_class(one.module, one.name), one) for one in _WRAPPERS]
+        self._wrappers = [(cls, one) for cls, one in found if cls is not None]
+        self._walk(model, "", on_path=set())
 
-    def _walk(
-        self,
-        module: nn.Module,
-        name: str,
-        wrapped_as: dict[Any, str],
-        on_path: set[nn.Module],
-    ) -> None:
+    def _walk(self, module: nn.Module, name: str, on_path: set[nn.Module]) -> None:
         if isinstance(module, Adapters) or module in on_path:
             return
         self.names[module] = (*self.names.get(module, ()), name)
@@ -171,11 +162,11 @@ class ModelView:
         if not children:
             return
         on_path.add(module)
-        wrapped = next((child for cls, child in wrapped_as.items() if isinstance(module, cls)), "")
+        hidden = [one.child for cls, one in self._wrappers if isinstance(module, cls)]
         for child_name, child in children.items():
             if child is not None:
-                below = name if child_name == wrapped else join(name, child_name)
-                self._walk(child, below, wrapped_as, on_path)
+                below = name if child_name in hidden else join(name, child_name)
+                self._walk(child, below, on_path)
         on_path.remove(module)
 
     # --- modules and parameters ------------------------------------------------------------------
@@ -282,8 +273,8 @@ class ModelView:
     @property
     def wrapper(self) -> nn.Module | None:
         """A module that DDP, DataParallel or FSDP wraps, or None."""
-        classes = [one.cls for one in _WRAPPERS if one.distributes and one.cls is not None]
-        return next((one for one in self.names if isinstance(one, tuple(classes))), None)
+        classes = tuple([cls for cls, one in self._wrappers if one.distributes])
+        return next((module for module in self.names if isinstance(module, classes)), None)
 
     def refuse_wrapped(self, action: str, remedy: str) -> None:
         """Raise if DDP, DataParallel or FSDP wraps the model or a part of it."""
@@ -297,37 +288,26 @@ class ModelView:
     @property
     def sharded(self) -> nn.Module | None:
         """A module that FSDP manages or that has a sharded or partitioned parameter, or None."""
-        classes = [one.cls for one in _WRAPPERS if one.shards and one.cls is not None]
+        classes = tuple([cls for cls, one in self._wrappers if one.shards])
         for module in self.names:
-            if isinstance(module, tuple(classes)) or any(
-                is_sharded(one) or is_partitioned(one) for one in module._parameters.values()
-            ):
+            own = module._parameters.values()
+            if isinstance(module, classes) or any(is_sharded(p) or is_partitioned(p) for p in own):
                 return module
         return None
 
     def reshard(self) -> None:
-        """Make the modules of FSDP hold their shards instead of gathered parameters.
-
-        A forward can leave gathered parameters behind. They are temporary, so changes to them are
-        lost.
-        """
-        cls = imported_class(_FSDP, "FSDPModule")
-        for module in self.names:
-            if cls is not None and isinstance(module, cls):
-                managed: Any = module
-                managed.reshard()
+        """Make FSDP hold shards. Parameters that a forward has gathered are only temporary."""
+        cls: Any = imported_class(_FSDP, "FSDPModule")
+        for module in self.names if cls is not None else ():
+            if isinstance(module, cls):
+                module.reshard()
 
     def ranks(self) -> Ranks:
         """Reshard the modules, and return the ranks that hold the shards."""
         self.reshard()
         # Adapters can't be added to a sharded model, so all of them are sharded, or none.
-        first = [next(iter(layer.disha), None) for _, layer in self.layers]
-        blocks = [
-            block.block
-            for (_, layer), adapter in zip(self.layers, first, strict=True)
-            if adapter is not None
-            for block in layer.disha.blocks(adapter).values()
-        ]
+        first = next(iter(self.adapters), None)
+        blocks = [] if first is None else [one.block.block for one in self.blocks(first)]
         return Ranks([*(one.value for one in self.parameters), *blocks])
 
     def all_parameters(self) -> Iterator[nn.Parameter]:

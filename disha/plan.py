@@ -614,42 +614,47 @@ def check_addable(
 
 
 def _selected(view: ModelView, known: list[PlannedLayer], target: Target) -> list[PlannedLayer]:
-    """Return what a target selects."""
-    parts = target if isinstance(target, (list, tuple)) else [target]
-    searches = [re.compile(one).search for one in parts if isinstance(one, str)]
-    linear = _all_linear(view, known) if ALL_LINEAR in parts else set()
-
-    def matches(names: tuple[str, ...], module: nn.Module) -> bool:
-        if callable(target):
-            return bool(target(names[0], module))
-        return any(search(name) for search in searches for name in names)
-
+    """Return what a target selects. A module without parameters is no miss."""
+    if target == ALL_LINEAR:
+        return _all_linear(view, known)
+    matches = _matcher(target)
     modules = {module for module, names in view.names.items() if matches(names, module)}
     # nn.MultiheadAttention itself reads the weight of its child `out_proj`.
     modules |= {m.out_proj for m in modules if isinstance(m, nn.MultiheadAttention)}
-    named = [one for one in known if one.module in modules or matches(one.names, one.module)]
-    chosen = {
-        one for one in named if one.attribute or set(one.module._parameters.values()) - {None}
-    }
-    return [one for one in known if one in linear or one in chosen]
-
-
-def _all_linear(view: ModelView, known: list[PlannedLayer]) -> set[PlannedLayer]:
-    """Return the linear weights, without output heads that are tied to an embedding."""
-    added = _modules_added_by_peft(view)
-    tables = {
-        id(one.module._parameters.get(one.attribute))
-        for one in known
-        if isinstance(one.module, (nn.Embedding, nn.EmbeddingBag))
-    } - {id(None)}
-    return {
+    linear = _all_linear(view, known) if ALL_LINEAR in _parts(target) else []
+    return [
         one
         for one in known
-        if one.slot is not None
-        and one.slot.linear
-        and one.module not in added
-        and id(one.module._parameters.get(one.attribute)) not in tables
-    }
+        if one in linear
+        or (
+            (one.module in modules or matches(one.names, one.module))
+            and (one.attribute or any(p is not None for p in one.module._parameters.values()))
+        )
+    ]
+
+
+def _parts(target: Target) -> Sequence[Any]:
+    return target if isinstance(target, (list, tuple)) else [target]
+
+
+def _matcher(target: Target) -> Callable[[tuple[str, ...], nn.Module], bool]:
+    """Return a function of a module's names and the module: whether the target selects it."""
+    if callable(target):
+        return lambda names, module: bool(target(names[0], module))
+    searches = [re.compile(part).search for part in _parts(target)]
+    return lambda names, module: any(search(name) for search in searches for name in names)
+
+
+def _all_linear(view: ModelView, known: list[PlannedLayer]) -> list[PlannedLayer]:
+    """Return the linear weights, without output heads that are tied to an embedding."""
+    added, tables, linear = _modules_added_by_peft(view), set(), []
+    for one in known:
+        if isinstance(one.module, (nn.Embedding, nn.EmbeddingBag)):
+            tables.add(id(one.module._parameters.get(one.attribute)))
+        elif one.slot is not None and one.slot.linear and one.module not in added:
+            linear.append(one)
+    tables.discard(id(None))  # of a weight that is computed from others
+    return [one for one in linear if id(one.module._parameters.get(one.attribute)) not in tables]
 
 
 def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
@@ -799,8 +804,7 @@ def _counted(view: ModelView, plan: Plan) -> Plan:
         stays = not plan.freeze or is_claimed(one.module, one.attribute)
         if one.name in plan.also_train or (stays and one.value.requires_grad):
             trainable += count
-    for _, layer in view.layers:
-        for block in layer.disha.parameters():
-            total += block.numel()
-            trainable += block.numel() if block.requires_grad else 0
+    for *_, block in view.blocks():
+        total += block.block.numel()
+        trainable += block.block.numel() if block.block.requires_grad else 0
     return replace(plan, tied=tied, trainable=trainable, total=total)

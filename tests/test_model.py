@@ -175,6 +175,7 @@ def test_nothing_else_walks():
         and not {"cli", "finetune"} & set(path.parts)  # which use the library as a user would
     }
     assert found == {
+        ("model.py", "layer.disha.modules()"),
         ("model.py", "layer.disha.parameters()"),
         ("layers/adapters.py", "child.children()"),
         ("layers/linear.py", "linear.parameters()"),

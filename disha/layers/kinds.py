@@ -166,10 +166,14 @@ def kind_of(module: nn.Module) -> Kind | None:
 def declared_slots(module: nn.Module) -> list[Slot]:
     """Return the weights of a module whose layouts are known."""
     weight = module._parameters.get("weight")
-    # A fast path for the usual case: a class of torch itself with a plain weight.
-    plain = type(module) in LAYER_KINDS and type(weight) is nn.Parameter
-    dense = plain and weight is not None and weight.dtype in DENSE_DTYPES
-    slot = None if dense and "forward" not in module.__dict__ else opaque_slot(module)
+    # Fast paths: a class of torch itself with a plain weight, and a container.
+    kind = LAYER_KINDS.get(type(module))
+    plain = type(weight) is nn.Parameter and weight.dtype in DENSE_DTYPES
+    if kind is not None and plain and "forward" not in module.__dict__:
+        return list(kind(module))
+    if not (module._parameters or module._buffers or hasattr(module, "parametrizations")):
+        return []
+    slot = opaque_slot(module)
     if slot is not None:
         return [slot]
     kind = kind_of(module)

@@ -39,17 +39,20 @@ def read_weight(module: nn.Module, name: str) -> Any:
     module's own forward should do that. So this reads in evaluation mode, which changes nothing.
     """
     parametrizations = module._modules.get("parametrizations")
+    if parametrizations is None and CHILD_NAME not in module._modules:
+        return getattr(module, name, None)
     found = None if parametrizations is None else parametrizations._modules.get(name)
     trained = [] if found is None else [part for part in found.modules() if part.training]
+    original = opaque.original_class(module)
     try:
         for part in trained:
-            vars(part)["training"] = False
-        if opaque.original_class(module) is not type(module):
-            return base_reader(opaque.original_class(module), name)(module)
+            part.training = False
+        if original is not type(module):
+            return base_reader(original, name)(module)
         return getattr(module, name, None)
     finally:
         for part in trained:
-            vars(part)["training"] = True  # without a Python call, which could be interrupted
+            part.training = True
 
 
 def base_reader(original: type[nn.Module], name: str) -> Callable[[Any], Any]:
