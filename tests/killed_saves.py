@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -53,9 +54,7 @@ def killed(folder, kills, seed=0):
 
 def value_in(path):
     """Return the value of all elements in the file."""
-    base = nn.Linear(1024, 1024, bias=False)
-    disha.load_adapter(base, path)
-    [value] = next(disha.adapter_parameters(base)).unique().tolist()
+    [value] = next(iter(safetensors.torch.load_file(path).values())).unique().tolist()
     return value
 
 

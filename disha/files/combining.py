@@ -18,13 +18,12 @@ from disha.files.contents import (
     adapter_contents,
     blocks_only,
     load_contents,
-    records_of,
 )
 from disha.files.header import AdapterHeader
 from disha.functional import METHODS
 from disha.model import ModelView
 from disha.plan import check_addable
-from disha.records import LayerRecord
+from disha.records import LayerRecord, records_of
 from disha.state import finite_as
 from disha.text import first_few
 

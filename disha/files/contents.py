@@ -54,7 +54,6 @@ __all__ = [
     "load_contents",
     "narrowed",
     "read_contents",
-    "records_of",
     "write_contents",
 ]
 
