@@ -13,9 +13,10 @@ from disha.layers import kinds
 from tests.pages import DOCS, ROOT, Page
 
 ALONE = ["README.md", "CONTRIBUTING.md"]
-ALONE += [f"docs/{name}.md" for name in ("index", "choosing", "mathematics", "mechanism")]
-FOLDERS = [*DOCS.glob("guides/*.md"), *DOCS.glob("migrating/*.md")]
-PAGES = sorted([*FOLDERS, *(ROOT / name for name in ALONE)])
+ALONE += [
+    f"docs/{name}.md" for name in ("index", "choosing", "mathematics", "mechanism", "migrating")
+]
+PAGES = sorted([*DOCS.glob("guides/*.md"), *(ROOT / name for name in ALONE)])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 

@@ -176,7 +176,7 @@ REFUSED = {
 )
 def test_what_peft_has_no_place_for(tmp_path, case, form):
     make, reason, also_train, exclude, _ = REFUSED[case]
-    model = disha.inject_adapters(make(), "", 2, also_train=also_train, exclude=exclude)
+    model = disha.inject_adapters(make(), ".*", 2, also_train=also_train, exclude=exclude)
     refused_to_export(tmp_path, FORMATS[form], model, reason)
 
 
