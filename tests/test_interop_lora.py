@@ -144,7 +144,7 @@ def test_llama_under_peft_computes_the_same(tmp_path, dtype, options):
 
 def test_sixteen_bits_stay_sixteen_bits(tmp_path):
     base = tiny_llama().to(torch.bfloat16)
-    ours = adapted(base)
+    ours = adapted(base, dtype=torch.bfloat16)
     lora.export(ours, tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -432,7 +432,7 @@ def test_bat_at_full_rank_is_exact_to_rounding(tmp_path, dtype):
 
 
 def test_errors_count_the_rounding_to_sixteen_bits(tmp_path):
-    ours = adapted(tiny_llama().to(torch.bfloat16), method="bat")
+    ours = adapted(tiny_llama().to(torch.bfloat16), method="bat", dtype=torch.bfloat16)
     assert 1e-4 < lora.export(ours, tmp_path, rank=64).error < 1e-2
 
 

@@ -8,7 +8,7 @@ saved, or a LoRA file of an image model. What is a LoRA must be a Bone adapter.
   peft              a folder of PEFT's MiSS
   lora              a LoRA folder in PEFT's layout, which most runtimes read
   gguf              the LoRA file of llama.cpp
-  diffusers, kohya  a LoRA file for an image model
+  diffusers         a LoRA file for an image model
 
 Bone and tile are exact as LoRA. BAT is cut to --rank, and the error is reported.
 
@@ -42,7 +42,7 @@ from disha.text import counted
 
 __all__ = ["main"]
 
-FORMATS = ("disha", "peft", "lora", "gguf", "diffusers", "kohya")
+FORMATS = ("disha", "peft", "lora", "gguf", "diffusers")
 PEFT_CONFIG = "adapter_config.json"
 FOLDERS = {"MISS": "peft", "BONE": "peft", "LORA": "lora"}
 """PEFT's name of a method -> the format of a folder that PEFT saved with this method."""
@@ -159,7 +159,7 @@ def _write(flags: Namespace, contents: Contents, base: Checkpoint | None) -> Lor
         return lora.write_gguf(flags.out, *contents, **options)
     if "base" in options:
         options["bases"] = {flags.component: options.pop("base")}
-    return image_lora.write_file(flags.out, {flags.component: contents}, flags.to, **options)
+    return image_lora.write_file(flags.out, {flags.component: contents}, **options)
 
 
 def _heads(config: dict[str, Any]) -> dict[str, Any]:

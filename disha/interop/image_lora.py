@@ -3,10 +3,7 @@
 One file holds the adapters of a UNet or a transformer, and of text encoders. Its keys are
 `<component>.<name>.lora_A.weight`, with the names of components and layers in `diffusers`. The
 scale is multiplied into B. Bone and tile are exact, convolutions included: A has the kernel, and B
-is 1x1 (a LoCon).
-
-The form of kohya's programs, which ComfyUI reads too, is written and read by the converters of
-`diffusers`; they know UNets and CLIP text encoders.
+is 1x1 (a LoCon). `diffusers` converts such files to and from the form of kohya's programs.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +22,6 @@ from disha.errors import (
     ArgumentError,
     ArgumentTypeError,
     ConversionError,
-    MissingPackageError,
 )
 from disha.files.contents import Contents, adapter_contents, load_contents
 from disha.files.saving import PathLike, checked_path, save_tensors
@@ -54,13 +49,11 @@ from disha.text import counted
 
 __all__ = ["export", "form_of", "load", "read_file", "write_file"]
 
-Form = Literal["diffusers", "kohya"]
-
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 """The components of a pipeline that can have a LoRA, by their names in `diffusers`."""
 
-Models = nn.Module | Mapping[str, object]
-"""A model, or component -> model, such as the `components` of a pipeline."""
+Models = Mapping[str, object]
+"""Component -> model, such as the `components` of a pipeline."""
 
 _CLIP = re.compile(r"(text_model\.)?(encoder\.layers\..*)")
 """A layer of a CLIP text encoder. In files, all of these names start with `text_model.`."""
@@ -69,7 +62,6 @@ _CLIP = re.compile(r"(text_model\.)?(encoder\.layers\..*)")
 def export(
     models: Models,
     path: PathLike,
-    form: str = "diffusers",
     adapter: str = "default",
     rank: int | None = None,
     max_error: float | None = None,
@@ -81,10 +73,9 @@ def export(
     singular values.
 
     Args:
-        models: a UNet, a transformer or a CLIP text encoder; or component -> model, such as
-            `pipe.components`. Components without this adapter are left out.
+        models: component -> model, such as `{"unet": unet}` or `pipe.components`. Components
+            without this adapter are left out.
         path: the file to write.
-        form: `"diffusers"`; or `"kohya"`, for UNets and CLIP text encoders.
         adapter: the adapter's name, the same in all models.
         rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
         max_error: largest ||dW - B A|| / ||dW|| of a layer.
@@ -93,10 +84,10 @@ def export(
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: a reader of this form does not know the model or a layer, or would compute
+        ConversionError: `diffusers` does not know the model or a layer, or would compute
             something else (a grouped or dilated convolution, an embedding); parameters were trained
             with the blocks; or the error of a layer is above `max_error`.
-        ArgumentError: no model has the adapter, a component or the form is unknown, a limit is out
+        ArgumentError: no model has the adapter, a component is unknown, a limit is out
             of range, or BAT lacks `rank`.
         ArgumentTypeError: an argument is of the wrong type.
         AdapterStateError: the adapter holds values that are not finite.
@@ -118,24 +109,27 @@ def export(
         ...     image_lora.export({"unet": unet}, pathlib.Path(folder, "lora.safetensors")).layers
         (LoraLayer(name='unet.conv_in', method='bone', r=2, rank=18, error=0.0),)
     """
-    given = _components(models)
-    views = {component: ModelView(model) for component, model in given.items()}
-    having = {name: view for name, view in views.items() if adapter in view.adapters}
-    if not having:
-        next(iter(views.values())).require(adapter)  # raises
-    ranks, action = next(iter(having.values())).ranks(), f"export adapter {adapter!r} as {form}"
-    contents = {name: adapter_contents(view, adapter) for name, view in having.items()}
+    views = {name: view for name, view in _views(models).items() if adapter in view.adapters}
+    if not views:
+        raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")
+    ranks, action = next(iter(views.values())).ranks(), f"export adapter {adapter!r}"
+    contents = {name: adapter_contents(view, adapter) for name, view in views.items()}
     with ranks.agreeing(action):
         target = checked_path(path)
-        for name, view in having.items():
+        for name, view in views.items():
             layers = [layer.name for layer in contents[name][0].layers]
             problems = obstacles(view, layers, unknown_to_lora, exporting=True)
+            cls = original_class(view.modules[""])
+            if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):
+                problems.append(
+                    f"{cls.__name__}: diffusers can't load a LoRA into it; write a folder for PEFT "
+                    "(disha.interop.lora.export) and load it there"
+                )
             refuse_to_write(f"a LoRA would not compute what the {name} does", problems)
-            _refuse_unloadable(name, view.modules.get("", given[name]))
-    bases = {name: base_weights(view, adapter) for name, view in having.items()}
-    updates = _updates(contents, form, bases, rank, max_error)
+    bases = {name: base_weights(view, adapter) for name, view in views.items()}
+    updates = _updates(contents, bases, rank, max_error)
     with ranks.agreeing(action):
-        return _write(target, updates, form, writes=ranks.writes)
+        return _write(target, updates, writes=ranks.writes)
 
 
 def load(
@@ -152,8 +146,8 @@ def load(
     no block and raise an error.
 
     Args:
-        models: a UNet, a transformer or a CLIP text encoder; or component -> model, such as
-            `pipe.components`. It must have all components of the file.
+        models: component -> model, such as `{"unet": unet}` or `pipe.components`. It must have all
+            components of the file.
         path: the file.
         adapter: the name that the adapter gets in each model.
         dtype: dtype of the blocks; that of the file by default.
@@ -186,7 +180,7 @@ def load(
         ...     image_lora.load({"unet": unet}, path).matched
         ('unet.conv_in.bone_block',)
     """
-    views = {component: ModelView(model) for component, model in _components(models).items()}
+    views = _views(models)
     contents = _read(checked_path(path), {name: view.modules for name, view in views.items()})
     missing = [component for component in contents if component not in views]
     if missing:
@@ -212,51 +206,13 @@ def load(
     return LoadReport(tuple(matched))
 
 
-def _components(models: object) -> dict[str, nn.Module]:
-    """Return the models by the names of their components."""
-    if isinstance(models, nn.Module):
-        models = ModelView(models).modules.get("", models)  # without wrappers
-        component = _component_of(models)
-        if component is not None:
-            return {component: models}
-        raise ArgumentError(
-            f"a {original_class(models).__name__} does not show which component it is; give "
-            f"{{component: model}}, with {', '.join(map(repr, COMPONENTS))} as components"
-        )
+def _views(models: Models) -> dict[str, ModelView]:
     if not isinstance(models, Mapping):
         raise ArgumentTypeError(
-            "models must be an nn.Module, or a mapping from components to them such as "
-            f"pipe.components, got {type(models).__name__}"
+            "models must be a mapping such as {'unet': unet} or pipe.components, got "
+            f"{type(models).__name__}"
         )
-    found = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
-    if not found:
-        raise ArgumentError("models holds no nn.Module; give {component: model}")
-    return found
-
-
-def _component_of(model: nn.Module) -> str | None:
-    """Return the component that a model must be by its class, or None if the class does not say."""
-    classes = {cls.__name__ for cls in original_class(model).__mro__}
-    if classes & {"CLIPTextModel", "CLIPTextModelWithProjection"}:
-        return "text_encoder"
-    for component, word in (("unet", "UNet"), ("transformer", "Transformer")):
-        if any(word in name for name in classes):
-            return component
-    return None
-
-
-def _refuse_unloadable(component: str, model: nn.Module) -> None:
-    cls, told = original_class(model), _component_of(model)
-    if told is not None and not component.startswith(told):
-        raise ConversionError(
-            f"a {cls.__name__} is not a {component}, so no program would find its keys; name the "
-            f"component {told}"
-        )
-    if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):
-        raise ConversionError(
-            f"diffusers can't load a LoRA into a {cls.__name__} ({component}); write a folder for "
-            "PEFT (disha.interop.lora.export) and load it there"
-        )
+    return {name: ModelView(one) for name, one in models.items() if isinstance(one, nn.Module)}
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -265,7 +221,6 @@ def _refuse_unloadable(component: str, model: nn.Module) -> None:
 def write_file(
     path: PathLike,
     contents: Mapping[str, Contents],
-    form: str = "diffusers",
     *,
     rank: int | None = None,
     max_error: float | None = None,
@@ -279,7 +234,6 @@ def write_file(
     Args:
         path: the file to write.
         contents: component -> header and tensors of its adapter.
-        form: `"diffusers"` or `"kohya"`.
         rank: largest rank of a layer.
         max_error: largest relative error of a layer.
         bases: component -> the function that returns its base weights; only BAT needs it.
@@ -288,9 +242,9 @@ def write_file(
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: a reader of this form does not know a layer, or has no place for it;
+        ConversionError: it has no place for a layer;
             parameters were trained with the blocks; or an error is above `max_error`.
-        ArgumentError: a component or the form is unknown, a limit is out of range, or BAT lacks
+        ArgumentError: a component is unknown, a limit is out of range, or BAT lacks
             `rank` or `bases`.
         ArgumentTypeError: an argument is of the wrong type.
         AdapterStateError: the adapter holds values that are not finite.
@@ -307,32 +261,24 @@ def write_file(
         >>> contents = adapter_contents(ModelView(disha.inject_adapters(unet, "conv_in", r=2)))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "lora.safetensors")
-        ...     image_lora.write_file(path, {"unet": contents}, "diffusers").error
+        ...     image_lora.write_file(path, {"unet": contents}).error
         0.0
     """
-    updates = _updates(contents, form, bases or {}, rank, max_error)
-    return _write(checked_path(path), updates, form)
+    updates = _updates(contents, bases or {}, rank, max_error)
+    return _write(checked_path(path), updates)
 
 
 def _updates(
     contents: Mapping[str, Contents],
-    form: str,
     bases: Mapping[str, BaseWeight],
     rank: int | None,
     max_error: float | None,
 ) -> dict[str, list[LowRankUpdate]]:
     """Return component -> the factors of its layers."""
-    if form not in ("diffusers", "kohya"):
-        raise ArgumentError(f"unknown form {form!r}; allowed are 'diffusers' and 'kohya'")
     for component, (header, _) in contents.items():
         if component not in COMPONENTS:
             raise ArgumentError(
                 f"an image LoRA has no component {component!r}; allowed are {', '.join(COMPONENTS)}"
-            )
-        if form == "kohya" and component == "transformer":
-            raise ConversionError(
-                "the converter of diffusers to kohya's form knows UNets and CLIP text encoders; "
-                "write the form 'diffusers', which ComfyUI reads for transformers"
             )
         other = [
             one.name
@@ -352,7 +298,7 @@ def _updates(
 
 
 def _write(
-    path: Path, updates: Mapping[str, Iterable[LowRankUpdate]], form: str, *, writes: bool = True
+    path: Path, updates: Mapping[str, Iterable[LowRankUpdate]], *, writes: bool = True
 ) -> LoraReport:
     named = [
         _scaled(one.with_record(name=f"{component}.{_in_file(component, one.record.name)}"))
@@ -362,8 +308,6 @@ def _write(
     tensors = {
         one.record.name + end: factor for one in named for end, factor in factors_of(one).items()
     }
-    if form == "kohya":
-        tensors = _diffusers().convert_state_dict_to_kohya(tensors)
     if writes:
         save_tensors(path, tensors, {"format": "pt"})
     return LoraReport.of(path, named)
@@ -383,22 +327,11 @@ def _scaled(update: LowRankUpdate) -> LowRankUpdate:
     return dataclasses.replace(update.with_record(scale=1.0), b=b)
 
 
-def _diffusers() -> Any:
-    """Return the converters of `diffusers`."""
-    try:
-        from diffusers import utils
-    except ImportError as error:
-        raise MissingPackageError(
-            "kohya's form needs the package diffusers; run: pip install diffusers"
-        ) from error
-    return utils
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
-def form_of(path: PathLike) -> Form | None:
-    """Return the form of a LoRA file of image models, or None if a file is no such LoRA.
+def form_of(path: PathLike) -> str | None:
+    """Return `"diffusers"` if a file is a LoRA with its keys, or else None.
 
     Args:
         path: a safetensors file.
@@ -408,16 +341,12 @@ def form_of(path: PathLike) -> Form | None:
         AdapterFileError: it is not a complete safetensors file.
     """
     with opened(checked_path(path)) as file:
-        keys = list(file.keys())
-    if any(key.endswith(".lora_down.weight") for key in keys):
-        return "kohya"
-    return "diffusers" if any(key.endswith(".lora_A.weight") for key in keys) else None
+        is_lora = any(key.endswith(".lora_A.weight") for key in list(file.keys()))
+    return "diffusers" if is_lora else None
 
 
 def read_file(path: PathLike) -> dict[str, Contents]:
     """Read a LoRA file of image models whose LoRAs are Bone adapters, without the models.
-
-    It may have both forms that `export` writes; the keys show which.
 
     Args:
         path: the file.
@@ -429,7 +358,6 @@ def read_file(path: PathLike) -> dict[str, Contents]:
         AdapterIOError: the file can't be read.
         AdapterFileError: it is damaged, or holds something besides a LoRA of known components.
         ConversionError: it holds a LoRA that is not a Bone adapter.
-        MissingPackageError: it has kohya's form, and `diffusers` is not installed.
 
     Examples:
         >>> import tempfile, pathlib
@@ -452,8 +380,6 @@ def _read(path: Path, modules: Mapping[str, Collection[str]]) -> dict[str, Conte
     """Return component -> its adapter; `modules` has the names in its model, if they are known."""
     with opened(path) as file:
         tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-    if any(key.endswith(".lora_down.weight") for key in tensors):
-        tensors = _from_kohya(tensors)
     found: dict[str, list[tuple[LayerRecord, Tensor]]] = {}
     others: list[str] = []
     for key, a in tensors.items():
@@ -488,21 +414,3 @@ def _in_model(component: str, name: str, modules: Collection[str] | None) -> str
         return name
     flat = component == "text_encoder" if modules is None else clip[2] in modules
     return clip[2] if flat else name
-
-
-def _from_kohya(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors by the keys of `diffusers`, with alpha / rank multiplied into B."""
-    utils = _diffusers()
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import state_dict_utils
-
-    for key, b in tensors.items():
-        alpha = tensors.get(key.replace(".lora_up.weight", ".alpha"))
-        if key.endswith(".lora_up.weight") and alpha is not None and float(alpha) != b.shape[1]:
-            tensors[key] = b * (float(alpha) / b.shape[1])
-    found, _ = StableDiffusionPipeline.lora_state_dict(dict(tensors))
-    unet = {key: one for key, one in found.items() if key.startswith("unet.")}
-    text = {key: one for key, one in found.items() if key not in unet}
-    old = state_dict_utils.StateDictType.DIFFUSERS_OLD  # as the keys of text encoders are here
-    text = utils.convert_state_dict_to_peft(text, old)
-    return {**utils.convert_unet_state_dict_to_peft(unet), **text}
