@@ -247,18 +247,9 @@ back.
                 "same result": (f"{IMAGES}::test_diffusers_loads_it_and_computes_the_same",),
                 "back": (f"{IMAGES}::test_one_file_for_a_pipeline",),
             },
-            "kohya, by the converters of diffusers": {
-                "read": (
-                    f"{IMAGES}::test_kohya_through_the_converter_of_diffusers",
-                    f"{IMAGES}::test_flux_of_kohya_through_the_converter_of_diffusers",
-                ),
-                "back": (f"{IMAGES}::test_a_whole_flux_as_kohya_and_back",),
-            },
-            "ComfyUI, by a table of its keys": {
-                "read": (
-                    f"{IMAGES}::test_comfyui_knows_every_key_of_a_unet",
-                    f"{IMAGES}::test_comfyui_knows_every_key_of_a_transformer",
-                ),
+            "kohya, UNets by the converters of diffusers": {
+                "read": (f"{IMAGES}::test_kohya_through_the_converters_of_diffusers_and_back",),
+                "back": (f"{IMAGES}::test_kohya_through_the_converters_of_diffusers_and_back",),
             },
         },
     ),
