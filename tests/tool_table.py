@@ -106,7 +106,6 @@ STATES = f"{TRAINER}::test_states_of_accelerate_hold_the_adapter_and_resume_bit_
 LIGHTNING = f"{TRAINER}::test_checkpoints_of_lightning_hold_the_adapter_and_resume_bit_for_bit"
 CHECKPOINTS = f"{TRAINER}::test_checkpoints_hold_the_adapter_and_resume_bit_for_bit"
 SFT = f"{TRL}::test_sft_keeps_the_adapter_only_and_resumes_bit_for_bit"
-SAVES_ITSELF = f"{TRAINER}::test_trainers_that_save_in_ways_of_their_own_are_refused_by_name"
 
 TABLES = (
     Table(
@@ -128,8 +127,11 @@ that two processes train and save the same as one.
                 "resumes bit for bit": (CHECKPOINTS,),
                 "best is loaded": (f"{TRAINER}::test_the_best_is_loaded_at_the_end",),
             },
-            "Trainer with FSDP or DeepSpeed, checkpoints of the adapter": {
-                "adapter only": (REFUSED, SAVES_ITSELF),
+            "Trainer with FSDP": {
+                "adapter only": (f"{TRAINER}::test_with_fsdp_on_two_ranks",),
+            },
+            "Trainer with DeepSpeed": {
+                "trains": (REFUSED, f"{TRAINER}::test_deepspeed_is_refused_by_name"),
             },
             "SFTTrainer of trl": {
                 "trains": (SFT,),
