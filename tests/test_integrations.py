@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType
 from pytorch_lightning import LightningModule
 from pytorch_lightning import Trainer as LightningTrainer
 from pytorch_lightning.callbacks import ModelCheckpoint
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -32,7 +31,6 @@ from transformers import (
 )
 
 import disha
-from disha.cli import main
 from disha.integrations import lightning
 from disha.integrations.accelerate import keep_adapter_only
 from disha.integrations.transformers import AdapterCheckpoints
@@ -198,19 +196,6 @@ def test_a_quantised_model_trains(options, tmp_path):
     tokens = rows()[0]["input_ids"][None]
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, trainer.model.eval()(tokens).logits)
-
-
-def test_a_checkpoint_of_the_whole_model_is_no_adapter_but_holds_one(tmp_path, capsys):
-    """As `Trainer` saves it without the callback; `disha convert` says what it wants."""
-    model = adapted(tied)
-    trained(model, tmp_path, 2, keep=None)
-    checkpoint, out = tmp_path / "checkpoint-2", tmp_path / "adapter.safetensors"
-    assert main(["convert", str(checkpoint), str(out), "--to", "disha"]) == 2
-    assert "a checkpoint saved with AdapterCheckpoints" in capsys.readouterr().err
-    assert not out.exists()
-    again = adapted(tied)
-    again.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
-    assert_same(again, model)
 
 
 def test_a_plain_model_is_refused():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import random
 from types import FunctionType, ModuleType
 
@@ -40,17 +39,6 @@ SETTINGS = {
     "use_cpu": True,
     "bf16": False,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet():
-    datasets.disable_progress_bars()
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    yield
-    datasets.enable_progress_bars()
-    if before is None:
-        del os.environ["TQDM_DISABLE"]
 
 
 def tokenizer():
@@ -118,24 +106,6 @@ def test_sft_keeps_the_adapter_only_and_resumes_bit_for_bit(tmp_path, caplog):
     names = {file.name for file in (tmp_path / "whole" / "checkpoint-4").iterdir()}
     assert names >= FILES
     assert not {name for name in names - FILES if "model" in name}
-
-
-def test_sft_loads_the_best(tmp_path):
-    model = adapted()
-    trainer = tuned(
-        model,
-        tmp_path,
-        4,
-        eval_strategy="steps",
-        eval_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,  # the loss falls, so that the last is not the best
-    )
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-    best = adapted()
-    disha.load_adapter(best, tmp_path / "checkpoint-2" / "adapter.safetensors", replace=True)
-    assert_same(model, best)
 
 
 def quantised(folder):
