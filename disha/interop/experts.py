@@ -107,9 +107,7 @@ def family_of(model_type: str | None, what: str) -> Family:
     if family is None:
         raise ConversionError(
             f"{what} depends on the type of the model, which is {model_type or 'unknown here'}; "
-            f"known are {', '.join(FAMILIES)}. Give `model_type` (--base CHECKPOINT for the "
-            "command); for other types, use stacked experts and the model itself "
-            "(disha.interop.lora), or merge the adapter (disha merge)"
+            f"known are {', '.join(FAMILIES)}. Give `model_type` (--base), or merge the adapter"
         )
     return family
 
@@ -195,16 +193,14 @@ def in_form(
     if also_train:
         raise ConversionError(
             f"vLLM and SGLang refuse a LoRA with parameters that were trained with it "
-            f"({listed(also_train)}); leave them out (--no-also-train for the command), or merge "
-            "the adapter (disha merge)"
+            f"({listed(also_train)}); leave them out (--no_also_train), or merge the adapter"
         )
     for name in sorted(names):
         owner, _, last = name.rpartition(".")
         other = f"{owner}.{DOWN if last == GATE_UP else GATE_UP}"
         if other not in names:
             raise ConversionError(
-                f"{name} is adapted, and {other} is not; vLLM and SGLang read separate experts "
-                "only with both. Adapt both, or merge the adapter (disha merge)"
+                f"{name} is adapted, and {other} is not; vLLM and SGLang read both or none"
             )
     family = family_of(model_type, "what separate experts are called")
     return [one for update in updates for one in _separated(update, family)]
@@ -260,8 +256,8 @@ def stacked(name: str, targets: Collection[str]) -> str | None:
     ]
     if depth >= len(found):
         raise ConversionError(
-            f"{name} is a parameter that PEFT's target_parameters names; those that can be read "
-            f"are experts.{GATE_UP} and experts.{DOWN}. Use this LoRA with PEFT, or merge it there"
+            f"{name} is a parameter that PEFT's target_parameters names, but not "
+            f"experts.{GATE_UP} or experts.{DOWN}; merge this LoRA in PEFT"
         )
     return found[depth]
 

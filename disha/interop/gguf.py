@@ -77,10 +77,7 @@ class _Base:
             return None
         heads = self.heads if name.endswith(".attn_q") else self.kv_heads
         if heads is None:
-            raise ArgumentError(
-                f"GGUF orders the rows of q and k of {self.architecture} models by heads; give "
-                "`heads` and `kv_heads` of the base model"
-            )
+            raise ArgumentError("GGUF orders rows of q and k by heads; give `heads` and `kv_heads`")
         return heads
 
 
@@ -238,9 +235,8 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
     """Return layer -> the name of its weight in GGUF, without `.weight`."""
     if header.also_train:
         raise ConversionError(
-            f"a LoRA for llama.cpp holds updates of layers only, and parameters were trained "
-            f"with the blocks ({listed(header.also_train)}); convert the merged model "
-            "(merge_adapters)"
+            f"a LoRA for llama.cpp holds updates of layers only, and {listed(header.also_train)} "
+            "were trained with the blocks; convert the merged model (merge_adapters)"
         )
     gguf = _package()
     numbers = [int(one) for layer in header.layers for one in re.findall(r"\d+", layer.name)]
@@ -259,20 +255,17 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
     ]
     if unknown:
         raise ConversionError(
-            f"the GGUF file of a {base.architecture} model has no place, or one for several, for "
-            f"{len(unknown)} of {counted(len(names), 'layer')} ({listed(unknown)}); leave them out "
-            "(`exclude`), or convert the merged model (merge_adapters, disha merge)"
+            f"the GGUF file of a {base.architecture} model has no place of its own for "
+            f"{len(unknown)} of {counted(len(names), 'layer')} ({listed(unknown)}); merge them"
         )
     if HEAD in counts and base.tied_head:
         raise ConversionError(
-            "lm_head is adapted, but it shares its weight with the embedding, and the GGUF file of "
-            "such a model has no output head; leave lm_head out (`exclude`)"
+            "lm_head is adapted, but it shares its weight with the embedding; leave it out"
         )
     if EMBEDDING in counts and base.tied_head is not False:
         raise ConversionError(
-            "the embedding is adapted, and llama.cpp would apply its LoRA to the output head too, "
-            "which shares its weight, or may share it as far as is known here; leave it out "
-            "(`exclude`), or export from the model"
+            "the embedding is adapted, and llama.cpp would apply its LoRA to an output head with "
+            "the same weight, as there is or may be here; leave it out, or export from the model"
         )
     return names
 

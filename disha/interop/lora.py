@@ -85,16 +85,8 @@ PEFT_ALPHA, PEFT_RANK = 8, 8
 """PEFT's lora_alpha and r if a configuration has none."""
 
 CHANGE_THE_SUM = (
-    "use_dora",
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "monteclora_config",
-    "kasa_config",
-    "use_bdlora",
-    "use_qalora",
+    *("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "arrow_config"),
+    *("alora_invocation_tokens", "monteclora_config", "kasa_config", "use_bdlora", "use_qalora"),
 )
 """PEFT's settings that make a layer compute something other than W x + s B A x."""
 
@@ -617,8 +609,7 @@ def _contents_of(
             beside[key] = tensor
         elif not key.endswith(".base_layer.weight"):  # PEFT may save an embedding's frozen weight
             raise AdapterFileError(
-                f"{path}: tensor {key!r} is neither lora_A nor lora_B, nor in a module that "
-                "modules_to_save names; a LoRA with other tensors is not a Bone adapter"
+                f"{path}: tensor {key!r} is neither lora_A nor lora_B, nor in modules_to_save"
             )
     incomplete = [name for name, ends in pairs.items() if set(ends) not in map(set, _ENDS)]
     if incomplete or not pairs:
@@ -631,9 +622,8 @@ def _contents_of(
     without = [name for (name, *_), one in zip(layers, found, strict=True) if one is None]
     if without:
         raise ConversionError(
-            f"{path} is not a Bone adapter: lora_A must be [I I ... I], and it is not in "
-            f"{len(without)} of {counted(len(found), 'layer')} ({listed(without)}); use this LoRA "
-            "with PEFT, or merge it there"
+            f"{path} is not a Bone adapter: lora_A is not [I I ... I], and it is not in "
+            f"{len(without)} of {counted(len(found), 'layer')} ({listed(without)}); use PEFT"
         )
     dropout = fields.get("lora_dropout", 0.0)
     return contents_of_layers(path, [one for one in found if one is not None], beside, dropout)
@@ -657,8 +647,7 @@ def _layers(
         stack = stacks.stacked(name, parameters)
         if stacks.single_expert(name):
             raise ConversionError(
-                f"{path} has a LoRA for each expert ({name}), which is for servers; load the "
-                "adapter itself, or its LoRA with stacked experts"
+                f"{path} has a LoRA for each expert ({name}); load the one with stacked experts"
             )
         if stack is None:
             layout = _layout(path, fields, name, a, is_embedding, layouts)
@@ -689,10 +678,7 @@ def _layout(
     if not fields.get("fan_in_fan_out"):
         return Layout("out in")
     if layouts is None:
-        raise ConversionError(
-            f"{path} has fan_in_fan_out, but does not say for which layers; load the folder into "
-            "the model (disha.interop.lora.load), and save the adapter from there"
-        )
+        raise ConversionError(f"{path} has fan_in_fan_out, but not for which layers; use lora.load")
     return layouts.get(name, Layout("in out"))
 
 
@@ -725,8 +711,7 @@ def contents_of_layers(
     twice = [key for key, times in keys.items() if times > 1]
     if twice:
         raise AdapterFileError(
-            f"{path} has several tensors, under different names, for {listed(twice)}; get another "
-            "version of the LoRA"
+            f"{path} has several tensors, under different names, for {listed(twice)}"
         )
     contents = {layer.key: block for layer, block in found} | dict(beside)
     config = AdapterConfig(
@@ -761,6 +746,5 @@ def _check_settings(path: Path, fields: Mapping[str, Any]) -> None:
         more.append("bias")
     if more:
         raise ConversionError(
-            f"{path} uses {', '.join(more)}, which a Bone adapter can't express; use this LoRA "
-            "with PEFT"
+            f"{path} uses {', '.join(more)}, which a Bone adapter can't express; use it with PEFT"
         )

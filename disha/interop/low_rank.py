@@ -279,10 +279,8 @@ def _update(
         return LowRankUpdate(layer, a, b, abs(layer.scale) * _product_norm(rows, columns))
     if is_stack(layer):
         raise ConversionError(
-            f"{layer.name} is a stack of experts, and a {layer.method} update of it is "
-            f"{'not low-rank' if factors is None else f'not truncated to rank {rank}'}; nothing "
-            "was written. Merge the adapter (merge_adapters, disha merge), or train Bone for the "
-            "experts, without `rank`"
+            f"{layer.name} is a stack of experts, and its {layer.method} update is "
+            f"{'not low-rank' if factors is None else f'not truncated to rank {rank}'}; merge it"
         )
     return _truncated(layer, block, rank, base)
 
@@ -315,8 +313,7 @@ def _truncated(
     """Form dW and return its leading singular values."""
     if rank is None:
         raise ArgumentError(
-            f"a {layer.method} update has no exact low rank, so it is truncated to write it as "
-            "LoRA: give `rank`, and `max_error` to limit the error"
+            f"a {layer.method} update has no exact low rank, so it is truncated: give `rank`"
         )
     weight = block.new_empty(()).expand(layer.weight_shape(tuple(block.shape)))  # for its shape
     method = functional.method_of(layer.method)
@@ -334,10 +331,7 @@ def _truncated(
 
 def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor:
     if base is None:
-        raise ArgumentError(
-            f"a {layer.method} update depends on the base weights, which the adapter does not "
-            "have: give `base`, or export from the model"
-        )
+        raise ArgumentError(f"a {layer.method} update depends on the base weights: give `base`")
     weight = base(layer.name).detach().cpu()
     misfit = layer.weight_misfit(tuple(block.shape), tuple(weight.shape))
     if misfit is not None:

@@ -447,35 +447,25 @@ def _inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
         name, r = layer.name or "(the model)", layer.r
         if layer.layout != LINEAR:
             problems.append(
-                f"{name}: PEFT's MiSS adapts nn.Linear only, and the layout of this weight is "
-                f"{layer.layout.pattern!r}"
+                f"{name}: the layout of this weight is {layer.layout.pattern!r}, not a linear layer"
             )
         if layer.rows:
             problems.append(f"{name}: PEFT's MiSS adapts all rows of a weight, not some of them")
         if not layer.name:
             problems.append(f"{name}: PEFT adapts layers within a model, not the model itself")
         if layer.scale != 1.0:
-            problems.append(
-                f"{name}: PEFT's MiSS has no scale, and this layer's is {layer.scale:g}; "
-                "combine_adapters(model, {name: 1.0}, into=...) writes it into the blocks"
-            )
+            problems.append(f"{name}: PEFT's MiSS has no scale (combine_adapters into one of 1)")
         if method == BAT and (layer.in_features % r or layer.out_features % r):
-            problems.append(
-                f"{name}: PEFT's BAT needs an r that divides both sizes, and r={r} does not "
-                f"divide {layer.in_features} -> {layer.out_features}"
-            )
+            problems.append(f"{name}: PEFT's BAT needs an r that divides both sizes, not {r}")
     sizes = sorted({layer.r for layer in header.layers})
     if len(sizes) > 1:
         problems.append(
             f"PEFT's MiSS has one r for all layers, and this adapter has "
-            f"{', '.join(map(str, sizes))}; "
-            "combine_adapters(model, {name: 1.0}, into=..., r=...) makes Bone blocks of a common "
-            "multiple"
+            f"{', '.join(map(str, sizes))} (combine_adapters makes Bone blocks of one r)"
         )
     drops = header.config.dropout if dropout is None else dropout
     if method == BAT and drops:
         problems.append(
-            f"PEFT's BAT has no dropout, and this adapter has {drops:g}; set `dropout` to 0.0 to "
-            "leave it out, which matters in training only"
+            f"PEFT's BAT has no dropout, and this adapter has {drops:g} (`dropout=0.0`)"
         )
     return problems
