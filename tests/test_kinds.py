@@ -68,11 +68,22 @@ CASES = {
 """Layers whose merged weight is that of the plain layer; those with max_norm have tests apart."""
 
 PAIRS = [(name, method) for name, case in CASES.items() for method in case.methods]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+LAYOUTS = (
+    "linear",
+    "transposed linear",
+    "conv2d, groups",
+    "conv transpose 1d, groups",
+    "embedding",
+)
+COVER = [(name, method, torch.float64) for name, method in PAIRS] + [
+    (name, CASES[name].methods[index % len(CASES[name].methods)], dtype)
+    for name in LAYOUTS
+    for index, dtype in enumerate([torch.float32, torch.bfloat16])
+]
+"""Each pair in float64, and the other dtypes once for each layout."""
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "method"), PAIRS)
+@pytest.mark.parametrize(("name", "method", "dtype"), COVER, ids=str)
 class TestEveryKind(DtypeTests):
     table = CASES
     merges = 100

@@ -276,7 +276,7 @@ def merge_and_unmerge(model: Model, active: list[str], x: torch.Tensor) -> None:
     assert torch.equal(model(x), expected)
 
 
-@settings(deadline=None, max_examples=100, derandomize=True, database=None)
+@settings(deadline=None, max_examples=30, derandomize=True, database=None)
 @given(
     tree=trees,
     chosen=st.lists(adapters, min_size=1, max_size=3),
