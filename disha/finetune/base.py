@@ -136,8 +136,11 @@ def base_note(name: str, bits: str, adapter: Path) -> str:
     """Return the note of a base for an adapter file."""
     path = Path(name)
     if path.exists():
-        relative = os.path.relpath(path.absolute(), adapter.parent.resolve())
-        name = f"./{Path(relative).as_posix()}"
+        try:
+            relative = os.path.relpath(path.absolute(), adapter.parent.resolve())
+            name = f"./{Path(relative).as_posix()}"
+        except ValueError:  # another drive of Windows
+            name = str(path.absolute())
     return json.dumps({"base_model_name_or_path": name, "bits": bits})
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+from tqdm import tqdm
+
 from disha.errors import ArgumentError, MissingPackageError
 
 __all__ = ["HELD_OUT", "Pair", "demo_words", "docstring_pairs"]
@@ -81,7 +83,7 @@ def docstring_pairs(library: Path | None = None) -> list[Pair]:
 
 
 def _pairs_under(folder: Path) -> Iterator[Pair]:
-    for path in sorted(folder.rglob("*.py")):
+    for path in tqdm(sorted(folder.rglob("*.py")), desc="Reading the standard library"):
         if SKIPPED_FOLDERS.isdisjoint(path.relative_to(folder).parts):
             yield from _pairs_in(path)
 

@@ -235,6 +235,7 @@ def _trained(trainer: _Trainer, base: str, bits: str, folder: Path) -> Outcome:
     training = trainer.args
     if training.process_index == 0:
         print(str(disha.summary(trainer.model)).splitlines()[-1])
+        print(f"{len(trainer.train_dataset):,} rows, measured on {len(trainer.eval_dataset):,}")
     resumed_from = _checkpoint(training, folder)
     training.eval_on_start = resumed_from is None
     if resumed_from is None and training.process_index == 0:
