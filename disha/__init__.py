@@ -22,7 +22,6 @@ from disha.version import __version__
 if TYPE_CHECKING:
     from disha import interop as interop
     from disha.check import CheckReport, check_adapters
-    from disha.checkpointing import InputGradients, enable_input_gradients
     from disha.config import AdapterConfig
     from disha.control import (
         adapters_active,
@@ -67,7 +66,6 @@ __all__ = [
     "ConversionError",
     "DishaError",
     "Geometry",
-    "InputGradients",
     "LoadReport",
     "MergeError",
     "MissingPackageError",
@@ -82,7 +80,6 @@ __all__ = [
     "adapters_disabled",
     "check_adapters",
     "combine_adapters",
-    "enable_input_gradients",
     "inject_adapters",
     "inspect_adapter",
     "load_adapter",
@@ -102,7 +99,6 @@ __all__ = [
 
 HOMES = (
     "check",
-    "checkpointing",
     "config",
     "control",
     "files",

@@ -137,7 +137,8 @@ def check_adapters(
         A `CheckReport`.
 
     Raises:
-        ArgumentError: no adapter is active, or the model returns no floating-point tensor.
+        ArgumentError: no adapter is active, the model returns no floating-point tensor, or an
+            adapted layer was parametrised (`torch.nn.utils.parametrize`).
         ModeError: adapters are merged (`MergeError`), disabled or routed.
 
     Examples:
@@ -157,9 +158,22 @@ def check_adapters(
         raise ArgumentError(
             "there is nothing to check: no adapter is active; activate one with set_active_adapters"
         )
+    for one in active:
+        _refuse_parametrised(one.name, one.layer)
     with ExitStack() as undo:  # whatever the check changes comes back
         report = _checked(view, undo, active, lambda: _tensors(model(*inputs, **kwargs)))
     return replace(report, untrained=() if optimizer is None else _untrained(model, optimizer))
+
+
+def _refuse_parametrised(name: str, layer: AdaptedLayer) -> None:
+    """Raise if an adapted parameter was replaced by a parametrization, which hides the adapters."""
+    computed: Any = layer._modules.get("parametrizations") or ()
+    for parameter in layer.adapted_parameters:
+        if parameter in computed and not hasattr(layer.original_class, parameter):
+            raise ArgumentError(
+                f"{name} was parametrised after it was adapted, so its adapters no longer act; "
+                "remove the adapters, parametrise the layer, and adapt it again"
+            )
 
 
 def _untrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

@@ -1,19 +1,33 @@
-"""Which adapter each sample of a batch goes through."""
+"""Routing: each sample of a batch goes through its own adapter.
+
+A `Route` says which adapter each sample has, a `Routed` which updates of one weight that means. The
+two products below give each sample its own updates. A linear product takes the cheapest of four
+ways:
+
+- all samples have the same adapter: the usual product;
+- a method does not reduce to shard sums: one product for each run of samples with one adapter;
+- the adapters have blocks of one size: the shard sums of all samples at once, times each block;
+- otherwise: the product with W, plus that of each adapter with its own samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from disha import functional
 from disha.errors import ArgumentError
+from disha.functional import Layout, Product, Reduced, Update, adapted_linear
+from disha.functional.routed import linear_of_runs, with_bone_of_runs
 from disha.text import counted
 
-__all__ = ["Route", "Run"]
+__all__ = ["Route", "Routed", "Run", "routed_linear", "routed_product"]
 
 
 class Run(NamedTuple):
@@ -43,11 +57,7 @@ class Route:
         return tuple(dict.fromkeys(name for name in self.names if name is not None))
 
     def parts(self, size: int) -> int:
-        """Return how many entries of a leading dimension of this size each name covers.
-
-        Raises:
-            ArgumentError: the size is not a multiple of the number of names.
-        """
+        """Return how many entries of a leading dimension of this size each name covers."""
         samples = len(self.names)
         if size % samples:
             raise ArgumentError(
@@ -57,38 +67,34 @@ class Route:
             )
         return size // samples
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all samples have the same adapter, or none."""
-        return len(set(self.names)) == 1
-
     def runs(self, size: int) -> list[Run]:
-        """Return the runs along a leading dimension, in the order of the samples.
-
-        An adapter may have several runs.
-        """
+        """Return the runs in the order of the samples. An adapter may have several."""
         return self._runs_of(self.names, self.parts(size))
 
     def sorted_runs(self, size: int) -> list[Run]:
-        """Return the runs after sorting by adapter: one for each, and one without adapter last.
-
-        `order` returns the indices that sort.
-        """
+        """Return the runs after sorting by adapter: one for each, and one without adapter last."""
         return self._runs_of([self.names[i] for i in self._sorted], self.parts(size))
 
     def order(self, size: int, device: torch.device) -> Tensor:
         """Return the indices along a leading dimension that sort it by adapter."""
-        parts = self.parts(size)
-        indices = (range(sample * parts, (sample + 1) * parts) for sample in self._sorted)
-        return self._on_device(tuple(i for part in indices for i in part), device)
+        return self._entries(self._sorted, size, device)
+
+    def rows(self, adapter: str, size: int, device: torch.device) -> Tensor:
+        """Return the indices along a leading dimension that go through an adapter."""
+        own = [sample for sample, name in enumerate(self.names) if name == adapter]
+        return self._entries(own, size, device)
+
+    def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
+        """Return the index of each sample's adapter, or the number of adapters for no adapter."""
+        order = {adapter: index for index, adapter in enumerate(adapters)}
+        chosen = [order.get(name or "", len(order)) for name in self.names]
+        return self._on_device(tuple(chosen), device)
 
     @property
-    def _sorted(self) -> tuple[int, ...]:
+    def _sorted(self) -> list[int]:
         place = {adapter: index for index, adapter in enumerate(self.adapters)}
-        order = sorted(
-            range(len(self.names)), key=lambda i: place.get(self.names[i] or "", len(place))
-        )
-        return tuple(order)
+        samples = range(len(self.names))
+        return sorted(samples, key=lambda i: place.get(self.names[i] or "", len(place)))
 
     @staticmethod
     def _runs_of(names: Sequence[str | None], parts: int) -> list[Run]:
@@ -99,19 +105,11 @@ class Route:
             start = stop
         return runs
 
-    def rows(self, adapter: str, size: int, device: torch.device) -> Tensor:
-        """Return the indices along a leading dimension that go through an adapter."""
+    def _entries(self, samples: Sequence[int], size: int, device: torch.device) -> Tensor:
         parts = self.parts(size)
-        starts = (sample * parts for sample, name in enumerate(self.names) if name == adapter)
-        return self._on_device(tuple(r for s in starts for r in range(s, s + parts)), device)
-
-    def choices(self, adapters: Sequence[str], device: torch.device) -> Tensor:
-        """Return the index of each sample's adapter, or the number of adapters for no adapter."""
-        order = {adapter: index for index, adapter in enumerate(adapters)}
-        chosen = (
-            len(order) if name is None else order.get(name, len(order)) for name in self.names
+        return self._on_device(
+            tuple(i for s in samples for i in range(s * parts, (s + 1) * parts)), device
         )
-        return self._on_device(tuple(chosen), device)
 
     def _on_device(self, indices: tuple[int, ...], device: torch.device) -> Tensor:
         # Kept because every layer needs the same indices, and a captured graph can't copy them.
@@ -120,3 +118,140 @@ class Route:
             with torch.inference_mode(False):
                 self._kept[key] = torch.tensor(indices, dtype=torch.int64, device=device)
         return self._kept[key]
+
+
+class Routed(NamedTuple):
+    """The updates of a weight when each sample has its own adapter.
+
+    Attributes:
+        route: the adapter of each sample.
+        updates: adapter -> its updates of this weight.
+        batch: 0 if samples are the first dimension. Otherwise the size of the batch, which is the
+            second dimension, as in torch's attention.
+    """
+
+    route: Route
+    updates: Mapping[str, tuple[Update, ...]]
+    batch: int = 0
+
+    @property
+    def of_all(self) -> tuple[Update, ...] | None:
+        """The updates of all samples, if they have the same adapter or none; or else None."""
+        names = self.route.names
+        return self.updates.get(names[0] or "", ()) if len(set(names)) == 1 else None
+
+    def check(self, input: Tensor, shape: Sequence[int] | None, has_samples: bool) -> None:
+        """Raise unless an input has samples first, a multiple of the number of names."""
+        if not has_samples:
+            raise ArgumentError(
+                "route_adapters needs samples along the leading dimension of each input, and a "
+                f"weight of shape {tuple(shape or ())} got an input of shape {tuple(input.shape)}; "
+                "pass a batch, or use one adapter at a time"
+            )
+        self.route.parts(input.shape[0])
+
+    def added(
+        self, output: Tensor, input: Tensor, delta_of: Callable[[Tensor, Update], Tensor]
+    ) -> Tensor:
+        """Return an output plus, for each sample, what the updates of its own adapter add."""
+        size, device = input.shape[0], input.device
+        for adapter, updates in self.updates.items():
+            rows = self.route.rows(adapter, size, device)
+            for update in updates:
+                delta = delta_of(input.index_select(0, rows), update)
+                output = output.index_add(0, rows, delta.to(output.dtype))
+        return output
+
+
+def routed_product(
+    multiply: Product,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    routed: Routed,
+    has_samples: bool,
+    groups: int = 1,
+) -> Tensor:
+    """Return a product in which each sample has its own updates."""
+    routed.check(x, weight.shape, has_samples)
+    same = routed.of_all
+    if same is not None:
+        return functional.adapted_product(multiply, x, weight, bias, layout, same, groups)
+
+    def delta_of(own: Tensor, update: Update) -> Tensor:
+        return functional.update_product(multiply, own, weight, layout, update, groups)
+
+    return routed.added(multiply(x, weight, bias), x, delta_of)
+
+
+def routed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, routed: Routed
+) -> Tensor:
+    """Return a linear product in which each sample has its own updates."""
+    if routed.batch:
+        # Samples are the second dimension, or the first two dimensions are flattened.
+        first = x.reshape(-1, routed.batch, x.shape[-1]).transpose(0, 1)
+        output = routed_linear(first, weight, bias, layout, routed._replace(batch=0))
+        return output.transpose(0, 1).contiguous().view(*x.shape[:-1], output.shape[-1])
+    routed.check(x, weight.shape, has_samples=x.dim() >= 2)
+    if routed.of_all is not None or not x.shape[0]:
+        return adapted_linear(x, weight, bias, routed.of_all or ())
+    every = [update for updates in routed.updates.values() for update in updates]
+    if not all(update.method.reduces for update in every):
+        return _linear_by_adapter(x, weight, bias, routed)
+    alike = _alike(routed, layout, weight.shape[0])
+    if alike is None:
+        return routed_product(F.linear, x, weight, bias, layout, routed, has_samples=True)
+    output = F.linear(x, weight, bias)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        choices = routed.route.choices(list(alike), x.device)
+        delta = functional.routed_bone_delta(x, [one.matrix for one in alike.values()], choices)
+        return output + delta.to(output.dtype)
+    return _with_alike(output, x, routed.route, alike)
+
+
+def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: Routed) -> Tensor:
+    """Sort the samples by adapter, multiply each run, and put the outputs back in order."""
+    route, size = routed.route, x.shape[0]
+    runs = route.sorted_runs(size)
+    order = None if runs == route.runs(size) else route.order(size, x.device)
+    each = [(routed.updates.get(run.adapter or "", ()), run.stop - run.start) for run in runs]
+    return linear_of_runs(x, weight, bias, each, order)
+
+
+FEW_ROWS = 8
+"""Samples of fewer rows are sorted by adapter, so that each adapter adds one product.
+
+Sorting costs passes over the output. Without sorting, each sample costs one product.
+"""
+
+
+def _with_alike(output: Tensor, x: Tensor, route: Route, alike: Mapping[str, Reduced]) -> Tensor:
+    """Return an output plus the shard-sum updates of each sample."""
+    size = x.shape[0]
+    rows, outputs = (one.reshape(size, -1, one.shape[-1]) for one in (x, output))
+    runs, order = route.runs(size), None
+    few = rows.shape[1] * route.parts(size) < FEW_ROWS and len(runs) > len(alike)
+    if few or torch.is_grad_enabled() or not outputs.is_contiguous():
+        runs, order = route.sorted_runs(size), route.order(size, x.device)
+    each = [
+        (one.matrix if (one := alike.get(run.adapter or "")) else None, run.stop - run.start)
+        for run in runs
+    ]
+    return with_bone_of_runs(outputs, rows, each, order).reshape(output.shape)
+
+
+def _alike(routed: Routed, layout: Layout, out_features: int) -> dict[str, Reduced] | None:
+    """Return the shard-sum update of each adapter if all have one size and no tiles, else None."""
+    found: dict[str, Reduced] = {}
+    for adapter, updates in routed.updates.items():
+        small = functional.reduced_updates(updates, layout, out_features)
+        if len(small) > 1 or any(one.dropout for one in small):
+            return None
+        if small:
+            found[adapter] = small[0]
+    sizes = {(one.matrix.shape, one.matrix.dtype) for one in found.values()}
+    if len(sizes) != 1 or next(iter(sizes))[0][-1] != out_features:
+        return None
+    return found

@@ -366,8 +366,6 @@ def test_a_block_without_values_raises_and_a_dry_run_does_not():
     with torch.device("meta"):
         empty = injected(Small(), "bone")
     assert empty(tokens().to("meta")).is_meta
-    with pytest.raises(ModeError, match="on the meta device"):
-        empty(tokens())
     empty.load_state_dict(model.state_dict(), strict=False, assign=True)
     with pytest.raises(ModeError, match="give the model its weights first and inject afterwards"):
         empty(tokens())

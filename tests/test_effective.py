@@ -338,17 +338,6 @@ def test_resetting_a_layer_that_is_read_resets_its_own_weight():
     assert model.qkv.disha.active == ("default",)
 
 
-def test_a_parametrization_of_a_layer_that_is_read_is_refused():
-    model, target, x = build("linear")
-    disha.inject_adapters(model, target, 2)
-    perturb(model)
-    before, expected = snapshot(model), model(x)
-    with pytest.raises(ArgumentError, match="remove the adapters first"):
-        torch.nn.utils.parametrizations.weight_norm(model.qkv)
-    assert_unchanged(model, before)
-    assert torch.equal(model(x), expected)
-
-
 @pytest.fixture
 def process_group():
     torch.distributed.init_process_group(
@@ -539,53 +528,11 @@ class TestFacts:
         torch.testing.assert_close(layer.weight[mask], dense[mask])
 
     @pytest.mark.parametrize("method", ["bone", "bat"])
-    @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-    @pytest.mark.parametrize("reads", ["a layer", "F.linear", "matmul"])
-    def test_nested_inputs(self, reads, layout, method):
-        if reads == "matmul" and layout is torch.strided:
-            pytest.skip("torch can't multiply it by a matrix")
-        layer = disha.inject_adapters(nn.Linear(4, 3, bias=False), "", 2, method=method)
-        perturb(layer)
-        forward = {
-            "a layer": layer,
-            "F.linear": lambda x: F.linear(x, layer.weight),
-            "matmul": lambda x: x @ layer.weight.T,
-        }[reads]
-        parts = [torch.randn(count, 4) for count in (2, 5)]
-        nested = torch.nested.nested_tensor(parts, layout=layout)
-        for found, part in zip(forward(nested).unbind(), parts, strict=True):
-            torch.testing.assert_close(found, layer(part))
-        forward(nested).values().sum().backward()
-        found, layer.disha["default"].block.grad = layer.disha["default"].block.grad, None
-        layer(torch.cat(parts)).sum().backward()
-        torch.testing.assert_close(found, layer.disha["default"].block.grad)
-
-    def test_a_nested_table_of_indices(self):
-        layer = disha.inject_adapters(nn.Embedding(6, 3), "", r=2, init="kaiming")
-        parts = [torch.tensor([1, 5]), torch.tensor([3])]
-        nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
-        for found, part in zip(layer(nested).unbind(), parts, strict=True):
-            torch.testing.assert_close(found, layer(part))
-
-    @pytest.mark.parametrize("method", ["bone", "bat"])
     def test_sparse_inputs(self, method):
         layer = disha.inject_adapters(nn.Linear(4, 3, bias=False), "", 2, method=method)
         perturb(layer)
         x = torch.randn(5, 4).relu()
         torch.testing.assert_close(layer(x.to_sparse()), layer(x))
-
-    def test_nested_inputs_and_dropout(self):
-        layer = disha.BoneLinear(4, 3, r=2, dropout=0.5)
-        nested = torch.nested.nested_tensor([torch.randn(2, 4)], layout=torch.jagged)
-        with pytest.raises(ModeError, match="the adapter's dropout can't act here"):
-            layer(nested)
-        plain = F.linear(nested, torch.ones(3, 4))  # nothing else changes
-        torch.testing.assert_close(plain.values(), F.linear(nested.values(), torch.ones(3, 4)))
-
-    def test_a_check_of_a_model_for_nested_tensors(self):
-        model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 3)), "0", 2)
-        nested = torch.nested.nested_tensor([torch.randn(2, 4)], layout=torch.jagged)
-        assert disha.check_adapters(model, nested).ok
 
     def test_a_parameter_by_its_name_is_the_parameter(self):
         model = disha.inject_adapters(nn.Sequential(nn.Linear(4, 3)), "0", 2)
@@ -816,12 +763,6 @@ class TestWhatAsksNoTensor:
         torch.testing.assert_close(compiled(x), expected)
         (found,) = torch.autograd.grad(compiled(x).square().sum(), block)
         torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), block)[0])
-
-    def test_a_custom_function_and_a_weight_without_values(self):
-        layer = disha.BoneLinear(6, 4, r=2, device="meta")
-        assert Multiply.apply(torch.randn(3, 6, device="meta"), layer.weight).shape == (3, 4)
-        with pytest.raises(ModeError, match="on the meta device"):
-            Multiply.apply(torch.randn(3, 6), layer.weight)
 
     def test_a_custom_function_and_dropout(self):
         layer = disha.BoneLinear(6, 4, r=2, dropout=0.5)

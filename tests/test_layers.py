@@ -832,20 +832,6 @@ def test_from_linear_takes_plain_linear_layers_only(cls, other):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_parametrization_of_an_adapted_weight_is_refused(kind):
-    layer = fill(inject(nn.Linear(10, 9), kind))
-    x = torch.randn(3, 10)
-    expected = layer(x)
-    with pytest.raises(DishaError, match=r"weight of an adapted Linear can't be replaced.*remove"):
-        torch.nn.utils.parametrizations.weight_norm(layer)
-    assert torch.equal(layer(x), expected)
-    disha.remove_adapters(layer)
-    assert type(layer) is nn.Linear
-    torch.nn.utils.parametrizations.weight_norm(layer)
-    disha.inject_adapters(layer, "^$", 4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_whose_class_was_changed_keeps_its_adapters(kind):
     layer = fill(inject(nn.Linear(10, 9), kind))
     original, x = type(layer), torch.randn(3, 10)

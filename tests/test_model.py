@@ -143,7 +143,6 @@ OPERATIONS = {
     "parameters": lambda model, path: list(disha.adapter_parameters(model)),
     "flags": lambda model, path: disha.mark_only_adapters_trainable(model),
     "summary": lambda model, path: disha.summary(model),
-    "gradients": lambda model, path: disha.enable_input_gradients(model),
 }
 
 

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from disha.effective import EffectiveWeight, called_from
+from disha.effective import EffectiveWeight
 from disha.errors import MergeError, ModeError
 from disha.functional import Geometry
 from disha.layers.adapters import Adapters
 from disha.layers.blocks import Block, Slot
-from disha.layers.reading import TO_COMPUTED, refuse_change, weight_property
+from disha.layers.reading import weight_property
 from disha.layers.weights import base_of, delta_of, geometry_of, merged_weight
 
 __all__ = [
@@ -109,13 +109,6 @@ class AdaptedLayer(nn.Module):
             AttributeError: the layer's `weight` is not adapted.
         """
         return merged_weight(self, self._own_slot(), adapters)
-
-    def __delattr__(self, name: str) -> None:
-        replaced = name in self.adapted_parameters and name in self._parameters
-        # FullyShardedDataParallel replaces parameters by views of one flat parameter.
-        if replaced and not called_from("torch.distributed.fsdp"):
-            refuse_change(self, name, TO_COMPUTED)
-        super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter as nn.Module does, but without reading the current weight.

@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from disha.contexts import LOOSE, OPEN, Acts, Group, deciding
-from disha.effective import Routed
 from disha.errors import ArgumentError, ArgumentTypeError
 from disha.functional import Update
 from disha.layers import compiled
 from disha.layers.blocks import Block
-from disha.routing import Route
+from disha.routing import Route, Routed
+from disha.torch_patches import install
 
 __all__ = [
     "CHILD_NAME",
@@ -73,6 +73,7 @@ class Adapters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        install()
         # Here and below, this writes to __dict__, because assigning through nn.Module is slow.
         vars(self).update(active=(), live={}, merged=None)
         LOOSE.take(self)
@@ -176,6 +177,7 @@ class Adapters(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        install()
         self.group.take(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import disha
 from disha import AdapterStateError, MergeError, ModeError, TargetError
@@ -141,15 +139,6 @@ def check_refusals(folder):
         disha.combine_adapters(model, {"default": 1.0}, into="new")
     assert_trains_alike(adapted(), model)
     disha.remove_adapters(model.module)
-
-
-def check_reentrant_checkpointing(folder):
-    """DDP allows it with a static graph."""
-    model = adapted()
-    for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=True)
-    disha.enable_input_gradients(model)
-    assert_trains_alike(adapted(), wrapped(model))
 
 
 def check_compiled(folder):

@@ -526,15 +526,13 @@ def check_refusals(folder):
 
 def check_activation_checkpointing(folder):
     plain = saved(adapted(), folder / f"plain{rank()}")
-    for implementation in CheckpointImpl:
-        model = adapted()
-        wrap = functools.partial(checkpoint_wrapper, checkpoint_impl=implementation)
-        apply_activation_checkpointing(
-            model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: isinstance(module, Block)
-        )
-        disha.enable_input_gradients(model)
-        assert saved(sharded(model), folder / "a") == plain
-        assert_trains_alike(adapted(), model)
+    model = adapted()
+    wrap = functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: isinstance(module, Block)
+    )
+    assert saved(sharded(model), folder / "a") == plain
+    assert_trains_alike(adapted(), model)
 
 
 def check_compiled(folder):
