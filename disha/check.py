@@ -38,7 +38,7 @@ class CheckedWeight:
         acts: whether the block changes the output.
         gradient: whether the block gets a gradient.
         merges: whether the output stays the same when merged; None if merging is refused.
-        remark: the problem, or why merging is refused; empty otherwise.
+        reason: why it is not in order, or why merging is refused; empty otherwise.
     """
 
     name: str
@@ -47,7 +47,7 @@ class CheckedWeight:
     acts: bool
     gradient: bool
     merges: bool | None
-    remark: str = ""
+    reason: str = ""
 
     @property
     def ok(self) -> bool:
@@ -89,19 +89,19 @@ class CheckReport:
         return not self.problems and not self.untrained
 
     def __str__(self) -> str:
-        counts = Counter(one.remark for one in self.weights if one.remark)
-        shared = [remark for remark, count in counts.items() if count > 1]
-        short = {remark: f"[{number}]" for number, remark in enumerate(shared, 1)}
+        counts = Counter(one.reason for one in self.weights if one.reason)
+        shared = [reason for reason, count in counts.items() if count > 1]
+        short = {reason: f"[{number}]" for number, reason in enumerate(shared, 1)}
         rows = [
             (one.name or "(the model)", one.adapter, *map(_word, (one.read, one.acts)),
-             _word(one.gradient), _word(one.merges), short.get(one.remark, one.remark))
+             _word(one.gradient), _word(one.merges), short.get(one.reason, one.reason))
             for one in self.weights
         ]  # fmt: skip
         header = ("weight", "adapter", "read", "acts", "gradient", "merges", "")
         good = len(self.weights) - len(self.problems)
         verb = "is" if good == 1 else "are"
         total = counted(len(self.weights), "block")
-        notes = [f"{mark} {printable(remark)}" for remark, mark in short.items()]
+        notes = [f"{mark} {printable(reason)}" for reason, mark in short.items()]
         if self.untrained:
             notes.append(
                 f"the optimizer lacks {counted(len(self.untrained), 'parameter')} that should "
@@ -215,12 +215,12 @@ def _checked(
         for (name, layer, adapter, block), gradient in zip(active, gradients, strict=True):
             acts = gradient or _changes(run, block, outputs)
             own = None if merges is None else merges.get(id(layer), True)
-            remark = _remark(block in read, acts, gradient) or refusal
-            found.append(CheckedWeight(name, adapter, block in read, acts, gradient, own, remark))
+            reason = _reason(block in read, acts, gradient) or refusal
+            found.append(CheckedWeight(name, adapter, block in read, acts, gradient, own, reason))
     return CheckReport(tuple(found))
 
 
-def _remark(read: bool, acts: bool, gradient: bool) -> str:
+def _reason(read: bool, acts: bool, gradient: bool) -> str:
     if not read:
         return "the model does not use this weight, or not with these inputs"
     if not acts:

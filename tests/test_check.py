@@ -81,15 +81,15 @@ USES = {
 @pytest.mark.parametrize("method", ["bone", "bat"])
 @pytest.mark.parametrize("use", USES)
 def test_what_is_seen_of_a_block(use, method):
-    function, seen, remark = USES[use]
+    function, seen, reason = USES[use]
     model = disha.inject_adapters(Model(function), "layer", 2, method=method)
     model.train()
     before, flags = snapshot(model), {n: p.requires_grad for n, p in model.named_parameters()}
     report = disha.check_adapters(model, torch.randn(3, 4))
     (found,) = report.weights
     assert (found.read, found.acts, found.gradient, found.merges) == seen
-    assert remark in found.remark
-    assert bool(remark) == bool(found.remark)
+    assert reason in found.reason
+    assert bool(reason) == bool(found.reason)
     assert report.ok == found.ok == all(seen)
     assert report.problems == (() if all(seen) else (found,))
     assert_unchanged(model, before)
@@ -116,7 +116,7 @@ def test_a_merge_that_is_refused_is_no_problem():
     (found,) = report.weights
     assert found.ok
     assert found.merges is None
-    assert "computed from other parameters" in found.remark
+    assert "computed from other parameters" in found.reason
 
 
 def test_random_states_come_back():
@@ -157,11 +157,11 @@ def test_what_is_refused():
 
 
 def test_a_remark_on_several_weights_is_printed_once():
-    remark = "a reason that several weights share"
+    reason = "a reason that several weights share"
     report = CheckReport((
-        CheckedWeight("a", "default", True, True, True, None, remark),
+        CheckedWeight("a", "default", True, True, True, None, reason),
         CheckedWeight("b", "default", True, True, False, None, "its own reason"),
-        CheckedWeight("c", "default", True, True, True, None, remark),
+        CheckedWeight("c", "default", True, True, True, None, reason),
     ))  # fmt: skip
     rows = str(report).splitlines()
     assert [row.split(maxsplit=6)[6:] for row in rows[1:4]] == [
@@ -169,4 +169,4 @@ def test_a_remark_on_several_weights_is_printed_once():
         ["its own reason"],
         ["[1]"],
     ]
-    assert rows[4:] == [f"[1] {remark}", "2 of 3 blocks are in order"]
+    assert rows[4:] == [f"[1] {reason}", "2 of 3 blocks are in order"]
