@@ -184,13 +184,7 @@ def write_gguf(
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: the GGUF file of the base model has no such layer, parameters were trained
-            with the blocks, or the error of a layer is above `max_error`.
-        ArgumentError: an argument is out of range, unknown, or missing.
-        ArgumentTypeError: an argument is of the wrong type.
-        MissingPackageError: `gguf` is not installed.
-        AdapterStateError: the adapter holds values that are not finite, here or in float32.
-        AdapterIOError: the file can't be written; what was there is unchanged.
+        DishaError: as for `export_gguf`; also if `heads` or `base` is missing.
 
     Examples:
         >>> import tempfile, pathlib

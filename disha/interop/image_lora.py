@@ -242,13 +242,7 @@ def write_file(
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: it has no place for a layer;
-            parameters were trained with the blocks; or an error is above `max_error`.
-        ArgumentError: a component is unknown, a limit is out of range, or BAT lacks
-            `rank` or `bases`.
-        ArgumentTypeError: an argument is of the wrong type.
-        AdapterStateError: the adapter holds values that are not finite.
-        AdapterIOError: the file can't be written; what was there is unchanged.
+        DishaError: as for `export`.
 
     Examples:
         >>> import tempfile, pathlib

@@ -205,10 +205,7 @@ def export_tensors(
         configuration, as in `adapter_config.json`.
 
     Raises:
-        ConversionError: as for `export`.
-        ArgumentError: there is no such adapter, or an argument does not fit, as for `export`.
-        ArgumentTypeError: `rank` or `max_error` is not a number.
-        AdapterStateError: the adapter holds values that are not finite.
+        DishaError: as for `export`.
 
     Source: Kang, arXiv 2409.15371; Hu et al., "LoRA", arXiv 2106.09685.
 
@@ -403,14 +400,7 @@ def write_lora(
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: LoRA can't express the adapter, its error is above `max_error`, a layer
-            is a convolution, `pad` is set and a rank is above 512, or the names of separate
-            experts of this `model_type` are unknown.
-        ArgumentError: `rank`, `max_error` or `experts` is out of range, or BAT lacks `rank` or
-            `base`.
-        ArgumentTypeError: one of them is not a number.
-        AdapterStateError: the adapter holds values that are not finite.
-        AdapterIOError: the folder can't be written; what was there is unchanged.
+        DishaError: as for `export`; also for convolutions, and for BAT without `base`.
 
     Examples:
         >>> import tempfile
