@@ -93,9 +93,12 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         self._settle()
-        for argument, patterns in self._regexes():
-            for pattern in patterns:
-                compile_regex(argument, pattern)
+        targets = (self.target,) if isinstance(self.target, str) else self.target or ()
+        for pattern in targets:
+            compile_regex("target_regex", pattern)
+        for name in ("exclude", "also_train", "rank_pattern", "layouts", "rows"):
+            for pattern in vars(self)[name]:
+                compile_regex(name, pattern)
 
     def _settle(self) -> None:
         """Check every field, and convert it to its final type."""
@@ -124,26 +127,14 @@ class AdapterConfig:
             values[name] = _as_tuple(name, values[name])
         for name, item in (("rank_pattern", "r"), ("layouts", "layout"), ("rows", "row ranges")):
             values[name] = _as_dict(name, values[name], item)
-        for argument, patterns in self._regexes():
-            for pattern in patterns:
-                _check_is_str(argument, pattern)
         for pattern, r in self.rank_pattern.items():
             check_positive_int(f"rank_pattern[{brief(pattern)}]", r)
-        values["layouts"] = {key: layout_of(one).pattern for key, one in self.layouts.items()}
-        values["rows"] = {key: checked_rows(key, one) for key, one in self.rows.items()}
+        for pattern, layout in self.layouts.items():
+            values["layouts"][pattern] = layout_of(layout).pattern
+        for pattern, ranges in self.rows.items():
+            values["rows"][pattern] = checked_rows(pattern, ranges)
         for name in ("rank_pattern", "layouts", "rows"):
             values[name] = MappingProxyType(values[name])
-
-    def _regexes(self) -> list[tuple[str, Iterable[str]]]:
-        """Return the names of the arguments that hold regexes, each with its regexes."""
-        return [
-            ("target_regex", (self.target,) if isinstance(self.target, str) else self.target or ()),
-            ("exclude", self.exclude),
-            ("also_train", self.also_train),
-            ("rank_pattern", self.rank_pattern),
-            ("layouts", self.layouts),
-            ("rows", self.rows),
-        ]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (AdapterConfig.from_json, (self.to_json(),))
@@ -325,8 +316,8 @@ def _as_tuple(name: str, patterns: object) -> tuple[str, ...]:
         return ()
     if isinstance(patterns, str):
         return (patterns,)
-    if not isinstance(patterns, Sequence):
-        raise _wrong_type(name, "a regex or a list of them", patterns)
+    if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
+        raise _wrong_type(name, "a regex (str) or a list of them", patterns)
     return tuple(patterns)
 
 
@@ -334,7 +325,7 @@ def _as_dict(name: str, value: object, item: str) -> dict[Any, Any]:
     """Return a copy of a mapping from regexes to items; an empty one for None."""
     if value is None:
         return {}
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not all(isinstance(one, str) for one in value):
         raise _wrong_type(name, f"a dict of regex -> {item}", value)
     return dict(value)
 
@@ -365,14 +356,10 @@ def _is_pair(value: object) -> bool:
     return pair and all(isinstance(end, int) and not isinstance(end, bool) for end in value)  # type: ignore[attr-defined]
 
 
-def _check_is_str(argument: str, pattern: object) -> None:
-    if not isinstance(pattern, str):
-        raise _wrong_type(argument, "a regex (str)", pattern)
-
-
 def compile_regex(argument: str, pattern: str) -> re.Pattern[str]:
     """Compile a regex."""
-    _check_is_str(argument, pattern)
+    if not isinstance(pattern, str):
+        raise _wrong_type(argument, "a regex (str)", pattern)
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
