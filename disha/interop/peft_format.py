@@ -200,7 +200,7 @@ TASKS = {
 def notes_of(model: nn.Module) -> dict[str, str]:
     """Return the `NOTES` that the configuration of a model of `transformers` gives."""
     config: Any = getattr(model, "config", None)
-    architecture = (getattr(config, "architectures", None) or [""])[0]
+    architecture = (getattr(config, "architectures", None) or [type(model).__name__])[0]
     tasks = [task for end, task in TASKS.items() if architecture.endswith(end)]
     if architecture.endswith("ForConditionalGeneration") and config.is_encoder_decoder:
         tasks.append("SEQ_2_SEQ_LM")
