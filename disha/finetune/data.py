@@ -80,11 +80,6 @@ def formed(rows: Dataset, fields: Sequence[str], tokenizer: PreTrainedTokenizerB
     Two fields become a conversation if the model has a chat template. Otherwise the answer
     follows the question on a new line.
 
-    Args:
-        rows: the rows.
-        fields: the fields with question and answer, or the one field to learn; () to see.
-        tokenizer: the model's.
-
     Raises:
         ArgumentError: the rows lack a field, or have none of the known forms.
     """

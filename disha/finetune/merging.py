@@ -21,11 +21,7 @@ def require_mergeable(base: str) -> None:
 
 
 def merge_base(base: str, adapter: Path, folder: Path) -> None:
-    """Write a copy of a base with an adapter merged, in the dtype of the base.
-
-    Raises:
-        DishaError: the base or the adapter can't be used.
-    """
+    """Write a copy of a base with an adapter merged, in the dtype of the base."""
     require_mergeable(base)
     model, tokenizer = load_base(base, "auto")
     disha.load_adapter(model, adapter)

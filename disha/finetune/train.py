@@ -43,11 +43,7 @@ CHECKED_ROWS = 64
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command, and return its exit code.
-
-    Raises:
-        DishaError: the input can't be used, or the saved file is not the trained adapter.
-    """
+    """Run the command, and return its exit code."""
     adapter, data, training = parsed(argv)
     base, bits = _base_of(adapter)
     if adapter.merge:
