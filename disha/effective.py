@@ -810,20 +810,21 @@ _ATTENTION: Any = _attention_module()
 
 # --- writes --------------------------------------------------------------------------------------
 
-_OPERATORS = (
-    "setitem iadd isub imul itruediv idiv ifloordiv imod ipow iand ior ixor ilshift irshift"
-)
-_OPERATOR_NAMES = frozenset(f"__{name}__" for name in _OPERATORS.split())
+
+def _writes(name: str) -> bool:
+    """Whether an operation of this name writes into its first argument: `copy_`, `__iadd__`."""
+    if name.startswith("__i"):
+        return hasattr(Tensor, f"__{name[3:]}")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _all_writes() -> Iterator[Callable[..., Any]]:
-    """Yield every operation of torch that writes into its first argument, as `copy_` does."""
+    """Yield every operation of torch that writes into its first argument."""
     for owner in (Tensor, torch, torch._C._nn, F, torch.nn.init):
         for name in dir(owner):
-            if (name.endswith("_") and not name.endswith("__")) or name in _OPERATOR_NAMES:
-                found = getattr(owner, name, None)
-                if callable(found):
-                    yield found
+            found = getattr(owner, name, None)
+            if _writes(name) and callable(found):
+                yield found
     for name in dir(Tensor):
         found = getattr(Tensor, name)
         if isinstance(found, GetSetDescriptorType):  # as in `weight.grad = ...`

@@ -311,9 +311,14 @@ LAYERS = {
 PAIRS = [(layer, method) for layer, (*_, methods) in LAYERS.items() for method in methods]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("how", PARAMETRIZATIONS)
-@pytest.mark.parametrize(("layer", "method"), PAIRS)
+GRID = [
+    (layer, method, how, (i + j) % 2 == 0)
+    for i, (layer, method) in enumerate(PAIRS)
+    for j, how in enumerate(PARAMETRIZATIONS)
+]
+
+
+@pytest.mark.parametrize(("layer", "method", "how", "training"), GRID)
 class TestParametrised:
     """The weight is computed anew each time it is read, and spectral_norm then takes a step of its
     own in training: reading it more often than the plain layer does would change the model."""
