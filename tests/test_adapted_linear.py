@@ -63,10 +63,9 @@ def test_values_and_gradients_are_those_of_the_loops(method, sizes, tokens, scal
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_that_lie_in_memory_by_their_columns(method, sizes, tokens):
-    x, weight, bias, block = case_of(method, sizes, lead=(tokens,))
+def test_weights_that_lie_in_memory_by_their_columns(method, tokens):
+    x, weight, bias, block = case_of(method, (10, 9, 4, 3), lead=(tokens,))
     check(method, (x, weight.T.contiguous().T, bias, block), 0.5)
 
 
@@ -88,13 +87,12 @@ def test_any_shape_layout_scale_and_order(method, sizes, lead, strided, scale, s
         check(method, (x, weight, bias, block), scale)
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("blocks_each", [1, 2])
 @pytest.mark.parametrize("sizes", [(10, 9, 4, 1), (8, 10, 2, 1), (5, 6, 1, 1)], ids=str)
-def test_a_bat_layer_of_several_slabs(monkeypatch, sizes, blocks_each, bias):
+def test_a_bat_layer_of_several_slabs(monkeypatch, sizes, blocks_each):
     in_features, out_features, r, _ = sizes
     monkeypatch.setattr(bat, "SLAB_BYTES", blocks_each * r * in_features * 8)
-    case = case_of("bat", sizes, lead=(9,), bias=bias)
+    case = case_of("bat", sizes, lead=(9,))
     slabs = list(bat._slabs(case[1], case[3]))
     assert len(slabs) == -(-case[3].shape[0] // blocks_each) > 1
     assert [row for _, rows in slabs for row in range(out_features)[rows]] == [*range(out_features)]
@@ -121,10 +119,9 @@ def test_a_small_block_acts_beside_a_large_weight_of_sixteen_bits(dtype):
     assert torch.equal(output, torch.tensor([[0.0, 2.0**-8, 0.0, 0.0]] * 5, dtype=dtype))
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_first_and_second_derivatives_by_finite_differences(method, sizes):
-    x, weight, bias, block = case_of(method, sizes, lead=(2,))
+def test_first_and_second_derivatives_by_finite_differences(method):
+    x, weight, bias, block = case_of(method, (10, 9, 4, 3), lead=(2,))
 
     def run(x, bias, block):
         return product(method, x, weight, bias, block, 0.5)
@@ -192,9 +189,9 @@ def kept_by(run):
     return kept
 
 
-@pytest.mark.parametrize("sizes", [(64, 48, 8, 12), (62, 45, 8, 9)], ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_kept_for_backward(method, sizes):
+def test_what_is_kept_for_backward(method):
+    sizes = (62, 45, 8, 9)
     case = case_of(method, sizes, lead=(2, 10))
     x, weight, bias, block = case
     scale = 0.5 if method != "bat" else 1.0
@@ -222,15 +219,6 @@ class TestBatProduct:
         monkeypatch.setattr(method_of("bat"), "product", watched, raising=False)
         output = adapted_linear(x, weight, bias, updates)
         return sum(result is not None for result in results), output
-
-    def test_one_block(self, monkeypatch):
-        x, weight, bias, block = case_of("bat", (8, 12, 4, 3))
-        count, output = self.used(
-            monkeypatch, x, weight, bias, Update(method_of("bat"), block, 0.5)
-        )
-        assert count == 1
-        expected = reference.linear(x, weight, bias, [(block, 0.5)])
-        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
     def test_under_autocast(self, monkeypatch):
         x, weight, bias, block = case_of("bat", (8, 12, 4, 3), torch.float32)
@@ -317,21 +305,6 @@ class TestAutocast:
         assert all(map(torch.equal, outside, inside))
 
 
-def test_streaming_is_chosen_for_few_tokens_without_gradients_only(monkeypatch):
-    calls = []
-    original = bat.bat_streamed
-    monkeypatch.setattr(bat, "bat_streamed", lambda *a: calls.append(1) or original(*a))
-    x, weight, bias, block = case_of("bat", (8, 12, 4, 3), lead=(1,))
-    bat.bat_linear(x, weight, bias, block)
-    assert not calls
-    with torch.no_grad():
-        bat.bat_linear(x, weight, bias, block)
-        assert calls
-        calls.clear()
-        bat.bat_linear(x.expand(1000, -1), weight, bias, block)
-    assert not calls
-
-
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_forward_of_a_bone_layer_enters_few_functions(gradients):
     layer, x = disha.BoneLinear(8, 12, r=4), torch.randn(3, 8)
@@ -405,13 +378,9 @@ class NoSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_mode_refuses_to_wait_for_a_value():
-    with NoSynchronisation(), pytest.raises(AssertionError, match="_local_scalar_dense"):
-        torch.ones(1).item()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("cast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize(
+    ("dtype", "cast"), [(torch.float32, True), (torch.float16, False)], ids=str
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_step_waits_for_no_value(method, cast, dtype):
     make = disha.BatLinear if method == "bat" else disha.BoneLinear
@@ -426,7 +395,7 @@ def test_a_training_step_waits_for_no_value(method, cast, dtype):
         assert layer.disha["default"].block.grad.any()
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 3, 6])
+@pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_forward_of_a_layer_is_the_product_with_its_weight(dtype, tiles):
     r_out = None if tiles == 1 else 12 // tiles
@@ -470,14 +439,6 @@ def test_a_subclass_that_computes_a_parameter_computes_it_in_its_forward(name):
     for members in (computed, computed | own_forward):
         layer.__class__ = type("Computes", (disha.BoneLinear,), members)
         torch.testing.assert_close(layer(x), expected)
-
-
-def test_a_declared_layout_is_that_of_the_forward():
-    layer = nn.Linear(6, 6)
-    model = nn.Sequential(layer)
-    disha.inject_adapters(model, "0", r=2, init="kaiming", layouts={"0": "in out"})
-    x, dense = torch.randn(3, 6), layer.base_weight + layer.delta_weight(layer.disha["default"])
-    torch.testing.assert_close(layer(x), F.linear(x, dense, layer.bias))
 
 
 def test_a_forward_that_replaces_that_of_torch_runs(monkeypatch):

@@ -177,12 +177,11 @@ def test_layer_materialised_from_meta_is_the_plain_layer(kind):
 # --- identity, dtypes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("block_dtype", [None, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_injection_changes_no_bit_of_output_and_input_gradient(kind, dtype, block_dtype, bias):
-    model = nn.Sequential(nn.Linear(10, 9, bias), nn.GELU(), nn.Linear(9, 6, bias)).to(dtype)
+def test_injection_changes_no_bit_of_output_and_input_gradient(kind, block_dtype):
+    dtype = torch.bfloat16
+    model = nn.Sequential(nn.Linear(10, 9), nn.GELU(), nn.Linear(9, 6, False)).to(dtype)
     x = torch.randn(5, 10, dtype=dtype, requires_grad=True)
     before = model(x)
     (gradient,) = torch.autograd.grad(before.square().sum(), x)
@@ -206,10 +205,16 @@ def test_a_block_is_at_least_float32_or_has_its_own_dtype(kind, dtype):
     assert fill(layer)(torch.randn(2, 10, dtype=dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("own_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("own_dtype", "x_dtype", "dropout"),
+    [
+        (torch.float32, torch.float32, 0.5),
+        (torch.float32, torch.bfloat16, 0.0),
+        (torch.bfloat16, torch.float32, 0.0),
+        (torch.bfloat16, torch.bfloat16, 0.5),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_output_dtype_under_autocast_is_that_of_the_plain_layer(kind, own_dtype, x_dtype, dropout):
     plain = nn.Linear(10, 9, dtype=own_dtype)
     layer = fill(inject(copy.deepcopy(plain), kind, dropout=dropout))
@@ -218,19 +223,6 @@ def test_output_dtype_under_autocast_is_that_of_the_plain_layer(kind, own_dtype,
         assert layer(x).dtype == plain(x).dtype == torch.bfloat16
         layer(x).sum().backward()
     assert layer.disha["default"].block.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_under_autocast_gives_the_gradient_to_bfloat16_accuracy(kind):
-    layer = fill(inject(nn.Linear(10, 9), kind))
-    block = layer.disha["default"].block
-    x = torch.randn(6, 10)
-    (exact,) = torch.autograd.grad(layer(x).sum(), block)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    (rounded,) = torch.autograd.grad(y.sum(), block)
-    # a few roundings of 2**-8 each, against the largest entry
-    assert (rounded - exact).abs().max() <= 2**-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -266,16 +258,6 @@ def test_merge_of_low_precision_layer_and_block_rounds_once(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_reach_all_blocks_and_not_the_frozen_base(kind):
-    model = inject(nn.Sequential(nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 6)), kind)
-    model(torch.randn(4, 10)).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == ("disha" in name), name
-        if parameter.grad is not None:
-            assert parameter.grad.any(), name
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_an_unfrozen_base_are_those_of_the_formula(kind):
     layer = fill(born(kind, dtype=torch.float64, freeze=False, scale=0.5))
     x = torch.randn(4, 10, dtype=torch.float64)
@@ -289,11 +271,10 @@ def test_gradients_of_an_unfrozen_base_are_those_of_the_formula(kind):
         close(actual, wanted)
 
 
-@pytest.mark.parametrize("sizes", [(64, 48), (62, 45)], ids=str)
 @pytest.mark.parametrize("kind", ["bone", "tile"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bone_keeps_only_its_shard_sums_for_backward(kind, sizes, dtype):
-    tokens, r = 10, 4
+def test_bone_keeps_only_its_shard_sums_for_backward(kind, dtype):
+    tokens, r, sizes = 10, 4, (62, 45)
     layer = born(kind, *sizes, r=r, dtype=dtype, scale=0.5)
     x = torch.randn(tokens, sizes[0], dtype=dtype, requires_grad=True)
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
@@ -311,25 +292,6 @@ def test_bone_keeps_only_its_shard_sums_for_backward(kind, sizes, dtype):
     block = layer.disha["default"].block
     cast = 0 if block.dtype == dtype else block.numel()  # the product takes the block in x's dtype
     assert sum(kept.values()) == (tokens * r + cast) * dtype.itemsize
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_dropout_in_training_is_unbiased_and_drops_the_adapter_only(kind):
-    samples = 4000
-    layer = fill(born(kind, dtype=torch.float64, dropout=0.4, scale=0.5))
-    x = torch.randn(1, 10, dtype=torch.float64)
-    y = layer.train()(x.expand(samples, -1)).detach()
-    spread = y.std(dim=0)
-    assert (spread > 0.01).all()
-    # five standard errors of the mean
-    assert ((y.mean(dim=0) - oracle(layer, x)[0]).abs() < 5 * spread / samples**0.5).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_dropout_has_no_effect_in_eval(kind):
-    layer = fill(born(kind, dtype=torch.float64, dropout=0.4)).eval()
-    x = torch.randn(5, 10, dtype=torch.float64)
-    close(layer(x), oracle(layer, x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -394,16 +356,16 @@ def test_every_mode_sees_the_adapter(kind):
 # --- scale, several adapters ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [0.0, 1, -2.5, 0.1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_runtime_scale_multiplies_the_update(kind, scale):
+def test_runtime_scale_multiplies_the_update(kind):
     layer = fill(born(kind, dtype=torch.float64))
-    disha.set_adapter_scale(layer, scale)
     x = torch.randn(4, 10, dtype=torch.float64)
-    close(layer(x), oracle(layer, x))
-    update = layer(x) - F.linear(x, layer.base_weight, layer.bias)
-    disha.set_adapter_scale(layer, 1.0)
-    close(update, scale * (layer(x) - F.linear(x, layer.base_weight, layer.bias)))
+    base = F.linear(x, layer.base_weight, layer.bias)
+    whole = layer(x) - base
+    for scale in (0.0, 1, -2.5, 0.1):
+        disha.set_adapter_scale(layer, scale)
+        close(layer(x), oracle(layer, x))
+        close(layer(x) - base, scale * whole)
 
 
 def three_adapters(linear):
@@ -462,64 +424,11 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x + 1)
 
 
-class OldStyle(nn.Linear):
-    """It reaches that of nn.Linear, by the long way of writing super()."""
-
-    def forward(self, x):
-        return 2 * super(OldStyle, self).forward(x + 1)  # noqa: UP008
-
-
 class ByItself(nn.Linear):
     """Its forward does without that of nn.Linear."""
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)
-
-
-class ThroughAMethod(nn.Linear):
-    """Its forward reaches that of nn.Linear elsewhere."""
-
-    def forward(self, x):
-        return 2 * self.project(x + 1)
-
-    def project(self, x):
-        return super().forward(x)
-
-
-class DoublingAfterByItself(ByItself):
-    """Its forward reaches one that does without that of nn.Linear."""
-
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-def wrapping(forward):
-    @functools.wraps(forward)
-    def wrapper(self, x):
-        return forward(self, x)
-
-    return wrapper
-
-
-def veiling(forward):
-    def wrapper(*args):
-        return forward(*args)
-
-    return wrapper
-
-
-class Decorated(nn.Linear):
-    @wrapping
-    def forward(self, x):
-        return 2 * super().forward(x + 1)
-
-
-class Veiled(nn.Linear):
-    """The decorator shows nothing of the forward inside."""
-
-    @veiling
-    def forward(self, x):
-        return 2 * super().forward(x + 1)
 
 
 class Sometimes(nn.Linear):
@@ -540,17 +449,7 @@ class InParts(nn.Linear):
         return 2 * super().forward(x + 1)
 
 
-SUBCLASSES = (
-    InParts,
-    Doubling,
-    OldStyle,
-    ByItself,
-    ThroughAMethod,
-    DoublingAfterByItself,
-    Decorated,
-    Veiled,
-    Sometimes,
-)
+SUBCLASSES = (Doubling, ByItself, Sometimes, InParts)
 
 
 def subclass_layer(cls, kind):
@@ -568,42 +467,25 @@ def over_merged_weight(layer, cls, x):
     return plain(x)
 
 
-@pytest.mark.parametrize("shape", [(3, 10), (2, 3, 10)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cls", SUBCLASSES)
-def test_subclass_computes_its_own_forward_over_the_merged_weight(cls, kind, shape):
+def test_subclass_computes_its_own_forward_over_the_merged_weight(cls, kind):
     layer = subclass_layer(cls, kind)
     assert isinstance(layer, cls)
-    x = torch.randn(shape, dtype=torch.float64)
-    close(layer(x), over_merged_weight(layer, cls, x))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cls", SUBCLASSES)
-def test_subclass_merges_to_the_same_output(cls, kind):
-    layer = subclass_layer(cls, kind)
-    x = torch.randn(3, 10, dtype=torch.float64)
-    before = layer(x)
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 10), (2, 3, 10))]
+    expected = [over_merged_weight(layer, cls, x) for x in inputs]
+    for x, wanted in zip(inputs, expected, strict=True):
+        close(layer(x), wanted)
+        assert torch.equal(layer(x=x), layer(x))
     disha.merge_adapters(layer)
-    close(layer(x), before)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cls", [cls for cls in SUBCLASSES if cls is not Veiled])
-def test_subclass_takes_its_input_by_keyword_as_before(cls, kind):
-    layer = subclass_layer(cls, kind)
-    x = torch.randn(3, 10, dtype=torch.float64)
-    assert torch.equal(layer(x=x), layer(x))
+    for x, wanted in zip(inputs, expected, strict=True):
+        close(layer(x), wanted)
 
 
 def test_plain_layer_takes_its_input_by_keyword_as_before():
     layer = inject(nn.Linear(10, 9), "bone")
     x = torch.randn(3, 10)
     assert torch.equal(layer(input=x), layer(x))
-
-
-def through_pickle(protocol):
-    return lambda model: pickle.loads(pickle.dumps(model, protocol))
 
 
 def through_torch_save(model):
@@ -615,8 +497,7 @@ def through_torch_save(model):
 
 COPIES = {
     "deepcopy": copy.deepcopy,
-    "pickle 2": through_pickle(2),
-    "pickle 5": through_pickle(5),
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "torch.save": through_torch_save,
 }
 
@@ -626,10 +507,10 @@ COPIES = {
     "make",
     [
         *(functools.partial(born, kind, dtype=torch.float64, scale=0.3) for kind in KINDS),
-        *(functools.partial(subclass_layer, cls, "bat") for cls in SUBCLASSES),
+        functools.partial(subclass_layer, Doubling, "bat"),
         lambda: three_adapters(nn.Linear(10, 9, dtype=torch.float64)),
     ],
-    ids=[*KINDS, *(cls.__name__ for cls in SUBCLASSES), "several adapters"],
+    ids=[*KINDS, "subclass", "several adapters"],
 )
 def test_copy_acts_alike_and_shares_nothing(make, duplicate):
     layer = fill(make()).eval()
@@ -688,11 +569,10 @@ def compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_forward_and_gradients_equal_eager(kind, dropout, compiler):
+def test_compiled_dropout_equals_eager(kind, compiler):
     model = nn.Sequential(nn.Linear(10, 9), nn.ReLU(), nn.Linear(9, 6))
-    fill(inject(model, kind, scale=0.3, dropout=dropout))
+    fill(inject(model, kind, scale=0.3, dropout=0.3))
     blocks = list(disha.adapter_parameters(model))
     x = torch.randn(4, 10)
     results = []
@@ -701,35 +581,6 @@ def test_compiled_forward_and_gradients_equal_eager(kind, dropout, compiler):
         y = call(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), blocks)))
     torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("cls", [Doubling, ByItself, Decorated])
-def test_compiled_subclass_equals_eager(cls, compiler):
-    layer = subclass_layer(cls, "bat")
-    x = torch.randn(4, 10, dtype=torch.float64)
-    close(compiler(layer)(x), over_merged_weight(layer, cls, x))
-
-
-def test_compiled_layer_follows_scale_disabling_and_switching(compiler):
-    layer = three_adapters(nn.Linear(10, 9, dtype=torch.float64))
-    compiled = compiler(layer)
-    x = torch.randn(4, 10, dtype=torch.float64)
-    disha.set_active_adapters(layer, ["bone", "bat"])
-    close(compiled(x), oracle(layer, x, ("bone", "bat")))
-    disha.set_adapter_scale(layer, -0.5, "bat")
-    close(compiled(x), oracle(layer, x, ("bone", "bat")))
-    with disha.adapters_disabled(layer):
-        close(compiled(x), oracle(layer, x, ()))
-    disha.set_active_adapters(layer, ["bat2", "tile"])
-    close(compiled(x), oracle(layer, x, ("tile", "bat2")))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_exported_program_equals_eager(kind):
-    layer = fill(born(kind, dtype=torch.float64, scale=0.3)).eval()
-    x = torch.randn(4, 10, dtype=torch.float64)
-    program = torch.export.export(layer, (x,))
-    close(program.module()(x), oracle(layer, x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -748,20 +599,6 @@ def test_functional_call_uses_the_block_it_is_given(kind):
     leaf = block.clone().requires_grad_()
     y = reference.linear(x, layer.base_weight, layer.bias, [(leaf, 1.0)])
     close(torch.func.grad(loss)(block), torch.autograd.grad(y.square().sum(), leaf)[0])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradient_checkpointing_gives_the_same_gradients(kind):
-    layer = fill(born(kind, dropout=0.3))
-    block = layer.disha["default"].block
-    x = torch.randn(4, 10, requires_grad=True)
-    results = []
-    for call in (layer, functools.partial(torch.utils.checkpoint.checkpoint, layer)):
-        torch.manual_seed(5)
-        kwargs = {} if call is layer else {"use_reentrant": False}
-        y = call(x, **kwargs)
-        results.append((y, *torch.autograd.grad(y.square().sum(), (x, block))))
-    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 # --- wrong arguments -----------------------------------------------------------------------------
@@ -791,11 +628,13 @@ WRONG = (
 
 
 @pytest.mark.parametrize(("arguments", "kind", "text"), WRONG, ids=lambda value: str(value)[:40])
-@pytest.mark.parametrize("cls", [BoneLinear, BatLinear])
-def test_wrong_argument_raises_a_disha_error_of_its_kind(cls, arguments, kind, text):
+def test_wrong_argument_raises_a_disha_error_of_its_kind(arguments, kind, text):
     arguments = {"r": 4} | arguments
     linear = nn.Linear(10, 9)
-    for make in (functools.partial(cls, 10, 9), functools.partial(cls.from_linear, linear)):
+    for make in (
+        functools.partial(BatLinear, 10, 9),
+        functools.partial(BoneLinear.from_linear, linear),
+    ):
         with pytest.raises(DishaError, match=text) as caught:
             make(**arguments)
         assert isinstance(caught.value, kind)
@@ -812,7 +651,6 @@ def test_wrong_output_shard_raises(r_out, kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("cls", [BoneLinear, BatLinear])
 @pytest.mark.parametrize(
     "other",
     [
@@ -825,15 +663,14 @@ def test_wrong_output_shard_raises(r_out, kind):
     ],
     ids=lambda other: type(other).__name__,
 )
-def test_from_linear_takes_plain_linear_layers_only(cls, other):
+def test_from_linear_takes_plain_linear_layers_only(other):
     with pytest.raises(DishaError, match="from_linear") as caught:
-        cls.from_linear(other, r=4)
+        BoneLinear.from_linear(other, r=4)
     assert isinstance(caught.value, TypeError)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_whose_class_was_changed_keeps_its_adapters(kind):
-    layer = fill(inject(nn.Linear(10, 9), kind))
+def test_a_layer_whose_class_was_changed_keeps_its_adapters():
+    layer = fill(inject(nn.Linear(10, 9), "bat"))
     original, x = type(layer), torch.randn(3, 10)
     layer.__class__ = type("Changed", (original,), {})
     with pytest.raises(DishaError, match="has become a Changed since it was adapted"):
@@ -842,18 +679,6 @@ def test_a_layer_whose_class_was_changed_keeps_its_adapters(kind):
     layer.__class__ = original
     disha.remove_adapters(layer)
     assert type(layer) is nn.Linear
-
-
-class NamedLinear(BoneLinear):
-    """A user's class over one of ours."""
-
-
-def test_a_users_subclass_of_a_layer_from_birth_keeps_its_class():
-    layer = NamedLinear(10, 9, r=4)
-    with pytest.raises(DishaError, match="has become a NamedLinear"):
-        disha.remove_adapters(layer)
-    assert type(layer) is NamedLinear
-    assert "default" in layer.disha
 
 
 class Gained(nn.Linear):
@@ -885,14 +710,6 @@ def test_a_weight_that_the_class_computes_is_the_one_that_is_multiplied(cls, met
     layer, x = cls(8, 8), torch.randn(2, 8)
     expected = layer(x)
     disha.inject_adapters(layer, "all-linear", 4, method=method)
-    torch.testing.assert_close(layer(x), expected)
-
-
-def test_a_class_that_comes_to_compute_its_weight_later_does():
-    layer, x = disha.BoneLinear(8, 8, r=4), torch.randn(2, 8)
-    expected = F.linear(x, 3.0 * layer.base_weight, layer.bias)
-    gained = {"weight": property(lambda self: 3.0 * self._parameters["weight"])}
-    layer.__class__ = type("GainedLater", (type(layer),), gained)
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -955,8 +772,9 @@ class Cast(nn.Module):
         return F.linear(x, self.layer.weight.to(x.dtype))
 
 
-@pytest.mark.parametrize("kind", ["bone", "bat"])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float8_e4m3fn, "bone"), (torch.float8_e5m2, "bat")]
+)
 def test_a_weight_of_eight_bits_that_is_cast_where_it_is_read(dtype, kind, tmp_path):
     model, x = Cast(dtype), torch.randn(3, 16)
     plain, layer = copy.deepcopy(model), model.layer
@@ -1030,26 +848,6 @@ def test_module_with_a_name_that_adapting_adds_is_refused(cls, name):
     assert torch.equal(model(x), expected)
 
 
-class Glass(nn.Module):
-    """Has attributes with the names of those that tell adapted classes apart."""
-
-    original_class = "window"
-
-    @property
-    def is_opaque(self):
-        return False
-
-    def forward(self, x):
-        return x
-
-
-def test_a_module_beside_the_layers_may_have_such_names():
-    model, x = nn.Sequential(nn.Linear(10, 9), Glass()), torch.randn(3, 10)
-    expected = model(x)
-    assert torch.equal(disha.inject_adapters(model, "all-linear", 2)(x), expected)
-    disha.remove_adapters(model)
-
-
 def test_module_with_an_attribute_of_our_name_is_refused():
     layer = nn.Linear(10, 9)
     layer.disha = "mine"
@@ -1058,9 +856,8 @@ def test_module_with_an_attribute_of_our_name_is_refused():
     assert layer.disha == "mine"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_reset_parameters_while_merged_is_refused(kind):
-    layer = fill(born(kind))
+def test_reset_parameters_while_merged_is_refused():
+    layer = fill(born("bone"))
     disha.merge_adapters(layer)
     with pytest.raises(disha.MergeError, match="can't reset parameters"):
         layer.reset_parameters()
@@ -1076,11 +873,6 @@ def test_merged_and_unmerged_agree_under_autocast(kind):
         merged = layer(x)
     # both round products of their own to bfloat16 and add them
     close(merged, unmerged, 2**-7 * unmerged.abs().max().item())
-
-
-def test_holder_of_adapters_is_not_callable():
-    with pytest.raises(TypeError, match="can't be called"):
-        born("bone").disha(torch.randn(2, 10))
 
 
 def test_a_layer_whose_weight_is_not_adapted_says_what_is():
