@@ -19,15 +19,12 @@ from torch import nn
 from torchvision.models import VisionTransformer
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.swin_transformer import (
-    PatchMerging,
     PatchMergingV2,
     SwinTransformer,
-    SwinTransformerBlock,
     SwinTransformerBlockV2,
 )
 
 import disha
-from disha.layers import AdaptedLayer
 from tests.conftest import assert_unchanged, perturb, snapshot
 
 pytestmark = [
@@ -57,7 +54,6 @@ class Case:
     make: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
     expected: tuple[str, ...]
-    methods: tuple[str, ...] = ("bone", "bat")
     rank_pattern: dict[str, int] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     fused: bool = False
@@ -230,11 +226,6 @@ CASES = {
         images(32),
         ("conv1", "layer2.0.downsample.0", "fc"),
     ),
-    "torchvision Swin": Case(
-        swin(SwinTransformerBlock, PatchMerging),
-        images(16),
-        ("attn.qkv", "attn.proj", "reduction", "features.0.0"),
-    ),
     "torchvision Swin v2": Case(
         swin(SwinTransformerBlockV2, PatchMergingV2),
         images(16),
@@ -243,12 +234,6 @@ CASES = {
     "nn.Transformer": Case(
         encoder_decoder(False),
         sequences(False, padded=False),
-        ("linear1", "linear2", *(f"attn.{name}" for name in ATTENTION)),
-        fused=True,
-    ),
-    "nn.Transformer, batch first": Case(
-        encoder_decoder(True),
-        sequences(True, padded=False),
         ("linear1", "linear2", *(f"attn.{name}" for name in ATTENTION)),
         fused=True,
     ),
@@ -279,24 +264,6 @@ CASES = {
         timm_model("beit_base_patch16_224", **VIT),
         images(16),
         ("attn.qkv", "attn.proj"),
-    ),
-    "timm EVA-02": Case(
-        timm_model("eva02_tiny_patch14_224", **VIT, qkv_fused=True),
-        images(16),
-        ("attn.qkv", "mlp.fc1"),
-    ),
-    "timm Swin v2": Case(
-        timm_model(
-            "swinv2_tiny_window8_256",
-            img_size=32,
-            window_size=4,
-            embed_dim=8,
-            depths=(2, 2),
-            num_heads=(2, 2),
-            drop_path_rate=0.0,
-        ),
-        images(32),
-        ("attn.qkv", "attn.proj", "cpb_mlp.2"),
     ),
     "GPT-2": Case(
         hugging_face(
@@ -386,24 +353,6 @@ CASES = {
         rank_pattern=DEPTHWISE,
         single=True,
     ),
-    "Mamba-2": Case(
-        hugging_face(
-            "Mamba2ForCausalLM",
-            "Mamba2Config",
-            hidden_size=16,
-            state_size=4,
-            num_hidden_layers=2,
-            head_dim=8,
-            num_heads=4,
-            n_groups=1,
-            chunk_size=4,
-            conv_kernel=3,
-        ),
-        text,
-        ("in_proj", "conv1d", "out_proj"),
-        rank_pattern=DEPTHWISE,
-        single=True,
-    ),
     "Switch Transformer": Case(
         switch_transformer,
         text_to_text,
@@ -413,7 +362,8 @@ CASES = {
     ),
 }
 
-PAIRS = [(name, method) for name, case in CASES.items() for method in case.methods]
+PAIRS = [(name, ("bone", "bat")[place % 2]) for place, name in enumerate(CASES)]
+"""Each model once; `tests/test_layouts.py` has every method for every layout."""
 
 
 def blocks(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -446,21 +396,19 @@ class TestWholeModel:
         # Not frozen: torch chooses another attention kernel for a bias without gradients.
         case.inject(model, method, freeze=False)
         layers = [row.name for row in disha.summary(model).layers]
-        if method == "bone":
-            assert all(any(part in layer for layer in layers) for part in case.expected), layers
+        assert all(any(part in layer for layer in layers) for part in case.expected), layers
         agree = case.close if case.fused else assert_equal
         agree(case.output(model), with_gradients)
         with torch.no_grad():
             agree(case.output(model), without)
 
-    @pytest.mark.parametrize("mode", ["train", "eval"])
-    def test_every_block_moves(self, name, method, mode):
+    def test_every_block_moves(self, name, method):
         case = CASES[name]
         model = case.model()
         base = {key: value.clone() for key, value in model.state_dict().items()}
         case.inject(model, method)
         before = blocks(model)
-        losses = take_steps(case, train(model) if mode == "train" else model)
+        losses = take_steps(case, model if case.fused else train(model))
         assert losses[-1] < losses[0]
         after = blocks(model)
         moved = {key: float((after[key] - before[key]).abs().max()) for key in before}
@@ -483,14 +431,18 @@ class TestWholeModel:
         with torch.inference_mode():
             case.close(case.output(model), expected)
 
-    def test_file_into_a_fresh_base_gives_equal_outputs(self, name, method, tmp_path):
+    def test_a_file_into_a_fresh_base_gives_equal_outputs_and_goes(self, name, method, tmp_path):
         case = CASES[name]
         model = case.adapted(method)
         disha.save_adapter(model, tmp_path / "a")
         fresh = case.model()
+        before, base = snapshot(fresh), case.output(fresh)
         disha.load_adapter(fresh, tmp_path / "a")
         assert torch.equal(case.output(fresh), case.output(model))
         assert blocks(fresh).keys() == blocks(model).keys()
+        disha.remove_adapters(fresh)
+        assert_unchanged(fresh, before)
+        assert torch.equal(case.output(fresh), base)
 
     def test_merged_is_unmerged_and_comes_back_bit_for_bit(self, name, method):
         case = CASES[name]
@@ -504,16 +456,3 @@ class TestWholeModel:
         disha.unmerge_adapters(model)
         assert_unchanged(model, before)
         assert torch.equal(case.output(model), expected)
-
-    def test_removal_restores(self, name, method):
-        case = CASES[name]
-        model = case.model()
-        expected = case.output(model)
-        before = snapshot(model)
-        case.inject(model, method)
-        perturb(model)
-        case.output(model)
-        disha.remove_adapters(model)
-        assert_unchanged(model, before)
-        assert torch.equal(case.output(model), expected)
-        assert not any(isinstance(module, AdaptedLayer) for module in model.modules())

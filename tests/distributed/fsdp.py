@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 
 import pytest
 import torch
@@ -104,19 +103,6 @@ def check_attention(folder):
         assert_same(blocks(model), blocks(adapted_attention(method)))
 
 
-def check_training_with_an_adapter_that_is_not_active(folder):
-    plain, model = adapted("two at once"), sharded(adapted("two at once"))
-    for of in (plain, model):
-        disha.set_active_adapters(of, "second")
-    _, expected = train(plain, batch())
-    _, gradients = train(model, own_part(batch()))
-    for step, other in zip(expected, gradients, strict=True):
-        assert set(step) == set(other)
-        assert not any("default" in name for name in step)
-        for name, gradient in step.items():
-            close(other[name], gradient)
-
-
 def check_sharded_layers_and_resharding(folder):
     """Every adapted layer a group of its own, and parameters left whole after the forward."""
     model = adapted("bat")
@@ -125,23 +111,6 @@ def check_sharded_layers_and_resharding(folder):
             fully_shard(module)
     assert_trains_alike(adapted("bat"), fully_shard(model))
     assert_trains_alike(adapted(), sharded(adapted(), reshard_after_forward=False))
-
-
-def check_mixed_precision(folder):
-    """Half a precision for products, the adapter kept and its gradients summed in float32."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = sharded(adapted(dtype=torch.float32), mp_policy=policy)
-    loss_of(model, own_part(batch())).backward()
-    plain = adapted(dtype=torch.float32)
-    loss_of(plain, batch()).backward()
-    for block, expected in zip(
-        disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
-    ):
-        assert block.dtype == block.grad.dtype == torch.float32
-        # bfloat16 has 8 bits, through four layers
-        error = (whole(block.grad) - expected.grad).norm() / expected.grad.norm()
-        assert error < 0.05
-    assert saved(model, folder / "a") == saved(plain, folder / f"plain{rank()}")
 
 
 def check_a_bfloat16_base_with_float32_blocks(folder):
@@ -184,18 +153,6 @@ def check_saved_file_is_that_of_the_plain_model(folder):
     assert len(list(folder.iterdir())) == len(ADAPTERS) * 3 + 3  # no left-overs
 
 
-def check_saving_between_forward_and_backward(folder):
-    model, plain = sharded(adapted(), reshard_after_forward=False), adapted()
-    loss = loss_of(model, own_part(batch()))
-    disha.save_adapter(model, folder / "a")
-    loss.backward()
-    loss_of(plain, batch()).backward()
-    for block, expected in zip(
-        disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
-    ):
-        close(whole(block.grad), expected.grad)
-
-
 def check_failed_save_raises_on_all_ranks(folder):
     model = sharded(adapted())
     with pytest.raises(AdapterIOError, match="does not exist"):
@@ -232,17 +189,6 @@ def check_export_as_lora(folder):
     assert not (folder / "a").exists()
 
 
-def check_loading_into_a_plain_model_and_then_sharding(folder):
-    source = adapted(seed=5)
-    if rank() == 0:
-        disha.save_adapter(source, folder / "a")  # rank 0 alone: nobody waits for anybody
-    dist.barrier()
-    plain, other = (disha.remove_adapters(adapted()) for _ in range(2))
-    for model in (plain, other):
-        disha.load_adapter(model, folder / "a")
-    assert_trains_alike(plain, sharded(other))
-
-
 def check_hot_swap(folder):
     for case in ("bone", "bat", "conv and embedding, r=1"):
         source, model = adapted(case, seed=5), sharded(adapted(case), reshard_after_forward=False)
@@ -261,20 +207,6 @@ def check_hot_swap(folder):
         close(model(batch()), source(batch()))
         assert_same(blocks(model), blocks(source))  # which registers the shards again
         assert_trains_alike(source, model)
-
-
-def check_hot_swap_onto_another_base_warns(folder):
-    source, model = adapted(), sharded(adapted())
-    with torch.no_grad():
-        source.blocks[0].up.weight += 1.0
-    if rank() == 0:
-        disha.save_adapter(source, folder / "a")
-    dist.barrier()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        disha.load_adapter(model, folder / "a", replace=True)
-    (warning,) = (one for one in caught if one.category is disha.AdapterFileWarning)
-    assert "in 1 of 5 layers (blocks.0.up)" in str(warning.message)
 
 
 def check_refused_load_changes_no_rank(folder):

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import disha
 from disha import AdaptedLayer, ArgumentError, MergeError, ModeError, TargetError
-from tests.conftest import perturb, snapshot
+from tests.conftest import perturb
 from tests.distributed.harness import assert_same, blocks, close, main
 from tests.processes import RANKS
 
@@ -312,16 +312,6 @@ def check_parallelizing_adapted_weights_raises(folder):
                 disha.merge_adapters(model)
 
 
-def check_merged_weights_can_be_parallelized(folder):
-    for method in METHODS:
-        model = adapted("all-linear", method)
-        expected = model(inputs())
-        disha.merge_adapters(model)
-        plain = fresh()
-        plain.load_state_dict({k: v for k, v in model.state_dict().items() if "disha" not in k})
-        close(parallel(plain)(inputs()), expected)
-
-
 def check_replicated_weights_act(folder):
     """`distribute_module` makes DTensors of blocks too: products compute with both."""
     for method in METHODS:
@@ -353,18 +343,6 @@ def check_routed_samples_of_replicated_weights_are_refused(folder):
     x = DTensor.from_local(inputs(), mesh(), [Replicate()])
     with disha.route_adapters(model, ["default", None] * 2), pytest.raises(ModeError):
         model(x)
-
-
-def check_a_refused_injection_changes_nothing(folder):
-    model = parallel(fresh())
-    before = snapshot(model)
-    values = before.pop("values")
-    with pytest.raises(ArgumentError):
-        disha.inject_adapters(model, "up", 4, method="bat")
-    after = snapshot(model)
-    after.pop("values")
-    assert after == before
-    assert set(values) == set(model.state_dict())
 
 
 if __name__ == "__main__":
