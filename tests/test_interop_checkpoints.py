@@ -23,7 +23,6 @@ from disha import (
     MergeError,
 )
 from disha.interop.checkpoints import (
-    MergedCheckpoint,
     base_shapes,
     base_weights,
     merge_into_checkpoint,
@@ -33,8 +32,6 @@ from disha.interop.checkpoints import (
 )
 from tests.conftest import Layered, perturb
 from tests.test_experts import build
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 class Zoo(nn.Module):
@@ -141,18 +138,25 @@ def setting(tmp_path):
 
 
 class TestMergingIsWhatMergingInMemoryIs:
-    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
-        ("target", "arguments"),
+        ("dtype", "target", "arguments"),
         [
-            ("proj|embed|conv|up|packed|apart", {}),
-            ("proj|embed|conv|up|packed|apart", {"r_out": 2}),
-            ("proj|packed|apart", {"method": "bat"}),
-            ("proj|packed|apart", {"method": "bat", "scale": -0.7, "dtype": torch.float64}),
-            ("proj|embed|conv|up", {"scale": 0.3, "dtype": torch.bfloat16}),
-            (OTHERS, DECLARED),
-            (OTHERS, {**DECLARED, "method": "bat", "scale": -0.7}),
-            (OTHERS, {"layouts": DECLARED["layouts"], "r_out": 5, "exclude": "padded"}),
+            (torch.float32, "proj|embed|conv|up|packed|apart", {}),
+            (torch.bfloat16, "proj|embed|conv|up|packed|apart", {"r_out": 2}),
+            (torch.float16, "proj|packed|apart", {"method": "bat"}),
+            (
+                torch.float32,
+                "proj|packed",
+                {"method": "bat", "scale": -0.7, "dtype": torch.float64},
+            ),
+            (torch.float64, "proj|embed|conv|up", {"scale": 0.3, "dtype": torch.bfloat16}),
+            (torch.bfloat16, OTHERS, DECLARED),
+            (torch.float64, OTHERS, {**DECLARED, "method": "bat", "scale": -0.7}),
+            (
+                torch.float16,
+                OTHERS,
+                {"layouts": DECLARED["layouts"], "r_out": 5, "exclude": "padded"},
+            ),
         ],
     )
     def test_bit_for_bit(self, tmp_path, dtype, target, arguments):
@@ -215,7 +219,7 @@ class TestMergingIsWhatMergingInMemoryIs:
         beside = {name for name in merged if "norm" in name or name == "head.weight"}
         assert_same_bits(merged, expected | {name: before[name] for name in beside})
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_another_dtype_rounds_once(self, tmp_path, dtype):
         setting = Setting(tmp_path, Zoo(), "proj|packed", method="bat")
         setting.merge(dtype=dtype)
@@ -267,12 +271,6 @@ class TestWhatIsWritten:
             assert found[name].dtype == state[name].dtype
             assert torch.equal(found[name].view(torch.uint8), state[name].view(torch.uint8))
         assert found["infinite"].isinf().tolist() == [True, False]
-
-    def test_the_same_bytes_again(self, setting):
-        setting.merge()
-        first = {path.name: path.read_bytes() for path in setting.out.iterdir()}
-        setting.merge(overwrite=True)
-        assert {path.name: path.read_bytes() for path in setting.out.iterdir()} == first
 
     def test_other_files_come_along_and_other_weights_do_not(self, setting):
         base = setting.base
@@ -329,9 +327,6 @@ class TestWhatIsWritten:
             "dtype": "bfloat16",
             "total_parameters": 7,
         }
-
-    def test_the_report_is_fit_to_be_printed(self, tmp_path):
-        assert "\x1b" not in str(MergedCheckpoint(tmp_path / "\x1b", ("a",), (), ("b",), 4))
 
 
 class TestNames:
@@ -391,15 +386,6 @@ class TestNames:
         save_sharded(state, setting.base, 2)
         with pytest.raises(AdapterFileError, match=r"lacks head\.weight.*If a weight is tied"):
             setting.merge()
-
-    def test_projections_that_are_layers_of_their_own_are_no_packed_ones(self, tmp_path):
-        model = Layered()
-        setting = Setting(tmp_path, model, "q_proj")
-        state = tensors_in(setting.base)
-        state["layers.0.attn.in_proj_weight"] = torch.zeros(24, 8)
-        save_sharded(state, setting.base, 2)
-        setting.merge()
-        assert not tensors_in(setting.out)["layers.0.attn.in_proj_weight"].any()
 
 
 class TestRefused:
@@ -548,11 +534,6 @@ class TestTarget:
         assert_same_bits(tensors_in(setting.out), tensors_in(setting.base))
         assert setting.listing() == ["adapter.safetensors", "base", "merged"]
 
-    def test_an_empty_folder_is_taken(self, setting):
-        setting.out.mkdir()
-        setting.merge()
-        assert (setting.out / "model.safetensors.index.json").exists()
-
     def test_a_file_is_replaced_when_told(self, setting):
         setting.out = setting.folder / "out.safetensors"
         setting.out.write_text("mine")
@@ -590,13 +571,6 @@ class TestFailure:
 
 
 class TestReading:
-    def test_names_shapes_and_tensors(self, setting):
-        state = tensors_in(setting.base)
-        checkpoint = open_checkpoint(str(setting.base))
-        assert checkpoint.files.keys() == state.keys()
-        assert all(checkpoint.shape(name) == one.shape for name, one in state.items())
-        assert_same_bits({name: checkpoint.tensor(name) for name in state}, state)
-
     def test_one_file_goes_before_shards_as_in_transformers(self, setting):
         save_file({"only": torch.ones(2)}, setting.base / "model.safetensors")
         assert list(open_checkpoint(setting.base).files) == ["only"]
@@ -693,9 +667,15 @@ class TestTransformers:
         model.eval()
         assert torch.equal(loaded(tokens)[0], model(tokens)[0])
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("method", ["bone", "bat"])
-    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    @pytest.mark.parametrize(
+        ("name", "method", "dtype"),
+        [
+            ("llama", "bone", torch.bfloat16),
+            ("llama", "bat", torch.float32),
+            ("gpt2", "bone", torch.float32),
+            ("gpt2", "bat", torch.bfloat16),
+        ],
+    )
     def test_from_pretrained_reads_the_merged_model(self, tmp_path, name, method, dtype):
         model = self.tiny(name)
         target = "all-linear"
@@ -711,17 +691,6 @@ class TestTransformers:
         model = self.tiny("llama")
         self.assert_same_model(*self.merged(tmp_path, model, model.model, model, "proj"))
 
-    def test_another_dtype_is_what_from_pretrained_loads(self, tmp_path):
-        model = self.tiny("llama").bfloat16()
-        self.merged(tmp_path, model, model, model, "proj", torch.bfloat16)
-        merge_into_checkpoint(
-            tmp_path / "base",
-            tmp_path / "adapter.safetensors",
-            tmp_path / "wide",
-            dtype=torch.float32,
-        )
-        assert type(model).from_pretrained(tmp_path / "wide").dtype == torch.float32
-
     def test_a_tied_head_is_refused(self, tmp_path):
         model = self.tiny("llama", tie_word_embeddings=True)
         with pytest.raises(AdapterFileError, match=r"lm_head\.weight[\s\S]*tied"):
@@ -733,7 +702,12 @@ class TestTransformers:
             self.merged(tmp_path, model, model, model, "embed_tokens")
 
 
-SINGLE_EXPERTS = ("Mixtral", "Qwen3-MoE", "DeepSeek-V3", "OLMoE")
+SINGLE_EXPERTS = [
+    ("Mixtral", "bone"),
+    ("Qwen3-MoE", "bat"),
+    ("DeepSeek-V3", "bone"),
+    ("OLMoE", "bat"),
+]
 """Models whose checkpoints store experts one by one."""
 
 
@@ -753,8 +727,7 @@ class TestExpertsStoredOneByOne:
         disha.save_adapter(model, tmp_path / "adapter.safetensors")
         return model
 
-    @pytest.mark.parametrize("method", ["bone", "bat"])
-    @pytest.mark.parametrize("name", SINGLE_EXPERTS)
+    @pytest.mark.parametrize(("name", "method"), SINGLE_EXPERTS)
     def test_merging_writes_what_transformers_writes(self, tmp_path, name, method):
         dtype = torch.bfloat16 if name == "Mixtral" else torch.float32
         model = self.saved(tmp_path, name, dtype, method=method)

@@ -534,6 +534,12 @@ def forbid_reading(monkeypatch):
         monkeypatch.setattr(owner, fail)
 
 
+def adapted_base(name):
+    model = inject(nn.Sequential(base(name)), "bone", r=6)
+    perturb(model)
+    return model
+
+
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", BASES)
 class TestEveryBase:
@@ -542,11 +548,6 @@ class TestEveryBase:
     @pytest.fixture
     def x(self):
         return torch.randn(3, 2, IN, generator=torch.Generator().manual_seed(1))
-
-    def adapted(self, name, *, method="bone"):
-        model = inject(nn.Sequential(base(name)), method, r=6)
-        perturb(model)
-        return model
 
     def test_all_linear_reaches_it_and_injection_changes_no_bit(self, name, x, monkeypatch):
         forbid_reading(monkeypatch)
@@ -561,7 +562,7 @@ class TestEveryBase:
     def test_update_is_exactly_the_shard_sum_times_the_block(self, name, x, monkeypatch):
         forbid_reading(monkeypatch)
         plain = base(name)(x)
-        model = self.adapted(name)
+        model = adapted_base(name)
         disha.set_adapter_scale(model, 0.5)
         block = model[0].disha["default"].block
         assert torch.equal(model(x), plain + bone_delta(x, block, OUT, 0.5))
@@ -577,7 +578,7 @@ class TestEveryBase:
             (of_base,) = torch.autograd.grad((base(name)(x) * weights).sum(), x)
         except RuntimeError:  # the base gives no gradient
             of_base = None
-        model = self.adapted(name)
+        model = adapted_base(name)
         block = model[0].disha["default"].block
         delta = reference.bone_delta_weight(block.detach(), IN, OUT)
         if of_base is None and name != "awq":
@@ -588,9 +589,37 @@ class TestEveryBase:
         if of_base is not None or name == "awq":
             close(x.grad, weights @ delta + (0 if of_base is None else of_base))
 
+    def test_merging(self, name, x):
+        model = adapted_base(name)
+        expected, parts = model(x), snapshot_of(model)
+        for dense in (False, True)[: 1 if name in MERGEABLE else 2]:
+            with pytest.raises(MergeError, match=r"0.weight is|a forward of its own"):
+                disha.merge_adapters(model, dense=dense)
+        if name in MERGEABLE:
+            disha.merge_adapters(model, dense=True)
+            close(model(x), expected, 0.02 if "dynamic" in name else 1e-5)
+            disha.unmerge_adapters(model)
+        assert snapshot_of(model) == parts
+        assert torch.equal(model(x), expected)
+
+    def test_check_adapters(self, name, x):
+        model = nn.Sequential(base(name), nn.Linear(OUT, 4))
+        inject(model, "bone", r=4)
+        report = disha.check_adapters(model, x)
+        assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", ["gptq", "hqq", "fp8", "compressed", "torchao int8"])
+class TestLawsOverOpaqueBases:
+    """One without a weight, a state, forward or tensor of its own, and a weight with scales."""
+
+    @pytest.fixture
+    def x(self):
+        return torch.randn(3, 2, IN, generator=torch.Generator().manual_seed(1))
+
     def test_state_dict_and_file(self, name, x, tmp_path, monkeypatch):
         forbid_reading(monkeypatch)
-        model = self.adapted(name)
+        model = adapted_base(name)
         assert "0.disha.default.bone_block" in model.state_dict()
         assert list(disha.adapter_state_dict(model)) == ["0.disha.default.bone_block"]
         disha.save_adapter(model, tmp_path / "a")
@@ -631,7 +660,7 @@ class TestEveryBase:
         assert torch.equal(layer(x), before)
 
     def test_copies_and_pickles(self, name, x):
-        model = self.adapted(name)
+        model = adapted_base(name)
         expected = model(x)
         twins = [copy.deepcopy(model)]
         if goes_through(pickled, base(name)):
@@ -647,7 +676,7 @@ class TestEveryBase:
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
     def test_modes(self, name, x, monkeypatch):
         forbid_reading(monkeypatch)
-        model = self.adapted(name)
+        model = adapted_base(name)
         expected = model(x)
         close(torch.func.functional_call(model, dict(model.named_parameters()), (x,)), expected)
         close(checkpoint(model, x, use_reentrant=False), expected)
@@ -655,25 +684,6 @@ class TestEveryBase:
             close(model(x).clone(), expected)
         if name in TRACED:
             close(torch.jit.trace(model, (x,))(x), expected)
-
-    def test_merging(self, name, x):
-        model = self.adapted(name)
-        expected, parts = model(x), snapshot_of(model)
-        for dense in (False, True)[: 1 if name in MERGEABLE else 2]:
-            with pytest.raises(MergeError, match=r"0.weight is|a forward of its own"):
-                disha.merge_adapters(model, dense=dense)
-        if name in MERGEABLE:
-            disha.merge_adapters(model, dense=True)
-            close(model(x), expected, 0.02 if "dynamic" in name else 1e-5)
-            disha.unmerge_adapters(model)
-        assert snapshot_of(model) == parts
-        assert torch.equal(model(x), expected)
-
-    def test_check_adapters(self, name, x):
-        model = nn.Sequential(base(name), nn.Linear(OUT, 4))
-        inject(model, "bone", r=4)
-        report = disha.check_adapters(model, x)
-        assert report.ok, str(report)
 
 
 @pytest.mark.usefixtures("eager")
