@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from disha import functional
-from disha.effective import effective
 from disha.functional import Layout, Update, method_of
 from tests import reference
 
@@ -232,33 +230,6 @@ def test_a_product_of_stacks_broadcasts(kinds, count, sizes):
     check(found, expected, [x, *[update.block for update in updates]])
 
 
-class Selections(TorchDispatchMode):
-    """Counts the gradients of whole blocks that are made for a single matrix."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten.select_backward.default
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("kind", ["bone", "bat"])
-def test_backward_makes_no_gradient_of_the_whole_block_for_each_matrix(kind):
-    x, weight = torch.randn(3, 4, 8), torch.randn(3, 8, 8)
-    update, ends = make_update(kind, STACK, weight), torch.tensor([4, 8, 12], dtype=torch.int32)
-    stack = effective(weight, STACK, (update,))
-    for output in (
-        functional.adapted_stack(x, weight, [update]),
-        functional.adapted_grouped(torch._grouped_mm, x.flatten(0, 1), weight, ends, [update]),
-        torch.cat([F.linear(*pair) for pair in zip(x, stack.unbind(0), strict=True)]),
-    ):
-        with Selections() as selections:
-            output.square().sum().backward()
-        assert not selections.count
-
-
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_stack_of_bat_in_sixteen_bits(dtype, count):
@@ -468,14 +439,6 @@ def test_autocast_to_float16_in_which_shard_sums_overflow():
         found = functional.adapted_linear(x, weight, None, [update])
     expected = x @ (weight + dense(update, MATRIX, weight)).mT
     assert (found.float() - expected).norm() < 0.01 * expected.norm()
-
-
-def test_chosen_matrices_of_a_stack_can_be_chosen_from():
-    update = make_update("bone", STACK, torch.randn(4, 6, 8))
-    first, second = torch.tensor([3, 1, 2]), torch.tensor([2, 0])
-    twice = update.at(first).at(second)
-    assert torch.equal(twice.chosen_block, update.block[first][second])
-    assert torch.equal(update.at(first).at(1).block, update.block[1])
 
 
 # --- lookups -------------------------------------------------------------------------------------
