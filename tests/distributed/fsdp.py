@@ -127,7 +127,8 @@ def check_a_bfloat16_base_with_float32_blocks(folder):
     for options, tolerance in (({}, 1e-5), ({"mp_policy": half}, 0.05)):
         plain, model = make(), sharded(make(), **options)
         loss_of(model, own_part(batch())).backward()
-        loss_of(plain, batch()).backward()
+        for part in batch().chunk(RANKS):  # products in bfloat16 round each part by itself
+            (loss_of(plain, part) / RANKS).backward()
         for block, expected in zip(
             disha.adapter_parameters(model), disha.adapter_parameters(plain), strict=True
         ):
@@ -155,7 +156,7 @@ def check_saved_file_is_that_of_the_plain_model(folder):
 
 def check_failed_save_raises_on_all_ranks(folder):
     model = sharded(adapted())
-    with pytest.raises(AdapterIOError, match="does not exist"):
+    with pytest.raises(AdapterIOError, match="No such file"):
         disha.save_adapter(model, folder / "absent" / "a")
     with pytest.raises(disha.ArgumentTypeError, match="metadata must be"):
         disha.save_adapter(model, folder / "a", metadata=3)
