@@ -14,7 +14,7 @@ import torch
 from benchmarks.compiled import compiled
 from benchmarks.experts import experts
 from benchmarks.layers import few_tokens, layer_step
-from benchmarks.many import loaded, switching
+from benchmarks.many import loaded
 from benchmarks.memory import memory
 from benchmarks.results import describe, write_results
 from benchmarks.routed import routed
@@ -33,7 +33,6 @@ TABLES: Mapping[str, Measure] = {
     "start_up": start_up,
     "routed": routed,
     "loaded": loaded,
-    "switching": switching,
     "experts": experts,
     "compiled": compiled,
 }

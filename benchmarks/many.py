@@ -1,4 +1,4 @@
-"""The tables of many adapters in one model: loaded side by side, and one after another.
+"""The table of many adapters, loaded side by side into one model.
 
 The adapters are loaded in a new process, which has no freed memory to reuse. Its growth is the
 operating system's, from the first adapter to the last.
@@ -6,7 +6,6 @@ operating system's, from the first adapter to the last.
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -20,15 +19,13 @@ from torch import Tensor, nn
 
 import disha
 from benchmarks.memory import status_bytes
-from benchmarks.protocol import Budget, R, Run, compare, synchroniser
+from benchmarks.protocol import Budget, Run, compare
 from benchmarks.steps import forward, frozen_stack
 
-__all__ = ["loaded", "measure", "switching"]
+__all__ = ["loaded", "measure"]
 
 LAYERS, WIDTH, SMALL_R, SAMPLES = 8, 256, 8, 4
 BUDGET = Budget(2.0, least_rounds=5, most_rounds=300)
-PARTS = (1, 2, 4, 8)
-"""What the rank of the loaded adapter is divided by to give those of the files, in turn."""
 
 
 def loaded(quick: bool, device: torch.device) -> list[dict[str, Any]]:
@@ -80,8 +77,8 @@ def measure(adapters: int) -> dict[str, Any]:
     }
 
 
-def _base(width: int = WIDTH, device: str | torch.device = "cpu") -> nn.Sequential:
-    return frozen_stack(LAYERS, width, torch.device(device))
+def _base() -> nn.Sequential:
+    return frozen_stack(LAYERS, WIDTH, torch.device("cpu"))
 
 
 def _routed(model: nn.Module, x: Tensor) -> Run:
@@ -92,50 +89,6 @@ def _routed(model: nn.Module, x: Tensor) -> Run:
             return model(x)
 
     return run
-
-
-def switching(quick: bool, device: torch.device) -> list[dict[str, Any]]:
-    """Time `load_adapter(model, file, replace=True)` for many files in turn.
-
-    The files have several ranks, and every second one adapts half of the layers only.
-    """
-    width, adapters = (256, 8) if quick else (1024, 64)
-    r = min(R, width // 4)
-    ranks = [r // part for part in PARTS]
-    model = disha.inject_adapters(_base(width, device), "all-linear", r=r)
-    wait = synchroniser(device) or (lambda: None)
-    x = torch.randn(4, width, device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [
-            _file(Path(folder, f"{number}.safetensors"), number, width, ranks)
-            for number in range(adapters)
-        ]
-        seconds = []
-        for file in itertools.islice(itertools.cycle(files), 2 * adapters):
-            start = time.perf_counter()
-            disha.load_adapter(model, file, replace=True)
-            wait()
-            seconds.append(time.perf_counter() - start)
-            model(x)
-    return [
-        {
-            "adapters": adapters,
-            "layers": LAYERS,
-            "width": width,
-            "dtype": "float32",
-            "r": r,
-            "ranks": ranks,
-            "turns": {"first": seconds[:adapters], "second": seconds[adapters:]},
-            "left_out": {},
-        }
-    ]
-
-
-def _file(path: Path, number: int, width: int, ranks: list[int]) -> Path:
-    target = "all-linear" if number % 2 else rf"[0-{LAYERS // 2 - 1}]"
-    r = ranks[number // 2 % len(ranks)]
-    disha.save_adapter(disha.inject_adapters(_base(width), target, r=r, init="kaiming"), path)
-    return path
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from benchmarks.markdown import (
 from benchmarks.protocol import Spread, paired_ratios
 from benchmarks.results import ResultsError, read_results
 from benchmarks.roofline import floor
+from benchmarks.side_by_side import CONTESTANTS, PARTS
 
 __all__ = ["Row", "compared", "main", "over_base", "page"]
 
@@ -326,16 +327,6 @@ def _loaded(cases: Sequence[Case]) -> str:
     )
 
 
-def _switching(cases: Sequence[Case]) -> str:
-    (case,) = cases
-    taken = seconds_text(statistics.median(case["turns"]["second"]))
-    return (
-        "## Swapping adapters\n\n`load_adapter(model, file, replace=True)` takes "
-        f"{taken} in {case['layers']} layers of {case['width']} x {case['width']}, for files with "
-        f"r of {', '.join(map(str, case['ranks']))} in turn; nothing is compiled again.\n"
-    )
-
-
 def _experts(cases: Sequence[Case]) -> str:
     names = ("bone", "bat", OTHER)
     rows = [
@@ -376,6 +367,49 @@ def _compiled(cases: Sequence[Case]) -> str:
     return _section("Compiled", about, table(header, rows))
 
 
+def _adapter(cases: Sequence[Case]) -> str:
+    rows = [
+        [f"{case['dtype']}, {took['title']}", *_beside(case, name, "sft_lora")]
+        for case in cases
+        for name, took in case["contestants"].items()
+    ]
+    about = (
+        "`SFTTrainer` with SmolLM2-135M and each adapter, with as many parameters, the same rows "
+        "and the same order. The processes take turns, step by step. *Peak* is the resident "
+        "memory of a process since training began, *pass* what the allocator gives out in one "
+        "forward and backward pass. Divided by PEFT's LoRA."
+    )
+    return _section("One trainer, three adapters", about, table(BESIDE, rows))
+
+
+def _job(cases: Sequence[Case]) -> str:
+    (case,) = cases
+    rows = [[part, *_beside(case, one, other)] for part, (one, other) in PARTS.items()]
+    about = (
+        "From `Trainer` with PEFT's LoRA to what `disha finetune` does, one part after the other, "
+        "each divided by what was before it. Only the first is a merit of the adapter: `trl` "
+        "computes the loss in parts, and `transformers` groups rows by length, for every adapter."
+    )
+    return _section("The whole job, part by part", about, table(BESIDE, rows))
+
+
+BESIDE = ["", "seconds", "processor time", "peak", "pass"]
+
+
+def _beside(case: Case, one: str, other: str) -> list[str]:
+    """Return the ratios of two contestants; of the sums where their batches differ."""
+    first, second = (case["contestants"][name] for name in (one, other))
+    grouped = CONTESTANTS[one].grouped != CONTESTANTS[other].grouped
+    told = []
+    for field in ("seconds", "processor_seconds"):
+        if grouped:
+            told.append(ratio_text(sum(first[field]) / sum(second[field])))
+        else:
+            times = {one: first[field], other: second[field]}
+            told.append(spread_text(Spread.of(paired_ratios(times, one, other))))
+    return [*told, *(ratio_text(first[f] / second[f]) for f in ("peak_bytes", "pass_bytes"))]
+
+
 SECTIONS: Mapping[str, Callable[[Sequence[Case]], str]] = {
     "memory": _memory,
     "layer_step": _timed(
@@ -395,10 +429,11 @@ SECTIONS: Mapping[str, Callable[[Sequence[Case]], str]] = {
         "Without gradients, as in decoding. Each candidate has its own copy of the weight. BAT "
         "computes another product, so it can be below the roofline.",
     ),
+    "adapter": _adapter,
+    "job": _job,
     "experts": _experts,
     "routed": _routed,
     "loaded": _loaded,
-    "switching": _switching,
     "start_up": _start_up,
     "compiled": _compiled,
 }

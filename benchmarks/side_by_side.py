@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from benchmarks.memory import allocated_peak, status_bytes
-from benchmarks.protocol import R, Spread, paired_ratios, slow_dtypes
+from benchmarks.protocol import R, slow_dtypes
 from benchmarks.results import describe, write_results
 from benchmarks.whole_model import demo_file, demo_model, projections
 
@@ -310,43 +310,11 @@ def _reset_peak() -> None:
         print("the peak of memory counts from the start of the process", file=sys.stderr)
 
 
-# --- the outcome ---------------------------------------------------------------------------------
-
-
-def _told(results: Mapping[str, Any]) -> str:
-    """Return ratios of time, of processor time, and of both memories, as text."""
-    lines = [f"{results['machine']['processor']}, {results['machine']['threads']} threads"]
-    for case in results["tables"]["adapter"]:
-        for other in ("sft_miss", "sft_lora"):
-            lines.append(f"{case['dtype']}: Bone / {other}: {_ratios(case, 'sft_bone', other)}")
-    for case in results["tables"]["job"]:
-        for part, (one, other) in PARTS.items():
-            lines.append(f"job, {part}: {_ratios(case, one, other)}")
-    return "\n".join(lines)
-
-
-def _ratios(case: Mapping[str, Any], one: str, other: str) -> str:
-    """Return the ratios of two contestants: of the sums where their batches differ."""
-    found = case["contestants"]
-    first, second = found[one], found[other]
-    parts = []
-    for field in ("seconds", "processor_seconds"):
-        if CONTESTANTS[one].grouped:
-            parts.append(f"{field} {sum(first[field]) / sum(second[field]):.3f}")
-        else:
-            times = {one: first[field], other: second[field]}
-            spread = Spread.of(paired_ratios(times, one, other))
-            parts.append(f"{field} {spread.median:.3f} ({spread.low:.3f} to {spread.high:.3f})")
-    for field in ("peak_bytes", "pass_bytes"):
-        parts.append(f"{field} {first[field] / second[field]:.3f}")
-    return ", ".join(parts)
-
-
 def main() -> None:
-    """Measure, print, and write the results; or be a contestant."""
+    """Measure, and write the results; or be a contestant."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few steps")
-    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--out", type=Path, default=Path("bench-output/side-by-side.json"))
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -355,9 +323,8 @@ def main() -> None:
         return _work(name, dtype, Sizes(*json.loads(sizes)), flags.folder)
     with tempfile.TemporaryDirectory() as name:
         results = side_by_side(flags.tiny, Path(name))
-    print(_told(results))
-    if flags.out is not None:
-        write_results(flags.out, results)
+    write_results(flags.out, results)
+    print(flags.out)
     return None
 
 

@@ -233,15 +233,15 @@ def test_a_quick_run_is_written_and_becomes_a_page(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("benchmarks.layers.QUICK_FEW", (Size(32, 1, torch.float32),))
     path, docs = tmp_path / "out" / "results.json", tmp_path / "docs"
     asked = ["--quick", "--device", "cpu", "--out", str(path)]
-    assert command.main([*asked, "--only", "layer_step", "few_tokens", "switching"]) == 0
+    assert command.main([*asked, "--only", "layer_step", "few_tokens"]) == 0
     found = results.read_results(path)
-    assert list(found["tables"]) == ["layer_step", "few_tokens", "switching"]
+    assert list(found["tables"]) == ["layer_step", "few_tokens"]
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"] == torch.__version__
     assert report.main([str(path), "--docs", str(docs)]) == 0
     page = (docs / "performance.md").read_text()
     assert "This is a quick run" in page
-    for words in ("32 wide, 8 tokens, float32", "roofline MiSS (Bone)", "Swapping adapters"):
+    for words in ("32 wide, 8 tokens, float32", "roofline MiSS (Bone)"):
         assert words in page
     assert (docs / "assets/compared.png").read_bytes()[:4] == b"\x89PNG"
     capsys.readouterr()

@@ -42,11 +42,6 @@ class Study:
         """Return the seeds of a cell's final runs."""
         return self.seeds[:1] if cell in self.leaders else self.seeds
 
-    def least_runs(self, cell: Cell) -> int:
-        """Return how many runs a cell needs if its search is not extended."""
-        searched = 1 if cell in self.leaders else len(self.rates[cell.task, cell.method])
-        return searched + len(self.seeds_of(cell)) - 1
-
 
 def final_loss(record: Mapping[str, Any]) -> float:
     """Return the last validation loss, which chooses the learning rate; inf if it diverged."""

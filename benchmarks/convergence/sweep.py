@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,7 +16,7 @@ from benchmarks.convergence.plan import Results, Study, wanted
 from benchmarks.convergence.runs import Run, read_runs, write_run
 from benchmarks.convergence.training import train
 
-__all__ = ["default_workers", "sweep", "time_left"]
+__all__ = ["default_workers", "sweep"]
 
 Train = Callable[[Run], Mapping[str, Any]]
 
@@ -58,7 +57,7 @@ def sweep(
                 done += 1
                 results = read_runs(file)
                 elapsed = time.perf_counter() - started
-                say(_progress(study, run, results, max(1, workers), elapsed))
+                say(_progress(run, results, elapsed))
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -81,30 +80,10 @@ def _begin() -> None:
     torch.set_num_threads(1)
 
 
-def _progress(study: Study, latest: Run, results: Results, workers: int, elapsed: float) -> str:
+def _progress(latest: Run, results: Results, elapsed: float) -> str:
     loss = results[latest]["validation"][-1]
-    left = time_left(study, {run: found["seconds"] for run, found in results.items()}, workers)
     shown = "diverged" if loss is None else f"{loss:.3f}"
     return (
-        f"{len(results)} runs done after {elapsed / 60:.0f} min, about {left / 60:.0f} min left; "
+        f"{len(results)} runs done after {elapsed / 60:.0f} min; "
         f"{latest.cell.task} {latest.cell.title} {latest.rate:g} seed {latest.seed}: {shown}"
     )
-
-
-def time_left(study: Study, seconds: dict[Run, float], workers: int) -> float:
-    """Estimate the seconds that the missing runs take.
-
-    It assumes that a cell needs its first learning rates and the other seeds, and that a run takes
-    as long as others of its task. A task without runs counts like the slowest task.
-    """
-    usual = {
-        task: statistics.median(s for run, s in seconds.items() if run.cell.task == task)
-        for task in {run.cell.task for run in seconds}
-    }
-    left = 0.0
-    for cell in study.cells:
-        there = sum(run.cell == cell for run in seconds)
-        left += max(0, study.least_runs(cell) - there) * usual.get(
-            cell.task, max(usual.values(), default=0.0)
-        )
-    return left / workers
