@@ -336,9 +336,12 @@ def _linear_and_reduced(
 ) -> Tensor:
     """Return W x + b + s S(x) R for x (n, in)."""
     (tokens, inputs), r = x.shape, matrix.shape[0]
-    if x.dtype == torch.float16 or isinstance(scale, Tensor) or any_autocast():
+    if x.dtype == torch.float16 or any_autocast():
         sums, factor = shard_sums(x, r)
         return _plus_product(F.linear(x, weight, bias), sums, scaled(matrix, scale), factor)
+    if isinstance(scale, Tensor):  # in compiled code, where s and the sum become one loop
+        sums = shard_sum(scaled(x, scale).to(x.dtype), r)
+        return _plus_product(F.linear(x, weight, bias), sums, matrix, 1.0)
     if inputs % r:
         return _plus_product(F.linear(x, weight, bias), shard_sum(x, r), matrix, scale)
     # W x and S(x) read the same view. So in backward, the gradient of S(x) is added to that of W x
