@@ -277,9 +277,9 @@ def test_dense_layers_have_the_names_that_servers_read(tmp_path, tied):
 @pytest.mark.parametrize("experts", ["stacked", "separate"])
 def test_updates_of_experts_are_never_truncated(tmp_path, experts):
     base = build("Mixtral", "eager")
-    for options, rank, says in (({"method": "bat"}, 4, "not low-rank"), ({}, 2, "not truncated")):
+    for options, rank in (({"method": "bat"}, 4), ({}, 2)):
         ours = adapted(base, ONLY_EXPERTS, **options)
-        with pytest.raises(disha.ConversionError, match=f"is a stack of experts.*{says}"):
+        with pytest.raises(disha.ConversionError, match="is a stack of experts"):
             lora.export(ours, tmp_path / "lora", rank=rank, experts=experts)
     assert list(tmp_path.iterdir()) == []
 
@@ -400,7 +400,7 @@ def test_gguf_has_no_experts(tmp_path):
     ours = adapted(build("Mixtral", "eager"), ONLY_EXPERTS)
     contents = adapter_contents(ModelView(ours))
     with pytest.raises(disha.ConversionError, match=r"has no place.*experts\.gate_up_proj"):
-        lora.write_gguf(tmp_path / "lora.gguf", *contents, heads=2, kv_heads=2)
+        lora.write_gguf(tmp_path / "lora.gguf", *contents, {"num_attention_heads": 2})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -160,6 +160,6 @@ def converting(model: nn.Module, folder: Path) -> None:
     """Reached as `disha.interop`."""
     disha.interop.peft.export(model, folder, dropout=0.0, task_type="CAUSAL_LM")
     assert_type(disha.interop.peft.load(model, folder, replace=True), disha.LoadReport)
-    disha.interop.lora.export(model, folder, rank=8, max_error=0.1)
+    disha.interop.lora.export(model, folder, rank=8)
     assert_type(disha.interop.lora.load(model, folder), disha.LoadReport)
     disha.interop.checkpoints.merge_into_checkpoint(folder, folder / "a", folder / "merged")

@@ -15,7 +15,7 @@ Bone and tile are exact as LoRA. BAT is cut to --rank, and the error is reported
 Examples:
   disha convert adapter.safetensors for-peft --to peft
   disha convert for-peft adapter.safetensors --to disha --base path/to/model
-  disha convert bat.safetensors as-lora --to lora --base path/to/model --rank 32 --max_error 0.1
+  disha convert bat.safetensors as-lora --to lora --base path/to/model --rank 32
   disha convert adapter.safetensors adapter.gguf --to gguf --base path/to/model
 """
 
@@ -35,7 +35,6 @@ from disha.files.contents import Contents, blocks_only, read_contents, write_con
 from disha.functional import method_of
 from disha.interop import image_lora, lora, peft
 from disha.interop.checkpoints import Checkpoint, base_shapes, base_weights, open_checkpoint
-from disha.interop.gguf import MODEL_TYPES
 from disha.interop.low_rank import LoraReport
 from disha.model import join
 from disha.text import counted
@@ -70,7 +69,6 @@ def _parser() -> Parser:
     parser.add_argument("--to", choices=FORMATS, required=True, help="the format of OUT")
     parser.add_argument("--base", type=Path, help="the checkpoint of the base; gguf needs it")
     parser.add_argument("--rank", type=int, help="largest rank of a layer as LoRA")
-    parser.add_argument("--max_error", type=float, help="largest relative error of a layer as LoRA")
     parser.add_argument("--pad_rank", action="store_true", help="lora: one rank for all layers")
     parser.add_argument("--experts", default="stacked", help="lora: stacked or separate")
     parser.add_argument("--dropout", type=float, help="peft: instead of the adapter's")
@@ -144,7 +142,7 @@ def _write(flags: Namespace, contents: Contents, base: Checkpoint | None) -> Lor
         peft.write_folder(flags.out, *contents, dropout=flags.dropout)
         return None
     config = {} if base is None else base.config()
-    options: dict[str, Any] = {"rank": flags.rank, "max_error": flags.max_error}
+    options: dict[str, Any] = {"rank": flags.rank}
     if any(method_of(layer.method).reads_weight for layer in contents[0].layers):
         if base is None or flags.rank is None:
             raise ArgumentError(
@@ -155,19 +153,7 @@ def _write(flags: Namespace, contents: Contents, base: Checkpoint | None) -> Lor
         options |= {"pad": flags.pad_rank, "experts": flags.experts}
         return lora.write_lora(flags.out, *contents, model_type=config.get("model_type"), **options)
     if flags.to == "gguf":
-        options |= _heads(config)
-        return lora.write_gguf(flags.out, *contents, **options)
+        return lora.write_gguf(flags.out, *contents, config, **options)
     if "base" in options:
         options["bases"] = {flags.component: options.pop("base")}
     return image_lora.write_file(flags.out, {flags.component: contents}, **options)
-
-
-def _heads(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what GGUF must know of the base. Without a number of kv heads, there are as many."""
-    heads, model_type = config.get("num_attention_heads"), config.get("model_type", "llama")
-    return {
-        "architecture": MODEL_TYPES.get(model_type, model_type),
-        "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
-        "tied_head": config.get("tie_word_embeddings"),
-    }

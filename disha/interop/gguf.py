@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from disha.interop.low_rank import (
     LoraReport,
     LowRankUpdate,
     base_weights,
-    check_limits,
+    check_rank,
     commonest,
     listed,
     low_rank_updates,
@@ -37,48 +36,15 @@ from disha.interop.low_rank import (
 from disha.model import ModelView
 from disha.text import counted
 
-__all__ = ["ARCHITECTURES", "MODEL_TYPES", "export_gguf", "write_gguf"]
-
-ARCHITECTURES: Mapping[str, bool] = {"llama": True, "qwen2": False}
-"""GGUF's name of an architecture -> whether GGUF stores the rows of q and k in another order."""
+__all__ = ["export_gguf", "write_gguf"]
 
 MODEL_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 """Model type in `transformers` -> architecture in GGUF."""
 
+FIELDS = ("model_type", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+"""What a model's configuration must say."""
+
 EMBEDDING, HEAD = "token_embd", "output"
-
-
-@dataclass(frozen=True)
-class _Base:
-    """What is known about the GGUF file of the base model; None for what is not.
-
-    Attributes:
-        architecture: its name in GGUF.
-        heads: query heads.
-        kv_heads: key and value heads.
-        tied_head: whether the embedding is the output head too.
-    """
-
-    architecture: str
-    heads: int | None
-    kv_heads: int | None
-    tied_head: bool | None
-
-    def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ArgumentError(
-                f"architecture {self.architecture!r} is unknown; LoRA can be written as GGUF for "
-                f"{', '.join(ARCHITECTURES)}"
-            )
-
-    def heads_of(self, name: str) -> int | None:
-        """Return the heads by which GGUF orders the rows of a weight, or None if it does not."""
-        if not ARCHITECTURES[self.architecture] or not name.endswith((".attn_q", ".attn_k")):
-            return None
-        heads = self.heads if name.endswith(".attn_q") else self.kv_heads
-        if heads is None:
-            raise ArgumentError("GGUF orders rows of q and k by heads; give `heads` and `kv_heads`")
-        return heads
 
 
 def export_gguf(
@@ -86,18 +52,13 @@ def export_gguf(
     path: PathLike,
     adapter: str = "default",
     rank: int | None = None,
-    max_error: float | None = None,
-    *,
-    architecture: str | None = None,
-    heads: int | None = None,
-    kv_heads: int | None = None,
 ) -> LoraReport:
     """Write an adapter of a Llama-family model as a LoRA in a GGUF file for llama.cpp.
 
     llama.cpp reads it beside the GGUF file of the base model (`--lora`). Layers must have the usual
     names, `model.layers.0.self_attn.q_proj` and so on, with or without `model.`. Bone and tile are
-    exact; BAT is truncated to `rank`. Factors are float32 for blocks of any dtype. The package
-    `gguf` must be installed.
+    exact; BAT is truncated to `rank`. Factors are float32 for blocks of any dtype. `model.config`
+    says the architecture and the heads. The package `gguf` must be installed.
 
     If the model is sharded, call this on all ranks; the first one writes.
 
@@ -106,20 +67,15 @@ def export_gguf(
         path: the file to write.
         adapter: the adapter's name.
         rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
-        max_error: largest ||dW - B A|| / ||dW|| of a layer.
-        architecture: `general.architecture` of the base model's GGUF file; by default the one for
-            `model.config.model_type`, or else `"llama"`.
-        heads: query heads; by default those of `model.config`.
-        kv_heads: key and value heads; by default those of `model.config`.
 
     Returns:
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: the GGUF file of the base model has no such layer, parameters were trained
-            with the blocks, or the error of a layer is above `max_error`.
-        ArgumentError: an argument is out of range, unknown, or missing.
-        ArgumentTypeError: an argument is of the wrong type.
+        ConversionError: the GGUF file of the base model has no such layer, or parameters were
+            trained with the blocks.
+        ArgumentError: `rank` is out of range or missing, or the model's configuration does not say
+            its heads.
         MissingPackageError: `gguf` is not installed.
         AdapterStateError: the adapter holds values that are not finite, here or in float32.
         AdapterIOError: the file can't be written; what was there is unchanged.
@@ -139,17 +95,20 @@ def export_gguf(
     """
     view = ModelView(model)
     ranks, action = view.ranks(), f"export adapter {adapter!r} as GGUF"
-    header, tensors = adapter_contents(view, adapter)
+    header, tensors = adapter_contents(view, adapter, base=False)
     with ranks.agreeing(action):
         target = checked_path(path)
-        check_limits(rank, max_error)
-        base = _base_of(view, architecture, heads, kv_heads)
-        names = _gguf_names(header, base)
-    weights = base_weights(view, adapter)
-    updates = low_rank_updates(header, tensors, rank=rank, max_error=max_error, base=weights)
+        check_rank(rank)
+        config = getattr(model, "config", None)
+        fields: dict[str, Any] = {name: getattr(config, name, None) for name in FIELDS}
+        head = view.parameters_by_name.get("lm_head.weight")
+        if head is not None:
+            fields["tie_word_embeddings"] = len(head.names) > 1
+        names = _gguf_names(header, fields)
+    updates = low_rank_updates(header, tensors, rank=rank, base=base_weights(view, adapter))
     with ranks.agreeing(action):
         if ranks.writes:
-            _write(target, updates, names, base)
+            _write(target, updates, names, fields)
     return LoraReport.of(target, updates)
 
 
@@ -157,13 +116,9 @@ def write_gguf(
     path: PathLike,
     header: AdapterHeader,
     tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
     *,
-    architecture: str = "llama",
-    heads: int | None = None,
-    kv_heads: int | None = None,
-    tied_head: bool | None = None,
     rank: int | None = None,
-    max_error: float | None = None,
     base: BaseWeight | None = None,
 ) -> LoraReport:
     """Write an adapter without its model as a GGUF file, as `export_gguf` does.
@@ -172,19 +127,16 @@ def write_gguf(
         path: the file to write.
         header: the adapter's header.
         tensors: its tensors.
-        architecture: `general.architecture` of the base model's GGUF file.
-        heads: query heads of the base model; needed if q is adapted.
-        kv_heads: key and value heads; needed if k is adapted.
-        tied_head: whether the embedding of the base model is its output head too; None if unknown.
+        config: the content of the base model's `config.json`: the type of the model, its heads, and
+            whether its embedding is tied.
         rank: largest rank of a layer.
-        max_error: largest relative error of a layer.
         base: returns the base weights; only BAT needs it.
 
     Returns:
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        DishaError: as for `export_gguf`; also if `heads` or `base` is missing.
+        DishaError: as for `export_gguf`; also if `base` is missing.
 
     Examples:
         >>> import tempfile, pathlib
@@ -197,46 +149,55 @@ def write_gguf(
         >>> model = disha.inject_adapters(model, "lm_head", r=4, init="kaiming")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "lora.gguf")
-        ...     lora.write_gguf(path, *adapter_contents(ModelView(model)), tied_head=False).error
+        ...     lora.write_gguf(path, *adapter_contents(ModelView(model)), {}).error
         0.0
     """
     target = checked_path(path)
-    model = _Base(architecture, heads, kv_heads, tied_head)
-    names = _gguf_names(header, model)
-    updates = low_rank_updates(header, tensors, rank=rank, max_error=max_error, base=base)
-    _write(target, updates, names, model)
+    names = _gguf_names(header, config)
+    updates = low_rank_updates(header, tensors, rank=rank, base=base)
+    _write(target, updates, names, config)
     return LoraReport.of(target, updates)
 
 
-def _base_of(
-    view: ModelView, architecture: str | None, heads: int | None, kv_heads: int | None
-) -> _Base:
-    config: Any = getattr(view.model, "config", None)
-    model_type = getattr(config, "model_type", "llama")
-    tied = getattr(config, "tie_word_embeddings", None)
-    head = view.parameters_by_name.get("lm_head.weight")
-    if head is not None:
-        tied = len(head.names) > 1
-    heads = heads or getattr(config, "num_attention_heads", None)
-    kv_heads = kv_heads or getattr(config, "num_key_value_heads", None) or heads
-    return _Base(architecture or MODEL_TYPES.get(model_type, model_type), heads, kv_heads, tied)
+# --- the base ------------------------------------------------------------------------------------
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    model_type = config.get("model_type") or "llama"
+    if model_type not in MODEL_TYPES:
+        raise ConversionError(
+            f"LoRA can be written as GGUF for {', '.join(MODEL_TYPES)}, not for {model_type}"
+        )
+    return MODEL_TYPES[model_type]
+
+
+def _heads_of(name: str, config: Mapping[str, Any]) -> int | None:
+    """Return the heads by which GGUF orders the rows of a weight, or None if it does not."""
+    if _architecture(config) != "llama" or not name.endswith((".attn_q", ".attn_k")):
+        return None
+    heads: int | None = config.get("num_attention_heads")
+    if heads is None:
+        raise ArgumentError(
+            "GGUF orders rows of q and k by heads, and the model has no configuration that says "
+            "num_attention_heads; add one (--base for the command)"
+        )
+    # Without a number of key and value heads, there are as many.
+    return heads if name.endswith("q") else config.get("num_key_value_heads") or heads
 
 
 # --- names ---------------------------------------------------------------------------------------
 
 
-def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
+def _gguf_names(header: AdapterHeader, config: Mapping[str, Any]) -> dict[str, str]:
     """Return layer -> the name of its weight in GGUF, without `.weight`."""
     if header.also_train:
         raise ConversionError(
-            f"a LoRA for llama.cpp holds updates of layers only, and {listed(header.also_train)} "
-            "were trained with the blocks; convert the merged model (merge_adapters)"
+            f"a LoRA for llama.cpp can't hold {listed(header.also_train)}, which trained with the "
+            "blocks; convert the merged model (merge_adapters)"
         )
-    gguf = _package()
+    gguf, family = _package(), _architecture(config)
     numbers = [int(one) for layer in header.layers for one in re.findall(r"\d+", layer.name)]
-    architecture = next(
-        key for key, one in gguf.MODEL_ARCH_NAMES.items() if one == base.architecture
-    )
+    architecture = next(key for key, one in gguf.MODEL_ARCH_NAMES.items() if one == family)
     known = gguf.get_tensor_name_map(architecture, max(numbers, default=0) + 1)
     names = {layer.name: known.get_name(layer.name) for layer in header.layers}
     counts = Counter(names.values())
@@ -249,17 +210,14 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
     ]
     if unknown:
         raise ConversionError(
-            f"the GGUF file of a {base.architecture} model has no place of its own for "
-            f"{len(unknown)} of {counted(len(names), 'layer')} ({listed(unknown)}); merge them"
+            f"GGUF has no place of its own for {len(unknown)} of {counted(len(names), 'layer')} "
+            f"({listed(unknown)}); merge them"
         )
-    if HEAD in counts and base.tied_head:
+    tied = config.get("tie_word_embeddings")
+    if (HEAD in counts and tied) or (EMBEDDING in counts and tied is not False):
         raise ConversionError(
-            "lm_head is adapted, but it shares its weight with the embedding; leave it out"
-        )
-    if EMBEDDING in counts and base.tied_head is not False:
-        raise ConversionError(
-            "the embedding is adapted, and llama.cpp would apply its LoRA to an output head with "
-            "the same weight, as there is or may be here; leave it out, or export from the model"
+            "the embedding or lm_head is adapted, and may share its weight with the other, which "
+            "llama.cpp would adapt too; leave it out"
         )
     return names
 
@@ -268,7 +226,10 @@ def _gguf_names(header: AdapterHeader, base: _Base) -> dict[str, str]:
 
 
 def _write(
-    path: Path, updates: Sequence[LowRankUpdate], names: Mapping[str, str], base: _Base
+    path: Path,
+    updates: Sequence[LowRankUpdate],
+    names: Mapping[str, str],
+    config: Mapping[str, Any],
 ) -> None:
     """Write the file.
 
@@ -281,7 +242,7 @@ def _write(
         name = names[update.record.name]
         a = update.a.float()
         b = (update.b.double() * (update.record.scale * update.rank / alpha)).float()
-        heads = base.heads_of(name)
+        heads = _heads_of(name, config)
         if heads is not None:
             b = rearrange(b, "(h half i) r -> (h i half) r", h=heads, half=2)
         # llama.cpp looks up rows of an embedding's A, so it is transposed.
@@ -290,7 +251,7 @@ def _write(
 
     def write(new: Path) -> None:
         gguf = _package()
-        writer = gguf.GGUFWriter(new, base.architecture)
+        writer = gguf.GGUFWriter(new, _architecture(config))
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))

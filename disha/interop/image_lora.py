@@ -64,7 +64,6 @@ def export(
     path: PathLike,
     adapter: str = "default",
     rank: int | None = None,
-    max_error: float | None = None,
 ) -> LoraReport:
     """Write the adapters of image models as one LoRA file.
 
@@ -78,17 +77,15 @@ def export(
         path: the file to write.
         adapter: the adapter's name, the same in all models.
         rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
-        max_error: largest ||dW - B A|| / ||dW|| of a layer.
 
     Returns:
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
         ConversionError: `diffusers` does not know the model or a layer, or would compute
-            something else (a grouped or dilated convolution, an embedding); parameters were trained
-            with the blocks; or the error of a layer is above `max_error`.
-        ArgumentError: no model has the adapter, a component is unknown, a limit is out
-            of range, or BAT lacks `rank`.
+            something else (a grouped or dilated convolution, an embedding); or parameters were
+            trained with the blocks.
+        ArgumentError: no model has the adapter, a component is unknown, or BAT lacks `rank`.
         ArgumentTypeError: an argument is of the wrong type.
         AdapterStateError: the adapter holds values that are not finite.
         AdapterIOError: the file can't be written.
@@ -113,7 +110,7 @@ def export(
     if not views:
         raise ArgumentError(f"no component of {', '.join(models)} has an adapter {adapter!r}")
     ranks, action = next(iter(views.values())).ranks(), f"export adapter {adapter!r}"
-    contents = {name: adapter_contents(view, adapter) for name, view in views.items()}
+    contents = {name: adapter_contents(view, adapter, base=False) for name, view in views.items()}
     with ranks.agreeing(action):
         target = checked_path(path)
         for name, view in views.items():
@@ -122,12 +119,11 @@ def export(
             cls = original_class(view.modules[""])
             if cls.__module__.startswith("diffusers.") and not hasattr(cls, "load_lora_adapter"):
                 problems.append(
-                    f"{cls.__name__}: diffusers can't load a LoRA into it; write a folder for PEFT "
-                    "(disha.interop.lora.export) and load it there"
+                    f"{cls.__name__}: diffusers can't load a LoRA into it; use PEFT (lora.export)"
                 )
             refuse_to_write(f"a LoRA would not compute what the {name} does", problems)
     bases = {name: base_weights(view, adapter) for name, view in views.items()}
-    updates = _updates(contents, bases, rank, max_error)
+    updates = _updates(contents, bases, rank)
     with ranks.agreeing(action):
         return _write(target, updates, writes=ranks.writes)
 
@@ -185,8 +181,7 @@ def load(
     missing = [component for component in contents if component not in views]
     if missing:
         raise ArgumentError(
-            f"{path} holds {', '.join(contents)}, and models has no {', '.join(missing)}; give "
-            "{component: model} for all of them, such as pipe.components"
+            f"{path} holds {', '.join(contents)}, and models has no {', '.join(missing)}; add it"
         )
     matched: list[str] = []
     with ExitStack() as undo:
@@ -209,8 +204,7 @@ def load(
 def _views(models: Models) -> dict[str, ModelView]:
     if not isinstance(models, Mapping):
         raise ArgumentTypeError(
-            "models must be a mapping such as {'unet': unet} or pipe.components, got "
-            f"{type(models).__name__}"
+            f"models must be a mapping such as {{'unet': unet}}, got {type(models).__name__}"
         )
     return {name: ModelView(one) for name, one in models.items() if isinstance(one, nn.Module)}
 
@@ -223,7 +217,6 @@ def write_file(
     contents: Mapping[str, Contents],
     *,
     rank: int | None = None,
-    max_error: float | None = None,
     bases: Mapping[str, BaseWeight] | None = None,
 ) -> LoraReport:
     """Write adapters without their models as one LoRA file, as `export` does.
@@ -235,7 +228,6 @@ def write_file(
         path: the file to write.
         contents: component -> header and tensors of its adapter.
         rank: largest rank of a layer.
-        max_error: largest relative error of a layer.
         bases: component -> the function that returns its base weights; only BAT needs it.
 
     Returns:
@@ -258,15 +250,11 @@ def write_file(
         ...     image_lora.write_file(path, {"unet": contents}).error
         0.0
     """
-    updates = _updates(contents, bases or {}, rank, max_error)
-    return _write(checked_path(path), updates)
+    return _write(checked_path(path), _updates(contents, bases or {}, rank))
 
 
 def _updates(
-    contents: Mapping[str, Contents],
-    bases: Mapping[str, BaseWeight],
-    rank: int | None,
-    max_error: float | None,
+    contents: Mapping[str, Contents], bases: Mapping[str, BaseWeight], rank: int | None
 ) -> dict[str, list[LowRankUpdate]]:
     """Return component -> the factors of its layers."""
     for component, (header, _) in contents.items():
@@ -281,12 +269,11 @@ def _updates(
         ] + list(header.also_train)
         if other:
             raise ConversionError(
-                "an image LoRA holds updates of linear layers in a model, and of convolutions that "
-                f"are not transposed; the {component} has {listed(other)}. Leave them out "
-                "(`exclude`, --no-also-train), or use the merged model (merge_adapters)"
+                f"an image LoRA can't hold {listed(other)} of the {component}, only linear layers "
+                "and convolutions; leave them out (`exclude`, --no-also-train), or merge"
             )
     return {
-        name: low_rank_updates(*adapter, rank=rank, max_error=max_error, base=bases.get(name))
+        name: low_rank_updates(*adapter, rank=rank, base=bases.get(name))
         for name, adapter in contents.items()
     }
 
@@ -383,8 +370,8 @@ def _read(path: Path, modules: Mapping[str, Collection[str]]) -> dict[str, Conte
             continue
         if not key.endswith(".lora_A.weight") or component not in COMPONENTS or b is None:
             raise AdapterFileError(
-                f"{path} has the key {key!r}, which is no factor of a LoRA of "
-                f"{', '.join(COMPONENTS)}; use the file in the program that it is made for"
+                f"{path}: {key!r} is no factor of a LoRA of {', '.join(COMPONENTS)}; use the file "
+                "where it is made for"
             )
         name = _in_model(component, name, modules.get(component))
         layer = layer_of_factors(name, a, b, Layout(CONV if a.dim() > 2 else "out in"), 1.0)
@@ -394,11 +381,10 @@ def _read(path: Path, modules: Mapping[str, Collection[str]]) -> dict[str, Conte
             found.setdefault(component, []).append(layer)
     if others:
         raise ConversionError(
-            f"{path} is not a Bone adapter: its factor A must be [I I ... I], and it is not in "
-            f"{counted(len(others), 'layer')} ({listed(others)}); use this LoRA in the program "
-            "that it is made for, or merge it there"
+            f"{path} is not a Bone adapter: A is not [I I ... I] in "
+            f"{counted(len(others), 'layer')} ({listed(others)}); use it where it is made for"
         )
-    return {name: contents_of_layers(path, layers, {}, 0.0) for name, layers in found.items()}
+    return {name: contents_of_layers(layers, {}, 0.0) for name, layers in found.items()}
 
 
 def _in_model(component: str, name: str, modules: Collection[str] | None) -> str:

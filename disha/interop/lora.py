@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from disha.interop.low_rank import (
     LoraReport,
     LowRankUpdate,
     base_weights,
-    check_limits,
+    check_rank,
     commonest,
     is_stack,
     layer_of_factors,
@@ -41,6 +40,7 @@ from disha.interop.low_rank import (
 )
 from disha.interop.peft_format import (
     PREFIX,
+    THE_MODEL_ITSELF,
     anchored,
     exact_targets,
     has_saved,
@@ -102,7 +102,6 @@ def export(
     folder: PathLike,
     adapter: str = "default",
     rank: int | None = None,
-    max_error: float | None = None,
     *,
     pad: bool = False,
     experts: str = "stacked",
@@ -126,7 +125,6 @@ def export(
         folder: the folder to write; created if it does not exist.
         adapter: the adapter's name.
         rank: largest rank of a layer. BAT needs it; if it is smaller than r, Bone is truncated too.
-        max_error: largest ||dW - B A|| / ||dW|| of a layer.
         pad: pad the ranks of all layers with zeros to one value: the smallest of 8, 16, 32, 64,
             128, 256, 320 and 512 that is large enough. These are what vLLM allows for its
             `--max-lora-rank`. The update stays the same.
@@ -137,12 +135,10 @@ def export(
         A `LoraReport`, with the rank and the error of every layer.
 
     Raises:
-        ConversionError: LoRA can't express the adapter, its error is above `max_error`, `pad` is
-            set and a rank is above 512, or the names of separate experts are unknown for this
-            type of model.
-        ArgumentError: there is no such adapter, `rank`, `max_error` or `experts` is out of range,
-            or BAT lacks `rank`.
-        ArgumentTypeError: one of them is not a number.
+        ConversionError: LoRA can't express the adapter, `pad` is set and a rank is above 512, or
+            the names of separate experts are unknown for this type of model.
+        ArgumentError: there is no such adapter, `rank` or `experts` is out of range, or BAT lacks
+            `rank`.
         AdapterStateError: the adapter holds values that are not finite.
         AdapterIOError: the folder can't be written.
 
@@ -164,8 +160,7 @@ def export(
         (LoraLayer(name='0', method='bone', r=4, rank=4, error=0.0),)
     """
     view = ModelView(model)
-    limits = {"rank": rank, "max_error": max_error, "pad": pad}
-    updates, beside, config, tensors = _converted(view, adapter, experts, **limits)
+    updates, beside, config, tensors = _converted(view, adapter, experts, rank, pad)
     ranks = view.ranks()
     with ranks.agreeing(f"export adapter {adapter!r} as LoRA"):
         target = checked_path(folder)
@@ -178,7 +173,6 @@ def export_tensors(
     model: nn.Module,
     adapter: str = "default",
     rank: int | None = None,
-    max_error: float | None = None,
     *,
     pad: bool = False,
     experts: str = "stacked",
@@ -195,7 +189,6 @@ def export_tensors(
         model: a model with adapters.
         adapter: the adapter's name.
         rank: largest rank of a layer, as for `export`.
-        max_error: largest relative error of a layer, as for `export`.
         pad: pad the ranks, as for `export`.
         experts: how to write stacks of experts, as for `export`.
 
@@ -222,32 +215,31 @@ def export_tensors(
         >>> config["r"], config["lora_alpha"]
         (4, 4)
     """
-    limits = {"rank": rank, "max_error": max_error, "pad": pad}
-    _, _, config, tensors = _converted(ModelView(model), adapter, experts, **limits)
+    _, _, config, tensors = _converted(ModelView(model), adapter, experts, rank, pad)
     return {PREFIX + key: tensor for key, tensor in tensors.items()}, config
 
 
 def _converted(
-    view: ModelView, adapter: str, experts: str, **limits: Any
+    view: ModelView, adapter: str, experts: str, rank: int | None, pad: bool
 ) -> tuple[list[LowRankUpdate], Collection[str], dict[str, Any], dict[str, Tensor]]:
     """Return an adapter's updates, what trained with it, and both in PEFT's form."""
-    header, tensors = adapter_contents(view, adapter)
+    header, tensors = adapter_contents(view, adapter, base=False)
+    names = [layer.name for layer in header.layers]
+    model_type = _model_type(view)
     with view.ranks().agreeing(f"export adapter {adapter!r} as LoRA"):
-        check_limits(limits["rank"], limits["max_error"])
+        check_rank(rank)
         form = stacks.checked_form(experts)
-        names = [layer.name for layer in header.layers if not is_stack(layer)]
-        saved = saved_modules(view, header.also_train, [layer.name for layer in header.layers])
-        problems = obstacles(view, names, unknown_to_lora, exporting=True) + list(saved.problems)
-        if form == "stacked":
-            kind, joins = _model_type(view), _joins_experts(view)
-            problems += stacks.misread_by_peft(header.layers, kind, joins)
+        modules = [layer.name for layer in header.layers if not is_stack(layer)]
+        saved = saved_modules(view, header.also_train, names)
+        problems = [*obstacles(view, modules, unknown_to_lora, exporting=True), *saved.problems]
+        if form == "stacked" and len(modules) < len(names):
+            problems += stacks.misread_by_peft(header.layers, model_type, _joins_experts(view))
         refuse_to_write(CANT_EXPRESS, problems)
-    updates = low_rank_updates(
-        header, tensors, stacks=True, base=base_weights(view, adapter), **limits
-    )
+    base = base_weights(view, adapter)
+    updates = low_rank_updates(header, tensors, rank=rank, pad=pad, stacks=True, base=base)
     beside = saved.copies()
-    written = stacks.in_form(updates, form, header.also_train, _model_type(view))
-    config = _config_of(header, written, view) | {"modules_to_save": sorted(saved.modules) or None}
+    written = stacks.in_form(updates, form, header.also_train, model_type)
+    config = _config_of(header, written, saved.modules, view)
     return updates, beside, config, {**_factors_of_all(written), **beside}
 
 
@@ -372,7 +364,6 @@ def write_lora(
     tensors: Mapping[str, Tensor],
     *,
     rank: int | None = None,
-    max_error: float | None = None,
     pad: bool = False,
     experts: str = "stacked",
     model_type: str | None = None,
@@ -389,7 +380,6 @@ def write_lora(
         header: the adapter's header.
         tensors: its tensors.
         rank: largest rank of a layer.
-        max_error: largest relative error of a layer.
         pad: pad the rank of every layer as `export` does.
         experts: `"stacked"` or `"separate"`, as for `export`.
         model_type: type of the model, `model_type` of its configuration; needed for experts that
@@ -417,13 +407,12 @@ def write_lora(
     """
     target, form = checked_path(folder), stacks.checked_form(experts)
     problems = [
-        f"{layer.name} is a convolution, and its groups and padding are unknown here: load the "
-        "adapter into the model, and export from there (disha.interop.lora.export)"
+        f"{layer.name} is a convolution of unknown groups and padding: export from the model"
         for layer in header.layers
         if layer.layout.pattern == CONV
     ]
     if any(not layer.name for layer in header.layers):
-        problems.append("(the model): PEFT adapts layers within a model, not the model itself")
+        problems.append(THE_MODEL_ITSELF)
     problems += [
         f"{name}: it belongs to the model itself, not to a module in it"
         for name in header.also_train
@@ -432,29 +421,26 @@ def write_lora(
     if form == "stacked":
         problems += stacks.misread_by_peft(header.layers, model_type)
     refuse_to_write(CANT_EXPRESS, problems)
-    updates = low_rank_updates(
-        header, tensors, rank=rank, max_error=max_error, pad=pad, stacks=True, base=base
-    )
+    updates = low_rank_updates(header, tensors, rank=rank, pad=pad, stacks=True, base=base)
     written = stacks.in_form(updates, form, header.also_train, model_type)
     beside = {name: tensors[name] for name in header.also_train}
-    config = _config_of(header, written)
-    config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in beside}) or None
+    config = _config_of(header, written, {name.rpartition(".")[0] for name in beside})
     write_peft_files(target, config, {**_factors_of_all(written), **beside})
     return LoraReport.of(target, updates, beside)
 
 
 def _config_of(
-    header: AdapterHeader, updates: Sequence[LowRankUpdate], view: ModelView | None = None
+    header: AdapterHeader,
+    updates: Sequence[LowRankUpdate],
+    saved: Iterable[str],
+    view: ModelView | None = None,
 ) -> dict[str, Any]:
-    """Return PEFT's configuration of a LoRA; of an unknown model if there is no view of it.
-
-    SGLang refuses a regex, and knows single experts by the usual names of their projections,
-    whatever their keys are.
-    """
+    """Return PEFT's configuration of a LoRA; of an unknown model if there is no view of it."""
     names = [update.record.name for update in updates]
     parameters = sorted(update.record.name for update in updates if is_stack(update.record))
     single = {name for name in names if stacks.single_expert(name)}
     others = [name for name in names if name not in single.union(parameters)]
+    # SGLang refuses a regex, and knows single experts by the usual names of their projections.
     targets: list[str] | str = sorted({*others, *stacks.SERVED_TARGETS})
     if not single:
         targets = exact_targets(others, None if view is None else module_names(view))
@@ -465,6 +451,7 @@ def _config_of(
         **({} if view is None else notes_of(view.model)),
         **scaling_of(updates),
         "target_modules": targets,
+        "modules_to_save": sorted(saved) or None,
         **({"target_parameters": parameters} if parameters else {}),
         # PEFT has no dropout for parameters.
         "lora_dropout": 0.0 if parameters else header.config.dropout,
@@ -510,11 +497,7 @@ def _factors_of_all(updates: Sequence[LowRankUpdate]) -> dict[str, Tensor]:
 
 
 def factors_of(update: LowRankUpdate) -> dict[str, Tensor]:
-    """Return A and B of a layer by the ends of their keys, as PEFT's layer of that class has them.
-
-    Args:
-        update: the update of the layer.
-    """
+    """Return A and B of a layer by the ends of their keys, as PEFT's layer of that class has."""
     a, b = update.a, update.b
     if is_stack(update.record):
         a, b = stacks.stack_factors(update)
@@ -612,11 +595,11 @@ def _contents_of(
     without = [name for (name, *_), one in zip(layers, found, strict=True) if one is None]
     if without:
         raise ConversionError(
-            f"{path} is not a Bone adapter: lora_A is not [I I ... I], and it is not in "
-            f"{len(without)} of {counted(len(found), 'layer')} ({listed(without)}); use PEFT"
+            f"{path} is not a Bone adapter: lora_A is not [I I ... I] in {len(without)} of "
+            f"{counted(len(found), 'layer')} ({listed(without)}); use PEFT"
         )
     dropout = fields.get("lora_dropout", 0.0)
-    return contents_of_layers(path, [one for one in found if one is not None], beside, dropout)
+    return contents_of_layers([one for one in found if one is not None], beside, dropout)
 
 
 _ENDS = (MATRIX, EMBEDDING)
@@ -683,26 +666,10 @@ def scale_of(path: Path, fields: Mapping[str, Any], name: str, rank: int) -> flo
 
 
 def contents_of_layers(
-    path: Path,
-    found: Sequence[tuple[LayerRecord, Tensor]],
-    beside: Mapping[str, Tensor],
-    dropout: float,
+    found: Sequence[tuple[LayerRecord, Tensor]], beside: Mapping[str, Tensor], dropout: float
 ) -> Contents:
-    """Return the header and the tensors of an adapter that was a LoRA.
-
-    Args:
-        path: the LoRA, for errors.
-        found: its layers with their blocks.
-        beside: the parameters besides its blocks, by name.
-        dropout: its dropout.
-    """
+    """Return the adapter that was a LoRA, given its layers, and the parameters beside them."""
     layers = [layer for layer, _ in found]
-    keys = Counter([*(layer.key for layer in layers), *beside])
-    twice = [key for key, times in keys.items() if times > 1]
-    if twice:
-        raise AdapterFileError(
-            f"{path} has several tensors, under different names, for {listed(twice)}"
-        )
     contents = {layer.key: block for layer, block in found} | dict(beside)
     config = AdapterConfig(
         commonest(layer.r for layer in layers),
@@ -725,8 +692,7 @@ def contents_of_layers(
 def _check_settings(path: Path, fields: Mapping[str, Any]) -> None:
     if fields.get("peft_type") != "LORA":
         raise AdapterFileError(
-            f"{path} has the peft_type {fields.get('peft_type')!r}, not 'LORA'; "
-            "disha.interop.peft.load reads PEFT's MiSS and Bone"
+            f"{path} has the peft_type {fields.get('peft_type')!r}, not 'LORA'; use peft.load"
         )
     more = [name for name in CHANGE_THE_SUM if fields.get(name)]
     init = str(fields.get("init_lora_weights"))
@@ -736,5 +702,5 @@ def _check_settings(path: Path, fields: Mapping[str, Any]) -> None:
         more.append("bias")
     if more:
         raise ConversionError(
-            f"{path} uses {', '.join(more)}, which a Bone adapter can't express; use it with PEFT"
+            f"{path} uses {', '.join(more)}, which Bone can't express; use it with PEFT"
         )

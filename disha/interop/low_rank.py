@@ -12,7 +12,6 @@ Source: Hu et al., "LoRA", arXiv 2106.09685; Eckart and Young, 1936, for the tru
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from disha import functional
-from disha.config import check_number, check_positive_int
+from disha.config import check_positive_int
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterHeader
 from disha.functional import METHODS, Layout
@@ -63,25 +62,18 @@ class LowRankUpdate:
         a: A (rank, in); of a convolution (rank, in, *kernel), of an embedding (rank, rows), of a
             stack of experts (expert, rank, in).
         b: B (out, rank); of a stack of experts (expert, out, rank).
-        norm: Frobenius norm of s dW.
-        lost: Frobenius norm of s (dW - B A).
+        error: ||dW - B A|| / ||dW||.
     """
 
     record: LayerRecord
     a: Tensor
     b: Tensor
-    norm: float
-    lost: float = 0.0
+    error: float = 0.0
 
     @property
     def rank(self) -> int:
         """Rank of the factors."""
         return self.b.shape[-1]
-
-    @property
-    def error(self) -> float:
-        """Relative error, ||dW - B A|| / ||dW||."""
-        return _ratio(self.lost, self.norm)
 
     def with_record(self, **changes: Any) -> LowRankUpdate:
         """Return the same factors for the layer with these fields changed."""
@@ -121,13 +113,11 @@ class LoraReport:
     Attributes:
         path: the folder or file.
         layers: every layer, with its relative error.
-        error: the relative error of all updates together.
         also_train: names of the tensors written besides the factors.
     """
 
     path: Path
     layers: tuple[LoraLayer, ...]
-    error: float
     also_train: tuple[str, ...] = ()
 
     @classmethod
@@ -139,9 +129,12 @@ class LoraReport:
             LoraLayer(one.record.name, one.record.method, one.record.r, one.rank, one.error)
             for one in updates
         )
-        lost = math.hypot(*(update.lost for update in updates))
-        norm = math.hypot(*(update.norm for update in updates))
-        return cls(path, layers, _ratio(lost, norm), tuple(also_train))
+        return cls(path, layers, tuple(also_train))
+
+    @property
+    def error(self) -> float:
+        """The largest relative error of a layer."""
+        return max(layer.error for layer in self.layers)
 
     def __str__(self) -> str:
         rows = [
@@ -151,19 +144,13 @@ class LoraReport:
         lines = [table(("layer", "method", "r", "rank", "error"), rows)]
         if self.also_train:
             lines.append(f"also trained: {printable(', '.join(self.also_train))}")
-        path = printable(str(self.path))
-        lines.append(
-            f"{path}: {counted(len(self.layers), 'layer')}, total error {_shown(self.error)}"
-        )
+        count = counted(len(self.layers), "layer")
+        lines.append(f"{printable(str(self.path))}: {count}, largest error {_shown(self.error)}")
         return "\n".join(lines)
 
 
 def _shown(error: float) -> str:
     return "exact" if error == 0 else f"{error:.3g}"
-
-
-def _ratio(lost: float, norm: float) -> float:
-    return lost / norm if lost and norm else 0.0
 
 
 def commonest(values: Iterable[T]) -> T:
@@ -191,27 +178,26 @@ def low_rank_updates(
     tensors: Mapping[str, Tensor],
     *,
     rank: int | None = None,
-    max_error: float | None = None,
     pad: bool = False,
     stacks: bool = False,
     base: BaseWeight | None = None,
 ) -> list[LowRankUpdate]:
-    """Return the updates of all layers; `disha.interop.lora.write_lora` documents the rest.
+    """Return the updates of all layers; `stacks` says whether the format has a place for experts.
 
-    Args:
-        header: the adapter's header.
-        tensors: its tensors.
-        rank: largest rank of a layer.
-        max_error: largest relative error of a layer.
-        pad: pad all ranks to one of `SERVED_RANKS`.
-        stacks: whether the format has a place for stacks of experts.
-        base: returns the base weights; only BAT needs it.
+    `disha.interop.lora.write_lora` documents the others.
     """
-    check_limits(rank, max_error)
-    _check_layouts(header, stacks)
+    check_rank(rank)
+    without = [
+        one.name
+        for one in header.layers
+        if one.rows or not ((stacks and is_stack(one)) or one.layout.pattern in PATTERNS)
+    ]
+    if without:
+        raise ConversionError(
+            f"LoRA can't express {len(without)} of {counted(len(header.layers), 'layer')} "
+            f"({listed(without)}); leave them out of the adapter (`exclude`)"
+        )
     updates = [_update(one, tensors[one.key], rank, base) for one in header.layers]
-    if max_error is not None:
-        _check_error(updates, max_error)
     return _padded(updates) if pad else updates
 
 
@@ -220,51 +206,21 @@ def is_stack(layer: LayerRecord) -> bool:
     return layer.layout.expert_dim is not None and _STACK.fullmatch(layer.name) is not None
 
 
-def check_limits(rank: int | None, max_error: float | None) -> None:
-    """Raise unless both limits are None or in range."""
+def check_rank(rank: int | None) -> None:
+    """Raise unless a rank is None or positive."""
     if rank is not None:
         check_positive_int("rank", rank)
-    if max_error is not None:
-        check_number("max_error", max_error)
-        if not max_error >= 0:
-            raise ArgumentError(f"max_error must be at least 0, got {max_error}")
-
-
-def _check_layouts(header: AdapterHeader, stacks: bool) -> None:
-    without = [
-        one.name
-        for one in header.layers
-        if one.rows or not ((stacks and is_stack(one)) or one.layout.pattern in PATTERNS)
-    ]
-    if without:
-        experts = ", experts.gate_up_proj and experts.down_proj" if stacks else ""
-        raise ConversionError(
-            f"LoRA can't express {len(without)} of {counted(len(header.layers), 'layer')} "
-            f"({listed(without)}): it adapts all rows of linear layers, convolutions that are not "
-            f"transposed, embeddings{experts}. Leave the others out of the adapter (`exclude`)"
-        )
-
-
-def _check_error(updates: Sequence[LowRankUpdate], max_error: float) -> None:
-    above = sorted((one.error, one.record.name) for one in updates if one.error > max_error)
-    if above:
-        worst = [f"{name}: {error:.3g}" for error, name in reversed(above)]
-        raise ConversionError(
-            f"{len(above)} of {counted(len(updates), 'layer')} would lose more than "
-            f"max_error={max_error:g} of their update ({first_few(worst, 5, ', ')}); nothing was "
-            "written. Give a larger `rank` or `max_error`"
-        )
 
 
 def _padded(updates: Sequence[LowRankUpdate]) -> list[LowRankUpdate]:
     """Return the updates with one rank of `SERVED_RANKS`."""
-    largest = max(updates, key=lambda update: update.rank)
-    rank = next((one for one in SERVED_RANKS if one >= largest.rank), None)
-    if rank is None:
+    largest = max(update.rank for update in updates)
+    if largest > SERVED_RANKS[-1]:
         raise ConversionError(
-            f"{largest.record.name} has rank {largest.rank}, and ranks are padded to at most "
-            f"{SERVED_RANKS[-1]}; give a smaller `rank`, or do not pad"
+            f"a layer has rank {largest}, and ranks are padded to at most {SERVED_RANKS[-1]}; give "
+            "a smaller `rank`, or do not pad"
         )
+    rank = next(one for one in SERVED_RANKS if one >= largest)
     return [update.padded(rank) for update in updates]
 
 
@@ -272,15 +228,12 @@ def _update(
     layer: LayerRecord, block: Tensor, rank: int | None, base: BaseWeight | None
 ) -> LowRankUpdate:
     factors = _factors(layer, block)
-    is_small = factors is not None and (rank is None or rank >= factors[1].shape[-1])
-    if factors is not None and is_small:
-        a, b = factors
-        rows, columns = (b.flatten(0, 1), a[0]) if is_stack(layer) else (b, a.flatten(1))
-        return LowRankUpdate(layer, a, b, abs(layer.scale) * _product_norm(rows, columns))
+    if factors is not None and (rank is None or rank >= factors[1].shape[-1]):
+        return LowRankUpdate(layer, *factors)
     if is_stack(layer):
         raise ConversionError(
-            f"{layer.name} is a stack of experts, and its {layer.method} update is "
-            f"{'not low-rank' if factors is None else f'not truncated to rank {rank}'}; merge it"
+            f"{layer.name} is a stack of experts, and its {layer.method} update is not cut to a "
+            "rank; merge it"
         )
     return _truncated(layer, block, rank, base)
 
@@ -312,9 +265,7 @@ def _truncated(
 ) -> LowRankUpdate:
     """Form dW and return its leading singular values."""
     if rank is None:
-        raise ArgumentError(
-            f"a {layer.method} update has no exact low rank, so it is truncated: give `rank`"
-        )
+        raise ArgumentError(f"a {layer.method} update is cut to a rank: give `rank`")
     weight = block.new_empty(()).expand(layer.weight_shape(tuple(block.shape)))  # for its shape
     method = functional.method_of(layer.method)
     if method.reads_weight:
@@ -324,9 +275,9 @@ def _truncated(
         delta = delta.transpose(0, 1)  # (out, in, *kernel)
     wide = delta.flatten(1).to(torch.promote_types(delta.dtype, torch.float32))
     a, b = (x.to(block.dtype).contiguous() for x in _cut(wide, rank))
-    lost = abs(layer.scale) * _norm(wide - b.to(wide.dtype) @ a.to(wide.dtype))
-    a = a.reshape(-1, *delta.shape[1:])
-    return LowRankUpdate(layer, a, b, abs(layer.scale) * _norm(wide), lost)
+    lost, norm = _norm(wide - b.to(wide.dtype) @ a.to(wide.dtype)), _norm(wide)
+    error = lost / norm if norm and layer.scale else 0.0
+    return LowRankUpdate(layer, a.reshape(-1, *delta.shape[1:]), b, error)
 
 
 def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> Tensor:
@@ -341,12 +292,6 @@ def _base_weight(layer: LayerRecord, block: Tensor, base: BaseWeight | None) -> 
 
 def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64))
-
-
-def _product_norm(b: Tensor, a: Tensor) -> float:
-    """Return ||B A|| without the product: its square is the sum of (B^T B) * (A A^T)."""
-    b, a = b.double(), a.double()
-    return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
 
 
 def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -373,16 +318,8 @@ def layer_of_factors(
 ) -> tuple[LayerRecord, Tensor] | None:
     """Return the layer and the block with these factors, or None if no method has such a block.
 
+    The factors have the shapes of `LowRankUpdate`, but B of a convolution is (out, rank, 1, ...).
     Rows of zeros at the end of A are left out, as a padded update has them.
-
-    Args:
-        name: the layer's name.
-        a: A (r, in); of a convolution (r * positions, in, *kernel), of a stack of experts
-            (expert, r, in).
-        b: B (out, r); of a convolution (out, r * positions, 1, ...), of a stack of experts
-            (expert, out, r).
-        layout: the layout of the layer's weight.
-        scale: runtime scale s.
     """
     dim = 0 if layout.expert_dim is None else 1
     if a.dim() < 2 or a.dim() != b.dim() or not a.numel() or a.shape[dim] != b.shape[dim + 1]:

@@ -33,6 +33,7 @@ from disha.functional import Layout
 from disha.interop.peft_format import (
     BAT,
     INIT_WEIGHTS,
+    THE_MODEL_ITSELF,
     PeftConfig,
     config_of,
     exact_targets,
@@ -133,7 +134,7 @@ def export(
     ranks, action = view.ranks(), f"export adapter {adapter!r} to PEFT"
     given = {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     notes = notes_of(view.model) | {note: one for note, one in given.items() if one is not None}
-    header, tensors = adapter_contents(view, adapter)
+    header, tensors = adapter_contents(view, adapter, base=False)
     with ranks.agreeing(action):
         target, names = checked_path(folder), [layer.name for layer in header.layers]
         saved = saved_modules(view, header.also_train, names)
@@ -452,7 +453,7 @@ def _inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
         if layer.rows:
             problems.append(f"{name}: PEFT's MiSS adapts all rows of a weight, not some of them")
         if not layer.name:
-            problems.append(f"{name}: PEFT adapts layers within a model, not the model itself")
+            problems.append(THE_MODEL_ITSELF)
         if layer.scale != 1.0:
             problems.append(f"{name}: PEFT's MiSS has no scale (combine_adapters into one of 1)")
         if method == BAT and (layer.in_features % r or layer.out_features % r):

@@ -38,6 +38,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """PEFT's prefix of every name: its wrapper, and the model in it."""
 
+THE_MODEL_ITSELF = "(the model): PEFT adapts layers within a model, not the model itself"
+
 SHOWN = 20
 """How many problems an error lists."""
 

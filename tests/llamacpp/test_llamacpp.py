@@ -133,7 +133,8 @@ def test_qwen2_keeps_the_usual_rows(tmp_path, tiny_base):
     path = tmp_path / "qwen2.gguf"
     tiny_gguf.write_gguf(path, tiny_gguf.random_state(tied=False), architecture="qwen2")
     ours = adapted(tiny_base, "all-linear", HEAD_DIM // 2)
-    lora.export_gguf(ours, tmp_path / "lora.gguf", architecture="qwen2")
+    ours.config.model_type = "qwen2"
+    lora.export_gguf(ours, tmp_path / "lora.gguf")
     check_equal(path, tmp_path / "lora.gguf", ours, tiny_base)
 
 
