@@ -22,9 +22,14 @@ from disha.sharding import is_sharded, split_of
 
 __all__ = ["WANT_BASE", "linear_forward", "weight_property"]
 
-WANT_BASE = ("torch.nn.modules.module", "torch.distributed.fsdp", "accelerate.utils.modeling")
-"""Modules that read a parameter by its name, to return it (`get_parameter`) or to move it: these
-get W itself."""
+WANT_BASE = (
+    "torch.nn.modules.module",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "accelerate.utils.modeling",
+)
+"""Modules that read a parameter by its name, to return it (`get_parameter`), to save it or to move
+it: these get W itself."""
 
 LINEAR_FORWARD = nn.Linear.forward
 """The forward of torch. If user code replaces it in `nn.Linear`, the replacement runs."""

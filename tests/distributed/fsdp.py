@@ -217,7 +217,7 @@ def check_refused_load_changes_no_rank(folder):
         disha.save_adapter(adapted(seed=5), folder / "fits")
         disha.save_adapter(adapted("tile"), folder / "other")
     dist.barrier()
-    with pytest.raises(AdapterFileError, match=r"which it does not fit"):
+    with pytest.raises(AdapterFileError, match="does not fit the model"):
         disha.load_adapter(model, folder / "other", replace=True)
     with pytest.raises(ArgumentError, match="replace=True"):
         disha.load_adapter(model, folder / "fits")
