@@ -1,8 +1,5 @@
 import copy
 import json
-import subprocess
-import sys
-import textwrap
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -55,8 +52,15 @@ def blocks_of(model):
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("method", ["bone", "bat"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize(
+        ("method", "dtype"),
+        [
+            ("bone", torch.float32),
+            ("bat", torch.bfloat16),
+            ("bone", torch.float16),
+            ("bat", torch.float64),
+        ],
+    )
     def test_equal_outputs_and_the_same_file_again(self, path, tokens, method, dtype):
         model = trained(dtype, method=method, rank_pattern={"head": 2}, scale=0.5)
         disha.save_adapter(model, path, metadata={"note": "ä"})
@@ -68,19 +72,6 @@ class TestRoundTrip:
         again = path.with_name("again")
         disha.save_adapter(other, again, metadata={"note": "ä"})
         assert again.read_bytes() == path.read_bytes()
-
-    def test_saving_twice_gives_the_same_bytes(self, saved):
-        model, path = saved
-        first = path.read_bytes()
-        disha.save_adapter(model, path)
-        assert path.read_bytes() == first
-
-    def test_tile(self, path, tokens):
-        model = trained(r_out=4)
-        disha.save_adapter(model, path)
-        other = base()
-        disha.load_adapter(other, path)
-        assert torch.equal(other(tokens), model(tokens))
 
     def test_a_model_that_is_itself_one_linear(self, path):
         model = disha.inject_adapters(nn.Linear(4, 3), "all-linear", 2, init="kaiming")
@@ -100,14 +91,6 @@ class TestRoundTrip:
         disha.load_adapter(other, path)
         x = torch.randn(2, 6)
         assert torch.equal(other(x), model(x))
-
-    def test_runtime_scale_is_saved(self, path, tokens):
-        model = trained()
-        disha.set_adapter_scale(model, 0.25)
-        disha.save_adapter(model, path)
-        other = base()
-        disha.load_adapter(other, path)
-        assert torch.equal(other(tokens), model(tokens))
 
     def test_bfloat16_blocks_on_a_float32_base_stay_bfloat16(self, path):
         disha.save_adapter(trained(dtype=torch.bfloat16), path)
@@ -143,30 +126,12 @@ class TestRoundTrip:
         blocks = disha.adapter_parameters(model), disha.adapter_parameters(other)
         assert all(map(torch.equal, *blocks))
 
-    def test_wrapped_model_gives_the_same_file(self, saved):
-        model, path = saved
-        plain = path.read_bytes()
-        disha.save_adapter(torch.compile(model, backend="eager"), path)
-        assert path.read_bytes() == plain
-
     def test_a_merged_adapter_can_be_saved(self, saved):
         model, path = saved
         plain = path.read_bytes()
         disha.merge_adapters(model)
         disha.save_adapter(model, path)
         assert path.read_bytes() == plain
-
-    def test_trained_in_another_process(self, saved, tokens):
-        model, path = saved
-        script = f"""
-            import torch, disha
-            from tests.adapter_files import base
-            model = base()
-            disha.load_adapter(model, {str(path)!r})
-            torch.save(model(torch.arange(10).view(2, 5)).detach(), {str(path) + ".out"!r})
-        """
-        subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
-        assert torch.equal(torch.load(f"{path}.out"), model(tokens))
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
@@ -269,15 +234,6 @@ class TestContents:
         assert [layer.name for layer in described.layers] == ["head"]
         assert list(tensors) == list(described.tensors) == ["head.bone_block"]
 
-    @pytest.mark.parametrize(("count", "rest"), [(10, ""), (11, ", and 1 more")])
-    def test_ten_layers_are_named_where_none_is_found(self, path, count, rest):
-        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(count)))
-        disha.save_adapter(disha.inject_adapters(model, ".", 1), path)
-        with pytest.raises(ArgumentError) as caught:
-            read_contents(path, layers="none")
-        names = ", ".join(map(str, range(10)))
-        assert str(caught.value).endswith(f", which are {names}{rest}")
-
     def test_layers_that_the_contents_lack_are_left_alone_only_if_asked(self):
         header, tensors = adapter_contents(ModelView(trained(also_train=None)))
         some = replace(header, layers=header.layers[1:])
@@ -346,13 +302,6 @@ class TestReplace:
         assert all(a is b for a, b in zip(blocks, disha.adapter_parameters(other), strict=True))
         assert torch.equal(other(tokens), model(tokens))
 
-    def test_takes_over_the_scale(self, path, tokens):
-        model = trained(scale=0.5)
-        disha.save_adapter(model, path)
-        other = trained()
-        disha.load_adapter(other, path, replace=True)
-        assert torch.equal(other(tokens), model(tokens))
-
     def test_takes_over_the_dropout(self, path):
         disha.save_adapter(trained(dropout=0.25), path)
         other = trained()
@@ -377,8 +326,10 @@ class TestReplace:
         assert_unchanged(other, before)
 
     @pytest.mark.parametrize("r", [1, 2, 3, 6])
-    @pytest.mark.parametrize("options", [{}, {"r_out": 4}, {"rank_pattern": {"head": 1}}], ids=str)
-    @pytest.mark.parametrize("target", ["proj|head", "head"])
+    @pytest.mark.parametrize(
+        ("options", "target"),
+        [({}, "proj|head"), ({"r_out": 4}, "head"), ({"rank_pattern": {"head": 1}}, "proj|head")],
+    )
     def test_a_smaller_r_and_fewer_layers_have_the_same_effect(
         self, path, tokens, r, options, target
     ):
@@ -487,18 +438,17 @@ class TestSomeLayers:
 
 class TestLayout:
     @pytest.mark.parametrize(
-        ("layer", "layout"),
+        ("layer", "layout", "method"),
         [
-            (nn.Linear(8, 8), Layout("out in")),
-            (nn.Conv2d(8, 8, 3), Layout("out in *kernel")),
-            (nn.ConvTranspose1d(8, 8, 3), Layout("in out *kernel")),
-            (nn.ConvTranspose1d(8, 8, 3, groups=2), Layout("in out *kernel", groups=2)),
-            (nn.Embedding(8, 8), Layout("index out")),
-            (nn.Embedding(8, 8, padding_idx=1), Layout("index out", padding_idx=1)),
-            (nn.Bilinear(8, 8, 3), Layout("expert out in")),
+            (nn.Linear(8, 8), Layout("out in"), "bat"),
+            (nn.Conv2d(8, 8, 3), Layout("out in *kernel"), "bone"),
+            (nn.ConvTranspose1d(8, 8, 3), Layout("in out *kernel"), "bat"),
+            (nn.ConvTranspose1d(8, 8, 3, groups=2), Layout("in out *kernel", groups=2), "bone"),
+            (nn.Embedding(8, 8), Layout("index out"), "bat"),
+            (nn.Embedding(8, 8, padding_idx=1), Layout("index out", padding_idx=1), "bone"),
+            (nn.Bilinear(8, 8, 3), Layout("expert out in"), "bat"),
         ],
     )
-    @pytest.mark.parametrize("method", ["bone", "bat"])
     def test_is_recorded_and_comes_back(self, path, layer, layout, method):
         base = nn.Sequential(copy.deepcopy(layer))
         model = disha.inject_adapters(copy.deepcopy(base), "0", r=4, method=method)
@@ -572,10 +522,6 @@ class TestInspect:
             f"{path}: format 1, 2 layers, 66 parameters, {path.stat().st_size:,} bytes",
         ]
 
-    def test_a_model_that_is_one_layer_is_called_so(self, path):
-        disha.save_adapter(disha.inject_adapters(nn.Linear(4, 6), "^$", 2), path)
-        assert str(disha.inspect_adapter(path)).splitlines()[1].startswith("(the model)  bone")
-
     def test_reads_no_tensor(self, saved):
         _, path = saved
         size = path.stat().st_size
@@ -637,12 +583,6 @@ class TestFingerprint:
         with pytest.warns(AdapterFileWarning, match=r"5 of 5 layers \(layers.0"):
             disha.load_adapter(Layered(), path)
 
-    def test_the_same_base_does_not(self, saved):
-        _, path = saved
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            disha.load_adapter(base(), path)
-
     def test_a_base_with_the_adapter_merged_in_already_warns(self, saved):
         model, path = saved
         disha.merge_adapters(model)
@@ -655,7 +595,7 @@ class TestFingerprint:
 
     def test_the_base_in_another_dtype_counts_as_the_same(self, saved):
         _, path = saved
-        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 disha.load_adapter(base(dtype), path)
@@ -774,16 +714,6 @@ class TestBadFiles:
             with pytest.raises(ArgumentTypeError, match="path must be"):
                 call()
 
-    def test_names_that_no_file_can_have(self, tmp_path):
-        name = "x" * 300
-        for call in (
-            lambda: disha.inspect_adapter(tmp_path / name),
-            lambda: disha.load_adapter(base(), tmp_path / name),
-            lambda: disha.save_adapter(trained(), tmp_path / name),
-        ):
-            with pytest.raises(AdapterIOError, match="File name too long"):
-                call()
-
     def test_into_a_bad_name(self, saved):
         _, path = saved
         model = base()
@@ -815,11 +745,6 @@ class TestSaving:
             model = disha.inject_adapters(Layered(), "head", 2)
         with pytest.raises(AdapterStateError, match="meta device"):
             disha.save_adapter(model, path)
-
-    def test_too_much_metadata(self, path):
-        with pytest.raises(AdapterIOError, match="header too large"):
-            disha.save_adapter(trained(), path, metadata={"a": "x" * 101_000_000})
-        assert not path.exists()
 
     def test_unknown_adapter(self, path):
         with pytest.raises(ArgumentError, match="no adapter 'x'"):

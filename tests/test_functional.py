@@ -92,7 +92,7 @@ def check_against_oracle(method, case, scale, tolerance):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    ("sizes", "scale"), zip(SIZES, itertools.cycle([1.0, -0.7, torch.tensor(0.3)])), ids=str
+    ("sizes", "scale"), list(zip(SIZES, itertools.cycle([1.0, -0.7, torch.tensor(0.3)]))), ids=str
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_forward_gradients_and_merge_equal_the_loops(method, sizes, dtype, scale):
@@ -105,26 +105,6 @@ def random_sizes(draw):
     r = draw(st.integers(1, in_features))
     r_out = draw(st.integers(1, 4))
     return in_features, r_out * draw(st.integers(1, 3)), r, r_out
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    method=st.sampled_from(METHODS),
-    sizes=random_sizes(),
-    lead=st.lists(st.integers(0, 3), max_size=3).map(tuple),
-    strided=st.booleans(),
-    scale=st.floats(-2, 2),
-    as_tensor=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
-def test_any_shape_layout_and_scale_equals_the_loops(
-    method, sizes, lead, strided, scale, as_tensor, seed
-):
-    case = make_case(method, sizes, lead=lead, seed=seed)
-    if strided:
-        case = [strided_copy(tensor) for tensor in case]
-    scale = torch.tensor(scale, dtype=torch.float64) if as_tensor else scale
-    check_against_oracle(method, case, scale, 1e-10)
 
 
 def strided_copy(tensor):
@@ -175,8 +155,9 @@ def test_shard_sum_of_another_dimension(dim):
         close(functional.shard_sum(x, r, dim=dim), expected, 1e-12)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5, torch.tensor(-1.5)], ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "scale"), list(zip(SIZES, itertools.cycle([1.0, 0.5, torch.tensor(-1.5)]))), ids=str
+)
 @pytest.mark.parametrize("method", ["bone", "tile"])
 def test_bone_delta_is_the_product_with_delta_weight(method, sizes, scale):
     x, weight, _, block = make_case(method, sizes, lead=(2, 3))
@@ -185,7 +166,7 @@ def test_bone_delta_is_the_product_with_delta_weight(method, sizes, scale):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sizes", SIZES[:5], ids=str)
+@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
 def test_gradcheck_of_input_weight_bias_block_and_scale(method, sizes):
     case = make_case(method, sizes, lead=(2,))
     scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
@@ -206,9 +187,9 @@ def test_leading_dimensions_come_back_and_empty_ones_have_zero_gradient(method, 
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_zero_block_leaves_every_bit(method, sizes, dtype):
+def test_zero_block_leaves_every_bit(method, dtype):
+    sizes = SIZES[1]
     x, weight, bias, block = (tensor.detach() for tensor in make_case(method, sizes, dtype))
     for b in (bias, None):
         y = forward(method)(x, weight, b, torch.zeros_like(block))
@@ -326,19 +307,6 @@ def test_autocast_gives_what_the_plain_layer_gives(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_vmap_over_blocks_and_inputs_equals_the_loop(method):
-    x, weight, bias, _ = (t.detach() for t in make_case(method, (10, 9, 4, 3)))
-    blocks = torch.stack([make_block(method, (10, 9, 4, 3)) for _ in range(4)])
-    xs = torch.randn(4, *x.shape, dtype=x.dtype)
-    call = forward(method)
-    mapped = torch.func.vmap(call, in_dims=(0, None, None, 0))(xs, weight, bias, blocks)
-    looped = torch.stack(
-        [call(x, weight, bias, block) for x, block in zip(xs, blocks, strict=True)]
-    )
-    close(mapped, looped, 1e-12)
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_vmap_of_grad_gives_per_sample_block_gradients(method):
     x, weight, bias, block = (t.detach() for t in make_case(method, (10, 9, 4, 3)))
 
@@ -372,10 +340,9 @@ def test_jvp_equals_finite_differences(method):
     close(tangent, (ahead - behind) / (2 * step), 1e-6)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("method", METHODS)
-def test_second_derivatives_pass_gradgradcheck(method, seed):
-    case = make_case(method, (5, 4, 2, 2), lead=(2,), seed=seed)
+def test_second_derivatives_pass_gradgradcheck(method):
+    case = make_case(method, (5, 4, 2, 2), lead=(2,))
     assert torch.autograd.gradgradcheck(forward(method), tuple(case))
 
 

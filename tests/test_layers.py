@@ -388,31 +388,6 @@ def test_adapters_add_up_from_the_original_weight_in_any_order(training):
             close(layer(x), oracle(layer, x, sorted(names)))
 
 
-def test_gradients_of_adapters_that_add_up_equal_the_formula():
-    layer = three_adapters(nn.Linear(10, 9, dtype=torch.float64))
-    names = ["bat2", "bone", "bat", "tile"]
-    disha.set_active_adapters(layer, names)
-    blocks = [layer.disha[name].block for name in names]
-    x = torch.randn(4, 10, dtype=torch.float64)
-    pairs = [(layer.disha[name].block, layer.disha[name].scale) for name in names]
-    y = reference.linear(x, layer.base_weight, layer.bias, pairs)
-    expected = torch.autograd.grad(y.square().sum(), blocks)
-    for actual, wanted in zip(
-        torch.autograd.grad(layer(x).square().sum(), blocks), expected, strict=True
-    ):
-        close(actual, wanted)
-
-
-def test_a_bat_block_that_drops_starts_from_the_original_weight_beside_another():
-    layer = nn.Linear(10, 9, dtype=torch.float64)
-    inject(layer, "bat", r=4, adapter="a")
-    inject(layer, "bat", r=3, adapter="b", dropout=1e-12)  # acts, and never hits an element
-    fill(layer).train()
-    disha.set_active_adapters(layer, ["a", "b"])
-    x = torch.randn(4, 10, dtype=torch.float64)
-    close(layer(x), oracle(layer, x, ("a", "b")))
-
-
 # --- copies and files ----------------------------------------------------------------------------
 
 
@@ -532,19 +507,6 @@ def test_copy_acts_alike_and_shares_nothing(make, duplicate):
     assert not torch.allclose(twin(x), before)
     disha.remove_adapters(twin)
     assert not isinstance(twin, AdaptedLinear) or type(twin) in (BoneLinear, BatLinear)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_state_dict_round_trip_into_a_fresh_layer(kind):
-    layer, fresh = fill(born(kind)), born(kind)
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
-    report = fresh.load_state_dict(torch.load(buffer))
-    assert not report.missing_keys
-    assert not report.unexpected_keys
-    x = torch.randn(3, 10)
-    assert torch.equal(fresh(x), layer(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)

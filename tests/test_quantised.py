@@ -35,7 +35,7 @@ from transformers.integrations.metal_quantization import MetalLinear
 import disha
 from disha import ArgumentError, MergeError, TargetError
 from disha.functional import bone_delta
-from disha.layers import AdaptedLayer, quantisation_of
+from disha.layers import AdaptedLayer
 from disha.layers.opaque import opaque_slot
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot
@@ -294,17 +294,6 @@ class TestMixedModel:
             disha.unmerge_adapters(twin)
             assert torch.equal(twin(x), expected)
 
-    def test_removal_restores(self, way, x):
-        layer = linear(way)
-        before, values, output = snapshot_of(layer), everything(layer), layer(x)
-        inject(layer, "bat")
-        perturb(layer)
-        layer(x)
-        disha.remove_adapters(layer)
-        assert snapshot_of(layer) == before
-        same(everything(layer), values)
-        assert torch.equal(layer(x), output)
-
     def test_a_subclass_keeps_its_forward_and_refuses_to_merge(self, way, x):
         layer = linear(way)
         forward = type(layer).forward
@@ -490,15 +479,6 @@ class TestTensorSubclasses:
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         close(compiled(x), model(x))
-
-    def test_unmerging_follows_the_layer_to_another_device(self):
-        layer = inject(linear("torchao"), "bone")
-        disha.merge_adapters(layer, dense=True)
-        layer.to("meta")
-        disha.unmerge_adapters(layer)
-        assert layer.weight.device.type == "meta"
-        assert quantisation_of(layer, layer.weight) is not None
-        assert isinstance(layer.weight, nn.Parameter)
 
 
 class Owner(nn.Module):
