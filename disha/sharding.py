@@ -196,17 +196,14 @@ class Split:
         """Along which dimensions of the mesh the weight is cut."""
         return tuple(placement.is_shard() for placement in self.placements)
 
-    def whole(
-        self, local: Tensor, placements: Sequence[Any] | None = None, shape: Sequence[int] = ()
-    ) -> Tensor:
+    def whole(self, local: Tensor) -> Tensor:
         """Return the whole DTensor, given the part of each rank."""
         from torch.distributed.tensor import DTensor
 
-        size = torch.Size(shape or self.shape)
+        size = torch.Size(self.shape)
         stride = torch.empty(size, device="meta").stride()
-        placed = self.placements if placements is None else placements
         whole: Tensor = DTensor.from_local(
-            local, self.device_mesh, placed, run_check=False, shape=size, stride=stride
+            local, self.device_mesh, self.placements, run_check=False, shape=size, stride=stride
         )
         return whole
 
@@ -230,25 +227,6 @@ class Split:
         whole = whole.redistribute(placements=everywhere)
         local: Tensor = whole.to_local(grad_placements=partial)
         return local
-
-    def input_of(self, x: Any) -> tuple[Any, Tensor, list[Any], list[bool]]:
-        """Return the input of a linear layer as its weight needs it."""
-        from torch.distributed.tensor import Partial, Replicate, Shard
-
-        plan: list[tuple[Any, Any, Any, bool]] = []
-        last = x.dim() - 1
-        for weight, own in zip(self.placements, x.placements, strict=True):
-            if weight.is_shard(0):  # each rank has some outputs
-                plan.append((Replicate(), Partial(), Shard(last), True))
-            elif weight.is_shard():  # each rank has some inputs
-                plan.append((Shard(last), Shard(last), Partial(), True))
-            elif own.is_shard() and not own.is_shard(last):  # each rank has some samples
-                plan.append((own, own, own, True))
-            else:
-                plan.append((Replicate(), Replicate(), Replicate(), False))
-        wanted, gradients, outputs, sums = map(list, zip(*plan, strict=True))
-        x = x.redistribute(placements=wanted)
-        return x, x.to_local(grad_placements=gradients), outputs, sums
 
     def agree_on(self, block: Tensor) -> None:
         """Give all ranks the values that the first one has. Collective."""
