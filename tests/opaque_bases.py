@@ -229,8 +229,6 @@ BASES = {
 }
 READABLE = {name for name in BASES if name.startswith(("torchao", "hqq", "decompressed"))}
 MERGEABLE = {name for name in BASES if name.startswith("torchao")}
-TRACED = {"fp8", "compressed fp8", "gemma", "decompressed", "torchao int8", "torchao float8"}
-"""Those that `torch.jit.trace` takes without an adapter."""
 
 
 def base(name: str) -> nn.Module:

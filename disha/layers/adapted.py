@@ -22,11 +22,6 @@ from disha.layers.blocks import Block, Slot
 from disha.layers.reading import weight_property
 from disha.layers.weights import base_of, delta_of, geometry_of, merged_weight
 
-__all__ = [
-    "AdaptedLayer",
-    "refuse_merged",
-]
-
 
 class AdaptedLayer(nn.Module):
     """Base class of the classes that adapted modules get.

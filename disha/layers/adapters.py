@@ -19,14 +19,6 @@ from disha.layers.blocks import Block
 from disha.routing import Route, Routed
 from disha.torch_patches import install
 
-__all__ = [
-    "CHILD_NAME",
-    "Adapters",
-    "Merged",
-    "Original",
-    "check_adapter_name",
-]
-
 CHILD_NAME = "disha"
 """Name of the one sub-module that adapting adds to a module."""
 
@@ -180,12 +172,6 @@ class Adapters(nn.Module):
         install()
         self.group.take(self)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Raise: the layer that holds the adapters applies them."""
-        raise ArgumentTypeError(
-            "Adapters holds blocks and can't be called; call the layer that it belongs to"
-        )
-
 
 def check_adapter_name(adapter: object) -> str:
     """Return `adapter` if it can name an adapter.
@@ -197,16 +183,9 @@ def check_adapter_name(adapter: object) -> str:
         raise ArgumentTypeError(
             f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
         )
-    if not adapter:
-        raise ArgumentError("an adapter's name must not be empty")
-    if "." in adapter:
+    if not adapter or "." in adapter or hasattr(Adapters(), adapter):
         raise ArgumentError(
-            f"adapter name {adapter!r} has a dot, which separates names in state-dict keys; "
-            f"use {adapter.replace('.', '_')!r}, for example"
-        )
-    if hasattr(Adapters(), adapter):
-        raise ArgumentError(
-            f"adapter name {adapter!r} is taken: modules have an attribute of that name; use "
-            f"{adapter + '_'!r}, for example"
+            f"{adapter!r} can't name an adapter: a name must not be empty, have a dot, or be an "
+            "attribute of modules"
         )
     return adapter

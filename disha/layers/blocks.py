@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from disha.config import AdapterConfig
 from disha.contexts import Group
 from disha.errors import ModeError
-from disha.functional import Layout, Method, Rows, Update, method_of
+from disha.functional import Layout, Rows, Update, method_of
 from disha.layers import compiled
 from disha.sharding import Split, is_partitioned
 
@@ -62,36 +62,19 @@ def _lasting() -> AbstractContextManager[object]:
 class Block(nn.Module):
     """One adapter's trainable block of one weight.
 
-    Args:
-        shape: shape of the block.
-        slot: the weight that it adapts.
-        config: the adapter's configuration.
-        r: shard size at this weight.
-        device: its device.
-        dtype: its dtype.
-        split: how a tensor-parallel plan has cut the weight.
-
     Attributes:
-        rows: the slot's rows.
+        slot: the weight that it adapts.
         method: the block's method.
         parameter_name: the block's name in state dicts and files.
+        r: shard size at this weight.
+        split: how a tensor-parallel plan has cut the weight before the block was made.
         dropout: probability of zeroing each of the block's inputs in training.
         scale: the runtime scale s. Change it with `set_scale`.
         scale_tensor: s as a 0-dim tensor. Compiled code reads it, so scaling compiles nothing
             again. Not part of the state dict.
     """
 
-    slot: Slot
-    rows: Rows
-    method: Method
-    parameter_name: str
-    config: AdapterConfig
-    r: int
-    scale: float
-    dropout: float
     scale_tensor: Tensor
-    split: Split | None = None
-    """How a tensor-parallel plan has cut the weight before the block was made."""
 
     def __init__(
         self,
@@ -105,19 +88,14 @@ class Block(nn.Module):
         split: Split | None = None,
     ) -> None:
         super().__init__()
-        # Assigning through nn.Module is slow: one assignment takes as long as this whole update.
-        vars(self).update(
-            slot=slot,
-            rows=slot.rows,
-            method=method_of(config.method),
-            parameter_name=block_name(config.method),
-            config=config,
-            r=r,
-            scale=float(config.scale),
-            dropout=config.dropout,
-        )
-        if split is not None:
-            vars(self)["split"] = split
+        self.slot = slot
+        self.method = method_of(config.method)
+        self.parameter_name = block_name(config.method)
+        self.config = config
+        self.r = r
+        self.scale = float(config.scale)
+        self.dropout = config.dropout
+        self.split = split
         with _lasting():
             values = torch.empty(tuple(shape), device=device, dtype=dtype)
             self._parameters[self.parameter_name] = nn.Parameter(values)
@@ -157,7 +135,7 @@ class Block(nn.Module):
         else:
             tensor = own["_buffers"]["scale_tensor"]
             scale = tensor * getattr(compiled, compiled.factor_name(group.name, tensor.device))
-        return Update(own["method"], values, scale, dropout, own["rows"])
+        return Update(own["method"], values, scale, dropout, own["slot"].rows)
 
     def _refuse_partitioned(self) -> None:
         """Raise if DeepSpeed ZeRO-3 manages the block.
@@ -173,13 +151,7 @@ class Block(nn.Module):
 
     def _from_hook(self) -> Tensor:
         """Return the block after its device hook has loaded it."""
-        try:
-            values: Tensor = self()
-        except KeyError as error:
-            raise ModeError(
-                f"an adapter can't act: a hook loads its block, but has no values ({error}). "
-                "If accelerate has loaded a checkpoint without the adapter, inject after that"
-            ) from error
+        values: Tensor = self()
         taken_away = self._parameters.get(self.parameter_name) is not values
         if taken_away and self.training and values.requires_grad and torch.is_grad_enabled():
             raise ModeError(
@@ -257,22 +229,12 @@ class Block(nn.Module):
         self._write_scale()  # follows the device, keeps its own dtype, survives to_empty()
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # A base model's checkpoint has no blocks, but must still load strictly.
-        # load_adapter_state_dict and load_adapter check whether an adapter is complete.
-        missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if self.scale_tensor.device != self.block.device:
             self._write_scale()  # load_state_dict(assign=True) has taken the block off meta
-        missing_keys.extend(key for key in missing if key != prefix + self.parameter_name)
+        # A base model's checkpoint has no blocks, but must still load strictly.
+        # load_adapter_state_dict and load_adapter check whether an adapter is complete.
+        missing_keys, own = args[2], prefix + self.parameter_name
+        if own in missing_keys:
+            missing_keys.remove(own)

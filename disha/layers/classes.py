@@ -13,16 +13,8 @@ from disha.layers import opaque
 from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Slot
+from disha.layers.hooks import remove_hook
 from disha.layers.reading import linear_forward, weight_property
-
-__all__ = [
-    "AdaptedLinear",
-    "adapt",
-    "adapted_class",
-    "readapt",
-    "refuse_changed_class",
-    "restore",
-]
 
 _Key = tuple[type[nn.Module], tuple[str, ...], bool]
 _CLASSES: dict[_Key, type[AdaptedLayer]] = {}
@@ -186,7 +178,7 @@ def restore(layer: nn.Module) -> None:
     if not isinstance(layer, AdaptedLayer):
         return
     layer._modules.pop(CHILD_NAME, None)
-    opaque.remove_hook(layer)
+    remove_hook(layer, opaque.add_updates)
     _set_class(layer, type(layer).original_class)
     if isinstance(layer, nn.RNNBase):
         layer.__dict__["_flat_weights"] = [

@@ -20,8 +20,6 @@ from torch import Tensor
 from disha.contexts import NAMED, OPEN, Group, deciding
 from disha.effective import start_no_graph
 
-__all__ = ["factor_name"]
-
 
 def factor_name(group: str, device: torch.device) -> str:
     """Return the attribute with the factor of a group on a device.

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disha.layers.hooks import add_first_hook, remove_first_hook
-
-__all__ = ["guard_encoder", "is_guarded", "release_encoder"]
+from disha.layers.hooks import remove_hook
 
 _KEPT = "_disha_nests"
 """Attribute of a guarded encoder: whether torch would use nested tensors."""
@@ -35,7 +33,7 @@ def guard_encoder(encoder: Encoder) -> None:
         encoder.__dict__[_KEPT] = encoder.use_nested_tensor
         encoder.use_nested_tensor = False
     else:
-        add_first_hook(encoder, _cast_as_fused)
+        encoder.register_forward_hook(_cast_as_fused, with_kwargs=True, prepend=True)
 
 
 def release_encoder(encoder: Encoder) -> None:
@@ -43,7 +41,7 @@ def release_encoder(encoder: Encoder) -> None:
     if isinstance(encoder, nn.TransformerEncoder):
         encoder.use_nested_tensor = encoder.__dict__.pop(_KEPT)
     else:
-        remove_first_hook(encoder, _cast_as_fused)
+        remove_hook(encoder, _cast_as_fused)
 
 
 def _cast_as_fused(

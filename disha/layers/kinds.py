@@ -16,8 +16,6 @@ from disha.functional import Layout, layout_of
 from disha.layers.blocks import Slot
 from disha.layers.opaque import DENSE_DTYPES, opaque_slot, original_class
 
-__all__ = ["LAYER_KINDS", "declared_slots", "kind_of", "matrix_parameters", "register_layer_kind"]
-
 Kind = Callable[[Any], Iterable[Slot]]
 """Module -> its weights."""
 
@@ -75,10 +73,9 @@ def _experts(module: Any) -> list[Slot]:
     return [slot_of(name, layout) for name in stacks]
 
 
-_LINEAR = _declared({"weight": Layout("out in")})
 _CONV = _declared({"weight": Layout("out in *kernel")})
 LAYER_KINDS: dict[type[nn.Module], Kind] = {
-    nn.Linear: _LINEAR,
+    nn.Linear: _declared({"weight": Layout("out in")}),
     nn.Bilinear: _declared({"weight": Layout("expert out in")}),
     nn.Embedding: _embedding,
     nn.EmbeddingBag: _embedding,

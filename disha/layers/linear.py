@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 import torch
 from torch import nn
@@ -16,8 +16,23 @@ from disha.layers.blocks import Slot
 from disha.layers.classes import AdaptedLinear
 from disha.layers.weights import make_block
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 WEIGHT = Slot("", "weight", layout_of("out in"), linear=True)
 L = TypeVar("L", bound="_LinearWithAdapter")
+
+
+class LinearOptions(TypedDict, total=False):
+    """The arguments of the linear layers besides those of `nn.Linear` and r."""
+
+    r_out: int | None
+    adapter: str
+    dropout: float
+    scale: float
+    block_dtype: torch.dtype | None
+    init: str
+    freeze: bool
 
 
 class _LinearWithAdapter(AdaptedLinear):
@@ -35,33 +50,14 @@ class _LinearWithAdapter(AdaptedLinear):
         dtype: torch.dtype | None = None,
         *,
         r: int,
-        r_out: int | None = None,
-        adapter: str = "default",
-        dropout: float = 0.0,
-        scale: float = 1.0,
-        block_dtype: torch.dtype | None = None,
-        init: str = "zeros",
-        freeze: bool = True,
+        **options: Unpack[LinearOptions],
     ) -> None:
-        config = AdapterConfig(
-            r, None, self.method, r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
-        )
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._add_first_adapter(adapter, config, freeze)
+        self._add_first_adapter(r, **options)
 
     @classmethod
     def from_linear(
-        cls: type[L],
-        linear: nn.Linear,
-        *,
-        r: int,
-        r_out: int | None = None,
-        adapter: str = "default",
-        dropout: float = 0.0,
-        scale: float = 1.0,
-        block_dtype: torch.dtype | None = None,
-        init: str = "zeros",
-        freeze: bool = True,
+        cls: type[L], linear: nn.Linear, *, r: int, **options: Unpack[LinearOptions]
     ) -> L:
         """Return a layer with an adapter that shares the weight and bias of `linear`.
 
@@ -89,20 +85,29 @@ class _LinearWithAdapter(AdaptedLinear):
             >>> next(layer.parameters()) is linear.weight
             True
         """
-        config = AdapterConfig(
-            r, None, cls.method, r_out, dropout=dropout, scale=scale, dtype=block_dtype, init=init
-        )
-        _require_linear(cls, linear)
+        if type(linear) is not nn.Linear or linear._parameters.get("weight") is None:
+            raise ArgumentTypeError(
+                f"{cls.__name__}.from_linear takes a plain nn.Linear that has a weight of its own, "
+                f"got {type(linear).__name__}; use inject_adapters for other layers"
+            )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight = linear.weight
         layer.register_parameter("bias", linear._parameters["bias"])  # may be None
         layer.train(linear.training)
-        layer._add_first_adapter(adapter, config, freeze)
+        layer._add_first_adapter(r, **options)
         return layer
 
-    def _add_first_adapter(self, adapter: str, config: AdapterConfig, freeze: bool) -> None:
+    def _add_first_adapter(
+        self,
+        r: int,
+        adapter: str = "default",
+        block_dtype: torch.dtype | None = None,
+        freeze: bool = True,
+        **settings: Any,
+    ) -> None:
+        config = AdapterConfig(r, None, self.method, dtype=block_dtype, **settings)
         check_adapter_name(adapter)
         geometry = WEIGHT.layout.geometry((self.out_features, self.in_features))
         problem = WEIGHT.layout.reason_against(geometry, config.r, config.r_out)
@@ -116,14 +121,6 @@ class _LinearWithAdapter(AdaptedLinear):
         adapters.activate((adapter,))
         for name in ("weight", "bias") if freeze else ():
             set_requires_grad(self, name, False)
-
-
-def _require_linear(cls: type[nn.Module], linear: object) -> None:
-    if type(linear) is not nn.Linear or linear._parameters.get("weight") is None:
-        raise ArgumentTypeError(
-            f"{cls.__name__}.from_linear takes a plain nn.Linear that has a weight of its own, got "
-            f"{type(linear).__name__}; use inject_adapters for other layers"
-        )
 
 
 class BoneLinear(_LinearWithAdapter):

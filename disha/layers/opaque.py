@@ -23,12 +23,11 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from disha import functional
 from disha.config import BLOCK_DTYPES
-from disha.errors import ArgumentError, ArgumentTypeError
+from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
 from disha.layers import bitsandbytes
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Slot
-from disha.layers.hooks import add_first_hook, remove_first_hook
 from disha.routing import Route
 from disha.sharding import imported_class
 
@@ -245,15 +244,6 @@ def _own_weight(module: nn.Module) -> Tensor | None:
 # --- base classes of adapted modules -------------------------------------------------------------
 
 
-class _OpaqueLayer(nn.Module):
-    """A base class of an adapted module with an opaque weight, before the module's own."""
-
-    def __dir__(self) -> list[str]:
-        # jit.trace reads every listed attribute, and must not read a weight.
-        listed: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
-        return [name for name in listed if name != "base_weight"]
-
-
 class _ListsItself(nn.Module):
     """A base class that adds the adapters to a `state_dict` that leaves children out (HQQ's)."""
 
@@ -274,9 +264,8 @@ class _ListsItself(nn.Module):
 def leading_bases(original: type[nn.Module]) -> tuple[type[nn.Module], ...]:
     """Return the base classes of an adapted module with an opaque weight, before its own."""
     if bitsandbytes.is_library_forward(original):
-        return (bitsandbytes.BitsandbytesLayer, _OpaqueLayer)
-    lists_itself = original.state_dict is not nn.Module.state_dict
-    return (_ListsItself, _OpaqueLayer) if lists_itself else (_OpaqueLayer,)
+        return (bitsandbytes.BitsandbytesLayer,)
+    return () if original.state_dict is nn.Module.state_dict else (_ListsItself,)
 
 
 # --- adding updates to the output of a module ----------------------------------------------------
@@ -285,15 +274,11 @@ def leading_bases(original: type[nn.Module]) -> tuple[type[nn.Module], ...]:
 def attach_hook(module: nn.Module) -> None:
     """Make a module add the updates of its adapters to its output, before other hooks see it."""
     bitsandbytes.refuse_repacked(_own_weight(module))
-    add_first_hook(module, _add_updates)
+    module.register_forward_hook(add_updates, with_kwargs=True, prepend=True)
 
 
-def remove_hook(module: nn.Module) -> None:
-    """Undo `attach_hook`."""
-    remove_first_hook(module, _add_updates)
-
-
-def _add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Add the updates that act: the hook of a module with an opaque weight."""
     adapters: Adapters = module.disha
     if adapters.merged is not None:
         return output
@@ -307,7 +292,6 @@ def _add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     looks_up = slot.layout.pattern == "index out"
     tensors = (value for value in kwargs.values() if isinstance(value, Tensor))
     input: Any = args[0] if args else next(tensors, None)
-    _check_output(module, slot, input, output)
     input = input.to(output.device)
 
     def delta_of(x: Tensor, update: Update) -> Tensor:
@@ -319,27 +303,6 @@ def _add_updates(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     for update in adapters.updates(blocks, compiling, input.is_meta):
         output = output + delta_of(input, update).to(output.dtype)
     return output
-
-
-def _check_output(module: Any, slot: Slot, input: Any, output: Any) -> None:
-    """Raise unless the input and the output of a module are tensors of the shapes for its sizes."""
-    cls = type(module).original_class.__qualname__
-    if not isinstance(output, Tensor) or not isinstance(input, Tensor):
-        raise ArgumentTypeError(
-            f"the adapter of {cls} can't act: its forward must take one tensor and return one, "
-            f"but it takes {type(input).__name__} and returns "
-            f"{type(output).__name__}; leave it out with exclude="
-        )
-    assert slot.shape is not None
-    looks_up = slot.layout.pattern == "index out"
-    outputs = slot.shape[1] if looks_up else slot.shape[0]
-    expected = (*(input.shape if looks_up else input.shape[:-1]), outputs)
-    if tuple(output.shape) != expected:
-        raise ArgumentError(
-            f"the adapter of {cls} can't act: for an input of shape {tuple(input.shape)} its "
-            f"forward returns {tuple(output.shape)} instead of {expected}; leave it out with "
-            "exclude="
-        )
 
 
 def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:

@@ -20,8 +20,6 @@ from disha.layers.weights import base_reader
 from disha.routing import Route
 from disha.sharding import is_sharded, split_of
 
-__all__ = ["WANT_BASE", "linear_forward", "weight_property"]
-
 WANT_BASE = (
     "torch.nn.modules.module",
     "torch.distributed.fsdp",

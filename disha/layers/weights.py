@@ -17,20 +17,6 @@ from disha.layers.adapters import CHILD_NAME, Adapters, Merged
 from disha.layers.blocks import Block, Slot
 from disha.sharding import split_of
 
-__all__ = [
-    "base_of",
-    "base_reader",
-    "delta_of",
-    "device_of_weight",
-    "geometry_of",
-    "make_block",
-    "merged_weight",
-    "offloading_hooks",
-    "read_weight",
-    "stored_weight",
-    "weight_shape",
-]
-
 
 def read_weight(module: nn.Module, name: str) -> Any:
     """Return a weight of a module without updates, or None if it has none of that name.
