@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import index
 from types import MappingProxyType
 from typing import Any, TypedDict
 
@@ -23,9 +23,9 @@ __all__ = [
     "AdapterOptions",
     "check_dtype",
     "check_names",
-    "check_number",
     "check_positive_int",
     "check_scale",
+    "check_type",
     "checked_rows",
     "compile_regex",
     "matching",
@@ -93,11 +93,9 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         self._settle()
-        targets = (self.target,) if isinstance(self.target, str) else self.target or ()
-        for pattern in targets:
-            compile_regex("target_regex", pattern)
-        for name in ("exclude", "also_train", "rank_pattern", "layouts", "rows"):
-            for pattern in vars(self)[name]:
+        for name in ("target", "exclude", "also_train", "rank_pattern", "layouts", "rows"):
+            patterns = vars(self)[name]
+            for pattern in (patterns,) if isinstance(patterns, str) else patterns or ():
                 compile_regex(name, pattern)
 
     def _settle(self) -> None:
@@ -109,15 +107,12 @@ class AdapterConfig:
         if self.r_out is not None:
             check_positive_int("r_out", self.r_out)
             if not method.tiles:
-                raise ArgumentError(
-                    f"r_out={self.r_out} was given with method {self.method!r}; only "
-                    f"{method_names(lambda one: one.tiles)} has an output shard: leave r_out out, "
-                    "or change the method"
-                )
+                tiles = method_names(lambda one: one.tiles)
+                raise ArgumentError(f"leave r_out out: only {tiles} has an output shard")
         if self.init not in INITS:
             raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {_listing(INITS)}")
         check_scale(self.scale)
-        check_number("dropout", self.dropout)
+        check_type("dropout", self.dropout, (int, float), "a number")
         if not 0.0 <= self.dropout < 1.0:
             raise ArgumentError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         check_dtype(self.dtype)
@@ -125,28 +120,15 @@ class AdapterConfig:
             values["target"] = _as_tuple("target_regex", self.target)
         for name in ("exclude", "also_train"):
             values[name] = _as_tuple(name, values[name])
-        for name, item in (("rank_pattern", "r"), ("layouts", "layout"), ("rows", "row ranges")):
-            values[name] = _as_dict(name, values[name], item)
-        for pattern, r in self.rank_pattern.items():
-            check_positive_int(f"rank_pattern[{brief(pattern)}]", r)
-        for pattern, layout in self.layouts.items():
-            values["layouts"][pattern] = layout_of(layout).pattern
-        for pattern, ranges in self.rows.items():
-            values["rows"][pattern] = checked_rows(pattern, ranges)
-        for name in ("rank_pattern", "layouts", "rows"):
-            values[name] = MappingProxyType(values[name])
+        values["rank_pattern"] = _as_dict("rank_pattern", self.rank_pattern, check_positive_int)
+        values["layouts"] = _as_dict("layouts", self.layouts, lambda _, one: layout_of(one).pattern)
+        values["rows"] = _as_dict("rows", self.rows, checked_rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (AdapterConfig.from_json, (self.to_json(),))
 
     def rank_of(self, *names: str) -> int:
-        """Return the r of the module with these names: from `rank_pattern`, or else `r`.
-
-        Args:
-            names: the dotted names of the module; a shared module has several.
-        """
-        if not self.rank_pattern:
-            return self.r
+        """Return the r of the module with these dotted names: from `rank_pattern`, or else `r`."""
         return next((self.rank_pattern[p] for p in matching(self.rank_pattern, names)), self.r)
 
     def to_json(self) -> dict[str, Any]:
@@ -180,26 +162,14 @@ class AdapterConfig:
             raise ArgumentTypeError(
                 f"an adapter configuration must be a JSON object, got {type(values).__name__}"
             )
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(map(str, set(values) - known))
+        unknown = set(values).difference(one.name for one in fields(cls))
         if unknown:
             raise ArgumentError(
-                f"unknown fields in the adapter configuration: {_listing(unknown)}; "
-                f"known are {_listing(sorted(known))}"
+                f"unknown fields in the adapter configuration: {_listing(sorted(unknown))}"
             )
-        if "r" not in values:
-            raise ArgumentError(
-                "the adapter configuration lacks the field 'r'; give the shard size"
-            )
-        for name in ("exclude", "also_train"):
-            if not isinstance(values.get(name, []), list):
-                raise ArgumentTypeError(
-                    f"the field {name!r} of an adapter configuration must be a JSON array, "
-                    f"got {type(values[name]).__name__}"
-                )
-        arguments = dict(values)
-        if arguments.get("dtype") is not None:
-            arguments["dtype"] = _dtype_named(arguments["dtype"])
+        arguments = {"r": None, **values}
+        if isinstance(arguments.get("dtype"), str):
+            arguments["dtype"] = BLOCK_DTYPES.get(arguments["dtype"], arguments["dtype"])
         config = object.__new__(cls)
         vars(config).update(vars(cls(r=1)), **arguments)
         config._settle()
@@ -263,29 +233,25 @@ def _listing(values: Iterable[str]) -> str:
     return ", ".join(map(repr, values))
 
 
-def _wrong_type(name: str, wanted: str, value: object) -> ArgumentTypeError:
-    return ArgumentTypeError(
-        f"{name} must be {wanted}, got {brief(value)} of type {type(value).__name__}"
-    )
+def check_type(name: str, value: object, types: Any, wanted: str) -> None:
+    """Raise unless a value is of one of the types; a bool is no number."""
+    if isinstance(value, bool) or not isinstance(value, types):
+        raise ArgumentTypeError(
+            f"{name} must be {wanted}, got {brief(value)} of type {type(value).__name__}"
+        )
 
 
-def check_positive_int(name: str, value: object) -> None:
-    """Raise unless a value is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _wrong_type(name, "an int of at least 1", value)
+def check_positive_int(name: str, value: Any) -> int:
+    """Return a value that is an int of at least 1."""
+    check_type(name, value, int, "an int of at least 1")
     if value < 1:
         raise ArgumentError(f"{name} must be at least 1, got {value}")
-
-
-def check_number(name: str, value: object) -> None:
-    """Raise unless a value is an int or a float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _wrong_type(name, "a number", value)
+    return int(value)
 
 
 def check_scale(scale: Any, name: str = "scale") -> None:
     """Raise unless `scale` is a number that is finite in float32, its dtype in compiled graphs."""
-    check_number(name, scale)
+    check_type(name, scale, (int, float), "a number")
     if not abs(scale) <= LARGEST_SCALE:
         raise ArgumentError(
             f"{name} must be finite and at most {LARGEST_SCALE:.3g}, got {brief(scale)}"
@@ -294,72 +260,48 @@ def check_scale(scale: Any, name: str = "scale") -> None:
 
 def check_dtype(dtype: object) -> None:
     """Raise unless `dtype` is None or one that a block can have."""
-    if dtype is None:
-        return
-    if not isinstance(dtype, torch.dtype):
-        raise _wrong_type("dtype", "a torch.dtype such as torch.float32", dtype)
-    if dtype not in BLOCK_DTYPES.values():
-        raise ArgumentError(
-            f"a block can't be trained in {dtype}; allowed are {_listing(BLOCK_DTYPES)}"
-        )
+    if dtype is not None and dtype not in BLOCK_DTYPES.values():
+        allowed = ", ".join(map(str, BLOCK_DTYPES.values()))
+        raise ArgumentError(f"a block can't be trained in {brief(dtype)}; allowed are {allowed}")
 
 
-def _dtype_named(name: object) -> torch.dtype:
-    if not isinstance(name, str) or name not in BLOCK_DTYPES:
-        raise ArgumentError(f"unknown dtype {brief(name)}; allowed are {_listing(BLOCK_DTYPES)}")
-    return BLOCK_DTYPES[name]
-
-
-def _as_tuple(name: str, patterns: object) -> tuple[str, ...]:
+def _as_tuple(name: str, patterns: Any) -> tuple[str, ...]:
     """Return one regex, several, or None as a tuple."""
-    if patterns is None:
-        return ()
-    if isinstance(patterns, str):
-        return (patterns,)
-    if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
-        raise _wrong_type(name, "a regex (str) or a list of them", patterns)
-    return tuple(patterns)
+    found = [patterns] if isinstance(patterns, str) else () if patterns is None else patterns
+    check_type(name, found, Sequence, "a regex (str) or a list of them")
+    for one in found:
+        check_type(name, one, str, "a regex (str) or a list of them")
+    return tuple(found)
 
 
-def _as_dict(name: str, value: object, item: str) -> dict[Any, Any]:
-    """Return a copy of a mapping from regexes to items; an empty one for None."""
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping) or not all(isinstance(one, str) for one in value):
-        raise _wrong_type(name, f"a dict of regex -> {item}", value)
-    return dict(value)
+def _as_dict(name: str, value: Any, checked: Callable[[str, Any], Any]) -> Mapping[str, Any]:
+    """Return a read-only copy of a dict from regexes to items, which are checked."""
+    found = {} if value is None else value
+    check_type(name, found, Mapping, "a dict of regex -> value")
+    items = {key: checked(f"{name}[{brief(key)}]", item) for key, item in found.items()}
+    return MappingProxyType(items)
 
 
-def checked_rows(name: str, ranges: object) -> Rows:
+def checked_rows(name: str, ranges: Any) -> Rows:
     """Check ranges of rows and return them in order."""
-    if not isinstance(ranges, (list, tuple)) or not ranges or not all(map(_is_pair, ranges)):
+    try:
+        rows: Rows = tuple(sorted((index(first), index(stop)) for first, stop in ranges))
+    except (TypeError, ValueError) as error:
         raise ArgumentTypeError(
-            f"rows of {brief(name)} must be a list of pairs (first, stop) of ints, such as "
-            f"[(0, 768)], got {brief(ranges)}"
+            f"{name} must be a list of pairs (first, stop) of ints, such as [(0, 768)], "
+            f"got {brief(ranges)}"
+        ) from error
+    ends = [end for pair in rows for end in pair]
+    if not rows or ends[0] < 0 or ends != sorted(ends) or any(a == b for a, b in rows):
+        raise ArgumentError(
+            f"{name} must have 0 <= first < stop, and must not overlap, got {brief(ranges)}"
         )
-    ordered: Rows = tuple(sorted((first, stop) for first, stop in ranges))
-    for first, stop in ordered:
-        if not 0 <= first < stop:
-            raise ArgumentError(
-                f"rows of {brief(name)} must have 0 <= first < stop, got {(first, stop)}"
-            )
-    for before, after in itertools.pairwise(ordered):
-        if after[0] < before[1]:
-            raise ArgumentError(
-                f"rows of {brief(name)} must not overlap, and {before} and {after} do"
-            )
-    return ordered
-
-
-def _is_pair(value: object) -> bool:
-    pair = isinstance(value, (list, tuple)) and len(value) == 2
-    return pair and all(isinstance(end, int) and not isinstance(end, bool) for end in value)  # type: ignore[attr-defined]
+    return rows
 
 
 def compile_regex(argument: str, pattern: str) -> re.Pattern[str]:
     """Compile a regex."""
-    if not isinstance(pattern, str):
-        raise _wrong_type(argument, "a regex (str)", pattern)
+    check_type(argument, pattern, str, "a regex (str)")
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:

@@ -438,7 +438,7 @@ class TestLayoutsOfTheUser:
             ({"rows": {"proj": [(0, 2), (1, 3)]}}, ArgumentError, "must not overlap"),
             ({"rows": {"proj": [(2, 2)]}}, ArgumentError, "0 <= first < stop"),
             ({"rows": {"proj": [(-1, 2)]}}, ArgumentError, "0 <= first < stop"),
-            ({"rows": {"proj": []}}, ArgumentTypeError, "must be a list of pairs"),
+            ({"rows": {"proj": []}}, ArgumentError, "0 <= first < stop"),
             ({"rows": {"proj": [(0, 1.5)]}}, ArgumentTypeError, "must be a list of pairs"),
             ({"rows": {"other": [(0, 2)]}}, ArgumentError, "rows 'other' matches none"),
             (
