@@ -5,10 +5,9 @@ The model runs on the user's inputs. The report has one entry for each adapted w
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +18,12 @@ from disha.layers import AdaptedLayer, Block
 from disha.merge import merge
 from disha.model import ModelBlock, ModelView, clean_key
 from disha.sharding import write
-from disha.text import counted, first_few, printable, table
+from disha.text import counted, first_few, grouped, printable, table
 
 __all__ = ["CheckReport", "CheckedWeight", "check_adapters"]
+
+Run = Callable[[], list[Tensor]]
+"""Runs the model and returns its floating-point outputs."""
 
 SIZE = 0.02
 """Standard deviation of the random values that blocks get during the check."""
@@ -89,25 +91,21 @@ class CheckReport:
         return not self.problems and not self.untrained
 
     def __str__(self) -> str:
-        counts = Counter(one.reason for one in self.weights if one.reason)
-        shared = [reason for reason, count in counts.items() if count > 1]
-        short = {reason: f"[{number}]" for number, reason in enumerate(shared, 1)}
         rows = [
             (one.name or "(the model)", one.adapter, *map(_word, (one.read, one.acts)),
-             _word(one.gradient), _word(one.merges), short.get(one.reason, one.reason))
+             _word(one.gradient), _word(one.merges))
             for one in self.weights
         ]  # fmt: skip
-        header = ("weight", "adapter", "read", "acts", "gradient", "merges", "")
-        good = len(self.weights) - len(self.problems)
-        verb = "is" if good == 1 else "are"
-        total = counted(len(self.weights), "block")
-        notes = [f"{mark} {printable(reason)}" for reason, mark in short.items()]
+        lines = [table(("weight", "adapter", "read", "acts", "gradient", "merges"), rows)]
+        reasons = grouped((one.name, one.reason) for one in self.weights if one.reason)
+        lines += map(printable, reasons)
         if self.untrained:
-            notes.append(
+            lines.append(
                 f"the optimizer lacks {counted(len(self.untrained), 'parameter')} that should "
                 f"train ({first_few(self.untrained, 5, ', ')}); give it adapter_parameters(model)"
             )
-        return "\n".join([table(header, rows), *notes, f"{good:,} of {total} {verb} in order"])
+        good = len(self.weights) - len(self.problems)
+        return "\n".join([*lines, f"{good:,} of {counted(len(self.weights), 'block')} in order"])
 
 
 def _word(value: bool | None) -> str:
@@ -149,7 +147,7 @@ def check_adapters(
         >>> print(disha.check_adapters(model, torch.randn(3, 4)))
         weight  adapter  read  acts  gradient  merges
         0       default  yes   yes   yes       yes
-        1 of 1 block is in order
+        1 of 1 block in order
     """
     view = ModelView(model)
     view.refuse_inside("check adapters")
@@ -161,8 +159,8 @@ def check_adapters(
     for one in active:
         _refuse_parametrised(one.name, one.layer)
     with ExitStack() as undo:  # whatever the check changes comes back
-        report = _checked(view, undo, active, lambda: _tensors(model(*inputs, **kwargs)))
-    return replace(report, untrained=() if optimizer is None else _untrained(model, optimizer))
+        found = _checked(view, undo, active, lambda: _tensors(model(*inputs, **kwargs)))
+    return CheckReport(found, () if optimizer is None else _untrained(model, optimizer))
 
 
 def _refuse_parametrised(name: str, layer: AdaptedLayer) -> None:
@@ -187,13 +185,9 @@ def _untrained(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str,
 
 
 def _checked(
-    view: ModelView,
-    undo: ExitStack,
-    active: list[ModelBlock],
-    outputs_of: Callable[[], list[Tensor]],
-) -> CheckReport:
-    """Return the report of a model, which this changes."""
-    blocks = [one.block for one in active]
+    view: ModelView, undo: ExitStack, active: list[ModelBlock], outputs_of: Run
+) -> tuple[CheckedWeight, ...]:
+    """Return what is found in a model, which this changes."""
 
     def run() -> list[Tensor]:
         # All runs start from the same random state, and none changes it.
@@ -202,22 +196,34 @@ def _checked(
         with torch.random.fork_rng(devices):
             return outputs_of()
 
-    for module in view.all_modules():
+    own = [module for _, layer in view.layers for module in layer.disha.modules()]
+    for module in (*view.names, *own):
         undo.callback(setattr, module, "training", module.training)
     view.reshard()
     view.model.eval()
     with torch.inference_mode(False), torch.enable_grad():
+        blocks = [one.block for one in active]
         _randomise(blocks, undo)
         undo.callback(view.reshard)  # a forward gathers what is sharded
-        read, gradients, outputs = _read_and_gradients(run, blocks)
-        found = []
-        merges, refusal = _merges(view, run, outputs, [one.layer for one in active])
-        for (name, layer, adapter, block), gradient in zip(active, gradients, strict=True):
-            acts = gradient or _changes(run, block, outputs)
-            own = None if merges is None else merges.get(id(layer), True)
-            reason = _reason(block in read, acts, gradient) or refusal
-            found.append(CheckedWeight(name, adapter, block in read, acts, gradient, own, reason))
-    return CheckReport(tuple(found))
+        read, outputs = _read(run, blocks)
+        gradients = _gradients(outputs, blocks)
+        outputs = [output.detach() for output in outputs]
+        acting = [
+            gradient or _changes(run, block, outputs)
+            for block, gradient in zip(blocks, gradients, strict=True)
+        ]
+        try:
+            merging, refusal = _merging(view, run, outputs, [one.layer for one in active]), ""
+        except DishaError as error:
+            merging, refusal = {}, str(error)
+    found = []
+    for (name, layer, adapter, block), acts, gradient in zip(
+        active, acting, gradients, strict=True
+    ):
+        reason = _reason(block in read, acts, gradient) or refusal
+        merges = merging.get(layer)
+        found.append(CheckedWeight(name, adapter, block in read, acts, gradient, merges, reason))
+    return tuple(found)
 
 
 def _reason(read: bool, acts: bool, gradient: bool) -> str:
@@ -244,10 +250,8 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, device="cpu")
 
 
-def _read_and_gradients(
-    run: Callable[[], list[Tensor]], blocks: list[Block]
-) -> tuple[set[Block], list[bool], list[Tensor]]:
-    """Return the blocks that the model reads, and what `_gradients` returns."""
+def _read(run: Run, blocks: list[Block]) -> tuple[set[Block], list[Tensor]]:
+    """Return the blocks that the model reads, and its outputs."""
     read: set[Block] = set()
 
     def noting(block: Block) -> Any:
@@ -261,35 +265,29 @@ def _read_and_gradients(
         for block in blocks:
             block.__dict__["update"] = noting(block)
             undo.callback(block.__dict__.pop, "update")
-        gradients, outputs = _gradients(run, blocks)
-    return read, gradients, outputs
-
-
-def _gradients(
-    run: Callable[[], list[Tensor]], blocks: list[Block]
-) -> tuple[list[bool], list[Tensor]]:
-    """Return which blocks get a gradient from a random sum of the outputs, and the outputs."""
-    outputs = run()
+        outputs = run()
     if not outputs:
         raise ArgumentError(
-            "the model returns no floating-point tensor, so the effect of an adapter can't be "
-            "seen; check the part of the model that returns one"
+            "the model returns no floating-point tensor; check the part of it that returns one"
         )
+    return read, outputs
+
+
+def _gradients(outputs: list[Tensor], blocks: list[Block]) -> list[bool]:
+    """Return which blocks get a gradient from a random sum of the outputs."""
     generator = torch.Generator("cpu").manual_seed(1)
-    total: Any = 0.0
-    for output in outputs:
-        if output.requires_grad:
-            weights = _random(output.shape, generator).to(output)
-            total = total + (output * weights).sum()
-    parameters = [block.block for block in blocks]
-    if not isinstance(total, Tensor):
-        return [False] * len(blocks), [output.detach() for output in outputs]
-    found = torch.autograd.grad(total, parameters, allow_unused=True)
-    nonzero = [one is not None and bool(one.count_nonzero()) for one in found]
-    return nonzero, [output.detach() for output in outputs]
+    sums = [
+        (output * _random(output.shape, generator).to(output)).sum()
+        for output in outputs
+        if output.requires_grad
+    ]
+    if not sums:
+        return [False] * len(blocks)
+    found = torch.autograd.grad(sums, [block.block for block in blocks], allow_unused=True)
+    return [one is not None and bool(one.count_nonzero()) for one in found]
 
 
-def _changes(run: Callable[[], list[Tensor]], block: Block, outputs: list[Tensor]) -> bool:
+def _changes(run: Run, block: Block, outputs: list[Tensor]) -> bool:
     """Whether the outputs change when a block changes."""
     parameter = block.block
     kept = parameter.detach().clone()
@@ -300,50 +298,29 @@ def _changes(run: Callable[[], list[Tensor]], block: Block, outputs: list[Tensor
     return any(not torch.equal(a, b) for a, b in zip(changed, outputs, strict=True))
 
 
-def _merges(
-    view: ModelView,
-    run: Callable[[], list[Tensor]],
-    outputs: list[Tensor],
-    layers: list[AdaptedLayer],
-) -> tuple[dict[int, bool] | None, str]:
-    """Return layer -> whether the output stays the same when merged, or why merging is refused.
-
-    The dict is empty if the output stays the same with all layers merged.
-    """
-    try:
-        if _merged_alike(view, run, outputs):
-            return {}, ""
-    except DishaError as error:
-        return None, str(error)
-    alike = {id(one): _merged_alike(ModelView(one), run, outputs) for one in dict.fromkeys(layers)}
-    return alike, ""
+def _merging(
+    view: ModelView, run: Run, outputs: list[Tensor], layers: list[AdaptedLayer]
+) -> dict[AdaptedLayer, bool]:
+    """Return layer -> whether the output stays the same when it is merged."""
+    if _merged_alike(view, run, outputs):
+        return dict.fromkeys(layers, True)
+    return {one: _merged_alike(ModelView(one), run, outputs) for one in dict.fromkeys(layers)}
 
 
-def _merged_alike(view: ModelView, run: Callable[[], list[Tensor]], outputs: list[Tensor]) -> bool:
+def _merged_alike(view: ModelView, run: Run, outputs: list[Tensor]) -> bool:
     with ExitStack() as undo:
         merge(view, undo, untie=True)
         # Not around merging: its inference mode would then end by disabling gradients.
         with torch.no_grad():
-            return _alike(run(), outputs)
+            return all(map(_alike, run(), outputs))
 
 
-def _alike(outputs: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether outputs are the same up to rounding."""
-    return all(
-        torch.allclose(
-            one, other, rtol=_limit(other), atol=_limit(other) * _size(other), equal_nan=True
-        )
-        for one, other in zip(outputs, expected, strict=True)
-    )
-
-
-def _limit(tensor: Tensor) -> float:
-    return float(torch.finfo(tensor.dtype).eps ** 0.5)
-
-
-def _size(tensor: Tensor) -> float:
-    finite = tensor[tensor.isfinite()]
-    return max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+def _alike(output: Tensor, expected: Tensor) -> bool:
+    """Whether an output is the same up to rounding."""
+    limit = float(torch.finfo(expected.dtype).eps ** 0.5)
+    finite = expected[expected.isfinite()].abs()
+    size = max(1.0, float(finite.max())) if finite.numel() else 1.0
+    return torch.allclose(output, expected, rtol=limit, atol=limit * size, equal_nan=True)
 
 
 def _tensors(output: Any) -> list[Tensor]:

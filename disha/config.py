@@ -110,7 +110,7 @@ class AdapterConfig:
                 tiles = method_names(lambda one: one.tiles)
                 raise ArgumentError(f"leave r_out out: only {tiles} has an output shard")
         if self.init not in INITS:
-            raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {_listing(INITS)}")
+            raise ArgumentError(f"unknown init {brief(self.init)}; allowed are {INITS}")
         check_scale(self.scale)
         check_type("dropout", self.dropout, (int, float), "a number")
         if not 0.0 <= self.dropout < 1.0:
@@ -158,15 +158,11 @@ class AdapterConfig:
             ArgumentError: a field is unknown or has a value that is not allowed.
             ArgumentTypeError: a field is of the wrong type, or `values` is not a dict.
         """
-        if not isinstance(values, Mapping):
-            raise ArgumentTypeError(
-                f"an adapter configuration must be a JSON object, got {type(values).__name__}"
-            )
+        check_type("an adapter configuration", values, Mapping, "a JSON object")
         unknown = set(values).difference(one.name for one in fields(cls))
         if unknown:
-            raise ArgumentError(
-                f"unknown fields in the adapter configuration: {_listing(sorted(unknown))}"
-            )
+            listed = ", ".join(map(repr, unknown))
+            raise ArgumentError(f"unknown fields in the adapter configuration: {listed}")
         arguments = {"r": None, **values}
         if isinstance(arguments.get("dtype"), str):
             arguments["dtype"] = BLOCK_DTYPES.get(arguments["dtype"], arguments["dtype"])
@@ -227,10 +223,6 @@ def check_names(options: Iterable[str]) -> None:
 def matching(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     """Return the patterns that are found in any of the names, in order."""
     return [p for p in patterns if any(re.search(p, name) for name in names)]
-
-
-def _listing(values: Iterable[str]) -> str:
-    return ", ".join(map(repr, values))
 
 
 def check_type(name: str, value: object, types: Any, wanted: str) -> None:

@@ -34,7 +34,6 @@ __all__ = [
     "all_or_nothing",
     "clean_key",
     "join",
-    "require_model",
 ]
 
 
@@ -86,13 +85,6 @@ def clean_key(key: str) -> str:
 def join(prefix: str, name: str) -> str:
     """Return `prefix.name`, or the one that is not empty."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
-
-
-def require_model(model: object, argument: str = "model") -> nn.Module:
-    """Return `model` if it is a module."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"{argument} must be an nn.Module, got {type(model).__name__}")
-    return model
 
 
 class ModelBlock(NamedTuple):
@@ -147,7 +139,9 @@ class ModelView:
     names: dict[nn.Module, tuple[str, ...]]
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = require_model(model)
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        self.model = model
         self.names = {}
         # A class that is not imported can't wrap any module.
         found = [(imported_class(one.module, one.name), one) for one in _WRAPPERS]
@@ -180,13 +174,12 @@ class ModelView:
         """Return a module and all modules inside it -> their names relative to it."""
         name = self.names[module][0]
         prefix = f"{name}." if name else ""
-        found: dict[nn.Module, str] = {}
-        for other, names in self.names.items():
-            for alias in names:
-                if alias == name or alias.startswith(prefix):
-                    found[other] = alias[len(prefix) :]
-                    break
-        return found
+        return {
+            other: alias[len(prefix) :]
+            for other, names in self.names.items()
+            for alias in reversed(names)  # the first one stays
+            if alias == name or alias.startswith(prefix)
+        }
 
     @cached_property
     def parameters(self) -> tuple[ModelParameter, ...]:
@@ -207,12 +200,6 @@ class ModelView:
         """Every clean name of a parameter -> the parameter."""
         return {name: one for one in self.parameters for name in one.names}
 
-    def all_modules(self) -> Iterator[nn.Module]:
-        """Iterate over all modules, those of adapters included, each once."""
-        yield from self.names
-        for _, layer in self.layers:
-            yield from layer.disha.modules()
-
     # --- adapters --------------------------------------------------------------------------------
 
     @property
@@ -225,18 +212,12 @@ class ModelView:
         ]
 
     def blocks(self, adapter: str | None = None) -> list[ModelBlock]:
-        """Return the blocks of all adapters, or of one, weight by weight."""
-        found = []
-        for name, layer in self.layers:
-            own = layer.disha.blocks(adapter)
-            weights = list(dict.fromkeys(weight for _, weight in own))
-            for weight in weights:
-                found += [
-                    ModelBlock(join(name, weight), layer, other, block)
-                    for (other, at), block in own.items()
-                    if at == weight
-                ]
-        return found
+        """Return the blocks of all adapters, or of one, layer by layer."""
+        return [
+            ModelBlock(join(name, weight), layer, other, block)
+            for name, layer in self.layers
+            for (other, weight), block in layer.disha.blocks(adapter).items()
+        ]
 
     @property
     def adapters(self) -> list[str]:
@@ -245,16 +226,10 @@ class ModelView:
 
     def require(self, adapter: str) -> list[ModelBlock]:
         """Return the blocks of an adapter, or raise if there are none."""
-        if not isinstance(adapter, str):
-            raise ArgumentTypeError(
-                f"an adapter's name must be a str, got {adapter!r} of type {type(adapter).__name__}"
-            )
-        found = self.blocks(adapter)
-        if not found:
-            known = ", ".join(map(repr, self.adapters))
-            has = f"it has {known}" if known else "it has none"
-            raise ArgumentError(f"the model has no adapter {adapter!r}; {has}")
-        return found
+        if adapter not in self.adapters:
+            known = ", ".join(map(repr, self.adapters)) or "none"
+            raise ArgumentError(f"the model has no adapter {adapter!r}; it has {known}")
+        return self.blocks(adapter)
 
     def refuse_merged(self, action: str) -> None:
         """Raise if adapters are merged."""
@@ -270,20 +245,12 @@ class ModelView:
 
     # --- wrappers and shards ---------------------------------------------------------------------
 
-    @property
-    def wrapper(self) -> nn.Module | None:
-        """A module that DDP, DataParallel or FSDP wraps, or None."""
-        classes = tuple([cls for cls, one in self._wrappers if one.distributes])
-        return next((module for module in self.names if isinstance(module, classes)), None)
-
     def refuse_wrapped(self, action: str, remedy: str) -> None:
         """Raise if DDP, DataParallel or FSDP wraps the model or a part of it."""
-        wrapper = self.wrapper
-        if wrapper is not None:
-            raise TargetError(
-                f"can't {action}: the model is wrapped by {type(wrapper).__name__}, which would "
-                f"not notice that parameters are added or removed; {remedy}"
-            )
+        classes = tuple([cls for cls, one in self._wrappers if one.distributes])
+        wrappers = [type(module).__name__ for module in self.names if isinstance(module, classes)]
+        if wrappers:
+            raise TargetError(f"can't {action}: the model is wrapped by {wrappers[0]}; {remedy}")
 
     @property
     def sharded(self) -> nn.Module | None:
@@ -305,17 +272,12 @@ class ModelView:
     def ranks(self) -> Ranks:
         """Reshard the modules, and return the ranks that hold the shards."""
         self.reshard()
-        # Adapters can't be added to a sharded model, so all of them are sharded, or none.
-        first = next(iter(self.adapters), None)
-        blocks = [] if first is None else [one.block.block for one in self.blocks(first)]
-        return Ranks([*(one.value for one in self.parameters), *blocks])
+        return Ranks(self.all_parameters())
 
-    def all_parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over all parameters, those of blocks included, each once."""
-        for parameter in self.parameters:
-            yield parameter.value
-        for _, layer in self.layers:
-            yield from layer.disha.parameters()
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Return all parameters, those of blocks included, each once."""
+        blocks = [one.block.block for one in self.blocks()]
+        return [*(one.value for one in self.parameters), *blocks]
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def test_refuses_values_that_are_not_allowed(arguments, kind, says):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ([], "JSON object, got list"),
+        ([], "a JSON object, got .* of type list"),
         ({}, "r must be an int of at least 1, got None"),
         ({"r": 2, "rank": 3}, "unknown fields.*'rank'"),
         ({"r": 2, "dtype": "int8"}, "can't be trained in 'int8'"),
