@@ -13,13 +13,14 @@ from torch import nn
 
 from disha.config import check_scale
 from disha.contexts import Group, entered, groups_of
-from disha.errors import ArgumentError, ArgumentTypeError
-from disha.model import ModelView, all_or_nothing, join
+from disha.errors import ArgumentError
+from disha.model import ModelView, all_or_nothing
 from disha.routing import Route
 
 __all__ = [
     "adapters_active",
     "adapters_disabled",
+    "checked_names",
     "route_adapters",
     "set_active_adapters",
     "set_adapter_scale",
@@ -35,7 +36,6 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
     Raises:
         ArgumentError: a name is unknown, or given twice.
-        ArgumentTypeError: `names` is neither a str nor a sequence of str.
         MergeError: adapters are merged.
 
     Examples:
@@ -50,7 +50,7 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         ('a', 'b')
     """
     view = ModelView(model)
-    wanted = _checked(view, names)
+    wanted = checked_names(view, names)
     view.refuse_merged("change the active adapters")
     with all_or_nothing(view) as undo:
         for _, layer in view.layers:
@@ -58,18 +58,14 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
             layer.disha.activate(wanted)
 
 
-def _checked(view: ModelView, names: object) -> tuple[str, ...]:
-    """Return the adapters that `names` lists. Raise unless the model has all of them."""
-    wanted = (names,) if isinstance(names, str) else names
-    if not isinstance(wanted, Sequence) or not all(isinstance(name, str) for name in wanted):
-        raise ArgumentTypeError(
-            f"names must be an adapter's name or a list of names, got {names!r}"
-        )
-    if len(set(wanted)) != len(wanted):
-        raise ArgumentError(f"names lists an adapter twice: {list(wanted)}; name each once")
+def checked_names(view: ModelView, names: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the adapters that `names` lists, each of which the model has."""
+    wanted = (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:
         view.require(name)
-    return tuple(wanted)
+    if len(set(wanted)) != len(wanted):
+        raise ArgumentError(f"an adapter is named twice in {list(wanted)}; name each once")
+    return wanted
 
 
 @contextmanager
@@ -85,7 +81,6 @@ def adapters_active(model: nn.Module, names: str | Sequence[str]) -> Iterator[No
 
     Raises:
         ArgumentError: a name is unknown, or given twice.
-        ArgumentTypeError: `names` is neither a str nor a sequence of str.
         MergeError: adapters are merged.
 
     Examples:
@@ -101,7 +96,7 @@ def adapters_active(model: nn.Module, names: str | Sequence[str]) -> Iterator[No
         False
     """
     view = ModelView(model)
-    wanted = _checked(view, names)
+    wanted = checked_names(view, names)
     view.refuse_merged("choose the acting adapters")
     with entered(_groups(view), wanted):
         yield
@@ -195,7 +190,6 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
         ArgumentError: a name is unknown; the list is empty; experts are adapted; the model takes
             sequences first; or, in the body, the leading size of a layer's input is not a multiple
             of the number of names.
-        ArgumentTypeError: the names are not a list of str and None.
         MergeError: adapters are merged.
         ModeError: in the body, an operation needs one weight for the complete batch.
 
@@ -211,18 +205,9 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
         >>> torch.allclose(routed[1], model(x)[1])  # "b" is the active one
         True
     """
-    names: object = names_per_sample
-    if (
-        not isinstance(names, Sequence)
-        or isinstance(names, str)
-        or not all(name is None or isinstance(name, str) for name in names)
-    ):
-        raise ArgumentTypeError(
-            f"names_per_sample must be a list with a name or None for each sample, got {names!r}"
-        )
-    if not names:
+    view, route = ModelView(model), Route(tuple(names_per_sample))
+    if not route.names:
         raise ArgumentError("names_per_sample is empty; give a name or None for each sample")
-    view, route = ModelView(model), Route(tuple(names))
     for name in route.adapters:
         view.require(name)
     view.refuse_merged("route adapters")
@@ -234,31 +219,23 @@ def route_adapters(model: nn.Module, names_per_sample: Sequence[str | None]) -> 
 
 def _refuse_stacks(view: ModelView) -> None:
     """Raise if experts are adapted: their inputs are tokens of all samples, in any order."""
-    for name, layer in view.layers:
-        slots = [block.slot for one in layer.adapted_parameters for block in layer.disha.some(one)]
-        for slot in slots:
-            if slot.layout.expert_dim is not None:
-                raise ArgumentError(
-                    f"route_adapters can't route samples through {join(name, slot.name)}, whose "
-                    f"layout is {slot.layout.pattern!r}: experts get the tokens of all samples in "
-                    "any order. Leave experts out with exclude=, or use one adapter at a time"
-                )
+    for one in view.blocks():
+        if one.block.slot.layout.expert_dim is not None:
+            raise ArgumentError(
+                f"route_adapters can't route samples through {one.name}: experts get the tokens of "
+                "all samples in any order. Leave experts out (exclude=)"
+            )
 
 
 def _refuse_sequences_first(view: ModelView) -> None:
     """Raise if layers outside a sequence-first attention module are adapted."""
-    attention = [
-        (name, module)
-        for module, (name, *_) in view.names.items()
-        if isinstance(module, nn.MultiheadAttention)
-    ]
-    inside = {child for _, module in attention for child in view.inside(module)}
+    attention = [module for module in view.names if isinstance(module, nn.MultiheadAttention)]
+    inside = {child for module in attention for child in view.inside(module)}
     beside = [name for name, layer in view.layers if layer not in inside]
-    first = [name for name, module in attention if not module.batch_first]
+    first = [view.names[module][0] for module in attention if not module.batch_first]
     if first and beside:
         raise ArgumentError(
-            f"route_adapters needs samples along the leading dimension. {first[0]} is an "
-            f"nn.MultiheadAttention with batch_first=False, so layers such as {beside[0]} may get "
-            "sequences first. Build the model with batch_first=True, or adapt attention "
-            "projections only"
+            f"route_adapters needs samples along the leading dimension, and {first[0]} has "
+            f"batch_first=False, so layers such as {beside[0]} may get sequences first. Build the "
+            "model with batch_first=True, or adapt attention projections only"
         )

@@ -93,7 +93,7 @@ class AdapterStateError(DishaError, ValueError):
         ...
         disha.errors.AdapterStateError: the state does not fit the model's adapter 'default';
         nothing was loaded: 0 keys fit
-        wrong shape: disha.default.bone_block is (4, 8), must be (4, 4)
+        wrong: disha.default.bone_block has the shape (4, 8), must be (4, 4)
     """
 
 

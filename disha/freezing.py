@@ -5,7 +5,7 @@ A module keeps what it remembers in its `__dict__`, so copies and pickles of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -25,16 +25,18 @@ __all__ = [
 _ATTRIBUTE = "_disha_training"
 
 
-class _Memory(NamedTuple):
-    """What a module remembers. It is replaced and never changed, so it can be put back.
+class _Flag(NamedTuple):
+    """What a module remembers of a parameter.
 
     Attributes:
-        flags: parameter name -> its requires_grad before disha first changed it.
-        claims: adapter -> name of a parameter that trains with it -> its requires_grad without it.
+        first: its requires_grad before disha first changed it.
+        adapter: the adapter that it trains with.
+        without: its requires_grad without that adapter.
     """
 
-    flags: Mapping[str, bool] = {}
-    claims: Mapping[str, Mapping[str, bool]] = {}
+    first: bool
+    adapter: str | None = None
+    without: bool = False
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
@@ -43,12 +45,13 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return attributes
 
 
-def _memory(module: nn.Module) -> _Memory:
-    memory: _Memory = attributes_of(module).get(_ATTRIBUTE, _NOTHING)
-    return memory
+def _remembered(module: nn.Module) -> dict[str, _Flag]:
+    remembered: dict[str, _Flag] = attributes_of(module).get(_ATTRIBUTE, {})
+    return remembered
 
 
-_NOTHING = _Memory()
+def _remember(module: nn.Module, name: str, flag: _Flag) -> None:
+    attributes_of(module).setdefault(_ATTRIBUTE, {})[name] = flag
 
 
 def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
@@ -56,65 +59,54 @@ def set_requires_grad(module: nn.Module, name: str, flag: bool) -> None:
     parameter = module._parameters[name]
     if parameter is None or parameter.requires_grad == flag:
         return
-    flags, claims = _memory(module)
-    if name not in flags:
-        flags = {**flags, name: parameter.requires_grad}
-        attributes_of(module)[_ATTRIBUTE] = _Memory(flags, claims)
+    if name not in _remembered(module):
+        _remember(module, name, _Flag(parameter.requires_grad))
     parameter.requires_grad = flag  # lazy parameters do not have requires_grad_()
 
 
 def restore_flags(module: nn.Module) -> None:
     """Restore the first flags of the module's parameters, and forget everything."""
-    memory: _Memory = attributes_of(module).pop(_ATTRIBUTE, _NOTHING)
-    for name, flag in memory.flags.items():
+    for name, flag in attributes_of(module).pop(_ATTRIBUTE, {}).items():
         parameter = module._parameters.get(name)
         if parameter is not None:
-            parameter.requires_grad = flag
+            parameter.requires_grad = flag.first
 
 
 def keep_flags(parameters: Iterable[tuple[nn.Module, str]], undo: ExitStack) -> None:
     """Note the flags of parameters, and what their modules remember, in `undo`."""
-    kept = [
-        (attributes_of(module), module._parameters[name], _memory(module))
-        for module, name in parameters
-    ]
-    flags = [parameter is not None and parameter.requires_grad for _, parameter, _ in kept]
-
-    def put_back() -> None:
-        for (attributes, parameter, memory), flag in zip(kept, flags, strict=True):
-            if parameter is not None and parameter.requires_grad != flag:
-                parameter.requires_grad = flag
-            attributes.pop(_ATTRIBUTE, None)
-            if memory is not _NOTHING:
-                attributes[_ATTRIBUTE] = memory
-
-    undo.callback(put_back)
+    for module, name in parameters:
+        attributes, parameter = attributes_of(module), module._parameters[name]
+        if parameter is not None:
+            undo.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
+        if _ATTRIBUTE in attributes:
+            undo.callback(attributes.__setitem__, _ATTRIBUTE, dict(attributes[_ATTRIBUTE]))
+        else:
+            undo.callback(attributes.pop, _ATTRIBUTE, None)
 
 
 def claim(module: nn.Module, adapter: str, name: str, flag_without: bool) -> None:
     """Train a parameter of the module with an adapter."""
-    set_requires_grad(module, name, True)
-    flags, claims = _memory(module)
-    own = {**claims.get(adapter, {}), name: flag_without}
-    attributes_of(module)[_ATTRIBUTE] = _Memory(flags, {**claims, adapter: own})
+    parameter = module._parameters[name]
+    assert parameter is not None
+    known = _remembered(module).get(name, _Flag(parameter.requires_grad))
+    _remember(module, name, known._replace(adapter=adapter, without=flag_without))
+    parameter.requires_grad = True
 
 
 def release(module: nn.Module, adapter: str) -> None:
     """Stop training the module's parameters that an adapter claims, and forget the claims."""
-    flags, claims = _memory(module)
-    if adapter in claims:
-        others = {own: names for own, names in claims.items() if own != adapter}
-        attributes_of(module)[_ATTRIBUTE] = _Memory(flags, others)
-        for name, flag in claims[adapter].items():
-            set_requires_grad(module, name, flag)
+    for name in claimed(module, adapter):
+        flag = _remembered(module)[name]
+        _remember(module, name, _Flag(flag.first))
+        set_requires_grad(module, name, flag.without)
 
 
 def claimed(module: nn.Module, adapter: str) -> tuple[str, ...]:
     """Return the names of the module's parameters that an adapter trains."""
-    return tuple(_memory(module).claims.get(adapter, ()))
+    return tuple(name for name in _remembered(module) if is_claimed(module, name, adapter))
 
 
 def is_claimed(module: nn.Module, name: str, adapter: str | None = None) -> bool:
     """Whether an adapter, or any, trains a parameter of the module."""
-    claims = _memory(module).claims
-    return any(name in claims[own] for own in claims if adapter in (None, own))
+    flag = _remembered(module).get(name)
+    return flag is not None and flag.adapter is not None and adapter in (None, flag.adapter)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from disha import running_statistics
-from disha.errors import ArgumentError, ArgumentTypeError, MergeError
+from disha.control import checked_names
+from disha.errors import ArgumentError, MergeError
 from disha.functional import without_autocast
 from disha.inject import check_removable, take_out
 from disha.layers import (
@@ -21,7 +22,6 @@ from disha.layers import (
     AdaptedLayer,
     Merged,
     Original,
-    Quantisation,
     Slot,
     is_library_forward,
     merged_weight,
@@ -32,7 +32,7 @@ from disha.layers import (
 )
 from disha.model import ModelView, all_or_nothing, join
 
-__all__ = ["merge", "merge_adapters", "unmerge", "unmerge_adapters"]
+__all__ = ["merge", "merge_adapters", "unmerge_adapters"]
 
 
 def merge_adapters(
@@ -179,7 +179,7 @@ def unmerge_adapters(model: nn.Module) -> None:
         model: a model with adapters.
 
     Raises:
-        MergeError: the model was sharded after adapters were merged, or offloaded (accelerate).
+        MergeError: the model was sharded or offloaded (accelerate) after adapters were merged.
 
     Examples:
         >>> import torch
@@ -194,59 +194,34 @@ def unmerge_adapters(model: nn.Module) -> None:
         True
     """
     view = ModelView(model)
-    with all_or_nothing(view) as undo:
-        unmerge(view, undo)
-
-
-def unmerge(view: ModelView, undo: ExitStack) -> None:
-    """Do as `unmerge_adapters`, and note in `undo` how to take it back."""
-    layers = [layer for _, layer in view.layers]
-    if any(layer.disha.merged is not None for layer in layers):
+    merged = [(layer, layer.disha.merged) for _, layer in view.layers if layer.disha.merged]
+    if merged:
         _refuse_sharded(view, "unmerge adapters")
-    for layer in layers:
-        _refuse_offloaded(layer)
     restored = [
         (layer, name, _restored(layer, name, original))
-        for layer in layers
-        if layer.disha.merged is not None
-        for name, original in layer.disha.merged.originals.items()
+        for layer, one in merged
+        for name, original in one.originals.items()
     ]
-    for layer, name, former in restored:
-        _replace(layer, name, former, undo)
-    for layer in layers:
-        _note_merged(layer, None, undo)
-
-
-def _refuse_offloaded(layer: AdaptedLayer) -> None:
-    """Raise if accelerate has offloaded the merged weight, and loads it for each forward."""
-    merged = layer.disha.merged if offloading_hooks(layer) else None
-    for name, original in () if merged is None else merged.originals.items():
-        now = layer._parameters[name]
-        before = original.data if original.parameter is None else original.parameter
-        if now is not None and before is not None and now.is_meta and not before.is_meta:
-            raise MergeError(
-                f"can't unmerge adapters: the merged {name} of a {layer.original_class.__name__} "
-                "is offloaded, and its hook would load it again; remove the hooks first "
-                "(accelerate.hooks.remove_hook_from_submodules)"
-            )
+    with all_or_nothing(view) as undo:
+        for layer, name, former in restored:
+            _replace(layer, name, former, undo)
+        for layer, _ in merged:
+            _note_merged(layer, None, undo)
 
 
 def _changed_slots(layer: AdaptedLayer, adapters: tuple[str, ...]) -> list[Slot]:
     """Return one slot for each parameter that the adapters change."""
-    found: dict[str, Slot] = {}
-    for (adapter, _), block in layer.disha.blocks().items():
-        if adapter in adapters:
-            found.setdefault(block.slot.parameter, block.slot)
-    return list(found.values())
+    blocks = layer.disha.blocks().items()
+    slots = [block.slot for (adapter, _), block in blocks if adapter in adapters]
+    return list({slot.parameter: slot for slot in slots}.values())
 
 
 def _refuse_sharded(view: ModelView, action: str) -> None:
     module = view.sharded
     if module is not None:
         raise MergeError(
-            f"can't {action} in a model with sharded parameters ({type(module).__name__}): each "
-            "rank has only a part of every weight. Save the adapter (save_adapter, on all ranks), "
-            "load it into the plain model, and merge there"
+            f"can't {action} in a model with sharded parameters ({type(module).__name__}): save "
+            "the adapter (save_adapter, on all ranks), and merge it into the plain model"
         )
 
 
@@ -254,82 +229,64 @@ def _chosen(
     view: ModelView, adapter: str | Sequence[str] | None
 ) -> dict[AdaptedLayer, tuple[str, ...]]:
     """Return each layer -> those of its adapters to merge."""
-    if adapter is None:
-        wanted = {layer: layer.disha.active for _, layer in view.layers}
-    else:
-        if not isinstance(adapter, Sequence):
-            raise ArgumentTypeError(
-                f"adapter must be a name or a list of names, got {adapter!r} of type "
-                f"{type(adapter).__name__}"
-            )
-        names = (adapter,) if isinstance(adapter, str) else tuple(adapter)
-        for name in names:
-            view.require(name)
-        if len(set(names)) != len(names):
-            raise ArgumentError(f"an adapter can be merged only once, got {list(names)}")
-        wanted = {layer: names for _, layer in view.layers}
-    present = {
+    names = None if adapter is None else checked_names(view, adapter)
+    wanted = {layer: layer.disha.active if names is None else names for _, layer in view.layers}
+    chosen = {
         layer: tuple(name for name in names if name in layer.disha)
         for layer, names in wanted.items()
     }
-    if not any(present.values()):
+    if not any(chosen.values()):
         raise ArgumentError(
             "there is nothing to merge: no adapter is active. Inject or load one, or pass adapter="
         )
-    return present
+    return chosen
 
 
 def _check_mergeable(
     view: ModelView, name: str, layer: AdaptedLayer, slot: Slot, *, untie: bool, dense: bool
 ) -> bool:
     """Raise if nothing can be merged into a weight; return whether other modules share it."""
-    parameter = layer._parameters.get(slot.parameter)
-    quantisation = quantisation_of(layer, stored_weight(layer, slot.parameter))
-    if parameter is None and quantisation is None:
-        raise MergeError(
-            f"{name} is computed from other parameters (a parametrization), so nothing can be "
-            "merged into it. Save the adapter, remove it and the parametrization "
-            "(torch.nn.utils.parametrize.remove_parametrizations), and load it again"
-        )
-    blocks = [block.block for block in layer.disha.blocks().values()]
-    if any(tensor is not None and tensor.is_meta for tensor in (parameter, *blocks)):
-        raise MergeError(
-            f"{name} or its adapter is on the meta device; give the model its weights first"
-        )
-    known = view.parameters_by_name.get(name)
+    reason = _reason_against(layer, slot, dense)
+    if reason is not None:
+        raise MergeError(f"{name} {reason}")
     own = {join(alias, slot.parameter) for alias in view.names[layer]}
-    others = [] if known is None else [other for other in known.names if other not in own]
+    known = view.parameters_by_name.get(name)
+    others = [other for other in known.names if other not in own] if known else []
     if others and not untie:
         raise MergeError(
             f"{name} is shared with {', '.join(others)}, which merging would change too; pass "
             "untie=True to give this layer a weight of its own while merged"
         )
-    if quantisation is not None:
-        reason = _reason_against_quantised(layer, parameter, quantisation, dense)
-        if reason is not None:
-            raise MergeError(f"{name} is quantised ({quantisation.name}), {reason}")
     return bool(others)
 
 
-def _reason_against_quantised(
-    layer: AdaptedLayer, parameter: Tensor | None, quantisation: Quantisation, dense: bool
-) -> str | None:
-    """Return why nothing can be merged into a quantised weight and what to do, or None."""
+def _reason_against(layer: AdaptedLayer, slot: Slot, dense: bool) -> str | None:
+    """Return why nothing can be merged into a weight and what to do, or None."""
+    parameter = layer._parameters.get(slot.parameter)
+    quantisation = quantisation_of(layer, stored_weight(layer, slot.parameter))
+    if parameter is None and quantisation is None:
+        return (
+            "is computed from other parameters (a parametrization); save the adapter, remove it "
+            "and the parametrization (remove_parametrizations), and load it again"
+        )
+    blocks = [block.block for block in layer.disha.blocks().values()]
+    if any(tensor is not None and tensor.is_meta for tensor in (parameter, *blocks)):
+        return "or its adapter is on the meta device; give the model its weights first"
+    if quantisation is None:
+        return None
     unmerged = "leave its adapters unmerged"
     if quantisation.read is None:
-        return f"and can't be read as numbers; {unmerged}"
+        return f"is quantised and can't be read as numbers; {unmerged}"
     if quantisation is ROUNDED:
-        return f"and its layer would not compute the same with a merged weight; {unmerged}"
+        return f"is rounded, and its layer would not compute the same with a sum; {unmerged}"
     if not dense:
         return (
-            "so its values are too coarse for an update; pass dense=True to compute with "
-            f"a dense merged weight until unmerge_adapters, or {unmerged}"
+            f"is quantised ({quantisation.name}), too coarsely for an update; pass dense=True to "
+            f"compute with a dense merged weight, or {unmerged}"
         )
     if parameter is None or not takes_dense(layer):
-        return (
-            f"and its layer is a {layer.original_class.__name__} with a forward of its own, which "
-            f"can't compute with a dense weight; {unmerged}"
-        )
+        cls = layer.original_class.__name__
+        return f"is quantised, and its layer is a {cls} with a forward of its own; {unmerged}"
     return None
 
 
@@ -359,17 +316,17 @@ def _merged(
 def _restored(layer: AdaptedLayer, name: str, original: Original) -> Tensor:
     """Return what replaces a merged weight."""
     now = layer._parameters[name]
+    former = original.data if original.parameter is None else original.parameter
     assert now is not None
-    if original.parameter is not None:
-        return _moved(original.parameter, now.device) if original.dense else original.parameter
-    assert original.data is not None
-    # The weight may have moved since, so the original moves to its device and dtype.
-    return original.data.to(device=now.device, dtype=now.dtype)
-
-
-def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """Return a quantised parameter on a device: itself, if it is already there."""
-    if parameter.device == device:
-        return parameter
-    moved = parameter.to(device)  # a parameter, if its class defines `to`
+    assert former is not None
+    if now.is_meta and not former.is_meta and offloading_hooks(layer):
+        raise MergeError(
+            f"the merged {name} of a {layer.original_class.__name__} is offloaded; remove the "
+            "hooks first (accelerate.hooks.remove_hook_from_submodules)"
+        )
+    if original.parameter is None:  # the weight may have moved since
+        return former.to(device=now.device, dtype=now.dtype)
+    if not original.dense or former.device == now.device:
+        return former
+    moved = former.to(now.device)  # a parameter, if its class defines `to`
     return moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from disha import freezing, running_statistics
-from disha.errors import AdapterStateError, ArgumentTypeError
+from disha.errors import AdapterStateError
 from disha.layers import AdaptedLayer, Block, weight_shape
 from disha.model import ModelView, all_or_nothing, clean_key, join
-from disha.sharding import is_partitioned, local_part, obstacle_to_write, write
+from disha.sharding import local_part, obstacle_to_write, write
 from disha.text import first_few
 
 __all__ = [
@@ -34,8 +34,7 @@ class LoadReport:
         matched: keys that fit. Their values were loaded, unless the load failed.
         missing: keys that the adapter has but the state lacks.
         unexpected: keys that the state has but the adapter lacks.
-        wrong_shape: (key, shape found, shape expected).
-        wrong_value: (key, problem): not a tensor, not floating-point, or not finite.
+        wrong: (key, reason why its value can't be loaded).
 
     Examples:
         >>> import torch
@@ -53,24 +52,22 @@ class LoadReport:
     matched: tuple[str, ...]
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    wrong_shape: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
-    wrong_value: tuple[tuple[str, str], ...] = ()
+    wrong: tuple[tuple[str, str], ...] = ()
 
     @property
     def complete(self) -> bool:
         """Whether all keys match."""
-        return not (self.missing or self.unexpected or self.wrong_shape or self.wrong_value)
+        return not (self.missing or self.unexpected or self.wrong)
 
     def __str__(self) -> str:
         count = len(self.matched)
         sections = (
+            ["1 key fits" if count == 1 else f"{count:,} keys fit"],
             [f"missing: {key}" for key in self.missing],
             [f"unexpected: {key}" for key in self.unexpected],
-            [f"wrong shape: {key} is {now}, must be {due}" for key, now, due in self.wrong_shape],
-            [f"wrong value: {key} {what}" for key, what in self.wrong_value],
+            [f"wrong: {key} {reason}" for key, reason in self.wrong],
         )
-        lines = ["1 key fits" if count == 1 else f"{count:,} keys fit"]
-        return "\n".join(lines + [first_few(section, 20) for section in sections if section])
+        return "\n".join(first_few(section, 20) for section in sections if section)
 
 
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
@@ -105,21 +102,16 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
 
 
 def _in_state_dict(view: ModelView, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of the model under their keys in its state dict.
-
-    Raises:
-        AdapterStateError: the state dict does not have all of them.
-    """
-    owned = {id(parameter) for parameter in tensors.values()}
+    """Return tensors of the model under their keys in its state dict."""
+    absent = {id(tensor): key for key, tensor in tensors.items()}
     state = view.model.state_dict(keep_vars=True)
-    found = {key: value for key, value in state.items() if id(value) in owned}
-    present = {id(value) for value in found.values()}
-    absent = [key for key, parameter in tensors.items() if id(parameter) not in present]
+    found = {key: value for key, value in state.items() if id(value) in absent}
+    for value in found.values():
+        absent.pop(id(value), None)
     if absent:
         raise AdapterStateError(
-            f"the model's state_dict(keep_vars=True) lacks {first_few(absent, 3, ', ')}, for "
-            "example because a class of the model has a state_dict of its own; use save_adapter "
-            "and load_adapter, which do not call it"
+            f"the model's state_dict lacks {first_few(list(absent.values()), 3, ', ')}, because a "
+            "class has a state_dict of its own; use save_adapter and load_adapter"
         )
     return found
 
@@ -128,14 +120,7 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter under their keys in files.
 
     The key of a block is `<layer>.bone_block` or `<layer>.bat_block`; that of an `also_train`
-    parameter or of a changed running statistic is its clean name. Each tensor appears once, even if
-    its module has several names.
-
-    Raises:
-        ArgumentError: there is no such adapter.
-        AdapterStateError: FullyShardedDataParallel has flattened a block, or DeepSpeed ZeRO-3 has
-            partitioned it.
-        MergeError: an adapter is merged into an `also_train` parameter.
+    parameter or of a changed running statistic is its clean name.
     """
     view.reshard()
     tensors: dict[str, Tensor] = {}
@@ -154,20 +139,14 @@ def adapter_tensors(view: ModelView, adapter: str) -> dict[str, Tensor]:
 
 
 def _refuse_flattened(name: str, layer: AdaptedLayer, block: Block) -> None:
+    """Raise if FullyShardedDataParallel or DeepSpeed ZeRO-3 holds the values."""
     parameter = block._parameters.get(block.parameter_name)
-    if parameter is not None and is_partitioned(parameter) and not parameter.numel():
+    is_whole = parameter is not None and parameter.dim() >= block.method.block_axes
+    if not is_whole or len(weight_shape(layer, block.slot)) < 2:
         raise AdapterStateError(
-            f"the block of {name or 'the model'} has no values here, because DeepSpeed ZeRO-3 has "
-            "partitioned it; use ZeRO-2 or fully_shard, or call this inside "
-            "deepspeed.zero.GatheredParameters(list(model.parameters()))"
-        )
-    axes = len(weight_shape(layer, block.slot))
-    block_axes = block.method.block_axes
-    if parameter is None or parameter.dim() < block_axes or axes < 2:
-        raise AdapterStateError(
-            f"the block of {name or 'the model'} or its weight is missing or flattened. If the "
-            "model is wrapped by FullyShardedDataParallel, use fully_shard instead, or call this "
-            "inside FullyShardedDataParallel.summon_full_params"
+            f"the block of {name or 'the model'} or its weight is missing or flattened, as by "
+            "FullyShardedDataParallel or ZeRO-3; use fully_shard or ZeRO-2, or call this inside "
+            "summon_full_params or deepspeed.zero.GatheredParameters"
         )
 
 
@@ -197,7 +176,6 @@ def load_adapter_state_dict(
         AdapterStateError: the state does not fit; the message lists every misfit. With
             `strict=False`, only wrong shapes and values count. The model is unchanged.
         ArgumentError: there is no such adapter.
-        ArgumentTypeError: `state` is not a mapping.
         MergeError: adapters are merged.
 
     Examples:
@@ -214,24 +192,16 @@ def load_adapter_state_dict(
     view = ModelView(model)
     with all_or_nothing(view) as undo:
         with view.ranks().agreeing(f"load a state dict as adapter {adapter!r}"):
-            if not isinstance(state, Mapping):
-                raise ArgumentTypeError(
-                    f"state must be a dict of key -> tensor, got {type(state).__name__}"
-                )
             view.refuse_merged("load an adapter")
             statistics = running_statistics.statistics(view)
             names = {clean_key(key) for key in map(str, state)}
             given = {name: value for name, value in statistics.items() if name in names}
-            parameters = {
-                key: value
-                for key, value in adapter_tensors(view, adapter).items()
-                if key not in statistics
-            }
+            own = adapter_tensors(view, adapter)
+            parameters = {key: own[key] for key in own.keys() - statistics.keys()}
             expected = _in_state_dict(view, parameters | given)
             found = _under_model_keys(state, expected)
             report = check_fit(expected, found)
-            failed = not report.complete if strict else report.wrong_shape or report.wrong_value
-            if failed:
+            if report.wrong or (strict and not report.complete):
                 raise AdapterStateError(
                     f"the state does not fit the model's adapter {adapter!r}; nothing was loaded:\n"
                     f"{report}"
@@ -254,7 +224,7 @@ def _under_model_keys(
         if own in given:
             raise AdapterStateError(
                 f"the state has {given[own]!r} and {key!r}, which are one parameter of the model; "
-                "nothing was loaded. Leave out one of them"
+                "leave out one of them"
             )
         given[own] = key
     return dict(zip(given, state.values(), strict=True))
@@ -262,32 +232,22 @@ def _under_model_keys(
 
 def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, object]) -> LoadReport:
     """Compare tensors with their target parameters; change nothing."""
-    matched, wrong_shape, wrong_value = [], [], []
-    for key, target in expected.items():
-        value = found.get(key)
-        if key not in found:
-            continue
-        if not isinstance(value, Tensor):
-            wrong_value.append((key, f"is not a tensor but a {type(value).__name__}"))
-        elif value.is_nested or value.layout is not torch.strided:
-            wrong_value.append((key, "is a nested or sparse tensor, must be dense"))
-        elif value.shape != target.shape:
-            wrong_shape.append((key, tuple(value.shape), tuple(target.shape)))
-        elif (problem := _problem(target, value)) is not None:
-            wrong_value.append((key, problem))
-        else:
-            matched.append(key)
+    both = [key for key in expected if key in found]
+    reasons = {key: _reason_against(expected[key], found[key]) for key in both}
     return LoadReport(
-        matched=tuple(matched),
+        matched=tuple(key for key, reason in reasons.items() if reason is None),
         missing=tuple(key for key in expected if key not in found),
         unexpected=tuple(key for key in found if key not in expected),
-        wrong_shape=tuple(wrong_shape),
-        wrong_value=tuple(wrong_value),
+        wrong=tuple((key, reason) for key, reason in reasons.items() if reason is not None),
     )
 
 
-def _problem(target: Tensor, value: Tensor) -> str | None:
-    """Return why a tensor can't hold a value of its shape, or None if it can."""
+def _reason_against(target: Tensor, value: object) -> str | None:
+    """Return why a tensor can't hold a value, or None if it can."""
+    if not isinstance(value, Tensor):
+        return f"is not a tensor but a {type(value).__name__}"
+    if value.shape != target.shape:
+        return f"has the shape {tuple(value.shape)}, must be {tuple(target.shape)}"
     if value.is_floating_point() != target.is_floating_point():
         due = "floating-point" if target.is_floating_point() else "an integer"
         return f"has dtype {value.dtype}, must be {due}"

@@ -87,9 +87,9 @@ def refused_with_zero_3(folder: Path) -> None:
     engine = engine_of(model, 3)
     path = folder / "none.safetensors"
     for one in (engine, model):
-        with pytest.raises(disha.AdapterStateError, match="ZeRO-3 has partitioned it"):
+        with pytest.raises(disha.AdapterStateError, match=r"flattened.*ZeRO-3"):
             disha.save_adapter(one, path)
-        with pytest.raises(disha.AdapterStateError, match="ZeRO-3 has partitioned it"):
+        with pytest.raises(disha.AdapterStateError, match=r"flattened.*ZeRO-3"):
             disha.load_adapter(one, expected, replace=True)
         with pytest.raises(disha.MergeError, match="sharded parameters"):
             disha.merge_adapters(one)

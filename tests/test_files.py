@@ -321,7 +321,9 @@ class TestReplace:
         _, path = saved
         other = trained(r=2)
         before = snapshot(other)
-        with pytest.raises(AdapterFileError, match=r"wrong shape: head.bone_block is \(3, 12\)"):
+        with pytest.raises(
+            AdapterFileError, match=r"wrong: head.bone_block has the shape \(3, 12\)"
+        ):
             disha.load_adapter(other, path, replace=True)
         assert_unchanged(other, before)
 
