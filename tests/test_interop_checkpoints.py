@@ -219,24 +219,6 @@ class TestMergingIsWhatMergingInMemoryIs:
         beside = {name for name in merged if "norm" in name or name == "head.weight"}
         assert_same_bits(merged, expected | {name: before[name] for name in beside})
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    def test_another_dtype_rounds_once(self, tmp_path, dtype):
-        setting = Setting(tmp_path, Zoo(), "proj|packed", method="bat")
-        setting.merge(dtype=dtype)
-        expected = {
-            name: value.to(dtype) if value.is_floating_point() else value
-            for name, value in setting.merged_in_memory().items()
-        }
-        assert_same_bits(tensors_in(setting.out), expected)
-
-    def test_from_16_bits_to_32_nothing_is_rounded(self, tmp_path):
-        setting = Setting(tmp_path, nn.Linear(4, 3).bfloat16(), shards=1)
-        weight = tensors_in(setting.base)["weight"].float()
-        block = load_file(setting.adapter)["bone_block"].float()
-        setting.merge(dtype=torch.float32)
-        expected = weight + block[torch.arange(4) % 3].T
-        assert torch.equal(tensors_in(setting.out)["weight"], expected)
-
 
 class TestWhatIsWritten:
     def test_shards_index_and_metadata_are_the_bases(self, setting):
@@ -265,7 +247,7 @@ class TestWhatIsWritten:
             state["complex"] = torch.randn(3, dtype=torch.complex64)
         state["infinite"] = torch.tensor([float("-inf"), float("nan")])
         save_sharded(state, setting.base, 2)
-        setting.merge(dtype=torch.bfloat16)
+        setting.merge()
         found = tensors_in(setting.out)
         for name in {"f8", "a.f4", "complex"} & state.keys():
             assert found[name].dtype == state[name].dtype
@@ -284,12 +266,11 @@ class TestWhatIsWritten:
             (base / name).write_text(f"{{}} {name}")
         (base / ".git").mkdir()
         (base / ".git" / "config").write_text("")
-        report = setting.merge()
+        setting.merge()
         for name in kept:
             assert (setting.out / name).read_bytes() == (base / name).read_bytes()
-            assert name in report.files
         files = {p.relative_to(setting.out).as_posix() for p in setting.out.rglob("*.*")}
-        assert files == set(report.files)
+        assert files >= {*kept, "model.safetensors.index.json"}
         assert files.isdisjoint(left)
 
     def test_links_of_the_cache_of_hugging_face_are_followed(self, tmp_path):
@@ -304,29 +285,6 @@ class TestWhatIsWritten:
         merge_into_checkpoint(snapshot, setting.adapter, setting.out)
         assert (setting.out / "config.json").read_text() == "{}"
         assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
-
-    def test_another_dtype_is_told_to_loaders(self, setting):
-        config = {"torch_dtype": "float32", "text_config": {"dtype": "float32", "x": 1}, "y": None}
-        config["quantization_config"] = {"dtype": "float32"}
-        (setting.base / "config.json").write_text(json.dumps(config))
-        metadata = {"total_size": 1, "dtype": "float32", "total_parameters": 7}
-        save_sharded(tensors_in(setting.base), setting.base, 2, metadata)
-        report = setting.merge(dtype=torch.bfloat16)
-        written = json.loads((setting.out / "config.json").read_text())
-        assert written == {
-            "torch_dtype": "bfloat16",
-            "text_config": {"dtype": "bfloat16", "x": 1},
-            "y": None,
-            "quantization_config": {"dtype": "float32"},
-        }
-        index = json.loads((setting.out / "model.safetensors.index.json").read_text())
-        size = sum(tensor.nbytes for tensor in tensors_in(setting.out).values())
-        assert report.nbytes == size
-        assert index["metadata"] == {
-            "total_size": size,
-            "dtype": "bfloat16",
-            "total_parameters": 7,
-        }
 
 
 class TestNames:
@@ -367,7 +325,7 @@ class TestNames:
         save_sharded(
             {f"{p}.{n}": v.clone() for p in "ab" for n, v in state.items()}, setting.base, 2
         )
-        with pytest.raises(AdapterFileError, match=r"Several prefixes fit; it has a\.embed"):
+        with pytest.raises(AdapterFileError, match=r"several prefixes; it has a\.embed"):
             setting.merge()
         assert not setting.out.exists()
 
@@ -411,7 +369,7 @@ class TestRefused:
         setting.merge()
         again = Setting.__new__(Setting)
         again.__dict__.update(setting.__dict__, base=setting.out, out=setting.folder / "again")
-        self.refuse(again, AdapterFileError, "without any merged adapter")
+        self.refuse(again, AdapterFileError, "is not the base")
 
     def test_another_shape(self, setting):
         self.change(setting, **{"head.weight": torch.randn(12, 9)})
@@ -439,10 +397,6 @@ class TestRefused:
         match = r"layers\.1\.attn\.v_proj.*not be finite in torch\.float16"
         self.refuse(setting, MergeError, match, scale=2.0)
 
-    def test_a_dtype_that_is_too_narrow_for_another_tensor(self, setting):
-        self.change(setting, other=torch.tensor([1e5]))
-        self.refuse(setting, MergeError, r"other.*float16", dtype=torch.float16)
-
     @pytest.mark.parametrize(
         ("config", "tied"),
         [
@@ -458,7 +412,7 @@ class TestRefused:
         setting = Setting(tmp_path, Layered(), "embed")
         (setting.base / "config.json").write_text(json.dumps(config))
         if tied:
-            self.refuse(setting, MergeError, "tie_word_embeddings to false")
+            self.refuse(setting, MergeError, "tie_word_embeddings")
         setting.merge(force=tied)
         assert_same_bits(tensors_in(setting.out), setting.merged_in_memory())
 
@@ -472,8 +426,6 @@ class TestRefused:
     def test_bad_arguments(self, setting):
         self.refuse(setting, ArgumentError, "scale", scale=float("nan"))
         self.refuse(setting, ArgumentTypeError, "scale", scale="1")
-        self.refuse(setting, ArgumentError, "float16", dtype=torch.int8)
-        self.refuse(setting, ArgumentTypeError, "dtype", dtype="float16")
         setting.base = 3
         self.refuse(setting, ArgumentTypeError, "path must be")
 
@@ -509,7 +461,7 @@ IN_THE_WAY = {
     "around the base": (nothing, "", True, "the base is there"),
     "a link to the base": (make_link, "merged", True, "the base is there"),
     "a folder in use": (make_folder("merged", {"a": ""}), "merged", False, "set `overwrite`"),
-    "no checkpoint": (make_folder("merged", {"a": ""}), "merged", True, "holds no checkpoint"),
+    "no checkpoint": (make_folder("merged", {"a": ""}), "merged", True, "is no checkpoint"),
     "a file": (make_file("x.safetensors"), "x.safetensors", False, "exists"),
 }
 
@@ -581,7 +533,7 @@ class TestReading:
                 open_checkpoint(path)
         shard = next(setting.base.glob("*.safetensors"))
         shard.write_bytes(shard.read_bytes()[:-5])
-        with pytest.raises(AdapterFileError, match="is no complete safetensors file"):
+        with pytest.raises(AdapterFileError, match="not a complete safetensors file"):
             setting.merge()
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from disha.cli.dispatcher import Parser
 from disha.cli.output import require_free
-from disha.config import BLOCK_DTYPES
 from disha.interop.checkpoints import merge_into_checkpoint
 
 __all__ = ["main"]
@@ -30,7 +29,6 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("adapter", type=Path, help="the adapter file")
     parser.add_argument("out", type=Path, help="what to write")
     parser.add_argument("--scale", type=float, help="s of all layers, instead of the adapter's own")
-    parser.add_argument("--dtype", choices=BLOCK_DTYPES, help="of all weights; as they are")
     parser.add_argument("--no_also_train", action="store_true", help="merge the blocks alone")
     parser.add_argument("--force", action="store_true", help="also into another or a tied base")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -49,7 +47,6 @@ def main(words: Sequence[str]) -> None:
         flags.out,
         also_train=not flags.no_also_train,
         scale=flags.scale,
-        dtype=BLOCK_DTYPES.get(flags.dtype),
         force=flags.force,
         overwrite=flags.overwrite,
     )

@@ -24,10 +24,10 @@ from disha.errors import (
     ConversionError,
 )
 from disha.files.contents import Contents, adapter_contents, load_contents
+from disha.files.opening import opened
 from disha.files.saving import PathLike, checked_path, save_tensors
 from disha.functional import Layout
 from disha.inject import remove_adapters
-from disha.interop.checkpoints.base import opened
 from disha.interop.lora import contents_of_layers, factors_of, unknown_to_lora
 from disha.interop.low_rank import (
     CONV,

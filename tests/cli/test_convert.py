@@ -305,7 +305,7 @@ def test_a_folder_that_is_no_adapter(run, files, content, says):
         ("base/model.safetensors", ("--to", "peft"), "not written by disha"),
         ("peft", ("--to", "disha"), "give --base"),
         ("peft", ("--to", "disha", "--base", "absent"), "absent"),
-        ("peft", ("--to", "disha", "--base", "a"), "does not have all weights"),
+        ("peft", ("--to", "disha", "--base", "a"), "lacks layers.0"),
         ("bat", ("--to", "lora"), "--rank"),
         ("bat", ("--to", "lora", "--rank", "2"), "--base"),
         ("a", ("--to", "lora", "--rank", "0"), "rank must be at least 1"),

@@ -12,19 +12,18 @@ names of its stacks too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from disha.errors import AdapterFileError, AdapterIOError
 from disha.files import inspect_adapter
 from disha.files.header import AdapterHeader
+from disha.files.opening import opened
 from disha.files.saving import PathLike, checked_path
 from disha.fingerprint import fingerprint, same_base
 from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, by_expert, renamed
@@ -49,18 +48,6 @@ _FAMILIES = {one.gate: one for one in FAMILIES.values() if one.layout == SEPARAT
 
 Stack = tuple[tuple[str, ...], ...]
 """For each expert, the tensors whose rows, one after the other, are its matrix (out, in)."""
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; its tensors are read on request."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise AdapterFileError(f"{path} is no complete safetensors file: {error}") from error
-    except OSError as error:
-        raise AdapterIOError(f"can't read {path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -120,7 +107,7 @@ class Checkpoint:
         return [
             path
             for path in found
-            if not path.name.endswith(WEIGHTS)
+            if (path == self.folder / INDEX or not path.name.endswith(WEIGHTS))
             and not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
         ]
 
@@ -162,8 +149,7 @@ def _shards(folder: Path) -> dict[str, Path]:
     index = folder / INDEX
     if not index.is_file():
         raise AdapterIOError(
-            f"{folder} holds neither {SINGLE} nor {INDEX}; name a folder with safetensors, or a "
-            ".safetensors file itself"
+            f"{folder} holds neither {SINGLE} nor {INDEX}; name a checkpoint of safetensors"
         )
     names = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
     if not names:
@@ -271,13 +257,7 @@ def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str
 
 
 class BaseOf:
-    """A checkpoint, asked for the weights of one adapter by their names in its model.
-
-    Args:
-        checkpoint: the base.
-        layers: the adapter's layers.
-        beside: names of its further parameters.
-    """
+    """A checkpoint, asked for the weights of one adapter by their names in its model."""
 
     def __init__(
         self, checkpoint: Checkpoint, layers: Sequence[LayerRecord], beside: Iterable[str]
@@ -316,13 +296,11 @@ class BaseOf:
         best, *others = sorted(prefixes, key=lambda one: (len(missing(one)), len(one[0] + one[1])))
         absent = missing(best)
         if absent or (best != ("", "") and any(not missing(one) for one in others)):
+            there = first_few(sorted(self.stored), 5, ", ")
+            lacks = f"lacks {first_few(absent, 5, ', ')}" if absent else "fits by several prefixes"
             raise AdapterFileError(
-                f"{self.checkpoint.path} does not have all weights of the adapter under their "
-                "names, or under these with one prefix more or less. "
-                + (f"It lacks {first_few(absent, 5, ', ')}" if absent else "Several prefixes fit")
-                + f"; it has {first_few(sorted(self.stored), 5, ', ')}. If a weight is tied, or "
-                "has another name there, load the adapter into the model and merge it there "
-                "(merge_adapters)"
+                f"{self.checkpoint.path} {lacks}; it has {there}. If "
+                "a weight is tied, merge the adapter in the model (merge_adapters)"
             )
         return best
 
@@ -379,9 +357,9 @@ class BaseOf:
         """Raise with all problems, if there are any."""
         if problems:
             raise AdapterFileError(
-                f"{self.checkpoint.path} is not the base of this adapter; nothing was written:\n"
-                f"{first_few(problems, 20)}\nGive the base that it was trained on, without any "
-                "merged adapter, or merge with `force`"
+                f"{self.checkpoint.path} is not the base of this adapter:\n"
+                f"{first_few(problems, 20)}\nGive the base that it was trained on, or merge with "
+                "`force`"
             )
 
 

@@ -6,9 +6,8 @@ adapter and one shard of the base.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from disha import functional
 from disha.config import check_scale
-from disha.errors import AdapterIOError, ArgumentError, ArgumentTypeError, MergeError
+from disha.errors import AdapterIOError, ArgumentError, MergeError
 from disha.files.contents import Contents, read_contents
+from disha.files.opening import opened
 from disha.files.saving import PathLike, checked_path
 from disha.functional.shards import merge_dtype
 from disha.interop.checkpoints.base import (
@@ -32,7 +32,6 @@ from disha.interop.checkpoints.base import (
     BaseOf,
     Checkpoint,
     open_checkpoint,
-    opened,
 )
 from disha.records import LayerRecord
 from disha.state import finite_as
@@ -41,9 +40,6 @@ from disha.text import counted, printable
 __all__ = ["MergedCheckpoint", "merge_into_checkpoint"]
 
 SUFFIX = ".safetensors"
-
-DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that `dtype` changes, and may be."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,6 @@ class MergedCheckpoint:
         path: the folder or the file.
         layers: the adapter's layers, all merged.
         replaced: tensors that were replaced by parameters saved with the blocks.
-        files: names of the files written.
-        nbytes: size of all tensors.
 
     Examples:
         >>> import pathlib, tempfile
@@ -71,21 +65,18 @@ class MergedCheckpoint:
         ...     made = merge_into_checkpoint(
         ...         folder / "base.safetensors", folder / "adapter", folder / "merged"
         ...     )
-        >>> made.layers, made.files, made.nbytes
-        (('0',), ('model.safetensors',), 576)
+        >>> made.layers
+        ('0',)
     """
 
     path: Path
     layers: tuple[str, ...]
     replaced: tuple[str, ...]
-    files: tuple[str, ...]
-    nbytes: int
 
     def __str__(self) -> str:
         return (
             f"{printable(str(self.path))}: {counted(len(self.layers), 'layer')} merged, "
-            f"{counted(len(self.replaced), 'tensor')} replaced, {self.nbytes:,} bytes of tensors "
-            f"in {counted(len(self.files), 'file')}"
+            f"{counted(len(self.replaced), 'tensor')} replaced"
         )
 
 
@@ -96,7 +87,6 @@ def merge_into_checkpoint(
     *,
     also_train: bool = True,
     scale: float | None = None,
-    dtype: torch.dtype | None = None,
     force: bool = False,
     overwrite: bool = False,
 ) -> MergedCheckpoint:
@@ -118,8 +108,6 @@ def merge_into_checkpoint(
             holds all tensors. In a folder, a base that is one file becomes `model.safetensors`.
         also_train: also merge the parameters saved with the blocks.
         scale: runtime scale s of all layers, in place of the adapter's own.
-        dtype: dtype of all floating-point tensors of 16 bits and more, and in `config.json`; by
-            default each keeps its own.
         force: merge even if the adapter was saved from other weights, or if an adapted embedding
             may be tied to an output head.
         overwrite: replace an existing checkpoint.
@@ -132,7 +120,6 @@ def merge_into_checkpoint(
         AdapterFileError: the adapter or the checkpoint is damaged, or they don't belong together.
         MergeError: an adapted embedding may be tied, or a merged weight is not finite.
         ArgumentError: an argument is out of range, or something is at `out` already.
-        ArgumentTypeError: an argument is of the wrong type.
 
     Source: arXiv 2409.15371, section 3.
 
@@ -155,7 +142,8 @@ def merge_into_checkpoint(
         >>> bool((merged["0.weight"] == model[0].weight).all())
         True
     """
-    _check_arguments(scale, dtype)
+    if scale is not None:
+        check_scale(scale)
     adapter_path, out = checked_path(adapter_path), checked_path(out)
     checkpoint = open_checkpoint(base)
     _check_target(out, checkpoint, overwrite)
@@ -165,33 +153,17 @@ def merge_into_checkpoint(
     found.refuse(found.wrong_shapes(header) or ([] if force else found.other_values(header)))
     if not force:
         _refuse_tied(checkpoint, header.layers)
-    merge = _Merge(found, contents, scale, dtype)
+    merge = _Merge(found, contents, scale)
     with _written(out) as new:
         if out.suffix == SUFFIX:
-            nbytes, files = merge.write(new, list(checkpoint.files)), [out.name]
+            merge.write(new, list(checkpoint.files))
         else:
-            nbytes, files = _write_folder(new, merge)
-    return MergedCheckpoint(
-        path=out,
-        layers=tuple(record.name for record in header.layers),
-        replaced=tuple(found.keys[name] for name in header.also_train),
-        files=tuple(files),
-        nbytes=nbytes,
-    )
+            _write_folder(new, merge)
+    layers = tuple(record.name for record in header.layers)
+    return MergedCheckpoint(out, layers, tuple(found.keys[name] for name in header.also_train))
 
 
 # --- checks before anything is written -----------------------------------------------------------
-
-
-def _check_arguments(scale: object, dtype: object) -> None:
-    if scale is not None:
-        check_scale(scale)
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ArgumentTypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
-    if dtype is not None and dtype not in DENSE:
-        raise ArgumentError(
-            f"weights can't be merged in {dtype}; allowed are {', '.join(map(str, DENSE))}"
-        )
 
 
 def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
@@ -205,7 +177,7 @@ def _check_target(out: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
     is_checkpoint = any((out / name).is_file() for name in (SINGLE, INDEX))
     if out.is_dir() and (out.suffix == SUFFIX or not is_checkpoint):
         raise ArgumentError(
-            f"{out} holds no checkpoint, and everything in it would be deleted; name another folder"
+            f"{out} is no checkpoint, and all in it would be deleted; name another folder"
         )
 
 
@@ -217,9 +189,8 @@ def _refuse_tied(checkpoint: Checkpoint, layers: tuple[LayerRecord, ...]) -> Non
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
     if any(said) or (not said and "model_type" in config):
         raise MergeError(
-            f"{embeddings[0]} may be tied to an output head, which merging would change too: "
-            f"{CONFIG} of {checkpoint.path} does not set tie_word_embeddings to false. Untie them "
-            "and save that model first, or merge with `force`"
+            f"{embeddings[0]} may be tied to an output head, which merging would change too "
+            f"(tie_word_embeddings in {CONFIG}); untie them first, or merge with `force`"
         )
 
 
@@ -229,11 +200,9 @@ def _refuse_tied(checkpoint: Checkpoint, layers: tuple[LayerRecord, ...]) -> Non
 class _Merge:
     """Computes and writes the tensors of the merged checkpoint."""
 
-    def __init__(
-        self, base: BaseOf, contents: Contents, scale: float | None, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, base: BaseOf, contents: Contents, scale: float | None) -> None:
         header, self._blocks = contents
-        self.base, self.dtype, self._scale = base, dtype, scale
+        self.base, self._scale = base, scale
         self._values = {base.keys[name]: self._blocks[name] for name in header.also_train}
         self._layers: dict[str, list[LayerRecord]] = {}
         for record in header.layers:
@@ -246,15 +215,13 @@ class _Merge:
             for name in names
         }
 
-    def write(self, path: Path, names: list[str]) -> int:
-        """Write some tensors to a file, and return their size."""
+    def write(self, path: Path, names: list[str]) -> None:
+        """Write some tensors to a file."""
         metadata = {"format": "pt"}  # loaders require it
         for file in {self.base.checkpoint.files[name] for name in names}:
             with opened(file) as source:
                 metadata |= source.metadata() or {}
-        tensors = {name: self._merged(name) for name in names}
-        save_file(tensors, path, metadata)
-        return sum(tensor.nbytes for tensor in tensors.values())
+        save_file({name: self._merged(name) for name in names}, path, metadata)
 
     def _merged(self, name: str) -> Tensor:
         if name not in self._parts:
@@ -268,20 +235,15 @@ class _Merge:
 
     def _changed(self, key: str, name: str, value: Tensor, experts: Any = ...) -> Tensor:
         """Return the new values of a tensor, or of one expert (1, out, in) of a stack."""
-        dtype = self.dtype if self.dtype is not None and value.dtype in DENSE else value.dtype
+        dtype, changed = value.dtype, value
         if key in self._values:
-            value = self._values[key][experts].to(value.dtype)
-        changed = value
+            changed = self._values[key][experts].to(dtype)
         if key in self._layers:
-            wide = value.to(merge_dtype(value.dtype))
+            wide = changed.to(merge_dtype(dtype))
             with functional.without_autocast(wide.device), torch.no_grad():
-                changed = functional.merged_weight(wide, self._deltas(key, wide, experts))
-        changed = changed.to(dtype)
-        if changed is not value and not finite_as(changed, dtype) and finite_as(value, value.dtype):
-            raise MergeError(
-                f"{name} would not be finite in {dtype}; nothing was written. Check the adapter's "
-                "blocks and its scale, and `dtype`"
-            )
+                changed = functional.merged_weight(wide, self._deltas(key, wide, experts)).to(dtype)
+        if changed is not value and not finite_as(changed, dtype) and finite_as(value, dtype):
+            raise MergeError(f"{name} would not be finite in {dtype}; give a smaller `scale`")
         return changed
 
     def _deltas(self, key: str, weight: Tensor, experts: Any) -> Iterator[tuple[Tensor, float]]:
@@ -317,41 +279,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_folder(folder: Path, merge: _Merge) -> tuple[int, list[str]]:
-    """Write a folder; return the size of its tensors, and the names of its files."""
-    checkpoint, nbytes = merge.base.checkpoint, 0
+def _write_folder(folder: Path, merge: _Merge) -> None:
+    """Write a folder: the shards, and copies of all other files and of the index."""
+    checkpoint = merge.base.checkpoint
     folder.mkdir()
     for source in checkpoint.other_files():
         target = folder / source.relative_to(checkpoint.path)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-    if merge.dtype is not None and (folder / CONFIG).exists():
-        _write_json(folder / CONFIG, _with_dtype(checkpoint.config(), merge.dtype))
-    shards = sorted({*checkpoint.files.values()})
-    for file in shards:
+    for file in sorted({*checkpoint.files.values()}):
         names = [name for name, one in checkpoint.files.items() if one == file]
-        nbytes += merge.write(folder / (SINGLE if checkpoint.folder is None else file.name), names)
-    if checkpoint.folder is not None and shards != [checkpoint.folder / SINGLE]:
-        index = json.loads((checkpoint.folder / INDEX).read_text(encoding="utf-8"))
-        metadata = {**index.get("metadata", {}), "total_size": nbytes}
-        if merge.dtype is not None:
-            metadata = _with_dtype(metadata, merge.dtype)
-        _write_json(folder / INDEX, {**index, "metadata": metadata})
-    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return nbytes, sorted(files)
-
-
-def _with_dtype(fields: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return a configuration with another dtype in every field that names one, at any depth."""
-    name = str(dtype).removeprefix("torch.")
-    changed = dict(fields)
-    for key, value in fields.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            changed[key] = name
-        elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
-            changed[key] = _with_dtype(value, dtype)
-    return changed
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        merge.write(folder / (SINGLE if checkpoint.folder is None else file.name), names)
