@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from disha.errors import ArgumentError, DishaError
-from disha.layers import AdaptedLayer, Block
+from disha.layers.adapted import AdaptedLayer
+from disha.layers.blocks import Block
 from disha.merge import merge
 from disha.model import ModelBlock, ModelView, clean_key
 from disha.sharding import write

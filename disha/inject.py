@@ -14,21 +14,12 @@ from disha import freezing, running_statistics
 from disha.config import AdapterOptions
 from disha.contexts import LOOSE, Group, open_contexts
 from disha.errors import ArgumentError, ModeError
-from disha.layers import (
-    CHILD_NAME,
-    AdaptedLayer,
-    Adapters,
-    Block,
-    Slot,
-    adapt,
-    guard_encoder,
-    is_guarded,
-    make_block,
-    readapt,
-    refuse_changed_class,
-    release_encoder,
-    restore,
-)
+from disha.layers.adapted import AdaptedLayer
+from disha.layers.adapters import CHILD_NAME, Adapters
+from disha.layers.blocks import Block, Slot
+from disha.layers.classes import adapt, readapt, refuse_changed_class, restore
+from disha.layers.encoder import guard_encoder, is_guarded, release_encoder
+from disha.layers.weights import make_block
 from disha.model import ModelView, all_or_nothing
 from disha.plan import Plan, Target, plan_injection
 from disha.text import counted, first_few

@@ -17,19 +17,12 @@ from disha.control import checked_names
 from disha.errors import ArgumentError, MergeError
 from disha.functional import without_autocast
 from disha.inject import check_removable, take_out
-from disha.layers import (
-    ROUNDED,
-    AdaptedLayer,
-    Merged,
-    Original,
-    Slot,
-    is_library_forward,
-    merged_weight,
-    offloading_hooks,
-    quantisation_of,
-    stored_weight,
-    takes_dense,
-)
+from disha.layers.adapted import AdaptedLayer
+from disha.layers.adapters import Merged, Original
+from disha.layers.bitsandbytes import is_library_forward
+from disha.layers.blocks import Slot
+from disha.layers.opaque import ROUNDED, quantisation_of, takes_dense
+from disha.layers.weights import merged_weight, offloading_hooks, stored_weight
 from disha.model import ModelView, all_or_nothing, join
 
 __all__ = ["merge", "merge_adapters", "unmerge_adapters"]

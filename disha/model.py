@@ -18,13 +18,9 @@ from torch import nn
 
 from disha.contexts import OPEN, deciding
 from disha.errors import ArgumentError, ArgumentTypeError, ModeError, TargetError
-from disha.layers import (
-    CHILD_NAME,
-    AdaptedLayer,
-    Adapters,
-    Block,
-    refuse_merged,
-)
+from disha.layers.adapted import AdaptedLayer, refuse_merged
+from disha.layers.adapters import CHILD_NAME, Adapters
+from disha.layers.blocks import Block
 from disha.sharding import Ranks, imported_class, is_partitioned, is_sharded
 
 __all__ = [

@@ -31,21 +31,13 @@ from disha.config import (
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.freezing import attributes_of, is_claimed
 from disha.functional import Geometry, Update, layout_of, method_names, method_of, update_of_part
-from disha.layers import (
-    AdaptedLayer,
-    Slot,
-    check_adapter_name,
-    declared_slots,
-    device_of_weight,
-    is_quantised,
-    matrix_parameters,
-    parameter_count,
-    quantisation_of,
-    read_weight,
-    slot_of,
-    stored_weight,
-    weight_shape,
-)
+from disha.layers.adapted import AdaptedLayer
+from disha.layers.adapters import check_adapter_name
+from disha.layers.bitsandbytes import parameter_count
+from disha.layers.blocks import Slot
+from disha.layers.kinds import declared_slots, matrix_parameters, slot_of
+from disha.layers.opaque import is_quantised, quantisation_of
+from disha.layers.weights import device_of_weight, read_weight, stored_weight, weight_shape
 from disha.model import ModelParameter, ModelView, join
 from disha.records import LayerRecord, TensorRecord
 from disha.sharding import imported_class, is_partitioned, split_of

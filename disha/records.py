@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from disha.functional import METHODS, Geometry, Layout, Rows
-from disha.layers import block_name
+from disha.layers.blocks import block_name
 from disha.model import join
 from disha.text import counted
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from disha import freezing, running_statistics
 from disha.errors import AdapterStateError
-from disha.layers import AdaptedLayer, Block, weight_shape
+from disha.layers.adapted import AdaptedLayer
+from disha.layers.blocks import Block
+from disha.layers.weights import weight_shape
 from disha.model import ModelView, all_or_nothing, clean_key, join
 from disha.sharding import local_part, obstacle_to_write, write
 from disha.text import first_few

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from disha.layers import parameter_count
+from disha.layers.bitsandbytes import parameter_count
 from disha.model import ModelView
 from disha.text import table
 

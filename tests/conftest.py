@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from disha.layers import AdaptedLayer
+from disha.layers.adapted import AdaptedLayer
 
 hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("busy")

@@ -8,7 +8,8 @@ from torch import nn
 
 import disha
 from disha import freezing
-from disha.layers import Adapters, Block
+from disha.layers.adapters import Adapters
+from disha.layers.blocks import Block
 from tests.conftest import assert_unchanged, perturb, snapshot
 
 STEPS = [

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import disha
 from disha import ArgumentError, MergeError, ModeError
-from disha.layers import AdaptedLayer
+from disha.layers.adapted import AdaptedLayer
 from tests import reference
 from tests.conftest import assert_unchanged, needs_fully_shard, perturb, snapshot
 

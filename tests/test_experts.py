@@ -29,7 +29,7 @@ from benchmarks.memory import kept_bytes
 from disha import functional
 from disha.functional import products
 from disha.functional.methods import METHODS as TABLE
-from disha.layers import AdaptedLayer
+from disha.layers.adapted import AdaptedLayer
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot
 

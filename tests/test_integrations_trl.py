@@ -23,7 +23,7 @@ from transformers import (
 import disha
 from disha.integrations.transformers import AdapterCheckpoints
 from disha.integrations.trl import DPOTrainer, GRPOTrainer
-from disha.layers import Block
+from disha.layers.blocks import Block
 from tests.test_integrations import FILES, assert_same
 
 WORDS = [f"w{number}" for number in range(61)]

@@ -331,7 +331,7 @@ class Mix(nn.Module):
 
 @pytest.fixture
 def _mix():
-    from disha.layers import LAYER_KINDS
+    from disha.layers.kinds import LAYER_KINDS
 
     disha.register_layer_kind(Mix, {"weight": "in out"})
     yield

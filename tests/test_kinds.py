@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import disha
 from disha import ArgumentError, ArgumentTypeError, TargetError
 from disha.functional import method_names
-from disha.layers import LAYER_KINDS
+from disha.layers.kinds import LAYER_KINDS
 from tests.conftest import assert_unchanged, perturb, snapshot
 from tests.every_pair import DtypeTests, PairTests, Row, close
 

@@ -35,7 +35,7 @@ from transformers.integrations.metal_quantization import MetalLinear
 import disha
 from disha import ArgumentError, MergeError, TargetError
 from disha.functional import bone_delta
-from disha.layers import AdaptedLayer
+from disha.layers.adapted import AdaptedLayer
 from disha.layers.opaque import opaque_slot
 from tests import reference
 from tests.conftest import assert_unchanged, perturb, snapshot

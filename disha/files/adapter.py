@@ -12,7 +12,7 @@ from disha.files.contents import adapter_contents, load_contents, read_contents,
 from disha.files.header import AdapterFile
 from disha.files.opening import file_at
 from disha.files.saving import PathLike
-from disha.layers import check_adapter_name
+from disha.layers.adapters import check_adapter_name
 from disha.model import ModelView
 from disha.state import LoadReport
 

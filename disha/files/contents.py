@@ -32,13 +32,9 @@ from disha.files.saving import save_tensors
 from disha.fingerprint import fingerprint, same_base
 from disha.functional import METHODS
 from disha.inject import apply_plan
-from disha.layers import (
-    base_of,
-    check_adapter_name,
-    geometry_of,
-    quantisation_of,
-    stored_weight,
-)
+from disha.layers.adapters import check_adapter_name
+from disha.layers.opaque import quantisation_of
+from disha.layers.weights import base_of, geometry_of, stored_weight
 from disha.model import ModelBlock, ModelView, all_or_nothing, join
 from disha.plan import Plan, plan_weights
 from disha.records import LayerRecord, records_of

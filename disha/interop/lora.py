@@ -58,7 +58,8 @@ from disha.interop.peft_model import (
     under_first_names,
     without_buffers,
 )
-from disha.layers import declared_slots, original_class
+from disha.layers.kinds import declared_slots
+from disha.layers.opaque import original_class
 from disha.model import ModelView, join
 from disha.records import LayerRecord, records_of
 from disha.state import LoadReport

@@ -27,7 +27,7 @@ from disha.config import check_positive_int
 from disha.errors import AdapterFileError, ArgumentError, ConversionError
 from disha.files import AdapterHeader
 from disha.functional import METHODS, Layout
-from disha.layers import base_of
+from disha.layers.weights import base_of
 from disha.model import ModelView
 from disha.records import LayerRecord
 from disha.sharding import gathered

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from disha.interop import lora
 from disha.interop.low_rank import SERVED_RANKS
-from disha.layers import AdaptedLayer
+from disha.layers.adapted import AdaptedLayer
 from tests.runtimes.sources import from_sources
 from tests.test_interop_experts import EXPERTS, ONLY_EXPERTS, WITH_ATTENTION, adapted, build
 from tests.test_interop_lora import tiny_llama

@@ -27,7 +27,7 @@ from disha.files.opening import opened
 from disha.files.saving import PathLike, checked_path
 from disha.fingerprint import fingerprint, same_base
 from disha.interop.experts import DOWN, FAMILIES, GATE_UP, SEPARATE_BEFORE, by_expert, renamed
-from disha.layers import PROJECTIONS
+from disha.layers.kinds import PROJECTIONS
 from disha.model import join
 from disha.records import LayerRecord
 from disha.text import first_few
