@@ -241,7 +241,7 @@ def test_servers_need_both_stacks(tmp_path):
 
 def test_servers_refuse_what_was_trained_beside(tmp_path):
     ours = adapted(build("Mixtral", "eager"), also_train="norm")
-    refused = pytest.raises(disha.ConversionError, match=r"trained with it \(.*norm\.weight")
+    refused = pytest.raises(disha.ConversionError, match=r"other parameters \(.*norm\.weight")
     with refused:
         lora.export(ours, tmp_path / "lora", experts="separate")
     with refused:
@@ -310,7 +310,7 @@ def test_arguments(tmp_path):
     contents = adapter_contents(ModelView(ours))
     with pytest.raises(disha.ConversionError, match="which is unknown here; known are mixtral"):
         lora.write_lora(tmp_path / "lora", *contents, experts="separate")
-    with pytest.raises(disha.ConversionError, match="has the layout 'expert in out'"):
+    with pytest.raises(disha.ConversionError, match="is 'expert in out'"):
         lora.write_lora(tmp_path / "lora", *contents, experts="separate", model_type="mixtral")
     assert list(tmp_path.iterdir()) == []
 
@@ -330,8 +330,8 @@ def test_an_adapter_for_other_experts_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"r": 5}, r"for rank 5 these must be \(5 \* experts, in\)"),
-        ({"target_parameters": ["experts.weight"]}, "is a parameter that PEFT's"),
+        ({"r": 5}, r"are not \(5 \* experts, in\)"),
+        ({"target_parameters": ["experts.weight"]}, "is a parameter other than"),
     ],
 )
 def test_folders_that_are_refused(tmp_path, config, says):

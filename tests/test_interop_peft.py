@@ -252,7 +252,7 @@ NOT_EXPRESSIBLE = {
     "several r": (
         lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
         {"r": 4, "rank_pattern": {"1": 2}},
-        "one r for all layers, and this adapter has 2, 4",
+        "one r, this has [2, 4]",
     ),
     "conv": (
         lambda: nn.Sequential(nn.Conv1d(8, 8, 3)),
@@ -424,7 +424,7 @@ def test_arguments_of_load(tmp_path):
     assert base.q.weight.requires_grad
     with pytest.raises(ArgumentError, match="replace=True"):
         load(base, tmp_path)
-    with pytest.raises(ArgumentError, match="has a dot"):
+    with pytest.raises(ArgumentError, match="have a dot"):
         load(base, tmp_path, "a.b")
 
 

@@ -52,16 +52,9 @@ WRAPPED = ".base_layer"
 
 @dataclass(frozen=True)
 class Family:
-    """How models of one type name and store their experts.
+    """How models of one type store both stacks, and name the matrices of single experts.
 
-    Attributes:
-        layout: layout of both stacks.
-        block: the module that holds the experts, in the names of single experts. In the names of
-            stacks, it is `mlp`.
-        gate: name of an expert's gate projection.
-        up: name of its up projection.
-        down: name of its down projection.
-        by_turns: whether the rows of gate and up take turns in `gate_up_proj`.
+    `block` is `mlp` in the names of stacks. With `by_turns`, the rows of gate and up take turns.
     """
 
     layout: Layout
@@ -97,17 +90,12 @@ def checked_form(experts: str) -> ExpertForm:
 
 
 def family_of(model_type: str | None, what: str) -> Family:
-    """Return the family of a type of model.
-
-    Args:
-        model_type: the type, or None if it is unknown.
-        what: what needs it, for the error.
-    """
+    """Return the family of a type of model; `what` needs it."""
     family = FAMILIES.get(model_type or "")
     if family is None:
         raise ConversionError(
-            f"{what} depends on the type of the model, which is {model_type or 'unknown here'}; "
-            f"known are {', '.join(FAMILIES)}. Give `model_type` (--base), or merge the adapter"
+            f"{what} depends on the model type, which is {model_type or 'unknown here'}; known are "
+            f"{', '.join(FAMILIES)}. Give `model_type` (--base), or merge the adapter"
         )
     return family
 
@@ -116,11 +104,7 @@ def family_of(model_type: str | None, what: str) -> Family:
 
 
 def stack_names(names: Iterable[str]) -> dict[str, str]:
-    """Return stack -> the name of its factors in a PEFT folder.
-
-    Args:
-        names: the adapted stacks of a model.
-    """
+    """Return stack -> the name of its factors in a PEFT folder."""
     found: dict[str, str] = {}
     stacks = set(names)
     for name in stacks:
@@ -144,24 +128,18 @@ def misread_by_peft(
     PEFT takes the inputs for the second axis of a stack if its module says `is_transposed`, and
     for the third if it does not. It takes modules whose names are those of experts before
     `transformers` stacked them for such experts, in models that join experts as they load them.
-
-    Args:
-        layers: the adapted layers.
-        model_type: type of the model, or None if it is unknown.
-        joins: whether the model is known to join experts.
     """
     stacks = [layer for layer in layers if is_stack(layer)]
     family = FAMILIES.get(model_type or "")
     problems = [
-        f"{one.name}: its layout is {one.layout.pattern!r}, and PEFT would take its inputs for its "
-        f"outputs, except in models of type gpt_oss; this one is {model_type or 'unknown'} (--base "
-        "for the command)"
+        f"{one.name}: PEFT would take its inputs for its outputs, except in models of type "
+        f"gpt_oss; this one is {model_type or 'unknown'} (--base for the command)"
         for one in stacks
         if one.layout.in_first and (family is None or family.layout != one.layout)
     ]
     problems += [
         f"{one.name}: PEFT takes a target of this name for a projection of the experts; write the "
-        'LoRA for a server (experts="separate"; --experts separate for the command)'
+        'experts apart (experts="separate")'
         for one in layers
         if one not in stacks
         and one.name.rpartition(".")[2] in _OLD_TARGETS
@@ -179,21 +157,14 @@ def in_form(
     also_train: Sequence[str],
     model_type: str | None,
 ) -> list[LowRankUpdate]:
-    """Return the updates with experts in one of the two forms.
-
-    Args:
-        updates: the updates of all layers.
-        form: the form.
-        also_train: the parameters that were trained with them.
-        model_type: type of the model, or None if it is unknown.
-    """
+    """Return the updates with experts in one of the two forms."""
     names = {update.record.name for update in updates if is_stack(update.record)}
     if form == "stacked" or not names:
         return list(updates)
     if also_train:
         raise ConversionError(
-            f"vLLM and SGLang refuse a LoRA with parameters that were trained with it "
-            f"({listed(also_train)}); leave them out (--no_also_train), or merge the adapter"
+            f"vLLM and SGLang refuse a LoRA with other parameters ({listed(also_train)}); leave "
+            "them out (--no_also_train), or merge the adapter"
         )
     for name in sorted(names):
         owner, _, last = name.rpartition(".")
@@ -214,8 +185,8 @@ def _separated(update: LowRankUpdate, family: Family) -> Iterator[LowRankUpdate]
         return
     if update.record.layout != family.layout:
         raise ConversionError(
-            f"{update.record.name} has the layout {update.record.layout}, and models of this type "
-            f"have {family.layout}; name the base that the adapter is for"
+            f"{update.record.name} is {update.record.layout}, and models of this type have "
+            f"{family.layout}; name the base that the adapter is for"
         )
     owner, _, last = name.rpartition(".")
     projections = {family.down: update.b}
@@ -239,12 +210,7 @@ _SINGLE = re.compile(r"((?:.+\.)?experts)\.(\d+)\.(\w+)")
 
 
 def stacked(name: str, targets: Collection[str]) -> str | None:
-    """Return the stack whose factors have this name in a PEFT folder, or None if it is a module.
-
-    Args:
-        name: the name, without `lora_A.weight`.
-        targets: `target_parameters`.
-    """
+    """Return the stack whose factors have this name in a PEFT folder, or None if it is a module."""
     owner = name.replace(WRAPPED, "")
     depth = name.count(WRAPPED)
     if not targets or (depth == 0 and owner.rpartition(".")[2] != "experts"):
@@ -256,8 +222,8 @@ def stacked(name: str, targets: Collection[str]) -> str | None:
     ]
     if depth >= len(found):
         raise ConversionError(
-            f"{name} is a parameter that PEFT's target_parameters names, but not "
-            f"experts.{GATE_UP} or experts.{DOWN}; merge this LoRA in PEFT"
+            f"{name} is a parameter other than experts.{GATE_UP} and experts.{DOWN}; merge this "
+            "LoRA in PEFT"
         )
     return found[depth]
 
@@ -266,8 +232,8 @@ def matrices_of(name: str, a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Ten
     """Return A (expert, rank, in) and B (expert, out, rank): the inverse of `stack_factors`."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] % rank or b.shape[1] != a.shape[0]:
         raise AdapterFileError(
-            f"{name} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}; for rank {rank} "
-            f"these must be ({rank} * experts, in) and (out, {rank} * experts)"
+            f"{name} has factors of shape {tuple(a.shape)} and {tuple(b.shape)}, which are not "
+            f"({rank} * experts, in) and (out, {rank} * experts)"
         )
     return (
         rearrange(a, "(expert r) i -> expert r i", r=rank),
@@ -281,11 +247,7 @@ def single_expert(name: str) -> bool:
 
 
 def by_expert(names: Iterable[str]) -> dict[str, dict[str, dict[int, str]]]:
-    """Return module of the experts -> projection -> number of the expert -> name.
-
-    Args:
-        names: names of layers. Those that are not of single experts are left out.
-    """
+    """Return module of the experts -> projection -> number of the expert -> name."""
     found: dict[str, dict[str, dict[int, str]]] = {}
     for name in names:
         match = _SINGLE.fullmatch(name)

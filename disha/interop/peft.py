@@ -392,9 +392,7 @@ def write_folder(
 ) -> None:
     """Write an adapter without its model as a folder that PEFT loads.
 
-    `target_modules` is a regex that matches the full names of the adapted layers, so it selects no
-    other module of any base. Only `export` can check that PEFT computes the same results in each of
-    them, because it has the model.
+    Only `export` can check that PEFT computes the same results, because it has the model.
 
     Args:
         folder: created if it does not exist; other files in it stay.
@@ -421,12 +419,11 @@ def write_folder(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     header, tensors = adapter_contents(ModelView(model))
         ...     peft.write_folder(folder, header, tensors, task_type="CAUSAL_LM")
-        ...     peft.read_folder(folder).config.target_modules
-        '0'
+        ...     peft.read_folder(folder).config.method
+        'bone'
     """
     problems = _inexpressible(header, dropout) + [
-        f"parameter {name}: PEFT saves complete modules, and only the model shows what else is in "
-        "this one; load the file into the model and export from there"
+        f"{name}: PEFT saves whole modules; load the file into the model and export from there"
         for name in header.also_train
     ]
     refuse_to_write(CANT_EXPRESS, problems)
@@ -449,25 +446,20 @@ def _inexpressible(header: AdapterHeader, dropout: float | None) -> list[str]:
         name, r = layer.name or "(the model)", layer.r
         if layer.layout != LINEAR:
             problems.append(
-                f"{name}: the layout of this weight is {layer.layout.pattern!r}, not a linear layer"
+                f"{name}: the layout of this weight is {layer.layout.pattern!r}, not 'out in'"
             )
         if layer.rows:
             problems.append(f"{name}: PEFT's MiSS adapts all rows of a weight, not some of them")
         if not layer.name:
             problems.append(THE_MODEL_ITSELF)
         if layer.scale != 1.0:
-            problems.append(f"{name}: PEFT's MiSS has no scale (combine_adapters into one of 1)")
+            problems.append(f"{name}: PEFT's MiSS has no scale (see combine_adapters)")
         if method == BAT and (layer.in_features % r or layer.out_features % r):
             problems.append(f"{name}: PEFT's BAT needs an r that divides both sizes, not {r}")
     sizes = sorted({layer.r for layer in header.layers})
     if len(sizes) > 1:
-        problems.append(
-            f"PEFT's MiSS has one r for all layers, and this adapter has "
-            f"{', '.join(map(str, sizes))} (combine_adapters makes Bone blocks of one r)"
-        )
+        problems.append(f"PEFT's MiSS has one r, this has {sizes} (see combine_adapters)")
     drops = header.config.dropout if dropout is None else dropout
     if method == BAT and drops:
-        problems.append(
-            f"PEFT's BAT has no dropout, and this adapter has {drops:g} (`dropout=0.0`)"
-        )
+        problems.append(f"PEFT's BAT has no dropout, and this has {drops:g} (`dropout=0.0`)")
     return problems

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +40,18 @@ PREFIX = "base_model.model."
 
 THE_MODEL_ITSELF = "(the model): PEFT adapts layers within a model, not the model itself"
 
-SHOWN = 20
-"""How many problems an error lists."""
-
-
 # --- both files ----------------------------------------------------------------------------------
 
 
 def write_peft_files(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write both files. The configuration comes last, because PEFT looks for it first.
-
-    Args:
-        folder: created if it does not exist.
-        config: the content of `adapter_config.json`.
-        tensors: key without `PREFIX` -> contiguous tensor on the CPU.
-    """
+    """Write both files. The configuration comes last, because PEFT looks for it first."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    prefixed = {PREFIX + key: tensor for key, tensor in tensors.items()}
     if folder.is_file():
         raise ArgumentError(f"{folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    prefixed = {PREFIX + key: tensor for key, tensor in tensors.items()}
     save_tensors(folder / WEIGHTS_NAME, prefixed, {"format": "pt"})
     save(folder / CONFIG_NAME, lambda new: new.write_text(text, encoding="utf-8"))
 
@@ -71,8 +61,8 @@ def read_peft_files(folder: PathLike) -> tuple[Path, dict[str, Any], dict[str, T
     path = checked_path(folder)
     if (path / "adapter_model.bin").exists() and not (path / WEIGHTS_NAME).exists():
         raise AdapterFileError(
-            f"{path} has its tensors in adapter_model.bin, a pickle, which can run any code and is "
-            "not read; load it in PEFT if you trust it, and save it again as safetensors"
+            f"{path} holds adapter_model.bin, a pickle, which can run any code; save it in PEFT as "
+            "safetensors"
         )
     try:
         fields = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -88,8 +78,8 @@ def refuse_to_write(what: str, problems: Sequence[str]) -> None:
     """Raise `ConversionError` with all problems of an adapter, if there are any."""
     if problems:
         raise ConversionError(
-            f"{what}, so nothing was written:\n{first_few(problems, SHOWN)}\n"
-            "Leave these layers out (`exclude`), or use the merged model (merge_adapters)"
+            f"{what}, so nothing was written:\n{first_few(problems, 20)}\n"
+            "Leave these layers out (`exclude`), or merge (merge_adapters)"
         )
 
 
@@ -98,7 +88,7 @@ def refuse_to_load(path: Path, problems: Sequence[str]) -> None:
     if problems:
         raise AdapterFileError(
             f"{path} can't be loaded with the same results as in PEFT; nothing changed:\n"
-            + first_few(problems, SHOWN)
+            + first_few(problems, 20)
         )
 
 
@@ -109,11 +99,6 @@ def _name_ends(name: str) -> Iterator[str]:
     """Yield the name, and the rest of it after each dot."""
     parts = name.split(".")
     return (".".join(parts[start:]) for start in range(len(parts)))
-
-
-def is_saved(name: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether PEFT saves the module of that name: the name ends with an entry."""
-    return name.endswith(tuple(modules_to_save))
 
 
 def has_saved(name: str, modules_to_save: Iterable[str]) -> bool:
@@ -133,15 +118,7 @@ def anchored(name: str) -> str:
 
 
 def of_layer(fields: Mapping[str, Any], name: str, field: str, pattern: str, default: Any) -> Any:
-    """Return a setting of a layer as PEFT finds it: by the first key of the pattern that matches.
-
-    Args:
-        fields: the configuration.
-        name: the layer.
-        field: the field with the value of all other layers.
-        pattern: the field with the values of some layers.
-        default: PEFT's value if the configuration has none.
-    """
+    """Return a setting of a layer as PEFT finds it: by the first key of the pattern that fits."""
     for key, value in (fields.get(pattern) or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
@@ -155,10 +132,6 @@ def exact_targets(
 
     PEFT reads the entries of a list as endings of names. If they end the names of other modules
     too, or if the modules are unknown and a name is only a number, the result is a regex.
-
-    Args:
-        adapted: names of the layers.
-        modules: names of all modules of the model, if it is known.
 
     Examples:
         >>> from disha.interop.peft_format import exact_targets
@@ -216,29 +189,22 @@ class PeftConfig:
     """The settings in a configuration of MiSS or Bone.
 
     Attributes:
-        legacy: whether it is a configuration of Bone, whose blocks have another name.
+        block_name: the last part of a block's key.
         method: `"bone"` or `"bat"`.
         r: shard size.
         r_out: size of the output shard of a tile ("mini"), or None.
         dropout: probability with which the adapter's input is zeroed in training.
-        target_modules: names of layers, a regex, or None if the model decides.
         modules_to_save: endings of the names of modules that are trained and saved completely.
         notes: `base_model_name_or_path`, `revision` and `task_type`, as far as they have a value.
     """
 
-    legacy: bool
+    block_name: str
     method: str
     r: int
-    r_out: int | None = None
-    dropout: float = 0.0
-    target_modules: str | tuple[str, ...] | None = None
-    modules_to_save: tuple[str, ...] = ()
-    notes: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def block_name(self) -> str:
-        """The last part of a block's key."""
-        return "bone_block" if self.legacy else "miss_block"
+    r_out: int | None
+    dropout: float
+    modules_to_save: tuple[str, ...]
+    notes: Mapping[str, str]
 
 
 def fields_of(
@@ -248,15 +214,7 @@ def fields_of(
     saved: Iterable[str],
     notes: Mapping[str, str | None],
 ) -> dict[str, Any]:
-    """Return the fields of a configuration of MiSS, as PEFT writes them.
-
-    Args:
-        header: an adapter that MiSS can express.
-        dropout: written in place of its dropout.
-        targets: `target_modules`.
-        saved: the modules that are saved completely.
-        notes: written in place of those in the header.
-    """
+    """Return the fields of a configuration of MiSS; `notes` go in place of those in the header."""
     given = {note: value for note, value in notes.items() if value is not None}
     for note, value in given.items():
         if not isinstance(value, str):
@@ -288,21 +246,16 @@ def config_of(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
     elif not is_tile and init not in methods:
         problems.append(f"init_weights={brief(init)} is unknown")
     if fields.get("bias", "none") != "none":
-        problems.append(
-            f"bias={brief(fields['bias'])}: an adapter of disha trains whole modules or none of "
-            "them; merge this one in PEFT"
-        )
+        problems.append(f"bias={brief(fields['bias'])} has no place here; merge it in PEFT")
     refuse_to_load(path, problems)
     method = "bone" if is_tile else methods[init]
-    targets = fields.get("target_modules")
     return PeftConfig(
-        legacy=legacy,
+        block_name="bone_block" if legacy else "miss_block",
         method=method,
         r=fields.get("r", 64),
         r_out=fields.get("mini_r", 1) if is_tile else None,
         # PEFT's BAT ignores the field.
         dropout=0.0 if legacy or method == BAT else fields.get("miss_dropout", 0.0),
-        target_modules=tuple(targets) if isinstance(targets, list) else targets,
         modules_to_save=names_in(fields, "modules_to_save"),
         notes={note: fields[note] for note in NOTES if fields.get(note)},
     )

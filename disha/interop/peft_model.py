@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from disha.files.contents import Contents, narrowed
-from disha.interop.peft_format import is_inside, is_saved, refuse_to_load
+from disha.interop.peft_format import THE_MODEL_ITSELF, is_inside, refuse_to_load
 from disha.layers.bitsandbytes import is_library_forward
 from disha.layers.kinds import FOREIGN_KINDS, LAYER_KINDS
 from disha.layers.opaque import original_class
@@ -51,11 +51,8 @@ def obstacles(
 ) -> list[str]:
     """Return the layers where PEFT would compute something else, each with the reason.
 
-    Args:
-        view: the model.
-        layers: names of the layers.
-        why_unknown: returns why a PEFT format can't adapt a module, or None if it can.
-        exporting: True to export an adapter from this model, False to load one into it.
+    `why_unknown` returns why a format can't adapt a module, or None if it can. With `exporting`,
+    the adapter was trained in this model, and PEFT shall compute the same.
     """
     places = Counter(child for module in view.names for child in module._modules.values())
     readers = READ_BY | READ_IN_EVALUATION if exporting else READ_BY
@@ -70,9 +67,10 @@ def obstacles(
     for name in layers:
         module = view.modules.get(name)
         if module is None:
-            why: str | None = "the model has no such module, and PEFT can only replace modules"
+            why: str | None = "there is no such module, and PEFT can only replace modules"
         elif not name:
-            why = "PEFT adapts layers within a model, not the model itself"
+            found.append(THE_MODEL_ITSELF)
+            continue
         elif module in read:
             why = f"{read[module]} reads its weight, without PEFT's update"
         elif places[module] > 1:
@@ -81,13 +79,10 @@ def obstacles(
         elif "parametrizations" in module._modules:
             why = "its weight is computed (a parametrization), which PEFT can't merge into"
         elif _has_own_forward(module):
-            why = (
-                f"{original_class(module).__name__} has a forward of its own; PEFT adds to its "
-                "output, or replaces it (BAT), and disha adds to the output of its base class"
-            )
+            why = f"{original_class(module).__name__} has a forward of its own, which PEFT wraps"
         else:
             why = why_unknown(module)
-        found += [] if why is None else [f"{name or '(the model)'}: {why}"]
+        found += [] if why is None else [f"{name}: {why}"]
     return found
 
 
@@ -105,13 +100,10 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Saved:
-    """How PEFT saves what was trained with the layers.
+    """How PEFT saves what was trained with the layers: whole modules, and why it can't save some.
 
-    Attributes:
-        modules: names of the modules that are saved completely.
-        tensors: name in the model -> values. They include more than was trained: buffers of the
-            modules, and one copy of a tied parameter for each module that has it.
-        problems: why PEFT can't save some of the parameters.
+    The tensors include more than was trained: buffers of the modules, and one copy of a tied
+    parameter for each module that has it.
     """
 
     modules: tuple[str, ...]
@@ -127,13 +119,7 @@ class Saved:
 
 
 def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[str]) -> Saved:
-    """Return how PEFT saves parameters that were trained with an adapter.
-
-    Args:
-        view: the model.
-        also_train: names of the parameters.
-        layers: names of the adapted layers.
-    """
+    """Return how PEFT saves the parameters that were trained with an adapter of these layers."""
     known = view.parameters_by_name
     trained = {one for name in also_train if name in known for one in known[name].names}
     adapted = {view.modules[name] for name in layers if name in view.modules}
@@ -160,14 +146,7 @@ def saved_modules(view: ModelView, also_train: Sequence[str], layers: Sequence[s
             continue
         problems.append(f"{join(names[0], own[0])}: {why}")
     problems += [
-        f"{name}: PEFT would save and train it too, because its name ends like that of a module in "
-        "modules_to_save"
-        for name in view.modules
-        if name not in modules and is_saved(name, modules)
-    ]
-    problems += [
-        f"{name}: PEFT would not adapt it, because it takes it for a part of a module in "
-        "modules_to_save"
+        f"{name}: PEFT would not adapt it, as a part of a module in modules_to_save"
         for name in layers
         if is_inside(name, modules)
     ]
@@ -205,11 +184,6 @@ def without_buffers(
     """Return the tensors of a folder without buffers that the model has already.
 
     An adapter holds running statistics, and no other buffers, so other values of these are refused.
-
-    Args:
-        view: the model.
-        path: the folder, for errors.
-        tensors: its tensors, by their names in the model.
     """
     buffers = {
         join(above, name): buffer
@@ -245,10 +219,7 @@ def under_first_names(view: ModelView, path: Path, contents: Contents) -> Conten
         same = [one in tensors and torch.equal(tensors[one], tensors[name]) for one in names]
         if not all(same):
             other = names[same.index(False)]
-            problems.append(
-                f"{name}: the model ties it to {other}, which has other values in PEFT; untie them "
-                "first"
-            )
+            problems.append(f"{name}: the model ties it to {other}, which differs; untie them")
         elif names[0] == name:
             kept.append(name)
     refuse_to_load(path, problems)
