@@ -785,6 +785,17 @@ def _separate_projections(
     return tuple(_attention_linear(input, weight, bias) for input, weight, bias in each)
 
 
+def _check_padding(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
+    """`F._check_key_padding_mask`, in a way that can be compiled."""
+    for axis, (size, expected) in enumerate(
+        zip(key_padding_mask.shape, (bsz, src_len), strict=True)
+    ):
+        if size != expected:
+            raise AssertionError(
+                f"Expected key_padded_mask.shape[{axis}] to be {expected}, but got {size}"
+            )
+
+
 def _attention_module() -> ModuleType:
     """Return a Python module with torch's attention, which finds its functions in that module."""
     module = ModuleType("disha.effective.attention")
@@ -792,6 +803,7 @@ def _attention_module() -> ModuleType:
         "linear": _attention_linear,
         "_in_projection_packed": _packed_projection,
         "_in_projection": _separate_projections,
+        "_check_key_padding_mask": _check_padding,
         "has_torch_function": lambda tensors: False,
     }
     vars(module).update({**vars(F), "__name__": module.__name__, **parts})
