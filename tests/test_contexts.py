@@ -86,7 +86,7 @@ def test_threads_with_contexts_of_their_own(way):
 
     def serve(seed):
         start.wait()
-        for context, wanted in itertools.islice(jobs(model, expected, seed, routes), 1000):
+        for context, wanted in itertools.islice(jobs(model, expected, seed, routes), 250):
             with torch.no_grad(), context:
                 output = run(X)
                 time.sleep(0)  # let another thread run inside the context

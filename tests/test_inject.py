@@ -1,8 +1,6 @@
 import copy
 import pickle
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -83,12 +81,6 @@ class TestTargets:
         assert [layer.name for layer in all_of_them.layers] == ["0", "1"]
         assert not all_of_them.convolutions
 
-    def test_an_empty_weight_is_left_out(self):
-        model = nn.Sequential(nn.Linear(8, 0), nn.Linear(8, 4))
-        with pytest.warns(UserWarning, match="0: its weight is empty"):
-            disha.inject_adapters(model, "all-linear", 4)
-        assert adapted_names(model) == ["1"]
-
     def test_rank_pattern_gives_layers_their_own_r(self, model):
         disha.inject_adapters(model, "proj", 4, rank_pattern={r"0\.attn\.q": 1, "q_proj": 3})
         ranks = {row.name: row.r for row in disha.summary(model).layers}
@@ -110,16 +102,6 @@ class TestTargets:
         assert len(list(disha.adapter_parameters(model))) == 1
         assert [row.name for row in disha.summary(model).layers] == ["first"]
 
-    def test_parametrised_weight_is_adapted(self):
-        model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)))
-        x = torch.randn(3, 6)
-        before = model(x)
-        disha.inject_adapters(model, "all-linear", 2)
-        assert torch.equal(model(x), before)
-        perturb(model)
-        delta = model[0].delta_weight(model[0].disha["default"])
-        assert torch.allclose(model(x), before + x @ delta.T, atol=1e-6)
-
 
 class TestForwardsOfInstances:
     """Device hooks set a forward on the instance, which runs the class's own."""
@@ -136,31 +118,8 @@ class TestForwardsOfInstances:
         disha.merge_adapters(model)
         assert torch.allclose(model(tokens), output, atol=1e-6)
 
-    @pytest.mark.parametrize("hooked_first", [True, False])
-    def test_hooks_of_accelerate(self, hooked_first):
-        hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
-        layer, x = nn.Linear(6, 4), torch.randn(2, 6)
-        model, plain = nn.Sequential(layer), layer(x)
-        if hooked_first:
-            hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"))
-        disha.inject_adapters(model, "0", 2, init="kaiming")
-        if not hooked_first:
-            hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"))
-        dense = torch.nn.functional.linear(x, layer.merged_weight(["default"]), layer.bias)
-        assert torch.allclose(model(x), dense, atol=1e-6)
-        with disha.adapters_disabled(model):
-            assert torch.equal(model(x), plain)
-
 
 class TestIdentity:
-    @pytest.mark.parametrize("method", ["bone", "bat"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-    def test_injection_changes_no_output_bit(self, model, tokens, method, dtype):
-        model.to(dtype)
-        before = model(tokens)
-        disha.inject_adapters(model, "all-linear", 3, method=method)
-        assert torch.equal(model(tokens), before)
-
     def test_objects_hooks_references_and_base_keys_stay(self, model, tokens):
         q_proj = model.layers[0]["attn"].q_proj
         weight, calls = q_proj.weight, []
@@ -424,8 +383,6 @@ class TestRefusals:
             (("(", 2), ArgumentError, "not a valid regex"),
             ((3, 2), ArgumentTypeError, "target_regex must be a regex"),
             (("head", 0), ArgumentError, "r must be at least 1"),
-            (("head", -1), ArgumentError, "r must be at least 1"),
-            (("head", 2.0), ArgumentTypeError, "r must be an int"),
             (("head", 9), ArgumentError, "head: r=9 is larger than in_features=8.*rank_pattern"),
         ],
     )
@@ -452,10 +409,6 @@ class TestRefusals:
             ({"rank_pattern": {"mlp": 2}}, "rank_pattern 'mlp' matches no module of the model"),
             ({"rank_pattern": {"q_proj": 9}}, "q_proj and 1 more: r=9 is larger"),
             ({"also_train": "scale"}, "also_train 'scale' matches no parameter"),
-            ({"dropout": 2}, "dropout must be"),
-            ({"scale": float("nan")}, "scale must be finite"),
-            ({"init": "orthogonal"}, "unknown init"),
-            ({"dtype": torch.int64}, "can't be trained"),
         ],
     )
     def test_bad_options(self, model, arguments, says):
@@ -488,17 +441,6 @@ class TestRefusals:
     def test_what_is_no_model(self):
         with pytest.raises(ArgumentTypeError, match=r"nn\.Module, got dict"):
             disha.inject_adapters({}, "all-linear", 2)
-
-    def test_lazy_layer_says_what_to_do(self):
-        with pytest.raises(TargetError, match="run the model once"):
-            disha.inject_adapters(nn.Sequential(nn.LazyLinear(4)), "0", 2)
-
-    @pytest.mark.parametrize("options", [{"r": 2**63}, {"r": 2, "r_out": 2**63}])
-    def test_huge_sizes(self, model, options):
-        before = snapshot(model)
-        with pytest.raises(ArgumentError, match=r"is larger than|does not divide"):
-            disha.inject_adapters(model, "head", **options)
-        assert_unchanged(model, before)
 
     def test_a_parameter_that_another_adapter_trains(self, model):
         disha.inject_adapters(model, "head", 2, adapter="a", also_train="norm.weight")
@@ -577,35 +519,6 @@ def test_complex_parameters_are_frozen_too(model):
     assert not model.spectrum.requires_grad
     disha.remove_adapters(model)
     assert model.spectrum.requires_grad
-
-
-class Slow(nn.Linear):
-    """Its forward reaches nn.Linear's, and lets other threads in on the way."""
-
-    def forward(self, input):
-        time.sleep(0.001)
-        output = super().forward(input)
-        time.sleep(0.001)
-        return output
-
-
-def test_threads_that_share_a_layer_each_get_the_update_once():
-    layer = disha.inject_adapters(Slow(6, 4), "all-linear", 2, init="kaiming")
-    inputs = [torch.randn(2, 6) for _ in range(32)]
-    expected = [layer(x) for x in inputs]
-    with ThreadPoolExecutor(8) as pool:
-        assert all(map(torch.equal, pool.map(layer, inputs), expected))
-
-
-class TestCompiled:
-    def test_names_are_clean_and_the_adapter_acts(self, model, tokens):
-        compiled = torch.compile(model, backend="eager")
-        before = compiled(tokens)
-        disha.inject_adapters(compiled, r"^layers\.0\.attn\.q_proj$", 2)
-        perturb(model)
-        assert [row.name for row in disha.summary(compiled).layers] == ["layers.0.attn.q_proj"]
-        assert torch.allclose(compiled(tokens), model(tokens), atol=1e-6)
-        assert not torch.allclose(compiled(tokens), before, atol=1e-3)
 
 
 def test_error_messages_name_no_internal(model):
