@@ -735,9 +735,7 @@ class TestOwners:
     def test_routing_is_refused_where_layers_see_sequences_first(self):
         model = disha.inject_adapters(encoder_layer(batch_first=False), "linear1", 2)
         with (
-            pytest.raises(
-                ArgumentError, match=r"self_attn is an nn.MultiheadAttention with batch_first=False"
-            ),
+            pytest.raises(ArgumentError, match="self_attn has batch_first=False"),
             disha.route_adapters(model, ["default", None]),
         ):
             pass

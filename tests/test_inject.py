@@ -398,7 +398,7 @@ class TestRefusals:
         [
             ({"method": "dora"}, "unknown method 'dora'"),
             ({"adapter": ""}, "not be empty"),
-            ({"adapter": "a.b"}, "has a dot"),
+            ({"adapter": "a.b"}, "can.t name an adapter"),
             ({"adapter": "taken"}, "has an adapter 'taken' already"),
             (
                 {"r_out": 5},
