@@ -12,7 +12,8 @@ from typing import Any, TypedDict
 import torch
 
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.functional import Rows, layout_of, method_names, method_of
+from disha.functional import layout_of, method_names, method_of
+from disha.functional.layouts import Rows
 from disha.text import brief
 
 __all__ = [

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from disha import functional
 from disha.errors import ArgumentError, ModeError
-from disha.functional import Layout, Product, Update, adapted_linear
+from disha.functional import Layout, Update, adapted_linear
+from disha.functional.products import Product, update_of_part, update_of_rows
 from disha.routing import Routed, routed_linear, routed_product
 from disha.sharding import Split
 
@@ -197,7 +198,7 @@ def effective_part(
                 "tensor-parallel weight; use dropout=0"
             )
         update = update._replace(block=split.summed(update.block, split.cuts))
-        some = functional.update_of_part(update, layout, split.shape, split.part)
+        some = update_of_part(update, layout, split.shape, split.part)
         if some is None:
             raise ModeError(
                 f"an adapter can't act: its weight is placed as {split.placements}, and its block "
@@ -442,7 +443,7 @@ def _rows(weight: Any, start: int, stop: int) -> Any:
     size = weight.base.shape[0]
 
     def of_rows(update: Update) -> Sequence[Update] | None:
-        return functional.update_of_rows(update, start, stop, size)
+        return update_of_rows(update, start, stop, size)
 
     return _mapped(weight, weight.base[start:stop], weight.axes, of_rows)
 

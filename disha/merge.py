@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from disha import running_statistics
 from disha.control import checked_names
 from disha.errors import ArgumentError, MergeError
-from disha.functional import without_autocast
+from disha.functional.shards import without_autocast
 from disha.inject import check_removable, take_out
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.adapters import Merged, Original

@@ -30,7 +30,8 @@ from disha.config import (
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
 from disha.freezing import attributes_of, is_claimed
-from disha.functional import Geometry, Update, layout_of, method_names, method_of, update_of_part
+from disha.functional import Geometry, Update, layout_of, method_names, method_of
+from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.adapters import check_adapter_name
 from disha.layers.bitsandbytes import parameter_count

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disha.functional import METHODS, Geometry, Layout, Rows
+from disha.functional import METHODS, Geometry, Layout
+from disha.functional.layouts import Rows
 from disha.layers.blocks import block_name
 from disha.model import join
 from disha.text import counted

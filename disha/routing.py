@@ -23,7 +23,9 @@ from torch import Tensor
 
 from disha import functional
 from disha.errors import ArgumentError
-from disha.functional import Layout, Product, Reduced, Update, adapted_linear
+from disha.functional import Layout, Update, adapted_linear
+from disha.functional.bone import routed_bone_delta
+from disha.functional.products import Product, Reduced, reduced_updates, update_product
 from disha.functional.routed import linear_of_runs, with_bone_of_runs
 from disha.text import counted
 
@@ -180,7 +182,7 @@ def routed_product(
         return functional.adapted_product(multiply, x, weight, bias, layout, same, groups)
 
     def delta_of(own: Tensor, update: Update) -> Tensor:
-        return functional.update_product(multiply, own, weight, layout, update, groups)
+        return update_product(multiply, own, weight, layout, update, groups)
 
     return routed.added(multiply(x, weight, bias), x, delta_of)
 
@@ -206,7 +208,7 @@ def routed_linear(
     output = F.linear(x, weight, bias)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         choices = routed.route.choices(list(alike), x.device)
-        delta = functional.routed_bone_delta(x, [one.matrix for one in alike.values()], choices)
+        delta = routed_bone_delta(x, [one.matrix for one in alike.values()], choices)
         return output + delta.to(output.dtype)
     return _with_alike(output, x, routed.route, alike)
 
@@ -246,7 +248,7 @@ def _alike(routed: Routed, layout: Layout, out_features: int) -> dict[str, Reduc
     """Return the shard-sum update of each adapter if all have one size and no tiles, else None."""
     found: dict[str, Reduced] = {}
     for adapter, updates in routed.updates.items():
-        small = functional.reduced_updates(updates, layout, out_features)
+        small = reduced_updates(updates, layout, out_features)
         if len(small) > 1 or any(one.dropout for one in small):
             return None
         if small:

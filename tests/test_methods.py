@@ -16,6 +16,8 @@ import disha
 from disha import functional
 from disha.errors import ArgumentError, ArgumentTypeError, DishaError
 from disha.functional import METHODS, PATTERNS, Geometry, Layout, Method, Update, method_of
+from disha.functional.layouts import Rows, place_rows, take_rows
+from disha.functional.products import reduced_updates, update_of_part, update_of_rows
 from tests import reference
 
 LAYOUTS = {pattern: (Layout(pattern), reference.shape_of(pattern)) for pattern in PATTERNS} | {
@@ -53,7 +55,7 @@ class Case(NamedTuple):
     r: int
     weight: torch.Tensor
     block: torch.Tensor
-    rows: functional.Rows
+    rows: Rows
 
     @property
     def geometry(self):
@@ -306,10 +308,10 @@ def test_why_a_block_does_not_fit(layout, geometry, r, r_out, says):
 @pytest.mark.parametrize("rows", [*ROWS, ((4, 6),), ((0, 6),)], ids=str)
 def test_rows_are_taken_and_placed(rows, dim):
     whole = torch.randn(6, 6)
-    taken = functional.take_rows(whole, rows, dim)
+    taken = take_rows(whole, rows, dim)
     chosen = [row for first, stop in rows or ((0, 6),) for row in range(first, stop)]
     assert torch.equal(taken, whole.index_select(dim, torch.tensor(chosen)))
-    placed = functional.place_rows(taken, rows, 6, dim)
+    placed = place_rows(taken, rows, 6, dim)
     expected = torch.zeros(6, 6).index_copy(dim, torch.tensor(chosen), taken)
     assert torch.equal(placed, expected)
 
@@ -319,7 +321,7 @@ def test_rows_are_taken_and_placed(rows, dim):
 def test_what_a_block_of_some_rows_adds_by_shard_sums(kind, name):
     case = case_of(kind, name, ((0, 2), (3, 5)))
     update = Update(method_of(case.method), case.block, 0.5, rows=case.rows)
-    found = functional.reduced_updates([update], case.layout, 6)
+    found = reduced_updates([update], case.layout, 6)
     if not METHODS[case.method].reduces:
         assert found == []
         return
@@ -337,13 +339,13 @@ def test_updates_of_one_shard_size_add_up():
         Update(method_of("bone"), block, scale, rows=((2 * i, 2 * i + 2),))
         for i, (block, scale) in enumerate(zip(blocks, (1.0, 0.5, torch.tensor(-2.0)), strict=True))
     ]
-    (one,) = functional.reduced_updates(updates, layout, 6)
+    (one,) = reduced_updates(updates, layout, 6)
     assert torch.equal(one.matrix, torch.cat([blocks[0], 0.5 * blocks[1], -2 * blocks[2]], 1))
     dropping = [updates[0], updates[1]._replace(dropout=0.5), updates[2]]
-    assert len(functional.reduced_updates(dropping, layout, 6)) == 2
+    assert len(reduced_updates(dropping, layout, 6)) == 2
     wider = Update(method_of("bone"), torch.randn(3, 6))
-    assert len(functional.reduced_updates([*updates, wider], layout, 6)) == 2
-    (alone,) = functional.reduced_updates([wider], layout, 6)
+    assert len(reduced_updates([*updates, wider], layout, 6)) == 2
+    (alone,) = reduced_updates([wider], layout, 6)
     assert alone.matrix is wider.block
 
 
@@ -377,7 +379,7 @@ def test_the_updates_of_a_slice_of_outputs(name, rows, start, stop):
     weight = torch.randn(8, 7, dtype=torch.float64)
     shape = method_of(method).block_shape(layout, weight.shape, r, r_out, rows)
     update = Update(method_of(method), torch.randn(shape, dtype=torch.float64), rows=rows)
-    found = functional.update_of_rows(update, start, stop, 8)
+    found = update_of_rows(update, start, stop, 8)
     if found is None:
         assert not METHODS[method].reduces  # R has a column for each output
         return
@@ -404,7 +406,7 @@ def test_the_updates_of_a_part_of_a_weight(name, pattern, part):
     weight = torch.randn(shape, dtype=torch.float64)
     block = torch.randn(method_of(method).block_shape(layout, shape, r, r_out), dtype=weight.dtype)
     update = Update(method_of(method), block)
-    found = functional.update_of_part(update, layout, shape, part)
+    found = update_of_part(update, layout, shape, part)
     if found is None:
         assert not METHODS[method].reduces
         assert part[-1] != (r, 8)
@@ -418,9 +420,9 @@ def test_the_updates_of_a_part_of_a_weight(name, pattern, part):
 def test_a_kernel_is_not_cut():
     update, layout = Update(method_of("bone"), torch.zeros(4, 2, 3)), Layout("out in *kernel")
     whole = ((0, 4), (0, 6), (0, 3))
-    assert functional.update_of_part(update, layout, (4, 6, 3), whole) == [update]
+    assert update_of_part(update, layout, (4, 6, 3), whole) == [update]
     for part in (((0, 2), *whole[1:]), (*whole[:2], (0, 1))):
-        assert functional.update_of_part(update, layout, (4, 6, 3), part) is None
+        assert update_of_part(update, layout, (4, 6, 3), part) is None
 
 
 @pytest.mark.parametrize(
@@ -569,7 +571,7 @@ class TestAThirdMethod:
         block = self.block(third, MATRIX, weight, rows)
         bone = Update(method_of("bone"), torch.randn(3, 6, dtype=torch.float64), -1.0)
         update = Update(method_of(third), block, 0.5, dropout, rows)
-        part = functional.take_rows(weight, rows)
+        part = take_rows(weight, rows)
         delta = torch.zeros(6, 7, dtype=torch.float64)
         chosen = [o for first, stop in rows or ((0, 6),) for o in range(first, stop)]
         delta[chosen] = 0.5 * dense_delta(third, MATRIX, block, part)

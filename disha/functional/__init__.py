@@ -22,16 +22,12 @@ from disha.functional.bone import (
     bone_forward,
     bone_lora_factors,
     embedding_delta,
-    routed_bone_delta,
 )
 from disha.functional.layouts import (
     PATTERNS,
     Geometry,
     Layout,
-    Rows,
     layout_of,
-    place_rows,
-    take_rows,
 )
 from disha.functional.methods import (
     METHODS,
@@ -40,28 +36,18 @@ from disha.functional.methods import (
     method_of,
 )
 from disha.functional.products import (
-    Product,
-    Reduced,
     Update,
     adapted_grouped,
     adapted_linear,
     adapted_product,
     adapted_stack,
     effective_weight,
-    reduced_updates,
-    update_of_part,
-    update_of_rows,
-    update_product,
 )
 from disha.functional.shards import (
-    Scale,
-    added,
-    merge_dtype,
     merged_weight,
     shard_count,
     shard_sum,
     weighted_sum,
-    without_autocast,
 )
 
 __all__ = [
@@ -70,16 +56,11 @@ __all__ = [
     "Geometry",
     "Layout",
     "Method",
-    "Product",
-    "Reduced",
-    "Rows",
-    "Scale",
     "Update",
     "adapted_grouped",
     "adapted_linear",
     "adapted_product",
     "adapted_stack",
-    "added",
     "bat_delta_weight",
     "bat_forward",
     "bone_delta",
@@ -89,19 +70,10 @@ __all__ = [
     "effective_weight",
     "embedding_delta",
     "layout_of",
-    "merge_dtype",
     "merged_weight",
     "method_names",
     "method_of",
-    "place_rows",
-    "reduced_updates",
-    "routed_bone_delta",
     "shard_count",
     "shard_sum",
-    "take_rows",
-    "update_of_part",
-    "update_of_rows",
-    "update_product",
     "weighted_sum",
-    "without_autocast",
 ]

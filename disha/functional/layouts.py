@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from disha.errors import ArgumentError, ArgumentTypeError
-from disha.functional.shards import without_autocast
 
 Rows = tuple[tuple[int, int], ...]
 """Ranges (first, stop) of a weight's outputs, in order, without overlap; empty means all."""
@@ -259,14 +258,10 @@ def place_rows(part: Tensor, rows: Rows, size: int, dim: int = -2) -> Tensor:
     """Return a tensor with `part` in some rows and zeros elsewhere: the inverse of `take_rows`."""
     if not rows:
         return part
-    pieces, end, taken = [], 0, 0
-    for first, stop in (*rows, (size, size)):
-        if first > end:
-            shape = list(part.shape)
-            shape[dim] = first - end
-            pieces.append(part.new_zeros(shape))
-        if stop > first:
-            pieces.append(part.narrow(dim, taken, stop - first))
-        end, taken = stop, taken + stop - first
-    with without_autocast(part.device):  # which does not join pieces of another 16-bit dtype
-        return torch.cat(pieces, dim)
+    shape = list(part.shape)
+    shape[dim] = size
+    whole, taken = part.new_zeros(shape), 0
+    for first, stop in rows:
+        whole.narrow(dim, first, stop - first).copy_(part.narrow(dim, taken, stop - first))
+        taken += stop - first
+    return whole

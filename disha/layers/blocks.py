@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from disha.config import AdapterConfig
 from disha.contexts import Group
 from disha.errors import ModeError
-from disha.functional import Layout, Rows, Update, method_of
+from disha.functional import Layout, Update, method_of
+from disha.functional.layouts import Rows
 from disha.layers import compiled
 from disha.sharding import Split, is_partitioned
 

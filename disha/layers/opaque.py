@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from disha import functional
 from disha.config import BLOCK_DTYPES
 from disha.errors import ArgumentError
 from disha.functional import Layout, Method, Update, method_names
+from disha.functional.products import update_product
 from disha.layers import bitsandbytes
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Slot
@@ -309,7 +309,7 @@ def _delta(module: nn.Module, slot: Slot, x: Tensor, update: Update) -> Tensor:
     """Return s dW x of one update; only methods that need W read it."""
     weight = weight_for(update.method, module, slot, _own_weight(module), update.block)
     multiply = _look_up if slot.layout.pattern == "index out" else F.linear
-    return functional.update_product(multiply, x, weight, slot.layout, update)
+    return update_product(multiply, x, weight, slot.layout, update)
 
 
 def _look_up(indices: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:

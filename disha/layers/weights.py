@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from disha import functional
 from disha.config import AdapterConfig
-from disha.functional import Geometry, merge_dtype, method_of
+from disha.functional import Geometry, method_of
+from disha.functional.shards import merge_dtype
 from disha.layers import opaque
 from disha.layers.adapters import CHILD_NAME, Adapters, Merged
 from disha.layers.blocks import Block, Slot

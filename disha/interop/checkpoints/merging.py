@@ -24,7 +24,7 @@ from disha.errors import AdapterIOError, ArgumentError, MergeError
 from disha.files.contents import Contents, read_contents
 from disha.files.opening import opened
 from disha.files.saving import PathLike, checked_path
-from disha.functional.shards import merge_dtype
+from disha.functional.shards import merge_dtype, without_autocast
 from disha.interop.checkpoints.base import (
     CONFIG,
     INDEX,
@@ -240,7 +240,7 @@ class _Merge:
             changed = self._values[key][experts].to(dtype)
         if key in self._layers:
             wide = changed.to(merge_dtype(dtype))
-            with functional.without_autocast(wide.device), torch.no_grad():
+            with without_autocast(wide.device), torch.no_grad():
                 changed = functional.merged_weight(wide, self._deltas(key, wide, experts)).to(dtype)
         if changed is not value and not finite_as(changed, dtype) and finite_as(value, dtype):
             raise MergeError(f"{name} would not be finite in {dtype}; give a smaller `scale`")
