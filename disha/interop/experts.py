@@ -20,7 +20,6 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
 
 from einops import rearrange
 from torch import Tensor
@@ -30,10 +29,7 @@ from disha.functional import Layout
 from disha.interop.low_rank import LowRankUpdate, is_stack, listed
 from disha.records import LayerRecord
 
-__all__ = ["FAMILIES", "ExpertForm"]
-
-ExpertForm = Literal["stacked", "separate"]
-"""The two forms of LoRA for experts."""
+__all__ = ["FAMILIES"]
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
@@ -82,11 +78,10 @@ FAMILIES: Mapping[str, Family] = {
 """Model type in `transformers` -> how its models name and store experts."""
 
 
-def checked_form(experts: str) -> ExpertForm:
-    """Return the form, if it is one."""
-    if experts not in get_args(ExpertForm):
+def check_form(experts: str) -> None:
+    """Raise unless this is one of the two forms."""
+    if experts not in ("stacked", "separate"):
         raise ArgumentError(f"experts must be 'stacked' or 'separate', got {experts!r}")
-    return cast("ExpertForm", experts)
 
 
 def family_of(model_type: str | None, what: str) -> Family:
@@ -153,7 +148,7 @@ def misread_by_peft(
 
 def in_form(
     updates: Sequence[LowRankUpdate],
-    form: ExpertForm,
+    form: str,
     also_train: Sequence[str],
     model_type: str | None,
 ) -> list[LowRankUpdate]:

@@ -132,12 +132,6 @@ def write_gguf(
         rank: largest rank of a layer.
         base: returns the base weights; only BAT needs it.
 
-    Returns:
-        A `LoraReport`, with the rank and the error of every layer.
-
-    Raises:
-        DishaError: as for `export_gguf`; also if `base` is missing.
-
     Examples:
         >>> import tempfile, pathlib
         >>> from torch import nn
@@ -145,8 +139,7 @@ def write_gguf(
         >>> from disha.files.contents import adapter_contents
         >>> from disha.interop import lora
         >>> from disha.model import ModelView
-        >>> model = nn.ModuleDict({"lm_head": nn.Linear(8, 16)})
-        >>> model = disha.inject_adapters(model, "lm_head", r=4, init="kaiming")
+        >>> model = disha.inject_adapters(nn.ModuleDict({"lm_head": nn.Linear(8, 16)}), "head", r=4)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "lora.gguf")
         ...     lora.write_gguf(path, *adapter_contents(ModelView(model)), {}).error

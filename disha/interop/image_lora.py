@@ -230,24 +230,18 @@ def write_file(
         rank: largest rank of a layer.
         bases: component -> the function that returns its base weights; only BAT needs it.
 
-    Returns:
-        A `LoraReport`, with the rank and the error of every layer.
-
-    Raises:
-        DishaError: as for `export`.
-
     Examples:
+        >>> from disha.files.contents import adapter_contents
+        >>> from disha.model import ModelView
         >>> import tempfile, pathlib
         >>> from torch import nn
         >>> import disha
-        >>> from disha.files.contents import adapter_contents
         >>> from disha.interop import image_lora
-        >>> from disha.model import ModelView
         >>> unet = nn.ModuleDict({"conv_in": nn.Conv2d(4, 8, 3)})
-        >>> contents = adapter_contents(ModelView(disha.inject_adapters(unet, "conv_in", r=2)))
+        >>> unet = disha.inject_adapters(unet, "conv_in", r=2)
+        >>> contents = {"unet": adapter_contents(ModelView(unet))}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = pathlib.Path(folder, "lora.safetensors")
-        ...     image_lora.write_file(path, {"unet": contents}).error
+        ...     image_lora.write_file(pathlib.Path(folder, "lora.safetensors"), contents).error
         0.0
     """
     return _write(checked_path(path), _updates(contents, bases or {}, rank))
@@ -312,28 +306,14 @@ def _scaled(update: LowRankUpdate) -> LowRankUpdate:
 
 
 def form_of(path: PathLike) -> str | None:
-    """Return `"diffusers"` if a file is a LoRA with its keys, or else None.
-
-    Args:
-        path: a safetensors file.
-
-    Raises:
-        AdapterIOError: it can't be read.
-        AdapterFileError: it is not a complete safetensors file.
-    """
+    """Return `"diffusers"` if a safetensors file is a LoRA with its keys, or else None."""
     with opened(checked_path(path)) as file:
         is_lora = any(key.endswith(".lora_A.weight") for key in list(file.keys()))
     return "diffusers" if is_lora else None
 
 
 def read_file(path: PathLike) -> dict[str, Contents]:
-    """Read a LoRA file of image models whose LoRAs are Bone adapters, without the models.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Component -> the header and the tensors of its adapter.
+    """Read a LoRA file of image models, without them: component -> header and tensors.
 
     Raises:
         AdapterIOError: the file can't be read.
@@ -346,7 +326,7 @@ def read_file(path: PathLike) -> dict[str, Contents]:
         >>> import disha
         >>> from disha.interop import image_lora
         >>> unet = nn.ModuleDict({"conv_in": nn.Conv2d(4, 8, 3)})
-        >>> unet = disha.inject_adapters(unet, "conv_in", r=2, init="kaiming")
+        >>> unet = disha.inject_adapters(unet, "conv_in", r=2)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "lora.safetensors")
         ...     _ = image_lora.export({"unet": unet}, path)

@@ -210,8 +210,8 @@ def load(
         found = read_folder(folder)
         refuse_to_load(found.path, obstacles(view, found.blocks, _unknown_to_miss, exporting=False))
         if also_train:
-            kept = without_buffers(view, found.path, found.tensors)
-            found = dataclasses.replace(found, tensors=kept)
+            kept = without_buffers(view, found.path, found.beside)
+            found = dataclasses.replace(found, beside=kept)
         shapes = partial(_shape, view)
         contents = contents_of(found, shapes, also_train=also_train)
         header, tensors = under_first_names(view, found.path, contents)
@@ -241,57 +241,16 @@ def _unknown_to_miss(module: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """What a PEFT folder holds.
-
-    Attributes:
-        path: the folder.
-        config: its configuration.
-        tensors: its tensors, under their names in the model that PEFT wraps.
-
-    Examples:
-        >>> import tempfile
-        >>> from torch import nn
-        >>> import disha
-        >>> from disha.interop import peft
-        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.export(model, folder)
-        ...     found = peft.read_folder(folder)
-        >>> list(found.tensors), list(found.blocks), found.config.r
-        (['0.miss_block'], ['0'], 4)
-    """
+    """What a PEFT folder holds: its configuration, the block of each layer, and other tensors."""
 
     path: Path
     config: PeftConfig
-    tensors: Mapping[str, Tensor]
-
-    @property
-    def blocks(self) -> dict[str, Tensor]:
-        """Layer -> its block."""
-        end = f".{self.config.block_name}"
-        return {
-            key.removesuffix(end): tensor
-            for key, tensor in self.tensors.items()
-            if key.endswith(end) and key != end
-        }
-
-    @property
-    def beside(self) -> dict[str, Tensor]:
-        """Parameter or buffer of the base -> its values."""
-        layers = self.blocks
-        end = f".{self.config.block_name}"
-        return {
-            key: tensor
-            for key, tensor in self.tensors.items()
-            if key.removesuffix(end) not in layers
-        }
+    blocks: Mapping[str, Tensor]
+    beside: Mapping[str, Tensor]
 
 
 def read_folder(folder: PathLike) -> PeftFolder:
     """Return the content of a PEFT folder of MiSS or Bone, with its tensors unchecked.
-
-    Args:
-        folder: the folder.
 
     Raises:
         AdapterIOError: it can't be read.
@@ -302,16 +261,19 @@ def read_folder(folder: PathLike) -> PeftFolder:
         >>> from torch import nn
         >>> import disha
         >>> from disha.interop import peft
-        >>> model = nn.Sequential(nn.Linear(8, 16))
-        >>> model = disha.inject_adapters(model, "0", r=4, method="bat")
+        >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     peft.export(model, folder)
         ...     found = peft.read_folder(folder)
         >>> found.config.method, tuple(found.blocks["0"].shape)
-        ('bat', (4, 4, 4))
+        ('bone', (4, 16))
     """
     path, fields, tensors = read_peft_files(folder)
-    return PeftFolder(path, config_of(path, fields), tensors)
+    config = config_of(path, fields)
+    end = f".{config.block_name}"
+    keys = [key for key in tensors if key.endswith(end)]
+    blocks = {key.removesuffix(end): tensors.pop(key) for key in keys}
+    return PeftFolder(path, config, blocks, tensors)
 
 
 def contents_of(
@@ -322,13 +284,11 @@ def contents_of(
     Args:
         folder: what `read_folder` has read.
         base_shapes: name of a parameter of the base -> its shape: a dict, or a function that
-            returns None for a name that the base does not have. A linear layer's weight is
-            (out, in).
+            returns None for a name that the base does not have. A linear layer has (out, in).
         also_train: also take the parameters that the folder holds besides the blocks.
 
     Raises:
-        AdapterFileError: the folder does not fit the base, or contradicts itself; the message
-            lists every reason.
+        AdapterFileError: the folder does not fit the base; the message lists every reason.
 
     Examples:
         >>> import tempfile
@@ -398,29 +358,26 @@ def write_folder(
         folder: created if it does not exist; other files in it stay.
         header: the adapter's header.
         tensors: its tensors, by the header's keys.
-        dropout: written in place of the adapter's dropout.
+        dropout: as for `export`.
         base_model_name_or_path: as for `export`; by default the note of that name.
         task_type: as for `export`; by default the note of that name.
 
     Raises:
         AdapterIOError: it can't be written; what was there is unchanged.
-        ConversionError: PEFT's MiSS can't express it, or parameters other than biases of the
-            adapted layers were trained with it; the message lists every reason. Nothing is
-            written.
+        ConversionError: PEFT's MiSS can't express it; the message lists every reason.
 
     Examples:
         >>> import tempfile
+        >>> from disha.files.contents import adapter_contents
+        >>> from disha.model import ModelView
         >>> from torch import nn
         >>> import disha
-        >>> from disha.files.contents import adapter_contents
         >>> from disha.interop import peft
-        >>> from disha.model import ModelView
         >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     header, tensors = adapter_contents(ModelView(model))
-        ...     peft.write_folder(folder, header, tensors, task_type="CAUSAL_LM")
-        ...     peft.read_folder(folder).config.method
-        'bone'
+        ...     peft.write_folder(folder, *adapter_contents(ModelView(model)))
+        ...     peft.read_folder(folder).config.r
+        4
     """
     problems = _inexpressible(header, dropout) + [
         f"{name}: PEFT saves whole modules; load the file into the model and export from there"

@@ -52,23 +52,7 @@ Stack = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base checkpoint, opened but not read.
-
-    Attributes:
-        path: the file or the folder.
-        files: name of each tensor -> the file that holds it.
-
-    Examples:
-        >>> import pathlib, tempfile
-        >>> import torch
-        >>> from safetensors.torch import save_file
-        >>> from disha.interop.checkpoints import open_checkpoint
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_file({"0.weight": torch.ones(2, 3)}, pathlib.Path(folder, "model.safetensors"))
-        ...     checkpoint = open_checkpoint(folder)
-        ...     checkpoint.shape("0.weight"), float(checkpoint.tensor("0.weight").sum())
-        ((2, 3), 6.0)
-    """
+    """A base checkpoint, opened but not read: its path, and the file of each tensor."""
 
     path: Path
     files: Mapping[str, Path]
@@ -119,23 +103,19 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         path: one safetensors file; or a folder with a `model.safetensors`, or with shards and a
             `model.safetensors.index.json`.
 
-    Returns:
-        A `Checkpoint`. It reads each tensor on request.
-
     Raises:
         AdapterIOError: it can't be read, or does not exist.
         AdapterFileError: it is damaged, or the index names no shards.
 
     Examples:
         >>> import pathlib, tempfile
-        >>> import torch
         >>> from safetensors.torch import save_file
+        >>> from torch import nn
         >>> from disha.interop.checkpoints import open_checkpoint
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = pathlib.Path(folder, "model.safetensors")
-        ...     save_file({"0.weight": torch.zeros(2, 3)}, path)
-        ...     list(open_checkpoint(folder).files)
-        ['0.weight']
+        ...     save_file(nn.Linear(3, 2).state_dict(), pathlib.Path(folder, "model.safetensors"))
+        ...     open_checkpoint(folder).shape("weight")
+        (2, 3)
     """
     path = checked_path(path)
     if path.is_dir() and not (path / SINGLE).is_file():
@@ -196,26 +176,22 @@ def misfits(base: PathLike, adapter_path: PathLike) -> list[str]:
 def base_shapes(
     checkpoint: Checkpoint, names: Iterable[str]
 ) -> Callable[[str], tuple[int, ...] | None]:
-    """Return a function from the name of a parameter in the adapter's model to its shape, or None.
+    """Return a function from a parameter's name in the adapter's model to its shape, or None.
 
     Args:
         checkpoint: the base.
-        names: all parameters that will be asked for.
-
-    Raises:
-        AdapterFileError: the checkpoint lacks some of them.
+        names: all parameters that will be asked for; `AdapterFileError` if it lacks some of them.
 
     Examples:
         >>> import pathlib, tempfile
-        >>> import torch
         >>> from safetensors.torch import save_file
+        >>> from torch import nn
         >>> from disha.interop.checkpoints import base_shapes, open_checkpoint
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = pathlib.Path(folder, "model.safetensors")
-        ...     save_file({"model.0.weight": torch.zeros(2, 3)}, path)
-        ...     shape = base_shapes(open_checkpoint(path), ["0.weight"])
-        ...     shape("0.weight"), shape("1.weight")
-        ((2, 3), None)
+        ...     save_file({"model.0.weight": nn.Linear(3, 2).weight}, path)
+        ...     base_shapes(open_checkpoint(path), ["0.weight"])("0.weight")
+        (2, 3)
     """
     base = BaseOf(checkpoint, (), names)
 
@@ -229,12 +205,7 @@ def base_shapes(
 def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str], Tensor]:
     """Return a function from the name of a layer to its base weight, as the model stores it.
 
-    Args:
-        checkpoint: the base.
-        header: the adapter's header.
-
-    Raises:
-        AdapterFileError: the checkpoint is not the base that the adapter was saved from.
+    Raises `AdapterFileError` if the checkpoint is not the base that the adapter was saved from.
 
     Examples:
         >>> import pathlib, tempfile
@@ -248,8 +219,8 @@ def base_weights(checkpoint: Checkpoint, header: AdapterHeader) -> Callable[[str
         ...     save_file(model.state_dict(), base)
         ...     disha.save_adapter(disha.inject_adapters(model, "0", r=4), path)
         ...     weight = base_weights(open_checkpoint(base), disha.inspect_adapter(path))
-        ...     bool((weight("0") == model[0].weight).all())
-        True
+        ...     tuple(weight("0").shape)
+        (16, 8)
     """
     base = BaseOf(checkpoint, header.layers, ())
     base.refuse(base.wrong_shapes(header) or base.other_values(header))

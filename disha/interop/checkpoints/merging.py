@@ -50,23 +50,6 @@ class MergedCheckpoint:
         path: the folder or the file.
         layers: the adapter's layers, all merged.
         replaced: tensors that were replaced by parameters saved with the blocks.
-
-    Examples:
-        >>> import pathlib, tempfile
-        >>> from safetensors.torch import save_file
-        >>> from torch import nn
-        >>> import disha
-        >>> from disha.interop.checkpoints import merge_into_checkpoint
-        >>> model = nn.Sequential(nn.Linear(8, 16))
-        >>> with tempfile.TemporaryDirectory() as name:
-        ...     folder = pathlib.Path(name)
-        ...     save_file(model.state_dict(), folder / "base.safetensors")
-        ...     disha.save_adapter(disha.inject_adapters(model, "0", r=4), folder / "adapter")
-        ...     made = merge_into_checkpoint(
-        ...         folder / "base.safetensors", folder / "adapter", folder / "merged"
-        ...     )
-        >>> made.layers
-        ('0',)
     """
 
     path: Path
