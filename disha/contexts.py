@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeAlias
-from weakref import WeakSet, WeakValueDictionary, ref
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch.autograd import graph as autograd
@@ -89,7 +89,6 @@ class Context:
         acts: what acts on them; None if all adapters are disabled.
         outer: the contexts around it, in the same thread or task.
         thread: the thread that entered it.
-        over: whether it has ended. It can end in another task than the one that entered it.
     """
 
     def __init__(self, groups: frozenset[Group], acts: Acts | None) -> None:
@@ -97,7 +96,6 @@ class Context:
         self.acts = acts
         self.outer = _here()
         self.thread = threading.get_ident()
-        self.over: bool = False
 
     @property
     def function(self) -> str:
@@ -117,47 +115,33 @@ class Context:
         return not self.groups.isdisjoint(group.lineage)
 
 
-_Reference: TypeAlias = "ref[Context]"
+_ENTERED: ContextVar[tuple[Context, ...]] = ContextVar("disha_contexts", default=())
 
-_ENTERED: ContextVar[tuple[_Reference, ...]] = ContextVar("disha_contexts", default=())
-
-OPEN: set[_Reference] = set()
+OPEN: set[Context] = set()
 """The contexts that are open in any thread. While there are none, layers do not look for theirs."""
 
 
 @contextmanager
 def entered(groups: frozenset[Group], acts: Acts | None) -> Iterator[None]:
-    """Run the body with other adapters acting, in this thread or task and in tasks it starts.
-
-    Args:
-        groups: the layers.
-        acts: what acts on them; None if all adapters are disabled.
-    """
+    """Run the body with other adapters acting, in this thread or task and in tasks it starts."""
     context = Context(groups, acts)
-    # Only this function keeps the context. So it ends even if the lines below are interrupted.
-    OPEN.add(reference := ref(context, OPEN.discard))
+    OPEN.add(context)
     try:
-        _ENTERED.set((*_ENTERED.get(), reference))
+        _ENTERED.set((*_ENTERED.get(), context))
         yield
     finally:
-        context.over = True  # first, because from here on nothing sees the context
-        OPEN.discard(reference)
-        _ENTERED.set(tuple([one for one in _ENTERED.get() if one in OPEN]))
+        OPEN.discard(context)  # it can end in another task than the one that entered it
+        _ENTERED.set(_here())
 
 
-def open_contexts() -> list[Context]:
+def open_contexts() -> tuple[Context, ...]:
     """Return the contexts that are open in any thread."""
-    return _alive(tuple(OPEN))
+    return tuple(OPEN)
 
 
 def _here() -> tuple[Context, ...]:
     """Return the contexts of this thread or task, from the outermost inwards."""
-    return tuple(_alive(_ENTERED.get()))
-
-
-def _alive(references: Iterable[_Reference]) -> list[Context]:
-    found = [reference() for reference in references]
-    return [context for context in found if context is not None and not context.over]
+    return tuple([context for context in _ENTERED.get() if context in OPEN])
 
 
 def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
@@ -165,42 +149,27 @@ def groups_of(layers: Iterable[Any]) -> frozenset[Group]:
 
     If a group also holds other layers, these layers move to a new group. Contexts that are open
     already cover it too, by its lineage. Compiled code then compiles once more.
-
-    Args:
-        layers: the adapters of the layers.
     """
     with _LOCK:
-        covered: dict[Group, set[Any]] = {}
-        for adapters in layers:
-            covered.setdefault(adapters.group, set()).add(adapters)
-        return frozenset(_exactly(group, members) for group, members in covered.items())
-
-
-def _exactly(group: Group, members: set[Any]) -> Group:
-    if len(members) >= len(group.members):
-        return group
-    part = Group(group.lineage)
-    for adapters in members:
-        part.take(adapters, former=group)
-    return part
+        chosen = set(layers)
+        for group in {adapters.group for adapters in chosen}:
+            members = chosen.intersection(group.members)
+            if len(members) < len(group.members):
+                part = Group(group.lineage)
+                for adapters in members:
+                    part.take(adapters, former=group)
+        return frozenset(adapters.group for adapters in chosen)
 
 
 def deciding(group: Group) -> Context | None:
     """Return the context that decides what acts on a group here, or None for the active adapters.
 
     A context that disables adapters decides. If there is none, the context entered last decides.
-
-    Raises:
-        ModeError: a layer runs in a thread of autograd, and its context can't be known.
     """
     contexts = _here() or _of_backward(group)
-    found = None
-    for context in contexts:
-        if context.covers(group):
-            if context.acts is None:
-                return context
-            found = context
-    return found
+    around = [context for context in contexts if context.covers(group)]
+    disabling = [context for context in around if context.acts is None]
+    return next(iter([*disabling, *reversed(around)]), None)
 
 
 _BACKWARD = autograd._engine_run_backward.__code__
@@ -224,7 +193,7 @@ def _of_backward(group: Group) -> tuple[Context, ...]:
     if waiting == [chain[-1].thread] and set(around) <= set(chain):
         return chain
     raise ModeError(
-        "a layer is computed again in the backward pass (activation checkpointing), while other "
-        f"threads or tasks are inside {around[0].function}, so it is unknown which adapters acted "
-        "in forward; do not train while others use contexts of the same model"
+        "a layer is computed again in backward (activation checkpointing), and it is unknown which "
+        f"adapters acted in forward, because other threads are inside {around[0].function}; do not "
+        "train while others use contexts of the same model"
     )

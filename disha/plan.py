@@ -40,7 +40,7 @@ from disha.layers.kinds import declared_slots, matrix_parameters, slot_of
 from disha.layers.opaque import is_quantised, quantisation_of
 from disha.layers.weights import device_of_weight, read_weight, stored_weight, weight_shape
 from disha.model import ModelParameter, ModelView, join
-from disha.records import LayerRecord, TensorRecord
+from disha.records import LayerRecord
 from disha.sharding import imported_class, is_partitioned, split_of
 from disha.text import WIDEST, brief, counted, first_few, grouped, printable, table
 
@@ -398,7 +398,7 @@ def plan_weights(
     adapter: str,
     config: AdapterConfig,
     layers: Sequence[LayerRecord],
-    tensors: Mapping[str, TensorRecord],
+    tensors: Mapping[str, Tensor],
     also_train: Iterable[str],
     *,
     dtype: torch.dtype | None,
@@ -425,7 +425,9 @@ def plan_weights(
         else:
             planned.append(found)
     for key in also_train:
-        reason = _reason_against_parameter(view.parameters_by_name.get(key), tensors[key].shape)
+        reason = _reason_against_parameter(
+            view.parameters_by_name.get(key), tuple(tensors[key].shape)
+        )
         if reason is not None:
             reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
     if reasons:

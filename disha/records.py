@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from disha.functional import METHODS, Geometry, Layout
@@ -15,30 +14,12 @@ from disha.layers.blocks import block_name
 from disha.model import join
 from disha.text import counted
 
-__all__ = ["LayerRecord", "TensorRecord", "records_of"]
+__all__ = ["LayerRecord", "records_of"]
 
 
-@dataclass(frozen=True)
-class TensorRecord:
-    """A tensor in a file: its shape and its dtype."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensor's data in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype's name in torch, such as `"float32"`."""
-        return str(self.dtype).removeprefix("torch.")
-
-
-def records_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorRecord]:
-    """Return the shape and the dtype of each tensor."""
-    return {key: TensorRecord(tuple(t.shape), t.dtype) for key, t in tensors.items()}
+def records_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return each tensor without its values (on the meta device)."""
+    return {key: tensor.to("meta") for key, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from typing import TextIO
@@ -23,13 +24,7 @@ LONGEST = 10_000
 """Largest number of characters in one message."""
 
 
-class _Brief(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write the digits of an int of thousands of digits.
-        return super().repr_int(x, level) if x.bit_length() <= 64 else "an int beyond 64 bits"
-
-
-_brief = _Brief()
+_brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 200
 
 
@@ -45,12 +40,11 @@ def printable(text: str, limit: int = LONGEST, *, lines: bool = False) -> str:
     if text.isprintable():
         return text
     return "".join(
-        one if one.isprintable() or (lines and one == "\n") else _escaped(one) for one in text
+        one
+        if one.isprintable() or (lines and one == "\n")
+        else one.encode("unicode_escape").decode()
+        for one in text
     )
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def brief(value: object) -> str:
@@ -102,26 +96,13 @@ def silence(stream: TextIO) -> None:
 WIDEST = 200
 """Largest number of characters in a cell. All cells of a column are as wide as its widest one."""
 
-LAST = 500
-"""The same for the last column, which is not padded."""
-
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a table with aligned columns: numbers to the right, everything else to the left."""
-    limits = [WIDEST] * (len(header) - 1) + [LAST]
-    cells = [list(map(printable, map(str, row), limits)) for row in rows]
-    columns = list(zip(header, *cells, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    numeric = [i > 0 and all(map(_is_number, column[1:])) for i, column in enumerate(columns)]
-    lines = []
-    for row in [list(header), *cells]:
-        aligned = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join(lines)
-
-
-def _is_number(cell: str) -> bool:
-    return cell.replace(",", "").replace(".", "").replace("-", "").isdigit() or cell in ("", "-")
+    cells = [[printable(str(cell), WIDEST) for cell in row] for row in rows]
+    columns = []
+    for number, column in enumerate(zip(header, *cells, strict=True)):
+        width = max(map(len, column))
+        right = number > 0 and not any(re.search(r"[^\d.,-]", cell) for cell in column[1:])
+        columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in column])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))

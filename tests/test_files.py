@@ -22,7 +22,7 @@ from disha import (
     MergeError,
 )
 from disha.config import AdapterConfig
-from disha.files import AdapterHeader, LayerRecord, TensorRecord
+from disha.files import AdapterHeader, LayerRecord
 from disha.files.contents import adapter_contents, blocks_only, load_contents, read_contents
 from disha.files.header import block_misfits
 from disha.functional import Layout
@@ -267,7 +267,7 @@ class TestContents:
             config=AdapterConfig(r=2, target=None),
             layers=(record,),
             also_train=(),
-            tensors={record.key: TensorRecord(shape, torch.float32)},
+            tensors={record.key: torch.empty(shape, device="meta")},
             metadata={},
         )
         says = f"expected a block of shape {expected}, found {shape}"
@@ -288,7 +288,7 @@ class TestLayersThatDiffer:
 
     def test_different_methods_under_one_name_are_refused(self, path):
         model = nn.Sequential(disha.BoneLinear(4, 4, r=2), disha.BatLinear(4, 4, r=2))
-        with pytest.raises(AdapterStateError, match=r"blocks of different methods.*bat.*bone"):
+        with pytest.raises(AdapterStateError, match="blocks of different methods"):
             disha.save_adapter(model, path)
         assert not path.exists()
 
@@ -592,7 +592,7 @@ class TestFingerprint:
         merged.load_state_dict(
             {key: value for key, value in model.state_dict().items() if "disha" not in key}
         )
-        with pytest.warns(AdapterFileWarning, match="merged into this one already"):
+        with pytest.warns(AdapterFileWarning, match="without the adapter merged into it"):
             disha.load_adapter(merged, path)
 
     def test_the_base_in_another_dtype_counts_as_the_same(self, saved):
@@ -720,7 +720,7 @@ class TestBadFiles:
         _, path = saved
         model = base()
         before = snapshot(model)
-        with pytest.raises(ArgumentError, match="has a dot"):
+        with pytest.raises(ArgumentError, match="have a dot"):
             disha.load_adapter(model, path, adapter="a.b")
         assert_unchanged(model, before)
 
@@ -753,7 +753,7 @@ class TestSaving:
             disha.save_adapter(trained(), path, "x")
         assert not path.exists()
 
-    @pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}, ["a"]])
+    @pytest.mark.parametrize("metadata", [{"a": 1}, {1: "a"}])
     def test_metadata_that_is_not_text(self, path, metadata):
         with pytest.raises(ArgumentTypeError, match="str -> str"):
             disha.save_adapter(trained(), path, metadata=metadata)

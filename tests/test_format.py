@@ -231,11 +231,11 @@ BAD_HEADERS = {
     "version as text": (lambda h: h.update(format="1"), "format must be an int"),
     "not JSON": (lambda h: "{", "is not of format 1"),
     "deep JSON": (lambda h: "[" * 100_000, "is not of format 1"),
-    "a list": (lambda h: "[]", "the header can't be"),
+    "a list": (lambda h: "[]", "not of format 1"),
     "other method": (lambda h: h["config"].update(method="other"), "other"),
     "no layers": (lambda h: h.update(layers=[]), "not listed"),
-    "layers as text": (lambda h: h.update(layers="x"), "layers can't be 'x'"),
-    "entry as text": (lambda h: h.update(layers=["x"]), "a layer can't be 'x'"),
+    "layers as text": (lambda h: h.update(layers="x"), "not of format 1"),
+    "entry as text": (lambda h: h.update(layers=["x"]), "not of format 1"),
     "size 0": (lambda h: first_layer(h).update(r=0), "r must be at least 1"),
     "size as float": (lambda h: first_layer(h).update(r=2.0), "r must be an int"),
     "huge r": (lambda h: first_layer(h).update(r=10**30), "larger than in_features"),
@@ -257,7 +257,7 @@ BAD_TENSORS = {
     "extra": (lambda t: t.update(x=torch.ones(1)), "'x' is not listed"),
     "nan": (lambda t: t["head.bone_block"].fill_(float("nan")), "head.bone_block .*not finite"),
     "integers": (
-        lambda t: t.update({"head.bone_block": t["head.bone_block"].int()}), "has dtype int32"),
+        lambda t: t.update({"head.bone_block": t["head.bone_block"].int()}), "dtype torch.int32"),
     "a shape beside": (
         lambda t: t.update({"final_norm.weight": torch.ones(5)}), "final_norm.weight"),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from disha.files.adapter import inspect_adapter, load_adapter, save_adapter
 from disha.files.combining import combine_adapters
 from disha.files.header import FORMAT, AdapterFile, AdapterHeader
 from disha.files.opening import ADAPTER_NAME
-from disha.records import LayerRecord, TensorRecord
+from disha.records import LayerRecord
 
 __all__ = [
     "ADAPTER_NAME",
@@ -20,7 +20,6 @@ __all__ = [
     "AdapterFile",
     "AdapterHeader",
     "LayerRecord",
-    "TensorRecord",
     "combine_adapters",
     "inspect_adapter",
     "load_adapter",

@@ -80,13 +80,14 @@ def adapter_contents(
     """
     ranks, action = view.ranks(), f"take adapter {adapter!r} out of the model"
     with ranks.agreeing(action):
-        notes = _checked_metadata(metadata)
+        notes = dict(metadata or {})
+        if not all(isinstance(text, str) for note in notes.items() for text in note):
+            raise ArgumentTypeError(f"metadata must be a dict of str -> str, got {metadata!r}")
         held = adapter_tensors(view, adapter)
         meta = next((key for key, tensor in held.items() if tensor.is_meta), None)
         if meta is not None:
             raise AdapterStateError(
-                f"adapter {adapter!r} is on the meta device ({meta}) and has no values; give the "
-                "model values first (to_empty, load_state_dict)"
+                f"adapter {adapter!r} is on the meta device ({meta}); give the model values first"
             )
     tensors = {key: gathered(tensor.detach()).cpu().contiguous() for key, tensor in held.items()}
     blocks = view.require(adapter)
@@ -95,22 +96,13 @@ def adapter_contents(
         _check_can_be_loaded(adapter, layers, tensors)
     keys = {layer.key for layer in layers}
     header = AdapterHeader(
-        config=blocks[0].block.config.changed(scale=layers[0].scale),
+        config=blocks[0].block.config,
         layers=layers,
         also_train=tuple(sorted(tensors.keys() - keys)),
         tensors=records_of(tensors),
         metadata=notes,
     )
     return header, tensors
-
-
-def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    notes = {} if metadata is None else metadata
-    if not isinstance(notes, Mapping) or not all(
-        isinstance(one, str) for item in notes.items() for one in item
-    ):
-        raise ArgumentTypeError(f"metadata must be a dict of str -> str, got {metadata!r}")
-    return dict(notes)
 
 
 def _record(one: ModelBlock, *, base: bool) -> LayerRecord:
@@ -147,15 +139,14 @@ def _check_can_be_loaded(
     methods = {(layer.method, layer.r_out) for layer in layers}
     if len(methods) > 1:
         raise AdapterStateError(
-            f"adapter {adapter!r} has blocks of different methods, {sorted(methods, key=str)} as "
-            "(method, r_out), and a file holds one method; give each method its own adapter"
+            f"adapter {adapter!r} has blocks of different methods or r_out, and a file holds one; "
+            "give each method its own adapter"
         )
     broken = [key for key, tensor in tensors.items() if not finite_as(tensor, tensor.dtype)]
     if broken:
         raise AdapterStateError(
             f"adapter {adapter!r} holds values that are not finite (NaN or infinity) in "
-            f"{first_few(broken, 5, ', ')}, so it could not be loaded again; nothing was written. "
-            "Go back to an earlier checkpoint of the training"
+            f"{first_few(broken, 5, ', ')}; go back to an earlier checkpoint"
         )
 
 
@@ -197,9 +188,10 @@ def _chosen(header: AdapterFile, layers: str) -> Sequence[LayerRecord]:
 def narrowed(header: Header, layers: Sequence[LayerRecord], also_train: Sequence[str]) -> Header:
     """Return a header of a part of an adapter."""
     keys = (*(layer.key for layer in layers), *also_train)
+    forgets = header.config.also_train and not also_train
     return changed(
         header,
-        config=header.config if also_train else header.config.changed(also_train=[]),
+        config=header.config.changed(also_train=[]) if forgets else header.config,
         layers=tuple(layers),
         also_train=tuple(also_train),
         tensors={key: header.tensors[key] for key in keys},
@@ -267,7 +259,15 @@ def load_contents(
             check_dtype(dtype)
             view.refuse_inside("load an adapter")
             taken = adapter in view.adapters
-            _check_taken(adapter, taken, replace, dtype)
+            if taken and not replace:
+                raise ArgumentError(
+                    f"the model has an adapter {adapter!r} already; load under another name "
+                    "(adapter=), or pass replace=True"
+                )
+            if taken and dtype is not None:
+                raise ArgumentError(
+                    "replace=True keeps the blocks with their dtype; leave dtype out"
+                )
             keys = _model_keys(view, source, header)
             incoming = _Incoming(view, adapter, source, header, tensors, keys)
             if taken:
@@ -291,19 +291,6 @@ def load_contents(
             block.set_scale(layer.scale)
         _warn_of_other_base(incoming)
     return LoadReport(matched=tuple(incoming.values))  # if a key did not fit, this has raised
-
-
-def _check_taken(adapter: str, taken: bool, replace: bool, dtype: torch.dtype | None) -> None:
-    if taken and not replace:
-        raise ArgumentError(
-            f"the model has an adapter {adapter!r} already; load under another name (adapter=), or "
-            "pass replace=True to copy the file's values into it"
-        )
-    if taken and dtype is not None:
-        raise ArgumentError(
-            f"dtype={dtype} was given with replace=True, which keeps the blocks that are there; "
-            "leave dtype out, or remove the adapter first"
-        )
 
 
 def _model_keys(view: ModelView, source: Source, header: AdapterHeader) -> dict[str, str]:
@@ -332,17 +319,9 @@ def _planned(incoming: _Incoming, dtype: torch.dtype | None, freeze: bool) -> Pl
     view, header = incoming.view, incoming.header
     statistics = running_statistics.statistics(view)
     beside = [key for key in header.also_train if incoming.keys[key] not in statistics]
+    contents = (header.config, header.layers, header.tensors, beside)
     try:
-        return plan_weights(
-            view,
-            incoming.adapter,
-            header.config,
-            header.layers,
-            header.tensors,
-            beside,
-            dtype=dtype,
-            freeze=freeze,
-        )
+        return plan_weights(view, incoming.adapter, *contents, dtype=dtype, freeze=freeze)
     except ArgumentError as error:
         raise AdapterFileError(f"{incoming.source}: {error}") from error
 
@@ -390,19 +369,19 @@ def _forget_the_rest(incoming: _Incoming, undo: ExitStack) -> None:
 
 
 def _warn_of_other_base(incoming: _Incoming) -> None:
-    found = {
-        one.name: (layer.base, _base_fingerprint(one))
+    found = [
+        (one.name, layer.base, _base_fingerprint(one))
         for one, layer in incoming.layers()
         if layer.base is not None
-    }
-    known = {name: (one, now) for name, (one, now) in found.items() if now is not None}
-    other = [name for name, (one, now) in known.items() if not same_base(one, now)]
+    ]
+    known = [(name, theirs, ours) for name, theirs, ours in found if ours is not None]
+    other = [name for name, theirs, ours in known if not same_base(theirs, ours)]
     if other:
         layers = printable(first_few(other, 3, ", "))
         warnings.warn(
             f"{printable(str(incoming.source))} was saved from other base weights than the model's "
             f"in {len(other)} of {counted(len(known), 'layer')} ({layers}): load the base that it "
-            "was trained on, or check that the adapter is not merged into this one already",
+            "was trained on, without the adapter merged into it",
             AdapterFileWarning,
             stacklevel=4,
         )

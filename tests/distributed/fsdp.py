@@ -159,7 +159,7 @@ def check_failed_save_raises_on_all_ranks(folder):
     with pytest.raises(AdapterIOError, match="No such file"):
         disha.save_adapter(model, folder / "absent" / "a")
     with pytest.raises(disha.ArgumentTypeError, match="metadata must be"):
-        disha.save_adapter(model, folder / "a", metadata=3)
+        disha.save_adapter(model, folder / "a", metadata={"a": 3})
     # only one rank errs, and the other does not wait for it
     with pytest.raises(disha.ArgumentTypeError, match=from_rank(1, "path must be")):
         disha.save_adapter(model, 3 if rank() == 1 else folder / "a")
