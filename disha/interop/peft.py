@@ -246,7 +246,7 @@ class PeftFolder:
     path: Path
     config: PeftConfig
     blocks: Mapping[str, Tensor]
-    beside: Mapping[str, Tensor]
+    beside: dict[str, Tensor]
 
 
 def read_folder(folder: PathLike) -> PeftFolder:
