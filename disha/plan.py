@@ -37,7 +37,7 @@ from disha.layers.adapters import check_adapter_name
 from disha.layers.bitsandbytes import parameter_count
 from disha.layers.blocks import Slot
 from disha.layers.kinds import declared_slots, matrix_parameters, slot_of
-from disha.layers.opaque import is_quantised, quantisation_of
+from disha.layers.opaque import quantisation_of
 from disha.layers.weights import device_of_weight, read_weight, stored_weight, weight_shape
 from disha.model import ModelParameter, ModelView, join
 from disha.records import LayerRecord
@@ -776,7 +776,7 @@ def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
 
 def _reason_against_training(one: ModelParameter) -> str | None:
     """Return why a parameter can't be trained with a new adapter."""
-    if is_quantised(one.value):
+    if quantisation_of(None, one.value) is not None:
         return "is quantised and can't be trained with an adapter"
     if one.value.dtype not in BLOCK_DTYPES.values():
         return f"has dtype {one.value.dtype} and can't be trained with an adapter"

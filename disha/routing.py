@@ -217,9 +217,8 @@ def _linear_by_adapter(x: Tensor, weight: Tensor, bias: Tensor | None, routed: R
     """Sort the samples by adapter, multiply each run, and put the outputs back in order."""
     route, size = routed.route, x.shape[0]
     runs = route.sorted_runs(size)
-    order = None if runs == route.runs(size) else route.order(size, x.device)
     each = [(routed.updates.get(run.adapter or "", ()), run.stop - run.start) for run in runs]
-    return linear_of_runs(x, weight, bias, each, order)
+    return linear_of_runs(x, weight, bias, each, route.order(size, x.device))
 
 
 FEW_ROWS = 8

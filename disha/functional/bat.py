@@ -208,7 +208,7 @@ class _BatLinear(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor) -> Tensor:
     slabs = list(_slabs(weight, block))
     # In 16 bits, W + D would lose a small D. So D itself is added through S(x), as for Bone.
-    wide = _is_wide(weight)
+    wide = weight.dtype in (torch.float32, torch.float64)
     scratch = _scratch(weight, block, slabs)
     if len(slabs) == 1:
         output = F.linear(x, _effective(weight, block, scratch, add_block=wide), bias)
@@ -289,10 +289,6 @@ def _traced(weight: Tensor, block: Tensor) -> Tensor:
     total = start.to(dtype) + (product.to(dtype) + block.unsqueeze(-2).to(dtype))
     effective = total.to(weight.dtype).flatten(-4, -3).flatten(-2)
     return effective[: weight.shape[0], : weight.shape[1]]
-
-
-def _is_wide(weight: Tensor) -> bool:
-    return weight.dtype in (torch.float32, torch.float64)
 
 
 def bat_streamed(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:

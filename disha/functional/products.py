@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from functools import reduce
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,6 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 MATRIX = Layout("out in")
 STACK = Layout("expert out in")
-KEEP_NOTHING: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 class Update(NamedTuple):
@@ -206,9 +205,10 @@ def _reduced_product(
         own = matrix if chosen is None else matrix[chosen]
         return multiply(sums, layout.weight(own.mT), None)
 
-    plain = chosen is None or is_compiling() or transforms_active()
-    # Backward gathers again, so it does not keep one matrix for each token.
-    output = product(sums, matrix) if plain else checkpoint(product, sums, matrix, **KEEP_NOTHING)
+    if chosen is None or is_compiling() or transforms_active():
+        output = product(sums, matrix)
+    else:  # backward gathers again, so it does not keep one matrix for each token
+        output = checkpoint(product, sums, matrix, use_reentrant=False, preserve_rng_state=False)
     output = scaled(output, regain)
     return tiled(output, out_features) if multiply is F.linear else output
 

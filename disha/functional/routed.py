@@ -25,17 +25,13 @@ def linear_of_runs(
     weight: Tensor,
     bias: Tensor | None,
     runs: Sequence[tuple[Sequence[Update], int]],
-    order: Tensor | None = None,
+    order: Tensor,
 ) -> Tensor:
     """Return (W + sum of s dW) x + b, with the updates of each run.
 
-    `order` are indices along the leading dimension that sort its entries by run; None if they are
-    sorted already.
+    `order` are indices along the leading dimension that sort its entries by run.
     """
     sizes, updates = [size for _, size in runs], [own for own, _ in runs]
-    if order is None:
-        each = zip(torch.split(x, sizes), updates, strict=True)
-        return torch.cat([adapted_linear(part, weight, bias, own) for part, own in each])
     parts = [
         adapted_linear(x.index_select(0, rows), weight, bias, own)
         for rows, own in zip(torch.split(order, sizes), updates, strict=True)

@@ -100,7 +100,8 @@ class Block(nn.Module):
         with _lasting():
             values = torch.empty(tuple(shape), device=device, dtype=dtype)
             self._parameters[self.parameter_name] = nn.Parameter(values)
-            self.register_buffer("scale_tensor", self._new_scale_tensor(), persistent=False)
+            self.register_buffer("scale_tensor", None, persistent=False)
+            self._write_scale()
             self.reset_parameters()
 
     @property
@@ -117,8 +118,12 @@ class Block(nn.Module):
     def update(self, on_meta: bool = False, group: Group | None = None) -> Update:
         """Return the update for products with the weight, with the current scale and dropout."""
         own = self.__dict__
-        if type(own["_parameters"]) is not dict:
-            self._refuse_partitioned()
+        if type(own["_parameters"]) is not dict and is_partitioned(self.block):
+            # ZeRO-3 gathers parameters only where their own module runs.
+            raise ModeError(
+                "an adapter can't act while DeepSpeed ZeRO-3 partitions its block, which it would "
+                "not gather for the weight's layer; use ZeRO-2 or fully_shard"
+            )
         # A device hook (accelerate's) replaces forward, and loads the block to its device.
         values = (
             self._from_hook() if "forward" in own else own["_parameters"][own["parameter_name"]]
@@ -137,18 +142,6 @@ class Block(nn.Module):
             tensor = own["_buffers"]["scale_tensor"]
             scale = tensor * getattr(compiled, compiled.factor_name(group.name, tensor.device))
         return Update(own["method"], values, scale, dropout, own["slot"].rows)
-
-    def _refuse_partitioned(self) -> None:
-        """Raise if DeepSpeed ZeRO-3 manages the block.
-
-        It gathers parameters only where their own module runs, and its linear layers give an update
-        no gradient.
-        """
-        if is_partitioned(self.block):
-            raise ModeError(
-                "an adapter can't act while DeepSpeed ZeRO-3 partitions its block, which it would "
-                "not gather for the weight's layer; use ZeRO-2 or fully_shard"
-            )
 
     def _from_hook(self) -> Tensor:
         """Return the block after its device hook has loaded it."""
@@ -208,22 +201,14 @@ class Block(nn.Module):
         return f"r={self.r}{tile}, shape={tuple(self.block.shape)}, scale={self.scale:g}"
 
     def _write_scale(self) -> None:
-        # A new tensor rather than an in-place write: autograd may have saved the old one.
-        with _lasting():
-            self._buffers["scale_tensor"] = self._new_scale_tensor()
-
-    def _new_scale_tensor(self) -> Tensor:
+        """Make `scale_tensor` anew: autograd may have saved the old one."""
         # 0-dim, so it never changes a result's dtype; at least float32, so it is not rounded.
-        block = self.block
+        block, former = self.block, self._buffers["scale_tensor"]
         dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
-        device = block.device
-        if block.is_meta:
-            scale = self._buffers.get("scale_tensor")
-            if scale is None or scale.is_meta:
-                # A tensor on meta has no value, and torch.full takes longer.
-                return torch.empty((), dtype=dtype, device=device)
-            device = scale.device  # the block is offloaded, and will be loaded to this device
-        return torch.full((), self.scale, dtype=dtype, device=device)
+        # The tensor of an offloaded block stays on the device to which the block will be loaded.
+        device = former.device if block.is_meta and former is not None else block.device
+        with _lasting():
+            self._buffers["scale_tensor"] = torch.full((), self.scale, dtype=dtype, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from disha.errors import ArgumentTypeError
 from disha.functional import Layout, layout_of
 from disha.layers.blocks import Slot
-from disha.layers.opaque import DENSE_DTYPES, opaque_slot, original_class
+from disha.layers.opaque import opaque_slot, original_class
 
 Kind = Callable[[Any], Iterable[Slot]]
 """Module -> its weights."""
@@ -162,14 +162,8 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def declared_slots(module: nn.Module) -> list[Slot]:
     """Return the weights of a module whose layouts are known."""
-    weight = module._parameters.get("weight")
-    # Fast paths: a class of torch itself with a plain weight, and a container.
-    kind = LAYER_KINDS.get(type(module))
-    plain = type(weight) is nn.Parameter and weight.dtype in DENSE_DTYPES
-    if kind is not None and plain and "forward" not in module.__dict__:
-        return list(kind(module))
     if not (module._parameters or module._buffers or hasattr(module, "parametrizations")):
-        return []
+        return []  # a container, as most modules are
     slot = opaque_slot(module)
     if slot is not None:
         return [slot]

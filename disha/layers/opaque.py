@@ -149,11 +149,6 @@ def quantisation_of(module: nn.Module | None, weight: object) -> Quantisation | 
     return next((one for one in QUANTISATIONS if one.recognises(module, weight)), None)
 
 
-def is_quantised(parameter: Tensor) -> bool:
-    """Whether a parameter alone shows that its values are quantised, so they can't be trained."""
-    return quantisation_of(None, parameter) is not None
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
