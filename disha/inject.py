@@ -21,7 +21,7 @@ from disha.layers.classes import adapt, readapt, refuse_changed_class, restore
 from disha.layers.encoder import guard_encoder, is_guarded, release_encoder
 from disha.layers.weights import make_block
 from disha.model import ModelView, all_or_nothing
-from disha.plan import Plan, Target, plan_injection
+from disha.plan import EXCLUDED, Plan, Target, plan_injection
 from disha.text import counted, first_few
 
 if TYPE_CHECKING:
@@ -120,7 +120,11 @@ def inject_adapters(
 
 def _warn_of_skipped(plan: Plan) -> None:
     """Warn if the target selects weights that can't be adapted, which is rarely intended."""
-    weights = [f"{one.name}: {one.reason}" for one in plan.skipped if one.is_weight]
+    weights = [
+        f"{one.name}: {one.reason}"
+        for one in plan.skipped
+        if one.attribute and one.reason != EXCLUDED
+    ]
     if weights:
         warnings.warn(
             f"the target also selects {counted(len(weights), 'weight')} that can't be adapted: "

@@ -29,7 +29,7 @@ from disha.config import (
     matching,
 )
 from disha.errors import ArgumentError, ArgumentTypeError, TargetError
-from disha.freezing import attributes_of, is_claimed
+from disha.freezing import is_claimed
 from disha.functional import Geometry, Update, layout_of, method_names, method_of
 from disha.functional.products import update_of_part
 from disha.layers.adapted import AdaptedLayer
@@ -107,32 +107,6 @@ class PlannedLayer:
         parameters = (join(name, self.attribute) for name in self.module_names)
         return (*self.names, *modules, *parameters)
 
-    @property
-    def type_name(self) -> str:
-        """The name of the module's class."""
-        return type(self.module).__qualname__
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether it is a weight or another matrix that was wanted, and not excluded."""
-        return bool(self.attribute) and self.reason != EXCLUDED
-
-    @property
-    def method(self) -> str:
-        """The name of the method of its block."""
-        assert self.config is not None
-        return self.config.method
-
-    @property
-    def r_out(self) -> int | None:
-        """Size of the output shard of a tile, or None."""
-        return None if self.config is None else self.config.r_out
-
-    @property
-    def layout(self) -> str | None:
-        """The weight's layout, or None if it is unknown."""
-        return None if self.slot is None else self.slot.layout.pattern
-
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight, with all of its rows."""
@@ -159,10 +133,11 @@ class PlannedLayer:
     @property
     def block_shape(self) -> tuple[int, ...]:
         """The shape of its block."""
-        slot = self.slot
+        slot, config = self.slot, self.config
         assert slot is not None
-        method = method_of(self.method)
-        return method.block_shape(slot.layout, self.shape, self.r, self.r_out, slot.rows)
+        assert config is not None
+        method = method_of(config.method)
+        return method.block_shape(slot.layout, self.shape, self.r, config.r_out, slot.rows)
 
     @property
     def parameters(self) -> int:
@@ -194,7 +169,6 @@ class Plan:
         unknown: the matrix parameters of the model whose layouts are unknown.
         tied: the names of each adapted parameter that several modules share. Each of these modules
             gets its own block, which acts only when the model uses that module.
-        convolutions: the convolutions that could be adapted, but that `"all-linear"` leaves out.
         trainable: number of parameters in the model that would require gradients afterwards.
         total: number of parameters of the model afterwards, blocks included. A quantised weight
             counts as a dense one.
@@ -220,7 +194,6 @@ class Plan:
     skipped: tuple[PlannedLayer, ...] = ()
     unknown: tuple[PlannedLayer, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
-    convolutions: tuple[str, ...] = ()
     trainable: int = 0
     total: int = 0
 
@@ -235,24 +208,18 @@ class Plan:
         return 100.0 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
+        method = self.config.method
         rows = [
-            (p.name or "(the model)", p.method, p.r, f"{p.in_features} -> {p.out_features}",
+            (p.name or "(the model)", method, p.r, f"{p.in_features} -> {p.out_features}",
              f"{p.parameters:,}")
             for p in self.layers
         ]  # fmt: skip
         lines = [table(("layer", "method", "r", "in -> out", "parameters"), rows)]
-        lines += [f"skipped {one.name} ({one.type_name}): {one.reason}" for one in self.skipped]
+        lines += [f"skipped {one.name}: {one.reason}" for one in self.skipped]
         lines += [
             f"not adapted {one.name} {one.shape}: to adapt it, pass {one.remedy}"
             for one in self.unknown
         ]
-        if self.convolutions:
-            lines.append(
-                f"not adapted: {counted(len(self.convolutions), 'convolution')} "
-                f"({first_few(self.convolutions, 3, ', ')}), which {ALL_LINEAR!r} leaves out: to "
-                'adapt them, pass a predicate such as lambda name, module: "Conv" in '
-                "type(module).__name__"
-            )
         lines += [f"one shared parameter: {', '.join(names)}" for names in self.tied]
         if self.also_train:
             lines.append(f"also trained: {', '.join(self.also_train)}")
@@ -294,7 +261,7 @@ def plan_adapters(
         >>> print(plan)
         layer  method  r  in -> out  parameters
         0      bone    2  8 -> 4              8
-        skipped 1 (LayerNorm): no layer kind adapts LayerNorm
+        skipped 1: no layer kind adapts LayerNorm
         adapter 'default': 1 layer, 8 parameters; trainable 8 of 52 (15.385%)
     """
     view = ModelView(model)
@@ -311,10 +278,10 @@ def plan_injection(
 ) -> Plan:
     """Plan an injection. If r or r_out does not fit a weight, raise if `strict`, else list it."""
     check_names(options)
-    if not (callable(target) or isinstance(target, (str, list, tuple))) or target in ([], ()):
+    if target is None or target in ([], ()):
         raise ArgumentTypeError(
             f"target_regex must be a regex, a list of them, {ALL_LINEAR!r} or a predicate "
-            f"(name, module) -> bool, got {target!r} of type {type(target).__name__}"
+            f"(name, module) -> bool, got {target!r}"
         )
     settings: Any = dict(options)
     adapter, freeze = settings.pop("adapter", "default"), settings.pop("freeze", True)
@@ -322,20 +289,29 @@ def plan_injection(
     config = AdapterConfig(r, recorded, **settings)  # type: ignore[arg-type]  # it checks r
     check_addable(view, adapter)
     known = _layers_of(view, config)
-    wanted, skipped = _wanted_and_skipped(view, _selected(view, known, target), config)
-    if not wanted:
-        raise TargetError(_nothing_selected(target, known, skipped, config.method))
-    _refuse_unused_patterns(config, known, wanted)
-    layers, unfit = [], []
-    for one in wanted:
+    layers, skipped, unfit = [], [], []
+    for one in _selected(view, known, target, config.exclude):
+        reason = one.reason or _reason_against(one, config.method)
+        if reason:
+            skipped.append(replace(one, reason=reason))
+            continue
         one = replace(one, config=config, r=config.rank_of(*one.names))
         reason = _reason_against_block(one)
         if reason is None:
             layers.append(one)
         else:
             unfit.append(replace(one, reason=reason))
+    if not layers and not unfit:
+        raise TargetError(_nothing_selected(target, known, skipped))
+    for argument in ("exclude", "rank_pattern", "layouts", "rows"):
+        if vars(config)[argument]:
+            names = [name for one in known for name in (*one.module_names, *one.parameter_names)]
+            _refuse_unused(argument, vars(config)[argument], names, "no module of the model")
     if unfit and strict:
-        raise ArgumentError(_unfit_message(unfit, config))
+        raise ArgumentError(
+            f"{_shown(unfit)}. Choose a smaller `r`, or an `r_out` that divides the outputs, give "
+            "these layers their own r (`rank_pattern`), or leave them out (`exclude`)"
+        )
     return Plan(
         adapter,
         config,
@@ -344,14 +320,7 @@ def plan_injection(
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*skipped, *unfit),
         unknown=tuple([one for one in known if one.slot is None and one.attribute]),
-        convolutions=_left_out(known, config) if target == ALL_LINEAR else (),
     )
-
-
-def _left_out(known: list[PlannedLayer], config: AdapterConfig) -> tuple[str, ...]:
-    """Return the names of the convolutions that `"all-linear"` leaves out."""
-    kernels = [one for one in known if one.slot is not None and one.slot.layout.has_kernel]
-    return tuple([one.name for one in kernels if _reason_against(one, config.method) is None])
 
 
 def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
@@ -432,10 +401,10 @@ def plan_weights(
             reasons.append(f"parameter {printable(key, WIDEST)}: {reason}")
     if reasons:
         message = f"the adapter does not fit the model; nothing changed:\n{first_few(reasons, 20)}"
-        absent = next((layer.name for layer in layers if layer.name not in known), None)
-        nearest = "" if absent is None else _nearest(absent, known)
+        absent = [layer.name for layer in layers if layer.name not in known]
+        nearest = _nearest(absent[0], known) if absent else ""
         if nearest:
-            message += f"\nthe names nearest to {brief(absent)} are {nearest}"
+            message += f"\nthe names nearest to {brief(absent[0])} are {nearest}"
         raise ArgumentError(message)
     trained = tuple(view.parameters_by_name[key].name for key in also_train)
     return Plan(adapter, config, freeze, tuple(planned), trained)
@@ -455,7 +424,7 @@ def _as_recorded(
 
 def _reason_against_record(one: PlannedLayer, layer: LayerRecord, geometry: Geometry) -> str | None:
     """Return why a weight can't be adapted as a file describes it."""
-    reason = _reason_against(one, one.method)
+    reason = _reason_against(one, layer.method)
     if reason is not None or one.slot is None:
         return f"can't be adapted: {reason}"
     look = stored_weight if one.slot.opaque else read_weight
@@ -493,15 +462,12 @@ def _reason_against(one: PlannedLayer, method: str) -> str | None:
     """Return why a method can't adapt a weight, whatever the size of the block."""
     module, slot = one.module, one.slot
     if slot is None and one.attribute:
-        return (
-            f"the layout of this parameter of shape {one.shape} is unknown; declare it, such as "
-            f"{one.remedy}"
-        )
+        return f"the layout of this {one.shape} is unknown; declare it, such as {one.remedy}"
     if slot is None:
-        return f"no layer kind adapts {one.type_name}"
-    taken = None if isinstance(module, AdaptedLayer) else _taken_name(module)
-    if taken not in (None, one.attribute):
-        return f"it has its own attribute {taken!r}, which adapters would replace"
+        return f"no layer kind adapts {type(module).__qualname__}"
+    taken = () if isinstance(module, AdaptedLayer) else _ADDED.intersection(dir(module))
+    if {*taken} - {one.attribute}:
+        return f"it has its own attribute {min(taken)!r}, which adapters would replace"
     reason = (
         _reason_against_reading(module, slot, method)
         if slot.opaque
@@ -514,14 +480,7 @@ def _reason_against(one: PlannedLayer, method: str) -> str | None:
     return reason
 
 
-def _taken_name(module: nn.Module) -> str | None:
-    """Return an attribute of a module whose name the adapted class needs, or None."""
-    # Not by hasattr, which would run a property of the user's class.
-    own = {*attributes_of(module), *module._parameters, *module._buffers, *module._modules}
-    return next((n for n in _ADDED if n in own or hasattr(type(module), n)), None)
-
-
-_ADDED = sorted(
+_ADDED = frozenset(
     name
     for name in {*vars(AdaptedLayer), *AdaptedLayer.__annotations__}.difference(dir(nn.Module))
     if not name.startswith("_")
@@ -546,10 +505,7 @@ def _reason_against_dense(weight: Any, slot: Slot) -> str | None:
     if isinstance(weight, UninitializedParameter):
         return "its weight is not initialised yet; run the model once before injecting"
     if is_partitioned(weight):
-        return (
-            "its weight is partitioned by DeepSpeed ZeRO-3 (deepspeed.zero.Init), under which "
-            "adapters can't act; use ZeRO-2 or fully_shard"
-        )
+        return "its weight is partitioned by DeepSpeed ZeRO-3; use ZeRO-2 or fully_shard"
     # Any floating-point dtype will do: a user's hook may cast the weight before each forward.
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return "its weight is not a floating-point tensor"
@@ -608,36 +564,31 @@ def check_addable(
         )
 
 
-def _selected(view: ModelView, known: list[PlannedLayer], target: Target) -> list[PlannedLayer]:
-    """Return what a target selects. A module without parameters is no miss."""
-    if target == ALL_LINEAR:
-        return _all_linear(view, known)
-    matches = _matcher(target)
-    modules = {module for module, names in view.names.items() if matches(names, module)}
+def _selected(
+    view: ModelView, known: list[PlannedLayer], target: Target, exclude: tuple[str, ...]
+) -> list[PlannedLayer]:
+    """Return what a target selects, with a reason if it is excluded."""
+    parts = [target] if callable(target) or isinstance(target, str) else target
+    linear = set(_all_linear(view, known) if ALL_LINEAR in parts else ())
+    patterns = [part for part in parts if isinstance(part, str) and part != ALL_LINEAR]
     # nn.MultiheadAttention itself reads the weight of its child `out_proj`.
-    modules |= {m.out_proj for m in modules if isinstance(m, nn.MultiheadAttention)}
-    linear = _all_linear(view, known) if ALL_LINEAR in _parts(target) else []
-    return [
-        one
-        for one in known
-        if one in linear
-        or (
-            (one.module in modules or matches(one.names, one.module))
-            and (one.attribute or any(p is not None for p in one.module._parameters.values()))
-        )
-    ]
-
-
-def _parts(target: Target) -> Sequence[Any]:
-    return target if isinstance(target, (list, tuple)) else [target]
-
-
-def _matcher(target: Target) -> Callable[[tuple[str, ...], nn.Module], bool]:
-    """Return a function of a module's names and the module: whether the target selects it."""
-    if callable(target):
-        return lambda names, module: bool(target(names[0], module))
-    searches = [re.compile(part).search for part in _parts(target)]
-    return lambda names, module: any(search(name) for search in searches for name in names)
+    readers = {m.out_proj: m for m in view.names if isinstance(m, nn.MultiheadAttention)}
+    found = []
+    for one in known:
+        reader = readers.get(one.module, one.module)  # type: ignore[call-overload]
+        names = (*one.names, *one.module_names, *view.names[reader])
+        if callable(target):
+            asked = {one.name: one.module, one.module_names[0]: one.module}
+            asked[view.names[reader][0]] = reader
+            chosen = any(target(name, module) for name, module in asked.items())
+        else:
+            chosen = one in linear or bool(matching(patterns, names))
+        # A module without parameters is no miss.
+        if chosen and (
+            one.attribute or any(p is not None for p in one.module._parameters.values())
+        ):
+            found.append(replace(one, reason=EXCLUDED) if matching(exclude, names) else one)
+    return found
 
 
 def _all_linear(view: ModelView, known: list[PlannedLayer]) -> list[PlannedLayer]:
@@ -655,53 +606,16 @@ def _all_linear(view: ModelView, known: list[PlannedLayer]) -> list[PlannedLayer
 def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
     """Return the modules that PEFT has added beside the layers that it adapts."""
     tuner = imported_class("peft.tuners.tuners_utils", "BaseTunerLayer")
-    added: set[nn.Module] = set()
-    for module in view.names:
-        if tuner is not None and isinstance(module, tuner):
-            inside = view.inside(module).items()
-            added |= {own for own, name in inside if name.split(".")[0] not in ("", "base_layer")}
-    return added
-
-
-def _wanted_and_skipped(
-    view: ModelView, selected: list[PlannedLayer], config: AdapterConfig
-) -> tuple[list[PlannedLayer], list[PlannedLayer]]:
-    """Return what can be adapted, and the others with reasons."""
-    # `exclude` may also name the output projection of torch's attention by the attention's name.
-    attentions = {
-        module.out_proj: names
-        for module, names in view.names.items()
-        if isinstance(module, nn.MultiheadAttention)
+    return {
+        own
+        for module in view.names
+        if tuner is not None and isinstance(module, tuner)
+        for own, name in view.inside(module).items()
+        if name.split(".")[0] not in ("", "base_layer")
     }
-    wanted, skipped = [], []
-    for one in selected:
-        names = (*one.names, *one.module_names, *attentions.get(one.module, ()))  # type: ignore[call-overload]
-        excluded = bool(config.exclude) and matching(config.exclude, names)
-        reason = EXCLUDED if excluded else _reason_against(one, config.method)
-        if reason is None:
-            wanted.append(one)
-        else:
-            skipped.append(replace(one, reason=reason))
-    return wanted, skipped
 
 
-def _refuse_unused_patterns(
-    config: AdapterConfig, known: list[PlannedLayer], wanted: list[PlannedLayer]
-) -> None:
-    """Raise if a regex matches nothing: `exclude` and `rank_pattern` may match any module."""
-    for argument, patterns, layers in (
-        ("exclude", config.exclude, known),
-        ("rank_pattern", config.rank_pattern, known),
-        ("layouts", config.layouts, wanted),
-        ("rows", config.rows, wanted),
-    ):
-        if patterns:
-            names = [name for one in layers for name in (*one.module_names, *one.parameter_names)]
-            nothing = "no module of the model" if layers is known else "none of the targets"
-            refuse_unused(argument, patterns, names, nothing)
-
-
-def refuse_unused(
+def _refuse_unused(
     argument: str, patterns: Iterable[str], names: Sequence[str], nothing: str
 ) -> None:
     """Raise if a pattern matches none of the names; `nothing` says what it should have matched."""
@@ -714,47 +628,28 @@ def refuse_unused(
 
 
 def _nothing_selected(
-    target: Target, known: list[PlannedLayer], skipped: list[PlannedLayer], method: str
+    target: Target, known: list[PlannedLayer], skipped: list[PlannedLayer]
 ) -> str:
     """Return the message of the error for a target that selects nothing that can be adapted."""
     asked = "the predicate" if callable(target) else f"target_regex={target!r}"
     if skipped:
-        reasons = grouped((f"{one.name} ({one.type_name})", one.reason) for one in skipped)
-        shown = first_few(reasons, 5, "; ")
-        return f"{asked} selects only modules that can't be adapted: {shown}"
-    adaptable = [one.name for one in known if _reason_against(one, method) is None]
-    if not adaptable:
-        return f"{asked} selects nothing, because the model has no layer that can be adapted"
-    nearest = _nearest("" if callable(target) else str(target), adaptable)
-    if not nearest:
-        return f"{asked} does not select the model itself, its only layer; pass '^$'"
-    return f"{asked} selects no layer that can be adapted; the nearest names are {nearest}"
+        return f"{asked} selects only modules that can't be adapted: {_shown(skipped)}"
+    nearest = _nearest(str(target), (one.name for one in known if one.slot is not None))
+    near = f"; the nearest names are {nearest}" if nearest else ""
+    return f"{asked} selects no layer that can be adapted{near}"
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:
-    """Return the names most similar to a pattern, as text; empty if no module has a name."""
+    """Return the names most similar to a pattern, as text; empty if there is no name."""
     # Only the end of the pattern is compared: the time grows with the product of both lengths.
-    plain = re.sub(r"[^\w.]", "", pattern[-200:].replace("\\.", "."))
-    last = plain.rsplit(".", 1)[-1]
-
-    def likeness(name: str) -> float:
-        parts = ((plain, name), (last, name.rsplit(".", 1)[-1]))
-        return max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in parts)
-
-    best = sorted(filter(None, names), key=likeness, reverse=True)[:5]
-    return ", ".join(map(repr, best))
+    plain = re.sub(r"[^\w.]", "", pattern[-200:])
+    return ", ".join(map(repr, difflib.get_close_matches(plain, filter(None, names), 5, 0.0)))
 
 
-def _unfit_message(unfit: list[PlannedLayer], config: AdapterConfig) -> str:
-    """Return the message of the error for weights that r or r_out does not fit."""
-    shown = first_few(grouped((s.name or "(the model)", s.reason) for s in unfit), 3, "; ")
-    remedy = "Choose a smaller `r`"
-    if config.r_out is not None:
-        remedy += ", or an `r_out` that divides the outputs of all"
-    return (
-        f"{shown}. {remedy}, give these layers their own r (`rank_pattern`), "
-        "or leave them out (`exclude`)"
-    )
+def _shown(layers: list[PlannedLayer]) -> str:
+    """Return the names of weights and why they are not adapted."""
+    reasons = grouped((one.name or "(the model)", one.reason) for one in layers)
+    return first_few(reasons, 5, "; ")
 
 
 # --- other parameters, and counts ----------------------------------------------------------------
@@ -770,7 +665,7 @@ def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
                 f"also_train matches {one.name}, which {reason}; give a regex that leaves it out"
             )
     names = [name for one in matched for name in one.names]
-    refuse_unused("also_train", config.also_train, names, "no parameter")
+    _refuse_unused("also_train", config.also_train, names, "no parameter")
     return tuple(one.name for one in matched)
 
 

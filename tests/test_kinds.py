@@ -432,7 +432,7 @@ class TestLayoutsOfTheUser:
                 "unknown layout 'out width'; allowed",
             ),
             ({"layouts": {"mix": "out in"}}, ArgumentError, r"does not fit mix.*\(3, 6, 4\)"),
-            ({"layouts": {"nothing": "out in"}}, ArgumentError, "layouts 'nothing' matches none"),
+            ({"layouts": {"nothing": "out in"}}, ArgumentError, "layouts 'nothing' matches no module"),
             ({"layouts": ["mix"]}, ArgumentTypeError, "layouts must be a dict"),
             ({"rows": {"proj": [(0, 9)]}}, TargetError, r"rows \(0, 9\) are out of range.*4"),
             ({"rows": {"proj": [(0, 2), (1, 3)]}}, ArgumentError, "must not overlap"),
@@ -440,7 +440,7 @@ class TestLayoutsOfTheUser:
             ({"rows": {"proj": [(-1, 2)]}}, ArgumentError, "0 <= first < stop"),
             ({"rows": {"proj": []}}, ArgumentError, "0 <= first < stop"),
             ({"rows": {"proj": [(0, 1.5)]}}, ArgumentTypeError, "must be a list of pairs"),
-            ({"rows": {"other": [(0, 2)]}}, ArgumentError, "rows 'other' matches none"),
+            ({"rows": {"other": [(0, 2)]}}, ArgumentError, "rows 'other' matches no module"),
             (
                 {"method": "lora"},
                 ArgumentError,
