@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,9 +155,7 @@ def check_adapters(
     view.refuse_inside("check adapters")
     active = [one for one in view.blocks() if one.adapter in one.layer.disha.active]
     if not active:
-        raise ArgumentError(
-            "there is nothing to check: no adapter is active; activate one with set_active_adapters"
-        )
+        raise ArgumentError("no adapter is active; activate one with set_active_adapters")
     for one in active:
         _refuse_parametrised(one.name, one.layer)
     with ExitStack() as undo:  # whatever the check changes comes back
@@ -232,9 +231,7 @@ def _reason(read: bool, acts: bool, gradient: bool) -> str:
         return "the model does not use this weight, or not with these inputs"
     if not acts:
         return "the model reads this weight, but the update does not reach the output"
-    if not gradient:
-        return "it acts, but a detach or a custom function stops its gradient"
-    return ""
+    return "" if gradient else "it acts, but a detach or a custom function stops its gradient"
 
 
 def _randomise(blocks: list[Block], undo: ExitStack) -> None:
@@ -255,22 +252,17 @@ def _read(run: Run, blocks: list[Block]) -> tuple[set[Block], list[Tensor]]:
     """Return the blocks that the model reads, and its outputs."""
     read: set[Block] = set()
 
-    def noting(block: Block) -> Any:
-        def update(*args: Any, **kwargs: Any) -> Any:
-            read.add(block)
-            return type(block).update(block, *args, **kwargs)
-
-        return update
+    def noting(block: Block, *args: Any, **kwargs: Any) -> Any:
+        read.add(block)
+        return type(block).update(block, *args, **kwargs)
 
     with ExitStack() as undo:
         for block in blocks:
-            block.__dict__["update"] = noting(block)
+            block.__dict__["update"] = partial(noting, block)
             undo.callback(block.__dict__.pop, "update")
         outputs = run()
     if not outputs:
-        raise ArgumentError(
-            "the model returns no floating-point tensor; check the part of it that returns one"
-        )
+        raise ArgumentError("the model returns no floating-point tensor; check the part that does")
     return read, outputs
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -16,7 +15,7 @@ from disha.contexts import LOOSE, Group, open_contexts
 from disha.errors import ArgumentError, ModeError
 from disha.layers.adapted import AdaptedLayer
 from disha.layers.adapters import CHILD_NAME, Adapters
-from disha.layers.blocks import Block, Slot
+from disha.layers.blocks import Block
 from disha.layers.classes import adapt, readapt, refuse_changed_class, restore
 from disha.layers.encoder import guard_encoder, is_guarded, release_encoder
 from disha.layers.weights import make_block
@@ -136,18 +135,18 @@ def _warn_of_skipped(plan: Plan) -> None:
 
 def apply_plan(view: ModelView, plan: Plan, undo: ExitStack, *, activate: bool = True) -> None:
     """Carry out a plan that was just made for this model. Activate the new adapter alone."""
-    slots: dict[nn.Module, list[Slot]] = {}
     blocks: dict[nn.Module, list[Block]] = {}
-    for layer in plan.layers:
-        assert layer.slot is not None
-        block = make_block(layer.module, layer.slot, plan.config, layer.r, layer.dtype)
-        slots.setdefault(layer.module, []).append(layer.slot)
-        blocks.setdefault(layer.module, []).append(block)
-    group = _group_of(view)
+    for one in plan.layers:
+        assert one.slot is not None
+        block = make_block(one.module, one.slot, plan.config, one.r, one.dtype)
+        blocks.setdefault(one.module, []).append(block)
+    # Contexts cover the layers of a group together.
+    groups = [layer.disha.group for _, layer in view.layers if layer.disha.group is not LOOSE]
+    group = groups[0] if groups else Group()
     running_statistics.remember(view, undo)
     _keep(view, blocks, undo)
     for module, own in blocks.items():
-        adapt(module, slots[module])
+        adapt(module, [block.slot for block in own])
         adapters = module._modules[CHILD_NAME]
         assert isinstance(adapters, Adapters)
         if not len(adapters):
@@ -170,12 +169,6 @@ def _keep(view: ModelView, modules: Iterable[nn.Module], undo: ExitStack) -> Non
             undo.callback(readapt, module, type(module), module.disha, dict(module.disha._modules))
         else:
             undo.callback(restore, module)
-
-
-def _group_of(view: ModelView) -> Group:
-    """Return the group of the model's layers, which contexts cover together, or a new one."""
-    groups = (layer.disha.group for _, layer in view.layers)
-    return next((group for group in groups if group is not LOOSE), None) or Group()
 
 
 def remove_adapters(model: nn.Module, adapter: str | None = None) -> nn.Module:
@@ -280,13 +273,13 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> Iterator
     """
     view = ModelView(model)
     view.reshard()
-    if adapter is not None:
-        view.require(adapter)
-    blocks = (block for _, layer in view.layers for block in layer.disha.blocks(adapter).values())
-    beside = (
-        one for one in view.parameters if freezing.is_claimed(one.module, one.attribute, adapter)
-    )
-    return chain((block.block for block in blocks), (one.value for one in beside))
+    found = view.blocks() if adapter is None else view.require(adapter)
+    beside = [
+        one.value
+        for one in view.parameters
+        if freezing.is_claimed(one.module, one.attribute, adapter)
+    ]
+    return iter([*(one.block.block for one in found), *beside])
 
 
 def mark_only_adapters_trainable(model: nn.Module) -> None:
@@ -307,20 +300,17 @@ def mark_only_adapters_trainable(model: nn.Module) -> None:
         False
     """
     view = ModelView(model)
-    if not view.layers:
-        raise ArgumentError(
-            "the model has no adapter, so nothing would be left to train; call inject_adapters "
-            "first"
-        )
-    blocks = [block for _, layer in view.layers for block in layer.disha.blocks().values()]
+    blocks = [one.block.block for one in view.blocks()]
+    if not blocks:
+        raise ArgumentError("the model has no adapter, so nothing would train")
     with all_or_nothing(view) as undo:
         freezing.keep_flags(((one.module, one.attribute) for one in view.parameters), undo)
         for one in view.parameters:
             trains = freezing.is_claimed(one.module, one.attribute)
             freezing.set_requires_grad(one.module, one.attribute, trains)
         for block in blocks:
-            undo.callback(block.block.requires_grad_, block.block.requires_grad)
-            block.block.requires_grad_(True)
+            undo.callback(block.requires_grad_, block.requires_grad)
+            block.requires_grad_(True)
 
 
 def _guard_encoders(view: ModelView) -> None:

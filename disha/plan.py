@@ -306,7 +306,7 @@ def plan_injection(
     for argument in ("exclude", "rank_pattern", "layouts", "rows"):
         if vars(config)[argument]:
             names = [name for one in known for name in (*one.module_names, *one.parameter_names)]
-            _refuse_unused(argument, vars(config)[argument], names, "no module of the model")
+            _refuse_unused(argument, vars(config)[argument], names)
     if unfit and strict:
         raise ArgumentError(
             f"{_shown(unfit)}. Choose a smaller `r`, or an `r_out` that divides the outputs, give "
@@ -329,8 +329,8 @@ def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:
     for module, names in view.names.items():
         slots = declared_slots(module)
         own = [PlannedLayer(module, names, slot.parameter, slot) for slot in slots]
-        known = [slot.parameter for slot in slots]
-        if not any(slot.opaque for slot in slots):
+        if not (slots and slots[0].opaque):
+            known = [slot.parameter for slot in slots]
             matrices = [name for name in matrix_parameters(module) if name not in known]
             own += [PlannedLayer(module, names, name) for name in matrices]
         found += own or [PlannedLayer(module, names)]
@@ -348,10 +348,7 @@ def _as_declared(one: PlannedLayer, config: AdapterConfig) -> PlannedLayer:
         layout = layout_of(config.layouts[pattern])
         reason = layout.misfit(one.shape)
         if reason is not None:
-            raise ArgumentError(
-                f"layouts={{{pattern!r}: {layout.pattern!r}}} does not fit {one.name}: "
-                f"{reason}; give it a layout with as many axes"
-            )
+            raise ArgumentError(f"layouts {pattern!r} does not fit {one.name}: {reason}")
         one = replace(one, slot=slot_of(one.attribute, layout))
     pattern = next(iter(matching(config.rows, one.parameter_names)), None)
     if pattern is not None and one.slot is not None:
@@ -462,7 +459,7 @@ def _reason_against(one: PlannedLayer, method: str) -> str | None:
     """Return why a method can't adapt a weight, whatever the size of the block."""
     module, slot = one.module, one.slot
     if slot is None and one.attribute:
-        return f"the layout of this {one.shape} is unknown; declare it, such as {one.remedy}"
+        return f"the layout of this weight {one.shape} is unknown; declare it, such as {one.remedy}"
     if slot is None:
         return f"no layer kind adapts {type(module).__qualname__}"
     taken = () if isinstance(module, AdaptedLayer) else _ADDED.intersection(dir(module))
@@ -615,15 +612,13 @@ def _modules_added_by_peft(view: ModelView) -> set[nn.Module]:
     }
 
 
-def _refuse_unused(
-    argument: str, patterns: Iterable[str], names: Sequence[str], nothing: str
-) -> None:
-    """Raise if a pattern matches none of the names; `nothing` says what it should have matched."""
+def _refuse_unused(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raise if a pattern matches none of the names."""
     used = matching(patterns, names)
-    unused = [pattern for pattern in patterns if pattern not in used]
+    unused = ", ".join(repr(pattern) for pattern in patterns if pattern not in used)
     if unused:
         raise ArgumentError(
-            f"{argument} {', '.join(map(repr, unused))} matches {nothing}; correct or remove it"
+            f"{argument} {unused} matches nothing in the model; correct or remove it"
         )
 
 
@@ -665,7 +660,7 @@ def _also_trained(view: ModelView, config: AdapterConfig) -> tuple[str, ...]:
                 f"also_train matches {one.name}, which {reason}; give a regex that leaves it out"
             )
     names = [name for one in matched for name in one.names]
-    _refuse_unused("also_train", config.also_train, names, "no parameter")
+    _refuse_unused("also_train", config.also_train, names)
     return tuple(one.name for one in matched)
 
 
@@ -685,16 +680,13 @@ def _counted(view: ModelView, plan: Plan) -> Plan:
     planned = {id(layer.module._parameters.get(layer.attribute)) for layer in plan.layers}
     shared = (one for one in view.parameters if len(one.names) > 1)
     tied = tuple(one.names for one in shared if id(one.value) in planned)
-    trainable = total = plan.added
+    present = [one.block.block for one in view.blocks()]
+    trained = [block for block in present if block.requires_grad]
     for one in view.parameters:
-        if is_lazy(one.value):
-            continue
-        count = parameter_count(one.value)
-        total += count
-        stays = not plan.freeze or is_claimed(one.module, one.attribute)
-        if one.name in plan.also_train or (stays and one.value.requires_grad):
-            trainable += count
-    for *_, block in view.blocks():
-        total += block.block.numel()
-        trainable += block.block.numel() if block.block.requires_grad else 0
+        if not is_lazy(one.value):
+            present.append(one.value)
+            stays = not plan.freeze or is_claimed(one.module, one.attribute)
+            if one.name in plan.also_train or (stays and one.value.requires_grad):
+                trained.append(one.value)
+    trainable, total = (plan.added + sum(map(parameter_count, some)) for some in (trained, present))
     return replace(plan, tied=tied, trainable=trainable, total=total)

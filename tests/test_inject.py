@@ -394,11 +394,11 @@ class TestRefusals:
                 {"r_out": 5},
                 "head: r_out=5 does not divide out_features=12.*or an `r_out` that divides",
             ),
-            ({"exclude": "layers.7"}, "exclude 'layers.7' matches no module"),
+            ({"exclude": "layers.7"}, "exclude 'layers.7' matches nothing"),
             ({"exclude": ["q_proj", "nope"]}, "exclude 'nope' matches"),
-            ({"rank_pattern": {"mlp": 2}}, "rank_pattern 'mlp' matches no module of the model"),
+            ({"rank_pattern": {"mlp": 2}}, "rank_pattern 'mlp' matches nothing in the model"),
             ({"rank_pattern": {"q_proj": 9}}, "q_proj and 1 more: r=9 is larger"),
-            ({"also_train": "scale"}, "also_train 'scale' matches no parameter"),
+            ({"also_train": "scale"}, "also_train 'scale' matches nothing"),
         ],
     )
     def test_bad_options(self, model, arguments, says):

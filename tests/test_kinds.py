@@ -249,7 +249,7 @@ class TestWalking:
     def test_only_layers_that_can_not_be_adapted(self):
         model = nn.Sequential(nn.LayerNorm(4), Gain(4))
         before = snapshot(model)
-        with pytest.raises(TargetError, match=r"0 \(LayerNorm\).*1 \(Gain\)"):
+        with pytest.raises(TargetError, match="0: .*LayerNorm.*1: .*Gain"):
             disha.inject_adapters(model, ".", 2)
         assert_unchanged(model, before)
 
@@ -395,7 +395,9 @@ class TestLayoutsOfTheUser:
     def test_a_target_that_matches_only_them_says_what_to_write(self):
         model = Raw()
         before = snapshot(model)
-        with pytest.raises(TargetError, match=r"mix .*unknown.*layouts=\{'mix\$': 'expert out in'"):
+        with pytest.raises(
+            TargetError, match=r"mix: .*unknown.*layouts=\{'mix\$': 'expert out in'"
+        ):
             disha.inject_adapters(model, "mix", 2)
         assert_unchanged(model, before)
 
@@ -432,7 +434,11 @@ class TestLayoutsOfTheUser:
                 "unknown layout 'out width'; allowed",
             ),
             ({"layouts": {"mix": "out in"}}, ArgumentError, r"does not fit mix.*\(3, 6, 4\)"),
-            ({"layouts": {"nothing": "out in"}}, ArgumentError, "layouts 'nothing' matches no module"),
+            (
+                {"layouts": {"nothing": "out in"}},
+                ArgumentError,
+                "layouts 'nothing' matches nothing",
+            ),
             ({"layouts": ["mix"]}, ArgumentTypeError, "layouts must be a dict"),
             ({"rows": {"proj": [(0, 9)]}}, TargetError, r"rows \(0, 9\) are out of range.*4"),
             ({"rows": {"proj": [(0, 2), (1, 3)]}}, ArgumentError, "must not overlap"),
@@ -440,7 +446,7 @@ class TestLayoutsOfTheUser:
             ({"rows": {"proj": [(-1, 2)]}}, ArgumentError, "0 <= first < stop"),
             ({"rows": {"proj": []}}, ArgumentError, "0 <= first < stop"),
             ({"rows": {"proj": [(0, 1.5)]}}, ArgumentTypeError, "must be a list of pairs"),
-            ({"rows": {"other": [(0, 2)]}}, ArgumentError, "rows 'other' matches no module"),
+            ({"rows": {"other": [(0, 2)]}}, ArgumentError, "rows 'other' matches nothing"),
             (
                 {"method": "lora"},
                 ArgumentError,
