@@ -249,7 +249,7 @@ class TestWalking:
     def test_only_layers_that_can_not_be_adapted(self):
         model = nn.Sequential(nn.LayerNorm(4), Gain(4))
         before = snapshot(model)
-        with pytest.raises(TargetError, match="0: .*LayerNorm.*1: .*Gain"):
+        with pytest.raises(TargetError, match=r"0: .*LayerNorm.*1: .*Gain"):
             disha.inject_adapters(model, ".", 2)
         assert_unchanged(model, before)
 
