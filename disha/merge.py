@@ -128,22 +128,17 @@ def merge(
     # Inference mode is off, because tensors that are made in it can never be trained.
     with torch.inference_mode(False), torch.no_grad():
         chosen = _chosen(view, adapter)
-        weights = [
-            (join(name, slot.parameter), layer, slot)
-            for name, layer in view.layers
-            for slot in _changed_slots(layer, chosen[layer])
-        ]
-        shared = [_check_mergeable(view, *weight, untie=untie, dense=dense) for weight in weights]
-        merged = [
-            _merged(name, layer, slot, chosen[layer], is_shared)
-            for (name, layer, slot), is_shared in zip(weights, shared, strict=True)
-        ]
-        originals: dict[AdaptedLayer, dict[str, Original]] = {layer: {} for layer in chosen}
-        for (_, layer, slot), (original, new) in zip(weights, merged, strict=True):
-            originals[layer][slot.parameter] = original
-            _replace(layer, slot.parameter, new, undo)
+        changes = {}
+        for name, layer in view.layers:
+            for slot in _changed_slots(layer, chosen[layer]):
+                own = join(name, slot.parameter)
+                shared = _check_mergeable(view, own, layer, slot, untie=untie, dense=dense)
+                changes[layer, slot.parameter] = _merged(own, layer, slot, chosen[layer], shared)
+        for (layer, parameter), (_, new) in changes.items():
+            _replace(layer, parameter, new, undo)
         for layer, names in chosen.items():
-            _note_merged(layer, Merged(names, originals[layer]), undo)
+            originals = {own: one for (of, own), (one, _) in changes.items() if of is layer}
+            _note_merged(layer, Merged(names, originals), undo)
 
 
 def _replace(module: nn.Module, name: str, new: Tensor, undo: ExitStack) -> None:
@@ -223,10 +218,11 @@ def _chosen(
 ) -> dict[AdaptedLayer, tuple[str, ...]]:
     """Return each layer -> those of its adapters to merge."""
     names = None if adapter is None else checked_names(view, adapter)
-    wanted = {layer: layer.disha.active if names is None else names for _, layer in view.layers}
     chosen = {
-        layer: tuple(name for name in names if name in layer.disha)
-        for layer, names in wanted.items()
+        layer: tuple(
+            n for n in (layer.disha.active if names is None else names) if n in layer.disha
+        )
+        for _, layer in view.layers
     }
     if not any(chosen.values()):
         raise ArgumentError(

@@ -27,18 +27,12 @@ def save_adapter(
 ) -> None:
     """Write an adapter, and nothing else of the model, to one safetensors file.
 
-    The adapter is its blocks, the parameters of `also_train`, and the running statistics of batch
-    and instance norms that training has changed since the first injection.
+    The adapter is its blocks, the parameters of `also_train`, and the running statistics of norms
+    that training has changed. An existing file stays until the new one is complete. The same
+    adapter gives the same bytes, also from a wrapped, sharded or merged model.
 
-    The file is written completely or not at all: an existing file stays until the new one is
-    complete. Saving the same adapter twice gives the same bytes, also from a wrapped or sharded
-    model. A merged adapter can be saved too, as merging does not change its blocks.
-
-    In a process group: if `fully_shard` has sharded the model, call this on all ranks. They gather
-    the adapter, and the first rank writes the file. The other ranks wait, and also raise if it
-    fails. For any other model, also under `DistributedDataParallel`, every rank has the complete
-    adapter. Then call this on rank 0, or on all ranks, which write the same bytes and do not wait
-    for each other.
+    If `fully_shard` has sharded the model, call this on all ranks: they gather the adapter, and the
+    first one writes the file. Otherwise, also under DDP, rank 0 is enough.
 
     Args:
         model: a model with adapters.
@@ -55,14 +49,13 @@ def save_adapter(
         ArgumentTypeError: the metadata is not str -> str.
 
     Examples:
-        >>> import tempfile, pathlib
+        >>> import tempfile
         >>> from torch import nn
         >>> import disha
         >>> model = disha.inject_adapters(nn.Sequential(nn.Linear(8, 16)), "0", r=4)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = pathlib.Path(folder, "adapter.safetensors")
-        ...     disha.save_adapter(model, path)
-        ...     list(disha.inspect_adapter(path).tensors)
+        ...     disha.save_adapter(model, f"{folder}/adapter.safetensors")
+        ...     list(disha.inspect_adapter(folder).tensors)
         ['0.bone_block']
     """
     view = ModelView(model)
@@ -73,14 +66,9 @@ def save_adapter(
     header, tensors = adapter_contents(view, adapter, metadata)
     with ranks.agreeing(action):
         if ranks.writes:
-            _make_folder(path, target)
+            if Path(path) != target:  # the user named a folder
+                target.parent.mkdir(exist_ok=True)
             write_contents(target, header, tensors)
-
-
-def _make_folder(path: PathLike, target: Path) -> None:
-    """Make the folder that the user named by a slash."""
-    if Path(path) != target:
-        target.parent.mkdir(exist_ok=True)
 
 
 def inspect_adapter(path: PathLike) -> AdapterFile:
@@ -127,29 +115,23 @@ def load_adapter(
     The file says which layers are adapted and how, so the model can be a plain one. If it has
     adapters already, the loaded one is added and becomes the active one.
 
-    A model inside DDP or FSDP can't get new layers. Load first and wrap afterwards; or, with
-    `replace=True`, load into an adapter that existed before wrapping. Call this on all ranks; each
-    reads the file. Each rank loads its part of sharded parameters. If anything is wrong on one
-    rank, all ranks raise, and no model changes.
+    A model inside DDP or FSDP can't get new layers: load first and wrap afterwards, or load with
+    `replace=True`. Call this on all ranks. If anything is wrong on one rank, all ranks raise, and
+    no model changes.
 
     Args:
         model: the base model, or one that has other adapters.
         path: the file, or a folder with a file `adapter.safetensors`.
         adapter: the name that the adapter gets in this model.
-        layers: a regex, searched in the names of the layers; only matching layers are loaded. All
-            by default. With `replace=True`, the layers that do not match stay as they are.
-        also_train: also set the parameters and the running statistics of batch norms that the file
-            holds besides the blocks.
+        layers: a regex, searched in the names of the layers; only matching layers are loaded.
+        also_train: also set the parameters and running statistics that the file holds.
         replace: if the model has an adapter of that name, copy the file's values into it, in place
-            (hot swap). The shapes must agree, but a file with a smaller r fits too, if that r
-            divides the model's and the method can widen a block without loss (Bone, tile). Layers
-            that the file lacks get zeros, and running statistics the values of the base.
-            `also_train` parameters that the file lacks keep their values. No `requires_grad` flag
-            changes.
+            (hot swap). The shapes must agree, or the file's r divides the model's (Bone, tile).
+            Layers that the file lacks get zeros, and running statistics the values of the base.
+            `also_train` parameters that the file lacks keep their values.
         dtype: dtype of the blocks; the file's by default.
         freeze: freeze all parameters that belong to no adapter, as `inject_adapters` does.
-        activate: make a new adapter the only active one. With False, nothing changes for threads
-            that use the model meanwhile.
+        activate: make a new adapter the only active one.
 
     Returns:
         A `LoadReport` of the keys that were loaded.
