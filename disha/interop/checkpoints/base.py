@@ -304,9 +304,8 @@ class BaseOf:
                 problem = f"is quantised or packed there ({dtype}); give the original checkpoint"
             found += [] if problem is None else [f"{key}: {problem}"]
         for name in header.also_train:
-            shape = self.shape(self.keys[name])
-            if shape != header.tensors[name].shape:
-                found.append(f"{name}: {header.tensors[name].shape}, the checkpoint has {shape}")
+            own, shape = tuple(header.tensors[name].shape), self.shape(self.keys[name])
+            found += [] if shape == own else [f"{name}: {own}, the checkpoint has {shape}"]
         return found
 
     def other_values(self, header: AdapterHeader) -> list[str]:
