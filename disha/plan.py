@@ -462,8 +462,8 @@ def _reason_against(one: PlannedLayer, method: str) -> str | None:
         return f"the layout of this weight {one.shape} is unknown; declare it, such as {one.remedy}"
     if slot is None:
         return f"no layer kind adapts {type(module).__qualname__}"
-    taken = () if isinstance(module, AdaptedLayer) else _ADDED.intersection(dir(module))
-    if {*taken} - {one.attribute}:
+    taken = _ADDED.intersection(dir(module)).difference((one.attribute,))
+    if taken and not isinstance(module, AdaptedLayer):
         return f"it has its own attribute {min(taken)!r}, which adapters would replace"
     reason = (
         _reason_against_reading(module, slot, method)
@@ -555,10 +555,7 @@ def check_addable(
     view.refuse_inside(action)
     view.refuse_wrapped(action, before_wrapping)
     if adapter in view.adapters:
-        raise ArgumentError(
-            f"the model has an adapter {adapter!r} already; choose another name, or remove it "
-            f"with remove_adapters(model, {adapter!r})"
-        )
+        raise ArgumentError(f"the model has an adapter {adapter!r} already; choose another name")
 
 
 def _selected(
