@@ -218,12 +218,10 @@ def _chosen(
 ) -> dict[AdaptedLayer, tuple[str, ...]]:
     """Return each layer -> those of its adapters to merge."""
     names = None if adapter is None else checked_names(view, adapter)
-    chosen = {
-        layer: tuple(
-            n for n in (layer.disha.active if names is None else names) if n in layer.disha
-        )
-        for _, layer in view.layers
-    }
+    chosen = {}
+    for _, layer in view.layers:
+        wanted = layer.disha.active if names is None else names
+        chosen[layer] = tuple(name for name in wanted if name in layer.disha)
     if not any(chosen.values()):
         raise ArgumentError(
             "there is nothing to merge: no adapter is active. Inject or load one, or pass adapter="
