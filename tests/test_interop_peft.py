@@ -390,6 +390,10 @@ def test_we_compute_what_peft_saved(make, case, kind, tmp_path):
     close(output(model, make), expected)
 
 
+def described(header):
+    return {key: (one.shape, one.dtype) for key, one in header.tensors.items()}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trips_by_way_of_peft_change_nothing(kind, tmp_path):
     model = net()
@@ -405,7 +409,7 @@ def test_round_trips_by_way_of_peft_change_nothing(kind, tmp_path):
         again, found = adapter_contents(ModelView(base), "other")
         assert again.layers == header.layers  # fingerprints of the base too
         assert again.also_train == header.also_train
-        assert again.tensors == header.tensors
+        assert described(again) == described(header)
         chosen = {"target": None, "also_train": ()}
         assert {**again.config.to_json(), **chosen} == {
             **header.config.to_json(),
@@ -499,7 +503,7 @@ def test_files_convert_both_ways_without_a_model(kind, tmp_path):
         again, found = read_contents(tmp_path / "b.safetensors")
         plain = [{**vars(layer), "base": None} for layer in file.layers]
         assert [vars(layer) for layer in again.layers] == plain
-        assert (again.also_train, again.tensors) == (file.also_train, file.tensors)
+        assert (again.also_train, described(again)) == (file.also_train, described(file))
         assert all(torch.equal(found[key], value) for key, value in tensors.items())
         base = net()
         disha.load_adapter(base, tmp_path / "b.safetensors")
