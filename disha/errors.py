@@ -142,7 +142,7 @@ class ConversionError(DishaError, ValueError):
         disha.errors.ConversionError: PEFT's LoRA would not compute what this adapter does, so
         nothing was written:
         0: its convolution has groups=2, and PEFT's LoRA can't merge these
-        Leave these layers out (`exclude`), or use the merged model (merge_adapters)
+        Leave these layers out (`exclude`), or merge (merge_adapters)
     """
 
 
