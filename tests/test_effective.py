@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 import pickle
 
 import pytest
@@ -508,6 +509,17 @@ class TestFacts:
         assert layer.base_weight is parameter
         assert torch.equal(parameter, torch.ones(3, 4))
         assert torch.equal(layer.disha["default"].block, blocks)
+
+    @pytest.mark.parametrize(("made", "name"), [(nn.Linear, "weight"), (nn.LSTM, "weight_ih_l0")])
+    def test_an_operator_that_assigns_its_result_writes_into_the_base(self, made, name):
+        layer = disha.inject_adapters(made(4, 3), "", r=2, init="kaiming")
+        parameter = layer._parameters[name]
+        expected = [one.detach() + 1.0 for one in (parameter, getattr(layer, name))]
+        with torch.no_grad():
+            setattr(layer, name, operator.iadd(getattr(layer, name), 1.0))  # layer.weight += 1.0
+        assert layer._parameters[name] is parameter
+        torch.testing.assert_close(parameter.detach(), expected[0])
+        torch.testing.assert_close(getattr(layer, name).detach() + 0.0, expected[1])
 
     def test_a_product_into_out_acts_unless_a_gradient_would_be_lost(self):
         layer, weight = self.weight()

@@ -110,7 +110,11 @@ COVER = [
 """Each case in both dtypes, made in both ways, and each pair of a dtype and a leading shape."""
 
 
-@pytest.mark.parametrize(("case", "make", "dtype", "lead", "bias"), COVER, ids=str)
+@pytest.mark.parametrize(
+    ("case", "make", "dtype", "lead", "bias"),
+    COVER,
+    ids=lambda one: getattr(one, "__name__", str(one)),
+)
 def test_forward_and_gradients_equal_peft(case, make, dtype, lead, bias):
     ours, theirs = pair(case, make, dtype, bias)
     x = torch.randn(*lead, ours.in_features, dtype=dtype, requires_grad=True)

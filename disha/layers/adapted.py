@@ -19,7 +19,7 @@ from disha.errors import MergeError, ModeError
 from disha.functional import Geometry
 from disha.layers.adapters import Adapters
 from disha.layers.blocks import Block, Slot
-from disha.layers.reading import weight_property
+from disha.layers.reading import was_written, weight_property
 from disha.layers.weights import base_of, delta_of, geometry_of, merged_weight
 
 
@@ -104,6 +104,10 @@ class AdaptedLayer(nn.Module):
             AttributeError: the layer's `weight` is not adapted.
         """
         return merged_weight(self, self._own_slot(), adapters)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not was_written(self, name, value):
+            super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter as nn.Module does, but without reading the current weight.

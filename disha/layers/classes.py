@@ -14,7 +14,7 @@ from disha.layers.adapted import AdaptedLayer, refuse_merged
 from disha.layers.adapters import CHILD_NAME, Adapters
 from disha.layers.blocks import Slot
 from disha.layers.hooks import remove_hook
-from disha.layers.reading import linear_forward, weight_property
+from disha.layers.reading import linear_forward, was_written, weight_property
 
 _Key = tuple[type[nn.Module], tuple[str, ...], bool]
 _CLASSES: dict[_Key, type[AdaptedLayer]] = {}
@@ -128,7 +128,8 @@ class _Recurrent(nn.Module):
         self.__dict__["_flat_weights"] = [parameters.get(name) for name in self._flat_weights_names]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        nn.Module.__setattr__(self, name, value)  # torch's would write into the list as well
+        if not was_written(self, name, value):
+            nn.Module.__setattr__(self, name, value)  # torch's would write into the list as well
 
     def _update_flat_weights(self) -> None:
         """Do nothing: no list of weights is kept that could be out of date."""

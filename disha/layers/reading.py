@@ -11,7 +11,14 @@ from torch.compiler import is_compiling
 
 from disha import functional
 from disha.contexts import OPEN
-from disha.effective import PLAIN, AbsentWeight, computed, effective, effective_part
+from disha.effective import (
+    PLAIN,
+    AbsentWeight,
+    EffectiveWeight,
+    computed,
+    effective,
+    effective_part,
+)
 from disha.errors import ModeError
 from disha.functional import adapted_linear
 from disha.layers.adapters import CHILD_NAME, Adapters
@@ -79,6 +86,11 @@ def weight_property(original: type[nn.Module], name: str) -> property:
         del layer.__dict__[name]
 
     return property(read, write, delete)
+
+
+def was_written(layer: nn.Module, name: str, value: Any) -> bool:
+    """Whether a value is the weight that it is assigned to: `layer.weight += 1` wrote into W."""
+    return isinstance(value, EffectiveWeight) and value.base is layer._parameters.get(name)
 
 
 def _unusual_weight(
