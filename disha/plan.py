@@ -167,6 +167,7 @@ class Plan:
         also_train: clean names of the parameters to be trained and saved with the adapter.
         skipped: what the target selects but would not be adapted, each with its `reason`.
         unknown: the matrix parameters of the model whose layouts are unknown.
+        convolutions: names of the convolutions that `"all-linear"` leaves out.
         tied: the names of each adapted parameter that several modules share. Each of these modules
             gets its own block, which acts only when the model uses that module.
         trainable: number of parameters in the model that would require gradients afterwards.
@@ -193,6 +194,7 @@ class Plan:
     also_train: tuple[str, ...]
     skipped: tuple[PlannedLayer, ...] = ()
     unknown: tuple[PlannedLayer, ...] = ()
+    convolutions: tuple[str, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
     trainable: int = 0
     total: int = 0
@@ -220,6 +222,12 @@ class Plan:
             f"not adapted {one.name} {one.shape}: to adapt it, pass {one.remedy}"
             for one in self.unknown
         ]
+        if self.convolutions:
+            lines.append(
+                f"not adapted {first_few(self.convolutions, 3, ', ')}: {ALL_LINEAR!r} leaves "
+                "convolutions out; to adapt them, pass a predicate such as "
+                'lambda name, module: "Conv" in type(module).__name__'
+            )
         lines += [f"one shared parameter: {', '.join(names)}" for names in self.tied]
         if self.also_train:
             lines.append(f"also trained: {', '.join(self.also_train)}")
@@ -320,7 +328,13 @@ def plan_injection(
         also_train=_also_trained(view, config) if config.also_train else (),
         skipped=(*skipped, *unfit),
         unknown=tuple([one for one in known if one.slot is None and one.attribute]),
+        convolutions=_convolutions(known, config.method) if target == ALL_LINEAR else (),
     )
+
+
+def _convolutions(known: list[PlannedLayer], method: str) -> tuple[str, ...]:
+    kernels = [one for one in known if one.slot is not None and one.slot.layout.has_kernel]
+    return tuple([one.name for one in kernels if _reason_against(one, method) is None])
 
 
 def _layers_of(view: ModelView, config: AdapterConfig) -> list[PlannedLayer]:

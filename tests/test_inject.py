@@ -71,6 +71,16 @@ class TestTargets:
         plan = disha.plan_adapters(Tied(), "all-linear", 2, **options)
         assert "head" not in [layer.name for layer in plan.layers]
 
+    def test_all_linear_names_the_convolutions_that_it_leaves_out(self):
+        convs = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyConv1d(8, 3)]
+        model = nn.Sequential(*convs, nn.Linear(8, 4))
+        plan = disha.plan_adapters(model, "all-linear", 2)
+        assert plan.convolutions == ("0", "1")
+        assert "not adapted 0, 1: 'all-linear' leaves convolutions out" in str(plan)
+        all_of_them = disha.plan_adapters(model, lambda name, m: "Conv2d" in type(m).__name__, 2)
+        assert [layer.name for layer in all_of_them.layers] == ["0", "1"]
+        assert not all_of_them.convolutions
+
     def test_rank_pattern_gives_layers_their_own_r(self, model):
         disha.inject_adapters(model, "proj", 4, rank_pattern={r"0\.attn\.q": 1, "q_proj": 3})
         ranks = {row.name: row.r for row in disha.summary(model).layers}
