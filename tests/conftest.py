@@ -15,6 +15,7 @@ from torch import nn
 
 from disha.layers.adapted import AdaptedLayer
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and no test waits for an answer
 hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("busy")
 collect_ignore = [
