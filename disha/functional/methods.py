@@ -100,7 +100,7 @@ class Method:
     # --- one matrix, or a stack with its axes first: what a method defines -----------------------
 
     def shape(self, geometry: Geometry, r: int, r_out: int | None) -> tuple[int, ...]:
-        """Return the shape of a block, with the stack's axes first."""
+        """Return the shape of a block, which is one tensor, with the stack's axes first."""
         raise NotImplementedError
 
     def delta(self, block: Tensor, geometry: Geometry, matrices: Tensor | None) -> Tensor:
